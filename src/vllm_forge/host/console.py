@@ -1,0 +1,45 @@
+"""What the user sees while a long step runs."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# stdout is for results (JSON, tables); progress and commands go to stderr.
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def progress() -> Progress:
+    """A byte-counting progress bar; draws nothing where stderr is not a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+@contextmanager
+def report(what: str) -> Iterator[None]:
+    """Print ``what`` when a step starts and its seconds when it ends."""
+    console.print(f"[bold]>[/] {what}")
+    start = time.monotonic()
+    yield
+    console.print(f"  [dim]{what}: {time.monotonic() - start:.1f} s[/]")

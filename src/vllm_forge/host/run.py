@@ -1,0 +1,109 @@
+"""Commands: printed, run, checked; or only recorded, for a dry run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from vllm_forge.errors import CommandFailedError, ToolMissingError
+from vllm_forge.host.console import console
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+TAIL_LINES = 30
+
+
+class Runner(Protocol):
+    """Runs commands, and the project's own actions between them."""
+
+    commands: list[list[str]]
+
+    def run(
+        self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> str:
+        """Run ``argv`` and return its stdout; anything but exit 0 raises."""
+        ...
+
+    def act(self, what: str, action: Callable[[], None]) -> None:
+        """Do a step that is not a command; ``what`` is shown either way."""
+        ...
+
+
+def which(tool: str) -> str | None:
+    """Path of a tool, also in the sbin folders that a plain user's PATH lacks."""
+    path = os.environ.get("PATH", os.defpath)
+    return shutil.which(tool, path=f"{path}:/usr/sbin:/sbin")
+
+
+@dataclass
+class SubprocessRunner:
+    """The real one: prints each command, then runs it."""
+
+    commands: list[list[str]] = field(default_factory=list)
+
+    def run(
+        self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> str:
+        """Run one command.
+
+        Raises:
+            ToolMissingError: the program is not on PATH.
+            CommandFailedError: it exited non-zero; the end of its output is in the message.
+        """
+        self.commands.append(list(argv))
+        console.print(f"  [dim]$ {shlex.join(argv)}[/]", markup=True)
+        program = which(argv[0])
+        if program is None:
+            raise ToolMissingError(
+                f"{argv[0]} is not installed",
+                where=shlex.join(argv),
+                remedy="install it, or let the build do so with --provision",
+            )
+        done = subprocess.run(
+            [program, *argv[1:]],
+            env={**os.environ, **(env or {})},
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if done.returncode != 0:
+            tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-TAIL_LINES:])
+            raise CommandFailedError(
+                f"{argv[0]} exited with {done.returncode}\n{tail}",
+                where=shlex.join(argv),
+                remedy="its own words are above; run the command by hand to see all of them",
+            )
+        return done.stdout
+
+    def act(self, what: str, action: Callable[[], None]) -> None:
+        """Do the step."""
+        console.print(f"  [dim]· {what}[/]")
+        action()
+
+
+@dataclass
+class RecordingRunner:
+    """The dry run: the same calls, printed to stdout, nothing done."""
+
+    commands: list[list[str]] = field(default_factory=list)
+
+    def run(
+        self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> str:
+        """Record and print one command; its output is empty."""
+        self.commands.append(list(argv))
+        print(shlex.join(argv))
+        return ""
+
+    def act(self, what: str, action: Callable[[], None]) -> None:
+        """Print the step as a comment."""
+        print(f"# {what}")

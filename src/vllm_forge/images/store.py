@@ -1,0 +1,187 @@
+"""Layers on disk: written once per input, beside an unpacked copy for the checks.
+
+A stored layer is a folder ``layers/<key>/`` with ``layer.tar.gz``, ``layer.json`` and
+``files/``, renamed into place when all three are complete.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_forge.errors import CacheError, HashMismatchError
+from vllm_forge.host import atomic_path, cache_root, exclusive
+from vllm_forge.images.layer import LayerBlob, LayerWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from typing import IO
+
+    from vllm_forge.images.wheels import Entry
+
+CHUNK = 1 << 20
+LOCAL_HEADER = 30
+LARGE = 4 << 20  # members from here on are inflated ahead of their turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredLayer:
+    """A layer in the store: its blob, and the folder with its files unpacked."""
+
+    blob: LayerBlob
+    files: Path
+
+
+def stored(key: str) -> StoredLayer | None:
+    """The layer of that key, None when it was not written yet.
+
+    Raises:
+        CacheError: the folder is there, but its blob has another size than recorded.
+    """
+    folder = cache_root() / "layers" / key
+    try:
+        record = json.loads((folder / "layer.json").read_text())
+    except FileNotFoundError:
+        return None
+    path = folder / "layer.tar.gz"
+    if path.stat().st_size != record["size"]:
+        raise CacheError(
+            f"the blob has {path.stat().st_size} bytes, its record says {record['size']}",
+            where=str(folder),
+            remedy="delete that folder and build again",
+        )
+    return StoredLayer(blob=LayerBlob(path=path, **record), files=folder / "files")
+
+
+def write_layer(key: str, entries: Sequence[Entry], epoch: int) -> StoredLayer:
+    """Write a layer, or return the one that is there.
+
+    Args:
+        key: hash of everything that the layer is a function of.
+        entries: sorted by path, unique.
+        epoch: modification time of all entries, Unix seconds.
+
+    Raises:
+        HashMismatchError: a wheel's member does not inflate to what the zip says.
+    """
+    with exclusive(f"layer-{key}", wait=True):
+        if (known := stored(key)) is not None:
+            return known
+        with atomic_path(cache_root() / "layers" / key) as folder:
+            files = folder / "files"
+            files.mkdir(parents=True)
+            blob = _write(folder / "layer.tar.gz", files, entries, epoch)
+            record = asdict(blob)
+            del record["path"]
+            (folder / "layer.json").write_text(json.dumps(record, indent=1) + "\n")
+    done = stored(key)
+    assert done is not None  # noqa: S101 - written just now
+    return done
+
+
+def _write(path: Path, files: Path, entries: Sequence[Entry], epoch: int) -> LayerBlob:
+    layer = LayerWriter(path, epoch)
+    with _Archives() as archives, ThreadPoolExecutor(1) as ahead:
+        folders: set[str] = set()
+        large: dict[str, Future[None]] = {}
+        for entry in entries:
+            for folder in reversed(Path(entry.path).parents[:-1]):
+                if (name := folder.as_posix()) not in folders:
+                    folders.add(name)
+                    (files / name).mkdir()
+            if entry.member is not None and entry.member.file_size >= LARGE:
+                large[entry.path] = ahead.submit(archives.inflate, entry, files / entry.path)
+        folders.clear()
+        for entry in entries:
+            for folder in reversed(Path(entry.path).parents[:-1]):
+                if (name := folder.as_posix()) not in folders:
+                    folders.add(name)
+                    layer.directory(name)
+            target = files / entry.path
+            if entry.link is not None:
+                layer.symlink(entry.path, entry.link)
+                target.symlink_to(entry.link)
+                continue
+            if entry.content is not None:
+                layer.data(entry.path, entry.content, entry.mode)
+                target.write_bytes(entry.content)
+            else:
+                member = entry.member
+                assert member is not None  # noqa: S101 - one source is set
+                if entry.path in large:
+                    large.pop(entry.path).result()
+                else:
+                    archives.inflate(entry, target)
+                if member.compress_type == zipfile.ZIP_DEFLATED:
+                    layer.begin_deflated(entry.path, member.file_size, entry.mode)
+                    layer.deflated(
+                        archives.raw(entry), _blocks(target), member.CRC, member.file_size
+                    )
+                else:
+                    layer.data(entry.path, target.read_bytes(), entry.mode)
+            target.chmod(entry.mode)
+    return layer.close()
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(CHUNK):
+            yield block
+
+
+class _Archives:
+    """Open wheels, read at offsets."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, IO[bytes]] = {}
+
+    def __enter__(self) -> _Archives:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def raw(self, entry: Entry) -> Iterator[memoryview]:
+        """The member's bytes as they are in the zip."""
+        assert entry.archive is not None and entry.member is not None  # noqa: S101, PT018
+        # Own handle per call: the thread that inflates ahead reads the same archive.
+        with entry.archive.open("rb") as file:
+            file.seek(entry.member.header_offset)
+            header = file.read(LOCAL_HEADER)
+            skip = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+            file.seek(skip, 1)
+            left = entry.member.compress_size
+            while left:
+                block = file.read(min(CHUNK, left))
+                if not block:
+                    raise HashMismatchError("the wheel ends early", where=str(entry.archive))
+                left -= len(block)
+                yield memoryview(block)
+
+    def inflate(self, entry: Entry, target: Path) -> None:
+        """Write the member's plain bytes to ``target``; check size and CRC."""
+        member = entry.member
+        assert member is not None  # noqa: S101 - only members come here
+        plain = zlib.decompressobj(-15) if member.compress_type == zipfile.ZIP_DEFLATED else None
+        crc = size = 0
+        with target.open("wb", buffering=0) as out:
+            for piece in self.raw(entry):
+                block = plain.decompress(piece) if plain else bytes(piece)
+                crc = zlib.crc32(block, crc)
+                size += len(block)
+                out.write(block)
+            if plain and (rest := plain.flush()):
+                crc, size = zlib.crc32(rest, crc), size + len(rest)
+                out.write(rest)
+        if (crc, size) != (member.CRC, member.file_size) or (plain and not plain.eof):
+            raise HashMismatchError(
+                f"{member.filename} does not inflate to what the wheel's directory says",
+                where=str(entry.archive),
+                remedy="delete that wheel from the cache and build again",
+            )

@@ -1,0 +1,193 @@
+"""Wheels as they are installed: paths, scripts and RECORD as pypa/installer decides them.
+
+The library is given a destination that collects entries instead of writing files, so that
+the bytes of a wheel's members need not be inflated to know where they go.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import posixpath
+import zipfile
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO, cast
+
+import installer
+from installer.destinations import WheelDestination
+from installer.records import Hash, RecordEntry, parse_record_file
+from installer.scripts import Script
+from installer.sources import WheelFile
+from installer.utils import construct_record_file, fix_shebang
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from installer.scripts import ScriptSection
+    from installer.sources import WheelContentElement
+    from installer.utils import Scheme
+
+VENV = "opt/venv"
+INSTALLER = b"vllm-forge\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One file or link to be in the image; exactly one of the three sources is set.
+
+    Attributes:
+        path: relative to the root.
+        mode: permission bits.
+        content: its bytes, or
+        member: the member of the zip ``archive`` that holds them, or
+        link: the target of a symbolic link.
+    """
+
+    path: str
+    mode: int = 0o644
+    content: bytes | None = None
+    archive: Path | None = None
+    member: zipfile.ZipInfo | None = None
+    link: str | None = None
+
+    @property
+    def fingerprint(self) -> tuple[int, int | str]:
+        """Tells equal duplicates from conflicts: size and CRC-32, or the link's target."""
+        if self.member is not None:
+            return self.member.file_size, self.member.CRC
+        if self.content is not None:
+            return len(self.content), zlib.crc32(self.content)
+        return -1, self.link or ""
+
+
+def site_packages(python: str) -> str:
+    """Where modules are in the image, relative to the root."""
+    return f"{VENV}/lib/python{python}/site-packages"
+
+
+def wheel_entries(path: Path, python: str) -> list[Entry]:
+    """What installing one wheel into the image's environment puts where.
+
+    Args:
+        path: the wheel.
+        python: ``3.13``.
+    """
+    with _LazyWheel.open(path) as wheel:
+        collector = _Collector(path, python)
+        installer.install(wheel, collector, {"INSTALLER": INSTALLER})
+    return collector.entries
+
+
+def merge(groups: Iterable[list[Entry]]) -> tuple[list[Entry], list[str]]:
+    """One list, sorted by path; of two entries for one path the later one wins.
+
+    Returns:
+        The entries, and the paths where two wheels really differ.
+    """
+    by_path: dict[str, Entry] = {}
+    conflicts = []
+    for group in groups:
+        for entry in group:
+            known = by_path.get(entry.path)
+            if known is not None and known.fingerprint != entry.fingerprint:
+                conflicts.append(entry.path)
+            by_path[entry.path] = entry
+    return [by_path[path] for path in sorted(by_path)], sorted(conflicts)
+
+
+class _Member(io.RawIOBase):
+    """Stands for a member's bytes on their way through the installer library."""
+
+    def __init__(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, recorded: str) -> None:
+        super().__init__()
+        self.info = info
+        self.recorded = recorded
+        self._archive = archive
+        self._stream: BinaryIO | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        if self._stream is None:
+            self._stream = cast("BinaryIO", self._archive.open(self.info))
+        return self._stream.read(size)
+
+
+class _LazyWheel(WheelFile):
+    """A wheel whose members are handed on without being inflated."""
+
+    def get_contents(self) -> Iterator[WheelContentElement]:
+        rows = {row[0]: row for row in parse_record_file(self.read_dist_info("RECORD").splitlines())}
+        for info in self._zipfile.infolist():
+            if info.is_dir():
+                continue
+            row = rows.get(info.filename, (info.filename, "", ""))
+            executable = bool(info.external_attr >> 16 & 0o111)
+            yield row, cast("BinaryIO", _Member(self._zipfile, info, row[1])), executable
+
+
+class _Collector(WheelDestination):
+    """Turns the installer library's writes into entries below the virtual environment."""
+
+    def __init__(self, archive: Path, python: str) -> None:
+        self.entries: list[Entry] = []
+        self._archive = archive
+        self._interpreter = f"/{VENV}/bin/python"
+        self._site = site_packages(python)
+        self._folders: dict[str, str] = {
+            "purelib": self._site,
+            "platlib": self._site,
+            "headers": f"{VENV}/include/site/python{python}",
+            "scripts": f"{VENV}/bin",
+            "data": VENV,
+        }
+
+    def write_script(
+        self, name: str, module: str, attr: str, section: ScriptSection
+    ) -> RecordEntry:
+        script_name, content = Script(name, module, attr, section).generate(
+            self._interpreter, "posix"
+        )
+        return self._add("scripts", script_name, content, executable=True)
+
+    def write_file(
+        self, scheme: Scheme, path: str, stream: BinaryIO, is_executable: bool
+    ) -> RecordEntry:
+        if scheme == "scripts":
+            with fix_shebang(io.BytesIO(stream.read()), self._interpreter) as fixed:
+                return self._add(scheme, path, fixed.read(), executable=True)
+        if not isinstance(stream, _Member):
+            return self._add(scheme, path, stream.read(), executable=is_executable)
+        self.entries.append(
+            Entry(
+                path=self._target(scheme, path),
+                mode=0o755 if is_executable else 0o644,
+                archive=self._archive,
+                member=stream.info,
+            )
+        )
+        hash_ = Hash.parse(stream.recorded) if stream.recorded else None
+        return RecordEntry(path, hash_, stream.info.file_size)
+
+    def finalize_installation(
+        self, scheme: Scheme, record_file_path: str, records: Iterable[tuple[Scheme, RecordEntry]]
+    ) -> None:
+        with construct_record_file(records, self._record_prefix) as stream:
+            self._add(scheme, record_file_path, stream.read(), executable=False)
+
+    def _add(self, scheme: str, path: str, content: bytes, *, executable: bool) -> RecordEntry:
+        mode = 0o755 if executable else 0o644
+        self.entries.append(Entry(path=self._target(scheme, path), mode=mode, content=content))
+        value = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+        return RecordEntry(path, Hash("sha256", value), len(content))
+
+    def _target(self, scheme: str, path: str) -> str:
+        return posixpath.normpath(posixpath.join(self._folders[scheme], path))
+
+    def _record_prefix(self, scheme: str) -> str | None:
+        folder = self._folders[scheme]
+        return None if folder == self._site else posixpath.relpath(folder, self._site) + "/"

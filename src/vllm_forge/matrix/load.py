@@ -1,0 +1,112 @@
+"""From matrix.toml to a Matrix, with the errors a person can act on."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
+
+from vllm_forge.errors import MatrixFileError, MatrixValueError, UnknownKeyError
+from vllm_forge.matrix.model import Matrix
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def find_root() -> Path:
+    """Folder that holds matrix.toml: ``VLLM_FORGE_ROOT``, the working directory or a parent.
+
+    Raises:
+        MatrixFileError: there is none.
+    """
+    start = Path(os.environ.get("VLLM_FORGE_ROOT") or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "matrix.toml").is_file():
+            return folder
+    raise MatrixFileError(
+        "no matrix.toml here or above",
+        where=str(start),
+        remedy="run inside a checkout of vllm-forge, or set VLLM_FORGE_ROOT",
+    )
+
+
+def load(root: Path) -> Matrix:
+    """Parse ``root/matrix.toml``.
+
+    Raises:
+        MatrixFileError: missing, or not TOML.
+        UnknownKeyError: a key that no model has; with the nearest known one.
+        MatrixValueError: any other fault, all of them in one message.
+    """
+    path = root / "matrix.toml"
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MatrixFileError("matrix.toml does not exist", where=str(path)) from None
+    except tomllib.TOMLDecodeError as error:
+        raise MatrixFileError(
+            f"not TOML: {error}", where=str(path), remedy="correct the line that it names"
+        ) from None
+    try:
+        return Matrix.model_validate(data)
+    except ValidationError as error:
+        raise _explain(error, path) from None
+
+
+def perhaps(word: str, known: Iterable[str]) -> str:
+    """A sentence with the nearest known word, or with all of them."""
+    names = sorted(known)
+    if near := difflib.get_close_matches(word, names, n=1, cutoff=0.5):
+        return f"Perhaps you meant {near[0]!r}?"
+    return f"Known: {', '.join(names)}."
+
+
+def schema_text() -> str:
+    """The JSON schema of matrix.toml, as committed in matrix.schema.json."""
+    return json.dumps(Matrix.model_json_schema(), indent=2, sort_keys=True) + "\n"
+
+
+def _explain(error: ValidationError, path: Path) -> UnknownKeyError | MatrixValueError:
+    lines = []
+    unknown = False
+    for item in error.errors(include_url=False):
+        place = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            unknown = True
+            known = _fields_at(Matrix, list(item["loc"][:-1]))
+            lines.append(f"unknown key {place}. {perhaps(str(item['loc'][-1]), known)}")
+        else:
+            lines.append(f"{place}: {item['msg']}" if place else item["msg"])
+    kind = UnknownKeyError if unknown else MatrixValueError
+    return kind(
+        "matrix.toml is refused:\n" + "\n".join(f"  - {line}" for line in lines),
+        where=str(path),
+        remedy="the allowed keys and their meaning are in matrix.schema.json",
+    )
+
+
+def _fields_at(model: type[BaseModel], loc: list[Any]) -> list[str]:
+    """Field names of the record at ``loc``: steps through dict and tuple fields."""
+    current: Any = model
+    for part in loc:
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            if part not in current.model_fields:
+                return []
+            current = current.model_fields[str(part)].annotation
+        else:  # dict[Name, Row] or tuple[Row, ...]: the row is the one BaseModel among the args
+            current = _row_of(current)
+    if not (isinstance(current, type) and issubclass(current, BaseModel)):
+        return []
+    return list(current.model_fields)
+
+
+def _row_of(annotation: Any) -> Any:
+    for arg in getattr(annotation, "__args__", ()):
+        if isinstance(arg, type) and issubclass(arg, BaseModel):
+            return arg
+    return None

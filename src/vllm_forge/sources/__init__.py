@@ -1,0 +1,20 @@
+"""From a line's row to pinned bytes on disk: locks, wheels, source trees."""
+
+from vllm_forge.sources.fetch import Download, download_all
+from vllm_forge.sources.index import Index, IndexFile
+from vllm_forge.sources.lock import Lock, LockedWheel, make_lock, read_lock
+from vllm_forge.sources.sdist import SourceRepo
+from vllm_forge.sources.wheelhouse import Wheelhouse
+
+__all__ = [
+    "Download",
+    "Index",
+    "IndexFile",
+    "Lock",
+    "LockedWheel",
+    "SourceRepo",
+    "Wheelhouse",
+    "download_all",
+    "make_lock",
+    "read_lock",
+]

@@ -1,0 +1,110 @@
+"""The package index: which files a project has, with URL, size and SHA-256."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import requests
+import truststore
+from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, PyPISimple
+from requests.adapters import HTTPAdapter
+from urllib3.util.retry import Retry
+
+from vllm_forge.errors import DistributionNotFoundError, IndexUnreachableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+CONNECTIONS = 16
+CONNECT_RETRIES = 4
+TIMEOUT_S = (15, 60)  # to connect; between two reads
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexFile:
+    """A file that the index offers. ``size`` in bytes, None where the index does not say."""
+
+    filename: str
+    url: str
+    sha256: str | None
+    size: int | None
+
+
+def index_url() -> str:
+    """The index that this host is set up for: uv's variables, pip's, pip.conf, the public one."""
+    for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"):
+        if url := os.environ.get(name):
+            return url
+    # pip.conf has several places and layers; pip itself knows them. No pip, no pip.conf.
+    asked = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "get", "global.index-url"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return asked.stdout.strip() or PYPI_SIMPLE_ENDPOINT
+
+
+def session() -> requests.Session:
+    """An HTTP session that trusts what the host trusts and retries to connect."""
+    truststore.inject_into_ssl()
+    made = requests.Session()
+    retry = Retry(
+        total=CONNECT_RETRIES, backoff_factor=0.4, status_forcelist=(502, 503, 504), read=0
+    )
+    adapter = HTTPAdapter(pool_connections=CONNECTIONS, pool_maxsize=CONNECTIONS, max_retries=retry)
+    made.mount("https://", adapter)
+    made.mount("http://", adapter)
+    return made
+
+
+class Index:
+    """A simple-API index (PEP 503, 691, 700)."""
+
+    def __init__(self, url: str | None = None) -> None:
+        self.url = url or index_url()
+        self.session = session()
+        self._client = PyPISimple(self.url, session=self.session)
+
+    def files(self, project: str) -> list[IndexFile]:
+        """All files of one project.
+
+        Raises:
+            DistributionNotFoundError: no such project.
+            IndexUnreachableError: no answer.
+        """
+        try:
+            page = self._client.get_project_page(project, timeout=TIMEOUT_S)
+        except NoSuchProjectError:
+            raise DistributionNotFoundError(
+                f"the index has no project {project!r}",
+                where=self.url,
+                remedy="check UV_DEFAULT_INDEX / PIP_INDEX_URL: a mirror may lack it",
+            ) from None
+        except requests.RequestException as error:
+            raise IndexUnreachableError(
+                f"the package index does not answer: {type(error).__name__}",
+                where=self.url,
+                remedy="check the network, the proxy, and UV_DEFAULT_INDEX / PIP_INDEX_URL; "
+                "what was already fetched is kept",
+            ) from error
+        return [
+            IndexFile(
+                filename=package.filename,
+                url=package.url,
+                sha256=package.digests.get("sha256"),
+                size=package.size,
+            )
+            for package in page.packages
+        ]
+
+    def files_of(self, projects: Iterable[str]) -> dict[str, list[IndexFile]]:
+        """The files of many projects, asked side by side."""
+        names = sorted(set(projects))
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            return dict(zip(names, pool.map(self.files, names), strict=True))

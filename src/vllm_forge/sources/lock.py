@@ -1,0 +1,253 @@
+"""Locks: one line of text per wheel, made by uv, narrowed to the image's platform."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from packaging.tags import Tag, compatible_tags, cpython_tags
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from uv import find_uv_bin
+
+from vllm_forge.errors import DistributionNotFoundError, LockFileError, ResolutionError
+from vllm_forge.host import atomic_path, console
+
+if TYPE_CHECKING:
+    from vllm_forge.matrix import Base, Line
+    from vllm_forge.sources.index import Index, IndexFile
+
+ENTRY = re.compile(
+    r"^(?P<name>[a-z0-9-]+)==(?P<version>\S+) --hash=sha256:(?P<sha256>[0-9a-f]{64})"
+    r"  # (?P<filename>\S+\.whl) (?P<size>\d+)$"
+)
+INPUT = re.compile(r"^# input: (?P<digest>[0-9a-f]{64})$", re.M)
+RESOLVED = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^\s\\;]+)", re.M)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LockedWheel:
+    """One wheel: normalized name, version, file name, size in bytes, SHA-256 in hex."""
+
+    name: str
+    version: str
+    filename: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lock:
+    """All wheels of a line, sorted by name. ``digest`` is the SHA-256 of the file."""
+
+    path: Path
+    wheels: tuple[LockedWheel, ...]
+    digest: str
+
+    def find(self, name: str) -> LockedWheel:
+        """The wheel of a distribution.
+
+        Raises:
+            LockFileError: the lock has none.
+        """
+        for wheel in self.wheels:
+            if wheel.name == name:
+                return wheel
+        raise LockFileError(f"the lock has no {name}", where=str(self.path))
+
+
+def input_digest(line: Line, base: Base) -> str:
+    """Hash of the fields of matrix.toml that a lock depends on."""
+    fields = {
+        "vllm": line.vllm,
+        "torch": line.torch,
+        "python": line.python,
+        "platform": base.platform,
+        "constraints": [item.requirement for item in line.constraints],
+        "overrides": [item.requirement for item in line.overrides],
+    }
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def read_lock(root: Path, line_name: str, line: Line, base: Base) -> Lock:
+    """Parse a lock and check that it belongs to the line's row.
+
+    Raises:
+        LockFileError: missing, malformed, hand-edited, or older than the row.
+    """
+    path = root / line.lock
+    again = f"run: nox -s lock -- --line {line_name}"
+    if not path.is_file():
+        raise LockFileError(f"line {line_name} has no lock", where=str(path), remedy=again)
+    text = path.read_text(encoding="utf-8")
+    wheels = []
+    for number, row in enumerate(text.splitlines(), 1):
+        if not row or row.startswith("#"):
+            continue
+        found = ENTRY.match(row)
+        if found is None:
+            raise LockFileError(
+                f"not a lock entry: {row[:80]}", where=f"{path}:{number}", remedy=again
+            )
+        wheels.append(
+            LockedWheel(
+                name=found["name"],
+                version=found["version"],
+                filename=found["filename"],
+                size=int(found["size"]),
+                sha256=found["sha256"],
+            )
+        )
+    names = [wheel.name for wheel in wheels]
+    if names != sorted(set(names)):
+        raise LockFileError("entries are not sorted or not unique", where=str(path), remedy=again)
+    stated = INPUT.search(text)
+    if stated is None or stated["digest"] != input_digest(line, base):
+        raise LockFileError(
+            f"the lock was not made for what matrix.toml now says of line {line_name}",
+            where=str(path),
+            remedy=again,
+        )
+    lock = Lock(
+        path=path, wheels=tuple(wheels), digest=hashlib.sha256(text.encode()).hexdigest()
+    )
+    for name, version in (("vllm", line.vllm), ("torch", line.torch)):
+        if lock.find(name).version != version:
+            raise LockFileError(
+                f"the lock has {name} {lock.find(name).version}, the row says {version}",
+                where=str(path),
+                remedy=again,
+            )
+    return lock
+
+
+def make_lock(root: Path, line_name: str, line: Line, base: Base, index: Index) -> Lock:
+    """Resolve a line with uv and write its lock.
+
+    Overrides and constraints are printed with their reasons, and stand in the lock's header.
+
+    Raises:
+        ResolutionError: uv finds no solution; its explanation is in the message.
+        DistributionNotFoundError: a resolved version has no wheel for the platform.
+    """
+    for kind, items in (("constraint", line.constraints), ("override", line.overrides)):
+        for item in items:
+            console.print(f"[yellow]{kind}[/] {item.requirement}: {item.reason}")
+    resolved = _resolve(line, base, index)
+    offered = index.files_of(name for name, _ in resolved)
+    tags = _tags(line, base)
+    wheels = [_choose(name, version, offered[name], tags) for name, version in resolved]
+    path = root / line.lock
+    with atomic_path(path) as aside:
+        aside.write_text(_text(line_name, line, base, wheels), encoding="utf-8")
+    return read_lock(root, line_name, line, base)
+
+
+def _resolve(line: Line, base: Base, index: Index) -> list[tuple[str, str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / "in.txt").write_text(f"vllm=={line.vllm}\ntorch=={line.torch}\n")
+        (work / "constraints.txt").write_text(
+            "".join(f"{item.requirement}\n" for item in line.constraints)
+        )
+        (work / "overrides.txt").write_text(
+            "".join(f"{item.requirement}\n" for item in line.overrides)
+        )
+        done = subprocess.run(
+            [
+                find_uv_bin(),
+                "pip",
+                "compile",
+                "in.txt",
+                "--quiet",
+                "--no-header",
+                "--no-annotate",
+                "--only-binary=:all:",
+                f"--default-index={index.url}",
+                f"--python-version={line.python}",
+                f"--python-platform={base.platform}",
+                "--constraints=constraints.txt",
+                "--overrides=overrides.txt",
+            ],
+            cwd=work,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode != 0:
+        raise ResolutionError(
+            f"uv finds no solution for vllm=={line.vllm} with torch=={line.torch}:\n"
+            f"{done.stderr.strip()}",
+            remedy="if a single requirement is in the way, an override with its reason in the "
+            "line's row is how to say so",
+        )
+    return sorted(
+        (canonicalize_name(found["name"]), found["version"])
+        for found in RESOLVED.finditer(done.stdout)
+    )
+
+
+def _tags(line: Line, base: Base) -> dict[Tag, int]:
+    """Tags of the image's Python, best first."""
+    machine, _, glibc_minor = base.platform.rpartition("-manylinux_2_")
+    legacy = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
+    platforms = []
+    for minor in range(int(glibc_minor), 4, -1):
+        platforms.append(f"manylinux_2_{minor}_{machine}")
+        if minor in legacy:
+            platforms.append(f"{legacy[minor]}_{machine}")
+    platforms.append(f"linux_{machine}")
+    major, _, minor_text = line.python.partition(".")
+    version = (int(major), int(minor_text))
+    interpreter = f"cp{version[0]}{version[1]}"
+    ordered = [
+        *cpython_tags(version, abis=[interpreter], platforms=platforms),
+        *compatible_tags(version, interpreter=interpreter, platforms=platforms),
+    ]
+    return {tag: rank for rank, tag in enumerate(ordered)}
+
+
+def _choose(name: str, version: str, files: list[IndexFile], tags: dict[Tag, int]) -> LockedWheel:
+    best: tuple[int, IndexFile] | None = None
+    for file in files:
+        if not file.filename.endswith(".whl"):
+            continue
+        try:
+            _, wheel_version, _, wheel_tags = parse_wheel_filename(file.filename)
+        except InvalidWheelFilename:  # old uploads, e.g. a "py36+" tag: no installer takes them
+            continue
+        ranks = [tags[tag] for tag in wheel_tags if tag in tags]
+        if str(wheel_version) == version and ranks and (best is None or min(ranks) < best[0]):
+            best = (min(ranks), file)
+    if best is None:
+        raise DistributionNotFoundError(f"{name} {version} has no wheel for the image's platform")
+    file = best[1]
+    if file.sha256 is None or file.size is None:
+        raise DistributionNotFoundError(
+            f"the index gives no sha256 or no size for {file.filename}",
+            remedy="make locks against an index with the JSON simple API (PEP 691, PEP 700)",
+        )
+    return LockedWheel(
+        name=name, version=version, filename=file.filename, size=file.size, sha256=file.sha256
+    )
+
+
+def _text(line_name: str, line: Line, base: Base, wheels: list[LockedWheel]) -> str:
+    header = [
+        f"# vLLM {line.vllm} for Python {line.python} on {base.platform}. Made by:",
+        f"#     nox -s lock -- --line {line_name}",
+        "# Do not edit: change the line's row in matrix.toml and make it again.",
+        f"# input: {input_digest(line, base)}",
+        f"# total: {len(wheels)} wheels, {sum(wheel.size for wheel in wheels)} bytes",
+        *(f"# constraint {item.requirement}: {item.reason}" for item in line.constraints),
+        *(f"# override {item.requirement}: {item.reason}" for item in line.overrides),
+    ]
+    rows = [
+        f"{w.name}=={w.version} --hash=sha256:{w.sha256}  # {w.filename} {w.size}" for w in wheels
+    ]
+    return "\n".join([*header, *rows]) + "\n"
