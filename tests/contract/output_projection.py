@@ -130,15 +130,8 @@ def record_fp8_kernels(line: str, monkeypatch: pytest.MonkeyPatch) -> Recorded:
     if line == "0.22":
         from vllm.models.deepseek_v4 import attention
 
-        def einsum_op(
-            o: torch.Tensor,
-            o_scale: torch.Tensor,
-            weight: torch.Tensor,
-            weight_scale: torch.Tensor,
-            z: torch.Tensor,
-            equation: str,
-            recipe: list[int],
-        ) -> None:
+        def einsum_op(*arguments: Any) -> None:
+            o, o_scale, weight, weight_scale, z, equation, recipe = arguments
             keep(equation, (o, o_scale), (weight, weight_scale), z, tuple(recipe))
 
         monkeypatch.setattr(attention, "fused_inv_rope_fp8_quant", quantize)

@@ -19,7 +19,7 @@ summation, so it is the same bound on a GPU. Every planted fault below must brea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -82,12 +82,24 @@ def _inputs(shape: Shape) -> Inputs:
 
 def _angles(cos_sin: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine, [T, 1, rope_dim / 2], from the cache that the layer itself reads."""
-    return cos_sin.double()[positions].unsqueeze(1).chunk(2, dim=-1)
+    cos, sin = cos_sin.double()[positions].unsqueeze(1).chunk(2, dim=-1)
+    return cos, sin
+
+
+def _split(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lanes of each head without and with a position, in float64."""
+    o, nope_dim = inputs.o.double(), inputs.shape.nope_dim
+    return o[..., :nope_dim], o[..., nope_dim:]
+
+
+def _pairs(x: torch.Tensor) -> torch.Tensor:
+    """Neighbouring lanes as pairs: GPT-J's layout."""
+    return x.reshape(*x.shape[:-1], -1, 2)
 
 
 def _rotate(rope: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Multiply each GPT-J pair, as a complex number, by cos + i sin."""
-    pairs = torch.view_as_complex(rope.unflatten(-1, (-1, 2)).contiguous())
+    pairs = torch.view_as_complex(_pairs(rope))
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
 
 
@@ -97,10 +109,7 @@ def _contract(inputs: Inputs, o: torch.Tensor, weight: torch.Tensor | None = Non
     w = (inputs.weight if weight is None else weight).double()
     grouped = o.reshape(shape.tokens, shape.groups, shape.group_dim)
     return torch.stack(
-        [
-            grouped[:, g] @ w[g * shape.rank : (g + 1) * shape.rank].T
-            for g in range(shape.groups)
-        ],
+        [grouped[:, g] @ w[g * shape.rank : (g + 1) * shape.rank].T for g in range(shape.groups)],
         dim=1,
     ).flatten(1)
 
@@ -108,8 +117,7 @@ def _contract(inputs: Inputs, o: torch.Tensor, weight: torch.Tensor | None = Non
 def _unrotated(inputs: Inputs) -> torch.Tensor:
     """The attention output with its rotation undone: the conjugate of the forward one."""
     cos, sin = _angles(inputs.cos_sin, inputs.positions)
-    o = inputs.o.double()
-    nope, rope = o.split([inputs.shape.nope_dim, inputs.shape.rope_dim], dim=-1)
+    nope, rope = _split(inputs)
     return torch.cat((nope, _rotate(rope, cos, -sin)), dim=-1)
 
 
@@ -123,7 +131,7 @@ def _bound(inputs: Inputs) -> torch.Tensor:
     in_rope = torch.zeros_like(x)
     in_rope[..., shape.nope_dim :] = x[..., shape.nope_dim :]
     pair_sums = torch.zeros_like(x)
-    pairs = inputs.o.double()[..., shape.nope_dim :].abs().unflatten(-1, (-1, 2)).sum(-1)
+    pairs = _pairs(_split(inputs)[1].abs()).sum(-1)
     pair_sums[..., shape.nope_dim :] = pairs.repeat_interleave(2, dim=-1)
     w = inputs.weight.double().abs()
     total = (
@@ -149,19 +157,20 @@ def _rope_left_in(inputs: Inputs) -> torch.Tensor:
 
 def _rope_applied_forward(inputs: Inputs) -> torch.Tensor:
     cos, sin = _angles(inputs.cos_sin, inputs.positions)
-    nope, rope = inputs.o.double().split([inputs.shape.nope_dim, inputs.shape.rope_dim], dim=-1)
+    nope, rope = _split(inputs)
     return _contract(inputs, torch.cat((nope, _rotate(rope, cos, sin)), dim=-1))
 
 
 def _rope_on_leading_lanes(inputs: Inputs) -> torch.Tensor:
     cos, sin = _angles(inputs.cos_sin, inputs.positions)
-    rope, nope = inputs.o.double().split([inputs.shape.rope_dim, inputs.shape.nope_dim], dim=-1)
+    o, rope_dim = inputs.o.double(), inputs.shape.rope_dim
+    rope, nope = o[..., :rope_dim], o[..., rope_dim:]
     return _contract(inputs, torch.cat((_rotate(rope, cos, -sin), nope), dim=-1))
 
 
 def _neox_pairs(inputs: Inputs) -> torch.Tensor:
     cos, sin = _angles(inputs.cos_sin, inputs.positions)
-    nope, rope = inputs.o.double().split([inputs.shape.nope_dim, inputs.shape.rope_dim], dim=-1)
+    nope, rope = _split(inputs)
     first, second = rope.chunk(2, dim=-1)
     turned = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
     return _contract(inputs, torch.cat((nope, turned), dim=-1))
@@ -169,13 +178,13 @@ def _neox_pairs(inputs: Inputs) -> torch.Tensor:
 
 def _cos_and_sin_swapped(inputs: Inputs) -> torch.Tensor:
     cos, sin = _angles(inputs.cos_sin, inputs.positions)
-    nope, rope = inputs.o.double().split([inputs.shape.nope_dim, inputs.shape.rope_dim], dim=-1)
+    nope, rope = _split(inputs)
     return _contract(inputs, torch.cat((nope, _rotate(rope, sin, -cos)), dim=-1))
 
 
 def _position_off_by_one(inputs: Inputs) -> torch.Tensor:
     cos, sin = _angles(inputs.cos_sin, inputs.positions + 1)
-    nope, rope = inputs.o.double().split([inputs.shape.nope_dim, inputs.shape.rope_dim], dim=-1)
+    nope, rope = _split(inputs)
     return _contract(inputs, torch.cat((nope, _rotate(rope, cos, -sin)), dim=-1))
 
 
@@ -202,7 +211,7 @@ def _one_lane_dropped(inputs: Inputs) -> torch.Tensor:
 def _activations_through_fp8(inputs: Inputs) -> torch.Tensor:
     """What the FP8 path does to its input: blocks of 128, power-of-two scales."""
     x = _unrotated(inputs)
-    blocks = x.unflatten(-1, (-1, 128))
+    blocks = x.reshape(*x.shape[:-1], -1, 128)
     largest = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-10)
     scale = torch.exp2(torch.ceil(torch.log2(largest / 448.0)))
     quantized = (blocks / scale).float().to(torch.float8_e4m3fn).double() * scale
@@ -276,7 +285,7 @@ def test_it_undoes_the_rotation_of_the_embedding_itself(
     seed = torch.Generator().manual_seed(44847)
     start = torch.randn(shape.tokens, shape.heads, shape.head_dim, generator=seed).bfloat16()
     positions = torch.tensor([1, 2, 77, 500, MAX_POSITION - 1])
-    rotary = rotary_embedding()
+    rotary: Any = rotary_embedding()
     rotated, _ = rotary.forward_native(positions, start.clone(), None)
     assert not torch.equal(rotated, start)
     record_fp8_kernels(line, monkeypatch)
@@ -289,10 +298,10 @@ def test_it_undoes_the_rotation_of_the_embedding_itself(
         rotary=rotary,
         wo_a=wo_a_module(torch.eye(shape.head_dim).repeat(shape.groups, 1).bfloat16()),
     ).view_as(start)
-    nope, rope = shape.nope_dim, shape.rope_dim
+    nope = shape.nope_dim
     assert torch.equal(result[..., :nope], start[..., :nope])
-    pairs = start[..., nope:].double().unflatten(-1, (rope // 2, 2)).norm(dim=-1)
-    allowed = 3 * U_BF16 * pairs.repeat_interleave(2, dim=-1)
+    lengths = _pairs(start[..., nope:].double()).norm(dim=-1)
+    allowed = 3 * U_BF16 * lengths.repeat_interleave(2, dim=-1)
     assert ((result - start)[..., nope:].double().abs() <= allowed).all()
 
 
@@ -312,9 +321,7 @@ def test_no_tokens_is_not_an_error(line: str, monkeypatch: pytest.MonkeyPatch) -
     assert result.shape == (0, shape.groups * shape.rank)
 
 
-def test_an_fp8_weight_still_takes_the_fp8_path(
-    line: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_fp8_weight_still_takes_the_fp8_path(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Untouched: the same arguments reach both kernels, and each is called once."""
     shape = Shape()
     inputs = _inputs(shape)

@@ -94,7 +94,7 @@ def _model_dtype(_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """W8A8 needs compute capability 8.9; pretend one, since the choice is made before any kernel."""
+    """W8A8 needs compute capability 8.9; the choice is made before any kernel."""
     from vllm.platforms import current_platform
     from vllm.platforms.interface import DeviceCapability
 
@@ -111,7 +111,7 @@ def test_weight_only_fp8_block_scheme_is_not_static() -> None:
 
     processed: list[nn.Module] = []
     scheme.linear_kernel = SimpleNamespace(process_weights_after_loading=processed.append)
-    layer = nn.Module()
+    layer: Any = nn.Module()
     scale = torch.ones(2, 3)
     layer.register_parameter("weight_scale", nn.Parameter(scale, requires_grad=False))
     scheme.process_weights_after_loading(layer)
@@ -128,7 +128,7 @@ def test_weight_only_fp8_block_scheme_is_not_static() -> None:
 def test_a_group_with_inputs_keeps_its_meaning(
     weights: dict[str, object],
     inputs: dict[str, object],
-    static: bool,  # noqa: FBT001 - a parametrized expectation
+    static: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The W8A8 site: a literal bool with or without the patch, and the right one."""
@@ -149,7 +149,7 @@ def _recorder(module: Any, built: list[dict[str, Any]]) -> type:
     Its own constructor picks a GEMM kernel for the GPU that is not there.
     """
 
-    class Recorder(module.CompressedTensorsW8A8Fp8):  # type: ignore[misc, name-defined]
+    class Recorder(module.CompressedTensorsW8A8Fp8):  # type: ignore[misc]
         def __init__(self, **kwargs: object) -> None:
             built.append(kwargs)
 

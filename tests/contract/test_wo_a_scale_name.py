@@ -13,8 +13,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from output_projection import RECIPE, Shape, project, record_fp8_kernels, rotary_embedding
-from output_projection import wo_a_module
+from output_projection import (
+    RECIPE,
+    Shape,
+    project,
+    record_fp8_kernels,
+    rotary_embedding,
+    wo_a_module,
+)
 
 SHAPE = Shape()
 

@@ -55,6 +55,10 @@ class Line(Row):
         default_factory=dict, description="SKU -> why this line cannot serve it"
     )
     budget_mb: int = Field(description="compressed size of the image, 10^6 bytes, at most")
+    unimportable: dict[str, str] = Field(
+        default_factory=dict,
+        description="quantization module -> why it does not import without a GPU; stale rows fail",
+    )
 
 
 class LayerRule(Row):

@@ -1,0 +1,120 @@
+"""What every image must pass before it gets its name: outside on the layout, inside by its own Python."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from vllm_forge.errors import ImageCheckError, SizeBudgetError
+from vllm_forge.host import console
+from vllm_forge.images.layout import verify
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm_forge.images.layout import Image
+
+MB = 1_000_000
+INSIDE = Path(__file__).with_name("inside.py")
+TRIAL_ARGV = ("/opt/venv/bin/python", "/mnt/inside.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShare:
+    """A layer's name and compressed bytes, for the size table."""
+
+    name: str
+    size: int
+
+
+def write_inputs(folder: Path, expect: dict[str, Any]) -> None:
+    """The script and what it must find, in a folder that any user can read."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    shutil.copyfile(INSIDE, folder / "inside.py")
+    (folder / "expect.json").write_text(json.dumps(expect))
+    for path in (folder, *folder.iterdir()):
+        path.chmod(0o755)
+
+
+def judge(output: str) -> dict[str, Any]:
+    """Read the verdicts that inside.py printed.
+
+    Raises:
+        ImageCheckError: one is red, or there are none.
+    """
+    lines = output.strip().splitlines()
+    try:
+        verdicts: dict[str, Any] = json.loads(lines[-1])
+    except (IndexError, ValueError):
+        raise ImageCheckError(
+            "the checks printed no verdicts", where="inside the image", remedy=output[-2000:]
+        ) from None
+    for name, verdict in sorted(verdicts.items()):
+        mark = "[green]ok[/]" if verdict["passed"] else "[red]FAILED[/]"
+        console.print(f"  {mark} {name}: {verdict['detail']} [dim]({verdict['seconds']} s)[/]")
+    if failed := [name for name, verdict in verdicts.items() if not verdict["passed"]]:
+        details = "\n".join(f"  {name}: {verdicts[name]['detail']}" for name in failed)
+        raise ImageCheckError(
+            f"{len(failed)} of {len(verdicts)} checks failed:\n{details}",
+            where="inside the image",
+            remedy="the image was not given its name; the layers are kept, so that a rebuild is quick",
+        )
+    return verdicts
+
+
+def check_layout(image: Image, wanted_labels: dict[str, str]) -> None:
+    """The parts that need no running: blobs, user, entrypoint, labels, health check, volume.
+
+    Raises:
+        LayoutError: a blob is not what its digest says.
+        ImageCheckError: the config is not that of an image of this project.
+    """
+    verify(image)
+    config = image.config["config"]
+    user = str(config.get("User", ""))
+    problems = []
+    if user.partition(":")[0] in {"", "0", "root"}:
+        problems.append(f"user is {user!r}")
+    if config.get("Entrypoint") != ["vllm", "serve"]:
+        problems.append(f"entrypoint is {config.get('Entrypoint')}")
+    if "/cache" not in (config.get("Volumes") or {}):
+        problems.append("no /cache volume")
+    if not config.get("Healthcheck"):
+        problems.append("no health check")
+    if config.get("Labels") != wanted_labels:
+        problems.append("labels are not those of this build")
+    if len(image.config["rootfs"]["diff_ids"]) != len(image.manifest["layers"]):
+        problems.append("layers and diff_ids do not match")
+    if problems:
+        raise ImageCheckError("; ".join(problems), where=str(image.path))
+
+
+def check_sizes(shares: Sequence[LayerShare], budget_mb: int, base_budget_mb: int) -> None:
+    """Print each layer's share; refuse an image over its budget.
+
+    The first two layers (rootfs and system) have a budget of their own.
+
+    Raises:
+        SizeBudgetError: with both numbers.
+    """
+    total = sum(share.size for share in shares)
+    table = Table("layer", "MB", "share", title="compressed size")
+    for share in shares:
+        table.add_row(share.name, f"{share.size / MB:.1f}", f"{100 * share.size / total:.1f} %")
+    table.add_row("all", f"{total / MB:.1f}", f"budget {budget_mb} MB", style="bold")
+    console.print(table)
+    base = sum(share.size for share in shares if share.name in {"mmdebstrap", "docker/Dockerfile"})
+    for name, size, budget in (("image", total, budget_mb), ("system", base, base_budget_mb)):
+        if size > budget * MB:
+            raise SizeBudgetError(
+                f"the {name} has {size / MB:.0f} MB, its budget is {budget} MB",
+                where="matrix.toml, budget_mb",
+                remedy="see the table for what grew; if it must be so, raise the budget there",
+            )

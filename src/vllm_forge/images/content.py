@@ -1,0 +1,184 @@
+"""What goes into an image: wheels to layers, and the record of it all (stack.json)."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_forge.images.wheels import Entry, merge, site_packages, wheel_entries
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm_forge.matrix import ImageCell
+    from vllm_forge.patches import Patch, PatchedWheel
+    from vllm_forge.sources import Lock, LockedWheel
+
+# Raise when the bytes of a layer change for equal inputs.
+FORMAT = 1
+STACK = "opt/vllm-forge/stack.json"
+VLLM = "vllm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WheelGroup:
+    """Wheels of one layer, by name, and the key under which the layer is kept."""
+
+    name: str
+    wheels: tuple[LockedWheel, ...]
+    key: str
+
+
+def wheel_groups(cell: ImageCell, lock: Lock) -> tuple[WheelGroup, ...]:
+    """The lock's wheels by layer, lowest first; vLLM itself is the last one."""
+    members: dict[str, list[LockedWheel]] = {rule.name: [] for rule in cell.layers}
+    members[VLLM] = []
+    for wheel in lock.wheels:
+        if wheel.name == VLLM:
+            members[VLLM].append(wheel)
+            continue
+        rule = next(
+            rule
+            for rule in cell.layers
+            if any(fnmatch.fnmatchcase(wheel.name, pattern) for pattern in rule.match)
+        )
+        members[rule.name].append(wheel)
+    return tuple(
+        WheelGroup(name=name, wheels=tuple(wheels), key=_key(cell, name, wheels))
+        for name, wheels in members.items()
+        if wheels
+    )
+
+
+def group_entries(name: str, paths: Sequence[Path], python: str) -> list[Entry]:
+    """Entries of one wheel layer.
+
+    The vLLM layer leaves out what a patch series always changes (version and metadata), so
+    that it is the same layer for every series of a line.
+    """
+    entries, _ = merge(wheel_entries(path, python) for path in paths)
+    if name == VLLM:
+        return [entry for entry in entries if not _changes_with_series(entry.path)]
+    return entries + cuda_links(entries)
+
+
+def patch_entries(published: Path, patched: Path, python: str) -> list[Entry]:
+    """What the patched wheel has that the vLLM layer has not."""
+    below = {
+        entry.path: entry.fingerprint
+        for entry in group_entries(VLLM, [published], python)
+    }
+    entries, _ = merge([wheel_entries(patched, python)])
+    return [entry for entry in entries if below.get(entry.path) != entry.fingerprint]
+
+
+def cuda_links(entries: Sequence[Entry]) -> list[Entry]:
+    """Names that linkers ask for and the CUDA wheels lack.
+
+    The wheels have ``nvidia/cu13/lib/libcudart.so.13``; ``-L$CUDA_HOME/lib64 -lcudart``, as
+    the JIT compilers of FlashInfer and TileLang call it, wants ``lib64/libcudart.so``.
+    """
+    paths = {entry.path for entry in entries}
+    links: dict[str, Entry] = {}
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        if not folder.endswith("/nvidia/cu13/lib"):
+            continue
+        stem, so, version = name.partition(".so.")
+        plain = f"{folder}/{stem}.so"
+        if so and version.isdigit() and plain not in paths:
+            links[plain] = Entry(path=plain, mode=0o777, link=name)
+        lib64 = f"{folder}64"
+        links[lib64] = Entry(path=lib64, mode=0o777, link="lib")
+    return [links[path] for path in sorted(links)]
+
+
+def stack_record(
+    cell: ImageCell,
+    lock: Lock,
+    patches: Sequence[Patch],
+    wheel: PatchedWheel,
+    base: dict[str, str],
+    debian: dict[str, str],
+) -> dict[str, Any]:
+    """The content of /opt/vllm-forge/stack.json: what this image is made of.
+
+    Args:
+        cell: what it is for.
+        lock: its wheels.
+        patches: the series.
+        wheel: what the series made of vLLM.
+        base: how its system was made.
+        debian: package -> version in the system.
+    """
+    packages = {item.name: item.version for item in lock.wheels}
+    packages[VLLM] = wheel.version
+    return {
+        "sku": cell.sku_name,
+        "arch": cell.sku.arch,
+        "compute_capability": cell.sku.compute_capability,
+        "line": cell.line_name,
+        "vllm": wheel.version,
+        "vllm_release": cell.line.vllm,
+        "torch": cell.line.torch,
+        "python": cell.line.python,
+        "cuda": cell.line.cuda,
+        "tree": wheel.tree,
+        "series": [
+            {"name": patch.name, "summary": patch.summary, "bug": patch.fields["Bug"]}
+            for patch in patches
+        ],
+        "changed_files": {file.path: file.after for file in wheel.changed},
+        "lock": {"path": cell.line.lock, "sha256": lock.digest},
+        "base": base,
+        "packages": packages,
+        "debian": debian,
+    }
+
+
+def stack_entry(record: dict[str, Any]) -> Entry:
+    """stack.json as a file of the image."""
+    content = json.dumps(record, indent=1, sort_keys=True) + "\n"
+    return Entry(path=STACK, content=content.encode())
+
+
+def labels(record: dict[str, Any], epoch_text: str) -> dict[str, str]:
+    """OCI labels of an image, from its stack record."""
+    return {
+        "io.vllm-forge.sku": record["sku"],
+        "io.vllm-forge.arch": record["arch"],
+        "io.vllm-forge.line": record["line"],
+        "io.vllm-forge.tree": record["tree"],
+        "io.vllm-forge.series": " ".join(patch["name"] for patch in record["series"]),
+        "io.vllm-forge.lock": f"sha256:{record['lock']['sha256']}",
+        "org.opencontainers.image.title": f"vLLM {record['vllm']} for {record['sku']}",
+        "org.opencontainers.image.version": record["vllm"],
+        "org.opencontainers.image.licenses": "Apache-2.0",
+        "org.opencontainers.image.created": epoch_text,
+    }
+
+
+def patch_key(cell: ImageCell, published: LockedWheel, record: dict[str, Any]) -> str:
+    """Key of the last layer."""
+    fields = [FORMAT, cell.base.source_date_epoch, published.sha256, record]
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _changes_with_series(path: str) -> bool:
+    site, _, inside = path.partition("/site-packages/")
+    return bool(inside) and (inside.startswith("vllm-") or inside == "vllm/_version.py")
+
+
+def _key(cell: ImageCell, name: str, wheels: Sequence[LockedWheel]) -> str:
+    fields = [
+        FORMAT,
+        cell.base.source_date_epoch,
+        site_packages(cell.line.python),
+        name == VLLM,
+        [wheel.sha256 for wheel in wheels],
+    ]
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()

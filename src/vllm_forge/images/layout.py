@@ -1,0 +1,204 @@
+"""OCI image layouts on disk: read, checked, written (image-spec v1.1, image-layout.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_forge.errors import LayoutError
+from vllm_forge.host import atomic_path
+from vllm_forge.images.layer import MEDIA_TYPE, LayerBlob
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+CONFIG = "application/vnd.oci.image.config.v1+json"
+REF_NAME = "org.opencontainers.image.ref.name"
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLayer:
+    """A blob of an image, and the line that its history shows."""
+
+    blob: LayerBlob
+    created_by: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """An image in a layout.
+
+    Attributes:
+        path: the layout's folder.
+        digest: SHA-256 of the manifest, hex.
+        config: the image config, parsed.
+        manifest: the manifest, parsed.
+    """
+
+    path: Path
+    digest: str
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+
+    def blob(self, digest: str) -> Path:
+        """Path of a blob, given as ``sha256:<hex>`` or hex."""
+        return self.path / "blobs" / "sha256" / digest.removeprefix("sha256:")
+
+    @property
+    def size(self) -> int:
+        """Bytes that a pull transfers: all layers and the config."""
+        layers: int = sum(layer["size"] for layer in self.manifest["layers"])
+        return layers + int(self.manifest["config"]["size"])
+
+
+def write_image(
+    target: Path,
+    *,
+    layers: Sequence[ImageLayer],
+    config: dict[str, Any],
+    epoch: int,
+    ref: str,
+) -> Image:
+    """Write a layout with one image; it appears under its name when it is complete.
+
+    Blobs are hard links to the layer store where the file system allows it.
+
+    Args:
+        target: the layout's folder; replaced if it exists.
+        layers: lowest first.
+        config: the ``config`` object of the image config (Env, User, Entrypoint, ...).
+        epoch: creation time, Unix seconds.
+        ref: value of the ref.name annotation, i.e. the tag.
+    """
+    created = datetime.fromtimestamp(epoch, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    image_config = {
+        "architecture": "amd64",
+        "config": config,
+        "created": created,
+        "history": [{"created": created, "created_by": layer.created_by} for layer in layers],
+        "os": "linux",
+        "rootfs": {"diff_ids": [f"sha256:{layer.blob.diff_id}" for layer in layers], "type": "layers"},
+    }
+    with atomic_path(target) as aside:
+        blobs = aside / "blobs" / "sha256"
+        blobs.mkdir(parents=True)
+        for layer in layers:
+            _link(layer.blob.path, blobs / layer.blob.digest)
+        config_digest, config_size = _put(blobs, image_config)
+        manifest = {
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "config": {
+                "mediaType": CONFIG,
+                "digest": f"sha256:{config_digest}",
+                "size": config_size,
+            },
+            "layers": [
+                {
+                    "mediaType": MEDIA_TYPE,
+                    "digest": f"sha256:{layer.blob.digest}",
+                    "size": layer.blob.size,
+                }
+                for layer in layers
+            ],
+        }
+        digest, size = _put(blobs, manifest)
+        (aside / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
+        index = {
+            "schemaVersion": 2,
+            "manifests": [
+                {
+                    "mediaType": MANIFEST,
+                    "digest": f"sha256:{digest}",
+                    "size": size,
+                    "annotations": {REF_NAME: ref},
+                    "platform": {"architecture": "amd64", "os": "linux"},
+                }
+            ],
+        }
+        (aside / "index.json").write_bytes(_canonical(index))
+    return Image(path=target, digest=digest, config=image_config, manifest=manifest)
+
+
+def read_image(path: Path) -> Image:
+    """Read the one image of a layout; sizes are checked, hashes are not (see ``verify``).
+
+    Raises:
+        LayoutError: a file is missing, is not JSON, or has another size than the manifest says.
+    """
+    try:
+        index = json.loads((path / "index.json").read_text())
+        (entry,) = index["manifests"]
+        digest = entry["digest"].removeprefix("sha256:")
+        blobs = path / "blobs" / "sha256"
+        manifest = json.loads((blobs / digest).read_text())
+        config_digest = manifest["config"]["digest"].removeprefix("sha256:")
+        config = json.loads((blobs / config_digest).read_text())
+        for layer in manifest["layers"]:
+            blob = blobs / layer["digest"].removeprefix("sha256:")
+            if blob.stat().st_size != layer["size"]:
+                raise LayoutError(
+                    f"blob {layer['digest']} has {blob.stat().st_size} bytes, not {layer['size']}",
+                    where=str(path),
+                    remedy="delete the layout and build again",
+                )
+    except (OSError, KeyError, ValueError) as error:
+        raise LayoutError(
+            f"not an OCI layout with one image: {error}",
+            where=str(path),
+            remedy="delete it and build again",
+        ) from error
+    return Image(path=path, digest=digest, config=config, manifest=manifest)
+
+
+def verify(image: Image) -> None:
+    """Hash every blob of an image.
+
+    Raises:
+        LayoutError: a blob is not what its name says.
+    """
+    digests = [image.digest, image.manifest["config"]["digest"]]
+    digests += [layer["digest"] for layer in image.manifest["layers"]]
+    for digest in digests:
+        path = image.blob(digest)
+        actual = file_digest(path)
+        if actual != path.name:
+            raise LayoutError(
+                f"blob {path.name} has sha256 {actual}",
+                where=str(path),
+                remedy="the layout was changed after the build: delete it and build again",
+            )
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _put(blobs: Path, value: dict[str, Any]) -> tuple[str, int]:
+    content = _canonical(value)
+    digest = hashlib.sha256(content).hexdigest()
+    (blobs / digest).write_bytes(content)
+    return digest, len(content)
+
+
+def _canonical(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _link(source: Path, target: Path) -> None:
+    if target.exists():  # two equal layers
+        return
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)

@@ -1,0 +1,207 @@
+"""The system image: base plus docker/Dockerfile, built by an engine, kept by its inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tarfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_forge.errors import BaseImageError, CacheError
+from vllm_forge.host import atomic_path, cache_root
+from vllm_forge.images.base import compress
+from vllm_forge.images.engine import SystemBuild
+from vllm_forge.images.layer import LayerBlob
+from vllm_forge.images.layout import ImageLayer, read_image
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm_forge.host import Runner
+    from vllm_forge.images.base import BaseRef
+    from vllm_forge.images.engine import Engine, SystemOutput
+    from vllm_forge.matrix import ImageCell
+
+CA_BUNDLES = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/pki/tls/certs/ca-bundle.crt"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """A finished system image.
+
+    Attributes:
+        layers: lowest first.
+        config: Env, User, Entrypoint and so on, as the Dockerfile says.
+        debian: package -> version.
+        root: its files unpacked, None when the engine runs images itself.
+        digest: hash over the layers and the config.
+    """
+
+    layers: tuple[ImageLayer, ...]
+    config: dict[str, Any]
+    debian: dict[str, str]
+    root: Path | None
+
+    @property
+    def digest(self) -> str:
+        """Changes when a layer or the config does."""
+        parts = [layer.blob.digest for layer in self.layers]
+        return hashlib.sha256(json.dumps([parts, self.config], sort_keys=True).encode()).hexdigest()
+
+
+def system_key(cell: ImageCell, base: BaseRef, engine: Engine) -> str:
+    """Hash of everything that the system image is a function of."""
+    dockerfile = (cell.root / "docker" / "Dockerfile").read_text()
+    fields = [base.key, dockerfile, _arguments(cell), engine.name]
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def make_system(
+    runner: Runner,
+    engine: Engine,
+    cell: ImageCell,
+    base: BaseRef,
+    work: Path,
+    *,
+    secrets: dict[str, Path],
+    refresh: bool = False,
+) -> str:
+    """Build the system image unless it is in the cache; return its key."""
+    key = system_key(cell, base, engine)
+    folder = cache_root() / "systems" / key
+    if (folder / "system.json").exists() and not refresh:
+        return key
+    build = SystemBuild(
+        base=base,
+        dockerfile=cell.root / "docker" / "Dockerfile",
+        args=_arguments(cell),
+        secrets=secrets,
+        epoch=cell.base.source_date_epoch,
+        work=work / "system",
+    )
+    runner.act(f"clear {build.work}", lambda: _clear(build.work))
+    engine.build_system(runner, build)
+    runner.act(f"keep the system image in {folder}", lambda: _keep(engine.system_output(build), base, folder))
+    return key
+
+
+def host_secrets() -> dict[str, Path]:
+    """What of this host the Dockerfile's RUN may read, as id -> file."""
+    bundle = next((path for path in CA_BUNDLES if path.exists()), None)
+    return {} if bundle is None else {"ca": bundle}
+
+
+def load_system(key: str) -> System:
+    """Read a kept system image.
+
+    Raises:
+        CacheError: its record is missing or a blob has another size.
+    """
+    folder = cache_root() / "systems" / key
+    try:
+        record = json.loads((folder / "system.json").read_text())
+        layers = []
+        for row in record["layers"]:
+            path = Path(row["path"]) if Path(row["path"]).is_absolute() else folder / row["path"]
+            blob = LayerBlob(**(row["blob"] | {"path": path}))
+            if path.stat().st_size != blob.size:
+                raise ValueError(f"{path} has another size than recorded")
+            layers.append(ImageLayer(blob=blob, created_by=row["created_by"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CacheError(
+            f"not a kept system image: {error}",
+            where=str(folder),
+            remedy="delete that folder and build again",
+        ) from error
+    root = folder / "root"
+    return System(
+        layers=tuple(layers),
+        config=record["config"],
+        debian=record["debian"],
+        root=root if root.exists() else None,
+    )
+
+
+def _arguments(cell: ImageCell) -> dict[str, str]:
+    return {
+        "PACKAGES": " ".join(sorted(cell.base.packages)),
+        "PYTHON": cell.line.python,
+        "SOURCE_DATE_EPOCH": str(cell.base.source_date_epoch),
+    }
+
+
+def _clear(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _keep(output: SystemOutput, base: BaseRef, folder: Path) -> None:
+    """Compress the engine's layers; those of our own rootfs are taken as they are."""
+    known: dict[str, ImageLayer] = {}
+    if base.layout is not None:
+        rootfs = read_image(base.layout)
+        (layer,) = rootfs.manifest["layers"]
+        (diff_id,) = rootfs.config["rootfs"]["diff_ids"]
+        digest = layer["digest"].removeprefix("sha256:")
+        blob = LayerBlob(
+            path=rootfs.blob(digest),
+            digest=digest,
+            diff_id=diff_id.removeprefix("sha256:"),
+            size=layer["size"],
+            unpacked_size=0,
+        )
+        known[blob.diff_id] = ImageLayer(blob=blob, created_by="mmdebstrap")
+    with atomic_path(folder) as aside:
+        aside.mkdir()
+        rows = []
+        for number, (tar, diff_id) in enumerate(zip(output.tars, output.diff_ids, strict=True)):
+            if diff_id in known:
+                layer_ = known[diff_id]
+                # Linked, so that a refreshed rootfs does not pull it away from under us.
+                name = f"{number}.tar.gz"
+                (aside / name).hardlink_to(layer_.blob.path)
+                blob, created_by = layer_.blob, layer_.created_by
+            else:
+                name = f"{number}.tar.gz"
+                blob, created_by = compress(tar, aside / name), "docker/Dockerfile"
+            rows.append(
+                {"path": name, "created_by": created_by, "blob": asdict(blob) | {"path": name}}
+            )
+        config = {
+            key: value
+            for key, value in output.config.items()
+            # docker's defaults of a container that never ran, and a host name it made up
+            if key in {"Env", "User", "Entrypoint", "WorkingDir", "Volumes", "ExposedPorts", "Healthcheck"}
+        }
+        record = {"layers": rows, "config": config, "debian": _debian_packages(output.tars)}
+        if output.root is not None:
+            output.root.rename(aside / "root")
+        (aside / "system.json").write_text(json.dumps(record, indent=1))
+
+
+def _debian_packages(tars: Sequence[Path]) -> dict[str, str]:
+    """Package -> version, from the dpkg status file of the highest layer that has one."""
+    for path in reversed(tars):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.removeprefix("./") == "var/lib/dpkg/status":
+                    file = tar.extractfile(member)
+                    assert file is not None  # noqa: S101 - it is a regular file
+                    return _parse_status(file.read().decode())
+    raise BaseImageError(
+        "the base is not a Debian system: it has no dpkg status file",
+        remedy="use --base rootfs, or a Debian image",
+    )
+
+
+def _parse_status(text: str) -> dict[str, str]:
+    packages = {}
+    for paragraph in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in paragraph.splitlines() if ": " in line[:40])
+        if fields.get("Status", "").endswith(" installed"):
+            packages[fields["Package"]] = fields["Version"]
+    return packages

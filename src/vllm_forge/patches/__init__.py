@@ -1,0 +1,23 @@
+"""The patch proof: series applied exactly or refused, and the wheel that comes of it."""
+
+from vllm_forge.patches.apply import Applied, apply_series
+from vllm_forge.patches.header import Patch, read_patch
+from vllm_forge.patches.series import read_series
+from vllm_forge.patches.treelock import TreeLock, check_line, fetch_base, read_tree_lock, update_line
+from vllm_forge.patches.wheel import ChangedFile, PatchedWheel, build_wheel
+
+__all__ = [
+    "Applied",
+    "ChangedFile",
+    "Patch",
+    "PatchedWheel",
+    "TreeLock",
+    "apply_series",
+    "build_wheel",
+    "check_line",
+    "fetch_base",
+    "read_patch",
+    "read_series",
+    "read_tree_lock",
+    "update_line",
+]

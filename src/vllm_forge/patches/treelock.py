@@ -1,0 +1,152 @@
+"""What a line's series starts from and must end at: hashes, committed as ``lock.toml``."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_forge.errors import (
+    DistributionNotFoundError,
+    LockFileError,
+    TreeMismatchError,
+    WrongBaseError,
+)
+from vllm_forge.host import atomic_path, cache_root
+from vllm_forge.patches.apply import Applied, apply_series, canonical_diff
+from vllm_forge.patches.header import SEPARATOR
+from vllm_forge.patches.series import read_series
+from vllm_forge.sources import Download, Index, SourceRepo, download_all
+
+if TYPE_CHECKING:
+    from vllm_forge.matrix import Line
+
+COMMAND = "nox -s patches -- --update --line"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeLock:
+    """Source archive and tree hashes of a line.
+
+    Attributes:
+        sdist: file name of the source archive.
+        size: its bytes.
+        sha256: its hash.
+        base: git tree hash of its content.
+        result: git tree hash with the series applied.
+    """
+
+    sdist: str
+    size: int
+    sha256: str
+    base: str
+    result: str
+
+
+def read_tree_lock(folder: Path, line_name: str) -> TreeLock:
+    """Parse ``folder/lock.toml``.
+
+    Raises:
+        LockFileError: missing or malformed.
+    """
+    path = folder / "lock.toml"
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return TreeLock(**data)
+    except FileNotFoundError:
+        problem = "the series has no lock"
+    except (tomllib.TOMLDecodeError, TypeError) as error:
+        problem = f"not a tree lock: {error}"
+    raise LockFileError(problem, where=str(path), remedy=f"run: {COMMAND} {line_name}")
+
+
+def fetch_base(lock: TreeLock, version: str, repo: SourceRepo, index: Index | None = None) -> str:
+    """Tree hash of the pristine source; downloads the archive only when it is not cached.
+
+    Raises:
+        WrongBaseError: the archive's tree is not the locked one.
+        ForgeError: see download_all and SourceRepo.import_archive.
+    """
+    tree = repo.tree(version)
+    if tree is None:
+        archive = cache_root() / "sdists" / lock.sha256 / lock.sdist
+        if not archive.exists():
+            _download(lock, archive, index or Index())
+        tree = repo.import_archive(version, archive)
+    if tree != lock.base:
+        raise WrongBaseError(
+            f"the source tree of vLLM {version} is {tree}, the series is for {lock.base}",
+            where=str(repo.path),
+            remedy="if the cache was touched, delete it; if the release was republished, look at "
+            "what changed before you make a new lock",
+        )
+    return tree
+
+
+def check_line(root: Path, line_name: str, line: Line, repo: SourceRepo) -> Applied:
+    """Apply a line's series and compare with its lock.
+
+    Raises:
+        WrongBaseError: see fetch_base.
+        TreeMismatchError: everything applies, but the result is another tree.
+        ForgeError: see read_series and apply_series.
+    """
+    folder = root / line.series
+    patches = read_series(folder)
+    lock = read_tree_lock(folder, line_name)
+    base = fetch_base(lock, line.vllm, repo)
+    applied = apply_series(repo, base, patches)
+    if applied.result != lock.result:
+        raise TreeMismatchError(
+            f"the series gives tree {applied.result}, the lock says {lock.result}",
+            where=str(folder / "lock.toml"),
+            remedy=f"if the change is meant, run: {COMMAND} {line_name}",
+        )
+    return applied
+
+
+def update_line(root: Path, line_name: str, line: Line, repo: SourceRepo, index: Index) -> Applied:
+    """Apply a line's series and write its lock anew."""
+    folder = root / line.series
+    patches = read_series(folder)
+    wanted = f"vllm-{line.vllm}.tar.gz"
+    offered = next((f for f in index.files("vllm") if f.filename == wanted), None)
+    if offered is None or offered.sha256 is None or offered.size is None:
+        raise DistributionNotFoundError(f"the index offers no {wanted}", where=index.url)
+    draft = TreeLock(sdist=wanted, size=offered.size, sha256=offered.sha256, base="", result="")
+    archive = cache_root() / "sdists" / draft.sha256 / draft.sdist
+    if not archive.exists():
+        _download(draft, archive, index)
+    base = repo.import_archive(line.vllm, archive)
+    applied = apply_series(repo, base, patches)
+    with atomic_path(folder / "lock.toml") as aside:
+        aside.write_text(
+            f"# Made by: {COMMAND} {line_name}\n"
+            f'sdist = "{draft.sdist}"\n'
+            f"size = {draft.size}\n"
+            f'sha256 = "{draft.sha256}"\n'
+            f'base = "{applied.base}"\n'
+            f'result = "{applied.result}"\n',
+            encoding="utf-8",
+        )
+    return applied
+
+
+def export_line(root: Path, line: Line, repo: SourceRepo, trees: list[str]) -> None:
+    """Write each patch's diff anew, in canonical form, from the trees before and after it."""
+    patches = read_series(root / line.series)
+    for patch, before, after in zip(patches, trees, trees[1:], strict=True):
+        head = patch.path.read_text(encoding="utf-8").partition(SEPARATOR)[0]
+        with atomic_path(patch.path) as aside:
+            aside.write_text(
+                head + SEPARATOR + canonical_diff(repo, before, after), encoding="utf-8"
+            )
+
+
+def _download(lock: TreeLock, archive: Path, index: Index) -> None:
+    url = next((f.url for f in index.files("vllm") if f.filename == lock.sdist), None)
+    if url is None:
+        raise DistributionNotFoundError(f"the index offers no {lock.sdist}", where=index.url)
+    item = Download(url=url, sha256=lock.sha256, size=lock.size, target=archive)
+    download_all(index.session, [item])

@@ -1,0 +1,220 @@
+"""The patched wheel: the published one, with the series' files, and a version that says so.
+
+Members that do not change are copied as they are, compressed bytes and all; nothing depends
+on a compressor but the few changed files, which are stored.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import csv
+import hashlib
+import io
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_forge.errors import WheelSourceError
+from vllm_forge.host import atomic_path
+
+if TYPE_CHECKING:
+    from vllm_forge.patches.apply import Applied
+    from vllm_forge.sources import SourceRepo
+
+LOCAL_HEADER = 30
+STAMP = (2025, 1, 1, 0, 0, 0)
+TREE_CHARS = 12
+# Written at release time from the tag: the wheel's differs from the sdist's by its commit id.
+GENERATED = "vllm/_version.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangedFile:
+    """A file of the wheel that the series changes: path in the wheel and git blob hashes."""
+
+    path: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchedWheel:
+    """The result of a line.
+
+    Attributes:
+        path: the wheel.
+        version: ``<release>+forge.<first 12 of the tree hash>``.
+        tree: git tree hash of the patched source.
+        changed: what the series changed in it.
+    """
+
+    path: Path
+    version: str
+    tree: str
+    changed: tuple[ChangedFile, ...]
+
+
+def local_version(release: str, tree: str) -> str:
+    """PEP 440 version of a patched release."""
+    return f"{release}+forge.{tree[:TREE_CHARS]}"
+
+
+def blob_hash(content: bytes) -> str:
+    """Git's name for a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def python_blobs(repo: SourceRepo, tree: str) -> dict[str, str]:
+    """Path -> git blob hash of the Python files below ``vllm/`` in a tree."""
+    listing = repo.git("ls-tree", "-r", "-z", tree, "--", "vllm/").stdout.decode()
+    blobs = {}
+    for row in filter(None, listing.split("\0")):
+        meta, _, path = row.partition("\t")
+        if path.endswith(".py"):
+            blobs[path] = meta.split()[2]
+    return blobs
+
+
+def changed_files(repo: SourceRepo, applied: Applied) -> tuple[ChangedFile, ...]:
+    """What a series changes.
+
+    Raises:
+        WheelSourceError: it adds, deletes or renames a file, or changes one outside vllm/*.py,
+            none of which a wheel of the same files can express.
+    """
+    if applied.base == applied.result:
+        return ()
+    rows = repo.git(
+        "diff-tree", "-r", "-z", "--no-renames", applied.base, applied.result
+    ).stdout.decode()
+    parts = rows.rstrip("\0").split("\0")
+    files = []
+    for meta, path in zip(parts[::2], parts[1::2], strict=True):
+        _, _, before, after, status = meta.split()
+        if status != "M" or not path.startswith("vllm/") or not path.endswith(".py"):
+            raise WheelSourceError(
+                f"the series does more than change Python files of the package: {status} {path}",
+                where=path,
+                remedy="a file outside the wheel needs a build from source, which this line has "
+                "not; keep such a change as a disposition",
+            )
+        files.append(ChangedFile(path=path, before=before, after=after))
+    return tuple(files)
+
+
+def build_wheel(
+    repo: SourceRepo, applied: Applied, published: Path, release: str, folder: Path
+) -> PatchedWheel:
+    """Write the patched wheel into ``folder``. Same inputs, same bytes.
+
+    Args:
+        repo: holds both trees.
+        applied: the series' trees.
+        published: the wheel as downloaded; its hash was checked.
+        release: ``0.26.0``.
+        folder: where the wheel goes.
+
+    Raises:
+        WheelSourceError: a Python file of the wheel is not the one in the source archive.
+    """
+    version = local_version(release, applied.result)
+    changed = changed_files(repo, applied)
+    name = published.name.replace(f"-{release}-", f"-{version}-", 1)
+    target = folder / name
+    with zipfile.ZipFile(published) as source, published.open("rb") as raw:
+        _require_source(repo, applied.base, source, published)
+        replaced = {
+            file.path: repo.git("cat-file", "blob", file.after).stdout for file in changed
+        }
+        old_info, new_info = f"vllm-{release}.dist-info", f"vllm-{version}.dist-info"
+        replaced[GENERATED] = _stamp_version(source.read(GENERATED), release, version, published)
+        replaced[f"{old_info}/METADATA"] = _replace_once(
+            source.read(f"{old_info}/METADATA"),
+            f"\nVersion: {release}\n",
+            f"\nVersion: {version}\n",
+            published,
+        )
+        record = f"{old_info}/RECORD"
+        replaced[record] = _record(source.read(record), replaced, old_info, new_info)
+        with atomic_path(target) as aside, zipfile.ZipFile(aside, "w") as out:
+            for member in source.infolist():
+                path = member.filename.replace(old_info, new_info, 1)
+                if member.filename in replaced:
+                    info = zipfile.ZipInfo(path, STAMP)
+                    info.external_attr = member.external_attr
+                    info.compress_type = zipfile.ZIP_STORED
+                    out.writestr(info, replaced[member.filename])
+                else:
+                    _copy(raw, member, path, out)
+    return PatchedWheel(path=target, version=version, tree=applied.result, changed=changed)
+
+
+def _require_source(
+    repo: SourceRepo, base: str, wheel: zipfile.ZipFile, published: Path
+) -> None:
+    """Every Python file of the wheel is the source archive's."""
+    blobs = python_blobs(repo, base)
+    for member in wheel.infolist():
+        path = member.filename
+        if path == GENERATED or path not in blobs:
+            continue
+        if blob_hash(wheel.read(member)) != blobs[path]:
+            raise WheelSourceError(
+                f"{path} in the wheel is not the file of the source archive",
+                where=str(published),
+                remedy="the patches are proven against the source; do not build from this wheel "
+                "before you know why they differ",
+            )
+
+
+def _replace_once(content: bytes, old: str, new: str, where: Path) -> bytes:
+    if content.count(old.encode()) != 1:
+        raise WheelSourceError(
+            f"{old.strip()!r} stands {content.count(old.encode())} times, not once",
+            where=str(where),
+        )
+    return content.replace(old.encode(), new.encode())
+
+
+def _stamp_version(content: bytes, release: str, version: str, where: Path) -> bytes:
+    """The version module with our version: the string, and its local part in the tuple."""
+    content = _replace_once(content, f"version = '{release}'\n", f"version = '{version}'\n", where)
+    numbers = ", ".join(release.split("."))
+    local = version.partition("+")[2]
+    return _replace_once(
+        content, f"version_tuple = ({numbers})\n", f"version_tuple = ({numbers}, '{local}')\n", where
+    )
+
+
+def _record(old: bytes, replaced: dict[str, bytes], old_info: str, new_info: str) -> bytes:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    for path, digest, size in csv.reader(io.StringIO(old.decode())):
+        row = [path.replace(old_info, new_info, 1), digest, size]
+        if path in replaced:
+            content = replaced[path]
+            value = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode()
+            row[1:] = [f"sha256={value.rstrip('=')}", str(len(content))]
+        writer.writerow(row)
+    return out.getvalue().encode()
+
+
+def _copy(raw: io.BufferedReader, member: zipfile.ZipInfo, path: str, out: zipfile.ZipFile) -> None:
+    """Append a member without inflating it; zipfile has no public call for this."""
+    info = copy.copy(member)
+    info.filename = path
+    info.flag_bits &= ~0x08  # sizes stand in the header, not behind the data
+    info.extra = b""
+    assert out.fp is not None  # noqa: S101 - it is open
+    info.header_offset = out.fp.tell()
+    out.fp.write(info.FileHeader())
+    raw.seek(member.header_offset)
+    header = raw.read(LOCAL_HEADER)
+    raw.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), 1)
+    out.fp.write(raw.read(member.compress_size))
+    out.filelist.append(info)
+    out.NameToInfo[path] = info
+    out.start_dir = out.fp.tell()
+    out._didModify = True  # type: ignore[attr-defined]  # noqa: SLF001
