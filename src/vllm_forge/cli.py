@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from vllm_forge.errors import ForgeError, ToolMissingError, UsageError
+from vllm_forge.errors import ForgeError, NotPatchedError, ToolMissingError, UsageError
 from vllm_forge.host import (
     RecordingRunner,
     SubprocessRunner,
     atomic_path,
-    cache_root,
     console,
     report,
     which,
@@ -28,22 +27,23 @@ if TYPE_CHECKING:
 
     from vllm_forge.images import Image
     from vllm_forge.images.engine import Engine
+    from vllm_forge.matrix import Line
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse, with a suggestion for a mistyped option, and our exit code."""
 
     def error(self, message: str) -> NoReturn:
+        _, found, words = message.partition("unrecognized arguments: ")
         hint = ""
-        if "unrecognized arguments: " in message:
-            word = message.rpartition(": ")[2].split()[0].partition("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
-            for group in self._subparsers._group_actions if self._subparsers else []:
-                for parser in (group.choices or {}).values():  # type: ignore[union-attr]
-                    known += [o for a in parser._actions for o in a.option_strings]
-            near = difflib.get_close_matches(word, known, n=1)
+        if found:
+            near = difflib.get_close_matches(words.split()[0].partition("=")[0], OPTIONS, n=1)
             hint = f" Perhaps you meant {near[0]!r}?" if near else ""
         raise UsageError(f"{message}.{hint}", where=self.prog, remedy=f"{self.prog} --help")
+
+
+# Every option of every command, for suggestions; filled by _parser().
+OPTIONS: set[str] = set()
 
 
 def build(args: argparse.Namespace) -> None:
@@ -105,6 +105,13 @@ def _announce(image: Image, *, fresh: bool) -> None:
     print(
         json.dumps({"image": str(image.path), "digest": f"sha256:{image.digest}", "built": fresh})
     )
+
+
+def install_tools(args: argparse.Namespace) -> None:
+    """Install the build tools on this host."""
+    from vllm_forge.images import provision  # noqa: PLC0415
+
+    provision(SubprocessRunner(), registry=args.registry)
 
 
 def lock(args: argparse.Namespace) -> None:
@@ -177,6 +184,48 @@ def wheel(args: argparse.Namespace) -> None:
     print(target)
 
 
+def install(args: argparse.Namespace) -> None:
+    """Patch the vLLM of a virtual environment, or put it back."""
+    from vllm_forge.patches import check_line  # noqa: PLC0415
+    from vllm_forge.patches.install import Installer, find_python, probe  # noqa: PLC0415
+    from vllm_forge.sources import SourceRepo  # noqa: PLC0415
+
+    root = find_root()
+    name, line = find_line(load(root), args.line)
+    python = find_python(args.python)
+    target = probe(python)
+    if target.site is None and args.revert:
+        raise NotPatchedError("no vLLM is installed there", where=str(python))
+    repo = SourceRepo()
+    applied = check_line(root, name, line, repo)
+    if target.site is None:
+        _install_release(root / line.lock, line, target.python_version, python)
+        target = probe(python)
+    installer = Installer(target, repo, applied, line.vllm)
+    if args.revert:
+        installer.revert()
+        print(f"vLLM {installer.release} as published: {installer.site}")
+    else:
+        installer.patch()
+        print(f"vLLM {installer.version}: {installer.site}")
+
+
+def _install_release(lock_path: Path, line: Line, python_version: str, python: Path) -> None:
+    """The line's pinned vLLM: all of the lock where the Python is the lock's."""
+    from uv import find_uv_bin  # noqa: PLC0415
+
+    argv = [find_uv_bin(), "pip", "install", f"--python={python}"]
+    if python_version == line.python:
+        argv += ["--require-hashes", "--no-deps", f"--requirements={lock_path}"]
+    else:
+        console.print(
+            f"[yellow]the lock is for Python {line.python}, this is {python_version}:[/] only vLLM "
+            "itself is pinned, its dependencies are what the index offers today"
+        )
+        argv += [f"vllm=={line.vllm}", f"torch=={line.torch}"]
+    SubprocessRunner().run(argv)
+
+
 def schema(args: argparse.Namespace) -> None:
     """Write matrix.schema.json."""
     del args
@@ -201,6 +250,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--dry-run", action="store_true", help="print the commands, do nothing")
     one.set_defaults(call=build)
 
+    one = commands.add_parser("provision", help="install the build tools (apt, as root)")
+    one.add_argument("--registry", action="store_true", help="also docker-registry, for the tests")
+    one.set_defaults(call=install_tools)
+
     one = commands.add_parser("lock", help="resolve a line, write its lock")
     one.add_argument("--line")
     one.set_defaults(call=lock)
@@ -219,8 +272,16 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--output", type=Path)
     one.set_defaults(call=wheel)
 
+    one = commands.add_parser("install", help="patch the vLLM of a virtual environment")
+    one.add_argument("--python", type=Path, help="its interpreter (default: the active one's)")
+    one.add_argument("--line")
+    one.add_argument("--revert", action="store_true", help="put every file back as published")
+    one.set_defaults(call=install)
+
     one = commands.add_parser("schema", help="write matrix.schema.json")
     one.set_defaults(call=schema)
+    for command in commands.choices.values():
+        OPTIONS.update(command._option_string_actions)
     return parser
 
 

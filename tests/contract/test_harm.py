@@ -7,6 +7,7 @@ without our patches; they turn red when the harm is gone and the refusal should 
 from __future__ import annotations
 
 import importlib
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,23 +114,20 @@ def test_marlin_experts_ask_for_four_blocks_per_sm_already(
         raise AskedError(max_blocks_per_sm)
 
     monkeypatch.setattr(marlin_moe, "marlin_make_workspace_new", workspace)
-    nothing = dict.fromkeys(
-        ("bias1", "bias2", "w1_scale", "w2_scale", "topk_weights", "expert_map"), None
-    )
-    tokens = dict.fromkeys(("sorted_token_ids", "expert_ids", "num_tokens_post_padded"), None)
+    given: dict[str, object] = {
+        "hidden_states": torch.zeros(1, 64, dtype=torch.bfloat16),
+        "w1": torch.zeros(1, 4, 128, dtype=torch.int32),
+        "w2": torch.zeros(1, 2, 128, dtype=torch.int32),
+        "num_topk": 1,
+    }
+    # What else a line requires is not looked at before the workspace is asked for.
+    required = {
+        name: None
+        for name, parameter in inspect.signature(marlin_moe._fused_marlin_moe).parameters.items()
+        if parameter.default is inspect.Parameter.empty
+    }
     with pytest.raises(AskedError) as asked:
-        marlin_moe._fused_marlin_moe(
-            hidden_states=torch.zeros(1, 64, dtype=torch.bfloat16),
-            w1=torch.zeros(1, 4, 128, dtype=torch.int32),
-            w2=torch.zeros(1, 2, 128, dtype=torch.int32),
-            num_topk=1,
-            quant_type=None,
-            apply_router_weight_on_input=False,
-            block_size_m=8,
-            topk_ids=None,
-            **nothing,
-            **tokens,
-        )
+        marlin_moe._fused_marlin_moe(**(required | given))
     assert asked.value.args == (4,)
 
 

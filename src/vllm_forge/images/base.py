@@ -33,9 +33,9 @@ EXCLUDES = (
     "path-exclude=/usr/share/locale/*",
 )
 SCRUB = (
-    'rm -rf "$1"/etc/apt/sources.list "$1"/etc/apt/sources.list.d "$1"/var/cache/ldconfig/aux-cache '
-    '"$1"/var/cache/apt/*.bin "$1"/var/log/apt "$1"/var/log/dpkg.log "$1"/var/log/alternatives.log '
-    '"$1"/var/log/bootstrap.log && : > "$1"/etc/machine-id'
+    'cd "$1" && rm -rf etc/apt/sources.list etc/apt/sources.list.d var/cache/ldconfig/aux-cache '
+    "var/cache/apt/*.bin var/log/apt var/log/dpkg.log var/log/alternatives.log "
+    "var/log/bootstrap.log && : > etc/machine-id"
 )
 
 
@@ -56,7 +56,14 @@ class BaseRef:
 
 def rootfs_key(base: Base) -> str:
     """Hash of everything that we decide about a rootfs."""
-    fields = [base.suite, sorted(base.packages), base.source_date_epoch, EXCLUDES, SCRUB, GZIP_LEVEL]
+    fields = [
+        base.suite,
+        sorted(base.packages),
+        base.source_date_epoch,
+        EXCLUDES,
+        SCRUB,
+        GZIP_LEVEL,
+    ]
     return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.errors import LayoutError
-from vllm_forge.host import atomic_path, cache_root, console, exclusive, report, require_disk
+from vllm_forge.host import atomic_path, cache_root, exclusive, report, require_disk
 from vllm_forge.images.base import make_rootfs, pinned_image
 from vllm_forge.images.checks import (
     INSIDE,
@@ -44,7 +44,7 @@ from vllm_forge.images.content import (
 from vllm_forge.images.engine import Trial
 from vllm_forge.images.layout import Image, ImageLayer, read_image, write_image
 from vllm_forge.images.store import StoredLayer, stored, write_layer
-from vllm_forge.images.system import System, host_secrets, load_system, make_system, system_key
+from vllm_forge.images.system import host_secrets, load_system, make_system, system_key
 from vllm_forge.patches import build_wheel, check_line, read_series, read_tree_lock
 from vllm_forge.patches.wheel import PatchedWheel, python_blobs
 from vllm_forge.sources import Lock, SourceRepo, Wheelhouse, read_lock
@@ -190,7 +190,10 @@ class Build:
                 self.make_layers,
             )
             key = system.result()
-        runner.act("apply the series, write the patched wheel and its layer", lambda: self.make_patch_layer(key))
+        runner.act(
+            "apply the series, write the patched wheel and its layer",
+            lambda: self.make_patch_layer(key),
+        )
         runner.act(f"assemble the image in {self.work}", self.assemble)
         trial = self.trial()
         with report("check the image inside"):
@@ -239,7 +242,12 @@ class Build:
         self.wheel = patched_wheel(self.cell, self.lock, self.applied, self.repo, self.wheelhouse)
         base = {"system": self.system.digest, "engine": self.engine.name}
         self.stack = stack_record(
-            self.cell, self.lock, self.patches, self.wheel, base, self.system.debian
+            cell=self.cell,
+            lock=self.lock,
+            patches=self.patches,
+            wheel=self.wheel,
+            base=base,
+            debian=self.system.debian,
         )
         published = self.lock.find(VLLM)
         entries = patch_entries(
@@ -259,10 +267,15 @@ class Build:
         self.layers = [
             *self.system.layers,
             *(
-                ImageLayer(blob=layer.blob, created_by=f"vllm-forge: {group.name} wheels of {self.cell.line.lock}")
+                ImageLayer(
+                    blob=layer.blob,
+                    created_by=f"vllm-forge: {group.name} wheels of {self.cell.line.lock}",
+                )
                 for group, layer in zip(self.groups, self.wheel_layers(), strict=True)
             ),
-            ImageLayer(blob=self.patch_layer.blob, created_by=f"vllm-forge: {self.cell.line.series}"),
+            ImageLayer(
+                blob=self.patch_layer.blob, created_by=f"vllm-forge: {self.cell.line.series}"
+            ),
         ]
         self.candidate = write_image(
             self.work / "candidate",
@@ -303,7 +316,10 @@ class Build:
         )
         lowers: list[Path] = []
         if hasattr(self, "patch_layer"):
-            lowers = [self.patch_layer.files, *(item.files for item in reversed(self.wheel_layers()))]
+            lowers = [
+                self.patch_layer.files,
+                *(item.files for item in reversed(self.wheel_layers())),
+            ]
             if self.system.root is not None:
                 lowers.append(self.system.root)
         else:

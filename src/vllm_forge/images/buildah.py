@@ -24,7 +24,7 @@ class Buildah:
     """See engine.Engine."""
 
     name = "buildah"
-    tools = ("buildah", "runc", "skopeo", "unshare")
+    tools: tuple[str, ...] = ("buildah", "runc", "skopeo", "unshare")
 
     def __init__(self, state: Path | None = None) -> None:
         self._state = state or cache_root() / "buildah"
@@ -60,7 +60,14 @@ class Buildah:
             cwd=build.work,
         )  # fmt: skip
         runner.run(
-            ["buildah", "push", "--quiet", "--disable-compression", NAME, f"dir:{build.work / 'image'}"],
+            [
+                "buildah",
+                "push",
+                "--quiet",
+                "--disable-compression",
+                NAME,
+                f"dir:{build.work / 'image'}",
+            ],
             env=env,
         )
         runner.run(["buildah", "rmi", "--all", "--force"], env=env)
@@ -78,7 +85,7 @@ class Buildah:
         )
 
     def try_image(self, runner: Runner, trial: Trial) -> str:
-        """runc on an overlay of the unpacked layers, in a mount namespace of its own.
+        """Runc on an overlay of the unpacked layers, in a mount namespace of its own.
 
         Copying 8 GB into a container store only to look at them would take longer than the
         build. The overlay lives and dies with the command.
@@ -106,7 +113,9 @@ class Buildah:
         does not run on hybrid cgroups; so the host's own limits and runc are named.
         """
         files = self._state.resolve()
-        runner.act(f"write containers.conf and storage.conf to {files}", lambda: _write_config(files))
+        runner.act(
+            f"write containers.conf and storage.conf to {files}", lambda: _write_config(files)
+        )
         return {
             "CONTAINERS_CONF": str(files / "containers.conf"),
             "CONTAINERS_STORAGE_CONF": str(files / "storage.conf"),
@@ -171,9 +180,9 @@ def _runtime_config(trial: Trial) -> dict[str, Any]:
         "mounts": [
             mount("/proc", "proc", "nosuid", "noexec", "nodev"),
             mount("/dev", "tmpfs", "nosuid", "strictatime", "mode=755"),
-            mount("/dev/shm", "tmpfs", "nosuid", "nodev", "mode=1777"),
+            mount("/dev/shm", "tmpfs", "nosuid", "nodev", "mode=1777"),  # noqa: S108
             mount("/dev/pts", "devpts", "nosuid", "noexec", "newinstance", "ptmxmode=0666"),
-            mount("/tmp", "tmpfs", "nosuid", "nodev", "mode=1777"),
+            mount("/tmp", "tmpfs", "nosuid", "nodev", "mode=1777"),  # noqa: S108
             mount("/cache", "tmpfs", "nosuid", "nodev", f"uid={uid}", f"gid={gid or uid}"),
             # Bytecode of an earlier trial: the image has none, and compiling it takes longer
             # than the checks. Python takes a file only if the source's size and time agree.
@@ -181,11 +190,8 @@ def _runtime_config(trial: Trial) -> dict[str, Any]:
             mount("/mnt", "none", "rbind", "ro", source=str(trial.inputs.resolve())),
         ],
         "linux": {
-            "namespaces": [
-                {"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")
-            ],
+            "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")],
             "maskedPaths": ["/proc/kcore", "/proc/keys"],
             "readonlyPaths": ["/proc/sys", "/proc/sysrq-trigger"],
         },
     }
-

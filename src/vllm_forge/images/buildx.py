@@ -24,7 +24,7 @@ class Buildx:
     """See engine.Engine."""
 
     name = "docker"
-    tools = ("docker",)
+    tools: tuple[str, ...] = ("docker",)
 
     def check(self, runner: Runner) -> None:
         """Client, plugin and a daemon that answers."""
@@ -90,7 +90,8 @@ class Buildx:
             [
                 "docker", "run", "--rm", "--network=none", "--read-only", "--cap-drop=ALL",
                 "--security-opt=no-new-privileges", "--tmpfs=/tmp:exec,mode=1777",
-                "--tmpfs=/cache:exec,uid=10001,gid=10001", f"--volume={trial.inputs.resolve()}:/mnt:ro",
+                "--tmpfs=/cache:exec,uid=10001,gid=10001",
+                f"--volume={trial.inputs.resolve()}:/mnt:ro",
                 f"--entrypoint={trial.argv[0]}", tag, *trial.argv[1:],
             ]
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What every image must pass before it gets its name: outside on the layout, inside by its own Python."""
+"""What every image must pass before it gets its name: its layout, its size, and inside."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def judge(output: str) -> dict[str, Any]:
         raise ImageCheckError(
             f"{len(failed)} of {len(verdicts)} checks failed:\n{details}",
             where="inside the image",
-            remedy="the image was not given its name; the layers are kept, so that a rebuild is quick",
+            remedy="the image was not given its name; its layers are kept, a rebuild is quick",
         )
     return verdicts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import subprocess
+from collections.abc import Callable
 
 from vllm_forge.errors import EngineMissingError, UsageError
 from vllm_forge.host import which
@@ -11,7 +12,7 @@ from vllm_forge.images.buildah import Buildah
 from vllm_forge.images.buildx import Buildx
 from vllm_forge.images.engine import INSTALL, Engine, require
 
-ENGINES: dict[str, type[Buildah] | type[Buildx]] = {"docker": Buildx, "buildah": Buildah}
+ENGINES: dict[str, Callable[[], Engine]] = {"docker": Buildx, "buildah": Buildah}
 
 
 def choose_engine(wanted: str | None, *, dry_run: bool = False) -> Engine:
@@ -38,7 +39,7 @@ def choose_engine(wanted: str | None, *, dry_run: bool = False) -> Engine:
                 remedy=f"run: {INSTALL}   or build with --provision, which does that",
             )
         wanted = present[0] if present else Buildah.name
-    engine: Engine = ENGINES[wanted]()
+    engine = ENGINES[wanted]()
     if not dry_run:
         for tool in engine.tools:
             require(tool, engine.name)

@@ -68,10 +68,7 @@ def group_entries(name: str, paths: Sequence[Path], python: str) -> list[Entry]:
 
 def patch_entries(published: Path, patched: Path, python: str) -> list[Entry]:
     """What the patched wheel has that the vLLM layer has not."""
-    below = {
-        entry.path: entry.fingerprint
-        for entry in group_entries(VLLM, [published], python)
-    }
+    below = {entry.path: entry.fingerprint for entry in group_entries(VLLM, [published], python)}
     entries, _ = merge([wheel_entries(patched, python)])
     return [entry for entry in entries if below.get(entry.path) != entry.fingerprint]
 
@@ -98,6 +95,7 @@ def cuda_links(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def stack_record(
+    *,
     cell: ImageCell,
     lock: Lock,
     patches: Sequence[Patch],
@@ -169,7 +167,7 @@ def patch_key(cell: ImageCell, published: LockedWheel, record: dict[str, Any]) -
 
 
 def _changes_with_series(path: str) -> bool:
-    site, _, inside = path.partition("/site-packages/")
+    _, _, inside = path.partition("/site-packages/")
     return bool(inside) and (inside.startswith("vllm-") or inside == "vllm/_version.py")
 
 

@@ -89,7 +89,9 @@ class LayerWriter:
         """Add the header of a file whose content comes through ``deflated``."""
         self._header(path, tarfile.REGTYPE, mode=mode, size=size)
 
-    def deflated(self, raw: Iterable[memoryview], plain: Iterable[bytes], crc: int, size: int) -> None:
+    def deflated(
+        self, raw: Iterable[memoryview], plain: Iterable[bytes], crc: int, size: int
+    ) -> None:
         """Add the content: ``raw`` is one whole deflate stream, ``plain`` what it inflates to.
 
         Both are consumed; ``plain`` is only hashed. ``crc`` and ``size`` are those of the

@@ -85,7 +85,10 @@ def write_image(
         "created": created,
         "history": [{"created": created, "created_by": layer.created_by} for layer in layers],
         "os": "linux",
-        "rootfs": {"diff_ids": [f"sha256:{layer.blob.diff_id}" for layer in layers], "type": "layers"},
+        "rootfs": {
+            "diff_ids": [f"sha256:{layer.blob.diff_id}" for layer in layers],
+            "type": "layers",
+        },
     }
     with atomic_path(target) as aside:
         blobs = aside / "blobs" / "sha256"

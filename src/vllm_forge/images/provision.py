@@ -13,13 +13,21 @@ if TYPE_CHECKING:
     from vllm_forge.host import Runner
 
 
-def provision(runner: Runner) -> None:
+REGISTRY = "docker-registry"
+
+
+def provision(runner: Runner, *, registry: bool = False) -> None:
     """apt-get install what is missing of buildah, runc, skopeo and mmdebstrap.
+
+    Args:
+        runner: runs, or records.
+        registry: also a local registry, which the tests push to.
 
     Raises:
         ProvisionError: not root, not a Debian-like host, or apt failed.
     """
-    missing = [tool for tool in PACKAGES if which(tool) is None]
+    wanted = [*PACKAGES, *([REGISTRY] if registry else [])]
+    missing = [tool for tool in wanted if which(tool) is None]
     if not missing:
         return
     if which("apt-get") is None or os.geteuid() != 0:

@@ -20,7 +20,6 @@ from vllm_forge.images.layer import LayerBlob, LayerWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from typing import IO
 
     from vllm_forge.images.wheels import Entry
 
@@ -86,46 +85,53 @@ def write_layer(key: str, entries: Sequence[Entry], epoch: int) -> StoredLayer:
 
 def _write(path: Path, files: Path, entries: Sequence[Entry], epoch: int) -> LayerBlob:
     layer = LayerWriter(path, epoch)
-    with _Archives() as archives, ThreadPoolExecutor(1) as ahead:
-        folders: set[str] = set()
-        large: dict[str, Future[None]] = {}
+    with ThreadPoolExecutor(1) as ahead:
+        folders = _folders(entries)
+        for folder in folders:
+            (files / folder).mkdir()
+        large: dict[str, Future[None]] = {
+            entry.path: ahead.submit(_inflate, entry, files / entry.path)
+            for entry in entries
+            if entry.member is not None and entry.member.file_size >= LARGE
+        }
+        remaining = iter([*folders, None])
+        folder_ = next(remaining)
         for entry in entries:
-            for folder in reversed(Path(entry.path).parents[:-1]):
-                if (name := folder.as_posix()) not in folders:
-                    folders.add(name)
-                    (files / name).mkdir()
-            if entry.member is not None and entry.member.file_size >= LARGE:
-                large[entry.path] = ahead.submit(archives.inflate, entry, files / entry.path)
-        folders.clear()
-        for entry in entries:
-            for folder in reversed(Path(entry.path).parents[:-1]):
-                if (name := folder.as_posix()) not in folders:
-                    folders.add(name)
-                    layer.directory(name)
-            target = files / entry.path
-            if entry.link is not None:
-                layer.symlink(entry.path, entry.link)
-                target.symlink_to(entry.link)
-                continue
-            if entry.content is not None:
-                layer.data(entry.path, entry.content, entry.mode)
-                target.write_bytes(entry.content)
-            else:
-                member = entry.member
-                assert member is not None  # noqa: S101 - one source is set
-                if entry.path in large:
-                    large.pop(entry.path).result()
-                else:
-                    archives.inflate(entry, target)
-                if member.compress_type == zipfile.ZIP_DEFLATED:
-                    layer.begin_deflated(entry.path, member.file_size, entry.mode)
-                    layer.deflated(
-                        archives.raw(entry), _blocks(target), member.CRC, member.file_size
-                    )
-                else:
-                    layer.data(entry.path, target.read_bytes(), entry.mode)
-            target.chmod(entry.mode)
+            while folder_ is not None and folder_ < entry.path:
+                layer.directory(folder_)
+                folder_ = next(remaining)
+            if (job := large.pop(entry.path, None)) is not None:
+                job.result()
+            _add(layer, entry, files / entry.path, inflated=job is not None)
     return layer.close()
+
+
+def _folders(entries: Sequence[Entry]) -> list[str]:
+    """All parent folders of the entries, sorted: each parent comes before what it holds."""
+    found = {parent.as_posix() for e in entries for parent in Path(e.path).parents[:-1]}
+    return sorted(found)
+
+
+def _add(layer: LayerWriter, entry: Entry, target: Path, *, inflated: bool) -> None:
+    """Add one entry to the layer and to the unpacked copy."""
+    if entry.link is not None:
+        layer.symlink(entry.path, entry.link)
+        target.symlink_to(entry.link)
+        return
+    if entry.content is not None:
+        layer.data(entry.path, entry.content, entry.mode)
+        target.write_bytes(entry.content)
+    else:
+        member = entry.member
+        assert member is not None  # noqa: S101 - one source is set
+        if not inflated:
+            _inflate(entry, target)
+        if member.compress_type == zipfile.ZIP_DEFLATED:
+            layer.begin_deflated(entry.path, member.file_size, entry.mode)
+            layer.deflated(_raw(entry), _blocks(target), member.CRC, member.file_size)
+        else:
+            layer.data(entry.path, target.read_bytes(), entry.mode)
+    target.chmod(entry.mode)
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
@@ -134,54 +140,41 @@ def _blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
-class _Archives:
-    """Open wheels, read at offsets."""
+def _raw(entry: Entry) -> Iterator[memoryview]:
+    """A member's bytes as they are in the zip."""
+    assert entry.archive is not None and entry.member is not None  # noqa: S101
+    with entry.archive.open("rb") as file:
+        file.seek(entry.member.header_offset)
+        header = file.read(LOCAL_HEADER)
+        skip = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        file.seek(skip, 1)
+        left = entry.member.compress_size
+        while left:
+            block = file.read(min(CHUNK, left))
+            if not block:
+                raise HashMismatchError("the wheel ends early", where=str(entry.archive))
+            left -= len(block)
+            yield memoryview(block)
 
-    def __init__(self) -> None:
-        self._open: dict[Path, IO[bytes]] = {}
 
-    def __enter__(self) -> _Archives:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._open.values():
-            file.close()
-
-    def raw(self, entry: Entry) -> Iterator[memoryview]:
-        """The member's bytes as they are in the zip."""
-        assert entry.archive is not None and entry.member is not None  # noqa: S101, PT018
-        # Own handle per call: the thread that inflates ahead reads the same archive.
-        with entry.archive.open("rb") as file:
-            file.seek(entry.member.header_offset)
-            header = file.read(LOCAL_HEADER)
-            skip = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-            file.seek(skip, 1)
-            left = entry.member.compress_size
-            while left:
-                block = file.read(min(CHUNK, left))
-                if not block:
-                    raise HashMismatchError("the wheel ends early", where=str(entry.archive))
-                left -= len(block)
-                yield memoryview(block)
-
-    def inflate(self, entry: Entry, target: Path) -> None:
-        """Write the member's plain bytes to ``target``; check size and CRC."""
-        member = entry.member
-        assert member is not None  # noqa: S101 - only members come here
-        plain = zlib.decompressobj(-15) if member.compress_type == zipfile.ZIP_DEFLATED else None
-        crc = size = 0
-        with target.open("wb", buffering=0) as out:
-            for piece in self.raw(entry):
-                block = plain.decompress(piece) if plain else bytes(piece)
-                crc = zlib.crc32(block, crc)
-                size += len(block)
-                out.write(block)
-            if plain and (rest := plain.flush()):
-                crc, size = zlib.crc32(rest, crc), size + len(rest)
-                out.write(rest)
-        if (crc, size) != (member.CRC, member.file_size) or (plain and not plain.eof):
-            raise HashMismatchError(
-                f"{member.filename} does not inflate to what the wheel's directory says",
-                where=str(entry.archive),
-                remedy="delete that wheel from the cache and build again",
-            )
+def _inflate(entry: Entry, target: Path) -> None:
+    """Write a member's plain bytes to ``target``; check size and CRC."""
+    member = entry.member
+    assert member is not None  # noqa: S101 - only members come here
+    plain = zlib.decompressobj(-15) if member.compress_type == zipfile.ZIP_DEFLATED else None
+    crc = size = 0
+    with target.open("wb", buffering=0) as out:
+        for piece in _raw(entry):
+            block = plain.decompress(piece) if plain else bytes(piece)
+            crc = zlib.crc32(block, crc)
+            size += len(block)
+            out.write(block)
+        if plain and (rest := plain.flush()):
+            crc, size = zlib.crc32(rest, crc), size + len(rest)
+            out.write(rest)
+    if (crc, size) != (member.CRC, member.file_size) or (plain and not plain.eof):
+        raise HashMismatchError(
+            f"{member.filename} does not inflate to what the wheel's directory says",
+            where=str(entry.archive),
+            remedy="delete that wheel from the cache and build again",
+        )

@@ -84,7 +84,10 @@ def make_system(
     )
     runner.act(f"clear {build.work}", lambda: _clear(build.work))
     engine.build_system(runner, build)
-    runner.act(f"keep the system image in {folder}", lambda: _keep(engine.system_output(build), base, folder))
+    runner.act(
+        f"keep the system image in {folder}",
+        lambda: _keep(engine.system_output(build), base, folder),
+    )
     return key
 
 
@@ -104,11 +107,11 @@ def load_system(key: str) -> System:
     try:
         record = json.loads((folder / "system.json").read_text())
         layers = []
+        complete = True
         for row in record["layers"]:
-            path = Path(row["path"]) if Path(row["path"]).is_absolute() else folder / row["path"]
+            path = folder / row["path"]
             blob = LayerBlob(**(row["blob"] | {"path": path}))
-            if path.stat().st_size != blob.size:
-                raise ValueError(f"{path} has another size than recorded")
+            complete = complete and path.stat().st_size == blob.size
             layers.append(ImageLayer(blob=blob, created_by=row["created_by"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CacheError(
@@ -116,6 +119,12 @@ def load_system(key: str) -> System:
             where=str(folder),
             remedy="delete that folder and build again",
         ) from error
+    if not complete:
+        raise CacheError(
+            "a layer of the kept system image has another size than recorded",
+            where=str(folder),
+            remedy="delete that folder and build again",
+        )
     root = folder / "root"
     return System(
         layers=tuple(layers),
@@ -175,7 +184,8 @@ def _keep(output: SystemOutput, base: BaseRef, folder: Path) -> None:
             key: value
             for key, value in output.config.items()
             # docker's defaults of a container that never ran, and a host name it made up
-            if key in {"Env", "User", "Entrypoint", "WorkingDir", "Volumes", "ExposedPorts", "Healthcheck"}
+            if key
+            in {"Env", "User", "Entrypoint", "WorkingDir", "Volumes", "ExposedPorts", "Healthcheck"}
         }
         record = {"layers": rows, "config": config, "debian": _debian_packages(output.tars)}
         if output.root is not None:

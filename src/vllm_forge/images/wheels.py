@@ -13,6 +13,7 @@ import posixpath
 import zipfile
 import zlib
 from dataclasses import dataclass
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 import installer
@@ -121,7 +122,9 @@ class _LazyWheel(WheelFile):
     """A wheel whose members are handed on without being inflated."""
 
     def get_contents(self) -> Iterator[WheelContentElement]:
-        rows = {row[0]: row for row in parse_record_file(self.read_dist_info("RECORD").splitlines())}
+        rows = {
+            row[0]: row for row in parse_record_file(self.read_dist_info("RECORD").splitlines())
+        }
         for info in self._zipfile.infolist():
             if info.is_dir():
                 continue
@@ -155,8 +158,13 @@ class _Collector(WheelDestination):
         return self._add("scripts", script_name, content, executable=True)
 
     def write_file(
-        self, scheme: Scheme, path: str, stream: BinaryIO, is_executable: bool
+        self,
+        scheme: Scheme,
+        path: str | PathLike[str],
+        stream: BinaryIO,
+        is_executable: bool,
     ) -> RecordEntry:
+        path = fspath(path)
         if scheme == "scripts":
             with fix_shebang(io.BytesIO(stream.read()), self._interpreter) as fixed:
                 return self._add(scheme, path, fixed.read(), executable=True)

@@ -12,7 +12,7 @@ from vllm_forge.matrix.model import Base, LayerRule, Line, Matrix, Sku
 
 @dataclass(frozen=True, kw_only=True)
 class ImageCell:
-    """SKU × line: what one image is for."""
+    """A SKU and a line: what one image is for."""
 
     root: Path
     sku_name: str

@@ -125,19 +125,25 @@ def build_wheel(
     target = folder / name
     with zipfile.ZipFile(published) as source, published.open("rb") as raw:
         _require_source(repo, applied.base, source, published)
+        if absent := sorted({file.path for file in changed} - set(source.namelist())):
+            raise WheelSourceError(
+                f"the series changes files that the wheel does not ship: {', '.join(absent)}",
+                where=str(published),
+                remedy="such a change has no effect on what is installed: drop it from the patch",
+            )
         replaced = {
             file.path: repo.git("cat-file", "blob", file.after).stdout for file in changed
         }
         old_info, new_info = f"vllm-{release}.dist-info", f"vllm-{version}.dist-info"
-        replaced[GENERATED] = _stamp_version(source.read(GENERATED), release, version, published)
-        replaced[f"{old_info}/METADATA"] = _replace_once(
+        replaced[GENERATED] = stamp_version(source.read(GENERATED), release, version, published)
+        replaced[f"{old_info}/METADATA"] = replace_once(
             source.read(f"{old_info}/METADATA"),
             f"\nVersion: {release}\n",
             f"\nVersion: {version}\n",
             published,
         )
         record = f"{old_info}/RECORD"
-        replaced[record] = _record(source.read(record), replaced, old_info, new_info)
+        replaced[record] = rewrite_record(source.read(record), replaced, old_info, new_info)
         with atomic_path(target) as aside, zipfile.ZipFile(aside, "w") as out:
             for member in source.infolist():
                 path = member.filename.replace(old_info, new_info, 1)
@@ -169,7 +175,12 @@ def _require_source(
             )
 
 
-def _replace_once(content: bytes, old: str, new: str, where: Path) -> bytes:
+def replace_once(content: bytes, old: str, new: str, where: Path) -> bytes:
+    """Replace text that must stand exactly once.
+
+    Raises:
+        WheelSourceError: it stands there never, or more than once.
+    """
     if content.count(old.encode()) != 1:
         raise WheelSourceError(
             f"{old.strip()!r} stands {content.count(old.encode())} times, not once",
@@ -178,17 +189,20 @@ def _replace_once(content: bytes, old: str, new: str, where: Path) -> bytes:
     return content.replace(old.encode(), new.encode())
 
 
-def _stamp_version(content: bytes, release: str, version: str, where: Path) -> bytes:
-    """The version module with our version: the string, and its local part in the tuple."""
-    content = _replace_once(content, f"version = '{release}'\n", f"version = '{version}'\n", where)
+def stamp_version(content: bytes, release: str, version: str, where: Path) -> bytes:
+    """vllm/_version.py with our version: the string, and its local part in the tuple."""
+    content = replace_once(content, f"version = '{release}'\n", f"version = '{version}'\n", where)
     numbers = ", ".join(release.split("."))
     local = version.partition("+")[2]
-    return _replace_once(
+    return replace_once(
         content, f"version_tuple = ({numbers})\n", f"version_tuple = ({numbers}, '{local}')\n", where
     )
 
 
-def _record(old: bytes, replaced: dict[str, bytes], old_info: str, new_info: str) -> bytes:
+def rewrite_record(
+    old: bytes, replaced: dict[str, bytes], old_info: str, new_info: str
+) -> bytes:
+    """RECORD with the rows of the replaced members, and of the renamed dist-info folder."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     for path, digest, size in csv.reader(io.StringIO(old.decode())):

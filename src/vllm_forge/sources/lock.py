@@ -113,9 +113,7 @@ def read_lock(root: Path, line_name: str, line: Line, base: Base) -> Lock:
             where=str(path),
             remedy=again,
         )
-    lock = Lock(
-        path=path, wheels=tuple(wheels), digest=hashlib.sha256(text.encode()).hexdigest()
-    )
+    lock = Lock(path=path, wheels=tuple(wheels), digest=hashlib.sha256(text.encode()).hexdigest())
     for name, version in (("vllm", line.vllm), ("torch", line.torch)):
         if lock.find(name).version != version:
             raise LockFileError(

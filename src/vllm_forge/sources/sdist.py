@@ -73,7 +73,9 @@ class SourceRepo:
         """Tree hash of an imported archive, None when it is not here yet."""
         if not (self.path / "HEAD").exists():
             return None
-        done = self.git("rev-parse", "--verify", "--quiet", f"refs/sdist/{ref}^{{tree}}", check=False)
+        done = self.git(
+            "rev-parse", "--verify", "--quiet", f"refs/sdist/{ref}^{{tree}}", check=False
+        )
         return done.stdout.decode().strip() or None
 
     def import_archive(self, ref: str, archive: Path) -> str:
@@ -105,7 +107,9 @@ class SourceRepo:
                 importer.stdin.close()
             except (tarfile.TarError, EOFError, OSError) as error:
                 importer.kill()
-                raise SdistError(f"not a readable source archive: {error}", where=str(archive)) from error
+                raise SdistError(
+                    f"not a readable source archive: {error}", where=str(archive)
+                ) from error
             finally:
                 importer.wait()
             tree = self.tree(ref)
@@ -117,9 +121,7 @@ class SourceRepo:
 
 def _feed(out: IO[bytes], ref: str, archive: Path) -> None:
     """Write the archive as a fast-import stream, its top folder removed."""
-    out.write(
-        f"commit refs/sdist/{ref}\ncommitter {EPOCH_IDENT}\ndata 0\n\n".encode()
-    )
+    out.write(f"commit refs/sdist/{ref}\ncommitter {EPOCH_IDENT}\ndata 0\n\n".encode())
     top: str | None = None
     with tarfile.open(archive, "r:gz") as tar:
         for member in tar:
@@ -139,7 +141,9 @@ def _feed(out: IO[bytes], ref: str, archive: Path) -> None:
                 assert file is not None  # noqa: S101 - isfile() says so
                 mode, data = ("100755" if member.mode & 0o100 else "100644"), file.read()
             else:
-                raise SdistError(f"neither file, folder nor link: {member.name}", where=str(archive))
+                raise SdistError(
+                    f"neither file, folder nor link: {member.name}", where=str(archive)
+                )
             quoted = path.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
             out.write(f'M {mode} inline "{quoted}"\ndata {len(data)}\n'.encode())
             out.write(data)

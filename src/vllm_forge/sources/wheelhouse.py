@@ -68,9 +68,7 @@ class Wheelhouse:
                         "index, or make a new lock",
                     )
                 downloads.append(
-                    Download(
-                        url=url, sha256=wheel.sha256, size=wheel.size, target=self.path(wheel)
-                    )
+                    Download(url=url, sha256=wheel.sha256, size=wheel.size, target=self.path(wheel))
                 )
             download_all(source.session, downloads)
             console.print(f"  [dim]{len(downloads)} files fetched[/]")

@@ -1,0 +1,108 @@
+"""The door: ``nox -l`` is the menu. Thin sessions, each one call into vllm_forge."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tomllib
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+MATRIX = tomllib.loads((ROOT / "matrix.toml").read_text(encoding="utf-8"))
+
+nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "test"]
+
+# One environment for all sessions, made on first use. A session each would install the
+# project a dozen times, and asking an installer on every call costs more than most commands.
+ENVIRONMENT = ROOT / ".nox" / "vllm-forge"
+
+
+def tool(session: nox.Session, name: str) -> str:
+    """Path of a command in the environment, which is made when pyproject.toml has changed."""
+    stamp = ENVIRONMENT / hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    python = str(ENVIRONMENT / "bin" / "python")
+    if not stamp.exists():
+        # virtualenv comes with nox; venv may lack ensurepip (Debian's python3 without -venv)
+        session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(ENVIRONMENT))
+        session.run(python, "-m", "pip", "install", "--quiet", "--editable", f"{ROOT}[test,lint]")
+        stamp.touch()
+    return str(ENVIRONMENT / "bin" / name)
+
+
+def forge(session: nox.Session, *command: str) -> None:
+    """Run one vllm-forge command with the arguments after ``--``."""
+    session.run(tool(session, "vllm-forge"), *command, *session.posargs)
+
+
+def _build_session(sku: str, arch: str) -> None:
+    short = arch.replace("_", "")
+
+    @nox.session(name=f"build-{short}")
+    def build(session: nox.Session) -> None:
+        forge(session, "build", sku)
+
+    build.__doc__ = build.func.__doc__ = (
+        f"Build the image for {sku} ({arch}). Options: --line, --engine, --provision, --dry-run"
+    )
+
+
+for _sku, _row in MATRIX["sku"].items():
+    _build_session(_sku, _row["arch"])
+
+
+@nox.session
+def lock(session: nox.Session) -> None:
+    """Resolve a line with uv and write its hash-pinned lock. Options: --line."""
+    forge(session, "lock")
+
+
+@nox.session
+def fetch(session: nox.Session) -> None:
+    """Download a line's wheels, resumable and hash-checked. Options: --line."""
+    forge(session, "fetch")
+
+
+@nox.session
+def patches(session: nox.Session) -> None:
+    """Apply every patch series: zero fuzz, zero offset, locked trees. Options: --line, --update."""
+    forge(session, "patches")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Write a line's patched wheel. Options: --line, --output."""
+    forge(session, "wheel")
+
+
+@nox.session
+def schema(session: nox.Session) -> None:
+    """Write matrix.schema.json from the model."""
+    forge(session, "schema")
+
+
+@nox.session
+def test(session: nox.Session) -> None:
+    """Run the tests: unit, and a small real image where an engine is. Options: --provision."""
+    args = list(session.posargs)
+    if "--provision" in args:
+        args.remove("--provision")
+        session.run(tool(session, "vllm-forge"), "provision", "--registry")
+    session.run(tool(session, "pytest"), "-n", "auto", "--dist", "loadgroup", *args)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check types (mypy --strict), style (ruff) and that generated files are current."""
+    session.run(tool(session, "ruff"), "check", ".")
+    session.run(tool(session, "ruff"), "format", "--check", ".")
+    session.run(tool(session, "mypy"))
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Time a full build and its parts; writes benchmarks/results. Options: --line, --sku."""
+    session.run(tool(session, "python"), "benchmarks/build.py", *session.posargs)

@@ -1,0 +1,300 @@
+"""The series on a vLLM that is installed already: all files or none, and back again.
+
+A file is either as published or as patched; which, its git blob hash tells. So there is no
+journal: after a kill -9 in the middle the next run sees a mixture, says so, and ``--revert``
+makes it whole. Files are written aside and renamed, which also leaves a package cache that
+they were hard-linked from as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_forge.errors import (
+    AlreadyPatchedError,
+    DirtyTreeError,
+    InstalledVersionError,
+    NoEnvironmentError,
+    NotPatchedError,
+    PartlyPatchedError,
+)
+from vllm_forge.patches.wheel import (
+    GENERATED,
+    blob_hash,
+    changed_files,
+    local_version,
+    python_blobs,
+    replace_once,
+    rewrite_record,
+    stamp_version,
+)
+
+if TYPE_CHECKING:
+    from vllm_forge.patches.apply import Applied
+    from vllm_forge.sources import SourceRepo
+
+# Asked of the target's Python, which need not be able to import vLLM.
+PROBE = """
+import importlib.metadata as m, json, pathlib, sys
+try:
+    d = m.distribution("vllm")
+except m.PackageNotFoundError:
+    print(json.dumps({"python": "%d.%d" % sys.version_info[:2], "site": None}))
+else:
+    print(json.dumps({"python": "%d.%d" % sys.version_info[:2],
+                      "site": str(pathlib.Path(d.locate_file("")).resolve()),
+                      "info": pathlib.Path(d._path).name,
+                      "version": d.version,
+                      "editable": (d.read_text("direct_url.json") or "").find('"editable"') > 0}))
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Installed:
+    """The vLLM of an environment.
+
+    Attributes:
+        python: the environment's interpreter.
+        python_version: ``3.13``.
+        site: its site-packages; None when vLLM is not installed.
+        info: name of vLLM's dist-info folder.
+        version: what its metadata says.
+    """
+
+    python: Path
+    python_version: str
+    site: Path | None
+    info: str = ""
+    version: str = ""
+
+
+def find_python(given: Path | None) -> Path:
+    """The interpreter of the environment to patch: ``given``, or the active one's.
+
+    Raises:
+        NoEnvironmentError: neither, or it is not a virtual environment.
+    """
+    active = os.environ.get("VIRTUAL_ENV")
+    python = given or (Path(active) / "bin" / "python" if active else None)
+    if python is None or not python.exists():
+        raise NoEnvironmentError(
+            "no virtual environment" if python is None else f"{python} does not exist",
+            remedy="activate one, or name its interpreter with --python",
+        )
+    if not (python.parent.parent / "pyvenv.cfg").exists():
+        raise NoEnvironmentError(
+            "not a virtual environment; a system's Python is not ours to change",
+            where=str(python),
+            remedy="make one: python3 -m venv DIR",
+        )
+    return python
+
+
+def probe(python: Path) -> Installed:
+    """What is installed there.
+
+    Raises:
+        NoEnvironmentError: the interpreter does not run.
+        DirtyTreeError: vLLM is installed editable, from a source tree.
+    """
+    done = subprocess.run(
+        [str(python), "-I", "-c", PROBE], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise NoEnvironmentError(
+            f"the interpreter does not run: {done.stderr.strip()[-300:]}", where=str(python)
+        )
+    found = json.loads(done.stdout)
+    if found["site"] is None:
+        return Installed(python=python, python_version=found["python"], site=None)
+    if found["editable"]:
+        raise DirtyTreeError(
+            "vLLM is installed from a source tree (editable)",
+            where=found["site"],
+            remedy="apply patches/vllm/<line>/*.patch to that tree with git am or git apply",
+        )
+    return Installed(
+        python=python,
+        python_version=found["python"],
+        site=Path(found["site"]),
+        info=found["info"],
+        version=found["version"],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Which files of an installed vLLM are as published, as patched, or neither."""
+
+    published: tuple[str, ...]
+    patched: tuple[str, ...]
+    foreign: tuple[str, ...]
+
+
+class Installer:
+    """Patches one installed vLLM with one series."""
+
+    def __init__(self, target: Installed, repo: SourceRepo, applied: Applied, release: str) -> None:
+        assert target.site is not None  # noqa: S101 - the caller installed one
+        self.target = target
+        self.site: Path = target.site
+        self.release = release
+        self.version = local_version(release, applied.result)
+        self._repo = repo
+        self._base = applied.base
+        self._changed = changed_files(repo, applied)
+
+    def patch(self) -> None:
+        """Apply the series.
+
+        Raises:
+            InstalledVersionError: another release, or patched with another series.
+            AlreadyPatchedError: this series is in place.
+            PartlyPatchedError: a mixture, e.g. after a kill.
+            DirtyTreeError: files that are neither published nor patched.
+        """
+        state = self.state()
+        if state.patched and not state.published:
+            raise AlreadyPatchedError(
+                f"this vLLM is {self.version} already", where=str(self.site)
+            )
+        self._require_release()
+        if state.patched:
+            raise self._partly(state)
+        self._replace(
+            {file.path: file.after for file in self._changed}, self.release, self.version
+        )
+
+    def revert(self) -> None:
+        """Put every file back as published; also from a mixture.
+
+        Raises:
+            NotPatchedError: nothing is patched.
+            DirtyTreeError: files that are neither published nor patched.
+        """
+        state = self.state()
+        if not state.patched:
+            raise NotPatchedError(
+                f"this vLLM is {self.target.version}, as published", where=str(self.site)
+            )
+        self._replace(
+            {file.path: file.before for file in self._changed}, self.version, self.release
+        )
+
+    def state(self) -> State:
+        """Compare the installation with both trees.
+
+        Raises:
+            InstalledVersionError: neither this release nor this series' version.
+            DirtyTreeError: a Python file that belongs to neither.
+        """
+        if self.target.version not in {self.release, self.version}:
+            raise InstalledVersionError(
+                f"vLLM {self.target.version} is installed, this series is for {self.release}",
+                where=str(self.site),
+                remedy=f"install vllm=={self.release}, or choose another --line",
+            )
+        published, patched, foreign = [], [], []
+        changed = {file.path: file for file in self._changed}
+        for path, base in python_blobs(self._repo, self._base).items():
+            file = self.site / path
+            if path == GENERATED or not (file.exists() or path in changed):
+                continue  # the wheel ships only a part of the source tree
+            actual = blob_hash(file.read_bytes()) if file.exists() else ""
+            if path not in changed:
+                if actual != base:
+                    foreign.append(path)
+            elif actual == changed[path].before:
+                published.append(path)
+            elif actual == changed[path].after:
+                patched.append(path)
+            else:
+                foreign.append(path)
+        for path, content in self._metadata().items():
+            if self.version.encode() in content:
+                patched.append(path)
+            else:
+                published.append(path)
+        if foreign:
+            shown = ", ".join(foreign[:5]) + (" ..." if len(foreign) > 5 else "")  # noqa: PLR2004
+            raise DirtyTreeError(
+                f"{len(foreign)} files are neither as published nor as patched: {shown}",
+                where=str(self.site),
+                remedy=f"reinstall vllm=={self.release}, then run this again",
+            )
+        return State(published=tuple(published), patched=tuple(patched), foreign=tuple(foreign))
+
+    def _metadata(self) -> dict[str, bytes]:
+        paths = [GENERATED, f"{self.target.info}/METADATA"]
+        contents = {path: (self.site / path).read_bytes() for path in paths}
+        # The folder's name carries the version as well.
+        contents[self.target.info] = self.target.info.encode()
+        return contents
+
+    def _require_release(self) -> None:
+        if self.target.version != self.release:
+            raise self._partly(self.state())
+
+    def _partly(self, state: State) -> PartlyPatchedError:
+        return PartlyPatchedError(
+            f"{len(state.patched)} files are patched, {len(state.published)} are not",
+            where=str(self.site),
+            remedy="run this with --revert first: it makes all of them as published",
+        )
+
+    def _replace(self, blobs: dict[str, str], old: str, new: str) -> None:
+        """Prepare every new file, then rename them into place; metadata comes last."""
+        old_info, new_info = f"vllm-{old}.dist-info", f"vllm-{new}.dist-info"
+        folder = self.site / self.target.info
+        contents = {
+            path: self._repo.git("cat-file", "blob", blob).stdout for path, blob in blobs.items()
+        }
+        module = self.site / GENERATED
+        contents[GENERATED] = self._restamp(module.read_bytes(), old, new)
+        metadata = folder / "METADATA"
+        text = metadata.read_bytes()
+        if f"\nVersion: {old}\n".encode() in text:
+            text = replace_once(text, f"\nVersion: {old}\n", f"\nVersion: {new}\n", metadata)
+        record = rewrite_record(
+            (folder / "RECORD").read_bytes(),
+            contents | {f"{old_info}/METADATA": text, f"{new_info}/METADATA": text},
+            old_info,
+            new_info,
+        )
+        _replace_all(
+            {self.site / path: content for path, content in contents.items()}
+            | {metadata: text, folder / "RECORD": record}
+        )
+        if folder.name != new_info:
+            folder.rename(self.site / new_info)
+
+    def _restamp(self, content: bytes, old: str, new: str) -> bytes:
+        if f"version = '{new}'\n".encode() in content:
+            return content
+        if new == self.release:
+            local = old.partition("+")[2]
+            content = replace_once(
+                content, f"version = '{old}'\n", f"version = '{new}'\n", self.site / GENERATED
+            )
+            return replace_once(content, f", '{local}')\n", ")\n", self.site / GENERATED)
+        return stamp_version(content, old, new, self.site / GENERATED)
+
+
+def _replace_all(contents: dict[Path, bytes]) -> None:
+    """Write all files aside; only when all are there, rename them into place."""
+    aside = {path: path.with_name(f".vllm-forge-{path.name}") for path in contents}
+    try:
+        for path, content in contents.items():
+            aside[path].write_bytes(content)
+            aside[path].chmod(path.stat().st_mode & 0o777)
+    except OSError:
+        for new in aside.values():
+            new.unlink(missing_ok=True)
+        raise
+    for path, new in aside.items():
+        new.rename(path)
