@@ -48,7 +48,14 @@ OPTIONS: set[str] = set()
 
 def build(args: argparse.Namespace) -> None:
     """Build one image."""
-    from vllm_forge.images import Build, BuildOptions, choose_engine, provision  # noqa: PLC0415
+    from vllm_forge.images import (  # noqa: PLC0415
+        Build,
+        BuildOptions,
+        build_image,
+        choose_engine,
+        provision,
+        resolve,
+    )
 
     root = find_root()
     cell = image_cell(load(root), root, args.sku, args.line)
@@ -63,8 +70,13 @@ def build(args: argparse.Namespace) -> None:
         base_image=None if args.base == "rootfs" else args.base,
         refresh_base=args.refresh_base,
     )
-    made = Build(cell, options, engine, runner).run(dry_run=args.dry_run)
-    target = options.output / cell.name
+    plan = resolve(cell, options, engine)
+    made = None
+    if args.dry_run:
+        Build(plan, runner).steps()
+    else:
+        made = build_image(plan, runner)
+    target = plan.target
     tag = f"localhost/{cell.name}:{cell.line_name}"
     if args.load:
         engine.load(runner, target, tag)

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from output_projection import (
+
+from .output_projection import (
     MAX_POSITION,
     Shape,
     project,

@@ -44,7 +44,5 @@ def test_weight_scales_of_both_shapes_load(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_an_input_scale_of_both_shapes_loads(shape: tuple[int, ...]) -> None:
     scale = nn.Parameter(torch.zeros(EXPERTS), requires_grad=False)
-    _loader()._load_single_value(
-        param=scale, loaded_weight=torch.full(shape, 9.0), expert_id=2
-    )
+    _loader()._load_single_value(param=scale, loaded_weight=torch.full(shape, 9.0), expert_id=2)
     assert scale.tolist() == [0, 0, 9]

@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nvfp4_selection import SWIGLU_LIMIT as LIMIT
-from nvfp4_selection import select_backend
+
+from .nvfp4_selection import SWIGLU_LIMIT as LIMIT
+from .nvfp4_selection import select_backend
 
 TOKENS, HIDDEN, INTERMEDIATE, EXPERTS = 3, 64, 32, 2
 # One rounding of each BF16 step: clamp is exact, then silu, product and the store.

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from output_projection import (
+
+from .output_projection import (
     RECIPE,
     Shape,
     project,

@@ -51,6 +51,11 @@ def atomic_path(final: Path) -> Iterator[Path]:
         remove(aside)
 
 
+def move(source: Path, target: Path) -> None:
+    """Rename, or copy and delete where the two are on different file systems."""
+    shutil.move(source, target)
+
+
 def remove(path: Path) -> None:
     """Delete a file or a folder with all it holds."""
     if path.is_dir() and not path.is_symlink():

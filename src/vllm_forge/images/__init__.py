@@ -1,8 +1,9 @@
 """Images: layers from wheels, a system from an engine, one checked OCI layout per cell."""
 
-from vllm_forge.images.build import Build, BuildOptions, Built, patched_wheel
+from vllm_forge.images.build import Build, Built, build_image, patched_wheel
 from vllm_forge.images.choose import choose_engine
 from vllm_forge.images.layout import Image, read_image, verify
+from vllm_forge.images.plan import BuildOptions, ImagePlan, resolve
 from vllm_forge.images.provision import provision
 
 __all__ = [
@@ -10,9 +11,12 @@ __all__ = [
     "BuildOptions",
     "Built",
     "Image",
+    "ImagePlan",
+    "build_image",
     "choose_engine",
     "patched_wheel",
     "provision",
     "read_image",
+    "resolve",
     "verify",
 ]

@@ -153,7 +153,7 @@ def _write_layout(tar: Path, layout: Path, epoch: int) -> None:
     blob = compress(tar, tar.with_suffix(".tar.gz"))
     write_image(
         layout,
-        layers=[ImageLayer(blob=blob, created_by="mmdebstrap")],
+        layers=[ImageLayer(blob=blob, created_by="vllm-forge: rootfs")],
         config={"Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]},
         epoch=epoch,
         ref="rootfs",

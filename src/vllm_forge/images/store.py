@@ -57,6 +57,21 @@ def stored(key: str) -> StoredLayer | None:
     return StoredLayer(blob=LayerBlob(path=path, **record), files=folder / "files")
 
 
+def require_stored(key: str) -> StoredLayer:
+    """The layer of that key.
+
+    Raises:
+        CacheError: it was not written, or was deleted meanwhile.
+    """
+    if (layer := stored(key)) is None:
+        raise CacheError(
+            "a layer that was written is not there any more",
+            where=str(cache_root() / "layers" / key),
+            remedy="do not clean the cache while a build runs; build again",
+        )
+    return layer
+
+
 def write_layer(key: str, entries: Sequence[Entry], epoch: int) -> StoredLayer:
     """Write a layer, or return the one that is there.
 
@@ -78,9 +93,7 @@ def write_layer(key: str, entries: Sequence[Entry], epoch: int) -> StoredLayer:
             record = asdict(blob)
             del record["path"]
             (folder / "layer.json").write_text(json.dumps(record, indent=1) + "\n")
-    done = stored(key)
-    assert done is not None  # noqa: S101 - written just now
-    return done
+    return require_stored(key)
 
 
 def _write(path: Path, files: Path, entries: Sequence[Entry], epoch: int) -> LayerBlob:

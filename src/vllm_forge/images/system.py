@@ -163,7 +163,7 @@ def _keep(output: SystemOutput, base: BaseRef, folder: Path) -> None:
             size=layer["size"],
             unpacked_size=0,
         )
-        known[blob.diff_id] = ImageLayer(blob=blob, created_by="mmdebstrap")
+        known[blob.diff_id] = ImageLayer(blob=blob, created_by="vllm-forge: rootfs")
     with atomic_path(folder) as aside:
         aside.mkdir()
         rows = []
@@ -176,7 +176,7 @@ def _keep(output: SystemOutput, base: BaseRef, folder: Path) -> None:
                 blob, created_by = layer_.blob, layer_.created_by
             else:
                 name = f"{number}.tar.gz"
-                blob, created_by = compress(tar, aside / name), "docker/Dockerfile"
+                blob, created_by = compress(tar, aside / name), "vllm-forge: docker/Dockerfile"
             rows.append(
                 {"path": name, "created_by": created_by, "blob": asdict(blob) | {"path": name}}
             )

@@ -47,12 +47,18 @@ def image_cell(matrix: Matrix, root: Path, sku: str, line: str | None = None) ->
     """The cell of a SKU, given by its name or by its arch (``sm_120``, ``sm120``).
 
     Raises:
-        UnknownSkuError: no such row.
+        UnknownSkuError: no such row, or an arch that several have.
         UnknownLineError: no such row.
         UnsupportedCellError: the line's row says that it cannot serve this SKU, and why.
     """
-    by_arch = {row.arch.replace("_", ""): name for name, row in matrix.sku.items()}
-    sku_name = sku if sku in matrix.sku else by_arch.get(sku.replace("_", ""), "")
+    wanted = sku.replace("_", "")
+    of_arch = [name for name, row in matrix.sku.items() if row.arch.replace("_", "") == wanted]
+    if sku not in matrix.sku and len(of_arch) > 1:
+        raise UnknownSkuError(
+            f"{sku!r} is the arch of more than one SKU: {', '.join(of_arch)}",
+            remedy="ask for one of them by its name",
+        )
+    sku_name = sku if sku in matrix.sku else "".join(of_arch)
     if not sku_name:
         known = [*matrix.sku, *(row.arch for row in matrix.sku.values())]
         raise UnknownSkuError(

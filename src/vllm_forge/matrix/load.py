@@ -48,9 +48,9 @@ def load(root: Path) -> Matrix:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MatrixFileError("matrix.toml does not exist", where=str(path)) from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise MatrixFileError(
-            f"not TOML: {error}", where=str(path), remedy="correct the line that it names"
+            f"not TOML in UTF-8: {error}", where=str(path), remedy="correct the line that it names"
         ) from None
     try:
         return Matrix.model_validate(data)

@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 Version = Annotated[str, Field(pattern=r"^\d+(\.\d+)+$")]
 Arch = Annotated[str, Field(pattern=r"^sm_\d+[af]?$")]
+# TOML has types: "288" is not a number and "yes" is not true, as the schema says too.
+Integer = Annotated[int, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
 
 
 class Row(BaseModel):
@@ -30,8 +33,8 @@ class Sku(Row):
     arch: Arch = Field(description="nvcc target, e.g. sm_100a")
     compute_capability: Annotated[str, Field(pattern=r"^\d+\.\d$")]
     device: str = Field(description="what the driver calls it")
-    memory_gb: int = Field(description="HBM or GDDR per GPU, 10^9 bytes, as the vendor states")
-    development: bool = Field(default=False, description="a proving ground, never released for")
+    memory_gb: Integer = Field(description="HBM or GDDR per GPU, 10^9 bytes, as the vendor states")
+    development: Flag = Field(default=False, description="a proving ground, never released for")
     env: dict[str, str] = Field(
         default_factory=dict, description="set in the image; read by JIT compilers at run time"
     )
@@ -54,7 +57,7 @@ class Line(Row):
     unsupported: dict[Name, str] = Field(
         default_factory=dict, description="SKU -> why this line cannot serve it"
     )
-    budget_mb: int = Field(description="compressed size of the image, 10^6 bytes, at most")
+    budget_mb: Integer = Field(description="compressed size of the image, 10^6 bytes, at most")
     unimportable: dict[str, str] = Field(
         default_factory=dict,
         description="quantization module -> why it does not import without a GPU; stale rows fail",
@@ -74,8 +77,10 @@ class Base(Row):
     suite: str = Field(description="Debian suite that the rootfs is made from")
     packages: tuple[str, ...] = Field(description="Debian packages that must be in the image")
     platform: str = Field(description="uv's name for the wheel platform")
-    source_date_epoch: int = Field(description="timestamp of every file that we write")
-    budget_mb: int = Field(description="compressed size of rootfs plus system layer, 10^6 bytes")
+    source_date_epoch: Integer = Field(description="timestamp of every file that we write")
+    budget_mb: Integer = Field(
+        description="compressed size of rootfs plus system layer, 10^6 bytes"
+    )
 
 
 class Artifact(Row):
@@ -85,7 +90,7 @@ class Artifact(Row):
     experts: Literal["nvfp4", "w4a16", "mxfp4"]
     attention: Literal["fp8-block", "bf16"]
     mtp: Literal["bf16", "fp8", "none"]
-    size_gb: int | None = None
+    size_gb: Integer | None = None
 
 
 class Preset(Row):
@@ -93,8 +98,8 @@ class Preset(Row):
 
     sku: Name
     artifact: Name
-    tensor_parallel: int
-    speculative_tokens: int = Field(default=0, ge=0, description="k of MTP; 0 = off")
+    tensor_parallel: Integer
+    speculative_tokens: Integer = Field(default=0, ge=0, description="k of MTP; 0 = off")
     flags: tuple[str, ...] = ()
     env: dict[str, str] = Field(default_factory=dict)
 

@@ -96,7 +96,8 @@ def apply_series(repo: SourceRepo, base: str, patches: Sequence[Patch]) -> Appli
 
 def canonical_diff(repo: SourceRepo, before: str, after: str) -> str:
     """The difference of two trees in the one form that a patch file may have."""
-    return repo.git(*CANONICAL, before, after).stdout.decode()
+    # Context that is not UTF-8 makes a patch that is not canonical, not a crash.
+    return repo.git(*CANONICAL, before, after).stdout.decode(errors="replace")
 
 
 def _require_canonical(repo: SourceRepo, patch: Patch, before: str, after: str) -> None:
@@ -123,7 +124,9 @@ def _refusal(
     repo: SourceRepo, base: str, patch: Patch, said: str, index: dict[str, str]
 ) -> Exception:
     """The error that tells best why git refused."""
-    first = next((line for line in said.splitlines() if line.startswith("error:")), said.strip())
+    # "while searching for:" is followed by lines of code; the line after those says where.
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    first = next((line for line in errors if "while searching for" not in line), said.strip())
     if "corrupt patch" in said or "patch fragment without header" in said:
         return CorruptPatchError(
             f"git cannot read the patch: {first}",

@@ -12,6 +12,8 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from vllm_forge.errors import (
+    DiskSpaceError,
+    DistributionNotFoundError,
     DownloadInterruptedError,
     ForgeError,
     HashMismatchError,
@@ -30,6 +32,7 @@ PARALLEL = 8
 TRIES = 5
 HTTP_PARTIAL = 206
 HTTP_RANGE_NOT_SATISFIABLE = 416
+GONE = (404, 410)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,8 @@ def download_all(session: requests.Session, downloads: Sequence[Download]) -> No
         HashMismatchError: complete, but other bytes than the lock names.
         TruncatedFileError: the server's file has another size than the index says.
         IndexUnreachableError: the file's host does not answer.
+        DistributionNotFoundError: the host does not have the file that the index lists.
+        DiskSpaceError: the file cannot be written.
     """
     with progress() as bar:
         total = bar.add_task(f"{len(downloads)} files", total=sum(d.size for d in downloads))
@@ -62,7 +67,11 @@ def download_all(session: requests.Session, downloads: Sequence[Download]) -> No
                 pool.submit(fetcher.fetch, item)
                 for item in sorted(downloads, key=lambda d: d.size, reverse=True)
             ]
-            done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+            try:
+                done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+            except BaseException:  # Ctrl-C: the pool would wait for the last file
+                fetcher.stop.set()
+                raise
             if any(job.exception() for job in done):
                 fetcher.stop.set()
         for job in jobs:
@@ -85,11 +94,18 @@ class _Fetcher:
         for _ in range(TRIES):
             have, digest = _have(part)
             try:
-                if have != item.size:
+                if have != item.size or not part.exists():
                     have, digest = self._stream(item, part, have, digest)
-            except (requests.RequestException, HTTPError, OSError) as error:
+            except (requests.RequestException, HTTPError) as error:
                 last = error
                 continue
+            except OSError as error:  # not the network's: urllib3 wraps those
+                raise DiskSpaceError(
+                    f"{part.name} cannot be written: {error}",
+                    where=str(part.parent),
+                    remedy="free some space, or set VLLM_FORGE_CACHE to another disk; finished "
+                    "files are kept",
+                ) from error
             if self.stop.is_set():
                 return
             last = None
@@ -110,6 +126,12 @@ class _Fetcher:
             if answer.status_code == HTTP_RANGE_NOT_SATISFIABLE:
                 part.unlink()
                 return 0, hashlib.sha256()
+            if answer.status_code in GONE:
+                raise DistributionNotFoundError(
+                    f"the index lists {item.target.name}, its host answers {answer.status_code}",
+                    where=item.url,
+                    remedy="use another index: this one's list is older than its files",
+                )
             answer.raise_for_status()
             if have and answer.status_code != HTTP_PARTIAL:  # no ranges there: all comes again
                 have, digest = 0, hashlib.sha256()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 CONNECTIONS = 16
 CONNECT_RETRIES = 4
 TIMEOUT_S = (15, 60)  # to connect; between two reads
+PIP_INDEX = re.compile(r"^global\.index-url=(?P<quote>['\"])(?P<url>.+)(?P=quote)$", re.M)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +43,15 @@ def index_url() -> str:
         if url := os.environ.get(name):
             return url
     # pip.conf has several places and layers; pip itself knows them. No pip, no pip.conf.
+    # "config list", because "config get" reads the user's file only.
     asked = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "get", "global.index-url"],
+        [sys.executable, "-m", "pip", "config", "list"],
         capture_output=True,
         text=True,
         check=False,
     )
-    return asked.stdout.strip() or PYPI_SIMPLE_ENDPOINT
+    found = PIP_INDEX.search(asked.stdout)
+    return found["url"] if found else PYPI_SIMPLE_ENDPOINT
 
 
 def session() -> requests.Session:

@@ -15,7 +15,12 @@ from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from uv import find_uv_bin
 
-from vllm_forge.errors import DistributionNotFoundError, LockFileError, ResolutionError
+from vllm_forge.errors import (
+    DistributionNotFoundError,
+    IndexUnreachableError,
+    LockFileError,
+    ResolutionError,
+)
 from vllm_forge.host import atomic_path, console
 
 if TYPE_CHECKING:
@@ -84,7 +89,12 @@ def read_lock(root: Path, line_name: str, line: Line, base: Base) -> Lock:
     again = f"run: nox -s lock -- --line {line_name}"
     if not path.is_file():
         raise LockFileError(f"line {line_name} has no lock", where=str(path), remedy=again)
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise LockFileError(f"not UTF-8: {error}", where=str(path), remedy=again) from None
+    if "\r" in text:
+        raise LockFileError("the lock has CRLF line ends", where=str(path), remedy=again)
     wheels = []
     for number, row in enumerate(text.splitlines(), 1):
         if not row or row.startswith("#"):
@@ -176,6 +186,12 @@ def _resolve(line: Line, base: Base, index: Index) -> list[tuple[str, str]]:
             capture_output=True,
             text=True,
             check=False,
+        )
+    if done.returncode != 0 and "Failed to fetch" in done.stderr:
+        raise IndexUnreachableError(
+            f"uv could not reach the package index:\n{done.stderr.strip()}",
+            where=index.url,
+            remedy="check the network, the proxy, and UV_DEFAULT_INDEX / PIP_INDEX_URL",
         )
     if done.returncode != 0:
         raise ResolutionError(

@@ -6,9 +6,12 @@ rules, so that the tree's hash depends on nothing but the archive's files and th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import tarfile
+import tempfile
+import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
@@ -32,6 +35,7 @@ def git_env() -> dict[str, str]:
         "GIT_CONFIG_NOSYSTEM": "1",
         "GIT_CONFIG_GLOBAL": os.devnull,
         "GIT_ATTR_NOSYSTEM": "1",
+        "XDG_CONFIG_HOME": os.devnull,  # git/attributes there is read whatever the rest says
         "LC_ALL": "C",
     }
 
@@ -95,39 +99,66 @@ class SourceRepo:
                     check=True,
                     capture_output=True,
                 )
+            try:
+                said = self._fast_import(ref, archive)
+            finally:
+                self._clean()
+            tree = self.tree(ref)
+            if said or tree is None:
+                raise SdistError(f"git fast-import: {said}", where=str(archive))
+            return tree
+
+    def _fast_import(self, ref: str, archive: Path) -> str:
+        """Feed an archive to git; return what git said, empty when it took all of it."""
+        with tempfile.TemporaryFile() as errors:
             importer = subprocess.Popen(
                 ["git", f"--git-dir={self.path}", "fast-import", "--quiet"],
                 stdin=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stderr=errors,
                 env=git_env(),
             )
+            assert importer.stdin is not None  # noqa: S101 - PIPE was asked for
             try:
-                assert importer.stdin is not None  # noqa: S101 - PIPE was asked for
                 _feed(importer.stdin, ref, archive)
                 importer.stdin.close()
-            except (tarfile.TarError, EOFError, OSError) as error:
-                importer.kill()
+            except BrokenPipeError:
+                pass  # git has given up, and says why
+            except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
                 raise SdistError(
                     f"not a readable source archive: {error}", where=str(archive)
                 ) from error
             finally:
+                if not importer.stdin.closed:
+                    importer.kill()
+                    with contextlib.suppress(BrokenPipeError):
+                        importer.stdin.close()
                 importer.wait()
-            tree = self.tree(ref)
-            if importer.returncode != 0 or tree is None:
-                message = importer.stderr.read().decode() if importer.stderr else ""
-                raise SdistError(f"git fast-import: {message.strip()}", where=str(archive))
-            return tree
+            errors.seek(0)
+            text = errors.read().decode(errors="replace").strip()
+            return text or ("it failed" if importer.returncode != 0 else "")
+
+    def _clean(self) -> None:
+        """Remove what a killed or refused import has left."""
+        for pattern in ("objects/pack/tmp_*", "fast_import_crash_*"):
+            for path in self.path.glob(pattern):
+                path.unlink(missing_ok=True)
 
 
 def _feed(out: IO[bytes], ref: str, archive: Path) -> None:
     """Write the archive as a fast-import stream, its top folder removed."""
-    out.write(f"commit refs/sdist/{ref}\ncommitter {EPOCH_IDENT}\ndata 0\n\n".encode())
+    # "done": a stream that ends early, e.g. because we were killed, makes no ref.
+    out.write(
+        f"feature done\ncommit refs/sdist/{ref}\ncommitter {EPOCH_IDENT}\ndata 0\n\n".encode()
+    )
     top: str | None = None
+    files = 0
     with tarfile.open(archive, "r:gz") as tar:
         for member in tar:
             parts = PurePosixPath(member.name).parts
             if ".." in parts or member.name.startswith("/"):
                 raise SdistError(f"a member leaves the archive: {member.name}", where=str(archive))
+            if not parts:  # "./"
+                continue
             top = top or parts[0]
             if parts[0] != top:
                 raise SdistError("more than one folder at the top", where=str(archive))
@@ -148,3 +179,7 @@ def _feed(out: IO[bytes], ref: str, archive: Path) -> None:
             out.write(f'M {mode} inline "{quoted}"\ndata {len(data)}\n'.encode())
             out.write(data)
             out.write(b"\n")
+            files += 1
+    if files == 0:
+        raise SdistError("there is no file in it", where=str(archive))
+    out.write(b"done\n")

@@ -1,0 +1,93 @@
+"""A real engine, a real registry, a small project; all on one xdist worker."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.image.project import Project, make_project
+
+HOW = "run `nox -s test -- --provision` as root on Debian, which installs it"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Engine tests share builds: one worker runs them all."""
+    for item in items:
+        if "engine" in item.keywords:
+            item.add_marker(pytest.mark.xdist_group("engine"))
+
+
+def engines() -> list[str]:
+    """Engines that can build here."""
+    from vllm_forge.images.choose import ENGINES, _present
+
+    return [name for name in ENGINES if _present(name)]
+
+
+def require_engine() -> None:
+    """Skip, saying what would run it."""
+    missing = [tool for tool in ("mmdebstrap", "skopeo") if shutil.which(tool) is None]
+    if not engines() or missing:
+        pytest.skip(f"no container engine ({', '.join(missing) or 'buildah or docker'}): {HOW}")
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """A project without an image yet."""
+    require_engine()
+    made = make_project(tmp_path_factory.mktemp("mini"))
+    yield made
+    made.index.close()
+
+
+@pytest.fixture(scope="session")
+def built(project: Project) -> Project:
+    """The same with the image of alpha built."""
+    project.run("build", "alpha")
+    return project
+
+
+@pytest.fixture
+def sibling(built: Project, tmp_path: Path) -> Project:
+    """A copy of the checkout to change, with the cache of the built one."""
+    root = tmp_path / "checkout"
+    shutil.copytree(built.root, root)
+    return Project(root=root, cache=built.cache, index=built.index)
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """host:port of a docker-registry."""
+    if shutil.which("docker-registry") is None:
+        pytest.skip(f"no docker-registry: {HOW}")
+    folder = tmp_path_factory.mktemp("registry")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = folder / "config.yml"
+    config.write_text(
+        "version: 0.1\nlog: {level: error}\n"
+        f"storage: {{filesystem: {{rootdirectory: {folder}/data}}}}\n"
+        f'http: {{addr: "127.0.0.1:{port}"}}\n'
+    )
+    server = subprocess.Popen(
+        ["docker-registry", "serve", str(config)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 30
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        assert server.poll() is None, "docker-registry ended"
+        assert time.monotonic() < deadline, "docker-registry does not listen"
+    yield f"127.0.0.1:{port}"
+    server.terminate()
+    server.wait()

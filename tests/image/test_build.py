@@ -1,0 +1,337 @@
+"""A small real build with a real engine: what it makes, keeps, refuses and survives."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.image.conftest import engines
+from tests.image.project import PATCHED, VLLM, Project, make_project
+from vllm_forge.images.layout import Image, read_image, verify
+
+pytestmark = pytest.mark.engine
+
+ALPHA, BETA = "vllm-0.1.0-alpha", "vllm-0.1.0-beta"
+
+
+def image(project: Project, cell: str = ALPHA) -> Image:
+    return read_image(project.root / "dist" / cell)
+
+
+def layers(made: Image) -> list[str]:
+    return [layer["digest"] for layer in made.manifest["layers"]]
+
+
+def names(made: Image, layer: int) -> set[str]:
+    path = made.blob(made.manifest["layers"][layer]["digest"])
+    with tarfile.open(path) as tar:
+        return {member.name for member in tar}
+
+
+def read(made: Image, layer: int, name: str) -> bytes:
+    with tarfile.open(made.blob(made.manifest["layers"][layer]["digest"])) as tar:
+        file = tar.extractfile(name)
+        assert file is not None
+        return file.read()
+
+
+def test_layout_is_complete_and_readable_by_skopeo(built: Project) -> None:
+    made = image(built)
+    verify(made)
+    seen = subprocess.run(
+        ["skopeo", "inspect", f"oci:{made.path}"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(seen.stdout)["Labels"]["io.vllm-forge.sku"] == "alpha"
+
+
+def test_config_is_that_of_the_dockerfile(built: Project) -> None:
+    config = image(built).config["config"]
+    assert config["Entrypoint"] == ["vllm", "serve"]
+    assert config["User"] == "10001:10001"
+    assert "/cache" in config["Volumes"]
+    assert config["Healthcheck"]["Test"][0] == "CMD"
+    assert "TORCH_CUDA_ARCH_LIST=10.0a" in config["Env"]
+    labels = config["Labels"]
+    assert labels["io.vllm-forge.arch"] == "sm_100a"
+    assert labels["io.vllm-forge.series"] == "0001-flag.patch"
+    assert labels["io.vllm-forge.tree"] == built.record(ALPHA)["stack"]["tree"]
+
+
+def test_every_diff_id_is_the_hash_of_its_layer(built: Project) -> None:
+    made = image(built)
+    for layer, diff_id in zip(
+        made.manifest["layers"], made.config["rootfs"]["diff_ids"], strict=True
+    ):
+        with gzip.open(made.blob(layer["digest"])) as plain:
+            assert hashlib.file_digest(plain, "sha256").hexdigest() == diff_id[7:]  # type: ignore[arg-type]
+
+
+def test_last_layer_holds_the_patch_and_the_metadata_only(built: Project) -> None:
+    made = image(built)
+    site = "opt/venv/lib/python3.13/site-packages"
+    version = built.record(ALPHA)["stack"]["vllm"]
+    files = {name for name in names(made, -1) if "." in name.rpartition("/")[2]}
+    files = {name for name in files if not name.endswith((".dist-info", "python3.13"))}
+    assert files == {
+        "opt/vllm-forge/stack.json",
+        f"{site}/{PATCHED}",
+        f"{site}/vllm/_version.py",
+        f"{site}/vllm-{version}.dist-info/entry_points.txt",
+    } | {f for f in files if f"vllm-{version}.dist-info" in f}
+    assert b"is not None" in read(made, -1, f"{site}/{PATCHED}")
+    assert b"is not None" not in read(made, -2, f"{site}/{PATCHED}")
+
+
+def test_stack_json_is_the_record(built: Project) -> None:
+    stack = json.loads(read(image(built), -1, "opt/vllm-forge/stack.json"))
+    assert stack == built.record(ALPHA)["stack"]
+    assert stack["packages"]["sixlike"] == "1.0"
+    assert "python3" in stack["debian"]
+
+
+def test_nothing_of_the_host_is_in_a_layer(built: Project) -> None:
+    made = image(built)
+    everything = set().union(*(names(made, number) for number in range(len(layers(made)))))
+    assert not {name for name in everything if name.endswith(("ca.pem", "apt-sources.list"))}
+    assert "etc/apt/sources.list" not in {name.removeprefix("./") for name in everything}
+
+
+def test_second_run_does_nothing(built: Project) -> None:
+    before = (built.root / "dist" / f"{ALPHA}.json").stat().st_mtime_ns
+    asked = len(built.index.requests)
+    done = built.run("build", "alpha")
+    assert json.loads(done.stdout)["built"] is False
+    assert (built.root / "dist" / f"{ALPHA}.json").stat().st_mtime_ns == before
+    assert len(built.index.requests) == asked
+
+
+def test_another_sku_shares_all_layers_but_the_last(built: Project) -> None:
+    done = built.run("build", "sm_120")
+    assert layers(image(built, BETA))[:-1] == layers(image(built))[:-1]
+    assert layers(image(built, BETA))[-1] != layers(image(built))[-1]
+    assert "mmdebstrap" not in done.stderr
+    assert "buildah bud" not in done.stderr
+
+
+def test_another_patch_changes_the_last_layer_only(built: Project, sibling: Project) -> None:
+    sibling.patch("bool(args and not args.dynamic)")
+    sibling.run("build", "alpha")
+    before, after = layers(image(built)), layers(image(sibling))
+    assert before[:-1] == after[:-1]
+    assert before[-1] != after[-1]
+
+
+def test_dry_run_prints_the_commands_of_the_real_run(project: Project, tmp_path: Path) -> None:
+    """Without engine and network, and nothing is written."""
+    fresh = project.copy(tmp_path)
+    engine = engines()[0]
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    for tool in ("apt-get", "git"):  # all but an engine
+        (bare / tool).symlink_to(str(shutil.which(tool)))
+    dry = fresh.run(
+        "build", "alpha", "--dry-run", "--engine", engine,
+        PATH=str(bare), UV_DEFAULT_INDEX="http://127.0.0.1:9/simple",
+    )  # fmt: skip
+    printed = [line for line in dry.stdout.splitlines() if not line.startswith("#")]
+    assert not (fresh.root / "dist").exists()
+    assert not fresh.cache.exists()
+    real = fresh.run("build", "alpha", "--engine", engine)
+    ran = [
+        line.strip().removeprefix("$ ")
+        for line in real.stderr.splitlines()
+        if line.strip().startswith("$ ")
+    ]
+    assert [shlex.split(line) for line in printed] == [shlex.split(line) for line in ran]
+
+
+@pytest.mark.parametrize("engine", engines() or ["none"])
+def test_two_builds_give_one_digest(project: Project, tmp_path: Path, engine: str) -> None:
+    """From nothing, twice: rootfs, system, layers and patches all made anew."""
+    digests = set()
+    for number in ("first", "second"):
+        fresh = project.copy(tmp_path / number)
+        fresh.run("build", "alpha", "--engine", engine)
+        digests.add(image(fresh).digest)
+    assert len(digests) == 1
+
+
+def test_push_and_pull_by_digest(built: Project, registry: str, tmp_path: Path) -> None:
+    reference = f"{registry}/vllm:alpha"
+    built.run("build", "alpha", "--push", reference)
+    digest = f"sha256:{image(built).digest}"
+    pushed = (built.root / "dist" / f"{ALPHA}.pushed").read_text().strip()
+    assert pushed == digest
+    subprocess.run(
+        [
+            "skopeo", "copy", "--quiet", "--src-tls-verify=false",
+            f"docker://{registry}/vllm@{digest}", f"oci:{tmp_path / 'pulled'}",
+        ],
+        check=True,
+    )  # fmt: skip
+    pulled = read_image(tmp_path / "pulled")
+    verify(pulled)
+    assert f"sha256:{pulled.digest}" == digest
+
+
+def test_registry_base_must_be_pinned(built: Project) -> None:
+    done = built.run("build", "alpha", "--base", "debian:trixie-slim", code=63)
+    assert "@sha256" in done.stderr
+
+
+def test_registry_base_gets_what_it_lacks(
+    built: Project, registry: str, sibling: Project, tmp_path: Path
+) -> None:
+    """A base from a registry, pinned by digest; the Dockerfile installs the missing package."""
+    rootfs = next((built.cache / "rootfs").iterdir())
+    subprocess.run(
+        [
+            "skopeo", "copy", "--quiet", "--dest-tls-verify=false", f"oci:{rootfs}",
+            f"docker://{registry}/base:1",
+        ],
+        check=True,
+    )  # fmt: skip
+    digest = read_image(rootfs).digest
+    insecure = tmp_path / "registries.conf"
+    insecure.write_text(f'[[registry]]\nlocation = "{registry}"\ninsecure = true\n')
+    matrix = sibling.root / "matrix.toml"
+    text = matrix.read_text().replace('"ca-certificates", ', '"ca-certificates", "bsdextrautils", ')
+    matrix.write_text(text)
+    sibling.run(
+        "build", "alpha", "--base", f"{registry}/base@sha256:{digest}",
+        CONTAINERS_REGISTRIES_CONF=str(insecure),
+    )  # fmt: skip
+    assert "bsdextrautils" in sibling.record(ALPHA)["stack"]["debian"]
+    assert "usr/bin/column" in {n.removeprefix("./") for n in names(image(sibling), 1)}
+
+
+@pytest.mark.parametrize(
+    ("moment", "kept"),
+    [
+        ("fetch 3 wheels", ("rootfs", "systems")),
+        ("mmdebstrap", ()),
+        ("buildah bud", ("rootfs",)),
+        ("assemble the image", ("rootfs", "systems")),
+        ("runc", ("rootfs", "systems")),
+        ("its name", ("rootfs", "systems")),
+    ],
+)
+def test_kill_9_leaves_no_image_and_the_next_run_succeeds(
+    built: Project, tmp_path: Path, moment: str, kept: tuple[str, ...]
+) -> None:
+    fresh = built.copy(tmp_path, *kept)
+    process = fresh.start("build", "alpha", "--engine", "buildah")
+    assert process.stderr is not None
+    assert any(moment in line for line in process.stderr)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (fresh.root / "dist" / f"{ALPHA}.json").exists()
+    if (fresh.root / "dist" / ALPHA).exists():  # killed between the two renames
+        verify(image(fresh))
+    fresh.run("build", "alpha", "--engine", "buildah")
+    verify(image(fresh))
+
+
+def test_two_builds_of_one_cell_at_once(built: Project, tmp_path: Path) -> None:
+    fresh = built.copy(tmp_path, "rootfs")
+    with fresh.start("build", "alpha", "--engine", "buildah") as first:
+        assert first.stderr is not None
+        assert any("buildah bud" in line for line in first.stderr)
+        second = fresh.run("build", "alpha", "--engine", "buildah", code=32)
+        assert f"process {first.pid}" in second.stderr
+        first.communicate()
+    assert first.returncode == 0
+
+
+def test_a_module_that_does_not_import_is_no_image(built: Project, tmp_path: Path) -> None:
+    broken = "vllm/model_executor/layers/quantization/broken.py"
+    project = make_project(tmp_path, {broken: "import absent_package\n"})
+    for name in ("rootfs", "systems"):
+        shutil.copytree(built.cache / name, project.cache / name, symlinks=True)
+    done = project.run("build", "alpha", code=65)
+    assert "absent_package" in done.stderr
+    assert not (project.root / "dist").exists()
+    matrix = project.root / "matrix.toml"
+    name = "vllm.model_executor.layers.quantization.broken"
+    row = f'\n[line.mini.unimportable]\n"{name}" = "needs what a test does not have"\n[artifact]'
+    matrix.write_text(matrix.read_text().replace("\n[artifact]", row))
+    project.run("build", "alpha")
+    stale = matrix.read_text().replace(name, "vllm.model_executor.layers.quantization.fp8")
+    matrix.write_text(stale)
+    assert "but they import" in project.run("build", "alpha", code=65).stderr
+    project.index.close()
+
+
+def test_size_budget(sibling: Project) -> None:
+    matrix = sibling.root / "matrix.toml"
+    matrix.write_text(matrix.read_text().replace("budget_mb = 120", "budget_mb = 1"))
+    before = image(sibling).digest
+    done = sibling.run("build", "alpha", code=66)
+    assert "its budget is 1 MB" in done.stderr
+    assert image(sibling).digest == before, "the last good image is still there"
+
+
+def test_tampered_layer_is_noticed(sibling: Project) -> None:
+    """The layout is read again before it is called up to date; its blobs are hashed on build."""
+    made = image(sibling)
+    blob = made.blob(layers(made)[-1])
+    content = blob.read_bytes()
+    blob.unlink()
+    blob.write_bytes(content[:-1])
+    done = sibling.run("build", "alpha")
+    assert json.loads(done.stdout)["built"] is True
+    verify(image(sibling))
+
+
+def test_engine_missing(built: Project, tmp_path: Path) -> None:
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    (bare / "git").symlink_to(str(shutil.which("git")))
+    done = built.run("build", "beta", PATH=str(bare), code=60)
+    assert "apt-get install" in done.stderr
+    done = built.run("build", "beta", "--engine", "buildah", PATH=str(bare), code=60)
+    assert "--provision" in done.stderr
+    done = built.run("build", "beta", "--engine", "biuldah", code=2)
+    assert "Perhaps you meant 'buildah'?" in done.stderr
+
+
+def test_engine_too_old(built: Project, sibling: Project, tmp_path: Path) -> None:
+    old = tmp_path / "bin"
+    old.mkdir()
+    (old / "buildah").write_text("#!/bin/sh\necho buildah version 1.19.6\n")
+    (old / "buildah").chmod(0o755)
+    sibling.patch("args is not None and args.dynamic is False")
+    done = sibling.run(
+        "build", "alpha", "--engine", "buildah", PATH=f"{old}:{os.environ['PATH']}", code=61
+    )
+    assert "1.19.6" in done.stderr
+
+
+def test_index_that_serves_other_bytes(built: Project, tmp_path: Path) -> None:
+    fresh = built.copy(tmp_path, "rootfs", "systems")
+    name = "sixlike-1.0-py3-none-any.whl"
+    good = built.index.files[name]
+    built.index.files[name] = bytes(reversed(good))
+    try:
+        fresh.run("build", "alpha", code=22)
+    finally:
+        built.index.files[name] = good
+    assert not (fresh.root / "dist").exists()
+    fresh.run("build", "alpha")
+
+
+def test_the_unpatched_module_is_what_the_series_says(built: Project) -> None:
+    """The fixture's own premise: the patch changes one line of the tiny vllm."""
+    assert "args and not args.dynamic" in VLLM[PATCHED]
+    assert built.record(ALPHA)["stack"]["changed_files"].keys() == {PATCHED}

@@ -1,0 +1,68 @@
+"""Unit tests: no network beyond 127.0.0.1, no engine, no GPU, nothing of the user's cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hypothesis
+import pytest
+
+from unit_kit.index_server import IndexServer
+from vllm_forge.sources import SourceRepo, index
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).resolve().parents[2]
+# The same examples in every run: a red run must stay red. To look for more, run
+# `pytest tests/unit --hypothesis-profile=explore`.
+hypothesis.settings.register_profile(
+    "fixed", derandomize=True, database=None, deadline=None, max_examples=120
+)
+hypothesis.settings.register_profile("explore", database=None, deadline=None, max_examples=3000)
+hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True)
+def clean_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of this test's own, and none of the host's settings for indexes, proxies and git."""
+    for name in list(os.environ):
+        if name.startswith(("UV_", "PIP_", "GIT_", "VLLM_FORGE_")) or "proxy" in name.lower():
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("VLLM_FORGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """The cache that this test's code uses."""
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def server() -> Iterator[IndexServer]:
+    """A package index on 127.0.0.1."""
+    with IndexServer().running() as running:
+        yield running
+
+
+@pytest.fixture
+def repo(cache: Path) -> SourceRepo:
+    """An empty source repository in the test's cache."""
+    return SourceRepo(cache / "sources.git")
+
+
+@pytest.fixture
+def no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that refuses is asked once: the waits between retries are not under test."""
+    monkeypatch.setattr(index, "CONNECT_RETRIES", 0)

@@ -1,0 +1,156 @@
+"""One class, one exit code, and a message that says what, where and what to do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vllm_forge import errors
+from vllm_forge.cli import main
+from vllm_forge.errors import ForgeError, UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def subclasses(kind: type[ForgeError]) -> list[type[ForgeError]]:
+    found = [kind]
+    for sub in kind.__subclasses__():
+        found += subclasses(sub)
+    return found
+
+
+ALL = subclasses(ForgeError)
+
+
+def test_every_class_of_the_module_is_covered() -> None:
+    named = {
+        value
+        for value in vars(errors).values()
+        if isinstance(value, type) and issubclass(value, ForgeError)
+    }
+    assert named <= set(ALL)
+    assert len(ALL) > 40
+
+
+def test_exit_codes_are_unique() -> None:
+    counted = Counter(kind.exit_code for kind in ALL)
+    assert [code for code, times in counted.items() if times > 1] == []
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
+class TestEveryClass:
+    def test_code_is_its_own_and_a_shell_can_see_it(self, kind: type[ForgeError]) -> None:
+        assert "exit_code" in vars(kind)
+        # 0 is success; from 124 on, shells and timeout(1) give codes a meaning of their own.
+        assert 0 < kind.exit_code < 124
+
+    def test_docstring_says_what_it_is_for(self, kind: type[ForgeError]) -> None:
+        assert vars(kind)["__doc__"].strip()
+
+    def test_message_shows_what_where_and_remedy(self, kind: type[ForgeError]) -> None:
+        text = str(kind("it broke", where="there:3", remedy="mend it"))
+        assert text.splitlines() == ["it broke", "  where:  there:3", "  remedy: mend it"]
+
+    def test_message_leaves_out_what_is_not_known(self, kind: type[ForgeError]) -> None:
+        assert str(kind("it broke")) == "it broke"
+
+
+# (arguments, exit code of the class, what the message must say)
+CASES = {
+    "unknown-sku": (["build", "b30"], errors.UnknownSkuError, ["b30", "'b300'", "sm_103a"]),
+    "unknown-line": (
+        ["build", "b300", "--line", "0.27"],
+        errors.UnknownLineError,
+        ["0.27", "Perhaps you meant '0.2", "0.33"],
+    ),
+    "unsupported-cell": (
+        ["build", "sm120", "--line", "0.22"],
+        errors.UnsupportedCellError,
+        ["rtxpro6000", "no sparse-MLA attention", "line.0.22.unsupported.rtxpro6000", "0.26, 0.33"],
+    ),
+    "mistyped-option": (
+        ["build", "b300", "--dry-rum"],
+        UsageError,
+        ["--dry-rum", "Perhaps you meant '--dry-run'?"],
+    ),
+    "mistyped-option-with-value": (
+        ["build", "b300", "--enginee=buildah"],
+        UsageError,
+        ["Perhaps you meant '--engine'?"],
+    ),
+    "abbreviated-option": (["build", "b300", "--dry"], UsageError, ["--dry"]),
+    "mistyped-command": (["biuld", "b300"], UsageError, ["biuld", "build"]),
+    "no-command": ([], UsageError, ["command"]),
+    "unknown-engine": (
+        ["build", "b300", "--engine", "buildha", "--dry-run"],
+        UsageError,
+        ["buildha", "Perhaps you meant 'buildah'?"],
+    ),
+    "base-without-digest": (
+        ["build", "b300", "--base", "debian:13", "--engine=buildah", "--dry-run"],
+        errors.BaseImageError,
+        ["debian:13", "sha256"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_main_returns_the_code_of_the_class(
+    name: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, kind, words = CASES[name]
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    code = main(arguments)
+    said = capsys.readouterr()
+    assert code == kind.exit_code
+    # Long messages wrap; what is asked for is in there, whatever the line breaks.
+    flat = " ".join(said.err.split())
+    for word in [kind.__name__, f"exit {kind.exit_code}", *words]:
+        assert word in flat
+    assert said.out.count("Traceback") == 0
+
+
+def test_help_is_not_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    assert "build" in capsys.readouterr().out
+
+
+def test_argument_that_ends_in_a_colon_is_a_usage_error() -> None:
+    assert main(["build", "b300", "x: "]) == UsageError.exit_code
+
+
+def test_outside_a_checkout_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["build", "b300"]) == errors.MatrixFileError.exit_code
+    assert "VLLM_FORGE_ROOT" in capsys.readouterr().err
+
+
+def test_interrupt_is_130_and_not_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    monkeypatch.setattr("vllm_forge.cli.load", interrupted)
+    assert main(["build", "b300"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_brackets_in_a_message_are_not_markup(
+    monkeypatch: pytest.MonkeyPatch, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(_: Path) -> None:
+        raise errors.MatrixValueError("no [sku.x] and [/red] too")
+
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    monkeypatch.setattr("vllm_forge.cli.load", refused)
+    assert main(["build", "b300"]) == errors.MatrixValueError.exit_code
+    assert "no [sku.x] and [/red] too" in capsys.readouterr().err

@@ -1,0 +1,330 @@
+"""matrix.toml: what is allowed, what is refused, and how the refusal reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from typing import TYPE_CHECKING, Any
+
+import pydantic
+import pytest
+
+from vllm_forge.cli import main
+from vllm_forge.errors import (
+    MatrixFileError,
+    MatrixValueError,
+    UnknownKeyError,
+    UnknownLineError,
+    UnknownSkuError,
+    UnsupportedCellError,
+)
+from vllm_forge.matrix import Matrix, image_cell, load, schema_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+Data = dict[str, Any]
+
+
+def to_toml(value: Any, place: tuple[str, ...] = ()) -> str:
+    """Enough of TOML for the matrix: scalars and lists in a table first, then its tables."""
+    lines: list[str] = []
+    tables: list[str] = []
+    for key, item in value.items():
+        path = (*place, json.dumps(key))
+        if isinstance(item, dict):
+            tables.append(f"[{'.'.join(path)}]\n{to_toml(item, path)}")
+        elif isinstance(item, list) and item and isinstance(item[0], dict):
+            tables += [f"[[{'.'.join(path)}]]\n{to_toml(row, path)}" for row in item]
+        else:
+            lines.append(f"{json.dumps(key)} = {json.dumps(item)}\n")
+    return "".join(lines) + "".join(tables)
+
+
+@pytest.fixture
+def data(root: Path) -> Data:
+    """The committed matrix, to be changed."""
+    return tomllib.loads((root / "matrix.toml").read_text())
+
+
+@pytest.fixture
+def loads(tmp_path: Path) -> Callable[[Data], Matrix]:
+    """Write a matrix.toml and load it."""
+
+    def write_and_load(changed: Data) -> Matrix:
+        (tmp_path / "matrix.toml").write_text(to_toml(changed))
+        return load(tmp_path)
+
+    return write_and_load
+
+
+def test_committed_matrix_loads(root: Path) -> None:
+    matrix = load(root)
+    assert {"b200", "b300", "rtxpro6000", "h200"} <= set(matrix.sku)
+    assert {"0.22", "0.26", "0.33"} <= set(matrix.line)
+    assert matrix.default_line in matrix.line
+
+
+def test_the_writer_of_this_module_changes_nothing(
+    root: Path, data: Data, loads: Callable[[Data], Matrix]
+) -> None:
+    assert loads(data) == load(root)
+
+
+# Where a row of each type is in the committed matrix: one path per type, nested rows too.
+ROWS: dict[str, list[str | int]] = {
+    "Matrix": [],
+    "Base": ["base"],
+    "LayerRule": ["layers", 0],
+    "Sku": ["sku", "b300"],
+    "Line": ["line", "0.26"],
+    "PinnedRequirement-constraint": ["line", "0.26", "constraints", 1],
+    "PinnedRequirement-override": ["line", "0.33", "overrides", 0],
+    "Artifact": ["artifact", "flash-nvfp4-fp8-mtp"],
+    "Preset": ["preset", "b300-mtp"],
+}
+
+
+def at(data: Any, path: list[str | int]) -> Any:
+    for part in path:
+        data = data[part]
+    return data
+
+
+def test_every_row_type_is_in_the_table_above() -> None:
+    definitions = set(json.loads(schema_text())["$defs"]) | {"Matrix"}
+    assert {name.partition("-")[0] for name in ROWS} == definitions
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_unknown_key_is_refused_with_the_nearest_known_one(
+    kind: str, data: Data, loads: Callable[[Data], Matrix]
+) -> None:
+    row = at(data, ROWS[kind])
+    known = max((key for key in row if key.isidentifier()), key=len)
+    typo = known[:-1] + "xx"
+    row[typo] = 1
+    with pytest.raises(UnknownKeyError) as refused:
+        loads(data)
+    place = ".".join(str(part) for part in [*ROWS[kind], typo])
+    assert f"unknown key {place}." in str(refused.value)
+    assert f"Perhaps you meant '{known}'?" in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_unknown_key_like_nothing_known_lists_the_fields(
+    kind: str, data: Data, loads: Callable[[Data], Matrix]
+) -> None:
+    at(data, ROWS[kind])["qqqqqq"] = 1
+    with pytest.raises(UnknownKeyError, match="qqqqqq. Known: [a-z]+"):
+        loads(data)
+
+
+def without(*path: str | int) -> Callable[[Data], None]:
+    def change(data: Data) -> None:
+        del at(data, list(path[:-1]))[path[-1]]
+
+    return change
+
+
+def put(*path_and_value: Any) -> Callable[[Data], None]:
+    def change(data: Data) -> None:
+        *path, last, value = path_and_value
+        at(data, path)[last] = value
+
+    return change
+
+
+LINE = ("line", "0.26")
+REFUSED: dict[str, tuple[Callable[[Data], None], list[str]]] = {
+    "text-for-number": (put("sku", "b300", "memory_gb", "many"), ["sku.b300.memory_gb", "integer"]),
+    "digits-in-quotes": (put("sku", "b300", "memory_gb", "288"), ["sku.b300.memory_gb", "integer"]),
+    "bool-for-number": (put("base", "budget_mb", True), ["base.budget_mb", "integer"]),
+    "text-for-bool": (put("sku", "b300", "development", "yes"), ["sku.b300.development", "bool"]),
+    "number-for-text": (put("sku", "b300", "device", 3), ["sku.b300.device", "string"]),
+    "number-in-env": (put("sku", "b300", "env", {"A": 1}), ["sku.b300.env.A", "string"]),
+    "text-for-list": (put(*LINE, "skus", "b300"), ["line.0.26.skus", "tuple"]),
+    "text-for-table": (put("base", "trixie"), ["base"]),
+    "arch-form": (put("sku", "b300", "arch", "103"), ["sku.b300.arch", "pattern"]),
+    "capability-form": (put("sku", "b300", "compute_capability", "10"), ["compute_capability"]),
+    "python-form": (put(*LINE, "python", "2.7"), ["line.0.26.python", "pattern"]),
+    "row-name": (put("sku", "B 300", {}), ["sku", "pattern"]),
+    "unknown-choice": (put("artifact", "nvidia-nvfp4", "experts", "int3"), ["nvfp4", "w4a16"]),
+    "negative-tokens": (put("preset", "b300-mtp", "speculative_tokens", -1), ["greater than"]),
+    "short-reason": (put(*LINE, "constraints", 0, "reason", "because"), ["constraints.0.reason"]),
+    "other-schema-version": (put("schema_version", 2), ["schema_version"]),
+    "no-base": (without("base"), ["base: Field required"]),
+    "no-arch": (without("sku", "b300", "arch"), ["sku.b300.arch: Field required"]),
+    "no-vllm": (without(*LINE, "vllm"), ["line.0.26.vllm: Field required"]),
+    "no-reason": (without(*LINE, "constraints", 0, "reason"), ["constraints.0.reason: Field req"]),
+    "no-default-line": (without(*LINE), ["default_line", "0.26"]),
+    "sku-of-a-line-has-no-row": (put(*LINE, "skus", ["b301"]), ["line.0.26", "sku.b301"]),
+    "unsupported-sku-has-no-row": (
+        put(*LINE, "unsupported", {"b301": "there is no such product at all"}),
+        ["line.0.26", "sku.b301"],
+    ),
+    "sku-neither-supported-nor-not": (
+        put(*LINE, "skus", ["b200", "b300", "h200"]),
+        ["line.0.26", "skus or in unsupported", "rtxpro6000"],
+    ),
+    "sku-both-supported-and-not": (
+        put(*LINE, "unsupported", {"b300": "a reason why it cannot"}),
+        ["line.0.26", "both", "b300"],
+    ),
+    "preset-of-no-sku": (put("preset", "b300-mtp", "sku", "b301"), ["preset.b300-mtp", "b301"]),
+    "preset-of-no-artifact": (put("preset", "b300-mtp", "artifact", "x"), ["preset.b300-mtp", "x"]),
+    "no-last-layer": (put("layers", -1, "match", ["t*"]), ["layers", "*"]),
+    "no-layers": (put("layers", []), ["layers"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_wrong_value_is_refused_with_its_place(
+    name: str, data: Data, loads: Callable[[Data], Matrix], tmp_path: Path
+) -> None:
+    change, words = REFUSED[name]
+    change(data)
+    with pytest.raises(MatrixValueError) as refused:
+        loads(data)
+    for word in [*words, str(tmp_path / "matrix.toml"), "matrix.schema.json"]:
+        assert word in str(refused.value)
+
+
+def test_all_faults_are_in_one_message(data: Data, loads: Callable[[Data], Matrix]) -> None:
+    del data["sku"]["b300"]["arch"]
+    data["base"]["siute"] = "trixie"
+    data["preset"]["b300-mtp"]["tensor_parallel"] = "four"
+    with pytest.raises(UnknownKeyError) as refused:
+        loads(data)
+    for word in ["sku.b300.arch", "base.siute", "'suite'", "preset.b300-mtp.tensor_parallel"]:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"schema_version = \n", "not TOML"),
+        (b"a = 1\na = 2\n", "not TOML"),
+        (b'device = "caf\xe9"\n', "not TOML in UTF-8.*0xe9"),
+    ],
+)
+def test_not_toml(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "matrix.toml").write_bytes(content)
+    with pytest.raises(MatrixFileError, match=words):
+        load(tmp_path)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(MatrixFileError, match="does not exist"):
+        load(tmp_path)
+
+
+def test_committed_schema_is_the_models(root: Path) -> None:
+    assert (root / "matrix.schema.json").read_text() == schema_text()
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_records_are_frozen(kind: str, root: Path) -> None:
+    row: Any = load(root)
+    for part in ROWS[kind]:
+        row = row[part] if isinstance(row, dict | tuple) else getattr(row, str(part))
+    for name in type(row).model_fields:
+        with pytest.raises(pydantic.ValidationError, match="frozen"):
+            setattr(row, name, getattr(row, name))
+
+
+@pytest.mark.parametrize(
+    ("asked", "sku"),
+    [
+        ("b300", "b300"),
+        ("sm_103a", "b300"),
+        ("sm103a", "b300"),
+        ("sm_120", "rtxpro6000"),
+        ("sm120", "rtxpro6000"),
+        ("rtxpro6000", "rtxpro6000"),
+        ("sm_90a", "h200"),
+    ],
+)
+def test_cell_by_sku_or_arch(asked: str, sku: str, root: Path) -> None:
+    matrix = load(root)
+    cell = image_cell(matrix, root, asked)
+    assert (cell.sku_name, cell.line_name) == (sku, matrix.default_line)
+    assert cell.sku is matrix.sku[sku]
+    assert cell.name == f"vllm-{matrix.line[matrix.default_line].vllm}-{sku}"
+
+
+@pytest.mark.parametrize("asked", ["", "b30", "sm_103", "103a", "B300"])
+def test_cell_of_no_sku(asked: str, root: Path) -> None:
+    with pytest.raises(UnknownSkuError, match=r"b300 \(sm_103a\)"):
+        image_cell(load(root), root, asked)
+
+
+def test_cell_of_no_line(root: Path) -> None:
+    with pytest.raises(UnknownLineError, match=r"0\.99"):
+        image_cell(load(root), root, "b300", "0.99")
+
+
+def test_every_unsupported_cell_says_why_and_where_else(root: Path) -> None:
+    matrix = load(root)
+    cells = [(n, sku, why) for n, row in matrix.line.items() for sku, why in row.unsupported.items()]
+    assert cells
+    for name, sku, why in cells:
+        with pytest.raises(UnsupportedCellError) as refused:
+            image_cell(matrix, root, sku, name)
+        assert why in str(refused.value)
+        assert f"matrix.toml, line.{name}.unsupported.{sku}" in str(refused.value)
+        for other, row in matrix.line.items():
+            if sku in row.skus:
+                assert other in refused.value.remedy
+
+
+def test_unsupported_everywhere_says_none(
+    data: Data, loads: Callable[[Data], Matrix], root: Path
+) -> None:
+    data["sku"]["old"] = dict(data["sku"]["b300"], arch="sm_80")
+    for line in data["line"].values():
+        line.setdefault("unsupported", {})["old"] = "it is too old for all of them"
+    with pytest.raises(UnsupportedCellError, match="none does"):
+        image_cell(loads(data), root, "sm80")
+
+
+def test_arch_of_two_skus_must_be_asked_for_by_name(
+    data: Data, loads: Callable[[Data], Matrix], root: Path
+) -> None:
+    data["sku"]["gb300"] = dict(data["sku"]["b300"])
+    for line in data["line"].values():
+        line["skus"].append("gb300")
+    matrix = loads(data)
+    assert image_cell(matrix, root, "gb300").sku_name == "gb300"
+    with pytest.raises(UnknownSkuError) as refused:
+        image_cell(matrix, root, "sm103a")
+    assert "b300, gb300" in str(refused.value)
+
+
+def test_a_new_sku_is_a_row_and_nothing_else(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Only matrix.toml changes; the dry run then names the new SKU's image."""
+    copy = tmp_path / "checkout"
+    for folder in ("docker", "patches"):
+        shutil.copytree(root / folder, copy / folder)
+    row = (
+        '\n[sku.fakegpu]\narch = "sm_199a"\ncompute_capability = "19.9"\n'
+        'device = "NVIDIA Fake"\nmemory_gb = 1000\nenv = { TORCH_CUDA_ARCH_LIST = "19.9a" }\n'
+    )
+    text = (root / "matrix.toml").read_text()
+    (copy / "matrix.toml").write_text(text.replace('skus = ["', 'skus = ["fakegpu", "') + row)
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(copy))
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    for asked in ("sm199a", "sm_199a", "fakegpu"):
+        assert main(["build", asked, "--engine=buildah", "--dry-run"]) == 0
+        out = capsys.readouterr().out
+        assert "-fakegpu" in out
+        assert "buildah" in out
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    assert not (copy / "dist").exists()

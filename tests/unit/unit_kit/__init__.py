@@ -1,0 +1,1 @@
+"""What several unit test modules need: an index server, wheel and archive makers, git trees."""
