@@ -77,9 +77,8 @@ def build(args: argparse.Namespace) -> None:
     else:
         made = build_image(plan, runner)
     target = plan.target
-    tag = f"localhost/{cell.name}:{cell.line_name}"
     if args.load:
-        engine.load(runner, target, tag)
+        engine.load(runner, target, plan.name)
     if args.push:
         _push(runner, engine, target, args.push)
     if made is not None:

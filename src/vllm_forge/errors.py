@@ -296,6 +296,12 @@ class SizeBudgetError(ForgeError):
     exit_code = 66
 
 
+class EngineSetupError(ForgeError):
+    """The engine is new enough, but not set up for what the build asks of it."""
+
+    exit_code = 67
+
+
 # --- 70-79: the installer -----------------------------------------------------------------
 
 

@@ -282,7 +282,7 @@ def line(pattern: bytes, new: bytes) -> Callable[[bytes], bytes]:
 EDITS: dict[str, tuple[Callable[[bytes], bytes], type[ForgeError]]] = {
     "crlf": (lambda c: c.replace(b"\n", b"\r\n"), LineEndingError),
     "crlf-in-one-line": (line(rb"^(\+.*max.*)$", rb"\1\r"), LineEndingError),
-    "no-final-newline": (lambda c: c.rstrip(b"\n"), NonCanonicalPatchError),
+    "no-final-newline": (lambda c: c.rstrip(b"\n"), CorruptPatchError),
     "not-utf-8": (line(rb"max\(", b"max(\xe9"), CorruptPatchError),
     "nul": (line(rb"max\(", b"max(\0"), NonCanonicalPatchError),
     "other-result": (line(rb"max\(0", b"max(1"), NonCanonicalPatchError),
@@ -402,7 +402,7 @@ SERIES: dict[str, tuple[Callable[[Path], object], type[ForgeError], str]] = {
         PatchMissingError, SECOND.name,
     ),
     "not-utf-8": (
-        lambda f: (f / "series").write_bytes(b"\xff\n"), PatchMissingError, "UTF-8",
+        lambda f: (f / "series").write_bytes(b"\xff\n"), PatchMissingError, "\ufffd",
     ),
     "one-is-broken": (
         lambda f: shutil.copy(BROKEN / "corrupt-line.patch", f / SECOND.name),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from test_patches import GOOD, SECOND, source_files
@@ -131,10 +131,8 @@ MUTANTS = st.one_of(
     bytes_changed(), bit_flipped(), lines_deleted(), lines_swapped(), lines_doubled(),
     hunk_doubled(), number_changed(), cut_off(), line_from_elsewhere(),
 )  # fmt: skip
-KEEP = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@KEEP
 @given(mutant=MUTANTS)
 def test_damaged_patch(ground: Ground, mutant: bytes) -> None:
     ground.patch.write_bytes(mutant)
@@ -148,7 +146,6 @@ def test_damaged_patch(ground: Ground, mutant: bytes) -> None:
     assert state(ground.repo, ground.base) == ground.before
 
 
-@KEEP
 @settings(max_examples=30)
 @given(mutant=MUTANTS)
 def test_damaged_patch_before_a_good_one(ground: Ground, mutant: bytes) -> None:

@@ -156,7 +156,7 @@ def _write_layout(tar: Path, layout: Path, epoch: int) -> None:
         layers=[ImageLayer(blob=blob, created_by="vllm-forge: rootfs")],
         config={"Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]},
         epoch=epoch,
-        ref="rootfs",
+        name="localhost/vllm-forge-base:rootfs",
     )
     tar.unlink()
 

@@ -37,7 +37,7 @@ from vllm_forge.images.content import (
     stack_record,
 )
 from vllm_forge.images.engine import Trial
-from vllm_forge.images.layout import Image, ImageLayer, read_image, write_image
+from vllm_forge.images.layout import Image, ImageLayer, read_image, set_name, write_image
 from vllm_forge.images.store import StoredLayer, require_stored, stored, write_layer
 from vllm_forge.images.system import System, host_secrets, load_system, make_system
 from vllm_forge.patches import build_wheel, check_line
@@ -190,7 +190,7 @@ class Build:
             layers=self.layers,
             config=top.system.config | {"Env": env, "Labels": self.labels},
             epoch=self.epoch,
-            ref=f"{top.wheel.version.replace('+', '-')}-{self.cell.sku_name}",
+            name=trial_name(self.cell),
         )
         write_inputs(self.plan.work / "inputs", self.expectation())
 
@@ -222,6 +222,7 @@ class Build:
             image = Image(path=self.plan.work / "candidate", digest="", config={}, manifest={})
         return Trial(
             image=image,
+            name=trial_name(self.cell),
             lowers=tuple(lowers),
             inputs=self.plan.work / "inputs",
             argv=TRIAL_ARGV,
@@ -257,8 +258,14 @@ class Build:
         plan.record_path.unlink(missing_ok=True)
         with atomic_path(plan.target) as aside:
             move(self.candidate.path, aside)
+            set_name(aside, plan.name)
         with atomic_path(plan.record_path) as aside:
             aside.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+def trial_name(cell: ImageCell) -> str:
+    """Name of a candidate, which is not the name of an image that passed."""
+    return f"localhost/vllm-forge-trial:{cell.name}"
 
 
 def write_group(group: WheelGroup, python: str, epoch: int) -> None:

@@ -102,9 +102,9 @@ class Buildah:
             cwd=bundle,
         )  # fmt: skip
 
-    def load(self, runner: Runner, layout: Path, tag: str) -> None:
+    def load(self, runner: Runner, layout: Path, name: str) -> None:
         """Into containers-storage, where podman finds it."""
-        runner.run(["skopeo", "copy", "--quiet", f"oci:{layout}", f"containers-storage:{tag}"])
+        runner.run(["skopeo", "copy", "--quiet", f"oci:{layout}", f"containers-storage:{name}"])
 
     def _environment(self, runner: Runner) -> dict[str, str]:
         """Storage and limits of our own.

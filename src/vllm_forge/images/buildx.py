@@ -6,7 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import LayoutError
+from vllm_forge.errors import EngineSetupError, LayoutError
 from vllm_forge.images.engine import SystemOutput, require_version, tagged
 
 if TYPE_CHECKING:
@@ -30,6 +30,14 @@ class Buildx:
         """Client, plugin and a daemon that answers."""
         server = runner.run(["docker", "version", "--format={{.Server.Version}}"])
         plugin = runner.run(["docker", "buildx", "version"])
+        store = runner.run(["docker", "info", "--format={{json .DriverStatus}}"])
+        if store and "io.containerd.snapshotter" not in store:
+            raise EngineSetupError(
+                "docker uses its classic image store, from which buildx exports no OCI layout",
+                where=store.strip(),
+                remedy='set {"features": {"containerd-snapshotter": true}} in daemon.json and '
+                "restart docker, or choose --engine buildah",
+            )
         if server:
             require_version(server, OLDEST_DOCKER, "docker")
         if plugin:
@@ -84,30 +92,24 @@ class Buildx:
 
     def try_image(self, runner: Runner, trial: Trial) -> str:
         """Load the image, then ``docker run`` with as few rights as there are."""
-        tag = f"vllm-forge-trial:{trial.work.name}"
-        self.load(runner, trial.image.path, tag)
+        self.load(runner, trial.image.path, trial.name)
         output = runner.run(
             [
                 "docker", "run", "--rm", "--network=none", "--read-only", "--cap-drop=ALL",
                 "--security-opt=no-new-privileges", "--tmpfs=/tmp:exec,mode=1777",
                 "--tmpfs=/cache:exec,uid=10001,gid=10001",
                 f"--volume={trial.inputs.resolve()}:/mnt:ro",
-                f"--entrypoint={trial.argv[0]}", tag, *trial.argv[1:],
+                f"--entrypoint={trial.argv[0]}", trial.name, *trial.argv[1:],
             ]
         )  # fmt: skip
-        runner.run(["docker", "image", "rm", "--force", tag])
+        runner.run(["docker", "image", "rm", "--force", trial.name])
         return output
 
-    def load(self, runner: Runner, layout: Path, tag: str) -> None:
-        """``docker load`` of the layout, then the tag."""
-        runner.run(
-            [
-                "bash", "-ec", "-o", "pipefail",
-                'docker tag "$(tar -C "$0" -cf - . | docker load --quiet | '
-                'sed -n \'s/^Loaded image[^:]*: //p\' | tail -n 1)" "$1"',
-                str(layout), tag,
-            ]
-        )  # fmt: skip
+    def load(self, runner: Runner, layout: Path, name: str) -> None:
+        """``docker load`` reads a tar, and takes the name from the layout's index."""
+        del name
+        script = 'tar -C "$0" -cf - . | docker load --quiet'
+        runner.run(["bash", "-o", "pipefail", "-ec", script, str(layout)])
 
 
 def _hex(digest: str) -> str:

@@ -64,6 +64,7 @@ class Trial:
 
     Attributes:
         image: the layout.
+        name: what its index calls it.
         lowers: unpacked layers, highest first, for engines that mount.
         inputs: folder that is mounted at /mnt.
         argv: the command.
@@ -71,6 +72,7 @@ class Trial:
     """
 
     image: Image
+    name: str
     lowers: tuple[Path, ...]
     inputs: Path
     argv: tuple[str, ...]
@@ -99,8 +101,8 @@ class Engine(Protocol):
         """Run a command in the image and return its stdout."""
         ...
 
-    def load(self, runner: Runner, layout: Path, tag: str) -> None:
-        """Put the image into the engine's own store under ``tag``."""
+    def load(self, runner: Runner, layout: Path, name: str) -> None:
+        """Put the image into the engine's own store, under the ``name`` in its index."""
         ...
 
 

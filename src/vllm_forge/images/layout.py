@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
+# The tag, as skopeo reads it; and the full name, as `docker load` does.
 REF_NAME = "org.opencontainers.image.ref.name"
+IMAGE_NAME = "io.containerd.image.name"
 CHUNK = 1 << 20
 
 
@@ -65,7 +67,7 @@ def write_image(
     layers: Sequence[ImageLayer],
     config: dict[str, Any],
     epoch: int,
-    ref: str,
+    name: str,
 ) -> Image:
     """Write a layout with one image; it appears under its name when it is complete.
 
@@ -76,7 +78,7 @@ def write_image(
         layers: lowest first.
         config: the ``config`` object of the image config (Env, User, Entrypoint, ...).
         epoch: creation time, Unix seconds.
-        ref: value of the ref.name annotation, i.e. the tag.
+        name: ``repository:tag`` for the index, which is no part of the digest.
     """
     created = datetime.fromtimestamp(epoch, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     image_config = {
@@ -122,13 +124,26 @@ def write_image(
                     "mediaType": MANIFEST,
                     "digest": f"sha256:{digest}",
                     "size": size,
-                    "annotations": {REF_NAME: ref},
+                    "annotations": _annotations(name),
                     "platform": {"architecture": "amd64", "os": "linux"},
                 }
             ],
         }
         (aside / "index.json").write_bytes(_canonical(index))
     return Image(path=target, digest=digest, config=image_config, manifest=manifest)
+
+
+def set_name(path: Path, name: str) -> None:
+    """Write another ``repository:tag`` into a layout's index; digests stay."""
+    file = path / "index.json"
+    index = json.loads(file.read_text())
+    index["manifests"][0]["annotations"] = _annotations(name)
+    with atomic_path(file) as aside:
+        aside.write_bytes(_canonical(index))
+
+
+def _annotations(name: str) -> dict[str, str]:
+    return {REF_NAME: name.rpartition(":")[2], IMAGE_NAME: name}
 
 
 def read_image(path: Path) -> Image:

@@ -67,6 +67,11 @@ class ImagePlan:
         return self.options.output / self.cell.name
 
     @property
+    def name(self) -> str:
+        """Name and tag of the image, e.g. ``localhost/vllm-0.26.0-b300:0.26``."""
+        return f"localhost/{self.cell.name}:{self.cell.line_name}"
+
+    @property
     def record_path(self) -> Path:
         """The record of the build, beside the layout."""
         return self.options.output / f"{self.cell.name}.json"

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from vllm_forge.images.engine import Engine, SystemOutput
     from vllm_forge.matrix import ImageCell
 
+# Raise when the kept result changes for equal inputs.
+FORMAT = 2
 CA_BUNDLES = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/pki/tls/certs/ca-bundle.crt"))
 
 
@@ -55,7 +57,7 @@ class System:
 def system_key(cell: ImageCell, base: BaseRef, engine: Engine) -> str:
     """Hash of everything that the system image is a function of."""
     dockerfile = (cell.root / "docker" / "Dockerfile").read_text()
-    fields = [base.key, dockerfile, _arguments(cell), engine.name]
+    fields = [FORMAT, base.key, dockerfile, _arguments(cell), engine.name]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -150,7 +152,7 @@ def _clear(folder: Path) -> None:
 
 def _keep(output: SystemOutput, base: BaseRef, folder: Path) -> None:
     """Compress the engine's layers; those of our own rootfs are taken as they are."""
-    known: dict[str, ImageLayer] = {}
+    known: dict[str, LayerBlob] = {}
     if base.layout is not None:
         rootfs = read_image(base.layout)
         (layer,) = rootfs.manifest["layers"]
@@ -163,20 +165,20 @@ def _keep(output: SystemOutput, base: BaseRef, folder: Path) -> None:
             size=layer["size"],
             unpacked_size=0,
         )
-        known[blob.diff_id] = ImageLayer(blob=blob, created_by="vllm-forge: rootfs")
+        known[blob.diff_id] = blob
     with atomic_path(folder) as aside:
         aside.mkdir()
         rows = []
         for number, (tar, diff_id) in enumerate(zip(output.tars, output.diff_ids, strict=True)):
+            name = f"{number}.tar.gz"
             if diff_id in known:
-                layer_ = known[diff_id]
                 # Linked, so that a refreshed rootfs does not pull it away from under us.
-                name = f"{number}.tar.gz"
-                (aside / name).hardlink_to(layer_.blob.path)
-                blob, created_by = layer_.blob, layer_.created_by
-            else:
-                name = f"{number}.tar.gz"
-                blob, created_by = compress(tar, aside / name), "vllm-forge: docker/Dockerfile"
+                (aside / name).hardlink_to(known[diff_id].path)
+                blob = known[diff_id]
+            else:  # buildx rewrites the times in our rootfs too
+                blob = compress(tar, aside / name)
+            rootfs_layer = base.layout is not None and number == 0
+            created_by = "vllm-forge: rootfs" if rootfs_layer else "vllm-forge: docker/Dockerfile"
             rows.append(
                 {"path": name, "created_by": created_by, "blob": asdict(blob) | {"path": name}}
             )

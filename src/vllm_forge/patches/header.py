@@ -91,7 +91,7 @@ def read_patch(path: Path) -> Patch:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise CorruptPatchError(f"not UTF-8: {error}", where=str(path)) from None
-    head, found, diff = text.partition(SEPARATOR)
+    head, found, diff = text.partition("\n" + SEPARATOR)
     if not found or not (diff.startswith("diff --git ") or not diff.strip()):
         raise PatchHeaderError(
             "no header, a line with --- and then the diff",

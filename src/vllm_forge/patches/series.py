@@ -24,7 +24,7 @@ def read_series(folder: Path) -> tuple[Patch, ...]:
         raise PatchMissingError("there is no series file", where=str(path))
     names = [
         line.strip()
-        for line in path.read_text(encoding="utf-8").splitlines()
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
         if line.strip() and not line.startswith("#")
     ]
     for name in names:

@@ -53,11 +53,17 @@ def read_tree_lock(folder: Path, line_name: str) -> TreeLock:
     path = folder / "lock.toml"
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-        return TreeLock(**data)
+        lock = TreeLock(**data)
+        if not all(isinstance(data[name], str) for name in data.keys() - {"size"}):
+            raise TypeError("a value is not text")
+        if type(lock.size) is not int:
+            raise TypeError("size is not a number")
     except FileNotFoundError:
         problem = "the series has no lock"
-    except (tomllib.TOMLDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:  # not UTF-8, not TOML, not the fields
         problem = f"not a tree lock: {error}"
+    else:
+        return lock
     raise LockFileError(problem, where=str(path), remedy=f"run: {COMMAND} {line_name}")
 
 
@@ -136,11 +142,11 @@ def update_line(root: Path, line_name: str, line: Line, repo: SourceRepo, index:
 def export_line(root: Path, line: Line, repo: SourceRepo, trees: list[str]) -> None:
     """Write each patch's diff anew, in canonical form, from the trees before and after it."""
     patches = read_series(root / line.series)
-    for patch, before, after in zip(patches, trees, trees[1:], strict=True):
-        head = patch.path.read_text(encoding="utf-8").partition(SEPARATOR)[0]
+    for patch, before, after in zip(patches, trees[:-1], trees[1:], strict=True):
+        head = patch.path.read_text(encoding="utf-8").partition("\n" + SEPARATOR)[0]
         with atomic_path(patch.path) as aside:
             aside.write_text(
-                head + SEPARATOR + canonical_diff(repo, before, after), encoding="utf-8"
+                head + "\n" + SEPARATOR + canonical_diff(repo, before, after), encoding="utf-8"
             )
 
 

@@ -81,8 +81,8 @@ def changed_files(repo: SourceRepo, applied: Applied) -> tuple[ChangedFile, ...]
     """What a series changes.
 
     Raises:
-        WheelSourceError: it adds, deletes or renames a file, or changes one outside vllm/*.py,
-            none of which a wheel of the same files can express.
+        WheelSourceError: it adds, deletes or renames a file, changes a mode, or changes a file
+            outside vllm/*.py, none of which a wheel of the same files can express.
     """
     if applied.base == applied.result:
         return ()
@@ -92,8 +92,9 @@ def changed_files(repo: SourceRepo, applied: Applied) -> tuple[ChangedFile, ...]
     parts = rows.rstrip("\0").split("\0")
     files = []
     for meta, path in zip(parts[::2], parts[1::2], strict=True):
-        _, _, before, after, status = meta.split()
-        if status != "M" or not path.startswith("vllm/") or not path.endswith(".py"):
+        old_mode, new_mode, before, after, status = meta.removeprefix(":").split()
+        module = path.startswith("vllm/") and path.endswith(".py") and path != GENERATED
+        if status != "M" or old_mode != new_mode or not module:
             raise WheelSourceError(
                 f"the series does more than change Python files of the package: {status} {path}",
                 where=path,
@@ -117,7 +118,8 @@ def build_wheel(
         folder: where the wheel goes.
 
     Raises:
-        WheelSourceError: a Python file of the wheel is not the one in the source archive.
+        WheelSourceError: a Python file of the wheel is not the one in the source archive, or
+            the wheel lacks a file that has to change.
     """
     version = local_version(release, applied.result)
     changed = changed_files(repo, applied)
@@ -125,6 +127,15 @@ def build_wheel(
     target = folder / name
     with zipfile.ZipFile(published) as source, published.open("rb") as raw:
         _require_source(repo, applied.base, source, published)
+        old_info, new_info = f"vllm-{release}.dist-info", f"vllm-{version}.dist-info"
+        record = f"{old_info}/RECORD"
+        carriers = {GENERATED, f"{old_info}/METADATA", record}
+        if lost := sorted(carriers - set(source.namelist())):
+            raise WheelSourceError(
+                f"the wheel has no {', '.join(lost)}, where its version stands",
+                where=str(published),
+                remedy="this release is packed in another way: see how, then teach wheel.py",
+            )
         if absent := sorted({file.path for file in changed} - set(source.namelist())):
             raise WheelSourceError(
                 f"the series changes files that the wheel does not ship: {', '.join(absent)}",
@@ -134,7 +145,6 @@ def build_wheel(
         replaced = {
             file.path: repo.git("cat-file", "blob", file.after).stdout for file in changed
         }
-        old_info, new_info = f"vllm-{release}.dist-info", f"vllm-{version}.dist-info"
         replaced[GENERATED] = stamp_version(source.read(GENERATED), release, version, published)
         replaced[f"{old_info}/METADATA"] = replace_once(
             source.read(f"{old_info}/METADATA"),
@@ -142,7 +152,6 @@ def build_wheel(
             f"\nVersion: {version}\n",
             published,
         )
-        record = f"{old_info}/RECORD"
         replaced[record] = rewrite_record(source.read(record), replaced, old_info, new_info)
         with atomic_path(target) as aside, zipfile.ZipFile(aside, "w") as out:
             for member in source.infolist():
