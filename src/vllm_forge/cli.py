@@ -103,7 +103,7 @@ def _push(
     runner.run(
         [
             "skopeo", "copy", "--quiet", "--all", *plain,
-            f"--digestfile={target.with_suffix('.pushed')}", f"oci:{target}", f"docker://{reference}",
+            f"--digestfile={target}.pushed", f"oci:{target}", f"docker://{reference}",
         ]
     )  # fmt: skip
 

@@ -251,6 +251,36 @@ class WheelSourceError(ForgeError):
     exit_code = 53
 
 
+class UselessPatchError(ForgeError):
+    """A patch whose proof is green without it: it proves nothing, drop it."""
+
+    exit_code = 54
+
+
+class ProofRedError(ForgeError):
+    """A contract test is red although the whole series is applied."""
+
+    exit_code = 55
+
+
+class ProofNotRunError(ForgeError):
+    """A proof was not run, was skipped or could not be collected, so it says nothing."""
+
+    exit_code = 56
+
+
+class InseparablePatchError(ForgeError):
+    """A patch without which no tree can be made, so nothing shows that it is needed."""
+
+    exit_code = 57
+
+
+class SeriesOrderError(ForgeError):
+    """The same patches applied in another way, or again, do not do what they must."""
+
+    exit_code = 58
+
+
 # --- 60-69: engines and images ------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.image.project import Project, make_project
+from tests.project import Project, make_project
 
 HOW = "run `nox -s test -- --provision` as root on Debian, which installs it"
 

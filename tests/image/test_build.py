@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.image.conftest import engines
-from tests.image.project import PATCHED, VLLM, Project, make_project
+from tests.project import PATCHED, VLLM, Project, make_project
 from vllm_forge.images.layout import Image, read_image, verify
 
 pytestmark = pytest.mark.engine

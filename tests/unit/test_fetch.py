@@ -9,13 +9,12 @@ import signal
 import subprocess
 import sys
 import threading
-from concurrent.futures import wait as real_wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
 from unit_kit.index_server import PATIENCE_S, IndexServer, Served, refusing_port
+
 from vllm_forge.errors import (
     DiskSpaceError,
     DistributionNotFoundError,
@@ -38,7 +37,7 @@ NAME = "big-1.0-py3-none-any.whl"
 
 
 def noise(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
+    return random.Random(seed).randbytes(size)  # noqa: S311
 
 
 def locked(filename: str, served: Served) -> LockedWheel:
@@ -177,7 +176,9 @@ def test_complete_part_is_taken_without_a_request(
     assert left(tmp_path) == [NAME]
 
 
-def test_part_that_is_too_long_is_thrown_away(get: Callable[[Served], Path], tmp_path: Path) -> None:
+def test_part_that_is_too_long_is_thrown_away(
+    get: Callable[[Served], Path], tmp_path: Path
+) -> None:
     content = noise(SIZE)
     part_of(tmp_path).parent.mkdir()
     part_of(tmp_path).write_bytes(content + b"more")
@@ -223,9 +224,7 @@ def test_longer_than_listed(get: Callable[[Served], Path], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_shorter_than_listed(
-    get: Callable[[Served], Path], tmp_path: Path, ranges: bool
-) -> None:
+def test_shorter_than_listed(get: Callable[[Served], Path], tmp_path: Path, ranges: bool) -> None:
     with pytest.raises(TruncatedFileError) as refused:
         get(Served(content=noise(SIZE), listed_size=SIZE + 5, ranges=ranges))
     assert f"{SIZE} of {SIZE + 5} bytes" in str(refused.value)
@@ -308,7 +307,6 @@ def test_interrupt_stops_the_downloads(
     class Threading:
         Event = Stop
 
-    assert real_wait is fetch.wait
     monkeypatch.setattr(fetch, "threading", Threading)
     monkeypatch.setattr(fetch, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -366,7 +364,7 @@ def test_kill_then_rerun(
     assert left(tmp_path) == [NAME]
 
 
-# --- through the wheelhouse ---------------------------------------------------------------------
+# --- through the wheelhouse ----------------------------------------------------------------------
 
 
 def test_nothing_missing_asks_no_index(

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from packaging.utils import canonicalize_name, parse_wheel_filename
-
 from unit_kit.index_server import IndexServer, Served, refusing_port
+
 from vllm_forge.errors import (
     DistributionNotFoundError,
     IndexUnreachableError,
@@ -113,9 +113,7 @@ BROKEN: dict[str, tuple[Callable[[str], str], str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_lock_is_refused(
-    name: str, text: str, edited: Callable[[bytes], lock.Lock]
-) -> None:
+def test_broken_lock_is_refused(name: str, text: str, edited: Callable[[bytes], lock.Lock]) -> None:
     change, words = BROKEN[name]
     with pytest.raises(LockFileError) as refused:
         edited(change(text).encode())
@@ -221,7 +219,7 @@ class TestCommittedLocks:
 
     def test_files_are_for_the_images_python_and_platform(self, name: str) -> None:
         matrix = load(ROOT)
-        tags = lock._tags(matrix.line[name], matrix.base)  # noqa: SLF001
+        tags = lock._tags(matrix.line[name], matrix.base)
         for wheel in self.read(name).wheels:
             assert parse_wheel_filename(wheel.filename)[3] & set(tags)
 
@@ -252,7 +250,11 @@ class TestCommittedLocks:
 CP = "cp313-cp313"
 CHOICES: dict[str, tuple[list[str], str | None]] = {
     "newest-glibc-that-fits": (
-        [f"{CP}-manylinux_2_17_x86_64", f"{CP}-manylinux_2_35_x86_64", f"{CP}-manylinux_2_36_x86_64"],
+        [
+            f"{CP}-manylinux_2_17_x86_64",
+            f"{CP}-manylinux_2_35_x86_64",
+            f"{CP}-manylinux_2_36_x86_64",
+        ],
         f"{CP}-manylinux_2_35_x86_64",
     ),
     "too-new-glibc": ([f"{CP}-manylinux_2_36_x86_64"], None),
@@ -262,7 +264,7 @@ CHOICES: dict[str, tuple[list[str], str | None]] = {
         f"{CP}-manylinux2014_x86_64.manylinux_2_17_x86_64",
     ),
     "own-abi-before-abi3": (
-        [f"cp313-abi3-manylinux_2_28_x86_64", f"{CP}-manylinux_2_28_x86_64"],
+        ["cp313-abi3-manylinux_2_28_x86_64", f"{CP}-manylinux_2_28_x86_64"],
         f"{CP}-manylinux_2_28_x86_64",
     ),
     "abi3-of-an-older-python": (
@@ -296,28 +298,26 @@ def offer(*names: str, sha256: str | None = HEX, size: int | None = 9) -> list[I
 def test_choice(name: str, order: int, line: Line, base: Base) -> None:
     offered, expected = CHOICES[name]
     files = offer(*(f"pkg-1.0-{tags}.whl" for tags in offered[::order]), "pkg-1.0.tar.gz")
-    tags = lock._tags(line, base)  # noqa: SLF001
+    tags = lock._tags(line, base)
     if expected is None:
         with pytest.raises(DistributionNotFoundError, match=r"pkg 1\.0 has no wheel"):
-            lock._choose("pkg", "1.0", files, tags)  # noqa: SLF001
+            lock._choose("pkg", "1.0", files, tags)
     else:
-        chosen = lock._choose("pkg", "1.0", files, tags)  # noqa: SLF001
+        chosen = lock._choose("pkg", "1.0", files, tags)
         assert chosen.filename == f"pkg-1.0-{expected}.whl"
 
 
 def test_choice_is_of_the_version(line: Line, base: Base) -> None:
     files = offer("pkg-1.0.1-py3-none-any.whl", "pkg-1.0-py3-none-any.whl")
-    tags = lock._tags(line, base)  # noqa: SLF001
-    assert lock._choose("pkg", "1.0", files, tags).filename == "pkg-1.0-py3-none-any.whl"  # noqa: SLF001
+    tags = lock._tags(line, base)
+    assert lock._choose("pkg", "1.0", files, tags).filename == "pkg-1.0-py3-none-any.whl"
 
 
 @pytest.mark.parametrize("missing", [{"sha256": None}, {"size": None}])
-def test_index_that_tells_no_hash_or_size(
-    missing: dict[str, None], line: Line, base: Base
-) -> None:
+def test_index_that_tells_no_hash_or_size(missing: dict[str, None], line: Line, base: Base) -> None:
     files = offer("pkg-1.0-py3-none-any.whl", **missing)
     with pytest.raises(DistributionNotFoundError, match="no sha256 or no size"):
-        lock._choose("pkg", "1.0", files, lock._tags(line, base))  # noqa: SLF001
+        lock._choose("pkg", "1.0", files, lock._tags(line, base))
 
 
 # --- making one ----------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def resolved(line: Line) -> list[tuple[str, str]]:
     return [("torch", line.torch), ("vllm", line.vllm), ("zlib-ng", "0.5")]
 
 
-def test_make_lock(
+def test_make_lock(  # noqa: PLR0917
     packages: IndexServer, line: Line, base: Base, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -355,6 +355,18 @@ def test_make_lock(
     again = make_lock(tmp_path, "0.33", line, base, Index(packages.url))
     assert again == made
     assert again.path.read_text() == text
+
+
+def test_extras_of_an_override_are_printed(  # noqa: PLR0917
+    packages: IndexServer, line: Line, base: Base, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Brackets are colours to the console, unless it is told otherwise."""
+    monkeypatch.setattr(lock, "_resolve", lambda *_: resolved(line))
+    pin = line.overrides[0].model_copy(update={"requirement": "uvicorn[standard]==1.0"})
+    row = line.model_copy(update={"overrides": (pin,)})
+    make_lock(tmp_path, "0.33", row, base, Index(packages.url))
+    assert "override uvicorn[standard]==1.0: " in capsys.readouterr().err
 
 
 def test_failed_lock_leaves_the_old_one(
@@ -409,7 +421,9 @@ def test_what_uv_is_asked(
     assert [wheel.name for wheel in made.wheels] == ["torch", "vllm", "zlib-ng"]
     asked = json.loads(record.read_text())
     assert asked["files"]["in.txt"].split() == [f"vllm=={line.vllm}", f"torch=={line.torch}"]
-    assert asked["files"]["constraints.txt"].split() == [pin.requirement for pin in line.constraints]
+    assert asked["files"]["constraints.txt"].split() == [
+        pin.requirement for pin in line.constraints
+    ]
     assert asked["files"]["overrides.txt"].split() == [pin.requirement for pin in line.overrides]
     for option in (
         f"--default-index={packages.url}",

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-
 from unit_kit.index_server import IndexServer, Served
 from unit_kit.trees import changed_tree, patch_text, unchanged, write_sdist
+
 from vllm_forge.cli import main
 from vllm_forge.errors import (
     AlreadyUpstreamError,
@@ -89,7 +89,7 @@ def refuse(repo: SourceRepo, base: str, paths: Sequence[Path], kind: type[ForgeE
     return str(refused.value)
 
 
-# --- what is right ------------------------------------------------------------------------------
+# --- what is right -------------------------------------------------------------------------------
 
 
 def test_good_patches_apply_and_compose(repo: SourceRepo, base: str, tmp_path: Path) -> None:
@@ -109,7 +109,9 @@ def test_good_patches_apply_and_compose(repo: SourceRepo, base: str, tmp_path: P
 
 def test_order_of_patches_of_different_files_gives_one_tree(repo: SourceRepo, base: str) -> None:
     one, two = read_patch(GOOD), read_patch(SECOND)
-    assert apply_series(repo, base, [one, two]).result == apply_series(repo, base, [two, one]).result
+    assert (
+        apply_series(repo, base, [one, two]).result == apply_series(repo, base, [two, one]).result
+    )
 
 
 def test_empty_series_is_the_base(repo: SourceRepo, base: str) -> None:
@@ -141,7 +143,7 @@ def test_patch_can_add_delete_and_end_without_newline(
     assert applied.result == changed_tree(repo, base, changes, tmp_path / "index")
 
 
-# --- patches on disk that are broken in one way ----------------------------------------------------
+# --- patches on disk that are broken in one way --------------------------------------------------
 
 KINDS: dict[str, type[ForgeError]] = {
     "already-upstream": AlreadyUpstreamError,
@@ -260,7 +262,7 @@ def test_patch_that_undoes_an_earlier_one_is_not_called_twice(
     assert apply_series(repo, base, [read_patch(GOOD), read_patch(path)]).result == base
 
 
-# --- broken in a way that is easier said than shown ------------------------------------------------
+# --- broken in a way that is easier said than shown ----------------------------------------------
 
 
 @pytest.fixture
@@ -311,9 +313,7 @@ EDITS: dict[str, tuple[Callable[[bytes], bytes], type[ForgeError]]] = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_edited_patch(
-    name: str, repo: SourceRepo, base: str, edited: Callable[..., Path]
-) -> None:
+def test_edited_patch(name: str, repo: SourceRepo, base: str, edited: Callable[..., Path]) -> None:
     edit, kind = EDITS[name]
     path = edited(edit)
     if kind is ForgeError:
@@ -350,7 +350,7 @@ def test_tree_with_bytes_that_are_not_utf8(repo: SourceRepo, tmp_path: Path) -> 
         apply_series(repo, base, [read_patch(path)])
 
 
-# --- the series ------------------------------------------------------------------------------------
+# --- the series ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -376,6 +376,11 @@ def test_series_may_be_empty(series: Path) -> None:
     assert read_series(series) == ()
 
 
+def folder_for_a_patch(series: Path) -> None:
+    (series / SECOND.name).unlink()
+    (series / SECOND.name).mkdir()
+
+
 SERIES: dict[str, tuple[Callable[[Path], object], type[ForgeError], str]] = {
     "no-series-file": (lambda f: (f / "series").unlink(), PatchMissingError, "no series file"),
     "listed-but-missing": (lambda f: (f / SECOND.name).unlink(), PatchMissingError, SECOND.name),
@@ -398,7 +403,7 @@ SERIES: dict[str, tuple[Callable[[Path], object], type[ForgeError], str]] = {
         AppliedTwiceError, GOOD.name,
     ),
     "a-folder": (
-        lambda f: ((f / SECOND.name).unlink(), (f / SECOND.name).mkdir()),
+        folder_for_a_patch,
         PatchMissingError, SECOND.name,
     ),
     "not-utf-8": (
@@ -423,7 +428,7 @@ def test_broken_series(name: str, series: Path) -> None:
     assert {path: path.read_bytes() for path in series.iterdir() if path.is_file()} == before
 
 
-# --- the tree lock ---------------------------------------------------------------------------------
+# --- the tree lock -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -472,7 +477,7 @@ def test_check_on_a_fresh_host(
     assert check_line(checkout, "9.9", row, SourceRepo()).result
 
 
-def test_republished_source_archive_is_refused(
+def test_republished_source_archive_is_refused(  # noqa: PLR0917
     checkout: Path, row: Line, server: IndexServer, index: Index, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -488,7 +493,7 @@ def test_republished_source_archive_is_refused(
 
 
 def set_field(name: str, value: str) -> Callable[[str], str]:
-    return lambda text: re.sub(rf'^{name} = .*$', f"{name} = {value}", text, flags=re.M)
+    return lambda text: re.sub(rf"^{name} = .*$", f"{name} = {value}", text, flags=re.M)
 
 
 HEX = '"' + "ab" * 20 + '"'
@@ -505,7 +510,7 @@ LOCKS: dict[str, tuple[Callable[[str], str], type[ForgeError]]] = {
 
 
 @pytest.mark.parametrize("name", LOCKS)
-def test_broken_tree_lock(
+def test_broken_tree_lock(  # noqa: PLR0917
     name: str, checkout: Path, row: Line, repo: SourceRepo, base: str, series: Path
 ) -> None:
     change, kind = LOCKS[name]

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from test_patches import GOOD, SECOND, source_files
 from unit_kit.trees import State, state, write_sdist
+
 from vllm_forge.errors import ForgeError
 from vllm_forge.patches import apply_series, read_patch
 from vllm_forge.sources import SourceRepo
@@ -116,15 +116,14 @@ def line_from_elsewhere() -> st.SearchStrategy[bytes]:
             b"rename from vllm/scheduler.py\n", b"rename to vllm/cache.py\n",
             b"similarity index 100%\n", b"GIT binary patch\n", b"Binary files a/x and b/x differ\n",
             b"diff --git a/vllm/cache.py b/vllm/cache.py\n", b"index 0000000..1111111 100644\n",
-            b"@@ -0,0 +1 @@\n", b"@@ -1 +0,0 @@\n", b"@@@ -1,1 -1,1 +1,1 @@@\n", b"@@\n", b"@@ @@\n",
+            b"@@ -0,0 +1 @@\n", b"@@ -1 +0,0 @@\n", b"@@@ -1,1 -1,1 +1,1 @@@\n", b"@@ @@\n",
             b"-\n", b"+\n", b" \n", b"\n", b"\r\n", b"\x0c\n", b"\x85\xe2\x80\xa8\n", b"\x00\n",
-            b"+a\rb\n", "+a\u2028b\n".encode(), b"--- \n", b"+++ \n", b"--- a/x\ty\n", b"Only in x\n",
-            b"Index: vllm/scheduler.py\n", b"# HG changeset patch\n", b"Subproject commit 1\n",
+            b"+a\rb\n", "+a\u2028b\n".encode(), b"--- \n", b"+++ \n", b"--- a/x\ty\n",
+            b"Only in x\n", b"@@\n", b"Index: vllm/scheduler.py\n", b"# HG changeset patch\n",
+            b"Subproject commit 1\n",
         ]
     )  # fmt: skip
-    return st.tuples(row, lines).map(
-        lambda t: b"".join([*LINES[: t[0]], t[1], *LINES[t[0] :]])
-    )
+    return st.tuples(row, lines).map(lambda t: b"".join([*LINES[: t[0]], t[1], *LINES[t[0] :]]))
 
 
 MUTANTS = st.one_of(

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-
 from unit_kit.trees import TOP, Item, write_sdist, write_tar
+
 from vllm_forge.errors import CommandFailedError, SdistError
 from vllm_forge.sources import SourceRepo
 
@@ -55,7 +55,10 @@ def refs(repo: SourceRepo) -> bytes:
 def test_files_modes_and_links(repo: SourceRepo, archive: Path) -> None:
     tree = repo.import_archive("1.0", archive)
     listing = repo.git("ls-tree", "-r", "-z", tree).stdout.decode()
-    rows = dict(reversed(row.split("\t", 1)) for row in listing.rstrip("\0").split("\0"))
+    rows: dict[str, str] = {}
+    for row in listing.rstrip("\0").split("\0"):
+        about, _, path = row.partition("\t")
+        rows[path] = about
     expected = {item.path.removeprefix(f"{TOP}/"): item for item in ITEMS if item.kind != b"5"}
     assert set(rows) == set(expected)
     for path, item in expected.items():
@@ -157,7 +160,9 @@ HOSTILE_CONFIG = """\
 [transfer]
     fsckObjects = true
 """
-HOSTILE_ATTRIBUTES = "* text=auto eol=crlf filter=upper ident diff=python whitespace=fix\n*.py -diff\n"
+HOSTILE_ATTRIBUTES = (
+    "* text=auto eol=crlf filter=upper ident diff=python whitespace=fix\n*.py -diff\n"
+)
 
 
 @pytest.fixture
@@ -172,9 +177,7 @@ def hostile_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "attributes").write_text(HOSTILE_ATTRIBUTES)
     (home / ".config" / "git" / "attributes").write_text(HOSTILE_ATTRIBUTES)
     (template / "info" / "attributes").write_text(HOSTILE_ATTRIBUTES)
-    config = HOSTILE_CONFIG.format(
-        attributes=home / "attributes", hooks=hooks, template=template
-    )
+    config = HOSTILE_CONFIG.format(attributes=home / "attributes", hooks=hooks, template=template)
     (home / ".gitconfig").write_text(config)
     (home / ".config" / "git" / "config").write_text(config)
     hook = hooks / "reference-transaction"
@@ -206,6 +209,7 @@ def test_patches_do_not_depend_on_the_users_git(
 ) -> None:
     """A canonical patch stays canonical whatever ~/.gitconfig and ~/.config/git say."""
     from unit_kit.trees import patch_text
+
     from vllm_forge.patches import apply_series, read_patch
 
     lines = [f"    line_{n} = {n} \n" for n in range(30)]
@@ -238,7 +242,9 @@ def truncated_inside(folder: Path) -> Path:
 
 def damaged(folder: Path) -> Path:
     """A flipped byte in the deflate stream."""
-    path = write_tar(folder / "whole.tar.gz", [*ITEMS, Item(path=f"{TOP}/z", content=b"xyz" * 9999)])
+    path = write_tar(
+        folder / "whole.tar.gz", [*ITEMS, Item(path=f"{TOP}/z", content=b"xyz" * 9999)]
+    )
     blob = bytearray(path.read_bytes())
     blob[30:60] = bytes(byte ^ 0x55 for byte in blob[30:60])
     path.write_bytes(blob)
@@ -329,11 +335,9 @@ def test_import_goes_on_after_a_refusal(repo: SourceRepo, archive: Path, tmp_pat
     assert repo.import_archive("1.0", archive)
 
 
-def test_kill_in_the_middle_leaves_no_ref(
-    repo: SourceRepo, tmp_path: Path, cache: Path
-) -> None:
+def test_kill_in_the_middle_leaves_no_ref(repo: SourceRepo, tmp_path: Path, cache: Path) -> None:
     """The archive comes through a pipe, so that the half of it is all there is to read."""
-    noise = random.Random(0).randbytes(1 << 18)
+    noise = random.Random(0).randbytes(1 << 18)  # noqa: S311
     files = {f"vllm/{n}.bin": bytes([n]) + noise for n in range(8)}
     archive = write_sdist(tmp_path / "whole.tar.gz", files)
     expected = SourceRepo(tmp_path / "other.git").import_archive("1.0", archive)
@@ -365,7 +369,7 @@ def test_git_that_fails_is_named(repo: SourceRepo, archive: Path) -> None:
 
 def test_names_of_the_archive_are_not_options(repo: SourceRepo, tmp_path: Path) -> None:
     names: Sequence[str] = ("-rf", "M 100644 inline x", "from refs/heads/main", "a\nb")
-    made = write_sdist(tmp_path / "a.tar.gz", {name: b"x" for name in names})
+    made = write_sdist(tmp_path / "a.tar.gz", dict.fromkeys(names, b"x"))
     tree = repo.import_archive("1.0", made)
     listing = repo.git("ls-tree", "-r", "--name-only", "-z", tree).stdout.decode()
     assert sorted(listing.rstrip("\0").split("\0")) == sorted(names)

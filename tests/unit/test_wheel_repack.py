@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from installer.sources import WheelFile
-
 from test_patches import GOOD, RELEASE, SECOND, source_files
 from unit_kit.trees import changed_tree, write_sdist
 from unit_kit.wheels import COMPRESSIBLE, VLLM_WHEEL, Member, raw_member, write_vllm_wheel
+
 from vllm_forge.errors import WheelSourceError
 from vllm_forge.patches import Applied, apply_series, build_wheel, read_patch
 from vllm_forge.patches.wheel import blob_hash, local_version
@@ -128,7 +128,7 @@ def test_changed_members_keep_mode_and_have_a_fixed_time(
         assert wheel.getinfo("vllm/cache.py").date_time == (2025, 1, 1, 0, 0, 0)
 
 
-def test_same_bytes_twice(
+def test_same_bytes_twice(  # noqa: PLR0917
     patched: PatchedWheel, repo: SourceRepo, applied: Applied, published: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -209,12 +209,10 @@ def test_pip_installs_it(patched: PatchedWheel, tmp_path: Path) -> None:
     assert said.split() == [patched.version, "2"]
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- what is refused -----------------------------------------------------------------------------
 
 
-def refuse(
-    repo: SourceRepo, applied: Applied, published: Path, folder: Path, words: str
-) -> None:
+def refuse(repo: SourceRepo, applied: Applied, published: Path, folder: Path, words: str) -> None:
     with pytest.raises(WheelSourceError, match=words) as refused:
         build_wheel(repo, applied, published, RELEASE, folder)
     assert type(refused.value) is WheelSourceError

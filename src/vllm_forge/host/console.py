@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # stdout is for results (JSON, tables); progress and commands go to stderr.
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+# Without emoji: "vllm:x:10001" of a passwd line is not a cross.
+console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def progress() -> Progress:
@@ -39,7 +41,7 @@ def progress() -> Progress:
 @contextmanager
 def report(what: str) -> Iterator[None]:
     """Print ``what`` when a step starts and its seconds when it ends."""
-    console.print(f"[bold]>[/] {what}")
+    console.print(f"[bold]>[/] {escape(what)}")
     start = time.monotonic()
     yield
-    console.print(f"  [dim]{what}: {time.monotonic() - start:.1f} s[/]")
+    console.print(f"  {what}: {time.monotonic() - start:.1f} s", style="dim", markup=False)

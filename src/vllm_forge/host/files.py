@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -37,7 +38,8 @@ def atomic_path(final: Path) -> Iterator[Path]:
     untouched; leftovers start with ``.tmp-`` and are removed by the next writer.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    for stale in final.parent.glob(f".tmp-{final.name}-*"):
+    # mkdtemp's eight characters exactly: "x-*" would also find what is being written for "x-y".
+    for stale in final.parent.glob(f".tmp-{glob.escape(final.name)}-????????"):
         remove(stale)
     aside = Path(tempfile.mkdtemp(prefix=f".tmp-{final.name}-", dir=final.parent))
     inner = aside / final.name

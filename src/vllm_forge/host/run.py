@@ -57,7 +57,7 @@ class SubprocessRunner:
             CommandFailedError: it exited non-zero; the end of its output is in the message.
         """
         self.commands.append(list(argv))
-        console.print(f"  [dim]$ {shlex.join(argv)}[/]", markup=True)
+        console.print(f"  $ {shlex.join(argv)}", style="dim", markup=False)
         program = which(argv[0])
         if program is None:
             raise ToolMissingError(
@@ -86,7 +86,7 @@ class SubprocessRunner:
 
     def act(self, what: str, action: Callable[[], None]) -> None:
         """Do the step."""
-        console.print(f"  [dim]· {what}[/]")
+        console.print(f"  · {what}", style="dim", markup=False)
         action()
 
 

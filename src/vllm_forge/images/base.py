@@ -105,19 +105,27 @@ def make_rootfs(runner: Runner, base: Base, work: Path, *, refresh: bool = False
     argv += [f"--dpkgopt={rule}" for rule in EXCLUDES]
     argv += [f"--include={','.join(base.packages)}", f"--customize-hook={SCRUB}"]
     argv += [base.suite, str(tar)]
-    if sources := host_sources(base.suite):
-        path = work / "sources.list"
-        runner.act(
-            f"write the host's Debian mirrors, for {base.suite}, to {path}",
-            lambda: _write(path, sources),
-        )
-        argv.append(str(path))
+    sources = work / "sources.list"
+    if write_host_sources(runner, base.suite, sources):
+        argv.append(str(sources))
     runner.run(argv, env={"SOURCE_DATE_EPOCH": str(base.source_date_epoch)})
     runner.act(
         f"write the rootfs as an OCI layout to {layout}",
         lambda: _write_layout(tar, layout, base.source_date_epoch),
     )
     return ref
+
+
+def write_host_sources(runner: Runner, suite: str, path: Path) -> bool:
+    """Write this host's Debian mirrors for ``suite`` to ``path``; False where it has none.
+
+    An empty file then says the same to docker/Dockerfile.
+    """
+    text = host_sources(suite)
+    runner.act(
+        f"write the host's Debian mirrors, for {suite}, to {path}", lambda: _write(path, text)
+    )
+    return bool(text)
 
 
 def host_sources(suite: str) -> str:

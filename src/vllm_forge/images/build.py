@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import atomic_path, cache_root, exclusive, move, report
-from vllm_forge.images.base import make_rootfs
+from vllm_forge.images.base import make_rootfs, write_host_sources
 from vllm_forge.images.checks import (
     TRIAL_ARGV,
     LayerShare,
@@ -126,9 +126,15 @@ class Build:
         refresh = plan.options.refresh_base
         if plan.base.layout is not None:
             make_rootfs(self.runner, self.cell.base, plan.work, refresh=refresh)
+        secrets = host_secrets()
+        if plan.base.image is not None:
+            # A registry image may lack packages: apt in it uses this host's mirrors.
+            sources = plan.work / "sources.list"
+            write_host_sources(self.runner, self.cell.base.suite, sources)
+            secrets["apt-sources"] = sources
         return make_system(
             self.runner, plan.engine, self.cell, plan.base, plan.work,
-            secrets=host_secrets(), refresh=refresh,
+            secrets=secrets, refresh=refresh,
         )  # fmt: skip
 
     def make_layers(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -97,7 +98,7 @@ class Buildah:
             [
                 "unshare", "--mount", "--propagation=private", "sh", "-ec",
                 f"mount -t overlay overlay -o ro,lowerdir={lowers} rootfs; "
-                "exec runc --root=state run --bundle=. trial",
+                f"exec runc --root=state run --bundle=. {_container(bundle)}",
             ],
             cwd=bundle,
         )  # fmt: skip
@@ -141,6 +142,11 @@ def _write_config(folder: Path) -> None:
     )
 
 
+def _container(bundle: Path) -> str:
+    """Name of a container, which is also its cgroup's: trials run side by side."""
+    return f"vllm-forge-{hashlib.sha256(str(bundle).encode()).hexdigest()[:12]}"
+
+
 def _write_bundle(bundle: Path, trial: Trial) -> None:
     if bundle.exists():
         shutil.rmtree(bundle)
@@ -155,10 +161,9 @@ def _runtime_config(trial: Trial) -> dict[str, Any]:
     """An OCI runtime config with as few rights as there are."""
     image = trial.image.config["config"]
     uid, _, gid = image["User"].partition(":")
-    bytecode = cache_root().resolve() / "bytecode"
-    if not bytecode.exists():
-        bytecode.mkdir()
-        os.chown(bytecode, int(uid), int(gid or uid))
+    bytecode = (trial.bytecode or cache_root() / "bytecode").resolve()
+    bytecode.mkdir(parents=True, exist_ok=True)
+    os.chown(bytecode, int(uid), int(gid or uid))
 
     def mount(target: str, kind: str, *options: str, source: str = "") -> dict[str, Any]:
         return {

@@ -68,7 +68,9 @@ class Trial:
         lowers: unpacked layers, highest first, for engines that mount.
         inputs: folder that is mounted at /mnt.
         argv: the command.
-        work: folder for the engine's own files.
+        work: folder for the engine's own files; no two trials at a time share one.
+        bytecode: folder that keeps compiled Python between trials, for engines that mount;
+            None: the one of the cache that all images share.
     """
 
     image: Image
@@ -77,6 +79,7 @@ class Trial:
     inputs: Path
     argv: tuple[str, ...]
     work: Path
+    bytecode: Path | None = None
 
 
 class Engine(Protocol):

@@ -2,7 +2,7 @@
 
 from vllm_forge.sources.fetch import Download, download_all
 from vllm_forge.sources.index import Index, IndexFile
-from vllm_forge.sources.lock import Lock, LockedWheel, make_lock, read_lock
+from vllm_forge.sources.lock import Lock, LockedWheel, make_lock, read_lock, read_wheels
 from vllm_forge.sources.sdist import SourceRepo
 from vllm_forge.sources.wheelhouse import Wheelhouse
 
@@ -17,4 +17,5 @@ __all__ = [
     "download_all",
     "make_lock",
     "read_lock",
+    "read_wheels",
 ]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from rich.markup import escape
 from uv import find_uv_bin
 
 from vllm_forge.errors import (
@@ -89,6 +90,35 @@ def read_lock(root: Path, line_name: str, line: Line, base: Base) -> Lock:
     again = f"run: nox -s lock -- --line {line_name}"
     if not path.is_file():
         raise LockFileError(f"line {line_name} has no lock", where=str(path), remedy=again)
+    text, wheels = read_wheels(path, again)
+    stated = INPUT.search(text)
+    if stated is None or stated["digest"] != input_digest(line, base):
+        raise LockFileError(
+            f"the lock was not made for what matrix.toml now says of line {line_name}",
+            where=str(path),
+            remedy=again,
+        )
+    lock = Lock(path=path, wheels=wheels, digest=hashlib.sha256(text.encode()).hexdigest())
+    for name, version in (("vllm", line.vllm), ("torch", line.torch)):
+        if lock.find(name).version != version:
+            raise LockFileError(
+                f"the lock has {name} {lock.find(name).version}, the row says {version}",
+                where=str(path),
+                remedy=again,
+            )
+    return lock
+
+
+def read_wheels(path: Path, again: str) -> tuple[str, tuple[LockedWheel, ...]]:
+    """Parse the entries of a file in the form of a lock; also its text.
+
+    Args:
+        path: the file.
+        again: what to do when it is not in that form.
+
+    Raises:
+        LockFileError: malformed, or not sorted.
+    """
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -116,22 +146,7 @@ def read_lock(root: Path, line_name: str, line: Line, base: Base) -> Lock:
     names = [wheel.name for wheel in wheels]
     if names != sorted(set(names)):
         raise LockFileError("entries are not sorted or not unique", where=str(path), remedy=again)
-    stated = INPUT.search(text)
-    if stated is None or stated["digest"] != input_digest(line, base):
-        raise LockFileError(
-            f"the lock was not made for what matrix.toml now says of line {line_name}",
-            where=str(path),
-            remedy=again,
-        )
-    lock = Lock(path=path, wheels=tuple(wheels), digest=hashlib.sha256(text.encode()).hexdigest())
-    for name, version in (("vllm", line.vllm), ("torch", line.torch)):
-        if lock.find(name).version != version:
-            raise LockFileError(
-                f"the lock has {name} {lock.find(name).version}, the row says {version}",
-                where=str(path),
-                remedy=again,
-            )
-    return lock
+    return text, tuple(wheels)
 
 
 def make_lock(root: Path, line_name: str, line: Line, base: Base, index: Index) -> Lock:
@@ -145,7 +160,7 @@ def make_lock(root: Path, line_name: str, line: Line, base: Base, index: Index) 
     """
     for kind, items in (("constraint", line.constraints), ("override", line.overrides)):
         for item in items:
-            console.print(f"[yellow]{kind}[/] {item.requirement}: {item.reason}")
+            console.print(f"[yellow]{kind}[/] {escape(f'{item.requirement}: {item.reason}')}")
     resolved = _resolve(line, base, index)
     offered = index.files_of(name for name, _ in resolved)
     tags = _tags(line, base)

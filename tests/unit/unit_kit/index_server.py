@@ -125,10 +125,10 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = PATIENCE_S
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+    def log_message(self, format: str, *args: object) -> None:
         """Say nothing; tests read ``requests``."""
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         index = cast("_Http", self.server).index
         kind, _, rest = self.path.strip("/").partition("/")
         if kind == "simple" and rest in index.projects:

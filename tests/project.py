@@ -22,7 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).parents[2]
+REPO = Path(__file__).parents[1]
 RELEASE = "0.1.0"
 
 VLLM = {

@@ -1,0 +1,172 @@
+"""Trees of a series: without one patch, twice, and in another order.
+
+A tree without one patch is what its proof must be red on. It is made by git alone: nothing here
+reads code.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unidiff.patch import PatchSet
+
+from vllm_forge.errors import (
+    AlreadyUpstreamError,
+    ForgeError,
+    InseparablePatchError,
+    SeriesOrderError,
+)
+from vllm_forge.patches.apply import MOVED, apply_series
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm_forge.patches.apply import Applied
+    from vllm_forge.patches.header import Patch
+    from vllm_forge.sources import SourceRepo
+
+OTHERS = "the others applied"
+TAKEN_OUT = "taken out of the whole"
+TAKEN_OUT_MOVED = "taken out of the whole, at moved lines"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A tree that lacks one patch of its series.
+
+    Attributes:
+        left_out: the patch.
+        tree: hash of the tree without it.
+        way: how it was made, one of the texts above.
+    """
+
+    left_out: Patch
+    tree: str
+    way: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two neighbours of a series and whether their order matters; names, and the verdict."""
+
+    first: str
+    second: str
+    commutes: bool
+
+
+def without(repo: SourceRepo, applied: Applied, patches: Sequence[Patch], index: int) -> Variant:
+    """The whole series without ``patches[index]``.
+
+    Raises:
+        InseparablePatchError: the others do not apply without it, and it cannot be taken out.
+    """
+    patch = patches[index]
+    tree: str | None = before(applied, index)
+    for other in patches[index + 1 :]:
+        tree = tree and apply_one(repo, tree, other)
+    if tree is not None:
+        return Variant(left_out=patch, tree=tree, way=OTHERS)
+    for moved, way in ((False, TAKEN_OUT), (True, TAKEN_OUT_MOVED)):
+        tree = apply_one(repo, applied.result, patch, reverse=True, moved=moved)
+        # Lines that moved may have been found in another place: putting it back must tell.
+        if tree is not None and apply_one(repo, tree, patch, moved=moved) == applied.result:
+            return Variant(left_out=patch, tree=tree, way=way)
+    raise InseparablePatchError(
+        f"{patch.name} can neither be left out nor be taken out: later patches build on it",
+        where=str(patch.path),
+        remedy="make one patch of those that cannot do without each other",
+    )
+
+
+def before(applied: Applied, index: int) -> str:
+    """The tree that patch number ``index`` is applied to."""
+    return applied.trees[index - 1] if index else applied.base
+
+
+def require_idempotent(repo: SourceRepo, applied: Applied, patches: Sequence[Patch]) -> None:
+    """A second run gives the same trees, and no patch goes onto its own result.
+
+    Raises:
+        SeriesOrderError: one of the two does not hold.
+    """
+    again = apply_series(repo, applied.base, patches)
+    if again != applied:
+        raise SeriesOrderError(
+            f"applied twice to the same source, the series gave {applied.result}, then "
+            f"{again.result}",
+            remedy="no result can be trusted: look for what is not a function of the patches",
+        )
+    for patch, tree in zip(patches, applied.trees, strict=True):
+        try:
+            apply_series(repo, tree, [patch])
+        except AlreadyUpstreamError:
+            continue
+        except ForgeError as error:
+            said = f"was refused as {type(error).__name__}"
+        else:
+            said = "applied again"
+        raise SeriesOrderError(
+            f"{patch.name} {said} on its own result, where it must be refused as "
+            f"{AlreadyUpstreamError.__name__}",
+            where=str(patch.path),
+            remedy="its hunks fit in more than one place: give them context that fits in one",
+        )
+
+
+def pairs(repo: SourceRepo, applied: Applied, patches: Sequence[Patch]) -> tuple[Pair, ...]:
+    """Neighbours of the series in both orders.
+
+    Raises:
+        SeriesOrderError: hunks apart from each other do not commute, or both orders apply and
+            give different trees.
+    """
+    found = []
+    for index, (first, second) in enumerate(zip(patches, patches[1:], strict=False)):
+        tree: str | None = apply_one(repo, before(applied, index), second, moved=True)
+        tree = tree and apply_one(repo, tree, first, moved=True)
+        same = tree == applied.trees[index + 1]
+        if not same and (tree is not None or not _touch(first, second)):
+            raise SeriesOrderError(
+                f"{first.name} and {second.name} "
+                + ("give another tree" if tree else "do not apply")
+                + " in the other order",
+                where=str(first.path.parent),
+                remedy="make one patch of the two, or see which lines they share",
+            )
+        found.append(Pair(first=first.name, second=second.name, commutes=same))
+    return tuple(found)
+
+
+def apply_one(
+    repo: SourceRepo, tree: str, patch: Patch, *, reverse: bool = False, moved: bool = False
+) -> str | None:
+    """The tree after one patch, None where git refuses it; ``moved`` allows an offset."""
+    with tempfile.TemporaryDirectory(prefix="vllm-forge-index-") as folder:
+        index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+        repo.git("read-tree", tree, env=index)
+        done = repo.git(
+            "apply", "--cached", "-v", "--whitespace=nowarn", *(["--reverse"] if reverse else []),
+            "-", stdin=patch.diff.encode(), env=index, check=False,
+        )  # fmt: skip
+        if done.returncode != 0:
+            return None
+        if not moved and MOVED.search(done.stderr.decode(errors="replace")):
+            return None
+        return repo.git("write-tree", env=index).stdout.decode().strip()
+
+
+def _touch(first: Patch, second: Patch) -> bool:
+    """Whether hunks of the two, with their context, share a line or lie against each other."""
+    ends = {
+        file.path: [(hunk.target_start, hunk.target_start + hunk.target_length) for hunk in file]
+        for file in PatchSet(first.diff)
+    }
+    return any(
+        start <= hunk.source_start + hunk.source_length and hunk.source_start <= end
+        for file in PatchSet(second.diff)
+        for hunk in file
+        for start, end in ends.get(file.path, [])
+    )

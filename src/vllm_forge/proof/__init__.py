@@ -1,0 +1,1 @@
+"""Proofs: contract tests in the environment that ships, and the records of them."""
