@@ -85,6 +85,12 @@ def schema(session: nox.Session) -> None:
 
 
 @nox.session
+def clean(session: nox.Session) -> None:
+    """Delete what the cache holds and no line needs any more. Options: --all."""
+    forge(session, "clean")
+
+
+@nox.session
 def test(session: nox.Session) -> None:
     """Run the tests: unit, and a small real image where an engine is. Options: --provision."""
     args = list(session.posargs)

@@ -1,7 +1,16 @@
 """The machine we run on: commands, files, locks, disk, the console."""
 
 from vllm_forge.host.console import console, progress, report
-from vllm_forge.host.files import atomic_path, cache_root, exclusive, free_bytes, move, require_disk
+from vllm_forge.host.files import (
+    atomic_path,
+    cache_root,
+    exclusive,
+    free_bytes,
+    move,
+    remove,
+    require_disk,
+    tree_bytes,
+)
 from vllm_forge.host.run import RecordingRunner, Runner, SubprocessRunner, which
 
 __all__ = [
@@ -15,7 +24,9 @@ __all__ = [
     "free_bytes",
     "move",
     "progress",
+    "remove",
     "report",
     "require_disk",
+    "tree_bytes",
     "which",
 ]

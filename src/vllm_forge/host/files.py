@@ -66,6 +66,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def tree_bytes(path: Path) -> int:
+    """Bytes on disk below a path, as the file system counts them."""
+    if path.is_symlink() or not path.is_dir():
+        return path.lstat().st_blocks * 512
+    return sum(tree_bytes(Path(entry.path)) for entry in os.scandir(path))
+
+
 @contextmanager
 def exclusive(name: str, *, wait: bool) -> Iterator[None]:
     """Hold the lock ``name`` of this cache; the kernel drops it when the process dies.
