@@ -32,7 +32,9 @@ OPTIONS: set[str] = set()
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="vllm-forge", description=__doc__, allow_abbrev=False)
+    parser = _Parser(
+        prog="vllm-forge", description="Build and prove patched vLLM images.", allow_abbrev=False
+    )
     choices = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
 
     one = choices.add_parser("build", help="build one image", allow_abbrev=False)

@@ -1,5 +1,6 @@
-"""What each command does: a few calls, and what is printed. Imports are lazy: a command pays
-for its own libraries only.
+"""What each command does: a few calls, and what is printed.
+
+Imports are lazy: a command pays for its own libraries only.
 """
 
 from __future__ import annotations

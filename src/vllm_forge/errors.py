@@ -131,6 +131,12 @@ class SdistError(ForgeError):
     exit_code = 27
 
 
+class WheelError(ForgeError):
+    """A wheel that no installer should take, e.g. one that writes outside its environment."""
+
+    exit_code = 28
+
+
 # --- 30-39: the host ----------------------------------------------------------------------
 
 

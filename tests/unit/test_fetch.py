@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pypi_simple import PYPI_SIMPLE_ENDPOINT
 from unit_kit.index_server import PATIENCE_S, IndexServer, Served, refusing_port
 
 from vllm_forge.errors import (
@@ -458,7 +459,7 @@ def test_index_that_answers_nonsense(server: IndexServer) -> None:
         ({"UV_DEFAULT_INDEX": "http://a/", "PIP_INDEX_URL": "http://b/"}, "http://a/"),
         ({"UV_INDEX_URL": "http://c/", "PIP_INDEX_URL": "http://b/"}, "http://c/"),
         ({"PIP_INDEX_URL": "http://b/"}, "http://b/"),
-        ({}, "https://pypi.org/simple/"),
+        ({}, PYPI_SIMPLE_ENDPOINT),
     ],
 )
 def test_index_of_the_host(

@@ -67,6 +67,12 @@ class LayerWriter:
         self._unpacked = 0
         self._size = 0
 
+    def __enter__(self) -> LayerWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
     def directory(self, path: str, mode: int = 0o755) -> None:
         """Add a folder."""
         self._header(path + "/", tarfile.DIRTYPE, mode=mode)

@@ -168,7 +168,7 @@ def read_image(path: Path) -> Image:
                     where=str(path),
                     remedy="delete the layout and build again",
                 )
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise LayoutError(
             f"not an OCI layout with one image: {error}",
             where=str(path),
@@ -187,7 +187,7 @@ def verify(image: Image) -> None:
     digests += [layer["digest"] for layer in image.manifest["layers"]]
     for digest in digests:
         path = image.blob(digest)
-        actual = file_digest(path)
+        actual = file_digest(path) if path.exists() else "of nothing: the file is missing"
         if actual != path.name:
             raise LayoutError(
                 f"blob {path.name} has sha256 {actual}",

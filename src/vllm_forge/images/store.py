@@ -40,21 +40,24 @@ def stored(key: str) -> StoredLayer | None:
     """The layer of that key, None when it was not written yet.
 
     Raises:
-        CacheError: the folder is there, but its blob has another size than recorded.
+        CacheError: the folder is there, but its blob or its record is not what was written.
     """
     folder = cache_root() / "layers" / key
     try:
         record = json.loads((folder / "layer.json").read_text())
+        blob = LayerBlob(path=folder / "layer.tar.gz", **record)
+        size = blob.path.stat().st_size if blob.path.exists() else 0
     except FileNotFoundError:
         return None
-    path = folder / "layer.tar.gz"
-    if path.stat().st_size != record["size"]:
-        raise CacheError(
-            f"the blob has {path.stat().st_size} bytes, its record says {record['size']}",
-            where=str(folder),
-            remedy="delete that folder and build again",
-        )
-    return StoredLayer(blob=LayerBlob(path=path, **record), files=folder / "files")
+    except (ValueError, TypeError) as error:
+        raise _damaged(folder, f"the record is not one of a layer: {error}") from error
+    if size != blob.size:
+        raise _damaged(folder, f"the blob has {size} bytes, its record says {blob.size}")
+    return StoredLayer(blob=blob, files=folder / "files")
+
+
+def _damaged(folder: Path, what: str) -> CacheError:
+    return CacheError(what, where=str(folder), remedy="delete that folder and build again")
 
 
 def require_stored(key: str) -> StoredLayer:
@@ -97,11 +100,11 @@ def write_layer(key: str, entries: Sequence[Entry], epoch: int) -> StoredLayer:
 
 
 def _write(path: Path, files: Path, entries: Sequence[Entry], epoch: int) -> LayerBlob:
-    layer = LayerWriter(path, epoch)
-    with ThreadPoolExecutor(1) as ahead:
+    with LayerWriter(path, epoch) as layer, ThreadPoolExecutor(1) as ahead:
         folders = _folders(entries)
-        for folder in folders:
-            (files / folder).mkdir()
+        for folder in ["", *folders]:
+            (files / folder).mkdir(exist_ok=not folder)
+            (files / folder).chmod(0o755)  # whatever the umask: the checks run as another user
         large: dict[str, Future[None]] = {
             entry.path: ahead.submit(_inflate, entry, files / entry.path)
             for entry in entries
@@ -116,7 +119,7 @@ def _write(path: Path, files: Path, entries: Sequence[Entry], epoch: int) -> Lay
             if (job := large.pop(entry.path, None)) is not None:
                 job.result()
             _add(layer, entry, files / entry.path, inflated=job is not None)
-    return layer.close()
+        return layer.close()
 
 
 def _folders(entries: Sequence[Entry]) -> list[str]:
@@ -176,18 +179,24 @@ def _inflate(entry: Entry, target: Path) -> None:
     assert member is not None  # noqa: S101 - only members come here
     plain = zlib.decompressobj(-15) if member.compress_type == zipfile.ZIP_DEFLATED else None
     crc = size = 0
-    with target.open("wb", buffering=0) as out:
-        for piece in _raw(entry):
-            block = plain.decompress(piece) if plain else bytes(piece)
-            crc = zlib.crc32(block, crc)
-            size += len(block)
-            out.write(block)
-        if plain and (rest := plain.flush()):
-            crc, size = zlib.crc32(rest, crc), size + len(rest)
-            out.write(rest)
-    if (crc, size) != (member.CRC, member.file_size) or (plain and not plain.eof):
+    fault = ""
+    try:
+        with target.open("wb", buffering=0) as out:
+            for piece in _raw(entry):
+                block = plain.decompress(piece) if plain else bytes(piece)
+                crc = zlib.crc32(block, crc)
+                size += len(block)
+                out.write(block)
+            if plain and (rest := plain.flush()):
+                crc, size = zlib.crc32(rest, crc), size + len(rest)
+                out.write(rest)
+    except zlib.error as error:
+        fault = f": {error}"
+    # Bytes behind the stream would stand in the layer, where a reader expects a gzip member.
+    whole = plain is None or (plain.eof and not plain.unused_data)
+    if fault or not whole or (crc, size) != (member.CRC, member.file_size):
         raise HashMismatchError(
-            f"{member.filename} does not inflate to what the wheel's directory says",
+            f"{member.filename} does not inflate to what the wheel's directory says{fault}",
             where=str(entry.archive),
             remedy="delete that wheel from the cache and build again",
         )

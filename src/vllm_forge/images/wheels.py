@@ -23,6 +23,8 @@ from installer.scripts import Script
 from installer.sources import WheelFile
 from installer.utils import construct_record_file, fix_shebang
 
+from vllm_forge.errors import WheelError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
@@ -107,15 +109,14 @@ class _Member(io.RawIOBase):
         self.info = info
         self.recorded = recorded
         self._archive = archive
-        self._stream: BinaryIO | None = None
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int = -1) -> bytes:
-        if self._stream is None:
-            self._stream = cast("BinaryIO", self._archive.open(self.info))
-        return self._stream.read(size)
+        assert size < 0  # noqa: S101 - small members only are read, and as a whole
+        with self._archive.open(self.info) as stream:
+            return stream.read()
 
 
 class _LazyWheel(WheelFile):
@@ -194,7 +195,13 @@ class _Collector(WheelDestination):
         return RecordEntry(path, Hash("sha256", value), len(content))
 
     def _target(self, scheme: str, path: str) -> str:
-        return posixpath.normpath(posixpath.join(self._folders[scheme], path))
+        folder = self._folders[scheme]
+        target = posixpath.normpath(posixpath.join(folder, path))
+        if not target.startswith(f"{folder}/"):  # pip refuses it as well
+            raise WheelError(
+                f"the wheel wants to write outside of {folder}: {path}", where=str(self._archive)
+            )
+        return target
 
     def _record_prefix(self, scheme: str) -> str | None:
         folder = self._folders[scheme]

@@ -1,1 +1,5 @@
 """Proofs: contract tests in the environment that ships, and the records of them."""
+
+from vllm_forge.proof.prove import prove
+
+__all__ = ["prove"]

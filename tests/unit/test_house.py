@@ -1,0 +1,135 @@
+"""The house rules: imports point one way, SKUs are data, sessions come from rows."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from vllm_forge.matrix import load
+from vllm_forge.patches import read_series, read_tree_lock
+
+REPO = Path(__file__).parents[2]
+SOURCE = REPO / "src" / "vllm_forge"
+# A room may import those before it.
+ROOMS = [
+    "errors", "host", "matrix", "sources", "patches", "images", "proof", "commands", "cli",
+    "__main__",
+]  # fmt: skip
+FAKE = """
+[sku.testchip]
+arch = "sm_77"
+compute_capability = "7.7"
+device = "Test Chip"
+memory_gb = 1
+"""
+
+
+def rooms_of(path: Path) -> tuple[str, set[str]]:
+    room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+            if node.module == "vllm_forge":
+                names = [f"vllm_forge.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        imported |= {n.split(".")[1] for n in names if n.startswith("vllm_forge.")}
+    return room, imported - {room}
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: p.stem)
+def test_imports_point_one_way(path: Path) -> None:
+    if path == SOURCE / "__init__.py":
+        return
+    room, imported = rooms_of(path)
+    allowed = set(ROOMS[: ROOMS.index(room)])
+    assert imported <= allowed, f"{room} must not import {sorted(imported - allowed)}"
+
+
+def test_no_code_names_a_sku() -> None:
+    matrix = load(REPO)
+    names = {*matrix.sku, *(row.arch for row in matrix.sku.values())}
+    word = re.compile(rf"\b({'|'.join(sorted(names))})\b")
+    for path in [*SOURCE.rglob("*.py"), REPO / "noxfile.py", REPO / "docker" / "Dockerfile"]:
+        code = "\n".join(
+            line
+            for line in path.read_text().splitlines()
+            if "e.g." not in line and "``" not in line
+        )
+        assert not word.search(code), f"{path}: {word.search(code)}"
+
+
+def test_a_sku_is_a_row(tmp_path: Path) -> None:
+    """Its build session appears with nothing but matrix.toml changed."""
+    for name in ("noxfile.py", "pyproject.toml"):
+        shutil.copy(REPO / name, tmp_path / name)
+    text = (REPO / "matrix.toml").read_text()
+    (tmp_path / "matrix.toml").write_text(text.replace("# --- lines", FAKE + "\n# --- lines", 1))
+    listing = subprocess.run(
+        [sys.executable, "-m", "nox", "-l"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "- build-sm77 -> Build the image for testchip (sm_77)" in listing
+    assert "- build-sm120 ->" in listing
+
+
+def test_every_session_says_what_it_does() -> None:
+    listing = subprocess.run(
+        [sys.executable, "-m", "nox", "-l"], cwd=REPO, capture_output=True, text=True, check=True
+    ).stdout
+    rows = [line for line in listing.splitlines() if line[:2] in {"- ", "* "}]
+    assert len(rows) > 10
+    assert all(" -> " in row for row in rows)
+
+
+@pytest.mark.parametrize("name", list(tomllib.loads((REPO / "matrix.toml").read_text())["line"]))
+def test_series_names_real_skus_and_real_tests(name: str) -> None:
+    matrix = load(REPO)
+    folder = REPO / matrix.line[name].series
+    assert read_tree_lock(folder, name).sdist == f"vllm-{matrix.line[name].vllm}.tar.gz"
+    for patch in read_series(folder):
+        skus = patch.fields["Skus"]
+        assert skus == "all" or {item.strip() for item in skus.split(",")} <= set(matrix.sku)
+        file, _, test = patch.proves.partition("::")
+        tree = ast.parse((REPO / file).read_text())
+        assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_schema_is_current() -> None:
+    from vllm_forge.matrix import schema_text
+
+    assert (REPO / "matrix.schema.json").read_text() == schema_text(), "run: nox -s schema"
+
+
+def test_modules_are_short() -> None:
+    long = {
+        str(path.relative_to(REPO)): count
+        for path in SOURCE.rglob("*.py")
+        if path.name != "errors.py"  # a list of classes, one idea
+        and (count := len(path.read_text().splitlines())) > 340
+    }
+    assert not long, f"split by idea: {long}"
+
+
+def test_no_index_host_is_named() -> None:
+    """Packages come from the index that a host is set up for."""
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True
+    ).stdout.split()
+    host = re.compile("py" + r"pi\.org|python" + r"hosted|deb\.deb" + r"ian|registry\.npm")
+    for name in tracked:
+        path = REPO / name
+        if path.is_file() and (found := host.search(path.read_text(errors="replace"))):
+            pytest.fail(f"{name}: {found[0]}")
