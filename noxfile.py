@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import sys
 import tomllib
@@ -16,21 +17,31 @@ nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "test"]
 
-# One environment for all sessions, made on first use. A session each would install the
-# project a dozen times, and asking an installer on every call costs more than most commands.
-ENVIRONMENT = ROOT / ".nox" / "vllm-forge"
+
+def tool(session: nox.Session, name: str, extras: str = "") -> str:
+    """Path of a command in an environment that all sessions share, made on first use.
+
+    An environment per session would install the project a dozen times, and asking an installer
+    on every call costs more than most commands; so a stamp says for which pyproject.toml the
+    environment was made. ``extras`` (for tests and linters) have one of their own.
+    """
+    folder = ROOT / ".nox" / ("develop" if extras else "vllm-forge")
+    stamp = folder / hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    folder.parent.mkdir(exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)  # two sessions may start at once
+        if not stamp.exists():
+            # virtualenv comes with nox; venv may lack ensurepip (Debian's python3 without -venv)
+            session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(folder))
+            pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+            session.run(*pip, "--editable", f"{ROOT}{extras}")
+            stamp.touch()
+    return str(folder / "bin" / name)
 
 
-def tool(session: nox.Session, name: str) -> str:
-    """Path of a command in the environment, which is made when pyproject.toml has changed."""
-    stamp = ENVIRONMENT / hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
-    python = str(ENVIRONMENT / "bin" / "python")
-    if not stamp.exists():
-        # virtualenv comes with nox; venv may lack ensurepip (Debian's python3 without -venv)
-        session.run(sys.executable, "-m", "virtualenv", "--quiet", "--clear", str(ENVIRONMENT))
-        session.run(python, "-m", "pip", "install", "--quiet", "--editable", f"{ROOT}[test,lint]")
-        stamp.touch()
-    return str(ENVIRONMENT / "bin" / name)
+def develop(session: nox.Session, name: str) -> str:
+    """Path of a test or lint command."""
+    return tool(session, name, "[test,lint]")
 
 
 def forge(session: nox.Session, *command: str) -> None:
@@ -73,6 +84,18 @@ def patches(session: nox.Session) -> None:
 
 
 @nox.session
+def prove(session: nox.Session) -> None:
+    """Run each patch's proof without it (red) and with it (green), as root. Options: --line."""
+    forge(session, "prove")
+
+
+@nox.session
+def drift(session: nox.Session) -> None:
+    """Say what each release does to each patch; writes docs/drift.md. Options: --from, --to."""
+    forge(session, "drift")
+
+
+@nox.session
 def wheel(session: nox.Session) -> None:
     """Write a line's patched wheel. Options: --line, --output."""
     forge(session, "wheel")
@@ -97,15 +120,15 @@ def test(session: nox.Session) -> None:
     if "--provision" in args:
         args.remove("--provision")
         session.run(tool(session, "vllm-forge"), "provision", "--registry")
-    session.run(tool(session, "pytest"), "-n", "auto", "--dist", "loadgroup", *args)
+    session.run(develop(session, "pytest"), "-n", "auto", "--dist", "loadgroup", *args)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check types (mypy --strict), style (ruff) and that generated files are current."""
-    session.run(tool(session, "ruff"), "check", ".")
-    session.run(tool(session, "ruff"), "format", "--check", ".")
-    session.run(tool(session, "mypy"))
+    session.run(develop(session, "ruff"), "check", ".")
+    session.run(develop(session, "ruff"), "format", "--check", ".")
+    session.run(develop(session, "mypy"))
 
 
 @nox.session

@@ -29,6 +29,8 @@ class _Parser(argparse.ArgumentParser):
 
 # Every option of every command, for suggestions; filled by _parser().
 OPTIONS: set[str] = set()
+# The first release whose DeepSeek V4 the patches' targets are known in.
+OLDEST = "0.20.2"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,6 +68,15 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--line")
     one.add_argument("--update", action="store_true", help="write lock.toml anew")
     one.set_defaults(call=commands.patches)
+
+    one = choices.add_parser("prove", help="run each patch's proof without it and with it")
+    one.add_argument("--line", help="vLLM line (default: all)")
+    one.set_defaults(call=commands.prove)
+
+    one = choices.add_parser("drift", help="what each vLLM release does to each patch")
+    one.add_argument("--from", dest="first", default=OLDEST, help=f"oldest release ({OLDEST})")
+    one.add_argument("--to", dest="last", help="newest release (default: the index's)")
+    one.set_defaults(call=commands.drift)
 
     one = choices.add_parser("wheel", help="write a line's patched wheel")
     one.add_argument("--line")

@@ -152,6 +152,31 @@ def patches(args: argparse.Namespace) -> None:
             print(f"  {patch.name}: {patch.summary}")
 
 
+def prove(args: argparse.Namespace) -> None:
+    """Run each patch's proof without it and with it, in the images' own environment."""
+    from vllm_forge.proof import prove as prove_lines  # noqa: PLC0415
+
+    root = find_root()
+    matrix = load(root)
+    names = [find_line(matrix, args.line)[0]] if args.line else list(matrix.line)
+    prove_lines(root, matrix, names, SubprocessRunner())
+
+
+def drift(args: argparse.Namespace) -> None:
+    """Say what each release does to each patch."""
+    from datetime import UTC, datetime  # noqa: PLC0415
+
+    from vllm_forge.patches.drift_data import survey_lines, write_drift  # noqa: PLC0415
+    from vllm_forge.patches.drift_page import summary  # noqa: PLC0415
+    from vllm_forge.sources import Index, SourceRepo  # noqa: PLC0415
+
+    root = find_root()
+    matrix = load(root)
+    found = survey_lines(root, matrix, SourceRepo(), Index(), first=args.first, last=args.last)
+    day = datetime.now(UTC).date().isoformat()
+    console.print(summary(write_drift(root, matrix, found, day)))
+
+
 def wheel(args: argparse.Namespace) -> None:
     """Write a line's patched wheel."""
     import shutil  # noqa: PLC0415
@@ -229,6 +254,8 @@ def clean(args: argparse.Namespace) -> None:
     """Delete what the cache holds and no line needs."""
     from vllm_forge.images.clean import clean as clean_cache  # noqa: PLC0415
 
+    if os.geteuid() != 0 and which("buildah") is not None:
+        _as_namespace_root()  # system images hold files of mapped users
     root = find_root()
     freed = clean_cache(root, load(root), everything=args.all)
     console.print(f"{freed / 1e9:.1f} GB freed")

@@ -4,7 +4,7 @@
 (schemes/compressed_tensors_w8a8_fp8.py, BLOCK), and the block-scaled kernels replace the one they
 find under its own name (kernels/linear/scaled_mm/BlockScaledMMLinearKernel.py:75-89 in 0.22.1),
 asking for `weight_scale_inv` first. 0.22.1 reads only `weight_scale_inv`
-(models/deepseek_v4/attention.py:330), as does 0.26.0 (nvidia/ops/o_proj.py:66); 0.27.1 learnt the
+(models/deepseek_v4/attention.py:330), as does 0.26.0 (nvidia/ops/o_proj.py:66); 0.27.0 learnt the
 other name (o_proj.py:63), so line 0.33 is green as published.
 Found by vllm-project/vllm#43290.
 """

@@ -282,16 +282,72 @@ def test_size_budget(sibling: Project) -> None:
     assert image(sibling).digest == before, "the last good image is still there"
 
 
-def test_tampered_layer_is_noticed(sibling: Project) -> None:
-    """The layout is read again before it is called up to date; its blobs are hashed on build."""
+def test_shortened_layer_is_built_again(sibling: Project) -> None:
     made = image(sibling)
     blob = made.blob(layers(made)[-1])
     content = blob.read_bytes()
     blob.unlink()
     blob.write_bytes(content[:-1])
-    done = sibling.run("build", "alpha")
-    assert json.loads(done.stdout)["built"] is True
+    assert json.loads(sibling.run("build", "alpha").stdout)["built"] is True
     verify(image(sibling))
+
+
+def test_tampered_layer_of_equal_size_is_built_again(sibling: Project) -> None:
+    made = image(sibling)
+    blob = made.blob(layers(made)[-2])
+    content = bytearray(blob.read_bytes())
+    content[100] ^= 1
+    blob.unlink()
+    blob.write_bytes(content)
+    assert json.loads(sibling.run("build", "alpha").stdout)["built"] is True
+    verify(image(sibling))
+
+
+def test_tampered_cache_is_an_error_once(built: Project, tmp_path: Path) -> None:
+    """A kept layer that was changed fails the build, is forgotten, and is written again."""
+    fresh = built.copy(tmp_path, "rootfs", "systems", "layers")
+    made = image(built)
+    (blob,) = (
+        path
+        for path in (fresh.cache / "layers").glob("*/layer.tar.gz")
+        if path.stat().st_size == made.manifest["layers"][-3]["size"]
+    )
+    content = bytearray(blob.read_bytes())
+    content[100] ^= 1
+    blob.write_bytes(content)
+    fresh.run("build", "alpha", code=64)
+    assert not blob.exists()
+    assert not (fresh.root / "dist").exists()
+    fresh.run("build", "alpha")
+    verify(image(fresh))
+
+
+def test_disk_too_small_is_said_before_anything_is_written(built: Project, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounts a small file system: run as root")
+    small = built.copy(tmp_path)
+    small.cache.mkdir()
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(small.cache)], check=True
+    )
+    try:
+        done = small.run("build", "alpha", code=31)
+        assert "are needed" in done.stderr
+        assert {path.name for path in small.cache.iterdir()} <= {"locks"}
+    finally:
+        subprocess.run(["umount", str(small.cache)], check=True)
+    assert not (small.root / "dist").exists()
+
+
+def test_two_cells_at_once_share_one_system(built: Project, tmp_path: Path) -> None:
+    """The second waits for the engine, then takes what the first one made."""
+    fresh = built.copy(tmp_path, "rootfs")
+    with fresh.start("build", "alpha") as first, fresh.start("build", "beta") as second:
+        outputs = [process.communicate()[1] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), outputs
+    builds = ["buildah bud", "buildx build"]
+    assert sum(text.count(word) for text in outputs for word in builds) == 1
+    assert layers(image(fresh))[:-1] == layers(image(fresh, BETA))[:-1]
 
 
 def test_engine_missing(built: Project, tmp_path: Path) -> None:

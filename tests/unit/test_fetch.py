@@ -302,7 +302,9 @@ def test_interrupt_stops_the_downloads(
     def interrupted(jobs: Sequence[Any], **_: Any) -> Any:
         assert served.stalled.wait(PATIENCE_S)
         # Whoever waits for the threads without having stopped them gets the whole file.
-        threading.Timer(3, served.gate.set).start()
+        late = threading.Timer(3, served.gate.set)
+        late.daemon = True
+        late.start()
         raise KeyboardInterrupt
 
     class Threading:

@@ -86,6 +86,18 @@ def sub(pattern: str, new: str) -> Callable[[str], str]:
     return change
 
 
+def recounted(change: Callable[[str], str]) -> Callable[[str], str]:
+    """The change, with a header that agrees with it."""
+
+    def apply(text: str) -> str:
+        changed = change(text)
+        rows = [row for row in changed.splitlines() if row and not row.startswith("#")]
+        size = sum(int(row.rpartition(" ")[2]) for row in rows)
+        return re.sub(r"# total: .*", f"# total: {len(rows)} wheels, {size} bytes", changed)
+
+    return apply
+
+
 BROKEN: dict[str, tuple[Callable[[str], str], str]] = {
     "no-hash": (sub(r"^(certifi==\S+) --hash=\S+", r"\1"), "not a lock entry: certifi"),
     "short-hash": (sub(r"(certifi.*sha256:[0-9a-f]{60})\w{4}", r"\1"), "not a lock entry: certifi"),
@@ -103,8 +115,10 @@ BROKEN: dict[str, tuple[Callable[[str], str], str]] = {
     "doubled": (double_an_entry, "unique"),
     "other-input": (sub(r"^# input: \w+", f"# input: {HEX}"), "not made for what matrix.toml"),
     "no-input": (sub(r"^# input: \w+\n", ""), "not made for what matrix.toml"),
-    "no-vllm": (drop("vllm"), "no vllm"),
-    "no-torch": (drop("torch"), "no torch"),
+    "no-vllm": (recounted(drop("vllm")), "no vllm"),
+    "no-torch": (recounted(drop("torch")), "no torch"),
+    "dropped": (drop("numpy"), "edited by hand"),
+    "no-total": (sub(r"^# total: .*\n", ""), "edited by hand"),
     "other-vllm": (sub(r"^vllm==\S+", "vllm==0.33.1"), "vllm 0.33.1, the row says 0.33.0"),
     "other-torch": (sub(r"^torch==\S+", "torch==2.14.1"), "torch 2.14.1, the row says 2.14.0"),
     "empty": (lambda _: "", "not made for what matrix.toml"),

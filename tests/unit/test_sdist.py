@@ -301,12 +301,13 @@ def not_for_ever() -> Iterator[None]:
     def late(*_: object) -> None:
         raise AssertionError("it hangs")
 
-    signal.signal(signal.SIGALRM, late)
+    before = signal.signal(signal.SIGALRM, late)
     signal.alarm(30)
     try:
         yield
     finally:
         signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("name", BAD)

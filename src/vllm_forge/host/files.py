@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_forge.errors import BusyError, DiskSpaceError
+from vllm_forge.host.console import console
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,14 +90,18 @@ def exclusive(name: str, *, wait: bool) -> Iterator[None]:
     path = folder / f"{name}.lock"
     with path.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise BusyError(
-                f"{name} is being worked on by process {file.read().strip() or 'unknown'}",
-                where=str(path),
-                remedy="wait until it ends, or end it",
-            ) from None
+            holder = file.read().strip() or "unknown"
+            if not wait:
+                raise BusyError(
+                    f"{name} is being worked on by process {holder}",
+                    where=str(path),
+                    remedy="wait until it ends, or end it",
+                ) from None
+            console.print(f"  waiting for process {holder}, which works on {name}", style="dim")
+            fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         file.truncate()
         file.write(str(os.getpid()))

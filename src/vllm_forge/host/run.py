@@ -6,11 +6,13 @@ import os
 import shlex
 import shutil
 import subprocess
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from vllm_forge.errors import CommandFailedError, ToolMissingError
 from vllm_forge.host.console import console
+from vllm_forge.host.files import exclusive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +34,10 @@ class Runner(Protocol):
 
     def act(self, what: str, action: Callable[[], None]) -> None:
         """Do a step that is not a command; ``what`` is shown either way."""
+        ...
+
+    def exclusive(self, name: str) -> AbstractContextManager[None]:
+        """Hold the lock ``name`` while a step runs, after waiting for it."""
         ...
 
 
@@ -89,6 +95,10 @@ class SubprocessRunner:
         console.print(f"  · {what}", style="dim", markup=False)
         action()
 
+    def exclusive(self, name: str) -> AbstractContextManager[None]:
+        """Wait for the lock and hold it."""
+        return exclusive(name, wait=True)
+
 
 @dataclass
 class RecordingRunner:
@@ -107,3 +117,8 @@ class RecordingRunner:
     def act(self, what: str, action: Callable[[], None]) -> None:
         """Print the step as a comment."""
         print(f"# {what}")
+
+    def exclusive(self, name: str) -> AbstractContextManager[None]:
+        """Nothing is written, so nothing is held."""
+        del name
+        return nullcontext()

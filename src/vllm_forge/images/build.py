@@ -16,7 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.host import atomic_path, cache_root, exclusive, move, report
+from vllm_forge.errors import LayoutError
+from vllm_forge.host import atomic_path, cache_root, console, exclusive, move, report
 from vllm_forge.images.base import make_rootfs, write_host_sources
 from vllm_forge.images.checks import (
     TRIAL_ARGV,
@@ -37,8 +38,15 @@ from vllm_forge.images.content import (
     stack_record,
 )
 from vllm_forge.images.engine import Trial
-from vllm_forge.images.layout import Image, ImageLayer, read_image, set_name, write_image
-from vllm_forge.images.store import StoredLayer, require_stored, stored, write_layer
+from vllm_forge.images.layout import (
+    Image,
+    ImageLayer,
+    blob_times,
+    read_image,
+    set_name,
+    write_image,
+)
+from vllm_forge.images.store import StoredLayer, forget_damaged, require_stored, stored, write_layer
 from vllm_forge.images.system import System, host_secrets, load_system, make_system
 from vllm_forge.patches import build_wheel, check_line
 from vllm_forge.patches.wheel import GENERATED, PatchedWheel, python_blobs
@@ -121,13 +129,19 @@ class Build:
         run.act(f"give the image its name: {plan.target}", self.publish)
 
     def make_system(self) -> str:
-        """Rootfs and docker/Dockerfile, by the engine; returns the key of the result."""
+        """Rootfs and docker/Dockerfile, by the engine; returns the key of the result.
+
+        One process at a time: engines keep one store, and lines share the system image.
+        """
+        with self.runner.exclusive("system"):
+            return self._make_system(refresh=self.plan.options.refresh_base)
+
+    def _make_system(self, *, refresh: bool) -> str:
         plan = self.plan
-        refresh = plan.options.refresh_base
-        if plan.base.layout is not None:
-            make_rootfs(self.runner, self.cell.base, plan.work, refresh=refresh)
         secrets = host_secrets()
-        if plan.base.image is not None:
+        if plan.base.image is None:
+            make_rootfs(self.runner, self.cell.base, plan.work, refresh=refresh)
+        else:
             # A registry image may lack packages: apt in it uses this host's mirrors.
             sources = plan.work / "sources.list"
             write_host_sources(self.runner, self.cell.base.suite, sources)
@@ -238,7 +252,13 @@ class Build:
     def accept(self, output: str) -> None:
         """All verdicts, or no image."""
         self.verdicts = judge(output)
-        check_layout(self.candidate, self.labels)
+        try:
+            check_layout(self.candidate, self.labels)
+        except LayoutError:
+            # The cache was touched: forget what is damaged, so that the next build is whole.
+            for folder in forget_damaged(layer.blob for layer in self.layers):
+                console.print(f"  deleted: {folder} is damaged", style="dim")
+            raise
         self.shares = [
             LayerShare(
                 name=layer.created_by.removeprefix("vllm-forge: "),
@@ -262,6 +282,7 @@ class Build:
             "checks": self.verdicts,
         }
         plan.record_path.unlink(missing_ok=True)
+        record["blobs"] = blob_times(self.candidate)
         with atomic_path(plan.target) as aside:
             move(self.candidate.path, aside)
             set_name(aside, plan.name)

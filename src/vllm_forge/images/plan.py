@@ -13,7 +13,7 @@ from vllm_forge.host import cache_root, require_disk
 from vllm_forge.images.base import BaseRef, pinned_image, rootfs_key
 from vllm_forge.images.checks import INSIDE
 from vllm_forge.images.content import FORMAT, WheelGroup, wheel_groups
-from vllm_forge.images.layout import Image, read_image
+from vllm_forge.images.layout import Image, blob_times, read_image
 from vllm_forge.images.store import stored
 from vllm_forge.images.system import system_key
 from vllm_forge.patches import Patch, read_series, read_tree_lock
@@ -108,7 +108,8 @@ class ImagePlan:
         except (OSError, ValueError, LayoutError):
             return None
         same = record["inputs"] == self.inputs() and record["digest"] == f"sha256:{image.digest}"
-        return image if same else None
+        touched = record.get("blobs") != blob_times(image)
+        return image if same and not touched else None
 
     def require_disk(self) -> None:
         """Room for what is still to be downloaded and written.

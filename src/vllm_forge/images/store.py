@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_forge.errors import CacheError, HashMismatchError
-from vllm_forge.host import atomic_path, cache_root, exclusive
+from vllm_forge.host import atomic_path, cache_root, exclusive, remove
 from vllm_forge.images.layer import LayerBlob, LayerWriter
+from vllm_forge.images.layout import file_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from vllm_forge.images.wheels import Entry
 
@@ -73,6 +74,14 @@ def require_stored(key: str) -> StoredLayer:
             remedy="do not clean the cache while a build runs; build again",
         )
     return layer
+
+
+def forget_damaged(blobs: Iterable[LayerBlob]) -> list[Path]:
+    """Delete the kept layers whose blob is not what its digest says; return their folders."""
+    damaged = [blob.path.parent for blob in blobs if file_digest(blob.path) != blob.digest]
+    for folder in damaged:
+        remove(folder)
+    return damaged
 
 
 def write_layer(key: str, entries: Sequence[Entry], epoch: int) -> StoredLayer:

@@ -3,7 +3,13 @@
 from vllm_forge.patches.apply import Applied, apply_series
 from vllm_forge.patches.header import Patch, read_patch
 from vllm_forge.patches.series import read_series
-from vllm_forge.patches.treelock import TreeLock, check_line, fetch_base, read_tree_lock, update_line
+from vllm_forge.patches.treelock import (
+    TreeLock,
+    check_line,
+    fetch_base,
+    read_tree_lock,
+    update_line,
+)
 from vllm_forge.patches.wheel import ChangedFile, PatchedWheel, build_wheel
 
 __all__ = [

@@ -160,15 +160,11 @@ class Installer:
         """
         state = self.state()
         if state.patched and not state.published:
-            raise AlreadyPatchedError(
-                f"this vLLM is {self.version} already", where=str(self.site)
-            )
+            raise AlreadyPatchedError(f"this vLLM is {self.version} already", where=str(self.site))
         self._require_release()
         if state.patched:
             raise self._partly(state)
-        self._replace(
-            {file.path: file.after for file in self._changed}, self.release, self.version
-        )
+        self._replace({file.path: file.after for file in self._changed}, self.release, self.version)
 
     def revert(self) -> None:
         """Put every file back as published; also from a mixture.

@@ -142,9 +142,7 @@ def build_wheel(
                 where=str(published),
                 remedy="such a change has no effect on what is installed: drop it from the patch",
             )
-        replaced = {
-            file.path: repo.git("cat-file", "blob", file.after).stdout for file in changed
-        }
+        replaced = {file.path: repo.git("cat-file", "blob", file.after).stdout for file in changed}
         replaced[GENERATED] = stamp_version(source.read(GENERATED), release, version, published)
         replaced[f"{old_info}/METADATA"] = replace_once(
             source.read(f"{old_info}/METADATA"),
@@ -166,9 +164,7 @@ def build_wheel(
     return PatchedWheel(path=target, version=version, tree=applied.result, changed=changed)
 
 
-def _require_source(
-    repo: SourceRepo, base: str, wheel: zipfile.ZipFile, published: Path
-) -> None:
+def _require_source(repo: SourceRepo, base: str, wheel: zipfile.ZipFile, published: Path) -> None:
     """Every Python file of the wheel is the source archive's."""
     blobs = python_blobs(repo, base)
     for member in wheel.infolist():
@@ -204,13 +200,14 @@ def stamp_version(content: bytes, release: str, version: str, where: Path) -> by
     numbers = ", ".join(release.split("."))
     local = version.partition("+")[2]
     return replace_once(
-        content, f"version_tuple = ({numbers})\n", f"version_tuple = ({numbers}, '{local}')\n", where
+        content,
+        f"version_tuple = ({numbers})\n",
+        f"version_tuple = ({numbers}, '{local}')\n",
+        where,
     )
 
 
-def rewrite_record(
-    old: bytes, replaced: dict[str, bytes], old_info: str, new_info: str
-) -> bytes:
+def rewrite_record(old: bytes, replaced: dict[str, bytes], old_info: str, new_info: str) -> bytes:
     """RECORD with the rows of the replaced members, and of the renamed dist-info folder."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_forge.host import Runner
+    from vllm_forge.images.engine import Trial
     from vllm_forge.matrix import Matrix
 
 MOST_WORKERS = 8  # each takes about 2 GB
@@ -101,7 +102,10 @@ def _run_all(works: Sequence[Work], repo: SourceRepo, runner: Runner) -> list[Pr
     with ThreadPoolExecutor(workers) as pool:
 
         def start(work: Work, name: str, tree: str, test: str) -> Future[Run]:
-            return pool.submit(_run, work, repo, runner, name, tree, (threads, test))
+            folder = work.environment.write_tree(repo, work.applied.base, tree, name)
+            arguments = (work.line_name, threads, test)
+            trial = work.environment.trial(name, folder, arguments)
+            return pool.submit(_run, runner, work, name, trial)
 
         wholes = [start(work, WHOLE, work.applied.result, ALL_TESTS) for work in works]
         partial = [
@@ -122,15 +126,11 @@ def _run_all(works: Sequence[Work], repo: SourceRepo, runner: Runner) -> list[Pr
         ]
 
 
-def _run(
-    work: Work, repo: SourceRepo, runner: Runner, name: str, tree: str, arguments: tuple[str, str]
-) -> Run:
+def _run(runner: Runner, work: Work, name: str, trial: Trial) -> Run:
     """One pytest run on one tree."""
     start = time.monotonic()
-    environment = work.environment
-    folder = environment.write_tree(repo, work.applied.base, tree, name)
-    trial = environment.trial(name, folder, (work.line_name, *arguments))
-    run = parse(environment.plan.engine.try_image(runner, trial), f"line {work.line_name}, {name}")
+    engine = work.environment.plan.engine
+    run = parse(engine.try_image(runner, trial), f"line {work.line_name}, {name}")
     what = name if name == WHOLE else f"without {name}"
     console.print(
         f"  line {work.line_name}, {what}: {'green' if run.exit == 0 else f'exit {run.exit}'} "

@@ -29,12 +29,23 @@ PIP_INDEX = re.compile(r"^global\.index-url=(?P<quote>['\"])(?P<url>.+)(?P=quote
 
 @dataclass(frozen=True, kw_only=True)
 class IndexFile:
-    """A file that the index offers. ``size`` in bytes, None where the index does not say."""
+    """A file that the index offers.
+
+    Attributes:
+        filename: its name.
+        url: where it is.
+        sha256: in hex, None where the index does not say.
+        size: in bytes, None where the index does not say.
+        yanked: taken back by its project.
+        uploaded: the day, YYYY-MM-DD, None where the index does not say.
+    """
 
     filename: str
     url: str
     sha256: str | None
     size: int | None
+    yanked: bool = False
+    uploaded: str | None = None
 
 
 def index_url() -> str:
@@ -103,6 +114,8 @@ class Index:
                 url=package.url,
                 sha256=package.digests.get("sha256"),
                 size=package.size,
+                yanked=package.is_yanked,
+                uploaded=str(package.upload_time.date()) if package.upload_time else None,
             )
             for package in page.packages
         ]

@@ -32,6 +32,7 @@ ENTRY = re.compile(
     r"^(?P<name>[a-z0-9-]+)==(?P<version>\S+) --hash=sha256:(?P<sha256>[0-9a-f]{64})"
     r"  # (?P<filename>\S+\.whl) (?P<size>\d+)$"
 )
+TOTAL = re.compile(r"^# total: (?P<count>\d+) wheels, (?P<bytes>\d+) bytes$", re.M)
 INPUT = re.compile(r"^# input: (?P<digest>[0-9a-f]{64})$", re.M)
 RESOLVED = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^\s\\;]+)", re.M)
 
@@ -95,6 +96,15 @@ def read_lock(root: Path, line_name: str, line: Line, base: Base) -> Lock:
     if stated is None or stated["digest"] != input_digest(line, base):
         raise LockFileError(
             f"the lock was not made for what matrix.toml now says of line {line_name}",
+            where=str(path),
+            remedy=again,
+        )
+    total = TOTAL.search(text)
+    counted = (str(len(wheels)), str(sum(wheel.size for wheel in wheels)))
+    if total is None or total.group("count", "bytes") != counted:
+        raise LockFileError(
+            f"the lock has {counted[0]} wheels of {counted[1]} bytes, its header says otherwise: "
+            "it was edited by hand",
             where=str(path),
             remedy=again,
         )
