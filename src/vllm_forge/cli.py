@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -67,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     one = choices.add_parser("patches", help="prove that every series applies exactly")
     one.add_argument("--line")
     one.add_argument("--update", action="store_true", help="write lock.toml anew")
+    one.add_argument("--export", action="store_true", help="write each diff anew for this tree")
     one.set_defaults(call=commands.patches)
 
     one = choices.add_parser("prove", help="run each patch's proof without it and with it")
@@ -109,6 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"[bold red]{type(error).__name__}[/] (exit {error.exit_code})")
         console.print(str(error), markup=False)
         return error.exit_code
+    except BrokenPipeError:  # e.g. `| head`: who read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         console.print("interrupted; what was finished is kept")
         return 130

@@ -134,6 +134,8 @@ def fetch(args: argparse.Namespace) -> None:
 def patches(args: argparse.Namespace) -> None:
     """Apply every series to its pinned source and compare the trees."""
     from vllm_forge.patches import check_line, read_series, update_line  # noqa: PLC0415
+    from vllm_forge.patches.treelock import export_line, fetch_base, read_tree_lock  # noqa: PLC0415
+    from vllm_forge.patches.variants import trees_of_moved  # noqa: PLC0415
     from vllm_forge.sources import Index, SourceRepo  # noqa: PLC0415
 
     root = find_root()
@@ -142,6 +144,10 @@ def patches(args: argparse.Namespace) -> None:
     repo = SourceRepo()
     for name in names:
         line = matrix.line[name]
+        if args.export:
+            base = fetch_base(read_tree_lock(root / line.series, name), line.vllm, repo)
+            series = read_series(root / line.series)
+            export_line(root, line, repo, trees_of_moved(repo, base, series))
         if args.update:
             applied = update_line(root, name, line, repo, Index())
         else:

@@ -110,14 +110,14 @@ with atomic_path(pathlib.Path(sys.argv[1])) as aside:
 
 
 @contextmanager
-def child(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that has said its first word."""
+def child(code: str, *arguments: str, says: str = "") -> Iterator[subprocess.Popen[str]]:
+    """A process that has said its first line."""
     with subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stdout is not None
-        assert process.stdout.readline()
+        assert says in process.stdout.readline()
         try:
             yield process
         finally:
@@ -192,6 +192,8 @@ with exclusive("thing", wait=False):
 
 
 def test_second_process_is_told_who_is_first(cache: Path) -> None:
+    with exclusive("thing", wait=False):
+        pass  # leaves its own number in the file
     with child(HOLD) as first:
         with pytest.raises(BusyError) as refused, exclusive("thing", wait=False):
             pass
@@ -227,18 +229,26 @@ def test_lock_is_free_after_an_exception() -> None:
         pass
 
 
+ASK = """
+import fcntl
+real = fcntl.flock
+
+def flock(file, how):
+    print("asks once" if how & fcntl.LOCK_NB else "waits", flush=True)
+    real(file, how)
+
+fcntl.flock = flock
+"""
+
+
 def test_waiting_ends_when_the_first_one_does() -> None:
-    with child(HOLD) as first:
-        waiter = subprocess.Popen(
-            [sys.executable, "-c", HOLD.replace("wait=False", "wait=True")],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        with waiter:
-            assert first.stdin is not None
-            first.stdin.close()
-            said, _ = waiter.communicate(timeout=30)
-    assert said == "held\n"
-    assert waiter.returncode == 0
+    wait = ASK + HOLD.replace("wait=False", "wait=True")
+    with child(HOLD) as first, child(wait, says="waits") as waiter:
+        assert first.stdin is not None
+        first.stdin.close()
+        said, _ = waiter.communicate(timeout=30)
+        assert said == "held\n"
+        assert waiter.returncode == 0
 
 
 # --- disk ----------------------------------------------------------------------------------------

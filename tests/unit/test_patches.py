@@ -213,7 +213,8 @@ def test_gnu_patch_would_take_it(name: str, tmp_path: Path, repo: SourceRepo, ba
 
 def test_wrong_context_names_file_and_line(repo: SourceRepo, base: str) -> None:
     said = refuse(repo, base, [BROKEN / "fuzzy-context.patch"], WrongContextError)
-    assert "vllm/scheduler.py:15" in said
+    (where,) = [row for row in said.splitlines() if row.startswith("  where: ")]
+    assert "vllm/scheduler.py:15 (from " in where
     assert "patch failed" in said.splitlines()[0]
 
 

@@ -61,36 +61,45 @@ def survey(
     repo: SourceRepo, releases: Sequence[Release], subjects: Sequence[Subject]
 ) -> Iterator[tuple[Release, str, list[list[Verdict]]]]:
     """Each release's tree hash and its verdicts on each series, several releases side by side."""
-    vocabulary = frozenset(
+    words = vocabulary(repo, subjects)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(_look_at, repo.path, release, subjects, words) for release in releases]
+        for release, job in zip(releases, jobs, strict=True):
+            yield (release, *job.result())
+
+
+def vocabulary(repo: SourceRepo, subjects: Sequence[Subject]) -> frozenset[bytes]:
+    """All words that may have to be looked for, so that a tree is read once for all of them."""
+    return frozenset(
         word
         for subject in subjects
         for path, before in zip(subject.paths, subject.befores, strict=True)
         for words in _hunks(repo, read_patch(path), before).values()
         for word in words
     )
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        jobs = [
-            pool.submit(_look_at, repo.path, release, subjects, vocabulary) for release in releases
-        ]
-        for release, job in zip(releases, jobs, strict=True):
-            yield (release, *job.result())
 
 
 def _look_at(
-    repo_path: Path, release: Release, subjects: Sequence[Subject], vocabulary: frozenset[bytes]
+    repo_path: Path, release: Release, subjects: Sequence[Subject], known: frozenset[bytes]
 ) -> tuple[str, list[list[Verdict]]]:
     """Worker process: import the archive if need be, then look at each series."""
     repo = SourceRepo(repo_path)
     tree = repo.tree(release.version) or repo.import_archive(release.version, release.archive)
-    return tree, [
-        verdicts(repo, tree, release.version, subject, vocabulary) for subject in subjects
-    ]
+    return tree, [verdicts(repo, tree, release.version, subject, known) for subject in subjects]
 
 
 def verdicts(
-    repo: SourceRepo, tree: str, version: str, subject: Subject, vocabulary: frozenset[bytes]
+    repo: SourceRepo, tree: str, version: str, subject: Subject, known: frozenset[bytes]
 ) -> list[Verdict]:
-    """What one tree says of each patch of a series; those that apply are applied for the next."""
+    """What one tree says of each patch of a series; those that apply are applied for the next.
+
+    Args:
+        repo: holds the tree.
+        tree: of a release.
+        version: of that release.
+        subject: the series.
+        known: see vocabulary.
+    """
     found: dict[int, Verdict] = {}
     failed: dict[int, str] = {}
     patches = [read_patch(path) for path in subject.paths]
@@ -111,8 +120,8 @@ def verdicts(
         present = set(repo.git("ls-files", env=index).stdout.decode().splitlines())
     for number, said in failed.items():
         hunks = _hunks(repo, patches[number], subject.befores[number])
-        words = _words(repo.path, tree, vocabulary)
-        earlier = _words(repo.path, subject.befores[0], vocabulary)
+        words = _words(repo.path, tree, known)
+        earlier = _words(repo.path, subject.befores[0], known)
         found[number] = _follow(_failed(hunks, said), words, earlier, present)
     return [found[number] for number in range(len(patches))]
 

@@ -140,6 +140,22 @@ def pairs(repo: SourceRepo, applied: Applied, patches: Sequence[Patch]) -> tuple
     return tuple(found)
 
 
+def trees_of_moved(repo: SourceRepo, base: str, patches: Sequence[Patch]) -> list[str]:
+    """The base and the tree after each patch, hunks at other lines and other forms allowed.
+
+    For the exporter, which then writes every patch as it has been applied.
+
+    Raises:
+        ForgeError: see apply_series, of the first patch that does not fit anywhere.
+    """
+    trees = [base]
+    for patch in patches:
+        after = apply_one(repo, trees[-1], patch, moved=True)
+        # Refused: the strict way says best why.
+        trees.append(after or apply_series(repo, trees[-1], [patch]).result)
+    return trees
+
+
 def apply_one(
     repo: SourceRepo, tree: str, patch: Patch, *, reverse: bool = False, moved: bool = False
 ) -> str | None:
