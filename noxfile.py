@@ -79,7 +79,7 @@ def fetch(session: nox.Session) -> None:
 
 @nox.session
 def patches(session: nox.Session) -> None:
-    """Apply every series: zero fuzz, zero offset, locked trees. Options: --line, --update, --export."""
+    """Apply every series: no fuzz, no offset, locked trees. Options: --line, --update, --export."""
     forge(session, "patches")
 
 

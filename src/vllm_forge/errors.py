@@ -6,7 +6,11 @@ and what to do about it. ``tests/unit/test_errors.py`` asserts that codes are un
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+# User and password of an index's address are nobody's business in a build log.
+CREDENTIALS = re.compile(r"://[^/@\s]+@")
 
 
 class ForgeError(Exception):
@@ -32,7 +36,7 @@ class ForgeError(Exception):
             lines.append(f"  where:  {self.where}")
         if self.remedy:
             lines.append(f"  remedy: {self.remedy}")
-        return "\n".join(lines)
+        return CREDENTIALS.sub("://", "\n".join(lines))
 
 
 # --- 10-19: what was asked for ------------------------------------------------------------

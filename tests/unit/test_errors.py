@@ -154,3 +154,9 @@ def test_brackets_in_a_message_are_not_markup(
     monkeypatch.setattr("vllm_forge.commands.load", refused)
     assert main(["build", "b300"]) == errors.MatrixValueError.exit_code
     assert "no [sku.x] and [/red] too" in capsys.readouterr().err
+
+
+def test_credentials_of_an_index_are_not_shown() -> None:
+    error = ForgeError("no answer", where="https://user:secret@index.example/simple")
+    assert "secret" not in str(error)
+    assert "https://index.example/simple" in str(error)

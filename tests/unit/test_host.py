@@ -116,9 +116,11 @@ def child(code: str, *arguments: str, says: str = "") -> Iterator[subprocess.Pop
         [sys.executable, "-c", code, *arguments],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
-        assert process.stdout is not None
-        assert says in process.stdout.readline()
         try:
+            assert process.stdout is not None
+            first = process.stdout.readline()
+            assert first
+            assert says in first
             yield process
         finally:
             process.kill()
@@ -234,7 +236,8 @@ import fcntl
 real = fcntl.flock
 
 def flock(file, how):
-    print("asks once" if how & fcntl.LOCK_NB else "waits", flush=True)
+    if not how & fcntl.LOCK_NB:
+        print("waits", flush=True)
     real(file, how)
 
 fcntl.flock = flock

@@ -26,17 +26,26 @@ from vllm_forge.errors import (
     ProofRedError,
     SeriesOrderError,
     UselessPatchError,
+    WrongContextError,
 )
 from vllm_forge.host import RecordingRunner
 from vllm_forge.matrix import Matrix, load
-from vllm_forge.patches import Applied, Patch, apply_series, read_patch, read_series, read_tree_lock
+from vllm_forge.patches import (
+    Applied,
+    Patch,
+    apply_series,
+    read_patch,
+    read_series,
+    read_tree_lock,
+    variants,
+)
 from vllm_forge.patches.variants import (
     OTHERS,
     TAKEN_OUT,
-    TAKEN_OUT_MOVED,
     Variant,
     pairs,
     require_idempotent,
+    trees_of_moved,
     without,
 )
 from vllm_forge.proof import environment, prove
@@ -126,13 +135,23 @@ class TestWithout:
         assert found.way == TAKEN_OUT
         assert series.blob(found.tree, "a") == text(_40="forty\n")
 
-    def test_taken_out_at_moved_lines(self, repo: SourceRepo, series: Series) -> None:
+    def test_taken_out_at_its_own_place(self, repo: SourceRepo, series: Series) -> None:
+        """Another patch makes the same lines elsewhere, nearer to where the first one was."""
         series.add(a=text(_40="forty\nand a half\n"))
-        series.add(a=text(_5="five\nmore\n", _40="forty\nand a half\n"))
-        series.add(a=text(_5="five\nmore\n", _40="forty\nand a half\n", _55="end\n"))
+        same = "".join(LINES[37:40]) + "forty\nand a half\n" + "".join(LINES[41:44])
+        later = {"_5": same * 2, "_20": "x\n" * 20, "_55": "end\n"}
+        series.add(a=text(_40="forty\nand a half\n", **later))
         found = without(repo, series.applied(), series.patches, 0)
-        assert found.way == TAKEN_OUT_MOVED
-        assert series.blob(found.tree, "a") == text(_5="five\nmore\n", _55="end\n")
+        assert found.way == TAKEN_OUT
+        assert series.blob(found.tree, "a") == text(**later)
+
+    def test_a_file_that_it_adds_cannot_be_taken_out(
+        self, repo: SourceRepo, series: Series
+    ) -> None:
+        series.add(new=text())
+        series.add(new=text(_5="five\n"))
+        with pytest.raises(InseparablePatchError):
+            without(repo, series.applied(), series.patches, 0)
 
     def test_neither(self, repo: SourceRepo, series: Series) -> None:
         series.add(a=text(_5="five\n"))
@@ -158,15 +177,29 @@ class TestOrder:
         assert [pair.commutes for pair in pairs(repo, series.applied(), series.patches)] == [False]
 
     def test_two_that_put_lines_into_one_place(self, repo: SourceRepo, series: Series) -> None:
-        """Both orders may fit there, with another result: that is an error, or no commuting."""
         series.add(a=text(_5="line 5\nx\n"))
         series.add(a=text(_5="line 5\nx\ny\n"))
-        try:
-            (pair,) = pairs(repo, series.applied(), series.patches)
-        except SeriesOrderError as error:
-            assert "another tree" in str(error)
-        else:
-            assert not pair.commutes
+        assert [pair.commutes for pair in pairs(repo, series.applied(), series.patches)] == [False]
+
+    def test_hunks_apart_that_do_not_apply_in_the_other_order(
+        self, repo: SourceRepo, series: Series
+    ) -> None:
+        series.add(a=text(_5="five\n"))
+        series.add(a=text(_5="five\n", _40="forty\n"))
+        good = series.applied()
+        index = series.folder / "index"
+        other = changed_tree(repo, good.base, {"vllm/a.py": text(_40="another\n")}, index)
+        with pytest.raises(SeriesOrderError, match="do not apply in the other order"):
+            pairs(repo, Applied(base=other, trees=good.trees), series.patches)
+
+    def test_a_patch_that_goes_onto_its_own_result_is_an_error(
+        self, repo: SourceRepo, series: Series, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        series.add(a=text(_5="five\n"))
+        applied = series.applied()
+        monkeypatch.setattr(variants, "apply_series", lambda *_arguments: applied)
+        with pytest.raises(SeriesOrderError, match="applied again on its own result"):
+            require_idempotent(repo, applied, series.patches)
 
     def test_trees_that_are_not_the_patches_are_found(
         self, repo: SourceRepo, series: Series
@@ -194,6 +227,24 @@ class TestOrder:
         twice.add(a=once)
         with pytest.raises(SeriesOrderError, match="on its own result"):
             require_idempotent(repo, twice.applied(), twice.patches)
+
+
+class TestExport:
+    def test_trees_of_hunks_that_moved(self, repo: SourceRepo, series: Series) -> None:
+        series.add(a=text(_5="five\n"))
+        series.add(a=text(_5="five\n", _40="forty\n"))
+        index = series.folder / "index"
+        other = changed_tree(repo, series.base, {"vllm/a.py": text(_20="twenty\nx\n")}, index)
+        trees = trees_of_moved(repo, other, series.patches)
+        assert trees[0] == other
+        assert series.blob(trees[2], "a") == text(_5="five\n", _20="twenty\nx\n", _40="forty\n")
+
+    def test_what_fits_nowhere_is_refused_as_ever(self, repo: SourceRepo, series: Series) -> None:
+        series.add(a=text(_5="five\n"))
+        index = series.folder / "index"
+        other = changed_tree(repo, series.base, {"vllm/a.py": text(_5="V\n")}, index)
+        with pytest.raises(WrongContextError):
+            trees_of_moved(repo, other, series.patches)
 
 
 # --- verdicts -------------------------------------------------------------------------------------

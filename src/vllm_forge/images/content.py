@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.host import console
 from vllm_forge.images.wheels import Entry, merge, site_packages, wheel_entries
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ def group_entries(name: str, paths: Sequence[Path], python: str) -> list[Entry]:
     The vLLM layer leaves out what a patch series always changes (version and metadata), so
     that it is the same layer for every series of a line.
     """
-    entries, _ = merge(wheel_entries(path, python) for path in paths)
+    entries, conflicts = merge(wheel_entries(path, python) for path in paths)
+    for path in conflicts:
+        console.print(f"  two wheels of layer {name} differ in {path}: the later one's is taken")
     if name == VLLM:
         return [entry for entry in entries if not _changes_with_series(entry.path)]
     return entries + cuda_links(entries)

@@ -98,7 +98,7 @@ class Preset(Row):
 
     sku: Name
     artifact: Name
-    tensor_parallel: Integer
+    tensor_parallel: Integer = Field(ge=1, description="GPUs that one replica is spread over")
     speculative_tokens: Integer = Field(default=0, ge=0, description="k of MTP; 0 = off")
     flags: tuple[str, ...] = ()
     env: dict[str, str] = Field(default_factory=dict)

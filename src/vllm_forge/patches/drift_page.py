@@ -80,7 +80,9 @@ def render(data: dict[str, Any]) -> str:
 
 def summary(data: dict[str, Any]) -> Table:
     """The first table of the page, for a terminal."""
-    table = Table("release", "of", *(change["name"] for change in data["changes"]))
+    table = Table()
+    for name in ("release", "of", *(change["name"] for change in data["changes"])):
+        table.add_column(name, overflow="fold")
     for row in _cells(data):
         table.add_row(*row)
     return table

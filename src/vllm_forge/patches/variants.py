@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 OTHERS = "the others applied"
 TAKEN_OUT = "taken out of the whole"
-TAKEN_OUT_MOVED = "taken out of the whole, at moved lines"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +68,9 @@ def without(repo: SourceRepo, applied: Applied, patches: Sequence[Patch], index:
         tree = tree and apply_one(repo, tree, other)
     if tree is not None:
         return Variant(left_out=patch, tree=tree, way=OTHERS)
-    for moved, way in ((False, TAKEN_OUT), (True, TAKEN_OUT_MOVED)):
-        tree = apply_one(repo, applied.result, patch, reverse=True, moved=moved)
-        # Lines that moved may have been found in another place: putting it back must tell.
-        if tree is not None and apply_one(repo, tree, patch, moved=moved) == applied.result:
-            return Variant(left_out=patch, tree=tree, way=way)
+    tree = _taken_out(repo, applied, patch, index)
+    if tree is not None:
+        return Variant(left_out=patch, tree=tree, way=TAKEN_OUT)
     raise InseparablePatchError(
         f"{patch.name} can neither be left out nor be taken out: later patches build on it",
         where=str(patch.path),
@@ -156,21 +153,46 @@ def trees_of_moved(repo: SourceRepo, base: str, patches: Sequence[Patch]) -> lis
     return trees
 
 
-def apply_one(
-    repo: SourceRepo, tree: str, patch: Patch, *, reverse: bool = False, moved: bool = False
-) -> str | None:
+def apply_one(repo: SourceRepo, tree: str, patch: Patch, *, moved: bool = False) -> str | None:
     """The tree after one patch, None where git refuses it; ``moved`` allows an offset."""
     with tempfile.TemporaryDirectory(prefix="vllm-forge-index-") as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
         repo.git("read-tree", tree, env=index)
         done = repo.git(
-            "apply", "--cached", "-v", "--whitespace=nowarn", *(["--reverse"] if reverse else []),
-            "-", stdin=patch.diff.encode(), env=index, check=False,
+            "apply", "--cached", "-v", "--whitespace=nowarn", "-",
+            stdin=patch.diff.encode(), env=index, check=False,
         )  # fmt: skip
         if done.returncode != 0:
             return None
         if not moved and MOVED.search(done.stderr.decode(errors="replace")):
             return None
+        return repo.git("write-tree", env=index).stdout.decode().strip()
+
+
+def _taken_out(repo: SourceRepo, applied: Applied, patch: Patch, number: int) -> str | None:
+    """The whole without what one patch did to its files, by a three-way merge; None: a conflict.
+
+    Not by applying it in reverse: a hunk at other lines may be found at the wrong ones.
+    """
+    trees = (applied.result, applied.trees[number], before(applied, number))
+    with tempfile.TemporaryDirectory(prefix="vllm-forge-index-") as folder:
+        index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+        repo.git("read-tree", applied.result, env=index)
+        for path in patch.files:
+            files = []
+            for name, tree in zip(("whole", "with", "without"), trees, strict=True):
+                blob = repo.git("cat-file", "blob", f"{tree}:{path}", check=False)
+                if blob.returncode != 0:  # the patch, or a later one, adds or deletes the file
+                    return None
+                files.append(Path(folder) / name)
+                files[-1].write_bytes(blob.stdout)
+            merged = repo.git("merge-file", "--quiet", "-p", *map(str, files), check=False)
+            if merged.returncode != 0:
+                return None
+            mode = repo.git("ls-files", "--stage", "--", path, env=index).stdout.split()[0].decode()
+            made = repo.git("hash-object", "-w", "--stdin", stdin=merged.stdout)
+            entry = f"{mode},{made.stdout.decode().strip()},{path}"
+            repo.git("update-index", "--cacheinfo", entry, env=index)
         return repo.git("write-tree", env=index).stdout.decode().strip()
 
 

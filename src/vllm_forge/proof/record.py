@@ -37,10 +37,9 @@ class Proven:
 
 def show(found: Proven) -> None:
     """Print the table of a line."""
-    table = Table(
-        "patch", "without it", "with the series", "why it is red",
-        title=f"line {found.line_name}, vLLM {found.plan.cell.line.vllm}",
-    )  # fmt: skip
+    table = Table(title=f"line {found.line_name}, vLLM {found.plan.cell.line.vllm}")
+    for column in ("patch", "without it", "with the series", "why it is red"):
+        table.add_column(column, overflow="fold")
     for variant, run in zip(found.variants, found.without, strict=True):
         patch = variant.left_out
         table.add_row(
