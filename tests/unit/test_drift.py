@@ -162,6 +162,25 @@ def test_nothing_moves_to_a_copy_that_was_there_before(repo: SourceRepo, tmp_pat
     assert said.answer is Answer.GONE
 
 
+def test_code_that_stayed_has_not_moved_to_where_more_of_it_is(subjects: Subjects) -> None:
+    said = subjects.verdict(source(RECAST) | source(CODE, "vllm/layers/twin.py"))
+    assert said.answer is Answer.CONFLICT
+
+
+def test_of_several_files_the_worst_is_the_answer_and_all_are_named(
+    repo: SourceRepo, tmp_path: Path
+) -> None:
+    second = "vllm/layers/zeta.py"
+    made = Subjects(repo, tmp_path)
+    made.base = made.tree("2.0.1", source(CODE) | {second: b"left = right_operand\n"})
+    changes: dict[str, bytes | None] = {**source(FIXED), second: b"left = wrong_operand\n"}
+    made.write(patch_text(repo, made.base, changes, tmp_path / "index"))
+    made.subject = Subject(paths=(made.path,), befores=(made.base,))
+    said = made.verdict(source("") | {second: b"left = (right_operand)\n"})
+    assert said.answer is Answer.GONE
+    assert said.detail == f"vllm/layers/projection.py has no such code; {second}:1"
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [

@@ -48,7 +48,7 @@ from vllm_forge.patches.variants import (
     trees_of_moved,
     without,
 )
-from vllm_forge.proof import environment, prove
+from vllm_forge.proof import prove
 from vllm_forge.proof.environment import SCRIPT, Environment
 from vllm_forge.proof.verdict import Run, judge_whole, judge_without, parse
 from vllm_forge.sources import read_lock
@@ -148,8 +148,8 @@ class TestWithout:
     def test_a_file_that_it_adds_cannot_be_taken_out(
         self, repo: SourceRepo, series: Series
     ) -> None:
-        series.add(new=text())
-        series.add(new=text(_5="five\n"))
+        series.add(new=text(), a=text(_5="five\nmore\n"))
+        series.add(a=text(_5="five\nmore\n", _40="forty\n"))
         with pytest.raises(InseparablePatchError):
             without(repo, series.applied(), series.patches, 0)
 
@@ -282,6 +282,7 @@ class TestVerdictWithout:
             run(5),
             run(4),
             run(2, "ImportError", it="failed"),
+            run(2, "interrupted", it="failed"),
             run(1),
             run(1, it="passed"),
             run(0, it="skipped"),
@@ -424,7 +425,7 @@ def test_script_tells_the_line_and_keeps_threads_few(tmp_path: Path) -> None:
 def test_proofs_need_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(EngineSetupError, match="only root"):
-        environment.require_root()
+        prove(ROOT, MATRIX, list(MATRIX.line), RecordingRunner())
 
 
 class FakeEngine:
@@ -463,6 +464,7 @@ def one_line(
         plan=cast("Any", plan), lowers=(), config={}, work=work, inputs=tmp_path / "in"
     )
     module = sys.modules["vllm_forge.proof.prove"]
+    monkeypatch.setattr(module, "require_root", lambda: None)
     monkeypatch.setattr(module, "prepare", lambda _cell, _runner: made)
     monkeypatch.setattr(module, "read_series", lambda _folder: tuple(series.patches))
     monkeypatch.setattr(module, "check_line", lambda *_arguments: applied)

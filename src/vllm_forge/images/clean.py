@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm_forge.matrix import Matrix
 
 # Small, or made again in seconds.
-ALWAYS = ("work", "bytecode", "buildah")
+ALWAYS = ("work", "bytecode", "buildah", "proofs")
 
 
 def clean(root: Path, matrix: Matrix, *, everything: bool) -> int:
@@ -33,7 +33,7 @@ def clean(root: Path, matrix: Matrix, *, everything: bool) -> int:
         everything: also what the next build would have to download again.
 
     Raises:
-        BusyError: a build is running.
+        BusyError: a build or a proof is running.
         LockFileError: a line's lock cannot be read, so what it needs is not known.
     """
     cache = cache_root()
@@ -41,6 +41,8 @@ def clean(root: Path, matrix: Matrix, *, everything: bool) -> int:
         for sku in matrix.sku:
             for line in matrix.line.values():
                 held.enter_context(exclusive(f"build-vllm-{line.vllm}-{sku}", wait=False))
+        for name in matrix.line:
+            held.enter_context(exclusive(f"prove-{name}", wait=False))
         if everything:
             doomed = [path for path in _children(cache) if path.name != "locks"]
         else:

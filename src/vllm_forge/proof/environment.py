@@ -102,11 +102,9 @@ def prepare(cell: ImageCell, runner: Runner) -> Environment:
     """Make sure that the line's system and layers are in the cache, and write the inputs.
 
     Raises:
-        EngineSetupError: not root.
         EngineMissingError: buildah, runc or another tool of it is not installed.
         ForgeError: as the steps of a build say.
     """
-    require_root()
     engine = choose_engine(ENGINE)
     options = BuildOptions(output=cache_root() / "work")
     plan = resolve(cell, options, engine)

@@ -14,7 +14,7 @@ from vllm_forge.host import console, exclusive, report
 from vllm_forge.matrix import image_cell
 from vllm_forge.patches import Applied, Patch, check_line, read_series
 from vllm_forge.patches.variants import Pair, Variant, pairs, require_idempotent, without
-from vllm_forge.proof.environment import Environment, prepare
+from vllm_forge.proof.environment import Environment, prepare, require_root
 from vllm_forge.proof.record import Proven, show, write_record
 from vllm_forge.proof.verdict import Run, judge_whole, judge_without, parse
 from vllm_forge.sources import SourceRepo
@@ -51,12 +51,14 @@ def prove(root: Path, matrix: Matrix, names: Sequence[str], runner: Runner) -> N
     """Prove lines and write ``docs/proofs/<line>.json`` for each that is proven.
 
     Raises:
+        EngineSetupError: not root.
         UselessPatchError: a proof is green without its patch.
         ProofNotRunError: a proof was not run.
         ProofRedError: a contract test is red with the whole series.
         SeriesOrderError, InseparablePatchError: see patches.variants.
         BusyError: another process proves one of the lines.
     """
+    require_root()
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(exclusive(f"prove-{name}", wait=False))
