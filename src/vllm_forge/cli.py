@@ -72,11 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--export", action="store_true", help="write each diff anew for this tree")
     one.set_defaults(call=commands.patches)
 
-    one = choices.add_parser("prove", help="run each patch's proof without it and with it")
+    one = choices.add_parser(
+        "prove", help="run each patch's proof without it and with it", allow_abbrev=False
+    )
     one.add_argument("--line", help="vLLM line (default: all)")
     one.set_defaults(call=commands.prove)
 
-    one = choices.add_parser("drift", help="what each vLLM release does to each patch")
+    one = choices.add_parser(
+        "drift", help="what each vLLM release does to each patch", allow_abbrev=False
+    )
     one.add_argument("--from", dest="first", default=OLDEST, help=f"oldest release ({OLDEST})")
     one.add_argument("--to", dest="last", help="newest release (default: the index's)")
     one.set_defaults(call=commands.drift)
