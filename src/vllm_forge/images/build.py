@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -53,12 +54,15 @@ from vllm_forge.patches.wheel import GENERATED, PatchedWheel, python_blobs
 from vllm_forge.sources import Lock, SourceRepo, Wheelhouse
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vllm_forge.host import Runner
     from vllm_forge.images.plan import ImagePlan
     from vllm_forge.matrix import ImageCell
     from vllm_forge.patches import Applied
 
 WORKERS = 2
+NICE = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +78,6 @@ class Top:
     """The last layer and what it says of the image."""
 
     system: System
-    applied: Applied
-    wheel: PatchedWheel
     stack: dict[str, Any]
     layer: StoredLayer
 
@@ -114,18 +116,18 @@ class Build:
         with ThreadPoolExecutor(1) as beside:
             system = beside.submit(self.make_system)
             run.act(
-                f"fetch {len(plan.lock.wheels)} wheels of {self.cell.line.lock} and write "
-                f"{len(plan.groups)} layers",
-                self.make_layers,
+                f"fetch {len(plan.lock.wheels)} wheels of {self.cell.line.lock}, write "
+                f"{len(plan.groups)} layers, apply the series, write the patched wheel",
+                lambda: self.make_layers(self.make_wheel),
             )
             key = system.result()
-        run.act(
-            "apply the series, write the patched wheel and its layer", lambda: self.make_top(key)
-        )
+        run.act("write the layer of the patches", lambda: self.make_top(key))
         run.act(f"assemble the image in {plan.work}", self.assemble)
-        with report("check the image inside"):
+        with report("check the image inside"), ThreadPoolExecutor(1) as beside:
+            layout = beside.submit(run.act, "check the layout and every blob", self.check_layout)
             output = plan.engine.try_image(run, self.trial())
-        run.act("read the verdicts; check layout and size budget", lambda: self.accept(output))
+            layout.result()
+        run.act("read the verdicts; check the size budget", lambda: self.accept(output))
         run.act(f"give the image its name: {plan.target}", self.publish)
 
     def make_system(self) -> str:
@@ -151,42 +153,52 @@ class Build:
             secrets=secrets, refresh=refresh,
         )  # fmt: skip
 
-    def make_layers(self) -> None:
-        """Download and write the wheel layers; one is written while the next one downloads."""
+    def make_layers(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Download and write the wheel layers; one is written while the next one downloads.
+
+        Args:
+            meanwhile: called when all wheels are here and layers are still being written.
+        """
         context = multiprocessing.get_context("spawn")
         wheelhouse = Wheelhouse()
-        with ProcessPoolExecutor(WORKERS, mp_context=context) as pool:
+        # Polite workers: the rootfs is made at the same time, and is the longer way.
+        with ProcessPoolExecutor(
+            WORKERS, mp_context=context, initializer=os.nice, initargs=(NICE,)
+        ) as pool:
             jobs: list[Future[None]] = []
             for group in self.plan.groups:
                 wheelhouse.fetch(group.wheels)
                 if stored(group.key) is None:
                     python = self.cell.line.python
                     jobs.append(pool.submit(write_group, group, python, self.epoch))
+            meanwhile()
             for job in jobs:
                 job.result()
+
+    def make_wheel(self) -> None:
+        """Apply the series; write the line's patched wheel."""
+        repo = SourceRepo()
+        self.applied = check_line(self.cell.root, self.cell.line_name, self.cell.line, repo)
+        self.wheel = patched_wheel(self.cell, self.plan.lock, self.applied, repo, Wheelhouse())
 
     def make_top(self, system_key: str) -> None:
         """The last, small layer: changed files, metadata, stack.json."""
         system = load_system(system_key)
-        repo = SourceRepo()
-        wheelhouse = Wheelhouse()
         lock = self.plan.lock
-        applied = check_line(self.cell.root, self.cell.line_name, self.cell.line, repo)
-        wheel = patched_wheel(self.cell, lock, applied, repo, wheelhouse)
         stack = stack_record(
             cell=self.cell,
             lock=lock,
             patches=self.plan.patches,
-            wheel=wheel,
+            wheel=self.wheel,
             base={"system": system.digest, "engine": self.plan.engine.name},
             debian=system.debian,
         )
         published = lock.find(VLLM)
-        path = wheelhouse.path(published)
-        entries = patch_entries(path, wheel.path, self.cell.line.python)
+        path = Wheelhouse().path(published)
+        entries = patch_entries(path, self.wheel.path, self.cell.line.python)
         entries = sorted([*entries, stack_entry(stack)], key=lambda entry: entry.path)
         layer = write_layer(patch_key(self.cell, published, stack), entries, self.epoch)
-        self.top = Top(system=system, applied=applied, wheel=wheel, stack=stack, layer=layer)
+        self.top = Top(system=system, stack=stack, layer=layer)
 
     def wheel_layers(self) -> list[StoredLayer]:
         """The layers of the lock, all of them written by now."""
@@ -217,12 +229,12 @@ class Build:
     def expectation(self) -> dict[str, Any]:
         """What inside.py must find."""
         top = self.top
-        blobs = python_blobs(SourceRepo(), top.applied.result)
+        blobs = python_blobs(SourceRepo(), self.applied.result)
         blobs.pop(GENERATED, None)  # carries our version
         return {
             "packages": top.stack["packages"],
             "stack": top.stack,
-            "tree": top.applied.result,
+            "tree": self.applied.result,
             "blobs": blobs,
             "changed_files": top.stack["changed_files"],
             "compiler": "nvidia-cuda-nvcc" in top.stack["packages"],
@@ -249,9 +261,8 @@ class Build:
             work=self.plan.work,
         )
 
-    def accept(self, output: str) -> None:
-        """All verdicts, or no image."""
-        self.verdicts = judge(output)
+    def check_layout(self) -> None:
+        """What needs no running: config, labels, and the hash of every blob."""
         try:
             check_layout(self.candidate, self.labels)
         except LayoutError:
@@ -259,6 +270,10 @@ class Build:
             for folder in forget_damaged(layer.blob for layer in self.layers):
                 console.print(f"  deleted: {folder} is damaged", style="dim")
             raise
+
+    def accept(self, output: str) -> None:
+        """All verdicts, or no image."""
+        self.verdicts = judge(output)
         self.shares = [
             LayerShare(
                 name=layer.created_by.removeprefix("vllm-forge: "),
