@@ -234,7 +234,7 @@ def test_kill_9_leaves_no_image_and_the_next_run_succeeds(
     assert process.stderr is not None
     assert any(moment in line for line in process.stderr)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate()  # ends only when all that inherited the pipe has ended
     assert process.returncode == -signal.SIGKILL
     assert not (fresh.root / "dist" / f"{ALPHA}.json").exists()
     if (fresh.root / "dist" / ALPHA).exists():  # killed between the two renames

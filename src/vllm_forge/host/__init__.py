@@ -11,7 +11,13 @@ from vllm_forge.host.files import (
     require_disk,
     tree_bytes,
 )
-from vllm_forge.host.run import RecordingRunner, Runner, SubprocessRunner, which
+from vllm_forge.host.run import (
+    RecordingRunner,
+    Runner,
+    SubprocessRunner,
+    end_with_parent,
+    which,
+)
 
 __all__ = [
     "RecordingRunner",
@@ -20,6 +26,7 @@ __all__ = [
     "atomic_path",
     "cache_root",
     "console",
+    "end_with_parent",
     "exclusive",
     "free_bytes",
     "move",

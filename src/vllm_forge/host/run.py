@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -19,6 +21,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TAIL_LINES = 30
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def end_with_parent(parent: int) -> None:
+    """Make the kernel kill this process when the one that started it ends, however it ends.
+
+    Args:
+        parent: its pid; it may have ended already.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 class Runner(Protocol):
@@ -72,7 +86,9 @@ class SubprocessRunner:
                 remedy="install it, or let the build do so with --provision",
             )
         done = subprocess.run(
-            [program, *argv[1:]],
+            # A killed build takes its commands along: one that went on would write into the
+            # folders of the next build.
+            ["setpriv", "--pdeathsig", "KILL", program, *argv[1:]],
             env={**os.environ, **(env or {})},
             cwd=cwd,
             stdin=subprocess.DEVNULL,

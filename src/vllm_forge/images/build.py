@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.errors import LayoutError
-from vllm_forge.host import atomic_path, cache_root, console, exclusive, move, report
+from vllm_forge.host import (
+    atomic_path,
+    cache_root,
+    console,
+    end_with_parent,
+    exclusive,
+    move,
+    report,
+)
 from vllm_forge.images.base import make_rootfs, write_host_sources
 from vllm_forge.images.checks import (
     TRIAL_ARGV,
@@ -161,9 +169,8 @@ class Build:
         """
         context = multiprocessing.get_context("spawn")
         wheelhouse = Wheelhouse()
-        # Polite workers: the rootfs is made at the same time, and is the longer way.
         with ProcessPoolExecutor(
-            WORKERS, mp_context=context, initializer=os.nice, initargs=(NICE,)
+            WORKERS, mp_context=context, initializer=start_worker, initargs=(os.getpid(),)
         ) as pool:
             jobs: list[Future[None]] = []
             for group in self.plan.groups:
@@ -308,6 +315,12 @@ class Build:
 def trial_name(cell: ImageCell) -> str:
     """Name of a candidate, which is not the name of an image that passed."""
     return f"localhost/vllm-forge-trial:{cell.name}"
+
+
+def start_worker(parent: int) -> None:
+    """A worker is polite (the rootfs is made meanwhile) and does not outlive the build."""
+    end_with_parent(parent)
+    os.nice(NICE)
 
 
 def write_group(group: WheelGroup, python: str, epoch: int) -> None:
