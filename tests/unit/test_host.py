@@ -7,9 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import pytest
 
@@ -386,3 +387,14 @@ def test_sbin_is_searched_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert which("ldconfig") == shutil.which("ldconfig", path="/usr/sbin:/sbin")
     tool.chmod(0o644)
     assert which("a-tool") is None
+
+
+def test_recorded_lines_of_two_threads_stay_whole() -> None:
+    """print() writes its newline on its own, so two threads' lines can end up on one."""
+    writes: list[str] = []
+    out = SimpleNamespace(write=writes.append)
+    runner = RecordingRunner()
+    with redirect_stdout(cast("TextIO", out)):
+        runner.run(["echo", "a b"])
+        runner.act("a step", lambda: None)
+    assert writes == ["echo 'a b'\n", "# a step\n"]

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -127,14 +128,18 @@ class RecordingRunner:
     ) -> str:
         """Record and print one command; its output is empty."""
         self.commands.append(list(argv))
-        print(shlex.join(argv))
+        self._line(shlex.join(argv))
         return ""
 
     def act(self, what: str, action: Callable[[], None]) -> None:
         """Print the step as a comment."""
-        print(f"# {what}")
+        self._line(f"# {what}")
 
     def exclusive(self, name: str) -> AbstractContextManager[None]:
         """Nothing is written, so nothing is held."""
         del name
         return nullcontext()
+
+    def _line(self, text: str) -> None:
+        """One write: steps run in threads, and print() writes its newline on its own."""
+        sys.stdout.write(f"{text}\n")
