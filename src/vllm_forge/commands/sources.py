@@ -1,0 +1,50 @@
+"""Locks and downloads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_forge.host import console, report
+from vllm_forge.matrix import find_root, load
+from vllm_forge.matrix.cells import find_line
+
+if TYPE_CHECKING:
+    import argparse
+
+    from vllm_forge.commands.register import Commands
+
+
+def register(choices: Commands) -> None:
+    """Add this module's commands."""
+    one = choices.add_parser("lock", help="resolve a line, write its lock")
+    one.add_argument("--line")
+    one.set_defaults(call=lock)
+
+    one = choices.add_parser("fetch", help="download a line's wheels")
+    one.add_argument("--line")
+    one.set_defaults(call=fetch)
+
+
+def lock(args: argparse.Namespace) -> None:
+    """Resolve a line and write its lock."""
+    from vllm_forge.sources import Index, make_lock
+
+    root = find_root()
+    matrix = load(root)
+    name, line = find_line(matrix, args.line)
+    with report(f"lock line {name}"):
+        made = make_lock(root, name, line, matrix.base, Index())
+    total = sum(wheel.size for wheel in made.wheels)
+    console.print(f"{made.path}: {len(made.wheels)} wheels, {total / 1e9:.2f} GB")
+
+
+def fetch(args: argparse.Namespace) -> None:
+    """Download a line's wheels into the cache."""
+    from vllm_forge.sources import Wheelhouse, read_lock
+
+    root = find_root()
+    matrix = load(root)
+    name, line = find_line(matrix, args.line)
+    made = read_lock(root, name, line, matrix.base)
+    with report(f"fetch {len(made.wheels)} wheels of line {name}"):
+        Wheelhouse().fetch(made.wheels)
