@@ -139,7 +139,7 @@ def test_interrupt_is_130_and_not_a_traceback(
         raise KeyboardInterrupt
 
     monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
-    monkeypatch.setattr("vllm_forge.commands.load", interrupted)
+    monkeypatch.setattr("vllm_forge.commands.images.load", interrupted)
     assert main(["build", "b300"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
@@ -151,7 +151,7 @@ def test_brackets_in_a_message_are_not_markup(
         raise errors.MatrixValueError("no [sku.x] and [/red] too")
 
     monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
-    monkeypatch.setattr("vllm_forge.commands.load", refused)
+    monkeypatch.setattr("vllm_forge.commands.images.load", refused)
     assert main(["build", "b300"]) == errors.MatrixValueError.exit_code
     assert "no [sku.x] and [/red] too" in capsys.readouterr().err
 
