@@ -5,20 +5,22 @@ PYTHONPATH. `nox -s prove` builds both trees and runs every proof against each; 
 pytest run has no such tree, so it skips this directory and says so.
 
 No stub libcuda is needed: nothing here loads a compiled extension, and vLLM imports without them.
+Tests of native code read the release's own source, which no wheel has; `nox -s prove` lays it out.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
 
 LINE_VARIABLE = "VLLM_FORGE_CONTRACT_LINE"
+SOURCE_VARIABLE = "VLLM_FORGE_CONTRACT_SOURCE"
 HOW_TO_RUN = (
     f"{LINE_VARIABLE} is not set: contract tests run against the pinned vLLM of one line, "
     "e.g. `nox -s prove -- --line 0.26`"
@@ -77,6 +79,17 @@ def line() -> str:
             returncode=pytest.ExitCode.USAGE_ERROR,
         )
     return name
+
+
+@pytest.fixture(scope="session")
+def source(line: str) -> Path:
+    """The release's CMakeLists.txt, cmake/ and csrc/, from its source archive."""
+    named = os.environ.get(SOURCE_VARIABLE)
+    if not named or not (Path(named) / "CMakeLists.txt").is_file():
+        pytest.fail(
+            f"{SOURCE_VARIABLE} names no source of line {line}: {HOW_TO_RUN}", pytrace=False
+        )
+    return Path(named)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ without our patches; they turn red when the harm is gone and the refusal should 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from types import SimpleNamespace
 from typing import Any
@@ -102,8 +103,7 @@ def test_marlin_experts_ask_for_four_blocks_per_sm_already(
 ) -> None:
     """The workspace x4 patch multiplies inside the allocator, so experts would get x16.
 
-    The kernel checks for at most 4 per multiprocessor itself (csrc marlin_moe_wna16/ops.cu,
-    `sms * 4`). No test fails without the patch, which is why it is not carried.
+    The kernel never uses more than 4 per multiprocessor: test_marlin_kernel runs its scheduler.
     """
     from vllm.model_executor.layers.fused_moe.experts import marlin_moe
     from vllm.model_executor.layers.quantization.utils import marlin_utils
@@ -149,3 +149,38 @@ def test_marlin_comes_last_of_the_block_fp8_kernels_with_native_ones() -> None:
     marlin = names.index("MarlinFP8ScaledMMLinearKernel")
     for native in ("DeepGemmFp8BlockScaledMMKernel", "CutlassFp8BlockScaledMMKernel"):
         assert names.index(native) < marlin
+
+
+@pytest.mark.lines("0.26", "0.33")
+def test_triton_is_not_what_selection_takes_where_native_kernels_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The tuned configurations of #41834 are read by Triton kernels only."""
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
+    from vllm.platforms.interface import PlatformEnum
+
+    names = [k.__name__ for k in linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CUDA]]
+    triton = names.index("TritonFp8BlockScaledMMKernel")
+    for native in ("DeepGemmFp8BlockScaledMMKernel", "CutlassFp8BlockScaledMMKernel"):
+        assert names.index(native) < triton
+    assert not [backend for backend in NvFp4MoeBackend if "TRITON" in backend.name]
+    assert select_backend(monkeypatch, supported=BLACKWELL - {"FLASHINFER_TRTLLM"}) == (
+        "FLASHINFER_CUTLASS"
+    )
+
+
+def test_this_lines_torch_is_not_the_vendors() -> None:
+    """Which calls itself 2.12 but lacks what 2.12 has; vLLM asks for the version only."""
+    from torch.fx.passes.split_module import split_module
+    from vllm.compilation import backends
+
+    has_it = "tuple_return" in inspect.signature(split_module).parameters
+    assert backends.is_torch_equal_or_newer("2.12.0.dev") == has_it
+    assert not torch.__version__.startswith("2.12.")
+
+
+def test_the_image_makes_no_checkpoint() -> None:
+    """compressed-tensors is there to read them; what calibrates and quantizes is not."""
+    assert importlib.util.find_spec("compressed_tensors") is not None
+    assert importlib.util.find_spec("llmcompressor") is None

@@ -9,8 +9,9 @@ import json
 import os
 import subprocess
 import sys
-import tomllib
+import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -34,6 +35,8 @@ from vllm_forge.patches import (
     Applied,
     Patch,
     apply_series,
+    decisions,
+    read_dispositions,
     read_patch,
     read_series,
     read_tree_lock,
@@ -48,7 +51,7 @@ from vllm_forge.patches.variants import (
     trees_of_moved,
     without,
 )
-from vllm_forge.proof import prove
+from vllm_forge.proof import environment, prove
 from vllm_forge.proof.environment import SCRIPT, Environment
 from vllm_forge.proof.verdict import Run, judge_whole, judge_without, parse
 from vllm_forge.sources import read_lock
@@ -428,6 +431,20 @@ def test_proofs_need_root(monkeypatch: pytest.MonkeyPatch) -> None:
         prove(ROOT, MATRIX, list(MATRIX.line), RecordingRunner())
 
 
+HARM = "tests/contract/test_harm.py::test_harm"
+DECIDED = f"""
+schema_version = 1
+[[disposition]]
+about = "#1"
+title = "a change"
+upstream = "open"
+[disposition.on.all]
+status = "refused"
+reason = "It does harm."
+proof = "{HARM}"
+"""
+
+
 class FakeEngine:
     """Answers a trial by the content of the file that its tree changes."""
 
@@ -451,6 +468,8 @@ def one_line(
     series.add(a=text(_5="five\n"))
     applied = series.applied()
     root = tmp_path / "root"
+    root.mkdir()
+    (root / "dispositions.toml").write_text(DECIDED, encoding="utf-8")
     line = MATRIX.line["0.26"].model_copy(update={"vllm": RELEASE, "series": "patches"})
     matrix = MATRIX.model_copy(update={"line": {"9.9": line}})
     engine = FakeEngine({})
@@ -465,7 +484,7 @@ def one_line(
     )
     module = sys.modules["vllm_forge.proof.prove"]
     monkeypatch.setattr(module, "require_root", lambda: None)
-    monkeypatch.setattr(module, "prepare", lambda _cell, _runner: made)
+    monkeypatch.setattr(module, "prepare", lambda *_arguments: made)
     monkeypatch.setattr(module, "read_series", lambda _folder: tuple(series.patches))
     monkeypatch.setattr(module, "check_line", lambda *_arguments: applied)
     return root, matrix, engine
@@ -474,9 +493,12 @@ def one_line(
 WITH, WITHOUT = text(_5="five\n"), b""
 
 
-def prove_it(one_line: tuple[Path, Matrix, FakeEngine], whole: Run, without: Run) -> Path:
+def prove_it(
+    one_line: tuple[Path, Matrix, FakeEngine], whole: Run, without: Run, harm: str = "passed"
+) -> Path:
     root, matrix, engine = one_line
-    engine.answers = {WITH: whole, WITHOUT: without}
+    tests = whole.tests if harm == "not there" else whole.tests | {HARM: harm}
+    engine.answers = {WITH: replace(whole, tests=tests), WITHOUT: without}
     prove(root, matrix, ["9.9"], RecordingRunner())
     return root / "docs/proofs/9.9.json"
 
@@ -492,6 +514,9 @@ def test_a_proven_line_is_recorded_and_the_record_repeats(
     assert patch["with"] == {"passed": 1}
     assert patch["without"]["exit"] == 1
     assert patch["without"]["why"] == "KeyError: 'x'"
+    assert data["not carried"] == [
+        {"about": "#1", "status": "refused", "shown by": HARM, "passed": 1}
+    ]
     assert (
         prove_it(one_line, run(0, it="passed"), run(1, "KeyError: 'x'", it="failed")).read_bytes()
         == first
@@ -531,13 +556,56 @@ def test_what_is_not_proven_is_not_recorded(
     assert not (one_line[0] / "docs").exists()
 
 
+@pytest.mark.parametrize("harm", ["skipped", "xfailed", "not there"])
+def test_a_refusal_whose_test_was_not_run_is_not_recorded(
+    one_line: tuple[Path, Matrix, FakeEngine], harm: str
+) -> None:
+    with pytest.raises(ProofNotRunError, match="#1 is refused for what a test shows") as error:
+        prove_it(one_line, run(0, it="passed"), run(1, "KeyError: 'x'", it="failed"), harm)
+    assert HARM in str(error.value)
+    assert not (one_line[0] / "docs").exists()
+
+
+def test_what_a_trial_gets(
+    repo: SourceRepo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Native sources of the release, our models, and wheels whose programs can be run."""
+    native = {"CMakeLists.txt": b"c", "cmake/u.cmake": b"u", "csrc/moe/ops.cu": b"o"}
+    pipeline = {".buildkite/release-pipeline.yaml": b"p"}
+    files = native | pipeline | {"vllm/a.py": b"a"}
+    tree = repo.import_archive(RELEASE, write_sdist(tmp_path / "s.tar.gz", files))
+    wheel = tmp_path / "tool.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, mode in (("tool/run", 0o755), ("tool/data", 0o644)):
+            member = zipfile.ZipInfo(name)
+            member.external_attr = mode << 16
+            archive.writestr(member, name)
+    monkeypatch.setattr(
+        environment,
+        "Wheelhouse",
+        lambda: SimpleNamespace(fetch=lambda _wheels: None, verify=lambda _wheel: wheel),
+    )
+    folder = environment._inputs(ROOT, tmp_path / "inputs", repo, tree)
+    source = {
+        str(path.relative_to(folder / "source")): path.read_bytes()
+        for path in (folder / "source").rglob("*")
+        if path.is_file()
+    }
+    assert source == native | pipeline
+    assert (folder / environment.MODELS / "marlin_schedule.py").is_file()
+    assert (folder / "tests/contract/conftest.py").is_file()
+    assert not list(folder.rglob("__pycache__"))
+    assert os.access(folder / "tools/tool/run", os.X_OK)
+    assert (folder / "tools/tool/data").stat().st_mode & 0o111 == 0
+
+
 def test_time_of_a_changed_file_tells_its_content(
     one_line: tuple[Path, Matrix, FakeEngine], repo: SourceRepo, series: Series
 ) -> None:
     """Compiled code is kept by path, size and time: equal only where the content is."""
     series.add(a=text(_5="FIVE\n"))
     module = sys.modules["vllm_forge.proof.prove"]
-    made = module.prepare(None, None)
+    made = module.prepare()
     times = []
     for tree in (*series.applied().trees, series.applied().trees[0]):
         folder = made.write_tree(repo, series.base, tree, "one")
@@ -565,6 +633,13 @@ def test_committed_proof_is_of_this_series_and_lock(line: str) -> None:
     assert [(p["name"], p["proves"], p["bug"]) for p in data["patches"]] == [
         (patch.name, patch.proves, patch.fields["Bug"]) for patch in series
     ]
+    shown = [
+        {"about": about, "status": decision.status, "shown by": decision.proof}
+        for about, decision in decisions(read_dispositions(ROOT / "patches/vllm"), line)
+        if decision.proof is not None
+    ]
+    assert [{key: row[key] for key in shown[0]} for row in data["not carried"]] == shown
+    assert all(set(row) - set(shown[0]) == {"passed"} for row in data["not carried"])
     for patch in data["patches"]:
         assert patch["without"]["exit"] == 1
         assert patch["without"]["failed"] >= 1
@@ -575,22 +650,9 @@ def test_committed_proof_is_of_this_series_and_lock(line: str) -> None:
 def test_requirements_of_the_proofs_are_pinned_and_not_in_the_images() -> None:
     text_ = (ROOT / "tests/contract/requirements.txt").read_text(encoding="utf-8")
     names = {row.partition("==")[0] for row in text_.splitlines() if not row.startswith("#")}
-    assert names == {"iniconfig", "pluggy", "pytest"}
+    assert names == {"cmake", "iniconfig", "pluggy", "pytest"}
     for line in MATRIX.line.values():
         locked = (ROOT / line.lock).read_text(encoding="utf-8")
         assert not [name for name in names if f"\n{name}==" in locked]
         assert "\npackaging==" in locked
         assert "\npygments==" in locked
-
-
-def test_dispositions_name_every_carried_patch() -> None:
-    """So that a patch which leaves a series makes `nox -s prove` red there."""
-    with (ROOT / "patches/vllm/dispositions.toml").open("rb") as file:
-        entries = tomllib.load(file)["disposition"]
-    for line, row in MATRIX.line.items():
-        carried = {
-            decision["patch"]
-            for entry in entries
-            if (decision := entry["on"].get(line, entry["on"].get("all")))["status"] == "carried"
-        }
-        assert carried == {patch.name for patch in read_series(ROOT / row.series)}

@@ -117,3 +117,9 @@ class SeriesOrderError(ForgeError):
     """The same patches applied in another way, or again, do not do what they must."""
 
     exit_code = 58
+
+
+class DispositionError(ForgeError):
+    """An entry of dispositions.toml that says nothing of a line, or that nothing can check."""
+
+    exit_code = 59

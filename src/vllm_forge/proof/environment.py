@@ -1,15 +1,18 @@
 """What a line's images run: their system and wheel layers, ready to be mounted, without patches.
 
 A tree of the source becomes a folder with the Python files in which it differs from the release,
-mounted above the layers. Nothing is copied, and nothing is installed but pytest.
+mounted above the layers. Nothing of it is copied, and nothing is installed. Beside the tests lie
+pytest and cmake, the reference models, and the release's files that no wheel has: what its native
+code is built from.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +39,10 @@ ENGINE = "buildah"
 SCRIPT = Path(__file__).with_name("run_tests.py")
 PYTHON = "/opt/venv/bin/python"
 REQUIREMENTS = "tests/contract/requirements.txt"
+# What the release's native code is built from, and for which GPUs.
+NATIVE = ("CMakeLists.txt", "cmake", "csrc", ".buildkite/release-pipeline.yaml")
+MODELS = "src/vllm_forge/numerics"  # what the tests use of it needs no library of ours
+MUTANTS = "tests/gpu/race"  # written for the release's text, which a contract test says is so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +54,7 @@ class Environment:
         lowers: unpacked layers with the release as published, highest first.
         config: the image's: environment, user, working directory.
         work: folder of the cache for this line's proofs.
-        inputs: what is mounted into every trial: tests, patches, pytest.
+        inputs: what is mounted into every trial: tests, patches, sources, pytest.
     """
 
     plan: ImagePlan
@@ -98,8 +105,32 @@ def require_root() -> None:
         )
 
 
-def prepare(cell: ImageCell, runner: Runner) -> Environment:
+def prepare(cell: ImageCell, runner: Runner, repo: SourceRepo, base: str) -> Environment:
     """Make sure that the line's system and layers are in the cache, and write the inputs.
+
+    Args:
+        cell: an image of the line.
+        runner: runs the engine.
+        repo: has the line's source.
+        base: tree of the release; no series changes its native code, as wheels are not built.
+
+    Raises:
+        EngineMissingError: buildah, runc or another tool of it is not installed.
+        ForgeError: as the steps of a build say.
+    """
+    work = cache_root() / "proofs" / cell.line_name
+    return replace(
+        open_line(cell, runner, work), inputs=_inputs(cell.root, work / "inputs", repo, base)
+    )
+
+
+def open_line(cell: ImageCell, runner: Runner, work: Path) -> Environment:
+    """The line's system and layers, with nothing mounted into its trials yet.
+
+    Args:
+        cell: an image of the line.
+        runner: runs the engine.
+        work: folder of the caller's own; no two processes at a time may share one.
 
     Raises:
         EngineMissingError: buildah, runc or another tool of it is not installed.
@@ -111,21 +142,22 @@ def prepare(cell: ImageCell, runner: Runner) -> Environment:
     plan.require_disk()
     build = Build(plan, runner)
     system = load_system(build.make_system())
-    build.make_layers()
+    build.make_layers(slim=False)
     if system.root is None:
         raise CacheError(
             "the kept system has no unpacked root",
             where=str(cache_root() / "systems"),
             remedy="delete that folder and run again",
         )
-    work = cache_root() / "proofs" / cell.line_name
-    layers = [require_stored(group.key).files for group in reversed(plan.groups)]
+    layers = [
+        folder for group in reversed(plan.groups) for folder in require_stored(group.key).whole
+    ]
     return Environment(
         plan=plan,
         lowers=(_metadata(plan, work / "metadata"), *layers, system.root),
         config=system.config,
         work=work,
-        inputs=_inputs(cell.root, work / "inputs"),
+        inputs=work / "inputs",
     )
 
 
@@ -142,9 +174,9 @@ def _metadata(plan: ImagePlan, folder: Path) -> Path:
     return folder
 
 
-def _inputs(root: Path, folder: Path) -> Path:
+def _inputs(root: Path, folder: Path, repo: SourceRepo, base: str) -> Path:
     """Copies, so that an edit during a run changes nothing."""
-    _, wheels = read_wheels(root / REQUIREMENTS, "name wheels of pure Python, sorted, with hashes")
+    _, wheels = read_wheels(root / REQUIREMENTS, "name wheels, sorted, with hashes")
     wheelhouse = Wheelhouse()
     wheelhouse.fetch(wheels)
     with atomic_path(folder) as aside:
@@ -154,12 +186,23 @@ def _inputs(root: Path, folder: Path) -> Path:
             shutil.copyfile(root / path, aside / path)
         shutil.copyfile(SCRIPT, aside / SCRIPT.name)
         skip = shutil.ignore_patterns("__pycache__")
-        for path in ("tests/contract", "patches"):
+        for path in ("tests/contract", MUTANTS, "patches", MODELS):
             shutil.copytree(root / path, aside / path, ignore=skip)
+        native = repo.git("archive", "--format=zip", "-0", base, *NATIVE).stdout
+        with zipfile.ZipFile(io.BytesIO(native)) as archive:
+            archive.extractall(aside / "source")
         for wheel in wheels:
-            with zipfile.ZipFile(wheelhouse.verify(wheel)) as archive:
-                archive.extractall(aside / "pytest")
+            _unpack(wheelhouse.verify(wheel), aside / "tools")
     return folder
+
+
+def _unpack(wheel: Path, folder: Path) -> None:
+    """Unpack a wheel, programs included."""
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.infolist():
+            path = Path(archive.extract(member, folder))
+            if member.external_attr >> 16 & 0o111:
+                path.chmod(0o755)
 
 
 def _clear(folder: Path) -> None:

@@ -12,11 +12,26 @@ from typing import TYPE_CHECKING
 from vllm_forge.errors import ForgeError, ProofNotRunError, UselessPatchError
 from vllm_forge.host import console, exclusive, report
 from vllm_forge.matrix import image_cell
-from vllm_forge.patches import Applied, Patch, check_line, read_series
+from vllm_forge.patches import (
+    Applied,
+    Decision,
+    Patch,
+    check_line,
+    decisions,
+    read_dispositions,
+    read_series,
+)
 from vllm_forge.patches.variants import Pair, Variant, pairs, require_idempotent, without
 from vllm_forge.proof.environment import Environment, prepare, require_root
 from vllm_forge.proof.record import Proven, show, write_record
-from vllm_forge.proof.verdict import Run, judge_whole, judge_without, parse
+from vllm_forge.proof.verdict import (
+    GREEN,
+    Run,
+    judge_grounds,
+    judge_whole,
+    judge_without,
+    parse,
+)
 from vllm_forge.sources import SourceRepo
 
 if TYPE_CHECKING:
@@ -45,6 +60,7 @@ class Work:
     applied: Applied
     pairs: tuple[Pair, ...]
     variants: tuple[Variant, ...]
+    decided: tuple[tuple[str, Decision], ...]
 
 
 def prove(root: Path, matrix: Matrix, names: Sequence[str], runner: Runner) -> None:
@@ -56,6 +72,7 @@ def prove(root: Path, matrix: Matrix, names: Sequence[str], runner: Runner) -> N
         ProofNotRunError: a proof was not run.
         ProofRedError: a contract test is red with the whole series.
         SeriesOrderError, InseparablePatchError: see patches.variants.
+        DispositionError: a change about which nothing is decided, or without a ground.
         BusyError: another process proves one of the lines.
     """
     require_root()
@@ -92,7 +109,10 @@ def _make_work(root: Path, matrix: Matrix, name: str, repo: SourceRepo, runner: 
             applied=applied,
             pairs=pairs(repo, applied, patches),
             variants=tuple(without(repo, applied, patches, i) for i in range(len(patches))),
-            environment=prepare(image_cell(matrix, root, line.skus[0], name), runner),
+            decided=decisions(read_dispositions((root / line.series).parent), name),
+            environment=prepare(
+                image_cell(matrix, root, line.skus[0], name), runner, repo, applied.base
+            ),
         )
 
 
@@ -121,6 +141,7 @@ def _run_all(works: Sequence[Work], repo: SourceRepo, runner: Runner) -> list[Pr
                 applied=work.applied,
                 pairs=work.pairs,
                 variants=work.variants,
+                decided=work.decided,
                 whole=whole.result(),
                 without=tuple(job.result() for job in jobs),
             )
@@ -143,6 +164,8 @@ def _run(runner: Runner, work: Work, name: str, trial: Trial) -> Run:
 
 def _problems(work: Work, found: Proven) -> list[ForgeError]:
     problems = judge_whole(work.line_name, work.patches, found.whole)
+    if found.whole.exit == GREEN:
+        problems += judge_grounds(work.line_name, work.decided, found.whole)
     for variant, run in zip(found.variants, found.without, strict=True):
         if (problem := judge_without(work.line_name, variant, run)) is not None:
             problems.append(problem)

@@ -15,7 +15,7 @@ from vllm_forge.host import atomic_path, console
 
 if TYPE_CHECKING:
     from vllm_forge.images import ImagePlan
-    from vllm_forge.patches import Applied
+    from vllm_forge.patches import Applied, Decision
     from vllm_forge.patches.variants import Pair, Variant
     from vllm_forge.proof.verdict import Run
 
@@ -31,6 +31,7 @@ class Proven:
     applied: Applied
     pairs: tuple[Pair, ...]
     variants: tuple[Variant, ...]
+    decided: tuple[tuple[str, Decision], ...]
     whole: Run
     without: tuple[Run, ...]
 
@@ -84,6 +85,16 @@ def record(found: Proven) -> dict[str, Any]:
                 },
             }
             for variant, run in zip(found.variants, found.without, strict=True)
+        ],
+        "not carried": [
+            {
+                "about": about,
+                "status": decision.status,
+                "shown by": decision.proof,
+                **dict(sorted(found.whole.outcomes(decision.proof).items())),
+            }
+            for about, decision in found.decided
+            if decision.proof is not None
         ],
         "order": [asdict(pair) for pair in found.pairs],
         "applied twice": "same trees; each patch is refused on its own result",

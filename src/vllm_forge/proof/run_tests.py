@@ -1,8 +1,8 @@
 """Runs contract tests inside the image, by its own Python, without network or GPU.
 
-Stands alone: standard library and the pytest beside it, nothing of vllm_forge. Prints one JSON
-object with the outcome of every test as its last line, and exits 0 if it could run at all: the
-host decides what red means.
+Stands alone: standard library and what lies beside it, nothing else of vllm_forge. Prints one
+JSON object with the outcome of every test as its last line, and exits 0 if it could run at all:
+the host decides what red means.
 
     python run_tests.py LINE THREADS TEST...
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 INPUTS = Path(__file__).parent
 LINE_VARIABLE = "VLLM_FORGE_CONTRACT_LINE"
+SOURCE_VARIABLE = "VLLM_FORGE_CONTRACT_SOURCE"
 TAIL = 4000
 
 
@@ -57,10 +58,11 @@ def _said(report: Any) -> str:
 def main(line: str, threads: str, *tests: str) -> None:
     """Run the tests of one line."""
     # Behind the image's own packages: what ships must not be shadowed.
-    sys.path.append(str(INPUTS / "pytest"))
+    sys.path += [str(INPUTS / "tools"), str(INPUTS / "src")]
     os.chdir(INPUTS)
     os.environ |= {
         LINE_VARIABLE: line,
+        SOURCE_VARIABLE: str(INPUTS / "source"),
         "HF_HUB_OFFLINE": "1",
         "HOME": "/tmp",  # noqa: S108 - the container's own
         "OMP_NUM_THREADS": threads,

@@ -13,7 +13,7 @@ from vllm_forge.errors import ForgeError, ProofNotRunError, ProofRedError, Usele
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm_forge.patches import Patch
+    from vllm_forge.patches import Decision, Patch
     from vllm_forge.patches.variants import Variant
 
 GREEN, RED = 0, 1  # pytest.ExitCode.OK and TESTS_FAILED
@@ -88,6 +88,25 @@ def judge_whole(line: str, patches: Sequence[Patch], run: Run) -> list[ForgeErro
 
 
 _CLEAR = ("passed", "failed")
+
+
+def judge_grounds(line: str, decided: Sequence[tuple[str, Decision]], run: Run) -> list[ForgeError]:
+    """Every contract test that a decision stands on really ran; a red one is told elsewhere."""
+    problems: list[ForgeError] = []
+    for about, decision in decided:
+        if decision.proof is None:
+            continue
+        seen = run.outcomes(decision.proof)
+        if not seen or any(name not in _CLEAR for name in seen):
+            problems.append(
+                ProofNotRunError(
+                    f"line {line}: {about} is {decision.status} for what a test shows, but that "
+                    f"test was not run: {dict(seen) or 'not found'}",
+                    where=f"dispositions.toml: {about}: {decision.proof}",
+                    remedy="name a test that runs on this line",
+                )
+            )
+    return problems
 
 
 def judge_without(line: str, variant: Variant, run: Run) -> ForgeError | None:

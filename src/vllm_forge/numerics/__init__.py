@@ -1,0 +1,1 @@
+"""Reference models of what kernels compute, to test the kernels against."""

@@ -1,0 +1,122 @@
+"""What was decided about every upstream change that users of these images are told to apply."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from vllm_forge.errors import DispositionError
+from vllm_forge.matrix.load import perhaps
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+FILE = "dispositions.toml"  # beside the folders of the lines
+ALL = "all"
+NEEDS = {"carried": ("patch",), "retired": ("landed", "where"), "refused": ("proof",)}
+# What a decision stands on, each looked at by a test.
+GROUNDS = ("patch", "where", "proof", "not_served", "no_preset", "undecided")
+
+
+class Decision(BaseModel):
+    """About one line, or all. The head of the file says what each field means."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", str_min_length=1)
+
+    status: Literal["carried", "retired", "refused", "not-applicable"]
+    reason: str
+    patch: str | None = None
+    landed: str | None = None
+    where: str | None = None
+    proof: str | None = None
+    not_served: str | None = None
+    no_preset: str | None = None
+    undecided: str | None = None
+
+    @model_validator(mode="after")
+    def _stands_on_something(self) -> Self:
+        missing = [name for name in NEEDS.get(self.status, ()) if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"{self.status} needs {' and '.join(missing)}")
+        if all(getattr(self, name) is None for name in GROUNDS):
+            raise ValueError(f"stands on its reason alone; give one of {', '.join(GROUNDS)}")
+        return self
+
+
+class Disposition(BaseModel):
+    """About one change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", str_min_length=1)
+
+    about: str
+    title: str
+    upstream: str
+    on: dict[str, Decision]
+
+    def decision(self, line: str) -> Decision | None:
+        """The line's own, or the one for all lines."""
+        return self.on.get(line) or self.on.get(ALL)
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1]
+    disposition: tuple[Disposition, ...]
+
+
+def read_dispositions(folder: Path) -> tuple[Disposition, ...]:
+    """Parse ``folder/dispositions.toml``.
+
+    Raises:
+        DispositionError: missing, not TOML, an unknown key, or a decision without a ground.
+    """
+    path = folder / FILE
+    data: dict[str, Any] = {}
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return _File.model_validate(data).disposition
+    except FileNotFoundError:
+        problem = "there is no such file"
+    except ValidationError as error:
+        problem = "\n".join(_said(item, data) for item in error.errors(include_url=False))
+    except ValueError as error:  # not UTF-8, not TOML
+        problem = str(error)
+    raise DispositionError(problem, where=str(path), remedy="its head says what an entry has")
+
+
+def _said(item: ErrorDetails, data: dict[str, Any]) -> str:
+    """A fault of the form, at the entry's own name where it has one."""
+    steps, message = list(item["loc"]), item["msg"]
+    match steps:
+        case ["disposition", int(number), *_]:
+            entry = data["disposition"][number]
+            about = entry.get("about") if isinstance(entry, dict) else None
+            steps[:2] = [about or f"disposition {number + 1}"]
+    place = ".".join(map(str, steps))
+    if item["type"] == "extra_forbidden":
+        known = {*Disposition.model_fields, *Decision.model_fields}
+        message = f"unknown key. {perhaps(str(item['loc'][-1]), known)}"
+    return f"{place}: {message}"
+
+
+def decisions(entries: tuple[Disposition, ...], line: str) -> tuple[tuple[str, Decision], ...]:
+    """What each entry is about, and what it says of a line.
+
+    Raises:
+        DispositionError: one says nothing.
+    """
+    found = []
+    for entry in entries:
+        decision = entry.decision(line)
+        if decision is None:
+            raise DispositionError(
+                f"nothing is decided for line {line}",
+                where=f"{FILE}: {entry.about}",
+                remedy=f'add [disposition.on."{line}"], or [disposition.on.{ALL}]',
+            )
+        found.append((entry.about, decision))
+    return tuple(found)
