@@ -3,8 +3,36 @@
 Imports inside functions are lazy on purpose: a command pays for its own libraries only.
 """
 
-from vllm_forge.commands import images, matrix, patches, sources
+from vllm_forge.commands import (
+    census,
+    doctor,
+    gpu,
+    images,
+    inspect,
+    matrix,
+    oracle,
+    patches,
+    plan,
+    quantize,
+    serve,
+    sources,
+    why,
+)
 
-MODULES = (images, sources, patches, matrix)
+MODULES = (
+    images,
+    sources,
+    patches,
+    matrix,
+    plan,
+    serve,
+    doctor,
+    why,
+    quantize,
+    inspect,
+    oracle,
+    census,
+    gpu,
+)
 
 __all__ = ["MODULES"]

@@ -18,6 +18,7 @@ def register(choices: Commands) -> None:
     """Add this module's commands."""
     one = choices.add_parser("lock", help="resolve a line, write its lock")
     one.add_argument("--line")
+    one.add_argument("--tools", action="store_true", help="the quantization tools' lock instead")
     one.set_defaults(call=lock)
 
     one = choices.add_parser("fetch", help="download a line's wheels")
@@ -27,9 +28,14 @@ def register(choices: Commands) -> None:
 
 def lock(args: argparse.Namespace) -> None:
     """Resolve a line and write its lock."""
+    from vllm_forge.checkpoints.environment import make_lock as make_tool_lock
     from vllm_forge.sources import Index, make_lock
 
     root = find_root()
+    if args.tools:
+        with report("lock the quantization tools"):
+            console.print(str(make_tool_lock(root)))
+        return
     matrix = load(root)
     name, line = find_line(matrix, args.line)
     with report(f"lock line {name}"):

@@ -1,0 +1,106 @@
+"""Which kernels each line has code for, on each SKU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_forge.host import atomic_path, report
+from vllm_forge.matrix import find_root, image_cell, load
+from vllm_forge.matrix.cells import find_line
+
+if TYPE_CHECKING:
+    import argparse
+
+    from vllm_forge.commands.register import Commands
+    from vllm_forge.matrix import Matrix
+
+FOLDER, PAGE = Path("docs/coverage"), Path("docs/coverage.md")
+
+
+def register(choices: Commands) -> None:
+    """Add this module's commands."""
+    one = choices.add_parser(
+        "census", help="kernel families x SKUs: native, compiled later, missing", allow_abbrev=False
+    )
+    one.add_argument("--line", help="only this one (default: all)")
+    one.add_argument("--update", action="store_true", help="write docs/coverage")
+    one.set_defaults(call=census)
+
+
+def census(args: argparse.Namespace) -> None:
+    """Print the coverage of lines, and fail where a cell's contract does."""
+    from vllm_forge.census.families import catalogue
+    from vllm_forge.census.page import render, terminal
+
+    root = find_root()
+    matrix = load(root)
+    names = [find_line(matrix, args.line)[0]] if args.line else list(matrix.line)
+    contracts = []
+    for name in names:
+        with report(f"read the device code of line {name}"):
+            record, made = _line(root, matrix, name)
+        contracts += made
+        print(terminal(record, catalogue()))
+        if args.update:
+            with atomic_path(root / FOLDER / f"{name}.json") as aside:
+                aside.write_text(json.dumps(record, indent=1) + "\n")
+    if args.update:
+        with atomic_path(root / PAGE) as aside:
+            aside.write_text(render(read_records(root, matrix), catalogue()))
+    for one in contracts:
+        one.check()
+
+
+def read_records(root: Path, matrix: Matrix) -> list[dict[str, Any]]:
+    """docs/coverage/<line>.json of every line that has one, in the matrix' order."""
+    paths = [root / FOLDER / f"{name}.json" for name in matrix.line]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def _line(root: Path, matrix: Matrix, name: str) -> tuple[dict[str, Any], list[Any]]:
+    """The record of a line, and the contract of each of its cells."""
+    from vllm_forge.census import parse_capability
+    from vllm_forge.census.contents import Contents
+    from vllm_forge.census.contract import Contract, contract
+    from vllm_forge.census.families import digest
+    from vllm_forge.census.page import line_record
+    from vllm_forge.census.selected import selections_of
+    from vllm_forge.images.content import wheel_groups
+    from vllm_forge.images.store import require_stored
+    from vllm_forge.images.wheels import site_packages
+    from vllm_forge.oracle import read_recorded
+    from vllm_forge.sources import read_lock
+
+    line = matrix.line[name]
+    cell = image_cell(matrix, root, line.skus[0], name)
+    lock = read_lock(root, name, line, matrix.base)
+    folders = [
+        folder for group in wheel_groups(cell, lock) for folder in require_stored(group.key).whole
+    ]
+    contents = Contents(tuple(folder / site_packages(line.python) for folder in folders))
+    recorded = read_recorded(root, name)
+    made = {}
+    for sku_name in line.skus:
+        sku = matrix.sku[sku_name]
+        made[sku_name] = contract(
+            contents,
+            cell=image_cell(matrix, root, sku_name, name).name,
+            line=name,
+            capability=parse_capability(sku.compute_capability),
+            selections=selections_of(recorded.of_device(sku.device).answers),
+        )
+    nothing = Contract(cell="", findings=(), stale=(), fixes={})
+    record = line_record(
+        line=name,
+        vllm=line.vllm,
+        lock=lock.digest,
+        rows=digest(),
+        contents=contents,
+        contracts={
+            sku_name: (sku.compute_capability, made.get(sku_name, nothing))
+            for sku_name, sku in matrix.sku.items()
+        },
+    )
+    return record, list(made.values())

@@ -1,0 +1,130 @@
+"""The GPU suite, its kits and its receipts."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_forge.errors import GpuSuiteError, UsageError
+from vllm_forge.host import HostProbe, console
+from vllm_forge.matrix import find_root, image_cell, load
+
+if TYPE_CHECKING:
+    import argparse
+
+    from vllm_forge.commands.register import Commands
+
+RESULTS = "gpu-results"
+
+
+def register(choices: Commands) -> None:
+    """Add this module's commands."""
+    one = choices.add_parser("test-gpu", help="run the GPU suite on this host", allow_abbrev=False)
+    one.add_argument("--sku", required=True, help="a SKU or an arch of matrix.toml")
+    one.add_argument("--line", help="vLLM line (default: the matrix's)")
+    where = one.add_mutually_exclusive_group()
+    where.add_argument("--image", metavar="REF", help="in this image (default: the cell's own)")
+    where.add_argument(
+        "--env", metavar="PYTHON", nargs="?", const="python3", help="in this Python's environment"
+    )
+    one.add_argument("--tier", action="append", choices=["kernel", "server", "soak"])
+    one.add_argument("--minutes", type=float, help="budget per tier (default: the suite's)")
+    one.add_argument("-n", dest="workers", help="processes: a number, or auto (one a GPU)")
+    one.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR")
+    one.add_argument("--output", type=Path, help=f"folder for results (default: dist/{RESULTS})")
+    one.add_argument("--key", type=Path, help="Ed25519 private key (PEM) that signs the receipt")
+    one.set_defaults(call=test_gpu)
+
+    one = choices.add_parser("gpu-kit", help="the suite for a host offline", allow_abbrev=False)
+    one.add_argument("--sku", required=True, help="a SKU or an arch of matrix.toml")
+    one.add_argument("--line", help="vLLM line (default: the matrix's)")
+    one.add_argument("--output", type=Path, required=True, help="folder that will be made")
+    one.add_argument("--freeze", type=Path, required=True, help="the host's `pip freeze`")
+    one.add_argument("--python", default="3.12", help="version of the host's Python")
+    one.add_argument("--max-part", default="62MB", help="largest part, e.g. 62MB (10^6 bytes)")
+    one.add_argument("--minutes", type=float, default=8, help="budget per tier")
+    one.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR")
+    one.add_argument("--cache", action="append", default=[], metavar="NAME=DIR", help="JIT caches")
+    one.add_argument("--omit", action="append", default=[], metavar="PACKAGE", help="leave it out")
+    one.set_defaults(call=gpu_kit)
+
+    one = choices.add_parser("receipts", help="verify all receipts, or add", allow_abbrev=False)
+    one.add_argument("--result", action="append", default=[], type=Path, help="make one of this")
+    one.add_argument("--key", type=Path, help="Ed25519 private key (PEM) that signs it")
+    one.add_argument("--signed", action="store_true", help="refuse unsigned ones")
+    one.add_argument("--update", action="store_true", help="write docs/status.md")
+    one.set_defaults(call=receipts)
+
+
+def test_gpu(args: argparse.Namespace) -> None:
+    """Run the suite; a receipt of each tier that is green and whole."""
+    from vllm_forge.gpu.suite import read_tiers
+    from vllm_forge.proof.gpu import make_receipt, run_in_environment, run_in_image
+
+    root = find_root()
+    matrix = load(root)
+    cell = image_cell(matrix, root, args.sku, args.line)
+    tiers = read_tiers(root)
+    if unknown := [name for name in args.tier or () if name not in tiers]:
+        raise GpuSuiteError(f"no tier {unknown[0]}", remedy=f"tiers: {', '.join(tiers)}")
+    names = args.tier or [name for name in tiers if name != "soak"]
+    options = [f"--tier={name}" for name in names]
+    options += [f"--minutes={args.minutes}"] if args.minutes else []
+    options += ["-n", args.workers] if args.workers else []
+    output = args.output or root / "dist" / RESULTS / cell.name
+    console.print(f"[bold]{cell.name}[/], tiers {', '.join(names)}; results: {output}")
+    named = _named(args.checkpoint)
+    if args.env is not None:
+        run_in_environment(cell, args.env, output, named, options)
+    else:
+        run_in_image(cell, output, named, options, probe=HostProbe(), reference=args.image)
+    for name in names:
+        print(make_receipt(root, output / f"{name}.json", args.key))
+
+
+def gpu_kit(args: argparse.Namespace) -> None:
+    """Write a kit."""
+    from vllm_forge.proof.kit import KitOptions, make_kit, parse_size
+
+    root = find_root()
+    matrix = load(root)
+    cell = image_cell(matrix, root, args.sku, args.line)
+    options = KitOptions(
+        output=args.output,
+        freeze=args.freeze,
+        python=args.python,
+        max_part=parse_size(args.max_part),
+        minutes=args.minutes,
+        checkpoints=_named(args.checkpoint),
+        caches=_named(args.cache),
+        omit=tuple(args.omit),
+    )
+    print(make_kit(cell, matrix, options))
+
+
+def receipts(args: argparse.Namespace) -> None:
+    """Verify every receipt; make one of a result that came back from elsewhere."""
+    from vllm_forge.proof.gpu import make_receipt
+    from vllm_forge.proof.receipts import describe, verify_all
+    from vllm_forge.proof.status import write_status
+
+    root = find_root()
+    matrix = load(root)
+    for result in args.result:
+        print(make_receipt(root, result, args.key))
+    found = verify_all(root, matrix, datetime.datetime.now(datetime.UTC), signed=args.signed)
+    print(describe(found))
+    if args.update:
+        print(write_status(root, matrix, found))
+
+
+def _named(pairs: list[str]) -> dict[str, Path]:
+    """``NAME=DIR`` arguments."""
+    found = {}
+    for pair in pairs:
+        name, _, folder = pair.partition("=")
+        if not name or not folder or not Path(folder).is_dir():
+            raise UsageError(f"{pair!r} is not NAME=DIR with a folder that is there")
+        found[name] = Path(folder)
+    return found

@@ -1,0 +1,175 @@
+"""Inspect a checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from vllm_forge.errors import CheckpointDepartsError, CheckpointRefusedError, UsageError
+from vllm_forge.host import SubprocessRunner, atomic_path, console
+from vllm_forge.matrix import find_root, load
+from vllm_forge.matrix.cells import find_line
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from vllm_forge.checkpoints.inspect.dry_load import Answer
+    from vllm_forge.checkpoints.inspect.inspection import Report
+    from vllm_forge.checkpoints.inspect.profile import Profile
+    from vllm_forge.commands.register import Commands
+    from vllm_forge.matrix import Matrix
+
+NAME = "checkpoint"
+
+
+def register(choices: Commands) -> None:
+    """Add this module's command."""
+    one = choices.add_parser(
+        "inspect-checkpoint",
+        help="what a checkpoint is, and what each line would do with it",
+        allow_abbrev=False,
+    )
+    one.add_argument(
+        "place", help="a folder, a model.safetensors.index.json, or owner/name[@revision]"
+    )
+    one.add_argument("--line", help="judge one line (default: all; the default one decides)")
+    one.add_argument("--source", metavar="PLACE", help="what it was made from, to compare dtypes")
+    one.add_argument(
+        "--values",
+        type=int,
+        metavar="N",
+        help="also decode N weights of each part, 0 for all, and compare them with --source",
+    )
+    one.add_argument("--manifest", help="the artifact that it must be (default: the nearest)")
+    one.add_argument(
+        "--resolve",
+        choices=("auto", "vllm", "rules"),
+        default="auto",
+        help="who says what modules resolve to: the line's vLLM in a dry load (auto: if its layers "
+        "are in the cache; vllm: also if they must be made), or matching rules",
+    )
+    one.add_argument("--without-mtp", action="store_true", help="serving without MTP is enough")
+    one.add_argument("--modules", action="store_true", help="also what each module resolves to")
+    one.add_argument("--json", action="store_true", help="print the report as JSON")
+    one.set_defaults(call=inspect_checkpoint)
+
+    one = choices.add_parser(
+        "verdicts", help="inspect every tiny variant by every line's vLLM; writes docs/verdicts.*"
+    )
+    one.set_defaults(call=verdicts)
+
+
+def inspect_checkpoint(args: argparse.Namespace) -> None:
+    """Inspect a checkpoint; say what was found; refuse what does not serve on the line."""
+    from vllm_forge.checkpoints.inspect.inspection import inspect
+    from vllm_forge.checkpoints.inspect.manifest import named
+    from vllm_forge.checkpoints.inspect.page import show
+    from vllm_forge.checkpoints.inspect.places import find_place
+    from vllm_forge.checkpoints.inspect.profile import Profile
+    from vllm_forge.checkpoints.inspect.remedies import read_remedies
+    from vllm_forge.checkpoints.inspect.seen import look
+
+    root = find_root()
+    matrix = load(root)
+    line, _ = find_line(matrix, args.line)
+    names = [line] if args.line else list(matrix.line)
+    if args.manifest is not None:
+        named(args.manifest)  # a mistyped name is told before anything is read
+    if args.values is not None and (args.values < 0 or args.source is None):
+        raise UsageError("--values takes a number from 0 on, and needs --source")
+    profile = Profile(look(find_place(args.place)))
+    source = None if args.source is None else Profile(look(find_place(args.source)))
+    report = inspect(
+        profile,
+        {name: matrix.line[name].vllm for name in names},
+        read_remedies(root),
+        _dry_loads(root, matrix, names, profile, args.resolve),
+        artifact=args.manifest,
+        source=source,
+        values=args.values,
+    )
+    if args.json:
+        sys.stdout.write(report.model_dump_json(indent=1) + "\n")
+    else:
+        show(report, modules=args.modules)
+    _refuse(report, line, without_mtp=args.without_mtp)
+
+
+def _dry_loads(
+    root: Path, matrix: Matrix, names: Sequence[str], profile: Profile, resolve: str
+) -> dict[str, Answer]:
+    """What each line's vLLM does, where it can be asked."""
+    from vllm_forge.proof.dry_load import dry_load, ready
+
+    if resolve == "rules":
+        return {}
+    if not profile.tensors:
+        if resolve == "vllm":
+            raise UsageError(
+                "a dry load needs headers, and only the index is at hand",
+                where=str(profile.seen.place),
+                remedy="fetch the shards, or leave out --resolve vllm",
+            )
+        return {}
+    answers: dict[str, Answer] = {}
+    for name in names:
+        if resolve == "auto" and (why := ready(root, matrix, name)):
+            console.print(f"line {name} is judged by rules, without its vLLM: {why}", markup=False)
+            continue
+        found = dry_load(root, matrix, name, {NAME: profile}, SubprocessRunner())
+        answers[name] = found.cases[NAME]
+    return answers
+
+
+def _refuse(report: Report, line: str, *, without_mtp: bool) -> None:
+    """Raise for what is not as it must be."""
+    verdict = report.line(line)
+    if not report.serves(line, without_mtp=without_mtp):
+        waive = "" if without_mtp else "; --without-mtp if serving without it is enough"
+        raise CheckpointRefusedError(
+            f"line {line}: {verdict.outcome}"
+            + "".join(f"\n  - {reason}" for reason in verdict.why),
+            where=report.place,
+            remedy=f"see the remedies of the findings above{waive}",
+        )
+    if wrong := report.departures:
+        raise CheckpointDepartsError(
+            f"line {line}: {verdict.outcome}, but it is not what it should be\n"
+            + "\n".join(f"  - {f.gate} {f.title}: {f.what}" for f in wrong),
+            where=report.place,
+            remedy="see the remedies of the findings above",
+        )
+
+
+def verdicts(args: argparse.Namespace) -> None:
+    """Inspect every tiny variant and write docs/verdicts.json and docs/verdicts.md."""
+    del args
+    from vllm_forge.checkpoints.inspect.inspection import inspect
+    from vllm_forge.checkpoints.inspect.places import Folder
+    from vllm_forge.checkpoints.inspect.profile import Profile
+    from vllm_forge.checkpoints.inspect.remedies import read_remedies
+    from vllm_forge.checkpoints.inspect.seen import look
+    from vllm_forge.checkpoints.inspect.verdicts import DATA, PAGE, Verdicts, page, variant_row
+    from vllm_forge.checkpoints.variants import cached_variant, load_variants
+    from vllm_forge.proof.dry_load import dry_load
+
+    root = find_root()
+    matrix = load(root)
+    variants = load_variants()
+    profiles = {name: Profile(look(Folder(cached_variant(root, name)))) for name in variants}
+    runner, remedies = SubprocessRunner(), read_remedies(root)
+    answers = {line: dry_load(root, matrix, line, profiles, runner) for line in matrix.line}
+    releases = {name: line.vllm for name, line in matrix.line.items()}
+    rows = {}
+    for name, profile in profiles.items():
+        told = {line: answer.cases[name] for line, answer in answers.items()}
+        report = inspect(profile, releases, remedies, told)
+        rows[name] = variant_row(variants[name], report, matrix.default_line)
+    device = matrix.sku[matrix.line[matrix.default_line].skus[0]].device
+    found = Verdicts(vllm=releases, device=device, variants=rows)
+    for path, text in ((DATA, found.text()), (PAGE, page(found))):
+        with atomic_path(root / path) as aside:
+            aside.write_text(text, encoding="utf-8")
+    print(root / PAGE)

@@ -1,0 +1,81 @@
+"""What does each line's vLLM select?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_forge.host import SubprocessRunner, atomic_path, console
+from vllm_forge.matrix import find_root, load
+from vllm_forge.matrix.cells import find_line
+
+if TYPE_CHECKING:
+    import argparse
+    from pathlib import Path
+
+    from vllm_forge.commands.register import Commands
+    from vllm_forge.matrix import Matrix
+    from vllm_forge.oracle import Recorded
+
+
+def register(choices: Commands) -> None:
+    """Add this module's commands."""
+    one = choices.add_parser(
+        "oracle", help="ask each line's vLLM which kernels it selects", allow_abbrev=False
+    )
+    one.add_argument("--line", help="vLLM line (default: all)")
+    one.add_argument("--update", action="store_true", help="record the answers")
+    one.set_defaults(call=oracle)
+
+
+def oracle(args: argparse.Namespace) -> None:
+    """Ask, show, and compare with what was recorded; or record it."""
+    from vllm_forge.oracle import require_fresh, require_same
+
+    root = find_root()
+    matrix = load(root)
+    names = [find_line(matrix, args.line)[0]] if args.line else list(matrix.line)
+    if not args.update:
+        for name in names:
+            require_fresh(root, matrix, name)
+    for name in names:
+        found = _ask(root, matrix, name)
+        if args.update:
+            _record(root, matrix, found)
+            continue
+        recorded = require_fresh(root, matrix, name)
+        require_same(recorded, [answer for _, answer in found.rows])
+        require_same(recorded, [answer for _, answer in found.published], published=True)
+        print(f"line {name}: {len(found.rows) + len(found.published)} answers as recorded")
+
+
+def _ask(root: Path, matrix: Matrix, name: str) -> Recorded:
+    from datetime import UTC, datetime
+
+    from vllm_forge.oracle import Recorded, inputs_of
+    from vllm_forge.oracle.page import table
+    from vllm_forge.proof.selection import ask_line
+
+    asked = ask_line(root, matrix, name, SubprocessRunner())
+    found = Recorded(
+        line_name=name,
+        vllm=matrix.line[name].vllm,
+        made=datetime.now(UTC).date().isoformat(),
+        inputs=inputs_of(root, matrix, name),
+        rows=tuple(zip(asked.questions, asked.answers, strict=True)),
+        published=tuple(zip(asked.published_questions, asked.published_answers, strict=True)),
+    )
+    console.print(table(found))
+    console.print(f"  {len(found.rows)} questions in {asked.seconds:.0f} s", style="dim")
+    return found
+
+
+def _record(root: Path, matrix: Matrix, found: Recorded) -> None:
+    """Write the line's answers, and the page anew from those of all lines."""
+    from vllm_forge.oracle import read_recorded, write_recorded
+    from vllm_forge.oracle.expected import path_of
+    from vllm_forge.oracle.page import PAGE, render
+
+    print(write_recorded(root, found))
+    lines = [read_recorded(root, name) for name in matrix.line if path_of(root, name).exists()]
+    with atomic_path(root / PAGE) as aside:
+        aside.write_text(render(lines), encoding="utf-8")

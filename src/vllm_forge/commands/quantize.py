@@ -1,0 +1,86 @@
+"""Quantize a model by a recipe, and make tiny ones."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_forge.checkpoints.calibration import AUTO
+from vllm_forge.matrix import find_root
+
+if TYPE_CHECKING:
+    import argparse
+
+    from vllm_forge.commands.register import Commands
+
+
+def register(choices: Commands) -> None:
+    """Add this module's commands."""
+    one = choices.add_parser(
+        "quantize", help="quantize a BF16 DeepSeek-V4 by a recipe", allow_abbrev=False
+    )
+    one.add_argument("--model", type=Path, required=True, help="folder with the BF16 model")
+    one.add_argument("--recipe", default="nvfp4-fp8-mtp", help="a row of checkpoints/recipes.toml")
+    one.add_argument("--output", type=Path, required=True, help="folder that will be made")
+    one.add_argument(
+        "--data", default=AUTO, help="auto (ultrachat, else shipped), ultrachat, shipped, a JSONL"
+    )
+    one.add_argument(
+        "--device", default=AUTO, help="auto (a GPU if there is one), cpu, cuda:0, ..."
+    )
+    one.set_defaults(call=quantize)
+
+    one = choices.add_parser("tiny", help="make tiny checkpoints in the cache", allow_abbrev=False)
+    one.add_argument("names", nargs="*", metavar="VARIANT", help="default: all; see variants.toml")
+    one.set_defaults(call=tiny)
+
+    one = choices.add_parser("tools", help="install the quantization tools, print their Python")
+    one.set_defaults(call=tools)
+
+
+def quantize(args: argparse.Namespace) -> None:
+    """Quantize a model."""
+    from vllm_forge.checkpoints.environment import enter
+    from vllm_forge.checkpoints.recipe import load_recipe
+    from vllm_forge.checkpoints.source import open_source
+
+    recipe = load_recipe(args.recipe)  # what can be refused at once is, before 3 GB of tools
+    source = open_source(args.model)
+    enter(find_root(), sys.argv[1:])
+
+    from vllm_forge.checkpoints.calibrate import LayerQuantizer, pick_device
+    from vllm_forge.checkpoints.calibration import NO_DATA, calibrate_with
+    from vllm_forge.checkpoints.job import Job
+    from vllm_forge.checkpoints.quantize import quantize as run
+
+    engine = LayerQuantizer(source.config, recipe.recipe, pick_device(args.device))
+    data = calibrate_with(args.data, recipe.recipe, args.model) if engine.needs_data else NO_DATA
+    run(Job(source=source, recipe=recipe, calibration=data, engine=engine), args.output)
+    print(args.output)
+
+
+def tiny(args: argparse.Namespace) -> None:
+    """Make tiny checkpoints in the cache."""
+    from vllm_forge.checkpoints.environment import enter
+    from vllm_forge.checkpoints.tiny import TinySpec
+    from vllm_forge.checkpoints.variants import load_variants, make_variant, variant_path
+
+    root = find_root()
+    names = args.names or list(load_variants())
+    if not all(variant_path(root, name).exists() for name in names):
+        enter(root, sys.argv[1:])
+        from vllm_forge.checkpoints.made import make_with_tools
+
+        for name in names:
+            make_variant(root, name, TinySpec(), make_with_tools)
+    for name in names:
+        print(f"{name}: {variant_path(root, name)}")
+
+
+def tools(args: argparse.Namespace) -> None:
+    """Install the quantization tools and print their interpreter."""
+    from vllm_forge.checkpoints.environment import prepare
+
+    del args
+    print(prepare(find_root()))

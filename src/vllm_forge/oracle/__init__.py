@@ -1,0 +1,40 @@
+"""The oracle: what a line's own selection code takes for a declared device."""
+
+from vllm_forge.oracle.artifacts import artifact_config, config_hash
+from vllm_forge.oracle.expected import (
+    Recorded,
+    inputs_of,
+    read_recorded,
+    require_fresh,
+    require_same,
+    write_recorded,
+)
+from vllm_forge.oracle.model import Answer, Device, Question
+from vllm_forge.oracle.mount import ARGV, read_answers, write_inputs
+from vllm_forge.oracle.questions import (
+    grid_question,
+    line_questions,
+    preset_question,
+    published_questions,
+)
+
+__all__ = [
+    "ARGV",
+    "Answer",
+    "Device",
+    "Question",
+    "Recorded",
+    "artifact_config",
+    "config_hash",
+    "grid_question",
+    "inputs_of",
+    "line_questions",
+    "preset_question",
+    "published_questions",
+    "read_answers",
+    "read_recorded",
+    "require_fresh",
+    "require_same",
+    "write_inputs",
+    "write_recorded",
+]
