@@ -1,0 +1,101 @@
+"""What device code was compiled for, and on which GPUs it runs.
+
+Source: CUDA Programming Guide, "Compute Capabilities", sections on binary compatibility and on
+architecture- and family-specific features; nvcc's manual, "GPU Feature List".
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from vllm_forge.errors import UnknownTargetError
+
+Kind: TypeAlias = Literal["cubin", "ptx", "lto"]
+Suffix: TypeAlias = Literal["", "a", "f"]
+Capability: TypeAlias = tuple[int, int]
+
+_NAME = re.compile(
+    r"(?:(?:sm|compute|lto)_)?(?P<major>\d+)(?P<dot>\.?)(?P<minor>\d)(?P<suffix>[af]?)"
+)
+
+# The capabilities that code for family target ``XYf`` runs on. A GPU that NVIDIA has not put into
+# a family is not in it, however near its number: 10.1 was never one of 100f.
+FAMILIES: dict[Capability, frozenset[Capability]] = {
+    (10, 0): frozenset({(10, 0), (10, 3)}),
+    (10, 1): frozenset({(10, 1)}),
+    (10, 3): frozenset({(10, 3)}),
+    (11, 0): frozenset({(11, 0)}),
+    (12, 0): frozenset({(12, 0), (12, 1)}),
+    (12, 1): frozenset({(12, 1)}),
+}
+
+
+@dataclass(frozen=True, order=True)
+class Target:
+    """``major.minor`` and the suffix: none, ``a`` (this GPU only) or ``f`` (its family)."""
+
+    major: int
+    minor: int
+    suffix: Suffix = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Read e.g. ``sm_100a``, ``compute_80``, ``120f`` or ``10.3a``.
+
+        Raises:
+            UnknownTargetError: it is none of these.
+        """
+        found = _NAME.fullmatch(text)
+        if found is None:
+            raise UnknownTargetError(
+                f"{text!r} is not a CUDA target", remedy="e.g. sm_100a, 120f or 9.0a"
+            )
+        suffix: Suffix = "a" if found["suffix"] == "a" else "f" if found["suffix"] == "f" else ""
+        return cls(int(found["major"]), int(found["minor"]), suffix)
+
+    def __str__(self) -> str:
+        return f"{self.major}{self.minor}{self.suffix}"
+
+    @property
+    def capability(self) -> Capability:
+        """The compute capability that it is named after."""
+        return self.major, self.minor
+
+
+def parse_capability(text: str) -> Capability:
+    """A compute capability such as ``10.3``.
+
+    Raises:
+        UnknownTargetError: it is not one.
+    """
+    target = Target.parse(text)
+    if target.suffix or "." not in text:
+        raise UnknownTargetError(f"{text!r} is not a compute capability", remedy="e.g. 10.3")
+    return target.capability
+
+
+def runs_on(target: Target, kind: Kind, capability: Capability) -> bool:
+    """Whether code of this target and kind can be loaded on a GPU of that capability.
+
+    Machine code (cubin) runs within its major version, from its minor version on. PTX and LTO
+    intermediate code is compiled by the driver (or nvJitLink) for any later GPU. With suffix
+    ``a`` both run on exactly the GPU they name, with ``f`` on its family.
+
+    Raises:
+        UnknownTargetError: a family target that no row says the members of.
+    """
+    if target.suffix == "a":
+        return target.capability == capability
+    if target.suffix == "f":
+        if target.capability not in FAMILIES:
+            raise UnknownTargetError(
+                f"no row says which GPUs code for family {target} runs on",
+                where="census/target.py",
+                remedy="add the family as the CUDA Programming Guide has it",
+            )
+        return capability in FAMILIES[target.capability]
+    if kind == "cubin" and target.major != capability[0]:
+        return False
+    return capability >= target.capability
