@@ -20,7 +20,12 @@ import zipfile
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tests.fatbins import entry, fatbin, library
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 REPO = Path(__file__).parents[1]
 RELEASE = "0.1.0"
@@ -65,6 +70,11 @@ Drop-When: never
 ---
 """
 
+# A library with device code: the bytes of each architecture can be told apart.
+LIBRARY = "torch/lib/libtiny_cuda.so"
+LIBRARY_SIZE = 1 << 20
+CODE = {80: b"\x80" * 4096, 100: b"\xa0" * 4096, 120: b"\xc0" * 4096}
+
 MATRIX = """
 schema_version = 1
 default_line = "mini"
@@ -76,9 +86,19 @@ platform = "x86_64-manylinux_2_35"
 source_date_epoch = 1735689600
 budget_mb = 100
 
+[container]
+shm_gb = 1
+ulimits = []
+port = 8000
+
+[cuda."13.0"]
+driver = "580.65.06"
+source = "release notes"
+
 [[layers]]
 name = "torch"
 match = ["torch"]
+code = true
 
 [[layers]]
 name = "environment"
@@ -113,28 +133,33 @@ budget_mb = 120
 """
 
 
-def wheel(name: str, version: str, files: dict[str, str], extra: dict[str, str]) -> bytes:
+def wheel(
+    name: str, version: str, files: Mapping[str, str | bytes], extra: dict[str, str]
+) -> bytes:
     """A valid wheel; ``extra`` are further files of its dist-info folder."""
     info = f"{name}-{version}.dist-info"
-    content = files | {
+    texts = dict(files) | {
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
         + extra.pop("requires", ""),
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\n"
         "Tag: py3-none-any\n",
         **{f"{info}/{path}": text for path, text in extra.items()},
     }
+    content = {
+        path: text.encode() if isinstance(text, str) else text for path, text in texts.items()
+    }
     rows = []
-    for path, text in content.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        rows.append(f"{path},sha256={digest.rstrip('=')},{len(text.encode())}")
+    for path, data in content.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode()
+        rows.append(f"{path},sha256={digest.rstrip('=')},{len(data)}")
     rows.append(f"{info}/RECORD,,")
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path, text in [*content.items(), (f"{info}/RECORD", "\n".join(rows) + "\n")]:
+        for path, data in [*content.items(), (f"{info}/RECORD", "\n".join(rows).encode() + b"\n")]:
             member = zipfile.ZipInfo(path, (2025, 1, 1, 0, 0, 0))
             member.compress_type = zipfile.ZIP_DEFLATED
             member.external_attr = 0o100644 << 16
-            archive.writestr(member, text)
+            archive.writestr(member, data)
     return out.getvalue()
 
 
@@ -297,7 +322,16 @@ def make_project(folder: Path, files: dict[str, str] | None = None) -> Project:
             f"vllm-{RELEASE}-py3-none-any.whl": wheel("vllm", RELEASE, source, scripts),
             f"vllm-{RELEASE}.tar.gz": sdist(source | {"tests/test_x.py": "", "setup.py": ""}),
             "torch-2.0.0-py3-none-any.whl": wheel(
-                "torch", "2.0.0", {"torch/__init__.py": "__version__ = '2.0.0+cu130'\n"}, {}
+                "torch",
+                "2.0.0",
+                {
+                    "torch/__init__.py": "__version__ = '2.0.0+cu130'\n",
+                    LIBRARY: library(
+                        fatbin(*(entry("cubin", str(arch), CODE[arch]) for arch in CODE))
+                    )
+                    + bytes(LIBRARY_SIZE),
+                },
+                {},
             ),
             "sixlike-1.0-py3-none-any.whl": wheel(
                 "sixlike", "1.0", {"sixlike.py": "x = 1\n" * 1000}, {}

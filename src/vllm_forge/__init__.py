@@ -1,5 +1,3 @@
 """vllm-forge: patched vLLM images whose every claim is checked before it ships."""
 
-from importlib.metadata import version
-
-__version__ = version("vllm-forge")
+__version__ = "0.1.0"

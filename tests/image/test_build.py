@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import shlex
@@ -12,11 +13,13 @@ import signal
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import zstandard
 
 from tests.image.conftest import engines
-from tests.project import PATCHED, VLLM, Project, make_project
+from tests.project import CODE, LIBRARY, PATCHED, VLLM, Project, make_project
 from vllm_forge.images.layout import Image, read_image, verify
 
 pytestmark = pytest.mark.engine
@@ -32,14 +35,22 @@ def layers(made: Image) -> list[str]:
     return [layer["digest"] for layer in made.manifest["layers"]]
 
 
+def plain(made: Image, layer: dict[str, Any]) -> bytes:
+    blob = made.blob(layer["digest"]).read_bytes()
+    if layer["mediaType"].endswith("+zstd"):
+        return zstandard.ZstdDecompressor().decompressobj().decompress(blob)
+    return gzip.decompress(blob)
+
+
 def names(made: Image, layer: int) -> set[str]:
-    path = made.blob(made.manifest["layers"][layer]["digest"])
-    with tarfile.open(path) as tar:
+    content = plain(made, made.manifest["layers"][layer])
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         return {member.name for member in tar}
 
 
 def read(made: Image, layer: int, name: str) -> bytes:
-    with tarfile.open(made.blob(made.manifest["layers"][layer]["digest"])) as tar:
+    content = plain(made, made.manifest["layers"][layer])
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         file = tar.extractfile(name)
         assert file is not None
         return file.read()
@@ -72,8 +83,7 @@ def test_every_diff_id_is_the_hash_of_its_layer(built: Project) -> None:
     for layer, diff_id in zip(
         made.manifest["layers"], made.config["rootfs"]["diff_ids"], strict=True
     ):
-        with gzip.open(made.blob(layer["digest"])) as plain:
-            assert hashlib.file_digest(plain, "sha256").hexdigest() == diff_id[7:]  # type: ignore[arg-type]
+        assert hashlib.sha256(plain(made, layer)).hexdigest() == diff_id[7:]
 
 
 def test_last_layer_holds_the_patch_and_the_metadata_only(built: Project) -> None:
@@ -115,12 +125,51 @@ def test_second_run_does_nothing(built: Project) -> None:
     assert len(built.index.requests) == asked
 
 
-def test_another_sku_shares_all_layers_but_the_last(built: Project) -> None:
+def test_why_rebuild_names_the_patch_that_changed(built: Project, sibling: Project) -> None:
+    assert built.run("why-rebuild", "--sku", "alpha").stdout == f"{ALPHA}: nothing changed\n"
+    sibling.patch("bool(args and not args.dynamic)")
+    told = sibling.run("why-rebuild", "--sku", "alpha").stdout
+    assert told.splitlines()[:2] == [f"{ALPHA}: inputs changed", "  series"]
+    assert "changed 0001-flag.patch: " in told
+    assert "lock" not in told
+
+
+def test_another_sku_has_its_own_libraries_and_last_layer_only(built: Project) -> None:
     done = built.run("build", "sm_120")
-    assert layers(image(built, BETA))[:-1] == layers(image(built))[:-1]
-    assert layers(image(built, BETA))[-1] != layers(image(built))[-1]
+    assert own_layers(built) == {slim_layer(image(built)), len(layers(image(built))) - 1}
     assert "mmdebstrap" not in done.stderr
     assert "buildah bud" not in done.stderr
+
+
+def own_layers(project: Project) -> set[int]:
+    """Numbers of the layers that the two cells do not share."""
+    pairs = zip(layers(image(project)), layers(image(project, BETA)), strict=True)
+    return {number for number, (one, other) in enumerate(pairs) if one != other}
+
+
+def slim_layer(made: Image) -> int:
+    """Number of the layer with torch's libraries."""
+    (found,) = [
+        number
+        for number, layer in enumerate(made.manifest["layers"])
+        if layer["mediaType"].endswith("+zstd")
+    ]
+    return found
+
+
+def test_image_holds_the_device_code_of_its_sku_only(built: Project) -> None:
+    built.run("build", "sm_120")
+    path = f"opt/venv/lib/python3.13/site-packages/{LIBRARY}"
+    for cell, kept in ((ALPHA, 100), (BETA, 120)):
+        made = image(built, cell)
+        content = read(made, slim_layer(made), path)
+        assert {arch for arch, code in CODE.items() if code in content} == {kept}
+        removed = built.record(cell)["stack"]["slim"][path]
+        assert removed["bytes"] == 2 * 4096
+        assert set(removed["targets"]) == {f"cubin {arch}" for arch in CODE if arch != kept}
+        for number in range(len(layers(made))):
+            if number != slim_layer(made):
+                assert path not in names(made, number)
 
 
 def test_another_patch_changes_the_last_layer_only(built: Project, sibling: Project) -> None:
@@ -347,7 +396,7 @@ def test_two_cells_at_once_share_one_system(built: Project, tmp_path: Path) -> N
     assert (first.returncode, second.returncode) == (0, 0), outputs
     builds = ["buildah bud", "buildx build"]
     assert sum(text.count(word) for text in outputs for word in builds) == 1
-    assert layers(image(fresh))[:-1] == layers(image(fresh, BETA))[:-1]
+    assert own_layers(fresh) == {slim_layer(image(fresh)), len(layers(image(fresh))) - 1}
 
 
 def test_engine_missing(built: Project, tmp_path: Path) -> None:

@@ -8,29 +8,38 @@ where it was, and a changed patch rebuilds one small layer.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import time
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
 
 from vllm_forge.errors import LayoutError
 from vllm_forge.host import (
     atomic_path,
-    cache_root,
     console,
-    end_with_parent,
     exclusive,
     move,
     report,
 )
+from vllm_forge.images.assembly import (
+    NamedLayers,
+    Top,
+    expectation,
+    image_layers,
+    image_shares,
+    patched_wheel,
+    slimmed,
+    top_entries,
+    trial_name,
+    wheel_layers,
+)
 from vllm_forge.images.base import make_rootfs, write_host_sources
 from vllm_forge.images.checks import (
     TRIAL_ARGV,
-    LayerShare,
     check_layout,
     check_sizes,
     judge,
@@ -38,39 +47,30 @@ from vllm_forge.images.checks import (
 )
 from vllm_forge.images.content import (
     VLLM,
-    WheelGroup,
-    group_entries,
     labels,
-    patch_entries,
     patch_key,
-    stack_entry,
     stack_record,
 )
+from vllm_forge.images.contract import image_contract, recorded_selection
 from vllm_forge.images.engine import Trial
 from vllm_forge.images.layout import (
     Image,
-    ImageLayer,
     blob_times,
     read_image,
     set_name,
     write_image,
 )
-from vllm_forge.images.store import StoredLayer, forget_damaged, require_stored, stored, write_layer
-from vllm_forge.images.system import System, host_secrets, load_system, make_system
-from vllm_forge.patches import build_wheel, check_line
-from vllm_forge.patches.wheel import GENERATED, PatchedWheel, python_blobs
-from vllm_forge.sources import Lock, SourceRepo, Wheelhouse
+from vllm_forge.images.store import forget_damaged, write_layer
+from vllm_forge.images.system import host_secrets, load_system, make_system
+from vllm_forge.images.workers import write_layers
+from vllm_forge.patches import check_line
+from vllm_forge.sources import SourceRepo, Wheelhouse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vllm_forge.host import Runner
     from vllm_forge.images.plan import ImagePlan
-    from vllm_forge.matrix import ImageCell
-    from vllm_forge.patches import Applied
-
-WORKERS = 2
-NICE = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +79,6 @@ class Built:
 
     image: Image
     fresh: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Top:
-    """The last layer and what it says of the image."""
-
-    system: System
-    stack: dict[str, Any]
-    layer: StoredLayer
 
 
 def build_image(plan: ImagePlan, runner: Runner) -> Built:
@@ -121,6 +112,7 @@ class Build:
         run = self.runner
         plan = self.plan
         plan.engine.check(run)
+        run.act(f"read what vLLM selects on {self.cell.sku_name}", self.read_selection)
         with ThreadPoolExecutor(1) as beside:
             system = beside.submit(self.make_system)
             run.act(
@@ -132,11 +124,17 @@ class Build:
         run.act("write the layer of the patches", lambda: self.make_top(key))
         run.act(f"assemble the image in {plan.work}", self.assemble)
         with report("check the image inside"), ThreadPoolExecutor(1) as beside:
-            layout = beside.submit(run.act, "check the layout and every blob", self.check_layout)
+            outside = beside.submit(
+                run.act, "check the kernel contract, the layout and every blob", self.check_outside
+            )
             output = plan.engine.try_image(run, self.trial())
-            layout.result()
+            outside.result()
         run.act("read the verdicts; check the size budget", lambda: self.accept(output))
         run.act(f"give the image its name: {plan.target}", self.publish)
+
+    def read_selection(self) -> None:
+        """Before anything is made: the contract cannot be checked without."""
+        self.selection = recorded_selection(self.cell)
 
     def make_system(self) -> str:
         """Rootfs and docker/Dockerfile, by the engine; returns the key of the result.
@@ -161,26 +159,11 @@ class Build:
             secrets=secrets, refresh=refresh,
         )  # fmt: skip
 
-    def make_layers(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Download and write the wheel layers; one is written while the next one downloads.
-
-        Args:
-            meanwhile: called when all wheels are here and layers are still being written.
-        """
-        context = multiprocessing.get_context("spawn")
-        wheelhouse = Wheelhouse()
-        with ProcessPoolExecutor(
-            WORKERS, mp_context=context, initializer=start_worker, initargs=(os.getpid(),)
-        ) as pool:
-            jobs: list[Future[None]] = []
-            for group in self.plan.groups:
-                wheelhouse.fetch(group.wheels)
-                if stored(group.key) is None:
-                    python = self.cell.line.python
-                    jobs.append(pool.submit(write_group, group, python, self.epoch))
-            meanwhile()
-            for job in jobs:
-                job.result()
+    def make_layers(
+        self, meanwhile: Callable[[], None] = lambda: None, *, slim: bool = True
+    ) -> None:
+        """Download and write the wheel layers; see ``write_layers``."""
+        write_layers(self.cell, self.plan.groups, meanwhile, slim=slim)
 
     def make_wheel(self) -> None:
         """Apply the series; write the line's patched wheel."""
@@ -199,17 +182,18 @@ class Build:
             wheel=self.wheel,
             base={"system": system.digest, "engine": self.plan.engine.name},
             debian=system.debian,
+            slim=slimmed(self.wheel_layers()),
         )
         published = lock.find(VLLM)
-        path = Wheelhouse().path(published)
-        entries = patch_entries(path, self.wheel.path, self.cell.line.python)
-        entries = sorted([*entries, stack_entry(stack)], key=lambda entry: entry.path)
+        entries = top_entries(
+            Wheelhouse().path(published), self.wheel.path, stack, self.cell.line.python
+        )
         layer = write_layer(patch_key(self.cell, published, stack), entries, self.epoch)
         self.top = Top(system=system, stack=stack, layer=layer)
 
-    def wheel_layers(self) -> list[StoredLayer]:
-        """The layers of the lock, all of them written by now."""
-        return [require_stored(group.key) for group in self.plan.groups]
+    def wheel_layers(self) -> NamedLayers:
+        """The layers of the lock, lowest first."""
+        return wheel_layers(self.cell, self.plan.groups)
 
     def assemble(self) -> None:
         """Write the candidate layout, and what the checks inside must find."""
@@ -218,12 +202,7 @@ class Build:
         self.labels = labels(top.stack, created)
         env = [*top.system.config["Env"]]
         env += [f"{name}={value}" for name, value in sorted(self.cell.sku.env.items())]
-        self.layers = [*top.system.layers]
-        for group, layer in zip(self.plan.groups, self.wheel_layers(), strict=True):
-            line = f"vllm-forge: {group.name} wheels of {self.cell.line.lock}"
-            self.layers.append(ImageLayer(blob=layer.blob, created_by=line))
-        series = f"vllm-forge: {self.cell.line.series}"
-        self.layers.append(ImageLayer(blob=top.layer.blob, created_by=series))
+        self.layers = image_layers(self.cell, top, self.wheel_layers())
         self.candidate = write_image(
             self.plan.work / "candidate",
             layers=self.layers,
@@ -231,33 +210,18 @@ class Build:
             epoch=self.epoch,
             name=trial_name(self.cell),
         )
-        write_inputs(self.plan.work / "inputs", self.expectation())
-
-    def expectation(self) -> dict[str, Any]:
-        """What inside.py must find."""
-        top = self.top
-        blobs = python_blobs(SourceRepo(), self.applied.result)
-        blobs.pop(GENERATED, None)  # carries our version
-        return {
-            "packages": top.stack["packages"],
-            "stack": top.stack,
-            "tree": self.applied.result,
-            "blobs": blobs,
-            "changed_files": top.stack["changed_files"],
-            "compiler": "nvidia-cuda-nvcc" in top.stack["packages"],
-            "device": self.cell.sku.device,
-            "unimportable": list(self.cell.line.unimportable),
-        }
+        write_inputs(self.plan.work / "inputs", expectation(self.cell, self.applied, top.stack))
 
     def trial(self) -> Trial:
         """The checks inside, as a command; known before there is an image (dry run)."""
         if hasattr(self, "top"):
-            wheels = [layer.files for layer in reversed(self.wheel_layers())]
+            wheels = [layer.files for _, layer in reversed(self.wheel_layers())]
             root = [self.top.system.root] if self.top.system.root is not None else []
             lowers = [self.top.layer.files, *wheels, *root]
             image = self.candidate
         else:
-            lowers = [Path()] * (len(self.plan.groups) + 2)
+            slim = [group for group in self.plan.groups if group.slim_key is not None]
+            lowers = [Path()] * (len(self.plan.groups) + len(slim) + 2)
             image = Image(path=self.plan.work / "candidate", digest="", config={}, manifest={})
         return Trial(
             image=image,
@@ -268,8 +232,14 @@ class Build:
             work=self.plan.work,
         )
 
-    def check_layout(self) -> None:
-        """What needs no running: config, labels, and the hash of every blob."""
+    def check_outside(self) -> None:
+        """What needs no running: the contract; config, labels, and the hash of every blob."""
+        self.contract = None
+        if self.selection is not None:
+            folders = [layer.files for _, layer in self.wheel_layers()]
+            folders.append(self.top.layer.files)
+            self.contract = image_contract(self.cell, self.selection, folders)
+            self.contract.check()
         try:
             check_layout(self.candidate, self.labels)
         except LayoutError:
@@ -281,14 +251,9 @@ class Build:
     def accept(self, output: str) -> None:
         """All verdicts, or no image."""
         self.verdicts = judge(output)
-        self.shares = [
-            LayerShare(
-                name=layer.created_by.removeprefix("vllm-forge: "),
-                size=layer.blob.size,
-                system=number < len(self.top.system.layers),
-            )
-            for number, layer in enumerate(self.layers)
-        ]
+        for note in self.contract.notes if self.contract is not None else ():
+            console.print(f"  [yellow]contract[/] {escape(note)}")
+        self.shares = image_shares(self.top, self.layers)
         check_sizes(self.shares, self.cell.line.budget_mb, self.cell.base.budget_mb)
 
     def publish(self) -> None:
@@ -297,11 +262,14 @@ class Build:
         record = {
             "digest": f"sha256:{self.candidate.digest}",
             "size": self.candidate.size,
+            "wheels": sum(wheel.size for wheel in plan.lock.wheels),
             "seconds": round(time.monotonic() - self.started, 1),
             "inputs": plan.inputs(),
+            "details": plan.details(),
             "stack": self.top.stack,
             "layers": [asdict(share) for share in self.shares],
             "checks": self.verdicts,
+            "contract": self.contract.record() if self.contract is not None else None,
         }
         plan.record_path.unlink(missing_ok=True)
         record["blobs"] = blob_times(self.candidate)
@@ -310,31 +278,3 @@ class Build:
             set_name(aside, plan.name)
         with atomic_path(plan.record_path) as aside:
             aside.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-
-
-def trial_name(cell: ImageCell) -> str:
-    """Name of a candidate, which is not the name of an image that passed."""
-    return f"localhost/vllm-forge-trial:{cell.name}"
-
-
-def start_worker(parent: int) -> None:
-    """A worker is polite (the rootfs is made meanwhile) and does not outlive the build."""
-    end_with_parent(parent)
-    os.nice(NICE)
-
-
-def write_group(group: WheelGroup, python: str, epoch: int) -> None:
-    """Worker process: verify a layer's wheels and write the layer."""
-    wheelhouse = Wheelhouse()
-    paths = [wheelhouse.verify(wheel) for wheel in group.wheels]
-    write_layer(group.key, group_entries(group.name, paths, python), epoch)
-
-
-def patched_wheel(
-    cell: ImageCell, lock: Lock, applied: Applied, repo: SourceRepo, wheelhouse: Wheelhouse
-) -> PatchedWheel:
-    """The line's one wheel, in the cache."""
-    published = lock.find(VLLM)
-    folder = cache_root() / "patched" / f"{published.sha256}-{applied.result}"
-    path = wheelhouse.verify(published)
-    return build_wheel(repo, applied, path, cell.line.vllm, folder)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm_forge.matrix import Matrix
 
 # Small, or made again in seconds.
-ALWAYS = ("work", "bytecode", "buildah", "proofs")
+ALWAYS = ("work", "bytecode", "buildah", "census", "oracle", "proofs", "toolkit")
 
 
 def clean(root: Path, matrix: Matrix, *, everything: bool) -> int:
@@ -43,6 +43,7 @@ def clean(root: Path, matrix: Matrix, *, everything: bool) -> int:
                 held.enter_context(exclusive(f"build-vllm-{line.vllm}-{sku}", wait=False))
         for name in matrix.line:
             held.enter_context(exclusive(f"prove-{name}", wait=False))
+            held.enter_context(exclusive(f"oracle-{name}", wait=False))
         if everything:
             doomed = [path for path in _children(cache) if path.name != "locks"]
         else:
@@ -78,7 +79,9 @@ def _needed(root: Path, matrix: Matrix) -> dict[str, set[str]]:
         for make in ENGINES.values():
             plan = resolve(cell, BuildOptions(output=root / "dist"), make())
             needed["systems"].add(system_key(cell, plan.base, plan.engine))
-            needed["layers"].update(group.key for group in wheel_groups(cell, plan.lock))
+            for sku in line.skus:
+                for group in wheel_groups(image_cell(matrix, root, sku, name), plan.lock):
+                    needed["layers"].update({group.key, group.slim_key or group.key})
             needed["wheels"].update(wheel.sha256 for wheel in plan.lock.wheels)
             needed["patched"].add(f"{plan.lock.find('vllm').sha256}-{tree.result}")
     return needed

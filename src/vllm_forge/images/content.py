@@ -21,17 +21,26 @@ if TYPE_CHECKING:
 
 # Raise when the bytes of a layer change for equal inputs.
 FORMAT = 1
+SLIM_FORMAT = 1
 STACK = "opt/vllm-forge/stack.json"
 VLLM = "vllm"
 
 
 @dataclass(frozen=True, kw_only=True)
 class WheelGroup:
-    """Wheels of one layer, by name, and the key under which the layer is kept."""
+    """Wheels of one layer.
+
+    Attributes:
+        name: of the layer.
+        wheels: in the order of the lock.
+        key: under which the layer is kept.
+        slim_key: the same of the SKU's layer of libraries, None for a group without.
+    """
 
     name: str
     wheels: tuple[LockedWheel, ...]
     key: str
+    slim_key: str | None = None
 
 
 def wheel_groups(cell: ImageCell, lock: Lock) -> tuple[WheelGroup, ...]:
@@ -48,8 +57,9 @@ def wheel_groups(cell: ImageCell, lock: Lock) -> tuple[WheelGroup, ...]:
             if any(fnmatch.fnmatchcase(wheel.name, pattern) for pattern in rule.match)
         )
         members[rule.name].append(wheel)
+    with_code = {rule.name for rule in cell.layers if rule.code} | {VLLM}
     return tuple(
-        WheelGroup(name=name, wheels=tuple(wheels), key=_key(cell, name, wheels))
+        _group(cell, name, wheels, code=name in with_code)
         for name, wheels in members.items()
         if wheels
     )
@@ -62,8 +72,11 @@ def group_entries(name: str, paths: Sequence[Path], python: str) -> list[Entry]:
     that it is the same layer for every series of a line.
     """
     entries, conflicts = merge(wheel_entries(path, python) for path in paths)
-    for path in conflicts:
-        console.print(f"  two wheels of layer {name} differ in {path}: the later one's is taken")
+    if conflicts:
+        more = f" and {len(conflicts) - 1} others" if len(conflicts) > 1 else ""
+        console.print(
+            f"  two wheels of layer {name} differ in {conflicts[0]}{more}: the later one's is taken"
+        )
     if name == VLLM:
         return [entry for entry in entries if not _changes_with_series(entry.path)]
     return entries + cuda_links(entries)
@@ -105,6 +118,7 @@ def stack_record(
     wheel: PatchedWheel,
     base: dict[str, str],
     debian: dict[str, str],
+    slim: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of /opt/vllm-forge/stack.json: what this image is made of.
 
@@ -115,6 +129,7 @@ def stack_record(
         wheel: what the series made of vLLM.
         base: how its system was made.
         debian: package -> version in the system.
+        slim: library -> foreign device code that it lacks.
     """
     packages = {item.name: item.version for item in lock.wheels}
     packages[VLLM] = wheel.version
@@ -138,6 +153,7 @@ def stack_record(
         "base": base,
         "packages": packages,
         "debian": debian,
+        "slim": slim,
     }
 
 
@@ -174,7 +190,7 @@ def _changes_with_series(path: str) -> bool:
     return bool(inside) and (inside.startswith("vllm-") or inside == "vllm/_version.py")
 
 
-def _key(cell: ImageCell, name: str, wheels: Sequence[LockedWheel]) -> str:
+def _group(cell: ImageCell, name: str, wheels: Sequence[LockedWheel], *, code: bool) -> WheelGroup:
     fields = [
         FORMAT,
         cell.base.source_date_epoch,
@@ -182,4 +198,10 @@ def _key(cell: ImageCell, name: str, wheels: Sequence[LockedWheel]) -> str:
         name == VLLM,
         [wheel.sha256 for wheel in wheels],
     ]
+    key = _digest([*fields, "code apart"] if code else fields)
+    slim_key = _digest([SLIM_FORMAT, key, cell.sku.compute_capability]) if code else None
+    return WheelGroup(name=name, wheels=tuple(wheels), key=key, slim_key=slim_key)
+
+
+def _digest(fields: Sequence[object]) -> str:
     return hashlib.sha256(json.dumps(fields).encode()).hexdigest()

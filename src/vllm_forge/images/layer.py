@@ -8,6 +8,9 @@ file be a sequence of members, so a layer is written as
 The same trick carries eStargz, which every registry and runtime reads. Nothing is compressed,
 so a layer is written at the speed of hashing, and its digest depends on the lock alone: not
 on a compressor, its version, its threads, or the host.
+
+Files that are not as a wheel holds them (device code left out, see ``slim``) must be compressed.
+They go into a tar of one zstd frame, made by the zstd that the pinned ``zstandard`` carries.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ import struct
 import tarfile
 import zlib
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Self
+
+import zstandard
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,7 +32,11 @@ BLOCK = 512
 STORED_MAX = 65535
 # No name, no time, unknown OS: nothing of the host.
 GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
-MEDIA_TYPE = "application/vnd.oci.image.layer.v1.tar+gzip"
+GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
+ZSTD = "application/vnd.oci.image.layer.v1.tar+zstd"
+FILE_NAMES = {GZIP: "layer.tar.gz", ZSTD: "layer.tar.zst"}
+# Host code of torch_cuda: 0.364 of its size at level 1, 0.348 at 3, 0.341 at 6 (half the speed).
+ZSTD_LEVEL = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +44,12 @@ class LayerBlob:
     """A finished layer.
 
     Attributes:
-        path: the gzip'd tar.
+        path: the compressed tar.
         digest: SHA-256 of the file, hex; what a manifest names.
         diff_id: SHA-256 of the tar inside, hex; what a config names.
         size: bytes of the file.
         unpacked_size: bytes of the files inside.
+        media_type: how it is compressed.
     """
 
     path: Path
@@ -47,15 +57,18 @@ class LayerBlob:
     diff_id: str
     size: int
     unpacked_size: int
+    media_type: str = GZIP
 
 
-class LayerWriter:
-    """Writes one layer, entry by entry. Same entries, same bytes.
+class TarWriter:
+    """A tar, entry by entry; a subclass says how its bytes are compressed.
 
     Args:
         path: the new file.
         epoch: modification time of every entry, Unix seconds.
     """
+
+    media_type = ""
 
     def __init__(self, path: Path, epoch: int) -> None:
         self._path = path
@@ -63,11 +76,10 @@ class LayerWriter:
         self._file: IO[bytes] = path.open("wb")
         self._blob = hashlib.sha256()
         self._diff = hashlib.sha256()
-        self._pending = bytearray()  # tar bytes that are not in a member yet
         self._unpacked = 0
         self._size = 0
 
-    def __enter__(self) -> LayerWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,31 +103,10 @@ class LayerWriter:
         self._tar(content)
         self._pad(len(content))
 
-    def begin_deflated(self, path: str, size: int, mode: int = 0o644) -> None:
-        """Add the header of a file whose content comes through ``deflated``."""
-        self._header(path, tarfile.REGTYPE, mode=mode, size=size)
-
-    def deflated(
-        self, raw: Iterable[memoryview], plain: Iterable[bytes], crc: int, size: int
-    ) -> None:
-        """Add the content: ``raw`` is one whole deflate stream, ``plain`` what it inflates to.
-
-        Both are consumed; ``plain`` is only hashed. ``crc`` and ``size`` are those of the
-        plain bytes, and the caller has checked them.
-        """
-        self._flush()
-        self._write(GZIP_HEADER)
-        for piece in raw:
-            self._write(piece)
-        self._write(struct.pack("<II", crc, size & 0xFFFFFFFF))
-        for block in plain:
-            self._diff.update(block)
-        self._pad(size)
-
     def close(self) -> LayerBlob:
         """Write the end of the archive."""
         self._tar(bytes(2 * BLOCK))
-        self._flush()
+        self._end()
         self._file.close()
         return LayerBlob(
             path=self._path,
@@ -123,7 +114,16 @@ class LayerWriter:
             diff_id=self._diff.hexdigest(),
             size=self._size,
             unpacked_size=self._unpacked,
+            media_type=self.media_type,
         )
+
+    def _tar(self, content: bytes) -> None:
+        """Take bytes of the tar."""
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        """Write what is still held back."""
+        raise NotImplementedError
 
     def _header(
         self, path: str, kind: bytes, *, mode: int, size: int = 0, target: str = ""
@@ -140,11 +140,47 @@ class LayerWriter:
     def _pad(self, size: int) -> None:
         self._tar(bytes(-size % BLOCK))
 
+    def _write(self, content: bytes | memoryview) -> None:
+        self._blob.update(content)
+        self._file.write(content)
+        self._size += len(content)
+
+
+class LayerWriter(TarWriter):
+    """Writes one layer of gzip members. Same entries, same bytes."""
+
+    media_type = GZIP
+
+    def __init__(self, path: Path, epoch: int) -> None:
+        super().__init__(path, epoch)
+        self._pending = bytearray()  # tar bytes that are not in a member yet
+
+    def begin_deflated(self, path: str, size: int, mode: int = 0o644) -> None:
+        """Add the header of a file whose content comes through ``deflated``."""
+        self._header(path, tarfile.REGTYPE, mode=mode, size=size)
+
+    def deflated(
+        self, raw: Iterable[memoryview], plain: Iterable[bytes], crc: int, size: int
+    ) -> None:
+        """Add the content: ``raw`` is one whole deflate stream, ``plain`` what it inflates to.
+
+        Both are consumed; ``plain`` is only hashed. ``crc`` and ``size`` are those of the
+        plain bytes, and the caller has checked them.
+        """
+        self._end()
+        self._write(GZIP_HEADER)
+        for piece in raw:
+            self._write(piece)
+        self._write(struct.pack("<II", crc, size & 0xFFFFFFFF))
+        for block in plain:
+            self._diff.update(block)
+        self._pad(size)
+
     def _tar(self, content: bytes) -> None:
         self._diff.update(content)
         self._pending += content
 
-    def _flush(self) -> None:
+    def _end(self) -> None:
         """Turn the pending tar bytes into one gzip member of stored blocks."""
         if not self._pending:
             return
@@ -158,7 +194,26 @@ class LayerWriter:
             self._write(piece)
         self._write(struct.pack("<II", zlib.crc32(content), len(content) & 0xFFFFFFFF))
 
-    def _write(self, content: bytes | memoryview) -> None:
-        self._blob.update(content)
-        self._file.write(content)
-        self._size += len(content)
+
+class ZstdLayerWriter(TarWriter):
+    """Writes one layer as a zstd frame. Same entries, same bytes, by one version of zstd."""
+
+    media_type = ZSTD
+
+    def __init__(self, path: Path, epoch: int) -> None:
+        super().__init__(path, epoch)
+        self._frame = zstandard.ZstdCompressor(level=ZSTD_LEVEL, threads=1).compressobj()
+
+    def stream(self, path: str, size: int, mode: int, pieces: Iterable[bytes]) -> None:
+        """Add a file of ``size`` bytes, piece by piece."""
+        self._header(path, tarfile.REGTYPE, mode=mode, size=size)
+        for piece in pieces:
+            self._tar(piece)
+        self._pad(size)
+
+    def _tar(self, content: bytes) -> None:
+        self._diff.update(content)
+        self._write(self._frame.compress(content))
+
+    def _end(self) -> None:
+        self._write(self._frame.flush())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.errors import LayoutError
 from vllm_forge.host import atomic_path
-from vllm_forge.images.layer import MEDIA_TYPE, LayerBlob
+from vllm_forge.images.layer import LayerBlob
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,7 +108,7 @@ def write_image(
             },
             "layers": [
                 {
-                    "mediaType": MEDIA_TYPE,
+                    "mediaType": layer.blob.media_type,
                     "digest": f"sha256:{layer.blob.digest}",
                     "size": layer.blob.size,
                 }

@@ -13,18 +13,17 @@ from vllm_forge.host import cache_root, require_disk
 from vllm_forge.images.base import BaseRef, pinned_image, rootfs_key
 from vllm_forge.images.checks import INSIDE
 from vllm_forge.images.content import FORMAT, WheelGroup, wheel_groups
+from vllm_forge.images.contract import contract_inputs
 from vllm_forge.images.layout import Image, blob_times, read_image
 from vllm_forge.images.store import stored
-from vllm_forge.images.system import system_key
+from vllm_forge.images.system import system_key, system_parts
 from vllm_forge.patches import Patch, read_series, read_tree_lock
-from vllm_forge.sources import Lock, Wheelhouse, read_lock
+from vllm_forge.sources import UNPACK_RATIO, Lock, Wheelhouse, read_lock
 
 if TYPE_CHECKING:
     from vllm_forge.images.engine import Engine
     from vllm_forge.matrix import ImageCell
 
-# A wheel's files take this much more room unpacked than packed (2.1 for the 0.26 lock).
-UNPACK_RATIO = 2.5
 SYSTEM_BYTES = 3 * (1 << 30)  # rootfs tar, engine's copies, exported folder
 
 
@@ -83,21 +82,42 @@ class ImagePlan:
 
     def inputs(self) -> dict[str, str]:
         """Hash per input of the image; a build with equal ones has nothing to do."""
+        return {name: _hash(part) for name, part in self._parts().items()}
+
+    def details(self) -> dict[str, dict[str, Any]]:
+        """What each input is made of, for ``why-rebuild``: names with a value or a hash."""
+        cell = self.cell
+        tree = read_tree_lock(cell.root / cell.line.series, cell.line_name)
+        system = system_parts(cell, self.base, self.engine)
+        return {
+            "format": {"format": FORMAT},
+            "system": {**system, "dockerfile": _hash(system["dockerfile"])},
+            "lock": {wheel.name: f"{wheel.version} {wheel.sha256}" for wheel in self.lock.wheels},
+            "layers": {group.name: group.key for group in self.groups},
+            "series": {
+                "tree": tree.result,
+                **{patch.name: _hash(patch.path.read_text()) for patch in self.patches},
+            },
+            "sku": cell.sku.model_dump(mode="json"),
+            "line": cell.line.model_dump(mode="json"),
+            "base": cell.base.model_dump(mode="json"),
+            "checks": {INSIDE.name: _hash(INSIDE.read_text())},
+            "contract": contract_inputs(cell),
+        }
+
+    def _parts(self) -> dict[str, Any]:
         tree = read_tree_lock(self.cell.root / self.cell.line.series, self.cell.line_name)
-        parts: dict[str, Any] = {
+        return {
             "format": FORMAT,
             "system": system_key(self.cell, self.base, self.engine),
             "lock": self.lock.digest,
-            "layers": [group.key for group in self.groups],
+            "layers": [[group.key, group.slim_key] for group in self.groups],
             "series": [tree.result, *(patch.path.read_text() for patch in self.patches)],
             "sku": self.cell.sku.model_dump(),
             "line": self.cell.line.model_dump(),
             "base": self.cell.base.model_dump(),
             "checks": INSIDE.read_text(),
-        }
-        return {
-            name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
-            for name, part in parts.items()
+            "contract": contract_inputs(self.cell),
         }
 
     def up_to_date(self) -> Image | None:
@@ -124,6 +144,10 @@ class ImagePlan:
             if stored(group.key) is None
         )
         require_disk({cache_root(): fetch + write + SYSTEM_BYTES})
+
+
+def _hash(part: object) -> str:
+    return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
 
 
 def resolve(cell: ImageCell, options: BuildOptions, engine: Engine) -> ImagePlan:

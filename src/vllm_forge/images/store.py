@@ -1,7 +1,7 @@
 """Layers on disk: written once per input, beside an unpacked copy for the checks.
 
-A stored layer is a folder ``layers/<key>/`` with ``layer.tar.gz``, ``layer.json`` and
-``files/``, renamed into place when all three are complete.
+A stored layer is a folder ``layers/<key>/`` with the blob, ``layer.json``, ``files/`` and, where
+files with device code were put aside for ``slim``, ``code/``; renamed into place when complete.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ import os
 import zipfile
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_forge.errors import CacheError, HashMismatchError
 from vllm_forge.host import atomic_path, cache_root, exclusive, remove
-from vllm_forge.images.layer import LayerBlob, LayerWriter
+from vllm_forge.images.layer import FILE_NAMES, GZIP, LayerBlob, LayerWriter
 from vllm_forge.images.layout import file_digest
+from vllm_forge.images.slim import holds_code, may_hold_code
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from vllm_forge.images.wheels import Entry
 
@@ -32,10 +33,29 @@ LARGE = 4 << 20  # members from here on are inflated ahead of their turn
 
 @dataclass(frozen=True, kw_only=True)
 class StoredLayer:
-    """A layer in the store: its blob, and the folder with its files unpacked."""
+    """A layer in the store.
+
+    Attributes:
+        blob: what an image refers to.
+        files: the folder with its files unpacked.
+        code: the folder with the files that were put aside, as the wheels have them.
+        removed: what a slim layer lacks, see ``slim``.
+    """
 
     blob: LayerBlob
     files: Path
+    code: Path
+    removed: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> tuple[Path, Path]:
+        """The folders that together have what the wheels have."""
+        return self.files, self.code
+
+    @property
+    def empty(self) -> bool:
+        """Nothing is in it: an image does without."""
+        return not any(self.files.iterdir())
 
 
 def stored(key: str) -> StoredLayer | None:
@@ -47,15 +67,17 @@ def stored(key: str) -> StoredLayer | None:
     folder = cache_root() / "layers" / key
     try:
         record = json.loads((folder / "layer.json").read_text())
-        blob = LayerBlob(path=folder / "layer.tar.gz", **record)
+        removed = record.pop("removed", {})
+        path = folder / FILE_NAMES[record.get("media_type", GZIP)]
+        blob = LayerBlob(path=path, **record)
         size = blob.path.stat().st_size if blob.path.exists() else 0
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise _damaged(folder, f"the record is not one of a layer: {error}") from error
     if size != blob.size:
         raise _damaged(folder, f"the blob has {size} bytes, its record says {blob.size}")
-    return StoredLayer(blob=blob, files=folder / "files")
+    return StoredLayer(blob=blob, files=folder / "files", code=folder / "code", removed=removed)
 
 
 def _damaged(folder: Path, what: str) -> CacheError:
@@ -85,36 +107,78 @@ def forget_damaged(blobs: Iterable[LayerBlob]) -> list[Path]:
     return damaged
 
 
-def write_layer(key: str, entries: Sequence[Entry], epoch: int) -> StoredLayer:
+def write_layer(
+    key: str, entries: Sequence[Entry], epoch: int, *, code_apart: bool = False
+) -> StoredLayer:
     """Write a layer, or return the one that is there.
 
     Args:
         key: hash of everything that the layer is a function of.
         entries: sorted by path, unique.
         epoch: modification time of all entries, Unix seconds.
+        code_apart: leave out files with device code; they are unpacked to ``code``.
 
     Raises:
         HashMismatchError: a wheel's member does not inflate to what the zip says.
+        UnknownFatbinError: a library's device code has a layout that we do not know.
+    """
+
+    def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:
+        inside = _put_code_apart(entries, folder / "code") if code_apart else entries
+        return _write(folder / FILE_NAMES[GZIP], folder / "files", inside, epoch), {}
+
+    return keep_layer(key, write)
+
+
+def keep_layer(key: str, write: Callable[[Path], tuple[LayerBlob, dict[str, Any]]]) -> StoredLayer:
+    """The layer of that key; written by ``write`` into a folder when it is not there.
+
+    Args:
+        key: hash of everything that the layer is a function of.
+        write: makes the blob in the folder, unpacks to its ``files``; returns what it removed.
     """
     with exclusive(f"layer-{key}", wait=True):
         if (known := stored(key)) is not None:
             return known
         with atomic_path(cache_root() / "layers" / key) as folder:
-            files = folder / "files"
-            files.mkdir(parents=True)
-            blob = _write(folder / "layer.tar.gz", files, entries, epoch)
-            record = asdict(blob)
+            for name in ("files", "code"):
+                (folder / name).mkdir(parents=True)
+                (folder / name).chmod(0o755)
+            blob, removed = write(folder)
+            record = asdict(blob) | {"removed": removed}
             del record["path"]
             (folder / "layer.json").write_text(json.dumps(record, indent=1) + "\n")
     return require_stored(key)
 
 
+def _put_code_apart(entries: Sequence[Entry], target: Path) -> list[Entry]:
+    """Unpack the libraries with device code to ``target``; return the other entries."""
+    others = []
+    for entry in entries:
+        if entry.member is not None and may_hold_code(entry.path, entry.member.file_size):
+            path = target / entry.path
+            make_folders(target, [entry.path])
+            _inflate(entry, path)
+            if holds_code(path):
+                path.chmod(entry.mode)
+                continue
+            path.unlink()
+        others.append(entry)
+    return others
+
+
+def make_folders(target: Path, paths: Iterable[str]) -> list[str]:
+    """Make the parent folders of ``paths`` below ``target``; return them, parents first."""
+    folders = _folders(paths)
+    for folder in folders:
+        (target / folder).mkdir(exist_ok=True)
+        (target / folder).chmod(0o755)  # whatever the umask: the checks run as another user
+    return folders
+
+
 def _write(path: Path, files: Path, entries: Sequence[Entry], epoch: int) -> LayerBlob:
     with LayerWriter(path, epoch) as layer, ThreadPoolExecutor(1) as ahead:
-        folders = _folders(entries)
-        for folder in ["", *folders]:
-            (files / folder).mkdir(exist_ok=not folder)
-            (files / folder).chmod(0o755)  # whatever the umask: the checks run as another user
+        folders = make_folders(files, [entry.path for entry in entries])
         large: dict[str, Future[None]] = {
             entry.path: ahead.submit(_inflate, entry, files / entry.path)
             for entry in entries
@@ -132,10 +196,9 @@ def _write(path: Path, files: Path, entries: Sequence[Entry], epoch: int) -> Lay
         return layer.close()
 
 
-def _folders(entries: Sequence[Entry]) -> list[str]:
-    """All parent folders of the entries, sorted: each parent comes before what it holds."""
-    found = {parent.as_posix() for e in entries for parent in Path(e.path).parents[:-1]}
-    return sorted(found)
+def _folders(paths: Iterable[str]) -> list[str]:
+    """All parent folders, sorted: each parent comes before what it holds."""
+    return sorted({parent.as_posix() for path in paths for parent in Path(path).parents[:-1]})
 
 
 def _add(layer: LayerWriter, entry: Entry, target: Path, *, inflated: bool) -> None:

@@ -56,9 +56,19 @@ class System:
 
 def system_key(cell: ImageCell, base: BaseRef, engine: Engine) -> str:
     """Hash of everything that the system image is a function of."""
-    dockerfile = (cell.root / "docker" / "Dockerfile").read_text()
-    fields = [FORMAT, base.key, dockerfile, _arguments(cell), engine.name]
+    fields = [*system_parts(cell, base, engine).values()]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def system_parts(cell: ImageCell, base: BaseRef, engine: Engine) -> dict[str, Any]:
+    """What the system image is a function of, by name."""
+    return {
+        "format": FORMAT,
+        "base": base.key,
+        "dockerfile": (cell.root / "docker" / "Dockerfile").read_text(),
+        "arguments": _arguments(cell),
+        "engine": engine.name,
+    }
 
 
 def make_system(

@@ -1,0 +1,132 @@
+"""Why a build would do something: the inputs that differ from those of the record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_forge.errors import BuildRecordError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vllm_forge.images.plan import ImagePlan
+
+SHORT = 12
+HEX = set("0123456789abcdef")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """An input that is not what the record says, and what in it changed, as far as is known."""
+
+    name: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reason:
+    """What a build of a plan would do, and why.
+
+    Attributes:
+        state: ``never built``, ``nothing changed``, ``inputs changed`` or ``damaged``: equal
+            inputs, but the image is not the one of the record, or one of its files was touched.
+    """
+
+    state: str
+    changes: tuple[Change, ...] = ()
+
+
+def why_rebuild(plan: ImagePlan) -> Reason:
+    """Compare a plan with the record of the last build.
+
+    Raises:
+        BuildRecordError: the record cannot be read.
+    """
+    record = read_record(plan.record_path)
+    if record is None:
+        return Reason(state="never built")
+    changes = compare(record["inputs"], plan.inputs(), record.get("details", {}), plan.details())
+    if changes:
+        return Reason(state="inputs changed", changes=changes)
+    return Reason(state="nothing changed" if plan.up_to_date() else "damaged")
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record that a build left; None where there is none.
+
+    Raises:
+        BuildRecordError: it is not one.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        record, problem = None, str(error)
+    else:
+        problem = "it has no table of inputs"
+    if isinstance(record, dict) and isinstance(record.get("inputs"), dict):
+        return record
+    raise BuildRecordError(
+        f"not the record of a build: {problem}",
+        where=str(path),
+        remedy="delete it; the next build writes it anew",
+    )
+
+
+def recorded_engine(record: dict[str, Any] | None) -> str | None:
+    """The engine that made the system of a recorded build, where it is known."""
+    base = ((record or {}).get("stack") or {}).get("base") or {}
+    name = base.get("engine")
+    return name if isinstance(name, str) else None
+
+
+def compare(
+    old: dict[str, str],
+    new: dict[str, str],
+    old_details: dict[str, dict[str, Any]],
+    new_details: dict[str, dict[str, Any]],
+) -> tuple[Change, ...]:
+    """Inputs with another hash, in the order of a build.
+
+    Args:
+        old: input -> hash, of the record.
+        new: the same, of now.
+        old_details: input -> what it was made of; records of older builds have none.
+        new_details: the same, of now.
+    """
+    names = [*new, *(name for name in old if name not in new)]
+    return tuple(
+        Change(
+            name=name,
+            parts=(
+                differences(old_details[name], new_details.get(name, {}))
+                if name in old_details
+                else ("what in it: the record does not say",)
+            ),
+        )
+        for name in names
+        if old.get(name) != new.get(name)
+    )
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, ...]:
+    """A sentence per part that was added, removed or changed."""
+    added = [f"added {name}: {_show(new[name])}" for name in new if name not in old]
+    removed = [f"removed {name}: {_show(old[name])}" for name in old if name not in new]
+    changed = [
+        f"changed {name}: {_show(old[name])} -> {_show(new[name])}"
+        for name in new
+        if name in old and old[name] != new[name]
+    ]
+    return (*added, *removed, *changed) or ("order or form only",)
+
+
+def _show(value: Any) -> str:
+    """Hashes are cut: 12 digits tell them apart."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return " ".join(
+        word[:SHORT] if len(word) > SHORT and set(word) <= HEX else word for word in text.split(" ")
+    )
