@@ -84,6 +84,9 @@ ROWS: dict[str, list[str | int]] = {
     "PinnedRequirement-override": ["line", "0.33", "overrides", 0],
     "Artifact": ["artifact", "flash-nvfp4-fp8-mtp"],
     "Preset": ["preset", "b300-mtp"],
+    "Cuda": ["cuda", "13.0"],
+    "Container": ["container"],
+    "RetiredVariable": ["retired", "VLLM_TEST_FORCE_FP8_MARLIN"],
 }
 
 
@@ -174,7 +177,17 @@ REFUSED: dict[str, tuple[Callable[[Data], None], list[str]]] = {
         ["line.0.26", "both", "b300"],
     ),
     "preset-of-no-sku": (put("preset", "b300-mtp", "sku", "b301"), ["preset.b300-mtp", "b301"]),
-    "preset-of-no-artifact": (put("preset", "b300-mtp", "artifact", "x"), ["preset.b300-mtp", "x"]),
+    "preset-of-no-artifact": (
+        put("preset", "b300-mtp", "artifacts", ["x"]),
+        ["preset.b300-mtp", "artifact.x"],
+    ),
+    "preset-of-nothing": (put("preset", "b300-mtp", "artifacts", []), ["preset.b300-mtp"]),
+    "preset-of-another-sku": (put("preset", "b300-mtp", "sku", "b200"), ["start with b200-"]),
+    "drafts-without-mtp": (
+        put("preset", "b300-mtp", "artifacts", ["redhat-nvfp4-fp8"]),
+        ["preset.b300-mtp", "redhat-nvfp4-fp8 has no MTP"],
+    ),
+    "cuda-without-driver": (put(*LINE, "cuda", "13.9"), ["line.0.26", "cuda.'13.9'"]),
     "no-last-layer": (put("layers", -1, "match", ["t*"]), ["layers", "*"]),
     "no-layers": (put("layers", []), ["layers"]),
 }

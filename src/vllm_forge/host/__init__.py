@@ -11,6 +11,13 @@ from vllm_forge.host.files import (
     require_disk,
     tree_bytes,
 )
+from vllm_forge.host.probe import (
+    HostProbe,
+    Probe,
+    RecordedProbe,
+    RecordingProbe,
+    Reply,
+)
 from vllm_forge.host.run import (
     RecordingRunner,
     Runner,
@@ -20,7 +27,12 @@ from vllm_forge.host.run import (
 )
 
 __all__ = [
+    "HostProbe",
+    "Probe",
+    "RecordedProbe",
+    "RecordingProbe",
     "RecordingRunner",
+    "Reply",
     "Runner",
     "SubprocessRunner",
     "atomic_path",

@@ -12,6 +12,7 @@ from vllm_forge.matrix.model import (
     Preset,
     Sku,
 )
+from vllm_forge.matrix.serve_args import serve_arguments
 
 __all__ = [
     "Artifact",
@@ -27,4 +28,5 @@ __all__ = [
     "image_cell",
     "load",
     "schema_text",
+    "serve_arguments",
 ]

@@ -64,11 +64,41 @@ class Line(Row):
     )
 
 
+class Cuda(Row):
+    """What a CUDA release asks of the host."""
+
+    driver: Version = Field(description="oldest Linux driver")
+    source: str = Field(description="where NVIDIA says so")
+
+
+class Container(Row):
+    """What a container that serves needs, beyond its GPUs."""
+
+    shm_gb: Integer = Field(
+        ge=1,
+        description="size of its /dev/shm, 2^30 bytes; tensor-parallel workers and NCCL need it",
+    )
+    ulimits: tuple[str, ...] = Field(description="name=value, as docker and podman take them")
+    port: Integer = Field(description="of the HTTP server")
+
+
+class RetiredVariable(Row):
+    """An environment variable that published commands set and that is no longer wanted."""
+
+    effect: str = Field(min_length=20, description="what it does where vLLM still reads it")
+    replacement: str = Field(min_length=3, description="what to write instead")
+    source: str = Field(description="the change that removed it")
+
+
 class LayerRule(Row):
     """One wheel layer: which distributions go in. First match wins; the last one takes the rest."""
 
     name: Name
     match: tuple[str, ...] = Field(description="fnmatch patterns of normalized names")
+    code: Flag = Field(
+        default=False,
+        description="libraries with device code go into a layer per SKU, without foreign code",
+    )
 
 
 class Base(Row):
@@ -90,18 +120,22 @@ class Artifact(Row):
     experts: Literal["nvfp4", "w4a16", "mxfp4"]
     attention: Literal["fp8-block", "bf16"]
     mtp: Literal["bf16", "fp8", "none"]
-    size_gb: Integer | None = None
+    size_gb: Integer | None = Field(default=None, description="10^9 bytes; unset: not known")
+    shards: Integer | None = Field(default=None, description="safetensors files; unset: not known")
 
 
 class Preset(Row):
-    """A way to serve an artifact on a SKU."""
+    """A way to serve artifacts on a SKU. Its name is the SKU's, a dash, and a short name."""
 
     sku: Name
-    artifact: Name
+    artifacts: tuple[Name, ...] = Field(min_length=1, description="the first is the default")
     tensor_parallel: Integer = Field(ge=1, description="GPUs that one replica is spread over")
     speculative_tokens: Integer = Field(default=0, ge=0, description="k of MTP; 0 = off")
-    flags: tuple[str, ...] = ()
+    flags: tuple[str, ...] = Field(
+        default=(), description="of `vllm serve`, each with its value in one word: --name=value"
+    )
     env: dict[str, str] = Field(default_factory=dict)
+    note: str = Field(min_length=20, description="where its values come from; printed with it")
 
 
 class Matrix(Row):
@@ -110,6 +144,11 @@ class Matrix(Row):
     schema_version: Literal[1]
     default_line: Name
     base: Base
+    container: Container
+    cuda: dict[str, Cuda]
+    retired: dict[str, RetiredVariable] = Field(
+        default_factory=dict, description="environment variable -> what to write instead"
+    )
     layers: tuple[LayerRule, ...]
     sku: dict[Name, Sku]
     line: dict[Name, Line]
@@ -121,6 +160,8 @@ class Matrix(Row):
         if self.default_line not in self.line:
             raise ValueError(f"default_line: no [line.{self.default_line!r}]")
         for name, line in self.line.items():
+            if line.cuda not in self.cuda:
+                raise ValueError(f"line.{name}: no [cuda.{line.cuda!r}] with its driver")
             for sku in (*line.skus, *line.unsupported):
                 if sku not in self.sku:
                     raise ValueError(f"line.{name}: no [sku.{sku}]")
@@ -130,11 +171,21 @@ class Matrix(Row):
                 raise ValueError(
                     f"line.{name}: say in skus or in unsupported what holds for {sorted(neither)}"
                 )
-        for name, preset in self.preset.items():
-            if preset.sku not in self.sku:
-                raise ValueError(f"preset.{name}: no [sku.{preset.sku}]")
-            if preset.artifact not in self.artifact:
-                raise ValueError(f"preset.{name}: no [artifact.{preset.artifact}]")
+        self._presets_agree()
         if not self.layers or self.layers[-1].match != ("*",):
             raise ValueError('layers: the last one must match ["*"]')
         return self
+
+    def _presets_agree(self) -> None:
+        for name, preset in self.preset.items():
+            if preset.sku not in self.sku:
+                raise ValueError(f"preset.{name}: no [sku.{preset.sku}]")
+            if not name.startswith(f"{preset.sku}-"):
+                raise ValueError(f"preset.{name}: the name must start with {preset.sku}-")
+            for artifact in preset.artifacts:
+                if artifact not in self.artifact:
+                    raise ValueError(f"preset.{name}: no [artifact.{artifact}]")
+                if preset.speculative_tokens and self.artifact[artifact].mtp == "none":
+                    raise ValueError(
+                        f"preset.{name}: speculative_tokens, and {artifact} has no MTP block"
+                    )

@@ -1,0 +1,105 @@
+"""Questions to the machine whose failure is an answer too; from life or from a recording."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from vllm_forge.host.files import atomic_path
+from vllm_forge.host.run import which
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+TIMEOUT_S = 30
+# What shells say for a command that does not exist, and timeout(1) for one that hangs.
+NOT_FOUND, TIMED_OUT = 127, 124
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a command said: exit code, and stdout; after a failure also stderr."""
+
+    code: int
+    text: str
+
+    @property
+    def missing(self) -> bool:
+        """The program is not installed."""
+        return self.code == NOT_FOUND
+
+
+class Probe(Protocol):
+    """Asks the host."""
+
+    def ask(self, name: str, argv: Sequence[str]) -> Reply:
+        """Run ``argv``; ``name`` says which question it is, for recordings."""
+        ...
+
+
+class HostProbe:
+    """This machine."""
+
+    def ask(self, name: str, argv: Sequence[str]) -> Reply:
+        """Run the command, for at most 30 seconds."""
+        del name
+        program = which(argv[0])
+        if program is None:
+            return Reply(code=NOT_FOUND, text=f"{argv[0]}: not found\n")
+        try:
+            done = subprocess.run(
+                [program, *argv[1:]],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=TIMEOUT_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            words = f"{shlex.join(argv)}: no answer in {TIMEOUT_S} s\n"
+            return Reply(code=TIMED_OUT, text=words)
+        # Where a command succeeds, stderr has warnings, which are not part of its JSON.
+        return Reply(
+            code=done.returncode, text=done.stdout + (done.stderr if done.returncode else "")
+        )
+
+
+@dataclass(frozen=True)
+class RecordedProbe:
+    """A folder with ``<name>.txt`` per question; ``<name>.code`` where the exit code is not 0."""
+
+    folder: Path
+
+    def ask(self, name: str, argv: Sequence[str]) -> Reply:
+        """The recorded reply; a question without a file is a program that is not installed."""
+        try:
+            text = (self.folder / f"{name}.txt").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return Reply(code=NOT_FOUND, text=f"{argv[0]}: not found\n")
+        code = self.folder / f"{name}.code"
+        return Reply(code=int(code.read_text()) if code.is_file() else 0, text=text)
+
+
+@dataclass(frozen=True)
+class RecordingProbe:
+    """Asks another probe and keeps its replies in a folder that RecordedProbe reads."""
+
+    inner: Probe
+    folder: Path
+
+    def ask(self, name: str, argv: Sequence[str]) -> Reply:
+        """Ask, write, answer."""
+        reply = self.inner.ask(name, argv)
+        for path in (self.folder / f"{name}.txt", self.folder / f"{name}.code"):
+            path.unlink(missing_ok=True)
+        if not reply.missing:
+            with atomic_path(self.folder / f"{name}.txt") as aside:
+                aside.write_text(reply.text, encoding="utf-8")
+            if reply.code:
+                with atomic_path(self.folder / f"{name}.code") as aside:
+                    aside.write_text(f"{reply.code}\n")
+        return reply

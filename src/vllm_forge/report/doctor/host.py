@@ -1,0 +1,199 @@
+"""The host as its own tools describe it: asked through a probe, parsed into records."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_forge.host import Probe, Reply
+
+MIB = 1 << 20
+# Fields of nvidia-smi --help-query-gpu. fabric.*: since driver 525.
+FIELDS = (
+    "index", "name", "compute_cap", "driver_version", "memory.total",
+    "mig.mode.current", "fabric.state", "fabric.status",
+)  # fmt: skip
+QUERY = ("nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits")
+NOT_APPLICABLE = {"N/A", "[N/A]", "[Not Supported]"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A row of nvidia-smi.
+
+    Attributes:
+        memory: bytes, as the driver gives them out.
+        mig: the GPU is split.
+        fabric: state of its NVLink fabric, None where it has none.
+    """
+
+    index: int
+    name: str
+    capability: str
+    driver: str
+    memory: int
+    mig: bool
+    fabric: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """A container engine that answers.
+
+    Attributes:
+        root: where it keeps images and volumes.
+        nvidia: it can hand GPUs to containers.
+    """
+
+    name: str
+    version: str
+    root: str
+    nvidia: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """All that was asked. ``*_said`` is a tool's own words where they are not what was expected.
+
+    Attributes:
+        gpus: as nvidia-smi lists them.
+        versions: driver and user space, as ``nvidia-smi --version`` says.
+        toolkit: version of the NVIDIA container toolkit, None where it is not installed.
+        engines: those that answer; ``engines_said`` is about the others.
+        disk_free: bytes below ``disk_path``, where the first engine keeps its images.
+        ram, shm: bytes in total.
+    """
+
+    gpus: tuple[Gpu, ...]
+    gpus_said: str
+    versions: dict[str, str]
+    toolkit: str | None
+    engines: tuple[EngineInfo, ...]
+    engines_said: dict[str, str]
+    disk_path: str
+    disk_free: int | None
+    ram: int | None
+    shm: int | None
+
+
+def ask_host(probe: Probe) -> Host:
+    """Put every question; none of them changes anything."""
+    listing = probe.ask("nvidia-smi", QUERY)
+    gpus, gpus_said = parse_gpus(listing)
+    toolkit = _version(probe.ask("nvidia-ctk", ["nvidia-ctk", "--version"]))
+    devices = probe.ask("nvidia-ctk-cdi", ["nvidia-ctk", "cdi", "list"]).text
+    replies = {
+        "docker": probe.ask("docker", ["docker", "info", "--format", "{{json .}}"]),
+        "podman": probe.ask("podman", ["podman", "info", "--format", "json"]),
+    }
+    engines: list[EngineInfo] = []
+    said: dict[str, str] = {}
+    for name, reply in replies.items():
+        info = _json(reply)
+        if info is None:
+            said[name] = "not installed" if reply.missing else _words(reply)
+        elif name == "docker":
+            engines.append(_docker(info))
+        else:
+            engines.append(_podman(info, devices))
+    path = engines[0].root if engines else "/"
+    return Host(
+        gpus=gpus,
+        gpus_said=gpus_said,
+        versions=parse_versions(probe.ask("nvidia-smi-version", ["nvidia-smi", "--version"])),
+        toolkit=toolkit,
+        engines=tuple(engines),
+        engines_said=said,
+        disk_path=path,
+        disk_free=_df(probe.ask("df", _df_argv(path)), "Avail"),
+        ram=parse_meminfo(probe.ask("meminfo", ["cat", "/proc/meminfo"])),
+        shm=_df(probe.ask("df-shm", _df_argv("/dev/shm")), "1B-blocks"),  # noqa: S108
+    )
+
+
+def parse_gpus(reply: Reply) -> tuple[tuple[Gpu, ...], str]:
+    """The GPUs; and nvidia-smi's words where it lists none."""
+    if reply.missing:
+        return (), "nvidia-smi is not installed"
+    rows = [line.split(", ") for line in reply.text.splitlines() if line.count(", ") >= 1]
+    if reply.code or not rows or any(len(row) != len(FIELDS) for row in rows):
+        return (), _words(reply)
+    gpus = []
+    for index, name, capability, driver, memory, mig, state, status in rows:
+        done = (state, status) == ("Completed", "Success")
+        none = state in NOT_APPLICABLE
+        gpus.append(
+            Gpu(
+                index=int(index),
+                name=name,
+                capability=capability,
+                driver=driver,
+                memory=int(memory) * MIB,
+                mig=mig == "Enabled",
+                fabric=None if none else "ready" if done else f"{state}, {status}",
+            )
+        )
+    return tuple(gpus), ""
+
+
+def parse_versions(reply: Reply) -> dict[str, str]:
+    """``{"NVIDIA-SMI": ..., "NVML": ..., "DRIVER": ...}``; empty where it does not answer."""
+    pairs = re.findall(r"^(NVIDIA-SMI|NVML|DRIVER) version\s*:\s*(\S+)$", reply.text, re.M)
+    return {} if reply.code else dict(pairs)
+
+
+def parse_meminfo(reply: Reply) -> int | None:
+    """Bytes of RAM; the file counts in KiB."""
+    found = re.search(r"^MemTotal:\s+(\d+) kB$", reply.text, re.M)
+    return None if found is None else int(found[1]) * 1024
+
+
+def _docker(info: dict[str, Any]) -> EngineInfo:
+    devices = [item.get("ID", "") for item in info.get("DiscoveredDevices") or []]
+    nvidia = "nvidia" in (info.get("Runtimes") or {}) or any("nvidia.com/gpu" in d for d in devices)
+    return EngineInfo(
+        name="docker", version=info["ServerVersion"], root=info["DockerRootDir"], nvidia=nvidia
+    )
+
+
+def _podman(info: dict[str, Any], devices: str) -> EngineInfo:
+    return EngineInfo(
+        name="podman",
+        version=info["version"]["Version"],
+        root=info["store"]["graphRoot"],
+        nvidia="nvidia.com/gpu=" in devices,
+    )
+
+
+def _json(reply: Reply) -> dict[str, Any] | None:
+    if reply.code:
+        return None
+    info: dict[str, Any] = json.loads(reply.text)
+    return info
+
+
+def _version(reply: Reply) -> str | None:
+    found = re.search(r"version (\S+)", reply.text)
+    return None if reply.code or found is None else found[1]
+
+
+def _df_argv(path: str) -> list[str]:
+    return ["df", "--block-size=1", "--output=target,size,avail", path]
+
+
+def _df(reply: Reply, column: str) -> int | None:
+    lines = reply.text.splitlines()
+    if reply.code or len(lines) != 2:  # noqa: PLR2004 - a header and a row
+        return None
+    # "Mounted on" is two words of the header; a mount point may have spaces too.
+    place = {"1B-blocks": -2, "Avail": -1}[column]
+    return int(lines[1].split()[place])
+
+
+def _words(reply: Reply) -> str:
+    """A tool's own words in one line."""
+    lines = [line.strip() for line in reply.text.splitlines() if line.strip()]
+    return "; ".join(lines) if lines else f"exit {reply.code} without a word"

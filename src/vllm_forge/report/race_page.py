@@ -1,0 +1,232 @@
+"""docs/race.md, rendered from docs/race.json, which is made from a run's results.
+
+    python -m vllm_forge.report.race_page RESULTS
+
+``RESULTS`` is the folder that ``python -m tests.gpu.race.run`` wrote. A run replaces the one of the
+same GPU and line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_forge.host import atomic_path
+from vllm_forge.numerics.power import exclusion
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+Row = dict[str, Any]
+ROOT = Path(__file__).parents[3]
+DATA, PAGE = Path("docs/race.json"), Path("docs/race.md")
+# The order of columns, and how they are called there.
+TOOLS = (
+    "bitwise, one input", "bitwise, two inputs in turn", "float64 bound", "other partition",
+    "locks zero", "NaN left", "watchdog", "red zones", "memcheck", "initcheck", "racecheck",
+    "synccheck", "SASS audit",
+)  # fmt: skip
+STATIC = {"SASS audit"}
+NAMES = (
+    "kind", "cell", "format", "mode", "launches", "differ", "dirty", "margin", "excluded_p", "bad",
+    "nan", "wrong", "weights", "fault", "what", "tools", "seen", "planted", "killed", "tool",
+    "build", "builds", "reports", "new", "lost_clamp",
+)  # fmt: skip
+HEAD = """# Marlin MoE under concurrent decode
+
+Whether the kernel that serves the experts gives the same bits launch after launch, within a bound
+that is known beforehand, and whether the tests that say so see faults at all. Generated from
+[race.json](race.json) by `python -m vllm_forge.report.race_page`; do not edit.
+"""
+NOT_RUN = """
+not run
+
+On a GPU host: `python -m tests.gpu.race.run OUTPUT`, with the folder that
+`python -m tests.gpu.prepare_race dist/gpu/race` makes.
+"""
+MEANING = """
+**X** sees it, **.** does not, blank: was not asked. *bitwise* compares with the first result of the
+same input; with one input a block that reads `c_tmp` too early finds there what it should have
+waited for, left by the launch before, so two inputs take turns. *locks zero* looks at the
+workspace after a launch, *NaN left* at a result that was NaN before, *watchdog* at a launch that
+does not end. racecheck looks at shared memory only. The audit reads the machine code.
+"""
+
+
+def collect(folder: Path) -> Row:
+    """What a run said: its own record, and of each test's row what the page uses."""
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    rows = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            kept = {name: row[name] for name in NAMES if name in row}
+            kept |= {name: value for name, value in row.items() if name.startswith("sees ")}
+            kept |= {"test": row["test"].rpartition("/")[2], "outcome": row["outcome"]}
+            if row["outcome"] == "skipped":
+                kept["reason"] = row.get("reason", "")[:200]
+            rows.append(kept)
+    return {"run": run, "rows": rows}
+
+
+def render(data: Row) -> str:
+    """The page, from nothing but the data."""
+    if not data["runs"]:
+        return HEAD + NOT_RUN
+    return HEAD + "".join(_run(one["run"], one["rows"]) for one in data["runs"])
+
+
+def _run(run: Row, rows: list[Row]) -> str:
+    kit, gpu = run["kit"], run["gpu"]
+    count = {name: sum(row["outcome"] == name for row in rows) for name in ("passed", "failed")}
+    others = len(rows) - sum(count.values())
+    seconds = max(part["seconds"] for part in run["parts"].values())
+    parts = [
+        f"\n## {gpu['name']}, line {kit.get('line', 'installed')}\n",
+        f"{run['started']}, driver {gpu['driver_version']}, {kit.get('wheel', 'no kit')}. "
+        f"{len(rows)} tests in {seconds:.0f} s: {count['passed']} passed, "
+        f"{count['failed']} failed, {others} not run.\n",
+        _failed(rows),
+        _launches(rows),
+        _controls(rows),
+        _numerics(rows),
+        _memory(rows),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _failed(rows: list[Row]) -> str:
+    bad = [row for row in rows if row["outcome"] != "passed"]
+    if not bad:
+        return ""
+    lines = [f"* `{row['test']}`: {row.get('reason') or row['outcome']}" for row in bad]
+    return "\n".join(["Not green:\n", *lines, ""])
+
+
+def _launches(rows: list[Row]) -> str:
+    mine = [row for row in rows if row.get("kind") == "bitwise"]
+    if not mine:
+        return ""
+    total = sum(row["launches"] for row in mine)
+    bad = sum(row["differ"] + row["dirty"] for row in mine)
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in mine:
+        groups[row["format"], row["mode"]].append(row)
+    table = [
+        (form, mode, len(group), *(_sum(group, key) for key in ("launches", "differ", "dirty")),
+         f"{max((row['margin'] for row in group if 'margin' in row), default=0):.2f}")
+        for (form, mode), group in sorted(groups.items())
+    ]  # fmt: skip
+    said = f"All together: {exclusion(total)}." if not bad else f"{bad} launches are wrong."
+    head = ("format", "around it", "cells", "launches", "differ", "locks left", "of the bound")
+    return "\n".join(["### Launches\n", said + "\n", _table(head, table), ""])
+
+
+def _controls(rows: list[Row]) -> str:
+    found: dict[str, dict[str, bool]] = defaultdict(dict)
+    what: dict[str, str] = {}
+    for row in rows:
+        if row.get("kind") == "control":
+            what.setdefault(row["fault"], row.get("what", ""))
+            what[row["fault"]] = what[row["fault"]] or row.get("what", "")
+            for tool in row["tools"]:
+                found[row["fault"]][tool] = tool in row["seen"]
+        elif row.get("kind") == "table":
+            for build in row["builds"]:
+                found[build].setdefault(row["tool"], row.get(f"sees {build}", False))
+    if not found:
+        return ""
+    table = [
+        (f"`{fault}`", *(_mark(tools.get(tool)) for tool in TOOLS))
+        for fault, tools in found.items()
+    ]
+    blind = [
+        f"* `{fault}`: {what.get(fault, '')}"
+        for fault, tools in found.items()
+        if not any(tools.get(tool) for tool in TOOLS if tool not in STATIC)
+        and not what.get(fault, "").startswith("no fault")
+    ]
+    names = [f"* `{fault}`: {text}" for fault, text in what.items()]
+    out = ["### Faults and what sees them\n", _table(("fault", *TOOLS), table), MEANING, *names, ""]
+    if blind:
+        out += ["Seen by nothing that runs the kernel:\n", *blind, ""]
+    return "\n".join(out)
+
+
+def _numerics(rows: list[Row]) -> str:
+    mine = [row for row in rows if row.get("kind") in {"numerics", "partitions"}]
+    kills = [row for row in rows if row.get("kind") == "kill"]
+    if not mine and not kills:
+        return ""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in mine:
+        groups[row["format"]].append(row)
+    table = [
+        (form, _sum(group, "launches"), f"{max(row.get('margin', 0) for row in group):.2f}",
+         _sum(group, "weights"), _sum(group, "wrong"))
+        for form, group in sorted(groups.items())
+    ]  # fmt: skip
+    head = ("format", "launches", "of the bound, at most", "weights read", "wrong")
+    planted, killed = _sum(kills, "planted"), _sum(kills, "killed")
+    said = f"Faults planted in weights and results: {killed} of {planted} noticed."
+    return "\n".join(["### Numerics\n", _table(head, table), "", said, ""])
+
+
+def _memory(rows: list[Row]) -> str:
+    out = [
+        f"{row['launches']} launches between red zones: {row['bad']} buffers written around, "
+        f"{row['nan']} results with NaN."
+        for row in rows
+        if row.get("kind") == "red_zones"
+    ]
+    table = [
+        (row["tool"], row["build"], sum(r["count"] for r in row["reports"]), len(row["new"]))
+        for row in rows
+        if row.get("kind") == "sanitizer"
+    ]
+    if table:
+        out += ["", _table(("checker", "build", "reports", "not in the baseline"), table)]
+    return "\n".join(["### Memory\n", *out, ""]) if out else ""
+
+
+def _mark(seen: bool | None) -> str:
+    return "" if seen is None else "X" if seen else "."
+
+
+def _sum(rows: Iterable[Row], key: str) -> int:
+    return sum(int(row.get(key, 0)) for row in rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Put a run into docs/race.json and write the page."""
+    parser = argparse.ArgumentParser(prog="vllm_forge.report.race_page")
+    parser.add_argument("results", type=Path)
+    args = parser.parse_args(argv)
+    made = collect(args.results)
+    data = json.loads((ROOT / DATA).read_text(encoding="utf-8"))
+    data["runs"] = [one for one in data["runs"] if _key(one) != _key(made)] + [made]
+    for path, text in ((DATA, json.dumps(data, indent=1) + "\n"), (PAGE, render(data))):
+        with atomic_path(ROOT / path) as aside:
+            aside.write_text(text, encoding="utf-8")
+    return 0
+
+
+def _key(one: Row) -> tuple[str, str]:
+    return one["run"]["gpu"]["name"], one["run"]["kit"].get("line", "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

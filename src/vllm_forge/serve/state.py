@@ -1,0 +1,81 @@
+"""What is known of a cell: its built image, and the receipts bound to that image's digest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_forge.errors import BuildRecordError
+
+if TYPE_CHECKING:
+    from vllm_forge.matrix import ImageCell
+
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltImage:
+    """An image that a build left in ``dist/``, by its record.
+
+    Attributes:
+        digest: ``sha256:<hex>`` of the manifest.
+        size: bytes that a pull transfers.
+        record: all of the record.
+    """
+
+    digest: str
+    size: int
+    record: dict[str, Any]
+
+
+def record_path(cell: ImageCell) -> Path:
+    """Where a build of the cell leaves its record by default."""
+    return cell.root / "dist" / f"{cell.name}.json"
+
+
+def built_image(cell: ImageCell) -> BuiltImage | None:
+    """The cell's image; None where none was built here.
+
+    Raises:
+        BuildRecordError: there is a record, but it is not one.
+    """
+    path = record_path(cell)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return BuiltImage(digest=record["digest"], size=record["size"], record=record)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BuildRecordError(
+            f"not the record of a build: {type(error).__name__}: {error}",
+            where=str(path),
+            remedy=f"delete it and build again: {build_command(cell)}",
+        ) from error
+
+
+def build_command(cell: ImageCell) -> str:
+    """The command that builds the cell's image and loads it into the engine."""
+    line = f" --line {cell.line_name}"
+    return f"nox -s build-{cell.sku.arch.replace('_', '')} --{line} --load"
+
+
+def receipts(root: Path, digest: str | None) -> tuple[Path, ...]:
+    """Receipts of an image: ``docs/receipts/<digest in hex>/*.json``; without a digest, none."""
+    if digest is None:
+        return ()
+    return tuple(sorted((root / "docs" / "receipts" / digest.partition(":")[2]).glob("*.json")))
+
+
+def state_of(root: Path, preset_name: str, artifact_name: str, digest: str | None) -> str:
+    """Not run, or the receipts that say otherwise for this preset and artifact."""
+    wanted = f"{preset_name}--{artifact_name}"
+    named = [
+        path
+        for path in receipts(root, digest)
+        if path.stem == wanted or path.stem.startswith(f"{wanted}--")
+    ]
+    if not named:
+        return NOT_RUN
+    return "receipts: " + ", ".join(str(path.relative_to(root)) for path in named)

@@ -1,0 +1,301 @@
+"""Presets: rows to one command line that a shell takes as it is."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_forge.cli import main
+from vllm_forge.errors import (
+    BuildRecordError,
+    NoGpuError,
+    UnknownArtifactError,
+    UnknownPresetError,
+)
+from vllm_forge.host import Reply
+from vllm_forge.matrix import Matrix, image_cell, load, serve_arguments
+from vllm_forge.serve import (
+    Command,
+    Serving,
+    bare_command,
+    build_command,
+    built_image,
+    container_command,
+    find_preset,
+    presets_of,
+    require_gpus,
+    running_engine,
+    serving,
+    state_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+DIGEST = "sha256:" + "ab" * 32
+
+
+@pytest.fixture
+def matrix(root: Path) -> Matrix:
+    return load(root)
+
+
+@pytest.fixture
+def item(matrix: Matrix, root: Path) -> Serving:
+    return serving(matrix, image_cell(matrix, root, "b300"), "mtp")
+
+
+def words(command: Command) -> list[str]:
+    """The command as a shell reads its text, without the environment before it."""
+    return [word for word in shlex.split(command.text()) if word != "\n"]
+
+
+def test_the_issue_names_these_presets(matrix: Matrix) -> None:
+    """B300 and B200: TP4, k=2 and without; RTX PRO 6000: TP2 and TP4, k=1, small batches."""
+    for sku in ("b300", "b200"):
+        rows = {short: matrix.preset[name] for short, name in presets_of(matrix, sku).items()}
+        assert {s: (p.tensor_parallel, p.speculative_tokens) for s, p in rows.items()} == {
+            "mtp": (4, 2),
+            "plain": (4, 0),
+        }
+    for parallel in (2, 4):
+        row = matrix.preset[f"rtxpro6000-tp{parallel}-mtp"]
+        assert (row.tensor_parallel, row.speculative_tokens) == (parallel, 1)
+        assert {"--max-num-seqs=8", "--max-num-batched-tokens=2048"} <= set(row.flags)
+    assert presets_of(matrix, "h200")
+    assert matrix.sku["h200"].development
+
+
+def test_every_artifact_has_a_preset_on_every_sku(matrix: Matrix) -> None:
+    for sku in matrix.sku:
+        served = {
+            a for name in presets_of(matrix, sku).values() for a in matrix.preset[name].artifacts
+        }
+        assert served == set(matrix.artifact)
+
+
+def test_an_artifact_with_mtp_can_be_served_with_it(matrix: Matrix) -> None:
+    for sku in matrix.sku:
+        drafted = {
+            artifact
+            for name in presets_of(matrix, sku).values()
+            if matrix.preset[name].speculative_tokens
+            for artifact in matrix.preset[name].artifacts
+        }
+        assert drafted == {name for name, row in matrix.artifact.items() if row.mtp != "none"}
+
+
+def test_arguments_of_a_preset(matrix: Matrix) -> None:
+    args, env = serve_arguments(matrix, "b300-mtp")
+    assert args == [
+        "--tensor-parallel-size=4",
+        "--kv-cache-dtype=fp8",
+        "--max-num-seqs=128",
+        '--speculative-config={"method":"mtp","num_speculative_tokens":2}',
+    ]
+    assert env == {}
+    assert not any("speculative" in arg for arg in serve_arguments(matrix, "b300-plain")[0])
+
+
+def test_b200_is_as_b300_and_was_not_run(matrix: Matrix, root: Path) -> None:
+    for short in ("mtp", "plain"):
+        assert serve_arguments(matrix, f"b200-{short}") == serve_arguments(matrix, f"b300-{short}")
+    for name, preset in matrix.preset.items():
+        for artifact in preset.artifacts:
+            assert state_of(root, name, artifact, DIGEST) == "not run"
+
+
+def test_no_preset_forces_marlin(matrix: Matrix) -> None:
+    assert not any(preset.env.keys() & matrix.retired.keys() for preset in matrix.preset.values())
+
+
+@pytest.mark.parametrize("asked", ["mtp", "b300-mtp"])
+def test_preset_by_short_or_full_name(asked: str, matrix: Matrix) -> None:
+    assert find_preset(matrix, "b300", asked) == "b300-mtp"
+
+
+@pytest.mark.parametrize(
+    ("sku", "asked", "words"),
+    [
+        ("b300", "mpt", "Perhaps you meant 'mtp'"),
+        ("rtxpro6000", "tp3-mtp", "Perhaps you meant 'tp"),
+        ("b300", "b200-mtp", "mtp"),
+        ("b300", "", "Known: mtp, plain"),
+    ],
+)
+def test_unknown_preset(sku: str, asked: str, words: str, matrix: Matrix) -> None:
+    with pytest.raises(UnknownPresetError, match=words):
+        find_preset(matrix, sku, asked)
+
+
+def test_unknown_artifact(matrix: Matrix, root: Path) -> None:
+    cell = image_cell(matrix, root, "b300")
+    with pytest.raises(UnknownArtifactError, match="Perhaps you meant 'nvidia-nvfp4'"):
+        serving(matrix, cell, "mtp", "nvidia-nvfp")
+    with pytest.raises(UnknownArtifactError, match="does not serve artifact redhat") as refused:
+        serving(matrix, cell, "mtp", "redhat-nvfp4-fp8")
+    assert "nvidia-nvfp4" in refused.value.remedy
+
+
+def test_docker_command(matrix: Matrix, item: Serving) -> None:
+    assert words(container_command(matrix, item, digest=DIGEST)) == [
+        "docker", "run", "--rm", "--gpus=4", "--ipc=private", "--shm-size=16g",
+        "--ulimit=memlock=-1", "--ulimit=stack=67108864", "--publish=8000:8000",
+        "--volume=vllm-forge-cache:/cache", f"localhost/vllm-0.26.0-b300@{DIGEST}",
+        "canada-quant/DeepSeek-V4-Flash-NVFP4-FP8-MTP", "--port=8000",
+        "--tensor-parallel-size=4", "--kv-cache-dtype=fp8", "--max-num-seqs=128",
+        '--speculative-config={"method":"mtp","num_speculative_tokens":2}',
+    ]  # fmt: skip
+
+
+def test_podman_command_names_the_devices(matrix: Matrix, root: Path) -> None:
+    item = serving(matrix, image_cell(matrix, root, "rtxpro6000"), "tp2-mtp")
+    argv = words(container_command(matrix, item, engine="podman"))
+    devices = [word for word in argv if word.startswith("--device=")]
+    assert devices == ["--device=nvidia.com/gpu=0", "--device=nvidia.com/gpu=1"]
+    assert "localhost/vllm-0.26.0-rtxpro6000:0.26" in argv  # by tag where nothing is built
+    assert not any(word.startswith("--gpus") for word in argv)
+
+
+def test_bare_command_sets_what_the_image_has_set(matrix: Matrix, item: Serving) -> None:
+    text = bare_command(matrix, item).text()
+    assert text.startswith(
+        "TORCH_CUDA_ARCH_LIST=10.3a vllm serve canada-quant/DeepSeek-V4-Flash-NVFP4-FP8-MTP \\\n"
+    )
+
+
+def test_environment_of_a_preset_goes_into_the_container(matrix: Matrix, item: Serving) -> None:
+    row = item.preset.model_copy(update={"env": {"VLLM_A": "b c"}})
+    changed = matrix.model_copy(update={"preset": {**matrix.preset, item.preset_name: row}})
+    assert "--env=VLLM_A=b c" in words(container_command(changed, item))
+    assert bare_command(changed, item).env["VLLM_A"] == "b c"
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(
+        st.text(st.characters(exclude_characters="\0", codec="utf-8"), min_size=1), max_size=4
+    ),
+    st.dictionaries(
+        st.from_regex(r"[A-Z_]{1,8}", fullmatch=True), st.text("ab '\"$\\`\n"), max_size=2
+    ),
+)
+def test_text_is_what_a_shell_reads_back(options: list[str], env: dict[str, str]) -> None:
+    command = Command(argv=("printf", r"%s\0", *options), env=env)
+    done = subprocess.run(["bash", "-c", command.text()], capture_output=True, check=True)
+    seen = done.stdout.decode().split("\0")[:-1] if options else []
+    assert seen == options
+
+
+class Said:
+    """A probe that knows its replies by name."""
+
+    def __init__(self, **replies: Reply) -> None:
+        self.replies = replies
+
+    def ask(self, name: str, argv: Sequence[str]) -> Reply:
+        del argv
+        return self.replies.get(name.replace("-", "_"), Reply(code=127, text=""))
+
+
+YES = Reply(code=0, text="")
+
+
+def test_the_engine_that_answers_is_taken() -> None:
+    assert running_engine(Said(docker=YES, podman=YES), None) == "docker"
+    assert running_engine(Said(podman=YES), None) == "podman"
+    assert running_engine(Said(docker=YES, podman=YES), "podman") == "podman"
+    with pytest.raises(NoGpuError, match="docker and podman"):
+        running_engine(Said(docker=Reply(code=1, text="no daemon")), None)
+
+
+@pytest.mark.parametrize("count", [0, 3, 4, 8])
+def test_as_many_gpus_as_the_preset_needs(count: int, item: Serving) -> None:
+    listing = "".join(f"GPU {n}: NVIDIA B300 SXM6 AC (UUID: GPU-{n})\n" for n in range(count))
+    probe = Said(nvidia_smi_list=Reply(code=0, text=listing))
+    if count >= 4:
+        require_gpus(probe, item)
+        return
+    with pytest.raises(NoGpuError, match="needs 4 GPUs") as refused:
+        require_gpus(probe, item)
+    assert "nox -s doctor -- --sku b300" in refused.value.remedy
+
+
+def test_a_listing_that_failed_counts_for_nothing(item: Serving) -> None:
+    listing = "GPU 0: NVIDIA B300 SXM6 AC\n" * 4
+    with pytest.raises(NoGpuError, match="has none"):
+        require_gpus(Said(nvidia_smi_list=Reply(code=15, text=listing)), item)
+
+
+def test_print_is_one_command_on_stdout_and_words_on_stderr(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["serve", "--sku=b300", "--preset=mtp", "--line=0.33", "--print"]) == 0
+    out, err = capsys.readouterr()
+    assert shlex.split(out)[0] == "docker"
+    assert "vllm-0.33.0-b300" in out
+    assert "not run" in err
+    assert "TORCH_CUDA_ARCH_LIST=10.3a vllm serve" in err
+
+
+def test_print_says_how_to_build_what_is_not_built(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "matrix.toml").write_text((root / "matrix.toml").read_text())
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(tmp_path))
+    argv = ["serve", "--sku=b300", "--preset=mtp", "--line=0.26", "--print"]
+    assert main(argv) == 0
+    assert "nox -s build-sm103a -- --line 0.26 --load" in capsys.readouterr().err
+    (tmp_path / "dist").mkdir()
+    record = tmp_path / "dist" / "vllm-0.26.0-b300.json"
+    record.write_text(json.dumps({"digest": DIGEST, "size": 1}))
+    assert main(argv) == 0
+    assert f"localhost/vllm-0.26.0-b300@{DIGEST}" in capsys.readouterr().out
+    record.write_text("{")
+    assert main(argv) == BuildRecordError.exit_code
+
+
+def test_serving_without_a_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_forge.commands.serve.HostProbe", lambda: Said(docker=YES))
+    monkeypatch.setattr("os.execve", lambda *_: pytest.fail("it was run"))
+    assert main(["serve", "--sku=b300", "--preset=mtp"]) == NoGpuError.exit_code
+
+
+def test_serving_becomes_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its signals and its exit code are those of docker: the process is replaced."""
+    four = "".join(f"GPU {n}: NVIDIA B300 SXM6 AC\n" for n in range(4))
+    probe = Said(docker=YES, nvidia_smi_list=Reply(code=0, text=four))
+    monkeypatch.setattr("vllm_forge.commands.serve.HostProbe", lambda: probe)
+    monkeypatch.setattr("vllm_forge.serve.launch.which", lambda name: f"/bin/{name}")
+    became: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr("os.execve", lambda path, argv, env: became.append((path, argv)))
+    assert main(["serve", "--sku=b300", "--preset=plain", "--artifact=redhat-nvfp4-fp8"]) == 0
+    ((path, argv),) = became
+    assert path == "/bin/docker"
+    assert argv[:3] == ["docker", "run", "--rm"]
+    assert "RedHatAI/DeepSeek-V4-Flash-NVFP4-FP8" in argv
+
+
+def test_state_is_by_digest_preset_and_artifact(tmp_path: Path) -> None:
+    folder = tmp_path / "docs" / "receipts" / DIGEST.removeprefix("sha256:")
+    folder.mkdir(parents=True)
+    (folder / "b300-mtp--flash-nvfp4-fp8-mtp.json").write_text("{}")
+    cell = "b300-mtp", "flash-nvfp4-fp8-mtp"
+    assert state_of(tmp_path, *cell, DIGEST).startswith("receipts: docs/receipts/abab")
+    assert state_of(tmp_path, *cell, DIGEST.replace("b", "c")) == "not run"
+    assert state_of(tmp_path, *cell, None) == "not run"
+    assert state_of(tmp_path, "b200-mtp", cell[1], DIGEST) == "not run"
+    assert state_of(tmp_path, cell[0], "flash-nvfp4-fp8", DIGEST) == "not run"
+
+
+def test_build_command_is_a_session(matrix: Matrix, root: Path) -> None:
+    cell = image_cell(matrix, root, "b300", "0.22")
+    assert build_command(cell) == "nox -s build-sm103a -- --line 0.22 --load"
+    assert built_image(cell) is None or built_image(cell).digest.startswith("sha256:")  # type: ignore[union-attr]
