@@ -1,0 +1,235 @@
+"""Run the GPU suite: inside an image with its GPUs, or in an environment of this host."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import zipfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_forge.errors import (
+    GpuSuiteError,
+    LockFileError,
+    NoGpuError,
+    ReceiptSubjectError,
+    ToolMissingError,
+)
+from vllm_forge.gpu.device import ask_gpus, require_sku
+from vllm_forge.gpu.environment import FILE as ENVIRONMENT
+from vllm_forge.gpu.environment import versions
+from vllm_forge.host import atomic_path
+from vllm_forge.matrix import load
+from vllm_forge.proof.bundle import make_plan, write_bundle
+from vllm_forge.proof.envelope import read_receipt, write_receipt
+from vllm_forge.proof.receipt import make_statement
+from vllm_forge.proof.receipts import FOLDER, verify
+from vllm_forge.sources import SourceRepo, Wheelhouse, read_lock, read_wheels
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm_forge.host import Probe
+    from vllm_forge.matrix import ImageCell
+    from vllm_forge.proof.receipt import Statement
+    from vllm_forge.sources import LockedWheel
+
+RUN = ("-m", "vllm_forge.gpu.run")
+REQUIREMENTS = "tests/contract/requirements.txt"
+TOOLS = frozenset({"iniconfig", "pluggy", "pytest"})  # of that file, what the GPU suite needs
+IMAGE_PYTHON = "/opt/venv/bin/python"
+TREE_LABEL = "io.vllm-forge.tree"
+ENGINES = {"docker": "{{.Id}}", "podman": "{{.Digest}}"}
+
+
+def test_tools(root: Path) -> list[LockedWheel]:
+    """Wheels that the suite needs and an image has not."""
+    _, wheels = read_wheels(root / REQUIREMENTS, "name wheels, sorted, with hashes")
+    found = [wheel for wheel in wheels if wheel.name in TOOLS]
+    if {wheel.name for wheel in found} != TOOLS:
+        raise LockFileError(f"{REQUIREMENTS} lacks one of {sorted(TOOLS)}")
+    return found
+
+
+def run_in_environment(
+    cell: ImageCell, python: str, output: Path, checkpoints: dict[str, Path], args: Sequence[str]
+) -> None:
+    """Run the suite by a Python that has the line's patched vLLM, pytest and xdist.
+
+    Raises:
+        WrongGpuError: the GPU is not the SKU's.
+        ToolMissingError: there is no such Python.
+        GpuSuiteError: a tier is red.
+    """
+    require_sku(ask_gpus(), cell.sku_name, cell.sku.compute_capability, cell.sku.device)
+    program = shutil.which(python)
+    if program is None:
+        raise ToolMissingError(f"there is no {python}", remedy="name one with --env PYTHON")
+    with tempfile.TemporaryDirectory() as work:
+        bundle = write_bundle(cell, SourceRepo(), Path(work) / "bundle", checkpoints)
+        subject = {"kind": "environment", "name": f"environment of {cell.name}", "sha256": None}
+        plan = bundle.folder / "plan.json"
+        plan.write_text(json.dumps(make_plan(cell, bundle.tree, subject), indent=1))
+        path = os.pathsep.join(
+            filter(None, [str(bundle.folder / "src"), os.environ.get("PYTHONPATH", "")])
+        )
+        code = subprocess.run(
+            [program, *RUN, str(plan), str(output.resolve()), *args],
+            cwd=bundle.folder,
+            env={**os.environ, "PYTHONPATH": path},
+            check=False,
+        ).returncode
+    _require_green(code, output)
+
+
+def run_in_image(
+    cell: ImageCell,
+    output: Path,
+    checkpoints: dict[str, Path],
+    args: Sequence[str],
+    *,
+    probe: Probe,
+    reference: str | None,
+) -> None:
+    """Run the suite inside an image, by the engine that has it, with all GPUs, without network.
+
+    Args:
+        cell: SKU and line.
+        output: where results go.
+        checkpoints: see write_bundle.
+        args: of vllm_forge.gpu.run.
+        probe: asks the host.
+        reference: the image; None is the one that a build with ``--load`` left.
+
+    Raises:
+        WrongGpuError: the GPU is not the SKU's.
+        NoGpuError: no engine has the image.
+        ReceiptSubjectError: the image is of another tree than the series.
+        GpuSuiteError: a tier is red.
+    """
+    require_sku(ask_gpus(), cell.sku_name, cell.sku.compute_capability, cell.sku.device)
+    name = reference or f"localhost/{cell.name}:{cell.line_name}"
+    engine, digest, tree = find_image(probe, name)
+    with tempfile.TemporaryDirectory() as work:
+        bundle = write_bundle(cell, SourceRepo(), Path(work) / "bundle", checkpoints)
+        if tree != bundle.tree:
+            raise ReceiptSubjectError(
+                f"the image is of tree {tree or 'unknown'}, the series gives {bundle.tree}",
+                where=name,
+                remedy="build it again, or check out the commit that it was built from",
+            )
+        _unpack_tools(cell.root, bundle.folder / "tools")
+        subject = {"kind": "image", "name": name, "sha256": digest}
+        (bundle.folder / "plan.json").write_text(
+            json.dumps(make_plan(cell, bundle.tree, subject), indent=1)
+        )
+        output.mkdir(parents=True, exist_ok=True)
+        argv = container_command(engine, name, bundle.folder, output.resolve(), args)
+        code = subprocess.run(argv, check=False).returncode
+    _require_green(code, output)
+
+
+def find_image(probe: Probe, name: str) -> tuple[str, str, str]:
+    """Engine, manifest digest in hex, and tree label of an image in an engine's store.
+
+    Raises:
+        NoGpuError: no engine has it.
+    """
+    for engine, digest in ENGINES.items():
+        form = f'{digest} {{{{index .Config.Labels "{TREE_LABEL}"}}}}'
+        reply = probe.ask(f"{engine}-image", [engine, "image", "inspect", f"--format={form}", name])
+        if reply.code == 0:
+            found, _, tree = reply.text.strip().partition(" ")
+            return engine, found.removeprefix("sha256:"), tree
+    raise NoGpuError(
+        f"no container engine has {name}",
+        where=", ".join(ENGINES),
+        remedy="build it with --load, or name it with --image; --env tests an environment",
+    )
+
+
+def container_command(
+    engine: str, image: str, bundle: Path, output: Path, args: Sequence[str]
+) -> list[str]:
+    """The run of the suite in an image.
+
+    The tests compile kernels and start servers, so the root is writable; sanitizers and the
+    driver need no more rights than a server.
+    """
+    gpus = ["--gpus=all"] if engine == "docker" else ["--device=nvidia.com/gpu=all"]
+    label = [] if engine == "docker" else ["--security-opt=label=disable"]
+    return [
+        engine, "run", "--rm", *gpus, *label, "--network=none", "--ipc=private", "--shm-size=16g",
+        "--user=0", f"--volume={bundle}:/forge:ro", f"--volume={output}:/output",
+        "--env=PYTHONPATH=/forge/src:/forge/tools", "--workdir=/forge",
+        f"--entrypoint={IMAGE_PYTHON}", image, *RUN, "/forge/plan.json", "/output", *args,
+    ]  # fmt: skip
+
+
+def make_receipt(root: Path, result_path: Path, key: Path | None) -> Path:
+    """From the result of a green tier to a receipt that holds, beside its list of packages.
+
+    Raises:
+        GpuSuiteError: the file is not a result.
+        ReceiptIncompleteError, ReceiptSuiteError, ReceiptSubjectError, ReceiptExpiredError: the
+            run was not green, or not of what the repository now holds.
+    """
+    try:
+        result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
+        subject, line_name = result["plan"]["subject"], result["plan"]["line"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GpuSuiteError(
+            f"not the result of a tier: {type(error).__name__}: {error}", where=str(result_path)
+        ) from None
+    matrix = load(root)
+    text = ""
+    if subject["kind"] == "environment":
+        text = (result_path.parent / ENVIRONMENT).read_text(encoding="utf-8")
+        line = matrix.line[line_name]
+        lock = read_lock(root, line_name, line, matrix.base)
+        result["plan"]["differences"] = differences(text, lock.wheels)
+    statement = make_statement(result)
+    with tempfile.TemporaryDirectory() as work:  # what would be refused is not put with the others
+        draft = _place(Path(work), statement, text, None)
+        verify(root, matrix, read_receipt(draft, []), datetime.now(UTC))
+    return _place(root / FOLDER, statement, text, key)
+
+
+def _place(folder: Path, statement: Statement, packages: str, key: Path | None) -> Path:
+    if packages:
+        with atomic_path(folder / statement.sha256 / ENVIRONMENT) as aside:
+            aside.write_text(packages, encoding="utf-8")
+    return write_receipt(folder, statement, key)
+
+
+def differences(text: str, wheels: Sequence[LockedWheel]) -> list[str]:
+    """In what an environment departs from a lock; a local version (``+cu130``) is no departure."""
+    found = versions(text)
+    rows = []
+    for wheel in wheels:
+        here = found.get(wheel.name, "absent")
+        if here.partition("+")[0] != wheel.version:
+            rows.append(f"{wheel.name}: {here}, the lock has {wheel.version}")
+    return rows
+
+
+def _unpack_tools(root: Path, folder: Path) -> None:
+    wheelhouse = Wheelhouse()
+    wheels = test_tools(root)
+    wheelhouse.fetch(wheels)
+    for wheel in wheels:
+        with zipfile.ZipFile(wheelhouse.verify(wheel)) as archive:
+            archive.extractall(folder)
+
+
+def _require_green(code: int, output: Path) -> None:
+    if code != 0:
+        raise GpuSuiteError(
+            f"the suite exited with {code}",
+            where=str(output),
+            remedy="its table is above; the results are in that folder",
+        )

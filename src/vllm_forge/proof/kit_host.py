@@ -1,0 +1,243 @@
+"""A kit on its host: take parts, join them, make an environment beside the host's, run the suite.
+
+    kit.py take               keep the parts that lie beside this file; again for the next ones
+    kit.py go OUTPUT [ARG]... join, install, run; ARG goes to vllm_forge.gpu.run
+
+Stands alone on the standard library, and needs no network and no root. Works in FORGE_KIT_WORK
+(default: forge-kit in the folder for temporary files). The host's packages are seen behind the
+kit's. Ends by itself before FORGE_KIT_LIMIT seconds (default 580), with what was found by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import site
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import venv
+import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+HERE = Path(__file__).resolve().parent
+WORK = Path(os.environ.get("FORGE_KIT_WORK") or Path(tempfile.gettempdir()) / "forge-kit")
+LIMIT_S = float(os.environ.get("FORGE_KIT_LIMIT", "580"))
+PACKING_S = 20
+MAX_FILE = 15 << 20
+CHUNK = 1 << 24
+# What compiles kernels at run time, and where each keeps them.
+CACHES = {
+    "vllm": "VLLM_CACHE_ROOT",
+    "triton": "TRITON_CACHE_DIR",
+    "inductor": "TORCHINDUCTOR_CACHE_DIR",
+    "deep_gemm": "DG_JIT_CACHE_DIR",
+    "flashinfer": "FLASHINFER_WORKSPACE_BASE",
+    "tilelang": "TILELANG_CACHE_DIR",
+    "cute": "CUTE_DSL_CACHE_DIR",
+    "cuda": "CUDA_CACHE_PATH",
+}
+
+
+def take(manifest: dict[str, Any]) -> None:
+    """Copy the parts beside this file into the work folder, each verified."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    for part in manifest["parts"]:
+        source, target = HERE / part["name"], WORK / part["name"]
+        if source.is_file():
+            shutil.copyfile(source, target)
+            verify(target, part)
+    here = [part["name"] for part in manifest["parts"] if (WORK / part["name"]).is_file()]
+    print(f"{len(here)} of {len(manifest['parts'])} parts are here: {' '.join(here)}")
+
+
+def verify(path: Path, part: dict[str, Any]) -> None:
+    """Compare size and hash with the manifest."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+    if path.stat().st_size != part["size"] or digest.hexdigest() != part["sha256"]:
+        path.unlink()
+        sys.exit(f"{part['name']} is not the part that the manifest has: copy it again")
+
+
+class Joined(io.RawIOBase):
+    """The parts as one file to read from, without a copy on disk."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        super().__init__()
+        self.files: list[BinaryIO] = [path.open("rb") for path in paths]
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill from the first file that has something left."""
+        while self.files:
+            if count := self.files[0].readinto(buffer):  # type: ignore[attr-defined]
+                return int(count)
+            self.files.pop(0).close()
+        return 0
+
+
+def join(manifest: dict[str, Any]) -> Path:
+    """Verify all parts and unpack them; the folder of the kit's content."""
+    folder = WORK / "content"
+    if (folder / ".complete").is_file():
+        return folder
+    paths = []
+    for part in manifest["parts"]:
+        path = WORK / part["name"]
+        if not path.is_file():
+            sys.exit(f"{part['name']} is missing: bring it with `take` first")
+        verify(path, part)
+        paths.append(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    with tarfile.open(fileobj=io.BufferedReader(Joined(paths), CHUNK), mode="r|") as tar:
+        tar.extractall(folder, filter="data")
+    (folder / ".complete").touch()
+    return folder
+
+
+def unpack(wheel: Path, prefix: Path, packages: Path) -> None:
+    """Put a wheel's files where the wheel format says (PEP 427)."""
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.infolist():
+            if member.is_dir():
+                continue
+            target, script = place(member.filename, prefix, packages)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            content = archive.read(member)
+            if script and content.startswith(b"#!python"):
+                _, _, rest = content.partition(b"\n")
+                content = f"#!{prefix}/bin/python\n".encode() + rest
+            target.write_bytes(content)
+            if script or member.external_attr >> 16 & 0o111:
+                target.chmod(0o755)
+
+
+def place(name: str, prefix: Path, packages: Path) -> tuple[Path, bool]:
+    """Where a member goes, and whether it is a script."""
+    head, _, rest = name.partition("/")
+    if not head.endswith(".data"):
+        return packages / name, False
+    kind, _, inner = rest.partition("/")
+    folders = {
+        "purelib": packages,
+        "platlib": packages,
+        "scripts": prefix / "bin",
+        "headers": prefix / "include",
+        "data": prefix,
+    }
+    return folders[kind] / inner, kind == "scripts"
+
+
+def environment(folder: Path) -> Path:
+    """An environment with the kit's wheels before the host's packages; its Python."""
+    prefix = WORK / "venv"
+    python = prefix / "bin" / "python"
+    if (prefix / ".complete").is_file():
+        return python
+    shutil.rmtree(prefix, ignore_errors=True)
+    venv.EnvBuilder(symlinks=True, with_pip=False).create(prefix)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    packages = prefix / "lib" / version / "site-packages"
+    wheels = sorted((folder / "wheels").glob("*.whl"), key=lambda path: -path.stat().st_size)
+    with ProcessPoolExecutor() as pool:
+        count = len(wheels)
+        list(pool.map(unpack, wheels, [prefix] * count, [packages] * count))
+    # addsitedir also reads the .pth files there, which a plain path would not.
+    rows = [f"import site; site.addsitedir({path!r})" for path in site.getsitepackages()]
+    (packages / "zz-host.pth").write_text("\n".join(rows) + "\n")
+    (prefix / ".complete").touch()
+    return python
+
+
+def variables(folder: Path) -> dict[str, str]:
+    """Caches in the work folder, filled from the kit; a CUDA toolkit if the host has one."""
+    found = dict(os.environ)
+    for name, variable in CACHES.items():
+        target = WORK / "caches" / name
+        if not target.exists() and (folder / "caches" / name).is_dir():
+            shutil.copytree(folder / "caches" / name, target)
+        target.mkdir(parents=True, exist_ok=True)
+        found[variable] = str(target)
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if Path(nvcc).exists():
+        found.setdefault("CUDA_HOME", str(Path(nvcc).resolve().parent.parent))
+        found["PATH"] = f"{Path(nvcc).parent}{os.pathsep}{found['PATH']}"
+    found["PATH"] = f"{WORK}/venv/bin{os.pathsep}{found['PATH']}"
+    found["PYTHONPATH"] = str(folder / "bundle" / "src")
+    return found
+
+
+def go(manifest: dict[str, Any], output: Path, arguments: list[str], start: float) -> int:
+    """Join, install, run; results and a tar of all the rest go to ``output``."""
+    folder = join(manifest)
+    print(f"joined after {time.monotonic() - start:.0f} s", flush=True)
+    python = environment(folder)
+    print(f"installed after {time.monotonic() - start:.0f} s", flush=True)
+    results = WORK / "results"
+    shutil.rmtree(results, ignore_errors=True)
+    bundle = folder / "bundle"
+    minutes = [] if "--minutes" in arguments else ["--minutes", str(manifest["minutes"])]
+    process = subprocess.Popen(
+        [
+            str(python), "-m", "vllm_forge.gpu.run", str(bundle / "plan.json"), str(results),
+            *minutes, *arguments,
+        ],
+        cwd=bundle,
+        env=variables(folder),
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        code = process.wait(timeout=max(1.0, LIMIT_S - PACKING_S - (time.monotonic() - start)))
+    except subprocess.TimeoutExpired:
+        print(f"stopped after {LIMIT_S - PACKING_S:.0f} s", flush=True)
+        code = 124
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # servers that tests left, too
+    output.mkdir(parents=True, exist_ok=True)
+    for path in [*results.glob("*.json"), *results.glob("*.txt"), *results.glob("*.xml")]:
+        shutil.copyfile(path, output / path.name)
+    if results.is_dir():
+        pack(results, output / "results.tar.xz")
+    if os.environ.get("FORGE_KIT_CACHES"):
+        pack(WORK / "caches", output / "caches.tar.xz")
+    return code
+
+
+def pack(folder: Path, target: Path) -> None:
+    """Compress a folder; what is larger than a host may send is said, not cut."""
+    with tarfile.open(target, "w:xz", preset=1) as tar:
+        tar.add(folder, arcname=folder.name)
+    if target.stat().st_size > MAX_FILE:
+        print(f"{target.name} has {target.stat().st_size} bytes", flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    """See the module."""
+    start = time.monotonic()
+    manifest = json.loads((HERE / "manifest.json").read_text())
+    if arguments[:1] == ["take"] and len(arguments) == 1:
+        take(manifest)
+        return 0
+    if arguments[:1] == ["go"] and len(arguments) > 1:
+        take(manifest)
+        return go(manifest, Path(arguments[1]).resolve(), arguments[2:], start)
+    sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,184 @@
+"""A receipt: what one tier of the GPU suite said of one image or environment on one GPU.
+
+An in-toto Statement v1 whose predicate is in-toto's Test Result v0.1, so that other tools read
+whether it passed and which tests; what we need beyond it stands under ``vllmForge``, a field that
+they ignore by in-toto's rules.
+
+Sources: github.com/in-toto/attestation, spec/v1/statement.md, spec/v1/digest_set.md,
+spec/predicates/test-result.md.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vllm_forge.errors import ReceiptIncompleteError
+
+StatementType: TypeAlias = Literal["https://in-toto.io/Statement/v1"]
+PredicateType: TypeAlias = Literal["https://in-toto.io/attestation/test-result/v0.1"]
+STATEMENT: StatementType = "https://in-toto.io/Statement/v1"
+PREDICATE: PredicateType = "https://in-toto.io/attestation/test-result/v0.1"
+VALID = timedelta(days=90)  # drivers, and what we test for, change faster than releases live
+GREEN = ("passed", "other GPU")
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+GitTree = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+
+
+class Record(BaseModel):
+    """Base of what a receipt consists of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Resource(Record):
+    """An in-toto ResourceDescriptor: a name and its digests by algorithm."""
+
+    name: str
+    digest: dict[str, str]
+
+
+class Gpu(Record):
+    """The GPU, without its serial numbers."""
+
+    name: str
+    uuid_sha256: Sha256
+    compute_capability: str
+    driver: str
+    memory_mib: int
+
+
+class Margin(Record):
+    """A measured value and the bound that it is under."""
+
+    measured: float
+    bound: float
+
+
+class Judged(Record):
+    """The verdict of one test."""
+
+    outcome: Literal["passed", "other GPU"]
+    seconds: float
+    margins: dict[str, Margin] = {}
+    facts: dict[str, Any] = {}
+    why: str = ""
+
+
+class Detail(Record):
+    """What in-toto's predicate has no field for."""
+
+    sku: str
+    line: str
+    tier: str
+    kind: Literal["image", "environment"]
+    gpus: tuple[Gpu, ...] = Field(min_length=1)
+    host: dict[str, Any]
+    configurations: dict[str, dict[str, Any]]
+    differences: tuple[str, ...] = Field(
+        description="in what an environment departs from the line's lock"
+    )
+    tests: dict[str, Judged] = Field(min_length=1)
+    started: datetime
+    finished: datetime
+    expires: datetime
+
+
+class Predicate(Record):
+    """in-toto's test result; ``configuration`` is the suite."""
+
+    result: Literal["PASSED"]
+    configuration: tuple[Resource, ...] = Field(min_length=1, max_length=1)
+    passed: tuple[str, ...] = Field(alias="passedTests")
+    failed: tuple[str, ...] = Field(alias="failedTests", max_length=0)
+    detail: Detail = Field(alias="vllmForge")
+
+
+class Statement(Record):
+    """The whole of a receipt's payload."""
+
+    kind: StatementType = Field(default=STATEMENT, alias="_type")
+    subject: tuple[Resource, Resource]
+    predicate_type: PredicateType = Field(default=PREDICATE, alias="predicateType")
+    predicate: Predicate
+
+    @property
+    def detail(self) -> Detail:
+        """What was run where."""
+        return self.predicate.detail
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the image or environment."""
+        return self.subject[0].digest.get("sha256", "")
+
+    @property
+    def tree(self) -> str:
+        """Git tree hash of the patched vLLM source."""
+        return self.subject[1].digest.get("gitTree", "")
+
+    @property
+    def suite(self) -> str:
+        """Hash of the tier's tests and of what judges them."""
+        return self.predicate.configuration[0].digest.get("sha256", "")
+
+    @property
+    def file_name(self) -> str:
+        """Its name in the folder of its subject."""
+        return f"{self.detail.sku}--{self.detail.line}--{self.detail.tier}.json"
+
+
+def make_statement(result: dict[str, Any]) -> Statement:
+    """The statement of a green run.
+
+    Args:
+        result: what ``vllm_forge.gpu.run`` wrote for a tier.
+
+    Raises:
+        ReceiptIncompleteError: a test is not green, or none ran.
+    """
+    tests = result["tests"]
+    red = [name for name, row in tests.items() if row["outcome"] not in GREEN]
+    if red or not tests or result["exit"] != 0:
+        raise ReceiptIncompleteError(
+            f"{len(red)} of {len(tests)} tests are not green; pytest exited with {result['exit']}",
+            where=", ".join(red[:5]),
+            remedy="a receipt is for a green run only; see its table",
+        )
+    plan = result["plan"]
+    finished = datetime.fromisoformat(result["finished"])
+    subject = plan["subject"]
+    return Statement(
+        subject=(
+            Resource(name=subject["name"], digest={"sha256": subject["sha256"]}),
+            Resource(name=f"vllm source, line {plan['line']}", digest={"gitTree": plan["tree"]}),
+        ),
+        predicate=Predicate(
+            result="PASSED",
+            configuration=(
+                Resource(
+                    name=f"tests/gpu, tier {result['tier']}",
+                    digest={"sha256": result["suite_sha256"]},
+                ),
+            ),
+            passed=tuple(sorted(n for n, row in tests.items() if row["outcome"] == "passed")),
+            failed=(),
+            detail=Detail(
+                sku=plan["sku"],
+                line=plan["line"],
+                tier=result["tier"],
+                kind=subject["kind"],
+                gpus=tuple(Gpu(**gpu) for gpu in result["gpus"]),
+                host=result["host"],
+                configurations=result["configurations"],
+                differences=tuple(plan.get("differences", ())),
+                tests={name: Judged(**row) for name, row in sorted(tests.items())},
+                started=datetime.fromisoformat(result["started"]),
+                finished=finished,
+                expires=(finished + VALID).astimezone(UTC),
+            ),
+        ),
+    )

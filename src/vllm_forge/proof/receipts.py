@@ -1,0 +1,176 @@
+"""Verify committed receipts without a GPU, each against the repository as it is."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from vllm_forge.errors import (
+    ReceiptExpiredError,
+    ReceiptIncompleteError,
+    ReceiptKeyError,
+    ReceiptSubjectError,
+    ReceiptSuiteError,
+)
+from vllm_forge.gpu.suite import read_tiers, required_tests, suite_hash
+from vllm_forge.patches import read_tree_lock
+from vllm_forge.proof.envelope import read_keys, read_receipt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from vllm_forge.matrix import Matrix
+    from vllm_forge.proof.envelope import Receipt
+
+FOLDER = "docs/receipts"
+KEYS = "keys"
+ENVIRONMENT = "environment.txt"
+
+
+def receipt_paths(root: Path) -> list[Path]:
+    """All committed receipts: ``docs/receipts/<digest>/*.json``."""
+    return sorted((root / FOLDER).glob("*/*.json"))
+
+
+def verify_all(
+    root: Path, matrix: Matrix, now: datetime | None = None, *, signed: bool = False
+) -> list[Receipt]:
+    """Verify every committed receipt.
+
+    Args:
+        root: the repository.
+        matrix: its SKUs and lines.
+        now: to tell what has expired; default: the clock.
+        signed: refuse unsigned ones.
+
+    Raises:
+        ReceiptUnreadableError, ReceiptEditedError, ReceiptExpiredError, ReceiptSubjectError,
+        ReceiptSuiteError, ReceiptIncompleteError, ReceiptKeyError: of the first that is refused.
+    """
+    keys = read_keys(root / FOLDER / KEYS)
+    at = now or datetime.now(UTC)
+    found = []
+    for path in receipt_paths(root):
+        receipt = read_receipt(path, keys)
+        if signed and not receipt.signed_by:
+            raise ReceiptKeyError(
+                "the receipt is unsigned",
+                where=str(path),
+                remedy="sign it where it is made: nox -s receipts -- --result FILE --key KEY",
+            )
+        verify(root, matrix, receipt, at)
+        found.append(receipt)
+    return found
+
+
+def verify(root: Path, matrix: Matrix, receipt: Receipt, now: datetime) -> None:
+    """Compare one receipt with the repository.
+
+    Raises:
+        ForgeError: the class says in what it differs.
+    """
+    _require_time(receipt, now)
+    _require_subject(root, matrix, receipt)
+    _require_suite(root, receipt)
+
+
+def _require_time(receipt: Receipt, now: datetime) -> None:
+    detail = receipt.statement.detail
+    if not detail.started <= detail.finished <= now or now >= detail.expires:
+        raise ReceiptExpiredError(
+            f"the receipt is of {detail.finished.date()} and holds until {detail.expires.date()}",
+            where=str(receipt.path),
+            remedy="run the suite again, or take the receipt out: its cell is then not run",
+        )
+
+
+def _require_subject(root: Path, matrix: Matrix, receipt: Receipt) -> None:
+    statement = receipt.statement
+    detail = statement.detail
+    expected = receipt.path.parent.parent / statement.sha256 / statement.file_name
+    if expected != receipt.path:
+        raise _subject(
+            receipt, f"it is for sha256:{statement.sha256} and {statement.file_name}, not its place"
+        )
+    if detail.sku not in matrix.sku or detail.line not in matrix.line:
+        raise _subject(receipt, f"matrix.toml has no {detail.sku}, or no line {detail.line}")
+    sku = matrix.sku[detail.sku]
+    if any(
+        gpu.compute_capability != sku.compute_capability or not gpu.name.startswith(sku.device)
+        for gpu in detail.gpus
+    ):
+        raise _subject(receipt, f"{detail.gpus[0].name} is not {detail.sku}")
+    series = root / matrix.line[detail.line].series
+    tree = read_tree_lock(series, detail.line).result
+    if statement.tree != tree:
+        raise _subject(receipt, f"it is for tree {statement.tree}, the series now gives {tree}")
+    if detail.kind == "environment":
+        _require_environment(receipt)
+
+
+def _require_environment(receipt: Receipt) -> None:
+    """An environment has no bytes to pull: its list of wheels lies beside the receipt."""
+    path = receipt.path.parent / ENVIRONMENT
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "nothing"
+    if digest != receipt.statement.sha256:
+        raise _subject(receipt, f"{ENVIRONMENT} beside it is {digest}")
+
+
+def _subject(receipt: Receipt, why: str) -> ReceiptSubjectError:
+    return ReceiptSubjectError(
+        f"the receipt is for something else: {why}",
+        where=str(receipt.path),
+        remedy="a receipt holds for the very bytes that were tested: run the suite on these",
+    )
+
+
+def _require_suite(root: Path, receipt: Receipt) -> None:
+    statement = receipt.statement
+    detail = statement.detail
+    tiers = read_tiers(root)
+    if detail.tier not in tiers:
+        raise ReceiptSuiteError(f"the suite has no tier {detail.tier}", where=str(receipt.path))
+    tier = tiers[detail.tier]
+    if missing := _missing(root, receipt):
+        raise ReceiptIncompleteError(
+            f"the receipt lacks {len(missing)} tests of tier {tier.name}: {', '.join(missing[:3])}",
+            where=str(receipt.path),
+            remedy="run the whole tier; a budget that was too short leaves tests out",
+        )
+    if statement.suite != (now := suite_hash(root, tier)):
+        raise ReceiptSuiteError(
+            f"the receipt was made by suite {statement.suite[:12]}, tier {tier.name} is now "
+            f"{now[:12]}",
+            where=str(receipt.path),
+            remedy="tests or their bounds were changed since: run the suite again",
+        )
+
+
+def _missing(root: Path, receipt: Receipt) -> list[str]:
+    """Tests of the tier for this GPU that the receipt has no green verdict of."""
+    detail = receipt.statement.detail
+    passed = {name for name, test in detail.tests.items() if test.outcome == "passed"}
+    if passed != set(receipt.statement.predicate.passed):
+        return sorted(passed ^ set(receipt.statement.predicate.passed))
+    functions = {name.partition("[")[0] for name in passed}
+    return [
+        test.name
+        for test in required_tests(root, read_tiers(root)[detail.tier])
+        if test.runs_on(detail.gpus[0].compute_capability) and test.name not in functions
+    ]
+
+
+def describe(receipts: Sequence[Receipt]) -> str:
+    """One line for each."""
+    rows = []
+    for receipt in receipts:
+        detail = receipt.statement.detail
+        seal = f"signed by {', '.join(receipt.signed_by)}" if receipt.signed_by else "unsigned"
+        rows.append(
+            f"{detail.sku}  line {detail.line}  tier {detail.tier}  {detail.kind} "
+            f"sha256:{receipt.statement.sha256[:12]}  {len(receipt.statement.predicate.passed)} "
+            f"tests  until {detail.expires.date()}  {seal}"
+        )
+    return "\n".join(rows) or "no receipts: nothing was run"

@@ -1,0 +1,99 @@
+"""``docs/status.md``: which cells have a receipt. What has none says "not run"."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_forge.gpu.suite import read_tiers
+from vllm_forge.host import atomic_path
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from vllm_forge.matrix import Matrix
+    from vllm_forge.proof.envelope import Receipt
+
+PAGE = "docs/status.md"
+NOT_RUN = "not run"
+HEAD = """# What was run
+
+Made by `nox -s receipts -- --update` from the receipts below `docs/receipts`, each of which it
+verifies first: a cell without a receipt for the present suite and series was **not run**, whatever
+ran on another SKU. A receipt holds for one image or environment, and for 90 days.
+
+"""
+FOOT = """
+*unsigned* says that only the commit that brought a receipt vouches for it; see
+[gpu-tests.md](gpu-tests.md).
+"""
+
+
+def status_text(root: Path, matrix: Matrix, receipts: Sequence[Receipt]) -> str:
+    """The page: SKU by line and tier."""
+    tiers = list(read_tiers(root))
+    columns = [f"{line}, {tier}" for line in matrix.line for tier in tiers]
+    lines = [
+        f"| SKU | {' | '.join(columns)} |",
+        f"|{'---|' * (len(columns) + 1)}",
+    ]
+    for sku in matrix.sku:
+        cells = [_cell(matrix, sku, line, tier, receipts) for line in matrix.line for tier in tiers]
+        lines.append(f"| {sku} | {' | '.join(cells)} |")
+    return HEAD + "\n".join(lines) + "\n" + _evidence(receipts) + FOOT
+
+
+def _cell(matrix: Matrix, sku: str, line: str, tier: str, receipts: Sequence[Receipt]) -> str:
+    if sku in matrix.line[line].unsupported:
+        return "unsupported"
+    found = [
+        receipt
+        for receipt in receipts
+        if (receipt.statement.detail.sku, receipt.statement.detail.line) == (sku, line)
+        and receipt.statement.detail.tier == tier
+    ]
+    return ", ".join(f"[{_kind(receipt)}]({_link(receipt)})" for receipt in found) or NOT_RUN
+
+
+def _kind(receipt: Receipt) -> str:
+    seal = "" if receipt.signed_by else ", unsigned"
+    return f"{receipt.statement.detail.kind}{seal}, {receipt.statement.detail.finished.date()}"
+
+
+def _link(receipt: Receipt) -> str:
+    return f"receipts/{receipt.path.parent.name}/{receipt.path.name}"
+
+
+def _evidence(receipts: Sequence[Receipt]) -> str:
+    if not receipts:
+        return ""
+    rows = ["", "| receipt | GPU | driver | tests | closest margin |", "|---|---|---|---|---|"]
+    for receipt in receipts:
+        detail = receipt.statement.detail
+        rows.append(
+            f"| [{detail.sku} {detail.line} {detail.tier}]({_link(receipt)}) "
+            f"| {detail.gpus[0].name} | {detail.gpus[0].driver} "
+            f"| {len(receipt.statement.predicate.passed)} | {_closest(receipt)} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def _closest(receipt: Receipt) -> str:
+    """The test that came nearest to its bound."""
+    shares = [
+        (pair.measured / pair.bound, f"{name.rpartition('::')[2]}, {what}")
+        for name, test in receipt.statement.detail.tests.items()
+        for what, pair in test.margins.items()
+        if pair.bound > 0
+    ]
+    if not shares:
+        return "-"
+    share, name = max(shares)
+    return f"{share:.0%} of its bound: {name}"
+
+
+def write_status(root: Path, matrix: Matrix, receipts: Sequence[Receipt]) -> Path:
+    """Write the page; return its path."""
+    with atomic_path(root / PAGE) as aside:
+        aside.write_text(status_text(root, matrix, receipts), encoding="utf-8")
+    return root / PAGE

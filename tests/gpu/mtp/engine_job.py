@@ -1,0 +1,51 @@
+"""Run one engine on fixed prompts and write what it returned and counted. A process of its own.
+
+    python engine_job.py JOB.json RESULT.json
+
+JOB: ``engine`` (arguments of vllm.LLM), ``prompts`` (lists of token ids), ``count`` (tokens each),
+and ``look`` (whether to say which dtypes the draft model's parameters have).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from vllm_forge.gpu.spec_metrics import read_snapshot
+
+
+def draft_dtypes(worker: Any) -> dict[str, int]:
+    """Parameters of the draft model by dtype; runs in the worker."""
+    runner = worker.model_runner
+    drafter = getattr(runner, "drafter", None) or runner.speculator
+    return dict(Counter(str(p.dtype).rpartition(".")[2] for p in drafter.model.parameters()))
+
+
+def main(job_path: str, result_path: str) -> None:
+    job = json.loads(Path(job_path).read_text())
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(disable_log_stats=False, **job["engine"])
+    params = SamplingParams(
+        temperature=0.0, max_tokens=job["count"], ignore_eos=True, detokenize=False
+    )
+    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    reading = read_snapshot(llm.get_metrics())
+    result = {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "reading": None if reading is None else vars(reading),
+    }
+    if job["look"]:
+        result["draft_dtypes"] = llm.collective_rpc(draft_dtypes)[0]
+    Path(result_path).write_text(json.dumps(result))
+    sys.stdout.flush()
+    os._exit(0)  # what is to be said is written; an engine that hangs at its end says nothing
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

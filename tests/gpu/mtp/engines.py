@@ -1,0 +1,182 @@
+"""Engines of the MTP tests by name, each run in a process of its own, several at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_forge.gpu import exact_mtp, variants
+from vllm_forge.gpu.spec_metrics import Reading
+
+SCRIPT = Path(__file__).with_name("engine_job.py")
+ROOT = Path(__file__).parents[3]
+REQUESTS, COUNT = 8, 512
+PATIENCE_S = 420
+TOGETHER = max(2, (os.cpu_count() or 4) // 2)  # each has two busy processes while it starts
+LOOK = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # so that a function can be sent to the worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """One engine.
+
+    Attributes:
+        draft: variant of the exact model; empty for a checkpoint of the bundle.
+        checkpoint: name of a checkpoint of the bundle.
+        k: speculative tokens; 0 is off.
+        lacks: tensors that the checkpoint lacks, by the beginning of their names.
+        zeroed: tensors that are zero.
+        files: variant of vLLM: empty is the installed one.
+        more: arguments of vllm.LLM.
+        count: tokens per request.
+    """
+
+    draft: exact_mtp.Variant | str = ""
+    checkpoint: str = ""
+    k: int = 1
+    lacks: tuple[str, ...] = ()
+    zeroed: tuple[str, ...] = ()
+    files: str = ""
+    more: dict[str, Any] = field(default_factory=dict)
+    count: int = COUNT
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Two tokens each: MiMo's head masks the first position."""
+        return [[200 + number, last(number)] for number in range(REQUESTS)]
+
+
+def last(number: int) -> int:
+    """Last token of a prompt: a token after which no orbit meets token 0."""
+    zero = set(exact_mtp.orbit(0, exact_mtp.CYCLE))
+    return [token for token in range(exact_mtp.SIZE) if token not in zero][5 * number]
+
+
+DEEPSEEK: dict[str, Any] = {
+    "kv_cache_dtype": "fp8",
+    "block_size": 256,
+    "max_model_len": 1024,
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 2 << 30,
+}
+ENGINES = {
+    "plain": Engine(draft="token", k=0),
+    "token-1": Engine(draft="token", k=1),
+    "token-2": Engine(draft="token", k=2),
+    "token-2-graphs": Engine(draft="token", k=2, more={"enforce_eager": False}),
+    "hidden-1": Engine(draft="hidden", k=1),
+    "hidden-2": Engine(draft="hidden", k=2),
+    "wrong-1": Engine(draft="wrong", k=1),
+    "fraction-1": Engine(draft="fraction", k=1),
+    "fraction-2": Engine(draft="fraction", k=2),
+    "zeroed": Engine(draft="token", k=1, zeroed=(exact_mtp.INPUT,)),
+    "stripped": Engine(draft="token", k=1, lacks=(exact_mtp.MTP,)),
+    "partly-stripped": Engine(draft="token", k=1, lacks=(exact_mtp.INPUT,)),
+    "dsv4": Engine(checkpoint="card", k=1, more=DEEPSEEK, count=64),
+    "dsv4-published": Engine(checkpoint="card", k=1, more=DEEPSEEK, count=64, files="published"),
+    "dsv4-without-0002": Engine(
+        checkpoint="card", k=1, more=DEEPSEEK, count=64, files="without-0002"
+    ),
+    "dsv4-without-0003": Engine(
+        checkpoint="card", k=1, more=DEEPSEEK, count=64, files="without-0003"
+    ),
+    "dsv4-weights-only": Engine(checkpoint="card-no-activations", k=1, more=DEEPSEEK, count=64),
+    "dsv4-weights-only-without-0001": Engine(
+        checkpoint="card-no-activations", k=1, more=DEEPSEEK, count=64, files="without-0001"
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """What came of an engine; ``error`` is the end of its log where it wrote no result."""
+
+    engine: Engine
+    tokens: list[list[int]]
+    reading: Reading | None
+    draft_dtypes: dict[str, int]
+    log: str
+    error: str
+
+
+def run(name: str, work: Path, logs: Path) -> Ran:
+    """Run an engine to its end."""
+    engine = ENGINES[name]
+    job, result, log = work / f"{name}.json", work / f"{name}-result.json", logs / f"{name}.log"
+    job.write_text(
+        json.dumps(
+            {
+                "engine": arguments(engine, model(engine, name, work)),
+                "prompts": engine.prompts,
+                "count": engine.count,
+                "look": bool(engine.checkpoint),
+            }
+        )
+    )
+    env = {**os.environ, "VLLM_DEEP_GEMM_WARMUP": "skip", **(LOOK if engine.checkpoint else {})}
+    if engine.files:
+        over = variants.lay_over(
+            variants.installed(), ROOT / "variants" / engine.files, work / f"{name}-vllm"
+        )
+        env["PYTHONPATH"] = f"{over}{os.pathsep}{env['PYTHONPATH']}"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(job), str(result)],
+            stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True,
+        )  # fmt: skip
+        try:
+            process.wait(timeout=PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    text = log.read_text(errors="replace")
+    if not result.is_file():
+        return Ran(
+            engine=engine, tokens=[], reading=None, draft_dtypes={}, log=text,
+            error=text[-20000:] or "it printed nothing",
+        )  # fmt: skip
+    data = json.loads(result.read_text())
+    reading = data["reading"]
+    if reading is not None:
+        reading = Reading(**{**reading, "per_position": tuple(reading["per_position"])})
+    return Ran(
+        engine=engine, tokens=data["tokens"], reading=reading, log=text, error="",
+        draft_dtypes=data.get("draft_dtypes", {}),
+    )  # fmt: skip
+
+
+def model(engine: Engine, name: str, work: Path) -> Path:
+    """Folder of the checkpoint; an exact one is written."""
+    if engine.checkpoint:
+        return ROOT / "checkpoints" / engine.checkpoint
+    return exact_mtp.write(
+        work / f"{name}-model", engine.draft, lacks=engine.lacks, zeroed=engine.zeroed
+    )
+
+
+def arguments(engine: Engine, folder: Path) -> dict[str, Any]:
+    """Arguments of vllm.LLM.
+
+    A fixed KV cache: memory profiling refuses to run where another process frees memory.
+    """
+    found: dict[str, Any] = {
+        "model": str(folder),
+        "skip_tokenizer_init": True,
+        "max_model_len": 2048,
+        "max_num_seqs": REQUESTS,
+        "gpu_memory_utilization": 0.05,
+        "kv_cache_memory_bytes": 256 << 20,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "seed": 0,
+    }
+    if not engine.checkpoint:
+        found["attention_config"] = {"backend": "TRITON_ATTN"}
+    if engine.k:
+        found["speculative_config"] = {"method": "mtp", "num_speculative_tokens": engine.k}
+    return found | engine.more

@@ -1,0 +1,75 @@
+"""The tiny DeepSeek-V4 in the card's layout: patched it drafts, and without each patch it fails.
+
+Which texts: what each release raises where a patch is left out, by the patch's own header.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vllm_forge.gpu.bootlog import parse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.gpu.mtp.engines import Ran
+
+# FlashMLA and DeepGEMM, which DeepSeek-V4 needs: compute capability 9.0 and 10.x.
+pytestmark = [
+    pytest.mark.sm_90,
+    pytest.mark.sm_100,
+    pytest.mark.sm_103,
+    pytest.mark.gpu,
+    pytest.mark.tier("server"),
+    pytest.mark.xdist_group("mtp"),
+    pytest.mark.value(20, 120),
+]
+RED = [
+    ("dsv4-published", "has no attribute 'weight_scale"),
+    ("dsv4-without-0002", "has no attribute 'weight_scale_inv'"),
+    ("dsv4-without-0003", "has no attribute 'weight_scale'"),
+    ("dsv4-weights-only-without-0001", "AssertionError"),
+]
+
+
+@pytest.mark.engines("dsv4")
+def test_patched_loads_and_drafts(ran: Callable[[str], Ran], record: Callable[..., None]) -> None:
+    found = ran("dsv4")
+    assert not found.error, found.error
+    assert found.reading is not None
+    assert all(len(tokens) == found.engine.count for tokens in found.tokens)
+    # Random weights: how many drafts are taken is chance, that they are made is not.
+    assert found.reading.drafts > 0
+    assert found.reading.draft_tokens == found.engine.k * found.reading.drafts
+    record(drafts=found.reading.drafts, accepted=found.reading.accepted)
+
+
+@pytest.mark.engines("dsv4")
+def test_draft_block_is_bf16(ran: Callable[[str], Ran], record: Callable[..., None]) -> None:
+    """The target's experts are FP4, the draft's are not: no parameter of it is quantized."""
+    found = ran("dsv4")
+    record(dtypes=found.draft_dtypes)
+    assert found.draft_dtypes.get("bfloat16", 0) > 0
+    assert set(found.draft_dtypes) <= {"bfloat16", "float32", "int64", "int32"}
+    config = parse(found.log)
+    assert any(row.startswith("NvFp4: ") for row in config.moe)
+    assert any(row.startswith("Unquantized: ") for row in config.moe)
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [pytest.param(*row, marks=pytest.mark.engines(row[0])) for row in RED]
+)
+def test_without_the_patch_it_fails(name: str, error: str, ran: Callable[[str], Ran]) -> None:
+    found = ran(name)
+    assert not found.tokens
+    assert error in found.error
+
+
+@pytest.mark.engines("dsv4-weights-only")
+def test_weights_only_group_loads(ran: Callable[[str], Ran]) -> None:
+    """The layout that patch 0001 is for: an attention group without input activations."""
+    found = ran("dsv4-weights-only")
+    assert not found.error, found.error
+    assert found.tokens

@@ -1,0 +1,65 @@
+"""What must be refused: each by the gate or by the loader, with a diagnosis."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.gpu.mtp.engines import COUNT, REQUESTS
+from vllm_forge.gpu.gate import Band, Traffic, judge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.gpu.mtp.engines import Ran
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.tier("server"),
+    pytest.mark.xdist_group("mtp"),
+    pytest.mark.value(8, 30),
+]
+TRAFFIC = Traffic(requests=REQUESTS, tokens=REQUESTS * COUNT)
+BAND = Band(sku="any", workload="exact", k=1, low=0.9, high=1.0)
+
+
+def problems(ran: Ran) -> str:
+    return "\n".join(judge(ran.reading, TRAFFIC, BAND).problems)
+
+
+@pytest.mark.engines("plain")
+def test_no_speculative_config(ran: Callable[[str], Ran]) -> None:
+    found = ran("plain")
+    assert found.tokens
+    assert "speculation is off" in problems(found)
+
+
+@pytest.mark.engines("wrong-1")
+def test_head_that_is_never_right(ran: Callable[[str], Ran]) -> None:
+    found = ran("wrong-1")
+    assert found.reading is not None
+    assert found.reading.drafts > 200
+    assert "every draft was refused" in problems(found)
+
+
+@pytest.mark.engines("zeroed")
+def test_head_of_zeros(ran: Callable[[str], Ran]) -> None:
+    """It loads, it drafts token 0 for ever, and no orbit has token 0."""
+    assert "every draft was refused" in problems(ran("zeroed"))
+
+
+@pytest.mark.engines("stripped")
+def test_checkpoint_without_mtp(ran: Callable[[str], Ran]) -> None:
+    found = ran("stripped")
+    assert not found.tokens
+    assert "were not initialized from" in found.error
+
+
+@pytest.mark.engines("partly-stripped")
+def test_checkpoint_with_a_part_of_mtp(ran: Callable[[str], Ran]) -> None:
+    """The loader of unquantized models misses a tensor that no quantization method owns."""
+    found = ran("partly-stripped")
+    assert not found.tokens
+    assert "were not initialized from" in found.error
+    assert "input_proj" in found.error

@@ -1,0 +1,292 @@
+"""Positive controls: the release's own kernel with one fault each, built beside the real op.
+
+A mutant is the release's ``ops.cu`` and ``marlin_template.h`` with one text replaced, compiled as
+one file with two instances of the template (NVFP4 and W4A16, 8 rows, tile 128 x 128) and
+registered as ``torch.ops.forge_<name>.moe_wna16_marlin_gemm``. A text that is not there exactly
+once is an error: a mutant that is no mutant would prove the opposite.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TEMPLATE, HOST = "marlin_template.h", "ops.cu"
+FOLDER = "csrc/libtorch_stable/moe/marlin_moe_wna16"
+BINDINGS = "csrc/libtorch_stable/moe/torch_bindings.cpp"
+# What of a release's source a build needs, besides torch's and CUDA's headers.
+SOURCES = (FOLDER, BINDINGS, "csrc/libtorch_stable/quantization/marlin", "csrc/core",
+           "csrc/libtorch_stable/torch_utils.h")  # fmt: skip
+REGISTRATION = "STABLE_TORCH_LIBRARY_IMPL(_moe_C, CUDA, m)"
+SCHEMA = re.compile(
+    r'm\.def\(\s*((?:"[^"]*"\s*)*"moe_wna16_marlin_gemm\([^"]*"\s*(?:"[^"]*"\s*)*)\)'
+)
+ACQUIRE = "        barrier_acquire(&locks[locks_off], slice_idx);\n        if (use_fp32_reduce) {"
+RELEASE = (
+    "        barrier_release(&locks[locks_off], last);\n      }\n\n      if (has_bias && last) {"
+)
+END = "}\n\n}  // namespace MARLIN_NAMESPACE_NAME\n\n#endif\n"
+# b_type, s_type, group_blocks of each instance.
+INSTANCES = (("kFE2M1f", "kFE4M3fn", 1), ("kU4B8", "kBFloat16", 8))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """Replace the only occurrence of a text."""
+
+    file: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """A fault.
+
+    Attributes:
+        name: in ``torch.ops.forge_<name>``.
+        what: in words.
+        edits: what is changed.
+    """
+
+    name: str
+    what: str
+    edits: tuple[Edit, ...] = ()
+
+
+MUTANTS = (
+    Mutant(name="clean", what="no fault"),
+    Mutant(
+        name="early_release",
+        what="the lock is released before the sum is read and written",
+        edits=(
+            Edit(
+                file=TEMPLATE,
+                old=ACQUIRE,
+                new=ACQUIRE.replace(
+                    "\n",
+                    "\n        barrier_release(&locks[locks_off], last);\n        if (!last) {\n"
+                    "          long long start = clock64();\n"
+                    "          while (clock64() - start < 4000) {}\n        }\n",
+                    1,
+                ),
+            ),
+            Edit(file=TEMPLATE, old=RELEASE, new=RELEASE.split("\n", 1)[1]),
+        ),
+    ),
+    Mutant(
+        name="no_acquire",
+        what="a block does not wait for its turn",
+        edits=(
+            Edit(
+                file=TEMPLATE,
+                old=ACQUIRE,
+                new=ACQUIRE.replace(
+                    "barrier_acquire(&locks[locks_off], slice_idx);", "__syncthreads();"
+                ),
+            ),
+        ),
+    ),
+    Mutant(
+        name="no_reset",
+        what="the last part leaves the lock as it is",
+        edits=(Edit(file=TEMPLATE, old="      lock[0] = 0;\n      return;", new="      return;"),),
+    ),
+    Mutant(
+        name="lock_alias",
+        what="two tiles use one lock",
+        edits=(
+            Edit(
+                file=TEMPLATE,
+                old=ACQUIRE,
+                new=ACQUIRE.replace("locks[locks_off]", "locks[locks_off / 2]"),
+            ),
+            Edit(
+                file=TEMPLATE,
+                old=RELEASE,
+                new=RELEASE.replace("locks[locks_off]", "locks[locks_off / 2]"),
+            ),
+        ),
+    ),
+    Mutant(
+        name="slot_overlap",
+        what="slots of c_tmp overlap by half",
+        edits=(
+            Edit(
+                file=TEMPLATE,
+                old="    int c_cur_offset = locks_off * c_size;",
+                new="    int c_cur_offset = locks_off * (c_size / 2);",
+            ),
+        ),
+    ),
+    Mutant(
+        name="short_c_tmp",
+        what="c_tmp has as many floats as C_TMP_FLOATS says",
+        edits=(
+            Edit(
+                file=HOST,
+                old="    if (moe_block_size == 8) max_c_tmp_size *= 2;\n",
+                new="    if (moe_block_size == 8) max_c_tmp_size *= 2;\n"
+                '    if (const char* floats = std::getenv("C_TMP_FLOATS"))\n'
+                "      max_c_tmp_size = std::atol(floats);\n",
+            ),
+        ),
+    ),
+    Mutant(
+        name="skipped_write",
+        what="the first column tile of the result is not written",
+        edits=(
+            Edit(
+                file=TEMPLATE,
+                old="      if (last || use_atomic_add)\n",
+                new="      if ((last || use_atomic_add) && slice_col != 0)\n",
+            ),
+        ),
+    ),
+    Mutant(
+        name="no_release_barrier",
+        what="the lock is released before all warps have written",
+        edits=(
+            Edit(
+                file=TEMPLATE,
+                old="bool reset = false) {\n  __syncthreads();\n",
+                new="bool reset = false) {\n",
+            ),
+        ),
+    ),
+    Mutant(
+        name="no_stage_barrier",
+        what="warps do not wait for each other's copies to shared memory",
+        edits=(
+            Edit(
+                file=TEMPLATE,
+                old="    cp_async_wait<stages - 2>();\n    __syncthreads();\n",
+                new="    cp_async_wait<stages - 2>();\n",
+            ),
+        ),
+    ),
+    Mutant(
+        name="half_barrier",
+        what="only half a warp comes to the barrier after the lock",
+        edits=(
+            Edit(
+                file=TEMPLATE,
+                old="    while (state != count);\n  }\n  __syncthreads();\n",
+                new="    while (state != count);\n  }\n"
+                "  if (threadIdx.x % 32 < 16) __syncthreads();\n",
+            ),
+        ),
+    ),
+    Mutant(
+        name="late_half_barrier",
+        what="half of each warp comes to a barrier at the end, the rest leaves the kernel later",
+        edits=(
+            # The rest waits, so that it is alive when the barrier is reached, and exits by itself,
+            # or the warp would come together behind the barrier and hang.
+            Edit(
+                file=TEMPLATE,
+                old=END,
+                new="  if (threadIdx.x % 32 < 16) {\n    __syncthreads();\n  } else {\n"
+                "    for (long long start = clock64(); clock64() - start < 20000;) {}\n"
+                '    asm volatile("exit;");\n  }\n' + END,
+            ),
+        ),
+    ),
+    Mutant(
+        name="no_fence",
+        what="the lock is released without a fence",
+        edits=(Edit(file=TEMPLATE, old='    asm volatile("fence.acq_rel.gpu;\\n");\n', new=""),),
+    ),
+    Mutant(
+        name="weak_acquire",
+        what="the lock is read without acquire semantics",
+        edits=(
+            Edit(
+                file=TEMPLATE,
+                old='asm volatile("ld.global.acquire.gpu.b32 %0, [%1];\\n"\n'
+                '                   : "=r"(state)\n'
+                '                   : "l"(lock));\n'
+                "    while (state != count);",
+                new='asm volatile("ld.volatile.global.b32 %0, [%1];\\n"\n'
+                '                   : "=r"(state)\n'
+                '                   : "l"(lock));\n'
+                "    while (state != count);",
+            ),
+        ),
+    ),
+)
+BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
+
+
+class AnchorError(Exception):
+    """The release's text is not what a mutant was written for."""
+
+
+def replace_once(text: str, edit: Edit) -> str:
+    """The text with the edit.
+
+    Raises:
+        AnchorError: what it replaces is not there exactly once.
+    """
+    if (count := text.count(edit.old)) != 1:
+        raise AnchorError(f"{count} times in {edit.file}, not once: {edit.old!r}")
+    return text.replace(edit.old, edit.new)
+
+
+def lay_out(mutant: Mutant, source: Path, folder: Path) -> Path:
+    """Write a mutant's text.
+
+    Args:
+        mutant: which.
+        source: the release's tree, or what of it SOURCES names.
+        folder: an empty one.
+
+    Returns:
+        The file to compile; ``folder`` and ``source``/csrc have to be on the include path.
+
+    Raises:
+        AnchorError: see replace_once.
+    """
+    texts = {
+        name: (source / FOLDER / name).read_text(encoding="utf-8")
+        for name in (TEMPLATE, HOST, "kernel.h")
+    }
+    for edit in mutant.edits:
+        texts[edit.file] = replace_once(texts[edit.file], edit)
+    space = f"forge_{mutant.name}"
+    own = REGISTRATION.replace("_moe_C", space)
+    host = replace_once(texts[HOST], Edit(file=HOST, old=REGISTRATION, new=own))
+    schemas = SCHEMA.findall((source / BINDINGS).read_text(encoding="utf-8"))
+    if len(schemas) != 1:
+        raise AnchorError(f"{len(schemas)} schemas of the op in {BINDINGS}")
+    (folder / TEMPLATE).write_text(texts[TEMPLATE], encoding="utf-8")
+    (folder / "kernel.h").write_text(texts["kernel.h"], encoding="utf-8")
+    (folder / "kernel_selector.h").write_text(_selector(), encoding="utf-8")
+    whole = folder / f"{mutant.name}.cu"
+    whole.write_text(
+        "#include <cstdlib>\n"
+        f"#define MARLIN_NAMESPACE_NAME marlin_{mutant.name}\n"
+        f'#include "kernel.h"\n#include "{TEMPLATE}"\n{host}\n'
+        f"STABLE_TORCH_LIBRARY_FRAGMENT({space}, m) {{ m.def({schemas[0]}); }}\n",
+        encoding="utf-8",
+    )
+    return whole
+
+
+def _selector() -> str:
+    """kernel_selector.h for the instances, in the words of the release's generate_kernels.py."""
+    rows = []
+    for b_type, s_type, group in INSTANCES:
+        rows.append(
+            f"if (a_type == vllm::kBFloat16 && b_type == vllm::{b_type} && "
+            f"s_type == vllm::{s_type} && threads == 256 && thread_m_blocks == 1 && "
+            f"thread_n_blocks == 8 && thread_k_blocks == 8 && m_block_size_8 && stages == 4 && "
+            f"group_blocks == {group})\n"
+            f"  kernel = Marlin<vllm::kBFloat16.id(), vllm::{b_type}.id(), vllm::kBFloat16.id(), "
+            f"vllm::{s_type}.id(), 256, 1, 8, 8, true, 4, {group}, false>;\n"
+        )
+    return "else ".join(rows)
