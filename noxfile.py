@@ -102,9 +102,87 @@ def wheel(session: nox.Session) -> None:
 
 
 @nox.session
+def oracle(session: nox.Session) -> None:
+    """Ask each line's vLLM which kernels it selects, as root. Options: --line, --update."""
+    forge(session, "oracle")
+
+
+@nox.session
+def plan(session: nox.Session) -> None:
+    """Say what a cell is: pins, kernels, needs, command. Options: --sku, --line, --json."""
+    forge(session, "plan")
+
+
+@nox.session(name="why-rebuild")
+def why_rebuild(session: nox.Session) -> None:
+    """Say which input of an image changed since its last build. Options: --sku, --line."""
+    forge(session, "why-rebuild")
+
+
+@nox.session
+def doctor(session: nox.Session) -> None:
+    """Say what a host lacks to serve a preset. Options: --sku, --line, --preset, --artifact."""
+    forge(session, "doctor")
+
+
+@nox.session
+def serve(session: nox.Session) -> None:
+    """Serve a preset in its image. Options: --sku, --preset, --artifact, --line, --print."""
+    forge(session, "serve")
+
+
+@nox.session
+def census(session: nox.Session) -> None:
+    """Say which kernels each line has code for, on each SKU. Options: --line, --update."""
+    forge(session, "census")
+
+
+@nox.session
 def schema(session: nox.Session) -> None:
     """Write matrix.schema.json from the model."""
     forge(session, "schema")
+
+
+@nox.session
+def quantize(session: nox.Session) -> None:
+    """Quantize a BF16 DeepSeek-V4. Options: --model, --recipe, --output, --data, --device."""
+    forge(session, "quantize")
+
+
+@nox.session(name="inspect-checkpoint")
+def inspect_checkpoint(session: nox.Session) -> None:
+    """Say what a checkpoint is and what each line does with it. Options: --line, --json."""
+    forge(session, "inspect-checkpoint")
+
+
+@nox.session
+def verdicts(session: nox.Session) -> None:
+    """Let every line's vLLM load every tiny checkpoint, as root; writes docs/verdicts.md."""
+    forge(session, "verdicts")
+
+
+@nox.session
+def tiny(session: nox.Session) -> None:
+    """Make tiny checkpoints, good and broken, in the cache. Options: names of variants."""
+    forge(session, "tiny")
+
+
+@nox.session(name="test-gpu")
+def test_gpu(session: nox.Session) -> None:
+    """Run the GPU suite and write receipts. Options: --sku, --image, --env, --tier, -n."""
+    forge(session, "test-gpu")
+
+
+@nox.session(name="gpu-kit")
+def gpu_kit(session: nox.Session) -> None:
+    """Write the suite for a GPU host offline. Options: --sku, --output, --freeze, --max-part."""
+    forge(session, "gpu-kit")
+
+
+@nox.session
+def receipts(session: nox.Session) -> None:
+    """Verify all receipts, on any host. Options: --result, --key, --signed, --update."""
+    forge(session, "receipts")
 
 
 @nox.session
@@ -123,12 +201,21 @@ def test(session: nox.Session) -> None:
     session.run(develop(session, "pytest"), "-n", "auto", "--dist", "loadgroup", *args)
 
 
+@nox.session(name="test-checkpoints")
+def test_checkpoints(session: nox.Session) -> None:
+    """Run the tests that need the quantization tools, which are installed apart."""
+    printed = session.run(tool(session, "vllm-forge"), "tools", silent=True)
+    python = str(printed).split()[-1]
+    session.run(python, "-m", "pytest", "tests/checkpoints", *session.posargs)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check types (mypy --strict), style (ruff) and that generated files are current."""
+    """Check types (mypy --strict), style (ruff), and every preset by what each line's vLLM says."""
     session.run(develop(session, "ruff"), "check", ".")
     session.run(develop(session, "ruff"), "format", "--check", ".")
     session.run(develop(session, "mypy"))
+    session.run(tool(session, "vllm-forge"), "lint-presets")
 
 
 @nox.session

@@ -20,6 +20,7 @@ SOURCE = REPO / "src" / "vllm_forge"
 # A room may import those before it.
 ROOMS = [
     "errors", "host", "matrix", "sources", "patches", "oracle", "census", "images", "numerics",
+    "gpu",
     "checkpoints", "serve", "proof", "report", "commands", "cli",
     "__main__",
 ]  # fmt: skip

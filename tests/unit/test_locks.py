@@ -233,7 +233,7 @@ class TestCommittedLocks:
 
     def test_files_are_for_the_images_python_and_platform(self, name: str) -> None:
         matrix = load(ROOT)
-        tags = lock._tags(matrix.line[name], matrix.base)
+        tags = lock.wheel_tags(matrix.line[name], matrix.base)
         for wheel in self.read(name).wheels:
             assert parse_wheel_filename(wheel.filename)[3] & set(tags)
 
@@ -312,26 +312,26 @@ def offer(*names: str, sha256: str | None = HEX, size: int | None = 9) -> list[I
 def test_choice(name: str, order: int, line: Line, base: Base) -> None:
     offered, expected = CHOICES[name]
     files = offer(*(f"pkg-1.0-{tags}.whl" for tags in offered[::order]), "pkg-1.0.tar.gz")
-    tags = lock._tags(line, base)
+    tags = lock.wheel_tags(line, base)
     if expected is None:
         with pytest.raises(DistributionNotFoundError, match=r"pkg 1\.0 has no wheel"):
-            lock._choose("pkg", "1.0", files, tags)
+            lock.choose_wheel("pkg", "1.0", files, tags)
     else:
-        chosen = lock._choose("pkg", "1.0", files, tags)
+        chosen = lock.choose_wheel("pkg", "1.0", files, tags)
         assert chosen.filename == f"pkg-1.0-{expected}.whl"
 
 
 def test_choice_is_of_the_version(line: Line, base: Base) -> None:
     files = offer("pkg-1.0.1-py3-none-any.whl", "pkg-1.0-py3-none-any.whl")
-    tags = lock._tags(line, base)
-    assert lock._choose("pkg", "1.0", files, tags).filename == "pkg-1.0-py3-none-any.whl"
+    tags = lock.wheel_tags(line, base)
+    assert lock.choose_wheel("pkg", "1.0", files, tags).filename == "pkg-1.0-py3-none-any.whl"
 
 
 @pytest.mark.parametrize("missing", [{"sha256": None}, {"size": None}])
 def test_index_that_tells_no_hash_or_size(missing: dict[str, None], line: Line, base: Base) -> None:
     files = offer("pkg-1.0-py3-none-any.whl", **missing)
     with pytest.raises(DistributionNotFoundError, match="no sha256 or no size"):
-        lock._choose("pkg", "1.0", files, lock._tags(line, base))
+        lock.choose_wheel("pkg", "1.0", files, lock.wheel_tags(line, base))
 
 
 # --- making one ----------------------------------------------------------------------------------

@@ -2,11 +2,19 @@
 
 from vllm_forge.sources.fetch import Download, download_all
 from vllm_forge.sources.index import Index, IndexFile
-from vllm_forge.sources.lock import Lock, LockedWheel, make_lock, read_lock, read_wheels
+from vllm_forge.sources.lock import (
+    UNPACK_RATIO,
+    Lock,
+    LockedWheel,
+    make_lock,
+    read_lock,
+    read_wheels,
+)
 from vllm_forge.sources.sdist import SourceRepo
 from vllm_forge.sources.wheelhouse import Wheelhouse
 
 __all__ = [
+    "UNPACK_RATIO",
     "Download",
     "Index",
     "IndexFile",

@@ -34,6 +34,8 @@ ENTRY = re.compile(
 )
 TOTAL = re.compile(r"^# total: (?P<count>\d+) wheels, (?P<bytes>\d+) bytes$", re.M)
 INPUT = re.compile(r"^# input: (?P<digest>[0-9a-f]{64})$", re.M)
+# A wheel's files take this much more room unpacked than packed (2.1 for the 0.26 lock).
+UNPACK_RATIO = 2.5
 RESOLVED = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^\s\\;]+)", re.M)
 
 
@@ -173,8 +175,8 @@ def make_lock(root: Path, line_name: str, line: Line, base: Base, index: Index) 
             console.print(f"[yellow]{kind}[/] {escape(f'{item.requirement}: {item.reason}')}")
     resolved = _resolve(line, base, index)
     offered = index.files_of(name for name, _ in resolved)
-    tags = _tags(line, base)
-    wheels = [_choose(name, version, offered[name], tags) for name, version in resolved]
+    tags = wheel_tags(line, base)
+    wheels = [choose_wheel(name, version, offered[name], tags) for name, version in resolved]
     path = root / line.lock
     with atomic_path(path) as aside:
         aside.write_text(_text(line_name, line, base, wheels), encoding="utf-8")
@@ -231,8 +233,8 @@ def _resolve(line: Line, base: Base, index: Index) -> list[tuple[str, str]]:
     )
 
 
-def _tags(line: Line, base: Base) -> dict[Tag, int]:
-    """Tags of the image's Python, best first."""
+def wheel_tags(line: Line, base: Base) -> dict[Tag, int]:
+    """Wheel tags that a line's Python takes on the platform, best first: tag -> rank."""
     machine, _, glibc_minor = base.platform.rpartition("-manylinux_2_")
     legacy = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
     platforms = []
@@ -251,7 +253,14 @@ def _tags(line: Line, base: Base) -> dict[Tag, int]:
     return {tag: rank for rank, tag in enumerate(ordered)}
 
 
-def _choose(name: str, version: str, files: list[IndexFile], tags: dict[Tag, int]) -> LockedWheel:
+def choose_wheel(
+    name: str, version: str, files: list[IndexFile], tags: dict[Tag, int]
+) -> LockedWheel:
+    """The best file of a release.
+
+    Raises:
+        DistributionNotFoundError: none fits, or the index does not say its hash and size.
+    """
     best: tuple[int, IndexFile] | None = None
     for file in files:
         if not file.filename.endswith(".whl"):

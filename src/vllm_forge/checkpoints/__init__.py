@@ -1,0 +1,1 @@
+"""Checkpoints: tiny ones, the quantization recipe, and an inspector (headers only)."""

@@ -1,0 +1,159 @@
+"""The quantization tools: a virtual environment of their own, hash-pinned and patched.
+
+Its lock is plain requirements with the hashes of every file of each version, so that one lock
+serves each Python from 3.11 on. It is made in the checkout's ``.nox`` by uv, without root.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from uv import find_uv_bin
+
+from vllm_forge.errors import LockFileError, ToolEnvironmentError
+from vllm_forge.host import atomic_path, exclusive, report, require_disk
+from vllm_forge.patches import read_series
+from vllm_forge.patches.installed import patch_installed
+from vllm_forge.sources.index import index_url
+
+INPUT = Path("docker/locks/quantize.in")
+LOCK = Path("docker/locks/quantize.txt")
+SERIES = Path("patches/transformers/5.17")
+FOLDER = Path(".nox/quantize")
+COMMAND = "nox -s lock -- --tools"
+OLDEST_PYTHON = "3.11"
+LOCKED = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^\s\\;]+)", re.M)
+STATED = re.compile(r"^# input: (?P<digest>[0-9a-f]{64})$", re.M)
+BYTES = 6_000_000_000  # installed; with uv's cache on the same disk most of it is shared
+TAIL = 2000
+# Their progress bars and hints are not our commands' output; what they warn of is looked at.
+# Threads that spin while they wait cost a factor of ten where cores are shared.
+SETTINGS = {
+    "COMPRESSED_TENSORS_LOG_LEVEL": "ERROR",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "LLM_COMPRESSOR_LOG_LEVEL": "ERROR",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+}
+
+
+def python_of(root: Path) -> Path:
+    """Interpreter of the environment, whether it is there or not."""
+    return root / FOLDER / "bin" / "python"
+
+
+def prepare(root: Path) -> Path:
+    """Make the environment, unless it is there and current; return its interpreter.
+
+    Raises:
+        LockFileError: the lock is missing or older than what it locks.
+        ToolEnvironmentError: uv cannot install it.
+        DiskSpaceError: before anything is written.
+        WrongContextError, ...: the patches do not fit; see patches.apply.
+    """
+    folder, lock = root / FOLDER, root / LOCK
+    _check_lock(root)
+    patches = read_series(root / SERIES)
+    parts = [lock.read_bytes(), sys.version.encode()]
+    parts += [patch.path.read_bytes() for patch in patches]
+    stamp = folder / hashlib.sha256(b"\0".join(parts)).hexdigest()
+    with exclusive("tools-quantize", wait=True):
+        if stamp.exists():
+            return python_of(root)
+        require_disk({folder: BYTES})
+        with report("install the quantization tools"):
+            _uv("venv", "--clear", f"--python={sys.executable}", str(folder))
+            python = f"--python={python_of(root)}"
+            index = f"--default-index={index_url()}"
+            _uv("pip", "install", python, index, "--require-hashes", f"--requirements={lock}")
+            _uv("pip", "install", python, index, "--no-deps", f"--editable={root}")
+            patch_installed(_site(root), patches)
+        stamp.touch()
+    return python_of(root)
+
+
+def enter(root: Path, argv: list[str]) -> None:
+    """Become ``python -m vllm_forge <argv>`` of the environment, unless we are it already."""
+    python = python_of(root)
+    if Path(sys.prefix) == (root / FOLDER).resolve():
+        return
+    prepare(root)
+    os.execve(python, [str(python), "-m", "vllm_forge", *argv], {**SETTINGS, **os.environ})  # noqa: S606
+
+
+def make_lock(root: Path) -> Path:
+    """Resolve the input file and the project's dependencies, and write the lock.
+
+    Raises:
+        ToolEnvironmentError: uv finds no solution.
+    """
+    text = _uv(
+        "pip", "compile", str(INPUT), "pyproject.toml", "--quiet", "--universal", "--no-header",
+        "--no-annotate", "--generate-hashes", "--only-binary=:all:",
+        f"--python-version={OLDEST_PYTHON}", f"--default-index={index_url()}",
+        cwd=root,
+    )  # fmt: skip
+    header = [
+        "# The quantization tools, for every Python from 3.11 on. Made by:",
+        f"#     {COMMAND}",
+        f"# Do not edit: change {INPUT.name} and make it again.",
+        f"# input: {_digest(root)}",
+    ]
+    with atomic_path(root / LOCK) as aside:
+        aside.write_text("\n".join([*header, text]), encoding="utf-8")
+    return root / LOCK
+
+
+def _digest(root: Path) -> str:
+    """Hash of the input file."""
+    return hashlib.sha256((root / INPUT).read_bytes()).hexdigest()
+
+
+def _check_lock(root: Path) -> None:
+    path = root / LOCK
+    again = f"run: {COMMAND}"
+    if not path.is_file():
+        raise LockFileError("the quantization tools have no lock", where=str(path), remedy=again)
+    text = path.read_text(encoding="utf-8")
+    stated = STATED.search(text)
+    if stated is None or stated["digest"] != _digest(root):
+        raise LockFileError(
+            f"the lock was not made for what {INPUT.name} now says", where=str(path), remedy=again
+        )
+    locked = {canonicalize_name(row["name"]): row["version"] for row in LOCKED.finditer(text)}
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for need in map(Requirement, project["dependencies"]):
+        version = locked.get(canonicalize_name(need.name))
+        if version is None or version not in need.specifier:
+            raise LockFileError(
+                f"pyproject.toml asks for {need}, the lock has {version or 'none'}",
+                where=str(path),
+                remedy=again,
+            )
+
+
+def _site(root: Path) -> Path:
+    return next((root / FOLDER / "lib").glob("python3.*/site-packages"))
+
+
+def _uv(*arguments: str, cwd: Path | None = None) -> str:
+    done = subprocess.run(
+        [find_uv_bin(), *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise ToolEnvironmentError(
+            f"uv {' '.join(arguments[:2])} exited with {done.returncode}:\n"
+            f"{done.stderr.strip()[-TAIL:]}",
+            remedy="check the network, the proxy, and UV_DEFAULT_INDEX / PIP_INDEX_URL; a file "
+            "whose hash differs is not the one that was locked",
+        )
+    return done.stdout

@@ -1,0 +1,164 @@
+"""A dry load's request and its answer; the part inside a line's environment is inside.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import vllm_forge.oracle.inside
+from vllm_forge.checkpoints.inspect.parts import Drafter
+from vllm_forge.errors import DryLoadError
+from vllm_forge.host import atomic_path
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from vllm_forge.checkpoints.inspect.profile import Profile
+    from vllm_forge.matrix import Sku
+
+SCRIPT = Path(__file__).with_name("inside.py")
+PROGRAM = "dry_load.py"  # its name where it is mounted
+ORACLE = Path(vllm_forge.oracle.inside.__file__).parent
+# What serves each drafter; MTP is tried on a DSpark drafter too, to say what it does with one.
+METHODS = {
+    Drafter.NONE: (),
+    Drafter.MTP: ("mtp",),
+    Drafter.DSPARK: ("mtp", "dspark"),
+    Drafter.UNKNOWN: ("mtp",),
+}
+
+
+class Row(BaseModel):
+    """Base of the answer's records."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Stop(Row):
+    """What vLLM raised, and at which tensor."""
+
+    tensor: str | None
+    message: str
+
+
+class Short(Row):
+    """A parameter that was not written in whole, and how many like it."""
+
+    parameter: str
+    count: int
+    filled: int = Field(description="elements")
+    of: int = Field(description="elements")
+
+
+class Cast(Row):
+    """Copies that converted from one dtype to another; torch's names."""
+
+    source: str = Field(alias="from")
+    to: str
+    count: int
+    example: str
+
+
+class Unread(Row):
+    """A tensor that the model took nothing from, and how many like it."""
+
+    tensor: str
+    count: int
+
+
+class Resolved(Row):
+    """What vLLM made of a module."""
+
+    module: str = Field(description="numbers are N")
+    method: str
+    scheme: str
+    count: int
+
+
+class Load(Row):
+    """One model's dry load."""
+
+    error: Stop | None
+    parameters: int = 0
+    read: int = 0
+    short: tuple[Short, ...] = ()
+    casts: tuple[Cast, ...] = ()
+    unread: tuple[Unread, ...] = ()
+    modules: tuple[Resolved, ...] = ()
+
+
+class Answer(Row):
+    """What one vLLM does with one checkpoint."""
+
+    target: Load
+    drafts: dict[str, Load]
+
+
+class Answers(Row):
+    """What one vLLM does with each checkpoint of a request."""
+
+    vllm: str
+    cases: dict[str, Answer]
+
+
+def write_request(folder: Path, profiles: Mapping[str, Profile], sku: Sku) -> None:
+    """Everything that inside.py needs, in a folder that any user can read.
+
+    Args:
+        folder: appears when everything is in it.
+        profiles: name -> checkpoint; headers are needed.
+        sku: the GPU that is declared.
+    """
+    with atomic_path(folder) as aside:
+        aside.mkdir()
+        shutil.copyfile(SCRIPT, aside / PROGRAM)
+        shutil.copytree(ORACLE, aside / "inside", ignore=shutil.ignore_patterns("__pycache__"))
+        cases = []
+        for number, (name, profile) in enumerate(profiles.items()):
+            rows = [[entry.name, entry.dtype, entry.shape] for entry in profile.tensors.values()]
+            (aside / f"tensors-{number}.json").write_text(json.dumps(rows))
+            cases.append(
+                {
+                    "name": name,
+                    "config": dict(profile.config),
+                    "tensors": f"tensors-{number}.json",
+                    "methods": METHODS[profile.drafter] if profile.draft_layers else (),
+                }
+            )
+        device = {
+            "name": sku.device,
+            "compute_capability": sku.compute_capability,
+            "memory_bytes": sku.memory_gb * 10**9,
+            "count": 1,
+        }
+        text = json.dumps({"device": device, "cases": cases})
+        (aside / "request.json").write_text(text)
+        for path in (aside, *aside.rglob("*")):
+            path.chmod(0o755)
+
+
+def read_answers(output: str, where: str, names: Sequence[str]) -> Answers:
+    """Parse what inside.py printed last.
+
+    Raises:
+        DryLoadError: it is not an answer for every case.
+    """
+    lines = output.strip().splitlines()
+    try:
+        data = json.loads(lines[-1])
+        faults = {name: row["fault"] for name, row in data["cases"].items() if "fault" in row}
+        if faults:
+            name, fault = next(iter(faults.items()))
+            raise DryLoadError(f"the dry load of {name} failed:\n{fault}", where=where)
+        answers = Answers.model_validate(data)
+    except (IndexError, ValueError, KeyError, TypeError, ValidationError) as error:
+        raise DryLoadError(
+            f"vLLM gave no answer: {type(error).__name__}", where=where, remedy=output[-2000:]
+        ) from None
+    if missing := sorted(set(names) - set(answers.cases)):
+        raise DryLoadError(f"vLLM gave no answer for {', '.join(missing)}", where=where)
+    return answers

@@ -1,0 +1,94 @@
+"""Gates about precision: what was rounded on the way, and what a loader wants unquantized."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, some
+from vllm_forge.checkpoints.inspect.formats import Format
+from vllm_forge.checkpoints.inspect.parts import DRAFT, Part, part_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from vllm_forge.checkpoints.inspect.header import Entry
+    from vllm_forge.checkpoints.inspect.profile import Profile
+
+FLOATS = {"F32": 32, "F16": 16, "BF16": 16}
+
+
+def downcasts(profile: Profile) -> Iterator[Finding]:
+    """G19: BF16 where the model itself has FP32."""
+    wanted = {**profile.main, **profile.draft}
+    found = [
+        name
+        for name, tensor in wanted.items()
+        if tensor.dtype == "F32"
+        and name in profile.tensors
+        and profile.tensors[name].dtype in {"BF16", "F16"}
+    ]
+    if found:
+        total = sum(tensor.dtype == "F32" for tensor in wanted.values())
+        yield Finding(
+            gate="G19",
+            title="FP32 tensors were rounded",
+            effect=Effect.LOSES,
+            what=f"{some(found)}, of {total} that the model has in FP32",
+            remedy="take these tensors from the source, byte for byte",
+        )
+
+
+def against_source(profile: Profile, source: Mapping[str, Entry]) -> Iterator[Finding]:
+    """G19, by the source's own dtypes: unquantized tensors that are narrower than there."""
+    found = []
+    for name, entry in profile.tensors.items():
+        before = source.get(name)
+        if before is None or before.shape != entry.shape:
+            continue
+        if FLOATS.get(before.dtype, 0) > FLOATS.get(entry.dtype, 99):
+            found.append(name)
+    if found:
+        first = found[0]
+        yield Finding(
+            gate="G19",
+            title="tensors are narrower than in the source",
+            effect=Effect.LOSES,
+            what=f"{some(found)}; there {source[first].dtype}, here {profile.tensors[first].dtype}",
+            remedy="take these tensors from the source, byte for byte",
+        )
+
+
+def kept_unquantized(profile: Profile) -> Iterator[Finding]:
+    """G23: compressor and indexer projections that vLLM builds without a quantization config."""
+    found = []
+    for module, kind in profile.formats.items():
+        part = part_of(f"{module}.weight")
+        inside = part is Part.COMPRESSOR or (part is Part.INDEXER and not module.endswith(".wq_b"))
+        if inside and kind is not Format.PLAIN:
+            found.append(module)
+    if found:
+        yield Finding(
+            gate="G23",
+            title="compressor or indexer projections are quantized",
+            effect=Effect.REFUSES,
+            what=f"{some(found)}; vLLM builds these modules unquantized",
+            remedy="store them as BF16",
+        )
+
+
+def uniform_draft(profile: Profile) -> Iterator[Finding]:
+    """A drafter of which one part was quantized and another was not."""
+    kinds = {kind for module, kind in profile.formats.items() if module.startswith(DRAFT)}
+    foreign = kinds & {Format.NVFP4, Format.W4A16, Format.MODELOPT_NVFP4}
+    if foreign and Format.PLAIN in profile.format_of(Part.EXPERTS, draft=True):
+        yield Finding(
+            gate="G16",
+            title="a drafter that is quantized in part",
+            effect=Effect.CORRUPTS,
+            scope=Scope.DRAFT,
+            what=", ".join(sorted(kinds)),
+            remedy="pass all of mtp.* through unchanged",
+        )
+
+
+GATES = (downcasts, kept_unquantized, uniform_draft)

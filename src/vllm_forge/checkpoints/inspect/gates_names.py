@@ -1,0 +1,197 @@
+"""Gates that need nothing but names: what is there, what is not, and what should not be."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, some
+from vllm_forge.checkpoints.inspect.formats import split
+from vllm_forge.checkpoints.inspect.parts import LINEAR, Drafter, Part, alias_tensors, part_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from vllm_forge.checkpoints.inspect.profile import Profile
+    from vllm_forge.checkpoints.inventory import Expected
+
+ROWS = re.compile(r"ffn\.shared_experts\.(down_proj|w2)\.\d+(\.|$)")
+ROUTERS = (".gate.bias", ".gate.tid2eid")
+# Suffixes of which one must be there for a matrix to be there.
+WEIGHTS = ("weight", "weight_packed")
+
+
+def files(profile: Profile) -> Iterator[Finding]:
+    """Shards, index and sizes agree."""
+    seen = profile.seen
+    if seen.missing_shards:
+        yield Finding(
+            gate="files",
+            title="shards are missing",
+            effect=Effect.REFUSES if seen.tensors is not None else Effect.NOTES,
+            what=f"{len(seen.missing_shards)} of {len(set((seen.index or {}).values()))} shards "
+            f"are not here, e.g. {seen.missing_shards[0]}",
+            remedy="fetch them; with the index alone, only names can be judged",
+        )
+    if seen.tensors is None or seen.index is None:
+        return
+    here = {name for name, shard in seen.index.items() if shard not in seen.missing_shards}
+    other = {n for n in here & seen.tensors.keys() if seen.index[n] != seen.tensors[n].shard}
+    if wrong := (here ^ seen.tensors.keys()) | other:
+        yield Finding(
+            gate="files",
+            title="index and shards disagree",
+            effect=Effect.REFUSES,
+            what=f"not where the index says, or not in it: {some(sorted(wrong))}",
+            remedy="write the index anew from the shards",
+        )
+    if not seen.missing_shards and seen.total_size not in (None, seen.bytes):
+        yield Finding(
+            gate="files",
+            title="the index's total_size is wrong",
+            effect=Effect.NOTES,
+            what=f"it says {seen.total_size} bytes, the tensors have {seen.bytes}",
+        )
+
+
+def drafter(profile: Profile) -> Iterator[Finding]:
+    """G01, G15, G69: the drafter that the config promises."""
+    promised = len(profile.draft_layers)
+    match profile.drafter:
+        case Drafter.NONE if promised:
+            yield Finding(
+                gate="G01",
+                title="no MTP block",
+                effect=Effect.REFUSES,
+                scope=Scope.DRAFT,
+                what=f"config.json promises {promised} draft layer(s), and no tensor is under mtp.",
+                remedy="transformers drops mtp.* when it loads a model "
+                "(_keys_to_ignore_on_load_unexpected): pass these tensors through as bytes",
+            )
+        case Drafter.DSPARK:
+            yield Finding(
+                gate="G69",
+                title="a DSpark drafter, not MTP",
+                effect=Effect.REFUSES,
+                scope=Scope.DRAFT,
+                what=f"mtp. holds {len(profile.draft_names)} tensors of a DSpark drafter (it has "
+                "a markov_head, and neither enorm nor hnorm); method=mtp would load part of them",
+                remedy='serve it with {"method": "dspark"} on a line that has it',
+            )
+        case Drafter.UNKNOWN:
+            yield Finding(
+                gate="G69",
+                title="an unknown drafter",
+                effect=Effect.REFUSES,
+                scope=Scope.DRAFT,
+                what=f"neither MTP nor DSpark: {some(profile.draft_names)}",
+            )
+        case _:
+            pass
+    if profile.drafter in (Drafter.MTP, Drafter.DSPARK):
+        if absent := list(_absent(profile, profile.draft.values())):
+            yield Finding(
+                gate="G01" if profile.drafter is Drafter.MTP else "G69",
+                title="the drafter is not complete",
+                effect=Effect.REFUSES,
+                scope=Scope.DRAFT,
+                what=f"missing {some(absent)}, of {len(profile.draft)} that its config has",
+                remedy="vLLM checks no more than that one tensor of the layer is there, and "
+                "drafts with what memory held: take all of mtp.* from the source",
+            )
+        wanted = [tensor.name for tensor in alias_tensors(profile.config)]
+        if profile.drafter is Drafter.MTP and any(name not in profile.names for name in wanted):
+            yield Finding(
+                gate="G15",
+                title="embedding and head are not repeated below mtp.0",
+                effect=Effect.NOTES,
+                scope=Scope.DRAFT,
+                what="the draft model takes the target's own after loading; with pipeline "
+                "parallelism it does not get the embedding",
+                remedy=f"add {' and '.join(wanted)} for pipeline parallelism",
+            )
+
+
+def experts(profile: Profile) -> Iterator[Finding]:
+    """G05: every projection of every expert of every layer."""
+    wanted = [t for t in profile.main.values() if part_of(t.name) is Part.EXPERTS]
+    if absent := list(_absent(profile, wanted)):
+        yield Finding(
+            gate="G05",
+            title="experts are missing",
+            effect=Effect.REFUSES,
+            what=f"{len(wanted) - len(absent)} of {len(wanted)} (layers x experts x 3) weights "
+            f"are there; missing {some(absent)}",
+            remedy="save from every rank, and merge before the index is written",
+        )
+
+
+def router(profile: Profile) -> Iterator[Finding]:
+    """G22: the bias of the routers, under the name that the loader renames."""
+    wanted = {**profile.main, **(profile.draft if profile.drafter is not Drafter.NONE else {})}
+    tables = [n for n in wanted if n.endswith(ROUTERS) and n not in profile.names]
+    if renamed := [n for n in tables if _other_name(n) in profile.names]:
+        yield Finding(
+            gate="G22",
+            title="router biases have transformers' name",
+            effect=Effect.DEPARTS,
+            what=f"{some(map(_other_name, renamed))}; loaders rename DeepSeek's gate.bias to it, "
+            "so it fits, too",
+            remedy="name them layers.N.ffn.gate.bias, as DeepSeek does",
+        )
+    if absent := sorted(set(tables) - set(renamed)):
+        yield Finding(
+            gate="G22",
+            title="router biases or tables are missing",
+            effect=Effect.REFUSES,
+            what=f"missing {some(absent)}",
+            remedy="take them from the source model",
+        )
+
+
+def shared_experts(profile: Profile) -> Iterator[Finding]:
+    """G17: a matrix that was saved row by row."""
+    if rows := [name for name in profile.names if ROWS.search(name)]:
+        yield Finding(
+            gate="G17",
+            title="shared_experts.down_proj is split into rows",
+            effect=Effect.REFUSES,
+            what=some(rows),
+            remedy="stack the rows again: one matrix per layer, named w2",
+        )
+
+
+def rest(profile: Profile) -> Iterator[Finding]:
+    """Everything else that the config has and the checkpoint does not."""
+    told = {Part.EXPERTS}
+    wanted = [
+        t
+        for t in profile.main.values()
+        if part_of(t.name) not in told and not t.name.endswith(ROUTERS)
+    ]
+    if absent := list(_absent(profile, wanted)):
+        yield Finding(
+            gate="names",
+            title="tensors are missing",
+            effect=Effect.REFUSES,
+            what=f"missing {some(absent)}",
+            remedy="take them from the source model",
+        )
+
+
+def _absent(profile: Profile, wanted: Iterable[Expected]) -> Iterator[str]:
+    """Tensors, or weights in whatever format, that are not there."""
+    for tensor in wanted:
+        if LINEAR.search(tensor.name):
+            module, _ = split(tensor.name)
+            if not any(f"{module}.{suffix}" in profile.names for suffix in WEIGHTS):
+                yield tensor.name
+        elif not {tensor.name, _other_name(tensor.name)} & profile.names.keys():
+            yield tensor.name
+
+
+def _other_name(name: str) -> str:
+    return name.replace(".gate.bias", ".gate.e_score_correction_bias")
+
+
+GATES = (files, drafter, experts, router, shared_experts, rest)

@@ -1,0 +1,112 @@
+"""Safetensors headers of any place: names, dtypes, shapes, byte ranges; tensor data is not read.
+
+The format is a length, a JSON header and the data
+(https://huggingface.co/docs/safetensors/index#format).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_forge.checkpoints.shards import DTYPE_BYTES, MAX_HEADER
+from vllm_forge.errors import CheckpointUnreadableError
+
+if TYPE_CHECKING:
+    from vllm_forge.checkpoints.inspect.places import Place
+
+LENGTH_BYTES = 8
+EMPTY = len("{}")
+FIRST_READ = 1 << 20  # holds most headers: one request instead of two
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A tensor as a header has it.
+
+    Attributes:
+        name: as stored.
+        dtype: safetensors' name.
+        shape: rows first.
+        shard: file that holds it.
+        begin: of its bytes in that file.
+        end: one past them.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.begin
+
+
+def read_header(place: Place, shard: str, size: int) -> list[Entry]:
+    """The entries of one shard, by position.
+
+    Args:
+        place: where it is.
+        shard: its file name.
+        size: bytes of the whole file.
+
+    Raises:
+        CheckpointUnreadableError: not a safetensors file, or cut off, or bytes that do not add up.
+    """
+    first = place.read(shard, 0, min(size, FIRST_READ))
+    length = int.from_bytes(first[:LENGTH_BYTES], "little")
+    start = LENGTH_BYTES + length
+    if not EMPTY <= length <= MAX_HEADER or start > size:
+        raise _unreadable(place, shard, f"a header of {length} bytes in a file of {size}")
+    text = first[LENGTH_BYTES:start]
+    if len(text) < length:
+        text += place.read(shard, LENGTH_BYTES + len(text), start)
+    try:
+        entries = _entries(json.loads(text), shard, start)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(place, shard, f"{type(error).__name__}: {error}") from None
+    at = start
+    for entry in entries:
+        if entry.begin != at:
+            raise _unreadable(place, shard, f"{entry.name} does not follow the one before")
+        at = entry.end
+    if at != size:
+        raise _unreadable(
+            place, shard, f"its header describes {at} bytes, the file has {size}: cut off"
+        )
+    return entries
+
+
+def _entries(header: dict[str, Any], shard: str, start: int) -> list[Entry]:
+    header.pop("__metadata__", None)
+    entries = []
+    for name, row in header.items():
+        begin, end = row["data_offsets"]
+        shape = tuple(int(extent) for extent in row["shape"])
+        if end - begin != math.prod(shape) * DTYPE_BYTES[row["dtype"]]:
+            raise ValueError(f"{name}: {end - begin} bytes are not {row['dtype']} {list(shape)}")
+        entries.append(
+            Entry(
+                name=name,
+                dtype=row["dtype"],
+                shape=shape,
+                shard=shard,
+                begin=start + begin,
+                end=start + end,
+            )
+        )
+    return sorted(entries, key=lambda entry: entry.begin)
+
+
+def _unreadable(place: Place, shard: str, what: str) -> CheckpointUnreadableError:
+    return CheckpointUnreadableError(
+        f"{shard} is not a whole safetensors file: {what}",
+        where=str(place),
+        remedy="fetch that file again",
+    )

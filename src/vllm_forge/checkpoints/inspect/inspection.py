@@ -1,0 +1,205 @@
+"""An inspection: look, take apart, run every gate, compare with a manifest, judge each line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from vllm_forge.checkpoints.inspect import (
+    gates_config,
+    gates_dtypes,
+    gates_names,
+    gates_scales,
+    gates_schemes,
+)
+from vllm_forge.checkpoints.inspect.findings import Effect, Finding
+from vllm_forge.checkpoints.inspect.manifest import config_facts, departures, nearest
+from vllm_forge.checkpoints.inspect.parts import Drafter, Part
+from vllm_forge.checkpoints.inspect.record import against_record
+from vllm_forge.checkpoints.inspect.values import ValueRow, compare
+from vllm_forge.checkpoints.inspect.verdict import LineVerdict, Outcome, judge
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from vllm_forge.checkpoints.inspect.dry_load import Answer
+    from vllm_forge.checkpoints.inspect.profile import Profile
+    from vllm_forge.checkpoints.inspect.remedies import Remedies
+
+NAME_GATES = gates_names.GATES
+HEADER_GATES = (*gates_schemes.GATES, *gates_config.GATES, *gates_scales.GATES, *gates_dtypes.GATES)
+SHOWN = {Effect.DEPARTS, Effect.LOSES}
+
+
+class Record(BaseModel):
+    """Base of the report's records; their fields are the keys of its JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PartRow(Record):
+    """One part of the model, as it is stored."""
+
+    part: Part
+    draft: bool
+    tensors: int
+    dtypes: dict[str, int]
+    formats: dict[str, int]
+
+
+class Report(Record):
+    """Everything that an inspection says. Stable: a change of meaning changes ``schema``.
+
+    Attributes:
+        schema_version: of this record.
+        place: where it was read.
+        read: headers, or the index alone.
+        artifact: the manifest that it was compared with, None for none.
+        asked: that manifest was asked for, rather than the nearest one taken.
+        drafter: what lies under ``mtp.``.
+        tensors, draft_tensors, shards, bytes: counts; bytes is None without headers.
+        config: facts of quantization_config, see manifest.config_facts.
+        parts: what is stored how.
+        values: decoded weights against the source, where that was asked for.
+        findings: from bad to harmless.
+        lines: a verdict each.
+    """
+
+    schema_version: Literal[1] = 1
+    place: str
+    read: Literal["headers", "index"]
+    artifact: str | None
+    asked: bool
+    drafter: Drafter
+    promised: int
+    tensors: int
+    draft_tensors: int
+    shards: int
+    bytes: int | None
+    config: dict[str, Any]
+    parts: tuple[PartRow, ...]
+    values: tuple[ValueRow, ...] = ()
+    findings: tuple[Finding, ...]
+    lines: tuple[LineVerdict, ...]
+
+    def line(self, name: str) -> LineVerdict:
+        """The verdict of one line."""
+        return next(verdict for verdict in self.lines if verdict.line == name)
+
+    def serves(self, name: str, *, without_mtp: bool) -> bool:
+        """Whether it serves there, with its MTP block unless that is waived."""
+        outcome = self.line(name).outcome
+        if outcome is Outcome.WITH_MTP:
+            return True
+        waived = without_mtp or not self.promised
+        return waived and outcome in (Outcome.WITHOUT, Outcome.WITH_DSPARK)
+
+    @property
+    def departures(self) -> list[Finding]:
+        """What is not as its manifest, its source or the model's own dtypes say."""
+        return [finding for finding in self.findings if finding.effect in SHOWN]
+
+
+def find_all(
+    profile: Profile, artifact: str | None = None, source: Profile | None = None
+) -> list[Finding]:
+    """Everything that is found in headers, without a vLLM, from bad to harmless."""
+    found = list(_run(profile))
+    if source is not None:
+        found += gates_dtypes.against_source(profile, source.tensors)
+    if artifact is not None and profile.tensors:
+        found += departures(profile, artifact)
+    found += against_record(profile)
+    return _sorted(found)
+
+
+def _sorted(found: list[Finding]) -> list[Finding]:
+    order = list(Effect)
+    return sorted(found, key=lambda finding: order.index(finding.effect))
+
+
+def _run(profile: Profile) -> Iterator[Finding]:
+    for gate in NAME_GATES:
+        yield from gate(profile)
+    if profile.tensors:
+        for gate in HEADER_GATES:
+            yield from gate(profile)
+
+
+def inspect(
+    profile: Profile,
+    lines: Mapping[str, str],
+    remedies: Remedies,
+    answers: Mapping[str, Answer],
+    *,
+    artifact: str | None = None,
+    source: Profile | None = None,
+    values: int | None = None,
+) -> Report:
+    """Inspect what was seen.
+
+    Args:
+        profile: the checkpoint.
+        lines: line -> vLLM release.
+        remedies: what each line copes with.
+        answers: line -> its vLLM's dry load, where one was made.
+        artifact: manifest to compare with; None: the nearest one.
+        source: the checkpoint that it was made from, to compare dtypes.
+        values: how many weights of each part to decode and compare with the source's; 0: all;
+            None: none.
+
+    Raises:
+        UsageError: no such manifest.
+        CheckpointUnreadableError: a file is shorter than its header says.
+        HubUnreachableError: the hub stopped answering.
+    """
+    compared = artifact or nearest(profile)
+    findings = find_all(profile, compared, source)
+    rows: list[ValueRow] = []
+    if source is not None and values is not None:
+        rows, wrong = compare(profile, source, values)
+        findings = _sorted([*findings, *wrong])
+    return Report(
+        place=str(profile.seen.place),
+        read="headers" if profile.tensors else "index",
+        artifact=compared,
+        asked=artifact is not None,
+        drafter=profile.drafter,
+        promised=len(profile.draft_layers),
+        tensors=len(profile.names),
+        draft_tensors=len(profile.draft_names),
+        shards=len(profile.seen.shards),
+        bytes=profile.seen.bytes,
+        config=config_facts(profile),
+        parts=tuple(_parts(profile)),
+        values=tuple(rows),
+        findings=tuple(findings),
+        lines=tuple(
+            judge(
+                name,
+                vllm,
+                profile,
+                findings=findings,
+                remedies=remedies,
+                answer=answers.get(name),
+            )
+            for name, vllm in lines.items()
+        ),
+    )
+
+
+def _parts(profile: Profile) -> Iterator[PartRow]:
+    for draft in (False, True):
+        for part in Part:
+            dtypes = profile.dtypes.get((part, draft))
+            if dtypes is None:
+                continue
+            formats = profile.format_of(part, draft=draft)
+            yield PartRow(
+                part=part,
+                draft=draft,
+                tensors=sum(dtypes.values()),
+                dtypes=dict(sorted(dtypes.items())),
+                formats={kind.value: count for kind, count in sorted(formats.items())},
+            )

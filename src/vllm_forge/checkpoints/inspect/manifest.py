@@ -1,0 +1,244 @@
+"""Manifests: what a named artifact must hold, as rules over the names that its config promises.
+
+One JSON file per artifact in manifests/. Full lists of names are published for none of them; each
+file says what its counts are known from, and a test compares the rules with those counts. What
+our own quantizer made also carries a manifest.json with every tensor; see record.py.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vllm_forge.checkpoints.inspect.findings import NUMBER, Effect, Finding, Scope, some
+from vllm_forge.checkpoints.inspect.formats import Format, Wanted, stored_as
+from vllm_forge.checkpoints.inspect.gates_config import ARGUMENTS
+from vllm_forge.checkpoints.inspect.matching import read_groups
+from vllm_forge.checkpoints.inspect.parts import (
+    DRAFT,
+    LINEAR,
+    Drafter,
+    alias_tensors,
+    draft_tensors,
+    main_tensors,
+)
+from vllm_forge.errors import UsageError
+from vllm_forge.matrix.load import perhaps
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from vllm_forge.checkpoints.inspect.profile import Profile
+    from vllm_forge.checkpoints.inventory import Expected
+
+FOLDER = Path(__file__).with_name("manifests")
+# A checkpoint that differs in more kinds of names is another artifact, not a faulty one.
+MOST_FOREIGN = 0.3
+# One of each kind: hashed, sparse, heavily compressed or not. With the drafter they tell an
+# artifact; the rest of 43 layers would only take time.
+TELLING_LAYERS = 3
+LAYER = re.compile(r"layers\.(\d+)\.")
+
+
+class Row(BaseModel):
+    """Base of the records."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Rule(Row):
+    """Modules, by their names from the start, and the formats that their weights may have."""
+
+    modules: str
+    formats: tuple[Format, ...] = Field(min_length=1)
+
+
+class Published(Row):
+    """Counts that others state of the artifact as published; None where nobody did."""
+
+    mtp: int | None = None
+    tensors: int | None = None
+    global_scales: int | None = None
+    packed_experts: int | None = None
+    weight_scales: int | None = None
+    shards: int | None = None
+    gigabytes: int | None = None
+
+
+class Manifest(Row):
+    """One artifact.
+
+    Attributes:
+        about: for people.
+        sources: where its facts are from.
+        known: what of it was seen, and what was concluded.
+        drafter: what must lie under ``mtp.``.
+        aliases: embedding and head are repeated below ``mtp.0``.
+        rules: the first that means a module gives its formats; others are plain.
+        config: facts of quantization_config, see ``config_facts``.
+        published: counts that others state, for a model of the real size.
+    """
+
+    about: str
+    sources: tuple[str, ...] = Field(min_length=1)
+    known: str
+    drafter: Drafter
+    aliases: bool = False
+    rules: tuple[Rule, ...] = ()
+    config: dict[str, Any] = Field(default_factory=dict)
+    published: Published = Published()
+
+    def formats_of(self, tensor: Expected) -> tuple[Format, ...]:
+        """The formats that a tensor of the unquantized model may be stored in."""
+        if not LINEAR.search(tensor.name):
+            return ()
+        module = tensor.name.removesuffix(".weight")
+        found = (rule.formats for rule in self.rules if re.fullmatch(rule.modules, module))
+        return next(found, (Format.PLAIN,))
+
+    def wanted(
+        self, config: Mapping[str, Any], formats: Mapping[str, Format] | None = None
+    ) -> Iterator[Wanted]:
+        """Every tensor that an artifact with this config.json must hold.
+
+        Args:
+            config: config.json.
+            formats: module -> how it is stored, to choose where a rule allows several.
+        """
+        tensors = [*main_tensors(config), *draft_tensors(config, self.drafter)]
+        tensors += alias_tensors(config) if self.aliases else []
+        for tensor in tensors:
+            allowed = self.formats_of(tensor)
+            if not allowed:
+                yield Wanted(name=tensor.name, dtypes=(tensor.dtype,), shape=tensor.shape)
+                continue
+            found = (formats or {}).get(tensor.name.removesuffix(".weight"))
+            kind = found if found in allowed else allowed[0]
+            for want in stored_as(tensor, kind):
+                # A group that quantizes activations needs their calibrated scale.
+                needed = self.config.get(f"{kind}.inputs") is not None
+                yield replace(want, optional=want.optional and not needed)
+
+
+@cache
+def manifests() -> Mapping[str, Manifest]:
+    """All manifests by artifact name."""
+    return {
+        path.stem: Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        for path in sorted(FOLDER.glob("*.json"))
+    }
+
+
+def named(name: str) -> Manifest:
+    """One manifest.
+
+    Raises:
+        UsageError: there is none of that name; with the nearest one.
+    """
+    known = manifests()
+    if name not in known:
+        raise UsageError(
+            f"there is no manifest {name!r}. {perhaps(name, known)}",
+            where=str(FOLDER),
+            remedy="name one of those, or leave it out: the nearest one is taken",
+        )
+    return known[name]
+
+
+def nearest(profile: Profile) -> str | None:
+    """The artifact that a checkpoint is, or was meant to be; None when it is like none of them."""
+    if not profile.tensors:
+        return None
+    config = {**profile.config, "num_hidden_layers": min(profile.layers, TELLING_LAYERS)}
+    kinds = {_kind(name) for name in profile.names if not _beyond(name, TELLING_LAYERS)}
+    distances = {}
+    for name, manifest in manifests().items():
+        wanted = list(manifest.wanted(config, profile.formats))
+        known = {_kind(want.name) for want in wanted}
+        needed = {_kind(want.name) for want in wanted if not want.optional}
+        distance = len(needed - kinds) + len(kinds - known)
+        distances[name] = (distance, len(_differences(manifest, profile)))
+    best = min(distances, key=lambda name: (*distances[name], name))
+    return best if distances[best][0] <= MOST_FOREIGN * len(kinds) else None
+
+
+def _kind(name: str) -> str:
+    return NUMBER.sub("N", name)
+
+
+def _beyond(name: str, layers: int) -> bool:
+    found = LAYER.match(name)
+    return found is not None and int(found[1]) >= layers
+
+
+def departures(profile: Profile, name: str) -> Iterator[Finding]:
+    """In what a checkpoint is not the artifact of that name."""
+    manifest = named(name)
+    absent: list[str] = []
+    wrong: list[str] = []
+    told: set[str] = set()
+    for want in manifest.wanted(profile.config, profile.formats):
+        told.add(want.name)
+        entry = profile.tensors.get(want.name)
+        if entry is None:
+            if not want.optional:
+                absent.append(want.name)
+        elif entry.dtype not in want.dtypes or entry.shape != want.shape:
+            wrong.append(
+                f"{want.name} is {entry.dtype} {list(entry.shape)}, not "
+                f"{want.dtypes[0]} {list(want.shape)}"
+            )
+    foreign = [n for n in profile.names if n not in told]
+    for names, title in ((absent, "tensors are missing"), (foreign, "tensors are too many")):
+        for draft in (False, True):
+            if part := [n for n in names if n.startswith(DRAFT) == draft]:
+                yield _departure(f"{title}, by the manifest of {name}", some(part), draft=draft)
+    if wrong:
+        what = f"{len(wrong)}, e.g. {wrong[0]}"
+        yield _departure(f"dtypes or shapes are not those of {name}", what, draft=False)
+    if unlike := _differences(manifest, profile):
+        what = "; ".join(unlike)
+        yield _departure(f"quantization_config is not that of {name}", what, draft=False)
+
+
+def _departure(title: str, what: str, *, draft: bool) -> Finding:
+    return Finding(
+        gate="manifest",
+        title=title,
+        effect=Effect.DEPARTS,
+        scope=Scope.DRAFT if draft else Scope.TARGET,
+        what=what,
+    )
+
+
+def config_facts(profile: Profile) -> dict[str, Any]:
+    """What manifests say of a quantization_config, by the format that a group writes.
+
+    ``<format>.inputs`` is ``input_activations.dynamic``, None for a group of weights alone;
+    ``<format>.actorder`` is the order that GPTQ used.
+    """
+    quantization = profile.quantization
+    facts: dict[str, Any] = {
+        key: quantization.get(key) for key in ("quant_method", "format", "scale_fmt")
+    }
+    for group in read_groups(quantization):
+        for kind, arguments in ARGUMENTS.items():
+            if all(group.weights.get(key) == value for key, value in arguments.items()):
+                inputs = group.inputs
+                facts[f"{kind}.inputs"] = None if inputs is None else inputs.get("dynamic")
+                facts[f"{kind}.actorder"] = group.weights.get("actorder")
+    return facts
+
+
+def _differences(manifest: Manifest, profile: Profile) -> list[str]:
+    facts = config_facts(profile)
+    return [
+        f"{key} is {facts.get(key)!r}, not {value!r}"
+        for key, value in manifest.config.items()
+        if facts.get(key) != value
+    ]

@@ -1,0 +1,143 @@
+"""Which modules a quantization_config means: compressed-tensors' rules, on vLLM's module names.
+
+Used where vLLM itself is not at hand, and by the gates that look for rules that mean nothing or
+too much. A rule "re:..." is matched at the start of the name (compressed_tensors/utils/match.py
+`match_name`: re.match); any other one is the whole name, or the class of the module. vLLM asks
+with names of its own modules, with two projections fused (vllm/model_executor/layers/quantization/
+compressed_tensors/utils.py `find_matched_target`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+LINEAR_CLASS = "Linear"
+# get_moe_method probes three names of expert 0 below the experts' own name.
+OLD_PROBES, NEW_PROBES = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
+PROBES_CHANGED = Version("0.32.0")
+# From here on the model says which projections are fused (nvidia/model.py packed_modules_mapping),
+# so a rule that names the parts is taken for the whole.
+FUSION_KNOWN = Version("0.29.0")
+FUSED = {
+    "fused_wqa_wkv": ("wq_a", "wkv"),
+    "gate_up_proj": ("w1", "w3"),
+    "fused_wkv_wgate": ("wkv", "wgate"),
+}
+ATTENTION_MODULES = ("fused_wqa_wkv", "wq_b", "wo_a", "wo_b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One of config_groups."""
+
+    name: str
+    targets: tuple[str, ...]
+    weights: Mapping[str, Any]
+    inputs: Mapping[str, Any] | None
+    format: str | None
+
+
+class BadPatternError(ValueError):
+    """A rule that is no regular expression."""
+
+
+def read_groups(quantization: Mapping[str, Any]) -> tuple[Group, ...]:
+    """The groups of a compressed-tensors config, none for any other."""
+    rows = quantization.get("config_groups")
+    if not isinstance(rows, dict):
+        return ()
+    return tuple(
+        Group(
+            name=name,
+            targets=tuple(row.get("targets") or ()),
+            weights=row.get("weights") or {},
+            inputs=row.get("input_activations"),
+            format=row.get("format"),
+        )
+        for name, row in rows.items()
+    )
+
+
+def matches(rule: str, name: str) -> bool:
+    """Whether a rule means a module.
+
+    Raises:
+        BadPatternError: it is no regular expression.
+    """
+    if not rule.startswith("re:"):
+        return rule in (name, LINEAR_CLASS)
+    try:
+        return re.match(rule.removeprefix("re:"), name) is not None
+    except re.error as error:
+        raise BadPatternError(f"{rule}: {error}") from None
+
+
+def is_rule(rule: str) -> bool:
+    """Whether it is a name or a regular expression."""
+    try:
+        matches(rule, "")
+    except BadPatternError:
+        return False
+    return True
+
+
+def means(rules: Iterable[str], name: str, version: Version) -> bool:
+    """Whether one of the rules means the module, as this vLLM asks."""
+    rules = tuple(rules)
+    if any(matches(rule, name) for rule in rules):
+        return True
+    prefix, _, last = name.rpartition(".")
+    if version < FUSION_KNOWN or last not in FUSED:
+        return False
+    return all(any(matches(rule, f"{prefix}.{part}") for rule in rules) for part in FUSED[last])
+
+
+def resolve(
+    groups: Iterable[Group], ignore: Iterable[str], name: str, version: Version
+) -> Group | None:
+    """The group that a module gets; None: it is not quantized."""
+    if means(ignore, name, version):
+        return None
+    return next((group for group in groups if means(group.targets, name, version)), None)
+
+
+def probes(version: Version) -> tuple[str, str, str]:
+    """Names that vLLM asks with for gate, up and down projection of the routed experts."""
+    return OLD_PROBES if version < PROBES_CHANGED else NEW_PROBES
+
+
+def resolve_experts(
+    groups: Iterable[Group], ignore: Iterable[str], layer: int, version: Version
+) -> list[Group | None]:
+    """The group of each of the three projections; vLLM refuses them if they differ."""
+    groups, ignore = tuple(groups), tuple(ignore)
+    names = (f"model.layers.{layer}.ffn.experts.0.{probe}" for probe in probes(version))
+    return [resolve(groups, ignore, name, version) for name in names]
+
+
+def serving_modules(config: Mapping[str, Any], layers: Iterable[int]) -> list[str]:
+    """VLLM's names of the linear modules of some layers, experts under both of their names."""
+    found = []
+    for layer in layers:
+        prefix = f"model.layers.{layer}"
+        found += [f"{prefix}.attn.{module}" for module in ATTENTION_MODULES]
+        found += [f"{prefix}.ffn.gate", f"{prefix}.ffn.shared_experts.gate_up_proj"]
+        found += [f"{prefix}.ffn.shared_experts.down_proj"]
+        ratios = config["compress_ratios"]
+        ratio = ratios[layer] if layer < config["num_hidden_layers"] else 0
+        if ratio > 1:
+            found += [f"{prefix}.attn.compressor.fused_wkv_wgate"]
+        if ratio == 4:  # noqa: PLR2004 - the ratio that has an indexer
+            found += [f"{prefix}.attn.indexer.{m}" for m in ("wq_b", "weights_proj")]
+            found += [f"{prefix}.attn.indexer.compressor.fused_wkv_wgate"]
+        if layer >= config["num_hidden_layers"]:
+            found += [f"{prefix}.e_proj", f"{prefix}.h_proj"]
+        found += [f"{prefix}.ffn.experts.0.{p}" for p in (*OLD_PROBES, *NEW_PROBES)]
+    return found

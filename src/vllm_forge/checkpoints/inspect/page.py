@@ -1,0 +1,138 @@
+"""A report as tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+
+from vllm_forge.checkpoints.inspect.findings import Effect, Scope
+from vllm_forge.checkpoints.inspect.verdict import Outcome
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from vllm_forge.checkpoints.inspect.inspection import Report
+
+GB = 10**9
+WIDTH = 160  # where nobody says how wide it is
+STYLES = {
+    Effect.REFUSES: "bold red",
+    Effect.CORRUPTS: "bold red",
+    Effect.LOSES: "yellow",
+    Effect.DEPARTS: "yellow",
+    Effect.NOTES: "dim",
+}
+OUTCOMES = {
+    Outcome.WITH_MTP: "bold green",
+    Outcome.WITH_DSPARK: "green",
+    Outcome.WITHOUT: "yellow",
+    Outcome.NOT: "bold red",
+    Outcome.UNKNOWN: "yellow",
+}
+
+
+def show(report: Report, *, modules: bool = False) -> None:
+    """Print to stdout; ``modules`` adds what each module resolves to."""
+    console = Console(highlight=False, emoji=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, emoji=False, width=WIDTH)
+    console.print(_head(report), soft_wrap=True)
+    console.print(tables(report, modules=modules))
+    for verdict in report.lines:
+        console.print(_sentence(report, verdict.line), soft_wrap=True)
+
+
+def tables(report: Report, *, modules: bool = False) -> Group:
+    """Parts, weights, findings."""
+    blocks: list[RenderableType] = [_parts(report)]
+    if report.values:
+        blocks.append(_values(report))
+    if report.findings:
+        blocks.append(_findings(report))
+    if modules:
+        blocks += _modules(report)
+    return Group(*blocks)
+
+
+def _head(report: Report) -> str:
+    size = "" if report.bytes is None else f", {report.bytes / GB:.2f} GB (10^9 bytes)"
+    how = "asked for" if report.asked else "the nearest"
+    artifact = (
+        "like no known artifact"
+        if report.artifact is None
+        else f"compared with the manifest of {report.artifact} ({how})"
+    )
+    return (
+        f"[bold]{escape(report.place)}[/]: {report.tensors} tensors in {report.shards} shards{size}"
+        f"\ndrafter: {report.drafter}, {report.draft_tensors} tensors under mtp.; "
+        f"read: {report.read}\n{artifact}"
+    )
+
+
+def _parts(report: Report) -> Table:
+    table = Table("part", "tensors", "dtypes", "weights stored as", title="what is stored how")
+    for row in report.parts:
+        table.add_row(
+            f"{'draft: ' if row.draft else ''}{row.part}",
+            str(row.tensors),
+            ", ".join(f"{dtype} {count}" for dtype, count in row.dtypes.items()),
+            ", ".join(f"{kind} {count}" for kind, count in row.formats.items()),
+        )
+    return table
+
+
+def _values(report: Report) -> Table:
+    table = Table("part", "stored as", "compared", "worst error / bound", "not the source's")
+    table.title = "weights against the source"
+    for row in report.values:
+        table.add_row(
+            f"{'draft: ' if row.draft else ''}{row.part}",
+            row.format,
+            str(row.weights),
+            "bytes" if row.worst is None else f"{row.worst:.3f}",
+            str(len(row.different)),
+        )
+    return table
+
+
+def _findings(report: Report) -> Table:
+    table = Table("gate", "effect", "lines", "what", "remedy", title="findings")
+    for index, finding in enumerate(report.findings):
+        lines = [verdict.line for verdict in report.lines if index in verdict.findings]
+        bounds = [f"vLLM >= {finding.since}"] if finding.since else []
+        bounds += [f"vLLM < {finding.before}"] if finding.before else []
+        draft = "draft: " if finding.scope is Scope.DRAFT else ""
+        where = f" ({', '.join(bounds)})" if bounds else ""
+        table.add_row(
+            escape(finding.gate),
+            f"[{STYLES[finding.effect] if lines else 'dim'}]{finding.effect}[/]",
+            ", ".join(lines) or "none",
+            escape(f"{draft}{finding.title}{where}: {finding.what}"),
+            escape(finding.remedy),
+            style=None if lines else "dim",
+        )
+    return table
+
+
+def _modules(report: Report) -> list[RenderableType]:
+    tables: list[RenderableType] = []
+    for verdict in report.lines:
+        table = Table("module", "resolves to", title=f"line {verdict.line}, by {verdict.by}")
+        for name, kind in verdict.modules.items():
+            table.add_row(escape(name), escape(kind))
+        if verdict.modules:
+            tables.append(table)
+    return tables
+
+
+def _sentence(report: Report, line: str) -> str:
+    verdict = report.line(line)
+    why = "".join(f"\n    {escape(reason)}" for reason in verdict.why)
+    handled = f"\n    copes with {escape('; '.join(verdict.handled))}" if verdict.handled else ""
+    return (
+        f"[bold]{line}[/] (vLLM {verdict.vllm}): "
+        f"[{OUTCOMES[verdict.outcome]}]{verdict.outcome}[/], told by {verdict.by}{why}{handled}"
+    )

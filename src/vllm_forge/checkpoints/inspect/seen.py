@@ -1,0 +1,133 @@
+"""What a place holds: config, shards, and every tensor that its index and headers name."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_forge.checkpoints.inspect.header import Entry, read_header
+from vllm_forge.checkpoints.shards import CONFIG, INDEX
+from vllm_forge.errors import CheckpointUnreadableError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vllm_forge.checkpoints.inspect.places import Place
+
+READERS = 16  # range requests at a time
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """A checkpoint as far as it was read.
+
+    Attributes:
+        place: where.
+        config: config.json, parsed.
+        names: every tensor's name -> shard, from headers, or from the index where they are not
+            at hand; a leading "model." is left out.
+        tensors: name -> entry; None when only the index is at hand.
+        index: name -> shard as the index says; None without one.
+        total_size: bytes of all tensors as the index says.
+        missing_shards: named by the index, not there.
+    """
+
+    place: Place
+    config: Mapping[str, Any]
+    names: Mapping[str, str]
+    tensors: Mapping[str, Entry] | None
+    index: Mapping[str, str] | None
+    total_size: int | None
+    missing_shards: tuple[str, ...]
+
+    @property
+    def shards(self) -> list[str]:
+        """Names of the files, in order."""
+        return sorted(set(self.names.values()))
+
+    @property
+    def bytes(self) -> int | None:
+        """Of all tensors; None when only the index is at hand."""
+        return None if self.tensors is None else sum(e.size for e in self.tensors.values())
+
+
+def look(place: Place) -> Seen:
+    """Read config, index and headers.
+
+    Raises:
+        CheckpointUnreadableError: no config, no tensors, malformed JSON, a broken shard, or a
+            tensor in two shards.
+        HubUnreachableError: the hub stopped answering.
+    """
+    config = _json(place, CONFIG)
+    if config is None:
+        raise CheckpointUnreadableError(
+            f"there is no {CONFIG}", where=str(place), remedy="take it from the model's repository"
+        )
+    index = _json(place, INDEX)
+    weight_map = None
+    if index is not None:
+        weight_map = _weight_map(index, place)
+        shards = sorted(set(weight_map.values()))
+    else:
+        shards = sorted(name for name in place.sizes if name.endswith(SUFFIX))
+    if not shards:
+        raise CheckpointUnreadableError("there are no tensors", where=str(place))
+    missing = tuple(shard for shard in shards if shard not in place.sizes)
+    tensors = None
+    if weight_map is None or len(missing) < len(shards):
+        tensors = _headers(place, [shard for shard in shards if shard in place.sizes])
+    names = {name: e.shard for name, e in tensors.items()} if tensors else dict(weight_map or {})
+    total = ((index or {}).get("metadata") or {}).get("total_size")
+    return Seen(
+        place=place,
+        config=config,
+        names=names,
+        tensors=tensors,
+        index=weight_map,
+        total_size=int(total) if isinstance(total, int | float) else None,
+        missing_shards=missing,
+    )
+
+
+def plain_name(name: str) -> str:
+    """Without "model." in front, which vLLM's loaders take with and without."""
+    return name.removeprefix("model.")
+
+
+def _headers(place: Place, shards: list[str]) -> dict[str, Entry]:
+    with ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(lambda shard: read_header(place, shard, place.sizes[shard]), shards))
+    tensors: dict[str, Entry] = {}
+    for entries in found:
+        for entry in entries:
+            name = plain_name(entry.name)
+            if name in tensors:
+                raise CheckpointUnreadableError(
+                    f"{name} is in {tensors[name].shard} and in {entry.shard}", where=str(place)
+                )
+            tensors[name] = entry
+    return tensors
+
+
+def _weight_map(index: Any, place: Place) -> dict[str, str]:
+    rows = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(rows, dict) or not all(isinstance(row, str) for row in rows.values()):
+        raise CheckpointUnreadableError(f"{INDEX} has no weight_map", where=str(place))
+    return {plain_name(name): shard for name, shard in rows.items()}
+
+
+def _json(place: Place, name: str) -> Any:
+    text = place.text(name)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise CheckpointUnreadableError(f"{name} is not JSON: {error}", where=str(place)) from None
+    if not isinstance(value, dict):
+        raise CheckpointUnreadableError(f"{name} is not a JSON object", where=str(place))
+    return value

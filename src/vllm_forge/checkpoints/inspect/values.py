@@ -1,0 +1,184 @@
+"""Decoded weights against the model that they were made from; this one reads tensor data.
+
+NVFP4 and FP8 block weights must lie within the bounds that numerics derives from the source's
+weights alone; unquantized tensors must be the source's bytes. A weight is decoded as vLLM decodes
+it: with w1's global scale for w3 as well (compressed_tensors_moe_w4a4_nvfp4.py:193 in 0.26.0).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, some
+from vllm_forge.checkpoints.inspect.formats import Format, split
+from vllm_forge.checkpoints.inspect.parts import DRAFT, Part, part_of
+from vllm_forge.numerics import fp8_block, nvfp4
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from vllm_forge.checkpoints.inspect.profile import Profile
+
+CHUNK = 1 << 24
+CHECKED = (Format.NVFP4, Format.FP8_BLOCK, Format.PLAIN)
+ALIASES = {"mtp.0.emb.tok_emb.weight": "embed.weight", "mtp.0.head.weight": "head.weight"}
+NUMPY = {"F32": "<f4", "F16": "<f2", "U8": "u1", "F8_E4M3": "u1", "F8_E8M0": "u1"}
+
+
+class ValueRow(BaseModel):
+    """One part and format.
+
+    Attributes:
+        part, draft, format: what.
+        weights: how many were compared.
+        worst: largest error over its bound; at most 1. None where bytes are compared.
+        different: names of weights beyond their bound, or with other bytes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    part: Part
+    draft: bool
+    format: Format
+    weights: int
+    worst: float | None
+    different: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A checkpoint and its source."""
+
+    made: Profile
+    source: Profile
+
+    def source_name(self, name: str) -> str:
+        return name if name in self.source.tensors else ALIASES.get(name, name)
+
+    def weight(self, module: str) -> NDArray[np.float32]:
+        """The source's weight [N, K]."""
+        return _read(self.source, f"{module}.weight").astype(np.float32)
+
+
+def compare(made: Profile, source: Profile, most: int = 0) -> tuple[list[ValueRow], list[Finding]]:
+    """Compare weights.
+
+    Args:
+        made: the checkpoint.
+        source: what it was made from, unquantized.
+        most: how many weights of each part and format, spread evenly; 0: all.
+
+    Raises:
+        CheckpointUnreadableError: a file is shorter than its header says.
+        HubUnreachableError: the hub stopped answering.
+    """
+    pair = _Pair(made, source)
+    rows = []
+    for (part, draft, kind), modules in sorted(_grouped(pair).items()):
+        step = max(1, len(modules) // most) if most else 1
+        chosen = modules[::step][: most or None]
+        if kind is Format.PLAIN:
+            different = [name for name in chosen if not _same_bytes(pair, name)]
+            worst = None
+        else:
+            ratios = {module: _ratio(pair, module, kind) for module in chosen}
+            # Not "ratio > 1": an error that is not a number is beyond any bound.
+            different = [module for module, ratio in ratios.items() if not ratio <= 1]
+            worst = max(ratios.values())
+        rows.append(
+            ValueRow(
+                part=part,
+                draft=draft,
+                format=kind,
+                weights=len(chosen),
+                worst=worst,
+                different=tuple(different),
+            )
+        )
+    return rows, list(_findings(rows))
+
+
+def _findings(rows: Sequence[ValueRow]) -> Iterator[Finding]:
+    for row in rows:
+        if not row.different:
+            continue
+        plain = row.format is Format.PLAIN
+        yield Finding(
+            gate="values",
+            title="bytes are not the source's" if plain else "weights are not the source's",
+            effect=Effect.DEPARTS if plain else Effect.CORRUPTS,
+            scope=Scope.DRAFT if row.draft else Scope.TARGET,
+            what=f"{some(row.different)}, of {row.weights} {row.part} compared"
+            + ("" if plain else f"; the error is {row.worst:.3g} times its bound"),
+            remedy="make these weights again from the source",
+        )
+
+
+def _grouped(pair: _Pair) -> dict[tuple[Part, bool, Format], list[str]]:
+    """Modules of quantized weights and names of plain tensors, by what they are."""
+    grouped: dict[tuple[Part, bool, Format], list[str]] = defaultdict(list)
+    for name in sorted(pair.made.tensors):
+        module, suffix = split(name)
+        kind = pair.made.formats.get(module, Format.PLAIN) if suffix else Format.PLAIN
+        weight = name if kind is Format.PLAIN else f"{module}.weight"
+        first = suffix in ("", "weight", "weight_packed")
+        if first and kind in CHECKED and pair.source_name(weight) in pair.source.tensors:
+            found = name if kind is Format.PLAIN else module
+            grouped[part_of(weight), name.startswith(DRAFT), kind].append(found)
+    return grouped
+
+
+def _same_bytes(pair: _Pair, name: str) -> bool:
+    made, source = pair.made.tensors[name], pair.source.tensors[pair.source_name(name)]
+    if (made.dtype, made.shape) != (source.dtype, source.shape):
+        return False
+    for at in range(0, made.size, CHUNK):
+        end = min(at + CHUNK, made.size)
+        here = pair.made.seen.place.read(made.shard, made.begin + at, made.begin + end)
+        there = pair.source.seen.place.read(source.shard, source.begin + at, source.begin + end)
+        if here != there:
+            return False
+    return True
+
+
+def _ratio(pair: _Pair, module: str, kind: Format) -> float:
+    """The largest error of a decoded weight over its bound."""
+    source = pair.weight(module)
+    if kind is Format.NVFP4:
+        stem, _, projection = module.rpartition(".")
+        shared = [f"{stem}.w1", f"{stem}.w3"] if projection in {"w1", "w3"} else [module]
+        # None of the checkpoint's own scales decides what is right.
+        expected = nvfp4.global_scale_of(*(pair.weight(name) for name in shared))
+        made = nvfp4.Nvfp4(
+            packed=_read(pair.made, f"{module}.weight_packed").astype(np.uint8),
+            scales=_read(pair.made, f"{module}.weight_scale").astype(np.uint8),
+            global_scale=_read(pair.made, f"{shared[0]}.weight_global_scale").reshape(-1)[0],
+        )
+        values, bound = made.values(), nvfp4.bound(source, expected)
+    else:
+        block = fp8_block.Fp8Block(
+            codes=_read(pair.made, f"{module}.weight").astype(np.uint8),
+            scales=_read(pair.made, f"{module}.weight_scale").astype(np.float32),
+        )
+        values, bound = block.values(), fp8_block.bound(source)
+    error = np.abs(values - source)
+    ratio = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)
+    return float(ratio.max())
+
+
+def _read(profile: Profile, name: str) -> NDArray[np.generic]:
+    """A tensor as an array; BF16 as float32, 8-bit floats as their codes."""
+    entry = profile.tensors[name]
+    data = profile.seen.place.read(entry.shard, entry.begin, entry.end)
+    if entry.dtype == "BF16":
+        wide = np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)
+        return wide.view(np.float32).reshape(entry.shape)
+    return np.frombuffer(data, NUMPY[entry.dtype]).reshape(entry.shape)

@@ -1,0 +1,209 @@
+"""One line's verdict on one checkpoint: from what was found, and from vLLM's dry load."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from packaging.version import Version
+from pydantic import BaseModel, ConfigDict
+
+from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope
+from vllm_forge.checkpoints.inspect.parts import Drafter
+from vllm_forge.checkpoints.inspect.remedies import COPES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from vllm_forge.checkpoints.inspect.dry_load import Answer, Load
+    from vllm_forge.checkpoints.inspect.profile import Profile
+    from vllm_forge.checkpoints.inspect.remedies import Remedies
+
+RULES = "the matching rules of compressed-tensors"
+# Conversions that keep what the bytes mean. FP32 to BF16 is what vLLM itself does to a parameter.
+KEEP = {
+    ("int64", "int32"), ("int8", "uint8"), ("uint8", "int8"), ("float8_e8m0fnu", "float32"),
+    ("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16"),
+}  # fmt: skip
+# Sinks are padded to the heads that a kernel takes; the rest keeps -inf, which means no sink.
+PADDED = ("attn_sink",)
+# Parameters that vLLM makes for a format and fills from nothing: orders of activations (they are
+# emptied after loading unless actorder is "group"), and the shapes of packed weights.
+VOID = ("_g_idx", "_g_idx_sort_indices", "_weight_shape")
+NOT_READ = ("weight_shape",)
+# The draft model gets these from the target after loading.
+SHARED = (".embed_tokens.weight", ".shared_head.head.weight", "lm_head.weight")
+SCALES = ("scale", "scale_inv", "scale_2", "zero_point")
+
+
+class Outcome(StrEnum):
+    """What a line does with a checkpoint."""
+
+    WITH_MTP = "serves with MTP"
+    WITH_DSPARK = "serves with DSpark"
+    WITHOUT = "serves without MTP"
+    NOT = "does not serve"
+    UNKNOWN = "unknown"
+
+
+class LineVerdict(BaseModel):
+    """One line.
+
+    Attributes:
+        line, vllm: which.
+        outcome: what it does.
+        why: reasons for what it does not do; what it was told by for what it does.
+        gates: numbers of the findings that count on this line.
+        findings: which those are: their indices in the report.
+        handled: findings that this line copes with, and how.
+        by: who resolved the modules: a vLLM, or rules without one.
+        modules: module -> what it resolves to there, e.g. "CompressedTensorsW8A8Fp8"; numbers N.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    line: str
+    vllm: str
+    outcome: Outcome
+    why: tuple[str, ...]
+    gates: tuple[str, ...]
+    findings: tuple[int, ...]
+    handled: tuple[str, ...]
+    by: str
+    modules: dict[str, str]
+
+
+def judge(
+    line: str,
+    vllm: str,
+    profile: Profile,
+    *,
+    findings: Iterable[Finding],
+    remedies: Remedies,
+    answer: Answer | None,
+) -> LineVerdict:
+    """Put together what one line does.
+
+    Args:
+        line: its name.
+        vllm: its release.
+        profile: the checkpoint.
+        findings: all of them; those of other releases are left out.
+        remedies: what the line copes with.
+        answer: of the line's dry load, None without one.
+    """
+    counted: list[Finding] = []
+    indices: list[int] = []
+    handled: list[str] = []
+    for index, finding in enumerate(findings):
+        if not applies(finding, vllm):
+            continue
+        if finding.handled_by:
+            status = remedies.status(finding.handled_by, line)
+            if status in COPES:
+                handled.append(f"{finding.gate} {finding.title}: {COPES[status]}")
+                continue
+        counted.append(finding)
+        indices.append(index)
+    target = list(_problems(counted, Scope.TARGET, answer.target if answer else None))
+    draft, outcome = _draft(profile, counted, answer)
+    if target:
+        outcome = Outcome.NOT
+    elif not profile.tensors:
+        outcome = Outcome.UNKNOWN
+        target = ["needs headers: dtypes, shapes and what vLLM makes of them are not known"]
+    why = [*target, *(f"draft: {reason}" for reason in draft)]
+    lowest = [f for f in counted if f.effect is Effect.LOSES]
+    why += [f"{f.gate} {f.title}: {f.what}" for f in lowest]
+    return LineVerdict(
+        line=line,
+        vllm=vllm,
+        outcome=outcome,
+        why=tuple(why),
+        gates=tuple(sorted({f.gate for f in counted})),
+        findings=tuple(indices),
+        handled=tuple(handled),
+        by=f"vLLM {vllm} itself, in a dry load" if answer else RULES,
+        modules=_modules(answer),
+    )
+
+
+def applies(finding: Finding, vllm: str) -> bool:
+    """Whether a finding is about this release."""
+    version = Version(vllm)
+    return not (
+        (finding.since and version < Version(finding.since))
+        or (finding.before and version >= Version(finding.before))
+    )
+
+
+def _draft(
+    profile: Profile, counted: list[Finding], answer: Answer | None
+) -> tuple[list[str], Outcome]:
+    """Reasons against the drafter, and the best that is left."""
+    if not profile.draft_layers or profile.drafter is Drafter.NONE:
+        return list(_problems(counted, Scope.DRAFT, None)), Outcome.WITHOUT
+    loads = answer.drafts if answer else {}
+    reasons = list(_problems(counted, Scope.DRAFT, loads.get("mtp")))
+    if profile.drafter is Drafter.DSPARK and (load := loads.get("dspark")) is not None:
+        other = list(_load_problems(load, draft=True))
+        if not other:
+            return reasons, Outcome.WITH_DSPARK
+        reasons += [f"as DSpark: {reason}" for reason in other]
+    return reasons, Outcome.WITHOUT if reasons else Outcome.WITH_MTP
+
+
+def _problems(counted: Iterable[Finding], scope: Scope, load: Load | None) -> Iterator[str]:
+    """Why one model does not serve. vLLM's own word comes first, and decides.
+
+    A prediction that it refuses is a reason only where it was not asked, or where the fault shows
+    after loading, which is when an upstream change is named.
+    """
+    told = list(_load_problems(load, draft=scope is Scope.DRAFT)) if load is not None else []
+    yield from told
+    for finding in counted:
+        if finding.scope is not scope or not finding.effect.breaks:
+            continue
+        refused = finding.effect is Effect.REFUSES
+        predicted = refused and not finding.handled_by and load is not None
+        drafter = finding.gate == "G69"  # which method fits is not for a loader to say
+        if not predicted or told or drafter:
+            yield f"{finding.gate} {finding.title}: {finding.what}"
+
+
+def _load_problems(load: Load, *, draft: bool) -> Iterator[str]:
+    if load.error is not None:
+        at = f" at {load.error.tensor}" if load.error.tensor else ""
+        yield f"vLLM stops{at}: {load.error.message}"
+    for row in load.short:
+        if row.filled and row.parameter.endswith(PADDED):
+            continue
+        if not row.filled and row.parameter.endswith((*VOID, *(SHARED if draft else ()))):
+            continue
+        more = f" and {row.count - 1} like it" if row.count > 1 else ""
+        yield (
+            f"vLLM loads {row.filled} of {row.of} elements of {row.parameter}{more}, and says "
+            "nothing"
+        )
+    for cast in load.casts:
+        if (cast.source, cast.to) not in KEEP and not cast.example.endswith(NOT_READ):
+            yield (
+                f"vLLM converts {cast.count} tensors from {cast.source} to {cast.to}, e.g. "
+                f"{cast.example}: the values mean something else"
+            )
+    for unread in load.unread:
+        if unread.tensor.rpartition("_")[2] in SCALES or unread.tensor.endswith(".scale"):
+            yield f"vLLM reads no {unread.tensor}, nor {unread.count - 1} like it"
+
+
+def _modules(answer: Answer | None) -> dict[str, str]:
+    if answer is None:
+        return {}
+    found: dict[str, str] = {}
+    for prefix, load in (("", answer.target), *answer.drafts.items()):
+        for row in load.modules:
+            name = f"{prefix}:{row.module}" if prefix else row.module
+            kind = row.scheme or row.method
+            said = f"{kind} x {row.count}" if row.count > 1 else kind
+            found[name] = f"{found[name]}, {said}" if name in found else said
+    return found

@@ -1,0 +1,177 @@
+"""Which tensors a DeepSeek-V4 checkpoint has: names, dtypes and shapes, from its config alone.
+
+Names are upstream's (``layers.0.attn.wq_a.weight``, ``mtp.0.enorm.weight``), which vLLM's loaders
+take (vLLM 0.26.0, vllm/models/deepseek_v4/nvidia/model.py:1150 and mtp.py). Everything is BF16 but
+what upstream keeps in FP32: hyper-connections, attention sinks, router biases and the position
+biases (``ape``) of the compressors; and the token table of hash routing, which is I64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+MODEL_TYPE = "deepseek_v4"
+# Entries of compress_ratios (transformers 5.17.0, configuration_deepseek_v4.py:33).
+SLIDING, SPARSE, HEAVY = 0, 4, 128
+DSPARK_BLOCKS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """One tensor: name, safetensors dtype (``BF16``, ``F32``, ``I64``), shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def shared_tensors(config: Mapping[str, Any]) -> Iterator[Expected]:
+    """Embedding, output head, final norm and the hyper-connection that collapses the streams."""
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    yield _bf16("embed.weight", vocab, hidden)
+    yield _bf16("head.weight", vocab, hidden)
+    yield _bf16("norm.weight", hidden)
+    yield from _head_streams("", config)
+
+
+def layer_tensors(config: Mapping[str, Any], index: int) -> Iterator[Expected]:
+    """Decoder layer ``index``."""
+    prefix = f"layers.{index}."
+    yield from _block(prefix, config, hashed=index < config["num_hash_layers"])
+    ratio = config["compress_ratios"][index]
+    if ratio != SLIDING:
+        # The sparse kind overlaps neighbouring windows: two series in one projection.
+        series = 2 if ratio == SPARSE else 1
+        yield from _compressor(f"{prefix}attn.", config, ratio, series, config["head_dim"])
+    if ratio == SPARSE:
+        indexer, heads, dim = f"{prefix}attn.indexer.", config["index_n_heads"], _index_dim(config)
+        yield _bf16(f"{indexer}wq_b.weight", heads * dim, config["q_lora_rank"])
+        yield _bf16(f"{indexer}weights_proj.weight", heads, config["hidden_size"])
+        yield from _compressor(indexer, config, ratio, 2, dim)
+
+
+def mtp_tensors(config: Mapping[str, Any]) -> Iterator[Expected]:
+    """The multi-token-prediction blocks, ``mtp.{0..}.*``: 797 tensors with 256 experts."""
+    hidden = config["hidden_size"]
+    for index in range(config["num_nextn_predict_layers"]):
+        prefix = f"mtp.{index}."
+        yield from _block(prefix, config, hashed=False)
+        for name in ("e_proj", "h_proj"):
+            yield _bf16(f"{prefix}{name}.weight", hidden, hidden)
+        for name in ("enorm", "hnorm", "norm"):
+            yield _bf16(f"{prefix}{name}.weight", hidden)
+        yield from _head_streams(prefix, config)
+
+
+def dspark_tensors(config: Mapping[str, Any]) -> Iterator[Expected]:
+    """DSpark's draft blocks, which also are called ``mtp.*``: 2376 tensors with 256 experts.
+
+    vLLM 0.26.0, vllm/models/deepseek_v4/nvidia/dspark.py:78-123 and ``_remap_dspark_name``.
+    """
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    last = f"mtp.{DSPARK_BLOCKS - 1}."
+    for index in range(DSPARK_BLOCKS):
+        yield from _block(f"mtp.{index}.", config, hashed=False)
+    yield _bf16("mtp.0.main_proj.weight", hidden, hidden * len(config["dspark_target_layer_ids"]))
+    yield _bf16("mtp.0.main_norm.weight", hidden)
+    yield _bf16(f"{last}norm.weight", hidden)
+    yield from _head_streams(last, config)
+    for name in ("markov_w1", "markov_w2"):
+        yield _bf16(f"{last}markov_head.{name}.weight", vocab, config["dspark_markov_rank"])
+    # A ReplicatedLinear named proj, on hidden state and Markov embedding (0.33.0, qwen3_dspark.py).
+    width = hidden + config["dspark_markov_rank"]
+    yield _bf16(f"{last}confidence_head.proj.weight", 1, width)
+
+
+def all_tensors(config: Mapping[str, Any]) -> Iterator[Expected]:
+    """The whole checkpoint."""
+    yield from shared_tensors(config)
+    for index in range(config["num_hidden_layers"]):
+        yield from layer_tensors(config, index)
+    yield from draft_tensors(config)
+
+
+def draft_tensors(config: Mapping[str, Any]) -> Iterator[Expected]:
+    """What is called ``mtp.*``: MTP blocks, or DSpark's where the config has its target layers."""
+    yield from (dspark_tensors if has_dspark(config) else mtp_tensors)(config)
+
+
+def has_dspark(config: Mapping[str, Any]) -> bool:
+    """Whether the drafter is DSpark's."""
+    return "dspark_target_layer_ids" in config
+
+
+def _bf16(name: str, *shape: int) -> Expected:
+    return Expected(name=name, dtype="BF16", shape=shape)
+
+
+def _f32(name: str, *shape: int) -> Expected:
+    return Expected(name=name, dtype="F32", shape=shape)
+
+
+def _index_dim(config: Mapping[str, Any]) -> int:
+    return int(config["index_head_dim"])
+
+
+def _block(prefix: str, config: Mapping[str, Any], *, hashed: bool) -> Iterator[Expected]:
+    """What every block has: attention, experts, norms, hyper-connections."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim, rank = config["head_dim"], config["q_lora_rank"]
+    output_rank = config["o_groups"] * config["o_lora_rank"]
+    attention = f"{prefix}attn."
+    yield _f32(f"{attention}attn_sink", heads)
+    yield _bf16(f"{attention}wq_a.weight", rank, hidden)
+    yield _bf16(f"{attention}q_norm.weight", rank)
+    yield _bf16(f"{attention}wq_b.weight", heads * head_dim, rank)
+    yield _bf16(f"{attention}wkv.weight", head_dim, hidden)
+    yield _bf16(f"{attention}kv_norm.weight", head_dim)
+    # Block diagonal: each group of heads has its own rows.
+    yield _bf16(f"{attention}wo_a.weight", output_rank, heads * head_dim // config["o_groups"])
+    yield _bf16(f"{attention}wo_b.weight", hidden, output_rank)
+    yield _bf16(f"{prefix}attn_norm.weight", hidden)
+    yield _bf16(f"{prefix}ffn_norm.weight", hidden)
+    yield from _experts(f"{prefix}ffn.", config, hashed=hashed)
+    streams = config["hc_mult"]
+    mixes = (2 + streams) * streams  # to collapse, to spread, and to mix the streams
+    for site in ("attn", "ffn"):
+        yield _f32(f"{prefix}hc_{site}_fn", mixes, streams * hidden)
+        yield _f32(f"{prefix}hc_{site}_base", mixes)
+        yield _f32(f"{prefix}hc_{site}_scale", 3)
+
+
+def _experts(prefix: str, config: Mapping[str, Any], *, hashed: bool) -> Iterator[Expected]:
+    hidden, width = config["hidden_size"], config["moe_intermediate_size"]
+    count = config["n_routed_experts"]
+    yield _bf16(f"{prefix}gate.weight", count, hidden)
+    if hashed:
+        shape = (config["vocab_size"], config["num_experts_per_tok"])
+        yield Expected(name=f"{prefix}gate.tid2eid", dtype="I64", shape=shape)
+    else:
+        yield _f32(f"{prefix}gate.bias", count)
+    shared = width * config["n_shared_experts"]
+    mlps = [(f"{prefix}experts.{index}.", width) for index in range(count)]
+    for mlp, rows in [*mlps, (f"{prefix}shared_experts.", shared)]:
+        yield _bf16(f"{mlp}w1.weight", rows, hidden)
+        yield _bf16(f"{mlp}w2.weight", hidden, rows)
+        yield _bf16(f"{mlp}w3.weight", rows, hidden)
+
+
+def _compressor(
+    prefix: str, config: Mapping[str, Any], ratio: int, series: int, dim: int
+) -> Iterator[Expected]:
+    name = f"{prefix}compressor."
+    yield _f32(f"{name}ape", ratio, series * dim)
+    yield _bf16(f"{name}wkv.weight", series * dim, config["hidden_size"])
+    yield _bf16(f"{name}wgate.weight", series * dim, config["hidden_size"])
+    yield _bf16(f"{name}norm.weight", dim)
+
+
+def _head_streams(prefix: str, config: Mapping[str, Any]) -> Iterator[Expected]:
+    streams = config["hc_mult"]
+    yield _f32(f"{prefix}hc_head_fn", streams, streams * config["hidden_size"])
+    yield _f32(f"{prefix}hc_head_base", streams)
+    yield _f32(f"{prefix}hc_head_scale", 1)

@@ -1,0 +1,281 @@
+"""Safetensors files as names, dtypes, shapes and byte ranges; nothing is interpreted.
+
+A tensor that passes through stays the very bytes that it was, and is never held in memory as a
+whole. The format is a length, a JSON header and the data
+(https://huggingface.co/docs/safetensors/index#format); the library's own writer wants every
+tensor of a file in memory at once, which at 13 GB per layer is what we must not do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_forge.errors import ModelInputError
+from vllm_forge.host import atomic_path
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CONFIG = "config.json"
+CHUNK = 1 << 24
+MIN_HEADER, MAX_HEADER = 2, 100_000_000  # "{}"; what the library accepts
+DTYPE_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2,
+    "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A tensor in a file: name, safetensors dtype, shape, and where its bytes are."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    size: int
+
+    def read(self) -> bytearray:
+        """All of its bytes, row-major and little-endian.
+
+        Raises:
+            ModelInputError: the file is shorter than its header says.
+        """
+        data = bytearray(self.size)
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            if file.readinto(data) != self.size:
+                raise ModelInputError(f"{self.name} is cut off", where=str(self.path))
+        return data
+
+    def chunks(self) -> Iterator[bytes]:
+        """Its bytes, a piece at a time.
+
+        Raises:
+            ModelInputError: the file is shorter than its header says.
+        """
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            left = self.size
+            while left:
+                block = file.read(min(CHUNK, left))
+                if not block:
+                    raise ModelInputError(f"{self.name} is cut off", where=str(self.path))
+                left -= len(block)
+                yield block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A tensor to be written; ``chunks`` gives its bytes when they are needed."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[bytes]]
+
+    @property
+    def size(self) -> int:
+        """Bytes that ``chunks`` must give."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A tensor as written: name, dtype, shape, SHA-256 of its bytes in hex."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A folder with config.json and safetensors files.
+
+    Attributes:
+        folder: where it is.
+        config: config.json.
+        tensors: by name.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Stored]
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files."""
+        return sorted({tensor.path for tensor in self.tensors.values()})
+
+
+def copy_of(tensor: Stored, name: str | None = None) -> Item:
+    """The same bytes, perhaps under another name."""
+    return Item(
+        name=name or tensor.name, dtype=tensor.dtype, shape=tensor.shape, chunks=tensor.chunks
+    )
+
+
+def in_memory(name: str, dtype: str, shape: Sequence[int], data: bytes) -> Item:
+    """A tensor whose bytes are here already."""
+    return Item(name=name, dtype=dtype, shape=tuple(shape), chunks=lambda: (data,))
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of a checkpoint.
+
+    Raises:
+        ModelInputError: missing or malformed.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelInputError(f"there is no {path.name}", where=str(path.parent)) from None
+    except ValueError as error:
+        raise ModelInputError(f"{path.name} is not JSON: {error}", where=str(path)) from None
+
+
+def read_shard(path: Path) -> list[Stored]:
+    """Names, dtypes, shapes and byte ranges of one file.
+
+    Raises:
+        ModelInputError: no such file, or not safetensors, or ranges that are not the file's.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not MIN_HEADER <= length <= MAX_HEADER:
+                raise ValueError(f"a header of {length} bytes")  # noqa: TRY301
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            base = 8 + length
+            tensors = [_stored(path, base, name, row) for name, row in header.items()]
+            end = file.seek(0, os.SEEK_END)
+    except FileNotFoundError:
+        raise ModelInputError(f"there is no {path.name}", where=str(path.parent)) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelInputError(
+            f"not a safetensors file: {type(error).__name__}: {error}", where=str(path)
+        ) from None
+    tensors.sort(key=lambda tensor: tensor.start)
+    at = base
+    for tensor in tensors:
+        if tensor.start != at:
+            raise ModelInputError(f"{tensor.name} does not follow the one before", where=str(path))
+        at += tensor.size
+    if at != end:
+        raise ModelInputError(
+            f"the header describes {at} bytes, the file has {end}",
+            where=str(path),
+            remedy="the download or copy was cut off: fetch it again",
+        )
+    return tensors
+
+
+def _stored(path: Path, base: int, name: str, row: dict[str, Any]) -> Stored:
+    first, last = row["data_offsets"]
+    shape = tuple(int(extent) for extent in row["shape"])
+    if last - first != math.prod(shape) * DTYPE_BYTES[row["dtype"]]:
+        raise ValueError(f"{name}: {last - first} bytes are not {row['dtype']} {list(shape)}")
+    return Stored(
+        name=name,
+        dtype=row["dtype"],
+        shape=shape,
+        path=path,
+        start=base + first,
+        size=last - first,
+    )
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read config.json, the index and every header.
+
+    Raises:
+        ModelInputError: a file is missing or malformed, or the index is not what the files hold.
+    """
+    config = read_json(folder / CONFIG)
+    if (folder / INDEX).exists():
+        weight_map = read_json(folder / INDEX).get("weight_map", {})
+        names = sorted(set(weight_map.values()))
+    else:
+        weight_map, names = None, [SINGLE]
+    tensors: dict[str, Stored] = {}
+    for name in names:
+        for tensor in read_shard(folder / name):
+            if weight_map is not None and weight_map.get(tensor.name) != name:
+                raise ModelInputError(
+                    f"{tensor.name} is in {name}, the index says "
+                    f"{weight_map.get(tensor.name, 'nothing of it')}",
+                    where=str(folder / INDEX),
+                )
+            tensors[tensor.name] = tensor
+    if weight_map is not None and (absent := sorted(set(weight_map) - set(tensors))):
+        raise ModelInputError(
+            f"the index lists {len(absent)} tensors that no file has, e.g. {absent[0]}",
+            where=str(folder / INDEX),
+        )
+    return Checkpoint(folder=folder, config=config, tensors=tensors)
+
+
+def write_shard(path: Path, items: Iterable[Item]) -> list[Written]:
+    """Write one file aside, flush it to the disk, and rename it; the same items, the same bytes.
+
+    The widest dtypes come first, as the library has it, so that every tensor is aligned.
+    """
+    ordered = sorted(items, key=lambda item: (-DTYPE_BYTES[item.dtype], item.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for item in ordered:
+        offsets = [at, at + item.size]
+        header[item.name] = {
+            "dtype": item.dtype, "shape": list(item.shape), "data_offsets": offsets
+        }  # fmt: skip
+        at += item.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    written = []
+    with atomic_path(path) as aside:
+        aside.parent.mkdir(exist_ok=True)
+        with aside.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little"))
+            file.write(text)
+            for item in ordered:
+                digest, size = hashlib.sha256(), 0
+                for chunk in item.chunks():
+                    file.write(chunk)
+                    digest.update(chunk)
+                    size += len(chunk)
+                if size != item.size:
+                    raise ValueError(f"{item.name}: {size} bytes are not {item.size}")
+                written.append(
+                    Written(
+                        name=item.name,
+                        dtype=item.dtype,
+                        shape=item.shape,
+                        sha256=digest.hexdigest(),
+                    )
+                )
+            file.flush()
+            os.fsync(file.fileno())
+    return written
+
+
+def write_index(folder: Path, shards: Mapping[str, Iterable[str]], total: int) -> None:
+    """Write the index: shard name -> names of its tensors; ``total`` bytes of all tensors."""
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    text = json.dumps(
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+        indent=2,
+    )
+    with atomic_path(folder / INDEX) as aside:
+        aside.write_text(text + "\n", encoding="utf-8")

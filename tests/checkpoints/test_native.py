@@ -1,0 +1,94 @@
+"""The formats that are not llm-compressor's, read back by the libraries that know them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+from compressed_tensors.entrypoints.convert import ModelOptNvfp4Converter
+
+from vllm_forge.checkpoints.made import make_with_tools
+from vllm_forge.checkpoints.native import DECODER_EXPERT, EXPERT, LINEAR
+from vllm_forge.checkpoints.one_layer import load_tensor
+from vllm_forge.checkpoints.shards import open_checkpoint
+from vllm_forge.checkpoints.tiny import TinySpec
+from vllm_forge.checkpoints.variants import make_variant
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vllm_forge.checkpoints.shards import Stored
+
+
+@pytest.fixture(scope="module")
+def made(root: Path) -> dict[str, dict[str, Stored]]:
+    return {
+        name: open_checkpoint(make_variant(root, name, TinySpec(), make_with_tools)).tensors
+        for name in ("bf16", "card", "nvidia-modelopt", "native-fp8-mxfp4", "dspark")
+    }
+
+
+def test_compressed_tensors_reads_the_modelopt_layout_back(
+    made: dict[str, dict[str, Stored]],
+) -> None:
+    tensors = {
+        name: load_tensor(t)
+        for name, t in made["nvidia-modelopt"].items()
+        if DECODER_EXPERT.search(name)
+    }
+    converter = ModelOptNvfp4Converter(targets=[r"re:.*\.experts\.\d+\.w[123]$"])
+    back = converter.process(tensors)
+    expected = {name: t for name, t in made["card"].items() if DECODER_EXPERT.search(name)}
+    assert set(back) == set(expected)
+    for name, tensor in expected.items():
+        value = load_tensor(tensor)
+        if name.endswith("global_scale"):  # twice inverted
+            torch.testing.assert_close(back[name], value, rtol=2**-22, atol=0)
+        else:
+            assert torch.equal(back[name].view(torch.uint8), value.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("name", ["native-fp8-mxfp4", "dspark", "nvidia-modelopt"])
+def test_every_linear_layer_has_one_e8m0_scale(
+    made: dict[str, dict[str, Stored]], name: str
+) -> None:
+    tensors = made[name]
+    scaled = {n for n in tensors if n.endswith(".scale")}
+    linear = {n for n in tensors if LINEAR.search(n) or (EXPERT.search(n))}
+    if name == "nvidia-modelopt":
+        linear = {n for n in linear if not DECODER_EXPERT.search(n)}
+    assert scaled == {f"{n.removesuffix('.weight')}.scale" for n in linear}
+    assert {tensors[n].dtype for n in scaled} == {"F8_E8M0"}
+
+
+def test_fp8_blocks_dequantize_to_the_model(made: dict[str, dict[str, Stored]]) -> None:
+    """E4M3 has three bits of mantissa: 2^-4 of a normal value; below 2^-6 half of 2^-9."""
+    tensors = made["native-fp8-mxfp4"]
+    for name in (n for n in tensors if LINEAR.search(n)):
+        scale = e8m0(tensors[f"{name.removesuffix('.weight')}.scale"])
+        rows, columns = tensors[name].shape
+        blocks = scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+        exact = load_tensor(made["bf16"][name]).double()
+        error = (load_tensor(tensors[name]).double() * blocks - exact).abs()
+        assert (error <= torch.maximum(exact.abs() * 2**-4, blocks * 2**-10)).all(), name
+
+
+def test_mxfp4_experts_dequantize_to_the_model(made: dict[str, dict[str, Stored]]) -> None:
+    """Half of E2M1's widest step, between 4 and 6, is 1; what exceeds 6 saturates."""
+    tensors = made["native-fp8-mxfp4"]
+    for name in (n for n in tensors if DECODER_EXPERT.search(n) and n.endswith(".weight")):
+        packed = load_tensor(tensors[name]).view(torch.uint8)
+        codes = unpack_fp4_from_uint8(packed, packed.shape[0], packed.shape[1] * 2).double()
+        groups = e8m0(tensors[f"{name.removesuffix('.weight')}.scale"]).repeat_interleave(32, 1)
+        exact = load_tensor(made["bf16"][name]).double()
+        clipped = exact.clamp(-6 * groups, 6 * groups)
+        assert ((codes * groups - clipped).abs() <= groups).all(), name
+        assert (exact.abs() <= 8 * groups).all(), name  # the scale is amax rounded to a power of 2
+
+
+def e8m0(tensor: Stored) -> torch.Tensor:
+    """A scale's value: 2^(byte - 127)."""
+    codes = torch.frombuffer(tensor.read(), dtype=torch.uint8).view(tensor.shape)
+    return torch.exp2(codes.double() - 127)

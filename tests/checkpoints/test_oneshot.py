@@ -1,0 +1,92 @@
+"""A layer at a time gives the very tensors of llm-compressor's oneshot on the whole model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from compressed_tensors.compressors import ModelCompressor
+from llmcompressor import oneshot
+from llmcompressor.modeling.moe.conversion_mappings import get_linearize_load_mappings
+from llmcompressor.modeling.moe.linearize import linearize_moe
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import DeepseekV4Config
+from transformers.core_model_loading import rename_source_key
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCausalLM
+
+from vllm_forge.checkpoints.calibrate import LayerQuantizer, scheme_of
+from vllm_forge.checkpoints.calibration import SHIPPED, Calibration, read_conversations, tokenize
+from vllm_forge.checkpoints.job import Job
+from vllm_forge.checkpoints.one_layer import load_tensor, tensor_bytes
+from vllm_forge.checkpoints.quantize import quantize
+from vllm_forge.checkpoints.recipe import load_recipe
+from vllm_forge.checkpoints.shards import open_checkpoint
+from vllm_forge.checkpoints.source import open_source
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vllm_forge.checkpoints.shards import Checkpoint
+
+SAMPLES = 6
+
+
+def whole_model(source: Checkpoint) -> DeepseekV4ForCausalLM:
+    """The model in the checkpoint's own dtypes.
+
+    from_pretrained keeps the norms in FP32, and the BF16 layers behind them then refuse their
+    input (transformers 5.17.0, DeepseekV4RMSNorm and _keep_in_fp32_modules_strict).
+    """
+    config = DeepseekV4Config(**source.config)
+    config._attn_implementation = "eager"
+    config.dtype = torch.bfloat16
+    config._name_or_path = str(source.folder)
+    model = DeepseekV4ForCausalLM(config)
+    linearize_moe(model)
+    _, renamings, _ = get_linearize_load_mappings("deepseek_v4")
+    state = {}
+    for name, tensor in source.tensors.items():
+        if not name.startswith("mtp."):
+            renamed = rename_source_key(name, renamings, [])[0]
+            prefix = "" if renamed.startswith("lm_head") else "model."
+            state[f"{prefix}{renamed}"] = load_tensor(tensor)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model
+
+
+def test_streamed_layers_equal_the_whole_model(bf16: Path, tmp_path: Path) -> None:
+    source, recipe = open_source(bf16), load_recipe("nvfp4-fp8-mtp")
+    rows = read_conversations(SHIPPED, SAMPLES)
+    tokens = tokenize(rows, recipe.recipe.tokens, bf16)
+    engine = LayerQuantizer(source.config, recipe.recipe, "cpu")
+    calibration = Calibration(source="test", tokens=tokens)
+    job = Job(source=source, recipe=recipe, calibration=calibration, engine=engine)
+    quantize(job, tmp_path / "streamed")
+    streamed = open_checkpoint(tmp_path / "streamed").tensors
+
+    model = whole_model(source)
+    groups = {f"group_{n}": scheme_of(g, g.calibrate) for n, g in enumerate(recipe.recipe.group)}
+    batches = [{"input_ids": torch.tensor([list(row)])} for row in tokens]
+    oneshot(
+        model=model,
+        recipe=[QuantizationModifier(config_groups=groups, ignore=["lm_head"])],
+        dataset=torch.utils.data.DataLoader(batches, batch_size=None),
+        pipeline="basic",
+    )
+    ModelCompressor.from_pretrained_model(model).compress_model(model)
+    _, renamings, _ = get_linearize_load_mappings("deepseek_v4")
+    state = {name.removeprefix("model."): value for name, value in model.state_dict().items()}
+    compared = 0
+    for name in source.tensors:
+        if recipe.recipe.group_of(name) is None:
+            continue
+        module = name.removesuffix(".weight")
+        theirs = rename_source_key(name, renamings, [])[0].removesuffix(".weight")
+        for leaf in [n.rpartition(".")[2] for n in streamed if n.rpartition(".")[0] == module]:
+            value = state[f"{theirs}.{leaf}"]
+            ours = streamed[f"{module}.{leaf}"]
+            if ours.dtype == "F32":
+                value = value.float()  # block scales and global scales: wider, or (1,) -> ()
+            assert tensor_bytes(value) == bytes(ours.read()), f"{module}.{leaf}"
+            compared += 1
+    assert compared == 3 * (5 * 2 + 24 * 4)

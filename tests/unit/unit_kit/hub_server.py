@@ -1,0 +1,91 @@
+"""A model hub on 127.0.0.1: one repository, its file list and byte ranges of its files."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+COMMIT = "c" * 40
+RANGE = re.compile(r"bytes=(\d+)-(\d+)")
+
+
+@dataclass(kw_only=True)
+class HubServer:
+    """The repository ``owner/name`` at ``COMMIT``.
+
+    Attributes:
+        files: name -> content.
+        ranges: answer a Range header with 206; otherwise the whole file comes.
+        gated: refuse everybody.
+        short: bytes left out at the end of every answer to a range.
+        served: bytes of file content sent.
+    """
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    ranges: bool = True
+    gated: bool = False
+    short: int = 0
+    served: int = 0
+    url: str = ""
+
+    @contextmanager
+    def running(self) -> Iterator[HubServer]:
+        """Serve until the block ends."""
+        server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        server.hub = self  # type: ignore[attr-defined]
+        self.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield self
+        finally:
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        del format, args
+
+    def do_GET(self) -> None:
+        hub = cast("HubServer", self.server.hub)  # type: ignore[attr-defined]
+        path = self.path.partition("?")[0]
+        resolve = f"/owner/name/resolve/{COMMIT}/"
+        if hub.gated:
+            self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
+        elif path.startswith("/api/models/owner/name"):
+            siblings = [{"rfilename": n, "size": len(data)} for n, data in hub.files.items()]
+            body = {"id": "owner/name", "sha": COMMIT, "siblings": siblings}
+            self._send(200, json.dumps(body).encode())
+        elif path.startswith(resolve) and (name := path.removeprefix(resolve)) in hub.files:
+            self._file(hub, hub.files[name])
+        else:
+            self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+    def _file(self, hub: HubServer, data: bytes) -> None:
+        asked = RANGE.fullmatch(self.headers.get("Range", ""))
+        if asked is None or not hub.ranges:
+            hub.served += len(data)
+            self._send(200, data)
+            return
+        part = data[int(asked[1]) : int(asked[2]) + 1]
+        part = part[: len(part) - hub.short]
+        hub.served += len(part)
+        self._send(206, part)
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
