@@ -75,6 +75,16 @@ def test_faults_and_tools(tmp_path: Path) -> None:
     assert "Seen by nothing that runs the kernel:\n\n* `no_fence`: no fence" in text
 
 
+def test_what_need_not_be_seen_is_listed_with_its_reason(tmp_path: Path) -> None:
+    rows = [
+        control("half", ["synccheck"], [], why_not_required="it hangs"),
+        control("late", ["synccheck"], ["synccheck"], why_not_required="seen all the same"),
+    ]
+    text = page(tmp_path, *rows)
+    assert "without being red:\n\n* `half` by synccheck: it hangs\n" in text
+    assert "`late` by" not in text
+
+
 def test_what_did_not_run_is_listed_with_its_reason(tmp_path: Path) -> None:
     row = {"test": "x/test_y.py::z", "outcome": "skipped", "reason": "no sanitizer"}
     assert "* `test_y.py::z`: no sanitizer" in page(tmp_path, row)

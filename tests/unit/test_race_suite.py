@@ -13,6 +13,7 @@ from tests.gpu.race.experiments import (
     CHECKS,
     CONTROLS,
     MUST,
+    NOT_REQUIRED,
     SETS,
     Report,
     Tool,
@@ -84,6 +85,14 @@ def test_every_checker_has_a_fault_that_it_must_see() -> None:
         assert wanted, checker
         for name in wanted:
             assert checker in CHECKED[name if name in CHECKED else "builds"]
+
+
+def test_what_a_checker_need_not_see_another_tool_must() -> None:
+    for (name, tool), reason in NOT_REQUIRED.items():
+        assert tool.value in CHECKED[name]
+        assert MUST[name] - {tool}
+        assert tool not in MUST[name]
+        assert len(reason) > 30
 
 
 def test_every_tool_has_a_control() -> None:

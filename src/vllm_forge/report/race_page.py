@@ -34,7 +34,7 @@ STATIC = {"SASS audit"}
 NAMES = (
     "kind", "cell", "format", "mode", "launches", "differ", "dirty", "margin", "excluded_p", "bad",
     "nan", "wrong", "weights", "fault", "what", "tools", "seen", "planted", "killed", "tool",
-    "build", "builds", "reports", "new", "lost_clamp",
+    "build", "builds", "reports", "new", "lost_clamp", "why_not_required",
 )  # fmt: skip
 HEAD = """# Marlin MoE under concurrent decode
 
@@ -154,6 +154,13 @@ def _controls(rows: list[Row]) -> str:
     out = ["### Faults and what sees them\n", _table(("fault", *TOOLS), table), MEANING, *names, ""]
     if blind:
         out += ["Seen by nothing that runs the kernel:\n", *blind, ""]
+    spared = [
+        f"* `{row['fault']}` by {', '.join(row['tools'])}: {reason}"
+        for row in rows
+        if (reason := row.get("why_not_required")) and not row["seen"]
+    ]
+    if spared:
+        out += ["Asked and not seen, without being red:\n", *spared, ""]
     return "\n".join(out)
 
 

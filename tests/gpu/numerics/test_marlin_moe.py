@@ -76,7 +76,8 @@ def reader(op: Op, form: WeightFormat, weights: Weights) -> Case:
 
 
 def values(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    return tensor.double().cpu().numpy()
+    found: np.ndarray[Any, Any] = tensor.double().cpu().numpy()
+    return found
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)

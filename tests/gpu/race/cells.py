@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from vllm_forge.numerics.marlin_kernel import LARGE_BATCH, SMALL_BATCH, Kernel, ThreadConfig
 from vllm_forge.numerics.marlin_reference import Routing, route, spread
@@ -109,8 +110,8 @@ def parts_of(launch: Launch) -> int:
 
 
 # Sizes at tensor parallel 4: gate and up together, and down.
-GATE_UP = {"size_n": 1024, "size_k": 4096}
-DOWN = {"size_n": 4096, "size_k": 512}
+GATE_UP: dict[str, Any] = {"size_n": 1024, "size_k": 4096}
+DOWN: dict[str, Any] = {"size_n": 4096, "size_k": 512}
 
 CORE = (
     Cell(name="gate_up-split", **GATE_UP, tokens=2, top_k=6, regime=Regime.SPLIT),

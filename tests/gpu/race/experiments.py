@@ -106,12 +106,12 @@ def _controls() -> Iterator[Control]:
             build=mutant.name,
             clean=mutant.name == "clean",
         )
-    for name, what, must in (
+    for name, what, tool in (
         ("half_reduce", "partial sums are kept in 16 bits (an option of the op)", T.REFERENCE),
         ("atomic_add", "the sum is taken in any order (an option of the op)", T.BITWISE),
     ):
         order = {"do": "option", "name": name}
-        yield Control(name=name, what=what, order=order, must=frozenset({must}))
+        yield Control(name=name, what=what, order=order, must=frozenset({tool}))
     yield Control(
         name="dirty_workspace",
         what="a lock is not zero on entry",

@@ -65,9 +65,7 @@ def run_child(
         os.killpg(process.pid, 9)  # the process group that was started above
         text, _ = process.communicate()
         code = None
-    return Said(
-        row=_last_object(text), code=code, seconds=time.monotonic() - started, text=text
-    )
+    return Said(row=_last_object(text), code=code, seconds=time.monotonic() - started, text=text)
 
 
 def _paths() -> list[str]:
