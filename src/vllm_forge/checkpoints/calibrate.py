@@ -12,6 +12,7 @@ Needs the environment of docker/locks/quantize.txt.
 
 from __future__ import annotations
 
+import copy
 import io
 import re
 from contextlib import contextmanager, redirect_stderr
@@ -83,8 +84,9 @@ class LayerQuantizer:
 
     def __init__(self, config: Mapping[str, Any], recipe: Recipe, device: str) -> None:
         logger.remove()  # llm-compressor's own printing; what matters of it is raised here
-        # eager: the only attention that deepseek_v4 has in transformers.
-        self.config = DeepseekV4Config(**config)
+        # A copy: it writes into the rope_scaling that it is given. eager: the only attention that
+        # deepseek_v4 has in transformers.
+        self.config = DeepseekV4Config(**copy.deepcopy(dict(config)))
         self.config._attn_implementation = "eager"
         self.config.dtype = torch.bfloat16
         self.recipe = recipe

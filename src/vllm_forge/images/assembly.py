@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.host import cache_root
+from vllm_forge.host import cache_root, exclusive
 from vllm_forge.images.checks import LayerShare
 from vllm_forge.images.content import VLLM, patch_entries, stack_entry
 from vllm_forge.images.layout import ImageLayer
@@ -47,9 +47,10 @@ def patched_wheel(
 ) -> PatchedWheel:
     """The line's one wheel, in the cache."""
     published = lock.find(VLLM)
-    folder = cache_root() / "patched" / f"{published.sha256}-{applied.result}"
+    key = f"{published.sha256}-{applied.result}"
     path = wheelhouse.verify(published)
-    return build_wheel(repo, applied, path, cell.line.vllm, folder)
+    with exclusive(f"patched-{key}", wait=True):  # two SKUs of a line may be built at once
+        return build_wheel(repo, applied, path, cell.line.vllm, cache_root() / "patched" / key)
 
 
 def wheel_layers(cell: ImageCell, groups: Sequence[WheelGroup]) -> NamedLayers:
