@@ -141,6 +141,16 @@ class TestCodec:
         scale = global_scale_of(weight)
         assert (np.abs(encode(weight).values() - weight) <= bound(weight, scale)).all()
 
+    @pytest.mark.parametrize("size", [0.3, 0.6, 0.9, 0.999, 1.001, 1.5, 3.0])
+    def test_a_group_whose_scale_rounds_to_zero_is_within_it(self, size: float) -> None:
+        """Below half of E4M3's smallest number the scale is zero, and so is every weight."""
+        weight = _weight()
+        scale = global_scale_of(weight)
+        weight[0, :GROUP] = np.sign(weight[0, :GROUP]) * size * 2.0**-10 * 6 / scale
+        made = encode(weight, scale)
+        assert made.values()[0, :GROUP].any() == (size > 1)
+        assert (np.abs(made.values() - weight) <= bound(weight, scale)).all()
+
     def test_the_bound_is_not_loose(self) -> None:
         """Some element of a usual weight comes near to it."""
         weight = _weight(rows=64)
