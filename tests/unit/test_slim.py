@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import random
+import shutil
 import tarfile
 from typing import TYPE_CHECKING, Any
 
@@ -257,3 +258,9 @@ def test_census_of_a_slim_library_has_what_stayed(whole: StoredLayer) -> None:
         "cubin 100", "cubin 100f", "cubin 103a", "ptx 80",
     }  # fmt: skip
     assert len(census(whole.code / LIBRARY).code) == 8
+
+
+def test_layer_of_an_earlier_version_has_no_code_folder(whole: StoredLayer) -> None:
+    assert whole.whole == (whole.files, whole.code)
+    shutil.rmtree(whole.code)
+    assert whole.whole == (whole.files,)

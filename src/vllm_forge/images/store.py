@@ -48,9 +48,12 @@ class StoredLayer:
     removed: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def whole(self) -> tuple[Path, Path]:
-        """The folders that together have what the wheels have."""
-        return self.files, self.code
+    def whole(self) -> tuple[Path, ...]:
+        """The folders that together have what the wheels have.
+
+        A layer that an earlier version kept has no folder for code.
+        """
+        return tuple(folder for folder in (self.files, self.code) if folder.is_dir())
 
     @property
     def empty(self) -> bool:
