@@ -57,7 +57,7 @@ def _build_session(sku: str, arch: str) -> None:
         forge(session, "build", sku)
 
     build.__doc__ = build.func.__doc__ = (
-        f"Build the image for {sku} ({arch}). Options: --line, --engine, --provision, --dry-run"
+        f"Build the image for {sku} ({arch}). Options: --line, --engine, --prewarm, --dry-run"
     )
 
 

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_forge.checkpoints.inspect.manifest import named
-from vllm_forge.checkpoints.inspect.measured import RESULT, write_measured
-from vllm_forge.checkpoints.shards import DTYPE_BYTES
+from vllm_forge.checkpoints.inspect.measured import RESULT, TABLE
+from vllm_forge.checkpoints.spans import DTYPE_BYTES
 from vllm_forge.host import atomic_path
 from vllm_forge.matrix import load
 
@@ -135,7 +135,7 @@ def main() -> None:
     }
     with atomic_path(ROOT / RESULT) as aside:
         aside.write_text(json.dumps(result, indent=1) + "\n")
-    write_measured(ROOT)
+    TABLE.write(ROOT)
 
 
 if __name__ == "__main__":

@@ -308,6 +308,26 @@ def test_the_kits_packages_stand_before_the_hosts(kit: Path, tmp_path: Path) -> 
     assert paths.index(host) > next(i for i, p in enumerate(paths) if "work/venv" in p)
 
 
+def test_results_of_an_earlier_call_do_not_come_back(kit: Path, tmp_path: Path) -> None:
+    old = tmp_path / "work" / "results" / "kernel.json"
+    old.parent.mkdir(parents=True)
+    old.write_text("{}")
+    call(kit, tmp_path / "work", "go", str(tmp_path / "out"))
+    assert (tmp_path / "work" / "venv" / ".complete").exists()
+    assert not old.exists()
+    assert not (tmp_path / "out" / old.name).exists()
+
+
+def test_results_that_cannot_be_deleted_end_the_call(kit: Path, tmp_path: Path) -> None:
+    results = tmp_path / "work" / "results"
+    results.parent.mkdir()
+    results.write_text("not a folder")
+    done = call(kit, tmp_path / "work", "go", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert "NotADirectoryError" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_usage(kit: Path, tmp_path: Path) -> None:
     done = call(kit, tmp_path / "work", "start")
     assert done.returncode == 1

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from vllm_forge.cli import main
 from vllm_forge.errors import PresetLintError, SelectionStaleError
 from vllm_forge.matrix import load
+from vllm_forge.matrix.model import Unserved
 from vllm_forge.oracle import (
     artifact_config,
     grid_question,
@@ -31,12 +32,12 @@ from vllm_forge.oracle.model import (
     Moe,
     Refused,
 )
+from vllm_forge.serve.case import Case, Finding
 from vllm_forge.serve.lint import cases, lint_line
 from vllm_forge.serve.rules import (
     RULES,
-    Case,
-    Finding,
     divisible,
+    experts_are_built_as_stored,
     graphs_cover_decode,
     judge,
     known_variables,
@@ -286,6 +287,88 @@ def test_attention_that_takes_no_such_block(case: Callable[..., Case]) -> None:
     assert "block_size 16 not supported" in only(judge(case(said))).what
 
 
+UNQUANTIZED, NVFP4 = "UnquantizedFusedMoEMethod", "CompressedTensorsW4A4Nvfp4MoEMethod"
+EXPERTS, DRAFT_EXPERTS = "layers.*.ffn.experts", "mtp.*.ffn.experts"
+NOT_ON_026 = Unserved(lines=("0.26",), reason="this line builds its experts as something else")
+
+
+def built(experts: str, draft_experts: str | None) -> Answer:
+    """What a line says that builds the experts so; without a draft layer for None."""
+    draft = None
+    if draft_experts is not None:
+        draft = Draft(
+            architecture="DeepSeekV4MTPModel",
+            speculative_tokens=2,
+            modules={DRAFT_EXPERTS: draft_experts},
+        )
+    return answer(modules={EXPERTS: experts}, draft=draft)
+
+
+def of_artifact(case: Case, **row: Any) -> list[Finding]:
+    """The rule's findings, with some of the artifact's row changed."""
+    name, matrix = case.artifact_name, case.matrix
+    artifacts = {**matrix.artifact, name: matrix.artifact[name].model_copy(update=row)}
+    changed = replace(case, matrix=matrix.model_copy(update={"artifact": artifacts}))
+    return list(experts_are_built_as_stored(changed))
+
+
+@pytest.mark.parametrize(
+    ("stored", "scheme"),
+    [
+        ("nvfp4", NVFP4),
+        ("nvfp4", "ModelOptNvFp4FusedMoE"),
+        ("w4a16", "CompressedTensorsWNA16MarlinMoEMethod"),
+        ("mxfp4", "Mxfp4MoEMethod"),
+    ],
+)
+def test_experts_built_as_they_are_stored(
+    stored: str, scheme: str, case: Callable[..., Case]
+) -> None:
+    assert of_artifact(case(built(scheme, UNQUANTIZED)), experts=stored) == []
+
+
+def test_experts_built_otherwise(case: Callable[..., Case]) -> None:
+    finding = only(judge(case(built(UNQUANTIZED, UNQUANTIZED))))
+    assert f"experts are stored as nvfp4 and built as {UNQUANTIZED}" in finding.what
+    assert "artifact.flash-nvfp4-fp8-mtp.unserved" in finding.remedy
+
+
+def test_draft_experts_built_otherwise(case: Callable[..., Case]) -> None:
+    finding = only(judge(case(built(NVFP4, NVFP4))))
+    assert f"draft experts are stored as bf16 and built as {NVFP4}" in finding.what
+    assert judge(case(built(NVFP4, UNQUANTIZED))) == []
+
+
+def test_a_draft_layer_that_the_artifact_lacks(case: Callable[..., Case]) -> None:
+    """Nothing to compare it with; another rule finds the layer."""
+    assert of_artifact(case(built(NVFP4, NVFP4)), mtp="none") == []
+
+
+def test_a_row_accepts_what_is_built_otherwise(case: Callable[..., Case]) -> None:
+    item = case(built(UNQUANTIZED, UNQUANTIZED))
+    assert of_artifact(item, unserved=(NOT_ON_026,)) == []
+    elsewhere = NOT_ON_026.model_copy(update={"lines": ("0.33",)})
+    assert "built as" in only(of_artifact(item, unserved=(elsewhere,))).what
+
+
+def test_a_row_about_drafting_does_not_accept_the_target(case: Callable[..., Case]) -> None:
+    row = NOT_ON_026.model_copy(update={"drafting": True})
+    assert of_artifact(case(built(NVFP4, NVFP4)), unserved=(row,)) == []
+    plain = case(built(UNQUANTIZED, None), speculative_tokens=0)
+    assert "built as" in only(of_artifact(plain, unserved=(row,))).what
+
+
+def test_a_row_that_is_not_so(case: Callable[..., Case]) -> None:
+    finding = only(of_artifact(case(built(NVFP4, UNQUANTIZED)), unserved=(NOT_ON_026,)))
+    assert "says that it is not served, and it is" in finding.what
+    assert "delete the row" in finding.remedy
+
+
+def test_what_vllm_refuses_says_nothing_of_the_experts(case: Callable[..., Case]) -> None:
+    refused = Answer(name="q", refused=Refused(kind="device", message="no kernels"))
+    assert of_artifact(case(refused), unserved=(NOT_ON_026,)) == []
+
+
 @pytest.mark.parametrize("parallel", [1, 2, 4, 8])
 def test_tensor_parallel_that_divides(parallel: int, case: Callable[..., Case]) -> None:
     assert judge(case(tensor_parallel=parallel)) == []
@@ -319,7 +402,7 @@ def test_every_rule_is_in_the_list() -> None:
         and getattr(value, "__module__", "") == rules.__name__
         and not name.startswith("_")
     }
-    assert public - {Case, Finding, divisible, judge} == set(RULES)
+    assert public - {divisible, judge} == set(RULES)
 
 
 # --- the committed facts -------------------------------------------------------------------------
@@ -330,6 +413,26 @@ LINES = tuple(load(ROOT).line)
 @pytest.mark.parametrize("line", LINES)
 def test_committed_presets_have_no_finding(line: str, root: Path) -> None:
     assert [finding.text() for finding in lint_line(root, load(root), line)] == []
+
+
+@pytest.mark.parametrize(
+    ("artifact", "lines"),
+    [("redhat-nvfp4-fp8", {"0.33"}), ("nvidia-nvfp4", {"0.22", "0.26"})],
+)
+def test_without_its_row_an_artifact_is_a_finding(
+    artifact: str, lines: set[str], root: Path
+) -> None:
+    """The rows of the committed matrix are those that the committed facts ask for."""
+    matrix = load(root)
+    bare = matrix.artifact[artifact].model_copy(update={"unserved": ()})
+    changed = matrix.model_copy(update={"artifact": {**matrix.artifact, artifact: bare}})
+    found = {
+        finding.line: finding.artifact
+        for line in LINES
+        for case in cases(changed, read_recorded(root, line))
+        for finding in experts_are_built_as_stored(case)
+    }
+    assert found == dict.fromkeys(lines, artifact)
 
 
 @pytest.mark.parametrize("line", LINES)

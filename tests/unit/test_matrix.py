@@ -20,6 +20,7 @@ from vllm_forge.errors import (
     UnsupportedCellError,
 )
 from vllm_forge.matrix import Matrix, image_cell, load, schema_text
+from vllm_forge.matrix.cells import find_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,6 +84,7 @@ ROWS: dict[str, list[str | int]] = {
     "PinnedRequirement-constraint": ["line", "0.26", "constraints", 1],
     "PinnedRequirement-override": ["line", "0.33", "overrides", 0],
     "Artifact": ["artifact", "flash-nvfp4-fp8-mtp"],
+    "Unserved": ["artifact", "nvidia-nvfp4", "unserved", 0],
     "Preset": ["preset", "b300-mtp"],
     "Cuda": ["cuda", "13.0"],
     "Container": ["container"],
@@ -187,6 +189,18 @@ REFUSED: dict[str, tuple[Callable[[Data], None], list[str]]] = {
         put("preset", "b300-mtp", "artifacts", ["redhat-nvfp4-fp8"]),
         ["preset.b300-mtp", "redhat-nvfp4-fp8 has no MTP"],
     ),
+    "unserved-on-no-line": (
+        put("artifact", "nvidia-nvfp4", "unserved", 0, "lines", ["0.22", "0.27"]),
+        ["artifact.nvidia-nvfp4.unserved", "line.'0.27'"],
+    ),
+    "unserved-nowhere": (
+        put("artifact", "nvidia-nvfp4", "unserved", 0, "lines", []),
+        ["artifact.nvidia-nvfp4.unserved.0.lines"],
+    ),
+    "unserved-without-words": (
+        put("artifact", "nvidia-nvfp4", "unserved", 0, "reason", "broken"),
+        ["artifact.nvidia-nvfp4.unserved.0.reason"],
+    ),
     "cuda-without-driver": (put(*LINE, "cuda", "13.9"), ["line.0.26", "cuda.'13.9'"]),
     "no-last-layer": (put("layers", -1, "match", ["t*"]), ["layers", "*"]),
     "no-layers": (put("layers", []), ["layers"]),
@@ -249,6 +263,27 @@ def test_records_are_frozen(kind: str, root: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "drafting", "expected"),
+    [
+        ("0.22", True, "never, with a draft or without"),
+        ("0.22", False, "never, with a draft or without"),
+        ("0.26", True, "only without a draft layer"),
+        ("0.26", False, None),
+        ("0.33", True, None),
+    ],
+)
+def test_why_an_artifact_is_not_served(
+    line: str, drafting: bool, expected: str | None, data: Data, loads: Callable[[Data], Matrix]
+) -> None:
+    data["artifact"]["nvidia-nvfp4"]["unserved"] = [
+        {"lines": ["0.26"], "drafting": True, "reason": "only without a draft layer"},
+        {"lines": ["0.22"], "reason": "never, with a draft or without"},
+    ]
+    row = loads(data).artifact["nvidia-nvfp4"]
+    assert row.why_not(line, drafting=drafting) == expected
+
+
+@pytest.mark.parametrize(
     ("asked", "sku"),
     [
         ("b300", "b300"),
@@ -277,6 +312,15 @@ def test_cell_of_no_sku(asked: str, root: Path) -> None:
 def test_cell_of_no_line(root: Path) -> None:
     with pytest.raises(UnknownLineError, match=r"0\.99"):
         image_cell(load(root), root, "b300", "0.99")
+
+
+def test_lines_by_name_or_all(root: Path) -> None:
+    matrix = load(root)
+    assert find_lines(matrix, "0.33") == ["0.33"]
+    assert find_lines(matrix, None) == list(matrix.line)
+    for asked in ("0.34", ""):
+        with pytest.raises(UnknownLineError):
+            find_lines(matrix, asked)
 
 
 def test_every_unsupported_cell_says_why_and_where_else(root: Path) -> None:

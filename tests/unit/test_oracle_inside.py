@@ -20,7 +20,8 @@ import pytest
 
 from vllm_forge.oracle.inside import experts, layers, main, serving
 from vllm_forge.oracle.inside.building import Selection
-from vllm_forge.oracle.inside.device import Declared, Device
+from vllm_forge.oracle.inside.device import Declared
+from vllm_forge.oracle.inside.driver import Device
 
 SOURCE = Path(main.__file__).parents[3]
 CHIP = {"name": "Chip", "compute_capability": "7.7", "memory_bytes": 1, "count": 8}
@@ -161,7 +162,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 torch = sys.modules["torch"] = ModuleType("torch")
 torch.cuda = SimpleNamespace()
-from vllm_forge.oracle.inside.device import Declared, Device, build_stubs
+from vllm_forge.oracle.inside.device import Declared
+from vllm_forge.oracle.inside.driver import Device, build_stubs
 folder = Path(sys.argv[1])
 build_stubs(folder)
 declared = Declared(folder)

@@ -54,6 +54,12 @@ def checkout(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path
 
 
+def why_not(row: Plan, line: str) -> str | None:
+    """What the matrix says of a row of the plan's presets."""
+    drafting = MATRIX.preset[row["preset"]].speculative_tokens > 0
+    return MATRIX.artifact[row["artifact"]].why_not(line, drafting=drafting)
+
+
 def test_b300_selects_native_fp4_without_forcing_anything(plan: Callable[..., Plan]) -> None:
     made = plan("--sku=b300")
     assert made["cell"]["line"] == MATRIX.default_line
@@ -70,6 +76,8 @@ def test_rtxpro6000_selects_cutlass(line: str, plan: Callable[..., Plan]) -> Non
     made = plan("--sku=rtxpro6000", f"--line={line}")
     assert made["lines"][line]["experts"] == "FLASHINFER_CUTLASS"
     for row in made["presets"]:
+        if why_not(row, line) is not None:
+            continue
         nvfp4 = MATRIX.artifact[row["artifact"]].experts == "nvfp4"
         assert row["selection"]["experts"] == ("FLASHINFER_CUTLASS" if nvfp4 else "MARLIN")
 
@@ -90,10 +98,50 @@ def test_clamp_of_every_cell(line: str, sku: str, plan: Callable[..., Plan]) -> 
     rows = plan(f"--sku={sku}", f"--line={line}")["presets"]
     assert rows
     for row in rows:
+        if why_not(row, line) is not None:
+            continue
         answer = answers[f"preset/{row['preset']}/{row['artifact']}"]
         assert answer.moe is not None
         assert row["selection"]["clamp"] == answer.moe.clamp == "reaches"
         assert row["selection"]["graphs"]["covers"]
+
+
+@pytest.mark.parametrize(("line", "sku"), CELLS)
+def test_what_a_line_does_not_serve_is_refused_with_the_reason(
+    line: str, sku: str, plan: Callable[..., Plan]
+) -> None:
+    """Whatever its vLLM would select of it; and everything else is not refused."""
+    rows = plan(f"--sku={sku}", f"--line={line}")["presets"]
+    assert {row["selection"]["refused"] for row in rows} > {None}
+    for row in rows:
+        assert row["selection"]["refused"] == why_not(row, line)
+        if why_not(row, line) is not None:
+            assert {v for k, v in row["selection"].items() if k != "refused"} == {"none"}
+
+
+def test_page_says_why_it_is_refused(
+    plan: Callable[..., Plan], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = plan("--sku=b300", "--line=0.33")
+    (reason,) = {row["selection"]["refused"] for row in made["presets"]} - {None}
+    assert main(["plan", "--sku=b300", "--line=0.33"]) == 0
+    page = capsys.readouterr().out
+    for word in ("refused:", *reason.split()):
+        assert word in page, word
+
+
+def test_a_line_that_does_not_serve_the_first_preset_says_so(
+    checkout: Path, plan: Callable[..., Plan]
+) -> None:
+    path = checkout / "matrix.toml"
+    path.write_text(
+        path.read_text()
+        + "\n[[artifact.flash-nvfp4-fp8-mtp.unserved]]\n"
+        + 'lines = ["0.33"]\nreason = "a reason of this test"\n'
+    )
+    lines = plan("--sku=b300", "--line=0.26")["lines"]
+    assert lines["0.33"]["refused"] == "a reason of this test"
+    assert lines["0.26"]["refused"] is None
 
 
 def test_pins_series_and_needs(plan: Callable[..., Plan]) -> None:
@@ -114,7 +162,8 @@ def test_pins_series_and_needs(plan: Callable[..., Plan]) -> None:
 
 def test_what_was_not_recorded_is_unknown(checkout: Path, plan: Callable[..., Plan]) -> None:
     made = plan("--sku=b300")
-    for choice in (*made["lines"].values(), *(row["selection"] for row in made["presets"])):
+    rows = [row for row in made["presets"] if why_not(row, MATRIX.default_line) is None]
+    for choice in (*made["lines"].values(), *(row["selection"] for row in rows)):
         assert (choice["experts"], choice["clamp"]) == ("unknown", "unknown")
     assert made["contract"]["state"].startswith("unknown")
     assert made["image"]["digest"] == "not built here"
@@ -128,7 +177,11 @@ def test_answers_to_another_preset_are_not_shown(
     shutil.copytree(root / "docs" / "selection", checkout / "docs" / "selection")
     path = checkout / "matrix.toml"
     path.write_text(path.read_text().replace("speculative_tokens = 2", "speculative_tokens = 1"))
-    rows = {row["preset"]: row["selection"] for row in plan("--sku=b300")["presets"]}
+    rows = {
+        row["preset"]: row["selection"]
+        for row in plan("--sku=b300")["presets"]
+        if row["artifact"] == "flash-nvfp4-fp8-mtp"
+    }
     assert rows["b300-mtp"]["experts"] == "unknown"
     assert rows["b300-plain"]["experts"] == "FLASHINFER_TRTLLM"
 
@@ -137,7 +190,7 @@ def test_a_lost_clamp_is_shown(checkout: Path, root: Path, plan: Callable[..., P
     recorded = read_recorded(root, "0.26")
     rows = tuple(
         (q, a.model_copy(update={"moe": Moe(chosen="MARLIN", clamp="lost")}))
-        if q.name == "preset/b300-mtp/nvidia-nvfp4"
+        if q.name == "preset/b300-mtp/flash-nvfp4-fp8-mtp"
         else (q, a)
         for q, a in recorded.rows
     )
@@ -147,7 +200,7 @@ def test_a_lost_clamp_is_shown(checkout: Path, root: Path, plan: Callable[..., P
         for row in plan("--sku=b300", "--line=0.26")["presets"]
     }
     assert [key for key, clamp in shown.items() if clamp == "lost"] == [
-        ("b300-mtp", "nvidia-nvfp4")
+        ("b300-mtp", "flash-nvfp4-fp8-mtp")
     ]
 
 

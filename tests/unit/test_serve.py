@@ -17,6 +17,7 @@ from vllm_forge.errors import (
     NoGpuError,
     UnknownArtifactError,
     UnknownPresetError,
+    UnsupportedCellError,
 )
 from vllm_forge.host import Reply
 from vllm_forge.matrix import Matrix, image_cell, load, serve_arguments
@@ -142,6 +143,33 @@ def test_unknown_artifact(matrix: Matrix, root: Path) -> None:
     with pytest.raises(UnknownArtifactError, match="does not serve artifact redhat") as refused:
         serving(matrix, cell, "mtp", "redhat-nvfp4-fp8")
     assert "nvidia-nvfp4" in refused.value.remedy
+
+
+def test_what_a_line_does_not_serve_is_refused_with_the_reason(matrix: Matrix, root: Path) -> None:
+    (row,) = matrix.artifact["nvidia-nvfp4"].unserved
+    assert row.drafting
+    for name in matrix.line:
+        cell = image_cell(matrix, root, "b300", name)
+        serving(matrix, cell, "plain", "nvidia-nvfp4").require_served()
+        item = serving(matrix, cell, "mtp", "nvidia-nvfp4")
+        if name not in row.lines:
+            item.require_served()
+            continue
+        with pytest.raises(UnsupportedCellError) as refused:
+            item.require_served()
+        for words in (f"line {name}", row.reason, "artifact.nvidia-nvfp4.unserved", "--line"):
+            assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("how", [["--print"], []])
+def test_serve_refuses_it_before_anything_else(
+    how: list[str], matrix: Matrix, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["serve", "--sku=b300", "--line=0.33", "--preset=plain", "--artifact=redhat-nvfp4-fp8"]
+    assert main([*argv, *how]) == UnsupportedCellError.exit_code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert matrix.artifact["redhat-nvfp4-fp8"].unserved[0].reason in err
 
 
 def test_docker_command(matrix: Matrix, item: Serving) -> None:

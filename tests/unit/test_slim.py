@@ -6,6 +6,7 @@ import base64
 import csv
 import hashlib
 import io
+import json
 import random
 import shutil
 import tarfile
@@ -21,7 +22,7 @@ from unit_kit.wheels import Member, write_wheel
 
 from vllm_forge.census import device_code, runs_on
 from vllm_forge.census.library import census
-from vllm_forge.errors import UnknownFatbinError
+from vllm_forge.errors import CacheError, UnknownFatbinError
 from vllm_forge.images.layer import ZSTD
 from vllm_forge.images.slim import LEAST, cut, holds_code, may_hold_code, pieces
 from vllm_forge.images.slim_layer import update_record, write_slim_layer
@@ -182,6 +183,27 @@ def test_unknown_layout_ends_the_layer(tmp_path: Path) -> None:
     assert stored("broken") is None
 
 
+def test_a_layer_without_its_libraries_is_damaged(whole: StoredLayer) -> None:
+    shutil.rmtree(whole.code)
+    with pytest.raises(CacheError, match="folder of its libraries is missing") as refused:
+        stored("whole")
+    assert "delete that folder" in refused.value.remedy
+
+
+def test_a_layer_of_an_earlier_version_is_its_files(whole: StoredLayer) -> None:
+    """Its record has no ``removed``, and there never was a folder of libraries."""
+    assert whole.whole == (whole.files, whole.code)
+    path = whole.blob.path.parent / "layer.json"
+    record = json.loads(path.read_text())
+    del record["removed"]
+    path.write_text(json.dumps(record))
+    shutil.rmtree(whole.code)
+    layer = stored("whole")
+    assert layer is not None
+    assert layer.whole == (whole.files,)
+    assert layer.removed == {}
+
+
 # --- the SKU's layer -----------------------------------------------------------------------------
 
 
@@ -258,9 +280,3 @@ def test_census_of_a_slim_library_has_what_stayed(whole: StoredLayer) -> None:
         "cubin 100", "cubin 100f", "cubin 103a", "ptx 80",
     }  # fmt: skip
     assert len(census(whole.code / LIBRARY).code) == 8
-
-
-def test_layer_of_an_earlier_version_has_no_code_folder(whole: StoredLayer) -> None:
-    assert whole.whole == (whole.files, whole.code)
-    shutil.rmtree(whole.code)
-    assert whole.whole == (whole.files,)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import atomic_path, report
 from vllm_forge.matrix import find_root, image_cell, load
-from vllm_forge.matrix.cells import find_line
+from vllm_forge.matrix.cells import find_lines
 
 if TYPE_CHECKING:
     import argparse
@@ -36,7 +36,7 @@ def census(args: argparse.Namespace) -> None:
 
     root = find_root()
     matrix = load(root)
-    names = [find_line(matrix, args.line)[0]] if args.line else list(matrix.line)
+    names = find_lines(matrix, args.line)
     contracts = []
     for name in names:
         with report(f"read the device code of line {name}"):

@@ -32,6 +32,7 @@ def register(choices: Commands) -> None:
     one.add_argument("--minutes", type=float, help="budget per tier (default: the suite's)")
     one.add_argument("-n", dest="workers", help="processes: a number, or auto (one a GPU)")
     one.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR")
+    one.add_argument("--caches", type=Path, help="folder for what JIT compilers make")
     one.add_argument("--output", type=Path, help=f"folder for results (default: dist/{RESULTS})")
     one.add_argument("--key", type=Path, help="Ed25519 private key (PEM) that signs the receipt")
     one.set_defaults(call=test_gpu)
@@ -45,7 +46,7 @@ def register(choices: Commands) -> None:
     one.add_argument("--max-part", default="62MB", help="largest part, e.g. 62MB (10^6 bytes)")
     one.add_argument("--minutes", type=float, default=8, help="budget per tier")
     one.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR")
-    one.add_argument("--cache", action="append", default=[], metavar="NAME=DIR", help="JIT caches")
+    one.add_argument("--caches", type=Path, help="JIT caches of an earlier run: folder or tar")
     one.add_argument("--omit", action="append", default=[], metavar="PACKAGE", help="leave it out")
     one.set_defaults(call=gpu_kit)
 
@@ -76,9 +77,13 @@ def test_gpu(args: argparse.Namespace) -> None:
     console.print(f"[bold]{cell.name}[/], tiers {', '.join(names)}; results: {output}")
     named = _named(args.checkpoint)
     if args.env is not None:
+        options += [f"--caches={args.caches.resolve()}"] if args.caches else []
         run_in_environment(cell, args.env, output, named, options)
     else:
-        run_in_image(cell, output, named, options, probe=HostProbe(), reference=args.image)
+        run_in_image(
+            cell, output, named, options,
+            probe=HostProbe(), reference=args.image, caches=args.caches,
+        )  # fmt: skip
     for name in names:
         print(make_receipt(root, output / f"{name}.json", args.key))
 
@@ -97,7 +102,7 @@ def gpu_kit(args: argparse.Namespace) -> None:
         max_part=parse_size(args.max_part),
         minutes=args.minutes,
         checkpoints=_named(args.checkpoint),
-        caches=_named(args.cache),
+        caches=args.caches,
         omit=tuple(args.omit),
     )
     print(make_kit(cell, matrix, options))

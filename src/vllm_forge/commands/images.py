@@ -30,6 +30,7 @@ def register(choices: Commands) -> None:
     one.add_argument("--output", type=Path, help="folder for the OCI layout (default: dist/)")
     one.add_argument("--load", action="store_true", help="also load it into the engine's store")
     one.add_argument("--push", metavar="REF", help="also push it, e.g. registry/name:tag")
+    one.add_argument("--prewarm", type=Path, help="kernels to carry: what test-gpu --caches left")
     one.add_argument("--provision", action="store_true", help="install missing build tools (apt)")
     one.add_argument("--dry-run", action="store_true", help="print the commands, do nothing")
     one.set_defaults(call=build)
@@ -53,6 +54,7 @@ def build(args: argparse.Namespace) -> None:
         provision,
         resolve,
     )
+    from vllm_forge.proof.prewarm import prewarm_of
 
     root = find_root()
     cell = image_cell(load(root), root, args.sku, args.line)
@@ -66,6 +68,7 @@ def build(args: argparse.Namespace) -> None:
         output=args.output or root / "dist",
         base_image=None if args.base == "rootfs" else args.base,
         refresh_base=args.refresh_base,
+        prewarm=None if args.prewarm is None else prewarm_of(cell, args.prewarm.resolve()),
     )
     plan = resolve(cell, options, engine)
     made = None

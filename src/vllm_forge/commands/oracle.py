@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.host import SubprocessRunner, atomic_path, console
 from vllm_forge.matrix import find_root, load
-from vllm_forge.matrix.cells import find_line
+from vllm_forge.matrix.cells import find_lines
 
 if TYPE_CHECKING:
     import argparse
@@ -33,7 +33,7 @@ def oracle(args: argparse.Namespace) -> None:
 
     root = find_root()
     matrix = load(root)
-    names = [find_line(matrix, args.line)[0]] if args.line else list(matrix.line)
+    names = find_lines(matrix, args.line)
     if not args.update:
         for name in names:
             require_fresh(root, matrix, name)

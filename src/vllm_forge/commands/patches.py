@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vllm_forge.errors import NotPatchedError
 from vllm_forge.host import SubprocessRunner, atomic_path, console, report
 from vllm_forge.matrix import find_root, image_cell, load
-from vllm_forge.matrix.cells import find_line
+from vllm_forge.matrix.cells import find_line, find_lines
 
 if TYPE_CHECKING:
     import argparse
@@ -62,7 +62,7 @@ def patches(args: argparse.Namespace) -> None:
 
     root = find_root()
     matrix = load(root)
-    names = [find_line(matrix, args.line)[0]] if args.line else list(matrix.line)
+    names = find_lines(matrix, args.line)
     repo = SourceRepo()
     for name in names:
         line = matrix.line[name]
@@ -86,7 +86,7 @@ def prove(args: argparse.Namespace) -> None:
 
     root = find_root()
     matrix = load(root)
-    names = [find_line(matrix, args.line)[0]] if args.line else list(matrix.line)
+    names = find_lines(matrix, args.line)
     prove_lines(root, matrix, names, SubprocessRunner())
 
 

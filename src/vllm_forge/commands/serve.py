@@ -50,6 +50,7 @@ def serve(args: argparse.Namespace) -> None:
     matrix = load(root)
     cell = image_cell(matrix, root, args.sku, args.line)
     item = serving(matrix, cell, args.preset, args.artifact)
+    item.require_served()
     image = built_image(cell)
     digest = None if image is None else image.digest
     _say(matrix, item, image)
@@ -66,12 +67,12 @@ def serve(args: argparse.Namespace) -> None:
 
 def lint_presets(args: argparse.Namespace) -> None:
     """Judge the presets; a finding is an error."""
-    from vllm_forge.matrix.cells import find_line
+    from vllm_forge.matrix.cells import find_lines
     from vllm_forge.serve.lint import lint_line, require_clean
 
     root = find_root()
     matrix = load(root)
-    names = [find_line(matrix, args.line)[0]] if args.line else list(matrix.line)
+    names = find_lines(matrix, args.line)
     require_clean([finding for name in names for finding in lint_line(root, matrix, name)])
     print(f"{len(matrix.preset)} presets, lines {', '.join(names)}: no findings")
 

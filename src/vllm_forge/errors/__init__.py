@@ -82,6 +82,7 @@ from vllm_forge.errors.patches import (
 )
 from vllm_forge.errors.proof import (
     GpuSuiteError,
+    JitCacheError,
     KitError,
     ReceiptEditedError,
     ReceiptExpiredError,
@@ -155,6 +156,7 @@ __all__ = [
     "IndexUnreachableError",
     "InseparablePatchError",
     "InstalledVersionError",
+    "JitCacheError",
     "KitError",
     "LayoutError",
     "LineEndingError",

@@ -63,3 +63,9 @@ class ReceiptKeyError(ForgeError):
     """A key is not an Ed25519 key, or a receipt lacks the signature that is asked for."""
 
     exit_code = 119
+
+
+class JitCacheError(ForgeError):
+    """Kernels that were compiled before are not for this stack."""
+
+    exit_code = 120

@@ -27,13 +27,16 @@ VALUE = "value(points, seconds): what a test is worth, and what it takes; the bu
 OTHER_TIER = "other tier"
 SKIPS = {"needs sm_": "other GPU", "tier ": OTHER_TIER}
 NOT_RUN = "not run"
+UNFINISHED = -1  # the exit code of pytest before it ends
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the marker and the collector of verdicts."""
     for marker in (VALUE, ENGINES):
         config.addinivalue_line("markers", marker)
-    config.pluginmanager.register(Verdicts(), "vllm-forge-verdicts")
+    worker = hasattr(config, "workerinput")  # its reports reach the controller, which writes them
+    results = None if worker else os.environ.get(RESULTS)
+    config.pluginmanager.register(Verdicts(results), "vllm-forge-verdicts")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -80,9 +83,14 @@ def margin(record_property: Callable[[str, object], None]) -> Callable[[str, flo
 
 
 class Verdicts:
-    """Collects what each test said; the worst of setup, call and teardown counts."""
+    """Collects what each test said; the worst of setup, call and teardown counts.
 
-    def __init__(self) -> None:
+    Args:
+        results: file that is written after each test, or None.
+    """
+
+    def __init__(self, results: str | None = None) -> None:
+        self.results = results
         self.rows: dict[str, dict[str, Any]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -113,14 +121,21 @@ class Verdicts:
                     row["margins"][name.partition(":")[2]] = {"measured": measured, "bound": bound}
                 elif isinstance(value, dict):
                     row["facts"] |= value
+        if report.when == "teardown":
+            self.write(UNFINISHED)  # a run that is killed has said what it knew
 
-    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        """Write them, from the controller only."""
-        path = os.environ.get(RESULTS)
-        if path and not hasattr(session.config, "workerinput"):
-            ours = {name: row for name, row in self.rows.items() if row["outcome"] != OTHER_TIER}
-            text = json.dumps({"exit": int(exitstatus), "tests": ours}, indent=1)
-            Path(path).write_text(text + "\n", encoding="utf-8")
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        """The last word."""
+        self.write(int(exitstatus))
+
+    def write(self, code: int) -> None:
+        """Write all verdicts, if there is a file for them."""
+        if self.results is None:
+            return
+        ours = {name: row for name, row in self.rows.items() if row["outcome"] != OTHER_TIER}
+        aside = Path(f"{self.results}.new")
+        aside.write_text(json.dumps({"exit": code, "tests": ours}, indent=1) + "\n")
+        aside.replace(self.results)
 
 
 def _said(report: pytest.TestReport) -> str:

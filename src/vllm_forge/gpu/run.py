@@ -13,18 +13,19 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.errors import ForgeError, GpuSuiteError
-from vllm_forge.gpu import environment, plugin
+from vllm_forge.gpu import caches, environment, plugin
 from vllm_forge.gpu.bootlog import parse
 from vllm_forge.gpu.device import ask_gpus, require_sku
 from vllm_forge.gpu.environment import environment_text
@@ -34,11 +35,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vllm_forge.gpu.device import Gpu
-    from vllm_forge.gpu.environment import environment_text
-from vllm_forge.gpu.suite import Tier
+    from vllm_forge.gpu.suite import Tier
 
 PACKAGES = ("vllm", "torch", "triton", "flashinfer-python", "compressed-tensors")
 BOOT_LOGS = "boot"
+COMPILED = "VLLM_FORGE_COMPILED_FILES"
 GREEN = {"passed", "other GPU"}
 # What the host does not set itself.
 DEFAULTS = {
@@ -56,11 +57,15 @@ class Options:
         gpus: what there is.
         minutes: per tier; None is what the suite says.
         pytest: further arguments.
+        variables: for all that compiles.
+        compiled: files that it had compiled before; 0 is a cold start.
     """
 
     gpus: list[Gpu]
     minutes: float | None = None
     pytest: tuple[str, ...] = ()
+    variables: dict[str, str] = field(default_factory=dict)
+    compiled: int = 0
 
 
 def run_tier(root: Path, plan: dict[str, Any], tier: Tier, output: Path, options: Options) -> bool:
@@ -84,6 +89,8 @@ def run_tier(root: Path, plan: dict[str, Any], tier: Tier, output: Path, options
             plugin.DEADLINE: str(deadline),
             "VLLM_FORGE_GPU_FOLDER": str(folder),
             "VLLM_FORGE_GPU_PLAN": json.dumps(plan),
+            COMPILED: str(options.compiled),
+            **options.variables,
         },
     )
     said = json.loads(raw.read_text()) if raw.is_file() else {"exit": code, "tests": {}}
@@ -158,16 +165,21 @@ def _torch(expression: str) -> str:
 
 def _pytest(root: Path, arguments: Sequence[str], variables: dict[str, str]) -> int:
     path = os.pathsep.join(filter(None, [str(root / "src"), os.environ.get("PYTHONPATH", "")]))
-    return subprocess.run(
+    process = subprocess.Popen(
         [
             sys.executable, "-m", "pytest", "-p", "vllm_forge.gpu.plugin", "-p", "no:cacheprovider",
-            f"--rootdir={root}", "-q", "-ra", *arguments,
+            f"--rootdir={root}", "-v", "-ra", "--tb=short", *arguments,
         ],
         cwd=root,
         env={**DEFAULTS, "VLLM_FORGE_RELEASE_SOURCE": str(root / "source"), **os.environ,
              **variables, "PYTHONPATH": path},
-        check=False,
-    ).returncode  # fmt: skip
+    )  # fmt: skip
+    # A host that ends the run gets the verdicts so far, and pytest ends what tests started.
+    before = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))
+    try:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tier", action="append", help="default: every tier but soak")
     parser.add_argument("--minutes", type=float, help="budget per tier")
     parser.add_argument("-n", dest="workers", help="xdist workers: a number, or auto (one a GPU)")
+    parser.add_argument("--caches", type=Path, help="folder for what JIT compilers make")
     parser.add_argument("--only", action="append", default=[], help="pytest -k expression")
     args = parser.parse_args(argv)
     try:
@@ -194,12 +207,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         workers = str(len(gpus)) if args.workers == "auto" else args.workers
         extra = ["-n", workers, "--dist", "loadgroup"] if workers else []
         extra += [word for expression in args.only for word in ("-k", expression)]
-        options = Options(gpus=gpus, minutes=args.minutes, pytest=tuple(extra))
         args.output.mkdir(parents=True, exist_ok=True)
         if plan["subject"]["kind"] == "environment":
             text = environment_text()
             (args.output / environment.FILE).write_text(text, encoding="utf-8")
             plan["subject"]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        options = Options(gpus=gpus, minutes=args.minutes, pytest=tuple(extra))
+        if args.caches is not None:
+            found = caches.open_caches(args.caches.resolve(), caches.stack_key(plan))
+            options = replace(options, variables=found, compiled=caches.count_files(args.caches))
         green = [run_tier(args.root, plan, tiers[name], args.output, options) for name in names]
         if not all(green):
             raise GpuSuiteError(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import cache_root, exclusive
 from vllm_forge.images.checks import LayerShare
-from vllm_forge.images.content import VLLM, patch_entries, stack_entry
+from vllm_forge.images.content import FORMAT, VLLM, patch_entries, stack_entry
 from vllm_forge.images.layout import ImageLayer
+from vllm_forge.images.prewarm import ENTRYPOINT, SCRIPT
 from vllm_forge.images.slim_layer import update_record
-from vllm_forge.images.store import StoredLayer, require_stored
+from vllm_forge.images.store import StoredLayer, require_stored, write_layer
+from vllm_forge.oracle import declared_device
 from vllm_forge.patches import build_wheel
 from vllm_forge.patches.wheel import GENERATED, PatchedWheel, python_blobs
 from vllm_forge.sources import Lock, SourceRepo, Wheelhouse
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_forge.images.content import WheelGroup
+    from vllm_forge.images.prewarm import Prewarm
     from vllm_forge.images.system import System
     from vllm_forge.images.wheels import Entry
     from vllm_forge.matrix import ImageCell
@@ -30,11 +35,12 @@ NamedLayers = list[tuple[str, StoredLayer]]
 
 @dataclass(frozen=True, kw_only=True)
 class Top:
-    """The last layer and what it says of the image."""
+    """The last layer and what it says of the image; above it, kernels that were compiled before."""
 
     system: System
     stack: dict[str, Any]
     layer: StoredLayer
+    prewarm: StoredLayer | None = None
 
 
 def trial_name(cell: ImageCell) -> str:
@@ -95,7 +101,28 @@ def image_layers(cell: ImageCell, top: Top, layers: NamedLayers) -> list[ImageLa
             line = f"vllm-forge: {name} of {cell.line.lock}"
             found.append(ImageLayer(blob=layer.blob, created_by=line))
     found.append(ImageLayer(blob=top.layer.blob, created_by=f"vllm-forge: {cell.line.series}"))
+    if top.prewarm is not None:
+        found.append(ImageLayer(blob=top.prewarm.blob, created_by="vllm-forge: compiled kernels"))
     return found
+
+
+def prewarm_layer(prewarm: Prewarm | None, epoch: int) -> StoredLayer | None:
+    """The layer of what JIT compilers made before."""
+    if prewarm is None:
+        return None
+    key = hashlib.sha256(json.dumps([FORMAT, epoch, prewarm.digest, ENTRYPOINT]).encode())
+    return write_layer(key.hexdigest(), prewarm.entries(), epoch)
+
+
+def image_config(cell: ImageCell, top: Top, labels: dict[str, str], prewarm: Prewarm | None) -> Any:
+    """The ``config`` object: the system's, with the SKU's variables, labels, and the prewarming."""
+    variables = dict(sorted(cell.sku.env.items()))
+    config = dict(top.system.config)
+    if prewarm is not None:
+        variables |= dict(sorted(prewarm.environment().items()))
+        config["Entrypoint"] = [SCRIPT, *config["Entrypoint"]]
+    env = [*config["Env"], *(f"{name}={value}" for name, value in variables.items())]
+    return config | {"Env": env, "Labels": labels}
 
 
 def image_shares(top: Top, layers: Sequence[ImageLayer]) -> list[LayerShare]:
@@ -121,6 +148,6 @@ def expectation(cell: ImageCell, applied: Applied, stack: dict[str, Any]) -> dic
         "blobs": blobs,
         "changed_files": stack["changed_files"],
         "compiler": "nvidia-cuda-nvcc" in stack["packages"],
-        "device": cell.sku.device,
+        "device": declared_device(cell.sku, count=1).model_dump(),
         "unimportable": list(cell.line.unimportable),
     }

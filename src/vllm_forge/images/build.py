@@ -29,9 +29,11 @@ from vllm_forge.images.assembly import (
     NamedLayers,
     Top,
     expectation,
+    image_config,
     image_layers,
     image_shares,
     patched_wheel,
+    prewarm_layer,
     slimmed,
     top_entries,
     trial_name,
@@ -174,7 +176,7 @@ class Build:
     def make_top(self, system_key: str) -> None:
         """The last, small layer: changed files, metadata, stack.json."""
         system = load_system(system_key)
-        lock = self.plan.lock
+        lock, prewarm = self.plan.lock, self.plan.options.prewarm
         stack = stack_record(
             cell=self.cell,
             lock=lock,
@@ -183,13 +185,15 @@ class Build:
             base={"system": system.digest, "engine": self.plan.engine.name},
             debian=system.debian,
             slim=slimmed(self.wheel_layers()),
+            prewarm=prewarm.record() if prewarm is not None else None,
         )
         published = lock.find(VLLM)
         entries = top_entries(
             Wheelhouse().path(published), self.wheel.path, stack, self.cell.line.python
         )
         layer = write_layer(patch_key(self.cell, published, stack), entries, self.epoch)
-        self.top = Top(system=system, stack=stack, layer=layer)
+        compiled = prewarm_layer(prewarm, self.epoch)
+        self.top = Top(system=system, stack=stack, layer=layer, prewarm=compiled)
 
     def wheel_layers(self) -> NamedLayers:
         """The layers of the lock, lowest first."""
@@ -200,13 +204,11 @@ class Build:
         top = self.top
         created = datetime.fromtimestamp(self.epoch, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self.labels = labels(top.stack, created)
-        env = [*top.system.config["Env"]]
-        env += [f"{name}={value}" for name, value in sorted(self.cell.sku.env.items())]
         self.layers = image_layers(self.cell, top, self.wheel_layers())
         self.candidate = write_image(
             self.plan.work / "candidate",
             layers=self.layers,
-            config=top.system.config | {"Env": env, "Labels": self.labels},
+            config=image_config(self.cell, top, self.labels, self.plan.options.prewarm),
             epoch=self.epoch,
             name=trial_name(self.cell),
         )
@@ -217,11 +219,13 @@ class Build:
         if hasattr(self, "top"):
             wheels = [layer.files for _, layer in reversed(self.wheel_layers())]
             root = [self.top.system.root] if self.top.system.root is not None else []
-            lowers = [self.top.layer.files, *wheels, *root]
+            compiled = [self.top.prewarm.files] if self.top.prewarm is not None else []
+            lowers = [*compiled, self.top.layer.files, *wheels, *root]
             image = self.candidate
         else:
             slim = [group for group in self.plan.groups if group.slim_key is not None]
-            lowers = [Path()] * (len(self.plan.groups) + len(slim) + 2)
+            compiled = [] if self.plan.options.prewarm is None else [Path()]
+            lowers = [Path()] * (len(self.plan.groups) + len(slim) + len(compiled) + 2)
             image = Image(path=self.plan.work / "candidate", digest="", config={}, manifest={})
         return Trial(
             image=image,
@@ -241,7 +245,8 @@ class Build:
             self.contract = image_contract(self.cell, self.selection, folders)
             self.contract.check()
         try:
-            check_layout(self.candidate, self.labels)
+            prewarmed = self.plan.options.prewarm is not None
+            check_layout(self.candidate, self.labels, prewarmed=prewarmed)
         except LayoutError:
             # The cache was touched: forget what is damaged, so that the next build is whole.
             for folder in forget_damaged(layer.blob for layer in self.layers):

@@ -13,6 +13,8 @@ from rich.table import Table
 from vllm_forge.errors import ImageCheckError, SizeBudgetError
 from vllm_forge.host import console
 from vllm_forge.images.layout import verify
+from vllm_forge.images.prewarm import SCRIPT
+from vllm_forge.oracle.mount import DRIVER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
     from vllm_forge.images.layout import Image
 
 MB = 1_000_000
-INSIDE = Path(__file__).with_name("inside.py")
+# What runs inside; the first one is started.
+SCRIPTS = (Path(__file__).with_name("inside.py"), DRIVER)
 TRIAL_ARGV = ("/opt/venv/bin/python", "/mnt/inside.py")
 
 
@@ -34,11 +37,12 @@ class LayerShare:
 
 
 def write_inputs(folder: Path, expect: dict[str, Any]) -> None:
-    """The script and what it must find, in a folder that any user can read."""
+    """The scripts and what they must find, in a folder that any user can read."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    shutil.copyfile(INSIDE, folder / "inside.py")
+    for script in SCRIPTS:
+        shutil.copyfile(script, folder / script.name)
     (folder / "expect.json").write_text(json.dumps(expect))
     for path in (folder, *folder.iterdir()):
         path.chmod(0o755)
@@ -70,7 +74,7 @@ def judge(output: str) -> dict[str, Any]:
     return verdicts
 
 
-def check_layout(image: Image, wanted_labels: dict[str, str]) -> None:
+def check_layout(image: Image, wanted_labels: dict[str, str], *, prewarmed: bool = False) -> None:
     """The parts that need no running: blobs, user, entrypoint, labels, health check, volume.
 
     Raises:
@@ -83,7 +87,7 @@ def check_layout(image: Image, wanted_labels: dict[str, str]) -> None:
     problems = []
     if user.partition(":")[0] in {"", "0", "root"}:
         problems.append(f"user is {user!r}")
-    if config.get("Entrypoint") != ["vllm", "serve"]:
+    if config.get("Entrypoint") != [*([SCRIPT] if prewarmed else []), "vllm", "serve"]:
         problems.append(f"entrypoint is {config.get('Entrypoint')}")
     if "/cache" not in (config.get("Volumes") or {}):
         problems.append("no /cache volume")

@@ -119,6 +119,7 @@ def stack_record(
     base: dict[str, str],
     debian: dict[str, str],
     slim: dict[str, Any],
+    prewarm: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of /opt/vllm-forge/stack.json: what this image is made of.
 
@@ -130,6 +131,7 @@ def stack_record(
         base: how its system was made.
         debian: package -> version in the system.
         slim: library -> foreign device code that it lacks.
+        prewarm: the compiled kernels that it carries.
     """
     packages = {item.name: item.version for item in lock.wheels}
     packages[VLLM] = wheel.version
@@ -154,6 +156,7 @@ def stack_record(
         "packages": packages,
         "debian": debian,
         "slim": slim,
+        **({} if prewarm is None else {"prewarm": prewarm}),
     }
 
 
@@ -176,6 +179,7 @@ def labels(record: dict[str, Any], epoch_text: str) -> dict[str, str]:
         "org.opencontainers.image.version": record["vllm"],
         "org.opencontainers.image.licenses": "Apache-2.0",
         "org.opencontainers.image.created": epoch_text,
+        **({"io.vllm-forge.prewarm": record["prewarm"]["sha256"]} if "prewarm" in record else {}),
     }
 
 

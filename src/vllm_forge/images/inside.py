@@ -1,14 +1,14 @@
 """The checks that run inside the image, by its own Python, without network or GPU.
 
-Stands alone: standard library only, nothing of vllm_forge. Reads expect.json beside it,
-prints one JSON object with a verdict per check as its last line, and exits 0 if it could run
-at all: the host decides what a failed verdict means.
+Stands alone: standard library only, nothing of vllm_forge but the stub driver. That one and
+expect.json lie beside it; vLLM refuses even --help on a host where it cannot tell the device.
+Prints one JSON object with a verdict per check as its last line, and exits 0 if it could run at
+all: the host decides what a failed verdict means.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import importlib
 import importlib.metadata
@@ -39,28 +39,6 @@ KERNEL = """
 __global__ void add(float *x) { x[threadIdx.x] += 1.0f; }
 int main() { int n = 0; return cudaGetDeviceCount(&n) == cudaSuccess && n < 0; }
 """
-# A driver that declares one GPU of the SKU's compute capability and can do nothing else: vLLM
-# refuses even --help on a host where it cannot tell the device (config/device.py), and its
-# extensions link libcuda. Every call of the driver proper fails with CUDA_ERROR_NO_DEVICE.
-NVML = """
-#include <string.h>
-int nvmlInit_v2(void) { return 0; }
-int nvmlInitWithFlags(unsigned flags) { (void)flags; return 0; }
-int nvmlShutdown(void) { return 0; }
-int nvmlDeviceGetCount_v2(unsigned *n) { *n = 1; return 0; }
-int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **h) { *h = (void *)(size_t)(i + 1); return 0; }
-int nvmlDeviceGetCudaComputeCapability(void *h, int *a, int *b)
-{ (void)h; *a = MAJOR; *b = MINOR; return 0; }
-int nvmlDeviceGetName(void *h, char *s, unsigned n) { (void)h; strncpy(s, DEVICE, n); return 0; }
-const char *nvmlErrorString(int code) { (void)code; return "declared device"; }
-"""
-CUDA_CALLS = (
-    "cuGetProcAddress_v2", "cuPointerGetAttribute", "cuTensorMapEncodeTiled", "cuCtxGetCurrent",
-    "cuCtxSetCurrent", "cuDeviceGetAttribute", "cuDevicePrimaryCtxRetain", "cuGetErrorString",
-    "cuMemAddressFree", "cuMemAddressReserve", "cuMemCreate", "cuMemGetAllocationGranularity",
-    "cuMemMap", "cuMemRelease", "cuMemSetAccess", "cuMemUnmap", "cuInit", "cuDriverGetVersion",
-)  # fmt: skip
-CUDA = "".join(f"int {name}(void) {{ return 100; }}\n" for name in CUDA_CALLS)
 # Names and first bytes of what must not be in an image.
 FORBIDDEN_NAMES = {".git", ".netrc", ".pypirc", ".docker", ".ssh", "id_rsa", ".aws"}
 # Outside of site-packages, where every file is a locked wheel's.
@@ -243,23 +221,11 @@ def hygiene(expect: dict[str, Any]) -> str:
     return f"{seen} files seen"
 
 
-def declare_device(expect: dict[str, Any], folder: str) -> None:
+def declare_device(expect: dict[str, Any], folder: Path) -> None:
     """Build the stub driver and make this process, and those it starts, find it."""
-    major, _, minor = expect["stack"]["compute_capability"].partition(".")
-    facts = [f"-DMAJOR={major}", f"-DMINOR={minor}", f'-DDEVICE="{expect["device"]}"']
-    for name, code in (("libnvidia-ml.so.1", NVML), ("libcuda.so.1", CUDA)):
-        source, library = Path(folder, f"{name}.c"), Path(folder, name)
-        source.write_text(code)
-        subprocess.run(
-            [
-                "gcc", "-w", "-shared", "-fPIC", f"-Wl,-soname,{name}", *facts,
-                "-o", str(library), str(source),
-            ],
-            check=True,
-        )  # fmt: skip
-        # The loader takes a library of that name that is loaded already.
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    os.environ["LD_LIBRARY_PATH"] = folder
+    driver = importlib.import_module("driver")  # beside this file: vllm_forge.oracle.inside
+    driver.build_stubs(folder, driver.Device(**expect["device"]))
+    driver.load_stubs(folder)
 
 
 def _verdict(check: Callable[[dict[str, Any]], str], expect: dict[str, Any]) -> Verdict:
@@ -299,7 +265,7 @@ def main() -> None:
         plain["compiler"] = compiler
     with tempfile.TemporaryDirectory() as folder:
         if expect["compiler"]:
-            declare_device(expect, folder)
+            declare_device(expect, Path(folder))
         print(json.dumps(_all(expect, plain)), flush=True)
     # Tearing torch down takes seconds and proves nothing.
     os._exit(0)

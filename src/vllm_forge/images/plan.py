@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_forge.errors import LayoutError
 from vllm_forge.host import cache_root, require_disk
 from vllm_forge.images.base import BaseRef, pinned_image, rootfs_key
-from vllm_forge.images.checks import INSIDE
+from vllm_forge.images.checks import SCRIPTS
 from vllm_forge.images.content import FORMAT, WheelGroup, wheel_groups
 from vllm_forge.images.contract import contract_inputs
 from vllm_forge.images.layout import Image, blob_times, read_image
@@ -22,6 +22,7 @@ from vllm_forge.sources import UNPACK_RATIO, Lock, Wheelhouse, read_lock
 
 if TYPE_CHECKING:
     from vllm_forge.images.engine import Engine
+    from vllm_forge.images.prewarm import Prewarm
     from vllm_forge.matrix import ImageCell
 
 SYSTEM_BYTES = 3 * (1 << 30)  # rootfs tar, engine's copies, exported folder
@@ -35,11 +36,13 @@ class BuildOptions:
         output: folder for the layouts.
         base_image: a registry image pinned by digest; None for our own rootfs.
         refresh_base: make rootfs and system again, for the distribution's updates.
+        prewarm: kernels that JIT compilers made before.
     """
 
     output: Path
     base_image: str | None = None
     refresh_base: bool = False
+    prewarm: Prewarm | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +104,9 @@ class ImagePlan:
             "sku": cell.sku.model_dump(mode="json"),
             "line": cell.line.model_dump(mode="json"),
             "base": cell.base.model_dump(mode="json"),
-            "checks": {INSIDE.name: _hash(INSIDE.read_text())},
+            "checks": {path.name: _hash(path.read_text()) for path in SCRIPTS},
             "contract": contract_inputs(cell),
+            **self._prewarm(),
         }
 
     def _parts(self) -> dict[str, Any]:
@@ -116,9 +120,14 @@ class ImagePlan:
             "sku": self.cell.sku.model_dump(),
             "line": self.cell.line.model_dump(),
             "base": self.cell.base.model_dump(),
-            "checks": INSIDE.read_text(),
+            "checks": [path.read_text() for path in SCRIPTS],
             "contract": contract_inputs(self.cell),
+            **self._prewarm(),
         }
+
+    def _prewarm(self) -> dict[str, Any]:
+        found = self.options.prewarm
+        return {} if found is None else {"prewarm": {"sha256": found.digest}}
 
     def up_to_date(self) -> Image | None:
         """The finished image, when it was made from the same inputs and is complete."""

@@ -53,7 +53,7 @@ class StoredLayer:
 
         A layer that an earlier version kept has no folder for code.
         """
-        return tuple(folder for folder in (self.files, self.code) if folder.is_dir())
+        return (self.files, self.code) if self.code.is_dir() else (self.files,)
 
     @property
     def empty(self) -> bool:
@@ -70,6 +70,8 @@ def stored(key: str) -> StoredLayer | None:
     folder = cache_root() / "layers" / key
     try:
         record = json.loads((folder / "layer.json").read_text())
+        if "removed" in record and not (folder / "code").is_dir():
+            raise _damaged(folder, "the folder of its libraries is missing")
         removed = record.pop("removed", {})
         path = folder / FILE_NAMES[record.get("media_type", GZIP)]
         blob = LayerBlob(path=path, **record)

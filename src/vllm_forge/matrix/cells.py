@@ -34,13 +34,22 @@ def find_line(matrix: Matrix, name: str | None) -> tuple[str, Line]:
     Raises:
         UnknownLineError: with the nearest name.
     """
-    wanted = name or matrix.default_line
+    wanted = matrix.default_line if name is None else name
     if wanted not in matrix.line:
         raise UnknownLineError(
             f"no line {wanted!r} in matrix.toml. {perhaps(wanted, matrix.line)}",
             remedy="lines: " + ", ".join(matrix.line),
         )
     return wanted, matrix.line[wanted]
+
+
+def find_lines(matrix: Matrix, name: str | None) -> list[str]:
+    """The name of a line, where one was asked for; None means all of them.
+
+    Raises:
+        UnknownLineError: with the nearest name.
+    """
+    return list(matrix.line) if name is None else [find_line(matrix, name)[0]]
 
 
 def image_cell(matrix: Matrix, root: Path, sku: str, line: str | None = None) -> ImageCell:

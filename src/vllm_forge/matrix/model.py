@@ -113,15 +113,33 @@ class Base(Row):
     )
 
 
+class Unserved(Row):
+    """Lines that do not serve an artifact. Lint fails when a row is not so, or is missing."""
+
+    lines: tuple[Name, ...] = Field(min_length=1)
+    drafting: Flag = Field(default=False, description="only with speculative decoding")
+    reason: str = Field(min_length=20)
+
+
 class Artifact(Row):
     """A checkpoint family."""
 
     repo: str = Field(description="owner/name on the model hub")
     experts: Literal["nvfp4", "w4a16", "mxfp4"]
     attention: Literal["fp8-block", "bf16"]
-    mtp: Literal["bf16", "fp8", "none"]
+    mtp: Literal["bf16", "fp8", "mxfp4", "none"] = Field(
+        description="as the draft layer's experts are stored"
+    )
     size_gb: Integer | None = Field(default=None, description="10^9 bytes; unset: not known")
     shards: Integer | None = Field(default=None, description="safetensors files; unset: not known")
+    unserved: tuple[Unserved, ...] = ()
+
+    def why_not(self, line: str, *, drafting: bool) -> str | None:
+        """Why a line does not serve it, with or without speculative decoding; None if it does."""
+        for row in self.unserved:
+            if line in row.lines and (drafting or not row.drafting):
+                return row.reason
+        return None
 
 
 class Preset(Row):
@@ -177,6 +195,10 @@ class Matrix(Row):
         return self
 
     def _presets_agree(self) -> None:
+        for name, made in self.artifact.items():
+            for line_name in (line for row in made.unserved for line in row.lines):
+                if line_name not in self.line:
+                    raise ValueError(f"artifact.{name}.unserved: no [line.{line_name!r}]")
         for name, preset in self.preset.items():
             if preset.sku not in self.sku:
                 raise ValueError(f"preset.{name}: no [sku.{preset.sku}]")

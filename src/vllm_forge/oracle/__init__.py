@@ -12,6 +12,7 @@ from vllm_forge.oracle.expected import (
 from vllm_forge.oracle.model import Answer, Device, Question
 from vllm_forge.oracle.mount import ARGV, read_answers, write_inputs
 from vllm_forge.oracle.questions import (
+    declared_device,
     grid_question,
     line_questions,
     preset_question,
@@ -26,6 +27,7 @@ __all__ = [
     "Recorded",
     "artifact_config",
     "config_hash",
+    "declared_device",
     "grid_question",
     "inputs_of",
     "line_questions",

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from vllm_forge.oracle.model import Question
 
 INSIDE = Path(__file__).with_name("inside")
+# The stub driver, for whoever else needs vLLM to see a device: it stands alone.
+DRIVER = INSIDE / "driver.py"
 QUESTIONS = "questions.json"
 # The package is mounted at /mnt/inside; the image's own Python runs it.
 ARGV = (

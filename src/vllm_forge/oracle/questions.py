@@ -51,7 +51,7 @@ def _preset_questions(matrix: Matrix, line_name: str) -> tuple[Question, ...]:
         questions += [
             Question(
                 name=preset_question(name, artifact),
-                device=_device(sku),
+                device=declared_device(sku, count=GPUS),
                 artifact=artifact,
                 arguments=tuple(arguments),
                 environment={**sku.env, **environment},
@@ -65,7 +65,7 @@ def _grid_questions(matrix: Matrix) -> tuple[Question, ...]:
     return tuple(
         Question(
             name=grid_question(sku_name, artifact_name, variable),
-            device=_device(sku),
+            device=declared_device(sku, count=GPUS),
             artifact=artifact_name,
             arguments=_grid_arguments(artifact),
             environment={**sku.env, **({variable: "1"} if variable else {})},
@@ -80,10 +80,11 @@ def _grid_arguments(artifact: Artifact) -> tuple[str, ...]:
     return (*GRID_ARGUMENTS, *([] if artifact.mtp == "none" else [DRAFTER]))
 
 
-def _device(sku: Sku) -> Device:
+def declared_device(sku: Sku, *, count: int) -> Device:
+    """A number of GPUs of a SKU, as the stub driver declares them."""
     return Device(
         name=sku.device,
         compute_capability=sku.compute_capability,
         memory_bytes=sku.memory_gb * 10**9,
-        count=GPUS,
+        count=count,
     )

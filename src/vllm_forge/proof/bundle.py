@@ -19,6 +19,7 @@ from vllm_forge.gpu.suite import FILE
 from vllm_forge.patches import Applied, check_line, read_series
 from vllm_forge.patches.variants import without
 from vllm_forge.patches.wheel import changed_files
+from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
     from vllm_forge.matrix import ImageCell
@@ -82,6 +83,7 @@ def make_plan(cell: ImageCell, tree: str, subject: dict[str, Any]) -> dict[str, 
         "line": cell.line_name,
         "vllm": cell.line.vllm,
         "tree": tree,
+        "lock_sha256": read_lock(cell.root, cell.line_name, cell.line, cell.base).digest,
         "subject": subject,
     }
 

@@ -94,6 +94,7 @@ def run_in_image(
     *,
     probe: Probe,
     reference: str | None,
+    caches: Path | None = None,
 ) -> None:
     """Run the suite inside an image, by the engine that has it, with all GPUs, without network.
 
@@ -104,6 +105,7 @@ def run_in_image(
         args: of vllm_forge.gpu.run.
         probe: asks the host.
         reference: the image; None is the one that a build with ``--load`` left.
+        caches: folder for what JIT compilers make.
 
     Raises:
         WrongGpuError: the GPU is not the SKU's.
@@ -128,7 +130,9 @@ def run_in_image(
             json.dumps(make_plan(cell, bundle.tree, subject), indent=1)
         )
         output.mkdir(parents=True, exist_ok=True)
-        argv = container_command(engine, name, bundle.folder, output.resolve(), args)
+        if caches is not None:
+            caches.mkdir(parents=True, exist_ok=True)
+        argv = container_command(engine, name, bundle.folder, output.resolve(), args, caches=caches)
         code = subprocess.run(argv, check=False).returncode
     _require_green(code, output)
 
@@ -153,7 +157,13 @@ def find_image(probe: Probe, name: str) -> tuple[str, str, str]:
 
 
 def container_command(
-    engine: str, image: str, bundle: Path, output: Path, args: Sequence[str]
+    engine: str,
+    image: str,
+    bundle: Path,
+    output: Path,
+    args: Sequence[str],
+    *,
+    caches: Path | None = None,
 ) -> list[str]:
     """The run of the suite in an image.
 
@@ -162,11 +172,14 @@ def container_command(
     """
     gpus = ["--gpus=all"] if engine == "docker" else ["--device=nvidia.com/gpu=all"]
     label = [] if engine == "docker" else ["--security-opt=label=disable"]
+    compiled = [] if caches is None else [f"--volume={caches.resolve()}:/jit"]
+    last = [] if caches is None else ["--caches=/jit"]
     return [
         engine, "run", "--rm", *gpus, *label, "--network=none", "--ipc=private", "--shm-size=16g",
-        "--user=0", f"--volume={bundle}:/forge:ro", f"--volume={output}:/output",
+        "--user=0", f"--volume={bundle}:/forge:ro", f"--volume={output}:/output", *compiled,
         "--env=PYTHONPATH=/forge/src:/forge/tools", "--workdir=/forge",
         f"--entrypoint={IMAGE_PYTHON}", image, *RUN, "/forge/plan.json", "/output", *args,
+        *last,
     ]  # fmt: skip
 
 

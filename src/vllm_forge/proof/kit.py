@@ -21,6 +21,7 @@ from vllm_forge.images import patched_wheel
 from vllm_forge.patches import check_line
 from vllm_forge.proof.bundle import make_plan, write_bundle
 from vllm_forge.proof.gpu import test_tools
+from vllm_forge.proof.kit_caches import copy_caches
 from vllm_forge.proof.kit_wheel import thin_wheel
 from vllm_forge.proof.kit_wheels import choose, read_freeze, require_closed
 from vllm_forge.sources import Index, SourceRepo, Wheelhouse, read_lock
@@ -49,7 +50,8 @@ class KitOptions:
         max_part: bytes of the largest part.
         minutes: budget per tier.
         checkpoints: name -> folder of models.
-        caches: name -> folder of what JIT compilers made on such a GPU before.
+        caches: what JIT compilers made on such a host before: a folder, or the tar that a run of
+            a kit packs.
         omit: distributions to leave out.
     """
 
@@ -59,7 +61,7 @@ class KitOptions:
     max_part: int
     minutes: float
     checkpoints: dict[str, Path] = field(default_factory=dict)
-    caches: dict[str, Path] = field(default_factory=dict)
+    caches: Path | None = None
     omit: tuple[str, ...] = ()
 
 
@@ -124,8 +126,8 @@ def make_kit(cell: ImageCell, matrix: Matrix, options: KitOptions) -> Path:
         plan = make_plan(cell, bundle.tree, subject)
         plan["differences"] = [*chosen.differences, *thinned.differences]
         (content / "bundle" / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
-        for name, folder in options.caches.items():
-            shutil.copytree(folder, content / "caches" / name)
+        if options.caches is not None:
+            copy_caches(options.caches, content / "caches")
         with atomic_path(options.output) as aside, report("write the parts"):
             aside.mkdir()
             parts = write_parts(content, aside, options.max_part)

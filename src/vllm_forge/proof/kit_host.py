@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -32,20 +33,9 @@ from typing import Any, BinaryIO
 HERE = Path(__file__).resolve().parent
 WORK = Path(os.environ.get("FORGE_KIT_WORK") or Path(tempfile.gettempdir()) / "forge-kit")
 LIMIT_S = float(os.environ.get("FORGE_KIT_LIMIT", "580"))
-PACKING_S = 20
+PACKING_S, ENDING_S = 45, 20  # the suite gets SIGTERM that long before the limit; then SIGKILL
 MAX_FILE = 15 << 20
 CHUNK = 1 << 24
-# What compiles kernels at run time, and where each keeps them.
-CACHES = {
-    "vllm": "VLLM_CACHE_ROOT",
-    "triton": "TRITON_CACHE_DIR",
-    "inductor": "TORCHINDUCTOR_CACHE_DIR",
-    "deep_gemm": "DG_JIT_CACHE_DIR",
-    "flashinfer": "FLASHINFER_WORKSPACE_BASE",
-    "tilelang": "TILELANG_CACHE_DIR",
-    "cute": "CUTE_DSL_CACHE_DIR",
-    "cuda": "CUDA_CACHE_PATH",
-}
 
 
 def take(manifest: dict[str, Any]) -> None:
@@ -103,11 +93,17 @@ def join(manifest: dict[str, Any]) -> Path:
             sys.exit(f"{part['name']} is missing: bring it with `take` first")
         verify(path, part)
         paths.append(path)
-    shutil.rmtree(folder, ignore_errors=True)
+    clear(folder)
     with tarfile.open(fileobj=io.BufferedReader(Joined(paths), CHUNK), mode="r|") as tar:
         tar.extractall(folder, filter="data")
     (folder / ".complete").touch()
     return folder
+
+
+def clear(folder: Path) -> None:
+    """Delete what an earlier call left, if it did: results of then would pass for those of now."""
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def unpack(wheel: Path, prefix: Path, packages: Path) -> None:
@@ -149,7 +145,7 @@ def environment(folder: Path) -> Path:
     python = prefix / "bin" / "python"
     if (prefix / ".complete").is_file():
         return python
-    shutil.rmtree(prefix, ignore_errors=True)
+    clear(prefix)
     venv.EnvBuilder(symlinks=True, with_pip=False).create(prefix)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     packages = prefix / "lib" / version / "site-packages"
@@ -165,14 +161,8 @@ def environment(folder: Path) -> Path:
 
 
 def variables(folder: Path) -> dict[str, str]:
-    """Caches in the work folder, filled from the kit; a CUDA toolkit if the host has one."""
+    """The kit's Python first; a CUDA toolkit if the host has one."""
     found = dict(os.environ)
-    for name, variable in CACHES.items():
-        target = WORK / "caches" / name
-        if not target.exists() and (folder / "caches" / name).is_dir():
-            shutil.copytree(folder / "caches" / name, target)
-        target.mkdir(parents=True, exist_ok=True)
-        found[variable] = str(target)
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if Path(nvcc).exists():
         found.setdefault("CUDA_HOME", str(Path(nvcc).resolve().parent.parent))
@@ -189,13 +179,16 @@ def go(manifest: dict[str, Any], output: Path, arguments: list[str], start: floa
     python = environment(folder)
     print(f"installed after {time.monotonic() - start:.0f} s", flush=True)
     results = WORK / "results"
-    shutil.rmtree(results, ignore_errors=True)
+    clear(results)
+    caches = WORK / "caches"
+    if not caches.exists() and (folder / "caches").is_dir():
+        shutil.copytree(folder / "caches", caches)
     bundle = folder / "bundle"
     minutes = [] if "--minutes" in arguments else ["--minutes", str(manifest["minutes"])]
     process = subprocess.Popen(
         [
             str(python), "-m", "vllm_forge.gpu.run", str(bundle / "plan.json"), str(results),
-            *minutes, *arguments,
+            "--caches", str(caches), *minutes, *arguments,
         ],
         cwd=bundle,
         env=variables(folder),
@@ -205,7 +198,10 @@ def go(manifest: dict[str, Any], output: Path, arguments: list[str], start: floa
         code = process.wait(timeout=max(1.0, LIMIT_S - PACKING_S - (time.monotonic() - start)))
     except subprocess.TimeoutExpired:
         print(f"stopped after {LIMIT_S - PACKING_S:.0f} s", flush=True)
+        process.terminate()
         code = 124
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=ENDING_S)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # servers that tests left, too
     output.mkdir(parents=True, exist_ok=True)
@@ -214,16 +210,22 @@ def go(manifest: dict[str, Any], output: Path, arguments: list[str], start: floa
     if results.is_dir():
         pack(results, output / "results.tar.xz")
     if os.environ.get("FORGE_KIT_CACHES"):
-        pack(WORK / "caches", output / "caches.tar.xz")
+        pack(caches, output / "caches.tar.xz")
     return code
 
 
 def pack(folder: Path, target: Path) -> None:
-    """Compress a folder; what is larger than a host may send is said, not cut."""
+    """Compress a folder; cut into files ``.00``, ``.01`` where it is larger than MAX_FILE."""
     with tarfile.open(target, "w:xz", preset=1) as tar:
         tar.add(folder, arcname=folder.name)
-    if target.stat().st_size > MAX_FILE:
-        print(f"{target.name} has {target.stat().st_size} bytes", flush=True)
+    if target.stat().st_size <= MAX_FILE:
+        return
+    with target.open("rb") as file:
+        for number in itertools.count():
+            if not (piece := file.read(MAX_FILE)):
+                break
+            target.with_name(f"{target.name}.{number:02}").write_bytes(piece)
+    target.unlink()
 
 
 def main(arguments: list[str]) -> int:

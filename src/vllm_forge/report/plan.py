@@ -65,7 +65,8 @@ def make_plan(root: Path, matrix: Matrix, cell: ImageCell) -> Table:
         "lines": {name: _line(root, matrix, name, items) for name in matrix.line},
         "contract": _contract(root, cell, lock),
         "presets": [
-            _preset(matrix, item, image, lock) | {"selection": _selection(matrix, item, selections)}
+            _preset(matrix, item, image, lock)
+            | {"selection": _selection(matrix, item, cell.line_name, selections)}
             for item in items
         ],
     }
@@ -137,11 +138,13 @@ def _line(root: Path, matrix: Matrix, name: str, items: Sequence[Serving]) -> Ta
     sku = items[0].cell.sku_name
     if sku in matrix.line[name].unsupported:
         return {"refused": matrix.line[name].unsupported[sku]} | dict.fromkeys(SELECTED, NONE)
-    return _selection(matrix, items[0], Selections(root, name))
+    return _selection(matrix, items[0], name, Selections(root, name))
 
 
-def _selection(matrix: Matrix, item: Serving, selections: Selections) -> Table:
+def _selection(matrix: Matrix, item: Serving, line: str, selections: Selections) -> Table:
     """What the line's vLLM selects for a preset and an artifact; "unknown" is: nobody asked."""
+    if (reason := item.why_not(line)) is not None:
+        return {"refused": reason} | dict.fromkeys(SELECTED, NONE)
     answer = selections.of(matrix, item.preset_name, item.artifact_name)
     if answer is None:
         return {"refused": None} | dict.fromkeys(SELECTED, UNKNOWN)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.errors import PresetLintError
 from vllm_forge.oracle import artifact_config, grid_question, preset_question, require_fresh
-from vllm_forge.serve.rules import Case, Finding, judge
+from vllm_forge.serve.case import Case
+from vllm_forge.serve.rules import judge
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from vllm_forge.matrix import Matrix
     from vllm_forge.oracle import Recorded
+    from vllm_forge.serve.case import Finding
 
 
 def cases(matrix: Matrix, recorded: Recorded) -> Iterator[Case]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import UnknownArtifactError, UnknownPresetError
+from vllm_forge.errors import UnknownArtifactError, UnknownPresetError, UnsupportedCellError
 from vllm_forge.matrix.load import perhaps
 
 if TYPE_CHECKING:
@@ -21,6 +21,24 @@ class Serving:
     preset: Preset
     artifact_name: str
     artifact: Artifact
+
+    def why_not(self, line: str) -> str | None:
+        """Why a line does not serve this; None if it does."""
+        return self.artifact.why_not(line, drafting=self.preset.speculative_tokens > 0)
+
+    def require_served(self) -> None:
+        """Refuse what the cell's line does not serve.
+
+        Raises:
+            UnsupportedCellError: with the reason.
+        """
+        if (reason := self.why_not(self.cell.line_name)) is not None:
+            raise UnsupportedCellError(
+                f"line {self.cell.line_name} does not serve {self.artifact_name} with preset "
+                f"{self.preset_name}: {reason}",
+                where=f"matrix.toml, artifact.{self.artifact_name}.unserved",
+                remedy="choose another --line, --artifact or --preset",
+            )
 
     @property
     def short_name(self) -> str:

@@ -6,7 +6,6 @@ configuration that it resolves. Nothing here knows what a release does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.matrix import serve_arguments
@@ -14,73 +13,13 @@ from vllm_forge.matrix import serve_arguments
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from vllm_forge.matrix import Line, Matrix, Preset
-    from vllm_forge.oracle.model import Answer
+    from vllm_forge.serve.case import Case, Finding
 
+# How experts are stored -> what is in the name of the class that builds them so.
+SCHEMES = {
+    "bf16": "unquantized", "fp8": "fp8", "mxfp4": "mxfp4", "nvfp4": "nvfp4", "w4a16": "wna16",
+}  # fmt: skip
 KV_FLAG, BLOCK_FLAG = "--kv-cache-dtype=", "--block-size="
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """Something to mend: of which preset, for which artifact and line, and how."""
-
-    preset: str
-    artifact: str
-    line: str
-    what: str
-    remedy: str
-
-    def text(self) -> str:
-        """As `nox -s lint` prints it."""
-        return (
-            f"preset {self.preset}, {self.artifact}, line {self.line}: {self.what}\n"
-            f"    remedy: {self.remedy}"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A preset with one of its artifacts on one line, and what was found out about it.
-
-    Attributes:
-        answer: of the line's vLLM, with the line's series applied.
-        published: variable -> the answer of the release as published, to the same question
-            with that retired variable set.
-        config: the artifact's config.json.
-    """
-
-    matrix: Matrix
-    preset_name: str
-    artifact_name: str
-    line_name: str
-    answer: Answer
-    published: Mapping[str, Answer]
-    config: Mapping[str, Any]
-
-    @property
-    def preset(self) -> Preset:
-        """The preset's row."""
-        return self.matrix.preset[self.preset_name]
-
-    @property
-    def line(self) -> Line:
-        """The line's row."""
-        return self.matrix.line[self.line_name]
-
-    @property
-    def release(self) -> str:
-        """How messages call the line's vLLM."""
-        return f"vLLM {self.line.vllm}"
-
-    def finding(self, what: str, remedy: str) -> Finding:
-        """A finding about this case."""
-        return Finding(
-            preset=self.preset_name,
-            artifact=self.artifact_name,
-            line=self.line_name,
-            what=what,
-            remedy=remedy,
-        )
 
 
 def served(case: Case) -> Iterator[Finding]:
@@ -222,6 +161,32 @@ def experts_are_served(case: Case) -> Iterator[Finding]:
         )
 
 
+def experts_are_built_as_stored(case: Case) -> Iterator[Finding]:
+    """The scheme of the experts is that of the checkpoint; a line that is known not to is a row."""
+    if case.answer.refused is not None:
+        return
+    artifact, draft = case.matrix.artifact[case.artifact_name], case.answer.draft
+    pairs: list[tuple[str, str, str | None]] = [
+        ("experts", artifact.experts, case.answer.experts_scheme)
+    ]
+    if draft is not None and artifact.mtp in SCHEMES:
+        pairs.append(("draft experts", artifact.mtp, draft.experts_scheme))
+    wrong = [
+        f"{what} are stored as {stored} and built as {scheme}"
+        for what, stored, scheme in pairs
+        if scheme is not None and SCHEMES[stored] not in scheme.lower()
+    ]
+    row = f"artifact.{case.artifact_name}.unserved"
+    reason = artifact.why_not(case.line_name, drafting=draft is not None)
+    if wrong and reason is None:
+        yield case.finding(
+            f"{case.release}: {'; '.join(wrong)}",
+            f"take the artifact out of preset.{case.preset_name}, or say in {row} why not",
+        )
+    elif reason is not None and not wrong:
+        yield case.finding(f"{row} says that it is not served, and it is", f"delete the row {row}")
+
+
 def tensor_parallel_divides(case: Case) -> Iterator[Finding]:
     """Heads, output groups and the experts' quantization groups split evenly over the GPUs.
 
@@ -259,6 +224,7 @@ RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     drafter_takes_k,
     kv_cache_fits,
     experts_are_served,
+    experts_are_built_as_stored,
     tensor_parallel_divides,
 )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.gpu.mtp.engines import ENGINES, ROOT, TOGETHER, Ran, run
+from tests.gpu.mtp.engines import ENGINES, ROOT, TOGETHER, Ran, end_all, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,8 +40,22 @@ def started(
     work = tmp_path_factory.mktemp("engines")
     # Those that compile for minutes first: the others fit beside them.
     longest_first = sorted(wanted, key=lambda name: not ENGINES[name].checkpoint)
-    with ThreadPoolExecutor(TOGETHER) as pool:
-        yield {name: pool.submit(run, name, work, boot_logs) for name in longest_first}
+    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+
+    def run_and_say(name: str) -> Ran:
+        begun = time.monotonic()
+        found = run(name, work, boot_logs)
+        if terminal is not None:  # workers of xdist have none
+            how = "ended without a result" if found.error else "answered"
+            terminal.write_line(f"engine {name} {how} after {time.monotonic() - begun:.0f} s")
+        return found
+
+    pool = ThreadPoolExecutor(TOGETHER)
+    try:
+        yield {name: pool.submit(run_and_say, name) for name in longest_first}
+    finally:  # what still runs was asked for by no test that is left
+        end_all()
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,20 +26,28 @@ def draft_dtypes(worker: Any) -> dict[str, int]:
     return dict(Counter(str(p.dtype).rpartition(".")[2] for p in drafter.model.parameters()))
 
 
+def sampling(kind: Any, count: int) -> Any:
+    """Greedy, of exactly so many tokens."""
+    return kind(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+
+
 def main(job_path: str, result_path: str) -> None:
+    start = time.monotonic()
     job = json.loads(Path(job_path).read_text())
     from vllm import LLM, SamplingParams
 
     llm = LLM(disable_log_stats=False, **job["engine"])
-    params = SamplingParams(
-        temperature=0.0, max_tokens=job["count"], ignore_eos=True, detokenize=False
-    )
+    ready = time.monotonic() - start
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    if job["look"]:  # how long the first token takes where kernels are compiled for it
+        llm.generate(prompts[:1], sampling(SamplingParams, 1), use_tqdm=False)
+    first = time.monotonic() - start
+    outputs = llm.generate(prompts, sampling(SamplingParams, job["count"]), use_tqdm=False)
     reading = read_snapshot(llm.get_metrics())
     result = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "reading": None if reading is None else vars(reading),
+        "seconds": {"ready": ready, "first token": first} if job["look"] else {"ready": ready},
     }
     if job["look"]:
         result["draft_dtypes"] = llm.collective_rpc(draft_dtypes)[0]

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_forge.gpu import exact_mtp, variants
+from vllm_forge.gpu.plugin import DEADLINE
 from vllm_forge.gpu.spec_metrics import Reading
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SCRIPT = Path(__file__).with_name("engine_job.py")
 ROOT = Path(__file__).parents[3]
 REQUESTS, COUNT = 8, 512
-PATIENCE_S = 420
+PATIENCE_S, RESERVE_S = 420, 20
 TOGETHER = max(2, (os.cpu_count() or 4) // 2)  # each has two busy processes while it starts
 LOOK = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # so that a function can be sent to the worker
 
@@ -94,12 +102,23 @@ ENGINES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Ran:
-    """What came of an engine; ``error`` is the end of its log where it wrote no result."""
+    """What came of an engine.
+
+    Attributes:
+        engine: which.
+        tokens: of each request.
+        reading: its counters.
+        draft_dtypes: parameters of the draft model by dtype, where it was asked.
+        seconds: from its start until it was ready, and until the first token.
+        log: all that it printed.
+        error: the end of the log where it wrote no result.
+    """
 
     engine: Engine
     tokens: list[list[int]]
     reading: Reading | None
     draft_dtypes: dict[str, int]
+    seconds: dict[str, float]
     log: str
     error: str
 
@@ -129,15 +148,15 @@ def run(name: str, work: Path, logs: Path) -> Ran:
             [sys.executable, str(SCRIPT), str(job), str(result)],
             stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True,
         )  # fmt: skip
-        try:
-            process.wait(timeout=PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with _running(process):
+            try:
+                process.wait(timeout=_patience())
+            except subprocess.TimeoutExpired:
+                out.write(b"\nit was ended: it took too long\n")
     text = log.read_text(errors="replace")
     if not result.is_file():
         return Ran(
-            engine=engine, tokens=[], reading=None, draft_dtypes={}, log=text,
+            engine=engine, tokens=[], reading=None, draft_dtypes={}, log=text, seconds={},
             error=text[-20000:] or "it printed nothing",
         )  # fmt: skip
     data = json.loads(result.read_text())
@@ -146,8 +165,47 @@ def run(name: str, work: Path, logs: Path) -> Ran:
         reading = Reading(**{**reading, "per_position": tuple(reading["per_position"])})
     return Ran(
         engine=engine, tokens=data["tokens"], reading=reading, log=text, error="",
-        draft_dtypes=data.get("draft_dtypes", {}),
+        draft_dtypes=data.get("draft_dtypes", {}), seconds=data["seconds"],
     )  # fmt: skip
+
+
+def _patience() -> float:
+    """What the budget leaves, if it is less."""
+    left = float(os.environ.get(DEADLINE, "inf")) - time.time() - RESERVE_S
+    return max(1.0, min(PATIENCE_S, left))
+
+
+_PROCESSES: set[int] = set()
+_LOCK, _ENDED = threading.Lock(), threading.Event()
+
+
+@contextlib.contextmanager
+def _running(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """End a process and all that it started, at the latest when ``end_all`` is called."""
+    with _LOCK:
+        _PROCESSES.add(process.pid)
+        if _ENDED.is_set():
+            _kill(process.pid)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _PROCESSES.discard(process.pid)
+            _kill(process.pid)
+        process.wait()
+
+
+def end_all() -> None:
+    """End whatever runs, and what is begun later: the tests were interrupted."""
+    with _LOCK:
+        _ENDED.set()
+        for leader in _PROCESSES:
+            _kill(leader)
+
+
+def _kill(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it and all its children have ended
+        os.killpg(leader, signal.SIGKILL)
 
 
 def model(engine: Engine, name: str, work: Path) -> Path:

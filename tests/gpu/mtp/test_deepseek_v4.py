@@ -5,6 +5,7 @@ Which texts: what each release raises where a patch is left out, by the patch's 
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -43,7 +44,12 @@ def test_patched_loads_and_drafts(ran: Callable[[str], Ran], record: Callable[..
     # Random weights: how many drafts are taken is chance, that they are made is not.
     assert found.reading.drafts > 0
     assert found.reading.draft_tokens == found.engine.k * found.reading.drafts
-    record(drafts=found.reading.drafts, accepted=found.reading.accepted)
+    record(
+        drafts=found.reading.drafts,
+        accepted=found.reading.accepted,
+        seconds=found.seconds,
+        compiled_before=int(os.environ.get("VLLM_FORGE_COMPILED_FILES", "0")),
+    )
 
 
 @pytest.mark.engines("dsv4")

@@ -48,11 +48,12 @@ def main() -> None:
     """Answer for every case of the request, each in a child that has vLLM imported already."""
     asked = json.loads((HERE / "request.json").read_text())
     oracle = importlib.import_module("inside.main")
-    device = importlib.import_module("inside.device")
+    driver = importlib.import_module("inside.driver")
+    declared = importlib.import_module("inside.device").Declared
     os.environ |= oracle.ALWAYS
     with tempfile.TemporaryDirectory() as folder:
-        device.build_stubs(Path(folder))
-        device.Declared(Path(folder)).declare(device.Device(**asked["device"]))
+        driver.build_stubs(Path(folder))
+        declared(Path(folder)).declare(driver.Device(**asked["device"]))
         for name in (*oracle.MODULES, *asked.get("modules", ())):
             importlib.import_module(name)
         registry: Any = importlib.import_module("vllm.model_executor.models.registry")

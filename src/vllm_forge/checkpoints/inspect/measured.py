@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.errors import UsageError
-from vllm_forge.host import atomic_path
+from vllm_forge.checkpoints.table import Table
 
 RESULT = Path("benchmarks/results/inspect.json")
-PAGE = Path("docs/checkpoints.md")
 BEGIN, END = "<!-- inspected: made by benchmarks/inspect_checkpoint.py -->", "<!-- inspected -->"
 
 
@@ -37,22 +34,4 @@ def measured(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def with_measured(page: str, result: dict[str, Any]) -> str:
-    """The page with its table made anew.
-
-    Raises:
-        UsageError: the page has no place for it.
-    """
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise UsageError(f"no {BEGIN} ... {END}", where=str(PAGE))
-    return f"{head}{BEGIN}\n{measured(result)}\n{END}{tail}"
-
-
-def write_measured(root: Path) -> None:
-    """Make the table in the page from the result file."""
-    result = json.loads((root / RESULT).read_text(encoding="utf-8"))
-    page = (root / PAGE).read_text(encoding="utf-8")
-    with atomic_path(root / PAGE) as aside:
-        aside.write_text(with_measured(page, result), encoding="utf-8")
+TABLE = Table(result=RESULT, begin=BEGIN, end=END, make=measured)

@@ -26,7 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from .device import Declared, Device, build_stubs
+from .device import Declared
+from .driver import Device, build_stubs
 from .serving import (
     Refusal,
     attach_log,

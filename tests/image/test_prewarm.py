@@ -1,0 +1,63 @@
+"""An image that carries compiled kernels, by a real engine."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vllm_forge.gpu import caches
+from vllm_forge.images.layout import read_image
+from vllm_forge.images.prewarm import SCRIPT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.project import Project
+
+pytestmark = pytest.mark.engine
+ALPHA = "vllm-0.1.0-alpha"
+
+
+def compiled(built: Project, folder: Path, **other: str) -> Path:
+    """What a run of the GPU suite in the image of alpha would leave."""
+    stack = built.record(ALPHA)["stack"]
+    key = {
+        "compute_capability": "10.0",
+        "tree": stack["tree"],
+        "kind": "image",
+        "stack": stack["lock"]["sha256"],
+    }
+    caches.open_caches(folder, key | other)
+    (folder / "triton" / "kernel.cubin").write_bytes(b"compiled for 10.0")
+    return folder
+
+
+def test_kernels_are_the_last_layer_and_the_entrypoint_finds_them(
+    sibling: Project, tmp_path: Path
+) -> None:
+    folder = compiled(sibling, tmp_path / "caches")
+    sibling.run("build", "alpha", f"--prewarm={folder}", f"--output={tmp_path / 'out'}")
+    plain = read_image(sibling.root / "dist" / ALPHA)
+    made = read_image(tmp_path / "out" / ALPHA)
+    # The layers below are those of the image without, but for the record in the last of them.
+    assert made.manifest["layers"][:-2] == plain.manifest["layers"][:-1]
+    config = made.config["config"]
+    assert config["Entrypoint"] == [SCRIPT, "vllm", "serve"]
+    (place,) = [row for row in config["Env"] if row.startswith("TRITON_CACHE_DIR=")]
+    assert place.startswith("TRITON_CACHE_DIR=/cache/jit/")
+    assert config["Labels"]["io.vllm-forge.prewarm"].startswith(place.split("/")[3])
+    record = json.loads((tmp_path / "out" / f"{ALPHA}.json").read_text())
+    assert record["stack"]["prewarm"]["key"]["compute_capability"] == "10.0"
+    assert all(verdict["passed"] for verdict in record["checks"].values())
+
+
+@pytest.mark.parametrize("name", ["compute_capability", "tree", "stack"])
+def test_kernels_of_another_stack_are_refused(sibling: Project, tmp_path: Path, name: str) -> None:
+    folder = compiled(sibling, tmp_path / "caches", **{name: "other"})
+    done = sibling.run(
+        "build", "alpha", f"--prewarm={folder}", f"--output={tmp_path / 'out'}", code=120
+    )
+    assert f"{name} is other" in done.stderr
+    assert not (tmp_path / "out").exists()
