@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from vllm_forge.gpu import exact_mtp as exact
+from vllm_forge.gpu.exact_checkpoint import bfloat16
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -129,4 +130,4 @@ def test_the_library_reads_it_and_left_out_tensors_are_gone(tmp_path: Path) -> N
 
 def test_a_value_that_would_be_rounded_is_refused() -> None:
     with pytest.raises(ValueError, match="not a BF16 value"):
-        exact.bfloat16(0.1)
+        bfloat16(0.1)

@@ -13,7 +13,7 @@ import pytest
 from vllm_forge.errors import JitCacheError, KitError
 from vllm_forge.gpu import caches
 from vllm_forge.images.prewarm import BAKED, ENTRYPOINT, SCRIPT, VARIABLE, Prewarm, tree_digest
-from vllm_forge.proof.kit_caches import copy_caches
+from vllm_forge.proof.kit_caches import PACKED, pack_caches
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,22 +85,26 @@ def test_a_kit_takes_what_a_run_left(folder: Path, tmp_path: Path, form: str) ->
             half = len(content) // 2
             piece = content[:half] if number == 0 else content[half:]
             (tmp_path / f"caches.tar.xz.{number:02}").write_bytes(piece)
-    target = tmp_path / "kit" / "caches"
-    target.parent.mkdir()
-    copy_caches(source, target)
+    content = tmp_path / "kit"
+    content.mkdir()
+    pack_caches(source, content)
+    with tarfile.open(content / PACKED, "r:xz") as tar:
+        tar.extractall(tmp_path / "host", filter="data")
+    target = tmp_path / "host" / "caches"
     assert (target / "triton" / "k" / "kernel.cubin").read_bytes() == b"code"
     assert json.loads((target / caches.KEY).read_text()) == KEY
 
 
 def test_a_kit_refuses_other_files(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(KitError, match="no such caches"):
-        copy_caches(tmp_path / "nothing", tmp_path / "a" / "caches")
+        pack_caches(tmp_path / "nothing", tmp_path)
     (tmp_path / "text").write_text("text")
     with pytest.raises(KitError, match="not the caches of a run"):
-        copy_caches(tmp_path / "text", tmp_path / "a" / "caches")
+        pack_caches(tmp_path / "text", tmp_path)
     (folder / "strange").mkdir()
     with pytest.raises(KitError, match="strange"):
-        copy_caches(folder, tmp_path / "b" / "caches")
+        pack_caches(folder, tmp_path)
+    assert not (tmp_path / PACKED).exists()
 
 
 @pytest.fixture

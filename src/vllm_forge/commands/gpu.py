@@ -47,6 +47,7 @@ def register(choices: Commands) -> None:
     one.add_argument("--minutes", type=float, default=8, help="budget per tier")
     one.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR")
     one.add_argument("--caches", type=Path, help="JIT caches of an earlier run: folder or tar")
+    one.add_argument("--race", type=Path, help="compiled helpers, of tests.gpu.prepare_race")
     one.add_argument("--omit", action="append", default=[], metavar="PACKAGE", help="leave it out")
     one.set_defaults(call=gpu_kit)
 
@@ -103,6 +104,7 @@ def gpu_kit(args: argparse.Namespace) -> None:
         minutes=args.minutes,
         checkpoints=_named(args.checkpoint),
         caches=args.caches,
+        race=args.race,
         omit=tuple(args.omit),
     )
     print(make_kit(cell, matrix, options))

@@ -17,11 +17,11 @@ Standard library only: the tests on a GPU host write the checkpoint themselves.
 
 from __future__ import annotations
 
-import json
 import random
-import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+
+from vllm_forge.gpu.exact_checkpoint import Tensor, bfloat16, hadamard, save
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -136,11 +136,6 @@ def allowance(requests: int) -> int:
     return 2 * requests
 
 
-def hadamard(size: int) -> list[list[int]]:
-    """Sylvester's matrix: rows of +1 and -1, orthogonal."""
-    return [[1 - 2 * ((row & col).bit_count() & 1) for col in range(size)] for row in range(size)]
-
-
 def tensors(variant: Variant) -> Iterator[tuple[str, Rows]]:
     """Names and values, as the checkpoint has them; one row for a vector."""
     pi, rows = permutation(), hadamard(SIZE)
@@ -173,41 +168,21 @@ def write(
         lacks: beginnings of the names of tensors to leave out.
         zeroed: the same, of tensors to fill with zeros.
     """
-    folder.mkdir(parents=True)
-    header, blobs, at = {}, [], 0
-    for name, rows in tensors(variant):
-        if name.startswith(tuple(lacks)):
-            continue
-        values = [0.0 if name.startswith(tuple(zeroed)) else value for row in rows for value in row]
-        blob = b"".join(map(bfloat16, values))
-        shape = [len(rows), len(rows[0])] if len(rows) > 1 else [len(rows[0])]
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + len(blob)]}
-        blobs.append(blob)
-        at += len(blob)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    content = b"".join([struct.pack("<Q", len(text)), text, *blobs])
-    (folder / "model.safetensors").write_bytes(content)
-    for file, value in {"config.json": config(), **tokenizer()}.items():
-        (folder / file).write_text(json.dumps(value, indent=1) + "\n")
-    return folder
-
-
-def tokenizer() -> dict[str, dict[str, object]]:
-    """Files of a tokenizer whose words are ``t0`` to ``t255``: the HTTP server wants one."""
-    model = {
-        "type": "WordLevel",
-        "vocab": {f"t{token}": token for token in range(SIZE)},
-        "unk_token": "t0",
-    }
-    return {
-        "tokenizer.json": {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
-            "normalizer": None, "pre_tokenizer": {"type": "WhitespaceSplit"},
-            "post_processor": None, "decoder": None, "model": model,
-        },
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
-    }  # fmt: skip
+    kept = (
+        Tensor(
+            name=name,
+            dtype="BF16",
+            shape=(len(rows), len(rows[0])) if len(rows) > 1 else (len(rows[0]),),
+            data=b"".join(
+                bfloat16(0.0 if name.startswith(tuple(zeroed)) else value)
+                for row in rows
+                for value in row
+            ),
+        )
+        for name, rows in tensors(variant)
+        if not name.startswith(tuple(lacks))
+    )
+    return save(folder, kept, config(), SIZE)
 
 
 def config() -> dict[str, object]:
@@ -221,18 +196,6 @@ def config() -> dict[str, object]:
         "use_sliding_window": False, "num_nextn_predict_layers": 1, "bos_token_id": None,
         "eos_token_id": None,
     }  # fmt: skip
-
-
-def bfloat16(value: float) -> bytes:
-    """Little-endian BF16 of a value that BF16 has exactly.
-
-    Raises:
-        ValueError: it would be rounded, and acceptance would not be exact.
-    """
-    data = struct.pack("<f", value)
-    if data[:2] != b"\0\0":
-        raise ValueError(f"{value} is not a BF16 value")
-    return data[2:]
 
 
 def _mapping(rows: list[list[int]], target: list[int]) -> list[list[float]]:

@@ -45,8 +45,8 @@ GREEN = {"passed", "other GPU"}
 DEFAULTS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_FORGE_RACE_KIT": str(Path(tempfile.gettempdir()) / "forge-race"),  # compiles there
 }
+RACE, RACE_FOLDER = "VLLM_FORGE_RACE_KIT", "dist/gpu/race"  # see tests/gpu/race/kit.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,8 @@ def _pytest(root: Path, arguments: Sequence[str], variables: dict[str, str]) -> 
             f"--rootdir={root}", "-v", "-ra", "--tb=short", *arguments,
         ],
         cwd=root,
-        env={**DEFAULTS, "VLLM_FORGE_RELEASE_SOURCE": str(root / "source"), **os.environ,
+        env={**DEFAULTS, RACE: str(race_folder(root)),
+             "VLLM_FORGE_RELEASE_SOURCE": str(root / "source"), **os.environ,
              **variables, "PYTHONPATH": path},
     )  # fmt: skip
     # A host that ends the run gets the verdicts so far, and pytest ends what tests started.
@@ -180,6 +181,12 @@ def _pytest(root: Path, arguments: Sequence[str], variables: dict[str, str]) -> 
         return process.wait()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def race_folder(root: Path) -> Path:
+    """Where the race suite's helpers lie compiled, or a folder in which they can be."""
+    brought = root / RACE_FOLDER
+    return brought if brought.is_dir() else Path(tempfile.gettempdir()) / "forge-race"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

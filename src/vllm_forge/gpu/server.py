@@ -69,7 +69,7 @@ class Server:
         try:
             self._wait()
         except BaseException:
-            self._end()
+            self.end()
             raise
         return self
 
@@ -80,7 +80,7 @@ class Server:
         trace: TracebackType | None,
     ) -> None:
         """End it and all that it started."""
-        self._end()
+        self.end()
 
     def complete(self, prompt: Sequence[int], count: int) -> list[int]:
         """Token ids of a greedy completion of exactly ``count`` tokens."""
@@ -92,6 +92,23 @@ class Server:
             },
         )  # fmt: skip
         return list(answer["choices"][0]["token_ids"])
+
+    def scores(self, tokens: Sequence[int]) -> tuple[list[float], list[float]]:
+        """Score a finished sequence by prefill: the input of ``corruption.impossible``.
+
+        Returns:
+            Log probability of each token but the first, and the greatest at each position.
+        """
+        answer = self._json(
+            "/v1/completions",
+            {
+                "model": "m", "prompt": list(tokens), "max_tokens": 1, "temperature": 0,
+                "ignore_eos": True, "prompt_logprobs": 1,
+            },
+        )  # fmt: skip
+        rows = answer["choices"][0]["prompt_logprobs"][1:]  # the first token has none
+        given = [row[str(token)]["logprob"] for row, token in zip(rows, tokens[1:], strict=True)]
+        return given, [max(entry["logprob"] for entry in row.values()) for row in rows]
 
     def metrics(self) -> str:
         """The text of ``/metrics``."""
@@ -114,6 +131,17 @@ class Server:
             if time.monotonic() > end:
                 raise TimeoutError(f"{generated} tokens came back, {GENERATED} stays below")
             time.sleep(POLL_S)
+
+    def end(self) -> None:
+        """End it and all that it started; from another thread, what is asked of it fails."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, number)
+                self.process.wait(timeout=15)
+            except ProcessLookupError:
+                return
+            except subprocess.TimeoutExpired:
+                continue
 
     @property
     def _url(self) -> str:
@@ -142,16 +170,6 @@ class Server:
         )
         with urllib.request.urlopen(request, timeout=180) as reply:  # noqa: S310
             return json.load(reply)
-
-    def _end(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, number)
-                self.process.wait(timeout=15)
-            except ProcessLookupError:
-                return
-            except subprocess.TimeoutExpired:
-                continue
 
     def _tail(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]

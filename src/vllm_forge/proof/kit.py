@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.census import parse_capability
 from vllm_forge.errors import KitError, UsageError
+from vllm_forge.gpu.run import RACE_FOLDER
 from vllm_forge.gpu.suite import FILE
 from vllm_forge.host import atomic_path, report, require_disk
 from vllm_forge.images import patched_wheel
 from vllm_forge.patches import check_line
 from vllm_forge.proof.bundle import make_plan, write_bundle
 from vllm_forge.proof.gpu import test_tools
-from vllm_forge.proof.kit_caches import copy_caches
+from vllm_forge.proof.kit_caches import pack_caches
 from vllm_forge.proof.kit_wheel import thin_wheel
 from vllm_forge.proof.kit_wheels import choose, read_freeze, require_closed
 from vllm_forge.sources import Index, SourceRepo, Wheelhouse, read_lock
@@ -52,6 +53,8 @@ class KitOptions:
         checkpoints: name -> folder of models.
         caches: what JIT compilers made on such a host before: a folder, or the tar that a run of
             a kit packs.
+        race: helpers of the race suite that are compiled already: what ``tests.gpu.prepare_race``
+            made. Without, the host compiles them.
         omit: distributions to leave out.
     """
 
@@ -62,6 +65,7 @@ class KitOptions:
     minutes: float
     checkpoints: dict[str, Path] = field(default_factory=dict)
     caches: Path | None = None
+    race: Path | None = None
     omit: tuple[str, ...] = ()
 
 
@@ -126,8 +130,10 @@ def make_kit(cell: ImageCell, matrix: Matrix, options: KitOptions) -> Path:
         plan = make_plan(cell, bundle.tree, subject)
         plan["differences"] = [*chosen.differences, *thinned.differences]
         (content / "bundle" / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+        if options.race is not None:
+            copy_race(options.race, content / "bundle" / RACE_FOLDER)
         if options.caches is not None:
-            copy_caches(options.caches, content / "caches")
+            pack_caches(options.caches, content)
         with atomic_path(options.output) as aside, report("write the parts"):
             aside.mkdir()
             parts = write_parts(content, aside, options.max_part)
@@ -149,6 +155,19 @@ def make_kit(cell: ImageCell, matrix: Matrix, options: KitOptions) -> Path:
             (aside / "run.sh").write_text(RUN)
             shutil.copyfile(HOST, aside / "kit.py")
     return options.output
+
+
+def copy_race(source: Path, target: Path) -> None:
+    """Copy the race suite's compiled helpers.
+
+    Raises:
+        KitError: there are none.
+    """
+    target.mkdir(parents=True)
+    for name in ("kit.tar.xz", "manifest.json"):
+        if not (source / name).is_file():
+            raise KitError(f"no {name}: not what tests.gpu.prepare_race made", where=str(source))
+        shutil.copyfile(source / name, target / name)
 
 
 class _Parts:

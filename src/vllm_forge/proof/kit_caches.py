@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,17 +16,28 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
 
-def copy_caches(source: Path, target: Path) -> None:
-    """Copy them; whether they are of this stack is checked where they are used.
+PACKED = "caches.tar.xz"
+
+
+def pack_caches(source: Path, content: Path) -> None:
+    """Put them into a kit's content; whether they are of this stack is checked on the host.
 
     Args:
         source: the folder, the tar that a run packed, or that name where it is cut in pieces
             (``caches.tar.xz.00``, ...).
-        target: is made; its name is that of the folder in the tar.
+        content: gets ``caches.tar.xz``.
 
     Raises:
-        KitError: it is neither.
+        KitError: it is none of these.
     """
+    with tempfile.TemporaryDirectory(dir=content.parent) as work:
+        folder = Path(work) / "caches"
+        _copy(source, folder)
+        with tarfile.open(content / PACKED, "w:xz", preset=1) as tar:
+            tar.add(folder, arcname=folder.name)
+
+
+def _copy(source: Path, target: Path) -> None:
     if source.is_dir():
         shutil.copytree(source, target)
     else:

@@ -181,8 +181,9 @@ def go(manifest: dict[str, Any], output: Path, arguments: list[str], start: floa
     results = WORK / "results"
     clear(results)
     caches = WORK / "caches"
-    if not caches.exists() and (folder / "caches").is_dir():
-        shutil.copytree(folder / "caches", caches)
+    if not caches.exists() and (folder / "caches.tar.xz").is_file():
+        with tarfile.open(folder / "caches.tar.xz", "r:xz") as tar:
+            tar.extractall(WORK, filter="data")
     bundle = folder / "bundle"
     minutes = [] if "--minutes" in arguments else ["--minutes", str(manifest["minutes"])]
     process = subprocess.Popen(

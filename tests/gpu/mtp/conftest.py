@@ -1,4 +1,4 @@
-"""Engines are started together, on first use, for all collected tests that read them."""
+"""Engines and servers start together, on first use, for all collected tests that read them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.gpu.mtp.engines import ENGINES, ROOT, TOGETHER, Ran, end_all, run
+from tests.gpu.mtp.servers import SERVERS, Served, end_servers, serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ def boot_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def started(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, boot_logs: Path
-) -> Iterator[dict[str, Future[Ran]]]:
+) -> Iterator[dict[str, Future[Ran | Served]]]:
     wanted = dict.fromkeys(
         name
         for item in request.session.items
@@ -39,39 +40,56 @@ def started(
     )
     work = tmp_path_factory.mktemp("engines")
     # Those that compile for minutes first: the others fit beside them.
-    longest_first = sorted(wanted, key=lambda name: not ENGINES[name].checkpoint)
+    longest_first = sorted(wanted, key=lambda name: name in SERVERS or not ENGINES[name].checkpoint)
     terminal = request.config.pluginmanager.get_plugin("terminalreporter")
 
-    def run_and_say(name: str) -> Ran:
+    def run_and_say(name: str) -> Ran | Served:
         begun = time.monotonic()
-        found = run(name, work, boot_logs)
-        if terminal is not None:  # workers of xdist have none
-            how = "ended without a result" if found.error else "answered"
-            terminal.write_line(f"engine {name} {how} after {time.monotonic() - begun:.0f} s")
-        return found
+        try:
+            return (serve if name in SERVERS else run)(name, work, boot_logs)
+        finally:
+            if terminal is not None:  # workers of xdist have none
+                terminal.write_line(f"engine {name} is done: {time.monotonic() - begun:.0f} s")
 
     pool = ThreadPoolExecutor(TOGETHER)
     try:
         yield {name: pool.submit(run_and_say, name) for name in longest_first}
     finally:  # what still runs was asked for by no test that is left
         end_all()
+        end_servers()
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture
-def ran(request: pytest.FixtureRequest, started: dict[str, Future[Ran]]) -> Callable[[str], Ran]:
+def ran(started: dict[str, Future[Ran | Served]]) -> Callable[[str], Ran]:
     """What came of an engine that the test names in its ``engines`` marker."""
 
     def get(name: str) -> Ran:
         if reason := missing(name):
             pytest.skip(reason)
-        return started[name].result()
+        found = started[name].result()
+        assert isinstance(found, Ran)
+        return found
+
+    return get
+
+
+@pytest.fixture
+def served(started: dict[str, Future[Ran | Served]]) -> Callable[[str], Served]:
+    """What came of a server that the test names in its ``engines`` marker."""
+
+    def get(name: str) -> Served:
+        found = started[name].result()
+        assert isinstance(found, Served)
+        return found
 
     return get
 
 
 def missing(name: str) -> str:
     """What an engine lacks to be run, and how to bring it."""
+    if name in SERVERS:
+        return ""
     checkpoint = ENGINES[name].checkpoint
     if checkpoint and not (ROOT / "checkpoints" / checkpoint).is_dir():
         return (

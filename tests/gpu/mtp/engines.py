@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.gpu import exact_mtp, variants
-from vllm_forge.gpu.plugin import DEADLINE
 from vllm_forge.gpu.spec_metrics import Reading
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ class Engine:
         k: speculative tokens; 0 is off.
         lacks: tensors that the checkpoint lacks, by the beginning of their names.
         zeroed: tensors that are zero.
+        weights_only: attention projections whose FP8 group has no input activations, by name.
         files: variant of vLLM: empty is the installed one.
         more: arguments of vllm.LLM.
         count: tokens per request.
@@ -49,6 +49,7 @@ class Engine:
     k: int = 1
     lacks: tuple[str, ...] = ()
     zeroed: tuple[str, ...] = ()
+    weights_only: str = ""
     files: str = ""
     more: dict[str, Any] = field(default_factory=dict)
     count: int = COUNT
@@ -65,6 +66,8 @@ def last(number: int) -> int:
     return [token for token in range(exact_mtp.SIZE) if token not in zero][5 * number]
 
 
+ATTENTION = "fused_wqa_wkv|wq_a|wkv|wq_b|wo_a|wo_b"
+ALL_BUT_WO_A = ATTENTION.replace("wo_a|", "")
 DEEPSEEK: dict[str, Any] = {
     "kv_cache_dtype": "fp8",
     "block_size": 256,
@@ -93,9 +96,19 @@ ENGINES = {
     "dsv4-without-0003": Engine(
         checkpoint="card", k=1, more=DEEPSEEK, count=64, files="without-0003"
     ),
-    "dsv4-weights-only": Engine(checkpoint="card-no-activations", k=1, more=DEEPSEEK, count=64),
+    "dsv4-weights-only": Engine(
+        checkpoint="card", k=1, more=DEEPSEEK, count=64, weights_only=ALL_BUT_WO_A
+    ),
     "dsv4-weights-only-without-0001": Engine(
-        checkpoint="card-no-activations", k=1, more=DEEPSEEK, count=64, files="without-0001"
+        checkpoint="card",
+        k=1,
+        more=DEEPSEEK,
+        count=64,
+        weights_only=ALL_BUT_WO_A,
+        files="without-0001",
+    ),
+    "dsv4-weights-only-wo-a": Engine(
+        checkpoint="card", k=1, more=DEEPSEEK, count=64, weights_only=ATTENTION
     ),
 }
 
@@ -171,6 +184,9 @@ def run(name: str, work: Path, logs: Path) -> Ran:
 
 def _patience() -> float:
     """What the budget leaves, if it is less."""
+    # Not above: pytest must import a plugin before a conftest does.
+    from vllm_forge.gpu.plugin import DEADLINE
+
     left = float(os.environ.get(DEADLINE, "inf")) - time.time() - RESERVE_S
     return max(1.0, min(PATIENCE_S, left))
 
@@ -209,12 +225,38 @@ def _kill(leader: int) -> None:
 
 
 def model(engine: Engine, name: str, work: Path) -> Path:
-    """Folder of the checkpoint; an exact one is written."""
+    """Folder of the checkpoint; an exact one is written, another's config may be changed."""
     if engine.checkpoint:
-        return ROOT / "checkpoints" / engine.checkpoint
+        brought = ROOT / "checkpoints" / engine.checkpoint
+        return (
+            without_activations(brought, work / f"{name}-model", engine.weights_only)
+            if engine.weights_only
+            else brought
+        )
     return exact_mtp.write(
         work / f"{name}-model", engine.draft, lacks=engine.lacks, zeroed=engine.zeroed
     )
+
+
+def without_activations(source: Path, target: Path, names: str) -> Path:
+    """The checkpoint with these attention projections in a group that has weights only."""
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).symlink_to(path)
+    config = json.loads((source / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    (group,) = [row for row in groups.values() if row["format"] == "float-quantized"]
+    rest = [name for name in ATTENTION.split("|") if name not in names.split("|")]
+    if rest:
+        groups["others"] = {**group, "targets": [_target("|".join(rest))]}
+    group |= {"targets": [_target(names)], "input_activations": None}
+    (target / "config.json").unlink()
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def _target(names: str) -> str:
+    return rf"re:.*\.attn\.({names})$"
 
 
 def arguments(engine: Engine, folder: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The tiny DeepSeek-V4 in the card's layout: patched it drafts, and without each patch it fails.
 
-Which texts: what each release raises where a patch is left out, by the patch's own header.
+Which texts: what vLLM 0.26.0 raised on an H200 where a patch is left out.
 """
 
 from __future__ import annotations
@@ -74,8 +74,20 @@ def test_without_the_patch_it_fails(name: str, error: str, ran: Callable[[str], 
 
 
 @pytest.mark.engines("dsv4-weights-only")
-def test_weights_only_group_loads(ran: Callable[[str], Ran]) -> None:
-    """The layout that patch 0001 is for: an attention group without input activations."""
+def test_weights_only_group_answers(ran: Callable[[str], Ran]) -> None:
+    """The layout that patch 0001 is for: attention projections without input activations."""
     found = ran("dsv4-weights-only")
     assert not found.error, found.error
-    assert found.tokens
+    assert all(len(tokens) == found.engine.count for tokens in found.tokens)
+
+
+@pytest.mark.engines("dsv4-weights-only-wo-a")
+def test_weights_only_wo_a_is_not_cured(ran: Callable[[str], Ran]) -> None:
+    """Repacked for Marlin, wo_a is no operand of DeepGEMM's einsum: no patch of ours changes that.
+
+    The series must not be praised for more than it does: such a checkpoint loads and then stops.
+    """
+    found = ran("dsv4-weights-only-wo-a")
+    assert not found.tokens
+    assert "fp8_einsum" in found.error
+    assert "t.dim() == N" in found.error

@@ -78,7 +78,7 @@ MUST: dict[str, set[Tool]] = {
     "no_release_barrier": {T.AUDIT},
     "no_stage_barrier": {T.RACECHECK},
     "half_barrier": {T.WATCHDOG},
-    "late_half_barrier": {T.SYNCCHECK},
+    "foreign_mask": {T.SYNCCHECK},
     "no_fence": {T.AUDIT},
     "weak_acquire": {T.AUDIT},
 }
@@ -135,7 +135,8 @@ def _controls() -> Iterator[Control]:
         must = frozenset(MICRO_MUST.get(name, ()))
         yield Control(
             name=f"model_{name}",
-            what=f"{name.replace('_', ' ')}, in a model of the sum alone",
+            what=("no fault" if name == "clean" else name.replace("_", " "))
+            + ", in a model of the sum alone",
             order={"do": "micro", "name": name},
             must=must,
             any_of=frozenset() if must or name == "clean" else PROTOCOL,
@@ -145,7 +146,7 @@ def _controls() -> Iterator[Control]:
 
 CONTROLS = {control.name: control for control in _controls()}
 # short_c_tmp ends the context of a checker, the others may hang: each on its own.
-ALONE = ("short_c_tmp", "half_barrier", "late_half_barrier", "lock_alias")
+ALONE = ("short_c_tmp", "half_barrier", "foreign_mask", "lock_alias")
 TOGETHER = tuple(mutant.name for mutant in MUTANTS if mutant.name not in ALONE)
 SETS = {"wheel": ("wheel",), "builds": TOGETHER, **{name: (name,) for name in ALONE}}
 # What is worth a run of its own: a fault, and the tools that it is for.
@@ -154,7 +155,7 @@ CHECKED = {
     "builds": CHECKS,
     "short_c_tmp": ("memcheck",),
     "half_barrier": ("synccheck",),
-    "late_half_barrier": ("synccheck",),
+    "foreign_mask": ("synccheck",),
     "lock_alias": (),
 }
 

@@ -1,7 +1,8 @@
 """Where the code under test and the native helpers are.
 
-On a host without the line's vLLM, ``prepare_race`` has put them into a folder, packed; in an image
-the wheel is installed, and helpers are compiled from the release's source if there is nvcc.
+The code under test is that of the installed vLLM. On a host without the line's vLLM,
+``prepare_race`` has put it into a folder, packed. Helpers are compiled from the release's source,
+if there is nvcc, or lie compiled in that folder.
 ``VLLM_FORGE_RACE_KIT`` names another folder than ``dist/gpu/race``.
 """
 
@@ -57,14 +58,14 @@ def manifest() -> dict[str, Any]:
 
 
 def wheel_library(name: str = MOE) -> Path:
-    """The library under test: the kit's, else that of the installed vLLM."""
-    kit = unpacked()
-    if kit is not None and (path := kit / "lib" / name).is_file():
-        return path
+    """The library under test: that of the installed vLLM, else the folder's."""
     spec = importlib.util.find_spec("vllm")
     for place in (spec.submodule_search_locations or []) if spec else []:
         if (path := Path(place) / name).is_file():
             return path
+    kit = unpacked()
+    if kit is not None and (path := kit / "lib" / name).is_file():
+        return path
     pytest.skip(f"no {name}: install the line's vLLM, or bring a kit; {HOW_TO_MAKE}")
 
 

@@ -182,17 +182,13 @@ MUTANTS = (
         ),
     ),
     Mutant(
-        name="late_half_barrier",
-        what="half of each warp comes to a barrier at the end, the rest leaves the kernel later",
+        name="foreign_mask",
+        what="a lane outside a mask waits with those in it, at the end",
         edits=(
-            # The rest waits, so that it is alive when the barrier is reached, and exits by itself,
-            # or the warp would come together behind the barrier and hang.
             Edit(
                 file=TEMPLATE,
                 old=END,
-                new="  if (threadIdx.x % 32 < 16) {\n    __syncthreads();\n  } else {\n"
-                "    for (long long start = clock64(); clock64() - start < 20000;) {}\n"
-                '    asm volatile("exit;");\n  }\n' + END,
+                new="  if (threadIdx.x % 32 <= 16) __syncwarp(0x0000ffffu);\n" + END,
             ),
         ),
     ),

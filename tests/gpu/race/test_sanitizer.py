@@ -82,7 +82,7 @@ def said_of(tool: str, name: str) -> list[Report]:
         said = result(f"{tool}-{name}")
     except KeyError:
         pytest.skip("no compute-sanitizer: install CUDA's toolkit or nvidia-cuda-sanitizer-api")
-    broken = name in {"short_c_tmp", "half_barrier", "late_half_barrier"}
+    broken = name in {"short_c_tmp", "half_barrier", "foreign_mask"}
     assert broken or "launched" in said.row, f"exit {said.code}\n{said.text[-3000:]}"
     assert "COMPUTE-SANITIZER" in said.text, said.text[-3000:]
     assert "were not printed" not in said.text, "reports are cut: raise --print-limit"

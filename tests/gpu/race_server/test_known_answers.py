@@ -1,0 +1,77 @@
+"""Concurrent decode: every token is the known one, on every way that a step can take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.gpu.race_server.arms import ARMS
+from tests.gpu.race_server.verdicts import finds_planted, is_clean, judge
+from vllm_forge.gpu.bootlog import parse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.gpu.race_server.arms import Asked
+
+pytestmark = [pytest.mark.gpu, pytest.mark.tier("server"), pytest.mark.xdist_group("race-server")]
+CLEAN = [name for name, arm in ARMS.items() if arm.clean]
+SCORED = [name for name in CLEAN if ARMS[name].scored]
+SPECULATING = [name for name in CLEAN if ARMS[name].speculate]
+RATE = 1e-3  # of wrong tokens; what one server must be able to exclude
+PREFILLS = 3  # that arrive while others decode, per concurrency
+REFUSED = 0.01  # of the drafts, which are all right
+
+
+@pytest.mark.value(24, 80)
+@pytest.mark.parametrize("arm", CLEAN)
+def test_every_token_is_the_known_one(
+    arm: str,
+    asked: Callable[[str], Asked],
+    margin: Callable[[str, float, float], None],
+    record: Callable[..., None],
+) -> None:
+    found = asked(arm)
+    verdict = judge(found.answers)
+    record(seconds=found.seconds, **verdict.record())
+    assert not verdict.words, "; ".join(verdict.words)
+    margin("wrong answers", sum(verdict.wrong.values()), 0)
+    margin("rate that is not excluded", verdict.rate, RATE)
+    assert list(verdict.tokens) == list(ARMS[arm].levels)
+    assert all(count >= PREFILLS for count in verdict.prefills.values()), verdict.prefills
+
+
+@pytest.mark.value(8, 30)
+@pytest.mark.parametrize("arm", CLEAN)
+def test_ran_as_asked(arm: str, asked: Callable[[str], Asked], record: Callable[..., None]) -> None:
+    """Graphs where they are meant, and the experts' format; which backend, the record says."""
+    config = parse(asked(arm).log)
+    wanted = "NvFp4" if ARMS[arm].scheme.activations else "WNA16"
+    record(moe=config.moe, graph_mode=config.graph_mode, attention=config.attention)
+    assert config.captured == ARMS[arm].graphs
+    assert any(row.startswith(f"{wanted}: ") for row in config.moe), config.moe
+
+
+@pytest.mark.value(8, 30)
+@pytest.mark.parametrize("arm", SPECULATING)
+def test_drafts_are_taken_under_load(
+    arm: str, asked: Callable[[str], Asked], margin: Callable[[str, float, float], None]
+) -> None:
+    """The head proposes the known token, so that steps verify two per request."""
+    reading = asked(arm).reading
+    assert reading is not None
+    assert reading.drafts > 0
+    margin("drafts refused", 1 - reading.accepted / reading.draft_tokens, REFUSED)
+
+
+@pytest.mark.value(8, 30)
+@pytest.mark.parametrize("arm", SCORED)
+def test_scoring_again_is_green_and_finds_a_planted_token(
+    arm: str, asked: Callable[[str], Asked], record: Callable[..., None]
+) -> None:
+    """The gate for models whose answers nobody knows, on one whose answers are known."""
+    found = asked(arm)
+    record(scored=[len(given) for given, _ in found.scored])
+    assert is_clean(found.scored)
+    assert finds_planted(found.planted)
