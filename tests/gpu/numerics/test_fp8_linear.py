@@ -1,0 +1,160 @@
+"""FP8 linear layers with block scales, through vLLM's own layer, activations quantized on the way.
+
+On Hopper vLLM takes FlashInfer's kernel below 32 rows and DeepGEMM's from there on; the first
+quantizes with float32 scales, the second with powers of two. On Blackwell it is DeepGEMM's alone.
+Weights have float32 scales, as in the card; at load they become powers of two where DeepGEMM is
+used with E8M0, on Hopper too. The bound is that of ``numerics/fp8_linear.py``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from tests.gpu.numerics.layers import (
+    accumulator,
+    capability,
+    codes,
+    kernel_of,
+    linear,
+    run_linear,
+    worst,
+)
+from tests.gpu.numerics.selected import LINEAR
+from vllm_forge.numerics import fp8_block
+from vllm_forge.numerics.fp8_linear import known, one_of_each_block, products
+from vllm_forge.numerics.marlin_layout import bfloat16
+from vllm_forge.numerics.planted import InResult, in_result
+from vllm_forge.numerics.planted_fp8 import InBlocks, in_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from vllm_forge.numerics.fp8_block import Fp8Block
+    from vllm_forge.numerics.marlin_reference import Sums
+
+    Margin = Callable[[str, float, float], None]
+    Record = Callable[..., None]
+
+pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel")]
+
+FLASHINFER = LINEAR["sm_90"]
+FEW = 32  # rows from which on Hopper takes DeepGEMM's kernel
+# A rank's layers at tensor parallel 4: output, input.
+SHAPES = {"fused_wqa_wkv": (1536, 4096), "wq_b": (8192, 1024), "wo_b": (4096, 2048)}
+SMALL = (512, 1024)  # where faults are planted
+PLACES = 5
+# Kernels are compiled with their first launch, which may take longer than all the rest.
+SIZES = pytest.mark.parametrize(
+    "tokens",
+    [
+        pytest.param((1, 8, 31), id="few", marks=pytest.mark.value(8, 10)),
+        pytest.param((100,), id="many", marks=pytest.mark.value(8, 10)),
+    ],
+)
+
+
+@cache
+def weight_of(shape: tuple[int, int]) -> Fp8Block:
+    """Blocks that differ in size by up to 4, under float32 scales."""
+    rng = np.random.default_rng(shape[0])
+    blocks = rng.uniform(0.5, 2, tuple(size // fp8_block.BLOCK for size in shape))
+    return fp8_block.encode(rng.standard_normal(shape) * fp8_block.spread(blocks, shape) / 32)
+
+
+@cache
+def layer_of(name: str, shape: tuple[int, int]) -> Any:
+    return linear(weight_of(shape), name=name)
+
+
+def rows_of(tokens: int, size: int) -> NDArray[np.float64]:
+    rng = np.random.default_rng(tokens)
+    return bfloat16(rng.standard_normal((tokens, size)).astype(np.float32))
+
+
+def uses_e8m0(layer: Any) -> bool:
+    """Whether weights and, in DeepGEMM's kernel, activations are under powers of two."""
+    kernel = kernel_of(layer)
+    return bool(getattr(kernel, "fallback", kernel).use_deep_gemm_e8m0)
+
+
+def as_loaded(weight: Fp8Block, layer: Any) -> Fp8Block:
+    """The weight that the kernel has, from the one in the checkpoint."""
+    return fp8_block.encode(weight.values(), powers_of_two=True) if uses_e8m0(layer) else weight
+
+
+def reference(layer: Any, weight: Fp8Block, rows: NDArray[np.float64]) -> Sums:
+    small = type(kernel_of(layer)).__name__ == FLASHINFER and len(rows) < FEW
+    quantized = known(rows, powers_of_two=uses_e8m0(layer) and not small)
+    return products(quantized, as_loaded(weight, layer).values(), accumulator())
+
+
+@pytest.mark.value(10, 5)
+def test_the_kernel_is_the_one_that_the_oracle_found() -> None:
+    """docs/selection.md has it for each SKU."""
+    major, minor = capability()
+    kernel = type(kernel_of(layer_of("wq_b", SHAPES["wq_b"]))).__name__
+    assert kernel == LINEAR[f"sm_{major}{minor}"]
+
+
+@pytest.mark.value(10, 5)
+def test_weights_are_loaded_bit_for_bit() -> None:
+    """Under other scales than in the checkpoint, if the kernel wants powers of two."""
+    layer, weight = layer_of("wq_b", SHAPES["wq_b"]), weight_of(SHAPES["wq_b"])
+    assert np.array_equal(codes(layer.weight), as_loaded(weight, layer).codes)
+
+
+@SIZES
+@pytest.mark.parametrize("name", SHAPES)
+def test_products_are_within_the_bound(margin: Margin, name: str, tokens: tuple[int, ...]) -> None:
+    layer, weight = layer_of(name, SHAPES[name]), weight_of(SHAPES[name])
+    for count in tokens:
+        rows = rows_of(count, SHAPES[name][1])
+        margin(f"{count} rows", worst(run_linear(layer, rows), reference(layer, weight, rows)), 1)
+
+
+@pytest.mark.value(8, 10)
+def test_every_weight_is_read(margin: Margin) -> None:
+    layer, weight = layer_of("wo_b", SMALL), weight_of(SMALL)
+    rows = np.eye(SMALL[1])
+    margin("weights", worst(run_linear(layer, rows), reference(layer, weight, rows)), 1)
+
+
+@SIZES
+@pytest.mark.parametrize(
+    "fault", [InBlocks.ONE_SCALE, InBlocks.TRANSPOSED_SCALES, InBlocks.SWAPPED_ROWS]
+)
+def test_a_fault_in_the_weight_is_noticed(
+    record: Record, fault: InBlocks, tokens: tuple[int, ...]
+) -> None:
+    """By one row per block, and as many again for the kernel that wants more rows."""
+    right, rows = weight_of(SMALL), one_of_each_block(SMALL[1])
+    rows = np.tile(rows, (FEW // len(rows), 1)) if tokens[0] >= FEW else rows
+    expected = reference(layer_of("wo_b", SMALL), right, rows)
+    assert worst(run_linear(layer_of("wo_b", SMALL), rows), expected) <= 1
+    rng, killed = np.random.default_rng(11), 0
+    for _ in range(PLACES):
+        broken = linear(in_blocks(fault, right, rng), name="wo_b")
+        killed += worst(run_linear(broken, rows), expected) > 1
+    record(kind="planted", fault=fault.name.lower(), rows=len(rows), planted=PLACES, killed=killed)
+    assert killed == PLACES
+
+
+@SIZES
+@pytest.mark.parametrize("fault", InResult)
+def test_a_fault_in_the_result_is_noticed(
+    record: Record, fault: InResult, tokens: tuple[int, ...]
+) -> None:
+    layer, weight = layer_of("wo_b", SMALL), weight_of(SMALL)
+    rows, rng = rows_of(tokens[0], SMALL[1]), np.random.default_rng(13)
+    expected = reference(layer, weight, rows)
+    result, stale = run_linear(layer, rows), run_linear(layer, -rows[:, ::-1].copy())
+    assert worst(result, expected) <= 1
+    killed = sum(worst(in_result(fault, result, stale, rng), expected) > 1 for _ in range(PLACES))
+    record(kind="planted", fault=fault.name.lower(), rows=len(rows), planted=PLACES, killed=killed)
+    assert killed == PLACES

@@ -1,0 +1,96 @@
+"""Dense NVFP4 layers: shared experts, which one of the artifacts has in NVFP4.
+
+Marlin keeps activations in bfloat16; the kernels that vLLM takes from sm_100 on quantize them with
+the checkpoint's global scale. The bound is that of ``numerics/nvfp4_moe.py``, for one expert.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from tests.gpu.numerics.layers import nvfp4_linear, run_linear, worst
+from vllm_forge.numerics import nvfp4_activations
+from vllm_forge.numerics import nvfp4_moe_cells as cells
+from vllm_forge.numerics.marlin_layout import bfloat16
+from vllm_forge.numerics.marlin_reference import Sums
+from vllm_forge.numerics.nvfp4_moe import products
+from vllm_forge.numerics.planted import InResult, InWeights, in_result, in_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from vllm_forge.numerics.marlin_weights import Weights
+
+    Margin = Callable[[str, float, float], None]
+    Record = Callable[..., None]
+
+pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel"), pytest.mark.value(9, 3)]
+
+# (K, N) of a rank at tensor parallel 4; and a size that no large tile divides.
+SHAPES = {"gate_up": (4096, 1024), "down": (512, 4096), "tail": (192, 384)}
+SIZE = 2.0**-9  # of the multiplier: a power of two is exact in every dtype
+DIVISOR = 256.0
+PLACES = 5
+
+
+def weights_of(shape: tuple[int, int]) -> Weights:
+    return cells.weights(np.random.default_rng(shape[0]), (1, *shape), SIZE, spread=False)
+
+
+def rows_of(tokens: int, size: int) -> NDArray[np.float64]:
+    rng = np.random.default_rng(tokens)
+    return bfloat16(rng.standard_normal((tokens, size)).astype(np.float32))
+
+
+def reference(layer: Any, weights: Weights, rows: NDArray[np.float64]) -> Sums:
+    low = high = rows
+    if "Marlin" not in type(layer.scheme.kernel).__name__:
+        low, high = nvfp4_activations.spans(rows, rows, DIVISOR)
+    known = Sums(exact=(low + high) / 2, bound=(high - low) / 2)
+    return products(weights, np.zeros(len(rows), int), known)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_products_are_within_the_bound(margin: Margin, name: str) -> None:
+    weights = weights_of(SHAPES[name])
+    layer = nvfp4_linear(weights, DIVISOR)
+    for tokens in (1, 9, 100):
+        rows = rows_of(tokens, weights.size_k)
+        margin(f"{tokens} rows", worst(run_linear(layer, rows), reference(layer, weights, rows)), 1)
+
+
+@pytest.mark.parametrize("name", ["down", "tail"])
+def test_every_weight_is_read(margin: Margin, name: str) -> None:
+    weights = weights_of(SHAPES[name])
+    layer, rows = nvfp4_linear(weights, DIVISOR), np.eye(weights.size_k) * cells.READ_VALUE
+    margin("weights", worst(run_linear(layer, rows), reference(layer, weights, rows)), 1)
+
+
+@pytest.mark.parametrize("fault", [InWeights.ONE_SCALE, InWeights.TRANSPOSED_SCALES])
+def test_a_fault_in_the_weight_is_noticed(record: Record, fault: InWeights) -> None:
+    right = weights_of(SHAPES["tail"])
+    rows, rng, killed = np.eye(right.size_k) * cells.READ_VALUE, np.random.default_rng(3), 0
+    expected = reference(nvfp4_linear(right, DIVISOR), right, rows)
+    for _ in range(PLACES):
+        broken = nvfp4_linear(in_weights(fault, right, rng), DIVISOR)
+        killed += worst(run_linear(broken, rows), expected) > 1
+    record(kind="planted", fault=fault.name.lower(), planted=PLACES, killed=killed)
+    assert killed == PLACES
+
+
+@pytest.mark.parametrize("fault", InResult)
+def test_a_fault_in_the_result_is_noticed(record: Record, fault: InResult) -> None:
+    weights = weights_of(SHAPES["down"])
+    layer, rng = nvfp4_linear(weights, DIVISOR), np.random.default_rng(4)
+    rows = rows_of(9, weights.size_k)
+    expected = reference(layer, weights, rows)
+    result, stale = run_linear(layer, rows), run_linear(layer, rows[::-1].copy())
+    assert worst(result, expected) <= 1
+    killed = sum(worst(in_result(fault, result, stale, rng), expected) > 1 for _ in range(PLACES))
+    record(kind="planted", fault=fault.name.lower(), planted=PLACES, killed=killed)
+    assert killed == PLACES

@@ -1,0 +1,182 @@
+"""NVFP4 experts through vLLM's own layer: right by a bound that planted faults exceed.
+
+What is run is what serves: the scheme that compressed-tensors finds, the backend that the oracle
+selects on this GPU, the weights in that kernel's layout, the modular kernel. The bound is that of
+``numerics/nvfp4_moe.py``. Which backend a SKU has: docs/selection.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from tests.gpu.numerics.layers import backend_of, experts_layer, run_experts, worst
+from tests.gpu.numerics.selected import EXPERTS
+from vllm_forge.numerics import nvfp4_moe_cells as cells
+from vllm_forge.numerics.nvfp4_moe import expected
+from vllm_forge.numerics.planted import InResult, InWeights, in_result, in_weights
+from vllm_forge.numerics.swiglu import exceeds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm_forge.numerics.marlin_reference import Sums
+    from vllm_forge.numerics.nvfp4_moe_cells import Cell
+
+    Margin = Callable[[str, float, float], None]
+    Record = Callable[..., None]
+
+pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel")]
+
+
+def markers_of(backend: str) -> list[str]:
+    return [marker for marker, name in EXPERTS.items() if name == backend]
+
+
+each_backend = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(name, marks=[getattr(pytest.mark, marker) for marker in markers_of(name)])
+        for name in sorted(set(EXPERTS.values()))
+    ],
+)
+# (hidden, intermediate); the second divides by none of the larger tiles along K.
+READ = ((512, 256), (768, 192))
+FAULTY = {"experts": 4, "hidden": 512, "intermediate": 256}
+PLACES = 5
+
+
+def quantizes(backend: str) -> bool:
+    """Whether it quantizes activations."""
+    return backend != "MARLIN"
+
+
+def reference(cell: Cell) -> Sums:
+    return expected(cell.experts, cell.rows, cell.experts_of, cell.router)
+
+
+def launch(cell: Cell, backend: str) -> np.ndarray[Any, Any]:
+    layer = experts_layer(cell.experts, cell.experts_of.shape[1])
+    assert backend_of(layer) == backend
+    return run_experts(layer, cell)
+
+
+@each_backend
+@pytest.mark.value(10, 3)
+@pytest.mark.parametrize("routed", ["even", "hot"])
+@pytest.mark.parametrize("tokens", [1, 9, 257])
+def test_sums_are_within_the_bound(margin: Margin, backend: str, routed: str, tokens: int) -> None:
+    """Gates and ups beyond the clamp; "hot": one expert has every token, half of them have none."""
+    cell = cells.dense(
+        experts=8, hidden=1024, intermediate=512, tokens=tokens, top_k=2, routed=routed,
+        quantized=quantizes(backend), seed=tokens,
+    )  # fmt: skip
+    assert exceeds(cells.both_branches(cell), cells.LIMIT)
+    margin("error", worst(launch(cell, backend), reference(cell)), 1)
+
+
+@each_backend
+@pytest.mark.value(10, 6)
+def test_as_served_at_tensor_parallel_4(margin: Margin, backend: str) -> None:
+    cell = cells.dense(
+        experts=8, hidden=4096, intermediate=512, tokens=8, top_k=6, routed="even",
+        quantized=quantizes(backend),
+    )  # fmt: skip
+    margin("error", worst(launch(cell, backend), reference(cell)), 1)
+
+
+@each_backend
+@pytest.mark.value(10, 4)
+@pytest.mark.parametrize(("hidden", "intermediate"), READ)
+def test_every_weight_is_read(margin: Margin, backend: str, hidden: int, intermediate: int) -> None:
+    for name, build in (("gate_up", cells.read_gate_up), ("down", cells.read_down)):
+        cell = build(
+            experts=2, hidden=hidden, intermediate=intermediate, quantized=quantizes(backend)
+        )
+        margin(name, worst(launch(cell, backend), reference(cell)), 1)
+
+
+@each_backend
+@pytest.mark.value(10, 6)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_shards_make_up_the_whole(margin: Margin, backend: str, ranks: int) -> None:
+    """The ranks' results add up to the same for each TP size: within their bounds' sum."""
+    cell = cells.dense(
+        experts=4, hidden=1024, intermediate=1024, tokens=9, top_k=2, routed="even",
+        quantized=quantizes(backend),
+    )  # fmt: skip
+    total = np.zeros_like(cell.rows)
+    slack = np.zeros_like(total)
+    middle = np.zeros_like(total)
+    for rank in range(ranks):
+        part = replace(cell, experts=cell.experts.shard(rank, ranks))
+        total += launch(part, backend)
+        of_rank = reference(part)
+        slack += of_rank.bound
+        middle += of_rank.exact
+    whole = reference(cell)
+    margin("sum of shards", float((np.abs(total - middle) / slack).max()), 1)
+    margin(
+        "against the whole", float((np.abs(total - whole.exact) / (slack + whole.bound)).max()), 1
+    )
+
+
+# --- the bound kills planted faults, on the real kernel -------------------------------------------
+
+
+@each_backend
+@pytest.mark.value(8, 3)
+@pytest.mark.parametrize(
+    ("fault", "part"), cells.FAULTS, ids=lambda value: getattr(value, "name", value)
+)
+def test_a_fault_in_the_weights_is_noticed(
+    record: Record, backend: str, fault: InWeights, part: str
+) -> None:
+    build = cells.read_gate_up if part == "gate_up" else cells.read_down
+    cell, rng, killed = build(**FAULTY, quantized=quantizes(backend)), np.random.default_rng(7), 0
+    right = reference(cell)
+    for _ in range(PLACES):
+        broken = in_weights(fault, getattr(cell.experts, part), rng)
+        faulty = replace(cell, experts=replace(cell.experts, **{part: broken}))
+        killed += worst(launch(faulty, backend), right) > 1
+    record(kind="planted", backend=backend, fault=fault.name.lower(), part=part,
+           planted=PLACES, killed=killed)  # fmt: skip
+    assert killed == PLACES
+
+
+@each_backend
+@pytest.mark.value(8, 3)
+def test_a_lost_clamp_is_noticed(record: Record, backend: str) -> None:
+    """A limit that nothing reaches: another than None, so that no other backend is selected."""
+    cell = cells.dense(
+        experts=4, hidden=512, intermediate=256, tokens=24, top_k=2, routed="even",
+        quantized=quantizes(backend),
+    )  # fmt: skip
+    right = reference(cell)
+    assert worst(launch(cell, backend), right) <= 1
+    lost = replace(cell, experts=replace(cell.experts, limit=1e6))
+    found = worst(launch(lost, backend), right)
+    record(kind="planted", backend=backend, fault="clamp lost", planted=1, killed=int(found > 1))
+    assert found > 1
+
+
+@each_backend
+@pytest.mark.value(8, 3)
+@pytest.mark.parametrize("fault", InResult)
+def test_a_fault_in_the_result_is_noticed(record: Record, backend: str, fault: InResult) -> None:
+    first, other = (
+        cells.dense(
+            experts=4, hidden=512, intermediate=256, tokens=24, top_k=2, routed="even",
+            quantized=quantizes(backend), seed=seed,
+        )
+        for seed in (1, 2)
+    )  # fmt: skip
+    right, rng = reference(first), np.random.default_rng(9)
+    result, stale = launch(first, backend), launch(other, backend)
+    assert worst(result, right) <= 1
+    killed = sum(worst(in_result(fault, result, stale, rng), right) > 1 for _ in range(PLACES))
+    record(kind="planted", backend=backend, fault=fault.name.lower(), planted=PLACES, killed=killed)
+    assert killed == PLACES
