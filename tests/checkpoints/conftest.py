@@ -16,7 +16,7 @@ import pytest
 from vllm_forge.checkpoints.environment import SETTINGS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 HOW_TO_RUN = "llmcompressor is not installed here: run `nox -s test-checkpoints`"
 TOOLS = importlib.util.find_spec("llmcompressor") is not None
@@ -50,6 +50,16 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def variant(root: Path) -> Callable[[str], Path]:
+    """A tiny variant by name: made now if the cache has none."""
+    from vllm_forge.checkpoints.made import make_with_tools
+    from vllm_forge.checkpoints.tiny import TinySpec
+    from vllm_forge.checkpoints.variants import make_variant
+
+    return lambda name: make_variant(root, name, TinySpec(), make_with_tools)
+
+
+@pytest.fixture(scope="session")
 def bf16(root: Path) -> Path:
     """The tiny BF16 model."""
     from vllm_forge.checkpoints.variants import cached_variant
@@ -58,10 +68,6 @@ def bf16(root: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def card(root: Path) -> Path:
-    """The card's artifact, tiny: quantized now if the cache has none."""
-    from vllm_forge.checkpoints.made import make_with_tools
-    from vllm_forge.checkpoints.tiny import TinySpec
-    from vllm_forge.checkpoints.variants import make_variant
-
-    return make_variant(root, "card", TinySpec(), make_with_tools)
+def card(variant: Callable[[str], Path]) -> Path:
+    """The card's artifact, tiny."""
+    return variant("card")

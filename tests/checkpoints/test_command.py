@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from vllm_forge.checkpoints.calibrate import pick_device
 from vllm_forge.checkpoints.environment import SETTINGS
 from vllm_forge.checkpoints.shards import open_checkpoint
+from vllm_forge.errors import UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,6 +112,13 @@ def test_the_cached_variant_is_the_same(whole: Path, card: Path) -> None:
     }
     ours, theirs = (json.loads((f / "manifest.json").read_text()) for f in (whole, card))
     assert ours["tensors"] == theirs["tensors"]
+
+
+def test_a_device_that_is_not_there_is_told() -> None:
+    assert pick_device("cpu") == "cpu"
+    for choice in ("cuda:99", "nonsense"):
+        with pytest.raises(UsageError, match=f"--device {choice}"):
+            pick_device(choice)
 
 
 def test_memory_stays_in_bounds(whole: Path) -> None:

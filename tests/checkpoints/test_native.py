@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.entrypoints.convert import ModelOptNvfp4Converter
 
 from vllm_forge.checkpoints.made import make_with_tools
@@ -15,8 +16,10 @@ from vllm_forge.checkpoints.one_layer import load_tensor
 from vllm_forge.checkpoints.shards import open_checkpoint
 from vllm_forge.checkpoints.tiny import TinySpec
 from vllm_forge.checkpoints.variants import make_variant
+from vllm_forge.numerics import int4
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from vllm_forge.checkpoints.shards import Stored
@@ -26,7 +29,14 @@ if TYPE_CHECKING:
 def made(root: Path) -> dict[str, dict[str, Stored]]:
     return {
         name: open_checkpoint(make_variant(root, name, TinySpec(), make_with_tools)).tensors
-        for name in ("bf16", "card", "nvidia-modelopt", "native-fp8-mxfp4", "dspark")
+        for name in (
+            "bf16",
+            "card",
+            "nvidia-modelopt",
+            "modelopt-fp8-mtp",
+            "native-fp8-mxfp4",
+            "dspark",
+        )
     }
 
 
@@ -50,17 +60,32 @@ def test_compressed_tensors_reads_the_modelopt_layout_back(
             assert torch.equal(back[name].view(torch.uint8), value.view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("name", ["native-fp8-mxfp4", "dspark", "nvidia-modelopt"])
+@pytest.mark.parametrize(
+    "name", ["native-fp8-mxfp4", "dspark", "nvidia-modelopt", "modelopt-fp8-mtp"]
+)
 def test_every_linear_layer_has_one_e8m0_scale(
     made: dict[str, dict[str, Stored]], name: str
 ) -> None:
     tensors = made[name]
     scaled = {n for n in tensors if n.endswith(".scale")}
     linear = {n for n in tensors if LINEAR.search(n) or (EXPERT.search(n))}
-    if name == "nvidia-modelopt":
+    if "modelopt" in name:
         linear = {n for n in linear if not DECODER_EXPERT.search(n)}
     assert scaled == {f"{n.removesuffix('.weight')}.scale" for n in linear}
     assert {tensors[n].dtype for n in scaled} == {"F8_E8M0"}
+
+
+def test_the_modelopt_layout_leaves_the_draft_in_the_native_formats(
+    made: dict[str, dict[str, Stored]],
+) -> None:
+    drafts = {n: t for n, t in made["nvidia-modelopt"].items() if n.startswith("mtp.")}
+    native = {n: t for n, t in made["native-fp8-mxfp4"].items() if n.startswith("mtp.")}
+    assert set(drafts) == set(native)
+    for name, tensor in drafts.items():
+        assert (tensor.dtype, tensor.read()) == (native[name].dtype, native[name].read()), name
+    # As published: I8 codes (NVIDIA/TensorRT-LLM#16276), 797 + 768 + 10 tensors with 256 experts.
+    assert drafts["mtp.0.ffn.experts.0.w1.weight"].dtype == "I8"
+    assert len(drafts) + 2 * 3 * (256 - 8) == 1575
 
 
 def test_fp8_blocks_dequantize_to_the_model(made: dict[str, dict[str, Stored]]) -> None:
@@ -86,6 +111,18 @@ def test_mxfp4_experts_dequantize_to_the_model(made: dict[str, dict[str, Stored]
         clipped = exact.clamp(-6 * groups, 6 * groups)
         assert ((codes * groups - clipped).abs() <= groups).all(), name
         assert (exact.abs() <= 8 * groups).all(), name  # the scale is amax rounded to a power of 2
+
+
+def test_int4_words_are_read_as_compressed_tensors_reads_them(
+    variant: Callable[[str], Path],
+) -> None:
+    tensors = open_checkpoint(variant("w4a16-fp8-mtp")).tensors
+    for name in (n for n in tensors if n.endswith(".weight_packed")):
+        packed = load_tensor(tensors[name])
+        shape = torch.Size((packed.shape[0], packed.shape[1] * 8))
+        theirs = unpack_from_int32(packed, 4, shape)
+        ours = int4.unpack(packed.numpy()).astype("i1") - 8
+        assert torch.equal(theirs, torch.from_numpy(ours)), name
 
 
 def e8m0(tensor: Stored) -> torch.Tensor:

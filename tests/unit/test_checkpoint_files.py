@@ -19,7 +19,6 @@ from vllm_forge.checkpoints.inventory import (
     mtp_tensors,
 )
 from vllm_forge.checkpoints.shards import (
-    DTYPE_BYTES,
     INDEX,
     copy_of,
     in_memory,
@@ -28,6 +27,7 @@ from vllm_forge.checkpoints.shards import (
     write_shard,
 )
 from vllm_forge.checkpoints.source import alias_names, open_source
+from vllm_forge.checkpoints.spans import DTYPE_BYTES
 from vllm_forge.checkpoints.tiny import TinySpec, write_bf16
 from vllm_forge.errors import ModelInputError
 
@@ -194,8 +194,8 @@ class TestShards:
         [
             (b"", "a header of 0 bytes"),
             (b"\xff" * 16, "a header of"),
-            (b"\x02\0\0\0\0\0\0\0[]", "not a safetensors file"),
-            (b"\x05\0\0\0\0\0\0\0{nope", "not a safetensors file"),
+            (b"\x02\0\0\0\0\0\0\0[]", "not a whole safetensors file"),
+            (b"\x05\0\0\0\0\0\0\0{nope", "not a whole safetensors file"),
             (b"\x02\0\0\0\0\0\0\0{}more", "describes 10 bytes, the file has 14"),
         ],
     )
@@ -259,7 +259,7 @@ class TestSource:
         [
             ({"model_type": "llama"}, "model_type is 'llama'"),
             ({"quantization_config": {}}, "quantized already"),
-            ({"hidden_size": None}, "config.json lacks"),
+            ({"hidden_size": None}, "it lacks hidden_size"),
             ({"hidden_size": 256}, "not the tensors that config.json describes"),
         ],
     )

@@ -25,10 +25,11 @@ from unit_kit.layouts import (
 from unit_kit.layouts import NVFP4 as NVFP4_GROUP
 
 from vllm_forge.checkpoints.changes import Change, apply_changes
+from vllm_forge.checkpoints.config_check import REQUIRED
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, some
 from vllm_forge.checkpoints.inspect.inspection import find_all
 from vllm_forge.checkpoints.inspect.manifest import nearest
-from vllm_forge.checkpoints.inspect.profile import REQUIRED, Profile
+from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.checkpoints.inspect.verdict import applies
 from vllm_forge.checkpoints.shards import open_checkpoint
 from vllm_forge.checkpoints.variants import load_variants
@@ -61,17 +62,17 @@ BROKEN: dict[str, tuple[str, Effect, Scope, tuple[str, ...]]] = {
     "actorder-static": ("G57", CORRUPTS, Scope.TARGET, RELEASES),
     "no-input-scales": ("G58", CORRUPTS, Scope.TARGET, RELEASES),
     "dspark": ("G69", REFUSES, Scope.DRAFT, RELEASES),
+    "nvidia-modelopt": ("G16", CORRUPTS, Scope.DRAFT, ("0.22.1", "0.26.0")),
     "split-global-scales": ("w1/w3", CORRUPTS, Scope.TARGET, RELEASES),
 }
 # Made by the tools alone; see the tests of their own below.
-ELSEWHERE = {"transformed-mtp", "fp8-compressor"}
+ELSEWHERE = {"transformed-mtp", "fp8-compressor", "modelopt-fp8-mtp"}
 # Findings of a sound artifact: what older releases need, and what is optional.
 SOUND = {
     "bf16": {"G15", "wo_a"},
     "card": {"G09", "G58", "wo_a"},
     "w4a16-fp8-mtp": {"G09", "wo_a"},
     "native-fp8-mxfp4": {"G15"},
-    "nvidia-modelopt": {"G15", "G16"},
 }
 
 
@@ -96,7 +97,7 @@ def test_a_sound_artifact_has_no_finding(variant: str, layouts: Callable[[str], 
     assert {finding.gate for finding in found} <= SOUND[variant]
     for release in RELEASES:
         told = [f for f in found if applies(f, release) and f.effect.breaks and not f.handled_by]
-        assert [f.gate for f in told if f.gate != "G16"] == []
+        assert told == []
 
 
 @pytest.mark.parametrize("variant", BROKEN)
@@ -163,22 +164,14 @@ def test_a_quantized_drafter_that_the_config_does_not_tell(tmp_path: Path) -> No
     assert {f.scope for f in _named(found, "G16")} == {Scope.DRAFT}
 
 
-def test_an_nvfp4_config_does_not_fit_a_draft_layer_in_another_format(
-    layouts: Callable[[str], Path],
-) -> None:
-    """G16: moe_quant_algo is said of every layer's experts, and mtp. has MXFP4 or FP8."""
-    found = _named(_find(layouts("nvidia-modelopt")), "G16")
-    assert [f.scope for f in found] == [Scope.DRAFT]
-    assert not _named(_find(layouts("native-fp8-mxfp4")), "G16")
-
-
 def test_vllm_0_33_reads_which_layers_are_left_in_mxfp4(
     layouts: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    value = json.dumps(["*.attn.*", "mtp.*"])
-    change = {"set": {"quantization_config.ignore": value}}
-    found = _named(_broken(layouts("nvidia-modelopt"), tmp_path / "ignoring", **change), "G16")
-    assert [r for r in RELEASES if any(applies(f, r) for f in found)] == ["0.22.1", "0.26.0"]
+    """G16 on all lines without the config's ``ignore``; on none in the native layout."""
+    change = {"set": {"quantization_config.ignore": "[]"}}
+    found = _named(_broken(layouts("nvidia-modelopt"), tmp_path / "silent", **change), "G16")
+    assert [r for r in RELEASES if any(applies(f, r) for f in found)] == list(RELEASES)
+    assert not _named(_find(layouts("native-fp8-mxfp4")), "G16")
 
 
 class TestConfig:

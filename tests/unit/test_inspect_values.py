@@ -189,3 +189,34 @@ def test_a_source_that_lacks_a_tensor_is_left_out(made: Callable[..., Path], sou
             not in {"weight_scale", "weight_global_scale", "input_global_scale"}
         )
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda i: in_memory(i.name, i.dtype, (2, i.size // 2), b"".join(i.chunks())),
+        lambda i: in_memory(i.name, "I8", i.shape, b"".join(i.chunks())),
+        lambda i: in_memory(f"{i.name}_inv", i.dtype, i.shape, b"".join(i.chunks())),
+    ],
+    ids=["another shape", "another dtype", "another name"],
+)
+def test_what_cannot_be_decoded_is_beyond_any_bound(
+    change: Callable[[Item], Item], made: Callable[..., Path], source: Path
+) -> None:
+    """Of w1, with whose global scale w3 is decoded; w2 is not concerned."""
+    wanted = "layers.0.ffn.experts.1.w1.weight_scale"
+    folder = made(lambda item: change(item) if item.name == wanted else item)
+    rows, found = compare(profile_of(folder), profile_of(source))
+    assert [finding.effect for finding in found] == [Effect.CORRUPTS]
+    different = {name for row in rows for name in row.different}
+    assert different == {f"layers.0.ffn.experts.1.{name}" for name in ("w1", "w3")}
+    assert {row.worst for row in rows if row.different} == {math.inf}
+
+
+def test_a_source_that_is_quantized_bounds_nothing(made: Callable[..., Path]) -> None:
+    """Against itself: plain tensors are alike, and no bound follows from codes."""
+    folder = made()
+    rows, found = compare(profile_of(folder), profile_of(folder))
+    attention = next(row for row in rows if row.format is Format.FP8_BLOCK)
+    assert attention.worst == math.inf
+    assert found

@@ -24,10 +24,11 @@ from vllm_forge.checkpoints import work as work_module
 from vllm_forge.checkpoints.artifact import check_layer
 from vllm_forge.checkpoints.calibration import SHIPPED, read_conversations
 from vllm_forge.checkpoints.inventory import all_tensors
-from vllm_forge.checkpoints.measured import PAGE, RESULT, with_measured
+from vllm_forge.checkpoints.measured import TABLE
 from vllm_forge.checkpoints.quantize import Clock, disk_needed, plan_parts, quantize, span
 from vllm_forge.checkpoints.recipe import RECIPES, Recipe, load_recipe
 from vllm_forge.checkpoints.shards import in_memory, open_checkpoint
+from vllm_forge.checkpoints.table import PAGE
 from vllm_forge.checkpoints.tiny import TinySpec
 from vllm_forge.checkpoints.variants import load_variants
 from vllm_forge.errors import (
@@ -36,6 +37,7 @@ from vllm_forge.errors import (
     QuantizedOutputError,
     RecipeError,
     ResumeError,
+    UsageError,
 )
 from vllm_forge.host import exclusive
 
@@ -386,7 +388,12 @@ class TestClock:
 
 def test_the_measured_table_is_what_was_measured(root: Path) -> None:
     page = (root / PAGE).read_text()
-    assert page == with_measured(page, json.loads((root / RESULT).read_text()))
+    assert page == TABLE.put_into(page, json.loads((root / TABLE.result).read_text()))
+
+
+def test_a_page_without_a_place_for_the_table_is_refused() -> None:
+    with pytest.raises(UsageError, match=TABLE.begin):
+        TABLE.put_into(f"{TABLE.end}\n{TABLE.begin}\n", {})
 
 
 def test_the_page_counts_the_variants(root: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_forge.checkpoints.inspect import measured
+from vllm_forge.checkpoints.inspect.measured import TABLE
 from vllm_forge.checkpoints.inspect.verdict import Outcome
 from vllm_forge.checkpoints.inspect.verdicts import DATA, PAGE, VariantRow, Verdicts, page
+from vllm_forge.checkpoints.table import PAGE as CHECKPOINTS
 from vllm_forge.checkpoints.variants import load_variants
 from vllm_forge.matrix import load
 
@@ -24,8 +25,6 @@ ASKED = {
     "G58", "G69",
 }  # fmt: skip
 # Broken for another line than the default one.
-# vLLM builds NVFP4 experts for the draft layer too; from 0.33 on MXFP4 where `ignore` says mtp.*
-FP8_DRAFT = {"nvidia-modelopt"}
 ELSEWHERE = {"old-expert-targets": "0.33"}
 
 
@@ -55,9 +54,6 @@ def test_every_gate_has_a_variant() -> None:
 
 @pytest.mark.parametrize("name", [name for name, row in VARIANTS.items() if not row.breaks])
 def test_a_sound_one_serves_everywhere(name: str) -> None:
-    if name in FP8_DRAFT:
-        assert {row.outcome for row in _row(name).lines.values()} == {Outcome.WITHOUT}
-        return
     assert _row(name).exit_code == 0
     assert {row.outcome for row in _row(name).lines.values()} == {Outcome.WITH_MTP}
 
@@ -74,6 +70,8 @@ OUTCOMES = {
     "redhat-no-mtp": [Outcome.WITHOUT] * 3,
     "partial-mtp": [Outcome.WITHOUT] * 3,
     "dspark": [Outcome.WITHOUT, Outcome.WITH_DSPARK, Outcome.WITH_DSPARK],
+    "nvidia-modelopt": [Outcome.WITHOUT, Outcome.WITHOUT, Outcome.WITH_MTP],
+    "modelopt-fp8-mtp": [Outcome.WITHOUT] * 3,
     "split-global-scales": [Outcome.NOT] * 3,
     "missing-experts": [Outcome.NOT] * 3,
     "unfused-targets": [Outcome.NOT, Outcome.NOT, Outcome.WITH_MTP],
@@ -98,10 +96,8 @@ def test_vllm_says_why() -> None:
 
 
 def test_the_measured_table_is_what_was_measured() -> None:
-    if not (ROOT / measured.RESULT).exists():
-        pytest.skip(f"a measurement that writes {measured.RESULT} would run it")
-    page_ = (ROOT / measured.PAGE).read_text()
-    result = json.loads((ROOT / measured.RESULT).read_text())
-    assert page_ == measured.with_measured(page_, result)
+    page_ = (ROOT / CHECKPOINTS).read_text()
+    result = json.loads((ROOT / TABLE.result).read_text())
+    assert page_ == TABLE.put_into(page_, result)
     for row in result["artifacts"].values():
         assert set(row["outcomes"].values()) <= {"serves with MTP", "serves without MTP"}

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_forge.checkpoints.shards import CONFIG, DTYPE_BYTES, INDEX, read_shard, write_index
+from vllm_forge.checkpoints.shards import CONFIG, INDEX, read_shard, write_index
 from vllm_forge.checkpoints.source import alias_names
+from vllm_forge.checkpoints.spans import DTYPE_BYTES
 from vllm_forge.errors import QuantizedOutputError
 from vllm_forge.host import atomic_path
 

@@ -51,7 +51,7 @@ from vllm_forge.checkpoints.one_layer import (
     tensor_bytes,
 )
 from vllm_forge.checkpoints.shards import Item
-from vllm_forge.errors import QuantizedOutputError
+from vllm_forge.errors import QuantizedOutputError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -67,10 +67,21 @@ UNOBSERVED = "without statistics"
 
 
 def pick_device(choice: str) -> str:
-    """Torch's name of the device: the first GPU, or the CPU, where the choice is ``auto``."""
-    if choice != AUTO:
-        return choice
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    """Torch's name of the device: the first GPU, or the CPU, where the choice is ``auto``.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    if choice == AUTO:
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=choice)
+    except (RuntimeError, AssertionError) as error:  # unknown, not there, or not built for it
+        raise UsageError(
+            f"--device {choice}: {str(error).splitlines()[0]}",
+            remedy="name one that torch finds on this host, e.g. cpu or cuda:0",
+        ) from None
+    return choice
 
 
 class LayerQuantizer:

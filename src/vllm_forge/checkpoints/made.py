@@ -53,8 +53,9 @@ def make_with_tools(root: Path, name: str, spec: TinySpec, made: str, folder: Pa
             write_native(open_source(model(BF16)), folder)
         case ["dspark"]:
             write_native(open_source(model(BF16, replace(spec, dspark=True))), folder)
-        case ["modelopt"]:
-            write_modelopt(open_source(model(BF16)), open_checkpoint(model(CARD)), folder)
+        case ["modelopt" | "modelopt-fp8-mtp"]:
+            source, card = open_source(model(BF16)), open_checkpoint(model(CARD))
+            write_modelopt(source, card, folder, fp8_drafts=made == "modelopt-fp8-mtp")
         case ["fp8-mtp" | "fp8-compressor"]:
             write_fp8(open_checkpoint(model(CARD)), folder, made)
         case _:

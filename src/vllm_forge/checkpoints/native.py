@@ -45,8 +45,15 @@ NATIVE_CONFIG = {
     "scale_fmt": "ue8m0",
     "weight_block_size": [128, 128],
 }
-# nvidia/DeepSeek-V4-Flash-NVFP4: the native config and these (vllm-project/recipes#541).
-MODELOPT_CONFIG = NATIVE_CONFIG | {"quant_algo": "MIXED_PRECISION", "moe_quant_algo": "NVFP4"}
+# nvidia/DeepSeek-V4-Flash-NVFP4: the native config and these (vllm-project/recipes#541 and
+# hf_quant_config.json as published; quantized_layers are the decoder layers' experts).
+MODELOPT_CONFIG = NATIVE_CONFIG | {
+    "quant_algo": "MIXED_PRECISION",
+    "moe_quant_algo": "NVFP4",
+    "group_size": 16,
+    "kv_cache_quant_algo": None,
+    "ignore": ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"],
+}
 # compressed-tensors' name -> ModelOpt's; the F32 scales are each other's inverse.
 MODELOPT_NAMES = {
     "weight_packed": "weight",
@@ -67,8 +74,21 @@ def write_native(source: Checkpoint, folder: Path) -> None:
     _write(source, folder, convert, _native_config(source, NATIVE_CONFIG))
 
 
-def write_modelopt(source: Checkpoint, card: Checkpoint, folder: Path) -> None:
-    """NVFP4 experts of ``card`` under ModelOpt's names; the rest of ``source`` in FP8, MTP too."""
+def write_modelopt(
+    source: Checkpoint, card: Checkpoint, folder: Path, *, fp8_drafts: bool = False
+) -> None:
+    """NVFP4 experts of ``card`` under ModelOpt's names; all else as DeepSeek publishes it.
+
+    What its config excludes stays in the format of the source, the MTP block's experts in MXFP4
+    (vLLM 0.33.0, models/deepseek_v41/quant_config.py `from_config`; seen in a published artifact:
+    NVIDIA/TensorRT-LLM#16196).
+
+    Args:
+        source: the BF16 model.
+        card: the card's variant of it.
+        folder: appears when everything is in it.
+        fp8_drafts: put those experts in FP8 blocks instead, as descriptions of it say.
+    """
 
     def convert(tensor: Stored) -> list[Item]:
         if DECODER_EXPERT.search(tensor.name):
@@ -77,10 +97,14 @@ def write_modelopt(source: Checkpoint, card: Checkpoint, folder: Path) -> None:
                 _modelopt(card.tensors[f"{module}.{leaf}"], f"{module}.{name}")
                 for leaf, name in MODELOPT_NAMES.items()
             ]
-        fp8 = LINEAR.search(tensor.name) or EXPERT.search(tensor.name)
-        return _fp8(tensor, "scale") if fp8 else [copy_of(tensor)]
+        if EXPERT.search(tensor.name):
+            return _fp8(tensor, "scale") if fp8_drafts else _mxfp4(tensor)
+        return _fp8(tensor, "scale") if LINEAR.search(tensor.name) else [copy_of(tensor)]
 
-    _write(source, folder, convert, _native_config(source, MODELOPT_CONFIG))
+    layers = range(source.config["num_hidden_layers"])
+    told = {f"layers.{n}.ffn.experts": {"quant_algo": "NVFP4", "group_size": 16} for n in layers}
+    config = MODELOPT_CONFIG | {"quantized_layers": told}
+    _write(source, folder, convert, _native_config(source, config))
 
 
 def write_fp8(card: Checkpoint, folder: Path, kind: str) -> None:

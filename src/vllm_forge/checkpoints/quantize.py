@@ -7,10 +7,13 @@ recipe names go through llm-compressor, a layer at a time: see calibrate.py.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import time
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +22,20 @@ from vllm_forge.checkpoints.inventory import layer_tensors, shared_tensors
 from vllm_forge.checkpoints.shards import copy_of
 from vllm_forge.checkpoints.source import alias_names
 from vllm_forge.checkpoints.work import Work
+from vllm_forge.errors import DiskSpaceError, UsageError
 from vllm_forge.host import console, exclusive, remove, require_disk
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from vllm_forge.checkpoints.job import Job
+    from vllm_forge.checkpoints.recipe import NamedRecipe, Recipe
     from vllm_forge.checkpoints.shards import Checkpoint
 
 MAX_PASSED = 5_000_000_000  # bytes of passed-through tensors per file
 STREAM_BYTES = 2  # of one hidden value
+GB = 10**9
 MINUTE_S, SECONDS_SHOWN_S, MINUTES_SHOWN = 60, 90, 120
 
 
@@ -62,15 +68,16 @@ def quantize(job: Job, output: Path) -> bool:
         False when an earlier run has finished, and only its work folder was left.
 
     Raises:
-        DiskSpaceError: before anything is written.
-        ResumeError: see Work.begin.
+        DiskSpaceError: before anything is written, or later if others have filled the disk.
+        ResumeError, UsageError: see Work.begin and check_output.
         QuantizedOutputError: the tools made something else than the recipe says.
         BusyError: another process writes this output.
     """
+    check_output(job.source.folder, output)
     work = Work.beside(output)
     parts = plan_parts(job.source)
     lock = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
-    with exclusive(f"quantize-{lock}", wait=False):
+    with exclusive(f"quantize-{lock}", wait=False), _disk_errors(work.folder):
         if not work.folder.exists():
             require_disk({output.parent: disk_needed(job, parts)})
         if not work.begin(_plan(job)):
@@ -84,6 +91,25 @@ def quantize(job: Job, output: Path) -> bool:
         finish_artifact(work, [part.name for part in parts], job)
         work.finish()
     return True
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """What the file system refuses is told, and not how Python met it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise DiskSpaceError(
+                f"{error.strerror}: the run was ended",
+                where=str(folder),
+                remedy="free some space and give the same command again: finished files are kept",
+            ) from None
+        raise UsageError(
+            f"cannot write: {error.strerror}",
+            where=str(error.filename or folder),
+            remedy="choose an --output that can be written",
+        ) from None
 
 
 def plan_parts(source: Checkpoint) -> list[Part]:
@@ -116,15 +142,66 @@ def plan_parts(source: Checkpoint) -> list[Part]:
 
 def disk_needed(job: Job, parts: Sequence[Part]) -> int:
     """Bytes on disk at the most: the artifact, counted generously, and two sets of states."""
-    source, size = job.source, 0
+    tokens = sum(len(row) for row in job.calibration.tokens)
+    return artifact_bytes(job.source, job.recipe.recipe, parts) + states_bytes(job.source, tokens)
+
+
+def artifact_bytes(source: Checkpoint, recipe: Recipe, parts: Sequence[Part]) -> int:
+    """Bytes of the artifact at the most: one per quantized weight, the scales included."""
+    size = 0
     for part in parts:
         for name in (*part.tensors, *part.aliases.values()):
             tensor = source.tensors[name]
-            quantized = job.recipe.recipe.group_of(name) is not None
+            quantized = recipe.group_of(name) is not None
             size += math.prod(tensor.shape) if quantized else tensor.size
+    return size
+
+
+def states_bytes(source: Checkpoint, tokens: int) -> int:
+    """Bytes of what goes into a layer and of what comes out, for so many tokens."""
     width = source.config["hc_mult"] * source.config["hidden_size"] * STREAM_BYTES
-    states = 2 * width * sum(len(row) for row in job.calibration.tokens)
-    return size + int(states)
+    return int(2 * width * tokens)
+
+
+def forecast(source: Checkpoint, recipe: NamedRecipe) -> str:
+    """What a run would do, in words; nothing is written and no tool is needed."""
+    parts, rules = plan_parts(source), recipe.recipe
+    counts = Counter(
+        group.scheme if (group := rules.group_of(name)) else "as it is"
+        for part in parts
+        for name in part.tensors
+    )
+    drafts = sum(name.startswith("mtp.") for part in parts for name in part.tensors)
+    disk = artifact_bytes(source, rules, parts) + states_bytes(source, rules.samples * rules.tokens)
+    largest = max(part.size for part in parts if part.layer is not None)
+    return "\n".join(
+        [
+            f"recipe {recipe.name}: {rules.about}",
+            "tensors: "
+            + ", ".join(f"{count} {what}" for what, count in counts.most_common())
+            + f"; {drafts} of mtp.* among the last",
+            f"model: {sum(part.size for part in parts) / GB:.2f} GB; the largest layer, which is "
+            f"what memory holds beside the tools, {largest / GB:.2f} GB",
+            f"files: {len(parts)} shards; disk, at the most: {disk / GB:.2f} GB",
+        ]
+    )
+
+
+def check_output(source: Path, output: Path) -> None:
+    """Refuse an output that is taken, or that would lie in the model, before any tool is needed.
+
+    Raises:
+        UsageError: one folder would be inside the other.
+        ResumeError: the output exists, and no run was ended just after it made it.
+    """
+    here, there = source.resolve(), output.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise UsageError(
+            "--output and --model are folders in each other",
+            where=str(output),
+            remedy="choose an --output beside the model",
+        )
+    Work.beside(output).check()
 
 
 def _split(names: Sequence[str], source: Checkpoint) -> list[list[str]]:

@@ -14,8 +14,16 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
+from vllm_forge.checkpoints.spans import (
+    DTYPE_BYTES,
+    LENGTH_BYTES,
+    MAX_HEADER,
+    MIN_HEADER,
+    parse_header,
+    strict_json,
+)
 from vllm_forge.errors import ModelInputError
 from vllm_forge.host import atomic_path
 
@@ -26,11 +34,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
 CHUNK = 1 << 24
-MIN_HEADER, MAX_HEADER = 2, 100_000_000  # "{}"; what the library accepts
-DTYPE_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2,
-    "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,18 +134,23 @@ def in_memory(name: str, dtype: str, shape: Sequence[int], data: bytes) -> Item:
     return Item(name=name, dtype=dtype, shape=tuple(shape), chunks=lambda: (data,))
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file of a checkpoint.
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object of a checkpoint.
 
     Raises:
-        ModelInputError: missing or malformed.
+        ModelInputError: missing, unreadable or malformed.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = strict_json(path.read_bytes())
     except FileNotFoundError:
         raise ModelInputError(f"there is no {path.name}", where=str(path.parent)) from None
+    except OSError as error:
+        raise ModelInputError(f"cannot be read: {error.strerror}", where=str(path)) from None
     except ValueError as error:
         raise ModelInputError(f"{path.name} is not JSON: {error}", where=str(path)) from None
+    if not isinstance(found, dict):
+        raise ModelInputError(f"{path.name} is not a JSON object", where=str(path))
+    return found
 
 
 def read_shard(path: Path) -> list[Stored]:
@@ -153,48 +161,33 @@ def read_shard(path: Path) -> list[Stored]:
     """
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
             if not MIN_HEADER <= length <= MAX_HEADER:
                 raise ValueError(f"a header of {length} bytes")  # noqa: TRY301
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            base = 8 + length
-            tensors = [_stored(path, base, name, row) for name, row in header.items()]
-            end = file.seek(0, os.SEEK_END)
+            spans = parse_header(file.read(length), size)
     except FileNotFoundError:
         raise ModelInputError(f"there is no {path.name}", where=str(path.parent)) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise ModelInputError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except ValueError as error:
         raise ModelInputError(
-            f"not a safetensors file: {type(error).__name__}: {error}", where=str(path)
-        ) from None
-    tensors.sort(key=lambda tensor: tensor.start)
-    at = base
-    for tensor in tensors:
-        if tensor.start != at:
-            raise ModelInputError(f"{tensor.name} does not follow the one before", where=str(path))
-        at += tensor.size
-    if at != end:
-        raise ModelInputError(
-            f"the header describes {at} bytes, the file has {end}",
+            f"not a whole safetensors file: {error}",
             where=str(path),
-            remedy="the download or copy was cut off: fetch it again",
+            remedy="an interrupted download or copy: fetch it again",
+        ) from None
+    return [
+        Stored(
+            name=span.name,
+            dtype=span.dtype,
+            shape=span.shape,
+            path=path,
+            start=span.begin,
+            size=span.end - span.begin,
         )
-    return tensors
-
-
-def _stored(path: Path, base: int, name: str, row: dict[str, Any]) -> Stored:
-    first, last = row["data_offsets"]
-    shape = tuple(int(extent) for extent in row["shape"])
-    if last - first != math.prod(shape) * DTYPE_BYTES[row["dtype"]]:
-        raise ValueError(f"{name}: {last - first} bytes are not {row['dtype']} {list(shape)}")
-    return Stored(
-        name=name,
-        dtype=row["dtype"],
-        shape=shape,
-        path=path,
-        start=base + first,
-        size=last - first,
-    )
+        for span in spans
+    ]
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -203,9 +196,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         ModelInputError: a file is missing or malformed, or the index is not what the files hold.
     """
+    if not folder.is_dir():
+        raise ModelInputError("there is no such folder", where=str(folder))
     config = read_json(folder / CONFIG)
     if (folder / INDEX).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map", {})
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not is_weight_map(weight_map):
+            raise ModelInputError("the index has no weight_map", where=str(folder / INDEX))
         names = sorted(set(weight_map.values()))
     else:
         weight_map, names = None, [SINGLE]
@@ -225,6 +222,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             where=str(folder / INDEX),
         )
     return Checkpoint(folder=folder, config=config, tensors=tensors)
+
+
+def is_weight_map(found: Any) -> TypeGuard[dict[str, str]]:
+    """Whether it is tensor -> file name, and the files are in the index's own folder."""
+    return isinstance(found, dict) and all(
+        isinstance(name, str) and name == Path(name).name for name in found.values()
+    )
 
 
 def write_shard(path: Path, items: Iterable[Item]) -> list[Written]:

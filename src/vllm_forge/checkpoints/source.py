@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_forge.checkpoints.config_check import config_problems
 from vllm_forge.checkpoints.inventory import MODEL_TYPE, Expected, all_tensors, has_dspark
 from vllm_forge.checkpoints.shards import Checkpoint, open_checkpoint
 from vllm_forge.errors import ModelInputError
@@ -35,13 +36,13 @@ def open_source(folder: Path) -> Checkpoint:
             where=str(folder),
             remedy="start from the BF16 model: convert the published FP8 one first",
         )
-    try:
-        expected = {tensor.name: tensor for tensor in all_tensors(checkpoint.config)}
-    except (KeyError, IndexError, TypeError) as error:
+    if wrong := list(config_problems(checkpoint.config)):
         raise ModelInputError(
-            f"config.json lacks what names and shapes follow from: {type(error).__name__}: {error}",
+            f"config.json cannot be right: {'; '.join(wrong[:SHOWN])}",
             where=str(folder),
-        ) from None
+            remedy="take config.json from the model's repository",
+        )
+    expected = {tensor.name: tensor for tensor in all_tensors(checkpoint.config)}
     if problems := list(_problems(checkpoint, expected)):
         shown = "\n".join(f"  - {problem}" for problem in problems[:SHOWN])
         more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""

@@ -50,6 +50,19 @@ class Work:
         """Input of a layer."""
         return self.folder / f"hidden-{layer:05}.bin"
 
+    def check(self) -> None:
+        """Refuse an output that is there already, as far as that can be told without a plan.
+
+        Raises:
+            ResumeError: it exists, and nothing says that a run of ours was about to tidy up.
+        """
+        if self.output.exists() and (self.artifact.exists() or not (self.folder / PLAN).exists()):
+            raise ResumeError(
+                "the output exists",
+                where=str(self.output),
+                remedy="choose another --output, or delete that one",
+            )
+
     def begin(self, plan: dict[str, Any]) -> bool:
         """Start, or go on with what an earlier run of the same plan has left.
 
@@ -63,16 +76,17 @@ class Work:
         plan = json.loads(text)
         path = self.folder / PLAN
         if self.output.exists():
-            if path.exists() and path.read_text() == text and not self.artifact.exists():
+            self.check()
+            if path.read_text(encoding="utf-8") == text:
                 remove(self.folder)  # the last run was ended just before it would have
                 return False
             raise ResumeError(
-                "the output exists",
+                "the output exists, made by a run that differs from this one",
                 where=str(self.output),
                 remedy="choose another --output, or delete that one",
             )
         if path.exists():
-            earlier = json.loads(path.read_text())
+            earlier = self._earlier(path)
             if differing := sorted(key for key in plan if earlier.get(key) != plan[key]):
                 raise ResumeError(
                     f"an earlier run differs in {', '.join(differing)}",
@@ -90,6 +104,19 @@ class Work:
                 aside.write_text(text, encoding="utf-8")
         self.artifact.mkdir(exist_ok=True)
         return True
+
+    def _earlier(self, path: Path) -> dict[str, Any]:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if isinstance(found, dict):
+            return found
+        raise ResumeError(
+            f"{PLAN} of an earlier run cannot be read",
+            where=str(self.folder),
+            remedy="delete that folder to start again",
+        )
 
     def done(self, name: str) -> bool:
         """Whether a file of the artifact is finished."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vllm_forge.errors import CheckpointDepartsError, CheckpointRefusedError, UsageError
 from vllm_forge.host import SubprocessRunner, atomic_path, console
 from vllm_forge.matrix import find_root, load
-from vllm_forge.matrix.cells import find_line
+from vllm_forge.matrix.cells import find_line, find_lines
 
 if TYPE_CHECKING:
     import argparse
@@ -42,6 +42,11 @@ def register(choices: Commands) -> None:
         metavar="N",
         help="also decode N weights of each part, 0 for all, and compare them with --source",
     )
+    one.add_argument(
+        "--digests",
+        action="store_true",
+        help="also read all tensors and compare them with the SHA-256 in its manifest.json",
+    )
     one.add_argument("--manifest", help="the artifact that it must be (default: the nearest)")
     one.add_argument(
         "--resolve",
@@ -74,7 +79,7 @@ def inspect_checkpoint(args: argparse.Namespace) -> None:
     root = find_root()
     matrix = load(root)
     line, _ = find_line(matrix, args.line)
-    names = [line] if args.line else list(matrix.line)
+    names = find_lines(matrix, args.line)
     if args.manifest is not None:
         named(args.manifest)  # a mistyped name is told before anything is read
     if args.values is not None and (args.values < 0 or args.source is None):
@@ -89,6 +94,7 @@ def inspect_checkpoint(args: argparse.Namespace) -> None:
         artifact=args.manifest,
         source=source,
         values=args.values,
+        digests=args.digests,
     )
     if args.json:
         sys.stdout.write(report.model_dump_json(indent=1) + "\n")
@@ -144,8 +150,9 @@ def _refuse(report: Report, line: str, *, without_mtp: bool) -> None:
 
 
 def verdicts(args: argparse.Namespace) -> None:
-    """Inspect every tiny variant and write docs/verdicts.json and docs/verdicts.md."""
+    """Inspect every tiny variant; write docs/verdicts.* and what follows for the card's claims."""
     del args
+    from vllm_forge.checkpoints.inspect.claims import write_claims
     from vllm_forge.checkpoints.inspect.inspection import inspect
     from vllm_forge.checkpoints.inspect.places import Folder
     from vllm_forge.checkpoints.inspect.profile import Profile
@@ -172,4 +179,5 @@ def verdicts(args: argparse.Namespace) -> None:
     for path, text in ((DATA, found.text()), (PAGE, page(found))):
         with atomic_path(root / path) as aside:
             aside.write_text(text, encoding="utf-8")
+    write_claims(root)
     print(root / PAGE)

@@ -29,6 +29,9 @@ def register(choices: Commands) -> None:
     one.add_argument(
         "--device", default=AUTO, help="auto (a GPU if there is one), cpu, cuda:0, ..."
     )
+    one.add_argument(
+        "--dry-run", action="store_true", help="say what would be done; install and write nothing"
+    )
     one.set_defaults(call=quantize)
 
     one = choices.add_parser("tiny", help="make tiny checkpoints in the cache", allow_abbrev=False)
@@ -42,17 +45,22 @@ def register(choices: Commands) -> None:
 def quantize(args: argparse.Namespace) -> None:
     """Quantize a model."""
     from vllm_forge.checkpoints.environment import enter
+    from vllm_forge.checkpoints.quantize import check_output, forecast
+    from vllm_forge.checkpoints.quantize import quantize as run
     from vllm_forge.checkpoints.recipe import load_recipe
     from vllm_forge.checkpoints.source import open_source
 
     recipe = load_recipe(args.recipe)  # what can be refused at once is, before 3 GB of tools
     source = open_source(args.model)
+    check_output(args.model, args.output)
+    if args.dry_run:
+        print(forecast(source, recipe))
+        return
     enter(find_root(), sys.argv[1:])
 
     from vllm_forge.checkpoints.calibrate import LayerQuantizer, pick_device
     from vllm_forge.checkpoints.calibration import NO_DATA, calibrate_with
     from vllm_forge.checkpoints.job import Job
-    from vllm_forge.checkpoints.quantize import quantize as run
 
     engine = LayerQuantizer(source.config, recipe.recipe, pick_device(args.device))
     data = calibrate_with(args.data, recipe.recipe, args.model) if engine.needs_data else NO_DATA

@@ -48,7 +48,7 @@ class CheckpointDepartsError(ForgeError):
 
 
 class CheckpointUnreadableError(ForgeError):
-    """Not a checkpoint of DeepSeek-V4, or a file of it that is missing, cut off or malformed."""
+    """Not a checkpoint of DeepSeek-V4, or a file of it is missing, cut off, malformed or absurd."""
 
     exit_code = 107
 

@@ -18,8 +18,11 @@ from vllm_forge.patches import read_tree_lock
 if TYPE_CHECKING:
     from vllm_forge.matrix import Matrix
 
-# Small, or made again in seconds.
-ALWAYS = ("work", "bytecode", "buildah", "census", "oracle", "proofs", "toolkit")
+# Small, or made again in a minute.
+ALWAYS = (
+    "work", "bytecode", "buildah", "census", "checkpoints", "inspect", "oracle", "proofs",
+    "toolkit",
+)  # fmt: skip
 
 
 def clean(root: Path, matrix: Matrix, *, everything: bool) -> int:
@@ -44,6 +47,7 @@ def clean(root: Path, matrix: Matrix, *, everything: bool) -> int:
         for name in matrix.line:
             held.enter_context(exclusive(f"prove-{name}", wait=False))
             held.enter_context(exclusive(f"oracle-{name}", wait=False))
+            held.enter_context(exclusive(f"inspect-{name}", wait=False))
         if everything:
             doomed = [path for path in _children(cache) if path.name != "locks"]
         else:

@@ -12,8 +12,9 @@ from vllm_forge.checkpoints.calibration import Calibration
 from vllm_forge.checkpoints.inventory import HEAVY, SLIDING
 from vllm_forge.checkpoints.job import Job
 from vllm_forge.checkpoints.recipe import NamedRecipe, load_recipe
-from vllm_forge.checkpoints.shards import DTYPE_BYTES, Item, in_memory
+from vllm_forge.checkpoints.shards import Item, in_memory
 from vllm_forge.checkpoints.source import open_source
+from vllm_forge.checkpoints.spans import DTYPE_BYTES
 from vllm_forge.checkpoints.tiny import TinySpec, write_bf16
 
 if TYPE_CHECKING:

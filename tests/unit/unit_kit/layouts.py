@@ -57,6 +57,7 @@ NATIVE = {
     "quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [128, 128],
     "activation_scheme": "dynamic",
 }  # fmt: skip
+MODELOPT = {**NATIVE, "moe_quant_algo": "NVFP4", "ignore": ["*.attn.*", "mtp.*"]}
 
 
 def compressed(experts: Mapping[str, Any], layers: int = 3) -> dict[str, Any]:
@@ -79,7 +80,7 @@ MADE: dict[str, tuple[str, dict[str, Any] | None, TinySpec]] = {
     "card": ("flash-nvfp4-fp8-mtp", compressed(NVFP4), SMALL),
     "w4a16-fp8-mtp": ("flash-w4a16-fp8-mtp", compressed(W4A16), SMALL),
     "native-fp8-mxfp4": ("deepseek-v4-flash", NATIVE, SMALL),
-    "nvidia-modelopt": ("nvidia-nvfp4", {**NATIVE, "moe_quant_algo": "NVFP4"}, SMALL),
+    "nvidia-modelopt": ("nvidia-nvfp4", MODELOPT, SMALL),
     "dspark": ("deepseek-v4-flash-0731", NATIVE, DSPARK),
 }
 
@@ -98,6 +99,7 @@ def write_layout(folder: Path, artifact: str, config: dict[str, Any]) -> Path:
         total += sum(item.size for item in items)
     write_index(folder, shards, total)
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
     return folder
 
 

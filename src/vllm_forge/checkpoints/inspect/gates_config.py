@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
@@ -12,7 +11,6 @@ from vllm_forge.checkpoints.inspect.formats import Format
 from vllm_forge.checkpoints.inspect.matching import (
     FUSION_KNOWN,
     PROBES_CHANGED,
-    BadPatternError,
     Group,
     is_rule,
     means,
@@ -23,13 +21,11 @@ from vllm_forge.checkpoints.inspect.matching import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from vllm_forge.checkpoints.inspect.profile import Profile
 
 COMPRESSED = "compressed-tensors"
-NATIVE = {"fp8", "deepseek_v4_fp8"}
-IGNORE_READ = Version("0.33.0")
 # Between these, vLLM asks a config in the same way; see matching.py.
 ERAS = (
     (Version("0"), FUSION_KNOWN),
@@ -62,30 +58,30 @@ EXPERTS = "ffn.experts"
 def rules(profile: Profile) -> Iterator[Finding]:
     """G11, G18: rules that are malformed, or mean no module at all, or every one."""
     groups = read_groups(profile.quantization)
-    ignore = _ignore(profile)
+    ignore = ignore_rules(profile)
     if not groups:
         return
+    for rule in (*ignore, *(target for group in groups for target in group.targets)):
+        if not is_rule(rule):
+            yield Finding(
+                gate="G11",
+                title="a rule is no regular expression",
+                effect=Effect.REFUSES,
+                what=rule,
+                remedy='write "re:" and a regular expression, or the whole name of a module',
+            )
+            return
     known = serving_modules(profile.config, (*range(profile.layers), *profile.draft_layers))
     stored = [f"model.{module}" for module in profile.modules] + list(profile.modules)
-    try:
-        for group in groups:
-            for target in group.targets:
-                hits = sum(means([target], name, Version("0")) for name in known)
-                if hits == len(known):
-                    yield _targets("mean every module", target, group)
-                elif not hits and not any(means([target], n, Version("0")) for n in stored):
-                    yield _targets("mean no module", target, group)
-        literal = [rule for rule in ignore if not rule.startswith("re:") and rule not in HARMLESS]
-        stale = [rule for rule in literal if not means([rule], rule, Version("0"))]
-        stale += sorted(set(literal) - set(known) - set(stale))
-    except BadPatternError as error:
-        yield Finding(
-            gate="G11",
-            title="a rule is no regular expression",
-            effect=Effect.REFUSES,
-            what=str(error),
-        )
-        return
+    for group in groups:
+        for target in group.targets:
+            hits = sum(means([target], name, Version("0")) for name in known)
+            if hits == len(known):
+                yield _targets("mean every module", target, group)
+            elif not hits and not any(means([target], n, Version("0")) for n in stored):
+                yield _targets("mean no module", target, group)
+    literal = {rule for rule in ignore if not rule.startswith("re:") and rule not in HARMLESS}
+    stale = sorted(literal - set(known))
     if stale:
         yield Finding(
             gate="G18",
@@ -110,7 +106,7 @@ def resolution(profile: Profile) -> Iterator[Finding]:
     """G11, G13, G14, G16: what each module gets against how it is stored, for every vLLM."""
     if profile.quantization.get("quant_method") != COMPRESSED or not profile.formats:
         return
-    groups, ignore = read_groups(profile.quantization), _ignore(profile)
+    groups, ignore = read_groups(profile.quantization), ignore_rules(profile)
     if not all(is_rule(rule) for rule in (*ignore, *(t for g in groups for t in g.targets))):
         return  # told by `rules`
     seen: list[tuple[Version, Version | None, dict[str, list[str]]]] = []
@@ -122,13 +118,20 @@ def resolution(profile: Profile) -> Iterator[Finding]:
                 if fault := _fault(kind, group, draft=draft, hidden=hidden):
                     lost.setdefault(fault, []).append(name)
         seen.append((since, before, lost))
-    yield from _over_eras(seen)
+    yield from over_eras(seen)
 
 
-def _over_eras(
-    seen: list[tuple[Version, Version | None, dict[str, list[str]]]],
+def over_eras(
+    seen: Iterable[tuple[Version, Version | None, Mapping[str, list[str]]]],
+    effect: Effect = Effect.REFUSES,
 ) -> Iterator[Finding]:
-    """One finding per fault, over the neighbouring eras in which it is the same."""
+    """One finding per fault, over the neighbouring eras in which it is the same.
+
+    Args:
+        seen: since which vLLM, before which, fault (a key of TOLD) -> modules; in order.
+        effect: of each fault.
+    """
+    seen = list(seen)
     for fault in {fault: None for _, _, faults in seen for fault in faults}:
         runs: list[tuple[Version, Version | None, list[str]]] = []
         for since, before, faults in seen:
@@ -140,7 +143,7 @@ def _over_eras(
             else:
                 runs.append((since, before, names))
         for since, before, names in runs:
-            yield _resolved(fault, names, since, before)
+            yield _resolved(fault, names, since, before, effect)
 
 
 def _modules(
@@ -203,6 +206,12 @@ TOLD = {
         "vLLM builds it as its config says",
         "pass mtp.* through as the source has it, or let the groups mean it",
     ),
+    "G16 experts": (
+        "the draft's experts are not in the format that vLLM builds",
+        "vLLM gives all layers the format of moe_quant_algo, and since 0.33.0 reads in ignore "
+        "which are left in MXFP4",
+        "serve it on a line that reads ignore, and name mtp.* there",
+    ),
     "plain": (
         "weights that would be quantized are not",
         "vLLM builds these modules quantized",
@@ -216,13 +225,15 @@ TOLD = {
 }
 
 
-def _resolved(fault: str, names: list[str], since: Version, before: Version | None) -> Finding:
+def _resolved(
+    fault: str, names: list[str], since: Version, before: Version | None, effect: Effect
+) -> Finding:
     title, why, remedy = TOLD[fault]
-    draft = fault in {"G14", "G16"}
+    draft = fault.startswith(("G14", "G16"))
     return Finding(
-        gate=fault if fault.startswith("G") else "G11",
+        gate=fault.partition(" ")[0] if fault.startswith("G") else "G11",
         title=title,
-        effect=Effect.REFUSES,
+        effect=effect,
         scope=Scope.DRAFT if draft else Scope.TARGET,
         what=f"{why}: {some(f'{name}.weight' for name in names)}",
         remedy=remedy,
@@ -231,41 +242,9 @@ def _resolved(fault: str, names: list[str], since: Version, before: Version | No
     )
 
 
-def native_experts(profile: Profile) -> Iterator[Finding]:
-    """G16: DeepSeek's own config says one format for the experts of all layers.
-
-    ``moe_quant_algo`` NVFP4 means every layer's, the draft's too, until vLLM reads in ``ignore``
-    which are left in MXFP4 (models/deepseek_v41/quant_config.py `_is_nvfp4_expert_layer`: in
-    0.33.0, not in 0.26.0; the releases between were not looked at).
-    """
-    if profile.quantization.get("quant_method") not in NATIVE or not profile.formats:
-        return
-    seen: list[tuple[Version, Version | None, dict[str, list[str]]]] = []
-    for since, before in ((Version("0"), IGNORE_READ), (IGNORE_READ, None)):
-        wrong: dict[str, list[str]] = {}
-        for layer in (*range(profile.layers), *profile.draft_layers):
-            draft = layer >= profile.layers
-            local = f"mtp.{layer - profile.layers}" if draft else f"layers.{layer}"
-            kind = profile.formats.get(f"{local}.{EXPERTS}.0.w1")
-            ignored = since >= IGNORE_READ and any(
-                fnmatch.fnmatchcase(f"{local}.{EXPERTS}", rule) for rule in _ignore(profile)
-            )
-            if kind not in (None, _native_format(profile, ignored=ignored)):
-                wrong.setdefault("G16" if draft else "scheme", []).append(f"{local}.{EXPERTS}")
-        seen.append((since, before, wrong))
-    yield from _over_eras(seen)
-
-
-def _native_format(profile: Profile, *, ignored: bool) -> Format:
-    if profile.config.get("expert_dtype", "fp4") != "fp4":
-        return Format.FP8_NATIVE
-    algorithm = str(profile.quantization.get("moe_quant_algo") or "").upper()
-    return Format.MODELOPT_NVFP4 if algorithm == "NVFP4" and not ignored else Format.MXFP4_NATIVE
-
-
-def _ignore(profile: Profile) -> list[str]:
+def ignore_rules(profile: Profile) -> list[str]:
     found = profile.quantization.get("ignore") or []
     return [str(rule) for rule in found] if isinstance(found, list) else []
 
 
-GATES = (rules, resolution, native_experts)
+GATES = (rules, resolution)

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, some
 from vllm_forge.checkpoints.inspect.formats import Format
-from vllm_forge.checkpoints.inspect.parts import DRAFT, Part, part_of
+from vllm_forge.checkpoints.inspect.parts import (
+    DRAFT,
+    LINEAR,
+    Drafter,
+    Part,
+    alias_tensors,
+    part_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -15,6 +22,7 @@ if TYPE_CHECKING:
     from vllm_forge.checkpoints.inspect.profile import Profile
 
 FLOATS = {"F32": 32, "F16": 16, "BF16": 16}
+INTEGERS = {"I64", "I32"}
 
 
 def downcasts(profile: Profile) -> Iterator[Finding]:
@@ -91,4 +99,44 @@ def uniform_draft(profile: Profile) -> Iterator[Finding]:
         )
 
 
-GATES = (downcasts, kept_unquantized, uniform_draft)
+def plain_tensors(profile: Profile) -> Iterator[Finding]:
+    """What is stored as it is: its shape as the config says, and numbers of the right kind."""
+    draft = profile.draft if profile.drafter is not Drafter.NONE else {}
+    aliases = {tensor.name: tensor for tensor in alias_tensors(profile.config)}
+    for scope, wanted in ((Scope.TARGET, profile.main), (Scope.DRAFT, {**draft, **aliases})):
+        shapes, kinds = [], []
+        for name, tensor in wanted.items():
+            entry = profile.tensors.get(name)
+            module = name.removesuffix(".weight")
+            if entry is None or (
+                LINEAR.search(name) and profile.formats.get(module) is not Format.PLAIN
+            ):
+                continue
+            if entry.shape != tensor.shape:
+                shapes.append(name)
+            elif entry.dtype not in (INTEGERS if tensor.dtype == "I64" else FLOATS):
+                kinds.append(name)
+        if shapes:
+            first = shapes[0]
+            yield Finding(
+                gate="names",
+                title="tensors of another shape than config.json says",
+                effect=Effect.REFUSES,
+                scope=scope,
+                what=f"{some(shapes)}; {list(profile.tensors[first].shape)}, not "
+                f"{list(wanted[first].shape)}",
+                remedy="take config.json and tensors from the same model",
+            )
+        if kinds:
+            first = kinds[0]
+            yield Finding(
+                gate="formats",
+                title="numbers of a kind that means something else",
+                effect=Effect.CORRUPTS,
+                scope=scope,
+                what=f"{some(kinds)}; {profile.tensors[first].dtype}, not {wanted[first].dtype}",
+                remedy="take these tensors from the source, byte for byte",
+            )
+
+
+GATES = (downcasts, plain_tensors, kept_unquantized, uniform_draft)

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, some
 from vllm_forge.checkpoints.inspect.formats import split
-from vllm_forge.checkpoints.inspect.parts import LINEAR, Drafter, Part, alias_tensors, part_of
+from vllm_forge.checkpoints.inspect.parts import (
+    DRAFT,
+    LINEAR,
+    Drafter,
+    Part,
+    alias_tensors,
+    part_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -17,6 +24,7 @@ if TYPE_CHECKING:
 
 ROWS = re.compile(r"ffn\.shared_experts\.(down_proj|w2)\.\d+(\.|$)")
 ROUTERS = (".gate.bias", ".gate.tid2eid")
+TOKENIZER = "tokenizer.json"
 # Suffixes of which one must be there for a matrix to be there.
 WEIGHTS = ("weight", "weight_packed")
 
@@ -179,6 +187,40 @@ def rest(profile: Profile) -> Iterator[Finding]:
         )
 
 
+def foreign(profile: Profile) -> Iterator[Finding]:
+    """Names that no module of the model has; loaders look each of them up."""
+    if profile.drafter is Drafter.UNKNOWN:
+        return  # told by `drafter`
+    expected = [*profile.main.values(), *alias_tensors(profile.config)]
+    expected += profile.draft.values() if profile.drafter is not Drafter.NONE else []
+    known = {split(tensor.name)[0] for tensor in expected}
+    known |= {_other_name(tensor.name) for tensor in expected}
+    unknown = [n for n in profile.names if split(n)[0] not in known and not ROWS.search(n)]
+    for scope in Scope:
+        names = [n for n in unknown if n.startswith(DRAFT) == (scope is Scope.DRAFT)]
+        if names:
+            yield Finding(
+                gate="names",
+                title="tensors that the model does not have",
+                effect=Effect.REFUSES,
+                scope=scope,
+                what=some(names),
+                remedy="take config.json and tensors from the same model, or drop these",
+            )
+
+
+def tokenizer(profile: Profile) -> Iterator[Finding]:
+    """What serving needs beside the tensors."""
+    if profile.tensors and TOKENIZER not in profile.seen.place.sizes:
+        yield Finding(
+            gate="files",
+            title="there is no tokenizer",
+            effect=Effect.NOTES,
+            what=f"no {TOKENIZER}: it serves with --tokenizer alone",
+            remedy="copy the tokenizer's files from the source model",
+        )
+
+
 def _absent(profile: Profile, wanted: Iterable[Expected]) -> Iterator[str]:
     """Tensors, or weights in whatever format, that are not there."""
     for tensor in wanted:
@@ -194,4 +236,4 @@ def _other_name(name: str) -> str:
     return name.replace(".gate.bias", ".gate.e_score_correction_bias")
 
 
-GATES = (files, drafter, experts, router, shared_experts, rest)
+GATES = (files, drafter, experts, router, shared_experts, rest, foreign, tokenizer)

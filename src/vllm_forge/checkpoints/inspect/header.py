@@ -6,19 +6,15 @@ The format is a length, a JSON header and the data
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vllm_forge.checkpoints.shards import DTYPE_BYTES, MAX_HEADER
+from vllm_forge.checkpoints.spans import LENGTH_BYTES, MAX_HEADER, MIN_HEADER, parse_header
 from vllm_forge.errors import CheckpointUnreadableError
 
 if TYPE_CHECKING:
     from vllm_forge.checkpoints.inspect.places import Place
 
-LENGTH_BYTES = 8
-EMPTY = len("{}")
 FIRST_READ = 1 << 20  # holds most headers: one request instead of two
 
 
@@ -62,46 +58,16 @@ def read_header(place: Place, shard: str, size: int) -> list[Entry]:
     first = place.read(shard, 0, min(size, FIRST_READ))
     length = int.from_bytes(first[:LENGTH_BYTES], "little")
     start = LENGTH_BYTES + length
-    if not EMPTY <= length <= MAX_HEADER or start > size:
+    if not MIN_HEADER <= length <= MAX_HEADER or start > size:
         raise _unreadable(place, shard, f"a header of {length} bytes in a file of {size}")
     text = first[LENGTH_BYTES:start]
     if len(text) < length:
         text += place.read(shard, LENGTH_BYTES + len(text), start)
     try:
-        entries = _entries(json.loads(text), shard, start)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unreadable(place, shard, f"{type(error).__name__}: {error}") from None
-    at = start
-    for entry in entries:
-        if entry.begin != at:
-            raise _unreadable(place, shard, f"{entry.name} does not follow the one before")
-        at = entry.end
-    if at != size:
-        raise _unreadable(
-            place, shard, f"its header describes {at} bytes, the file has {size}: cut off"
-        )
-    return entries
-
-
-def _entries(header: dict[str, Any], shard: str, start: int) -> list[Entry]:
-    header.pop("__metadata__", None)
-    entries = []
-    for name, row in header.items():
-        begin, end = row["data_offsets"]
-        shape = tuple(int(extent) for extent in row["shape"])
-        if end - begin != math.prod(shape) * DTYPE_BYTES[row["dtype"]]:
-            raise ValueError(f"{name}: {end - begin} bytes are not {row['dtype']} {list(shape)}")
-        entries.append(
-            Entry(
-                name=name,
-                dtype=row["dtype"],
-                shape=shape,
-                shard=shard,
-                begin=start + begin,
-                end=start + end,
-            )
-        )
-    return sorted(entries, key=lambda entry: entry.begin)
+        spans = parse_header(text, size)
+    except ValueError as error:
+        raise _unreadable(place, shard, str(error)) from None
+    return [Entry(shard=shard, **vars(span)) for span in spans]
 
 
 def _unreadable(place: Place, shard: str, what: str) -> CheckpointUnreadableError:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from vllm_forge.checkpoints.inspect import (
     gates_config,
     gates_dtypes,
+    gates_method,
     gates_names,
     gates_scales,
     gates_schemes,
@@ -28,7 +29,13 @@ if TYPE_CHECKING:
     from vllm_forge.checkpoints.inspect.remedies import Remedies
 
 NAME_GATES = gates_names.GATES
-HEADER_GATES = (*gates_schemes.GATES, *gates_config.GATES, *gates_scales.GATES, *gates_dtypes.GATES)
+HEADER_GATES = (
+    *gates_method.GATES,
+    *gates_schemes.GATES,
+    *gates_config.GATES,
+    *gates_scales.GATES,
+    *gates_dtypes.GATES,
+)
 SHOWN = {Effect.DEPARTS, Effect.LOSES}
 
 
@@ -102,15 +109,19 @@ class Report(Record):
 
 
 def find_all(
-    profile: Profile, artifact: str | None = None, source: Profile | None = None
+    profile: Profile,
+    artifact: str | None = None,
+    source: Profile | None = None,
+    *,
+    digests: bool = False,
 ) -> list[Finding]:
-    """Everything that is found in headers, without a vLLM, from bad to harmless."""
+    """Everything that is found without a vLLM, from bad to harmless; see ``inspect``."""
     found = list(_run(profile))
     if source is not None:
         found += gates_dtypes.against_source(profile, source.tensors)
     if artifact is not None and profile.tensors:
         found += departures(profile, artifact)
-    found += against_record(profile)
+    found += against_record(profile, digests=digests)
     return _sorted(found)
 
 
@@ -136,6 +147,7 @@ def inspect(
     artifact: str | None = None,
     source: Profile | None = None,
     values: int | None = None,
+    digests: bool = False,
 ) -> Report:
     """Inspect what was seen.
 
@@ -148,14 +160,15 @@ def inspect(
         source: the checkpoint that it was made from, to compare dtypes.
         values: how many weights of each part to decode and compare with the source's; 0: all;
             None: none.
+        digests: read all data and compare it with the SHA-256 in the checkpoint's manifest.json.
 
     Raises:
-        UsageError: no such manifest.
+        UsageError: no such manifest; digests are wanted, and no manifest.json is there.
         CheckpointUnreadableError: a file is shorter than its header says.
         HubUnreachableError: the hub stopped answering.
     """
     compared = artifact or nearest(profile)
-    findings = find_all(profile, compared, source)
+    findings = find_all(profile, compared, source, digests=digests)
     rows: list[ValueRow] = []
     if source is not None and values is not None:
         rows, wrong = compare(profile, source, values)

@@ -224,7 +224,8 @@ def config_facts(profile: Profile) -> dict[str, Any]:
     """
     quantization = profile.quantization
     facts: dict[str, Any] = {
-        key: quantization.get(key) for key in ("quant_method", "format", "scale_fmt")
+        key: quantization.get(key)
+        for key in ("quant_method", "format", "scale_fmt", "moe_quant_algo")
     }
     for group in read_groups(quantization):
         for kind, arguments in ARGUMENTS.items():

@@ -62,11 +62,16 @@ class Folder(Place):
 
     def __post_init__(self) -> None:
         """Look once: what is here now is what is inspected."""
-        sizes = {
-            item.name: item.stat().st_size
-            for item in self.path.iterdir()
-            if item.is_file() and not (self.index_only and item.suffix == ".safetensors")
-        }
+        try:
+            sizes = {
+                item.name: item.stat().st_size
+                for item in self.path.iterdir()
+                if item.is_file() and not (self.index_only and item.suffix == ".safetensors")
+            }
+        except OSError as error:
+            raise CheckpointUnreadableError(
+                f"the folder cannot be read: {error.strerror}", where=str(self.path)
+            ) from None
         object.__setattr__(self, "sizes", sizes)
 
     def __str__(self) -> str:

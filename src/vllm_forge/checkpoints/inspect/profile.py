@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.checkpoints.config_check import config_problems
 from vllm_forge.checkpoints.inspect.formats import Format, recognize, split
 from vllm_forge.checkpoints.inspect.parts import (
     DRAFT,
@@ -25,12 +26,7 @@ if TYPE_CHECKING:
     from vllm_forge.checkpoints.inspect.header import Entry
     from vllm_forge.checkpoints.inspect.seen import Seen
 
-REQUIRED = (
-    "compress_ratios", "hc_mult", "head_dim", "hidden_size", "index_head_dim", "index_n_heads",
-    "moe_intermediate_size", "n_routed_experts", "n_shared_experts", "num_attention_heads",
-    "num_experts_per_tok", "num_hash_layers", "num_hidden_layers", "num_nextn_predict_layers",
-    "o_groups", "o_lora_rank", "q_lora_rank", "vocab_size",
-)  # fmt: skip
+SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -48,17 +44,12 @@ class Profile:
                 where=where,
                 remedy="only DeepSeek V4 checkpoints are known here",
             )
-        if absent := [key for key in REQUIRED if key not in config]:
+        if problems := list(config_problems(config)):
+            more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
             raise CheckpointUnreadableError(
-                f"config.json lacks {', '.join(absent)}",
+                f"config.json cannot be right: {'; '.join(problems[:SHOWN])}{more}",
                 where=where,
-                remedy="take them from the config.json of the source model",
-            )
-        if len(config["compress_ratios"]) < config["num_hidden_layers"]:
-            raise CheckpointUnreadableError(
-                f"compress_ratios has {len(config['compress_ratios'])} entries for "
-                f"{config['num_hidden_layers']} layers",
-                where=where,
+                remedy="take it from the source model",
             )
 
     @property

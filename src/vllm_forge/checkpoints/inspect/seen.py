@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.inspect.header import Entry, read_header
-from vllm_forge.checkpoints.shards import CONFIG, INDEX
+from vllm_forge.checkpoints.shards import CONFIG, INDEX, is_weight_map
+from vllm_forge.checkpoints.spans import strict_json
 from vllm_forge.errors import CheckpointUnreadableError
 
 if TYPE_CHECKING:
@@ -81,14 +81,15 @@ def look(place: Place) -> Seen:
     if weight_map is None or len(missing) < len(shards):
         tensors = _headers(place, [shard for shard in shards if shard in place.sizes])
     names = {name: e.shard for name, e in tensors.items()} if tensors else dict(weight_map or {})
-    total = ((index or {}).get("metadata") or {}).get("total_size")
+    metadata = (index or {}).get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
     return Seen(
         place=place,
         config=config,
         names=names,
         tensors=tensors,
         index=weight_map,
-        total_size=int(total) if isinstance(total, int | float) else None,
+        total_size=total if type(total) is int else None,
         missing_shards=missing,
     )
 
@@ -114,9 +115,11 @@ def _headers(place: Place, shards: list[str]) -> dict[str, Entry]:
 
 
 def _weight_map(index: Any, place: Place) -> dict[str, str]:
-    rows = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(rows, dict) or not all(isinstance(row, str) for row in rows.values()):
-        raise CheckpointUnreadableError(f"{INDEX} has no weight_map", where=str(place))
+    rows = index.get("weight_map")
+    if not is_weight_map(rows):
+        raise CheckpointUnreadableError(
+            f"{INDEX} has no weight_map of tensors to files beside it", where=str(place)
+        )
     return {plain_name(name): shard for name, shard in rows.items()}
 
 
@@ -125,7 +128,7 @@ def _json(place: Place, name: str) -> Any:
     if text is None:
         return None
     try:
-        value = json.loads(text)
+        value = strict_json(text)
     except ValueError as error:
         raise CheckpointUnreadableError(f"{name} is not JSON: {error}", where=str(place)) from None
     if not isinstance(value, dict):

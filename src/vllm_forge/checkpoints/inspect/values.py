@@ -1,14 +1,16 @@
 """Decoded weights against the model that they were made from; this one reads tensor data.
 
-NVFP4 and FP8 block weights must lie within the bounds that numerics derives from the source's
-weights alone; unquantized tensors must be the source's bytes. A weight is decoded as vLLM decodes
-it: with w1's global scale for w3 as well (compressed_tensors_moe_w4a4_nvfp4.py:193 in 0.26.0).
+Quantized weights must lie within the bounds that numerics derives from the source's weights
+alone; unquantized tensors must be the source's bytes. A weight is decoded as vLLM decodes it: with
+w1's global scale for w3 as well (compressed_tensors_moe_w4a4_nvfp4.py:193 and modelopt.py:1564 in
+0.26.0).
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,9 +18,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, some
-from vllm_forge.checkpoints.inspect.formats import Format, split
+from vllm_forge.checkpoints.inspect.formats import Format, split, stored_as
 from vllm_forge.checkpoints.inspect.parts import DRAFT, Part, part_of
-from vllm_forge.numerics import fp8_block, nvfp4
+from vllm_forge.checkpoints.inventory import Expected
+from vllm_forge.numerics import fp8_block, int4, mxfp4, nvfp4
+from vllm_forge.numerics.small_floats import e8m0_decode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,9 +32,17 @@ if TYPE_CHECKING:
     from vllm_forge.checkpoints.inspect.profile import Profile
 
 CHUNK = 1 << 24
-CHECKED = (Format.NVFP4, Format.FP8_BLOCK, Format.PLAIN)
+MATRIX = 2  # dimensions
+FLOATS = {"BF16", "F16", "F32"}
 ALIASES = {"mtp.0.emb.tok_emb.weight": "embed.weight", "mtp.0.head.weight": "head.weight"}
-NUMPY = {"F32": "<f4", "F16": "<f2", "U8": "u1", "F8_E4M3": "u1", "F8_E8M0": "u1"}
+NUMPY = {
+    "F32": "<f4", "F16": "<f2", "I32": "<i4", "U8": "u1", "I8": "i1", "F8_E4M3": "u1",
+    "F8_E8M0": "u1",
+}  # fmt: skip
+
+
+Weight = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+Decoded = tuple["NDArray[np.float64]", "NDArray[np.float64]"]  # values, and bounds of their errors
 
 
 class ValueRow(BaseModel):
@@ -130,7 +142,11 @@ def _grouped(pair: _Pair) -> dict[tuple[Part, bool, Format], list[str]]:
         kind = pair.made.formats.get(module, Format.PLAIN) if suffix else Format.PLAIN
         weight = name if kind is Format.PLAIN else f"{module}.weight"
         first = suffix in ("", "weight", "weight_packed")
-        if first and kind in CHECKED and pair.source_name(weight) in pair.source.tensors:
+        if (
+            first
+            and (kind is Format.PLAIN or kind in DECODERS)
+            and pair.source_name(weight) in pair.source.tensors
+        ):
             found = name if kind is Format.PLAIN else module
             grouped[part_of(weight), name.startswith(DRAFT), kind].append(found)
     return grouped
@@ -150,28 +166,106 @@ def _same_bytes(pair: _Pair, name: str) -> bool:
 
 
 def _ratio(pair: _Pair, module: str, kind: Format) -> float:
-    """The largest error of a decoded weight over its bound."""
+    """The largest error of a decoded weight over its bound; infinite where it cannot be decoded."""
+    if not all(_whole(pair, name, kind) for name in _shared(module)):
+        return math.inf
     source = pair.weight(module)
-    if kind is Format.NVFP4:
-        stem, _, projection = module.rpartition(".")
-        shared = [f"{stem}.w1", f"{stem}.w3"] if projection in {"w1", "w3"} else [module]
-        # None of the checkpoint's own scales decides what is right.
-        expected = nvfp4.global_scale_of(*(pair.weight(name) for name in shared))
-        made = nvfp4.Nvfp4(
-            packed=_read(pair.made, f"{module}.weight_packed").astype(np.uint8),
-            scales=_read(pair.made, f"{module}.weight_scale").astype(np.uint8),
-            global_scale=_read(pair.made, f"{shared[0]}.weight_global_scale").reshape(-1)[0],
-        )
-        values, bound = made.values(), nvfp4.bound(source, expected)
-    else:
-        block = fp8_block.Fp8Block(
-            codes=_read(pair.made, f"{module}.weight").astype(np.uint8),
-            scales=_read(pair.made, f"{module}.weight_scale").astype(np.float32),
-        )
-        values, bound = block.values(), fp8_block.bound(source)
+    values, bound = DECODERS[kind](pair, module, source)
     error = np.abs(values - source)
     ratio = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)
     return float(ratio.max())
+
+
+def _shared(module: str) -> list[str]:
+    """The modules that have one global scale."""
+    stem, _, projection = module.rpartition(".")
+    pair = ".ffn.experts." in module and projection in {"w1", "w3"}
+    return [f"{stem}.w1", f"{stem}.w3"] if pair else [module]
+
+
+def _whole(pair: _Pair, module: str, kind: Format) -> bool:
+    """Whether the source has the weight, and the checkpoint all that its format stores of it."""
+    weight = pair.source.tensors.get(f"{module}.weight")
+    if weight is None or len(weight.shape) != MATRIX or weight.dtype not in FLOATS:
+        return False
+    expected = Expected(name=weight.name, dtype=weight.dtype, shape=weight.shape)
+    for want in stored_as(expected, kind):
+        entry = pair.made.tensors.get(want.name)
+        if entry is None:
+            if not want.optional:
+                return False
+        elif entry.dtype not in want.dtypes or (entry.shape or (1,)) != (want.shape or (1,)):
+            return False
+    return True
+
+
+def _nvfp4(pair: _Pair, module: str, source: Weight) -> Decoded:
+    return _shared_nvfp4(pair, module, source, ("weight_packed", "weight_global_scale"))
+
+
+def _modelopt(pair: _Pair, module: str, source: Weight) -> Decoded:
+    """ModelOpt stores what to multiply with, compressed-tensors the divisor."""
+    return _shared_nvfp4(pair, module, source, ("weight", "weight_scale_2"))
+
+
+def _shared_nvfp4(pair: _Pair, module: str, source: Weight, names: tuple[str, str]) -> Decoded:
+    shared = _shared(module)
+    # None of the checkpoint's own scales decides what is right.
+    expected = nvfp4.global_scale_of(*(pair.weight(name) for name in shared))
+    packed, scale = names
+    stored = _read(pair.made, f"{shared[0]}.{scale}").reshape(-1)[0]
+    with np.errstate(divide="ignore"):
+        divisor = stored if packed == "weight_packed" else np.float32(1) / stored
+    made = nvfp4.Nvfp4(
+        packed=_read(pair.made, f"{module}.{packed}").view(np.uint8),
+        scales=_read(pair.made, f"{module}.weight_scale").view(np.uint8),
+        global_scale=divisor,
+    )
+    return made.values(), nvfp4.bound(source, expected)
+
+
+def _mxfp4(pair: _Pair, module: str, source: Weight) -> Decoded:
+    made = mxfp4.Mxfp4(
+        packed=_read(pair.made, f"{module}.weight").view(np.uint8),
+        scales=_read(pair.made, f"{module}.scale").view(np.uint8),
+    )
+    return made.values(), mxfp4.bound(source)
+
+
+def _int4(pair: _Pair, module: str, source: Weight) -> Decoded:
+    made = int4.Int4(
+        packed=_read(pair.made, f"{module}.weight_packed").view(np.int32),
+        scales=_read(pair.made, f"{module}.weight_scale").astype(np.float32),
+    )
+    return made.values(), int4.bound(source)
+
+
+def _fp8(pair: _Pair, module: str, source: Weight) -> Decoded:
+    scales = _read(pair.made, f"{module}.weight_scale").astype(np.float32)
+    return _fp8_values(pair, module, scales), fp8_block.bound(source)
+
+
+def _fp8_native(pair: _Pair, module: str, source: Weight) -> Decoded:
+    """Scales are powers of two, rounded up; or FP32, which lie below those."""
+    stored = _read(pair.made, f"{module}.scale")
+    scales = e8m0_decode(stored.view(np.uint8)) if stored.itemsize == 1 else stored
+    bound = fp8_block.bound(source, powers_of_two=True)
+    return _fp8_values(pair, module, scales.astype(np.float32)), bound
+
+
+def _fp8_values(pair: _Pair, module: str, scales: NDArray[np.float32]) -> NDArray[np.float64]:
+    codes = _read(pair.made, f"{module}.weight").view(np.uint8)
+    return fp8_block.Fp8Block(codes=codes, scales=scales).values()
+
+
+DECODERS: dict[Format, Callable[[_Pair, str, Weight], Decoded]] = {
+    Format.NVFP4: _nvfp4,
+    Format.MODELOPT_NVFP4: _modelopt,
+    Format.MXFP4_NATIVE: _mxfp4,
+    Format.W4A16: _int4,
+    Format.FP8_BLOCK: _fp8,
+    Format.FP8_NATIVE: _fp8_native,
+}
 
 
 def _read(profile: Profile, name: str) -> NDArray[np.generic]:
