@@ -29,7 +29,7 @@ from vllm_forge.gpu import caches, environment, plugin
 from vllm_forge.gpu.bootlog import parse
 from vllm_forge.gpu.device import ask_gpus, require_sku
 from vllm_forge.gpu.environment import environment_text
-from vllm_forge.gpu.suite import read_tiers, suite_hash
+from vllm_forge.gpu.suite import RACE_FOLDER, read_tiers, suite_hash
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +46,7 @@ DEFAULTS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
-RACE, RACE_FOLDER = "VLLM_FORGE_RACE_KIT", "dist/gpu/race"  # see tests/gpu/race/kit.py
+RACE = "VLLM_FORGE_RACE_KIT"
 
 
 @dataclass(frozen=True, kw_only=True)

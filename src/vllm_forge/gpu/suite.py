@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TESTS = "tests/gpu"
 FILE = f"{TESTS}/suite.toml"
+RACE_FOLDER = "dist/gpu/race"  # see tests/gpu/race/kit.py
 SM = "sm_"
 Marks: TypeAlias = list[ast.expr]
 

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.census import parse_capability
 from vllm_forge.errors import KitError, UsageError
-from vllm_forge.gpu.run import RACE_FOLDER
-from vllm_forge.gpu.suite import FILE
+from vllm_forge.gpu.suite import FILE, RACE_FOLDER
 from vllm_forge.host import atomic_path, report, require_disk
 from vllm_forge.images import patched_wheel
 from vllm_forge.patches import check_line
