@@ -6,6 +6,7 @@ other GPU is refused), ``--tier NAME`` (repeatable), ``--results FILE`` (one JSO
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.gpu.together import Together
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -24,6 +27,7 @@ CAPABILITIES = {"sm_90": (9, 0), "sm_100": (10, 0), "sm_103": (10, 3), "sm_120":
 TIERS = ("kernel", "server", "soak")
 HOW_TO_RUN = "run it on a host with a GPU: `nox -s test-gpu -- --sku NAME`"
 RESULTS = pytest.StashKey[Path]()
+TOGETHER = pytest.StashKey[Together]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,6 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: only on GPUs of that architecture")
     config.addinivalue_line("markers", "tier(name): kernel (minutes), server or soak (hours)")
     config.addinivalue_line("filterwarnings", "default")  # what torch warns of is not ours
+    config.stash[TOGETHER] = Together(importlib.import_module("vllm_forge.gpu.plugin").say)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if worker and (gpus := _visible()):
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker.removeprefix("gw")) % len(gpus)]
@@ -93,17 +98,37 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Begin what tests read; conftests of folders have said what that is."""
+    # A worker of xdist has collected what others will run: it begins when it is asked.
+    if not session.config.option.collectonly and not hasattr(session.config, "workerinput"):
+        session.config.stash[TOGETHER].start()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """End what still runs: no test that is left asks for it."""
+    session.config.stash[TOGETHER].end()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if reason := why_not(item):
+        pytest.skip(reason)
+
+
+def why_not(item: pytest.Item) -> str:
+    """Why a test does not run here, and what would run it; empty if it does."""
     tiers, tier = item.config.getoption("tier"), item.get_closest_marker("tier")
     if tiers and tier is not None and tier.args[0] not in tiers:
-        pytest.skip(f"tier {tier.args[0]}: `--tier {tier.args[0]}` runs it")
+        return f"tier {tier.args[0]}: `--tier {tier.args[0]}` runs it"
     wanted = [name for name in CAPABILITIES if item.get_closest_marker(name) is not None]
     if item.get_closest_marker("gpu") is None and not wanted:
-        return
+        return ""
     if (found := device()) is None:
-        pytest.skip(f"no CUDA device: {HOW_TO_RUN}")
+        return f"no CUDA device: {HOW_TO_RUN}"
     if wanted and found[1] not in {CAPABILITIES[name] for name in wanted}:
-        pytest.skip(f"needs {' or '.join(wanted)}, this is {found[0]}")
+        return f"needs {' or '.join(wanted)}, this is {found[0]}"
+    return ""
 
 
 @pytest.fixture

@@ -27,7 +27,13 @@ VALUE = "value(points, seconds): what a test is worth, and what it takes; the bu
 OTHER_TIER = "other tier"
 SKIPS = {"needs sm_": "other GPU", "tier ": OTHER_TIER}
 NOT_RUN = "not run"
+_LIVE = os.dup(2)  # before pytest captures it: plugins named with -p are imported first
 UNFINISHED = -1  # the exit code of pytest before it ends
+
+
+def say(text: str) -> None:
+    """Tell the user now, past pytest's capture; from any thread."""
+    os.write(_LIVE, f"{text}\n".encode())
 
 
 def pytest_configure(config: pytest.Config) -> None:

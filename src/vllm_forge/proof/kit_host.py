@@ -10,6 +10,7 @@ kit's. Ends by itself before FORGE_KIT_LIMIT seconds (default 580), with what wa
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import hashlib
 import io
@@ -156,6 +157,8 @@ def environment(folder: Path) -> Path:
     # addsitedir also reads the .pth files there, which a plain path would not.
     rows = [f"import site; site.addsitedir({path!r})" for path in site.getsitepackages()]
     (packages / "zz-host.pth").write_text("\n".join(rows) + "\n")
+    # Many processes start at once, and each would compile what the others do.
+    compileall.compile_dir(packages, quiet=2, workers=0)
     (prefix / ".complete").touch()
     return python
 

@@ -1,73 +1,58 @@
-"""Engines and servers start together, on first use, for all collected tests that read them."""
+"""Engines and servers of the MTP tests."""
 
 from __future__ import annotations
 
-import os
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.gpu.mtp.engines import ENGINES, ROOT, TOGETHER, Ran, end_all, run
+from tests.gpu.conftest import TOGETHER, why_not
+from tests.gpu.mtp.engines import ENGINES, ROOT, Ran, end_all, run
 from tests.gpu.mtp.servers import SERVERS, Served, end_servers, serve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-FOLDER = "VLLM_FORGE_GPU_FOLDER"
-
-
-@pytest.fixture(scope="session")
-def boot_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where logs of starts go: the receipt takes its configurations from them."""
-    folder = Path(os.environ.get(FOLDER) or tmp_path_factory.mktemp("results")) / "boot"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+# Of a start, about, on a warm host: DeepSeek-V4 compiles, servers have two processes.
+SECONDS = {"deepseek": 200.0, "without": 80.0, "server": 90.0, "exact": 45.0}
 
 
-@pytest.fixture(scope="session")
-def started(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, boot_logs: Path
-) -> Iterator[dict[str, Future[Ran | Served]]]:
+def pytest_collection_finish(session: pytest.Session) -> None:
+    together = session.config.stash[TOGETHER]
     wanted = dict.fromkeys(
         name
-        for item in request.session.items
+        for item in session.items
         for mark in item.iter_markers("engines")
         for name in mark.args
-        if not missing(name)
+        if not why_not(item) and not missing(name)
     )
-    work = tmp_path_factory.mktemp("engines")
-    # Those that compile for minutes first: the others fit beside them.
-    longest_first = sorted(wanted, key=lambda name: name in SERVERS or not ENGINES[name].checkpoint)
-    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+    for name in wanted:
+        call = serve if name in SERVERS else run
+        together.add(name, seconds(name), partial(call, name, together.work, together.logs))
+    if wanted:
+        together.at_end(end_all)
+        together.at_end(end_servers)
 
-    def run_and_say(name: str) -> Ran | Served:
-        begun = time.monotonic()
-        try:
-            return (serve if name in SERVERS else run)(name, work, boot_logs)
-        finally:
-            if terminal is not None:  # workers of xdist have none
-                terminal.write_line(f"engine {name} is done: {time.monotonic() - begun:.0f} s")
 
-    pool = ThreadPoolExecutor(TOGETHER)
-    try:
-        yield {name: pool.submit(run_and_say, name) for name in longest_first}
-    finally:  # what still runs was asked for by no test that is left
-        end_all()
-        end_servers()
-        pool.shutdown(cancel_futures=True)
+def seconds(name: str) -> float:
+    """About how long one takes."""
+    if name in SERVERS:
+        return SECONDS["server"]
+    engine = ENGINES[name]
+    if not engine.checkpoint:
+        return SECONDS["exact"]
+    return SECONDS["without" if engine.files else "deepseek"]
 
 
 @pytest.fixture
-def ran(started: dict[str, Future[Ran | Served]]) -> Callable[[str], Ran]:
+def ran(pytestconfig: pytest.Config) -> Callable[[str], Ran]:
     """What came of an engine that the test names in its ``engines`` marker."""
 
     def get(name: str) -> Ran:
         if reason := missing(name):
             pytest.skip(reason)
-        found = started[name].result()
+        found = pytestconfig.stash[TOGETHER].result(name)
         assert isinstance(found, Ran)
         return found
 
@@ -75,11 +60,11 @@ def ran(started: dict[str, Future[Ran | Served]]) -> Callable[[str], Ran]:
 
 
 @pytest.fixture
-def served(started: dict[str, Future[Ran | Served]]) -> Callable[[str], Served]:
+def served(pytestconfig: pytest.Config) -> Callable[[str], Served]:
     """What came of a server that the test names in its ``engines`` marker."""
 
     def get(name: str) -> Served:
-        found = started[name].result()
+        found = pytestconfig.stash[TOGETHER].result(name)
         assert isinstance(found, Served)
         return found
 

@@ -1,4 +1,4 @@
-"""Engines of the MTP tests by name, each run in a process of its own, several at a time."""
+"""Engines of the MTP tests by name, each run in a process of its own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ SCRIPT = Path(__file__).with_name("engine_job.py")
 ROOT = Path(__file__).parents[3]
 REQUESTS, COUNT = 8, 512
 PATIENCE_S, RESERVE_S = 420, 20
-TOGETHER = max(2, (os.cpu_count() or 4) // 2)  # each has two busy processes while it starts
 LOOK = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # so that a function can be sent to the worker
 
 

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.tier("server"),
     pytest.mark.xdist_group("mtp"),
-    pytest.mark.value(20, 120),
+    pytest.mark.value(7, 10),
 ]
 RED = [
     ("dsv4-published", "has no attribute 'weight_scale"),

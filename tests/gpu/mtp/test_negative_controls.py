@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.tier("server"),
     pytest.mark.xdist_group("mtp"),
-    pytest.mark.value(8, 30),
+    pytest.mark.value(10, 10),
 ]
 TRAFFIC = Traffic(requests=REQUESTS, tokens=REQUESTS * COUNT)
 BAND = Band(sku="any", workload="exact", k=1, low=0.9, high=1.0)

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.tier("server"),
     pytest.mark.xdist_group("mtp"),
-    pytest.mark.value(9, 40),
+    pytest.mark.value(9, 10),
 ]
 
 

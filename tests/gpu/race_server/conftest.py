@@ -1,59 +1,46 @@
-"""Servers are started together, on first use, for all collected tests that read them."""
+"""Servers of the race tests."""
 
 from __future__ import annotations
 
-import os
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.gpu.conftest import TOGETHER, why_not
 from tests.gpu.race_server.arms import Asked, Fleet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-FOLDER = "VLLM_FORGE_GPU_FOLDER"
-TOGETHER = max(2, (os.cpu_count() or 4) // 2)  # each has two busy processes
+SECONDS = 120  # of a start and all that is asked, about
 
 
-@pytest.fixture(scope="session")
-def race_servers(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[Asked]]]:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """Every arm that a collected test names as its parameter ``arm``."""
-    # The receipt takes configurations from the logs of starts in this folder.
-    logs = Path(os.environ.get(FOLDER) or tmp_path_factory.mktemp("results")) / "boot"
-    logs.mkdir(parents=True, exist_ok=True)
+    together = session.config.stash[TOGETHER]
     wanted = dict.fromkeys(
         str(item.callspec.params["arm"])
-        for item in request.session.items
+        for item in session.items
         if isinstance(item, pytest.Function)
-        and "race_servers" in item.fixturenames
+        and "asked" in item.fixturenames
         and hasattr(item, "callspec")
+        and not why_not(item)
     )
-    fleet = Fleet(tmp_path_factory.mktemp("race"), logs)
-    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-
-    def run(name: str) -> Asked:
-        begun = time.monotonic()
-        try:
-            return fleet.run(name)
-        finally:
-            if terminal is not None:  # workers of xdist have none
-                terminal.write_line(f"server {name} is done: {time.monotonic() - begun:.0f} s")
-
-    pool = ThreadPoolExecutor(TOGETHER)
-    try:
-        yield {name: pool.submit(run, name) for name in wanted}
-    finally:  # what still runs was asked for by no test that is left
-        fleet.end()
-        pool.shutdown(cancel_futures=True)
+    if wanted:
+        fleet = Fleet(together.work, together.logs)
+        together.at_end(fleet.end)
+        for name in wanted:
+            together.add(f"race-{name}", SECONDS, partial(fleet.run, name))
 
 
 @pytest.fixture
-def asked(race_servers: dict[str, Future[Asked]]) -> Callable[[str], Asked]:
+def asked(pytestconfig: pytest.Config) -> Callable[[str], Asked]:
     """What came of an arm's server."""
-    return lambda name: race_servers[name].result()
+
+    def get(name: str) -> Asked:
+        found = pytestconfig.stash[TOGETHER].result(f"race-{name}")
+        assert isinstance(found, Asked)
+        return found
+
+    return get

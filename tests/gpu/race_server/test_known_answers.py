@@ -24,7 +24,7 @@ PREFILLS = 3  # that arrive while others decode, per concurrency
 REFUSED = 0.01  # of the drafts, which are all right
 
 
-@pytest.mark.value(24, 80)
+@pytest.mark.value(8, 10)
 @pytest.mark.parametrize("arm", CLEAN)
 def test_every_token_is_the_known_one(
     arm: str,
@@ -42,7 +42,7 @@ def test_every_token_is_the_known_one(
     assert all(count >= PREFILLS for count in verdict.prefills.values()), verdict.prefills
 
 
-@pytest.mark.value(8, 30)
+@pytest.mark.value(8, 10)
 @pytest.mark.parametrize("arm", CLEAN)
 def test_ran_as_asked(arm: str, asked: Callable[[str], Asked], record: Callable[..., None]) -> None:
     """Graphs where they are meant, and the experts' format; which backend, the record says."""
@@ -53,7 +53,7 @@ def test_ran_as_asked(arm: str, asked: Callable[[str], Asked], record: Callable[
     assert any(row.startswith(f"{wanted}: ") for row in config.moe), config.moe
 
 
-@pytest.mark.value(8, 30)
+@pytest.mark.value(8, 10)
 @pytest.mark.parametrize("arm", SPECULATING)
 def test_drafts_are_taken_under_load(
     arm: str, asked: Callable[[str], Asked], margin: Callable[[str, float, float], None]
@@ -65,7 +65,7 @@ def test_drafts_are_taken_under_load(
     margin("drafts refused", 1 - reading.accepted / reading.draft_tokens, REFUSED)
 
 
-@pytest.mark.value(8, 30)
+@pytest.mark.value(8, 10)
 @pytest.mark.parametrize("arm", SCORED)
 def test_scoring_again_is_green_and_finds_a_planted_token(
     arm: str, asked: Callable[[str], Asked], record: Callable[..., None]

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.tier("server"),
     pytest.mark.xdist_group("race-server"),
-    pytest.mark.value(11, 40),
+    pytest.mark.value(8, 10),
 ]
 
 

@@ -1,0 +1,91 @@
+"""Engines and servers that tests read: begun when the tests are collected, the longest first.
+
+Each takes most of a minute to start and little of the GPU, so that many run at a time, and tests
+wait for what they read.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FOLDER = "VLLM_FORGE_GPU_FOLDER"
+AT_A_TIME = max(2, 3 * (os.cpu_count() or 4) // 4)  # starts are busy, what runs waits for the GPU
+
+
+class Together:
+    """Jobs by name; each is begun at most once.
+
+    Args:
+        say: is told of each that is done.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._jobs: dict[str, tuple[float, Callable[[], Any]]] = {}
+        self._ends: list[Callable[[], None]] = []
+        self._futures: dict[str, Future[Any]] = {}
+        self._pool = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="together")
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def work(self) -> Path:
+        """A folder for what jobs write; it goes at the end."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="forge-together-")
+        return Path(self._folder.name)
+
+    @property
+    def logs(self) -> Path:
+        """Where logs of starts go: the receipt takes its configurations from them."""
+        folder = Path(os.environ.get(FOLDER) or self.work) / "boot"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def add(self, name: str, seconds: float, call: Callable[[], Any]) -> None:
+        """Have a job run; about how long it takes decides when it begins."""
+        self._jobs.setdefault(name, (seconds, call))
+
+    def at_end(self, call: Callable[[], None]) -> None:
+        """What ends jobs that still run."""
+        self._ends.append(call)
+
+    def start(self) -> None:
+        """Begin all, the longest first."""
+
+        def run(name: str, call: Callable[[], Any]) -> Any:
+            begun = time.monotonic()
+            try:
+                return call()
+            finally:
+                self._say(f"{name} is done: {time.monotonic() - begun:.0f} s")
+
+        for name, (_, call) in sorted(self._jobs.items(), key=lambda row: -row[1][0]):
+            self._futures[name] = self._pool.submit(run, name, call)
+
+    def result(self, name: str) -> Any:
+        """Wait for a job; the first that is asked for begins all.
+
+        Raises:
+            KeyError: it was not added.
+            Exception: what it raised.
+        """
+        if not self._futures:
+            self.start()
+        return self._futures[name].result()
+
+    def end(self) -> None:
+        """End what runs, and begin nothing more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for call in self._ends:
+            call()
+        self._pool.shutdown()
+        if self._folder is not None:
+            self._folder.cleanup()
