@@ -30,11 +30,10 @@ from rich.table import Table
 
 from vllm_forge.checkpoints.environment import SETTINGS
 from vllm_forge.checkpoints.inventory import SLIDING, all_tensors, layer_tensors
-from vllm_forge.checkpoints.measured import REAL, RESULT, TABLE
+from vllm_forge.checkpoints.measured import PAGE, REAL, RESULT, TABLE
 from vllm_forge.checkpoints.recipe import load_recipe
 from vllm_forge.checkpoints.shards import open_checkpoint
 from vllm_forge.checkpoints.spans import DTYPE_BYTES
-from vllm_forge.checkpoints.table import PAGE
 from vllm_forge.checkpoints.tiny import TinySpec, write_bf16
 
 ROOT = Path(__file__).resolve().parents[1]

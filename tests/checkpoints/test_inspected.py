@@ -53,8 +53,8 @@ def test_rules_alone_leave_with_the_code_that_vllm_gives(
             assert outcomes[line] is row.outcome
 
 
-# Which kernels a line has, and which drafters, is for its vLLM to say.
-RULES_DO_NOT_KNOW = {("card-no-activations", "0.22"), ("dspark", "0.26"), ("dspark", "0.33")}
+# Which drafters a line has is for its vLLM to say.
+RULES_DO_NOT_KNOW = {("dspark", "0.26"), ("dspark", "0.33")}
 
 NVFP4, INT4, MXFP4 = Format.NVFP4, Format.W4A16, Format.MXFP4_NATIVE
 MODELOPT, BLOCK, NATIVE = Format.MODELOPT_NVFP4, Format.FP8_BLOCK, Format.FP8_NATIVE

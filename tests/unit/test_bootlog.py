@@ -17,6 +17,29 @@ def log(root: Path) -> str:
     return (root / "tests/fixtures/bootlogs/dsv4-mtp.txt").read_text()
 
 
+def test_a_real_log_of_the_tiny_deepseek_v4(root: Path) -> None:
+    """vLLM 0.26.0 with the series on an H200, eager."""
+    config = parse((root / "tests/fixtures/bootlogs/dsv4-mtp-h200.txt").read_text())
+    assert config.version == "0.26.0+forge.7c43ca5ad935"
+    assert config.moe == ("NvFp4: MARLIN", "Unquantized: TRITON")
+    (linear,) = config.linear
+    assert linear == "CompressedTensorsW8A8Fp8: FlashInferFp8DeepGEMMDynamicBlockScaledKernel"
+    assert (config.kv_cache, config.indexer) == ("fp8_ds_mla", "FP8")
+    assert (config.graph_mode, config.graph_sizes, config.captured) == ("NONE", (), False)
+    assert (config.draft_params, config.shared) == (31, ("embedding", "lm_head"))
+    assert "num_spec_tokens=1" in config.settings["speculative_config"]
+
+
+def test_a_real_log_of_a_server_with_graphs(root: Path) -> None:
+    """GLM-4-MoE with NVFP4 experts, as the race suite serves it: other attention, and graphs."""
+    config = parse((root / "tests/fixtures/bootlogs/glm4-moe-graphs-h200.txt").read_text())
+    assert config.moe == ("NvFp4: MARLIN", "Unquantized: TRITON")
+    assert config.attention == ("TRITON_ATTN",)
+    assert config.captured
+    assert (config.graph_mode, config.graph_sizes[-1]) == ("FULL_AND_PIECEWISE", 64)
+    assert (config.kv_cache, config.draft_params) == (None, None)
+
+
 def test_all_of_it(log: str) -> None:
     config = parse(log)
     assert config.version == "0.26.0+forge.7c43ca5ad935"

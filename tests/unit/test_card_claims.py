@@ -16,7 +16,7 @@ from vllm_forge.checkpoints.inspect.claims import (
 )
 from vllm_forge.checkpoints.inspect.formats import Format
 from vllm_forge.checkpoints.inspect.manifest import named
-from vllm_forge.checkpoints.table import PAGE
+from vllm_forge.checkpoints.measured import PAGE
 from vllm_forge.errors import UsageError
 from vllm_forge.oracle.artifacts import artifact_config
 

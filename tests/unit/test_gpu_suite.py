@@ -209,8 +209,9 @@ def test_without_a_gpu_the_runner_says_so(tmp_path: Path) -> None:
 FAKE_SMI = f"#!/bin/sh\necho '{H200.strip()}'\n"
 
 
-def test_a_tier_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real runner on a suite of one test, with an nvidia-smi that says H200."""
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the real runner runs from, without a test yet, and an nvidia-smi that says H200."""
     root = tmp_path / "bundle"
     (root / "tests/gpu/mtp").mkdir(parents=True)
     (root / "tests/gpu/suite.toml").write_text(
@@ -221,30 +222,80 @@ def test_a_tier_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "    parser.addoption('--tier', action='append')\n"
         "    parser.addoption('--results')\n"
     )
-    (root / "tests/gpu/mtp/test_it.py").write_text(
-        "import os, pathlib\n"
-        "def test_it(margin):\n"
-        "    margin('error', 1, 2)\n"
-        "    boot = pathlib.Path(os.environ['VLLM_FORGE_GPU_FOLDER']) / 'boot' / 'one.log'\n"
-        "    boot.write_text(\"Using 'MARLIN' NvFp4 MoE backend out of\")\n"
-    )
     smi = tmp_path / "bin" / "nvidia-smi"
     smi.parent.mkdir()
     smi.write_text(FAKE_SMI)
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{smi.parent}{os.pathsep}{os.environ['PATH']}")
     plan = {
-        "sku": "h200", "compute_capability": "9.0", "device": "NVIDIA H200",
-        "subject": {"kind": "environment", "name": "x", "sha256": None},
+        "sku": "h200", "compute_capability": "9.0", "device": "NVIDIA H200", "tree": "7c43",
+        "lock_sha256": "10cc", "subject": {"kind": "environment", "name": "x", "sha256": None},
     }  # fmt: skip
     (root / "plan.json").write_text(json.dumps(plan))
-    out = tmp_path / "out"
-    assert run.main([str(root / "plan.json"), str(out), f"--root={root}"]) == 0
-    result = json.loads((out / "server.json").read_text())
+    return root
+
+
+def run_all(bundle: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    out = bundle.parent / "out"
+    code = run.main([str(bundle / "plan.json"), str(out), f"--root={bundle}", *options])
+    path = out / "server.json"
+    return code, json.loads(path.read_text()) if path.exists() else {}
+
+
+def test_a_tier_from_end_to_end(bundle: Path) -> None:
+    (bundle / "tests/gpu/mtp/test_it.py").write_text(
+        "import os, pathlib\n"
+        "def test_it(margin):\n"
+        "    margin('error', 1, 2)\n"
+        "    boot = pathlib.Path(os.environ['VLLM_FORGE_GPU_FOLDER']) / 'boot' / 'one.log'\n"
+        "    boot.write_text(\"Using 'MARLIN' NvFp4 MoE backend out of\")\n"
+    )
+    code, result = run_all(bundle)
+    assert code == 0
     assert result["tests"]["tests/gpu/mtp/test_it.py::test_it"]["outcome"] == "passed"
     assert result["configurations"]["one"]["moe"] == ["NvFp4: MARLIN"]
     assert result["plan"]["subject"]["sha256"]
     assert result["gpus"][0]["name"] == "NVIDIA H200"
-    assert (out / "server.xml").is_file()
-    (root / "tests/gpu/mtp/test_it.py").write_text("def test_it(): assert 0\n")
-    assert run.main([str(root / "plan.json"), str(out), f"--root={root}"]) == 117
+    assert (bundle.parent / "out" / "server.xml").is_file()
+    (bundle / "tests/gpu/mtp/test_it.py").write_text("def test_it(): assert 0\n")
+    assert run_all(bundle)[0] == 117
+
+
+def test_a_run_that_is_ended_has_the_verdicts_so_far(bundle: Path) -> None:
+    """SIGTERM, as a kit sends before its limit: pytest ends its tests and what they started."""
+    (bundle / "tests/gpu/mtp/test_it.py").write_text(
+        "import os, pytest, signal\n"
+        "@pytest.fixture(scope='session')\n"
+        "def engine(tmp_path_factory):\n"
+        "    yield\n"
+        "    open(os.environ['VLLM_FORGE_GPU_FOLDER'] + '/ended', 'w').close()\n"
+        "def test_first(engine): ...\n"
+        "def test_hangs(engine):\n"
+        f"    os.kill({os.getpid()}, signal.SIGTERM)\n"
+        "    while True: signal.pause()\n"
+        "def test_never(): ...\n"
+    )
+    code, result = run_all(bundle)
+    assert code == 117
+    assert result["exit"] == 2
+    assert result["tests"]["tests/gpu/mtp/test_it.py::test_first"]["outcome"] == "passed"
+    assert "tests/gpu/mtp/test_it.py::test_never" not in result["tests"]
+    assert (bundle.parent / "out" / "server" / "ended").exists()
+
+
+def test_compilers_find_their_caches_and_the_second_start_is_told(bundle: Path) -> None:
+    (bundle / "tests/gpu/mtp/test_it.py").write_text(
+        "import os, pathlib\n"
+        "def test_it():\n"
+        "    assert os.environ['VLLM_FORGE_COMPILED_FILES'] == os.environ['EXPECTED']\n"
+        "    pathlib.Path(os.environ['TRITON_CACHE_DIR'], 'kernel').touch()\n"
+    )
+    caches = bundle.parent / "caches"
+    with pytest.MonkeyPatch.context() as variables:
+        for expected in "01":
+            variables.setenv("EXPECTED", expected)
+            assert run_all(bundle, f"--caches={caches}")[0] == 0
+    key = json.loads((caches / "caches.json").read_text())
+    assert key["kind"] == "environment"
+    (caches / "caches.json").write_text(json.dumps(key | {"tree": "other"}))
+    assert run_all(bundle, f"--caches={caches}")[0] == 120

@@ -27,6 +27,8 @@ from unit_kit.layouts import NVFP4 as NVFP4_GROUP
 from vllm_forge.checkpoints.changes import Change, apply_changes
 from vllm_forge.checkpoints.config_check import REQUIRED
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, some
+from vllm_forge.checkpoints.inspect.formats import Format
+from vllm_forge.checkpoints.inspect.gates_schemes import activations
 from vllm_forge.checkpoints.inspect.inspection import find_all
 from vllm_forge.checkpoints.inspect.manifest import nearest
 from vllm_forge.checkpoints.inspect.profile import Profile
@@ -52,6 +54,7 @@ BROKEN: dict[str, tuple[str, Effect, Scope, tuple[str, ...]]] = {
     "new-expert-targets": ("G11", REFUSES, Scope.TARGET, ("0.22.1", "0.26.0")),
     "old-expert-targets": ("G11", REFUSES, Scope.TARGET, ("0.33.0",)),
     "card-no-activations": ("G12", REFUSES, Scope.TARGET, RELEASES),
+    "card-some-weights-only": ("G12", REFUSES, Scope.TARGET, RELEASES),
     "broad-ignore": ("G13", REFUSES, Scope.TARGET, RELEASES),
     "no-draft-ignore": ("G14", REFUSES, Scope.DRAFT, RELEASES),
     "no-aliases": ("G15", NOTES, Scope.DRAFT, RELEASES),
@@ -154,6 +157,70 @@ def test_a_quantized_compressor_is_named(layouts: Callable[[str], Path], tmp_pat
     assert found.effect is REFUSES
     assert "layers.1.attn.compressor.wkv" in found.what
     assert not _named(_find(layouts("card")), "G23")
+
+
+class TestWeightsOnly:
+    """G12: what loads with a patch, and what stops in the first forward pass nonetheless."""
+
+    REPACKED = "wo_a is repacked for a kernel that the output projection does not use"
+
+    def _repacked(self, found: list[Finding]) -> list[Finding]:
+        return [f for f in _named(found, "G12") if f.title == self.REPACKED]
+
+    def test_wo_a_in_such_a_group_stops_on_every_line(self, layouts: Callable[[str], Path]) -> None:
+        (found,) = self._repacked(_find(layouts("card-no-activations")))
+        assert (found.effect, found.scope, found.in_forward) == (REFUSES, Scope.TARGET, True)
+        assert (found.handled_by, found.since, found.before) == ("", "", "")
+        assert "fp8_einsum" in found.what
+        assert "3 tensors: layers.0.attn.wo_a.weight and 2 like it" in found.what
+
+    def test_the_others_do_not(self, layouts: Callable[[str], Path]) -> None:
+        found = _find(layouts("card-some-weights-only"))
+        assert not self._repacked(found)
+        by = {f.title: f for f in _named(found, "G12")}
+        loads = by["an FP8 block group without input_activations"]
+        assert loads.handled_by == "vllm-project/vllm#43248"
+        kernel = by["no kernel for FP8 blocks without activations"]
+        assert [r for r in RELEASES if applies(kernel, r)] == ["0.22.1"]
+        assert not _named(_find(layouts("card")), "G12")
+
+    def test_groups_that_differ_are_not_their_last_one(
+        self, layouts: Callable[[str], Path]
+    ) -> None:
+        """The artifact departs from its manifest, whichever group comes last."""
+        (departs,) = _named(_find(layouts("card-some-weights-only")), "manifest")
+        assert "fp8-block.inputs is [None, True], not True" in departs.what
+
+    def test_an_ignored_wo_a_has_no_group(
+        self, layouts: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        """What is wrong with it then is another gate's to say."""
+        ignore = json.dumps([r"re:.*\.layers\.[013]\.attn\.wo_a$"])
+        change = {"set": {"quantization_config.ignore": ignore}}
+        (found,) = self._repacked(_broken(layouts("card-no-activations"), tmp_path / "x", **change))
+        assert "1 tensor: layers.2.attn.wo_a.weight" in found.what
+
+    @pytest.mark.parametrize(
+        ("target", "stored", "told"),
+        [
+            (r"re:.*\.layers\.3\.attn\.wo_a$", Format.FP8_BLOCK, ["mtp.0"]),
+            (r"re:.*\.layers\.3\.attn\.wo_b$", Format.FP8_BLOCK, []),
+            (r"re:.*\.layers\.3\.attn\.wo_a$", Format.PLAIN, []),  # G14 says that
+        ],
+    )
+    def test_a_draft_block_of_the_kind_loses_the_drafter(
+        self, target: str, stored: Format, told: list[str], layouts: Callable[[str], Path]
+    ) -> None:
+        """FP8 blocks under mtp., and a config that means them."""
+        seen = profile_of(layouts("card-no-activations")).seen
+        config = json.loads(json.dumps(seen.config))
+        config["quantization_config"]["ignore"] = []
+        config["quantization_config"]["config_groups"]["group_0"]["targets"] = [target]
+        profile = Profile(type(seen)(**{**vars(seen), "config": config}))
+        profile.formats["mtp.0.attn.wo_a"] = stored
+        found = self._repacked(list(activations(profile)))
+        assert [f.scope for f in found] == [Scope.DRAFT] * len(told)
+        assert all(f"1 tensor: {block}.attn.wo_a.weight" in found[0].what for block in told)
 
 
 def test_a_quantized_drafter_that_the_config_does_not_tell(tmp_path: Path) -> None:

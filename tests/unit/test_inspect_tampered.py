@@ -195,6 +195,13 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, bytes]], Any], int, str]] = {
     "ignore is no pattern": (
         _config("quantization_config.ignore", ["re:("]), REFUSED, "no regular expression",
     ),
+    "ignore repeats too often": (
+        _config("quantization_config.ignore", ["re:a{9999999999}"]), REFUSED, "no regular",
+    ),
+    "ignore is too deep": (
+        _config("quantization_config.ignore", ["re:" + "(" * 9999 + ")" * 9999]), REFUSED,
+        "no regular",
+    ),
     "layers are a word": (_config("num_hidden_layers", "3"), UNREADABLE, "num_hidden_layers"),
     "layers are true": (_config("num_hidden_layers", True), UNREADABLE, "num_hidden_layers"),
     "layers below none": (_config("num_hidden_layers", -1), UNREADABLE, "num_hidden_layers"),

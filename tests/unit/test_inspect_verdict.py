@@ -115,6 +115,13 @@ class TestDryLoad:
         assert _judge(card, _finding(Effect.CORRUPTS), answer=CLEAN).outcome is Outcome.NOT
         assert _judge(card, _finding(handled_by=ABOUT), answer=CLEAN).outcome is Outcome.NOT
 
+    def test_nor_is_what_the_forward_pass_meets(self, card: Profile) -> None:
+        """It says nothing against a finding that no load can show, in either model."""
+        verdict = _judge(card, _finding(in_forward=True), answer=CLEAN)
+        assert (verdict.outcome, verdict.why) == (Outcome.NOT, ("G99 a fault: there",))
+        verdict = _judge(card, _finding(in_forward=True, scope=Scope.DRAFT), answer=CLEAN)
+        assert (verdict.outcome, verdict.why) == (Outcome.WITHOUT, ("draft: G99 a fault: there",))
+
     @pytest.mark.parametrize(
         ("fields", "words"),
         [
@@ -231,9 +238,16 @@ def test_every_remedy_that_a_gate_names_is_decided(root: Path, tmp_path: Path) -
     """On all lines, for all variants that need no tools."""
     remedies, matrix = read_remedies(root), load(root)
     releases = {name: line.vllm for name, line in matrix.line.items()}
-    for variant in ("card", "w4a16-fp8-mtp", "card-no-activations", "actorder-static"):
+    no_kernel = [Outcome.NOT, Outcome.WITH_MTP, Outcome.WITH_MTP]
+    for variant, outcomes in {
+        "card": [Outcome.WITH_MTP] * 3,
+        "w4a16-fp8-mtp": [Outcome.WITH_MTP] * 3,
+        "card-some-weights-only": no_kernel,
+        "card-no-activations": [Outcome.NOT] * 3,
+        "actorder-static": [Outcome.WITH_MTP] * 3,
+    }.items():
         report = inspect(profile_of(layout(tmp_path, variant)), releases, remedies, {})
-        assert [v.outcome for v in report.lines] == [Outcome.WITH_MTP] * 3
+        assert [v.outcome for v in report.lines] == outcomes
         handled = {f.handled_by for f in report.findings if f.handled_by}
         for line in releases:
             for about in handled:

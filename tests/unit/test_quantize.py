@@ -24,11 +24,10 @@ from vllm_forge.checkpoints import work as work_module
 from vllm_forge.checkpoints.artifact import check_layer
 from vllm_forge.checkpoints.calibration import SHIPPED, read_conversations
 from vllm_forge.checkpoints.inventory import all_tensors
-from vllm_forge.checkpoints.measured import TABLE
+from vllm_forge.checkpoints.measured import PAGE, TABLE
 from vllm_forge.checkpoints.quantize import Clock, disk_needed, plan_parts, quantize, span
 from vllm_forge.checkpoints.recipe import RECIPES, Recipe, load_recipe
 from vllm_forge.checkpoints.shards import in_memory, open_checkpoint
-from vllm_forge.checkpoints.table import PAGE
 from vllm_forge.checkpoints.tiny import TinySpec
 from vllm_forge.checkpoints.variants import load_variants
 from vllm_forge.errors import (

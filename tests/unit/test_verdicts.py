@@ -11,7 +11,7 @@ import pytest
 from vllm_forge.checkpoints.inspect.measured import TABLE
 from vllm_forge.checkpoints.inspect.verdict import Outcome
 from vllm_forge.checkpoints.inspect.verdicts import DATA, PAGE, VariantRow, Verdicts, page
-from vllm_forge.checkpoints.table import PAGE as CHECKPOINTS
+from vllm_forge.checkpoints.measured import PAGE as CHECKPOINTS
 from vllm_forge.checkpoints.variants import load_variants
 from vllm_forge.matrix import load
 
@@ -69,6 +69,8 @@ def test_a_broken_one_is_refused(name: str) -> None:
 OUTCOMES = {
     "redhat-no-mtp": [Outcome.WITHOUT] * 3,
     "partial-mtp": [Outcome.WITHOUT] * 3,
+    "card-no-activations": [Outcome.NOT] * 3,
+    "card-some-weights-only": [Outcome.NOT, Outcome.WITH_MTP, Outcome.WITH_MTP],
     "dspark": [Outcome.WITHOUT, Outcome.WITH_DSPARK, Outcome.WITH_DSPARK],
     "nvidia-modelopt": [Outcome.WITHOUT, Outcome.WITHOUT, Outcome.WITH_MTP],
     "modelopt-fp8-mtp": [Outcome.WITHOUT] * 3,
@@ -93,6 +95,15 @@ def test_vllm_says_why() -> None:
     assert "vLLM loads 0 of" in why
     assert "says nothing" in why
     assert "KeyError" in " ".join(_row("old-expert-targets").lines["0.33"].why)
+
+
+def test_what_no_load_shows_is_said_by_a_gate() -> None:
+    """The lines that load it have the gate's word alone, which names kernel and repacking."""
+    for line in ("0.26", "0.33"):
+        (why,) = _row("card-no-activations").lines[line].why
+        assert "fp8_einsum" in why
+        assert "repacks" in why
+    assert "vLLM stops" in _row("card-no-activations").lines["0.22"].why[0]
 
 
 def test_the_measured_table_is_what_was_measured() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.checkpoints.table import Table
+from vllm_forge.host.pages import Table
 
+PAGE = Path("docs/checkpoints.md")
 RESULT = Path("benchmarks/results/quantize.json")
 BEGIN, END = "<!-- measured: made by benchmarks/quantize.py -->", "<!-- end -->"
 REAL = "DeepSeek-V4-Flash"
@@ -40,4 +41,4 @@ def measured(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLE = Table(result=RESULT, begin=BEGIN, end=END, make=measured)
+TABLE = Table(page=PAGE, result=RESULT, begin=BEGIN, end=END, make=measured)

@@ -69,3 +69,9 @@ class JitCacheError(ForgeError):
     """Kernels that were compiled before are not for this stack."""
 
     exit_code = 120
+
+
+class ReceiptContradictedError(ForgeError):
+    """What ran is not what the oracle says."""
+
+    exit_code = 121

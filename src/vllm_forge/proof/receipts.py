@@ -16,6 +16,7 @@ from vllm_forge.errors import (
 from vllm_forge.gpu.suite import read_tiers, required_tests, suite_hash
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.proof.envelope import read_keys, read_receipt
+from vllm_forge.proof.foretold import require_foretold
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,6 +75,7 @@ def verify(root: Path, matrix: Matrix, receipt: Receipt, now: datetime) -> None:
     _require_time(receipt, now)
     _require_subject(root, matrix, receipt)
     _require_suite(root, receipt)
+    require_foretold(root, receipt)
 
 
 def _require_time(receipt: Receipt, now: datetime) -> None:

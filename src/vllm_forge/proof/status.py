@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.gpu.suite import read_tiers
 from vllm_forge.host import atomic_path
+from vllm_forge.proof.foretold import compare
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +41,7 @@ def status_text(root: Path, matrix: Matrix, receipts: Sequence[Receipt]) -> str:
     for sku in matrix.sku:
         cells = [_cell(matrix, sku, line, tier, receipts) for line in matrix.line for tier in tiers]
         lines.append(f"| {sku} | {' | '.join(cells)} |")
-    return HEAD + "\n".join(lines) + "\n" + _evidence(receipts) + FOOT
+    return HEAD + "\n".join(lines) + "\n" + _evidence(receipts) + _foretold(root, receipts) + FOOT
 
 
 def _cell(matrix: Matrix, sku: str, line: str, tier: str, receipts: Sequence[Receipt]) -> str:
@@ -76,6 +77,24 @@ def _evidence(receipts: Sequence[Receipt]) -> str:
             f"| {len(receipt.statement.predicate.passed)} | {_closest(receipt)} |"
         )
     return "\n".join(rows) + "\n"
+
+
+def _foretold(root: Path, receipts: Sequence[Receipt]) -> str:
+    """Kernels that ran, where the oracle had named them; all are equal, or no receipt holds."""
+    rows = [
+        f"| [{receipt.statement.detail.sku} {receipt.statement.detail.line}]({_link(receipt)}) "
+        f"| {', '.join(f'{row.what} {row.ran}' for row in found)} |"
+        for receipt in receipts
+        if (found := compare(root, receipt))
+    ]
+    if not rows:
+        return ""
+    head = [
+        "",
+        "What vLLM took on the GPU is what the [oracle](selection.md) says without one:",
+        "",
+    ]
+    return "\n".join([*head, "| receipt | kernels |", "|---|---|", *rows]) + "\n"
 
 
 def _closest(receipt: Receipt) -> str:

@@ -21,9 +21,9 @@ from vllm_forge.checkpoints.inspect.parts import DRAFT
 from vllm_forge.checkpoints.inspect.remedies import COPES, read_remedies
 from vllm_forge.checkpoints.inspect.verdicts import DATA, Verdicts
 from vllm_forge.checkpoints.inventory import all_tensors, mtp_tensors
+from vllm_forge.checkpoints.measured import PAGE
 from vllm_forge.checkpoints.recipe import load_recipe
 from vllm_forge.checkpoints.spans import DTYPE_BYTES
-from vllm_forge.checkpoints.table import PAGE
 from vllm_forge.errors import UsageError
 from vllm_forge.host import atomic_path
 from vllm_forge.oracle.artifacts import artifact_config

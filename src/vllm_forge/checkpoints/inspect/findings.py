@@ -52,6 +52,8 @@ class Finding(BaseModel):
         handled_by: upstream change (as dispositions.toml names it) with which a vLLM copes; where
             a line carries it or its release has it, the finding is a note there.
         before, since: vLLM versions that bound where it bites; "" is no bound.
+        in_forward: it shows in the first forward pass, so vLLM's silence in a dry load says nothing
+            about it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,6 +67,7 @@ class Finding(BaseModel):
     handled_by: str = ""
     since: str = ""
     before: str = ""
+    in_forward: bool = False
 
 
 def some(names: Iterable[str], most: int = 3) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from packaging.version import Version
+
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, some
 from vllm_forge.checkpoints.inspect.formats import Format
-from vllm_forge.checkpoints.inspect.gates_config import ARGUMENTS
-from vllm_forge.checkpoints.inspect.matching import read_groups
+from vllm_forge.checkpoints.inspect.gates_config import ARGUMENTS, ignore_rules
+from vllm_forge.checkpoints.inspect.matching import Group, is_rule, read_groups, resolve
 from vllm_forge.checkpoints.inspect.parts import Part
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 # Orders that permute at run time (compressed_tensors/quantization/quant_args.py).
 ORDERED = {"group", "dynamic"}
+ACTIVATIONS = "state the activations: FP8, dynamic, groups of 128"
 
 
 def scale_fmt(profile: Profile) -> Iterator[Finding]:
@@ -34,17 +37,74 @@ def scale_fmt(profile: Profile) -> Iterator[Finding]:
 
 
 def activations(profile: Profile) -> Iterator[Finding]:
-    """G12: an FP8 block group for weights alone."""
-    for group in read_groups(profile.quantization):
-        fp8 = all(group.weights.get(k) == v for k, v in ARGUMENTS[Format.FP8_BLOCK].items())
-        if fp8 and group.inputs is None:
+    """G12: an FP8 block group for weights alone, and what comes of the modules in it.
+
+    Their kernel is none of those for block FP8 but one that dequantizes. 0.22.1 has Marlin alone
+    for that, which refuses compute capability 8.9 and above (kernels/linear/__init__.py:321,
+    scaled_mm/marlin.py:46); 0.26.0 and 0.33.0 have Humming too (:379, :522), and the releases
+    between were not looked at.
+    """
+    groups = [group for group in read_groups(profile.quantization) if _weights_only(group)]
+    for group in groups:
+        yield Finding(
+            gate="G12",
+            title="an FP8 block group without input_activations",
+            effect=Effect.REFUSES,
+            what=f"{group.name}: is_static_input_scheme becomes None, and an assert stops it",
+            remedy=ACTIVATIONS,
+            handled_by="vllm-project/vllm#43248",
+        )
+        yield Finding(
+            gate="G12",
+            title="no kernel for FP8 blocks without activations",
+            effect=Effect.REFUSES,
+            what=f"{group.name}: Marlin, the only one that vLLM has for it, does not take compute "
+            "capability 8.9 and above",
+            remedy=ACTIVATIONS,
+            before="0.26.0",
+        )
+    if groups:
+        yield from _repacked_wo_a(profile)
+
+
+def _weights_only(group: Group) -> bool:
+    fp8 = all(group.weights.get(k) == v for k, v in ARGUMENTS[Format.FP8_BLOCK].items())
+    return fp8 and group.inputs is None
+
+
+def _repacked_wo_a(profile: Profile) -> Iterator[Finding]:
+    """G12: wo_a in such a group. Its kernel repacks the weight, and no kernel multiplies it.
+
+    The output projection never calls the layer: it takes ``wo_a.weight`` out of it, on every GPU
+    (models/deepseek_v4/attention.py:329 in 0.22.1, nvidia/ops/o_proj.py:63 in 0.26.0 and :61 in
+    0.33.0; FlashMLA's and FlashInfer's attention all end there). Humming and Marlin have left int32
+    words of two dimensions in it, where DeepGEMM's fp8_einsum wants FP8 codes of three. Since
+    0.30.0 what is not FP8 is taken for BF16 there, so torch.bmm gets them instead.
+    tests/contract/test_repacked_wo_a.py has this of each line.
+    """
+    groups, ignore = read_groups(profile.quantization), ignore_rules(profile)
+    if not all(is_rule(rule) for rule in (*ignore, *(t for g in groups for t in g.targets))):
+        return  # told by gates_config.rules
+    blocks = {layer: f"layers.{layer}" for layer in range(profile.layers)}
+    drafts = {layer: f"mtp.{layer - profile.layers}" for layer in profile.draft_layers}
+    for scope, rows in ((Scope.TARGET, blocks), (Scope.DRAFT, drafts)):
+        names = []
+        for layer, stored in rows.items():
+            group = resolve(groups, ignore, f"model.layers.{layer}.attn.wo_a", Version("0"))
+            kind = profile.formats.get(f"{stored}.attn.wo_a")
+            if kind is Format.FP8_BLOCK and group is not None and _weights_only(group):
+                names.append(f"{stored}.attn.wo_a.weight")
+        if names:
             yield Finding(
                 gate="G12",
-                title="an FP8 block group without input_activations",
+                title="wo_a is repacked for a kernel that the output projection does not use",
                 effect=Effect.REFUSES,
-                what=f"{group.name}: is_static_input_scheme becomes None, and an assert stops it",
-                remedy="state the activations: FP8, dynamic, groups of 128",
-                handled_by="vllm-project/vllm#43248",
+                scope=scope,
+                what=f"its group has no input_activations, so that a weight-only kernel repacks it "
+                "to int32 after loading; the first forward pass hands that to DeepGEMM's "
+                f"fp8_einsum, since 0.30.0 to torch.bmm, and stops: {some(names)}",
+                remedy=f"for wo_a's group: {ACTIVATIONS}",
+                in_forward=True,
             )
 
 

@@ -220,19 +220,25 @@ def config_facts(profile: Profile) -> dict[str, Any]:
     """What manifests say of a quantization_config, by the format that a group writes.
 
     ``<format>.inputs`` is ``input_activations.dynamic``, None for a group of weights alone;
-    ``<format>.actorder`` is the order that GPTQ used.
+    ``<format>.actorder`` is the order that GPTQ used. Where groups of one format differ, it is a
+    list of what they say.
     """
     quantization = profile.quantization
     facts: dict[str, Any] = {
         key: quantization.get(key)
         for key in ("quant_method", "format", "scale_fmt", "moe_quant_algo")
     }
+    said: dict[str, list[Any]] = {}
     for group in read_groups(quantization):
         for kind, arguments in ARGUMENTS.items():
             if all(group.weights.get(key) == value for key, value in arguments.items()):
-                inputs = group.inputs
-                facts[f"{kind}.inputs"] = None if inputs is None else inputs.get("dynamic")
-                facts[f"{kind}.actorder"] = group.weights.get("actorder")
+                inputs = None if group.inputs is None else group.inputs.get("dynamic")
+                order = group.weights.get("actorder")
+                for key, value in ((f"{kind}.inputs", inputs), (f"{kind}.actorder", order)):
+                    if value not in (known := said.setdefault(key, [])):
+                        known.append(value)
+    for key, values in said.items():
+        facts[key] = values if len(values) > 1 else values[0]
     return facts
 
 

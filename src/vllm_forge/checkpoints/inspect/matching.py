@@ -75,7 +75,7 @@ def matches(rule: str, name: str) -> bool:
         return rule in (name, LINEAR_CLASS)
     try:
         return re.match(rule.removeprefix("re:"), name) is not None
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:  # the latter: too much, too deep
         raise BadPatternError(f"{rule}: {error}") from None
 
 
@@ -141,3 +141,13 @@ def serving_modules(config: Mapping[str, Any], layers: Iterable[int]) -> list[st
             found += [f"{prefix}.e_proj", f"{prefix}.h_proj"]
         found += [f"{prefix}.ffn.experts.0.{p}" for p in (*OLD_PROBES, *NEW_PROBES)]
     return found
+
+
+def asked_names(config: Mapping[str, Any], layers: Iterable[int]) -> list[str]:
+    """All names that a rule is asked with: those, and the parts of what is fused in them."""
+    found = serving_modules(config, layers)
+    parts = []
+    for name in found:
+        prefix, _, last = name.rpartition(".")
+        parts += [f"{prefix}.{part}" for part in FUSED.get(last, ())]
+    return found + parts

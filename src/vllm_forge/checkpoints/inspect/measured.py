@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.checkpoints.table import Table
+from vllm_forge.checkpoints.measured import PAGE
+from vllm_forge.host.pages import Table
 
 RESULT = Path("benchmarks/results/inspect.json")
 BEGIN, END = "<!-- inspected: made by benchmarks/inspect_checkpoint.py -->", "<!-- inspected -->"
@@ -34,4 +35,4 @@ def measured(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLE = Table(result=RESULT, begin=BEGIN, end=END, make=measured)
+TABLE = Table(page=PAGE, result=RESULT, begin=BEGIN, end=END, make=measured)

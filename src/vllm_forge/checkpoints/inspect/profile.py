@@ -9,7 +9,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.config_check import config_problems
+from vllm_forge.checkpoints.inspect.bounded import require_an_end
 from vllm_forge.checkpoints.inspect.formats import Format, recognize, split
+from vllm_forge.checkpoints.inspect.matching import asked_names, read_groups
 from vllm_forge.checkpoints.inspect.parts import (
     DRAFT,
     Drafter,
@@ -36,7 +38,7 @@ class Profile:
     seen: Seen
 
     def __post_init__(self) -> None:
-        """Refuse what is no DeepSeek V4 before anything is concluded from its names."""
+        """Refuse what is no DeepSeek V4, or has endless patterns, before anything is concluded."""
         config, where = self.seen.config, f"{self.seen.place}, config.json"
         if config.get("model_type") != MODEL_TYPE:
             raise CheckpointUnreadableError(
@@ -50,6 +52,15 @@ class Profile:
                 f"config.json cannot be right: {'; '.join(problems[:SHOWN])}{more}",
                 where=where,
                 remedy="take it from the source model",
+            )
+        if groups := read_groups(self.quantization):
+            layers = (*range(self.layers), *self.draft_layers)
+            require_an_end(
+                [target for group in groups for target in group.targets],
+                self.quantization.get("ignore") or [],
+                asked_names(config, layers),
+                [*self.modules, *(f"model.{module}" for module in self.modules)],
+                where,
             )
 
     @property

@@ -157,7 +157,7 @@ def _problems(counted: Iterable[Finding], scope: Scope, load: Load | None) -> It
     """Why one model does not serve. vLLM's own word comes first, and decides.
 
     A prediction that it refuses is a reason only where it was not asked, or where the fault shows
-    after loading, which is when an upstream change is named.
+    after loading: in the forward pass, or when an upstream change is named.
     """
     told = list(_load_problems(load, draft=scope is Scope.DRAFT)) if load is not None else []
     yield from told
@@ -165,7 +165,8 @@ def _problems(counted: Iterable[Finding], scope: Scope, load: Load | None) -> It
         if finding.scope is not scope or not finding.effect.breaks:
             continue
         refused = finding.effect is Effect.REFUSES
-        predicted = refused and not finding.handled_by and load is not None
+        late = finding.in_forward or bool(finding.handled_by)
+        predicted = refused and not late and load is not None
         drafter = finding.gate == "G69"  # which method fits is not for a loader to say
         if not predicted or told or drafter:
             yield f"{finding.gate} {finding.title}: {finding.what}"

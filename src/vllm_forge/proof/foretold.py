@@ -1,0 +1,102 @@
+"""Whether the kernels that ran are those that the oracle named without a GPU.
+
+``docs/selection`` says what each line selects on each SKU. A receipt has what the boot logs of its
+engines said. Where both speak of the same thing they must agree, or one of them is worth nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm_forge.errors import ReceiptContradictedError
+from vllm_forge.oracle import grid_question, read_recorded
+from vllm_forge.oracle.expected import path_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+    from typing import Any
+
+    from vllm_forge.proof.envelope import Receipt
+
+# Engine of tests/gpu/mtp -> the artifact in whose layout its tiny checkpoint is.
+LAYOUTS = {"dsv4": "flash-nvfp4-fp8-mtp"}
+UNQUANTIZED = "Unquantized"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foretold:
+    """One selection.
+
+    Attributes:
+        what: of which part.
+        oracle: what docs/selection says.
+        ran: what the boot log said.
+    """
+
+    what: str
+    oracle: str
+    ran: str
+
+
+def compare(root: Path, receipt: Receipt) -> list[Foretold]:
+    """All selections of which both the oracle and the receipt speak.
+
+    Raises:
+        SelectionFileError: the line's file is malformed.
+    """
+    detail = receipt.statement.detail
+    if not path_of(root, detail.line).is_file():
+        return []
+    answers = {question.name: answer for question, answer in read_recorded(root, detail.line).rows}
+    found = []
+    for engine, artifact in LAYOUTS.items():
+        answer = answers.get(grid_question(detail.sku, artifact))
+        ran = _ran(detail.configurations.get(engine, {}))
+        if answer is None or answer.refused is not None:
+            continue
+        draft = answer.draft.moe if answer.draft is not None else None
+        said = {
+            "experts": answer.moe and answer.moe.chosen,
+            "draft experts": draft and draft.chosen,
+            "FP8 linear layers": answer.linear and answer.linear.chosen,
+            "KV cache": answer.engine and answer.engine.kv_cache_dtype,
+        }
+        found += [
+            Foretold(what=what, oracle=oracle, ran=ran[what])
+            for what, oracle in said.items()
+            if oracle and what in ran
+        ]
+    return found
+
+
+def require_foretold(root: Path, receipt: Receipt) -> None:
+    """Refuse a receipt whose engines took other kernels than the oracle says.
+
+    Raises:
+        ReceiptContradictedError: with the first difference.
+    """
+    for row in compare(root, receipt):
+        if row.oracle != row.ran:
+            detail = receipt.statement.detail
+            raise ReceiptContradictedError(
+                f"for {row.what} vLLM took {row.ran} on {detail.sku}, and the oracle says "
+                f"{row.oracle}",
+                where=str(receipt.path),
+                remedy=f"ask again: nox -s oracle -- --line {detail.line} --update; if it "
+                "says the same, what the oracle declares of this GPU is not what the GPU is",
+            )
+
+
+def _ran(configuration: Mapping[str, Any]) -> dict[str, str]:
+    """What a boot log names, of what the oracle names too."""
+    found = {}
+    for row in configuration.get("moe", ()):
+        kind, _, backend = row.partition(": ")
+        found["draft experts" if kind == UNQUANTIZED else "experts"] = backend
+    for row in configuration.get("linear", ())[:1]:
+        found["FP8 linear layers"] = row.partition(": ")[2]
+    if configuration.get("kv_cache"):
+        found["KV cache"] = configuration["kv_cache"]
+    return found
