@@ -308,6 +308,15 @@ def test_the_kits_packages_stand_before_the_hosts(kit: Path, tmp_path: Path) -> 
     assert paths.index(host) > next(i for i, p in enumerate(paths) if "work/venv" in p)
 
 
+def test_what_is_installed_is_older_than_any_cache(kit: Path, tmp_path: Path) -> None:
+    """Ninja builds again what is older than its sources; and no process compiles Python again."""
+    work = tmp_path / "work"
+    call(kit, work, "go", str(tmp_path / "out"))
+    (package,) = (work / "venv/lib").glob("python*/site-packages/tiny")
+    assert {path.stat().st_mtime for path in package.glob("*.py")} == {kit_host.INSTALLED}
+    assert list((package / "__pycache__").glob("__init__.*.pyc"))
+
+
 def test_results_of_an_earlier_call_do_not_come_back(kit: Path, tmp_path: Path) -> None:
     old = tmp_path / "work" / "results" / "kernel.json"
     old.parent.mkdir(parents=True)
