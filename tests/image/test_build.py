@@ -20,6 +20,7 @@ import zstandard
 
 from tests.image.conftest import engines
 from tests.project import CODE, LIBRARY, PATCHED, VLLM, Project, make_project
+from vllm_forge.host.mounts import mounted_below
 from vllm_forge.images.layout import Image, read_image, verify
 
 pytestmark = pytest.mark.engine
@@ -290,6 +291,21 @@ def test_kill_9_leaves_no_image_and_the_next_run_succeeds(
         verify(image(fresh))
     fresh.run("build", "alpha", "--engine", "buildah")
     verify(image(fresh))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts of a namespace go with it: run it as root")
+def test_what_a_killed_build_left_mounted_is_cleaned(built: Project, tmp_path: Path) -> None:
+    fresh = built.copy(tmp_path, "rootfs")
+    process = fresh.start("build", "alpha", "--engine", "buildah")
+    assert process.stderr is not None
+    assert any("buildah bud" in line for line in process.stderr)
+    while not any(point.name == "merged" for point in mounted_below(fresh.cache)):
+        assert process.poll() is None, "the build ended before it mounted anything"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()  # ends only when all that inherited the pipe has ended
+    assert mounted_below(fresh.cache) != []
+    fresh.run("clean")
+    assert mounted_below(fresh.cache) == []
 
 
 def test_two_builds_of_one_cell_at_once(built: Project, tmp_path: Path) -> None:

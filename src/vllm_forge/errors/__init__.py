@@ -31,6 +31,7 @@ from vllm_forge.errors.host import (
     CacheError,
     CommandFailedError,
     DiskSpaceError,
+    MountedError,
     ToolMissingError,
 )
 from vllm_forge.errors.images import (
@@ -165,6 +166,7 @@ __all__ = [
     "MatrixFileError",
     "MatrixValueError",
     "ModelInputError",
+    "MountedError",
     "NoEnvironmentError",
     "NoGpuError",
     "NonCanonicalPatchError",

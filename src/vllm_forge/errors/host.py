@@ -33,3 +33,9 @@ class ToolMissingError(ForgeError):
     """A command that is needed is not on PATH."""
 
     exit_code = 34
+
+
+class MountedError(ForgeError):
+    """A folder is to be deleted, and a file system is mounted in it."""
+
+    exit_code = 35

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.errors import BusyError, DiskSpaceError
 from vllm_forge.host.console import console
+from vllm_forge.host.mounts import unmount_below
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,8 +61,13 @@ def move(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder with all it holds."""
+    """Delete a file or a folder with all it holds.
+
+    Raises:
+        MountedError: something is mounted in it and cannot be unmounted.
+    """
     if path.is_dir() and not path.is_symlink():
+        unmount_below(path)  # deleting would go through a mount, or stop halfway at one
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -6,11 +6,10 @@ import hashlib
 import json
 import os
 import resource
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.host import cache_root
+from vllm_forge.host import cache_root, remove
 from vllm_forge.images.engine import SystemOutput, require_version, tagged
 
 if TYPE_CHECKING:
@@ -43,6 +42,9 @@ class Buildah:
         --disable-compression keeps the tars as they are.
         """
         env = self._environment(runner)
+        store = self._state.resolve() / "store"
+        # Nothing in it outlives a build; what a killed one left may be half there.
+        runner.act(f"empty {store}", lambda: remove(store))
         base = build.base.image or "oci:base:rootfs"
         if (layout := build.base.layout) is not None:
             # buildah makes an image name of the path: it must be short, without dots.
@@ -148,8 +150,7 @@ def _container(bundle: Path) -> str:
 
 
 def _write_bundle(bundle: Path, trial: Trial) -> None:
-    if bundle.exists():
-        shutil.rmtree(bundle)
+    remove(bundle)
     (bundle / "lower").mkdir(parents=True)
     (bundle / "rootfs").mkdir()
     for number, lower in enumerate(trial.lowers):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from vllm_forge.errors import ImageCheckError, SizeBudgetError
-from vllm_forge.host import console
+from vllm_forge.host import console, remove
 from vllm_forge.images.layout import verify
 from vllm_forge.images.prewarm import SCRIPT
 from vllm_forge.oracle.mount import DRIVER
@@ -38,8 +38,7 @@ class LayerShare:
 
 def write_inputs(folder: Path, expect: dict[str, Any]) -> None:
     """The scripts and what they must find, in a folder that any user can read."""
-    if folder.exists():
-        shutil.rmtree(folder)
+    remove(folder)
     folder.mkdir(parents=True)
     for script in SCRIPTS:
         shutil.copyfile(script, folder / script.name)

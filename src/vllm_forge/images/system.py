@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tarfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.errors import BaseImageError, CacheError
-from vllm_forge.host import atomic_path, cache_root
+from vllm_forge.host import atomic_path, cache_root, remove
 from vllm_forge.images.base import compress
 from vllm_forge.images.engine import SystemBuild
 from vllm_forge.images.layer import LayerBlob
@@ -155,8 +154,7 @@ def _arguments(cell: ImageCell) -> dict[str, str]:
 
 
 def _clear(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+    remove(folder)
     folder.mkdir(parents=True)
 
 

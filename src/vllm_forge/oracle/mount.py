@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from vllm_forge.errors import OracleFailedError
+from vllm_forge.host import remove
 from vllm_forge.oracle.artifacts import artifact_config
 from vllm_forge.oracle.model import Answer
 
@@ -94,8 +95,7 @@ def write_inputs(folder: Path, questions: Sequence[Question]) -> None:
             for name in sorted({question.artifact for question in questions})
         },
     }
-    if folder.exists():
-        shutil.rmtree(folder)
+    remove(folder)
     (folder / INSIDE.name).mkdir(parents=True)
     for path in inside_files():
         shutil.copyfile(path, folder / INSIDE.name / path.name)

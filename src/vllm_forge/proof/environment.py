@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.errors import CacheError, EngineSetupError
-from vllm_forge.host import atomic_path, cache_root
+from vllm_forge.host import atomic_path, cache_root, remove
 from vllm_forge.images import Build, BuildOptions, choose_engine, resolve
 from vllm_forge.images.content import VLLM
 from vllm_forge.images.engine import Trial
@@ -206,5 +206,4 @@ def _unpack(wheel: Path, folder: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+    remove(folder)
