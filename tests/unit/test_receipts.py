@@ -87,6 +87,7 @@ def result(project: Path, matrix: Matrix) -> dict[str, Any]:
             "sku": "h200",
             "line": "0.26",
             "tree": read_tree_lock(project / matrix.line["0.26"].series, "0.26").result,
+            "differences": ["device code is zeroed"],
             "subject": {
                 "kind": "environment",
                 "name": "kit",
@@ -370,7 +371,9 @@ class TestMakeReceipt:
         path = make_receipt(project, self.write(tmp_path / "out", result), None)
         (found,) = verify_all(project, matrix, datetime.now(UTC))
         assert found.path == path
-        assert any(row.startswith("vllm: absent") for row in found.statement.detail.differences)
+        said = found.statement.detail.differences
+        assert "device code is zeroed" in said  # of the kit's own; see result
+        assert any(row.startswith("vllm: absent") for row in said)
         assert not any("torch:" in row for row in found.statement.detail.differences)
 
     def test_what_would_be_refused_is_not_written(

@@ -204,7 +204,11 @@ def make_receipt(root: Path, result_path: Path, key: Path | None) -> Path:
         text = (result_path.parent / ENVIRONMENT).read_text(encoding="utf-8")
         line = matrix.line[line_name]
         lock = read_lock(root, line_name, line, matrix.base)
-        result["plan"]["differences"] = differences(text, lock.wheels)
+        # A kit says itself in what it departs; what the list of packages shows stands beside that.
+        result["plan"]["differences"] = [
+            *result["plan"].get("differences", ()),
+            *differences(text, lock.wheels),
+        ]
     statement = make_statement(result)
     with tempfile.TemporaryDirectory() as work:  # what would be refused is not put with the others
         draft = _place(Path(work), statement, text, None)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from vllm_forge.matrix import Matrix
     from vllm_forge.proof.envelope import Receipt
+    from vllm_forge.proof.receipt import Detail
 
 PAGE = "docs/status.md"
 NOT_RUN = "not run"
@@ -68,15 +69,21 @@ def _link(receipt: Receipt) -> str:
 def _evidence(receipts: Sequence[Receipt]) -> str:
     if not receipts:
         return ""
-    rows = ["", "| receipt | GPU | driver | tests | closest margin |", "|---|---|---|---|---|"]
+    head = ["receipt", "GPU", "driver", "departures from the lock", "tests", "closest margin"]
+    rows = ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for receipt in receipts:
         detail = receipt.statement.detail
         rows.append(
             f"| [{detail.sku} {detail.line} {detail.tier}]({_link(receipt)}) "
-            f"| {detail.gpus[0].name} | {detail.gpus[0].driver} "
+            f"| {detail.gpus[0].name} | {detail.gpus[0].driver} | {_departures(detail)} "
             f"| {len(receipt.statement.predicate.passed)} | {_closest(receipt)} |"
         )
     return "\n".join(rows) + "\n"
+
+
+def _departures(detail: Detail) -> str:
+    """How many; the receipt has each as a sentence. An image has none."""
+    return str(len(detail.differences)) if detail.differences else "none"
 
 
 def _foretold(root: Path, receipts: Sequence[Receipt]) -> str:
