@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vllm_forge.errors import ReceiptContradictedError
+from vllm_forge.errors import ReceiptContradictedError, SelectionFileError
 from vllm_forge.proof.envelope import read_receipt
 from vllm_forge.proof.foretold import LAYOUTS, compare, require_foretold
 from vllm_forge.proof.receipts import receipt_paths
@@ -67,10 +67,21 @@ def test_another_linear_kernel_is_refused(receipt: Receipt, answer: dict[str, An
         require_foretold(changed(answer), receipt)
 
 
-def test_what_the_oracle_was_not_asked_is_no_difference(
+def test_what_the_oracle_was_not_asked_proves_nothing(
     receipt: Receipt, answer: dict[str, Any], tmp_path: Path
 ) -> None:
     answer["all"]["rows"] = [row for row in answer["all"]["rows"] if row["answer"] != answer["row"]]
-    assert compare(changed(answer), receipt) == []
+    with pytest.raises(ReceiptContradictedError, match="was not asked grid/"):
+        compare(changed(answer), receipt)
     shutil.rmtree(tmp_path / "docs")
-    assert compare(tmp_path, receipt) == []
+    with pytest.raises(SelectionFileError):
+        compare(tmp_path, receipt)
+
+
+def test_what_the_oracle_says_is_refused_cannot_have_run(
+    receipt: Receipt, answer: dict[str, Any]
+) -> None:
+    answer["row"].clear()
+    answer["row"]["refused"] = {"kind": "device", "message": "ValueError: no such kernel"}
+    with pytest.raises(ReceiptContradictedError, match="the oracle says: ValueError"):
+        compare(changed(answer), receipt)

@@ -57,6 +57,16 @@ def test_imports_point_one_way(path: Path) -> None:
     assert imported <= allowed, f"{room} must not import {sorted(imported - allowed)}"
 
 
+def test_only_a_gpu_host_needs_pytest() -> None:
+    """What imports pytest is not imported by a command: the project is installed without it."""
+    needs = {SOURCE / "gpu" / name for name in ("plugin.py", "run.py")}
+    for path in set(SOURCE.rglob("*.py")) - needs:
+        text = path.read_text()
+        assert not re.search(r"(?m)^(import|from) pytest\b", text), path
+        assert not re.search(r"from vllm_forge\.gpu\.(run|plugin) import", text), path
+        assert not re.search(r"from vllm_forge\.gpu import .*\b(run|plugin)\b", text), path
+
+
 def test_no_code_names_a_sku() -> None:
     matrix = load(REPO)
     names = {*matrix.sku, *(row.arch for row in matrix.sku.values())}

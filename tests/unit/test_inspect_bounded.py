@@ -13,7 +13,7 @@ from unit_kit.layouts import layout
 from vllm_forge.checkpoints.inspect import bounded
 from vllm_forge.checkpoints.inspect.bounded import require_an_end
 from vllm_forge.cli import main
-from vllm_forge.errors import CheckpointUnreadableError
+from vllm_forge.errors import CheckpointUnreadableError, CommandFailedError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,7 +51,7 @@ def test_a_target_is_tried_on_what_it_is_asked_with() -> None:
 
 def test_a_child_that_does_not_begin_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded, "CHILD", "raise SystemExit('torn down')")
-    with pytest.raises(RuntimeError, match="torn down"):
+    with pytest.raises(CommandFailedError, match="torn down"):
         _ask(["re:.*unlike any other"], [], [])
 
 

@@ -161,3 +161,37 @@ def test_the_command_is_not_run_without_the_kernels(tmp_path: Path) -> None:
     done = start(tmp_path, tmp_path / "missing", "echo", "served")
     assert done.returncode != 0
     assert not done.stdout
+    assert list((tmp_path / "volume" / "jit").iterdir()) == []
+
+
+def with_tools(tmp_path: Path, **tools: str) -> str:
+    """A PATH on which these programs are scripts."""
+    for name, text in tools.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    return f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_a_rename_that_fails_ends_the_start(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", with_tools(tmp_path, mv="exit 1"))
+    done = start(tmp_path, folder, "echo", "served")
+    assert done.returncode != 0
+    assert not done.stdout
+    assert list((tmp_path / "volume" / "jit").iterdir()) == []
+
+
+def test_of_two_that_start_at_once_the_second_takes_the_firsts(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one's folder appears while this one copies."""
+    place = tmp_path / "volume" / "jit" / "one"
+    other = f"mkdir -p {place} && touch {place}/theirs"
+    monkeypatch.setenv("PATH", with_tools(tmp_path, cp=f'{other} && exec /bin/cp "$@"'))
+    done = start(tmp_path, folder, "echo", "served")
+    assert (done.returncode, done.stdout) == (0, "served\n")
+    assert [path.name for path in place.iterdir()] == ["theirs"]
+    assert [path.name for path in place.parent.iterdir()] == ["one"]

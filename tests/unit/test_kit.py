@@ -15,7 +15,7 @@ import pytest
 
 from vllm_forge.errors import KitError, UsageError
 from vllm_forge.proof import kit_host
-from vllm_forge.proof.kit import HOST, RUN, parse_size, write_parts
+from vllm_forge.proof.kit import HOST, RUN, copy_race, parse_size, write_parts
 from vllm_forge.proof.kit_wheel import content_row, rewritten, thin_wheel
 from vllm_forge.proof.kit_wheels import choose, read_freeze, require_closed
 from vllm_forge.sources.index import IndexFile
@@ -208,6 +208,17 @@ def test_sizes(text: str, size: int) -> None:
 def test_no_sizes(text: str) -> None:
     with pytest.raises(UsageError):
         parse_size(text)
+
+
+def test_compiled_helpers_of_the_race_suite_travel_or_are_refused(tmp_path: Path) -> None:
+    made = tmp_path / "race"
+    made.mkdir()
+    (made / "kit.tar.xz").write_bytes(b"packed")
+    with pytest.raises(KitError, match=r"no manifest\.json"):
+        copy_race(made, tmp_path / "refused")
+    (made / "manifest.json").write_text("{}")
+    copy_race(made, tmp_path / "bundle" / "race")
+    assert (tmp_path / "bundle" / "race" / "kit.tar.xz").read_bytes() == b"packed"
 
 
 @pytest.fixture

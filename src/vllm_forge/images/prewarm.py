@@ -25,11 +25,15 @@ ENTRYPOINT = f"""#!/bin/sh
 # The first start of a volume copies the kernels there; what is compiled later joins them.
 set -eu
 if [ ! -d "${{{VARIABLE}}}" ]; then
-    aside="${{{VARIABLE}}}.$$"
     mkdir -p "${{{VARIABLE}%/*}}"
-    cp -R --preserve=timestamps {BAKED} "${{aside}}"
-    # Of two that start at once, the second keeps the first one's.
-    mv -T "${{aside}}" "${{{VARIABLE}}}" || rm -r "${{aside}}"
+    # Not named by the process: in each container it is the first.
+    aside="$(mktemp -d "${{{VARIABLE}}}.XXXXXX")"
+    trap 'rm -rf "${{aside}}"' EXIT
+    cp -R --preserve=timestamps {BAKED}/. "${{aside}}"
+    # Of two that start at once, the second keeps the first one's; anything else is an error.
+    mv -T "${{aside}}" "${{{VARIABLE}}}" || [ -d "${{{VARIABLE}}}" ]
+    rm -rf "${{aside}}"
+    trap - EXIT
 fi
 exec "$@"
 """

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.errors import ReceiptContradictedError
 from vllm_forge.oracle import grid_question, read_recorded
-from vllm_forge.oracle.expected import path_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,18 +43,27 @@ def compare(root: Path, receipt: Receipt) -> list[Foretold]:
     """All selections of which both the oracle and the receipt speak.
 
     Raises:
-        SelectionFileError: the line's file is malformed.
+        SelectionFileError: there is no file for the line, or it is malformed.
+        ReceiptContradictedError: the oracle was not asked about an engine that ran, or says that
+            vLLM refuses it.
     """
     detail = receipt.statement.detail
-    if not path_of(root, detail.line).is_file():
-        return []
-    answers = {question.name: answer for question, answer in read_recorded(root, detail.line).rows}
-    found = []
+    found: list[Foretold] = []
     for engine, artifact in LAYOUTS.items():
-        answer = answers.get(grid_question(detail.sku, artifact))
-        ran = _ran(detail.configurations.get(engine, {}))
-        if answer is None or answer.refused is not None:
+        if engine not in detail.configurations:
             continue
+        name = grid_question(detail.sku, artifact)
+        rows = {question.name: answer for question, answer in read_recorded(root, detail.line).rows}
+        answer = rows.get(name)
+        if answer is None:
+            raise _contradicted(
+                receipt, f"engine {engine} ran, and the oracle was not asked {name}"
+            )
+        if answer.refused is not None:
+            raise _contradicted(
+                receipt, f"engine {engine} ran, and the oracle says: {answer.refused.message}"
+            )
+        ran = _ran(detail.configurations[engine])
         draft = answer.draft.moe if answer.draft is not None else None
         said = {
             "experts": answer.moe and answer.moe.chosen,
@@ -79,14 +87,21 @@ def require_foretold(root: Path, receipt: Receipt) -> None:
     """
     for row in compare(root, receipt):
         if row.oracle != row.ran:
-            detail = receipt.statement.detail
-            raise ReceiptContradictedError(
-                f"for {row.what} vLLM took {row.ran} on {detail.sku}, and the oracle says "
-                f"{row.oracle}",
-                where=str(receipt.path),
-                remedy=f"ask again: nox -s oracle -- --line {detail.line} --update; if it "
-                "says the same, what the oracle declares of this GPU is not what the GPU is",
+            raise _contradicted(
+                receipt,
+                f"for {row.what} vLLM took {row.ran} on {receipt.statement.detail.sku}, and the "
+                f"oracle says {row.oracle}",
             )
+
+
+def _contradicted(receipt: Receipt, what: str) -> ReceiptContradictedError:
+    line = receipt.statement.detail.line
+    return ReceiptContradictedError(
+        what,
+        where=str(receipt.path),
+        remedy=f"ask again: nox -s oracle -- --line {line} --update; if it says the same, "
+        "what the oracle declares of this GPU is not what the GPU is",
+    )
 
 
 def _ran(configuration: Mapping[str, Any]) -> dict[str, str]:

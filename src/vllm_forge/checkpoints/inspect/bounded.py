@@ -13,7 +13,7 @@ import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import CheckpointUnreadableError
+from vllm_forge.errors import CheckpointUnreadableError, CommandFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -90,5 +90,9 @@ def _endless(
     if done.returncode == 0 and last == "all":
         return None
     if not last:
-        raise RuntimeError(f"the child that tries patterns did not begin: {done.stderr}")
+        raise CommandFailedError(
+            f"the child that tries patterns did not begin: {done.stderr.strip()[-500:]}",
+            where=sys.executable,
+            remedy="see what this Python lacks: python -I -S -c 'import re, resource'",
+        )
     return patterns[int(last)][0]
