@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from vllm_forge.commands import MODULES
-from vllm_forge.errors import ForgeError, UsageError
+from vllm_forge.errors import FileAccessError, ForgeError, UsageError
 from vllm_forge.host import console
 
 if TYPE_CHECKING:
@@ -50,13 +51,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         args.call(args)
     except ForgeError as error:
-        console.print(f"[bold red]{type(error).__name__}[/] (exit {error.exit_code})")
-        console.print(str(error), markup=False)
-        return error.exit_code
+        return _failed(error)
     except BrokenPipeError:  # e.g. `| head`: who read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
         console.print("interrupted; what was finished is kept")
         return 130
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise  # not of a file: a fault of ours, whose traceback is wanted
+        return _failed(
+            FileAccessError(
+                error.strerror or str(error),
+                where=str(error.filename2 or error.filename or ""),
+                remedy="give a path that can be read or written, on a disk with space left",
+            )
+        )
     return 0
+
+
+def _failed(error: ForgeError) -> int:
+    console.print(f"[bold red]{type(error).__name__}[/] (exit {error.exit_code})")
+    console.print(str(error), markup=False)
+    return error.exit_code

@@ -132,6 +132,41 @@ def test_outside_a_checkout_says_so(
     assert "VLLM_FORGE_ROOT" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "there"), "Permission denied"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_what_the_system_refuses_is_not_a_traceback(
+    error: OSError,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    root: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refused() -> str:
+        raise error
+
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    monkeypatch.setattr("vllm_forge.commands.matrix.schema_text", refused)
+    assert main(["schema"]) == errors.FileAccessError.exit_code
+    assert said in capsys.readouterr().err
+
+
+def test_an_error_of_no_file_is_a_fault_of_ours(
+    monkeypatch: pytest.MonkeyPatch, root: Path
+) -> None:
+    def refused() -> str:
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    monkeypatch.setattr("vllm_forge.commands.matrix.schema_text", refused)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        main(["schema"])
+
+
 def test_interrupt_is_130_and_not_a_traceback(
     monkeypatch: pytest.MonkeyPatch, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

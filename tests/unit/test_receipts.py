@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from vllm_forge import errors
 from vllm_forge.gpu.suite import read_tiers, required_tests, suite_hash
 from vllm_forge.matrix import load
 from vllm_forge.patches import read_tree_lock
+from vllm_forge.proof.cases import FILE as CASES_FILE
 from vllm_forge.proof.envelope import DIGEST, canonical, read_receipt, write_receipt
 from vllm_forge.proof.gpu import differences, make_receipt
 from vllm_forge.proof.receipt import VALID, Statement, make_statement
@@ -53,6 +55,20 @@ class TestGroup:
 def helper(): ...
 """
 FILE = "tests/gpu/mtp/test_it.py"
+# An elliptic curve that the library has not.
+SM2 = """\
+-----BEGIN PUBLIC KEY-----
+MFkwEwYHKoZIzj0CAQYIKoEcz1UBgi0DQgAE76DgD3ZabJEZSene5u9oGx+6CfEf
+hlFenQZMloMBk5c1/+N6SmlbDTIQWkEXK+405wSWiYDc0EfOcGw5PG8N0g==
+-----END PUBLIC KEY-----
+"""
+CASES = {
+    f"{FILE}::test_one": {"archs": [], "engines": ["plain"]},
+    f"{FILE}::test_two[1]": {"archs": [], "engines": []},
+    f"{FILE}::test_two[2]": {"archs": [], "engines": []},
+    f"{FILE}::test_elsewhere": {"archs": ["sm_120"], "engines": ["other"]},
+    f"{FILE}::TestGroup::test_three": {"archs": ["sm_90"], "engines": []},
+}
 
 
 @pytest.fixture
@@ -69,7 +85,15 @@ def project(root: Path, tmp_path: Path) -> Path:
     (here / "tests/gpu/suite.toml").write_text(SUITE)
     for name in ("matrix.toml", "patches", "docker"):
         (here / name).symlink_to(root / name)
+    (here / CASES_FILE).parent.mkdir()
+    list_cases(here, suite_hash(here, read_tiers(here)["server"]))
     return here
+
+
+def list_cases(here: Path, suite: str) -> None:
+    """What ``python -m tests.gpu.list_cases`` would write."""
+    rows = {"server": {"suite_sha256": suite, "cases": CASES}}
+    (here / CASES_FILE).write_text(json.dumps(rows))
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -347,6 +371,228 @@ def test_a_form_that_is_not_canonical(project: Path, matrix: Matrix, committed: 
         verify_all(project, matrix, NOW)
 
 
+def body(payload: dict[str, Any]) -> dict[str, Any]:
+    """Our part of a statement."""
+    inner = payload["predicate"]["vllmForge"]
+    assert isinstance(inner, dict)
+    return inner
+
+
+def lose(name: str) -> Callable[[dict[str, Any]], None]:
+    def change(payload: dict[str, Any]) -> None:
+        del body(payload)["tests"][f"{FILE}::{name}"]
+        payload["predicate"]["passedTests"].remove(f"{FILE}::{name}")
+
+    return change
+
+
+def pass_by(name: str) -> Callable[[dict[str, Any]], None]:
+    def change(payload: dict[str, Any]) -> None:
+        body(payload)["tests"][f"{FILE}::{name}"]["outcome"] = "other GPU"
+        payload["predicate"]["passedTests"].remove(f"{FILE}::{name}")
+
+    return change
+
+
+def add(outcome: str) -> Callable[[dict[str, Any]], None]:
+    def change(payload: dict[str, Any]) -> None:
+        body(payload)["tests"][f"{FILE}::test_two[3]"] = row(outcome=outcome)
+        if outcome == "passed":
+            payload["predicate"]["passedTests"].append(f"{FILE}::test_two[3]")
+
+    return change
+
+
+def measure(measured: float, bound: float) -> Callable[[dict[str, Any]], None]:
+    def change(payload: dict[str, Any]) -> None:
+        margins = body(payload)["tests"][f"{FILE}::test_one"]["margins"]
+        margins["drafts"] = {"measured": measured, "bound": bound}
+
+    return change
+
+
+FORGED: dict[str, tuple[Callable[[dict[str, Any]], Any], type[errors.ForgeError], str]] = {
+    "one case of two": (lose("test_two[2]"), errors.ReceiptIncompleteError, r"test_two\[2\]"),
+    "a case for this GPU": (
+        pass_by("test_two[2]"), errors.ReceiptIncompleteError, r"lacks 1: .*test_two\[2\]",
+    ),
+    "a case that is none": (add("passed"), errors.ReceiptIncompleteError, r"test_two\[3\]"),
+    "another that is none": (add("other GPU"), errors.ReceiptIncompleteError, r"test_two\[3\]"),
+    "passed twice": (
+        lambda data: data["predicate"]["passedTests"].insert(
+            0, data["predicate"]["passedTests"][0]
+        ),
+        errors.ReceiptIncompleteError,
+        "each once",
+    ),
+    "no boot log": (
+        lambda data: body(data).update(configurations={}),
+        errors.ReceiptIncompleteError,
+        "no boot log of 1: plain",
+    ),
+    "a boot log of another form": (
+        lambda data: body(data).update(configurations={"plain": {"moe": 5}}),
+        errors.ReceiptUnreadableError,
+        "moe",
+    ),
+    "above its bound": (measure(17.0, 16.0), errors.ReceiptIncompleteError, "is 17, its bound 16"),
+    "not a number": (measure(float("nan"), 16), errors.ReceiptUnreadableError, "finite"),
+    "bound of nothing": (measure(1, float("inf")), errors.ReceiptUnreadableError, "finite"),
+    "for ever": (
+        lambda data: body(data).update(expires="2999-01-01T00:00:00Z"),
+        errors.ReceiptExpiredError,
+        "at most",
+    ),
+    "no time zone": (
+        lambda data: body(data).update(started="2026-01-01T00:00:00"),
+        errors.ReceiptUnreadableError,
+        "timezone",
+    ),
+    "a table's cell": (
+        lambda data: body(data)["gpus"][0].update(driver="1 | x"),
+        errors.ReceiptUnreadableError,
+        "driver",
+    ),
+    "a digest that is a path": (
+        lambda data: data["subject"][0]["digest"].update(sha256="/etc"),
+        errors.ReceiptUnreadableError,
+        "sha256",
+    ),
+    "an image with packages beside it": (
+        lambda data: body(data).update(kind="image"), errors.ReceiptSubjectError, "for an image",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_what_the_repository_contradicts_is_refused_without_a_signature(
+    project: Path, matrix: Matrix, committed: Path, name: str
+) -> None:
+    change, kind, said = FORGED[name]
+    edit(committed, change, consistent=True)
+    with pytest.raises(kind, match=said) as caught:
+        verify_all(project, matrix, NOW)
+    assert str(committed) in str(caught.value)
+
+
+def test_a_line_that_does_not_support_the_sku(
+    project: Path, matrix: Matrix, result: dict[str, Any]
+) -> None:
+    result["plan"] |= {
+        "line": "0.22",
+        "tree": read_tree_lock(project / matrix.line["0.22"].series, "0.22").result,
+    }
+    place(project, make_statement(result))
+    with pytest.raises(errors.ReceiptSubjectError, match=r"0\.22 does not support h200"):
+        verify_all(project, matrix, NOW)
+
+
+def test_cases_of_another_suite_prove_nothing(
+    project: Path, matrix: Matrix, committed: Path
+) -> None:
+    assert committed.is_file()
+    list_cases(project, "0" * 64)
+    with pytest.raises(errors.GpuSuiteError, match="of suite 000000000000"):
+        verify_all(project, matrix, NOW)
+    (project / CASES_FILE).unlink()
+    with pytest.raises(errors.GpuSuiteError, match="no list of the cases"):
+        verify_all(project, matrix, NOW)
+
+
+def test_the_list_of_cases_is_what_pytest_collects(root: Path, tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "tests.gpu.list_cases", str(tmp_path / "cases.json")],
+        cwd=root,
+        check=True,
+        capture_output=True,
+    )
+    current = (root / CASES_FILE).read_text()
+    assert current == (tmp_path / "cases.json").read_text(), "run: python -m tests.gpu.list_cases"
+
+
+@pytest.mark.parametrize(
+    "place_of_it", ["{name}", "{digest}/more/{name}", "{digest}/copy.JSON", "{digest}/notes.md"]
+)
+def test_a_receipt_is_not_overlooked(
+    project: Path, matrix: Matrix, committed: Path, place_of_it: str
+) -> None:
+    target = (
+        project / FOLDER / place_of_it.format(name=committed.name, digest=committed.parent.name)
+    )
+    target.parent.mkdir(exist_ok=True)
+    committed.rename(target)
+    with pytest.raises(errors.ReceiptUnreadableError, match="this is not docs/receipts/<digest>"):
+        verify_all(project, matrix, NOW)
+
+
+@pytest.mark.parametrize("what", ["receipt", "packages", "folder", "all"])
+def test_a_link_is_refused(
+    project: Path, matrix: Matrix, committed: Path, tmp_path: Path, what: str
+) -> None:
+    path = {
+        "receipt": committed,
+        "packages": committed.with_name("environment.txt"),
+        "folder": committed.parent,
+        "all": project / FOLDER,
+    }[what]
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(errors.ReceiptUnreadableError, match="it is a link"):
+        verify_all(project, matrix, NOW)
+
+
+def test_folders_that_are_none(project: Path, matrix: Matrix) -> None:
+    (project / FOLDER).mkdir()
+    assert verify_all(project, matrix, NOW) == []
+    (project / FOLDER / "keys").write_text("")
+    with pytest.raises(errors.ReceiptKeyError, match="cannot be read"):
+        verify_all(project, matrix, NOW)
+    (project / FOLDER / "keys").unlink()
+    (project / FOLDER).rmdir()
+    (project / FOLDER).write_text("")
+    with pytest.raises(errors.ReceiptUnreadableError, match="Not a directory"):
+        verify_all(project, matrix, NOW)
+
+
+def test_packages_that_are_no_file(project: Path, matrix: Matrix, committed: Path) -> None:
+    path = committed.with_name("environment.txt")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(errors.ReceiptSubjectError, match="Is a directory"):
+        verify_all(project, matrix, NOW)
+
+
+def test_what_a_killed_writer_left_is_no_receipt(
+    project: Path, matrix: Matrix, committed: Path
+) -> None:
+    left = committed.parent / f".tmp-{committed.name}-abcdefgh"
+    left.mkdir()
+    (left / committed.name).write_text("{")
+    assert len(verify_all(project, matrix, NOW)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[" * 100_000, "RecursionError"),
+        (b'{"payload": "e30=", "payload": "e30="}', "stands twice"),
+    ],
+)
+def test_json_that_readers_read_differently(
+    project: Path, matrix: Matrix, committed: Path, content: bytes, said: str
+) -> None:
+    committed.write_bytes(content)
+    with pytest.raises(errors.ReceiptUnreadableError, match=said):
+        verify_all(project, matrix, NOW)
+
+
+def test_a_key_of_a_kind_that_nobody_supports(project: Path, matrix: Matrix) -> None:
+    (project / FOLDER / "keys").mkdir(parents=True)
+    (project / FOLDER / "keys" / "sm2.pem").write_text(SM2)
+    with pytest.raises(errors.ReceiptKeyError, match="not supported"):
+        verify_all(project, matrix, NOW)
+
+
 def test_every_refusal_has_its_exit_code() -> None:
     kinds = [
         errors.ReceiptUnreadableError, errors.ReceiptEditedError, errors.ReceiptExpiredError,
@@ -390,6 +636,81 @@ class TestMakeReceipt:
         path.write_text(content)
         with pytest.raises(errors.GpuSuiteError, match="not the result"):
             make_receipt(project, path, None)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda result: result["plan"].pop("tree"),
+            lambda result: result["plan"]["subject"].pop("kind"),
+            lambda result: result.update(gpus=[{"name": "x"}]),
+            lambda result: result.update(finished="yesterday"),
+            lambda result: result.update(tests={"x": {"outcome": "passed", "more": 1}}),
+            lambda result: result.update(tests=[]),
+            lambda result: result.pop("exit"),
+            lambda result: result["plan"]["subject"].update(sha256="../../elsewhere"),
+            lambda result: result.update(tier="../../elsewhere"),
+        ],
+    )
+    def test_parts_of_a_result(
+        self,
+        project: Path,
+        result: dict[str, Any],
+        tmp_path: Path,
+        change: Callable[[dict[str, Any]], Any],
+    ) -> None:
+        change(result)
+        with pytest.raises(errors.GpuSuiteError, match="not the result of a tier"):
+            make_receipt(project, self.write(tmp_path / "out", result), None)
+        assert not (project / FOLDER).exists()
+
+    def test_a_line_that_is_not_ours(
+        self, project: Path, result: dict[str, Any], tmp_path: Path
+    ) -> None:
+        result["plan"]["line"] = "9.9"
+        with pytest.raises(errors.ReceiptSubjectError, match=r"line '9\.9'"):
+            make_receipt(project, self.write(tmp_path / "out", result), None)
+
+    @pytest.mark.parametrize("packages", [None, b"\xff"])
+    def test_without_the_list_of_packages(
+        self, project: Path, result: dict[str, Any], tmp_path: Path, packages: bytes | None
+    ) -> None:
+        path = self.write(tmp_path / "out", result)
+        path.with_name("environment.txt").unlink()
+        if packages is not None:
+            path.with_name("environment.txt").write_bytes(packages)
+        with pytest.raises(errors.GpuSuiteError, match="no list of the packages") as caught:
+            make_receipt(project, path, None)
+        assert "environment.txt" in caught.value.where
+
+    def test_a_case_that_did_not_run(
+        self, project: Path, result: dict[str, Any], tmp_path: Path
+    ) -> None:
+        """As where a run chose tests with ``--only``: all that ran is green."""
+        del result["tests"][f"{FILE}::test_two[2]"]
+        with pytest.raises(errors.ReceiptIncompleteError, match=r"test_two\[2\]"):
+            make_receipt(project, self.write(tmp_path / "out", result), None)
+
+    def test_names_as_workers_have_them(
+        self, project: Path, matrix: Matrix, result: dict[str, Any], tmp_path: Path
+    ) -> None:
+        """With ``-n``, pytest-xdist appends a test's group to its name."""
+        result["tests"] = {f"{name}@mtp": row for name, row in result["tests"].items()}
+        make_receipt(project, self.write(tmp_path / "out", result), None)
+        (found,) = verify_all(project, matrix, datetime.now(UTC))
+        assert f"{FILE}::test_two[1]" in found.statement.predicate.passed
+
+    def test_a_key_that_is_none_or_not_trusted_leaves_nothing(
+        self, project: Path, result: dict[str, Any], tmp_path: Path, keys: tuple[Path, Path]
+    ) -> None:
+        path = self.write(tmp_path / "out", result)
+        for key, said in ((keys[1], "not an Ed25519 key"), (keys[0], "not among the trusted")):
+            with pytest.raises(errors.ReceiptKeyError, match=said):
+                make_receipt(project, path, key)
+            assert not (project / FOLDER).exists()
+        trusted = project / FOLDER / "keys"
+        trusted.mkdir(parents=True)
+        (trusted / "release.pem").write_bytes(keys[1].read_bytes())
+        make_receipt(project, path, keys[0])
 
 
 def test_differences_from_the_lock(root: Path, matrix: Matrix) -> None:

@@ -31,6 +31,7 @@ from vllm_forge.errors.host import (
     CacheError,
     CommandFailedError,
     DiskSpaceError,
+    FileAccessError,
     MountedError,
     ToolMissingError,
 )
@@ -149,6 +150,7 @@ __all__ = [
     "EngineMissingError",
     "EngineSetupError",
     "EngineTooOldError",
+    "FileAccessError",
     "ForgeError",
     "GpuSuiteError",
     "HashMismatchError",

@@ -35,6 +35,12 @@ class ToolMissingError(ForgeError):
     exit_code = 34
 
 
+class FileAccessError(ForgeError):
+    """The system does not let a file or folder be read or written, or the disk is full."""
+
+    exit_code = 36
+
+
 class MountedError(ForgeError):
     """A folder is to be deleted, and a file system is mounted in it."""
 

@@ -13,7 +13,6 @@ by its readers.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
 from dataclasses import dataclass
@@ -90,10 +89,11 @@ def read_receipt(path: Path, keys: Sequence[Key]) -> Receipt:
         ReceiptEditedError: the payload does not match its digest or a signature.
     """
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data: dict[str, Any] = json.loads(text, object_pairs_hook=_once)
         payload, kind = base64.b64decode(data["payload"], validate=True), data["payloadType"]
         stated, envelope = data[DIGEST], Envelope.from_dict(data)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(path, f"{type(error).__name__}: {error}") from None
     if kind != PAYLOAD_TYPE:
         raise _unreadable(path, f"its payload is {kind!r}")
@@ -111,13 +111,31 @@ def read_receipt(path: Path, keys: Sequence[Key]) -> Receipt:
     return Receipt(path=path, statement=statement, signed_by=signed_by)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object each of whose names stands once: of two, readers take different ones."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"a name stands twice among {', '.join(name for name, _ in pairs)}")
+    return found
+
+
 def read_keys(folder: Path) -> list[Key]:
     """Public keys, ``folder/*.pem``; none where there is no folder.
 
     Raises:
-        ReceiptKeyError: a file is not an Ed25519 public key.
+        ReceiptKeyError: a file is not an Ed25519 public key, or the folder cannot be read.
     """
-    return [_public(path) for path in sorted(folder.glob("*.pem"))]
+    try:
+        paths = sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ReceiptKeyError(
+            f"the folder of trusted keys cannot be read: {error}",
+            where=str(folder),
+            remedy="it is a folder with a NAME.pem for each signer, or is not there",
+        ) from None
+    return [_public(path) for path in paths if path.suffix == ".pem"]
 
 
 def _signatures(path: Path, envelope: Envelope, keys: Sequence[Key]) -> tuple[str, ...]:
@@ -138,7 +156,8 @@ def _signatures(path: Path, envelope: Envelope, keys: Sequence[Key]) -> tuple[st
 
 
 def _signer(path: Path) -> CryptoSigner:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415 - for keys only
+    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415 - for keys only
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415
         Ed25519PrivateKey,
     )
     from cryptography.hazmat.primitives.serialization import (  # noqa: PLC0415
@@ -147,7 +166,7 @@ def _signer(path: Path) -> CryptoSigner:
 
     try:
         private = load_pem_private_key(path.read_bytes(), None)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise _no_key(path, str(error)) from None
     if not isinstance(private, Ed25519PrivateKey):
         raise _no_key(path, f"it is a {type(private).__name__}")
@@ -155,6 +174,7 @@ def _signer(path: Path) -> CryptoSigner:
 
 
 def _public(path: Path) -> Key:
+    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415
     from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415
         Ed25519PublicKey,
     )
@@ -162,7 +182,7 @@ def _public(path: Path) -> Key:
 
     try:
         public = load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise _no_key(path, str(error)) from None
     if not isinstance(public, Ed25519PublicKey):
         raise _no_key(path, f"it is a {type(public).__name__}")

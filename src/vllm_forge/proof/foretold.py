@@ -1,7 +1,8 @@
 """Whether the kernels that ran are those that the oracle named without a GPU.
 
 ``docs/selection`` says what each line selects on each SKU. A receipt has what the boot logs of its
-engines said. Where both speak of the same thing they must agree, or one of them is worth nothing.
+engines said. Of an engine that ran they must agree, or one of them is worth nothing: a log that
+does not name a kernel agrees with nobody.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from vllm_forge.errors import ReceiptContradictedError
 from vllm_forge.oracle import grid_question, read_recorded
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
-    from typing import Any
 
     from vllm_forge.proof.envelope import Receipt
+    from vllm_forge.proof.receipt import Configuration
 
 # Engine of tests/gpu/mtp -> the artifact in whose layout its tiny checkpoint is.
 LAYOUTS = {"dsv4": "flash-nvfp4-fp8-mtp"}
 UNQUANTIZED = "Unquantized"
+NOTHING = "nothing that its boot log names"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Foretold:
 
 
 def compare(root: Path, receipt: Receipt) -> list[Foretold]:
-    """All selections of which both the oracle and the receipt speak.
+    """All selections of which the oracle speaks, of engines that the receipt has.
 
     Raises:
         SelectionFileError: there is no file for the line, or it is malformed.
@@ -72,9 +73,9 @@ def compare(root: Path, receipt: Receipt) -> list[Foretold]:
             "KV cache": answer.engine and answer.engine.kv_cache_dtype,
         }
         found += [
-            Foretold(what=what, oracle=oracle, ran=ran[what])
+            Foretold(what=what, oracle=oracle, ran=ran.get(what, NOTHING))
             for what, oracle in said.items()
-            if oracle and what in ran
+            if oracle
         ]
     return found
 
@@ -104,14 +105,14 @@ def _contradicted(receipt: Receipt, what: str) -> ReceiptContradictedError:
     )
 
 
-def _ran(configuration: Mapping[str, Any]) -> dict[str, str]:
+def _ran(configuration: Configuration) -> dict[str, str]:
     """What a boot log names, of what the oracle names too."""
     found = {}
-    for row in configuration.get("moe", ()):
+    for row in configuration.moe:
         kind, _, backend = row.partition(": ")
         found["draft experts" if kind == UNQUANTIZED else "experts"] = backend
-    for row in configuration.get("linear", ())[:1]:
+    for row in configuration.linear[:1]:
         found["FP8 linear layers"] = row.partition(": ")[2]
-    if configuration.get("kv_cache"):
-        found["KV cache"] = configuration["kv_cache"]
+    if configuration.kv_cache:
+        found["KV cache"] = configuration.kv_cache
     return found

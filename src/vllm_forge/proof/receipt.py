@@ -10,10 +10,11 @@ spec/predicates/test-result.md.
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat
 
 from vllm_forge.errors import ReceiptIncompleteError
 
@@ -23,9 +24,13 @@ STATEMENT: StatementType = "https://in-toto.io/Statement/v1"
 PREDICATE: PredicateType = "https://in-toto.io/attestation/test-result/v0.1"
 VALID = timedelta(days=90)  # drivers, and what we test for, change faster than releases live
 GREEN = ("passed", "other GPU")
+# What pytest-xdist appends to a test's name with --dist loadgroup (scheduler/loadscope.py).
+GROUP = re.compile(r"(?<=[\w\]])@[\w.-]+$")
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 GitTree = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+Word = Annotated[str, Field(pattern=r"^[\w.-]+$")]  # becomes a part of a file's name
+Cell = Annotated[str, Field(pattern=r"^[^|\x00-\x1f]+$")]  # becomes a cell of a page's table
 
 
 class Record(BaseModel):
@@ -34,57 +39,86 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
+class Sha256Digest(Record):
+    """An in-toto DigestSet of bytes."""
+
+    sha256: Sha256
+
+
+class TreeDigest(Record):
+    """An in-toto DigestSet of a git tree."""
+
+    tree: GitTree = Field(alias="gitTree")
+
+
 class Resource(Record):
-    """An in-toto ResourceDescriptor: a name and its digests by algorithm."""
+    """An in-toto ResourceDescriptor: a name and its digest."""
 
     name: str
-    digest: dict[str, str]
+    digest: Sha256Digest
+
+
+class Source(Record):
+    """The same of a git tree."""
+
+    name: str
+    digest: TreeDigest
 
 
 class Gpu(Record):
     """The GPU, without its serial numbers."""
 
-    name: str
+    name: Cell
     uuid_sha256: Sha256
-    compute_capability: str
-    driver: str
+    compute_capability: Word
+    driver: Cell
     memory_mib: int
 
 
 class Margin(Record):
     """A measured value and the bound that it is under."""
 
-    measured: float
-    bound: float
+    measured: FiniteFloat
+    bound: FiniteFloat
 
 
 class Judged(Record):
     """The verdict of one test."""
 
     outcome: Literal["passed", "other GPU"]
-    seconds: float
-    margins: dict[str, Margin] = {}
+    seconds: FiniteFloat
+    margins: dict[Cell, Margin] = {}
     facts: dict[str, Any] = {}
     why: str = ""
+
+
+class Configuration(Record):
+    """What a boot log said of an engine; see vllm_forge.gpu.bootlog for all of its fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    moe: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
+    kv_cache: str | None = None
 
 
 class Detail(Record):
     """What in-toto's predicate has no field for."""
 
-    sku: str
-    line: str
-    tier: str
+    sku: Word
+    line: Word
+    tier: Word
     kind: Literal["image", "environment"]
     gpus: tuple[Gpu, ...] = Field(min_length=1)
     host: dict[str, Any]
-    configurations: dict[str, dict[str, Any]]
+    configurations: dict[str, Configuration]
     differences: tuple[str, ...] = Field(
         description="in what an environment departs from the line's lock"
     )
     tests: dict[str, Judged] = Field(min_length=1)
-    started: datetime
-    finished: datetime
-    expires: datetime
+    started: AwareDatetime
+    finished: AwareDatetime
+    expires: AwareDatetime
 
 
 class Predicate(Record):
@@ -101,7 +135,7 @@ class Statement(Record):
     """The whole of a receipt's payload."""
 
     kind: StatementType = Field(default=STATEMENT, alias="_type")
-    subject: tuple[Resource, Resource]
+    subject: tuple[Resource, Source]
     predicate_type: PredicateType = Field(default=PREDICATE, alias="predicateType")
     predicate: Predicate
 
@@ -113,17 +147,17 @@ class Statement(Record):
     @property
     def sha256(self) -> str:
         """Digest of the image or environment."""
-        return self.subject[0].digest.get("sha256", "")
+        return self.subject[0].digest.sha256
 
     @property
     def tree(self) -> str:
         """Git tree hash of the patched vLLM source."""
-        return self.subject[1].digest.get("gitTree", "")
+        return self.subject[1].digest.tree
 
     @property
     def suite(self) -> str:
         """Hash of the tier's tests and of what judges them."""
-        return self.predicate.configuration[0].digest.get("sha256", "")
+        return self.predicate.configuration[0].digest.sha256
 
     @property
     def file_name(self) -> str:
@@ -140,7 +174,7 @@ def make_statement(result: dict[str, Any]) -> Statement:
     Raises:
         ReceiptIncompleteError: a test is not green, or none ran.
     """
-    tests = result["tests"]
+    tests = {GROUP.sub("", name): row for name, row in result["tests"].items()}
     red = [name for name, row in tests.items() if row["outcome"] not in GREEN]
     if red or not tests or result["exit"] != 0:
         raise ReceiptIncompleteError(
@@ -153,15 +187,15 @@ def make_statement(result: dict[str, Any]) -> Statement:
     subject = plan["subject"]
     return Statement(
         subject=(
-            Resource(name=subject["name"], digest={"sha256": subject["sha256"]}),
-            Resource(name=f"vllm source, line {plan['line']}", digest={"gitTree": plan["tree"]}),
+            Resource(name=subject["name"], digest=Sha256Digest(sha256=subject["sha256"])),
+            Source(name=f"vllm source, line {plan['line']}", digest=TreeDigest(tree=plan["tree"])),
         ),
         predicate=Predicate(
             result="PASSED",
             configuration=(
                 Resource(
                     name=f"tests/gpu, tier {result['tier']}",
-                    digest={"sha256": result["suite_sha256"]},
+                    digest=Sha256Digest(sha256=result["suite_sha256"]),
                 ),
             ),
             passed=tuple(sorted(n for n, row in tests.items() if row["outcome"] == "passed")),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_forge.errors import (
@@ -12,15 +14,17 @@ from vllm_forge.errors import (
     ReceiptKeyError,
     ReceiptSubjectError,
     ReceiptSuiteError,
+    ReceiptUnreadableError,
 )
 from vllm_forge.gpu.suite import read_tiers, required_tests, suite_hash
 from vllm_forge.patches import read_tree_lock
+from vllm_forge.proof.cases import require_cases
 from vllm_forge.proof.envelope import read_keys, read_receipt
 from vllm_forge.proof.foretold import require_foretold
+from vllm_forge.proof.receipt import VALID
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from vllm_forge.matrix import Matrix
     from vllm_forge.proof.envelope import Receipt
@@ -31,8 +35,44 @@ ENVIRONMENT = "environment.txt"
 
 
 def receipt_paths(root: Path) -> list[Path]:
-    """All committed receipts: ``docs/receipts/<digest>/*.json``."""
-    return sorted((root / FOLDER).glob("*/*.json"))
+    """All committed receipts: ``docs/receipts/<digest>/*.json``.
+
+    Raises:
+        ReceiptUnreadableError: something else lies there, in which a receipt would be overlooked; a
+            link, whose target is not committed; or a folder that cannot be read.
+    """
+    found = []
+    for folder in _entries(root / FOLDER):
+        if folder.name == KEYS:
+            continue
+        for path in _entries(folder):
+            if path.suffix == ".json":
+                found.append(path)
+            elif path.name != ENVIRONMENT:
+                raise _foreign(path, "neither a receipt nor a list of packages")
+    return found
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds, but for what a writer that was killed left."""
+    try:
+        paths = [Path(entry) for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)]
+    except FileNotFoundError:
+        paths = []
+    except OSError as error:
+        raise _foreign(folder, str(error)) from None
+    for path in (folder, *paths):
+        if path.is_symlink():
+            raise _foreign(path, "it is a link")
+    return [path for path in paths if not path.name.startswith(".tmp-")]
+
+
+def _foreign(path: Path, why: str) -> ReceiptUnreadableError:
+    return ReceiptUnreadableError(
+        f"this is not {FOLDER}/<digest>/<receipt>.json: {why}",
+        where=str(path),
+        remedy=f"{FOLDER} holds receipts, each in its subject's folder, and {KEYS}: move it",
+    )
 
 
 def verify_all(
@@ -50,10 +90,11 @@ def verify_all(
         ReceiptUnreadableError, ReceiptEditedError, ReceiptExpiredError, ReceiptSubjectError,
         ReceiptSuiteError, ReceiptIncompleteError, ReceiptKeyError: of the first that is refused.
     """
+    paths = receipt_paths(root)
     keys = read_keys(root / FOLDER / KEYS)
     at = now or datetime.now(UTC)
     found = []
-    for path in receipt_paths(root):
+    for path in paths:
         receipt = read_receipt(path, keys)
         if signed and not receipt.signed_by:
             raise ReceiptKeyError(
@@ -75,14 +116,18 @@ def verify(root: Path, matrix: Matrix, receipt: Receipt, now: datetime) -> None:
     _require_time(receipt, now)
     _require_subject(root, matrix, receipt)
     _require_suite(root, receipt)
+    _require_green(receipt)
+    require_cases(root, receipt)
     require_foretold(root, receipt)
 
 
 def _require_time(receipt: Receipt, now: datetime) -> None:
     detail = receipt.statement.detail
-    if not detail.started <= detail.finished <= now or now >= detail.expires:
+    last = min(detail.expires, detail.finished + VALID)
+    if not detail.started <= detail.finished <= now or now >= last or detail.expires != last:
         raise ReceiptExpiredError(
-            f"the receipt is of {detail.finished.date()} and holds until {detail.expires.date()}",
+            f"the receipt is of {detail.finished.date()} and holds until {detail.expires.date()}; "
+            f"one holds for {VALID.days} days at most",
             where=str(receipt.path),
             remedy="run the suite again, or take the receipt out: its cell is then not run",
         )
@@ -98,6 +143,8 @@ def _require_subject(root: Path, matrix: Matrix, receipt: Receipt) -> None:
         )
     if detail.sku not in matrix.sku or detail.line not in matrix.line:
         raise _subject(receipt, f"matrix.toml has no {detail.sku}, or no line {detail.line}")
+    if detail.sku in matrix.line[detail.line].unsupported:
+        raise _subject(receipt, f"line {detail.line} does not support {detail.sku}")
     sku = matrix.sku[detail.sku]
     if any(
         gpu.compute_capability != sku.compute_capability or not gpu.name.startswith(sku.device)
@@ -110,12 +157,19 @@ def _require_subject(root: Path, matrix: Matrix, receipt: Receipt) -> None:
         raise _subject(receipt, f"it is for tree {statement.tree}, the series now gives {tree}")
     if detail.kind == "environment":
         _require_environment(receipt)
+    elif (receipt.path.parent / ENVIRONMENT).exists():
+        raise _subject(receipt, f"it is for an image, and {ENVIRONMENT} lies beside it")
 
 
 def _require_environment(receipt: Receipt) -> None:
     """An environment has no bytes to pull: its list of wheels lies beside the receipt."""
     path = receipt.path.parent / ENVIRONMENT
-    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "nothing"
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        digest = "nothing"
+    except OSError as error:
+        digest = f"unreadable: {error}"
     if digest != receipt.statement.sha256:
         raise _subject(receipt, f"{ENVIRONMENT} beside it is {digest}")
 
@@ -133,7 +187,11 @@ def _require_suite(root: Path, receipt: Receipt) -> None:
     detail = statement.detail
     tiers = read_tiers(root)
     if detail.tier not in tiers:
-        raise ReceiptSuiteError(f"the suite has no tier {detail.tier}", where=str(receipt.path))
+        raise ReceiptSuiteError(
+            f"the suite has no tier {detail.tier}",
+            where=str(receipt.path),
+            remedy=f"tiers: {', '.join(tiers)}; take the receipt out",
+        )
     tier = tiers[detail.tier]
     if missing := _missing(root, receipt):
         raise ReceiptIncompleteError(
@@ -154,14 +212,33 @@ def _missing(root: Path, receipt: Receipt) -> list[str]:
     """Tests of the tier for this GPU that the receipt has no green verdict of."""
     detail = receipt.statement.detail
     passed = {name for name, test in detail.tests.items() if test.outcome == "passed"}
-    if passed != set(receipt.statement.predicate.passed):
-        return sorted(passed ^ set(receipt.statement.predicate.passed))
     functions = {name.partition("[")[0] for name in passed}
     return [
         test.name
         for test in required_tests(root, read_tiers(root)[detail.tier])
         if test.runs_on(detail.gpus[0].compute_capability) and test.name not in functions
     ]
+
+
+def _require_green(receipt: Receipt) -> None:
+    """What is said of all tests and of each must agree, and no margin is exceeded."""
+    predicate = receipt.statement.predicate
+    rows = predicate.detail.tests.items()
+    passed = sorted(name for name, test in rows if test.outcome == "passed")
+    red = [
+        f"{name}: {what} is {pair.measured:g}, its bound {pair.bound:g}"
+        for name, test in rows
+        for what, pair in test.margins.items()
+        if pair.measured > pair.bound
+    ]
+    if list(predicate.passed) != passed:
+        red.append("passedTests are not the tests that passed, each once and in order")
+    if red:
+        raise ReceiptIncompleteError(
+            f"the receipt is not green: {red[0]}",
+            where=str(receipt.path),
+            remedy="take it out, and run the suite again",
+        )
 
 
 def describe(receipts: Sequence[Receipt]) -> str:
