@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import tarfile
 from typing import TYPE_CHECKING
@@ -87,7 +88,7 @@ def test_a_kit_takes_what_a_run_left(folder: Path, tmp_path: Path, form: str) ->
             (tmp_path / f"caches.tar.xz.{number:02}").write_bytes(piece)
     content = tmp_path / "kit"
     content.mkdir()
-    pack_caches(source, content)
+    pack_caches(source, content, KEY)
     with tarfile.open(content / PACKED, "r:xz") as tar:
         tar.extractall(tmp_path / "host", filter="data")
     target = tmp_path / "host" / "caches"
@@ -97,14 +98,47 @@ def test_a_kit_takes_what_a_run_left(folder: Path, tmp_path: Path, form: str) ->
 
 def test_a_kit_refuses_other_files(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(KitError, match="no such caches"):
-        pack_caches(tmp_path / "nothing", tmp_path)
+        pack_caches(tmp_path / "nothing", tmp_path, KEY)
     (tmp_path / "text").write_text("text")
     with pytest.raises(KitError, match="not the caches of a run"):
-        pack_caches(tmp_path / "text", tmp_path)
+        pack_caches(tmp_path / "text", tmp_path, KEY)
     (folder / "strange").mkdir()
     with pytest.raises(KitError, match="strange"):
-        pack_caches(folder, tmp_path)
+        pack_caches(folder, tmp_path, KEY)
     assert not (tmp_path / PACKED).exists()
+
+
+def test_a_kit_refuses_caches_of_another_stack(folder: Path, tmp_path: Path) -> None:
+    """Not on the host only, where they are when the GPU's minutes run."""
+    with pytest.raises(JitCacheError, match="tree is 7c43, here it is 8d54"):
+        pack_caches(folder, tmp_path, {"tree": "8d54"})
+    assert not (tmp_path / PACKED).exists()
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.99])
+def test_a_kit_refuses_a_part_of_a_tar(folder: Path, tmp_path: Path, keep: float) -> None:
+    (folder / "triton" / "large").write_bytes(random.Random(0).randbytes(200_000))  # noqa: S311
+    packed = tmp_path / "caches.tar.xz"
+    with tarfile.open(packed, "w:xz") as tar:
+        tar.add(folder, arcname="caches")
+    whole = packed.read_bytes()
+    middle = int(len(whole) * keep)
+    for damaged in (whole[:middle], whole[:middle] + b"damaged" + whole[middle + 7 :]):
+        packed.write_bytes(damaged)
+        (tmp_path / "content").mkdir(exist_ok=True)
+        with pytest.raises(KitError, match="not the caches of a run"):
+            pack_caches(packed, tmp_path / "content", KEY)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/outside"])
+def test_a_tar_does_not_write_elsewhere(tmp_path: Path, name: str) -> None:
+    packed = tmp_path / "caches.tar.xz"
+    with tarfile.open(packed, "w:xz") as tar:
+        tar.addfile(tarfile.TarInfo(name))
+    (tmp_path / "content").mkdir()
+    with pytest.raises(KitError):
+        pack_caches(packed, tmp_path / "content", KEY)
+    assert not (tmp_path / "outside").exists()
 
 
 @pytest.fixture

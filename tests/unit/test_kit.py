@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from typing import TYPE_CHECKING
 
@@ -129,6 +133,15 @@ def test_freeze(tmp_path: Path) -> None:
         read_freeze(path)
 
 
+def test_a_freeze_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "freeze.txt"
+    with pytest.raises(KitError, match="cannot be read"):
+        read_freeze(path)
+    path.write_bytes(b"torch==2\xff\n")
+    with pytest.raises(KitError, match="cannot be read"):
+        read_freeze(path)
+
+
 def make_wheel(path: Path, files: dict[str, bytes], requires: str = "") -> Path:
     name = path.name.partition("-")[0]
     info = f"{name}-1.dist-info"
@@ -222,6 +235,93 @@ def test_compiled_helpers_of_the_race_suite_travel_or_are_refused(tmp_path: Path
 
 
 @pytest.fixture
+def make(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """``make_kit`` of no wheels, which ends where it would begin with vLLM's."""
+    from types import SimpleNamespace
+
+    from vllm_forge.matrix import image_cell, load
+    from vllm_forge.proof import kit as module
+
+    matrix = load(root)
+    wheel = tmp_path / "vllm.whl"
+    wheel.write_text("")
+    nothing = SimpleNamespace(wheels=(), kept=(), differences=())
+    lock = SimpleNamespace(find=lambda name: None)
+    monkeypatch.setattr(module, "read_lock", lambda *_: lock)
+    monkeypatch.setattr(module, "choose", lambda *_, **__: nothing)
+    monkeypatch.setattr(module, "Wheelhouse", lambda: SimpleNamespace(fetch=lambda _: None))
+    monkeypatch.setattr(module, "SourceRepo", lambda: None)
+    monkeypatch.setattr(module, "check_line", lambda *_: None)
+    monkeypatch.setattr(module, "patched_wheel", lambda *_: SimpleNamespace(path=wheel))
+    freeze = tmp_path / "freeze.txt"
+    freeze.write_text("torch==2.11.0\n")
+
+    def call(begin: Callable[..., None], **changes: object) -> None:
+        monkeypatch.setattr(module, "thin_wheel", begin)
+        options = module.KitOptions(
+            output=tmp_path / "out" / "kit", freeze=freeze, python="3.12", max_part=1, minutes=1
+        )
+        module.make_kit(
+            image_cell(matrix, root, "h200", "0.26"),
+            matrix,
+            dataclasses.replace(options, **changes),
+        )
+
+    return call
+
+
+def test_what_a_killed_kit_leaves_goes_with_the_next_one(make, tmp_path: Path) -> None:
+    """Gigabytes of wheels, beside the kit."""
+
+    def killed(*_: object) -> None:
+        shutil.copytree(tmp_path / "out", tmp_path / "left", dirs_exist_ok=True)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(killed)
+    assert list((tmp_path / "out").iterdir()) == []
+    shutil.copytree(tmp_path / "left", tmp_path / "out", dirs_exist_ok=True)
+    before = set((tmp_path / "out").iterdir())
+    assert before
+    with pytest.raises(KeyboardInterrupt):
+        make(killed)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["race", "caches"])
+def test_what_is_to_travel_is_looked_for_first(make, tmp_path: Path, what: str) -> None:
+    def begun(*_: object) -> None:
+        pytest.fail("wheels were packed")
+
+    with pytest.raises(KitError, match="no "):
+        make(begun, **{what: tmp_path / "nothing"})
+
+
+def test_a_link_to_nowhere_is_no_place_for_a_kit(make, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(KitError, match="there already"):
+        make(lambda *_: None, output=tmp_path / "link")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--minutes", "nan"], ["--minutes=-1"], ["--minutes", "0"], ["--minutes", "inf"]],
+)
+def test_minutes_that_are_none(arguments: list[str]) -> None:
+    from vllm_forge.cli import main
+
+    assert main(["gpu-kit", "--sku", "h200", "--output", "x", "--freeze", "x", *arguments]) == 2
+    assert main(["test-gpu", "--sku", "h200", *arguments]) == 2
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "two", "1.5", "--lf", ""])
+def test_workers_that_are_none(workers: str) -> None:
+    from vllm_forge.cli import main
+
+    assert main(["test-gpu", "--sku", "h200", f"-n{workers}"]) == 2
+
+
+@pytest.fixture
 def kit(tmp_path: Path) -> Path:
     """A kit of several parts whose one wheel brings a module, a script and a path file."""
     content = tmp_path / "content"
@@ -245,10 +345,12 @@ def kit(tmp_path: Path) -> Path:
     return folder
 
 
-def call(folder: Path, work: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def call(
+    folder: Path, work: Path, *arguments: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["sh", str(folder / "run.sh"), *arguments],
-        env={**os.environ, "FORGE_KIT_WORK": str(work)},
+        env={**os.environ, "FORGE_KIT_WORK": str(work), **variables},
         capture_output=True,
         text=True,
         check=False,
@@ -346,6 +448,164 @@ def test_results_that_cannot_be_deleted_end_the_call(kit: Path, tmp_path: Path) 
     assert done.returncode == 1
     assert "NotADirectoryError" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def another_kit(kit: Path, folder: Path, note: str) -> Path:
+    """One with other content, and parts of the same names."""
+    content = folder.with_name("other-content")
+    (content / "wheels").mkdir(parents=True)
+    make_wheel(content / "wheels" / "tiny-1-py3-none-any.whl", {"tiny/__init__.py": b"value = 8\n"})
+    (content / "bundle" / "src").mkdir(parents=True)
+    (content / "bundle" / "note.txt").write_text(note)
+    folder.mkdir()
+    for name in ("kit.py", "run.sh"):
+        shutil.copyfile(kit / name, folder / name)
+    parts = write_parts(content, folder, 4000)
+    (folder / "manifest.json").write_text(json.dumps({"parts": parts, "minutes": 1}))
+    return folder
+
+
+def test_what_another_kit_left_is_not_run(kit: Path, tmp_path: Path) -> None:
+    """Both work in the same folder, unless they are told otherwise."""
+    work = tmp_path / "work"
+    call(kit, work, "go", str(tmp_path / "out"))
+    other = another_kit(kit, tmp_path / "other", "newer")
+    call(other, work, "go", str(tmp_path / "out"))
+    assert (work / "content" / "bundle" / "note.txt").read_text() == "newer"
+    python = work / "venv" / "bin" / "python"
+    said = subprocess.run(
+        [str(python), "-c", "import tiny; print(tiny.value)"], capture_output=True, check=True
+    )
+    assert said.stdout == b"8\n"
+
+
+def test_parts_of_another_kit_are_not_counted(kit: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    call(kit, work, "take")
+    other = another_kit(kit, tmp_path / "other", "newer")
+    for part in other.glob("part-*"):
+        part.unlink()
+    assert call(other, work, "take").stdout.startswith("0 of ")
+
+
+def test_a_damaged_copy_does_not_replace_a_good_part(kit: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    call(kit, work, "take")
+    good = (kit / "part-001").read_bytes()
+    (kit / "part-001").write_bytes(b"damaged")
+    assert call(kit, work, "take").returncode == 1
+    assert (work / "part-001").read_bytes() == good
+
+
+@pytest.mark.parametrize("limit", ["soon", "nan", "-5", "0", "inf", "45", ""])
+def test_a_limit_that_is_none(kit: Path, tmp_path: Path, limit: str) -> None:
+    done = call(kit, tmp_path / "work", "take", FORGE_KIT_LIMIT=limit)
+    assert done.returncode == 1
+    assert done.stderr.startswith("FORGE_KIT_LIMIT is")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", '{"parts": [', '{"minutes": 1}', "[]", '{"minutes": 1, "parts": [{"name": "../x"}]}'],
+)
+def test_a_manifest_that_is_none(kit: Path, tmp_path: Path, text: str) -> None:
+    (kit / "manifest.json").write_text(text)
+    done = call(kit, tmp_path / "work", "take")
+    assert done.returncode == 1
+    assert done.stderr.startswith("manifest.json is not this kit's")
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_run(kit: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    done = call(kit, tmp_path / "work", "go", str(tmp_path / "out"))
+    assert done.stderr.splitlines()[-1].startswith("FileExistsError")
+    assert "vllm_forge" not in done.stderr  # the suite was not begun
+
+
+def test_two_calls_do_not_work_in_one_folder(kit: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    with (work / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = call(kit, work, "take")
+    assert "another call works in" in done.stderr
+
+
+def with_suite(kit: Path, tmp_path: Path, code: str) -> Path:
+    """A kit whose suite is this code, and which brings caches."""
+    content = tmp_path / "content"
+    package = content / "bundle" / "src" / "vllm_forge" / "gpu"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package.parent / "__init__.py").touch()
+    (package / "run.py").write_text(code)
+    folder = tmp_path / "caches"
+    folder.mkdir()
+    (folder / "caches.json").write_text("{}")
+    with tarfile.open(content / "caches.tar.xz", "w:xz") as tar:
+        tar.add(folder, arcname="caches")
+    for part in kit.glob("part-*"):
+        part.unlink()
+    parts = write_parts(content, kit, 40_000)
+    (kit / "manifest.json").write_text(json.dumps({"parts": parts, "minutes": 1}))
+    return kit
+
+
+def test_who_ends_a_kit_ends_its_suite_and_gets_what_it_said(kit: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, signal, sys\n"
+        "signal.alarm(30)  # where nobody ends it\n"
+        "results = pathlib.Path(sys.argv[2])\n"
+        "results.mkdir()\n"
+        "(results / 'server.json').write_text(str(os.getpid()))\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "while True: signal.pause()\n"
+    )
+    with_suite(kit, tmp_path, code)
+    done = call(kit, tmp_path / "work", "go", str(tmp_path / "out"))
+    assert done.returncode == 124
+    suite = int((tmp_path / "out" / "server.json").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(suite, 0)
+
+
+def test_caches_are_unpacked_whole_or_not_at_all(kit: Path, tmp_path: Path) -> None:
+    """A call that was killed while it unpacked leaves no folder that passes for the caches."""
+    with_suite(kit, tmp_path, "")
+    work = tmp_path / "work"
+    (work / "caches.new" / "caches" / "triton").mkdir(parents=True)
+    call(kit, work, "go", str(tmp_path / "out"))
+    assert [path.name for path in (work / "caches").iterdir()] == ["caches.json"]
+    assert not (work / "caches.new").exists()
+
+
+def test_no_caches_are_no_error(kit: Path, tmp_path: Path) -> None:
+    """Where the suite was refused before it made any."""
+    out = tmp_path / "out"
+    done = call(kit, tmp_path / "work", "go", str(out), FORGE_KIT_CACHES="1")
+    assert "FileNotFoundError" not in done.stderr
+    assert not (out / "caches.tar.xz").exists()
+
+
+def test_pieces_of_an_earlier_call_do_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kit_host, "MAX_FILE", 100)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "x.tar.xz.07").write_text("old")
+    kit_host.pack(tmp_path / "results", tmp_path / "x.tar.xz")
+    joined = b"".join(path.read_bytes() for path in sorted(tmp_path.glob("x.tar.xz.*")))
+    with tarfile.open(fileobj=io.BytesIO(joined), mode="r:xz") as tar:
+        assert tar.getnames() == ["results"]
+    assert not (tmp_path / "x.tar.xz.07").exists()
+
+
+def test_another_python_is_refused_before_anything_is_copied(kit: Path, tmp_path: Path) -> None:
+    manifest = json.loads((kit / "manifest.json").read_text())
+    (kit / "manifest.json").write_text(json.dumps(manifest | {"python": "2.7"}))
+    done = call(kit, tmp_path / "work", "go", str(tmp_path / "out"))
+    assert done.stderr.startswith("this kit is for Python 2.7, python3 is")
+    assert not (tmp_path / "work").exists()
 
 
 def test_usage(kit: Path, tmp_path: Path) -> None:

@@ -626,8 +626,10 @@ class TestMakeReceipt:
         self, project: Path, result: dict[str, Any], tmp_path: Path
     ) -> None:
         result["suite_sha256"] = "0" * 64
-        with pytest.raises(errors.ReceiptSuiteError):
-            make_receipt(project, self.write(tmp_path / "out", result), None)
+        path = self.write(tmp_path / "out", result)
+        with pytest.raises(errors.ReceiptSuiteError) as caught:
+            make_receipt(project, path, None)
+        assert caught.value.where == str(path)
         assert not (project / FOLDER).exists()
 
     @pytest.mark.parametrize("content", ["", "{}", '{"plan": 3}'])

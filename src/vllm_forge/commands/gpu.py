@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +13,24 @@ from vllm_forge.host import HostProbe, console
 from vllm_forge.matrix import find_root, image_cell, load
 
 if TYPE_CHECKING:
-    import argparse
-
     from vllm_forge.commands.register import Commands
 
 RESULTS = "gpu-results"
+
+
+def _minutes(text: str) -> float:
+    """A budget; nan would be none, and 0 the default."""
+    minutes = float(text)
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no time: give minutes, more than 0")
+    return minutes
+
+
+def _workers(text: str) -> str:
+    """Processes of pytest-xdist."""
+    if text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number above 0")
+    return text
 
 
 def register(choices: Commands) -> None:
@@ -29,8 +44,10 @@ def register(choices: Commands) -> None:
         "--env", metavar="PYTHON", nargs="?", const="python3", help="in this Python's environment"
     )
     one.add_argument("--tier", action="append", choices=["kernel", "server", "soak"])
-    one.add_argument("--minutes", type=float, help="budget per tier (default: the suite's)")
-    one.add_argument("-n", dest="workers", help="processes: a number, or auto (one a GPU)")
+    one.add_argument("--minutes", type=_minutes, help="budget per tier (default: the suite's)")
+    one.add_argument(
+        "-n", dest="workers", type=_workers, help="processes: a number, or auto (one a GPU)"
+    )
     one.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR")
     one.add_argument("--caches", type=Path, help="folder for what JIT compilers make")
     one.add_argument("--output", type=Path, help=f"folder for results (default: dist/{RESULTS})")
@@ -44,7 +61,7 @@ def register(choices: Commands) -> None:
     one.add_argument("--freeze", type=Path, required=True, help="the host's `pip freeze`")
     one.add_argument("--python", default="3.12", help="version of the host's Python")
     one.add_argument("--max-part", default="62MB", help="largest part, e.g. 62MB (10^6 bytes)")
-    one.add_argument("--minutes", type=float, default=8, help="budget per tier")
+    one.add_argument("--minutes", type=_minutes, default=8, help="budget per tier")
     one.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR")
     one.add_argument("--caches", type=Path, help="JIT caches of an earlier run: folder or tar")
     one.add_argument("--race", type=Path, help="compiled helpers, of tests.gpu.prepare_race")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from vllm_forge.errors import (
+    ForgeError,
     GpuSuiteError,
     LockFileError,
     NoGpuError,
@@ -225,8 +226,13 @@ def make_receipt(root: Path, result_path: Path, key: Path | None) -> Path:
         raise _no_result(result_path, error) from None
     keys = read_keys(root / FOLDER / KEYS)
     with tempfile.TemporaryDirectory() as work:  # what would be refused is not put with the others
-        draft = _place(Path(work), statement, text, key)
-        verify(root, matrix, read_receipt(draft, keys), datetime.now(UTC))
+        try:
+            draft = _place(Path(work), statement, text, key)
+            verify(root, matrix, read_receipt(draft, keys), datetime.now(UTC))
+        except ForgeError as error:
+            if error.where.startswith(work):  # which nobody can look at
+                error.where = str(result_path)
+            raise
     return _place(root / FOLDER, statement, text, key)
 
 

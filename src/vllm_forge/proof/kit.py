@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import tarfile
-import tempfile
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from vllm_forge.images import patched_wheel
 from vllm_forge.patches import check_line
 from vllm_forge.proof.bundle import make_plan, write_bundle
 from vllm_forge.proof.gpu import test_tools
-from vllm_forge.proof.kit_caches import pack_caches
+from vllm_forge.proof.kit_caches import pack_caches, require_caches
 from vllm_forge.proof.kit_wheel import thin_wheel
 from vllm_forge.proof.kit_wheels import choose, read_freeze, require_closed
 from vllm_forge.sources import Index, SourceRepo, Wheelhouse, read_lock
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 HOST = Path(__file__).with_name("kit_host.py")
 SIZE = re.compile(r"(?P<number>\d+)\s*(?P<unit>MB|MiB|GB|GiB)")
 UNITS = {"MB": 10**6, "MiB": 1 << 20, "GB": 10**9, "GiB": 1 << 30}
+KNOWN_OF_CACHES = ("compute_capability", "tree")  # see vllm_forge.gpu.caches.stack_key
+RACE_FILES = ("kit.tar.xz", "manifest.json")
 RUN = """#!/bin/sh
 # sh run.sh take           keep the parts that lie here; once for each part that travels alone
 # sh run.sh go OUTPUT      verify, join, install beside the host's packages, run the suite
@@ -87,8 +88,16 @@ def make_kit(cell: ImageCell, matrix: Matrix, options: KitOptions) -> Path:
         KitError: see kit_wheels.choose; or the folder exists.
         DiskSpaceError: the disk is too small for it.
     """
-    if options.output.exists():
-        raise KitError("the folder is there already", where=str(options.output))
+    if options.output.exists() or options.output.is_symlink():
+        raise KitError(
+            "the folder is there already",
+            where=str(options.output),
+            remedy="name another with --output, or delete it",
+        )
+    if options.race is not None:
+        require_race(options.race)
+    if options.caches is not None:
+        require_caches(options.caches)
     suite = tomllib.loads((cell.root / FILE).read_text(encoding="utf-8"))["kit"]
     frozen = read_freeze(options.freeze)
     lock = read_lock(cell.root, cell.line_name, cell.line, matrix.base)
@@ -107,9 +116,9 @@ def make_kit(cell: ImageCell, matrix: Matrix, options: KitOptions) -> Path:
     patched = patched_wheel(cell, lock, applied, repo, wheelhouse)
     size = sum(wheel.size for wheel in chosen.wheels) + 2 * patched.path.stat().st_size
     require_disk({options.output: 2 * size})
-    with tempfile.TemporaryDirectory(dir=_parent(options.output)) as work:
-        content = Path(work)
-        (content / "wheels").mkdir()
+    with atomic_path(options.output) as aside:
+        content = aside.with_name(f"content of {aside.name}")  # gone with it, whatever ends this
+        (content / "wheels").mkdir(parents=True)
         with report("zero device code for other GPUs"):
             thinned = thin_wheel(
                 patched.path,
@@ -132,8 +141,9 @@ def make_kit(cell: ImageCell, matrix: Matrix, options: KitOptions) -> Path:
         if options.race is not None:
             copy_race(options.race, content / "bundle" / RACE_FOLDER)
         if options.caches is not None:
-            pack_caches(options.caches, content)
-        with atomic_path(options.output) as aside, report("write the parts"):
+            key = {"kind": subject["kind"], **{name: plan[name] for name in KNOWN_OF_CACHES}}
+            pack_caches(options.caches, content, key)
+        with report("write the parts"):
             aside.mkdir()
             parts = write_parts(content, aside, options.max_part)
             manifest = {
@@ -156,16 +166,30 @@ def make_kit(cell: ImageCell, matrix: Matrix, options: KitOptions) -> Path:
     return options.output
 
 
+def require_race(source: Path) -> None:
+    """Refuse a folder that has not the race suite's compiled helpers.
+
+    Raises:
+        KitError: with what it lacks.
+    """
+    for name in RACE_FILES:
+        if not (source / name).is_file():
+            raise KitError(
+                f"no {name}: not what tests.gpu.prepare_race made",
+                where=str(source),
+                remedy="python -m tests.gpu.prepare_race DIR makes them, --race DIR brings them",
+            )
+
+
 def copy_race(source: Path, target: Path) -> None:
     """Copy the race suite's compiled helpers.
 
     Raises:
         KitError: there are none.
     """
+    require_race(source)
     target.mkdir(parents=True)
-    for name in ("kit.tar.xz", "manifest.json"):
-        if not (source / name).is_file():
-            raise KitError(f"no {name}: not what tests.gpu.prepare_race made", where=str(source))
+    for name in RACE_FILES:
         shutil.copyfile(source / name, target / name)
 
 
@@ -215,8 +239,3 @@ def write_parts(content: Path, folder: Path, limit: int) -> list[dict[str, Any]]
             tar.add(path, arcname=path.name)
     parts.close()
     return parts.parts
-
-
-def _parent(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import lzma
 import shutil
 import tarfile
 import tempfile
@@ -10,45 +11,73 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_forge.errors import KitError
-from vllm_forge.gpu.caches import FOLDERS, KEY
+from vllm_forge.gpu.caches import FOLDERS, KEY, require_key
 
 if TYPE_CHECKING:
     from typing import BinaryIO
 
 
 PACKED = "caches.tar.xz"
+CHUNK = 1 << 24
 
 
-def pack_caches(source: Path, content: Path) -> None:
-    """Put them into a kit's content; whether they are of this stack is checked on the host.
+def require_caches(source: Path) -> list[Path]:
+    """The folder, the tar or its pieces; before anything is made.
+
+    Raises:
+        KitError: there is none.
+    """
+    if source.exists():
+        return [source]
+    if pieces := sorted(source.parent.glob(f"{source.name}.[0-9][0-9]")):
+        return pieces
+    raise KitError(
+        "no such caches",
+        where=str(source),
+        remedy=f"--caches takes a folder, or the {PACKED} that a run of a kit left",
+    )
+
+
+def pack_caches(source: Path, content: Path, key: dict[str, str]) -> None:
+    """Put them into a kit's content.
 
     Args:
         source: the folder, the tar that a run packed, or that name where it is cut in pieces
             (``caches.tar.xz.00``, ...).
         content: gets ``caches.tar.xz``.
+        key: what of the stack is known here; the host compares its packages, too.
 
     Raises:
         KitError: it is none of these.
+        JitCacheError: they are of another stack.
     """
     with tempfile.TemporaryDirectory(dir=content.parent) as work:
         folder = Path(work) / "caches"
         _copy(source, folder)
+        require_key(folder, key)
         with tarfile.open(content / PACKED, "w:xz", preset=1) as tar:
             tar.add(folder, arcname=folder.name)
 
 
 def _copy(source: Path, target: Path) -> None:
-    if source.is_dir():
-        shutil.copytree(source, target)
-    else:
-        pieces = [source] if source.is_file() else sorted(source.parent.glob(f"{source.name}.*"))
-        if not pieces:
-            raise KitError("no such caches", where=str(source))
-        try:
-            with tarfile.open(fileobj=_joined(pieces), mode="r:xz") as tar:
+    pieces = require_caches(source)
+    try:
+        if source.is_dir():
+            shutil.copytree(source, target)
+        else:
+            with (
+                lzma.open(_joined(pieces)) as packed,
+                tarfile.open(fileobj=packed, mode="r|") as tar,
+            ):
                 tar.extractall(target.parent, filter="data")
-        except (OSError, EOFError, tarfile.TarError) as error:
-            raise KitError(f"not the caches of a run: {error}", where=str(source)) from None
+                while packed.read(CHUNK):
+                    pass  # to the end, where the check of all that was read stands
+    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
+        raise KitError(
+            f"not the caches of a run: {error}",
+            where=str(source),
+            remedy=f"copy {PACKED}, or all of its pieces, again",
+        ) from None
     names = {path.name for path in target.iterdir()} if target.is_dir() else set()
     if KEY not in names or names - {KEY, *FOLDERS}:
         raise KitError(

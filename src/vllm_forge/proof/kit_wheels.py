@@ -58,14 +58,26 @@ def read_freeze(path: Path) -> dict[str, str]:
         KitError: it is not one, or it is another Python's: one without torch.
     """
     found: dict[str, str] = {}
-    for number, row in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        rows = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise KitError(
+            f"the freeze cannot be read: {error}",
+            where=str(path),
+            remedy="bring it from the host: python3 -m pip freeze > freeze.txt",
+        ) from None
+    for number, row in enumerate(rows, 1):
         text = row.strip()
         if not text or text.startswith(("#", "-e ")):
             continue
         if (entry := FROZEN.match(text)) is not None:
             found[canonicalize_name(entry["name"])] = entry["version"]
         elif LINKED.match(text) is None:  # "name @ file://": installed, of no known version
-            raise KitError(f"not a line of pip freeze: {text[:80]}", where=f"{path}:{number}")
+            raise KitError(
+                f"not a line of pip freeze: {text[:80]}",
+                where=f"{path}:{number}",
+                remedy="leave what python3 -m pip freeze printed as it is",
+            )
     if TORCH not in found:
         raise KitError(
             "this freeze has no torch, so it is not of the Python that will run the tests",
@@ -102,7 +114,11 @@ def choose(
     """
     names = {wheel.name for wheel in lock.wheels}
     if unknown := sorted(set(omit) - names):
-        raise KitError(f"the lock has no {unknown[0]} that could be left out")
+        raise KitError(
+            f"the lock has no {unknown[0]} that could be left out",
+            where=str(lock.path),
+            remedy="--omit takes the name of a package of that lock",
+        )
     torch = frozen[TORCH].partition("+")[0]
     if torch != line.torch:
         raise KitError(
