@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from vllm_forge.errors import NoGpuError
+from vllm_forge.errors import NoGpuError, ToolMissingError
 from vllm_forge.host.probe import Reply
-from vllm_forge.proof.gpu import container_command, find_image
+from vllm_forge.proof import gpu
+from vllm_forge.proof.gpu import container_command, find_image, require_modules
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,3 +59,17 @@ def test_caches_are_mounted_and_named(tmp_path: Path) -> None:
     argv = container_command("docker", "image", Path("/b"), Path("/o"), [], caches=tmp_path)
     assert f"--volume={tmp_path}:/jit" in argv
     assert argv[-1] == "--caches=/jit"
+
+
+def test_images_and_kits_get_what_n_needs(root: Path) -> None:
+    """``-n auto`` is one process per GPU: pytest-xdist, which no image has."""
+    assert {wheel.name for wheel in gpu.test_tools(root)} >= {"pytest", "pytest-xdist", "execnet"}
+
+
+def test_a_python_without_vllm_is_refused_by_name(tmp_path: Path) -> None:
+    require_modules(sys.executable, ["pytest", "json"])
+    with pytest.raises(ToolMissingError, match="it lacks: vllm none_such"):
+        require_modules(sys.executable, ["pytest", "vllm", "none_such"])
+    (tmp_path / "python").write_text("")
+    with pytest.raises(ToolMissingError, match="Permission denied"):
+        require_modules(str(tmp_path / "python"), ["pytest"])

@@ -42,8 +42,11 @@ if TYPE_CHECKING:
     from vllm_forge.sources import LockedWheel
 
 RUN = ("-m", "vllm_forge.gpu.run")
-REQUIREMENTS = "tests/contract/requirements.txt"
-TOOLS = frozenset({"iniconfig", "pluggy", "pytest"})  # of that file, what the GPU suite needs
+REQUIREMENTS = ("tests/contract/requirements.txt", "tests/gpu/requirements.txt")
+# Of these files, what the GPU suite needs.
+TOOLS = frozenset({"execnet", "iniconfig", "pluggy", "pytest", "pytest-xdist"})
+# What a Python of --env must have; the last where -n asks for it.
+MODULES = ("pytest", "vllm", "xdist")
 # What a file that is no result, or a part of one, makes of reading it.
 NOT_A_RESULT = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 IMAGE_PYTHON = "/opt/venv/bin/python"
@@ -53,10 +56,18 @@ ENGINES = {"docker": "{{.Id}}", "podman": "{{.Digest}}"}
 
 def test_tools(root: Path) -> list[LockedWheel]:
     """Wheels that the suite needs and an image has not."""
-    _, wheels = read_wheels(root / REQUIREMENTS, "name wheels, sorted, with hashes")
-    found = [wheel for wheel in wheels if wheel.name in TOOLS]
+    found = [
+        wheel
+        for name in REQUIREMENTS
+        for wheel in read_wheels(root / name, "name wheels, sorted, with hashes")[1]
+        if wheel.name in TOOLS
+    ]
     if {wheel.name for wheel in found} != TOOLS:
-        raise LockFileError(f"{REQUIREMENTS} lacks one of {sorted(TOOLS)}")
+        raise LockFileError(
+            f"the tools of the GPU suite are not {', '.join(sorted(TOOLS))}",
+            where=", ".join(REQUIREMENTS),
+            remedy="add what is missing, with its hash",
+        )
     return found
 
 
@@ -74,6 +85,7 @@ def run_in_environment(
     program = shutil.which(python)
     if program is None:
         raise ToolMissingError(f"there is no {python}", remedy="name one with --env PYTHON")
+    require_modules(program, MODULES if "-n" in args else MODULES[:2])
     with tempfile.TemporaryDirectory() as work:
         bundle = write_bundle(cell, SourceRepo(), Path(work) / "bundle", checkpoints)
         subject = {"kind": "environment", "name": f"environment of {cell.name}", "sha256": None}
@@ -89,6 +101,32 @@ def run_in_environment(
             check=False,
         ).returncode
     _require_green(code, output)
+
+
+def require_modules(program: str, names: Sequence[str]) -> None:
+    """Refuse a Python that cannot run the suite, which would say no more than that it is red.
+
+    Raises:
+        ToolMissingError: it lacks a module, or does not run.
+    """
+    code = (
+        "import importlib.util, sys; "
+        "print(*[name for name in sys.argv[1:] if importlib.util.find_spec(name) is None])"
+    )
+    try:
+        done = subprocess.run(
+            [program, "-c", code, *names], capture_output=True, text=True, check=False
+        )
+        said = done.stdout.strip() if done.returncode == 0 else done.stderr.strip()[-200:]
+    except OSError as error:
+        said = str(error)
+    if said:
+        raise ToolMissingError(
+            f"this Python cannot run the suite; it lacks: {said}",
+            where=program,
+            remedy="name one with --env PYTHON that has the line's patched vLLM and pytest; -n "
+            "needs pytest-xdist too",
+        )
 
 
 def run_in_image(
