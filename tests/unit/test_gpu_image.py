@@ -73,3 +73,9 @@ def test_a_python_without_vllm_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "python").write_text("")
     with pytest.raises(ToolMissingError, match="Permission denied"):
         require_modules(str(tmp_path / "python"), ["pytest"])
+
+
+def test_pytest_is_one_that_keeps_groups_together(root: Path) -> None:
+    """See tests/gpu/requirements.txt: engines of one name would be started by several workers."""
+    (pytest_wheel,) = [wheel for wheel in gpu.test_tools(root) if wheel.name == "pytest"]
+    assert tuple(map(int, pytest_wheel.version.split(".")[:2])) < (9, 2)

@@ -314,6 +314,14 @@ def test_minutes_that_are_none(arguments: list[str]) -> None:
     assert main(["test-gpu", "--sku", "h200", *arguments]) == 2
 
 
+@pytest.mark.parametrize("version", ["foo", "3", "3.12.1", "2.7", ""])
+def test_a_python_that_is_none(version: str) -> None:
+    from vllm_forge.cli import main
+
+    given = ["--sku", "h200", "--output", "x", "--freeze", "x", f"--python={version}"]
+    assert main(["gpu-kit", *given]) == 2
+
+
 @pytest.mark.parametrize("workers", ["0", "-1", "two", "1.5", "--lf", ""])
 def test_workers_that_are_none(workers: str) -> None:
     from vllm_forge.cli import main

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from vllm_forge.commands.register import Commands
 
 RESULTS = "gpu-results"
+PYTHON = re.compile(r"3\.[0-9]{1,2}")
 
 
 def _minutes(text: str) -> float:
@@ -30,6 +32,13 @@ def _workers(text: str) -> str:
     """Processes of pytest-xdist."""
     if text != "auto" and not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number above 0")
+    return text
+
+
+def _python(text: str) -> str:
+    """A Python's version, as names of wheels have it."""
+    if not PYTHON.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no version like 3.12")
     return text
 
 
@@ -59,7 +68,7 @@ def register(choices: Commands) -> None:
     one.add_argument("--line", help="vLLM line (default: the matrix's)")
     one.add_argument("--output", type=Path, required=True, help="folder that will be made")
     one.add_argument("--freeze", type=Path, required=True, help="the host's `pip freeze`")
-    one.add_argument("--python", default="3.12", help="version of the host's Python")
+    one.add_argument("--python", type=_python, default="3.12", help="version of the host's Python")
     one.add_argument("--max-part", default="62MB", help="largest part, e.g. 62MB (10^6 bytes)")
     one.add_argument("--minutes", type=_minutes, default=8, help="budget per tier")
     one.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR")

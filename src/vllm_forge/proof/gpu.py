@@ -42,8 +42,7 @@ if TYPE_CHECKING:
     from vllm_forge.sources import LockedWheel
 
 RUN = ("-m", "vllm_forge.gpu.run")
-REQUIREMENTS = ("tests/contract/requirements.txt", "tests/gpu/requirements.txt")
-# Of these files, what the GPU suite needs.
+REQUIREMENTS = "tests/gpu/requirements.txt"
 TOOLS = frozenset({"execnet", "iniconfig", "pluggy", "pytest", "pytest-xdist"})
 # What a Python of --env must have; the last where -n asks for it.
 MODULES = ("pytest", "vllm", "xdist")
@@ -56,19 +55,14 @@ ENGINES = {"docker": "{{.Id}}", "podman": "{{.Digest}}"}
 
 def test_tools(root: Path) -> list[LockedWheel]:
     """Wheels that the suite needs and an image has not."""
-    found = [
-        wheel
-        for name in REQUIREMENTS
-        for wheel in read_wheels(root / name, "name wheels, sorted, with hashes")[1]
-        if wheel.name in TOOLS
-    ]
+    _, found = read_wheels(root / REQUIREMENTS, "name wheels, sorted, with hashes")
     if {wheel.name for wheel in found} != TOOLS:
         raise LockFileError(
             f"the tools of the GPU suite are not {', '.join(sorted(TOOLS))}",
-            where=", ".join(REQUIREMENTS),
-            remedy="add what is missing, with its hash",
+            where=REQUIREMENTS,
+            remedy="name these, each with its hash",
         )
-    return found
+    return list(found)
 
 
 def run_in_environment(
