@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from vllm_forge.commands import MODULES
 from vllm_forge.errors import ForgeError, UsageError
-from vllm_forge.host import console
+from vllm_forge.host import console, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.call(args)
     except ForgeError as error:
         console.print(f"[bold red]{type(error).__name__}[/] (exit {error.exit_code})")
-        console.print(str(error), markup=False)
+        console.print(printable(str(error)), markup=False)
         return error.exit_code
     except BrokenPipeError:  # e.g. `| head`: who read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

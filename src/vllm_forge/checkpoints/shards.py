@@ -227,7 +227,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def is_weight_map(found: Any) -> TypeGuard[dict[str, str]]:
     """Whether it is tensor -> file name, and the files are in the index's own folder."""
     return isinstance(found, dict) and all(
-        isinstance(name, str) and name == Path(name).name for name in found.values()
+        isinstance(file, str)
+        and file == Path(file).name != ".."
+        and file != ""
+        and f"{name}{file}".isprintable()
+        for name, file in found.items()
     )
 
 
