@@ -15,13 +15,12 @@ import pytest
 from test_inspect_tampered import LINES, REMEDIES, Files
 from unit_kit.layouts import ONES, layout
 
-from vllm_forge.checkpoints.inspect import places
 from vllm_forge.checkpoints.inspect.inspection import inspect
 from vllm_forge.checkpoints.inspect.places import Folder, find_place
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.checkpoints.inspect.seen import look
 from vllm_forge.checkpoints.shards import open_checkpoint
-from vllm_forge.checkpoints.spans import DTYPE_BYTES
+from vllm_forge.checkpoints.spans import DTYPE_BYTES, MAX_TEXT
 from vllm_forge.errors import CheckpointUnreadableError
 
 if TYPE_CHECKING:
@@ -210,7 +209,7 @@ class TestPlaces:
 
     def test_a_config_that_is_too_long_is_told(self, tmp_path: Path) -> None:
         with (tmp_path / "config.json").open("wb") as file:
-            file.truncate(places.MAX_TEXT + 1)  # a hole
+            file.truncate(MAX_TEXT + 1)  # a hole
         with pytest.raises(CheckpointUnreadableError, match="bytes, more than"):
             look(Folder(tmp_path))
 

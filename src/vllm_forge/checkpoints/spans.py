@@ -15,6 +15,7 @@ from typing import Any
 
 LENGTH_BYTES = 8
 MIN_HEADER, MAX_HEADER = 2, 100_000_000  # "{}"; what the library accepts
+MAX_TEXT = 1 << 28  # bytes of a JSON file; a manifest.json of 135,000 tensors has 3e7
 MAX_NUMBER = 1 << 63
 HALVES = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair that JSON writes for one character
 DTYPE_BYTES = {

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.shards import INDEX
+from vllm_forge.checkpoints.spans import MAX_TEXT
 from vllm_forge.errors import CheckpointUnreadableError, HubUnreachableError
 from vllm_forge.host import printable
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 REPOSITORY = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 HUB_TIMEOUT_S = 30.0
 SHOWN = 200  # characters of a place
-MAX_TEXT = 1 << 28  # bytes; a manifest.json of 135,000 tensors has 3e7
 
 
 class Place(ABC):
