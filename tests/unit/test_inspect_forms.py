@@ -1,7 +1,7 @@
 """Layouts that others write: what vLLM takes is no fault, and what it does not take is one.
 
-Each row was loaded by the vLLM of all three lines in a dry load, without its data; by rules, the
-outcome is the same.
+Outcomes by rules. They are those of dry loads by all three lines' vLLM, but for the rows that one
+cannot have: values of scales, and another architecture, which was not loaded.
 """
 
 from __future__ import annotations
