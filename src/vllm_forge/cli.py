@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from vllm_forge.commands import MODULES
 from vllm_forge.errors import FileAccessError, ForgeError, UsageError
-from vllm_forge.host import console
+from vllm_forge.host import console, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,5 +73,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _failed(error: ForgeError) -> int:
     console.print(f"[bold red]{type(error).__name__}[/] (exit {error.exit_code})")
-    console.print(str(error), markup=False)
+    console.print(printable(str(error)), markup=False)
     return error.exit_code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from vllm_forge.gpu.environment import environment_text, versions
 from vllm_forge.gpu.variants import lay_over
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 H200 = "NVIDIA H200, GPU-1b2c, 9.0, 580.159.04, 143771\n"
@@ -261,6 +263,15 @@ def test_a_tier_from_end_to_end(bundle: Path) -> None:
     assert run_all(bundle)[0] == 117
 
 
+@pytest.fixture
+def _heeds_interrupts() -> Iterator[None]:
+    """Who is started in the background of a script ignores SIGINT, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heeds_interrupts")
 def test_a_run_that_is_ended_has_the_verdicts_so_far(bundle: Path) -> None:
     """SIGTERM, as a kit sends before its limit: pytest ends its tests and what they started."""
     (bundle / "tests/gpu/mtp/test_it.py").write_text(

@@ -361,7 +361,7 @@ class TestFiles:
         index = self._index(card)
         index["weight_map"]["ghost.weight"] = "model-00001-of-00002.safetensors"
         (found,) = self._write(card, index)
-        assert (found.effect, "ghost.weight" in found.what) == (REFUSES, True)
+        assert (found.effect, "ghost.weight" in found.what) == (DEPARTS, True)
 
     def test_an_index_that_points_to_the_other_shard(self, card: Path) -> None:
         index = self._index(card)

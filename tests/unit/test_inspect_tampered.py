@@ -149,9 +149,9 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, bytes]], Any], int, str]] = {
     "index to elsewhere": (_weight_map(a="../../x.safetensors"), UNREADABLE, "beside it"),
     "index to a number": (_weight_map(a=1), UNREADABLE, "no weight_map"),
     "index to no shard": (_weight_map(a="gone.safetensors"), REFUSED, "shards are missing"),
-    "index has a ghost": (_weight_map(ghost=SHARD), REFUSED, "ghost"),
+    "index has a ghost": (_weight_map(ghost=SHARD), DEPARTS, "ghost"),
     "index lacks one": (
-        _edited(INDEX, lambda i: i["weight_map"].pop("norm.weight") and None), REFUSED, "norm",
+        _edited(INDEX, lambda i: i["weight_map"].pop("norm.weight") and None), DEPARTS, "norm",
     ),
     "index sums are words": (_edited(INDEX, lambda i: i.update(metadata=[1])), SERVES, ""),
     "a shard is gone": (lambda files: files.pop(OTHER), REFUSED, "shards are missing"),
@@ -170,6 +170,16 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, bytes]], Any], int, str]] = {
     "another shape": (_row(shape=[1]), UNREADABLE, "bytes are not"),
     "another dtype": (_row(dtype="F32"), UNREADABLE, "bytes are not"),
     "another kind of number": (_row(dtype="U64"), REFUSED, "means something else"),
+    "index to what vLLM does not read": (_weight_map(a="x.bin"), REFUSED, "shards are missing"),
+    "index to nothing": (_weight_map(a=""), UNREADABLE, "no weight_map"),
+    "index up": (_weight_map(a=".."), UNREADABLE, "no weight_map"),
+    "a name for a terminal": (_weight_map(**{"a\x1b": SHARD}), UNREADABLE, "no weight_map"),
+    "a rule for a terminal": (
+        _config("quantization_config.ignore", ["a\n0.26: serves"]), UNREADABLE, "ignore",
+    ),
+    "half a character": (
+        _config("quantization_config.quant_method", "\ud800"), UNREADABLE, "surrogates",
+    ),
     "an unknown dtype": (_row(dtype="F4"), UNREADABLE, "'F4', known are"),
     "no dtype": (_row(dtype=["F32"]), UNREADABLE, "dtype"),
     "a method nobody knows": (

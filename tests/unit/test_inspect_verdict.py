@@ -152,6 +152,8 @@ class TestDryLoad:
             {"short": [{"parameter": "x.attn.attn_sink", "count": 1, "filled": 8, "of": 64}]},
             {"short": [{"parameter": "x.w13_weight_g_idx", "count": 1, "filled": 0, "of": 64}]},
             {"casts": [{"from": "int64", "to": "int32", "count": 1, "example": "tid2eid"}]},
+            {"casts": [{"from": "float16", "to": "bfloat16", "count": 1, "example": "embed"}]},
+            {"casts": [{"from": "float32", "to": "float8_e8m0fnu", "count": 1, "example": "a"}]},
             {"casts": [{"from": "int64", "to": "bfloat16", "count": 1, "example": "weight_shape"}]},
             {"unread": [{"tensor": "layers.0.x.weight_shape", "count": 5}]},
         ],

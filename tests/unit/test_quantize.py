@@ -148,12 +148,34 @@ class TestConversations:
             read_conversations(SHIPPED, 768)
 
     @pytest.mark.parametrize(
-        "line", ["{", "[]", '{"messages": [{"role": "user"}]}', '{"messages": [1]}']
+        "line",
+        [
+            "{",
+            "[]",
+            '{"messages": [{"role": "user"}]}',
+            '{"messages": [1]}',
+            '{"messages": []}',
+            '{"messages": [{"role": "user", "content": " "}]}',
+            '{"messages": [{"role": "alien", "content": "x"}]}',
+            '{"messages": [{"role": "user", "content": "\\ud800"}]}',
+            "[" * 100_000,
+        ],
+        ids=range(9),
     )
     def test_another_form_is_refused(self, tmp_path: Path, line: str) -> None:
         (tmp_path / "x.jsonl").write_text(line + "\n")
         with pytest.raises(RecipeError, match="not a file of conversations"):
             read_conversations(tmp_path / "x.jsonl", 1)
+
+    def test_a_line_ends_where_json_lines_end(self, tmp_path: Path) -> None:
+        row = '{"messages": [{"role": "user", "content": "a\u2028b"}]}'
+        (tmp_path / "x.jsonl").write_text(row + "\n", encoding="utf-8")
+        assert read_conversations(tmp_path / "x.jsonl", 1)[0][0]["content"] == "a\u2028b"
+
+    @pytest.mark.parametrize("name", [".", "x" * 300])
+    def test_what_is_no_file_is_told(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(RecipeError, match="cannot be read"):
+            read_conversations(tmp_path / name, 1)
 
     def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match="no such file"):

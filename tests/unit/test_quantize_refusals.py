@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +15,10 @@ from unit_kit.checkpoint_engine import make_job
 from vllm_forge import errors
 from vllm_forge.checkpoints import work as work_module
 from vllm_forge.checkpoints.quantize import check_output, quantize
+from vllm_forge.checkpoints.shards import in_memory, write_shard
+from vllm_forge.checkpoints.spans import MAX_TEXT
 from vllm_forge.cli import main
-from vllm_forge.errors import DiskSpaceError, ResumeError, UsageError
+from vllm_forge.errors import DiskSpaceError, ModelInputError, ResumeError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -99,6 +102,36 @@ def test_an_output_is_taken_unless_a_run_of_ours_was_about_to_tidy_up(
     check_output(job.source.folder, output)
 
 
+@pytest.mark.parametrize("name", ["", ".", "bf16/../..", "a/.."])
+def test_an_output_without_a_name_of_its_own_exists(
+    name: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "beside").mkdir()
+    monkeypatch.chdir(tmp_path / "beside")
+    with pytest.raises((ResumeError, UsageError), match=r"exists|in each other"):
+        check_output(job.source.folder, Path(name))
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "file/out"])
+def test_an_output_that_cannot_be_is_told(name: str, job: Job, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"no path that can be made|no folder"):
+        check_output(job.source.folder, tmp_path / name)
+
+
+def test_a_link_to_nothing_is_no_output(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(ResumeError, match="a link to what is not there"):
+        quantize(job, tmp_path / "out")
+
+
+def test_a_model_that_goes_away_is_not_the_outputs_fault(job: Job, tmp_path: Path) -> None:
+    for path in job.source.files:
+        path.unlink()
+    with pytest.raises(ModelInputError, match="cannot be read: No such file"):
+        quantize(job, tmp_path / "out")
+
+
 class TestCommand:
     @pytest.fixture(autouse=True)
     def _here(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,3 +198,39 @@ class TestCommand:
         assert "where:" in capsys.readouterr().err
         shutil.rmtree(output, ignore_errors=True)
         assert not (tmp_path / "out.partial").exists()
+
+    @pytest.mark.parametrize(
+        "what",
+        [
+            "pipe for a shard", "pipe for a config", "config without end", "long name",
+            "quantized under the older key", "alias of another shape",
+        ],
+    )  # fmt: skip
+    def test_a_model_of_another_kind_of_file_or_form_is_refused(
+        self, what: str, job: Job, tmp_path: Path
+    ) -> None:
+        model = job.source.folder
+        index, shard = model / "model.safetensors.index.json", job.source.files[0]
+        match what:
+            case "pipe for a shard":
+                shard.unlink()
+                os.mkfifo(shard)
+            case "pipe for a config":
+                (model / "config.json").unlink()
+                os.mkfifo(model / "config.json")
+            case "config without end":
+                with (model / "config.json").open("wb") as file:
+                    file.truncate(MAX_TEXT + 1)  # a hole
+            case "long name":
+                model = tmp_path / ("x" * 300)
+            case "quantized under the older key":
+                config = json.loads((model / "config.json").read_text())
+                (model / "config.json").write_text(json.dumps(config | {"compression_config": {}}))
+            case "alias of another shape":
+                name, file = "mtp.0.head.weight", "model-00009-of-00009.safetensors"
+                write_shard(model / file, [in_memory(name, "BF16", (1,), b"12")])
+                rows = json.loads(index.read_text())
+                rows["weight_map"][name] = file
+                index.write_text(json.dumps(rows))
+        code = self._run(f"--model={model}", f"--output={tmp_path / 'out'}")
+        assert code == errors.ModelInputError.exit_code

@@ -75,7 +75,7 @@ def pick_device(choice: str) -> str:
     if choice == AUTO:
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=choice)
+        torch.zeros(1, device=choice).cpu()  # "meta" has no numbers to give back
     except (RuntimeError, AssertionError) as error:  # unknown, not there, or not built for it
         raise UsageError(
             f"--device {choice}: {str(error).splitlines()[0]}",

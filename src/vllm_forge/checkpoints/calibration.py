@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.errors import RecipeError
+from vllm_forge.checkpoints.shards import CONFIG, read_json
+from vllm_forge.checkpoints.spans import strict_json
+from vllm_forge.errors import ModelInputError, RecipeError
 from vllm_forge.host import console
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ SHIPPED = DATA / "conversations.jsonl"
 TEMPLATE = DATA / "chat_template.jinja"
 ULTRACHAT, SPLIT = "HuggingFaceH4/ultrachat_200k", "train_sft"
 AUTO = "auto"
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHOWN = 200  # characters of a path, or of another's error
 Conversation = list[dict[str, str]]
 
 
@@ -62,6 +66,7 @@ def calibrate_with(choice: str, recipe: Recipe, model: Path) -> Calibration:
     Raises:
         RecipeError: fewer conversations than the recipe asks for, or no such file, or not in
             that form.
+        ModelInputError: see ``tokenize``.
     """
     source, rows = _conversations(choice, recipe)
     return Calibration(source=source, tokens=tokenize(rows, recipe.tokens, model))
@@ -74,13 +79,16 @@ def read_conversations(path: Path, samples: int) -> list[Conversation]:
         RecipeError: too few, or no such file, or not in that form.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line)["messages"] for line in lines if line.strip()]
-        for message in (message for row in rows for message in row):
-            if not isinstance(message["role"] + message["content"], str):
-                raise TypeError("role and content are text")  # noqa: TRY301
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = [strict_json(line)["messages"] for line in lines if line.strip()]
+        for row in rows:
+            _check(row)
     except FileNotFoundError:
         raise RecipeError("there is no such file of conversations", where=str(path)) from None
+    except OSError as error:
+        raise RecipeError(
+            f"the file of conversations cannot be read: {error.strerror}", where=str(path)[:SHOWN]
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(
             f"not a file of conversations: {type(error).__name__}: {error}",
@@ -94,6 +102,17 @@ def read_conversations(path: Path, samples: int) -> list[Conversation]:
             remedy="name a larger file with --data, or let ultrachat be reached",
         )
     return rows[:samples]
+
+
+def _check(row: Any) -> None:
+    """Refuse what a chat template renders as nothing, without a word."""
+    for message in row:
+        if not isinstance(message["role"] + message["content"], str):
+            raise TypeError("role and content are text")
+        if message["role"] not in ROLES:
+            raise ValueError(f"the role {message['role']!r} is none of {', '.join(ROLES)}")
+    if not any(message["content"].strip() for message in row):
+        raise ValueError("a conversation without text")
 
 
 def _conversations(choice: str, recipe: Recipe) -> tuple[str, list[Conversation]]:
@@ -140,14 +159,35 @@ def tokenize(rows: Sequence[Conversation], most: int, model: Path) -> tuple[tupl
     Args:
         rows: conversations.
         most: ids of each that are kept.
-        model: folder with the tokenizer.
+        model: folder with the tokenizer and config.json.
+
+    Raises:
+        ModelInputError: the tokenizer or the template cannot be used, or is of another model.
     """
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
 
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
-    template = tokenizer.chat_template or TEMPLATE.read_text(encoding="utf-8")
-    tokens = []
-    for row in rows:
-        text = tokenizer.apply_chat_template(row, chat_template=template, tokenize=False)
-        tokens.append(tuple(tokenizer.encode(text, add_special_tokens=False)[:most]))
+    tokens: list[tuple[int, ...]] = []
+    try:
+        tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(model)
+        template = tokenizer.chat_template or TEMPLATE.read_text(encoding="utf-8")
+        for row in rows:
+            text = tokenizer.apply_chat_template(row, chat_template=template, tokenize=False)
+            tokens.append(tuple(tokenizer.encode(text, add_special_tokens=False)[:most]))
+    except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower one, templates any
+        raise ModelInputError(
+            f"tokenizer or chat template fail: {type(error).__name__}: {str(error)[:SHOWN]}",
+            where=str(model),
+            remedy="take tokenizer.json, tokenizer_config.json and the template from the source",
+        ) from None
+    vocabulary = read_json(model / CONFIG)["vocab_size"]
+    for ids in tokens:
+        if not ids or max(ids) >= vocabulary:
+            raise ModelInputError(
+                f"the tokenizer gives ids up to {max(ids)}, config.json has a vocabulary of "
+                f"{vocabulary}"
+                if ids
+                else "the tokenizer and its template make nothing of a conversation",
+                where=str(model),
+                remedy="take config.json and the tokenizer from the same model",
+            )
     return tuple(tokens)

@@ -53,7 +53,8 @@ def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{layers} layers of {config['n_routed_experts']} experts are no model"
         if len(ratios) < layers:
             yield f"compress_ratios has {len(ratios)} entries for {layers} layers"
-    yield from _quantization(config.get("quantization_config"))
+    for key in ("quantization_config", "compression_config"):
+        yield from _quantization(config.get(key), key)
 
 
 def _sizes(config: Mapping[str, Any]) -> Iterator[str]:
@@ -73,15 +74,14 @@ def _numbers(config: Mapping[str, Any], limits: Mapping[str, tuple[int, int]]) -
             yield f"{key} is {_short(value)}, not a number from {least} to {most}"
 
 
-def _quantization(found: Any) -> Iterator[str]:
+def _quantization(found: Any, where: str) -> Iterator[str]:
     if found is None:
         return
-    where = "quantization_config"
     if not isinstance(found, dict):
         yield f"{where} is no object"
         return
     yield from _types(found, where, {"quant_method": str, "format": str, "moe_quant_algo": str})
-    if not _list_of(found.get("ignore") or [], str):
+    if not _rules(found.get("ignore") or []):
         yield f"{where}.ignore is no list of names"
     groups = found.get("config_groups")
     if groups is not None and not isinstance(groups, dict):
@@ -91,7 +91,9 @@ def _quantization(found: Any) -> Iterator[str]:
         if not isinstance(group, dict):
             yield f"{here} is no object"
             continue
-        if not _list_of(group.get("targets") or [], str):
+        if not name.isprintable():
+            yield f"{where}.config_groups has the name {_short(name)}"
+        if not _rules(group.get("targets") or []):
             yield f"{here}.targets is no list of names"
         yield from _types(group, here, {"weights": dict, "input_activations": dict, "format": str})
         for side in ("weights", "input_activations"):
@@ -115,6 +117,11 @@ def _types(found: Mapping[str, Any], where: str, kinds: Mapping[str, Kinds]) -> 
 
 def _list_of(found: Any, kind: type) -> bool:
     return isinstance(found, list) and all(type(item) is kind for item in found)
+
+
+def _rules(found: Any) -> bool:
+    """A list of patterns or names; messages show them, so that they are one line each."""
+    return _list_of(found, str) and all(rule.isprintable() for rule in found)
 
 
 def _short(value: Any) -> str:

@@ -22,7 +22,7 @@ from vllm_forge.checkpoints.inventory import layer_tensors, shared_tensors
 from vllm_forge.checkpoints.shards import copy_of
 from vllm_forge.checkpoints.source import alias_names
 from vllm_forge.checkpoints.work import Work
-from vllm_forge.errors import DiskSpaceError, UsageError
+from vllm_forge.errors import DiskSpaceError, ModelInputError, UsageError
 from vllm_forge.host import console, exclusive, remove, require_disk
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 MAX_PASSED = 5_000_000_000  # bytes of passed-through tensors per file
 STREAM_BYTES = 2  # of one hidden value
 GB = 10**9
+SHOWN = 200  # characters of a path
 MINUTE_S, SECONDS_SHOWN_S, MINUTES_SHOWN = 60, 90, 120
 
 
@@ -191,16 +192,25 @@ def check_output(source: Path, output: Path) -> None:
     """Refuse an output that is taken, or that would lie in the model, before any tool is needed.
 
     Raises:
-        UsageError: one folder would be inside the other.
+        UsageError: one folder would be inside the other, or no folder can be there.
         ResumeError: the output exists, and no run was ended just after it made it.
     """
-    here, there = source.resolve(), output.resolve()
+    try:
+        here, there = source.resolve(), output.resolve()
+        above = next((folder for folder in (there, *there.parents) if folder.exists()), there)
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, links in a circle
+        raise UsageError(
+            f"--output is no path that can be made: {getattr(error, 'strerror', None) or error}",
+            where=str(output)[:SHOWN],
+        ) from None
     if here == there or here in there.parents or there in here.parents:
         raise UsageError(
             "--output and --model are folders in each other",
             where=str(output),
             remedy="choose an --output beside the model",
         )
+    if above != there and not above.is_dir():
+        raise UsageError("--output lies in what is no folder", where=str(above))
     Work.beside(output).check()
 
 
@@ -221,7 +231,12 @@ def _plan(job: Job) -> dict[str, Any]:
     """What must be the same for a run to go on from another's files."""
     source = job.source
     rows = [[t.name, t.dtype, list(t.shape), t.path.name, t.start] for t in source.tensors.values()]
-    times = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in source.files]
+    try:
+        times = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in source.files]
+    except OSError as error:
+        raise ModelInputError(
+            f"cannot be read: {error.strerror}", where=str(error.filename)
+        ) from None
     return {
         "model": str(source.folder.resolve()),
         "model files": _digest([source.config, rows, times]),

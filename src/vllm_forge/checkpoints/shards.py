@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -20,6 +21,7 @@ from vllm_forge.checkpoints.spans import (
     DTYPE_BYTES,
     LENGTH_BYTES,
     MAX_HEADER,
+    MAX_TEXT,
     MIN_HEADER,
     parse_header,
     strict_json,
@@ -34,6 +36,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
 CHUNK = 1 << 24
+SHOWN = 200  # characters of a path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,30 +54,44 @@ class Stored:
         """All of its bytes, row-major and little-endian.
 
         Raises:
-            ModelInputError: the file is shorter than its header says.
+            ModelInputError: the file is shorter than its header says, or cannot be read any more.
         """
         data = bytearray(self.size)
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            if file.readinto(data) != self.size:
-                raise ModelInputError(f"{self.name} is cut off", where=str(self.path))
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.start)
+                size = file.readinto(data)
+        except OSError as error:
+            raise self._gone(error) from None
+        if size != self.size:
+            raise ModelInputError(f"{self.name} is cut off", where=str(self.path))
         return data
 
     def chunks(self) -> Iterator[bytes]:
         """Its bytes, a piece at a time.
 
         Raises:
-            ModelInputError: the file is shorter than its header says.
+            ModelInputError: the file is shorter than its header says, or cannot be read any more.
         """
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            left = self.size
-            while left:
-                block = file.read(min(CHUNK, left))
-                if not block:
-                    raise ModelInputError(f"{self.name} is cut off", where=str(self.path))
-                left -= len(block)
-                yield block
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.start)
+                left = self.size
+                while left:
+                    block = file.read(min(CHUNK, left))
+                    if not block:
+                        raise ModelInputError(f"{self.name} is cut off", where=str(self.path))
+                    left -= len(block)
+                    yield block
+        except OSError as error:
+            raise self._gone(error) from None
+
+    def _gone(self, error: OSError) -> ModelInputError:
+        return ModelInputError(
+            f"{self.name} cannot be read: {error.strerror}",
+            where=str(self.path),
+            remedy="put the file back, and give the same command again",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +155,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """Parse a JSON object of a checkpoint.
 
     Raises:
-        ModelInputError: missing, unreadable or malformed.
+        ModelInputError: missing, unreadable, malformed, or longer than any such file.
     """
     try:
+        if (size := _size(path)) > MAX_TEXT:
+            raise ModelInputError(f"{size} bytes, more than {MAX_TEXT}", where=str(path))
         found = strict_json(path.read_bytes())
     except FileNotFoundError:
         raise ModelInputError(f"there is no {path.name}", where=str(path.parent)) from None
@@ -153,6 +172,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def _size(path: Path) -> int:
+    """Bytes of a file.
+
+    Raises:
+        ModelInputError: a pipe or a device, which would be waited for.
+        OSError: there is none, or it may not be looked at.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ModelInputError("no regular file", where=str(path))
+    return found.st_size
+
+
 def read_shard(path: Path) -> list[Stored]:
     """Names, dtypes, shapes and byte ranges of one file.
 
@@ -160,9 +192,8 @@ def read_shard(path: Path) -> list[Stored]:
         ModelInputError: no such file, or not safetensors, or ranges that are not the file's.
     """
     try:
+        size = _size(path)
         with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
             length = int.from_bytes(file.read(LENGTH_BYTES), "little")
             if not MIN_HEADER <= length <= MAX_HEADER:
                 raise ValueError(f"a header of {length} bytes")  # noqa: TRY301
@@ -196,7 +227,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         ModelInputError: a file is missing or malformed, or the index is not what the files hold.
     """
-    if not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except OSError as error:  # a name that is too long, a folder on the way that is locked
+        raise ModelInputError(
+            f"cannot be read: {error.strerror}", where=str(folder)[:SHOWN]
+        ) from None
+    if not there:
         raise ModelInputError("there is no such folder", where=str(folder))
     config = read_json(folder / CONFIG)
     if (folder / INDEX).exists():
@@ -227,7 +264,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def is_weight_map(found: Any) -> TypeGuard[dict[str, str]]:
     """Whether it is tensor -> file name, and the files are in the index's own folder."""
     return isinstance(found, dict) and all(
-        isinstance(name, str) and name == Path(name).name for name in found.values()
+        isinstance(file, str)
+        and file == Path(file).name != ".."
+        and file != ""
+        and f"{name}{file}".isprintable()
+        for name, file in found.items()
     )
 
 

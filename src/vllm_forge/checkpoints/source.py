@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.config_check import config_problems
 from vllm_forge.checkpoints.inventory import MODEL_TYPE, Expected, all_tensors, has_dspark
@@ -10,10 +11,11 @@ from vllm_forge.checkpoints.shards import Checkpoint, open_checkpoint
 from vllm_forge.errors import ModelInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 SHOWN = 5
+QUANTIZED = ("quantization_config", "compression_config")
 # Where the drafter's loader looks for embedding and output head (vLLM 0.26.0,
 # vllm/models/deepseek_v4/nvidia/mtp.py, WEIGHT_NAME_REMAPPING): name in the block -> whose bytes.
 ALIASES = {"emb.tok_emb.weight": "embed.weight", "head.weight": "head.weight"}
@@ -30,7 +32,7 @@ def open_source(folder: Path) -> Checkpoint:
     kind = checkpoint.config.get("model_type")
     if kind != MODEL_TYPE:
         raise ModelInputError(f"model_type is {kind!r}, not {MODEL_TYPE!r}", where=str(folder))
-    if "quantization_config" in checkpoint.config:
+    if any(checkpoint.config.get(key) is not None for key in QUANTIZED):
         raise ModelInputError(
             "the model is quantized already",
             where=str(folder),
@@ -43,6 +45,9 @@ def open_source(folder: Path) -> Checkpoint:
             remedy="take config.json from the model's repository",
         )
     expected = {tensor.name: tensor for tensor in all_tensors(checkpoint.config)}
+    for name, origin in _aliases(checkpoint.config).items():
+        if name in checkpoint.tensors:
+            expected[name] = replace(expected[origin], name=name)
     if problems := list(_problems(checkpoint, expected)):
         shown = "\n".join(f"  - {problem}" for problem in problems[:SHOWN])
         more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
@@ -57,14 +62,19 @@ def open_source(folder: Path) -> Checkpoint:
 
 def alias_names(checkpoint: Checkpoint) -> dict[str, str]:
     """Aliases that the drafter needs and the model does not have: name -> whose bytes."""
-    if has_dspark(checkpoint.config):
+    wanted = _aliases(checkpoint.config)
+    return {name: source for name, source in wanted.items() if name not in checkpoint.tensors}
+
+
+def _aliases(config: Mapping[str, Any]) -> dict[str, str]:
+    """All that the drafter's loader looks for."""
+    if has_dspark(config):
         return {}
-    wanted = {
+    return {
         f"mtp.{index}.{leaf}": source
-        for index in range(checkpoint.config["num_nextn_predict_layers"])
+        for index in range(config["num_nextn_predict_layers"])
         for leaf, source in ALIASES.items()
     }
-    return {name: source for name, source in wanted.items() if name not in checkpoint.tensors}
 
 
 def _problems(checkpoint: Checkpoint, expected: dict[str, Expected]) -> Iterator[str]:
@@ -77,5 +87,5 @@ def _problems(checkpoint: Checkpoint, expected: dict[str, Expected]) -> Iterator
         elif stored.dtype not in {tensor.dtype, *(["F32"] if tensor.dtype == "BF16" else [])}:
             yield f"{name} is {stored.dtype}, not {tensor.dtype}"
     for name in checkpoint.tensors:
-        if name not in expected and name.removeprefix("mtp.").partition(".")[2] not in ALIASES:
+        if name not in expected:
             yield f"{name} is not a tensor of this model"

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 LENGTH_BYTES = 8
 MIN_HEADER, MAX_HEADER = 2, 100_000_000  # "{}"; what the library accepts
+MAX_TEXT = 1 << 28  # bytes of a JSON file; a manifest.json of 135,000 tensors has 3e7
 MAX_NUMBER = 1 << 63
+HALVES = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair that JSON writes for one character
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2,
     "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
@@ -22,11 +25,14 @@ DTYPE_BYTES = {
 
 
 def strict_json(text: str | bytes) -> Any:
-    """Parse JSON that others wrote.
+    """Parse JSON that others wrote; bytes are UTF-8, as every other reader of these files has it.
 
     Raises:
-        ValueError: malformed, nested beyond reason, or one key twice, of which readers see one.
+        ValueError: malformed, nested beyond reason, half a character, or one key twice, of which
+            readers see one.
     """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8")  # json would guess UTF-16, and skip a byte order mark
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -36,9 +42,12 @@ def strict_json(text: str | bytes) -> Any:
         return found
 
     try:
-        return json.loads(text, object_pairs_hook=once)
+        found = json.loads(text, object_pairs_hook=once)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if HALVES.search(text):
+        json.dumps(found, ensure_ascii=False).encode("utf-8")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +74,9 @@ def parse_header(text: bytes, size: int) -> list[Span]:
     header = strict_json(text)
     if not isinstance(header, dict):
         raise ValueError("the header is not a JSON object")  # noqa: TRY004 - one error for callers
-    header.pop("__metadata__", None)
+    about = header.pop("__metadata__", None) or {}
+    if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+        raise ValueError("its __metadata__ is not text by name")
     at = LENGTH_BYTES + len(text)
     spans = [_span(name, row, at) for name, row in header.items()]
     # An empty tensor lies before the one that begins where it does.
@@ -81,6 +92,8 @@ def parse_header(text: bytes, size: int) -> list[Span]:
 
 
 def _span(name: str, row: Any, base: int) -> Span:
+    if not name.isprintable():
+        raise ValueError(f"{name!r} is no name of a tensor")
     known = isinstance(row, dict) and {"dtype", "shape", "data_offsets"} <= row.keys()
     if not known or not _naturals(row["shape"]) or not _naturals(row["data_offsets"], 2):
         raise ValueError(f"{name} has no dtype, shape and data_offsets")

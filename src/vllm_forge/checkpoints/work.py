@@ -8,6 +8,7 @@ when it is complete and on the disk, so what exists need not be made again.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ class Work:
     @classmethod
     def beside(cls, output: Path) -> Work:
         """The work folder of an output."""
+        output = Path(os.path.abspath(output))  # noqa: PTH100 - "." has no name; links stay links
         return cls(output=output, folder=output.with_name(f"{output.name}.partial"))
 
     @property
@@ -56,6 +58,12 @@ class Work:
         Raises:
             ResumeError: it exists, and nothing says that a run of ours was about to tidy up.
         """
+        if self.output.is_symlink() and not self.output.exists():
+            raise ResumeError(
+                "the output is a link to what is not there",
+                where=str(self.output),
+                remedy="name the folder itself, or delete the link",
+            )
         if self.output.exists() and (self.artifact.exists() or not (self.folder / PLAN).exists()):
             raise ResumeError(
                 "the output exists",

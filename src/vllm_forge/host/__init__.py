@@ -1,6 +1,6 @@
 """The machine we run on: commands, files, locks, disk, the console."""
 
-from vllm_forge.host.console import console, progress, report
+from vllm_forge.host.console import console, printable, progress, report
 from vllm_forge.host.files import (
     atomic_path,
     cache_root,
@@ -42,6 +42,7 @@ __all__ = [
     "exclusive",
     "free_bytes",
     "move",
+    "printable",
     "progress",
     "remove",
     "report",

@@ -25,6 +25,18 @@ if TYPE_CHECKING:
 console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
+def printable(text: str) -> str:
+    """Text of others, as a terminal may have it.
+
+    What would move its cursor or colour it, and bytes of a path that are no UTF-8, become escapes;
+    lines stay lines.
+    """
+    return "".join(
+        mark if mark.isprintable() or mark == "\n" else mark.encode("unicode_escape").decode()
+        for mark in text
+    )
+
+
 def progress() -> Progress:
     """A byte-counting progress bar; draws nothing where stderr is not a terminal."""
     return Progress(

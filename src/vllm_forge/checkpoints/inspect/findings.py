@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -68,6 +68,18 @@ class Finding(BaseModel):
     since: str = ""
     before: str = ""
     in_forward: bool = False
+
+
+DRAFTS = ("mtp.", "model.mtp.")  # vLLM takes the second for nothing, but it means the drafter
+
+
+def by_scope(names: Iterable[str]) -> Iterator[tuple[Scope, list[str]]]:
+    """Stored names apart by the model that they are of, where there are some."""
+    names = list(names)
+    for scope in Scope:
+        found = [name for name in names if name.startswith(DRAFTS) == (scope is Scope.DRAFT)]
+        if found:
+            yield scope, found
 
 
 def some(names: Iterable[str], most: int = 3) -> str:

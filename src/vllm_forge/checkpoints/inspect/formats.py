@@ -43,12 +43,15 @@ class Piece:
         dtypes: safetensors names that are right; the first one is what our tools write.
         shape: from the weight's rows and columns.
         optional: some writers leave it out.
+        converted: dtypes that are not right, and that vLLM's copy turns into the right one without
+            a change of meaning (docs/checkpoints.md, verdict.KEEP).
     """
 
     suffix: str
     dtypes: tuple[str, ...]
     shape: Callable[[int, int], Shape]
     optional: bool = False
+    converted: tuple[str, ...] = ()
 
 
 def _up(number: int, block: int) -> int:
@@ -65,13 +68,20 @@ def _blocks(rows: int, columns: int) -> Shape:
 
 # Global scales are scalars. Lists of one element are taken too (tests/contract/
 # test_global_scale_shape.py); the difference is reported, see gates_scales.py.
+HALF = ("BF16", "F16")
 PIECES: dict[Format, tuple[Piece, ...]] = {
     Format.PLAIN: (Piece(suffix="weight", dtypes=("BF16", "F32"), shape=lambda n, k: (n, k)),),
     Format.NVFP4: (
-        Piece(suffix="weight_packed", dtypes=("U8",), shape=lambda n, k: (n, _up(k, 2))),
+        Piece(
+            suffix="weight_packed", dtypes=("U8",), shape=lambda n, k: (n, _up(k, 2)),
+            converted=("I8",),
+        ),
         Piece(suffix="weight_scale", dtypes=("F8_E4M3",), shape=lambda n, k: (n, _up(k, 16))),
-        Piece(suffix="weight_global_scale", dtypes=("F32",), shape=_scalar),
-        Piece(suffix="input_global_scale", dtypes=("F32",), shape=_scalar, optional=True),
+        Piece(suffix="weight_global_scale", dtypes=("F32",), shape=_scalar, converted=HALF),
+        Piece(
+            suffix="input_global_scale", dtypes=("F32",), shape=_scalar, optional=True,
+            converted=HALF,
+        ),
     ),
     Format.MODELOPT_NVFP4: (
         Piece(suffix="weight", dtypes=("U8",), shape=lambda n, k: (n, _up(k, 2))),
@@ -86,7 +96,10 @@ PIECES: dict[Format, tuple[Piece, ...]] = {
     ),
     Format.FP8_BLOCK: (
         Piece(suffix="weight", dtypes=("F8_E4M3",), shape=lambda n, k: (n, k)),
-        Piece(suffix="weight_scale", dtypes=("F32", "BF16"), shape=_blocks),
+        Piece(
+            suffix="weight_scale", dtypes=("F32", "BF16"), shape=_blocks,
+            converted=("F16", "F8_E8M0"),
+        ),
     ),
     Format.FP8_NATIVE: (
         Piece(suffix="weight", dtypes=("F8_E4M3",), shape=lambda n, k: (n, k)),
@@ -94,9 +107,12 @@ PIECES: dict[Format, tuple[Piece, ...]] = {
     ),
     Format.MXFP4_NATIVE: (
         Piece(suffix="weight", dtypes=("I8", "U8"), shape=lambda n, k: (n, _up(k, 2))),
-        Piece(suffix="scale", dtypes=("F8_E8M0",), shape=lambda n, k: (n, _up(k, 32))),
+        Piece(
+            suffix="scale", dtypes=("F8_E8M0",), shape=lambda n, k: (n, _up(k, 32)),
+            converted=("U8",),
+        ),
     ),
-}
+}  # fmt: skip
 SUFFIXES = frozenset(piece.suffix for pieces in PIECES.values() for piece in pieces) | {
     "weight_scale_inv",
     "weight_zero_point",
@@ -112,6 +128,7 @@ class Wanted:
     dtypes: tuple[str, ...]
     shape: Shape
     optional: bool = False
+    converted: tuple[str, ...] = ()
 
 
 def stored_as(tensor: Expected, kind: Format) -> Iterator[Wanted]:
@@ -124,6 +141,7 @@ def stored_as(tensor: Expected, kind: Format) -> Iterator[Wanted]:
             dtypes=(tensor.dtype,) if kind is Format.PLAIN else piece.dtypes,
             shape=piece.shape(rows, columns),
             optional=piece.optional,
+            converted=piece.converted,
         )
 
 

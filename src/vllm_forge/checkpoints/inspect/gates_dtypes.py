@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, some
+from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, by_scope, some
 from vllm_forge.checkpoints.inspect.formats import Format
 from vllm_forge.checkpoints.inspect.parts import (
     DRAFT,
@@ -74,12 +74,13 @@ def kept_unquantized(profile: Profile) -> Iterator[Finding]:
         inside = part is Part.COMPRESSOR or (part is Part.INDEXER and not module.endswith(".wq_b"))
         if inside and kind is not Format.PLAIN:
             found.append(module)
-    if found:
+    for scope, names in by_scope(found):
         yield Finding(
             gate="G23",
             title="compressor or indexer projections are quantized",
             effect=Effect.REFUSES,
-            what=f"{some(found)}; vLLM builds these modules unquantized",
+            scope=scope,
+            what=f"{some(names)}; vLLM builds these modules unquantized",
             remedy="store them as BF16",
         )
 

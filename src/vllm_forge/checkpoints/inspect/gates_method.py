@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 from typing import TYPE_CHECKING
 
+import numpy as np
 from packaging.version import Version
 
-from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, some
+from vllm_forge.checkpoints.inspect.config_forms import RATIOS
+from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, by_scope, some
 from vllm_forge.checkpoints.inspect.formats import Format
 from vllm_forge.checkpoints.inspect.gates_config import (
     COMPRESSED,
@@ -23,8 +26,45 @@ if TYPE_CHECKING:
 
     from vllm_forge.checkpoints.inspect.profile import Profile
 
+ARCHITECTURES = ["DeepseekV4ForCausalLM"]
+SHOWN = 80  # characters of what is there instead
+BLOCK = 128
+SIGN_AND_MANTISSA = 0x807FFFFF  # of FP32
 NATIVE = {"fp8", "deepseek_v4_fp8"}
 IGNORE_READ = Version("0.33.0")
+
+
+def form(profile: Profile) -> Iterator[Finding]:
+    """What a config.json must say for vLLM to build the model at all."""
+    served, named = profile.seen.served, profile.config.get("architectures")
+    if not named:
+        yield Finding(
+            gate="config",
+            title="config.json names no architecture",
+            effect=Effect.REFUSES,
+            what="vLLM before 0.33.0 does not find DeepseekV4ForCausalLM without it",
+            remedy=f'set "architectures": {json.dumps(ARCHITECTURES)}',
+            before="0.33.0",
+        )
+    elif named != ARCHITECTURES:
+        yield Finding(
+            gate="config",
+            title="another architecture",
+            effect=Effect.REFUSES,
+            what=f"{str(named)[:SHOWN]!r}, not {ARCHITECTURES}",
+            remedy="take config.json from the source model",
+        )
+    if RATIOS not in served:
+        yield Finding(
+            gate="config",
+            title="config.json has transformers' layer_types alone",
+            effect=Effect.REFUSES,
+            what="vLLM 0.22.1 reads compress_ratios, 0.26.0 takes no layer types of this model, "
+            "0.33.0 derives the one from the other",
+            remedy="add compress_ratios and num_hash_layers of the source model's config.json, and "
+            "drop layer_types, compress_rates and mlp_layer_types",
+            before="0.33.0",
+        )
 
 
 def method(profile: Profile) -> Iterator[Finding]:
@@ -109,6 +149,43 @@ def native_experts(profile: Profile) -> Iterator[Finding]:
     yield from over_eras(seen, Effect.CORRUPTS)
 
 
+def native_scales(profile: Profile) -> Iterator[Finding]:
+    """FP32 block scales where vLLM keeps E8M0: what is no power of two is rounded to one.
+
+    Beside MXFP4 experts the linear layers' scales are E8M0, beside FP8 experts FP32
+    (0.33.0, models/deepseek_v4/quant_config.py, `is_scale_e8m0`).
+
+    Raises:
+        CheckpointUnreadableError: a file is shorter than its header says.
+        HubUnreachableError: the hub stopped answering.
+    """
+    if (
+        profile.quantization.get("quant_method") not in NATIVE
+        or profile.config.get("expert_dtype", "fp4") != "fp4"
+    ):
+        return
+    rounded = []
+    for module, kind in profile.formats.items():
+        entry = profile.tensors.get(f"{module}.scale")
+        if kind is not Format.FP8_NATIVE or entry is None or entry.dtype != "F32":
+            continue
+        blocks = tuple(-(-size // BLOCK) for size in profile.tensors[f"{module}.weight"].shape)
+        if entry.shape != blocks:
+            continue  # told by gates_scales.shapes
+        data = profile.seen.place.read(entry.shard, entry.begin, entry.end)
+        if (np.frombuffer(data, "<u4") & SIGN_AND_MANTISSA).any():
+            rounded.append(f"{module}.scale")
+    for scope, names in by_scope(rounded):
+        yield Finding(
+            gate="scales",
+            title="block scales that are no powers of two",
+            effect=Effect.CORRUPTS,
+            scope=scope,
+            what=f"{some(names)}; vLLM keeps scales as E8M0 beside MXFP4 experts, and rounds these",
+            remedy="quantize with E8M0 scales, or state expert_dtype fp8 if the experts are FP8",
+        )
+
+
 def _native_format(profile: Profile, *, ignored: bool) -> Format:
     if profile.config.get("expert_dtype", "fp4") != "fp4":
         return Format.FP8_NATIVE
@@ -116,4 +193,4 @@ def _native_format(profile: Profile, *, ignored: bool) -> Format:
     return Format.MODELOPT_NVFP4 if algorithm == "NVFP4" and not ignored else Format.MXFP4_NATIVE
 
 
-GATES = (method, native_linears, native_experts)
+GATES = (form, method, native_linears, native_experts, native_scales)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, some
+from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, by_scope, some
 from vllm_forge.checkpoints.inspect.formats import split
 from vllm_forge.checkpoints.inspect.parts import (
     DRAFT,
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 ROWS = re.compile(r"ffn\.shared_experts\.(down_proj|w2)\.\d+(\.|$)")
 ROUTERS = (".gate.bias", ".gate.tid2eid")
+# Buffers that older writers saved, and that vLLM skips (model_executor/models/utils.py,
+# ROTARY_EMBEDS_UNUSED_WEIGHTS).
+SKIPPED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 TOKENIZER = "tokenizer.json"
 # Suffixes of which one must be there for a matrix to be there.
 WEIGHTS = ("weight", "weight_packed")
@@ -49,8 +52,9 @@ def files(profile: Profile) -> Iterator[Finding]:
         yield Finding(
             gate="files",
             title="index and shards disagree",
-            effect=Effect.REFUSES,
-            what=f"not where the index says, or not in it: {some(sorted(wrong))}",
+            effect=Effect.DEPARTS,
+            what=f"not where the index says, or not in it: {some(sorted(wrong))}; vLLM takes from "
+            "the index which shards there are, and no more, other readers stop",
             remedy="write the index anew from the shards",
         )
     if not seen.missing_shards and seen.total_size not in (None, seen.bytes):
@@ -65,6 +69,17 @@ def files(profile: Profile) -> Iterator[Finding]:
 def drafter(profile: Profile) -> Iterator[Finding]:
     """G01, G15, G69: the drafter that the config promises."""
     promised = len(profile.draft_layers)
+    if not promised and profile.drafter is not Drafter.NONE:
+        yield Finding(
+            gate="config",
+            title="a drafter that config.json does not promise",
+            effect=Effect.REFUSES,
+            scope=Scope.DRAFT,
+            what=f"{len(profile.draft_names)} tensors are under mtp., and num_nextn_predict_layers "
+            "is 0 or not there",
+            remedy="take num_nextn_predict_layers from the source model's config.json",
+        )
+        return
     match profile.drafter:
         case Drafter.NONE if promised:
             yield Finding(
@@ -147,11 +162,12 @@ def router(profile: Profile) -> Iterator[Finding]:
             "so it fits, too",
             remedy="name them layers.N.ffn.gate.bias, as DeepSeek does",
         )
-    if absent := sorted(set(tables) - set(renamed)):
+    for scope, absent in by_scope(sorted(set(tables) - set(renamed))):
         yield Finding(
             gate="G22",
             title="router biases or tables are missing",
             effect=Effect.REFUSES,
+            scope=scope,
             what=f"missing {some(absent)}",
             remedy="take them from the source model",
         )
@@ -189,24 +205,28 @@ def rest(profile: Profile) -> Iterator[Finding]:
 
 def foreign(profile: Profile) -> Iterator[Finding]:
     """Names that no module of the model has; loaders look each of them up."""
-    if profile.drafter is Drafter.UNKNOWN:
-        return  # told by `drafter`
+    promised = bool(profile.draft_layers)
     expected = [*profile.main.values(), *alias_tensors(profile.config)]
     expected += profile.draft.values() if profile.drafter is not Drafter.NONE else []
     known = {split(tensor.name)[0] for tensor in expected}
     known |= {_other_name(tensor.name) for tensor in expected}
     unknown = [n for n in profile.names if split(n)[0] not in known and not ROWS.search(n)]
-    for scope in Scope:
-        names = [n for n in unknown if n.startswith(DRAFT) == (scope is Scope.DRAFT)]
-        if names:
-            yield Finding(
-                gate="names",
-                title="tensors that the model does not have",
-                effect=Effect.REFUSES,
-                scope=scope,
-                what=some(names),
-                remedy="take config.json and tensors from the same model, or drop these",
-            )
+    unknown = [n for n in unknown if not n.endswith(SKIPPED)]
+    if profile.drafter is Drafter.UNKNOWN or not promised:  # told by `drafter`
+        unknown = [n for n in unknown if not n.startswith(DRAFT)]
+    numbers = tuple(f"layers.{number}." for number in profile.draft_layers)
+    for scope, names in by_scope(unknown):
+        drafts = scope is Scope.DRAFT or bool(numbers and names[0].startswith(numbers))
+        yield Finding(
+            gate="names",
+            title="tensors that the model does not have",
+            effect=Effect.REFUSES,
+            scope=scope,
+            what=some(names),
+            remedy="loaders look for the draft layer under mtp.0, without a model. in front"
+            if drafts and not profile.draft_names
+            else "take config.json and tensors from the same model, or drop these",
+        )
 
 
 def tokenizer(profile: Profile) -> Iterator[Finding]:

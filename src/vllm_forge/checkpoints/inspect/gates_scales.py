@@ -7,12 +7,12 @@ import struct
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
-from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, some
-from vllm_forge.checkpoints.inspect.formats import PIECES, Format, stored_as
-from vllm_forge.checkpoints.inspect.parts import DRAFT
+from vllm_forge.checkpoints.inspect.findings import Effect, Finding, by_scope, some
+from vllm_forge.checkpoints.inspect.formats import PIECES, Format, Wanted, stored_as
+from vllm_forge.checkpoints.inspect.seen import plain_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
     from vllm_forge.checkpoints.inspect.header import Entry
     from vllm_forge.checkpoints.inspect.profile import Profile
@@ -25,36 +25,25 @@ SHARED = ("weight_global_scale", "weight_scale_2")
 
 def shapes(profile: Profile) -> Iterator[Finding]:
     """Every scale that its format has, under its name, in its dtype and shape; G08, G09."""
-    absent: list[str] = []
-    renamed: list[str] = []
-    lists: list[str] = []
-    wrong: list[str] = []
+    faults: dict[str, list[str]] = defaultdict(list)
     for tensor in _weights(profile):
         module = tensor.name.removesuffix(".weight")
         kind = profile.formats.get(module, Format.UNKNOWN)
         if kind in (Format.UNKNOWN, Format.PLAIN):
             continue
         for want in stored_as(tensor, kind):
-            entry = profile.tensors.get(want.name)
-            if entry is None:
-                inverse = want.name.replace(".weight_scale", ".weight_scale_inv")
-                if inverse != want.name and inverse in profile.tensors:
-                    renamed.append(inverse)
-                elif not want.optional:
-                    absent.append(want.name)
-            elif want.shape == () and entry.shape == (1,):
-                lists.append(want.name)
-            elif entry.shape != want.shape or entry.dtype not in want.dtypes:
-                wrong.append(f"{want.name} {entry.dtype} {list(entry.shape)}")
-    if renamed:
+            fault, name = _fault(profile, want)
+            faults[fault].append(name)
+    for scope, names in by_scope(faults["renamed"]):
         yield Finding(
             gate="G09",
             title="block scales are named weight_scale_inv",
             effect=Effect.REFUSES,
-            what=f"{some(renamed)}; a compressed-tensors group registers weight_scale",
+            scope=scope,
+            what=f"{some(names)}; a compressed-tensors group registers weight_scale",
             remedy="name them weight_scale",
         )
-    if lists:
+    if lists := faults["list"]:
         yield Finding(
             gate="G08",
             title="global scales are lists of one element",
@@ -63,21 +52,51 @@ def shapes(profile: Profile) -> Iterator[Finding]:
             remedy="squeeze them, for loaders that do not",
             handled_by="vllm-project/vllm#43297",
         )
-    if absent:
+    for scope, names in by_scope(faults["absent"]):
         yield Finding(
             gate="scales",
             title="scales are missing",
             effect=Effect.CORRUPTS,
-            what=some(absent),
+            scope=scope,
+            what=some(names),
             remedy="quantize these modules again: without its scale a weight means nothing",
         )
-    if wrong:
+    if converted := faults["converted"]:
+        yield Finding(
+            gate="scales",
+            title="scales or packed weights of a dtype that vLLM converts",
+            effect=Effect.DEPARTS,
+            what=_as_stored(profile, converted),
+            remedy="store them as the format has it",
+        )
+    for scope, names in by_scope(faults["wrong"]):
         yield Finding(
             gate="scales",
             title="scales or packed weights of the wrong dtype or shape",
             effect=Effect.REFUSES,
-            what=f"{len(wrong)}, e.g. {wrong[0]}",
+            scope=scope,
+            what=_as_stored(profile, names),
         )
+
+
+def _fault(profile: Profile, want: Wanted) -> tuple[str, str]:
+    """What is wrong with a tensor that must be there, "" for nothing, and its name."""
+    entry = profile.tensors.get(want.name)
+    if entry is None:
+        inverse = want.name.replace(".weight_scale", ".weight_scale_inv")
+        if inverse != want.name and inverse in profile.tensors:
+            return "renamed", inverse
+        return "" if want.optional else "absent", want.name
+    if want.shape == () and entry.shape == (1,):
+        return "list", want.name
+    if entry.shape != want.shape or entry.dtype not in (*want.dtypes, *want.converted):
+        return "wrong", want.name
+    return "" if entry.dtype in want.dtypes else "converted", want.name
+
+
+def _as_stored(profile: Profile, names: list[str]) -> str:
+    entry = profile.tensors[names[0]]
+    return f"{len(names)}, e.g. {names[0]} {entry.dtype} {list(entry.shape)}"
 
 
 def block_scale_names(profile: Profile) -> Iterator[Finding]:
@@ -96,12 +115,14 @@ def block_scale_names(profile: Profile) -> Iterator[Finding]:
 def values(profile: Profile) -> Iterator[Finding]:
     """Single scales: finite, positive, and one for gate and up projection of an expert."""
     found = read_scalars(profile)
-    if bad := [name for name, value in found.items() if not (math.isfinite(value) and value > 0)]:
+    bad = (name for name, value in found.items() if not (math.isfinite(value) and value > 0))
+    for scope, names in by_scope(bad):
         yield Finding(
             gate="scales",
             title="global scales that are no positive numbers",
             effect=Effect.CORRUPTS,
-            what=f"{some(bad)}, e.g. {found[bad[0]]}",
+            scope=scope,
+            what=f"{some(names)}, e.g. {found[names[0]]}",
             remedy="calibrate again: these experts saw no token, or only zeros",
         )
     pairs: dict[str, dict[str, float]] = defaultdict(dict)
@@ -111,16 +132,23 @@ def values(profile: Profile) -> Iterator[Finding]:
         if suffix in SHARED and projection in {"w1", "w3"}:
             pairs[f"{expert}.w1.{suffix}"][projection] = value
     split = [key for key, row in pairs.items() if len(set(row.values())) > 1]
-    if split:
-        worst = max(max(pairs[key].values()) / min(pairs[key].values()) for key in split)
+    for scope, names in by_scope(split):
+        worst = max(_ratio(pairs[key].values()) for key in names)
         yield Finding(
             gate="w1/w3",
             title="w1 and w3 of an expert have different global scales",
             effect=Effect.CORRUPTS,
-            what=f"{len(split)} of {len(pairs)} experts, e.g. {split[0]}; up to x {worst:.3g}. "
+            scope=scope,
+            what=f"{len(names)} of {len(pairs)} experts, e.g. {names[0]}; up to x {worst:.3g}. "
             "vLLM keeps w1's for both, with a warning",
             remedy="quantize gate and up projection of an expert with one global scale",
         )
+
+
+def _ratio(values: Iterable[float]) -> float:
+    """The largest over the smallest; infinite or no number where one of them is zero or none."""
+    low, high = min(values := list(values)), max(values)
+    return high / low if low else math.inf
 
 
 def read_scalars(profile: Profile) -> dict[str, float]:
@@ -141,7 +169,7 @@ def read_scalars(profile: Profile) -> dict[str, float]:
         data = profile.seen.place.read(run[0].shard, begin, end)
         for entry in run:
             (value,) = struct.unpack_from("<f", data, entry.begin - begin)
-            found[entry.name.removeprefix("model.")] = value
+            found[plain_name(entry.name)] = value
     return found
 
 
@@ -162,34 +190,32 @@ def _runs(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
 
 def formats(profile: Profile) -> Iterator[Finding]:
     """Weights whose dtype and scales make no format."""
-    if unknown := [m for m, kind in profile.formats.items() if kind is Format.UNKNOWN]:
+    unknown = (m for m, kind in profile.formats.items() if kind is Format.UNKNOWN)
+    for scope, names in by_scope(unknown):
         yield Finding(
             gate="formats",
             title="weights in no known format",
             effect=Effect.CORRUPTS,
-            scope=_scope(unknown),
-            what=f"{some(unknown)}; known: {', '.join(kind for kind in PIECES)}",
+            scope=scope,
+            what=f"{some(names)}; known: {', '.join(kind for kind in PIECES)}",
         )
-    for draft in (False, True):
-        kinds: dict[str, Counter[Format]] = defaultdict(Counter)
-        for tensor in profile.draft.values() if draft else profile.main.values():
-            module = tensor.name.removesuffix(".weight")
-            if module in profile.formats and ".ffn.experts." in module:
-                kinds["experts"][profile.formats[module]] += 1
-        yield from _mixed(kinds, draft=draft)
-
-
-def _mixed(kinds: Mapping[str, Counter[Format]], *, draft: bool) -> Iterator[Finding]:
-    for part, counted in kinds.items():
-        if len(counted) > 1:
-            yield Finding(
-                gate="formats",
-                title=f"{part} in more than one format",
-                effect=Effect.REFUSES,
-                scope=Scope.DRAFT if draft else Scope.TARGET,
-                what=", ".join(f"{count} {kind}" for kind, count in counted.most_common()),
-                remedy="vLLM has one parameter for all experts of a layer",
-            )
+    kinds: dict[str, Counter[Format]] = defaultdict(Counter)
+    for tensor in (*profile.main.values(), *profile.draft.values()):
+        module = tensor.name.removesuffix(".weight")
+        layer, experts, _ = module.partition(".ffn.experts.")
+        if experts and module in profile.formats:
+            kinds[layer][profile.formats[module]] += 1
+    for scope, layers in by_scope(layer for layer, counted in kinds.items() if len(counted) > 1):
+        counted = kinds[layers[0]]
+        yield Finding(
+            gate="formats",
+            title="experts of a layer in more than one format",
+            effect=Effect.REFUSES,
+            scope=scope,
+            what=f"{len(layers)} layers, e.g. {layers[0]}: "
+            + ", ".join(f"{count} {kind}" for kind, count in counted.most_common()),
+            remedy="vLLM has one parameter for all experts of a layer",
+        )
 
 
 def _weights(profile: Profile) -> Iterator[Expected]:
@@ -199,10 +225,6 @@ def _weights(profile: Profile) -> Iterator[Expected]:
 
 
 MATRIX = 2
-
-
-def _scope(names: Iterable[str]) -> Scope:
-    return Scope.DRAFT if all(name.startswith(DRAFT) for name in names) else Scope.TARGET
 
 
 GATES = (shapes, block_scale_names, values, formats)

@@ -35,7 +35,7 @@ DTYPES = {
 }  # fmt: skip
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 ARGUMENTS = ("--kv-cache-dtype=fp8", "--max-model-len=4096", "--load-format=dummy")
-DRAFT = "mtp."
+DRAFT = ("mtp.", "model.mtp.")
 WRITES = {"aten.copy_.default", "aten.fill_.Scalar", "aten.fill_.Tensor", "aten.zero_.default"}
 COPY = "aten.copy_.default"
 MOST_ROWS = 40

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
-from rich.markup import escape
+from rich.markup import escape as markup_escape
 from rich.table import Table
 
 from vllm_forge.checkpoints.inspect.findings import Effect, Scope
 from vllm_forge.checkpoints.inspect.verdict import Outcome
+from vllm_forge.host import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,6 +33,11 @@ OUTCOMES = {
     Outcome.NOT: "bold red",
     Outcome.UNKNOWN: "yellow",
 }
+
+
+def escape(text: str) -> str:
+    """Names and messages of others, which are no markup of ours and no commands to a terminal."""
+    return markup_escape(printable(text))
 
 
 def show(report: Report, *, modules: bool = False) -> None:

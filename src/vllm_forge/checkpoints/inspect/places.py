@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.shards import INDEX
+from vllm_forge.checkpoints.spans import MAX_TEXT
 from vllm_forge.errors import CheckpointUnreadableError, HubUnreachableError
+from vllm_forge.host import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 REPOSITORY = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 HUB_TIMEOUT_S = 30.0
+SHOWN = 200  # characters of a place
 
 
 class Place(ABC):
@@ -40,10 +43,14 @@ class Place(ABC):
         """A small file in whole, None if there is none.
 
         Raises:
-            CheckpointUnreadableError: it is not UTF-8.
+            CheckpointUnreadableError: it is not UTF-8, or longer than any such file.
         """
         if name not in self.sizes:
             return None
+        if self.sizes[name] > MAX_TEXT:
+            raise CheckpointUnreadableError(
+                f"{name} has {self.sizes[name]} bytes, more than {MAX_TEXT}", where=str(self)
+            )
         try:
             return self.read(name, 0, self.sizes[name]).decode("utf-8")
         except UnicodeDecodeError as error:
@@ -76,7 +83,7 @@ class Folder(Place):
 
     def __str__(self) -> str:
         """For messages."""
-        return str(self.path)
+        return printable(str(self.path))
 
     def read(self, name: str, begin: int, end: int) -> bytes:
         """See Place.read."""
@@ -188,14 +195,19 @@ def find_place(wanted: str) -> Place:
         HubUnreachableError: it can be, but the hub does not give it.
     """
     path = Path(wanted)
-    if path.is_dir():
-        return Folder(path)
-    if path.is_file() and path.name == INDEX:
-        return Folder(path.parent, index_only=True)
+    try:
+        if path.is_dir():
+            return Folder(path)
+        if path.is_file() and path.name == INDEX:
+            return Folder(path.parent, index_only=True)
+    except OSError as error:  # a name that is too long, a folder on the way that is locked
+        raise CheckpointUnreadableError(
+            f"it cannot be looked at: {error.strerror}", where=wanted[:SHOWN]
+        ) from None
     match = REPOSITORY.fullmatch(wanted)
     if match is None or path.exists() or wanted.startswith((".", "/", "~")):
         raise CheckpointUnreadableError(
-            f"{wanted} is no folder, no {INDEX} and no owner/name of the model hub",
+            f"{wanted[:SHOWN]} is no folder, no {INDEX} and no owner/name of the model hub",
             remedy="give one of those",
         )
     return HubRepository(match["repo"], match["revision"])

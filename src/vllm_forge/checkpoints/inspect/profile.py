@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.config_check import config_problems
 from vllm_forge.checkpoints.inspect.bounded import require_an_end
+from vllm_forge.checkpoints.inspect.config_forms import quantization_of
 from vllm_forge.checkpoints.inspect.formats import Format, recognize, split
 from vllm_forge.checkpoints.inspect.matching import asked_names, read_groups
 from vllm_forge.checkpoints.inspect.parts import (
@@ -25,6 +25,8 @@ from vllm_forge.checkpoints.inventory import MODEL_TYPE, Expected
 from vllm_forge.errors import CheckpointUnreadableError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vllm_forge.checkpoints.inspect.header import Entry
     from vllm_forge.checkpoints.inspect.seen import Seen
 
@@ -65,14 +67,13 @@ class Profile:
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """config.json."""
+        """config.json, see Seen."""
         return self.seen.config
 
     @property
     def quantization(self) -> Mapping[str, Any]:
         """quantization_config, empty without one."""
-        found = self.config.get("quantization_config")
-        return found if isinstance(found, Mapping) else {}
+        return quantization_of(self.config)
 
     @property
     def layers(self) -> int:

@@ -6,6 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.checkpoints.inspect.config_forms import (
+    QUANTIZATION_FILE,
+    filled_in,
+    with_quantization_file,
+)
 from vllm_forge.checkpoints.inspect.header import Entry, read_header
 from vllm_forge.checkpoints.shards import CONFIG, INDEX, is_weight_map
 from vllm_forge.checkpoints.spans import strict_json
@@ -18,6 +23,7 @@ if TYPE_CHECKING:
 
 READERS = 16  # range requests at a time
 SUFFIX = ".safetensors"
+OPTIONAL = ("layers.", "embed.", "norm.", "hc_head")  # after "model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +32,10 @@ class Seen:
 
     Attributes:
         place: where.
-        config: config.json, parsed.
+        config: config.json, parsed; keys that it has in another form are filled in.
+        served: the same as vLLM reads it.
         names: every tensor's name -> shard, from headers, or from the index where they are not
-            at hand; a leading "model." is left out.
+            at hand; a leading "model." that vLLM does not need is left out.
         tensors: name -> entry; None when only the index is at hand.
         index: name -> shard as the index says; None without one.
         total_size: bytes of all tensors as the index says.
@@ -37,6 +44,7 @@ class Seen:
 
     place: Place
     config: Mapping[str, Any]
+    served: Mapping[str, Any]
     names: Mapping[str, str]
     tensors: Mapping[str, Entry] | None
     index: Mapping[str, str] | None
@@ -67,25 +75,27 @@ def look(place: Place) -> Seen:
         raise CheckpointUnreadableError(
             f"there is no {CONFIG}", where=str(place), remedy="take it from the model's repository"
         )
+    served = with_quantization_file(config, _json(place, QUANTIZATION_FILE))
     index = _json(place, INDEX)
     weight_map = None
     if index is not None:
         weight_map = _weight_map(index, place)
         shards = sorted(set(weight_map.values()))
     else:
-        shards = sorted(name for name in place.sizes if name.endswith(SUFFIX))
+        shards = sorted(name for name in place.sizes if _is_loaded(name))
     if not shards:
         raise CheckpointUnreadableError("there are no tensors", where=str(place))
-    missing = tuple(shard for shard in shards if shard not in place.sizes)
+    missing = tuple(s for s in shards if s not in place.sizes or not _is_loaded(s))
     tensors = None
     if weight_map is None or len(missing) < len(shards):
-        tensors = _headers(place, [shard for shard in shards if shard in place.sizes])
+        tensors = _headers(place, [shard for shard in shards if shard not in missing])
     names = {name: e.shard for name, e in tensors.items()} if tensors else dict(weight_map or {})
     metadata = (index or {}).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     return Seen(
         place=place,
-        config=config,
+        config=filled_in(served),
+        served=served,
         names=names,
         tensors=tensors,
         index=weight_map,
@@ -95,8 +105,18 @@ def look(place: Place) -> Seen:
 
 
 def plain_name(name: str) -> str:
-    """Without "model." in front, which vLLM's loaders take with and without."""
-    return name.removeprefix("model.")
+    """Without "model." in front, where vLLM's loaders take a name with and without it.
+
+    They put it there themselves (0.33.0, models/deepseek_v4/nvidia/model.py:1251), and know neither
+    ``model.head`` nor ``model.mtp``.
+    """
+    plain = name.removeprefix("model.")
+    return plain if plain.startswith(OPTIONAL) else name
+
+
+def _is_loaded(shard: str) -> bool:
+    """Whether vLLM's pattern, *.safetensors in the folder itself, means a file."""
+    return shard.endswith(SUFFIX) and not shard.startswith(".") and "/" not in shard
 
 
 def _headers(place: Place, shards: list[str]) -> dict[str, Entry]:

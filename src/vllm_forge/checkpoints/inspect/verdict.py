@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from vllm_forge.checkpoints.inspect.remedies import Remedies
 
 RULES = "the matching rules of compressed-tensors"
-# Conversions that keep what the bytes mean. FP32 to BF16 is what vLLM itself does to a parameter.
+# Conversions that keep what the bytes mean. FP32 to BF16 is what vLLM itself does to a parameter;
+# FP32 to E8M0 is exact for powers of two, and gates_method.native_scales reads whether they are.
 KEEP = {
     ("int64", "int32"), ("int8", "uint8"), ("uint8", "int8"), ("float8_e8m0fnu", "float32"),
     ("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16"),
+    ("float16", "bfloat16"), ("float32", "float8_e8m0fnu"),
 }  # fmt: skip
 # Sinks are padded to the heads that a kernel takes; the rest keeps -inf, which means no sink.
 PADDED = ("attn_sink",)
