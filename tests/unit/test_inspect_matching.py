@@ -160,7 +160,6 @@ class TestRecord:
 
     def _titles(self, folder: Path, content: Any) -> set[str]:
         (folder / "manifest.json").write_text(json.dumps(content))
-        profile_of.cache_clear()
         return {f.title for f in find_all(profile_of(folder)) if f.gate == "record"}
 
     def test_the_same_is_no_finding(self, card: Path) -> None:

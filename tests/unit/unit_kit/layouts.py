@@ -7,7 +7,6 @@ tools make are in the cache; docs/verdicts.json says what the inspector makes of
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +128,6 @@ def layout(cache: Path, variant: str) -> Path:
     return folder
 
 
-@cache
 def profile_of(folder: Path) -> Profile:
-    """A folder, looked at once."""
+    """A folder, as it is now: pytest gives a path again to another test."""
     return Profile(look(find_place(str(folder))))
