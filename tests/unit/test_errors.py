@@ -143,25 +143,27 @@ def test_what_the_system_refuses_is_not_a_traceback(
     error: OSError,
     said: str,
     monkeypatch: pytest.MonkeyPatch,
-    root: Path,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refused() -> str:
         raise error
 
-    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    (tmp_path / "matrix.toml").touch()
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(tmp_path))
     monkeypatch.setattr("vllm_forge.commands.matrix.schema_text", refused)
     assert main(["schema"]) == errors.FileAccessError.exit_code
     assert said in capsys.readouterr().err
 
 
 def test_an_error_of_no_file_is_a_fault_of_ours(
-    monkeypatch: pytest.MonkeyPatch, root: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def refused() -> str:
         raise OSError(9, "Bad file descriptor")
 
-    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    (tmp_path / "matrix.toml").touch()
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(tmp_path))
     monkeypatch.setattr("vllm_forge.commands.matrix.schema_text", refused)
     with pytest.raises(OSError, match="Bad file descriptor"):
         main(["schema"])
