@@ -18,7 +18,7 @@ from vllm_forge.matrix import load
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.proof.cases import FILE as CASES_FILE
 from vllm_forge.proof.envelope import DIGEST, canonical, read_receipt, write_receipt
-from vllm_forge.proof.gpu import differences, make_receipt
+from vllm_forge.proof.from_result import differences, make_receipt
 from vllm_forge.proof.receipt import VALID, Statement, make_statement
 from vllm_forge.proof.receipts import FOLDER, describe, receipt_paths, verify_all
 from vllm_forge.proof.status import PAGE, status_text

@@ -88,7 +88,8 @@ def register(choices: Commands) -> None:
 def test_gpu(args: argparse.Namespace) -> None:
     """Run the suite; a receipt of each tier that is green and whole."""
     from vllm_forge.gpu.suite import read_tiers
-    from vllm_forge.proof.gpu import make_receipt, run_in_environment, run_in_image
+    from vllm_forge.proof.from_result import make_receipt
+    from vllm_forge.proof.gpu import run_in_environment, run_in_image
 
     root = find_root()
     matrix = load(root)
@@ -138,7 +139,7 @@ def gpu_kit(args: argparse.Namespace) -> None:
 
 def receipts(args: argparse.Namespace) -> None:
     """Verify every receipt; make one of a result that came back from elsewhere."""
-    from vllm_forge.proof.gpu import make_receipt
+    from vllm_forge.proof.from_result import make_receipt
     from vllm_forge.proof.receipts import describe, verify_all
     from vllm_forge.proof.status import write_status
 
