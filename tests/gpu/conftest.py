@@ -28,6 +28,7 @@ TIERS = ("kernel", "server", "soak")
 HOW_TO_RUN = "run it on a host with a GPU: `nox -s test-gpu -- --sku NAME`"
 RESULTS = pytest.StashKey[Path]()
 TOGETHER = pytest.StashKey[Together]()
+VISIBLE = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,7 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "default")  # what torch warns of is not ours
     config.stash[TOGETHER] = Together(importlib.import_module("vllm_forge.gpu.plugin").say)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    if worker and (gpus := _visible()):
+    gpus = config.stash[VISIBLE] = _visible()
+    if worker and gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker.removeprefix("gw")) % len(gpus)]
     if not worker and (path := config.getoption("results")) is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +68,11 @@ def _visible() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [str(number) for number, _ in enumerate(listed.stdout.splitlines())]
+
+
+def visible(config: pytest.Config) -> list[str]:
+    """The GPUs of the whole run; an xdist worker has one of them for itself."""
+    return config.stash[VISIBLE]
 
 
 @cache

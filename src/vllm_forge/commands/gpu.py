@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vllm_forge.commands.register import Commands
 
 RESULTS = "gpu-results"
+NAME = re.compile(r"\w[\w.-]*")
 PYTHON = re.compile(r"3\.[0-9]{1,2}")
 
 
@@ -58,6 +59,7 @@ def register(choices: Commands) -> None:
         "-n", dest="workers", type=_workers, help="processes: a number, or auto (one a GPU)"
     )
     one.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR")
+    one.add_argument("--workloads", type=Path, help="folder with prompts, for tier soak")
     one.add_argument("--caches", type=Path, help="folder for what JIT compilers make")
     one.add_argument("--output", type=Path, help=f"folder for results (default: dist/{RESULTS})")
     one.add_argument("--key", type=Path, help="Ed25519 private key (PEM) that signs the receipt")
@@ -72,6 +74,7 @@ def register(choices: Commands) -> None:
     one.add_argument("--max-part", default="62MB", help="largest part, e.g. 62MB (10^6 bytes)")
     one.add_argument("--minutes", type=_minutes, default=8, help="budget per tier")
     one.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR")
+    one.add_argument("--workloads", type=Path, help="folder with prompts, for tier soak")
     one.add_argument("--caches", type=Path, help="JIT caches of an earlier run: folder or tar")
     one.add_argument("--race", type=Path, help="compiled helpers, of tests.gpu.prepare_race")
     one.add_argument("--omit", action="append", default=[], metavar="PACKAGE", help="leave it out")
@@ -103,13 +106,13 @@ def test_gpu(args: argparse.Namespace) -> None:
     options += ["-n", args.workers] if args.workers else []
     output = args.output or root / "dist" / RESULTS / cell.name
     console.print(f"[bold]{cell.name}[/], tiers {', '.join(names)}; results: {output}")
-    named = _named(args.checkpoint)
+    brought = _brought(args.checkpoint, args.workloads)
     if args.env is not None:
         options += [f"--caches={args.caches.resolve()}"] if args.caches else []
-        run_in_environment(cell, args.env, output, named, options)
+        run_in_environment(cell, args.env, output, brought, options)
     else:
         run_in_image(
-            cell, output, named, options,
+            cell, output, brought, options,
             probe=HostProbe(), reference=args.image, caches=args.caches,
         )  # fmt: skip
     for name in names:
@@ -129,7 +132,7 @@ def gpu_kit(args: argparse.Namespace) -> None:
         python=args.python,
         max_part=parse_size(args.max_part),
         minutes=args.minutes,
-        checkpoints=_named(args.checkpoint),
+        brought=_brought(args.checkpoint, args.workloads),
         caches=args.caches,
         race=args.race,
         omit=tuple(args.omit),
@@ -153,12 +156,16 @@ def receipts(args: argparse.Namespace) -> None:
         print(write_status(root, matrix, found))
 
 
-def _named(pairs: list[str]) -> dict[str, Path]:
-    """``NAME=DIR`` arguments."""
+def _brought(pairs: list[str], workloads: Path | None) -> dict[str, Path]:
+    """Place in the bundle -> folder, of ``NAME=DIR`` arguments and of prompts."""
     found = {}
     for pair in pairs:
         name, _, folder = pair.partition("=")
-        if not name or not folder or not Path(folder).is_dir():
+        if not NAME.fullmatch(name) or not folder or not Path(folder).is_dir():
             raise UsageError(f"{pair!r} is not NAME=DIR with a folder that is there")
-        found[name] = Path(folder)
+        found[f"checkpoints/{name}"] = Path(folder)
+    if workloads is not None:
+        if not workloads.is_dir():
+            raise UsageError(f"{workloads} is no folder", remedy="--workloads takes one")
+        found["workloads"] = workloads
     return found

@@ -25,6 +25,7 @@ FOLDERS = {
     "tilelang": "TILELANG_CACHE_DIR",
     "cute": "CUTE_DSL_CACHE_DIR",
     "cuda": "CUDA_CACHE_PATH",
+    "trtllm": "TRTLLM_DG_CACHE_DIR",
 }
 
 

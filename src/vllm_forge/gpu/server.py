@@ -40,7 +40,8 @@ class Server:
         arguments: of ``vllm serve``.
         log: file for all that it prints.
         variables: more environment.
-        patience_s: time until it must answer.
+        patience_s: time until it must be healthy.
+        answer_s: time that one request may take.
     """
 
     model: Path
@@ -48,6 +49,7 @@ class Server:
     log: Path
     variables: dict[str, str] = field(default_factory=dict)
     patience_s: float = 240
+    answer_s: float = 180
 
     def __enter__(self) -> Server:
         """Start it and wait until it is healthy."""
@@ -84,7 +86,7 @@ class Server:
 
     def complete(self, prompt: Sequence[int], count: int) -> list[int]:
         """Token ids of a greedy completion of exactly ``count`` tokens."""
-        answer = self._json(
+        answer = self.post(
             "/v1/completions",
             {
                 "model": "m", "prompt": list(prompt), "max_tokens": count, "temperature": 0,
@@ -99,7 +101,7 @@ class Server:
         Returns:
             Log probability of each token but the first, and the greatest at each position.
         """
-        answer = self._json(
+        answer = self.post(
             "/v1/completions",
             {
                 "model": "m", "prompt": list(tokens), "max_tokens": 1, "temperature": 0,
@@ -162,13 +164,14 @@ class Server:
                     ) from None
             time.sleep(POLL_S)
 
-    def _json(self, path: str, body: dict[str, Any]) -> Any:
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """Send JSON and return the JSON that is answered."""
         request = urllib.request.Request(  # noqa: S310
             self._url + path,
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=180) as reply:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=self.answer_s) as reply:  # noqa: S310
             return json.load(reply)
 
     def _tail(self) -> str:

@@ -16,20 +16,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.gpu.suite import FILE
+from vllm_forge.matrix import load, serve_arguments
 from vllm_forge.patches import Applied, check_line, read_series
 from vllm_forge.patches.variants import without
 from vllm_forge.patches.wheel import changed_files
 from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
-    from vllm_forge.matrix import ImageCell
+    from vllm_forge.matrix import ImageCell, Matrix
     from vllm_forge.sources import SourceRepo
 
 CODE = (
     "matrix.toml", "pyproject.toml", "tests/__init__.py", "tests/gpu", "src/vllm_forge/__init__.py",
     "src/vllm_forge/errors", "src/vllm_forge/gpu", "src/vllm_forge/numerics",
 )  # fmt: skip
-SOURCE, VARIANTS, CHECKPOINTS = "source", "variants", "checkpoints"
+SOURCE, VARIANTS = "source", "variants"
 PUBLISHED = "published"
 
 
@@ -46,16 +47,13 @@ class Bundle:
     tree: str
 
 
-def write_bundle(
-    cell: ImageCell, repo: SourceRepo, folder: Path, checkpoints: dict[str, Path]
-) -> Bundle:
+def write_bundle(cell: ImageCell, repo: SourceRepo, folder: Path) -> Bundle:
     """Fill ``folder``, which must not exist.
 
     Args:
         cell: SKU and line.
         repo: has the line's source.
         folder: is made.
-        checkpoints: name -> folder of each model that tests of the server tier ask for.
     """
     applied = check_line(cell.root, cell.line_name, cell.line, repo)
     folder.mkdir(parents=True)
@@ -69,8 +67,6 @@ def write_bundle(
             shutil.copyfile(cell.root / name, target)
     _write_source(cell, repo, applied.base, folder / SOURCE)
     _write_variants(cell, repo, applied, folder / VARIANTS)
-    for name, path in checkpoints.items():
-        shutil.copytree(path, folder / CHECKPOINTS / name)
     return Bundle(folder=folder, tree=applied.result)
 
 
@@ -85,7 +81,27 @@ def make_plan(cell: ImageCell, tree: str, subject: dict[str, Any]) -> dict[str, 
         "tree": tree,
         "lock_sha256": read_lock(cell.root, cell.line_name, cell.line, cell.base).digest,
         "subject": subject,
+        "presets": _presets(cell, load(cell.root)),
     }
+
+
+def _presets(cell: ImageCell, matrix: Matrix) -> list[dict[str, Any]]:
+    """How the SKU serves: tests of full artifacts start servers like that."""
+    rows = []
+    for name, preset in matrix.preset.items():
+        if preset.sku == cell.sku_name:
+            arguments, env = serve_arguments(matrix, name)
+            rows.append(
+                {
+                    "name": name,
+                    "artifacts": list(preset.artifacts),
+                    "tensor_parallel": preset.tensor_parallel,
+                    "speculative_tokens": preset.speculative_tokens,
+                    "arguments": arguments,
+                    "env": {**cell.sku.env, **env},
+                }
+            )
+    return rows
 
 
 def _write_source(cell: ImageCell, repo: SourceRepo, base: str, folder: Path) -> None:

@@ -52,9 +52,16 @@ def test_tools(root: Path) -> list[LockedWheel]:
 
 
 def run_in_environment(
-    cell: ImageCell, python: str, output: Path, checkpoints: dict[str, Path], args: Sequence[str]
+    cell: ImageCell, python: str, output: Path, brought: dict[str, Path], args: Sequence[str]
 ) -> None:
     """Run the suite by a Python that has the line's patched vLLM, pytest and xdist.
+
+    Args:
+        cell: SKU and line.
+        python: program.
+        output: where results go.
+        brought: place in the bundle -> folder: models and prompts, which stay where they are.
+        args: of vllm_forge.gpu.run.
 
     Raises:
         WrongGpuError: the GPU is not the SKU's.
@@ -67,7 +74,11 @@ def run_in_environment(
         raise ToolMissingError(f"there is no {python}", remedy="name one with --env PYTHON")
     require_modules(program, MODULES if "-n" in args else MODULES[:2])
     with tempfile.TemporaryDirectory() as work:
-        bundle = write_bundle(cell, SourceRepo(), Path(work) / "bundle", checkpoints)
+        bundle = write_bundle(cell, SourceRepo(), Path(work) / "bundle")
+        for place, folder in brought.items():
+            target = bundle.folder / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(folder.resolve())
         subject = {"kind": "environment", "name": f"environment of {cell.name}", "sha256": None}
         plan = bundle.folder / "plan.json"
         plan.write_text(json.dumps(make_plan(cell, bundle.tree, subject), indent=1))
@@ -112,7 +123,7 @@ def require_modules(program: str, names: Sequence[str]) -> None:
 def run_in_image(
     cell: ImageCell,
     output: Path,
-    checkpoints: dict[str, Path],
+    brought: dict[str, Path],
     args: Sequence[str],
     *,
     probe: Probe,
@@ -124,7 +135,7 @@ def run_in_image(
     Args:
         cell: SKU and line.
         output: where results go.
-        checkpoints: see write_bundle.
+        brought: see run_in_environment.
         args: of vllm_forge.gpu.run.
         probe: asks the host.
         reference: the image; None is the one that a build with ``--load`` left.
@@ -140,7 +151,7 @@ def run_in_image(
     name = reference or f"localhost/{cell.name}:{cell.line_name}"
     engine, digest, tree = find_image(probe, name)
     with tempfile.TemporaryDirectory() as work:
-        bundle = write_bundle(cell, SourceRepo(), Path(work) / "bundle", checkpoints)
+        bundle = write_bundle(cell, SourceRepo(), Path(work) / "bundle")
         if tree != bundle.tree:
             raise ReceiptSubjectError(
                 f"the image is of tree {tree or 'unknown'}, the series gives {bundle.tree}",
@@ -152,10 +163,14 @@ def run_in_image(
         (bundle.folder / "plan.json").write_text(
             json.dumps(make_plan(cell, bundle.tree, subject), indent=1)
         )
+        for place in brought:  # the bundle is mounted read-only: no engine could make them
+            (bundle.folder / place).mkdir(parents=True)
         output.mkdir(parents=True, exist_ok=True)
         if caches is not None:
             caches.mkdir(parents=True, exist_ok=True)
-        argv = container_command(engine, name, bundle.folder, output.resolve(), args, caches=caches)
+        argv = container_command(
+            engine, name, bundle.folder, output.resolve(), args, brought=brought, caches=caches
+        )
         code = subprocess.run(argv, check=False).returncode
     _require_green(code, output)
 
@@ -186,6 +201,7 @@ def container_command(
     output: Path,
     args: Sequence[str],
     *,
+    brought: dict[str, Path] | None = None,
     caches: Path | None = None,
 ) -> list[str]:
     """The run of the suite in an image.
@@ -195,11 +211,12 @@ def container_command(
     """
     gpus = ["--gpus=all"] if engine == "docker" else ["--device=nvidia.com/gpu=all"]
     label = [] if engine == "docker" else ["--security-opt=label=disable"]
-    compiled = [] if caches is None else [f"--volume={caches.resolve()}:/jit"]
+    volumes = [f"--volume={path.resolve()}:/forge/{at}:ro" for at, path in (brought or {}).items()]
+    volumes += [] if caches is None else [f"--volume={caches.resolve()}:/jit"]
     last = [] if caches is None else ["--caches=/jit"]
     return [
         engine, "run", "--rm", *gpus, *label, "--network=none", "--ipc=private", "--shm-size=16g",
-        "--user=0", f"--volume={bundle}:/forge:ro", f"--volume={output}:/output", *compiled,
+        "--user=0", f"--volume={bundle}:/forge:ro", f"--volume={output}:/output", *volumes,
         "--env=PYTHONPATH=/forge/src:/forge/tools", "--workdir=/forge",
         f"--entrypoint={IMAGE_PYTHON}", image, *RUN, "/forge/plan.json", "/output", *args,
         *last,

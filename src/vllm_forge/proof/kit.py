@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_forge.census import parse_capability
 from vllm_forge.errors import KitError, UsageError
 from vllm_forge.gpu.suite import FILE, RACE_FOLDER
-from vllm_forge.host import atomic_path, report, require_disk
+from vllm_forge.host import atomic_path, report, require_disk, tree_bytes
 from vllm_forge.images import patched_wheel
 from vllm_forge.patches import check_line
 from vllm_forge.proof.bundle import make_plan, write_bundle
@@ -50,7 +50,7 @@ class KitOptions:
         python: version of its Python.
         max_part: bytes of the largest part.
         minutes: budget per tier.
-        checkpoints: name -> folder of models.
+        brought: place in the bundle -> folder: models and prompts.
         caches: what JIT compilers made on such a host before: a folder, or the tar that a run of
             a kit packs.
         race: helpers of the race suite that are compiled already: what ``tests.gpu.prepare_race``
@@ -63,7 +63,7 @@ class KitOptions:
     python: str
     max_part: int
     minutes: float
-    checkpoints: dict[str, Path] = field(default_factory=dict)
+    brought: dict[str, Path] = field(default_factory=dict)
     caches: Path | None = None
     race: Path | None = None
     omit: tuple[str, ...] = ()
@@ -115,6 +115,7 @@ def make_kit(cell: ImageCell, matrix: Matrix, options: KitOptions) -> Path:
     applied = check_line(cell.root, cell.line_name, cell.line, repo)
     patched = patched_wheel(cell, lock, applied, repo, wheelhouse)
     size = sum(wheel.size for wheel in chosen.wheels) + 2 * patched.path.stat().st_size
+    size += sum(tree_bytes(folder) for folder in options.brought.values())
     require_disk({options.output: 2 * size})
     with atomic_path(options.output) as aside:
         content = aside.with_name(f"content of {aside.name}")  # gone with it, whatever ends this
@@ -133,7 +134,9 @@ def make_kit(cell: ImageCell, matrix: Matrix, options: KitOptions) -> Path:
             {*frozen, *options.omit},
             options.python,
         )
-        bundle = write_bundle(cell, repo, content / "bundle", options.checkpoints)
+        bundle = write_bundle(cell, repo, content / "bundle")
+        for place, folder in options.brought.items():
+            shutil.copytree(folder, content / "bundle" / place)
         subject = {"kind": "environment", "name": f"kit for {cell.name}", "sha256": None}
         plan = make_plan(cell, bundle.tree, subject)
         plan["differences"] = [*chosen.differences, *thinned.differences]

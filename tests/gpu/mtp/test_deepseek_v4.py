@@ -83,7 +83,7 @@ def test_weights_only_group_answers(ran: Callable[[str], Ran]) -> None:
 
 @pytest.mark.engines("dsv4-weights-only-wo-a")
 def test_weights_only_wo_a_is_not_cured(ran: Callable[[str], Ran]) -> None:
-    """Repacked for Marlin, wo_a is no operand of DeepGEMM's einsum: no patch of ours changes that.
+    """Repacked for weight-only kernels, wo_a is no operand of DeepGEMM's einsum; no patch helps.
 
     The series must not be praised for more than it does: such a checkpoint loads and then stops.
     """

@@ -1,7 +1,7 @@
 """Fixtures of the race tests: the op under test, the native tools, and how long to launch.
 
-``VLLM_FORGE_RACE_SECONDS`` is the time of a cell, 0.8 by default; ``VLLM_FORGE_RACE_LAUNCHES``
-instead makes all cells together launch so often: 10000000 is the nightly gate.
+``VLLM_FORGE_RACE_SECONDS`` is the time of a cell, 0.8 by default. Tier soak launches ten million
+times (tests/gpu/soak).
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
     from tests.gpu.race.repeat import Budget, Tools
 
-SECONDS, LAUNCHES = "VLLM_FORGE_RACE_SECONDS", "VLLM_FORGE_RACE_LAUNCHES"
+SECONDS = "VLLM_FORGE_RACE_SECONDS"
 EXPERIMENTS = {"test_controls.py", "test_red_zones.py", "test_sanitizer.py"}
-CELLS = pytest.StashKey[int]()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +36,6 @@ class Bench:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    budgeted = [item for item in session.items if "budget" in getattr(item, "fixturenames", ())]
-    session.config.stash[CELLS] = max(1, len(budgeted))
     asked = any(item.path.name in EXPERIMENTS for item in session.items)
     # An xdist worker begins what its own tests ask for: all of it would run once per worker.
     if asked and device() is not None and not os.environ.get("PYTEST_XDIST_WORKER"):
@@ -48,13 +45,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.fixture
-def budget(request: pytest.FixtureRequest) -> Budget:
+def budget() -> Budget:
     """How long one cell launches."""
     from tests.gpu.race.repeat import Budget
 
-    total = os.environ.get(LAUNCHES)
-    share = -(-int(total) // request.config.stash[CELLS]) if total else None
-    return Budget(seconds=float(os.environ.get(SECONDS, "0.8")), launches=share)
+    return Budget(seconds=float(os.environ.get(SECONDS, "0.8")))
 
 
 @pytest.fixture

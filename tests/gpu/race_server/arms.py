@@ -112,10 +112,16 @@ class Asked:
 
 
 class Fleet:
-    """Runs arms, each in a thread of its own; they can be ended all at once."""
+    """Runs arms, each in a thread of its own; they can be ended all at once.
 
-    def __init__(self, work: Path, logs: Path) -> None:
-        self.work, self.logs = work, logs
+    Args:
+        work: folder for checkpoints.
+        logs: folder for what the servers print.
+        tokens: of each client at each concurrency, about.
+    """
+
+    def __init__(self, work: Path, logs: Path, tokens: int = TOKENS) -> None:
+        self.work, self.logs, self.tokens = work, logs, tokens
         self._models: dict[tuple[str, int | None], Path] = {}
         self._servers: list[Server] = []
         self._ended = False
@@ -148,7 +154,7 @@ class Fleet:
                 answer
                 for level in arm.levels
                 for answer in ask_together(
-                    server.complete, exact_moe.orbit, level, TOKENS, long_prompts=level > 1
+                    server.complete, exact_moe.orbit, level, self.tokens, long_prompts=level > 1
                 )
             ]
             asked = time.monotonic()

@@ -1,0 +1,56 @@
+"""A million known tokens of each server under concurrency; the server tier asks for thousands."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.gpu.conftest import TOGETHER
+from tests.gpu.race_server.arms import ARMS, Fleet
+from tests.gpu.race_server.verdicts import judge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.gpu.race_server.arms import Asked
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.tier("soak"),
+    pytest.mark.xdist_group("soak-server"),
+    pytest.mark.value(10, 100),
+]
+CLEAN = [name for name, arm in ARMS.items() if arm.clean]
+RATE = 1e-5  # of wrong tokens; what one server must be able to exclude
+TOKENS = 30_000  # per client and level: 31 clients
+
+
+@pytest.fixture(scope="module")
+def asked(pytestconfig: pytest.Config) -> Iterator[Callable[[str], Asked]]:
+    """What came of an arm; all begin when the first is asked for, and each takes little memory."""
+    together = pytestconfig.stash[TOGETHER]
+    fleet = Fleet(together.work, together.logs, tokens=TOKENS)
+    together.at_end(fleet.end)
+    with ThreadPoolExecutor(len(CLEAN)) as pool:
+        runs = {name: pool.submit(fleet.run, name) for name in CLEAN}
+        try:
+            yield lambda name: runs[name].result()
+        finally:
+            fleet.end()
+
+
+@pytest.mark.parametrize("arm", CLEAN)
+def test_every_token_is_the_known_one_for_long(
+    arm: str,
+    asked: Callable[[str], Asked],
+    margin: Callable[[str, float, float], None],
+    record: Callable[..., None],
+) -> None:
+    found = asked(arm)
+    verdict = judge(found.answers)
+    record(seconds=found.seconds, **verdict.record())
+    assert not verdict.words, "; ".join(verdict.words)
+    margin("wrong answers", sum(verdict.wrong.values()), 0)
+    margin("rate that is not excluded", verdict.rate, RATE)
