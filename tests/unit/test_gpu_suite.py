@@ -264,14 +264,14 @@ def test_a_tier_from_end_to_end(bundle: Path) -> None:
 
 
 @pytest.fixture
-def _heeds_interrupts() -> Iterator[None]:
-    """Who is started in the background of a script ignores SIGINT, and so do its children."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+def _ignores_interrupts() -> Iterator[None]:
+    """What a script starts in the background ignores SIGINT, and its children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("_heeds_interrupts")
+@pytest.mark.usefixtures("_ignores_interrupts")
 def test_a_run_that_is_ended_has_the_verdicts_so_far(bundle: Path) -> None:
     """SIGTERM, as a kit sends before its limit: pytest ends its tests and what they started."""
     (bundle / "tests/gpu/mtp/test_it.py").write_text(

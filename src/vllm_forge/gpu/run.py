@@ -165,6 +165,9 @@ def _torch(expression: str) -> str:
 
 def _pytest(root: Path, arguments: Sequence[str], variables: dict[str, str]) -> int:
     path = os.pathsep.join(filter(None, [str(root / "src"), os.environ.get("PYTHONPATH", "")]))
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A script's background job ignores it, and so would pytest, which is ended by it below.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [
             sys.executable, "-m", "pytest", "-p", "vllm_forge.gpu.plugin", "-p", "no:cacheprovider",
