@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.gpu.soak.artifact import Preset, bands_of, choose
+from tests.gpu.soak.artifact import Preset, bands, choose
 
 from vllm_forge.errors import GpuSuiteError
 from vllm_forge.gpu import plugin
@@ -40,9 +40,14 @@ def test_a_chat_that_does_not_say_if_it_thinks_is_refused(tmp_path: Path) -> Non
         load_workloads(path)
 
 
-def test_a_sku_without_figures_is_recorded_and_not_judged_by_anothers() -> None:
-    (band,) = bands_of("nobody-published-one")
-    assert (band.low, band.high, band.k) == (0, 1, 0)
+def test_a_sku_without_figures_is_recorded_and_not_judged_by_anothers(root: Path) -> None:
+    found = bands()
+    assert {band.sku for band in found} == set(load(root).sku)
+    published = load_bands()
+    unpublished = [band for band in found if band not in published]
+    assert unpublished
+    assert {(band.low, band.high, band.k) for band in unpublished} == {(0, 1, 0)}
+    assert not {band.sku for band in unpublished} & {band.sku for band in published}
 
 
 def test_the_largest_preset_that_fits(tmp_path: Path) -> None:
@@ -135,8 +140,8 @@ def bundle(root: Path, tmp_path: Path) -> Path:
 def run(bundle: Path, root: Path, brought: str = "a", **config: Any) -> dict[str, Any]:
     """Run the artifact's tests for a SKU that has figures for k = 1; test -> its row."""
     matrix = load(root)
-    bands = [band for band in load_bands() if band.k == 1]
-    sku = bands[0].sku
+    ours = [band for band in load_bands() if band.k == 1]
+    sku = ours[0].sku
     row = matrix.sku[sku]
     capability = tuple(int(part) for part in row.compute_capability.split("."))
     (bundle / "fake/fake_gpu.py").write_text(
@@ -144,7 +149,7 @@ def run(bundle: Path, root: Path, brought: str = "a", **config: Any) -> dict[str
     )
     rates = {}
     (bundle / "workloads").mkdir()
-    for band in bands:
+    for band in ours:
         chat = WORKLOADS[band.workload].endpoint == CHAT
         rates[f"/v1/{'chat/' if chat else ''}completions"] = (band.low + band.high) / 2
         if chat:
@@ -179,7 +184,8 @@ def run(bundle: Path, root: Path, brought: str = "a", **config: Any) -> dict[str
     )  # fmt: skip
     assert results.is_file(), done.stdout + done.stderr
     tests = json.loads(results.read_text())["tests"]
-    return {name.rpartition("::")[2]: row for name, row in tests.items()}
+    assert {row["outcome"] for name, row in tests.items() if sku not in name} == {"other GPU"}
+    return {name.rpartition("::")[2]: row for name, row in tests.items() if sku in name}
 
 
 def test_an_artifact_that_drafts_as_published_is_green(bundle: Path, root: Path) -> None:

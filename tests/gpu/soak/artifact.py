@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import tomllib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tests.gpu.conftest import MATRIX
 from vllm_forge.gpu.gate import Band, Traffic, Verdict, judge, load_bands
+from vllm_forge.gpu.suite import marker_of
 from vllm_forge.gpu.workloads import ask_all, read_prompts
 
 if TYPE_CHECKING:
@@ -62,12 +65,17 @@ def choose(presets: Sequence[Preset], gpus: int, checkpoints: Path) -> tuple[Pre
     return f"no artifact is there: --checkpoint NAME=DIR brings one of {names}"
 
 
-def bands_of(sku: str | None) -> list[Band]:
-    """What is published for a SKU; for one without, its rate is recorded and the rest is judged."""
-    found = [band for band in load_bands() if sku in {None, band.sku}]
-    if found or sku is None:
-        return found
-    return [Band(sku=sku, workload=FIRST, k=0, low=0, high=1, source="nothing is published")]
+def bands() -> dict[Band, str]:
+    """What is published for each SKU of matrix.toml, and the marker of its GPU.
+
+    For a SKU without, the rate is recorded and the rest is judged: k is then any.
+    """
+    found = {}
+    for name, sku in tomllib.loads(MATRIX.read_text(encoding="utf-8"))["sku"].items():
+        published = [band for band in load_bands() if band.sku == name]
+        none = Band(sku=name, workload=FIRST, k=0, low=0, high=1, source="nothing is published")
+        found |= dict.fromkeys(published or [none], marker_of(sku["compute_capability"]))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.gpu.soak.artifact import bands_of
+from tests.gpu.soak.artifact import bands
 from vllm_forge.gpu.corruption import alarms, corrupted, impossible
 from vllm_forge.gpu.workloads import load_workloads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from _pytest.mark import ParameterSet
 
     from tests.gpu.soak.artifact import Artifact, Asked
     from vllm_forge.gpu.gate import Band
@@ -27,15 +27,19 @@ pytestmark = [
     pytest.mark.xdist_group("artifact"),
     pytest.mark.value(100, 10),  # all alike: the server ends with the module
 ]
-SKU = json.loads(os.environ.get("VLLM_FORGE_GPU_PLAN", "{}")).get("sku")
 WORKLOADS = load_workloads()
-ASKED = [(band, c) for band in bands_of(SKU) for c in WORKLOADS[band.workload].together]
+BANDS = bands()
+ASKED = [(band, c) for band in BANDS for c in WORKLOADS[band.workload].together]
 SAMPLE = 16  # of the answers of a workload at its highest concurrency, the longest
 
 
-@pytest.mark.parametrize(
-    ("band", "together"), ASKED, ids=[f"{b.sku}-{b.workload}-k{b.k}-c{c}" for b, c in ASKED]
-)
+def case(band: Band, *more: int) -> ParameterSet:
+    """A parameter that is for the GPU of the band's SKU."""
+    name = "-".join([band.sku, band.workload, *(f"c{c}" for c in more)])
+    return pytest.param(band, *more, marks=getattr(pytest.mark, BANDS[band]), id=name)
+
+
+@pytest.mark.parametrize(("band", "together"), [case(band, c) for band, c in ASKED])
 def test_acceptance_is_within_its_band(
     band: Band, together: int, artifact: Artifact, record: Callable[..., None]
 ) -> None:
@@ -51,7 +55,7 @@ def test_acceptance_is_within_its_band(
     assert verdict.passed, verdict.problems
 
 
-@pytest.mark.parametrize("band", bands_of(SKU), ids=lambda band: f"{band.sku}-{band.workload}")
+@pytest.mark.parametrize("band", [case(band) for band in BANDS])
 def test_no_token_of_concurrent_answers_is_impossible(
     band: Band, artifact: Artifact, record: Callable[..., None]
 ) -> None:
