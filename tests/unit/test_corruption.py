@@ -90,6 +90,10 @@ def test_nan_is_impossible() -> None:
     assert impossible([math.nan, -1.0], [-0.1, -1.0]) == (0,)
 
 
+def test_a_best_that_is_none_is_impossible() -> None:
+    assert impossible([-1.0, -1.0, -1.0], [-math.inf, -2.0, -1.0]) == (0, 1)
+
+
 def test_one_token_alone_is_no_burst() -> None:
     assert not corrupted([])
     assert not corrupted([7])

@@ -129,6 +129,8 @@ REFUSED = {
         {"drafts": 100, "draft_tokens": 200, "accepted": 176, "per_position": (94, 82)},
         {"tokens": 286},
     ),
+    "less often than never": ({"per_position": (330, -30)}, {}),
+    "above: are these": ({"accepted": 2100, "per_position": (1000, 1100)}, {}),
     "decoded without MTP": ({}, {"tokens": 9000}),
     "other traffic": ({}, {"tokens": 1500}),
 }
@@ -142,6 +144,17 @@ def test_gate_refuses(words: str) -> None:
     )
     assert not verdict.passed
     assert any(words in problem for problem in verdict.problems), verdict.problems
+
+
+@pytest.mark.parametrize("value", ["NaN", "+Inf", "-1.0"])
+def test_what_is_no_counter_is_not_read(golden, value: str) -> None:
+    text = golden("k1.txt")
+    sample = next(
+        row for row in text.splitlines() if row.startswith("vllm:spec_decode_num_drafts_")
+    )
+    changed = text.replace(sample, f"{sample.rpartition(' ')[0]} {value}")
+    with pytest.raises(ValueError, match="no counter is"):
+        read_text(changed)
 
 
 def test_gate_refuses_absent_counters() -> None:
@@ -166,4 +179,4 @@ def test_wilson_at_the_ends() -> None:
     assert wilson(0, 100)[0] == 0
     assert wilson(100, 100)[1] == 1
     assert wilson(50, 100, z=1.96) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert all(map(math.isnan, wilson(0, 0)))
+    assert all(map(math.isnan, (*wilson(0, 0), *wilson(3, 2), *wilson(-1, 2))))

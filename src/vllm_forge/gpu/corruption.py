@@ -61,7 +61,7 @@ def impossible(
     return tuple(
         place
         for place, (here, top) in enumerate(zip(given, best, strict=True))
-        if not top - here <= gap  # also for nan
+        if not 0 <= top - here <= gap  # also for nan, and for a best that is none
     )
 
 

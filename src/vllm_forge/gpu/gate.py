@@ -139,6 +139,8 @@ def _positions(change: Reading, band: Band) -> list[str]:
     problems = []
     if any(later > earlier for earlier, later in pairwise(per)):
         problems.append(f"a later position is accepted more often than an earlier one: {per}")
+    if min(per) < 0:
+        problems.append(f"a position is accepted less often than never: {per}")
     if per[0] > change.drafts:
         problems.append(f"position 0 was accepted {per[0]} times in {change.drafts} drafts")
     if sum(per) != change.accepted:
@@ -187,8 +189,8 @@ def _explained(change: Reading, traffic: Traffic, band: Band) -> list[str]:
 
 
 def wilson(hits: int, trials: int, z: float = Z) -> tuple[float, float]:
-    """Wilson score interval of a rate. Wilson, JASA 22 (1927)."""
-    if trials == 0:
+    """Wilson score interval of a rate; nan for what is none. Wilson, JASA 22 (1927)."""
+    if not 0 <= hits <= trials or trials == 0:
         return (math.nan, math.nan)
     rate = hits / trials
     scale = 1 + z * z / trials

@@ -8,6 +8,7 @@ server without speculation exports none of them, which is not zero.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ DRAFTS = f"{PREFIX}drafts"
 DRAFT_TOKENS = f"{PREFIX}draft_tokens"
 ACCEPTED = f"{PREFIX}accepted_tokens"
 PER_POSITION = f"{PREFIX}accepted_tokens_per_pos"
+NAMES = {DRAFTS, DRAFT_TOKENS, ACCEPTED}
 TOTAL = "_total"
 
 
@@ -67,7 +69,11 @@ class Reading:
 
 
 def read_text(text: str) -> Reading | None:
-    """From the text that ``/metrics`` serves; None where a counter is absent."""
+    """From the text that ``/metrics`` serves; None where a counter is absent.
+
+    Raises:
+        ValueError: what is exported is no counter.
+    """
     samples = [
         (sample.name, sample.labels, sample.value)
         for family in text_string_to_metric_families(text)
@@ -98,10 +104,14 @@ def _reading(rows: Iterable[tuple[str, dict[str, str], float]]) -> Reading | Non
     totals: dict[str, float] = {}
     positions: dict[int, float] = {}
     for name, labels, value in rows:
+        if name not in {PER_POSITION, *NAMES}:
+            continue
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}: no counter is")
         if name == PER_POSITION:
-            position = int(labels["position"])
+            position = int(labels.get("position", ""))
             positions[position] = positions.get(position, 0) + value
-        elif name in {DRAFTS, DRAFT_TOKENS, ACCEPTED}:
+        else:
             totals[name] = totals.get(name, 0) + value
     if len(totals) < 3 or sorted(positions) != list(range(len(positions))) or not positions:  # noqa: PLR2004
         return None
