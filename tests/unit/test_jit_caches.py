@@ -41,7 +41,14 @@ def folder(tmp_path: Path) -> Path:
 def test_an_image_is_keyed_by_its_lock_and_an_environment_by_its_packages() -> None:
     assert caches.stack_key(PLAN) == KEY
     here = PLAN | {"subject": {"kind": "environment", "sha256": "e417"}}
-    assert caches.stack_key(here)["stack"] == "e417"
+    rows = ["# Python 3.12.3", "pluggy==1", "pytest==9", "pytest-xdist==3", "torch==2 record=a"]
+
+    def key(rows: list[str]) -> str:
+        return caches.stack_key(here, "\n".join(rows) + "\n")["stack"]
+
+    assert key(rows) == key([rows[0], rows[-1]]), "what runs tests compiles nothing"
+    assert key(rows) != key([*rows[:-1], "torch==2 record=b"])
+    assert key(rows) != key(["# Python 3.13.1", *rows[1:]])
 
 
 def test_each_compiler_has_a_folder(folder: Path) -> None:

@@ -8,6 +8,7 @@ themselves that a result is stale, and not all of them do.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from vllm_forge.errors import JitCacheError
 
 KEY = "caches.json"
+TESTERS = ("execnet==", "iniconfig==", "pluggy==", "pytest-", "pytest==")
 # Folder -> the variable that names it.
 FOLDERS = {
     "vllm": "VLLM_CACHE_ROOT",
@@ -29,20 +31,27 @@ FOLDERS = {
 }
 
 
-def stack_key(plan: dict[str, Any]) -> dict[str, str]:
+def stack_key(plan: dict[str, Any], packages: str = "") -> dict[str, str]:
     """What compiled kernels are good for: the GPU's architecture, our source, all other packages.
 
     Args:
-        plan: of vllm_forge.gpu.run. Of an environment, the subject is the list of its packages;
-            of an image, the lock is, so that an image with the kernels in it has the same key.
+        plan: of vllm_forge.gpu.run.
+        packages: those of an environment, see vllm_forge.gpu.environment. Of an image, the lock
+            says them, so that an image with the kernels in it has the same key.
     """
     image = plan["subject"]["kind"] == "image"
     return {
         "compute_capability": plan["compute_capability"],
         "tree": plan["tree"],
         "kind": plan["subject"]["kind"],
-        "stack": plan["lock_sha256"] if image else plan["subject"]["sha256"],
+        "stack": plan["lock_sha256"] if image else packages_digest(packages),
     }
+
+
+def packages_digest(packages: str) -> str:
+    """SHA-256 in hex of a list of packages, without those that run tests and compile nothing."""
+    rows = [row for row in packages.splitlines() if not row.startswith(TESTERS)]
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
 def open_caches(folder: Path, key: dict[str, str]) -> dict[str, str]:

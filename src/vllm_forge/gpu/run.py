@@ -218,13 +218,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = ["-n", workers, "--dist", "loadgroup"] if workers else []
         extra += [word for expression in args.only for word in ("-k", expression)]
         args.output.mkdir(parents=True, exist_ok=True)
+        text = ""
         if plan["subject"]["kind"] == "environment":
             text = environment_text()
             (args.output / environment.FILE).write_text(text, encoding="utf-8")
             plan["subject"]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
         options = Options(gpus=gpus, minutes=args.minutes, pytest=tuple(extra))
         if args.caches is not None:
-            found = caches.open_caches(args.caches.resolve(), caches.stack_key(plan))
+            found = caches.open_caches(args.caches.resolve(), caches.stack_key(plan, text))
             options = replace(options, variables=found, compiled=caches.count_files(args.caches))
         green = [run_tier(args.root, plan, tiers[name], args.output, options) for name in names]
         if not all(green):
