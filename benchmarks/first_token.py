@@ -62,17 +62,14 @@ def _rows(log: str) -> Iterator[tuple[datetime, str]]:
             yield datetime.strptime(f"2000-{found[1]} +0000", "%Y-%m-%d %H:%M:%S %z"), row
 
 
-def _span(log: str) -> float:
-    times = [at for at, _ in _rows(log)]
-    return (times[-1] - times[0]).total_seconds()
-
-
 def row(label: str, folder: Path) -> dict[str, Any]:
     """One start."""
     result = json.loads((folder / "server.json").read_text())
     log = (folder / "server" / "boot" / f"{ENGINE}.log").read_text(errors="replace")
     test = result["tests"].get(TEST, {"facts": {}})
     said = test["facts"].get("seconds")
+    began, ended = (datetime.fromisoformat(result[name]) for name in ("started", "finished"))
+    took = (ended - began).total_seconds()
     return {
         "start": label,
         "gpu": result["gpus"][0]["name"],
@@ -80,7 +77,7 @@ def row(label: str, folder: Path) -> dict[str, Any]:
         "compiled_before": test["facts"].get("compiled_before"),
         "first_token": round(said["first token"], 1) if said else None,
         "stages": stages(log, said["ready"]) if said else {},
-        "ended": None if said else f"none in {_span(log):.0f} s, then it was ended",
+        "ended": None if said else f"none in the run's {took:.0f} s",
         "date": result["finished"],
     }
 

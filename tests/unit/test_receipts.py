@@ -741,7 +741,7 @@ def test_status_shows_receipts_and_what_was_not_run(
     assert f"(receipts/{committed.parent.name}/{committed.name})" in cells[2]
     assert cells[3].startswith("not run")
     assert "| b300 | not run | not run | not run |" in text
-    assert "6% of its bound: test_one, drafts" in text
+    assert "| 300 s | 6% of its bound: test_one, drafts" in text
 
 
 def test_required_tests_are_read_from_the_source(project: Path) -> None:

@@ -69,14 +69,15 @@ def _link(receipt: Receipt) -> str:
 def _evidence(receipts: Sequence[Receipt]) -> str:
     if not receipts:
         return ""
-    head = ["receipt", "GPU", "driver", "departures from the lock", "tests", "closest margin"]
+    columns = "receipt, GPU, driver, departures from the lock, tests, took, closest margin"
+    head = columns.split(", ")
     rows = ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for receipt in receipts:
         detail = receipt.statement.detail
         rows.append(
             f"| [{detail.sku} {detail.line} {detail.tier}]({_link(receipt)}) "
             f"| {detail.gpus[0].name} | {detail.gpus[0].driver} | {_departures(detail)} "
-            f"| {len(receipt.statement.predicate.passed)} | {_closest(receipt)} |"
+            f"| {len(receipt.statement.predicate.passed)} | {_took(detail)} | {_closest(receipt)} |"
         )
     return "\n".join(rows) + "\n"
 
@@ -84,6 +85,10 @@ def _evidence(receipts: Sequence[Receipt]) -> str:
 def _departures(detail: Detail) -> str:
     """How many; the receipt has each as a sentence. An image has none."""
     return str(len(detail.differences)) if detail.differences else "none"
+
+
+def _took(detail: Detail) -> str:
+    return f"{(detail.finished - detail.started).total_seconds():.0f} s"
 
 
 def _foretold(root: Path, receipts: Sequence[Receipt]) -> str:

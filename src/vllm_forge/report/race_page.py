@@ -1,9 +1,9 @@
-"""docs/race.md, rendered from docs/race.json, which is made from a run's results.
+"""docs/race.md, rendered from docs/race.json, which is made from results of the GPU suite.
 
-    python -m vllm_forge.report.race_page RESULTS
+    python -m vllm_forge.report.race_page RESULT.json...
 
-``RESULTS`` is the folder that ``python -m tests.gpu.race.run`` wrote. A run replaces the one of the
-same GPU and line.
+A result is what a run of tier kernel or soak wrote, ``kernel.json`` or ``soak.json``; only its
+tests of the Marlin MoE are used. It replaces the one of the same GPU, line and tier.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ TOOLS = (
     "synccheck", "SASS audit",
 )  # fmt: skip
 STATIC = {"SASS audit"}
+TESTS = (
+    "tests/gpu/race/", "tests/gpu/numerics/test_marlin_moe.py", "tests/gpu/soak/test_launches.py",
+)  # fmt: skip
 NAMES = (
     "kind", "cell", "format", "mode", "launches", "differ", "dirty", "margin", "excluded_p", "bad",
     "nan", "wrong", "weights", "fault", "what", "tools", "seen", "planted", "killed", "tool",
@@ -45,8 +48,7 @@ that is known beforehand, and whether the tests that say so see faults at all. G
 NOT_RUN = """
 not run
 
-On a GPU host: `python -m tests.gpu.race.run OUTPUT`, with the folder that
-`python -m tests.gpu.prepare_race dist/gpu/race` makes.
+On a GPU host: `nox -s test-gpu -- --sku SKU --tier kernel`.
 """
 MEANING = """
 **X** sees it, **.** does not, blank: was not asked. *bitwise* compares with the first result of the
@@ -57,20 +59,28 @@ does not end. racecheck looks at shared memory only. The audit reads the machine
 """
 
 
-def collect(folder: Path) -> Row:
-    """What a run said: its own record, and of each test's row what the page uses."""
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    rows = []
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            kept = {name: row[name] for name in NAMES if name in row}
-            kept |= {name: value for name, value in row.items() if name.startswith("sees ")}
-            kept |= {"test": row["test"].rpartition("/")[2], "outcome": row["outcome"]}
-            if row["outcome"] == "skipped":
-                kept["reason"] = row.get("reason", "")[:200]
-            rows.append(kept)
+def collect(path: Path) -> Row:
+    """What a result says of the Marlin MoE: its run, and of each test what the page uses."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    rows = [
+        _row(test, said)
+        for test, said in sorted(result["tests"].items())
+        if test.startswith(TESTS) and said["outcome"] != "other GPU"
+    ]
+    run = {name: result[name] for name in ("tier", "suite_sha256", "started", "finished")}
+    run |= {name: result["plan"][name] for name in ("line", "tree")}
+    run |= {name: result["gpus"][0][name] for name in ("name", "driver")}
     return {"run": run, "rows": rows}
+
+
+def _row(test: str, said: Row) -> Row:
+    facts = said["facts"]
+    kept = {name: facts[name] for name in NAMES if name in facts}
+    kept |= {name: value for name, value in facts.items() if name.startswith("sees ")}
+    kept |= {"test": test.rpartition("/")[2], "outcome": said["outcome"]}
+    if said["why"]:
+        kept["why"] = said["why"][:200]
+    return kept
 
 
 def render(data: Row) -> str:
@@ -81,15 +91,13 @@ def render(data: Row) -> str:
 
 
 def _run(run: Row, rows: list[Row]) -> str:
-    kit, gpu = run["kit"], run["gpu"]
     count = {name: sum(row["outcome"] == name for row in rows) for name in ("passed", "failed")}
     others = len(rows) - sum(count.values())
-    seconds = max(part["seconds"] for part in run["parts"].values())
     parts = [
-        f"\n## {gpu['name']}, line {kit.get('line', 'installed')}\n",
-        f"{run['started']}, driver {gpu['driver_version']}, {kit.get('wheel', 'no kit')}. "
-        f"{len(rows)} tests in {seconds:.0f} s: {count['passed']} passed, "
-        f"{count['failed']} failed, {others} not run.\n",
+        f"\n## {run['name']}, line {run['line']}, tier {run['tier']}\n",
+        f"{run['started']}, driver {run['driver']}, tree {run['tree'][:12]}, suite "
+        f"{run['suite_sha256'][:12]}. {len(rows)} tests of the tier are of this kernel: "
+        f"{count['passed']} passed, {count['failed']} failed, {others} not run.\n",
         _failed(rows),
         _launches(rows),
         _controls(rows),
@@ -103,7 +111,7 @@ def _failed(rows: list[Row]) -> str:
     bad = [row for row in rows if row["outcome"] != "passed"]
     if not bad:
         return ""
-    lines = [f"* `{row['test']}`: {row.get('reason') or row['outcome']}" for row in bad]
+    lines = [f"* `{row['test']}`: {row.get('why') or row['outcome']}" for row in bad]
     return "\n".join(["Not green:\n", *lines, ""])
 
 
@@ -118,7 +126,7 @@ def _launches(rows: list[Row]) -> str:
         groups[row["format"], row["mode"]].append(row)
     table = [
         (form, mode, len(group), *(_sum(group, key) for key in ("launches", "differ", "dirty")),
-         f"{max((row['margin'] for row in group if 'margin' in row), default=0):.2f}")
+         _most(group))
         for (form, mode), group in sorted(groups.items())
     ]  # fmt: skip
     said = f"All together: {exclusion(total)}." if not bad else f"{bad} launches are wrong."
@@ -148,7 +156,7 @@ def _controls(rows: list[Row]) -> str:
         f"* `{fault}`: {what.get(fault, '')}"
         for fault, tools in found.items()
         if not any(tools.get(tool) for tool in TOOLS if tool not in STATIC)
-        and not what.get(fault, "").startswith("no fault")
+        and not what.get(fault, "").startswith(("no fault", "clean"))
     ]
     names = [f"* `{fault}`: {text}" for fault, text in what.items()]
     out = ["### Faults and what sees them\n", _table(("fault", *TOOLS), table), MEANING, *names, ""]
@@ -173,7 +181,7 @@ def _numerics(rows: list[Row]) -> str:
     for row in mine:
         groups[row["format"]].append(row)
     table = [
-        (form, _sum(group, "launches"), f"{max(row.get('margin', 0) for row in group):.2f}",
+        (form, _sum(group, "launches"), _most(group),
          _sum(group, "weights"), _sum(group, "wrong"))
         for form, group in sorted(groups.items())
     ]  # fmt: skip
@@ -204,6 +212,11 @@ def _mark(seen: bool | None) -> str:
     return "" if seen is None else "X" if seen else "."
 
 
+def _most(rows: Iterable[Row]) -> str:
+    margins = [row["margin"] for row in rows if "margin" in row]
+    return f"{max(margins):.2f}" if margins else ""
+
+
 def _sum(rows: Iterable[Row], key: str) -> int:
     return sum(int(row.get(key, 0)) for row in rows)
 
@@ -218,21 +231,21 @@ def _cell(value: object) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Put a run into docs/race.json and write the page."""
+    """Put results into docs/race.json and write the page."""
     parser = argparse.ArgumentParser(prog="vllm_forge.report.race_page")
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULT")
     args = parser.parse_args(argv)
-    made = collect(args.results)
     data = json.loads((ROOT / DATA).read_text(encoding="utf-8"))
-    data["runs"] = [one for one in data["runs"] if _key(one) != _key(made)] + [made]
+    for made in map(collect, args.results):
+        data["runs"] = [one for one in data["runs"] if _key(one) != _key(made)] + [made]
     for path, text in ((DATA, json.dumps(data, indent=1) + "\n"), (PAGE, render(data))):
         with atomic_path(ROOT / path) as aside:
             aside.write_text(text, encoding="utf-8")
     return 0
 
 
-def _key(one: Row) -> tuple[str, str]:
-    return one["run"]["gpu"]["name"], one["run"]["kit"].get("line", "")
+def _key(one: Row) -> tuple[str, ...]:
+    return tuple(one["run"][name] for name in ("name", "line", "tier"))
 
 
 if __name__ == "__main__":
