@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vllm_forge.gpu import caches
+from vllm_forge.images.layer import ZSTD
 from vllm_forge.images.layout import read_image
-from vllm_forge.images.prewarm import SCRIPT
+from vllm_forge.images.prewarm import SCRIPT, place_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,10 +46,11 @@ def test_kernels_are_the_last_layer_and_the_entrypoint_finds_them(
     assert made.manifest["layers"][:-2] == plain.manifest["layers"][:-1]
     config = made.config["config"]
     assert config["Entrypoint"] == [SCRIPT, "vllm", "serve"]
-    (place,) = [row for row in config["Env"] if row.startswith("TRITON_CACHE_DIR=")]
-    assert place.startswith("TRITON_CACHE_DIR=/cache/jit/")
-    assert config["Labels"]["io.vllm-forge.prewarm"].startswith(place.split("/")[3])
     record = json.loads((tmp_path / "out" / f"{ALPHA}.json").read_text())
+    place = place_of(record["stack"]["prewarm"]["key"])
+    assert f"TRITON_CACHE_DIR={place}/triton" in config["Env"]
+    assert config["Labels"]["io.vllm-forge.prewarm"] == record["stack"]["prewarm"]["sha256"]
+    assert made.manifest["layers"][-1]["mediaType"] == ZSTD
     assert record["stack"]["prewarm"]["key"]["compute_capability"] == "10.0"
     assert all(verdict["passed"] for verdict in record["checks"].values())
 

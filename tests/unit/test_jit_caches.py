@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import tarfile
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+import zstandard
 
 from vllm_forge.errors import JitCacheError, KitError
 from vllm_forge.gpu import caches
-from vllm_forge.images.prewarm import BAKED, ENTRYPOINT, SCRIPT, VARIABLE, Prewarm, tree_digest
+from vllm_forge.images.prewarm import (
+    BAKED,
+    CONTENT,
+    ENTRYPOINT,
+    PLACE,
+    SCRIPT,
+    Prewarm,
+    place_of,
+    prewarm_layer,
+    tree_digest,
+)
 from vllm_forge.proof.kit_caches import PACKED, pack_caches
 
 if TYPE_CHECKING:
@@ -158,12 +172,49 @@ def prewarm(folder: Path) -> Prewarm:
     )
 
 
-def test_entries_of_the_layer(prewarm: Prewarm) -> None:
-    entries = {entry.path: entry for entry in prewarm.entries()}
-    assert list(entries) == sorted(entries)
-    assert entries[f"{BAKED}/triton/k/kernel.cubin"[1:]].content == b"code"
-    assert entries[SCRIPT[1:]].mode == 0o755
-    assert prewarm.environment()["TRITON_CACHE_DIR"] == f"{prewarm.place}/triton"
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VLLM_FORGE_CACHE", str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+@pytest.mark.usefixtures("cache")
+def test_the_layer_is_compressed_and_the_same_each_time(prewarm: Prewarm, tmp_path: Path) -> None:
+    large = prewarm.folder / "triton" / "k" / "kernel.json"
+    large.write_bytes(b"x" * 3_000_000)
+    (prewarm.folder / "triton" / "k" / "launcher.so").touch(mode=0o755)
+    prewarm = replace(prewarm, digest=tree_digest(prewarm.folder))
+    stored = prewarm_layer(prewarm, 1_700_000_000)
+    assert stored.blob.size < 10_000
+    assert hashlib.sha256(stored.blob.path.read_bytes()).hexdigest() == stored.blob.digest
+    with (
+        stored.blob.path.open("rb") as packed,
+        zstandard.ZstdDecompressor().stream_reader(packed) as plain,
+        tarfile.open(fileobj=plain, mode="r|") as tar,
+    ):
+        rows = {member.name: (member.mode, member.size, member.mtime, member.uid) for member in tar}
+    name = f"{BAKED}/triton/k"[1:]
+    assert rows[f"{name}/kernel.json"] == (0o644, 3_000_000, 1_700_000_000, 0)
+    assert rows[f"{name}/launcher.so"][0] == rows[SCRIPT[1:]][0] == 0o755
+    assert rows[name][0] == 0o755
+    assert list(rows)[:3] == ["opt", "opt/vllm-forge", BAKED[1:]]
+    unpacked = stored.files / name
+    assert (unpacked / "kernel.json").read_bytes() == large.read_bytes()
+    assert (unpacked / "launcher.so").stat().st_mode & 0o777 == 0o755
+    first = stored.blob.digest
+    shutil.rmtree(tmp_path / "store")
+    assert prewarm_layer(prewarm, 1_700_000_000).blob.digest == first
+
+
+def test_kernels_serve_where_they_were_compiled(prewarm: Prewarm) -> None:
+    """Triton's groups, vLLM's indexes and ninja's logs hold absolute paths."""
+    compiled = place_of(caches.stack_key(PLAN))
+    assert prewarm.place == compiled
+    assert prewarm.environment()["TRITON_CACHE_DIR"] == f"{compiled}/triton"
+    (prewarm.folder / "triton" / "more").write_text("compiled")
+    more = replace(prewarm, digest=tree_digest(prewarm.folder))
+    assert more.place == compiled
+    assert place_of(KEY | {"tree": "8d54"}) != compiled
 
 
 def test_the_digest_is_of_the_content(folder: Path) -> None:
@@ -173,16 +224,23 @@ def test_the_digest_is_of_the_content(folder: Path) -> None:
     assert tree_digest(folder) != before
 
 
-def start(root: Path, baked: Path, *command: str) -> subprocess.CompletedProcess[str]:
+def start(
+    root: Path, baked: Path, *command: str, content: str = "c0"
+) -> subprocess.CompletedProcess[str]:
     script = root / "prewarmed"
     script.write_text(ENTRYPOINT.replace(BAKED, str(baked)))
+    place = {PLACE: str(root / "volume" / "jit" / "one"), CONTENT: content}
     return subprocess.run(
         ["sh", str(script), *command],
-        env={**os.environ, VARIABLE: str(root / "volume" / "jit" / "one")},
+        env=os.environ | place,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def names(place: Path) -> list[str]:
+    return sorted(path.name for path in place.parent.iterdir())
 
 
 def test_the_first_start_fills_the_volume_and_the_next_keeps_it(
@@ -193,9 +251,12 @@ def test_the_first_start_fills_the_volume_and_the_next_keeps_it(
     assert (done.returncode, done.stdout) == (0, "two words 3\n")
     assert (place / "triton" / "k" / "kernel.cubin").read_bytes() == b"code"
     (place / "new").write_text("compiled later")
-    assert start(tmp_path, folder, "true").returncode == 0
+    (place / "triton" / "k" / "kernel.cubin").write_bytes(b"compiled later")
+    done = start(tmp_path, folder, "true")
+    assert (done.returncode, done.stderr) == (0, "")
     assert (place / "new").exists()
-    assert [path.name for path in place.parent.iterdir()] == ["one"]
+    assert (place / "triton" / "k" / "kernel.cubin").read_bytes() == b"compiled later"
+    assert names(place) == ["one", "one.c0"]
 
 
 def test_the_command_is_not_run_without_the_kernels(tmp_path: Path) -> None:
@@ -225,14 +286,53 @@ def test_a_rename_that_fails_ends_the_start(
     assert list((tmp_path / "volume" / "jit").iterdir()) == []
 
 
-def test_of_two_that_start_at_once_the_second_takes_the_firsts(
+def test_of_two_that_start_at_once_both_have_all(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other one's folder appears while this one copies."""
+    """The other one's folder appears between the look and the rename."""
     place = tmp_path / "volume" / "jit" / "one"
-    other = f"mkdir -p {place} && touch {place}/theirs"
-    monkeypatch.setenv("PATH", with_tools(tmp_path, cp=f'{other} && exec /bin/cp "$@"'))
+    other = f"mkdir -p {place} && echo theirs > {place}/caches.json"
+    monkeypatch.setenv("PATH", with_tools(tmp_path, mv=f'{other} && exec /bin/mv "$@"'))
     done = start(tmp_path, folder, "echo", "served")
     assert (done.returncode, done.stdout) == (0, "served\n")
-    assert [path.name for path in place.iterdir()] == ["theirs"]
-    assert [path.name for path in place.parent.iterdir()] == ["one"]
+    assert (place / "caches.json").read_text() == "theirs\n"
+    assert (place / "triton" / "k" / "kernel.cubin").read_bytes() == b"code"
+    assert names(place) == ["one", "one.c0"]
+
+
+def test_kernels_of_another_image_of_the_stack_join_those_of_the_volume(
+    folder: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "volume" / "jit" / "one"
+    assert start(tmp_path, folder, "true").returncode == 0
+    (place / "triton" / "k" / "kernel.cubin").write_bytes(b"in use")
+    (folder / "triton" / "two words").mkdir()
+    (folder / "triton" / "two words" / "k.cubin").write_bytes(b"more")
+    done = start(tmp_path, folder, "echo", "served", content="c1")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "served\n", "")
+    assert (place / "triton" / "two words" / "k.cubin").read_bytes() == b"more"
+    assert (place / "triton" / "k" / "kernel.cubin").read_bytes() == b"in use"
+    assert names(place) == ["one", "one.c0", "one.c1"]
+
+
+def test_a_join_that_fails_ends_the_start_and_is_done_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "volume" / "jit" / "one"
+    place.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", with_tools(tmp_path, ln="echo no links here >&2; exit 1"))
+        done = start(tmp_path, folder, "echo", "served")
+    assert done.returncode != 0
+    assert (done.stdout, "no links here" in done.stderr) == ("", True)
+    assert names(place) == ["one"]
+    assert start(tmp_path, folder, "true").returncode == 0
+    assert (place / "triton" / "k" / "kernel.cubin").read_bytes() == b"code"
+
+
+def test_a_volume_whose_kernels_were_deleted_is_filled_again(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "volume" / "jit" / "one"
+    assert start(tmp_path, folder, "true").returncode == 0
+    shutil.rmtree(place)
+    assert start(tmp_path, folder, "true").returncode == 0
+    assert (place / "triton" / "k" / "kernel.cubin").read_bytes() == b"code"

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import cache_root, exclusive
 from vllm_forge.images.checks import LayerShare
-from vllm_forge.images.content import FORMAT, VLLM, patch_entries, stack_entry
+from vllm_forge.images.content import VLLM, patch_entries, stack_entry
 from vllm_forge.images.layout import ImageLayer
-from vllm_forge.images.prewarm import ENTRYPOINT, SCRIPT
+from vllm_forge.images.prewarm import SCRIPT
 from vllm_forge.images.slim_layer import update_record
-from vllm_forge.images.store import StoredLayer, require_stored, write_layer
+from vllm_forge.images.store import StoredLayer, require_stored
 from vllm_forge.oracle import declared_device
 from vllm_forge.patches import build_wheel
 from vllm_forge.patches.wheel import GENERATED, PatchedWheel, python_blobs
@@ -104,14 +102,6 @@ def image_layers(cell: ImageCell, top: Top, layers: NamedLayers) -> list[ImageLa
     if top.prewarm is not None:
         found.append(ImageLayer(blob=top.prewarm.blob, created_by="vllm-forge: compiled kernels"))
     return found
-
-
-def prewarm_layer(prewarm: Prewarm | None, epoch: int) -> StoredLayer | None:
-    """The layer of what JIT compilers made before."""
-    if prewarm is None:
-        return None
-    key = hashlib.sha256(json.dumps([FORMAT, epoch, prewarm.digest, ENTRYPOINT]).encode())
-    return write_layer(key.hexdigest(), prewarm.entries(), epoch)
 
 
 def image_config(cell: ImageCell, top: Top, labels: dict[str, str], prewarm: Prewarm | None) -> Any:

@@ -33,7 +33,6 @@ from vllm_forge.images.assembly import (
     image_layers,
     image_shares,
     patched_wheel,
-    prewarm_layer,
     slimmed,
     top_entries,
     trial_name,
@@ -62,6 +61,7 @@ from vllm_forge.images.layout import (
     set_name,
     write_image,
 )
+from vllm_forge.images.prewarm import prewarm_layer
 from vllm_forge.images.store import forget_damaged, write_layer
 from vllm_forge.images.system import host_secrets, load_system, make_system
 from vllm_forge.images.workers import write_layers
@@ -192,7 +192,7 @@ class Build:
             Wheelhouse().path(published), self.wheel.path, stack, self.cell.line.python
         )
         layer = write_layer(patch_key(self.cell, published, stack), entries, self.epoch)
-        compiled = prewarm_layer(prewarm, self.epoch)
+        compiled = None if prewarm is None else prewarm_layer(prewarm, self.epoch)
         self.top = Top(system=system, stack=stack, layer=layer, prewarm=compiled)
 
     def wheel_layers(self) -> NamedLayers:

@@ -1,8 +1,9 @@
 """Kernels that JIT compilers made before, as a layer: the first start does not compile them again.
 
 They lie below /opt/vllm-forge/jit. Compilers write where they read, so the image's entrypoint
-copies them to the /cache volume once, under a name of their own, and the compilers' variables point
-there. A volume that an image with other kernels used keeps its own folder.
+copies them to the /cache volume once, and the compilers' variables point there. Triton, vLLM and
+ninja keep absolute paths in their caches and miss what has moved, so the place has the stack in its
+name, not the content: the GPU suite compiles at the very same one (``place_of``).
 """
 
 from __future__ import annotations
@@ -12,31 +13,60 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.images.wheels import Entry
+from vllm_forge.images.layer import FILE_NAMES, ZSTD, LayerBlob, ZstdLayerWriter
+from vllm_forge.images.store import keep_layer, make_folders
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from vllm_forge.images.store import StoredLayer
+
+FORMAT = 2
+BLOCK = 1 << 20
 BAKED = "/opt/vllm-forge/jit"
 SCRIPT = "/opt/vllm-forge/prewarmed"
-VARIABLE = "VLLM_FORGE_JIT"
+PLACE, CONTENT = "VLLM_FORGE_JIT", "VLLM_FORGE_JIT_SHA256"
 ENTRYPOINT = f"""#!/bin/sh
 # The first start of a volume copies the kernels there; what is compiled later joins them.
 set -eu
-if [ ! -d "${{{VARIABLE}}}" ]; then
-    mkdir -p "${{{VARIABLE}%/*}}"
+mark="${{{PLACE}}}.${{{CONTENT}}}"
+join() {{
+    # Kernels of this stack are there: of an image that carried others, or of one that starts now.
+    # A link appears whole, so that who compiles there at the same time never reads half a file.
+    (cd "$1" && find . -type d) | while IFS= read -r name; do
+        mkdir -p "${{{PLACE}}}/${{name}}"
+    done
+    (cd "$1" && find . -type f) | while IFS= read -r name; do
+        [ -e "${{{PLACE}}}/${{name}}" ] || ln "$1/${{name}}" "${{{PLACE}}}/${{name}}" ||
+            [ -e "${{{PLACE}}}/${{name}}" ]
+    done
+}}
+if [ ! -e "${{mark}}" ] || [ ! -d "${{{PLACE}}}" ]; then
+    mkdir -p "${{{PLACE}%/*}}"
     # Not named by the process: in each container it is the first.
-    aside="$(mktemp -d "${{{VARIABLE}}}.XXXXXX")"
+    aside="$(mktemp -d "${{{PLACE}}}.XXXXXX")"
     trap 'rm -rf "${{aside}}"' EXIT
     cp -R --preserve=timestamps {BAKED}/. "${{aside}}"
-    # Of two that start at once, the second keeps the first one's; anything else is an error.
-    mv -T "${{aside}}" "${{{VARIABLE}}}" || [ -d "${{{VARIABLE}}}" ]
+    chmod 755 "${{aside}}"
+    [ -d "${{{PLACE}}}" ] || mv -T "${{aside}}" "${{{PLACE}}}" || [ -d "${{{PLACE}}}" ]
+    [ ! -d "${{aside}}" ] || join "${{aside}}"
+    : >"${{mark}}"
     rm -rf "${{aside}}"
     trap - EXIT
 fi
 exec "$@"
 """
+
+
+def place_of(key: Mapping[str, str]) -> str:
+    """Where kernels of a stack are in a container, while they are compiled and when they serve.
+
+    Args:
+        key: see vllm_forge.gpu.caches.stack_key.
+    """
+    digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
+    return f"/cache/jit/{digest[:16]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +88,12 @@ class Prewarm:
     @property
     def place(self) -> str:
         """Where they are in a running container."""
-        return f"/cache/jit/{self.digest[:16]}"
+        return place_of(self.key)
 
     def environment(self) -> dict[str, str]:
         """Variables of the image."""
         found = {name: f"{self.place}/{folder}" for name, folder in self.variables.items()}
-        return found | {VARIABLE: self.place}
+        return found | {PLACE: self.place, CONTENT: self.digest}
 
     def record(self) -> dict[str, Any]:
         """For stack.json."""
@@ -74,15 +104,44 @@ class Prewarm:
         """Bytes of all files."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
-    def entries(self) -> list[Entry]:
-        """Files of the layer, the entrypoint's script among them."""
-        found = [Entry(path=SCRIPT[1:], mode=0o755, content=ENTRYPOINT.encode())]
-        for path in self.folder.rglob("*"):
-            if path.is_file():
-                name = f"{BAKED}/{path.relative_to(self.folder).as_posix()}"[1:]
+
+def prewarm_layer(prewarm: Prewarm, epoch: int) -> StoredLayer:
+    """The layer of what JIT compilers made, and the entrypoint's script; one zstd frame.
+
+    Args:
+        prewarm: what it holds.
+        epoch: modification time of all entries, Unix seconds.
+    """
+    files = {
+        f"{BAKED}/{path.relative_to(prewarm.folder).as_posix()}"[1:]: path
+        for path in prewarm.folder.rglob("*")
+        if path.is_file()
+    }
+
+    def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:
+        unpacked = folder / "files"
+        with ZstdLayerWriter(folder / FILE_NAMES[ZSTD], epoch) as layer:
+            for parent in make_folders(unpacked, [*files, SCRIPT[1:]]):
+                layer.directory(parent)
+            for name, path in sorted(files.items()):
                 mode = 0o755 if path.stat().st_mode & 0o111 else 0o644
-                found.append(Entry(path=name, mode=mode, content=path.read_bytes()))
-        return sorted(found, key=lambda entry: entry.path)
+                layer.stream(name, path.stat().st_size, mode, _copied(path, unpacked / name))
+                (unpacked / name).chmod(mode)
+            layer.data(SCRIPT[1:], ENTRYPOINT.encode(), 0o755)
+            (unpacked / SCRIPT[1:]).write_text(ENTRYPOINT, encoding="utf-8")
+            (unpacked / SCRIPT[1:]).chmod(0o755)
+            return layer.close(), {}
+
+    key = hashlib.sha256(json.dumps([FORMAT, epoch, prewarm.digest, ENTRYPOINT]).encode())
+    return keep_layer(key.hexdigest(), write)
+
+
+def _copied(source: Path, target: Path) -> Iterator[bytes]:
+    """The blocks of a file, each written to the copy as well."""
+    with source.open("rb") as file, target.open("xb") as copy:
+        while block := file.read(BLOCK):
+            copy.write(block)
+            yield block
 
 
 def tree_digest(folder: Path) -> str:

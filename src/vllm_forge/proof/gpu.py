@@ -18,7 +18,9 @@ from vllm_forge.errors import (
     ReceiptSubjectError,
     ToolMissingError,
 )
+from vllm_forge.gpu.caches import stack_key
 from vllm_forge.gpu.device import ask_gpus, require_sku
+from vllm_forge.images.prewarm import place_of
 from vllm_forge.proof.bundle import make_plan, write_bundle
 from vllm_forge.sources import SourceRepo, Wheelhouse, read_wheels
 
@@ -160,16 +162,17 @@ def run_in_image(
             )
         _unpack_tools(cell.root, bundle.folder / "tools")
         subject = {"kind": "image", "name": name, "sha256": digest}
-        (bundle.folder / "plan.json").write_text(
-            json.dumps(make_plan(cell, bundle.tree, subject), indent=1)
-        )
+        plan = make_plan(cell, bundle.tree, subject)
+        (bundle.folder / "plan.json").write_text(json.dumps(plan, indent=1))
         for place in brought:  # the bundle is mounted read-only: no engine could make them
             (bundle.folder / place).mkdir(parents=True)
         output.mkdir(parents=True, exist_ok=True)
+        compiled = None
         if caches is not None:
             caches.mkdir(parents=True, exist_ok=True)
+            compiled = caches, place_of(stack_key(plan))
         argv = container_command(
-            engine, name, bundle.folder, output.resolve(), args, brought=brought, caches=caches
+            engine, name, bundle.folder, output.resolve(), args, brought=brought, caches=compiled
         )
         code = subprocess.run(argv, check=False).returncode
     _require_green(code, output)
@@ -202,18 +205,22 @@ def container_command(
     args: Sequence[str],
     *,
     brought: dict[str, Path] | None = None,
-    caches: Path | None = None,
+    caches: tuple[Path, str] | None = None,
 ) -> list[str]:
     """The run of the suite in an image.
 
     The tests compile kernels and start servers, so the root is writable; sanitizers and the
-    driver need no more rights than a server.
+    driver need no more rights than a server. Of ``caches``, the folder here and its place there:
+    where an image that carries them will have them, since compilers keep absolute paths.
     """
     gpus = ["--gpus=all"] if engine == "docker" else ["--device=nvidia.com/gpu=all"]
     label = [] if engine == "docker" else ["--security-opt=label=disable"]
     volumes = [f"--volume={path.resolve()}:/forge/{at}:ro" for at, path in (brought or {}).items()]
-    volumes += [] if caches is None else [f"--volume={caches.resolve()}:/jit"]
-    last = [] if caches is None else ["--caches=/jit"]
+    last = []
+    if caches is not None:
+        folder, place = caches
+        volumes.append(f"--volume={folder.resolve()}:{place}")
+        last = [f"--caches={place}"]
     return [
         engine, "run", "--rm", *gpus, *label, "--network=none", "--ipc=private", "--shm-size=16g",
         "--user=0", f"--volume={bundle}:/forge:ro", f"--volume={output}:/output", *volumes,
