@@ -212,7 +212,22 @@ def brought_caches(folder: Path) -> Path:
             tar.extractall(aside, filter="data")
         (aside / "caches").rename(caches)
         clear(aside)
+        if (place := compiled_at(caches)) not in {None, caches}:
+            print(
+                f"the kit's kernels were compiled at {place}, which Triton and vLLM keep in them: "
+                f"at {caches} many are compiled anew, unless FORGE_KIT_WORK is {place.parent}",
+                flush=True,
+            )
     return caches
+
+
+def compiled_at(caches: Path) -> Path | None:
+    """Where the folder was when Triton wrote into it; None if nothing there says so."""
+    for group in sorted((caches / "triton").glob("*/__grp__*.json")):
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            child = next(iter(json.loads(group.read_text())["child_paths"].values()), "")
+            return Path(child).parents[2]  # of FOLDER/triton/HASH/file
+    return None
 
 
 def go(
