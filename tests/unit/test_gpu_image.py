@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from vllm_forge.errors import NoGpuError, ToolMissingError
+from vllm_forge.errors import LockFileError, NoGpuError, ToolMissingError
 from vllm_forge.host.probe import Reply
 from vllm_forge.proof import gpu
-from vllm_forge.proof.gpu import container_command, find_image, require_modules
+from vllm_forge.proof.gpu import container_command, find_image, require_modules, unpack_tools
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,9 +52,76 @@ def test_the_run_has_gpus_and_no_network(engine: str, gpus: str) -> None:
     argv = container_command(engine, "image", Path("/b"), Path("/o"), ["--tier=kernel"])
     assert argv[:2] == [engine, "run"]
     assert {gpus, "--network=none", "--volume=/b:/forge:ro", "--volume=/o:/output"} <= set(argv)
-    assert argv[argv.index("image") :] == [
-        "image", "-m", "vllm_forge.gpu.run", "/forge/plan.json", "/output", "--tier=kernel",
+    assert argv[argv.index("image") :][:2] == ["image", "-c"]
+    assert argv[argv.index("-c") + 2 :] == [
+        "/opt/venv/bin/python", "-m", "vllm_forge.gpu.run", "/forge/plan.json", "/output",
+        "--tier=kernel",
     ]  # fmt: skip
+
+
+def test_the_image_finds_the_sanitizer_and_the_arguments_stay_whole() -> None:
+    argv = container_command("docker", "image", Path("/b"), Path("/o"), ["--only", "a or $HOME"])
+    script, args = argv[argv.index("-c") + 1], argv[argv.index("-c") + 2 :]
+    said = "import os, sys; print(os.environ['PATH'].split(':')[0], *sys.argv[1:], sep='|')"
+    done = subprocess.run(
+        ["sh", "-c", script, sys.executable, "-c", said, *args[1:]],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    place, *rest = done.stdout.strip().split("|")
+    assert place == f"/forge/tools/{gpu.SANITIZER.parent}"
+    assert rest == args[1:]
+
+
+class Wheels:
+    """A wheelhouse of files that are there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def fetch(self, wheels: Sequence[str]) -> None:
+        pass
+
+    def verify(self, wheel: str) -> Path:
+        return self.folder / wheel
+
+
+def wheel(path: Path, name: str, mode: int) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        member = zipfile.ZipInfo(name)
+        member.external_attr = mode << 16
+        archive.writestr(member, "#!/bin/sh\necho ran\n")
+
+
+def test_programs_of_tools_can_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "Wheelhouse", lambda: Wheels(tmp_path))
+    monkeypatch.setattr(gpu, "image_tools", lambda _: ["a.whl", "b.whl"])
+    wheel(tmp_path / "a.whl", "pytest/__init__.py", 0o644)
+    wheel(tmp_path / "b.whl", str(gpu.SANITIZER), 0o744)
+    unpack_tools(tmp_path, tmp_path / "tools")
+    done = subprocess.run([tmp_path / "tools" / gpu.SANITIZER], capture_output=True, check=True)
+    assert done.stdout == b"ran\n"
+    assert (tmp_path / "tools" / gpu.SANITIZER).stat().st_mode & 0o777 == 0o755
+    assert not (tmp_path / "tools" / "pytest" / "__init__.py").stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize("name", ["nvidia/cuda_sanitizer/bin/compute-sanitizer", "other"])
+def test_a_sanitizer_elsewhere_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Else its tests would say in the image that there is none, and no receipt be made."""
+    monkeypatch.setattr(gpu, "Wheelhouse", lambda: Wheels(tmp_path))
+    monkeypatch.setattr(gpu, "image_tools", lambda _: ["b.whl"])
+    wheel(tmp_path / "b.whl", name, 0o755)
+    with pytest.raises(LockFileError, match="have no nvidia/cu13/bin/compute-sanitizer"):
+        unpack_tools(tmp_path, tmp_path / "tools")
+
+
+def test_images_get_the_sanitizer_and_hosts_have_theirs(root: Path) -> None:
+    name = "nvidia-cuda-sanitizer-api"
+    assert name in {wheel.name for wheel in gpu.image_tools(root)}
+    assert name not in {wheel.name for wheel in gpu.test_tools(root)}
 
 
 def test_caches_are_mounted_and_named(tmp_path: Path) -> None:

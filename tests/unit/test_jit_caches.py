@@ -117,6 +117,26 @@ def test_a_kit_takes_what_a_run_left(folder: Path, tmp_path: Path, form: str) ->
     assert json.loads((target / caches.KEY).read_text()) == KEY
 
 
+@pytest.mark.parametrize(
+    ("group", "place"),
+    [
+        ('{"child_paths": {"k.ttir": "/there/caches/triton/HASH/k.ttir"}}', "/there/caches"),
+        ("", None),
+        ("[]", None),
+        ("{}", None),
+        ('{"child_paths": {}}', None),
+        ('{"child_paths": {"a": 1}}', None),
+        ('{"child_paths": {"a": "a"}}', None),
+    ],
+)
+def test_a_kit_knows_where_its_kernels_were_compiled(
+    folder: Path, tmp_path: Path, group: str, place: str | None
+) -> None:
+    (folder / "triton" / "k" / "__grp__k.json").write_text(group)
+    (tmp_path / "kit").mkdir()
+    assert pack_caches(folder, tmp_path / "kit", KEY) == place
+
+
 def test_a_kit_refuses_other_files(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(KitError, match="no such caches"):
         pack_caches(tmp_path / "nothing", tmp_path, KEY)

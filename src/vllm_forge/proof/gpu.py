@@ -33,16 +33,20 @@ if TYPE_CHECKING:
 
 RUN = ("-m", "vllm_forge.gpu.run")
 REQUIREMENTS = "tests/gpu/requirements.txt"
+IMAGE_REQUIREMENTS = "tests/gpu/requirements-image.txt"
 TOOLS = frozenset({"execnet", "iniconfig", "pluggy", "pytest", "pytest-xdist"})
 # What a Python of --env must have; the last where -n asks for it.
 MODULES = ("pytest", "vllm", "xdist")
 IMAGE_PYTHON = "/opt/venv/bin/python"
+# Where its wheel has it; the race suite looks for it on the PATH.
+SANITIZER = Path("nvidia/cu13/bin/compute-sanitizer")
+IN_IMAGE = f'PATH="/forge/tools/{SANITIZER.parent}:$PATH" exec "$0" "$@"'
 TREE_LABEL = "io.vllm-forge.tree"
 ENGINES = {"docker": "{{.Id}}", "podman": "{{.Digest}}"}
 
 
 def test_tools(root: Path) -> list[LockedWheel]:
-    """Wheels that the suite needs and an image has not."""
+    """Wheels that run the suite: no image has them, and no host need have."""
     _, found = read_wheels(root / REQUIREMENTS, "name wheels, sorted, with hashes")
     if {wheel.name for wheel in found} != TOOLS:
         raise LockFileError(
@@ -51,6 +55,12 @@ def test_tools(root: Path) -> list[LockedWheel]:
             remedy="name these, each with its hash",
         )
     return list(found)
+
+
+def image_tools(root: Path) -> list[LockedWheel]:
+    """All wheels that the suite needs and an image has not."""
+    _, found = read_wheels(root / IMAGE_REQUIREMENTS, "name wheels, sorted, with hashes")
+    return [*test_tools(root), *found]
 
 
 def run_in_environment(
@@ -160,7 +170,7 @@ def run_in_image(
                 where=name,
                 remedy="build it again, or check out the commit that it was built from",
             )
-        _unpack_tools(cell.root, bundle.folder / "tools")
+        unpack_tools(cell.root, bundle.folder / "tools")
         subject = {"kind": "image", "name": name, "sha256": digest}
         plan = make_plan(cell, bundle.tree, subject)
         (bundle.folder / "plan.json").write_text(json.dumps(plan, indent=1))
@@ -225,18 +235,32 @@ def container_command(
         engine, "run", "--rm", *gpus, *label, "--network=none", "--ipc=private", "--shm-size=16g",
         "--user=0", f"--volume={bundle}:/forge:ro", f"--volume={output}:/output", *volumes,
         "--env=PYTHONPATH=/forge/src:/forge/tools", "--workdir=/forge",
-        f"--entrypoint={IMAGE_PYTHON}", image, *RUN, "/forge/plan.json", "/output", *args,
-        *last,
+        "--entrypoint=/bin/sh", image, "-c", IN_IMAGE, IMAGE_PYTHON, *RUN, "/forge/plan.json",
+        "/output", *args, *last,
     ]  # fmt: skip
 
 
-def _unpack_tools(root: Path, folder: Path) -> None:
+def unpack_tools(root: Path, folder: Path) -> None:
+    """Unpack the tools into ``folder``, programs executable.
+
+    Raises:
+        LockFileError: compute-sanitizer is not where the image is told to look for it.
+    """
     wheelhouse = Wheelhouse()
-    wheels = test_tools(root)
+    wheels = image_tools(root)
     wheelhouse.fetch(wheels)
     for wheel in wheels:
         with zipfile.ZipFile(wheelhouse.verify(wheel)) as archive:
-            archive.extractall(folder)
+            for member in archive.infolist():
+                path = Path(archive.extract(member, folder))
+                if member.external_attr >> 16 & 0o100:  # extract() leaves modes out
+                    path.chmod(0o755)
+    if not os.access(folder / SANITIZER, os.X_OK):
+        raise LockFileError(
+            f"these wheels have no {SANITIZER}",
+            where=IMAGE_REQUIREMENTS,
+            remedy="name a wheel of nvidia-cuda-sanitizer-api that has it",
+        )
 
 
 def _require_green(code: int, output: Path) -> None:

@@ -143,9 +143,10 @@ def make_kit(cell: ImageCell, matrix: Matrix, options: KitOptions) -> Path:
         (content / "bundle" / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
         if options.race is not None:
             copy_race(options.race, content / "bundle" / RACE_FOLDER)
+        compiled_at = None
         if options.caches is not None:
             key = {"kind": subject["kind"], **{name: plan[name] for name in KNOWN_OF_CACHES}}
-            pack_caches(options.caches, content, key)
+            compiled_at = pack_caches(options.caches, content, key)
         with report("write the parts"):
             aside.mkdir()
             parts = write_parts(content, aside, options.max_part)
@@ -160,6 +161,7 @@ def make_kit(cell: ImageCell, matrix: Matrix, options: KitOptions) -> Path:
                 "minutes": options.minutes,
                 "kept_of_the_host": list(chosen.kept),
                 "differences": plan["differences"],
+                "compiled_at": compiled_at,
                 "wheels": {w.filename: w.sha256 for w in chosen.wheels},
                 "parts": parts,
             }

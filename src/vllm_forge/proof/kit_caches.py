@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import lzma
 import shutil
 import tarfile
@@ -38,8 +40,8 @@ def require_caches(source: Path) -> list[Path]:
     )
 
 
-def pack_caches(source: Path, content: Path, key: dict[str, str]) -> None:
-    """Put them into a kit's content.
+def pack_caches(source: Path, content: Path, key: dict[str, str]) -> str | None:
+    """Put them into a kit's content; return where compilers had them, if one of them says so.
 
     Args:
         source: the folder, the tar that a run packed, or that name where it is cut in pieces
@@ -57,6 +59,16 @@ def pack_caches(source: Path, content: Path, key: dict[str, str]) -> None:
         require_key(folder, key)
         with tarfile.open(content / PACKED, "w:xz", preset=1) as tar:
             tar.add(folder, arcname=folder.name)
+        return _compiled_at(folder)
+
+
+def _compiled_at(folder: Path) -> str | None:
+    """Triton lists the files of a kernel with absolute paths, and misses those that were moved."""
+    for group in sorted((folder / "triton").glob("*/__grp__*.json")):
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            child = next(iter(json.loads(group.read_text())["child_paths"].values()), "")
+            return str(Path(child).parents[2])  # of FOLDER/triton/HASH/file
+    return None
 
 
 def _copy(source: Path, target: Path) -> None:

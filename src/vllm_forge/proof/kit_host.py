@@ -202,7 +202,7 @@ def variables(folder: Path) -> dict[str, str]:
     return found
 
 
-def brought_caches(folder: Path) -> Path:
+def brought_caches(folder: Path, manifest: dict[str, Any]) -> Path:
     """The folder of caches: that of an earlier call, or the kit's, unpacked whole or not at all."""
     caches, packed = WORK / "caches", folder / "caches.tar.xz"
     if not caches.exists() and packed.is_file():
@@ -212,22 +212,10 @@ def brought_caches(folder: Path) -> Path:
             tar.extractall(aside, filter="data")
         (aside / "caches").rename(caches)
         clear(aside)
-        if (place := compiled_at(caches)) not in {None, caches}:
-            print(
-                f"the kit's kernels were compiled at {place}, which Triton and vLLM keep in them: "
-                f"at {caches} many are compiled anew, unless FORGE_KIT_WORK is {place.parent}",
-                flush=True,
-            )
+        if (place := manifest.get("compiled_at")) not in {None, str(caches)}:
+            print(f"the kit's kernels were compiled at {place}, which they hold: many are compiled "
+                  f"anew, unless FORGE_KIT_WORK is {Path(place).parent}", flush=True)  # fmt: skip
     return caches
-
-
-def compiled_at(caches: Path) -> Path | None:
-    """Where the folder was when Triton wrote into it; None if nothing there says so."""
-    for group in sorted((caches / "triton").glob("*/__grp__*.json")):
-        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
-            child = next(iter(json.loads(group.read_text())["child_paths"].values()), "")
-            return Path(child).parents[2]  # of FOLDER/triton/HASH/file
-    return None
 
 
 def go(
@@ -241,7 +229,7 @@ def go(
     results = WORK / "results"
     clear(results)
     output.mkdir(parents=True, exist_ok=True)  # now: it may be refused
-    caches = brought_caches(folder)
+    caches = brought_caches(folder, manifest)
     bundle = folder / "bundle"
     # Who ends this process early gets the verdicts so far, and no suite that runs on.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
