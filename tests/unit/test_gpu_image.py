@@ -1,4 +1,4 @@
-"""The suite in an image: which engine has it, and how it is run there."""
+"""The suite in an image: how it is run there, and what comes along."""
 
 from __future__ import annotations
 
@@ -10,39 +10,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vllm_forge.errors import LockFileError, NoGpuError, ToolMissingError
-from vllm_forge.host.probe import Reply
+from vllm_forge.errors import LockFileError, ToolMissingError
 from vllm_forge.proof import gpu
-from vllm_forge.proof.gpu import container_command, find_image, require_modules, unpack_tools
+from vllm_forge.proof.gpu import container_command, require_modules, unpack_tools
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-
-class Engines:
-    """A host whose engines have these images."""
-
-    def __init__(self, **images: str) -> None:
-        self.images = images
-
-    def ask(self, name: str, argv: Sequence[str]) -> Reply:
-        said = self.images.get(argv[0])
-        return Reply(code=1, text="no such image") if said is None else Reply(code=0, text=said)
-
-
-def test_the_engine_that_has_the_image_says_digest_and_tree() -> None:
-    assert find_image(Engines(podman="sha256:d1 7ree\n"), "x") == ("podman", "d1", "7ree")
-    both = Engines(docker="sha256:d0 7ree", podman="sha256:d1 7ree")
-    assert find_image(both, "x")[0] == "docker"
-
-
-def test_an_image_without_our_label_has_no_tree() -> None:
-    assert find_image(Engines(docker="sha256:d0 "), "x") == ("docker", "d0", "")
-
-
-def test_no_engine_has_it() -> None:
-    with pytest.raises(NoGpuError, match="no container engine has x"):
-        find_image(Engines(), "x")
 
 
 @pytest.mark.parametrize(

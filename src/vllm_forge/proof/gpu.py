@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from vllm_forge.errors import (
     GpuSuiteError,
     LockFileError,
-    NoGpuError,
     ReceiptSubjectError,
     ToolMissingError,
 )
@@ -22,6 +21,7 @@ from vllm_forge.gpu.caches import stack_key
 from vllm_forge.gpu.device import ask_gpus, require_sku
 from vllm_forge.images.prewarm import place_of
 from vllm_forge.proof.bundle import make_plan, write_bundle
+from vllm_forge.proof.subject import find_image
 from vllm_forge.sources import SourceRepo, Wheelhouse, read_wheels
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ IMAGE_PYTHON = "/opt/venv/bin/python"
 # Where its wheel has it; the race suite looks for it on the PATH.
 SANITIZER = Path("nvidia/cu13/bin/compute-sanitizer")
 IN_IMAGE = f'PATH="/forge/tools/{SANITIZER.parent}:$PATH" exec "$0" "$@"'
-TREE_LABEL = "io.vllm-forge.tree"
-ENGINES = {"docker": "{{.Id}}", "podman": "{{.Digest}}"}
 
 
 def test_tools(root: Path) -> list[LockedWheel]:
@@ -156,22 +154,22 @@ def run_in_image(
     Raises:
         WrongGpuError: the GPU is not the SKU's.
         NoGpuError: no engine has the image.
-        ReceiptSubjectError: the image is of another tree than the series.
+        ReceiptSubjectError: the image is of another tree than the series, or its digest unknown.
         GpuSuiteError: a tier is red.
     """
     require_sku(ask_gpus(), cell.sku_name, cell.sku.compute_capability, cell.sku.device)
     name = reference or f"localhost/{cell.name}:{cell.line_name}"
-    engine, digest, tree = find_image(probe, name)
+    found = find_image(probe, name, cell.root / "dist" / cell.name)
     with tempfile.TemporaryDirectory() as work:
         bundle = write_bundle(cell, SourceRepo(), Path(work) / "bundle")
-        if tree != bundle.tree:
+        if found.tree != bundle.tree:
             raise ReceiptSubjectError(
-                f"the image is of tree {tree or 'unknown'}, the series gives {bundle.tree}",
+                f"the image is of tree {found.tree or 'unknown'}, the series gives {bundle.tree}",
                 where=name,
                 remedy="build it again, or check out the commit that it was built from",
             )
         unpack_tools(cell.root, bundle.folder / "tools")
-        subject = {"kind": "image", "name": name, "sha256": digest}
+        subject = {"kind": "image", "name": name, "sha256": found.digest}
         plan = make_plan(cell, bundle.tree, subject)
         (bundle.folder / "plan.json").write_text(json.dumps(plan, indent=1))
         for place in brought:  # the bundle is mounted read-only: no engine could make them
@@ -182,29 +180,16 @@ def run_in_image(
             caches.mkdir(parents=True, exist_ok=True)
             compiled = caches, place_of(stack_key(plan))
         argv = container_command(
-            engine, name, bundle.folder, output.resolve(), args, brought=brought, caches=compiled
+            found.engine,
+            name,
+            bundle.folder,
+            output.resolve(),
+            args,
+            brought=brought,
+            caches=compiled,
         )
         code = subprocess.run(argv, check=False).returncode
     _require_green(code, output)
-
-
-def find_image(probe: Probe, name: str) -> tuple[str, str, str]:
-    """Engine, manifest digest in hex, and tree label of an image in an engine's store.
-
-    Raises:
-        NoGpuError: no engine has it.
-    """
-    for engine, digest in ENGINES.items():
-        form = f'{digest} {{{{index .Config.Labels "{TREE_LABEL}"}}}}'
-        reply = probe.ask(f"{engine}-image", [engine, "image", "inspect", f"--format={form}", name])
-        if reply.code == 0:
-            found, _, tree = reply.text.strip().partition(" ")
-            return engine, found.removeprefix("sha256:"), tree
-    raise NoGpuError(
-        f"no container engine has {name}",
-        where=", ".join(ENGINES),
-        remedy="build it with --load, or name it with --image; --env tests an environment",
-    )
 
 
 def container_command(
