@@ -20,7 +20,8 @@ from vllm_forge.proof.cases import FILE as CASES_FILE
 from vllm_forge.proof.envelope import DIGEST, canonical, read_receipt, write_receipt
 from vllm_forge.proof.from_result import differences, make_receipt
 from vllm_forge.proof.receipt import VALID, Statement, make_statement
-from vllm_forge.proof.receipts import FOLDER, describe, receipt_paths, verify_all
+from vllm_forge.proof.receipts import describe, receipt_paths, verify_all
+from vllm_forge.proof.state import FOLDER, ImageReceipts, image_receipts, preset_state
 from vllm_forge.proof.status import PAGE, status_text
 from vllm_forge.sources import read_lock
 
@@ -742,6 +743,54 @@ def test_status_shows_receipts_and_what_was_not_run(
     assert cells[3].startswith("not run")
     assert "| b300 | not run | not run | not run |" in text
     assert "| 300 s | 6% of its bound: test_one, drafts" in text
+
+
+IMAGE = "d19e57" + "0" * 58
+SERVED = {"preset": "h200-mtp", "artifact": "flash-nvfp4-fp8-mtp"}
+
+
+def receipt_of_image(project: Path, result: dict[str, Any], **facts: str) -> Path:
+    result["plan"]["subject"] = {"kind": "image", "name": "x", "sha256": IMAGE}
+    result["plan"]["differences"] = []
+    result["tests"][f"{FILE}::test_one"]["facts"] = facts
+    return write_receipt(project / FOLDER, make_statement(result))
+
+
+def test_a_preset_was_run_if_a_test_of_its_image_served_the_artifact(
+    project: Path, matrix: Matrix, result: dict[str, Any]
+) -> None:
+    path = receipt_of_image(project, result, **SERVED)
+    found = image_receipts(project, matrix, f"sha256:{IMAGE}", NOW)
+    place = str(path.relative_to(project))
+    assert found.words(project) == [place]
+    assert preset_state(project, found.held, *SERVED.values()) == f"receipts: {place}"
+    assert preset_state(project, found.held, "h200-mtp", "other") == "not run"
+    assert preset_state(project, found.held, "other", "flash-nvfp4-fp8-mtp") == "not run"
+    for digest in (None, "sha256:" + "0" * 64):
+        assert image_receipts(project, matrix, digest, NOW) == ImageReceipts()
+
+
+def test_a_test_for_another_gpu_served_nothing(
+    project: Path, matrix: Matrix, result: dict[str, Any]
+) -> None:
+    result["tests"][f"{FILE}::test_elsewhere"]["facts"] = SERVED
+    receipt_of_image(project, result)
+    found = image_receipts(project, matrix, IMAGE, NOW)
+    assert len(found.held) == 1
+    assert preset_state(project, found.held, *SERVED.values()) == "not run"
+
+
+def test_a_receipt_that_is_refused_runs_nothing_and_is_told(
+    project: Path, matrix: Matrix, result: dict[str, Any]
+) -> None:
+    path = receipt_of_image(project, result, **SERVED)
+    place = str(path.relative_to(project))
+    for change in (NOW + VALID, NOW):
+        found = image_receipts(project, matrix, IMAGE, change)
+        assert found.held == ()
+        (words,) = found.refused
+        assert words.startswith(f"{place} is refused: ")
+        edit(path, faster, consistent=False)
 
 
 def test_required_tests_are_read_from_the_source(project: Path) -> None:

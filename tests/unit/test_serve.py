@@ -33,7 +33,6 @@ from vllm_forge.serve import (
     require_gpus,
     running_engine,
     serving,
-    state_of,
 )
 
 if TYPE_CHECKING:
@@ -105,12 +104,9 @@ def test_arguments_of_a_preset(matrix: Matrix) -> None:
     assert not any("speculative" in arg for arg in serve_arguments(matrix, "b300-plain")[0])
 
 
-def test_b200_is_as_b300_and_was_not_run(matrix: Matrix, root: Path) -> None:
+def test_b200_is_as_b300(matrix: Matrix) -> None:
     for short in ("mtp", "plain"):
         assert serve_arguments(matrix, f"b200-{short}") == serve_arguments(matrix, f"b300-{short}")
-    for name, preset in matrix.preset.items():
-        for artifact in preset.artifacts:
-            assert state_of(root, name, artifact, DIGEST) == "not run"
 
 
 def test_no_preset_forces_marlin(matrix: Matrix) -> None:
@@ -309,18 +305,6 @@ def test_serving_becomes_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert path == "/bin/docker"
     assert argv[:3] == ["docker", "run", "--rm"]
     assert "RedHatAI/DeepSeek-V4-Flash-NVFP4-FP8" in argv
-
-
-def test_state_is_by_digest_preset_and_artifact(tmp_path: Path) -> None:
-    folder = tmp_path / "docs" / "receipts" / DIGEST.removeprefix("sha256:")
-    folder.mkdir(parents=True)
-    (folder / "b300-mtp--flash-nvfp4-fp8-mtp.json").write_text("{}")
-    cell = "b300-mtp", "flash-nvfp4-fp8-mtp"
-    assert state_of(tmp_path, *cell, DIGEST).startswith("receipts: docs/receipts/abab")
-    assert state_of(tmp_path, *cell, DIGEST.replace("b", "c")) == "not run"
-    assert state_of(tmp_path, *cell, None) == "not run"
-    assert state_of(tmp_path, "b200-mtp", cell[1], DIGEST) == "not run"
-    assert state_of(tmp_path, cell[0], "flash-nvfp4-fp8", DIGEST) == "not run"
 
 
 def test_build_command_is_a_session(matrix: Matrix, root: Path) -> None:

@@ -81,10 +81,14 @@ def _say(matrix: Matrix, item: Serving, image: BuiltImage | None) -> None:
     """What a reader should know of the command; on stderr, so that stdout can be piped."""
     from rich.markup import escape
 
-    from vllm_forge.serve import bare_command, state_of
+    from vllm_forge.proof.state import image_receipts, preset_state
+    from vllm_forge.serve import bare_command
 
-    digest = None if image is None else image.digest
-    state = state_of(item.cell.root, item.preset_name, item.artifact_name, digest)
+    root = item.cell.root
+    found = image_receipts(root, matrix, None if image is None else image.digest)
+    state = preset_state(root, found.held, item.preset_name, item.artifact_name)
+    for words in found.refused:
+        console.print(words, markup=False)
     console.print(
         f"[bold]{item.preset_name}[/], {item.artifact_name}, line {item.cell.line_name}: "
         f"[bold]{state}[/]\n  {escape(item.preset.note)}\n  {_image_words(item.cell, image)}\n"

@@ -17,7 +17,8 @@ from vllm_forge.host import atomic_path
 from vllm_forge.matrix import load
 from vllm_forge.proof.envelope import read_keys, read_receipt, write_receipt
 from vllm_forge.proof.receipt import make_statement
-from vllm_forge.proof.receipts import FOLDER, KEYS, verify
+from vllm_forge.proof.receipts import verify
+from vllm_forge.proof.state import FOLDER, KEYS
 from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:

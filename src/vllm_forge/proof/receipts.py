@@ -22,6 +22,7 @@ from vllm_forge.proof.cases import require_cases
 from vllm_forge.proof.envelope import read_keys, read_receipt
 from vllm_forge.proof.foretold import require_foretold
 from vllm_forge.proof.receipt import VALID
+from vllm_forge.proof.state import FOLDER, KEYS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from vllm_forge.matrix import Matrix
     from vllm_forge.proof.envelope import Receipt
 
-FOLDER = "docs/receipts"
-KEYS = "keys"
 ENVIRONMENT = "environment.txt"
 
 

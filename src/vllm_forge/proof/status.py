@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vllm_forge.gpu.suite import read_tiers
 from vllm_forge.host import atomic_path
 from vllm_forge.proof.foretold import compare
+from vllm_forge.proof.state import NOT_RUN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from vllm_forge.proof.receipt import Detail
 
 PAGE = "docs/status.md"
-NOT_RUN = "not run"
 HEAD = """# What was run
 
 Made by `nox -s receipts -- --update` from the receipts below `docs/receipts`, each of which it

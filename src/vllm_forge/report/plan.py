@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.census.families import FINE
 from vllm_forge.patches import read_series, read_tree_lock
+from vllm_forge.proof.state import image_receipts, preset_state
 from vllm_forge.report.needs import needs_of
 from vllm_forge.serve import (
     Selections,
@@ -18,9 +19,7 @@ from vllm_forge.serve import (
     built_image,
     container_command,
     presets_of,
-    receipts,
     serving,
-    state_of,
 )
 from vllm_forge.sources import read_lock
 
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
     from vllm_forge.matrix import ImageCell, Matrix
     from vllm_forge.oracle.model import Answer, Choice
+    from vllm_forge.proof.state import ImageReceipts
     from vllm_forge.serve import BuiltImage, Serving
     from vllm_forge.sources import Lock
 
@@ -50,6 +50,7 @@ def make_plan(root: Path, matrix: Matrix, cell: ImageCell) -> Table:
     """
     lock = read_lock(root, cell.line_name, cell.line, matrix.base)
     image = built_image(cell)
+    found = image_receipts(root, matrix, None if image is None else image.digest)
     selections = Selections(root, cell.line_name)
     items = [
         serving(matrix, cell, name, artifact)
@@ -61,11 +62,11 @@ def make_plan(root: Path, matrix: Matrix, cell: ImageCell) -> Table:
         "cell": _cell(cell),
         "pins": _pins(cell, lock),
         "series": _series(root, cell),
-        "image": _image(cell, image),
+        "image": _image(cell, image, found),
         "lines": {name: _line(root, matrix, name, items) for name in matrix.line},
         "contract": _contract(root, cell, lock),
         "presets": [
-            _preset(matrix, item, image, lock)
+            _preset(matrix, item, image, lock, found)
             | {"selection": _selection(matrix, item, cell.line_name, selections)}
             for item in items
         ],
@@ -120,14 +121,11 @@ def _series(root: Path, cell: ImageCell) -> Table:
     }
 
 
-def _image(cell: ImageCell, image: BuiltImage | None) -> Table:
+def _image(cell: ImageCell, image: BuiltImage | None, found: ImageReceipts) -> Table:
     return {
         "digest": "not built here" if image is None else image.digest,
         "build": build_command(cell),
-        "receipts": [
-            str(path.relative_to(cell.root))
-            for path in receipts(cell.root, None if image is None else image.digest)
-        ],
+        "receipts": found.words(cell.root),
     }
 
 
@@ -205,14 +203,16 @@ def _contract(root: Path, cell: ImageCell, lock: Lock) -> Table:
     return {"state": f"broken: {', '.join(broken)}" if broken else "holds", "families": families}
 
 
-def _preset(matrix: Matrix, item: Serving, image: BuiltImage | None, lock: Lock) -> Table:
+def _preset(
+    matrix: Matrix, item: Serving, image: BuiltImage | None, lock: Lock, found: ImageReceipts
+) -> Table:
     digest = None if image is None else image.digest
     run = container_command(matrix, item, digest=digest)
     return {
         "preset": item.preset_name,
         "artifact": item.artifact_name,
         "note": item.preset.note,
-        "state": state_of(item.cell.root, item.preset_name, item.artifact_name, digest),
+        "state": preset_state(item.cell.root, found.held, item.preset_name, item.artifact_name),
         "command": list(run.argv),
         "shell": run.text(),
         "bare": bare_command(matrix, item).text(),

@@ -17,18 +17,14 @@ from vllm_forge.serve.presets import (
 )
 from vllm_forge.serve.selection import Selections
 from vllm_forge.serve.state import (
-    NOT_RUN,
     BuiltImage,
     build_command,
     built_image,
-    receipts,
     record_path,
-    state_of,
 )
 
 __all__ = [
     "ENGINES",
-    "NOT_RUN",
     "BuiltImage",
     "Command",
     "Engine",
@@ -42,10 +38,8 @@ __all__ = [
     "find_artifact",
     "find_preset",
     "presets_of",
-    "receipts",
     "record_path",
     "require_gpus",
     "running_engine",
     "serving",
-    "state_of",
 ]

@@ -1,18 +1,17 @@
-"""What is known of a cell: its built image, and the receipts bound to that image's digest."""
+"""What is known of a cell's built image."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.errors import BuildRecordError
 
 if TYPE_CHECKING:
-    from vllm_forge.matrix import ImageCell
+    from pathlib import Path
 
-NOT_RUN = "not run"
+    from vllm_forge.matrix import ImageCell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,23 +58,3 @@ def build_command(cell: ImageCell) -> str:
     """The command that builds the cell's image and loads it into the engine."""
     line = f" --line {cell.line_name}"
     return f"nox -s build-{cell.sku.arch.replace('_', '')} --{line} --load"
-
-
-def receipts(root: Path, digest: str | None) -> tuple[Path, ...]:
-    """Receipts of an image: ``docs/receipts/<digest in hex>/*.json``; without a digest, none."""
-    if digest is None:
-        return ()
-    return tuple(sorted((root / "docs" / "receipts" / digest.partition(":")[2]).glob("*.json")))
-
-
-def state_of(root: Path, preset_name: str, artifact_name: str, digest: str | None) -> str:
-    """Not run, or the receipts that say otherwise for this preset and artifact."""
-    wanted = f"{preset_name}--{artifact_name}"
-    named = [
-        path
-        for path in receipts(root, digest)
-        if path.stem == wanted or path.stem.startswith(f"{wanted}--")
-    ]
-    if not named:
-        return NOT_RUN
-    return "receipts: " + ", ".join(str(path.relative_to(root)) for path in named)
