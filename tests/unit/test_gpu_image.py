@@ -43,7 +43,7 @@ def test_the_image_finds_the_sanitizer_and_the_arguments_stay_whole() -> None:
         check=True,
     )
     place, *rest = done.stdout.strip().split("|")
-    assert place == f"/forge/tools/{gpu.SANITIZER.parent}"
+    assert place == f"/forge/{gpu.SANITIZER.parent}"
     assert rest == args[1:]
 
 
@@ -69,14 +69,17 @@ def wheel(path: Path, name: str, mode: int) -> None:
 
 def test_programs_of_tools_can_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "Wheelhouse", lambda: Wheels(tmp_path))
-    monkeypatch.setattr(gpu, "image_tools", lambda _: ["a.whl", "b.whl"])
+    monkeypatch.setattr(gpu, "test_tools", lambda _: ["a.whl"])
+    monkeypatch.setattr(gpu, "sanitizer", lambda _: ["b.whl"])
     wheel(tmp_path / "a.whl", "pytest/__init__.py", 0o644)
-    wheel(tmp_path / "b.whl", str(gpu.SANITIZER), 0o744)
-    unpack_tools(tmp_path, tmp_path / "tools")
-    done = subprocess.run([tmp_path / "tools" / gpu.SANITIZER], capture_output=True, check=True)
+    wheel(tmp_path / "b.whl", str(gpu.SANITIZER.relative_to("sanitizer")), 0o744)
+    bundle = tmp_path / "bundle"
+    unpack_tools(tmp_path, bundle)
+    done = subprocess.run([bundle / gpu.SANITIZER], capture_output=True, check=True)
     assert done.stdout == b"ran\n"
-    assert (tmp_path / "tools" / gpu.SANITIZER).stat().st_mode & 0o777 == 0o755
-    assert not (tmp_path / "tools" / "pytest" / "__init__.py").stat().st_mode & 0o111
+    assert (bundle / gpu.SANITIZER).stat().st_mode & 0o777 == 0o755
+    assert not (bundle / "tools" / "pytest" / "__init__.py").stat().st_mode & 0o111
+    assert not (bundle / "tools" / "nvidia").exists(), "it would be imported as a part of nvidia"
 
 
 @pytest.mark.parametrize("name", ["nvidia/cuda_sanitizer/bin/compute-sanitizer", "other"])
@@ -85,16 +88,24 @@ def test_a_sanitizer_elsewhere_is_refused(
 ) -> None:
     """Else its tests would say in the image that there is none, and no receipt be made."""
     monkeypatch.setattr(gpu, "Wheelhouse", lambda: Wheels(tmp_path))
-    monkeypatch.setattr(gpu, "image_tools", lambda _: ["b.whl"])
+    monkeypatch.setattr(gpu, "test_tools", lambda _: [])
+    monkeypatch.setattr(gpu, "sanitizer", lambda _: ["b.whl"])
     wheel(tmp_path / "b.whl", name, 0o755)
     with pytest.raises(LockFileError, match="have no nvidia/cu13/bin/compute-sanitizer"):
-        unpack_tools(tmp_path, tmp_path / "tools")
+        unpack_tools(tmp_path, tmp_path / "bundle")
 
 
 def test_images_get_the_sanitizer_and_hosts_have_theirs(root: Path) -> None:
     name = "nvidia-cuda-sanitizer-api"
-    assert name in {wheel.name for wheel in gpu.image_tools(root)}
+    assert name in {wheel.name for wheel in gpu.sanitizer(root)}
     assert name not in {wheel.name for wheel in gpu.test_tools(root)}
+
+
+def test_who_asks_for_it_gives_the_image_the_network() -> None:
+    """FlashInfer downloads the experts' kernels of some GPUs at their first start."""
+    without = container_command("docker", "image", Path("/b"), Path("/o"), [])
+    argv = container_command("docker", "image", Path("/b"), Path("/o"), [], network=True)
+    assert [arg for arg in without if arg not in argv] == ["--network=none"]
 
 
 def test_caches_are_mounted_and_named(tmp_path: Path) -> None:
@@ -125,3 +136,13 @@ def test_pytest_is_one_that_keeps_groups_together(root: Path) -> None:
     """See tests/gpu/requirements.txt: engines of one name would be started by several workers."""
     (pytest_wheel,) = [wheel for wheel in gpu.test_tools(root) if wheel.name == "pytest"]
     assert tuple(map(int, pytest_wheel.version.split(".")[:2])) < (9, 2)
+
+
+def test_an_environment_has_the_hosts_network(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_forge.cli import main
+
+    monkeypatch.setattr(gpu, "run_in_environment", lambda *_: pytest.fail("it was run"))
+    assert main(["test-gpu", "--sku=h200", "--env", "--network"]) == 2
+    assert "--network is for an image" in capsys.readouterr().err

@@ -61,6 +61,7 @@ def register(choices: Commands) -> None:
     one.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR")
     one.add_argument("--workloads", type=Path, help="folder with prompts, for tier soak")
     one.add_argument("--caches", type=Path, help="folder for what JIT compilers make")
+    one.add_argument("--network", action="store_true", help="let the image reach the network")
     one.add_argument("--output", type=Path, help=f"folder for results (default: dist/{RESULTS})")
     one.add_argument("--key", type=Path, help="Ed25519 private key (PEM) that signs the receipt")
     one.set_defaults(call=test_gpu)
@@ -108,12 +109,16 @@ def test_gpu(args: argparse.Namespace) -> None:
     console.print(f"[bold]{cell.name}[/], tiers {', '.join(names)}; results: {output}")
     brought = _brought(args.checkpoint, args.workloads)
     if args.env is not None:
+        if args.network:
+            raise UsageError(
+                "--network is for an image: an environment has the host's", remedy="leave it out"
+            )
         options += [f"--caches={args.caches.resolve()}"] if args.caches else []
         run_in_environment(cell, args.env, output, brought, options)
     else:
         run_in_image(
             cell, output, brought, options,
-            probe=HostProbe(), reference=args.image, caches=args.caches,
+            probe=HostProbe(), reference=args.image, caches=args.caches, network=args.network,
         )  # fmt: skip
     for name in names:
         print(make_receipt(root, output / f"{name}.json", args.key))

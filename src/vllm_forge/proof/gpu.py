@@ -39,8 +39,8 @@ TOOLS = frozenset({"execnet", "iniconfig", "pluggy", "pytest", "pytest-xdist"})
 MODULES = ("pytest", "vllm", "xdist")
 IMAGE_PYTHON = "/opt/venv/bin/python"
 # Where its wheel has it; the race suite looks for it on the PATH.
-SANITIZER = Path("nvidia/cu13/bin/compute-sanitizer")
-IN_IMAGE = f'PATH="/forge/tools/{SANITIZER.parent}:$PATH" exec "$0" "$@"'
+SANITIZER = Path("sanitizer/nvidia/cu13/bin/compute-sanitizer")
+IN_IMAGE = f'PATH="/forge/{SANITIZER.parent}:$PATH" exec "$0" "$@"'
 
 
 def test_tools(root: Path) -> list[LockedWheel]:
@@ -55,10 +55,10 @@ def test_tools(root: Path) -> list[LockedWheel]:
     return list(found)
 
 
-def image_tools(root: Path) -> list[LockedWheel]:
-    """All wheels that the suite needs and an image has not."""
+def sanitizer(root: Path) -> list[LockedWheel]:
+    """Wheels with compute-sanitizer, which no image has."""
     _, found = read_wheels(root / IMAGE_REQUIREMENTS, "name wheels, sorted, with hashes")
-    return [*test_tools(root), *found]
+    return list(found)
 
 
 def run_in_environment(
@@ -139,8 +139,9 @@ def run_in_image(
     probe: Probe,
     reference: str | None,
     caches: Path | None = None,
+    network: bool = False,
 ) -> None:
-    """Run the suite inside an image, by the engine that has it, with all GPUs, without network.
+    """Run the suite inside an image, by the engine that has it, with all GPUs.
 
     Args:
         cell: SKU and line.
@@ -150,6 +151,7 @@ def run_in_image(
         probe: asks the host.
         reference: the image; None is the one that a build with ``--load`` left.
         caches: folder for what JIT compilers make.
+        network: whether FlashInfer can download kernels that no wheel has, into caches.
 
     Raises:
         WrongGpuError: the GPU is not the SKU's.
@@ -168,7 +170,7 @@ def run_in_image(
                 where=name,
                 remedy="build it again, or check out the commit that it was built from",
             )
-        unpack_tools(cell.root, bundle.folder / "tools")
+        unpack_tools(cell.root, bundle.folder)
         subject = {"kind": "image", "name": name, "sha256": found.digest}
         plan = make_plan(cell, bundle.tree, subject)
         (bundle.folder / "plan.json").write_text(json.dumps(plan, indent=1))
@@ -187,6 +189,7 @@ def run_in_image(
             args,
             brought=brought,
             caches=compiled,
+            network=network,
         )
         code = subprocess.run(argv, check=False).returncode
     _require_green(code, output)
@@ -201,6 +204,7 @@ def container_command(
     *,
     brought: dict[str, Path] | None = None,
     caches: tuple[Path, str] | None = None,
+    network: bool = False,
 ) -> list[str]:
     """The run of the suite in an image.
 
@@ -209,6 +213,7 @@ def container_command(
     where an image that carries them will have them, since compilers keep absolute paths.
     """
     gpus = ["--gpus=all"] if engine == "docker" else ["--device=nvidia.com/gpu=all"]
+    nets = [] if network else ["--network=none"]
     label = [] if engine == "docker" else ["--security-opt=label=disable"]
     volumes = [f"--volume={path.resolve()}:/forge/{at}:ro" for at, path in (brought or {}).items()]
     last = []
@@ -217,7 +222,7 @@ def container_command(
         volumes.append(f"--volume={folder.resolve()}:{place}")
         last = [f"--caches={place}"]
     return [
-        engine, "run", "--rm", *gpus, *label, "--network=none", "--ipc=private", "--shm-size=16g",
+        engine, "run", "--rm", *gpus, *label, *nets, "--ipc=private", "--shm-size=16g",
         "--user=0", f"--volume={bundle}:/forge:ro", f"--volume={output}:/output", *volumes,
         "--env=PYTHONPATH=/forge/src:/forge/tools", "--workdir=/forge",
         "--entrypoint=/bin/sh", image, "-c", IN_IMAGE, IMAGE_PYTHON, *RUN, "/forge/plan.json",
@@ -225,24 +230,26 @@ def container_command(
     ]  # fmt: skip
 
 
-def unpack_tools(root: Path, folder: Path) -> None:
-    """Unpack the tools into ``folder``, programs executable.
+def unpack_tools(root: Path, bundle: Path) -> None:
+    """Unpack into a bundle: what Python imports to ``tools``, the sanitizer beside it.
+
+    There its folder ``nvidia`` is no part of the Python package of that name.
 
     Raises:
         LockFileError: compute-sanitizer is not where the image is told to look for it.
     """
     wheelhouse = Wheelhouse()
-    wheels = image_tools(root)
-    wheelhouse.fetch(wheels)
-    for wheel in wheels:
-        with zipfile.ZipFile(wheelhouse.verify(wheel)) as archive:
-            for member in archive.infolist():
-                path = Path(archive.extract(member, folder))
-                if member.external_attr >> 16 & 0o100:  # extract() leaves modes out
-                    path.chmod(0o755)
-    if not os.access(folder / SANITIZER, os.X_OK):
+    for folder, wheels in (("tools", test_tools(root)), ("sanitizer", sanitizer(root))):
+        wheelhouse.fetch(wheels)
+        for wheel in wheels:
+            with zipfile.ZipFile(wheelhouse.verify(wheel)) as archive:
+                for member in archive.infolist():
+                    path = Path(archive.extract(member, bundle / folder))
+                    if member.external_attr >> 16 & 0o100:  # extract() leaves modes out
+                        path.chmod(0o755)
+    if not os.access(bundle / SANITIZER, os.X_OK):
         raise LockFileError(
-            f"these wheels have no {SANITIZER}",
+            f"these wheels have no {SANITIZER.relative_to('sanitizer')}",
             where=IMAGE_REQUIREMENTS,
             remedy="name a wheel of nvidia-cuda-sanitizer-api that has it",
         )
