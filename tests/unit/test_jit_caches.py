@@ -221,6 +221,7 @@ def test_the_layer_is_compressed_and_the_same_each_time(prewarm: Prewarm, tmp_pa
     unpacked = stored.files / name
     assert (unpacked / "kernel.json").read_bytes() == large.read_bytes()
     assert (unpacked / "launcher.so").stat().st_mode & 0o777 == 0o755
+    assert (stored.files / SCRIPT[1:]).stat().st_mode & 0o777 == 0o755
     first = stored.blob.digest
     shutil.rmtree(tmp_path / "store")
     assert prewarm_layer(prewarm, 1_700_000_000).blob.digest == first

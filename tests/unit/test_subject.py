@@ -72,6 +72,13 @@ def test_an_image_from_a_registry_is_known_by_its_manifest(tmp_path: Path, known
     assert found.digest == "d1"
 
 
+@pytest.mark.parametrize("name", ["host:5000/vllm", "host:5000/vllm:1", "host:5000/vllm@sha256:d1"])
+def test_the_manifest_is_that_of_the_names_repository(tmp_path: Path, name: str) -> None:
+    known = "host:5000/vllm@sha256:d1 host@sha256:d2 host:5000/other@sha256:d3"
+    found = find_image(Engines(docker=f"sha256:c0|7ree|{known}"), name, tmp_path / "none")
+    assert found.digest == "d1"
+
+
 def test_a_loaded_image_is_that_of_the_build(built: Image) -> None:
     for stored in (f"sha256:{built.digest}", config_of(built)):
         found = find_image(Engines(docker=f"{stored}|7ree|"), NAME, built.path)
