@@ -73,6 +73,8 @@ def test_config_is_that_of_the_dockerfile(built: Project) -> None:
     assert "/cache" in config["Volumes"]
     assert config["Healthcheck"]["Test"][0] == "CMD"
     assert "TORCH_CUDA_ARCH_LIST=10.0a" in config["Env"]
+    (bytecode,) = [row for row in config["Env"] if row.startswith("PYTHONPYCACHEPREFIX=")]
+    assert bytecode.partition("=")[2].startswith("/cache/python/")
     labels = config["Labels"]
     assert labels["io.vllm-forge.arch"] == "sm_100a"
     assert labels["io.vllm-forge.series"] == "0001-flag.patch"

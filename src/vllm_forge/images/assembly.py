@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import cache_root, exclusive
 from vllm_forge.images.checks import LayerShare
 from vllm_forge.images.content import VLLM, patch_entries, stack_entry
+from vllm_forge.images.engine import BYTECODE
 from vllm_forge.images.layout import ImageLayer
 from vllm_forge.images.prewarm import SCRIPT
 from vllm_forge.images.slim_layer import update_record
@@ -104,15 +107,31 @@ def image_layers(cell: ImageCell, top: Top, layers: NamedLayers) -> list[ImageLa
     return found
 
 
-def image_config(cell: ImageCell, top: Top, labels: dict[str, str], prewarm: Prewarm | None) -> Any:
+def image_config(
+    cell: ImageCell,
+    top: Top,
+    labels: dict[str, str],
+    layers: Sequence[ImageLayer],
+    prewarm: Prewarm | None,
+) -> Any:
     """The ``config`` object: the system's, with the SKU's variables, labels, and the prewarming."""
-    variables = dict(sorted(cell.sku.env.items()))
+    variables = dict(sorted(cell.sku.env.items())) | {BYTECODE: bytecode_place(layers)}
     config = dict(top.system.config)
     if prewarm is not None:
         variables |= dict(sorted(prewarm.environment().items()))
         config["Entrypoint"] = [SCRIPT, *config["Entrypoint"]]
     env = [*config["Env"], *(f"{name}={value}" for name, value in variables.items())]
     return config | {"Env": env, "Labels": labels}
+
+
+def bytecode_place(layers: Sequence[ImageLayer]) -> str:
+    """Where Python keeps what it compiles: the image has none, and its user cannot write there.
+
+    Of each image apart. All sources have one time, and Python asks only for time and size: two
+    images that share a volume would run each other's code.
+    """
+    digests = [layer.blob.diff_id for layer in layers]
+    return f"/cache/python/{hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]}"
 
 
 def image_shares(top: Top, layers: Sequence[ImageLayer]) -> list[LayerShare]:

@@ -208,7 +208,9 @@ class Build:
         self.candidate = write_image(
             self.plan.work / "candidate",
             layers=self.layers,
-            config=image_config(self.cell, top, self.labels, self.plan.options.prewarm),
+            config=image_config(
+                self.cell, top, self.labels, self.layers, self.plan.options.prewarm
+            ),
             epoch=self.epoch,
             name=trial_name(self.cell),
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import cache_root, remove
-from vllm_forge.images.engine import SystemOutput, require_version, tagged
+from vllm_forge.images.engine import BYTECODE, SystemOutput, require_version, tagged
 
 if TYPE_CHECKING:
     from vllm_forge.host import Runner
@@ -176,7 +176,10 @@ def _runtime_config(trial: Trial) -> dict[str, Any]:
         "hostname": "trial",
         "process": {
             "args": list(trial.argv),
-            "env": [*image["Env"], "PYTHONPYCACHEPREFIX=/srv"],
+            "env": [
+                *(row for row in image["Env"] if row.split("=")[0] != BYTECODE),
+                f"{BYTECODE}=/srv",
+            ],
             "cwd": image.get("WorkingDir") or "/",
             "user": {"uid": int(uid), "gid": int(gid or uid)},
             "capabilities": {},

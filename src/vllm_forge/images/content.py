@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Raise when the bytes of a layer change for equal inputs.
 FORMAT = 1
+# Raise when an image's configuration is made otherwise of the same parts.
+CONFIG_FORMAT = 2
 SLIM_FORMAT = 1
 STACK = "opt/vllm-forge/stack.json"
 VLLM = "vllm"

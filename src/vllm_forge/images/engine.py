@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vllm_forge.images.layout import Image
 
 PACKAGES = ("buildah", "runc", "skopeo", "mmdebstrap")
+# Where Python keeps what it compiles.
+BYTECODE = "PYTHONPYCACHEPREFIX"
 INSTALL = f"apt-get install --no-install-recommends {' '.join(PACKAGES)}"
 
 

@@ -12,9 +12,10 @@ from vllm_forge.errors import LayoutError
 from vllm_forge.host import cache_root, require_disk
 from vllm_forge.images.base import BaseRef, pinned_image, rootfs_key
 from vllm_forge.images.checks import SCRIPTS
-from vllm_forge.images.content import FORMAT, WheelGroup, wheel_groups
+from vllm_forge.images.content import CONFIG_FORMAT, FORMAT, WheelGroup, wheel_groups
 from vllm_forge.images.contract import contract_inputs
 from vllm_forge.images.layout import Image, blob_times, read_image
+from vllm_forge.images.prewarm import ENTRYPOINT
 from vllm_forge.images.store import stored
 from vllm_forge.images.system import system_key, system_parts
 from vllm_forge.patches import Patch, read_series, read_tree_lock
@@ -93,7 +94,7 @@ class ImagePlan:
         tree = read_tree_lock(cell.root / cell.line.series, cell.line_name)
         system = system_parts(cell, self.base, self.engine)
         return {
-            "format": {"format": FORMAT},
+            "format": {"format": FORMAT, "config": CONFIG_FORMAT},
             "system": {**system, "dockerfile": _hash(system["dockerfile"])},
             "lock": {wheel.name: f"{wheel.version} {wheel.sha256}" for wheel in self.lock.wheels},
             "layers": {group.name: group.key for group in self.groups},
@@ -112,7 +113,7 @@ class ImagePlan:
     def _parts(self) -> dict[str, Any]:
         tree = read_tree_lock(self.cell.root / self.cell.line.series, self.cell.line_name)
         return {
-            "format": FORMAT,
+            "format": [FORMAT, CONFIG_FORMAT],
             "system": system_key(self.cell, self.base, self.engine),
             "lock": self.lock.digest,
             "layers": [[group.key, group.slim_key] for group in self.groups],
@@ -127,7 +128,11 @@ class ImagePlan:
 
     def _prewarm(self) -> dict[str, Any]:
         found = self.options.prewarm
-        return {} if found is None else {"prewarm": {"sha256": found.digest}}
+        if found is None:
+            return {}
+        return {
+            "prewarm": {"sha256": found.digest, "place": found.place, "script": _hash(ENTRYPOINT)}
+        }
 
     def up_to_date(self) -> Image | None:
         """The finished image, when it was made from the same inputs and is complete."""

@@ -1,0 +1,63 @@
+"""Python's bytecode is kept on the volume, of each image apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_forge.images.assembly import bytecode_place
+from vllm_forge.images.buildah import _runtime_config
+from vllm_forge.images.engine import BYTECODE, Trial
+from vllm_forge.images.layer import LayerBlob
+from vllm_forge.images.layout import Image, ImageLayer
+
+if TYPE_CHECKING:
+    import pytest
+
+
+def layer(diff_id: str) -> ImageLayer:
+    blob = LayerBlob(path=Path(), digest="d", diff_id=diff_id, size=1, unpacked_size=1)
+    return ImageLayer(blob=blob, created_by="x")
+
+
+def test_the_place_is_of_all_layers() -> None:
+    first = bytecode_place([layer("a"), layer("b")])
+    assert first == bytecode_place([layer("a"), layer("b")])
+    assert first.startswith("/cache/python/")
+    others = [[layer("a")], [layer("a"), layer("c")], [layer("b"), layer("a")], [layer("ab")]]
+    assert len({first, *map(bytecode_place, others)}) == 5
+
+
+def test_sources_of_one_size_and_time_are_taken_for_each_other(tmp_path: Path) -> None:
+    """Why each image has a folder of its own: Python's check would let a volume serve old code."""
+    source, said = tmp_path / "module.py", []
+    for text in ("print('old')", "print('new')"):
+        source.write_text(text)
+        os.utime(source, (1735689600, 1735689600))
+        done = subprocess.run(
+            [sys.executable, "-c", "import module"],
+            cwd=tmp_path,
+            env={BYTECODE: str(tmp_path / "volume"), "PYTHONDONTWRITEBYTECODE": ""},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        said.append(done.stdout.strip())
+    assert said == ["old", "old"]
+
+
+def test_the_checks_keep_theirs_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that is there twice is the first one's for C, the last one's for Python."""
+    monkeypatch.setattr("os.chown", lambda *_: None)
+    config = {"User": "10001:10001", "Env": ["A=1", f"{BYTECODE}=/cache/python/0", "B=2"]}
+    image = Image(path=tmp_path, digest="", config={"config": config}, manifest={})
+    trial = Trial(
+        image=image, name="x", lowers=(), inputs=tmp_path, argv=("x",), work=tmp_path,
+        bytecode=tmp_path / "bytecode",
+    )  # fmt: skip
+    made: dict[str, Any] = json.loads(json.dumps(_runtime_config(trial)))
+    assert made["process"]["env"] == ["A=1", "B=2", f"{BYTECODE}=/srv"]
