@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vllm_forge.errors import LockFileError, ToolMissingError
+from vllm_forge.images.prewarm import SCRIPT
 from vllm_forge.proof import gpu
 from vllm_forge.proof.gpu import container_command, require_modules, unpack_tools
 
@@ -27,22 +28,37 @@ def test_the_run_has_gpus_and_no_network(engine: str, gpus: str) -> None:
     assert {gpus, "--network=none", "--volume=/b:/forge:ro", "--volume=/o:/output"} <= set(argv)
     assert argv[argv.index("image") :][:2] == ["image", "-c"]
     assert argv[argv.index("-c") + 2 :] == [
+        "sh",
         "/opt/venv/bin/python", "-m", "vllm_forge.gpu.run", "/forge/plan.json", "/output",
         "--tier=kernel",
     ]  # fmt: skip
 
 
-def test_the_image_finds_the_sanitizer_and_the_arguments_stay_whole() -> None:
-    argv = container_command("docker", "image", Path("/b"), Path("/o"), ["--only", "a or $HOME"])
-    script, args = argv[argv.index("-c") + 1], argv[argv.index("-c") + 2 :]
+@pytest.mark.parametrize("caches", [None, (Path("/c"), "/cache/jit/0")])
+@pytest.mark.parametrize("prewarmed", [True, False])
+def test_the_image_finds_the_sanitizer_and_the_arguments_stay_whole(
+    tmp_path: Path, caches: tuple[Path, str] | None, *, prewarmed: bool
+) -> None:
+    """Kernels of the image are put to their place first, where no others are brought to."""
+    argv = container_command(
+        "docker", "image", Path("/b"), Path("/o"), ["--only", "a or $HOME"], caches=caches
+    )
+    script, args = argv[argv.index("-c") + 1], argv[argv.index("-c") + 3 :]
+    fill = tmp_path / "prewarmed"
+    if prewarmed:
+        fill.write_text('#!/bin/sh\necho filled\nexec "$@"\n')
+        fill.chmod(0o755)
+    script = script.replace(SCRIPT, str(fill))
     said = "import os, sys; print(os.environ['PATH'].split(':')[0], *sys.argv[1:], sep='|')"
     done = subprocess.run(
-        ["sh", "-c", script, sys.executable, "-c", said, *args[1:]],
+        ["sh", "-c", script, "sh", sys.executable, "-c", said, *args[1:]],
         capture_output=True,
         text=True,
         check=True,
     )
-    place, *rest = done.stdout.strip().split("|")
+    *filled, line = done.stdout.splitlines()
+    assert filled == (["filled"] if prewarmed and caches is None else [])
+    place, *rest = line.split("|")
     assert place == f"/forge/{gpu.SANITIZER.parent}"
     assert rest == args[1:]
 

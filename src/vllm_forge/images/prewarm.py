@@ -34,10 +34,13 @@ mark="${{{PLACE}}}.${{{CONTENT}}}"
 join() {{
     # Kernels of this stack are there: of an image that carried others, or of one that starts now.
     # A link appears whole, so that who compiles there at the same time never reads half a file.
-    (cd "$1" && find . -type d) | while IFS= read -r name; do
+    # Named before the loops: of a pipe, only the last command's failure counts.
+    folders="$(cd "$1" && find . -type d)"
+    files="$(cd "$1" && find . -type f)"
+    printf '%s\\n' "${{folders}}" | while IFS= read -r name; do
         mkdir -p "${{{PLACE}}}/${{name}}"
     done
-    (cd "$1" && find . -type f) | while IFS= read -r name; do
+    printf '%s\\n' "${{files}}" | while IFS= read -r name; do
         [ -e "${{{PLACE}}}/${{name}}" ] || ln "$1/${{name}}" "${{{PLACE}}}/${{name}}" ||
             [ -e "${{{PLACE}}}/${{name}}" ]
     done

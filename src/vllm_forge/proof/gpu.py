@@ -19,7 +19,7 @@ from vllm_forge.errors import (
 )
 from vllm_forge.gpu.caches import stack_key
 from vllm_forge.gpu.device import ask_gpus, require_sku
-from vllm_forge.images.prewarm import place_of
+from vllm_forge.images.prewarm import SCRIPT, place_of
 from vllm_forge.proof.bundle import make_plan, write_bundle
 from vllm_forge.proof.subject import find_image
 from vllm_forge.sources import SourceRepo, Wheelhouse, read_wheels
@@ -40,7 +40,11 @@ MODULES = ("pytest", "vllm", "xdist")
 IMAGE_PYTHON = "/opt/venv/bin/python"
 # Where its wheel has it; the race suite looks for it on the PATH.
 SANITIZER = Path("sanitizer/nvidia/cu13/bin/compute-sanitizer")
-IN_IMAGE = f'PATH="/forge/{SANITIZER.parent}:$PATH" exec "$0" "$@"'
+# An image with kernels fills its cache first, unless --caches brings others to their place.
+IN_IMAGE = f"""export PATH="/forge/{SANITIZER.parent}:$PATH"
+[ ! -x {SCRIPT} ] || set -- {SCRIPT} "$@"
+exec "$@\""""
+WITH_CACHES = f'PATH="/forge/{SANITIZER.parent}:$PATH" exec "$@"'
 
 
 def test_tools(root: Path) -> list[LockedWheel]:
@@ -216,17 +220,17 @@ def container_command(
     nets = [] if network else ["--network=none"]
     label = [] if engine == "docker" else ["--security-opt=label=disable"]
     volumes = [f"--volume={path.resolve()}:/forge/{at}:ro" for at, path in (brought or {}).items()]
-    last = []
+    script, last = IN_IMAGE, []
     if caches is not None:
         folder, place = caches
         volumes.append(f"--volume={folder.resolve()}:{place}")
-        last = [f"--caches={place}"]
+        script, last = WITH_CACHES, [f"--caches={place}"]
     return [
         engine, "run", "--rm", *gpus, *label, *nets, "--ipc=private", "--shm-size=16g",
         "--user=0", f"--volume={bundle}:/forge:ro", f"--volume={output}:/output", *volumes,
         "--env=PYTHONPATH=/forge/src:/forge/tools", "--workdir=/forge",
-        "--entrypoint=/bin/sh", image, "-c", IN_IMAGE, IMAGE_PYTHON, *RUN, "/forge/plan.json",
-        "/output", *args, *last,
+        "--entrypoint=/bin/sh", image, "-c", script, "sh", IMAGE_PYTHON, *RUN,
+        "/forge/plan.json", "/output", *args, *last,
     ]  # fmt: skip
 
 
