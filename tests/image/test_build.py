@@ -457,3 +457,33 @@ def test_the_unpatched_module_is_what_the_series_says(built: Project) -> None:
     """The fixture's own premise: the patch changes one line of the tiny vllm."""
     assert "args and not args.dynamic" in VLLM[PATCHED]
     assert built.record(ALPHA)["stack"]["changed_files"].keys() == {PATCHED}
+
+
+def test_rebuilds_leave_published_images_unchanged(built: Project, tmp_path: Path) -> None:
+    """Blobs are shared by hard links, so no stage may write into an existing file."""
+    fresh = built.copy(tmp_path, "rootfs", "systems", "layers")
+    fresh.run("build", "alpha")
+    fresh.run("build", "beta")
+    matrix = fresh.root / "matrix.toml"
+    dockerfile = fresh.root / "docker" / "Dockerfile"
+    changes = {
+        "patch": lambda: fresh.patch("bool(args) and not args.dynamic"),
+        "dockerfile": lambda: dockerfile.write_text(dockerfile.read_text() + "\n# changed\n"),
+        "rootfs": lambda: matrix.write_text(
+            matrix.read_text().replace('"ca-certificates", ', '"ca-certificates", "less", ')
+        ),
+    }
+    published = fresh.root / "published"
+    published.mkdir()
+    expected = {}
+    for name, change in changes.items():
+        kept = published / name
+        shutil.copytree(fresh.root / "dist", kept, copy_function=os.link)
+        expected |= {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+        change()
+        fresh.run("build", "alpha")
+        changed = [path for path, content in expected.items() if path.read_bytes() != content]
+        assert not changed, f"{name}: {changed}"
+    verify(image(fresh, BETA))
+    for blob in (fresh.root / "dist").glob("*/blobs/sha256/*"):
+        assert not blob.stat().st_mode & 0o222, blob

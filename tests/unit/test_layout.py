@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from vllm_forge.errors import LayoutError
+from vllm_forge.images.base import compress
 from vllm_forge.images.layout import (
     Image,
     ImageLayer,
@@ -49,6 +50,19 @@ def write(target: Path, layers: list[ImageLayer]) -> Image:
 @pytest.fixture
 def image(tmp_path: Path, layers: list[ImageLayer]) -> Image:
     return write(tmp_path / "dist" / "image", layers)
+
+
+def test_compress_does_not_write_into_a_linked_blob(tmp_path: Path) -> None:
+    tar, target, published = (tmp_path / name for name in ("x.tar", "x.tar.gz", "published"))
+    tar.write_bytes(b"first" * 1000)
+    compress(tar, target)
+    os.link(target, published)
+    first = published.read_bytes()
+    tar.write_bytes(b"second")
+    blob = compress(tar, target)
+    assert published.read_bytes() == first
+    assert file_digest(target) == blob.digest
+    assert not target.stat().st_mode & 0o222
 
 
 def load(path: Path) -> Any:

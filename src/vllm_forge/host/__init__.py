@@ -2,6 +2,7 @@
 
 from vllm_forge.host.console import console, printable, progress, report
 from vllm_forge.host.files import (
+    READ_ONLY,
     atomic_path,
     cache_root,
     exclusive,
@@ -27,6 +28,7 @@ from vllm_forge.host.run import (
 )
 
 __all__ = [
+    "READ_ONLY",
     "HostProbe",
     "Probe",
     "RecordedProbe",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 GIB = 1 << 30
+READ_ONLY = 0o444  # mode of blobs: images share them by hard links
 
 
 def cache_root() -> Path:

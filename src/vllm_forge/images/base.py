@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_forge.errors import BaseImageError
-from vllm_forge.host import cache_root, which
+from vllm_forge.host import READ_ONLY, atomic_path, cache_root, which
 from vllm_forge.images.layer import LayerBlob
 from vllm_forge.images.layout import ImageLayer, file_digest, write_image
 
@@ -170,18 +170,23 @@ def _write_layout(tar: Path, layout: Path, epoch: int) -> None:
 
 
 def compress(tar: Path, target: Path) -> LayerBlob:
-    """Compress a plain tar into a layer blob, without a name or a time in it."""
+    """Compress a plain tar into a layer blob, without a name or a time in it.
+
+    The blob is a new, read-only file: an existing ``target`` may be linked into published images.
+    """
     plain, size = file_digest(tar), tar.stat().st_size
     packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31)
     blob = hashlib.sha256()
-    with tar.open("rb") as source, target.open("wb") as out:
-        while block := source.read(CHUNK):
-            piece = packer.compress(block)
+    with atomic_path(target) as aside:
+        with tar.open("rb") as source, aside.open("xb") as out:
+            while block := source.read(CHUNK):
+                piece = packer.compress(block)
+                blob.update(piece)
+                out.write(piece)
+            piece = packer.flush()
             blob.update(piece)
             out.write(piece)
-        piece = packer.flush()
-        blob.update(piece)
-        out.write(piece)
+        aside.chmod(READ_ONLY)
     return LayerBlob(
         path=target,
         digest=blob.hexdigest(),

@@ -24,6 +24,8 @@ from typing import IO, TYPE_CHECKING, Self
 
 import zstandard
 
+from vllm_forge.host import READ_ONLY
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
@@ -73,7 +75,7 @@ class TarWriter:
     def __init__(self, path: Path, epoch: int) -> None:
         self._path = path
         self._epoch = epoch
-        self._file: IO[bytes] = path.open("wb")
+        self._file: IO[bytes] = path.open("xb")  # never an inode that is in use
         self._blob = hashlib.sha256()
         self._diff = hashlib.sha256()
         self._unpacked = 0
@@ -108,6 +110,7 @@ class TarWriter:
         self._tar(bytes(2 * BLOCK))
         self._end()
         self._file.close()
+        self._path.chmod(READ_ONLY)
         return LayerBlob(
             path=self._path,
             digest=self._blob.hexdigest(),

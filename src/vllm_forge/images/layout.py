@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.errors import LayoutError
-from vllm_forge.host import atomic_path
+from vllm_forge.host import READ_ONLY, atomic_path
 from vllm_forge.images.layer import LayerBlob
 
 if TYPE_CHECKING:
@@ -215,7 +215,9 @@ def file_digest(path: Path) -> str:
 def _put(blobs: Path, value: dict[str, Any]) -> tuple[str, int]:
     content = _canonical(value)
     digest = hashlib.sha256(content).hexdigest()
-    (blobs / digest).write_bytes(content)
+    path = blobs / digest
+    path.write_bytes(content)
+    path.chmod(READ_ONLY)
     return digest, len(content)
 
 
@@ -230,3 +232,4 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # another file system
         shutil.copyfile(source, target)
+        target.chmod(READ_ONLY)

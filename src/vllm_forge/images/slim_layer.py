@@ -73,7 +73,7 @@ def _add(
     digest = hashlib.sha256()
 
     def content() -> Iterator[bytes]:
-        with target.open("wb", buffering=0) as out:
+        with target.open("xb", buffering=0) as out:
             for piece, zeros in pieces(source, found.ranges):
                 digest.update(piece)
                 if zeros:

@@ -264,7 +264,7 @@ def _inflate(entry: Entry, target: Path) -> None:
     crc = size = 0
     fault = ""
     try:
-        with target.open("wb", buffering=0) as out:
+        with target.open("xb", buffering=0) as out:
             for piece in _raw(entry):
                 block = plain.decompress(piece) if plain else bytes(piece)
                 crc = zlib.crc32(block, crc)
