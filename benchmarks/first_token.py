@@ -4,7 +4,7 @@
 
 FOLDER is what a kit's run brought back, unpacked: ``server.json`` and ``server/boot/dsv4.log``.
 Stages are between lines of the boot log. Writes benchmarks/results/first-token.json and the table
-in docs/gpu-tests.md. Nothing is run here: the GPU host has run it.
+in docs/develop/gpu-suite.md. Nothing is run here: the GPU host has run it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import atomic_path
-from vllm_forge.report.first_token import RESULT, TABLE
+from vllm_forge.pages.first_token import RESULT, TABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

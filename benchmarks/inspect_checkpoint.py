@@ -32,7 +32,7 @@ from vllm_forge.host import atomic_path
 from vllm_forge.matrix import load
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "src/vllm_forge/oracle/artifacts"
+CONFIGS = ROOT / "src/vllm_forge/kernels/selection/artifacts"
 SHARDS = {"flash-nvfp4-fp8-mtp": 35, "flash-w4a16-fp8-mtp": 4, "nvidia-nvfp4": 35}
 ONE = struct.pack("<f", 1.0)
 SCALARS = ("_global_scale", "weight_scale_2", "input_scale")

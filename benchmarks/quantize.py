@@ -28,13 +28,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_forge.checkpoints.environment import SETTINGS
+from vllm_forge.checkpoints.fixtures.tiny import TinySpec, write_bf16
 from vllm_forge.checkpoints.inventory import SLIDING, all_tensors, layer_tensors
 from vllm_forge.checkpoints.measured import PAGE, REAL, RESULT, TABLE
-from vllm_forge.checkpoints.recipe import load_recipe
+from vllm_forge.checkpoints.quantize.environment import SETTINGS
+from vllm_forge.checkpoints.quantize.recipe import load_recipe
 from vllm_forge.checkpoints.shards import open_checkpoint
 from vllm_forge.checkpoints.spans import DTYPE_BYTES
-from vllm_forge.checkpoints.tiny import TinySpec, write_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE, SAMPLES = "nvfp4-fp8-mtp", 8
@@ -65,12 +65,12 @@ CHILD = f"""
 import sys, torch
 from dataclasses import replace
 from pathlib import Path
-from vllm_forge.checkpoints.calibrate import LayerQuantizer
-from vllm_forge.checkpoints.calibration import calibrate_with
-from vllm_forge.checkpoints.job import Job
-from vllm_forge.checkpoints.quantize import quantize
-from vllm_forge.checkpoints.recipe import load_recipe
-from vllm_forge.checkpoints.source import open_source
+from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer
+from vllm_forge.checkpoints.quantize.calibration import calibrate_with
+from vllm_forge.checkpoints.quantize.job import Job
+from vllm_forge.checkpoints.quantize.quantizer import quantize
+from vllm_forge.checkpoints.quantize.recipe import load_recipe
+from vllm_forge.checkpoints.quantize.source import open_source
 torch.set_num_threads(1)
 model, output = Path(sys.argv[1]), Path(sys.argv[2])
 named = load_recipe({RECIPE!r})

@@ -1,6 +1,6 @@
 """What an image weighs beside the plain environment of its lock, and what made the difference.
 
-    python benchmarks/sizes.py   # reads dist/*.json; writes results/sizes.json and docs/sizes.md
+    python benchmarks/sizes.py   # reads dist/*.json; writes results/sizes.json and docs/generated/sizes.md
 
 The plain environment is what ``pip install`` of the lock would transfer on top of the same
 system: the sum of the wheels. Rows of cells that are not in dist/ stay as they were.
@@ -46,7 +46,7 @@ def row(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def page(rows: dict[str, dict[str, Any]]) -> str:
-    """docs/sizes.md."""
+    """docs/generated/sizes.md."""
     lines = [
         "# Sizes",
         "",

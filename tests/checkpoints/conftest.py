@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vllm_forge.checkpoints.environment import SETTINGS
+from vllm_forge.checkpoints.quantize.environment import SETTINGS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -52,9 +52,9 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def variant(root: Path) -> Callable[[str], Path]:
     """A tiny variant by name: made now if the cache has none."""
-    from vllm_forge.checkpoints.made import make_with_tools
-    from vllm_forge.checkpoints.tiny import TinySpec
-    from vllm_forge.checkpoints.variants import make_variant
+    from vllm_forge.checkpoints.fixtures.tiny import TinySpec
+    from vllm_forge.checkpoints.fixtures.tool_fixtures import make_with_tools
+    from vllm_forge.checkpoints.fixtures.variants import make_variant
 
     return lambda name: make_variant(root, name, TinySpec(), make_with_tools)
 
@@ -62,7 +62,7 @@ def variant(root: Path) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def bf16(root: Path) -> Path:
     """The tiny BF16 model."""
-    from vllm_forge.checkpoints.variants import cached_variant
+    from vllm_forge.checkpoints.fixtures.variants import cached_variant
 
     return cached_variant(root, "bf16")
 

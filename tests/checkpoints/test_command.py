@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vllm_forge.checkpoints.calibrate import pick_device
-from vllm_forge.checkpoints.environment import SETTINGS
+from vllm_forge.checkpoints.quantize.calibrate import pick_device
+from vllm_forge.checkpoints.quantize.environment import SETTINGS
 from vllm_forge.checkpoints.shards import open_checkpoint
 from vllm_forge.errors import UsageError
 

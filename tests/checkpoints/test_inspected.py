@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from vllm_forge.checkpoints.fixtures.variants import load_variants
 from vllm_forge.checkpoints.inspect.findings import Effect
 from vllm_forge.checkpoints.inspect.formats import Format
 from vllm_forge.checkpoints.inspect.inspection import find_all, inspect
@@ -18,10 +19,9 @@ from vllm_forge.checkpoints.inspect.parts import Part
 from vllm_forge.checkpoints.inspect.places import Folder, Place
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.checkpoints.inspect.remedies import read_remedies
-from vllm_forge.checkpoints.inspect.seen import look
+from vllm_forge.checkpoints.inspect.snapshot import look
 from vllm_forge.checkpoints.inspect.values import compare
 from vllm_forge.checkpoints.inspect.verdicts import DATA, Verdicts, exit_code
-from vllm_forge.checkpoints.variants import load_variants
 from vllm_forge.matrix import load
 
 if TYPE_CHECKING:

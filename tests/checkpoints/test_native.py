@@ -10,13 +10,13 @@ from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.entrypoints.convert import ModelOptNvfp4Converter
 
-from vllm_forge.checkpoints.made import make_with_tools
-from vllm_forge.checkpoints.native import DECODER_EXPERT, EXPERT, LINEAR
-from vllm_forge.checkpoints.one_layer import load_tensor
+from vllm_forge.checkpoints.codecs import int4
+from vllm_forge.checkpoints.fixtures.tiny import TinySpec
+from vllm_forge.checkpoints.fixtures.tool_fixtures import make_with_tools
+from vllm_forge.checkpoints.fixtures.variants import make_variant
+from vllm_forge.checkpoints.quantize.native import DECODER_EXPERT, EXPERT, LINEAR
+from vllm_forge.checkpoints.quantize.one_layer import load_tensor
 from vllm_forge.checkpoints.shards import open_checkpoint
-from vllm_forge.checkpoints.tiny import TinySpec
-from vllm_forge.checkpoints.variants import make_variant
-from vllm_forge.numerics import int4
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,14 +14,19 @@ from transformers import DeepseekV4Config
 from transformers.core_model_loading import rename_source_key
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCausalLM
 
-from vllm_forge.checkpoints.calibrate import LayerQuantizer, scheme_of
-from vllm_forge.checkpoints.calibration import SHIPPED, Calibration, read_conversations, tokenize
-from vllm_forge.checkpoints.job import Job
-from vllm_forge.checkpoints.one_layer import load_tensor, tensor_bytes
-from vllm_forge.checkpoints.quantize import quantize
-from vllm_forge.checkpoints.recipe import load_recipe
+from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer, scheme_of
+from vllm_forge.checkpoints.quantize.calibration import (
+    SHIPPED,
+    Calibration,
+    read_conversations,
+    tokenize,
+)
+from vllm_forge.checkpoints.quantize.job import Job
+from vllm_forge.checkpoints.quantize.one_layer import load_tensor, tensor_bytes
+from vllm_forge.checkpoints.quantize.quantizer import quantize
+from vllm_forge.checkpoints.quantize.recipe import load_recipe
+from vllm_forge.checkpoints.quantize.source import open_source
 from vllm_forge.checkpoints.shards import open_checkpoint
-from vllm_forge.checkpoints.source import open_source
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vllm_forge.checkpoints.calibrate import pick_device
-from vllm_forge.checkpoints.calibration import tokenize
+from vllm_forge.checkpoints.fixtures.tiny_tokenizer import write_tokenizer
+from vllm_forge.checkpoints.quantize.calibrate import pick_device
+from vllm_forge.checkpoints.quantize.calibration import tokenize
 from vllm_forge.checkpoints.shards import CONFIG
-from vllm_forge.checkpoints.tiny_tokenizer import write_tokenizer
 from vllm_forge.errors import ModelInputError, UsageError
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
-from vllm_forge.checkpoints.environment import SERIES
 from vllm_forge.checkpoints.inventory import draft_tensors
+from vllm_forge.checkpoints.quantize.environment import SERIES
 from vllm_forge.checkpoints.shards import open_checkpoint, read_shard
 from vllm_forge.patches import read_series
 

@@ -8,8 +8,8 @@ import datasets
 import httpx
 import pytest
 
-from vllm_forge.checkpoints.calibration import AUTO, ULTRACHAT, calibrate_with
-from vllm_forge.checkpoints.recipe import load_recipe
+from vllm_forge.checkpoints.quantize.calibration import AUTO, ULTRACHAT, calibrate_with
+from vllm_forge.checkpoints.quantize.recipe import load_recipe
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -39,13 +39,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.import_plugin("vllm_forge.gpu.plugin")  # margins, budget, verdicts
+    config.pluginmanager.import_plugin("tests.gpu.harness.plugin")  # margins, budget, verdicts
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     for name in CAPABILITIES:
         config.addinivalue_line("markers", f"{name}: only on GPUs of that architecture")
     config.addinivalue_line("markers", "tier(name): kernel (minutes), server or soak (hours)")
     config.addinivalue_line("filterwarnings", "default")  # what torch warns of is not ours
-    config.stash[TOGETHER] = Together(importlib.import_module("vllm_forge.gpu.plugin").say)
+    config.stash[TOGETHER] = Together(importlib.import_module("tests.gpu.harness.plugin").say)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     gpus = config.stash[VISIBLE] = _visible()
     if worker and gpus:

@@ -1,6 +1,6 @@
 """Write down every case of the GPU suite, which the verifier of receipts asks for.
 
-    python -m tests.gpu.list_cases [docs/gpu-cases.json]
+    python -m tests.gpu.list_cases [records/gpu-cases.json]
 
 Collects as pytest does on a GPU host; needs no GPU, no torch and no vLLM.
 """
@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from vllm_forge.gpu.suite import SM, Tier, read_tiers, suite_hash
 from vllm_forge.host import atomic_path
-from vllm_forge.proof.cases import FILE
+from vllm_forge.receipts.cases import FILE
+from vllm_forge.receipts.suite import SM, Tier, read_tiers, suite_hash
 
 REPO = Path(__file__).parents[2]
 

@@ -26,8 +26,8 @@ from typing import Any
 from tests.gpu.race.build import build_all, toolchain
 from tests.gpu.race.kit import ARCHIVE, BASE, MANIFEST, MOE, REPO
 from tests.gpu.race.mutants import SOURCES
-from vllm_forge.census import device_code, parse_capability, runs_on
 from vllm_forge.host import atomic_path
+from vllm_forge.kernels.coverage import device_code, parse_capability, runs_on
 from vllm_forge.matrix import load
 from vllm_forge.sources import SourceRepo, Wheelhouse, read_lock
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.project import Project, make_project
+from tests.support.project import Project, make_project
 
 HOW = "run `nox -s test -- --provision` as root on Debian, which installs it"
 
@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def engines() -> list[str]:
     """Engines that can build here."""
-    from vllm_forge.images.choose import ENGINES, _present
+    from vllm_forge.images.engines import ENGINES, _present
 
     return [name for name in ENGINES if _present(name)]
 

@@ -19,7 +19,7 @@ import pytest
 import zstandard
 
 from tests.image.conftest import engines
-from tests.project import CODE, LIBRARY, PATCHED, VLLM, Project, make_project
+from tests.support.project import CODE, LIBRARY, PATCHED, VLLM, Project, make_project
 from vllm_forge.host.mounts import mounted_below
 from vllm_forge.images.layout import Image, read_image, verify
 

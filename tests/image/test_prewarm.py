@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vllm_forge.gpu import caches
+from vllm_forge.gputest import caches
 from vllm_forge.images.layer import ZSTD
 from vllm_forge.images.layout import read_image
 from vllm_forge.images.prewarm import SCRIPT, place_of
@@ -15,7 +15,7 @@ from vllm_forge.images.prewarm import SCRIPT, place_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.project import Project
+    from tests.support.project import Project
 
 pytestmark = pytest.mark.engine
 ALPHA = "vllm-0.1.0-alpha"

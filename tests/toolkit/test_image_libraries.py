@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from tests import fatbins as made
-from vllm_forge.census import Contents, contract, device_code, parse_capability, selections_of
-from vllm_forge.census.kernels import kernels
+from tests.support import fatbins as made
 from vllm_forge.errors import ContractError
+from vllm_forge.kernels.coverage import (
+    Contents,
+    contract,
+    device_code,
+    parse_capability,
+    selections_of,
+)
+from vllm_forge.kernels.coverage.kernels import kernels
+from vllm_forge.kernels.selection import read_recorded
 from vllm_forge.matrix import image_cell, load
-from vllm_forge.oracle import read_recorded
 
 from .conftest import ROOT, Toolkit, line_sites
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
-from unit_kit.index_server import IndexServer
 
+from tests.support.index_server import IndexServer
 from vllm_forge.sources import SourceRepo, index
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What benchmarks/quantize.py measured, as a table in docs/checkpoints.md."""
+"""What benchmarks/quantize.py measured, as a table in docs/operate/checkpoints.md."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_forge.host.pages import Table
 
-PAGE = Path("docs/checkpoints.md")
+PAGE = Path("docs/operate/checkpoints.md")
 RESULT = Path("benchmarks/results/quantize.json")
 BEGIN, END = "<!-- measured: made by benchmarks/quantize.py -->", "<!-- end -->"
 REAL = "DeepSeek-V4-Flash"

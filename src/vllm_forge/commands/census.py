@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vllm_forge.commands.register import Commands
     from vllm_forge.matrix import Matrix
 
-FOLDER, PAGE = Path("docs/coverage"), Path("docs/coverage.md")
+FOLDER, PAGE = Path("records/coverage"), Path("docs/generated/coverage.md")
 
 
 def register(choices: Commands) -> None:
@@ -25,14 +25,14 @@ def register(choices: Commands) -> None:
         "census", help="kernel families x SKUs: native, compiled later, missing", allow_abbrev=False
     )
     one.add_argument("--line", help="only this one (default: all)")
-    one.add_argument("--update", action="store_true", help="write docs/coverage")
+    one.add_argument("--update", action="store_true", help="write records/coverage")
     one.set_defaults(call=census)
 
 
 def census(args: argparse.Namespace) -> None:
     """Print the coverage of lines, and fail where a cell's contract does."""
-    from vllm_forge.census.families import catalogue
-    from vllm_forge.census.page import render, terminal
+    from vllm_forge.kernels.coverage.families import catalogue
+    from vllm_forge.kernels.coverage.page import render, terminal
 
     root = find_root()
     matrix = load(root)
@@ -54,23 +54,23 @@ def census(args: argparse.Namespace) -> None:
 
 
 def read_records(root: Path, matrix: Matrix) -> list[dict[str, Any]]:
-    """docs/coverage/<line>.json of every line that has one, in the matrix' order."""
+    """records/coverage/<line>.json of every line that has one, in the matrix' order."""
     paths = [root / FOLDER / f"{name}.json" for name in matrix.line]
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
 def _line(root: Path, matrix: Matrix, name: str) -> tuple[dict[str, Any], list[Any]]:
     """The record of a line, and the contract of each of its cells."""
-    from vllm_forge.census import parse_capability
-    from vllm_forge.census.contents import Contents
-    from vllm_forge.census.contract import Contract, contract
-    from vllm_forge.census.families import digest
-    from vllm_forge.census.page import line_record
-    from vllm_forge.census.selected import selections_of
     from vllm_forge.images.content import wheel_groups
     from vllm_forge.images.store import require_stored
     from vllm_forge.images.wheels import site_packages
-    from vllm_forge.oracle import read_recorded
+    from vllm_forge.kernels.coverage import parse_capability
+    from vllm_forge.kernels.coverage.contents import Contents
+    from vllm_forge.kernels.coverage.contract import Contract, contract
+    from vllm_forge.kernels.coverage.families import digest
+    from vllm_forge.kernels.coverage.page import line_record
+    from vllm_forge.kernels.coverage.selected import selections_of
+    from vllm_forge.kernels.selection import read_recorded
     from vllm_forge.sources import read_lock
 
     line = matrix.line[name]

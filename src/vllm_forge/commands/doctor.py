@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from vllm_forge.commands.register import Commands
     from vllm_forge.host import Probe
-    from vllm_forge.report.doctor import Finding
+    from vllm_forge.serve.doctor import Finding
 
 
 def register(choices: Commands) -> None:
@@ -38,9 +38,9 @@ def register(choices: Commands) -> None:
 def doctor(args: argparse.Namespace) -> None:
     """Ask the host, judge, print; red lines are an error."""
     from vllm_forge.errors import HostUnfitError
-    from vllm_forge.report.doctor import Wanted, ask_host, judge
-    from vllm_forge.report.needs import needs_of
     from vllm_forge.serve import presets_of, serving
+    from vllm_forge.serve.doctor import Wanted, ask_host, judge
+    from vllm_forge.serve.needs import needs_of
     from vllm_forge.sources import read_lock
 
     root = find_root()

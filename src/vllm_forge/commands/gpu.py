@@ -85,15 +85,15 @@ def register(choices: Commands) -> None:
     one.add_argument("--result", action="append", default=[], type=Path, help="make one of this")
     one.add_argument("--key", type=Path, help="Ed25519 private key (PEM) that signs it")
     one.add_argument("--signed", action="store_true", help="refuse unsigned ones")
-    one.add_argument("--update", action="store_true", help="write docs/status.md")
+    one.add_argument("--update", action="store_true", help="write docs/generated/status.md")
     one.set_defaults(call=receipts)
 
 
 def test_gpu(args: argparse.Namespace) -> None:
     """Run the suite; a receipt of each tier that is green and whole."""
-    from vllm_forge.gpu.suite import read_tiers
-    from vllm_forge.proof.from_result import make_receipt
-    from vllm_forge.proof.gpu import run_in_environment, run_in_image
+    from vllm_forge.gputest.launch import run_in_environment, run_in_image
+    from vllm_forge.receipts.create import make_receipt
+    from vllm_forge.receipts.suite import read_tiers
 
     root = find_root()
     matrix = load(root)
@@ -126,7 +126,7 @@ def test_gpu(args: argparse.Namespace) -> None:
 
 def gpu_kit(args: argparse.Namespace) -> None:
     """Write a kit."""
-    from vllm_forge.proof.kit import KitOptions, make_kit, parse_size
+    from vllm_forge.gputest.kit import KitOptions, make_kit, parse_size
 
     root = find_root()
     matrix = load(root)
@@ -147,9 +147,9 @@ def gpu_kit(args: argparse.Namespace) -> None:
 
 def receipts(args: argparse.Namespace) -> None:
     """Verify every receipt; make one of a result that came back from elsewhere."""
-    from vllm_forge.proof.from_result import make_receipt
-    from vllm_forge.proof.receipts import describe, verify_all
-    from vllm_forge.proof.status import write_status
+    from vllm_forge.receipts.create import make_receipt
+    from vllm_forge.receipts.status import write_status
+    from vllm_forge.receipts.verification import describe, verify_all
 
     root = find_root()
     matrix = load(root)

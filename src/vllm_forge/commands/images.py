@@ -46,6 +46,7 @@ def register(choices: Commands) -> None:
 
 def build(args: argparse.Namespace) -> None:
     """Build one image."""
+    from vllm_forge.gputest.prewarm import prewarm_of
     from vllm_forge.images import (
         Build,
         BuildOptions,
@@ -54,7 +55,6 @@ def build(args: argparse.Namespace) -> None:
         provision,
         resolve,
     )
-    from vllm_forge.proof.prewarm import prewarm_of
 
     root = find_root()
     cell = image_cell(load(root), root, args.sku, args.line)

@@ -74,7 +74,7 @@ def inspect_checkpoint(args: argparse.Namespace) -> None:
     from vllm_forge.checkpoints.inspect.places import find_place
     from vllm_forge.checkpoints.inspect.profile import Profile
     from vllm_forge.checkpoints.inspect.remedies import read_remedies
-    from vllm_forge.checkpoints.inspect.seen import look
+    from vllm_forge.checkpoints.inspect.snapshot import look
 
     root = find_root()
     matrix = load(root)
@@ -107,7 +107,7 @@ def _dry_loads(
     root: Path, matrix: Matrix, names: Sequence[str], profile: Profile, resolve: str
 ) -> dict[str, Answer]:
     """What each line's vLLM does, where it can be asked."""
-    from vllm_forge.proof.dry_load import dry_load, ready
+    from vllm_forge.proofs.dry_load import dry_load, ready
 
     if resolve == "rules":
         return {}
@@ -152,15 +152,15 @@ def _refuse(report: Report, line: str, *, without_mtp: bool) -> None:
 def verdicts(args: argparse.Namespace) -> None:
     """Inspect every tiny variant; write docs/verdicts.* and what follows for the card's claims."""
     del args
+    from vllm_forge.checkpoints.fixtures.variants import cached_variant, load_variants
     from vllm_forge.checkpoints.inspect.claims import write_claims
     from vllm_forge.checkpoints.inspect.inspection import inspect
     from vllm_forge.checkpoints.inspect.places import Folder
     from vllm_forge.checkpoints.inspect.profile import Profile
     from vllm_forge.checkpoints.inspect.remedies import read_remedies
-    from vllm_forge.checkpoints.inspect.seen import look
+    from vllm_forge.checkpoints.inspect.snapshot import look
     from vllm_forge.checkpoints.inspect.verdicts import DATA, PAGE, Verdicts, page, variant_row
-    from vllm_forge.checkpoints.variants import cached_variant, load_variants
-    from vllm_forge.proof.dry_load import dry_load
+    from vllm_forge.proofs.dry_load import dry_load
 
     root = find_root()
     matrix = load(root)

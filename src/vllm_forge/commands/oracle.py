@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_forge.commands.register import Commands
+    from vllm_forge.kernels.selection import Recorded
     from vllm_forge.matrix import Matrix
-    from vllm_forge.oracle import Recorded
 
 
 def register(choices: Commands) -> None:
@@ -29,7 +29,7 @@ def register(choices: Commands) -> None:
 
 def oracle(args: argparse.Namespace) -> None:
     """Ask, show, and compare with what was recorded; or record it."""
-    from vllm_forge.oracle import require_fresh, require_same
+    from vllm_forge.kernels.selection import require_fresh, require_same
 
     root = find_root()
     matrix = load(root)
@@ -51,9 +51,9 @@ def oracle(args: argparse.Namespace) -> None:
 def _ask(root: Path, matrix: Matrix, name: str) -> Recorded:
     from datetime import UTC, datetime
 
-    from vllm_forge.oracle import Recorded, inputs_of
-    from vllm_forge.oracle.page import table
-    from vllm_forge.proof.selection import ask_line
+    from vllm_forge.kernels.selection import Recorded, inputs_of
+    from vllm_forge.kernels.selection.page import table
+    from vllm_forge.proofs.ask_selection import ask_line
 
     asked = ask_line(root, matrix, name, SubprocessRunner())
     found = Recorded(
@@ -71,9 +71,9 @@ def _ask(root: Path, matrix: Matrix, name: str) -> Recorded:
 
 def _record(root: Path, matrix: Matrix, found: Recorded) -> None:
     """Write the line's answers, and the page anew from those of all lines."""
-    from vllm_forge.oracle import read_recorded, write_recorded
-    from vllm_forge.oracle.expected import path_of
-    from vllm_forge.oracle.page import PAGE, render
+    from vllm_forge.kernels.selection import read_recorded, write_recorded
+    from vllm_forge.kernels.selection.page import PAGE, render
+    from vllm_forge.kernels.selection.recorded import path_of
 
     print(write_recorded(root, found))
     lines = [read_recorded(root, name) for name in matrix.line if path_of(root, name).exists()]

@@ -82,7 +82,7 @@ def patches(args: argparse.Namespace) -> None:
 
 def prove(args: argparse.Namespace) -> None:
     """Run each patch's proof without it and with it, in the images' own environment."""
-    from vllm_forge.proof import prove as prove_lines
+    from vllm_forge.proofs import prove as prove_lines
 
     root = find_root()
     matrix = load(root)

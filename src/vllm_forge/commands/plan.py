@@ -28,7 +28,7 @@ def register(choices: Commands) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """Print a cell's plan."""
-    from vllm_forge.report.plan import as_json, make_plan
+    from vllm_forge.serve.plan import as_json, make_plan
 
     root = find_root()
     matrix = load(root)
@@ -38,7 +38,7 @@ def plan(args: argparse.Namespace) -> None:
         return
     from rich.console import Console
 
-    from vllm_forge.report.plan_page import page
+    from vllm_forge.serve.plan_page import page
 
     out = Console(highlight=False)
     # A pipe has 80 columns for rich, which would fold every name of the tables.

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.checkpoints.calibration import AUTO
+from vllm_forge.checkpoints.quantize.calibration import AUTO
 from vllm_forge.matrix import find_root
 
 if TYPE_CHECKING:
@@ -44,11 +44,11 @@ def register(choices: Commands) -> None:
 
 def quantize(args: argparse.Namespace) -> None:
     """Quantize a model."""
-    from vllm_forge.checkpoints.environment import enter
-    from vllm_forge.checkpoints.quantize import check_output, forecast
-    from vllm_forge.checkpoints.quantize import quantize as run
-    from vllm_forge.checkpoints.recipe import load_recipe
-    from vllm_forge.checkpoints.source import open_source
+    from vllm_forge.checkpoints.quantize.environment import enter
+    from vllm_forge.checkpoints.quantize.quantizer import check_output, forecast
+    from vllm_forge.checkpoints.quantize.quantizer import quantize as run
+    from vllm_forge.checkpoints.quantize.recipe import load_recipe
+    from vllm_forge.checkpoints.quantize.source import open_source
 
     recipe = load_recipe(args.recipe)  # what can be refused at once is, before 3 GB of tools
     source = open_source(args.model)
@@ -58,9 +58,9 @@ def quantize(args: argparse.Namespace) -> None:
         return
     enter(find_root(), sys.argv[1:])
 
-    from vllm_forge.checkpoints.calibrate import LayerQuantizer, pick_device
-    from vllm_forge.checkpoints.calibration import NO_DATA, calibrate_with
-    from vllm_forge.checkpoints.job import Job
+    from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer, pick_device
+    from vllm_forge.checkpoints.quantize.calibration import NO_DATA, calibrate_with
+    from vllm_forge.checkpoints.quantize.job import Job
 
     engine = LayerQuantizer(source.config, recipe.recipe, pick_device(args.device))
     data = calibrate_with(args.data, recipe.recipe, args.model) if engine.needs_data else NO_DATA
@@ -70,15 +70,15 @@ def quantize(args: argparse.Namespace) -> None:
 
 def tiny(args: argparse.Namespace) -> None:
     """Make tiny checkpoints in the cache."""
-    from vllm_forge.checkpoints.environment import enter
-    from vllm_forge.checkpoints.tiny import TinySpec
-    from vllm_forge.checkpoints.variants import load_variants, make_variant, variant_path
+    from vllm_forge.checkpoints.fixtures.tiny import TinySpec
+    from vllm_forge.checkpoints.fixtures.variants import load_variants, make_variant, variant_path
+    from vllm_forge.checkpoints.quantize.environment import enter
 
     root = find_root()
     names = args.names or list(load_variants())
     if not all(variant_path(root, name).exists() for name in names):
         enter(root, sys.argv[1:])
-        from vllm_forge.checkpoints.made import make_with_tools
+        from vllm_forge.checkpoints.fixtures.tool_fixtures import make_with_tools
 
         for name in names:
             make_variant(root, name, TinySpec(), make_with_tools)
@@ -88,7 +88,7 @@ def tiny(args: argparse.Namespace) -> None:
 
 def tools(args: argparse.Namespace) -> None:
     """Install the quantization tools and print their interpreter."""
-    from vllm_forge.checkpoints.environment import prepare
+    from vllm_forge.checkpoints.quantize.environment import prepare
 
     del args
     print(prepare(find_root()))

@@ -81,7 +81,7 @@ def _say(matrix: Matrix, item: Serving, image: BuiltImage | None) -> None:
     """What a reader should know of the command; on stderr, so that stdout can be piped."""
     from rich.markup import escape
 
-    from vllm_forge.proof.state import image_receipts, preset_state
+    from vllm_forge.receipts.lookup import image_receipts, preset_state
     from vllm_forge.serve import bare_command
 
     root = item.cell.root

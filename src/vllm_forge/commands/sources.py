@@ -28,7 +28,7 @@ def register(choices: Commands) -> None:
 
 def lock(args: argparse.Namespace) -> None:
     """Resolve a line and write its lock."""
-    from vllm_forge.checkpoints.environment import make_lock as make_tool_lock
+    from vllm_forge.checkpoints.quantize.environment import make_lock as make_tool_lock
     from vllm_forge.sources import Index, make_lock
 
     root = find_root()

@@ -29,7 +29,7 @@ def register(choices: Commands) -> None:
 def why_rebuild(args: argparse.Namespace) -> None:
     """Print what differs between a build's record and its inputs now."""
     from vllm_forge.images import BuildOptions, choose_engine, resolve
-    from vllm_forge.images.why import read_record, recorded_engine, why_rebuild
+    from vllm_forge.images.rebuild_reasons import read_record, recorded_engine, why_rebuild
 
     root = find_root()
     cell = image_cell(load(root), root, args.sku, args.line)

@@ -15,7 +15,7 @@ from vllm_forge.images.layout import ImageLayer
 from vllm_forge.images.prewarm import SCRIPT
 from vllm_forge.images.slim_layer import update_record
 from vllm_forge.images.store import StoredLayer, require_stored
-from vllm_forge.oracle import declared_device
+from vllm_forge.kernels.selection import declared_device
 from vllm_forge.patches import build_wheel
 from vllm_forge.patches.wheel import GENERATED, PatchedWheel, python_blobs
 from vllm_forge.sources import Lock, SourceRepo, Wheelhouse

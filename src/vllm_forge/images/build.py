@@ -54,6 +54,7 @@ from vllm_forge.images.content import (
 )
 from vllm_forge.images.contract import image_contract, recorded_selection
 from vllm_forge.images.engine import Trial
+from vllm_forge.images.layer_jobs import write_layers
 from vllm_forge.images.layout import (
     Image,
     blob_times,
@@ -64,7 +65,6 @@ from vllm_forge.images.layout import (
 from vllm_forge.images.prewarm import prewarm_layer
 from vllm_forge.images.store import forget_damaged, write_layer
 from vllm_forge.images.system import host_secrets, load_system, make_system
-from vllm_forge.images.workers import write_layers
 from vllm_forge.patches import check_line
 from vllm_forge.sources import SourceRepo, Wheelhouse
 

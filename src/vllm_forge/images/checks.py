@@ -14,7 +14,7 @@ from vllm_forge.errors import ImageCheckError, SizeBudgetError
 from vllm_forge.host import console, remove
 from vllm_forge.images.layout import verify
 from vllm_forge.images.prewarm import SCRIPT
-from vllm_forge.oracle.mount import DRIVER
+from vllm_forge.kernels.selection.mount import DRIVER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

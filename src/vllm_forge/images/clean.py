@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.host import cache_root, exclusive, remove, tree_bytes
 from vllm_forge.images.base import rootfs_key
-from vllm_forge.images.choose import ENGINES
 from vllm_forge.images.content import wheel_groups
+from vllm_forge.images.engines import ENGINES
 from vllm_forge.images.plan import BuildOptions, resolve
 from vllm_forge.images.system import system_key
 from vllm_forge.matrix import image_cell

@@ -5,19 +5,25 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from vllm_forge.census import Contents, Contract, contract, parse_capability, selections_of
-from vllm_forge.census.families import digest
 from vllm_forge.images.wheels import site_packages
+from vllm_forge.kernels.coverage import (
+    Contents,
+    Contract,
+    contract,
+    parse_capability,
+    selections_of,
+)
+from vllm_forge.kernels.coverage.families import digest
+from vllm_forge.kernels.selection import require_fresh
+from vllm_forge.kernels.selection.recorded import path_of
 from vllm_forge.matrix import load
-from vllm_forge.oracle import require_fresh
-from vllm_forge.oracle.expected import path_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from vllm_forge.kernels.selection import Recorded
     from vllm_forge.matrix import ImageCell
-    from vllm_forge.oracle import Recorded
 
 
 def recorded_selection(cell: ImageCell) -> Recorded | None:

@@ -13,13 +13,13 @@ import mmap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_forge.census import device_code, runs_on
+from vllm_forge.kernels.coverage import device_code, runs_on
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from vllm_forge.census import Code
+    from vllm_forge.kernels.coverage import Code
 
 # Smaller libraries have too little to be worth a copy per SKU.
 LEAST = 1 << 20

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from vllm_forge.patches.header import Patch
     from vllm_forge.sources import Index, SourceRepo
 
-DATA = Path("docs/drift.json")
-PAGE = Path("docs/drift.md")
+DATA = Path("records/drift.json")
+PAGE = Path("docs/generated/drift.md")
 NUMBER = re.compile(r"^\d+-")
 
 
@@ -76,7 +76,7 @@ def survey_lines(
 
 
 def write_drift(root: Path, matrix: Matrix, found: Sequence[Surveyed], day: str) -> dict[str, Any]:
-    """Write docs/drift.json and docs/drift.md; returns the data.
+    """Write records/drift.json and docs/generated/drift.md; returns the data.
 
     Args:
         root: the repository.

@@ -1,4 +1,4 @@
-"""docs/drift.md, rendered from docs/drift.json and nothing else."""
+"""docs/generated/drift.md, rendered from records/drift.json and nothing else."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def first_change(patch: dict[str, Any]) -> dict[str, str] | None:
 
 
 def render(data: dict[str, Any]) -> str:
-    """docs/drift.md, from nothing but docs/drift.json."""
+    """docs/generated/drift.md, from nothing but records/drift.json."""
     changes = data["changes"]
     lines = [HEAD.format(made=data["made"], command=data["command"])]
     lines += _table(["release", "of", *(change["name"] for change in changes)], _cells(data))

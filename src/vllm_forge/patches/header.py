@@ -96,7 +96,7 @@ def read_patch(path: Path) -> Patch:
         raise PatchHeaderError(
             "no header, a line with --- and then the diff",
             where=str(path),
-            remedy="see docs/patches.md for the form",
+            remedy="see docs/develop/patches.md for the form",
         )
     fields = _fields(head, path)
     if not diff.strip():
@@ -139,7 +139,7 @@ def _fields(head: str, path: Path) -> dict[str, str]:
         raise PatchHeaderError(
             f"Proves is not a test id: {fields['Proves']!r}",
             where=str(path),
-            remedy="e.g. tests/contract/test_wo_a_scale_name.py::test_reads_either_name",
+            remedy="e.g. tests/patches/test_wo_a_scale_name.py::test_reads_either_name",
         )
     if not DATE.match(fields["Last-Update"]):
         raise PatchHeaderError(

@@ -1,5 +1,11 @@
 """Serving: presets to one command line, and their lint."""
 
+from vllm_forge.serve.build_record import (
+    BuiltImage,
+    build_command,
+    built_image,
+    record_path,
+)
 from vllm_forge.serve.command import (
     ENGINES,
     Command,
@@ -16,12 +22,6 @@ from vllm_forge.serve.presets import (
     serving,
 )
 from vllm_forge.serve.selection import Selections
-from vllm_forge.serve.state import (
-    BuiltImage,
-    build_command,
-    built_image,
-    record_path,
-)
 
 __all__ = [
     "ENGINES",

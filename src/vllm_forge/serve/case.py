@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from vllm_forge.kernels.selection.model import Answer
     from vllm_forge.matrix import Line, Matrix, Preset
-    from vllm_forge.oracle.model import Answer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_forge.errors import PresetLintError
-from vllm_forge.oracle import artifact_config, grid_question, preset_question, require_fresh
+from vllm_forge.kernels.selection import (
+    artifact_config,
+    grid_question,
+    preset_question,
+    require_fresh,
+)
 from vllm_forge.serve.case import Case
 from vllm_forge.serve.rules import judge
 
@@ -13,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from vllm_forge.kernels.selection import Recorded
     from vllm_forge.matrix import Matrix
-    from vllm_forge.oracle import Recorded
     from vllm_forge.serve.case import Finding
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_forge.kernels.selection import preset_question, read_recorded
+from vllm_forge.kernels.selection.recorded import path_of
 from vllm_forge.matrix import serve_arguments
-from vllm_forge.oracle import preset_question, read_recorded
-from vllm_forge.oracle.expected import path_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from vllm_forge.kernels.selection import Answer
     from vllm_forge.matrix import Matrix
-    from vllm_forge.oracle import Answer
 
 
 class Selections:

@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.gpu.spec_metrics import read_snapshot
+from tests.gpu.harness.spec_metrics import read_snapshot
 
 
 def draft_dtypes(worker: Any) -> dict[str, int]:

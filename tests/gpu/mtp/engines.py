@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.gpu import exact_mtp, variants
-from vllm_forge.gpu.spec_metrics import Reading
+from tests.gpu.harness import variants
+from tests.gpu.harness.spec_metrics import Reading
+from tests.gpu.models import exact_mtp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -184,7 +185,7 @@ def run(name: str, work: Path, logs: Path) -> Ran:
 def _patience() -> float:
     """What the budget leaves, if it is less."""
     # Not above: pytest must import a plugin before a conftest does.
-    from vllm_forge.gpu.plugin import DEADLINE
+    from tests.gpu.harness.plugin import DEADLINE
 
     left = float(os.environ.get(DEADLINE, "inf")) - time.time() - RESERVE_S
     return max(1.0, min(PATIENCE_S, left))

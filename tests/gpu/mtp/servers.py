@@ -7,14 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tests.gpu.harness.server import Server
+from tests.gpu.models import exact_mtp
 from tests.gpu.mtp.engines import last
-from vllm_forge.gpu import exact_mtp
-from vllm_forge.gpu.server import Server
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vllm_forge.gpu.spec_metrics import Reading
+    from tests.gpu.harness.spec_metrics import Reading
 
 K, CLIENTS = 2, 8
 COUNTS = [64, 97, 128, 200, 256, 301, 400, 512]  # clients end at different times

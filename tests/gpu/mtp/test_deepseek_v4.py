@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vllm_forge.gpu.bootlog import parse
+from tests.gpu.harness.bootlog import parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.gpu.harness.gate import Band, Traffic, judge
 from tests.gpu.mtp.engines import COUNT, REQUESTS
-from vllm_forge.gpu.gate import Band, Traffic, judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.gpu.harness.gate import Band, Traffic, judge
+from tests.gpu.models import exact_mtp
 from tests.gpu.mtp.engines import last
 from tests.gpu.mtp.servers import ALONE, CLIENTS, COUNTS, K
-from vllm_forge.gpu import exact_mtp
-from vllm_forge.gpu.gate import Band, Traffic, judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from vllm_forge.numerics.fp8_block import Fp8Block
-    from vllm_forge.numerics.marlin_reference import Sums
-    from vllm_forge.numerics.marlin_weights import Weights
-    from vllm_forge.numerics.nvfp4_moe import Experts
-    from vllm_forge.numerics.nvfp4_moe_cells import Cell
+    from tests.gpu.reference.marlin_reference import Sums
+    from tests.gpu.reference.marlin_weights import Weights
+    from tests.gpu.reference.nvfp4_moe import Experts
+    from tests.gpu.reference.nvfp4_moe_cells import Cell
+    from vllm_forge.checkpoints.codecs.fp8_block import Fp8Block
 
 DRAFT_LAYER = 43  # its modules are not quantized
 QUANTIZATION: dict[str, Any] = {
@@ -210,7 +210,7 @@ def nvfp4_linear(weights: Weights, divisor: float, *, device: str = "cuda") -> A
     """
     from vllm.model_executor.layers.linear import ReplicatedLinear
 
-    from vllm_forge.numerics.nvfp4 import pack
+    from vllm_forge.checkpoints.codecs.nvfp4 import pack
 
     torch = _torch()
     if weights.multiplier is None:
@@ -292,13 +292,13 @@ def capability() -> tuple[int, int]:
 
 def accumulator() -> Any:
     """How this GPU adds products of FP8."""
-    from vllm_forge.numerics.fp8_linear import BLACKWELL, HOPPER
+    from tests.gpu.reference.fp8_linear import BLACKWELL, HOPPER
 
     return HOPPER if capability() == (9, 0) else BLACKWELL
 
 
 def worst(result: NDArray[np.float64], reference: Sums) -> float:
     """The largest error as a share of its bound."""
-    from vllm_forge.numerics.marlin_reference import margin
+    from tests.gpu.reference.marlin_reference import margin
 
     return margin(result, reference)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from tests.gpu.numerics.layers import bfloat16_tensor, codes
-from vllm_forge.numerics import fp8_linear, nvfp4_activations
-from vllm_forge.numerics.fp8_block import BLOCK
-from vllm_forge.numerics.marlin_layout import bfloat16
-from vllm_forge.numerics.nvfp4 import GROUP, unpack
-from vllm_forge.numerics.output_projection import rotated_back
-from vllm_forge.numerics.small_floats import E8M0_BIAS, e2m1_decode, e4m3_decode
+from tests.gpu.reference import fp8_linear, nvfp4_activations
+from tests.gpu.reference.marlin_layout import bfloat16
+from tests.gpu.reference.output_projection import rotated_back
+from vllm_forge.checkpoints.codecs.fp8_block import BLOCK
+from vllm_forge.checkpoints.codecs.nvfp4 import GROUP, unpack
+from vllm_forge.checkpoints.codecs.small_floats import E8M0_BIAS, e2m1_decode, e4m3_decode
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

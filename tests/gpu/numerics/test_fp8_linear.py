@@ -24,19 +24,19 @@ from tests.gpu.numerics.layers import (
     worst,
 )
 from tests.gpu.numerics.selected import LINEAR
-from vllm_forge.numerics import fp8_block
-from vllm_forge.numerics.fp8_linear import known, one_of_each_block, products
-from vllm_forge.numerics.marlin_layout import bfloat16
-from vllm_forge.numerics.planted import InResult, in_result
-from vllm_forge.numerics.planted_fp8 import InBlocks, in_blocks
+from tests.gpu.reference.fp8_linear import known, one_of_each_block, products
+from tests.gpu.reference.marlin_layout import bfloat16
+from tests.gpu.reference.planted import InResult, in_result
+from tests.gpu.reference.planted_fp8 import InBlocks, in_blocks
+from vllm_forge.checkpoints.codecs import fp8_block
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-    from vllm_forge.numerics.fp8_block import Fp8Block
-    from vllm_forge.numerics.marlin_reference import Sums
+    from tests.gpu.reference.marlin_reference import Sums
+    from vllm_forge.checkpoints.codecs.fp8_block import Fp8Block
 
     Margin = Callable[[str, float, float], None]
     Record = Callable[..., None]
@@ -96,7 +96,7 @@ def reference(layer: Any, weight: Fp8Block, rows: NDArray[np.float64]) -> Sums:
 
 @pytest.mark.value(10, 5)
 def test_the_kernel_is_the_one_that_the_oracle_found() -> None:
-    """docs/selection.md has it for each SKU."""
+    """docs/generated/selection.md has it for each SKU."""
     major, minor = capability()
     kernel = type(kernel_of(layer_of("wq_b", SHAPES["wq_b"]))).__name__
     assert kernel == LINEAR[f"sm_{major}{minor}"]

@@ -15,8 +15,8 @@ import pytest
 
 from tests.gpu.race.cells import DOWN, GATE_UP, Cell
 from tests.gpu.race.kit import BASE, wheel_library
-from vllm_forge.numerics.marlin_layout import bfloat16
-from vllm_forge.numerics.marlin_reference import (
+from tests.gpu.reference.marlin_layout import bfloat16
+from tests.gpu.reference.marlin_reference import (
     identity,
     margin,
     read_out,
@@ -24,7 +24,7 @@ from vllm_forge.numerics.marlin_reference import (
     spread,
     sums,
 )
-from vllm_forge.numerics.marlin_weights import (
+from tests.gpu.reference.marlin_weights import (
     FORMATS,
     NVFP4,
     W4A16,
@@ -32,8 +32,8 @@ from vllm_forge.numerics.marlin_weights import (
     Weights,
     random_weights,
 )
-from vllm_forge.numerics.planted import InResult, InWeights, in_result, in_weights
-from vllm_forge.numerics.swiglu import activated, exceeds
+from tests.gpu.reference.planted import InResult, InWeights, in_result, in_weights
+from tests.gpu.reference.swiglu import activated, exceeds
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 
 from tests.gpu.numerics.layers import nvfp4_linear, run_linear, worst
-from vllm_forge.numerics import nvfp4_activations
-from vllm_forge.numerics import nvfp4_moe_cells as cells
-from vllm_forge.numerics.marlin_layout import bfloat16
-from vllm_forge.numerics.marlin_reference import Sums
-from vllm_forge.numerics.nvfp4_moe import products
-from vllm_forge.numerics.planted import InResult, InWeights, in_result, in_weights
+from tests.gpu.reference import nvfp4_activations
+from tests.gpu.reference import nvfp4_moe_cells as cells
+from tests.gpu.reference.marlin_layout import bfloat16
+from tests.gpu.reference.marlin_reference import Sums
+from tests.gpu.reference.nvfp4_moe import products
+from tests.gpu.reference.planted import InResult, InWeights, in_result, in_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-    from vllm_forge.numerics.marlin_weights import Weights
+    from tests.gpu.reference.marlin_weights import Weights
 
     Margin = Callable[[str, float, float], None]
     Record = Callable[..., None]

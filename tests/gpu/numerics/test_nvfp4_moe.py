@@ -2,7 +2,7 @@
 
 What is run is what serves: the scheme that compressed-tensors finds, the backend that the oracle
 selects on this GPU, the weights in that kernel's layout, the modular kernel. The bound is that of
-``numerics/nvfp4_moe.py``. Which backend a SKU has: docs/selection.md.
+``numerics/nvfp4_moe.py``. Which backend a SKU has: docs/generated/selection.md.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import pytest
 
 from tests.gpu.numerics.layers import backend_of, experts_layer, run_experts, worst
 from tests.gpu.numerics.selected import EXPERTS
-from vllm_forge.numerics import nvfp4_moe_cells as cells
-from vllm_forge.numerics.nvfp4_moe import expected
-from vllm_forge.numerics.planted import InResult, InWeights, in_result, in_weights
-from vllm_forge.numerics.swiglu import exceeds
+from tests.gpu.reference import nvfp4_moe_cells as cells
+from tests.gpu.reference.nvfp4_moe import expected
+from tests.gpu.reference.planted import InResult, InWeights, in_result, in_weights
+from tests.gpu.reference.swiglu import exceeds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vllm_forge.numerics.marlin_reference import Sums
-    from vllm_forge.numerics.nvfp4_moe_cells import Cell
+    from tests.gpu.reference.marlin_reference import Sums
+    from tests.gpu.reference.nvfp4_moe_cells import Cell
 
     Margin = Callable[[str, float, float], None]
     Record = Callable[..., None]

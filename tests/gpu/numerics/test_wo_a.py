@@ -14,19 +14,20 @@ import numpy as np
 import pytest
 
 from tests.gpu.numerics.layers import accumulator, bfloat16_tensor, linear, values, worst
-from vllm_forge.numerics import fp8_block, output_projection
-from vllm_forge.numerics.marlin_layout import bfloat16
-from vllm_forge.numerics.output_projection import rotated_back
-from vllm_forge.numerics.planted import InResult, in_result
-from vllm_forge.numerics.planted_fp8 import InBlocks, in_blocks
+from tests.gpu.reference import output_projection
+from tests.gpu.reference.marlin_layout import bfloat16
+from tests.gpu.reference.output_projection import rotated_back
+from tests.gpu.reference.planted import InResult, in_result
+from tests.gpu.reference.planted_fp8 import InBlocks, in_blocks
+from vllm_forge.checkpoints.codecs import fp8_block
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-    from vllm_forge.numerics.fp8_block import Fp8Block
-    from vllm_forge.numerics.marlin_reference import Sums
+    from tests.gpu.reference.marlin_reference import Sums
+    from vllm_forge.checkpoints.codecs.fp8_block import Fp8Block
 
     Margin = Callable[[str, float, float], None]
     Record = Callable[..., None]

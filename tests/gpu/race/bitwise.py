@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tests.gpu.race import cells
-from vllm_forge.numerics.power import excluded, exclusion
+from tests.gpu.reference.power import excluded, exclusion
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tests.gpu.race.cells import Cell
     from tests.gpu.race.conftest import Bench
     from tests.gpu.race.repeat import Counts
-    from vllm_forge.numerics.marlin_weights import WeightFormat
+    from tests.gpu.reference.marlin_weights import WeightFormat
 
 MODES = ("EAGER", "GRAPH", "GRAPH_L2", "GRAPH_NOISE")
 RUNS = [

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from vllm_forge.numerics.marlin_kernel import LARGE_BATCH, SMALL_BATCH, Kernel, ThreadConfig
-from vllm_forge.numerics.marlin_reference import Routing, route, spread
-from vllm_forge.numerics.marlin_schedule import Launch, schedule
-from vllm_forge.numerics.marlin_weights import WeightFormat
+from tests.gpu.reference.marlin_kernel import LARGE_BATCH, SMALL_BATCH, Kernel, ThreadConfig
+from tests.gpu.reference.marlin_reference import Routing, route, spread
+from tests.gpu.reference.marlin_schedule import Launch, schedule
+from tests.gpu.reference.marlin_weights import WeightFormat
 
 SMALL, LARGE = SMALL_BATCH[0], LARGE_BATCH[0]  # 128 x 128 and 64 x 256
 

@@ -23,9 +23,9 @@ from tests.gpu.race import case, cells
 from tests.gpu.race.case import Case, HungError, Options, load_op, multiprocessors, wait
 from tests.gpu.race.kit import folder, native_library, wheel_library
 from tests.gpu.race.repeat import Budget, Counts, Repeater, Tools, micro_inputs, two_streams
-from vllm_forge.numerics.marlin_kernel import c_tmp_size, reduce_end
-from vllm_forge.numerics.marlin_schedule import locks_used, schedule
-from vllm_forge.numerics.marlin_weights import FORMATS, NVFP4, W4A16
+from tests.gpu.reference.marlin_kernel import c_tmp_size, reduce_end
+from tests.gpu.reference.marlin_schedule import locks_used, schedule
+from tests.gpu.reference.marlin_weights import FORMATS, NVFP4, W4A16
 
 if TYPE_CHECKING:
     from collections.abc import Callable

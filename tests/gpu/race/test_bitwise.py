@@ -12,7 +12,7 @@ import pytest
 
 from tests.gpu.race import cells
 from tests.gpu.race.bitwise import IDS, RUNS, check_repeats, fields
-from vllm_forge.numerics.marlin_weights import FORMATS, NVFP4, W4A16, WeightFormat
+from tests.gpu.reference.marlin_weights import FORMATS, NVFP4, W4A16, WeightFormat
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.gpu.race import cells
-from vllm_forge.numerics.marlin_kernel import SMALL_BATCH
-from vllm_forge.numerics.marlin_weights import FORMATS, WeightFormat
+from tests.gpu.reference.marlin_kernel import SMALL_BATCH
+from tests.gpu.reference.marlin_weights import FORMATS, WeightFormat
 
 if TYPE_CHECKING:
     from collections.abc import Callable

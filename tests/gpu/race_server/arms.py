@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from tests.gpu.harness import variants
+from tests.gpu.harness.server import Server
+from tests.gpu.models import exact_moe
+from tests.gpu.models.four_bits import INT4, NVFP4
+from tests.gpu.models.known_answers import ask_together
 from tests.gpu.race_server import stale_row
-from vllm_forge.gpu import exact_moe, variants
-from vllm_forge.gpu.four_bits import INT4, NVFP4
-from vllm_forge.gpu.known_answers import ask_together
-from vllm_forge.gpu.server import Server
 
 if TYPE_CHECKING:
-    from vllm_forge.gpu.four_bits import Scheme
-    from vllm_forge.gpu.known_answers import Answer
-    from vllm_forge.gpu.spec_metrics import Reading
+    from tests.gpu.harness.spec_metrics import Reading
+    from tests.gpu.models.four_bits import Scheme
+    from tests.gpu.models.known_answers import Answer
 
 LEVELS = (1, 2, 4, 8, 16)
 TOKENS = 1000  # per client and level
@@ -216,7 +217,7 @@ def faulty_copy(package: Path, folder: Path) -> Path:
 def patience() -> float:
     """How long a server may take to come up: what the budget leaves, if it is less."""
     # Not above: pytest must import a plugin before a conftest does.
-    from vllm_forge.gpu.plugin import DEADLINE
+    from tests.gpu.harness.plugin import DEADLINE
 
     left = float(os.environ.get(DEADLINE, "inf")) - time.time() - RESERVE_S
     return max(1.0, min(PATIENCE_S, left))

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.gpu.harness.bootlog import parse
 from tests.gpu.race_server.arms import ARMS
 from tests.gpu.race_server.verdicts import finds_planted, is_clean, judge
-from vllm_forge.gpu.bootlog import parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tests.gpu.harness.corruption import corrupted, impossible
+from tests.gpu.models import exact_moe
+from tests.gpu.models.known_answers import mid_decode, report
 from tests.gpu.race_server.arms import PLANTED
-from vllm_forge.gpu import exact_moe
-from vllm_forge.gpu.corruption import corrupted, impossible
-from vllm_forge.gpu.known_answers import mid_decode, report
-from vllm_forge.numerics.power import excluded, exclusion
+from tests.gpu.reference.power import excluded, exclusion
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tests.gpu.models.known_answers import Answer
     from tests.gpu.race_server.arms import Scores
-    from vllm_forge.gpu.known_answers import Answer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tests.gpu.conftest import MATRIX
-from vllm_forge.gpu.gate import Band, Traffic, Verdict, judge, load_bands
-from vllm_forge.gpu.suite import marker_of
-from vllm_forge.gpu.workloads import ask_all, read_prompts
+from tests.gpu.harness.gate import Band, Traffic, Verdict, judge, load_bands
+from tests.gpu.harness.workloads import ask_all, read_prompts
+from vllm_forge.receipts.suite import marker_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from vllm_forge.gpu.server import Server
-    from vllm_forge.gpu.spec_metrics import Reading
-    from vllm_forge.gpu.workloads import Reply, Workload
+    from tests.gpu.harness.server import Server
+    from tests.gpu.harness.spec_metrics import Reading
+    from tests.gpu.harness.workloads import Reply, Workload
 
 FIRST = "chat-code"  # asked where nothing is published for a SKU
 

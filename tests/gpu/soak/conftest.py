@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.gpu.conftest import TOGETHER, visible
+from tests.gpu.harness.server import Server
 from tests.gpu.race.conftest import Bench, op, tools
 from tests.gpu.soak import artifact as full
-from vllm_forge.gpu.server import Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.gpu.harness.corruption import alarms, corrupted, impossible
+from tests.gpu.harness.workloads import load_workloads
 from tests.gpu.soak.artifact import bands
-from vllm_forge.gpu.corruption import alarms, corrupted, impossible
-from vllm_forge.gpu.workloads import load_workloads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from _pytest.mark import ParameterSet
 
+    from tests.gpu.harness.gate import Band
+    from tests.gpu.harness.server import Server
+    from tests.gpu.harness.workloads import Reply
     from tests.gpu.soak.artifact import Artifact, Asked
-    from vllm_forge.gpu.gate import Band
-    from vllm_forge.gpu.server import Server
-    from vllm_forge.gpu.workloads import Reply
 
 pytestmark = [
     pytest.mark.gpu,

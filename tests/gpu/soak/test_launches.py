@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.gpu.race.bitwise import IDS, RUNS, check_repeats
-from vllm_forge.numerics.marlin_weights import FORMATS, WeightFormat
+from tests.gpu.reference.marlin_weights import FORMATS, WeightFormat
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,7 +1,7 @@
 """What the model card says of its checkpoint against what comes out: a table in the page.
 
 The claims are rows of claims.toml. Their numbers are computed from the model's config and the
-manifests, outcomes are those of docs/verdicts.json, and patches those of dispositions.toml; so a
+manifests, outcomes are those of records/verdicts.json, and patches those of dispositions.toml; so a
 row cannot say what is not so any more.
 """
 
@@ -22,11 +22,11 @@ from vllm_forge.checkpoints.inspect.remedies import COPES, read_remedies
 from vllm_forge.checkpoints.inspect.verdicts import DATA, Verdicts
 from vllm_forge.checkpoints.inventory import all_tensors, mtp_tensors
 from vllm_forge.checkpoints.measured import PAGE
-from vllm_forge.checkpoints.recipe import load_recipe
+from vllm_forge.checkpoints.quantize.recipe import load_recipe
 from vllm_forge.checkpoints.spans import DTYPE_BYTES
 from vllm_forge.errors import UsageError
 from vllm_forge.host import atomic_path
-from vllm_forge.oracle.artifacts import artifact_config
+from vllm_forge.kernels.selection.artifacts import artifact_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

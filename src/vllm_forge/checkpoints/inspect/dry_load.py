@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-import vllm_forge.oracle.inside
+import vllm_forge.kernels.selection.inside
 from vllm_forge.checkpoints.inspect.parts import Drafter
 from vllm_forge.errors import DryLoadError
 from vllm_forge.host import atomic_path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SCRIPT = Path(__file__).with_name("inside.py")
 PROGRAM = "dry_load.py"  # its name where it is mounted
-ORACLE = Path(vllm_forge.oracle.inside.__file__).parent
+ORACLE = Path(vllm_forge.kernels.selection.inside.__file__).parent
 # What serves each drafter; MTP is tried on a DSpark drafter too, to say what it does with one.
 METHODS = {
     Drafter.NONE: (),

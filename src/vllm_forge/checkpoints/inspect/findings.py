@@ -1,6 +1,6 @@
 """What an inspection finds: one record per fault, with what it does to whom, and why.
 
-``gate`` is a fault's number in the family's own lists (docs/checkpoints.md has the table).
+``gate`` is a fault's number in the family's own lists (docs/operate/checkpoints.md has the table).
 """
 
 from __future__ import annotations

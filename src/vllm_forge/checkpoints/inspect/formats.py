@@ -44,7 +44,7 @@ class Piece:
         shape: from the weight's rows and columns.
         optional: some writers leave it out.
         converted: dtypes that are not right, and that vLLM's copy turns into the right one without
-            a change of meaning (docs/checkpoints.md, verdict.KEEP).
+            a change of meaning (docs/operate/checkpoints.md, verdict.KEEP).
     """
 
     suffix: str
@@ -66,7 +66,7 @@ def _blocks(rows: int, columns: int) -> Shape:
     return (_up(rows, 128), _up(columns, 128))
 
 
-# Global scales are scalars. Lists of one element are taken too (tests/contract/
+# Global scales are scalars. Lists of one element are taken too (tests/patches/
 # test_global_scale_shape.py); the difference is reported, see gates_scales.py.
 HALF = ("BF16", "F16")
 PIECES: dict[Format, tuple[Piece, ...]] = {

@@ -127,7 +127,7 @@ def native_experts(profile: Profile) -> Iterator[Finding]:
     ``moe_quant_algo`` NVFP4 means every layer's, the draft's too, until vLLM reads in ``ignore``
     which are left in MXFP4 (models/deepseek_v41/quant_config.py `_is_nvfp4_expert_layer`: in
     0.33.0, not in 0.26.0; the releases between were not looked at). MXFP4 fits into half of NVFP4's
-    parameters, so vLLM says nothing (docs/verdicts.md, nvidia-modelopt).
+    parameters, so vLLM says nothing (docs/generated/verdicts.md, nvidia-modelopt).
     """
     if profile.quantization.get("quant_method") not in NATIVE or not profile.formats:
         return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, by_scope, some
 from vllm_forge.checkpoints.inspect.formats import PIECES, Format, Wanted, stored_as
-from vllm_forge.checkpoints.inspect.seen import plain_name
+from vllm_forge.checkpoints.inspect.snapshot import plain_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

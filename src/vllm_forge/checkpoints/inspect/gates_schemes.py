@@ -80,7 +80,7 @@ def _repacked_wo_a(profile: Profile) -> Iterator[Finding]:
     0.33.0; FlashMLA's and FlashInfer's attention all end there). Humming and Marlin have left int32
     words of two dimensions in it, where DeepGEMM's fp8_einsum wants FP8 codes of three. Since
     0.30.0 what is not FP8 is taken for BF16 there, so torch.bmm gets them instead.
-    tests/contract/test_repacked_wo_a.py has this of each line.
+    tests/patches/test_repacked_wo_a.py has this of each line.
     """
     groups, ignore = read_groups(profile.quantization), ignore_rules(profile)
     if not all(is_rule(rule) for rule in (*ignore, *(t for g in groups for t in g.targets))):

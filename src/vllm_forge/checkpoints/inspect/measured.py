@@ -1,4 +1,4 @@
-"""What benchmarks/inspect_checkpoint.py measured, as a table in docs/checkpoints.md."""
+"""What benchmarks/inspect_checkpoint.py measured, as a table in docs/operate/checkpoints.md."""
 
 from __future__ import annotations
 

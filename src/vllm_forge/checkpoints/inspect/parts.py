@@ -112,7 +112,7 @@ def alias_tensors(config: Mapping[str, Any]) -> Iterator[Expected]:
     """Copies of embedding and head below ``mtp.0``, which some artifacts have.
 
     vLLM gives the draft model the target's own modules after loading
-    (tests/contract/test_draft_shares_embeddings.py), so they are optional.
+    (tests/patches/test_draft_shares_embeddings.py), so they are optional.
     """
     shape = (config["vocab_size"], config["hidden_size"])
     for name in ("mtp.0.emb.tok_emb.weight", "mtp.0.head.weight"):

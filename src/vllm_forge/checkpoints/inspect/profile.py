@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.config_check import config_problems
-from vllm_forge.checkpoints.inspect.bounded import require_an_end
 from vllm_forge.checkpoints.inspect.config_forms import quantization_of
 from vllm_forge.checkpoints.inspect.formats import Format, recognize, split
 from vllm_forge.checkpoints.inspect.matching import asked_names, read_groups
@@ -21,6 +20,7 @@ from vllm_forge.checkpoints.inspect.parts import (
     main_tensors,
     part_of,
 )
+from vllm_forge.checkpoints.inspect.regex_limits import require_an_end
 from vllm_forge.checkpoints.inventory import MODEL_TYPE, Expected
 from vllm_forge.errors import CheckpointUnreadableError
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vllm_forge.checkpoints.inspect.header import Entry
-    from vllm_forge.checkpoints.inspect.seen import Seen
+    from vllm_forge.checkpoints.inspect.snapshot import Seen
 
 SHOWN = 5
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from vllm_forge.checkpoints.codecs import fp8_block, int4, mxfp4, nvfp4
+from vllm_forge.checkpoints.codecs.small_floats import e8m0_decode
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, some
 from vllm_forge.checkpoints.inspect.formats import Format, split, stored_as
 from vllm_forge.checkpoints.inspect.parts import DRAFT, Part, part_of
 from vllm_forge.checkpoints.inventory import Expected
-from vllm_forge.numerics import fp8_block, int4, mxfp4, nvfp4
-from vllm_forge.numerics.small_floats import e8m0_decode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,10 +13,10 @@ from vllm_forge.errors import CheckpointDepartsError, CheckpointRefusedError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from vllm_forge.checkpoints.fixtures.variants import Variant
     from vllm_forge.checkpoints.inspect.inspection import Report
-    from vllm_forge.checkpoints.variants import Variant
 
-DATA, PAGE = "docs/verdicts.json", "docs/verdicts.md"
+DATA, PAGE = "records/verdicts.json", "docs/generated/verdicts.md"
 HEAD = """# Verdicts on the tiny checkpoints
 
 Made by `nox -s verdicts` from [verdicts.json](verdicts.json). Each line's own vLLM, patched as its
@@ -125,7 +125,7 @@ def exit_code(report: Report, line: str, *, without_mtp: bool = False) -> int:
 
 
 def page(verdicts: Verdicts) -> str:
-    """docs/verdicts.md."""
+    """docs/generated/verdicts.md."""
     return HEAD.format(device=verdicts.device) + "\n".join(_lines(verdicts)) + "\n"
 
 

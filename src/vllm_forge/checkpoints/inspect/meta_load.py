@@ -1,0 +1,253 @@
+"""Loads checkpoints without their data, by the code of the vLLM around it; no network, no GPU.
+
+vLLM builds its model from the checkpoint's config.json and loads tensors of the right names,
+shapes and dtypes that hold nothing (torch's meta device). So what is observed is its own matcher,
+its own loader and its own parameters. A dispatch mode hears every copy into a parameter: which
+tensor it came from, how many elements it filled, and whether dtypes were converted.
+
+Runs beside the package ``inside`` (vllm_forge.kernels.selection.inside), which declares the GPU and builds
+the models; standard library, torch and vLLM apart from that. Reads request.json beside it, prints
+one JSON object as its last line and exits 0 if it could run at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import tempfile
+import traceback
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+HERE = Path(__file__).parent
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
+    "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "F4": "float4_e2m1fn_x2",
+}  # fmt: skip
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+ARGUMENTS = ("--kv-cache-dtype=fp8", "--max-model-len=4096", "--load-format=dummy")
+DRAFT = ("mtp.", "model.mtp.")
+WRITES = {"aten.copy_.default", "aten.fill_.Scalar", "aten.fill_.Tensor", "aten.zero_.default"}
+COPY = "aten.copy_.default"
+MOST_ROWS = 40
+
+Facts = dict[str, Any]
+Row = tuple[str, str, list[int]]
+
+
+def main() -> None:
+    """Answer for every case of the request, each in a child that has vLLM imported already."""
+    asked = json.loads((HERE / "request.json").read_text())
+    oracle = importlib.import_module("inside.main")
+    driver = importlib.import_module("inside.driver")
+    declared = importlib.import_module("inside.device").Declared
+    os.environ |= oracle.ALWAYS
+    with tempfile.TemporaryDirectory() as folder:
+        driver.build_stubs(Path(folder))
+        declared(Path(folder)).declare(driver.Device(**asked["device"]))
+        for name in (*oracle.MODULES, *asked.get("modules", ())):
+            importlib.import_module(name)
+        registry: Any = importlib.import_module("vllm.model_executor.models.registry")
+        # vLLM looks at a model's class in a fresh process, for CUDA's sake.
+        registry._run_in_subprocess = lambda function: function()
+        answers = {case["name"]: _in_child(case, Path(folder)) for case in asked["cases"]}
+    version = importlib.import_module("vllm").__version__
+    print("\n" + json.dumps({"vllm": version, "cases": answers}), flush=True)
+    os._exit(0)  # tearing torch down takes seconds and tells nothing
+
+
+def _in_child(case: Facts, folder: Path) -> Facts:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        try:
+            answer = _answer(case, folder / case["name"])
+        except Exception:  # noqa: BLE001 - our own fault: the host is told, as no verdict
+            answer = {"fault": traceback.format_exc(limit=-4)}
+        with os.fdopen(writer, "w") as out:
+            json.dump(answer, out)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        text = pipe.read()
+    os.waitpid(pid, 0)
+    return json.loads(text) if text else {"fault": "the process died"}
+
+
+def _answer(case: Facts, folder: Path) -> Facts:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(case["config"]))
+    rows: list[Row] = json.loads((HERE / case["tensors"]).read_text())
+    target, _ = _build(folder, None)
+    answer: Facts = {"target": _load(target, rows, draft=False), "drafts": {}}
+    for method in case["methods"]:
+        _, draft = _build(folder, method)
+        answer["drafts"][method] = _load(draft, rows, draft=True)
+    return answer
+
+
+class _Refused:
+    """Stands for a model that vLLM did not build; says why."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+
+def _build(folder: Path, method: str | None) -> tuple[Any, Any]:
+    """The model and, for a speculative method, the draft model, as vLLM builds them."""
+    serving = importlib.import_module("inside.serving")
+    building = importlib.import_module("inside.building")
+    arguments = list(ARGUMENTS)
+    if method is not None:
+        tokens = _block_size(folder) if method == "dspark" else 1
+        wanted = {"method": method, "num_speculative_tokens": tokens}
+        arguments.append(f"--speculative-config={json.dumps(wanted)}")
+    log = serving.attach_log()
+    try:
+        config = serving.make_config(str(folder), arguments)
+    except serving.Refusal as refusal:
+        refused = _Refused(str(refusal))
+        return refused, refused
+    with importlib.import_module("vllm.config").set_current_vllm_config(config):
+        built = building.build(config, log)
+    why = _Refused(str(built.refused))
+    for model in (built.model, built.draft):
+        if model is not None:
+            # What the loaders ask the current config for is the one the model was built with.
+            object.__setattr__(model, "_forge_config", config)
+    return built.model or why, built.draft or why
+
+
+def _block_size(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text())
+    return int(config.get("dspark_block_size") or 1)
+
+
+def _load(model: Any, rows: list[Row], *, draft: bool) -> Facts:
+    """Let the model load the tensors; what it did with them."""
+    if isinstance(model, _Refused):
+        return {"error": {"tensor": None, "message": model.message}}
+    recorder = _recorder()
+    error = None
+    current = importlib.import_module("vllm.config").set_current_vllm_config
+    config = object.__getattribute__(model, "_forge_config")
+    with current(config), contextlib.ExitStack() as stack:
+        stack.enter_context(recorder)
+        try:
+            model.load_weights(_tensors(rows, recorder))
+        except Exception as raised:  # noqa: BLE001 - whatever a loader raises is the answer
+            message = importlib.import_module("inside.serving").explain(raised)
+            error = {"tensor": recorder.name, "message": message}
+    return {
+        "error": error,
+        "parameters": sum(1 for _ in model.named_parameters()),
+        "read": len(recorder.read),
+        "short": [] if error else _short(model, recorder),
+        "casts": recorder.casts(),
+        "unread": [] if error else _unread(rows, recorder, draft=draft),
+        "modules": _modules(model),
+    }
+
+
+def _tensors(rows: Iterable[Row], recorder: Any) -> Iterator[tuple[str, Any]]:
+    torch = importlib.import_module("torch")
+    for name, dtype, shape in rows:
+        tensor = torch.empty(shape, dtype=getattr(torch, DTYPES[dtype]), device="meta")
+        recorder.name = name
+        yield name, tensor
+    recorder.name = None
+
+
+def _recorder() -> Any:
+    """A dispatch mode; its class needs torch, which the host may not have."""
+    torch = importlib.import_module("torch")
+    modes: Any = importlib.import_module("torch.utils._python_dispatch")
+
+    class Recorder(modes.TorchDispatchMode):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.name: str | None = None
+            self.filled: Counter[int] = Counter()
+            self.read: set[str] = set()
+            self.seen: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if str(func) in WRITES and self.name is not None:
+                to = args[0]
+                self.filled[to.untyped_storage()._cdata] += to.numel()
+                if str(func) == COPY:
+                    self.read.add(self.name)
+                    kind = (_name(args[1].dtype), _name(to.dtype), self.name.rpartition(".")[2])
+                    self.seen[kind].append(self.name)
+            return func(*args, **(kwargs or {}))
+
+        def casts(self) -> list[Facts]:
+            """Copies that converted: from, to, how often, one tensor; per suffix of the name."""
+            return [
+                {"from": source, "to": to, "count": len(names), "example": names[0]}
+                for (source, to, _), names in sorted(self.seen.items())
+                if source != to
+            ]
+
+    del torch
+    return Recorder()
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _short(model: Any, recorder: Any) -> list[Facts]:
+    """Parameters of which not every element was written, alike ones in one row."""
+    rows: dict[tuple[str, int, int], list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        filled = recorder.filled[parameter.untyped_storage()._cdata]
+        if filled < parameter.numel():
+            rows[NUMBER.sub("N", name), filled, parameter.numel()].append(name)
+    return [
+        {"parameter": names[0], "count": len(names), "filled": filled, "of": of}
+        for (_, filled, of), names in list(rows.items())[:MOST_ROWS]
+    ]
+
+
+def _unread(rows: Iterable[Row], recorder: Any, *, draft: bool) -> list[Facts]:
+    """Tensors of this model that nothing was copied from."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, _, _ in rows:
+        if name not in recorder.read and name.startswith(DRAFT) == draft:
+            groups[NUMBER.sub("N", name)].append(name)
+    return [
+        {"tensor": names[0], "count": len(names)} for names in list(groups.values())[:MOST_ROWS]
+    ]
+
+
+def _modules(model: Any) -> list[Facts]:
+    """What vLLM made of every layer that can be quantized: its method, and its scheme."""
+    rows: Counter[tuple[str, str, str]] = Counter()
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if method is None or not hasattr(method, "create_weights"):
+            continue
+        scheme = getattr(module, "scheme", None)
+        kinds = (type(method).__name__, "" if scheme is None else type(scheme).__name__)
+        rows[(NUMBER.sub("N", name), *kinds)] += 1
+    return [
+        {"module": module, "method": method, "scheme": scheme, "count": count}
+        for (module, method, scheme), count in rows.items()
+    ]
+
+
+if __name__ == "__main__":
+    main()

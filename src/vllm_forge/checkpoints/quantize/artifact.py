@@ -1,0 +1,181 @@
+"""What makes a folder of tensors an artifact: checks of what the tools made, config, manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm_forge.checkpoints.quantize.source import alias_names
+from vllm_forge.checkpoints.shards import CONFIG, INDEX, read_shard, write_index
+from vllm_forge.checkpoints.spans import DTYPE_BYTES
+from vllm_forge.errors import QuantizedOutputError
+from vllm_forge.host import atomic_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from vllm_forge.checkpoints.quantize.job import Job
+    from vllm_forge.checkpoints.quantize.recipe import Recipe
+    from vllm_forge.checkpoints.quantize.work import Work
+    from vllm_forge.checkpoints.shards import Checkpoint, Item, Stored, Written
+
+MANIFEST = "manifest.json"
+RECIPE = "recipe.yaml"
+# What compressed-tensors stores of a weight, by its name of the format: suffix -> dtype.
+LEAVES: dict[str, dict[str, str]] = {
+    "float-quantized": {"weight": "F8_E4M3", "weight_scale": "F32"},
+    "nvfp4-pack-quantized": {
+        "weight_packed": "U8",
+        "weight_scale": "F8_E4M3",
+        "weight_global_scale": "F32",
+        "input_global_scale": "F32",
+    },
+    "pack-quantized": {"weight_packed": "I32", "weight_scale": "BF16", "weight_shape": "I64"},
+}
+SCALES = ("weight_scale", "weight_global_scale", "input_global_scale")
+# vLLM takes w1's for both, with a warning at most (0.26.0, compressed_tensors_moe_w4a4_nvfp4.py).
+SHARED = ("weight_global_scale", "input_global_scale")
+F8_NOT_A_NUMBER = 0x7F
+# Not part of a quantized artifact: other weights, and what describes the source as a repository.
+LEFT_OUT = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".md"}
+
+
+def check_layer(made: Sequence[Item], stored: Mapping[str, Stored], recipe: Recipe) -> None:
+    """Compare what the tools made of a layer with what the recipe says.
+
+    Args:
+        made: the quantized modules' tensors, in upstream naming.
+        stored: the layer's tensors in the model.
+        recipe: says what must be quantized.
+
+    Raises:
+        QuantizedOutputError: a tensor is missing, or unknown, or of another dtype; a scale is zero
+            or not finite; w1 and w3 of an expert have different global scales.
+    """
+    expected = {}
+    for name in stored:
+        if (group := recipe.group_of(name)) is not None:
+            module = name.removesuffix(".weight")
+            expected.update({f"{module}.{leaf}": d for leaf, d in LEAVES[group.format].items()})
+    found = {item.name: item.dtype for item in made}
+    if wrong := sorted(expected.items() ^ found.items()):
+        name, dtype = wrong[0]
+        raise QuantizedOutputError(
+            f"{len(wrong)} tensors are not as the recipe says, e.g. {name}: "
+            f"{found.get(name, 'nothing')} instead of {expected.get(name, f'nothing ({dtype})')}",
+            remedy="the tools' versions are those of docker/locks/quantize.txt? then this is a bug",
+        )
+    for problem in (*_bad_scales(made), *_unshared(made)):
+        raise QuantizedOutputError(problem, remedy="look at the model's weights in that place")
+
+
+def _bad_scales(made: Sequence[Item]) -> Iterator[str]:
+    for item in made:
+        if item.name.rpartition(".")[2] not in SCALES:
+            continue
+        data = b"".join(item.chunks())
+        match item.dtype:
+            case "F8_E4M3":
+                codes = np.frombuffer(data, np.uint8)
+                good = (codes > 0) & (codes < F8_NOT_A_NUMBER)
+            case "BF16":
+                wide = np.frombuffer(data, "<u2").astype("<u4") << 16
+                values = wide.view("<f4")
+                good = np.isfinite(values) & (values > 0)
+            case _:
+                values = np.frombuffer(data, "<f4")
+                good = np.isfinite(values) & (values > 0)
+        if not good.all():
+            yield f"{item.name}: {(~good).sum()} scales are zero, negative or not finite"
+
+
+def _unshared(made: Sequence[Item]) -> Iterator[str]:
+    scales = {
+        item.name: b"".join(item.chunks())
+        for item in made
+        if item.name.rpartition(".")[2] in SHARED
+    }
+    for name, data in scales.items():
+        other = name.replace(".w1.", ".w3.")
+        if other != name and scales[other] != data:
+            yield f"{name} is not {other}"
+
+
+def check_passed(path: Path, written: Sequence[Written], source: Checkpoint) -> None:
+    """Read a file of passed-through tensors back and compare with the model, byte for byte.
+
+    Raises:
+        QuantizedOutputError: they differ.
+    """
+    aliases = alias_names(source)
+    for tensor, row in zip(read_shard(path), sorted(written, key=_order), strict=True):
+        origin = source.tensors[aliases.get(tensor.name, tensor.name)]
+        if not (tensor.name == row.name and _sha256(tensor) == row.sha256 == _sha256(origin)):
+            raise QuantizedOutputError(
+                f"{tensor.name} is not the model's",
+                where=str(path),
+                remedy="disk or memory are at fault, or the model was changed meanwhile",
+            )
+
+
+def _order(row: Written) -> tuple[int, str]:
+    return (-DTYPE_BYTES[row.dtype], row.name)
+
+
+def _sha256(tensor: Stored) -> str:
+    digest = hashlib.sha256()
+    for chunk in tensor.chunks():
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def finish_artifact(work: Work, names: Sequence[str], job: Job) -> None:
+    """Write index, config.json, recipe.yaml and manifest.json; copy tokenizer and other files."""
+    folder, source, recipe = work.artifact, job.source, job.recipe
+    written = {name: work.written(name) for name in names}
+    rows = [row for file in written.values() for row in file]
+    total = sum(math.prod(row.shape) * DTYPE_BYTES[row.dtype] for row in rows)
+    write_index(folder, {name: [r.name for r in file] for name, file in written.items()}, total)
+    ignore = recipe.recipe.ignored(source.config)
+    config = {**source.config, "quantization_config": job.engine.quantization_config(ignore)}
+    _write(folder / CONFIG, _json(config))
+    _write(folder / RECIPE, job.engine.recipe_yaml())
+    for path in sorted(source.folder.iterdir()):
+        kept = path.suffix not in LEFT_OUT and path.name not in {CONFIG, INDEX, MANIFEST, RECIPE}
+        if kept and path.is_file() and not path.name.startswith("."):
+            with atomic_path(folder / path.name) as aside:
+                shutil.copyfile(path, aside)
+    manifest = {
+        "made_by": "vllm-forge quantize",
+        "recipe": {"name": recipe.name, **recipe.recipe.model_dump(mode="json")},
+        "calibration": job.calibration.record(),
+        "tools": job.engine.versions,
+        "tensors": {
+            row.name: {"file": name, **_without_name(row)}
+            for name, file in written.items()
+            for row in file
+        },
+    }
+    _write(folder / MANIFEST, _json(manifest))
+
+
+def _without_name(row: Written) -> dict[str, Any]:
+    fields = asdict(row)
+    del fields["name"]
+    return {**fields, "shape": list(row.shape)}
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_path(path) as aside:
+        aside.write_text(text, encoding="utf-8")

@@ -1,0 +1,260 @@
+"""One decoder layer through llm-compressor: real weights in, compressed tensors out.
+
+What ``llmcompressor.oneshot`` does to a whole model, done to one layer: its session, its
+QuantizationModifier, its basic pipeline, its linearized experts; and compressed-tensors' own
+compressors for the bytes. QuantizationModifier only chooses scales: the forward pass that
+calibrates a layer is the unquantized one, and its output is the next layer's input
+(llmcompressor 0.14.0.1, pipelines/basic/pipeline.py: DisableQuantization). So a layer at a time
+gives the very tensors of the whole model at once; tests/checkpoints/test_oneshot.py compares.
+
+Needs the environment of docker/locks/quantize.txt.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+from contextlib import contextmanager, redirect_stderr
+from typing import TYPE_CHECKING, Any
+
+import compressed_tensors
+import llmcompressor
+import torch
+import transformers
+from compressed_tensors.compressors.base import compress_module
+from compressed_tensors.quantization import (
+    QuantizationConfig,
+    QuantizationScheme,
+    preset_name_to_scheme,
+)
+from compressed_tensors.quantization.utils import is_module_quantized
+from llmcompressor.core import create_session
+from llmcompressor.modeling.moe.context import moe_calibration_context
+from llmcompressor.modeling.moe.conversion_mappings import get_linearize_load_mappings
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.pipelines.basic import BasicPipeline
+from llmcompressor.recipe import Recipe as CompressorRecipe
+from loguru import logger
+from transformers import DeepseekV4Config
+from transformers.core_model_loading import rename_source_key
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
+
+from vllm_forge.checkpoints.inventory import MODEL_TYPE
+from vllm_forge.checkpoints.quantize.calibration import AUTO
+from vllm_forge.checkpoints.quantize.hidden_states import Hidden
+from vllm_forge.checkpoints.quantize.one_layer import (
+    DTYPES,
+    Batches,
+    OneLayer,
+    load_tensor,
+    tensor_bytes,
+)
+from vllm_forge.checkpoints.shards import Item
+from vllm_forge.errors import QuantizedOutputError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from vllm_forge.checkpoints.quantize.recipe import Group, Recipe
+    from vllm_forge.checkpoints.shards import Stored
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MIXED = "mixed-precision"
+# Said of a scale that nothing was observed for (llmcompressor, quantization/calibration.py).
+UNOBSERVED = "without statistics"
+
+
+def pick_device(choice: str) -> str:
+    """Torch's name of the device: the first GPU, or the CPU, where the choice is ``auto``.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    if choice == AUTO:
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=choice).cpu()  # "meta" has no numbers to give back
+    except (RuntimeError, AssertionError) as error:  # unknown, not there, or not built for it
+        raise UsageError(
+            f"--device {choice}: {str(error).splitlines()[0]}",
+            remedy="name one that torch finds on this host, e.g. cpu or cuda:0",
+        ) from None
+    return choice
+
+
+class LayerQuantizer:
+    """Quantizes the layers of one model by one recipe.
+
+    Args:
+        config: the model's config.json.
+        recipe: what to quantize, and how.
+        device: torch's name of where to compute.
+    """
+
+    def __init__(self, config: Mapping[str, Any], recipe: Recipe, device: str) -> None:
+        logger.remove()  # llm-compressor's own printing; what matters of it is raised here
+        # A copy: it writes into the rope_scaling that it is given. eager: the only attention that
+        # deepseek_v4 has in transformers.
+        self.config = DeepseekV4Config(**copy.deepcopy(dict(config)))
+        self.config._attn_implementation = "eager"
+        self.config.dtype = torch.bfloat16
+        self.recipe = recipe
+        self.device = torch.device(device)
+        self.rotary = modeling.DeepseekV4RotaryEmbedding(self.config).to(self.device)
+        _, self.renamings, _ = get_linearize_load_mappings(MODEL_TYPE)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What the result depends on beside the inputs."""
+        modules = (compressed_tensors, llmcompressor, torch, transformers)
+        return {module.__name__: module.__version__ for module in modules} | {
+            "device": self.device.type,
+            "threads": str(torch.get_num_threads()),
+        }
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether a scale is calibrated; without one, no forward pass is needed."""
+        return bool(self._modifier().requires_calibration_data)
+
+    def recipe_yaml(self) -> str:
+        """The recipe as llm-compressor writes it."""
+        return str(CompressorRecipe.from_modifiers([self._modifier()]).yaml())
+
+    def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
+        """``quantization_config`` of config.json, with vLLM's module names."""
+        groups = {
+            f"group_{number}": scheme_of(group, group.serve)
+            for number, group in enumerate(self.recipe.group)
+        }
+        config = QuantizationConfig(
+            config_groups=groups,
+            ignore=list(ignore),
+            format=MIXED,
+            quantization_status="compressed",
+        )
+        return {
+            "quant_method": "compressed-tensors",
+            "version": compressed_tensors.__version__,
+            **config.model_dump(mode="json", exclude={"quant_method"}),
+            "scale_fmt": self.recipe.scale_fmt,
+        }
+
+    def embed(self, weight: Stored, tokens: Sequence[Sequence[int]], path: Path) -> None:
+        """Write the first layer's input: each token's embedding, once per stream."""
+        table = load_tensor(weight)
+        with Hidden.write(path, tokens, self._token_bytes) as sink:
+            for row in tokens:
+                embedded = table[torch.tensor([list(row)])]
+                streams = embedded.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
+                sink(tensor_bytes(streams))
+
+    def layer(
+        self,
+        index: int,
+        weights: Mapping[str, Stored],
+        tokens: Sequence[Sequence[int]],
+        source: Path,
+        target: Path,
+    ) -> list[Item]:
+        """Quantize layer ``index``.
+
+        Args:
+            index: of the layer.
+            weights: all its tensors by upstream name.
+            tokens: ids per sample.
+            source: hidden states that go in, made by ``embed`` or by the layer before.
+            target: where those that come out go; appears when all of them are there.
+
+        Returns:
+            The tensors of each quantized module, in upstream naming.
+
+        Raises:
+            QuantizedOutputError: llm-compressor did not calibrate what the recipe names.
+        """
+        model = OneLayer(self.config, index, self.rotary)
+        names = self._fill(model, weights)
+        with Hidden.write(target, tokens, self._token_bytes) as sink:
+            model.sink = sink
+            batches = Batches(Hidden(source, tokens, self._token_bytes), self.config)
+            self._calibrate(model.to(self.device), batches)
+        return list(self._compressed(model, names))
+
+    @property
+    def _token_bytes(self) -> int:
+        return int(self.config.hc_mult * self.config.hidden_size * torch.bfloat16.itemsize)
+
+    def _modifier(self) -> QuantizationModifier:
+        return QuantizationModifier(
+            config_groups={
+                f"group_{number}": scheme_of(group, group.calibrate)
+                for number, group in enumerate(self.recipe.group)
+            },
+            ignore=[],
+        )
+
+    def _fill(self, model: OneLayer, weights: Mapping[str, Stored]) -> dict[str, str]:
+        """Load the weights; return upstream module name by transformers' module name."""
+        state, names = {}, {}
+        for name, stored in weights.items():
+            renamed = f"model.{rename_source_key(name, self.renamings, [])[0]}"
+            state[renamed] = load_tensor(stored)
+            names[renamed.removesuffix(".weight")] = name.removesuffix(".weight")
+        model.load_state_dict(state, strict=True, assign=True)
+        return names
+
+    def _calibrate(self, model: OneLayer, batches: Batches) -> None:
+        with _warnings() as said, create_session() as session, moe_calibration_context():
+            with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+                recipe = CompressorRecipe.from_modifiers([self._modifier()])
+                session.initialize(model=model, recipe=recipe, start=-1)
+            BasicPipeline()(model, batches, None)
+            session.finalize()
+        if unobserved := [text for text in said if UNOBSERVED in text]:
+            raise QuantizedOutputError(
+                f"{len(unobserved)} scales were not calibrated: {unobserved[0]}",
+                where=f"layer {model.index}",
+            )
+
+    def _compressed(self, model: OneLayer, names: Mapping[str, str]) -> Iterator[Item]:
+        for name, module in model.named_modules():
+            if not is_module_quantized(module):
+                continue
+            compress_module(module)
+            for leaf, value in module.state_dict().items():
+                yield _item(f"{names[name]}.{leaf}", value)
+
+
+def scheme_of(group: Group, targets: Sequence[str]) -> QuantizationScheme:
+    """A group's scheme, for the modules that ``targets`` match."""
+    scheme = preset_name_to_scheme(group.scheme, list(targets))
+    # Said, because inferring it takes only torch's own Linear (compressed-tensors 0.19.0,
+    # compressors/base.py: COMPRESSIBLE_MODULE_TYPES), and wo_a is a subclass of it.
+    return scheme.model_copy(update={"format": group.format})
+
+
+def _item(name: str, value: torch.Tensor) -> Item:
+    """The tensor in the form that vLLM takes: scalar global scales, FP32 block scales."""
+    if name.endswith("_global_scale"):
+        value = value.squeeze()  # compressed-tensors writes (1,)
+    if name.endswith(".weight_scale") and re.search(r"\.attn\.\w+\.weight_scale$", name):
+        value = value.float()  # exact
+    return Item(
+        name=name,
+        dtype=NAMES[value.dtype],
+        shape=tuple(value.shape),
+        chunks=lambda: (tensor_bytes(value),),
+    )
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What llm-compressor warns of meanwhile."""
+    said: list[str] = []
+    handle = logger.add(lambda message: said.append(str(message)), level="WARNING")
+    try:
+        yield said
+    finally:
+        logger.remove(handle)

@@ -1,0 +1,309 @@
+"""From a BF16 DeepSeek-V4 to an artifact that vLLM serves, one file at a time.
+
+Every tensor that the recipe does not name keeps its bytes: it never becomes a number here. What
+``mtp.*`` is to transformers (nothing, it drops them) therefore does not matter. Tensors that the
+recipe names go through llm-compressor, a layer at a time: see calibrate.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from vllm_forge.checkpoints.inventory import layer_tensors, shared_tensors
+from vllm_forge.checkpoints.quantize.artifact import check_layer, check_passed, finish_artifact
+from vllm_forge.checkpoints.quantize.source import alias_names
+from vllm_forge.checkpoints.quantize.work import Work
+from vllm_forge.checkpoints.shards import copy_of
+from vllm_forge.errors import DiskSpaceError, ModelInputError, UsageError
+from vllm_forge.host import console, exclusive, remove, require_disk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from vllm_forge.checkpoints.quantize.job import Job
+    from vllm_forge.checkpoints.quantize.recipe import NamedRecipe, Recipe
+    from vllm_forge.checkpoints.shards import Checkpoint
+
+MAX_PASSED = 5_000_000_000  # bytes of passed-through tensors per file
+STREAM_BYTES = 2  # of one hidden value
+GB = 10**9
+SHOWN = 200  # characters of a path
+MINUTE_S, SECONDS_SHOWN_S, MINUTES_SHOWN = 60, 90, 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One file of the artifact.
+
+    Attributes:
+        name: its file name.
+        tensors: names in the model.
+        aliases: further names -> whose bytes.
+        layer: number of the decoder layer that it holds; None where all passes through.
+        size: bytes of ``tensors`` in the model.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    aliases: dict[str, str]
+    layer: int | None
+    size: int
+
+
+def quantize(job: Job, output: Path) -> bool:
+    """Quantize the job's model into the folder ``output``.
+
+    Ended at any moment and started again, it goes on after the last finished file, and the
+    output has the same bytes.
+
+    Returns:
+        False when an earlier run has finished, and only its work folder was left.
+
+    Raises:
+        DiskSpaceError: before anything is written, or later if others have filled the disk.
+        ResumeError, UsageError: see Work.begin and check_output.
+        QuantizedOutputError: the tools made something else than the recipe says.
+        BusyError: another process writes this output.
+    """
+    check_output(job.source.folder, output)
+    work = Work.beside(output)
+    parts = plan_parts(job.source)
+    lock = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
+    with exclusive(f"quantize-{lock}", wait=False), _disk_errors(work.folder):
+        if not work.folder.exists():
+            require_disk({output.parent: disk_needed(job, parts)})
+        if not work.begin(_plan(job)):
+            return False
+        clock = Clock(sum(part.size for part in parts))
+        for part in parts:
+            fresh = not work.done(part.name)
+            if fresh:
+                _make(work, part, job)
+            clock.tick(part, fresh=fresh)
+        finish_artifact(work, [part.name for part in parts], job)
+        work.finish()
+    return True
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """What the file system refuses is told, and not how Python met it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise DiskSpaceError(
+                f"{error.strerror}: the run was ended",
+                where=str(folder),
+                remedy="free some space and give the same command again: finished files are kept",
+            ) from None
+        raise UsageError(
+            f"cannot write: {error.strerror}",
+            where=str(error.filename or folder),
+            remedy="choose an --output that can be written",
+        ) from None
+
+
+def plan_parts(source: Checkpoint) -> list[Part]:
+    """The files of the artifact: what layers share, each layer, the MTP blocks."""
+    config = source.config
+    shared = [tensor.name for tensor in shared_tensors(config)]
+    layers = [
+        [tensor.name for tensor in layer_tensors(config, index)]
+        for index in range(config["num_hidden_layers"])
+    ]
+    taken = {*shared, *(name for layer in layers for name in layer)}
+    groups: list[tuple[list[str], int | None]] = [(shared, None)]
+    groups += [(names, index) for index, names in enumerate(layers)]
+    drafts = _split([name for name in source.tensors if name not in taken], source)
+    groups += [(names, None) for names in drafts]
+    parts = [
+        Part(
+            name=f"model-{number:05}-of-{len(groups):05}.safetensors",
+            tensors=tuple(names),
+            aliases={},
+            layer=layer,
+            size=sum(source.tensors[name].size for name in names),
+        )
+        for number, (names, layer) in enumerate(groups, 1)
+    ]
+    if drafts:
+        parts[-1] = replace(parts[-1], aliases=alias_names(source))
+    return parts
+
+
+def disk_needed(job: Job, parts: Sequence[Part]) -> int:
+    """Bytes on disk at the most: the artifact, counted generously, and two sets of states."""
+    tokens = sum(len(row) for row in job.calibration.tokens)
+    return artifact_bytes(job.source, job.recipe.recipe, parts) + states_bytes(job.source, tokens)
+
+
+def artifact_bytes(source: Checkpoint, recipe: Recipe, parts: Sequence[Part]) -> int:
+    """Bytes of the artifact at the most: one per quantized weight, the scales included."""
+    size = 0
+    for part in parts:
+        for name in (*part.tensors, *part.aliases.values()):
+            tensor = source.tensors[name]
+            quantized = recipe.group_of(name) is not None
+            size += math.prod(tensor.shape) if quantized else tensor.size
+    return size
+
+
+def states_bytes(source: Checkpoint, tokens: int) -> int:
+    """Bytes of what goes into a layer and of what comes out, for so many tokens."""
+    width = source.config["hc_mult"] * source.config["hidden_size"] * STREAM_BYTES
+    return int(2 * width * tokens)
+
+
+def forecast(source: Checkpoint, recipe: NamedRecipe) -> str:
+    """What a run would do, in words; nothing is written and no tool is needed."""
+    parts, rules = plan_parts(source), recipe.recipe
+    counts = Counter(
+        group.scheme if (group := rules.group_of(name)) else "as it is"
+        for part in parts
+        for name in part.tensors
+    )
+    drafts = sum(name.startswith("mtp.") for part in parts for name in part.tensors)
+    disk = artifact_bytes(source, rules, parts) + states_bytes(source, rules.samples * rules.tokens)
+    largest = max(part.size for part in parts if part.layer is not None)
+    return "\n".join(
+        [
+            f"recipe {recipe.name}: {rules.about}",
+            "tensors: "
+            + ", ".join(f"{count} {what}" for what, count in counts.most_common())
+            + f"; {drafts} of mtp.* among the last",
+            f"model: {sum(part.size for part in parts) / GB:.2f} GB; the largest layer, which is "
+            f"what memory holds beside the tools, {largest / GB:.2f} GB",
+            f"files: {len(parts)} shards; disk, at the most: {disk / GB:.2f} GB",
+        ]
+    )
+
+
+def check_output(source: Path, output: Path) -> None:
+    """Refuse an output that is taken, or that would lie in the model, before any tool is needed.
+
+    Raises:
+        UsageError: one folder would be inside the other, or no folder can be there.
+        ResumeError: the output exists, and no run was ended just after it made it.
+    """
+    try:
+        here, there = source.resolve(), output.resolve()
+        above = next((folder for folder in (there, *there.parents) if folder.exists()), there)
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, links in a circle
+        raise UsageError(
+            f"--output is no path that can be made: {getattr(error, 'strerror', None) or error}",
+            where=str(output)[:SHOWN],
+        ) from None
+    if here == there or here in there.parents or there in here.parents:
+        raise UsageError(
+            "--output and --model are folders in each other",
+            where=str(output),
+            remedy="choose an --output beside the model",
+        )
+    if above != there and not above.is_dir():
+        raise UsageError("--output lies in what is no folder", where=str(above))
+    Work.beside(output).check()
+
+
+def _split(names: Sequence[str], source: Checkpoint) -> list[list[str]]:
+    groups: list[list[str]] = []
+    size = 0
+    for name in names:
+        more = source.tensors[name].size
+        if not groups or size + more > MAX_PASSED:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += more
+    return groups
+
+
+def _plan(job: Job) -> dict[str, Any]:
+    """What must be the same for a run to go on from another's files."""
+    source = job.source
+    rows = [[t.name, t.dtype, list(t.shape), t.path.name, t.start] for t in source.tensors.values()]
+    try:
+        times = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in source.files]
+    except OSError as error:
+        raise ModelInputError(
+            f"cannot be read: {error.strerror}", where=str(error.filename)
+        ) from None
+    return {
+        "model": str(source.folder.resolve()),
+        "model files": _digest([source.config, rows, times]),
+        "recipe": [job.recipe.name, job.recipe.recipe.model_dump(mode="json")],
+        "calibration data": job.calibration.record(),
+        "tools": job.engine.versions,
+    }
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _make(work: Work, part: Part, job: Job) -> None:
+    """One file. The states that a layer gives are on the disk before its tensors are."""
+    source, recipe = job.source, job.recipe.recipe
+    stored = {name: source.tensors[name] for name in part.tensors}
+    items = [copy_of(tensor) for name, tensor in stored.items() if recipe.group_of(name) is None]
+    items += [copy_of(source.tensors[of], name) for name, of in part.aliases.items()]
+    if part.layer is None:
+        written = work.write(part.name, items)
+        check_passed(work.artifact / part.name, written, source)
+        return
+    index, tokens = part.layer, job.calibration.tokens
+    if index == 0:
+        job.engine.embed(source.tensors["embed.weight"], tokens, work.hidden(0))
+    made = job.engine.layer(index, stored, tokens, work.hidden(index), work.hidden(index + 1))
+    check_layer(made, stored, recipe)
+    work.write(part.name, [*items, *made])
+    remove(work.hidden(index))
+
+
+class Clock:
+    """Says what is done and when the rest will be.
+
+    Args:
+        total: bytes of the model.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.passed, self.worked, self.spent = total, 0, 0, 0.0
+        self.last = time.monotonic()
+
+    def tick(self, part: Part, *, fresh: bool) -> None:
+        """A part is done; one that an earlier run has made does not count for the speed."""
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        self.passed += part.size
+        if fresh:
+            self.worked += part.size
+            self.spent += seconds
+        what = "passed through" if part.layer is None else f"layer {part.layer}"
+        line = self.line(f"{part.name}: {what}", seconds, fresh=fresh)
+        console.print(line, style="dim", markup=False)
+
+    def line(self, what: str, seconds: float, *, fresh: bool) -> str:
+        """What to print of a part."""
+        share = f"{100 * self.passed // max(self.total, 1)} %"
+        if not fresh:
+            return f"  {what}, made before; {share}"
+        left = (self.total - self.passed) / max(self.worked, 1) * self.spent
+        return f"  {what}, {seconds:.1f} s; {share}, about {span(left)} left"
+
+
+def span(seconds: float) -> str:
+    """Seconds as people say it."""
+    minutes = round(seconds / MINUTE_S)
+    if seconds < SECONDS_SHOWN_S:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < MINUTES_SHOWN else f"{minutes / MINUTE_S:.1f} h"

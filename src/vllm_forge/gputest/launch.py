@@ -1,0 +1,268 @@
+"""Run the GPU suite: inside an image with its GPUs, or in an environment of this host."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_forge.errors import (
+    GpuSuiteError,
+    LockFileError,
+    ReceiptSubjectError,
+    ToolMissingError,
+)
+from vllm_forge.gputest.bundle import make_plan, write_bundle
+from vllm_forge.gputest.caches import stack_key
+from vllm_forge.gputest.device import ask_gpus, require_sku
+from vllm_forge.gputest.find_image import find_image
+from vllm_forge.images.prewarm import SCRIPT, place_of
+from vllm_forge.sources import SourceRepo, Wheelhouse, read_wheels
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm_forge.host import Probe
+    from vllm_forge.matrix import ImageCell
+    from vllm_forge.sources import LockedWheel
+
+RUN = ("-m", "tests.gpu.harness.run")
+REQUIREMENTS = "tests/gpu/requirements.txt"
+IMAGE_REQUIREMENTS = "tests/gpu/requirements-image.txt"
+TOOLS = frozenset({"execnet", "iniconfig", "pluggy", "pytest", "pytest-xdist"})
+# What a Python of --env must have; the last where -n asks for it.
+MODULES = ("pytest", "vllm", "xdist")
+IMAGE_PYTHON = "/opt/venv/bin/python"
+# Where its wheel has it; the race suite looks for it on the PATH.
+SANITIZER = Path("sanitizer/nvidia/cu13/bin/compute-sanitizer")
+# An image with kernels fills its cache first, unless --caches brings others to their place.
+IN_IMAGE = f"""export PATH="/forge/{SANITIZER.parent}:$PATH"
+[ ! -x {SCRIPT} ] || set -- {SCRIPT} "$@"
+exec "$@\""""
+WITH_CACHES = f'PATH="/forge/{SANITIZER.parent}:$PATH" exec "$@"'
+
+
+def test_tools(root: Path) -> list[LockedWheel]:
+    """Wheels that run the suite: no image has them, and no host need have."""
+    _, found = read_wheels(root / REQUIREMENTS, "name wheels, sorted, with hashes")
+    if {wheel.name for wheel in found} != TOOLS:
+        raise LockFileError(
+            f"the tools of the GPU suite are not {', '.join(sorted(TOOLS))}",
+            where=REQUIREMENTS,
+            remedy="name these, each with its hash",
+        )
+    return list(found)
+
+
+def sanitizer(root: Path) -> list[LockedWheel]:
+    """Wheels with compute-sanitizer, which no image has."""
+    _, found = read_wheels(root / IMAGE_REQUIREMENTS, "name wheels, sorted, with hashes")
+    return list(found)
+
+
+def run_in_environment(
+    cell: ImageCell, python: str, output: Path, brought: dict[str, Path], args: Sequence[str]
+) -> None:
+    """Run the suite by a Python that has the line's patched vLLM, pytest and xdist.
+
+    Args:
+        cell: SKU and line.
+        python: program.
+        output: where results go.
+        brought: place in the bundle -> folder: models and prompts, which stay where they are.
+        args: of tests.gpu.harness.run.
+
+    Raises:
+        WrongGpuError: the GPU is not the SKU's.
+        ToolMissingError: there is no such Python.
+        GpuSuiteError: a tier is red.
+    """
+    require_sku(ask_gpus(), cell.sku_name, cell.sku.compute_capability, cell.sku.device)
+    program = shutil.which(python)
+    if program is None:
+        raise ToolMissingError(f"there is no {python}", remedy="name one with --env PYTHON")
+    require_modules(program, MODULES if "-n" in args else MODULES[:2])
+    with tempfile.TemporaryDirectory() as work:
+        bundle = write_bundle(cell, SourceRepo(), Path(work) / "bundle")
+        for place, folder in brought.items():
+            target = bundle.folder / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(folder.resolve())
+        subject = {"kind": "environment", "name": f"environment of {cell.name}", "sha256": None}
+        plan = bundle.folder / "plan.json"
+        plan.write_text(json.dumps(make_plan(cell, bundle.tree, subject), indent=1))
+        path = os.pathsep.join(
+            filter(None, [str(bundle.folder / "src"), os.environ.get("PYTHONPATH", "")])
+        )
+        code = subprocess.run(
+            [program, *RUN, str(plan), str(output.resolve()), *args],
+            cwd=bundle.folder,
+            env={**os.environ, "PYTHONPATH": path},
+            check=False,
+        ).returncode
+    _require_green(code, output)
+
+
+def require_modules(program: str, names: Sequence[str]) -> None:
+    """Refuse a Python that cannot run the suite, which would say no more than that it is red.
+
+    Raises:
+        ToolMissingError: it lacks a module, or does not run.
+    """
+    code = (
+        "import importlib.util, sys; "
+        "print(*[name for name in sys.argv[1:] if importlib.util.find_spec(name) is None])"
+    )
+    try:
+        done = subprocess.run(
+            [program, "-c", code, *names], capture_output=True, text=True, check=False
+        )
+        said = done.stdout.strip() if done.returncode == 0 else done.stderr.strip()[-200:]
+    except OSError as error:
+        said = str(error)
+    if said:
+        raise ToolMissingError(
+            f"this Python cannot run the suite; it lacks: {said}",
+            where=program,
+            remedy="name one with --env PYTHON that has the line's patched vLLM and pytest; -n "
+            "needs pytest-xdist too",
+        )
+
+
+def run_in_image(
+    cell: ImageCell,
+    output: Path,
+    brought: dict[str, Path],
+    args: Sequence[str],
+    *,
+    probe: Probe,
+    reference: str | None,
+    caches: Path | None = None,
+    network: bool = False,
+) -> None:
+    """Run the suite inside an image, by the engine that has it, with all GPUs.
+
+    Args:
+        cell: SKU and line.
+        output: where results go.
+        brought: see run_in_environment.
+        args: of tests.gpu.harness.run.
+        probe: asks the host.
+        reference: the image; None is the one that a build with ``--load`` left.
+        caches: folder for what JIT compilers make.
+        network: whether FlashInfer can download kernels that no wheel has, into caches.
+
+    Raises:
+        WrongGpuError: the GPU is not the SKU's.
+        NoGpuError: no engine has the image.
+        ReceiptSubjectError: the image is of another tree than the series, or its digest unknown.
+        GpuSuiteError: a tier is red.
+    """
+    require_sku(ask_gpus(), cell.sku_name, cell.sku.compute_capability, cell.sku.device)
+    name = reference or f"localhost/{cell.name}:{cell.line_name}"
+    found = find_image(probe, name, cell.root / "dist" / cell.name)
+    with tempfile.TemporaryDirectory() as work:
+        bundle = write_bundle(cell, SourceRepo(), Path(work) / "bundle")
+        if found.tree != bundle.tree:
+            raise ReceiptSubjectError(
+                f"the image is of tree {found.tree or 'unknown'}, the series gives {bundle.tree}",
+                where=name,
+                remedy="build it again, or check out the commit that it was built from",
+            )
+        unpack_tools(cell.root, bundle.folder)
+        subject = {"kind": "image", "name": name, "sha256": found.digest}
+        plan = make_plan(cell, bundle.tree, subject)
+        (bundle.folder / "plan.json").write_text(json.dumps(plan, indent=1))
+        for place in brought:  # the bundle is mounted read-only: no engine could make them
+            (bundle.folder / place).mkdir(parents=True)
+        output.mkdir(parents=True, exist_ok=True)
+        compiled = None
+        if caches is not None:
+            caches.mkdir(parents=True, exist_ok=True)
+            compiled = caches, place_of(stack_key(plan))
+        argv = container_command(
+            found.engine,
+            name,
+            bundle.folder,
+            output.resolve(),
+            args,
+            brought=brought,
+            caches=compiled,
+            network=network,
+        )
+        code = subprocess.run(argv, check=False).returncode
+    _require_green(code, output)
+
+
+def container_command(
+    engine: str,
+    image: str,
+    bundle: Path,
+    output: Path,
+    args: Sequence[str],
+    *,
+    brought: dict[str, Path] | None = None,
+    caches: tuple[Path, str] | None = None,
+    network: bool = False,
+) -> list[str]:
+    """The run of the suite in an image.
+
+    The tests compile kernels and start servers, so the root is writable; sanitizers and the
+    driver need no more rights than a server. Of ``caches``, the folder here and its place there:
+    where an image that carries them will have them, since compilers keep absolute paths.
+    """
+    gpus = ["--gpus=all"] if engine == "docker" else ["--device=nvidia.com/gpu=all"]
+    nets = [] if network else ["--network=none"]
+    label = [] if engine == "docker" else ["--security-opt=label=disable"]
+    volumes = [f"--volume={path.resolve()}:/forge/{at}:ro" for at, path in (brought or {}).items()]
+    script, last = IN_IMAGE, []
+    if caches is not None:
+        folder, place = caches
+        volumes.append(f"--volume={folder.resolve()}:{place}")
+        script, last = WITH_CACHES, [f"--caches={place}"]
+    return [
+        engine, "run", "--rm", *gpus, *label, *nets, "--ipc=private", "--shm-size=16g",
+        "--user=0", f"--volume={bundle}:/forge:ro", f"--volume={output}:/output", *volumes,
+        "--env=PYTHONPATH=/forge/src:/forge/tools", "--workdir=/forge",
+        "--entrypoint=/bin/sh", image, "-c", script, "sh", IMAGE_PYTHON, *RUN,
+        "/forge/plan.json", "/output", *args, *last,
+    ]  # fmt: skip
+
+
+def unpack_tools(root: Path, bundle: Path) -> None:
+    """Unpack into a bundle: what Python imports to ``tools``, the sanitizer beside it.
+
+    There its folder ``nvidia`` is no part of the Python package of that name.
+
+    Raises:
+        LockFileError: compute-sanitizer is not where the image is told to look for it.
+    """
+    wheelhouse = Wheelhouse()
+    for folder, wheels in (("tools", test_tools(root)), ("sanitizer", sanitizer(root))):
+        wheelhouse.fetch(wheels)
+        for wheel in wheels:
+            with zipfile.ZipFile(wheelhouse.verify(wheel)) as archive:
+                for member in archive.infolist():
+                    path = Path(archive.extract(member, bundle / folder))
+                    if member.external_attr >> 16 & 0o100:  # extract() leaves modes out
+                        path.chmod(0o755)
+    if not os.access(bundle / SANITIZER, os.X_OK):
+        raise LockFileError(
+            f"these wheels have no {SANITIZER.relative_to('sanitizer')}",
+            where=IMAGE_REQUIREMENTS,
+            remedy="name a wheel of nvidia-cuda-sanitizer-api that has it",
+        )
+
+
+def _require_green(code: int, output: Path) -> None:
+    if code != 0:
+        raise GpuSuiteError(
+            f"the suite exited with {code}",
+            where=str(output),
+            remedy="its table is above; the results are in that folder",
+        )

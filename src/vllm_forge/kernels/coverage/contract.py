@@ -1,0 +1,206 @@
+"""The contract of a cell: the families that vLLM selects for it have code in its image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm_forge.errors import ContractError, StaleExceptionError, UnknownFamilyError
+from vllm_forge.kernels.coverage.contents import Coverage
+from vllm_forge.kernels.coverage.families import FINE, needed
+from vllm_forge.matrix.load import perhaps
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm_forge.kernels.coverage.contents import Contents
+    from vllm_forge.kernels.coverage.families import Exemption, Need
+    from vllm_forge.kernels.coverage.target import Capability
+
+NOT_MADE = Coverage(verdict="missing", codes=(), detail="it is not made for such a GPU")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selected:
+    """What vLLM selects for one way to serve; None where it selects nothing of that kind.
+
+    Attributes:
+        by: name of the way, e.g. of a preset and its artifact.
+        attention: backend's name.
+        linear: class of the FP8 linear layers' kernel.
+        schemes: classes of the quantization schemes of layers other than routed experts.
+        experts: scheme class and MoE backend of the routed experts, the draft layer's too, e.g.
+            ``("ModelOptNvFp4FusedMoE", "MARLIN")``.
+    """
+
+    by: str
+    attention: str | None = None
+    linear: str | None = None
+    schemes: tuple[str, ...] = ()
+    experts: tuple[tuple[str, str], ...] = ()
+
+    def families(self, need: Need) -> dict[str, str]:
+        """Family -> which selection needs it.
+
+        Raises:
+            UnknownFamilyError: a backend without a row.
+        """
+        found: dict[str, str] = {}
+        if self.attention is not None:
+            for name in needed(need.attention, self.attention, "attention"):
+                found[name] = f"attention {self.attention}"
+        if self.linear is not None:
+            for name in needed(need.linear, self.linear, "FP8 linear layers"):
+                found[name] = f"linear {self.linear}"
+        for scheme in self.schemes:
+            for name in needed(need.modules, scheme, "a layer's quantization"):
+                found[name] = f"layers with {scheme}"
+        for scheme, backend in self.experts:
+            if scheme not in need.experts:
+                raise UnknownFamilyError(
+                    f"no row says which kernels experts with {scheme} need. "
+                    + perhaps(scheme, need.experts),
+                    where="src/vllm_forge/kernels/coverage/families.toml, [need.experts]",
+                    remedy="add a table for that scheme, with its backends",
+                )
+            for name in needed(need.experts[scheme], backend, f"experts with {scheme}"):
+                found[name] = f"experts {backend}, {scheme}"
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A family that a cell needs.
+
+    Attributes:
+        family: its name.
+        coverage: what the image has of it.
+        needed_by: selections and who makes them; empty for what every cell needs.
+        exemption: the row that accepts a verdict which is not fine.
+    """
+
+    family: str
+    coverage: Coverage
+    needed_by: tuple[str, ...]
+    exemption: Exemption | None
+
+    @property
+    def held(self) -> bool:
+        """Whether the contract holds for this family."""
+        return self.coverage.verdict in FINE or self.exemption is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """The families that the image of one SKU and line needs."""
+
+    cell: str
+    findings: tuple[Finding, ...]
+    stale: tuple[Exemption, ...]
+    fixes: dict[str, str]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A line for each exception, for people who build or start the image."""
+        return tuple(
+            f"{item.family}: {item.coverage.verdict}. {item.exemption.reason}"
+            for item in self.findings
+            if item.exemption is not None
+        )
+
+    def record(self) -> dict[str, dict[str, str]]:
+        """Family -> verdict, and what it runs as; for the record of a build."""
+        return {
+            item.family: {
+                "verdict": item.coverage.verdict,
+                "code": ", ".join(item.coverage.codes),
+            }
+            for item in sorted(self.findings, key=lambda item: item.family)
+        }
+
+    def check(self) -> None:
+        """Refuse what does not hold.
+
+        Raises:
+            ContractError: a family is missing and no row accepts that.
+            StaleExceptionError: a row accepts what is not the case.
+        """
+        if broken := [item for item in self.findings if not item.held]:
+            raise ContractError(
+                f"{self.cell} needs kernels that its image does not have:\n"
+                + "\n".join(self.lines(item) for item in broken),
+                where="src/vllm_forge/kernels/coverage/families.toml",
+                remedy="take packages that have them; what can be lived without is a row "
+                "[[exception]] with its reason",
+            )
+        if self.stale:
+            raise StaleExceptionError(
+                f"{self.cell}: exceptions that are not needed any more: "
+                + ", ".join(f"{row.family} ({row.verdict})" for row in self.stale),
+                where="src/vllm_forge/kernels/coverage/families.toml, [[exception]]",
+                remedy="delete the row, or take the line or the capability out of it",
+            )
+
+    def lines(self, item: Finding) -> str:
+        """A finding for people: what is wrong, who needs it, what would help."""
+        return "\n".join(
+            [
+                f"  - {item.family}: {item.coverage.verdict}; {item.coverage.detail}",
+                f"    needed by: {', '.join(item.needed_by) or 'every cell'}",
+                f"    would help: {self.fixes[item.family]}",
+            ]
+        )
+
+
+def contract(
+    contents: Contents,
+    *,
+    cell: str,
+    line: str,
+    capability: Capability,
+    selections: Sequence[Selected],
+) -> Contract:
+    """Compare what is selected with what is there.
+
+    Args:
+        contents: the image.
+        cell: name for messages.
+        line: name of the vLLM line.
+        capability: of the SKU.
+        selections: what vLLM selects for each way to serve on that SKU.
+
+    Raises:
+        UnknownFamilyError: a backend without a row.
+        UnknownFatbinError: a library's device code cannot be understood.
+    """
+    rows = contents.rows
+    needs: dict[str, list[str]] = {name: [] for name in rows.need.always}
+    for selected in selections:
+        for name, why in selected.families(rows.need).items():
+            needs.setdefault(name, []).append(f"{selected.by} ({why})")
+    accepted = [
+        row
+        for row in rows.exception
+        if line in row.lines and "{}.{}".format(*capability) in row.capabilities
+    ]
+    findings = []
+    for name, reasons in needs.items():
+        coverage = contents.coverage(name, capability, line) or NOT_MADE
+        exemption = next(
+            (row for row in accepted if (row.family, row.verdict) == (name, coverage.verdict)), None
+        )
+        findings.append(
+            Finding(
+                family=name,
+                coverage=coverage,
+                needed_by=tuple(dict.fromkeys(reasons)),
+                exemption=exemption,
+            )
+        )
+    used = {id(item.exemption) for item in findings}
+    return Contract(
+        cell=cell,
+        findings=tuple(findings),
+        stale=tuple(row for row in accepted if id(row) not in used),
+        fixes={name: family.fix for name, family in rows.family.items()},
+    )

@@ -1,0 +1,207 @@
+"""The rows of families.toml: kernel families, which backend needs which, and exceptions."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import re
+import tomllib
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from vllm_forge.errors import UnknownFamilyError
+from vllm_forge.matrix.load import perhaps
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from vllm_forge.kernels.coverage.target import Capability
+
+DATA = files("vllm_forge.kernels.coverage") / "families.toml"
+# Best first; a family is as good as the worst of its parts. The first three need no exception.
+Verdict: TypeAlias = Literal["native", "family", "source", "ptx", "download", "missing"]
+VERDICTS: tuple[Verdict, ...] = ("native", "family", "source", "ptx", "download", "missing")
+FINE: tuple[Verdict, ...] = ("native", "family", "source")
+
+
+def _pattern(text: str) -> str:
+    re.compile(text)
+    return text
+
+
+class Row(BaseModel):
+    """Base of the records of families.toml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Part(Row):
+    """Something of a family that must be there, on the GPUs and lines that it is for."""
+
+    majors: tuple[int, ...] = Field(default=(), description="of the compute capability; (): all")
+    lines: tuple[str, ...] = Field(default=(), description="(): all")
+
+    def applies(self, capability: Capability, line: str) -> bool:
+        """Whether this part concerns that GPU on that line."""
+        return (not self.majors or capability[0] in self.majors) and (
+            not self.lines or line in self.lines
+        )
+
+
+class Kernels(Part):
+    """Kernels that are compiled into a library."""
+
+    libraries: tuple[str, ...] = Field(min_length=1, description="globs; one has the kernels")
+    match: Annotated[str, AfterValidator(_pattern)] = Field(
+        description="regular expression, searched for in the mangled names"
+    )
+
+
+class Libraries(Part):
+    """Libraries that must have some code for the GPU, whatever its kernels are called."""
+
+    paths: tuple[str, ...] = Field(min_length=1, description="globs; each matches a file")
+
+
+class Sources(Part):
+    """Kernels that the image compiles on first use."""
+
+    files: tuple[str, ...] = Field(min_length=1, description="globs; each matches a file")
+    compiler: str
+
+
+class Cubins(Part):
+    """Kernels as files of their own."""
+
+    files: str = Field(description="glob")
+    fetcher: str = Field(description="what downloads them at run time where they are not there")
+
+
+class Family(Row):
+    """Kernels that come and go together."""
+
+    what: str = Field(min_length=10)
+    fix: str = Field(min_length=20, description="what would help where it is missing")
+    kernels: tuple[Kernels, ...] = ()
+    libraries: tuple[Libraries, ...] = ()
+    sources: tuple[Sources, ...] = ()
+    cubins: tuple[Cubins, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All of them."""
+        return (*self.kernels, *self.libraries, *self.sources, *self.cubins)
+
+
+class Compiler(Row):
+    """A compiler of the image."""
+
+    files: tuple[str, ...] = Field(description="globs; each matches a file")
+    targets: str = Field(description="glob; one of the files names the targets it compiles for")
+
+
+class Need(Row):
+    """Which families a selection of vLLM's needs."""
+
+    always: tuple[str, ...]
+    attention: dict[str, tuple[str, ...]] = Field(description="attention backend -> families")
+    linear: dict[str, tuple[str, ...]] = Field(description="kernel class -> families")
+    modules: dict[str, tuple[str, ...]] = Field(description="scheme class -> families")
+    experts: dict[str, dict[str, tuple[str, ...]]] = Field(
+        description="scheme class of routed experts -> backend -> families"
+    )
+
+    def families(self) -> Iterator[str]:
+        """Every family that is named."""
+        yield from self.always
+        for table in (self.attention, self.linear, self.modules, *self.experts.values()):
+            for names in table.values():
+                yield from names
+
+
+class Exemption(Row):
+    """A verdict that is accepted although the code is not in the image."""
+
+    family: str
+    verdict: Literal["ptx", "download", "missing"]
+    lines: tuple[str, ...] = Field(min_length=1)
+    capabilities: tuple[Annotated[str, Field(pattern=r"^\d+\.\d$")], ...] = Field(min_length=1)
+    reason: str = Field(min_length=40)
+
+
+class Catalogue(Row):
+    """All of families.toml."""
+
+    compiler: dict[str, Compiler]
+    family: dict[str, Family]
+    need: Need
+    exception: tuple[Exemption, ...] = ()
+
+    @model_validator(mode="after")
+    def _references(self) -> Catalogue:
+        for name in (*self.need.families(), *(row.family for row in self.exception)):
+            if name not in self.family:
+                raise ValueError(f"no [family.{name}]. {perhaps(name, self.family)}")
+        for name, family in self.family.items():
+            if not family.parts:
+                raise ValueError(f"family.{name} has no part")
+            for part in family.sources:
+                if part.compiler not in self.compiler:
+                    raise ValueError(f"family.{name}: no [compiler.{part.compiler}]")
+        return self
+
+    def patterns_of(self, library: str) -> list[str]:
+        """The patterns to look for in a library, by its path below site-packages."""
+        found = {
+            part.match
+            for family in self.family.values()
+            for part in family.kernels
+            if any(_matches(library, glob) for glob in part.libraries)
+        }
+        return sorted(found)
+
+
+def _matches(path: str, glob: str) -> bool:
+    """As Path.glob does: a star is not for slashes."""
+    parts, wanted = path.split("/"), glob.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+
+
+@cache
+def catalogue() -> Catalogue:
+    """families.toml, parsed."""
+    return Catalogue.model_validate(tomllib.loads(DATA.read_text(encoding="utf-8")))
+
+
+def digest() -> str:
+    """SHA-256 of families.toml."""
+    return hashlib.sha256(DATA.read_bytes()).hexdigest()
+
+
+def needed(table: dict[str, tuple[str, ...]], chosen: str, what: str) -> tuple[str, ...]:
+    """The families of a backend.
+
+    Args:
+        table: one of Need's.
+        chosen: what vLLM selected.
+        what: kind of selection, for the message.
+
+    Raises:
+        UnknownFamilyError: there is no row for it.
+    """
+    if chosen not in table:
+        raise UnknownFamilyError(
+            f"vLLM selects {chosen!r} for {what}, and no row says which kernels that needs. "
+            + perhaps(chosen, table),
+            where="src/vllm_forge/kernels/coverage/families.toml, [need]",
+            remedy="add its row, and the families it needs",
+        )
+    return table[chosen]
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The last one in the order of VERDICTS."""
+    return max(verdicts, key=VERDICTS.index)

@@ -1,0 +1,175 @@
+"""What is asked of a line's vLLM, and what it answers: frozen records, stable as JSON.
+
+A question is a device that is only declared, an artifact's config.json and the arguments of
+``vllm serve``. The answer is what that vLLM's own code selects for them, as far as it can be
+known without a GPU. A question that vLLM refuses has an answer too: ``Answer.refused``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# ffn.experts up to 0.22.1, ffn.experts.routed_experts later.
+EXPERTS = re.compile(r"\.ffn\.experts(\.routed_experts)?$")
+
+
+class Record(BaseModel):
+    """Base of the records. Their fields are the keys of records/selection/<line>.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _experts(modules: dict[str, str]) -> str | None:
+    return next((scheme for name, scheme in modules.items() if EXPERTS.search(name)), None)
+
+
+class Device(Record):
+    """What the stub driver declares; a SKU's row of matrix.toml."""
+
+    name: str
+    compute_capability: str = Field(description="e.g. 10.3")
+    memory_bytes: int = Field(description="per GPU")
+    count: int = Field(ge=1, description="GPUs that the process sees")
+
+
+class Question(Record):
+    """One thing to ask."""
+
+    name: str = Field(
+        description="preset/<preset>/<artifact>, or grid/<sku>/<artifact>[/<variable>]"
+    )
+    device: Device
+    artifact: str = Field(description="name of a config.json in oracle/artifacts")
+    arguments: tuple[str, ...] = Field(
+        default=(), description="of `vllm serve`, without the model; as serve/ writes them"
+    )
+    environment: dict[str, str] = Field(default_factory=dict)
+
+
+class Rejected(Record):
+    """A candidate that vLLM asked before the chosen one, or instead of one."""
+
+    candidate: str = Field(description="backend or kernel class")
+    reason: str = Field(description="vLLM's own words; one line")
+
+
+class Choice(Record):
+    """What one of vLLM's selections took, and what it passed over."""
+
+    chosen: str | None = Field(description="backend or class; None where nothing fits")
+    kernel: str | None = Field(default=None, description="class that does the work")
+    rejected: tuple[Rejected, ...] = ()
+    error: str | None = Field(default=None, description="what vLLM raised where nothing fits")
+
+
+class Moe(Choice):
+    """The routed experts. ``clamp`` is about swiglu_limit, which bounds both halves of SwiGLU.
+
+    ``reaches``: the limit arrives at the kernel; ``lost``: the model has one and the kernel gets
+    none, so results are wrong beyond it; ``none``: no backend, or a model without a limit.
+    """
+
+    clamp: Literal["reaches", "lost", "none"] = "none"
+    limit: float | None = Field(default=None, description="what the kernel gets")
+    without_limit: str | None = Field(
+        default=None, description="what would be chosen for a model that sets no limit"
+    )
+
+
+class Draft(Record):
+    """The MTP draft layer, where speculative decoding is on."""
+
+    architecture: str
+    speculative_tokens: int = Field(description="k, as vLLM took it")
+    modules: dict[str, str] = Field(description="module name -> quantization scheme class")
+    moe: Moe | None = None
+
+    @property
+    def experts_scheme(self) -> str | None:
+        """The quantization scheme class of its routed experts."""
+        return _experts(self.modules)
+
+
+class KvCache(Record):
+    """Layers with a KV cache of one shape, on one GPU."""
+
+    layers: int
+    kind: str = Field(description="class of vLLM's KVCacheSpec")
+    block_size: int = Field(description="tokens per block")
+    page_bytes: int = Field(description="bytes per block and layer")
+    window: int | None = Field(description="tokens that are kept; None: all")
+
+
+class CudaGraphs(Record):
+    """The sizes that vLLM resolves from flags, k and the scheduler's limits."""
+
+    mode: str = Field(description="e.g. FULL_AND_PIECEWISE")
+    sizes: tuple[int, ...] = Field(
+        description="tokens of the graphs that decode batches run in, ascending"
+    )
+    capture_sizes: tuple[int, ...] = Field(
+        description="--cudagraph-capture-sizes after all of vLLM's defaults and roundings"
+    )
+    needed: int = Field(description="max_num_seqs * (k + 1): tokens of a full decode batch")
+    covers: bool = Field(description="the largest of sizes holds a full decode batch")
+
+
+class Engine(Record):
+    """Values that decide whether and how a replica serves, after all of vLLM's defaults."""
+
+    tensor_parallel: int
+    expert_parallel: bool
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    gpu_memory_utilization: float
+    kv_cache_dtype: str = Field(description="as the attention layers store it, e.g. fp8_ds_mla")
+    block_size: int = Field(description="tokens per KV block")
+    quantization: str | None
+    dtype: str
+    prefix_caching: bool
+    model_runner: Literal["v1", "v2"]
+
+
+class Refused(Record):
+    """vLLM does not serve this.
+
+    ``kind``: ``arguments`` (its parser refuses them), ``config`` (it refuses to make a
+    configuration or a model of them), ``device`` (no attention or kernels for it), ``oracle``
+    (our own code failed inside: a fault to mend).
+    """
+
+    kind: Literal["arguments", "config", "device", "oracle"]
+    message: str
+
+
+class Answer(Record):
+    """Everything known about one question. What a refusal left unasked is None or empty."""
+
+    name: str = Field(description="of the question")
+    refused: Refused | None = None
+    unknown_environment: tuple[str, ...] = Field(
+        default=(), description="VLLM_* variables that this vLLM does not have: no effect"
+    )
+    warnings: tuple[str, ...] = Field(
+        default=(), description="what vLLM warned of while it made its configuration"
+    )
+    engine: Engine | None = None
+    cuda_graphs: CudaGraphs | None = None
+    kv_cache: tuple[KvCache, ...] = ()
+    attention: Choice | None = None
+    moe: Moe | None = None
+    linear: Choice | None = Field(default=None, description="FP8-block linear layers")
+    modules: dict[str, str] = Field(
+        default_factory=dict,
+        description="module name of the target, * for the layer -> quantization scheme class",
+    )
+    draft: Draft | None = None
+
+    @property
+    def experts_scheme(self) -> str | None:
+        """The quantization scheme class of the target's routed experts."""
+        return _experts(self.modules)

@@ -1,5 +1,0 @@
-"""Proofs: contract tests in the environment that ships, and the records of them."""
-
-from vllm_forge.proof.prove import prove
-
-__all__ = ["prove"]

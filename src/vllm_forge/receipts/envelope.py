@@ -1,0 +1,214 @@
+"""Receipts as files: a DSSE envelope around the statement, signed where there is a key.
+
+What is detected, and what is not. With a signature by a key of ``records/receipts/keys``, any change
+to the payload is. Without one, ``payloadSha256`` beside the payload catches a slip, not a forger,
+who would write both: an unsigned receipt is as trustworthy as the commit that brought it, and
+every list of receipts says "unsigned". The payload is canonical JSON (keys sorted, no spaces), so
+that one statement has one form.
+
+Source: github.com/secure-systems-lab/dsse, envelope.md; fields that it does not know are ignored
+by its readers.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from securesystemslib.dsse import Envelope
+from securesystemslib.exceptions import VerificationError
+from securesystemslib.signer import CryptoSigner, Key, SSlibKey
+
+from vllm_forge.errors import ReceiptEditedError, ReceiptKeyError, ReceiptUnreadableError
+from vllm_forge.host import atomic_path
+from vllm_forge.receipts.statement import Statement
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+DIGEST = "payloadSha256"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """A receipt as read.
+
+    Attributes:
+        path: its file.
+        statement: what it states.
+        signed_by: ids of the known keys whose signatures hold; empty: unsigned.
+    """
+
+    path: Path
+    statement: Statement
+    signed_by: tuple[str, ...]
+
+
+def canonical(statement: Statement) -> bytes:
+    """The payload of a statement."""
+    data = statement.model_dump(mode="json", by_alias=True)
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def write_receipt(folder: Path, statement: Statement, key: Path | None = None) -> Path:
+    """Write ``folder/<digest>/<sku>--<line>--<tier>.json`` and return its path.
+
+    Args:
+        folder: ``records/receipts``.
+        statement: of a green run.
+        key: an Ed25519 private key in PEM; without it the receipt is unsigned.
+
+    Raises:
+        ReceiptKeyError: the file is not such a key.
+    """
+    envelope = Envelope(canonical(statement), PAYLOAD_TYPE, {})
+    if key is not None:
+        envelope.sign(_signer(key))
+    data = envelope.to_dict() | {DIGEST: hashlib.sha256(envelope.payload).hexdigest()}
+    path = folder / statement.sha256 / statement.file_name
+    with atomic_path(path) as aside:
+        aside.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return path
+
+
+def read_receipt(path: Path, keys: Sequence[Key]) -> Receipt:
+    """Read a receipt and make sure that its payload is the one that was written, or signed.
+
+    Args:
+        path: the file.
+        keys: public keys that are trusted.
+
+    Raises:
+        ReceiptUnreadableError: not a DSSE envelope of a receipt.
+        ReceiptEditedError: the payload does not match its digest or a signature.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        data: dict[str, Any] = json.loads(text, object_pairs_hook=_once)
+        payload, kind = base64.b64decode(data["payload"], validate=True), data["payloadType"]
+        stated, envelope = data[DIGEST], Envelope.from_dict(data)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise _unreadable(path, f"{type(error).__name__}: {error}") from None
+    if kind != PAYLOAD_TYPE:
+        raise _unreadable(path, f"its payload is {kind!r}")
+    if hashlib.sha256(payload).hexdigest() != stated:
+        raise _edited(path, "the payload is not the one that its digest is of")
+    signed_by = _signatures(path, envelope, keys)
+    try:
+        statement = Statement.model_validate_json(payload)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise _unreadable(path, f"{place}: {first['msg']}") from None
+    if canonical(statement) != payload:
+        raise _edited(path, "the payload is not in canonical form, in which it was written")
+    return Receipt(path=path, statement=statement, signed_by=signed_by)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object each of whose names stands once: of two, readers take different ones."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"a name stands twice among {', '.join(name for name, _ in pairs)}")
+    return found
+
+
+def read_keys(folder: Path) -> list[Key]:
+    """Public keys, ``folder/*.pem``; none where there is no folder.
+
+    Raises:
+        ReceiptKeyError: a file is not an Ed25519 public key, or the folder cannot be read.
+    """
+    try:
+        paths = sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ReceiptKeyError(
+            f"the folder of trusted keys cannot be read: {error}",
+            where=str(folder),
+            remedy="it is a folder with a NAME.pem for each signer, or is not there",
+        ) from None
+    return [_public(path) for path in paths if path.suffix == ".pem"]
+
+
+def _signatures(path: Path, envelope: Envelope, keys: Sequence[Key]) -> tuple[str, ...]:
+    """Ids of keys that signed it. A signature that is there must hold, by a key that is known."""
+    known = {key.keyid: key for key in keys}
+    for keyid in envelope.signatures:
+        if keyid not in known:
+            raise ReceiptKeyError(
+                f"it is signed by key {keyid}, which is not among the trusted ones",
+                where=str(path),
+                remedy="put the signer's public key into records/receipts/keys, if you trust it",
+            )
+        try:
+            envelope.verify([known[keyid]], 1)
+        except VerificationError as error:
+            raise _edited(path, f"the signature of key {keyid} does not hold: {error}") from None
+    return tuple(sorted(envelope.signatures))
+
+
+def _signer(path: Path) -> CryptoSigner:
+    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415 - for keys only
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415
+        Ed25519PrivateKey,
+    )
+    from cryptography.hazmat.primitives.serialization import (  # noqa: PLC0415
+        load_pem_private_key,
+    )
+
+    try:
+        private = load_pem_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise _no_key(path, str(error)) from None
+    if not isinstance(private, Ed25519PrivateKey):
+        raise _no_key(path, f"it is a {type(private).__name__}")
+    return CryptoSigner(private)
+
+
+def _public(path: Path) -> Key:
+    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415
+        Ed25519PublicKey,
+    )
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key  # noqa: PLC0415
+
+    try:
+        public = load_pem_public_key(path.read_bytes())
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        raise _no_key(path, str(error)) from None
+    if not isinstance(public, Ed25519PublicKey):
+        raise _no_key(path, f"it is a {type(public).__name__}")
+    return SSlibKey.from_crypto(public)
+
+
+def _no_key(path: Path, why: str) -> ReceiptKeyError:
+    return ReceiptKeyError(
+        f"not an Ed25519 key: {why}",
+        where=str(path),
+        remedy="make one with: openssl genpkey -algorithm ed25519 -out key.pem; its public half "
+        "with: openssl pkey -in key.pem -pubout",
+    )
+
+
+def _unreadable(path: Path, why: str) -> ReceiptUnreadableError:
+    return ReceiptUnreadableError(
+        f"not a receipt: {why}",
+        where=str(path),
+        remedy="only files that `nox -s test-gpu` or `nox -s receipts` wrote belong there",
+    )
+
+
+def _edited(path: Path, why: str) -> ReceiptEditedError:
+    return ReceiptEditedError(
+        f"the receipt was edited: {why}",
+        where=str(path),
+        remedy="take it out, and run the suite again",
+    )

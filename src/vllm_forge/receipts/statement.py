@@ -1,0 +1,218 @@
+"""A receipt: what one tier of the GPU suite said of one image or environment on one GPU.
+
+An in-toto Statement v1 whose predicate is in-toto's Test Result v0.1, so that other tools read
+whether it passed and which tests; what we need beyond it stands under ``vllmForge``, a field that
+they ignore by in-toto's rules.
+
+Sources: github.com/in-toto/attestation, spec/v1/statement.md, spec/v1/digest_set.md,
+spec/predicates/test-result.md.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat
+
+from vllm_forge.errors import ReceiptIncompleteError
+
+StatementType: TypeAlias = Literal["https://in-toto.io/Statement/v1"]
+PredicateType: TypeAlias = Literal["https://in-toto.io/attestation/test-result/v0.1"]
+STATEMENT: StatementType = "https://in-toto.io/Statement/v1"
+PREDICATE: PredicateType = "https://in-toto.io/attestation/test-result/v0.1"
+VALID = timedelta(days=90)  # drivers, and what we test for, change faster than releases live
+GREEN = ("passed", "other GPU")
+# What pytest-xdist appends to a test's name with --dist loadgroup (scheduler/loadscope.py).
+GROUP = re.compile(r"(?<=[\w\]])@[\w.-]+$")
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+GitTree = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+Word = Annotated[str, Field(pattern=r"^[\w.-]+$")]  # becomes a part of a file's name
+Cell = Annotated[str, Field(pattern=r"^[^|\x00-\x1f]+$")]  # becomes a cell of a page's table
+
+
+class Record(BaseModel):
+    """Base of what a receipt consists of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Sha256Digest(Record):
+    """An in-toto DigestSet of bytes."""
+
+    sha256: Sha256
+
+
+class TreeDigest(Record):
+    """An in-toto DigestSet of a git tree."""
+
+    tree: GitTree = Field(alias="gitTree")
+
+
+class Resource(Record):
+    """An in-toto ResourceDescriptor: a name and its digest."""
+
+    name: str
+    digest: Sha256Digest
+
+
+class Source(Record):
+    """The same of a git tree."""
+
+    name: str
+    digest: TreeDigest
+
+
+class Gpu(Record):
+    """The GPU, without its serial numbers."""
+
+    name: Cell
+    uuid_sha256: Sha256
+    compute_capability: Word
+    driver: Cell
+    memory_mib: int
+
+
+class Margin(Record):
+    """A measured value and the bound that it is under."""
+
+    measured: FiniteFloat
+    bound: FiniteFloat
+
+
+class Judged(Record):
+    """The verdict of one test."""
+
+    outcome: Literal["passed", "other GPU"]
+    seconds: FiniteFloat
+    margins: dict[Cell, Margin] = {}
+    facts: dict[str, Any] = {}
+    why: str = ""
+
+
+class Configuration(Record):
+    """What a boot log said of an engine; see tests.gpu.harness.bootlog for all of its fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    moe: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
+    kv_cache: str | None = None
+
+
+class Detail(Record):
+    """What in-toto's predicate has no field for."""
+
+    sku: Word
+    line: Word
+    tier: Word
+    kind: Literal["image", "environment"]
+    gpus: tuple[Gpu, ...] = Field(min_length=1)
+    host: dict[str, Any]
+    configurations: dict[str, Configuration]
+    differences: tuple[str, ...] = Field(
+        description="in what an environment departs from the line's lock"
+    )
+    tests: dict[str, Judged] = Field(min_length=1)
+    started: AwareDatetime
+    finished: AwareDatetime
+    expires: AwareDatetime
+
+
+class Predicate(Record):
+    """in-toto's test result; ``configuration`` is the suite."""
+
+    result: Literal["PASSED"]
+    configuration: tuple[Resource, ...] = Field(min_length=1, max_length=1)
+    passed: tuple[str, ...] = Field(alias="passedTests")
+    failed: tuple[str, ...] = Field(alias="failedTests", max_length=0)
+    detail: Detail = Field(alias="vllmForge")
+
+
+class Statement(Record):
+    """The whole of a receipt's payload."""
+
+    kind: StatementType = Field(default=STATEMENT, alias="_type")
+    subject: tuple[Resource, Source]
+    predicate_type: PredicateType = Field(default=PREDICATE, alias="predicateType")
+    predicate: Predicate
+
+    @property
+    def detail(self) -> Detail:
+        """What was run where."""
+        return self.predicate.detail
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the image or environment."""
+        return self.subject[0].digest.sha256
+
+    @property
+    def tree(self) -> str:
+        """Git tree hash of the patched vLLM source."""
+        return self.subject[1].digest.tree
+
+    @property
+    def suite(self) -> str:
+        """Hash of the tier's tests and of what judges them."""
+        return self.predicate.configuration[0].digest.sha256
+
+    @property
+    def file_name(self) -> str:
+        """Its name in the folder of its subject."""
+        return f"{self.detail.sku}--{self.detail.line}--{self.detail.tier}.json"
+
+
+def make_statement(result: dict[str, Any]) -> Statement:
+    """The statement of a green run.
+
+    Args:
+        result: what ``tests.gpu.harness.run`` wrote for a tier.
+
+    Raises:
+        ReceiptIncompleteError: a test is not green, or none ran.
+    """
+    tests = {GROUP.sub("", name): row for name, row in result["tests"].items()}
+    red = [name for name, row in tests.items() if row["outcome"] not in GREEN]
+    if red or not tests or result["exit"] != 0:
+        raise ReceiptIncompleteError(
+            f"{len(red)} of {len(tests)} tests are not green; pytest exited with {result['exit']}",
+            where=", ".join(red[:5]),
+            remedy="a receipt is for a green run only; see its table",
+        )
+    plan = result["plan"]
+    finished = datetime.fromisoformat(result["finished"])
+    subject = plan["subject"]
+    return Statement(
+        subject=(
+            Resource(name=subject["name"], digest=Sha256Digest(sha256=subject["sha256"])),
+            Source(name=f"vllm source, line {plan['line']}", digest=TreeDigest(tree=plan["tree"])),
+        ),
+        predicate=Predicate(
+            result="PASSED",
+            configuration=(
+                Resource(
+                    name=f"tests/gpu, tier {result['tier']}",
+                    digest=Sha256Digest(sha256=result["suite_sha256"]),
+                ),
+            ),
+            passed=tuple(sorted(n for n, row in tests.items() if row["outcome"] == "passed")),
+            failed=(),
+            detail=Detail(
+                sku=plan["sku"],
+                line=plan["line"],
+                tier=result["tier"],
+                kind=subject["kind"],
+                gpus=tuple(Gpu(**gpu) for gpu in result["gpus"]),
+                host=result["host"],
+                configurations=result["configurations"],
+                differences=tuple(plan.get("differences", ())),
+                tests={name: Judged(**row) for name, row in sorted(tests.items())},
+                started=datetime.fromisoformat(result["started"]),
+                finished=finished,
+                expires=(finished + VALID).astimezone(UTC),
+            ),
+        ),
+    )

@@ -1,0 +1,254 @@
+"""Verify committed receipts without a GPU, each against the repository as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_forge.errors import (
+    ReceiptExpiredError,
+    ReceiptIncompleteError,
+    ReceiptKeyError,
+    ReceiptSubjectError,
+    ReceiptSuiteError,
+    ReceiptUnreadableError,
+)
+from vllm_forge.patches import read_tree_lock
+from vllm_forge.receipts.cases import require_cases
+from vllm_forge.receipts.envelope import read_keys, read_receipt
+from vllm_forge.receipts.lookup import FOLDER, KEYS
+from vllm_forge.receipts.selection_match import require_foretold
+from vllm_forge.receipts.statement import VALID
+from vllm_forge.receipts.suite import read_tiers, required_tests, suite_hash
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm_forge.matrix import Matrix
+    from vllm_forge.receipts.envelope import Receipt
+
+ENVIRONMENT = "environment.txt"
+
+
+def receipt_paths(root: Path) -> list[Path]:
+    """All committed receipts: ``records/receipts/<digest>/*.json``.
+
+    Raises:
+        ReceiptUnreadableError: something else lies there, in which a receipt would be overlooked; a
+            link, whose target is not committed; or a folder that cannot be read.
+    """
+    found = []
+    for folder in _entries(root / FOLDER):
+        if folder.name == KEYS:
+            continue
+        for path in _entries(folder):
+            if path.suffix == ".json":
+                found.append(path)
+            elif path.name != ENVIRONMENT:
+                raise _foreign(path, "neither a receipt nor a list of packages")
+    return found
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds, but for what a writer that was killed left."""
+    try:
+        paths = [Path(entry) for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)]
+    except FileNotFoundError:
+        paths = []
+    except OSError as error:
+        raise _foreign(folder, str(error)) from None
+    for path in (folder, *paths):
+        if path.is_symlink():
+            raise _foreign(path, "it is a link")
+    return [path for path in paths if not path.name.startswith(".tmp-")]
+
+
+def _foreign(path: Path, why: str) -> ReceiptUnreadableError:
+    return ReceiptUnreadableError(
+        f"this is not {FOLDER}/<digest>/<receipt>.json: {why}",
+        where=str(path),
+        remedy=f"{FOLDER} holds receipts, each in its subject's folder, and {KEYS}: move it",
+    )
+
+
+def verify_all(
+    root: Path, matrix: Matrix, now: datetime | None = None, *, signed: bool = False
+) -> list[Receipt]:
+    """Verify every committed receipt.
+
+    Args:
+        root: the repository.
+        matrix: its SKUs and lines.
+        now: to tell what has expired; default: the clock.
+        signed: refuse unsigned ones.
+
+    Raises:
+        ReceiptUnreadableError, ReceiptEditedError, ReceiptExpiredError, ReceiptSubjectError,
+        ReceiptSuiteError, ReceiptIncompleteError, ReceiptKeyError: of the first that is refused.
+    """
+    paths = receipt_paths(root)
+    keys = read_keys(root / FOLDER / KEYS)
+    at = now or datetime.now(UTC)
+    found = []
+    for path in paths:
+        receipt = read_receipt(path, keys)
+        if signed and not receipt.signed_by:
+            raise ReceiptKeyError(
+                "the receipt is unsigned",
+                where=str(path),
+                remedy="sign it where it is made: nox -s receipts -- --result FILE --key KEY",
+            )
+        verify(root, matrix, receipt, at)
+        found.append(receipt)
+    return found
+
+
+def verify(root: Path, matrix: Matrix, receipt: Receipt, now: datetime) -> None:
+    """Compare one receipt with the repository.
+
+    Raises:
+        ForgeError: the class says in what it differs.
+    """
+    _require_time(receipt, now)
+    _require_subject(root, matrix, receipt)
+    _require_suite(root, receipt)
+    _require_green(receipt)
+    require_cases(root, receipt)
+    require_foretold(root, receipt)
+
+
+def _require_time(receipt: Receipt, now: datetime) -> None:
+    detail = receipt.statement.detail
+    last = min(detail.expires, detail.finished + VALID)
+    if not detail.started <= detail.finished <= now or now >= last or detail.expires != last:
+        raise ReceiptExpiredError(
+            f"the receipt is of {detail.finished.date()} and holds until {detail.expires.date()}; "
+            f"one holds for {VALID.days} days at most",
+            where=str(receipt.path),
+            remedy="run the suite again, or take the receipt out: its cell is then not run",
+        )
+
+
+def _require_subject(root: Path, matrix: Matrix, receipt: Receipt) -> None:
+    statement = receipt.statement
+    detail = statement.detail
+    expected = receipt.path.parent.parent / statement.sha256 / statement.file_name
+    if expected != receipt.path:
+        raise _subject(
+            receipt, f"it is for sha256:{statement.sha256} and {statement.file_name}, not its place"
+        )
+    if detail.sku not in matrix.sku or detail.line not in matrix.line:
+        raise _subject(receipt, f"matrix.toml has no {detail.sku}, or no line {detail.line}")
+    if detail.sku in matrix.line[detail.line].unsupported:
+        raise _subject(receipt, f"line {detail.line} does not support {detail.sku}")
+    sku = matrix.sku[detail.sku]
+    if any(
+        gpu.compute_capability != sku.compute_capability or not gpu.name.startswith(sku.device)
+        for gpu in detail.gpus
+    ):
+        raise _subject(receipt, f"{detail.gpus[0].name} is not {detail.sku}")
+    series = root / matrix.line[detail.line].series
+    tree = read_tree_lock(series, detail.line).result
+    if statement.tree != tree:
+        raise _subject(receipt, f"it is for tree {statement.tree}, the series now gives {tree}")
+    if detail.kind == "environment":
+        _require_environment(receipt)
+    elif (receipt.path.parent / ENVIRONMENT).exists():
+        raise _subject(receipt, f"it is for an image, and {ENVIRONMENT} lies beside it")
+
+
+def _require_environment(receipt: Receipt) -> None:
+    """An environment has no bytes to pull: its list of wheels lies beside the receipt."""
+    path = receipt.path.parent / ENVIRONMENT
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        digest = "nothing"
+    except OSError as error:
+        digest = f"unreadable: {error}"
+    if digest != receipt.statement.sha256:
+        raise _subject(receipt, f"{ENVIRONMENT} beside it is {digest}")
+
+
+def _subject(receipt: Receipt, why: str) -> ReceiptSubjectError:
+    return ReceiptSubjectError(
+        f"the receipt is for something else: {why}",
+        where=str(receipt.path),
+        remedy="a receipt holds for the very bytes that were tested: run the suite on these",
+    )
+
+
+def _require_suite(root: Path, receipt: Receipt) -> None:
+    statement = receipt.statement
+    detail = statement.detail
+    tiers = read_tiers(root)
+    if detail.tier not in tiers:
+        raise ReceiptSuiteError(
+            f"the suite has no tier {detail.tier}",
+            where=str(receipt.path),
+            remedy=f"tiers: {', '.join(tiers)}; take the receipt out",
+        )
+    tier = tiers[detail.tier]
+    if missing := _missing(root, receipt):
+        raise ReceiptIncompleteError(
+            f"the receipt lacks {len(missing)} tests of tier {tier.name}: {', '.join(missing[:3])}",
+            where=str(receipt.path),
+            remedy="run the whole tier; a budget that was too short leaves tests out",
+        )
+    if statement.suite != (now := suite_hash(root, tier)):
+        raise ReceiptSuiteError(
+            f"the receipt was made by suite {statement.suite[:12]}, tier {tier.name} is now "
+            f"{now[:12]}",
+            where=str(receipt.path),
+            remedy="tests or their bounds were changed since: run the suite again",
+        )
+
+
+def _missing(root: Path, receipt: Receipt) -> list[str]:
+    """Tests of the tier for this GPU that the receipt has no green verdict of."""
+    detail = receipt.statement.detail
+    passed = {name for name, test in detail.tests.items() if test.outcome == "passed"}
+    functions = {name.partition("[")[0] for name in passed}
+    return [
+        test.name
+        for test in required_tests(root, read_tiers(root)[detail.tier])
+        if test.runs_on(detail.gpus[0].compute_capability) and test.name not in functions
+    ]
+
+
+def _require_green(receipt: Receipt) -> None:
+    """What is said of all tests and of each must agree, and no margin is exceeded."""
+    predicate = receipt.statement.predicate
+    rows = predicate.detail.tests.items()
+    passed = sorted(name for name, test in rows if test.outcome == "passed")
+    red = [
+        f"{name}: {what} is {pair.measured:g}, its bound {pair.bound:g}"
+        for name, test in rows
+        for what, pair in test.margins.items()
+        if pair.measured > pair.bound
+    ]
+    if list(predicate.passed) != passed:
+        red.append("passedTests are not the tests that passed, each once and in order")
+    if red:
+        raise ReceiptIncompleteError(
+            f"the receipt is not green: {red[0]}",
+            where=str(receipt.path),
+            remedy="take it out, and run the suite again",
+        )
+
+
+def describe(receipts: Sequence[Receipt]) -> str:
+    """One line for each."""
+    rows = []
+    for receipt in receipts:
+        detail = receipt.statement.detail
+        seal = f"signed by {', '.join(receipt.signed_by)}" if receipt.signed_by else "unsigned"
+        rows.append(
+            f"{detail.sku}  line {detail.line}  tier {detail.tier}  {detail.kind} "
+            f"sha256:{receipt.statement.sha256[:12]}  {len(receipt.statement.predicate.passed)} "
+            f"tests  until {detail.expires.date()}  {seal}"
+        )
+    return "\n".join(rows) or "no receipts: nothing was run"

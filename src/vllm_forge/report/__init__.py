@@ -1,1 +1,0 @@
-"""What is known, told: plans, needs, the fitness of a host. Reads all rooms, changes none."""

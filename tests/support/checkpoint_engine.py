@@ -1,0 +1,106 @@
+"""Quantization without torch: a small model, and an engine that makes the right names of it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_forge.checkpoints.fixtures.tiny import TinySpec, write_bf16
+from vllm_forge.checkpoints.inventory import HEAVY, SLIDING
+from vllm_forge.checkpoints.quantize.artifact import LEAVES
+from vllm_forge.checkpoints.quantize.calibration import Calibration
+from vllm_forge.checkpoints.quantize.job import Job
+from vllm_forge.checkpoints.quantize.recipe import NamedRecipe, load_recipe
+from vllm_forge.checkpoints.quantize.source import open_source
+from vllm_forge.checkpoints.shards import Item, in_memory
+from vllm_forge.checkpoints.spans import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from vllm_forge.checkpoints.shards import Stored
+
+SMALL = TinySpec(
+    ratios=(SLIDING, HEAVY),
+    vocab=272,
+    hidden=128,
+    heads=2,
+    output_rank=64,
+    experts=4,
+    expert_width=32,
+)
+CALIBRATION = Calibration(source="test", tokens=((0, 5, 9), (0, 7)))
+ONE = b"\0\0\x80\x3f"  # 1.0 in FP32
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+class FakeEngine:
+    """Chains hidden states as the real one does, so that a layer's bytes depend on all before."""
+
+    needs_data = True
+
+    def __init__(self, recipe: NamedRecipe) -> None:
+        self.recipe = recipe.recipe
+        self.layers: list[int] = []
+        self.versions = {"tools": "1"}
+
+    def recipe_yaml(self) -> str:
+        return "recipe\n"
+
+    def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
+        return {"quant_method": "compressed-tensors", "ignore": list(ignore)}
+
+    def embed(self, weight: Stored, tokens: Sequence[Sequence[int]], path: Path) -> None:
+        path.write_bytes(hashlib.sha256(weight.read() + repr(tokens).encode()).digest())
+
+    def layer(
+        self,
+        index: int,
+        weights: Mapping[str, Stored],
+        tokens: Sequence[Sequence[int]],
+        source: Path,
+        target: Path,
+    ) -> list[Item]:
+        self.layers.append(index)
+        state = source.read_bytes()
+        target.write_bytes(hashlib.sha256(state + bytes([index])).digest())
+        return [
+            item for name, stored in weights.items() for item in self.items(name, stored, state)
+        ]
+
+    def items(self, name: str, stored: Stored, state: bytes) -> list[Item]:
+        """The tensors of one weight, by the recipe's format."""
+        group = self.recipe.group_of(name)
+        if group is None:
+            return []
+        module, made = name.removesuffix(".weight"), []
+        for leaf, dtype in LEAVES[group.format].items():
+            shape = () if leaf.endswith("global_scale") else stored.shape
+            size = math.prod(shape) * DTYPE_BYTES[dtype]
+            seed = hashlib.sha256(state + f"{module}.{leaf}".encode()).digest()
+            data = ONE * (size // 4) if dtype == "F32" else bytes([1 + seed[0] % 100]) * size
+            made.append(in_memory(f"{module}.{leaf}", dtype, shape, data))
+        return made
+
+
+def make_job(folder: Path, recipe: str = "nvfp4-fp8-mtp") -> Job:
+    """A job on a small model, written to ``folder`` on first use."""
+    if not folder.exists():
+        write_bf16(folder, SMALL)
+    named = load_recipe(recipe)
+    engine = FakeEngine(named)
+    return Job(source=open_source(folder), recipe=named, calibration=CALIBRATION, engine=engine)
+
+
+def tree_of(folder: Path) -> dict[str, str]:
+    """Relative path -> SHA-256 of every file."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -1,0 +1,78 @@
+"""A stranger's pattern that would take for ever is refused, by name, before anything asks it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.layouts import layout
+from vllm_forge.checkpoints.inspect import regex_limits as bounded
+from vllm_forge.checkpoints.inspect.regex_limits import require_an_end
+from vllm_forge.cli import main
+from vllm_forge.errors import CheckpointUnreadableError, CommandFailedError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NAME = "model.layers.0.ffn.shared_experts.gate_up_proj"
+ENDLESS = r"re:(\w+\.?)+!"
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "LIMIT_S", 1)
+
+
+def _ask(targets: list[str], ignore: list[str], rest: list[str]) -> None:
+    require_an_end(targets, ignore, [NAME], rest, "here")
+
+
+@pytest.mark.parametrize("harmless", ["lm_head", r"re:.*\.attn\..*", "re:(", "re:(a+)+!"])
+@pytest.mark.parametrize("as_target", [True, False])
+def test_an_endless_one_is_named_among_others(harmless: str, as_target: bool) -> None:
+    rules = [harmless, ENDLESS]
+    with pytest.raises(CheckpointUnreadableError, match=re.escape(ENDLESS)):
+        _ask(rules if as_target else [], [] if as_target else rules, [])
+    _ask([harmless], [harmless], [])
+
+
+def test_a_target_is_tried_on_what_it_is_asked_with() -> None:
+    """Stored names, but only if it means no module of vLLM's; an ignore rule never."""
+    stored, slow_on_stored = "a" * 60, r"re:(a+)+!"
+    _ask([], [slow_on_stored], [stored])
+    _ask([slow_on_stored + f"|{NAME}"], [], [stored])
+    with pytest.raises(CheckpointUnreadableError, match="more than 1 s"):
+        _ask([slow_on_stored], [], [stored])
+
+
+def test_a_child_that_does_not_begin_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "CHILD", "raise SystemExit('torn down')")
+    with pytest.raises(CommandFailedError, match="torn down"):
+        _ask(["re:.*unlike any other"], [], [])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"ignore": [ENDLESS]}, {"config_groups": {"group_0": {"targets": [ENDLESS]}}}],
+    ids=["ignore", "targets"],
+)
+def test_the_command_ends(
+    change: dict[str, Any],
+    tmp_path: Path,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    folder = shutil.copytree(layout(tmp_path, "card"), tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= change
+    (folder / "config.json").chmod(0o644)
+    (folder / "config.json").write_text(json.dumps(config))
+    code = main(["inspect-checkpoint", str(folder), "--resolve=rules"])
+    assert code == CheckpointUnreadableError.exit_code
+    assert ENDLESS in capsys.readouterr().err

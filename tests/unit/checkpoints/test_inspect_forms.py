@@ -1,0 +1,219 @@
+"""Layouts that others write: what vLLM takes is no fault, and what it does not take is one.
+
+Outcomes by rules. They are those of dry loads by all three lines' vLLM, but for the rows that one
+cannot have: values of scales, and another architecture, which was not loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.layouts import ONES, layout
+from tests.unit.checkpoints.test_inspect_tampered import LINES, REMEDIES, Files
+from vllm_forge.checkpoints.inspect.inspection import inspect
+from vllm_forge.checkpoints.inspect.places import Folder, find_place
+from vllm_forge.checkpoints.inspect.profile import Profile
+from vllm_forge.checkpoints.inspect.snapshot import look
+from vllm_forge.checkpoints.shards import open_checkpoint
+from vllm_forge.checkpoints.spans import DTYPE_BYTES, MAX_TEXT
+from vllm_forge.errors import CheckpointUnreadableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from vllm_forge.checkpoints.inspect.inspection import Report
+
+Rows = dict[str, tuple[str, tuple[int, ...]]]
+MTP, WITHOUT, NOT = "serves with MTP", "serves without MTP", "does not serve"
+
+
+class Case:
+    """Tensors and config of a checkpoint, to be changed."""
+
+    def __init__(self, folder: Path) -> None:
+        checkpoint = open_checkpoint(folder)
+        self.rows: Rows = {t.name: (t.dtype, t.shape) for t in checkpoint.tensors.values()}
+        self.config: dict[str, Any] = checkpoint.config
+        self.beside: dict[str, Any] = {}
+        self.ones = dict(ONES)
+
+    def rename(self, old: str, new: str) -> None:
+        """All names that begin so."""
+        self.rows = {
+            new + name.removeprefix(old) if name.startswith(old) else name: row
+            for name, row in self.rows.items()
+        }
+
+    def drop(self, start: str) -> None:
+        self.rows = {name: row for name, row in self.rows.items() if not name.startswith(start)}
+
+    def dtype(self, ending: str, dtype: str) -> None:
+        """Another one for all names that end so."""
+        for name, (_, shape) in self.rows.items():
+            if name.endswith(ending):
+                self.rows[name] = (dtype, shape)
+
+    def report(self) -> Report:
+        header, data = {}, b""
+        for name, (dtype, shape) in sorted(
+            self.rows.items(), key=lambda row: -DTYPE_BYTES[row[1][0]]
+        ):
+            begin = len(data)
+            data += self.ones.get(dtype, bytes(DTYPE_BYTES[dtype])) * math.prod(shape)
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, len(data)]}
+        text = json.dumps(header).encode()
+        files = {
+            "config.json": json.dumps(self.config).encode(),
+            "tokenizer.json": b"{}",
+            "model.safetensors": len(text).to_bytes(8, "little") + text + data,
+        }
+        files |= {name: json.dumps(content).encode() for name, content in self.beside.items()}
+        return inspect(Profile(look(Files(files))), LINES, REMEDIES, {})
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(variant: str) -> Path:
+        if variant not in made:
+            made[variant] = layout(tmp_path_factory.mktemp("forms"), variant)
+        return made[variant]
+
+    return get
+
+
+def _beside(case: Case) -> None:
+    case.beside["hf_quant_config.json"] = case.config.pop("quantization_config")
+
+
+def _older_key(case: Case) -> None:
+    case.config["compression_config"] = case.config.pop("quantization_config")
+
+
+def _spelled(case: Case) -> None:
+    case.config["quantization_config"]["quant_method"] = "Compressed_Tensors"
+
+
+def _no_number(case: Case) -> None:
+    del case.config["num_nextn_predict_layers"]
+    case.drop("mtp.")
+
+
+def _by_transformers(case: Case) -> None:
+    names = {0: "sliding_attention", 4: "compressed", 128: "heavily_compressed"}
+    ratios = case.config.pop("compress_ratios")
+    case.config["layer_types"] = [names[ratio] for ratio in ratios[:3]]
+    case.config["compress_rates"] = {"compressed": 4, "heavily_compressed": 128}
+    case.config["mlp_layer_types"] = ["hash_moe", "moe", "moe"]
+    del case.config["num_hash_layers"]
+
+
+def _a_plain_layer(case: Case) -> None:
+    case.drop("layers.0.ffn.experts.")
+    hidden, width = case.config["hidden_size"], case.config["moe_intermediate_size"]
+    for expert in range(case.config["n_routed_experts"]):
+        for name, shape in (("w1", (width, hidden)), ("w2", (hidden, width))):
+            case.rows[f"layers.0.ffn.experts.{expert}.{name}.weight"] = ("BF16", shape)
+        case.rows[f"layers.0.ffn.experts.{expert}.w3.weight"] = ("BF16", (width, hidden))
+    case.config["quantization_config"]["ignore"].append(r"re:.*\.layers\.0\.ffn\.experts\..*")
+
+
+def _no_powers_of_two(case: Case) -> None:
+    case.dtype("attn.wq_a.scale", "F32")
+    case.ones["F32"] = struct.pack("<f", 1.5)
+
+
+TWO = "num_nextn_predict_layers"
+# What was done -> variant, how; the outcome on each line; a word of the reason.
+FORMS: dict[str, tuple[str, Callable[[Case], Any], tuple[str, str, str], str]] = {
+    "quantization beside config.json": ("card", _beside, (MTP, MTP, MTP), ""),
+    "quantization under its older key": ("card", _older_key, (MTP, MTP, MTP), ""),
+    "another spelling": ("card", _spelled, (MTP, MTP, MTP), ""),
+    "config by transformers": ("card", _by_transformers, (NOT, NOT, MTP), "layer_types alone"),
+    "no architecture": (
+        "card", lambda case: case.config.pop("architectures"), (NOT, NOT, MTP), "architecture",
+    ),
+    "another architecture": (
+        "card", lambda case: case.config.update(architectures=["X"]), (NOT, NOT, NOT), "another",
+    ),
+    "no number of draft layers": ("card", _no_number, (WITHOUT, WITHOUT, WITHOUT), ""),
+    "a drafter that is not promised": (
+        "card", lambda case: case.config.update({TWO: 0}), (WITHOUT, WITHOUT, WITHOUT),
+        "does not promise",
+    ),
+    "two promised, one there": (
+        "card", lambda case: case.config.update({TWO: 2}), (WITHOUT, WITHOUT, WITHOUT),
+        "not complete",
+    ),
+    "model. before layers": (
+        "card", lambda case: case.rename("layers.", "model.layers."), (MTP, MTP, MTP), "",
+    ),
+    "model. before head": (
+        "card", lambda case: case.rename("head.", "model.head."), (NOT, NOT, NOT), "model.head",
+    ),
+    "model. before mtp": (
+        "card", lambda case: case.rename("mtp.", "model.mtp."), (WITHOUT, WITHOUT, WITHOUT),
+        "model.mtp",
+    ),
+    "the drafter under its number": (
+        "card", lambda case: case.rename("mtp.0.", "layers.3."), (NOT, NOT, NOT), "under mtp.0",
+    ),
+    "one layer's experts plain": ("card", _a_plain_layer, (MTP, MTP, MTP), ""),
+    "E8M0 scales in a group": (
+        "card", lambda case: case.dtype("attn.wo_b.weight_scale", "F8_E8M0"), (MTP, MTP, MTP),
+        "that vLLM converts",
+    ),
+    "F64 scales in a group": (
+        "card", lambda case: case.dtype("attn.wo_b.weight_scale", "F64"), (NOT, NOT, NOT),
+        "wrong dtype",
+    ),
+    "FP32 scales that are powers of two": (
+        "native-fp8-mxfp4", lambda case: case.dtype("attn.wq_a.scale", "F32"), (MTP, MTP, MTP), "",
+    ),
+    "FP32 scales that are not": (
+        "native-fp8-mxfp4", _no_powers_of_two, (NOT, NOT, NOT), "no powers of two",
+    ),
+    "a scale of the drafter is missing": (
+        "native-fp8-mxfp4", lambda case: case.drop("mtp.0.attn.wq_a.scale"),
+        (WITHOUT, WITHOUT, WITHOUT), "scales are missing",
+    ),
+    "a buffer that vLLM skips": (
+        "card", lambda case: case.rows.update({"layers.0.attn.rotary_emb.inv_freq": ("F32", (1,))}),
+        (MTP, MTP, MTP), "",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_form_is_judged_as_vllm_takes_it(name: str, folders: Callable[[str], Path]) -> None:
+    variant, change, outcomes, words = FORMS[name]
+    case = Case(folders(variant))
+    change(case)
+    report = case.report()
+    told = " ".join(f"{f.title}: {f.what}; {f.remedy}" for f in report.findings)
+    assert tuple(str(verdict.outcome) for verdict in report.lines) == outcomes, told
+    assert words in told
+
+
+class TestPlaces:
+    def test_a_name_that_is_too_long_is_told(self) -> None:
+        with pytest.raises(CheckpointUnreadableError, match="too long"):
+            find_place("x" * 5000)
+
+    def test_a_config_that_is_too_long_is_told(self, tmp_path: Path) -> None:
+        with (tmp_path / "config.json").open("wb") as file:
+            file.truncate(MAX_TEXT + 1)  # a hole
+        with pytest.raises(CheckpointUnreadableError, match="bytes, more than"):
+            look(Folder(tmp_path))
+
+    def test_a_folder_that_is_no_utf8_can_be_printed(self, tmp_path: Path) -> None:
+        folder = tmp_path / "\udcff\x1b"
+        folder.mkdir()
+        assert str(Folder(folder)).endswith("\\udcff\\x1b")

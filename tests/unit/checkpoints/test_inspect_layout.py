@@ -1,0 +1,99 @@
+"""The manifests' rules give the counts that others state of the artifacts as published."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_forge.checkpoints.inspect.formats import Format
+from vllm_forge.checkpoints.inspect.manifest import manifests, named
+from vllm_forge.checkpoints.inspect.parts import Drafter, Part, draft_tensors, main_tensors, part_of
+from vllm_forge.checkpoints.spans import DTYPE_BYTES
+from vllm_forge.errors import UsageError
+
+ARTIFACTS = Path(__file__).parents[3] / "src/vllm_forge/kernels/selection/artifacts"
+FLASH: dict[str, Any] = json.loads((ARTIFACTS / "deepseek-v4-flash.json").read_text())["config"]
+DSPARK = FLASH | {"dspark_markov_rank": 256, "dspark_target_layer_ids": [20, 30, 41]}
+
+
+def _names(artifact: str) -> Counter[str]:
+    drafter = named(artifact).drafter
+    config = DSPARK if drafter is Drafter.DSPARK else FLASH
+    return Counter(want.name for want in named(artifact).wanted(config))
+
+
+@pytest.mark.parametrize("artifact", manifests())
+def test_counts_are_the_published_ones(artifact: str) -> None:
+    names = _names(artifact)
+    assert set(names.values()) == {1}
+    published = named(artifact).published
+    found = {
+        "mtp": sum(name.startswith("mtp.") for name in names),
+        "tensors": len(names),
+        "global_scales": sum(name.endswith("_global_scale") for name in names),
+        "packed_experts": sum(name.endswith(".weight_packed") for name in names),
+        "weight_scales": sum(name.endswith(".weight_scale") for name in names),
+    }
+    stated = {key: value for key, value in published.model_dump().items() if value is not None}
+    assert stated or artifact == "redhat-nvfp4-fp8"
+    assert {key: found[key] for key in stated.keys() & found.keys()} == {
+        key: stated[key] for key in stated.keys() & found.keys()
+    }
+
+
+def test_dspark_blocks_have_the_counted_tensors() -> None:
+    blocks = Counter(n.split(".")[1] for n in _names("deepseek-v4-flash-0731") if n[:4] == "mtp.")
+    assert blocks == {"0": 1568, "1": 1565, "2": 1572}
+
+
+def test_what_was_rounded_and_what_was_missed() -> None:
+    """417 FP32 tensors; a fix that went by other names missed 103 of them."""
+    wide = [
+        t for t in (*main_tensors(FLASH), *draft_tensors(FLASH, Drafter.MTP)) if t.dtype == "F32"
+    ]
+    assert len(wide) == 417
+    renamed = [t for t in wide if t.name.endswith((".ape", "gate.bias"))]
+    assert len(renamed) == 103
+
+
+def test_what_was_fp8_by_mistake() -> None:
+    parts = {Part.COMPRESSOR, Part.INDEXER}
+    matrices = [
+        t for t in main_tensors(FLASH) if part_of(t.name) in parts and t.name[-7:] == ".weight"
+    ]
+    assert sum(len(t.shape) == 2 for t in matrices) == 166
+
+
+def test_the_w4a16_artifact_has_166_names_more_than_its_rules_without_aliases() -> None:
+    assert 101_449 - (len(_names("flash-w4a16-fp8-mtp")) - 2) == 166
+
+
+def test_the_cards_artifact_is_larger_than_the_card_says() -> None:
+    wanted = named("flash-nvfp4-fp8-mtp").wanted(FLASH)
+    size = sum(math.prod(w.shape) * DTYPE_BYTES[w.dtypes[0]] for w in wanted)
+    assert round(size / 1e9, 1) == 181.3
+    assert round(size / 2**30, 1) == 168.8
+    assert named("flash-nvfp4-fp8-mtp").published.gigabytes == 172
+
+
+def test_every_tensor_has_a_part() -> None:
+    for config, drafter in ((FLASH, Drafter.MTP), (DSPARK, Drafter.DSPARK)):
+        for tensor in (*main_tensors(config), *draft_tensors(config, drafter)):
+            assert part_of(tensor.name) is not Part.OTHER, tensor.name
+    assert part_of("vision.patch_embed.weight") is Part.OTHER
+
+
+def test_rules_name_no_format_that_is_not_stored() -> None:
+    for name, manifest in manifests().items():
+        for rule in manifest.rules:
+            assert Format.UNKNOWN not in rule.formats, name
+
+
+def test_a_mistyped_manifest_is_told() -> None:
+    with pytest.raises(UsageError, match="Perhaps you meant 'nvidia-nvfp4'"):
+        named("nvidia-nvpf4")

@@ -1,0 +1,312 @@
+"""The GPU suite's machinery without a GPU: device, verdicts, margins, budget, variants."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.gpu.harness import plugin, run
+from tests.gpu.harness.variants import lay_over
+from vllm_forge.errors import WrongGpuError
+from vllm_forge.gputest.device import parse_gpus, require_sku
+from vllm_forge.receipts.packages import environment_text, versions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+H200 = "NVIDIA H200, GPU-1b2c, 9.0, 580.159.04, 143771\n"
+
+
+def test_gpus_are_read_and_not_named() -> None:
+    (gpu,) = parse_gpus(H200)
+    assert (gpu.name, gpu.compute_capability, gpu.driver) == ("NVIDIA H200", "9.0", "580.159.04")
+    assert "1b2c" not in json.dumps(gpu.record())
+    assert len(gpu.uuid_sha256) == 64
+
+
+@pytest.mark.parametrize("text", ["NVIDIA H200\n", "a, b, c, d, [N/A]\n", "Failed, to, get, it, !"])
+def test_a_gpu_that_failed(text: str) -> None:
+    with pytest.raises(WrongGpuError, match="which is not"):
+        parse_gpus(text)
+
+
+@pytest.mark.parametrize(
+    ("capability", "device"),
+    [("10.0", "NVIDIA B200"), ("9.0", "NVIDIA H100"), ("9.0", "NVIDIA GH200")],
+)
+def test_the_wrong_gpu_is_refused(capability: str, device: str) -> None:
+    with pytest.raises(WrongGpuError, match=r"this host has NVIDIA H200 with 9\.0"):
+        require_sku(parse_gpus(H200), "other", capability, device)
+
+
+def test_one_wrong_gpu_among_right_ones_is_refused() -> None:
+    gpus = parse_gpus(H200 + H200.replace("9.0", "10.0"))
+    with pytest.raises(WrongGpuError):
+        require_sku(gpus, "h200", "9.0", "NVIDIA H200")
+    require_sku(gpus[:1], "h200", "9.0", "NVIDIA H200")
+
+
+def suite(folder: Path, body: str, *options: str, **variables: str) -> dict[str, Any]:
+    """Run a test file under the plugin, as the runner does; what it wrote."""
+    (folder / "test_it.py").write_text(body)
+    results = folder / "results.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "tests.gpu.harness.plugin", "-q", *options],
+        cwd=folder,
+        env={**os.environ, plugin.RESULTS: str(results), **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert results.is_file(), done.stdout + done.stderr
+    return json.loads(results.read_text())
+
+
+OUTCOMES = """
+import pytest
+def test_green(): ...
+def test_red(): assert 0, "broken"
+@pytest.fixture
+def bad(): raise RuntimeError("no set-up")
+def test_setup(bad): ...
+@pytest.fixture
+def leaves():
+    yield
+    raise RuntimeError("no end")
+def test_teardown(leaves): ...
+def test_skip(): pytest.skip("no checkpoint")
+def test_other(): pytest.skip("needs sm_100, this is NVIDIA H200")
+def test_soak(): pytest.skip("tier soak: `--tier soak` runs it")
+@pytest.mark.xfail
+def test_xfail(): assert 0
+@pytest.mark.xfail
+def test_xpass(): ...
+"""
+
+
+def test_outcomes(tmp_path: Path) -> None:
+    found = suite(tmp_path, OUTCOMES)
+    outcomes = {name.rpartition("test_")[2]: row["outcome"] for name, row in found["tests"].items()}
+    assert outcomes == {
+        "green": "passed", "red": "failed", "setup": "failed", "teardown": "failed",
+        "skip": "not run", "other": "other GPU", "xfail": "failed", "xpass": "failed",
+    }  # fmt: skip
+    assert found["tests"]["test_it.py::test_red"]["why"].startswith("AssertionError: broken")
+    assert found["tests"]["test_it.py::test_skip"]["why"] == "no checkpoint"
+    assert found["exit"] == 1
+    assert len(run.red_tests(found)) == 6
+
+
+MARGINS = """
+import math, pytest
+def test_under(margin, record_property):
+    margin("drafts", 3, 16)
+    record_property("row", {"acceptance": 0.5})
+def test_over(margin): margin("error", 2.0, 1.0)
+def test_nan(margin): margin("error", math.nan, 1.0)
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("-n", "2")], ids=["alone", "xdist"])
+def test_margins_are_kept_and_bind(tmp_path: Path, options: tuple[str, ...]) -> None:
+    found = suite(tmp_path, MARGINS, *options)["tests"]
+    under, over = found["test_it.py::test_under"], found["test_it.py::test_over"]
+    assert under["margins"] == {"drafts": {"measured": 3.0, "bound": 16.0}}
+    assert under["facts"] == {"acceptance": 0.5}
+    assert over["outcome"] == "failed"
+    assert over["margins"]["error"] == {"measured": 2.0, "bound": 1.0}
+    assert found["test_it.py::test_nan"]["outcome"] == "failed"
+
+
+BUDGET = """
+import pytest
+order = []
+@pytest.mark.value(1, 10)
+def test_poor(): assert order == ["rich"]
+@pytest.mark.value(10, 10)
+def test_rich(): order.append("rich")
+@pytest.mark.value(99, 9000)
+def test_long(): raise AssertionError("begun")
+"""
+
+
+def test_budget_orders_by_value_and_begins_nothing_too_long(tmp_path: Path) -> None:
+    import time
+
+    found = suite(tmp_path, BUDGET, **{plugin.DEADLINE: str(time.time() + 600)})["tests"]
+    assert found["test_it.py::test_poor"]["outcome"] == "passed"
+    assert found["test_it.py::test_long"]["outcome"] == "not run"
+    assert "run with more --minutes" in found["test_it.py::test_long"]["why"]
+
+
+def test_the_table_has_red_ones_first_and_margins(tmp_path: Path) -> None:
+    found = suite(tmp_path, MARGINS) | {"tier": "server"}
+    rows = run.table(found).splitlines()
+    assert rows[0].startswith("failed")
+    assert "drafts 3/16" in rows[2]
+    assert rows[-1] == "tier server: 2 failed, 1 passed"
+
+
+def test_environment_text_is_stable_and_has_each_name_once() -> None:
+    text = environment_text()
+    assert text == environment_text()
+    names = [row.partition("==")[0] for row in text.splitlines()[1:]]
+    assert names == sorted(set(names))
+    assert versions(text)["pytest"] == pytest.__version__
+
+
+class TestVariants:
+    @pytest.fixture
+    def package(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "site" / "vllm"
+        (folder / "models").mkdir(parents=True)
+        (folder / "__init__.py").write_text("state = 'patched'\n")
+        (folder / "models" / "other.py").write_text("")
+        return folder
+
+    def test_only_the_variants_files_differ(self, package: Path, tmp_path: Path) -> None:
+        files = tmp_path / "files" / "vllm"
+        files.mkdir(parents=True)
+        (files / "__init__.py").write_text("state = 'published'\n")
+        over = lay_over(package, tmp_path / "files", tmp_path / "over")
+        said = subprocess.run(
+            [sys.executable, "-c", "import vllm, vllm.models.other; print(vllm.state)"],
+            env={**os.environ, "PYTHONPATH": f"{over}{os.pathsep}{package.parent}"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert said == "published\n"
+        assert (package / "__init__.py").read_text() == "state = 'patched'\n"
+
+    def test_a_file_that_is_not_there_is_refused(self, package: Path, tmp_path: Path) -> None:
+        files = tmp_path / "files" / "vllm"
+        files.mkdir(parents=True)
+        (files / "new.py").write_text("")
+        with pytest.raises(FileNotFoundError):
+            lay_over(package, tmp_path / "files", tmp_path / "over")
+
+
+def test_without_a_gpu_the_runner_says_so(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text("{}")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.harness.run", str(plan), str(tmp_path / "out")],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == WrongGpuError.exit_code
+    assert "nox -s gpu-kit" in done.stderr
+
+
+FAKE_SMI = f"#!/bin/sh\necho '{H200.strip()}'\n"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the real runner runs from, without a test yet, and an nvidia-smi that says H200."""
+    root = tmp_path / "bundle"
+    (root / "tests/gpu/mtp").mkdir(parents=True)
+    (root / "tests/gpu/suite.toml").write_text(
+        '[tier.server]\nfolders = ["tests/gpu/mtp"]\njudges = []\nminutes = 1\n'
+    )
+    (root / "tests/gpu/conftest.py").write_text(
+        "def pytest_addoption(parser):\n"
+        "    parser.addoption('--tier', action='append')\n"
+        "    parser.addoption('--results')\n"
+    )
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text(FAKE_SMI)
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{smi.parent}{os.pathsep}{os.environ['PATH']}")
+    plan = {
+        "sku": "h200", "compute_capability": "9.0", "device": "NVIDIA H200", "tree": "7c43",
+        "lock_sha256": "10cc", "subject": {"kind": "environment", "name": "x", "sha256": None},
+    }  # fmt: skip
+    (root / "plan.json").write_text(json.dumps(plan))
+    return root
+
+
+def run_all(bundle: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    out = bundle.parent / "out"
+    code = run.main([str(bundle / "plan.json"), str(out), f"--root={bundle}", *options])
+    path = out / "server.json"
+    return code, json.loads(path.read_text()) if path.exists() else {}
+
+
+def test_a_tier_from_end_to_end(bundle: Path) -> None:
+    (bundle / "tests/gpu/mtp/test_it.py").write_text(
+        "import os, pathlib\n"
+        "def test_it(margin):\n"
+        "    margin('error', 1, 2)\n"
+        "    boot = pathlib.Path(os.environ['VLLM_FORGE_GPU_FOLDER']) / 'boot' / 'one.log'\n"
+        "    boot.write_text(\"Using 'MARLIN' NvFp4 MoE backend out of\")\n"
+    )
+    code, result = run_all(bundle)
+    assert code == 0
+    assert result["tests"]["tests/gpu/mtp/test_it.py::test_it"]["outcome"] == "passed"
+    assert result["configurations"]["one"]["moe"] == ["NvFp4: MARLIN"]
+    assert result["plan"]["subject"]["sha256"]
+    assert result["gpus"][0]["name"] == "NVIDIA H200"
+    assert (bundle.parent / "out" / "server.xml").is_file()
+    (bundle / "tests/gpu/mtp/test_it.py").write_text("def test_it(): assert 0\n")
+    assert run_all(bundle)[0] == 117
+
+
+@pytest.fixture
+def _ignores_interrupts() -> Iterator[None]:
+    """What a script starts in the background ignores SIGINT, and its children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ignores_interrupts")
+def test_a_run_that_is_ended_has_the_verdicts_so_far(bundle: Path) -> None:
+    """SIGTERM, as a kit sends before its limit: pytest ends its tests and what they started."""
+    (bundle / "tests/gpu/mtp/test_it.py").write_text(
+        "import os, pytest, signal\n"
+        "@pytest.fixture(scope='session')\n"
+        "def engine(tmp_path_factory):\n"
+        "    yield\n"
+        "    open(os.environ['VLLM_FORGE_GPU_FOLDER'] + '/ended', 'w').close()\n"
+        "def test_first(engine): ...\n"
+        "def test_hangs(engine):\n"
+        f"    os.kill({os.getpid()}, signal.SIGTERM)\n"
+        "    while True: signal.pause()\n"
+        "def test_never(): ...\n"
+    )
+    code, result = run_all(bundle)
+    assert code == 117
+    assert result["exit"] == 2
+    assert result["tests"]["tests/gpu/mtp/test_it.py::test_first"]["outcome"] == "passed"
+    assert "tests/gpu/mtp/test_it.py::test_never" not in result["tests"]
+    assert (bundle.parent / "out" / "server" / "ended").exists()
+
+
+def test_compilers_find_their_caches_and_the_second_start_is_told(bundle: Path) -> None:
+    (bundle / "tests/gpu/mtp/test_it.py").write_text(
+        "import os, pathlib\n"
+        "def test_it():\n"
+        "    assert os.environ['VLLM_FORGE_COMPILED_FILES'] == os.environ['EXPECTED']\n"
+        "    pathlib.Path(os.environ['TRITON_CACHE_DIR'], 'kernel').touch()\n"
+    )
+    caches = bundle.parent / "caches"
+    with pytest.MonkeyPatch.context() as variables:
+        for expected in "01":
+            variables.setenv("EXPECTED", expected)
+            assert run_all(bundle, f"--caches={caches}")[0] == 0
+    key = json.loads((caches / "caches.json").read_text())
+    assert key["kind"] == "environment"
+    (caches / "caches.json").write_text(json.dumps(key | {"tree": "other"}))
+    assert run_all(bundle, f"--caches={caches}")[0] == 120

@@ -1,0 +1,100 @@
+"""Which image a run was of: the engine that has it, and the digest that a registry knows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vllm_forge.errors import LayoutError, NoGpuError, ReceiptSubjectError
+from vllm_forge.gputest.find_image import StoredImage, find_image
+from vllm_forge.host.probe import Reply
+from vllm_forge.images.layout import write_image
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from vllm_forge.images.layout import Image
+
+NAME = "host:5000/team/vllm:0.26"
+
+
+class Engines:
+    """A host whose engines say this of the image."""
+
+    def __init__(self, **images: str) -> None:
+        self.images = images
+
+    def ask(self, name: str, argv: Sequence[str]) -> Reply:
+        said = self.images.get(argv[0])
+        return Reply(code=1, text="no such image") if said is None else Reply(code=0, text=said)
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Image:
+    return write_image(tmp_path / "layout", layers=[], config={}, epoch=0, name=NAME)
+
+
+def config_of(image: Image) -> str:
+    return str(image.manifest["config"]["digest"])
+
+
+def test_the_engine_that_has_the_image_says_digest_and_tree(tmp_path: Path) -> None:
+    found = find_image(Engines(podman="sha256:d1|7ree|\n"), "x", tmp_path / "none")
+    assert found == StoredImage(engine="podman", digest="d1", tree="7ree")
+    both = Engines(docker="sha256:d0|7ree|x@sha256:d0", podman="sha256:d1|7ree|")
+    assert find_image(both, "x", tmp_path / "none").engine == "docker"
+
+
+def test_an_image_without_our_label_has_no_tree(tmp_path: Path) -> None:
+    found = find_image(Engines(docker="sha256:d0||x@sha256:d0"), "x", tmp_path / "none")
+    assert found == StoredImage(engine="docker", digest="d0", tree="")
+
+
+def test_no_engine_has_it(tmp_path: Path) -> None:
+    with pytest.raises(NoGpuError, match="no container engine has x"):
+        find_image(Engines(), "x", tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        "host:5000/team/vllm@sha256:d1",
+        "host:5000/team/vllm@sha256:d1 other/vllm@sha256:d2",
+        "other/vllm@sha256:d1",
+        "a@sha256:d1 b@sha256:d1",
+    ],
+)
+def test_an_image_from_a_registry_is_known_by_its_manifest(tmp_path: Path, known: str) -> None:
+    """Docker's older store names the configuration: a receipt of that is of no known image."""
+    found = find_image(Engines(docker=f"sha256:c0|7ree|{known}"), NAME, tmp_path / "none")
+    assert found.digest == "d1"
+
+
+@pytest.mark.parametrize("name", ["host:5000/vllm", "host:5000/vllm:1", "host:5000/vllm@sha256:d1"])
+def test_the_manifest_is_that_of_the_names_repository(tmp_path: Path, name: str) -> None:
+    known = "host:5000/vllm@sha256:d1 host@sha256:d2 host:5000/other@sha256:d3"
+    found = find_image(Engines(docker=f"sha256:c0|7ree|{known}"), name, tmp_path / "none")
+    assert found.digest == "d1"
+
+
+def test_a_loaded_image_is_that_of_the_build(built: Image) -> None:
+    for stored in (f"sha256:{built.digest}", config_of(built)):
+        found = find_image(Engines(docker=f"{stored}|7ree|"), NAME, built.path)
+        assert found.digest == built.digest
+
+
+@pytest.mark.parametrize("known", ["", "a@sha256:d1 b@sha256:d2"])
+def test_an_image_whose_manifest_nobody_knows_is_refused(
+    tmp_path: Path, built: Image, known: str
+) -> None:
+    for layout in (tmp_path / "none", built.path):
+        with pytest.raises(ReceiptSubjectError, match="configuration sha256:c0, and not one"):
+            find_image(Engines(docker=f"sha256:c0|7ree|{known}"), NAME, layout)
+
+
+def test_a_damaged_build_is_told(built: Image) -> None:
+    (built.path / "index.json").write_text("{")
+    with pytest.raises(LayoutError):
+        find_image(Engines(docker="sha256:c0|7ree|"), NAME, built.path)

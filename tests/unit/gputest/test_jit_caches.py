@@ -1,0 +1,363 @@
+"""Compiled kernels travel with the key of their stack, and are refused for another one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import tarfile
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import zstandard
+
+from vllm_forge.errors import JitCacheError, KitError
+from vllm_forge.gputest import caches
+from vllm_forge.gputest.kit_caches import PACKED, pack_caches
+from vllm_forge.images.prewarm import (
+    BAKED,
+    CONTENT,
+    ENTRYPOINT,
+    PLACE,
+    SCRIPT,
+    Prewarm,
+    place_of,
+    prewarm_layer,
+    tree_digest,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PLAN = {
+    "compute_capability": "9.0",
+    "tree": "7c43",
+    "lock_sha256": "10cc",
+    "subject": {"kind": "image", "sha256": "d19e57"},
+}
+KEY = {"compute_capability": "9.0", "tree": "7c43", "kind": "image", "stack": "10cc"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Caches with one compiled kernel."""
+    made = tmp_path / "caches"
+    caches.open_caches(made, KEY)
+    (made / "triton" / "k").mkdir()
+    (made / "triton" / "k" / "kernel.cubin").write_bytes(b"code")
+    return made
+
+
+def test_an_image_is_keyed_by_its_lock_and_an_environment_by_its_packages() -> None:
+    assert caches.stack_key(PLAN) == KEY
+    here = PLAN | {"subject": {"kind": "environment", "sha256": "e417"}}
+    rows = ["# Python 3.12.3", "pluggy==1", "pytest==9", "pytest-xdist==3", "torch==2 record=a"]
+
+    def key(rows: list[str]) -> str:
+        return caches.stack_key(here, "\n".join(rows) + "\n")["stack"]
+
+    assert key(rows) == key([rows[0], rows[-1]]), "what runs tests compiles nothing"
+    assert key(rows) != key([*rows[:-1], "torch==2 record=b"])
+    assert key(rows) != key(["# Python 3.13.1", *rows[1:]])
+
+
+def test_each_compiler_has_a_folder(folder: Path) -> None:
+    found = caches.open_caches(folder, KEY)
+    assert found["TRITON_CACHE_DIR"] == str(folder / "triton")
+    assert set(found) == set(caches.FOLDERS.values())
+    assert all((folder / name).is_dir() for name in caches.FOLDERS)
+    assert caches.count_files(folder) == 1
+
+
+@pytest.mark.parametrize("name", sorted(KEY))
+def test_another_stack_is_refused(folder: Path, name: str) -> None:
+    with pytest.raises(JitCacheError, match=f"{name} is .*, here it is other"):
+        caches.open_caches(folder, KEY | {name: "other"})
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"tree": 1}'])
+def test_what_is_not_ours_is_refused(folder: Path, content: str) -> None:
+    (folder / caches.KEY).write_text(content)
+    with pytest.raises(JitCacheError, match="no caches of the suite"):
+        caches.open_caches(folder, KEY)
+    (folder / caches.KEY).unlink()
+    with pytest.raises(JitCacheError):
+        caches.open_caches(folder, KEY)
+
+
+def packed(folder: Path, target: Path) -> Path:
+    with tarfile.open(target, "w:xz") as tar:
+        tar.add(folder, arcname="caches")
+    return target
+
+
+@pytest.mark.parametrize("form", ["folder", "tar", "pieces"])
+def test_a_kit_takes_what_a_run_left(folder: Path, tmp_path: Path, form: str) -> None:
+    source = folder
+    if form != "folder":
+        source = packed(folder, tmp_path / "caches.tar.xz")
+    if form == "pieces":
+        content = source.read_bytes()
+        source.unlink()
+        for number in range(2):
+            half = len(content) // 2
+            piece = content[:half] if number == 0 else content[half:]
+            (tmp_path / f"caches.tar.xz.{number:02}").write_bytes(piece)
+    content = tmp_path / "kit"
+    content.mkdir()
+    pack_caches(source, content, KEY)
+    with tarfile.open(content / PACKED, "r:xz") as tar:
+        tar.extractall(tmp_path / "host", filter="data")
+    target = tmp_path / "host" / "caches"
+    assert (target / "triton" / "k" / "kernel.cubin").read_bytes() == b"code"
+    assert json.loads((target / caches.KEY).read_text()) == KEY
+
+
+@pytest.mark.parametrize(
+    ("group", "place"),
+    [
+        ('{"child_paths": {"k.ttir": "/there/caches/triton/HASH/k.ttir"}}', "/there/caches"),
+        ("", None),
+        ("[]", None),
+        ("{}", None),
+        ('{"child_paths": {}}', None),
+        ('{"child_paths": {"a": 1}}', None),
+        ('{"child_paths": {"a": "a"}}', None),
+    ],
+)
+def test_a_kit_knows_where_its_kernels_were_compiled(
+    folder: Path, tmp_path: Path, group: str, place: str | None
+) -> None:
+    (folder / "triton" / "k" / "__grp__k.json").write_text(group)
+    (tmp_path / "kit").mkdir()
+    assert pack_caches(folder, tmp_path / "kit", KEY) == place
+
+
+def test_a_kit_refuses_other_files(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(KitError, match="no such caches"):
+        pack_caches(tmp_path / "nothing", tmp_path, KEY)
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(KitError, match="not the caches of a run"):
+        pack_caches(tmp_path / "text", tmp_path, KEY)
+    (folder / "strange").mkdir()
+    with pytest.raises(KitError, match="strange"):
+        pack_caches(folder, tmp_path, KEY)
+    assert not (tmp_path / PACKED).exists()
+
+
+def test_a_kit_refuses_caches_of_another_stack(folder: Path, tmp_path: Path) -> None:
+    """Not on the host only, where they are when the GPU's minutes run."""
+    with pytest.raises(JitCacheError, match="tree is 7c43, here it is 8d54"):
+        pack_caches(folder, tmp_path, {"tree": "8d54"})
+    assert not (tmp_path / PACKED).exists()
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.99])
+def test_a_kit_refuses_a_part_of_a_tar(folder: Path, tmp_path: Path, keep: float) -> None:
+    (folder / "triton" / "large").write_bytes(random.Random(0).randbytes(200_000))  # noqa: S311
+    packed = tmp_path / "caches.tar.xz"
+    with tarfile.open(packed, "w:xz") as tar:
+        tar.add(folder, arcname="caches")
+    whole = packed.read_bytes()
+    middle = int(len(whole) * keep)
+    for damaged in (whole[:middle], whole[:middle] + b"damaged" + whole[middle + 7 :]):
+        packed.write_bytes(damaged)
+        (tmp_path / "content").mkdir(exist_ok=True)
+        with pytest.raises(KitError, match="not the caches of a run"):
+            pack_caches(packed, tmp_path / "content", KEY)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/outside"])
+def test_a_tar_does_not_write_elsewhere(tmp_path: Path, name: str) -> None:
+    packed = tmp_path / "caches.tar.xz"
+    with tarfile.open(packed, "w:xz") as tar:
+        tar.addfile(tarfile.TarInfo(name))
+    (tmp_path / "content").mkdir()
+    with pytest.raises(KitError):
+        pack_caches(packed, tmp_path / "content", KEY)
+    assert not (tmp_path / "outside").exists()
+
+
+@pytest.fixture
+def prewarm(folder: Path) -> Prewarm:
+    return Prewarm(
+        folder=folder,
+        variables={variable: name for name, variable in caches.FOLDERS.items()},
+        key=KEY,
+        digest=tree_digest(folder),
+    )
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VLLM_FORGE_CACHE", str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+@pytest.mark.usefixtures("cache")
+def test_the_layer_is_compressed_and_the_same_each_time(prewarm: Prewarm, tmp_path: Path) -> None:
+    large = prewarm.folder / "triton" / "k" / "kernel.json"
+    large.write_bytes(b"x" * 3_000_000)
+    (prewarm.folder / "triton" / "k" / "launcher.so").touch(mode=0o755)
+    prewarm = replace(prewarm, digest=tree_digest(prewarm.folder))
+    stored = prewarm_layer(prewarm, 1_700_000_000)
+    assert stored.blob.size < 10_000
+    assert hashlib.sha256(stored.blob.path.read_bytes()).hexdigest() == stored.blob.digest
+    with (
+        stored.blob.path.open("rb") as packed,
+        zstandard.ZstdDecompressor().stream_reader(packed) as plain,
+        tarfile.open(fileobj=plain, mode="r|") as tar,
+    ):
+        rows = {member.name: (member.mode, member.size, member.mtime, member.uid) for member in tar}
+    name = f"{BAKED}/triton/k"[1:]
+    assert rows[f"{name}/kernel.json"] == (0o644, 3_000_000, 1_700_000_000, 0)
+    assert rows[f"{name}/launcher.so"][0] == rows[SCRIPT[1:]][0] == 0o755
+    assert rows[name][0] == 0o755
+    assert list(rows)[:3] == ["opt", "opt/vllm-forge", BAKED[1:]]
+    unpacked = stored.files / name
+    assert (unpacked / "kernel.json").read_bytes() == large.read_bytes()
+    assert (unpacked / "launcher.so").stat().st_mode & 0o777 == 0o755
+    assert (stored.files / SCRIPT[1:]).stat().st_mode & 0o777 == 0o755
+    first = stored.blob.digest
+    shutil.rmtree(tmp_path / "store")
+    assert prewarm_layer(prewarm, 1_700_000_000).blob.digest == first
+
+
+def test_kernels_serve_where_they_were_compiled(prewarm: Prewarm) -> None:
+    """Triton's groups, vLLM's indexes and ninja's logs hold absolute paths."""
+    compiled = place_of(caches.stack_key(PLAN))
+    assert prewarm.place == compiled
+    assert prewarm.environment()["TRITON_CACHE_DIR"] == f"{compiled}/triton"
+    (prewarm.folder / "triton" / "more").write_text("compiled")
+    more = replace(prewarm, digest=tree_digest(prewarm.folder))
+    assert more.place == compiled
+    assert place_of(KEY | {"tree": "8d54"}) != compiled
+
+
+def test_the_digest_is_of_the_content(folder: Path) -> None:
+    before = tree_digest(folder)
+    assert tree_digest(folder) == before
+    (folder / "triton" / "k" / "kernel.cubin").write_bytes(b"c0de")
+    assert tree_digest(folder) != before
+
+
+def start(
+    root: Path, baked: Path, *command: str, content: str = "c0"
+) -> subprocess.CompletedProcess[str]:
+    script = root / "prewarmed"
+    script.write_text(ENTRYPOINT.replace(BAKED, str(baked)))
+    place = {PLACE: str(root / "volume" / "jit" / "one"), CONTENT: content}
+    return subprocess.run(
+        ["sh", str(script), *command],
+        env=os.environ | place,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def names(place: Path) -> list[str]:
+    return sorted(path.name for path in place.parent.iterdir())
+
+
+def test_the_first_start_fills_the_volume_and_the_next_keeps_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "volume" / "jit" / "one"
+    done = start(tmp_path, folder, "echo", "two words", "3")
+    assert (done.returncode, done.stdout) == (0, "two words 3\n")
+    assert (place / "triton" / "k" / "kernel.cubin").read_bytes() == b"code"
+    (place / "new").write_text("compiled later")
+    (place / "triton" / "k" / "kernel.cubin").write_bytes(b"compiled later")
+    done = start(tmp_path, folder, "true")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (place / "new").exists()
+    assert (place / "triton" / "k" / "kernel.cubin").read_bytes() == b"compiled later"
+    assert names(place) == ["one", "one.c0"]
+
+
+def test_the_command_is_not_run_without_the_kernels(tmp_path: Path) -> None:
+    done = start(tmp_path, tmp_path / "missing", "echo", "served")
+    assert done.returncode != 0
+    assert not done.stdout
+    assert list((tmp_path / "volume" / "jit").iterdir()) == []
+
+
+def with_tools(tmp_path: Path, **tools: str) -> str:
+    """A PATH on which these programs are scripts."""
+    for name, text in tools.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    return f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_a_rename_that_fails_ends_the_start(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", with_tools(tmp_path, mv="exit 1"))
+    done = start(tmp_path, folder, "echo", "served")
+    assert done.returncode != 0
+    assert not done.stdout
+    assert list((tmp_path / "volume" / "jit").iterdir()) == []
+
+
+def test_of_two_that_start_at_once_both_have_all(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one's folder appears between the look and the rename."""
+    place = tmp_path / "volume" / "jit" / "one"
+    other = f"mkdir -p {place} && echo theirs > {place}/caches.json"
+    monkeypatch.setenv("PATH", with_tools(tmp_path, mv=f'{other} && exec /bin/mv "$@"'))
+    done = start(tmp_path, folder, "echo", "served")
+    assert (done.returncode, done.stdout) == (0, "served\n")
+    assert (place / "caches.json").read_text() == "theirs\n"
+    assert (place / "triton" / "k" / "kernel.cubin").read_bytes() == b"code"
+    assert names(place) == ["one", "one.c0"]
+
+
+def test_kernels_of_another_image_of_the_stack_join_those_of_the_volume(
+    folder: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "volume" / "jit" / "one"
+    assert start(tmp_path, folder, "true").returncode == 0
+    (place / "triton" / "k" / "kernel.cubin").write_bytes(b"in use")
+    (folder / "triton" / "two words").mkdir()
+    (folder / "triton" / "two words" / "k.cubin").write_bytes(b"more")
+    done = start(tmp_path, folder, "echo", "served", content="c1")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "served\n", "")
+    assert (place / "triton" / "two words" / "k.cubin").read_bytes() == b"more"
+    assert (place / "triton" / "k" / "kernel.cubin").read_bytes() == b"in use"
+    assert names(place) == ["one", "one.c0", "one.c1"]
+
+
+@pytest.mark.parametrize("tool", ["ln", "find", "mkdir"])
+def test_a_join_that_fails_ends_the_start_and_is_done_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str
+) -> None:
+    place = tmp_path / "volume" / "jit" / "one"
+    place.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        # mkdir makes the volume's folder first, and fails below the kernels' own.
+        fails = 'case "$*" in *triton*) ;; *) exec /bin/mkdir "$@";; esac; ' * (tool == "mkdir")
+        fails += "echo no links here >&2; exit 1"
+        patch.setenv("PATH", with_tools(tmp_path, **{tool: fails}))
+        done = start(tmp_path, folder, "echo", "served")
+    assert done.returncode != 0
+    assert (done.stdout, "no links here" in done.stderr) == ("", True)
+    assert names(place) == ["one"]
+    assert start(tmp_path, folder, "true").returncode == 0
+    assert (place / "triton" / "k" / "kernel.cubin").read_bytes() == b"code"
+
+
+def test_a_volume_whose_kernels_were_deleted_is_filled_again(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "volume" / "jit" / "one"
+    assert start(tmp_path, folder, "true").returncode == 0
+    shutil.rmtree(place)
+    assert start(tmp_path, folder, "true").returncode == 0
+    assert (place / "triton" / "k" / "kernel.cubin").read_bytes() == b"code"

@@ -1,0 +1,164 @@
+"""The suite in an image: how it is run there, and what comes along."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vllm_forge.errors import LockFileError, ToolMissingError
+from vllm_forge.gputest import launch as gpu
+from vllm_forge.gputest.launch import container_command, require_modules, unpack_tools
+from vllm_forge.images.prewarm import SCRIPT
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus"), [("docker", "--gpus=all"), ("podman", "--device=nvidia.com/gpu=all")]
+)
+def test_the_run_has_gpus_and_no_network(engine: str, gpus: str) -> None:
+    argv = container_command(engine, "image", Path("/b"), Path("/o"), ["--tier=kernel"])
+    assert argv[:2] == [engine, "run"]
+    assert {gpus, "--network=none", "--volume=/b:/forge:ro", "--volume=/o:/output"} <= set(argv)
+    assert argv[argv.index("image") :][:2] == ["image", "-c"]
+    assert argv[argv.index("-c") + 2 :] == [
+        "sh",
+        "/opt/venv/bin/python", "-m", "tests.gpu.harness.run", "/forge/plan.json", "/output",
+        "--tier=kernel",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("caches", [None, (Path("/c"), "/cache/jit/0")])
+@pytest.mark.parametrize("prewarmed", [True, False])
+def test_the_image_finds_the_sanitizer_and_the_arguments_stay_whole(
+    tmp_path: Path, caches: tuple[Path, str] | None, *, prewarmed: bool
+) -> None:
+    """Kernels of the image are put to their place first, where no others are brought to."""
+    argv = container_command(
+        "docker", "image", Path("/b"), Path("/o"), ["--only", "a or $HOME"], caches=caches
+    )
+    script, args = argv[argv.index("-c") + 1], argv[argv.index("-c") + 3 :]
+    fill = tmp_path / "prewarmed"
+    if prewarmed:
+        fill.write_text('#!/bin/sh\necho filled\nexec "$@"\n')
+        fill.chmod(0o755)
+    script = script.replace(SCRIPT, str(fill))
+    said = "import os, sys; print(os.environ['PATH'].split(':')[0], *sys.argv[1:], sep='|')"
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", sys.executable, "-c", said, *args[1:]],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *filled, line = done.stdout.splitlines()
+    assert filled == (["filled"] if prewarmed and caches is None else [])
+    place, *rest = line.split("|")
+    assert place == f"/forge/{gpu.SANITIZER.parent}"
+    assert rest == args[1:]
+
+
+class Wheels:
+    """A wheelhouse of files that are there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def fetch(self, wheels: Sequence[str]) -> None:
+        pass
+
+    def verify(self, wheel: str) -> Path:
+        return self.folder / wheel
+
+
+def wheel(path: Path, name: str, mode: int) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        member = zipfile.ZipInfo(name)
+        member.external_attr = mode << 16
+        archive.writestr(member, "#!/bin/sh\necho ran\n")
+
+
+def test_programs_of_tools_can_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "Wheelhouse", lambda: Wheels(tmp_path))
+    monkeypatch.setattr(gpu, "test_tools", lambda _: ["a.whl"])
+    monkeypatch.setattr(gpu, "sanitizer", lambda _: ["b.whl"])
+    wheel(tmp_path / "a.whl", "pytest/__init__.py", 0o644)
+    wheel(tmp_path / "b.whl", str(gpu.SANITIZER.relative_to("sanitizer")), 0o744)
+    bundle = tmp_path / "bundle"
+    unpack_tools(tmp_path, bundle)
+    done = subprocess.run([bundle / gpu.SANITIZER], capture_output=True, check=True)
+    assert done.stdout == b"ran\n"
+    assert (bundle / gpu.SANITIZER).stat().st_mode & 0o777 == 0o755
+    assert not (bundle / "tools" / "pytest" / "__init__.py").stat().st_mode & 0o111
+    assert not (bundle / "tools" / "nvidia").exists(), "it would be imported as a part of nvidia"
+
+
+@pytest.mark.parametrize("name", ["nvidia/cuda_sanitizer/bin/compute-sanitizer", "other"])
+def test_a_sanitizer_elsewhere_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Else its tests would say in the image that there is none, and no receipt be made."""
+    monkeypatch.setattr(gpu, "Wheelhouse", lambda: Wheels(tmp_path))
+    monkeypatch.setattr(gpu, "test_tools", lambda _: [])
+    monkeypatch.setattr(gpu, "sanitizer", lambda _: ["b.whl"])
+    wheel(tmp_path / "b.whl", name, 0o755)
+    with pytest.raises(LockFileError, match="have no nvidia/cu13/bin/compute-sanitizer"):
+        unpack_tools(tmp_path, tmp_path / "bundle")
+
+
+def test_images_get_the_sanitizer_and_hosts_have_theirs(root: Path) -> None:
+    name = "nvidia-cuda-sanitizer-api"
+    assert name in {wheel.name for wheel in gpu.sanitizer(root)}
+    assert name not in {wheel.name for wheel in gpu.test_tools(root)}
+
+
+def test_who_asks_for_it_gives_the_image_the_network() -> None:
+    """FlashInfer downloads the experts' kernels of some GPUs at their first start."""
+    without = container_command("docker", "image", Path("/b"), Path("/o"), [])
+    argv = container_command("docker", "image", Path("/b"), Path("/o"), [], network=True)
+    assert [arg for arg in without if arg not in argv] == ["--network=none"]
+
+
+def test_caches_are_mounted_and_named(tmp_path: Path) -> None:
+    """Triton keeps absolute paths of its results, so they are compiled where they will serve."""
+    place = "/cache/jit/0123456789abcdef"
+    argv = container_command(
+        "docker", "image", Path("/b"), Path("/o"), [], caches=(tmp_path, place)
+    )
+    assert f"--volume={tmp_path}:{place}" in argv
+    assert argv[-1] == f"--caches={place}"
+
+
+def test_images_and_kits_get_what_n_needs(root: Path) -> None:
+    """``-n auto`` is one process per GPU: pytest-xdist, which no image has."""
+    assert {wheel.name for wheel in gpu.test_tools(root)} >= {"pytest", "pytest-xdist", "execnet"}
+
+
+def test_a_python_without_vllm_is_refused_by_name(tmp_path: Path) -> None:
+    require_modules(sys.executable, ["pytest", "json"])
+    with pytest.raises(ToolMissingError, match="it lacks: vllm none_such"):
+        require_modules(sys.executable, ["pytest", "vllm", "none_such"])
+    (tmp_path / "python").write_text("")
+    with pytest.raises(ToolMissingError, match="Permission denied"):
+        require_modules(str(tmp_path / "python"), ["pytest"])
+
+
+def test_pytest_is_one_that_keeps_groups_together(root: Path) -> None:
+    """See tests/gpu/requirements.txt: engines of one name would be started by several workers."""
+    (pytest_wheel,) = [wheel for wheel in gpu.test_tools(root) if wheel.name == "pytest"]
+    assert tuple(map(int, pytest_wheel.version.split(".")[:2])) < (9, 2)
+
+
+def test_an_environment_has_the_hosts_network(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_forge.cli import main
+
+    monkeypatch.setattr(gpu, "run_in_environment", lambda *_: pytest.fail("it was run"))
+    assert main(["test-gpu", "--sku=h200", "--env", "--network"]) == 2
+    assert "--network is for an image" in capsys.readouterr().err

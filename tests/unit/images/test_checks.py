@@ -1,0 +1,66 @@
+"""What the checks inside an image stand on: their scripts alone, and a GPU that is declared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vllm_forge.images.checks import TRIAL_ARGV, write_inputs
+from vllm_forge.kernels.selection import declared_device
+from vllm_forge.matrix import load
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# As inside.py does it: the GPU is seen by the process that declares it and by those it starts.
+DECLARE = """
+import json, subprocess, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import inside
+expect = json.loads((inside.INPUTS / "expect.json").read_text())
+inside.declare_device(expect, Path(sys.argv[2]))
+exec(sys.argv[3])
+subprocess.run([sys.executable, "-c", sys.argv[3]], check=True)
+"""
+ASK = """
+import ctypes
+nvml, cuda = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.CDLL("libcuda.so.1")
+major, minor, count = ctypes.c_int(), ctypes.c_int(), ctypes.c_uint()
+name, memory = ctypes.create_string_buffer(96), (ctypes.c_ulonglong * 3)()
+nvml.nvmlDeviceGetCudaComputeCapability(None, ctypes.byref(major), ctypes.byref(minor))
+nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+nvml.nvmlDeviceGetName(None, name, 96)
+nvml.nvmlDeviceGetMemoryInfo(None, memory)
+print(major.value, minor.value, count.value, memory[0], cuda.cuInit(0), name.value.decode(),
+      flush=True)
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc: apt-get install gcc libc6-dev")
+@pytest.mark.parametrize("name", ["b300", "rtxpro6000"])
+def test_the_scripts_declare_the_skus_gpu(name: str, root: Path, tmp_path: Path) -> None:
+    sku = load(root).sku[name]
+    write_inputs(tmp_path / "mnt", {"device": declared_device(sku, count=1).model_dump()})
+    (tmp_path / "stubs").mkdir()
+    argv = ["-I", "-c", DECLARE, str(tmp_path / "mnt"), str(tmp_path / "stubs"), ASK]
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=True)
+    capability = sku.compute_capability.replace(".", " ")
+    seen = f"{capability} 1 {sku.memory_gb * 10**9} 100 {sku.device}"
+    assert done.stdout.splitlines() == [seen, seen]
+
+
+def test_any_user_reads_the_inputs_and_older_ones_are_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "mnt"
+    folder.mkdir()
+    (folder / "of-before").touch()
+    write_inputs(folder, {"a": 1})
+    assert {path.name for path in folder.iterdir()} == {"inside.py", "driver.py", "expect.json"}
+    assert json.loads((folder / "expect.json").read_text()) == {"a": 1}
+    assert all(path.stat().st_mode & 0o555 == 0o555 for path in (folder, *folder.iterdir()))
+    assert TRIAL_ARGV[-1] == "/mnt/inside.py"

@@ -1,0 +1,200 @@
+"""Why a build would do something: every input is seen to change, and says what in it did."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_forge.cli import main
+from vllm_forge.errors import BuildRecordError
+from vllm_forge.images import BuildOptions, choose_engine, resolve
+from vllm_forge.images.layout import blob_times, write_image
+from vllm_forge.images.rebuild_reasons import compare, differences, why_rebuild
+from vllm_forge.matrix import image_cell, load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from vllm_forge.images import ImagePlan
+
+CELL = "vllm-0.26.0-b300"
+
+
+@pytest.fixture
+def checkout(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of what an image is made from."""
+    copy = tmp_path / "checkout"
+    for folder in ("docker", "patches"):
+        shutil.copytree(root / folder, copy / folder)
+    shutil.copy(root / "matrix.toml", copy)
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(copy))
+    return copy
+
+
+def plan_of(checkout: Path, engine: str = "buildah") -> ImagePlan:
+    cell = image_cell(load(checkout), checkout, "b300", "0.26")
+    options = BuildOptions(output=checkout / "dist")
+    return resolve(cell, options, choose_engine(engine, dry_run=True))
+
+
+@pytest.fixture
+def built(checkout: Path) -> Path:
+    """The record that a build of now would leave, and an image without layers."""
+    plan = plan_of(checkout)
+    image = write_image(plan.target, layers=[], config={}, epoch=1, name=plan.name)
+    record = {
+        "digest": f"sha256:{image.digest}",
+        "size": 1,
+        "inputs": plan.inputs(),
+        "details": plan.details(),
+        "blobs": blob_times(image),
+        "stack": {"base": {"engine": plan.engine.name}},
+    }
+    plan.record_path.write_text(json.dumps(record))
+    return checkout
+
+
+def edit(path: str, old: str, new: str) -> Callable[[Path], None]:
+    def change(checkout: Path) -> None:
+        text = (checkout / path).read_text()
+        assert old in text
+        (checkout / path).write_text(text.replace(old, new))
+
+    return change
+
+
+PATCH = "patches/vllm/0.26/0002-dsv4-wo-a-scale-name.patch"
+# What is edited -> the inputs that change, and words of what is said of them.
+EDITS: dict[str, tuple[Callable[[Path], None], set[str], list[str]]] = {
+    "a patch": (
+        edit(PATCH, "Description:", "Description: still"),
+        {"series"},
+        ["changed 0002-dsv4-wo-a-scale-name.patch: "],
+    ),
+    "a wheel of the lock": (
+        edit(
+            "docker/locks/0.26.txt",
+            "attrs==26.1.0 --hash=sha256:c6",
+            "attrs==26.1.0 --hash=sha256:d6",
+        ),
+        {"lock", "layers"},
+        ["changed attrs: 26.1.0 c647aa4a12df -> 26.1.0 d647aa4a12df", "changed environment: "],
+    ),
+    "the SKU": (
+        edit("matrix.toml", '"10.3a" }', '"10.3f" }'),
+        {"sku"},
+        ['changed env: {"TORCH_CUDA_ARCH_LIST": "10.3a"} -> {"TORCH_CUDA_ARCH_LIST": "10.3f"}'],
+    ),
+    "the line": (
+        edit("matrix.toml", "budget_mb = 2900", "budget_mb = 4800"),
+        {"line"},
+        ["changed budget_mb: 2900 -> 4800"],
+    ),
+    "the Dockerfile": (
+        edit("docker/Dockerfile", "EXPOSE 8000", "EXPOSE 8001"),
+        {"system"},
+        ["changed dockerfile: "],
+    ),
+    "the base": (
+        edit("matrix.toml", 'suite = "trixie"', 'suite = "forky"'),
+        {"system", "base"},
+        ["changed suite: trixie -> forky", "changed base: "],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_is_named(name: str, built: Path) -> None:
+    change, inputs, words = EDITS[name]
+    change(built)
+    reason = why_rebuild(plan_of(built))
+    assert reason.state == "inputs changed"
+    assert {item.name for item in reason.changes} == inputs
+    parts = [part for item in reason.changes for part in item.parts]
+    for word in words:
+        assert any(part.startswith(word) for part in parts), parts
+
+
+def test_nothing_changed(built: Path) -> None:
+    assert why_rebuild(plan_of(built)).state == "nothing changed"
+
+
+def test_never_built(checkout: Path) -> None:
+    assert why_rebuild(plan_of(checkout)).state == "never built"
+
+
+def test_equal_inputs_and_another_image(built: Path) -> None:
+    (built / "dist" / CELL / "index.json").unlink()
+    assert why_rebuild(plan_of(built)).state == "damaged"
+
+
+def test_another_engine(built: Path) -> None:
+    (change,) = why_rebuild(plan_of(built, "docker")).changes
+    assert change.name == "system"
+    assert "changed engine: buildah -> docker" in change.parts
+
+
+def test_record_of_an_older_build_says_which_input_at_least(built: Path) -> None:
+    path = built / "dist" / f"{CELL}.json"
+    record = json.loads(path.read_text())
+    del record["details"]
+    path.write_text(json.dumps(record))
+    EDITS["the SKU"][0](built)
+    (change,) = why_rebuild(plan_of(built)).changes
+    assert (change.name, change.parts) == ("sku", ("what in it: the record does not say",))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"inputs": []}'])
+def test_not_a_record(text: str, built: Path) -> None:
+    (built / "dist" / f"{CELL}.json").write_text(text)
+    with pytest.raises(BuildRecordError, match="not the record of a build"):
+        why_rebuild(plan_of(built))
+    assert main(["why-rebuild", "--sku=b300", "--line=0.26"]) == BuildRecordError.exit_code
+
+
+def test_command_takes_the_engine_of_the_record(
+    built: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another engine is the one that is here."""
+    monkeypatch.setattr("vllm_forge.images.engines._present", lambda name: name == "docker")
+    assert main(["why-rebuild", "--sku=b300", "--line=0.26"]) == 0
+    assert capsys.readouterr().out == f"{CELL}: nothing changed\n"
+    EDITS["the SKU"][0](built)
+    assert main(["why-rebuild", "--sku=sm103a", "--line=0.26"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[:2] == [f"{CELL}: inputs changed", "  sku"]
+    assert out[2].startswith("    changed env: ")
+
+
+def test_details_cover_every_input(checkout: Path) -> None:
+    plan = plan_of(checkout)
+    assert plan.details().keys() == plan.inputs().keys()
+    assert json.loads(json.dumps(plan.details())) == plan.details()
+
+
+tables: st.SearchStrategy[dict[str, Any]] = st.dictionaries(
+    st.sampled_from("abcd"), st.one_of(st.integers(0, 2), st.sampled_from(["x", "y z"])), max_size=4
+)
+
+
+@given(tables, tables)
+def test_every_part_that_differs_is_told_once(old: dict[str, Any], new: dict[str, Any]) -> None:
+    told = differences(old, new)
+    names = {name for name in {*old, *new} if old.get(name, "-") != new.get(name, "-")}
+    assert len(told) == max(len(names), 1)
+    for name in names:
+        assert sum(f" {name}: " in part for part in told) == 1
+
+
+@given(tables, tables)
+def test_only_inputs_with_another_hash_are_changes(
+    old: dict[str, Any], new: dict[str, Any]
+) -> None:
+    changed = {item.name for item in compare(old, new, {}, {})}
+    assert changed == {name for name in {*old, *new} if old.get(name) != new.get(name)}

@@ -1,0 +1,468 @@
+"""What an image must hold for what vLLM selects: verdicts, exceptions, and what turns them red."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tests.support import fatbins as made
+from vllm_forge.commands.census import FOLDER, PAGE, read_records
+from vllm_forge.errors import (
+    ContractError,
+    StaleExceptionError,
+    UnknownFamilyError,
+    UnknownFatbinError,
+)
+from vllm_forge.kernels.coverage import library as library_module
+from vllm_forge.kernels.coverage.contents import Contents, best
+from vllm_forge.kernels.coverage.contract import Contract, Selected, contract
+from vllm_forge.kernels.coverage.families import FINE, Catalogue, catalogue, digest
+from vllm_forge.kernels.coverage.library import census
+from vllm_forge.kernels.coverage.page import line_record, render, terminal
+from vllm_forge.kernels.coverage.selected import selections_of
+from vllm_forge.kernels.selection import Answer, read_recorded
+from vllm_forge.kernels.selection.model import Choice, Moe, Refused
+from vllm_forge.matrix import load
+from vllm_forge.sources import read_lock
+
+B200, B300, RTX, H200 = (10, 0), (10, 3), (12, 0), (9, 0)
+ROWS: dict[str, Any] = {
+    "compiler": {"nvcc": {"files": ["nvidia/bin/nvcc"], "targets": "nvidia/bin/ptxas"}},
+    "family": {
+        "base": {
+            "what": "what every cell needs",
+            "fix": "a wheel that was built for the GPU",
+            "kernels": [{"libraries": ["vllm/_C*.so"], "match": "base_kernel"}],
+        },
+        "marlin": {
+            "what": "experts of one kind",
+            "fix": "a wheel with Marlin for the GPU",
+            "kernels": [{"libraries": ["vllm/_C*.so"], "match": "marlin_(a|b)$"}],
+        },
+        "jit": {
+            "what": "compiled on first use",
+            "fix": "the sources of the kernels",
+            "sources": [{"files": ["gen/sm100*.cuh"], "compiler": "nvcc", "majors": [10]}],
+        },
+        "cubins": {
+            "what": "kernels as files",
+            "fix": "the package with the files",
+            "cubins": [{"files": "cubins/*.cubin", "fetcher": "gen/loader.py"}],
+        },
+        "torch": {
+            "what": "a library of many kernels",
+            "fix": "a library built for the GPU",
+            "libraries": [{"paths": ["torch/*.so"]}],
+        },
+    },
+    "need": {
+        "always": ["base"],
+        "attention": {"MLA": ["jit"]},
+        "linear": {"Gemm": ["torch"]},
+        "modules": {"Plain": [], "Packed": ["torch"]},
+        "experts": {"Nvfp4": {"MARLIN": ["marlin"], "GEN": ["cubins"]}},
+    },
+}
+NATIVE = {
+    "cubin 90": {"base_kernel": 900, "marlin_a": 900, "marlin_b": 900},
+    "cubin 100f": {"base_kernel": 900, "marlin_a": 900, "marlin_b": 900},
+    "cubin 120f": {"base_kernel": 900, "marlin_a": 900, "marlin_b": 900},
+    "ptx 80": ["marlin_a", "marlin_b"],
+}
+EXCEPTION = {
+    "family": "marlin",
+    "verdict": "ptx",
+    "lines": ["0.1"],
+    "capabilities": ["10.3"],
+    "reason": "the driver compiles it at the first launch, and keeps what it made",
+}
+
+
+def image(site: Path, code: dict[str, Any] | None = None) -> Path:
+    """A site-packages folder with everything the families above want."""
+    files: dict[str, bytes] = {
+        "vllm/_C.abi3.so": made.kernel_library(code or NATIVE),
+        "gen/sm100_gemm.cuh": b"//",
+        "gen/loader.py": b"#",
+        "nvidia/bin/nvcc": b"#!",
+        "nvidia/bin/ptxas": b"sm_90a\0sm_100a\0sm_103a\0sm_120\0",
+        "cubins/a.cubin": made.cubin("100f", {"k": 900}),
+        "torch/t.so": made.library(made.fatbin(made.entry("cubin", "100"))),
+    }
+    for name, content in files.items():
+        path = site / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return site
+
+
+def rows(*exceptions: dict[str, Any]) -> Catalogue:
+    return Catalogue.model_validate(ROWS | {"exception": exceptions})
+
+
+def check(
+    site: Path, gpu: tuple[int, int], *chosen: Selected, exceptions: tuple[Any, ...] = ()
+) -> Contract:
+    return contract(
+        Contents((site,), rows(*exceptions)),
+        cell="cell",
+        line="0.1",
+        capability=gpu,
+        selections=chosen,
+    )
+
+
+def verdicts(made_contract: Contract) -> dict[str, str]:
+    return {item.family: item.coverage.verdict for item in made_contract.findings}
+
+
+MARLIN = Selected(by="preset", experts=(("Nvfp4", "MARLIN"),))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "verdict", "codes"),
+    [(H200, "native", ("90",)), (B300, "family", ("100f",)), (RTX, "family", ("120f",))],
+)
+def test_native_code(tmp_path: Path, gpu: tuple[int, int], verdict: str, codes: object) -> None:
+    found = check(image(tmp_path), gpu, MARLIN)
+    found.check()
+    assert verdicts(found) == {"base": verdict, "marlin": verdict}
+    assert found.findings[0].coverage.codes == codes
+
+
+def test_one_architecture_taken_out_is_red_and_names_the_families(tmp_path: Path) -> None:
+    path = image(tmp_path) / "vllm" / "_C.abi3.so"
+    check(tmp_path, RTX, MARLIN).check()
+    path.write_bytes(made.without(path.read_bytes(), lambda kind, arch: arch // 10 == 12))
+    with pytest.raises(ContractError) as caught:
+        check(tmp_path, RTX, MARLIN).check()
+    text = str(caught.value)
+    assert "base: missing; 1 of 1 kernels have no code for it in vllm/_C.abi3.so: only" in text
+    assert "cubin 100f, cubin 90" in text
+    assert "needed by: every cell" in text
+    assert "would help: a wheel that was built for the GPU" in text
+    assert "marlin: ptx; 2 of 2 kernels in vllm/_C.abi3.so run as 80 PTX" in text
+    assert "needed by: preset (experts MARLIN, Nvfp4)" in text
+    check(tmp_path, B300, MARLIN).check()
+
+
+def test_built_for_one_gpu_only_is_red_on_the_next_of_its_family(tmp_path: Path) -> None:
+    image(tmp_path, {"cubin 100a": {"base_kernel": 900}})
+    check(tmp_path, B200).check()
+    with pytest.raises(ContractError, match="base: missing"):
+        check(tmp_path, B300).check()
+
+
+def test_one_kernel_without_code_is_enough(tmp_path: Path) -> None:
+    """A family is as good as its worst kernel."""
+    code = NATIVE | {"cubin 120f": {"base_kernel": 900, "marlin_a": 900}}
+    found = check(image(tmp_path, code), RTX, MARLIN)
+    assert verdicts(found) == {"base": "family", "marlin": "ptx"}
+    assert "1 of 2 kernels" in found.findings[1].coverage.detail
+
+
+def test_one_part_without_code_is_enough(tmp_path: Path) -> None:
+    """The kernels are there, the sources beside them are not."""
+    both = ROWS["family"]["base"] | {"sources": [{"files": ["gen/none.cuh"], "compiler": "nvcc"}]}
+    catalog = Catalogue.model_validate(ROWS | {"family": ROWS["family"] | {"base": both}})
+    contents = Contents((image(tmp_path),), catalog)
+    found = contract(contents, cell="cell", line="0.1", capability=RTX, selections=())
+    assert verdicts(found) == {"base": "missing"}
+    assert found.findings[0].coverage.detail == "not there: gen/none.cuh"
+
+
+def test_a_stub_is_no_code(tmp_path: Path) -> None:
+    code = NATIVE | {"cubin 90": {"base_kernel": 70000}, "cubin 120f": {"base_kernel": 768}}
+    assert verdicts(check(image(tmp_path, code), RTX)) == {"base": "missing"}
+
+
+def test_no_kernel_of_that_name_is_red(tmp_path: Path) -> None:
+    with pytest.raises(ContractError, match=r"no such kernel in vllm/_C\*\.so"):
+        check(image(tmp_path, {"cubin 120": {"renamed": 900}}), RTX).check()
+
+
+def test_sources_and_their_compiler(tmp_path: Path) -> None:
+    attention = Selected(by="preset", attention="MLA")
+    image(tmp_path)
+    assert verdicts(check(tmp_path, B300, attention))["jit"] == "source"
+    # A part for 10.x says nothing of 12.x: needed and not made for it is missing.
+    with pytest.raises(ContractError, match="it is not made for such a GPU"):
+        check(tmp_path, RTX, attention).check()
+    (tmp_path / "nvidia/bin/ptxas").write_bytes(b"sm_100a\0sm_103\0sm_103abc\0")
+    with pytest.raises(ContractError, match="nvcc of this image does not know sm_103a"):
+        check(tmp_path, B300, attention).check()
+    (tmp_path / "gen/sm100_gemm.cuh").unlink()
+    with pytest.raises(ContractError, match=r"not there: gen/sm100\*\.cuh"):
+        check(tmp_path, B300, attention).check()
+
+
+def test_cubins_there_for_another_gpu_or_to_download(tmp_path: Path) -> None:
+    gen = Selected(by="preset", experts=(("Nvfp4", "GEN"),))
+    image(tmp_path)
+    assert verdicts(check(tmp_path, B300, gen))["cubins"] == "family"
+    assert verdicts(check(tmp_path, RTX, gen))["cubins"] == "missing"
+    (tmp_path / "cubins/a.cubin").unlink()
+    with pytest.raises(ContractError, match="cubins: download; no cubins in the image"):
+        check(tmp_path, B300, gen).check()
+    (tmp_path / "gen/loader.py").unlink()
+    with pytest.raises(ContractError, match="cubins: missing"):
+        check(tmp_path, B300, gen).check()
+
+
+def test_each_library_must_have_code(tmp_path: Path) -> None:
+    linear = Selected(by="preset", linear="Gemm")
+    image(tmp_path)
+    assert verdicts(check(tmp_path, B300, linear))["torch"] == "native"
+    with pytest.raises(ContractError, match=r"torch: missing; torch/t\.so has no code for it"):
+        check(tmp_path, RTX, linear).check()
+    (tmp_path / "torch/t.so").unlink()
+    with pytest.raises(ContractError, match=r"no torch/\*\.so"):
+        check(tmp_path, B300, linear).check()
+
+
+def test_an_upper_layer_hides_a_lower_one(tmp_path: Path) -> None:
+    lower = image(tmp_path / "lower")
+    upper = image(tmp_path / "upper", {"cubin 100": {"base_kernel": 900}})
+    both = contract(
+        Contents((lower, upper), rows()), cell="c", line="0.1", capability=RTX, selections=()
+    )
+    assert verdicts(both) == {"base": "missing"}
+
+
+# --- exceptions -----------------------------------------------------------------------------------
+
+PTX_ONLY = NATIVE | {"cubin 100f": {"base_kernel": 900}}
+
+
+def test_an_exception_is_accepted_and_told(tmp_path: Path) -> None:
+    found = check(image(tmp_path, PTX_ONLY), B300, MARLIN, exceptions=(EXCEPTION,))
+    found.check()
+    assert found.notes == (f"marlin: ptx. {EXCEPTION['reason']}",)
+    with pytest.raises(ContractError):
+        check(tmp_path, B300, MARLIN).check()
+    # Another GPU, another line, or a worse verdict than the row's, is not accepted.
+    with pytest.raises(ContractError):
+        check(tmp_path, B200, MARLIN, exceptions=(EXCEPTION,)).check()
+    other = EXCEPTION | {"lines": ["0.2"]}
+    with pytest.raises(ContractError):
+        check(tmp_path, B300, MARLIN, exceptions=(other,)).check()
+    image(tmp_path, {"cubin 100f": {"base_kernel": 900}, "cubin 120": {"marlin_a": 900}})
+    with pytest.raises(ContractError, match="marlin: missing"):
+        check(tmp_path, B300, MARLIN, exceptions=(EXCEPTION,)).check()
+
+
+@pytest.mark.parametrize("chosen", [(MARLIN,), ()], ids=["native by now", "not selected any more"])
+def test_a_stale_exception_fails(tmp_path: Path, chosen: tuple[Selected, ...]) -> None:
+    with pytest.raises(StaleExceptionError, match=r"marlin \(ptx\)"):
+        check(image(tmp_path), B300, *chosen, exceptions=(EXCEPTION,)).check()
+
+
+def test_an_unknown_backend_is_an_error(tmp_path: Path) -> None:
+    image(tmp_path)
+    with pytest.raises(UnknownFamilyError, match=r"'MARLIM' .*Perhaps you meant 'MARLIN'"):
+        check(tmp_path, RTX, Selected(by="p", experts=(("Nvfp4", "MARLIM"),)))
+    for unknown in (
+        Selected(by="p", attention="FLASH"),
+        Selected(by="p", linear="Mul"),
+        Selected(by="p", experts=(("Int3", "MARLIN"),)),
+        Selected(by="p", schemes=("Plain", "Pakced")),
+    ):
+        with pytest.raises(UnknownFamilyError):
+            check(tmp_path, RTX, unknown)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"need": ROWS["need"] | {"always": ["bose"]}},
+        {"exception": [EXCEPTION | {"family": "x"}]},
+        {"exception": [EXCEPTION | {"reason": "because"}]},
+        {"exception": [EXCEPTION | {"capabilities": ["103"]}]},
+        {"family": ROWS["family"] | {"base": {"what": "nothing in it", "fix": "x" * 20}}},
+        {"compiler": {}},
+        {"extra": 1},
+    ],
+)
+def test_rows_that_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Catalogue.model_validate(ROWS | change)
+
+
+@pytest.mark.parametrize(
+    ("code", "gpu", "result"),
+    [
+        (["ptx 80", "cubin 100f", "cubin 100a"], B200, ("native", "100a")),
+        (["cubin 100", "cubin 103"], B300, ("native", "103")),
+        (["cubin 100a", "cubin 100f", "ptx 90"], B300, ("family", "100f")),
+        (["ptx 80", "ptx 90", "ptx 120"], B300, ("ptx", "90 PTX")),
+        (["lto 75"], RTX, ("ptx", "75 LTO")),
+        (["cubin 80", "ptx 120"], B300, ("missing", "")),
+    ],
+)
+def test_the_best_of_what_is_there(code: list[str], gpu: Any, result: tuple[str, str]) -> None:
+    assert best(code, gpu) == result
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+def test_a_file_is_read_once_and_again_when_it_was_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lib.so"
+    path.write_bytes(made.kernel_library(NATIVE))
+    first = census(path, ["marlin"])
+    moved = tmp_path / "copy.so"
+    moved.write_bytes(path.read_bytes())
+    with monkeypatch.context() as patched:
+        patched.setattr(library_module, "_read", None)  # would fail if it were called
+        assert census(path, ["marlin"]) == first
+        assert census(moved, ["marlin"]) == first
+    before = path.stat()
+    path.write_bytes(made.without(path.read_bytes(), lambda kind, arch: arch == 120))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert "cubin 120f" not in census(path, ["marlin"]).code
+
+
+def test_other_patterns_are_another_census(tmp_path: Path) -> None:
+    path = tmp_path / "lib.so"
+    path.write_bytes(made.kernel_library(NATIVE))
+    assert list(census(path, ["marlin"]).patterns) == ["marlin"]
+    assert list(census(path, ["base"]).patterns) == ["base"]
+    assert census(path).patterns == {}
+
+
+def test_a_half_written_record_is_made_again(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "lib.so"
+    path.write_bytes(made.kernel_library(NATIVE))
+    whole = census(path)
+    for record in (cache / "census").rglob("*.json"):
+        record.write_text(record.read_text()[:20])
+    assert census(path) == whole
+
+
+def test_an_unreadable_library_is_an_error_and_kept_nowhere(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "lib.so"
+    path.write_bytes(made.library(made.fatbin(made.entry("ptx", "80", number=9))))
+    with pytest.raises(UnknownFatbinError):
+        census(path)
+    assert list((cache / "census").glob("*.json")) == []
+
+
+# --- families.toml --------------------------------------------------------------------------------
+
+
+def test_rows_name_lines_and_gpus_of_the_matrix(root: Path) -> None:
+    """An exception for a GPU that its line does not serve could not go stale."""
+    matrix = load(root)
+    served = {
+        (name, matrix.sku[sku].compute_capability)
+        for name, line in matrix.line.items()
+        for sku in line.skus
+    }
+    for row in catalogue().exception:
+        assert set(itertools.product(row.lines, row.capabilities)) <= served, row.family
+    for family in catalogue().family.values():
+        for part in family.parts:
+            assert set(part.lines) <= set(matrix.line)
+
+
+def test_every_family_is_needed_by_something() -> None:
+    needed = set(catalogue().need.families())
+    assert set(catalogue().family) - needed == set()
+
+
+# --- records/coverage --------------------------------------------------------------------------------
+
+
+def test_the_page_is_made_of_the_records(root: Path) -> None:
+    records = read_records(root, load(root))
+    assert (root / PAGE).read_text() == render(records, catalogue()), (
+        "run: nox -s census -- --update"
+    )
+
+
+@pytest.mark.parametrize("line", ["0.22", "0.26", "0.33"])
+def test_the_record_of_a_line_is_of_todays_lock_and_rows(root: Path, line: str) -> None:
+    matrix = load(root)
+    record = json.loads((root / FOLDER / f"{line}.json").read_text())
+    lock = read_lock(root, line, matrix.line[line], matrix.base)
+    again = f"run: nox -s census -- --update --line {line}"
+    assert (record["lock"], record["families"]) == (lock.digest, digest()), again
+    skus = {name: sku.compute_capability for name, sku in matrix.sku.items()}
+    assert record["skus"] == skus, again
+    for family, cells in record["coverage"].items():
+        for sku, cell in cells.items():
+            held = cell["verdict"] in FINE or cell["exception"] is not None
+            assert cell["needed_by"] is None or held, f"{family} on {sku}"
+
+
+@pytest.mark.parametrize("line", ["0.22", "0.26", "0.33"])
+def test_the_record_of_a_line_is_of_what_it_selects_today(root: Path, line: str) -> None:
+    matrix = load(root)
+    record = json.loads((root / FOLDER / f"{line}.json").read_text())
+    recorded = read_recorded(root, line)
+    for name in matrix.line[line].skus:
+        answers = recorded.of_device(matrix.sku[name].device).answers
+        needed = set(catalogue().need.always)
+        for chosen in selections_of(answers):
+            needed.update(chosen.families(catalogue().need))
+        written = {f for f, cells in record["coverage"].items() if cells[name]["needed_by"]}
+        assert written == needed, f"run: nox -s census -- --update --line {line}"
+
+
+def test_a_refused_question_needs_nothing_and_experts_without_a_backend_are_an_error() -> None:
+    scheme = "UnquantizedFusedMoEMethod"
+    served = Answer(
+        name="preset/p/a",
+        attention=Choice(chosen="MLA"),
+        moe=Moe(chosen=None),
+        modules={"model.layers.*.ffn.experts.routed_experts": scheme, "wq": "A in 3, B in 40"},
+    )
+    refused = Answer(name="preset/p/b", refused=Refused(kind="device", message="no"))
+    asked = Answer(name="grid/s/a", attention=Choice(chosen="MLA"))
+    (found,) = selections_of({answer.name: answer for answer in (served, refused, asked)})
+    assert found == Selected(
+        by="preset/p/a", attention="MLA", schemes=("A", "B"), experts=((scheme, "none"),)
+    )
+    with pytest.raises(UnknownFamilyError):
+        Selected(by="p", experts=found.experts).families(catalogue().need)
+
+
+def test_a_table_says_what_is_accepted_what_is_missing_and_what_nobody_needs(
+    tmp_path: Path,
+) -> None:
+    exception = EXCEPTION | {"capabilities": ["10.3"]}
+    site = image(tmp_path, PTX_ONLY)
+    gen = Selected(by="preset", experts=(("Nvfp4", "GEN"),))
+    contracts = {
+        "big": ("10.3", check(site, B300, MARLIN, exceptions=(exception,))),
+        "small": ("12.0", check(site, RTX, gen)),
+    }
+    record = line_record(
+        line="0.1",
+        vllm="0.1.0",
+        lock="l",
+        rows="r",
+        contents=Contents((site,), rows(exception)),
+        contracts=contracts,
+    )
+    text = terminal(record, rows(exception))
+    table = {row.split()[0]: row.split("  ") for row in text.splitlines()[2:7]}
+    assert [cell.strip() for cell in table["marlin"] if cell] == ["marlin", "80 PTX *", "(120f)"]
+    assert [cell.strip() for cell in table["cubins"] if cell] == ["cubins", "(100f)", "missing"]
+    assert [cell.strip() for cell in table["jit"] if cell] == ["jit", "(nvcc)", "-"]
+    assert EXCEPTION["reason"] in text
+    assert "the package with the files" in text
+    page = render([record], rows(exception))
+    assert "| 80 PTX \\* | (120f) |" in page
+    assert "| (100f) | **missing** |" in page
+    assert "| `vllm/_C.abi3.so` |" in page
+    assert json.loads(json.dumps(record)) == record

@@ -1,0 +1,419 @@
+"""The part that runs inside, with stand-ins for torch and vLLM: processes, devices, clamps.
+
+With the real ones it is run by `nox -s oracle`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_forge.kernels.selection.inside import experts, layers, main, serving
+from vllm_forge.kernels.selection.inside.building import Selection
+from vllm_forge.kernels.selection.inside.device import Declared
+from vllm_forge.kernels.selection.inside.driver import Device
+
+SOURCE = Path(main.__file__).parents[3]
+CHIP = {"name": "Chip", "compute_capability": "7.7", "memory_bytes": 1, "count": 8}
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def asked(name: str, device: str = "Chip", **environment: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "device": {**CHIP, "name": device},
+        "artifact": "model",
+        "arguments": [],
+        "environment": environment,
+    }
+
+
+class Worlds:
+    """vLLM is a package that keeps a variable when it is imported; answers say what they saw."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        package = folder / "vllm" / "model_executor" / "models"
+        package.mkdir(parents=True)
+        for place in (package, package.parent, package.parent.parent):
+            (place / "__init__.py").write_text("")
+        (package / "registry.py").write_text("")
+        (folder / "vllm" / "kept.py").write_text(
+            "import os\nKEPT = os.environ.get('VLLM_KEPT')\nSEEN = []\n"
+        )
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.setattr(main, "MODULES", ("vllm.kept",))
+        monkeypatch.setattr(main, "_fill", self._fill)
+        self.device: Device | None = None
+
+    def declare(self, device: Device) -> None:
+        self.device = device
+
+    def _fill(self, answer: dict[str, Any], question: dict[str, Any], _folder: Path) -> None:
+        kept: Any = importlib.import_module("vllm.kept")
+        os.environ.update(question["environment"])
+        match question["artifact"]:
+            case "wrong":
+                raise ValueError("our own fault")
+            case "refused":
+                raise serving.Refusal("device", "no kernel")
+            case "dies":
+                os._exit(3)
+        kept.SEEN.append(question["name"])
+        assert self.device is not None
+        answer["warnings"] = [self.device.name, kept.KEPT, len(kept.SEEN)]
+
+    def ask(self, *questions: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        environment = os.environ.__class__
+        reads = main._watch_environment()
+        try:
+            declared: Any = self
+            return main._ask_worlds([*questions], self.folder, declared, reads)
+        finally:
+            os.environ.__class__ = environment
+
+
+@pytest.fixture
+def worlds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worlds:
+    return Worlds(tmp_path, monkeypatch)
+
+
+def test_each_question_is_answered_in_a_process_of_its_own(worlds: Worlds) -> None:
+    found = worlds.ask(asked("a"), asked("b"), asked("c", device="Other"))
+    assert found["a"]["warnings"] == ["Chip", None, 1]
+    assert found["b"]["warnings"] == ["Chip", None, 1]  # nothing left of the one before it
+    assert found["c"]["warnings"] == ["Other", None, 1]
+
+
+def test_one_wrong_question_does_not_end_the_others(worlds: Worlds) -> None:
+    questions = [asked("a"), asked("b"), asked("c"), asked("d")]
+    for question, artifact in zip(questions, ("wrong", "dies", "refused", "model"), strict=True):
+        question["artifact"] = artifact
+    found = worlds.ask(*questions)
+    assert found["a"]["refused"]["kind"] == "oracle"
+    assert "our own fault" in found["a"]["refused"]["message"]
+    assert found["b"]["refused"] == {"kind": "oracle", "message": "the process died"}
+    assert found["c"]["refused"] == {"kind": "device", "message": "no kernel"}
+    assert "refused" not in found["d"]
+
+
+def test_a_variable_that_an_import_reads_is_set_before_it(worlds: Worlds) -> None:
+    found = worlds.ask(
+        asked("a"), asked("b", VLLM_KEPT="1"), asked("c", VLLM_OTHER="1"), asked("d", VLLM_KEPT="2")
+    )
+    assert [found[name]["warnings"][1] for name in "abcd"] == [None, "1", None, "2"]
+
+
+def test_also_of_the_first_question(worlds: Worlds, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main.os, "sched_getaffinity", lambda _: {0})
+    found = worlds.ask(asked("a", VLLM_KEPT="1"), asked("b", VLLM_KEPT="2"))
+    assert [found[name]["warnings"][1] for name in "ab"] == ["1", "2"]
+
+
+def test_what_all_questions_of_a_device_set_is_set_before_imports(worlds: Worlds) -> None:
+    found = worlds.ask(asked("a", VLLM_KEPT="1"), asked("b", VLLM_KEPT="1", VLLM_OTHER="2"))
+    assert [found[name]["warnings"][1] for name in "ab"] == ["1", "1"]
+
+
+def test_cores_without_a_device_of_their_own_get_a_part_of_its_questions(
+    worlds: Worlds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main.os, "sched_getaffinity", lambda _: {0, 1, 2})
+    questions = [asked(name) for name in "abcde"]
+    assert sorted(len(part) for part in main._split(questions, 3)) == [1, 2, 2]
+    assert [q for part in main._split(questions, 1) for q in part] == questions
+    assert sorted(worlds.ask(*questions)) == ["a", "b", "c", "d", "e"]
+
+
+def test_a_world_that_cannot_import_says_so(
+    worlds: Worlds, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(main, "MODULES", ("vllm.absent",))
+    found = worlds.ask(asked("a"), asked("b"))
+    assert found["a"]["refused"]["kind"] == found["b"]["refused"]["kind"] == "oracle"
+    assert "vllm.absent" in capfd.readouterr().err
+
+
+# --- the device -----------------------------------------------------------------------------------
+
+
+def fake_torch() -> ModuleType:
+    torch = ModuleType("torch")
+    torch.cuda = SimpleNamespace()  # type: ignore[attr-defined]
+    torch.ones = lambda *_, **__: "ones"  # type: ignore[attr-defined]
+    return torch
+
+
+STUBS = """
+import ctypes, json, sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+torch = sys.modules["torch"] = ModuleType("torch")
+torch.cuda = SimpleNamespace()
+from vllm_forge.kernels.selection.inside.device import Declared
+from vllm_forge.kernels.selection.inside.driver import Device, build_stubs
+folder = Path(sys.argv[1])
+build_stubs(folder)
+declared = Declared(folder)
+try:
+    torch.cuda.get_device_capability()
+except RuntimeError as error:
+    early = str(error)
+declared.declare(Device(name="Chip", compute_capability="12.1", memory_bytes=5 << 40, count=3))
+nvml, cuda = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.CDLL("libcuda.so.1")
+major, minor, count = ctypes.c_int(), ctypes.c_int(), ctypes.c_uint()
+name, memory = ctypes.create_string_buffer(96), (ctypes.c_ulonglong * 3)()
+nvml.nvmlDeviceGetCudaComputeCapability(None, ctypes.byref(major), ctypes.byref(minor))
+nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+nvml.nvmlDeviceGetName(None, name, 96)
+nvml.nvmlDeviceGetMemoryInfo(None, memory)
+print(json.dumps({
+    "nvml": [major.value, minor.value, count.value, name.value.decode(), memory[0]],
+    "torch": [*torch.cuda.get_device_capability(), torch.cuda.device_count(),
+              torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory],
+    "cuInit": cuda.cuInit(0), "early": early, "asked": declared.asked,
+}))
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc: apt-get install gcc libc6-dev")
+def test_nvml_and_torch_see_the_declared_device_and_nothing_before(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STUBS, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert found["nvml"] == found["torch"] == [12, 1, 3, "Chip", 5 << 40]
+    assert found["cuInit"] != 0
+    assert "get_device_capability" in found["early"]
+    assert found["asked"] == [found["early"]]
+
+
+def test_what_is_not_declared_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch: Any = fake_torch()
+    declared = object.__new__(Declared)
+    declared._cuda, declared._nvml = torch.cuda, SimpleNamespace()
+    monkeypatch.setattr(
+        "vllm_forge.kernels.selection.inside.device.ctypes",
+        SimpleNamespace(**dict.fromkeys(("c_int", "c_uint", "c_ulonglong"), Kind), c_char=Kind()),
+    )
+    declared.declare(Device(name="Chip", compute_capability="7.7", memory_bytes=1, count=8))
+    with pytest.raises(AttributeError):
+        _ = torch.cuda.get_device_properties(0).shared_memory_per_block
+
+
+class Kind:
+    """A ctypes type that takes any value."""
+
+    def __mul__(self, _count: int) -> Kind:
+        return self
+
+    @staticmethod
+    def in_dll(_library: Any, _name: str) -> SimpleNamespace:
+        return SimpleNamespace()
+
+
+# --- what vLLM said -------------------------------------------------------------------------------
+
+
+def test_messages_are_one_line_without_what_changes() -> None:
+    assert serving.clean("a\n  b at 0x7f0a in /tmp/tmpab12/model pid=31") == "a b at ... in ... ..."
+    assert len(serving.clean("x" * 5000)) == serving.MOST_CHARS
+
+
+def test_of_a_pydantic_error_only_what_validators_said() -> None:
+    class Errors(ValueError):
+        def errors(self, *, include_url: bool) -> list[dict[str, str]]:
+            assert not include_url
+            return [{"msg": "too many GPUs"}, {"msg": "no such dtype"}]
+
+    assert serving.explain(Errors("1 validation error ...")) == "too many GPUs; no such dtype"
+    assert serving.explain(KeyError("scale_fmt")) == "KeyError: 'scale_fmt'"
+
+
+def test_an_error_of_our_own_is_not_vllms() -> None:
+    with pytest.raises(ValueError, match="invalid literal") as caught:
+        int("x")
+    assert not serving.raised_in_vllm(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("package", "theirs"), [("vllm", True), ("pydantic", True), ("torch", False)]
+)
+def test_an_error_of_torch_is_none_of_vllm(tmp_path: Path, package: str, theirs: bool) -> None:
+    """Without a GPU torch refuses what vLLM would have taken."""
+    place = tmp_path / "site-packages" / package / "code.py"
+    code = compile("raise RuntimeError('no driver')", str(place), "exec")
+    with pytest.raises(RuntimeError) as caught:
+        exec(code)  # noqa: S102 - its file name is the point
+    assert serving.raised_in_vllm(caught.value) is theirs
+
+
+# --- experts --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class MoeConfig:
+    swiglu_limit: float | None = 10.0
+
+
+def select_nvfp4_moe_backend(config: MoeConfig, log: serving.Log) -> tuple[Any, Any]:
+    """As vLLM's: candidates are dropped without a word where the model has a limit."""
+    candidates = ["TRTLLM", "MARLIN"] if config.swiglu_limit else ["TRTLLM", "CUTLASS"]
+    for name in candidates[:-1]:
+        log.lines.append(
+            (10, f"NvFp4 MoE backend '{name}' does not support the deployment configuration since "
+             "kernel does not support current device cuda.")
+        )  # fmt: skip
+    return SimpleNamespace(name=candidates[-1]), MoeConfig
+
+
+@pytest.fixture
+def _fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = ModuleType("vllm.logger")
+    for name in ("_print_debug_once", "_print_info_once", "_print_warning_once"):
+        setattr(logger, name, SimpleNamespace(cache_clear=lambda: None))
+    activation = ModuleType("vllm.model_executor.layers.fused_moe.activation")
+    monkeypatch.setitem(sys.modules, "vllm.logger", logger)
+    monkeypatch.setitem(sys.modules, activation.__name__, activation)
+    monkeypatch.setitem(sys.modules, "torch", fake_torch())
+
+
+def call(log: serving.Log) -> Selection:
+    made = Selection(function=select_nvfp4_moe_backend, args=(MoeConfig(),), kwargs={"log": log})
+    with log.listen() as made.lines:
+        made.result = made.function(*made.args, **made.kwargs)
+    return made
+
+
+class Model:
+    """One layer of experts, whose method makes a config of tensors that loading would make."""
+
+    def __init__(self, method: Any, limit: float | None = 10.0) -> None:
+        self.layer = Layer(method, limit)
+
+    def named_modules(self) -> list[tuple[str, Any]]:
+        return [("", self), ("model.layers.0.ffn.experts", self.layer)]
+
+
+class Layer:
+    def __init__(self, method: Any, limit: float | None) -> None:
+        self.quant_method, self.swiglu_limit = method, limit
+
+
+class Method:
+    def __init__(self, limit: float | None) -> None:
+        self.limit = limit
+
+    def get_fused_moe_quant_config(self, layer: Any) -> Any:
+        assert layer.w13_weight_scale_2
+        return SimpleNamespace(gemm1_clamp_limit=self.limit)
+
+
+@pytest.mark.usefixtures("_fake_vllm")
+class TestExperts:
+    def test_what_was_passed_over_and_what_the_limit_dropped(self) -> None:
+        log = serving.Log()
+        facts = experts.moe_facts(None, [call(log)], log)
+        assert facts is not None
+        assert (facts["chosen"], facts["without_limit"]) == ("MARLIN", "CUTLASS")
+        assert facts["rejected"] == [
+            {"candidate": "TRTLLM", "reason": "kernel does not support current device cuda"},
+            {"candidate": "CUTLASS", "reason": experts.LIMITED},
+        ]
+
+    @pytest.mark.parametrize(
+        ("arrives", "clamp"), [(10.0, "reaches"), (None, "lost"), (7.0, "lost")]
+    )
+    def test_the_clamp_is_what_the_method_hands_on(self, arrives: float | None, clamp: str) -> None:
+        log = serving.Log()
+        facts = experts.moe_facts(Model(Method(arrives)), [call(log)], log)
+        assert facts is not None
+        assert (facts["clamp"], facts["limit"]) == (clamp, arrives)
+
+    def test_a_model_without_a_limit_has_no_clamp(self) -> None:
+        log = serving.Log()
+        facts = experts.moe_facts(Model(Method(None), limit=None), [call(log)], log)
+        assert facts is not None
+        assert "clamp" not in facts
+
+    @pytest.mark.parametrize(("given", "clamp"), [({"clamp_limit": 10.0}, "reaches"), ({}, "lost")])
+    def test_a_method_that_calls_the_kernel_itself(
+        self, monkeypatch: pytest.MonkeyPatch, given: dict[str, float], clamp: str
+    ) -> None:
+        module: Any = ModuleType("wna16")
+        monkeypatch.setitem(sys.modules, "wna16", module)
+        module.fused_marlin_moe = None
+
+        class Direct(Method):
+            kernel_backend = "Marlin"
+
+            def apply(self, layer: Any, *_tensors: Any, **_shared: Any) -> None:
+                assert layer.workspace
+                module.fused_marlin_moe("x", layer.w2_g_idx_sort_indices, **given)
+
+        Direct.__module__ = "wna16"
+        facts = experts.moe_facts(Model(Direct(10.0)), [], serving.Log())
+        assert facts is not None
+        assert (facts["chosen"], facts["clamp"]) == ("MARLIN", clamp)
+
+    def test_a_missing_limit_is_not_made_up(self) -> None:
+        class Fails(Method):
+            def get_fused_moe_quant_config(self, layer: Any) -> Any:
+                return layer.swiglu_alpha
+
+        log = serving.Log()
+        with pytest.raises(AttributeError, match="swiglu_alpha"):
+            experts.moe_facts(Model(Fails(None)), [call(log)], log)
+
+    def test_layers_that_differ_are_an_error(self) -> None:
+        log = serving.Log()
+        one, other = call(log), call(log)
+        other.result = (SimpleNamespace(name="OTHER"), MoeConfig)
+        with pytest.raises(AssertionError, match="layers differ"):
+            experts.moe_facts(None, [one, other], log)
+
+    def test_nothing_fits(self) -> None:
+        log = serving.Log()
+        failed = call(log)
+        failed.result, failed.error = None, "NotImplementedError: none"
+        facts = experts.moe_facts(None, [failed], log)
+        assert facts is not None
+        assert (facts["chosen"], facts["error"]) == (None, "NotImplementedError: none")
+
+
+def test_schemes_by_module_with_the_odd_layer_told() -> None:
+    class A: ...
+
+    class B: ...
+
+    def module(scheme: Any) -> Any:
+        return SimpleNamespace(quant_method=A(), scheme=scheme)
+
+    model = SimpleNamespace(
+        named_modules=lambda: [
+            ("", SimpleNamespace(quant_method=A())),
+            ("model.layers.0.wo_a", module(B())),
+            ("model.layers.1.wo_a", module(B())),
+            ("model.layers.0.wo_b", module(B())),
+            ("model.layers.1.wo_b", module(None)),
+            ("lm_head", module(None)),
+            ("norm", SimpleNamespace()),
+        ]
+    )
+    assert layers.module_schemes(model) == {
+        "lm_head": "A",
+        "model.layers.*.wo_a": "B",
+        "model.layers.*.wo_b": "A in 1, B in 1",
+    }

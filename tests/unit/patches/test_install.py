@@ -1,0 +1,206 @@
+"""The installer on a real virtual environment with the tiny vllm: all files or none, and back."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.support.project import PATCHED, REPO, Project, make_project
+from uv import find_uv_bin
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    made = make_project(tmp_path_factory.mktemp("mini"))
+    yield made
+    made.index.close()
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    """A new environment's interpreter, without vllm."""
+    subprocess.run(
+        [find_uv_bin(), "venv", "--quiet", "--python", sys.executable, str(tmp_path / "env")],
+        check=True,
+    )
+    return tmp_path / "env" / "bin" / "python"
+
+
+@pytest.fixture
+def installed(project: Project, python: Path) -> Path:
+    """The same with the published vllm in it."""
+    pip(project, python, "install", "vllm==0.1.0")
+    return python
+
+
+def pip(project: Project, python: Path, *args: str, link: str = "copy") -> str:
+    argv = [find_uv_bin(), "pip", *args, f"--python={python}"]
+    done = subprocess.run(
+        argv,
+        env=project.environment | {"UV_LINK_MODE": link},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout + done.stderr
+
+
+def site(python: Path) -> Path:
+    (folder,) = (python.parent.parent / "lib").glob("python3.*/site-packages")
+    return folder
+
+
+def snapshot(python: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(site(python))): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(site(python).rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def version(python: Path) -> str:
+    code = "import importlib.metadata as m, vllm; print(m.version('vllm'), vllm.__version__)"
+    return subprocess.run(
+        [python, "-B", "-c", code], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def test_patch_and_revert_give_back_every_byte(project: Project, installed: Path) -> None:
+    before = snapshot(installed)
+    project.run("install", f"--python={installed}")
+    ours = version(installed).split()
+    assert ours[0] == ours[1]
+    assert ours[0].startswith("0.1.0+forge.")
+    assert "is not None" in (site(installed) / PATCHED).read_text()
+    assert f"vllm=={ours[0]}" in pip(project, installed, "freeze")
+    project.run("install", f"--python={installed}", "--revert")
+    assert version(installed) == "0.1.0 0.1.0"
+    assert snapshot(installed) == before
+
+
+def test_patched_environment_can_be_uninstalled(project: Project, installed: Path) -> None:
+    """RECORD and metadata agree after the change."""
+    project.run("install", f"--python={installed}")
+    pip(project, installed, "check")
+    pip(project, installed, "uninstall", "vllm")
+    assert not [path for path in snapshot(installed) if path.startswith("vllm")]
+
+
+def test_it_equals_the_patched_wheel(project: Project, installed: Path, tmp_path: Path) -> None:
+    out = project.run("wheel", "--output", str(tmp_path)).stdout.strip()
+    project.run("install", f"--python={installed}")
+    by_installer = {p: h for p, h in snapshot(installed).items() if p.startswith("vllm/")}
+    pip(project, installed, "install", "--no-deps", "--reinstall", out)
+    by_wheel = {p: h for p, h in snapshot(installed).items() if p.startswith("vllm/")}
+    assert by_installer == by_wheel
+
+
+def test_package_cache_is_left_as_it_is(project: Project, python: Path) -> None:
+    """uv hard-links from its cache: writing through such a link would change every environment."""
+    pip(project, python, "install", "vllm==0.1.0", link="hardlink")
+    before = snapshot(python)
+    project.run("install", f"--python={python}")
+    ours = version(python).split()[0]
+    pip(project, python, "uninstall", "vllm")
+    pip(project, python, "install", "vllm==0.1.0", "--offline", link="hardlink")
+    assert version(python) != f"{ours} {ours}"
+    assert snapshot(python) == before
+
+
+def test_installs_the_release_first(project: Project, python: Path) -> None:
+    done = project.run("install", f"--python={python}")
+    assert "the lock is for Python 3.13" in done.stderr or sys.version_info[:2] == (3, 13)
+    assert version(python).startswith("0.1.0+forge.")
+
+
+def test_twice_is_an_error(project: Project, installed: Path) -> None:
+    project.run("install", f"--python={installed}")
+    before = snapshot(installed)
+    project.run("install", f"--python={installed}", code=74)
+    assert snapshot(installed) == before
+
+
+def test_revert_of_the_published_one_is_an_error(project: Project, installed: Path) -> None:
+    before = snapshot(installed)
+    project.run("install", f"--python={installed}", "--revert", code=73)
+    assert snapshot(installed) == before
+
+
+@pytest.mark.parametrize("path", [PATCHED, "vllm/__init__.py"])
+def test_dirty_tree_is_refused_and_untouched(project: Project, installed: Path, path: str) -> None:
+    """Also a file that the series does not change."""
+    with (site(installed) / path).open("a") as file:
+        file.write("# edited by hand\n")
+    before = snapshot(installed)
+    done = project.run("install", f"--python={installed}", code=71)
+    assert path in done.stderr
+    assert snapshot(installed) == before
+
+
+def test_partly_patched_is_refused_and_revert_makes_it_whole(
+    project: Project, installed: Path
+) -> None:
+    """What a kill -9 between the renames leaves."""
+    pristine = snapshot(installed)
+    published = (site(installed) / PATCHED).read_bytes()
+    project.run("install", f"--python={installed}")
+    (site(installed) / PATCHED).write_bytes(published)
+    before = snapshot(installed)
+    done = project.run("install", f"--python={installed}", code=72)
+    assert "--revert" in done.stderr
+    assert snapshot(installed) == before
+    project.run("install", f"--python={installed}", "--revert")
+    assert snapshot(installed) == pristine
+
+
+def test_another_release_is_refused(project: Project, installed: Path) -> None:
+    info = site(installed) / "vllm-0.1.0.dist-info"
+    text = (info / "METADATA").read_text()
+    (info / "METADATA").write_text(text.replace("Version: 0.1.0", "Version: 0.0.9"))
+    info.rename(info.with_name("vllm-0.0.9.dist-info"))
+    done = project.run("install", f"--python={installed}", code=70)
+    assert "0.0.9 is installed" in done.stderr
+
+
+def test_files_that_cannot_be_written_change_nothing(project: Project, installed: Path) -> None:
+    """The second of the new files cannot be made: the first one is taken back."""
+    (site(installed) / "vllm" / ".vllm-forge-_version.py").mkdir()
+    before = snapshot(installed)
+    process = project.start("install", f"--python={installed}")
+    process.communicate()
+    assert process.returncode != 0
+    assert snapshot(installed) == before
+
+
+def test_no_environment(project: Project, tmp_path: Path) -> None:
+    project.run("install", f"--python={tmp_path}/bin/python", code=75)
+    real = os.path.realpath(sys.executable)
+    done = project.run("install", f"--python={real}", code=75)
+    assert "not a virtual environment" in done.stderr
+
+
+def test_editable_install_is_refused(project: Project, python: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "vllm").mkdir(parents=True)
+    (source / "vllm" / "__init__.py").touch()
+    info = site(python) / "vllm-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.1.0\n")
+    (info / "direct_url.json").write_text(
+        f'{{"url": "file://{source}", "dir_info": {{"editable": true}}}}'
+    )
+    project.run("install", f"--python={python}", code=71)
+
+
+def test_script_says_where_it_must_be_run(tmp_path: Path) -> None:
+    script = tmp_path / "scripts" / "install_vllm_with_patches.sh"
+    script.parent.mkdir()
+    script.write_bytes((REPO / "scripts" / script.name).read_bytes())
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "not a checkout" in done.stderr

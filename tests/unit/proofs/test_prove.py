@@ -1,0 +1,658 @@
+"""Variants of a series, what a run of its proofs says, and the records that are committed.
+
+The runs themselves need the layers of an image: `nox -s prove` is that test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from tests.support.trees import changed_tree, patch_text, write_sdist
+from vllm_forge.errors import (
+    EngineSetupError,
+    ForgeError,
+    InseparablePatchError,
+    ProofNotRunError,
+    ProofRedError,
+    SeriesOrderError,
+    UselessPatchError,
+    WrongContextError,
+)
+from vllm_forge.host import RecordingRunner
+from vllm_forge.matrix import Matrix, load
+from vllm_forge.patches import (
+    Applied,
+    Patch,
+    apply_series,
+    decisions,
+    read_dispositions,
+    read_patch,
+    read_series,
+    read_tree_lock,
+    variants,
+)
+from vllm_forge.patches.variants import (
+    OTHERS,
+    TAKEN_OUT,
+    Variant,
+    pairs,
+    require_idempotent,
+    trees_of_moved,
+    without,
+)
+from vllm_forge.proofs import environment, prove
+from vllm_forge.proofs.environment import SCRIPT, Environment
+from vllm_forge.proofs.verdict import Run, judge_whole, judge_without, parse
+from vllm_forge.sources import read_lock
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from vllm_forge.host import Runner
+    from vllm_forge.images.engine import Trial
+    from vllm_forge.sources import SourceRepo
+
+ROOT = Path(__file__).resolve().parents[3]
+MATRIX = load(ROOT)
+LINES = [f"line {number}\n" for number in range(60)]
+RELEASE = "9.9.1"
+
+
+def text(**changes: str) -> bytes:
+    """Sixty numbered lines, some of them others: ``_7="seven"``; lines may be added to one."""
+    lines = list(LINES)
+    for name, value in changes.items():
+        lines[int(name[1:])] = value
+    return "".join(lines).encode()
+
+
+@pytest.fixture
+def base(repo: SourceRepo, tmp_path: Path) -> str:
+    files = {"vllm/a.py": text(), "vllm/b.py": text(), "vllm/_version.py": b""}
+    return repo.import_archive(RELEASE, write_sdist(tmp_path / "s.tar.gz", files))
+
+
+class Series:
+    """Patches that are made one after the other."""
+
+    def __init__(self, repo: SourceRepo, base: str, folder: Path) -> None:
+        self.repo = repo
+        self.base = self.tree = base
+        self.folder = folder
+        self.patches: list[Patch] = []
+
+    def add(self, **files: bytes) -> None:
+        number = len(self.patches) + 1
+        path = self.folder / f"{number:04}-patch.patch"
+        changes = {f"vllm/{name}.py": content for name, content in files.items()}
+        index = self.folder / "index"
+        path.write_text(patch_text(self.repo, self.tree, changes, index), encoding="utf-8")
+        self.tree = changed_tree(self.repo, self.tree, changes, index)
+        self.patches.append(read_patch(path))
+
+    def applied(self) -> Applied:
+        return apply_series(self.repo, self.base, self.patches)
+
+    def blob(self, tree: str, name: str) -> bytes:
+        return self.repo.git("cat-file", "blob", f"{tree}:vllm/{name}.py").stdout
+
+
+@pytest.fixture
+def series(repo: SourceRepo, base: str, tmp_path: Path) -> Series:
+    return Series(repo, base, tmp_path)
+
+
+# --- trees ----------------------------------------------------------------------------------------
+
+
+class TestWithout:
+    def test_the_others_applied(self, repo: SourceRepo, series: Series) -> None:
+        series.add(a=text(_5="five\n"))
+        series.add(b=text(_5="FIVE\n"))
+        found = without(repo, series.applied(), series.patches, 0)
+        assert (found.way, found.left_out) == (OTHERS, series.patches[0])
+        assert series.blob(found.tree, "a") == text()
+        assert series.blob(found.tree, "b") == text(_5="FIVE\n")
+
+    def test_the_last_one_is_the_tree_before_it(self, repo: SourceRepo, series: Series) -> None:
+        series.add(a=text(_5="five\n"))
+        series.add(a=text(_5="five\n", _40="forty\n"))
+        applied = series.applied()
+        assert without(repo, applied, series.patches, 1).tree == applied.trees[0]
+
+    def test_taken_out_where_a_later_one_would_move(self, repo: SourceRepo, series: Series) -> None:
+        series.add(a=text(_5="five\nand a half\n"))
+        series.add(a=text(_5="five\nand a half\n", _40="forty\n"))
+        found = without(repo, series.applied(), series.patches, 0)
+        assert found.way == TAKEN_OUT
+        assert series.blob(found.tree, "a") == text(_40="forty\n")
+
+    def test_taken_out_at_its_own_place(self, repo: SourceRepo, series: Series) -> None:
+        """Another patch makes the same lines elsewhere, nearer to where the first one was."""
+        series.add(a=text(_40="forty\nand a half\n"))
+        same = "".join(LINES[37:40]) + "forty\nand a half\n" + "".join(LINES[41:44])
+        later = {"_5": same * 2, "_20": "x\n" * 20, "_55": "end\n"}
+        series.add(a=text(_40="forty\nand a half\n", **later))
+        found = without(repo, series.applied(), series.patches, 0)
+        assert found.way == TAKEN_OUT
+        assert series.blob(found.tree, "a") == text(**later)
+
+    def test_a_file_that_it_adds_cannot_be_taken_out(
+        self, repo: SourceRepo, series: Series
+    ) -> None:
+        series.add(new=text(), a=text(_5="five\nmore\n"))
+        series.add(a=text(_5="five\nmore\n", _40="forty\n"))
+        with pytest.raises(InseparablePatchError):
+            without(repo, series.applied(), series.patches, 0)
+
+    def test_neither(self, repo: SourceRepo, series: Series) -> None:
+        series.add(a=text(_5="five\n"))
+        series.add(a=text(_5="five at last\n"))
+        with pytest.raises(InseparablePatchError, match="0001"):
+            without(repo, series.applied(), series.patches, 0)
+
+
+class TestOrder:
+    def test_hunks_apart_commute(self, repo: SourceRepo, series: Series) -> None:
+        series.add(a=text(_5="five\nmore\n"))
+        series.add(a=text(_5="five\nmore\n", _40="forty\n"))
+        (pair,) = pairs(repo, series.applied(), series.patches)
+        assert (pair.first, pair.second, pair.commutes) == (
+            "0001-patch.patch",
+            "0002-patch.patch",
+            True,
+        )
+
+    def test_one_that_builds_on_the_other_does_not(self, repo: SourceRepo, series: Series) -> None:
+        series.add(a=text(_5="five\n"))
+        series.add(a=text(_5="five at last\n"))
+        assert [pair.commutes for pair in pairs(repo, series.applied(), series.patches)] == [False]
+
+    def test_two_that_put_lines_into_one_place(self, repo: SourceRepo, series: Series) -> None:
+        series.add(a=text(_5="line 5\nx\n"))
+        series.add(a=text(_5="line 5\nx\ny\n"))
+        assert [pair.commutes for pair in pairs(repo, series.applied(), series.patches)] == [False]
+
+    def test_hunks_apart_that_do_not_apply_in_the_other_order(
+        self, repo: SourceRepo, series: Series
+    ) -> None:
+        series.add(a=text(_5="five\n"))
+        series.add(a=text(_5="five\n", _40="forty\n"))
+        good = series.applied()
+        index = series.folder / "index"
+        other = changed_tree(repo, good.base, {"vllm/a.py": text(_40="another\n")}, index)
+        with pytest.raises(SeriesOrderError, match="do not apply in the other order"):
+            pairs(repo, Applied(base=other, trees=good.trees), series.patches)
+
+    def test_a_patch_that_goes_onto_its_own_result_is_an_error(
+        self, repo: SourceRepo, series: Series, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        series.add(a=text(_5="five\n"))
+        applied = series.applied()
+        monkeypatch.setattr(variants, "apply_series", lambda *_arguments: applied)
+        with pytest.raises(SeriesOrderError, match="applied again on its own result"):
+            require_idempotent(repo, applied, series.patches)
+
+    def test_trees_that_are_not_the_patches_are_found(
+        self, repo: SourceRepo, series: Series
+    ) -> None:
+        series.add(a=text(_5="five\n"))
+        series.add(b=text(_5="five\n"))
+        good = series.applied()
+        wrong = Applied(base=good.base, trees=(good.trees[0], good.base))
+        with pytest.raises(SeriesOrderError, match="another tree in the other order"):
+            pairs(repo, wrong, series.patches)
+        with pytest.raises(SeriesOrderError, match="applied twice"):
+            require_idempotent(repo, wrong, series.patches)
+
+    def test_a_second_time_is_refused(self, repo: SourceRepo, series: Series) -> None:
+        series.add(a=text(_5="five\n"))
+        require_idempotent(repo, series.applied(), series.patches)
+
+    def test_a_patch_that_fits_again_is_an_error(self, repo: SourceRepo, tmp_path: Path) -> None:
+        """Repeated code: after the first of two places the hunk finds the other one."""
+        block = "".join(f"same {n}\n" for n in range(12))
+        before = (block + block).encode()
+        once = (block.replace("same 6\n", "other\n") + block).encode()
+        base = repo.import_archive("1", write_sdist(tmp_path / "r.tar.gz", {"vllm/a.py": before}))
+        twice = Series(repo, base, tmp_path)
+        twice.add(a=once)
+        with pytest.raises(SeriesOrderError, match="on its own result"):
+            require_idempotent(repo, twice.applied(), twice.patches)
+
+
+class TestExport:
+    def test_trees_of_hunks_that_moved(self, repo: SourceRepo, series: Series) -> None:
+        series.add(a=text(_5="five\n"))
+        series.add(a=text(_5="five\n", _40="forty\n"))
+        index = series.folder / "index"
+        other = changed_tree(repo, series.base, {"vllm/a.py": text(_20="twenty\nx\n")}, index)
+        trees = trees_of_moved(repo, other, series.patches)
+        assert trees[0] == other
+        assert series.blob(trees[2], "a") == text(_5="five\n", _20="twenty\nx\n", _40="forty\n")
+
+    def test_what_fits_nowhere_is_refused_as_ever(self, repo: SourceRepo, series: Series) -> None:
+        series.add(a=text(_5="five\n"))
+        index = series.folder / "index"
+        other = changed_tree(repo, series.base, {"vllm/a.py": text(_5="V\n")}, index)
+        with pytest.raises(WrongContextError):
+            trees_of_moved(repo, other, series.patches)
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+PROOF = "tests/unit/test_nothing.py::test_nothing"  # what the kit's patches name
+
+
+def run(code: int, why: str = "", **tests: str) -> Run:
+    names = {PROOF if name == "it" else f"{PROOF}[{name}]": said for name, said in tests.items()}
+    return Run(exit=code, tests=names, why=why, tail="the tail")
+
+
+@pytest.fixture
+def variant(series: Series) -> Variant:
+    series.add(a=text(_5="five\n"))
+    return Variant(left_out=series.patches[0], tree=series.base, way=OTHERS)
+
+
+class TestVerdictWithout:
+    def test_red_is_what_it_must_be(self, variant: Variant) -> None:
+        assert (
+            judge_without("9.9", variant, run(1, "KeyError: 'x'", a="failed", b="passed")) is None
+        )
+
+    def test_green_proves_nothing(self, variant: Variant) -> None:
+        error = judge_without("9.9", variant, run(0, it="passed"))
+        assert type(error) is UselessPatchError
+        assert "proves nothing: drop it" in str(error)
+        assert "0001-patch.patch" in str(error)
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            run(0),
+            run(5),
+            run(4),
+            run(2, "ImportError", it="failed"),
+            run(2, "interrupted", it="failed"),
+            run(1),
+            run(1, it="passed"),
+            run(0, it="skipped"),
+            run(1, a="failed", b="skipped"),
+            run(1, a="failed", b="xfailed"),
+            run(1, "ImportError: no x", it="failed"),
+            run(1, "ModuleNotFoundError: no x", it="failed"),
+            run(1, "SyntaxError: bad", it="failed"),
+        ],
+        ids=lambda said: f"{said.exit} {said.why} {list(said.tests.values())}",
+    )
+    def test_anything_else_says_nothing(self, variant: Variant, said: Run) -> None:
+        assert type(judge_without("9.9", variant, said)) is ProofNotRunError
+
+
+class TestVerdictWhole:
+    def kinds(self, series: Series, said: Run) -> list[type[ForgeError]]:
+        return [type(error) for error in judge_whole("9.9", series.patches, said)]
+
+    @pytest.fixture(autouse=True)
+    def _one_patch(self, series: Series) -> None:
+        series.add(a=text(_5="five\n"))
+
+    def test_green(self, series: Series) -> None:
+        assert self.kinds(series, run(0, a="passed", b="passed")) == []
+
+    def test_red(self, series: Series) -> None:
+        assert self.kinds(series, run(1, "assert 1", a="passed", b="failed")) == [ProofRedError]
+
+    def test_red_elsewhere(self, series: Series) -> None:
+        tests = {PROOF: "passed", "tests/patches/test_dispositions.py::x": "failed"}
+        (error,) = judge_whole("9.9", series.patches, Run(exit=1, tests=tests, why="", tail=""))
+        assert type(error) is ProofRedError
+        assert "test_dispositions" in str(error)
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            run(0),
+            run(5),
+            run(2, it="passed"),
+            run(0, it="skipped"),
+            run(0, a="passed", b="skipped"),
+        ],
+        ids=lambda said: f"{said.exit} {list(said.tests.values())}",
+    )
+    def test_not_run(self, series: Series, said: Run) -> None:
+        assert self.kinds(series, said) == [ProofNotRunError]
+
+    def test_another_test_whose_name_begins_alike_is_not_the_proof(self, series: Series) -> None:
+        said = Run(exit=0, tests={f"{PROOF}_more": "passed"}, why="", tail="")
+        assert self.kinds(series, said) == [ProofNotRunError]
+
+
+@pytest.mark.parametrize("output", ["", "noise", '{"exit": 0}', "[1]", "7"])
+def test_no_verdict_is_an_error(output: str) -> None:
+    with pytest.raises(ProofNotRunError):
+        parse(output, "there")
+
+
+def test_what_changes_between_runs_is_not_recorded() -> None:
+    why = "TypeError: <x object at 0x7f3a> in /tmp/pytest-1/y"
+    said = parse(json.dumps({"exit": 1, "tests": {}, "why": why, "tail": ""}), "there")
+    assert said.why == "TypeError: <x object at ...> in ..."
+
+
+# --- the script that runs inside ------------------------------------------------------------------
+
+MIXED = """
+import pytest
+def test_good(): pass
+@pytest.mark.parametrize("n", [1, 2])
+def test_half(n): assert n == 1, f"{n} is too many"
+def test_skipped(): pytest.skip("not here")
+@pytest.mark.xfail
+def test_expected(): assert False
+@pytest.fixture
+def broken(): raise KeyError("no such thing")
+def test_setup(broken): pass
+@pytest.fixture
+def late():
+    yield
+    raise ValueError("too late")
+def test_teardown(late): print("noise on stdout")
+"""
+
+
+def run_inside(folder: Path, content: str) -> Run:
+    (folder / SCRIPT.name).write_bytes(SCRIPT.read_bytes())
+    (folder / "test_it.py").write_text(content)
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    done = subprocess.run(
+        [sys.executable, SCRIPT.name, "9.9", "1", "test_it.py"],
+        cwd=folder,
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return parse(done.stdout, "here")
+
+
+def test_script_reports_every_outcome(tmp_path: Path) -> None:
+    said = run_inside(tmp_path, MIXED)
+    assert said.exit == 1
+    assert {name.partition("::")[2]: outcome for name, outcome in said.tests.items()} == {
+        "test_good": "passed",
+        "test_half[1]": "passed",
+        "test_half[2]": "failed",
+        "test_skipped": "skipped",
+        "test_expected": "xfailed",
+        "test_setup": "failed",
+        "test_teardown": "failed",
+    }
+    assert said.why == "AssertionError: 2 is too many"
+    assert said.outcomes("test_it.py::test_half") == Counter(passed=1, failed=1)
+
+
+@pytest.mark.parametrize(
+    ("content", "code"), [("import nothing_of_that_name\n", 2), ("", 5), ("def test_x(: pass\n", 2)]
+)
+def test_script_reports_what_cannot_be_collected(tmp_path: Path, content: str, code: int) -> None:
+    said = run_inside(tmp_path, content)
+    assert (said.exit, said.tests) == (code, {})
+
+
+def test_script_tells_the_line_and_keeps_threads_few(tmp_path: Path) -> None:
+    content = (
+        "import os\ndef test_it():\n"
+        "    assert os.environ['VLLM_FORGE_CONTRACT_LINE'] == '9.9'\n"
+        "    assert os.environ['OMP_NUM_THREADS'] == '1'\n"
+        "    assert os.environ['HF_HUB_OFFLINE'] == '1'\n"
+    )
+    assert run_inside(tmp_path, content).exit == 0
+
+
+# --- the environment and the whole ----------------------------------------------------------------
+
+
+def test_proofs_need_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(EngineSetupError, match="only root"):
+        prove(ROOT, MATRIX, list(MATRIX.line), RecordingRunner())
+
+
+HARM = "tests/patches/test_harm.py::test_harm"
+DECIDED = f"""
+schema_version = 1
+[[disposition]]
+about = "#1"
+title = "a change"
+upstream = "open"
+[disposition.on.all]
+status = "refused"
+reason = "It does harm."
+proof = "{HARM}"
+"""
+
+
+class FakeEngine:
+    """Answers a trial by the content of the file that its tree changes."""
+
+    def __init__(self, answers: Mapping[bytes, Run]) -> None:
+        self.answers = answers
+        self.trials: list[Trial] = []
+
+    def try_image(self, runner: Runner, trial: Trial) -> str:
+        del runner
+        self.trials.append(trial)
+        path = next(trial.lowers[0].rglob("a.py"), None)
+        said = self.answers[path.read_bytes() if path else b""]
+        return json.dumps({"exit": said.exit, "tests": said.tests, "why": said.why, "tail": ""})
+
+
+@pytest.fixture
+def one_line(
+    series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, Matrix, FakeEngine]:
+    """A line of one patch, whose layers and engine are made up."""
+    series.add(a=text(_5="five\n"))
+    applied = series.applied()
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "dispositions.toml").write_text(DECIDED, encoding="utf-8")
+    line = MATRIX.line["0.26"].model_copy(update={"vllm": RELEASE, "series": "patches"})
+    matrix = MATRIX.model_copy(update={"line": {"9.9": line}})
+    engine = FakeEngine({})
+    plan = SimpleNamespace(
+        engine=engine,
+        cell=SimpleNamespace(line=line, line_name="9.9"),
+        lock=SimpleNamespace(digest="0" * 64),
+    )
+    work = tmp_path / "work"
+    made = Environment(
+        plan=cast("Any", plan), lowers=(), config={}, work=work, inputs=tmp_path / "in"
+    )
+    module = sys.modules["vllm_forge.proofs.prove"]
+    monkeypatch.setattr(module, "require_root", lambda: None)
+    monkeypatch.setattr(module, "prepare", lambda *_arguments: made)
+    monkeypatch.setattr(module, "read_series", lambda _folder: tuple(series.patches))
+    monkeypatch.setattr(module, "check_line", lambda *_arguments: applied)
+    return root, matrix, engine
+
+
+WITH, WITHOUT = text(_5="five\n"), b""
+
+
+def prove_it(
+    one_line: tuple[Path, Matrix, FakeEngine], whole: Run, without: Run, harm: str = "passed"
+) -> Path:
+    root, matrix, engine = one_line
+    tests = whole.tests if harm == "not there" else whole.tests | {HARM: harm}
+    engine.answers = {WITH: replace(whole, tests=tests), WITHOUT: without}
+    prove(root, matrix, ["9.9"], RecordingRunner())
+    return root / "records/proofs/9.9.json"
+
+
+def test_a_proven_line_is_recorded_and_the_record_repeats(
+    one_line: tuple[Path, Matrix, FakeEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = prove_it(one_line, run(0, it="passed"), run(1, "KeyError: 'x'", it="failed"))
+    first = path.read_bytes()
+    assert "proven" in capsys.readouterr().out
+    data = json.loads(first)
+    (patch,) = data["patches"]
+    assert patch["with"] == {"passed": 1}
+    assert patch["without"]["exit"] == 1
+    assert patch["without"]["why"] == "KeyError: 'x'"
+    assert data["not carried"] == [
+        {"about": "#1", "status": "refused", "shown by": HARM, "passed": 1}
+    ]
+    assert (
+        prove_it(one_line, run(0, it="passed"), run(1, "KeyError: 'x'", it="failed")).read_bytes()
+        == first
+    )
+
+
+def test_whole_runs_all_tests_and_a_variant_its_proof(
+    one_line: tuple[Path, Matrix, FakeEngine],
+) -> None:
+    prove_it(one_line, run(0, it="passed"), run(1, it="failed"))
+    trials = sorted(one_line[2].trials, key=lambda trial: trial.name, reverse=True)
+    assert [trial.argv[2:] for trial in trials] == [
+        ("9.9", trials[0].argv[3], "tests/patches"),
+        ("9.9", trials[0].argv[3], PROOF),
+    ]
+    assert len({trial.work for trial in trials}) == 2
+
+
+@pytest.mark.parametrize(
+    ("whole", "without_it", "kind"),
+    [
+        (run(0, it="passed"), run(0, it="passed"), UselessPatchError),
+        (run(1, it="failed"), run(0, it="passed"), UselessPatchError),
+        (run(1, it="failed"), run(1, it="failed"), ProofRedError),
+        (run(0, it="skipped"), run(1, it="failed"), ProofNotRunError),
+        (run(0, it="passed"), run(5), ProofNotRunError),
+    ],
+)
+def test_what_is_not_proven_is_not_recorded(
+    one_line: tuple[Path, Matrix, FakeEngine],
+    whole: Run,
+    without_it: Run,
+    kind: type[ForgeError],
+) -> None:
+    with pytest.raises(kind):
+        prove_it(one_line, whole, without_it)
+    assert not (one_line[0] / "docs").exists()
+
+
+@pytest.mark.parametrize("harm", ["skipped", "xfailed", "not there"])
+def test_a_refusal_whose_test_was_not_run_is_not_recorded(
+    one_line: tuple[Path, Matrix, FakeEngine], harm: str
+) -> None:
+    with pytest.raises(ProofNotRunError, match="#1 is refused for what a test shows") as error:
+        prove_it(one_line, run(0, it="passed"), run(1, "KeyError: 'x'", it="failed"), harm)
+    assert HARM in str(error.value)
+    assert not (one_line[0] / "docs").exists()
+
+
+def test_what_a_trial_gets(
+    repo: SourceRepo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Native sources of the release, our models, and wheels whose programs can be run."""
+    native = {"CMakeLists.txt": b"c", "cmake/u.cmake": b"u", "csrc/moe/ops.cu": b"o"}
+    pipeline = {".buildkite/release-pipeline.yaml": b"p"}
+    files = native | pipeline | {"vllm/a.py": b"a"}
+    tree = repo.import_archive(RELEASE, write_sdist(tmp_path / "s.tar.gz", files))
+    wheel = tmp_path / "tool.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, mode in (("tool/run", 0o755), ("tool/data", 0o644)):
+            member = zipfile.ZipInfo(name)
+            member.external_attr = mode << 16
+            archive.writestr(member, name)
+    monkeypatch.setattr(
+        environment,
+        "Wheelhouse",
+        lambda: SimpleNamespace(fetch=lambda _wheels: None, verify=lambda _wheel: wheel),
+    )
+    folder = environment._inputs(ROOT, tmp_path / "inputs", repo, tree)
+    source = {
+        str(path.relative_to(folder / "source")): path.read_bytes()
+        for path in (folder / "source").rglob("*")
+        if path.is_file()
+    }
+    assert source == native | pipeline
+    assert (folder / environment.MODELS / "marlin_schedule.py").is_file()
+    assert (folder / "tests/patches/conftest.py").is_file()
+    assert not list(folder.rglob("__pycache__"))
+    assert os.access(folder / "tools/tool/run", os.X_OK)
+    assert (folder / "tools/tool/data").stat().st_mode & 0o111 == 0
+
+
+def test_time_of_a_changed_file_tells_its_content(
+    one_line: tuple[Path, Matrix, FakeEngine], repo: SourceRepo, series: Series
+) -> None:
+    """Compiled code is kept by path, size and time: equal only where the content is."""
+    series.add(a=text(_5="FIVE\n"))
+    module = sys.modules["vllm_forge.proofs.prove"]
+    made = module.prepare()
+    times = []
+    for tree in (*series.applied().trees, series.applied().trees[0]):
+        folder = made.write_tree(repo, series.base, tree, "one")
+        times.append(next(folder.rglob("a.py")).stat().st_mtime)
+    assert times[0] == times[2] != times[1]
+
+
+# --- what is committed ----------------------------------------------------------------------------
+
+
+def proofs() -> Sequence[str]:
+    return list(MATRIX.line)
+
+
+@pytest.mark.parametrize("line", proofs())
+def test_committed_proof_is_of_this_series_and_lock(line: str) -> None:
+    """Stale? `nox -s prove -- --line LINE`."""
+    row = MATRIX.line[line]
+    data = json.loads((ROOT / "docs" / "proofs" / f"{line}.json").read_text(encoding="utf-8"))
+    series = read_series(ROOT / row.series)
+    lock = read_tree_lock(ROOT / row.series, line)
+    assert (data["line"], data["vllm"]) == (line, row.vllm)
+    assert data["trees"] == {"base": lock.base, "result": lock.result}
+    assert data["environment"]["lock_sha256"] == read_lock(ROOT, line, row, MATRIX.base).digest
+    assert [(p["name"], p["proves"], p["bug"]) for p in data["patches"]] == [
+        (patch.name, patch.proves, patch.fields["Bug"]) for patch in series
+    ]
+    shown = [
+        {"about": about, "status": decision.status, "shown by": decision.proof}
+        for about, decision in decisions(read_dispositions(ROOT / "patches/vllm"), line)
+        if decision.proof is not None
+    ]
+    assert [{key: row[key] for key in shown[0]} for row in data["not carried"]] == shown
+    assert all(set(row) - set(shown[0]) == {"passed"} for row in data["not carried"])
+    for patch in data["patches"]:
+        assert patch["without"]["exit"] == 1
+        assert patch["without"]["failed"] >= 1
+        assert set(patch["with"]) == {"passed"}
+    assert len(data["order"]) == max(0, len(series) - 1)
+
+
+def test_requirements_of_the_proofs_are_pinned_and_not_in_the_images() -> None:
+    text_ = (ROOT / "tests/patches/requirements.txt").read_text(encoding="utf-8")
+    names = {row.partition("==")[0] for row in text_.splitlines() if not row.startswith("#")}
+    assert names == {"cmake", "iniconfig", "pluggy", "pytest"}
+    for line in MATRIX.line.values():
+        locked = (ROOT / line.lock).read_text(encoding="utf-8")
+        assert not [name for name in names if f"\n{name}==" in locked]
+        assert "\npackaging==" in locked
+        assert "\npygments==" in locked

@@ -1,0 +1,816 @@
+"""Receipts: made of a green run only; edited, expired, foreign or partial ones are refused."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from vllm_forge import errors
+from vllm_forge.matrix import load
+from vllm_forge.patches import read_tree_lock
+from vllm_forge.receipts.cases import FILE as CASES_FILE
+from vllm_forge.receipts.create import differences, make_receipt
+from vllm_forge.receipts.envelope import DIGEST, canonical, read_receipt, write_receipt
+from vllm_forge.receipts.lookup import FOLDER, ImageReceipts, image_receipts, preset_state
+from vllm_forge.receipts.statement import VALID, Statement, make_statement
+from vllm_forge.receipts.status import PAGE, status_text
+from vllm_forge.receipts.suite import read_tiers, required_tests, suite_hash
+from vllm_forge.receipts.verification import describe, receipt_paths, verify_all
+from vllm_forge.sources import read_lock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from vllm_forge.matrix import Matrix
+
+NOW = datetime.now(UTC).replace(microsecond=0)
+PACKAGES = "# Python 3.12.3 on x86_64\ntorch==2.11.0+cu130 record=none\n"
+SUITE = """
+release_sources = []
+[tier.server]
+folders = ["tests/gpu/mtp"]
+judges = ["tests/gpu/suite.toml"]
+minutes = 1
+"""
+TESTS = """
+import pytest
+pytestmark = [pytest.mark.gpu]
+def test_one(): ...
+@pytest.mark.parametrize("k", [1, 2])
+def test_two(k): ...
+@pytest.mark.sm_120
+def test_elsewhere(): ...
+@pytest.mark.tier("soak")
+def test_for_hours(): ...
+class TestGroup:
+    @pytest.mark.sm_90
+    def test_three(self): ...
+def helper(): ...
+"""
+FILE = "tests/gpu/mtp/test_it.py"
+# An elliptic curve that the library has not.
+SM2 = """\
+-----BEGIN PUBLIC KEY-----
+MFkwEwYHKoZIzj0CAQYIKoEcz1UBgi0DQgAE76DgD3ZabJEZSene5u9oGx+6CfEf
+hlFenQZMloMBk5c1/+N6SmlbDTIQWkEXK+405wSWiYDc0EfOcGw5PG8N0g==
+-----END PUBLIC KEY-----
+"""
+CASES = {
+    f"{FILE}::test_one": {"archs": [], "engines": ["plain"]},
+    f"{FILE}::test_two[1]": {"archs": [], "engines": []},
+    f"{FILE}::test_two[2]": {"archs": [], "engines": []},
+    f"{FILE}::test_elsewhere": {"archs": ["sm_120"], "engines": ["other"]},
+    f"{FILE}::TestGroup::test_three": {"archs": ["sm_90"], "engines": []},
+}
+
+
+@pytest.fixture
+def matrix(root: Path) -> Matrix:
+    return load(root)
+
+
+@pytest.fixture
+def project(root: Path, tmp_path: Path) -> Path:
+    """A repository with the real matrix and series, and a suite of four tests."""
+    here = tmp_path / "project"
+    (here / FILE).parent.mkdir(parents=True)
+    (here / FILE).write_text(TESTS)
+    (here / "tests/gpu/suite.toml").write_text(SUITE)
+    for name in ("matrix.toml", "patches", "docker"):
+        (here / name).symlink_to(root / name)
+    (here / CASES_FILE).parent.mkdir()
+    list_cases(here, suite_hash(here, read_tiers(here)["server"]))
+    return here
+
+
+def list_cases(here: Path, suite: str) -> None:
+    """What ``python -m tests.gpu.list_cases`` would write."""
+    rows = {"server": {"suite_sha256": suite, "cases": CASES}}
+    (here / CASES_FILE).write_text(json.dumps(rows))
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    blank = {"outcome": "passed", "seconds": 1.5, "margins": {}, "facts": {}, "why": ""}
+    return {**blank, **changes}
+
+
+@pytest.fixture
+def result(project: Path, matrix: Matrix) -> dict[str, Any]:
+    """What a green run of that suite wrote."""
+    sku = matrix.sku["h200"]
+    return {
+        "schema": 1,
+        "plan": {
+            "sku": "h200",
+            "line": "0.26",
+            "tree": read_tree_lock(project / matrix.line["0.26"].series, "0.26").result,
+            "differences": ["device code is zeroed"],
+            "subject": {
+                "kind": "environment",
+                "name": "kit",
+                "sha256": hashlib.sha256(PACKAGES.encode()).hexdigest(),
+            },
+        },
+        "tier": "server",
+        "suite_sha256": suite_hash(project, read_tiers(project)["server"]),
+        "started": (NOW - timedelta(minutes=5)).isoformat(),
+        "finished": NOW.isoformat(),
+        "exit": 0,
+        "gpus": [
+            {
+                "name": sku.device,
+                "uuid_sha256": "0" * 64,
+                "compute_capability": sku.compute_capability,
+                "driver": "580.159.04",
+                "memory_mib": 143771,
+            }
+        ],
+        "host": {"python": "3.12.3", "cuda": "13.0", "packages": {"torch": "2.11.0+cu130"}},
+        "configurations": {"plain": {"moe": []}},
+        "tests": {
+            f"{FILE}::test_one": row(margins={"drafts": {"measured": 1.0, "bound": 16.0}}),
+            f"{FILE}::test_two[1]": row(),
+            f"{FILE}::test_two[2]": row(),
+            f"{FILE}::test_elsewhere": row(outcome="other GPU", why="needs sm_120, this is H200"),
+            f"{FILE}::TestGroup::test_three": row(),
+        },
+    }
+
+
+@pytest.fixture
+def committed(project: Path, result: dict[str, Any]) -> Path:
+    """Its receipt, unsigned, in its place."""
+    return place(project, make_statement(result))
+
+
+def place(project: Path, statement: Statement, key: Path | None = None) -> Path:
+    path = write_receipt(project / FOLDER, statement, key)
+    (path.parent / "environment.txt").write_text(PACKAGES)
+    return path
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, Path]:
+    """An Ed25519 pair as openssl's command makes it."""
+    private, public = tmp_path / "key.pem", tmp_path / "public.pem"
+    for command in (
+        ["genpkey", "-algorithm", "ed25519", "-out", private],
+        ["pkey", "-in", private, "-pubout", "-out", public],
+    ):
+        subprocess.run(["openssl", *map(str, command)], check=True, capture_output=True)
+    return private, public
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], None], *, consistent: bool) -> None:
+    """Change the payload; ``consistent``: as a forger does, its digest too."""
+    data = json.loads(path.read_text())
+    payload = json.loads(base64.b64decode(data["payload"]))
+    change(payload)
+    raw = json.dumps(payload, sort_keys=True, separators=(",", ":")).encode()
+    data["payload"] = base64.b64encode(raw).decode()
+    if consistent:
+        data[DIGEST] = hashlib.sha256(raw).hexdigest()
+    path.write_text(json.dumps(data))
+
+
+def faster(payload: dict[str, Any]) -> None:
+    payload["predicate"]["vllmForge"]["tests"][f"{FILE}::test_one"]["seconds"] = 0.1
+
+
+def test_a_whole_green_receipt_holds(project: Path, matrix: Matrix, committed: Path) -> None:
+    (found,) = verify_all(project, matrix, NOW)
+    assert found.path == committed
+    assert found.statement.detail.expires - NOW == VALID
+    assert "unsigned" in describe([found])
+
+
+def test_the_payload_is_an_in_toto_statement(committed: Path) -> None:
+    data = json.loads(committed.read_text())
+    payload = json.loads(base64.b64decode(data["payload"]))
+    assert data["payloadType"] == "application/vnd.in-toto+json"
+    assert payload["_type"] == "https://in-toto.io/Statement/v1"
+    assert payload["predicateType"] == "https://in-toto.io/attestation/test-result/v0.1"
+    assert set(payload["subject"][0]["digest"]) == {"sha256"}
+    assert set(payload["subject"][1]["digest"]) == {"gitTree"}
+    assert payload["predicate"]["result"] == "PASSED"
+    assert f"{FILE}::test_two[1]" in payload["predicate"]["passedTests"]
+
+
+@pytest.mark.parametrize("outcome", ["failed", "not run"])
+def test_a_red_run_makes_no_receipt(result: dict[str, Any], outcome: str) -> None:
+    result["tests"][f"{FILE}::test_two[2]"]["outcome"] = outcome
+    with pytest.raises(errors.ReceiptIncompleteError, match="1 of 5 tests"):
+        make_statement(result)
+
+
+def test_a_run_that_ended_badly_makes_no_receipt(result: dict[str, Any]) -> None:
+    with pytest.raises(errors.ReceiptIncompleteError):
+        make_statement(result | {"exit": 1})
+    with pytest.raises(errors.ReceiptIncompleteError):
+        make_statement(result | {"tests": {}})
+
+
+def test_a_slip_of_the_editor_is_seen(project: Path, matrix: Matrix, committed: Path) -> None:
+    edit(committed, faster, consistent=False)
+    with pytest.raises(errors.ReceiptEditedError, match="not the one that its digest is of"):
+        verify_all(project, matrix, NOW)
+
+
+def test_a_forger_is_seen_by_the_signature_only(
+    project: Path, matrix: Matrix, result: dict[str, Any], keys: tuple[Path, Path]
+) -> None:
+    """What docs/develop/gpu-suite.md says of unsigned receipts, as a fact."""
+    private, public = keys
+    edit(place(project, make_statement(result)), faster, consistent=True)
+    assert verify_all(project, matrix, NOW)[0].signed_by == ()
+
+    trusted = project / FOLDER / "keys"
+    trusted.mkdir()
+    (trusted / "release.pem").write_bytes(public.read_bytes())
+    path = place(project, make_statement(result), private)
+    assert len(verify_all(project, matrix, NOW, signed=True)[0].signed_by) == 1
+    edit(path, faster, consistent=True)
+    with pytest.raises(errors.ReceiptEditedError, match="signature"):
+        verify_all(project, matrix, NOW)
+
+
+def test_an_unknown_signer_is_refused(
+    project: Path, matrix: Matrix, result: dict[str, Any], keys: tuple[Path, Path]
+) -> None:
+    place(project, make_statement(result), keys[0])
+    with pytest.raises(errors.ReceiptKeyError, match="not among the trusted"):
+        verify_all(project, matrix, NOW)
+
+
+def test_unsigned_is_refused_where_signatures_are_asked_for(
+    project: Path, matrix: Matrix, committed: Path
+) -> None:
+    assert committed.is_file()
+    with pytest.raises(errors.ReceiptKeyError, match="unsigned"):
+        verify_all(project, matrix, NOW, signed=True)
+
+
+def test_a_key_of_another_kind_is_refused(
+    project: Path, matrix: Matrix, result: dict[str, Any], tmp_path: Path
+) -> None:
+    private = tmp_path / "rsa.pem"
+    subprocess.run(
+        ["openssl", "genpkey", "-algorithm", "RSA", "-out", str(private)],
+        check=True,
+        capture_output=True,
+    )
+    with pytest.raises(errors.ReceiptKeyError, match="RSA"):
+        write_receipt(project / FOLDER, make_statement(result), private)
+    trusted = project / FOLDER / "keys"
+    trusted.mkdir(parents=True)
+    (trusted / "no.pem").write_text("no key")
+    with pytest.raises(errors.ReceiptKeyError, match="not an Ed25519 key"):
+        verify_all(project, matrix, NOW)
+
+
+@pytest.mark.parametrize("days", [-1, 91])
+def test_expired_or_of_the_future(
+    project: Path, matrix: Matrix, committed: Path, days: int
+) -> None:
+    assert committed.is_file()
+    with pytest.raises(errors.ReceiptExpiredError):
+        verify_all(project, matrix, NOW + timedelta(days=days))
+
+
+def test_in_the_place_of_another_digest(project: Path, matrix: Matrix, committed: Path) -> None:
+    committed.parent.rename(committed.parent.with_name("f" * 64))
+    with pytest.raises(errors.ReceiptSubjectError, match="not its place"):
+        verify_all(project, matrix, NOW)
+
+
+def test_other_packages(project: Path, matrix: Matrix, committed: Path) -> None:
+    (committed.parent / "environment.txt").write_text(PACKAGES.replace("2.11.0", "2.11.1"))
+    with pytest.raises(errors.ReceiptSubjectError, match=r"environment\.txt"):
+        verify_all(project, matrix, NOW)
+
+
+def test_other_tree(project: Path, matrix: Matrix, result: dict[str, Any]) -> None:
+    result["plan"]["tree"] = "a" * 40
+    place(project, make_statement(result))
+    with pytest.raises(errors.ReceiptSubjectError, match="the series now gives"):
+        verify_all(project, matrix, NOW)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("compute_capability", "10.0"), ("name", "NVIDIA H100 80GB HBM3")]
+)
+def test_other_gpu(
+    project: Path, matrix: Matrix, result: dict[str, Any], field: str, value: str
+) -> None:
+    result["gpus"][0][field] = value
+    place(project, make_statement(result))
+    with pytest.raises(errors.ReceiptSubjectError, match="is not h200"):
+        verify_all(project, matrix, NOW)
+
+
+def test_tests_were_changed_since(project: Path, matrix: Matrix, committed: Path) -> None:
+    assert committed.is_file()
+    (project / FILE).write_text(TESTS.replace("def test_one(): ...", "def test_one(): pass"))
+    with pytest.raises(errors.ReceiptSuiteError, match="made by suite"):
+        verify_all(project, matrix, NOW)
+
+
+def test_a_tier_that_is_no_more(project: Path, matrix: Matrix, committed: Path) -> None:
+    assert committed.is_file()
+    (project / "tests/gpu/suite.toml").write_text(SUITE.replace("tier.server", "tier.other"))
+    with pytest.raises(errors.ReceiptSuiteError, match="no tier server"):
+        verify_all(project, matrix, NOW)
+
+
+@pytest.mark.parametrize("name", ["test_one", "TestGroup::test_three"])
+def test_a_missing_test(project: Path, matrix: Matrix, result: dict[str, Any], name: str) -> None:
+    del result["tests"][f"{FILE}::{name}"]
+    place(project, make_statement(result))
+    with pytest.raises(errors.ReceiptIncompleteError, match=name.rpartition("::")[2]):
+        verify_all(project, matrix, NOW)
+
+
+def test_passed_tests_must_be_the_verdicts(project: Path, matrix: Matrix, committed: Path) -> None:
+    edit(committed, lambda data: data["predicate"]["passedTests"].pop(), consistent=True)
+    assert project.is_dir()
+    with pytest.raises(errors.ReceiptIncompleteError):
+        verify_all(project, matrix, NOW)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{}", b'{"payload": "!", "payloadType": "x"}', b"\xff",
+     b'{"payload": "e30=", "payloadType": "text/plain", "payloadSha256": "", "signatures": []}'],
+)  # fmt: skip
+def test_no_receipt(project: Path, matrix: Matrix, committed: Path, content: bytes) -> None:
+    committed.write_bytes(content)
+    with pytest.raises(errors.ReceiptUnreadableError) as caught:
+        verify_all(project, matrix, NOW)
+    assert str(committed) in str(caught.value)
+
+
+def test_fields_that_nobody_knows(project: Path, matrix: Matrix, committed: Path) -> None:
+    edit(committed, lambda data: data["predicate"].update(extra=1), consistent=True)
+    with pytest.raises(errors.ReceiptUnreadableError, match="extra"):
+        verify_all(project, matrix, NOW)
+
+
+def test_a_form_that_is_not_canonical(project: Path, matrix: Matrix, committed: Path) -> None:
+    data = json.loads(committed.read_text())
+    raw = json.dumps(json.loads(base64.b64decode(data["payload"])), indent=1).encode()
+    data |= {"payload": base64.b64encode(raw).decode(), DIGEST: hashlib.sha256(raw).hexdigest()}
+    committed.write_text(json.dumps(data))
+    with pytest.raises(errors.ReceiptEditedError, match="canonical"):
+        verify_all(project, matrix, NOW)
+
+
+def body(payload: dict[str, Any]) -> dict[str, Any]:
+    """Our part of a statement."""
+    inner = payload["predicate"]["vllmForge"]
+    assert isinstance(inner, dict)
+    return inner
+
+
+def lose(name: str) -> Callable[[dict[str, Any]], None]:
+    def change(payload: dict[str, Any]) -> None:
+        del body(payload)["tests"][f"{FILE}::{name}"]
+        payload["predicate"]["passedTests"].remove(f"{FILE}::{name}")
+
+    return change
+
+
+def pass_by(name: str) -> Callable[[dict[str, Any]], None]:
+    def change(payload: dict[str, Any]) -> None:
+        body(payload)["tests"][f"{FILE}::{name}"]["outcome"] = "other GPU"
+        payload["predicate"]["passedTests"].remove(f"{FILE}::{name}")
+
+    return change
+
+
+def add(outcome: str) -> Callable[[dict[str, Any]], None]:
+    def change(payload: dict[str, Any]) -> None:
+        body(payload)["tests"][f"{FILE}::test_two[3]"] = row(outcome=outcome)
+        if outcome == "passed":
+            payload["predicate"]["passedTests"].append(f"{FILE}::test_two[3]")
+
+    return change
+
+
+def measure(measured: float, bound: float) -> Callable[[dict[str, Any]], None]:
+    def change(payload: dict[str, Any]) -> None:
+        margins = body(payload)["tests"][f"{FILE}::test_one"]["margins"]
+        margins["drafts"] = {"measured": measured, "bound": bound}
+
+    return change
+
+
+FORGED: dict[str, tuple[Callable[[dict[str, Any]], Any], type[errors.ForgeError], str]] = {
+    "one case of two": (lose("test_two[2]"), errors.ReceiptIncompleteError, r"test_two\[2\]"),
+    "a case for this GPU": (
+        pass_by("test_two[2]"), errors.ReceiptIncompleteError, r"lacks 1: .*test_two\[2\]",
+    ),
+    "a case that is none": (add("passed"), errors.ReceiptIncompleteError, r"test_two\[3\]"),
+    "another that is none": (add("other GPU"), errors.ReceiptIncompleteError, r"test_two\[3\]"),
+    "passed twice": (
+        lambda data: data["predicate"]["passedTests"].insert(
+            0, data["predicate"]["passedTests"][0]
+        ),
+        errors.ReceiptIncompleteError,
+        "each once",
+    ),
+    "no boot log": (
+        lambda data: body(data).update(configurations={}),
+        errors.ReceiptIncompleteError,
+        "no boot log of 1: plain",
+    ),
+    "a boot log of another form": (
+        lambda data: body(data).update(configurations={"plain": {"moe": 5}}),
+        errors.ReceiptUnreadableError,
+        "moe",
+    ),
+    "above its bound": (measure(17.0, 16.0), errors.ReceiptIncompleteError, "is 17, its bound 16"),
+    "not a number": (measure(float("nan"), 16), errors.ReceiptUnreadableError, "finite"),
+    "bound of nothing": (measure(1, float("inf")), errors.ReceiptUnreadableError, "finite"),
+    "for ever": (
+        lambda data: body(data).update(expires="2999-01-01T00:00:00Z"),
+        errors.ReceiptExpiredError,
+        "at most",
+    ),
+    "no time zone": (
+        lambda data: body(data).update(started="2026-01-01T00:00:00"),
+        errors.ReceiptUnreadableError,
+        "timezone",
+    ),
+    "a table's cell": (
+        lambda data: body(data)["gpus"][0].update(driver="1 | x"),
+        errors.ReceiptUnreadableError,
+        "driver",
+    ),
+    "a digest that is a path": (
+        lambda data: data["subject"][0]["digest"].update(sha256="/etc"),
+        errors.ReceiptUnreadableError,
+        "sha256",
+    ),
+    "an image with packages beside it": (
+        lambda data: body(data).update(kind="image"), errors.ReceiptSubjectError, "for an image",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_what_the_repository_contradicts_is_refused_without_a_signature(
+    project: Path, matrix: Matrix, committed: Path, name: str
+) -> None:
+    change, kind, said = FORGED[name]
+    edit(committed, change, consistent=True)
+    with pytest.raises(kind, match=said) as caught:
+        verify_all(project, matrix, NOW)
+    assert str(committed) in str(caught.value)
+
+
+def test_a_line_that_does_not_support_the_sku(
+    project: Path, matrix: Matrix, result: dict[str, Any]
+) -> None:
+    result["plan"] |= {
+        "line": "0.22",
+        "tree": read_tree_lock(project / matrix.line["0.22"].series, "0.22").result,
+    }
+    place(project, make_statement(result))
+    with pytest.raises(errors.ReceiptSubjectError, match=r"0\.22 does not support h200"):
+        verify_all(project, matrix, NOW)
+
+
+def test_cases_of_another_suite_prove_nothing(
+    project: Path, matrix: Matrix, committed: Path
+) -> None:
+    assert committed.is_file()
+    list_cases(project, "0" * 64)
+    with pytest.raises(errors.GpuSuiteError, match="of suite 000000000000"):
+        verify_all(project, matrix, NOW)
+    (project / CASES_FILE).unlink()
+    with pytest.raises(errors.GpuSuiteError, match="no list of the cases"):
+        verify_all(project, matrix, NOW)
+
+
+def test_the_list_of_cases_is_what_pytest_collects(root: Path, tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "tests.gpu.list_cases", str(tmp_path / "cases.json")],
+        cwd=root,
+        check=True,
+        capture_output=True,
+    )
+    current = (root / CASES_FILE).read_text()
+    assert current == (tmp_path / "cases.json").read_text(), "run: python -m tests.gpu.list_cases"
+
+
+@pytest.mark.parametrize(
+    "place_of_it", ["{name}", "{digest}/more/{name}", "{digest}/copy.JSON", "{digest}/notes.md"]
+)
+def test_a_receipt_is_not_overlooked(
+    project: Path, matrix: Matrix, committed: Path, place_of_it: str
+) -> None:
+    target = (
+        project / FOLDER / place_of_it.format(name=committed.name, digest=committed.parent.name)
+    )
+    target.parent.mkdir(exist_ok=True)
+    committed.rename(target)
+    with pytest.raises(
+        errors.ReceiptUnreadableError, match="this is not records/receipts/<digest>"
+    ):
+        verify_all(project, matrix, NOW)
+
+
+@pytest.mark.parametrize("what", ["receipt", "packages", "folder", "all"])
+def test_a_link_is_refused(
+    project: Path, matrix: Matrix, committed: Path, tmp_path: Path, what: str
+) -> None:
+    path = {
+        "receipt": committed,
+        "packages": committed.with_name("environment.txt"),
+        "folder": committed.parent,
+        "all": project / FOLDER,
+    }[what]
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(errors.ReceiptUnreadableError, match="it is a link"):
+        verify_all(project, matrix, NOW)
+
+
+def test_folders_that_are_none(project: Path, matrix: Matrix) -> None:
+    (project / FOLDER).mkdir()
+    assert verify_all(project, matrix, NOW) == []
+    (project / FOLDER / "keys").write_text("")
+    with pytest.raises(errors.ReceiptKeyError, match="cannot be read"):
+        verify_all(project, matrix, NOW)
+    (project / FOLDER / "keys").unlink()
+    (project / FOLDER).rmdir()
+    (project / FOLDER).write_text("")
+    with pytest.raises(errors.ReceiptUnreadableError, match="Not a directory"):
+        verify_all(project, matrix, NOW)
+
+
+def test_packages_that_are_no_file(project: Path, matrix: Matrix, committed: Path) -> None:
+    path = committed.with_name("environment.txt")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(errors.ReceiptSubjectError, match="Is a directory"):
+        verify_all(project, matrix, NOW)
+
+
+def test_what_a_killed_writer_left_is_no_receipt(
+    project: Path, matrix: Matrix, committed: Path
+) -> None:
+    left = committed.parent / f".tmp-{committed.name}-abcdefgh"
+    left.mkdir()
+    (left / committed.name).write_text("{")
+    assert len(verify_all(project, matrix, NOW)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[" * 100_000, "RecursionError"),
+        (b'{"payload": "e30=", "payload": "e30="}', "stands twice"),
+    ],
+)
+def test_json_that_readers_read_differently(
+    project: Path, matrix: Matrix, committed: Path, content: bytes, said: str
+) -> None:
+    committed.write_bytes(content)
+    with pytest.raises(errors.ReceiptUnreadableError, match=said):
+        verify_all(project, matrix, NOW)
+
+
+def test_a_key_of_a_kind_that_nobody_supports(project: Path, matrix: Matrix) -> None:
+    (project / FOLDER / "keys").mkdir(parents=True)
+    (project / FOLDER / "keys" / "sm2.pem").write_text(SM2)
+    with pytest.raises(errors.ReceiptKeyError, match="not supported"):
+        verify_all(project, matrix, NOW)
+
+
+def test_every_refusal_has_its_exit_code() -> None:
+    kinds = [
+        errors.ReceiptUnreadableError, errors.ReceiptEditedError, errors.ReceiptExpiredError,
+        errors.ReceiptSubjectError, errors.ReceiptSuiteError, errors.ReceiptIncompleteError,
+    ]  # fmt: skip
+    assert [kind.exit_code for kind in kinds] == [110, 111, 112, 113, 114, 115]
+
+
+class TestMakeReceipt:
+    """From the files that a GPU host sends back."""
+
+    def write(self, folder: Path, result: dict[str, Any]) -> Path:
+        folder.mkdir(exist_ok=True)
+        (folder / "environment.txt").write_text(PACKAGES)
+        path = folder / "server.json"
+        path.write_text(json.dumps(result))
+        return path
+
+    def test_it_holds(
+        self, project: Path, matrix: Matrix, result: dict[str, Any], tmp_path: Path
+    ) -> None:
+        path = make_receipt(project, self.write(tmp_path / "out", result), None)
+        (found,) = verify_all(project, matrix, datetime.now(UTC))
+        assert found.path == path
+        said = found.statement.detail.differences
+        assert "device code is zeroed" in said  # of the kit's own; see result
+        assert any(row.startswith("vllm: absent") for row in said)
+        assert not any("torch:" in row for row in found.statement.detail.differences)
+
+    def test_what_would_be_refused_is_not_written(
+        self, project: Path, result: dict[str, Any], tmp_path: Path
+    ) -> None:
+        result["suite_sha256"] = "0" * 64
+        path = self.write(tmp_path / "out", result)
+        with pytest.raises(errors.ReceiptSuiteError) as caught:
+            make_receipt(project, path, None)
+        assert caught.value.where == str(path)
+        assert not (project / FOLDER).exists()
+
+    @pytest.mark.parametrize("content", ["", "{}", '{"plan": 3}'])
+    def test_no_result(self, project: Path, tmp_path: Path, content: str) -> None:
+        path = tmp_path / "server.json"
+        path.write_text(content)
+        with pytest.raises(errors.GpuSuiteError, match="not the result"):
+            make_receipt(project, path, None)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda result: result["plan"].pop("tree"),
+            lambda result: result["plan"]["subject"].pop("kind"),
+            lambda result: result.update(gpus=[{"name": "x"}]),
+            lambda result: result.update(finished="yesterday"),
+            lambda result: result.update(tests={"x": {"outcome": "passed", "more": 1}}),
+            lambda result: result.update(tests=[]),
+            lambda result: result.pop("exit"),
+            lambda result: result["plan"]["subject"].update(sha256="../../elsewhere"),
+            lambda result: result.update(tier="../../elsewhere"),
+        ],
+    )
+    def test_parts_of_a_result(
+        self,
+        project: Path,
+        result: dict[str, Any],
+        tmp_path: Path,
+        change: Callable[[dict[str, Any]], Any],
+    ) -> None:
+        change(result)
+        with pytest.raises(errors.GpuSuiteError, match="not the result of a tier"):
+            make_receipt(project, self.write(tmp_path / "out", result), None)
+        assert not (project / FOLDER).exists()
+
+    def test_a_line_that_is_not_ours(
+        self, project: Path, result: dict[str, Any], tmp_path: Path
+    ) -> None:
+        result["plan"]["line"] = "9.9"
+        with pytest.raises(errors.ReceiptSubjectError, match=r"line '9\.9'"):
+            make_receipt(project, self.write(tmp_path / "out", result), None)
+
+    @pytest.mark.parametrize("packages", [None, b"\xff"])
+    def test_without_the_list_of_packages(
+        self, project: Path, result: dict[str, Any], tmp_path: Path, packages: bytes | None
+    ) -> None:
+        path = self.write(tmp_path / "out", result)
+        path.with_name("environment.txt").unlink()
+        if packages is not None:
+            path.with_name("environment.txt").write_bytes(packages)
+        with pytest.raises(errors.GpuSuiteError, match="no list of the packages") as caught:
+            make_receipt(project, path, None)
+        assert "environment.txt" in caught.value.where
+
+    def test_a_case_that_did_not_run(
+        self, project: Path, result: dict[str, Any], tmp_path: Path
+    ) -> None:
+        """As where a run chose tests with ``--only``: all that ran is green."""
+        del result["tests"][f"{FILE}::test_two[2]"]
+        with pytest.raises(errors.ReceiptIncompleteError, match=r"test_two\[2\]"):
+            make_receipt(project, self.write(tmp_path / "out", result), None)
+
+    def test_names_as_workers_have_them(
+        self, project: Path, matrix: Matrix, result: dict[str, Any], tmp_path: Path
+    ) -> None:
+        """With ``-n``, pytest-xdist appends a test's group to its name."""
+        result["tests"] = {f"{name}@mtp": row for name, row in result["tests"].items()}
+        make_receipt(project, self.write(tmp_path / "out", result), None)
+        (found,) = verify_all(project, matrix, datetime.now(UTC))
+        assert f"{FILE}::test_two[1]" in found.statement.predicate.passed
+
+    def test_a_key_that_is_none_or_not_trusted_leaves_nothing(
+        self, project: Path, result: dict[str, Any], tmp_path: Path, keys: tuple[Path, Path]
+    ) -> None:
+        path = self.write(tmp_path / "out", result)
+        for key, said in ((keys[1], "not an Ed25519 key"), (keys[0], "not among the trusted")):
+            with pytest.raises(errors.ReceiptKeyError, match=said):
+                make_receipt(project, path, key)
+            assert not (project / FOLDER).exists()
+        trusted = project / FOLDER / "keys"
+        trusted.mkdir(parents=True)
+        (trusted / "release.pem").write_bytes(keys[1].read_bytes())
+        make_receipt(project, path, keys[0])
+
+
+def test_differences_from_the_lock(root: Path, matrix: Matrix) -> None:
+    lock = read_lock(root, "0.26", matrix.line["0.26"], matrix.base)
+    same = "".join(f"{wheel.name}=={wheel.version} record=x\n" for wheel in lock.wheels)
+    assert differences(same, lock.wheels) == []
+    local = same.replace("torch==2.11.0 ", "torch==2.11.0+cu130 ")
+    assert differences(local, lock.wheels) == []
+    other = same.replace("torch==2.11.0 ", "torch==2.11.1 ")
+    assert differences(other, lock.wheels) == ["torch: 2.11.1, the lock has 2.11.0"]
+
+
+def test_status_is_current(root: Path, matrix: Matrix) -> None:
+    """Also verifies every committed receipt as of its day; `nox -s receipts` asks the clock."""
+    dates = [read_receipt(path, []).statement.detail.finished for path in receipt_paths(root)]
+    text = status_text(root, matrix, verify_all(root, matrix, max(dates, default=NOW)))
+    assert (root / PAGE).read_text() == text, "run: nox -s receipts -- --update"
+
+
+def test_status_shows_receipts_and_what_was_not_run(
+    project: Path, matrix: Matrix, committed: Path
+) -> None:
+    text = status_text(project, matrix, verify_all(project, matrix, NOW))
+    cells = next(line for line in text.splitlines() if line.startswith("| h200 |")).split(" | ")
+    assert "unsupported" in cells[1]
+    assert f"(receipts/{committed.parent.name}/{committed.name})" in cells[2]
+    assert cells[3].startswith("not run")
+    assert "| b300 | not run | not run | not run |" in text
+    assert "| 300 s | 6% of its bound: test_one, drafts" in text
+
+
+IMAGE = "d19e57" + "0" * 58
+SERVED = {"preset": "h200-mtp", "artifact": "flash-nvfp4-fp8-mtp"}
+
+
+def receipt_of_image(project: Path, result: dict[str, Any], **facts: str) -> Path:
+    result["plan"]["subject"] = {"kind": "image", "name": "x", "sha256": IMAGE}
+    result["plan"]["differences"] = []
+    result["tests"][f"{FILE}::test_one"]["facts"] = facts
+    return write_receipt(project / FOLDER, make_statement(result))
+
+
+def test_a_preset_was_run_if_a_test_of_its_image_served_the_artifact(
+    project: Path, matrix: Matrix, result: dict[str, Any]
+) -> None:
+    path = receipt_of_image(project, result, **SERVED)
+    found = image_receipts(project, matrix, f"sha256:{IMAGE}", NOW)
+    place = str(path.relative_to(project))
+    assert found.words(project) == [place]
+    assert preset_state(project, found.held, *SERVED.values()) == f"receipts: {place}"
+    assert preset_state(project, found.held, "h200-mtp", "other") == "not run"
+    assert preset_state(project, found.held, "other", "flash-nvfp4-fp8-mtp") == "not run"
+    for digest in (None, "sha256:" + "0" * 64):
+        assert image_receipts(project, matrix, digest, NOW) == ImageReceipts()
+
+
+def test_a_test_for_another_gpu_served_nothing(
+    project: Path, matrix: Matrix, result: dict[str, Any]
+) -> None:
+    result["tests"][f"{FILE}::test_elsewhere"]["facts"] = SERVED
+    receipt_of_image(project, result)
+    found = image_receipts(project, matrix, IMAGE, NOW)
+    assert len(found.held) == 1
+    assert preset_state(project, found.held, *SERVED.values()) == "not run"
+
+
+def test_a_receipt_that_is_refused_runs_nothing_and_is_told(
+    project: Path, matrix: Matrix, result: dict[str, Any]
+) -> None:
+    path = receipt_of_image(project, result, **SERVED)
+    place = str(path.relative_to(project))
+    for change in (NOW + VALID, NOW):
+        found = image_receipts(project, matrix, IMAGE, change)
+        assert found.held == ()
+        (words,) = found.refused
+        assert words.startswith(f"{place} is refused: ")
+        edit(path, faster, consistent=False)
+
+
+def test_required_tests_are_read_from_the_source(project: Path) -> None:
+    tests = required_tests(project, read_tiers(project)["server"])
+    names = {test.name.removeprefix(f"{FILE}::"): test for test in tests}
+    assert set(names) == {"test_one", "test_two", "test_elsewhere", "TestGroup::test_three"}
+    assert not names["test_elsewhere"].runs_on("9.0")
+    assert names["TestGroup::test_three"].runs_on("9.0")
+    assert names["test_one"].runs_on("10.3")
+
+
+def test_the_suites_description_is_whole(root: Path) -> None:
+    tiers = read_tiers(root)
+    assert {"kernel", "server"} <= set(tiers)
+    for tier in tiers.values():
+        assert len(suite_hash(root, tier)) == 64
+    assert len(required_tests(root, tiers["server"])) > 10
+
+
+def test_a_receipt_reads_back(committed: Path, result: dict[str, Any]) -> None:
+    assert canonical(read_receipt(committed, []).statement) == canonical(make_statement(result))

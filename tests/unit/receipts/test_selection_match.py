@@ -1,0 +1,87 @@
+"""The oracle and what ran: they agree on the committed receipts, and a difference is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from vllm_forge.errors import ReceiptContradictedError, SelectionFileError
+from vllm_forge.receipts.envelope import read_receipt
+from vllm_forge.receipts.selection_match import LAYOUTS, compare, require_foretold
+from vllm_forge.receipts.verification import receipt_paths
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vllm_forge.receipts.envelope import Receipt
+
+
+@pytest.fixture
+def receipt(root: Path) -> Receipt:
+    """A committed one whose engines included the tiny DeepSeek-V4."""
+    found = [read_receipt(path, []) for path in receipt_paths(root)]
+    with_engine = [one for one in found if set(LAYOUTS) & set(one.statement.detail.configurations)]
+    if not with_engine:
+        pytest.skip("no receipt of a server tier: `nox -s test-gpu -- --sku NAME` makes one")
+    return with_engine[0]
+
+
+@pytest.fixture
+def answer(root: Path, receipt: Receipt, tmp_path: Path) -> dict[str, Any]:
+    """The recorded answer that it is compared with, in a copy that ``changed`` writes back."""
+    detail = receipt.statement.detail
+    target = tmp_path / "records/selection" / f"{detail.line}.json"
+    target.parent.mkdir(parents=True)
+    shutil.copyfile(root / "records/selection" / target.name, target)
+    recorded = json.loads(target.read_text())
+    name = f"grid/{detail.sku}/{next(iter(LAYOUTS.values()))}"
+    (row,) = [row for row in recorded["rows"] if row["question"]["name"] == name]
+    return {"file": target, "all": recorded, "row": row["answer"]}
+
+
+def changed(answer: dict[str, Any]) -> Path:
+    answer["file"].write_text(json.dumps(answer["all"]))
+    return answer["file"].parents[2]
+
+
+def test_what_ran_is_what_was_foretold(root: Path, receipt: Receipt) -> None:
+    rows = compare(root, receipt)
+    assert {row.what for row in rows} >= {"experts", "draft experts", "FP8 linear layers"}
+    assert [row for row in rows if row.oracle != row.ran] == []
+    require_foretold(root, receipt)
+
+
+def test_another_backend_is_refused(receipt: Receipt, answer: dict[str, Any]) -> None:
+    answer["row"]["moe"]["chosen"] = "EMULATION"
+    with pytest.raises(ReceiptContradictedError, match=r"for experts vLLM took .* says EMULATION"):
+        require_foretold(changed(answer), receipt)
+
+
+def test_another_linear_kernel_is_refused(receipt: Receipt, answer: dict[str, Any]) -> None:
+    answer["row"]["linear"] = len(answer["all"]["shared"]["linear"])
+    answer["all"]["shared"]["linear"].append({"chosen": "TritonFp8"})
+    with pytest.raises(ReceiptContradictedError, match="says TritonFp8"):
+        require_foretold(changed(answer), receipt)
+
+
+def test_what_the_oracle_was_not_asked_proves_nothing(
+    receipt: Receipt, answer: dict[str, Any], tmp_path: Path
+) -> None:
+    answer["all"]["rows"] = [row for row in answer["all"]["rows"] if row["answer"] != answer["row"]]
+    with pytest.raises(ReceiptContradictedError, match="was not asked grid/"):
+        compare(changed(answer), receipt)
+    shutil.rmtree(tmp_path / "docs")
+    with pytest.raises(SelectionFileError):
+        compare(tmp_path, receipt)
+
+
+def test_what_the_oracle_says_is_refused_cannot_have_run(
+    receipt: Receipt, answer: dict[str, Any]
+) -> None:
+    answer["row"].clear()
+    answer["row"]["refused"] = {"kind": "device", "message": "ValueError: no such kernel"}
+    with pytest.raises(ReceiptContradictedError, match="the oracle says: ValueError"):
+        compare(changed(answer), receipt)

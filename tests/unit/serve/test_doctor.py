@@ -1,0 +1,272 @@
+"""Hosts as their own tools described them, and what the doctor says of each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vllm_forge.cli import main
+from vllm_forge.host import HostProbe, RecordedProbe, RecordingProbe, Reply
+from vllm_forge.matrix import image_cell, load
+from vllm_forge.serve import serving
+from vllm_forge.serve.doctor import CHECKS, Finding, Wanted, ask_host, judge
+from vllm_forge.serve.doctor.host import QUERY, parse_gpus, parse_meminfo, parse_versions
+from vllm_forge.serve.needs import needs_of
+from vllm_forge.sources import read_lock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Diagnose = Callable[..., list[Finding]]
+
+
+@pytest.fixture
+def recorded(root: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a recording, with some replies replaced (None: the program is not there)."""
+
+    def copy(name: str, **replies: str | None) -> Path:
+        folder = tmp_path / f"host-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(root / "tests" / "fixtures" / "doctor" / name, folder)
+        for question, text in replies.items():
+            path = folder / f"{question.replace('_', '-')}.txt"
+            if text is None:
+                path.unlink()
+            else:
+                path.write_text(text)
+        return folder
+
+    return copy
+
+
+@pytest.fixture
+def diagnose(root: Path) -> Diagnose:
+    """Judge a recording."""
+
+    def run(
+        folder: Path, sku: str, preset: str = "mtp", artifact: str | None = None
+    ) -> list[Finding]:
+        matrix = load(root)
+        cell = image_cell(matrix, root, sku)
+        item = serving(matrix, cell, preset, artifact)
+        lock = read_lock(root, cell.line_name, cell.line, matrix.base)
+        wanted = Wanted(matrix=matrix, item=item, needs=needs_of(matrix, lock, item))
+        return judge(ask_host(RecordedProbe(folder)), wanted)
+
+    return run
+
+
+def levels(findings: list[Finding]) -> dict[str, str]:
+    return {finding.check: finding.level for finding in findings}
+
+
+def test_a_good_host_is_green(recorded: Callable[..., Path], diagnose: Diagnose) -> None:
+    findings = diagnose(recorded("b300"), "b300")
+    assert set(levels(findings).values()) == {"ok"}
+    assert {"GPU count", "driver", "NVLink fabric", "disk", "/dev/shm"} <= set(levels(findings))
+
+
+def test_a_host_without_gpu_says_what_is_missing(
+    recorded: Callable[..., Path], diagnose: Diagnose
+) -> None:
+    findings = diagnose(recorded("no-gpu"), "b300")
+    red = {finding.check: finding for finding in findings if finding.level == "red"}
+    assert set(red) == {"GPU", "container engine", "container toolkit", "disk"}
+    assert "nvidia-smi is not installed" in red["GPU"].seen
+    assert "580.65.06" in red["GPU"].remedy
+    assert "10.3" in red["GPU"].needed
+
+
+def test_every_trouble_is_found_and_has_a_remedy(
+    recorded: Callable[..., Path], diagnose: Diagnose
+) -> None:
+    findings = diagnose(recorded("rtx-troubled"), "rtxpro6000", "tp2-mtp")
+    found = levels(findings)
+    assert {check for check, level in found.items() if level == "red"} == {
+        "GPU count", "MIG", "driver", "mixed drivers", "container engine", "disk", "RAM",
+        "/dev/shm",
+    }  # fmt: skip
+    assert found["device"] == "unknown"  # same capability, another product
+    assert all(finding.remedy for finding in findings if finding.level == "red")
+
+
+# A good host with one thing changed: the check that turns, and words of its remedy.
+B300 = "0, NVIDIA B300 SXM6 AC, 10.3, 595.58.03, 275040, Disabled, Completed, Success\n"
+ONE_FAULT: dict[str, tuple[dict[str, str | None], str, str]] = {
+    "too few GPUs": ({"nvidia_smi": B300}, "GPU count", "more GPUs"),
+    "another GPU": (
+        {"nvidia_smi": B300.replace("B300 SXM6 AC, 10.3", "B200, 10.0") * 8},
+        "compute capability",
+        "--sku b200",
+    ),
+    "a GPU of no SKU": (
+        {"nvidia_smi": B300.replace("B300 SXM6 AC, 10.3", "A100, 8.0") * 8},
+        "compute capability",
+        "no image of this project",
+    ),
+    "little memory": (
+        {"nvidia_smi": B300.replace("275040", "40000") * 8},
+        "GPU memory",
+        "more GPUs",
+    ),
+    "old driver": (
+        {"nvidia_smi": B300.replace("595.58.03", "580.65.05") * 8, "nvidia_smi_version": None},
+        "driver",
+        "branch 580",
+    ),
+    "mixed drivers": (
+        {"nvidia_smi": B300 * 8 + B300.replace("595.58.03", "580.95.05")},
+        "mixed drivers",
+        "one driver release",
+    ),
+    "split": ({"nvidia_smi": B300.replace("Disabled", "Enabled") * 8}, "MIG", "nvidia-smi -mig 0"),
+    "fabric": (
+        {"nvidia_smi": B300.replace("Completed, Success", "Completed, Insufficient Resources") * 8},
+        "NVLink fabric",
+        "nvidia-fabricmanager",
+    ),
+    "no toolkit": (
+        {"nvidia_ctk": None, "docker": '{"ServerVersion": "28", "DockerRootDir": "/d"}'},
+        "container toolkit",
+        "install nvidia-container-toolkit",
+    ),
+    "docker not set up": (
+        {"docker": '{"ServerVersion": "28", "DockerRootDir": "/d", "Runtimes": {"runc": {}}}'},
+        "container engine",
+        "nvidia-ctk runtime configure",
+    ),
+    "no engine": ({"docker": None}, "container engine", "install one of them"),
+    "full disk": (
+        {"df": "Mounted on 1B-blocks Avail\n/data 200000000000 180000000000\n"},
+        "disk",
+        "larger disk",
+    ),
+    "df does not answer": ({"df": None}, "disk", "readable"),
+    "little RAM": ({"meminfo": "MemTotal:       4000000 kB\n"}, "RAM", "more RAM"),
+    "no meminfo": ({"meminfo": None}, "RAM", "readable"),
+}
+
+
+@pytest.mark.parametrize("fault", ONE_FAULT)
+def test_one_fault_turns_one_check_red(
+    fault: str, recorded: Callable[..., Path], diagnose: Diagnose
+) -> None:
+    replies, check, words = ONE_FAULT[fault]
+    red = [f for f in diagnose(recorded("b300", **replies), "b300") if f.level == "red"]
+    assert check in {finding.check for finding in red}
+    assert len({finding.check for finding in red}) <= (2 if fault in {"no toolkit"} else 1)
+    assert any(words in finding.remedy for finding in red)
+
+
+def test_floor_of_the_driver_itself_is_enough(
+    recorded: Callable[..., Path], diagnose: Diagnose
+) -> None:
+    replies = {"nvidia_smi": B300.replace("595.58.03", "580.65.06") * 8, "nvidia_smi_version": None}
+    assert levels(diagnose(recorded("b300", **replies), "b300"))["driver"] == "ok"
+
+
+def test_driver_that_was_upgraded_without_a_reboot(
+    recorded: Callable[..., Path], diagnose: Diagnose
+) -> None:
+    findings = diagnose(recorded("driver-mismatch"), "b300")
+    assert levels(findings)["mixed drivers"] == "red"
+    assert levels(findings)["GPU"] == "red"
+    (engine,) = [finding for finding in findings if finding.check == "container engine"]
+    assert "Cannot connect to the Docker daemon" in engine.seen
+    assert "start docker" in engine.remedy
+
+
+def test_podman_needs_names_of_the_device_interface(
+    recorded: Callable[..., Path], diagnose: Diagnose
+) -> None:
+    found = diagnose(recorded("b200-podman"), "b200")
+    assert levels(found)["container engine"] == "ok"
+    assert [f.check for f in found if f.level == "red"] == ["NVLink fabric"]
+    found = diagnose(recorded("b200-podman", nvidia_ctk_cdi="\n"), "b200")
+    (engine,) = [f for f in found if f.check == "container engine"]
+    assert (engine.level, "cdi generate" in engine.remedy) == ("red", True)
+
+
+def test_a_container_has_its_own_shared_memory(
+    recorded: Callable[..., Path], diagnose: Diagnose
+) -> None:
+    small = "Mounted on 1B-blocks Avail\n/dev/shm 67108864 67108864\n"
+    found = diagnose(recorded("b300", df_shm=small), "b300")
+    assert levels(found)["/dev/shm"] == "unknown"
+
+
+def test_an_artifact_of_unknown_size_is_said_to_be_one(
+    recorded: Callable[..., Path], diagnose: Diagnose
+) -> None:
+    found = diagnose(recorded("b300"), "b300", "plain", "redhat-nvfp4-fp8")
+    assert levels(found)["GPU memory"] == levels(found)["RAM"] == "unknown"
+    (disk,) = [f for f in found if f.check == "disk"]
+    assert "unknown" in disk.needed
+
+
+def test_what_nvidia_smi_says_where_it_fails() -> None:
+    lost = (
+        "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure "
+        "that the latest NVIDIA driver is installed and running.\n\n"
+    )
+    assert parse_gpus(Reply(code=9, text=lost))[1].startswith("NVIDIA-SMI has failed")
+    assert parse_gpus(Reply(code=6, text="No devices were found\n")) == (
+        (),
+        "No devices were found",
+    )
+    old = 'Field "fabric.state" is not a valid field to query.\n\n'
+    assert "not a valid field" in parse_gpus(Reply(code=2, text=old))[1]
+    assert parse_gpus(Reply(code=0, text="")) == ((), "exit 0 without a word")
+    assert parse_versions(Reply(code=9, text=lost)) == {}
+    assert parse_meminfo(Reply(code=0, text="MemTotal:  131981020 kB\n")) == 131981020 * 1024
+
+
+def test_questions_change_nothing() -> None:
+    """Every command that is asked only reads."""
+    asked: list[list[str]] = []
+
+    class Listener:
+        def ask(self, name: str, argv: list[str]) -> Reply:
+            del name
+            asked.append(list(argv))
+            return Reply(code=127, text="")
+
+    ask_host(Listener())
+    programs = {tuple(argv[:2]) if argv[0] != "df" else ("df",) for argv in asked}
+    assert programs == {
+        QUERY[:2], ("nvidia-smi", "--version"), ("nvidia-ctk", "--version"), ("nvidia-ctk", "cdi"),
+        ("docker", "info"), ("podman", "info"), ("df",), ("cat", "/proc/meminfo"),
+    }  # fmt: skip
+
+
+def test_a_recording_gives_the_same_report(tmp_path: Path) -> None:
+    live = ask_host(RecordingProbe(HostProbe(), tmp_path))
+    assert ask_host(RecordedProbe(tmp_path)) == live
+
+
+def test_a_hanging_tool_does_not_hang_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_forge.host.probe.TIMEOUT_S", 0.05)
+    reply = HostProbe().ask("sleep", ["sleep", "60"])
+    assert (reply.code, "no answer" in reply.text) == (124, True)
+
+
+@pytest.mark.parametrize(("name", "code"), [("b300", 0), ("no-gpu", 93), ("driver-mismatch", 93)])
+def test_exit_code(name: str, code: int, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = root / "tests" / "fixtures" / "doctor" / name
+    argv = ["doctor", "--sku=b300", f"--recorded={folder}"]
+    assert main(argv) == code
+    assert main([*argv, "--json"]) == code
+    out = capsys.readouterr().out
+    findings = json.loads(out[out.index("\n[\n") :])
+    assert {finding["level"] for finding in findings} <= {"ok", "unknown", "red"}
+
+
+def test_every_check_is_in_the_list() -> None:
+    from vllm_forge.serve.doctor import gpus, machine
+
+    defined = {**vars(gpus), **vars(machine)}
+    named = {value for name, value in defined.items() if name.startswith("check_")}
+    assert named == set(CHECKS)

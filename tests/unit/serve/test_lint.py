@@ -1,0 +1,580 @@
+"""Rules of the presets: each is seen to find its fault, and to keep quiet without it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_forge.cli import main
+from vllm_forge.errors import PresetLintError, SelectionStaleError
+from vllm_forge.kernels.selection import (
+    artifact_config,
+    grid_question,
+    inputs_of,
+    read_recorded,
+    write_recorded,
+)
+from vllm_forge.kernels.selection.model import (
+    Answer,
+    Choice,
+    CudaGraphs,
+    Draft,
+    Engine,
+    KvCache,
+    Moe,
+    Refused,
+)
+from vllm_forge.matrix import load
+from vllm_forge.matrix.model import Unserved
+from vllm_forge.serve.case import Case, Finding
+from vllm_forge.serve.lint import cases, lint_line
+from vllm_forge.serve.rules import (
+    RULES,
+    divisible,
+    experts_are_built_as_stored,
+    graphs_cover_decode,
+    judge,
+    known_variables,
+    retired_variables,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(__file__).parents[3]
+CONFIG = {
+    "num_attention_heads": 64,
+    "o_groups": 8,
+    "moe_intermediate_size": 2048,
+    "num_nextn_predict_layers": 1,
+    "quantization_config": {
+        "config_groups": {
+            "group_0": {"targets": ["re:.*attn.wq$"], "weights": {"group_size": None}},
+            "group_1": {"targets": [r"re:.*experts\.\d+\.w1$"], "weights": {"group_size": 16}},
+        }
+    },
+}
+MARLIN = "VLLM_TEST_FORCE_FP8_MARLIN"
+
+
+def answer(**changed: Any) -> Answer:
+    """What a line says of a preset without a fault: k = 2, 128 sequences."""
+    fields: dict[str, Any] = {
+        "name": "preset/b300-mtp/flash-nvfp4-fp8-mtp",
+        "engine": engine(),
+        "cuda_graphs": graphs(3, 384, 512 - 2),
+        "attention": Choice(chosen="FLASHMLA_SPARSE"),
+        "moe": Moe(chosen="FLASHINFER_TRTLLM", clamp="reaches", limit=10.0),
+        "draft": Draft(architecture="DeepSeekV4MTPModel", speculative_tokens=2, modules={}),
+    }
+    return Answer(**(fields | changed))
+
+
+def engine(**changed: Any) -> Engine:
+    fields: dict[str, Any] = {
+        "tensor_parallel": 4,
+        "expert_parallel": False,
+        "max_model_len": 1048576,
+        "max_num_seqs": 128,
+        "max_num_batched_tokens": 8192,
+        "gpu_memory_utilization": 0.92,
+        "kv_cache_dtype": "fp8_ds_mla",
+        "block_size": 256,
+        "quantization": "compressed-tensors",
+        "dtype": "bfloat16",
+        "prefix_caching": True,
+        "model_runner": "v2",
+    }
+    return Engine(**(fields | changed))
+
+
+def graphs(*sizes: int) -> CudaGraphs:
+    return CudaGraphs(
+        mode="FULL_AND_PIECEWISE", sizes=sizes, capture_sizes=sizes, needed=384, covers=True
+    )
+
+
+@pytest.fixture
+def case(root: Path) -> Callable[..., Case]:
+    """b300-mtp on the default line, with some of the preset's row and of the facts changed."""
+
+    def make(
+        said: Answer | None = None,
+        *,
+        published: dict[str, Answer] | None = None,
+        config: dict[str, Any] | None = None,
+        line: str = "0.26",
+        **row: Any,
+    ) -> Case:
+        matrix = load(root)
+        preset = matrix.preset["b300-mtp"].model_copy(update=row)
+        return Case(
+            matrix=matrix.model_copy(update={"preset": {**matrix.preset, "b300-mtp": preset}}),
+            preset_name="b300-mtp",
+            artifact_name="flash-nvfp4-fp8-mtp",
+            line_name=line,
+            answer=said or answer(),
+            published=published or {},
+            config=CONFIG if config is None else config,
+        )
+
+    return make
+
+
+def only(findings: list[Finding]) -> Finding:
+    (finding,) = findings
+    assert (finding.preset, finding.artifact) == ("b300-mtp", "flash-nvfp4-fp8-mtp")
+    assert finding.remedy
+    return finding
+
+
+def test_a_preset_without_a_fault_has_no_finding(case: Callable[..., Case]) -> None:
+    assert judge(case()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("arguments", "parser refuses"),
+        ("config", "refuses the configuration"),
+        ("device", "no kernels"),
+        ("oracle", "question failed"),
+    ],
+)
+def test_what_vllm_refuses_is_a_finding(kind: Any, words: str, case: Callable[..., Case]) -> None:
+    refused = Answer(name="q", refused=Refused(kind=kind, message="unrecognized: --kv-cash"))
+    finding = only(judge(case(refused)))
+    assert words in finding.what
+    assert "unrecognized: --kv-cash" in finding.what
+    assert "vLLM 0.26.0" in finding.what
+
+
+def test_an_invented_variable_is_a_finding(case: Callable[..., Case]) -> None:
+    said = answer(unknown_environment=("VLLM_MAKE_IT_FAST",))
+    finding = only(judge(case(said, env={"VLLM_MAKE_IT_FAST": "1"})))
+    assert "no variable VLLM_MAKE_IT_FAST" in finding.what
+
+
+def test_a_variable_that_is_not_vllms_is_a_finding(case: Callable[..., Case]) -> None:
+    assert "VLMM_USE_V1" in only(judge(case(env={"VLMM_USE_V1": "1"}))).what
+
+
+def test_a_known_variable_is_none(case: Callable[..., Case]) -> None:
+    assert judge(case(env={"VLLM_USE_DEEP_GEMM": "1"})) == []
+
+
+def test_force_marlin_where_it_is_gone_names_the_replacement(case: Callable[..., Case]) -> None:
+    said = answer(unknown_environment=(MARLIN,))
+    finding = only(judge(case(said, line="0.33", env={MARLIN: "1"})))
+    assert "vLLM 0.33.0 has no variable" in finding.what
+    assert "52182" in finding.what
+    assert "--moe-backend=marlin" in finding.remedy
+
+
+def test_force_marlin_where_the_release_loses_the_clamp(case: Callable[..., Case]) -> None:
+    """Our series mends it; whoever copies the command to the published release has no series."""
+    forced = answer(moe=Moe(chosen="MARLIN", clamp="reaches", limit=10.0))
+    lost = {MARLIN: answer(moe=Moe(chosen="MARLIN", clamp="lost"))}
+    finding = only(judge(case(forced, line="0.22", env={MARLIN: "1"}, published=lost)))
+    assert "vLLM 0.22.1 as published" in finding.what
+    assert "the clamp is lost" in finding.what
+    assert "--moe-backend=marlin" in finding.remedy
+
+
+def test_force_marlin_where_it_is_harmless(case: Callable[..., Case]) -> None:
+    kept = {MARLIN: answer(moe=Moe(chosen="MARLIN", clamp="reaches", limit=10.0))}
+    assert judge(case(env={MARLIN: "1"}, published=kept)) == []
+
+
+def test_a_lost_clamp_is_a_finding_without_any_variable(case: Callable[..., Case]) -> None:
+    finding = only(judge(case(answer(moe=Moe(chosen="MARLIN", clamp="lost")))))
+    assert "without swiglu_limit" in finding.what
+
+
+def test_no_backend_for_the_experts(case: Callable[..., Case]) -> None:
+    said = answer(moe=Moe(chosen=None, error="NotImplementedError: none"))
+    assert "no backend for the experts: NotImplementedError" in only(judge(case(said))).what
+
+
+def test_the_pcie_collapse(case: Callable[..., Case]) -> None:
+    """Captured up to max_num_seqs, k = 1: a batch of 8 sequences has 16 tokens and runs eager."""
+    said = answer(
+        engine=engine(max_num_seqs=8),
+        cuda_graphs=graphs(2, 4, 8),
+        draft=Draft(architecture="DeepSeekV4MTPModel", speculative_tokens=1, modules={}),
+    )
+    finding = only(judge(case(said, speculative_tokens=1)))
+    assert "up to 8 tokens" in finding.what
+    assert "8 x 2 = 16: it runs eager" in finding.what
+    assert "--max-num-seqs=4" in finding.remedy
+
+
+def test_no_graphs_at_all(case: Callable[..., Case]) -> None:
+    eager = CudaGraphs(mode="NONE", sizes=(), capture_sizes=(), needed=384, covers=False)
+    assert "(NONE) are captured up to 0 tokens" in only(judge(case(answer(cuda_graphs=eager)))).what
+
+
+@given(st.integers(1, 64), st.integers(0, 3), st.lists(st.integers(1, 80), max_size=6, unique=True))
+def test_coverage_is_arithmetic(seqs: int, k: int, counts: list[int]) -> None:
+    """Multiples of k + 1 cover a batch exactly when the largest is max_num_seqs x (k + 1)."""
+    matrix = load(ROOT)
+    row = matrix.preset["b300-mtp"].model_copy(update={"speculative_tokens": k})
+    said = answer(
+        engine=engine(max_num_seqs=seqs),
+        cuda_graphs=graphs(*sorted(count * (k + 1) for count in counts)),
+    )
+    item = Case(
+        matrix=matrix.model_copy(update={"preset": {"b300-mtp": row}}),
+        preset_name="b300-mtp",
+        artifact_name="flash-nvfp4-fp8-mtp",
+        line_name="0.26",
+        answer=said,
+        published={},
+        config=CONFIG,
+    )
+    findings = list(graphs_cover_decode(item))
+    assert bool(findings) == (max(counts, default=0) < seqs)
+
+
+def test_draft_that_is_not_there(case: Callable[..., Case]) -> None:
+    assert "drafts 2 tokens, and vLLM 0.26.0 0" in only(judge(case(answer(draft=None)))).what
+
+
+def test_k_that_the_drafter_does_not_take(case: Callable[..., Case]) -> None:
+    two = CONFIG | {"num_nextn_predict_layers": 2}
+    said = answer(
+        cuda_graphs=graphs(4, 512),
+        draft=Draft(architecture="DeepSeekV4MTPModel", speculative_tokens=3, modules={}),
+    )
+    assert "must be a multiple" in only(judge(case(said, config=two, speculative_tokens=3))).what
+    none = CONFIG | {"num_nextn_predict_layers": 0}
+    assert "the drafter has 0 layers" in only(judge(case(config=none))).what
+
+
+def test_kv_cache_that_is_not_what_was_asked_for(case: Callable[..., Case]) -> None:
+    said = answer(engine=engine(kv_cache_dtype="bfloat16"))
+    assert (
+        "asks for a KV cache in fp8, and vLLM 0.26.0 stores bfloat16"
+        in only(judge(case(said))).what
+    )
+
+
+def test_block_that_is_not_what_was_asked_for(case: Callable[..., Case]) -> None:
+    flags = ("--kv-cache-dtype=fp8", "--block-size=16")
+    assert "blocks of 16 tokens, and vLLM 0.26.0 takes 256" in only(judge(case(flags=flags))).what
+    assert judge(case(flags=("--block-size=16", "--block-size=256"))) == []
+
+
+def test_block_that_holds_no_compressed_token(case: Callable[..., Case]) -> None:
+    """As vLLM 0.26.0 makes of --block-size=16: a layer that keeps one token of 128 gets none."""
+    rows = [(21, 2880), (20, 0)]
+    cache = tuple(
+        KvCache(layers=n, kind="MLAAttentionSpec", block_size=16, page_bytes=size, window=None)
+        for n, size in rows
+    )
+    finding = only(judge(case(answer(engine=engine(block_size=16), kv_cache=cache))))
+    assert "a block of 16 tokens is too small: 20 layers" in finding.what
+
+
+def test_attention_that_takes_no_such_block(case: Callable[..., Case]) -> None:
+    said = answer(attention=Choice(chosen=None, error="block_size 16 not supported"))
+    assert "block_size 16 not supported" in only(judge(case(said))).what
+
+
+UNQUANTIZED, NVFP4 = "UnquantizedFusedMoEMethod", "CompressedTensorsW4A4Nvfp4MoEMethod"
+EXPERTS, DRAFT_EXPERTS = "layers.*.ffn.experts", "mtp.*.ffn.experts"
+NOT_ON_026 = Unserved(lines=("0.26",), reason="this line builds its experts as something else")
+
+
+def built(experts: str, draft_experts: str | None) -> Answer:
+    """What a line says that builds the experts so; without a draft layer for None."""
+    draft = None
+    if draft_experts is not None:
+        draft = Draft(
+            architecture="DeepSeekV4MTPModel",
+            speculative_tokens=2,
+            modules={DRAFT_EXPERTS: draft_experts},
+        )
+    return answer(modules={EXPERTS: experts}, draft=draft)
+
+
+def of_artifact(case: Case, **row: Any) -> list[Finding]:
+    """The rule's findings, with some of the artifact's row changed."""
+    name, matrix = case.artifact_name, case.matrix
+    artifacts = {**matrix.artifact, name: matrix.artifact[name].model_copy(update=row)}
+    changed = replace(case, matrix=matrix.model_copy(update={"artifact": artifacts}))
+    return list(experts_are_built_as_stored(changed))
+
+
+@pytest.mark.parametrize(
+    ("stored", "scheme"),
+    [
+        ("nvfp4", NVFP4),
+        ("nvfp4", "ModelOptNvFp4FusedMoE"),
+        ("w4a16", "CompressedTensorsWNA16MarlinMoEMethod"),
+        ("mxfp4", "Mxfp4MoEMethod"),
+    ],
+)
+def test_experts_built_as_they_are_stored(
+    stored: str, scheme: str, case: Callable[..., Case]
+) -> None:
+    assert of_artifact(case(built(scheme, UNQUANTIZED)), experts=stored) == []
+
+
+def test_experts_built_otherwise(case: Callable[..., Case]) -> None:
+    finding = only(judge(case(built(UNQUANTIZED, UNQUANTIZED))))
+    assert f"experts are stored as nvfp4 and built as {UNQUANTIZED}" in finding.what
+    assert "artifact.flash-nvfp4-fp8-mtp.unserved" in finding.remedy
+
+
+def test_draft_experts_built_otherwise(case: Callable[..., Case]) -> None:
+    finding = only(judge(case(built(NVFP4, NVFP4))))
+    assert f"draft experts are stored as bf16 and built as {NVFP4}" in finding.what
+    assert judge(case(built(NVFP4, UNQUANTIZED))) == []
+
+
+def test_a_draft_layer_that_the_artifact_lacks(case: Callable[..., Case]) -> None:
+    """Nothing to compare it with; another rule finds the layer."""
+    assert of_artifact(case(built(NVFP4, NVFP4)), mtp="none") == []
+
+
+def test_a_row_accepts_what_is_built_otherwise(case: Callable[..., Case]) -> None:
+    item = case(built(UNQUANTIZED, UNQUANTIZED))
+    assert of_artifact(item, unserved=(NOT_ON_026,)) == []
+    elsewhere = NOT_ON_026.model_copy(update={"lines": ("0.33",)})
+    assert "built as" in only(of_artifact(item, unserved=(elsewhere,))).what
+
+
+def test_a_row_about_drafting_does_not_accept_the_target(case: Callable[..., Case]) -> None:
+    row = NOT_ON_026.model_copy(update={"drafting": True})
+    assert of_artifact(case(built(NVFP4, NVFP4)), unserved=(row,)) == []
+    plain = case(built(UNQUANTIZED, None), speculative_tokens=0)
+    assert "built as" in only(of_artifact(plain, unserved=(row,))).what
+
+
+def test_a_row_that_is_not_so(case: Callable[..., Case]) -> None:
+    finding = only(of_artifact(case(built(NVFP4, UNQUANTIZED)), unserved=(NOT_ON_026,)))
+    assert "says that it is not served, and it is" in finding.what
+    assert "delete the row" in finding.remedy
+
+
+def test_what_vllm_refuses_says_nothing_of_the_experts(case: Callable[..., Case]) -> None:
+    refused = Answer(name="q", refused=Refused(kind="device", message="no kernels"))
+    assert of_artifact(case(refused), unserved=(NOT_ON_026,)) == []
+
+
+@pytest.mark.parametrize("parallel", [1, 2, 4, 8])
+def test_tensor_parallel_that_divides(parallel: int, case: Callable[..., Case]) -> None:
+    assert judge(case(tensor_parallel=parallel)) == []
+
+
+def test_tensor_parallel_that_does_not(case: Callable[..., Case]) -> None:
+    findings = judge(case(tensor_parallel=16))
+    assert "o_groups = 8 is not divided" in only(findings).what
+    assert {f.what.split(" = ")[0] for f in judge(case(tensor_parallel=3))} == {
+        "num_attention_heads",
+        "o_groups",
+        "moe_intermediate_size / group_size 16",
+    }
+
+
+def test_what_a_split_must_divide() -> None:
+    assert divisible(CONFIG) == {
+        "num_attention_heads": 64,
+        "o_groups": 8,
+        "moe_intermediate_size / group_size 16": 128,
+    }
+
+
+def test_every_rule_is_in_the_list() -> None:
+    from vllm_forge.serve import rules
+
+    public = {
+        value
+        for name, value in vars(rules).items()
+        if callable(value)
+        and getattr(value, "__module__", "") == rules.__name__
+        and not name.startswith("_")
+    }
+    assert public - {divisible, judge} == set(RULES)
+
+
+# --- the committed facts -------------------------------------------------------------------------
+
+LINES = tuple(load(ROOT).line)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_committed_presets_have_no_finding(line: str, root: Path) -> None:
+    assert [finding.text() for finding in lint_line(root, load(root), line)] == []
+
+
+@pytest.mark.parametrize(
+    ("artifact", "lines"),
+    [("redhat-nvfp4-fp8", {"0.33"}), ("nvidia-nvfp4", {"0.22", "0.26"})],
+)
+def test_without_its_row_an_artifact_is_a_finding(
+    artifact: str, lines: set[str], root: Path
+) -> None:
+    """The rows of the committed matrix are those that the committed facts ask for."""
+    matrix = load(root)
+    bare = matrix.artifact[artifact].model_copy(update={"unserved": ()})
+    changed = matrix.model_copy(update={"artifact": {**matrix.artifact, artifact: bare}})
+    found = {
+        finding.line: finding.artifact
+        for line in LINES
+        for case in cases(changed, read_recorded(root, line))
+        for finding in experts_are_built_as_stored(case)
+    }
+    assert found == dict.fromkeys(lines, artifact)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_preset_of_the_line_is_judged(line: str, root: Path) -> None:
+    matrix = load(root)
+    judged = [(c.preset_name, c.artifact_name) for c in cases(matrix, read_recorded(root, line))]
+    assert judged == [
+        (name, artifact)
+        for name, preset in matrix.preset.items()
+        if preset.sku in matrix.line[line].skus
+        for artifact in preset.artifacts
+    ]
+
+
+def test_retired_variables_are_judged_by_the_published_release(root: Path) -> None:
+    recorded = read_recorded(root, "0.22")
+    for case in cases(load(root), recorded):
+        question = grid_question(case.preset.sku, case.artifact_name, MARLIN)
+        assert case.published == {MARLIN: recorded.published_answers[question]}
+
+
+def forced(root: Path, line: str) -> Case:
+    """The default preset with the variable of the published commands, by the committed facts."""
+    recorded, matrix = read_recorded(root, line), load(root)
+    question = grid_question("b300", "flash-nvfp4-fp8-mtp", MARLIN)
+    row = matrix.preset["b300-mtp"].model_copy(update={"env": {MARLIN: "1"}})
+    return Case(
+        matrix=matrix.model_copy(update={"preset": {"b300-mtp": row}}),
+        preset_name="b300-mtp",
+        artifact_name="flash-nvfp4-fp8-mtp",
+        line_name=line,
+        answer=recorded.answers[question],
+        published={MARLIN: recorded.published_answers[question]},
+        config=artifact_config("flash-nvfp4-fp8-mtp"),
+    )
+
+
+def of_variables(case: Case) -> list[Finding]:
+    return [*known_variables(case), *retired_variables(case)]
+
+
+def test_forced_marlin_on_the_line_that_loses_the_clamp(root: Path) -> None:
+    case = forced(root, "0.22")
+    finding = only(of_variables(case))
+    assert "vLLM 0.22.1 as published does not hand it swiglu_limit: the clamp is lost" in (
+        finding.what
+    )
+    assert case.answer.moe is not None
+    assert case.answer.moe.clamp == "reaches"  # the series of this line mends it
+
+
+def test_forced_marlin_where_vllm_clamps(root: Path) -> None:
+    case = forced(root, "0.26")
+    assert of_variables(case) == []
+    assert case.answer.moe is not None
+    assert (case.answer.moe.chosen, case.answer.moe.clamp) == ("MARLIN", "reaches")
+
+
+def test_forced_marlin_where_vllm_does_not_know_it(root: Path) -> None:
+    finding = only(of_variables(forced(root, "0.33")))
+    assert "has no variable VLLM_TEST_FORCE_FP8_MARLIN any more" in finding.what
+    assert "--moe-backend=marlin" in finding.remedy
+
+
+@pytest.fixture
+def checkout(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of what lint reads, to be changed."""
+    for folder in ("docker/locks", "records/selection", "patches"):
+        shutil.copytree(root / folder, tmp_path / folder)
+    shutil.copy(root / "matrix.toml", tmp_path)
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(tmp_path))
+    return tmp_path
+
+
+def test_lint_of_the_committed_rows(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lint-presets"]) == 0
+    assert capsys.readouterr().out.endswith(": no findings\n")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"--max-num-seqs=128"', '"--max-num-seqs=128", "--go-faster"'),
+        ("[preset.b300-mtp]\n", '[preset.b300-mtp]\nenv = { VLLM_GO_FASTER = "1" }\n'),
+        ("speculative_tokens = 2", "speculative_tokens = 3"),
+    ],
+)
+def test_a_changed_preset_fails_until_its_line_was_asked(
+    old: str, new: str, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkout / "matrix.toml"
+    path.write_text(path.read_text().replace(old, new))
+    assert main(["lint-presets", "--line=0.26"]) == SelectionStaleError.exit_code
+    err = capsys.readouterr().err
+    assert "question preset/b300-mtp/flash-nvfp4-fp8-mtp" in err
+    assert "nox -s oracle -- --update --line 0.26" in err
+
+
+def answered(checkout: Path, environment: dict[str, str], **changed: Any) -> None:
+    """Let the line have been asked of b300-mtp today, and have given another answer."""
+    recorded = read_recorded(checkout, "0.26")
+    rows = tuple(
+        (
+            question.model_copy(update={"environment": {**question.environment, **environment}}),
+            answer.model_copy(update=changed),
+        )
+        if question.name.startswith("preset/b300-mtp/")
+        else (question, answer)
+        for question, answer in recorded.rows
+    )
+    inputs = inputs_of(checkout, load(checkout), "0.26")
+    write_recorded(checkout, replace(recorded, rows=rows, inputs=inputs))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (
+            {"refused": Refused(kind="arguments", message="unrecognized arguments: --go-faster")},
+            "unrecognized arguments: --go-faster",
+        ),
+        ({"cuda_graphs": graphs(3, 96)}, "captured up to 96 tokens"),
+        ({"moe": Moe(chosen="MARLIN", clamp="lost")}, "without swiglu_limit"),
+    ],
+)
+def test_a_finding_fails_the_command(
+    changed: Any, words: str, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answered(checkout, {}, **changed)
+    assert main(["lint-presets", "--line=0.26"]) == PresetLintError.exit_code
+    assert words in capsys.readouterr().err
+
+
+def test_an_invented_variable_fails_the_command(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The row is edited, the line is asked again and says that it has no such variable."""
+    path = checkout / "matrix.toml"
+    text = path.read_text()
+    path.write_text(
+        text.replace("[preset.b300-mtp]\n", '[preset.b300-mtp]\nenv = { VLLM_FASTER = "1" }\n')
+    )
+    answered(checkout, {"VLLM_FASTER": "1"}, unknown_environment=("VLLM_FASTER",))
+    assert main(["lint-presets", "--line=0.26"]) == PresetLintError.exit_code
+    assert "vLLM 0.26.0 has no variable VLLM_FASTER" in capsys.readouterr().err
