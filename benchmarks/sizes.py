@@ -17,7 +17,7 @@ from vllm_forge.host import atomic_path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "sizes.json"
-PAGE = ROOT / "docs" / "sizes.md"
+PAGE = ROOT / "docs" / "generated" / "sizes.md"
 MB = 1_000_000
 SHOWN = 12
 

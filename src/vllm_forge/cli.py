@@ -10,8 +10,9 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from vllm_forge.commands import MODULES
-from vllm_forge.errors import FileAccessError, ForgeError, UsageError
+from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.host import console, printable
+from vllm_forge.host.errors import FileAccessError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,18 +16,18 @@ from pathlib import Path
 
 import pytest
 
-from vllm_forge.errors import (
-    DistributionNotFoundError,
-    DownloadInterruptedError,
-    ForgeError,
-    IndexUnreachableError,
-)
+from vllm_forge.errors import ForgeError
 from vllm_forge.host import atomic_path, cache_root, exclusive
 from vllm_forge.images.content import wheel_groups
 from vllm_forge.images.store import stored
 from vllm_forge.images.wheels import site_packages
 from vllm_forge.matrix import image_cell, load
 from vllm_forge.sources import LockedWheel, Wheelhouse, read_lock, read_wheels
+from vllm_forge.sources.errors import (
+    DistributionNotFoundError,
+    DownloadInterruptedError,
+    IndexUnreachableError,
+)
 
 ROOT = Path(__file__).parents[2]
 COMPILER = ("nvidia-cuda-crt", "nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-nvvm")

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.support import fatbins as made
-from vllm_forge.errors import ContractError
 from vllm_forge.kernels.coverage import Target, device_code, runs_on
 from vllm_forge.kernels.coverage.contents import Contents
 from vllm_forge.kernels.coverage.contract import contract
 from vllm_forge.kernels.coverage.families import Catalogue
 from vllm_forge.kernels.coverage.kernels import compiled_for, kernels
+from vllm_forge.kernels.errors import ContractError
 
 from .conftest import KERNEL, Toolkit
 

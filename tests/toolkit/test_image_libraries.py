@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.support import fatbins as made
-from vllm_forge.errors import ContractError
 from vllm_forge.kernels.coverage import (
     Contents,
     contract,
@@ -17,6 +16,7 @@ from vllm_forge.kernels.coverage import (
     selections_of,
 )
 from vllm_forge.kernels.coverage.kernels import kernels
+from vllm_forge.kernels.errors import ContractError
 from vllm_forge.kernels.selection import read_recorded
 from vllm_forge.matrix import image_cell, load
 

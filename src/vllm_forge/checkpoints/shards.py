@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from vllm_forge.checkpoints.errors import ModelInputError
 from vllm_forge.checkpoints.spans import (
     DTYPE_BYTES,
     LENGTH_BYTES,
@@ -26,7 +27,6 @@ from vllm_forge.checkpoints.spans import (
     parse_header,
     strict_json,
 )
-from vllm_forge.errors import ModelInputError
 from vllm_forge.host import atomic_path
 
 if TYPE_CHECKING:

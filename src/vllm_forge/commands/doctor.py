@@ -37,9 +37,9 @@ def register(choices: Commands) -> None:
 
 def doctor(args: argparse.Namespace) -> None:
     """Ask the host, judge, print; red lines are an error."""
-    from vllm_forge.errors import HostUnfitError
     from vllm_forge.serve import presets_of, serving
     from vllm_forge.serve.doctor import Wanted, ask_host, judge
+    from vllm_forge.serve.errors import HostUnfitError
     from vllm_forge.serve.needs import needs_of
     from vllm_forge.sources import read_lock
 

@@ -9,9 +9,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import GpuSuiteError, UsageError
+from vllm_forge.errors import UsageError
 from vllm_forge.host import HostProbe, console
 from vllm_forge.matrix import find_root, image_cell, load
+from vllm_forge.receipts.errors import GpuSuiteError
 
 if TYPE_CHECKING:
     from vllm_forge.commands.register import Commands

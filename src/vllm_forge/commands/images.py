@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from vllm_forge.errors import ToolMissingError
 from vllm_forge.host import RecordingRunner, SubprocessRunner, console, which
+from vllm_forge.host.errors import ToolMissingError
 from vllm_forge.matrix import find_root, image_cell, load
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import CheckpointDepartsError, CheckpointRefusedError, UsageError
+from vllm_forge.checkpoints.errors import CheckpointDepartsError, CheckpointRefusedError
+from vllm_forge.errors import UsageError
 from vllm_forge.host import SubprocessRunner, atomic_path, console
 from vllm_forge.matrix import find_root, load
 from vllm_forge.matrix.cells import find_line, find_lines

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import NotPatchedError
 from vllm_forge.host import SubprocessRunner, atomic_path, console, report
 from vllm_forge.matrix import find_root, image_cell, load
 from vllm_forge.matrix.cells import find_line, find_lines
+from vllm_forge.patches.errors import NotPatchedError
 
 if TYPE_CHECKING:
     import argparse

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.errors import JitCacheError
+from vllm_forge.gputest.errors import JitCacheError
 
 KEY = "caches.json"
 TESTERS = ("execnet==", "iniconfig==", "pluggy==", "pytest-", "pytest==")

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vllm_forge.errors import WrongGpuError
+from vllm_forge.gputest.errors import WrongGpuError
 
 FIELDS = ("name", "uuid", "compute_cap", "driver_version", "memory.total")
 TIMEOUT_S = 60

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import NoGpuError, ReceiptSubjectError
 from vllm_forge.images.layout import read_image
+from vllm_forge.receipts.errors import ReceiptSubjectError
+from vllm_forge.serve.errors import NoGpuError
 
 if TYPE_CHECKING:
     from pathlib import Path

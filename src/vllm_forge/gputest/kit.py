@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.errors import KitError, UsageError
+from vllm_forge.errors import UsageError
 from vllm_forge.gputest.bundle import make_plan, write_bundle
+from vllm_forge.gputest.errors import KitError
 from vllm_forge.gputest.kit_caches import pack_caches, require_caches
 from vllm_forge.gputest.launch import test_tools
 from vllm_forge.gputest.select_wheels import choose, read_freeze, require_closed

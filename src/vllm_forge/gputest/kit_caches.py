@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import KitError
 from vllm_forge.gputest.caches import FOLDERS, KEY, require_key
+from vllm_forge.gputest.errors import KitError
 
 if TYPE_CHECKING:
     from typing import BinaryIO

@@ -11,18 +11,15 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import (
-    GpuSuiteError,
-    LockFileError,
-    ReceiptSubjectError,
-    ToolMissingError,
-)
 from vllm_forge.gputest.bundle import make_plan, write_bundle
 from vllm_forge.gputest.caches import stack_key
 from vllm_forge.gputest.device import ask_gpus, require_sku
 from vllm_forge.gputest.find_image import find_image
+from vllm_forge.host.errors import ToolMissingError
 from vllm_forge.images.prewarm import SCRIPT, place_of
+from vllm_forge.receipts.errors import GpuSuiteError, ReceiptSubjectError
 from vllm_forge.sources import SourceRepo, Wheelhouse, read_wheels
+from vllm_forge.sources.errors import LockFileError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

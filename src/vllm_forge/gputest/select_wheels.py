@@ -18,7 +18,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from vllm_forge.errors import KitError
+from vllm_forge.gputest.errors import KitError
 from vllm_forge.images.content import VLLM
 from vllm_forge.sources.lock import choose_wheel, wheel_tags
 

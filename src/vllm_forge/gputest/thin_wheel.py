@@ -15,9 +15,9 @@ import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import WheelError
 from vllm_forge.host import atomic_path
 from vllm_forge.kernels.coverage import Capability, device_code, runs_on
+from vllm_forge.sources.errors import WheelError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import BusyError, DiskSpaceError
 from vllm_forge.host.console import console
+from vllm_forge.host.errors import BusyError, DiskSpaceError
 from vllm_forge.host.mounts import unmount_below
 
 if TYPE_CHECKING:

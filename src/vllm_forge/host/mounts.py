@@ -6,7 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from vllm_forge.errors import MountedError
+from vllm_forge.host.errors import MountedError
 
 TABLE = Path("/proc/self/mountinfo")
 OCTAL = re.compile(r"\\(\d{3})")

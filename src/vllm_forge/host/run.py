@@ -13,8 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from vllm_forge.errors import CommandFailedError, ToolMissingError
 from vllm_forge.host.console import console
+from vllm_forge.host.errors import CommandFailedError, ToolMissingError
 from vllm_forge.host.files import exclusive
 
 if TYPE_CHECKING:

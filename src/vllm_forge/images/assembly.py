@@ -147,7 +147,7 @@ def image_shares(top: Top, layers: Sequence[ImageLayer]) -> list[LayerShare]:
 
 
 def expectation(cell: ImageCell, applied: Applied, stack: dict[str, Any]) -> dict[str, Any]:
-    """What inside.py must find."""
+    """What image_checks.py must find."""
     blobs = python_blobs(SourceRepo(), applied.result)
     blobs.pop(GENERATED, None)  # carries our version
     return {

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import BaseImageError
 from vllm_forge.host import READ_ONLY, atomic_path, cache_root, which
+from vllm_forge.images.errors import BaseImageError
 from vllm_forge.images.layer import LayerBlob
 from vllm_forge.images.layout import ImageLayer, file_digest, write_image
 

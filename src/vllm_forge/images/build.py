@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from vllm_forge.errors import LayoutError
 from vllm_forge.host import (
     atomic_path,
     console,
@@ -54,6 +53,7 @@ from vllm_forge.images.content import (
 )
 from vllm_forge.images.contract import image_contract, recorded_selection
 from vllm_forge.images.engine import Trial
+from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layer_jobs import write_layers
 from vllm_forge.images.layout import (
     Image,

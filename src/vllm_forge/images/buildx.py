@@ -6,8 +6,8 @@ import json
 import re
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import EngineSetupError, LayoutError
 from vllm_forge.images.engine import SystemOutput, require_version, tagged
+from vllm_forge.images.errors import EngineSetupError, LayoutError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from vllm_forge.errors import ImageCheckError, SizeBudgetError
 from vllm_forge.host import console, remove
+from vllm_forge.images.errors import ImageCheckError, SizeBudgetError
 from vllm_forge.images.layout import verify
 from vllm_forge.images.prewarm import SCRIPT
 from vllm_forge.kernels.selection.mount import DRIVER
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 MB = 1_000_000
 # What runs inside; the first one is started.
-SCRIPTS = (Path(__file__).with_name("inside.py"), DRIVER)
-TRIAL_ARGV = ("/opt/venv/bin/python", "/mnt/inside.py")
+SCRIPTS = (Path(__file__).with_name("image_checks.py"), DRIVER)
+TRIAL_ARGV = ("/opt/venv/bin/python", "/mnt/image_checks.py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def write_inputs(folder: Path, expect: dict[str, Any]) -> None:
 
 
 def judge(output: str) -> dict[str, Any]:
-    """Read the verdicts that inside.py printed.
+    """Read the verdicts that image_checks.py printed.
 
     Raises:
         ImageCheckError: one is red, or there are none.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vllm_forge.errors import EngineMissingError, EngineTooOldError
 from vllm_forge.host import which
+from vllm_forge.images.errors import EngineMissingError, EngineTooOldError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

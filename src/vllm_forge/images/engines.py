@@ -6,11 +6,12 @@ import difflib
 import subprocess
 from collections.abc import Callable
 
-from vllm_forge.errors import EngineMissingError, UsageError
+from vllm_forge.errors import UsageError
 from vllm_forge.host import which
 from vllm_forge.images.buildah import Buildah
 from vllm_forge.images.buildx import Buildx
 from vllm_forge.images.engine import INSTALL, Engine, require
+from vllm_forge.images.errors import EngineMissingError
 
 ENGINES: dict[str, Callable[[], Engine]] = {"docker": Buildx, "buildah": Buildah}
 

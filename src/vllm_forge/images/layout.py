@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.errors import LayoutError
 from vllm_forge.host import READ_ONLY, atomic_path
+from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layer import LayerBlob
 
 if TYPE_CHECKING:

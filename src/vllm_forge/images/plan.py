@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.errors import LayoutError
 from vllm_forge.host import cache_root, require_disk
 from vllm_forge.images.base import BaseRef, pinned_image, rootfs_key
 from vllm_forge.images.checks import SCRIPTS
 from vllm_forge.images.content import CONFIG_FORMAT, FORMAT, WheelGroup, wheel_groups
 from vllm_forge.images.contract import contract_inputs
+from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layout import Image, blob_times, read_image
 from vllm_forge.images.prewarm import ENTRYPOINT
 from vllm_forge.images.store import stored

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import CommandFailedError, ProvisionError
 from vllm_forge.host import which
+from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images.engine import INSTALL, PACKAGES
+from vllm_forge.images.errors import ProvisionError
 
 if TYPE_CHECKING:
     from vllm_forge.host import Runner

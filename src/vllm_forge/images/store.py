@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.errors import CacheError, HashMismatchError
 from vllm_forge.host import atomic_path, cache_root, exclusive, remove
+from vllm_forge.host.errors import CacheError
 from vllm_forge.images.layer import FILE_NAMES, GZIP, LayerBlob, LayerWriter
 from vllm_forge.images.layout import file_digest
 from vllm_forge.images.slim import holds_code, may_hold_code
+from vllm_forge.sources.errors import HashMismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

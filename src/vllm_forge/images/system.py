@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.errors import BaseImageError, CacheError
 from vllm_forge.host import atomic_path, cache_root, remove
+from vllm_forge.host.errors import CacheError
 from vllm_forge.images.base import compress
 from vllm_forge.images.engine import SystemBuild
+from vllm_forge.images.errors import BaseImageError
 from vllm_forge.images.layer import LayerBlob
 from vllm_forge.images.layout import ImageLayer, read_image
 

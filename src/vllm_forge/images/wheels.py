@@ -23,7 +23,7 @@ from installer.scripts import Script
 from installer.sources import WheelFile
 from installer.utils import construct_record_file, fix_shebang
 
-from vllm_forge.errors import WheelError
+from vllm_forge.sources.errors import WheelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

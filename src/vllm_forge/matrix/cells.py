@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_forge.errors import UnknownLineError, UnknownSkuError, UnsupportedCellError
+from vllm_forge.matrix.errors import (
+    UnknownLineError,
+    UnknownSkuError,
+    UnsupportedCellError,
+)
 from vllm_forge.matrix.load import perhaps
 from vllm_forge.matrix.model import Base, LayerRule, Line, Matrix, Sku
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
-from vllm_forge.errors import MatrixFileError, MatrixValueError, UnknownKeyError
+from vllm_forge.matrix.errors import MatrixFileError, MatrixValueError, UnknownKeyError
 from vllm_forge.matrix.model import Matrix
 
 if TYPE_CHECKING:

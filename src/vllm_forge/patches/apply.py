@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import (
+from vllm_forge.patches.errors import (
     AlreadyUpstreamError,
     AppliedTwiceError,
     CorruptPatchError,

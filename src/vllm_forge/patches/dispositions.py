@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from vllm_forge.errors import DispositionError
+from vllm_forge.patches.errors import DispositionError
 from vllm_forge.matrix.load import perhaps
 
 if TYPE_CHECKING:

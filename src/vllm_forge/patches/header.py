@@ -13,7 +13,7 @@ from pathlib import Path
 from unidiff.errors import UnidiffParseError
 from unidiff.patch import PatchSet
 
-from vllm_forge.errors import (
+from vllm_forge.patches.errors import (
     CorruptPatchError,
     EmptyPatchError,
     LineEndingError,

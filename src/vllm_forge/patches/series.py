@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vllm_forge.errors import AppliedTwiceError, PatchMissingError, PatchUnlistedError
+from vllm_forge.patches.errors import (
+    AppliedTwiceError,
+    PatchMissingError,
+    PatchUnlistedError,
+)
 from vllm_forge.patches.header import Patch, read_patch
 
 

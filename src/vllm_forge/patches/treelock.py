@@ -7,12 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import (
-    DistributionNotFoundError,
-    LockFileError,
-    TreeMismatchError,
-    WrongBaseError,
-)
+from vllm_forge.sources.errors import DistributionNotFoundError, LockFileError
+from vllm_forge.patches.errors import TreeMismatchError, WrongBaseError
 from vllm_forge.host import atomic_path, cache_root
 from vllm_forge.patches.apply import Applied, apply_series, canonical_diff
 from vllm_forge.patches.header import SEPARATOR

@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING
 
 from unidiff.patch import PatchSet
 
-from vllm_forge.errors import (
-    AlreadyUpstreamError,
-    ForgeError,
-    InseparablePatchError,
-    SeriesOrderError,
-)
+from vllm_forge.patches.errors import AlreadyUpstreamError
+from vllm_forge.errors import ForgeError
+from vllm_forge.patches.errors import InseparablePatchError
+from vllm_forge.patches.errors import SeriesOrderError
 from vllm_forge.patches.apply import MOVED, apply_series
 
 if TYPE_CHECKING:

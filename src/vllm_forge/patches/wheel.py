@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import WheelSourceError
+from vllm_forge.patches.errors import WheelSourceError
 from vllm_forge.host import atomic_path
 
 if TYPE_CHECKING:

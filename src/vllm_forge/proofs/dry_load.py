@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from vllm_forge.checkpoints.errors import DryLoadError
 from vllm_forge.checkpoints.inspect.dry_load import (
     PROGRAM,
     Answers,
     read_answers,
     write_request,
 )
-from vllm_forge.errors import CommandFailedError, DryLoadError, ForgeError
+from vllm_forge.errors import ForgeError
 from vllm_forge.host import cache_root, exclusive, report, which
+from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images import BuildOptions, choose_engine, resolve
 from vllm_forge.images.engine import Trial
 from vllm_forge.images.layout import Image

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.errors import CacheError, EngineSetupError
 from vllm_forge.host import atomic_path, cache_root, remove
+from vllm_forge.host.errors import CacheError
 from vllm_forge.images import Build, BuildOptions, choose_engine, resolve
 from vllm_forge.images.content import VLLM
 from vllm_forge.images.engine import Trial
+from vllm_forge.images.errors import EngineSetupError
 from vllm_forge.images.layout import Image
 from vllm_forge.images.store import require_stored
 from vllm_forge.images.system import load_system
@@ -41,7 +42,10 @@ PYTHON = "/opt/venv/bin/python"
 REQUIREMENTS = "tests/patches/requirements.txt"
 # What the release's native code is built from, and for which GPUs.
 NATIVE = ("CMakeLists.txt", "cmake", "csrc", ".buildkite/release-pipeline.yaml")
-MODELS = ("src/vllm_forge/checkpoints/codecs", "tests/gpu/reference")  # what the tests use of it needs no library of ours
+MODELS = (
+    "src/vllm_forge/checkpoints/codecs",
+    "tests/gpu/reference",
+)  # what the tests use of it needs no library of ours
 MUTANTS = "tests/gpu/race"  # written for the release's text, which a contract test says is so
 
 

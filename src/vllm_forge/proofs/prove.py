@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import ForgeError, ProofNotRunError, UselessPatchError
+from vllm_forge.errors import ForgeError
 from vllm_forge.host import console, exclusive, report
 from vllm_forge.matrix import image_cell
 from vllm_forge.patches import (
@@ -23,6 +23,7 @@ from vllm_forge.patches import (
 )
 from vllm_forge.patches.variants import Pair, Variant, pairs, require_idempotent, without
 from vllm_forge.proofs.environment import Environment, prepare, require_root
+from vllm_forge.proofs.errors import ProofNotRunError, UselessPatchError
 from vllm_forge.proofs.record import Proven, show, write_record
 from vllm_forge.proofs.verdict import (
     GREEN,

@@ -8,7 +8,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import ForgeError, ProofNotRunError, ProofRedError, UselessPatchError
+from vllm_forge.errors import ForgeError
+from vllm_forge.proofs.errors import ProofNotRunError, ProofRedError, UselessPatchError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import GpuSuiteError, ReceiptIncompleteError
+from vllm_forge.receipts.errors import GpuSuiteError, ReceiptIncompleteError
 from vllm_forge.receipts.suite import marker_of
 
 if TYPE_CHECKING:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from vllm_forge.errors import ForgeError, GpuSuiteError, ReceiptSubjectError
+from vllm_forge.errors import ForgeError
 from vllm_forge.host import atomic_path
 from vllm_forge.matrix import load
 from vllm_forge.receipts.envelope import read_keys, read_receipt, write_receipt
+from vllm_forge.receipts.errors import GpuSuiteError, ReceiptSubjectError
 from vllm_forge.receipts.lookup import FOLDER, KEYS
 from vllm_forge.receipts.packages import FILE as ENVIRONMENT
 from vllm_forge.receipts.packages import versions

@@ -23,8 +23,12 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner, Key, SSlibKey
 
-from vllm_forge.errors import ReceiptEditedError, ReceiptKeyError, ReceiptUnreadableError
 from vllm_forge.host import atomic_path
+from vllm_forge.receipts.errors import (
+    ReceiptEditedError,
+    ReceiptKeyError,
+    ReceiptUnreadableError,
+)
 from vllm_forge.receipts.statement import Statement
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import ReceiptContradictedError
 from vllm_forge.kernels.selection import grid_question, read_recorded
+from vllm_forge.receipts.errors import ReceiptContradictedError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat
 
-from vllm_forge.errors import ReceiptIncompleteError
+from vllm_forge.receipts.errors import ReceiptIncompleteError
 
 StatementType: TypeAlias = Literal["https://in-toto.io/Statement/v1"]
 PredicateType: TypeAlias = Literal["https://in-toto.io/attestation/test-result/v0.1"]

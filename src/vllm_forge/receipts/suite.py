@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from vllm_forge.errors import GpuSuiteError
+from vllm_forge.receipts.errors import GpuSuiteError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import (
+from vllm_forge.patches import read_tree_lock
+from vllm_forge.receipts.cases import require_cases
+from vllm_forge.receipts.envelope import read_keys, read_receipt
+from vllm_forge.receipts.errors import (
     ReceiptExpiredError,
     ReceiptIncompleteError,
     ReceiptKeyError,
@@ -16,9 +19,6 @@ from vllm_forge.errors import (
     ReceiptSuiteError,
     ReceiptUnreadableError,
 )
-from vllm_forge.patches import read_tree_lock
-from vllm_forge.receipts.cases import require_cases
-from vllm_forge.receipts.envelope import read_keys, read_receipt
 from vllm_forge.receipts.lookup import FOLDER, KEYS
 from vllm_forge.receipts.selection_match import require_foretold
 from vllm_forge.receipts.statement import VALID

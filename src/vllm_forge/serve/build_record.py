@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.errors import BuildRecordError
+from vllm_forge.images.errors import BuildRecordError
 
 if TYPE_CHECKING:
     from pathlib import Path

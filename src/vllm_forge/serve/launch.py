@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NoReturn
 
-from vllm_forge.errors import NoGpuError, ToolMissingError
 from vllm_forge.host import which
+from vllm_forge.host.errors import ToolMissingError
 from vllm_forge.serve.command import ENGINES, Command, Engine
+from vllm_forge.serve.errors import NoGpuError
 
 if TYPE_CHECKING:
     from vllm_forge.host import Probe

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import PresetLintError
 from vllm_forge.kernels.selection import (
     artifact_config,
     grid_question,
@@ -12,6 +11,7 @@ from vllm_forge.kernels.selection import (
     require_fresh,
 )
 from vllm_forge.serve.case import Case
+from vllm_forge.serve.errors import PresetLintError
 from vllm_forge.serve.rules import judge
 
 if TYPE_CHECKING:

@@ -183,7 +183,7 @@ def _graphs(answer: Answer) -> Table | str:
 
 def _contract(root: Path, cell: ImageCell, lock: Lock) -> Table:
     """Kernel families that the SKU's presets need, as records/coverage/<line>.json has them."""
-    path = root / "docs" / "coverage" / f"{cell.line_name}.json"
+    path = root / "records" / "coverage" / f"{cell.line_name}.json"
     if not path.is_file():
         return {"state": f"{UNKNOWN}: no {path.relative_to(root)}", "families": {}}
     record = json.loads(path.read_text(encoding="utf-8"))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import UnknownArtifactError, UnknownPresetError, UnsupportedCellError
+from vllm_forge.matrix.errors import UnsupportedCellError
 from vllm_forge.matrix.load import perhaps
+from vllm_forge.serve.errors import UnknownArtifactError, UnknownPresetError
 
 if TYPE_CHECKING:
     from vllm_forge.matrix import Artifact, ImageCell, Matrix, Preset

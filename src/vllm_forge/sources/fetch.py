@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 import requests
 from urllib3.exceptions import HTTPError
 
-from vllm_forge.errors import (
-    DiskSpaceError,
+from vllm_forge.errors import ForgeError
+from vllm_forge.host import progress
+from vllm_forge.host.errors import DiskSpaceError
+from vllm_forge.sources.errors import (
     DistributionNotFoundError,
     DownloadInterruptedError,
-    ForgeError,
     HashMismatchError,
     IndexUnreachableError,
     TruncatedFileError,
 )
-from vllm_forge.host import progress
 from vllm_forge.sources.index import TIMEOUT_S
 
 if TYPE_CHECKING:

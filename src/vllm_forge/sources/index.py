@@ -16,7 +16,7 @@ from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, PyPISimple
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
-from vllm_forge.errors import DistributionNotFoundError, IndexUnreachableError
+from vllm_forge.sources.errors import DistributionNotFoundError, IndexUnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

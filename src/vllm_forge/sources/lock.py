@@ -16,13 +16,13 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 from rich.markup import escape
 from uv import find_uv_bin
 
-from vllm_forge.errors import (
+from vllm_forge.host import atomic_path, console
+from vllm_forge.sources.errors import (
     DistributionNotFoundError,
     IndexUnreachableError,
     LockFileError,
     ResolutionError,
 )
-from vllm_forge.host import atomic_path, console
 
 if TYPE_CHECKING:
     from vllm_forge.matrix import Base, Line

@@ -15,8 +15,9 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
-from vllm_forge.errors import CommandFailedError, SdistError
 from vllm_forge.host import cache_root, exclusive
+from vllm_forge.host.errors import CommandFailedError
+from vllm_forge.sources.errors import SdistError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

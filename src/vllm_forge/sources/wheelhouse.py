@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import DistributionNotFoundError, HashMismatchError
 from vllm_forge.host import cache_root, console, exclusive
+from vllm_forge.sources.errors import DistributionNotFoundError, HashMismatchError
 from vllm_forge.sources.fetch import CHUNK, Download, download_all
 from vllm_forge.sources.index import Index
 

@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Any
 
 from tests.gpu.harness import plugin
 from tests.gpu.harness.bootlog import parse
-from vllm_forge.errors import ForgeError, GpuSuiteError
+from vllm_forge.errors import ForgeError
 from vllm_forge.gputest import caches
 from vllm_forge.gputest.device import ask_gpus, require_sku
 from vllm_forge.receipts import packages as environment
+from vllm_forge.receipts.errors import GpuSuiteError
 from vllm_forge.receipts.packages import environment_text
 from vllm_forge.receipts.suite import RACE_FOLDER, read_tiers, suite_hash
 

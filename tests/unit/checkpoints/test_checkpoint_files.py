@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.checkpoint_engine import SMALL, tree_of
+from vllm_forge.checkpoints.errors import ModelInputError
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec, write_bf16
 from vllm_forge.checkpoints.inventory import (
     all_tensors,
@@ -29,7 +30,6 @@ from vllm_forge.checkpoints.shards import (
     write_shard,
 )
 from vllm_forge.checkpoints.spans import DTYPE_BYTES
-from vllm_forge.errors import ModelInputError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.layouts import layout
+from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.inspect import regex_limits as bounded
 from vllm_forge.checkpoints.inspect.regex_limits import require_an_end
 from vllm_forge.cli import main
-from vllm_forge.errors import CheckpointUnreadableError, CommandFailedError
+from vllm_forge.host.errors import CommandFailedError
 
 if TYPE_CHECKING:
     from pathlib import Path

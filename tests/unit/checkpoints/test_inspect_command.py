@@ -9,17 +9,23 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.layouts import layout
-from vllm_forge import errors
+from vllm_forge.checkpoints.errors import (
+    CheckpointDepartsError,
+    CheckpointRefusedError,
+    CheckpointUnreadableError,
+)
 from vllm_forge.checkpoints.inspect.dry_load import Answer, Answers
 from vllm_forge.cli import main
+from vllm_forge.errors import UsageError
+from vllm_forge.matrix.errors import UnknownLineError
 from vllm_forge.proofs import dry_load as proof
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-REFUSED = errors.CheckpointRefusedError.exit_code
-DEPARTS = errors.CheckpointDepartsError.exit_code
-UNREADABLE = errors.CheckpointUnreadableError.exit_code
+REFUSED = CheckpointRefusedError.exit_code
+DEPARTS = CheckpointDepartsError.exit_code
+UNREADABLE = CheckpointUnreadableError.exit_code
 CLEAN = Answer.model_validate({"target": {"error": None}, "drafts": {"mtp": {"error": None}}})
 
 
@@ -124,7 +130,7 @@ def test_an_index_alone_tells_what_names_tell(
 def test_a_dry_load_needs_headers(layouts: Callable[[str], Path]) -> None:
     index = layouts("card") / "model.safetensors.index.json"
     code = main(["inspect-checkpoint", str(index), "--resolve=vllm"])
-    assert code == errors.UsageError.exit_code
+    assert code == UsageError.exit_code
 
 
 def test_a_source_tells_what_was_rounded(
@@ -138,7 +144,7 @@ def test_a_source_tells_what_was_rounded(
 
 @pytest.mark.parametrize("options", [["--values", "1"], ["--values", "-1", "--source", "x"]])
 def test_values_need_a_source(options: list[str], layouts: Callable[[str], Path]) -> None:
-    assert _run(layouts("card"), *options) == errors.UsageError.exit_code
+    assert _run(layouts("card"), *options) == UsageError.exit_code
 
 
 def test_values_are_compared(
@@ -161,7 +167,7 @@ def test_values_are_compared(
     [
         (["nowhere"], UNREADABLE, "no folder"),
         (["nowhere", "--manifest", "nvidia-nvpf4"], 2, "Perhaps you meant 'nvidia-nvfp4'"),
-        (["nowhere", "--line", "0.27"], errors.UnknownLineError.exit_code, "0.27"),
+        (["nowhere", "--line", "0.27"], UnknownLineError.exit_code, "0.27"),
         (["nowhere", "--resolv", "vllm"], 2, "--resolve"),
     ],
 )

@@ -15,13 +15,13 @@ import pytest
 
 from tests.support.layouts import ONES, layout
 from tests.unit.checkpoints.test_inspect_tampered import LINES, REMEDIES, Files
+from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.inspect.inspection import inspect
 from vllm_forge.checkpoints.inspect.places import Folder, find_place
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.checkpoints.inspect.snapshot import look
 from vllm_forge.checkpoints.shards import open_checkpoint
 from vllm_forge.checkpoints.spans import DTYPE_BYTES, MAX_TEXT
-from vllm_forge.errors import CheckpointUnreadableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -25,6 +25,7 @@ from tests.support.layouts import (
 )
 from tests.support.layouts import NVFP4 as NVFP4_GROUP
 from vllm_forge.checkpoints.config_check import REQUIRED
+from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.fixtures.variants import load_variants
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, some
 from vllm_forge.checkpoints.inspect.formats import Format
@@ -35,7 +36,6 @@ from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.checkpoints.inspect.verdict import applies
 from vllm_forge.checkpoints.quantize.changes import Change, apply_changes
 from vllm_forge.checkpoints.shards import open_checkpoint
-from vllm_forge.errors import CheckpointUnreadableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

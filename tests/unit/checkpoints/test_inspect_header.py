@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from tests.support.layouts import layout
+from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.inspect.gates_scales import read_scalars
 from vllm_forge.checkpoints.inspect.header import FIRST_READ, read_header
 from vllm_forge.checkpoints.inspect.places import Folder, Place
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.checkpoints.inspect.snapshot import look
-from vllm_forge.errors import CheckpointUnreadableError
 
 NAME = "model.safetensors"
 

@@ -11,11 +11,11 @@ import pytest
 
 from tests.support.hub_server import COMMIT, HubServer
 from tests.support.layouts import layout, profile_of
+from vllm_forge.checkpoints.errors import CheckpointUnreadableError, HubUnreachableError
 from vllm_forge.checkpoints.inspect.gates_scales import read_scalars
 from vllm_forge.checkpoints.inspect.places import Folder, HubRepository, find_place
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.checkpoints.inspect.snapshot import look
-from vllm_forge.errors import CheckpointUnreadableError, HubUnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

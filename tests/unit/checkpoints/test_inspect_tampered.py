@@ -12,7 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.layouts import layout
-from vllm_forge import errors
+from vllm_forge.checkpoints.errors import (
+    CheckpointDepartsError,
+    CheckpointRefusedError,
+    CheckpointUnreadableError,
+)
 from vllm_forge.checkpoints.inspect.inspection import inspect
 from vllm_forge.checkpoints.inspect.places import Place
 from vllm_forge.checkpoints.inspect.profile import Profile
@@ -22,15 +26,15 @@ from vllm_forge.checkpoints.inspect.snapshot import look
 from vllm_forge.checkpoints.inspect.verdicts import exit_code
 from vllm_forge.checkpoints.shards import copy_of, open_checkpoint, write_shard
 from vllm_forge.cli import main
-from vllm_forge.errors import ForgeError
+from vllm_forge.errors import ForgeError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROOT = Path(__file__).parents[3]
-SERVES, REFUSED = 0, errors.CheckpointRefusedError.exit_code
-DEPARTS = errors.CheckpointDepartsError.exit_code
-UNREADABLE = errors.CheckpointUnreadableError.exit_code
+SERVES, REFUSED = 0, CheckpointRefusedError.exit_code
+DEPARTS = CheckpointDepartsError.exit_code
+UNREADABLE = CheckpointUnreadableError.exit_code
 LINES = {"0.22": "0.22.1", "0.26": "0.26.0", "0.33": "0.33.0"}
 REMEDIES = read_remedies(ROOT)
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -346,4 +350,4 @@ class TestDigests:
         assert self._run(recorded, "--digests") == DEPARTS
         assert "bytes are not as said" in capsys.readouterr().err
         (recorded / RECORD).unlink()
-        assert self._run(recorded, "--digests") == errors.UsageError.exit_code
+        assert self._run(recorded, "--digests") == UsageError.exit_code

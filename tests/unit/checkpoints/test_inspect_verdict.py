@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.layouts import layout, profile_of
+from vllm_forge.checkpoints.errors import DryLoadError
 from vllm_forge.checkpoints.inspect.dry_load import (
     METHODS,
     PROGRAM,
@@ -22,8 +23,8 @@ from vllm_forge.checkpoints.inspect.inspection import inspect
 from vllm_forge.checkpoints.inspect.parts import Drafter
 from vllm_forge.checkpoints.inspect.remedies import Remedies, read_remedies
 from vllm_forge.checkpoints.inspect.verdict import LineVerdict, Outcome, applies, judge
-from vllm_forge.errors import DryLoadError, MatrixValueError
 from vllm_forge.matrix import load
+from vllm_forge.matrix.errors import MatrixValueError
 
 if TYPE_CHECKING:
     from vllm_forge.checkpoints.inspect.profile import Profile

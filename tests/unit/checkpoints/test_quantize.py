@@ -19,26 +19,21 @@ from tests.support.checkpoint_engine import (
     make_job,
     tree_of,
 )
+from vllm_forge.checkpoints.errors import QuantizedOutputError, RecipeError, ResumeError
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec
 from vllm_forge.checkpoints.fixtures.variants import load_variants
 from vllm_forge.checkpoints.inventory import all_tensors
 from vllm_forge.checkpoints.measured import PAGE, TABLE
+from vllm_forge.checkpoints.quantize import quantizer as module
+from vllm_forge.checkpoints.quantize import work as work_module
 from vllm_forge.checkpoints.quantize.artifact import check_layer
 from vllm_forge.checkpoints.quantize.calibration import SHIPPED, read_conversations
 from vllm_forge.checkpoints.quantize.quantizer import Clock, disk_needed, plan_parts, quantize, span
-from vllm_forge.checkpoints.quantize import quantizer as module
-from vllm_forge.checkpoints.quantize import work as work_module
 from vllm_forge.checkpoints.quantize.recipe import RECIPES, Recipe, load_recipe
 from vllm_forge.checkpoints.shards import in_memory, open_checkpoint
-from vllm_forge.errors import (
-    BusyError,
-    DiskSpaceError,
-    QuantizedOutputError,
-    RecipeError,
-    ResumeError,
-    UsageError,
-)
+from vllm_forge.errors import UsageError
 from vllm_forge.host import exclusive
+from vllm_forge.host.errors import BusyError, DiskSpaceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.checkpoint_engine import make_job
-from vllm_forge import errors
-from vllm_forge.checkpoints.quantize.quantizer import check_output, quantize
+from vllm_forge.checkpoints.errors import ModelInputError, ResumeError
 from vllm_forge.checkpoints.quantize import work as work_module
+from vllm_forge.checkpoints.quantize.quantizer import check_output, quantize
 from vllm_forge.checkpoints.shards import in_memory, write_shard
 from vllm_forge.checkpoints.spans import MAX_TEXT
 from vllm_forge.cli import main
-from vllm_forge.errors import DiskSpaceError, ModelInputError, ResumeError, UsageError
+from vllm_forge.errors import UsageError
+from vllm_forge.host.errors import DiskSpaceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -156,15 +157,15 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("what", "code"),
         [
-            ("nowhere", errors.ModelInputError.exit_code),
-            ("file", errors.ModelInputError.exit_code),
-            ("no index", errors.ModelInputError.exit_code),
-            ("index of a list", errors.ModelInputError.exit_code),
-            ("index that leaves", errors.ModelInputError.exit_code),
-            ("config of words", errors.ModelInputError.exit_code),
-            ("cut off", errors.ModelInputError.exit_code),
-            ("folder for a shard", errors.ModelInputError.exit_code),
-            ("output", errors.ResumeError.exit_code),
+            ("nowhere", ModelInputError.exit_code),
+            ("file", ModelInputError.exit_code),
+            ("no index", ModelInputError.exit_code),
+            ("index of a list", ModelInputError.exit_code),
+            ("index that leaves", ModelInputError.exit_code),
+            ("config of words", ModelInputError.exit_code),
+            ("cut off", ModelInputError.exit_code),
+            ("folder for a shard", ModelInputError.exit_code),
+            ("output", ResumeError.exit_code),
         ],
     )
     def test_what_can_be_refused_is_before_any_tool(
@@ -233,4 +234,4 @@ class TestCommand:
                 rows["weight_map"][name] = file
                 index.write_text(json.dumps(rows))
         code = self._run(f"--model={model}", f"--output={tmp_path / 'out'}")
-        assert code == errors.ModelInputError.exit_code
+        assert code == ModelInputError.exit_code

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vllm_forge.checkpoints.quantize.environment import INPUT, LOCK, SERIES, prepare
+from vllm_forge.checkpoints.errors import ToolEnvironmentError
 from vllm_forge.checkpoints.quantize import environment
-from vllm_forge.errors import (
+from vllm_forge.checkpoints.quantize.environment import INPUT, LOCK, SERIES, prepare
+from vllm_forge.patches import read_series
+from vllm_forge.patches.errors import (
     AlreadyUpstreamError,
-    LockFileError,
     OffsetError,
-    ToolEnvironmentError,
     WrongBaseError,
     WrongContextError,
 )
-from vllm_forge.patches import read_series
 from vllm_forge.patches.installed import patch_installed
+from vllm_forge.sources.errors import LockFileError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.support.checkpoint_engine import SMALL, make_job, tree_of
+from vllm_forge.checkpoints.errors import RecipeError, ToolEnvironmentError
 from vllm_forge.checkpoints.fixtures.variants import (
     BF16,
     VARIANTS,
@@ -31,7 +32,6 @@ from vllm_forge.checkpoints.quantize.changes import (
 )
 from vllm_forge.checkpoints.quantize.quantizer import quantize
 from vllm_forge.checkpoints.shards import in_memory, open_checkpoint
-from vllm_forge.errors import RecipeError, ToolEnvironmentError
 
 if TYPE_CHECKING:
     from vllm_forge.checkpoints.fixtures.tiny import TinySpec

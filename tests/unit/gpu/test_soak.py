@@ -17,8 +17,8 @@ from tests.gpu.harness import plugin
 from tests.gpu.harness.gate import load_bands
 from tests.gpu.harness.workloads import CHAT, RANDOM, ask_all, load_workloads, read_prompts
 from tests.gpu.soak.artifact import Preset, bands, choose
-from vllm_forge.errors import GpuSuiteError
 from vllm_forge.matrix import load
+from vllm_forge.receipts.errors import GpuSuiteError
 
 FAKE = Path(__file__).parent / "tests.support" / "fake_serve.py"
 WORKLOADS = load_workloads()

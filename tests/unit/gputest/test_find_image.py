@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vllm_forge.errors import LayoutError, NoGpuError, ReceiptSubjectError
 from vllm_forge.gputest.find_image import StoredImage, find_image
 from vllm_forge.host.probe import Reply
+from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layout import write_image
+from vllm_forge.receipts.errors import ReceiptSubjectError
+from vllm_forge.serve.errors import NoGpuError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

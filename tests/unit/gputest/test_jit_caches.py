@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 import zstandard
 
-from vllm_forge.errors import JitCacheError, KitError
 from vllm_forge.gputest import caches
+from vllm_forge.gputest.errors import JitCacheError, KitError
 from vllm_forge.gputest.kit_caches import PACKED, pack_caches
 from vllm_forge.images.prewarm import (
     BAKED,

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vllm_forge.errors import KitError, UsageError
+from vllm_forge.errors import UsageError
 from vllm_forge.gputest import kit_host
+from vllm_forge.gputest.errors import KitError
 from vllm_forge.gputest.kit import HOST, RUN, copy_race, parse_size, write_parts
 from vllm_forge.gputest.select_wheels import choose, read_freeze, require_closed
 from vllm_forge.gputest.thin_wheel import content_row, rewritten, thin_wheel

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vllm_forge.errors import LockFileError, ToolMissingError
 from vllm_forge.gputest import launch as gpu
 from vllm_forge.gputest.launch import container_command, require_modules, unpack_tools
+from vllm_forge.host.errors import ToolMissingError
 from vllm_forge.images.prewarm import SCRIPT
+from vllm_forge.sources.errors import LockFileError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import pytest
 
-from vllm_forge.errors import BusyError, CommandFailedError, DiskSpaceError, ToolMissingError
 from vllm_forge.host import (
     RecordingRunner,
     SubprocessRunner,
@@ -25,6 +24,12 @@ from vllm_forge.host import (
     report,
     require_disk,
     which,
+)
+from vllm_forge.host.errors import (
+    BusyError,
+    CommandFailedError,
+    DiskSpaceError,
+    ToolMissingError,
 )
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_forge.errors import MountedError
 from vllm_forge.host import remove
+from vllm_forge.host.errors import MountedError
 from vllm_forge.host.mounts import mounted_below
 
 TABLE = (

@@ -17,14 +17,14 @@ from vllm_forge.matrix import load
 if TYPE_CHECKING:
     from pathlib import Path
 
-# As inside.py does it: the GPU is seen by the process that declares it and by those it starts.
+# As image_checks.py does it: the GPU is seen by the process that declares it and by those it starts.
 DECLARE = """
 import json, subprocess, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import inside
-expect = json.loads((inside.INPUTS / "expect.json").read_text())
-inside.declare_device(expect, Path(sys.argv[2]))
+import image_checks
+expect = json.loads((image_checks.INPUTS / "expect.json").read_text())
+image_checks.declare_device(expect, Path(sys.argv[2]))
 exec(sys.argv[3])
 subprocess.run([sys.executable, "-c", sys.argv[3]], check=True)
 """
@@ -60,7 +60,11 @@ def test_any_user_reads_the_inputs_and_older_ones_are_gone(tmp_path: Path) -> No
     folder.mkdir()
     (folder / "of-before").touch()
     write_inputs(folder, {"a": 1})
-    assert {path.name for path in folder.iterdir()} == {"inside.py", "driver.py", "expect.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "image_checks.py",
+        "driver.py",
+        "expect.json",
+    }
     assert json.loads((folder / "expect.json").read_text()) == {"a": 1}
     assert all(path.stat().st_mode & 0o555 == 0o555 for path in (folder, *folder.iterdir()))
-    assert TRIAL_ARGV[-1] == "/mnt/inside.py"
+    assert TRIAL_ARGV[-1] == "/mnt/image_checks.py"

@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.wheels import COMPRESSIBLE, Member, write_vllm_wheel, write_wheel
-from vllm_forge.errors import CacheError, ForgeError, HashMismatchError
+from vllm_forge.errors import ForgeError
+from vllm_forge.host.errors import CacheError
 from vllm_forge.images import store
 from vllm_forge.images.layer import LayerWriter
 from vllm_forge.images.store import StoredLayer, stored, write_layer
 from vllm_forge.images.wheels import VENV, Entry, merge, site_packages, wheel_entries
+from vllm_forge.sources.errors import HashMismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

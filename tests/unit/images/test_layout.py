@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vllm_forge.errors import LayoutError
 from vllm_forge.images.base import compress
+from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layout import (
     Image,
     ImageLayer,

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_forge.cli import main
-from vllm_forge.errors import BuildRecordError
 from vllm_forge.images import BuildOptions, choose_engine, resolve
+from vllm_forge.images.errors import BuildRecordError
 from vllm_forge.images.layout import blob_times, write_image
 from vllm_forge.images.rebuild_reasons import compare, differences, why_rebuild
 from vllm_forge.matrix import image_cell, load

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests.support.fatbins import entry as code
 from tests.support.fatbins import fatbin, library
 from tests.support.wheels import Member, write_wheel
-from vllm_forge.errors import CacheError, UnknownFatbinError
+from vllm_forge.host.errors import CacheError
 from vllm_forge.images.layer import ZSTD
 from vllm_forge.images.slim import LEAST, cut, holds_code, may_hold_code, pieces
 from vllm_forge.images.slim_layer import update_record, write_slim_layer
@@ -28,6 +28,7 @@ from vllm_forge.images.store import StoredLayer, stored, write_layer
 from vllm_forge.images.wheels import site_packages, wheel_entries
 from vllm_forge.kernels.coverage import device_code, runs_on
 from vllm_forge.kernels.coverage.library import census
+from vllm_forge.kernels.errors import UnknownFatbinError
 
 if TYPE_CHECKING:
     from pathlib import Path

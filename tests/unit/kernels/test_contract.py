@@ -13,12 +13,6 @@ from pydantic import ValidationError
 
 from tests.support import fatbins as made
 from vllm_forge.commands.census import FOLDER, PAGE, read_records
-from vllm_forge.errors import (
-    ContractError,
-    StaleExceptionError,
-    UnknownFamilyError,
-    UnknownFatbinError,
-)
 from vllm_forge.kernels.coverage import library as library_module
 from vllm_forge.kernels.coverage.contents import Contents, best
 from vllm_forge.kernels.coverage.contract import Contract, Selected, contract
@@ -26,6 +20,12 @@ from vllm_forge.kernels.coverage.families import FINE, Catalogue, catalogue, dig
 from vllm_forge.kernels.coverage.library import census
 from vllm_forge.kernels.coverage.page import line_record, render, terminal
 from vllm_forge.kernels.coverage.selected import selections_of
+from vllm_forge.kernels.errors import (
+    ContractError,
+    StaleExceptionError,
+    UnknownFamilyError,
+    UnknownFatbinError,
+)
 from vllm_forge.kernels.selection import Answer, read_recorded
 from vllm_forge.kernels.selection.model import Choice, Moe, Refused
 from vllm_forge.matrix import load

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support import fatbins as made
-from vllm_forge.errors import UnknownFatbinError, UnknownTargetError
 from vllm_forge.kernels.coverage import Target, device_code, parse_capability, runs_on
 from vllm_forge.kernels.coverage.kernels import compiled_for, kernels, without_stubs
+from vllm_forge.kernels.errors import UnknownFatbinError, UnknownTargetError
 
 
 def read(content: bytes) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vllm_forge.errors import (
+from vllm_forge.kernels.errors import (
     ArtifactConfigError,
     OracleFailedError,
     SelectionChangedError,

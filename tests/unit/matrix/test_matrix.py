@@ -11,7 +11,9 @@ import pydantic
 import pytest
 
 from vllm_forge.cli import main
-from vllm_forge.errors import (
+from vllm_forge.matrix import Matrix, image_cell, load, schema_text
+from vllm_forge.matrix.cells import find_lines
+from vllm_forge.matrix.errors import (
     MatrixFileError,
     MatrixValueError,
     UnknownKeyError,
@@ -19,8 +21,6 @@ from vllm_forge.errors import (
     UnknownSkuError,
     UnsupportedCellError,
 )
-from vllm_forge.matrix import Matrix, image_cell, load, schema_text
-from vllm_forge.matrix.cells import find_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable

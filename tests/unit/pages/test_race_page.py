@@ -119,12 +119,13 @@ def test_a_result_replaces_that_of_its_gpu_line_and_tier(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(race_page, "ROOT", tmp_path)
-    (tmp_path / "docs").mkdir()
+    (tmp_path / "records").mkdir()
     (tmp_path / DATA).write_text('{"runs": []}')
     paths = [tmp_path / f"{number}.json" for number in range(3)]
     for path, tier, launches in zip(paths, ("kernel", "soak", "kernel"), (1, 2, 3), strict=True):
         tests = {f"{FOLDER}/test_bitwise.py::a": bitwise(launches=launches)}
         path.write_text(json.dumps(RUN | {"tier": tier, "tests": tests}))
+    (tmp_path / race_page.PAGE).parent.mkdir(parents=True)
     assert main([str(path) for path in paths]) == 0
     runs = json.loads((tmp_path / DATA).read_text())["runs"]
     assert [(one["run"]["tier"], one["rows"][0]["launches"]) for one in runs] == [

@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 from unidiff.patch import PatchSet
 
-from vllm_forge.errors import AlreadyUpstreamError, AppliedTwiceError, WrongContextError
+from vllm_forge.patches.errors import (
+    AlreadyUpstreamError,
+    AppliedTwiceError,
+    WrongContextError,
+)
 from vllm_forge.host import cache_root
 from vllm_forge.matrix import load
 from vllm_forge.patches import apply_series, read_series, read_tree_lock

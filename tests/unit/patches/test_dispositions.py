@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_forge.errors import DispositionError
+from vllm_forge.patches.errors import DispositionError
 from vllm_forge.matrix import load
 from vllm_forge.patches import decisions, read_dispositions, read_series
 

@@ -10,7 +10,8 @@ import pytest
 from tests.support.index_server import IndexServer, Served
 from tests.support.trees import changed_tree, patch_text, write_sdist
 
-from vllm_forge.errors import DistributionNotFoundError, UsageError
+from vllm_forge.sources.errors import DistributionNotFoundError
+from vllm_forge.errors import UsageError
 from vllm_forge.matrix import load
 from vllm_forge.patches import read_patch, read_series
 from vllm_forge.patches.drift import Answer, Subject, Verdict, survey, verdicts, vocabulary

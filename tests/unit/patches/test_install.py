@@ -121,13 +121,13 @@ def test_installs_the_release_first(project: Project, python: Path) -> None:
 def test_twice_is_an_error(project: Project, installed: Path) -> None:
     project.run("install", f"--python={installed}")
     before = snapshot(installed)
-    project.run("install", f"--python={installed}", code=74)
+    project.run("install", f"--python={installed}", code=40)
     assert snapshot(installed) == before
 
 
 def test_revert_of_the_published_one_is_an_error(project: Project, installed: Path) -> None:
     before = snapshot(installed)
-    project.run("install", f"--python={installed}", "--revert", code=73)
+    project.run("install", f"--python={installed}", "--revert", code=40)
     assert snapshot(installed) == before
 
 
@@ -137,7 +137,7 @@ def test_dirty_tree_is_refused_and_untouched(project: Project, installed: Path, 
     with (site(installed) / path).open("a") as file:
         file.write("# edited by hand\n")
     before = snapshot(installed)
-    done = project.run("install", f"--python={installed}", code=71)
+    done = project.run("install", f"--python={installed}", code=40)
     assert path in done.stderr
     assert snapshot(installed) == before
 
@@ -151,7 +151,7 @@ def test_partly_patched_is_refused_and_revert_makes_it_whole(
     project.run("install", f"--python={installed}")
     (site(installed) / PATCHED).write_bytes(published)
     before = snapshot(installed)
-    done = project.run("install", f"--python={installed}", code=72)
+    done = project.run("install", f"--python={installed}", code=40)
     assert "--revert" in done.stderr
     assert snapshot(installed) == before
     project.run("install", f"--python={installed}", "--revert")
@@ -163,7 +163,7 @@ def test_another_release_is_refused(project: Project, installed: Path) -> None:
     text = (info / "METADATA").read_text()
     (info / "METADATA").write_text(text.replace("Version: 0.1.0", "Version: 0.0.9"))
     info.rename(info.with_name("vllm-0.0.9.dist-info"))
-    done = project.run("install", f"--python={installed}", code=70)
+    done = project.run("install", f"--python={installed}", code=40)
     assert "0.0.9 is installed" in done.stderr
 
 
@@ -178,9 +178,9 @@ def test_files_that_cannot_be_written_change_nothing(project: Project, installed
 
 
 def test_no_environment(project: Project, tmp_path: Path) -> None:
-    project.run("install", f"--python={tmp_path}/bin/python", code=75)
+    project.run("install", f"--python={tmp_path}/bin/python", code=40)
     real = os.path.realpath(sys.executable)
-    done = project.run("install", f"--python={real}", code=75)
+    done = project.run("install", f"--python={real}", code=40)
     assert "not a virtual environment" in done.stderr
 
 
@@ -194,7 +194,7 @@ def test_editable_install_is_refused(project: Project, python: Path, tmp_path: P
     (info / "direct_url.json").write_text(
         f'{{"url": "file://{source}", "dir_info": {{"editable": true}}}}'
     )
-    project.run("install", f"--python={python}", code=71)
+    project.run("install", f"--python={python}", code=40)
 
 
 def test_script_says_where_it_must_be_run(tmp_path: Path) -> None:

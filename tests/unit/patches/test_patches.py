@@ -17,15 +17,12 @@ from tests.support.index_server import IndexServer, Served
 from tests.support.trees import changed_tree, patch_text, unchanged, write_sdist
 
 from vllm_forge.cli import main
-from vllm_forge.errors import (
+from vllm_forge.patches.errors import (
     AlreadyUpstreamError,
     AppliedTwiceError,
     CorruptPatchError,
     EmptyPatchError,
-    ForgeError,
-    HashMismatchError,
     LineEndingError,
-    LockFileError,
     NonCanonicalPatchError,
     OffsetError,
     PatchHeaderError,
@@ -35,6 +32,8 @@ from vllm_forge.errors import (
     WrongBaseError,
     WrongContextError,
 )
+from vllm_forge.errors import ForgeError
+from vllm_forge.sources.errors import HashMismatchError, LockFileError
 from vllm_forge.matrix import Line, load
 from vllm_forge.patches import (
     apply_series,

@@ -21,7 +21,7 @@ from vllm_forge.patches import read_series
 from vllm_forge.sources import SourceRepo
 
 ROOT = Path(__file__).resolve().parents[3]
-PAGE = ROOT / "docs" / "seed-installer.md"
+PAGE = ROOT / "docs" / "generated" / "seed-installer.md"
 MATRIX = load(ROOT)
 # Found at import: during a test the cache is a temporary one.
 REPO = SourceRepo(cache_root() / "sources.git")

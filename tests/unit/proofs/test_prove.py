@@ -19,17 +19,9 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from tests.support.trees import changed_tree, patch_text, write_sdist
-from vllm_forge.errors import (
-    EngineSetupError,
-    ForgeError,
-    InseparablePatchError,
-    ProofNotRunError,
-    ProofRedError,
-    SeriesOrderError,
-    UselessPatchError,
-    WrongContextError,
-)
+from vllm_forge.errors import ForgeError
 from vllm_forge.host import RecordingRunner
+from vllm_forge.images.errors import EngineSetupError
 from vllm_forge.matrix import Matrix, load
 from vllm_forge.patches import (
     Applied,
@@ -42,6 +34,7 @@ from vllm_forge.patches import (
     read_tree_lock,
     variants,
 )
+from vllm_forge.patches.errors import InseparablePatchError, SeriesOrderError, WrongContextError
 from vllm_forge.patches.variants import (
     OTHERS,
     TAKEN_OUT,
@@ -53,6 +46,7 @@ from vllm_forge.patches.variants import (
 )
 from vllm_forge.proofs import environment, prove
 from vllm_forge.proofs.environment import SCRIPT, Environment
+from vllm_forge.proofs.errors import ProofNotRunError, ProofRedError, UselessPatchError
 from vllm_forge.proofs.verdict import Run, judge_whole, judge_without, parse
 from vllm_forge.sources import read_lock
 
@@ -553,7 +547,7 @@ def test_what_is_not_proven_is_not_recorded(
 ) -> None:
     with pytest.raises(kind):
         prove_it(one_line, whole, without_it)
-    assert not (one_line[0] / "docs").exists()
+    assert not (one_line[0] / "records").exists()
 
 
 @pytest.mark.parametrize("harm", ["skipped", "xfailed", "not there"])
@@ -563,7 +557,7 @@ def test_a_refusal_whose_test_was_not_run_is_not_recorded(
     with pytest.raises(ProofNotRunError, match="#1 is refused for what a test shows") as error:
         prove_it(one_line, run(0, it="passed"), run(1, "KeyError: 'x'", it="failed"), harm)
     assert HARM in str(error.value)
-    assert not (one_line[0] / "docs").exists()
+    assert not (one_line[0] / "records").exists()
 
 
 def test_what_a_trial_gets(
@@ -592,7 +586,7 @@ def test_what_a_trial_gets(
         if path.is_file()
     }
     assert source == native | pipeline
-    assert (folder / environment.MODELS / "marlin_schedule.py").is_file()
+    assert (folder / environment.MODELS[1] / "marlin_schedule.py").is_file()
     assert (folder / "tests/patches/conftest.py").is_file()
     assert not list(folder.rglob("__pycache__"))
     assert os.access(folder / "tools/tool/run", os.X_OK)
@@ -624,7 +618,7 @@ def proofs() -> Sequence[str]:
 def test_committed_proof_is_of_this_series_and_lock(line: str) -> None:
     """Stale? `nox -s prove -- --line LINE`."""
     row = MATRIX.line[line]
-    data = json.loads((ROOT / "docs" / "proofs" / f"{line}.json").read_text(encoding="utf-8"))
+    data = json.loads((ROOT / "records" / "proofs" / f"{line}.json").read_text(encoding="utf-8"))
     series = read_series(ROOT / row.series)
     lock = read_tree_lock(ROOT / row.series, line)
     assert (data["line"], data["vllm"]) == (line, row.vllm)

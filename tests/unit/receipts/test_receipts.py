@@ -12,12 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vllm_forge import errors
+from vllm_forge.errors import ForgeError
 from vllm_forge.matrix import load
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.receipts.cases import FILE as CASES_FILE
 from vllm_forge.receipts.create import differences, make_receipt
 from vllm_forge.receipts.envelope import DIGEST, canonical, read_receipt, write_receipt
+from vllm_forge.receipts.errors import (
+    GpuSuiteError,
+    ReceiptEditedError,
+    ReceiptExpiredError,
+    ReceiptIncompleteError,
+    ReceiptKeyError,
+    ReceiptSubjectError,
+    ReceiptSuiteError,
+    ReceiptUnreadableError,
+)
 from vllm_forge.receipts.lookup import FOLDER, ImageReceipts, image_receipts, preset_state
 from vllm_forge.receipts.statement import VALID, Statement, make_statement
 from vllm_forge.receipts.status import PAGE, status_text
@@ -207,20 +217,20 @@ def test_the_payload_is_an_in_toto_statement(committed: Path) -> None:
 @pytest.mark.parametrize("outcome", ["failed", "not run"])
 def test_a_red_run_makes_no_receipt(result: dict[str, Any], outcome: str) -> None:
     result["tests"][f"{FILE}::test_two[2]"]["outcome"] = outcome
-    with pytest.raises(errors.ReceiptIncompleteError, match="1 of 5 tests"):
+    with pytest.raises(ReceiptIncompleteError, match="1 of 5 tests"):
         make_statement(result)
 
 
 def test_a_run_that_ended_badly_makes_no_receipt(result: dict[str, Any]) -> None:
-    with pytest.raises(errors.ReceiptIncompleteError):
+    with pytest.raises(ReceiptIncompleteError):
         make_statement(result | {"exit": 1})
-    with pytest.raises(errors.ReceiptIncompleteError):
+    with pytest.raises(ReceiptIncompleteError):
         make_statement(result | {"tests": {}})
 
 
 def test_a_slip_of_the_editor_is_seen(project: Path, matrix: Matrix, committed: Path) -> None:
     edit(committed, faster, consistent=False)
-    with pytest.raises(errors.ReceiptEditedError, match="not the one that its digest is of"):
+    with pytest.raises(ReceiptEditedError, match="not the one that its digest is of"):
         verify_all(project, matrix, NOW)
 
 
@@ -238,7 +248,7 @@ def test_a_forger_is_seen_by_the_signature_only(
     path = place(project, make_statement(result), private)
     assert len(verify_all(project, matrix, NOW, signed=True)[0].signed_by) == 1
     edit(path, faster, consistent=True)
-    with pytest.raises(errors.ReceiptEditedError, match="signature"):
+    with pytest.raises(ReceiptEditedError, match="signature"):
         verify_all(project, matrix, NOW)
 
 
@@ -246,7 +256,7 @@ def test_an_unknown_signer_is_refused(
     project: Path, matrix: Matrix, result: dict[str, Any], keys: tuple[Path, Path]
 ) -> None:
     place(project, make_statement(result), keys[0])
-    with pytest.raises(errors.ReceiptKeyError, match="not among the trusted"):
+    with pytest.raises(ReceiptKeyError, match="not among the trusted"):
         verify_all(project, matrix, NOW)
 
 
@@ -254,7 +264,7 @@ def test_unsigned_is_refused_where_signatures_are_asked_for(
     project: Path, matrix: Matrix, committed: Path
 ) -> None:
     assert committed.is_file()
-    with pytest.raises(errors.ReceiptKeyError, match="unsigned"):
+    with pytest.raises(ReceiptKeyError, match="unsigned"):
         verify_all(project, matrix, NOW, signed=True)
 
 
@@ -267,12 +277,12 @@ def test_a_key_of_another_kind_is_refused(
         check=True,
         capture_output=True,
     )
-    with pytest.raises(errors.ReceiptKeyError, match="RSA"):
+    with pytest.raises(ReceiptKeyError, match="RSA"):
         write_receipt(project / FOLDER, make_statement(result), private)
     trusted = project / FOLDER / "keys"
     trusted.mkdir(parents=True)
     (trusted / "no.pem").write_text("no key")
-    with pytest.raises(errors.ReceiptKeyError, match="not an Ed25519 key"):
+    with pytest.raises(ReceiptKeyError, match="not an Ed25519 key"):
         verify_all(project, matrix, NOW)
 
 
@@ -281,26 +291,26 @@ def test_expired_or_of_the_future(
     project: Path, matrix: Matrix, committed: Path, days: int
 ) -> None:
     assert committed.is_file()
-    with pytest.raises(errors.ReceiptExpiredError):
+    with pytest.raises(ReceiptExpiredError):
         verify_all(project, matrix, NOW + timedelta(days=days))
 
 
 def test_in_the_place_of_another_digest(project: Path, matrix: Matrix, committed: Path) -> None:
     committed.parent.rename(committed.parent.with_name("f" * 64))
-    with pytest.raises(errors.ReceiptSubjectError, match="not its place"):
+    with pytest.raises(ReceiptSubjectError, match="not its place"):
         verify_all(project, matrix, NOW)
 
 
 def test_other_packages(project: Path, matrix: Matrix, committed: Path) -> None:
     (committed.parent / "environment.txt").write_text(PACKAGES.replace("2.11.0", "2.11.1"))
-    with pytest.raises(errors.ReceiptSubjectError, match=r"environment\.txt"):
+    with pytest.raises(ReceiptSubjectError, match=r"environment\.txt"):
         verify_all(project, matrix, NOW)
 
 
 def test_other_tree(project: Path, matrix: Matrix, result: dict[str, Any]) -> None:
     result["plan"]["tree"] = "a" * 40
     place(project, make_statement(result))
-    with pytest.raises(errors.ReceiptSubjectError, match="the series now gives"):
+    with pytest.raises(ReceiptSubjectError, match="the series now gives"):
         verify_all(project, matrix, NOW)
 
 
@@ -312,21 +322,21 @@ def test_other_gpu(
 ) -> None:
     result["gpus"][0][field] = value
     place(project, make_statement(result))
-    with pytest.raises(errors.ReceiptSubjectError, match="is not h200"):
+    with pytest.raises(ReceiptSubjectError, match="is not h200"):
         verify_all(project, matrix, NOW)
 
 
 def test_tests_were_changed_since(project: Path, matrix: Matrix, committed: Path) -> None:
     assert committed.is_file()
     (project / FILE).write_text(TESTS.replace("def test_one(): ...", "def test_one(): pass"))
-    with pytest.raises(errors.ReceiptSuiteError, match="made by suite"):
+    with pytest.raises(ReceiptSuiteError, match="made by suite"):
         verify_all(project, matrix, NOW)
 
 
 def test_a_tier_that_is_no_more(project: Path, matrix: Matrix, committed: Path) -> None:
     assert committed.is_file()
     (project / "tests/gpu/suite.toml").write_text(SUITE.replace("tier.server", "tier.other"))
-    with pytest.raises(errors.ReceiptSuiteError, match="no tier server"):
+    with pytest.raises(ReceiptSuiteError, match="no tier server"):
         verify_all(project, matrix, NOW)
 
 
@@ -334,14 +344,14 @@ def test_a_tier_that_is_no_more(project: Path, matrix: Matrix, committed: Path) 
 def test_a_missing_test(project: Path, matrix: Matrix, result: dict[str, Any], name: str) -> None:
     del result["tests"][f"{FILE}::{name}"]
     place(project, make_statement(result))
-    with pytest.raises(errors.ReceiptIncompleteError, match=name.rpartition("::")[2]):
+    with pytest.raises(ReceiptIncompleteError, match=name.rpartition("::")[2]):
         verify_all(project, matrix, NOW)
 
 
 def test_passed_tests_must_be_the_verdicts(project: Path, matrix: Matrix, committed: Path) -> None:
     edit(committed, lambda data: data["predicate"]["passedTests"].pop(), consistent=True)
     assert project.is_dir()
-    with pytest.raises(errors.ReceiptIncompleteError):
+    with pytest.raises(ReceiptIncompleteError):
         verify_all(project, matrix, NOW)
 
 
@@ -352,14 +362,14 @@ def test_passed_tests_must_be_the_verdicts(project: Path, matrix: Matrix, commit
 )  # fmt: skip
 def test_no_receipt(project: Path, matrix: Matrix, committed: Path, content: bytes) -> None:
     committed.write_bytes(content)
-    with pytest.raises(errors.ReceiptUnreadableError) as caught:
+    with pytest.raises(ReceiptUnreadableError) as caught:
         verify_all(project, matrix, NOW)
     assert str(committed) in str(caught.value)
 
 
 def test_fields_that_nobody_knows(project: Path, matrix: Matrix, committed: Path) -> None:
     edit(committed, lambda data: data["predicate"].update(extra=1), consistent=True)
-    with pytest.raises(errors.ReceiptUnreadableError, match="extra"):
+    with pytest.raises(ReceiptUnreadableError, match="extra"):
         verify_all(project, matrix, NOW)
 
 
@@ -368,7 +378,7 @@ def test_a_form_that_is_not_canonical(project: Path, matrix: Matrix, committed: 
     raw = json.dumps(json.loads(base64.b64decode(data["payload"])), indent=1).encode()
     data |= {"payload": base64.b64encode(raw).decode(), DIGEST: hashlib.sha256(raw).hexdigest()}
     committed.write_text(json.dumps(data))
-    with pytest.raises(errors.ReceiptEditedError, match="canonical"):
+    with pytest.raises(ReceiptEditedError, match="canonical"):
         verify_all(project, matrix, NOW)
 
 
@@ -412,55 +422,55 @@ def measure(measured: float, bound: float) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-FORGED: dict[str, tuple[Callable[[dict[str, Any]], Any], type[errors.ForgeError], str]] = {
-    "one case of two": (lose("test_two[2]"), errors.ReceiptIncompleteError, r"test_two\[2\]"),
+FORGED: dict[str, tuple[Callable[[dict[str, Any]], Any], type[ForgeError], str]] = {
+    "one case of two": (lose("test_two[2]"), ReceiptIncompleteError, r"test_two\[2\]"),
     "a case for this GPU": (
-        pass_by("test_two[2]"), errors.ReceiptIncompleteError, r"lacks 1: .*test_two\[2\]",
+        pass_by("test_two[2]"), ReceiptIncompleteError, r"lacks 1: .*test_two\[2\]",
     ),
-    "a case that is none": (add("passed"), errors.ReceiptIncompleteError, r"test_two\[3\]"),
-    "another that is none": (add("other GPU"), errors.ReceiptIncompleteError, r"test_two\[3\]"),
+    "a case that is none": (add("passed"), ReceiptIncompleteError, r"test_two\[3\]"),
+    "another that is none": (add("other GPU"), ReceiptIncompleteError, r"test_two\[3\]"),
     "passed twice": (
         lambda data: data["predicate"]["passedTests"].insert(
             0, data["predicate"]["passedTests"][0]
         ),
-        errors.ReceiptIncompleteError,
+        ReceiptIncompleteError,
         "each once",
     ),
     "no boot log": (
         lambda data: body(data).update(configurations={}),
-        errors.ReceiptIncompleteError,
+        ReceiptIncompleteError,
         "no boot log of 1: plain",
     ),
     "a boot log of another form": (
         lambda data: body(data).update(configurations={"plain": {"moe": 5}}),
-        errors.ReceiptUnreadableError,
+        ReceiptUnreadableError,
         "moe",
     ),
-    "above its bound": (measure(17.0, 16.0), errors.ReceiptIncompleteError, "is 17, its bound 16"),
-    "not a number": (measure(float("nan"), 16), errors.ReceiptUnreadableError, "finite"),
-    "bound of nothing": (measure(1, float("inf")), errors.ReceiptUnreadableError, "finite"),
+    "above its bound": (measure(17.0, 16.0), ReceiptIncompleteError, "is 17, its bound 16"),
+    "not a number": (measure(float("nan"), 16), ReceiptUnreadableError, "finite"),
+    "bound of nothing": (measure(1, float("inf")), ReceiptUnreadableError, "finite"),
     "for ever": (
         lambda data: body(data).update(expires="2999-01-01T00:00:00Z"),
-        errors.ReceiptExpiredError,
+        ReceiptExpiredError,
         "at most",
     ),
     "no time zone": (
         lambda data: body(data).update(started="2026-01-01T00:00:00"),
-        errors.ReceiptUnreadableError,
+        ReceiptUnreadableError,
         "timezone",
     ),
     "a table's cell": (
         lambda data: body(data)["gpus"][0].update(driver="1 | x"),
-        errors.ReceiptUnreadableError,
+        ReceiptUnreadableError,
         "driver",
     ),
     "a digest that is a path": (
         lambda data: data["subject"][0]["digest"].update(sha256="/etc"),
-        errors.ReceiptUnreadableError,
+        ReceiptUnreadableError,
         "sha256",
     ),
     "an image with packages beside it": (
-        lambda data: body(data).update(kind="image"), errors.ReceiptSubjectError, "for an image",
+        lambda data: body(data).update(kind="image"), ReceiptSubjectError, "for an image",
     ),
 }  # fmt: skip
 
@@ -484,7 +494,7 @@ def test_a_line_that_does_not_support_the_sku(
         "tree": read_tree_lock(project / matrix.line["0.22"].series, "0.22").result,
     }
     place(project, make_statement(result))
-    with pytest.raises(errors.ReceiptSubjectError, match=r"0\.22 does not support h200"):
+    with pytest.raises(ReceiptSubjectError, match=r"0\.22 does not support h200"):
         verify_all(project, matrix, NOW)
 
 
@@ -493,10 +503,10 @@ def test_cases_of_another_suite_prove_nothing(
 ) -> None:
     assert committed.is_file()
     list_cases(project, "0" * 64)
-    with pytest.raises(errors.GpuSuiteError, match="of suite 000000000000"):
+    with pytest.raises(GpuSuiteError, match="of suite 000000000000"):
         verify_all(project, matrix, NOW)
     (project / CASES_FILE).unlink()
-    with pytest.raises(errors.GpuSuiteError, match="no list of the cases"):
+    with pytest.raises(GpuSuiteError, match="no list of the cases"):
         verify_all(project, matrix, NOW)
 
 
@@ -522,9 +532,7 @@ def test_a_receipt_is_not_overlooked(
     )
     target.parent.mkdir(exist_ok=True)
     committed.rename(target)
-    with pytest.raises(
-        errors.ReceiptUnreadableError, match="this is not records/receipts/<digest>"
-    ):
+    with pytest.raises(ReceiptUnreadableError, match="this is not records/receipts/<digest>"):
         verify_all(project, matrix, NOW)
 
 
@@ -540,7 +548,7 @@ def test_a_link_is_refused(
     }[what]
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(errors.ReceiptUnreadableError, match="it is a link"):
+    with pytest.raises(ReceiptUnreadableError, match="it is a link"):
         verify_all(project, matrix, NOW)
 
 
@@ -548,12 +556,12 @@ def test_folders_that_are_none(project: Path, matrix: Matrix) -> None:
     (project / FOLDER).mkdir()
     assert verify_all(project, matrix, NOW) == []
     (project / FOLDER / "keys").write_text("")
-    with pytest.raises(errors.ReceiptKeyError, match="cannot be read"):
+    with pytest.raises(ReceiptKeyError, match="cannot be read"):
         verify_all(project, matrix, NOW)
     (project / FOLDER / "keys").unlink()
     (project / FOLDER).rmdir()
     (project / FOLDER).write_text("")
-    with pytest.raises(errors.ReceiptUnreadableError, match="Not a directory"):
+    with pytest.raises(ReceiptUnreadableError, match="Not a directory"):
         verify_all(project, matrix, NOW)
 
 
@@ -561,7 +569,7 @@ def test_packages_that_are_no_file(project: Path, matrix: Matrix, committed: Pat
     path = committed.with_name("environment.txt")
     path.unlink()
     path.mkdir()
-    with pytest.raises(errors.ReceiptSubjectError, match="Is a directory"):
+    with pytest.raises(ReceiptSubjectError, match="Is a directory"):
         verify_all(project, matrix, NOW)
 
 
@@ -585,21 +593,21 @@ def test_json_that_readers_read_differently(
     project: Path, matrix: Matrix, committed: Path, content: bytes, said: str
 ) -> None:
     committed.write_bytes(content)
-    with pytest.raises(errors.ReceiptUnreadableError, match=said):
+    with pytest.raises(ReceiptUnreadableError, match=said):
         verify_all(project, matrix, NOW)
 
 
 def test_a_key_of_a_kind_that_nobody_supports(project: Path, matrix: Matrix) -> None:
     (project / FOLDER / "keys").mkdir(parents=True)
     (project / FOLDER / "keys" / "sm2.pem").write_text(SM2)
-    with pytest.raises(errors.ReceiptKeyError, match="not supported"):
+    with pytest.raises(ReceiptKeyError, match="not supported"):
         verify_all(project, matrix, NOW)
 
 
 def test_every_refusal_has_its_exit_code() -> None:
     kinds = [
-        errors.ReceiptUnreadableError, errors.ReceiptEditedError, errors.ReceiptExpiredError,
-        errors.ReceiptSubjectError, errors.ReceiptSuiteError, errors.ReceiptIncompleteError,
+        ReceiptUnreadableError, ReceiptEditedError, ReceiptExpiredError,
+        ReceiptSubjectError, ReceiptSuiteError, ReceiptIncompleteError,
     ]  # fmt: skip
     assert [kind.exit_code for kind in kinds] == [110, 111, 112, 113, 114, 115]
 
@@ -630,7 +638,7 @@ class TestMakeReceipt:
     ) -> None:
         result["suite_sha256"] = "0" * 64
         path = self.write(tmp_path / "out", result)
-        with pytest.raises(errors.ReceiptSuiteError) as caught:
+        with pytest.raises(ReceiptSuiteError) as caught:
             make_receipt(project, path, None)
         assert caught.value.where == str(path)
         assert not (project / FOLDER).exists()
@@ -639,7 +647,7 @@ class TestMakeReceipt:
     def test_no_result(self, project: Path, tmp_path: Path, content: str) -> None:
         path = tmp_path / "server.json"
         path.write_text(content)
-        with pytest.raises(errors.GpuSuiteError, match="not the result"):
+        with pytest.raises(GpuSuiteError, match="not the result"):
             make_receipt(project, path, None)
 
     @pytest.mark.parametrize(
@@ -664,7 +672,7 @@ class TestMakeReceipt:
         change: Callable[[dict[str, Any]], Any],
     ) -> None:
         change(result)
-        with pytest.raises(errors.GpuSuiteError, match="not the result of a tier"):
+        with pytest.raises(GpuSuiteError, match="not the result of a tier"):
             make_receipt(project, self.write(tmp_path / "out", result), None)
         assert not (project / FOLDER).exists()
 
@@ -672,7 +680,7 @@ class TestMakeReceipt:
         self, project: Path, result: dict[str, Any], tmp_path: Path
     ) -> None:
         result["plan"]["line"] = "9.9"
-        with pytest.raises(errors.ReceiptSubjectError, match=r"line '9\.9'"):
+        with pytest.raises(ReceiptSubjectError, match=r"line '9\.9'"):
             make_receipt(project, self.write(tmp_path / "out", result), None)
 
     @pytest.mark.parametrize("packages", [None, b"\xff"])
@@ -683,7 +691,7 @@ class TestMakeReceipt:
         path.with_name("environment.txt").unlink()
         if packages is not None:
             path.with_name("environment.txt").write_bytes(packages)
-        with pytest.raises(errors.GpuSuiteError, match="no list of the packages") as caught:
+        with pytest.raises(GpuSuiteError, match="no list of the packages") as caught:
             make_receipt(project, path, None)
         assert "environment.txt" in caught.value.where
 
@@ -692,7 +700,7 @@ class TestMakeReceipt:
     ) -> None:
         """As where a run chose tests with ``--only``: all that ran is green."""
         del result["tests"][f"{FILE}::test_two[2]"]
-        with pytest.raises(errors.ReceiptIncompleteError, match=r"test_two\[2\]"):
+        with pytest.raises(ReceiptIncompleteError, match=r"test_two\[2\]"):
             make_receipt(project, self.write(tmp_path / "out", result), None)
 
     def test_names_as_workers_have_them(
@@ -709,7 +717,7 @@ class TestMakeReceipt:
     ) -> None:
         path = self.write(tmp_path / "out", result)
         for key, said in ((keys[1], "not an Ed25519 key"), (keys[0], "not among the trusted")):
-            with pytest.raises(errors.ReceiptKeyError, match=said):
+            with pytest.raises(ReceiptKeyError, match=said):
                 make_receipt(project, path, key)
             assert not (project / FOLDER).exists()
         trusted = project / FOLDER / "keys"

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vllm_forge.errors import ReceiptContradictedError, SelectionFileError
+from vllm_forge.kernels.errors import SelectionFileError
 from vllm_forge.receipts.envelope import read_receipt
+from vllm_forge.receipts.errors import ReceiptContradictedError
 from vllm_forge.receipts.selection_match import LAYOUTS, compare, require_foretold
 from vllm_forge.receipts.verification import receipt_paths
 
@@ -73,7 +74,7 @@ def test_what_the_oracle_was_not_asked_proves_nothing(
     answer["all"]["rows"] = [row for row in answer["all"]["rows"] if row["answer"] != answer["row"]]
     with pytest.raises(ReceiptContradictedError, match="was not asked grid/"):
         compare(changed(answer), receipt)
-    shutil.rmtree(tmp_path / "docs")
+    shutil.rmtree(tmp_path / "records")
     with pytest.raises(SelectionFileError):
         compare(tmp_path, receipt)
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_forge.cli import main
-from vllm_forge.errors import PresetLintError, SelectionStaleError
+from vllm_forge.kernels.errors import SelectionStaleError
 from vllm_forge.kernels.selection import (
     artifact_config,
     grid_question,
@@ -33,6 +33,7 @@ from vllm_forge.kernels.selection.model import (
 from vllm_forge.matrix import load
 from vllm_forge.matrix.model import Unserved
 from vllm_forge.serve.case import Case, Finding
+from vllm_forge.serve.errors import PresetLintError
 from vllm_forge.serve.lint import cases, lint_line
 from vllm_forge.serve.rules import (
     RULES,

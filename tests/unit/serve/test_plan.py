@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from vllm_forge.cli import main
-from vllm_forge.errors import UnsupportedCellError
 from vllm_forge.kernels.selection import read_recorded, write_recorded
 from vllm_forge.kernels.selection.model import Moe
 from vllm_forge.matrix import load
+from vllm_forge.matrix.errors import UnsupportedCellError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -174,7 +174,7 @@ def test_what_was_not_recorded_is_unknown(checkout: Path, plan: Callable[..., Pl
 def test_answers_to_another_preset_are_not_shown(
     checkout: Path, root: Path, plan: Callable[..., Plan]
 ) -> None:
-    shutil.copytree(root / "docs" / "selection", checkout / "docs" / "selection")
+    shutil.copytree(root / "records" / "selection", checkout / "records" / "selection")
     path = checkout / "matrix.toml"
     path.write_text(path.read_text().replace("speculative_tokens = 2", "speculative_tokens = 1"))
     rows = {
@@ -232,7 +232,7 @@ def cell(verdict: str, *, needed: bool = True, exception: str | None = None) -> 
 def test_contract(
     found: Plan, state: str, families: str, checkout: Path, plan: Callable[..., Plan]
 ) -> None:
-    folder = checkout / "docs" / "coverage"
+    folder = checkout / "records" / "coverage"
     folder.mkdir(parents=True)
     lock = hashlib.sha256((checkout / MATRIX.line["0.26"].lock).read_bytes()).hexdigest()
     path = folder / "0.26.json"

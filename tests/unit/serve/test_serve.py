@@ -12,15 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_forge.cli import main
-from vllm_forge.errors import (
-    BuildRecordError,
-    NoGpuError,
-    UnknownArtifactError,
-    UnknownPresetError,
-    UnsupportedCellError,
-)
 from vllm_forge.host import Reply
+from vllm_forge.images.errors import BuildRecordError
 from vllm_forge.matrix import Matrix, image_cell, load, serve_arguments
+from vllm_forge.matrix.errors import UnsupportedCellError
 from vllm_forge.serve import (
     Command,
     Serving,
@@ -34,6 +29,7 @@ from vllm_forge.serve import (
     running_engine,
     serving,
 )
+from vllm_forge.serve.errors import NoGpuError, UnknownArtifactError, UnknownPresetError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -255,7 +251,7 @@ def test_as_many_gpus_as_the_preset_needs(count: int, item: Serving) -> None:
 def test_a_listing_that_failed_counts_for_nothing(item: Serving) -> None:
     listing = "GPU 0: NVIDIA B300 SXM6 AC\n" * 4
     with pytest.raises(NoGpuError, match="has none"):
-        require_gpus(Said(nvidia_smi_list=Reply(code=15, text=listing)), item)
+        require_gpus(Said(nvidia_smi_list=Reply(code=10, text=listing)), item)
 
 
 def test_print_is_one_command_on_stdout_and_words_on_stderr(

@@ -16,16 +16,16 @@ import pytest
 from pypi_simple import PYPI_SIMPLE_ENDPOINT
 
 from tests.support.index_server import PATIENCE_S, IndexServer, Served, refusing_port
-from vllm_forge.errors import (
-    DiskSpaceError,
+from vllm_forge.errors import ForgeError
+from vllm_forge.host.errors import DiskSpaceError
+from vllm_forge.sources import Download, Index, LockedWheel, Wheelhouse, download_all, fetch
+from vllm_forge.sources.errors import (
     DistributionNotFoundError,
     DownloadInterruptedError,
-    ForgeError,
     HashMismatchError,
     IndexUnreachableError,
     TruncatedFileError,
 )
-from vllm_forge.sources import Download, Index, LockedWheel, Wheelhouse, download_all, fetch
 from vllm_forge.sources.index import index_url
 
 if TYPE_CHECKING:

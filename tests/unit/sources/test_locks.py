@@ -14,14 +14,14 @@ import pytest
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from tests.support.index_server import IndexServer, Served, refusing_port
-from vllm_forge.errors import (
+from vllm_forge.matrix import Base, Line, load
+from vllm_forge.sources import Index, IndexFile, lock, make_lock, read_lock
+from vllm_forge.sources.errors import (
     DistributionNotFoundError,
     IndexUnreachableError,
     LockFileError,
     ResolutionError,
 )
-from vllm_forge.matrix import Base, Line, load
-from vllm_forge.sources import Index, IndexFile, lock, make_lock, read_lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.trees import TOP, Item, write_sdist, write_tar
-from vllm_forge.errors import CommandFailedError, SdistError
+from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.sources import SourceRepo
+from vllm_forge.sources.errors import SdistError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

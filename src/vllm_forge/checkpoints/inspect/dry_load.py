@@ -1,4 +1,4 @@
-"""A dry load's request and its answer; the part inside a line's environment is inside.py."""
+"""A dry load's request and its answer; the part inside a line's environment is meta_load.py."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import vllm_forge.kernels.selection.inside
+from vllm_forge.checkpoints.errors import DryLoadError
 from vllm_forge.checkpoints.inspect.parts import Drafter
-from vllm_forge.errors import DryLoadError
 from vllm_forge.host import atomic_path
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vllm_forge.checkpoints.inspect.profile import Profile
     from vllm_forge.matrix import Sku
 
-SCRIPT = Path(__file__).with_name("inside.py")
+SCRIPT = Path(__file__).with_name("meta_load.py")
 PROGRAM = "dry_load.py"  # its name where it is mounted
 ORACLE = Path(vllm_forge.kernels.selection.inside.__file__).parent
 # What serves each drafter; MTP is tried on a DSpark drafter too, to say what it does with one.
@@ -106,7 +106,7 @@ class Answers(Row):
 
 
 def write_request(folder: Path, profiles: Mapping[str, Profile], sku: Sku) -> None:
-    """Everything that inside.py needs, in a folder that any user can read.
+    """Everything that meta_load.py needs, in a folder that any user can read.
 
     Args:
         folder: appears when everything is in it.
@@ -142,7 +142,7 @@ def write_request(folder: Path, profiles: Mapping[str, Profile], sku: Sku) -> No
 
 
 def read_answers(output: str, where: str, names: Sequence[str]) -> Answers:
-    """Parse what inside.py printed last.
+    """Parse what meta_load.py printed last.
 
     Raises:
         DryLoadError: it is not an answer for every case.

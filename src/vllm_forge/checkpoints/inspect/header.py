@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.spans import LENGTH_BYTES, MAX_HEADER, MIN_HEADER, parse_header
-from vllm_forge.errors import CheckpointUnreadableError
 
 if TYPE_CHECKING:
     from vllm_forge.checkpoints.inspect.places import Place

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.checkpoints.errors import CheckpointUnreadableError, HubUnreachableError
 from vllm_forge.checkpoints.shards import INDEX
 from vllm_forge.checkpoints.spans import MAX_TEXT
-from vllm_forge.errors import CheckpointUnreadableError, HubUnreachableError
 from vllm_forge.host import printable
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.config_check import config_problems
+from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.inspect.config_forms import quantization_of
 from vllm_forge.checkpoints.inspect.formats import Format, recognize, split
 from vllm_forge.checkpoints.inspect.matching import asked_names, read_groups
@@ -22,7 +23,6 @@ from vllm_forge.checkpoints.inspect.parts import (
 )
 from vllm_forge.checkpoints.inspect.regex_limits import require_an_end
 from vllm_forge.checkpoints.inventory import MODEL_TYPE, Expected
-from vllm_forge.errors import CheckpointUnreadableError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

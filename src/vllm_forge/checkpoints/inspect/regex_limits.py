@@ -13,7 +13,8 @@ import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import CheckpointUnreadableError, CommandFailedError
+from vllm_forge.checkpoints.errors import CheckpointUnreadableError
+from vllm_forge.host.errors import CommandFailedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -6,7 +6,7 @@ import tomllib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.errors import MatrixValueError
+from vllm_forge.matrix.errors import MatrixValueError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

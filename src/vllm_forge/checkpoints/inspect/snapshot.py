@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.inspect.config_forms import (
     QUANTIZATION_FILE,
     filled_in,
@@ -14,7 +15,6 @@ from vllm_forge.checkpoints.inspect.config_forms import (
 from vllm_forge.checkpoints.inspect.header import Entry, read_header
 from vllm_forge.checkpoints.shards import CONFIG, INDEX, is_weight_map
 from vllm_forge.checkpoints.spans import strict_json
-from vllm_forge.errors import CheckpointUnreadableError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
+from vllm_forge.checkpoints.errors import CheckpointDepartsError, CheckpointRefusedError
 from vllm_forge.checkpoints.inspect.findings import Effect
 from vllm_forge.checkpoints.inspect.verdict import Outcome, applies
-from vllm_forge.errors import CheckpointDepartsError, CheckpointRefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_forge.checkpoints.errors import QuantizedOutputError
 from vllm_forge.checkpoints.quantize.source import alias_names
 from vllm_forge.checkpoints.shards import CONFIG, INDEX, read_shard, write_index
 from vllm_forge.checkpoints.spans import DTYPE_BYTES
-from vllm_forge.errors import QuantizedOutputError
 from vllm_forge.host import atomic_path
 
 if TYPE_CHECKING:

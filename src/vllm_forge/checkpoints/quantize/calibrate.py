@@ -40,6 +40,7 @@ from transformers import DeepseekV4Config
 from transformers.core_model_loading import rename_source_key
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
+from vllm_forge.checkpoints.errors import QuantizedOutputError
 from vllm_forge.checkpoints.inventory import MODEL_TYPE
 from vllm_forge.checkpoints.quantize.calibration import AUTO
 from vllm_forge.checkpoints.quantize.hidden_states import Hidden
@@ -51,7 +52,7 @@ from vllm_forge.checkpoints.quantize.one_layer import (
     tensor_bytes,
 )
 from vllm_forge.checkpoints.shards import Item
-from vllm_forge.errors import QuantizedOutputError, UsageError
+from vllm_forge.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

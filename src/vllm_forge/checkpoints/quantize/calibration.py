@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.checkpoints.errors import ModelInputError, RecipeError
 from vllm_forge.checkpoints.shards import CONFIG, read_json
 from vllm_forge.checkpoints.spans import strict_json
-from vllm_forge.errors import ModelInputError, RecipeError
 from vllm_forge.host import console
 
 if TYPE_CHECKING:

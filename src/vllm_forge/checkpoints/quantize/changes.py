@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from vllm_forge.checkpoints.errors import RecipeError
 from vllm_forge.checkpoints.quantize.artifact import MANIFEST
 from vllm_forge.checkpoints.shards import (
     CONFIG,
@@ -26,7 +27,6 @@ from vllm_forge.checkpoints.shards import (
     write_index,
     write_shard,
 )
-from vllm_forge.errors import RecipeError
 from vllm_forge.host import atomic_path
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import ResumeError
+from vllm_forge.checkpoints.errors import ResumeError
 from vllm_forge.host import atomic_path
 
 if TYPE_CHECKING:

@@ -17,13 +17,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.checkpoints.errors import ModelInputError
 from vllm_forge.checkpoints.inventory import layer_tensors, shared_tensors
 from vllm_forge.checkpoints.quantize.artifact import check_layer, check_passed, finish_artifact
 from vllm_forge.checkpoints.quantize.source import alias_names
 from vllm_forge.checkpoints.quantize.work import Work
 from vllm_forge.checkpoints.shards import copy_of
-from vllm_forge.errors import DiskSpaceError, ModelInputError, UsageError
+from vllm_forge.errors import UsageError
 from vllm_forge.host import console, exclusive, remove, require_disk
+from vllm_forge.host.errors import DiskSpaceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_forge.errors import RecipeError
+from vllm_forge.checkpoints.errors import RecipeError
 from vllm_forge.matrix.load import perhaps
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.config_check import config_problems
+from vllm_forge.checkpoints.errors import ModelInputError
 from vllm_forge.checkpoints.inventory import MODEL_TYPE, Expected, all_tensors, has_dspark
 from vllm_forge.checkpoints.shards import Checkpoint, open_checkpoint
-from vllm_forge.errors import ModelInputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.checkpoints.errors import ResumeError
 from vllm_forge.checkpoints.shards import Written, write_shard
-from vllm_forge.errors import ResumeError
 from vllm_forge.host import atomic_path, remove
 
 if TYPE_CHECKING:

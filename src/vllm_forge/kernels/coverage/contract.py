@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import ContractError, StaleExceptionError, UnknownFamilyError
 from vllm_forge.kernels.coverage.contents import Coverage
 from vllm_forge.kernels.coverage.families import FINE, needed
+from vllm_forge.kernels.errors import ContractError, StaleExceptionError, UnknownFamilyError
 from vllm_forge.matrix.load import perhaps
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from vllm_forge.errors import UnknownFamilyError
+from vllm_forge.kernels.errors import UnknownFamilyError
 from vllm_forge.matrix.load import perhaps
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from vllm_forge.errors import UnknownFatbinError
 from vllm_forge.kernels.coverage.elf import is_elf, sections
 from vllm_forge.kernels.coverage.target import Kind, Suffix, Target
+from vllm_forge.kernels.errors import UnknownFatbinError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import zstandard
 
-from vllm_forge.errors import UnknownFatbinError
 from vllm_forge.kernels.coverage.elf import functions, is_elf, sections
 from vllm_forge.kernels.coverage.fatbin import device_code
 from vllm_forge.kernels.coverage.target import Target
+from vllm_forge.kernels.errors import UnknownFatbinError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from vllm_forge.errors import UnknownTargetError
+from vllm_forge.kernels.errors import UnknownTargetError
 
 Kind: TypeAlias = Literal["cubin", "ptx", "lto"]
 Suffix: TypeAlias = Literal["", "a", "f"]

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.errors import ArtifactConfigError
+from vllm_forge.kernels.errors import ArtifactConfigError
 
 FOLDER = Path(__file__).with_name("artifacts")
 KEYS = {"base", "sources", "unknown", "config"}

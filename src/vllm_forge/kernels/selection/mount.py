@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from vllm_forge.errors import OracleFailedError
 from vllm_forge.host import remove
+from vllm_forge.kernels.errors import OracleFailedError
 from vllm_forge.kernels.selection.artifacts import artifact_config
 from vllm_forge.kernels.selection.model import Answer
 

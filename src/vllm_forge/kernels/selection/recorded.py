@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from vllm_forge.errors import SelectionChangedError, SelectionFileError, SelectionStaleError
 from vllm_forge.host import atomic_path
+from vllm_forge.kernels.errors import (
+    SelectionChangedError,
+    SelectionFileError,
+    SelectionStaleError,
+)
 from vllm_forge.kernels.selection.artifacts import config_hash
 from vllm_forge.kernels.selection.model import Answer, Question
 from vllm_forge.kernels.selection.mount import inside_hash

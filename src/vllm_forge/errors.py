@@ -1,4 +1,10 @@
-"""The base of every failure: an exit code of its own; what happened, where, what to do."""
+"""The base of every failure: what happened, where, and what to do.
+
+Exit codes have two parts. The tens are the room that failed, the last digit what it means for a
+script or a scheduler: 0 the input was refused, 1 a red verdict, 2 no verdict (undecided),
+3 a fault of the host, its tools or the network. Within a code, the class name tells the failures
+apart. Unexpected exceptions exit with 1 and a traceback, wrong usage with 2.
+"""
 
 from __future__ import annotations
 
@@ -33,3 +39,9 @@ class ForgeError(Exception):
         if self.remedy:
             lines.append(f"  remedy: {self.remedy}")
         return CREDENTIALS.sub("://", "\n".join(lines))
+
+
+class UsageError(ForgeError):
+    """The command line asks for something that does not exist."""
+
+    exit_code = 2

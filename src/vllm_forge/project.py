@@ -1,0 +1,71 @@
+"""The checkout that a command works on; made once, in ``cli.main``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from vllm_forge.matrix import find_root, image_cell, load
+from vllm_forge.matrix.cells import find_line, find_lines
+from vllm_forge.sources import Index
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vllm_forge.matrix import ImageCell, Line, Matrix
+
+
+@dataclass(frozen=True)
+class Project:
+    """A checkout and its rows.
+
+    Attributes:
+        root: folder with matrix.toml.
+    """
+
+    root: Path
+
+    @classmethod
+    def find(cls) -> Project:
+        """The checkout of ``VLLM_FORGE_ROOT``, or that of the working directory.
+
+        Raises:
+            MatrixFileError: there is none.
+        """
+        return cls(find_root())
+
+    @cached_property
+    def matrix(self) -> Matrix:
+        """matrix.toml, parsed once.
+
+        Raises:
+            MatrixFileError, UnknownKeyError, MatrixValueError: see ``matrix.load``.
+        """
+        return load(self.root)
+
+    @cached_property
+    def index(self) -> Index:
+        """The package index that this host is set up for."""
+        return Index()
+
+    @property
+    def records(self) -> Path:
+        """Folder of what the program writes for itself to read later."""
+        return self.root / "records"
+
+    def cell(self, sku: str, line: str | None = None) -> ImageCell:
+        """A SKU (or arch) and a line (default: the matrix's).
+
+        Raises:
+            UnknownSkuError, UnknownLineError, UnsupportedCellError: see ``image_cell``.
+        """
+        return image_cell(self.matrix, self.root, sku, line)
+
+    def line(self, name: str | None = None) -> tuple[str, Line]:
+        """Name and row of a line (default: the matrix's)."""
+        return find_line(self.matrix, name)
+
+    def lines(self, name: str | None = None) -> list[str]:
+        """Names of all lines, or of the one given."""
+        return find_lines(self.matrix, name)
