@@ -91,7 +91,7 @@ def prove(session: nox.Session) -> None:
 
 @nox.session
 def drift(session: nox.Session) -> None:
-    """Say what each release does to each patch; writes docs/generated/drift.md. Options: --from, --to."""
+    """Say what each release does to each patch. Options: --from, --to."""
     forge(session, "drift")
 
 
@@ -157,7 +157,7 @@ def inspect_checkpoint(session: nox.Session) -> None:
 
 @nox.session
 def verdicts(session: nox.Session) -> None:
-    """Let every line's vLLM load every tiny checkpoint, as root; writes docs/generated/verdicts.md."""
+    """Let every line's vLLM load every tiny checkpoint, as root."""
     forge(session, "verdicts")
 
 

@@ -1,6 +1,6 @@
 """What an image weighs beside the plain environment of its lock, and what made the difference.
 
-    python benchmarks/sizes.py   # reads dist/*.json; writes results/sizes.json and docs/generated/sizes.md
+    python benchmarks/sizes.py   # reads dist/*.json; writes results and docs/generated/sizes.md
 
 The plain environment is what ``pip install`` of the lock would transfer on top of the same
 system: the sum of the wheels. Rows of cells that are not in dist/ stay as they were.

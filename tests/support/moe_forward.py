@@ -1,7 +1,8 @@
 """The model of known tokens read back from its files and computed in numpy, as vLLM's kernels do.
 
 Sums in float64; rounded to BF16 wherever vLLM stores a tensor. Quantized weights are decoded by
-vllm_forge.checkpoints.codecs, which is tested against compressed-tensors, not by the code that wrote them.
+vllm_forge.checkpoints.codecs, which is tested against compressed-tensors, not by the code that
+wrote them.
 """
 
 from __future__ import annotations

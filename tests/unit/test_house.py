@@ -19,8 +19,8 @@ REPO = Path(__file__).parents[2]
 SOURCE = REPO / "src" / "vllm_forge"
 # A room may import those before it.
 ROOMS = [
-    "errors", "host", "matrix", "sources", "project", "patches", "kernels", "images", "checkpoints", "receipts",
-    "serve", "proofs", "gputest", "pages", "commands", "cli", "__main__",
+    "errors", "host", "matrix", "sources", "project", "patches", "kernels", "images", "checkpoints",
+    "receipts", "serve", "proofs", "gputest", "pages", "commands", "cli", "__main__",
 ]  # fmt: skip
 FAKE = """
 [sku.testchip]

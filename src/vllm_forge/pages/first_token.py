@@ -1,4 +1,4 @@
-"""The table of starts in docs/develop/gpu-suite.md: how long until the first token, and what takes it."""
+"""The table of starts in docs/develop/gpu-suite.md: time to the first token, and what takes it."""
 
 from __future__ import annotations
 

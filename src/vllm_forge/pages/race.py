@@ -1,4 +1,4 @@
-"""docs/generated/race.md, rendered from records/race.json, which is made from results of the GPU suite.
+"""docs/generated/race.md, rendered from records/race.json, the results of the GPU suite.
 
     python -m vllm_forge.pages.race RESULT.json...
 

@@ -1,6 +1,7 @@
 """Receipts as files: a DSSE envelope around the statement, signed where there is a key.
 
-What is detected, and what is not. With a signature by a key of ``records/receipts/keys``, any change
+What is detected, and what is not. With a signature by a key of ``records/receipts/keys``, any
+change
 to the payload is. Without one, ``payloadSha256`` beside the payload catches a slip, not a forger,
 who would write both: an unsigned receipt is as trustworthy as the commit that brought it, and
 every list of receipts says "unsigned". The payload is canonical JSON (keys sorted, no spaces), so

@@ -1,6 +1,7 @@
 """Whether the kernels that ran are those that the oracle named without a GPU.
 
-``records/selection`` says what each line selects on each SKU. A receipt has what the boot logs of its
+``records/selection`` says what each line selects on each SKU. A receipt has what the boot logs of
+its
 engines said. Of an engine that ran they must agree, or one of them is worth nothing: a log that
 does not name a kernel agrees with nobody.
 """

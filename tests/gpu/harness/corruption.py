@@ -84,7 +84,7 @@ def _windows(text: str) -> list[str]:
 def _soup(window: str) -> float:
     """Compressed share of a window that reads like soup; 0 where it does not."""
     data = window.encode()
-    words = [word for word in WORD.findall(window) if len(word) > 3]  # noqa: PLR2004
+    words = [word for word in WORD.findall(window) if len(word) > 3]
     bare = sum(VOWEL.search(word) is None for word in words)
     share = len(zlib.compress(data, 9)) / len(data) if len(data) >= WINDOW // 2 else 0.0
     return share if share > MOST_ENTROPY and bare > 0.05 * len(words) else 0.0

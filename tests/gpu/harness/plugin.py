@@ -1,6 +1,7 @@
 """Pytest plugin of the GPU suite: the budget, margins, and the verdict of each test.
 
-Load it with ``-p tests.gpu.harness.plugin``; ``tests/gpu/conftest.py`` says which tests are for which
+Load it with ``-p tests.gpu.harness.plugin``; ``tests/gpu/conftest.py`` says which tests are for
+which
 GPU and tier. What does not run has a reason that names what would run it.
 """
 
@@ -83,7 +84,7 @@ def margin(record_property: Callable[[str, object], None]) -> Callable[[str, flo
 
     def check(name: str, measured: float, bound: float) -> None:
         record_property(f"{MARGIN}:{name}", json.dumps([float(measured), float(bound)]))
-        assert measured <= bound, f"{name}: {measured:.6g} is above its bound {bound:.6g}"  # noqa: S101
+        assert measured <= bound, f"{name}: {measured:.6g} is above its bound {bound:.6g}"
 
     return check
 

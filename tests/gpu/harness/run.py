@@ -173,7 +173,8 @@ def _pytest(root: Path, arguments: Sequence[str], variables: dict[str, str]) -> 
         signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [
-            sys.executable, "-m", "pytest", "-p", "tests.gpu.harness.plugin", "-p", "no:cacheprovider",
+            sys.executable, "-m", "pytest", "-p", "tests.gpu.harness.plugin",
+            "-p", "no:cacheprovider",
             f"--rootdir={root}", "-v", "-ra", "--tb=short", *arguments,
         ],
         cwd=root,

@@ -113,7 +113,7 @@ def _reading(rows: Iterable[tuple[str, dict[str, str], float]]) -> Reading | Non
             positions[position] = positions.get(position, 0) + value
         else:
             totals[name] = totals.get(name, 0) + value
-    if len(totals) < 3 or sorted(positions) != list(range(len(positions))) or not positions:  # noqa: PLR2004
+    if len(totals) < 3 or sorted(positions) != list(range(len(positions))) or not positions:
         return None
     return Reading(
         drafts=int(totals[DRAFTS]),

@@ -1,4 +1,4 @@
-"""What the oracle found that the line selects on each GPU; a unit test holds it to records/selection.
+"""What each line selects on each GPU; a unit test holds it to records/selection.
 
 Of the artifact with experts in NVFP4. On other lines, other kernels: those tests say so and fail.
 """

@@ -166,7 +166,8 @@ def run(bundle: Path, root: Path, brought: str = "a", **config: Any) -> dict[str
     results = bundle / "results.json"
     done = subprocess.run(
         [
-            sys.executable, "-m", "pytest", "-q", "-p", "tests.gpu.harness.plugin", "-p", "fake_gpu",
+            sys.executable, "-m", "pytest", "-q", "-p", "tests.gpu.harness.plugin",
+            "-p", "fake_gpu",
             "-p", "no:cacheprovider", f"--rootdir={bundle}", "tests/gpu/soak/test_artifact.py",
         ],
         cwd=bundle,

@@ -17,7 +17,7 @@ from vllm_forge.matrix import load
 if TYPE_CHECKING:
     from pathlib import Path
 
-# As image_checks.py does it: the GPU is seen by the process that declares it and by those it starts.
+# As image_checks.py does it: the process that declares the GPU and those it starts see it.
 DECLARE = """
 import json, subprocess, sys
 from pathlib import Path

@@ -379,7 +379,7 @@ def test_every_family_is_needed_by_something() -> None:
     assert set(catalogue().family) - needed == set()
 
 
-# --- records/coverage --------------------------------------------------------------------------------
+# --- records/coverage ---------------------------------------------------------------------------
 
 
 def test_the_page_is_made_of_the_records(root: Path) -> None:

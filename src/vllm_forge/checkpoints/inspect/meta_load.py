@@ -5,7 +5,8 @@ shapes and dtypes that hold nothing (torch's meta device). So what is observed i
 its own loader and its own parameters. A dispatch mode hears every copy into a parameter: which
 tensor it came from, how many elements it filled, and whether dtypes were converted.
 
-Runs beside the package ``inside`` (vllm_forge.kernels.selection.inside), which declares the GPU and builds
+Runs beside the package ``inside`` (vllm_forge.kernels.selection.inside), which declares the GPU
+and builds
 the models; standard library, torch and vLLM apart from that. Reads request.json beside it, prints
 one JSON object as its last line and exits 0 if it could run at all.
 """

@@ -1,4 +1,4 @@
-"""records/coverage/<line>.json, and docs/generated/coverage.md, rendered from those files and nothing else."""
+"""records/coverage/<line>.json, and docs/generated/coverage.md, rendered from those files."""
 
 from __future__ import annotations
 

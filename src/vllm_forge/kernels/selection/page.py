@@ -1,4 +1,4 @@
-"""docs/generated/selection.md and the table of a line, from the committed answers and nothing else."""
+"""docs/generated/selection.md and the table of a line, from the committed answers."""
 
 from __future__ import annotations
 
