@@ -13,6 +13,7 @@ from vllm_forge.commands import MODULES
 from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.host import console, printable
 from vllm_forge.host.errors import FileAccessError
+from vllm_forge.project import Project
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is that of the error class, 0 without one."""
     try:
         args = _parser().parse_args(argv)
-        args.call(args)
+        args.call(Project.find(), args)
     except ForgeError as error:
         return _failed(error)
     except BrokenPipeError:  # e.g. `| head`: who read our output has seen enough

@@ -191,7 +191,7 @@ def test_interrupt_is_130_and_not_a_traceback(
         raise KeyboardInterrupt
 
     monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
-    monkeypatch.setattr("vllm_forge.commands.images.load", interrupted)
+    monkeypatch.setattr("vllm_forge.project.load", interrupted)
     assert main(["build", "b300"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
@@ -203,7 +203,7 @@ def test_brackets_in_a_message_are_not_markup(
         raise MatrixValueError("no [sku.x] and [/red] too")
 
     monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
-    monkeypatch.setattr("vllm_forge.commands.images.load", refused)
+    monkeypatch.setattr("vllm_forge.project.load", refused)
     assert main(["build", "b300"]) == MatrixValueError.exit_code
     assert "no [sku.x] and [/red] too" in capsys.readouterr().err
 

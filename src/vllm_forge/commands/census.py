@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import atomic_path, report
-from vllm_forge.matrix import find_root, image_cell, load
-from vllm_forge.matrix.cells import find_lines
 
 if TYPE_CHECKING:
     import argparse
 
     from vllm_forge.commands.register import Commands
-    from vllm_forge.matrix import Matrix
+    from vllm_forge.project import Project
 
 FOLDER, PAGE = Path("records/coverage"), Path("docs/generated/coverage.md")
 
@@ -29,37 +27,35 @@ def register(choices: Commands) -> None:
     one.set_defaults(call=census)
 
 
-def census(args: argparse.Namespace) -> None:
+def census(project: Project, args: argparse.Namespace) -> None:
     """Print the coverage of lines, and fail where a cell's contract does."""
     from vllm_forge.kernels.coverage.families import catalogue
     from vllm_forge.kernels.coverage.page import render, terminal
 
-    root = find_root()
-    matrix = load(root)
-    names = find_lines(matrix, args.line)
+    names = project.lines(args.line)
     contracts = []
     for name in names:
         with report(f"read the device code of line {name}"):
-            record, made = _line(root, matrix, name)
+            record, made = _line(project, name)
         contracts += made
         print(terminal(record, catalogue()))
         if args.update:
-            with atomic_path(root / FOLDER / f"{name}.json") as aside:
+            with atomic_path(project.root / FOLDER / f"{name}.json") as aside:
                 aside.write_text(json.dumps(record, indent=1) + "\n")
     if args.update:
-        with atomic_path(root / PAGE) as aside:
-            aside.write_text(render(read_records(root, matrix), catalogue()))
+        with atomic_path(project.root / PAGE) as aside:
+            aside.write_text(render(read_records(project), catalogue()))
     for one in contracts:
         one.check()
 
 
-def read_records(root: Path, matrix: Matrix) -> list[dict[str, Any]]:
+def read_records(project: Project) -> list[dict[str, Any]]:
     """records/coverage/<line>.json of every line that has one, in the matrix' order."""
-    paths = [root / FOLDER / f"{name}.json" for name in matrix.line]
+    paths = [project.root / FOLDER / f"{name}.json" for name in project.matrix.line]
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
-def _line(root: Path, matrix: Matrix, name: str) -> tuple[dict[str, Any], list[Any]]:
+def _line(project: Project, name: str) -> tuple[dict[str, Any], list[Any]]:
     """The record of a line, and the contract of each of its cells."""
     from vllm_forge.images.content import wheel_groups
     from vllm_forge.images.store import require_stored
@@ -73,20 +69,20 @@ def _line(root: Path, matrix: Matrix, name: str) -> tuple[dict[str, Any], list[A
     from vllm_forge.kernels.selection import read_recorded
     from vllm_forge.sources import read_lock
 
-    line = matrix.line[name]
-    cell = image_cell(matrix, root, line.skus[0], name)
-    lock = read_lock(root, name, line, matrix.base)
+    line = project.matrix.line[name]
+    cell = project.cell(line.skus[0], name)
+    lock = read_lock(project.root, name, line, project.matrix.base)
     folders = [
         folder for group in wheel_groups(cell, lock) for folder in require_stored(group.key).whole
     ]
     contents = Contents(tuple(folder / site_packages(line.python) for folder in folders))
-    recorded = read_recorded(root, name)
+    recorded = read_recorded(project.root, name)
     made = {}
     for sku_name in line.skus:
-        sku = matrix.sku[sku_name]
+        sku = project.matrix.sku[sku_name]
         made[sku_name] = contract(
             contents,
-            cell=image_cell(matrix, root, sku_name, name).name,
+            cell=project.cell(sku_name, name).name,
             line=name,
             capability=parse_capability(sku.compute_capability),
             selections=selections_of(recorded.of_device(sku.device).answers),
@@ -100,7 +96,7 @@ def _line(root: Path, matrix: Matrix, name: str) -> tuple[dict[str, Any], list[A
         contents=contents,
         contracts={
             sku_name: (sku.compute_capability, made.get(sku_name, nothing))
-            for sku_name, sku in matrix.sku.items()
+            for sku_name, sku in project.matrix.sku.items()
         },
     )
     return record, list(made.values())

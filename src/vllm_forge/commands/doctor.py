@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_forge.host import HostProbe, RecordedProbe, RecordingProbe
-from vllm_forge.matrix import find_root, image_cell, load
 
 if TYPE_CHECKING:
     import argparse
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
 
     from vllm_forge.commands.register import Commands
     from vllm_forge.host import Probe
+    from vllm_forge.project import Project
     from vllm_forge.serve.doctor import Finding
 
 
@@ -35,7 +35,7 @@ def register(choices: Commands) -> None:
     one.set_defaults(call=doctor)
 
 
-def doctor(args: argparse.Namespace) -> None:
+def doctor(project: Project, args: argparse.Namespace) -> None:
     """Ask the host, judge, print; red lines are an error."""
     from vllm_forge.serve import presets_of, serving
     from vllm_forge.serve.doctor import Wanted, ask_host, judge
@@ -43,13 +43,11 @@ def doctor(args: argparse.Namespace) -> None:
     from vllm_forge.serve.needs import needs_of
     from vllm_forge.sources import read_lock
 
-    root = find_root()
-    matrix = load(root)
-    cell = image_cell(matrix, root, args.sku, args.line)
-    preset = args.preset or next(iter(presets_of(matrix, cell.sku_name)), "")
-    item = serving(matrix, cell, preset, args.artifact)
-    lock = read_lock(root, cell.line_name, cell.line, matrix.base)
-    wanted = Wanted(matrix=matrix, item=item, needs=needs_of(matrix, lock, item))
+    cell = project.cell(args.sku, args.line)
+    preset = args.preset or next(iter(presets_of(project.matrix, cell.sku_name)), "")
+    item = serving(project.matrix, cell, preset, args.artifact)
+    lock = read_lock(project.root, cell.line_name, cell.line, project.matrix.base)
+    wanted = Wanted(matrix=project.matrix, item=item, needs=needs_of(project.matrix, lock, item))
     findings = judge(ask_host(_probe(args)), wanted)
     _print(findings, as_json=args.json)
     red = [finding.check for finding in findings if finding.level == "red"]

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.errors import UsageError
 from vllm_forge.host import HostProbe, console
-from vllm_forge.matrix import find_root, image_cell, load
 from vllm_forge.receipts.errors import GpuSuiteError
 
 if TYPE_CHECKING:
     from vllm_forge.commands.register import Commands
+    from vllm_forge.project import Project
 
 RESULTS = "gpu-results"
 NAME = re.compile(r"\w[\w.-]*")
@@ -90,23 +90,21 @@ def register(choices: Commands) -> None:
     one.set_defaults(call=receipts)
 
 
-def test_gpu(args: argparse.Namespace) -> None:
+def test_gpu(project: Project, args: argparse.Namespace) -> None:
     """Run the suite; a receipt of each tier that is green and whole."""
     from vllm_forge.gputest.launch import run_in_environment, run_in_image
     from vllm_forge.receipts.create import make_receipt
     from vllm_forge.receipts.suite import read_tiers
 
-    root = find_root()
-    matrix = load(root)
-    cell = image_cell(matrix, root, args.sku, args.line)
-    tiers = read_tiers(root)
+    cell = project.cell(args.sku, args.line)
+    tiers = read_tiers(project.root)
     if unknown := [name for name in args.tier or () if name not in tiers]:
         raise GpuSuiteError(f"no tier {unknown[0]}", remedy=f"tiers: {', '.join(tiers)}")
     names = args.tier or [name for name in tiers if name != "soak"]
     options = [f"--tier={name}" for name in names]
     options += [f"--minutes={args.minutes}"] if args.minutes else []
     options += ["-n", args.workers] if args.workers else []
-    output = args.output or root / "dist" / RESULTS / cell.name
+    output = args.output or project.root / "dist" / RESULTS / cell.name
     console.print(f"[bold]{cell.name}[/], tiers {', '.join(names)}; results: {output}")
     brought = _brought(args.checkpoint, args.workloads)
     if args.env is not None:
@@ -122,16 +120,14 @@ def test_gpu(args: argparse.Namespace) -> None:
             probe=HostProbe(), reference=args.image, caches=args.caches, network=args.network,
         )  # fmt: skip
     for name in names:
-        print(make_receipt(root, output / f"{name}.json", args.key))
+        print(make_receipt(project.root, output / f"{name}.json", args.key))
 
 
-def gpu_kit(args: argparse.Namespace) -> None:
+def gpu_kit(project: Project, args: argparse.Namespace) -> None:
     """Write a kit."""
     from vllm_forge.gputest.kit import KitOptions, make_kit, parse_size
 
-    root = find_root()
-    matrix = load(root)
-    cell = image_cell(matrix, root, args.sku, args.line)
+    cell = project.cell(args.sku, args.line)
     options = KitOptions(
         output=args.output,
         freeze=args.freeze,
@@ -143,23 +139,23 @@ def gpu_kit(args: argparse.Namespace) -> None:
         race=args.race,
         omit=tuple(args.omit),
     )
-    print(make_kit(cell, matrix, options))
+    print(make_kit(cell, project.matrix, options))
 
 
-def receipts(args: argparse.Namespace) -> None:
+def receipts(project: Project, args: argparse.Namespace) -> None:
     """Verify every receipt; make one of a result that came back from elsewhere."""
     from vllm_forge.receipts.create import make_receipt
     from vllm_forge.receipts.status import write_status
     from vllm_forge.receipts.verification import describe, verify_all
 
-    root = find_root()
-    matrix = load(root)
     for result in args.result:
-        print(make_receipt(root, result, args.key))
-    found = verify_all(root, matrix, datetime.datetime.now(datetime.UTC), signed=args.signed)
+        print(make_receipt(project.root, result, args.key))
+    found = verify_all(
+        project.root, project.matrix, datetime.datetime.now(datetime.UTC), signed=args.signed
+    )
     print(describe(found))
     if args.update:
-        print(write_status(root, matrix, found))
+        print(write_status(project.root, project.matrix, found))
 
 
 def _brought(pairs: list[str], workloads: Path | None) -> dict[str, Path]:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 from vllm_forge.host import RecordingRunner, SubprocessRunner, console, which
 from vllm_forge.host.errors import ToolMissingError
-from vllm_forge.matrix import find_root, image_cell, load
 
 if TYPE_CHECKING:
     import argparse
 
     from vllm_forge.commands.register import Commands
     from vllm_forge.images import Image
+    from vllm_forge.project import Project
 
 
 def register(choices: Commands) -> None:
@@ -44,7 +44,7 @@ def register(choices: Commands) -> None:
     one.set_defaults(call=clean)
 
 
-def build(args: argparse.Namespace) -> None:
+def build(project: Project, args: argparse.Namespace) -> None:
     """Build one image."""
     from vllm_forge.gputest.prewarm import prewarm_of
     from vllm_forge.images import (
@@ -56,8 +56,7 @@ def build(args: argparse.Namespace) -> None:
         resolve,
     )
 
-    root = find_root()
-    cell = image_cell(load(root), root, args.sku, args.line)
+    cell = project.cell(args.sku, args.line)
     runner = RecordingRunner() if args.dry_run else SubprocessRunner()
     if args.provision:
         provision(runner)
@@ -65,7 +64,7 @@ def build(args: argparse.Namespace) -> None:
     if engine.name == "buildah" and os.geteuid() != 0 and not args.dry_run:
         _as_namespace_root()
     options = BuildOptions(
-        output=args.output or root / "dist",
+        output=args.output or project.root / "dist",
         base_image=None if args.base == "rootfs" else args.base,
         refresh_base=args.refresh_base,
         prewarm=None if args.prewarm is None else prewarm_of(cell, args.prewarm.resolve()),
@@ -115,19 +114,18 @@ def _announce(image: Image, *, fresh: bool) -> None:
     )
 
 
-def install_tools(args: argparse.Namespace) -> None:
+def install_tools(_: Project, args: argparse.Namespace) -> None:
     """Install the build tools on this host."""
     from vllm_forge.images import provision
 
     provision(SubprocessRunner(), registry=args.registry)
 
 
-def clean(args: argparse.Namespace) -> None:
+def clean(project: Project, args: argparse.Namespace) -> None:
     """Delete what the cache holds and no line needs."""
     from vllm_forge.images.clean import clean as clean_cache
 
     if os.geteuid() != 0 and which("buildah") is not None:
         _as_namespace_root()  # system images hold files of mapped users
-    root = find_root()
-    freed = clean_cache(root, load(root), everything=args.all)
+    freed = clean_cache(project.root, project.matrix, everything=args.all)
     console.print(f"{freed / 1e9:.1f} GB freed")

@@ -8,19 +8,16 @@ from typing import TYPE_CHECKING
 from vllm_forge.checkpoints.errors import CheckpointDepartsError, CheckpointRefusedError
 from vllm_forge.errors import UsageError
 from vllm_forge.host import SubprocessRunner, atomic_path, console
-from vllm_forge.matrix import find_root, load
-from vllm_forge.matrix.cells import find_line, find_lines
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
-    from pathlib import Path
 
     from vllm_forge.checkpoints.inspect.dry_load import Answer
     from vllm_forge.checkpoints.inspect.inspection import Report
     from vllm_forge.checkpoints.inspect.profile import Profile
     from vllm_forge.commands.register import Commands
-    from vllm_forge.matrix import Matrix
+    from vllm_forge.project import Project
 
 NAME = "checkpoint"
 
@@ -67,7 +64,7 @@ def register(choices: Commands) -> None:
     one.set_defaults(call=verdicts)
 
 
-def inspect_checkpoint(args: argparse.Namespace) -> None:
+def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
     """Inspect a checkpoint; say what was found; refuse what does not serve on the line."""
     from vllm_forge.checkpoints.inspect.inspection import inspect
     from vllm_forge.checkpoints.inspect.manifest import named
@@ -77,10 +74,8 @@ def inspect_checkpoint(args: argparse.Namespace) -> None:
     from vllm_forge.checkpoints.inspect.remedies import read_remedies
     from vllm_forge.checkpoints.inspect.snapshot import look
 
-    root = find_root()
-    matrix = load(root)
-    line, _ = find_line(matrix, args.line)
-    names = find_lines(matrix, args.line)
+    line, _ = project.line(args.line)
+    names = project.lines(args.line)
     if args.manifest is not None:
         named(args.manifest)  # a mistyped name is told before anything is read
     if args.values is not None and (args.values < 0 or args.source is None):
@@ -89,9 +84,9 @@ def inspect_checkpoint(args: argparse.Namespace) -> None:
     source = None if args.source is None else Profile(look(find_place(args.source)))
     report = inspect(
         profile,
-        {name: matrix.line[name].vllm for name in names},
-        read_remedies(root),
-        _dry_loads(root, matrix, names, profile, args.resolve),
+        {name: project.matrix.line[name].vllm for name in names},
+        read_remedies(project.root),
+        _dry_loads(project, names, profile, args.resolve),
         artifact=args.manifest,
         source=source,
         values=args.values,
@@ -105,7 +100,7 @@ def inspect_checkpoint(args: argparse.Namespace) -> None:
 
 
 def _dry_loads(
-    root: Path, matrix: Matrix, names: Sequence[str], profile: Profile, resolve: str
+    project: Project, names: Sequence[str], profile: Profile, resolve: str
 ) -> dict[str, Answer]:
     """What each line's vLLM does, where it can be asked."""
     from vllm_forge.proofs.dry_load import dry_load, ready
@@ -122,10 +117,10 @@ def _dry_loads(
         return {}
     answers: dict[str, Answer] = {}
     for name in names:
-        if resolve == "auto" and (why := ready(root, matrix, name)):
+        if resolve == "auto" and (why := ready(project.root, project.matrix, name)):
             console.print(f"line {name} is judged by rules, without its vLLM: {why}", markup=False)
             continue
-        found = dry_load(root, matrix, name, {NAME: profile}, SubprocessRunner())
+        found = dry_load(project.root, project.matrix, name, {NAME: profile}, SubprocessRunner())
         answers[name] = found.cases[NAME]
     return answers
 
@@ -150,7 +145,7 @@ def _refuse(report: Report, line: str, *, without_mtp: bool) -> None:
         )
 
 
-def verdicts(args: argparse.Namespace) -> None:
+def verdicts(project: Project, args: argparse.Namespace) -> None:
     """Inspect every tiny variant; write docs/verdicts.* and what follows for the card's claims."""
     del args
     from vllm_forge.checkpoints.fixtures.variants import cached_variant, load_variants
@@ -163,22 +158,25 @@ def verdicts(args: argparse.Namespace) -> None:
     from vllm_forge.checkpoints.inspect.verdicts import DATA, PAGE, Verdicts, page, variant_row
     from vllm_forge.proofs.dry_load import dry_load
 
-    root = find_root()
-    matrix = load(root)
     variants = load_variants()
-    profiles = {name: Profile(look(Folder(cached_variant(root, name)))) for name in variants}
-    runner, remedies = SubprocessRunner(), read_remedies(root)
-    answers = {line: dry_load(root, matrix, line, profiles, runner) for line in matrix.line}
-    releases = {name: line.vllm for name, line in matrix.line.items()}
+    profiles = {
+        name: Profile(look(Folder(cached_variant(project.root, name)))) for name in variants
+    }
+    runner, remedies = SubprocessRunner(), read_remedies(project.root)
+    answers = {
+        line: dry_load(project.root, project.matrix, line, profiles, runner)
+        for line in project.matrix.line
+    }
+    releases = {name: line.vllm for name, line in project.matrix.line.items()}
     rows = {}
     for name, profile in profiles.items():
         told = {line: answer.cases[name] for line, answer in answers.items()}
         report = inspect(profile, releases, remedies, told)
-        rows[name] = variant_row(variants[name], report, matrix.default_line)
-    device = matrix.sku[matrix.line[matrix.default_line].skus[0]].device
+        rows[name] = variant_row(variants[name], report, project.matrix.default_line)
+    device = project.matrix.sku[project.matrix.line[project.matrix.default_line].skus[0]].device
     found = Verdicts(vllm=releases, device=device, variants=rows)
     for path, text in ((DATA, found.text()), (PAGE, page(found))):
-        with atomic_path(root / path) as aside:
+        with atomic_path(project.root / path) as aside:
             aside.write_text(text, encoding="utf-8")
-    write_claims(root)
-    print(root / PAGE)
+    write_claims(project.root)
+    print(project.root / PAGE)

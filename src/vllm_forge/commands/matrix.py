@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_forge.host import atomic_path
-from vllm_forge.matrix import find_root, schema_text
+from vllm_forge.matrix import schema_text
 
 if TYPE_CHECKING:
     import argparse
 
     from vllm_forge.commands.register import Commands
+    from vllm_forge.project import Project
 
 
 def register(choices: Commands) -> None:
@@ -19,8 +20,8 @@ def register(choices: Commands) -> None:
     one.set_defaults(call=schema)
 
 
-def schema(args: argparse.Namespace) -> None:
+def schema(project: Project, args: argparse.Namespace) -> None:
     """Write matrix.schema.json."""
     del args
-    with atomic_path(find_root() / "matrix.schema.json") as aside:
+    with atomic_path(project.root / "matrix.schema.json") as aside:
         aside.write_text(schema_text())

@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_forge.host import SubprocessRunner, atomic_path, console
-from vllm_forge.matrix import find_root, load
-from vllm_forge.matrix.cells import find_lines
 
 if TYPE_CHECKING:
     import argparse
-    from pathlib import Path
 
     from vllm_forge.commands.register import Commands
     from vllm_forge.kernels.selection import Recorded
-    from vllm_forge.matrix import Matrix
+    from vllm_forge.project import Project
 
 
 def register(choices: Commands) -> None:
@@ -27,40 +24,38 @@ def register(choices: Commands) -> None:
     one.set_defaults(call=oracle)
 
 
-def oracle(args: argparse.Namespace) -> None:
+def oracle(project: Project, args: argparse.Namespace) -> None:
     """Ask, show, and compare with what was recorded; or record it."""
     from vllm_forge.kernels.selection import require_fresh, require_same
 
-    root = find_root()
-    matrix = load(root)
-    names = find_lines(matrix, args.line)
+    names = project.lines(args.line)
     if not args.update:
         for name in names:
-            require_fresh(root, matrix, name)
+            require_fresh(project.root, project.matrix, name)
     for name in names:
-        found = _ask(root, matrix, name)
+        found = _ask(project, name)
         if args.update:
-            _record(root, matrix, found)
+            _record(project, found)
             continue
-        recorded = require_fresh(root, matrix, name)
+        recorded = require_fresh(project.root, project.matrix, name)
         require_same(recorded, [answer for _, answer in found.rows])
         require_same(recorded, [answer for _, answer in found.published], published=True)
         print(f"line {name}: {len(found.rows) + len(found.published)} answers as recorded")
 
 
-def _ask(root: Path, matrix: Matrix, name: str) -> Recorded:
+def _ask(project: Project, name: str) -> Recorded:
     from datetime import UTC, datetime
 
     from vllm_forge.kernels.selection import Recorded, inputs_of
     from vllm_forge.kernels.selection.page import table
     from vllm_forge.proofs.ask_selection import ask_line
 
-    asked = ask_line(root, matrix, name, SubprocessRunner())
+    asked = ask_line(project.root, project.matrix, name, SubprocessRunner())
     found = Recorded(
         line_name=name,
-        vllm=matrix.line[name].vllm,
+        vllm=project.matrix.line[name].vllm,
         made=datetime.now(UTC).date().isoformat(),
-        inputs=inputs_of(root, matrix, name),
+        inputs=inputs_of(project.root, project.matrix, name),
         rows=tuple(zip(asked.questions, asked.answers, strict=True)),
         published=tuple(zip(asked.published_questions, asked.published_answers, strict=True)),
     )
@@ -69,13 +64,17 @@ def _ask(root: Path, matrix: Matrix, name: str) -> Recorded:
     return found
 
 
-def _record(root: Path, matrix: Matrix, found: Recorded) -> None:
+def _record(project: Project, found: Recorded) -> None:
     """Write the line's answers, and the page anew from those of all lines."""
     from vllm_forge.kernels.selection import read_recorded, write_recorded
     from vllm_forge.kernels.selection.page import PAGE, render
     from vllm_forge.kernels.selection.recorded import path_of
 
-    print(write_recorded(root, found))
-    lines = [read_recorded(root, name) for name in matrix.line if path_of(root, name).exists()]
-    with atomic_path(root / PAGE) as aside:
+    print(write_recorded(project.root, found))
+    lines = [
+        read_recorded(project.root, name)
+        for name in project.matrix.line
+        if path_of(project.root, name).exists()
+    ]
+    with atomic_path(project.root / PAGE) as aside:
         aside.write_text(render(lines), encoding="utf-8")

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_forge.host import SubprocessRunner, atomic_path, console, report
-from vllm_forge.matrix import find_root, image_cell, load
-from vllm_forge.matrix.cells import find_line, find_lines
 from vllm_forge.patches.errors import NotPatchedError
 
 if TYPE_CHECKING:
@@ -15,6 +13,7 @@ if TYPE_CHECKING:
 
     from vllm_forge.commands.register import Commands
     from vllm_forge.matrix import Line
+    from vllm_forge.project import Project
 
 # The first release whose DeepSeek V4 the patches' targets are known in.
 OLDEST = "0.20.2"
@@ -53,44 +52,40 @@ def register(choices: Commands) -> None:
     one.set_defaults(call=install)
 
 
-def patches(args: argparse.Namespace) -> None:
+def patches(project: Project, args: argparse.Namespace) -> None:
     """Apply every series to its pinned source and compare the trees."""
     from vllm_forge.patches import check_line, read_series, update_line
     from vllm_forge.patches.treelock import export_line, fetch_base, read_tree_lock
     from vllm_forge.patches.variants import trees_of_moved
     from vllm_forge.sources import Index, SourceRepo
 
-    root = find_root()
-    matrix = load(root)
-    names = find_lines(matrix, args.line)
+    names = project.lines(args.line)
     repo = SourceRepo()
     for name in names:
-        line = matrix.line[name]
+        line = project.matrix.line[name]
         if args.export:
-            base = fetch_base(read_tree_lock(root / line.series, name), line.vllm, repo)
-            series = read_series(root / line.series)
-            export_line(root, line, repo, trees_of_moved(repo, base, series))
+            base = fetch_base(read_tree_lock(project.root / line.series, name), line.vllm, repo)
+            series = read_series(project.root / line.series)
+            export_line(project.root, line, repo, trees_of_moved(repo, base, series))
         if args.update:
-            applied = update_line(root, name, line, repo, Index())
+            applied = update_line(project.root, name, line, repo, Index())
         else:
-            applied = check_line(root, name, line, repo)
-        series = read_series(root / line.series)
+            applied = check_line(project.root, name, line, repo)
+        series = read_series(project.root / line.series)
         print(f"line {name}: {len(series)} patches, tree {applied.result}")
         for patch in series:
             print(f"  {patch.name}: {patch.summary}")
 
 
-def prove(args: argparse.Namespace) -> None:
+def prove(project: Project, args: argparse.Namespace) -> None:
     """Run each patch's proof without it and with it, in the images' own environment."""
     from vllm_forge.proofs import prove as prove_lines
 
-    root = find_root()
-    matrix = load(root)
-    names = find_lines(matrix, args.line)
-    prove_lines(root, matrix, names, SubprocessRunner())
+    names = project.lines(args.line)
+    prove_lines(project.root, project.matrix, names, SubprocessRunner())
 
 
-def drift(args: argparse.Namespace) -> None:
+def drift(project: Project, args: argparse.Namespace) -> None:
     """Say what each release does to each patch."""
     from datetime import UTC, datetime
 
@@ -98,14 +93,14 @@ def drift(args: argparse.Namespace) -> None:
     from vllm_forge.patches.drift_page import summary
     from vllm_forge.sources import Index, SourceRepo
 
-    root = find_root()
-    matrix = load(root)
-    found = survey_lines(root, matrix, SourceRepo(), Index(), first=args.first, last=args.last)
+    found = survey_lines(
+        project.root, project.matrix, SourceRepo(), Index(), first=args.first, last=args.last
+    )
     day = datetime.now(UTC).date().isoformat()
-    console.print(summary(write_drift(root, matrix, found, day)))
+    console.print(summary(write_drift(project.root, project.matrix, found, day)))
 
 
-def wheel(args: argparse.Namespace) -> None:
+def wheel(project: Project, args: argparse.Namespace) -> None:
     """Write a line's patched wheel."""
     import shutil
 
@@ -113,38 +108,35 @@ def wheel(args: argparse.Namespace) -> None:
     from vllm_forge.patches import check_line
     from vllm_forge.sources import SourceRepo, Wheelhouse, read_lock
 
-    root = find_root()
-    matrix = load(root)
-    name, line = find_line(matrix, args.line)
+    name, line = project.line(args.line)
     repo, wheelhouse = SourceRepo(), Wheelhouse()
-    made = read_lock(root, name, line, matrix.base)
-    applied = check_line(root, name, line, repo)
+    made = read_lock(project.root, name, line, project.matrix.base)
+    applied = check_line(project.root, name, line, repo)
     wheelhouse.fetch([made.find("vllm")])
-    cell = image_cell(matrix, root, line.skus[0], name)
+    cell = project.cell(line.skus[0], name)
     with report(f"patch the wheel of line {name}"):
         patched = patched_wheel(cell, made, applied, repo, wheelhouse)
-        target = (args.output or root / "dist" / "wheels") / patched.path.name
+        target = (args.output or project.root / "dist" / "wheels") / patched.path.name
         with atomic_path(target) as aside:
             shutil.copyfile(patched.path, aside)
     print(target)
 
 
-def install(args: argparse.Namespace) -> None:
+def install(project: Project, args: argparse.Namespace) -> None:
     """Patch the vLLM of a virtual environment, or put it back."""
     from vllm_forge.patches import check_line
     from vllm_forge.patches.install import Installer, find_python, probe
     from vllm_forge.sources import SourceRepo
 
-    root = find_root()
-    name, line = find_line(load(root), args.line)
+    name, line = project.line(args.line)
     python = find_python(args.python)
     target = probe(python)
     if target.site is None and args.revert:
         raise NotPatchedError("no vLLM is installed there", where=str(python))
     repo = SourceRepo()
-    applied = check_line(root, name, line, repo)
+    applied = check_line(project.root, name, line, repo)
     if target.site is None:
-        _install_release(root / line.lock, line, target.python_version, python)
+        _install_release(project.root / line.lock, line, target.python_version, python)
         target = probe(python)
     installer = Installer(target, repo, applied, line.vllm)
     if args.revert:

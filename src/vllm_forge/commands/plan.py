@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_forge.matrix import find_root, image_cell, load
-
 if TYPE_CHECKING:
     import argparse
 
     from vllm_forge.commands.register import Commands
+    from vllm_forge.project import Project
 
 
 WIDTH = 120
@@ -26,13 +25,11 @@ def register(choices: Commands) -> None:
     one.set_defaults(call=plan)
 
 
-def plan(args: argparse.Namespace) -> None:
+def plan(project: Project, args: argparse.Namespace) -> None:
     """Print a cell's plan."""
     from vllm_forge.serve.plan import as_json, make_plan
 
-    root = find_root()
-    matrix = load(root)
-    made = make_plan(root, matrix, image_cell(matrix, root, args.sku, args.line))
+    made = make_plan(project.root, project.matrix, project.cell(args.sku, args.line))
     if args.json:
         print(as_json(made))
         return

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_forge.checkpoints.quantize.calibration import AUTO
-from vllm_forge.matrix import find_root
 
 if TYPE_CHECKING:
     import argparse
 
     from vllm_forge.commands.register import Commands
+    from vllm_forge.project import Project
 
 
 def register(choices: Commands) -> None:
@@ -42,7 +42,7 @@ def register(choices: Commands) -> None:
     one.set_defaults(call=tools)
 
 
-def quantize(args: argparse.Namespace) -> None:
+def quantize(project: Project, args: argparse.Namespace) -> None:
     """Quantize a model."""
     from vllm_forge.checkpoints.quantize.environment import enter
     from vllm_forge.checkpoints.quantize.quantizer import check_output, forecast
@@ -56,7 +56,7 @@ def quantize(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(forecast(source, recipe))
         return
-    enter(find_root(), sys.argv[1:])
+    enter(project.root, sys.argv[1:])
 
     from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer, pick_device
     from vllm_forge.checkpoints.quantize.calibration import NO_DATA, calibrate_with
@@ -68,27 +68,26 @@ def quantize(args: argparse.Namespace) -> None:
     print(args.output)
 
 
-def tiny(args: argparse.Namespace) -> None:
+def tiny(project: Project, args: argparse.Namespace) -> None:
     """Make tiny checkpoints in the cache."""
     from vllm_forge.checkpoints.fixtures.tiny import TinySpec
     from vllm_forge.checkpoints.fixtures.variants import load_variants, make_variant, variant_path
     from vllm_forge.checkpoints.quantize.environment import enter
 
-    root = find_root()
     names = args.names or list(load_variants())
-    if not all(variant_path(root, name).exists() for name in names):
-        enter(root, sys.argv[1:])
+    if not all(variant_path(project.root, name).exists() for name in names):
+        enter(project.root, sys.argv[1:])
         from vllm_forge.checkpoints.fixtures.tool_fixtures import make_with_tools
 
         for name in names:
-            make_variant(root, name, TinySpec(), make_with_tools)
+            make_variant(project.root, name, TinySpec(), make_with_tools)
     for name in names:
-        print(f"{name}: {variant_path(root, name)}")
+        print(f"{name}: {variant_path(project.root, name)}")
 
 
-def tools(args: argparse.Namespace) -> None:
+def tools(project: Project, args: argparse.Namespace) -> None:
     """Install the quantization tools and print their interpreter."""
     from vllm_forge.checkpoints.quantize.environment import prepare
 
     del args
-    print(prepare(find_root()))
+    print(prepare(project.root))

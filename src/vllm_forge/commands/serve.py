@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_forge.host import HostProbe, console
-from vllm_forge.matrix import find_root, image_cell, load
 
 if TYPE_CHECKING:
     import argparse
 
     from vllm_forge.commands.register import Commands
-    from vllm_forge.matrix import ImageCell, Matrix
+    from vllm_forge.matrix import ImageCell
+    from vllm_forge.project import Project
     from vllm_forge.serve import BuiltImage, Engine, Serving
 
 
@@ -35,7 +35,7 @@ def register(choices: Commands) -> None:
     one.set_defaults(call=lint_presets)
 
 
-def serve(args: argparse.Namespace) -> None:
+def serve(project: Project, args: argparse.Namespace) -> None:
     """Print a preset's command, or become it."""
     from vllm_forge.serve import (
         become,
@@ -46,47 +46,45 @@ def serve(args: argparse.Namespace) -> None:
         serving,
     )
 
-    root = find_root()
-    matrix = load(root)
-    cell = image_cell(matrix, root, args.sku, args.line)
-    item = serving(matrix, cell, args.preset, args.artifact)
+    cell = project.cell(args.sku, args.line)
+    item = serving(project.matrix, cell, args.preset, args.artifact)
     item.require_served()
     image = built_image(cell)
     digest = None if image is None else image.digest
-    _say(matrix, item, image)
+    _say(project, item, image)
     if args.print_only:
         engine: Engine = args.engine or "docker"
-        print(container_command(matrix, item, engine=engine, digest=digest).text())
+        print(container_command(project.matrix, item, engine=engine, digest=digest).text())
         return
     probe = HostProbe()
     require_gpus(probe, item)
     become(
-        container_command(matrix, item, engine=running_engine(probe, args.engine), digest=digest)
+        container_command(
+            project.matrix, item, engine=running_engine(probe, args.engine), digest=digest
+        )
     )
 
 
-def lint_presets(args: argparse.Namespace) -> None:
+def lint_presets(project: Project, args: argparse.Namespace) -> None:
     """Judge the presets; a finding is an error."""
-    from vllm_forge.matrix.cells import find_lines
     from vllm_forge.serve.lint import lint_line, require_clean
 
-    root = find_root()
-    matrix = load(root)
-    names = find_lines(matrix, args.line)
-    require_clean([finding for name in names for finding in lint_line(root, matrix, name)])
-    print(f"{len(matrix.preset)} presets, lines {', '.join(names)}: no findings")
+    names = project.lines(args.line)
+    require_clean(
+        [finding for name in names for finding in lint_line(project.root, project.matrix, name)]
+    )
+    print(f"{len(project.matrix.preset)} presets, lines {', '.join(names)}: no findings")
 
 
-def _say(matrix: Matrix, item: Serving, image: BuiltImage | None) -> None:
+def _say(project: Project, item: Serving, image: BuiltImage | None) -> None:
     """What a reader should know of the command; on stderr, so that stdout can be piped."""
     from rich.markup import escape
 
     from vllm_forge.receipts.lookup import image_receipts, preset_state
     from vllm_forge.serve import bare_command
 
-    root = item.cell.root
-    found = image_receipts(root, matrix, None if image is None else image.digest)
-    state = preset_state(root, found.held, item.preset_name, item.artifact_name)
+    found = image_receipts(project.root, project.matrix, None if image is None else image.digest)
+    state = preset_state(project.root, found.held, item.preset_name, item.artifact_name)
     for words in found.refused:
         console.print(words, markup=False)
     console.print(
@@ -94,7 +92,7 @@ def _say(matrix: Matrix, item: Serving, image: BuiltImage | None) -> None:
         f"[bold]{state}[/]\n  {escape(item.preset.note)}\n  {_image_words(item.cell, image)}\n"
         "  without a container, in an environment with the line's patched vLLM:",
     )
-    console.print(f"{bare_command(matrix, item).text()}\n", style="dim", markup=False)
+    console.print(f"{bare_command(project.matrix, item).text()}\n", style="dim", markup=False)
 
 
 def _image_words(cell: ImageCell, image: BuiltImage | None) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_forge.host import console, report
-from vllm_forge.matrix import find_root, load
-from vllm_forge.matrix.cells import find_line
 
 if TYPE_CHECKING:
     import argparse
 
     from vllm_forge.commands.register import Commands
+    from vllm_forge.project import Project
 
 
 def register(choices: Commands) -> None:
@@ -26,31 +25,27 @@ def register(choices: Commands) -> None:
     one.set_defaults(call=fetch)
 
 
-def lock(args: argparse.Namespace) -> None:
+def lock(project: Project, args: argparse.Namespace) -> None:
     """Resolve a line and write its lock."""
     from vllm_forge.checkpoints.quantize.environment import make_lock as make_tool_lock
     from vllm_forge.sources import Index, make_lock
 
-    root = find_root()
     if args.tools:
         with report("lock the quantization tools"):
-            console.print(str(make_tool_lock(root)))
+            console.print(str(make_tool_lock(project.root)))
         return
-    matrix = load(root)
-    name, line = find_line(matrix, args.line)
+    name, line = project.line(args.line)
     with report(f"lock line {name}"):
-        made = make_lock(root, name, line, matrix.base, Index())
+        made = make_lock(project.root, name, line, project.matrix.base, Index())
     total = sum(wheel.size for wheel in made.wheels)
     console.print(f"{made.path}: {len(made.wheels)} wheels, {total / 1e9:.2f} GB")
 
 
-def fetch(args: argparse.Namespace) -> None:
+def fetch(project: Project, args: argparse.Namespace) -> None:
     """Download a line's wheels into the cache."""
     from vllm_forge.sources import Wheelhouse, read_lock
 
-    root = find_root()
-    matrix = load(root)
-    name, line = find_line(matrix, args.line)
-    made = read_lock(root, name, line, matrix.base)
+    name, line = project.line(args.line)
+    made = read_lock(project.root, name, line, project.matrix.base)
     with report(f"fetch {len(made.wheels)} wheels of line {name}"):
         Wheelhouse().fetch(made.wheels)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.matrix import find_root, image_cell, load
-
 if TYPE_CHECKING:
     import argparse
 
     from vllm_forge.commands.register import Commands
+    from vllm_forge.project import Project
 
 
 def register(choices: Commands) -> None:
@@ -26,15 +25,14 @@ def register(choices: Commands) -> None:
     one.set_defaults(call=why_rebuild)
 
 
-def why_rebuild(args: argparse.Namespace) -> None:
+def why_rebuild(project: Project, args: argparse.Namespace) -> None:
     """Print what differs between a build's record and its inputs now."""
     from vllm_forge.images import BuildOptions, choose_engine, resolve
     from vllm_forge.images.rebuild_reasons import read_record, recorded_engine, why_rebuild
 
-    root = find_root()
-    cell = image_cell(load(root), root, args.sku, args.line)
+    cell = project.cell(args.sku, args.line)
     options = BuildOptions(
-        output=args.output or root / "dist",
+        output=args.output or project.root / "dist",
         base_image=None if args.base == "rootfs" else args.base,
     )
     record = read_record(options.output / f"{cell.name}.json")

@@ -29,6 +29,7 @@ from vllm_forge.kernels.errors import (
 from vllm_forge.kernels.selection import Answer, read_recorded
 from vllm_forge.kernels.selection.model import Choice, Moe, Refused
 from vllm_forge.matrix import load
+from vllm_forge.project import Project
 from vllm_forge.sources import read_lock
 
 B200, B300, RTX, H200 = (10, 0), (10, 3), (12, 0), (9, 0)
@@ -383,7 +384,7 @@ def test_every_family_is_needed_by_something() -> None:
 
 
 def test_the_page_is_made_of_the_records(root: Path) -> None:
-    records = read_records(root, load(root))
+    records = read_records(Project(root))
     assert (root / PAGE).read_text() == render(records, catalogue()), (
         "run: nox -s census -- --update"
     )
