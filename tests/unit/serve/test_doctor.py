@@ -10,10 +10,11 @@ import pytest
 
 from vllm_forge.cli import main
 from vllm_forge.host import HostProbe, RecordedProbe, RecordingProbe, Reply
+from vllm_forge.host.gpus import DETAILED, gpu_query
 from vllm_forge.matrix import image_cell, load
 from vllm_forge.serve import serving
 from vllm_forge.serve.doctor import CHECKS, Finding, Wanted, ask_host, judge
-from vllm_forge.serve.doctor.host import QUERY, parse_gpus, parse_meminfo, parse_versions
+from vllm_forge.serve.doctor.host import listed_gpus, parse_meminfo, parse_versions
 from vllm_forge.serve.needs import needs_of
 from vllm_forge.sources import read_lock
 
@@ -212,14 +213,14 @@ def test_what_nvidia_smi_says_where_it_fails() -> None:
         "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure "
         "that the latest NVIDIA driver is installed and running.\n\n"
     )
-    assert parse_gpus(Reply(code=9, text=lost))[1].startswith("NVIDIA-SMI has failed")
-    assert parse_gpus(Reply(code=6, text="No devices were found\n")) == (
+    assert listed_gpus(Reply(code=9, text=lost))[1].startswith("NVIDIA-SMI has failed")
+    assert listed_gpus(Reply(code=6, text="No devices were found\n")) == (
         (),
         "No devices were found",
     )
     old = 'Field "fabric.state" is not a valid field to query.\n\n'
-    assert "not a valid field" in parse_gpus(Reply(code=2, text=old))[1]
-    assert parse_gpus(Reply(code=0, text="")) == ((), "exit 0 without a word")
+    assert "not a valid field" in listed_gpus(Reply(code=2, text=old))[1]
+    assert listed_gpus(Reply(code=0, text="")) == ((), "exit 0 without a word")
     assert parse_versions(Reply(code=9, text=lost)) == {}
     assert parse_meminfo(Reply(code=0, text="MemTotal:  131981020 kB\n")) == 131981020 * 1024
 
@@ -237,7 +238,8 @@ def test_questions_change_nothing() -> None:
     ask_host(Listener())
     programs = {tuple(argv[:2]) if argv[0] != "df" else ("df",) for argv in asked}
     assert programs == {
-        QUERY[:2], ("nvidia-smi", "--version"), ("nvidia-ctk", "--version"), ("nvidia-ctk", "cdi"),
+        gpu_query(DETAILED)[:2], ("nvidia-smi", "--version"), ("nvidia-ctk", "--version"),
+        ("nvidia-ctk", "cdi"),
         ("docker", "info"), ("podman", "info"), ("df",), ("cat", "/proc/meminfo"),
     }  # fmt: skip
 

@@ -12,8 +12,9 @@ from vllm_forge.serve.doctor.finding import Finding, Wanted, gigabytes
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vllm_forge.host.gpus import Gpu
     from vllm_forge.matrix import Matrix
-    from vllm_forge.serve.doctor.host import Gpu, Host
+    from vllm_forge.serve.doctor.host import Host
 
 
 def check_gpus(host: Host, wanted: Wanted) -> Iterator[Finding]:

@@ -7,36 +7,11 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.host.gpus import DETAILED, gpu_query, parse_gpus
+
 if TYPE_CHECKING:
     from vllm_forge.host import Probe, Reply
-
-MIB = 1 << 20
-# Fields of nvidia-smi --help-query-gpu. fabric.*: since driver 525.
-FIELDS = (
-    "index", "name", "compute_cap", "driver_version", "memory.total",
-    "mig.mode.current", "fabric.state", "fabric.status",
-)  # fmt: skip
-QUERY = ("nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits")
-NOT_APPLICABLE = {"N/A", "[N/A]", "[Not Supported]"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """A row of nvidia-smi.
-
-    Attributes:
-        memory: bytes, as the driver gives them out.
-        mig: the GPU is split.
-        fabric: state of its NVLink fabric, None where it has none.
-    """
-
-    index: int
-    name: str
-    capability: str
-    driver: str
-    memory: int
-    mig: bool
-    fabric: str | None
+    from vllm_forge.host.gpus import Gpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +56,8 @@ class Host:
 
 def ask_host(probe: Probe) -> Host:
     """Put every question; none of them changes anything."""
-    listing = probe.ask("nvidia-smi", QUERY)
-    gpus, gpus_said = parse_gpus(listing)
+    listing = probe.ask("nvidia-smi", gpu_query(DETAILED))
+    gpus, gpus_said = listed_gpus(listing)
     toolkit = _version(probe.ask("nvidia-ctk", ["nvidia-ctk", "--version"]))
     devices = probe.ask("nvidia-ctk-cdi", ["nvidia-ctk", "cdi", "list"]).text
     replies = {
@@ -114,29 +89,16 @@ def ask_host(probe: Probe) -> Host:
     )
 
 
-def parse_gpus(reply: Reply) -> tuple[tuple[Gpu, ...], str]:
+def listed_gpus(reply: Reply) -> tuple[tuple[Gpu, ...], str]:
     """The GPUs; and nvidia-smi's words where it lists none."""
     if reply.missing:
         return (), "nvidia-smi is not installed"
-    rows = [line.split(", ") for line in reply.text.splitlines() if line.count(", ") >= 1]
-    if reply.code or not rows or any(len(row) != len(FIELDS) for row in rows):
-        return (), _words(reply)
-    gpus = []
-    for index, name, capability, driver, memory, mig, state, status in rows:
-        done = (state, status) == ("Completed", "Success")
-        none = state in NOT_APPLICABLE
-        gpus.append(
-            Gpu(
-                index=int(index),
-                name=name,
-                capability=capability,
-                driver=driver,
-                memory=int(memory) * MIB,
-                mig=mig == "Enabled",
-                fabric=None if none else "ready" if done else f"{state}, {status}",
-            )
-        )
-    return tuple(gpus), ""
+    rows = "\n".join(line for line in reply.text.splitlines() if "," in line)  # no warnings
+    try:
+        gpus = () if reply.code else parse_gpus(rows, DETAILED)
+    except ValueError:
+        gpus = ()
+    return gpus, "" if gpus else _words(reply)
 
 
 def parse_versions(reply: Reply) -> dict[str, str]:
