@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,13 +16,13 @@ import pytest
 from tests.gpu.harness import plugin, run
 from tests.gpu.harness.variants import lay_over
 from vllm_forge.gputest.device import parse_gpus, require_sku
-from vllm_forge.gputest.errors import WrongGpuError
+from vllm_forge.gputest.errors import JitCacheError, WrongGpuError
 from vllm_forge.receipts.packages import environment_text, versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
+REPO = Path(__file__).parents[3]
 H200 = "NVIDIA H200, GPU-1b2c, 9.0, 580.159.04, 143771\n"
 
 
@@ -60,11 +62,13 @@ def suite(folder: Path, body: str, *options: str, **variables: str) -> dict[str,
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "tests.gpu.harness.plugin", "-q", *options],
         cwd=folder,
-        env={**os.environ, plugin.RESULTS: str(results), **variables},
+        env={
+            **os.environ, "PYTHONPATH": str(REPO), plugin.RESULTS: str(results), **variables,
+        },
         capture_output=True,
         text=True,
         check=False,
-    )
+    )  # fmt: skip
     assert results.is_file(), done.stdout + done.stderr
     return json.loads(results.read_text())
 
@@ -216,6 +220,9 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the real runner runs from, without a test yet, and an nvidia-smi that says H200."""
     root = tmp_path / "bundle"
     (root / "tests/gpu/mtp").mkdir(parents=True)
+    for name in ("tests/__init__.py", "tests/gpu/__init__.py"):
+        (root / name).touch()
+    shutil.copytree(REPO / "tests/gpu/harness", root / "tests/gpu/harness")
     (root / "tests/gpu/suite.toml").write_text(
         '[tier.server]\nfolders = ["tests/gpu/mtp"]\njudges = []\nminutes = 1\n'
     )
@@ -260,7 +267,7 @@ def test_a_tier_from_end_to_end(bundle: Path) -> None:
     assert result["gpus"][0]["name"] == "NVIDIA H200"
     assert (bundle.parent / "out" / "server.xml").is_file()
     (bundle / "tests/gpu/mtp/test_it.py").write_text("def test_it(): assert 0\n")
-    assert run_all(bundle)[0] == 117
+    assert run_all(bundle)[0] == 101
 
 
 @pytest.fixture
@@ -309,4 +316,4 @@ def test_compilers_find_their_caches_and_the_second_start_is_told(bundle: Path) 
     key = json.loads((caches / "caches.json").read_text())
     assert key["kind"] == "environment"
     (caches / "caches.json").write_text(json.dumps(key | {"tree": "other"}))
-    assert run_all(bundle, f"--caches={caches}")[0] == 120
+    assert run_all(bundle, f"--caches={caches}")[0] == JitCacheError.exit_code

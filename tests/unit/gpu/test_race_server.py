@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 REPO = Path(__file__).parents[3]
-FAKE = Path(__file__).parent / "tests.support" / "fake_vllm.py"
+FAKE = Path(__file__).parents[2] / "support" / "fake_vllm.py"
 
 
 class TestLoad:

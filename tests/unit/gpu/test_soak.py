@@ -20,7 +20,7 @@ from tests.gpu.soak.artifact import Preset, bands, choose
 from vllm_forge.matrix import load
 from vllm_forge.receipts.errors import GpuSuiteError
 
-FAKE = Path(__file__).parent / "tests.support" / "fake_serve.py"
+FAKE = Path(__file__).parents[2] / "support" / "fake_serve.py"
 WORKLOADS = load_workloads()
 CHATS = [one for one in WORKLOADS.values() if one.endpoint == CHAT]
 PRESET = Preset(

@@ -543,10 +543,10 @@ def test_two_calls_do_not_work_in_one_folder(kit: Path, tmp_path: Path) -> None:
 def with_suite(kit: Path, tmp_path: Path, code: str, **manifest: str | None) -> Path:
     """A kit whose suite is this code, and which brings caches."""
     content = tmp_path / "content"
-    package = content / "bundle" / "src" / "vllm_forge" / "gpu"
+    package = content / "bundle" / "tests" / "gpu" / "harness"
     package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package.parent / "__init__.py").touch()
+    for part in (package, package.parent, package.parent.parent):
+        (part / "__init__.py").touch()
     (package / "run.py").write_text(code)
     folder = tmp_path / "caches"
     folder.mkdir()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support.receipts import NOW, green_result, row
 from vllm_forge.errors import ForgeError
 from vllm_forge.matrix import load
 from vllm_forge.patches import read_tree_lock
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
     from vllm_forge.matrix import Matrix
 
-NOW = datetime.now(UTC).replace(microsecond=0)
 PACKAGES = "# Python 3.12.3 on x86_64\ntorch==2.11.0+cu130 record=none\n"
 SUITE = """
 release_sources = []
@@ -107,52 +107,23 @@ def list_cases(here: Path, suite: str) -> None:
     (here / CASES_FILE).write_text(json.dumps(rows))
 
 
-def row(**changes: Any) -> dict[str, Any]:
-    blank = {"outcome": "passed", "seconds": 1.5, "margins": {}, "facts": {}, "why": ""}
-    return {**blank, **changes}
-
-
 @pytest.fixture
 def result(project: Path, matrix: Matrix) -> dict[str, Any]:
     """What a green run of that suite wrote."""
-    sku = matrix.sku["h200"]
-    return {
-        "schema": 1,
-        "plan": {
-            "sku": "h200",
-            "line": "0.26",
-            "tree": read_tree_lock(project / matrix.line["0.26"].series, "0.26").result,
-            "differences": ["device code is zeroed"],
-            "subject": {
-                "kind": "environment",
-                "name": "kit",
-                "sha256": hashlib.sha256(PACKAGES.encode()).hexdigest(),
-            },
-        },
-        "tier": "server",
-        "suite_sha256": suite_hash(project, read_tiers(project)["server"]),
-        "started": (NOW - timedelta(minutes=5)).isoformat(),
-        "finished": NOW.isoformat(),
-        "exit": 0,
-        "gpus": [
-            {
-                "name": sku.device,
-                "uuid_sha256": "0" * 64,
-                "compute_capability": sku.compute_capability,
-                "driver": "580.159.04",
-                "memory_mib": 143771,
-            }
-        ],
-        "host": {"python": "3.12.3", "cuda": "13.0", "packages": {"torch": "2.11.0+cu130"}},
-        "configurations": {"plain": {"moe": []}},
-        "tests": {
-            f"{FILE}::test_one": row(margins={"drafts": {"measured": 1.0, "bound": 16.0}}),
-            f"{FILE}::test_two[1]": row(),
-            f"{FILE}::test_two[2]": row(),
-            f"{FILE}::test_elsewhere": row(outcome="other GPU", why="needs sm_120, this is H200"),
-            f"{FILE}::TestGroup::test_three": row(),
-        },
+    tests = {
+        f"{FILE}::test_one": row(margins={"drafts": {"measured": 1.0, "bound": 16.0}}),
+        f"{FILE}::test_two[1]": row(),
+        f"{FILE}::test_two[2]": row(),
+        f"{FILE}::test_elsewhere": row(outcome="other GPU", why="needs sm_120, this is H200"),
+        f"{FILE}::TestGroup::test_three": row(),
     }
+    return green_result(
+        matrix,
+        tests,
+        tree=read_tree_lock(project / matrix.line["0.26"].series, "0.26").result,
+        packages=hashlib.sha256(PACKAGES.encode()).hexdigest(),
+        suite=suite_hash(project, read_tiers(project)["server"]),
+    )
 
 
 @pytest.fixture
@@ -602,14 +573,6 @@ def test_a_key_of_a_kind_that_nobody_supports(project: Path, matrix: Matrix) -> 
     (project / FOLDER / "keys" / "sm2.pem").write_text(SM2)
     with pytest.raises(ReceiptKeyError, match="not supported"):
         verify_all(project, matrix, NOW)
-
-
-def test_every_refusal_has_its_exit_code() -> None:
-    kinds = [
-        ReceiptUnreadableError, ReceiptEditedError, ReceiptExpiredError,
-        ReceiptSubjectError, ReceiptSuiteError, ReceiptIncompleteError,
-    ]  # fmt: skip
-    assert [kind.exit_code for kind in kinds] == [110, 111, 112, 113, 114, 115]
 
 
 class TestMakeReceipt:

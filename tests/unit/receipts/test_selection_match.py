@@ -1,4 +1,4 @@
-"""The oracle and what ran: they agree on the committed receipts, and a difference is refused."""
+"""The oracle and what ran: they agree on an H200, and a difference is refused."""
 
 from __future__ import annotations
 
@@ -8,26 +8,32 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support.receipts import green_result, row
 from vllm_forge.kernels.errors import SelectionFileError
-from vllm_forge.receipts.envelope import read_receipt
+from vllm_forge.matrix import load
+from vllm_forge.receipts.envelope import Receipt
 from vllm_forge.receipts.errors import ReceiptContradictedError
 from vllm_forge.receipts.selection_match import LAYOUTS, compare, require_foretold
-from vllm_forge.receipts.verification import receipt_paths
+from vllm_forge.receipts.statement import make_statement
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vllm_forge.receipts.envelope import Receipt
-
 
 @pytest.fixture
-def receipt(root: Path) -> Receipt:
-    """A committed one whose engines included the tiny DeepSeek-V4."""
-    found = [read_receipt(path, []) for path in receipt_paths(root)]
-    with_engine = [one for one in found if set(LAYOUTS) & set(one.statement.detail.configurations)]
-    if not with_engine:
-        pytest.skip("no receipt of a server tier: `nox -s test-gpu -- --sku NAME` makes one")
-    return with_engine[0]
+def receipt(root: Path, tmp_path: Path) -> Receipt:
+    """Of a run whose engines included the tiny DeepSeek-V4, with what an H200 took."""
+    result = green_result(
+        load(root), {"x": row()}, tree="a" * 40, packages="b" * 64, suite="c" * 64
+    )
+    result["configurations"] = {
+        "dsv4": {
+            "moe": ["NvFp4: MARLIN", "Unquantized: TRITON"],
+            "linear": ["Fp8LinearMethod: FlashInferFp8DeepGEMMDynamicBlockScaledKernel"],
+            "kv_cache": "fp8_ds_mla",
+        }
+    }
+    return Receipt(path=tmp_path / "x.json", statement=make_statement(result), signed_by=())
 
 
 @pytest.fixture
