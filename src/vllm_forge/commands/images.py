@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from vllm_forge.host import RecordingRunner, SubprocessRunner, console, which
+from vllm_forge.host import RecordingRunner, SubprocessRunner, console, gigabytes, which
 from vllm_forge.host.errors import ToolMissingError
 
 if TYPE_CHECKING:
@@ -128,4 +128,4 @@ def clean(project: Project, args: argparse.Namespace) -> None:
     if os.geteuid() != 0 and which("buildah") is not None:
         _as_namespace_root()  # system images hold files of mapped users
     freed = clean_cache(project.root, project.matrix, everything=args.all)
-    console.print(f"{freed / 1e9:.1f} GB freed")
+    console.print(f"{gigabytes(freed)} freed")

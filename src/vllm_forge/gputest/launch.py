@@ -15,6 +15,7 @@ from vllm_forge.gputest.bundle import make_plan, write_bundle
 from vllm_forge.gputest.caches import stack_key
 from vllm_forge.gputest.device import ask_gpus, require_sku
 from vllm_forge.gputest.find_image import find_image
+from vllm_forge.host import gpu_container
 from vllm_forge.host.errors import ToolMissingError
 from vllm_forge.images.prewarm import SCRIPT, place_of
 from vllm_forge.receipts.errors import GpuSuiteError, ReceiptSubjectError
@@ -213,22 +214,20 @@ def container_command(
     driver need no more rights than a server. Of ``caches``, the folder here and its place there:
     where an image that carries them will have them, since compilers keep absolute paths.
     """
-    gpus = ["--gpus=all"] if engine == "docker" else ["--device=nvidia.com/gpu=all"]
     nets = [] if network else ["--network=none"]
-    label = [] if engine == "docker" else ["--security-opt=label=disable"]
     volumes = [f"--volume={path.resolve()}:/forge/{at}:ro" for at, path in (brought or {}).items()]
     script, last = IN_IMAGE, []
     if caches is not None:
         folder, place = caches
         volumes.append(f"--volume={folder.resolve()}:{place}")
         script, last = WITH_CACHES, [f"--caches={place}"]
-    return [
-        engine, "run", "--rm", *gpus, *label, *nets, "--ipc=private", "--shm-size=16g",
-        "--user=0", f"--volume={bundle}:/forge:ro", f"--volume={output}:/output", *volumes,
-        "--env=PYTHONPATH=/forge/src:/forge/tools", "--workdir=/forge",
-        "--entrypoint=/bin/sh", image, "-c", script, "sh", IMAGE_PYTHON, *RUN,
-        "/forge/plan.json", "/output", *args, *last,
+    options = [
+        *nets, "--ipc=private", "--shm-size=16g", "--user=0", f"--volume={bundle}:/forge:ro",
+        f"--volume={output}:/output", *volumes, "--env=PYTHONPATH=/forge/src:/forge/tools",
+        "--workdir=/forge", "--entrypoint=/bin/sh",
     ]  # fmt: skip
+    suite = [IMAGE_PYTHON, *RUN, "/forge/plan.json", "/output", *args, *last]
+    return gpu_container(engine, None, options, image, ["-c", script, "sh", *suite])
 
 
 def unpack_tools(root: Path, bundle: Path) -> None:

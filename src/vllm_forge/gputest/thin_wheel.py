@@ -6,11 +6,7 @@ Libraries whose code no test launches are zeroed whole: they load, as vLLM impor
 
 from __future__ import annotations
 
-import base64
-import csv
 import fnmatch
-import hashlib
-import io
 import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +14,7 @@ from typing import TYPE_CHECKING
 from vllm_forge.host import atomic_path
 from vllm_forge.kernels.coverage import Capability, device_code, runs_on
 from vllm_forge.sources.errors import WheelError
+from vllm_forge.sources.wheel_format import record_row, rewrite_record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,11 +69,14 @@ def thin_wheel(wheel: Path, target: Path, capability: Capability, unused: Sequen
                 content, count = thin(content, member.filename, None if whole else capability)
                 zeroed += count
                 emptied += [member.filename] if whole else []
-                rows[member.filename] = content_row(content)
+                rows[member.filename] = record_row(content)
             _write(out, member, content)
         if record is None:
             raise WheelError("the wheel has no RECORD", where=str(wheel))
-        _write(out, record, rewritten(source.read(record), rows))
+        new_record = rewrite_record(
+            source.read(record), lambda path, *columns: (path, *rows.get(path, columns))
+        )
+        _write(out, record, new_record)
     told = [f"device code for other GPUs is zeroed in {len(rows)} libraries of vLLM"]
     told += [f"all device code of {name} is zeroed: no test launches it" for name in emptied]
     return Thinned(path=target, zeroed=zeroed, differences=tuple(told))
@@ -90,21 +90,6 @@ def thin(content: bytes, name: str, capability: Capability | None) -> tuple[byte
             data[code.offset : code.offset + code.size] = bytes(code.size)
             count += code.size
     return bytes(data), count
-
-
-def content_row(content: bytes) -> tuple[str, str]:
-    """Hash and size as RECORD has them."""
-    digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
-    return f"sha256={digest}", str(len(content))
-
-
-def rewritten(record: bytes, rows: dict[str, tuple[str, str]]) -> bytes:
-    """RECORD with the new hashes."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    for path, digest, size in csv.reader(io.StringIO(record.decode())):
-        writer.writerow((path, *rows.get(path, (digest, size))))
-    return out.getvalue().encode()
 
 
 def _write(out: zipfile.ZipFile, member: zipfile.ZipInfo, content: bytes) -> None:

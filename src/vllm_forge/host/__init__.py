@@ -1,12 +1,13 @@
 """The machine we run on: commands, files, locks, disk, the console."""
 
-from vllm_forge.host.console import console, printable, progress, report
+from vllm_forge.host.console import console, gigabytes, printable, progress, report
 from vllm_forge.host.files import (
     READ_ONLY,
     atomic_path,
     cache_root,
     exclusive,
     free_bytes,
+    link_or_copy,
     move,
     remove,
     require_disk,
@@ -24,6 +25,7 @@ from vllm_forge.host.run import (
     Runner,
     SubprocessRunner,
     end_with_parent,
+    gpu_container,
     which,
 )
 
@@ -43,6 +45,9 @@ __all__ = [
     "end_with_parent",
     "exclusive",
     "free_bytes",
+    "gigabytes",
+    "gpu_container",
+    "link_or_copy",
     "move",
     "printable",
     "progress",

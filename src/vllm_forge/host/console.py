@@ -37,6 +37,11 @@ def printable(text: str) -> str:
     )
 
 
+def gigabytes(size: int) -> str:
+    """Bytes for people: GB of 10^9, one decimal."""
+    return f"{size / 1e9:.1f} GB"
+
+
 def progress() -> Progress:
     """A byte-counting progress bar; draws nothing where stderr is not a terminal."""
     return Progress(

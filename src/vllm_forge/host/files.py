@@ -61,6 +61,15 @@ def move(source: Path, target: Path) -> None:
     shutil.move(source, target)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make ``target`` a hard link to a file, or a copy where they are on different file systems."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        target.chmod(READ_ONLY)
+
+
 def remove(path: Path) -> None:
     """Delete a file or a folder with all it holds.
 

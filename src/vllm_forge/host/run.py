@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TAIL_LINES = 30
+UNLABELLED = "--security-opt=label=disable"
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -60,6 +61,29 @@ def which(tool: str) -> str | None:
     """Path of a tool, also in the sbin folders that a plain user's PATH lacks."""
     path = os.environ.get("PATH", os.defpath)
     return shutil.which(tool, path=f"{path}:/usr/sbin:/sbin")
+
+
+def gpu_container(
+    engine: str, gpus: int | None, options: Sequence[str], image: str, command: Sequence[str]
+) -> list[str]:
+    """The ``run`` of a container with GPUs, by docker or podman.
+
+    Docker counts GPUs itself; podman takes the names of the container device interface.
+
+    Args:
+        engine: ``docker`` or ``podman``.
+        gpus: how many; None for all.
+        options: further options of ``run``.
+        image: name, or name and digest.
+        command: arguments of the entrypoint.
+    """
+    if engine == "docker":
+        devices = [f"--gpus={'all' if gpus is None else gpus}"]
+    else:
+        names = ["all"] if gpus is None else range(gpus)
+        # SELinux hosts refuse the device nodes to a labelled container.
+        devices = [*(f"--device=nvidia.com/gpu={name}" for name in names), UNLABELLED]
+    return [engine, "run", "--rm", *devices, *options, image, *command]
 
 
 @dataclass

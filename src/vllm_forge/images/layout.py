@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.host import READ_ONLY, atomic_path
+from vllm_forge.host import READ_ONLY, atomic_path, link_or_copy
 from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layer import LayerBlob
 
@@ -96,7 +94,8 @@ def write_image(
         blobs = aside / "blobs" / "sha256"
         blobs.mkdir(parents=True)
         for layer in layers:
-            _link(layer.blob.path, blobs / layer.blob.digest)
+            if not (blob := blobs / layer.blob.digest).exists():  # it does: two equal layers
+                link_or_copy(layer.blob.path, blob)
         config_digest, config_size = _put(blobs, image_config)
         manifest = {
             "schemaVersion": 2,
@@ -223,13 +222,3 @@ def _put(blobs: Path, value: dict[str, Any]) -> tuple[str, int]:
 
 def _canonical(value: dict[str, Any]) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _link(source: Path, target: Path) -> None:
-    if target.exists():  # two equal layers
-        return
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
-        target.chmod(READ_ONLY)

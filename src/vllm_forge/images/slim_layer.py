@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import csv
 import hashlib
-import io
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.images.layer import FILE_NAMES, ZSTD, LayerBlob, ZstdLayerWriter
 from vllm_forge.images.slim import cut, pieces
 from vllm_forge.images.store import StoredLayer, keep_layer, make_folders
+from vllm_forge.sources.wheel_format import record_hash, rewrite_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -88,7 +86,7 @@ def _add(
     return {
         "bytes": found.size,
         "targets": found.targets,
-        "sha256": base64.urlsafe_b64encode(digest.digest()).decode().rstrip("="),
+        "sha256": record_hash(digest.digest()),
     }
 
 
@@ -101,14 +99,9 @@ def update_record(content: bytes, name: str, removed: Mapping[str, Any]) -> byte
         removed: path in the image -> what was done to it; of ``write_slim_layer``.
     """
     site = name.rsplit("/", 2)[0]
-    rows = list(csv.reader(io.StringIO(content.decode())))
-    changed = False
-    for row in rows:
-        if (known := removed.get(f"{site}/{row[0]}")) is not None and known["bytes"]:
-            row[1] = f"sha256={known['sha256']}"
-            changed = True
-    if not changed:
-        return content
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
-    return out.getvalue().encode()
+
+    def change(path: str, digest: str, size: str) -> tuple[str, str, str]:
+        slim = removed.get(f"{site}/{path}")
+        return path, f"sha256={slim['sha256']}" if slim and slim["bytes"] else digest, size
+
+    return rewrite_record(content, change)

@@ -21,6 +21,7 @@ from vllm_forge.images.layer import FILE_NAMES, GZIP, LayerBlob, LayerWriter
 from vllm_forge.images.layout import file_digest
 from vllm_forge.images.slim import holds_code, may_hold_code
 from vllm_forge.sources.errors import HashMismatchError
+from vllm_forge.sources.wheel_format import seek_to_data
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from vllm_forge.images.wheels import Entry
 
 CHUNK = 1 << 20
-LOCAL_HEADER = 30
 LARGE = 4 << 20  # members from here on are inflated ahead of their turn
 
 
@@ -244,10 +244,7 @@ def _raw(entry: Entry) -> Iterator[memoryview]:
     """A member's bytes as they are in the zip."""
     assert entry.archive is not None and entry.member is not None  # noqa: S101
     with entry.archive.open("rb") as file:
-        file.seek(entry.member.header_offset)
-        header = file.read(LOCAL_HEADER)
-        skip = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        file.seek(skip, 1)
+        seek_to_data(file, entry.member)
         left = entry.member.compress_size
         while left:
             block = file.read(min(CHUNK, left))

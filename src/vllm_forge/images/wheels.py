@@ -6,7 +6,6 @@ the bytes of a wheel's members need not be inflated to know where they go.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import posixpath
@@ -24,6 +23,7 @@ from installer.sources import WheelFile
 from installer.utils import construct_record_file, fix_shebang
 
 from vllm_forge.sources.errors import WheelError
+from vllm_forge.sources.wheel_format import record_hash
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -191,7 +191,7 @@ class _Collector(WheelDestination):
     def _add(self, scheme: str, path: str, content: bytes, *, executable: bool) -> RecordEntry:
         mode = 0o755 if executable else 0o644
         self.entries.append(Entry(path=self._target(scheme, path), mode=mode, content=content))
-        value = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+        value = record_hash(hashlib.sha256(content).digest())
         return RecordEntry(path, Hash("sha256", value), len(content))
 
     def _target(self, scheme: str, path: str) -> str:

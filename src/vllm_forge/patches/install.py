@@ -30,7 +30,7 @@ from vllm_forge.patches.wheel import (
     local_version,
     python_blobs,
     replace_once,
-    rewrite_record,
+    rename_record,
     stamp_version,
 )
 
@@ -256,7 +256,7 @@ class Installer:
         text = metadata.read_bytes()
         if f"\nVersion: {old}\n".encode() in text:
             text = replace_once(text, f"\nVersion: {old}\n", f"\nVersion: {new}\n", metadata)
-        record = rewrite_record(
+        record = rename_record(
             (folder / "RECORD").read_bytes(),
             contents | {f"{old_info}/METADATA": text, f"{new_info}/METADATA": text},
             old_info,

@@ -6,9 +6,7 @@ on a compressor but the few changed files, which are stored.
 
 from __future__ import annotations
 
-import base64
 import copy
-import csv
 import hashlib
 import io
 import zipfile
@@ -18,12 +16,14 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.patches.errors import WheelSourceError
 from vllm_forge.host import atomic_path
+from vllm_forge.sources.wheel_format import record_row, rewrite_record, seek_to_data
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vllm_forge.patches.apply import Applied
     from vllm_forge.sources import SourceRepo
 
-LOCAL_HEADER = 30
 STAMP = (2025, 1, 1, 0, 0, 0)
 TREE_CHARS = 12
 # Written at release time from the tag: the wheel's differs from the sdist's by its commit id.
@@ -150,7 +150,7 @@ def build_wheel(
             f"\nVersion: {version}\n",
             published,
         )
-        replaced[record] = rewrite_record(source.read(record), replaced, old_info, new_info)
+        replaced[record] = rename_record(source.read(record), replaced, old_info, new_info)
         with atomic_path(target) as aside, zipfile.ZipFile(aside, "w") as out:
             for member in source.infolist():
                 path = member.filename.replace(old_info, new_info, 1)
@@ -207,18 +207,14 @@ def stamp_version(content: bytes, release: str, version: str, where: Path) -> by
     )
 
 
-def rewrite_record(old: bytes, replaced: dict[str, bytes], old_info: str, new_info: str) -> bytes:
+def rename_record(old: bytes, replaced: Mapping[str, bytes], old_info: str, new_info: str) -> bytes:
     """RECORD with the rows of the replaced members, and of the renamed dist-info folder."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    for path, digest, size in csv.reader(io.StringIO(old.decode())):
-        row = [path.replace(old_info, new_info, 1), digest, size]
-        if path in replaced:
-            content = replaced[path]
-            value = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode()
-            row[1:] = [f"sha256={value.rstrip('=')}", str(len(content))]
-        writer.writerow(row)
-    return out.getvalue().encode()
+
+    def change(path: str, digest: str, size: str) -> tuple[str, str, str]:
+        columns = record_row(replaced[path]) if path in replaced else (digest, size)
+        return path.replace(old_info, new_info, 1), *columns
+
+    return rewrite_record(old, change)
 
 
 def _copy(raw: io.BufferedReader, member: zipfile.ZipInfo, path: str, out: zipfile.ZipFile) -> None:
@@ -230,9 +226,7 @@ def _copy(raw: io.BufferedReader, member: zipfile.ZipInfo, path: str, out: zipfi
     assert out.fp is not None  # noqa: S101 - it is open
     info.header_offset = out.fp.tell()
     out.fp.write(info.FileHeader())
-    raw.seek(member.header_offset)
-    header = raw.read(LOCAL_HEADER)
-    raw.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), 1)
+    seek_to_data(raw, member)
     out.fp.write(raw.read(member.compress_size))
     out.filelist.append(info)
     out.NameToInfo[path] = info

@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from vllm_forge.host import gpu_container
 from vllm_forge.matrix import serve_arguments
 
 if TYPE_CHECKING:
@@ -61,29 +62,17 @@ def container_command(
     """
     args, env = serve_arguments(matrix, item.preset_name)
     settings = matrix.container
-    return Command(
-        argv=(
-            engine, "run", "--rm", *_gpus(engine, item.preset.tensor_parallel),
-            "--ipc=private", f"--shm-size={settings.shm_gb}g",
-            *(f"--ulimit={limit}" for limit in settings.ulimits),
-            f"--publish={settings.port}:{settings.port}",
-            f"--volume={VOLUME}:/cache",
-            *(f"--env={name}={value}" for name, value in sorted(env.items())),
-            image_name(item, digest),
-            item.artifact.repo, f"--port={settings.port}", *args,
-        )
-    )  # fmt: skip
-
-
-def _gpus(engine: Engine, count: int) -> list[str]:
-    """Docker counts GPUs itself; podman takes the names of the container device interface."""
-    match engine:
-        case "docker":
-            return [f"--gpus={count}"]
-        case "podman":
-            # SELinux hosts refuse the device nodes to a labelled container.
-            devices = [f"--device=nvidia.com/gpu={number}" for number in range(count)]
-            return [*devices, "--security-opt=label=disable"]
+    options = [
+        "--ipc=private", f"--shm-size={settings.shm_gb}g",
+        *(f"--ulimit={limit}" for limit in settings.ulimits),
+        f"--publish={settings.port}:{settings.port}",
+        f"--volume={VOLUME}:/cache",
+        *(f"--env={name}={value}" for name, value in sorted(env.items())),
+    ]  # fmt: skip
+    command = [item.artifact.repo, f"--port={settings.port}", *args]
+    gpus = item.preset.tensor_parallel
+    argv = gpu_container(engine, gpus, options, image_name(item, digest), command)
+    return Command(argv=tuple(argv))
 
 
 def _pairs(argv: Sequence[str]) -> list[str]:

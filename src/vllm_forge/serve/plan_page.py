@@ -8,6 +8,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from vllm_forge.host import gigabytes
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -129,8 +131,3 @@ def _grid(rows: list[tuple[str, str]]) -> Table:
 
 def _size(value: int | str) -> str:
     return gigabytes(value) if isinstance(value, int) else value
-
-
-def gigabytes(size: int) -> str:
-    """Bytes as a person reads them, 10^9 each."""
-    return f"{size / 1e9:.1f} GB"

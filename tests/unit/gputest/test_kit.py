@@ -22,9 +22,10 @@ from vllm_forge.gputest import kit_host
 from vllm_forge.gputest.errors import KitError
 from vllm_forge.gputest.kit import HOST, RUN, copy_race, parse_size, write_parts
 from vllm_forge.gputest.select_wheels import choose, read_freeze, require_closed
-from vllm_forge.gputest.thin_wheel import content_row, rewritten, thin_wheel
+from vllm_forge.gputest.thin_wheel import thin_wheel
 from vllm_forge.sources.index import IndexFile
 from vllm_forge.sources.lock import Lock, LockedWheel
+from vllm_forge.sources.wheel_format import record_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,7 +147,7 @@ def test_a_freeze_that_cannot_be_read(tmp_path: Path) -> None:
 def make_wheel(path: Path, files: dict[str, bytes], requires: str = "") -> Path:
     name = path.name.partition("-")[0]
     info = f"{name}-1.dist-info"
-    record = "".join(f"{file},{','.join(content_row(data))}\n" for file, data in files.items())
+    record = "".join(f"{file},{','.join(record_row(data))}\n" for file, data in files.items())
     with zipfile.ZipFile(path, "w") as archive:
         for file, data in files.items():
             archive.writestr(file, data)
@@ -178,11 +179,6 @@ def test_requirements_are_all_met(tmp_path: Path, requires: str, closed: bool) -
             require_closed([path], {"the-host-has-it"}, "3.12")
 
 
-def test_record_tells_of_thinned_libraries() -> None:
-    old = b"a.so,sha256=AA,3\nb.py,sha256=BB,4\n"
-    assert rewritten(old, {"a.so": ("sha256=CC", "3")}) == b"a.so,sha256=CC,3\nb.py,sha256=BB,4\n"
-
-
 def test_a_wheel_is_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Code for 9.0 stays, code for 10.0 goes; a library that no test uses goes whole."""
     from types import SimpleNamespace
@@ -208,7 +204,7 @@ def test_a_wheel_is_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert archive.read("vllm/fa/_fa.so") == bytes(12) + b"rest"
         assert archive.read("vllm/a.py") == b"x"
         record = archive.read("vllm-1.dist-info/RECORD").decode().splitlines()
-    assert f"vllm/_C.so,{','.join(content_row(b'AAAA' + bytes(4) + b'CCCCrest'))}" in record
+    assert f"vllm/_C.so,{','.join(record_row(b'AAAA' + bytes(4) + b'CCCCrest'))}" in record
     assert found.zeroed == 4 + 12
     assert "vllm/fa/_fa.so" in found.differences[1]
 

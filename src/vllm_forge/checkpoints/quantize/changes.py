@@ -7,7 +7,6 @@ manifest would contradict it, so it has none.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ from vllm_forge.checkpoints.shards import (
     write_index,
     write_shard,
 )
-from vllm_forge.host import atomic_path
+from vllm_forge.host import atomic_path, link_or_copy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -109,7 +108,7 @@ def write_derived(
         aside.mkdir()
         for name, items in files.items():
             if name in same:
-                _link(parent.folder / name, aside / name)
+                link_or_copy(parent.folder / name, aside / name)
             else:
                 write_shard(aside / name, items)
         total = sum(item.size for items in files.values() for item in items)
@@ -120,13 +119,6 @@ def write_derived(
                 shutil.copyfile(path, aside / path.name)
         for path in aside.iterdir():
             path.chmod(0o444)  # shared with the parent
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
 
 
 def _set(config: dict[str, Any], path: str, value: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from vllm_forge.host import gigabytes
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -41,11 +43,6 @@ class Wanted:
     matrix: Matrix
     item: Serving
     needs: Needs
-
-
-def gigabytes(size: int) -> str:
-    """Bytes as a person reads them, 10^9 each."""
-    return f"{size / 1e9:.1f} GB"
 
 
 def at_least(

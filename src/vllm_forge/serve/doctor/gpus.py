@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from packaging.version import InvalidVersion, Version
 
-from vllm_forge.serve.doctor.finding import Finding, Wanted, gigabytes
+from vllm_forge.host import gigabytes
+from vllm_forge.serve.doctor.finding import Finding, Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vllm_forge.serve.doctor.finding import Finding, Wanted, at_least, gigabytes
+from vllm_forge.host import gigabytes
+from vllm_forge.serve.doctor.finding import Finding, Wanted, at_least
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
