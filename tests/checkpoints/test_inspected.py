@@ -18,11 +18,11 @@ from vllm_forge.checkpoints.inspect.manifest import nearest
 from vllm_forge.checkpoints.inspect.parts import Part
 from vllm_forge.checkpoints.inspect.places import Folder, Place
 from vllm_forge.checkpoints.inspect.profile import Profile
-from vllm_forge.checkpoints.inspect.remedies import read_remedies
 from vllm_forge.checkpoints.inspect.snapshot import look
 from vllm_forge.checkpoints.inspect.values import compare
 from vllm_forge.checkpoints.inspect.verdicts import DATA, Verdicts, exit_code
 from vllm_forge.matrix import load
+from vllm_forge.patches import read_dispositions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,7 +45,9 @@ def test_rules_alone_leave_with_the_code_that_vllm_gives(
 ) -> None:
     """Where no line's vLLM can be asked, the default line's verdict is the same."""
     asked = Verdicts.model_validate_json((root / DATA).read_text())
-    report = inspect(_profile(variant(name)), asked.vllm, read_remedies(root), {})
+    report = inspect(
+        _profile(variant(name)), asked.vllm, read_dispositions(root / "patches/vllm"), {}
+    )
     assert exit_code(report, load(root).default_line) == asked.variants[name].exit_code
     outcomes = {line.line: line.outcome for line in report.lines}
     for line, row in asked.variants[name].lines.items():

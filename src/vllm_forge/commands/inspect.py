@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vllm_forge.project import Project
 
 NAME = "checkpoint"
+DISPOSITIONS = "patches/vllm"
 
 
 def register(choices: Commands) -> None:
@@ -59,7 +60,8 @@ def register(choices: Commands) -> None:
     one.set_defaults(call=inspect_checkpoint)
 
     one = choices.add_parser(
-        "verdicts", help="inspect every tiny variant by every line's vLLM; writes docs/verdicts.*"
+        "verdicts",
+        help="inspect all tiny variants by every line's vLLM; write records/verdicts.json",
     )
     one.set_defaults(call=verdicts)
 
@@ -71,8 +73,8 @@ def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.checkpoints.inspect.page import show
     from vllm_forge.checkpoints.inspect.places import find_place
     from vllm_forge.checkpoints.inspect.profile import Profile
-    from vllm_forge.checkpoints.inspect.remedies import read_remedies
     from vllm_forge.checkpoints.inspect.snapshot import look
+    from vllm_forge.patches import read_dispositions
 
     line, _ = project.line(args.line)
     names = project.lines(args.line)
@@ -85,7 +87,7 @@ def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
     report = inspect(
         profile,
         {name: project.matrix.line[name].vllm for name in names},
-        read_remedies(project.root),
+        read_dispositions(project.root / DISPOSITIONS),
         _dry_loads(project, names, profile, args.resolve),
         artifact=args.manifest,
         source=source,
@@ -146,23 +148,22 @@ def _refuse(report: Report, line: str, *, without_mtp: bool) -> None:
 
 
 def verdicts(project: Project, args: argparse.Namespace) -> None:
-    """Inspect every tiny variant; write docs/verdicts.* and what follows for the card's claims."""
+    """Inspect every tiny variant; write records/verdicts.json and its page."""
     del args
     from vllm_forge.checkpoints.fixtures.variants import cached_variant, load_variants
-    from vllm_forge.checkpoints.inspect.claims import write_claims
     from vllm_forge.checkpoints.inspect.inspection import inspect
     from vllm_forge.checkpoints.inspect.places import Folder
     from vllm_forge.checkpoints.inspect.profile import Profile
-    from vllm_forge.checkpoints.inspect.remedies import read_remedies
     from vllm_forge.checkpoints.inspect.snapshot import look
     from vllm_forge.checkpoints.inspect.verdicts import DATA, PAGE, Verdicts, page, variant_row
+    from vllm_forge.patches import read_dispositions
     from vllm_forge.proofs.dry_load import dry_load
 
     variants = load_variants()
     profiles = {
         name: Profile(look(Folder(cached_variant(project.root, name)))) for name in variants
     }
-    runner, remedies = SubprocessRunner(), read_remedies(project.root)
+    runner, dispositions = SubprocessRunner(), read_dispositions(project.root / DISPOSITIONS)
     answers = {
         line: dry_load(project.root, project.matrix, line, profiles, runner)
         for line in project.matrix.line
@@ -171,12 +172,11 @@ def verdicts(project: Project, args: argparse.Namespace) -> None:
     rows = {}
     for name, profile in profiles.items():
         told = {line: answer.cases[name] for line, answer in answers.items()}
-        report = inspect(profile, releases, remedies, told)
+        report = inspect(profile, releases, dispositions, told)
         rows[name] = variant_row(variants[name], report, project.matrix.default_line)
     device = project.matrix.sku[project.matrix.line[project.matrix.default_line].skus[0]].device
     found = Verdicts(vllm=releases, device=device, variants=rows)
     for path, text in ((DATA, found.text()), (PAGE, page(found))):
         with atomic_path(project.root / path) as aside:
             aside.write_text(text, encoding="utf-8")
-    write_claims(project.root)
     print(project.root / PAGE)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.layouts import ONES, layout
-from tests.unit.checkpoints.test_inspect_tampered import LINES, REMEDIES, Files
+from tests.unit.checkpoints.test_inspect_tampered import DISPOSITIONS, LINES, Files
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.inspect.inspection import inspect
 from vllm_forge.checkpoints.inspect.places import Folder, find_place
@@ -74,7 +74,7 @@ class Case:
             "model.safetensors": len(text).to_bytes(8, "little") + text + data,
         }
         files |= {name: json.dumps(content).encode() for name, content in self.beside.items()}
-        return inspect(Profile(look(Files(files))), LINES, REMEDIES, {})
+        return inspect(Profile(look(Files(files))), LINES, DISPOSITIONS, {})
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,39 @@ def test_counts_are_the_published_ones(artifact: str) -> None:
     assert {key: found[key] for key in stated.keys() & found.keys()} == {
         key: stated[key] for key in stated.keys() & found.keys()
     }
+
+
+# The field's own checks of such an artifact (verify_option_y.py and others of the family): the
+# threshold, and how it is counted over names.
+THRESHOLDS: dict[str, tuple[int, Callable[[str], bool]]] = {
+    "packed expert weights": (43 * 256 * 3, lambda n: n.endswith(".weight_packed")),
+    "block scales of attention": (43 * 5, lambda n: ".attn." in n and n.endswith("_scale")),
+    "global scales": (2 * 43 * 256 * 3, lambda n: n.endswith("_global_scale")),
+    "mtp": (797 + 2, lambda n: n.startswith("mtp.")),
+    "quantized mtp": (
+        0,
+        lambda n: n.startswith("mtp.")
+        and n.endswith(("scale", "packed", "zero_point", "_inv"))
+        and "hc_" not in n,
+    ),
+    "mtp expert weights": (256 * 3, lambda n: n.startswith("mtp.") and ".experts." in n),
+    "experts of a layer": (
+        256, lambda n: n.startswith("layers.7.ffn.experts.") and n.endswith(".w1.weight_packed"),
+    ),
+    "embedding and head": (2, lambda n: n in {"embed.weight", "head.weight"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_thresholds_of_the_field_are_exact(name: str) -> None:
+    """Scripts of the field ask for "at least one", "about" or 30,000."""
+    count, counts = THRESHOLDS[name]
+    assert sum(map(counts, _names("flash-nvfp4-fp8-mtp"))) == count
+
+
+def test_the_card_has_two_quantized_formats() -> None:
+    formats = Counter(f for rule in named("flash-nvfp4-fp8-mtp").rules for f in rule.formats)
+    assert formats == {Format.NVFP4: 1, Format.FP8_BLOCK: 1}
 
 
 def test_dspark_blocks_have_the_counted_tensors() -> None:

@@ -21,12 +21,12 @@ from vllm_forge.checkpoints.inspect.inspection import inspect
 from vllm_forge.checkpoints.inspect.places import Place
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.checkpoints.inspect.record import RECORD
-from vllm_forge.checkpoints.inspect.remedies import read_remedies
 from vllm_forge.checkpoints.inspect.snapshot import look
 from vllm_forge.checkpoints.inspect.verdicts import exit_code
 from vllm_forge.checkpoints.shards import copy_of, open_checkpoint, write_shard
 from vllm_forge.cli import main
 from vllm_forge.errors import ForgeError, UsageError
+from vllm_forge.patches import read_dispositions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +36,7 @@ SERVES, REFUSED = 0, CheckpointRefusedError.exit_code
 DEPARTS = CheckpointDepartsError.exit_code
 UNREADABLE = CheckpointUnreadableError.exit_code
 LINES = {"0.22": "0.22.1", "0.26": "0.26.0", "0.33": "0.33.0"}
-REMEDIES = read_remedies(ROOT)
+DISPOSITIONS = read_dispositions(ROOT / "patches/vllm")
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 SHARD, OTHER = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 DEEP = b"[" * 200_000
@@ -65,7 +65,7 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def _exit(files: dict[str, bytes]) -> tuple[int, str]:
     """What the command would leave with, and why; by rules, on the line 0.26."""
     try:
-        report = inspect(Profile(look(Files(files))), LINES, REMEDIES, {})
+        report = inspect(Profile(look(Files(files))), LINES, DISPOSITIONS, {})
     except ForgeError as error:
         return error.exit_code, str(error)
     told = " ".join(f"{finding.title}: {finding.what}" for finding in report.findings)

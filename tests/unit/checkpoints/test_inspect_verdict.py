@@ -21,16 +21,30 @@ from vllm_forge.checkpoints.inspect.dry_load import (
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope
 from vllm_forge.checkpoints.inspect.inspection import inspect
 from vllm_forge.checkpoints.inspect.parts import Drafter
-from vllm_forge.checkpoints.inspect.remedies import Remedies, read_remedies
 from vllm_forge.checkpoints.inspect.verdict import LineVerdict, Outcome, applies, judge
 from vllm_forge.matrix import load
-from vllm_forge.matrix.errors import MatrixValueError
+from vllm_forge.patches import read_dispositions
+from vllm_forge.patches.dispositions import Disposition
+from vllm_forge.patches.errors import DispositionError
 
 if TYPE_CHECKING:
     from vllm_forge.checkpoints.inspect.profile import Profile
 
 ABOUT = "vllm-project/vllm#1"
-REMEDIES = Remedies({ABOUT: {"0.22": "carried", "0.26": "refused", "all": "retired"}})
+DISPOSITIONS = (
+    Disposition.model_validate(
+        {
+            "about": ABOUT,
+            "title": "a fault",
+            "upstream": "merged",
+            "on": {
+                "0.22": {"status": "carried", "reason": "needed", "patch": "1.patch"},
+                "0.26": {"status": "refused", "reason": "harms", "proof": "a test"},
+                "all": {"status": "retired", "reason": "has it", "landed": "1", "where": "a.py"},
+            },
+        }
+    ),
+)
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +71,9 @@ CLEAN = Answer(target=_load(), drafts={"mtp": _load()})
 def _judge(
     profile: Profile, *findings: Finding, answer: Answer | None = None, line: str = "0.26"
 ) -> LineVerdict:
-    return judge(line, f"{line}.0", profile, findings=findings, remedies=REMEDIES, answer=answer)
+    return judge(
+        line, f"{line}.0", profile, findings=findings, dispositions=DISPOSITIONS, answer=answer
+    )
 
 
 class TestFindings:
@@ -94,7 +110,7 @@ class TestFindings:
         assert verdict.findings == (() if verdict.handled else (0,))
 
     def test_an_undecided_remedy_is_an_error(self, card: Profile) -> None:
-        with pytest.raises(MatrixValueError, match="nothing is decided"):
+        with pytest.raises(DispositionError, match="missing disposition of vllm-project/vllm#2"):
             _judge(card, _finding(handled_by="vllm-project/vllm#2"))
 
     @pytest.mark.parametrize(
@@ -239,7 +255,7 @@ class TestAnswers:
 
 def test_every_remedy_that_a_gate_names_is_decided(root: Path, tmp_path: Path) -> None:
     """On all lines, for all variants that need no tools."""
-    remedies, matrix = read_remedies(root), load(root)
+    dispositions, matrix = read_dispositions(root / "patches/vllm"), load(root)
     releases = {name: line.vllm for name, line in matrix.line.items()}
     no_kernel = [Outcome.NOT, Outcome.WITH_MTP, Outcome.WITH_MTP]
     for variant, outcomes in {
@@ -249,9 +265,7 @@ def test_every_remedy_that_a_gate_names_is_decided(root: Path, tmp_path: Path) -
         "card-no-activations": [Outcome.NOT] * 3,
         "actorder-static": [Outcome.WITH_MTP] * 3,
     }.items():
-        report = inspect(profile_of(layout(tmp_path, variant)), releases, remedies, {})
+        report = inspect(profile_of(layout(tmp_path, variant)), releases, dispositions, {})
         assert [v.outcome for v in report.lines] == outcomes
         handled = {f.handled_by for f in report.findings if f.handled_by}
-        for line in releases:
-            for about in handled:
-                remedies.status(about, line)
+        assert handled <= {entry.about for entry in dispositions}

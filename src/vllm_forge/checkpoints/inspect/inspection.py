@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from vllm_forge.checkpoints.inspect.dry_load import Answer
     from vllm_forge.checkpoints.inspect.profile import Profile
-    from vllm_forge.checkpoints.inspect.remedies import Remedies
+    from vllm_forge.patches.dispositions import Disposition
 
 NAME_GATES = gates_names.GATES
 HEADER_GATES = (
@@ -141,7 +141,7 @@ def _run(profile: Profile) -> Iterator[Finding]:
 def inspect(
     profile: Profile,
     lines: Mapping[str, str],
-    remedies: Remedies,
+    dispositions: tuple[Disposition, ...],
     answers: Mapping[str, Answer],
     *,
     artifact: str | None = None,
@@ -154,7 +154,7 @@ def inspect(
     Args:
         profile: the checkpoint.
         lines: line -> vLLM release.
-        remedies: what each line copes with.
+        dispositions: what was decided about each upstream change.
         answers: line -> its vLLM's dry load, where one was made.
         artifact: manifest to compare with; None: the nearest one.
         source: the checkpoint that it was made from, to compare dtypes.
@@ -194,7 +194,7 @@ def inspect(
                 vllm,
                 profile,
                 findings=findings,
-                remedies=remedies,
+                dispositions=dispositions,
                 answer=answers.get(name),
             )
             for name, vllm in lines.items()

@@ -10,15 +10,18 @@ from pydantic import BaseModel, ConfigDict
 
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope
 from vllm_forge.checkpoints.inspect.parts import Drafter
-from vllm_forge.checkpoints.inspect.remedies import COPES
+from vllm_forge.patches.dispositions import FILE, decisions
+from vllm_forge.patches.errors import DispositionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from vllm_forge.checkpoints.inspect.dry_load import Answer, Load
     from vllm_forge.checkpoints.inspect.profile import Profile
-    from vllm_forge.checkpoints.inspect.remedies import Remedies
+    from vllm_forge.patches.dispositions import Disposition
 
+# What the status of a disposition means for a line that has the fault.
+COPES = {"carried": "patched", "retired": "in the release", "not-applicable": "not concerned"}
 RULES = "the matching rules of compressed-tensors"
 # Conversions that keep what the bytes mean. FP32 to BF16 is what vLLM itself does to a parameter;
 # FP32 to E8M0 is exact for powers of two, and gates_method.native_scales reads whether they are.
@@ -81,7 +84,7 @@ def judge(
     profile: Profile,
     *,
     findings: Iterable[Finding],
-    remedies: Remedies,
+    dispositions: tuple[Disposition, ...],
     answer: Answer | None,
 ) -> LineVerdict:
     """Put together what one line does.
@@ -91,8 +94,11 @@ def judge(
         vllm: its release.
         profile: the checkpoint.
         findings: all of them; those of other releases are left out.
-        remedies: what the line copes with.
+        dispositions: what was decided about each upstream change.
         answer: of the line's dry load, None without one.
+
+    Raises:
+        DispositionError: nothing was decided about the remedy of a finding.
     """
     counted: list[Finding] = []
     indices: list[int] = []
@@ -101,7 +107,7 @@ def judge(
         if not applies(finding, vllm):
             continue
         if finding.handled_by:
-            status = remedies.status(finding.handled_by, line)
+            status = _status(finding.handled_by, line, dispositions)
             if status in COPES:
                 handled.append(f"{finding.gate} {finding.title}: {COPES[status]}")
                 continue
@@ -128,6 +134,18 @@ def judge(
         by=f"vLLM {vllm} itself, in a dry load" if answer else RULES,
         modules=_modules(answer),
     )
+
+
+def _status(about: str, line: str, dispositions: Iterable[Disposition]) -> str:
+    entries = tuple(entry for entry in dispositions if entry.about == about)
+    if not entries:
+        raise DispositionError(
+            f"missing disposition of {about}",
+            where=FILE,
+            remedy=f'add a [[disposition]] with about = "{about}"',
+        )
+    ((_, decision),) = decisions(entries, line)
+    return decision.status
 
 
 def applies(finding: Finding, vllm: str) -> bool:
