@@ -138,9 +138,9 @@ def census(session: nox.Session) -> None:
 
 
 @nox.session
-def schema(session: nox.Session) -> None:
-    """Write matrix.schema.json from the model."""
-    forge(session, "schema")
+def docs(session: nox.Session) -> None:
+    """Write all generated pages from the records. Options: --check."""
+    forge(session, "docs")
 
 
 @nox.session

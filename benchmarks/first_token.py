@@ -3,8 +3,8 @@
     python benchmarks/first_token.py LABEL=FOLDER...
 
 FOLDER is what a kit's run brought back, unpacked: ``server.json`` and ``server/boot/dsv4.log``.
-Stages are between lines of the boot log. Writes benchmarks/results/first-token.json and the table
-in docs/develop/gpu-suite.md. Nothing is run here: the GPU host has run it.
+Stages are between lines of the boot log. Writes benchmarks/results/first-token.json and the page of
+measurements. Nothing is run here: the GPU host has run it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import atomic_path
-from vllm_forge.pages.first_token import RESULT, TABLE
+from vllm_forge.pages.registry import write_pages
+from vllm_forge.project import Project
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = "benchmarks/results/first-token.json"
 ENGINE = "dsv4"
 TEST = "tests/gpu/mtp/test_deepseek_v4.py::test_patched_loads_and_drafts"
 TIME = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:INFO|WARNING) (\d\d-\d\d \d\d:\d\d:\d\d)")
@@ -83,14 +85,14 @@ def row(label: str, folder: Path) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    """See the module."""
+    """Write the result of the given runs."""
     pairs = [argument.partition("=") for argument in arguments]
     if not pairs or not all(folder for _, _, folder in pairs):
         sys.exit(__doc__)
     result = {"rows": [row(label, Path(folder)) for label, _, folder in pairs]}
     with atomic_path(ROOT / RESULT) as aside:
         aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    TABLE.write(ROOT)
+    write_pages(Project(ROOT), "docs/generated/measurements.md")
 
 
 if __name__ == "__main__":

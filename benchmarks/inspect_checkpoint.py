@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_forge.checkpoints.inspect.manifest import named
-from vllm_forge.checkpoints.inspect.measured import RESULT, TABLE
 from vllm_forge.checkpoints.spans import DTYPE_BYTES
 from vllm_forge.host import atomic_path
 from vllm_forge.matrix import load
+from vllm_forge.pages.registry import write_pages
+from vllm_forge.project import Project
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULT = "benchmarks/results/inspect.json"
 CONFIGS = ROOT / "src/vllm_forge/kernels/selection/artifacts"
 SHARDS = {"flash-nvfp4-fp8-mtp": 35, "flash-w4a16-fp8-mtp": 4, "nvidia-nvfp4": 35}
 ONE = struct.pack("<f", 1.0)
@@ -135,7 +137,7 @@ def main() -> None:
     }
     with atomic_path(ROOT / RESULT) as aside:
         aside.write_text(json.dumps(result, indent=1) + "\n")
-    TABLE.write(ROOT)
+    write_pages(Project(ROOT), "docs/generated/measurements.md")
 
 
 if __name__ == "__main__":

@@ -30,13 +30,16 @@ from rich.table import Table
 
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec, write_bf16
 from vllm_forge.checkpoints.inventory import SLIDING, all_tensors, layer_tensors
-from vllm_forge.checkpoints.measured import PAGE, REAL, RESULT, TABLE
 from vllm_forge.checkpoints.quantize.environment import SETTINGS
 from vllm_forge.checkpoints.quantize.recipe import load_recipe
 from vllm_forge.checkpoints.shards import open_checkpoint
 from vllm_forge.checkpoints.spans import DTYPE_BYTES
+from vllm_forge.pages.measurements import REAL
+from vllm_forge.pages.registry import write_pages
+from vllm_forge.project import Project
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULT = "benchmarks/results/quantize.json"
 RECIPE, SAMPLES = "nvfp4-fp8-mtp", 8
 TINY = TinySpec()
 CASES = {
@@ -186,8 +189,8 @@ def main() -> None:
         REAL: real_model(cases),
     }
     (ROOT / RESULT).write_text(json.dumps(result, indent=1) + "\n")
-    TABLE.write(ROOT)
-    Console().print(f"written: {RESULT}, {PAGE}")
+    write_pages(Project(ROOT), "docs/generated/measurements.md")
+    Console().print(f"written: {RESULT}")
 
 
 if __name__ == "__main__":

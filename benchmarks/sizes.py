@@ -1,6 +1,6 @@
 """What an image weighs beside the plain environment of its lock, and what made the difference.
 
-    python benchmarks/sizes.py   # reads dist/*.json; writes results and docs/generated/sizes.md
+    python benchmarks/sizes.py   # reads dist/*.json; writes results and their page
 
 The plain environment is what ``pip install`` of the lock would transfer on top of the same
 system: the sum of the wheels. Rows of cells that are not in dist/ stay as they were.
@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_forge.host import atomic_path
+from vllm_forge.pages.registry import write_pages
+from vllm_forge.project import Project
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "sizes.json"
-PAGE = ROOT / "docs" / "generated" / "sizes.md"
-MB = 1_000_000
-SHOWN = 12
 
 
 def row(record: dict[str, Any]) -> dict[str, Any]:
@@ -45,44 +44,14 @@ def row(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def page(rows: dict[str, dict[str, Any]]) -> str:
-    """docs/generated/sizes.md."""
-    lines = [
-        "# Sizes",
-        "",
-        "Written by `python benchmarks/sizes.py` from the records of builds. MB are 10^6 bytes as",
-        "transferred. Plain: the same system plus the lock's wheels as they are.",
-        "",
-        "| line | SKU | plain | image | smaller by | foreign code left out |",
-        "|---|---|---|---|---|---|",
-    ]
-    for _, one in sorted(rows.items()):
-        plain = one["system"] + one["wheels"]
-        lines.append(
-            f"| {one['line']} | {one['sku']} | {plain / MB:.0f} | {one['image'] / MB:.0f} | "
-            f"{100 * (1 - one['image'] / plain):.1f} % | "
-            f"{sum(one['targets'].values()) / MB:.0f} MB |"
-        )
-    for name, one in sorted(rows.items()):
-        lines += ["", f"## {name}", "", f"`{one['digest']}`", "", "| layer | MB |", "|---|---|"]
-        lines += [f"| {layer} | {size / MB:.1f} |" for layer, size in one["layers"].items()]
-        lines += ["", "| code for | MB |", "|---|---|"]
-        lines += [f"| {target} | {size / MB:.1f} |" for target, size in one["targets"].items()]
-        lines += ["", "| library (the largest) | MB left out |", "|---|---|"]
-        largest = list(one["libraries"].items())[:SHOWN]
-        lines += [f"| `{library}` | {size / MB:.1f} |" for library, size in largest]
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
-    """Take in what dist/ has; write both files."""
+    """Take in what dist/ has; write the results and the page."""
     rows: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for path in sorted((ROOT / "dist").glob("vllm-*.json")):
         rows[path.stem] = row(json.loads(path.read_text()))
     with atomic_path(RESULTS) as aside:
         aside.write_text(json.dumps(rows, indent=1) + "\n")
-    with atomic_path(PAGE) as aside:
-        aside.write_text(page(rows))
+    write_pages(Project(ROOT), "docs/generated/sizes.md")
 
 
 if __name__ == "__main__":

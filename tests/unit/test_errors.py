@@ -166,7 +166,7 @@ def test_what_the_system_refuses_is_not_a_traceback(
 
     (tmp_path / "matrix.toml").touch()
     monkeypatch.setenv("VLLM_FORGE_ROOT", str(tmp_path))
-    monkeypatch.setattr("vllm_forge.commands.matrix.schema_text", refused)
+    monkeypatch.setattr("vllm_forge.pages.registry.schema_text", refused)
     assert main(["schema"]) == FileAccessError.exit_code
     assert said in capsys.readouterr().err
 
@@ -179,7 +179,7 @@ def test_an_error_of_no_file_is_a_fault_of_ours(
 
     (tmp_path / "matrix.toml").touch()
     monkeypatch.setenv("VLLM_FORGE_ROOT", str(tmp_path))
-    monkeypatch.setattr("vllm_forge.commands.matrix.schema_text", refused)
+    monkeypatch.setattr("vllm_forge.pages.registry.schema_text", refused)
     with pytest.raises(OSError, match="Bad file descriptor"):
         main(["schema"])
 

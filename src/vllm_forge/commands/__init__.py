@@ -5,6 +5,7 @@ Imports inside functions are lazy on purpose: a command pays for its own librari
 
 from vllm_forge.commands import (
     census,
+    docs,
     doctor,
     gpu,
     images,
@@ -33,6 +34,7 @@ MODULES = (
     oracle,
     census,
     gpu,
+    docs,
 )
 
 __all__ = ["MODULES"]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vllm_forge.commands.register import Commands
     from vllm_forge.project import Project
 
-FOLDER, PAGE = Path("records/coverage"), Path("docs/generated/coverage.md")
+FOLDER = Path("records/coverage")
 
 
 def register(choices: Commands) -> None:
@@ -30,7 +30,8 @@ def register(choices: Commands) -> None:
 def census(project: Project, args: argparse.Namespace) -> None:
     """Print the coverage of lines, and fail where a cell's contract does."""
     from vllm_forge.kernels.coverage.families import catalogue
-    from vllm_forge.kernels.coverage.page import render, terminal
+    from vllm_forge.pages.coverage import terminal
+    from vllm_forge.pages.registry import write_pages
 
     names = project.lines(args.line)
     contracts = []
@@ -43,16 +44,9 @@ def census(project: Project, args: argparse.Namespace) -> None:
             with atomic_path(project.root / FOLDER / f"{name}.json") as aside:
                 aside.write_text(json.dumps(record, indent=1) + "\n")
     if args.update:
-        with atomic_path(project.root / PAGE) as aside:
-            aside.write_text(render(read_records(project), catalogue()))
+        write_pages(project, "docs/generated/coverage.md")
     for one in contracts:
         one.check()
-
-
-def read_records(project: Project) -> list[dict[str, Any]]:
-    """records/coverage/<line>.json of every line that has one, in the matrix' order."""
-    paths = [project.root / FOLDER / f"{name}.json" for name in project.matrix.line]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
 def _line(project: Project, name: str) -> tuple[dict[str, Any], list[Any]]:
@@ -64,7 +58,7 @@ def _line(project: Project, name: str) -> tuple[dict[str, Any], list[Any]]:
     from vllm_forge.kernels.coverage.contents import Contents
     from vllm_forge.kernels.coverage.contract import Contract, contract
     from vllm_forge.kernels.coverage.families import digest
-    from vllm_forge.kernels.coverage.page import line_record
+    from vllm_forge.kernels.coverage.line_record import line_record
     from vllm_forge.kernels.coverage.selected import selections_of
     from vllm_forge.kernels.selection import read_recorded
     from vllm_forge.sources import read_lock

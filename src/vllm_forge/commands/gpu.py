@@ -144,8 +144,8 @@ def gpu_kit(project: Project, args: argparse.Namespace) -> None:
 
 def receipts(project: Project, args: argparse.Namespace) -> None:
     """Verify every receipt; make one of a result that came back from elsewhere."""
+    from vllm_forge.pages.registry import write_pages
     from vllm_forge.receipts.create import make_receipt
-    from vllm_forge.receipts.status import write_status
     from vllm_forge.receipts.verification import describe, verify_all
 
     for result in args.result:
@@ -155,7 +155,7 @@ def receipts(project: Project, args: argparse.Namespace) -> None:
     )
     print(describe(found))
     if args.update:
-        print(write_status(project.root, project.matrix, found))
+        write_pages(project, "docs/generated/status.md")
 
 
 def _brought(pairs: list[str], workloads: Path | None) -> dict[str, Path]:

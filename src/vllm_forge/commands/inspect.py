@@ -155,7 +155,8 @@ def verdicts(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.checkpoints.inspect.places import Folder
     from vllm_forge.checkpoints.inspect.profile import Profile
     from vllm_forge.checkpoints.inspect.snapshot import look
-    from vllm_forge.checkpoints.inspect.verdicts import DATA, PAGE, Verdicts, page, variant_row
+    from vllm_forge.checkpoints.inspect.verdicts import DATA, Verdicts, variant_row
+    from vllm_forge.pages.registry import write_pages
     from vllm_forge.patches import read_dispositions
     from vllm_forge.proofs.dry_load import dry_load
 
@@ -176,7 +177,7 @@ def verdicts(project: Project, args: argparse.Namespace) -> None:
         rows[name] = variant_row(variants[name], report, project.matrix.default_line)
     device = project.matrix.sku[project.matrix.line[project.matrix.default_line].skus[0]].device
     found = Verdicts(vllm=releases, device=device, variants=rows)
-    for path, text in ((DATA, found.text()), (PAGE, page(found))):
-        with atomic_path(project.root / path) as aside:
-            aside.write_text(text, encoding="utf-8")
-    print(project.root / PAGE)
+    with atomic_path(project.root / DATA) as aside:
+        aside.write_text(found.text(), encoding="utf-8")
+    write_pages(project, "docs/generated/verdicts.md")
+    print(project.root / DATA)

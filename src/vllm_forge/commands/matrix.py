@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_forge.host import atomic_path
-from vllm_forge.matrix import schema_text
-
 if TYPE_CHECKING:
     import argparse
 
@@ -23,5 +20,6 @@ def register(choices: Commands) -> None:
 def schema(project: Project, args: argparse.Namespace) -> None:
     """Write matrix.schema.json."""
     del args
-    with atomic_path(project.root / "matrix.schema.json") as aside:
-        aside.write_text(schema_text())
+    from vllm_forge.pages.registry import write_pages
+
+    write_pages(project, "matrix.schema.json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_forge.host import SubprocessRunner, atomic_path, console
+from vllm_forge.host import SubprocessRunner, console
 
 if TYPE_CHECKING:
     import argparse
@@ -47,7 +47,7 @@ def _ask(project: Project, name: str) -> Recorded:
     from datetime import UTC, datetime
 
     from vllm_forge.kernels.selection import Recorded, inputs_of
-    from vllm_forge.kernels.selection.page import table
+    from vllm_forge.pages.selection import table
     from vllm_forge.proofs.ask_selection import ask_line
 
     asked = ask_line(project.root, project.matrix, name, SubprocessRunner())
@@ -65,16 +65,9 @@ def _ask(project: Project, name: str) -> Recorded:
 
 
 def _record(project: Project, found: Recorded) -> None:
-    """Write the line's answers, and the page anew from those of all lines."""
-    from vllm_forge.kernels.selection import read_recorded, write_recorded
-    from vllm_forge.kernels.selection.page import PAGE, render
-    from vllm_forge.kernels.selection.recorded import path_of
+    """Write the line's answers, then the page of all lines."""
+    from vllm_forge.kernels.selection import write_recorded
+    from vllm_forge.pages.registry import write_pages
 
     print(write_recorded(project.root, found))
-    lines = [
-        read_recorded(project.root, name)
-        for name in project.matrix.line
-        if path_of(project.root, name).exists()
-    ]
-    with atomic_path(project.root / PAGE) as aside:
-        aside.write_text(render(lines), encoding="utf-8")
+    write_pages(project, "docs/generated/selection.md")

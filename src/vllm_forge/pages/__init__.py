@@ -1,0 +1,1 @@
+"""The generated pages: functions of a project's records, listed in ``registry``."""

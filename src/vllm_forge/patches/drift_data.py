@@ -1,4 +1,4 @@
-"""The drift of all lines over a range of releases: surveyed, and written to docs/."""
+"""The drift of all lines over a range of releases: surveyed and recorded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from rich.progress import track
 
 from vllm_forge.host import atomic_path, console, report
 from vllm_forge.patches.drift import Subject, Verdict, survey
-from vllm_forge.patches.drift_page import render
 from vllm_forge.patches.releases import Release, fetch_releases, releases_between
 from vllm_forge.patches.series import read_series
 from vllm_forge.patches.treelock import check_line
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from vllm_forge.sources import Index, SourceRepo
 
 DATA = Path("records/drift.json")
-PAGE = Path("docs/generated/drift.md")
 NUMBER = re.compile(r"^\d+-")
 
 
@@ -76,7 +74,7 @@ def survey_lines(
 
 
 def write_drift(root: Path, matrix: Matrix, found: Sequence[Surveyed], day: str) -> dict[str, Any]:
-    """Write records/drift.json and docs/generated/drift.md; returns the data.
+    """Write records/drift.json; return the data.
 
     Args:
         root: the repository.
@@ -94,9 +92,8 @@ def write_drift(root: Path, matrix: Matrix, found: Sequence[Surveyed], day: str)
         ],
         "changes": _changes(root, matrix, found),
     }
-    for path, text in ((DATA, json.dumps(data, indent=1) + "\n"), (PAGE, render(data))):
-        with atomic_path(root / path) as aside:
-            aside.write_text(text, encoding="utf-8")
+    with atomic_path(root / DATA) as aside:
+        aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return data
 
 

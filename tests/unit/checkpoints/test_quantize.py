@@ -21,9 +21,7 @@ from tests.support.checkpoint_engine import (
 )
 from vllm_forge.checkpoints.errors import QuantizedOutputError, RecipeError, ResumeError
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec
-from vllm_forge.checkpoints.fixtures.variants import load_variants
 from vllm_forge.checkpoints.inventory import all_tensors
-from vllm_forge.checkpoints.measured import PAGE, TABLE
 from vllm_forge.checkpoints.quantize import quantizer as module
 from vllm_forge.checkpoints.quantize import work as work_module
 from vllm_forge.checkpoints.quantize.artifact import check_layer
@@ -31,7 +29,6 @@ from vllm_forge.checkpoints.quantize.calibration import SHIPPED, read_conversati
 from vllm_forge.checkpoints.quantize.quantizer import Clock, disk_needed, plan_parts, quantize, span
 from vllm_forge.checkpoints.quantize.recipe import RECIPES, Recipe, load_recipe
 from vllm_forge.checkpoints.shards import in_memory, open_checkpoint
-from vllm_forge.errors import UsageError
 from vllm_forge.host import exclusive
 from vllm_forge.host.errors import BusyError, DiskSpaceError
 
@@ -400,21 +397,6 @@ class TestClock:
     )
     def test_spans(self, seconds: float, said: str) -> None:
         assert span(seconds) == said
-
-
-def test_the_measured_table_is_what_was_measured(root: Path) -> None:
-    page = (root / PAGE).read_text()
-    assert page == TABLE.put_into(page, json.loads((root / TABLE.result).read_text()))
-
-
-def test_a_page_without_a_place_for_the_table_is_refused() -> None:
-    with pytest.raises(UsageError, match=TABLE.begin):
-        TABLE.put_into(f"{TABLE.end}\n{TABLE.begin}\n", {})
-
-
-def test_the_page_counts_the_variants(root: Path) -> None:
-    variants = load_variants()
-    assert f"{len(variants) - 1} variants" in (root / PAGE).read_text()
 
 
 def test_passed_through_files_are_split(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,13 @@ import pytest
 from pydantic import ValidationError
 
 from tests.support import fatbins as made
-from vllm_forge.commands.census import FOLDER, PAGE, read_records
+from vllm_forge.commands.census import FOLDER
 from vllm_forge.kernels.coverage import library as library_module
 from vllm_forge.kernels.coverage.contents import Contents, best
 from vllm_forge.kernels.coverage.contract import Contract, Selected, contract
 from vllm_forge.kernels.coverage.families import FINE, Catalogue, catalogue, digest
 from vllm_forge.kernels.coverage.library import census
-from vllm_forge.kernels.coverage.page import line_record, render, terminal
+from vllm_forge.kernels.coverage.line_record import line_record
 from vllm_forge.kernels.coverage.selected import selections_of
 from vllm_forge.kernels.errors import (
     ContractError,
@@ -29,7 +29,7 @@ from vllm_forge.kernels.errors import (
 from vllm_forge.kernels.selection import Answer, read_recorded
 from vllm_forge.kernels.selection.model import Choice, Moe, Refused
 from vllm_forge.matrix import load
-from vllm_forge.project import Project
+from vllm_forge.pages.coverage import render, terminal
 from vllm_forge.sources import read_lock
 
 B200, B300, RTX, H200 = (10, 0), (10, 3), (12, 0), (9, 0)
@@ -381,13 +381,6 @@ def test_every_family_is_needed_by_something() -> None:
 
 
 # --- records/coverage ---------------------------------------------------------------------------
-
-
-def test_the_page_is_made_of_the_records(root: Path) -> None:
-    records = read_records(Project(root))
-    assert (root / PAGE).read_text() == render(records, catalogue()), (
-        "run: nox -s census -- --update"
-    )
 
 
 @pytest.mark.parametrize("line", ["0.22", "0.26", "0.33"])

@@ -40,8 +40,8 @@ from vllm_forge.kernels.selection import (
 )
 from vllm_forge.kernels.selection import recorded as expected_module
 from vllm_forge.kernels.selection.mount import INSIDE, QUESTIONS, inside_hash
-from vllm_forge.kernels.selection.page import PAGE, render, table
 from vllm_forge.matrix import Matrix, load
+from vllm_forge.pages.selection import render, table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -392,11 +392,6 @@ class TestCommitted:
         for name, item in read_recorded(ROOT, line).answers.items():
             if (graphs := item.cuda_graphs) is not None:
                 assert graphs.covers == (max(graphs.sizes, default=0) >= graphs.needed), name
-
-
-def test_the_page_is_of_the_committed_rows() -> None:
-    page = render([read_recorded(ROOT, line) for line in LINES])
-    assert (ROOT / PAGE).read_text(encoding="utf-8") == page, "run: nox -s oracle -- --update"
 
 
 def test_the_page_follows_the_rows() -> None:

@@ -1,4 +1,4 @@
-"""The verdicts on every tiny variant, as a record in the repository and as a page made from it."""
+"""The verdicts on every tiny variant, as the record records/verdicts.json."""
 
 from __future__ import annotations
 
@@ -11,22 +11,10 @@ from vllm_forge.checkpoints.inspect.findings import Effect
 from vllm_forge.checkpoints.inspect.verdict import Outcome, applies
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from vllm_forge.checkpoints.fixtures.variants import Variant
     from vllm_forge.checkpoints.inspect.inspection import Report
 
-DATA, PAGE = "records/verdicts.json", "docs/generated/verdicts.md"
-HEAD = """# Verdicts on the tiny checkpoints
-
-Made by `nox -s verdicts` from [verdicts.json](verdicts.json). Each line's own vLLM, patched as its
-images have it, loaded each checkpoint without its data ([checkpoints.md](checkpoints.md)), on a
-declared {device}. No GPU was involved. A sound checkpoint leaves `nox -s inspect-checkpoint` with
-exit code 0; 105 is "does not serve on the default line with what its config promises", 106 is
-"serves, but departs from its manifest, its source or the model's own dtypes". Gates in parentheses
-were found, and every line copes with them: by a patch, or in its release.
-
-"""
+DATA = "records/verdicts.json"
 
 
 class Record(BaseModel):
@@ -122,55 +110,3 @@ def exit_code(report: Report, line: str, *, without_mtp: bool = False) -> int:
     if not report.serves(line, without_mtp=without_mtp):
         return CheckpointRefusedError.exit_code
     return CheckpointDepartsError.exit_code if report.departures else 0
-
-
-def page(verdicts: Verdicts) -> str:
-    """docs/generated/verdicts.md."""
-    return HEAD.format(device=verdicts.device) + "\n".join(_lines(verdicts)) + "\n"
-
-
-def _lines(verdicts: Verdicts) -> Iterator[str]:
-    lines = list(verdicts.vllm)
-    heads = [f"{name} (vLLM {version})" for name, version in verdicts.vllm.items()]
-    yield f"| variant | {' | '.join(heads)} | gates | exit |"
-    yield f"|{'---|' * (len(lines) + 3)}"
-    for name, found in verdicts.variants.items():
-        outcomes = [_short(found.lines[line].outcome) for line in lines]
-        gates = ", ".join(dict.fromkeys(_gate(row) for row in found.findings)) or "-"
-        yield f"| {name} | {' | '.join(outcomes)} | {gates} | {found.exit_code} |"
-    yield ""
-    yield "## Why"
-    for name, found in verdicts.variants.items():
-        yield ""
-        yield f"**{name}**: {found.about}."
-        yield ""
-        for row in found.findings:
-            yield f"* {_gate(row)} ({row.effect}): {row.title}"
-        for text, where in _reasons(found.lines).items():
-            yield f"* on {', '.join(where)}: `{text}`"
-        if not found.findings and not any(r.why for r in found.lines.values()):
-            yield "* nothing was found"
-
-
-def _gate(row: FindingRow) -> str:
-    return row.gate if row.counts_on else f"({row.gate})"
-
-
-def _reasons(lines: Mapping[str, LineRow]) -> dict[str, list[str]]:
-    """VLLM's own words, with the lines that said them."""
-    told: dict[str, list[str]] = {}
-    for line, found in lines.items():
-        for reason in found.why:
-            if "vLLM " in reason.partition(":")[0] or reason.startswith("vLLM"):
-                told.setdefault(reason.replace("`", "'"), []).append(line)
-    return told
-
-
-def _short(outcome: Outcome) -> str:
-    return {
-        Outcome.WITH_MTP: "with MTP",
-        Outcome.WITH_DSPARK: "with DSpark",
-        Outcome.WITHOUT: "without MTP",
-        Outcome.NOT: "**no**",
-        Outcome.UNKNOWN: "unknown",
-    }[outcome]

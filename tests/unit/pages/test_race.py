@@ -1,17 +1,18 @@
-"""docs/generated/race.md is records/race.json; results are read as the suite writes them."""
+"""Results of the GPU suite become rows of records/race.json and the race page."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
+from benchmarks.race import collect, record
 
-from vllm_forge.pages import race as race_page
-from vllm_forge.pages.race import DATA, PAGE, collect, main, render
+from vllm_forge.pages.race import exclusion, render
+from vllm_forge.project import Project
 
-REPO = Path(__file__).parents[3]
+if TYPE_CHECKING:
+    from pathlib import Path
+
 RUN = {
     "tier": "kernel", "suite_sha256": "5" * 64, "exit": 0,
     "started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:01:00+00:00",
@@ -42,23 +43,17 @@ def page(tmp_path: Path, *tests: dict[str, Any], **more: Any) -> str:
     return render({"runs": [collect(path)]})
 
 
-def test_the_page_is_the_data() -> None:
-    data = json.loads((REPO / DATA).read_text())
-    remedy = "run: python -m vllm_forge.pages.race RESULT.json..."
-    assert (REPO / PAGE).read_text() == render(data), remedy
-
-
-def test_without_a_run_it_says_so() -> None:
+def test_page_without_runs_says_not_run() -> None:
     assert "\nnot run\n" in render({"runs": []})
 
 
-def test_launches_are_added_up(tmp_path: Path) -> None:
+def test_launches_are_summed(tmp_path: Path) -> None:
     text = page(tmp_path, bitwise(), bitwise(mode="eager"))
     assert "1,000,000 clean launches exclude p > 6.9e-06 at 99.9 %" in text
     assert "| nvfp4 | graph | 1 | 500,000 | 0 | 0 | 0.50 |" in text
 
 
-def test_launches_that_were_not_compared_with_a_bound_have_no_margin(tmp_path: Path) -> None:
+def test_launches_without_a_bound_have_no_margin(tmp_path: Path) -> None:
     row = bitwise(mode="two_streams")
     del row["facts"]["margin"]
     assert "| nvfp4 | two_streams | 1 | 500,000 | 0 | 0 |  |" in page(tmp_path, row)
@@ -71,7 +66,7 @@ def test_a_wrong_launch_excludes_nothing(tmp_path: Path) -> None:
     assert "* `test_x.py::t0`: failed" in text
 
 
-def test_faults_and_tools(tmp_path: Path) -> None:
+def test_detected_faults_are_marked_by_tool(tmp_path: Path) -> None:
     text = page(
         tmp_path,
         control("early", ["float64 bound", "watchdog"], ["float64 bound"], what="too early"),
@@ -82,27 +77,27 @@ def test_faults_and_tools(tmp_path: Path) -> None:
     )  # fmt: skip
     (early,) = [row for row in text.splitlines() if row.startswith("| `early`")]
     assert early == "| `early` |  |  | X |  |  |  | . |  | . |  | X |  |  |"
-    blind = text.partition("Seen by nothing that runs the kernel:")[2]
+    blind = text.partition("Not detected by anything that runs the kernel:")[2]
     assert blind.strip() == "* `no_fence`: no fence"
 
 
-def test_what_need_not_be_seen_is_listed_with_its_reason(tmp_path: Path) -> None:
+def test_undetected_fault_that_is_not_required_has_its_reason(tmp_path: Path) -> None:
     rows = [
         control("half", ["synccheck"], [], why_not_required="it hangs"),
         control("late", ["synccheck"], ["synccheck"], why_not_required="seen all the same"),
     ]
     text = page(tmp_path, *rows)
-    assert "without being red:\n\n* `half` by synccheck: it hangs\n" in text
+    assert "and not required:\n\n* `half` by synccheck: it hangs\n" in text
     assert "`late` by" not in text
 
 
-def test_what_did_not_run_is_listed_with_its_reason(tmp_path: Path) -> None:
+def test_test_that_did_not_run_has_its_reason(tmp_path: Path) -> None:
     text = page(tmp_path, said("not run", "no sanitizer"))
     assert "* `test_x.py::t0`: no sanitizer" in text
     assert "0 passed, 0 failed, 1 not run" in text
 
 
-def test_only_tests_of_the_kernel_count_and_none_of_another_gpu(tmp_path: Path) -> None:
+def test_other_tests_and_other_gpus_are_ignored(tmp_path: Path) -> None:
     tests = {
         f"{FOLDER}/test_bitwise.py::a": bitwise(),
         f"{FOLDER}/test_bitwise.py::b": said("other GPU", "needs sm_100"),
@@ -115,20 +110,23 @@ def test_only_tests_of_the_kernel_count_and_none_of_another_gpu(tmp_path: Path) 
     assert "1,000,000 clean launches" in text
 
 
-def test_a_result_replaces_that_of_its_gpu_line_and_tier(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(race_page, "ROOT", tmp_path)
-    (tmp_path / "records").mkdir()
-    (tmp_path / DATA).write_text('{"runs": []}')
+def test_a_result_replaces_that_of_its_gpu_line_and_tier(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    project.records.mkdir()
+    (project.records / "race.json").write_text('{"runs": []}')
     paths = [tmp_path / f"{number}.json" for number in range(3)]
     for path, tier, launches in zip(paths, ("kernel", "soak", "kernel"), (1, 2, 3), strict=True):
         tests = {f"{FOLDER}/test_bitwise.py::a": bitwise(launches=launches)}
         path.write_text(json.dumps(RUN | {"tier": tier, "tests": tests}))
-    (tmp_path / race_page.PAGE).parent.mkdir(parents=True)
-    assert main([str(path) for path in paths]) == 0
-    runs = json.loads((tmp_path / DATA).read_text())["runs"]
-    assert [(one["run"]["tier"], one["rows"][0]["launches"]) for one in runs] == [
+    record(project, paths)
+    runs = json.loads((project.records / "race.json").read_text())["runs"]
+    assert [(run["run"]["tier"], run["rows"][0]["launches"]) for run in runs] == [
         ("soak", 2), ("kernel", 3),
     ]  # fmt: skip
-    assert "tier soak\n" in (tmp_path / PAGE).read_text()
+
+
+def test_excluded_rate_is_the_exact_limit() -> None:
+    """In a thousand launches with that rate, one of a thousand runs would be clean."""
+    assert exclusion(1000) == "1,000 clean launches exclude p > 6.9e-03 at 99.9 %"
+    assert (1 - 6.884e-3) ** 1000 < 0.0011
+    assert "p > 1.0e+00" in exclusion(0)

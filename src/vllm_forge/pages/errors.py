@@ -1,0 +1,13 @@
+"""Generated pages."""
+
+from __future__ import annotations
+
+from vllm_forge.errors import ForgeError
+
+RED = 101
+
+
+class StalePageError(ForgeError):
+    """A generated page differs from what the records give."""
+
+    exit_code = RED

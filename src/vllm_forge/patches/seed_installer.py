@@ -1,0 +1,158 @@
+"""What the installer that this project started from does to the releases of the lines.
+
+Its edits are data here: a text to look for, its replacement, and what the installer prints when
+the text is missing. ``drift`` records the outcome in records/seed-installer.json.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_forge.host import atomic_path
+from vllm_forge.patches.series import read_series
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vllm_forge.project import Project
+    from vllm_forge.sources import SourceRepo
+
+MERGED = "already applied or merged"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """One `sed` of the installer: ``old`` is replaced in every line of ``file`` that has it.
+
+    Attributes:
+        change: the upstream pull request that it stands for.
+        claims: the number of places that it prints, None where it prints none.
+    """
+
+    change: int
+    file: str
+    old: str
+    new: str
+    claims: int | None = None
+
+
+EDITS = (
+    Edit(
+        change=43248,
+        file="vllm/model_executor/layers/quantization/compressed_tensors/compressed_tensors.py",
+        old="is_static_input_scheme = input_quant and not input_quant.dynamic",
+        new="is_static_input_scheme = bool(input_quant and not input_quant.dynamic)",
+        claims=5,
+    ),
+    Edit(
+        change=43288,
+        file="vllm/models/deepseek_v4/nvidia/model.py",
+        old='self.scale_fmt = config.quantization_config["scale_fmt"]',
+        new='self.scale_fmt = (getattr(config, "quantization_config", None) or {})'
+        '.get("scale_fmt", "ue8m0")',
+    ),
+    Edit(
+        change=43290,
+        file="vllm/models/deepseek_v4/attention.py",
+        old="weight_scale_inv = self.wo_a.weight_scale_inv",
+        new='weight_scale_inv = getattr(self.wo_a, "weight_scale_inv", None)'
+        " or self.wo_a.weight_scale",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The outcome of one edit on one line.
+
+    Attributes:
+        change, claims: those of the edit.
+        line: the line.
+        release: its vLLM.
+        exists: the release has the file.
+        places: lines of the file that the edit changes.
+        needed: hunks of the line's own patch for the same change; 0 where it has none.
+        parses: the file is Python afterwards.
+    """
+
+    change: int
+    claims: int | None
+    line: str
+    release: str
+    exists: bool
+    places: int
+    needed: int
+    parses: bool
+
+    @property
+    def prints(self) -> str:
+        """What the installer prints."""
+        if not self.places:
+            return MERGED
+        return "patching" if self.claims is None else f"patching, {self.claims} sites"
+
+    @property
+    def verdict(self) -> str:
+        """What happened."""
+        if not self.needed:
+            return "not needed" if not self.places else "changed without need"
+        if self.places >= self.needed:
+            return "lands"
+        missed = "text not found" if self.exists else "file not found"
+        return f"lands in {self.places} of {self.needed} places" if self.places else missed
+
+
+def apply_edit(edit: Edit, text: str) -> tuple[str, int]:
+    """The text after the edit, and the number of lines that it changed."""
+    lines = text.splitlines(keepends=True)
+    hits = [number for number, line in enumerate(lines) if edit.old in line]
+    for number in hits:
+        lines[number] = lines[number].replace(edit.old, edit.new)
+    return "".join(lines), len(hits)
+
+
+def outcome(project: Project, repo: SourceRepo, edit: Edit, line: str) -> Outcome:
+    """Apply an edit to the release of a line, whose source the repository has."""
+    release = project.matrix.line[line].vllm
+    shown = repo.git("cat-file", "blob", f"{repo.tree(release)}:{edit.file}", check=False)
+    text, places = apply_edit(edit, shown.stdout.decode()) if shown.returncode == 0 else ("", 0)
+    try:
+        ast.parse(text)
+        parses = True
+    except SyntaxError:
+        parses = False
+    return Outcome(
+        change=edit.change,
+        claims=edit.claims,
+        line=line,
+        release=release,
+        exists=shown.returncode == 0,
+        places=places,
+        needed=sum(
+            patch.diff.count("\n@@ ")
+            for patch in read_series(project.root / project.matrix.line[line].series)
+            if patch.fields["Bug"].endswith(f"/{edit.change}")
+        ),
+        parses=parses,
+    )
+
+
+def record_path(project: Project) -> Path:
+    """records/seed-installer.json."""
+    return project.records / "seed-installer.json"
+
+
+def record_outcomes(project: Project, repo: SourceRepo) -> None:
+    """Write the outcomes of all edits on all lines."""
+    rows = [outcome(project, repo, edit, line) for edit in EDITS for line in project.matrix.line]
+    with atomic_path(record_path(project)) as aside:
+        aside.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+def read_outcomes(project: Project) -> list[Outcome]:
+    """The recorded outcomes."""
+    rows: list[dict[str, Any]] = json.loads(record_path(project).read_text(encoding="utf-8"))
+    return [Outcome(**row) for row in rows]

@@ -1,0 +1,89 @@
+"""Generated pages are current; tables and blocks are well formed."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vllm_forge.cli import main
+from vllm_forge.errors import UsageError
+from vllm_forge.pages.errors import StalePageError
+from vllm_forge.pages.markdown import put_block, table
+from vllm_forge.pages.measurements import starts
+from vllm_forge.pages.registry import BLOCKS, PAGES, check_pages, write_pages
+from vllm_forge.project import Project
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SLIMMER = 0.30
+
+
+@pytest.mark.parametrize("path", [*PAGES, *BLOCKS])
+def test_page_is_current(root: Path, path: str) -> None:
+    check_pages(Project(root), path)
+
+
+def test_every_generated_page_is_registered(root: Path) -> None:
+    pages = {path.relative_to(root).as_posix() for path in (root / "docs/generated").iterdir()}
+    assert pages == {path for path in PAGES if path.startswith("docs/")}
+
+
+def test_stale_and_missing_pages_are_named_and_rewritten(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("matrix.toml", "records", "benchmarks", "patches", "docker", "tests", "src"):
+        (tmp_path / name).symlink_to(root / name)
+    (tmp_path / "README.md").write_bytes((root / "README.md").read_bytes())
+    (tmp_path / "docs/generated").mkdir(parents=True)
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(tmp_path))
+    assert main(["docs"]) == 0
+    assert set(capsys.readouterr().out.split()) == set(PAGES)
+    assert main(["docs", "--check"]) == 0
+    (tmp_path / "docs/generated/race.md").write_text("stale")
+    (tmp_path / "docs/generated/drift.md").unlink()
+    assert main(["docs", "--check"]) == StalePageError.exit_code
+    message = capsys.readouterr().err
+    assert "docs/generated/drift.md, docs/generated/race.md" in message
+    assert "nox -s docs" in message
+    written = write_pages(Project(tmp_path))
+    assert written == ["docs/generated/drift.md", "docs/generated/race.md"]
+
+
+def test_table_escapes_bars_and_groups_digits() -> None:
+    assert table(["a", "b"], [["x|y", 1234567]]) == "| a | b |\n|---|---|\n| x\\|y | 1,234,567 |"
+
+
+def test_block_is_replaced_between_its_marks() -> None:
+    page = "A\n<!-- generated: x -->\nold\n<!-- end: x -->\nB\n"
+    expected = "A\n<!-- generated: x -->\nnew\n<!-- end: x -->\nB\n"
+    assert put_block(page, "x", "new", where="p.md") == expected
+
+
+@pytest.mark.parametrize(
+    "page", ["", "<!-- generated: x -->", "<!-- end: x --><!-- generated: x -->"]
+)
+def test_missing_marks_are_named(page: str) -> None:
+    with pytest.raises(UsageError, match="generated: x"):
+        put_block(page, "x", "new", where="p.md")
+
+
+def test_interrupted_start_has_no_figure() -> None:
+    row = {"start": "cold", "gpu": "X", "line": "1", "first_token": None, "stages": {},
+           "ended": "none in 9 s"}  # fmt: skip
+    assert starts({"rows": [row]}).splitlines()[-1] == "| cold | X, 1 | none in 9 s |"
+
+
+def test_images_are_slim(root: Path) -> None:
+    images = json.loads((root / "benchmarks/results/sizes.json").read_text())
+    for name, image in images.items():
+        assert image["image"] <= (1 - SLIMMER) * (image["system"] + image["wheels"]), name
+
+
+def test_slim_libraries_computed_the_same_on_a_gpu(root: Path) -> None:
+    """What docs/operate/images.md says of the H200 run."""
+    result = json.loads((root / "benchmarks/results/slim-h200.json").read_text())
+    assert {row["slim"] for row in result["operations"].values()} == {"same"}
+    assert result["control"] == "failed"
