@@ -28,6 +28,19 @@ def register(choices: Commands) -> None:
     one.set_defaults(call=patches)
 
     one = choices.add_parser(
+        "patch-checkout", help="make a git branch of a line's patches", allow_abbrev=False
+    )
+    one.add_argument("--line")
+    one.add_argument("directory", type=Path, help="work tree to create")
+    one.set_defaults(call=patch_checkout)
+
+    one = choices.add_parser(
+        "patch-export", help="write a line's series from such a branch", allow_abbrev=False
+    )
+    one.add_argument("directory", type=Path, help="made by patch-checkout")
+    one.set_defaults(call=patch_export)
+
+    one = choices.add_parser(
         "prove", help="run each patch's proof without it and with it", allow_abbrev=False
     )
     one.add_argument("--line", help="vLLM line (default: all)")
@@ -75,6 +88,26 @@ def patches(project: Project, args: argparse.Namespace) -> None:
         print(f"line {name}: {len(series)} patches, tree {applied.result}")
         for patch in series:
             print(f"  {patch.name}: {patch.summary}")
+
+
+def patch_checkout(project: Project, args: argparse.Namespace) -> None:
+    """Make a git work tree of a line's source, one commit a patch."""
+    from vllm_forge.patches.authoring import BASE, checkout
+    from vllm_forge.sources import SourceRepo
+
+    count = checkout(project, project.line(args.line)[0], SourceRepo(), args.directory)
+    print(f"{args.directory}: {count} patches on {BASE}")
+    console.print("edit them with git (commit, rebase -i), then run patch-export", style="dim")
+
+
+def patch_export(project: Project, args: argparse.Namespace) -> None:
+    """Write a line's patch files, series and lock from the commits of a work tree."""
+    from vllm_forge.patches.authoring import export
+
+    name, series = export(project, args.directory)
+    print(f"line {name}: {len(series)} patches")
+    for patch in series:
+        print(f"  {patch.name}: {patch.summary}")
 
 
 def prove(project: Project, args: argparse.Namespace) -> None:

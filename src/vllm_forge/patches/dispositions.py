@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from vllm_forge.patches.errors import DispositionError
 from vllm_forge.matrix.load import perhaps
+from vllm_forge.patches.errors import DispositionError
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails

@@ -80,87 +80,107 @@ def read_patch(path: Path) -> Patch:
         CorruptPatchError: a hunk does not parse, e.g. its counts are not its lines.
         NonCanonicalPatchError: fields out of order, or text around header and diff.
     """
-    raw = path.read_bytes()
-    if b"\r\n" in raw:
-        raise LineEndingError(
-            "the patch has CRLF line ends",
-            where=str(path),
-            remedy="write it with LF; check your editor and git's autocrlf",
-        )
     try:
-        text = raw.decode("utf-8")
+        text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise CorruptPatchError(f"not UTF-8: {error}", where=str(path)) from None
-    head, found, diff = text.partition("\n" + SEPARATOR)
-    if not found or not (diff.startswith("diff --git ") or not diff.strip()):
+    _require_lf(text, str(path))
+    head, separator, diff = text.partition("\n" + SEPARATOR)
+    if not separator or not (diff.startswith("diff --git ") or not diff.strip()):
         raise PatchHeaderError(
-            "no header, a line with --- and then the diff",
+            "expected a header, a line with --- and then the diff",
             where=str(path),
             remedy="see docs/develop/patches.md for the form",
         )
-    fields = _fields(head, path)
-    if not diff.strip():
+    return parse_patch(path, parse_fields(head, str(path)), diff, str(path))
+
+
+def parse_patch(path: Path, fields: dict[str, str], diff: str, where: str) -> Patch:
+    """A patch of header fields and a diff; ``where`` is for errors.
+
+    Raises:
+        LineEndingError, EmptyPatchError, CorruptPatchError: as read_patch.
+    """
+    _require_lf(diff, where)
+    try:
+        parsed = PatchSet(diff)
+    except UnidiffParseError as error:
+        raise CorruptPatchError(
+            f"cannot parse a hunk: {error}",
+            where=where,
+            remedy="the counts in @@ do not match its lines: export the change again with git",
+        ) from None
+    if not any(len(file) for file in parsed):
         raise EmptyPatchError(
-            "the patch has a header and no diff",
-            where=str(path),
+            "the patch has no hunk",
+            where=where,
             remedy="export the change again, or delete the file and its line in the series",
         )
-    return Patch(path=path, fields=fields, diff=diff, files=_parse(diff, path))
+    files = tuple(file.path for file in parsed)
+    return Patch(path=path, fields=fields, diff=diff, files=files)
 
 
-def _fields(head: str, path: Path) -> dict[str, str]:
+def patch_text(patch: Patch) -> str:
+    """The content of the patch's file."""
+    return header_text(patch.fields) + SEPARATOR + patch.diff
+
+
+def header_text(fields: dict[str, str]) -> str:
+    """Header lines; further lines of a value start with a space."""
+    rows = (f"{name}: {value}".replace("\n", "\n ") for name, value in fields.items())
+    return "".join(f"{row}\n" for row in rows)
+
+
+def parse_fields(head: str, where: str, *, ordered: bool = True) -> dict[str, str]:
+    """Header fields by name, in the order of FIELDS, which ``head`` must have if ``ordered``.
+
+    Raises:
+        PatchHeaderError: a field is missing, unknown, doubled or malformed.
+        NonCanonicalPatchError: fields out of order.
+    """
     fields: dict[str, str] = {}
     last = ""
     for number, line in enumerate(head.splitlines(), 1):
-        where = f"{path}:{number}"
+        at = f"{where}:{number}"
         if line.startswith(" ") and last:
             fields[last] += "\n" + line[1:]
             continue
         name, colon, value = line.partition(": ")
         if not colon or not value.strip():
-            raise PatchHeaderError(f"not a header line: {line!r}", where=where)
+            raise PatchHeaderError(f"invalid header line {line!r}: expected NAME: TEXT", where=at)
         if name not in FIELDS:
             raise PatchHeaderError(
-                f"unknown field {name!r}", where=where, remedy="fields: " + ", ".join(FIELDS)
+                f"unknown field {name!r}", where=at, remedy="fields: " + ", ".join(FIELDS)
             )
         if name in fields:
-            raise PatchHeaderError(f"field {name} stands twice", where=where)
+            raise PatchHeaderError(f"duplicate field {name}", where=at)
         fields[name] = value
         last = name
     if missing := [name for name in FIELDS if name not in fields]:
-        raise PatchHeaderError(f"missing: {', '.join(missing)}", where=str(path))
-    if list(fields) != list(FIELDS):
+        raise PatchHeaderError(f"missing: {', '.join(missing)}", where=where)
+    if ordered and list(fields) != list(FIELDS):
         raise NonCanonicalPatchError(
             "header fields are out of order",
-            where=str(path),
+            where=where,
             remedy="the order is: " + ", ".join(FIELDS),
         )
     if not PROVES.match(fields["Proves"]):
         raise PatchHeaderError(
-            f"Proves is not a test id: {fields['Proves']!r}",
-            where=str(path),
+            f"invalid Proves {fields['Proves']!r}: expected a test id",
+            where=where,
             remedy="e.g. tests/patches/test_wo_a_scale_name.py::test_reads_either_name",
         )
     if not DATE.match(fields["Last-Update"]):
         raise PatchHeaderError(
-            f"Last-Update is not YYYY-MM-DD: {fields['Last-Update']!r}", where=str(path)
+            f"invalid Last-Update {fields['Last-Update']!r}: expected YYYY-MM-DD", where=where
         )
-    return fields
+    return {name: fields[name] for name in FIELDS}
 
 
-def _parse(diff: str, path: Path) -> tuple[str, ...]:
-    try:
-        parsed = PatchSet(diff)
-    except UnidiffParseError as error:
-        raise CorruptPatchError(
-            f"a hunk does not parse: {error}",
-            where=str(path),
-            remedy="its counts in @@ are not its lines: export the change again with git",
-        ) from None
-    if not parsed or not any(len(file) for file in parsed):
-        raise EmptyPatchError(
-            "the patch has no hunk",
-            where=str(path),
-            remedy="export the change again, or delete the file and its line in the series",
+def _require_lf(text: str, where: str) -> None:
+    if "\r\n" in text:
+        raise LineEndingError(
+            "the patch has CRLF line ends",
+            where=where,
+            remedy="write it with LF; check your editor and git's autocrlf",
         )
-    return tuple(file.path for file in parsed)

@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.patches.errors import WrongBaseError
 from vllm_forge.host import atomic_path
 from vllm_forge.patches.apply import Applied, apply_series
+from vllm_forge.patches.errors import WrongBaseError
 from vllm_forge.sources import SourceRepo
 
 if TYPE_CHECKING:

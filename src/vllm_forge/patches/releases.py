@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from packaging.utils import InvalidSdistFilename, parse_sdist_filename
 from packaging.version import InvalidVersion, Version
 
-from vllm_forge.sources.errors import DistributionNotFoundError
 from vllm_forge.errors import UsageError
 from vllm_forge.host import cache_root
 from vllm_forge.sources import Download, Index, IndexFile, SourceRepo, download_all
+from vllm_forge.sources.errors import DistributionNotFoundError
 
 if TYPE_CHECKING:
     from pathlib import Path

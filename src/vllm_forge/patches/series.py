@@ -1,4 +1,4 @@
-"""A series: the ordered list of a line's patches, exactly the files that lie beside it."""
+"""A series: the ordered list of a line's patches, exactly the patch files of its folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_series(folder: Path) -> tuple[Patch, ...]:
     """
     path = folder / "series"
     if not path.is_file():
-        raise PatchMissingError("there is no series file", where=str(path))
+        raise PatchMissingError("no series file", where=str(path))
     names = [
         line.strip()
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -38,7 +38,7 @@ def read_series(folder: Path) -> tuple[Patch, ...]:
             )
         if not (folder / name).is_file():
             raise PatchMissingError(
-                f"the series lists {name}, which is not there",
+                f"the series lists {name}, which does not exist",
                 where=str(path),
                 remedy="add the file, or delete the line",
             )
@@ -50,3 +50,16 @@ def read_series(folder: Path) -> tuple[Patch, ...]:
             remedy="list it where it belongs, or delete the file",
         )
     return tuple(read_patch(folder / name) for name in names)
+
+
+def series_text(folder: Path, names: list[str]) -> str:
+    """The series file for ``names``; a comment stays above the patch that it is above now."""
+    comments: dict[str, list[str]] = {}
+    pending: list[str] = []
+    for row in (folder / "series").read_text(encoding="utf-8").splitlines():
+        if row.startswith("#") or not row.strip():
+            pending.append(row)
+        else:
+            comments[row.strip()], pending = pending, []
+    rows = [row for name in names for row in [*comments.get(name, []), name]]
+    return "".join(f"{row}\n" for row in [*rows, *pending])

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.sources.errors import DistributionNotFoundError, LockFileError
-from vllm_forge.patches.errors import TreeMismatchError, WrongBaseError
 from vllm_forge.host import atomic_path, cache_root
 from vllm_forge.patches.apply import Applied, apply_series, canonical_diff
-from vllm_forge.patches.header import SEPARATOR
+from vllm_forge.patches.errors import TreeMismatchError, WrongBaseError
+from vllm_forge.patches.header import SEPARATOR, header_text
 from vllm_forge.patches.series import read_series
 from vllm_forge.sources import Download, Index, SourceRepo, download_all
+from vllm_forge.sources.errors import DistributionNotFoundError, LockFileError
 
 if TYPE_CHECKING:
     from vllm_forge.matrix import Line
@@ -47,19 +47,17 @@ def read_tree_lock(folder: Path, line_name: str) -> TreeLock:
         LockFileError: missing or malformed.
     """
     path = folder / "lock.toml"
+    kinds = {field.name: int if field.type == "int" else str for field in fields(TreeLock)}
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-        lock = TreeLock(**data)
-        if not all(isinstance(data[name], str) for name in data.keys() - {"size"}):
-            raise TypeError("a value is not text")
-        if type(lock.size) is not int:
-            raise TypeError("size is not a number")
     except FileNotFoundError:
         problem = "the series has no lock"
-    except (ValueError, TypeError) as error:  # not UTF-8, not TOML, not the fields
+    except ValueError as error:  # not UTF-8, not TOML
         problem = f"not a tree lock: {error}"
     else:
-        return lock
+        if {name: type(value) for name, value in data.items()} == kinds:
+            return TreeLock(**data)
+        problem = f"not a tree lock: expected {', '.join(kinds)}"
     raise LockFileError(problem, where=str(path), remedy=f"run: {COMMAND} {line_name}")
 
 
@@ -72,10 +70,7 @@ def fetch_base(lock: TreeLock, version: str, repo: SourceRepo, index: Index | No
     """
     tree = repo.tree(version)
     if tree is None:
-        archive = cache_root() / "sdists" / lock.sha256 / lock.sdist
-        if not archive.exists():
-            _download(lock, archive, index or Index())
-        tree = repo.import_archive(version, archive)
+        tree = repo.import_archive(version, _archive(lock, index))
     if tree != lock.base:
         raise WrongBaseError(
             f"the source tree of vLLM {version} is {tree}, the series is for {lock.base}",
@@ -109,46 +104,52 @@ def check_line(root: Path, line_name: str, line: Line, repo: SourceRepo) -> Appl
 
 
 def update_line(root: Path, line_name: str, line: Line, repo: SourceRepo, index: Index) -> Applied:
-    """Apply a line's series and write its lock anew."""
+    """Apply a line's series and write its lock."""
     folder = root / line.series
     patches = read_series(folder)
-    wanted = f"vllm-{line.vllm}.tar.gz"
-    offered = next((f for f in index.files("vllm") if f.filename == wanted), None)
+    sdist = f"vllm-{line.vllm}.tar.gz"
+    offered = next((f for f in index.files("vllm") if f.filename == sdist), None)
     if offered is None or offered.sha256 is None or offered.size is None:
-        raise DistributionNotFoundError(f"the index offers no {wanted}", where=index.url)
-    draft = TreeLock(sdist=wanted, size=offered.size, sha256=offered.sha256, base="", result="")
-    archive = cache_root() / "sdists" / draft.sha256 / draft.sdist
-    if not archive.exists():
-        _download(draft, archive, index)
-    base = repo.import_archive(line.vllm, archive)
+        raise DistributionNotFoundError(f"the index does not offer {sdist}", where=index.url)
+    draft = TreeLock(sdist=sdist, size=offered.size, sha256=offered.sha256, base="", result="")
+    base = repo.import_archive(line.vllm, _archive(draft, index))
     applied = apply_series(repo, base, patches)
     with atomic_path(folder / "lock.toml") as aside:
-        aside.write_text(
-            f"# Made by: {COMMAND} {line_name}\n"
-            f'sdist = "{draft.sdist}"\n'
-            f"size = {draft.size}\n"
-            f'sha256 = "{draft.sha256}"\n'
-            f'base = "{applied.base}"\n'
-            f'result = "{applied.result}"\n',
-            encoding="utf-8",
-        )
+        lock = replace(draft, base=applied.base, result=applied.result)
+        aside.write_text(lock_text(lock, line_name), encoding="utf-8")
     return applied
 
 
+def lock_text(lock: TreeLock, line_name: str) -> str:
+    """The content of lock.toml."""
+    return (
+        f"# Made by: {COMMAND} {line_name}\n"
+        f'sdist = "{lock.sdist}"\n'
+        f"size = {lock.size}\n"
+        f'sha256 = "{lock.sha256}"\n'
+        f'base = "{lock.base}"\n'
+        f'result = "{lock.result}"\n'
+    )
+
+
 def export_line(root: Path, line: Line, repo: SourceRepo, trees: list[str]) -> None:
-    """Write each patch's diff anew, in canonical form, from the trees before and after it."""
+    """Rewrite each patch's diff in canonical form, from the trees before and after it."""
     patches = read_series(root / line.series)
     for patch, before, after in zip(patches, trees[:-1], trees[1:], strict=True):
-        head = patch.path.read_text(encoding="utf-8").partition("\n" + SEPARATOR)[0]
         with atomic_path(patch.path) as aside:
-            aside.write_text(
-                head + "\n" + SEPARATOR + canonical_diff(repo, before, after), encoding="utf-8"
-            )
+            diff = canonical_diff(repo, before, after)
+            aside.write_text(header_text(patch.fields) + SEPARATOR + diff, encoding="utf-8")
 
 
-def _download(lock: TreeLock, archive: Path, index: Index) -> None:
+def _archive(lock: TreeLock, index: Index | None) -> Path:
+    """The source archive in the cache, downloaded if it is not there."""
+    archive = cache_root() / "sdists" / lock.sha256 / lock.sdist
+    if archive.exists():
+        return archive
+    index = index or Index()
     url = next((f.url for f in index.files("vllm") if f.filename == lock.sdist), None)
     if url is None:
-        raise DistributionNotFoundError(f"the index offers no {lock.sdist}", where=index.url)
+        raise DistributionNotFoundError(f"the index does not offer {lock.sdist}", where=index.url)
     item = Download(url=url, sha256=lock.sha256, size=lock.size, target=archive)
     download_all(index.session, [item])
+    return archive

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unidiff.patch import PatchSet
 
-from vllm_forge.patches.errors import AlreadyUpstreamError
 from vllm_forge.errors import ForgeError
-from vllm_forge.patches.errors import InseparablePatchError
-from vllm_forge.patches.errors import SeriesOrderError
 from vllm_forge.patches.apply import MOVED, apply_series
+from vllm_forge.patches.errors import AlreadyUpstreamError, InseparablePatchError, SeriesOrderError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -119,7 +118,7 @@ def pairs(repo: SourceRepo, applied: Applied, patches: Sequence[Patch]) -> tuple
             give different trees.
     """
     found = []
-    for index, (first, second) in enumerate(zip(patches, patches[1:], strict=False)):
+    for index, (first, second) in enumerate(pairwise(patches)):
         tree: str | None = apply_one(repo, before(applied, index), second, moved=True)
         tree = tree and apply_one(repo, tree, first, moved=True)
         same = tree == applied.trees[index + 1]

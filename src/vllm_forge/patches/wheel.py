@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.patches.errors import WheelSourceError
 from vllm_forge.host import atomic_path
+from vllm_forge.patches.errors import WheelSourceError
 from vllm_forge.sources.wheel_format import record_row, rewrite_record, seek_to_data
 
 if TYPE_CHECKING:
@@ -231,4 +231,4 @@ def _copy(raw: io.BufferedReader, member: zipfile.ZipInfo, path: str, out: zipfi
     out.filelist.append(info)
     out.NameToInfo[path] = info
     out.start_dir = out.fp.tell()
-    out._didModify = True  # type: ignore[attr-defined]  # noqa: SLF001
+    out._didModify = True  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from vllm_forge.sources.lock import (
     read_lock,
     read_wheels,
 )
-from vllm_forge.sources.sdist import SourceRepo
+from vllm_forge.sources.sdist import SourceRepo, git_env
 from vllm_forge.sources.wheelhouse import Wheelhouse
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "SourceRepo",
     "Wheelhouse",
     "download_all",
+    "git_env",
     "make_lock",
     "read_lock",
     "read_wheels",

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from unidiff.patch import PatchSet
 
+from vllm_forge.host import cache_root
+from vllm_forge.matrix import load
+from vllm_forge.patches import apply_series, read_series, read_tree_lock
 from vllm_forge.patches.errors import (
     AlreadyUpstreamError,
     AppliedTwiceError,
     WrongContextError,
 )
-from vllm_forge.host import cache_root
-from vllm_forge.matrix import load
-from vllm_forge.patches import apply_series, read_series, read_tree_lock
 from vllm_forge.sources import SourceRepo
 
 ROOT = Path(__file__).parents[3]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_forge.patches.errors import DispositionError
 from vllm_forge.matrix import load
 from vllm_forge.patches import decisions, read_dispositions, read_series
+from vllm_forge.patches.errors import DispositionError
 
 REPO = Path(__file__).parents[3]
 MATRIX = load(REPO)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from tests.support.index_server import IndexServer, Served
 from tests.support.trees import changed_tree, patch_text, write_sdist
-
-from vllm_forge.sources.errors import DistributionNotFoundError
 from vllm_forge.errors import UsageError
 from vllm_forge.matrix import load
 from vllm_forge.pages.drift import best, first_change
@@ -20,6 +19,7 @@ from vllm_forge.patches.drift_data import DATA, Surveyed, write_drift
 from vllm_forge.patches.follow import dense, locate, read_words
 from vllm_forge.patches.releases import Release, fetch_releases, releases_between
 from vllm_forge.sources import Index, SourceRepo
+from vllm_forge.sources.errors import DistributionNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

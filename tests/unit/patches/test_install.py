@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.project import PATCHED, REPO, Project, make_project
 from uv import find_uv_bin
+
+from tests.support.project import PATCHED, REPO, Project, make_project
 
 
 @pytest.fixture(scope="module")

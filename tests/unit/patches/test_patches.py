@@ -13,10 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from tests.support.index_server import IndexServer, Served
-from tests.support.trees import changed_tree, patch_text, unchanged, write_sdist
 
+from tests.support.index_server import IndexServer
+from tests.support.series import BROKEN, FIXTURES, GOOD, RELEASE, SDIST, SECOND, source_files
+from tests.support.trees import changed_tree, patch_text, unchanged, write_sdist
 from vllm_forge.cli import main
+from vllm_forge.errors import ForgeError
+from vllm_forge.matrix import Line, load
+from vllm_forge.patches import (
+    apply_series,
+    check_line,
+    read_patch,
+    read_series,
+    read_tree_lock,
+    update_line,
+)
 from vllm_forge.patches.errors import (
     AlreadyUpstreamError,
     AppliedTwiceError,
@@ -32,49 +43,13 @@ from vllm_forge.patches.errors import (
     WrongBaseError,
     WrongContextError,
 )
-from vllm_forge.errors import ForgeError
-from vllm_forge.sources.errors import HashMismatchError, LockFileError
-from vllm_forge.matrix import Line, load
-from vllm_forge.patches import (
-    apply_series,
-    check_line,
-    read_patch,
-    read_series,
-    read_tree_lock,
-    update_line,
-)
 from vllm_forge.patches.header import FIELDS
 from vllm_forge.patches.treelock import export_line
 from vllm_forge.sources import Index, SourceRepo
+from vllm_forge.sources.errors import HashMismatchError, LockFileError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "patches"
-BROKEN = FIXTURES / "broken"
-GOOD = FIXTURES / "0001-good.patch"
-SECOND = FIXTURES / "0002-second.patch"
-RELEASE = "9.9.1"
-SDIST = f"vllm-{RELEASE}.tar.gz"
-
-
-def source_files() -> dict[str, bytes]:
-    source = FIXTURES / "source"
-    return {
-        path.relative_to(source).as_posix(): path.read_bytes()
-        for path in sorted(source.rglob("*"))
-        if path.is_file()
-    }
-
-
-@pytest.fixture
-def sdist(tmp_path: Path) -> Path:
-    return write_sdist(tmp_path / SDIST, source_files())
-
-
-@pytest.fixture
-def base(repo: SourceRepo, sdist: Path) -> str:
-    return repo.import_archive(RELEASE, sdist)
 
 
 def refuse(repo: SourceRepo, base: str, paths: Sequence[Path], kind: type[ForgeError]) -> str:
@@ -353,16 +328,6 @@ def test_tree_with_bytes_that_are_not_utf8(repo: SourceRepo, tmp_path: Path) -> 
 # --- the series ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def series(tmp_path: Path) -> Path:
-    folder = tmp_path / "checkout" / "patches" / "vllm" / "9.9"
-    folder.mkdir(parents=True)
-    for path in (GOOD, SECOND):
-        shutil.copy(path, folder / path.name)
-    (folder / "series").write_text(f"# the order matters\n{GOOD.name}\n\n{SECOND.name}\n")
-    return folder
-
-
 def test_series_is_read_in_its_order(series: Path) -> None:
     assert [patch.name for patch in read_series(series)] == [GOOD.name, SECOND.name]
     (series / "series").write_text(f"{SECOND.name}\n{GOOD.name}\n")
@@ -429,25 +394,6 @@ def test_broken_series(name: str, series: Path) -> None:
 
 
 # --- the tree lock -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def row(root: Path) -> Line:
-    changes = {"vllm": RELEASE, "series": "patches/vllm/9.9"}
-    return load(root).line["0.26"].model_copy(update=changes)
-
-
-@pytest.fixture
-def index(server: IndexServer, sdist: Path) -> Index:
-    server.add("vllm", SDIST, Served(content=sdist.read_bytes()))
-    return Index(server.url)
-
-
-@pytest.fixture
-def checkout(series: Path, row: Line, repo: SourceRepo, index: Index) -> Path:
-    root = series.parents[2]
-    update_line(root, "9.9", row, repo, index)
-    return root
 
 
 def test_updated_lock_is_what_is_checked(

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.patches.test_patches import GOOD, SECOND, source_files
-from tests.support.trees import State, state, write_sdist
 
+from tests.support.series import GOOD, SECOND, source_files
+from tests.support.trees import State, state, write_sdist
 from vllm_forge.errors import ForgeError
 from vllm_forge.patches import apply_series, read_patch
 from vllm_forge.sources import SourceRepo

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from installer.sources import WheelFile
-from tests.unit.patches.test_patches import GOOD, RELEASE, SECOND, source_files
+
+from tests.support.series import GOOD, RELEASE, SECOND, source_files
 from tests.support.trees import changed_tree, write_sdist
 from tests.support.wheels import COMPRESSIBLE, VLLM_WHEEL, Member, raw_member, write_vllm_wheel
-
-from vllm_forge.patches.errors import WheelSourceError
 from vllm_forge.patches import Applied, apply_series, build_wheel, read_patch
+from vllm_forge.patches.errors import WheelSourceError
 from vllm_forge.patches.wheel import blob_hash, local_version
 
 if TYPE_CHECKING:

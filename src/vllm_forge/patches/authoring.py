@@ -1,0 +1,310 @@
+"""A series as a git branch to edit, and back: one commit a patch, DEP-3 fields in its message.
+
+The subject and the body of a commit are the Description; the last paragraph has the other fields
+as trailers, and ``Patch``, the file's name. Without ``Patch`` the name is made of the commit's
+position and subject. Export accepts only what `checkout` can give back byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_forge.errors import UsageError
+from vllm_forge.host import atomic_path
+from vllm_forge.patches.apply import apply_series, canonical_diff
+from vllm_forge.patches.errors import (
+    DirtyTreeError,
+    EmptyPatchError,
+    NonCanonicalPatchError,
+    PatchHeaderError,
+    WrongBaseError,
+)
+from vllm_forge.patches.header import (
+    FIELDS,
+    Patch,
+    header_text,
+    parse_fields,
+    parse_patch,
+    patch_text,
+)
+from vllm_forge.patches.series import read_series, series_text
+from vllm_forge.patches.treelock import fetch_base, lock_text, read_tree_lock
+from vllm_forge.patches.variants import trees_of_moved
+from vllm_forge.sources import SourceRepo
+
+if TYPE_CHECKING:
+    from vllm_forge.project import Project
+
+BASE = "refs/forge/base"
+PATCH = "Patch"
+CONFIG = ("config", "--local", "--get")
+FILE_NAME = re.compile(r"^\w[\w.+-]*\.patch$")
+TRAILER = re.compile(rf"^({'|'.join((*FIELDS, PATCH))}):", re.M)
+IDENT = {
+    f"GIT_{who}_{key}": value
+    for who in ("AUTHOR", "COMMITTER")
+    for key, value in (
+        ("NAME", "vllm-forge"),
+        ("EMAIL", "vllm-forge@localhost"),
+        ("DATE", "@0 +0000"),
+    )
+}
+# State files of git -> the command that ends what they belong to.
+UNFINISHED = {
+    "rebase-merge": "git rebase --continue",
+    "rebase-apply": "git rebase --continue",
+    "MERGE_HEAD": "git merge --abort",
+    "CHERRY_PICK_HEAD": "git cherry-pick --continue",
+    "REVERT_HEAD": "git revert --continue",
+}
+
+
+def checkout(project: Project, line_name: str, repo: SourceRepo, target: Path) -> int:
+    """Make ``target`` a git work tree of the line's source, on a branch with its patches.
+
+    Hunks at other lines than they name are allowed; export then writes where they fit.
+
+    Args:
+        project: whose series.
+        line_name: key of ``matrix.line``.
+        repo: source trees; the line's is imported if it is not there.
+        target: must not exist.
+
+    Returns:
+        The number of patches.
+
+    Raises:
+        UsageError: ``target`` exists.
+        PatchHeaderError: a header that a commit message cannot hold.
+        ForgeError: a series that cannot be read or does not fit; ``target`` is not created.
+    """
+    if target.exists() or target.is_symlink():
+        raise UsageError("the directory exists", where=str(target), remedy="give a new path")
+    name, line = project.line(line_name)
+    series = project.root / line.series
+    patches = read_series(series)
+    base = fetch_base(read_tree_lock(series, name), line.vllm, repo)
+    trees = trees_of_moved(repo, base, patches)
+    messages = [f"vLLM {line.vllm}\n", *map(_message, patches)]
+    commits: list[str] = []
+    for tree, message in zip(trees, messages, strict=True):
+        parent = ["-p", commits[-1]] if commits else []
+        made = repo.git("commit-tree", tree, *parent, stdin=message.encode(), env=IDENT)
+        commits.append(made.stdout.decode().strip())
+    pack = repo.git("pack-objects", "--quiet", "--revs", "--stdout", stdin=commits[-1].encode())
+    with atomic_path(target) as aside:
+        work = SourceRepo(aside / ".git")
+        aside.mkdir()
+        work.git("init", "--quiet")
+        work.git("index-pack", "--stdin", stdin=pack.stdout)
+        work.git("update-ref", BASE, commits[0])
+        work.git("update-ref", f"refs/heads/forge/{name}", commits[-1])
+        work.git("symbolic-ref", "HEAD", f"refs/heads/forge/{name}")
+        # The work tree has the bytes of the source, whatever .gitattributes or the user say.
+        (work.path / "info").mkdir(exist_ok=True)
+        (work.path / "info" / "attributes").write_text("* -text -filter -ident\n")
+        template = work.path / "info" / "message"
+        trailers = "".join(f"{field}: \n" for field in FIELDS[1:])
+        template.write_text(f"\n\n{trailers}", encoding="utf-8")
+        for key, value in {
+            "core.bare": "false",
+            "core.autocrlf": "false",
+            "commit.cleanup": "scissors",  # a line that starts with # is text
+            "commit.template": ".git/info/message",
+            "forge.line": name,
+            "forge.series": _digest(series),
+        }.items():
+            work.git("config", key, value)
+        work.git(f"--work-tree={aside}", "reset", "--quiet", "--hard")
+    return len(patches)
+
+
+def export(project: Project, source: Path) -> tuple[str, tuple[Patch, ...]]:
+    """Write the line's patch files, series and lock from the commits of a patch checkout.
+
+    Args:
+        project: whose series.
+        source: what `checkout` made.
+
+    Returns:
+        The line's name and its new series.
+
+    Raises:
+        UsageError: not a patch checkout.
+        DirtyTreeError: uncommitted changes, or an unfinished rebase, merge or cherry-pick.
+        WrongBaseError: the branch does not start at the line's source, or the series was changed
+            since the checkout.
+        EmptyPatchError: a commit without changes.
+        PatchHeaderError: a commit without a field, or with a malformed one.
+        NonCanonicalPatchError: a merge, or a change that a patch in UTF-8 cannot hold.
+    """
+    work = SourceRepo(source / ".git")
+    line_name = _try(work, *CONFIG, "forge.line") if work.path.exists() else ""
+    if not line_name:
+        raise UsageError(
+            "not a patch checkout",
+            where=str(source),
+            remedy="make one: vllm-forge patch-checkout --line LINE DIR",
+        )
+    name, line = project.line(line_name)
+    series = project.root / line.series
+    lock = read_tree_lock(series, name)
+    _require_clean(work, source)
+    _, *commits = _commits(work, source, lock.base)
+    trees = [lock.base, *(_git(work, "rev-parse", f"{commit}^{{tree}}") for commit in commits)]
+    patches: list[Patch] = []
+    for number, commit in enumerate(commits, 1):
+        patches.append(_patch(work, commit, number, trees[number - 1], trees[number]))
+    names = [patch.name for patch in patches]
+    if doubled := sorted({item for item in names if names.count(item) > 1}):
+        raise PatchHeaderError(
+            f"more than one commit is {PATCH}: {', '.join(doubled)}",
+            where=str(source),
+            remedy="change the trailer of one with git rebase -i, or squash the two",
+        )
+    applied = apply_series(work, lock.base, patches)
+    if applied.trees != tuple(trees[1:]):
+        raise NonCanonicalPatchError(
+            "the patches do not give the trees of the commits", where=str(source)
+        )
+    before = _digest(series)
+    with atomic_path(series) as aside:
+        shutil.copytree(series, aside, ignore=shutil.ignore_patterns("*.patch"))
+        for patch in patches:
+            (aside / patch.name).write_text(patch_text(patch), encoding="utf-8")
+        (aside / "series").write_text(series_text(series, names), encoding="utf-8")
+        new = replace(lock, result=applied.result)
+        (aside / "lock.toml").write_text(lock_text(new, name), encoding="utf-8")
+        after = _digest(aside)
+        # Equal to `after`: killed between the two writes below.
+        if before not in {_try(work, *CONFIG, "forge.series"), after}:
+            raise WrongBaseError(
+                f"the series of line {name} was changed since the checkout {source}",
+                where=str(series),
+                remedy="check the line out to another directory and cherry-pick your commits there",
+            )
+    work.git("config", "forge.series", after)
+    return name, read_series(series)
+
+
+def _message(patch: Patch) -> str:
+    first, _, body = patch.fields["Description"].partition("\n")
+    trailers = {name: patch.fields[name] for name in FIELDS[1:]} | {PATCH: patch.name}
+    message = "\n\n".join(filter(None, [first, body, header_text(trailers)]))
+    # read_patch accepts more than a message keeps, e.g. a description that starts with a blank.
+    if _fields(message, str(patch.path)) != (patch.fields, patch.name):
+        raise PatchHeaderError(
+            "cannot write the header as a commit message",
+            where=str(patch.path),
+            remedy="remove blank lines and trailing spaces from the header",
+        )
+    return message
+
+
+def _fields(message: str, where: str) -> tuple[dict[str, str], str | None]:
+    """The header fields of a commit message in their order, and its Patch trailer."""
+    text, _, trailers = message.rstrip("\n").rpartition("\n\n")
+    if not TRAILER.search(trailers):
+        text, trailers = message.rstrip("\n"), ""
+    subject, _, body = text.partition("\n")
+    description = "\n".join(filter(None, [subject, body.lstrip("\n")]))
+    rows = trailers.splitlines()
+    named = [row for row in rows if row.startswith(f"{PATCH}: ")]
+    rest = [row for row in rows if row not in named[:1]]
+    head = "\n".join([f"Description: {description}".replace("\n", "\n "), *rest])
+    return parse_fields(head, where, ordered=False), (
+        named[0].partition(": ")[2].strip() if named else None
+    )
+
+
+def _patch(work: SourceRepo, commit: str, number: int, before: str, after: str) -> Patch:
+    message = work.git("log", "-1", "--format=%B", commit).stdout.decode(errors="replace")
+    subject = message.partition("\n")[0]
+    where = f"commit {commit[:12]} ({subject})"
+    if before == after:
+        raise EmptyPatchError(
+            "the commit changes nothing", where=where, remedy="drop it with git rebase -i"
+        )
+    fields, name = _fields(message, where)
+    if name is None:
+        slug = re.sub(r"[^a-z0-9]+", "-", subject.lower()).strip("-")[:50].rstrip("-")
+        name = f"{number:04d}-{slug}.patch"
+    if not FILE_NAME.match(name):
+        raise PatchHeaderError(
+            f"invalid {PATCH}: {name!r}",
+            where=where,
+            remedy="give a file name that ends in .patch, or remove the trailer",
+        )
+    diff = canonical_diff(work, before, after)
+    if "\ufffd" in diff:
+        raise NonCanonicalPatchError(
+            "the changed code is not UTF-8",
+            where=where,
+            remedy="change other lines, or other files",
+        )
+    return parse_patch(Path(name), fields, diff, where)
+
+
+def _commits(work: SourceRepo, source: Path, tree: str) -> list[str]:
+    """The base commit and those after it, oldest first."""
+    again = "check the line out to another directory and cherry-pick your commits there"
+    actual = _try(work, "rev-parse", "--verify", "--quiet", f"{BASE}^{{tree}}")
+    if actual != tree:
+        raise WrongBaseError(
+            f"the checkout is of the source tree {actual or 'unknown'}, the line's is {tree}",
+            where=str(source),
+            remedy=again,
+        )
+    history = [
+        row.split()
+        for row in _git(work, "rev-list", "--reverse", "--parents", f"{BASE}..HEAD").splitlines()
+    ]
+    if merges := [row[0] for row in history if len(row) > 2]:  # noqa: PLR2004 - itself, one parent
+        raise NonCanonicalPatchError(
+            f"commit {merges[0][:12]} is a merge",
+            where=str(source),
+            remedy=f"make the history linear: git rebase {BASE}",
+        )
+    commits = [_git(work, "rev-parse", BASE), *(row[0] for row in history)]
+    if [row[1:] for row in history] != [[parent] for parent in commits[:-1]]:
+        raise WrongBaseError(
+            "the branch does not start at the line's source", where=str(source), remedy=again
+        )
+    return commits
+
+
+def _require_clean(work: SourceRepo, source: Path) -> None:
+    for state, command in UNFINISHED.items():
+        if (work.path / state).exists():
+            raise DirtyTreeError(
+                "a git operation is unfinished", where=str(source), remedy=f"finish it: {command}"
+            )
+    options = ("status", "--porcelain", "--untracked-files=all")
+    if status := _git(work, f"--work-tree={source}", *options):
+        rows = status.splitlines()
+        raise DirtyTreeError(
+            f"{len(rows)} uncommitted changes:\n" + "\n".join(rows[:5]),
+            where=str(source),
+            remedy="commit or stash them; delete files that do not belong to a patch",
+        )
+
+
+def _digest(series: Path) -> str:
+    """Hash of the names and contents of a series' files."""
+    files = sorted(path for path in series.iterdir() if path.is_file())
+    parts = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in files]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _git(work: SourceRepo, *args: str) -> str:
+    return work.git(*args).stdout.decode(errors="replace").strip()
+
+
+def _try(work: SourceRepo, *args: str) -> str:
+    """What git prints; empty where it finds nothing."""
+    return work.git(*args, check=False).stdout.decode(errors="replace").strip()
