@@ -29,8 +29,8 @@ from vllm_forge.patches.wheel import (
     changed_files,
     local_version,
     python_blobs,
-    replace_once,
     rename_record,
+    replace_once,
     stamp_version,
 )
 
