@@ -36,12 +36,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LAYERS = (
     "import sys; from pathlib import Path; from vllm_forge.matrix import *;"
-    "from vllm_forge.images import *; from vllm_forge.host import *\n"
+    "from vllm_forge.images import *; from vllm_forge.project import Project\n"
     "if __name__ == '__main__':\n"
     "    root = find_root(); cell = image_cell(load(root), root, sys.argv[1], sys.argv[2])\n"
     "    engine = choose_engine('buildah', dry_run=True)\n"
-    "    plan = resolve(cell, BuildOptions(output=Path('unused')), engine)\n"
-    "    Build(plan, SubprocessRunner()).make_layers()\n"
+    "    plan = resolve(Project(root), cell, BuildOptions(output=Path('unused')), engine)\n"
+    "    build_layers(plan)\n"
 )
 
 

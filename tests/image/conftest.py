@@ -25,9 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def engines() -> list[str]:
     """Engines that can build here."""
-    from vllm_forge.images.engines import ENGINES, _present
+    from vllm_forge.images.engines import ENGINES
 
-    return [name for name in ENGINES if _present(name)]
+    return [name for name, make in ENGINES.items() if make().present()]
 
 
 def require_engine() -> None:

@@ -48,9 +48,9 @@ def build(project: Project, args: argparse.Namespace) -> None:
     """Build one image."""
     from vllm_forge.gputest.prewarm import prewarm_of
     from vllm_forge.images import (
-        Build,
         BuildOptions,
         build_image,
+        build_steps,
         choose_engine,
         provision,
         resolve,
@@ -69,10 +69,10 @@ def build(project: Project, args: argparse.Namespace) -> None:
         refresh_base=args.refresh_base,
         prewarm=None if args.prewarm is None else prewarm_of(cell, args.prewarm.resolve()),
     )
-    plan = resolve(cell, options, engine)
+    plan = resolve(project, cell, options, engine)
     made = None
     if args.dry_run:
-        Build(plan, runner).steps()
+        build_steps(plan, runner)
     else:
         made = build_image(plan, runner)
     target = plan.target
@@ -127,5 +127,5 @@ def clean(project: Project, args: argparse.Namespace) -> None:
 
     if os.geteuid() != 0 and which("buildah") is not None:
         _as_namespace_root()  # system images hold files of mapped users
-    freed = clean_cache(project.root, project.matrix, everything=args.all)
+    freed = clean_cache(project, everything=args.all)
     console.print(f"{gigabytes(freed)} freed")

@@ -38,7 +38,7 @@ def why_rebuild(project: Project, args: argparse.Namespace) -> None:
     record = read_record(options.output / f"{cell.name}.json")
     engine = args.engine or recorded_engine(record)
     # No engine need be here: its name is one of the inputs, and that is all.
-    plan = resolve(cell, options, choose_engine(engine, dry_run=True))
+    plan = resolve(project, cell, options, choose_engine(engine, dry_run=True))
     reason = why_rebuild(plan)
     print(f"{cell.name}: {reason.state}")
     for change in reason.changes:

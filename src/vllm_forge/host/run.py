@@ -11,7 +11,7 @@ import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from vllm_forge.host.console import console
 from vllm_forge.host.errors import CommandFailedError, ToolMissingError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+T = TypeVar("T")
 TAIL_LINES = 30
 UNLABELLED = "--security-opt=label=disable"
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -48,8 +49,12 @@ class Runner(Protocol):
         """Run ``argv`` and return its stdout; anything but exit 0 raises."""
         ...
 
-    def act(self, what: str, action: Callable[[], None]) -> None:
-        """Do a step that is not a command; ``what`` is shown either way."""
+    def act(self, what: str, action: Callable[[], T]) -> Callable[[], T]:
+        """Do a step that is not a command; ``what`` is shown either way.
+
+        Returns:
+            A function that gives the action's result. A dry run has none: there it raises.
+        """
         ...
 
     def exclusive(self, name: str) -> AbstractContextManager[None]:
@@ -131,10 +136,11 @@ class SubprocessRunner:
             )
         return done.stdout
 
-    def act(self, what: str, action: Callable[[], None]) -> None:
+    def act(self, what: str, action: Callable[[], T]) -> Callable[[], T]:
         """Do the step."""
         console.print(f"  · {what}", style="dim", markup=False)
-        action()
+        result = action()
+        return lambda: result
 
     def exclusive(self, name: str) -> AbstractContextManager[None]:
         """Wait for the lock and hold it."""
@@ -155,9 +161,15 @@ class RecordingRunner:
         self._line(shlex.join(argv))
         return ""
 
-    def act(self, what: str, action: Callable[[], None]) -> None:
+    def act(self, what: str, action: Callable[[], T]) -> Callable[[], T]:
         """Print the step as a comment."""
+        del action
         self._line(f"# {what}")
+
+        def result() -> T:
+            raise RuntimeError(f"not done in a dry run: {what}")
+
+        return result
 
     def exclusive(self, name: str) -> AbstractContextManager[None]:
         """Nothing is written, so nothing is held."""

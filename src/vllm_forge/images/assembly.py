@@ -1,4 +1,4 @@
-"""The parts of one image, from what the steps of a build made."""
+"""The parts of one image: the patched wheel, the patch layer, the candidate."""
 
 from __future__ import annotations
 
@@ -7,36 +7,55 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.host import cache_root, exclusive
-from vllm_forge.images.checks import LayerShare
-from vllm_forge.images.content import VLLM, patch_entries, stack_entry
+from vllm_forge.host import cache_root, exclusive, remove
+from vllm_forge.images.checks import LayerShare, write_inputs
+from vllm_forge.images.content import (
+    VLLM,
+    labels,
+    patch_entries,
+    patch_key,
+    stack_entry,
+    stack_record,
+)
 from vllm_forge.images.engine import BYTECODE
-from vllm_forge.images.layout import ImageLayer
-from vllm_forge.images.prewarm import SCRIPT
+from vllm_forge.images.layout import Image, ImageLayer, timestamp, write_image
+from vllm_forge.images.prewarm import SCRIPT, prewarm_layer
 from vllm_forge.images.slim_layer import update_record
-from vllm_forge.images.store import StoredLayer, require_stored
+from vllm_forge.images.store import StoredLayer, require_stored, write_layer
 from vllm_forge.kernels.selection import declared_device
-from vllm_forge.patches import build_wheel
+from vllm_forge.patches import build_wheel, check_line
 from vllm_forge.patches.wheel import GENERATED, PatchedWheel, python_blobs
 from vllm_forge.sources import Lock, SourceRepo, Wheelhouse
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from vllm_forge.images.content import WheelGroup
-    from vllm_forge.images.prewarm import Prewarm
+    from vllm_forge.images.plan import ImagePlan
     from vllm_forge.images.system import System
     from vllm_forge.images.wheels import Entry
     from vllm_forge.matrix import ImageCell
     from vllm_forge.patches import Applied
 
-NamedLayers = list[tuple[str, StoredLayer]]
+
+@dataclass(frozen=True, kw_only=True)
+class PatchedSource:
+    """A line's series, applied, and the wheel that it makes of the release."""
+
+    applied: Applied
+    wheel: PatchedWheel
 
 
 @dataclass(frozen=True, kw_only=True)
-class Top:
-    """The last layer and what it says of the image; above it, kernels that were compiled before."""
+class PatchLayer:
+    """The layer of the patches, what it says of the image, and what is below and above it.
+
+    Attributes:
+        system: layers below the wheels.
+        stack: the content of stack.json.
+        layer: changed files, metadata, stack.json.
+        prewarm: the layer above, of kernels that were compiled before.
+    """
 
     system: System
     stack: dict[str, Any]
@@ -44,9 +63,37 @@ class Top:
     prewarm: StoredLayer | None = None
 
 
-def trial_name(cell: ImageCell) -> str:
-    """Name of a candidate, which is not the name of an image that passed."""
-    return f"localhost/vllm-forge-trial:{cell.name}"
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """An image that is complete and not checked.
+
+    Attributes:
+        image: its layout.
+        layers: lowest first.
+        labels: of its config.
+        stack: the content of its stack.json.
+        folders: unpacked layers that hold wheels or patches, lowest first.
+        shares: each layer's part of the size, lowest first.
+    """
+
+    image: Image
+    layers: tuple[ImageLayer, ...]
+    labels: dict[str, str]
+    stack: dict[str, Any]
+    folders: tuple[Path, ...]
+    shares: tuple[LayerShare, ...]
+
+
+def make_wheel(plan: ImagePlan) -> PatchedSource:
+    """Apply the series; write the line's patched wheel.
+
+    Raises:
+        ForgeError: as ``check_line`` and ``build_wheel`` say.
+    """
+    repo, cell = SourceRepo(), plan.cell
+    applied = check_line(plan.project.root, cell.line_name, cell.line, repo)
+    wheel = patched_wheel(cell, plan.lock, applied, repo, Wheelhouse())
+    return PatchedSource(applied=applied, wheel=wheel)
 
 
 def patched_wheel(
@@ -60,27 +107,86 @@ def patched_wheel(
         return build_wheel(repo, applied, path, cell.line.vllm, cache_root() / "patched" / key)
 
 
-def wheel_layers(cell: ImageCell, groups: Sequence[WheelGroup]) -> NamedLayers:
+def write_patch_layer(plan: ImagePlan, system: System, source: PatchedSource) -> PatchLayer:
+    """The last, small layer, and above it the kernels that the plan brings."""
+    cell, lock, prewarm = plan.cell, plan.lock, plan.options.prewarm
+    epoch = cell.base.source_date_epoch
+    stack = stack_record(
+        cell=cell,
+        lock=lock,
+        patches=plan.patches,
+        wheel=source.wheel,
+        base={"system": system.digest, "engine": plan.engine.name},
+        debian=system.debian,
+        slim=slimmed(layer for _, layer in wheel_layers(plan)),
+        prewarm=prewarm.record() if prewarm is not None else None,
+    )
+    published = lock.find(VLLM)
+    entries = patch_layer_entries(
+        Wheelhouse().path(published), source.wheel.path, stack, cell.line.python
+    )
+    return PatchLayer(
+        system=system,
+        stack=stack,
+        layer=write_layer(patch_key(cell, published, stack), entries, epoch),
+        prewarm=None if prewarm is None else prewarm_layer(prewarm, epoch),
+    )
+
+
+def assemble(plan: ImagePlan, source: PatchedSource, patch: PatchLayer) -> Candidate:
+    """Write the candidate's layout, and what the checks inside must find."""
+    cell, epoch = plan.cell, plan.cell.base.source_date_epoch
+    image_labels = labels(patch.stack, timestamp(epoch))
+    wheels = wheel_layers(plan)
+    layers = image_layers(cell, patch, wheels)
+    image = write_image(
+        plan.candidate,
+        layers=layers,
+        config=image_config(plan, patch, image_labels, layers),
+        epoch=epoch,
+        name=plan.candidate_name,
+    )
+    write_inputs(plan.work / "inputs", expectation(cell, source.applied, patch.stack))
+    remove(plan.patch_files)
+    plan.patch_files.symlink_to(patch.layer.files)
+    return Candidate(
+        image=image,
+        layers=layers,
+        labels=image_labels,
+        stack=patch.stack,
+        folders=(*(layer.files for _, layer in wheels), patch.layer.files),
+        shares=tuple(
+            LayerShare(
+                name=layer.created_by.removeprefix("vllm-forge: "),
+                size=layer.blob.size,
+                system=number < len(patch.system.layers),
+            )
+            for number, layer in enumerate(layers)
+        ),
+    )
+
+
+def wheel_layers(plan: ImagePlan) -> list[tuple[str, StoredLayer]]:
     """Name and layer of all groups, lowest first; written by now, empty ones included."""
-    found = []
-    for group in groups:
-        found.append((f"{group.name} wheels", require_stored(group.key)))
+    layers = []
+    for group in plan.groups:
+        layers.append((f"{group.name} wheels", require_stored(group.key)))
         if group.slim_key is not None:
-            what = f"{group.name} libraries for {cell.sku.arch}"
-            found.append((what, require_stored(group.slim_key)))
-    return found
+            name = f"{group.name} libraries for {plan.cell.sku.arch}"
+            layers.append((name, require_stored(group.slim_key)))
+    return layers
 
 
-def slimmed(layers: NamedLayers) -> dict[str, Any]:
+def slimmed(layers: Iterable[StoredLayer]) -> dict[str, Any]:
     """Library -> foreign device code that an image of these layers does without."""
-    removed: dict[str, Any] = {}
-    for _, layer in layers:
-        removed |= layer.removed
-    return {path: what for path, what in sorted(removed.items()) if what["bytes"]}
+    removed = {path: row for layer in layers for path, row in layer.removed.items()}
+    return {path: row for path, row in sorted(removed.items()) if row["bytes"]}
 
 
-def top_entries(published: Path, patched: Path, stack: dict[str, Any], python: str) -> list[Entry]:
-    """Entries of the last layer: changed files, metadata, stack.json.
+def patch_layer_entries(
+    published: Path, patched: Path, stack: dict[str, Any], python: str
+) -> list[Entry]:
+    """Changed files, metadata, stack.json.
 
     vLLM's RECORD has the hashes of its libraries as the image has them.
     """
@@ -94,56 +200,40 @@ def top_entries(published: Path, patched: Path, stack: dict[str, Any], python: s
     return sorted(entries, key=lambda entry: entry.path)
 
 
-def image_layers(cell: ImageCell, top: Top, layers: NamedLayers) -> list[ImageLayer]:
+def image_layers(
+    cell: ImageCell, patch: PatchLayer, wheels: Sequence[tuple[str, StoredLayer]]
+) -> tuple[ImageLayer, ...]:
     """All layers of an image with the line that its history shows, lowest first."""
-    found = [*top.system.layers]
-    for name, layer in layers:
-        if not layer.empty:
-            line = f"vllm-forge: {name} of {cell.line.lock}"
-            found.append(ImageLayer(blob=layer.blob, created_by=line))
-    found.append(ImageLayer(blob=top.layer.blob, created_by=f"vllm-forge: {cell.line.series}"))
-    if top.prewarm is not None:
-        found.append(ImageLayer(blob=top.prewarm.blob, created_by="vllm-forge: compiled kernels"))
-    return found
+    named = [(f"{name} of {cell.line.lock}", layer) for name, layer in wheels if not layer.empty]
+    named.append((cell.line.series, patch.layer))
+    if patch.prewarm is not None:
+        named.append(("compiled kernels", patch.prewarm))
+    own = [ImageLayer(blob=layer.blob, created_by=f"vllm-forge: {name}") for name, layer in named]
+    return (*patch.system.layers, *own)
 
 
 def image_config(
-    cell: ImageCell,
-    top: Top,
-    labels: dict[str, str],
-    layers: Sequence[ImageLayer],
-    prewarm: Prewarm | None,
-) -> Any:
+    plan: ImagePlan, patch: PatchLayer, image_labels: dict[str, str], layers: Sequence[ImageLayer]
+) -> dict[str, Any]:
     """The ``config`` object: the system's, with the SKU's variables, labels, and the prewarming."""
-    variables = dict(sorted(cell.sku.env.items())) | {BYTECODE: bytecode_place(layers)}
-    config = dict(top.system.config)
+    prewarm = plan.options.prewarm
+    variables = dict(sorted(plan.cell.sku.env.items())) | {BYTECODE: bytecode_place(layers)}
+    config = dict(patch.system.config)
     if prewarm is not None:
         variables |= dict(sorted(prewarm.environment().items()))
         config["Entrypoint"] = [SCRIPT, *config["Entrypoint"]]
     env = [*config["Env"], *(f"{name}={value}" for name, value in variables.items())]
-    return config | {"Env": env, "Labels": labels}
+    return config | {"Env": env, "Labels": image_labels}
 
 
 def bytecode_place(layers: Sequence[ImageLayer]) -> str:
     """Where Python keeps what it compiles: the image has none, and its user cannot write there.
 
-    Of each image apart. All sources have one time, and Python asks only for time and size: two
+    Separate for each image. All sources have one time, and Python asks only for time and size: two
     images that share a volume would run each other's code.
     """
     digests = [layer.blob.diff_id for layer in layers]
     return f"/cache/python/{hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]}"
-
-
-def image_shares(top: Top, layers: Sequence[ImageLayer]) -> list[LayerShare]:
-    """Each layer's part of an image's size."""
-    return [
-        LayerShare(
-            name=layer.created_by.removeprefix("vllm-forge: "),
-            size=layer.blob.size,
-            system=number < len(top.system.layers),
-        )
-        for number, layer in enumerate(layers)
-    ]
 
 
 def expectation(cell: ImageCell, applied: Applied, stack: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One image: from a plan to a checked OCI layout.
+"""One image: a pipeline from a plan to a checked OCI layout, each step a value for the next.
 
 The steps are the same for a real run and for a dry run; the runner decides whether they are
 done or printed. What is finished is kept under a key of its inputs, so a killed build goes on
@@ -11,79 +11,59 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from vllm_forge.host import (
-    atomic_path,
-    console,
-    exclusive,
-    move,
-    report,
-)
+from vllm_forge.host import atomic_path, console, exclusive, move, report
 from vllm_forge.images.assembly import (
-    NamedLayers,
-    Top,
-    expectation,
-    image_config,
-    image_layers,
-    image_shares,
-    patched_wheel,
-    slimmed,
-    top_entries,
-    trial_name,
-    wheel_layers,
+    Candidate,
+    PatchedSource,
+    assemble,
+    make_wheel,
+    write_patch_layer,
 )
 from vllm_forge.images.base import make_rootfs, write_host_sources
 from vllm_forge.images.checks import (
-    TRIAL_ARGV,
+    LayerShare,
     check_layout,
     check_sizes,
+    image_contract,
     judge,
-    write_inputs,
+    recorded_selection,
 )
-from vllm_forge.images.content import (
-    VLLM,
-    labels,
-    patch_key,
-    stack_record,
-)
-from vllm_forge.images.contract import image_contract, recorded_selection
-from vllm_forge.images.engine import Trial
 from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layer_jobs import write_layers
-from vllm_forge.images.layout import (
-    Image,
-    blob_times,
-    read_image,
-    set_name,
-    write_image,
-)
-from vllm_forge.images.prewarm import prewarm_layer
-from vllm_forge.images.store import forget_damaged, write_layer
+from vllm_forge.images.layout import Image, blob_times, read_image, set_name
+from vllm_forge.images.plan import hashes
+from vllm_forge.images.store import forget_damaged
 from vllm_forge.images.system import host_secrets, load_system, make_system
-from vllm_forge.patches import check_line
-from vllm_forge.sources import SourceRepo, Wheelhouse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from vllm_forge.host import Runner
     from vllm_forge.images.plan import ImagePlan
+    from vllm_forge.kernels.coverage import Contract
+    from vllm_forge.kernels.selection import Recorded
 
 
 @dataclass(frozen=True, kw_only=True)
-class Built:
+class BuildResult:
     """A finished image and whether anything had to be done for it."""
 
     image: Image
     fresh: bool
 
 
-def build_image(plan: ImagePlan, runner: Runner) -> Built:
+@dataclass(frozen=True, kw_only=True)
+class CheckReport:
+    """What the checks of an image that passed have found."""
+
+    verdicts: dict[str, Any]
+    shares: tuple[LayerShare, ...]
+    contract: Contract | None
+
+
+def build_image(plan: ImagePlan, runner: Runner) -> BuildResult:
     """Build and check a cell's image, unless it is there.
 
     Raises:
@@ -93,195 +73,127 @@ def build_image(plan: ImagePlan, runner: Runner) -> Built:
     """
     with exclusive(f"build-{plan.cell.name}", wait=False):
         if not plan.options.refresh_base and (known := plan.up_to_date()):
-            return Built(image=known, fresh=False)
+            return BuildResult(image=known, fresh=False)
         plan.require_disk()
-        Build(plan, runner).steps()
-        return Built(image=read_image(plan.target), fresh=True)
+        build_steps(plan, runner)
+        return BuildResult(image=read_image(plan.target), fresh=True)
 
 
-class Build:
-    """The steps of one build."""
+def build_steps(plan: ImagePlan, runner: Runner) -> None:
+    """All steps, in order; the system image is built while the wheel layers are written."""
+    cell, started = plan.cell, time.monotonic()
+    plan.engine.check(runner)
+    selection = runner.act(
+        f"read what vLLM selects on {cell.sku_name}", lambda: recorded_selection(plan.project, cell)
+    )
+    with ThreadPoolExecutor(1) as beside:
+        system_job = beside.submit(build_system, plan, runner)
+        source = runner.act(
+            f"fetch {len(plan.lock.wheels)} wheels of {cell.line.lock}, write "
+            f"{len(plan.groups)} layers, apply the series, write the patched wheel",
+            lambda: build_layers(plan),
+        )
+        system_key = system_job.result()
+    patch = runner.act(
+        "write the layer of the patches",
+        lambda: write_patch_layer(plan, load_system(system_key), source()),
+    )
+    candidate = runner.act(
+        f"assemble the image in {plan.work}", lambda: assemble(plan, source(), patch())
+    )
+    with report("check the image inside"), ThreadPoolExecutor(1) as beside:
+        outside = beside.submit(
+            runner.act,
+            "check the kernel contract, the layout and every blob",
+            lambda: check_outside(plan, selection(), candidate()),
+        )
+        output = plan.engine.run_in_image(runner, plan.checks_inside())
+        contract = outside.result()
+    checks = runner.act(
+        "read the verdicts; check the size budget",
+        lambda: accept(plan, candidate(), output, contract()),
+    )
+    runner.act(
+        f"give the image its name: {plan.target}",
+        lambda: publish(plan, candidate(), checks(), seconds=time.monotonic() - started),
+    )
 
-    def __init__(self, plan: ImagePlan, runner: Runner) -> None:
-        self.plan = plan
-        self.cell = plan.cell
-        self.runner = runner
-        self.epoch = plan.cell.base.source_date_epoch
-        self.started = time.monotonic()
 
-    def steps(self) -> None:
-        """All steps, in order; the system image is made beside the wheel layers."""
-        run = self.runner
-        plan = self.plan
-        plan.engine.check(run)
-        run.act(f"read what vLLM selects on {self.cell.sku_name}", self.read_selection)
-        with ThreadPoolExecutor(1) as beside:
-            system = beside.submit(self.make_system)
-            run.act(
-                f"fetch {len(plan.lock.wheels)} wheels of {self.cell.line.lock}, write "
-                f"{len(plan.groups)} layers, apply the series, write the patched wheel",
-                lambda: self.make_layers(self.make_wheel),
-            )
-            key = system.result()
-        run.act("write the layer of the patches", lambda: self.make_top(key))
-        run.act(f"assemble the image in {plan.work}", self.assemble)
-        with report("check the image inside"), ThreadPoolExecutor(1) as beside:
-            outside = beside.submit(
-                run.act, "check the kernel contract, the layout and every blob", self.check_outside
-            )
-            output = plan.engine.try_image(run, self.trial())
-            outside.result()
-        run.act("read the verdicts; check the size budget", lambda: self.accept(output))
-        run.act(f"give the image its name: {plan.target}", self.publish)
+def build_system(plan: ImagePlan, runner: Runner) -> str:
+    """Rootfs and docker/Dockerfile, by the engine; returns the key of the result.
 
-    def read_selection(self) -> None:
-        """Before anything is made: the contract cannot be checked without."""
-        self.selection = recorded_selection(self.cell)
-
-    def make_system(self) -> str:
-        """Rootfs and docker/Dockerfile, by the engine; returns the key of the result.
-
-        One process at a time: engines keep one store, and lines share the system image.
-        """
-        with self.runner.exclusive("system"):
-            return self._make_system(refresh=self.plan.options.refresh_base)
-
-    def _make_system(self, *, refresh: bool) -> str:
-        plan = self.plan
+    One process at a time: engines keep one store, and lines share the system image.
+    """
+    refresh, base = plan.options.refresh_base, plan.cell.base
+    with runner.exclusive("system"):
         secrets = host_secrets()
         if plan.base.image is None:
-            make_rootfs(self.runner, self.cell.base, plan.work, refresh=refresh)
+            make_rootfs(runner, base, plan.work, refresh=refresh)
         else:
             # A registry image may lack packages: apt in it uses this host's mirrors.
-            sources = plan.work / "sources.list"
-            write_host_sources(self.runner, self.cell.base.suite, sources)
-            secrets["apt-sources"] = sources
-        return make_system(
-            self.runner, plan.engine, self.cell, plan.base, plan.work,
-            secrets=secrets, refresh=refresh,
-        )  # fmt: skip
+            secrets["apt-sources"] = plan.work / "sources.list"
+            write_host_sources(runner, base.suite, secrets["apt-sources"])
+        return make_system(runner, plan, secrets=secrets, refresh=refresh)
 
-    def make_layers(
-        self, meanwhile: Callable[[], None] = lambda: None, *, slim: bool = True
-    ) -> None:
-        """Download and write the wheel layers; see ``write_layers``."""
-        write_layers(self.cell, self.plan.groups, meanwhile, slim=slim)
 
-    def make_wheel(self) -> None:
-        """Apply the series; write the line's patched wheel."""
-        repo = SourceRepo()
-        self.applied = check_line(self.cell.root, self.cell.line_name, self.cell.line, repo)
-        self.wheel = patched_wheel(self.cell, self.plan.lock, self.applied, repo, Wheelhouse())
+def build_layers(plan: ImagePlan) -> PatchedSource:
+    """Download and write the wheel layers; meanwhile apply the series and write its wheel."""
+    return write_layers(plan.cell, plan.groups, lambda: make_wheel(plan))
 
-    def make_top(self, system_key: str) -> None:
-        """The last, small layer: changed files, metadata, stack.json."""
-        system = load_system(system_key)
-        lock, prewarm = self.plan.lock, self.plan.options.prewarm
-        stack = stack_record(
-            cell=self.cell,
-            lock=lock,
-            patches=self.plan.patches,
-            wheel=self.wheel,
-            base={"system": system.digest, "engine": self.plan.engine.name},
-            debian=system.debian,
-            slim=slimmed(self.wheel_layers()),
-            prewarm=prewarm.record() if prewarm is not None else None,
-        )
-        published = lock.find(VLLM)
-        entries = top_entries(
-            Wheelhouse().path(published), self.wheel.path, stack, self.cell.line.python
-        )
-        layer = write_layer(patch_key(self.cell, published, stack), entries, self.epoch)
-        compiled = None if prewarm is None else prewarm_layer(prewarm, self.epoch)
-        self.top = Top(system=system, stack=stack, layer=layer, prewarm=compiled)
 
-    def wheel_layers(self) -> NamedLayers:
-        """The layers of the lock, lowest first."""
-        return wheel_layers(self.cell, self.plan.groups)
+def check_outside(
+    plan: ImagePlan, selection: Recorded | None, candidate: Candidate
+) -> Contract | None:
+    """What needs no running: the contract; config, labels, and the hash of every blob."""
+    contract = None
+    if selection is not None:
+        contract = image_contract(plan.cell, selection, candidate.folders)
+        contract.check()
+    try:
+        prewarmed = plan.options.prewarm is not None
+        check_layout(candidate.image, candidate.labels, prewarmed=prewarmed)
+    except LayoutError:
+        # The cache was touched: forget what is damaged, so that the next build is whole.
+        for folder in forget_damaged(layer.blob for layer in candidate.layers):
+            console.print(f"  deleted: {folder} is damaged", style="dim")
+        raise
+    return contract
 
-    def assemble(self) -> None:
-        """Write the candidate layout, and what the checks inside must find."""
-        top = self.top
-        created = datetime.fromtimestamp(self.epoch, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        self.labels = labels(top.stack, created)
-        self.layers = image_layers(self.cell, top, self.wheel_layers())
-        self.candidate = write_image(
-            self.plan.work / "candidate",
-            layers=self.layers,
-            config=image_config(
-                self.cell, top, self.labels, self.layers, self.plan.options.prewarm
-            ),
-            epoch=self.epoch,
-            name=trial_name(self.cell),
-        )
-        write_inputs(self.plan.work / "inputs", expectation(self.cell, self.applied, top.stack))
 
-    def trial(self) -> Trial:
-        """The checks inside, as a command; known before there is an image (dry run)."""
-        if hasattr(self, "top"):
-            wheels = [layer.files for _, layer in reversed(self.wheel_layers())]
-            root = [self.top.system.root] if self.top.system.root is not None else []
-            compiled = [self.top.prewarm.files] if self.top.prewarm is not None else []
-            lowers = [*compiled, self.top.layer.files, *wheels, *root]
-            image = self.candidate
-        else:
-            slim = [group for group in self.plan.groups if group.slim_key is not None]
-            compiled = [] if self.plan.options.prewarm is None else [Path()]
-            lowers = [Path()] * (len(self.plan.groups) + len(slim) + len(compiled) + 2)
-            image = Image(path=self.plan.work / "candidate", digest="", config={}, manifest={})
-        return Trial(
-            image=image,
-            name=trial_name(self.cell),
-            lowers=tuple(lowers),
-            inputs=self.plan.work / "inputs",
-            argv=TRIAL_ARGV,
-            work=self.plan.work,
-        )
+def accept(
+    plan: ImagePlan, candidate: Candidate, output: str, contract: Contract | None
+) -> CheckReport:
+    """Read all verdicts.
 
-    def check_outside(self) -> None:
-        """What needs no running: the contract; config, labels, and the hash of every blob."""
-        self.contract = None
-        if self.selection is not None:
-            folders = [layer.files for _, layer in self.wheel_layers()]
-            folders.append(self.top.layer.files)
-            self.contract = image_contract(self.cell, self.selection, folders)
-            self.contract.check()
-        try:
-            prewarmed = self.plan.options.prewarm is not None
-            check_layout(self.candidate, self.labels, prewarmed=prewarmed)
-        except LayoutError:
-            # The cache was touched: forget what is damaged, so that the next build is whole.
-            for folder in forget_damaged(layer.blob for layer in self.layers):
-                console.print(f"  deleted: {folder} is damaged", style="dim")
-            raise
+    Raises:
+        ImageCheckError, SizeBudgetError: a check failed.
+    """
+    verdicts = judge(output)
+    for note in contract.notes if contract is not None else ():
+        console.print(f"  [yellow]contract[/] {escape(note)}")
+    check_sizes(candidate.shares, plan.cell.line.budget_mb, plan.cell.base.budget_mb)
+    return CheckReport(verdicts=verdicts, shares=candidate.shares, contract=contract)
 
-    def accept(self, output: str) -> None:
-        """All verdicts, or no image."""
-        self.verdicts = judge(output)
-        for note in self.contract.notes if self.contract is not None else ():
-            console.print(f"  [yellow]contract[/] {escape(note)}")
-        self.shares = image_shares(self.top, self.layers)
-        check_sizes(self.shares, self.cell.line.budget_mb, self.cell.base.budget_mb)
 
-    def publish(self) -> None:
-        """Rename the candidate to its final name, then write the record beside it."""
-        plan = self.plan
-        record = {
-            "digest": f"sha256:{self.candidate.digest}",
-            "size": self.candidate.size,
-            "wheels": sum(wheel.size for wheel in plan.lock.wheels),
-            "seconds": round(time.monotonic() - self.started, 1),
-            "inputs": plan.inputs(),
-            "details": plan.details(),
-            "stack": self.top.stack,
-            "layers": [asdict(share) for share in self.shares],
-            "checks": self.verdicts,
-            "contract": self.contract.record() if self.contract is not None else None,
-        }
-        plan.record_path.unlink(missing_ok=True)
-        record["blobs"] = blob_times(self.candidate)
-        with atomic_path(plan.target) as aside:
-            move(self.candidate.path, aside)
-            set_name(aside, plan.name)
-        with atomic_path(plan.record_path) as aside:
-            aside.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+def publish(plan: ImagePlan, candidate: Candidate, checks: CheckReport, *, seconds: float) -> None:
+    """Rename the candidate to its final name, then write its record."""
+    inputs = plan.inputs()
+    record = {
+        "digest": f"sha256:{candidate.image.digest}",
+        "size": candidate.image.size,
+        "wheels": sum(wheel.size for wheel in plan.lock.wheels),
+        "seconds": round(seconds, 1),
+        "inputs": hashes(inputs),
+        "details": inputs,
+        "stack": candidate.stack,
+        "layers": [asdict(share) for share in checks.shares],
+        "checks": checks.verdicts,
+        "contract": checks.contract.record() if checks.contract is not None else None,
+        "blobs": blob_times(candidate.image),
+    }
+    plan.record_path.unlink(missing_ok=True)
+    with atomic_path(plan.target) as aside:
+        move(candidate.image.path, aside)
+        set_name(aside, plan.name)
+    with atomic_path(plan.record_path) as aside:
+        aside.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")

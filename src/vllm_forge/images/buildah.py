@@ -9,12 +9,19 @@ import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.host import cache_root, remove
-from vllm_forge.images.engine import BYTECODE, SystemOutput, require_version, tagged
+from vllm_forge.host import cache_root, remove, which
+from vllm_forge.images.engine import (
+    BYTECODE,
+    SystemOutput,
+    build_options,
+    hex_digest,
+    require_version,
+)
+from vllm_forge.images.layout import read_image
 
 if TYPE_CHECKING:
     from vllm_forge.host import Runner
-    from vllm_forge.images.engine import SystemBuild, Trial
+    from vllm_forge.images.engine import ContainerRun, SystemBuild
 
 OLDEST = (1, 28)
 NAME = "localhost/vllm-forge-system"
@@ -29,10 +36,13 @@ class Buildah:
     def __init__(self, state: Path | None = None) -> None:
         self._state = state or cache_root() / "buildah"
 
+    def present(self) -> bool:
+        """All tools are installed."""
+        return all(which(tool) is not None for tool in self.tools)
+
     def check(self, runner: Runner) -> None:
         """Debian 12's is the oldest that was tried."""
-        version = runner.run(["buildah", "--version"])
-        if version:
+        if version := runner.run(["buildah", "--version"]):
             require_version(version, OLDEST, "buildah")
 
     def build_system(self, runner: Runner, build: SystemBuild) -> None:
@@ -54,53 +64,45 @@ class Buildah:
             [
                 "buildah", "bud", "--quiet", "--format=docker", "--runtime=runc", "--network=host",
                 "--no-cache", f"--timestamp={build.epoch}", f"--file={build.dockerfile}",
-                *tagged([("BASE", base), *build.args.items()], "--build-arg"),
-                *(f"--secret=id={name},src={path}" for name, path in build.secrets.items()),
+                *build_options(build, ("BASE", base)),
                 f"--output=type=local,dest={build.work / 'root'}", f"--tag={NAME}",
                 str(build.dockerfile.parent),
             ],
             env=env,
             cwd=build.work,
         )  # fmt: skip
-        runner.run(
-            [
-                "buildah",
-                "push",
-                "--quiet",
-                "--disable-compression",
-                NAME,
-                f"dir:{build.work / 'image'}",
-            ],
-            env=env,
-        )
+        target = f"dir:{build.work / 'image'}"
+        runner.run(["buildah", "push", "--quiet", "--disable-compression", NAME, target], env=env)
         runner.run(["buildah", "rmi", "--all", "--force"], env=env)
 
     def system_output(self, build: SystemBuild) -> SystemOutput:
         """Parse the ``dir:`` output (docker schema 2)."""
         folder = build.work / "image"
         manifest = json.loads((folder / "manifest.json").read_text())
-        config = json.loads((folder / _hex(manifest["config"]["digest"])).read_text())
+        config = json.loads((folder / hex_digest(manifest["config"]["digest"])).read_text())
         return SystemOutput(
-            tars=tuple(folder / _hex(layer["digest"]) for layer in manifest["layers"]),
-            diff_ids=tuple(_hex(item) for item in config["rootfs"]["diff_ids"]),
+            tars=tuple(folder / hex_digest(layer["digest"]) for layer in manifest["layers"]),
+            diff_ids=tuple(hex_digest(item) for item in config["rootfs"]["diff_ids"]),
             config=config["config"],
             root=build.work / "root",
         )
 
-    def try_image(self, runner: Runner, trial: Trial) -> str:
+    def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
         """Runc on an overlay of the unpacked layers, in a mount namespace of its own.
 
         Copying 8 GB into a container store only to look at them would take longer than the
         build. The overlay lives and dies with the command.
         """
-        bundle = trial.work / "bundle"
-        runner.act(f"write a runc bundle to {bundle}", lambda: _write_bundle(bundle, trial))
-        lowers = ":".join(f"lower/{number}" for number in range(len(trial.lowers)))
+        bundle = run.work / "bundle"
+        runner.act(f"write a runc bundle to {bundle}", lambda: _write_bundle(bundle, run))
+        # The container's name is also its cgroup's: runs may be concurrent.
+        name = f"vllm-forge-{hashlib.sha256(str(bundle).encode()).hexdigest()[:12]}"
+        lowers = ":".join(f"lower/{number}" for number in range(len(run.lower_dirs)))
         return runner.run(
             [
                 "unshare", "--mount", "--propagation=private", "sh", "-ec",
                 f"mount -t overlay overlay -o ro,lowerdir={lowers} rootfs; "
-                f"exec runc --root=state run --bundle=. {_container(bundle)}",
+                f"exec runc --root=state run --bundle=. {name}",
             ],
             cwd=bundle,
         )  # fmt: skip
@@ -126,10 +128,6 @@ class Buildah:
         }
 
 
-def _hex(digest: str) -> str:
-    return digest.removeprefix("sha256:")
-
-
 def _write_config(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -144,25 +142,20 @@ def _write_config(folder: Path) -> None:
     )
 
 
-def _container(bundle: Path) -> str:
-    """Name of a container, which is also its cgroup's: trials run side by side."""
-    return f"vllm-forge-{hashlib.sha256(str(bundle).encode()).hexdigest()[:12]}"
-
-
-def _write_bundle(bundle: Path, trial: Trial) -> None:
+def _write_bundle(bundle: Path, run: ContainerRun) -> None:
     remove(bundle)
     (bundle / "lower").mkdir(parents=True)
     (bundle / "rootfs").mkdir()
-    for number, lower in enumerate(trial.lowers):
-        (bundle / "lower" / str(number)).symlink_to(lower.resolve())
-    (bundle / "config.json").write_text(json.dumps(_runtime_config(trial), indent=1))
+    for number, lower in enumerate(run.lower_dirs):
+        (bundle / "lower" / str(number)).symlink_to(lower.resolve(strict=True))
+    (bundle / "config.json").write_text(json.dumps(_runtime_config(run), indent=1))
 
 
-def _runtime_config(trial: Trial) -> dict[str, Any]:
+def _runtime_config(run: ContainerRun) -> dict[str, Any]:
     """An OCI runtime config with as few rights as there are."""
-    image = trial.image.config["config"]
+    image = run.config or read_image(run.layout).config["config"]
     uid, _, gid = image["User"].partition(":")
-    bytecode = (trial.bytecode or cache_root() / "bytecode").resolve()
+    bytecode = (run.bytecode or cache_root() / "bytecode").resolve()
     bytecode.mkdir(parents=True, exist_ok=True)
     os.chown(bytecode, int(uid), int(gid or uid))
 
@@ -173,9 +166,9 @@ def _runtime_config(trial: Trial) -> dict[str, Any]:
 
     return {
         "ociVersion": "1.0.2",
-        "hostname": "trial",
+        "hostname": "vllm-forge",
         "process": {
-            "args": list(trial.argv),
+            "args": list(run.argv),
             "env": [
                 *(row for row in image["Env"] if row.split("=")[0] != BYTECODE),
                 f"{BYTECODE}=/srv",
@@ -193,10 +186,10 @@ def _runtime_config(trial: Trial) -> dict[str, Any]:
             mount("/dev/pts", "devpts", "nosuid", "noexec", "newinstance", "ptmxmode=0666"),
             mount("/tmp", "tmpfs", "nosuid", "nodev", "mode=1777"),  # noqa: S108
             mount("/cache", "tmpfs", "nosuid", "nodev", f"uid={uid}", f"gid={gid or uid}"),
-            # Bytecode of an earlier trial: the image has none, and compiling it takes longer
+            # Bytecode of an earlier run: the image has none, and compiling it takes longer
             # than the checks. Python takes a file only if the source's size and time agree.
             mount("/srv", "none", "rbind", "rw", source=str(bytecode)),
-            mount("/mnt", "none", "rbind", "ro", source=str(trial.inputs.resolve())),
+            mount("/mnt", "none", "rbind", "ro", source=str(run.inputs.resolve())),
         ],
         "linux": {
             "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")],

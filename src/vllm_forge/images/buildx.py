@@ -1,23 +1,24 @@
-"""The docker engine: buildx builds, the daemon runs."""
+"""The docker engine: buildx builds, the daemon runs; see docker_api.py for what the SDK does."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
 from typing import TYPE_CHECKING
 
-from vllm_forge.images.engine import SystemOutput, require_version, tagged
-from vllm_forge.images.errors import EngineSetupError, LayoutError
+from vllm_forge.host import which
+from vllm_forge.images.docker_api import answers, check_daemon
+from vllm_forge.images.engine import SystemOutput, build_options, hex_digest, require_version
+from vllm_forge.images.errors import LayoutError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_forge.host import Runner
-    from vllm_forge.images.engine import SystemBuild, Trial
+    from vllm_forge.images.engine import ContainerRun, SystemBuild
 
-# 25 is the first that loads an OCI layout; its buildx (0.12) knows rewrite-timestamp.
-OLDEST_DOCKER = (25, 0)
-OLDEST_BUILDX = (0, 12)
+OLDEST_BUILDX = (0, 12)  # the first that knows rewrite-timestamp
 
 
 class Buildx:
@@ -26,23 +27,19 @@ class Buildx:
     name = "docker"
     tools: tuple[str, ...] = ("docker",)
 
+    def present(self) -> bool:
+        """Client, plugin and a daemon that answers: a client alone does not build."""
+        if which("docker") is None or not answers():
+            return False
+        plugin = ["docker", "buildx", "version"]
+        return subprocess.run(plugin, capture_output=True, check=False).returncode == 0
+
     def check(self, runner: Runner) -> None:
-        """Client, plugin and a daemon that answers."""
-        server = runner.run(["docker", "version", "--format={{.Server.Version}}"])
-        plugin = runner.run(["docker", "buildx", "version"])
-        store = runner.run(["docker", "info", "--format={{json .DriverStatus}}"])
-        if store and "io.containerd.snapshotter" not in store:
-            raise EngineSetupError(
-                "docker uses its classic image store, from which buildx exports no OCI layout",
-                where=store.strip(),
-                remedy='set {"features": {"containerd-snapshotter": true}} in daemon.json and '
-                "restart docker, or choose --engine buildah",
-            )
-        if server:
-            require_version(server, OLDEST_DOCKER, "docker")
-        if plugin:
-            found = re.search(r"v?(\d+\.\d+\.\d+)", plugin)
-            require_version(found[1] if found else "", OLDEST_BUILDX, "docker buildx")
+        """A daemon that answers, with containerd's image store, and the plugin."""
+        runner.act("check the docker daemon's version and image store", check_daemon)
+        if plugin := runner.run(["docker", "buildx", "version"]):
+            version = re.search(r"v?(\d+\.\d+\.\d+)", plugin)
+            require_version(version[1] if version else "", OLDEST_BUILDX, "docker buildx")
 
     def build_system(self, runner: Runner, build: SystemBuild) -> None:
         """One ``docker buildx build`` into an OCI layout of plain tars.
@@ -65,9 +62,7 @@ class Buildx:
             [
                 "docker", "buildx", "build", "--quiet", "--no-cache", "--network=host",
                 "--provenance=false", f"--file={build.dockerfile}", *base,
-                *tagged(list(build.args.items()), "--build-arg"),
-                *(f"--secret=id={name},src={path}" for name, path in build.secrets.items()),
-                f"--output={output}", str(build.dockerfile.parent),
+                *build_options(build), f"--output={output}", str(build.dockerfile.parent),
             ],
             env={"SOURCE_DATE_EPOCH": str(build.epoch)},
         )  # fmt: skip
@@ -76,33 +71,33 @@ class Buildx:
         """Parse the OCI layout."""
         blobs = build.work / "image" / "blobs" / "sha256"
         index = json.loads((build.work / "image" / "index.json").read_text())
-        manifest = json.loads((blobs / _hex(index["manifests"][0]["digest"])).read_text())
-        config = json.loads((blobs / _hex(manifest["config"]["digest"])).read_text())
+        manifest = json.loads((blobs / hex_digest(index["manifests"][0]["digest"])).read_text())
+        config = json.loads((blobs / hex_digest(manifest["config"]["digest"])).read_text())
         for layer in manifest["layers"]:
             if not layer["mediaType"].endswith(".tar"):
                 raise LayoutError(
                     f"buildx left a compressed layer: {layer['mediaType']}", where=str(build.work)
                 )
         return SystemOutput(
-            tars=tuple(blobs / _hex(layer["digest"]) for layer in manifest["layers"]),
-            diff_ids=tuple(_hex(item) for item in config["rootfs"]["diff_ids"]),
+            tars=tuple(blobs / hex_digest(layer["digest"]) for layer in manifest["layers"]),
+            diff_ids=tuple(hex_digest(item) for item in config["rootfs"]["diff_ids"]),
             config=config["config"],
             root=None,
         )
 
-    def try_image(self, runner: Runner, trial: Trial) -> str:
+    def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
         """Load the image, then ``docker run`` with as few rights as there are."""
-        self.load(runner, trial.image.path, trial.name)
+        self.load(runner, run.layout, run.name)
         output = runner.run(
             [
                 "docker", "run", "--rm", "--network=none", "--read-only", "--cap-drop=ALL",
                 "--security-opt=no-new-privileges", "--tmpfs=/tmp:exec,mode=1777",
                 "--tmpfs=/cache:exec,uid=10001,gid=10001",
-                f"--volume={trial.inputs.resolve()}:/mnt:ro",
-                f"--entrypoint={trial.argv[0]}", trial.name, *trial.argv[1:],
+                f"--volume={run.inputs.resolve()}:/mnt:ro",
+                f"--entrypoint={run.argv[0]}", run.name, *run.argv[1:],
             ]
         )  # fmt: skip
-        runner.run(["docker", "image", "rm", "--force", trial.name])
+        runner.run(["docker", "image", "rm", "--force", run.name])
         return output
 
     def load(self, runner: Runner, layout: Path, name: str) -> None:
@@ -110,7 +105,3 @@ class Buildx:
         del name
         script = 'tar -C "$0" -cf - . | docker load --quiet'
         runner.run(["bash", "-o", "pipefail", "-ec", script, str(layout)])
-
-
-def _hex(digest: str) -> str:
-    return digest.removeprefix("sha256:")

@@ -1,7 +1,8 @@
-"""What every image must pass before it gets its name: its layout, its size, and inside."""
+"""What every image must pass before it gets its name: layout, size, kernels, and inside."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -14,17 +15,31 @@ from vllm_forge.host import console, remove
 from vllm_forge.images.errors import ImageCheckError, SizeBudgetError
 from vllm_forge.images.layout import verify
 from vllm_forge.images.prewarm import SCRIPT
+from vllm_forge.images.wheels import site_packages
+from vllm_forge.kernels.coverage import (
+    Contents,
+    Contract,
+    contract,
+    parse_capability,
+    selections_of,
+)
+from vllm_forge.kernels.coverage.families import digest
+from vllm_forge.kernels.selection import require_fresh
 from vllm_forge.kernels.selection.mount import DRIVER
+from vllm_forge.kernels.selection.recorded import path_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vllm_forge.images.layout import Image
+    from vllm_forge.kernels.selection import Recorded
+    from vllm_forge.matrix import ImageCell
+    from vllm_forge.project import Project
 
 MB = 1_000_000
 # What runs inside; the first one is started.
 SCRIPTS = (Path(__file__).with_name("image_checks.py"), DRIVER)
-TRIAL_ARGV = ("/opt/venv/bin/python", "/mnt/image_checks.py")
+CHECK_ARGV = ("/opt/venv/bin/python", "/mnt/image_checks.py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,3 +137,44 @@ def check_sizes(shares: Sequence[LayerShare], budget_mb: int, base_budget_mb: in
                 where="matrix.toml, budget_mb",
                 remedy="see the table for what grew; if it must be so, raise the budget there",
             )
+
+
+def recorded_selection(project: Project, cell: ImageCell) -> Recorded | None:
+    """What the line's vLLM selects on a SKU; None for a SKU that no preset serves on.
+
+    Raises:
+        SelectionFileError, SelectionStaleError: it is not known for this lock and series.
+    """
+    if not any(preset.sku == cell.sku_name for preset in project.matrix.preset.values()):
+        return None
+    recorded = require_fresh(project.root, project.matrix, cell.line_name)
+    return recorded.of_device(cell.sku.device)
+
+
+def contract_inputs(project: Project, line_name: str) -> dict[str, str]:
+    """Hashes of what the kernel contract is a function of, apart from the image."""
+    path = path_of(project.root, line_name)
+    recorded = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "none"
+    return {"selection": recorded, "families": digest()}
+
+
+def image_contract(cell: ImageCell, recorded: Recorded, folders: Sequence[Path]) -> Contract:
+    """Compare what vLLM selects for the presets of a SKU with an image's files.
+
+    Args:
+        cell: SKU and line.
+        recorded: of ``recorded_selection``.
+        folders: the image's unpacked layers, lowest first.
+
+    Raises:
+        UnknownFamilyError: vLLM selects a backend that no row says the kernels of.
+        UnknownFatbinError: a library's device code cannot be understood.
+    """
+    site = site_packages(cell.line.python)
+    return contract(
+        Contents(tuple(folder / site for folder in folders if (folder / site).is_dir())),
+        cell=cell.name,
+        line=cell.line_name,
+        capability=parse_capability(cell.sku.compute_capability),
+        selections=selections_of(recorded.answers),
+    )

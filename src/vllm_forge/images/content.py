@@ -44,6 +44,11 @@ class WheelGroup:
     key: str
     slim_key: str | None = None
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of all its layers, lowest first."""
+        return (self.key,) if self.slim_key is None else (self.key, self.slim_key)
+
 
 def wheel_groups(cell: ImageCell, lock: Lock) -> tuple[WheelGroup, ...]:
     """The lock's wheels by layer, lowest first; vLLM itself is the last one."""
@@ -168,7 +173,7 @@ def stack_entry(record: dict[str, Any]) -> Entry:
     return Entry(path=STACK, content=content.encode())
 
 
-def labels(record: dict[str, Any], epoch_text: str) -> dict[str, str]:
+def labels(record: dict[str, Any], created: str) -> dict[str, str]:
     """OCI labels of an image, from its stack record."""
     return {
         "io.vllm-forge.sku": record["sku"],
@@ -180,7 +185,7 @@ def labels(record: dict[str, Any], epoch_text: str) -> dict[str, str]:
         "org.opencontainers.image.title": f"vLLM {record['vllm']} for {record['sku']}",
         "org.opencontainers.image.version": record["vllm"],
         "org.opencontainers.image.licenses": "Apache-2.0",
-        "org.opencontainers.image.created": epoch_text,
+        "org.opencontainers.image.created": created,
         **({"io.vllm-forge.prewarm": record["prewarm"]["sha256"]} if "prewarm" in record else {}),
     }
 

@@ -7,20 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vllm_forge.host import which
-from vllm_forge.images.errors import EngineMissingError, EngineTooOldError
+from vllm_forge.images.errors import EngineTooOldError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping
 
     from vllm_forge.host import Runner
     from vllm_forge.images.base import BaseRef
-    from vllm_forge.images.layout import Image
 
-PACKAGES = ("buildah", "runc", "skopeo", "mmdebstrap")
 # Where Python keeps what it compiles.
 BYTECODE = "PYTHONPYCACHEPREFIX"
-INSTALL = f"apt-get install --no-install-recommends {' '.join(PACKAGES)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,25 +55,25 @@ class SystemOutput:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
-    """A command to run in the finished image, for the checks.
-
-    Always without network, with a read-only root, no capabilities, as the image's user.
+class ContainerRun:
+    """A command to run in an image: no network, read-only root, no capabilities, image's user.
 
     Attributes:
-        image: the layout.
-        name: what its index calls it.
-        lowers: unpacked layers, highest first, for engines that mount.
+        layout: the image's OCI layout, for engines that load it.
+        name: what the layout's index calls it.
+        lower_dirs: unpacked layers, highest first, for engines that mount.
+        config: ``config`` object of the image, for engines that mount; None: the layout's.
         inputs: folder that is mounted at /mnt.
         argv: the command.
-        work: folder for the engine's own files; no two trials at a time share one.
-        bytecode: folder that keeps compiled Python between trials, for engines that mount;
+        work: folder for the engine's own files; no two runs at a time share one.
+        bytecode: folder that keeps compiled Python between runs, for engines that mount;
             None: the one of the cache that all images share.
     """
 
-    image: Image
+    layout: Path
     name: str
-    lowers: tuple[Path, ...]
+    lower_dirs: tuple[Path, ...]
+    config: Mapping[str, Any] | None = None
     inputs: Path
     argv: tuple[str, ...]
     work: Path
@@ -89,6 +85,10 @@ class Engine(Protocol):
 
     name: str
     tools: tuple[str, ...]
+
+    def present(self) -> bool:
+        """Whether it can build on this host."""
+        ...
 
     def check(self, runner: Runner) -> None:
         """Raise when the engine is older than what is tested, or does not answer."""
@@ -102,7 +102,7 @@ class Engine(Protocol):
         """Read what ``build_system`` left."""
         ...
 
-    def try_image(self, runner: Runner, trial: Trial) -> str:
+    def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
         """Run a command in the image and return its stdout."""
         ...
 
@@ -111,27 +111,14 @@ class Engine(Protocol):
         ...
 
 
-def require(tool: str, engine: str) -> None:
-    """Raise when a tool of the engine is not installed.
-
-    Raises:
-        EngineMissingError: with the line that installs it.
-    """
-    if which(tool) is None:
-        raise EngineMissingError(
-            f"{tool} is not installed, which the {engine} engine needs",
-            remedy=f"run: {INSTALL}   or build with --provision",
-        )
-
-
 def require_version(text: str, oldest: tuple[int, int], engine: str) -> None:
     """Raise when an engine is older than the Dockerfile is tested with.
 
     Raises:
         EngineTooOldError: also when its version cannot be read.
     """
-    found = re.search(r"(\d+)\.(\d+)", text)
-    if found is None or (int(found[1]), int(found[2])) < oldest:
+    version = re.search(r"(\d+)\.(\d+)", text)
+    if version is None or (int(version[1]), int(version[2])) < oldest:
         raise EngineTooOldError(
             f"{engine} is {text.strip() or 'of unknown version'}, at least "
             f"{oldest[0]}.{oldest[1]} is needed",
@@ -139,6 +126,15 @@ def require_version(text: str, oldest: tuple[int, int], engine: str) -> None:
         )
 
 
-def tagged(arguments: Sequence[tuple[str, str]], option: str) -> list[str]:
-    """``option=key=value`` for each pair."""
-    return [f"{option}={key}={value}" for key, value in arguments]
+def build_options(build: SystemBuild, *args: tuple[str, str]) -> list[str]:
+    """Options of a Dockerfile's build that buildah and buildx share; ``args`` come first."""
+    pairs: Iterable[tuple[str, str]] = (*args, *build.args.items())
+    return [
+        *(f"--build-arg={name}={value}" for name, value in pairs),
+        *(f"--secret=id={name},src={path}" for name, path in build.secrets.items()),
+    ]
+
+
+def hex_digest(digest: str) -> str:
+    """The hex digits of ``sha256:<hex>``."""
+    return digest.removeprefix("sha256:")

@@ -21,6 +21,12 @@ class EngineTooOldError(ForgeError):
     exit_code = FAULT
 
 
+class EngineUnreachableError(ForgeError):
+    """The docker daemon is not running, may not be used, or does not answer."""
+
+    exit_code = FAULT
+
+
 class ProvisionError(ForgeError):
     """The build tools cannot be installed on this host."""
 

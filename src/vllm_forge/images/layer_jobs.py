@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from vllm_forge.host import end_with_parent
 from vllm_forge.images.content import WheelGroup, group_entries
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from vllm_forge.matrix import ImageCell
 
+T = TypeVar("T")
 WORKERS = 2
 NICE = 10
 
@@ -25,16 +26,17 @@ NICE = 10
 def write_layers(
     cell: ImageCell,
     groups: Sequence[WheelGroup],
-    meanwhile: Callable[[], None] = lambda: None,
+    meanwhile: Callable[[], T],
     *,
     slim: bool = True,
-) -> None:
+) -> T:
     """Download the wheels of ``groups`` and write what is not there yet.
 
     Args:
         cell: whose SKU and line they are for.
         groups: lowest layer first.
-        meanwhile: called when all wheels are here and layers are still being written.
+        meanwhile: called when all wheels are fetched, while layers are being written; its result
+            is returned.
         slim: also the SKU's layers of libraries; a proof does without.
 
     Raises:
@@ -55,7 +57,7 @@ def write_layers(
                 job = Future()
                 job.set_result(None)
             whole[job] = group
-        meanwhile()
+        result = meanwhile()
         last = []
         while whole:
             done, _ = wait(whole, return_when=FIRST_COMPLETED)
@@ -68,6 +70,7 @@ def write_layers(
                     last.append(pool.submit(write_slim, group.key, key, capability, epoch))
         for job in last:
             job.result()
+    return result
 
 
 def start_worker(parent: int) -> None:

@@ -78,7 +78,7 @@ def write_image(
         epoch: creation time, Unix seconds.
         name: ``repository:tag`` for the index, which is no part of the digest.
     """
-    created = datetime.fromtimestamp(epoch, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    created = timestamp(epoch)
     image_config = {
         "architecture": "amd64",
         "config": config,
@@ -130,6 +130,11 @@ def write_image(
         }
         (aside / "index.json").write_bytes(_canonical(index))
     return Image(path=target, digest=digest, config=image_config, manifest=manifest)
+
+
+def timestamp(epoch: int) -> str:
+    """A time in Unix seconds as OCI configs and labels have it (RFC 3339)."""
+    return datetime.fromtimestamp(epoch, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def set_name(path: Path, name: str) -> None:

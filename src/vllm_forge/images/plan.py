@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import cache_root, require_disk
 from vllm_forge.images.base import BaseRef, pinned_image, rootfs_key
-from vllm_forge.images.checks import SCRIPTS
+from vllm_forge.images.checks import CHECK_ARGV, SCRIPTS, contract_inputs
 from vllm_forge.images.content import CONFIG_FORMAT, FORMAT, WheelGroup, wheel_groups
-from vllm_forge.images.contract import contract_inputs
+from vllm_forge.images.engine import ContainerRun
 from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layout import Image, blob_times, read_image
-from vllm_forge.images.prewarm import ENTRYPOINT
-from vllm_forge.images.store import stored
-from vllm_forge.images.system import system_key, system_parts
+from vllm_forge.images.prewarm import ENTRYPOINT, prewarm_key
+from vllm_forge.images.store import layer_folder, stored
+from vllm_forge.images.system import SYSTEM_FORMAT, build_arguments, system_folder
 from vllm_forge.patches import Patch, read_series, read_tree_lock
 from vllm_forge.sources import UNPACK_RATIO, Lock, Wheelhouse, read_lock
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vllm_forge.images.engine import Engine
     from vllm_forge.images.prewarm import Prewarm
     from vllm_forge.matrix import ImageCell
+    from vllm_forge.project import Project
 
 SYSTEM_BYTES = 3 * (1 << 30)  # rootfs tar, engine's copies, exported folder
 
@@ -48,14 +49,9 @@ class BuildOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePlan:
-    """A cell with its lock, series, layers and places.
+    """A cell with its lock, series, layers and base; all paths of its build follow from it."""
 
-    Attributes:
-        target: the layout's final name.
-        record_path: the JSON record beside it.
-        work: folder of the cache for what is not finished.
-    """
-
+    project: Project
     cell: ImageCell
     options: BuildOptions
     engine: Engine
@@ -76,7 +72,7 @@ class ImagePlan:
 
     @property
     def record_path(self) -> Path:
-        """The record of the build, beside the layout."""
+        """The record of the build, in the folder of the layout."""
         return self.options.output / f"{self.cell.name}.json"
 
     @property
@@ -84,20 +80,75 @@ class ImagePlan:
         """Folder of the cache for what is not finished."""
         return cache_root() / "work" / self.cell.name
 
-    def inputs(self) -> dict[str, str]:
-        """Hash per input of the image; a build with equal ones has nothing to do."""
-        return {name: _hash(part) for name, part in self._parts().items()}
+    @property
+    def candidate(self) -> Path:
+        """The layout before it has passed its checks."""
+        return self.work / "candidate"
 
-    def details(self) -> dict[str, dict[str, Any]]:
-        """What each input is made of, for ``why-rebuild``: names with a value or a hash."""
-        cell = self.cell
-        tree = read_tree_lock(cell.root / cell.line.series, cell.line_name)
-        system = system_parts(cell, self.base, self.engine)
+    @property
+    def candidate_name(self) -> str:
+        """Name of a candidate; differs from that of an image that passed."""
+        return f"localhost/vllm-forge-candidate:{self.cell.name}"
+
+    @property
+    def patch_files(self) -> Path:
+        """A link to the unpacked patch layer, whose key is known only when it was written."""
+        return self.work / "patch-layer"
+
+    def checks_inside(self) -> ContainerRun:
+        """The run of the checks inside the candidate, known before it exists (dry run)."""
+        keys = [key for group in self.groups for key in group.keys]
+        if self.options.prewarm is None:
+            compiled = []
+        else:
+            compiled = [prewarm_key(self.options.prewarm, self.cell.base.source_date_epoch)]
+        return ContainerRun(
+            layout=self.candidate,
+            name=self.candidate_name,
+            lower_dirs=(
+                *(layer_folder(key) / "files" for key in compiled),
+                self.patch_files,
+                *(layer_folder(key) / "files" for key in reversed(keys)),
+                system_folder(self.system_key) / "root",
+            ),
+            inputs=self.work / "inputs",
+            argv=CHECK_ARGV,
+            work=self.work,
+        )
+
+    @property
+    def dockerfile(self) -> Path:
+        """What the system image is built from; its folder is the context."""
+        return self.project.root / "docker" / "Dockerfile"
+
+    def system_parts(self) -> dict[str, Any]:
+        """What the system image is a function of, by name."""
         return {
+            "format": SYSTEM_FORMAT,
+            "base": self.base.key,
+            "dockerfile": self.dockerfile.read_text(),
+            "arguments": build_arguments(self.cell),
+            "engine": self.engine.name,
+        }
+
+    @property
+    def system_key(self) -> str:
+        """Hash of everything that the system image is a function of."""
+        fields = [*self.system_parts().values()]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        """All that the image is a function of: input -> its parts, each a value or a hash."""
+        cell, prewarm = self.cell, self.options.prewarm
+        tree = read_tree_lock(self.project.root / cell.line.series, cell.line_name)
+        parts = {
             "format": {"format": FORMAT, "config": CONFIG_FORMAT},
-            "system": {**system, "dockerfile": _hash(system["dockerfile"])},
-            "lock": {wheel.name: f"{wheel.version} {wheel.sha256}" for wheel in self.lock.wheels},
-            "layers": {group.name: group.key for group in self.groups},
+            "system": self.system_parts() | {"dockerfile": _hash(self.dockerfile.read_text())},
+            "lock": {
+                cell.line.lock: self.lock.digest,
+                **{wheel.name: f"{wheel.version} {wheel.sha256}" for wheel in self.lock.wheels},
+            },
+            "layers": {group.name: " ".join(group.keys) for group in self.groups},
             "series": {
                 "tree": tree.result,
                 **{patch.name: _hash(patch.path.read_text()) for patch in self.patches},
@@ -106,33 +157,13 @@ class ImagePlan:
             "line": cell.line.model_dump(mode="json"),
             "base": cell.base.model_dump(mode="json"),
             "checks": {path.name: _hash(path.read_text()) for path in SCRIPTS},
-            "contract": contract_inputs(cell),
-            **self._prewarm(),
+            "contract": contract_inputs(self.project, cell.line_name),
         }
-
-    def _parts(self) -> dict[str, Any]:
-        tree = read_tree_lock(self.cell.root / self.cell.line.series, self.cell.line_name)
-        return {
-            "format": [FORMAT, CONFIG_FORMAT],
-            "system": system_key(self.cell, self.base, self.engine),
-            "lock": self.lock.digest,
-            "layers": [[group.key, group.slim_key] for group in self.groups],
-            "series": [tree.result, *(patch.path.read_text() for patch in self.patches)],
-            "sku": self.cell.sku.model_dump(),
-            "line": self.cell.line.model_dump(),
-            "base": self.cell.base.model_dump(),
-            "checks": [path.read_text() for path in SCRIPTS],
-            "contract": contract_inputs(self.cell),
-            **self._prewarm(),
-        }
-
-    def _prewarm(self) -> dict[str, Any]:
-        found = self.options.prewarm
-        if found is None:
-            return {}
-        return {
-            "prewarm": {"sha256": found.digest, "place": found.place, "script": _hash(ENTRYPOINT)}
-        }
+        if prewarm is not None:
+            parts["prewarm"] = {
+                "sha256": prewarm.digest, "place": prewarm.place, "script": _hash(ENTRYPOINT),
+            }  # fmt: skip
+        return parts
 
     def up_to_date(self) -> Image | None:
         """The finished image, when it was made from the same inputs and is complete."""
@@ -141,9 +172,12 @@ class ImagePlan:
             image = read_image(self.target)
         except (OSError, ValueError, LayoutError):
             return None
-        same = record["inputs"] == self.inputs() and record["digest"] == f"sha256:{image.digest}"
-        touched = record.get("blobs") != blob_times(image)
-        return image if same and not touched else None
+        same = (
+            record["inputs"] == hashes(self.inputs())
+            and record["digest"] == f"sha256:{image.digest}"
+            and record.get("blobs") == blob_times(image)
+        )
+        return image if same else None
 
     def require_disk(self) -> None:
         """Room for what is still to be downloaded and written.
@@ -160,11 +194,16 @@ class ImagePlan:
         require_disk({cache_root(): fetch + write + SYSTEM_BYTES})
 
 
+def hashes(inputs: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Hash per input; a build with equal ones has nothing to do. The order of parts counts."""
+    return {name: _hash(parts) for name, parts in inputs.items()}
+
+
 def _hash(part: object) -> str:
-    return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(part).encode()).hexdigest()
 
 
-def resolve(cell: ImageCell, options: BuildOptions, engine: Engine) -> ImagePlan:
+def resolve(project: Project, cell: ImageCell, options: BuildOptions, engine: Engine) -> ImagePlan:
     """Read everything that an image of this cell is a function of.
 
     Raises:
@@ -175,13 +214,14 @@ def resolve(cell: ImageCell, options: BuildOptions, engine: Engine) -> ImagePlan
     else:
         key = rootfs_key(cell.base)
         base = BaseRef(key=key, layout=cache_root() / "rootfs" / key)
-    lock = read_lock(cell.root, cell.line_name, cell.line, cell.base)
+    lock = read_lock(project.root, cell.line_name, cell.line, cell.base)
     return ImagePlan(
+        project=project,
         cell=cell,
         options=options,
         engine=engine,
         lock=lock,
-        patches=read_series(cell.root / cell.line.series),
+        patches=read_series(project.root / cell.line.series),
         groups=wheel_groups(cell, lock),
         base=base,
     )

@@ -108,6 +108,12 @@ class Prewarm:
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
 
+def prewarm_key(prewarm: Prewarm, epoch: int) -> str:
+    """Key of ``prewarm_layer``."""
+    fields = [FORMAT, epoch, prewarm.digest, ENTRYPOINT]
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+
+
 def prewarm_layer(prewarm: Prewarm, epoch: int) -> StoredLayer:
     """The layer of what JIT compilers made, and the entrypoint's script; one zstd frame.
 
@@ -135,8 +141,7 @@ def prewarm_layer(prewarm: Prewarm, epoch: int) -> StoredLayer:
             (unpacked / SCRIPT[1:]).chmod(0o755)
             return layer.close(), {}
 
-    key = hashlib.sha256(json.dumps([FORMAT, epoch, prewarm.digest, ENTRYPOINT]).encode())
-    return keep_layer(key.hexdigest(), write)
+    return keep_layer(prewarm_key(prewarm, epoch), write)
 
 
 def _copied(source: Path, target: Path) -> Iterator[bytes]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.images.errors import BuildRecordError
+from vllm_forge.images.plan import hashes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,7 +48,8 @@ def why_rebuild(plan: ImagePlan) -> Reason:
     record = read_record(plan.record_path)
     if record is None:
         return Reason(state="never built")
-    changes = compare(record["inputs"], plan.inputs(), record.get("details", {}), plan.details())
+    inputs = plan.inputs()
+    changes = compare(record["inputs"], hashes(inputs), record.get("details", {}), inputs)
     if changes:
         return Reason(state="inputs changed", changes=changes)
     return Reason(state="nothing changed" if plan.up_to_date() else "damaged")

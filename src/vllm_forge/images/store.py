@@ -62,13 +62,18 @@ class StoredLayer:
         return not any(self.files.iterdir())
 
 
+def layer_folder(key: str) -> Path:
+    """Where the layer of that key is, or will be."""
+    return cache_root() / "layers" / key
+
+
 def stored(key: str) -> StoredLayer | None:
     """The layer of that key, None when it was not written yet.
 
     Raises:
         CacheError: the folder is there, but its blob or its record is not what was written.
     """
-    folder = cache_root() / "layers" / key
+    folder = layer_folder(key)
     try:
         record = json.loads((folder / "layer.json").read_text())
         if "removed" in record and not (folder / "code").is_dir():
@@ -99,7 +104,7 @@ def require_stored(key: str) -> StoredLayer:
     if (layer := stored(key)) is None:
         raise CacheError(
             "a layer that was written is not there any more",
-            where=str(cache_root() / "layers" / key),
+            where=str(layer_folder(key)),
             remedy="do not clean the cache while a build runs; build again",
         )
     return layer
@@ -146,7 +151,7 @@ def keep_layer(key: str, write: Callable[[Path], tuple[LayerBlob, dict[str, Any]
     with exclusive(f"layer-{key}", wait=True):
         if (known := stored(key)) is not None:
             return known
-        with atomic_path(cache_root() / "layers" / key) as folder:
+        with atomic_path(layer_folder(key)) as folder:
             for name in ("files", "code"):
                 (folder / name).mkdir(parents=True)
                 (folder / name).chmod(0o755)

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
     from vllm_forge.host import Runner
     from vllm_forge.images.base import BaseRef
-    from vllm_forge.images.engine import Engine, SystemOutput
+    from vllm_forge.images.engine import SystemOutput
+    from vllm_forge.images.plan import ImagePlan
     from vllm_forge.matrix import ImageCell
 
 # Raise when the kept result changes for equal inputs.
-FORMAT = 2
+SYSTEM_FORMAT = 2
 CA_BUNDLES = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/pki/tls/certs/ca-bundle.crt"))
 
 
@@ -54,51 +55,32 @@ class System:
         return hashlib.sha256(json.dumps([parts, self.config], sort_keys=True).encode()).hexdigest()
 
 
-def system_key(cell: ImageCell, base: BaseRef, engine: Engine) -> str:
-    """Hash of everything that the system image is a function of."""
-    fields = [*system_parts(cell, base, engine).values()]
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def system_parts(cell: ImageCell, base: BaseRef, engine: Engine) -> dict[str, Any]:
-    """What the system image is a function of, by name."""
-    return {
-        "format": FORMAT,
-        "base": base.key,
-        "dockerfile": (cell.root / "docker" / "Dockerfile").read_text(),
-        "arguments": _arguments(cell),
-        "engine": engine.name,
-    }
+def system_folder(key: str) -> Path:
+    """Where the system image of that key is kept."""
+    return cache_root() / "systems" / key
 
 
 def make_system(
-    runner: Runner,
-    engine: Engine,
-    cell: ImageCell,
-    base: BaseRef,
-    work: Path,
-    *,
-    secrets: dict[str, Path],
-    refresh: bool = False,
+    runner: Runner, plan: ImagePlan, *, secrets: dict[str, Path], refresh: bool = False
 ) -> str:
     """Build the system image unless it is in the cache; return its key."""
-    key = system_key(cell, base, engine)
-    folder = cache_root() / "systems" / key
+    key = plan.system_key
+    folder = system_folder(key)
     if (folder / "system.json").exists() and not refresh:
         return key
     build = SystemBuild(
-        base=base,
-        dockerfile=cell.root / "docker" / "Dockerfile",
-        args=_arguments(cell),
+        base=plan.base,
+        dockerfile=plan.dockerfile,
+        args=build_arguments(plan.cell),
         secrets=secrets,
-        epoch=cell.base.source_date_epoch,
-        work=work / "system",
+        epoch=plan.cell.base.source_date_epoch,
+        work=plan.work / "system",
     )
     runner.act(f"clear {build.work}", lambda: _clear(build.work))
-    engine.build_system(runner, build)
+    plan.engine.build_system(runner, build)
     runner.act(
         f"keep the system image in {folder}",
-        lambda: _keep(engine.system_output(build), base, folder),
+        lambda: _keep(plan.engine.system_output(build), plan.base, folder),
     )
     return key
 
@@ -115,7 +97,7 @@ def load_system(key: str) -> System:
     Raises:
         CacheError: its record is missing or a blob has another size.
     """
-    folder = cache_root() / "systems" / key
+    folder = system_folder(key)
     try:
         record = json.loads((folder / "system.json").read_text())
         layers = []
@@ -146,7 +128,8 @@ def load_system(key: str) -> System:
     )
 
 
-def _arguments(cell: ImageCell) -> dict[str, str]:
+def build_arguments(cell: ImageCell) -> dict[str, str]:
+    """Build arguments of docker/Dockerfile."""
     return {
         "PACKAGES": " ".join(sorted(cell.base.packages)),
         "PYTHON": cell.line.python,

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_forge.host import cache_root, exclusive, report
-from vllm_forge.images.engine import Trial
-from vllm_forge.images.layout import Image
+from vllm_forge.images.engine import ContainerRun
 from vllm_forge.kernels.selection import (
     ARGV,
     line_questions,
@@ -85,15 +84,16 @@ def _ask(
     """One run inside, on the tree whose changed files are in a folder."""
     folder = tree.parent
     write_inputs(folder / "inputs", questions)
-    trial = Trial(
-        image=Image(path=folder, digest="", config={"config": environment.config}, manifest={}),
+    run = ContainerRun(
+        layout=folder,
+        config=environment.config,
         name=folder.name,
-        lowers=(tree, *environment.lowers),
+        lower_dirs=(tree, *environment.lower_dirs),
         inputs=folder / "inputs",
         argv=ARGV,
         work=folder,
         bytecode=environment.work / "bytecode",
     )
-    output = environment.plan.engine.try_image(runner, trial)
+    output = environment.plan.engine.run_in_image(runner, run)
     where = f"line {environment.plan.cell.line_name}, {folder.name}"
     return read_answers(output, questions, where)

@@ -16,11 +16,11 @@ from vllm_forge.errors import ForgeError
 from vllm_forge.host import cache_root, exclusive, report, which
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images import BuildOptions, choose_engine, resolve
-from vllm_forge.images.engine import Trial
-from vllm_forge.images.layout import Image
+from vllm_forge.images.engine import ContainerRun
 from vllm_forge.images.store import stored
 from vllm_forge.matrix import image_cell
 from vllm_forge.patches import check_line
+from vllm_forge.project import Project
 from vllm_forge.proofs.environment import ENGINE, PYTHON, open_line, require_root
 from vllm_forge.sources import SourceRepo
 
@@ -44,7 +44,9 @@ def ready(root: Path, matrix: Matrix, line_name: str) -> str:
     line = matrix.line[line_name]
     try:
         cell = image_cell(matrix, root, line.skus[0], line_name)
-        plan = resolve(cell, BuildOptions(output=cache_root() / "work"), choose_engine(ENGINE))
+        plan = resolve(
+            Project(root), cell, BuildOptions(output=cache_root() / "work"), choose_engine(ENGINE)
+        )
         missing = sum(stored(group.key) is None for group in plan.groups)
     except ForgeError as error:
         return error.what
@@ -82,17 +84,18 @@ def dry_load(
         environment = open_line(cell, runner, work)
         write_request(environment.inputs, profiles, cell.sku)
         tree = environment.write_tree(repo, applied.base, applied.result, "patched")
-        trial = Trial(
-            image=Image(path=work, digest="", config={"config": environment.config}, manifest={}),
+        run = ContainerRun(
+            layout=work,
+            config=environment.config,
             name="dry-load",
-            lowers=(tree, *environment.lowers),
+            lower_dirs=(tree, *environment.lower_dirs),
             inputs=environment.inputs,
             argv=(PYTHON, f"/mnt/{PROGRAM}"),
-            work=work / "trial",
+            work=work / "run",
             bytecode=work / "bytecode",
         )
         try:
-            output = environment.plan.engine.try_image(runner, trial)
+            output = environment.plan.engine.run_in_image(runner, run)
         except CommandFailedError as error:
             raise DryLoadError(error.what, where=f"line {line_name}, {error.where}") from None
         return read_answers(output, f"line {line_name}", list(profiles))

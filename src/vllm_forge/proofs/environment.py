@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import atomic_path, cache_root, remove
 from vllm_forge.host.errors import CacheError
-from vllm_forge.images import Build, BuildOptions, choose_engine, resolve
+from vllm_forge.images import BuildOptions, build_system, choose_engine, resolve
 from vllm_forge.images.content import VLLM
-from vllm_forge.images.engine import Trial
+from vllm_forge.images.engine import ContainerRun
 from vllm_forge.images.errors import EngineSetupError
-from vllm_forge.images.layout import Image
+from vllm_forge.images.layer_jobs import write_layers
 from vllm_forge.images.store import require_stored
 from vllm_forge.images.system import load_system
 from vllm_forge.images.wheels import site_packages
 from vllm_forge.patches import Applied
 from vllm_forge.patches.wheel import GENERATED, changed_files
+from vllm_forge.project import Project
 from vllm_forge.sources import Wheelhouse, read_wheels
 
 if TYPE_CHECKING:
@@ -55,25 +56,25 @@ class Environment:
 
     Attributes:
         plan: an image of the line; which SKU does not matter, all share these layers.
-        lowers: unpacked layers with the release as published, highest first.
+        lower_dirs: unpacked layers with the release as published, highest first.
         config: the image's: environment, user, working directory.
         work: folder of the cache for this line's proofs.
-        inputs: what is mounted into every trial: tests, patches, sources, pytest.
+        inputs: what is mounted into every run: tests, patches, sources, pytest.
     """
 
     plan: ImagePlan
-    lowers: tuple[Path, ...]
+    lower_dirs: tuple[Path, ...]
     config: dict[str, Any]
     work: Path
     inputs: Path
 
-    def trial(self, name: str, folder: Path, arguments: tuple[str, ...]) -> Trial:
+    def container_run(self, name: str, folder: Path, arguments: tuple[str, ...]) -> ContainerRun:
         """Tests on the tree whose changed files are in ``folder``."""
-        config = {"config": self.config}
-        return Trial(
-            image=Image(path=self.work / name, digest="", config=config, manifest={}),
+        return ContainerRun(
+            layout=self.work / name,
+            config=self.config,
             name=name,
-            lowers=(folder, *self.lowers),
+            lower_dirs=(folder, *self.lower_dirs),
             inputs=self.inputs,
             argv=(PYTHON, f"/mnt/{SCRIPT.name}", *arguments),
             work=self.work / name,
@@ -129,7 +130,7 @@ def prepare(cell: ImageCell, runner: Runner, repo: SourceRepo, base: str) -> Env
 
 
 def open_line(cell: ImageCell, runner: Runner, work: Path) -> Environment:
-    """The line's system and layers, with nothing mounted into its trials yet.
+    """The line's system and layers, with nothing mounted into its runs yet.
 
     Args:
         cell: an image of the line.
@@ -142,11 +143,10 @@ def open_line(cell: ImageCell, runner: Runner, work: Path) -> Environment:
     """
     engine = choose_engine(ENGINE)
     options = BuildOptions(output=cache_root() / "work")
-    plan = resolve(cell, options, engine)
+    plan = resolve(Project(cell.root), cell, options, engine)
     plan.require_disk()
-    build = Build(plan, runner)
-    system = load_system(build.make_system())
-    build.make_layers(slim=False)
+    system = load_system(build_system(plan, runner))
+    write_layers(cell, plan.groups, lambda: None, slim=False)
     if system.root is None:
         raise CacheError(
             "the kept system has no unpacked root",
@@ -158,7 +158,7 @@ def open_line(cell: ImageCell, runner: Runner, work: Path) -> Environment:
     ]
     return Environment(
         plan=plan,
-        lowers=(_metadata(plan, work / "metadata"), *layers, system.root),
+        lower_dirs=(_metadata(plan, work / "metadata"), *layers, system.root),
         config=system.config,
         work=work,
         inputs=work / "inputs",

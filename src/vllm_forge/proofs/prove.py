@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_forge.host import Runner
-    from vllm_forge.images.engine import Trial
+    from vllm_forge.images.engine import ContainerRun
     from vllm_forge.matrix import Matrix
 
 MOST_WORKERS = 8  # each takes about 2 GB
@@ -127,8 +127,8 @@ def _run_all(works: Sequence[Work], repo: SourceRepo, runner: Runner) -> list[Pr
         def start(work: Work, name: str, tree: str, test: str) -> Future[Run]:
             folder = work.environment.write_tree(repo, work.applied.base, tree, name)
             arguments = (work.line_name, threads, test)
-            trial = work.environment.trial(name, folder, arguments)
-            return pool.submit(_run, runner, work, name, trial)
+            run = work.environment.container_run(name, folder, arguments)
+            return pool.submit(_run, runner, work, name, run)
 
         wholes = [start(work, WHOLE, work.applied.result, ALL_TESTS) for work in works]
         partial = [
@@ -150,11 +150,11 @@ def _run_all(works: Sequence[Work], repo: SourceRepo, runner: Runner) -> list[Pr
         ]
 
 
-def _run(runner: Runner, work: Work, name: str, trial: Trial) -> Run:
+def _run(runner: Runner, work: Work, name: str, container: ContainerRun) -> Run:
     """One pytest run on one tree."""
     start = time.monotonic()
     engine = work.environment.plan.engine
-    run = parse(engine.try_image(runner, trial), f"line {work.line_name}, {name}")
+    run = parse(engine.run_in_image(runner, container), f"line {work.line_name}, {name}")
     what = name if name == WHOLE else f"without {name}"
     console.print(
         f"  line {work.line_name}, {what}: {'green' if run.exit == 0 else f'exit {run.exit}'} "

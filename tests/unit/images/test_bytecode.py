@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.images.assembly import bytecode_place
 from vllm_forge.images.buildah import _runtime_config
-from vllm_forge.images.engine import BYTECODE, Trial
+from vllm_forge.images.engine import BYTECODE, ContainerRun
 from vllm_forge.images.layer import LayerBlob
-from vllm_forge.images.layout import Image, ImageLayer
+from vllm_forge.images.layout import ImageLayer
 
 if TYPE_CHECKING:
     import pytest
@@ -54,10 +54,9 @@ def test_the_checks_keep_theirs_elsewhere(tmp_path: Path, monkeypatch: pytest.Mo
     """A variable that is there twice is the first one's for C, the last one's for Python."""
     monkeypatch.setattr("os.chown", lambda *_: None)
     config = {"User": "10001:10001", "Env": ["A=1", f"{BYTECODE}=/cache/python/0", "B=2"]}
-    image = Image(path=tmp_path, digest="", config={"config": config}, manifest={})
-    trial = Trial(
-        image=image, name="x", lowers=(), inputs=tmp_path, argv=("x",), work=tmp_path,
-        bytecode=tmp_path / "bytecode",
+    run = ContainerRun(
+        layout=tmp_path, config=config, name="x", lower_dirs=(), inputs=tmp_path, argv=("x",),
+        work=tmp_path, bytecode=tmp_path / "bytecode",
     )  # fmt: skip
-    made: dict[str, Any] = json.loads(json.dumps(_runtime_config(trial)))
+    made: dict[str, Any] = json.loads(json.dumps(_runtime_config(run)))
     assert made["process"]["env"] == ["A=1", "B=2", f"{BYTECODE}=/srv"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vllm_forge.images.checks import TRIAL_ARGV, write_inputs
+from vllm_forge.images.checks import CHECK_ARGV, write_inputs
 from vllm_forge.kernels.selection import declared_device
 from vllm_forge.matrix import load
 
@@ -67,4 +67,4 @@ def test_any_user_reads_the_inputs_and_older_ones_are_gone(tmp_path: Path) -> No
     }
     assert json.loads((folder / "expect.json").read_text()) == {"a": 1}
     assert all(path.stat().st_mode & 0o555 == 0o555 for path in (folder, *folder.iterdir()))
-    assert TRIAL_ARGV[-1] == "/mnt/image_checks.py"
+    assert CHECK_ARGV[-1] == "/mnt/image_checks.py"

@@ -14,8 +14,9 @@ from vllm_forge.cli import main
 from vllm_forge.images import BuildOptions, choose_engine, resolve
 from vllm_forge.images.errors import BuildRecordError
 from vllm_forge.images.layout import blob_times, write_image
+from vllm_forge.images.plan import hashes
 from vllm_forge.images.rebuild_reasons import compare, differences, why_rebuild
-from vllm_forge.matrix import image_cell, load
+from vllm_forge.project import Project
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,9 +39,11 @@ def checkout(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def plan_of(checkout: Path, engine: str = "buildah") -> ImagePlan:
-    cell = image_cell(load(checkout), checkout, "b300", "0.26")
+    project = Project(checkout)
     options = BuildOptions(output=checkout / "dist")
-    return resolve(cell, options, choose_engine(engine, dry_run=True))
+    return resolve(
+        project, project.cell("b300", "0.26"), options, choose_engine(engine, dry_run=True)
+    )
 
 
 @pytest.fixture
@@ -51,8 +54,8 @@ def built(checkout: Path) -> Path:
     record = {
         "digest": f"sha256:{image.digest}",
         "size": 1,
-        "inputs": plan.inputs(),
-        "details": plan.details(),
+        "inputs": hashes(plan.inputs()),
+        "details": plan.inputs(),
         "blobs": blob_times(image),
         "stack": {"base": {"engine": plan.engine.name}},
     }
@@ -162,7 +165,7 @@ def test_command_takes_the_engine_of_the_record(
     built: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where another engine is the one that is here."""
-    monkeypatch.setattr("vllm_forge.images.engines._present", lambda name: name == "docker")
+    monkeypatch.setattr("vllm_forge.images.buildx.Buildx.present", lambda self: True)
     assert main(["why-rebuild", "--sku=b300", "--line=0.26"]) == 0
     assert capsys.readouterr().out == f"{CELL}: nothing changed\n"
     EDITS["the SKU"][0](built)
@@ -172,10 +175,16 @@ def test_command_takes_the_engine_of_the_record(
     assert out[2].startswith("    changed env: ")
 
 
-def test_details_cover_every_input(checkout: Path) -> None:
-    plan = plan_of(checkout)
-    assert plan.details().keys() == plan.inputs().keys()
-    assert json.loads(json.dumps(plan.details())) == plan.details()
+def test_inputs_survive_json(checkout: Path) -> None:
+    inputs = plan_of(checkout).inputs()
+    assert json.loads(json.dumps(inputs)) == inputs
+
+
+def test_order_of_the_series_is_an_input(checkout: Path) -> None:
+    inputs = plan_of(checkout).inputs()
+    swapped = inputs | {"series": dict(reversed(inputs["series"].items()))}
+    (change,) = compare(hashes(inputs), hashes(swapped), inputs, swapped)
+    assert (change.name, change.parts) == ("series", ("order or form only",))
 
 
 tables: st.SearchStrategy[dict[str, Any]] = st.dictionaries(

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from vllm_forge.host import Runner
-    from vllm_forge.images.engine import Trial
+    from vllm_forge.images.engine import ContainerRun
     from vllm_forge.sources import SourceRepo
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -440,16 +440,16 @@ proof = "{HARM}"
 
 
 class FakeEngine:
-    """Answers a trial by the content of the file that its tree changes."""
+    """Answers a run by the content of the file that its tree changes."""
 
     def __init__(self, answers: Mapping[bytes, Run]) -> None:
         self.answers = answers
-        self.trials: list[Trial] = []
+        self.runs: list[ContainerRun] = []
 
-    def try_image(self, runner: Runner, trial: Trial) -> str:
+    def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
         del runner
-        self.trials.append(trial)
-        path = next(trial.lowers[0].rglob("a.py"), None)
+        self.runs.append(run)
+        path = next(run.lower_dirs[0].rglob("a.py"), None)
         said = self.answers[path.read_bytes() if path else b""]
         return json.dumps({"exit": said.exit, "tests": said.tests, "why": said.why, "tail": ""})
 
@@ -474,7 +474,7 @@ def one_line(
     )
     work = tmp_path / "work"
     made = Environment(
-        plan=cast("Any", plan), lowers=(), config={}, work=work, inputs=tmp_path / "in"
+        plan=cast("Any", plan), lower_dirs=(), config={}, work=work, inputs=tmp_path / "in"
     )
     module = sys.modules["vllm_forge.proofs.prove"]
     monkeypatch.setattr(module, "require_root", lambda: None)
@@ -521,12 +521,12 @@ def test_whole_runs_all_tests_and_a_variant_its_proof(
     one_line: tuple[Path, Matrix, FakeEngine],
 ) -> None:
     prove_it(one_line, run(0, it="passed"), run(1, it="failed"))
-    trials = sorted(one_line[2].trials, key=lambda trial: trial.name, reverse=True)
-    assert [trial.argv[2:] for trial in trials] == [
-        ("9.9", trials[0].argv[3], "tests/patches"),
-        ("9.9", trials[0].argv[3], PROOF),
+    runs = sorted(one_line[2].runs, key=lambda item: item.name, reverse=True)
+    assert [item.argv[2:] for item in runs] == [
+        ("9.9", runs[0].argv[3], "tests/patches"),
+        ("9.9", runs[0].argv[3], PROOF),
     ]
-    assert len({trial.work for trial in trials}) == 2
+    assert len({item.work for item in runs}) == 2
 
 
 @pytest.mark.parametrize(
@@ -560,7 +560,7 @@ def test_a_refusal_whose_test_was_not_run_is_not_recorded(
     assert not (one_line[0] / "records").exists()
 
 
-def test_what_a_trial_gets(
+def test_container_run_gets_sources_models_and_tools(
     repo: SourceRepo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Native sources of the release, our models, and wheels whose programs can be run."""
