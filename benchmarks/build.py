@@ -1,6 +1,6 @@
 """Times a full build and its parts, in one run, on this machine.
 
-    nox -s bench [-- --line 0.26] [--scratch DIR]
+    nox -s bench -- build [-- --line 0.26] [--scratch DIR]
 
 Each figure is the wall time of one command with a cache of its own, after a sync, so that no
 stage pays for the writes of the one before. Prints a table and writes it, with what it ran on,
@@ -89,12 +89,12 @@ class Bench:
         names = path.read_text().split()
         path.write_text("".join(f"{name}\n" for name in names[:-1]))
         (self.root / series / names[-1]).unlink()
-        update = ("-m", "vllm_forge", "patches", "--update", "--line", self.line)
+        update = ("-m", "vllm_forge", "patch", "lock", "--line", self.line)
         self.time("(write the new tree lock)", "cold", *update)
 
     def run(self, series: str) -> dict[str, str]:
         """All stages; returns the digests of the images."""
-        self.time("download", "floor", "-m", "vllm_forge", "fetch", "--line", self.line)
+        self.time("download", "floor", "-m", "vllm_forge", "wheels", "fetch", "--line", self.line)
         script = self.scratch / "layers.py"
         script.write_text(LAYERS)
         self.time("layers", "floor", str(script), self.skus[0], self.line)
@@ -127,7 +127,7 @@ def report(bench: Bench, digests: dict[str, str]) -> dict[str, Any]:
         table.add_row(name, f"{value:.1f}", shown, goal)
     Console().print(table)
     return {
-        "command": "nox -s bench -- --line " + bench.line,
+        "command": "nox -s bench -- build --line " + bench.line,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": {
             "cpus": os.cpu_count(),

@@ -91,7 +91,10 @@ def inspect(folder: Path, *options: str) -> tuple[float, dict[str, Any]]:
     """Seconds and report of one command."""
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "vllm_forge", "inspect-checkpoint", str(folder), "--json", *options],
+        [
+            sys.executable, "-m", "vllm_forge", "checkpoint", "inspect", str(folder), "--json",
+            *options,
+        ],
         cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
     seconds = time.monotonic() - start

@@ -1,79 +1,121 @@
-"""Arguments to calls, nothing else."""
+"""Arguments to calls, failures to messages and exit codes."""
 
 from __future__ import annotations
 
-import argparse
-import difflib
+import contextlib
 import errno
+import json
 import os
+import shutil
+import signal
 import sys
+import threading
 from typing import TYPE_CHECKING, NoReturn
 
 from vllm_forge.commands import MODULES
-from vllm_forge.errors import ForgeError, UsageError
+from vllm_forge.commands.parsers import Parser, parse
+from vllm_forge.errors import ForgeError
 from vllm_forge.host import console, printable
 from vllm_forge.host.errors import FileAccessError
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+    from types import FrameType
+
+CODES = (
+    "Exit codes: 0 success, 1 unexpected error (a bug), 2 wrong usage; of others the last digit "
+    "is the meaning: 0 input refused, 1 red verdict, 2 undecided, 3 fault of the host or network."
+)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, with a suggestion for a mistyped option, and our exit code."""
-
-    def error(self, message: str) -> NoReturn:
-        _, found, words = message.partition("unrecognized arguments: ")
-        hint = ""
-        if found:
-            near = difflib.get_close_matches(words.split()[0].partition("=")[0], OPTIONS, n=1)
-            hint = f" Perhaps you meant {near[0]!r}?" if near else ""
-        raise UsageError(f"{message}.{hint}", where=self.prog, remedy=f"{self.prog} --help")
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, which clean up as Ctrl-C does."""
 
 
-# Every option of every command, for suggestions; filled by _parser().
-OPTIONS: set[str] = set()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="vllm-forge", description="Build and prove patched vLLM images.", allow_abbrev=False
+def _parser() -> Parser:
+    parser = Parser(
+        prog="vllm-forge", description="Build and prove patched vLLM images.", epilog=CODES
     )
-    choices = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in MODULES:
         module.register(choices)
-    for command in choices.choices.values():
-        OPTIONS.update(command._option_string_actions)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is that of the error class, 0 without one."""
+    argv = sys.argv[1:] if argv is None else argv
+    as_json = "--json" in argv
     try:
-        args = _parser().parse_args(argv)
-        args.call(Project.find(), args)
+        with _signals():
+            args = parse(_parser(), argv)
+            try:
+                args.call(Project.find(), args)
+                sys.stdout.flush()
+            except Exception:
+                as_json = as_json and not args.answered
+                raise
     except ForgeError as error:
-        return _failed(error)
-    except BrokenPipeError:  # e.g. `| head`: who read our output has seen enough
+        return _failed(error, as_json=as_json)
+    except BrokenPipeError:  # e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        console.print("interrupted; what was finished is kept")
-        return 130
+        return _stopped("stdout was closed: the output is incomplete", signal.SIGPIPE)
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT
+        return _stopped("interrupted; what was finished is kept", number)
     except OSError as error:
-        if error.filename is None and error.errno != errno.ENOSPC:
-            raise  # not of a file: a fault of ours, whose traceback is wanted
-        return _failed(
-            FileAccessError(
-                error.strerror or str(error),
-                where=str(error.filename2 or error.filename or ""),
-                remedy="give a path that can be read or written, on a disk with space left",
-            )
-        )
+        refused = _access_error(error)
+        if refused is None:
+            raise
+        return _failed(refused, as_json=as_json)
     return 0
 
 
-def _failed(error: ForgeError) -> int:
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into an exception; nohup's ignored SIGHUP stays ignored."""
+
+    def stop(number: int, _: FrameType | None) -> NoReturn:
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _access_error(error: OSError) -> FileAccessError | None:
+    """What the system refuses of a file; None for an error of no file, which is a bug."""
+    what, where = error.strerror or str(error), error.filename2 or error.filename
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        _, where, what = error.args[0][-1]  # of copytree: (source, target, reason) of each file
+    elif error.filename is None and error.errno != errno.ENOSPC:
+        return None
+    return FileAccessError(
+        what,
+        where=str(where or ""),
+        remedy="give a path that can be read or written, on a disk with space left",
+    )
+
+
+def _failed(error: ForgeError, *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"error": error.as_dict()}, indent=1))
     console.print(f"[bold red]{type(error).__name__}[/] (exit {error.exit_code})")
     console.print(printable(str(error)), markup=False)
     return error.exit_code
+
+
+def _stopped(message: str, number: int) -> int:
+    with contextlib.suppress(OSError):  # SIGHUP: the terminal may be gone
+        console.print(f"{message} ({signal.Signals(number).name})")
+    return 128 + number

@@ -1,7 +1,7 @@
 """Tests with the quantization tools: llm-compressor, compressed-tensors, transformers, torch.
 
-They need the environment of docker/locks/quantize.txt. `nox -s test-checkpoints` makes it and runs
-them; a plain pytest run has no such tools, so it skips this directory and says so.
+They need the environment of docker/locks/quantize.txt. `nox -s test -- --checkpoints` makes it
+and runs them; a plain pytest run has no such tools, so it skips this directory and says so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm_forge.checkpoints.quantize.environment import SETTINGS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-HOW_TO_RUN = "llmcompressor is not installed here: run `nox -s test-checkpoints`"
+HOW_TO_RUN = "llmcompressor is not installed here: run `nox -s test -- --checkpoints`"
 TOOLS = importlib.util.find_spec("llmcompressor") is not None
 ROOT = Path(__file__).resolve().parents[2]
 

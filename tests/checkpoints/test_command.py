@@ -1,4 +1,4 @@
-"""`vllm-forge quantize` on the tiny model: killed and run again, bit-identical, in bounds."""
+"""`checkpoint quantize` on the tiny model: killed and run again, bit-identical, in bounds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ GIB = 1 << 30
 
 def command(model: Path, output: Path) -> list[str]:
     return [
-        sys.executable, "-m", "vllm_forge", "quantize", f"--model={model}", f"--output={output}",
+        sys.executable, "-m", "vllm_forge", "checkpoint", "quantize",
+        f"--model={model}", f"--output={output}",
         "--recipe=nvfp4-fp8-mtp", "--data=shipped", "--device=cpu",
     ]  # fmt: skip
 

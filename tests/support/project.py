@@ -303,7 +303,7 @@ class Project:
         ).stdout
         (folder / "series").write_text("0001-flag.patch\n")
         (folder / "0001-flag.patch").write_text(PATCH_HEAD + diff)
-        self.run("patches", "--update", "--line", "mini")
+        self.run("patch", "lock", "--line", "mini")
 
 
 def make_project(folder: Path, files: dict[str, str] | None = None) -> Project:
@@ -339,6 +339,6 @@ def make_project(folder: Path, files: dict[str, str] | None = None) -> Project:
         }
     )
     project = Project(root=root, cache=folder / "cache", index=index)
-    project.run("lock", "--line", "mini")
+    project.run("wheels", "lock", "--line", "mini")
     project.patch("args is not None and not args.dynamic")
     return project

@@ -89,12 +89,12 @@ CASES = {
     "mistyped-option": (
         ["build", "b300", "--dry-rum"],
         UsageError,
-        ["--dry-rum", "Perhaps you meant '--dry-run'?"],
+        ["--dry-rum", "did you mean '--dry-run'?"],
     ),
     "mistyped-option-with-value": (
         ["build", "b300", "--enginee=buildah"],
         UsageError,
-        ["Perhaps you meant '--engine'?"],
+        ["did you mean '--engine'?"],
     ),
     "abbreviated-option": (["build", "b300", "--dry"], UsageError, ["--dry"]),
     "mistyped-command": (["biuld", "b300"], UsageError, ["biuld", "build"]),

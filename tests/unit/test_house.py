@@ -87,7 +87,7 @@ def test_a_sku_is_a_row(tmp_path: Path) -> None:
         text=True,
         check=True,
     ).stdout
-    assert "- build-sm77 -> Build the image for testchip (sm_77)" in listing
+    assert "- build-sm77 -> Build the image for testchip (sm_77)." in listing
     assert "- build-sm120 ->" in listing
 
 
@@ -116,7 +116,7 @@ def test_series_names_real_skus_and_real_tests(name: str) -> None:
 def test_schema_is_current() -> None:
     from vllm_forge.matrix import schema_text
 
-    assert (REPO / "matrix.schema.json").read_text() == schema_text(), "run: nox -s schema"
+    assert (REPO / "matrix.schema.json").read_text() == schema_text(), "run: nox -s forge -- schema"
 
 
 def test_modules_are_short() -> None:

@@ -1,40 +1,10 @@
-"""What each command does: a few calls, and what is printed; one module per room.
+"""Parse, call, print: one module a group of commands.
 
 Imports inside functions are lazy on purpose: a command pays for its own libraries only.
 """
 
-from vllm_forge.commands import (
-    census,
-    docs,
-    doctor,
-    gpu,
-    images,
-    inspect,
-    matrix,
-    oracle,
-    patches,
-    plan,
-    quantize,
-    serve,
-    sources,
-    why,
-)
+from vllm_forge.commands import bench, build, checkpoint, docs, gpu, kernels, patch, serve, wheels
 
-MODULES = (
-    images,
-    sources,
-    patches,
-    matrix,
-    plan,
-    serve,
-    doctor,
-    why,
-    quantize,
-    inspect,
-    oracle,
-    census,
-    gpu,
-    docs,
-)
+MODULES = (build, serve, patch, kernels, checkpoint, gpu, wheels, docs, bench)
 
 __all__ = ["MODULES"]

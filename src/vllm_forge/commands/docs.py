@@ -1,23 +1,22 @@
-"""The generated pages."""
+"""Generated pages."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_forge.commands.parsers import Commands, command
+
 if TYPE_CHECKING:
     import argparse
 
-    from vllm_forge.commands.register import Commands
     from vllm_forge.project import Project
 
 
 def register(choices: Commands) -> None:
-    """Add this module's command."""
-    parser = choices.add_parser(
-        "docs", help="write all generated pages from the records", allow_abbrev=False
-    )
-    parser.add_argument("--check", action="store_true", help="compare only; fail if one differs")
-    parser.set_defaults(call=docs)
+    """Add this module's commands."""
+    one = command(choices, "docs", docs, help="write all generated pages from the records")
+    one.add_argument("--check", action="store_true", help="compare only; fail if one differs")
+    command(choices, "schema", schema, help="write matrix.schema.json")
 
 
 def docs(project: Project, args: argparse.Namespace) -> None:
@@ -29,3 +28,10 @@ def docs(project: Project, args: argparse.Namespace) -> None:
         return
     for path in write_pages(project):
         print(path)
+
+
+def schema(project: Project, _: argparse.Namespace) -> None:
+    """Write matrix.schema.json."""
+    from vllm_forge.pages.registry import write_pages
+
+    write_pages(project, "matrix.schema.json")

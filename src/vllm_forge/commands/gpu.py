@@ -9,12 +9,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_forge.commands.parsers import LINE, SKU, Commands, Parser, command, group
 from vllm_forge.errors import UsageError
 from vllm_forge.host import HostProbe, console
 from vllm_forge.receipts.errors import GpuSuiteError
 
 if TYPE_CHECKING:
-    from vllm_forge.commands.register import Commands
     from vllm_forge.project import Project
 
 RESULTS = "gpu-results"
@@ -46,9 +46,8 @@ def _python(text: str) -> str:
 
 def register(choices: Commands) -> None:
     """Add this module's commands."""
-    one = choices.add_parser("test-gpu", help="run the GPU suite on this host", allow_abbrev=False)
-    one.add_argument("--sku", required=True, help="a SKU or an arch of matrix.toml")
-    one.add_argument("--line", help="vLLM line (default: the matrix's)")
+    gpu = group(choices, "gpu", help="run the GPU suite and verify its receipts")
+    one = command(gpu, "test", test, SKU, LINE, help="run the GPU suite and write receipts")
     where = one.add_mutually_exclusive_group()
     where.add_argument("--image", metavar="REF", help="in this image (default: the cell's own)")
     where.add_argument(
@@ -59,38 +58,38 @@ def register(choices: Commands) -> None:
     one.add_argument(
         "-n", dest="workers", type=_workers, help="processes: a number, or auto (one a GPU)"
     )
-    one.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR")
-    one.add_argument("--workloads", type=Path, help="folder with prompts, for tier soak")
+    _inputs(one)
     one.add_argument("--caches", type=Path, help="folder for what JIT compilers make")
     one.add_argument("--network", action="store_true", help="let the image reach the network")
     one.add_argument("--output", type=Path, help=f"folder for results (default: dist/{RESULTS})")
     one.add_argument("--key", type=Path, help="Ed25519 private key (PEM) that signs the receipt")
-    one.set_defaults(call=test_gpu)
 
-    one = choices.add_parser("gpu-kit", help="the suite for a host offline", allow_abbrev=False)
-    one.add_argument("--sku", required=True, help="a SKU or an arch of matrix.toml")
-    one.add_argument("--line", help="vLLM line (default: the matrix's)")
+    one = command(gpu, "kit", kit, SKU, LINE, help="write the suite for a GPU host offline")
     one.add_argument("--output", type=Path, required=True, help="folder that will be made")
     one.add_argument("--freeze", type=Path, required=True, help="the host's `pip freeze`")
     one.add_argument("--python", type=_python, default="3.12", help="version of the host's Python")
     one.add_argument("--max-part", default="62MB", help="largest part, e.g. 62MB (10^6 bytes)")
     one.add_argument("--minutes", type=_minutes, default=8, help="budget per tier")
-    one.add_argument("--checkpoint", action="append", default=[], metavar="NAME=DIR")
-    one.add_argument("--workloads", type=Path, help="folder with prompts, for tier soak")
+    _inputs(one)
     one.add_argument("--caches", type=Path, help="JIT caches of an earlier run: folder or tar")
     one.add_argument("--race", type=Path, help="compiled helpers, of tests.gpu.prepare_race")
     one.add_argument("--omit", action="append", default=[], metavar="PACKAGE", help="leave it out")
-    one.set_defaults(call=gpu_kit)
 
-    one = choices.add_parser("receipts", help="verify all receipts, or add", allow_abbrev=False)
+    one = command(gpu, "receipts", receipts, help="verify all receipts, or add one")
     one.add_argument("--result", action="append", default=[], type=Path, help="make one of this")
     one.add_argument("--key", type=Path, help="Ed25519 private key (PEM) that signs it")
     one.add_argument("--signed", action="store_true", help="refuse unsigned ones")
     one.add_argument("--update", action="store_true", help="write docs/generated/status.md")
-    one.set_defaults(call=receipts)
 
 
-def test_gpu(project: Project, args: argparse.Namespace) -> None:
+def _inputs(one: Parser) -> None:
+    one.add_argument(
+        "--checkpoint", action="append", default=[], metavar="NAME=DIR", help="for the suite"
+    )
+    one.add_argument("--workloads", type=Path, help="folder with prompts, for tier soak")
+
+
+def test(project: Project, args: argparse.Namespace) -> None:
     """Run the suite; a receipt of each tier that is green and whole."""
     from vllm_forge.gputest.launch import run_in_environment, run_in_image
     from vllm_forge.receipts.create import make_receipt
@@ -123,7 +122,7 @@ def test_gpu(project: Project, args: argparse.Namespace) -> None:
         print(make_receipt(project.root, output / f"{name}.json", args.key))
 
 
-def gpu_kit(project: Project, args: argparse.Namespace) -> None:
+def kit(project: Project, args: argparse.Namespace) -> None:
     """Write a kit."""
     from vllm_forge.gputest.kit import KitOptions, make_kit, parse_size
 

@@ -1,38 +1,65 @@
-"""Serve a preset, or print how; judge all presets."""
+"""Serve a preset, or print how; plan a cell, check a host, lint all presets."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.host import HostProbe, console
+from vllm_forge.commands.parsers import (
+    EVERY_LINE,
+    JSON,
+    LINE,
+    SKU,
+    Commands,
+    Parser,
+    command,
+    print_json,
+)
+from vllm_forge.host import HostProbe, RecordedProbe, RecordingProbe, console
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
-    from vllm_forge.commands.register import Commands
+    from vllm_forge.host import Probe
     from vllm_forge.matrix import ImageCell
     from vllm_forge.project import Project
     from vllm_forge.serve import BuiltImage, Engine, Serving
+    from vllm_forge.serve.doctor import Finding
+
+PLAN_WIDTH = 120
 
 
 def register(choices: Commands) -> None:
     """Add this module's commands."""
-    one = choices.add_parser(
-        "serve", help="serve a preset in its image, or print how", allow_abbrev=False
+    one = command(choices, "serve", serve, SKU, LINE, help="serve a preset in its image")
+    one.remedy = (
+        "vLLM's options are those of the preset; to add others, append them to the command that "
+        "--print prints, or add a [preset] row to matrix.toml"
     )
-    one.add_argument("--sku", required=True, help="a SKU or an arch of matrix.toml")
     one.add_argument("--preset", required=True, help="e.g. mtp, plain, tp2-mtp")
-    one.add_argument("--artifact", help="default: the preset's first")
-    one.add_argument("--line", help="vLLM line (default: the matrix's)")
-    one.add_argument("--engine", choices=["docker", "podman"], help="default: the one that is here")
+    _artifact(one)
+    one.add_argument("--engine", choices=["docker", "podman"], help="default: the one that answers")
     one.add_argument("--print", dest="print_only", action="store_true", help="only print it")
-    one.set_defaults(call=serve)
+    command(
+        choices, "plan", plan, SKU, LINE, JSON,
+        help="show what a cell is: pins, kernels, needs, command",
+    )  # fmt: skip
+    one = command(choices, "doctor", doctor, SKU, LINE, JSON, help="check this host for a preset")
+    one.add_argument("--preset", help="default: the SKU's first")
+    _artifact(one)
+    source = one.add_mutually_exclusive_group()
+    source.add_argument("--save", type=Path, metavar="DIR", help="keep what the host's tools said")
+    source.add_argument("--replay", type=Path, metavar="DIR", help="judge what --save kept")
+    command(
+        choices, "lint", lint, EVERY_LINE,
+        help="check every preset against what each line's vLLM says",
+    )  # fmt: skip
 
-    one = choices.add_parser(
-        "lint-presets", help="judge every preset by what each line's vLLM says", allow_abbrev=False
-    )
-    one.add_argument("--line", help="vLLM line (default: all)")
-    one.set_defaults(call=lint_presets)
+
+def _artifact(one: Parser) -> None:
+    one.add_argument("--artifact", help="default: the preset's first")
 
 
 def serve(project: Project, args: argparse.Namespace) -> None:
@@ -65,7 +92,7 @@ def serve(project: Project, args: argparse.Namespace) -> None:
     )
 
 
-def lint_presets(project: Project, args: argparse.Namespace) -> None:
+def lint(project: Project, args: argparse.Namespace) -> None:
     """Judge the presets; a finding is an error."""
     from vllm_forge.serve.lint import lint_line, require_clean
 
@@ -101,3 +128,73 @@ def _image_words(cell: ImageCell, image: BuiltImage | None) -> str:
     if image is None:
         return f"its image is not built here: {build_command(cell)}"
     return f"image {image.digest}; if the engine lacks it: {build_command(cell)}"
+
+
+def doctor(project: Project, args: argparse.Namespace) -> None:
+    """Ask the host, judge, print; red lines are an error."""
+    from vllm_forge.serve import presets_of, serving
+    from vllm_forge.serve.doctor import Wanted, ask_host, judge
+    from vllm_forge.serve.errors import HostUnfitError
+    from vllm_forge.serve.needs import needs_of
+    from vllm_forge.sources import read_lock
+
+    cell = project.cell(args.sku, args.line)
+    preset = args.preset or next(iter(presets_of(project.matrix, cell.sku_name)), "")
+    item = serving(project.matrix, cell, preset, args.artifact)
+    lock = read_lock(project.root, cell.line_name, cell.line, project.matrix.base)
+    wanted = Wanted(matrix=project.matrix, item=item, needs=needs_of(project.matrix, lock, item))
+    findings = judge(ask_host(_probe(args)), wanted)
+    if args.json:
+        print_json(args, [asdict(finding) for finding in findings])
+    else:
+        _print(findings)
+    red = [finding.check for finding in findings if finding.level == "red"]
+    if red:
+        raise HostUnfitError(
+            f"this host cannot serve {item.preset_name} ({item.artifact_name}, line "
+            f"{cell.line_name}): {', '.join(dict.fromkeys(red))}",
+            remedy="each red line above has its own",
+        )
+
+
+def _probe(args: argparse.Namespace) -> Probe:
+    if args.replay:
+        return RecordedProbe(args.replay)
+    host = HostProbe()
+    return RecordingProbe(host, args.save) if args.save else host
+
+
+def _print(findings: Sequence[Finding]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    colours = {"ok": "green", "unknown": "yellow", "red": "bold red"}
+    out = Console(highlight=False, soft_wrap=True)
+    for finding in findings:
+        line = Text(f"{finding.level:8}", style=colours[finding.level])
+        line.append(f"{finding.check}: {finding.seen}", style="default")
+        if finding.level == "ok":
+            line.append(f"  (needed: {finding.needed})", style="dim")
+        else:
+            line.append(f"\n        needed: {finding.needed}", style="default")
+        if finding.remedy:
+            line.append(f"\n        remedy: {finding.remedy}", style="default")
+        out.print(line)
+
+
+def plan(project: Project, args: argparse.Namespace) -> None:
+    """Print a cell's plan."""
+    from vllm_forge.serve.plan import as_json, make_plan
+
+    cell_plan = make_plan(project.root, project.matrix, project.cell(args.sku, args.line))
+    if args.json:
+        print_json(args, as_json(cell_plan))
+        return
+    from rich.console import Console
+
+    from vllm_forge.serve.plan_page import page
+
+    out = Console(highlight=False)
+    # A pipe has 80 columns for rich, which would fold every name of the tables.
+    out.width = max(out.width, PLAN_WIDTH)
+    out.print(page(cell_plan))

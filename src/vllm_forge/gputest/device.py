@@ -75,7 +75,7 @@ def ask_gpus() -> list[Gpu]:
         raise WrongGpuError(
             "there is no nvidia-smi, so there is no GPU to test",
             remedy="run this on a host of the SKU; make a kit for a host without network: "
-            "nox -s gpu-kit -- --sku SKU --output DIR",
+            "nox -s forge -- gpu kit --sku SKU --output DIR",
         )
     done = subprocess.run(
         [program, f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"],

@@ -116,7 +116,7 @@ def _require_canonical(repo: SourceRepo, patch: Patch, before: str, after: str) 
         raise NonCanonicalPatchError(
             f"the diff is not in canonical form, from its line {wrong} on",
             where=str(patch.path),
-            remedy="run: nox -s patches -- --export",
+            remedy="run: nox -s forge -- patch lock --export",
         )
 
 

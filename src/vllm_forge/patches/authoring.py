@@ -149,7 +149,7 @@ def export(project: Project, source: Path) -> tuple[str, tuple[Patch, ...]]:
         raise UsageError(
             "not a patch checkout",
             where=str(source),
-            remedy="make one: vllm-forge patch-checkout --line LINE DIR",
+            remedy="make one: nox -s forge -- patch checkout --line LINE DIR",
         )
     name, line = project.line(line_name)
     series = project.root / line.series

@@ -85,7 +85,7 @@ def write_drift(root: Path, matrix: Matrix, found: Sequence[Surveyed], day: str)
     first, last = found[0].release.version, found[-1].release.version
     data = {
         "made": day,
-        "command": f"nox -s drift -- --from {first} --to {last}",
+        "command": f"nox -s forge -- patch drift --from {first} --to {last}",
         "releases": [
             {"version": item.release.version, "date": item.release.date, "tree": item.tree}
             for item in found

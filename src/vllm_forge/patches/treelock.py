@@ -18,7 +18,7 @@ from vllm_forge.sources.errors import DistributionNotFoundError, LockFileError
 if TYPE_CHECKING:
     from vllm_forge.matrix import Line
 
-COMMAND = "nox -s patches -- --update --line"
+COMMAND = "nox -s forge -- patch lock --line"
 
 
 @dataclass(frozen=True, kw_only=True)

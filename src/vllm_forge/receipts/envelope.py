@@ -207,7 +207,7 @@ def _unreadable(path: Path, why: str) -> ReceiptUnreadableError:
     return ReceiptUnreadableError(
         f"not a receipt: {why}",
         where=str(path),
-        remedy="only files that `nox -s test-gpu` or `nox -s receipts` wrote belong there",
+        remedy="remove it, if neither `gpu test` nor `gpu receipts` wrote it",
     )
 
 

@@ -42,7 +42,7 @@ def image_receipts(
     """Read and verify the receipts of an image.
 
     One that is refused, for example since it has expired, is no receipt; it is no error here, where
-    somebody asks how to serve. ``nox -s receipts`` is where it is one.
+    somebody asks how to serve. ``nox -s forge -- gpu receipts`` is where it is one.
 
     Args:
         root: the repository.

@@ -101,7 +101,8 @@ def _contradicted(receipt: Receipt, what: str) -> ReceiptContradictedError:
     return ReceiptContradictedError(
         what,
         where=str(receipt.path),
-        remedy=f"ask again: nox -s oracle -- --line {line} --update; if it says the same, "
+        remedy=f"ask again: nox -s forge -- kernels select --record --line {line}; if it says the "
+        "same, "
         "what the oracle declares of this GPU is not what the GPU is",
     )
 

@@ -99,7 +99,8 @@ def verify_all(
             raise ReceiptKeyError(
                 "the receipt is unsigned",
                 where=str(path),
-                remedy="sign it where it is made: nox -s receipts -- --result FILE --key KEY",
+                remedy="sign it where it is made: "
+                "nox -s forge -- gpu receipts --result FILE --key KEY",
             )
         verify(root, matrix, receipt, at)
         found.append(receipt)

@@ -74,6 +74,6 @@ def test_the_command_ends(
     config["quantization_config"] |= change
     (folder / "config.json").chmod(0o644)
     (folder / "config.json").write_text(json.dumps(config))
-    code = main(["inspect-checkpoint", str(folder), "--resolve=rules"])
+    code = main(["checkpoint", "inspect", str(folder), "--resolve=rules"])
     assert code == CheckpointUnreadableError.exit_code
     assert ENDLESS in capsys.readouterr().err

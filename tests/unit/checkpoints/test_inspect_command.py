@@ -41,7 +41,7 @@ def _here(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _run(folder: Path, *options: str) -> int:
-    return main(["inspect-checkpoint", str(folder), "--resolve=rules", *options])
+    return main(["checkpoint", "inspect", str(folder), "--resolve=rules", *options])
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_an_index_alone_tells_what_names_tell(
 
 def test_a_dry_load_needs_headers(layouts: Callable[[str], Path]) -> None:
     index = layouts("card") / "model.safetensors.index.json"
-    code = main(["inspect-checkpoint", str(index), "--resolve=vllm"])
+    code = main(["checkpoint", "inspect", str(index), "--resolve=vllm"])
     assert code == UsageError.exit_code
 
 
@@ -174,7 +174,7 @@ def test_values_are_compared(
 def test_bad_arguments_are_told(
     arguments: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["inspect-checkpoint", *arguments]) == code
+    assert main(["checkpoint", "inspect", *arguments]) == code
     assert words in " ".join(capsys.readouterr().err.split())
 
 
@@ -186,7 +186,7 @@ class TestDryLoad:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         monkeypatch.setattr(proof, "ready", lambda *_: "nothing is built")
-        assert main(["inspect-checkpoint", str(layouts("card")), "--json"]) == 0
+        assert main(["checkpoint", "inspect", str(layouts("card")), "--json"]) == 0
         said = capsys.readouterr()
         assert said.err.count("without its vLLM: nothing is built") == 3
         by = {line["by"] for line in json.loads(said.out)["lines"]}
@@ -206,7 +206,7 @@ class TestDryLoad:
 
         monkeypatch.setattr(proof, "ready", lambda *_: "")
         monkeypatch.setattr(proof, "dry_load", dry_load)
-        code = main(["inspect-checkpoint", str(layouts("unfused-targets")), "--json"])
+        code = main(["checkpoint", "inspect", str(layouts("unfused-targets")), "--json"])
         assert code == 0
         report = _report(capsys)
         assert asked == ["0.22", "0.26", "0.33"]

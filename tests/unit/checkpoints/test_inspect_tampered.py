@@ -334,7 +334,7 @@ class TestDigests:
         return folder
 
     def _run(self, folder: Path, *options: str) -> int:
-        return main(["inspect-checkpoint", str(folder), "--resolve=rules", *options])
+        return main(["checkpoint", "inspect", str(folder), "--resolve=rules", *options])
 
     def test_one_other_byte_is_told(
         self, recorded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -139,7 +139,7 @@ class TestCommand:
         monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
 
     def _run(self, *arguments: object) -> int:
-        return main(["quantize", *map(str, arguments)])
+        return main(["checkpoint", "quantize", *map(str, arguments)])
 
     def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
         self, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]

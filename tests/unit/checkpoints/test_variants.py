@@ -209,7 +209,7 @@ class TestCache:
     def test_what_takes_tools_says_so(self, root: Path) -> None:
         with pytest.raises(ToolEnvironmentError, match="'card' is made by the") as caught:
             cached_variant(root, "redhat-no-mtp", SMALL)
-        assert caught.value.remedy == "run: nox -s tiny"
+        assert caught.value.remedy == "run: nox -s forge -- checkpoint fixtures"
 
     def test_an_unknown_one_gets_a_suggestion(self, root: Path) -> None:
         with pytest.raises(RecipeError, match="Perhaps you meant 'card'"):

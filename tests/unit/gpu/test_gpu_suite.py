@@ -209,7 +209,7 @@ def test_without_a_gpu_the_runner_says_so(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == WrongGpuError.exit_code
-    assert "nox -s gpu-kit" in done.stderr
+    assert "nox -s forge -- gpu kit" in done.stderr
 
 
 FAKE_SMI = f"#!/bin/sh\necho '{H200.strip()}'\n"

@@ -307,8 +307,8 @@ def test_a_link_to_nowhere_is_no_place_for_a_kit(make, tmp_path: Path) -> None:
 def test_minutes_that_are_none(arguments: list[str]) -> None:
     from vllm_forge.cli import main
 
-    assert main(["gpu-kit", "--sku", "h200", "--output", "x", "--freeze", "x", *arguments]) == 2
-    assert main(["test-gpu", "--sku", "h200", *arguments]) == 2
+    assert main(["gpu", "kit", "--sku", "h200", "--output", "x", "--freeze", "x", *arguments]) == 2
+    assert main(["gpu", "test", "--sku", "h200", *arguments]) == 2
 
 
 @pytest.mark.parametrize("version", ["foo", "3", "3.12.1", "2.7", ""])
@@ -316,14 +316,14 @@ def test_a_python_that_is_none(version: str) -> None:
     from vllm_forge.cli import main
 
     given = ["--sku", "h200", "--output", "x", "--freeze", "x", f"--python={version}"]
-    assert main(["gpu-kit", *given]) == 2
+    assert main(["gpu", "kit", *given]) == 2
 
 
 @pytest.mark.parametrize("workers", ["0", "-1", "two", "1.5", "--lf", ""])
 def test_workers_that_are_none(workers: str) -> None:
     from vllm_forge.cli import main
 
-    assert main(["test-gpu", "--sku", "h200", f"-n{workers}"]) == 2
+    assert main(["gpu", "test", "--sku", "h200", f"-n{workers}"]) == 2
 
 
 @pytest.fixture

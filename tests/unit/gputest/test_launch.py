@@ -161,5 +161,5 @@ def test_an_environment_has_the_hosts_network(
     from vllm_forge.cli import main
 
     monkeypatch.setattr(gpu, "run_in_environment", lambda *_: pytest.fail("it was run"))
-    assert main(["test-gpu", "--sku=h200", "--env", "--network"]) == 2
+    assert main(["gpu", "test", "--sku=h200", "--env", "--network"]) == 2
     assert "--network is for an image" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.support import fatbins as made
-from vllm_forge.commands.census import FOLDER
+from vllm_forge.images.coverage import FOLDER
 from vllm_forge.kernels.coverage import library as library_module
 from vllm_forge.kernels.coverage.contents import Contents, best
 from vllm_forge.kernels.coverage.contract import Contract, Selected, contract
@@ -388,7 +388,7 @@ def test_the_record_of_a_line_is_of_todays_lock_and_rows(root: Path, line: str) 
     matrix = load(root)
     record = json.loads((root / FOLDER / f"{line}.json").read_text())
     lock = read_lock(root, line, matrix.line[line], matrix.base)
-    again = f"run: nox -s census -- --update --line {line}"
+    again = f"run: nox -s forge -- kernels coverage --record --line {line}"
     assert (record["lock"], record["families"]) == (lock.digest, digest()), again
     skus = {name: sku.compute_capability for name, sku in matrix.sku.items()}
     assert record["skus"] == skus, again
@@ -409,7 +409,7 @@ def test_the_record_of_a_line_is_of_what_it_selects_today(root: Path, line: str)
         for chosen in selections_of(answers):
             needed.update(chosen.families(catalogue().need))
         written = {f for f, cells in record["coverage"].items() if cells[name]["needed_by"]}
-        assert written == needed, f"run: nox -s census -- --update --line {line}"
+        assert written == needed, f"run: nox -s forge -- kernels coverage --record --line {line}"
 
 
 def test_a_refused_question_needs_nothing_and_experts_without_a_backend_are_an_error() -> None:

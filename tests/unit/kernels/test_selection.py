@@ -1,6 +1,6 @@
 """Questions, answers and their comparison; and the committed rows of each line.
 
-The answers themselves need the layers of an image: `nox -s oracle` is that test.
+The answers themselves need the layers of an image: `nox -s forge -- kernels select` is that test.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class TestRecorded:
             path.write_text(text)
         with pytest.raises(SelectionFileError) as caught:
             read_recorded(tmp_path, "9.9")
-        assert "nox -s oracle -- --update --line 9.9" in str(caught.value)
+        assert "nox -s forge -- kernels select --record --line 9.9" in str(caught.value)
         assert str(path) in str(caught.value)
 
     def test_a_row_that_points_nowhere_is_said(self, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ class TestChanged:
         assert "a: moe.chosen" in text
         assert '2026-01-31: "FAST"' in text
         assert 'now:        "SLOW"' in text
-        assert "nox -s oracle -- --update --line 9.9" in text
+        assert "nox -s forge -- kernels select --record --line 9.9" in text
         assert "clamp" not in text  # only what differs
 
     @pytest.mark.parametrize(
@@ -335,7 +335,8 @@ class TestStale:
     def fails(self, root: Path) -> str:
         with pytest.raises(SelectionStaleError) as caught:
             require_fresh(root, MATRIX, MATRIX.default_line)
-        assert f"nox -s oracle -- --update --line {MATRIX.default_line}" in str(caught.value)
+        command = f"nox -s forge -- kernels select --record --line {MATRIX.default_line}"
+        assert command in str(caught.value)
         return str(caught.value)
 
     def test_fresh_rows_are_returned(self, root: Path) -> None:

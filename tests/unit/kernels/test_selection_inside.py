@@ -1,6 +1,6 @@
 """The part that runs inside, with stand-ins for torch and vLLM: processes, devices, clamps.
 
-With the real ones it is run by `nox -s oracle`.
+With the real ones it is run by `nox -s forge -- kernels select`.
 """
 
 from __future__ import annotations

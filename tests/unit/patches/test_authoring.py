@@ -455,7 +455,7 @@ def test_commands(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("vllm_forge.project.load", lambda _root: project.matrix)
     monkeypatch.setattr("vllm_forge.project.find_root", lambda: project.root)
-    assert main(["patch-checkout", str(tmp_path / "second")]) == 0
-    assert main(["patch-export", str(tmp_path / "second")]) == 0
+    assert main(["patch", "checkout", str(tmp_path / "second")]) == 0
+    assert main(["patch", "export", str(tmp_path / "second")]) == 0
     assert f"line 9.9: 2 patches\n  {GOOD.name}: " in capsys.readouterr().out
-    assert main(["patch-checkout", str(work.folder)]) == UsageError.exit_code
+    assert main(["patch", "checkout", str(work.folder)]) == UsageError.exit_code

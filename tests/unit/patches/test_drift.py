@@ -350,7 +350,7 @@ def test_data_and_page_agree_with_what_was_found(root: Path, tmp_path: Path) -> 
         for verdict in patch["verdicts"]
     ]
     assert sorted(details) == sorted(verdict.detail for verdict in rows)
-    assert data["command"] == "nox -s drift -- --from 0.26.0 --to 0.26.0"
+    assert data["command"] == "nox -s forge -- patch drift --from 0.26.0 --to 0.26.0"
 
 
 # --- what is committed ----------------------------------------------------------------------------

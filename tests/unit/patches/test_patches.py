@@ -471,7 +471,7 @@ def test_no_tree_lock(checkout: Path, row: Line, repo: SourceRepo, series: Path)
     (series / "lock.toml").unlink()
     with pytest.raises(LockFileError, match="has no lock") as refused:
         check_line(checkout, "9.9", row, repo)
-    assert "--update" in refused.value.remedy
+    assert "patch lock" in refused.value.remedy
 
 
 def test_patch_that_is_left_out_changes_the_tree(
@@ -514,4 +514,4 @@ def test_command_returns_the_code_of_a_broken_series(
     shutil.copy(root / "matrix.toml", copy)
     monkeypatch.setenv("VLLM_FORGE_ROOT", str(copy))
     (copy / load(root).line["0.26"].series / "forgotten.patch").write_text("x")
-    assert main(["patches", "--line", "0.26"]) == PatchUnlistedError.exit_code
+    assert main(["patch", "check", "--line", "0.26"]) == PatchUnlistedError.exit_code

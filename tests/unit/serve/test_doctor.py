@@ -258,7 +258,7 @@ def test_a_hanging_tool_does_not_hang_the_doctor(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("name", "code"), [("b300", 0), ("no-gpu", 81), ("driver-mismatch", 81)])
 def test_exit_code(name: str, code: int, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = root / "tests" / "fixtures" / "doctor" / name
-    argv = ["doctor", "--sku=b300", f"--recorded={folder}"]
+    argv = ["doctor", "--sku=b300", f"--replay={folder}"]
     assert main(argv) == code
     assert main([*argv, "--json"]) == code
     out = capsys.readouterr().out

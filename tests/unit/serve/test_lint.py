@@ -509,7 +509,7 @@ def checkout(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def test_lint_of_the_committed_rows(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["lint-presets"]) == 0
+    assert main(["lint"]) == 0
     assert capsys.readouterr().out.endswith(": no findings\n")
 
 
@@ -526,10 +526,10 @@ def test_a_changed_preset_fails_until_its_line_was_asked(
 ) -> None:
     path = checkout / "matrix.toml"
     path.write_text(path.read_text().replace(old, new))
-    assert main(["lint-presets", "--line=0.26"]) == SelectionStaleError.exit_code
+    assert main(["lint", "--line=0.26"]) == SelectionStaleError.exit_code
     err = capsys.readouterr().err
     assert "question preset/b300-mtp/flash-nvfp4-fp8-mtp" in err
-    assert "nox -s oracle -- --update --line 0.26" in err
+    assert "nox -s forge -- kernels select --record --line 0.26" in err
 
 
 def answered(checkout: Path, environment: dict[str, str], **changed: Any) -> None:
@@ -563,7 +563,7 @@ def test_a_finding_fails_the_command(
     changed: Any, words: str, checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answered(checkout, {}, **changed)
-    assert main(["lint-presets", "--line=0.26"]) == PresetLintError.exit_code
+    assert main(["lint", "--line=0.26"]) == PresetLintError.exit_code
     assert words in capsys.readouterr().err
 
 
@@ -577,5 +577,5 @@ def test_an_invented_variable_fails_the_command(
         text.replace("[preset.b300-mtp]\n", '[preset.b300-mtp]\nenv = { VLLM_FASTER = "1" }\n')
     )
     answered(checkout, {"VLLM_FASTER": "1"}, unknown_environment=("VLLM_FASTER",))
-    assert main(["lint-presets", "--line=0.26"]) == PresetLintError.exit_code
+    assert main(["lint", "--line=0.26"]) == PresetLintError.exit_code
     assert "vLLM 0.26.0 has no variable VLLM_FASTER" in capsys.readouterr().err

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vllm_forge.matrix import Matrix
 
 FOLDER = Path("records/selection")
-COMMAND = "nox -s oracle -- --update --line"
+COMMAND = "nox -s forge -- kernels select --record --line"
 MOST_SHOWN = 40
 # A list of plain values in one line: there are many numbers.
 PLAIN_LIST = re.compile(r"\[\s+([^\[\]{}]*?)\s+\]")

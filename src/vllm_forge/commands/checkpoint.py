@@ -1,11 +1,14 @@
-"""Inspect a checkpoint."""
+"""Inspect, quantize and make checkpoints."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_forge.checkpoints.errors import CheckpointDepartsError, CheckpointRefusedError
+from vllm_forge.checkpoints.quantize.calibration import AUTO
+from vllm_forge.commands.parsers import EVERY_LINE, JSON, Commands, command, group, print_json
 from vllm_forge.errors import UsageError
 from vllm_forge.host import SubprocessRunner, atomic_path, console
 
@@ -16,7 +19,6 @@ if TYPE_CHECKING:
     from vllm_forge.checkpoints.inspect.dry_load import Answer
     from vllm_forge.checkpoints.inspect.inspection import Report
     from vllm_forge.checkpoints.inspect.profile import Profile
-    from vllm_forge.commands.register import Commands
     from vllm_forge.project import Project
 
 NAME = "checkpoint"
@@ -24,46 +26,54 @@ DISPOSITIONS = "patches/vllm"
 
 
 def register(choices: Commands) -> None:
-    """Add this module's command."""
-    one = choices.add_parser(
-        "inspect-checkpoint",
-        help="what a checkpoint is, and what each line would do with it",
-        allow_abbrev=False,
-    )
+    """Add this module's commands."""
+    checkpoint = group(choices, "checkpoint", help="inspect, quantize and make checkpoints")
+    one = command(
+        checkpoint, "inspect", inspect_checkpoint, EVERY_LINE, JSON,
+        help="show what a checkpoint is, and what each line does with it",
+    )  # fmt: skip
     one.add_argument(
         "place", help="a folder, a model.safetensors.index.json, or owner/name[@revision]"
     )
-    one.add_argument("--line", help="judge one line (default: all; the default one decides)")
     one.add_argument("--source", metavar="PLACE", help="what it was made from, to compare dtypes")
     one.add_argument(
-        "--values",
-        type=int,
-        metavar="N",
+        "--values", type=int, metavar="N",
         help="also decode N weights of each part, 0 for all, and compare them with --source",
-    )
+    )  # fmt: skip
     one.add_argument(
-        "--digests",
-        action="store_true",
+        "--digests", action="store_true",
         help="also read all tensors and compare them with the SHA-256 in its manifest.json",
-    )
+    )  # fmt: skip
     one.add_argument("--manifest", help="the artifact that it must be (default: the nearest)")
     one.add_argument(
-        "--resolve",
-        choices=("auto", "vllm", "rules"),
-        default="auto",
+        "--resolve", choices=("auto", "vllm", "rules"), default="auto",
         help="who says what modules resolve to: the line's vLLM in a dry load (auto: if its layers "
         "are in the cache; vllm: also if they must be made), or matching rules",
-    )
+    )  # fmt: skip
     one.add_argument("--without-mtp", action="store_true", help="serving without MTP is enough")
     one.add_argument("--modules", action="store_true", help="also what each module resolves to")
-    one.add_argument("--json", action="store_true", help="print the report as JSON")
-    one.set_defaults(call=inspect_checkpoint)
 
-    one = choices.add_parser(
-        "verdicts",
-        help="inspect all tiny variants by every line's vLLM; write records/verdicts.json",
+    one = command(checkpoint, "quantize", quantize, help="quantize a BF16 DeepSeek-V4 by a recipe")
+    one.add_argument("--model", type=Path, required=True, help="folder with the BF16 model")
+    one.add_argument("--recipe", default="nvfp4-fp8-mtp", help="a row of checkpoints/recipes.toml")
+    one.add_argument("--output", type=Path, required=True, help="folder that will be made")
+    one.add_argument(
+        "--data", default=AUTO, help="auto (ultrachat, else shipped), ultrachat, shipped, a JSONL"
     )
-    one.set_defaults(call=verdicts)
+    one.add_argument(
+        "--device", default=AUTO, help="auto (a GPU if there is one), cpu, cuda:0, ..."
+    )
+    one.add_argument(
+        "--dry-run", action="store_true", help="print what would be done; install and write nothing"
+    )
+
+    one = command(checkpoint, "fixtures", fixtures, help="make tiny checkpoints in the cache")
+    one.add_argument("names", nargs="*", metavar="VARIANT", help="default: all of variants.toml")
+    command(
+        checkpoint, "verify", verify,
+        help="let every line's vLLM load every tiny checkpoint, and record the verdicts",
+    )  # fmt: skip
+    command(checkpoint, "tools", tools, help="install the quantization tools, print their Python")
 
 
 def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
@@ -95,7 +105,7 @@ def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
         digests=args.digests,
     )
     if args.json:
-        sys.stdout.write(report.model_dump_json(indent=1) + "\n")
+        print_json(args, report.model_dump_json(indent=1))
     else:
         show(report, modules=args.modules)
     _refuse(report, line, without_mtp=args.without_mtp)
@@ -147,7 +157,7 @@ def _refuse(report: Report, line: str, *, without_mtp: bool) -> None:
         )
 
 
-def verdicts(project: Project, args: argparse.Namespace) -> None:
+def verify(project: Project, args: argparse.Namespace) -> None:
     """Inspect every tiny variant; write records/verdicts.json and its page."""
     del args
     from vllm_forge.checkpoints.fixtures.variants import cached_variant, load_variants
@@ -181,3 +191,54 @@ def verdicts(project: Project, args: argparse.Namespace) -> None:
         aside.write_text(found.text(), encoding="utf-8")
     write_pages(project, "docs/generated/verdicts.md")
     print(project.root / DATA)
+
+
+def quantize(project: Project, args: argparse.Namespace) -> None:
+    """Quantize a model."""
+    from vllm_forge.checkpoints.quantize.environment import enter
+    from vllm_forge.checkpoints.quantize.quantizer import check_output, forecast
+    from vllm_forge.checkpoints.quantize.quantizer import quantize as run
+    from vllm_forge.checkpoints.quantize.recipe import load_recipe
+    from vllm_forge.checkpoints.quantize.source import open_source
+
+    recipe = load_recipe(args.recipe)  # what can be refused at once is, before 3 GB of tools
+    source = open_source(args.model)
+    check_output(args.model, args.output)
+    if args.dry_run:
+        print(forecast(source, recipe))
+        return
+    enter(project.root, sys.argv[1:])
+
+    from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer, pick_device
+    from vllm_forge.checkpoints.quantize.calibration import NO_DATA, calibrate_with
+    from vllm_forge.checkpoints.quantize.job import Job
+
+    engine = LayerQuantizer(source.config, recipe.recipe, pick_device(args.device))
+    data = calibrate_with(args.data, recipe.recipe, args.model) if engine.needs_data else NO_DATA
+    run(Job(source=source, recipe=recipe, calibration=data, engine=engine), args.output)
+    print(args.output)
+
+
+def fixtures(project: Project, args: argparse.Namespace) -> None:
+    """Make tiny checkpoints in the cache."""
+    from vllm_forge.checkpoints.fixtures.tiny import TinySpec
+    from vllm_forge.checkpoints.fixtures.variants import load_variants, make_variant, variant_path
+    from vllm_forge.checkpoints.quantize.environment import enter
+
+    names = args.names or list(load_variants())
+    if not all(variant_path(project.root, name).exists() for name in names):
+        enter(project.root, sys.argv[1:])
+        from vllm_forge.checkpoints.fixtures.tool_fixtures import make_with_tools
+
+        for name in names:
+            make_variant(project.root, name, TinySpec(), make_with_tools)
+    for name in names:
+        print(f"{name}: {variant_path(project.root, name)}")
+
+
+def tools(project: Project, args: argparse.Namespace) -> None:
+    """Install the quantization tools and print their interpreter."""
+    from vllm_forge.checkpoints.quantize.environment import prepare
+
+    del args
+    print(prepare(project.root))

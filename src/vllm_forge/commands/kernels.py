@@ -1,40 +1,46 @@
-"""What does each line's vLLM select?"""
+"""Kernel selection and kernel coverage."""
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
-from vllm_forge.host import SubprocessRunner, console
+from vllm_forge.commands.parsers import EVERY_LINE, Commands, command, group
+from vllm_forge.host import SubprocessRunner, atomic_path, console, report
 
 if TYPE_CHECKING:
     import argparse
 
-    from vllm_forge.commands.register import Commands
     from vllm_forge.kernels.selection import Recorded
     from vllm_forge.project import Project
 
 
 def register(choices: Commands) -> None:
     """Add this module's commands."""
-    one = choices.add_parser(
-        "oracle", help="ask each line's vLLM which kernels it selects", allow_abbrev=False
-    )
-    one.add_argument("--line", help="vLLM line (default: all)")
-    one.add_argument("--update", action="store_true", help="record the answers")
-    one.set_defaults(call=oracle)
+    kernels = group(choices, "kernels", help="which kernels vLLM selects, and which it has")
+    one = command(
+        kernels, "select", select, EVERY_LINE,
+        help="ask each line's vLLM which kernels it selects (as root), and compare with the record",
+    )  # fmt: skip
+    one.add_argument("--record", action="store_true", help="write records/selection instead")
+    one = command(
+        kernels, "coverage", coverage, EVERY_LINE,
+        help="kernel families x SKUs: native, compiled later, missing",
+    )  # fmt: skip
+    one.add_argument("--record", action="store_true", help="also write records/coverage")
 
 
-def oracle(project: Project, args: argparse.Namespace) -> None:
+def select(project: Project, args: argparse.Namespace) -> None:
     """Ask, show, and compare with what was recorded; or record it."""
     from vllm_forge.kernels.selection import require_fresh, require_same
 
     names = project.lines(args.line)
-    if not args.update:
-        for name in names:
+    if not args.record:
+        for name in names:  # before the first is asked, which takes a minute
             require_fresh(project.root, project.matrix, name)
     for name in names:
         found = _ask(project, name)
-        if args.update:
+        if args.record:
             _record(project, found)
             continue
         recorded = require_fresh(project.root, project.matrix, name)
@@ -71,3 +77,25 @@ def _record(project: Project, found: Recorded) -> None:
 
     print(write_recorded(project.root, found))
     write_pages(project, "docs/generated/selection.md")
+
+
+def coverage(project: Project, args: argparse.Namespace) -> None:
+    """Print the coverage of lines, and fail where a cell's contract does."""
+    from vllm_forge.images.coverage import FOLDER, line_coverage
+    from vllm_forge.kernels.coverage.families import catalogue
+    from vllm_forge.pages.coverage import terminal
+    from vllm_forge.pages.registry import write_pages
+
+    contracts = []
+    for name in project.lines(args.line):
+        with report(f"read the device code of line {name}"):
+            record, of_cells = line_coverage(project, name)
+        contracts += of_cells
+        print(terminal(record, catalogue()))
+        if args.record:
+            with atomic_path(project.root / FOLDER / f"{name}.json") as aside:
+                aside.write_text(json.dumps(record, indent=1) + "\n")
+    if args.record:
+        write_pages(project, "docs/generated/coverage.md")
+    for contract in contracts:
+        contract.check()

@@ -5,43 +5,47 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from vllm_forge.commands.parsers import JSON, LINE, SKU, Commands, Parser, command, print_json
 from vllm_forge.host import RecordingRunner, SubprocessRunner, console, gigabytes, which
 from vllm_forge.host.errors import ToolMissingError
 
 if TYPE_CHECKING:
     import argparse
 
-    from vllm_forge.commands.register import Commands
     from vllm_forge.images import Image
     from vllm_forge.project import Project
 
 
 def register(choices: Commands) -> None:
     """Add this module's commands."""
-    one = choices.add_parser("build", help="build one image", allow_abbrev=False)
-    one.add_argument("sku", help="a SKU or an arch of matrix.toml, e.g. b300 or sm120")
-    one.add_argument("--line", help="vLLM line (default: the matrix's)")
-    one.add_argument("--engine", help="docker or buildah (default: the one that is here)")
-    one.add_argument("--base", default="rootfs", help="rootfs, or NAME@sha256:... of a registry")
+    one = command(choices, "build", build, SKU, LINE, JSON, help="build one image")
+    _inputs(one)
+    one.add_argument("--engine", help="docker or buildah (default: the one that is installed)")
     one.add_argument("--refresh-base", action="store_true", help="make rootfs and system again")
-    one.add_argument("--output", type=Path, help="folder for the OCI layout (default: dist/)")
     one.add_argument("--load", action="store_true", help="also load it into the engine's store")
     one.add_argument("--push", metavar="REF", help="also push it, e.g. registry/name:tag")
-    one.add_argument("--prewarm", type=Path, help="kernels to carry: what test-gpu --caches left")
+    one.add_argument("--prewarm", type=Path, help="kernels to carry: what gpu test --caches left")
     one.add_argument("--provision", action="store_true", help="install missing build tools (apt)")
     one.add_argument("--dry-run", action="store_true", help="print the commands, do nothing")
-    one.set_defaults(call=build)
-
-    one = choices.add_parser("provision", help="install the build tools (apt, as root)")
+    one = command(
+        choices, "why-rebuild", why_rebuild, SKU, LINE, JSON,
+        help="name the inputs that changed since the last build",
+    )  # fmt: skip
+    _inputs(one)
+    one.add_argument("--engine", help="docker or buildah (default: that of the last build)")
+    one = command(choices, "provision", provision, help="install the build tools (apt, as root)")
     one.add_argument("--registry", action="store_true", help="also docker-registry, for the tests")
-    one.set_defaults(call=install_tools)
-
-    one = choices.add_parser("clean", help="delete what the cache holds and no line needs")
+    one = command(choices, "clean", clean, help="delete what the cache holds and no line needs")
     one.add_argument("--all", action="store_true", help="everything, downloads included")
-    one.set_defaults(call=clean)
+
+
+def _inputs(one: Parser) -> None:
+    one.add_argument("--base", default="rootfs", help="rootfs, or NAME@sha256:... of a registry")
+    one.add_argument("--output", type=Path, help="folder for the OCI layout (default: dist)")
 
 
 def build(project: Project, args: argparse.Namespace) -> None:
@@ -52,14 +56,14 @@ def build(project: Project, args: argparse.Namespace) -> None:
         build_image,
         build_steps,
         choose_engine,
-        provision,
         resolve,
     )
+    from vllm_forge.images import provision as install_tools
 
     cell = project.cell(args.sku, args.line)
     runner = RecordingRunner() if args.dry_run else SubprocessRunner()
     if args.provision:
-        provision(runner)
+        install_tools(runner)
     engine = choose_engine(args.engine, dry_run=args.dry_run)
     if engine.name == "buildah" and os.geteuid() != 0 and not args.dry_run:
         _as_namespace_root()
@@ -81,7 +85,7 @@ def build(project: Project, args: argparse.Namespace) -> None:
     if args.push:
         _push(runner, target, args.push)
     if made is not None:
-        _announce(made.image, fresh=made.fresh)
+        _announce(args, made.image, fresh=made.fresh)
 
 
 def _as_namespace_root() -> NoReturn:
@@ -104,21 +108,20 @@ def _push(runner: RecordingRunner | SubprocessRunner, target: Path, reference: s
     )  # fmt: skip
 
 
-def _announce(image: Image, *, fresh: bool) -> None:
+def _announce(args: argparse.Namespace, image: Image, *, fresh: bool) -> None:
     console.print(
         f"[bold green]{'built' if fresh else 'up to date'}[/] {image.path}\n"
         f"  sha256:{image.digest}  {image.size / 1e6:.0f} MB"
     )
-    print(
-        json.dumps({"image": str(image.path), "digest": f"sha256:{image.digest}", "built": fresh})
-    )
+    document = {"image": str(image.path), "digest": f"sha256:{image.digest}", "built": fresh}
+    print_json(args, json.dumps(document))
 
 
-def install_tools(_: Project, args: argparse.Namespace) -> None:
+def provision(_: Project, args: argparse.Namespace) -> None:
     """Install the build tools on this host."""
-    from vllm_forge.images import provision
+    from vllm_forge.images import provision as install_tools
 
-    provision(SubprocessRunner(), registry=args.registry)
+    install_tools(SubprocessRunner(), registry=args.registry)
 
 
 def clean(project: Project, args: argparse.Namespace) -> None:
@@ -129,3 +132,28 @@ def clean(project: Project, args: argparse.Namespace) -> None:
         _as_namespace_root()  # system images hold files of mapped users
     freed = clean_cache(project, everything=args.all)
     console.print(f"{gigabytes(freed)} freed")
+
+
+def why_rebuild(project: Project, args: argparse.Namespace) -> None:
+    """Print what differs between a build's record and its inputs now."""
+    from vllm_forge.images import BuildOptions, choose_engine, resolve
+    from vllm_forge.images.rebuild_reasons import read_record, recorded_engine, why_rebuild
+
+    cell = project.cell(args.sku, args.line)
+    options = BuildOptions(
+        output=args.output or project.root / "dist",
+        base_image=None if args.base == "rootfs" else args.base,
+    )
+    record = read_record(options.output / f"{cell.name}.json")
+    engine = args.engine or recorded_engine(record)
+    # No engine need be here: its name is one of the inputs, and that is all.
+    plan = resolve(project, cell, options, choose_engine(engine, dry_run=True))
+    reason = why_rebuild(plan)
+    if args.json:
+        print_json(args, {"cell": cell.name, **asdict(reason)})
+        return
+    print(f"{cell.name}: {reason.state}")
+    for change in reason.changes:
+        print(f"  {change.name}")
+        for part in change.parts:
+            print(f"    {part}")

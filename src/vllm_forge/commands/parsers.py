@@ -1,0 +1,129 @@
+"""The parser of the command line, and the options that mean the same in every command."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+from vllm_forge.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from vllm_forge.project import Project
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+# Least similarity of a suggestion: "--preset" is not meant by "--port".
+NEAR = 0.75
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are ForgeErrors with a suggestion.
+
+    Attributes:
+        remedy: what to do about an option that the command does not have.
+    """
+
+    remedy = "repeat the command with --help, which lists its options"
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, where=self.prog, remedy=Parser.remedy)
+
+    def reject(self, arguments: Sequence[str]) -> NoReturn:
+        """Raise for arguments that the command does not take."""
+        options = [item for item in arguments if item.startswith("-") and item != "--"]
+        name = options[0].partition("=")[0] if options else ""
+        what = f"unknown option {name}" if name else f"unexpected argument {arguments[0]!r}"
+        hint = suggestion(name, self._option_string_actions)
+        raise UsageError(
+            what + hint, where=self.prog, remedy=Parser.remedy if hint else self.remedy
+        )
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            hint = suggestion(str(value), known) or f": expected one of {', '.join(known)}"
+            raise argparse.ArgumentError(action, f"invalid choice {value!r}{hint}")
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the nearest known word, else nothing."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=NEAR)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+class _Sku(argparse.Action):
+    """Two places for one value: they may not differ."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if namespace.sku not in (None, values):
+            parser.error(f"two SKUs: {namespace.sku} and {values}")
+        namespace.sku = values
+
+
+def _option(*names: str, **settings: Any) -> Parser:
+    parent = Parser(add_help=False)
+    parent.add_argument(*names, **settings)
+    return parent
+
+
+SKU = _option("--sku", action=_Sku, help="SKU or arch of matrix.toml, e.g. b300 or sm120")
+SKU.add_argument(
+    "sku", nargs="?", action=_Sku, default=argparse.SUPPRESS, metavar="SKU", help="same as --sku"
+)
+LINE = _option("--line", help="vLLM line (default: default_line of matrix.toml)")
+EVERY_LINE = _option("--line", help="only this vLLM line (default: all)")
+JSON = _option("--json", action="store_true", help="print one JSON document, also for an error")
+
+
+def command(
+    choices: Commands,
+    name: str,
+    call: Callable[[Project, argparse.Namespace], None],
+    *parents: Parser,
+    help: str,
+) -> Parser:
+    """Add a command; its first line of help is also its description."""
+    parser = choices.add_parser(
+        name, help=help, description=help[0].upper() + help[1:] + ".", parents=parents
+    )
+    parser.set_defaults(call=call, parser=parser, answered=False)
+    return parser
+
+
+def group(choices: Commands, name: str, *, help: str) -> Commands:
+    """Add a group of commands."""
+    parser = choices.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    return parser.add_subparsers(dest=f"{name}_command", required=True, metavar="COMMAND")
+
+
+def print_json(args: argparse.Namespace, document: object) -> None:
+    """Print the one JSON document of a command; text is printed as it is."""
+    text = document if isinstance(document, str) else json.dumps(document, indent=1, sort_keys=True)
+    print(text)
+    args.answered = True
+
+
+def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse arguments; whatever is wrong is an error of the command that was named.
+
+    Raises:
+        UsageError: with a suggestion from that command's options.
+    """
+    args, extra = parser.parse_known_args(argv)
+    if extra:
+        args.parser.reject(extra)
+    if getattr(args, "sku", "") is None:
+        args.parser.error("missing SKU: give it as an argument or by --sku")
+    return args

@@ -1,0 +1,72 @@
+"""Locks, downloads and patched wheels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_forge.commands.parsers import LINE, Commands, command, group
+from vllm_forge.host import atomic_path, console, report
+
+if TYPE_CHECKING:
+    import argparse
+
+    from vllm_forge.project import Project
+
+
+def register(choices: Commands) -> None:
+    """Add this module's commands."""
+    wheels = group(choices, "wheels", help="lock, download and patch wheels")
+    one = command(wheels, "lock", lock, LINE, help="resolve a line with uv and write its lock")
+    one.add_argument("--tools", action="store_true", help="the quantization tools' lock instead")
+    command(wheels, "fetch", fetch, LINE, help="download a line's wheels, resumable, hash-checked")
+    one = command(wheels, "patched", patched, LINE, help="write a line's patched vLLM wheel")
+    one.add_argument("--output", type=Path, help="folder (default: dist/wheels)")
+
+
+def lock(project: Project, args: argparse.Namespace) -> None:
+    """Resolve a line and write its lock."""
+    from vllm_forge.checkpoints.quantize.environment import make_lock as make_tool_lock
+    from vllm_forge.sources import make_lock
+
+    if args.tools:
+        with report("lock the quantization tools"):
+            console.print(str(make_tool_lock(project.root)))
+        return
+    name, line = project.line(args.line)
+    with report(f"lock line {name}"):
+        result = make_lock(project.root, name, line, project.matrix.base, project.index)
+    size = sum(wheel.size for wheel in result.wheels)
+    console.print(f"{result.path}: {len(result.wheels)} wheels, {size / 1e9:.2f} GB")
+
+
+def fetch(project: Project, args: argparse.Namespace) -> None:
+    """Download a line's wheels into the cache."""
+    from vllm_forge.sources import Wheelhouse, read_lock
+
+    name, line = project.line(args.line)
+    wheels = read_lock(project.root, name, line, project.matrix.base).wheels
+    with report(f"fetch {len(wheels)} wheels of line {name}"):
+        Wheelhouse().fetch(wheels)
+
+
+def patched(project: Project, args: argparse.Namespace) -> None:
+    """Write a line's patched wheel."""
+    import shutil
+
+    from vllm_forge.images import patched_wheel
+    from vllm_forge.patches import check_line
+    from vllm_forge.sources import SourceRepo, Wheelhouse, read_lock
+
+    name, line = project.line(args.line)
+    repo, wheelhouse = SourceRepo(), Wheelhouse()
+    locked = read_lock(project.root, name, line, project.matrix.base)
+    applied = check_line(project.root, name, line, repo)
+    wheelhouse.fetch([locked.find("vllm")])
+    cell = project.cell(line.skus[0], name)
+    with report(f"patch the wheel of line {name}"):
+        wheel = patched_wheel(cell, locked, applied, repo, wheelhouse)
+        target = (args.output or project.root / "dist" / "wheels") / wheel.path.name
+        with atomic_path(target) as aside:
+            shutil.copyfile(wheel.path, aside)
+    print(target)

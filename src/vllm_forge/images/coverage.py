@@ -1,0 +1,58 @@
+"""Which kernels each line has code for, on each SKU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_forge.images.content import wheel_groups
+from vllm_forge.images.store import require_stored
+from vllm_forge.images.wheels import site_packages
+from vllm_forge.kernels.coverage import parse_capability
+from vllm_forge.kernels.coverage.contents import Contents
+from vllm_forge.kernels.coverage.contract import Contract, contract
+from vllm_forge.kernels.coverage.families import digest
+from vllm_forge.kernels.coverage.line_record import line_record
+from vllm_forge.kernels.coverage.selected import selections_of
+from vllm_forge.kernels.selection import read_recorded
+from vllm_forge.sources import read_lock
+
+if TYPE_CHECKING:
+    from vllm_forge.project import Project
+
+FOLDER = Path("records/coverage")
+
+
+def line_coverage(project: Project, name: str) -> tuple[dict[str, Any], list[Any]]:
+    """The record of a line, and the contract of each of its cells."""
+    line = project.matrix.line[name]
+    cell = project.cell(line.skus[0], name)
+    lock = read_lock(project.root, name, line, project.matrix.base)
+    folders = [
+        folder for group in wheel_groups(cell, lock) for folder in require_stored(group.key).whole
+    ]
+    contents = Contents(tuple(folder / site_packages(line.python) for folder in folders))
+    recorded = read_recorded(project.root, name)
+    made = {}
+    for sku_name in line.skus:
+        sku = project.matrix.sku[sku_name]
+        made[sku_name] = contract(
+            contents,
+            cell=project.cell(sku_name, name).name,
+            line=name,
+            capability=parse_capability(sku.compute_capability),
+            selections=selections_of(recorded.of_device(sku.device).answers),
+        )
+    nothing = Contract(cell="", findings=(), stale=(), fixes={})
+    record = line_record(
+        line=name,
+        vllm=line.vllm,
+        lock=lock.digest,
+        rows=digest(),
+        contents=contents,
+        contracts={
+            sku_name: (sku.compute_capability, made.get(sku_name, nothing))
+            for sku_name, sku in project.matrix.sku.items()
+        },
+    )
+    return record, list(made.values())
