@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_forge.checkpoints.inspect.manifest import named
-from vllm_forge.checkpoints.spans import DTYPE_BYTES
+from vllm_forge.checkpoints.tensors import DTYPE_BYTES
 from vllm_forge.host import atomic_path
 from vllm_forge.matrix import load
 from vllm_forge.pages.registry import write_pages

@@ -28,12 +28,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec, write_bf16
 from vllm_forge.checkpoints.inventory import SLIDING, all_tensors, layer_tensors
 from vllm_forge.checkpoints.quantize.environment import SETTINGS
 from vllm_forge.checkpoints.quantize.recipe import load_recipe
-from vllm_forge.checkpoints.shards import open_checkpoint
-from vllm_forge.checkpoints.spans import DTYPE_BYTES
+from vllm_forge.checkpoints.tensors import DTYPE_BYTES
 from vllm_forge.pages.measurements import REAL
 from vllm_forge.pages.registry import write_pages
 from vllm_forge.project import Project
@@ -73,12 +73,12 @@ from vllm_forge.checkpoints.quantize.calibration import calibrate_with
 from vllm_forge.checkpoints.quantize.job import Job
 from vllm_forge.checkpoints.quantize.quantizer import quantize
 from vllm_forge.checkpoints.quantize.recipe import load_recipe
-from vllm_forge.checkpoints.quantize.source import open_source
+from vllm_forge.checkpoints.quantize.model import open_model
 torch.set_num_threads(1)
 model, output = Path(sys.argv[1]), Path(sys.argv[2])
 named = load_recipe({RECIPE!r})
 named = replace(named, recipe=named.recipe.model_copy(update={{"samples": {SAMPLES}}}))
-source = open_source(model)
+source = open_model(model)
 quantize(
     Job(
         source=source,
@@ -111,7 +111,7 @@ def measure(spec: TinySpec, scratch: Path) -> dict[str, Any]:
     if status != 0:
         sys.exit(f"the quantization ended with status {status}")
     seconds = time.monotonic() - start
-    stored = open_checkpoint(output).tensors.values()
+    stored = Checkpoint.open(output).tensors.values()
     result = {
         "model_bytes": size_of(all_tensors(config)),
         "layers": len(spec.ratios),

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.quantize.calibrate import pick_device
 from vllm_forge.checkpoints.quantize.environment import SETTINGS
-from vllm_forge.checkpoints.shards import open_checkpoint
 from vllm_forge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def test_killed_in_the_middle_and_run_again(
 
 
 def test_mtp_is_bit_identical(whole: Path, bf16: Path) -> None:
-    ours, theirs = open_checkpoint(whole).tensors, open_checkpoint(bf16).tensors
+    ours, theirs = Checkpoint.open(whole).tensors, Checkpoint.open(bf16).tensors
     names = [name for name in theirs if name.startswith("mtp.")]
     assert len(names) == 797 - 3 * 248
     for name in names:
@@ -78,7 +78,7 @@ def test_mtp_is_bit_identical(whole: Path, bf16: Path) -> None:
 
 def test_scales_have_the_form_that_vllm_takes(whole: Path) -> None:
     """Global scales are scalars, one for w1 and w3; block scales of attention are FP32."""
-    tensors = open_checkpoint(whole).tensors
+    tensors = Checkpoint.open(whole).tensors
     globals_ = [t for name, t in tensors.items() if name.endswith("_global_scale")]
     assert len(globals_) == 3 * 24 * 2
     assert {(t.dtype, t.shape) for t in globals_} == {("F32", ())}

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.fixtures.variants import load_variants
 from vllm_forge.checkpoints.inspect.findings import Effect
 from vllm_forge.checkpoints.inspect.formats import Format
 from vllm_forge.checkpoints.inspect.inspection import find_all, inspect
 from vllm_forge.checkpoints.inspect.manifest import nearest
 from vllm_forge.checkpoints.inspect.parts import Part
-from vllm_forge.checkpoints.inspect.places import Folder, Place
 from vllm_forge.checkpoints.inspect.profile import Profile
-from vllm_forge.checkpoints.inspect.snapshot import look
 from vllm_forge.checkpoints.inspect.values import compare
 from vllm_forge.checkpoints.inspect.verdicts import DATA, Verdicts, exit_code
+from vllm_forge.checkpoints.source import CheckpointSource, Folder
 from vllm_forge.matrix import load
 from vllm_forge.patches import read_dispositions
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def _profile(folder: Path) -> Profile:
-    return Profile(look(Folder(folder)))
+    return Profile(Checkpoint.open(Folder(folder)))
 
 
 def test_the_card_is_what_its_manifest_says(card: Path) -> None:
@@ -90,7 +90,7 @@ def test_weights_are_the_models_within_derived_bounds(
 
 
 @dataclass(frozen=True)
-class Changed(Place):
+class Changed(CheckpointSource):
     """A folder with other bytes in one place."""
 
     folder: Folder
@@ -149,9 +149,9 @@ FAULTS: dict[str, tuple[str, str, Fault]] = {
 def test_a_planted_fault_is_beyond_its_bound(fault: str, variant: Callable[[str], Path]) -> None:
     name, tensor, change = FAULTS[fault]
     folder = Folder(variant(name))
-    entry = Profile(look(folder)).tensors[tensor]
+    entry = Profile(Checkpoint.open(folder)).tensors[tensor]
     data = change(folder.read(entry.shard, entry.begin, entry.end))
-    made = Profile(look(Changed(folder, entry.shard, entry.begin, data)))
+    made = Profile(Checkpoint.open(Changed(folder, entry.shard, entry.begin, data)))
     rows, found = compare(made, _profile(variant("bf16")))
     assert [finding.effect for finding in found] == [Effect.CORRUPTS]
     different = [module for row in rows for module in row.different]
@@ -162,9 +162,9 @@ def test_the_scale_of_w1_is_that_of_w3_too(variant: Callable[[str], Path]) -> No
     """One scale for two: w1's own is halved, and both projections are beyond their bounds."""
     for name, leaf in (("card", "weight_global_scale"), ("nvidia-modelopt", "weight_scale_2")):
         folder = Folder(variant(name))
-        entry = Profile(look(folder)).tensors[f"{EXPERT}.w1.{leaf}"]
+        entry = Profile(Checkpoint.open(folder)).tensors[f"{EXPERT}.w1.{leaf}"]
         data = _bytes(lambda x: x / 2, "<f4")(folder.read(entry.shard, entry.begin, entry.end))
-        made = Profile(look(Changed(folder, entry.shard, entry.begin, data)))
+        made = Profile(Checkpoint.open(Changed(folder, entry.shard, entry.begin, data)))
         rows, _ = compare(made, _profile(variant("bf16")))
         different = {module for row in rows for module in row.different}
         assert different == {f"{EXPERT}.w1", f"{EXPERT}.w3"}
@@ -180,6 +180,6 @@ def test_the_spread_of_scales_does_not_tell_gptq(variant: Callable[[str], Path])
     assert len(names) == 72
     for name in names:
         entry = profile.tensors[name]
-        data = profile.seen.place.read(entry.shard, entry.begin, entry.end)
+        data = profile.checkpoint.source.read(entry.shard, entry.begin, entry.end)
         scales = (np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
         assert scales.std() / scales.mean() > 0.05

@@ -10,25 +10,25 @@ from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.entrypoints.convert import ModelOptNvfp4Converter
 
+from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.codecs import int4
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec
 from vllm_forge.checkpoints.fixtures.tool_fixtures import make_with_tools
 from vllm_forge.checkpoints.fixtures.variants import make_variant
 from vllm_forge.checkpoints.quantize.native import DECODER_EXPERT, EXPERT, LINEAR
 from vllm_forge.checkpoints.quantize.one_layer import load_tensor
-from vllm_forge.checkpoints.shards import open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from vllm_forge.checkpoints.shards import Stored
+    from vllm_forge.checkpoints.tensors import StoredTensor
 
 
 @pytest.fixture(scope="module")
-def made(root: Path) -> dict[str, dict[str, Stored]]:
+def made(root: Path) -> dict[str, dict[str, StoredTensor]]:
     return {
-        name: open_checkpoint(make_variant(root, name, TinySpec(), make_with_tools)).tensors
+        name: Checkpoint.open(make_variant(root, name, TinySpec(), make_with_tools)).tensors
         for name in (
             "bf16",
             "card",
@@ -41,7 +41,7 @@ def made(root: Path) -> dict[str, dict[str, Stored]]:
 
 
 def test_compressed_tensors_reads_the_modelopt_layout_back(
-    made: dict[str, dict[str, Stored]],
+    made: dict[str, dict[str, StoredTensor]],
 ) -> None:
     tensors = {
         name: load_tensor(t)
@@ -64,7 +64,7 @@ def test_compressed_tensors_reads_the_modelopt_layout_back(
     "name", ["native-fp8-mxfp4", "dspark", "nvidia-modelopt", "modelopt-fp8-mtp"]
 )
 def test_every_linear_layer_has_one_e8m0_scale(
-    made: dict[str, dict[str, Stored]], name: str
+    made: dict[str, dict[str, StoredTensor]], name: str
 ) -> None:
     tensors = made[name]
     scaled = {n for n in tensors if n.endswith(".scale")}
@@ -76,7 +76,7 @@ def test_every_linear_layer_has_one_e8m0_scale(
 
 
 def test_the_modelopt_layout_leaves_the_draft_in_the_native_formats(
-    made: dict[str, dict[str, Stored]],
+    made: dict[str, dict[str, StoredTensor]],
 ) -> None:
     drafts = {n: t for n, t in made["nvidia-modelopt"].items() if n.startswith("mtp.")}
     native = {n: t for n, t in made["native-fp8-mxfp4"].items() if n.startswith("mtp.")}
@@ -88,7 +88,7 @@ def test_the_modelopt_layout_leaves_the_draft_in_the_native_formats(
     assert len(drafts) + 2 * 3 * (256 - 8) == 1575
 
 
-def test_fp8_blocks_dequantize_to_the_model(made: dict[str, dict[str, Stored]]) -> None:
+def test_fp8_blocks_dequantize_to_the_model(made: dict[str, dict[str, StoredTensor]]) -> None:
     """E4M3 has three bits of mantissa: 2^-4 of a normal value; below 2^-6 half of 2^-9."""
     tensors = made["native-fp8-mxfp4"]
     for name in (n for n in tensors if LINEAR.search(n)):
@@ -100,7 +100,7 @@ def test_fp8_blocks_dequantize_to_the_model(made: dict[str, dict[str, Stored]]) 
         assert (error <= torch.maximum(exact.abs() * 2**-4, blocks * 2**-10)).all(), name
 
 
-def test_mxfp4_experts_dequantize_to_the_model(made: dict[str, dict[str, Stored]]) -> None:
+def test_mxfp4_experts_dequantize_to_the_model(made: dict[str, dict[str, StoredTensor]]) -> None:
     """Half of E2M1's widest step, between 4 and 6, is 1; what exceeds 6 saturates."""
     tensors = made["native-fp8-mxfp4"]
     for name in (n for n in tensors if DECODER_EXPERT.search(n) and n.endswith(".weight")):
@@ -116,7 +116,7 @@ def test_mxfp4_experts_dequantize_to_the_model(made: dict[str, dict[str, Stored]
 def test_int4_words_are_read_as_compressed_tensors_reads_them(
     variant: Callable[[str], Path],
 ) -> None:
-    tensors = open_checkpoint(variant("w4a16-fp8-mtp")).tensors
+    tensors = Checkpoint.open(variant("w4a16-fp8-mtp")).tensors
     for name in (n for n in tensors if n.endswith(".weight_packed")):
         packed = load_tensor(tensors[name])
         shape = torch.Size((packed.shape[0], packed.shape[1] * 8))
@@ -125,7 +125,7 @@ def test_int4_words_are_read_as_compressed_tensors_reads_them(
         assert torch.equal(theirs, torch.from_numpy(ours)), name
 
 
-def e8m0(tensor: Stored) -> torch.Tensor:
+def e8m0(tensor: StoredTensor) -> torch.Tensor:
     """A scale's value: 2^(byte - 127)."""
     codes = torch.frombuffer(tensor.read(), dtype=torch.uint8).view(tensor.shape)
     return torch.exp2(codes.double() - 127)

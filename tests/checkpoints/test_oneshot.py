@@ -14,6 +14,7 @@ from transformers import DeepseekV4Config
 from transformers.core_model_loading import rename_source_key
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCausalLM
 
+from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer, scheme_of
 from vllm_forge.checkpoints.quantize.calibration import (
     SHIPPED,
@@ -22,16 +23,15 @@ from vllm_forge.checkpoints.quantize.calibration import (
     tokenize,
 )
 from vllm_forge.checkpoints.quantize.job import Job
+from vllm_forge.checkpoints.quantize.model import open_model
 from vllm_forge.checkpoints.quantize.one_layer import load_tensor, tensor_bytes
 from vllm_forge.checkpoints.quantize.quantizer import quantize
 from vllm_forge.checkpoints.quantize.recipe import load_recipe
-from vllm_forge.checkpoints.quantize.source import open_source
-from vllm_forge.checkpoints.shards import open_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vllm_forge.checkpoints.shards import Checkpoint
+    from vllm_forge.checkpoints.checkpoint import Checkpoint
 
 SAMPLES = 6
 
@@ -60,14 +60,14 @@ def whole_model(source: Checkpoint) -> DeepseekV4ForCausalLM:
 
 
 def test_streamed_layers_equal_the_whole_model(bf16: Path, tmp_path: Path) -> None:
-    source, recipe = open_source(bf16), load_recipe("nvfp4-fp8-mtp")
+    source, recipe = open_model(bf16), load_recipe("nvfp4-fp8-mtp")
     rows = read_conversations(SHIPPED, SAMPLES)
     tokens = tokenize(rows, recipe.recipe.tokens, bf16)
     engine = LayerQuantizer(source.config, recipe.recipe, "cpu")
     calibration = Calibration(source="test", tokens=tokens)
     job = Job(source=source, recipe=recipe, calibration=calibration, engine=engine)
     quantize(job, tmp_path / "streamed")
-    streamed = open_checkpoint(tmp_path / "streamed").tensors
+    streamed = Checkpoint.open(tmp_path / "streamed").tensors
 
     model = whole_model(source)
     groups = {f"group_{n}": scheme_of(g, g.calibrate) for n, g in enumerate(recipe.recipe.group)}

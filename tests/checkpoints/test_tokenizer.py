@@ -11,7 +11,7 @@ from vllm_forge.checkpoints.errors import ModelInputError
 from vllm_forge.checkpoints.fixtures.tiny_tokenizer import write_tokenizer
 from vllm_forge.checkpoints.quantize.calibrate import pick_device
 from vllm_forge.checkpoints.quantize.calibration import tokenize
-from vllm_forge.checkpoints.shards import CONFIG
+from vllm_forge.checkpoints.tensors import CONFIG
 from vllm_forge.errors import UsageError
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
+from vllm_forge.checkpoints.checkpoint import Checkpoint, read_header
 from vllm_forge.checkpoints.inventory import draft_tensors
 from vllm_forge.checkpoints.quantize.environment import SERIES
-from vllm_forge.checkpoints.shards import open_checkpoint, read_shard
+from vllm_forge.checkpoints.source import Folder
 from vllm_forge.patches import read_series
 
 # Loads a model with the modeling file given as text, in place of the installed one.
@@ -32,7 +33,9 @@ print("\\n".join(sorted(info["unexpected_keys"])))
 
 
 def saved_names(folder: Path) -> set[str]:
-    return {tensor.name for path in folder.glob("*.safetensors") for tensor in read_shard(path)}
+    source = Folder(folder)
+    shards = [name for name in source.sizes if name.endswith(".safetensors")]
+    return {tensor.name for shard in shards for tensor in read_header(source, shard)}
 
 
 def reported_names(folder: Path) -> set[str]:
@@ -40,7 +43,7 @@ def reported_names(folder: Path) -> set[str]:
     mapping = get_checkpoint_conversion_mapping("deepseek_v4")
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
-    names = [tensor.name for tensor in draft_tensors(open_checkpoint(folder).config)]
+    names = [tensor.name for tensor in draft_tensors(Checkpoint.open(folder).config)]
     return {rename_source_key(name, renamings, converters)[0] for name in names}
 
 
@@ -78,9 +81,7 @@ def test_saying_so_does_not_keep_them(bf16: Path, tmp_path: Path) -> None:
     """The empty list alone is no remedy: what is saved has no mtp.*; bytes have to pass by."""
     model = AutoModelForCausalLM.from_pretrained(bf16, dtype="auto")
     model.save_pretrained(tmp_path / "saved")
-    saved = {
-        t.name for path in (tmp_path / "saved").glob("*.safetensors") for t in read_shard(path)
-    }
+    saved = saved_names(tmp_path / "saved")
     assert saved
     assert not [name for name in saved if "mtp" in name]
 
@@ -92,10 +93,8 @@ def test_a_save_does_not_give_back_the_names_that_were_loaded(bf16: Path, tmp_pa
     """
     model = AutoModelForCausalLM.from_pretrained(bf16, dtype="auto")
     model.save_pretrained(tmp_path / "saved")
-    saved = {
-        t.name for path in (tmp_path / "saved").glob("*.safetensors") for t in read_shard(path)
-    }
-    upstream = {n for n in open_checkpoint(bf16).tensors if not n.startswith("mtp.")}
+    saved = saved_names(tmp_path / "saved")
+    upstream = {n for n in Checkpoint.open(bf16).tensors if not n.startswith("mtp.")}
     lost = upstream - {name.removeprefix("model.") for name in saved}
     assert "layers.0.attn.kv_norm.weight" in lost
     assert transformers.__version__.startswith(SERIES.name)

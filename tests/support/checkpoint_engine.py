@@ -12,15 +12,14 @@ from vllm_forge.checkpoints.inventory import HEAVY, SLIDING
 from vllm_forge.checkpoints.quantize.artifact import LEAVES
 from vllm_forge.checkpoints.quantize.calibration import Calibration
 from vllm_forge.checkpoints.quantize.job import Job
+from vllm_forge.checkpoints.quantize.model import open_model
 from vllm_forge.checkpoints.quantize.recipe import NamedRecipe, load_recipe
-from vllm_forge.checkpoints.quantize.source import open_source
-from vllm_forge.checkpoints.shards import Item, in_memory
-from vllm_forge.checkpoints.spans import DTYPE_BYTES
+from vllm_forge.checkpoints.tensors import DTYPE_BYTES, TensorToWrite, in_memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from vllm_forge.checkpoints.shards import Stored
+    from vllm_forge.checkpoints.tensors import StoredTensor
 
 SMALL = TinySpec(
     ratios=(SLIDING, HEAVY),
@@ -55,17 +54,17 @@ class FakeEngine:
     def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
         return {"quant_method": "compressed-tensors", "ignore": list(ignore)}
 
-    def embed(self, weight: Stored, tokens: Sequence[Sequence[int]], path: Path) -> None:
+    def embed(self, weight: StoredTensor, tokens: Sequence[Sequence[int]], path: Path) -> None:
         path.write_bytes(hashlib.sha256(weight.read() + repr(tokens).encode()).digest())
 
     def layer(
         self,
         index: int,
-        weights: Mapping[str, Stored],
+        weights: Mapping[str, StoredTensor],
         tokens: Sequence[Sequence[int]],
         source: Path,
         target: Path,
-    ) -> list[Item]:
+    ) -> list[TensorToWrite]:
         self.layers.append(index)
         state = source.read_bytes()
         target.write_bytes(hashlib.sha256(state + bytes([index])).digest())
@@ -73,7 +72,7 @@ class FakeEngine:
             item for name, stored in weights.items() for item in self.items(name, stored, state)
         ]
 
-    def items(self, name: str, stored: Stored, state: bytes) -> list[Item]:
+    def items(self, name: str, stored: StoredTensor, state: bytes) -> list[TensorToWrite]:
         """The tensors of one weight, by the recipe's format."""
         group = self.recipe.group_of(name)
         if group is None:
@@ -94,7 +93,7 @@ def make_job(folder: Path, recipe: str = "nvfp4-fp8-mtp") -> Job:
         write_bf16(folder, SMALL)
     named = load_recipe(recipe)
     engine = FakeEngine(named)
-    return Job(source=open_source(folder), recipe=named, calibration=CALIBRATION, engine=engine)
+    return Job(source=open_model(folder), recipe=named, calibration=CALIBRATION, engine=engine)
 
 
 def tree_of(folder: Path) -> dict[str, str]:

@@ -10,17 +10,18 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec
 from vllm_forge.checkpoints.fixtures.variants import load_variants
 from vllm_forge.checkpoints.inspect.manifest import named
-from vllm_forge.checkpoints.inspect.places import find_place
 from vllm_forge.checkpoints.inspect.profile import Profile
-from vllm_forge.checkpoints.inspect.snapshot import look
 from vllm_forge.checkpoints.quantize.changes import apply_changes
-from vllm_forge.checkpoints.shards import in_memory, open_checkpoint, write_index, write_shard
+from vllm_forge.checkpoints.tensors import in_memory, write_index, write_shard
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping, Sequence
+
+    from vllm_forge.checkpoints.tensors import TensorSpec
 
 # A one of each dtype; what matters is that scales are positive and can be halved.
 ONES = {
@@ -88,15 +89,12 @@ def write_layout(folder: Path, artifact: str, config: dict[str, Any]) -> Path:
     """An artifact's tensors, all ones; two shards, an index, config.json."""
     wanted = list(named(artifact).wanted(config))
     folder.mkdir(parents=True)
-    shards: dict[str, Iterable[str]] = {}
-    total = 0
+    shards: dict[str, Sequence[TensorSpec]] = {}
     for number, rows in enumerate((wanted[::2], wanted[1::2]), 1):
         name = f"model-{number:05}-of-00002.safetensors"
-        items = [in_memory(w.name, w.dtypes[0], w.shape, _ones(w.dtypes[0], w.shape)) for w in rows]
-        write_shard(folder / name, items)
-        shards[name] = [item.name for item in items]
-        total += sum(item.size for item in items)
-    write_index(folder, shards, total)
+        items = [in_memory(w.name, w.dtype, w.shape, _ones(w.dtype, w.shape)) for w in rows]
+        shards[name] = write_shard(folder / name, items)
+    write_index(folder, shards)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")
     return folder
@@ -124,10 +122,10 @@ def layout(cache: Path, variant: str) -> Path:
         return write_layout(folder, MADE[variant][0], layout_config(variant))
     row = load_variants()[variant]
     parent = layout(cache, row.parent)
-    apply_changes(open_checkpoint(parent), row.change, folder)
+    apply_changes(Checkpoint.open(parent), row.change, folder)
     return folder
 
 
 def profile_of(folder: Path) -> Profile:
     """A folder, as it is now: pytest gives a path again to another test."""
-    return Profile(look(find_place(str(folder))))
+    return Profile(Checkpoint.open(folder))

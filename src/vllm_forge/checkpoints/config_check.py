@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.checkpoints.errors import CheckpointUnreadableError
+from vllm_forge.checkpoints.inventory import MODEL_TYPE
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -38,6 +41,28 @@ REQUIRED = ("compress_ratios", *NUMBERS)
 MOST_EXPERTS = 1 << 18  # of all layers
 DSPARK = {"dspark_markov_rank": (1, MOST)}
 SHOWN = 40  # characters of a value in a message
+MOST_SHOWN = 5  # problems
+
+
+def require_deepseek_v4(config: Mapping[str, Any], where: str) -> None:
+    """Refuse the config of another model, or one that cannot be right.
+
+    Raises:
+        CheckpointUnreadableError: it is one of these; with the first problems.
+    """
+    if (kind := config.get("model_type")) != MODEL_TYPE:
+        raise CheckpointUnreadableError(
+            f"model_type is {kind!r}, not {MODEL_TYPE!r}",
+            where=where,
+            remedy="give a DeepSeek V4 checkpoint",
+        )
+    if problems := list(config_problems(config)):
+        shown, more = problems[:MOST_SHOWN], len(problems) - MOST_SHOWN
+        raise CheckpointUnreadableError(
+            f"invalid config.json: {'; '.join(shown)}" + (f"; and {more} more" if more > 0 else ""),
+            where=where,
+            remedy="take it from the source model",
+        )
 
 
 def config_problems(config: Mapping[str, Any]) -> Iterator[str]:

@@ -8,8 +8,9 @@ biases (``ape``) of the compressors; and the token table of hash routing, which 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from vllm_forge.checkpoints.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -20,16 +21,7 @@ SLIDING, SPARSE, HEAVY = 0, 4, 128
 DSPARK_BLOCKS = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class Expected:
-    """One tensor: name, safetensors dtype (``BF16``, ``F32``, ``I64``), shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def shared_tensors(config: Mapping[str, Any]) -> Iterator[Expected]:
+def shared_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
     """Embedding, output head, final norm and the hyper-connection that collapses the streams."""
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     yield _bf16("embed.weight", vocab, hidden)
@@ -38,7 +30,7 @@ def shared_tensors(config: Mapping[str, Any]) -> Iterator[Expected]:
     yield from _head_streams("", config)
 
 
-def layer_tensors(config: Mapping[str, Any], index: int) -> Iterator[Expected]:
+def layer_tensors(config: Mapping[str, Any], index: int) -> Iterator[TensorSpec]:
     """Decoder layer ``index``."""
     prefix = f"layers.{index}."
     yield from _block(prefix, config, hashed=index < config["num_hash_layers"])
@@ -54,7 +46,7 @@ def layer_tensors(config: Mapping[str, Any], index: int) -> Iterator[Expected]:
         yield from _compressor(indexer, config, ratio, 2, dim)
 
 
-def mtp_tensors(config: Mapping[str, Any]) -> Iterator[Expected]:
+def mtp_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
     """The multi-token-prediction blocks, ``mtp.{0..}.*``: 797 tensors with 256 experts."""
     hidden = config["hidden_size"]
     for index in range(config["num_nextn_predict_layers"]):
@@ -67,7 +59,7 @@ def mtp_tensors(config: Mapping[str, Any]) -> Iterator[Expected]:
         yield from _head_streams(prefix, config)
 
 
-def dspark_tensors(config: Mapping[str, Any]) -> Iterator[Expected]:
+def dspark_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
     """DSpark's draft blocks, which also are called ``mtp.*``: 2376 tensors with 256 experts.
 
     vLLM 0.26.0, vllm/models/deepseek_v4/nvidia/dspark.py:78-123 and ``_remap_dspark_name``.
@@ -87,7 +79,7 @@ def dspark_tensors(config: Mapping[str, Any]) -> Iterator[Expected]:
     yield _bf16(f"{last}confidence_head.proj.weight", 1, width)
 
 
-def all_tensors(config: Mapping[str, Any]) -> Iterator[Expected]:
+def all_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
     """The whole checkpoint."""
     yield from shared_tensors(config)
     for index in range(config["num_hidden_layers"]):
@@ -95,7 +87,7 @@ def all_tensors(config: Mapping[str, Any]) -> Iterator[Expected]:
     yield from draft_tensors(config)
 
 
-def draft_tensors(config: Mapping[str, Any]) -> Iterator[Expected]:
+def draft_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
     """What is called ``mtp.*``: MTP blocks, or DSpark's where the config has its target layers."""
     yield from (dspark_tensors if has_dspark(config) else mtp_tensors)(config)
 
@@ -105,19 +97,19 @@ def has_dspark(config: Mapping[str, Any]) -> bool:
     return "dspark_target_layer_ids" in config
 
 
-def _bf16(name: str, *shape: int) -> Expected:
-    return Expected(name=name, dtype="BF16", shape=shape)
+def _bf16(name: str, *shape: int) -> TensorSpec:
+    return TensorSpec(name=name, dtype="BF16", shape=shape)
 
 
-def _f32(name: str, *shape: int) -> Expected:
-    return Expected(name=name, dtype="F32", shape=shape)
+def _f32(name: str, *shape: int) -> TensorSpec:
+    return TensorSpec(name=name, dtype="F32", shape=shape)
 
 
 def _index_dim(config: Mapping[str, Any]) -> int:
     return int(config["index_head_dim"])
 
 
-def _block(prefix: str, config: Mapping[str, Any], *, hashed: bool) -> Iterator[Expected]:
+def _block(prefix: str, config: Mapping[str, Any], *, hashed: bool) -> Iterator[TensorSpec]:
     """What every block has: attention, experts, norms, hyper-connections."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim, rank = config["head_dim"], config["q_lora_rank"]
@@ -143,13 +135,13 @@ def _block(prefix: str, config: Mapping[str, Any], *, hashed: bool) -> Iterator[
         yield _f32(f"{prefix}hc_{site}_scale", 3)
 
 
-def _experts(prefix: str, config: Mapping[str, Any], *, hashed: bool) -> Iterator[Expected]:
+def _experts(prefix: str, config: Mapping[str, Any], *, hashed: bool) -> Iterator[TensorSpec]:
     hidden, width = config["hidden_size"], config["moe_intermediate_size"]
     count = config["n_routed_experts"]
     yield _bf16(f"{prefix}gate.weight", count, hidden)
     if hashed:
         shape = (config["vocab_size"], config["num_experts_per_tok"])
-        yield Expected(name=f"{prefix}gate.tid2eid", dtype="I64", shape=shape)
+        yield TensorSpec(name=f"{prefix}gate.tid2eid", dtype="I64", shape=shape)
     else:
         yield _f32(f"{prefix}gate.bias", count)
     shared = width * config["n_shared_experts"]
@@ -162,7 +154,7 @@ def _experts(prefix: str, config: Mapping[str, Any], *, hashed: bool) -> Iterato
 
 def _compressor(
     prefix: str, config: Mapping[str, Any], ratio: int, series: int, dim: int
-) -> Iterator[Expected]:
+) -> Iterator[TensorSpec]:
     name = f"{prefix}compressor."
     yield _f32(f"{name}ape", ratio, series * dim)
     yield _bf16(f"{name}wkv.weight", series * dim, config["hidden_size"])
@@ -170,7 +162,7 @@ def _compressor(
     yield _bf16(f"{name}norm.weight", dim)
 
 
-def _head_streams(prefix: str, config: Mapping[str, Any]) -> Iterator[Expected]:
+def _head_streams(prefix: str, config: Mapping[str, Any]) -> Iterator[TensorSpec]:
     streams = config["hc_mult"]
     yield _f32(f"{prefix}hc_head_fn", streams, streams * config["hidden_size"])
     yield _f32(f"{prefix}hc_head_base", streams)

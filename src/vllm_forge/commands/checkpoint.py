@@ -78,12 +78,11 @@ def register(choices: Commands) -> None:
 
 def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
     """Inspect a checkpoint; say what was found; refuse what does not serve on the line."""
+    from vllm_forge.checkpoints.checkpoint import Checkpoint
     from vllm_forge.checkpoints.inspect.inspection import inspect
     from vllm_forge.checkpoints.inspect.manifest import named
     from vllm_forge.checkpoints.inspect.page import show
-    from vllm_forge.checkpoints.inspect.places import find_place
     from vllm_forge.checkpoints.inspect.profile import Profile
-    from vllm_forge.checkpoints.inspect.snapshot import look
     from vllm_forge.patches import read_dispositions
 
     line, _ = project.line(args.line)
@@ -92,8 +91,8 @@ def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
         named(args.manifest)  # a mistyped name is told before anything is read
     if args.values is not None and (args.values < 0 or args.source is None):
         raise UsageError("--values takes a number from 0 on, and needs --source")
-    profile = Profile(look(find_place(args.place)))
-    source = None if args.source is None else Profile(look(find_place(args.source)))
+    profile = Profile(Checkpoint.open(args.place))
+    source = None if args.source is None else Profile(Checkpoint.open(args.source))
     report = inspect(
         profile,
         {name: project.matrix.line[name].vllm for name in names},
@@ -123,7 +122,7 @@ def _dry_loads(
         if resolve == "vllm":
             raise UsageError(
                 "a dry load needs headers, and only the index is at hand",
-                where=str(profile.seen.place),
+                where=str(profile.checkpoint.source),
                 remedy="fetch the shards, or leave out --resolve vllm",
             )
         return {}
@@ -160,11 +159,10 @@ def _refuse(report: Report, line: str, *, without_mtp: bool) -> None:
 def verify(project: Project, args: argparse.Namespace) -> None:
     """Inspect every tiny variant; write records/verdicts.json and its page."""
     del args
+    from vllm_forge.checkpoints.checkpoint import Checkpoint
     from vllm_forge.checkpoints.fixtures.variants import cached_variant, load_variants
     from vllm_forge.checkpoints.inspect.inspection import inspect
-    from vllm_forge.checkpoints.inspect.places import Folder
     from vllm_forge.checkpoints.inspect.profile import Profile
-    from vllm_forge.checkpoints.inspect.snapshot import look
     from vllm_forge.checkpoints.inspect.verdicts import DATA, Verdicts, variant_row
     from vllm_forge.pages.registry import write_pages
     from vllm_forge.patches import read_dispositions
@@ -172,7 +170,7 @@ def verify(project: Project, args: argparse.Namespace) -> None:
 
     variants = load_variants()
     profiles = {
-        name: Profile(look(Folder(cached_variant(project.root, name)))) for name in variants
+        name: Profile(Checkpoint.open(cached_variant(project.root, name))) for name in variants
     }
     runner, dispositions = SubprocessRunner(), read_dispositions(project.root / DISPOSITIONS)
     answers = {
@@ -196,13 +194,13 @@ def verify(project: Project, args: argparse.Namespace) -> None:
 def quantize(project: Project, args: argparse.Namespace) -> None:
     """Quantize a model."""
     from vllm_forge.checkpoints.quantize.environment import enter
+    from vllm_forge.checkpoints.quantize.model import open_model
     from vllm_forge.checkpoints.quantize.quantizer import check_output, forecast
     from vllm_forge.checkpoints.quantize.quantizer import quantize as run
     from vllm_forge.checkpoints.quantize.recipe import load_recipe
-    from vllm_forge.checkpoints.quantize.source import open_source
 
     recipe = load_recipe(args.recipe)  # what can be refused at once is, before 3 GB of tools
-    source = open_source(args.model)
+    source = open_model(args.model)
     check_output(args.model, args.output)
     if args.dry_run:
         print(forecast(source, recipe))

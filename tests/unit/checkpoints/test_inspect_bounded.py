@@ -11,10 +11,9 @@ import pytest
 
 from tests.support.layouts import layout
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
-from vllm_forge.checkpoints.inspect import regex_limits as bounded
-from vllm_forge.checkpoints.inspect.regex_limits import require_an_end
+from vllm_forge.checkpoints.inspect import regex_limits
+from vllm_forge.checkpoints.inspect.regex_limits import require_termination
 from vllm_forge.cli import main
-from vllm_forge.host.errors import CommandFailedError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,11 +24,11 @@ ENDLESS = r"re:(\w+\.?)+!"
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded, "LIMIT_S", 1)
+    monkeypatch.setattr(regex_limits, "LIMIT_S", 1)
 
 
 def _ask(targets: list[str], ignore: list[str], rest: list[str]) -> None:
-    require_an_end(targets, ignore, [NAME], rest, "here")
+    require_termination(targets, ignore, [NAME], rest, "here")
 
 
 @pytest.mark.parametrize("harmless", ["lm_head", r"re:.*\.attn\..*", "re:(", "re:(a+)+!"])
@@ -50,10 +49,9 @@ def test_a_target_is_tried_on_what_it_is_asked_with() -> None:
         _ask([slow_on_stored], [], [stored])
 
 
-def test_a_child_that_does_not_begin_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded, "CHILD", "raise SystemExit('torn down')")
-    with pytest.raises(CommandFailedError, match="torn down"):
-        _ask(["re:.*unlike any other"], [], [])
+def test_a_pattern_beyond_the_limit_is_not_compiled() -> None:
+    with pytest.raises(CheckpointUnreadableError, match="longer than"):
+        _ask([], ["re:" + "a" * regex_limits.MAX_LENGTH], [])
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,12 @@ import pytest
 
 from tests.support.layouts import ONES, layout
 from tests.unit.checkpoints.test_inspect_tampered import DISPOSITIONS, LINES, Files
+from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.inspect.inspection import inspect
-from vllm_forge.checkpoints.inspect.places import Folder, find_place
 from vllm_forge.checkpoints.inspect.profile import Profile
-from vllm_forge.checkpoints.inspect.snapshot import look
-from vllm_forge.checkpoints.shards import open_checkpoint
-from vllm_forge.checkpoints.spans import DTYPE_BYTES, MAX_TEXT
+from vllm_forge.checkpoints.source import MAX_TEXT, Folder, find_source
+from vllm_forge.checkpoints.tensors import DTYPE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +36,7 @@ class Case:
     """Tensors and config of a checkpoint, to be changed."""
 
     def __init__(self, folder: Path) -> None:
-        checkpoint = open_checkpoint(folder)
+        checkpoint = Checkpoint.open(folder)
         self.rows: Rows = {t.name: (t.dtype, t.shape) for t in checkpoint.tensors.values()}
         self.config: dict[str, Any] = checkpoint.config
         self.beside: dict[str, Any] = {}
@@ -74,7 +73,7 @@ class Case:
             "model.safetensors": len(text).to_bytes(8, "little") + text + data,
         }
         files |= {name: json.dumps(content).encode() for name, content in self.beside.items()}
-        return inspect(Profile(look(Files(files))), LINES, DISPOSITIONS, {})
+        return inspect(Profile(Checkpoint.open(Files(files))), LINES, DISPOSITIONS, {})
 
 
 @pytest.fixture(scope="session")
@@ -205,13 +204,13 @@ def test_a_form_is_judged_as_vllm_takes_it(name: str, folders: Callable[[str], P
 class TestPlaces:
     def test_a_name_that_is_too_long_is_told(self) -> None:
         with pytest.raises(CheckpointUnreadableError, match="too long"):
-            find_place("x" * 5000)
+            find_source("x" * 5000)
 
     def test_a_config_that_is_too_long_is_told(self, tmp_path: Path) -> None:
         with (tmp_path / "config.json").open("wb") as file:
             file.truncate(MAX_TEXT + 1)  # a hole
         with pytest.raises(CheckpointUnreadableError, match="bytes, more than"):
-            look(Folder(tmp_path))
+            Checkpoint.open(Folder(tmp_path))
 
     def test_a_folder_that_is_no_utf8_can_be_printed(self, tmp_path: Path) -> None:
         folder = tmp_path / "\udcff\x1b"

@@ -13,17 +13,16 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from tests.support.layouts import layout
+from vllm_forge.checkpoints.checkpoint import FIRST_READ, Checkpoint, read_header
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.inspect.gates_scales import read_scalars
-from vllm_forge.checkpoints.inspect.header import FIRST_READ, read_header
-from vllm_forge.checkpoints.inspect.places import Folder, Place
 from vllm_forge.checkpoints.inspect.profile import Profile
-from vllm_forge.checkpoints.inspect.snapshot import look
+from vllm_forge.checkpoints.source import CheckpointSource, Folder
 
 NAME = "model.safetensors"
 
 
-class Memory(Place):
+class Memory(CheckpointSource):
     """Files in memory; counts what is read."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -66,7 +65,7 @@ DTYPES = {"F32": np.float32, "I64": np.int64, "U8": np.uint8, "F16": np.float16}
 def test_what_the_library_writes_is_read(rows: dict[str, tuple[str, list[int]]]) -> None:
     arrays = {name: np.zeros(shape, DTYPES[dtype]) for name, (dtype, shape) in rows.items()}
     data = save(arrays)
-    found = read_header(Memory({NAME: data}), NAME, len(data))
+    found = read_header(Memory({NAME: data}), NAME)
     assert {e.name: (e.dtype, list(e.shape)) for e in found} == rows
     assert {e.name: e.size for e in found} == {n: array.nbytes for n, array in arrays.items()}
 
@@ -102,7 +101,7 @@ BROKEN = {
 def test_what_is_broken_is_refused(name: str) -> None:
     data = BROKEN[name]
     with pytest.raises(CheckpointUnreadableError, match=NAME):
-        read_header(Memory({NAME: data}), NAME, len(data))
+        read_header(Memory({NAME: data}), NAME)
 
 
 def test_a_long_header_is_read_in_two() -> None:
@@ -110,7 +109,7 @@ def test_a_long_header_is_read_in_two() -> None:
     data = save(rows)
     assert int.from_bytes(data[:8], "little") > FIRST_READ
     place = Memory({NAME: data})
-    assert len(read_header(place, NAME, len(data))) == len(rows)
+    assert len(read_header(place, NAME)) == len(rows)
     assert place.bytes_read <= len(data)
 
 
@@ -118,7 +117,7 @@ def test_no_tensor_data_is_read_but_single_scales(tmp_path: Path) -> None:
     folder = layout(tmp_path, "card")
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     place = Memory(files)
-    profile = Profile(look(place))
+    profile = Profile(Checkpoint.open(place))
     headers = sum(
         min(FIRST_READ, len(data)) for name, data in files.items() if name.endswith(".safetensors")
     )
@@ -151,7 +150,7 @@ class TestLook:
     @pytest.mark.parametrize(
         ("files", "words"),
         [
-            ({"model__safetensors": _file({})}, "there is no config.json"),
+            ({"model__safetensors": _file({})}, "missing config.json"),
             ({"config__json": b"{}"}, "there are no tensors"),
             ({"config__json": b"{"}, "config.json is not JSON"),
             ({"config__json": b"[]"}, "not a JSON object"),
@@ -160,17 +159,17 @@ class TestLook:
     )
     def test_says_what_is_wrong(self, tmp_path: Path, files: dict[str, bytes], words: str) -> None:
         with pytest.raises(CheckpointUnreadableError, match=words):
-            look(self._folder(tmp_path, **files))
+            Checkpoint.open(self._folder(tmp_path, **files))
 
     @pytest.mark.parametrize("index", [b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}'])
     def test_an_index_without_a_map_is_told(self, tmp_path: Path, index: bytes) -> None:
         (tmp_path / "model.safetensors.index.json").write_bytes(index)
         with pytest.raises(CheckpointUnreadableError, match="no weight_map"):
-            look(self._folder(tmp_path, config__json=b"{}"))
+            Checkpoint.open(self._folder(tmp_path, config__json=b"{}"))
 
     def test_a_tensor_in_two_shards_is_told(self, tmp_path: Path) -> None:
         data = save({"model.norm.a": np.zeros(1)}), save({"norm.a": np.zeros(1)})
         (tmp_path / "one.safetensors").write_bytes(data[0])
         (tmp_path / "two.safetensors").write_bytes(data[1])
         with pytest.raises(CheckpointUnreadableError, match=r"norm\.a is in"):
-            look(self._folder(tmp_path, config__json=b"{}"))
+            Checkpoint.open(self._folder(tmp_path, config__json=b"{}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -140,8 +141,8 @@ class TestManifest:
     def test_something_else_is_like_none(self, tmp_path: Path) -> None:
         profile = profile_of(layout(tmp_path, "card"))
         foreign = {f"vision.part{n}": "x" for n in range(len(profile.modules))}
-        seen = type(profile.seen)(**{**vars(profile.seen), "names": {**profile.names, **foreign}})
-        assert nearest(type(profile)(seen)) is None
+        checkpoint = replace(profile.checkpoint, names={**profile.names, **foreign})
+        assert nearest(type(profile)(checkpoint)) is None
 
 
 class TestRecord:

@@ -11,11 +11,11 @@ import pytest
 
 from tests.support.hub_server import COMMIT, HubServer
 from tests.support.layouts import layout, profile_of
+from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError, HubUnreachableError
 from vllm_forge.checkpoints.inspect.gates_scales import read_scalars
-from vllm_forge.checkpoints.inspect.places import Folder, HubRepository, find_place
 from vllm_forge.checkpoints.inspect.profile import Profile
-from vllm_forge.checkpoints.inspect.snapshot import look
+from vllm_forge.checkpoints.source import Folder, HubRepository, find_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,40 +37,40 @@ def hub(card: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 
 def test_a_folder_is_one(card: Path) -> None:
-    assert find_place(str(card)) == Folder(card)
+    assert find_source(str(card)) == Folder(card)
 
 
 def test_an_index_alone_gives_names(card: Path) -> None:
-    profile = Profile(look(find_place(str(card / INDEX))))
-    assert profile.seen.tensors is None
+    profile = Profile(Checkpoint.open(str(card / INDEX)))
+    assert profile.checkpoint.tensors == {}
     assert set(profile.names) == set(profile_of(card).names)
-    assert profile.seen.missing_shards == tuple(profile_of(card).seen.shards)
+    assert profile.checkpoint.missing_shards == tuple(profile_of(card).checkpoint.shards)
     assert profile.formats == {}
 
 
 def test_a_folder_whose_shards_are_missing_is_an_index_alone(card: Path, tmp_path: Path) -> None:
     for name in (INDEX, "config.json"):
         (tmp_path / name).write_bytes((card / name).read_bytes())
-    assert Profile(look(find_place(str(tmp_path)))).tensors == {}
+    assert Profile(Checkpoint.open(tmp_path)).tensors == {}
 
 
 @pytest.mark.parametrize("wanted", ["nothing", "./nothing/here", "/nothing", "a/b/c", "~/x/y"])
 def test_what_cannot_be_one_is_told(wanted: str) -> None:
-    with pytest.raises(CheckpointUnreadableError, match="no folder"):
-        find_place(wanted)
+    with pytest.raises(CheckpointUnreadableError, match="is not a directory"):
+        find_source(wanted)
 
 
 def test_another_file_is_told(card: Path) -> None:
-    with pytest.raises(CheckpointUnreadableError, match="is no folder, no model"):
-        find_place(str(card / "config.json"))
+    with pytest.raises(CheckpointUnreadableError, match="is not a directory, a model"):
+        find_source(str(card / "config.json"))
 
 
 class TestHub:
     def test_headers_are_those_of_the_folder(self, hub: HubServer, card: Path) -> None:
-        profile = Profile(look(find_place("owner/name@main")))
+        profile = Profile(Checkpoint.open("owner/name@main"))
         assert profile.tensors == profile_of(card).tensors
         assert read_scalars(profile) == read_scalars(profile_of(card))
-        assert str(profile.seen.place) == f"owner/name@{COMMIT[:12]} at {hub.url}"
+        assert str(profile.checkpoint.source) == f"owner/name@{COMMIT[:12]} at {hub.url}"
 
     def test_no_more_is_fetched_than_headers(self, hub: HubServer) -> None:
         # A shard whose data is much longer than its header.
@@ -80,26 +80,26 @@ class TestHub:
             "config.json": hub.files["config.json"],
             "model.safetensors": len(text).to_bytes(8, "little") + text + bytes(1 << 24),
         }
-        look(find_place("owner/name"))
+        Checkpoint.open("owner/name")
         assert hub.served < 1.1 * (1 << 20)
 
     def test_a_hub_that_ignores_ranges_is_read_too(self, hub: HubServer, card: Path) -> None:
         hub.ranges = False
-        assert Profile(look(find_place("owner/name"))).tensors == profile_of(card).tensors
+        assert Profile(Checkpoint.open("owner/name")).tensors == profile_of(card).tensors
 
     def test_an_answer_that_is_too_short_is_told(self, hub: HubServer) -> None:
-        place = find_place("owner/name")
+        place = find_source("owner/name")
         hub.short = 1
-        with pytest.raises(CheckpointUnreadableError, match="bytes came instead of"):
+        with pytest.raises(CheckpointUnreadableError, match="expected 10 bytes, got 9"):
             place.read("config.json", 0, 10)
 
     def test_nothing_of_nothing_is_not_asked_for(self, hub: HubServer) -> None:
-        place = find_place("owner/name")
+        place = find_source("owner/name")
         assert place.read("config.json", 5, 5) == b""
         assert hub.served == 0
 
     def test_another_repository_is_told(self, hub: HubServer) -> None:
-        with pytest.raises(HubUnreachableError, match="does not give owner/other") as error:
+        with pytest.raises(HubUnreachableError, match="cannot read owner/other") as error:
             HubRepository("owner/other")
         assert error.value.where == hub.url
 

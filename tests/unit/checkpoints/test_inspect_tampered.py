@@ -12,18 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.layouts import layout
+from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import (
     CheckpointDepartsError,
     CheckpointRefusedError,
     CheckpointUnreadableError,
 )
 from vllm_forge.checkpoints.inspect.inspection import inspect
-from vllm_forge.checkpoints.inspect.places import Place
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.checkpoints.inspect.record import RECORD
-from vllm_forge.checkpoints.inspect.snapshot import look
 from vllm_forge.checkpoints.inspect.verdicts import exit_code
-from vllm_forge.checkpoints.shards import copy_of, open_checkpoint, write_shard
+from vllm_forge.checkpoints.source import CheckpointSource
+from vllm_forge.checkpoints.tensors import copy_of, write_shard
 from vllm_forge.cli import main
 from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.patches import read_dispositions
@@ -42,7 +42,7 @@ SHARD, OTHER = "model-00001-of-00002.safetensors", "model-00002-of-00002.safeten
 DEEP = b"[" * 200_000
 
 
-class Files(Place):
+class Files(CheckpointSource):
     """Files in memory."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -65,7 +65,7 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def _exit(files: dict[str, bytes]) -> tuple[int, str]:
     """What the command would leave with, and why; by rules, on the line 0.26."""
     try:
-        report = inspect(Profile(look(Files(files))), LINES, DISPOSITIONS, {})
+        report = inspect(Profile(Checkpoint.open(Files(files))), LINES, DISPOSITIONS, {})
     except ForgeError as error:
         return error.exit_code, str(error)
     told = " ".join(f"{finding.title}: {finding.what}" for finding in report.findings)
@@ -142,15 +142,15 @@ def _in_two_shards(files: dict[str, bytes]) -> None:
 GROUP = "quantization_config.config_groups.group_0"
 # What was done -> how; exit code; a word of the reason.
 TAMPERED: dict[str, tuple[Callable[[dict[str, bytes]], Any], int, str]] = {
-    "no config": (lambda files: files.pop(CONFIG), UNREADABLE, "no config.json"),
+    "no config": (lambda files: files.pop(CONFIG), UNREADABLE, "missing config.json"),
     "config is not UTF-8": (_raw(CONFIG, b"\xff\xfe{}"), UNREADABLE, "UTF-8"),
     "config is empty": (_raw(CONFIG, b""), UNREADABLE, "not JSON"),
     "config is a list": (_raw(CONFIG, b"[]"), UNREADABLE, "not a JSON object"),
     "config is deep": (_raw(CONFIG, DEEP), UNREADABLE, "nested"),
-    "a key twice": (_raw(CONFIG, b'{"a":1,"a":2}'), UNREADABLE, "twice"),
+    "a key twice": (_raw(CONFIG, b'{"a":1,"a":2}'), UNREADABLE, "duplicate key"),
     "index is deep": (_raw(INDEX, DEEP), UNREADABLE, "nested"),
     "index without a map": (_edited(INDEX, lambda i: {}), UNREADABLE, "no weight_map"),
-    "index to elsewhere": (_weight_map(a="../../x.safetensors"), UNREADABLE, "beside it"),
+    "index to elsewhere": (_weight_map(a="../../x.safetensors"), UNREADABLE, "own folder"),
     "index to a number": (_weight_map(a=1), UNREADABLE, "no weight_map"),
     "index to no shard": (_weight_map(a="gone.safetensors"), REFUSED, "shards are missing"),
     "index has a ghost": (_weight_map(ghost=SHARD), DEPARTS, "ghost"),
@@ -164,7 +164,7 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, bytes]], Any], int, str]] = {
     "data is cut off": (lambda f: f.update({SHARD: f[SHARD][:-1]}), UNREADABLE, "cut off"),
     "data is too long": (lambda f: f.update({SHARD: f[SHARD] + b"0"}), UNREADABLE, "too long"),
     "a header is deep": (_raw(SHARD, _shard(DEEP, b"")), UNREADABLE, "nested"),
-    "a tensor twice": (_twice_in_a_header, UNREADABLE, "twice"),
+    "a tensor twice": (_twice_in_a_header, UNREADABLE, "duplicate key"),
     "a tensor in two shards": (_in_two_shards, UNREADABLE, "and in"),
     "offsets before the data": (_row(data_offsets=[-8, 0]), UNREADABLE, "data_offsets"),
     "offsets beyond it": (_row(data_offsets=[1 << 40, 1 << 41]), UNREADABLE, "bytes are not"),
@@ -318,10 +318,10 @@ class TestDigests:
     def recorded(self, card: dict[str, bytes], tmp_path: Path) -> Path:
         """A checkpoint of one shard with a record of it."""
         folder: Path = layout(tmp_path, "card")
-        tensors = open_checkpoint(folder).tensors
+        tensors = Checkpoint.open(folder).tensors
         rows = {}
         for name in (SHARD, OTHER):
-            items = [copy_of(t) for t in tensors.values() if t.path.name == name]
+            items = [copy_of(t) for t in tensors.values() if t.shard == name]
             for row in write_shard(tmp_path / "again" / name, items):
                 shape, digest = list(row.shape), row.sha256
                 rows[row.name] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,37 +12,37 @@ import numpy as np
 import pytest
 
 from tests.support.layouts import NVFP4, compressed, profile_of
+from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.codecs import fp8_block, nvfp4
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec, write_bf16
 from vllm_forge.checkpoints.inspect.findings import Effect
 from vllm_forge.checkpoints.inspect.formats import Format
 from vllm_forge.checkpoints.inspect.parts import Part
 from vllm_forge.checkpoints.inspect.values import compare
+from vllm_forge.checkpoints.quantize.model import alias_names
 from vllm_forge.checkpoints.quantize.recipe import load_recipe
-from vllm_forge.checkpoints.quantize.source import alias_names
-from vllm_forge.checkpoints.shards import (
-    Item,
+from vllm_forge.checkpoints.tensors import (
+    TensorToWrite,
     copy_of,
     in_memory,
-    open_checkpoint,
     write_index,
     write_shard,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
-    from vllm_forge.checkpoints.shards import Checkpoint, Stored
+    from vllm_forge.checkpoints.checkpoint import Checkpoint
+    from vllm_forge.checkpoints.tensors import StoredTensor
 
+Change = Callable[["TensorToWrite"], "TensorToWrite"]
 SPEC = TinySpec(
     ratios=(0, 4), vocab=64, hidden=128, heads=2, q_rank=128, experts=2, expert_width=128
 )
 NAME = "model.safetensors"
 
 
-def _values(tensor: Stored) -> NDArray[np.float32]:
+def _values(tensor: StoredTensor) -> NDArray[np.float32]:
     wide = np.frombuffer(tensor.read(), "<u2").astype(np.uint32) << np.uint32(16)
     return wide.view(np.float32).reshape(tensor.shape)
 
@@ -53,7 +54,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _quantized(source: Checkpoint, tensor: Stored, *, shared: bool) -> list[Item]:
+def _quantized(source: Checkpoint, tensor: StoredTensor, *, shared: bool) -> list[TensorToWrite]:
     module = tensor.name.removesuffix(".weight")
     weight = _values(tensor)
     if ".experts." not in tensor.name:
@@ -81,13 +82,15 @@ def _quantized(source: Checkpoint, tensor: Stored, *, shared: bool) -> list[Item
 @pytest.fixture
 def made(source: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes an artifact of the source by our own codecs; ``change`` maps an item to another."""
-    checkpoint = open_checkpoint(source)
+    checkpoint = Checkpoint.open(source)
     recipe = load_recipe("nvfp4-fp8-mtp").recipe
 
-    def write(change: Callable[[Item], Item] = lambda item: item, *, shared: bool = True) -> Path:
+    def write(
+        change: Callable[[TensorToWrite], TensorToWrite] = lambda item: item, *, shared: bool = True
+    ) -> Path:
         folder = tmp_path / "made"
         folder.mkdir()
-        items: list[Item] = []
+        items: list[TensorToWrite] = []
         for tensor in checkpoint.tensors.values():
             if recipe.group_of(tensor.name) is not None:
                 items += _quantized(checkpoint, tensor, shared=shared)
@@ -97,7 +100,7 @@ def made(source: Path, tmp_path: Path) -> Callable[..., Path]:
             items.append(copy_of(checkpoint.tensors[name], alias))
         changed = [change(item) for item in items]
         write_shard(folder / NAME, changed)
-        write_index(folder, {NAME: [i.name for i in changed]}, sum(i.size for i in changed))
+        write_index(folder, {NAME: changed})
         config = {**checkpoint.config, "quantization_config": compressed(NVFP4, layers=2)}
         (folder / "config.json").write_text(json.dumps(config))
         return folder
@@ -125,8 +128,8 @@ def test_a_sample_is_spread(made: Callable[..., Path], source: Path) -> None:
 
 def _on(
     ending: str, change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
-) -> Callable[[Item], Item]:
-    def apply(item: Item) -> Item:
+) -> Callable[[TensorToWrite], TensorToWrite]:
+    def apply(item: TensorToWrite) -> TensorToWrite:
         if not item.name.endswith(ending):
             return item
         data = np.frombuffer(b"".join(item.chunks()), np.uint8)
@@ -201,7 +204,7 @@ def test_a_source_that_lacks_a_tensor_is_left_out(made: Callable[..., Path], sou
     ids=["another shape", "another dtype", "another name"],
 )
 def test_what_cannot_be_decoded_is_beyond_any_bound(
-    change: Callable[[Item], Item], made: Callable[..., Path], source: Path
+    change: Callable[[TensorToWrite], TensorToWrite], made: Callable[..., Path], source: Path
 ) -> None:
     """Of w1, with whose global scale w3 is decoded; w2 is not concerned."""
     wanted = "layers.0.ffn.experts.1.w1.weight_scale"

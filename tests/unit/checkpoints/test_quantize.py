@@ -19,6 +19,7 @@ from tests.support.checkpoint_engine import (
     make_job,
     tree_of,
 )
+from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import QuantizedOutputError, RecipeError, ResumeError
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec
 from vllm_forge.checkpoints.inventory import all_tensors
@@ -28,7 +29,7 @@ from vllm_forge.checkpoints.quantize.artifact import check_layer
 from vllm_forge.checkpoints.quantize.calibration import SHIPPED, read_conversations
 from vllm_forge.checkpoints.quantize.quantizer import Clock, disk_needed, plan_parts, quantize, span
 from vllm_forge.checkpoints.quantize.recipe import RECIPES, Recipe, load_recipe
-from vllm_forge.checkpoints.shards import in_memory, open_checkpoint
+from vllm_forge.checkpoints.tensors import in_memory
 from vllm_forge.host import exclusive
 from vllm_forge.host.errors import BusyError, DiskSpaceError
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vllm_forge.checkpoints.quantize.job import Job
-    from vllm_forge.checkpoints.shards import Item
+    from vllm_forge.checkpoints.tensors import TensorToWrite
 
 
 @pytest.fixture(scope="module")
@@ -176,24 +177,24 @@ class TestConversations:
 
 class TestArtifact:
     def test_what_the_recipe_does_not_name_keeps_its_bytes(self, whole: Path, job: Job) -> None:
-        made = open_checkpoint(whole)
+        made = Checkpoint.open(whole)
         for name, tensor in job.source.tensors.items():
             if job.recipe.recipe.group_of(name) is None:
                 assert made.tensors[name].read() == tensor.read(), name
 
     def test_the_drafter_gets_embedding_and_head(self, whole: Path, job: Job) -> None:
-        made = open_checkpoint(whole).tensors
+        made = Checkpoint.open(whole).tensors
         assert made["mtp.0.emb.tok_emb.weight"].read() == job.source.tensors["embed.weight"].read()
         assert made["mtp.0.head.weight"].read() == job.source.tensors["head.weight"].read()
 
     def test_the_manifest_is_what_is_there(self, whole: Path) -> None:
         manifest = json.loads((whole / "manifest.json").read_text())
-        made = open_checkpoint(whole)
+        made = Checkpoint.open(whole)
         assert set(manifest["tensors"]) == set(made.tensors)
         for name, row in manifest["tensors"].items():
             tensor = made.tensors[name]
             assert row == {
-                "file": tensor.path.name,
+                "file": tensor.shard,
                 "dtype": tensor.dtype,
                 "shape": list(tensor.shape),
                 "sha256": hashlib.sha256(tensor.read()).hexdigest(),
@@ -203,7 +204,7 @@ class TestArtifact:
 
     def test_the_index_counts_every_byte(self, whole: Path) -> None:
         index = json.loads((whole / "model.safetensors.index.json").read_text())
-        sizes = [tensor.size for tensor in open_checkpoint(whole).tensors.values()]
+        sizes = [tensor.size for tensor in Checkpoint.open(whole).tensors.values()]
         assert index["metadata"]["total_size"] == sum(sizes)
 
     def test_files_of_the_model_come_along(self, whole: Path, model: Path) -> None:
@@ -242,7 +243,7 @@ class TestResume:
 
     def test_finished_layers_are_not_made_again(self, model: Path, tmp_path: Path) -> None:
         class Dies(FakeEngine):
-            def layer(self, index: int, *rest: Any) -> list[Item]:
+            def layer(self, index: int, *rest: Any) -> list[TensorToWrite]:
                 if index == 1:
                     raise Killed
                 return super().layer(index, *rest)
@@ -260,7 +261,7 @@ class TestResume:
         seen = []
 
         class Counts(FakeEngine):
-            def layer(self, *arguments: Any) -> list[Item]:
+            def layer(self, *arguments: Any) -> list[TensorToWrite]:
                 made = super().layer(*arguments)
                 seen.append(len(list((tmp_path / "out.partial").glob("hidden-*"))))
                 return made
@@ -351,7 +352,7 @@ class TestChecks:
         self, job: Job, tmp_path: Path, name: str, fault: Any, said: str
     ) -> None:
         class Faulty(FakeEngine):
-            def layer(self, index: int, *rest: Any) -> list[Item]:
+            def layer(self, index: int, *rest: Any) -> list[TensorToWrite]:
                 items = super().layer(index, *rest)
                 return [broken for item in items for broken in _broken(item, name, fault)]
 
@@ -440,7 +441,7 @@ def _run(model: Path, output: Path) -> bool:
 
 def _die_in_layer_1(job: Job, output: Path) -> None:
     class Dies(FakeEngine):
-        def layer(self, index: int, *rest: Any) -> list[Item]:
+        def layer(self, index: int, *rest: Any) -> list[TensorToWrite]:
             if index == 1:
                 raise Killed
             return super().layer(index, *rest)
@@ -455,7 +456,7 @@ def _with_versions(job: Job, versions: dict[str, str]) -> Job:
     return replace(job, engine=engine)
 
 
-def _broken(item: Item, name: str, fault: Any) -> list[Item]:
+def _broken(item: TensorToWrite, name: str, fault: Any) -> list[TensorToWrite]:
     if not item.name.endswith(name):
         return [item]
     match fault:

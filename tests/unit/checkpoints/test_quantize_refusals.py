@@ -15,8 +15,8 @@ from tests.support.checkpoint_engine import make_job
 from vllm_forge.checkpoints.errors import ModelInputError, ResumeError
 from vllm_forge.checkpoints.quantize import work as work_module
 from vllm_forge.checkpoints.quantize.quantizer import check_output, quantize
-from vllm_forge.checkpoints.shards import in_memory, write_shard
-from vllm_forge.checkpoints.spans import MAX_TEXT
+from vllm_forge.checkpoints.source import MAX_TEXT
+from vllm_forge.checkpoints.tensors import in_memory, write_shard
 from vllm_forge.cli import main
 from vllm_forge.errors import UsageError
 from vllm_forge.host.errors import DiskSpaceError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from vllm_forge.checkpoints.quantize.job import Job
-    from vllm_forge.checkpoints.shards import Item, Written
+    from vllm_forge.checkpoints.tensors import TensorToWrite, WrittenTensor
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def _failing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second file of the artifact meets an error of the file system."""
     write, calls = work_module.write_shard, []
 
-    def refuse(path: Path, items: Iterable[Item]) -> list[Written]:
+    def refuse(path: Path, items: Iterable[TensorToWrite]) -> list[WrittenTensor]:
         calls.append(path)
         if len(calls) == 2:
             raise OSError(number, "said the kernel", str(path))

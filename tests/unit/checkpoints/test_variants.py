@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.support.checkpoint_engine import SMALL, make_job, tree_of
+from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import RecipeError, ToolEnvironmentError
 from vllm_forge.checkpoints.fixtures.variants import (
     BF16,
@@ -31,11 +32,11 @@ from vllm_forge.checkpoints.quantize.changes import (
     split_rows,
 )
 from vllm_forge.checkpoints.quantize.quantizer import quantize
-from vllm_forge.checkpoints.shards import in_memory, open_checkpoint
+from vllm_forge.checkpoints.tensors import in_memory
 
 if TYPE_CHECKING:
+    from vllm_forge.checkpoints.checkpoint import Checkpoint
     from vllm_forge.checkpoints.fixtures.tiny import TinySpec
-    from vllm_forge.checkpoints.shards import Checkpoint
 
 ROWS = load_variants()
 # The stand-in's scales are not the tools': halving has a test of its own.
@@ -56,7 +57,7 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     config = json.loads((folder / "card" / "config.json").read_text())
     config["quantization_config"] |= {"config_groups": GROUPS, "scale_fmt": "ue8m0"}
     (folder / "card" / "config.json").write_text(json.dumps(config))
-    return open_checkpoint(folder / "card")
+    return Checkpoint.open(folder / "card")
 
 
 def only(change: dict[str, Any]) -> list[Change]:
@@ -74,7 +75,7 @@ def test_every_row_changes_something_and_nothing_twice(
         for change in ROWS[name].change
     ]
     apply_changes(card, changes, tmp_path / "variant")
-    made = open_checkpoint(tmp_path / "variant")
+    made = Checkpoint.open(tmp_path / "variant")
     same_tensors = {n: (t.dtype, t.shape, t.read()) for n, t in made.tensors.items()} == {
         n: (t.dtype, t.shape, t.read()) for n, t in card.tensors.items()
     }
@@ -88,7 +89,7 @@ def test_every_row_changes_something_and_nothing_twice(
 def test_files_that_stay_are_shared_and_read_only(card: Checkpoint, tmp_path: Path) -> None:
     apply_changes(card, only({"drop": r"^mtp\."}), tmp_path / "variant")
     inodes = {path.stat().st_ino for path in card.files}
-    shared = [p for p in open_checkpoint(tmp_path / "variant").files if p.stat().st_ino in inodes]
+    shared = [p for p in Checkpoint.open(tmp_path / "variant").files if p.stat().st_ino in inodes]
     assert len(shared) == len(card.files) - 1
     assert all(path.stat().st_mode & 0o222 == 0 for path in (tmp_path / "variant").iterdir())
 
@@ -204,7 +205,7 @@ class TestCache:
     def test_bf16_takes_no_tools(self, root: Path, cache: Path) -> None:
         path = cached_variant(root, BF16, SMALL)
         assert path.is_relative_to(cache)
-        assert open_checkpoint(path).config == SMALL.config()
+        assert Checkpoint.open(path).config == SMALL.config()
 
     def test_what_takes_tools_says_so(self, root: Path) -> None:
         with pytest.raises(ToolEnvironmentError, match="'card' is made by the") as caught:

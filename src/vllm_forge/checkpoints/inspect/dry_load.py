@@ -124,7 +124,7 @@ def write_request(folder: Path, profiles: Mapping[str, Profile], sku: Sku) -> No
             cases.append(
                 {
                     "name": name,
-                    "config": dict(profile.seen.served),
+                    "config": dict(profile.checkpoint.served),
                     "tensors": f"tensors-{number}.json",
                     "methods": METHODS[profile.drafter] if profile.draft_layers else (),
                 }

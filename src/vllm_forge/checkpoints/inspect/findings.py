@@ -74,7 +74,7 @@ DRAFTS = ("mtp.", "model.mtp.")  # vLLM takes the second for nothing, but it mea
 
 
 def by_scope(names: Iterable[str]) -> Iterator[tuple[Scope, list[str]]]:
-    """Stored names apart by the model that they are of, where there are some."""
+    """Stored names by the model that they belong to; a scope without names is left out."""
     names = list(names)
     for scope in Scope:
         found = [name for name in names if name.startswith(DRAFTS) == (scope is Scope.DRAFT)]

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from vllm_forge.checkpoints.tensors import TensorSpec
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-
-    from vllm_forge.checkpoints.inventory import Expected
 
 Shape = tuple[int, ...]
 
@@ -121,24 +121,29 @@ SUFFIXES = frozenset(piece.suffix for pieces in PIECES.values() for piece in pie
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What must be stored: name, the dtypes that are right, shape; see Piece."""
+class RequiredTensor(TensorSpec):
+    """A tensor that a format stores; ``alternatives`` to its dtype are right too. See Piece."""
 
-    name: str
-    dtypes: tuple[str, ...]
-    shape: Shape
+    alternatives: tuple[str, ...] = ()
     optional: bool = False
     converted: tuple[str, ...] = ()
 
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes that are right; the first one is what our tools write."""
+        return (self.dtype, *self.alternatives)
 
-def stored_as(tensor: Expected, kind: Format) -> Iterator[Wanted]:
+
+def stored_as(tensor: TensorSpec, kind: Format) -> Iterator[RequiredTensor]:
     """The stored tensors of a weight of the unquantized model (``tensor`` is [rows, columns])."""
     rows, columns = tensor.shape
     module = tensor.name.removesuffix(".weight")
     for piece in PIECES[kind]:
-        yield Wanted(
+        dtype, *alternatives = (tensor.dtype,) if kind is Format.PLAIN else piece.dtypes
+        yield RequiredTensor(
             name=f"{module}.{piece.suffix}",
-            dtypes=(tensor.dtype,) if kind is Format.PLAIN else piece.dtypes,
+            dtype=dtype,
+            alternatives=tuple(alternatives),
             shape=piece.shape(rows, columns),
             optional=piece.optional,
             converted=piece.converted,

@@ -18,8 +18,8 @@ from vllm_forge.checkpoints.inspect.parts import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from vllm_forge.checkpoints.inspect.header import Entry
     from vllm_forge.checkpoints.inspect.profile import Profile
+    from vllm_forge.checkpoints.tensors import StoredTensor
 
 FLOATS = {"F32": 32, "F16": 16, "BF16": 16}
 INTEGERS = {"I64", "I32"}
@@ -46,7 +46,7 @@ def downcasts(profile: Profile) -> Iterator[Finding]:
         )
 
 
-def against_source(profile: Profile, source: Mapping[str, Entry]) -> Iterator[Finding]:
+def against_source(profile: Profile, source: Mapping[str, StoredTensor]) -> Iterator[Finding]:
     """G19, by the source's own dtypes: unquantized tensors that are narrower than there."""
     found = []
     for name, entry in profile.tensors.items():

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from packaging.version import Version
 
-from vllm_forge.checkpoints.inspect.config_forms import RATIOS
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, by_scope, some
 from vllm_forge.checkpoints.inspect.formats import Format
 from vllm_forge.checkpoints.inspect.gates_config import (
@@ -36,7 +35,7 @@ IGNORE_READ = Version("0.33.0")
 
 def form(profile: Profile) -> Iterator[Finding]:
     """What a config.json must say for vLLM to build the model at all."""
-    served, named = profile.seen.served, profile.config.get("architectures")
+    served, named = profile.checkpoint.served, profile.config.get("architectures")
     if not named:
         yield Finding(
             gate="config",
@@ -54,7 +53,7 @@ def form(profile: Profile) -> Iterator[Finding]:
             what=f"{str(named)[:SHOWN]!r}, not {ARCHITECTURES}",
             remedy="take config.json from the source model",
         )
-    if RATIOS not in served:
+    if "compress_ratios" not in served:
         yield Finding(
             gate="config",
             title="config.json has transformers' layer_types alone",
@@ -172,8 +171,7 @@ def native_scales(profile: Profile) -> Iterator[Finding]:
         blocks = tuple(-(-size // BLOCK) for size in profile.tensors[f"{module}.weight"].shape)
         if entry.shape != blocks:
             continue  # told by gates_scales.shapes
-        data = profile.seen.place.read(entry.shard, entry.begin, entry.end)
-        if (np.frombuffer(data, "<u4") & SIGN_AND_MANTISSA).any():
+        if (np.frombuffer(entry.read(), "<u4") & SIGN_AND_MANTISSA).any():
             rounded.append(f"{module}.scale")
     for scope, names in by_scope(rounded):
         yield Finding(

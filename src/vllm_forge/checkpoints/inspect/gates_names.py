@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from vllm_forge.checkpoints.inspect.profile import Profile
-    from vllm_forge.checkpoints.inventory import Expected
+    from vllm_forge.checkpoints.tensors import TensorSpec
 
 ROWS = re.compile(r"ffn\.shared_experts\.(down_proj|w2)\.\d+(\.|$)")
 ROUTERS = (".gate.bias", ".gate.tid2eid")
@@ -34,35 +34,31 @@ WEIGHTS = ("weight", "weight_packed")
 
 def files(profile: Profile) -> Iterator[Finding]:
     """Shards, index and sizes agree."""
-    seen = profile.seen
-    if seen.missing_shards:
+    checkpoint = profile.checkpoint
+    if missing := checkpoint.missing_shards:
         yield Finding(
             gate="files",
             title="shards are missing",
-            effect=Effect.REFUSES if seen.tensors is not None else Effect.NOTES,
-            what=f"{len(seen.missing_shards)} of {len(set((seen.index or {}).values()))} shards "
-            f"are not here, e.g. {seen.missing_shards[0]}",
+            effect=Effect.REFUSES if checkpoint.tensors else Effect.NOTES,
+            what=f"{len(missing)} of {len(set((checkpoint.index or {}).values()))} shards "
+            f"are not here, e.g. {missing[0]}",
             remedy="fetch them; with the index alone, only names can be judged",
         )
-    if seen.tensors is None or seen.index is None:
-        return
-    here = {name for name, shard in seen.index.items() if shard not in seen.missing_shards}
-    other = {n for n in here & seen.tensors.keys() if seen.index[n] != seen.tensors[n].shard}
-    if wrong := (here ^ seen.tensors.keys()) | other:
+    if checkpoint.misplaced:
         yield Finding(
             gate="files",
             title="index and shards disagree",
             effect=Effect.DEPARTS,
-            what=f"not where the index says, or not in it: {some(sorted(wrong))}; vLLM takes from "
-            "the index which shards there are, and no more, other readers stop",
-            remedy="write the index anew from the shards",
+            what=f"not where the index says, or not in it: {some(checkpoint.misplaced)}; vLLM "
+            "takes from the index which shards there are, and no more, other readers stop",
+            remedy="write a new index of the shards",
         )
-    if not seen.missing_shards and seen.total_size not in (None, seen.bytes):
+    if not missing and checkpoint.tensors and checkpoint.total_size not in (None, checkpoint.bytes):
         yield Finding(
             gate="files",
             title="the index's total_size is wrong",
             effect=Effect.NOTES,
-            what=f"it says {seen.total_size} bytes, the tensors have {seen.bytes}",
+            what=f"it says {checkpoint.total_size} bytes, the tensors have {checkpoint.bytes}",
         )
 
 
@@ -231,7 +227,7 @@ def foreign(profile: Profile) -> Iterator[Finding]:
 
 def tokenizer(profile: Profile) -> Iterator[Finding]:
     """What serving needs beside the tensors."""
-    if profile.tensors and TOKENIZER not in profile.seen.place.sizes:
+    if profile.tensors and TOKENIZER not in profile.checkpoint.source.sizes:
         yield Finding(
             gate="files",
             title="there is no tokenizer",
@@ -241,7 +237,7 @@ def tokenizer(profile: Profile) -> Iterator[Finding]:
         )
 
 
-def _absent(profile: Profile, wanted: Iterable[Expected]) -> Iterator[str]:
+def _absent(profile: Profile, wanted: Iterable[TensorSpec]) -> Iterator[str]:
     """Tensors, or weights in whatever format, that are not there."""
     for tensor in wanted:
         if LINEAR.search(tensor.name):

@@ -7,16 +7,15 @@ import struct
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
+from vllm_forge.checkpoints.checkpoint import plain_name
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, by_scope, some
-from vllm_forge.checkpoints.inspect.formats import PIECES, Format, Wanted, stored_as
-from vllm_forge.checkpoints.inspect.snapshot import plain_name
+from vllm_forge.checkpoints.inspect.formats import PIECES, Format, RequiredTensor, stored_as
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from vllm_forge.checkpoints.inspect.header import Entry
     from vllm_forge.checkpoints.inspect.profile import Profile
-    from vllm_forge.checkpoints.inventory import Expected
+    from vllm_forge.checkpoints.tensors import StoredTensor, TensorSpec
 
 SINGLE = ("weight_global_scale", "input_global_scale", "weight_scale_2", "input_scale")
 GAP = 1 << 16  # bytes between two scalars that are read in one go rather than in two
@@ -79,7 +78,7 @@ def shapes(profile: Profile) -> Iterator[Finding]:
         )
 
 
-def _fault(profile: Profile, want: Wanted) -> tuple[str, str]:
+def _fault(profile: Profile, want: RequiredTensor) -> tuple[str, str]:
     """What is wrong with a tensor that must be there, "" for nothing, and its name."""
     entry = profile.tensors.get(want.name)
     if entry is None:
@@ -166,7 +165,7 @@ def read_scalars(profile: Profile) -> dict[str, float]:
     found: dict[str, float] = {}
     for run in _runs(wanted):
         begin, end = run[0].begin, run[-1].end
-        data = profile.seen.place.read(run[0].shard, begin, end)
+        data = profile.checkpoint.source.read(run[0].shard, begin, end)
         for entry in run:
             (value,) = struct.unpack_from("<f", data, entry.begin - begin)
             found[plain_name(entry.name)] = value
@@ -176,9 +175,9 @@ def read_scalars(profile: Profile) -> dict[str, float]:
 FLOAT = 4
 
 
-def _runs(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+def _runs(entries: Iterable[StoredTensor]) -> Iterator[list[StoredTensor]]:
     """Neighbours of one shard, to be read together."""
-    run: list[Entry] = []
+    run: list[StoredTensor] = []
     for entry in sorted(entries, key=lambda item: (item.shard, item.begin)):
         if run and (entry.shard != run[-1].shard or entry.begin - run[-1].end > GAP):
             yield run
@@ -218,7 +217,7 @@ def formats(profile: Profile) -> Iterator[Finding]:
         )
 
 
-def _weights(profile: Profile) -> Iterator[Expected]:
+def _weights(profile: Profile) -> Iterator[TensorSpec]:
     for tensor in (*profile.main.values(), *profile.draft.values()):
         if tensor.name.endswith(".weight") and len(tensor.shape) == MATRIX:
             yield tensor

@@ -174,7 +174,7 @@ def inspect(
         rows, wrong = compare(profile, source, values)
         findings = _sorted([*findings, *wrong])
     return Report(
-        place=str(profile.seen.place),
+        place=str(profile.checkpoint.source),
         read="headers" if profile.tensors else "index",
         artifact=compared,
         asked=artifact is not None,
@@ -182,8 +182,8 @@ def inspect(
         promised=len(profile.draft_layers),
         tensors=len(profile.names),
         draft_tensors=len(profile.draft_names),
-        shards=len(profile.seen.shards),
-        bytes=profile.seen.bytes,
+        shards=len(profile.checkpoint.shards),
+        bytes=profile.checkpoint.bytes,
         config=config_facts(profile),
         parts=tuple(_parts(profile)),
         values=tuple(rows),

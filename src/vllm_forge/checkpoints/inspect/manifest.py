@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_forge.checkpoints.inspect.findings import NUMBER, Effect, Finding, Scope, some
-from vllm_forge.checkpoints.inspect.formats import Format, Wanted, stored_as
+from vllm_forge.checkpoints.inspect.formats import Format, RequiredTensor, stored_as
 from vllm_forge.checkpoints.inspect.gates_config import ARGUMENTS
 from vllm_forge.checkpoints.inspect.matching import read_groups
 from vllm_forge.checkpoints.inspect.parts import (
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from vllm_forge.checkpoints.inspect.profile import Profile
-    from vllm_forge.checkpoints.inventory import Expected
+    from vllm_forge.checkpoints.tensors import TensorSpec
 
 FOLDER = Path(__file__).with_name("manifests")
 # A checkpoint that differs in more kinds of names is another artifact, not a faulty one.
@@ -93,7 +93,7 @@ class Manifest(Row):
     config: dict[str, Any] = Field(default_factory=dict)
     published: Published = Published()
 
-    def formats_of(self, tensor: Expected) -> tuple[Format, ...]:
+    def formats_of(self, tensor: TensorSpec) -> tuple[Format, ...]:
         """The formats that a tensor of the unquantized model may be stored in."""
         if not LINEAR.search(tensor.name):
             return ()
@@ -103,7 +103,7 @@ class Manifest(Row):
 
     def wanted(
         self, config: Mapping[str, Any], formats: Mapping[str, Format] | None = None
-    ) -> Iterator[Wanted]:
+    ) -> Iterator[RequiredTensor]:
         """Every tensor that an artifact with this config.json must hold.
 
         Args:
@@ -115,7 +115,7 @@ class Manifest(Row):
         for tensor in tensors:
             allowed = self.formats_of(tensor)
             if not allowed:
-                yield Wanted(name=tensor.name, dtypes=(tensor.dtype,), shape=tensor.shape)
+                yield RequiredTensor(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape)
                 continue
             found = (formats or {}).get(tensor.name.removesuffix(".weight"))
             kind = found if found in allowed else allowed[0]

@@ -10,13 +10,8 @@ import re
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.checkpoints.inventory import (
-    Expected,
-    all_tensors,
-    dspark_tensors,
-    has_dspark,
-    mtp_tensors,
-)
+from vllm_forge.checkpoints.inventory import all_tensors, dspark_tensors, has_dspark, mtp_tensors
+from vllm_forge.checkpoints.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -95,12 +90,12 @@ def drafter_of(names: Iterable[str]) -> Drafter:
     return Drafter.UNKNOWN
 
 
-def main_tensors(config: Mapping[str, Any]) -> Iterator[Expected]:
+def main_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
     """Everything but the drafter."""
     return (tensor for tensor in all_tensors(config) if not tensor.name.startswith(DRAFT))
 
 
-def draft_tensors(config: Mapping[str, Any], drafter: Drafter) -> Iterator[Expected]:
+def draft_tensors(config: Mapping[str, Any], drafter: Drafter) -> Iterator[TensorSpec]:
     """What must lie under ``mtp.``."""
     if drafter is Drafter.MTP:
         yield from mtp_tensors(config)
@@ -108,7 +103,7 @@ def draft_tensors(config: Mapping[str, Any], drafter: Drafter) -> Iterator[Expec
         yield from dspark_tensors(config)
 
 
-def alias_tensors(config: Mapping[str, Any]) -> Iterator[Expected]:
+def alias_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
     """Copies of embedding and head below ``mtp.0``, which some artifacts have.
 
     vLLM gives the draft model the target's own modules after loading
@@ -116,4 +111,4 @@ def alias_tensors(config: Mapping[str, Any]) -> Iterator[Expected]:
     """
     shape = (config["vocab_size"], config["hidden_size"])
     for name in ("mtp.0.emb.tok_emb.weight", "mtp.0.head.weight"):
-        yield Expected(name=name, dtype="BF16", shape=shape)
+        yield TensorSpec(name=name, dtype="BF16", shape=shape)

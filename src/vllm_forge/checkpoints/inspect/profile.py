@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.checkpoints.config_check import config_problems
-from vllm_forge.checkpoints.errors import CheckpointUnreadableError
-from vllm_forge.checkpoints.inspect.config_forms import quantization_of
+from vllm_forge.checkpoints.config_check import require_deepseek_v4
 from vllm_forge.checkpoints.inspect.formats import Format, recognize, split
 from vllm_forge.checkpoints.inspect.matching import asked_names, read_groups
 from vllm_forge.checkpoints.inspect.parts import (
@@ -21,56 +19,45 @@ from vllm_forge.checkpoints.inspect.parts import (
     main_tensors,
     part_of,
 )
-from vllm_forge.checkpoints.inspect.regex_limits import require_an_end
-from vllm_forge.checkpoints.inventory import MODEL_TYPE, Expected
+from vllm_forge.checkpoints.inspect.regex_limits import require_termination
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vllm_forge.checkpoints.inspect.header import Entry
-    from vllm_forge.checkpoints.inspect.snapshot import Seen
-
-SHOWN = 5
+    from vllm_forge.checkpoints.checkpoint import Checkpoint
+    from vllm_forge.checkpoints.tensors import StoredTensor, TensorSpec
 
 
 @dataclass(frozen=True)
 class Profile:
     """What gates ask of a checkpoint."""
 
-    seen: Seen
+    checkpoint: Checkpoint
 
     def __post_init__(self) -> None:
-        """Refuse what is no DeepSeek V4, or has endless patterns, before anything is concluded."""
-        config, where = self.seen.config, f"{self.seen.place}, config.json"
-        if config.get("model_type") != MODEL_TYPE:
-            raise CheckpointUnreadableError(
-                f"model_type is {config.get('model_type')!r}, not {MODEL_TYPE!r}",
-                where=where,
-                remedy="only DeepSeek V4 checkpoints are known here",
-            )
-        if problems := list(config_problems(config)):
-            more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-            raise CheckpointUnreadableError(
-                f"config.json cannot be right: {'; '.join(problems[:SHOWN])}{more}",
-                where=where,
-                remedy="take it from the source model",
-            )
+        """Refuse another model, and patterns that do not terminate.
+
+        Raises:
+            CheckpointUnreadableError: see require_deepseek_v4 and require_termination.
+        """
+        where = f"{self.checkpoint.source}, config.json"
+        require_deepseek_v4(self.config, where)
         if groups := read_groups(self.quantization):
             layers = (*range(self.layers), *self.draft_layers)
-            require_an_end(
+            require_termination(
                 [target for group in groups for target in group.targets],
                 self.quantization.get("ignore") or [],
-                asked_names(config, layers),
+                asked_names(self.config, layers),
                 [*self.modules, *(f"model.{module}" for module in self.modules)],
                 where,
             )
 
-    @property
+    @cached_property
     def config(self) -> Mapping[str, Any]:
-        """config.json, see Seen."""
-        return self.seen.config
+        """The config as vLLM reads it, see ``filled_in``."""
+        return filled_in(self.checkpoint.served)
 
-    @property
+    @cached_property
     def quantization(self) -> Mapping[str, Any]:
         """quantization_config, empty without one."""
         return quantization_of(self.config)
@@ -88,12 +75,12 @@ class Profile:
     @property
     def names(self) -> Mapping[str, str]:
         """Tensor -> shard."""
-        return self.seen.names
+        return self.checkpoint.names
 
     @property
-    def tensors(self) -> Mapping[str, Entry]:
+    def tensors(self) -> Mapping[str, StoredTensor]:
         """Tensor -> entry; empty when only the index is at hand."""
-        return self.seen.tensors or {}
+        return self.checkpoint.tensors
 
     @cached_property
     def drafter(self) -> Drafter:
@@ -106,12 +93,12 @@ class Profile:
         return [name for name in self.names if name.startswith(DRAFT)]
 
     @cached_property
-    def main(self) -> dict[str, Expected]:
+    def main(self) -> dict[str, TensorSpec]:
         """The unquantized model's tensors by name, drafter left out."""
         return {tensor.name: tensor for tensor in main_tensors(self.config)}
 
     @cached_property
-    def draft(self) -> dict[str, Expected]:
+    def draft(self) -> dict[str, TensorSpec]:
         """The unquantized drafter's tensors by name; MTP's where there is none."""
         kind = self.drafter if self.drafter is Drafter.DSPARK else Drafter.MTP
         return {tensor.name: tensor for tensor in draft_tensors(self.config, kind)}
@@ -165,3 +152,38 @@ class Profile:
     def has(self, part: Part, kind: Format, *, draft: bool = False) -> bool:
         """Whether some linear layer of the part is stored so."""
         return bool(self._by_part[part, draft][kind])
+
+
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The quantization of a config, with ``quant_method`` as vLLM spells it; empty for none.
+
+    vLLM 0.33.0, transformers_utils/model_arch_config_convertor.py:241.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        quantization = config.get("compression_config")
+    if not isinstance(quantization, dict):
+        return {}
+    method = quantization.get("quant_method")
+    if not isinstance(method, str):
+        return quantization
+    spelled = method.lower().replace("compressed_tensors", "compressed-tensors")
+    return {**quantization, "quant_method": spelled}
+
+
+def filled_in(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of DeepSeek's own config.json, from those that other writers have instead.
+
+    transformers writes ``layer_types``, ``compress_rates`` and ``mlp_layer_types`` (5.17.0,
+    configuration_deepseek_v4.py:250-282). A config without a number of draft layers has none.
+    """
+    filled = {"num_nextn_predict_layers": 0, **config}
+    types, rates = config.get("layer_types"), config.get("compress_rates")
+    if "compress_ratios" not in filled and isinstance(types, list) and isinstance(rates, dict):
+        filled["compress_ratios"] = [
+            rates.get(kind, 0) if isinstance(kind, str) else None for kind in types
+        ]
+    kinds = config.get("mlp_layer_types")
+    if "num_hash_layers" not in filled and isinstance(kinds, list):
+        filled["num_hash_layers"] = kinds.count("hash_moe")
+    return filled

@@ -6,12 +6,10 @@ compared where that is asked for.
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, some
-from vllm_forge.checkpoints.shards import CHUNK
-from vllm_forge.checkpoints.spans import strict_json
+from vllm_forge.checkpoints.tensors import strict_json
 from vllm_forge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,12 +30,12 @@ def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Findi
     Raises:
         UsageError: digests are wanted and there is no record of them.
     """
-    text = profile.seen.place.text(RECORD)
+    text = profile.checkpoint.source.text(RECORD)
     if text is None or not profile.tensors:
         if digests:
             raise UsageError(
                 f"--digests compares the tensors with {RECORD}, which is not here",
-                where=str(profile.seen.place),
+                where=str(profile.checkpoint.source),
                 remedy="leave it out, or compare with the model: --source PLACE --values 0",
             )
         return
@@ -56,18 +54,13 @@ def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Findi
         (sorted(recorded.keys() - found.keys()), "recorded tensors are missing"),
         (sorted(found.keys() - recorded.keys()), "tensors are not recorded"),
         ([n for n in both if recorded[n] != found[n]], "dtype, shape or shard is not as recorded"),
-        ([n for n in both if digests and _sha256(profile, n) != sums[n]], "bytes are not as said"),
+        (
+            [n for n in both if digests and profile.tensors[n].sha256() != sums[n]],
+            "bytes are not as said",
+        ),
     ):
         if names:
             yield _changed(f"{title} in {RECORD}", some(names))
-
-
-def _sha256(profile: Profile, name: str) -> str:
-    entry, digest = profile.tensors[name], hashlib.sha256()
-    for at in range(entry.begin, entry.end, CHUNK):
-        end = min(at + CHUNK, entry.end)
-        digest.update(profile.seen.place.read(entry.shard, at, end))
-    return digest.hexdigest()
 
 
 def _changed(title: str, what: str) -> Finding:

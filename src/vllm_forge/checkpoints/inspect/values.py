@@ -22,7 +22,7 @@ from vllm_forge.checkpoints.codecs.small_floats import e8m0_decode
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, some
 from vllm_forge.checkpoints.inspect.formats import Format, split, stored_as
 from vllm_forge.checkpoints.inspect.parts import DRAFT, Part, part_of
-from vllm_forge.checkpoints.inventory import Expected
+from vllm_forge.checkpoints.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from vllm_forge.checkpoints.inspect.profile import Profile
 
-CHUNK = 1 << 24
 MATRIX = 2  # dimensions
 FLOATS = {"BF16", "F16", "F32"}
 ALIASES = {"mtp.0.emb.tok_emb.weight": "embed.weight", "mtp.0.head.weight": "head.weight"}
@@ -156,13 +155,7 @@ def _same_bytes(pair: _Pair, name: str) -> bool:
     made, source = pair.made.tensors[name], pair.source.tensors[pair.source_name(name)]
     if (made.dtype, made.shape) != (source.dtype, source.shape):
         return False
-    for at in range(0, made.size, CHUNK):
-        end = min(at + CHUNK, made.size)
-        here = pair.made.seen.place.read(made.shard, made.begin + at, made.begin + end)
-        there = pair.source.seen.place.read(source.shard, source.begin + at, source.begin + end)
-        if here != there:
-            return False
-    return True
+    return all(here == there for here, there in zip(made.chunks(), source.chunks(), strict=True))
 
 
 def _ratio(pair: _Pair, module: str, kind: Format) -> float:
@@ -188,7 +181,7 @@ def _whole(pair: _Pair, module: str, kind: Format) -> bool:
     weight = pair.source.tensors.get(f"{module}.weight")
     if weight is None or len(weight.shape) != MATRIX or weight.dtype not in FLOATS:
         return False
-    expected = Expected(name=weight.name, dtype=weight.dtype, shape=weight.shape)
+    expected = TensorSpec(name=weight.name, dtype=weight.dtype, shape=weight.shape)
     for want in stored_as(expected, kind):
         entry = pair.made.tensors.get(want.name)
         if entry is None:
@@ -271,7 +264,7 @@ DECODERS: dict[Format, Callable[[_Pair, str, Weight], Decoded]] = {
 def _read(profile: Profile, name: str) -> NDArray[np.generic]:
     """A tensor as an array; BF16 as float32, 8-bit floats as their codes."""
     entry = profile.tensors[name]
-    data = profile.seen.place.read(entry.shard, entry.begin, entry.end)
+    data = entry.read()
     if entry.dtype == "BF16":
         wide = np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)
         return wide.view(np.float32).reshape(entry.shape)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import shutil
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_forge.checkpoints.checkpoint import read_header
 from vllm_forge.checkpoints.errors import QuantizedOutputError
-from vllm_forge.checkpoints.quantize.source import alias_names
-from vllm_forge.checkpoints.shards import CONFIG, INDEX, read_shard, write_index
-from vllm_forge.checkpoints.spans import DTYPE_BYTES
+from vllm_forge.checkpoints.quantize.model import alias_names
+from vllm_forge.checkpoints.source import Folder
+from vllm_forge.checkpoints.tensors import CONFIG, DTYPE_BYTES, INDEX, write_index
 from vllm_forge.host import atomic_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from vllm_forge.checkpoints.checkpoint import Checkpoint
     from vllm_forge.checkpoints.quantize.job import Job
     from vllm_forge.checkpoints.quantize.recipe import Recipe
     from vllm_forge.checkpoints.quantize.work import Work
-    from vllm_forge.checkpoints.shards import Checkpoint, Item, Stored, Written
+    from vllm_forge.checkpoints.tensors import StoredTensor, TensorToWrite, WrittenTensor
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
@@ -47,7 +47,9 @@ F8_NOT_A_NUMBER = 0x7F
 LEFT_OUT = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".md"}
 
 
-def check_layer(made: Sequence[Item], stored: Mapping[str, Stored], recipe: Recipe) -> None:
+def check_layer(
+    made: Sequence[TensorToWrite], stored: Mapping[str, StoredTensor], recipe: Recipe
+) -> None:
     """Compare what the tools made of a layer with what the recipe says.
 
     Args:
@@ -76,7 +78,7 @@ def check_layer(made: Sequence[Item], stored: Mapping[str, Stored], recipe: Reci
         raise QuantizedOutputError(problem, remedy="look at the model's weights in that place")
 
 
-def _bad_scales(made: Sequence[Item]) -> Iterator[str]:
+def _bad_scales(made: Sequence[TensorToWrite]) -> Iterator[str]:
     for item in made:
         if item.name.rpartition(".")[2] not in SCALES:
             continue
@@ -96,7 +98,7 @@ def _bad_scales(made: Sequence[Item]) -> Iterator[str]:
             yield f"{item.name}: {(~good).sum()} scales are zero, negative or not finite"
 
 
-def _unshared(made: Sequence[Item]) -> Iterator[str]:
+def _unshared(made: Sequence[TensorToWrite]) -> Iterator[str]:
     scales = {
         item.name: b"".join(item.chunks())
         for item in made
@@ -108,16 +110,17 @@ def _unshared(made: Sequence[Item]) -> Iterator[str]:
             yield f"{name} is not {other}"
 
 
-def check_passed(path: Path, written: Sequence[Written], source: Checkpoint) -> None:
+def check_passed(path: Path, written: Sequence[WrittenTensor], source: Checkpoint) -> None:
     """Read a file of passed-through tensors back and compare with the model, byte for byte.
 
     Raises:
         QuantizedOutputError: they differ.
     """
     aliases = alias_names(source)
-    for tensor, row in zip(read_shard(path), sorted(written, key=_order), strict=True):
+    stored = read_header(Folder(path.parent), path.name)
+    for tensor, row in zip(stored, sorted(written, key=_order), strict=True):
         origin = source.tensors[aliases.get(tensor.name, tensor.name)]
-        if not (tensor.name == row.name and _sha256(tensor) == row.sha256 == _sha256(origin)):
+        if not (tensor.name == row.name and tensor.sha256() == row.sha256 == origin.sha256()):
             raise QuantizedOutputError(
                 f"{tensor.name} is not the model's",
                 where=str(path),
@@ -125,24 +128,15 @@ def check_passed(path: Path, written: Sequence[Written], source: Checkpoint) -> 
             )
 
 
-def _order(row: Written) -> tuple[int, str]:
+def _order(row: WrittenTensor) -> tuple[int, str]:
     return (-DTYPE_BYTES[row.dtype], row.name)
-
-
-def _sha256(tensor: Stored) -> str:
-    digest = hashlib.sha256()
-    for chunk in tensor.chunks():
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def finish_artifact(work: Work, names: Sequence[str], job: Job) -> None:
     """Write index, config.json, recipe.yaml and manifest.json; copy tokenizer and other files."""
     folder, source, recipe = work.artifact, job.source, job.recipe
     written = {name: work.written(name) for name in names}
-    rows = [row for file in written.values() for row in file]
-    total = sum(math.prod(row.shape) * DTYPE_BYTES[row.dtype] for row in rows)
-    write_index(folder, {name: [r.name for r in file] for name, file in written.items()}, total)
+    write_index(folder, written)
     ignore = recipe.recipe.ignored(source.config)
     config = {**source.config, "quantization_config": job.engine.quantization_config(ignore)}
     _write(folder / CONFIG, _json(config))
@@ -166,7 +160,7 @@ def finish_artifact(work: Work, names: Sequence[str], job: Job) -> None:
     _write(folder / MANIFEST, _json(manifest))
 
 
-def _without_name(row: Written) -> dict[str, Any]:
+def _without_name(row: WrittenTensor) -> dict[str, Any]:
     fields = asdict(row)
     del fields["name"]
     return {**fields, "shape": list(row.shape)}

@@ -51,7 +51,7 @@ from vllm_forge.checkpoints.quantize.one_layer import (
     load_tensor,
     tensor_bytes,
 )
-from vllm_forge.checkpoints.shards import Item
+from vllm_forge.checkpoints.tensors import TensorToWrite
 from vllm_forge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_forge.checkpoints.quantize.recipe import Group, Recipe
-    from vllm_forge.checkpoints.shards import Stored
+    from vllm_forge.checkpoints.tensors import StoredTensor
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MIXED = "mixed-precision"
@@ -143,7 +143,7 @@ class LayerQuantizer:
             "scale_fmt": self.recipe.scale_fmt,
         }
 
-    def embed(self, weight: Stored, tokens: Sequence[Sequence[int]], path: Path) -> None:
+    def embed(self, weight: StoredTensor, tokens: Sequence[Sequence[int]], path: Path) -> None:
         """Write the first layer's input: each token's embedding, once per stream."""
         table = load_tensor(weight)
         with Hidden.write(path, tokens, self._token_bytes) as sink:
@@ -155,11 +155,11 @@ class LayerQuantizer:
     def layer(
         self,
         index: int,
-        weights: Mapping[str, Stored],
+        weights: Mapping[str, StoredTensor],
         tokens: Sequence[Sequence[int]],
         source: Path,
         target: Path,
-    ) -> list[Item]:
+    ) -> list[TensorToWrite]:
         """Quantize layer ``index``.
 
         Args:
@@ -196,7 +196,7 @@ class LayerQuantizer:
             ignore=[],
         )
 
-    def _fill(self, model: OneLayer, weights: Mapping[str, Stored]) -> dict[str, str]:
+    def _fill(self, model: OneLayer, weights: Mapping[str, StoredTensor]) -> dict[str, str]:
         """Load the weights; return upstream module name by transformers' module name."""
         state, names = {}, {}
         for name, stored in weights.items():
@@ -219,7 +219,7 @@ class LayerQuantizer:
                 where=f"layer {model.index}",
             )
 
-    def _compressed(self, model: OneLayer, names: Mapping[str, str]) -> Iterator[Item]:
+    def _compressed(self, model: OneLayer, names: Mapping[str, str]) -> Iterator[TensorToWrite]:
         for name, module in model.named_modules():
             if not is_module_quantized(module):
                 continue
@@ -236,13 +236,13 @@ def scheme_of(group: Group, targets: Sequence[str]) -> QuantizationScheme:
     return scheme.model_copy(update={"format": group.format})
 
 
-def _item(name: str, value: torch.Tensor) -> Item:
+def _item(name: str, value: torch.Tensor) -> TensorToWrite:
     """The tensor in the form that vLLM takes: scalar global scales, FP32 block scales."""
     if name.endswith("_global_scale"):
         value = value.squeeze()  # compressed-tensors writes (1,)
     if name.endswith(".weight_scale") and re.search(r"\.attn\.\w+\.weight_scale$", name):
         value = value.float()  # exact
-    return Item(
+    return TensorToWrite(
         name=name,
         dtype=NAMES[value.dtype],
         shape=tuple(value.shape),

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.errors import ModelInputError, RecipeError
-from vllm_forge.checkpoints.shards import CONFIG, read_json
-from vllm_forge.checkpoints.spans import strict_json
+from vllm_forge.checkpoints.source import Folder
+from vllm_forge.checkpoints.tensors import strict_json
 from vllm_forge.host import console
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def tokenize(rows: Sequence[Conversation], most: int, model: Path) -> tuple[tupl
             where=str(model),
             remedy="take tokenizer.json, tokenizer_config.json and the template from the source",
         ) from None
-    vocabulary = read_json(model / CONFIG)["vocab_size"]
+    vocabulary = Folder(model).config()["vocab_size"]
     for ids in tokens:
         if not ids or max(ids) >= vocabulary:
             raise ModelInputError(

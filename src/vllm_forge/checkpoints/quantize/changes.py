@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import RecipeError
 from vllm_forge.checkpoints.quantize.artifact import MANIFEST
-from vllm_forge.checkpoints.shards import (
+from vllm_forge.checkpoints.tensors import (
     CONFIG,
     INDEX,
-    Checkpoint,
-    Item,
+    TensorToWrite,
     copy_of,
     in_memory,
     write_index,
@@ -68,9 +68,9 @@ def apply_changes(parent: Checkpoint, changes: Sequence[Change], folder: Path) -
     Raises:
         RecipeError: a change that changes nothing.
     """
-    files: dict[str, list[Item]] = {}
+    files: dict[str, list[TensorToWrite]] = {}
     for tensor in parent.tensors.values():
-        files.setdefault(tensor.path.name, []).append(copy_of(tensor))
+        files.setdefault(tensor.shard, []).append(copy_of(tensor))
     config = json.loads(json.dumps(parent.config))
     touched: set[str] = set()
     for change in changes:
@@ -90,7 +90,7 @@ def apply_changes(parent: Checkpoint, changes: Sequence[Change], folder: Path) -
 def write_derived(
     parent: Checkpoint,
     folder: Path,
-    files: Mapping[str, Sequence[Item]],
+    files: Mapping[str, Sequence[TensorToWrite]],
     config: dict[str, Any],
     *,
     same: Collection[str] = (),
@@ -111,8 +111,7 @@ def write_derived(
                 link_or_copy(parent.folder / name, aside / name)
             else:
                 write_shard(aside / name, items)
-        total = sum(item.size for items in files.values() for item in items)
-        write_index(aside, {n: [item.name for item in items] for n, items in files.items()}, total)
+        write_index(aside, files)
         (aside / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         for path in parent.folder.iterdir():
             if path.suffix != ".safetensors" and path.name not in {CONFIG, INDEX, MANIFEST}:
@@ -135,10 +134,12 @@ def _set(config: dict[str, Any], path: str, value: Any) -> None:
 NULLABLE = {"input_activations"}  # None is a value of it, and what the tools write
 
 
-def _changed(items: Sequence[Item], change: Change, file: str, touched: set[str]) -> list[Item]:
+def _changed(
+    items: Sequence[TensorToWrite], change: Change, file: str, touched: set[str]
+) -> list[TensorToWrite]:
     """The tensors of one file after a change."""
     pattern = change.drop or change.on or (change.rename or ("",))[0]
-    made: list[Item] = []
+    made: list[TensorToWrite] = []
     for item in items:
         if not re.search(pattern, item.name):
             made.append(item)
@@ -152,8 +153,10 @@ def _changed(items: Sequence[Item], change: Change, file: str, touched: set[str]
     return made
 
 
-def _with(item: Item, *, name: str = "", shape: tuple[int, ...] | None = None) -> Item:
-    return Item(
+def _with(
+    item: TensorToWrite, *, name: str = "", shape: tuple[int, ...] | None = None
+) -> TensorToWrite:
+    return TensorToWrite(
         name=name or item.name,
         dtype=item.dtype,
         shape=item.shape if shape is None else shape,
@@ -161,16 +164,16 @@ def _with(item: Item, *, name: str = "", shape: tuple[int, ...] | None = None) -
     )
 
 
-def _data(item: Item) -> bytes:
+def _data(item: TensorToWrite) -> bytes:
     return b"".join(item.chunks())
 
 
-def scalars_to_lists(item: Item) -> list[Item]:
+def scalars_to_lists(item: TensorToWrite) -> list[TensorToWrite]:
     """Shape () -> (1,)."""
     return [_with(item, shape=(1,))]
 
 
-def halve_global_scales(item: Item) -> list[Item]:
+def halve_global_scales(item: TensorToWrite) -> list[TensorToWrite]:
     """Half the divisor and half of each block scale: every weight keeps its value.
 
     Exact: one less in the exponent, which no scale of the tiny model has at its lowest.
@@ -186,7 +189,7 @@ def halve_global_scales(item: Item) -> list[Item]:
     return [in_memory(item.name, item.dtype, item.shape, data)]
 
 
-def downcast(item: Item) -> list[Item]:
+def downcast(item: TensorToWrite) -> list[TensorToWrite]:
     """FP32 -> BF16, to nearest, ties to even; other dtypes stay."""
     if item.dtype != "F32":
         return [item]
@@ -195,7 +198,7 @@ def downcast(item: Item) -> list[Item]:
     return [in_memory(item.name, "BF16", item.shape, narrow.tobytes())]
 
 
-def split_rows(item: Item) -> list[Item]:
+def split_rows(item: TensorToWrite) -> list[TensorToWrite]:
     """A matrix -> one tensor per row, ``<module>.<row>.weight``."""
     module, _, leaf = item.name.rpartition(".")
     data, count = _data(item), item.shape[0]
@@ -213,7 +216,7 @@ def literal_ignore(config: dict[str, Any], names: Sequence[str]) -> None:
     config["quantization_config"]["ignore"] = sorted(modules - quantized)
 
 
-TENSORS: Mapping[str, Callable[[Item], list[Item]]] = {
+TENSORS: Mapping[str, Callable[[TensorToWrite], list[TensorToWrite]]] = {
     function.__name__: function
     for function in (scalars_to_lists, halve_global_scales, downcast, split_rows)
 }

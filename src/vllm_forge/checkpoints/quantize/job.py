@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from vllm_forge.checkpoints.checkpoint import Checkpoint
     from vllm_forge.checkpoints.quantize.calibration import Calibration
     from vllm_forge.checkpoints.quantize.recipe import NamedRecipe
-    from vllm_forge.checkpoints.shards import Checkpoint, Item, Stored
+    from vllm_forge.checkpoints.tensors import StoredTensor, TensorToWrite
 
 
 class Engine(Protocol):
@@ -35,18 +36,18 @@ class Engine(Protocol):
         """What config.json says of the quantization."""
         ...
 
-    def embed(self, weight: Stored, tokens: Sequence[Sequence[int]], path: Path) -> None:
+    def embed(self, weight: StoredTensor, tokens: Sequence[Sequence[int]], path: Path) -> None:
         """Write the input of the first layer."""
         ...
 
     def layer(
         self,
         index: int,
-        weights: Mapping[str, Stored],
+        weights: Mapping[str, StoredTensor],
         tokens: Sequence[Sequence[int]],
         source: Path,
         target: Path,
-    ) -> list[Item]:
+    ) -> list[TensorToWrite]:
         """Quantize a layer: input states at ``source``, its output states to ``target``."""
         ...
 

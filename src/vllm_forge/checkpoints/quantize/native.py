@@ -20,9 +20,10 @@ from llmcompressor.entrypoints.model_free.lifecycle import (
     initialize_quantized_linear,
 )
 
+from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.quantize.changes import write_derived
 from vllm_forge.checkpoints.quantize.one_layer import load_tensor, tensor_bytes
-from vllm_forge.checkpoints.shards import Checkpoint, Item, Stored, copy_of, in_memory
+from vllm_forge.checkpoints.tensors import StoredTensor, TensorToWrite, copy_of, in_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,7 +67,7 @@ MODELOPT_NAMES = {
 def write_native(source: Checkpoint, folder: Path) -> None:
     """FP8 linear layers, MXFP4 experts, the MTP or DSpark blocks like the decoder's."""
 
-    def convert(tensor: Stored) -> list[Item]:
+    def convert(tensor: StoredTensor) -> list[TensorToWrite]:
         if EXPERT.search(tensor.name):
             return _mxfp4(tensor)
         return _fp8(tensor, "scale") if LINEAR.search(tensor.name) else [copy_of(tensor)]
@@ -90,7 +91,7 @@ def write_modelopt(
         fp8_drafts: put those experts in FP8 blocks instead, as descriptions of it say.
     """
 
-    def convert(tensor: Stored) -> list[Item]:
+    def convert(tensor: StoredTensor) -> list[TensorToWrite]:
         if DECODER_EXPERT.search(tensor.name):
             module = tensor.name.removesuffix(".weight")
             return [
@@ -110,7 +111,7 @@ def write_modelopt(
 def write_fp8(card: Checkpoint, folder: Path, kind: str) -> None:
     """``card`` with more in FP8 than its config says: its MTP block, or its compressors."""
 
-    def convert(tensor: Stored) -> list[Item]:
+    def convert(tensor: StoredTensor) -> list[TensorToWrite]:
         name = tensor.name
         if kind == "fp8-mtp":
             chosen = name.startswith("mtp.") and (LINEAR.search(name) or EXPERT.search(name))
@@ -128,16 +129,16 @@ def _native_config(source: Checkpoint, quantization: dict[str, Any]) -> dict[str
 def _write(
     source: Checkpoint,
     folder: Path,
-    convert: Callable[[Stored], list[Item]],
+    convert: Callable[[StoredTensor], list[TensorToWrite]],
     config: dict[str, Any],
 ) -> None:
-    files: dict[str, list[Item]] = {}
+    files: dict[str, list[TensorToWrite]] = {}
     for tensor in source.tensors.values():
-        files.setdefault(tensor.path.name, []).extend(convert(tensor))
+        files.setdefault(tensor.shard, []).extend(convert(tensor))
     write_derived(source, folder, files, config)
 
 
-def _quantized(tensor: Stored, preset: str, form: str) -> torch.nn.Module:
+def _quantized(tensor: StoredTensor, preset: str, form: str) -> torch.nn.Module:
     """A linear layer with the weight and its calibrated scale, not yet compressed."""
     scheme = preset_name_to_scheme(preset, ["Linear"]).model_copy(update={"format": form})
     module = initialize_quantized_linear(load_tensor(tensor), scheme, "cpu")
@@ -145,7 +146,7 @@ def _quantized(tensor: Stored, preset: str, form: str) -> torch.nn.Module:
     return module
 
 
-def _fp8(tensor: Stored, leaf: str) -> list[Item]:
+def _fp8(tensor: StoredTensor, leaf: str) -> list[TensorToWrite]:
     """Blocks of 128 x 128 with scales that are powers of two: E8M0, or F32 with the same values."""
     module = _quantized(tensor, "FP8_BLOCK", "float-quantized")
     exponents = torch.ceil(torch.log2(module.weight_scale.float()))
@@ -162,7 +163,7 @@ def _fp8(tensor: Stored, leaf: str) -> list[Item]:
     return [weight, scale]
 
 
-def _mxfp4(tensor: Stored) -> list[Item]:
+def _mxfp4(tensor: StoredTensor) -> list[TensorToWrite]:
     """Two codes per byte, one E8M0 scale per 32 columns."""
     module = _quantized(tensor, "MXFP4A16", "mxfp4-pack-quantized")
     compress_module(module)
@@ -174,7 +175,7 @@ def _mxfp4(tensor: Stored) -> list[Item]:
     ]
 
 
-def _modelopt(tensor: Stored, name: str) -> Item:
+def _modelopt(tensor: StoredTensor, name: str) -> TensorToWrite:
     if tensor.dtype != "F32":
         return copy_of(tensor, name)
     return in_memory(name, "F32", tensor.shape, tensor_bytes(1 / load_tensor(tensor)))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from vllm_forge.checkpoints.quantize.hidden_states import Hidden
-    from vllm_forge.checkpoints.shards import Stored
+    from vllm_forge.checkpoints.tensors import StoredTensor
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -92,7 +92,7 @@ class Batches:
             yield {"hidden_states": states.view(shape), "input_ids": torch.tensor([list(row)])}
 
 
-def load_tensor(stored: Stored) -> torch.Tensor:
+def load_tensor(stored: StoredTensor) -> torch.Tensor:
     """A stored tensor, in memory of its own."""
     return torch.frombuffer(stored.read(), dtype=DTYPES[stored.dtype]).view(stored.shape)
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from vllm_forge.checkpoints.errors import ModelInputError
 from vllm_forge.checkpoints.inventory import layer_tensors, shared_tensors
 from vllm_forge.checkpoints.quantize.artifact import check_layer, check_passed, finish_artifact
-from vllm_forge.checkpoints.quantize.source import alias_names
+from vllm_forge.checkpoints.quantize.model import alias_names
 from vllm_forge.checkpoints.quantize.work import Work
-from vllm_forge.checkpoints.shards import copy_of
+from vllm_forge.checkpoints.tensors import copy_of
 from vllm_forge.errors import UsageError
 from vllm_forge.host import console, exclusive, remove, require_disk
 from vllm_forge.host.errors import DiskSpaceError
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from vllm_forge.checkpoints.checkpoint import Checkpoint
     from vllm_forge.checkpoints.quantize.job import Job
     from vllm_forge.checkpoints.quantize.recipe import NamedRecipe, Recipe
-    from vllm_forge.checkpoints.shards import Checkpoint
 
 MAX_PASSED = 5_000_000_000  # bytes of passed-through tensors per file
 STREAM_BYTES = 2  # of one hidden value
@@ -232,7 +232,7 @@ def _split(names: Sequence[str], source: Checkpoint) -> list[list[str]]:
 def _plan(job: Job) -> dict[str, Any]:
     """What must be the same for a run to go on from another's files."""
     source = job.source
-    rows = [[t.name, t.dtype, list(t.shape), t.path.name, t.start] for t in source.tensors.values()]
+    rows = [[t.name, t.dtype, list(t.shape), t.shard, t.begin] for t in source.tensors.values()]
     try:
         times = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in source.files]
     except OSError as error:

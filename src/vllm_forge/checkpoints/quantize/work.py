@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.errors import ResumeError
-from vllm_forge.checkpoints.shards import Written, write_shard
+from vllm_forge.checkpoints.tensors import WrittenTensor, write_shard
 from vllm_forge.host import atomic_path, remove
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from vllm_forge.checkpoints.shards import Item
+    from vllm_forge.checkpoints.tensors import TensorToWrite
 
 PLAN = "plan.json"
 
@@ -130,17 +130,17 @@ class Work:
         """Whether a file of the artifact is finished."""
         return (self.artifact / name).exists() and self._note(name).exists()
 
-    def write(self, name: str, items: Iterable[Item]) -> list[Written]:
+    def write(self, name: str, items: Iterable[TensorToWrite]) -> list[WrittenTensor]:
         """Write a file of the artifact, and note its digests."""
         written = write_shard(self.artifact / name, items)
         with atomic_path(self._note(name)) as aside:
             aside.write_text(json.dumps([asdict(row) for row in written]), encoding="utf-8")
         return written
 
-    def written(self, name: str) -> list[Written]:
+    def written(self, name: str) -> list[WrittenTensor]:
         """What a finished file holds."""
         rows = json.loads(self._note(name).read_text(encoding="utf-8"))
-        return [Written(**{**row, "shape": tuple(row["shape"])}) for row in rows]
+        return [WrittenTensor(**{**row, "shape": tuple(row["shape"])}) for row in rows]
 
     def finish(self) -> None:
         """Make the artifact the output."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.checkpoints.config_check import config_problems
+from vllm_forge.checkpoints.checkpoint import Checkpoint
+from vllm_forge.checkpoints.config_check import require_deepseek_v4
 from vllm_forge.checkpoints.errors import ModelInputError
-from vllm_forge.checkpoints.inventory import MODEL_TYPE, Expected, all_tensors, has_dspark
-from vllm_forge.checkpoints.shards import Checkpoint, open_checkpoint
+from vllm_forge.checkpoints.inventory import all_tensors, has_dspark
+from vllm_forge.checkpoints.tensors import INDEX, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -21,29 +22,23 @@ QUANTIZED = ("quantization_config", "compression_config")
 ALIASES = {"emb.tok_emb.weight": "embed.weight", "head.weight": "head.weight"}
 
 
-def open_source(folder: Path) -> Checkpoint:
-    """Open the model and compare it with what its config says it must have.
+def open_model(folder: Path) -> Checkpoint:
+    """Open the model and compare it with what its config implies.
 
     Raises:
-        ModelInputError: another model type, a quantized one, or tensors that are missing, unknown,
-            of the wrong shape, or of a dtype that has lost precision already.
+        CheckpointUnreadableError: another model, or a file of it is missing or malformed.
+        ModelInputError: a quantized one, shards that are not those of the index, or tensors that
+            are missing, unknown, of the wrong shape, or of a dtype that has lost precision already.
     """
-    checkpoint = open_checkpoint(folder)
-    kind = checkpoint.config.get("model_type")
-    if kind != MODEL_TYPE:
-        raise ModelInputError(f"model_type is {kind!r}, not {MODEL_TYPE!r}", where=str(folder))
+    checkpoint = Checkpoint.open(folder)
+    require_deepseek_v4(checkpoint.config, str(folder))
     if any(checkpoint.config.get(key) is not None for key in QUANTIZED):
         raise ModelInputError(
             "the model is quantized already",
             where=str(folder),
             remedy="start from the BF16 model: convert the published FP8 one first",
         )
-    if wrong := list(config_problems(checkpoint.config)):
-        raise ModelInputError(
-            f"config.json cannot be right: {'; '.join(wrong[:SHOWN])}",
-            where=str(folder),
-            remedy="take config.json from the model's repository",
-        )
+    _require_whole(checkpoint)
     expected = {tensor.name: tensor for tensor in all_tensors(checkpoint.config)}
     for name, origin in _aliases(checkpoint.config).items():
         if name in checkpoint.tensors:
@@ -58,6 +53,27 @@ def open_source(folder: Path) -> Checkpoint:
             "make the BF16 model again",
         )
     return checkpoint
+
+
+def _require_whole(checkpoint: Checkpoint) -> None:
+    """Refuse shards that are not those of the index.
+
+    Raises:
+        ModelInputError: a shard is missing, or the index differs from what the shards hold.
+    """
+    where = str(checkpoint.source)
+    if checkpoint.index is None and len(checkpoint.shards) > 1:
+        raise ModelInputError(f"missing {INDEX}", where=where, remedy="fetch it again")
+    if checkpoint.missing_shards:
+        missing = checkpoint.missing_shards[0]
+        raise ModelInputError(f"missing {missing}", where=where, remedy="fetch it again")
+    if checkpoint.misplaced:
+        raise ModelInputError(
+            f"{INDEX} does not match the shards: {len(checkpoint.misplaced)} tensors are not where "
+            f"it says, e.g. {checkpoint.misplaced[0]}",
+            where=where,
+            remedy="fetch index and shards of the same revision",
+        )
 
 
 def alias_names(checkpoint: Checkpoint) -> dict[str, str]:
@@ -77,7 +93,7 @@ def _aliases(config: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _problems(checkpoint: Checkpoint, expected: dict[str, Expected]) -> Iterator[str]:
+def _problems(checkpoint: Checkpoint, expected: dict[str, TensorSpec]) -> Iterator[str]:
     for name, tensor in expected.items():
         stored = checkpoint.tensors.get(name)
         if stored is None:
@@ -86,6 +102,6 @@ def _problems(checkpoint: Checkpoint, expected: dict[str, Expected]) -> Iterator
             yield f"{name} is {list(stored.shape)}, not {list(tensor.shape)}"
         elif stored.dtype not in {tensor.dtype, *(["F32"] if tensor.dtype == "BF16" else [])}:
             yield f"{name} is {stored.dtype}, not {tensor.dtype}"
-    for name in checkpoint.tensors:
-        if name not in expected:
-            yield f"{name} is not a tensor of this model"
+    for name, stored in checkpoint.tensors.items():
+        if name not in expected or stored.name != name:
+            yield f"{stored.name} is not a tensor of this model"

@@ -1,0 +1,258 @@
+"""Tensors of safetensors files, read and written as byte ranges; nothing is interpreted.
+
+The format is a length, a JSON header and the data
+(https://huggingface.co/docs/safetensors/index#format). A header is untrusted: nothing in it is
+believed. A tensor that passes through keeps its bytes and is never in memory as a whole; the
+library's own writer wants every tensor of a file in memory at once, which is 13 GB per layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm_forge.host import atomic_path
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from vllm_forge.checkpoints.source import CheckpointSource
+
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+LENGTH_BYTES = 8
+MIN_HEADER, MAX_HEADER = 2, 100_000_000  # "{}"; what the library accepts
+MAX_NUMBER = 1 << 63
+CHUNK = 1 << 24
+SURROGATES = re.compile(r"\\u[dD][89a-fA-F]")  # JSON writes some characters as a pair of them
+DTYPE_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2,
+    "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """A tensor: name, safetensors dtype (``BF16``, ``F32``, ``I64``, ...), shape, rows first."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor(TensorSpec):
+    """A tensor of a file; ``begin`` and ``end`` are positions of its bytes in the file ``shard``.
+
+    Raises, from all methods:
+        CheckpointUnreadableError: the file is shorter than its header says, or gone.
+        HubUnreachableError: the hub stopped answering.
+    """
+
+    source: CheckpointSource = field(compare=False, repr=False)
+    shard: str
+    begin: int
+    end: int
+
+    def read(self) -> bytearray:
+        """All of its bytes, row-major and little-endian."""
+        data = self.source.read(self.shard, self.begin, self.end)
+        return data if isinstance(data, bytearray) else bytearray(data)
+
+    def chunks(self) -> Iterator[bytes | bytearray]:
+        """Its bytes, a piece at a time."""
+        for at in range(self.begin, self.end, CHUNK):
+            yield self.source.read(self.shard, at, min(at + CHUNK, self.end))
+
+    def sha256(self) -> str:
+        """SHA-256 of its bytes in hex."""
+        digest = hashlib.sha256()
+        for chunk in self.chunks():
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorToWrite(TensorSpec):
+    """A tensor to be written; ``chunks`` gives its ``size`` bytes when they are needed."""
+
+    chunks: Callable[[], Iterable[bytes | bytearray]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenTensor(TensorSpec):
+    """A tensor as written, with the SHA-256 of its bytes in hex."""
+
+    sha256: str
+
+
+def copy_of(tensor: StoredTensor, name: str | None = None) -> TensorToWrite:
+    """The same bytes, perhaps under another name."""
+    return TensorToWrite(
+        name=name or tensor.name, dtype=tensor.dtype, shape=tensor.shape, chunks=tensor.chunks
+    )
+
+
+def in_memory(name: str, dtype: str, shape: Sequence[int], data: bytes) -> TensorToWrite:
+    """A tensor whose bytes are in memory."""
+    return TensorToWrite(name=name, dtype=dtype, shape=tuple(shape), chunks=lambda: (data,))
+
+
+def strict_json(text: str | bytes | bytearray) -> Any:
+    """Parse untrusted JSON; bytes are UTF-8, as every other reader of these files has it.
+
+    Raises:
+        ValueError: malformed, nested too deeply, half a surrogate pair, or a duplicate key, of
+            which readers see one.
+    """
+    if not isinstance(text, str):
+        text = text.decode("utf-8")  # json would guess UTF-16, and skip a byte order mark
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(row := dict(pairs)) != len(pairs):
+            [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"duplicate key {key!r}")
+        return row
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if SURROGATES.search(text):
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def parse_header(
+    text: bytes | bytearray, size: int, source: CheckpointSource, shard: str
+) -> list[StoredTensor]:
+    """The tensors of a safetensors header, by position.
+
+    Args:
+        text: the header, without its length.
+        size: bytes of the file.
+        source: where the file is.
+        shard: its name.
+
+    Raises:
+        ValueError: not a header, or tensors that are not side by side until the end of the file.
+    """
+    header = strict_json(text)
+    if not isinstance(header, dict):
+        raise ValueError("the header is not a JSON object")  # noqa: TRY004 - one error for callers
+    about = header.pop("__metadata__", None) or {}
+    if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+        raise ValueError("invalid __metadata__: expected strings by name")
+    at = LENGTH_BYTES + len(text)
+    tensors = []
+    for name, row in header.items():
+        dtype, shape, begin, end = _fields(name, row)
+        tensors.append(
+            StoredTensor(
+                name=name,
+                dtype=dtype,
+                shape=shape,
+                source=source,
+                shard=shard,
+                begin=at + begin,
+                end=at + end,
+            )
+        )
+    # An empty tensor lies before the one that begins where it does.
+    tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
+    for tensor in tensors:
+        if tensor.begin != at:
+            raise ValueError(f"{tensor.name} does not follow the tensor before it")
+        at = tensor.end
+    if at != size:
+        what = "cut off" if at > size else "too long"
+        raise ValueError(f"its header describes {at} bytes, the file has {size}: {what}")
+    return tensors
+
+
+def _fields(name: str, row: Any) -> tuple[str, tuple[int, ...], int, int]:
+    if not name.isprintable():
+        raise ValueError(f"invalid tensor name {name!r}: expected printable characters")
+    known = isinstance(row, dict) and {"dtype", "shape", "data_offsets"} <= row.keys()
+    if not known or not _naturals(row["shape"]) or not _naturals(row["data_offsets"], 2):
+        raise ValueError(f"{name} has no dtype, shape and data_offsets")
+    dtype, shape, (begin, end) = row["dtype"], tuple(row["shape"]), row["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise ValueError(f"{name}: unknown dtype {dtype!r}, known are {', '.join(DTYPE_BYTES)}")
+    if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+        raise ValueError(f"{name}: {end - begin} bytes are not {dtype} {list(shape)}")
+    return dtype, shape, begin, end
+
+
+def _naturals(row: Any, count: int | None = None) -> bool:
+    """Whether it is a list of ``count`` numbers from 0 on that a file can have."""
+    return (
+        isinstance(row, list)
+        and count in (None, len(row))
+        and all(type(number) is int and 0 <= number < MAX_NUMBER for number in row)
+    )
+
+
+def write_shard(path: Path, tensors: Iterable[TensorToWrite]) -> list[WrittenTensor]:
+    """Write one file aside, flush it to the disk, and rename it; the same tensors, the same bytes.
+
+    The widest dtypes come first, as the library has it, so that every tensor is aligned.
+    """
+    ordered = sorted(tensors, key=lambda tensor: (-DTYPE_BYTES[tensor.dtype], tensor.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in ordered:
+        offsets = [at, at + tensor.size]
+        header[tensor.name] = {
+            "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets
+        }  # fmt: skip
+        at += tensor.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    written = []
+    with atomic_path(path) as aside:
+        aside.parent.mkdir(exist_ok=True)
+        with aside.open("wb") as file:
+            file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+            for tensor in ordered:
+                digest, size = hashlib.sha256(), 0
+                for chunk in tensor.chunks():
+                    file.write(chunk)
+                    digest.update(chunk)
+                    size += len(chunk)
+                if size != tensor.size:
+                    raise ValueError(f"{tensor.name}: {size} bytes are not {tensor.size}")
+                written.append(
+                    WrittenTensor(
+                        name=tensor.name,
+                        dtype=tensor.dtype,
+                        shape=tensor.shape,
+                        sha256=digest.hexdigest(),
+                    )
+                )
+            file.flush()
+            os.fsync(file.fileno())
+    return written
+
+
+def write_index(folder: Path, shards: Mapping[str, Iterable[TensorSpec]]) -> None:
+    """Write the index: shard name -> its tensors."""
+    total = sum(tensor.size for tensors in shards.values() for tensor in tensors)
+    weight_map = {tensor.name: shard for shard, tensors in shards.items() for tensor in tensors}
+    text = json.dumps(
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+        indent=2,
+    )
+    with atomic_path(folder / INDEX) as aside:
+        aside.write_text(text + "\n", encoding="utf-8")
