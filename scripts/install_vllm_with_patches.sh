@@ -21,12 +21,19 @@ for tool in python3 git; do
     fi
 done
 
-own="${VLLM_FORGE_CACHE:-${XDG_CACHE_HOME:-${HOME}/.cache}/vllm-forge}/installer"
-stamp=$(sha256sum "${root}/pyproject.toml" | cut -d' ' -f1)
-if [ ! -f "${own}/${stamp}" ]; then
+# One environment for each checkout, by its path: it runs the code of that checkout (--editable).
+cache="${VLLM_FORGE_CACHE:-${XDG_CACHE_HOME:-${HOME}/.cache}/vllm-forge}/installers"
+own="${cache}/$(printf '%s' "${root}" | sha256sum | cut -c1-16)"
+stamp="${own}/$(sha256sum "${root}/pyproject.toml" | cut -d' ' -f1)"
+mkdir -p "${cache}"
+exec 9> "${own}.lock"
+flock 9
+# The interpreter that it was made with may have been upgraded or removed since.
+if [ ! -f "${stamp}" ] || ! "${own}/bin/python" -c "" 2> /dev/null; then
     rm -rf "${own}"
     python3 -m venv "${own}"
     "${own}/bin/python" -m pip install --quiet --editable "${root}"
-    : > "${own}/${stamp}"
+    : > "${stamp}"
 fi
-VLLM_FORGE_ROOT="${root}" exec "${own}/bin/vllm-forge" install "$@"
+flock -u 9
+VLLM_FORGE_ROOT="${root}" exec "${own}/bin/vllm-forge" install "$@" 9>&-

@@ -245,6 +245,7 @@ class Project:
         """Variables for commands of this project."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("UV_", "PIP_"))}
         return kept | {
+            "PYTHONPATH": str(REPO / "src"),  # not what another checkout has installed
             "VLLM_FORGE_ROOT": str(self.root),
             "VLLM_FORGE_CACHE": str(self.cache),
             "UV_DEFAULT_INDEX": self.index.url,

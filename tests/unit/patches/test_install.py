@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import pytest
 from uv import find_uv_bin
 
 from tests.support.project import PATCHED, REPO, Project, make_project
+
+SCRIPT = "install_vllm_with_patches.sh"
 
 
 @pytest.fixture(scope="module")
@@ -198,10 +201,75 @@ def test_editable_install_is_refused(project: Project, python: Path, tmp_path: P
     project.run("install", f"--python={python}", code=40)
 
 
-def test_script_says_where_it_must_be_run(tmp_path: Path) -> None:
-    script = tmp_path / "scripts" / "install_vllm_with_patches.sh"
-    script.parent.mkdir()
-    script.write_bytes((REPO / "scripts" / script.name).read_bytes())
-    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "not a checkout" in done.stderr
+PYTHON = """#!/bin/bash
+# python3 -m venv DIR makes a stand-in: pip install --editable ROOT gives it a vllm-forge of ROOT.
+case "$*" in
+"-c ") exit 0 ;;
+"-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+"-m pip install --quiet --editable "*)
+    echo "$6" >> "$LOG"
+    printf '#!/bin/bash\necho code of %s, root "$VLLM_FORGE_ROOT", "$*"\n' "$6" \
+        > "$(dirname "$0")/vllm-forge"
+    chmod +x "$(dirname "$0")/vllm-forge" ;;
+*) exit 9 ;;
+esac
+"""
+
+
+class TestScript:
+    """Its environment, with a python3 that only pretends to install."""
+
+    @pytest.fixture
+    def tools(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "tools"
+        folder.mkdir()
+        (folder / "python3").write_text(PYTHON)
+        (folder / "python3").chmod(0o755)
+        return folder
+
+    @staticmethod
+    def checkout(folder: Path) -> Path:
+        (folder / "scripts").mkdir(parents=True)
+        for name in ("matrix.toml", "pyproject.toml", f"scripts/{SCRIPT}"):
+            shutil.copy(REPO / name, folder / name)
+        return folder
+
+    @staticmethod
+    def run(checkout: Path, tools: Path) -> str:
+        done = subprocess.run(
+            ["bash", checkout / "scripts" / SCRIPT, "--revert"],
+            env=os.environ
+            | {"PATH": f"{tools}:{os.environ['PATH']}", "LOG": str(tools / "installed")},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return done.stdout.strip()
+
+    def test_each_checkout_runs_its_own_code(self, tools: Path, tmp_path: Path) -> None:
+        first, second = (self.checkout(tmp_path / name) for name in ("first", "second one"))
+        for checkout in (first, second, first):
+            expected = f"code of {checkout}, root {checkout}, install --revert"
+            assert self.run(checkout, tools) == expected
+        assert (tools / "installed").read_text().splitlines() == [str(first), str(second)]
+        shutil.rmtree(first)
+        assert self.run(second, tools).startswith(f"code of {second},")
+
+    def test_environment_is_renewed_with_its_requirements_and_its_python(
+        self, tools: Path, tmp_path: Path
+    ) -> None:
+        checkout = self.checkout(tmp_path / "checkout")
+        self.run(checkout, tools)
+        with (checkout / "pyproject.toml").open("a") as file:
+            file.write("# changed\n")
+        self.run(checkout, tools)
+        (python,) = (tmp_path / "cache" / "installers").glob("*/bin/python")
+        python.unlink()
+        self.run(checkout, tools)
+        assert (tools / "installed").read_text().splitlines() == 3 * [str(checkout)]
+
+    def test_outside_a_checkout_is_refused(self, tmp_path: Path) -> None:
+        script = tmp_path / "scripts" / SCRIPT
+        script.parent.mkdir()
+        shutil.copy(REPO / "scripts" / SCRIPT, script)
+        done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "not a checkout" in done.stderr
