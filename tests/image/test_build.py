@@ -442,13 +442,13 @@ def test_engine_too_old(built: Project, sibling: Project, tmp_path: Path) -> Non
 
 def test_index_that_serves_other_bytes(built: Project, tmp_path: Path) -> None:
     fresh = built.copy(tmp_path, "rootfs", "systems")
-    name = "sixlike-1.0-py3-none-any.whl"
-    good = built.index.files[name]
-    built.index.files[name] = bytes(reversed(good))
+    served = built.index.projects["sixlike"]["sixlike-1.0-py3-none-any.whl"]
+    good = served.content
+    served.content = bytes(reversed(good))
     try:
         fresh.run("build", "alpha", code=20)
     finally:
-        built.index.files[name] = good
+        served.content = good
     assert not (fresh.root / "dist").exists()
     fresh.run("build", "alpha")
 

@@ -99,18 +99,27 @@ class IndexServer:
                 return files[filename]
         return None
 
+    def start(self) -> IndexServer:
+        """Serve until `close`."""
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Stop serving."""
+        for files in self.projects.values():
+            for served in files.values():
+                served.gate.set()
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+
     @contextmanager
     def running(self) -> Iterator[IndexServer]:
-        self._thread.start()
+        self.start()
         try:
             yield self
         finally:
-            for files in self.projects.values():
-                for served in files.values():
-                    served.gate.set()
-            self._http.shutdown()
-            self._http.server_close()
-            self._thread.join()
+            self.close()
 
 
 class _Http(ThreadingHTTPServer):
@@ -138,6 +147,14 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._log(index, None, 404, 0)
             self._send(404, b"nothing here", {})
+
+    def do_HEAD(self) -> None:
+        """Size of a file; uv asks for it, and for the whole file where ranges are not offered."""
+        kind, _, name = self.path.strip("/").partition("/")
+        served = cast("_Http", self.server).index.find(name) if kind == "files" else None
+        self.send_response(404 if served is None else served.status)
+        self.send_header("Content-Length", str(len(served.content) if served else 0))
+        self.end_headers()
 
     def _page(self, index: IndexServer, project: str) -> None:
         files = [

@@ -6,26 +6,22 @@ builds it; only the packages are small.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
-import threading
-import zipfile
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tests.support.fatbins import entry, fatbin, library
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from tests.support.index_server import IndexServer, Served
+from tests.support.trees import write_sdist
+from tests.support.wheels import Member, write_wheel
+from vllm_forge.patches import authoring
+from vllm_forge.project import Project as ForgeProject
+from vllm_forge.sources import SourceRepo
 
 REPO = Path(__file__).parents[2]
 RELEASE = "0.1.0"
@@ -57,7 +53,8 @@ VLLM = {
     ),
 }
 PATCHED = "vllm/model_executor/layers/quantization/fp8.py"
-PATCH_HEAD = """Description: the flag is a bool
+MESSAGE = """the flag is a bool
+
 Origin: vendor, written for the tests
 Bug: https://example.invalid/1
 Forwarded: not-needed
@@ -67,7 +64,7 @@ Last-Update: 2026-01-01
 Skus: all
 Proves: tests/patches/test_flag.py::test_is_bool
 Drop-When: never
----
+Patch: 0001-flag.patch
 """
 
 # A library with device code: the bytes of each architecture can be told apart.
@@ -133,112 +130,13 @@ budget_mb = 120
 """
 
 
-def wheel(
-    name: str, version: str, files: Mapping[str, str | bytes], extra: dict[str, str]
-) -> bytes:
-    """A valid wheel; ``extra`` are further files of its dist-info folder."""
-    info = f"{name}-{version}.dist-info"
-    texts = dict(files) | {
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-        + extra.pop("requires", ""),
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\n"
-        "Tag: py3-none-any\n",
-        **{f"{info}/{path}": text for path, text in extra.items()},
-    }
-    content = {
-        path: text.encode() if isinstance(text, str) else text for path, text in texts.items()
-    }
-    rows = []
-    for path, data in content.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode()
-        rows.append(f"{path},sha256={digest.rstrip('=')},{len(data)}")
-    rows.append(f"{info}/RECORD,,")
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path, data in [*content.items(), (f"{info}/RECORD", "\n".join(rows).encode() + b"\n")]:
-            member = zipfile.ZipInfo(path, (2025, 1, 1, 0, 0, 0))
-            member.compress_type = zipfile.ZIP_DEFLATED
-            member.external_attr = 0o100644 << 16
-            archive.writestr(member, data)
-    return out.getvalue()
-
-
-def sdist(files: dict[str, str]) -> bytes:
-    """A source archive with the files below one folder."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz") as archive:
-        for path, text in files.items():
-            member = tarfile.TarInfo(f"vllm-{RELEASE}/{path}")
-            member.size = len(text.encode())
-            member.mode = 0o644
-            archive.addfile(member, io.BytesIO(text.encode()))
-    return out.getvalue()
-
-
-class Index:
-    """A simple-API index (PEP 691) on a free port of loopback."""
-
-    def __init__(self, files: dict[str, bytes]) -> None:
-        self.files = files
-        self.requests: list[str] = []
-        index = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                index.requests.append(self.path)
-                parts = self.path.strip("/").split("/")
-                if parts[0] == "simple":
-                    self._send(index.page(parts[1]), "application/vnd.pypi.simple.v1+json")
-                elif parts[-1] in index.files:
-                    self._send(index.files[parts[-1]], "application/octet-stream")
-                else:
-                    self.send_error(404)
-
-            do_HEAD = do_GET
-
-            def _send(self, body: bytes, kind: str) -> None:
-                self.send_response(200)
-                self.send_header("Content-Type", kind)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body)
-
-            def log_message(self, *args: Any) -> None:
-                """Quiet."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/simple"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def page(self, project: str) -> bytes:
-        """The JSON page of a project."""
-        rows = [
-            {
-                "filename": name,
-                "url": f"{self.url.removesuffix('/simple')}/files/{name}",
-                "hashes": {"sha256": hashlib.sha256(content).hexdigest()},
-                "size": len(content),
-            }
-            for name, content in self.files.items()
-            if name.startswith(f"{project}-")
-        ]
-        page = {"meta": {"api-version": "1.1"}, "name": project, "files": rows, "versions": []}
-        return json.dumps(page).encode()
-
-    def close(self) -> None:
-        """Stop serving."""
-        self._server.shutdown()
-        self._server.server_close()
-
-
 @dataclass
 class Project:
     """A checkout with its own cache and index."""
 
     root: Path
     cache: Path
-    index: Index
+    index: IndexServer
 
     @property
     def environment(self) -> dict[str, str]:
@@ -286,25 +184,23 @@ class Project:
 
     def patch(self, replacement: str) -> None:
         """Make the one patch of the series change the flag's line to ``replacement``."""
-        before = VLLM[PATCHED]
-        after = before.replace("args and not args.dynamic", replacement)
-        folder = self.root / "patches" / "vllm" / "mini"
-        folder.mkdir(parents=True, exist_ok=True)
+        series = self.root / "patches" / "vllm" / "mini"
+        if series.exists():
+            self.run("patch", "check", "--line", "mini")
+        else:
+            series.mkdir(parents=True)
+            (series / "series").touch()
+            self.run("patch", "lock", "--line", "mini")
+        checkout = ForgeProject(self.root)
         work = self.root.parent / "authoring"
-        shutil.rmtree(work, ignore_errors=True)
-        (work / PATCHED).parent.mkdir(parents=True)
-        git = ["git", "-C", str(work), "-c", "user.name=t", "-c", "user.email=t@localhost"]
-        subprocess.run([*git, "init", "-q"], check=True)
-        (work / PATCHED).write_text(before)
-        subprocess.run([*git, "add", "-A"], check=True)
-        subprocess.run([*git, "commit", "-qm", "base"], check=True)
-        (work / PATCHED).write_text(after)
-        diff = subprocess.run(
-            [*git, "diff", "--full-index"], check=True, capture_output=True, text=True
-        ).stdout
-        (folder / "series").write_text("0001-flag.patch\n")
-        (folder / "0001-flag.patch").write_text(PATCH_HEAD + diff)
-        self.run("patch", "lock", "--line", "mini")
+        authoring.checkout(checkout, "mini", SourceRepo(self.cache / "sources.git"), work)
+        text = VLLM[PATCHED].replace("args and not args.dynamic", replacement)
+        for command in (["reset", "-q", "--hard", authoring.BASE], ["commit", "-qaF", "-"]):
+            user = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
+            subprocess.run(["git", "-C", work, *user, *command], input=MESSAGE.encode(), check=True)
+            (work / PATCHED).write_text(text)
+        authoring.export(checkout, work)
+        shutil.rmtree(work)
 
 
 def make_project(folder: Path, files: dict[str, str] | None = None) -> Project:
@@ -313,32 +209,34 @@ def make_project(folder: Path, files: dict[str, str] | None = None) -> Project:
     (root / "docker" / "locks").mkdir(parents=True)
     shutil.copy(REPO / "docker" / "Dockerfile", root / "docker" / "Dockerfile")
     (root / "matrix.toml").write_text(MATRIX)
-    source = VLLM | (files or {})
-    scripts = {
-        "entry_points.txt": "[console_scripts]\nvllm = vllm.entrypoints.cli:main\n",
-        "requires": "Requires-Dist: torch\nRequires-Dist: sixlike\n",
+    source = {path: text.encode() for path, text in (VLLM | (files or {})).items()}
+    code = library(fatbin(*(entry("cubin", str(arch), CODE[arch]) for arch in CODE)))
+    torch = {
+        "torch/__init__.py": b"__version__ = '2.0.0+cu130'\n",
+        LIBRARY: code + bytes(LIBRARY_SIZE),
     }
-    index = Index(
-        {
-            f"vllm-{RELEASE}-py3-none-any.whl": wheel("vllm", RELEASE, source, scripts),
-            f"vllm-{RELEASE}.tar.gz": sdist(source | {"tests/test_x.py": "", "setup.py": ""}),
-            "torch-2.0.0-py3-none-any.whl": wheel(
-                "torch",
-                "2.0.0",
-                {
-                    "torch/__init__.py": "__version__ = '2.0.0+cu130'\n",
-                    LIBRARY: library(
-                        fatbin(*(entry("cubin", str(arch), CODE[arch]) for arch in CODE))
-                    )
-                    + bytes(LIBRARY_SIZE),
-                },
-                {},
-            ),
-            "sixlike-1.0-py3-none-any.whl": wheel(
-                "sixlike", "1.0", {"sixlike.py": "x = 1\n" * 1000}, {}
-            ),
-        }
+    index = IndexServer().start()
+    packages = (
+        ("torch", "2.0.0", torch, ()),
+        ("sixlike", "1.0", {"sixlike.py": b"x = 1\n" * 1000}, ()),
+        ("vllm", RELEASE, source, ("torch", "sixlike")),
     )
+    for name, version, contents, requires in packages:
+        path = write_wheel(
+            folder / "packages" / f"{name}-{version}-py3-none-any.whl", name, version,
+            [Member(path=file, content=content) for file, content in contents.items()],
+            entry_points="[console_scripts]\nvllm = vllm.entrypoints.cli:main\n"
+            if name == "vllm"
+            else "",
+            requires=requires,
+        )  # fmt: skip
+        index.add(name, path.name, Served(content=path.read_bytes()))
+    archive = write_sdist(
+        folder / "packages" / f"vllm-{RELEASE}.tar.gz",
+        source | {"tests/test_x.py": b"", "setup.py": b""},
+        top=f"vllm-{RELEASE}",
+    )
+    index.add("vllm", archive.name, Served(content=archive.read_bytes()))
     project = Project(root=root, cache=folder / "cache", index=index)
     project.run("wheels", "lock", "--line", "mini")
     project.patch("args is not None and not args.dynamic")

@@ -57,10 +57,10 @@ def write_tar(path: Path, items: Iterable[Item]) -> Path:
     return path
 
 
-def write_sdist(path: Path, files: Mapping[str, bytes]) -> Path:
+def write_sdist(path: Path, files: Mapping[str, bytes], *, top: str = TOP) -> Path:
     """A source archive with one folder at its top."""
     return write_tar(
-        path, (Item(path=f"{TOP}/{name}", content=content) for name, content in files.items())
+        path, (Item(path=f"{top}/{name}", content=content) for name, content in files.items())
     )
 
 

@@ -69,12 +69,14 @@ def write_wheel(
     members: Iterable[Member],
     *,
     entry_points: str = "",
+    requires: Iterable[str] = (),
     tag: str = "py3-none-any",
     purelib: bool = True,
 ) -> Path:
     """Write a wheel with METADATA, WHEEL, entry_points.txt and RECORD."""
     info = f"{name}-{version}.dist-info"
     metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: tiny\n"
+    metadata += "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
     root = "true" if purelib else "false"
     wheel = f"Wheel-Version: 1.0\nGenerator: tests.support\nRoot-Is-Purelib: {root}\nTag: {tag}\n"
     every = [
