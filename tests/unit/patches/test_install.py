@@ -96,7 +96,7 @@ def test_patched_environment_can_be_uninstalled(project: Project, installed: Pat
 
 
 def test_it_equals_the_patched_wheel(project: Project, installed: Path, tmp_path: Path) -> None:
-    out = project.run("wheel", "--output", str(tmp_path)).stdout.strip()
+    out = project.run("wheels", "patched", "--output", str(tmp_path)).stdout.strip()
     project.run("install", f"--python={installed}")
     by_installer = {p: h for p, h in snapshot(installed).items() if p.startswith("vllm/")}
     pip(project, installed, "install", "--no-deps", "--reinstall", out)
