@@ -102,7 +102,7 @@ CASES = {
     "unknown-engine": (
         ["build", "b300", "--engine", "buildha", "--dry-run"],
         UsageError,
-        ["buildha", "Perhaps you meant 'buildah'?"],
+        ["buildha", "did you mean 'buildah'?"],
     ),
     "base-without-digest": (
         ["build", "b300", "--base", "debian:13", "--engine=buildah", "--dry-run"],

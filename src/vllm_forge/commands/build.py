@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from vllm_forge.project import Project
 
 
+ENGINES = ("docker", "buildah")
+
+
 def register(choices: Commands) -> None:
     """Add this module's commands."""
     one = command(choices, "build", build, SKU, LINE, JSON, help="build one image")
     _inputs(one)
-    one.add_argument("--engine", help="docker or buildah (default: the one that is installed)")
+    one.add_argument("--engine", choices=ENGINES, help="default: the one that is installed")
     one.add_argument("--refresh-base", action="store_true", help="make rootfs and system again")
     one.add_argument("--load", action="store_true", help="also load it into the engine's store")
     one.add_argument("--push", metavar="REF", help="also push it, e.g. registry/name:tag")
@@ -36,7 +39,7 @@ def register(choices: Commands) -> None:
         help="name the inputs that changed since the last build",
     )  # fmt: skip
     _inputs(one)
-    one.add_argument("--engine", help="docker or buildah (default: that of the last build)")
+    one.add_argument("--engine", choices=ENGINES, help="default: that of the last build")
     one = command(choices, "provision", provision, help="install the build tools (apt, as root)")
     one.add_argument("--registry", action="store_true", help="also docker-registry, for the tests")
     one = command(choices, "clean", clean, help="delete what the cache holds and no line needs")

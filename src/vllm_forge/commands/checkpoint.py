@@ -90,7 +90,10 @@ def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
     if args.manifest is not None:
         named(args.manifest)  # a mistyped name is told before anything is read
     if args.values is not None and (args.values < 0 or args.source is None):
-        raise UsageError("--values takes a number from 0 on, and needs --source")
+        raise UsageError(
+            "invalid --values: expected a number from 0 on, and --source",
+            remedy="give --source, the checkpoint to compare with",
+        )
     profile = Profile(Checkpoint.open(args.place))
     source = None if args.source is None else Profile(Checkpoint.open(args.source))
     report = inspect(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import math
 import re
@@ -24,23 +25,25 @@ PYTHON = re.compile(r"3\.[0-9]{1,2}")
 
 def _minutes(text: str) -> float:
     """A budget; nan would be none, and 0 the default."""
-    minutes = float(text)
-    if not 0 < minutes < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no time: give minutes, more than 0")
-    return minutes
+    with contextlib.suppress(ValueError):
+        if 0 < (minutes := float(text)) < math.inf:
+            return minutes
+    raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a number greater than 0")
 
 
 def _workers(text: str) -> str:
     """Processes of pytest-xdist."""
     if text != "auto" and not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number above 0")
+        raise argparse.ArgumentTypeError(
+            f"invalid value {text!r}: expected auto or a number above 0"
+        )
     return text
 
 
 def _python(text: str) -> str:
     """A Python's version, as names of wheels have it."""
     if not PYTHON.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no version like 3.12")
+        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a version, e.g. 3.12")
     return text
 
 
@@ -53,7 +56,10 @@ def register(choices: Commands) -> None:
     where.add_argument(
         "--env", metavar="PYTHON", nargs="?", const="python3", help="in this Python's environment"
     )
-    one.add_argument("--tier", action="append", choices=["kernel", "server", "soak"])
+    one.add_argument(
+        "--tier", action="append", choices=["kernel", "server", "soak"],
+        help="repeatable (default: all but soak)",
+    )  # fmt: skip
     one.add_argument("--minutes", type=_minutes, help="budget per tier (default: the suite's)")
     one.add_argument(
         "-n", dest="workers", type=_workers, help="processes: a number, or auto (one a GPU)"
@@ -109,7 +115,7 @@ def test(project: Project, args: argparse.Namespace) -> None:
     if args.env is not None:
         if args.network:
             raise UsageError(
-                "--network is for an image: an environment has the host's", remedy="leave it out"
+                "--network is for --image: an environment has the host's", remedy="leave it out"
             )
         options += [f"--caches={args.caches.resolve()}"] if args.caches else []
         run_in_environment(cell, args.env, output, brought, options)
@@ -163,10 +169,17 @@ def _brought(pairs: list[str], workloads: Path | None) -> dict[str, Path]:
     for pair in pairs:
         name, _, folder = pair.partition("=")
         if not NAME.fullmatch(name) or not folder or not Path(folder).is_dir():
-            raise UsageError(f"{pair!r} is not NAME=DIR with a folder that is there")
+            raise UsageError(
+                f"invalid --checkpoint {pair!r}: expected NAME=DIR",
+                where=folder,
+                remedy="give a name and an existing directory",
+            )
         found[f"checkpoints/{name}"] = Path(folder)
     if workloads is not None:
         if not workloads.is_dir():
-            raise UsageError(f"{workloads} is no folder", remedy="--workloads takes one")
+            raise UsageError(
+                f"invalid --workloads: {workloads} is not a directory",
+                remedy="give the directory with the prompts",
+            )
         found["workloads"] = workloads
     return found

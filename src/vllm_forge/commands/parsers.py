@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from vllm_forge.project import Project
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
-# Least similarity of a suggestion: "--preset" is not meant by "--port".
-NEAR = 0.75
+# Least similarity of a suggestion: "--print" is not meant by "--port".
+NEAR = 0.7
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,12 +53,13 @@ class Parser(argparse.ArgumentParser):
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the nearest known word, else nothing."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=NEAR)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    names = {name.lstrip("-"): name for name in known}
+    near = difflib.get_close_matches(word.lstrip("-"), names, n=1, cutoff=NEAR)
+    return f" (did you mean {names[near[0]]!r}?)" if near else ""
 
 
 class _Sku(argparse.Action):
-    """Two places for one value: they may not differ."""
+    """Two places for one value; another one is kept as ``surplus``, for ``parse`` to reject."""
 
     def __call__(
         self,
@@ -67,9 +68,8 @@ class _Sku(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        if namespace.sku not in (None, values):
-            parser.error(f"two SKUs: {namespace.sku} and {values}")
-        namespace.sku = values
+        name = "sku" if getattr(namespace, "sku", None) in (None, values) else "surplus"
+        setattr(namespace, name, values)
 
 
 def _option(*names: str, **settings: Any) -> Parser:
@@ -122,8 +122,11 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
         UsageError: with a suggestion from that command's options.
     """
     args, extra = parser.parse_known_args(argv)
-    if extra:
-        args.parser.reject(extra)
-    if getattr(args, "sku", "") is None:
+    surplus = [args.surplus] if "surplus" in args else []
+    if extra or any(item.startswith("-") for item in surplus):
+        args.parser.reject([*surplus, *extra])
+    if surplus:
+        args.parser.error(f"two SKUs: {args.sku} and {args.surplus}")
+    if "sku" in args and args.sku is None:
         args.parser.error("missing SKU: give it as an argument or by --sku")
     return args

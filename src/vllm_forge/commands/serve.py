@@ -16,6 +16,7 @@ from vllm_forge.commands.parsers import (
     command,
     print_json,
 )
+from vllm_forge.errors import UsageError
 from vllm_forge.host import HostProbe, RecordedProbe, RecordingProbe, console
 
 if TYPE_CHECKING:
@@ -159,6 +160,11 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
 
 def _probe(args: argparse.Namespace) -> Probe:
     if args.replay:
+        if not args.replay.is_dir():
+            raise UsageError(
+                f"invalid --replay: {args.replay} is not a directory",
+                remedy="give the directory that doctor --save wrote",
+            )
         return RecordedProbe(args.replay)
     host = HostProbe()
     return RecordingProbe(host, args.save) if args.save else host

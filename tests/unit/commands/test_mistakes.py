@@ -1,0 +1,303 @@
+"""Typical mistakes on the command line: the right words, the right class, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vllm_forge.cli import main
+from vllm_forge.commands.parsers import Parser
+from vllm_forge.errors import ForgeError, UsageError
+from vllm_forge.images.errors import BaseImageError
+from vllm_forge.matrix.errors import UnknownLineError, UnknownSkuError
+from vllm_forge.serve.errors import UnknownPresetError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+KIT = ["gpu", "kit", "h200", "--output=x", "--freeze=x"]
+SERVE = ["serve", "--sku=b300", "--preset=mtp"]
+# Arguments, class, words of the message. "!word" must not be in it.
+MISTAKES: dict[str, tuple[list[str], type[ForgeError], list[str]]] = {
+    "no command": ([], UsageError, ["command", "required"]),
+    "mistyped command": (["paln"], UsageError, ["'paln'", "did you mean 'plan'?"]),
+    "unknown command": (["frobnicate"], UsageError, ["'frobnicate'", "expected one of", "build"]),
+    "group without command": (["patch"], UsageError, ["required"]),
+    "mistyped command of a group": (["patch", "chekc"], UsageError, ["did you mean 'check'?"]),
+    "old name": (["census"], UsageError, ["'census'", "kernels"]),
+    "no SKU": (["plan"], UsageError, ["missing SKU", "--sku"]),
+    "two SKUs": (["build", "b300", "--sku=b200"], UsageError, ["b300", "b200"]),
+    "unknown SKU": (["plan", "--sku=b30"], UnknownSkuError, ["'b30'", "'b300'"]),
+    "arch in another form": (["plan", "rtx-pro-6000"], UnknownSkuError, ["rtxpro6000"]),
+    "unknown line": (["plan", "b300", "--line=0.27"], UnknownLineError, ["0.27", "0.26"]),
+    "release for a line": (["plan", "b300", "--line=v0.26"], UnknownLineError, ["'0.26'"]),
+    "mistyped option": (["build", "b300", "--lien=1"], UsageError, ["--lien", "'--line'"]),
+    "mistyped option with value": (
+        ["build", "b300", "--enginee=docker"],
+        UsageError,
+        ["'--engine'"],
+    ),
+    "abbreviated option": (["build", "b300", "--dry"], UsageError, ["unknown option --dry"]),
+    "option of another command": (
+        ["plan", "b300", "--dry-run"],
+        UsageError,
+        ["unknown option --dry-run", "!did you mean"],
+    ),
+    "option without its value": (
+        ["plan", "b300", "--line"],
+        UsageError,
+        ["--line", "expected one"],
+    ),
+    "one argument too many": (["plan", "b300", "b200"], UsageError, ["'b200'"]),
+    "argument that ends in a colon": (["build", "b300", "x: "], UsageError, ["'x: '"]),
+    "port of vLLM": (
+        [*SERVE, "--port", "8080"],
+        UsageError,
+        ["--port", "--print", "!did you mean"],
+    ),
+    "option of vLLM": (
+        [*SERVE, "--max-model-len=8192"],
+        UsageError,
+        ["--max-model-len", "--print", "!did you mean"],
+    ),
+    "option of vLLM after --": (
+        [*SERVE, "--", "--max-model-len", "8192"],
+        UsageError,
+        ["--max-model-len", "--print", "!did you mean"],
+    ),
+    "no preset": (["serve", "b300"], UsageError, ["--preset"]),
+    "mistyped preset": (
+        ["serve", "b300", "--preset=mpt", "--print"],
+        UnknownPresetError,
+        ["mpt", "'mtp'"],
+    ),
+    "unknown engine to serve": ([*SERVE, "--engine=lxc"], UsageError, ["'lxc'", "docker, podman"]),
+    "unknown engine to build": (
+        ["build", "b300", "--engine=podman", "--dry-run"],
+        UsageError,
+        ["podman", "docker", "buildah"],
+    ),
+    "mistyped engine": (
+        ["build", "b300", "--engine=buildha", "--dry-run"],
+        UsageError,
+        ["'buildah'"],
+    ),
+    "base without digest": (
+        ["build", "b300", "--base=debian:trixie", "--engine=buildah", "--dry-run"],
+        BaseImageError,
+        ["debian:trixie", "sha256"],
+    ),
+    "minutes that are not a number": (
+        [*KIT, "--minutes=soon"],
+        UsageError,
+        ["--minutes", "'soon'"],
+    ),
+    "no minutes": ([*KIT, "--minutes=0"], UsageError, ["--minutes", "'0'", "greater than 0"]),
+    "infinite minutes": ([*KIT, "--minutes=inf"], UsageError, ["--minutes", "'inf'"]),
+    "not a Python": ([*KIT, "--python=2.7"], UsageError, ["--python", "'2.7'", "3.12"]),
+    "not a number of processes": (
+        ["gpu", "test", "h200", "-n0"],
+        UsageError,
+        ["-n", "'0'", "auto"],
+    ),
+    "network of an environment": (
+        ["gpu", "test", "h200", "--env", "--network"],
+        UsageError,
+        ["--network", "--image"],
+    ),
+    "image and environment": (
+        ["gpu", "test", "h200", "--env=python3", "--image=x"],
+        UsageError,
+        ["not allowed with"],
+    ),
+    "unknown tier": (["gpu", "test", "h200", "--tier=kernle"], UsageError, ["'kernel'"]),
+    "checkpoint without folder": (
+        ["gpu", "test", "h200", "--checkpoint=tiny=/nonexistent", "--env"],
+        UsageError,
+        ["tiny=/nonexistent", "NAME=DIR"],
+    ),
+    "workloads that are not there": (
+        ["gpu", "test", "h200", "--workloads=/nonexistent", "--env"],
+        UsageError,
+        ["/nonexistent"],
+    ),
+    "values without a source": (
+        ["checkpoint", "inspect", "x", "--values=3"],
+        UsageError,
+        ["--values", "--source"],
+    ),
+    "recording that is not there": (
+        ["doctor", "b300", "--replay=/nonexistent"],
+        UsageError,
+        ["/nonexistent"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_explained(
+    name: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv, kind, words = MISTAKES[name]
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    assert main(argv) == kind.exit_code
+    output = capsys.readouterr()
+    message = " ".join(output.err.split())
+    assert f"{kind.__name__} (exit {kind.exit_code})" in message
+    assert "remedy:" in message
+    for word in words:
+        assert (word.removeprefix("!") in message) is not word.startswith("!"), (word, message)
+    assert not output.out
+
+
+@pytest.mark.parametrize("name", ["unknown SKU", "no SKU", "mistyped option", "mistyped preset"])
+def test_mistake_is_json(
+    name: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv, kind, _ = MISTAKES[name]
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    if argv[0] == "serve":
+        argv = ["doctor", "b300", "--preset=mpt"]
+    assert main([*argv, "--json"]) == kind.exit_code
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["class"] == kind.__name__
+    assert error["exit_code"] == kind.exit_code
+    assert set(error) == {"class", "exit_code", "what", "where", "remedy"}
+    assert error["what"]
+
+
+def test_red_verdict_leaves_one_json_document(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    recording = root / "tests" / "fixtures" / "doctor" / "no-gpu"
+    assert main(["doctor", "b300", f"--replay={recording}", "--json"]) == 81
+    assert {row["level"] for row in json.loads(capsys.readouterr().out)} >= {"red"}
+
+
+def test_sku_is_positional_or_an_option(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    plans = []
+    for argv in (["b300"], ["--sku", "b300"], ["--sku=sm_103a"], ["b300", "--sku=b300"]):
+        assert main(["plan", "--json", *argv]) == 0
+        plans.append(capsys.readouterr().out)
+    assert len(set(plans)) == 1
+
+
+def commands() -> dict[str, Parser]:
+    """Name -> parser of every command, groups left out."""
+    parsers: dict[str, Parser] = {}
+
+    def visit(parser: Parser) -> None:
+        groups = [action for action in parser._actions if isinstance(action.choices, dict)]
+        for action in groups:
+            for child in action.choices.values():
+                visit(child)
+        if not groups:
+            parsers[parser.prog] = parser
+
+    from vllm_forge.cli import _parser
+
+    visit(_parser())
+    return parsers
+
+
+def test_shared_options_mean_the_same_everywhere() -> None:
+    texts: dict[str, set[str]] = {"--sku": set(), "--line": set(), "--json": set()}
+    for parser in commands().values():
+        for option, helps in texts.items():
+            if action := parser._option_string_actions.get(option):
+                helps.add(action.help or "")
+    assert {option: len(helps) for option, helps in texts.items()} == {
+        "--sku": 1,
+        "--line": 2,  # the default is one line or all, and the help says which
+        "--json": 1,
+    }
+
+
+def test_every_option_has_help() -> None:
+    assert len(commands()) > 20
+    for name, parser in commands().items():
+        assert parser.description, name
+        for action in parser._actions:
+            assert action.help, f"{name} {action.option_strings or action.dest}"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["patch", "--help"], ["plan", "--help"]])
+def test_help_is_not_a_failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 0
+    assert "usage: vllm-forge" in capsys.readouterr().out
+
+
+def shell(script: str, root: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            "bash",
+            "-o",
+            "pipefail",
+            "-c",
+            script.replace("FORGE", f"{sys.executable} -m vllm_forge"),
+        ],
+        env={**os.environ, "VLLM_FORGE_ROOT": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_closed_pipe_is_reported(root: Path) -> None:
+    done = shell("FORGE plan b300 --json | true", root)
+    assert done.returncode == 141
+    assert "stdout was closed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("name", "code"), [("TERM", 143), ("HUP", 129), ("INT", 130)])
+def test_signal_is_reported(name: str, code: int, root: Path, tmp_path: Path) -> None:
+    """The command reads a named pipe that nobody writes to, so it waits."""
+    (tmp_path / "matrix.toml").touch()
+    os.mkfifo(tmp_path / "pipe")
+    script = (
+        "import sys, vllm_forge.project, vllm_forge.cli as cli; "
+        f"vllm_forge.project.load = lambda root: open({str(tmp_path / 'pipe')!r}); "
+        "sys.exit(cli.main(['plan', 'b300']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env={**os.environ, "VLLM_FORGE_ROOT": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.communicate(timeout=3)
+    subprocess.run(["kill", f"-{name}", str(process.pid)], check=True)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert f"SIG{name}" in errors
+    assert "Traceback" not in errors
+
+
+def test_failed_copy_to_a_full_disk_is_not_a_traceback(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    def full(_: Path) -> None:
+        raise shutil.Error([("from", "/output/blob", "[Errno 28] No space left on device")])
+
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    monkeypatch.setattr("vllm_forge.project.load", full)
+    assert main(["plan", "b300"]) == 33
+    message = capsys.readouterr().err
+    assert "No space left on device" in message
+    assert "/output/blob" in message
