@@ -1,6 +1,6 @@
 """The machine we run on: commands, files, locks, disk, the console."""
 
-from vllm_forge.host.console import console, gigabytes, printable, progress, report
+from vllm_forge.host.console import console, gigabytes, printable, report, transfer_progress
 from vllm_forge.host.files import (
     READ_ONLY,
     atomic_path,
@@ -50,10 +50,10 @@ __all__ = [
     "link_or_copy",
     "move",
     "printable",
-    "progress",
     "remove",
     "report",
     "require_disk",
+    "transfer_progress",
     "tree_bytes",
     "which",
 ]

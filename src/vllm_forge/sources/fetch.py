@@ -12,7 +12,7 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from vllm_forge.errors import ForgeError
-from vllm_forge.host import progress
+from vllm_forge.host import transfer_progress
 from vllm_forge.host.errors import DiskSpaceError
 from vllm_forge.sources.errors import (
     DistributionNotFoundError,
@@ -59,9 +59,9 @@ def download_all(session: requests.Session, downloads: Sequence[Download]) -> No
         DistributionNotFoundError: the host does not have the file that the index lists.
         DiskSpaceError: the file cannot be written.
     """
-    with progress() as bar:
-        total = bar.add_task(f"{len(downloads)} files", total=sum(d.size for d in downloads))
-        fetcher = _Fetcher(session, lambda size: bar.advance(total, size))
+    missing = sum(item.size - _kept(item) for item in downloads)
+    with transfer_progress(f"download {len(downloads)} files", missing) as advance:
+        fetcher = _Fetcher(session, advance)
         with ThreadPoolExecutor(PARALLEL) as pool:
             jobs = [
                 pool.submit(fetcher.fetch, item)
@@ -89,7 +89,7 @@ class _Fetcher:
     def fetch(self, item: Download) -> None:
         """Try until the file is complete, at most TRIES times; then check and rename it."""
         item.target.parent.mkdir(parents=True, exist_ok=True)
-        part = item.target.with_name(item.target.name + ".part")
+        part = _part(item)
         last: Exception | None = None
         for _ in range(TRIES):
             have, digest = _have(part)
@@ -125,7 +125,7 @@ class _Fetcher:
         with self._session.get(item.url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
             if answer.status_code == HTTP_RANGE_NOT_SATISFIABLE:
                 part.unlink()
-                return 0, hashlib.sha256()
+                return self._restart(have), hashlib.sha256()
             if answer.status_code in GONE:
                 raise DistributionNotFoundError(
                     f"the index lists {item.target.name}, its host answers {answer.status_code}",
@@ -134,7 +134,7 @@ class _Fetcher:
                 )
             answer.raise_for_status()
             if have and answer.status_code != HTTP_PARTIAL:  # no ranges there: all comes again
-                have, digest = 0, hashlib.sha256()
+                have, digest = self._restart(have), hashlib.sha256()
             with part.open("ab" if have else "wb") as file:
                 for block in answer.raw.stream(CHUNK, decode_content=False):
                     if self.stop.is_set():
@@ -144,6 +144,23 @@ class _Fetcher:
                     have += len(block)
                     self._tick(len(block))
         return have, digest
+
+    def _restart(self, have: int) -> int:
+        """Take bytes that must come again out of the progress; returns 0."""
+        self._tick(-have)
+        return 0
+
+
+def _part(item: Download) -> Path:
+    """Where an unfinished file is."""
+    return item.target.with_name(item.target.name + ".part")
+
+
+def _kept(item: Download) -> int:
+    """Bytes of an earlier run; a file that is too long is thrown away."""
+    part = _part(item)
+    have = part.stat().st_size if part.exists() else 0
+    return have if have <= item.size else 0
 
 
 def _have(part: Path) -> tuple[int, hashlib._Hash]:

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.host import cache_root, console, exclusive
+from vllm_forge.host import cache_root, console, exclusive, gigabytes
 from vllm_forge.sources.errors import DistributionNotFoundError, HashMismatchError
 from vllm_forge.sources.fetch import CHUNK, Download, download_all
 from vllm_forge.sources.index import Index
@@ -71,7 +71,8 @@ class Wheelhouse:
                     Download(url=url, sha256=wheel.sha256, size=wheel.size, target=self.path(wheel))
                 )
             download_all(source.session, downloads)
-            console.print(f"  [dim]{len(downloads)} files fetched[/]")
+            size = gigabytes(sum(item.size for item in downloads))
+            console.print(f"  [dim]{len(downloads)} wheels downloaded, {size}[/]")
 
     def verify(self, wheel: LockedWheel) -> Path:
         """Path of a wheel whose bytes were hashed just now.

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from vllm_forge.sources.errors import (
 from vllm_forge.sources.index import index_url
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 # The client reads in blocks; what is under a block when a connection breaks is fetched again.
 BLOCK = 1 << 10
@@ -317,20 +318,49 @@ def test_interrupt_stops_the_downloads(
     assert left(tmp_path) == [f"{NAME}.part"]
 
 
+@pytest.mark.parametrize(
+    "served",
+    [
+        Served(content=noise(SIZE)),
+        Served(content=noise(SIZE), cuts=[9 * BLOCK]),
+        Served(content=noise(SIZE), ranges=False, cuts=[9 * BLOCK]),
+    ],
+    ids=["whole", "resumed", "sent-again"],
+)
+@pytest.mark.parametrize("kept", [0, 5 * BLOCK, SIZE + 1])
+def test_progress_ends_at_the_total(
+    get: Callable[[Served], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    served: Served,
+    kept: int,
+) -> None:
+    totals: list[int] = []
+    steps: list[int] = []
+
+    @contextmanager
+    def progress(_: str, total: int) -> Iterator[Callable[[int], None]]:
+        totals.append(total)
+        yield steps.append
+
+    monkeypatch.setattr(fetch, "transfer_progress", progress)
+    part_of(tmp_path).parent.mkdir()
+    part_of(tmp_path).write_bytes((noise(SIZE) + b"more")[:kept])
+    get(served)
+    assert totals == [SIZE - kept if kept <= SIZE else SIZE]
+    assert sum(steps) == sum(totals)
+
+
 KILLED = """
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 from vllm_forge.sources import Download, Index, download_all, fetch
 
-class Bar:
-    def add_task(self, *args, **kwargs): return 0
-    def advance(self, task, size): print(size, flush=True)
-
 @contextmanager
-def progress(): yield Bar()
+def progress(what, total): yield lambda size: print(size, flush=True)
 
-fetch.progress = progress
+fetch.transfer_progress = progress
 fetch.CHUNK = int(sys.argv[6])
 url, sha256, size, target = sys.argv[2], sys.argv[3], int(sys.argv[4]), Path(sys.argv[5])
 item = Download(url=url, sha256=sha256, size=size, target=target)

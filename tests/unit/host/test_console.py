@@ -1,0 +1,34 @@
+"""What a long step shows."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from vllm_forge.host import transfer_progress
+from vllm_forge.host.console import progress_line
+
+
+def test_progress_line_has_bytes_speed_and_remaining_time() -> None:
+    line = progress_line("download 33 files", 1_200_000_000, 3_800_000_000, 12.0)
+    assert line == "  download 33 files: 1.2 of 3.8 GB, 100.0 MB/s, 26 s left"
+
+
+def test_progress_line_without_a_byte_has_no_remaining_time() -> None:
+    assert progress_line("x", 0, 10**9, 5.0) == "  x: 0.0 of 1.0 GB, 0.0 MB/s"
+
+
+def test_log_gets_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 4.0, 11.0, 12.0, 25.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with transfer_progress("download", 4_000_000_000) as advance:
+        for _ in range(4):
+            advance(1_000_000_000)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines] == [
+        "  download: 2.0 of 4.0 GB",
+        "  download: 4.0 of 4.0 GB",
+    ]
