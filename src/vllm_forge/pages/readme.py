@@ -44,11 +44,13 @@ def skus_table(project: Project) -> str:
     """One row per SKU: its build command and its presets."""
     matrix = project.matrix
     rows = []
+    arches = [sku.arch for sku in matrix.sku.values()]
     for name, sku in matrix.sku.items():
         presets = [
             row.removeprefix(f"{name}-") for row in matrix.preset if row.startswith(f"{name}-")
         ]
-        session = f"nox -s build-{sku.arch.replace('_', '')}"
+        alone = arches.count(sku.arch) == 1  # as noxfile.py names its sessions
+        session = f"nox -s build-{sku.arch.replace('_', '') if alone else name}"
         rows.append([sku.device, name, f"`{session}`", ", ".join(f"`{p}`" for p in presets)])
     return table(["GPU", "SKU", "build", "presets"], rows)
 
