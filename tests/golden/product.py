@@ -111,6 +111,8 @@ def run(words: str) -> Outcome:
             return Outcome(error=f"traceback: {type(error).__name__}", out="", err="")
     named = ERROR.search(err.getvalue())
     assert (named is not None) == (code != 0), f"{words}: exit {code}\n{err.getvalue()}"
+    if "--json" in argv:
+        _check_document(words, json.loads(out.getvalue()), named[1] if named else "")
     where = WHERE.search(err.getvalue())
     return Outcome(
         error=named[1] if named else "",
@@ -119,6 +121,12 @@ def run(words: str) -> Outcome:
         out=out.getvalue(),
         err=err.getvalue(),
     )
+
+
+def _check_document(words: str, document: Any, error: str) -> None:
+    """stdout of --json is one document: the answer, or an error of the class that stderr names."""
+    if isinstance(document, dict) and "error" in document:
+        assert document["error"]["class"] == error, words
 
 
 def _meaning(error: str, code: int) -> str:
