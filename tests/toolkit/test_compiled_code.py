@@ -10,10 +10,10 @@ import pytest
 
 from tests.support import fatbins as made
 from vllm_forge.kernels.coverage import Target, device_code, runs_on
-from vllm_forge.kernels.coverage.contents import Contents
 from vllm_forge.kernels.coverage.contract import contract
 from vllm_forge.kernels.coverage.families import Catalogue
-from vllm_forge.kernels.coverage.kernels import compiled_for, kernels
+from vllm_forge.kernels.coverage.library import compiled_for, kernels
+from vllm_forge.kernels.coverage.site_packages import SitePackages
 from vllm_forge.kernels.errors import ContractError
 
 from .conftest import KERNEL, Toolkit
@@ -131,7 +131,7 @@ ROWS = {
 
 def check(site: Path, capability: tuple[int, int]) -> None:
     contract(
-        Contents((site,), Catalogue.model_validate(ROWS)),
+        SitePackages((site,), Catalogue.model_validate(ROWS)),
         cell="cell",
         line="x",
         capability=capability,

@@ -8,16 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.support import fatbins as made
-from vllm_forge.kernels.coverage import (
-    Contents,
-    contract,
-    device_code,
-    parse_capability,
-    selections_of,
-)
-from vllm_forge.kernels.coverage.kernels import kernels
+from vllm_forge.kernels.coverage import device_code, parse_capability
+from vllm_forge.kernels.coverage.contract import contract, selections_of
+from vllm_forge.kernels.coverage.library import kernels
+from vllm_forge.kernels.coverage.site_packages import SitePackages
 from vllm_forge.kernels.errors import ContractError
-from vllm_forge.kernels.selection import read_recorded
+from vllm_forge.kernels.selection.record import read_selection
 from vllm_forge.matrix import image_cell, load
 
 from .conftest import ROOT, Toolkit, line_sites
@@ -55,11 +51,11 @@ def test_sm120_code_taken_out_of_the_stable_library_breaks_that_contract(tmp_pat
     stripped.parent.mkdir()
     whole = (sites[-1] / name).read_bytes()
     stripped.write_bytes(made.without(whole, lambda _, arch: arch // 10 == 12))
-    recorded = read_recorded(ROOT, cell.line_name).of_device(cell.sku.device)
+    recorded = read_selection(ROOT / "records", cell.line_name).of_device(cell.sku.device)
 
     def check(*sites: Path) -> None:
         contract(
-            Contents(sites),
+            SitePackages(sites),
             cell=cell.name,
             line=cell.line_name,
             capability=parse_capability(cell.sku.compute_capability),

@@ -131,10 +131,10 @@ def _dry_loads(
         return {}
     answers: dict[str, Answer] = {}
     for name in names:
-        if resolve == "auto" and (why := ready(project.root, project.matrix, name)):
+        if resolve == "auto" and (why := ready(project, name)):
             console.print(f"line {name} is judged by rules, without its vLLM: {why}", markup=False)
             continue
-        found = dry_load(project.root, project.matrix, name, {NAME: profile}, SubprocessRunner())
+        found = dry_load(project, name, {NAME: profile}, SubprocessRunner())
         answers[name] = found.cases[NAME]
     return answers
 
@@ -176,10 +176,7 @@ def verify(project: Project, args: argparse.Namespace) -> None:
         name: Profile(Checkpoint.open(cached_variant(project.root, name))) for name in variants
     }
     runner, dispositions = SubprocessRunner(), read_dispositions(project.root / DISPOSITIONS)
-    answers = {
-        line: dry_load(project.root, project.matrix, line, profiles, runner)
-        for line in project.matrix.line
-    }
+    answers = {line: dry_load(project, line, profiles, runner) for line in project.matrix.line}
     releases = {name: line.vllm for name, line in project.matrix.line.items()}
     rows = {}
     for name, profile in profiles.items():

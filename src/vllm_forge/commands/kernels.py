@@ -11,7 +11,6 @@ from vllm_forge.host import SubprocessRunner, atomic_path, console, report
 if TYPE_CHECKING:
     import argparse
 
-    from vllm_forge.kernels.selection import Recorded
     from vllm_forge.project import Project
 
 
@@ -31,52 +30,27 @@ def register(choices: Commands) -> None:
 
 
 def select(project: Project, args: argparse.Namespace) -> None:
-    """Ask, show, and compare with what was recorded; or record it."""
-    from vllm_forge.kernels.selection import require_fresh, require_same
+    """Ask, print, and compare with the record; or record the answers."""
+    from vllm_forge.kernels.selection.record import require_fresh, require_same, write_selection
+    from vllm_forge.pages.registry import write_pages
+    from vllm_forge.pages.selection import table
+    from vllm_forge.proofs.ask_selection import ask_line
 
     names = project.lines(args.line)
     if not args.record:
         for name in names:  # before the first is asked, which takes a minute
-            require_fresh(project.root, project.matrix, name)
+            require_fresh(project, name)
     for name in names:
-        found = _ask(project, name)
+        selection = ask_line(project, name, SubprocessRunner())
+        console.print(table(selection))
         if args.record:
-            _record(project, found)
+            print(write_selection(project.records, selection))
+            write_pages(project, "docs/generated/selection.md")
             continue
-        recorded = require_fresh(project.root, project.matrix, name)
-        require_same(recorded, [answer for _, answer in found.rows])
-        require_same(recorded, [answer for _, answer in found.published], published=True)
-        print(f"line {name}: {len(found.rows) + len(found.published)} answers as recorded")
-
-
-def _ask(project: Project, name: str) -> Recorded:
-    from datetime import UTC, datetime
-
-    from vllm_forge.kernels.selection import Recorded, inputs_of
-    from vllm_forge.pages.selection import table
-    from vllm_forge.proofs.ask_selection import ask_line
-
-    asked = ask_line(project.root, project.matrix, name, SubprocessRunner())
-    found = Recorded(
-        line_name=name,
-        vllm=project.matrix.line[name].vllm,
-        made=datetime.now(UTC).date().isoformat(),
-        inputs=inputs_of(project.root, project.matrix, name),
-        rows=tuple(zip(asked.questions, asked.answers, strict=True)),
-        published=tuple(zip(asked.published_questions, asked.published_answers, strict=True)),
-    )
-    console.print(table(found))
-    console.print(f"  {len(found.rows)} questions in {asked.seconds:.0f} s", style="dim")
-    return found
-
-
-def _record(project: Project, found: Recorded) -> None:
-    """Write the line's answers, then the page of all lines."""
-    from vllm_forge.kernels.selection import write_recorded
-    from vllm_forge.pages.registry import write_pages
-
-    print(write_recorded(project.root, found))
-    write_pages(project, "docs/generated/selection.md")
+        recorded = require_fresh(project, name)
+        require_same(recorded, [answer for _, answer in selection.rows])
+        require_same(recorded, [answer for _, answer in selection.published], published=True)
+        print(f"line {name}: {len(selection.rows) + len(selection.published)} answers as recorded")
 
 
 def coverage(project: Project, args: argparse.Namespace) -> None:

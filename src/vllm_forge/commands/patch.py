@@ -107,10 +107,10 @@ def export(project: Project, args: argparse.Namespace) -> None:
 
 def prove(project: Project, args: argparse.Namespace) -> None:
     """Run each patch's proof without it and with it, in the images' own environment."""
-    from vllm_forge.proofs import prove as prove_lines
+    from vllm_forge.proofs.prove import prove as prove_lines
 
     names = project.lines(args.line)
-    prove_lines(project.root, project.matrix, names, SubprocessRunner())
+    prove_lines(project, names, SubprocessRunner())
 
 
 def drift(project: Project, args: argparse.Namespace) -> None:

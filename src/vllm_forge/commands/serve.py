@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from vllm_forge.host import Probe
     from vllm_forge.matrix import ImageCell
     from vllm_forge.project import Project
-    from vllm_forge.serve import BuiltImage, Engine, Serving
-    from vllm_forge.serve.doctor import Finding
+    from vllm_forge.serve.command import BuildRecord, Engine
+    from vllm_forge.serve.deployment import Deployment
+    from vllm_forge.serve.doctor.checks import HostFinding
 
 PLAN_WIDTH = 120
 
@@ -65,30 +66,30 @@ def _artifact(one: Parser) -> None:
 
 def serve(project: Project, args: argparse.Namespace) -> None:
     """Print a preset's command, or become it."""
-    from vllm_forge.serve import (
+    from vllm_forge.serve.command import (
         become,
-        built_image,
+        build_record,
         container_command,
         require_gpus,
         running_engine,
-        serving,
     )
+    from vllm_forge.serve.deployment import find_deployment
 
     cell = project.cell(args.sku, args.line)
-    item = serving(project.matrix, cell, args.preset, args.artifact)
-    item.require_served()
-    image = built_image(cell)
+    deployment = find_deployment(project.matrix, cell, args.preset, args.artifact)
+    deployment.require_served()
+    image = build_record(cell)
     digest = None if image is None else image.digest
-    _say(project, item, image)
+    _say(project, deployment, image)
     if args.print_only:
         engine: Engine = args.engine or "docker"
-        print(container_command(project.matrix, item, engine=engine, digest=digest).text())
+        print(container_command(project.matrix, deployment, engine=engine, digest=digest).text())
         return
     probe = HostProbe()
-    require_gpus(probe, item)
+    require_gpus(probe, deployment)
     become(
         container_command(
-            project.matrix, item, engine=running_engine(probe, args.engine), digest=digest
+            project.matrix, deployment, engine=running_engine(probe, args.engine), digest=digest
         )
     )
 
@@ -98,33 +99,32 @@ def lint(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.serve.lint import lint_line, require_clean
 
     names = project.lines(args.line)
-    require_clean(
-        [finding for name in names for finding in lint_line(project.root, project.matrix, name)]
-    )
+    require_clean([finding for name in names for finding in lint_line(project, name)])
     print(f"{len(project.matrix.preset)} presets, lines {', '.join(names)}: no findings")
 
 
-def _say(project: Project, item: Serving, image: BuiltImage | None) -> None:
+def _say(project: Project, deployment: Deployment, image: BuildRecord | None) -> None:
     """What a reader should know of the command; on stderr, so that stdout can be piped."""
     from rich.markup import escape
 
     from vllm_forge.receipts.lookup import image_receipts, preset_state
-    from vllm_forge.serve import bare_command
+    from vllm_forge.serve.command import bare_command
 
     found = image_receipts(project.root, project.matrix, None if image is None else image.digest)
-    state = preset_state(project.root, found.held, item.preset_name, item.artifact_name)
+    state = preset_state(project.root, found.held, deployment.preset_name, deployment.artifact_name)
     for words in found.refused:
         console.print(words, markup=False)
     console.print(
-        f"[bold]{item.preset_name}[/], {item.artifact_name}, line {item.cell.line_name}: "
-        f"[bold]{state}[/]\n  {escape(item.preset.note)}\n  {_image_words(item.cell, image)}\n"
+        f"[bold]{deployment.preset_name}[/], {deployment.artifact_name}, "
+        f"line {deployment.cell.line_name}: [bold]{state}[/]\n"
+        f"  {escape(deployment.preset.note)}\n  {_image_words(deployment.cell, image)}\n"
         "  without a container, in an environment with the line's patched vLLM:",
     )
-    console.print(f"{bare_command(project.matrix, item).text()}\n", style="dim", markup=False)
+    console.print(f"{bare_command(project.matrix, deployment).text()}\n", style="dim", markup=False)
 
 
-def _image_words(cell: ImageCell, image: BuiltImage | None) -> str:
-    from vllm_forge.serve import build_command
+def _image_words(cell: ImageCell, image: BuildRecord | None) -> str:
+    from vllm_forge.serve.command import build_command
 
     if image is None:
         return f"its image is not built here: {build_command(cell)}"
@@ -133,18 +133,19 @@ def _image_words(cell: ImageCell, image: BuiltImage | None) -> str:
 
 def doctor(project: Project, args: argparse.Namespace) -> None:
     """Ask the host, judge, print; red lines are an error."""
-    from vllm_forge.serve import presets_of, serving
-    from vllm_forge.serve.doctor import Wanted, ask_host, judge
+    from vllm_forge.serve.deployment import find_deployment, needs_of, presets_of
+    from vllm_forge.serve.doctor.checks import Requirement, judge
+    from vllm_forge.serve.doctor.host import ask_host
     from vllm_forge.serve.errors import HostUnfitError
-    from vllm_forge.serve.needs import needs_of
     from vllm_forge.sources import read_lock
 
     cell = project.cell(args.sku, args.line)
     preset = args.preset or next(iter(presets_of(project.matrix, cell.sku_name)), "")
-    item = serving(project.matrix, cell, preset, args.artifact)
+    deployment = find_deployment(project.matrix, cell, preset, args.artifact)
     lock = read_lock(project.root, cell.line_name, cell.line, project.matrix.base)
-    wanted = Wanted(matrix=project.matrix, item=item, needs=needs_of(project.matrix, lock, item))
-    findings = judge(ask_host(_probe(args)), wanted)
+    needs = needs_of(project.matrix, lock, deployment)
+    requirement = Requirement(matrix=project.matrix, deployment=deployment, needs=needs)
+    findings = judge(ask_host(_probe(args)), requirement)
     if args.json:
         print_json(args, [asdict(finding) for finding in findings])
     else:
@@ -152,7 +153,7 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
     red = [finding.check for finding in findings if finding.level == "red"]
     if red:
         raise HostUnfitError(
-            f"this host cannot serve {item.preset_name} ({item.artifact_name}, line "
+            f"this host cannot serve {deployment.preset_name} ({deployment.artifact_name}, line "
             f"{cell.line_name}): {', '.join(dict.fromkeys(red))}",
             remedy="each red line above has its own",
         )
@@ -170,7 +171,7 @@ def _probe(args: argparse.Namespace) -> Probe:
     return RecordingProbe(host, args.save) if args.save else host
 
 
-def _print(findings: Sequence[Finding]) -> None:
+def _print(findings: Sequence[HostFinding]) -> None:
     from rich.console import Console
     from rich.text import Text
 
@@ -192,7 +193,7 @@ def plan(project: Project, args: argparse.Namespace) -> None:
     """Print a cell's plan."""
     from vllm_forge.serve.plan import as_json, make_plan
 
-    cell_plan = make_plan(project.root, project.matrix, project.cell(args.sku, args.line))
+    cell_plan = make_plan(project, project.cell(args.sku, args.line))
     if args.json:
         print_json(args, as_json(cell_plan))
         return

@@ -22,7 +22,7 @@ from vllm_forge.images.layout import Image, ImageLayer, timestamp, write_image
 from vllm_forge.images.prewarm import SCRIPT, prewarm_layer
 from vllm_forge.images.slim_layer import update_record
 from vllm_forge.images.store import StoredLayer, require_stored, write_layer
-from vllm_forge.kernels.selection import declared_device
+from vllm_forge.kernels.selection.questions import declared_device
 from vllm_forge.patches import build_wheel, check_line
 from vllm_forge.patches.wheel import GENERATED, PatchedWheel, python_blobs
 from vllm_forge.sources import Lock, SourceRepo, Wheelhouse

@@ -42,8 +42,8 @@ from vllm_forge.images.system import host_secrets, load_system, make_system
 if TYPE_CHECKING:
     from vllm_forge.host import Runner
     from vllm_forge.images.plan import ImagePlan
-    from vllm_forge.kernels.coverage import Contract
-    from vllm_forge.kernels.selection import Recorded
+    from vllm_forge.kernels.coverage.contract import Contract
+    from vllm_forge.kernels.selection.record import SelectionRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ def build_layers(plan: ImagePlan) -> PatchedSource:
 
 
 def check_outside(
-    plan: ImagePlan, selection: Recorded | None, candidate: Candidate
+    plan: ImagePlan, selection: SelectionRecord | None, candidate: Candidate
 ) -> Contract | None:
     """What needs no running: the contract; config, labels, and the hash of every blob."""
     contract = None

@@ -16,23 +16,18 @@ from vllm_forge.images.errors import ImageCheckError, SizeBudgetError
 from vllm_forge.images.layout import verify
 from vllm_forge.images.prewarm import SCRIPT
 from vllm_forge.images.wheels import site_packages
-from vllm_forge.kernels.coverage import (
-    Contents,
-    Contract,
-    contract,
-    parse_capability,
-    selections_of,
-)
+from vllm_forge.kernels.coverage import parse_capability
+from vllm_forge.kernels.coverage.contract import Contract, contract, selections_of
 from vllm_forge.kernels.coverage.families import digest
-from vllm_forge.kernels.selection import require_fresh
+from vllm_forge.kernels.coverage.site_packages import SitePackages
 from vllm_forge.kernels.selection.mount import DRIVER
-from vllm_forge.kernels.selection.recorded import path_of
+from vllm_forge.kernels.selection.record import require_fresh, selection_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vllm_forge.images.layout import Image
-    from vllm_forge.kernels.selection import Recorded
+    from vllm_forge.kernels.selection.record import SelectionRecord
     from vllm_forge.matrix import ImageCell
     from vllm_forge.project import Project
 
@@ -139,7 +134,7 @@ def check_sizes(shares: Sequence[LayerShare], budget_mb: int, base_budget_mb: in
             )
 
 
-def recorded_selection(project: Project, cell: ImageCell) -> Recorded | None:
+def recorded_selection(project: Project, cell: ImageCell) -> SelectionRecord | None:
     """What the line's vLLM selects on a SKU; None for a SKU that no preset serves on.
 
     Raises:
@@ -147,18 +142,18 @@ def recorded_selection(project: Project, cell: ImageCell) -> Recorded | None:
     """
     if not any(preset.sku == cell.sku_name for preset in project.matrix.preset.values()):
         return None
-    recorded = require_fresh(project.root, project.matrix, cell.line_name)
+    recorded = require_fresh(project, cell.line_name)
     return recorded.of_device(cell.sku.device)
 
 
 def contract_inputs(project: Project, line_name: str) -> dict[str, str]:
     """Hashes of what the kernel contract is a function of, apart from the image."""
-    path = path_of(project.root, line_name)
+    path = selection_path(project.records, line_name)
     recorded = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "none"
     return {"selection": recorded, "families": digest()}
 
 
-def image_contract(cell: ImageCell, recorded: Recorded, folders: Sequence[Path]) -> Contract:
+def image_contract(cell: ImageCell, recorded: SelectionRecord, folders: Sequence[Path]) -> Contract:
     """Compare what vLLM selects for the presets of a SKU with an image's files.
 
     Args:
@@ -172,7 +167,7 @@ def image_contract(cell: ImageCell, recorded: Recorded, folders: Sequence[Path])
     """
     site = site_packages(cell.line.python)
     return contract(
-        Contents(tuple(folder / site for folder in folders if (folder / site).is_dir())),
+        SitePackages(tuple(folder / site for folder in folders if (folder / site).is_dir())),
         cell=cell.name,
         line=cell.line_name,
         capability=parse_capability(cell.sku.compute_capability),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Small, or made again in a minute.
 ALWAYS = (
-    "work", "bytecode", "buildah", "census", "checkpoints", "inspect", "oracle", "proofs",
+    "work", "bytecode", "buildah", "checkpoints", "coverage", "inspect", "proofs", "selection",
     "toolkit",
 )  # fmt: skip
 
@@ -44,7 +44,7 @@ def clean(project: Project, *, everything: bool) -> int:
                 held.enter_context(exclusive(f"build-vllm-{line.vllm}-{sku}", wait=False))
         for name in matrix.line:
             held.enter_context(exclusive(f"prove-{name}", wait=False))
-            held.enter_context(exclusive(f"oracle-{name}", wait=False))
+            held.enter_context(exclusive(f"selection-{name}", wait=False))
             held.enter_context(exclusive(f"inspect-{name}", wait=False))
         if everything:
             doomed = [path for path in _children(cache) if path.name != "locks"]

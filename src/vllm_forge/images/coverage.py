@@ -9,12 +9,11 @@ from vllm_forge.images.content import wheel_groups
 from vllm_forge.images.store import require_stored
 from vllm_forge.images.wheels import site_packages
 from vllm_forge.kernels.coverage import parse_capability
-from vllm_forge.kernels.coverage.contents import Contents
-from vllm_forge.kernels.coverage.contract import Contract, contract
+from vllm_forge.kernels.coverage.contract import Contract, contract, selections_of
 from vllm_forge.kernels.coverage.families import digest
 from vllm_forge.kernels.coverage.line_record import line_record
-from vllm_forge.kernels.coverage.selected import selections_of
-from vllm_forge.kernels.selection import read_recorded
+from vllm_forge.kernels.coverage.site_packages import SitePackages
+from vllm_forge.kernels.selection.record import read_selection
 from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
@@ -31,8 +30,8 @@ def line_coverage(project: Project, name: str) -> tuple[dict[str, Any], list[Any
     folders = [
         folder for group in wheel_groups(cell, lock) for folder in require_stored(group.key).whole
     ]
-    contents = Contents(tuple(folder / site_packages(line.python) for folder in folders))
-    recorded = read_recorded(project.root, name)
+    contents = SitePackages(tuple(folder / site_packages(line.python) for folder in folders))
+    recorded = read_selection(project.records, name)
     made = {}
     for sku_name in line.skus:
         sku = project.matrix.sku[sku_name]

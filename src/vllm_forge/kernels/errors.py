@@ -10,19 +10,19 @@ UNDECIDED = 52
 
 
 class UnknownFatbinError(ForgeError):
-    """Device code in a layout that the census does not know, so it cannot say what it is."""
+    """Device code in an unknown layout, so that its targets are not known."""
 
     exit_code = UNDECIDED
 
 
 class UnknownTargetError(ForgeError):
-    """A target, e.g. ``sm_199x``, that is not one of CUDA's names."""
+    """An invalid CUDA target, e.g. ``sm_199x``."""
 
     exit_code = REFUSED
 
 
 class UnknownFamilyError(ForgeError):
-    """A backend or a kernel family that the census has no row for."""
+    """A backend or a kernel family without a row in families.toml."""
 
     exit_code = UNDECIDED
 
@@ -34,36 +34,36 @@ class ContractError(ForgeError):
 
 
 class StaleExceptionError(ForgeError):
-    """An exception of the contract that is not needed any more."""
+    """An [[exception]] row that is not needed any more."""
 
     exit_code = RED
 
 
 class SelectionChangedError(ForgeError):
-    """A line's vLLM answers otherwise than the committed row says."""
+    """A line's kernel selection changed since it was recorded."""
 
     exit_code = RED
 
 
 class SelectionStaleError(ForgeError):
-    """The committed answers are of other inputs: lock, series, artifacts, presets or questions."""
+    """The recorded answers belong to another lock, series, artifact, preset or question."""
 
     exit_code = UNDECIDED
 
 
 class SelectionFileError(ForgeError):
-    """The committed answers of a line are missing or malformed."""
+    """The recorded answers of a line are missing or malformed."""
 
     exit_code = REFUSED
 
 
-class OracleFailedError(ForgeError):
-    """Asking a line's vLLM gave no answers, or a question failed in our own code."""
+class SelectionFailedError(ForgeError):
+    """Asking a line's vLLM gave no answers, or a question failed in this project's code."""
 
     exit_code = UNDECIDED
 
 
 class ArtifactConfigError(ForgeError):
-    """The config.json of an artifact is not known, or its file is malformed."""
+    """An artifact's config.json is missing or malformed."""
 
     exit_code = REFUSED

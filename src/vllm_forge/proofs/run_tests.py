@@ -1,6 +1,6 @@
-"""Runs contract tests inside the image, by its own Python, without network or GPU.
+"""Run contract tests inside the image, by its own Python, without network or GPU.
 
-Stands alone: standard library and what lies beside it, nothing else of vllm_forge. Prints one
+Imports the standard library and the inputs next to it, and nothing else of vllm_forge. Prints one
 JSON object with the outcome of every test as its last line, and exits 0 if it could run at all:
 the host decides what red means.
 
@@ -24,7 +24,7 @@ TAIL = 4000
 
 
 class Outcomes:
-    """A pytest plugin: the outcome of each test, and what the first red one said."""
+    """A pytest plugin: the outcome of each test, and the message of the first red one."""
 
     def __init__(self) -> None:
         self.tests: dict[str, str] = {}
@@ -34,8 +34,8 @@ class Outcomes:
         """Setup, call and teardown each report; the worst one counts."""
         if report.failed:
             self.tests[report.nodeid] = "failed"
-            self.why = self.why or _said(report)
-        elif hasattr(report, "wasxfail"):  # passed or skipped, but not what was meant
+            self.why = self.why or _message(report)
+        elif hasattr(report, "wasxfail"):  # passed or skipped, but not as a proof
             self.tests[report.nodeid] = "xpassed" if report.passed else "xfailed"
         elif report.skipped:
             self.tests[report.nodeid] = "skipped"
@@ -45,10 +45,10 @@ class Outcomes:
     def pytest_collectreport(self, report: Any) -> None:
         """A module that does not import has no tests."""
         if report.failed:
-            self.why = self.why or _said(report)
+            self.why = self.why or _message(report)
 
 
-def _said(report: Any) -> str:
+def _message(report: Any) -> str:
     crash = getattr(report.longrepr, "reprcrash", None)
     text = crash.message if crash is not None else str(report.longrepr)
     lines = [line for line in text.strip().splitlines() if line.strip()]
@@ -56,8 +56,8 @@ def _said(report: Any) -> str:
 
 
 def main(line: str, threads: str, *tests: str) -> None:
-    """Run the tests of one line."""
-    # Behind the image's own packages: what ships must not be shadowed.
+    """TestRun the tests of one line."""
+    # After the image's own packages, which must not be shadowed.
     sys.path += [str(INPUTS / "tools"), str(INPUTS / "src"), str(INPUTS)]
     os.chdir(INPUTS)
     os.environ |= {
@@ -68,7 +68,7 @@ def main(line: str, threads: str, *tests: str) -> None:
         "OMP_NUM_THREADS": threads,
         "VLLM_NO_USAGE_STATS": "1",
     }
-    import pytest  # noqa: PLC0415 - it is here only now
+    import pytest  # noqa: PLC0415 - on sys.path only now
 
     outcomes = Outcomes()
     text = io.StringIO()

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_forge.kernels.selection import grid_question, read_recorded
+from vllm_forge.kernels.selection.questions import grid_question
+from vllm_forge.kernels.selection.record import read_selection
 from vllm_forge.receipts.errors import ReceiptContradictedError
 
 if TYPE_CHECKING:
@@ -55,8 +56,7 @@ def compare(root: Path, receipt: Receipt) -> list[Foretold]:
         if engine not in detail.configurations:
             continue
         name = grid_question(detail.sku, artifact)
-        rows = {question.name: answer for question, answer in read_recorded(root, detail.line).rows}
-        answer = rows.get(name)
+        answer = read_selection(root / "records", detail.line).answers.get(name)
         if answer is None:
             raise _contradicted(
                 receipt, f"engine {engine} ran, and the oracle was not asked {name}"

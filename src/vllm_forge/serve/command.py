@@ -1,23 +1,30 @@
-"""From a preset to one command line, for a container engine or for a plain shell."""
+"""From a deployment to one command line, for a container engine or a plain shell, and its start."""
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from vllm_forge.host import gpu_container
+from vllm_forge.host import gpu_container, which
+from vllm_forge.host.errors import ToolMissingError
+from vllm_forge.images.errors import BuildRecordError
 from vllm_forge.matrix import serve_arguments
+from vllm_forge.serve.errors import NoGpuError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
-    from vllm_forge.matrix import Matrix
-    from vllm_forge.serve.presets import Serving
+    from vllm_forge.host import Probe
+    from vllm_forge.matrix import ImageCell, Matrix
+    from vllm_forge.serve.deployment import Deployment
 
 Engine = Literal["docker", "podman"]
 ENGINES: tuple[Engine, ...] = ("docker", "podman")
-# Holds the hub's downloads and what the JIT compilers make.
+# Holds the hub's downloads and the output of JIT compilers.
 VOLUME = "vllm-forge-cache"
 
 
@@ -29,38 +36,39 @@ class Command:
     env: dict[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
-        """The command as it is pasted into a POSIX shell, one option a line."""
+        """The command for a POSIX shell, one option a line."""
         start = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.env.items())]
         head, *options = _pairs(self.argv)
         return " \\\n    ".join([" ".join([*start, head]), *options])
 
 
-def bare_command(matrix: Matrix, item: Serving) -> Command:
+def bare_command(matrix: Matrix, deployment: Deployment) -> Command:
     """``vllm serve`` as typed in the image, or where the line's patched vLLM is installed.
 
     The SKU's environment is part of it, which the image has set already.
     """
-    args, env = serve_arguments(matrix, item.preset_name)
+    args, env = serve_arguments(matrix, deployment.preset_name)
     return Command(
-        argv=("vllm", "serve", item.artifact.repo, *args), env={**item.cell.sku.env, **env}
+        argv=("vllm", "serve", deployment.artifact.repo, *args),
+        env={**deployment.cell.sku.env, **env},
     )
 
 
-def image_name(item: Serving, digest: str | None) -> str:
-    """The image by its digest; by its tag, as a build names it, where there is none yet."""
-    name = f"localhost/{item.cell.name}"
-    return f"{name}:{item.cell.line_name}" if digest is None else f"{name}@{digest}"
+def image_name(deployment: Deployment, digest: str | None) -> str:
+    """The image by its digest, or by the tag of a build if the digest is unknown."""
+    name = f"localhost/{deployment.cell.name}"
+    return f"{name}:{deployment.cell.line_name}" if digest is None else f"{name}@{digest}"
 
 
 def container_command(
-    matrix: Matrix, item: Serving, *, engine: Engine = "docker", digest: str | None = None
+    matrix: Matrix, deployment: Deployment, *, engine: Engine = "docker", digest: str | None = None
 ) -> Command:
     """The run of the SKU's image; its entrypoint is ``vllm serve``.
 
-    All workers are in one container, so it needs no IPC namespace of the host's, but a
-    /dev/shm of its own that is large enough.
+    All workers are in one container, so it needs a large /dev/shm of its own rather than the
+    host's IPC namespace.
     """
-    args, env = serve_arguments(matrix, item.preset_name)
+    args, env = serve_arguments(matrix, deployment.preset_name)
     settings = matrix.container
     options = [
         "--ipc=private", f"--shm-size={settings.shm_gb}g",
@@ -69,9 +77,9 @@ def container_command(
         f"--volume={VOLUME}:/cache",
         *(f"--env={name}={value}" for name, value in sorted(env.items())),
     ]  # fmt: skip
-    command = [item.artifact.repo, f"--port={settings.port}", *args]
-    gpus = item.preset.tensor_parallel
-    argv = gpu_container(engine, gpus, options, image_name(item, digest), command)
+    command = [deployment.artifact.repo, f"--port={settings.port}", *args]
+    gpus = deployment.preset.tensor_parallel
+    argv = gpu_container(engine, gpus, options, image_name(deployment, digest), command)
     return Command(argv=tuple(argv))
 
 
@@ -79,3 +87,97 @@ def _pairs(argv: Sequence[str]) -> list[str]:
     """Words up to the first option in one line, then an option or a name a line."""
     first = next((place for place, word in enumerate(argv) if word.startswith("--")), len(argv))
     return [shlex.join(argv[:first]), *(shlex.quote(word) for word in argv[first:])]
+
+
+def running_engine(probe: Probe, engine: Engine | None) -> Engine:
+    """The given engine, or the first one that answers.
+
+    Raises:
+        NoGpuError: none answers.
+    """
+    engines = ENGINES if engine is None else (engine,)
+    for name in engines:
+        if probe.ask(name, [name, "info"]).code == 0:
+            return name
+    raise NoGpuError(
+        f"no container engine answers: asked {' and '.join(engines)}",
+        remedy="start one; or take the command of --print elsewhere",
+    )
+
+
+def require_gpus(probe: Probe, deployment: Deployment) -> None:
+    """Raise if the host has fewer GPUs than a replica of the preset needs.
+
+    Raises:
+        NoGpuError: fewer, or none.
+    """
+    reply = probe.ask("nvidia-smi-list", ["nvidia-smi", "-L"])
+    count = 0 if reply.code else sum(line.startswith("GPU ") for line in reply.text.splitlines())
+    need = deployment.preset.tensor_parallel
+    if count < need:
+        raise NoGpuError(
+            f"preset {deployment.preset_name} needs {need} GPUs, this host has {count or 'none'}",
+            where="nvidia-smi -L",
+            remedy=(
+                f"nox -s doctor -- --sku {deployment.cell.sku_name} says what is missing; "
+                "--print prints the command for another host"
+            ),
+        )
+
+
+def become(command: Command) -> NoReturn:
+    """Replace this process with the command, which then gets its signals and exit code.
+
+    Raises:
+        ToolMissingError: the program is not installed.
+    """
+    program = which(command.argv[0])
+    if program is None:
+        raise ToolMissingError(f"{command.argv[0]} is not installed", where=command.text())
+    os.execve(program, list(command.argv), {**os.environ, **command.env})  # noqa: S606
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildRecord:
+    """The record of an image that a build wrote to ``dist/``.
+
+    Attributes:
+        digest: ``sha256:<hex>`` of the manifest.
+        size: bytes that a pull transfers.
+        record: the whole record.
+    """
+
+    digest: str
+    size: int
+    record: dict[str, Any]
+
+
+def record_path(cell: ImageCell) -> Path:
+    """The default path of a build's record."""
+    return cell.root / "dist" / f"{cell.name}.json"
+
+
+def build_record(cell: ImageCell) -> BuildRecord | None:
+    """The record of the cell's image; None if it was not built here.
+
+    Raises:
+        BuildRecordError: invalid record.
+    """
+    path = record_path(cell)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return BuildRecord(digest=record["digest"], size=record["size"], record=record)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BuildRecordError(
+            f"invalid build record: {type(error).__name__}: {error}",
+            where=str(path),
+            remedy=f"delete it and build again: {build_command(cell)}",
+        ) from error
+
+
+def build_command(cell: ImageCell) -> str:
+    """The command that builds the cell's image and loads it into the engine."""
+    line = f" --line {cell.line_name}"
+    return f"nox -s build-{cell.sku.arch.replace('_', '')} --{line} --load"

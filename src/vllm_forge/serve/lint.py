@@ -1,29 +1,316 @@
-"""Every preset, with each of its artifacts, on each line of its SKU: judged by the rules."""
+"""Lint of presets, by what a line's own vLLM answers: each preset with each artifact.
+
+The facts are the recorded kernel selection's: vLLM's argument parser, its environment variables,
+the configuration that it resolves. No rule knows what a release does.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from vllm_forge.kernels.selection import (
-    artifact_config,
-    grid_question,
-    preset_question,
-    require_fresh,
-)
-from vllm_forge.serve.case import Case
+from vllm_forge.kernels.selection.questions import artifact_config, grid_question, preset_question
+from vllm_forge.kernels.selection.record import require_fresh
+from vllm_forge.matrix import serve_arguments
 from vllm_forge.serve.errors import PresetLintError
-from vllm_forge.serve.rules import judge
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from vllm_forge.kernels.selection import Recorded
-    from vllm_forge.matrix import Matrix
-    from vllm_forge.serve.case import Finding
+    from vllm_forge.kernels.selection.model import Answer
+    from vllm_forge.kernels.selection.record import SelectionRecord
+    from vllm_forge.matrix import Line, Matrix, Preset
+    from vllm_forge.project import Project
+
+# How experts are stored -> part of the name of the class that builds them so.
+SCHEMES = {
+    "bf16": "unquantized", "fp8": "fp8", "mxfp4": "mxfp4", "nvfp4": "nvfp4", "w4a16": "wna16",
+}  # fmt: skip
+KV_FLAG, BLOCK_FLAG = "--kv-cache-dtype=", "--block-size="
 
 
-def cases(matrix: Matrix, recorded: Recorded) -> Iterator[Case]:
+@dataclass(frozen=True, kw_only=True)
+class LintFinding:
+    """A problem of a preset with an artifact on a line, and its remedy."""
+
+    preset: str
+    artifact: str
+    line: str
+    what: str
+    remedy: str
+
+    def text(self) -> str:
+        """As `nox -s lint` prints it."""
+        return (
+            f"preset {self.preset}, {self.artifact}, line {self.line}: {self.what}\n"
+            f"    remedy: {self.remedy}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LintCase:
+    """A preset with one of its artifacts on one line, and the answers about it.
+
+    Attributes:
+        answer: of the line's vLLM, with the line's series applied.
+        published: variable -> the answer of the release as published, to the same question
+            with that retired variable set.
+        config: the artifact's config.json.
+    """
+
+    matrix: Matrix
+    preset_name: str
+    artifact_name: str
+    line_name: str
+    answer: Answer
+    published: Mapping[str, Answer]
+    config: Mapping[str, Any]
+
+    @property
+    def preset(self) -> Preset:
+        """The preset's row."""
+        return self.matrix.preset[self.preset_name]
+
+    @property
+    def line(self) -> Line:
+        """The line's row."""
+        return self.matrix.line[self.line_name]
+
+    @property
+    def release(self) -> str:
+        """The line's vLLM in messages."""
+        return f"vLLM {self.line.vllm}"
+
+    def finding(self, what: str, remedy: str) -> LintFinding:
+        """A finding about this case."""
+        return LintFinding(
+            preset=self.preset_name,
+            artifact=self.artifact_name,
+            line=self.line_name,
+            what=what,
+            remedy=remedy,
+        )
+
+
+def served(case: LintCase) -> Iterator[LintFinding]:
+    """The line's vLLM accepts the arguments and makes a configuration of them."""
+    refused = case.answer.refused
+    if refused is None:
+        return
+    row = f"matrix.toml, preset.{case.preset_name}"
+    match refused.kind:
+        case "arguments":
+            what, remedy = "its parser refuses the arguments", f"correct flags in {row}"
+        case "config":
+            what, remedy = "it refuses the configuration", f"correct flags in {row}"
+        case "device":
+            what = "it has no kernels for this"
+            remedy = f"take the artifact out of {row}; or the SKU out of line.{case.line_name}.skus"
+        case "failed":
+            what, remedy = "the question failed", "fix src/vllm_forge/kernels/selection/inside"
+    yield case.finding(f"{case.release}: {what}: {refused.message}", remedy)
+
+
+def known_variables(case: LintCase) -> Iterator[LintFinding]:
+    """Every variable is known to this vLLM."""
+    for name in sorted(case.preset.env):
+        retired = case.matrix.retired.get(name)
+        unknown = name in case.answer.unknown_environment or not name.startswith("VLLM_")
+        if unknown and retired is None:
+            yield case.finding(
+                f"{case.release} has no variable {name}: setting it has no effect",
+                f"take it out of preset.{case.preset_name}.env, or correct its name",
+            )
+        elif unknown and retired is not None:
+            yield case.finding(
+                f"{case.release} has no variable {name} any more ({retired.source}): setting it "
+                "has no effect",
+                f"use instead: {retired.replacement}",
+            )
+
+
+def retired_variables(case: LintCase) -> Iterator[LintFinding]:
+    """A retired variable that loses the clamp in the release as published is an error."""
+    for name in sorted(case.preset.env.keys() & case.matrix.retired.keys()):
+        retired = case.matrix.retired[name]
+        answer = case.published.get(name)
+        moe = answer.moe if answer is not None else None
+        if moe is not None and moe.clamp == "lost":
+            yield case.finding(
+                f"{name} takes {moe.chosen} for the experts, and {case.release} as published does "
+                "not hand it swiglu_limit: the clamp is lost, results are wrong",
+                f"use instead: {retired.replacement}",
+            )
+
+
+def graphs_cover_decode(case: LintCase) -> Iterator[LintFinding]:
+    """The largest captured size holds a full decode batch: max_num_seqs x (k + 1) tokens.
+
+    A larger batch runs eager, an order of magnitude slower, and nothing says so:
+    https://github.com/vllm-project/vllm/pull/50488.
+    """
+    graphs, engine = case.answer.cuda_graphs, case.answer.engine
+    if graphs is None or engine is None:
+        return
+    per_sequence = case.preset.speculative_tokens + 1
+    needed = engine.max_num_seqs * per_sequence
+    largest = max(graphs.sizes, default=0)
+    if largest < needed:
+        yield case.finding(
+            f"CUDA graphs ({graphs.mode}) are captured up to {largest} tokens, and a full decode "
+            f"batch has {engine.max_num_seqs} x {per_sequence} = {needed}: it runs eager",
+            f"--max-num-seqs={max(largest // per_sequence, 1)}, or --cudagraph-capture-sizes with "
+            f"multiples of {per_sequence} up to {needed}",
+        )
+
+
+def drafter_takes_k(case: LintCase) -> Iterator[LintFinding]:
+    """The draft layer is there, and drafts as many tokens as the preset says."""
+    tokens = case.preset.speculative_tokens
+    if case.answer.refused is not None:
+        return
+    draft = case.answer.draft
+    drafted = 0 if draft is None else draft.speculative_tokens
+    if drafted != tokens:
+        yield case.finding(
+            f"the preset drafts {tokens} tokens, and {case.release} {drafted}",
+            f"correct speculative_tokens in preset.{case.preset_name}",
+        )
+        return
+    layers = case.config.get("num_nextn_predict_layers", 0)
+    if tokens and (not layers or (tokens > layers and tokens % layers)):
+        yield case.finding(
+            f"k = {tokens}, and the drafter has {layers} layers: k must be a multiple",
+            f"correct speculative_tokens in preset.{case.preset_name}",
+        )
+
+
+def kv_cache_fits(case: LintCase) -> Iterator[LintFinding]:
+    """The KV cache has the dtype and the block that were asked for, and attention takes them."""
+    engine, attention = case.answer.engine, case.answer.attention
+    dtype, block = _value(case, KV_FLAG), _value(case, BLOCK_FLAG)
+    if engine is not None and dtype and not engine.kv_cache_dtype.startswith(dtype):
+        yield case.finding(
+            f"the preset asks for a KV cache in {dtype}, and {case.release} stores "
+            f"{engine.kv_cache_dtype}",
+            f"correct --kv-cache-dtype in preset.{case.preset_name}",
+        )
+    if engine is not None and block and str(engine.block_size) != block:
+        yield case.finding(
+            f"the preset asks for blocks of {block} tokens, and {case.release} takes "
+            f"{engine.block_size}",
+            f"correct --block-size in preset.{case.preset_name}",
+        )
+    if empty := [row for row in case.answer.kv_cache if row.page_bytes <= 0]:
+        yield case.finding(
+            f"a block of {empty[0].block_size} tokens is too small: {sum(r.layers for r in empty)} "
+            "layers, which keep a token of many, get blocks of 0 bytes",
+            f"take --block-size out of preset.{case.preset_name}, or raise it",
+        )
+    if attention is not None and attention.chosen is None:
+        yield case.finding(
+            f"{case.release} has no attention for KV dtype and block size: {attention.error}",
+            f"correct --kv-cache-dtype or --block-size in preset.{case.preset_name}",
+        )
+
+
+def experts_are_served(case: LintCase) -> Iterator[LintFinding]:
+    """A backend takes the experts, and it clamps where the model says so."""
+    moe = case.answer.moe
+    if moe is None:
+        return
+    if moe.chosen is None:
+        yield case.finding(
+            f"{case.release} has no backend for the experts: {moe.error}",
+            "take the artifact out of the preset, or the SKU out of the line",
+        )
+    elif moe.clamp == "lost":
+        yield case.finding(
+            f"{case.release} takes {moe.chosen} without swiglu_limit: results are wrong",
+            "choose another --moe-backend",
+        )
+
+
+def experts_are_built_as_stored(case: LintCase) -> Iterator[LintFinding]:
+    """The experts' scheme is the checkpoint's; exceptions are rows [artifact.*.unserved]."""
+    if case.answer.refused is not None:
+        return
+    artifact, draft = case.matrix.artifact[case.artifact_name], case.answer.draft
+    pairs: list[tuple[str, str, str | None]] = [
+        ("experts", artifact.experts, case.answer.experts_scheme)
+    ]
+    if draft is not None and artifact.mtp in SCHEMES:
+        pairs.append(("draft experts", artifact.mtp, draft.experts_scheme))
+    wrong = [
+        f"{what} are stored as {stored} and built as {scheme}"
+        for what, stored, scheme in pairs
+        if scheme is not None and SCHEMES[stored] not in scheme.lower()
+    ]
+    row = f"artifact.{case.artifact_name}.unserved"
+    reason = artifact.why_not(case.line_name, drafting=draft is not None)
+    if wrong and reason is None:
+        yield case.finding(
+            f"{case.release}: {'; '.join(wrong)}",
+            f"take the artifact out of preset.{case.preset_name}, or say in {row} why not",
+        )
+    elif reason is not None and not wrong:
+        yield case.finding(f"{row} says that it is not served, but it is", f"delete the row {row}")
+
+
+def tensor_parallel_divides(case: LintCase) -> Iterator[LintFinding]:
+    """Heads, output groups and the experts' quantization groups split evenly over the GPUs.
+
+    vLLM asserts the heads (models/deepseek_v4/attention.py, ``n_heads % tp_size``) and floors
+    the output groups (``n_groups // tp_size``) silently.
+    """
+    parts = case.preset.tensor_parallel
+    for name, count in divisible(case.config).items():
+        if count % parts:
+            yield case.finding(
+                f"{name} = {count} is not divided by --tensor-parallel-size={parts}",
+                f"choose another tensor_parallel in preset.{case.preset_name}",
+            )
+
+
+def divisible(config: Mapping[str, Any]) -> dict[str, int]:
+    """Counts that a tensor-parallel split must divide, by name, of a DeepSeek V4 config.json."""
+    counts = {
+        name: int(config[name]) for name in ("num_attention_heads", "o_groups") if name in config
+    }
+    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
+    for group in groups:
+        width = (group.get("weights") or {}).get("group_size")
+        if any("experts" in target for target in group.get("targets", ())) and width:
+            size = config["moe_intermediate_size"]
+            counts[f"moe_intermediate_size / group_size {width}"] = size // width
+    return counts
+
+
+RULES: tuple[Callable[[LintCase], Iterator[LintFinding]], ...] = (
+    served,
+    known_variables,
+    retired_variables,
+    graphs_cover_decode,
+    drafter_takes_k,
+    kv_cache_fits,
+    experts_are_served,
+    experts_are_built_as_stored,
+    tensor_parallel_divides,
+)
+
+
+def judge(case: LintCase) -> list[LintFinding]:
+    """All findings about a case, by rule."""
+    return [finding for rule in RULES for finding in rule(case)]
+
+
+def _value(case: LintCase, flag: str) -> str:
+    """The last value that the preset gives to a flag; "" if none."""
+    words, _ = serve_arguments(case.matrix, case.preset_name)
+    return next((w.removeprefix(flag) for w in reversed(words) if w.startswith(flag)), "")
+
+
+def cases(matrix: Matrix, recorded: SelectionRecord) -> Iterator[LintCase]:
     """All cases of a line, in the matrix's order."""
     line = matrix.line[recorded.line_name]
     answers, published = recorded.answers, recorded.published_answers
@@ -31,7 +318,7 @@ def cases(matrix: Matrix, recorded: Recorded) -> Iterator[Case]:
         if preset.sku not in line.skus:
             continue
         for artifact in preset.artifacts:
-            yield Case(
+            yield LintCase(
                 matrix=matrix,
                 preset_name=name,
                 artifact_name=artifact,
@@ -45,26 +332,26 @@ def cases(matrix: Matrix, recorded: Recorded) -> Iterator[Case]:
             )
 
 
-def lint_line(root: Path, matrix: Matrix, line_name: str) -> list[Finding]:
+def lint_line(project: Project, line_name: str) -> list[LintFinding]:
     """All findings on a line.
 
     Raises:
-        SelectionFileError, SelectionStaleError: the facts are missing, or of other presets,
-            artifacts, series or locks; with the command that writes them anew.
+        SelectionFileError, SelectionStaleError: the recorded answers are missing, or belong to
+            other presets, artifacts, series or locks.
     """
-    recorded = require_fresh(root, matrix, line_name)
-    return [finding for case in cases(matrix, recorded) for finding in judge(case)]
+    recorded = require_fresh(project, line_name)
+    return [finding for case in cases(project.matrix, recorded) for finding in judge(case)]
 
 
-def require_clean(findings: Sequence[Finding]) -> None:
-    """Raise when there is a finding.
+def require_clean(findings: Sequence[LintFinding]) -> None:
+    """Raise if there is a finding.
 
     Raises:
-        PresetLintError: with all of them.
+        PresetLintError: with all findings.
     """
     if findings:
         raise PresetLintError(
             f"{len(findings)} findings:\n" + "\n".join(finding.text() for finding in findings),
             where="matrix.toml, [preset]",
-            remedy="mend the rows; each finding says how",
+            remedy="fix the rows as each finding says",
         )

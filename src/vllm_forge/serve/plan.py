@@ -1,4 +1,4 @@
-"""A cell, resolved: what an image is made of, what runs in it, how it is served, what is known.
+"""The plan of a cell: its pins, series, image, kernels, contract, commands and receipts.
 
 Read from files of the repository only; equal files give equal bytes.
 """
@@ -9,18 +9,13 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.kernels.coverage.families import FINE
+from vllm_forge.kernels.selection.questions import preset_question
+from vllm_forge.kernels.selection.record import read_selection, selection_path
+from vllm_forge.matrix import serve_arguments
 from vllm_forge.patches import read_series, read_tree_lock
 from vllm_forge.receipts.lookup import image_receipts, preset_state
-from vllm_forge.serve import (
-    Selections,
-    bare_command,
-    build_command,
-    built_image,
-    container_command,
-    presets_of,
-    serving,
-)
-from vllm_forge.serve.needs import needs_of
+from vllm_forge.serve.command import bare_command, build_command, build_record, container_command
+from vllm_forge.serve.deployment import find_deployment, needs_of, presets_of
 from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
@@ -28,9 +23,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_forge.kernels.selection.model import Answer, Choice
-    from vllm_forge.matrix import ImageCell, Matrix
+    from vllm_forge.matrix import ImageCell
+    from vllm_forge.project import Project
     from vllm_forge.receipts.lookup import ImageReceipts
-    from vllm_forge.serve import BuiltImage, Serving
+    from vllm_forge.serve.deployment import Deployment
     from vllm_forge.sources import Lock
 
 Table = dict[str, Any]
@@ -42,18 +38,20 @@ SELECTED = (
 FORMAT = 1
 
 
-def make_plan(root: Path, matrix: Matrix, cell: ImageCell) -> Table:
-    """All that is known of a cell, as plain data.
+def make_plan(project: Project, cell: ImageCell) -> Table:
+    """A cell's plan, as plain data.
 
     Raises:
-        LockFileError, BuildRecordError, and what read_series raises.
+        LockFileError, BuildRecordError, and the errors of read_series.
     """
-    lock = read_lock(root, cell.line_name, cell.line, matrix.base)
-    image = built_image(cell)
-    found = image_receipts(root, matrix, None if image is None else image.digest)
-    selections = Selections(root, cell.line_name)
-    items = [
-        serving(matrix, cell, name, artifact)
+    matrix = project.matrix
+    lock = read_lock(project.root, cell.line_name, cell.line, matrix.base)
+    image = build_record(cell)
+    digest = None if image is None else image.digest
+    receipts = image_receipts(project.root, matrix, digest)
+    selections = Selections(project, cell.line_name)
+    deployments = [
+        find_deployment(matrix, cell, name, artifact)
         for name in presets_of(matrix, cell.sku_name).values()
         for artifact in matrix.preset[name].artifacts
     ]
@@ -61,14 +59,19 @@ def make_plan(root: Path, matrix: Matrix, cell: ImageCell) -> Table:
         "format": FORMAT,
         "cell": _cell(cell),
         "pins": _pins(cell, lock),
-        "series": _series(root, cell),
-        "image": _image(cell, image, found),
-        "lines": {name: _line(root, matrix, name, items) for name in matrix.line},
-        "contract": _contract(root, cell, lock),
+        "series": _series(project.root, cell),
+        "image": {
+            "digest": "not built here" if digest is None else digest,
+            "build": build_command(cell),
+            "receipts": receipts.words(project.root),
+        },
+        "lines": {name: _line(project, name, deployments) for name in matrix.line},
+        "contract": _contract(project, cell, lock),
         "presets": [
-            _preset(matrix, item, image, lock, found)
-            | {"selection": _selection(matrix, item, cell.line_name, selections)}
-            for item in items
+            _preset(project, deployment, digest, receipts)
+            | {"needs": needs_of(matrix, lock, deployment).as_json()}
+            | {"selection": _selection(deployment, cell.line_name, selections)}
+            for deployment in deployments
         ],
     }
 
@@ -121,34 +124,27 @@ def _series(root: Path, cell: ImageCell) -> Table:
     }
 
 
-def _image(cell: ImageCell, image: BuiltImage | None, found: ImageReceipts) -> Table:
-    return {
-        "digest": "not built here" if image is None else image.digest,
-        "build": build_command(cell),
-        "receipts": found.words(cell.root),
-    }
-
-
-def _line(root: Path, matrix: Matrix, name: str, items: Sequence[Serving]) -> Table:
-    """What a line does with the SKU's first preset and artifact."""
-    if not items:
+def _line(project: Project, name: str, deployments: Sequence[Deployment]) -> Table:
+    """What a line selects for the SKU's first preset and artifact."""
+    if not deployments:
         return {"refused": "the SKU has no preset"} | dict.fromkeys(SELECTED, NONE)
-    sku = items[0].cell.sku_name
-    if sku in matrix.line[name].unsupported:
-        return {"refused": matrix.line[name].unsupported[sku]} | dict.fromkeys(SELECTED, NONE)
-    return _selection(matrix, items[0], name, Selections(root, name))
-
-
-def _selection(matrix: Matrix, item: Serving, line: str, selections: Selections) -> Table:
-    """What the line's vLLM selects for a preset and an artifact; "unknown" is: nobody asked."""
-    if (reason := item.why_not(line)) is not None:
+    sku = deployments[0].cell.sku_name
+    if sku in project.matrix.line[name].unsupported:
+        reason = project.matrix.line[name].unsupported[sku]
         return {"refused": reason} | dict.fromkeys(SELECTED, NONE)
-    answer = selections.of(matrix, item.preset_name, item.artifact_name)
+    return _selection(deployments[0], name, Selections(project, name))
+
+
+def _selection(deployment: Deployment, line: str, selections: Selections) -> Table:
+    """What the line's vLLM selects for a deployment; "unknown" if it was not asked."""
+    if (reason := deployment.why_not(line)) is not None:
+        return {"refused": reason} | dict.fromkeys(SELECTED, NONE)
+    answer = selections.of(deployment)
     if answer is None:
         return {"refused": None} | dict.fromkeys(SELECTED, UNKNOWN)
     if answer.refused is not None:
-        words = f"{answer.refused.kind}: {answer.refused.message}"
-        return {"refused": words} | dict.fromkeys(SELECTED, NONE)
+        reason = f"{answer.refused.kind}: {answer.refused.message}"
+        return {"refused": reason} | dict.fromkeys(SELECTED, NONE)
     draft, engine = answer.draft, answer.engine
     values = (
         _chosen(answer.attention),
@@ -181,14 +177,15 @@ def _graphs(answer: Answer) -> Table | str:
     }
 
 
-def _contract(root: Path, cell: ImageCell, lock: Lock) -> Table:
-    """Kernel families that the SKU's presets need, as records/coverage/<line>.json has them."""
-    path = root / "records" / "coverage" / f"{cell.line_name}.json"
+def _contract(project: Project, cell: ImageCell, lock: Lock) -> Table:
+    """Kernel families that the SKU's presets need, by records/coverage/<line>.json."""
+    path = project.records / "coverage" / f"{cell.line_name}.json"
+    name = path.relative_to(project.root)
     if not path.is_file():
-        return {"state": f"{UNKNOWN}: no {path.relative_to(root)}", "families": {}}
+        return {"state": f"{UNKNOWN}: no {name}", "families": {}}
     record = json.loads(path.read_text(encoding="utf-8"))
     if record["lock"] != lock.digest:
-        return {"state": f"{UNKNOWN}: {path.relative_to(root)} is of another lock", "families": {}}
+        return {"state": f"{UNKNOWN}: {name} is of another lock", "families": {}}
     rows = {name: cells.get(cell.sku_name) for name, cells in record["coverage"].items()}
     families = {
         name: {key: row[key] for key in ("verdict", "codes", "exception")}
@@ -204,17 +201,43 @@ def _contract(root: Path, cell: ImageCell, lock: Lock) -> Table:
 
 
 def _preset(
-    matrix: Matrix, item: Serving, image: BuiltImage | None, lock: Lock, found: ImageReceipts
+    project: Project, deployment: Deployment, digest: str | None, receipts: ImageReceipts
 ) -> Table:
-    digest = None if image is None else image.digest
-    run = container_command(matrix, item, digest=digest)
+    preset, artifact = deployment.preset_name, deployment.artifact_name
+    run = container_command(project.matrix, deployment, digest=digest)
     return {
-        "preset": item.preset_name,
-        "artifact": item.artifact_name,
-        "note": item.preset.note,
-        "state": preset_state(item.cell.root, found.held, item.preset_name, item.artifact_name),
+        "preset": preset,
+        "artifact": artifact,
+        "note": deployment.preset.note,
+        "state": preset_state(project.root, receipts.held, preset, artifact),
         "command": list(run.argv),
         "shell": run.text(),
-        "bare": bare_command(matrix, item).text(),
-        "needs": needs_of(matrix, lock, item).as_json(),
+        "bare": bare_command(project.matrix, deployment).text(),
     }
+
+
+class Selections:
+    """A line's recorded answers for plans; without a record, everything is unknown.
+
+    Lint checks whether they belong to the current series and lock.
+
+    Raises:
+        SelectionFileError: malformed record.
+    """
+
+    def __init__(self, project: Project, line_name: str) -> None:
+        self._matrix = project.matrix
+        known = selection_path(project.records, line_name).is_file()
+        rows = read_selection(project.records, line_name).rows if known else ()
+        self._rows = {question.name: (question, answer) for question, answer in rows}
+
+    def of(self, deployment: Deployment) -> Answer | None:
+        """The answer for a deployment; None if the preset was not asked as it is now."""
+        name = preset_question(deployment.preset_name, deployment.artifact_name)
+        if name not in self._rows:
+            return None
+        question, answer = self._rows[name]
+        arguments, environment = serve_arguments(self._matrix, deployment.preset_name)
+        environment = {**self._matrix.sku[deployment.preset.sku].env, **environment}
+        same = question.arguments == tuple(arguments) and question.environment == environment
+        return answer if same else None

@@ -18,6 +18,7 @@ from vllm_forge.checkpoints.inspect.dry_load import Answer, Answers
 from vllm_forge.cli import main
 from vllm_forge.errors import UsageError
 from vllm_forge.matrix.errors import UnknownLineError
+from vllm_forge.project import Project
 from vllm_forge.proofs import dry_load as proof
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ class TestDryLoad:
     ) -> None:
         asked: list[str] = []
 
-        def dry_load(_root: Path, _matrix: object, line: str, *_: object) -> Answers:
+        def dry_load(_project: object, line: str, *_: object) -> Answers:
             asked.append(line)
             return Answers(vllm="", cases={"checkpoint": CLEAN})
 
@@ -217,10 +218,9 @@ class TestDryLoad:
     def test_a_host_that_cannot_mount_is_told(
         self, root: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from vllm_forge.matrix import load
 
         monkeypatch.setattr("os.geteuid", lambda: 1000)
-        assert "root" in proof.ready(root, load(root), "0.26")
+        assert "root" in proof.ready(Project(root), "0.26")
         monkeypatch.setattr("os.geteuid", lambda: 0)
         monkeypatch.setattr(proof, "which", lambda _: None)
-        assert proof.ready(root, load(root), "0.26") == "buildah, runc, unshare not installed"
+        assert proof.ready(Project(root), "0.26") == "buildah, runc, unshare not installed"

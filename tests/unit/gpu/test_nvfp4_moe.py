@@ -19,7 +19,7 @@ from tests.gpu.reference.planted import InResult, InWeights, in_result, in_weigh
 from tests.gpu.reference.swiglu import exceeds
 from vllm_forge.checkpoints.codecs.nvfp4 import Nvfp4, unpack
 from vllm_forge.kernels.selection.questions import grid_question
-from vllm_forge.kernels.selection.recorded import read_recorded
+from vllm_forge.kernels.selection.record import read_selection
 from vllm_forge.matrix import load
 from vllm_forge.receipts.suite import marker_of
 
@@ -152,7 +152,7 @@ def test_a_checkpoint_has_the_weights() -> None:
 
 @pytest.mark.parametrize("sku", load(ROOT).sku)
 def test_the_backends_are_those_that_the_oracle_found(sku: str) -> None:
-    recorded = read_recorded(ROOT, selected.LINE)
+    recorded = read_selection(ROOT / "records", selected.LINE)
     answer = recorded.answers[grid_question(sku, selected.ARTIFACT)]
     marker = marker_of(load(ROOT).sku[sku].compute_capability)
     assert answer.moe is not None

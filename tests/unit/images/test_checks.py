@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vllm_forge.images.checks import CHECK_ARGV, write_inputs
-from vllm_forge.kernels.selection import declared_device
+from vllm_forge.kernels.selection.questions import declared_device
 from vllm_forge.matrix import load
 
 if TYPE_CHECKING:

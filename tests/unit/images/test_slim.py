@@ -27,7 +27,7 @@ from vllm_forge.images.slim_layer import update_record, write_slim_layer
 from vllm_forge.images.store import StoredLayer, stored, write_layer
 from vllm_forge.images.wheels import site_packages, wheel_entries
 from vllm_forge.kernels.coverage import device_code, runs_on
-from vllm_forge.kernels.coverage.library import census
+from vllm_forge.kernels.coverage.library import library_code
 from vllm_forge.kernels.errors import UnknownFatbinError
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ def test_record_of_untouched_libraries_stays_byte_for_byte() -> None:
 def test_census_of_a_slim_library_has_what_stayed(whole: StoredLayer) -> None:
     """Headers of foreign code are still there; the census must not take them for code."""
     layer = slim(whole)
-    assert set(census(layer.files / LIBRARY).code) == {
+    assert set(library_code(layer.files / LIBRARY).code) == {
         "cubin 100", "cubin 100f", "cubin 103a", "ptx 80",
     }  # fmt: skip
-    assert len(census(whole.code / LIBRARY).code) == 8
+    assert len(library_code(whole.code / LIBRARY).code) == 8

@@ -14,20 +14,19 @@ from pydantic import ValidationError
 from tests.support import fatbins as made
 from vllm_forge.images.coverage import FOLDER
 from vllm_forge.kernels.coverage import library as library_module
-from vllm_forge.kernels.coverage.contents import Contents, best
-from vllm_forge.kernels.coverage.contract import Contract, Selected, contract
+from vllm_forge.kernels.coverage.contract import Contract, KernelSelection, contract, selections_of
 from vllm_forge.kernels.coverage.families import FINE, Catalogue, catalogue, digest
-from vllm_forge.kernels.coverage.library import census
+from vllm_forge.kernels.coverage.library import library_code
 from vllm_forge.kernels.coverage.line_record import line_record
-from vllm_forge.kernels.coverage.selected import selections_of
+from vllm_forge.kernels.coverage.site_packages import SitePackages, best
 from vllm_forge.kernels.errors import (
     ContractError,
     StaleExceptionError,
     UnknownFamilyError,
     UnknownFatbinError,
 )
-from vllm_forge.kernels.selection import Answer, read_recorded
-from vllm_forge.kernels.selection.model import Choice, Moe, Refused
+from vllm_forge.kernels.selection.model import Answer, Choice, Moe, Refusal
+from vllm_forge.kernels.selection.record import read_selection
 from vllm_forge.matrix import load
 from vllm_forge.pages.coverage import render, terminal
 from vllm_forge.sources import read_lock
@@ -108,10 +107,10 @@ def rows(*exceptions: dict[str, Any]) -> Catalogue:
 
 
 def check(
-    site: Path, gpu: tuple[int, int], *chosen: Selected, exceptions: tuple[Any, ...] = ()
+    site: Path, gpu: tuple[int, int], *chosen: KernelSelection, exceptions: tuple[Any, ...] = ()
 ) -> Contract:
     return contract(
-        Contents((site,), rows(*exceptions)),
+        SitePackages((site,), rows(*exceptions)),
         cell="cell",
         line="0.1",
         capability=gpu,
@@ -123,7 +122,7 @@ def verdicts(made_contract: Contract) -> dict[str, str]:
     return {item.family: item.coverage.verdict for item in made_contract.findings}
 
 
-MARLIN = Selected(by="preset", experts=(("Nvfp4", "MARLIN"),))
+MARLIN = KernelSelection(by="preset", experts=(("Nvfp4", "MARLIN"),))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +171,7 @@ def test_one_part_without_code_is_enough(tmp_path: Path) -> None:
     """The kernels are there, the sources beside them are not."""
     both = ROWS["family"]["base"] | {"sources": [{"files": ["gen/none.cuh"], "compiler": "nvcc"}]}
     catalog = Catalogue.model_validate(ROWS | {"family": ROWS["family"] | {"base": both}})
-    contents = Contents((image(tmp_path),), catalog)
+    contents = SitePackages((image(tmp_path),), catalog)
     found = contract(contents, cell="cell", line="0.1", capability=RTX, selections=())
     assert verdicts(found) == {"base": "missing"}
     assert found.findings[0].coverage.detail == "not there: gen/none.cuh"
@@ -189,7 +188,7 @@ def test_no_kernel_of_that_name_is_red(tmp_path: Path) -> None:
 
 
 def test_sources_and_their_compiler(tmp_path: Path) -> None:
-    attention = Selected(by="preset", attention="MLA")
+    attention = KernelSelection(by="preset", attention="MLA")
     image(tmp_path)
     assert verdicts(check(tmp_path, B300, attention))["jit"] == "source"
     # A part for 10.x says nothing of 12.x: needed and not made for it is missing.
@@ -204,7 +203,7 @@ def test_sources_and_their_compiler(tmp_path: Path) -> None:
 
 
 def test_cubins_there_for_another_gpu_or_to_download(tmp_path: Path) -> None:
-    gen = Selected(by="preset", experts=(("Nvfp4", "GEN"),))
+    gen = KernelSelection(by="preset", experts=(("Nvfp4", "GEN"),))
     image(tmp_path)
     assert verdicts(check(tmp_path, B300, gen))["cubins"] == "family"
     assert verdicts(check(tmp_path, RTX, gen))["cubins"] == "missing"
@@ -217,7 +216,7 @@ def test_cubins_there_for_another_gpu_or_to_download(tmp_path: Path) -> None:
 
 
 def test_each_library_must_have_code(tmp_path: Path) -> None:
-    linear = Selected(by="preset", linear="Gemm")
+    linear = KernelSelection(by="preset", linear="Gemm")
     image(tmp_path)
     assert verdicts(check(tmp_path, B300, linear))["torch"] == "native"
     with pytest.raises(ContractError, match=r"torch: missing; torch/t\.so has no code for it"):
@@ -231,7 +230,7 @@ def test_an_upper_layer_hides_a_lower_one(tmp_path: Path) -> None:
     lower = image(tmp_path / "lower")
     upper = image(tmp_path / "upper", {"cubin 100": {"base_kernel": 900}})
     both = contract(
-        Contents((lower, upper), rows()), cell="c", line="0.1", capability=RTX, selections=()
+        SitePackages((lower, upper), rows()), cell="c", line="0.1", capability=RTX, selections=()
     )
     assert verdicts(both) == {"base": "missing"}
 
@@ -259,20 +258,20 @@ def test_an_exception_is_accepted_and_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chosen", [(MARLIN,), ()], ids=["native by now", "not selected any more"])
-def test_a_stale_exception_fails(tmp_path: Path, chosen: tuple[Selected, ...]) -> None:
+def test_a_stale_exception_fails(tmp_path: Path, chosen: tuple[KernelSelection, ...]) -> None:
     with pytest.raises(StaleExceptionError, match=r"marlin \(ptx\)"):
         check(image(tmp_path), B300, *chosen, exceptions=(EXCEPTION,)).check()
 
 
 def test_an_unknown_backend_is_an_error(tmp_path: Path) -> None:
     image(tmp_path)
-    with pytest.raises(UnknownFamilyError, match=r"'MARLIM' .*Perhaps you meant 'MARLIN'"):
-        check(tmp_path, RTX, Selected(by="p", experts=(("Nvfp4", "MARLIM"),)))
+    with pytest.raises(UnknownFamilyError, match=r"'MARLIM'.*Perhaps you meant 'MARLIN'"):
+        check(tmp_path, RTX, KernelSelection(by="p", experts=(("Nvfp4", "MARLIM"),)))
     for unknown in (
-        Selected(by="p", attention="FLASH"),
-        Selected(by="p", linear="Mul"),
-        Selected(by="p", experts=(("Int3", "MARLIN"),)),
-        Selected(by="p", schemes=("Plain", "Pakced")),
+        KernelSelection(by="p", attention="FLASH"),
+        KernelSelection(by="p", linear="Mul"),
+        KernelSelection(by="p", experts=(("Int3", "MARLIN"),)),
+        KernelSelection(by="p", schemes=("Plain", "Pakced")),
     ):
         with pytest.raises(UnknownFamilyError):
             check(tmp_path, RTX, unknown)
@@ -318,43 +317,43 @@ def test_a_file_is_read_once_and_again_when_it_was_written_to(
 ) -> None:
     path = tmp_path / "lib.so"
     path.write_bytes(made.kernel_library(NATIVE))
-    first = census(path, ["marlin"])
+    first = library_code(path, ["marlin"])
     moved = tmp_path / "copy.so"
     moved.write_bytes(path.read_bytes())
     with monkeypatch.context() as patched:
         patched.setattr(library_module, "_read", None)  # would fail if it were called
-        assert census(path, ["marlin"]) == first
-        assert census(moved, ["marlin"]) == first
+        assert library_code(path, ["marlin"]) == first
+        assert library_code(moved, ["marlin"]) == first
     before = path.stat()
     path.write_bytes(made.without(path.read_bytes(), lambda kind, arch: arch == 120))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_size == before.st_size
-    assert "cubin 120f" not in census(path, ["marlin"]).code
+    assert "cubin 120f" not in library_code(path, ["marlin"]).code
 
 
 def test_other_patterns_are_another_census(tmp_path: Path) -> None:
     path = tmp_path / "lib.so"
     path.write_bytes(made.kernel_library(NATIVE))
-    assert list(census(path, ["marlin"]).patterns) == ["marlin"]
-    assert list(census(path, ["base"]).patterns) == ["base"]
-    assert census(path).patterns == {}
+    assert list(library_code(path, ["marlin"]).patterns) == ["marlin"]
+    assert list(library_code(path, ["base"]).patterns) == ["base"]
+    assert library_code(path).patterns == {}
 
 
 def test_a_half_written_record_is_made_again(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "lib.so"
     path.write_bytes(made.kernel_library(NATIVE))
-    whole = census(path)
-    for record in (cache / "census").rglob("*.json"):
+    whole = library_code(path)
+    for record in (cache / "coverage").rglob("*.json"):
         record.write_text(record.read_text()[:20])
-    assert census(path) == whole
+    assert library_code(path) == whole
 
 
 def test_an_unreadable_library_is_an_error_and_kept_nowhere(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "lib.so"
     path.write_bytes(made.library(made.fatbin(made.entry("ptx", "80", number=9))))
     with pytest.raises(UnknownFatbinError):
-        census(path)
-    assert list((cache / "census").glob("*.json")) == []
+        library_code(path)
+    assert list((cache / "coverage").glob("*.json")) == []
 
 
 # --- families.toml --------------------------------------------------------------------------------
@@ -402,7 +401,7 @@ def test_the_record_of_a_line_is_of_todays_lock_and_rows(root: Path, line: str) 
 def test_the_record_of_a_line_is_of_what_it_selects_today(root: Path, line: str) -> None:
     matrix = load(root)
     record = json.loads((root / FOLDER / f"{line}.json").read_text())
-    recorded = read_recorded(root, line)
+    recorded = read_selection(root / "records", line)
     for name in matrix.line[line].skus:
         answers = recorded.of_device(matrix.sku[name].device).answers
         needed = set(catalogue().need.always)
@@ -420,14 +419,14 @@ def test_a_refused_question_needs_nothing_and_experts_without_a_backend_are_an_e
         moe=Moe(chosen=None),
         modules={"model.layers.*.ffn.experts.routed_experts": scheme, "wq": "A in 3, B in 40"},
     )
-    refused = Answer(name="preset/p/b", refused=Refused(kind="device", message="no"))
+    refused = Answer(name="preset/p/b", refused=Refusal(kind="device", message="no"))
     asked = Answer(name="grid/s/a", attention=Choice(chosen="MLA"))
     (found,) = selections_of({answer.name: answer for answer in (served, refused, asked)})
-    assert found == Selected(
+    assert found == KernelSelection(
         by="preset/p/a", attention="MLA", schemes=("A", "B"), experts=((scheme, "none"),)
     )
     with pytest.raises(UnknownFamilyError):
-        Selected(by="p", experts=found.experts).families(catalogue().need)
+        KernelSelection(by="p", experts=found.experts).families(catalogue().need)
 
 
 def test_a_table_says_what_is_accepted_what_is_missing_and_what_nobody_needs(
@@ -435,7 +434,7 @@ def test_a_table_says_what_is_accepted_what_is_missing_and_what_nobody_needs(
 ) -> None:
     exception = EXCEPTION | {"capabilities": ["10.3"]}
     site = image(tmp_path, PTX_ONLY)
-    gen = Selected(by="preset", experts=(("Nvfp4", "GEN"),))
+    gen = KernelSelection(by="preset", experts=(("Nvfp4", "GEN"),))
     contracts = {
         "big": ("10.3", check(site, B300, MARLIN, exceptions=(exception,))),
         "small": ("12.0", check(site, RTX, gen)),
@@ -445,7 +444,7 @@ def test_a_table_says_what_is_accepted_what_is_missing_and_what_nobody_needs(
         vllm="0.1.0",
         lock="l",
         rows="r",
-        contents=Contents((site,), rows(exception)),
+        contents=SitePackages((site,), rows(exception)),
         contracts=contracts,
     )
     text = terminal(record, rows(exception))

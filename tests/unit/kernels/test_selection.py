@@ -15,38 +15,44 @@ import pytest
 
 from vllm_forge.kernels.errors import (
     ArtifactConfigError,
-    OracleFailedError,
     SelectionChangedError,
+    SelectionFailedError,
     SelectionFileError,
     SelectionStaleError,
 )
-from vllm_forge.kernels.selection import (
-    Answer,
-    Device,
-    Question,
-    Recorded,
+from vllm_forge.kernels.selection import record as record_module
+from vllm_forge.kernels.selection.model import Answer, Device, Question
+from vllm_forge.kernels.selection.mount import (
+    INSIDE,
+    QUESTIONS,
+    inside_hash,
+    read_answers,
+    write_inputs,
+)
+from vllm_forge.kernels.selection.questions import (
     artifact_config,
     config_hash,
     grid_question,
+    grid_questions,
     line_questions,
     preset_question,
-    published_questions,
-    read_answers,
-    read_recorded,
+)
+from vllm_forge.kernels.selection.record import (
+    SelectionRecord,
+    read_selection,
     require_fresh,
     require_same,
-    write_inputs,
-    write_recorded,
+    write_selection,
 )
-from vllm_forge.kernels.selection import recorded as expected_module
-from vllm_forge.kernels.selection.mount import INSIDE, QUESTIONS, inside_hash
 from vllm_forge.matrix import Matrix, load
 from vllm_forge.pages.selection import render, table
+from vllm_forge.project import Project
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 ROOT = Path(__file__).resolve().parents[3]
+RECORDS = ROOT / "records"
 MATRIX = load(ROOT)
 LINES = list(MATRIX.line)
 VARIABLE = "VLLM_TEST_FORCE_FP8_MARLIN"
@@ -67,8 +73,8 @@ def answer(name: str = "grid/chip/model", backend: str = "FAST", **changes: Any)
     return Answer.model_validate({**fields, **changes})
 
 
-def recorded(*answers: Answer, published: tuple[Answer, ...] = ()) -> Recorded:
-    return Recorded(
+def recorded(*answers: Answer, published: tuple[Answer, ...] = ()) -> SelectionRecord:
+    return SelectionRecord(
         line_name="9.9",
         vllm="9.9.1",
         made="2026-01-31",
@@ -111,7 +117,7 @@ class TestQuestions:
         assert asked.device.compute_capability == matrix.sku[preset.sku].compute_capability
 
     def test_the_published_release_is_asked_with_each_retired_variable(self) -> None:
-        with_variable = [q for q in published_questions(MATRIX) if VARIABLE in q.environment]
+        with_variable = [q for q in grid_questions(MATRIX) if VARIABLE in q.environment]
         assert len(with_variable) == len(MATRIX.sku) * len(MATRIX.artifact)
 
 
@@ -144,10 +150,10 @@ class TestArtifacts:
     @pytest.mark.parametrize(
         ("text", "words"),
         [
-            (None, "no config.json is known of artifact one"),
-            ("{", "not an artifact's config"),
-            ('{"config": {}}', "sources and config must be there"),
-            ('{"sources": ["a"]}', "not an artifact's config"),
+            (None, "missing config.json of artifact one"),
+            ("{", "invalid artifact config"),
+            ('{"config": {}}', "missing sources or config"),
+            ('{"sources": ["a"]}', "invalid artifact config"),
             ('{"sources": ["a"], "config": {}, "confg": {}}', "unknown keys"),
         ],
     )
@@ -207,13 +213,13 @@ class TestMount:
             ('[{"name": "b"}]', "1 answers to 1 questions, or in another order"),
             ("[]", "0 answers to 1 questions"),
             (
-                '[{"name": "a", "refused": {"kind": "oracle", "message": "it died"}}]',
+                '[{"name": "a", "refused": {"kind": "failed", "message": "it died"}}]',
                 "a: it died",
             ),
         ],
     )
     def test_what_is_no_answer_fails(self, output: str, words: str) -> None:
-        with pytest.raises(OracleFailedError, match=re.escape(words)):
+        with pytest.raises(SelectionFailedError, match=re.escape(words)):
             read_answers(output, [question("a")], "there")
 
     def test_a_refusal_of_vllm_is_an_answer(self) -> None:
@@ -228,39 +234,39 @@ class TestRecorded:
         self, tmp_path: Path
     ) -> None:
         one = recorded(answer("a"), answer("b"), answer("c", "SLOW"), published=(answer("a"),))
-        path = write_recorded(tmp_path, one)
+        path = write_selection(tmp_path, one)
         first = path.read_bytes()
-        assert read_recorded(tmp_path, "9.9") == one
-        assert write_recorded(tmp_path, one).read_bytes() == first
+        assert read_selection(tmp_path, "9.9") == one
+        assert write_selection(tmp_path, one).read_bytes() == first
         assert first.count(b"SchemeA") == 1  # said once, though three rows have it
 
     def test_the_committed_files_are_what_would_be_written(self, tmp_path: Path) -> None:
         for line in LINES:
-            written = write_recorded(tmp_path, read_recorded(ROOT, line))
-            assert written.read_bytes() == expected_module.path_of(ROOT, line).read_bytes()
+            written = write_selection(tmp_path, read_selection(RECORDS, line))
+            assert written.read_bytes() == record_module.selection_path(RECORDS, line).read_bytes()
 
     @pytest.mark.parametrize("text", [None, "{", "[]", '{"line": "9.9"}', '{"line": 3'])
     def test_a_file_that_is_none_is_said(self, tmp_path: Path, text: str | None) -> None:
-        path = expected_module.path_of(tmp_path, "9.9")
+        path = record_module.selection_path(tmp_path, "9.9")
         if text is not None:
             path.parent.mkdir(parents=True)
             path.write_text(text)
         with pytest.raises(SelectionFileError) as caught:
-            read_recorded(tmp_path, "9.9")
+            read_selection(tmp_path, "9.9")
         assert "nox -s forge -- kernels select --record --line 9.9" in str(caught.value)
         assert str(path) in str(caught.value)
 
     def test_a_row_that_points_nowhere_is_said(self, tmp_path: Path) -> None:
-        path = write_recorded(tmp_path, recorded(answer("a")))
+        path = write_selection(tmp_path, recorded(answer("a")))
         data = json.loads(path.read_text())
         data["rows"][0]["answer"]["modules"] = 7
         path.write_text(json.dumps(data))
         with pytest.raises(SelectionFileError):
-            read_recorded(tmp_path, "9.9")
+            read_selection(tmp_path, "9.9")
 
     def test_one_devices_rows(self) -> None:
         other = Device(name="Other", compute_capability="8.8", memory_bytes=1, count=8)
-        both = Recorded(
+        both = SelectionRecord(
             line_name="9.9",
             vllm="9.9.1",
             made="2026-01-31",
@@ -321,68 +327,69 @@ class TestStale:
     @pytest.fixture
     def root(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         line = MATRIX.default_line
-        found = read_recorded(ROOT, line)
-        write_recorded(tmp_path, found)
-        monkeypatch.setattr(expected_module, "inputs_of", lambda *_: found.inputs)
+        found = read_selection(RECORDS, line)
+        write_selection(tmp_path / "records", found)
+        (tmp_path / "matrix.toml").write_bytes((ROOT / "matrix.toml").read_bytes())
+        monkeypatch.setattr(record_module, "selection_inputs", lambda *_: found.inputs)
+        monkeypatch.setattr(record_module, "line_questions", lambda *_: [q for q, _ in found.rows])
         monkeypatch.setattr(
-            expected_module, "line_questions", lambda *_: [q for q, _ in found.rows]
-        )
-        monkeypatch.setattr(
-            expected_module, "published_questions", lambda *_: [q for q, _ in found.published]
+            record_module, "grid_questions", lambda *_: [q for q, _ in found.published]
         )
         return tmp_path
 
     def fails(self, root: Path) -> str:
         with pytest.raises(SelectionStaleError) as caught:
-            require_fresh(root, MATRIX, MATRIX.default_line)
+            require_fresh(Project(root), MATRIX.default_line)
         command = f"nox -s forge -- kernels select --record --line {MATRIX.default_line}"
         assert command in str(caught.value)
         return str(caught.value)
 
     def test_fresh_rows_are_returned(self, root: Path) -> None:
-        assert require_fresh(root, MATRIX, MATRIX.default_line).rows
+        assert require_fresh(Project(root), MATRIX.default_line).rows
 
     @pytest.mark.parametrize("key", ["lock", "release", "series", "questions"])
     def test_another_input(self, root: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
-        now = {**read_recorded(root, MATRIX.default_line).inputs, key: "another"}
-        monkeypatch.setattr(expected_module, "inputs_of", lambda *_: now)
+        now = {**read_selection(root / "records", MATRIX.default_line).inputs, key: "another"}
+        monkeypatch.setattr(record_module, "selection_inputs", lambda *_: now)
         assert f"input {key}" in self.fails(root)
 
     def test_another_artifact_config(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        now = json.loads(json.dumps(read_recorded(root, MATRIX.default_line).inputs))
+        now = json.loads(json.dumps(read_selection(root / "records", MATRIX.default_line).inputs))
         name = next(iter(now["artifacts"]))
         now["artifacts"][name] = "another"
-        monkeypatch.setattr(expected_module, "inputs_of", lambda *_: now)
+        monkeypatch.setattr(record_module, "selection_inputs", lambda *_: now)
         assert f"input artifacts.{name}" in self.fails(root)
 
     def test_another_question(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        rows = read_recorded(root, MATRIX.default_line).rows
+        rows = read_selection(root / "records", MATRIX.default_line).rows
         asked = [item for item, _ in rows]
         first = asked[0].model_copy(update={"arguments": ("--other",)})
-        monkeypatch.setattr(expected_module, "line_questions", lambda *_: [first, *asked[1:]])
+        monkeypatch.setattr(record_module, "line_questions", lambda *_: [first, *asked[1:]])
         assert f"question {first.name}" in self.fails(root)
 
     def test_a_question_more_or_less(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked = [item for item, _ in read_recorded(root, MATRIX.default_line).published]
-        monkeypatch.setattr(expected_module, "published_questions", lambda *_: asked[1:])
+        asked = [
+            item for item, _ in read_selection(root / "records", MATRIX.default_line).published
+        ]
+        monkeypatch.setattr(record_module, "grid_questions", lambda *_: asked[1:])
         assert f"question {asked[0].name} as published" in self.fails(root)
         more = [*asked, question("grid/one/more")]
-        monkeypatch.setattr(expected_module, "published_questions", lambda *_: more)
+        monkeypatch.setattr(record_module, "grid_questions", lambda *_: more)
         assert "question grid/one/more as published" in self.fails(root)
 
 
 @pytest.mark.parametrize("line", LINES)
 class TestCommitted:
     def test_rows_are_of_these_presets_series_locks_and_questions(self, line: str) -> None:
-        require_fresh(ROOT, MATRIX, line)
+        require_fresh(Project(ROOT), line)
 
     def test_no_row_is_a_failure_of_our_own(self, line: str) -> None:
-        found = read_recorded(ROOT, line)
+        found = read_selection(RECORDS, line)
         for item in (*found.answers.values(), *found.published_answers.values()):
-            assert item.refused is None or item.refused.kind != "oracle"
+            assert item.refused is None or item.refused.kind != "failed"
 
     def test_a_served_sku_is_served_and_its_clamp_arrives(self, line: str) -> None:
-        for name, item in read_recorded(ROOT, line).answers.items():
+        for name, item in read_selection(RECORDS, line).answers.items():
             if name.startswith("preset/"):
                 assert item.refused is None, name
                 assert item.moe is not None
@@ -390,7 +397,7 @@ class TestCommitted:
                 assert item.cuda_graphs is not None
 
     def test_sizes_cover_as_the_data_says(self, line: str) -> None:
-        for name, item in read_recorded(ROOT, line).answers.items():
+        for name, item in read_selection(RECORDS, line).answers.items():
             if (graphs := item.cuda_graphs) is not None:
                 assert graphs.covers == (max(graphs.sizes, default=0) >= graphs.needed), name
 
@@ -428,12 +435,12 @@ class TestFacts:
         ],
     )
     def test_experts(self, line: str, sku: str, backend: str) -> None:
-        moe = read_recorded(ROOT, line).answers[grid_question(sku, "flash-nvfp4-fp8-mtp")].moe
+        moe = read_selection(RECORDS, line).answers[grid_question(sku, "flash-nvfp4-fp8-mtp")].moe
         assert moe is not None
         assert (moe.chosen, moe.clamp) == (backend, "reaches")
 
     def test_the_forced_marlin_keeps_the_clamp_only_with_the_series(self) -> None:
-        found = read_recorded(ROOT, "0.22")
+        found = read_selection(RECORDS, "0.22")
         name = grid_question("b300", "flash-nvfp4-fp8-mtp", VARIABLE)
         ours, theirs = found.answers[name].moe, found.published_answers[name].moe
         assert ours is not None
@@ -442,13 +449,13 @@ class TestFacts:
         assert (theirs.chosen, theirs.clamp) == ("MARLIN", "lost")
 
     def test_sm120_is_refused_by_0_22_with_the_reason(self) -> None:
-        found = read_recorded(ROOT, "0.22").answers
+        found = read_selection(RECORDS, "0.22").answers
         refused = found[grid_question("rtxpro6000", "flash-nvfp4-fp8-mtp")].refused
         assert refused is not None
         assert "does not support compute capability 12.0" in refused.message
 
     def test_the_limit_and_not_the_device_leaves_0_22_without_a_backend_elsewhere(self) -> None:
-        found = read_recorded(ROOT, "0.22").published_answers
+        found = read_selection(RECORDS, "0.22").published_answers
         for sku, instead in (("rtxpro6000", "FLASHINFER_CUTLASS"), ("h200", "MARLIN")):
             moe = found[grid_question(sku, "flash-nvfp4-fp8-mtp")].moe
             assert moe is not None
@@ -456,5 +463,5 @@ class TestFacts:
 
     def test_the_variable_is_gone_in_0_33(self) -> None:
         name = grid_question("b300", "flash-nvfp4-fp8-mtp", VARIABLE)
-        assert read_recorded(ROOT, "0.33").answers[name].unknown_environment == (VARIABLE,)
-        assert read_recorded(ROOT, "0.26").answers[name].unknown_environment == ()
+        assert read_selection(RECORDS, "0.33").answers[name].unknown_environment == (VARIABLE,)
+        assert read_selection(RECORDS, "0.26").answers[name].unknown_environment == ()

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from vllm_forge.kernels.selection.inside import experts, layers, main, serving
-from vllm_forge.kernels.selection.inside.building import Selection
-from vllm_forge.kernels.selection.inside.device import Declared
+from vllm_forge.kernels.selection.inside import experts, facts, main, serving
+from vllm_forge.kernels.selection.inside.building import SelectionCall
+from vllm_forge.kernels.selection.inside.device import DeclaredDevice
 from vllm_forge.kernels.selection.inside.driver import Device
 
 SOURCE = Path(main.__file__).parents[3]
@@ -102,9 +102,9 @@ def test_one_wrong_question_does_not_end_the_others(worlds: Worlds) -> None:
     for question, artifact in zip(questions, ("wrong", "dies", "refused", "model"), strict=True):
         question["artifact"] = artifact
     found = worlds.ask(*questions)
-    assert found["a"]["refused"]["kind"] == "oracle"
+    assert found["a"]["refused"]["kind"] == "failed"
     assert "our own fault" in found["a"]["refused"]["message"]
-    assert found["b"]["refused"] == {"kind": "oracle", "message": "the process died"}
+    assert found["b"]["refused"] == {"kind": "failed", "message": "the process died"}
     assert found["c"]["refused"] == {"kind": "device", "message": "no kernel"}
     assert "refused" not in found["d"]
 
@@ -142,7 +142,7 @@ def test_a_world_that_cannot_import_says_so(
 ) -> None:
     monkeypatch.setattr(main, "MODULES", ("vllm.absent",))
     found = worlds.ask(asked("a"), asked("b"))
-    assert found["a"]["refused"]["kind"] == found["b"]["refused"]["kind"] == "oracle"
+    assert found["a"]["refused"]["kind"] == found["b"]["refused"]["kind"] == "failed"
     assert "vllm.absent" in capfd.readouterr().err
 
 
@@ -162,11 +162,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 torch = sys.modules["torch"] = ModuleType("torch")
 torch.cuda = SimpleNamespace()
-from vllm_forge.kernels.selection.inside.device import Declared
+from vllm_forge.kernels.selection.inside.device import DeclaredDevice
 from vllm_forge.kernels.selection.inside.driver import Device, build_stubs
 folder = Path(sys.argv[1])
 build_stubs(folder)
-declared = Declared(folder)
+declared = DeclaredDevice(folder)
 try:
     torch.cuda.get_device_capability()
 except RuntimeError as error:
@@ -183,7 +183,7 @@ print(json.dumps({
     "nvml": [major.value, minor.value, count.value, name.value.decode(), memory[0]],
     "torch": [*torch.cuda.get_device_capability(), torch.cuda.device_count(),
               torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory],
-    "cuInit": cuda.cuInit(0), "early": early, "asked": declared.asked,
+    "cuInit": cuda.cuInit(0), "early": early, "asked": declared.early_calls,
 }))
 """
 
@@ -202,7 +202,7 @@ def test_nvml_and_torch_see_the_declared_device_and_nothing_before(tmp_path: Pat
 
 def test_what_is_not_declared_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     torch: Any = fake_torch()
-    declared = object.__new__(Declared)
+    declared = object.__new__(DeclaredDevice)
     declared._cuda, declared._nvml = torch.cuda, SimpleNamespace()
     monkeypatch.setattr(
         "vllm_forge.kernels.selection.inside.device.ctypes",
@@ -290,8 +290,10 @@ def _fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", fake_torch())
 
 
-def call(log: serving.Log) -> Selection:
-    made = Selection(function=select_nvfp4_moe_backend, args=(MoeConfig(),), kwargs={"log": log})
+def call(log: serving.Log) -> SelectionCall:
+    made = SelectionCall(
+        function=select_nvfp4_moe_backend, args=(MoeConfig(),), kwargs={"log": log}
+    )
     with log.listen() as made.lines:
         made.result = made.function(*made.args, **made.kwargs)
     return made
@@ -412,7 +414,7 @@ def test_schemes_by_module_with_the_odd_layer_told() -> None:
             ("norm", SimpleNamespace()),
         ]
     )
-    assert layers.module_schemes(model) == {
+    assert facts.module_schemes(model) == {
         "lm_head": "A",
         "model.layers.*.wo_a": "B",
         "model.layers.*.wo_b": "A in 1, B in 1",

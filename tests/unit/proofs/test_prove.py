@@ -22,7 +22,7 @@ from tests.support.trees import changed_tree, patch_text, write_sdist
 from vllm_forge.errors import ForgeError
 from vllm_forge.host import RecordingRunner
 from vllm_forge.images.errors import EngineSetupError
-from vllm_forge.matrix import Matrix, load
+from vllm_forge.matrix import load
 from vllm_forge.patches import (
     Applied,
     Patch,
@@ -44,10 +44,12 @@ from vllm_forge.patches.variants import (
     trees_of_moved,
     without,
 )
-from vllm_forge.proofs import environment, prove
-from vllm_forge.proofs.environment import SCRIPT, Environment
+from vllm_forge.project import Project
+from vllm_forge.proofs import prove as prove_module
+from vllm_forge.proofs.environment import LineEnvironment
 from vllm_forge.proofs.errors import ProofNotRunError, ProofRedError, UselessPatchError
-from vllm_forge.proofs.verdict import Run, judge_whole, judge_without, parse
+from vllm_forge.proofs.prove import SCRIPT, prove
+from vllm_forge.proofs.result import TestRun, judge_whole, judge_without, parse
 from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
@@ -249,9 +251,9 @@ class TestExport:
 PROOF = "tests/unit/test_nothing.py::test_nothing"  # what the kit's patches name
 
 
-def run(code: int, why: str = "", **tests: str) -> Run:
+def run(code: int, why: str = "", **tests: str) -> TestRun:
     names = {PROOF if name == "it" else f"{PROOF}[{name}]": said for name, said in tests.items()}
-    return Run(exit=code, tests=names, why=why, tail="the tail")
+    return TestRun(exit=code, tests=names, why=why, tail="the tail")
 
 
 @pytest.fixture
@@ -291,12 +293,12 @@ class TestVerdictWithout:
         ],
         ids=lambda said: f"{said.exit} {said.why} {list(said.tests.values())}",
     )
-    def test_anything_else_says_nothing(self, variant: Variant, said: Run) -> None:
+    def test_anything_else_says_nothing(self, variant: Variant, said: TestRun) -> None:
         assert type(judge_without("9.9", variant, said)) is ProofNotRunError
 
 
 class TestVerdictWhole:
-    def kinds(self, series: Series, said: Run) -> list[type[ForgeError]]:
+    def kinds(self, series: Series, said: TestRun) -> list[type[ForgeError]]:
         return [type(error) for error in judge_whole("9.9", series.patches, said)]
 
     @pytest.fixture(autouse=True)
@@ -311,7 +313,7 @@ class TestVerdictWhole:
 
     def test_red_elsewhere(self, series: Series) -> None:
         tests = {PROOF: "passed", "tests/patches/test_dispositions.py::x": "failed"}
-        (error,) = judge_whole("9.9", series.patches, Run(exit=1, tests=tests, why="", tail=""))
+        (error,) = judge_whole("9.9", series.patches, TestRun(exit=1, tests=tests, why="", tail=""))
         assert type(error) is ProofRedError
         assert "test_dispositions" in str(error)
 
@@ -326,11 +328,11 @@ class TestVerdictWhole:
         ],
         ids=lambda said: f"{said.exit} {list(said.tests.values())}",
     )
-    def test_not_run(self, series: Series, said: Run) -> None:
+    def test_not_run(self, series: Series, said: TestRun) -> None:
         assert self.kinds(series, said) == [ProofNotRunError]
 
     def test_another_test_whose_name_begins_alike_is_not_the_proof(self, series: Series) -> None:
-        said = Run(exit=0, tests={f"{PROOF}_more": "passed"}, why="", tail="")
+        said = TestRun(exit=0, tests={f"{PROOF}_more": "passed"}, why="", tail="")
         assert self.kinds(series, said) == [ProofNotRunError]
 
 
@@ -367,7 +369,7 @@ def test_teardown(late): print("noise on stdout")
 """
 
 
-def run_inside(folder: Path, content: str) -> Run:
+def run_inside(folder: Path, content: str) -> TestRun:
     (folder / SCRIPT.name).write_bytes(SCRIPT.read_bytes())
     (folder / "test_it.py").write_text(content)
     environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
@@ -422,7 +424,7 @@ def test_script_tells_the_line_and_keeps_threads_few(tmp_path: Path) -> None:
 def test_proofs_need_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(EngineSetupError, match="only root"):
-        prove(ROOT, MATRIX, list(MATRIX.line), RecordingRunner())
+        prove(Project(ROOT), list(MATRIX.line), RecordingRunner())
 
 
 HARM = "tests/patches/test_harm.py::test_harm"
@@ -442,7 +444,7 @@ proof = "{HARM}"
 class FakeEngine:
     """Answers a run by the content of the file that its tree changes."""
 
-    def __init__(self, answers: Mapping[bytes, Run]) -> None:
+    def __init__(self, answers: Mapping[bytes, TestRun]) -> None:
         self.answers = answers
         self.runs: list[ContainerRun] = []
 
@@ -457,7 +459,7 @@ class FakeEngine:
 @pytest.fixture
 def one_line(
     series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Path, Matrix, FakeEngine]:
+) -> tuple[Project, FakeEngine]:
     """A line of one patch, whose layers and engine are made up."""
     series.add(a=text(_5="five\n"))
     applied = series.applied()
@@ -465,7 +467,6 @@ def one_line(
     root.mkdir()
     (root / "dispositions.toml").write_text(DECIDED, encoding="utf-8")
     line = MATRIX.line["0.26"].model_copy(update={"vllm": RELEASE, "series": "patches"})
-    matrix = MATRIX.model_copy(update={"line": {"9.9": line}})
     engine = FakeEngine({})
     plan = SimpleNamespace(
         engine=engine,
@@ -473,32 +474,39 @@ def one_line(
         lock=SimpleNamespace(digest="0" * 64),
     )
     work = tmp_path / "work"
-    made = Environment(
-        plan=cast("Any", plan), lower_dirs=(), config={}, work=work, inputs=tmp_path / "in"
-    )
-    module = sys.modules["vllm_forge.proofs.prove"]
-    monkeypatch.setattr(module, "require_root", lambda: None)
-    monkeypatch.setattr(module, "prepare", lambda *_arguments: made)
-    monkeypatch.setattr(module, "read_series", lambda _folder: tuple(series.patches))
-    monkeypatch.setattr(module, "check_line", lambda *_arguments: applied)
-    return root, matrix, engine
+    line_environment = LineEnvironment(plan=cast("Any", plan), lower_dirs=(), config={}, work=work)
+    replacements: dict[str, Any] = {
+        "require_root": lambda: None,
+        "open_line": lambda *_: line_environment,
+        "write_inputs": lambda *_: tmp_path / "in",
+        "read_series": lambda _folder: tuple(series.patches),
+        "check_line": lambda *_: applied,
+    }
+    for name, function in replacements.items():
+        monkeypatch.setattr(prove_module, name, function)
+    project = Project(root)
+    vars(project)["matrix"] = MATRIX.model_copy(update={"line": {"9.9": line}})
+    return project, engine
 
 
 WITH, WITHOUT = text(_5="five\n"), b""
 
 
 def prove_it(
-    one_line: tuple[Path, Matrix, FakeEngine], whole: Run, without: Run, harm: str = "passed"
+    one_line: tuple[Project, FakeEngine],
+    whole: TestRun,
+    without: TestRun,
+    harm: str = "passed",
 ) -> Path:
-    root, matrix, engine = one_line
+    project, engine = one_line
     tests = whole.tests if harm == "not there" else whole.tests | {HARM: harm}
     engine.answers = {WITH: replace(whole, tests=tests), WITHOUT: without}
-    prove(root, matrix, ["9.9"], RecordingRunner())
-    return root / "records/proofs/9.9.json"
+    prove(project, ["9.9"], RecordingRunner())
+    return project.records / "proofs/9.9.json"
 
 
 def test_a_proven_line_is_recorded_and_the_record_repeats(
-    one_line: tuple[Path, Matrix, FakeEngine], capsys: pytest.CaptureFixture[str]
+    one_line: tuple[Project, FakeEngine], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = prove_it(one_line, run(0, it="passed"), run(1, "KeyError: 'x'", it="failed"))
     first = path.read_bytes()
@@ -518,10 +526,10 @@ def test_a_proven_line_is_recorded_and_the_record_repeats(
 
 
 def test_whole_runs_all_tests_and_a_variant_its_proof(
-    one_line: tuple[Path, Matrix, FakeEngine],
+    one_line: tuple[Project, FakeEngine],
 ) -> None:
     prove_it(one_line, run(0, it="passed"), run(1, it="failed"))
-    runs = sorted(one_line[2].runs, key=lambda item: item.name, reverse=True)
+    runs = sorted(one_line[1].runs, key=lambda item: item.name, reverse=True)
     assert [item.argv[2:] for item in runs] == [
         ("9.9", runs[0].argv[3], "tests/patches"),
         ("9.9", runs[0].argv[3], PROOF),
@@ -540,24 +548,24 @@ def test_whole_runs_all_tests_and_a_variant_its_proof(
     ],
 )
 def test_what_is_not_proven_is_not_recorded(
-    one_line: tuple[Path, Matrix, FakeEngine],
-    whole: Run,
-    without_it: Run,
+    one_line: tuple[Project, FakeEngine],
+    whole: TestRun,
+    without_it: TestRun,
     kind: type[ForgeError],
 ) -> None:
     with pytest.raises(kind):
         prove_it(one_line, whole, without_it)
-    assert not (one_line[0] / "records").exists()
+    assert not one_line[0].records.exists()
 
 
 @pytest.mark.parametrize("harm", ["skipped", "xfailed", "not there"])
 def test_a_refusal_whose_test_was_not_run_is_not_recorded(
-    one_line: tuple[Path, Matrix, FakeEngine], harm: str
+    one_line: tuple[Project, FakeEngine], harm: str
 ) -> None:
     with pytest.raises(ProofNotRunError, match="#1 is refused for what a test shows") as error:
         prove_it(one_line, run(0, it="passed"), run(1, "KeyError: 'x'", it="failed"), harm)
     assert HARM in str(error.value)
-    assert not (one_line[0] / "records").exists()
+    assert not one_line[0].records.exists()
 
 
 def test_container_run_gets_sources_models_and_tools(
@@ -575,18 +583,18 @@ def test_container_run_gets_sources_models_and_tools(
             member.external_attr = mode << 16
             archive.writestr(member, name)
     monkeypatch.setattr(
-        environment,
+        prove_module,
         "Wheelhouse",
         lambda: SimpleNamespace(fetch=lambda _wheels: None, verify=lambda _wheel: wheel),
     )
-    folder = environment._inputs(ROOT, tmp_path / "inputs", repo, tree)
+    folder = prove_module.write_inputs(ROOT, tmp_path / "inputs", repo, tree)
     source = {
         str(path.relative_to(folder / "source")): path.read_bytes()
         for path in (folder / "source").rglob("*")
         if path.is_file()
     }
     assert source == native | pipeline
-    assert (folder / environment.MODELS[1] / "marlin_schedule.py").is_file()
+    assert (folder / prove_module.MODELS[1] / "marlin_schedule.py").is_file()
     assert (folder / "tests/patches/conftest.py").is_file()
     assert not list(folder.rglob("__pycache__"))
     assert os.access(folder / "tools/tool/run", os.X_OK)
@@ -594,15 +602,14 @@ def test_container_run_gets_sources_models_and_tools(
 
 
 def test_time_of_a_changed_file_tells_its_content(
-    one_line: tuple[Path, Matrix, FakeEngine], repo: SourceRepo, series: Series
+    one_line: tuple[Project, FakeEngine], repo: SourceRepo, series: Series
 ) -> None:
     """Compiled code is kept by path, size and time: equal only where the content is."""
     series.add(a=text(_5="FIVE\n"))
-    module = sys.modules["vllm_forge.proofs.prove"]
-    made = module.prepare()
+    line_environment = prove_module.open_line(*[cast("Any", None)] * 4)
     times = []
     for tree in (*series.applied().trees, series.applied().trees[0]):
-        folder = made.write_tree(repo, series.base, tree, "one")
+        folder = line_environment.write_tree(repo, series.base, tree, "one")
         times.append(next(folder.rglob("a.py")).stat().st_mtime)
     assert times[0] == times[2] != times[1]
 

@@ -12,17 +12,17 @@ from vllm_forge.cli import main
 from vllm_forge.host import HostProbe, RecordedProbe, RecordingProbe, Reply
 from vllm_forge.host.gpus import DETAILED, gpu_query
 from vllm_forge.matrix import image_cell, load
-from vllm_forge.serve import serving
-from vllm_forge.serve.doctor import CHECKS, Finding, Wanted, ask_host, judge
-from vllm_forge.serve.doctor.host import listed_gpus, parse_meminfo, parse_versions
-from vllm_forge.serve.needs import needs_of
+from vllm_forge.serve.deployment import find_deployment, needs_of
+from vllm_forge.serve.doctor import checks
+from vllm_forge.serve.doctor.checks import CHECKS, HostFinding, Requirement, judge
+from vllm_forge.serve.doctor.host import ask_host, listed_gpus, parse_meminfo, parse_versions
 from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    Diagnose = Callable[..., list[Finding]]
+    Diagnose = Callable[..., list[HostFinding]]
 
 
 @pytest.fixture
@@ -49,18 +49,20 @@ def diagnose(root: Path) -> Diagnose:
 
     def run(
         folder: Path, sku: str, preset: str = "mtp", artifact: str | None = None
-    ) -> list[Finding]:
+    ) -> list[HostFinding]:
         matrix = load(root)
         cell = image_cell(matrix, root, sku)
-        item = serving(matrix, cell, preset, artifact)
+        deployment = find_deployment(matrix, cell, preset, artifact)
         lock = read_lock(root, cell.line_name, cell.line, matrix.base)
-        wanted = Wanted(matrix=matrix, item=item, needs=needs_of(matrix, lock, item))
-        return judge(ask_host(RecordedProbe(folder)), wanted)
+        requirement = Requirement(
+            matrix=matrix, deployment=deployment, needs=needs_of(matrix, lock, deployment)
+        )
+        return judge(ask_host(RecordedProbe(folder)), requirement)
 
     return run
 
 
-def levels(findings: list[Finding]) -> dict[str, str]:
+def levels(findings: list[HostFinding]) -> dict[str, str]:
     return {finding.check: finding.level for finding in findings}
 
 
@@ -267,8 +269,5 @@ def test_exit_code(name: str, code: int, root: Path, capsys: pytest.CaptureFixtu
 
 
 def test_every_check_is_in_the_list() -> None:
-    from vllm_forge.serve.doctor import gpus, machine
-
-    defined = {**vars(gpus), **vars(machine)}
-    named = {value for name, value in defined.items() if name.startswith("check_")}
+    named = {value for name, value in vars(checks).items() if name.startswith("check_")}
     assert named == set(CHECKS)

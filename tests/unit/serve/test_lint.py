@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,6 @@ from hypothesis import strategies as st
 
 from vllm_forge.cli import main
 from vllm_forge.kernels.errors import SelectionStaleError
-from vllm_forge.kernels.selection import (
-    artifact_config,
-    grid_question,
-    inputs_of,
-    read_recorded,
-    write_recorded,
-)
 from vllm_forge.kernels.selection.model import (
     Answer,
     Choice,
@@ -28,20 +22,26 @@ from vllm_forge.kernels.selection.model import (
     Engine,
     KvCache,
     Moe,
-    Refused,
+    Refusal,
 )
+from vllm_forge.kernels.selection.questions import artifact_config, grid_question
+from vllm_forge.kernels.selection.record import read_selection, selection_inputs, write_selection
 from vllm_forge.matrix import load
 from vllm_forge.matrix.model import Unserved
-from vllm_forge.serve.case import Case, Finding
+from vllm_forge.project import Project
+from vllm_forge.serve import lint
 from vllm_forge.serve.errors import PresetLintError
-from vllm_forge.serve.lint import cases, lint_line
-from vllm_forge.serve.rules import (
+from vllm_forge.serve.lint import (
     RULES,
+    LintCase,
+    LintFinding,
+    cases,
     divisible,
     experts_are_built_as_stored,
     graphs_cover_decode,
     judge,
     known_variables,
+    lint_line,
     retired_variables,
 )
 
@@ -102,7 +102,7 @@ def graphs(*sizes: int) -> CudaGraphs:
 
 
 @pytest.fixture
-def case(root: Path) -> Callable[..., Case]:
+def case(root: Path) -> Callable[..., LintCase]:
     """b300-mtp on the default line, with some of the preset's row and of the facts changed."""
 
     def make(
@@ -112,10 +112,10 @@ def case(root: Path) -> Callable[..., Case]:
         config: dict[str, Any] | None = None,
         line: str = "0.26",
         **row: Any,
-    ) -> Case:
+    ) -> LintCase:
         matrix = load(root)
         preset = matrix.preset["b300-mtp"].model_copy(update=row)
-        return Case(
+        return LintCase(
             matrix=matrix.model_copy(update={"preset": {**matrix.preset, "b300-mtp": preset}}),
             preset_name="b300-mtp",
             artifact_name="flash-nvfp4-fp8-mtp",
@@ -128,14 +128,14 @@ def case(root: Path) -> Callable[..., Case]:
     return make
 
 
-def only(findings: list[Finding]) -> Finding:
+def only(findings: list[LintFinding]) -> LintFinding:
     (finding,) = findings
     assert (finding.preset, finding.artifact) == ("b300-mtp", "flash-nvfp4-fp8-mtp")
     assert finding.remedy
     return finding
 
 
-def test_a_preset_without_a_fault_has_no_finding(case: Callable[..., Case]) -> None:
+def test_a_preset_without_a_fault_has_no_finding(case: Callable[..., LintCase]) -> None:
     assert judge(case()) == []
 
 
@@ -145,32 +145,34 @@ def test_a_preset_without_a_fault_has_no_finding(case: Callable[..., Case]) -> N
         ("arguments", "parser refuses"),
         ("config", "refuses the configuration"),
         ("device", "no kernels"),
-        ("oracle", "question failed"),
+        ("failed", "question failed"),
     ],
 )
-def test_what_vllm_refuses_is_a_finding(kind: Any, words: str, case: Callable[..., Case]) -> None:
-    refused = Answer(name="q", refused=Refused(kind=kind, message="unrecognized: --kv-cash"))
+def test_what_vllm_refuses_is_a_finding(
+    kind: Any, words: str, case: Callable[..., LintCase]
+) -> None:
+    refused = Answer(name="q", refused=Refusal(kind=kind, message="unrecognized: --kv-cash"))
     finding = only(judge(case(refused)))
     assert words in finding.what
     assert "unrecognized: --kv-cash" in finding.what
     assert "vLLM 0.26.0" in finding.what
 
 
-def test_an_invented_variable_is_a_finding(case: Callable[..., Case]) -> None:
+def test_an_invented_variable_is_a_finding(case: Callable[..., LintCase]) -> None:
     said = answer(unknown_environment=("VLLM_MAKE_IT_FAST",))
     finding = only(judge(case(said, env={"VLLM_MAKE_IT_FAST": "1"})))
     assert "no variable VLLM_MAKE_IT_FAST" in finding.what
 
 
-def test_a_variable_that_is_not_vllms_is_a_finding(case: Callable[..., Case]) -> None:
+def test_a_variable_that_is_not_vllms_is_a_finding(case: Callable[..., LintCase]) -> None:
     assert "VLMM_USE_V1" in only(judge(case(env={"VLMM_USE_V1": "1"}))).what
 
 
-def test_a_known_variable_is_none(case: Callable[..., Case]) -> None:
+def test_a_known_variable_is_none(case: Callable[..., LintCase]) -> None:
     assert judge(case(env={"VLLM_USE_DEEP_GEMM": "1"})) == []
 
 
-def test_force_marlin_where_it_is_gone_names_the_replacement(case: Callable[..., Case]) -> None:
+def test_force_marlin_where_it_is_gone_names_the_replacement(case: Callable[..., LintCase]) -> None:
     said = answer(unknown_environment=(MARLIN,))
     finding = only(judge(case(said, line="0.33", env={MARLIN: "1"})))
     assert "vLLM 0.33.0 has no variable" in finding.what
@@ -178,7 +180,7 @@ def test_force_marlin_where_it_is_gone_names_the_replacement(case: Callable[...,
     assert "--moe-backend=marlin" in finding.remedy
 
 
-def test_force_marlin_where_the_release_loses_the_clamp(case: Callable[..., Case]) -> None:
+def test_force_marlin_where_the_release_loses_the_clamp(case: Callable[..., LintCase]) -> None:
     """Our series mends it; whoever copies the command to the published release has no series."""
     forced = answer(moe=Moe(chosen="MARLIN", clamp="reaches", limit=10.0))
     lost = {MARLIN: answer(moe=Moe(chosen="MARLIN", clamp="lost"))}
@@ -188,22 +190,22 @@ def test_force_marlin_where_the_release_loses_the_clamp(case: Callable[..., Case
     assert "--moe-backend=marlin" in finding.remedy
 
 
-def test_force_marlin_where_it_is_harmless(case: Callable[..., Case]) -> None:
+def test_force_marlin_where_it_is_harmless(case: Callable[..., LintCase]) -> None:
     kept = {MARLIN: answer(moe=Moe(chosen="MARLIN", clamp="reaches", limit=10.0))}
     assert judge(case(env={MARLIN: "1"}, published=kept)) == []
 
 
-def test_a_lost_clamp_is_a_finding_without_any_variable(case: Callable[..., Case]) -> None:
+def test_a_lost_clamp_is_a_finding_without_any_variable(case: Callable[..., LintCase]) -> None:
     finding = only(judge(case(answer(moe=Moe(chosen="MARLIN", clamp="lost")))))
     assert "without swiglu_limit" in finding.what
 
 
-def test_no_backend_for_the_experts(case: Callable[..., Case]) -> None:
+def test_no_backend_for_the_experts(case: Callable[..., LintCase]) -> None:
     said = answer(moe=Moe(chosen=None, error="NotImplementedError: none"))
     assert "no backend for the experts: NotImplementedError" in only(judge(case(said))).what
 
 
-def test_the_pcie_collapse(case: Callable[..., Case]) -> None:
+def test_the_pcie_collapse(case: Callable[..., LintCase]) -> None:
     """Captured up to max_num_seqs, k = 1: a batch of 8 sequences has 16 tokens and runs eager."""
     said = answer(
         engine=engine(max_num_seqs=8),
@@ -216,7 +218,7 @@ def test_the_pcie_collapse(case: Callable[..., Case]) -> None:
     assert "--max-num-seqs=4" in finding.remedy
 
 
-def test_no_graphs_at_all(case: Callable[..., Case]) -> None:
+def test_no_graphs_at_all(case: Callable[..., LintCase]) -> None:
     eager = CudaGraphs(mode="NONE", sizes=(), capture_sizes=(), needed=384, covers=False)
     assert "(NONE) are captured up to 0 tokens" in only(judge(case(answer(cuda_graphs=eager)))).what
 
@@ -230,7 +232,7 @@ def test_coverage_is_arithmetic(seqs: int, k: int, counts: list[int]) -> None:
         engine=engine(max_num_seqs=seqs),
         cuda_graphs=graphs(*sorted(count * (k + 1) for count in counts)),
     )
-    item = Case(
+    item = LintCase(
         matrix=matrix.model_copy(update={"preset": {"b300-mtp": row}}),
         preset_name="b300-mtp",
         artifact_name="flash-nvfp4-fp8-mtp",
@@ -243,11 +245,11 @@ def test_coverage_is_arithmetic(seqs: int, k: int, counts: list[int]) -> None:
     assert bool(findings) == (max(counts, default=0) < seqs)
 
 
-def test_draft_that_is_not_there(case: Callable[..., Case]) -> None:
+def test_draft_that_is_not_there(case: Callable[..., LintCase]) -> None:
     assert "drafts 2 tokens, and vLLM 0.26.0 0" in only(judge(case(answer(draft=None)))).what
 
 
-def test_k_that_the_drafter_does_not_take(case: Callable[..., Case]) -> None:
+def test_k_that_the_drafter_does_not_take(case: Callable[..., LintCase]) -> None:
     two = CONFIG | {"num_nextn_predict_layers": 2}
     said = answer(
         cuda_graphs=graphs(4, 512),
@@ -258,7 +260,7 @@ def test_k_that_the_drafter_does_not_take(case: Callable[..., Case]) -> None:
     assert "the drafter has 0 layers" in only(judge(case(config=none))).what
 
 
-def test_kv_cache_that_is_not_what_was_asked_for(case: Callable[..., Case]) -> None:
+def test_kv_cache_that_is_not_what_was_asked_for(case: Callable[..., LintCase]) -> None:
     said = answer(engine=engine(kv_cache_dtype="bfloat16"))
     assert (
         "asks for a KV cache in fp8, and vLLM 0.26.0 stores bfloat16"
@@ -266,13 +268,13 @@ def test_kv_cache_that_is_not_what_was_asked_for(case: Callable[..., Case]) -> N
     )
 
 
-def test_block_that_is_not_what_was_asked_for(case: Callable[..., Case]) -> None:
+def test_block_that_is_not_what_was_asked_for(case: Callable[..., LintCase]) -> None:
     flags = ("--kv-cache-dtype=fp8", "--block-size=16")
     assert "blocks of 16 tokens, and vLLM 0.26.0 takes 256" in only(judge(case(flags=flags))).what
     assert judge(case(flags=("--block-size=16", "--block-size=256"))) == []
 
 
-def test_block_that_holds_no_compressed_token(case: Callable[..., Case]) -> None:
+def test_block_that_holds_no_compressed_token(case: Callable[..., LintCase]) -> None:
     """As vLLM 0.26.0 makes of --block-size=16: a layer that keeps one token of 128 gets none."""
     rows = [(21, 2880), (20, 0)]
     cache = tuple(
@@ -283,7 +285,7 @@ def test_block_that_holds_no_compressed_token(case: Callable[..., Case]) -> None
     assert "a block of 16 tokens is too small: 20 layers" in finding.what
 
 
-def test_attention_that_takes_no_such_block(case: Callable[..., Case]) -> None:
+def test_attention_that_takes_no_such_block(case: Callable[..., LintCase]) -> None:
     said = answer(attention=Choice(chosen=None, error="block_size 16 not supported"))
     assert "block_size 16 not supported" in only(judge(case(said))).what
 
@@ -305,7 +307,7 @@ def built(experts: str, draft_experts: str | None) -> Answer:
     return answer(modules={EXPERTS: experts}, draft=draft)
 
 
-def of_artifact(case: Case, **row: Any) -> list[Finding]:
+def of_artifact(case: LintCase, **row: Any) -> list[LintFinding]:
     """The rule's findings, with some of the artifact's row changed."""
     name, matrix = case.artifact_name, case.matrix
     artifacts = {**matrix.artifact, name: matrix.artifact[name].model_copy(update=row)}
@@ -323,59 +325,59 @@ def of_artifact(case: Case, **row: Any) -> list[Finding]:
     ],
 )
 def test_experts_built_as_they_are_stored(
-    stored: str, scheme: str, case: Callable[..., Case]
+    stored: str, scheme: str, case: Callable[..., LintCase]
 ) -> None:
     assert of_artifact(case(built(scheme, UNQUANTIZED)), experts=stored) == []
 
 
-def test_experts_built_otherwise(case: Callable[..., Case]) -> None:
+def test_experts_built_otherwise(case: Callable[..., LintCase]) -> None:
     finding = only(judge(case(built(UNQUANTIZED, UNQUANTIZED))))
     assert f"experts are stored as nvfp4 and built as {UNQUANTIZED}" in finding.what
     assert "artifact.flash-nvfp4-fp8-mtp.unserved" in finding.remedy
 
 
-def test_draft_experts_built_otherwise(case: Callable[..., Case]) -> None:
+def test_draft_experts_built_otherwise(case: Callable[..., LintCase]) -> None:
     finding = only(judge(case(built(NVFP4, NVFP4))))
     assert f"draft experts are stored as bf16 and built as {NVFP4}" in finding.what
     assert judge(case(built(NVFP4, UNQUANTIZED))) == []
 
 
-def test_a_draft_layer_that_the_artifact_lacks(case: Callable[..., Case]) -> None:
+def test_a_draft_layer_that_the_artifact_lacks(case: Callable[..., LintCase]) -> None:
     """Nothing to compare it with; another rule finds the layer."""
     assert of_artifact(case(built(NVFP4, NVFP4)), mtp="none") == []
 
 
-def test_a_row_accepts_what_is_built_otherwise(case: Callable[..., Case]) -> None:
+def test_a_row_accepts_what_is_built_otherwise(case: Callable[..., LintCase]) -> None:
     item = case(built(UNQUANTIZED, UNQUANTIZED))
     assert of_artifact(item, unserved=(NOT_ON_026,)) == []
     elsewhere = NOT_ON_026.model_copy(update={"lines": ("0.33",)})
     assert "built as" in only(of_artifact(item, unserved=(elsewhere,))).what
 
 
-def test_a_row_about_drafting_does_not_accept_the_target(case: Callable[..., Case]) -> None:
+def test_a_row_about_drafting_does_not_accept_the_target(case: Callable[..., LintCase]) -> None:
     row = NOT_ON_026.model_copy(update={"drafting": True})
     assert of_artifact(case(built(NVFP4, NVFP4)), unserved=(row,)) == []
     plain = case(built(UNQUANTIZED, None), speculative_tokens=0)
     assert "built as" in only(of_artifact(plain, unserved=(row,))).what
 
 
-def test_a_row_that_is_not_so(case: Callable[..., Case]) -> None:
+def test_a_row_that_is_not_so(case: Callable[..., LintCase]) -> None:
     finding = only(of_artifact(case(built(NVFP4, UNQUANTIZED)), unserved=(NOT_ON_026,)))
-    assert "says that it is not served, and it is" in finding.what
+    assert "says that it is not served, but it is" in finding.what
     assert "delete the row" in finding.remedy
 
 
-def test_what_vllm_refuses_says_nothing_of_the_experts(case: Callable[..., Case]) -> None:
-    refused = Answer(name="q", refused=Refused(kind="device", message="no kernels"))
+def test_what_vllm_refuses_says_nothing_of_the_experts(case: Callable[..., LintCase]) -> None:
+    refused = Answer(name="q", refused=Refusal(kind="device", message="no kernels"))
     assert of_artifact(case(refused), unserved=(NOT_ON_026,)) == []
 
 
 @pytest.mark.parametrize("parallel", [1, 2, 4, 8])
-def test_tensor_parallel_that_divides(parallel: int, case: Callable[..., Case]) -> None:
+def test_tensor_parallel_that_divides(parallel: int, case: Callable[..., LintCase]) -> None:
     assert judge(case(tensor_parallel=parallel)) == []
 
 
-def test_tensor_parallel_that_does_not(case: Callable[..., Case]) -> None:
+def test_tensor_parallel_that_does_not(case: Callable[..., LintCase]) -> None:
     findings = judge(case(tensor_parallel=16))
     assert "o_groups = 8 is not divided" in only(findings).what
     assert {f.what.split(" = ")[0] for f in judge(case(tensor_parallel=3))} == {
@@ -394,16 +396,13 @@ def test_what_a_split_must_divide() -> None:
 
 
 def test_every_rule_is_in_the_list() -> None:
-    from vllm_forge.serve import rules
-
-    public = {
-        value
-        for name, value in vars(rules).items()
-        if callable(value)
-        and getattr(value, "__module__", "") == rules.__name__
-        and not name.startswith("_")
+    rules = {
+        function
+        for function in vars(lint).values()
+        if inspect.isgeneratorfunction(function)
+        and list(inspect.signature(function).parameters) == ["case"]
     }
-    assert public - {divisible, judge} == set(RULES)
+    assert rules == set(RULES)
 
 
 # --- the committed facts -------------------------------------------------------------------------
@@ -413,7 +412,7 @@ LINES = tuple(load(ROOT).line)
 
 @pytest.mark.parametrize("line", LINES)
 def test_committed_presets_have_no_finding(line: str, root: Path) -> None:
-    assert [finding.text() for finding in lint_line(root, load(root), line)] == []
+    assert [finding.text() for finding in lint_line(Project(root), line)] == []
 
 
 @pytest.mark.parametrize(
@@ -430,7 +429,7 @@ def test_without_its_row_an_artifact_is_a_finding(
     found = {
         finding.line: finding.artifact
         for line in LINES
-        for case in cases(changed, read_recorded(root, line))
+        for case in cases(changed, read_selection(root / "records", line))
         for finding in experts_are_built_as_stored(case)
     }
     assert found == dict.fromkeys(lines, artifact)
@@ -439,7 +438,10 @@ def test_without_its_row_an_artifact_is_a_finding(
 @pytest.mark.parametrize("line", LINES)
 def test_every_preset_of_the_line_is_judged(line: str, root: Path) -> None:
     matrix = load(root)
-    judged = [(c.preset_name, c.artifact_name) for c in cases(matrix, read_recorded(root, line))]
+    judged = [
+        (c.preset_name, c.artifact_name)
+        for c in cases(matrix, read_selection(root / "records", line))
+    ]
     assert judged == [
         (name, artifact)
         for name, preset in matrix.preset.items()
@@ -449,18 +451,18 @@ def test_every_preset_of_the_line_is_judged(line: str, root: Path) -> None:
 
 
 def test_retired_variables_are_judged_by_the_published_release(root: Path) -> None:
-    recorded = read_recorded(root, "0.22")
+    recorded = read_selection(root / "records", "0.22")
     for case in cases(load(root), recorded):
         question = grid_question(case.preset.sku, case.artifact_name, MARLIN)
         assert case.published == {MARLIN: recorded.published_answers[question]}
 
 
-def forced(root: Path, line: str) -> Case:
+def forced(root: Path, line: str) -> LintCase:
     """The default preset with the variable of the published commands, by the committed facts."""
-    recorded, matrix = read_recorded(root, line), load(root)
+    recorded, matrix = read_selection(root / "records", line), load(root)
     question = grid_question("b300", "flash-nvfp4-fp8-mtp", MARLIN)
     row = matrix.preset["b300-mtp"].model_copy(update={"env": {MARLIN: "1"}})
-    return Case(
+    return LintCase(
         matrix=matrix.model_copy(update={"preset": {"b300-mtp": row}}),
         preset_name="b300-mtp",
         artifact_name="flash-nvfp4-fp8-mtp",
@@ -471,7 +473,7 @@ def forced(root: Path, line: str) -> Case:
     )
 
 
-def of_variables(case: Case) -> list[Finding]:
+def of_variables(case: LintCase) -> list[LintFinding]:
     return [*known_variables(case), *retired_variables(case)]
 
 
@@ -534,7 +536,7 @@ def test_a_changed_preset_fails_until_its_line_was_asked(
 
 def answered(checkout: Path, environment: dict[str, str], **changed: Any) -> None:
     """Let the line have been asked of b300-mtp today, and have given another answer."""
-    recorded = read_recorded(checkout, "0.26")
+    recorded = read_selection(checkout / "records", "0.26")
     rows = tuple(
         (
             question.model_copy(update={"environment": {**question.environment, **environment}}),
@@ -544,15 +546,15 @@ def answered(checkout: Path, environment: dict[str, str], **changed: Any) -> Non
         else (question, answer)
         for question, answer in recorded.rows
     )
-    inputs = inputs_of(checkout, load(checkout), "0.26")
-    write_recorded(checkout, replace(recorded, rows=rows, inputs=inputs))
+    inputs = selection_inputs(Project(checkout), "0.26")
+    write_selection(checkout / "records", replace(recorded, rows=rows, inputs=inputs))
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
         (
-            {"refused": Refused(kind="arguments", message="unrecognized arguments: --go-faster")},
+            {"refused": Refusal(kind="arguments", message="unrecognized arguments: --go-faster")},
             "unrecognized arguments: --go-faster",
         ),
         ({"cuda_graphs": graphs(3, 96)}, "captured up to 96 tokens"),

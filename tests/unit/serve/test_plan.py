@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from vllm_forge.cli import main
-from vllm_forge.kernels.selection import read_recorded, write_recorded
 from vllm_forge.kernels.selection.model import Moe
+from vllm_forge.kernels.selection.record import read_selection, write_selection
 from vllm_forge.matrix import load
 from vllm_forge.matrix.errors import UnsupportedCellError
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROOT = Path(__file__).parents[3]
+RECORDS = ROOT / "records"
 MATRIX = load(ROOT)
 CELLS = [(line, sku) for line, row in MATRIX.line.items() for sku in row.skus]
 MARLIN = "VLLM_TEST_FORCE_FP8_MARLIN"
@@ -94,7 +95,7 @@ def test_rtxpro6000_is_refused_on_the_line_that_cannot(
 @pytest.mark.parametrize(("line", "sku"), CELLS)
 def test_clamp_of_every_cell(line: str, sku: str, plan: Callable[..., Plan]) -> None:
     """As the line's vLLM answered; and no preset runs experts without their limit."""
-    answers = read_recorded(ROOT, line).answers
+    answers = read_selection(RECORDS, line).answers
     rows = plan(f"--sku={sku}", f"--line={line}")["presets"]
     assert rows
     for row in rows:
@@ -187,14 +188,14 @@ def test_answers_to_another_preset_are_not_shown(
 
 
 def test_a_lost_clamp_is_shown(checkout: Path, root: Path, plan: Callable[..., Plan]) -> None:
-    recorded = read_recorded(root, "0.26")
+    recorded = read_selection(root / "records", "0.26")
     rows = tuple(
         (q, a.model_copy(update={"moe": Moe(chosen="MARLIN", clamp="lost")}))
         if q.name == "preset/b300-mtp/flash-nvfp4-fp8-mtp"
         else (q, a)
         for q, a in recorded.rows
     )
-    write_recorded(checkout, replace(recorded, rows=rows))
+    write_selection(checkout / "records", replace(recorded, rows=rows))
     shown = {
         (row["preset"], row["artifact"]): row["selection"]["clamp"]
         for row in plan("--sku=b300", "--line=0.26")["presets"]
@@ -206,7 +207,7 @@ def test_a_lost_clamp_is_shown(checkout: Path, root: Path, plan: Callable[..., P
 
 def test_each_line_says_what_its_own_vllm_selects(plan: Callable[..., Plan]) -> None:
     for line, row in plan("--sku=b300")["lines"].items():
-        answer = read_recorded(ROOT, line).answers["preset/b300-mtp/flash-nvfp4-fp8-mtp"]
+        answer = read_selection(RECORDS, line).answers["preset/b300-mtp/flash-nvfp4-fp8-mtp"]
         assert answer.attention is not None
         assert row["attention"] == answer.attention.chosen
 

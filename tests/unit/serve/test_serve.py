@@ -16,19 +16,16 @@ from vllm_forge.host import Reply
 from vllm_forge.images.errors import BuildRecordError
 from vllm_forge.matrix import Matrix, image_cell, load, serve_arguments
 from vllm_forge.matrix.errors import UnsupportedCellError
-from vllm_forge.serve import (
+from vllm_forge.serve.command import (
     Command,
-    Serving,
     bare_command,
     build_command,
-    built_image,
+    build_record,
     container_command,
-    find_preset,
-    presets_of,
     require_gpus,
     running_engine,
-    serving,
 )
+from vllm_forge.serve.deployment import Deployment, find_deployment, find_preset, presets_of
 from vllm_forge.serve.errors import NoGpuError, UnknownArtifactError, UnknownPresetError
 
 if TYPE_CHECKING:
@@ -44,8 +41,8 @@ def matrix(root: Path) -> Matrix:
 
 
 @pytest.fixture
-def item(matrix: Matrix, root: Path) -> Serving:
-    return serving(matrix, image_cell(matrix, root, "b300"), "mtp")
+def deployment(matrix: Matrix, root: Path) -> Deployment:
+    return find_deployment(matrix, image_cell(matrix, root, "b300"), "mtp")
 
 
 def words(command: Command) -> list[str]:
@@ -131,9 +128,9 @@ def test_unknown_preset(sku: str, asked: str, words: str, matrix: Matrix) -> Non
 def test_unknown_artifact(matrix: Matrix, root: Path) -> None:
     cell = image_cell(matrix, root, "b300")
     with pytest.raises(UnknownArtifactError, match="Perhaps you meant 'nvidia-nvfp4'"):
-        serving(matrix, cell, "mtp", "nvidia-nvfp")
+        find_deployment(matrix, cell, "mtp", "nvidia-nvfp")
     with pytest.raises(UnknownArtifactError, match="does not serve artifact redhat") as refused:
-        serving(matrix, cell, "mtp", "redhat-nvfp4-fp8")
+        find_deployment(matrix, cell, "mtp", "redhat-nvfp4-fp8")
     assert "nvidia-nvfp4" in refused.value.remedy
 
 
@@ -142,13 +139,13 @@ def test_what_a_line_does_not_serve_is_refused_with_the_reason(matrix: Matrix, r
     assert row.drafting
     for name in matrix.line:
         cell = image_cell(matrix, root, "b300", name)
-        serving(matrix, cell, "plain", "nvidia-nvfp4").require_served()
-        item = serving(matrix, cell, "mtp", "nvidia-nvfp4")
+        find_deployment(matrix, cell, "plain", "nvidia-nvfp4").require_served()
+        deployment = find_deployment(matrix, cell, "mtp", "nvidia-nvfp4")
         if name not in row.lines:
-            item.require_served()
+            deployment.require_served()
             continue
         with pytest.raises(UnsupportedCellError) as refused:
-            item.require_served()
+            deployment.require_served()
         for words in (f"line {name}", row.reason, "artifact.nvidia-nvfp4.unserved", "--line"):
             assert words in str(refused.value)
 
@@ -164,8 +161,8 @@ def test_serve_refuses_it_before_anything_else(
     assert matrix.artifact["redhat-nvfp4-fp8"].unserved[0].reason in err
 
 
-def test_docker_command(matrix: Matrix, item: Serving) -> None:
-    assert words(container_command(matrix, item, digest=DIGEST)) == [
+def test_docker_command(matrix: Matrix, deployment: Deployment) -> None:
+    assert words(container_command(matrix, deployment, digest=DIGEST)) == [
         "docker", "run", "--rm", "--gpus=4", "--ipc=private", "--shm-size=16g",
         "--ulimit=memlock=-1", "--ulimit=stack=67108864", "--publish=8000:8000",
         "--volume=vllm-forge-cache:/cache", f"localhost/vllm-0.26.0-b300@{DIGEST}",
@@ -176,26 +173,28 @@ def test_docker_command(matrix: Matrix, item: Serving) -> None:
 
 
 def test_podman_command_names_the_devices(matrix: Matrix, root: Path) -> None:
-    item = serving(matrix, image_cell(matrix, root, "rtxpro6000"), "tp2-mtp")
-    argv = words(container_command(matrix, item, engine="podman"))
+    deployment = find_deployment(matrix, image_cell(matrix, root, "rtxpro6000"), "tp2-mtp")
+    argv = words(container_command(matrix, deployment, engine="podman"))
     devices = [word for word in argv if word.startswith("--device=")]
     assert devices == ["--device=nvidia.com/gpu=0", "--device=nvidia.com/gpu=1"]
     assert "localhost/vllm-0.26.0-rtxpro6000:0.26" in argv  # by tag where nothing is built
     assert not any(word.startswith("--gpus") for word in argv)
 
 
-def test_bare_command_sets_what_the_image_has_set(matrix: Matrix, item: Serving) -> None:
-    text = bare_command(matrix, item).text()
+def test_bare_command_sets_what_the_image_has_set(matrix: Matrix, deployment: Deployment) -> None:
+    text = bare_command(matrix, deployment).text()
     assert text.startswith(
         "TORCH_CUDA_ARCH_LIST=10.3a vllm serve canada-quant/DeepSeek-V4-Flash-NVFP4-FP8-MTP \\\n"
     )
 
 
-def test_environment_of_a_preset_goes_into_the_container(matrix: Matrix, item: Serving) -> None:
-    row = item.preset.model_copy(update={"env": {"VLLM_A": "b c"}})
-    changed = matrix.model_copy(update={"preset": {**matrix.preset, item.preset_name: row}})
-    assert "--env=VLLM_A=b c" in words(container_command(changed, item))
-    assert bare_command(changed, item).env["VLLM_A"] == "b c"
+def test_environment_of_a_preset_goes_into_the_container(
+    matrix: Matrix, deployment: Deployment
+) -> None:
+    row = deployment.preset.model_copy(update={"env": {"VLLM_A": "b c"}})
+    changed = matrix.model_copy(update={"preset": {**matrix.preset, deployment.preset_name: row}})
+    assert "--env=VLLM_A=b c" in words(container_command(changed, deployment))
+    assert bare_command(changed, deployment).env["VLLM_A"] == "b c"
 
 
 @settings(max_examples=40)
@@ -237,21 +236,21 @@ def test_the_engine_that_answers_is_taken() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 3, 4, 8])
-def test_as_many_gpus_as_the_preset_needs(count: int, item: Serving) -> None:
+def test_as_many_gpus_as_the_preset_needs(count: int, deployment: Deployment) -> None:
     listing = "".join(f"GPU {n}: NVIDIA B300 SXM6 AC (UUID: GPU-{n})\n" for n in range(count))
     probe = Said(nvidia_smi_list=Reply(code=0, text=listing))
     if count >= 4:
-        require_gpus(probe, item)
+        require_gpus(probe, deployment)
         return
     with pytest.raises(NoGpuError, match="needs 4 GPUs") as refused:
-        require_gpus(probe, item)
+        require_gpus(probe, deployment)
     assert "nox -s doctor -- --sku b300" in refused.value.remedy
 
 
-def test_a_listing_that_failed_counts_for_nothing(item: Serving) -> None:
+def test_a_listing_that_failed_counts_for_nothing(deployment: Deployment) -> None:
     listing = "GPU 0: NVIDIA B300 SXM6 AC\n" * 4
     with pytest.raises(NoGpuError, match="has none"):
-        require_gpus(Said(nvidia_smi_list=Reply(code=10, text=listing)), item)
+        require_gpus(Said(nvidia_smi_list=Reply(code=10, text=listing)), deployment)
 
 
 def test_print_is_one_command_on_stdout_and_words_on_stderr(
@@ -293,7 +292,7 @@ def test_serving_becomes_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     four = "".join(f"GPU {n}: NVIDIA B300 SXM6 AC\n" for n in range(4))
     probe = Said(docker=YES, nvidia_smi_list=Reply(code=0, text=four))
     monkeypatch.setattr("vllm_forge.commands.serve.HostProbe", lambda: probe)
-    monkeypatch.setattr("vllm_forge.serve.launch.which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr("vllm_forge.serve.command.which", lambda name: f"/bin/{name}")
     became: list[tuple[str, list[str]]] = []
     monkeypatch.setattr("os.execve", lambda path, argv, env: became.append((path, argv)))
     assert main(["serve", "--sku=b300", "--preset=plain", "--artifact=redhat-nvfp4-fp8"]) == 0
@@ -306,4 +305,4 @@ def test_serving_becomes_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_build_command_is_a_session(matrix: Matrix, root: Path) -> None:
     cell = image_cell(matrix, root, "b300", "0.22")
     assert build_command(cell) == "nox -s build-sm103a -- --line 0.22 --load"
-    assert built_image(cell) is None or built_image(cell).digest.startswith("sha256:")  # type: ignore[union-attr]
+    assert build_record(cell) is None or build_record(cell).digest.startswith("sha256:")  # type: ignore[union-attr]

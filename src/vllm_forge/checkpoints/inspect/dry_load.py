@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SCRIPT = Path(__file__).with_name("meta_load.py")
 PROGRAM = "dry_load.py"  # its name where it is mounted
-ORACLE = Path(vllm_forge.kernels.selection.inside.__file__).parent
+INSIDE = Path(vllm_forge.kernels.selection.inside.__file__).parent
 # What serves each drafter; MTP is tried on a DSpark drafter too, to say what it does with one.
 METHODS = {
     Drafter.NONE: (),
@@ -116,7 +116,7 @@ def write_request(folder: Path, profiles: Mapping[str, Profile], sku: Sku) -> No
     with atomic_path(folder) as aside:
         aside.mkdir()
         shutil.copyfile(SCRIPT, aside / PROGRAM)
-        shutil.copytree(ORACLE, aside / "inside", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(INSIDE, aside / "inside", ignore=shutil.ignore_patterns("__pycache__"))
         cases = []
         for number, (name, profile) in enumerate(profiles.items()):
             rows = [[entry.name, entry.dtype, entry.shape] for entry in profile.tensors.values()]

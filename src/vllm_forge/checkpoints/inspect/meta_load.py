@@ -48,14 +48,14 @@ Row = tuple[str, str, list[int]]
 def main() -> None:
     """Answer for every case of the request, each in a child that has vLLM imported already."""
     asked = json.loads((HERE / "request.json").read_text())
-    oracle = importlib.import_module("inside.main")
+    questions = importlib.import_module("inside.main")
     driver = importlib.import_module("inside.driver")
-    declared = importlib.import_module("inside.device").Declared
-    os.environ |= oracle.ALWAYS
+    declared = importlib.import_module("inside.device").DeclaredDevice
+    os.environ |= questions.ALWAYS
     with tempfile.TemporaryDirectory() as folder:
         driver.build_stubs(Path(folder))
         declared(Path(folder)).declare(driver.Device(**asked["device"]))
-        for name in (*oracle.MODULES, *asked.get("modules", ())):
+        for name in (*questions.MODULES, *asked.get("modules", ())):
             importlib.import_module(name)
         registry: Any = importlib.import_module("vllm.model_executor.models.registry")
         # vLLM looks at a model's class in a fresh process, for CUDA's sake.
@@ -120,8 +120,8 @@ def _build(folder: Path, method: str | None) -> tuple[Any, Any]:
         refused = _Refused(str(refusal))
         return refused, refused
     with importlib.import_module("vllm.config").set_current_vllm_config(config):
-        built = building.build(config, log)
-    why = _Refused(str(built.refused))
+        built = building.build_models(config, log)
+    why = _Refused(str(built.refusal))
     for model in (built.model, built.draft):
         if model is not None:
             # What the loaders ask the current config for is the one the model was built with.

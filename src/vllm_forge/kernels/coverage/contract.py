@@ -1,31 +1,35 @@
-"""The contract of a cell: the families that vLLM selects for it have code in its image."""
+"""The contract of a cell: every family that vLLM selects for it has code in its image."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_forge.kernels.coverage.contents import Coverage
 from vllm_forge.kernels.coverage.families import FINE, needed
+from vllm_forge.kernels.coverage.site_packages import Coverage
 from vllm_forge.kernels.errors import ContractError, StaleExceptionError, UnknownFamilyError
 from vllm_forge.matrix.load import perhaps
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from vllm_forge.kernels.coverage.contents import Contents
     from vllm_forge.kernels.coverage.families import Exemption, Need
+    from vllm_forge.kernels.coverage.site_packages import SitePackages
     from vllm_forge.kernels.coverage.target import Capability
+    from vllm_forge.kernels.selection.model import Answer, Choice
 
+PRESET = "preset/"
+COUNTED = re.compile(r" in \d+$")  # "SchemeA in 3, SchemeB in 40", where layers differ
 NOT_MADE = Coverage(verdict="missing", codes=(), detail="it is not made for such a GPU")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selected:
-    """What vLLM selects for one way to serve; None where it selects nothing of that kind.
+class KernelSelection:
+    """What vLLM selects for one question; None if it selects nothing of that kind.
 
     Attributes:
-        by: name of the way, e.g. of a preset and its artifact.
+        by: name of the question, e.g. of a preset and its artifact.
         attention: backend's name.
         linear: class of the FP8 linear layers' kernel.
         schemes: classes of the quantization schemes of layers other than routed experts.
@@ -45,31 +49,69 @@ class Selected:
         Raises:
             UnknownFamilyError: a backend without a row.
         """
-        found: dict[str, str] = {}
-        if self.attention is not None:
-            for name in needed(need.attention, self.attention, "attention"):
-                found[name] = f"attention {self.attention}"
+        backends = [(need.modules, scheme, "layers with") for scheme in self.schemes]
         if self.linear is not None:
-            for name in needed(need.linear, self.linear, "FP8 linear layers"):
-                found[name] = f"linear {self.linear}"
-        for scheme in self.schemes:
-            for name in needed(need.modules, scheme, "a layer's quantization"):
-                found[name] = f"layers with {scheme}"
+            backends.insert(0, (need.linear, self.linear, "linear"))
+        if self.attention is not None:
+            backends.insert(0, (need.attention, self.attention, "attention"))
+        families = {
+            name: f"{kind} {backend}"
+            for table, backend, kind in backends
+            for name in needed(table, backend, kind)
+        }
         for scheme, backend in self.experts:
             if scheme not in need.experts:
                 raise UnknownFamilyError(
-                    f"no row says which kernels experts with {scheme} need. "
-                    + perhaps(scheme, need.experts),
+                    f"unknown scheme {scheme!r} of experts. {perhaps(scheme, need.experts)}",
                     where="src/vllm_forge/kernels/coverage/families.toml, [need.experts]",
                     remedy="add a table for that scheme, with its backends",
                 )
             for name in needed(need.experts[scheme], backend, f"experts with {scheme}"):
-                found[name] = f"experts {backend}, {scheme}"
-        return found
+                families[name] = f"experts {backend}, {scheme}"
+        return families
+
+
+def selections_of(answers: Mapping[str, Answer]) -> tuple[KernelSelection, ...]:
+    """What vLLM selects for each preset and artifact that it serves.
+
+    Args:
+        answers: for one SKU's device, by the question's name.
+    """
+    return tuple(
+        _selection(answer)
+        for name, answer in answers.items()
+        if name.startswith(PRESET) and answer.refused is None
+    )
+
+
+def _selection(answer: Answer) -> KernelSelection:
+    experts = [(answer.experts_scheme, _chosen(answer.moe))]
+    schemes = set(_schemes(answer.modules))
+    if answer.draft is not None:
+        experts.append((answer.draft.experts_scheme, _chosen(answer.draft.moe)))
+        schemes.update(_schemes(answer.draft.modules))
+    return KernelSelection(
+        by=answer.name,
+        attention=_chosen(answer.attention),
+        linear=_chosen(answer.linear),
+        schemes=tuple(sorted(schemes - {scheme for scheme, _ in experts if scheme})),
+        # Experts without a backend are an unknown backend, not an empty need.
+        experts=tuple((scheme, backend or "none") for scheme, backend in experts if scheme),
+    )
+
+
+def _schemes(modules: dict[str, str]) -> Iterator[str]:
+    for schemes in modules.values():
+        for scheme in schemes.split(", "):
+            yield COUNTED.sub("", scheme)
+
+
+def _chosen(choice: Choice | None) -> str | None:
+    return None if choice is None else choice.chosen
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class FamilyFinding:
     """A family that a cell needs.
 
     Attributes:
@@ -95,7 +137,7 @@ class Contract:
     """The families that the image of one SKU and line needs."""
 
     cell: str
-    findings: tuple[Finding, ...]
+    findings: tuple[FamilyFinding, ...]
     stale: tuple[Exemption, ...]
     fixes: dict[str, str]
 
@@ -119,19 +161,19 @@ class Contract:
         }
 
     def check(self) -> None:
-        """Refuse what does not hold.
+        """Raise if the contract does not hold.
 
         Raises:
             ContractError: a family is missing and no row accepts that.
-            StaleExceptionError: a row accepts what is not the case.
+            StaleExceptionError: a row accepts a verdict that the image does not have.
         """
         if broken := [item for item in self.findings if not item.held]:
             raise ContractError(
                 f"{self.cell} needs kernels that its image does not have:\n"
                 + "\n".join(self.lines(item) for item in broken),
                 where="src/vllm_forge/kernels/coverage/families.toml",
-                remedy="take packages that have them; what can be lived without is a row "
-                "[[exception]] with its reason",
+                remedy="use packages that have them, or accept a missing kernel with an "
+                "[[exception]] row and its reason",
             )
         if self.stale:
             raise StaleExceptionError(
@@ -141,7 +183,7 @@ class Contract:
                 remedy="delete the row, or take the line or the capability out of it",
             )
 
-    def lines(self, item: Finding) -> str:
+    def lines(self, item: FamilyFinding) -> str:
         """A finding for people: what is wrong, who needs it, what would help."""
         return "\n".join(
             [
@@ -153,25 +195,25 @@ class Contract:
 
 
 def contract(
-    contents: Contents,
+    contents: SitePackages,
     *,
     cell: str,
     line: str,
     capability: Capability,
-    selections: Sequence[Selected],
+    selections: Sequence[KernelSelection],
 ) -> Contract:
-    """Compare what is selected with what is there.
+    """Compare a cell's selections with its image.
 
     Args:
         contents: the image.
         cell: name for messages.
         line: name of the vLLM line.
         capability: of the SKU.
-        selections: what vLLM selects for each way to serve on that SKU.
+        selections: of each preset of that SKU.
 
     Raises:
         UnknownFamilyError: a backend without a row.
-        UnknownFatbinError: a library's device code cannot be understood.
+        UnknownFatbinError: a library's device code has an unknown layout.
     """
     rows = contents.rows
     needs: dict[str, list[str]] = {name: [] for name in rows.need.always}
@@ -190,7 +232,7 @@ def contract(
             (row for row in accepted if (row.family, row.verdict) == (name, coverage.verdict)), None
         )
         findings.append(
-            Finding(
+            FamilyFinding(
                 family=name,
                 coverage=coverage,
                 needed_by=tuple(dict.fromkeys(reasons)),

@@ -10,10 +10,11 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from vllm_forge.kernels.errors import UnknownFamilyError
 from vllm_forge.matrix.load import perhaps
+from vllm_forge.matrix.model import Row
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 
 DATA = files("vllm_forge.kernels.coverage") / "families.toml"
 # Best first; a family is as good as the worst of its parts. The first three need no exception.
-Verdict: TypeAlias = Literal["native", "family", "source", "ptx", "download", "missing"]
-VERDICTS: tuple[Verdict, ...] = ("native", "family", "source", "ptx", "download", "missing")
-FINE: tuple[Verdict, ...] = ("native", "family", "source")
+CoverageVerdict: TypeAlias = Literal["native", "family", "source", "ptx", "download", "missing"]
+VERDICTS: tuple[CoverageVerdict, ...] = ("native", "family", "source", "ptx", "download", "missing")
+FINE: tuple[CoverageVerdict, ...] = ("native", "family", "source")
 
 
 def _pattern(text: str) -> str:
@@ -32,14 +33,8 @@ def _pattern(text: str) -> str:
     return text
 
 
-class Row(BaseModel):
-    """Base of the records of families.toml."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Part(Row):
-    """Something of a family that must be there, on the GPUs and lines that it is for."""
+class FamilyPart(Row):
+    """A part of a family that must be there, on the GPUs and lines that it is for."""
 
     majors: tuple[int, ...] = Field(default=(), description="of the compute capability; (): all")
     lines: tuple[str, ...] = Field(default=(), description="(): all")
@@ -51,7 +46,7 @@ class Part(Row):
         )
 
 
-class Kernels(Part):
+class Kernels(FamilyPart):
     """Kernels that are compiled into a library."""
 
     libraries: tuple[str, ...] = Field(min_length=1, description="globs; one has the kernels")
@@ -60,20 +55,20 @@ class Kernels(Part):
     )
 
 
-class Libraries(Part):
-    """Libraries that must have some code for the GPU, whatever its kernels are called."""
+class Libraries(FamilyPart):
+    """Libraries that must have some code for the GPU."""
 
     paths: tuple[str, ...] = Field(min_length=1, description="globs; each matches a file")
 
 
-class Sources(Part):
+class Sources(FamilyPart):
     """Kernels that the image compiles on first use."""
 
     files: tuple[str, ...] = Field(min_length=1, description="globs; each matches a file")
     compiler: str
 
 
-class Cubins(Part):
+class Cubins(FamilyPart):
     """Kernels as files of their own."""
 
     files: str = Field(description="glob")
@@ -91,8 +86,8 @@ class Family(Row):
     cubins: tuple[Cubins, ...] = ()
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        """All of them."""
+    def parts(self) -> tuple[FamilyPart, ...]:
+        """The family's kernels, libraries, sources and cubins."""
         return (*self.kernels, *self.libraries, *self.sources, *self.cubins)
 
 
@@ -155,19 +150,20 @@ class Catalogue(Row):
 
     def patterns_of(self, library: str) -> list[str]:
         """The patterns to look for in a library, by its path below site-packages."""
-        found = {
-            part.match
-            for family in self.family.values()
-            for part in family.kernels
-            if any(_matches(library, glob) for glob in part.libraries)
-        }
-        return sorted(found)
+        return sorted(
+            {
+                part.match
+                for family in self.family.values()
+                for part in family.kernels
+                if any(_matches(library, glob) for glob in part.libraries)
+            }
+        )
 
 
 def _matches(path: str, glob: str) -> bool:
-    """As Path.glob does: a star is not for slashes."""
-    parts, wanted = path.split("/"), glob.split("/")
-    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+    """As Path.glob does: a star does not match slashes."""
+    parts, patterns = path.split("/"), glob.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
 
 
 @cache
@@ -194,14 +190,13 @@ def needed(table: dict[str, tuple[str, ...]], chosen: str, what: str) -> tuple[s
     """
     if chosen not in table:
         raise UnknownFamilyError(
-            f"vLLM selects {chosen!r} for {what}, and no row says which kernels that needs. "
-            + perhaps(chosen, table),
+            f"missing row for {what} {chosen!r}. {perhaps(chosen, table)}",
             where="src/vllm_forge/kernels/coverage/families.toml, [need]",
-            remedy="add its row, and the families it needs",
+            remedy="add a row with the families it needs",
         )
     return table[chosen]
 
 
-def worst(verdicts: Iterable[Verdict]) -> Verdict:
+def worst(verdicts: Iterable[CoverageVerdict]) -> CoverageVerdict:
     """The last one in the order of VERDICTS."""
     return max(verdicts, key=VERDICTS.index)

@@ -1,6 +1,10 @@
-"""The census of one library, kept in the cache by what is in the file.
+"""The kernels of a library and their targets, cached by the file's content.
 
-Reading the names in a library costs a second or two; looking them up again costs a stat.
+Kernels are found by their names, and a name alone says little: FlashMLA compiles its sm_90 kernels
+for sm_100f too, as a body that prints "unsupported" and traps. So a body counts only if it is not a
+stub next to the kernel's other bodies (without_stubs).
+
+Reading the names in a library costs a second or two; looking them up in the cache costs a stat.
 """
 
 from __future__ import annotations
@@ -9,42 +13,71 @@ import hashlib
 import json
 import mmap
 import re
-from collections import Counter
+import struct
+from collections import Counter, defaultdict
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import zstandard
+from pydantic import ValidationError
 
 from vllm_forge.host import atomic_path, cache_root, exclusive
-from vllm_forge.kernels.coverage.fatbin import device_code, present
-from vllm_forge.kernels.coverage.kernels import by_bodies, kernels, without_stubs
+from vllm_forge.kernels.coverage.device_code import (
+    device_code,
+    functions,
+    is_elf,
+    present,
+    sections,
+)
+from vllm_forge.kernels.coverage.target import Kind, Target
+from vllm_forge.kernels.errors import UnknownFatbinError
+from vllm_forge.matrix.model import Row
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-# Raise when the same file would get another census.
+    from vllm_forge.kernels.coverage.device_code import Code
+
+# Raise when the same file would get another record.
 FORMAT = 1
+ENTRY = 0x10  # STO_CUDA_ENTRY in st_other: a kernel, not a device function
+CUDA_ABI_FLAGS = struct.Struct("<BB")  # e_flags from byte 48; the second is the architecture
+CUDA_ABI = 8  # e_ident[8] of cubins since CUDA 12.9
+# "sm_90 kernel called on sm_100" costs 768 bytes with printf, 384 without; an empty one 128.
+STUB_BYTES = 1024
+STUB_SHARE = 0.05
+PTX_ENTRY = re.compile(rb"\.entry\s+([\w$]+)")
+TOOL_NOTE = ".note.nv.tkinfo"
+NOTED = re.compile(rb"-arch[ =](sm_\d+[af]?)\b")
 
 
-class Group(BaseModel):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Body:
+    """One kernel compiled for one target; ``size`` in bytes of machine code, 0 for PTX."""
+
+    kind: Kind
+    target: Target
+    size: int
+
+
+class KernelGroup(Row):
     """Kernels of one pattern that have code for the same targets.
 
     Attributes:
-        code: e.g. ``("cubin 120f", "ptx 80")``; stubs do not count.
+        code: e.g. ``("cubin 120f", "ptx 80")``, without stubs.
         kernels: how many.
         example: the mangled name of one, cut.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     code: tuple[str, ...]
     kernels: int
     example: str
 
 
-class LibraryCensus(BaseModel):
-    """What device code a library holds.
+class LibraryCode(Row):
+    """The device code of a library.
 
     Attributes:
         sha256: of the file.
@@ -53,87 +86,15 @@ class LibraryCensus(BaseModel):
         patterns: pattern -> its kernels, by what they were compiled for.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     sha256: str
     size: int
     code: dict[str, int]
-    patterns: dict[str, tuple[Group, ...]]
-
-
-def census(path: Path, patterns: Sequence[str] = ()) -> LibraryCensus:
-    """The census of a file, from the cache where the same bytes were read before.
-
-    Args:
-        path: any file; one without device code has an empty census.
-        patterns: regular expressions to count kernels by, searched for in mangled names.
-
-    Raises:
-        UnknownFatbinError: see device_code and kernels.
-    """
-    rules = hashlib.sha256(json.dumps([FORMAT, sorted(patterns)]).encode()).hexdigest()
-    if (known := _known(path, rules)) is not None:
-        return known
-    with exclusive("census", wait=True):
-        if (known := _known(path, rules)) is not None:
-            return known
-        sha256 = _hash(path)
-        kept = _kept(sha256, rules)
-        if (known := _load(kept)) is None:
-            known = _read(path, sha256, patterns)
-            with atomic_path(kept) as aside:
-                aside.write_text(known.model_dump_json(indent=1) + "\n")
-        return known
-
-
-def _known(path: Path, rules: str) -> LibraryCensus | None:
-    """The kept census of a file that was not touched since it was hashed."""
-    try:
-        record = json.loads(_stamp_path(path).read_text())
-        untouched = record["stamp"] == _stamp(path)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    return _load(_kept(record["sha256"], rules)) if untouched else None
-
-
-def _load(kept: Path) -> LibraryCensus | None:
-    try:
-        return LibraryCensus.model_validate_json(kept.read_text())
-    except (FileNotFoundError, ValidationError):
-        return None
-
-
-def _kept(sha256: str, rules: str) -> Path:
-    return cache_root() / "census" / f"{sha256}-{rules[:16]}.json"
-
-
-def _read(path: Path, sha256: str, patterns: Sequence[str]) -> LibraryCensus:
-    with mapped(path) as buffer:
-        codes = present(buffer, device_code(buffer, str(path)))
-        names = kernels(buffer, str(path), codes) if patterns else {}
-        code: Counter[str] = Counter()
-        for item in codes:
-            code[f"{item.kind} {item.target}"] += item.size
-    groups = {}
-    for pattern in sorted(patterns):
-        search = re.compile(pattern).search
-        matched = {name: without_stubs(bodies) for name, bodies in names.items() if search(name)}
-        groups[pattern] = tuple(
-            Group(
-                code=tuple(f"{kind} {target}" for kind, target in bodies),
-                kernels=len(members),
-                example=min(members)[:160],
-            )
-            for bodies, members in sorted(by_bodies(matched).items())
-        )
-    return LibraryCensus(
-        sha256=sha256, size=path.stat().st_size, code=dict(sorted(code.items())), patterns=groups
-    )
+    patterns: dict[str, tuple[KernelGroup, ...]]
 
 
 @contextmanager
 def mapped(path: Path) -> Iterator[bytes | mmap.mmap]:
-    """The bytes of a file, read when they are looked at."""
+    """The bytes of a file, read on access."""
     with path.open("rb") as file:
         if path.stat().st_size == 0:
             yield b""
@@ -142,13 +103,120 @@ def mapped(path: Path) -> Iterator[bytes | mmap.mmap]:
             yield buffer
 
 
+def kernels(
+    buffer: bytes | mmap.mmap, name: str = "", codes: Iterable[Code] | None = None
+) -> dict[str, list[Body]]:
+    """Bodies by the kernel's mangled name, including stubs.
+
+    Args:
+        buffer: a library.
+        name: of it, for error messages.
+        codes: the library's ``device_code``, if already known.
+
+    Raises:
+        UnknownFatbinError: a payload that cannot be read, or is for another target than its
+            entry says.
+    """
+    bodies: dict[str, list[Body]] = defaultdict(list)
+    unpacker = zstandard.ZstdDecompressor()
+    for code in device_code(buffer, name) if codes is None else codes:
+        if code.kind == "lto":
+            continue  # has no names that can be read
+        payload = _payload(buffer, code, unpacker, name)
+        if code.kind == "ptx":
+            for match in PTX_ENTRY.finditer(payload):
+                bodies[match[1].decode()].append(Body(kind="ptx", target=code.target, size=0))
+        else:
+            _require_architecture(payload, code, name)
+            for symbol, other, size in functions(payload):
+                if other & ENTRY:
+                    bodies[symbol].append(Body(kind="cubin", target=code.target, size=size))
+    return dict(bodies)
+
+
+def without_stubs(bodies: list[Body]) -> list[Body]:
+    """The bodies that do the kernel's work.
+
+    A stub is machine code of less than 1 KiB and less than a twentieth of the kernel's largest.
+    """
+    limit = min(STUB_BYTES, max(body.size for body in bodies) * STUB_SHARE)
+    return [body for body in bodies if body.kind == "ptx" or body.size >= limit]
+
+
+def compiled_for(cubin: bytes | mmap.mmap) -> Target | None:
+    """The ``-arch`` that ptxas noted in a cubin, e.g. ``sm_100f``; None without a note.
+
+    A cubin's ELF flags hold the architecture without its suffix; only this note has it whole.
+    """
+    for section in sections(cubin) if is_elf(cubin) else ():
+        if section.name == TOOL_NOTE:
+            note = bytes(cubin[section.offset : section.offset + section.size])
+            if match := NOTED.search(note):
+                return Target.parse(match[1].decode())
+    return None
+
+
+def code_sizes(codes: Iterable[Code]) -> dict[str, int]:
+    """``cubin 120f`` -> bytes of all such payloads, sorted."""
+    sizes: Counter[str] = Counter()
+    for code in codes:
+        sizes[f"{code.kind} {code.target}"] += code.size
+    return dict(sorted(sizes.items()))
+
+
+def library_code(path: Path, patterns: Sequence[str] = ()) -> LibraryCode:
+    """The device code of a file, from the cache if the same bytes were read before.
+
+    Args:
+        path: any file; one without device code has an empty record.
+        patterns: regular expressions to count kernels by, searched for in mangled names.
+
+    Raises:
+        UnknownFatbinError: see device_code and kernels.
+    """
+    rules = hashlib.sha256(json.dumps([FORMAT, sorted(patterns)]).encode()).hexdigest()
+    if (known := _known(path, rules)) is not None:
+        return known
+    with exclusive("coverage", wait=True):
+        if (known := _known(path, rules)) is not None:
+            return known
+        sha256 = _hash(path)
+        record = _record_path(sha256, rules)
+        if (known := _load(record)) is None:
+            known = _read(path, sha256, patterns)
+            with atomic_path(record) as aside:
+                aside.write_text(known.model_dump_json(indent=1) + "\n")
+        return known
+
+
+def _known(path: Path, rules: str) -> LibraryCode | None:
+    """The cached record of a file that is unchanged since it was hashed."""
+    try:
+        stamp = json.loads(_stamp_path(path).read_text())
+        unchanged = stamp["stamp"] == _stamp(path)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return _load(_record_path(stamp["sha256"], rules)) if unchanged else None
+
+
+def _load(record: Path) -> LibraryCode | None:
+    try:
+        return LibraryCode.model_validate_json(record.read_text())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def _record_path(sha256: str, rules: str) -> Path:
+    return cache_root() / "coverage" / f"{sha256}-{rules[:16]}.json"
+
+
 def _stamp_path(path: Path) -> Path:
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
-    return cache_root() / "census" / "files" / f"{name}.json"
+    return cache_root() / "coverage" / "files" / f"{name}.json"
 
 
 def _stamp(path: Path) -> list[int]:
-    """What the inode says, as in git's index.
+    """The inode's identity, size and times, as in git's index.
 
     The change time cannot be set back, so a file that was written to is read again.
     """
@@ -157,10 +225,76 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _hash(path: Path) -> str:
-    """SHA-256 of a file, and a note of its stamp from before it was read."""
+    """SHA-256 of a file; caches it with the file's stamp from before it was read."""
     stamp = _stamp(path)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     with atomic_path(_stamp_path(path)) as aside:
         aside.write_text(json.dumps({"stamp": stamp, "sha256": sha256}) + "\n")
     return sha256
+
+
+def _read(path: Path, sha256: str, patterns: Sequence[str]) -> LibraryCode:
+    with mapped(path) as buffer:
+        codes = present(buffer, device_code(buffer, str(path)))
+        names = kernels(buffer, str(path), codes) if patterns else {}
+    groups = {}
+    for pattern in sorted(patterns):
+        search = re.compile(pattern).search
+        matches = {name: without_stubs(bodies) for name, bodies in names.items() if search(name)}
+        groups[pattern] = tuple(
+            KernelGroup(
+                code=tuple(f"{kind} {target}" for kind, target in targets),
+                kernels=len(members),
+                example=min(members)[:160],
+            )
+            for targets, members in sorted(_by_targets(matches).items())
+        )
+    return LibraryCode(
+        sha256=sha256, size=path.stat().st_size, code=code_sizes(codes), patterns=groups
+    )
+
+
+def _by_targets(
+    bodies: Mapping[str, list[Body]],
+) -> dict[tuple[tuple[Kind, Target], ...], list[str]]:
+    """Names of kernels, grouped by what they were compiled for."""
+    groups: dict[tuple[tuple[Kind, Target], ...], list[str]] = defaultdict(list)
+    for name, group in bodies.items():
+        groups[tuple(sorted({(body.kind, body.target) for body in group}))].append(name)
+    return groups
+
+
+def _payload(
+    buffer: bytes | mmap.mmap, code: Code, unpacker: zstandard.ZstdDecompressor, name: str
+) -> bytes:
+    packed = bytes(buffer[code.offset : code.offset + code.stored])
+    if not code.compression:
+        return packed
+    if code.compression != "zstd":
+        raise _unreadable(f"{code.compression}-compressed {code.kind}", code, name)
+    try:
+        payload = unpacker.decompress(packed, max_output_size=code.unpacked)
+    except zstandard.ZstdError as error:
+        raise _unreadable(f"a {code.kind} that zstd cannot read: {error}", code, name) from error
+    if len(payload) != code.unpacked:
+        raise _unreadable(f"a {code.kind} of {len(payload)} bytes", code, name)
+    return payload
+
+
+def _require_architecture(cubin: bytes, code: Code, name: str) -> None:
+    if not is_elf(cubin):
+        raise _unreadable("a cubin that is not an ELF file", code, name)
+    stated = CUDA_ABI_FLAGS.unpack_from(cubin, 48)[1]
+    if cubin[8] == CUDA_ABI and stated != code.target.major * 10 + code.target.minor:
+        raise _unreadable(f"a cubin for sm_{stated}", code, name)
+
+
+def _unreadable(what: str, code: Code, name: str) -> UnknownFatbinError:
+    return UnknownFatbinError(
+        f"cannot read device code: {what}, where its entry says {code.kind} for "
+        f"{code.target}, {code.unpacked} bytes",
+        where=f"{name or 'a library'}, section {code.section}, byte {code.header:#x}",
+        remedy="download the library again; if its hash is right, support the form in "
+        "kernels/coverage/library.py",
+    )

@@ -6,15 +6,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.kernels.coverage.fatbin import device_code
-from vllm_forge.kernels.coverage.library import mapped
+from vllm_forge.kernels.coverage.device_code import device_code
+from vllm_forge.kernels.coverage.library import code_sizes, mapped
 from vllm_forge.kernels.coverage.target import parse_capability
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from vllm_forge.kernels.coverage.contents import Contents, Coverage
     from vllm_forge.kernels.coverage.contract import Contract
+    from vllm_forge.kernels.coverage.site_packages import Coverage, SitePackages
 
 
 def line_record(
@@ -23,7 +23,7 @@ def line_record(
     vllm: str,
     lock: str,
     rows: str,
-    contents: Contents,
+    contents: SitePackages,
     contracts: Mapping[str, tuple[str, Contract]],
 ) -> dict[str, Any]:
     """What is written to records/coverage/<line>.json.
@@ -68,20 +68,17 @@ def _coverage(found: Coverage | None) -> dict[str, Any]:
     return {"verdict": found.verdict, "codes": list(found.codes), "detail": found.detail}
 
 
-def libraries(contents: Contents) -> dict[str, dict[str, Any]]:
+def libraries(contents: SitePackages) -> dict[str, dict[str, Any]]:
     """Every library with device code: its size, and bytes per target, by path."""
     found = {}
     for name, path in sorted(_shared_objects(contents.sites).items()):
         if contents.rows.patterns_of(name):
-            code = dict(contents.census(name, path).code)
+            code = contents.library(name, path).code
         else:
             with mapped(path) as buffer:
-                code = {}
-                for item in device_code(buffer, str(path)):
-                    key = f"{item.kind} {item.target}"
-                    code[key] = code.get(key, 0) + item.size
+                code = code_sizes(device_code(buffer, str(path)))
         if code:
-            found[name] = {"size": path.stat().st_size, "code": dict(sorted(code.items()))}
+            found[name] = {"size": path.stat().st_size, "code": dict(code)}
     return found
 
 

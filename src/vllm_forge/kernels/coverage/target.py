@@ -45,15 +45,15 @@ class Target:
         """Read e.g. ``sm_100a``, ``compute_80``, ``120f`` or ``10.3a``.
 
         Raises:
-            UnknownTargetError: it is none of these.
+            UnknownTargetError: invalid target.
         """
-        found = _NAME.fullmatch(text)
-        if found is None:
+        match = _NAME.fullmatch(text)
+        if match is None:
             raise UnknownTargetError(
-                f"{text!r} is not a CUDA target", remedy="e.g. sm_100a, 120f or 9.0a"
+                f"invalid CUDA target {text!r}", remedy="use e.g. sm_100a, 120f or 9.0a"
             )
-        suffix: Suffix = "a" if found["suffix"] == "a" else "f" if found["suffix"] == "f" else ""
-        return cls(int(found["major"]), int(found["minor"]), suffix)
+        suffix: Suffix = "a" if match["suffix"] == "a" else "f" if match["suffix"] == "f" else ""
+        return cls(int(match["major"]), int(match["minor"]), suffix)
 
     def __str__(self) -> str:
         return f"{self.major}{self.minor}{self.suffix}"
@@ -68,11 +68,11 @@ def parse_capability(text: str) -> Capability:
     """A compute capability such as ``10.3``.
 
     Raises:
-        UnknownTargetError: it is not one.
+        UnknownTargetError: invalid compute capability.
     """
     target = Target.parse(text)
     if target.suffix or "." not in text:
-        raise UnknownTargetError(f"{text!r} is not a compute capability", remedy="e.g. 10.3")
+        raise UnknownTargetError(f"invalid compute capability {text!r}", remedy="use e.g. 10.3")
     return target.capability
 
 
@@ -84,16 +84,16 @@ def runs_on(target: Target, kind: Kind, capability: Capability) -> bool:
     ``a`` both run on exactly the GPU they name, with ``f`` on its family.
 
     Raises:
-        UnknownTargetError: a family target that no row says the members of.
+        UnknownTargetError: a family target without a row in FAMILIES.
     """
     if target.suffix == "a":
         return target.capability == capability
     if target.suffix == "f":
         if target.capability not in FAMILIES:
             raise UnknownTargetError(
-                f"no row says which GPUs code for family {target} runs on",
-                where="census/target.py",
-                remedy="add the family as the CUDA Programming Guide has it",
+                f"unknown family target {target}",
+                where="kernels/coverage/target.py, FAMILIES",
+                remedy="add the family's members from the CUDA Programming Guide",
             )
         return capability in FAMILIES[target.capability]
     if kind == "cubin" and target.major != capability[0]:

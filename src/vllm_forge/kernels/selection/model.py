@@ -1,8 +1,8 @@
-"""What is asked of a line's vLLM, and what it answers: frozen records, stable as JSON.
+"""Questions to a line's vLLM and its answers: the keys of records/selection/<line>.json.
 
-A question is a device that is only declared, an artifact's config.json and the arguments of
-``vllm serve``. The answer is what that vLLM's own code selects for them, as far as it can be
-known without a GPU. A question that vLLM refuses has an answer too: ``Answer.refused``.
+A question is a declared device, an artifact's config.json and the arguments of ``vllm serve``. The
+answer is what that vLLM's own code selects for them, as far as it can be known without a GPU. A
+question that vLLM refuses has an answer too: ``Answer.refused``.
 """
 
 from __future__ import annotations
@@ -10,24 +10,20 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from vllm_forge.matrix.model import Row
 
 # ffn.experts up to 0.22.1, ffn.experts.routed_experts later.
 EXPERTS = re.compile(r"\.ffn\.experts(\.routed_experts)?$")
-
-
-class Record(BaseModel):
-    """Base of the records. Their fields are the keys of records/selection/<line>.json."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def _experts(modules: dict[str, str]) -> str | None:
     return next((scheme for name, scheme in modules.items() if EXPERTS.search(name)), None)
 
 
-class Device(Record):
-    """What the stub driver declares; a SKU's row of matrix.toml."""
+class Device(Row):
+    """A SKU's GPUs, as the stub driver declares them."""
 
     name: str
     compute_capability: str = Field(description="e.g. 10.3")
@@ -35,34 +31,34 @@ class Device(Record):
     count: int = Field(ge=1, description="GPUs that the process sees")
 
 
-class Question(Record):
-    """One thing to ask."""
+class Question(Row):
+    """A question."""
 
     name: str = Field(
         description="preset/<preset>/<artifact>, or grid/<sku>/<artifact>[/<variable>]"
     )
     device: Device
-    artifact: str = Field(description="name of a config.json in oracle/artifacts")
+    artifact: str = Field(description="name of a file in kernels/selection/artifacts")
     arguments: tuple[str, ...] = Field(
         default=(), description="of `vllm serve`, without the model; as serve/ writes them"
     )
     environment: dict[str, str] = Field(default_factory=dict)
 
 
-class Rejected(Record):
-    """A candidate that vLLM asked before the chosen one, or instead of one."""
+class RejectedCandidate(Row):
+    """A candidate that vLLM passed over."""
 
     candidate: str = Field(description="backend or kernel class")
-    reason: str = Field(description="vLLM's own words; one line")
+    reason: str = Field(description="as vLLM logs it; one line")
 
 
-class Choice(Record):
-    """What one of vLLM's selections took, and what it passed over."""
+class Choice(Row):
+    """What one of vLLM's selections chose, and what it passed over."""
 
-    chosen: str | None = Field(description="backend or class; None where nothing fits")
+    chosen: str | None = Field(description="backend or class; None if nothing fits")
     kernel: str | None = Field(default=None, description="class that does the work")
-    rejected: tuple[Rejected, ...] = ()
-    error: str | None = Field(default=None, description="what vLLM raised where nothing fits")
+    rejected: tuple[RejectedCandidate, ...] = ()
+    error: str | None = Field(default=None, description="what vLLM raised if nothing fits")
 
 
 class Moe(Choice):
@@ -79,7 +75,7 @@ class Moe(Choice):
     )
 
 
-class Draft(Record):
+class Draft(Row):
     """The MTP draft layer, where speculative decoding is on."""
 
     architecture: str
@@ -93,7 +89,7 @@ class Draft(Record):
         return _experts(self.modules)
 
 
-class KvCache(Record):
+class KvCache(Row):
     """Layers with a KV cache of one shape, on one GPU."""
 
     layers: int
@@ -103,7 +99,7 @@ class KvCache(Record):
     window: int | None = Field(description="tokens that are kept; None: all")
 
 
-class CudaGraphs(Record):
+class CudaGraphs(Row):
     """The sizes that vLLM resolves from flags, k and the scheduler's limits."""
 
     mode: str = Field(description="e.g. FULL_AND_PIECEWISE")
@@ -117,8 +113,8 @@ class CudaGraphs(Record):
     covers: bool = Field(description="the largest of sizes holds a full decode batch")
 
 
-class Engine(Record):
-    """Values that decide whether and how a replica serves, after all of vLLM's defaults."""
+class Engine(Row):
+    """Engine settings after all of vLLM's defaults."""
 
     tensor_parallel: int
     expert_parallel: bool
@@ -134,23 +130,23 @@ class Engine(Record):
     model_runner: Literal["v1", "v2"]
 
 
-class Refused(Record):
+class Refusal(Row):
     """vLLM does not serve this.
 
     ``kind``: ``arguments`` (its parser refuses them), ``config`` (it refuses to make a
-    configuration or a model of them), ``device`` (no attention or kernels for it), ``oracle``
-    (our own code failed inside: a fault to mend).
+    configuration or a model of them), ``device`` (no attention or kernels for it), ``failed``
+    (this project's code raised inside: a bug to fix).
     """
 
-    kind: Literal["arguments", "config", "device", "oracle"]
+    kind: Literal["arguments", "config", "device", "failed"]
     message: str
 
 
-class Answer(Record):
-    """Everything known about one question. What a refusal left unasked is None or empty."""
+class Answer(Row):
+    """The answer to a question. After a refusal, later fields are None or empty."""
 
     name: str = Field(description="of the question")
-    refused: Refused | None = None
+    refused: Refusal | None = None
     unknown_environment: tuple[str, ...] = Field(
         default=(), description="VLLM_* variables that this vLLM does not have: no effect"
     )

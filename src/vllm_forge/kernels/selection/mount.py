@@ -1,4 +1,4 @@
-"""What is mounted to ask a line's vLLM, how it is started, and what it prints."""
+"""The inputs, the command and the output of a run that asks a line's vLLM."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from vllm_forge.host import remove
-from vllm_forge.kernels.errors import OracleFailedError
-from vllm_forge.kernels.selection.artifacts import artifact_config
+from vllm_forge.kernels.errors import SelectionFailedError
 from vllm_forge.kernels.selection.model import Answer
+from vllm_forge.kernels.selection.questions import artifact_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vllm_forge.kernels.selection.model import Question
 
 INSIDE = Path(__file__).with_name("inside")
-# The stub driver, for whoever else needs vLLM to see a device: it stands alone.
+# The stub driver, also used by an image's checks; it imports only the standard library.
 DRIVER = INSIDE / "driver.py"
 QUESTIONS = "questions.json"
 # The package is mounted at /mnt/inside; the image's own Python runs it.
@@ -31,8 +31,8 @@ ARGV = (
     "import sys; sys.path.insert(0, '/mnt'); from inside.main import main; main()",
 )
 TAIL = 2000
-# A tokenizer with a vocabulary of nothing but the tokens that DeepSeek's parsers look up: some
-# flags make vLLM open one, none selects by it.
+# A tokenizer with only the tokens that DeepSeek's parsers look up: some flags make vLLM open one,
+# none selects by it.
 BAR, SPACE = "\N{FULLWIDTH VERTICAL LINE}", "\N{LOWER ONE EIGHTH BLOCK}"
 TOKENS = (
     "<unk>",
@@ -69,24 +69,19 @@ TOKENIZER: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def inside_files() -> list[Path]:
-    """The modules that run inside."""
-    return sorted(INSIDE.glob("*.py"))
-
-
 def inside_hash() -> str:
-    """SHA-256 of these modules: another question is another answer."""
+    """SHA-256 of the modules that run inside."""
     total = hashlib.sha256()
-    for path in inside_files():
+    for path in sorted(INSIDE.glob("*.py")):
         total.update(f"{path.name}\0".encode() + path.read_bytes())
     return total.hexdigest()
 
 
 def write_inputs(folder: Path, questions: Sequence[Question]) -> None:
-    """The package and the questions, in a folder that any user can read.
+    """Write the package and the questions to a folder that any user can read.
 
     Raises:
-        ArtifactConfigError: no config is known of an artifact that is asked about.
+        ArtifactConfigError: an artifact without a config.
     """
     content = {
         "questions": [question.model_dump(mode="json") for question in questions],
@@ -97,7 +92,7 @@ def write_inputs(folder: Path, questions: Sequence[Question]) -> None:
     }
     remove(folder)
     (folder / INSIDE.name).mkdir(parents=True)
-    for path in inside_files():
+    for path in sorted(INSIDE.glob("*.py")):
         shutil.copyfile(path, folder / INSIDE.name / path.name)
     (folder / QUESTIONS).write_text(json.dumps(content), encoding="utf-8")
     for path in (folder, *folder.rglob("*")):
@@ -105,12 +100,13 @@ def write_inputs(folder: Path, questions: Sequence[Question]) -> None:
 
 
 def read_answers(output: str, questions: Iterable[Question], where: str) -> tuple[Answer, ...]:
-    """The answers that were printed last, in the questions' order.
+    """The answers on the output's last line, in the questions' order.
 
     Raises:
-        OracleFailedError: there are none, or of other questions; or our own code failed.
+        SelectionFailedError: no answers, answers to other questions, or a failure of this
+            project's code inside.
     """
-    wanted = [question.name for question in questions]
+    names = [question.name for question in questions]
     lines = output.strip().splitlines()
     try:
         rows = json.loads(lines[-1])
@@ -119,21 +115,21 @@ def read_answers(output: str, questions: Iterable[Question], where: str) -> tupl
             row.pop("imported", None)
         answers = tuple(Answer.model_validate(row) for row in rows)
     except (IndexError, ValueError, TypeError, AttributeError, ValidationError) as error:
-        raise OracleFailedError(
-            f"what was asked printed no answers: {str(error)[:TAIL]}",
+        raise SelectionFailedError(
+            f"the questions printed no answers: {str(error)[:TAIL]}",
             where=where,
             remedy=output[-TAIL:],
         ) from None
-    if [answer.name for answer in answers] != wanted:
-        raise OracleFailedError(
-            f"{len(answers)} answers to {len(wanted)} questions, or in another order", where=where
+    if [answer.name for answer in answers] != names:
+        raise SelectionFailedError(
+            f"{len(answers)} answers to {len(names)} questions, or in another order", where=where
         )
-    failed = [a for a in answers if a.refused is not None and a.refused.kind == "oracle"]
+    failed = [a for a in answers if a.refused is not None and a.refused.kind == "failed"]
     if failed:
         reasons = "\n".join(f"  - {a.name}: {a.refused.message}" for a in failed if a.refused)
-        raise OracleFailedError(
+        raise SelectionFailedError(
             f"{len(failed)} of {len(answers)} questions failed:\n{reasons}",
             where=where,
-            remedy=f"a fault of {INSIDE}, or a change of vLLM's interfaces that it must follow",
+            remedy=f"fix {INSIDE}: this vLLM may have changed its interfaces",
         )
     return answers

@@ -1,24 +1,34 @@
-"""The questions of a line: each preset with each of its artifacts, and a grid without presets.
+"""The questions of a line, and the config.json of each artifact that they are about.
 
-The grid has every SKU with every artifact, also SKUs that the line does not serve: their answers
-say why. It asks once more with each retired variable set.
+Every preset is asked with each of its artifacts. A grid without presets has every SKU with every
+artifact, also SKUs that the line does not serve, whose answers give the reason. It is asked again
+with each retired variable set.
+
+``artifacts/<name>.json`` has ``config`` without the weights, its ``sources``, and what is
+``unknown``. ``base`` names a file whose config it adds to.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from vllm_forge.kernels.errors import ArtifactConfigError
 from vllm_forge.kernels.selection.model import Device, Question
 from vllm_forge.matrix import serve_arguments
 
 if TYPE_CHECKING:
-    from vllm_forge.matrix import Artifact, Matrix, Sku
+    from vllm_forge.matrix import Matrix, Sku
 
-# A node of eight GPUs: whether a host has as many as a preset needs is the doctor's question.
+# A node of eight GPUs: doctor checks whether a host has as many as a preset needs.
 GPUS = 8
 # Fits every SKU and divides every artifact: the grid is about kernels, not about memory.
 GRID_ARGUMENTS = ("--tensor-parallel-size=4", "--kv-cache-dtype=fp8")
 DRAFTER = '--speculative-config={"method":"mtp","num_speculative_tokens":1}'
+ARTIFACTS = Path(__file__).with_name("artifacts")
+KEYS = {"base", "sources", "unknown", "config"}
 
 
 def preset_question(preset_name: str, artifact_name: str) -> str:
@@ -32,17 +42,8 @@ def grid_question(sku_name: str, artifact_name: str, variable: str = "") -> str:
 
 
 def line_questions(matrix: Matrix, line_name: str) -> tuple[Question, ...]:
-    """All questions to a line with its series."""
-    return (*_preset_questions(matrix, line_name), *_grid_questions(matrix))
-
-
-def published_questions(matrix: Matrix) -> tuple[Question, ...]:
-    """All questions to a line's release as it was published."""
-    return _grid_questions(matrix)
-
-
-def _preset_questions(matrix: Matrix, line_name: str) -> tuple[Question, ...]:
-    questions = []
+    """All questions to a line with its series: its presets, then the grid."""
+    questions: list[Question] = []
     for name, preset in matrix.preset.items():
         if preset.sku not in matrix.line[line_name].skus:
             continue
@@ -58,26 +59,23 @@ def _preset_questions(matrix: Matrix, line_name: str) -> tuple[Question, ...]:
             )
             for artifact in preset.artifacts
         ]
-    return tuple(questions)
+    return (*questions, *grid_questions(matrix))
 
 
-def _grid_questions(matrix: Matrix) -> tuple[Question, ...]:
+def grid_questions(matrix: Matrix) -> tuple[Question, ...]:
+    """The questions without presets; those to a line's release as it was published."""
     return tuple(
         Question(
             name=grid_question(sku_name, artifact_name, variable),
             device=declared_device(sku, count=GPUS),
             artifact=artifact_name,
-            arguments=_grid_arguments(artifact),
+            arguments=(*GRID_ARGUMENTS, *([] if artifact.mtp == "none" else [DRAFTER])),
             environment={**sku.env, **({variable: "1"} if variable else {})},
         )
         for sku_name, sku in matrix.sku.items()
         for artifact_name, artifact in matrix.artifact.items()
         for variable in ("", *matrix.retired)
     )
-
-
-def _grid_arguments(artifact: Artifact) -> tuple[str, ...]:
-    return (*GRID_ARGUMENTS, *([] if artifact.mtp == "none" else [DRAFTER]))
 
 
 def declared_device(sku: Sku, *, count: int) -> Device:
@@ -88,3 +86,41 @@ def declared_device(sku: Sku, *, count: int) -> Device:
         memory_bytes=sku.memory_gb * 10**9,
         count=count,
     )
+
+
+def artifact_config(name: str, folder: Path = ARTIFACTS) -> dict[str, Any]:
+    """The config.json of an artifact of the matrix.
+
+    Raises:
+        ArtifactConfigError: missing or malformed.
+    """
+    data = _read(name, folder)
+    base = artifact_config(data["base"], folder) if "base" in data else {}
+    return {**base, **data["config"]}
+
+
+def config_hash(name: str, folder: Path = ARTIFACTS) -> str:
+    """SHA-256 of the config."""
+    text = json.dumps(artifact_config(name, folder), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(name: str, folder: Path) -> dict[str, Any]:
+    path = folder / f"{name}.json"
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        unknown = set(data) - KEYS
+        problem = f"unknown keys {sorted(unknown)}" if unknown else ""
+        if not data.get("sources") or not isinstance(data["config"], dict):
+            problem = "missing sources or config"
+    except FileNotFoundError:
+        problem = f"missing config.json of artifact {name}"
+    except (ValueError, KeyError, AttributeError) as error:
+        problem = f"invalid artifact config: {error!r}"
+    if problem:
+        raise ArtifactConfigError(
+            problem,
+            where=str(path),
+            remedy="write the artifact's config.json and its sources",
+        )
+    return data

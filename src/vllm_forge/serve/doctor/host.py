@@ -1,4 +1,4 @@
-"""The host as its own tools describe it: asked through a probe, parsed into records."""
+"""The host as its tools describe it: asked through a probe, parsed into records."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ class EngineInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """All that was asked. ``*_said`` is a tool's own words where they are not what was expected.
+    """The answers of the host's tools.
 
     Attributes:
-        gpus: as nvidia-smi lists them.
+        gpus: as nvidia-smi lists them; ``gpus_error`` is its output if it lists none.
         versions: driver and user space, as ``nvidia-smi --version`` says.
-        toolkit: version of the NVIDIA container toolkit, None where it is not installed.
-        engines: those that answer; ``engines_said`` is about the others.
+        toolkit: version of the NVIDIA container toolkit, None if it is not installed.
+        engines: those that answer; ``engine_errors`` has the output of the others.
         disk_free: bytes below ``disk_path``, where the first engine keeps its images.
         ram, shm: bytes in total.
     """
 
     gpus: tuple[Gpu, ...]
-    gpus_said: str
+    gpus_error: str
     versions: dict[str, str]
     toolkit: str | None
     engines: tuple[EngineInfo, ...]
-    engines_said: dict[str, str]
+    engine_errors: dict[str, str]
     disk_path: str
     disk_free: int | None
     ram: int | None
@@ -55,9 +55,8 @@ class Host:
 
 
 def ask_host(probe: Probe) -> Host:
-    """Put every question; none of them changes anything."""
-    listing = probe.ask("nvidia-smi", gpu_query(DETAILED))
-    gpus, gpus_said = listed_gpus(listing)
+    """Ask every question; none of them changes anything."""
+    gpus, gpus_error = listed_gpus(probe.ask("nvidia-smi", gpu_query(DETAILED)))
     toolkit = _version(probe.ask("nvidia-ctk", ["nvidia-ctk", "--version"]))
     devices = probe.ask("nvidia-ctk-cdi", ["nvidia-ctk", "cdi", "list"]).text
     replies = {
@@ -65,11 +64,11 @@ def ask_host(probe: Probe) -> Host:
         "podman": probe.ask("podman", ["podman", "info", "--format", "json"]),
     }
     engines: list[EngineInfo] = []
-    said: dict[str, str] = {}
+    errors: dict[str, str] = {}
     for name, reply in replies.items():
         info = _json(reply)
         if info is None:
-            said[name] = "not installed" if reply.missing else _words(reply)
+            errors[name] = "not installed" if reply.missing else _one_line(reply)
         elif name == "docker":
             engines.append(_docker(info))
         else:
@@ -77,11 +76,11 @@ def ask_host(probe: Probe) -> Host:
     path = engines[0].root if engines else "/"
     return Host(
         gpus=gpus,
-        gpus_said=gpus_said,
+        gpus_error=gpus_error,
         versions=parse_versions(probe.ask("nvidia-smi-version", ["nvidia-smi", "--version"])),
         toolkit=toolkit,
         engines=tuple(engines),
-        engines_said=said,
+        engine_errors=errors,
         disk_path=path,
         disk_free=_df(probe.ask("df", _df_argv(path)), "Avail"),
         ram=parse_meminfo(probe.ask("meminfo", ["cat", "/proc/meminfo"])),
@@ -90,7 +89,7 @@ def ask_host(probe: Probe) -> Host:
 
 
 def listed_gpus(reply: Reply) -> tuple[tuple[Gpu, ...], str]:
-    """The GPUs; and nvidia-smi's words where it lists none."""
+    """The GPUs; and nvidia-smi's output if it lists none."""
     if reply.missing:
         return (), "nvidia-smi is not installed"
     rows = "\n".join(line for line in reply.text.splitlines() if "," in line)  # no warnings
@@ -98,19 +97,19 @@ def listed_gpus(reply: Reply) -> tuple[tuple[Gpu, ...], str]:
         gpus = () if reply.code else parse_gpus(rows, DETAILED)
     except ValueError:
         gpus = ()
-    return gpus, "" if gpus else _words(reply)
+    return gpus, "" if gpus else _one_line(reply)
 
 
 def parse_versions(reply: Reply) -> dict[str, str]:
-    """``{"NVIDIA-SMI": ..., "NVML": ..., "DRIVER": ...}``; empty where it does not answer."""
+    """``{"NVIDIA-SMI": ..., "NVML": ..., "DRIVER": ...}``; empty if it does not answer."""
     pairs = re.findall(r"^(NVIDIA-SMI|NVML|DRIVER) version\s*:\s*(\S+)$", reply.text, re.M)
     return {} if reply.code else dict(pairs)
 
 
 def parse_meminfo(reply: Reply) -> int | None:
     """Bytes of RAM; the file counts in KiB."""
-    found = re.search(r"^MemTotal:\s+(\d+) kB$", reply.text, re.M)
-    return None if found is None else int(found[1]) * 1024
+    match = re.search(r"^MemTotal:\s+(\d+) kB$", reply.text, re.M)
+    return None if match is None else int(match[1]) * 1024
 
 
 def _docker(info: dict[str, Any]) -> EngineInfo:
@@ -138,8 +137,8 @@ def _json(reply: Reply) -> dict[str, Any] | None:
 
 
 def _version(reply: Reply) -> str | None:
-    found = re.search(r"version (\S+)", reply.text)
-    return None if reply.code or found is None else found[1]
+    match = re.search(r"version (\S+)", reply.text)
+    return None if reply.code or match is None else match[1]
 
 
 def _df_argv(path: str) -> list[str]:
@@ -155,7 +154,7 @@ def _df(reply: Reply, column: str) -> int | None:
     return int(lines[1].split()[place])
 
 
-def _words(reply: Reply) -> str:
-    """A tool's own words in one line."""
+def _one_line(reply: Reply) -> str:
+    """A tool's output in one line."""
     lines = [line.strip() for line in reply.text.splitlines() if line.strip()]
     return "; ".join(lines) if lines else f"exit {reply.code} without a word"

@@ -1,4 +1,4 @@
-"""VLLM's own model and draft model, built by their constructors on the meta device.
+"""Build vLLM's own model and draft model, by their constructors, on the meta device.
 
 Constructors are where DeepSeek V4 chooses: the attention class, the MoE backend of every layer,
 the scheme and kernel of every linear layer. On the meta device they need no memory and no GPU.
@@ -26,8 +26,8 @@ SELECTORS = ("select_", "_moe_backend")
 
 
 @dataclass(kw_only=True)
-class Selection:
-    """One call of a ``select_*_moe_backend`` of vLLM: what it was given, said and returned."""
+class SelectionCall:
+    """A call of a ``select_*_moe_backend`` of vLLM: arguments, log lines and result or error."""
 
     function: Any
     args: tuple[Any, ...]
@@ -38,43 +38,43 @@ class Selection:
 
 
 @dataclass(kw_only=True)
-class Built:
-    """What was built; ``refused`` says why not all of it."""
+class ModelBuild:
+    """The models; ``refusal`` says why one of them is missing."""
 
     model: Any = None
     draft: Any = None
-    selections: list[Selection] = field(default_factory=list)
-    draft_selections: list[Selection] = field(default_factory=list)
-    refused: Refusal | None = None
+    selections: list[SelectionCall] = field(default_factory=list)
+    draft_selections: list[SelectionCall] = field(default_factory=list)
+    refusal: Refusal | None = None
 
 
-def build(config: Any, log: Log) -> Built:
+def build_models(config: Any, log: Log) -> ModelBuild:
     """The model and, where speculation is on, the draft model of a VllmConfig."""
     _use_groups(config)
-    built = Built()
+    build = ModelBuild()
     with _recorded(log) as calls, _on_meta(config.model_config.dtype):
         loader: Any = importlib.import_module("vllm.model_executor.model_loader.utils")
         loader.record_metadata_for_reloading = lambda _model: None  # takes long, selects nothing
         try:
             try:
-                built.model = loader.initialize_model(vllm_config=config)
+                build.model = loader.initialize_model(vllm_config=config)
             finally:
-                built.selections, calls[:] = [*calls], []
+                build.selections, calls[:] = [*calls], []
             if config.speculative_config is not None:
                 forget_once()
-                built.draft = loader.initialize_model(
+                build.draft = loader.initialize_model(
                     vllm_config=_draft_config(config),
                     model_config=config.speculative_config.draft_model_config,
                 )
         except Exception as error:
             if not raised_in_vllm(error):
                 raise
-            chosen_none = any(call.error for call in (*built.selections, *calls))
-            kind = "device" if chosen_none else "config"
-            part = "draft: " if built.model is not None else ""
-            built.refused = Refusal(kind, part + explain(error))
-        built.draft_selections = [*calls]
-    return built
+            unselected = any(call.error for call in (*build.selections, *calls))
+            kind = "device" if unselected else "config"
+            part = "draft: " if build.model is not None else ""
+            build.refusal = Refusal(kind, part + explain(error))
+        build.draft_selections = [*calls]
+    return build
 
 
 def _use_groups(config: Any) -> None:
@@ -82,10 +82,10 @@ def _use_groups(config: Any) -> None:
     parallel = config.parallel_config
     data, tensor = parallel.data_parallel_size, parallel.tensor_parallel_size
     context = getattr(parallel, "prefill_context_parallel_size", 1)
-    everyone = data * tensor * context
+    world = data * tensor * context
     sizes = {
-        "_WORLD": everyone, "_TP": tensor, "_DCP": 1, "_PCP": context, "_PP": 1, "_DP": data,
-        "_EP": everyone, "_EPLB": everyone,
+        "_WORLD": world, "_TP": tensor, "_DCP": 1, "_PCP": context, "_PP": 1, "_DP": data,
+        "_EP": world, "_EPLB": world,
     }  # fmt: skip
     state = importlib.import_module("vllm.distributed.parallel_state")
     for name, size in sizes.items():
@@ -113,7 +113,7 @@ def _draft_config(config: Any) -> Any:
 
 @contextlib.contextmanager
 def _on_meta(dtype: Any) -> Iterator[None]:
-    """Tensors made here have a shape and a dtype and nothing else, also those for "cuda"."""
+    """Create tensors without data, also those for "cuda"."""
     torch = importlib.import_module("torch")
     utils = importlib.import_module("vllm.utils.torch_utils")
     _map_experts_on_cpu(torch)
@@ -130,7 +130,7 @@ def _on_meta(dtype: Any) -> Iterator[None]:
 
 
 def _map_experts_on_cpu(torch: Any) -> None:
-    """With expert parallelism, constructors read the values of the map that they make."""
+    """Keep the expert map on the CPU: with expert parallelism, constructors read its values."""
     name = "determine_expert_map"
     for module in list(sys.modules.values()):
         function = vars(module).get(name) if isinstance(module, ModuleType) else None
@@ -150,9 +150,9 @@ def _meta(torch: Any, value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _recorded(log: Log) -> Iterator[list[Selection]]:
-    """Hear every selection of a MoE backend, wherever it was imported to."""
-    calls: list[Selection] = []
+def _recorded(log: Log) -> Iterator[list[SelectionCall]]:
+    """Record every selection of a MoE backend, wherever it was imported to."""
+    calls: list[SelectionCall] = []
     heads, tail = SELECTORS
     for name, module in sorted(sys.modules.items()):
         if not name.startswith("vllm.") or module is None:
@@ -163,13 +163,13 @@ def _recorded(log: Log) -> Iterator[list[Selection]]:
     yield calls
 
 
-def _recorder(function: Any, calls: list[Selection], log: Log) -> Any:
+def _recorder(function: Any, calls: list[SelectionCall], log: Log) -> Any:
     if hasattr(function, "__wrapped__"):
         return function
 
     @functools.wraps(function)
     def record(*args: Any, **kwargs: Any) -> Any:
-        call = Selection(function=function, args=args, kwargs=kwargs)
+        call = SelectionCall(function=function, args=args, kwargs=kwargs)
         calls.append(call)
         with log.listen() as call.lines:
             try:

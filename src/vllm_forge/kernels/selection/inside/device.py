@@ -1,8 +1,8 @@
 """A GPU that is only declared: by the stub driver, and in torch's answers about CUDA.
 
 vLLM asks NVML (platforms/cuda.py) and, here and there, torch.cuda. Both get the facts of the
-question. Whatever else is asked of the driver fails, and what torch has no fact for raises: an
-answer must not depend on something that nobody declared.
+question. Any other call of the driver fails, and an attribute of torch's without a fact raises: an
+answer must not depend on anything that was not declared.
 """
 
 from __future__ import annotations
@@ -44,34 +44,34 @@ ANSWERS: dict[str, Callable[[Device], Any]] = {
 }
 
 
-class _Nothing:
-    """A stream, an event: made by constructors, never used by what we ask."""
+class _Unused:
+    """A stream or an event, which constructors create and never use."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
 
-class Declared:
-    """The stub driver in this process; nothing is declared before ``declare`` was called.
+class DeclaredDevice:
+    """The stub driver in this process, and the device that ``declare`` sets.
 
-    ``asked``: who asked torch before that. Such an answer would be kept for all devices.
+    ``early_calls``: callers of torch.cuda before that. They would keep the answer for all devices.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Load the stubs; before torch and vLLM are imported."""
-        self.asked: list[str] = []
+        """Load the stubs. Call it before torch and vLLM are imported."""
+        self.early_calls: list[str] = []
         self._nvml = load_stubs(folder)
         self._cuda: Any = importlib.import_module("torch").cuda
         self._cuda.is_available = lambda: True
-        self._cuda.Stream = self._cuda.Event = _Nothing
+        self._cuda.Stream = self._cuda.Event = _Unused
         for name in ANSWERS:
             setattr(self._cuda, name, self._too_early(name))
 
     def _too_early(self, name: str) -> Any:
         def ask(*_args: object, **_kwargs: object) -> None:
             caller = traceback.extract_stack(limit=2)[0]
-            self.asked.append(f"{caller.filename}:{caller.lineno} asks {name}")
-            raise RuntimeError(self.asked[-1])
+            self.early_calls.append(f"{caller.filename}:{caller.lineno} asks {name}")
+            raise RuntimeError(self.early_calls[-1])
 
         return ask
 

@@ -1,4 +1,4 @@
-"""A stub driver that declares GPUs and can do nothing else. Standard library only.
+"""A stub driver that declares GPUs. Standard library only.
 
 vLLM refuses even --help on a host where it cannot tell the device (config/device.py), and its
 extensions link libcuda. NVML answers with what was declared; every call of the driver proper
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-# What is declared is known when it is compiled (-D), or is set in the process that asks.
+# The facts are set when it is compiled (-D), or in the process that asks.
 NVML = """
 #include <string.h>
 int forge_major = MAJOR, forge_minor = MINOR;
@@ -52,7 +52,7 @@ STUBS = {NVML_NAME: NVML, "libcuda.so.1": CUDA}
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """As the host declares it: name, compute capability ("10.3"), bytes per GPU, GPUs."""
+    """Name, compute capability ("10.3"), bytes per GPU and number of GPUs."""
 
     name: str
     compute_capability: str
@@ -66,10 +66,10 @@ class Device:
         return int(major), int(minor)
 
 
-NOTHING = Device(name="", compute_capability="0.0", memory_bytes=0, count=0)
+NO_DEVICE = Device(name="", compute_capability="0.0", memory_bytes=0, count=0)
 
 
-def build_stubs(folder: Path, device: Device = NOTHING) -> None:
+def build_stubs(folder: Path, device: Device = NO_DEVICE) -> None:
     """Compile the stub driver, once for all processes; they see the device from their start."""
     major, minor = device.capability
     facts = {

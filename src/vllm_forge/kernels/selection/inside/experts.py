@@ -15,7 +15,7 @@ from .serving import explain, forget_once
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from .building import Selection
+    from .building import SelectionCall
     from .serving import Log
 
 UNSUPPORTED = re.compile(
@@ -34,7 +34,7 @@ def name_of(value: Any) -> str:
     return str(getattr(value, "name", value)).upper()
 
 
-def moe_facts(model: Any, selections: list[Selection], log: Log) -> Facts | None:
+def moe_facts(model: Any, selections: list[SelectionCall], log: Log) -> Facts | None:
     """The fields of the model's Moe, of the first layer; all layers must agree."""
     layers = list(_routed_experts(model)) if model is not None else []
     if selections:
@@ -59,7 +59,7 @@ def _routed_experts(model: Any) -> Iterable[Any]:
             yield module
 
 
-def _selected(selections: list[Selection], log: Log) -> Facts:
+def _selected(selections: list[SelectionCall], log: Log) -> Facts:
     first = selections[0]
     results = {str(call.result) for call in selections}
     if len(results) > 1:
@@ -80,7 +80,7 @@ def _selected(selections: list[Selection], log: Log) -> Facts:
     return facts
 
 
-def _outcome(call: Selection) -> Facts:
+def _outcome(call: SelectionCall) -> Facts:
     if call.result is None:
         return {"chosen": None, "kernel": None, "error": call.error}
     backend, kernel = call.result
@@ -92,18 +92,17 @@ def _outcome(call: Selection) -> Facts:
 
 
 def _rejected(lines: list[tuple[int, str]]) -> list[Facts]:
-    """What the selection logged of the candidates that it passed over."""
-    found = [UNSUPPORTED.search(text) for _, text in lines]
+    """Candidates that the selection passed over, by its log lines."""
     rows = [
         {"candidate": match["name"], "reason": match["why"] or "no reason given"}
-        for match in found
-        if match is not None
+        for _, text in lines
+        if (match := UNSUPPORTED.search(text)) is not None
     ]
     return [row for number, row in enumerate(rows) if row not in rows[:number]]
 
 
-def _without_limit(call: Selection, log: Log) -> Selection | None:
-    """The same question for a model without a SwiGLU limit: is it the limit that decides?"""
+def _without_limit(call: SelectionCall, log: Log) -> SelectionCall | None:
+    """Repeat the call for a model without a SwiGLU limit; None where it has none already."""
     values = [*call.args, *call.kwargs.values()]
     if all(getattr(value, "swiglu_limit", None) is None for value in values):
         return None
@@ -131,7 +130,7 @@ def _unlimited(value: Any) -> Any:
 
 
 def _by_method(method: Any) -> Facts:
-    """Of methods that decide in their constructor: WNA16 of vLLM 0.22."""
+    """Facts of methods that choose in their constructor: WNA16 of vLLM 0.22."""
     return {
         "chosen": name_of(method.kernel_backend),
         "kernel": type(method).__name__,
@@ -192,7 +191,7 @@ def _limit_of_call(module: Any, method: Any, layer: Any) -> float | None:
 
 
 def _with_stand_ins(layer: Any, call: Any) -> Any:
-    """Call, giving the layer each tensor that it lacks because nothing was loaded."""
+    """Call, and give the layer each tensor that is missing because nothing was loaded."""
     torch = importlib.import_module("torch")
     for _ in range(MOST_MISSING):
         try:

@@ -1,13 +1,13 @@
-"""Answers questions about this environment's vLLM, each in a process of its own.
+"""Answer questions about this environment's vLLM, each in a process of its own.
 
-Reads ``questions.json`` beside this package, prints one JSON list of answers as its last line,
+Reads ``questions.json`` next to this package, prints one JSON list of answers as its last line,
 and exits 0 if it could run at all: the host decides what an answer means.
 
-Three generations of processes, for imports take longer than answers. The first one imports what
-asks neither for the device nor for a question's variables. Each of its children is a world: it
-declares a device and imports vLLM, which keeps what it asked the platform. A world's children
-answer one question each. A question whose variables vLLM read while it was imported gets a
-world of its own.
+There are three generations of processes, as imports take longer than answers. The first one
+imports modules that read neither the device nor a question's variables. Each of its children is a
+world: it declares a device and imports vLLM, which keeps what it asked the platform. A world's
+children answer one question each. A question whose variables vLLM read while it was imported gets
+a world of its own.
 """
 
 from __future__ import annotations
@@ -22,17 +22,15 @@ import sys
 import tempfile
 import time
 import traceback
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from .device import Declared
+from .device import DeclaredDevice
 from .driver import Device, build_stubs
 from .serving import (
     Refusal,
     attach_log,
     clean,
-    engine_facts,
     make_config,
     unknown_environment,
 )
@@ -53,7 +51,7 @@ COMMON = (
     "torch._dynamo", "torchvision", "transformers.models.auto.modeling_auto", "tilelang",
     "cutlass.cute", "humming", "openai", "compressed_tensors.quantization", "cv2", "fastapi",
 )  # fmt: skip
-# What every question needs; what else one needs, the first one of a world tells.
+# Needed by every question. The first question of a world shows which others to import.
 MODULES = (
     "vllm",
     "vllm.engine.arg_utils",
@@ -73,28 +71,28 @@ Facts = dict[str, Any]
 
 def main() -> None:
     """Answer all questions, device by device."""
-    asked = json.loads((HOME / "questions.json").read_text())
-    questions = asked["questions"]
+    request = json.loads((HOME / "questions.json").read_text())
+    questions = request["questions"]
     os.environ.update(ALWAYS)
     gc.disable()  # it would walk millions of objects, and copy their pages in every child
     reads = _watch_environment()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build_stubs(folder)
-        for artifact, files in asked["artifacts"].items():
+        for artifact, files in request["artifacts"].items():
             (folder / artifact).mkdir()
             for file, content in files.items():
                 (folder / artifact / file).write_text(json.dumps(content))
-        declared = Declared(folder)
+        declared = DeclaredDevice(folder)
         for module in COMMON:
             with contextlib.suppress(ImportError):
                 importlib.import_module(module)
         variables = {name for question in questions for name in question["environment"]}
-        if wrong := [*declared.asked, *sorted(reads & variables)]:
-            raise AssertionError(f"read or asked for by what COMMON imports: {wrong}")
+        if wrong := [*declared.early_calls, *sorted(reads & variables)]:
+            raise AssertionError(f"importing COMMON reads the device or a variable: {wrong}")
         answers = _ask_worlds(questions, folder, declared, reads)
     print("\n" + json.dumps([answers[question["name"]] for question in questions]), flush=True)
-    os._exit(0)  # tearing torch down takes seconds and tells nothing
+    os._exit(0)  # tearing torch down takes seconds
 
 
 def _watch_environment() -> set[str]:
@@ -111,9 +109,9 @@ def _watch_environment() -> set[str]:
 
 
 def _ask_worlds(
-    questions: list[Facts], folder: Path, declared: Declared, reads: set[str]
+    questions: list[Facts], folder: Path, declared: DeclaredDevice, reads: set[str]
 ) -> dict[str, Facts]:
-    """As many worlds at a time as there are cores; the large ones first."""
+    """Run as many worlds at a time as there are cores, the large ones first."""
     groups: dict[str, list[Facts]] = {}
     for question in questions:
         groups.setdefault(json.dumps(question["device"], sort_keys=True), []).append(question)
@@ -128,15 +126,12 @@ def _ask_worlds(
         while waiting and len(running) < most:
             group, path = waiting.pop(), folder / f"world-{started}.json"
             started += 1
-            pid = os.fork()
-            if pid == 0:
-                _end_after(partial(_write_world, path, group, folder, declared, reads))
-            running[pid] = group, path
+            running[_fork(_world, path, group, folder, declared, reads)] = group, path
         pid = _first_ended(running)
         group, path = running.pop(pid)
         status = os.waitpid(pid, 0)[1]
         if status != 0 or not path.exists():
-            refused = {"kind": "oracle", "message": f"a world ended with status {status}"}
+            refused = {"kind": "failed", "message": f"a world ended with status {status}"}
             answers |= {q["name"]: {"name": q["name"], "refused": refused} for q in group}
             continue
         answers |= {answer["name"]: answer for answer in json.loads(path.read_text())}
@@ -145,16 +140,12 @@ def _ask_worlds(
 
 
 def _split(group: list[Facts], parts: int) -> list[list[Facts]]:
-    """The questions in so many lists of about the same length."""
+    """Split the questions into lists of about the same length."""
     return [part for start in range(parts) if (part := group[start::parts])]
 
 
-def _write_world(path: Path, *world: Any) -> None:
-    path.write_text(json.dumps(_world(*world)))
-
-
 def _first_ended(pids: Iterable[int]) -> int:
-    """One of these children that has ended; libraries have children of their own."""
+    """Wait for one of these children; libraries have children of their own."""
     files = {os.pidfd_open(pid): pid for pid in pids}
     try:
         return files[select.select(files, (), ())[0][0]]
@@ -163,22 +154,25 @@ def _first_ended(pids: Iterable[int]) -> int:
             os.close(file)
 
 
-def _end_after(work: Any) -> None:
-    """Of a child: do the work and end, whatever happens."""
+def _fork(work: Any, *arguments: Any) -> int:
+    """Start a child that does the work and ends; returns its process ID."""
+    pid = os.fork()
+    if pid:
+        return pid
     status = 1
     try:
-        work()
+        work(*arguments)
         status = 0
-    except BaseException:  # noqa: BLE001 - os._exit would end it without a word
+    except BaseException:  # noqa: BLE001 - os._exit would hide it
         traceback.print_exc()
     finally:
         os._exit(status)
 
 
 def _world(
-    questions: list[Facts], folder: Path, declared: Declared, reads: set[str]
-) -> list[Facts]:
-    """One device: import, then a child per question; the first one shows what else to import."""
+    path: Path, questions: list[Facts], folder: Path, declared: DeclaredDevice, reads: set[str]
+) -> None:
+    """Declare a device, import vLLM, answer each question in a child, and write the answers."""
     declared.declare(Device(**questions[0]["device"]))
     first, *others = (question["environment"] for question in questions)
     common = {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
@@ -195,32 +189,28 @@ def _world(
             continue  # gets a world of its own
         answers.append(_in_child(question, folder))
         for name in answers[-1].pop("imported", []):
-            with contextlib.suppress(Exception):  # it failed for the question as well
+            with contextlib.suppress(Exception):  # it failed in the child as well
                 importlib.import_module(name)
-    return answers
+    path.write_text(json.dumps(answers))
 
 
 def _in_child(question: Facts, folder: Path) -> Facts:
     reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(reader)
-        with os.fdopen(writer, "w") as out:
-            _end_after(lambda: _write_answer(out, question, folder))
+    pid = _fork(_write_answer, writer, question, folder)
     os.close(writer)
     with os.fdopen(reader) as pipe:
         text = pipe.read()
     os.waitpid(pid, 0)
     if not text:
-        refused = {"kind": "oracle", "message": "the process died"}
+        refused = {"kind": "failed", "message": "the process died"}
         return {"name": question["name"], "refused": refused}
     answer: Facts = json.loads(text)
     return answer
 
 
-def _write_answer(file: TextIO, question: Facts, folder: Path) -> None:
-    json.dump(_answer(question, folder), file)
-    file.flush()
+def _write_answer(writer: int, question: Facts, folder: Path) -> None:
+    with os.fdopen(writer, "w") as out:
+        json.dump(_answer(question, folder), out)
 
 
 def _answer(question: Facts, folder: Path) -> Facts:
@@ -236,19 +226,14 @@ def _answer(question: Facts, folder: Path) -> Facts:
         message = clean(
             f"{type(error).__name__} in {place.filename}:{place.lineno}, {place.name}: {error}"
         )
-        answer["refused"] = {"kind": "oracle", "message": message}
+        answer["refused"] = {"kind": "failed", "message": message}
     answer["imported"] = sorted(set(sys.modules) - before)
     answer["seconds"] = round(time.monotonic() - start, 2)
     return answer
 
 
-def _architecture(config: Any) -> str:
-    """What vLLM makes of the checkpoint's model type for the draft (config/speculative.py)."""
-    return str(config.speculative_config.draft_model_config.hf_config.architectures[0])
-
-
 def _fill(answer: Facts, question: Facts, folder: Path) -> None:
-    from . import building, experts, graphs, layers  # noqa: PLC0415 - after the world's imports
+    from . import building, experts, facts  # noqa: PLC0415 - after the world's imports
 
     log = attach_log()
     answer["unknown_environment"] = unknown_environment(question["environment"])
@@ -257,25 +242,26 @@ def _fill(answer: Facts, question: Facts, folder: Path) -> None:
         config = make_config(str(folder / question["artifact"]), question["arguments"])
     answer["warnings"] = list(dict.fromkeys(text for level, text in lines if level >= WARNING))
     with importlib.import_module("vllm.config").set_current_vllm_config(config):
-        built = building.build(config, log)
-        answer["attention"] = layers.attention_facts(config)
-        answer["linear"] = layers.linear_facts(config, built.model)
-        answer["moe"] = experts.moe_facts(built.model, built.selections, log)
-        if built.model is not None:
-            answer["modules"] = layers.module_schemes(built.model)
-        if built.draft is not None:
+        models = building.build_models(config, log)
+        answer["attention"] = facts.attention_facts(config)
+        answer["linear"] = facts.linear_facts(config, models.model)
+        answer["moe"] = experts.moe_facts(models.model, models.selections, log)
+        if models.model is not None:
+            answer["modules"] = facts.module_schemes(models.model)
+        if models.draft is not None:
+            speculative = config.speculative_config
             answer["draft"] = {
-                "architecture": _architecture(config),
-                "speculative_tokens": config.speculative_config.num_speculative_tokens,
-                "modules": layers.module_schemes(built.draft),
-                "moe": experts.moe_facts(built.draft, built.draft_selections, log),
+                "architecture": str(speculative.draft_model_config.hf_config.architectures[0]),
+                "speculative_tokens": speculative.num_speculative_tokens,
+                "modules": facts.module_schemes(models.draft),
+                "moe": experts.moe_facts(models.draft, models.draft_selections, log),
             }
-        if built.refused is not None:
-            raise built.refused
+        if models.refusal is not None:
+            raise models.refusal
         platform: Any = importlib.import_module("vllm.platforms").current_platform
         platform.update_block_size_for_backend(config)
-        answer["engine"] = engine_facts(config)
-        answer["kv_cache"] = graphs.kv_facts(config)
-        answer["cuda_graphs"] = graphs.graph_facts(config, built.model)
+        answer["engine"] = facts.engine_facts(config)
+        answer["kv_cache"] = facts.kv_facts(config)
+        answer["cuda_graphs"] = facts.graph_facts(config, models.model)
     if answer["attention"] is not None and answer["attention"]["error"]:
         raise Refusal("device", answer["attention"]["error"])

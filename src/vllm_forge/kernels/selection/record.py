@@ -1,10 +1,10 @@
-"""The committed answers of each line, ``records/selection/<line>.json``, and what they are of."""
+"""The recorded answers of each line, records/selection/<line>.json, and their inputs."""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,37 +16,35 @@ from vllm_forge.kernels.errors import (
     SelectionFileError,
     SelectionStaleError,
 )
-from vllm_forge.kernels.selection.artifacts import config_hash
 from vllm_forge.kernels.selection.model import Answer, Question
 from vllm_forge.kernels.selection.mount import inside_hash
-from vllm_forge.kernels.selection.questions import line_questions, published_questions
+from vllm_forge.kernels.selection.questions import config_hash, grid_questions, line_questions
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from vllm_forge.matrix import Matrix
+    from vllm_forge.project import Project
 
-FOLDER = Path("records/selection")
 COMMAND = "nox -s forge -- kernels select --record --line"
 MOST_SHOWN = 40
 # A list of plain values in one line: there are many numbers.
 PLAIN_LIST = re.compile(r"\[\s+([^\[\]{}]*?)\s+\]")
 
-# Parts that many rows have in common are written once; a row has their place in the list.
+# Parts that many rows share are written once; a row has their index.
 SHARED = ("cuda_graphs", "device", "draft", "kv_cache", "linear", "modules", "warnings")
 
 Rows = tuple[tuple[Question, Answer], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorded:
+class SelectionRecord:
     """A line's file.
 
     Attributes:
-        made: day, YYYY-MM-DD.
-        inputs: name -> hash of what the answers are a function of, beside the questions.
+        made: date, YYYY-MM-DD.
+        inputs: name -> hash; with the questions they determine the answers.
         rows: of the line with its series.
         published: of its release as published.
     """
@@ -56,7 +54,7 @@ class Recorded:
     made: str
     inputs: dict[str, Any]
     rows: Rows
-    published: Rows = field(default=())
+    published: Rows = ()
 
     @property
     def answers(self) -> dict[str, Answer]:
@@ -70,49 +68,47 @@ class Recorded:
 
     @property
     def questions(self) -> tuple[Question, ...]:
-        """What the line with its series was asked."""
+        """The questions to the line with its series."""
         return tuple(question for question, _ in self.rows)
 
-    def of_device(self, name: str) -> Recorded:
-        """Only what was asked for one device: what an image of one SKU can be asked."""
-        rows = tuple((q, a) for q, a in self.rows if q.device.name == name)
-        return Recorded(
-            line_name=self.line_name, vllm=self.vllm, made=self.made, inputs=self.inputs, rows=rows
-        )
+    def of_device(self, name: str) -> SelectionRecord:
+        """The rows for one device, without those of the release as published."""
+        rows = tuple(row for row in self.rows if row[0].device.name == name)
+        return replace(self, rows=rows, published=())
 
 
-def path_of(root: Path, line_name: str) -> Path:
-    """Where a line's answers are committed."""
-    return root / FOLDER / f"{line_name}.json"
+def selection_path(records: Path, line_name: str) -> Path:
+    """The file of a line's answers."""
+    return records / "selection" / f"{line_name}.json"
 
 
-def inputs_of(root: Path, matrix: Matrix, line_name: str) -> dict[str, Any]:
-    """Hashes of what the answers are a function of.
+def selection_inputs(project: Project, line_name: str) -> dict[str, Any]:
+    """Hashes of the inputs of a line's answers.
 
     Raises:
         LockFileError, ArtifactConfigError.
     """
-    line = matrix.line[line_name]
-    tree = read_tree_lock(root / line.series, line_name)
+    line = project.matrix.line[line_name]
+    tree = read_tree_lock(project.root / line.series, line_name)
     return {
-        "lock": read_lock(root, line_name, line, matrix.base).digest,
+        "lock": read_lock(project.root, line_name, line, project.matrix.base).digest,
         "release": tree.base,
         "series": tree.result,
         "questions": inside_hash(),
-        "artifacts": {name: config_hash(name) for name in matrix.artifact},
+        "artifacts": {name: config_hash(name) for name in project.matrix.artifact},
     }
 
 
-def read_recorded(root: Path, line_name: str) -> Recorded:
-    """The committed answers of a line.
+def read_selection(records: Path, line_name: str) -> SelectionRecord:
+    """The recorded answers of a line.
 
     Raises:
         SelectionFileError: missing or malformed.
     """
-    path = path_of(root, line_name)
+    path = selection_path(records, line_name)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return Recorded(
+        return SelectionRecord(
             line_name=data["line"],
             vllm=data["vllm"],
             made=data["made"],
@@ -121,17 +117,16 @@ def read_recorded(root: Path, line_name: str) -> Recorded:
             published=_load(data["published"], data["shared"]),
         )
     except FileNotFoundError:
-        problem = "nothing was recorded of what this line selects"
+        problem = f"missing kernel selection of line {line_name}"
     except (ValueError, LookupError, TypeError, ValidationError) as error:
-        problem = f"not a line's answers: {error!r}"
+        problem = f"invalid kernel selection of line {line_name}: {error!r}"
     raise SelectionFileError(problem, where=str(path), remedy=f"run: {COMMAND} {line_name}")
 
 
-def write_recorded(root: Path, recorded: Recorded) -> Path:
-    """Write a line's answers; equal ones give equal bytes."""
+def write_selection(records: Path, recorded: SelectionRecord) -> Path:
+    """Write a line's answers; equal answers give equal bytes."""
     shared: dict[str, list[Any]] = {name: [] for name in SHARED}
     data = {
-        "command": f"{COMMAND} {recorded.line_name}",
         "made": recorded.made,
         "line": recorded.line_name,
         "vllm": recorded.vllm,
@@ -142,25 +137,25 @@ def write_recorded(root: Path, recorded: Recorded) -> Path:
     }
     text = json.dumps(data, indent=1, sort_keys=True)
     text = PLAIN_LIST.sub(lambda match: f"[{' '.join(match[1].split())}]", text)
-    path = path_of(root, recorded.line_name)
+    path = selection_path(records, recorded.line_name)
     with atomic_path(path) as aside:
         aside.write_text(text + "\n", encoding="utf-8")
     return path
 
 
-def require_fresh(root: Path, matrix: Matrix, line_name: str) -> Recorded:
-    """The committed answers, if they are of the inputs and questions of today.
+def require_fresh(project: Project, line_name: str) -> SelectionRecord:
+    """The recorded answers, if they belong to the inputs and questions of the checkout.
 
     Raises:
         SelectionFileError: missing or malformed.
-        SelectionStaleError: with what changed and the command that asks again.
+        SelectionStaleError: with the inputs that changed and the command that records again.
     """
-    recorded = read_recorded(root, line_name)
-    now = inputs_of(root, matrix, line_name)
+    recorded = read_selection(project.records, line_name)
+    now = selection_inputs(project, line_name)
     changed = [f"input {path}" for path, *_ in differences(recorded.inputs, now)]
     for part, rows, questions in (
-        ("", recorded.rows, line_questions(matrix, line_name)),
-        (" as published", recorded.published, published_questions(matrix)),
+        ("", recorded.rows, line_questions(project.matrix, line_name)),
+        (" as published", recorded.published, grid_questions(project.matrix)),
     ):
         before = {question.name: question for question, _ in rows}
         after = {question.name: question for question in questions}
@@ -171,16 +166,18 @@ def require_fresh(root: Path, matrix: Matrix, line_name: str) -> Recorded:
         ]
     if changed:
         raise SelectionStaleError(
-            f"line {line_name}: the answers of {recorded.made} are of other inputs: "
-            + _some(changed, ", "),
-            where=str(path_of(root, line_name)),
-            remedy=f"run: {COMMAND} {line_name}   and look at what changed before you commit it",
+            f"line {line_name}: inputs changed since kernel selection was recorded on "
+            f"{recorded.made}: {_some(changed, ', ')}",
+            where=str(selection_path(project.records, line_name)),
+            remedy=f"run: {COMMAND} {line_name}   and review the changes before you commit them",
         )
     return recorded
 
 
-def require_same(recorded: Recorded, answers: Sequence[Answer], *, published: bool = False) -> None:
-    """Raise when an answer is not the recorded one.
+def require_same(
+    recorded: SelectionRecord, answers: Sequence[Answer], *, published: bool = False
+) -> None:
+    """Raise if an answer differs from the recorded one.
 
     Raises:
         SelectionChangedError: with both values of each field that differs.
@@ -194,8 +191,8 @@ def require_same(recorded: Recorded, answers: Sequence[Answer], *, published: bo
             continue
         changed += [
             f"{answer.name}: {path}\n"
-            f"      {recorded.made}: {_value(old_value)}\n"
-            f"      now:        {_value(new_value)}"
+            f"      {recorded.made}: {json.dumps(old_value, sort_keys=True)}\n"
+            f"      now:        {json.dumps(new_value, sort_keys=True)}"
             for path, old_value, new_value in differences(
                 old.model_dump(mode="json"), answer.model_dump(mode="json")
             )
@@ -203,9 +200,9 @@ def require_same(recorded: Recorded, answers: Sequence[Answer], *, published: bo
     if changed:
         what = f"vLLM {recorded.vllm} as published" if published else f"line {recorded.line_name}"
         raise SelectionChangedError(
-            f"{what} selects otherwise than recorded:\n  " + _some(changed, "\n  "),
-            where=str(FOLDER / f"{recorded.line_name}.json"),
-            remedy=f"find out why; if it must be so, run: {COMMAND} {recorded.line_name}",
+            f"{what}: kernel selection changed since it was recorded:\n  " + _some(changed, "\n  "),
+            where=f"records/selection/{recorded.line_name}.json",
+            remedy=f"find the cause; if the change is right, run: {COMMAND} {recorded.line_name}",
         )
 
 
@@ -232,7 +229,7 @@ def _load(data: Sequence[Mapping[str, Any]], shared: Mapping[str, Sequence[Any]]
 
 
 def _dump(row: tuple[Question, Answer], shared: Mapping[str, list[Any]]) -> dict[str, Any]:
-    """A row without what has its default."""
+    """A row without fields that have their defaults."""
 
     def place(name: str, value: Any) -> int:
         if value not in shared[name]:
@@ -245,10 +242,6 @@ def _dump(row: tuple[Question, Answer], shared: Mapping[str, list[Any]]) -> dict
         "question": {k: place(k, v) if k in SHARED else v for k, v in question.items()},
         "answer": {k: place(k, v) if k in SHARED else v for k, v in answer.items()},
     }
-
-
-def _value(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
 
 
 def _some(items: Sequence[str], separator: str) -> str:

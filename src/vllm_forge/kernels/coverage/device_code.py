@@ -1,0 +1,276 @@
+"""Device code in a host library: ELF sections, the fatbins in them, an entry per target.
+
+The fatbin's layout is NVIDIA's and not documented. It was derived from the output of nvcc 12.x and
+13.x and from every library of the three lines; ``tests/toolkit`` compiles each form and compares
+with cuobjdump. Unknown values are an error, never skipped.
+
+    fatbin   u32 magic, u16 version 1, u16 header size 16, u64 size of the entries
+    entry    +0  u16 kind, u16 version 0x101, u32 header size, u64 payload size (padded to 8)
+             +16 u32 compressed size or 0, +28 u32 architecture, +40 u64 flags,
+             +56 u64 size when decompressed or 0
+
+cuobjdump prints ``sm_120`` for sm_120 and sm_120f alike; flag bits 20 (``a``) and 21 (``f``)
+tell them apart.
+
+ELF: System V ABI, "Object Files"; 64-bit little-endian files only. pyelftools takes minutes for
+the tens of thousands of cubins of an image, this reader seconds.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from vllm_forge.kernels.coverage.target import Kind, Suffix, Target
+from vllm_forge.kernels.errors import UnknownFatbinError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from mmap import mmap
+
+Compression: TypeAlias = Literal["", "lz4", "zstd"]
+
+ELF_MAGIC = b"\x7fELF\x02\x01"  # 64 bits, little endian
+NO_BYTES = (0, 8)  # SHT_NULL, SHT_NOBITS: nothing in the file
+SYMBOLS = 2  # SHT_SYMTAB
+EXECUTABLE = 0x4  # SHF_EXECINSTR
+FUNCTION = 2  # STT_FUNC
+_HEADER = struct.Struct("<QIHHHHHH")  # e_shoff to e_shstrndx, at 0x28
+_SECTION = struct.Struct("<IIQQQQIIQQ")
+_SYMBOL = struct.Struct("<IBBHQQ")
+
+# Relocatable device code (nvcc -rdc) has a section of its own.
+SECTIONS = (".nv_fatbin", "__nv_relfatbin")
+MAGIC = 0xBA55ED50
+KINDS: dict[int, Kind] = {1: "ptx", 2: "cubin", 8: "lto"}
+
+BITS_64, DEBUG, LINUX = 1 << 0, 1 << 1, 1 << 4
+LZ4, ZSTD = 1 << 13, 1 << 15
+LTO = 1 << 16
+EXACT, FAMILY = 1 << 20, 1 << 21
+NEW_ABI = 1 << 24  # set for cubins from sm_100 on
+KNOWN = BITS_64 | DEBUG | LINUX | LZ4 | ZSTD | LTO | EXACT | FAMILY | NEW_ABI
+COMPRESSIONS: dict[int, Compression] = {0: "", LZ4: "lz4", ZSTD: "zstd"}
+
+_FATBIN = struct.Struct("<IHHQ")
+_ENTRY = struct.Struct("<HHIQIIHHIIIQQQ")
+_START = struct.pack("<IHH", MAGIC, 1, _FATBIN.size)
+_ENTRY_VERSION = 0x101
+_ALIGN = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """An ELF section that has ``size`` bytes at ``offset`` in the file."""
+
+    name: str
+    executable: bool
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Code:
+    """An entry of a fatbin: device code for one target.
+
+    Attributes:
+        kind: machine code (cubin), PTX, or LTO intermediate code.
+        target: what it was compiled for.
+        header: where the entry's header is in the file.
+        offset: where its payload is in the file, in bytes.
+        size: bytes of the payload, with its padding.
+        stored: bytes of the payload that are a compressed stream; ``size`` if not compressed.
+        unpacked: bytes when decompressed; ``size`` if not compressed.
+        compression: how the payload is compressed, "" if it is not.
+        module: which fatbin of the file it belongs to, counted from 0 in file order.
+        section: name of the section it is in.
+    """
+
+    kind: Kind
+    target: Target
+    header: int
+    offset: int
+    size: int
+    stored: int
+    unpacked: int
+    compression: Compression
+    module: int
+    section: str
+
+
+def is_elf(buffer: bytes | mmap) -> bool:
+    """Whether this is a 64-bit little-endian ELF file."""
+    return buffer[: len(ELF_MAGIC)] == ELF_MAGIC
+
+
+def _section_rows(buffer: bytes | mmap) -> tuple[list[tuple[int, ...]], int]:
+    start, _, _, _, _, entry, count, names = _HEADER.unpack_from(buffer, 0x28)
+    if start == 0 or entry != _SECTION.size:
+        return [], 0
+    return [_SECTION.unpack_from(buffer, start + i * entry) for i in range(count)], names
+
+
+def _text(buffer: bytes | mmap, offset: int) -> str:
+    return bytes(buffer[offset : buffer.find(b"\0", offset)]).decode()
+
+
+def sections(buffer: bytes | mmap) -> list[Section]:
+    """The sections with bytes in the file, in the header's order."""
+    rows, names = _section_rows(buffer)
+    return [
+        Section(
+            name=_text(buffer, rows[names][4] + row[0]),
+            executable=bool(row[2] & EXECUTABLE),
+            offset=row[4],
+            size=row[5],
+        )
+        for row in rows
+        if row[1] not in NO_BYTES
+    ]
+
+
+def functions(buffer: bytes) -> Iterator[tuple[str, int, int]]:
+    """Name, ``st_other`` and size in bytes of each function that the symbol table defines."""
+    rows, _ = _section_rows(buffer)
+    for row in rows:
+        if row[1] != SYMBOLS:
+            continue
+        names = rows[row[6]][4]
+        symbols = buffer[row[4] : row[4] + row[5]]
+        for name, info, other, section, _, size in _SYMBOL.iter_unpack(symbols):
+            if info & 0xF == FUNCTION and section:
+                yield _text(buffer, names + name), other, size
+
+
+def device_code(buffer: bytes | mmap, name: str = "") -> list[Code]:
+    """All device code of a file; empty if it is not an ELF file or has none.
+
+    Besides the two sections that nvcc fills, NVIDIA's libraries keep fatbins in their data
+    (cuBLASLt in ``.cask_resource``, cuFFT in ``.ldata``, cuSPARSE in ``.rodata``). They are found
+    by the first eight bytes of a fatbin, and must be complete.
+
+    Args:
+        buffer: the file, e.g. as a read-only mmap.
+        name: of the file, for error messages.
+
+    Raises:
+        UnknownFatbinError: an unknown magic, version, kind or flag, an entry that ends outside
+            its fatbin, or bytes in a fatbin section outside any fatbin.
+    """
+    codes: list[Code] = []
+    if not is_elf(buffer):
+        return codes
+    module = 0
+    for section in sorted(sections(buffer), key=lambda section: section.offset):
+        if section.executable:
+            continue  # code that writes a fatbin has its first bytes as constants
+        scan = _Scan(buffer, section, name)
+        for start in scan.packed() if section.name in SECTIONS else scan.scattered():
+            codes += scan.entries(start, module)
+            module += 1
+    return codes
+
+
+def present(buffer: bytes | mmap, codes: Iterable[Code]) -> list[Code]:
+    """Drop code of zeros: a slim library keeps headers of foreign code, with zeros behind them.
+
+    Zeros cannot run, so dropping them can only make a contract stricter.
+    """
+    return [code for code in codes if any(buffer[code.offset : code.offset + code.size])]
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """The search for fatbins in one section of a file."""
+
+    buffer: bytes | mmap
+    section: Section
+    name: str
+
+    @property
+    def end(self) -> int:
+        return self.section.offset + self.section.size
+
+    def packed(self) -> Iterator[int]:
+        """Starts of fatbins in a section that holds only them, with zeros between them."""
+        at = self.section.offset
+        while at < self.end:
+            if self.buffer[at : at + 4] == _START[:4]:
+                size = self._size(at)
+                yield at
+                at += _FATBIN.size + size
+            elif any(self.buffer[at : min(at + _ALIGN, self.end)]):
+                raise self._unknown("bytes that belong to no fatbin", at)
+            else:
+                at += _ALIGN
+
+    def scattered(self) -> Iterator[int]:
+        """Starts of fatbins in a section that holds other data too."""
+        at = self.buffer.find(_START, self.section.offset, self.end)
+        while at >= 0:
+            size = self._size(at)
+            yield at
+            at = self.buffer.find(_START, at + _FATBIN.size + size, self.end)
+
+    def _size(self, at: int) -> int:
+        """Bytes of the entries of the fatbin at ``at``."""
+        if self.end - at < _FATBIN.size:
+            raise self._unknown("a fatbin header that the section cuts off", at)
+        magic, version, header, size = _FATBIN.unpack_from(self.buffer, at)
+        if (magic, version, header) != (MAGIC, 1, _FATBIN.size):
+            raise self._unknown(f"fatbin version {version} with a header of {header} bytes", at)
+        if at + header + size > self.end:
+            raise self._unknown("a fatbin that is longer than its section", at)
+        return int(size)
+
+    def entries(self, start: int, module: int) -> Iterator[Code]:
+        """The entries of the fatbin at ``start``."""
+        at = start + _FATBIN.size
+        end = at + _FATBIN.unpack_from(self.buffer, start)[3]
+        while at < end:
+            if end - at < _ENTRY.size:
+                raise self._unknown("an entry that the fatbin cuts off", at)
+            row = _ENTRY.unpack_from(self.buffer, at)
+            kind, version, header, size, packed, _, _, _, arch, _, _, flags, _, unpacked = row
+            if kind not in KINDS or version != _ENTRY_VERSION or header < _ENTRY.size:
+                raise self._unknown(
+                    f"an entry of kind {kind}, version {version:#x}, header {header} bytes", at
+                )
+            if flags & ~KNOWN or not flags & BITS_64 or bool(flags & LTO) != (KINDS[kind] == "lto"):
+                raise self._unknown(f"an entry with flags {flags:#x}", at)
+            if at + header + size > end:
+                raise self._unknown("an entry that is longer than its fatbin", at)
+            compression = COMPRESSIONS.get(flags & (LZ4 | ZSTD))
+            if compression is None or bool(compression) != bool(packed) or packed > size:
+                raise self._unknown(
+                    f"an entry with flags {flags:#x} and {packed} compressed bytes", at
+                )
+            yield Code(
+                kind=KINDS[kind],
+                target=self._target(arch, flags, at),
+                header=at,
+                offset=at + header,
+                size=size,
+                stored=packed or size,
+                unpacked=unpacked if packed else size,
+                compression=compression,
+                module=module,
+                section=self.section.name,
+            )
+            at += header + size
+
+    def _target(self, arch: int, flags: int, at: int) -> Target:
+        exact, family = bool(flags & EXACT), bool(flags & FAMILY)
+        if not 10 <= arch < 1000 or (exact and family):  # noqa: PLR2004 - sm_10 to sm_999
+            raise self._unknown(f"architecture {arch} with flags {flags:#x}", at)
+        suffix: Suffix = "a" if exact else "f" if family else ""
+        return Target(arch // 10, arch % 10, suffix)
+
+    def _unknown(self, what: str, at: int) -> UnknownFatbinError:
+        return UnknownFatbinError(
+            f"device code in an unknown layout: {what}",
+            where=f"{self.name or 'a library'}, section {self.section.name}, byte {at:#x}",
+            remedy="compare with cuobjdump; add the layout to kernels/coverage/device_code.py, "
+            "with a fixture",
+        )

@@ -1,0 +1,172 @@
+"""A preset with an artifact on a cell: found by their names, and what a host needs to serve it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from vllm_forge.matrix.errors import UnsupportedCellError
+from vllm_forge.matrix.load import perhaps
+from vllm_forge.serve.errors import UnknownArtifactError, UnknownPresetError
+from vllm_forge.sources import UNPACK_RATIO
+
+if TYPE_CHECKING:
+    from vllm_forge.matrix import Artifact, ImageCell, Matrix, Preset
+    from vllm_forge.sources import Lock
+
+GB = 10**9
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """A point of the matrix to serve: an image's cell, a preset and an artifact."""
+
+    cell: ImageCell
+    preset_name: str
+    preset: Preset
+    artifact_name: str
+    artifact: Artifact
+
+    def why_not(self, line: str) -> str | None:
+        """Why a line does not serve this; None if it does."""
+        return self.artifact.why_not(line, drafting=self.preset.speculative_tokens > 0)
+
+    def require_served(self) -> None:
+        """Raise if the cell's line does not serve this.
+
+        Raises:
+            UnsupportedCellError: with the reason.
+        """
+        if (reason := self.why_not(self.cell.line_name)) is not None:
+            raise UnsupportedCellError(
+                f"line {self.cell.line_name} does not serve {self.artifact_name} with preset "
+                f"{self.preset_name}: {reason}",
+                where=f"matrix.toml, artifact.{self.artifact_name}.unserved",
+                remedy="choose another --line, --artifact or --preset",
+            )
+
+    @property
+    def short_name(self) -> str:
+        """The preset's name without its SKU."""
+        return self.preset_name.removeprefix(f"{self.cell.sku_name}-")
+
+
+def presets_of(matrix: Matrix, sku: str) -> dict[str, str]:
+    """Short name -> name of each preset of a SKU, in the matrix's order."""
+    return {
+        name.removeprefix(f"{sku}-"): name
+        for name, preset in matrix.preset.items()
+        if preset.sku == sku
+    }
+
+
+def find_preset(matrix: Matrix, sku: str, name: str) -> str:
+    """The name of a SKU's preset, given by its name or its short name.
+
+    Raises:
+        UnknownPresetError: with the nearest name.
+    """
+    known = presets_of(matrix, sku)
+    if name in known:
+        return known[name]
+    if name in known.values():
+        return name
+    raise UnknownPresetError(
+        f"unknown preset {name!r} of {sku}. {perhaps(name, known)}",
+        remedy=f"presets of {sku}: {', '.join(known) or 'none'}",
+    )
+
+
+def find_artifact(matrix: Matrix, preset_name: str, name: str | None) -> str:
+    """One of a preset's artifacts; None means its first.
+
+    Raises:
+        UnknownArtifactError: no such artifact, or one that the preset does not serve.
+    """
+    served = matrix.preset[preset_name].artifacts
+    if name is None:
+        return served[0]
+    if name in served:
+        return name
+    if name in matrix.artifact:
+        what = f"preset {preset_name} does not serve artifact {name}."
+    else:
+        what = f"unknown artifact {name!r}. {perhaps(name, matrix.artifact)}"
+    raise UnknownArtifactError(what, remedy=f"{preset_name} serves: {', '.join(served)}")
+
+
+def find_deployment(
+    matrix: Matrix, cell: ImageCell, preset: str, artifact: str | None = None
+) -> Deployment:
+    """The rows of a cell, a preset's name and an artifact's name.
+
+    Raises:
+        UnknownPresetError, UnknownArtifactError.
+    """
+    preset_name = find_preset(matrix, cell.sku_name, preset)
+    artifact_name = find_artifact(matrix, preset_name, artifact)
+    return Deployment(
+        cell=cell,
+        preset_name=preset_name,
+        preset=matrix.preset[preset_name],
+        artifact_name=artifact_name,
+        artifact=matrix.artifact[artifact_name],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """A host's requirements. Sizes in bytes; None if the matrix has no size of the artifact.
+
+    Attributes:
+        gpus: GPUs of one replica.
+        image_bytes: room for the image in the engine's store, packed and unpacked.
+        weights_bytes: the checkpoint's files.
+        disk_bytes: both.
+        weights_per_gpu_bytes: the files divided by the GPUs; what is not sharded comes on top.
+        memory_per_gpu_bytes: as the SKU's vendor states it.
+        ram_bytes: one shard file, which the workers map while they read it.
+        page_cache_bytes: RAM that holds all files, so that the disk is read once and not once
+            per worker.
+        shm_bytes: /dev/shm of the container.
+        driver: oldest driver of the line's CUDA.
+    """
+
+    gpus: int
+    image_bytes: int
+    weights_bytes: int | None
+    disk_bytes: int | None
+    weights_per_gpu_bytes: int | None
+    memory_per_gpu_bytes: int
+    ram_bytes: int | None
+    page_cache_bytes: int | None
+    shm_bytes: int
+    driver: str
+
+    def as_json(self) -> dict[str, int | str]:
+        """The fields, "unknown" for None."""
+        return {name: "unknown" if value is None else value for name, value in asdict(self).items()}
+
+
+def needs_of(matrix: Matrix, lock: Lock, deployment: Deployment) -> Needs:
+    """The requirements of a deployment, from the matrix and the lock; none is measured."""
+    line, artifact = deployment.cell.line, deployment.artifact
+    packed = sum(wheel.size for wheel in lock.wheels) + matrix.base.budget_mb * 10**6
+    image = int(packed * (1 + UNPACK_RATIO))
+    weights = None if artifact.size_gb is None else artifact.size_gb * GB
+    gpus = deployment.preset.tensor_parallel
+    return Needs(
+        gpus=gpus,
+        image_bytes=image,
+        weights_bytes=weights,
+        disk_bytes=None if weights is None else image + weights,
+        weights_per_gpu_bytes=None if weights is None else weights // gpus,
+        memory_per_gpu_bytes=deployment.cell.sku.memory_gb * GB,
+        ram_bytes=(
+            None if weights is None or artifact.shards is None else weights // artifact.shards
+        ),
+        page_cache_bytes=weights,
+        shm_bytes=matrix.container.shm_gb * GIB,
+        driver=matrix.cuda[line.cuda].driver,
+    )

@@ -1,0 +1,278 @@
+"""Checks of a host against a deployment: GPUs, driver, fabric, engine, disk and memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from packaging.version import InvalidVersion, Version
+
+from vllm_forge.host import gigabytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vllm_forge.host.gpus import Gpu
+    from vllm_forge.matrix import Matrix
+    from vllm_forge.serve.deployment import Deployment, Needs
+    from vllm_forge.serve.doctor.host import Host
+
+Level = Literal["ok", "unknown", "red"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostFinding:
+    """One line of the report.
+
+    Attributes:
+        check: subject of the check.
+        level: ``unknown`` cannot be judged, and does not fail.
+        seen: the state of the host.
+        needed: the state that serving needs.
+        remedy: empty if there is nothing to do.
+    """
+
+    check: str
+    level: Level
+    seen: str
+    needed: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requirement:
+    """What a host is checked against."""
+
+    matrix: Matrix
+    deployment: Deployment
+    needs: Needs
+
+
+def _test(check: str, passed: bool, seen: str, needed: str, remedy: str = "") -> HostFinding:
+    """A finding that is ok, or red with its remedy."""
+    level: Level = "ok" if passed else "red"
+    return HostFinding(
+        check=check, level=level, seen=seen, needed=needed, remedy="" if passed else remedy
+    )
+
+
+def _unknown(check: str, seen: str, needed: str, remedy: str = "") -> HostFinding:
+    return HostFinding(check=check, level="unknown", seen=seen, needed=needed, remedy=remedy)
+
+
+def _at_least(check: str, size: int | None, need: int, purpose: str, remedy: str) -> HostFinding:
+    """Whether a size is at least ``need`` bytes; red if it cannot be read."""
+    needed = f"{gigabytes(need)} {purpose}"
+    if size is None:
+        return _test(check, False, "cannot be read", needed, "run where df and /proc are readable")
+    return _test(check, size >= need, gigabytes(size), needed, remedy)
+
+
+def check_gpus(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
+    """GPUs of the image's compute capability, and enough of them."""
+    sku, count = requirement.deployment.cell.sku, requirement.needs.gpus
+    if not host.gpus:
+        yield _test(
+            "GPU",
+            False,
+            f"none: {host.gpus_error}",
+            f"{count} of compute capability {sku.compute_capability} ({sku.device})",
+            f"install the NVIDIA driver, at least {requirement.needs.driver}; if it is installed, "
+            "`nvidia-smi` and `dmesg | grep -i nvrm` say what it lacks",
+        )
+        return
+    fitting = [gpu for gpu in host.gpus if gpu.capability == sku.compute_capability]
+    kinds = Counter(f"{gpu.name} ({gpu.capability})" for gpu in host.gpus)
+    seen = ", ".join(f"{number} x {kind}" for kind, number in sorted(kinds.items()))
+    if not fitting:
+        needed = f"{sku.compute_capability}: the image's kernels are compiled for {sku.arch}"
+        remedy = _other_sku(host.gpus, requirement.matrix)
+        yield _test("compute capability", False, seen, needed, remedy)
+        return
+    yield _test("compute capability", True, seen, sku.compute_capability)
+    if others := sorted({gpu.name for gpu in fitting} - {sku.device}):
+        remedy = "same compute capability, another product: nothing was run on it"
+        yield _unknown("device", ", ".join(others), sku.device, remedy)
+    yield _test(
+        "GPU count",
+        len(fitting) >= count,
+        str(len(fitting)),
+        f"{count}: preset {requirement.deployment.short_name} has --tensor-parallel-size={count}",
+        _smaller_preset(len(fitting), requirement),
+    )
+
+
+def _other_sku(gpus: tuple[Gpu, ...], matrix: Matrix) -> str:
+    present = {gpu.capability for gpu in gpus}
+    names = [name for name, row in matrix.sku.items() if row.compute_capability in present]
+    if names:
+        return "ask for " + " or ".join(f"--sku {name}" for name in names)
+    return "no image of this project is for these GPUs; SKUs: " + ", ".join(matrix.sku)
+
+
+def _smaller_preset(count: int, requirement: Requirement) -> str:
+    sku = requirement.deployment.cell.sku_name
+    names = [
+        name.removeprefix(f"{sku}-")
+        for name, row in requirement.matrix.preset.items()
+        if row.sku == sku and row.tensor_parallel <= count
+    ]
+    if names:
+        return "choose a preset for fewer GPUs: " + ", ".join(f"--preset {name}" for name in names)
+    return "use a host with more GPUs: no preset of this SKU is for fewer"
+
+
+def check_split(host: Host, _: Requirement) -> Iterator[HostFinding]:
+    """MIG slices have neither the memory nor the NVLink that a preset counts on."""
+    if split := [str(gpu.index) for gpu in host.gpus if gpu.mig]:
+        remedy = "nvidia-smi -mig 0, as root, with no process on the GPUs"
+        yield _test("MIG", False, f"on, GPU {', '.join(split)}", "off", remedy)
+
+
+def check_memory(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
+    """Memory of a GPU for its part of the weights."""
+    sku = requirement.deployment.cell.sku
+    sizes = [gpu.memory for gpu in host.gpus if gpu.capability == sku.compute_capability]
+    if not sizes:
+        return
+    seen = f"{gigabytes(min(sizes))} per GPU"
+    part = requirement.needs.weights_per_gpu_bytes
+    if part is None:
+        yield _unknown("GPU memory", seen, _unknown_size(requirement))
+        return
+    needed = f"{gigabytes(part)} for the weights; KV cache and graphs on top"
+    remedy = "use a preset with more GPUs, or a smaller artifact"
+    yield _test("GPU memory", min(sizes) > part, seen, needed, remedy)
+
+
+def _unknown_size(requirement: Requirement) -> str:
+    return f"unknown: matrix.toml has no size of {requirement.deployment.artifact_name}"
+
+
+def check_driver(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
+    """Every GPU's driver against the oldest one for the line's CUDA."""
+    cuda, floor = requirement.deployment.cell.line.cuda, requirement.needs.driver
+    needed = f"at least {floor}: CUDA {cuda} ({requirement.matrix.cuda[cuda].source})"
+    remedy = f"install a driver of branch {floor.partition('.')[0]} or later, reboot"
+    for driver in sorted({gpu.driver for gpu in host.gpus}):
+        try:
+            yield _test("driver", Version(driver) >= Version(floor), driver, needed, remedy)
+        except InvalidVersion:
+            yield _unknown("driver", driver, needed)
+
+
+def check_mixed_drivers(host: Host, _: Requirement) -> Iterator[HostFinding]:
+    """Kernel module, nvidia-smi and NVML of one release: a mix fails or is slow."""
+    remedy = "install one driver release for module and libraries, reboot (or reload the module)"
+    if "mismatch" in host.gpus_error:
+        yield _test("mixed drivers", False, host.gpus_error, "one release", remedy)
+    elif host.gpus and host.versions:
+        versions = {gpu.driver for gpu in host.gpus} | set(host.versions.values())
+        # NVML says major.minor only: 580.95 for 580.95.05.
+        longest = max(versions, key=len)
+        mixed = any(v != longest and not longest.startswith(f"{v}.") for v in versions)
+        seen = ", ".join(f"{name} {value}" for name, value in sorted(host.versions.items()))
+        yield _test("mixed drivers", not mixed, seen, "one release", remedy)
+
+
+def check_fabric(host: Host, _: Requirement) -> Iterator[HostFinding]:
+    """GPUs behind NVSwitch need the fabric manager; without it CUDA fails with error 802."""
+    if states := {gpu.fabric for gpu in host.gpus if gpu.fabric is not None}:
+        remedy = "start nvidia-fabricmanager, of the driver's own release"
+        yield _test(
+            "NVLink fabric", states == {"ready"}, ", ".join(sorted(states)), "ready", remedy
+        )
+
+
+def check_engine(host: Host, _: Requirement) -> Iterator[HostFinding]:
+    """An engine that hands GPUs to containers: one is enough."""
+    able = any(engine.nvidia for engine in host.engines)
+    failed: Level = "unknown" if able else "red"
+    needed = "docker or podman, with the NVIDIA container toolkit"
+    for engine in host.engines:
+        seen = f"{engine.name} {engine.version}"
+        if not engine.nvidia:
+            seen += ", which does not know the GPUs"
+        result = _test("container engine", engine.nvidia, seen, needed, _configure(engine.name))
+        yield result if engine.nvidia else replace(result, level=failed)
+    if not host.engines:
+        for name, output in host.engine_errors.items():
+            if output != "not installed":
+                remedy = f"start {name}, or use an account that may talk to it"
+                yield _test("container engine", False, f"{name}: {output}", needed, remedy)
+        if set(host.engine_errors.values()) == {"not installed"}:
+            seen = "neither docker nor podman is installed"
+            remedy = "install one of them and nvidia-container-toolkit"
+            yield _test("container engine", False, seen, needed, remedy)
+    if host.toolkit is not None:
+        yield _test("container toolkit", True, host.toolkit, needed)
+    else:
+        remedy = "install nvidia-container-toolkit from NVIDIA's package repository"
+        seen = "nvidia-ctk is not installed"
+        yield replace(_test("container toolkit", False, seen, needed, remedy), level=failed)
+
+
+def _configure(engine: str) -> str:
+    if engine == "docker":
+        return "nvidia-ctk runtime configure --runtime=docker && systemctl restart docker"
+    return "nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
+
+
+def check_disk(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
+    """Disk space for the image and, in the volume next to it, the weights."""
+    needs = requirement.needs
+    if needs.disk_bytes is None:
+        need, purpose = needs.image_bytes, "for the image alone; the weights' size is unknown"
+    else:
+        need, purpose = needs.disk_bytes, "for image and weights"
+    remedy = "free some, or move the engine's data folder to a larger disk"
+    finding = _at_least("disk", host.disk_free, need, purpose, remedy)
+    yield replace(finding, seen=f"{finding.seen} free below {host.disk_path}")
+
+
+def check_ram(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
+    """RAM for the shard file that the workers map; then for all of them as page cache."""
+    needs = requirement.needs
+    if needs.ram_bytes is None or needs.page_cache_bytes is None:
+        seen = "not read" if host.ram is None else gigabytes(host.ram)
+        yield _unknown("RAM", seen, _unknown_size(requirement))
+        return
+    remedy = "use a host with more RAM: pages of a shard file are read again when they do not fit"
+    yield _at_least("RAM", host.ram, needs.ram_bytes, "for a shard file", remedy)
+    if host.ram is not None and needs.ram_bytes <= host.ram < needs.page_cache_bytes:
+        yield _unknown(
+            "page cache",
+            gigabytes(host.ram),
+            f"{gigabytes(needs.page_cache_bytes)} to read the weights from disk only once",
+            "none needed: each worker reads all files, so the start takes longer",
+        )
+
+
+def check_shm(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
+    """The host's /dev/shm, which a server outside a container uses; a container has its own."""
+    need = requirement.needs.shm_bytes
+    remedy = f"mount -o remount,size={need >> 30}g /dev/shm; or serve in the container"
+    purpose = "for a server outside a container"
+    finding = _at_least("/dev/shm", host.shm, need, purpose, remedy)  # noqa: S108
+    able = any(engine.nvidia for engine in host.engines)
+    yield replace(finding, level="unknown") if finding.level == "red" and able else finding
+
+
+CHECKS = (
+    check_gpus,
+    check_split,
+    check_memory,
+    check_driver,
+    check_mixed_drivers,
+    check_fabric,
+    check_engine,
+    check_disk,
+    check_ram,
+    check_shm,
+)
+
+
+def judge(host: Host, requirement: Requirement) -> list[HostFinding]:
+    """Every check's findings, in order."""
+    return [finding for check in CHECKS for finding in check(host, requirement)]
