@@ -19,7 +19,7 @@ from vllm_forge.checkpoints.inspect.manifest import nearest
 from vllm_forge.checkpoints.inspect.parts import Part
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.checkpoints.inspect.values import compare
-from vllm_forge.checkpoints.inspect.verdicts import DATA, Verdicts, exit_code
+from vllm_forge.checkpoints.inspect.verdicts import DATA, Verdicts, error_of
 from vllm_forge.checkpoints.source import CheckpointSource, Folder
 from vllm_forge.matrix import load
 from vllm_forge.patches import read_dispositions
@@ -48,7 +48,8 @@ def test_rules_alone_leave_with_the_code_that_vllm_gives(
     report = inspect(
         _profile(variant(name)), asked.vllm, read_dispositions(root / "patches/vllm"), {}
     )
-    assert exit_code(report, load(root).default_line) == asked.variants[name].exit_code
+    error = error_of(report, load(root).default_line)
+    assert (error and error.__name__) == asked.variants[name].error
     outcomes = {line.line: line.outcome for line in report.lines}
     for line, row in asked.variants[name].lines.items():
         if (name, line) not in RULES_DO_NOT_KNOW:
@@ -173,7 +174,7 @@ def test_the_scale_of_w1_is_that_of_w3_too(variant: Callable[[str], Path]) -> No
 def test_the_spread_of_scales_does_not_tell_gptq(variant: Callable[[str], Path]) -> None:
     """A plan of the field calls a checkpoint GPTQ where each expert's scales vary by over 5 %.
 
-    Rounding to nearest gives such scales as well: they are the groups' maxima. So this is no gate.
+    Rounding to nearest gives such scales as well: they are the groups' maxima. So this is no check.
     """
     profile = _profile(variant("w4a16-fp8-mtp"))
     names = [n for n in profile.tensors if n.endswith(".weight_scale") and ".experts." in n]

@@ -153,7 +153,7 @@ def _refuse(report: Report, line: str, *, without_mtp: bool) -> None:
     if wrong := report.departures:
         raise CheckpointDepartsError(
             f"line {line}: {verdict.outcome}, but it is not what it should be\n"
-            + "\n".join(f"  - {f.gate} {f.title}: {f.what}" for f in wrong),
+            + "\n".join(f"  - {finding.sentence}" for finding in wrong),
             where=report.place,
             remedy="see the remedies of the findings above",
         )

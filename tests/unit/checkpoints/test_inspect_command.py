@@ -87,7 +87,7 @@ def test_json_is_the_whole_report(
         "schema_version", "place", "read", "artifact", "asked", "drafter", "promised", "tensors",
         "draft_tensors", "shards", "bytes", "config", "parts", "values", "findings", "lines",
     ]  # fmt: skip
-    assert (report["schema_version"], report["artifact"]) == (1, "flash-nvfp4-fp8-mtp")
+    assert (report["schema_version"], report["artifact"]) == (2, "flash-nvfp4-fp8-mtp")
     assert [line["line"] for line in report["lines"]] == ["0.22", "0.26", "0.33"]
     experts = next(row for row in report["parts"] if row["part"] == "experts")
     assert experts == {
@@ -103,7 +103,7 @@ def test_the_page_says_a_sentence_per_line(
     said = capsys.readouterr()
     assert said.out.count("serves without MTP") == 3
     assert "0.26 (vLLM 0.26.0): serves without MTP" in said.out
-    assert "G01 the drafter is not complete" in said.err
+    assert "missing-mtp (G01): the drafter is not complete" in said.err
     assert "--without-mtp" in said.err
 
 
@@ -125,7 +125,7 @@ def test_an_index_alone_tells_what_names_tell(
     assert _run(index, "--json") == REFUSED
     report = _report(capsys)
     assert {line["outcome"] for line in report["lines"]} == {"does not serve"}
-    assert "G05" in {finding["gate"] for finding in report["findings"]}
+    assert "missing-experts" in {finding["check"] for finding in report["findings"]}
 
 
 def test_a_dry_load_needs_headers(layouts: Callable[[str], Path]) -> None:
@@ -138,7 +138,7 @@ def test_a_source_tells_what_was_rounded(
     layouts: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _run(layouts("downcast"), "--json", "--source", str(layouts("bf16"))) == DEPARTS
-    titles = {f["title"] for f in _report(capsys)["findings"] if f["gate"] == "G19"}
+    titles = {f["title"] for f in _report(capsys)["findings"] if f["check"] == "rounded"}
     assert titles == {"FP32 tensors were rounded", "tensors are narrower than in the source"}
     assert _run(layouts("card"), "--source", str(layouts("bf16"))) == 0
 
@@ -158,7 +158,7 @@ def test_values_are_compared(
     assert {row["worst"] for row in rows} == {None, 0.0}
     code = _run(layouts("downcast"), "--json", "--values", "0", "--source", str(layouts("bf16")))
     assert code == DEPARTS
-    assert {f["title"] for f in _report(capsys)["findings"] if f["gate"] == "values"} == {
+    assert {f["title"] for f in _report(capsys)["findings"] if f["check"] == "values"} == {
         "bytes are not the source's"
     }
 

@@ -177,7 +177,7 @@ FORMS: dict[str, tuple[str, Callable[[Case], Any], tuple[str, str, str], str]] =
         "native-fp8-mxfp4", lambda case: case.dtype("attn.wq_a.scale", "F32"), (MTP, MTP, MTP), "",
     ),
     "FP32 scales that are not": (
-        "native-fp8-mxfp4", _no_powers_of_two, (NOT, NOT, NOT), "no powers of two",
+        "native-fp8-mxfp4", _no_powers_of_two, (NOT, NOT, NOT), "not powers of two",
     ),
     "a scale of the drafter is missing": (
         "native-fp8-mxfp4", lambda case: case.drop("mtp.0.attn.wq_a.scale"),

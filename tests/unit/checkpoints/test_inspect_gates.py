@@ -29,9 +29,9 @@ from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.config_check import REQUIRED
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.fixtures.variants import load_variants
-from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, some
+from vllm_forge.checkpoints.inspect.checks_config import activations
+from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, check_id, summarize
 from vllm_forge.checkpoints.inspect.formats import Format
-from vllm_forge.checkpoints.inspect.gates_schemes import activations
 from vllm_forge.checkpoints.inspect.inspection import find_all
 from vllm_forge.checkpoints.inspect.manifest import nearest
 from vllm_forge.checkpoints.inspect.profile import Profile
@@ -59,7 +59,7 @@ BROKEN: dict[str, tuple[str, Effect, Scope, tuple[str, ...]]] = {
     "card-some-weights-only": ("G12", REFUSES, Scope.TARGET, RELEASES),
     "broad-ignore": ("G13", REFUSES, Scope.TARGET, RELEASES),
     "no-draft-ignore": ("G14", REFUSES, Scope.DRAFT, RELEASES),
-    "no-aliases": ("G15", NOTES, Scope.DRAFT, RELEASES),
+    "no-aliases": ("draft-embedding", NOTES, Scope.DRAFT, RELEASES),
     "split-shared-experts": ("G17", REFUSES, Scope.TARGET, RELEASES),
     "literal-ignore": ("G18", DEPARTS, Scope.TARGET, RELEASES),
     "downcast": ("G19", LOSES, Scope.TARGET, RELEASES),
@@ -74,10 +74,10 @@ BROKEN: dict[str, tuple[str, Effect, Scope, tuple[str, ...]]] = {
 ELSEWHERE = {"transformed-mtp", "fp8-compressor", "modelopt-fp8-mtp"}
 # Findings of a sound artifact: what older releases need, and what is optional.
 SOUND = {
-    "bf16": {"G15", "wo_a"},
-    "card": {"G09", "G58", "wo_a"},
-    "w4a16-fp8-mtp": {"G09", "wo_a"},
-    "native-fp8-mxfp4": {"G15"},
+    "bf16": {"draft-embedding", "bf16-wo_a"},
+    "card": {"block-scale-name", "nvfp4-scales", "bf16-wo_a"},
+    "w4a16-fp8-mtp": {"block-scale-name", "bf16-wo_a"},
+    "native-fp8-mxfp4": {"draft-embedding"},
 }
 
 
@@ -92,14 +92,14 @@ def _find(folder: Path) -> list[Finding]:
     return find_all(profile, nearest(profile))
 
 
-def _named(found: list[Finding], gate: str) -> list[Finding]:
-    return [finding for finding in found if finding.gate == gate]
+def _named(found: list[Finding], check: str) -> list[Finding]:
+    return [finding for finding in found if finding.check == check_id(check)]
 
 
 @pytest.mark.parametrize("variant", SOUND)
 def test_a_sound_artifact_has_no_finding(variant: str, layouts: Callable[[str], Path]) -> None:
     found = _find(layouts(variant))
-    assert {finding.gate for finding in found} <= SOUND[variant]
+    assert {finding.check for finding in found} <= SOUND[variant]
     for release in RELEASES:
         told = [f for f in found if applies(f, release) and f.effect.breaks and not f.handled_by]
         assert told == []
@@ -113,8 +113,8 @@ def test_a_broken_one_is_named(variant: str, layouts: Callable[[str], Path]) -> 
     assert {r for r in RELEASES if any(applies(f, r) for f in found)} == set(releases)
     sound = _find(layouts(load_variants()[variant].parent or variant))
     if variant not in SOUND and load_variants()[variant].parent:
-        before = {(f.gate, f.title) for f in sound}
-        assert not {(f.gate, f.title) for f in found} <= before
+        before = {(f.check, f.title) for f in sound}
+        assert not {(f.check, f.title) for f in found} <= before
 
 
 def test_every_variant_is_looked_at() -> None:
@@ -129,7 +129,7 @@ def test_what_a_variant_says_of_itself_is_named(
     """The gate in its row is among the findings."""
     numbers = [w.strip("(),;") for w in load_variants()[variant].breaks.split()]
     told = [n for n in numbers if n[:1] == "G" and n[1:].isdigit()]
-    assert set(told) <= {f.gate for f in _find(layouts(variant))}
+    assert set(map(check_id, told)) <= {f.check for f in _find(layouts(variant))}
 
 
 def _broken(base: Path, folder: Path, **change: Any) -> list[Finding]:
@@ -267,8 +267,8 @@ class TestConfig:
     ) -> None:
         groups = self._groups(r"re:.*\.self_attn\.q_proj$")
         found = _named(self._with(layouts, tmp_path / "x", config_groups=groups), "G11")
-        assert "targets that mean no module" in {f.title for f in found}
-        assert "quantized weights that no target means" in {f.title for f in found}
+        assert "targets that match no module" in {f.title for f in found}
+        assert "quantized weights that no target matches" in {f.title for f in found}
 
     @pytest.mark.parametrize("target", ["Linear", "re:.*"])
     def test_a_target_that_means_every_module(
@@ -277,7 +277,7 @@ class TestConfig:
         found = self._with(layouts, tmp_path / "x", config_groups=self._groups(target), ignore=[])
         titles = {f.title for f in _named(found, "G11")}
         assert {
-            "targets that mean every module",
+            "targets that match every module",
             "weights that would be quantized are not",
         } <= titles
 
@@ -286,7 +286,7 @@ class TestConfig:
     ) -> None:
         groups = self._groups("re:.*(")
         found = _named(self._with(layouts, tmp_path / "x", config_groups=groups), "G11")
-        assert [f.title for f in found] == ["a rule is no regular expression"]
+        assert [f.title for f in found] == ["a rule is not a regular expression"]
 
     def test_a_group_of_other_arguments(
         self, layouts: Callable[[str], Path], tmp_path: Path
@@ -410,5 +410,7 @@ class TestProfile:
 
 def test_alike_names_are_told_once() -> None:
     names = [f"layers.{n}.ffn.gate.bias" for n in range(40)] + ["mtp.0.ffn.gate.bias"]
-    assert some(names) == "41 tensors: layers.0.ffn.gate.bias and 39 like it, mtp.0.ffn.gate.bias"
-    assert some(["a"]) == "1 tensor: a"
+    assert (
+        summarize(names) == "41 tensors: layers.0.ffn.gate.bias and 39 like it, mtp.0.ffn.gate.bias"
+    )
+    assert summarize(["a"]) == "1 tensor: a"

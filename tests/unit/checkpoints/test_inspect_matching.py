@@ -161,7 +161,7 @@ class TestRecord:
 
     def _titles(self, folder: Path, content: Any) -> set[str]:
         (folder / "manifest.json").write_text(json.dumps(content))
-        return {f.title for f in find_all(profile_of(folder)) if f.gate == "record"}
+        return {f.title for f in find_all(profile_of(folder)) if f.check == "record"}
 
     def test_the_same_is_no_finding(self, card: Path) -> None:
         assert self._titles(card, {"tensors": self._rows(card)}) == set()

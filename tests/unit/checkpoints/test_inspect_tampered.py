@@ -21,7 +21,7 @@ from vllm_forge.checkpoints.errors import (
 from vllm_forge.checkpoints.inspect.inspection import inspect
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.checkpoints.inspect.record import RECORD
-from vllm_forge.checkpoints.inspect.verdicts import exit_code
+from vllm_forge.checkpoints.inspect.verdicts import error_of
 from vllm_forge.checkpoints.source import CheckpointSource
 from vllm_forge.checkpoints.tensors import copy_of, write_shard
 from vllm_forge.cli import main
@@ -69,7 +69,8 @@ def _exit(files: dict[str, bytes]) -> tuple[int, str]:
     except ForgeError as error:
         return error.exit_code, str(error)
     told = " ".join(f"{finding.title}: {finding.what}" for finding in report.findings)
-    return exit_code(report, "0.26"), told
+    error = error_of(report, "0.26")
+    return error.exit_code if error else SERVES, told
 
 
 def _header(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -207,14 +208,14 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, bytes]], Any], int, str]] = {
     "an order is a list": (_config(f"{GROUP}.weights.actorder", ["x"]), UNREADABLE, "actorder"),
     "ignore is a word": (_config("quantization_config.ignore", "lm_head"), UNREADABLE, "ignore"),
     "ignore is no pattern": (
-        _config("quantization_config.ignore", ["re:("]), REFUSED, "no regular expression",
+        _config("quantization_config.ignore", ["re:("]), REFUSED, "not a regular expression",
     ),
     "ignore repeats too often": (
-        _config("quantization_config.ignore", ["re:a{9999999999}"]), REFUSED, "no regular",
+        _config("quantization_config.ignore", ["re:a{9999999999}"]), REFUSED, "not a regular",
     ),
     "ignore is too deep": (
         _config("quantization_config.ignore", ["re:" + "(" * 9999 + ")" * 9999]), REFUSED,
-        "no regular",
+        "not a regular",
     ),
     "layers are a word": (_config("num_hidden_layers", "3"), UNREADABLE, "num_hidden_layers"),
     "layers are true": (_config("num_hidden_layers", True), UNREADABLE, "num_hidden_layers"),

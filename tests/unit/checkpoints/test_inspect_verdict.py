@@ -58,7 +58,7 @@ def dspark(tmp_path_factory: pytest.TempPathFactory) -> Profile:
 
 
 def _finding(effect: Effect = Effect.REFUSES, **fields: Any) -> Finding:
-    return Finding(gate="G99", title="a fault", effect=effect, what="there", **fields)
+    return Finding(check="files", title="a fault", effect=effect, what="there", **fields)
 
 
 def _load(**fields: Any) -> Load:
@@ -94,7 +94,7 @@ class TestFindings:
     def test_what_breaks_the_draft_leaves_the_target(self, card: Profile) -> None:
         verdict = _judge(card, _finding(scope=Scope.DRAFT))
         assert (verdict.outcome, verdict.why) == (
-            Outcome.WITHOUT, ("draft: G99 a fault: there",),
+            Outcome.WITHOUT, ("draft: files: a fault: there",),
         )  # fmt: skip
 
     @pytest.mark.parametrize(
@@ -135,9 +135,12 @@ class TestDryLoad:
     def test_nor_is_what_the_forward_pass_meets(self, card: Profile) -> None:
         """It says nothing against a finding that no load can show, in either model."""
         verdict = _judge(card, _finding(in_forward=True), answer=CLEAN)
-        assert (verdict.outcome, verdict.why) == (Outcome.NOT, ("G99 a fault: there",))
+        assert (verdict.outcome, verdict.why) == (Outcome.NOT, ("files: a fault: there",))
         verdict = _judge(card, _finding(in_forward=True, scope=Scope.DRAFT), answer=CLEAN)
-        assert (verdict.outcome, verdict.why) == (Outcome.WITHOUT, ("draft: G99 a fault: there",))
+        assert (verdict.outcome, verdict.why) == (
+            Outcome.WITHOUT,
+            ("draft: files: a fault: there",),
+        )
 
     @pytest.mark.parametrize(
         ("fields", "words"),
@@ -149,7 +152,7 @@ class TestDryLoad:
             ({"casts": [{"from": "float8_e4m3fn", "to": "bfloat16", "count": 2, "example": "a"}]},
              "from float8_e4m3fn to bfloat16"),
             ({"unread": [{"tensor": "layers.0.x.weight_scale", "count": 5}]}, "nor 4 like it"),
-            ({"unread": [{"tensor": "layers.0.x.scale", "count": 1}]}, "reads no layers.0.x.scale"),
+            ({"unread": [{"tensor": "layers.0.x.scale", "count": 1}]}, "not read layers.0.x.scale"),
         ],
     )  # fmt: skip
     def test_what_it_observes_counts(
@@ -194,7 +197,7 @@ class TestDryLoad:
             assert _judge(card, answer=answer).outcome is outcome
 
     def test_a_dspark_drafter_serves_as_one(self, dspark: Profile) -> None:
-        told = _finding(scope=Scope.DRAFT).model_copy(update={"gate": "G69"})
+        told = _finding(scope=Scope.DRAFT).model_copy(update={"check": "other-drafter"})
         loads = {"mtp": _load(), "dspark": _load()}
         verdict = _judge(dspark, told, answer=Answer(target=_load(), drafts=loads))
         assert verdict.outcome is Outcome.WITH_DSPARK

@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 import vllm_forge.kernels.selection.inside
 from vllm_forge.checkpoints.errors import DryLoadError
+from vllm_forge.checkpoints.inspect.findings import Record
 from vllm_forge.checkpoints.inspect.parts import Drafter
 from vllm_forge.host import atomic_path
 
@@ -32,20 +33,14 @@ METHODS = {
 }
 
 
-class Row(BaseModel):
-    """Base of the answer's records."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Stop(Row):
+class Stop(Record):
     """What vLLM raised, and at which tensor."""
 
     tensor: str | None
     message: str
 
 
-class Short(Row):
+class Short(Record):
     """A parameter that was not written in whole, and how many like it."""
 
     parameter: str
@@ -54,7 +49,7 @@ class Short(Row):
     of: int = Field(description="elements")
 
 
-class Cast(Row):
+class Cast(Record):
     """Copies that converted from one dtype to another; torch's names."""
 
     source: str = Field(alias="from")
@@ -63,14 +58,14 @@ class Cast(Row):
     example: str
 
 
-class Unread(Row):
+class Unread(Record):
     """A tensor that the model took nothing from, and how many like it."""
 
     tensor: str
     count: int
 
 
-class Resolved(Row):
+class Resolved(Record):
     """What vLLM made of a module."""
 
     module: str = Field(description="numbers are N")
@@ -79,7 +74,7 @@ class Resolved(Row):
     count: int
 
 
-class Load(Row):
+class Load(Record):
     """One model's dry load."""
 
     error: Stop | None
@@ -91,14 +86,14 @@ class Load(Row):
     modules: tuple[Resolved, ...] = ()
 
 
-class Answer(Row):
+class Answer(Record):
     """What one vLLM does with one checkpoint."""
 
     target: Load
     drafts: dict[str, Load]
 
 
-class Answers(Row):
+class Answers(Record):
     """What one vLLM does with each checkpoint of a request."""
 
     vllm: str

@@ -1,64 +1,80 @@
-"""What an inspection finds: one record per fault, with what it does to whom, and why.
-
-``gate`` is a fault's number in the family's own lists (docs/operate/checkpoints.md has the table).
-"""
+"""What an inspection finds: one record per fault, by the rows of checks.toml."""
 
 from __future__ import annotations
 
 import re
+import tomllib
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
+TABLE: dict[str, dict[str, Any]] = tomllib.loads(
+    Path(__file__).with_name("checks.toml").read_text(encoding="utf-8")
+)
+FAULTS: dict[str, dict[str, Any]] = TABLE["fault"]
+ALIASES: dict[str, str] = TABLE["alias"]
+CHECKS = frozenset(row["check"] for row in FAULTS.values())
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+DRAFTS = ("mtp.", "model.mtp.")  # vLLM does not take the second, but it means the drafter
+
+
+def check_id(name: str) -> str:
+    """The id of a check, from itself or its alias.
+
+    Raises:
+        ValueError: unknown.
+    """
+    check = next((check for check, alias in ALIASES.items() if alias == name), name)
+    if check not in CHECKS:
+        raise ValueError(f"unknown check {name!r}")
+    return check
+
+
+def label(check: str) -> str:
+    """An id for messages, with its alias: ``missing-mtp (G01)``."""
+    return f"{check} ({ALIASES[check]})" if check in ALIASES else check
+
+
+CheckId = Annotated[str, BeforeValidator(check_id)]
+
+
+class Record(BaseModel):
+    """Base of the inspector's records; their fields are the keys of its JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Effect(StrEnum):
-    """What follows for who serves it; from bad to harmless."""
+    """What a fault leads to when the checkpoint is served; from bad to harmless."""
 
-    REFUSES = "refuses"  # vLLM stops with an error
-    CORRUPTS = "corrupts"  # it loads, and computes something else
+    REFUSES = "refuses"
+    CORRUPTS = "corrupts"
     LOSES = "loses precision"
-    DEPARTS = "departs"  # not what its manifest says
+    DEPARTS = "departs"
     NOTES = "notes"
 
     @property
     def breaks(self) -> bool:
-        """It does not serve."""
+        """Whether the checkpoint does not serve."""
         return self in (Effect.REFUSES, Effect.CORRUPTS)
 
 
 class Scope(StrEnum):
-    """Which model the fault is in."""
+    """Which model a fault is in."""
 
     TARGET = "target"
     DRAFT = "draft"
 
 
-class Finding(BaseModel):
-    """One fault.
+class Finding(Record):
+    """A row of checks.toml, and ``what`` was found of it: counts and an example."""
 
-    Attributes:
-        gate: its number, e.g. G05.
-        title: the same in a few words, always equal for one gate.
-        effect: on lines without a remedy of their own.
-        scope: which model.
-        what: what was found, with counts and one example.
-        remedy: for who makes the checkpoint.
-        handled_by: upstream change (as dispositions.toml names it) with which a vLLM copes; where
-            a line carries it or its release has it, the finding is a note there.
-        before, since: vLLM versions that bound where it bites; "" is no bound.
-        in_forward: it shows in the first forward pass, so vLLM's silence in a dry load says nothing
-            about it.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    gate: str
+    check: CheckId
     title: str
     effect: Effect
     scope: Scope = Scope.TARGET
@@ -69,27 +85,42 @@ class Finding(BaseModel):
     before: str = ""
     in_forward: bool = False
 
+    @property
+    def sentence(self) -> str:
+        """Check, title and what was found, in one line."""
+        return f"{label(self.check)}: {self.title}: {self.what}"
 
-DRAFTS = ("mtp.", "model.mtp.")  # vLLM takes the second for nothing, but it means the drafter
+
+def finding(fault: str, what: str, **changes: Any) -> Finding:
+    """A finding of a row of checks.toml; ``changes`` replace fields of the row."""
+    return Finding.model_validate({**FAULTS[fault], "what": what, **changes})
 
 
 def by_scope(names: Iterable[str]) -> Iterator[tuple[Scope, list[str]]]:
     """Stored names by the model that they belong to; a scope without names is left out."""
     names = list(names)
     for scope in Scope:
-        found = [name for name in names if name.startswith(DRAFTS) == (scope is Scope.DRAFT)]
-        if found:
-            yield scope, found
+        own = [name for name in names if name.startswith(DRAFTS) == (scope is Scope.DRAFT)]
+        if own:
+            yield scope, own
 
 
-def some(names: Iterable[str], most: int = 3) -> str:
-    """A count and examples, for messages: ``12 tensors: layers.N.ffn.gate.bias (x 11), ...``."""
+def summarize(names: Iterable[str], most: int = 3) -> str:
+    """A count and examples, for messages: ``12 tensors: layers.0.ffn.gate.bias and 11 like it``."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(NUMBER.sub("N", name), []).append(name)
     total = sum(map(len, groups.values()))
     rows = sorted(groups.values(), key=len, reverse=True)
-    said = [row[0] + (f" and {len(row) - 1} like it" if row[1:] else "") for row in rows[:most]]
+    shown = [row[0] + (f" and {len(row) - 1} like it" if row[1:] else "") for row in rows[:most]]
     if len(rows) > most:
-        said.append("...")
-    return f"{total} tensor{'s' if total != 1 else ''}: {', '.join(said)}"
+        shown.append("...")
+    return f"{total} tensor{'s' if total != 1 else ''}: {', '.join(shown)}"
+
+
+def scoped(
+    fault: str, names: Iterable[str], what: Callable[[list[str]], str] = summarize
+) -> Iterator[Finding]:
+    """A finding for each model that has some of the tensors or modules."""
+    for scope, own in by_scope(names):
+        yield finding(fault, what(own), scope=scope)

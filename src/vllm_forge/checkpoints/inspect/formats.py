@@ -67,7 +67,7 @@ def _blocks(rows: int, columns: int) -> Shape:
 
 
 # Global scales are scalars. Lists of one element are taken too (tests/patches/
-# test_global_scale_shape.py); the difference is reported, see gates_scales.py.
+# test_global_scale_shape.py); the difference is reported, see checks_tensors.py.
 HALF = ("BF16", "F16")
 PIECES: dict[Format, tuple[Piece, ...]] = {
     Format.PLAIN: (Piece(suffix="weight", dtypes=("BF16", "F32"), shape=lambda n, k: (n, k)),),

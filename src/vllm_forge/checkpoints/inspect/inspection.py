@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
-from vllm_forge.checkpoints.inspect import (
-    gates_config,
-    gates_dtypes,
-    gates_method,
-    gates_names,
-    gates_scales,
-    gates_schemes,
-)
-from vllm_forge.checkpoints.inspect.findings import Effect, Finding
+from vllm_forge.checkpoints.inspect import checks_config, checks_names, checks_tensors
+from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Record
 from vllm_forge.checkpoints.inspect.manifest import config_facts, departures, nearest
 from vllm_forge.checkpoints.inspect.parts import Drafter, Part
 from vllm_forge.checkpoints.inspect.record import against_record
@@ -28,21 +19,7 @@ if TYPE_CHECKING:
     from vllm_forge.checkpoints.inspect.profile import Profile
     from vllm_forge.patches.dispositions import Disposition
 
-NAME_GATES = gates_names.GATES
-HEADER_GATES = (
-    *gates_method.GATES,
-    *gates_schemes.GATES,
-    *gates_config.GATES,
-    *gates_scales.GATES,
-    *gates_dtypes.GATES,
-)
 SHOWN = {Effect.DEPARTS, Effect.LOSES}
-
-
-class Record(BaseModel):
-    """Base of the report's records; their fields are the keys of its JSON."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class PartRow(Record):
@@ -73,7 +50,7 @@ class Report(Record):
         lines: a verdict each.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     place: str
     read: Literal["headers", "index"]
     artifact: str | None
@@ -116,26 +93,21 @@ def find_all(
     digests: bool = False,
 ) -> list[Finding]:
     """Everything that is found without a vLLM, from bad to harmless; see ``inspect``."""
-    found = list(_run(profile))
-    if source is not None:
-        found += gates_dtypes.against_source(profile, source.tensors)
-    if artifact is not None and profile.tensors:
-        found += departures(profile, artifact)
-    found += against_record(profile, digests=digests)
-    return _sorted(found)
-
-
-def _sorted(found: list[Finding]) -> list[Finding]:
-    order = list(Effect)
-    return sorted(found, key=lambda finding: order.index(finding.effect))
-
-
-def _run(profile: Profile) -> Iterator[Finding]:
-    for gate in NAME_GATES:
-        yield from gate(profile)
+    checks = [*checks_names.CHECKS]
     if profile.tensors:
-        for gate in HEADER_GATES:
-            yield from gate(profile)
+        checks += [*checks_config.CHECKS, *checks_tensors.CHECKS]
+    findings = [finding for check in checks for finding in check(profile)]
+    if source is not None:
+        findings += checks_tensors.against_source(profile, source.tensors)
+    if artifact is not None and profile.tensors:
+        findings += departures(profile, artifact)
+    findings += against_record(profile, digests=digests)
+    return _sorted(findings)
+
+
+def _sorted(findings: list[Finding]) -> list[Finding]:
+    order = list(Effect)
+    return sorted(findings, key=lambda finding: order.index(finding.effect))
 
 
 def inspect(

@@ -13,11 +13,18 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from vllm_forge.checkpoints.inspect.findings import NUMBER, Effect, Finding, Scope, some
+from vllm_forge.checkpoints.inspect.checks_config import ARGUMENTS
+from vllm_forge.checkpoints.inspect.findings import (
+    NUMBER,
+    Finding,
+    Record,
+    Scope,
+    finding,
+    summarize,
+)
 from vllm_forge.checkpoints.inspect.formats import Format, RequiredTensor, stored_as
-from vllm_forge.checkpoints.inspect.gates_config import ARGUMENTS
 from vllm_forge.checkpoints.inspect.matching import read_groups
 from vllm_forge.checkpoints.inspect.parts import (
     DRAFT,
@@ -45,20 +52,14 @@ TELLING_LAYERS = 3
 LAYER = re.compile(r"layers\.(\d+)\.")
 
 
-class Row(BaseModel):
-    """Base of the records."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Rule(Row):
+class Rule(Record):
     """Modules, by their names from the start, and the formats that their weights may have."""
 
     modules: str
     formats: tuple[Format, ...] = Field(min_length=1)
 
 
-class Published(Row):
+class Published(Record):
     """Counts that others state of the artifact as published; None where nobody did."""
 
     mtp: int | None = None
@@ -70,7 +71,7 @@ class Published(Row):
     gigabytes: int | None = None
 
 
-class Manifest(Row):
+class Manifest(Record):
     """One artifact.
 
     Attributes:
@@ -197,7 +198,9 @@ def departures(profile: Profile, name: str) -> Iterator[Finding]:
     for names, title in ((absent, "tensors are missing"), (foreign, "tensors are too many")):
         for draft in (False, True):
             if part := [n for n in names if n.startswith(DRAFT) == draft]:
-                yield _departure(f"{title}, by the manifest of {name}", some(part), draft=draft)
+                yield _departure(
+                    f"{title}, by the manifest of {name}", summarize(part), draft=draft
+                )
     if wrong:
         what = f"{len(wrong)}, e.g. {wrong[0]}"
         yield _departure(f"dtypes or shapes are not those of {name}", what, draft=False)
@@ -207,13 +210,7 @@ def departures(profile: Profile, name: str) -> Iterator[Finding]:
 
 
 def _departure(title: str, what: str, *, draft: bool) -> Finding:
-    return Finding(
-        gate="manifest",
-        title=title,
-        effect=Effect.DEPARTS,
-        scope=Scope.DRAFT if draft else Scope.TARGET,
-        what=what,
-    )
+    return finding("manifest", what, title=title, scope=Scope.DRAFT if draft else Scope.TARGET)
 
 
 def config_facts(profile: Profile) -> dict[str, Any]:

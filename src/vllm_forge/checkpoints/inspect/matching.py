@@ -1,9 +1,9 @@
 """Which modules a quantization_config means: compressed-tensors' rules, on vLLM's module names.
 
-Used where vLLM itself is not at hand, and by the gates that look for rules that mean nothing or
-too much. A rule "re:..." is matched at the start of the name (compressed_tensors/utils/match.py
-`match_name`: re.match); any other one is the whole name, or the class of the module. vLLM asks
-with names of its own modules, with two projections fused (vllm/model_executor/layers/quantization/
+Used where vLLM itself is not at hand, and by the checks of rules that match nothing or too much. A
+rule "re:..." is matched at the start of the name (compressed_tensors/utils/match.py `match_name`:
+re.match); any other one is the whole name, or the class of the module. vLLM asks with names of its
+own modules, with two projections fused (vllm/model_executor/layers/quantization/
 compressed_tensors/utils.py `find_matched_target`).
 """
 

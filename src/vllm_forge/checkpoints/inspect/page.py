@@ -8,7 +8,7 @@ from rich.console import Console, Group
 from rich.markup import escape as markup_escape
 from rich.table import Table
 
-from vllm_forge.checkpoints.inspect.findings import Effect, Scope
+from vllm_forge.checkpoints.inspect.findings import Effect, Scope, label
 from vllm_forge.checkpoints.inspect.verdict import Outcome
 from vllm_forge.host import printable
 
@@ -105,7 +105,7 @@ def _values(report: Report) -> Table:
 
 
 def _findings(report: Report) -> Table:
-    table = Table("gate", "effect", "lines", "what", "remedy", title="findings")
+    table = Table("check", "effect", "lines", "what", "remedy", title="findings")
     for index, finding in enumerate(report.findings):
         lines = [verdict.line for verdict in report.lines if index in verdict.findings]
         bounds = [f"vLLM >= {finding.since}"] if finding.since else []
@@ -113,7 +113,7 @@ def _findings(report: Report) -> Table:
         draft = "draft: " if finding.scope is Scope.DRAFT else ""
         where = f" ({', '.join(bounds)})" if bounds else ""
         table.add_row(
-            escape(finding.gate),
+            escape(label(finding.check)),
             f"[{STYLES[finding.effect] if lines else 'dim'}]{finding.effect}[/]",
             ", ".join(lines) or "none",
             escape(f"{draft}{finding.title}{where}: {finding.what}"),

@@ -1,4 +1,4 @@
-"""A checkpoint taken apart once, for all gates: formats per part, counts, drafter."""
+"""What the checks of a checkpoint share: formats per part, counts, drafter."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.config_check import require_deepseek_v4
+from vllm_forge.checkpoints.inspect.findings import Scope
 from vllm_forge.checkpoints.inspect.formats import Format, recognize, split
 from vllm_forge.checkpoints.inspect.matching import asked_names, read_groups
 from vllm_forge.checkpoints.inspect.parts import (
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Profile:
-    """What gates ask of a checkpoint."""
+    """A DeepSeek V4 checkpoint, for the checks."""
 
     checkpoint: Checkpoint
 
@@ -71,6 +72,12 @@ class Profile:
     def draft_layers(self) -> range:
         """Numbers that vLLM gives the draft layers: the ones after the last decoder layer."""
         return range(self.layers, self.layers + int(self.config["num_nextn_predict_layers"]))
+
+    def blocks(self, scope: Scope) -> dict[int, str]:
+        """VLLM's number of each layer of a model -> its name in the checkpoint."""
+        if scope is Scope.DRAFT:
+            return {layer: f"mtp.{layer - self.layers}" for layer in self.draft_layers}
+        return {layer: f"layers.{layer}" for layer in range(self.layers)}
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -141,17 +148,6 @@ class Profile:
         for name, entry in self.tensors.items():
             counted[part_of(name), name.startswith(DRAFT)][entry.dtype] += 1
         return dict(counted)
-
-    def has_module(self, ending: str, kind: Format) -> bool:
-        """Whether some module of that ending is stored so, the drafter's left out."""
-        return any(
-            found is kind and module.endswith(ending) and not module.startswith(DRAFT)
-            for module, found in self.formats.items()
-        )
-
-    def has(self, part: Part, kind: Format, *, draft: bool = False) -> bool:
-        """Whether some linear layer of the part is stored so."""
-        return bool(self._by_part[part, draft][kind])
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.checkpoints.inspect.findings import Effect, Finding, some
+from vllm_forge.checkpoints.inspect.findings import Finding, finding, summarize
 from vllm_forge.checkpoints.tensors import strict_json
 from vllm_forge.errors import UsageError
 
@@ -60,14 +60,8 @@ def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Findi
         ),
     ):
         if names:
-            yield _changed(f"{title} in {RECORD}", some(names))
+            yield _changed(f"{title} in {RECORD}", summarize(names))
 
 
 def _changed(title: str, what: str) -> Finding:
-    return Finding(
-        gate="record",
-        title=title,
-        effect=Effect.DEPARTS,
-        what=what,
-        remedy="the files were changed after they were made: make them again, or fetch them again",
-    )
+    return finding("record", what, title=title)

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from vllm_forge.checkpoints.codecs import fp8_block, int4, mxfp4, nvfp4
 from vllm_forge.checkpoints.codecs.small_floats import e8m0_decode
-from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, some
+from vllm_forge.checkpoints.inspect.findings import Finding, Record, Scope, finding, summarize
 from vllm_forge.checkpoints.inspect.formats import Format, split, stored_as
 from vllm_forge.checkpoints.inspect.parts import DRAFT, Part, part_of
 from vllm_forge.checkpoints.tensors import TensorSpec
@@ -44,7 +43,7 @@ Weight = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 Decoded = tuple["NDArray[np.float64]", "NDArray[np.float64]"]  # values, and bounds of their errors
 
 
-class ValueRow(BaseModel):
+class ValueRow(Record):
     """One part and format.
 
     Attributes:
@@ -53,8 +52,6 @@ class ValueRow(BaseModel):
         worst: largest error over its bound; at most 1. None where bytes are compared.
         different: names of weights beyond their bound, or with other bytes.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     part: Part
     draft: bool
@@ -122,14 +119,11 @@ def _findings(rows: Sequence[ValueRow]) -> Iterator[Finding]:
         if not row.different:
             continue
         plain = row.format is Format.PLAIN
-        yield Finding(
-            gate="values",
-            title="bytes are not the source's" if plain else "weights are not the source's",
-            effect=Effect.DEPARTS if plain else Effect.CORRUPTS,
+        what = f"{summarize(row.different)}, of {row.weights} {row.part} compared"
+        yield finding(
+            "other-bytes" if plain else "other-weights",
+            what if plain else f"{what}; the error is {row.worst:.3g} times its bound",
             scope=Scope.DRAFT if row.draft else Scope.TARGET,
-            what=f"{some(row.different)}, of {row.weights} {row.part} compared"
-            + ("" if plain else f"; the error is {row.worst:.3g} times its bound"),
-            remedy="make these weights again from the source",
         )
 
 

@@ -6,9 +6,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from packaging.version import Version
-from pydantic import BaseModel, ConfigDict
 
-from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope
+from vllm_forge.checkpoints.inspect.findings import CheckId, Effect, Finding, Record, Scope, label
 from vllm_forge.checkpoints.inspect.parts import Drafter
 from vllm_forge.patches.dispositions import FILE, decisions
 from vllm_forge.patches.errors import DispositionError
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 COPES = {"carried": "patched", "retired": "in the release", "not-applicable": "not concerned"}
 RULES = "the matching rules of compressed-tensors"
 # Conversions that keep what the bytes mean. FP32 to BF16 is what vLLM itself does to a parameter;
-# FP32 to E8M0 is exact for powers of two, and gates_method.native_scales reads whether they are.
+# FP32 to E8M0 is exact for powers of two, and checks_config.native_scales reads whether they are.
 KEEP = {
     ("int64", "int32"), ("int8", "uint8"), ("uint8", "int8"), ("float8_e8m0fnu", "float32"),
     ("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16"),
@@ -51,27 +50,25 @@ class Outcome(StrEnum):
     UNKNOWN = "unknown"
 
 
-class LineVerdict(BaseModel):
+class LineVerdict(Record):
     """One line.
 
     Attributes:
         line, vllm: which.
         outcome: what it does.
         why: reasons for what it does not do; what it was told by for what it does.
-        gates: numbers of the findings that count on this line.
+        checks: ids of the findings that count on this line.
         findings: which those are: their indices in the report.
         handled: findings that this line copes with, and how.
         by: who resolved the modules: a vLLM, or rules without one.
         modules: module -> what it resolves to there, e.g. "CompressedTensorsW8A8Fp8"; numbers N.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     line: str
     vllm: str
     outcome: Outcome
     why: tuple[str, ...]
-    gates: tuple[str, ...]
+    checks: tuple[CheckId, ...]
     findings: tuple[int, ...]
     handled: tuple[str, ...]
     by: str
@@ -109,7 +106,7 @@ def judge(
         if finding.handled_by:
             status = _status(finding.handled_by, line, dispositions)
             if status in COPES:
-                handled.append(f"{finding.gate} {finding.title}: {COPES[status]}")
+                handled.append(f"{label(finding.check)}: {finding.title}: {COPES[status]}")
                 continue
         counted.append(finding)
         indices.append(index)
@@ -121,14 +118,14 @@ def judge(
         outcome = Outcome.UNKNOWN
         target = ["needs headers: dtypes, shapes and what vLLM makes of them are not known"]
     why = [*target, *(f"draft: {reason}" for reason in draft)]
-    lowest = [f for f in counted if f.effect is Effect.LOSES]
-    why += [f"{f.gate} {f.title}: {f.what}" for f in lowest]
+    lowest = [finding for finding in counted if finding.effect is Effect.LOSES]
+    why += [finding.sentence for finding in lowest]
     return LineVerdict(
         line=line,
         vllm=vllm,
         outcome=outcome,
         why=tuple(why),
-        gates=tuple(sorted({f.gate for f in counted})),
+        checks=tuple(sorted({finding.check for finding in counted})),
         findings=tuple(indices),
         handled=tuple(handled),
         by=f"vLLM {vllm} itself, in a dry load" if answer else RULES,
@@ -187,9 +184,9 @@ def _problems(counted: Iterable[Finding], scope: Scope, load: Load | None) -> It
         refused = finding.effect is Effect.REFUSES
         late = finding.in_forward or bool(finding.handled_by)
         predicted = refused and not late and load is not None
-        drafter = finding.gate == "G69"  # which method fits is not for a loader to say
+        drafter = finding.check == "other-drafter"  # which method fits is not for a loader to say
         if not predicted or told or drafter:
-            yield f"{finding.gate} {finding.title}: {finding.what}"
+            yield finding.sentence
 
 
 def _load_problems(load: Load, *, draft: bool) -> Iterator[str]:
@@ -203,8 +200,7 @@ def _load_problems(load: Load, *, draft: bool) -> Iterator[str]:
             continue
         more = f" and {row.count - 1} like it" if row.count > 1 else ""
         yield (
-            f"vLLM loads {row.filled} of {row.of} elements of {row.parameter}{more}, and says "
-            "nothing"
+            f"vLLM silently loads only {row.filled} of {row.of} elements of {row.parameter}{more}"
         )
     for cast in load.casts:
         if (cast.source, cast.to) not in KEEP and not cast.example.endswith(NOT_READ):
@@ -214,7 +210,7 @@ def _load_problems(load: Load, *, draft: bool) -> Iterator[str]:
             )
     for unread in load.unread:
         if unread.tensor.rpartition("_")[2] in SCALES or unread.tensor.endswith(".scale"):
-            yield f"vLLM reads no {unread.tensor}, nor {unread.count - 1} like it"
+            yield f"vLLM does not read {unread.tensor}, nor {unread.count - 1} like it"
 
 
 def _modules(answer: Answer | None) -> dict[str, str]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
-
 from vllm_forge.checkpoints.errors import CheckpointDepartsError, CheckpointRefusedError
-from vllm_forge.checkpoints.inspect.findings import Effect
+from vllm_forge.checkpoints.inspect.findings import CheckId, Effect, Record
 from vllm_forge.checkpoints.inspect.verdict import Outcome, applies
 
 if TYPE_CHECKING:
@@ -17,24 +15,18 @@ if TYPE_CHECKING:
 DATA = "records/verdicts.json"
 
 
-class Record(BaseModel):
-    """Base of the records; their fields are the keys of verdicts.json."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
 class LineRow(Record):
     """One line's verdict."""
 
     outcome: Outcome
-    gates: tuple[str, ...]
+    checks: tuple[CheckId, ...]
     why: tuple[str, ...]
 
 
 class FindingRow(Record):
     """One finding; ``counts_on``: lines that do not cope with it."""
 
-    gate: str
+    check: CheckId
     title: str
     effect: Effect
     counts_on: tuple[str, ...]
@@ -46,7 +38,7 @@ class VariantRow(Record):
     Attributes:
         about, breaks: as variants.toml has them.
         artifact: the manifest that it was compared with.
-        exit_code: of an inspection on the default line.
+        error: class of the error that an inspection on the default line ends with.
         findings: each finding that is about one of the lines.
         lines: a verdict each.
     """
@@ -54,7 +46,7 @@ class VariantRow(Record):
     about: str
     breaks: str
     artifact: str | None
-    exit_code: int
+    error: str | None
     findings: tuple[FindingRow, ...]
     lines: dict[str, LineRow]
 
@@ -78,16 +70,17 @@ class Verdicts(Record):
 
 
 def variant_row(variant: Variant, report: Report, default_line: str) -> VariantRow:
-    """What an inspection says of a variant."""
-    told: dict[tuple[str, str], FindingRow] = {}
+    """What an inspection found in a variant."""
+    error = error_of(report, default_line)
+    rows: dict[tuple[str, str], FindingRow] = {}
     for index, finding in enumerate(report.findings):
         if not any(applies(finding, verdict.vllm) for verdict in report.lines):
             continue
         lines = tuple(v.line for v in report.lines if index in v.findings)
-        key = (finding.gate, finding.title)
-        before = told[key].counts_on if key in told else ()
-        told[key] = FindingRow(
-            gate=finding.gate,
+        key = (finding.check, finding.title)
+        before = rows[key].counts_on if key in rows else ()
+        rows[key] = FindingRow(
+            check=finding.check,
             title=finding.title,
             effect=finding.effect,
             counts_on=tuple(sorted({*before, *lines})),
@@ -96,17 +89,19 @@ def variant_row(variant: Variant, report: Report, default_line: str) -> VariantR
         about=variant.about,
         breaks=variant.breaks,
         artifact=report.artifact,
-        exit_code=exit_code(report, default_line),
-        findings=tuple(told.values()),
+        error=error and error.__name__,
+        findings=tuple(rows.values()),
         lines={
-            verdict.line: LineRow(outcome=verdict.outcome, gates=verdict.gates, why=verdict.why)
+            verdict.line: LineRow(outcome=verdict.outcome, checks=verdict.checks, why=verdict.why)
             for verdict in report.lines
         },
     )
 
 
-def exit_code(report: Report, line: str, *, without_mtp: bool = False) -> int:
-    """Of the command, for that line."""
+def error_of(
+    report: Report, line: str, *, without_mtp: bool = False
+) -> type[CheckpointRefusedError | CheckpointDepartsError] | None:
+    """The error that the command ends with on that line; None for none."""
     if not report.serves(line, without_mtp=without_mtp):
-        return CheckpointRefusedError.exit_code
-    return CheckpointDepartsError.exit_code if report.departures else 0
+        return CheckpointRefusedError
+    return CheckpointDepartsError if report.departures else None

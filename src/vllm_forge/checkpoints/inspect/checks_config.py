@@ -1,0 +1,448 @@
+"""Checks of config.json: the model and method that it names, its groups, and what its rules match.
+
+Rules are compared with how the weights are stored, for every vLLM of a line.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from packaging.version import Version
+
+from vllm_forge.checkpoints.inspect.findings import (
+    Effect,
+    Finding,
+    Scope,
+    finding,
+    scoped,
+    summarize,
+)
+from vllm_forge.checkpoints.inspect.formats import Format
+from vllm_forge.checkpoints.inspect.matching import (
+    FUSION_KNOWN,
+    PROBES_CHANGED,
+    Group,
+    is_rule,
+    means,
+    read_groups,
+    resolve,
+    resolve_experts,
+    serving_modules,
+)
+from vllm_forge.checkpoints.inspect.parts import DRAFT, Part
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from vllm_forge.checkpoints.inspect.profile import Profile
+
+    # Since which vLLM, before which, fault (a row of checks.toml) -> modules.
+    Era = tuple[Version, Version | None, Mapping[str, list[str]]]
+
+ARCHITECTURES = ["DeepseekV4ForCausalLM"]
+SHOWN = 80  # characters of what is there instead
+COMPRESSED = "compressed-tensors"
+NATIVE = {"fp8", "deepseek_v4_fp8"}
+BLOCK = 128
+SIGN_AND_MANTISSA = 0x807FFFFF  # of FP32
+FIRST = Version("0")
+IGNORE_READ = Version("0.33.0")
+# Between these, vLLM matches a config in the same way; see matching.py.
+ERAS = ((FIRST, FUSION_KNOWN), (FUSION_KNOWN, PROBES_CHANGED), (PROBES_CHANGED, None))
+# What a group must say for weights that are stored so.
+ARGUMENTS: dict[Format, dict[str, Any]] = {
+    Format.FP8_BLOCK: {"num_bits": 8, "type": "float", "strategy": "block"},
+    Format.NVFP4: {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+    Format.W4A16: {"num_bits": 4, "type": "int", "strategy": "group"},
+}
+# Orders that permute at run time (compressed_tensors/quantization/quant_args.py).
+ORDERED = {"group", "dynamic"}
+# Literal entries that people write for what is never quantized.
+HARMLESS = {"lm_head", "head", "embed", "embed_tokens", "model.embed_tokens"}
+# vLLM's linear module -> the stored module whose format it has.
+STORED = {
+    "attn.fused_wqa_wkv": "attn.wq_a",
+    "attn.wq_b": "attn.wq_b",
+    "attn.wo_a": "attn.wo_a",
+    "attn.wo_b": "attn.wo_b",
+    "attn.indexer.wq_b": "attn.indexer.wq_b",
+    "ffn.shared_experts.gate_up_proj": "ffn.shared_experts.w1",
+    "ffn.shared_experts.down_proj": "ffn.shared_experts.w2",
+    "e_proj": "e_proj",
+    "h_proj": "h_proj",
+}
+EXPERTS = "ffn.experts"
+UNQUANTIZED = "vLLM builds these modules unquantized"
+# Why vLLM does not take the modules of a fault that depends on its version.
+WHY = {
+    "no-target": UNQUANTIZED,
+    "broad-ignore": UNQUANTIZED,
+    "draft-not-ignored": "the draft model takes the target's quantization",
+    "draft-not-described": "vLLM builds it as its config says",
+    "draft-experts": "vLLM gives all layers the format of moe_quant_algo, and since 0.33.0 reads "
+    "in ignore which are left in MXFP4",
+    "not-quantized": "vLLM builds these modules quantized",
+    "other-arguments": "bits, type or strategy differ",
+}
+
+
+def form(profile: Profile) -> Iterator[Finding]:
+    """A config.json from which vLLM builds the model at all."""
+    named = profile.config.get("architectures")
+    if not named:
+        yield finding(
+            "no-architecture",
+            "vLLM before 0.33.0 does not find DeepseekV4ForCausalLM without it",
+        )
+    elif named != ARCHITECTURES:
+        yield finding("other-architecture", f"{str(named)[:SHOWN]!r}, not {ARCHITECTURES}")
+    if "compress_ratios" not in profile.checkpoint.served:
+        yield finding(
+            "layer-types",
+            "vLLM 0.22.1 reads compress_ratios, 0.26.0 takes no layer types of this model, 0.33.0 "
+            "derives the one from the other",
+        )
+
+
+def method(profile: Profile) -> Iterator[Finding]:
+    """A quant_method that reads the formats that are stored."""
+    named = profile.quantization.get("quant_method")
+    quantized = [
+        f"{module}.weight"
+        for module, kind in profile.formats.items()
+        if kind is not Format.PLAIN and not module.startswith(DRAFT)
+    ]
+    if not profile.quantization:
+        if quantized:
+            yield finding(
+                "no-quantization-config",
+                f"vLLM builds everything unquantized; stored quantized: {summarize(quantized)}",
+            )
+    elif named != COMPRESSED and named not in NATIVE:
+        known = ", ".join(sorted({COMPRESSED, *NATIVE}))
+        yield finding("unknown-method", f"{named!r}; known: {known}")
+
+
+def native_linears(profile: Profile) -> Iterator[Finding]:
+    """DeepSeek's own config means FP8 blocks for every linear layer that is not a router's."""
+    if profile.quantization.get("quant_method") not in NATIVE:
+        return
+    for scope in Scope:
+        wrong = [
+            f"{block}.{module}.weight"
+            for layer, block in profile.blocks(scope).items()
+            for module in STORED.values()
+            if profile.formats.get(f"{block}.{module}", Format.FP8_NATIVE) is not Format.FP8_NATIVE
+        ]
+        if wrong:
+            check = "draft-format" if scope is Scope.DRAFT else "config"
+            yield finding("not-native", summarize(wrong), check=check, scope=scope)
+
+
+def native_experts(profile: Profile) -> Iterator[Finding]:
+    """DeepSeek's own config says one format for the experts of all layers.
+
+    ``moe_quant_algo`` NVFP4 means every layer's, the draft's too, until vLLM reads in ``ignore``
+    which are left in MXFP4 (models/deepseek_v41/quant_config.py `_is_nvfp4_expert_layer`: in
+    0.33.0, not in 0.26.0; the releases between were not looked at). MXFP4 fits into half of NVFP4's
+    parameters, so vLLM says nothing (docs/generated/verdicts.md, nvidia-modelopt).
+    """
+    if profile.quantization.get("quant_method") not in NATIVE or not profile.formats:
+        return
+    eras: list[Era] = []
+    for since, before in ((FIRST, IGNORE_READ), (IGNORE_READ, None)):
+        wrong: dict[str, list[str]] = {}
+        for scope in Scope:
+            for block in profile.blocks(scope).values():
+                name = f"{block}.{EXPERTS}"
+                kind = profile.formats.get(f"{name}.0.w1")
+                ignored = since >= IGNORE_READ and any(
+                    fnmatch.fnmatchcase(name, rule) for rule in ignore_rules(profile)
+                )
+                if kind not in (None, _native_format(profile, ignored=ignored)):
+                    fault = "draft-experts" if scope is Scope.DRAFT else "other-arguments"
+                    wrong.setdefault(fault, []).append(name)
+        eras.append((since, before, wrong))
+    yield from _over_eras(eras, Effect.CORRUPTS)
+
+
+def _native_format(profile: Profile, *, ignored: bool) -> Format:
+    if profile.config.get("expert_dtype", "fp4") != "fp4":
+        return Format.FP8_NATIVE
+    algorithm = str(profile.quantization.get("moe_quant_algo") or "").upper()
+    return Format.MODELOPT_NVFP4 if algorithm == "NVFP4" and not ignored else Format.MXFP4_NATIVE
+
+
+def native_scales(profile: Profile) -> Iterator[Finding]:
+    """FP32 block scales where vLLM keeps E8M0: it rounds what is not a power of two to one.
+
+    Beside MXFP4 experts the linear layers' scales are E8M0, beside FP8 experts FP32
+    (0.33.0, models/deepseek_v4/quant_config.py, `is_scale_e8m0`).
+
+    Raises:
+        CheckpointUnreadableError: a file is shorter than its header says.
+        HubUnreachableError: the hub stopped answering.
+    """
+    if (
+        profile.quantization.get("quant_method") not in NATIVE
+        or profile.config.get("expert_dtype", "fp4") != "fp4"
+    ):
+        return
+    rounded = []
+    for module, kind in profile.formats.items():
+        scale = profile.tensors.get(f"{module}.scale")
+        if kind is not Format.FP8_NATIVE or scale is None or scale.dtype != "F32":
+            continue
+        blocks = tuple(-(-size // BLOCK) for size in profile.tensors[f"{module}.weight"].shape)
+        if scale.shape != blocks:
+            continue  # checks_tensors.shapes reports it
+        if (np.frombuffer(scale.read(), "<u4") & SIGN_AND_MANTISSA).any():
+            rounded.append(f"{module}.scale")
+    yield from scoped(
+        "not-powers-of-two",
+        rounded,
+        lambda names: (
+            f"{summarize(names)}; vLLM keeps scales as E8M0 beside MXFP4 experts, and rounds these"
+        ),
+    )
+
+
+def scale_fmt(profile: Profile) -> Iterator[Finding]:
+    """A key that only DeepSeek's own configs have."""
+    if profile.quantization and "scale_fmt" not in profile.quantization:
+        yield finding("no-scale-fmt", "vLLM before 0.23.0 reads it: KeyError")
+
+
+def activations(profile: Profile) -> Iterator[Finding]:
+    """No FP8 block group for weights alone, and what comes of the modules in it.
+
+    Their kernel is none of those for block FP8 but one that dequantizes. 0.22.1 has Marlin alone
+    for that, which refuses compute capability 8.9 and above (kernels/linear/__init__.py:321,
+    scaled_mm/marlin.py:46); 0.26.0 and 0.33.0 have Humming too (:379, :522), and the releases
+    between were not looked at.
+    """
+    groups = [group for group in read_groups(profile.quantization) if _weights_only(group)]
+    for group in groups:
+        yield finding(
+            "no-activations",
+            f"{group.name}: is_static_input_scheme becomes None, and an assert stops it",
+        )
+        yield finding(
+            "no-kernel",
+            f"{group.name}: Marlin, the only one that vLLM has for it, does not take compute "
+            "capability 8.9 and above",
+        )
+    if groups:
+        yield from _repacked_wo_a(profile)
+
+
+def _is_of(group: Group, kind: Format) -> bool:
+    return all(group.weights.get(key) == value for key, value in ARGUMENTS[kind].items())
+
+
+def _weights_only(group: Group) -> bool:
+    return _is_of(group, Format.FP8_BLOCK) and group.inputs is None
+
+
+def _repacked_wo_a(profile: Profile) -> Iterator[Finding]:
+    """A wo_a in such a group. Its kernel repacks the weight, and no kernel multiplies it.
+
+    The output projection never calls the layer: it takes ``wo_a.weight`` out of it, on every GPU
+    (models/deepseek_v4/attention.py:329 in 0.22.1, nvidia/ops/o_proj.py:63 in 0.26.0 and :61 in
+    0.33.0; FlashMLA's and FlashInfer's attention all end there). Humming and Marlin have left int32
+    words of two dimensions in it, where DeepGEMM's fp8_einsum wants FP8 codes of three. Since
+    0.30.0 what is not FP8 is taken for BF16 there, so torch.bmm gets them instead.
+    tests/patches/test_repacked_wo_a.py has this of each line.
+    """
+    groups, ignore = read_groups(profile.quantization), ignore_rules(profile)
+    if not all(map(is_rule, _all_rules(groups, ignore))):
+        return  # `rules` reports it
+    for scope in Scope:
+        names = []
+        for layer, block in profile.blocks(scope).items():
+            group = resolve(groups, ignore, f"model.layers.{layer}.attn.wo_a", FIRST)
+            kind = profile.formats.get(f"{block}.attn.wo_a")
+            if kind is Format.FP8_BLOCK and group is not None and _weights_only(group):
+                names.append(f"{block}.attn.wo_a.weight")
+        if names:
+            yield finding(
+                "repacked-wo_a",
+                "its group has no input_activations, so that a weight-only kernel repacks it to "
+                "int32 after loading; the first forward pass hands that to DeepGEMM's fp8_einsum, "
+                f"since 0.30.0 to torch.bmm, and stops: {summarize(names)}",
+                scope=scope,
+            )
+
+
+def actorder(profile: Profile) -> Iterator[Finding]:
+    """GPTQ's order of activations."""
+    for group in read_groups(profile.quantization):
+        order = group.weights.get("actorder")
+        if order in ORDERED and not any(n.endswith("weight_g_idx") for n in profile.names):
+            yield finding(
+                "order-not-stored",
+                f"{group.name}: actorder is {order!r}, and weights are read in an order that is "
+                "not stored",
+            )
+        elif order is not None and group.weights.get("type") == "int":
+            yield finding(
+                "actorder",
+                f"{group.name}: actorder is {order!r}; with tensor parallelism every rank keeps "
+                "all scales of w2 and reads those of other groups",
+            )
+
+
+def nvfp4_scales(profile: Profile) -> Iterator[Finding]:
+    """What NVFP4 experts ask of a vLLM, and what their group asks of them."""
+    absent = [
+        f"{module}.weight_packed"
+        for module, kind in profile.formats.items()
+        if kind is Format.NVFP4 and "input_global_scale" not in profile.modules[module]
+    ]
+    if absent and any(
+        group.inputs is not None and _is_of(group, Format.NVFP4)
+        for group in read_groups(profile.quantization)
+    ):
+        yield finding(
+            "no-input-scales",
+            "the group quantizes activations, but there is no input_global_scale of "
+            f"{summarize(absent)}",
+        )
+    if profile.format_of(Part.EXPERTS, draft=False)[Format.NVFP4]:
+        yield finding(
+            "scale-per-expert",
+            "KeyError w13_input_scale before vLLM 0.22.0; on every later one with "
+            "--moe-backend deep_gemm_mega_moe, whose experts have no such parameter",
+        )
+
+
+def output_projection(profile: Profile) -> Iterator[Finding]:
+    """A draft block in BF16 has a wo_a without scales."""
+    if profile.formats.get("mtp.0.attn.wo_a") is Format.PLAIN:
+        yield finding("bf16-wo_a", "the output projection of vLLM before 0.30.0 takes FP8 alone")
+
+
+def rules(profile: Profile) -> Iterator[Finding]:
+    """No rules that are malformed, or that match no module at all, or every one."""
+    groups, ignore = read_groups(profile.quantization), ignore_rules(profile)
+    if not groups:
+        return
+    for rule in _all_rules(groups, ignore):
+        if not is_rule(rule):
+            yield finding("malformed-rule", rule)
+            return
+    known = serving_modules(profile.config, (*range(profile.layers), *profile.draft_layers))
+    stored = [f"model.{module}" for module in profile.modules] + list(profile.modules)
+    for group in groups:
+        for target in group.targets:
+            hits = sum(means([target], name, FIRST) for name in known)
+            if hits == len(known):
+                yield finding("targets-every", f"{group.name}: {target}")
+            elif not hits and not any(means([target], name, FIRST) for name in stored):
+                yield finding("targets-none", f"{group.name}: {target}")
+    literal = {rule for rule in ignore if not rule.startswith("re:") and rule not in HARMLESS}
+    if stale := sorted(literal - set(known)):
+        yield finding(
+            "stale-ignore", f"{len(stale)} literal entries match nothing, e.g. {stale[0]}"
+        )
+
+
+def resolution(profile: Profile) -> Iterator[Finding]:
+    """What each module gets fits how it is stored, for every vLLM."""
+    if profile.quantization.get("quant_method") != COMPRESSED or not profile.formats:
+        return
+    groups, ignore = read_groups(profile.quantization), ignore_rules(profile)
+    if not all(map(is_rule, _all_rules(groups, ignore))):
+        return  # `rules` reports it
+    eras: list[Era] = []
+    for since, before in ERAS:
+        wrong: dict[str, list[str]] = {}
+        for scope in Scope:
+            for layer, block in profile.blocks(scope).items():
+                for module in _modules(profile, groups, ignore, (layer, block), since):
+                    name, kind, group, hidden = module
+                    if fault := _fault(kind, group, draft=scope is Scope.DRAFT, hidden=hidden):
+                        wrong.setdefault(fault, []).append(name)
+        eras.append((since, before, wrong))
+    yield from _over_eras(eras, Effect.REFUSES)
+
+
+def _modules(
+    profile: Profile,
+    groups: tuple[Group, ...],
+    ignore: list[str],
+    where: tuple[int, str],
+    version: Version,
+) -> Iterator[tuple[str, Format, Group | None, bool]]:
+    """Name, stored format, group, and whether the ignore list took it, of a layer's modules."""
+    layer, block = where
+    prefix = f"model.layers.{layer}"
+    for module, stored in STORED.items():
+        kind = profile.formats.get(f"{block}.{stored}")
+        if kind is not None:
+            name = f"{prefix}.{module}"
+            # Without a prefix of its own before 0.24.0; then no rule can match it.
+            group = resolve(groups, ignore, name, version)
+            yield name, kind, group, means(ignore, name, version)
+    kind = profile.formats.get(f"{block}.{EXPERTS}.0.w1")
+    if kind is not None:
+        resolved = resolve_experts(groups, ignore, layer, version)
+        hidden = any(group is None for group in resolved) and bool(
+            resolve_experts(groups, (), layer, version)[0]
+        )
+        group = resolved[0] if all(other == resolved[0] for other in resolved) else None
+        yield f"{prefix}.{EXPERTS}", kind, group, hidden
+
+
+def _fault(kind: Format, group: Group | None, *, draft: bool, hidden: bool) -> str:
+    """The row of checks.toml, "" for none."""
+    if group is None:
+        if kind is Format.PLAIN:
+            return ""
+        if draft:
+            return "draft-not-described"
+        return "broad-ignore" if hidden else "no-target"
+    if kind is Format.PLAIN:
+        return "draft-not-ignored" if draft else "not-quantized"
+    return "" if kind in ARGUMENTS and _is_of(group, kind) else "other-arguments"
+
+
+def _over_eras(eras: Iterable[Era], effect: Effect) -> Iterator[Finding]:
+    """One finding per fault, over the neighbouring eras, in order, in which it is the same."""
+    eras = list(eras)
+    for fault in {fault: None for _, _, faults in eras for fault in faults}:
+        runs: list[tuple[Version, Version | None, list[str]]] = []
+        for since, before, faults in eras:
+            names = faults.get(fault)
+            if names is None:
+                continue
+            if runs and runs[-1][1] == since and runs[-1][2] == names:
+                runs[-1] = (runs[-1][0], before, names)
+            else:
+                runs.append((since, before, names))
+        for since, before, names in runs:
+            yield finding(
+                fault,
+                f"{WHY[fault]}: {summarize(f'{name}.weight' for name in names)}",
+                effect=effect,
+                since="" if since == FIRST else str(since),
+                before="" if before is None else str(before),
+            )
+
+
+def _all_rules(groups: Iterable[Group], ignore: Iterable[str]) -> list[str]:
+    return [*ignore, *(target for group in groups for target in group.targets)]
+
+
+def ignore_rules(profile: Profile) -> list[str]:
+    """The ignore list, empty without one."""
+    ignore = profile.quantization.get("ignore") or []
+    return [str(rule) for rule in ignore] if isinstance(ignore, list) else []
+
+
+CHECKS = (
+    form, method, native_linears, native_experts, native_scales, scale_fmt, activations, actorder,
+    nvfp4_scales, output_projection, rules, resolution,
+)  # fmt: skip

@@ -1,0 +1,265 @@
+"""Checks of stored tensors: dtypes, shapes, names of scales, and the values of single scales."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING
+
+from vllm_forge.checkpoints.inspect.findings import Finding, Scope, finding, scoped, summarize
+from vllm_forge.checkpoints.inspect.formats import PIECES, Format, RequiredTensor, stored_as
+from vllm_forge.checkpoints.inspect.parts import (
+    DRAFT,
+    LINEAR,
+    Drafter,
+    Part,
+    alias_tensors,
+    part_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from vllm_forge.checkpoints.inspect.profile import Profile
+    from vllm_forge.checkpoints.tensors import StoredTensor
+
+SINGLE = ("weight_global_scale", "input_global_scale", "weight_scale_2", "input_scale")
+SHARED = ("weight_global_scale", "weight_scale_2")
+FLOAT_BYTES = 4
+GAP = 1 << 16  # bytes between two scalars that are read in one go rather than in two
+MATRIX = 2  # dimensions
+FLOATS = {"F32": 32, "F16": 16, "BF16": 16}
+INTEGERS = {"I64", "I32"}
+
+
+def shapes(profile: Profile) -> Iterator[Finding]:
+    """Every scale that its format has, under its name, in its dtype and shape."""
+    faults: dict[str, list[str]] = defaultdict(list)
+    for tensor in (*profile.main.values(), *profile.draft.values()):
+        if not tensor.name.endswith(".weight") or len(tensor.shape) != MATRIX:
+            continue
+        kind = profile.formats.get(tensor.name.removesuffix(".weight"), Format.UNKNOWN)
+        if kind not in (Format.UNKNOWN, Format.PLAIN):
+            for required in stored_as(tensor, kind):
+                fault, name = _fault(profile, required)
+                faults[fault].append(name)
+    yield from scoped(
+        "scale-inv",
+        faults["scale-inv"],
+        lambda names: f"{summarize(names)}; a compressed-tensors group registers weight_scale",
+    )
+    if lists := faults["global-scale-shape"]:
+        yield finding(
+            "global-scale-shape",
+            f"shape (1,) instead of (): {summarize(lists)}; the loaders of all lines take both",
+        )
+    yield from scoped("missing-scales", faults["missing-scales"])
+    if converted := faults["converted"]:
+        yield finding("converted", _as_stored(profile, converted))
+    yield from scoped(
+        "wrong-scales", faults["wrong-scales"], lambda names: _as_stored(profile, names)
+    )
+
+
+def _fault(profile: Profile, required: RequiredTensor) -> tuple[str, str]:
+    """The row of checks.toml for a tensor that must be stored, "" for none, and its name."""
+    name, stored = required.name, profile.tensors.get(required.name)
+    if stored is None:
+        inverse = name.replace(".weight_scale", ".weight_scale_inv")
+        if inverse != name and inverse in profile.tensors:
+            return "scale-inv", inverse
+        return "" if required.optional else "missing-scales", name
+    if required.shape == () and stored.shape == (1,):
+        return "global-scale-shape", name
+    if stored.shape != required.shape:
+        return "wrong-scales", name
+    if stored.dtype in required.dtypes:
+        return "", name
+    return "converted" if stored.dtype in required.converted else "wrong-scales", name
+
+
+def _as_stored(profile: Profile, names: list[str]) -> str:
+    tensor = profile.tensors[names[0]]
+    return f"{len(names)}, e.g. {names[0]} {tensor.dtype} {list(tensor.shape)}"
+
+
+def block_scale_names(profile: Profile) -> Iterator[Finding]:
+    """The scale of the one projection that reads it by name."""
+    if any(
+        kind is Format.FP8_BLOCK and module.endswith(".attn.wo_a") and not module.startswith(DRAFT)
+        for module, kind in profile.formats.items()
+    ):
+        yield finding(
+            "wo_a-scale", "the output projection of vLLM before 0.27.0 reads weight_scale_inv"
+        )
+
+
+def single_scales(profile: Profile) -> Iterator[Finding]:
+    """Single scales: finite, positive, and one for gate and up projection of an expert."""
+    scalars = read_scalars(profile)
+    yield from scoped(
+        "not-positive",
+        [name for name, value in scalars.items() if not (math.isfinite(value) and value > 0)],
+        lambda names: f"{summarize(names)}, e.g. {scalars[names[0]]}",
+    )
+    pairs: dict[str, dict[str, float]] = defaultdict(dict)
+    for name, value in scalars.items():
+        module, _, suffix = name.rpartition(".")
+        expert, _, projection = module.rpartition(".")
+        if suffix in SHARED and projection in {"w1", "w3"}:
+            pairs[f"{expert}.w1.{suffix}"][projection] = value
+
+    def what(names: list[str]) -> str:
+        worst = max(_ratio(pairs[name].values()) for name in names)
+        return (
+            f"{len(names)} of {len(pairs)} experts, e.g. {names[0]}; up to x {worst:.3g}. "
+            "vLLM keeps w1's for both, with a warning"
+        )
+
+    unequal = [name for name, pair in pairs.items() if len(set(pair.values())) > 1]
+    yield from scoped("unequal-global-scales", unequal, what)
+
+
+def _ratio(values: Iterable[float]) -> float:
+    """The largest over the smallest; infinite where one is zero, NaN where one is NaN."""
+    low, high = min(values := list(values)), max(values)
+    return high / low if low else math.inf
+
+
+def read_scalars(profile: Profile) -> dict[str, float]:
+    """The values of all single FP32 scales, reading those bytes and small gaps between them.
+
+    Raises:
+        CheckpointUnreadableError: a file is shorter than its header says.
+        HubUnreachableError: the hub stopped answering.
+    """
+    scales = [
+        (name, tensor)
+        for name, tensor in profile.tensors.items()
+        if name.rpartition(".")[2] in SINGLE
+        and tensor.dtype == "F32"
+        and tensor.size == FLOAT_BYTES
+    ]
+    scales.sort(key=lambda item: (item[1].shard, item[1].begin))
+    runs: list[list[tuple[str, StoredTensor]]] = []
+    for name, tensor in scales:
+        last = runs[-1][-1][1] if runs else None
+        if last is None or tensor.shard != last.shard or tensor.begin - last.end > GAP:
+            runs.append([])
+        runs[-1].append((name, tensor))
+    scalars: dict[str, float] = {}
+    for run in runs:
+        first, last = run[0][1], run[-1][1]
+        data = profile.checkpoint.source.read(first.shard, first.begin, last.end)
+        for name, tensor in run:
+            (scalars[name],) = struct.unpack_from("<f", data, tensor.begin - first.begin)
+    return scalars
+
+
+def formats(profile: Profile) -> Iterator[Finding]:
+    """Weights whose dtype and scales make a format; one for all experts of a layer."""
+    yield from scoped(
+        "unknown-format",
+        [module for module, kind in profile.formats.items() if kind is Format.UNKNOWN],
+        lambda names: f"{summarize(names)}; known: {', '.join(PIECES)}",
+    )
+    kinds: dict[str, Counter[Format]] = defaultdict(Counter)
+    for tensor in (*profile.main.values(), *profile.draft.values()):
+        module = tensor.name.removesuffix(".weight")
+        layer, experts, _ = module.partition(".ffn.experts.")
+        if experts and module in profile.formats:
+            kinds[layer][profile.formats[module]] += 1
+    yield from scoped(
+        "mixed-experts",
+        [layer for layer, counted in kinds.items() if len(counted) > 1],
+        lambda layers: (
+            f"{len(layers)} layers, e.g. {layers[0]}: "
+            + ", ".join(f"{count} {kind}" for kind, count in kinds[layers[0]].most_common())
+        ),
+    )
+
+
+def downcasts(profile: Profile) -> Iterator[Finding]:
+    """FP32 where the model itself has FP32."""
+    wide = [t.name for t in (*profile.main.values(), *profile.draft.values()) if t.dtype == "F32"]
+    rounded = [
+        name
+        for name in wide
+        if name in profile.tensors and profile.tensors[name].dtype in {"BF16", "F16"}
+    ]
+    if rounded:
+        yield finding("rounded", f"{summarize(rounded)}, of {len(wide)} that the model has in FP32")
+
+
+def against_source(profile: Profile, source: Mapping[str, StoredTensor]) -> Iterator[Finding]:
+    """Unquantized tensors in the source's own dtypes."""
+    narrower = []
+    for name, tensor in profile.tensors.items():
+        origin = source.get(name)
+        if (
+            origin is not None
+            and origin.shape == tensor.shape
+            and FLOATS.get(origin.dtype, 0) > FLOATS.get(tensor.dtype, 99)
+        ):
+            narrower.append(name)
+    if narrower:
+        there, here = source[narrower[0]].dtype, profile.tensors[narrower[0]].dtype
+        yield finding("narrower", f"{summarize(narrower)}; there {there}, here {here}")
+
+
+def kept_unquantized(profile: Profile) -> Iterator[Finding]:
+    """Compressor and indexer projections that vLLM builds without a quantization config."""
+    quantized = []
+    for module, kind in profile.formats.items():
+        part = part_of(f"{module}.weight")
+        inside = part is Part.COMPRESSOR or (part is Part.INDEXER and not module.endswith(".wq_b"))
+        if inside and kind is not Format.PLAIN:
+            quantized.append(module)
+    yield from scoped(
+        "quantized-compressor",
+        quantized,
+        lambda names: f"{summarize(names)}; vLLM builds these modules unquantized",
+    )
+
+
+def uniform_draft(profile: Profile) -> Iterator[Finding]:
+    """No drafter of which one part was quantized and another was not."""
+    kinds = {kind for module, kind in profile.formats.items() if module.startswith(DRAFT)}
+    made = kinds & {Format.NVFP4, Format.W4A16, Format.MODELOPT_NVFP4}
+    if made and Format.PLAIN in profile.format_of(Part.EXPERTS, draft=True):
+        yield finding("partial-draft", ", ".join(sorted(kinds)))
+
+
+def plain_tensors(profile: Profile) -> Iterator[Finding]:
+    """What is stored as it is: its shape as the config says, and numbers of the right kind."""
+    draft = profile.draft if profile.drafter is not Drafter.NONE else {}
+    aliases = {tensor.name: tensor for tensor in alias_tensors(profile.config)}
+    for scope, wanted in ((Scope.TARGET, profile.main), (Scope.DRAFT, {**draft, **aliases})):
+        other_shapes, other_kinds = [], []
+        for name, spec in wanted.items():
+            tensor = profile.tensors.get(name)
+            module = name.removesuffix(".weight")
+            if tensor is None or (
+                LINEAR.search(name) and profile.formats.get(module) is not Format.PLAIN
+            ):
+                continue
+            if tensor.shape != spec.shape:
+                other_shapes.append(name)
+            elif tensor.dtype not in (INTEGERS if spec.dtype == "I64" else FLOATS):
+                other_kinds.append(name)
+        if other_shapes:
+            first = other_shapes[0]
+            have, need = list(profile.tensors[first].shape), list(wanted[first].shape)
+            what = f"{summarize(other_shapes)}; {have}, not {need}"
+            yield finding("other-shape", what, scope=scope)
+        if other_kinds:
+            first = other_kinds[0]
+            what = f"{summarize(other_kinds)}; {profile.tensors[first].dtype}, not "
+            yield finding("other-numbers", what + wanted[first].dtype, scope=scope)
+
+
+CHECKS = (
+    shapes, block_scale_names, single_scales, formats, downcasts, plain_tensors, kept_unquantized,
+    uniform_draft,
+)  # fmt: skip
