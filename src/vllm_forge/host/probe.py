@@ -37,7 +37,6 @@ class Probe(Protocol):
 
     def ask(self, name: str, argv: Sequence[str]) -> Reply:
         """Run ``argv``; ``name`` says which question it is, for recordings."""
-        ...
 
 
 class HostProbe:

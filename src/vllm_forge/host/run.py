@@ -47,7 +47,6 @@ class Runner(Protocol):
         self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> str:
         """Run ``argv`` and return its stdout; anything but exit 0 raises."""
-        ...
 
     def act(self, what: str, action: Callable[[], T]) -> Callable[[], T]:
         """Do a step that is not a command; ``what`` is shown either way.
@@ -55,11 +54,9 @@ class Runner(Protocol):
         Returns:
             A function that gives the action's result. A dry run has none: there it raises.
         """
-        ...
 
     def exclusive(self, name: str) -> AbstractContextManager[None]:
         """Hold the lock ``name`` while a step runs, after waiting for it."""
-        ...
 
 
 def which(tool: str) -> str | None:

@@ -20,7 +20,7 @@ from vllm_forge.images.content import (
 from vllm_forge.images.engine import BYTECODE
 from vllm_forge.images.layout import Image, ImageLayer, timestamp, write_image
 from vllm_forge.images.prewarm import SCRIPT, prewarm_layer
-from vllm_forge.images.slim_layer import update_record
+from vllm_forge.images.slim import update_record
 from vllm_forge.images.store import StoredLayer, require_stored, write_layer
 from vllm_forge.kernels.selection.questions import declared_device
 from vllm_forge.patches import build_wheel, check_line
@@ -109,19 +109,11 @@ def patched_wheel(
 
 def write_patch_layer(plan: ImagePlan, system: System, source: PatchedSource) -> PatchLayer:
     """The last, small layer, and above it the kernels that the plan brings."""
-    cell, lock, prewarm = plan.cell, plan.lock, plan.options.prewarm
+    cell, prewarm = plan.cell, plan.options.prewarm
     epoch = cell.base.source_date_epoch
-    stack = stack_record(
-        cell=cell,
-        lock=lock,
-        patches=plan.patches,
-        wheel=source.wheel,
-        base={"system": system.digest, "engine": plan.engine.name},
-        debian=system.debian,
-        slim=slimmed(layer for _, layer in wheel_layers(plan)),
-        prewarm=prewarm.record() if prewarm is not None else None,
-    )
-    published = lock.find(VLLM)
+    slim = slimmed(layer for _, layer in wheel_layers(plan))
+    stack = stack_record(plan, source.wheel, system, slim)
+    published = plan.lock.find(VLLM)
     entries = patch_layer_entries(
         Wheelhouse().path(published), source.wheel.path, stack, cell.line.python
     )

@@ -1,4 +1,4 @@
-"""What an image stands on: a Debian rootfs made here, or a registry image pinned by digest."""
+"""The base of an image: a Debian rootfs made here, or a registry image pinned by digest."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import subprocess
 import zlib
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,15 +56,9 @@ class BaseRef:
 
 
 def rootfs_key(base: Base) -> str:
-    """Hash of everything that we decide about a rootfs."""
-    fields = [
-        base.suite,
-        sorted(base.packages),
-        base.source_date_epoch,
-        EXCLUDES,
-        SCRUB,
-        GZIP_LEVEL,
-    ]
+    """Hash of everything that a rootfs is a function of, but the mirror's state."""
+    packages = sorted(base.packages)
+    fields = [base.suite, packages, base.source_date_epoch, EXCLUDES, SCRUB, GZIP_LEVEL]
     return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 
@@ -84,11 +79,7 @@ def pinned_image(reference: str) -> BaseRef:
 def make_rootfs(runner: Runner, base: Base, work: Path, *, refresh: bool = False) -> BaseRef:
     """Make the rootfs with mmdebstrap, or take the one in the cache.
 
-    Args:
-        runner: runs, or records.
-        base: suite and packages.
-        work: folder for what is not finished.
-        refresh: make it again, to get the distribution's updates.
+    ``refresh`` makes it again, to get the distribution's updates.
 
     Raises:
         CommandFailedError: mmdebstrap failed, e.g. no mirror answers.
@@ -119,7 +110,7 @@ def make_rootfs(runner: Runner, base: Base, work: Path, *, refresh: bool = False
 def write_host_sources(runner: Runner, suite: str, path: Path) -> bool:
     """Write this host's Debian mirrors for ``suite`` to ``path``; False where it has none.
 
-    An empty file then says the same to docker/Dockerfile.
+    docker/Dockerfile then finds an empty file.
     """
     text = host_sources(suite)
     runner.act(
@@ -179,13 +170,10 @@ def compress(tar: Path, target: Path) -> LayerBlob:
     blob = hashlib.sha256()
     with atomic_path(target) as aside:
         with tar.open("rb") as source, aside.open("xb") as out:
-            while block := source.read(CHUNK):
-                piece = packer.compress(block)
+            blocks = iter(lambda: source.read(CHUNK), b"")
+            for piece in chain(map(packer.compress, blocks), (packer.flush() for _ in range(1))):
                 blob.update(piece)
                 out.write(piece)
-            piece = packer.flush()
-            blob.update(piece)
-            out.write(piece)
         aside.chmod(READ_ONLY)
     return LayerBlob(
         path=target,

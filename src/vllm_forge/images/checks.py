@@ -78,7 +78,7 @@ def judge(output: str) -> dict[str, Any]:
         raise ImageCheckError(
             f"{len(failed)} of {len(verdicts)} checks failed:\n{details}",
             where="inside the image",
-            remedy="the image was not given its name; its layers are kept, a rebuild is quick",
+            remedy="the image was not published; its layers are kept, so a rebuild is quick",
         )
     return verdicts
 
@@ -87,8 +87,8 @@ def check_layout(image: Image, wanted_labels: dict[str, str], *, prewarmed: bool
     """The parts that need no running: blobs, user, entrypoint, labels, health check, volume.
 
     Raises:
-        LayoutError: a blob is not what its digest says.
-        ImageCheckError: the config is not that of an image of this project.
+        LayoutError: a blob does not match its digest.
+        ImageCheckError: the config differs from what a build writes.
     """
     verify(image)
     config = image.config["config"]
@@ -130,7 +130,7 @@ def check_sizes(shares: Sequence[LayerShare], budget_mb: int, base_budget_mb: in
             raise SizeBudgetError(
                 f"the {name} has {size / MB:.0f} MB, its budget is {budget} MB",
                 where="matrix.toml, budget_mb",
-                remedy="see the table for what grew; if it must be so, raise the budget there",
+                remedy="see the table for what grew; raise the budget there if that is intended",
             )
 
 
@@ -156,14 +156,11 @@ def contract_inputs(project: Project, line_name: str) -> dict[str, str]:
 def image_contract(cell: ImageCell, recorded: SelectionRecord, folders: Sequence[Path]) -> Contract:
     """Compare what vLLM selects for the presets of a SKU with an image's files.
 
-    Args:
-        cell: SKU and line.
-        recorded: of ``recorded_selection``.
-        folders: the image's unpacked layers, lowest first.
+    ``folders`` are the image's unpacked layers, lowest first.
 
     Raises:
-        UnknownFamilyError: vLLM selects a backend that no row says the kernels of.
-        UnknownFatbinError: a library's device code cannot be understood.
+        UnknownFamilyError: no row has the kernels of a backend that vLLM selects.
+        UnknownFatbinError: a library's device code has an unknown layout.
     """
     site = site_packages(cell.line.python)
     return contract(

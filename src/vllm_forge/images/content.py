@@ -13,15 +13,17 @@ from vllm_forge.host import console
 from vllm_forge.images.wheels import Entry, merge, site_packages, wheel_entries
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
+    from vllm_forge.images.plan import ImagePlan
+    from vllm_forge.images.system import System
     from vllm_forge.matrix import ImageCell
-    from vllm_forge.patches import Patch, PatchedWheel
+    from vllm_forge.patches import PatchedWheel
     from vllm_forge.sources import Lock, LockedWheel
 
 # Raise when the bytes of a layer change for equal inputs.
 FORMAT = 1
-# Raise when an image's configuration is made otherwise of the same parts.
+# Raise when an image's configuration changes for equal inputs.
 CONFIG_FORMAT = 2
 SLIM_FORMAT = 1
 STACK = "opt/vllm-forge/stack.json"
@@ -36,7 +38,7 @@ class WheelGroup:
         name: of the layer.
         wheels: in the order of the lock.
         key: under which the layer is kept.
-        slim_key: the same of the SKU's layer of libraries, None for a group without.
+        slim_key: the same for the SKU's layer of libraries; None for a group without device code.
     """
 
     name: str
@@ -52,24 +54,22 @@ class WheelGroup:
 
 def wheel_groups(cell: ImageCell, lock: Lock) -> tuple[WheelGroup, ...]:
     """The lock's wheels by layer, lowest first; vLLM itself is the last one."""
-    members: dict[str, list[LockedWheel]] = {rule.name: [] for rule in cell.layers}
-    members[VLLM] = []
+    members: dict[str, list[LockedWheel]] = {
+        name: [] for name in (*(r.name for r in cell.layers), VLLM)
+    }
     for wheel in lock.wheels:
-        if wheel.name == VLLM:
-            members[VLLM].append(wheel)
-            continue
-        rule = next(
-            rule
-            for rule in cell.layers
-            if any(fnmatch.fnmatchcase(wheel.name, pattern) for pattern in rule.match)
-        )
-        members[rule.name].append(wheel)
+        rules = (rule.name for rule in cell.layers if _matches(wheel.name, rule.match))
+        members[VLLM if wheel.name == VLLM else next(rules)].append(wheel)
     with_code = {rule.name for rule in cell.layers if rule.code} | {VLLM}
     return tuple(
         _group(cell, name, wheels, code=name in with_code)
         for name, wheels in members.items()
         if wheels
     )
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def group_entries(name: str, paths: Sequence[Path], python: str) -> list[Entry]:
@@ -90,7 +90,7 @@ def group_entries(name: str, paths: Sequence[Path], python: str) -> list[Entry]:
 
 
 def patch_entries(published: Path, patched: Path, python: str) -> list[Entry]:
-    """What the patched wheel has that the vLLM layer has not."""
+    """Entries of the patched wheel that differ from the vLLM layer's."""
     below = {entry.path: entry.fingerprint for entry in group_entries(VLLM, [published], python)}
     entries, _ = merge([wheel_entries(patched, python)])
     return [entry for entry in entries if below.get(entry.path) != entry.fingerprint]
@@ -118,30 +118,14 @@ def cuda_links(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def stack_record(
-    *,
-    cell: ImageCell,
-    lock: Lock,
-    patches: Sequence[Patch],
-    wheel: PatchedWheel,
-    base: dict[str, str],
-    debian: dict[str, str],
-    slim: dict[str, Any],
-    prewarm: dict[str, Any] | None = None,
+    plan: ImagePlan, wheel: PatchedWheel, system: System, slim: dict[str, Any]
 ) -> dict[str, Any]:
     """The content of /opt/vllm-forge/stack.json: what this image is made of.
 
-    Args:
-        cell: what it is for.
-        lock: its wheels.
-        patches: the series.
-        wheel: what the series made of vLLM.
-        base: how its system was made.
-        debian: package -> version in the system.
-        slim: library -> foreign device code that it lacks.
-        prewarm: the compiled kernels that it carries.
+    ``slim``: library -> foreign device code that it lacks.
     """
-    packages = {item.name: item.version for item in lock.wheels}
-    packages[VLLM] = wheel.version
+    cell, lock, prewarm = plan.cell, plan.lock, plan.options.prewarm
+    packages = {item.name: item.version for item in lock.wheels} | {VLLM: wheel.version}
     return {
         "sku": cell.sku_name,
         "arch": cell.sku.arch,
@@ -155,15 +139,15 @@ def stack_record(
         "tree": wheel.tree,
         "series": [
             {"name": patch.name, "summary": patch.summary, "bug": patch.fields["Bug"]}
-            for patch in patches
+            for patch in plan.patches
         ],
         "changed_files": {file.path: file.after for file in wheel.changed},
         "lock": {"path": cell.line.lock, "sha256": lock.digest},
-        "base": base,
+        "base": {"system": system.digest, "engine": plan.engine.name},
         "packages": packages,
-        "debian": debian,
+        "debian": system.debian,
         "slim": slim,
-        **({} if prewarm is None else {"prewarm": prewarm}),
+        **({} if prewarm is None else {"prewarm": prewarm.record()}),
     }
 
 

@@ -88,27 +88,21 @@ class Engine(Protocol):
 
     def present(self) -> bool:
         """Whether it can build on this host."""
-        ...
 
     def check(self, runner: Runner) -> None:
         """Raise when the engine is older than what is tested, or does not answer."""
-        ...
 
     def build_system(self, runner: Runner, build: SystemBuild) -> None:
         """Build the Dockerfile into ``build.work``."""
-        ...
 
     def system_output(self, build: SystemBuild) -> SystemOutput:
         """Read what ``build_system`` left."""
-        ...
 
     def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
         """Run a command in the image and return its stdout."""
-        ...
 
     def load(self, runner: Runner, layout: Path, name: str) -> None:
         """Put the image into the engine's own store, under the ``name`` in its index."""
-        ...
 
 
 def require_version(text: str, oldest: tuple[int, int], engine: str) -> None:

@@ -1,9 +1,9 @@
 """The checks that run inside the image, by its own Python, without network or GPU.
 
-Stands alone: standard library only, nothing of vllm_forge but the stub driver. That one and
-expect.json lie beside it; vLLM refuses even --help on a host where it cannot tell the device.
-Prints one JSON object with a verdict per check as its last line, and exits 0 if it could run at
-all: the host decides what a failed verdict means.
+Imports the standard library only, and a copy of the stub driver in its folder, where expect.json
+is too: vLLM refuses even --help on a host where it cannot detect the device. Prints one JSON
+object with a verdict per check as its last line, and exits 0 if it could run at all: the host
+decides what a failed verdict means.
 """
 
 from __future__ import annotations
@@ -30,10 +30,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    Check = Callable[[dict[str, Any]], str]
+
 INPUTS = Path(__file__).parent
 QUANTIZATION = "vllm.model_executor.layers.quantization"
-FIRST = ("--help",)
-COMMANDS = (("--version",), ("serve", "--help"), ("bench", "serve", "--help"))
+COMMANDS = {
+    "vllm-version": ("--version",),
+    "vllm-serve-help": ("serve", "--help"),
+    "vllm-bench-serve-help": ("bench", "serve", "--help"),
+}
 KERNEL = """
 #include <cuda_runtime.h>
 __global__ void add(float *x) { x[threadIdx.x] += 1.0f; }
@@ -51,15 +56,14 @@ Verdict = dict[str, Any]
 
 def packages(expect: dict[str, Any]) -> str:
     """Every distribution equals the lock, and there is no other one."""
-    found = {
+    installed = {
         re.sub(r"[-_.]+", "-", dist.metadata["Name"]).lower(): dist.version
         for dist in importlib.metadata.distributions()
     }
-    wanted = expect["packages"]
-    wrong = sorted(set(found.items()) ^ set(wanted.items()))
+    wrong = sorted(set(installed.items()) ^ set(expect["packages"].items()))
     if wrong:
         raise AssertionError(f"installed and locked packages differ: {wrong[:10]}")
-    return f"{len(found)} distributions"
+    return f"{len(installed)} distributions"
 
 
 def tree(expect: dict[str, Any]) -> str:
@@ -150,7 +154,7 @@ def compiler(expect: dict[str, Any]) -> str:
     return f"{arch} compiled and linked"
 
 
-def command(*argv: str) -> Callable[[dict[str, Any]], str]:
+def command(*argv: str) -> Check:
     """``vllm ARGV``: runs the script that is on PATH, in this process.
 
     A process of its own would spend its time on importing torch and vLLM once more.
@@ -169,11 +173,11 @@ def command(*argv: str) -> Callable[[dict[str, Any]], str]:
                 runpy.run_path(str(path), run_name="__main__")
             except SystemExit as stop:
                 code = stop.code
-        said = out.getvalue()
+        output = out.getvalue()
         wanted = expect["packages"]["vllm"] if argv == ("--version",) else "usage"
-        if code not in (0, None) or wanted not in said.lower():
-            raise AssertionError(f"exit {code}, printed {said[-300:]!r}")
-        return said.strip() if argv == ("--version",) else f"{len(said.splitlines())} lines"
+        if code not in (0, None) or wanted not in output.lower():
+            raise AssertionError(f"exit {code}, printed {output[-300:]!r}")
+        return output.strip() if argv == ("--version",) else f"{len(output.splitlines())} lines"
 
     return run
 
@@ -194,11 +198,8 @@ def hygiene(expect: dict[str, Any]) -> str:
     bad = []
     seen = 0
     for folder, folders, files in os.walk("/"):
-        folders[:] = [
-            name
-            for name in folders
-            if os.path.join(folder, name) not in SKIP_TREES  # noqa: PTH118
-        ]
+        prefix = folder.rstrip("/")
+        folders[:] = [name for name in folders if f"{prefix}/{name}" not in SKIP_TREES]
         names = {*folders, *files}
         seen += len(files)
         bad += [f"{folder}/{name}" for name in names & FORBIDDEN_NAMES]
@@ -223,14 +224,12 @@ def hygiene(expect: dict[str, Any]) -> str:
 
 def declare_device(expect: dict[str, Any], folder: Path) -> None:
     """Build the stub driver and make this process, and those it starts, find it."""
-    driver = importlib.import_module(
-        "driver"
-    )  # beside this file: vllm_forge.kernels.selection.inside
+    driver = importlib.import_module("driver")  # a copy of vllm_forge.kernels.selection.inside's
     driver.build_stubs(folder, driver.Device(**expect["device"]))
     driver.load_stubs(folder)
 
 
-def _verdict(check: Callable[[dict[str, Any]], str], expect: dict[str, Any]) -> Verdict:
+def _verdict(check: Check, expect: dict[str, Any]) -> Verdict:
     start = time.monotonic()
     try:
         detail, passed = check(expect), True
@@ -239,7 +238,7 @@ def _verdict(check: Callable[[dict[str, Any]], str], expect: dict[str, Any]) -> 
     return {"passed": passed, "detail": detail, "seconds": round(time.monotonic() - start, 2)}
 
 
-def _forked(check: Callable[[dict[str, Any]], str], expect: dict[str, Any]) -> tuple[int, int]:
+def _forked(check: Check, expect: dict[str, Any]) -> tuple[int, int]:
     """Run a check in a child that has torch and vllm imported already."""
     reader, writer = os.pipe()
     pid = os.fork()
@@ -256,45 +255,33 @@ def _forked(check: Callable[[dict[str, Any]], str], expect: dict[str, Any]) -> t
 def main() -> None:
     """Run all checks that the host asks for."""
     expect = json.loads((INPUTS / "expect.json").read_text())
-    plain: dict[str, Callable[[dict[str, Any]], str]] = {
-        "packages": packages,
-        "tree": tree,
-        "stack": stack,
-        "sandbox": sandbox,
-        "hygiene": hygiene,
-    }
-    if expect["compiler"]:
-        plain["compiler"] = compiler
+    checks: dict[str, Check] = {"packages": packages, "tree": tree, "stack": stack}
+    checks |= {"sandbox": sandbox, "hygiene": hygiene}
     with tempfile.TemporaryDirectory() as folder:
         if expect["compiler"]:
+            checks["compiler"] = compiler
             declare_device(expect, Path(folder))
-        print(json.dumps(_all(expect, plain)), flush=True)
+        print(json.dumps(_all(expect, checks)), flush=True)
     # Tearing torch down takes seconds and proves nothing.
     os._exit(0)
 
 
-def _all(
-    expect: dict[str, Any], plain: dict[str, Callable[[dict[str, Any]], str]]
-) -> dict[str, Verdict]:
-    started: dict[str, tuple[int, int]] = {}
-    verdicts: dict[str, Verdict] = {}
+def _all(expect: dict[str, Any], checks: dict[str, Check]) -> dict[str, Verdict]:
     # What needs no import of torch runs beside the import; both cores are busy then.
-    for name, check in plain.items():
-        started[name] = _forked(check, expect)
-    verdicts["imports"] = _verdict(imports, expect)
+    started = {name: _forked(check, expect) for name, check in checks.items()}
+    verdicts = {"imports": _verdict(imports, expect)}
     if verdicts["imports"]["passed"]:
         # In this process, so that the children of the others have its modules already.
-        verdicts["vllm " + " ".join(FIRST)] = _verdict(command(*FIRST), expect)
-        for argv in COMMANDS:
-            started["vllm " + " ".join(argv)] = _forked(command(*argv), expect)
+        verdicts["vllm-help"] = _verdict(command("--help"), expect)
+        for name, argv in COMMANDS.items():
+            started[name] = _forked(command(*argv), expect)
         verdicts["quantization"] = _verdict(quantization, expect)
     for name, (pid, reader) in started.items():
         with os.fdopen(reader) as pipe:
             text = pipe.read()
         os.waitpid(pid, 0)
-        verdicts[name] = (
-            json.loads(text) if text else {"passed": False, "detail": "died", "seconds": 0.0}
-        )
+        died = {"passed": False, "detail": "died", "seconds": 0.0}
+        verdicts[name] = json.loads(text) if text else died
     return verdicts
 
 

@@ -19,6 +19,7 @@ import hashlib
 import struct
 import tarfile
 import zlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Self
 
@@ -62,7 +63,7 @@ class LayerBlob:
     media_type: str = GZIP
 
 
-class TarWriter:
+class TarWriter(ABC):
     """A tar, entry by entry; a subclass says how its bytes are compressed.
 
     Args:
@@ -120,13 +121,13 @@ class TarWriter:
             media_type=self.media_type,
         )
 
+    @abstractmethod
     def _tar(self, content: bytes) -> None:
         """Take bytes of the tar."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _end(self) -> None:
         """Write what is still held back."""
-        raise NotImplementedError
 
     def _header(
         self, path: str, kind: bytes, *, mode: int, size: int = 0, target: str = ""

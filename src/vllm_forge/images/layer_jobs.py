@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from vllm_forge.host import end_with_parent
 from vllm_forge.images.content import WheelGroup, group_entries
-from vllm_forge.images.slim_layer import write_slim_layer
+from vllm_forge.images.slim import write_slim_layer
 from vllm_forge.images.store import require_stored, stored, write_layer
 from vllm_forge.sources import Wheelhouse
 
@@ -38,16 +38,10 @@ def write_layers(
         meanwhile: called when all wheels are fetched, while layers are being written; its result
             is returned.
         slim: also the SKU's layers of libraries; a proof does without.
-
-    Raises:
-        ForgeError: as the fetch and the layers say.
     """
-    epoch = cell.base.source_date_epoch
-    context = multiprocessing.get_context("spawn")
-    wheelhouse = Wheelhouse()
-    with ProcessPoolExecutor(
-        WORKERS, mp_context=context, initializer=start_worker, initargs=(os.getpid(),)
-    ) as pool:
+    epoch, wheelhouse = cell.base.source_date_epoch, Wheelhouse()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(WORKERS, spawn, start_worker, (os.getpid(),)) as pool:
         whole: dict[Future[None], WheelGroup] = {}
         for group in groups:
             wheelhouse.fetch(group.wheels)

@@ -26,7 +26,7 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLayer:
-    """A blob of an image, and the line that its history shows."""
+    """A blob of an image, and its line in the image's history."""
 
     blob: LayerBlob
     created_by: str
@@ -76,7 +76,7 @@ def write_image(
         layers: lowest first.
         config: the ``config`` object of the image config (Env, User, Entrypoint, ...).
         epoch: creation time, Unix seconds.
-        name: ``repository:tag`` for the index, which is no part of the digest.
+        name: ``repository:tag`` for the index; the digest does not depend on it.
     """
     created = timestamp(epoch)
     image_config = {
@@ -100,36 +100,25 @@ def write_image(
         manifest = {
             "schemaVersion": 2,
             "mediaType": MANIFEST,
-            "config": {
-                "mediaType": CONFIG,
-                "digest": f"sha256:{config_digest}",
-                "size": config_size,
-            },
+            "config": _descriptor(CONFIG, config_digest, config_size),
             "layers": [
-                {
-                    "mediaType": layer.blob.media_type,
-                    "digest": f"sha256:{layer.blob.digest}",
-                    "size": layer.blob.size,
-                }
+                _descriptor(layer.blob.media_type, layer.blob.digest, layer.blob.size)
                 for layer in layers
             ],
         }
         digest, size = _put(blobs, manifest)
         (aside / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
-        index = {
-            "schemaVersion": 2,
-            "manifests": [
-                {
-                    "mediaType": MANIFEST,
-                    "digest": f"sha256:{digest}",
-                    "size": size,
-                    "annotations": _annotations(name),
-                    "platform": {"architecture": "amd64", "os": "linux"},
-                }
-            ],
+        entry = _descriptor(MANIFEST, digest, size) | {
+            "annotations": _annotations(name),
+            "platform": {"architecture": "amd64", "os": "linux"},
         }
+        index = {"schemaVersion": 2, "manifests": [entry]}
         (aside / "index.json").write_bytes(_canonical(index))
     return Image(path=target, digest=digest, config=image_config, manifest=manifest)
+
+
+def _descriptor(media_type: str, digest: str, size: int) -> dict[str, Any]:
+    return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": size}
 
 
 def timestamp(epoch: int) -> str:
@@ -165,10 +154,10 @@ def read_image(path: Path) -> Image:
         config_digest = manifest["config"]["digest"].removeprefix("sha256:")
         config = json.loads((blobs / config_digest).read_text())
         for layer in manifest["layers"]:
-            blob = blobs / layer["digest"].removeprefix("sha256:")
-            if blob.stat().st_size != layer["size"]:
+            size = (blobs / layer["digest"].removeprefix("sha256:")).stat().st_size
+            if size != layer["size"]:
                 raise LayoutError(
-                    f"blob {layer['digest']} has {blob.stat().st_size} bytes, not {layer['size']}",
+                    f"blob {layer['digest']} has {size} bytes, not {layer['size']}",
                     where=str(path),
                     remedy="delete the layout and build again",
                 )
@@ -185,7 +174,7 @@ def verify(image: Image) -> None:
     """Hash every blob of an image.
 
     Raises:
-        LayoutError: a blob is not what its name says.
+        LayoutError: the SHA-256 of a blob is not its name.
     """
     digests = [image.digest, image.manifest["config"]["digest"]]
     digests += [layer["digest"] for layer in image.manifest["layers"]]
@@ -203,8 +192,7 @@ def verify(image: Image) -> None:
 def blob_times(image: Image) -> dict[str, int]:
     """Digest -> modification time (ns) of an image's layers.
 
-    Hashing 4 GB takes longer than a build that has nothing to do may take; a blob that was
-    written since the build has another time.
+    They show a blob that was written since the build, without hashing 4 GB.
     """
     digests = [str(layer["digest"]) for layer in image.manifest["layers"]]
     return {digest: image.blob(digest).stat().st_mtime_ns for digest in digests}

@@ -95,8 +95,8 @@ class Prewarm:
 
     def environment(self) -> dict[str, str]:
         """Variables of the image."""
-        found = {name: f"{self.place}/{folder}" for name, folder in self.variables.items()}
-        return found | {PLACE: self.place, CONTENT: self.digest}
+        folders = {name: f"{self.place}/{folder}" for name, folder in self.variables.items()}
+        return folders | {PLACE: self.place, CONTENT: self.digest}
 
     def record(self) -> dict[str, Any]:
         """For stack.json."""
@@ -105,7 +105,7 @@ class Prewarm:
     @property
     def size(self) -> int:
         """Bytes of all files."""
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        return sum(path.stat().st_size for path in _files(self.folder))
 
 
 def prewarm_key(prewarm: Prewarm, epoch: int) -> str:
@@ -117,14 +117,11 @@ def prewarm_key(prewarm: Prewarm, epoch: int) -> str:
 def prewarm_layer(prewarm: Prewarm, epoch: int) -> StoredLayer:
     """The layer of what JIT compilers made, and the entrypoint's script; one zstd frame.
 
-    Args:
-        prewarm: what it holds.
-        epoch: modification time of all entries, Unix seconds.
+    All entries have the modification time ``epoch``, Unix seconds.
     """
     files = {
         f"{BAKED}/{path.relative_to(prewarm.folder).as_posix()}"[1:]: path
-        for path in prewarm.folder.rglob("*")
-        if path.is_file()
+        for path in _files(prewarm.folder)
     }
 
     def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:
@@ -137,8 +134,9 @@ def prewarm_layer(prewarm: Prewarm, epoch: int) -> StoredLayer:
                 layer.stream(name, path.stat().st_size, mode, _copied(path, unpacked / name))
                 (unpacked / name).chmod(mode)
             layer.data(SCRIPT[1:], ENTRYPOINT.encode(), 0o755)
-            (unpacked / SCRIPT[1:]).write_text(ENTRYPOINT, encoding="utf-8")
-            (unpacked / SCRIPT[1:]).chmod(0o755)
+            script = unpacked / SCRIPT[1:]
+            script.write_text(ENTRYPOINT, encoding="utf-8")
+            script.chmod(0o755)
             return layer.close(), {}
 
     return keep_layer(prewarm_key(prewarm, epoch), write)
@@ -152,6 +150,10 @@ def _copied(source: Path, target: Path) -> Iterator[bytes]:
             yield block
 
 
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def tree_digest(folder: Path) -> str:
     """SHA-256 over the names, modes and contents of a folder's files."""
     rows = [
@@ -160,7 +162,6 @@ def tree_digest(folder: Path) -> str:
             bool(path.stat().st_mode & 0o111),
             hashlib.sha256(path.read_bytes()).hexdigest(),
         )
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        for path in _files(folder)
     ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Why a build would do something: the inputs that differ from those of the record."""
+"""Why a build would do something: inputs that differ from the record of the last build."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEX = set("0123456789abcdef")
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """An input that is not what the record says, and what in it changed, as far as is known."""
+    """An input that differs from the record's, and a sentence per part that changed."""
 
     name: str
     parts: tuple[str, ...]
@@ -40,11 +40,7 @@ class Reason:
 
 
 def why_rebuild(plan: ImagePlan) -> Reason:
-    """Compare a plan with the record of the last build.
-
-    Raises:
-        BuildRecordError: the record cannot be read.
-    """
+    """Compare a plan with the record of the last build."""
     record = read_record(plan.record_path)
     if record is None:
         return Reason(state="never built")
@@ -59,7 +55,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     """The record that a build left; None where there is none.
 
     Raises:
-        BuildRecordError: it is not one.
+        BuildRecordError: the file is not a record of a build.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -74,7 +70,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     raise BuildRecordError(
         f"not the record of a build: {problem}",
         where=str(path),
-        remedy="delete it; the next build writes it anew",
+        remedy="delete it; the next build writes it again",
     )
 
 
@@ -91,27 +87,19 @@ def compare(
     old_details: dict[str, dict[str, Any]],
     new_details: dict[str, dict[str, Any]],
 ) -> tuple[Change, ...]:
-    """Inputs with another hash, in the order of a build.
+    """Inputs whose hash changed, in the order of a build.
 
-    Args:
-        old: input -> hash, of the record.
-        new: the same, of now.
-        old_details: input -> what it was made of; records of older builds have none.
-        new_details: the same, of now.
+    ``old`` and ``new``: input -> hash, of the record and now. The details: input -> its parts;
+    records of older builds have none.
     """
-    names = [*new, *(name for name in old if name not in new)]
-    return tuple(
-        Change(
-            name=name,
-            parts=(
-                differences(old_details[name], new_details.get(name, {}))
-                if name in old_details
-                else ("what in it: the record does not say",)
-            ),
-        )
-        for name in names
-        if old.get(name) != new.get(name)
-    )
+    changes = []
+    for name in dict.fromkeys([*new, *old]):
+        if old.get(name) != new.get(name):
+            parts: tuple[str, ...] = ("the record does not have its parts",)
+            if name in old_details:
+                parts = differences(old_details[name], new_details.get(name, {}))
+            changes.append(Change(name=name, parts=parts))
+    return tuple(changes)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, ...]:
@@ -127,7 +115,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _show(value: Any) -> str:
-    """Hashes are cut: 12 digits tell them apart."""
+    """A value with its hashes cut to 12 digits."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     return " ".join(
         word[:SHORT] if len(word) > SHORT and set(word) <= HEX else word for word in text.split(" ")

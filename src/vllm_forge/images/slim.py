@@ -2,29 +2,29 @@
 
 A CUDA library holds its kernels once per architecture. The driver loads the code that runs on
 the GPU it finds and never reads the rest (CUDA C++ Programming Guide, "Application
-Compatibility"; the census says what runs where). So in the SKU's copy of a library the bytes of
-foreign code are zeros: headers, offsets and host code stay, nothing is relinked, and the zeros
-compress away. Code in PTX stays where the SKU could compile it.
+Compatibility"; kernel coverage says what runs where). So in the SKU's copy of a library the bytes
+of foreign code are zeros: headers, offsets and host code stay, nothing is relinked, and the zeros
+compress away. Code in PTX stays where the SKU could compile it. The copies, and the RECORD rows of
+what changed, are a layer of the SKU's own.
 """
 
 from __future__ import annotations
 
-import mmap
+import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vllm_forge.kernels.coverage import device_code, runs_on
+from vllm_forge.images.layer import FILE_NAMES, ZSTD, LayerBlob, ZstdLayerWriter
+from vllm_forge.images.store import StoredLayer, codes_in, keep_layer, make_folders
+from vllm_forge.kernels.coverage import runs_on
+from vllm_forge.sources.wheel_format import record_hash, rewrite_record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from vllm_forge.kernels.coverage import Code
-
-# Smaller libraries have too little to be worth a copy per SKU.
-LEAST = 1 << 20
-ELF = b"\x7fELF"
 CHUNK = 1 << 20
+RECORDS = "opt/venv/lib/python*/site-packages/*.dist-info/RECORD"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,29 +45,15 @@ class Cut:
         return sum(size for _, size in self.ranges)
 
 
-def may_hold_code(path: str, size: int) -> bool:
-    """Whether to look into a file at all: a shared library of some size."""
-    return size >= LEAST and ".so" in path.rpartition("/")[2]
-
-
-def holds_code(path: Path) -> bool:
-    """Whether a library has device code for any architecture.
-
-    Raises:
-        UnknownFatbinError: it has some in a layout that we do not know.
-    """
-    return bool(_codes(path))
-
-
 def cut(path: Path, capability: tuple[int, int]) -> Cut:
     """What of a library cannot run on a compute capability.
 
     Raises:
-        UnknownFatbinError: as ``holds_code``.
+        UnknownFatbinError: it has some in an unknown layout.
     """
     targets: dict[str, int] = {}
     ranges = []
-    for code in _codes(path):
+    for code in codes_in(path):
         if not runs_on(code.target, code.kind, capability):
             name = f"{code.kind} {code.target}"
             targets[name] = targets.get(name, 0) + code.size
@@ -96,9 +82,91 @@ def pieces(path: Path, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[byte
                 yield zeros, True
 
 
-def _codes(path: Path) -> list[Code]:
-    with path.open("rb") as file:
-        if file.read(len(ELF)) != ELF:
-            return []
-        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
-            return device_code(content, path.name)
+def write_slim_layer(
+    key: str, whole: StoredLayer, capability: tuple[int, int], epoch: int
+) -> StoredLayer:
+    """Write a SKU's libraries of one group, or return the layer that is there.
+
+    Args:
+        key: hash of the group's key, the capability and the format.
+        whole: the group's layer, with the libraries as the wheels have them.
+        capability: compute capability of the SKU, (major, minor).
+        epoch: modification time of all entries, Unix seconds.
+
+    Raises:
+        UnknownFatbinError: a library's device code has a layout that we do not know.
+    """
+
+    def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:
+        files = folder / "files"
+        removed: dict[str, Any] = {}
+        libraries = sorted(
+            path.relative_to(whole.code).as_posix()
+            for path in whole.code.rglob("*")
+            if path.is_file()
+        )
+        records = sorted(whole.files.glob(RECORDS)) if libraries else []
+        with ZstdLayerWriter(folder / FILE_NAMES[ZSTD], epoch) as layer:
+            for parent in make_folders(files, libraries):
+                layer.directory(parent)
+            for name in libraries:
+                removed[name] = _add(layer, whole.code / name, files / name, name, capability)
+            for path in records:
+                name = path.relative_to(whole.files).as_posix()
+                old = path.read_bytes()
+                new = update_record(old, name, removed)
+                if new != old:
+                    for parent in make_folders(files, [name])[-1:]:
+                        layer.directory(parent)
+                    layer.data(name, new)
+                    (files / name).write_bytes(new)
+                    (files / name).chmod(0o644)
+            return layer.close(), removed
+
+    return keep_layer(key, write)
+
+
+def _add(
+    layer: ZstdLayerWriter, source: Path, target: Path, name: str, capability: tuple[int, int]
+) -> dict[str, Any]:
+    """Add one library; its zeros are holes in the unpacked copy."""
+    found = cut(source, capability)
+    mode = source.stat().st_mode & 0o777
+    size = source.stat().st_size
+    digest = hashlib.sha256()
+
+    def content() -> Iterator[bytes]:
+        with target.open("xb", buffering=0) as out:
+            for piece, zeros in pieces(source, found.ranges):
+                digest.update(piece)
+                if zeros:
+                    out.seek(len(piece), 1)
+                else:
+                    out.write(piece)
+                yield piece
+            out.truncate(size)
+
+    layer.stream(name, size, mode, content())
+    target.chmod(mode)
+    return {
+        "bytes": found.size,
+        "targets": found.targets,
+        "sha256": record_hash(digest.digest()),
+    }
+
+
+def update_record(content: bytes, name: str, removed: Mapping[str, Any]) -> bytes:
+    """A RECORD whose rows of slimmed libraries have the hashes of what is in the image.
+
+    Args:
+        content: the file.
+        name: its path in the image.
+        removed: path in the image -> what was done to it; of ``write_slim_layer``.
+    """
+    site = name.rsplit("/", 2)[0]
+
+    def change(path: str, digest: str, size: str) -> tuple[str, str, str]:
+        slim = removed.get(f"{site}/{path}")
+        return path, f"sha256={slim['sha256']}" if slim and slim["bytes"] else digest, size
+
+    return rewrite_record(content, change)

@@ -7,6 +7,7 @@ files with device code were put aside for ``slim``, ``code/``; renamed into plac
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import zipfile
 import zlib
@@ -19,7 +20,7 @@ from vllm_forge.host import atomic_path, cache_root, exclusive, remove
 from vllm_forge.host.errors import CacheError
 from vllm_forge.images.layer import FILE_NAMES, GZIP, LayerBlob, LayerWriter
 from vllm_forge.images.layout import file_digest
-from vllm_forge.images.slim import holds_code, may_hold_code
+from vllm_forge.kernels.coverage import device_code
 from vllm_forge.sources.errors import HashMismatchError
 from vllm_forge.sources.wheel_format import seek_to_data
 
@@ -27,8 +28,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from vllm_forge.images.wheels import Entry
+    from vllm_forge.kernels.coverage import Code
 
 CHUNK = 1 << 20
+# Smaller libraries have too little device code to be worth a copy per SKU.
+LEAST = 1 << 20
+ELF = b"\x7fELF"
 LARGE = 4 << 20  # members from here on are inflated ahead of their turn
 
 
@@ -58,7 +63,7 @@ class StoredLayer:
 
     @property
     def empty(self) -> bool:
-        """Nothing is in it: an image does without."""
+        """It has no files, and is left out of images."""
         return not any(self.files.iterdir())
 
 
@@ -71,7 +76,7 @@ def stored(key: str) -> StoredLayer | None:
     """The layer of that key, None when it was not written yet.
 
     Raises:
-        CacheError: the folder is there, but its blob or its record is not what was written.
+        CacheError: its blob or its record is damaged.
     """
     folder = layer_folder(key)
     try:
@@ -103,7 +108,7 @@ def require_stored(key: str) -> StoredLayer:
     """
     if (layer := stored(key)) is None:
         raise CacheError(
-            "a layer that was written is not there any more",
+            "a layer that was written has been deleted",
             where=str(layer_folder(key)),
             remedy="do not clean the cache while a build runs; build again",
         )
@@ -131,7 +136,7 @@ def write_layer(
 
     Raises:
         HashMismatchError: a wheel's member does not inflate to what the zip says.
-        UnknownFatbinError: a library's device code has a layout that we do not know.
+        UnknownFatbinError: see ``codes_in``.
     """
 
     def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:
@@ -142,11 +147,9 @@ def write_layer(
 
 
 def keep_layer(key: str, write: Callable[[Path], tuple[LayerBlob, dict[str, Any]]]) -> StoredLayer:
-    """The layer of that key; written by ``write`` into a folder when it is not there.
+    """The layer of that key; when it is not there, written by ``write``.
 
-    Args:
-        key: hash of everything that the layer is a function of.
-        write: makes the blob in the folder, unpacks to its ``files``; returns what it removed.
+    ``write`` makes the blob in a folder, unpacks to its ``files``, and returns what it removed.
     """
     with exclusive(f"layer-{key}", wait=True):
         if (known := stored(key)) is not None:
@@ -162,6 +165,24 @@ def keep_layer(key: str, write: Callable[[Path], tuple[LayerBlob, dict[str, Any]
     return require_stored(key)
 
 
+def codes_in(path: Path) -> list[Code]:
+    """Device code of a library, for any architecture; empty for other files.
+
+    Raises:
+        UnknownFatbinError: it has some in an unknown layout.
+    """
+    with path.open("rb") as file:
+        if file.read(len(ELF)) != ELF:
+            return []
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+            return device_code(content, path.name)
+
+
+def may_hold_code(path: str, size: int) -> bool:
+    """Whether to look into a file at all: a shared library of some size."""
+    return size >= LEAST and ".so" in path.rpartition("/")[2]
+
+
 def _put_code_apart(entries: Sequence[Entry], target: Path) -> list[Entry]:
     """Unpack the libraries with device code to ``target``; return the other entries."""
     others = []
@@ -170,7 +191,7 @@ def _put_code_apart(entries: Sequence[Entry], target: Path) -> list[Entry]:
             path = target / entry.path
             make_folders(target, [entry.path])
             _inflate(entry, path)
-            if holds_code(path):
+            if codes_in(path):
                 path.chmod(entry.mode)
                 continue
             path.unlink()
@@ -180,7 +201,7 @@ def _put_code_apart(entries: Sequence[Entry], target: Path) -> list[Entry]:
 
 def make_folders(target: Path, paths: Iterable[str]) -> list[str]:
     """Make the parent folders of ``paths`` below ``target``; return them, parents first."""
-    folders = _folders(paths)
+    folders = sorted({parent.as_posix() for path in paths for parent in Path(path).parents[:-1]})
     for folder in folders:
         (target / folder).mkdir(exist_ok=True)
         (target / folder).chmod(0o755)  # whatever the umask: the checks run as another user
@@ -205,11 +226,6 @@ def _write(path: Path, files: Path, entries: Sequence[Entry], epoch: int) -> Lay
                 job.result()
             _add(layer, entry, files / entry.path, inflated=job is not None)
         return layer.close()
-
-
-def _folders(paths: Iterable[str]) -> list[str]:
-    """All parent folders, sorted: each parent comes before what it holds."""
-    return sorted({parent.as_posix() for path in paths for parent in Path(path).parents[:-1]})
 
 
 def _add(layer: LayerWriter, entry: Entry, target: Path, *, inflated: bool) -> None:

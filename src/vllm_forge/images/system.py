@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from vllm_forge.host import atomic_path, cache_root, remove
 from vllm_forge.host.errors import CacheError
 from vllm_forge.images.base import compress
-from vllm_forge.images.engine import SystemBuild
+from vllm_forge.images.engine import SystemBuild, hex_digest
 from vllm_forge.images.errors import BaseImageError
 from vllm_forge.images.layer import LayerBlob
-from vllm_forge.images.layout import ImageLayer, read_image
+from vllm_forge.images.layout import Image, ImageLayer, read_image
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 # Raise when the kept result changes for equal inputs.
 SYSTEM_FORMAT = 2
+# Not kept: docker's defaults of a container that never ran, and a host name that it made up.
+CONFIG_KEYS = frozenset(
+    {"Env", "User", "Entrypoint", "WorkingDir", "Volumes", "ExposedPorts", "Healthcheck"}
+)
 CA_BUNDLES = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/pki/tls/certs/ca-bundle.crt"))
 
 
@@ -95,17 +99,17 @@ def load_system(key: str) -> System:
     """Read a kept system image.
 
     Raises:
-        CacheError: its record is missing or a blob has another size.
+        CacheError: its record is missing or damaged, or the size of a blob differs from it.
     """
     folder = system_folder(key)
     try:
         record = json.loads((folder / "system.json").read_text())
         layers = []
-        complete = True
         for row in record["layers"]:
             path = folder / row["path"]
             blob = LayerBlob(**(row["blob"] | {"path": path}))
-            complete = complete and path.stat().st_size == blob.size
+            if (size := path.stat().st_size) != blob.size:
+                raise ValueError(f"{path.name} has {size} bytes, not {blob.size}")  # noqa: TRY301
             layers.append(ImageLayer(blob=blob, created_by=row["created_by"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CacheError(
@@ -113,12 +117,6 @@ def load_system(key: str) -> System:
             where=str(folder),
             remedy="delete that folder and build again",
         ) from error
-    if not complete:
-        raise CacheError(
-            "a layer of the kept system image has another size than recorded",
-            where=str(folder),
-            remedy="delete that folder and build again",
-        )
     root = folder / "root"
     return System(
         layers=tuple(layers),
@@ -144,47 +142,38 @@ def _clear(folder: Path) -> None:
 
 def _keep(output: SystemOutput, base: BaseRef, folder: Path) -> None:
     """Compress the engine's layers; those of our own rootfs are taken as they are."""
-    known: dict[str, LayerBlob] = {}
-    if base.layout is not None:
-        rootfs = read_image(base.layout)
-        (layer,) = rootfs.manifest["layers"]
-        (diff_id,) = rootfs.config["rootfs"]["diff_ids"]
-        digest = layer["digest"].removeprefix("sha256:")
-        blob = LayerBlob(
-            path=rootfs.blob(digest),
-            digest=digest,
-            diff_id=diff_id.removeprefix("sha256:"),
-            size=layer["size"],
-            unpacked_size=0,
-        )
-        known[blob.diff_id] = blob
+    rootfs = None if base.layout is None else _rootfs_blob(read_image(base.layout))
     with atomic_path(folder) as aside:
         aside.mkdir()
         rows = []
         for number, (tar, diff_id) in enumerate(zip(output.tars, output.diff_ids, strict=True)):
             name = f"{number}.tar.gz"
-            if diff_id in known:
-                # Linked, so that a refreshed rootfs does not pull it away from under us.
-                (aside / name).hardlink_to(known[diff_id].path)
-                blob = known[diff_id]
+            if rootfs is not None and rootfs.diff_id == diff_id:
+                # Linked: refreshing the rootfs leaves this system image whole.
+                (aside / name).hardlink_to(rootfs.path)
+                blob = rootfs
             else:  # buildx rewrites the times in our rootfs too
                 blob = compress(tar, aside / name)
-            rootfs_layer = base.layout is not None and number == 0
-            created_by = "vllm-forge: rootfs" if rootfs_layer else "vllm-forge: docker/Dockerfile"
-            rows.append(
-                {"path": name, "created_by": created_by, "blob": asdict(blob) | {"path": name}}
-            )
-        config = {
-            key: value
-            for key, value in output.config.items()
-            # docker's defaults of a container that never ran, and a host name it made up
-            if key
-            in {"Env", "User", "Entrypoint", "WorkingDir", "Volumes", "ExposedPorts", "Healthcheck"}
-        }
+            source = "rootfs" if rootfs is not None and number == 0 else "docker/Dockerfile"
+            row = {"path": name, "created_by": f"vllm-forge: {source}"}
+            rows.append(row | {"blob": asdict(blob) | {"path": name}})
+        config = {key: value for key, value in output.config.items() if key in CONFIG_KEYS}
         record = {"layers": rows, "config": config, "debian": _debian_packages(output.tars)}
         if output.root is not None:
             output.root.rename(aside / "root")
         (aside / "system.json").write_text(json.dumps(record, indent=1))
+
+
+def _rootfs_blob(rootfs: Image) -> LayerBlob:
+    (layer,) = rootfs.manifest["layers"]
+    (diff_id,) = rootfs.config["rootfs"]["diff_ids"]
+    return LayerBlob(
+        path=rootfs.blob(layer["digest"]),
+        digest=hex_digest(layer["digest"]),
+        diff_id=hex_digest(diff_id),
+        size=layer["size"],
+        unpacked_size=0,
+    )
 
 
 def _debian_packages(tars: Sequence[Path]) -> dict[str, str]:

@@ -72,12 +72,7 @@ def site_packages(python: str) -> str:
 
 
 def wheel_entries(path: Path, python: str) -> list[Entry]:
-    """What installing one wheel into the image's environment puts where.
-
-    Args:
-        path: the wheel.
-        python: ``3.13``.
-    """
+    """What installing one wheel into the environment of a Python (``3.13``) puts where."""
     with _LazyWheel.open(path) as wheel:
         collector = _Collector(path, python)
         installer.install(wheel, collector, {"INSTALLER": INSTALLER})
@@ -199,7 +194,7 @@ class _Collector(WheelDestination):
         target = posixpath.normpath(posixpath.join(folder, path))
         if not target.startswith(f"{folder}/"):  # pip refuses it as well
             raise WheelError(
-                f"the wheel wants to write outside of {folder}: {path}", where=str(self._archive)
+                f"the wheel writes outside of {folder}: {path}", where=str(self._archive)
             )
         return target
 

@@ -150,7 +150,7 @@ def test_record_of_an_older_build_says_which_input_at_least(built: Path) -> None
     path.write_text(json.dumps(record))
     EDITS["the SKU"][0](built)
     (change,) = why_rebuild(plan_of(built)).changes
-    assert (change.name, change.parts) == ("sku", ("what in it: the record does not say",))
+    assert (change.name, change.parts) == ("sku", ("the record does not have its parts",))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"inputs": []}'])
@@ -193,12 +193,12 @@ tables: st.SearchStrategy[dict[str, Any]] = st.dictionaries(
 
 
 @given(tables, tables)
-def test_every_part_that_differs_is_told_once(old: dict[str, Any], new: dict[str, Any]) -> None:
-    told = differences(old, new)
+def test_every_part_that_differs_is_named_once(old: dict[str, Any], new: dict[str, Any]) -> None:
+    sentences = differences(old, new)
     names = {name for name in {*old, *new} if old.get(name, "-") != new.get(name, "-")}
-    assert len(told) == max(len(names), 1)
+    assert len(sentences) == max(len(names), 1)
     for name in names:
-        assert sum(f" {name}: " in part for part in told) == 1
+        assert sum(f" {name}: " in part for part in sentences) == 1
 
 
 @given(tables, tables)

@@ -22,9 +22,15 @@ from tests.support.fatbins import fatbin, library
 from tests.support.wheels import Member, write_wheel
 from vllm_forge.host.errors import CacheError
 from vllm_forge.images.layer import ZSTD
-from vllm_forge.images.slim import LEAST, cut, holds_code, may_hold_code, pieces
-from vllm_forge.images.slim_layer import update_record, write_slim_layer
-from vllm_forge.images.store import StoredLayer, stored, write_layer
+from vllm_forge.images.slim import cut, pieces, update_record, write_slim_layer
+from vllm_forge.images.store import (
+    LEAST,
+    StoredLayer,
+    codes_in,
+    may_hold_code,
+    stored,
+    write_layer,
+)
 from vllm_forge.images.wheels import site_packages, wheel_entries
 from vllm_forge.kernels.coverage import device_code, runs_on
 from vllm_forge.kernels.coverage.library import library_code
@@ -157,7 +163,7 @@ def test_only_large_shared_libraries_are_looked_into() -> None:
 def test_host_libraries_and_other_files_hold_no_code(tmp_path: Path) -> None:
     for name, content in (("a", library()), ("b", b"no ELF"), ("c", b"")):
         (tmp_path / name).write_bytes(content)
-        assert not holds_code(tmp_path / name)
+        assert not codes_in(tmp_path / name)
 
 
 # --- the group's layer, without the libraries ----------------------------------------------------
