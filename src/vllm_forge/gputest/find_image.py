@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from vllm_forge.images.docker_api import inspect_image
+from vllm_forge.images.engine import hex_digest
+from vllm_forge.images.errors import EngineTooOldError, EngineUnreachableError
 from vllm_forge.images.layout import read_image
 from vllm_forge.receipts.errors import ReceiptSubjectError
 from vllm_forge.serve.errors import NoGpuError
@@ -15,10 +19,6 @@ if TYPE_CHECKING:
     from vllm_forge.host import Probe
 
 TREE_LABEL = "io.vllm-forge.tree"
-# podman's Digest is the manifest's. docker's Id is it too with containerd's store; with the older
-# one it is the configuration's, and the manifest's is known of what came from a registry.
-ENGINES = {"docker": "{{.Id}}", "podman": "{{.Digest}}"}
-FORM = '|{{{{index .Config.Labels "{label}"}}}}|{{{{join .RepoDigests " "}}}}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,37 +49,51 @@ def find_image(probe: Probe, name: str, layout: Path) -> StoredImage:
         ReceiptSubjectError: docker does not know its manifest, and the build is not here.
         LayoutError: the layout is damaged.
     """
-    for engine, field in ENGINES.items():
-        form = field + FORM.format(label=TREE_LABEL)
-        reply = probe.ask(f"{engine}-image", [engine, "image", "inspect", f"--format={form}", name])
-        if reply.code == 0:
-            stored, tree, known = (*reply.text.strip().split("|"), "", "")[:3]
-            digest = _hex(stored)
-            if engine == "docker":
-                digest = _manifest(digest, known.split(), name, layout)
-            return StoredImage(engine=engine, digest=digest, tree=tree)
+    docker = "docker: no such image"
+    try:
+        image = inspect_image(name)
+    except (EngineUnreachableError, EngineTooOldError) as error:
+        image, docker = None, error.what
+    if image is not None:
+        digest = _manifest(image, name, layout)
+        return StoredImage(engine="docker", digest=digest, tree=_tree(image))
+    reply = probe.ask("podman-image", ["podman", "image", "inspect", name])
+    if reply.code == 0:
+        (image,) = json.loads(reply.text)
+        return StoredImage(engine="podman", digest=hex_digest(image["Digest"]), tree=_tree(image))
     raise NoGpuError(
         f"no container engine has {name}",
-        where=", ".join(ENGINES),
+        where=f"{docker}; podman: {'not installed' if reply.missing else 'no such image'}",
         remedy="build it with --load, or name it with --image; --env tests an environment",
     )
 
 
-def _manifest(stored: str, known: list[str], name: str, layout: Path) -> str:
-    """The manifest's digest of an image that docker has."""
-    digests = {_hex(entry.partition("@")[2]) for entry in known}
-    own = {_hex(entry.partition("@")[2]) for entry in known if _is_of(entry, name)}
+def _tree(image: dict[str, Any]) -> str:
+    return str(((image.get("Config") or {}).get("Labels") or {}).get(TREE_LABEL, ""))
+
+
+def _manifest(image: dict[str, Any], name: str, layout: Path) -> str:
+    """The manifest's digest of an image that docker has.
+
+    containerd's store has it as the descriptor (API 1.48) or the Id. The classic store's Id is the
+    configuration's digest; it knows the manifest of what came from a registry.
+    """
+    if digest := (image.get("Descriptor") or {}).get("digest"):
+        return hex_digest(digest)
+    stored, known = hex_digest(image["Id"]), image.get("RepoDigests") or []
+    digests = {hex_digest(entry.partition("@")[2]) for entry in known}
+    own = {hex_digest(entry.partition("@")[2]) for entry in known if _is_of(entry, name)}
     if stored in digests:
         return stored
-    for found in (own, digests):
-        if len(found) == 1:
-            return found.pop()
+    for candidates in (own, digests):
+        if len(candidates) == 1:
+            return candidates.pop()
     if layout.is_dir():
         built = read_image(layout)
-        if stored in {built.digest, _hex(built.manifest["config"]["digest"])}:
+        if stored in {built.digest, hex_digest(built.manifest["config"]["digest"])}:
             return built.digest
     raise ReceiptSubjectError(
-        f"docker knows the image's configuration sha256:{stored}, and not one manifest of it",
+        f"docker reports only the configuration sha256:{stored}; the manifest digest is unknown",
         where=name,
         remedy=f"pull it from a registry, or have the build that it was loaded from in {layout}",
     )
@@ -90,7 +104,3 @@ def _is_of(entry: str, name: str) -> bool:
     if ":" in repository.rpartition("/")[2]:  # a tag; before it may be a port
         repository = repository.rpartition(":")[0]
     return entry.partition("@")[0] == repository
-
-
-def _hex(digest: str) -> str:
-    return digest.removeprefix("sha256:")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vllm_forge.gputest.find_image import StoredImage, find_image
+from vllm_forge.gputest import find_image as product
+from vllm_forge.gputest.find_image import StoredImage
 from vllm_forge.host.probe import Reply
-from vllm_forge.images.errors import LayoutError
+from vllm_forge.images.errors import EngineUnreachableError, LayoutError
 from vllm_forge.images.layout import write_image
 from vllm_forge.receipts.errors import ReceiptSubjectError
 from vllm_forge.serve.errors import NoGpuError
@@ -22,15 +24,32 @@ if TYPE_CHECKING:
 NAME = "host:5000/team/vllm:0.26"
 
 
-class Engines:
-    """A host whose engines say this of the image."""
+def described(text: str, **more: Any) -> dict[str, Any]:
+    """What an engine says of an image: ``id|tree|repository digests``."""
+    digest, tree, known = text.strip().split("|")
+    labels = {"io.vllm-forge.tree": tree} if tree else None
+    image = {"Id": digest, "Digest": digest, "RepoDigests": known.split()}
+    return image | {"Config": {"Labels": labels}} | more
 
-    def __init__(self, **images: str) -> None:
-        self.images = images
+
+class Engines:
+    """A host whose engines have these images; docker's is asked by the SDK."""
+
+    def __init__(self, docker: str | None = None, podman: str | None = None, **more: Any) -> None:
+        self.docker = None if docker is None else described(docker, **more)
+        self.podman = podman
 
     def ask(self, name: str, argv: Sequence[str]) -> Reply:
-        said = self.images.get(argv[0])
-        return Reply(code=1, text="no such image") if said is None else Reply(code=0, text=said)
+        assert argv[:3] == ["podman", "image", "inspect"]
+        if self.podman is None:
+            return Reply(code=125, text="no such image")
+        return Reply(code=0, text=json.dumps([described(self.podman)]))
+
+
+def find_image(host: Engines, name: str, layout: Path) -> StoredImage:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm_forge.gputest.find_image.inspect_image", lambda _: host.docker)
+        return product.find_image(host, name, layout)
 
 
 @pytest.fixture
@@ -52,6 +71,24 @@ def test_the_engine_that_has_the_image_says_digest_and_tree(tmp_path: Path) -> N
 def test_an_image_without_our_label_has_no_tree(tmp_path: Path) -> None:
     found = find_image(Engines(docker="sha256:d0||x@sha256:d0"), "x", tmp_path / "none")
     assert found == StoredImage(engine="docker", digest="d0", tree="")
+
+
+def test_stopped_docker_is_named_when_no_engine_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(_: str) -> None:
+        raise EngineUnreachableError("the docker daemon is not running")
+
+    monkeypatch.setattr(product, "inspect_image", stopped)
+    with pytest.raises(NoGpuError, match="no container engine has x") as error:
+        product.find_image(Engines(), "x", tmp_path / "none")
+    assert error.value.where == "the docker daemon is not running; podman: no such image"
+
+
+def test_descriptor_is_the_manifest(tmp_path: Path) -> None:
+    descriptor = {"digest": "sha256:d7"}
+    host = Engines(docker="sha256:c0|7ree|", Descriptor=descriptor)
+    assert find_image(host, "x", tmp_path / "none").digest == "d7"
 
 
 def test_no_engine_has_it(tmp_path: Path) -> None:
@@ -92,7 +129,7 @@ def test_an_image_whose_manifest_nobody_knows_is_refused(
     tmp_path: Path, built: Image, known: str
 ) -> None:
     for layout in (tmp_path / "none", built.path):
-        with pytest.raises(ReceiptSubjectError, match="configuration sha256:c0, and not one"):
+        with pytest.raises(ReceiptSubjectError, match="configuration sha256:c0; the manifest"):
             find_image(Engines(docker=f"sha256:c0|7ree|{known}"), NAME, layout)
 
 
