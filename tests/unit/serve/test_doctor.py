@@ -182,6 +182,15 @@ def test_driver_that_was_upgraded_without_a_reboot(
     assert "start docker" in engine.remedy
 
 
+@pytest.mark.parametrize("reply", ["{", "[]", "WARNING: no daemon"])
+def test_an_engine_reply_that_is_not_json_is_shown(
+    recorded: Callable[..., Path], diagnose: Diagnose, reply: str
+) -> None:
+    findings = diagnose(recorded("b300", docker=reply), "b300")
+    (engine,) = [finding for finding in findings if finding.check == "container engine"]
+    assert (engine.level, reply in engine.seen) == ("red", True)
+
+
 def test_podman_needs_names_of_the_device_interface(
     recorded: Callable[..., Path], diagnose: Diagnose
 ) -> None:

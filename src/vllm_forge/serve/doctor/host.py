@@ -132,8 +132,11 @@ def _podman(info: dict[str, Any], devices: str) -> EngineInfo:
 def _json(reply: Reply) -> dict[str, Any] | None:
     if reply.code:
         return None
-    info: dict[str, Any] = json.loads(reply.text)
-    return info
+    try:
+        info = json.loads(reply.text)
+    except ValueError:
+        return None
+    return info if isinstance(info, dict) else None
 
 
 def _version(reply: Reply) -> str | None:
