@@ -1,6 +1,6 @@
 """Times a full build and its parts, in one run, on this machine.
 
-    nox -s bench -- build [-- --line 0.26] [--scratch DIR]
+    nox -s bench -- build [--line 0.26] [--scratch DIR]
 
 Each figure is the wall time of one command with a cache of its own, after a sync, so that no
 stage pays for the writes of the one before. Prints a table and writes it, with what it ran on,
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,38 +30,37 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_forge.matrix import load
-from vllm_forge.matrix.cells import find_line
+from vllm_forge.project import Project
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-LAYERS = (
-    "import sys; from pathlib import Path; from vllm_forge.matrix import *;"
-    "from vllm_forge.images import *; from vllm_forge.project import Project\n"
-    "if __name__ == '__main__':\n"
-    "    root = find_root(); cell = image_cell(load(root), root, sys.argv[1], sys.argv[2])\n"
-    "    engine = choose_engine('buildah', dry_run=True)\n"
-    "    plan = resolve(Project(root), cell, BuildOptions(output=Path('unused')), engine)\n"
-    "    build_layers(plan)\n"
-)
+# A file, not -c: its worker processes import it again.
+LAYERS = """
+import sys
+from pathlib import Path
+from vllm_forge.images import BuildOptions, build_layers, choose_engine, resolve
+from vllm_forge.project import Project
+
+if __name__ == "__main__":
+    project = Project.find()
+    engine = choose_engine("buildah", dry_run=True)
+    options = BuildOptions(output=Path("unused"))
+    build_layers(resolve(project, project.cell(*sys.argv[1:]), options, engine))
+"""
 
 
 class Bench:
     """One run: commands timed one after the other."""
 
-    def __init__(self, scratch: Path, line: str, skus: list[str]) -> None:
+    def __init__(self, project: Project, scratch: Path, line: str, skus: list[str]) -> None:
         self.scratch = scratch
         self.line = line
         self.skus = skus
         self.seconds: dict[str, float] = {}
         self.root = scratch / "checkout"
-        for name in ("matrix.toml", "docker", "patches"):
-            source = ROOT / name
-            if source.is_dir():
-                shutil.copytree(source, self.root / name)
-            else:
-                self.root.mkdir(parents=True, exist_ok=True)
-                shutil.copy(source, self.root / name)
+        self.root.mkdir()
+        for name in ("docker", "patches", "records"):
+            if (project.root / name).is_dir():
+                shutil.copytree(project.root / name, self.root / name)
+        shutil.copy(project.root / "matrix.toml", self.root)
 
     def time(self, name: str, cache: str, *argv: str) -> str:
         """Run one command and note its seconds; returns its stdout."""
@@ -72,8 +72,10 @@ class Bench:
         }
         start = time.monotonic()
         done = subprocess.run(
-            [sys.executable, *argv], env=env, check=True, stdout=subprocess.PIPE, text=True
+            [sys.executable, *argv], env=env, check=False, stdout=subprocess.PIPE, text=True
         )
+        if done.returncode:
+            sys.exit(f"{name} failed with exit code {done.returncode}: see its output above")
         self.seconds[name] = round(time.monotonic() - start, 1)
         return done.stdout
 
@@ -84,13 +86,22 @@ class Bench:
         return result
 
     def change_a_patch(self, series: str) -> None:
-        """Drop the last patch of the copied series, and lock that."""
+        """Drop the last patch of the copied series, and lock that.
+
+        The record of the kernel selection is made to name the new tree: it is not under test here.
+        """
         path = self.root / series / "series"
         names = path.read_text().split()
         path.write_text("".join(f"{name}\n" for name in names[:-1]))
         (self.root / series / names[-1]).unlink()
         update = ("-m", "vllm_forge", "patch", "lock", "--line", self.line)
         self.time("(write the new tree lock)", "cold", *update)
+        record = self.root / "records" / "selection" / f"{self.line}.json"
+        if record.exists():
+            lock = tomllib.loads((self.root / series / "lock.toml").read_text())
+            data = json.loads(record.read_text())
+            data["inputs"]["series"] = lock["result"]
+            record.write_text(json.dumps(data))
 
     def run(self, series: str) -> dict[str, str]:
         """All stages; returns the digests of the images."""
@@ -153,14 +164,17 @@ def main() -> None:
     parser.add_argument("--line")
     parser.add_argument("--scratch", type=Path, help="default: a folder below /var/tmp")
     args = parser.parse_args()
-    line_name, line = find_line(load(ROOT), args.line)
-    with tempfile.TemporaryDirectory(dir=args.scratch or "/var/tmp") as folder:  # noqa: S108
-        bench = Bench(Path(folder), line_name, list(line.skus[:3]))
+    project = Project.find()
+    line_name, line = project.line(args.line)
+    scratch = args.scratch or Path("/var/tmp")  # noqa: S108
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        bench = Bench(project, Path(folder), line_name, list(line.skus[:3]))
         result = report(bench, bench.run(line.series))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"build-{line_name}.json"
+    path = project.root / "benchmarks" / "results" / f"build-{line_name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    Console().print(f"written: {path.relative_to(ROOT)}")
+    Console().print(f"written: {path}")
 
 
 if __name__ == "__main__":

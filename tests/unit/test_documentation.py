@@ -161,8 +161,6 @@ def runnable(argv: list[str]) -> bool:
     )
 
 
-# The docker SDK leaves its socket open where no daemon answers.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_documented_commands_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
