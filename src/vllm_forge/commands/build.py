@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import argparse
 
     from vllm_forge.images import Image
+    from vllm_forge.matrix import ImageCell
     from vllm_forge.project import Project
 
 
@@ -89,6 +90,7 @@ def build(project: Project, args: argparse.Namespace) -> None:
         _push(runner, target, args.push)
     if made is not None:
         _announce(args, made.image, fresh=made.fresh)
+        console.print(f"next: {_next_command(project, cell, args)}", markup=False)
 
 
 def _as_namespace_root() -> NoReturn:
@@ -118,6 +120,19 @@ def _announce(args: argparse.Namespace, image: Image, *, fresh: bool) -> None:
     )
     document = {"image": str(image.path), "digest": f"sha256:{image.digest}", "built": fresh}
     print_json(args, json.dumps(document))
+
+
+def _next_command(project: Project, cell: ImageCell, args: argparse.Namespace) -> str:
+    """What a user does after this build."""
+    from vllm_forge.serve.command import build_command
+
+    if not args.load and not args.push:
+        return build_command(cell)
+    options = f"--sku {cell.sku_name} --line {cell.line_name}"
+    presets = [name for name, row in project.matrix.preset.items() if row.sku == cell.sku_name]
+    if not presets:
+        return f"nox -s plan -- {options}"
+    return f"nox -s serve -- {options} --preset {presets[0]}"
 
 
 def provision(_: Project, args: argparse.Namespace) -> None:
