@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -203,13 +204,15 @@ def _resolve(line: Line, base: Base, index: Index) -> list[tuple[str, str]]:
                 "--no-header",
                 "--no-annotate",
                 "--only-binary=:all:",
-                f"--default-index={index.url}",
                 f"--python-version={line.python}",
                 f"--python-platform={base.platform}",
                 "--constraints=constraints.txt",
                 "--overrides=overrides.txt",
             ],
             cwd=work,
+            # Not an option: every user of the host can read a command line, and this URL may have
+            # a password.
+            env=os.environ | {"UV_DEFAULT_INDEX": index.url},
             capture_output=True,
             text=True,
             check=False,

@@ -398,10 +398,11 @@ def test_failed_lock_leaves_the_old_one(
 
 FAKE_UV = """\
 #!{python}
-import json, pathlib, sys
+import json, os, pathlib, sys
 here = pathlib.Path.cwd()
 (pathlib.Path({record!r})).write_text(json.dumps({{
-    "argv": sys.argv[1:], "files": {{p.name: p.read_text() for p in here.glob("*.txt")}},
+    "argv": sys.argv[1:], "index": os.environ["UV_DEFAULT_INDEX"],
+    "files": {{p.name: p.read_text() for p in here.glob("*.txt")}},
 }}))
 print({out!r}, end="")
 sys.stderr.write({err!r})
@@ -440,7 +441,6 @@ def test_what_uv_is_asked(
     ]
     assert asked["files"]["overrides.txt"].split() == [pin.requirement for pin in line.overrides]
     for option in (
-        f"--default-index={packages.url}",
         f"--python-version={line.python}",
         f"--python-platform={base.platform}",
         "--only-binary=:all:",
@@ -448,6 +448,18 @@ def test_what_uv_is_asked(
         "--overrides=overrides.txt",
     ):
         assert option in asked["argv"]
+
+
+def test_password_of_the_index_is_not_on_the_command_line(
+    uv: Callable[..., Path], packages: IndexServer, line: Line, base: Base, tmp_path: Path
+) -> None:
+    record = uv(code=1)
+    url = packages.url.replace("://", "://user:secret@")
+    with pytest.raises(ResolutionError):
+        make_lock(tmp_path, "0.33", line, base, Index(url))
+    asked = json.loads(record.read_text())
+    assert asked["index"] == url
+    assert not any("secret" in argument for argument in asked["argv"])
 
 
 def test_no_solution_is_told_in_uvs_words(

@@ -74,9 +74,8 @@ def prepare(root: Path) -> Path:
         with report("install the quantization tools"):
             _uv("venv", "--clear", f"--python={sys.executable}", str(folder))
             python = f"--python={python_of(root)}"
-            index = f"--default-index={index_url()}"
-            _uv("pip", "install", python, index, "--require-hashes", f"--requirements={lock}")
-            _uv("pip", "install", python, index, "--no-deps", f"--editable={root}")
+            _uv("pip", "install", python, "--require-hashes", f"--requirements={lock}")
+            _uv("pip", "install", python, "--no-deps", f"--editable={root}")
             patch_installed(_site(root), patches)
         stamp.touch()
     return python_of(root)
@@ -100,8 +99,7 @@ def make_lock(root: Path) -> Path:
     text = _uv(
         "pip", "compile", str(INPUT), "pyproject.toml", "--quiet", "--universal", "--no-header",
         "--no-annotate", "--generate-hashes", "--only-binary=:all:",
-        f"--python-version={OLDEST_PYTHON}", f"--default-index={index_url()}",
-        cwd=root,
+        f"--python-version={OLDEST_PYTHON}", cwd=root,
     )  # fmt: skip
     header = [
         "# The quantization tools, for every Python from 3.11 on. Made by:",
@@ -148,7 +146,13 @@ def _site(root: Path) -> Path:
 
 def _uv(*arguments: str, cwd: Path | None = None) -> str:
     done = subprocess.run(
-        [find_uv_bin(), *arguments], cwd=cwd, capture_output=True, text=True, check=False
+        [find_uv_bin(), *arguments],
+        cwd=cwd,
+        # Not an option: every user of the host can read a command line.
+        env=os.environ | {"UV_DEFAULT_INDEX": index_url()},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode != 0:
         raise ToolEnvironmentError(
