@@ -425,7 +425,7 @@ def test_engine_missing(built: Project, tmp_path: Path) -> None:
     done = built.run("build", "beta", "--engine", "buildah", PATH=str(bare), code=63)
     assert "--provision" in done.stderr
     done = built.run("build", "beta", "--engine", "biuldah", code=2)
-    assert "Perhaps you meant 'buildah'?" in done.stderr
+    assert "did you mean 'buildah'?" in done.stderr
 
 
 def test_engine_too_old(built: Project, sibling: Project, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ CASES = {
     "unknown-line": (
         ["build", "b300", "--line", "0.27"],
         UnknownLineError,
-        ["0.27", "Perhaps you meant '0.2", "0.33"],
+        ["0.27", "did you mean '0.2", "0.33"],
     ),
     "unsupported-cell": (
         ["build", "sm120", "--line", "0.22"],

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from vllm_forge.errors import UsageError
+from vllm_forge.host import suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from vllm_forge.project import Project
 
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         options = [item for item in arguments if item.startswith("-") and item != "--"]
         name = options[0].partition("=")[0] if options else ""
         what = f"unknown option {name}" if name else f"unexpected argument {arguments[0]!r}"
-        hint = suggestion(name, self._option_string_actions)
+        hint = suggestion(name, self._option_string_actions, least=NEAR, listed=False)
         raise UsageError(
             what + hint, where=self.prog, remedy=Parser.remedy if hint else self.remedy
         )
@@ -47,15 +47,11 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             known = [str(choice) for choice in action.choices]
-            hint = suggestion(str(value), known) or f": expected one of {', '.join(known)}"
+            hint = (
+                suggestion(str(value), known, least=NEAR, listed=False)
+                or f": expected one of {', '.join(known)}"
+            )
             raise argparse.ArgumentError(action, f"invalid choice {value!r}{hint}")
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the nearest known word, else nothing."""
-    names = {name.lstrip("-"): name for name in known}
-    near = difflib.get_close_matches(word.lstrip("-"), names, n=1, cutoff=NEAR)
-    return f" (did you mean {names[near[0]]!r}?)" if near else ""
 
 
 class _Sku(argparse.Action):

@@ -28,6 +28,7 @@ from vllm_forge.host.run import (
     gpu_container,
     which,
 )
+from vllm_forge.host.suggest import suggestion
 
 __all__ = [
     "READ_ONLY",
@@ -53,6 +54,7 @@ __all__ = [
     "remove",
     "report",
     "require_disk",
+    "suggestion",
     "transfer_progress",
     "tree_bytes",
     "which",

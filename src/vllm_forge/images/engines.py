@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from typing import TYPE_CHECKING
 
 from vllm_forge.errors import UsageError
-from vllm_forge.host import which
+from vllm_forge.host import suggestion, which
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images.buildah import Buildah
 from vllm_forge.images.buildx import Buildx
@@ -37,9 +36,7 @@ def choose_engine(name: str | None, *, dry_run: bool = False) -> Engine:
         EngineMissingError: with the line that installs one.
     """
     if name is not None and name not in ENGINES:
-        near = difflib.get_close_matches(name, ENGINES, n=1)
-        hint = f"Perhaps you meant {near[0]!r}?" if near else f"Known: {', '.join(ENGINES)}."
-        raise UsageError(f"unknown engine {name!r}. {hint}")
+        raise UsageError(f"unknown engine {name!r}{suggestion(name, ENGINES)}")
     if name is None:
         name = next((name for name, make in ENGINES.items() if make().present()), None)
         if name is None and not dry_run:

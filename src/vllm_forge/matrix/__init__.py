@@ -5,6 +5,7 @@ from vllm_forge.matrix.load import find_root, load, schema_text
 from vllm_forge.matrix.model import (
     Artifact,
     Base,
+    FrozenModel,
     LayerRule,
     Line,
     Matrix,
@@ -17,6 +18,7 @@ from vllm_forge.matrix.serve_args import serve_arguments
 __all__ = [
     "Artifact",
     "Base",
+    "FrozenModel",
     "ImageCell",
     "LayerRule",
     "Line",

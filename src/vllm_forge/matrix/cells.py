@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_forge.host import suggestion
 from vllm_forge.matrix.errors import (
     UnknownLineError,
     UnknownSkuError,
     UnsupportedCellError,
+    UnsupportedSkuError,
 )
-from vllm_forge.matrix.load import perhaps
 from vllm_forge.matrix.model import Base, LayerRule, Line, Matrix, Sku
 
 
@@ -41,7 +42,7 @@ def find_line(matrix: Matrix, name: str | None) -> tuple[str, Line]:
     wanted = matrix.default_line if name is None else name
     if wanted not in matrix.line:
         raise UnknownLineError(
-            f"no line {wanted!r} in matrix.toml. {perhaps(wanted, matrix.line)}",
+            f"unknown line {wanted!r}{suggestion(wanted, matrix.line)}",
             remedy="lines: " + ", ".join(matrix.line),
         )
     return wanted, matrix.line[wanted]
@@ -57,42 +58,59 @@ def find_lines(matrix: Matrix, name: str | None) -> list[str]:
 
 
 def image_cell(matrix: Matrix, root: Path, sku: str, line: str | None = None) -> ImageCell:
-    """The cell of a SKU, given by its name or by its arch (``sm_120``, ``sm120``).
+    """The cell of a SKU, given in any case by its name or by its arch (``sm_120``, ``sm120``).
 
     Raises:
         UnknownSkuError: no such row, or an arch that several have.
+        UnsupportedSkuError: a product that no line can serve.
         UnknownLineError: no such row.
         UnsupportedCellError: the line's row says that it cannot serve this SKU, and why.
     """
-    wanted = sku.replace("_", "")
-    of_arch = [name for name, row in matrix.sku.items() if row.arch.replace("_", "") == wanted]
-    if sku not in matrix.sku and len(of_arch) > 1:
-        raise UnknownSkuError(
-            f"{sku!r} is the arch of more than one SKU: {', '.join(of_arch)}",
-            remedy="ask for one of them by its name",
-        )
-    sku_name = sku if sku in matrix.sku else "".join(of_arch)
-    if not sku_name:
-        known = [*matrix.sku, *(row.arch for row in matrix.sku.values())]
-        raise UnknownSkuError(
-            f"no SKU or arch {sku!r} in matrix.toml. {perhaps(sku, known)}",
-            remedy="SKUs: " + ", ".join(f"{n} ({r.arch})" for n, r in matrix.sku.items()),
-        )
+    name = _find_sku(matrix, sku)
     line_name, row = find_line(matrix, line)
-    if sku_name in row.unsupported:
+    if name in row.unsupported:
         raise UnsupportedCellError(
-            f"line {line_name} cannot serve {sku_name} ({matrix.sku[sku_name].arch}): "
-            f"{row.unsupported[sku_name]}",
-            where=f"matrix.toml, line.{line_name}.unsupported.{sku_name}",
+            f"line {line_name} cannot serve {name} ({matrix.sku[name].arch}): "
+            f"{row.unsupported[name]}",
+            where=f"matrix.toml, line.{line_name}.unsupported.{name}",
             remedy="choose a line that can: "
-            + (", ".join(n for n, r in matrix.line.items() if sku_name in r.skus) or "none does"),
+            + (", ".join(n for n, r in matrix.line.items() if name in r.skus) or "none does"),
         )
     return ImageCell(
         root=root,
-        sku_name=sku_name,
-        sku=matrix.sku[sku_name],
+        sku_name=name,
+        sku=matrix.sku[name],
         line_name=line_name,
         line=row,
         base=matrix.base,
         layers=matrix.layers,
     )
+
+
+def _find_sku(matrix: Matrix, given: str) -> str:
+    name = given.lower()
+    if name in matrix.sku:
+        return name
+    if name in matrix.unsupported_sku:
+        raise UnsupportedSkuError(
+            f"{name} is not supported: {matrix.unsupported_sku[name].reason}",
+            where=f"matrix.toml, unsupported_sku.{name}",
+            remedy=f"SKUs: {_skus(matrix)}",
+        )
+    arch = name.replace("_", "")
+    of_arch = [sku for sku, row in matrix.sku.items() if row.arch.replace("_", "") == arch]
+    if len(of_arch) > 1:
+        raise UnknownSkuError(
+            f"{given!r} is the arch of more than one SKU: {', '.join(of_arch)}",
+            remedy="ask for one of them by its name",
+        )
+    if not of_arch:
+        known = [*matrix.sku, *(row.arch for row in matrix.sku.values())]
+        raise UnknownSkuError(
+            f"unknown SKU {given!r}{suggestion(name, known)}", remedy=f"SKUs: {_skus(matrix)}"
+        )
+    return of_arch[0]
+
+
+def _skus(matrix: Matrix) -> str:
+    return ", ".join(f"{name} ({row.arch})" for name, row in matrix.sku.items())

@@ -41,3 +41,9 @@ class UnsupportedCellError(ForgeError):
     """The line cannot serve this SKU; the row says why."""
 
     exit_code = REFUSED
+
+
+class UnsupportedSkuError(ForgeError):
+    """A product that no line serves; its row says why."""
+
+    exit_code = REFUSED

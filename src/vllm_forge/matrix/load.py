@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from vllm_forge.host import suggestion
 from vllm_forge.matrix.errors import MatrixFileError, MatrixValueError, UnknownKeyError
 from vllm_forge.matrix.model import Matrix
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 
 def find_root() -> Path:
@@ -58,14 +55,6 @@ def load(root: Path) -> Matrix:
         raise _explain(error, path) from None
 
 
-def perhaps(word: str, known: Iterable[str]) -> str:
-    """A sentence with the nearest known word, or with all of them."""
-    names = sorted(known)
-    if near := difflib.get_close_matches(word, names, n=1, cutoff=0.5):
-        return f"Perhaps you meant {near[0]!r}?"
-    return f"Known: {', '.join(names)}."
-
-
 def schema_text() -> str:
     """The JSON schema of matrix.toml, as committed in matrix.schema.json."""
     return json.dumps(Matrix.model_json_schema(), indent=2, sort_keys=True) + "\n"
@@ -79,7 +68,7 @@ def _explain(error: ValidationError, path: Path) -> UnknownKeyError | MatrixValu
         if item["type"] == "extra_forbidden":
             unknown = True
             known = _fields_at(Matrix, list(item["loc"][:-1]))
-            lines.append(f"unknown key {place}. {perhaps(str(item['loc'][-1]), known)}")
+            lines.append(f"unknown key {place}{suggestion(str(item['loc'][-1]), known)}")
         else:
             lines.append(f"{place}: {item['msg']}" if place else item["msg"])
     kind = UnknownKeyError if unknown else MatrixValueError

@@ -1,4 +1,4 @@
-"""The shape of matrix.toml. Unknown keys are refused; records are frozen."""
+"""The shape of matrix.toml."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ Integer = Annotated[int, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
-class Row(BaseModel):
-    """Base of every record of the matrix."""
+class FrozenModel(BaseModel):
+    """Base of records: immutable, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class PinnedRequirement(Row):
+class PinnedRequirement(FrozenModel):
     """A requirement that we add to, or override in, what uv would resolve."""
 
     requirement: str = Field(description="PEP 508, e.g. nvidia-cuda-nvcc==13.0.88")
     reason: str = Field(min_length=20, description="printed at lock time and into the lock")
 
 
-class Sku(Row):
+class Sku(FrozenModel):
     """A product to serve on."""
 
     arch: Arch = Field(description="nvcc target, e.g. sm_100a")
@@ -40,7 +40,13 @@ class Sku(Row):
     )
 
 
-class Line(Row):
+class UnsupportedSku(FrozenModel):
+    """A product that is asked for and that no line serves."""
+
+    reason: str = Field(min_length=20, description="printed when it is asked for")
+
+
+class Line(FrozenModel):
     """A pinned vLLM release with its lock, patches and toolchain."""
 
     vllm: Version
@@ -64,14 +70,14 @@ class Line(Row):
     )
 
 
-class Cuda(Row):
+class Cuda(FrozenModel):
     """What a CUDA release asks of the host."""
 
     driver: Version = Field(description="oldest Linux driver")
     source: str = Field(description="where NVIDIA says so")
 
 
-class Container(Row):
+class Container(FrozenModel):
     """What a container that serves needs, beyond its GPUs."""
 
     shm_gb: Integer = Field(
@@ -82,7 +88,7 @@ class Container(Row):
     port: Integer = Field(description="of the HTTP server")
 
 
-class RetiredVariable(Row):
+class RetiredVariable(FrozenModel):
     """An environment variable that published commands set and that is no longer wanted."""
 
     effect: str = Field(min_length=20, description="what it does where vLLM still reads it")
@@ -90,7 +96,7 @@ class RetiredVariable(Row):
     source: str = Field(description="the change that removed it")
 
 
-class LayerRule(Row):
+class LayerRule(FrozenModel):
     """One wheel layer: which distributions go in. First match wins; the last one takes the rest."""
 
     name: Name
@@ -101,7 +107,7 @@ class LayerRule(Row):
     )
 
 
-class Base(Row):
+class Base(FrozenModel):
     """The operating system of the image."""
 
     suite: str = Field(description="Debian suite that the rootfs is made from")
@@ -113,7 +119,7 @@ class Base(Row):
     )
 
 
-class Unserved(Row):
+class Unserved(FrozenModel):
     """Lines that do not serve an artifact. Lint fails when a row is not so, or is missing."""
 
     lines: tuple[Name, ...] = Field(min_length=1)
@@ -121,7 +127,7 @@ class Unserved(Row):
     reason: str = Field(min_length=20)
 
 
-class Artifact(Row):
+class Artifact(FrozenModel):
     """A checkpoint family."""
 
     repo: str = Field(description="owner/name on the model hub")
@@ -142,7 +148,7 @@ class Artifact(Row):
         return None
 
 
-class Preset(Row):
+class Preset(FrozenModel):
     """A way to serve artifacts on a SKU. Its name is the SKU's, a dash, and a short name."""
 
     sku: Name
@@ -156,7 +162,7 @@ class Preset(Row):
     note: str = Field(min_length=20, description="where its values come from; printed with it")
 
 
-class Matrix(Row):
+class Matrix(FrozenModel):
     """All of matrix.toml."""
 
     schema_version: Literal[1]
@@ -169,6 +175,7 @@ class Matrix(Row):
     )
     layers: tuple[LayerRule, ...]
     sku: dict[Name, Sku]
+    unsupported_sku: dict[Name, UnsupportedSku] = Field(default_factory=dict)
     line: dict[Name, Line]
     artifact: dict[Name, Artifact]
     preset: dict[Name, Preset]
@@ -177,6 +184,8 @@ class Matrix(Row):
     def _rows_agree(self) -> Matrix:
         if self.default_line not in self.line:
             raise ValueError(f"default_line: no [line.{self.default_line!r}]")
+        if both := set(self.sku) & set(self.unsupported_sku):
+            raise ValueError(f"unsupported_sku: also in [sku]: {sorted(both)}")
         for name, line in self.line.items():
             if line.cuda not in self.cuda:
                 raise ValueError(f"line.{name}: no [cuda.{line.cuda!r}] with its driver")

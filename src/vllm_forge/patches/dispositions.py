@@ -6,9 +6,10 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ConfigDict, ValidationError, model_validator
 
-from vllm_forge.matrix.load import perhaps
+from vllm_forge.host import suggestion
+from vllm_forge.matrix import FrozenModel
 from vllm_forge.patches.errors import DispositionError
 
 if TYPE_CHECKING:
@@ -21,10 +22,10 @@ NEEDS = {"carried": ("patch",), "retired": ("landed", "where"), "refused": ("pro
 GROUNDS = ("patch", "where", "proof", "not_served", "no_preset", "undecided")
 
 
-class Decision(BaseModel):
+class Decision(FrozenModel):
     """About one line, or all. The head of the file says what each field means."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", str_min_length=1)
+    model_config = ConfigDict(str_min_length=1)
 
     status: Literal["carried", "retired", "refused", "not-applicable"]
     reason: str
@@ -46,10 +47,10 @@ class Decision(BaseModel):
         return self
 
 
-class Disposition(BaseModel):
+class Disposition(FrozenModel):
     """About one change."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", str_min_length=1)
+    model_config = ConfigDict(str_min_length=1)
 
     about: str
     title: str
@@ -61,9 +62,7 @@ class Disposition(BaseModel):
         return self.on.get(line) or self.on.get(ALL)
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _File(FrozenModel):
     schema_version: Literal[1]
     disposition: tuple[Disposition, ...]
 
@@ -99,7 +98,7 @@ def _said(item: ErrorDetails, data: dict[str, Any]) -> str:
     place = ".".join(map(str, steps))
     if item["type"] == "extra_forbidden":
         known = {*Disposition.model_fields, *Decision.model_fields}
-        message = f"unknown key. {perhaps(str(item['loc'][-1]), known)}"
+        message = f"unknown key{suggestion(str(item['loc'][-1]), known)}"
     return f"{place}: {message}"
 
 

@@ -14,8 +14,9 @@ import re
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import AwareDatetime, ConfigDict, Field, FiniteFloat
 
+from vllm_forge.matrix import FrozenModel
 from vllm_forge.receipts.errors import ReceiptIncompleteError
 
 StatementType: TypeAlias = Literal["https://in-toto.io/Statement/v1"]
@@ -33,10 +34,10 @@ Word = Annotated[str, Field(pattern=r"^[\w.-]+$")]  # becomes a part of a file's
 Cell = Annotated[str, Field(pattern=r"^[^|\x00-\x1f]+$")]  # becomes a cell of a page's table
 
 
-class Record(BaseModel):
+class Record(FrozenModel):
     """Base of what a receipt consists of."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
 
 class Sha256Digest(Record):
@@ -87,8 +88,8 @@ class Judged(Record):
 
     outcome: Literal["passed", "other GPU"]
     seconds: FiniteFloat
-    margins: dict[Cell, Margin] = {}
-    facts: dict[str, Any] = {}
+    margins: dict[Cell, Margin] = Field(default_factory=dict)
+    facts: dict[str, Any] = Field(default_factory=dict)
     why: str = ""
 
 

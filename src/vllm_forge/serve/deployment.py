@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from vllm_forge.host import suggestion
 from vllm_forge.matrix.errors import UnsupportedCellError
-from vllm_forge.matrix.load import perhaps
 from vllm_forge.serve.errors import UnknownArtifactError, UnknownPresetError
 from vllm_forge.sources import UNPACK_RATIO
 
@@ -73,7 +73,7 @@ def find_preset(matrix: Matrix, sku: str, name: str) -> str:
     if name in known.values():
         return name
     raise UnknownPresetError(
-        f"unknown preset {name!r} of {sku}. {perhaps(name, known)}",
+        f"unknown preset {name!r} of {sku}{suggestion(name, known)}",
         remedy=f"presets of {sku}: {', '.join(known) or 'none'}",
     )
 
@@ -92,7 +92,7 @@ def find_artifact(matrix: Matrix, preset_name: str, name: str | None) -> str:
     if name in matrix.artifact:
         what = f"preset {preset_name} does not serve artifact {name}."
     else:
-        what = f"unknown artifact {name!r}. {perhaps(name, matrix.artifact)}"
+        what = f"unknown artifact {name!r}{suggestion(name, matrix.artifact)}"
     raise UnknownArtifactError(what, remedy=f"{preset_name} serves: {', '.join(served)}")
 
 

@@ -167,7 +167,7 @@ def test_values_are_compared(
     ("arguments", "code", "words"),
     [
         (["nowhere"], UNREADABLE, "is not a directory"),
-        (["nowhere", "--manifest", "nvidia-nvpf4"], 2, "Perhaps you meant 'nvidia-nvfp4'"),
+        (["nowhere", "--manifest", "nvidia-nvpf4"], 2, "did you mean 'nvidia-nvfp4'"),
         (["nowhere", "--line", "0.27"], UnknownLineError.exit_code, "0.27"),
         (["nowhere", "--resolv", "vllm"], 2, "--resolve"),
     ],

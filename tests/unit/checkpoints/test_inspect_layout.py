@@ -129,5 +129,5 @@ def test_rules_name_no_format_that_is_not_stored() -> None:
 
 
 def test_a_mistyped_manifest_is_told() -> None:
-    with pytest.raises(UsageError, match="Perhaps you meant 'nvidia-nvfp4'"):
+    with pytest.raises(UsageError, match="did you mean 'nvidia-nvfp4'"):
         named("nvidia-nvpf4")

@@ -110,7 +110,7 @@ class TestRecipes:
         assert Recipe(**{**two.model_dump(), **changed}) == one
 
     def test_an_unknown_one_gets_a_suggestion(self) -> None:
-        with pytest.raises(RecipeError, match="Perhaps you meant 'nvfp4-fp8-mtp'"):
+        with pytest.raises(RecipeError, match="did you mean 'nvfp4-fp8-mtp'"):
             load_recipe("nvfp4-fp8-mpt")
 
     @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ class TestCache:
         assert caught.value.remedy == "run: nox -s forge -- checkpoint fixtures"
 
     def test_an_unknown_one_gets_a_suggestion(self, root: Path) -> None:
-        with pytest.raises(RecipeError, match="Perhaps you meant 'card'"):
+        with pytest.raises(RecipeError, match="did you mean 'card'"):
             variant_path(root, "crad")
 
     def test_each_is_made_once_and_its_parent_too(self, root: Path, card: Checkpoint) -> None:

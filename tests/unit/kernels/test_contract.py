@@ -265,7 +265,7 @@ def test_a_stale_exception_fails(tmp_path: Path, chosen: tuple[KernelSelection, 
 
 def test_an_unknown_backend_is_an_error(tmp_path: Path) -> None:
     image(tmp_path)
-    with pytest.raises(UnknownFamilyError, match=r"'MARLIM'.*Perhaps you meant 'MARLIN'"):
+    with pytest.raises(UnknownFamilyError, match=r"'MARLIM'.*did you mean 'MARLIN'"):
         check(tmp_path, RTX, KernelSelection(by="p", experts=(("Nvfp4", "MARLIM"),)))
     for unknown in (
         KernelSelection(by="p", attention="FLASH"),

@@ -50,7 +50,7 @@ def test_a_lines_own_decision_goes_before_the_one_for_all(tmp_path: Path) -> Non
     ("old", "new", "message"),
     [
         ("refused", "denied", "#1.on.all.status: Input should be 'carried'"),
-        ('proof = "', 'proff = "', "unknown key. Perhaps you meant 'proof'?"),
+        ('proof = "', 'proff = "', "unknown key (did you mean 'proof'?"),
         ("refused", "carried", "carried needs patch"),
         ("refused", "retired", "retired needs landed and where"),
         ('no_preset = "magic"\n', "", "stands on its reason alone; give one of patch, where"),

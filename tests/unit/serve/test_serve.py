@@ -114,10 +114,10 @@ def test_preset_by_short_or_full_name(asked: str, matrix: Matrix) -> None:
 @pytest.mark.parametrize(
     ("sku", "asked", "words"),
     [
-        ("b300", "mpt", "Perhaps you meant 'mtp'"),
-        ("rtxpro6000", "tp3-mtp", "Perhaps you meant 'tp"),
+        ("b300", "mpt", "did you mean 'mtp'"),
+        ("rtxpro6000", "tp3-mtp", "did you mean 'tp"),
         ("b300", "b200-mtp", "mtp"),
-        ("b300", "", "Known: mtp, plain"),
+        ("b300", "", "known: mtp, plain"),
     ],
 )
 def test_unknown_preset(sku: str, asked: str, words: str, matrix: Matrix) -> None:
@@ -127,7 +127,7 @@ def test_unknown_preset(sku: str, asked: str, words: str, matrix: Matrix) -> Non
 
 def test_unknown_artifact(matrix: Matrix, root: Path) -> None:
     cell = image_cell(matrix, root, "b300")
-    with pytest.raises(UnknownArtifactError, match="Perhaps you meant 'nvidia-nvfp4'"):
+    with pytest.raises(UnknownArtifactError, match="did you mean 'nvidia-nvfp4'"):
         find_deployment(matrix, cell, "mtp", "nvidia-nvfp")
     with pytest.raises(UnknownArtifactError, match="does not serve artifact redhat") as refused:
         find_deployment(matrix, cell, "mtp", "redhat-nvfp4-fp8")

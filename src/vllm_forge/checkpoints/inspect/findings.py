@@ -8,7 +8,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BeforeValidator
+
+from vllm_forge.matrix import FrozenModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -43,10 +45,8 @@ def label(check: str) -> str:
 CheckId = Annotated[str, BeforeValidator(check_id)]
 
 
-class Record(BaseModel):
+class Record(FrozenModel):
     """Base of the inspector's records; their fields are the keys of its JSON."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Effect(StrEnum):

@@ -35,7 +35,7 @@ from vllm_forge.checkpoints.inspect.parts import (
     main_tensors,
 )
 from vllm_forge.errors import UsageError
-from vllm_forge.matrix.load import perhaps
+from vllm_forge.host import suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -144,7 +144,7 @@ def named(name: str) -> Manifest:
     known = manifests()
     if name not in known:
         raise UsageError(
-            f"there is no manifest {name!r}. {perhaps(name, known)}",
+            f"there is no manifest {name!r}{suggestion(name, known)}",
             where=str(FOLDER),
             remedy="name one of those, or leave it out: the nearest one is taken",
         )

@@ -12,7 +12,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import RecipeError
@@ -27,6 +27,7 @@ from vllm_forge.checkpoints.tensors import (
     write_shard,
 )
 from vllm_forge.host import atomic_path, link_or_copy
+from vllm_forge.matrix import FrozenModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -36,10 +37,8 @@ if TYPE_CHECKING:
 E4M3_HALVED, F32_HALVED = 1 << 3, 1 << 23
 
 
-class Change(BaseModel):
+class Change(FrozenModel):
     """One row of a variant: exactly one of the kinds; see the head of variants.toml."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     drop: str | None = None
     rename: tuple[str, str] | None = None

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from vllm_forge.checkpoints.errors import RecipeError
-from vllm_forge.matrix.load import perhaps
+from vllm_forge.host import suggestion
+from vllm_forge.matrix import FrozenModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,10 +21,8 @@ RECIPES = Path(__file__).with_name("recipes.toml")
 DRAFT = "{draft}"
 
 
-class Group(BaseModel):
+class Group(FrozenModel):
     """Modules that are quantized in one way; see the head of recipes.toml."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     scheme: str = Field(description="preset of compressed-tensors")
     format: str = Field(description="how compressed-tensors stores it")
@@ -36,7 +35,7 @@ class Group(BaseModel):
         return bool(re.fullmatch(rf"layers\.\d+\.{self.tensors}\.weight", name))
 
 
-class Recipe(BaseModel):
+class Recipe(FrozenModel):
     """One recipe.
 
     Attributes:
@@ -48,8 +47,6 @@ class Recipe(BaseModel):
         ignore: in config.json.
         group: what is quantized, and how.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     about: str
     samples: int = Field(ge=1)
@@ -93,7 +90,7 @@ def load_recipe(name: str, path: Path = RECIPES) -> NamedRecipe:
         raise RecipeError(f"not a file of recipes: {error}", where=str(path)) from None
     if name not in rows:
         raise RecipeError(
-            f"there is no recipe {name!r}. {perhaps(name, rows)}",
+            f"unknown recipe {name!r}{suggestion(name, rows)}",
             where=str(path),
             remedy="add a row, or name one of those",
         )

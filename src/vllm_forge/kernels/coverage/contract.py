@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vllm_forge.host import suggestion
 from vllm_forge.kernels.coverage.families import FINE, needed
 from vllm_forge.kernels.coverage.site_packages import Coverage
 from vllm_forge.kernels.errors import ContractError, StaleExceptionError, UnknownFamilyError
-from vllm_forge.matrix.load import perhaps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -62,7 +62,7 @@ class KernelSelection:
         for scheme, backend in self.experts:
             if scheme not in need.experts:
                 raise UnknownFamilyError(
-                    f"unknown scheme {scheme!r} of experts. {perhaps(scheme, need.experts)}",
+                    f"unknown scheme {scheme!r} of experts{suggestion(scheme, need.experts)}",
                     where="src/vllm_forge/kernels/coverage/families.toml, [need.experts]",
                     remedy="add a table for that scheme, with its backends",
                 )

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, model_validator
 
+from vllm_forge.host import suggestion
 from vllm_forge.kernels.errors import UnknownFamilyError
-from vllm_forge.matrix.load import perhaps
-from vllm_forge.matrix.model import Row
+from vllm_forge.matrix import FrozenModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -33,7 +33,7 @@ def _pattern(text: str) -> str:
     return text
 
 
-class FamilyPart(Row):
+class FamilyPart(FrozenModel):
     """A part of a family that must be there, on the GPUs and lines that it is for."""
 
     majors: tuple[int, ...] = Field(default=(), description="of the compute capability; (): all")
@@ -75,7 +75,7 @@ class Cubins(FamilyPart):
     fetcher: str = Field(description="what downloads them at run time where they are not there")
 
 
-class Family(Row):
+class Family(FrozenModel):
     """Kernels that come and go together."""
 
     what: str = Field(min_length=10)
@@ -91,14 +91,14 @@ class Family(Row):
         return (*self.kernels, *self.libraries, *self.sources, *self.cubins)
 
 
-class Compiler(Row):
+class Compiler(FrozenModel):
     """A compiler of the image."""
 
     files: tuple[str, ...] = Field(description="globs; each matches a file")
     targets: str = Field(description="glob; one of the files names the targets it compiles for")
 
 
-class Need(Row):
+class Need(FrozenModel):
     """Which families a selection of vLLM's needs."""
 
     always: tuple[str, ...]
@@ -117,7 +117,7 @@ class Need(Row):
                 yield from names
 
 
-class Exemption(Row):
+class Exemption(FrozenModel):
     """A verdict that is accepted although the code is not in the image."""
 
     family: str
@@ -127,7 +127,7 @@ class Exemption(Row):
     reason: str = Field(min_length=40)
 
 
-class Catalogue(Row):
+class Catalogue(FrozenModel):
     """All of families.toml."""
 
     compiler: dict[str, Compiler]
@@ -139,7 +139,7 @@ class Catalogue(Row):
     def _references(self) -> Catalogue:
         for name in (*self.need.families(), *(row.family for row in self.exception)):
             if name not in self.family:
-                raise ValueError(f"no [family.{name}]. {perhaps(name, self.family)}")
+                raise ValueError(f"no [family.{name}]{suggestion(name, self.family)}")
         for name, family in self.family.items():
             if not family.parts:
                 raise ValueError(f"family.{name} has no part")
@@ -190,7 +190,7 @@ def needed(table: dict[str, tuple[str, ...]], chosen: str, what: str) -> tuple[s
     """
     if chosen not in table:
         raise UnknownFamilyError(
-            f"missing row for {what} {chosen!r}. {perhaps(chosen, table)}",
+            f"missing row for {what} {chosen!r}{suggestion(chosen, table)}",
             where="src/vllm_forge/kernels/coverage/families.toml, [need]",
             remedy="add a row with the families it needs",
         )

@@ -33,7 +33,7 @@ from vllm_forge.kernels.coverage.device_code import (
 )
 from vllm_forge.kernels.coverage.target import Kind, Target
 from vllm_forge.kernels.errors import UnknownFatbinError
-from vllm_forge.matrix.model import Row
+from vllm_forge.matrix import FrozenModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -62,7 +62,7 @@ class Body:
     size: int
 
 
-class KernelGroup(Row):
+class KernelGroup(FrozenModel):
     """Kernels of one pattern that have code for the same targets.
 
     Attributes:
@@ -76,7 +76,7 @@ class KernelGroup(Row):
     example: str
 
 
-class LibraryCode(Row):
+class LibraryCode(FrozenModel):
     """The device code of a library.
 
     Attributes:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from vllm_forge.matrix.model import Row
+from vllm_forge.matrix import FrozenModel
 
 # ffn.experts up to 0.22.1, ffn.experts.routed_experts later.
 EXPERTS = re.compile(r"\.ffn\.experts(\.routed_experts)?$")
@@ -22,7 +22,7 @@ def _experts(modules: dict[str, str]) -> str | None:
     return next((scheme for name, scheme in modules.items() if EXPERTS.search(name)), None)
 
 
-class Device(Row):
+class Device(FrozenModel):
     """A SKU's GPUs, as the stub driver declares them."""
 
     name: str
@@ -31,7 +31,7 @@ class Device(Row):
     count: int = Field(ge=1, description="GPUs that the process sees")
 
 
-class Question(Row):
+class Question(FrozenModel):
     """A question."""
 
     name: str = Field(
@@ -45,14 +45,14 @@ class Question(Row):
     environment: dict[str, str] = Field(default_factory=dict)
 
 
-class RejectedCandidate(Row):
+class RejectedCandidate(FrozenModel):
     """A candidate that vLLM passed over."""
 
     candidate: str = Field(description="backend or kernel class")
     reason: str = Field(description="as vLLM logs it; one line")
 
 
-class Choice(Row):
+class Choice(FrozenModel):
     """What one of vLLM's selections chose, and what it passed over."""
 
     chosen: str | None = Field(description="backend or class; None if nothing fits")
@@ -75,7 +75,7 @@ class Moe(Choice):
     )
 
 
-class Draft(Row):
+class Draft(FrozenModel):
     """The MTP draft layer, where speculative decoding is on."""
 
     architecture: str
@@ -89,7 +89,7 @@ class Draft(Row):
         return _experts(self.modules)
 
 
-class KvCache(Row):
+class KvCache(FrozenModel):
     """Layers with a KV cache of one shape, on one GPU."""
 
     layers: int
@@ -99,7 +99,7 @@ class KvCache(Row):
     window: int | None = Field(description="tokens that are kept; None: all")
 
 
-class CudaGraphs(Row):
+class CudaGraphs(FrozenModel):
     """The sizes that vLLM resolves from flags, k and the scheduler's limits."""
 
     mode: str = Field(description="e.g. FULL_AND_PIECEWISE")
@@ -113,7 +113,7 @@ class CudaGraphs(Row):
     covers: bool = Field(description="the largest of sizes holds a full decode batch")
 
 
-class Engine(Row):
+class Engine(FrozenModel):
     """Engine settings after all of vLLM's defaults."""
 
     tensor_parallel: int
@@ -130,7 +130,7 @@ class Engine(Row):
     model_runner: Literal["v1", "v2"]
 
 
-class Refusal(Row):
+class Refusal(FrozenModel):
     """vLLM does not serve this.
 
     ``kind``: ``arguments`` (its parser refuses them), ``config`` (it refuses to make a
@@ -142,7 +142,7 @@ class Refusal(Row):
     message: str
 
 
-class Answer(Row):
+class Answer(FrozenModel):
     """The answer to a question. After a refusal, later fields are None or empty."""
 
     name: str = Field(description="of the question")

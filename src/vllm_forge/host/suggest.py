@@ -1,0 +1,24 @@
+"""What a mistyped word was meant to be."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def suggestion(word: str, known: Iterable[str], *, least: float = 0.5, listed: bool = True) -> str:
+    """`` (did you mean 'x'?)`` for the nearest known word, ready to follow the wrong one.
+
+    Args:
+        word: what was given.
+        known: what is accepted.
+        least: similarity from which a word is near, 0 to 1.
+        listed: where none is near, list all: `` (known: x, y)``.
+    """
+    names = {name.lstrip("-"): name for name in sorted(known)}  # dashes are no similarity
+    if near := difflib.get_close_matches(word.lstrip("-"), names, n=1, cutoff=least):
+        return f" (did you mean {names[near[0]]!r}?)"
+    return f" (known: {', '.join(names.values())})" if listed else ""
