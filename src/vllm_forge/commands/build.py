@@ -54,7 +54,7 @@ def _inputs(one: Parser) -> None:
 
 def build(project: Project, args: argparse.Namespace) -> None:
     """Build one image."""
-    from vllm_forge.gputest.prewarm import prewarm_of
+    from vllm_forge.gputest.caches import prewarm_of
     from vllm_forge.images import (
         BuildOptions,
         build_image,

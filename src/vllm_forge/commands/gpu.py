@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import math
 import re
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING
 from vllm_forge.commands.parsers import LINE, SKU, Commands, Parser, command, group
 from vllm_forge.errors import UsageError
 from vllm_forge.host import HostProbe, console
-from vllm_forge.receipts.errors import GpuSuiteError
 
 if TYPE_CHECKING:
     from vllm_forge.project import Project
@@ -23,11 +21,11 @@ NAME = re.compile(r"\w[\w.-]*")
 PYTHON = re.compile(r"3\.[0-9]{1,2}")
 
 
-def _minutes(text: str) -> float:
-    """A budget; nan would be none, and 0 the default."""
+def _positive(text: str) -> float:
+    """A time; nan would be none, and 0 the default."""
     with contextlib.suppress(ValueError):
-        if 0 < (minutes := float(text)) < math.inf:
-            return minutes
+        if 0 < (number := float(text)) < math.inf:
+            return number
     raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a number greater than 0")
 
 
@@ -60,7 +58,7 @@ def register(choices: Commands) -> None:
         "--tier", action="append", choices=["kernel", "server", "soak"],
         help="repeatable (default: all but soak)",
     )  # fmt: skip
-    one.add_argument("--minutes", type=_minutes, help="budget per tier (default: the suite's)")
+    one.add_argument("--minutes", type=_positive, help="budget per tier (default: the suite's)")
     one.add_argument(
         "-n", dest="workers", type=_workers, help="processes: a number, or auto (one a GPU)"
     )
@@ -75,10 +73,16 @@ def register(choices: Commands) -> None:
     one.add_argument("--freeze", type=Path, required=True, help="the host's `pip freeze`")
     one.add_argument("--python", type=_python, default="3.12", help="version of the host's Python")
     one.add_argument("--max-part", default="62MB", help="largest part, e.g. 62MB (10^6 bytes)")
-    one.add_argument("--minutes", type=_minutes, default=8, help="budget per tier")
+    one.add_argument(
+        "--max-result", default="15MiB", help="largest file of a run's results, e.g. 15MiB"
+    )
+    one.add_argument(
+        "--limit", type=_positive, default=580, help="seconds that a call on the host may take"
+    )
+    one.add_argument("--minutes", type=_positive, default=8, help="budget per tier")
     _inputs(one)
     one.add_argument("--caches", type=Path, help="JIT caches of an earlier run: folder or tar")
-    one.add_argument("--race", type=Path, help="compiled helpers, of tests.gpu.prepare_race")
+    one.add_argument("--race", type=Path, help="compiled helpers, of tests.support.prepare_race")
     one.add_argument("--omit", action="append", default=[], metavar="PACKAGE", help="leave it out")
 
     one = command(gpu, "receipts", receipts, help="verify all receipts, or add one")
@@ -104,7 +108,7 @@ def test(project: Project, args: argparse.Namespace) -> None:
     cell = project.cell(args.sku, args.line)
     tiers = read_tiers(project.root)
     if unknown := [name for name in args.tier or () if name not in tiers]:
-        raise GpuSuiteError(f"no tier {unknown[0]}", remedy=f"tiers: {', '.join(tiers)}")
+        raise UsageError(f"unknown tier {unknown[0]}", remedy=f"tiers: {', '.join(tiers)}")
     names = args.tier or [name for name in tiers if name != "soak"]
     options = [f"--tier={name}" for name in names]
     options += [f"--minutes={args.minutes}"] if args.minutes else []
@@ -118,14 +122,16 @@ def test(project: Project, args: argparse.Namespace) -> None:
                 "--network is for --image: an environment has the host's", remedy="leave it out"
             )
         options += [f"--caches={args.caches.resolve()}"] if args.caches else []
-        run_in_environment(cell, args.env, output, brought, options)
+        run_in_environment(
+            project, cell, output, brought, options, probe=HostProbe(), python=args.env
+        )
     else:
         run_in_image(
-            cell, output, brought, options,
+            project, cell, output, brought, options,
             probe=HostProbe(), reference=args.image, caches=args.caches, network=args.network,
         )  # fmt: skip
     for name in names:
-        print(make_receipt(project.root, output / f"{name}.json", args.key))
+        print(make_receipt(project, output / f"{name}.json", args.key))
 
 
 def kit(project: Project, args: argparse.Namespace) -> None:
@@ -138,13 +144,15 @@ def kit(project: Project, args: argparse.Namespace) -> None:
         freeze=args.freeze,
         python=args.python,
         max_part=parse_size(args.max_part),
+        max_result=parse_size(args.max_result),
+        limit=args.limit,
         minutes=args.minutes,
         brought=_brought(args.checkpoint, args.workloads),
         caches=args.caches,
         race=args.race,
         omit=tuple(args.omit),
     )
-    print(make_kit(cell, project.matrix, options))
+    print(make_kit(project, cell, options))
 
 
 def receipts(project: Project, args: argparse.Namespace) -> None:
@@ -154,10 +162,8 @@ def receipts(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.receipts.verification import describe, verify_all
 
     for result in args.result:
-        print(make_receipt(project.root, result, args.key))
-    found = verify_all(
-        project.root, project.matrix, datetime.datetime.now(datetime.UTC), signed=args.signed
-    )
+        print(make_receipt(project, result, args.key))
+    found = verify_all(project, signed=args.signed)
     print(describe(found))
     if args.update:
         write_pages(project, "docs/generated/status.md")

@@ -110,7 +110,7 @@ def _say(project: Project, deployment: Deployment, image: BuildRecord | None) ->
     from vllm_forge.receipts.lookup import image_receipts, preset_state
     from vllm_forge.serve.command import bare_command
 
-    found = image_receipts(project.root, project.matrix, None if image is None else image.digest)
+    found = image_receipts(project, None if image is None else image.digest)
     state = preset_state(project.root, found.held, deployment.preset_name, deployment.artifact_name)
     for words in found.refused:
         console.print(words, markup=False)

@@ -1,5 +1,1 @@
-"""What runs on the GPU host beside the tests.
-
-Imports the standard library, errors, and what a line's vLLM brings (pytest apart): an image and a
-kit hold this room without the project's other dependencies.
-"""
+"""Runs the suite of tests/gpu in an image or an environment, and packs it for hosts offline."""

@@ -1,4 +1,4 @@
-"""What goes to a GPU host beside the packages: tests, what judges them, and the sources they need.
+"""What goes to a GPU host beside the packages: the suite, its plan, and the sources it needs.
 
 ``source/`` has what the race suite's positive controls are compiled from. ``variants/<name>/`` has
 the Python files that the series changes, as published and with one patch left out: a test lays
@@ -10,30 +10,23 @@ from __future__ import annotations
 import io
 import shutil
 import tarfile
-import tomllib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.matrix import load, serve_arguments
+from vllm_forge.gputest.caches import FOLDERS, cache_key
 from vllm_forge.patches import Applied, check_line, read_series
 from vllm_forge.patches.variants import without
 from vllm_forge.patches.wheel import changed_files
-from vllm_forge.receipts.suite import FILE
+from vllm_forge.receipts.suite import CODECS_FOLDER, TESTS, plan_tier, read_suite, read_tiers
 from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
-    from vllm_forge.matrix import ImageCell, Matrix
+    from pathlib import Path
+
+    from vllm_forge.matrix import ImageCell
+    from vllm_forge.project import Project
     from vllm_forge.sources import SourceRepo
 
-CODE = (
-    "matrix.toml", "pyproject.toml", "tests/__init__.py", "tests/gpu", "src/vllm_forge/__init__.py",
-    "src/vllm_forge/errors", "src/vllm_forge/checkpoints/__init__.py",
-    "src/vllm_forge/checkpoints/codecs", "src/vllm_forge/gputest/__init__.py",
-    "src/vllm_forge/gputest/caches.py", "src/vllm_forge/gputest/device.py",
-    "src/vllm_forge/receipts/__init__.py", "src/vllm_forge/receipts/packages.py",
-    "src/vllm_forge/receipts/suite.py",
-)  # fmt: skip
 SOURCE, VARIANTS = "source", "variants"
 PUBLISHED = "published"
 
@@ -60,22 +53,29 @@ def write_bundle(cell: ImageCell, repo: SourceRepo, folder: Path) -> Bundle:
         folder: is made.
     """
     applied = check_line(cell.root, cell.line_name, cell.line, repo)
-    folder.mkdir(parents=True)
-    skip = shutil.ignore_patterns("__pycache__")
-    for name in CODE:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if (cell.root / name).is_dir():
-            shutil.copytree(cell.root / name, target, ignore=skip)
-        else:
-            shutil.copyfile(cell.root / name, target)
+    copy_code(cell.root, folder)
     _write_source(cell, repo, applied.base, folder / SOURCE)
     _write_variants(cell, repo, applied, folder / VARIANTS)
     return Bundle(folder=folder, tree=applied.result)
 
 
-def make_plan(cell: ImageCell, tree: str, subject: dict[str, Any]) -> dict[str, Any]:
-    """The file that tells the runner what it tests."""
+def copy_code(root: Path, folder: Path) -> None:
+    """Copy the suite, and what it imports of the project."""
+    for name in (TESTS, CODECS_FOLDER):
+        skip = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(root / name, folder / name, ignore=skip)
+    for name in ("tests", "src/vllm_forge", "src/vllm_forge/checkpoints"):
+        shutil.copyfile(root / name / "__init__.py", folder / name / "__init__.py")
+
+
+def make_plan(
+    project: Project, cell: ImageCell, tree: str, subject: dict[str, Any]
+) -> dict[str, Any]:
+    """The file that says to the runner what it tests, and by which tiers.
+
+    Raises:
+        SuiteDescriptionError: see plan_tier.
+    """
     return {
         "sku": cell.sku_name,
         "device": cell.sku.device,
@@ -85,32 +85,16 @@ def make_plan(cell: ImageCell, tree: str, subject: dict[str, Any]) -> dict[str, 
         "tree": tree,
         "lock_sha256": read_lock(cell.root, cell.line_name, cell.line, cell.base).digest,
         "subject": subject,
-        "presets": _presets(cell, load(cell.root)),
+        "caches": {"folders": FOLDERS, "key": cache_key(cell, tree, subject["kind"])},
+        "tiers": {
+            name: plan_tier(project, name, cell.sku_name) for name in read_tiers(project.root)
+        },
     }
-
-
-def _presets(cell: ImageCell, matrix: Matrix) -> list[dict[str, Any]]:
-    """How the SKU serves: tests of full artifacts start servers like that."""
-    rows = []
-    for name, preset in matrix.preset.items():
-        if preset.sku == cell.sku_name:
-            arguments, env = serve_arguments(matrix, name)
-            rows.append(
-                {
-                    "name": name,
-                    "artifacts": list(preset.artifacts),
-                    "tensor_parallel": preset.tensor_parallel,
-                    "speculative_tokens": preset.speculative_tokens,
-                    "arguments": arguments,
-                    "env": {**cell.sku.env, **env},
-                }
-            )
-    return rows
 
 
 def _write_source(cell: ImageCell, repo: SourceRepo, base: str, folder: Path) -> None:
     """Parts of the release that the suite's description names."""
-    paths = tomllib.loads((cell.root / FILE).read_text(encoding="utf-8"))["release_sources"]
+    paths = read_suite(cell.root)["release_sources"]
     archive = repo.git("archive", "--format=tar", base, *paths).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(folder, filter="data")

@@ -1,22 +1,34 @@
-"""What JIT compilers leave on a GPU host, in one folder that can be taken to the next start.
+"""What JIT compilers leave on a GPU host: its folders and key, and its way into kits and images.
 
 Triton, TileLang, DeepGEMM, FlashInfer, Inductor and the driver compile kernels when a model first
 runs; DeepSeek-V4 waits for minutes. Each compiler keeps its results where an environment variable
-says. A key beside them says for which stack they were made: most compilers would find out by
-themselves that a result is stale, and not all of them do.
+says. The runner (tests/gpu/harness/caches.py) writes a key beside them, of the stack that they are
+for.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import io
 import json
+import lzma
+import shutil
+import tarfile
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from vllm_forge.gputest.errors import JitCacheError
+from vllm_forge.gputest.errors import JitCacheError, KitError
+from vllm_forge.images.prewarm import Prewarm, tree_digest
+from vllm_forge.patches import read_tree_lock
+from vllm_forge.sources import read_lock
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vllm_forge.matrix import ImageCell
 
 KEY = "caches.json"
-TESTERS = ("execnet==", "iniconfig==", "pluggy==", "pytest-", "pytest==")
 # Folder -> the variable that names it.
 FOLDERS = {
     "vllm": "VLLM_CACHE_ROOT",
@@ -29,76 +41,143 @@ FOLDERS = {
     "cuda": "CUDA_CACHE_PATH",
     "trtllm": "TRTLLM_DG_CACHE_DIR",
 }
+PACKED = "caches.tar.xz"
+CHUNK = 1 << 24
 
 
-def stack_key(plan: dict[str, Any], packages: str = "") -> dict[str, str]:
-    """What compiled kernels are good for: the GPU's architecture, our source, all other packages.
+def cache_key(cell: ImageCell, tree: str, kind: str) -> dict[str, str]:
+    """What compiled kernels are good for: the GPU's architecture, the source, all other packages.
 
     Args:
-        plan: of tests.gpu.harness.run.
-        packages: those of an environment, see vllm_forge.receipts.packages. Of an image, the lock
-            says them, so that an image with the kernels in it has the same key.
+        cell: SKU and line.
+        tree: git tree hash of the patched source.
+        kind: ``image``, whose packages are the lock's; or ``environment``, whose ``stack`` the
+            runner adds.
     """
-    image = plan["subject"]["kind"] == "image"
-    return {
-        "compute_capability": plan["compute_capability"],
-        "tree": plan["tree"],
-        "kind": plan["subject"]["kind"],
-        "stack": plan["lock_sha256"] if image else packages_digest(packages),
-    }
+    key = {"compute_capability": cell.sku.compute_capability, "tree": tree, "kind": kind}
+    if kind == "image":
+        key["stack"] = read_lock(cell.root, cell.line_name, cell.line, cell.base).digest
+    return key
 
 
-def packages_digest(packages: str) -> str:
-    """SHA-256 in hex of a list of packages, without those that run tests and compile nothing."""
-    rows = [row for row in packages.splitlines() if not row.startswith(TESTERS)]
-    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
-
-
-def open_caches(folder: Path, key: dict[str, str]) -> dict[str, str]:
-    """Make what is missing; variables for the processes that compile.
-
-    Raises:
-        JitCacheError: the folder is of another stack, or not ours.
-    """
-    if folder.is_dir() and any(folder.iterdir()):
-        require_key(folder, key)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / KEY).write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
-    for name in FOLDERS:
-        (folder / name).mkdir(exist_ok=True)
-    return variables(folder)
-
-
-def variables(folder: Path) -> dict[str, str]:
-    """Variable -> where its compiler's results are below ``folder``."""
-    return {variable: str(folder / name) for name, variable in FOLDERS.items()}
-
-
-def require_key(folder: Path, key: dict[str, str]) -> None:
+def require_key(folder: Path, key: Mapping[str, str]) -> None:
     """Refuse what was compiled for another stack.
+
+    Args:
+        folder: what ``test-gpu --caches`` left.
+        key: what of the stack is known.
 
     Raises:
         JitCacheError: with the first difference.
     """
     try:
-        found = json.loads((folder / KEY).read_text(encoding="utf-8"))
-        different = [name for name in key if found[name] != key[name]]
+        recorded = json.loads((folder / KEY).read_text(encoding="utf-8"))
+        different = [name for name in key if recorded[name] != key[name]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise JitCacheError(
-            f"these are no caches of the suite: {type(error).__name__}: {error}",
+            f"not the caches of a run: {type(error).__name__}: {error}",
             where=str(folder / KEY),
             remedy="take the folder that --caches made",
         ) from None
     if different:
         name = different[0]
         raise JitCacheError(
-            f"these caches were compiled for another stack: {name} is {found[name]}, "
-            f"here it is {key[name]}",
+            f"the caches are of another stack: {name} is {recorded[name]}, expected {key[name]}",
             where=str(folder / KEY),
-            remedy="let the suite make new ones: run it with an empty --caches folder",
+            remedy="run the suite with an empty --caches folder",
         )
 
 
-def count_files(folder: Path) -> int:
-    """How much is there; 0 of a cold start."""
-    return sum(path.is_file() and path.name != KEY for path in folder.rglob("*"))
+def prewarm_of(cell: ImageCell, folder: Path) -> Prewarm:
+    """Compiled kernels for a cell's image: those of a run in an image of the same stack.
+
+    Args:
+        cell: SKU and line.
+        folder: what ``test-gpu --caches`` left.
+
+    Raises:
+        JitCacheError: of another GPU architecture, tree or lock, or not of an image.
+    """
+    tree = read_tree_lock(cell.root / cell.line.series, cell.line_name).result
+    key = cache_key(cell, tree, "image")
+    require_key(folder, key)
+    return Prewarm(
+        folder=folder,
+        variables={variable: name for name, variable in FOLDERS.items()},
+        key=key,
+        digest=tree_digest(folder),
+    )
+
+
+def find_caches(source: Path) -> list[Path]:
+    """The folder, the tar, or its pieces.
+
+    Raises:
+        KitError: nothing there.
+    """
+    if source.exists():
+        return [source]
+    if pieces := sorted(source.parent.glob(f"{source.name}.[0-9][0-9]")):
+        return pieces
+    raise KitError(
+        "--caches not found",
+        where=str(source),
+        remedy=f"name a folder, or the {PACKED} that a run of a kit left",
+    )
+
+
+def pack_caches(source: Path, content: Path, key: Mapping[str, str]) -> str | None:
+    """Put them into a kit's content; return where compilers had them, if one of them says so.
+
+    Args:
+        source: the folder, the tar that a run packed, or that name where it is cut in pieces
+            (``caches.tar.xz.00``, ...).
+        content: gets ``caches.tar.xz``.
+        key: what of the stack is known here; the host compares its packages, too.
+
+    Raises:
+        KitError: not caches, or a part of them.
+        JitCacheError: of another stack.
+    """
+    with tempfile.TemporaryDirectory(dir=content.parent) as work:
+        folder = Path(work) / "caches"
+        _copy(source, folder)
+        require_key(folder, key)
+        with tarfile.open(content / PACKED, "w:xz", preset=1) as tar:
+            tar.add(folder, arcname=folder.name)
+        return _compiled_at(folder)
+
+
+def _compiled_at(folder: Path) -> str | None:
+    """Triton lists the files of a kernel with absolute paths, and misses those that were moved."""
+    for group in sorted((folder / "triton").glob("*/__grp__*.json")):
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            child = next(iter(json.loads(group.read_text())["child_paths"].values()), "")
+            return str(Path(child).parents[2])  # of FOLDER/triton/HASH/file
+    return None
+
+
+def _copy(source: Path, target: Path) -> None:
+    pieces = find_caches(source)
+    try:
+        if source.is_dir():
+            shutil.copytree(source, target)
+        else:
+            joined = io.BytesIO(b"".join(piece.read_bytes() for piece in pieces))
+            with lzma.open(joined) as packed, tarfile.open(fileobj=packed, mode="r|") as tar:
+                tar.extractall(target.parent, filter="data")
+                while packed.read(CHUNK):
+                    pass  # to the end, where xz has its checksum
+    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
+        raise KitError(
+            f"not the caches of a run: {error}",
+            where=str(source),
+            remedy=f"copy {PACKED}, or all of its pieces, again",
+        ) from None
+    names = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if KEY not in names or names - {KEY, *FOLDERS}:
+        raise KitError(
+            f"expected {KEY} and folders of compilers, found {', '.join(sorted(names))}",
+            where=str(source),
+            remedy=f"compilers: {', '.join(FOLDERS)}",
+        )

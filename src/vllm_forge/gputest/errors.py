@@ -5,11 +5,25 @@ from __future__ import annotations
 from vllm_forge.errors import ForgeError
 
 REFUSED = 90
+RED = 91
+UNDECIDED = 92
 FAULT = 93
 
 
+class SuiteRedError(ForgeError):
+    """A test of the GPU suite failed."""
+
+    exit_code = RED
+
+
+class SuiteUndecidedError(ForgeError):
+    """The GPU suite did not run to its end, or a test has no verdict."""
+
+    exit_code = UNDECIDED
+
+
 class WrongGpuError(ForgeError):
-    """There is no GPU, or it is not of the SKU that was asked for."""
+    """No GPU, or not of the SKU that was asked for."""
 
     exit_code = FAULT
 
@@ -21,6 +35,6 @@ class KitError(ForgeError):
 
 
 class JitCacheError(ForgeError):
-    """Kernels that were compiled before are not for this stack."""
+    """Compiled kernels are of another stack."""
 
     exit_code = REFUSED

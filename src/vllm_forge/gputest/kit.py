@@ -7,35 +7,35 @@ import json
 import re
 import shutil
 import tarfile
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.errors import UsageError
 from vllm_forge.gputest.bundle import make_plan, write_bundle
+from vllm_forge.gputest.caches import find_caches, pack_caches
 from vllm_forge.gputest.errors import KitError
-from vllm_forge.gputest.kit_caches import pack_caches, require_caches
 from vllm_forge.gputest.launch import test_tools
-from vllm_forge.gputest.select_wheels import choose, read_freeze, require_closed
-from vllm_forge.gputest.thin_wheel import thin_wheel
+from vllm_forge.gputest.wheels import read_freeze, require_closed, select_wheels, thin_wheel
 from vllm_forge.host import atomic_path, report, require_disk, tree_bytes
 from vllm_forge.images import patched_wheel
 from vllm_forge.kernels.coverage import parse_capability
 from vllm_forge.patches import check_line
-from vllm_forge.receipts.suite import FILE, RACE_FOLDER
+from vllm_forge.receipts.suite import read_suite
 from vllm_forge.sources import Index, SourceRepo, Wheelhouse, read_lock
 
 if TYPE_CHECKING:
-    from vllm_forge.matrix import ImageCell, Matrix
+    from vllm_forge.gputest.wheels import WheelSelection
+    from vllm_forge.matrix import ImageCell
+    from vllm_forge.project import Project
 
 HOST = Path(__file__).with_name("kit_host.py")
 SIZE = re.compile(r"(?P<number>\d+)\s*(?P<unit>MB|MiB|GB|GiB)")
 UNITS = {"MB": 10**6, "MiB": 1 << 20, "GB": 10**9, "GiB": 1 << 30}
-KNOWN_OF_CACHES = ("compute_capability", "tree")  # see vllm_forge.gputest.caches.stack_key
+RACE_FOLDER = "dist/gpu/race"  # see tests/gpu/race/kit.py
 RACE_FILES = ("kit.tar.xz", "manifest.json")
 RUN = """#!/bin/sh
-# sh run.sh take           keep the parts that lie here; once for each part that travels alone
+# sh run.sh take           keep the parts in this folder; once for each part that travels alone
 # sh run.sh go OUTPUT      verify, join, install beside the host's packages, run the suite
 exec python3 "$(dirname "$0")/kit.py" "$@"
 """
@@ -50,12 +50,14 @@ class KitOptions:
         freeze: the host's ``pip freeze``.
         python: version of its Python.
         max_part: bytes of the largest part.
+        max_result: bytes of the largest file that a run leaves; larger ones are cut.
+        limit: seconds that a call on the host may take.
         minutes: budget per tier.
         brought: place in the bundle -> folder: models and prompts.
         caches: what JIT compilers made on such a host before: a folder, or the tar that a run of
             a kit packs.
-        race: helpers of the race suite that are compiled already: what ``tests.gpu.prepare_race``
-            made. Without, the host compiles them.
+        race: helpers of the race suite that are compiled already, by
+            ``tests.support.prepare_race``. Without, the host compiles them.
         omit: distributions to leave out.
     """
 
@@ -63,6 +65,8 @@ class KitOptions:
     freeze: Path
     python: str
     max_part: int
+    max_result: int
+    limit: float
     minutes: float
     brought: dict[str, Path] = field(default_factory=dict)
     caches: Path | None = None
@@ -74,37 +78,38 @@ def parse_size(text: str) -> int:
     """Bytes of e.g. ``62MB``.
 
     Raises:
-        UsageError: it is not a size.
+        UsageError: not a size.
     """
-    found = SIZE.fullmatch(text)
-    if found is None or int(found["number"]) == 0:
-        raise UsageError(f"{text!r} is not a size", remedy=f"e.g. 62MB; units: {', '.join(UNITS)}")
-    return int(found["number"]) * UNITS[found["unit"]]
+    size = SIZE.fullmatch(text)
+    if size is None or int(size["number"]) == 0:
+        raise UsageError(
+            f"invalid size {text!r}", remedy=f"write e.g. 62MB; units: {', '.join(UNITS)}"
+        )
+    return int(size["number"]) * UNITS[size["unit"]]
 
 
-def make_kit(cell: ImageCell, matrix: Matrix, options: KitOptions) -> Path:
+def make_kit(project: Project, cell: ImageCell, options: KitOptions) -> Path:
     """Write a kit and return its folder.
 
     Raises:
-        KitError: see kit_wheels.choose; or the folder exists.
+        KitError: see select_wheels; or the folder exists.
         DiskSpaceError: the disk is too small for it.
     """
     if options.output.exists() or options.output.is_symlink():
         raise KitError(
-            "the folder is there already",
+            "--output exists already",
             where=str(options.output),
             remedy="name another with --output, or delete it",
         )
     if options.race is not None:
         require_race(options.race)
     if options.caches is not None:
-        require_caches(options.caches)
-    suite = tomllib.loads((cell.root / FILE).read_text(encoding="utf-8"))["kit"]
+        find_caches(options.caches)
     frozen = read_freeze(options.freeze)
-    lock = read_lock(cell.root, cell.line_name, cell.line, matrix.base)
-    chosen = choose(
+    lock = read_lock(cell.root, cell.line_name, cell.line, cell.base)
+    selection = select_wheels(
         cell.line.model_copy(update={"python": options.python}),
-        matrix.base,
+        cell.base,
         lock,
         Index(),
         frozen=frozen,
@@ -112,68 +117,80 @@ def make_kit(cell: ImageCell, matrix: Matrix, options: KitOptions) -> Path:
         extra=test_tools(cell.root),
     )
     wheelhouse, repo = Wheelhouse(), SourceRepo()
-    wheelhouse.fetch([lock.find("vllm"), *chosen.wheels])
+    wheelhouse.fetch([lock.find("vllm"), *selection.wheels])
     applied = check_line(cell.root, cell.line_name, cell.line, repo)
-    patched = patched_wheel(cell, lock, applied, repo, wheelhouse)
-    size = sum(wheel.size for wheel in chosen.wheels) + 2 * patched.path.stat().st_size
+    patched = patched_wheel(cell, lock, applied, repo, wheelhouse).path
+    size = sum(wheel.size for wheel in selection.wheels) + 2 * patched.stat().st_size
     size += sum(tree_bytes(folder) for folder in options.brought.values())
     require_disk({options.output: 2 * size})
     with atomic_path(options.output) as aside:
-        content = aside.with_name(f"content of {aside.name}")  # gone with it, whatever ends this
-        (content / "wheels").mkdir(parents=True)
+        content = aside.with_name(f"content of {aside.name}")  # deleted with it, also after a kill
+        wheels = content / "wheels"
+        wheels.mkdir(parents=True)
         with report("zero device code for other GPUs"):
-            thinned = thin_wheel(
-                patched.path,
-                content / "wheels" / patched.path.name,
+            thin = thin_wheel(
+                patched,
+                wheels / patched.name,
                 parse_capability(cell.sku.compute_capability),
-                suite["without_device_code"],
+                read_suite(cell.root)["kit"]["without_device_code"],
             )
-        for wheel in chosen.wheels:
-            shutil.copyfile(wheelhouse.verify(wheel), content / "wheels" / wheel.filename)
-        require_closed(
-            sorted((content / "wheels").glob("*.whl")),
-            {*frozen, *options.omit},
-            options.python,
+        for wheel in selection.wheels:
+            shutil.copyfile(wheelhouse.verify(wheel), wheels / wheel.filename)
+        require_closed(sorted(wheels.glob("*.whl")), {*frozen, *options.omit}, options.python)
+        plan, compiled_at = _write_bundle(
+            project, cell, content, options, [*selection.differences, *thin.differences]
         )
-        bundle = write_bundle(cell, repo, content / "bundle")
-        for place, folder in options.brought.items():
-            shutil.copytree(folder, content / "bundle" / place)
-        subject = {"kind": "environment", "name": f"kit for {cell.name}", "sha256": None}
-        plan = make_plan(cell, bundle.tree, subject)
-        plan["differences"] = [*chosen.differences, *thinned.differences]
-        (content / "bundle" / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
-        if options.race is not None:
-            copy_race(options.race, content / "bundle" / RACE_FOLDER)
-        compiled_at = None
-        if options.caches is not None:
-            key = {"kind": subject["kind"], **{name: plan[name] for name in KNOWN_OF_CACHES}}
-            compiled_at = pack_caches(options.caches, content, key)
         with report("write the parts"):
             aside.mkdir()
             parts = write_parts(content, aside, options.max_part)
-            manifest = {
-                "schema": 1,
-                "sku": cell.sku_name,
-                "line": cell.line_name,
-                "tree": bundle.tree,
-                "lock_sha256": lock.digest,
-                "freeze_sha256": hashlib.sha256(options.freeze.read_bytes()).hexdigest(),
-                "python": options.python,
-                "minutes": options.minutes,
-                "kept_of_the_host": list(chosen.kept),
-                "differences": plan["differences"],
-                "compiled_at": compiled_at,
-                "wheels": {w.filename: w.sha256 for w in chosen.wheels},
-                "parts": parts,
-            }
+            manifest = _manifest(plan, options, selection)
+            manifest |= {"compiled_at": compiled_at, "parts": parts}
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
             (aside / "run.sh").write_text(RUN)
             shutil.copyfile(HOST, aside / "kit.py")
     return options.output
 
 
+def _write_bundle(
+    project: Project,
+    cell: ImageCell,
+    content: Path,
+    options: KitOptions,
+    differences: list[str],
+) -> tuple[dict[str, Any], str | None]:
+    """Fill ``content/bundle`` and pack the caches; the plan, and where these were compiled."""
+    bundle = write_bundle(cell, SourceRepo(), content / "bundle")
+    for place, folder in options.brought.items():
+        shutil.copytree(folder, bundle.folder / place)
+    subject = {"kind": "environment", "name": f"kit for {cell.name}", "sha256": None}
+    plan = make_plan(project, cell, bundle.tree, subject) | {"differences": differences}
+    (bundle.folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+    if options.race is not None:
+        copy_race(options.race, bundle.folder / RACE_FOLDER)
+    if options.caches is None:
+        return plan, None
+    return plan, pack_caches(options.caches, content, plan["caches"]["key"])
+
+
+def _manifest(
+    plan: dict[str, Any], options: KitOptions, selection: WheelSelection
+) -> dict[str, Any]:
+    """What ``kit_host`` reads, and what the kit is for."""
+    return {
+        "schema": 1,
+        **{name: plan[name] for name in ("sku", "line", "tree", "lock_sha256", "differences")},
+        "freeze_sha256": hashlib.sha256(options.freeze.read_bytes()).hexdigest(),
+        "python": options.python,
+        "minutes": options.minutes,
+        "limit": options.limit,
+        "max_result": options.max_result,
+        "kept_of_the_host": list(selection.kept),
+        "wheels": {wheel.filename: wheel.sha256 for wheel in selection.wheels},
+    }
+
+
 def require_race(source: Path) -> None:
-    """Refuse a folder that has not the race suite's compiled helpers.
+    """Refuse a folder that does not have the race suite's compiled helpers.
 
     Raises:
         KitError: with what it lacks.
@@ -181,9 +198,9 @@ def require_race(source: Path) -> None:
     for name in RACE_FILES:
         if not (source / name).is_file():
             raise KitError(
-                f"no {name}: not what tests.gpu.prepare_race made",
+                f"missing {name} in --race",
                 where=str(source),
-                remedy="python -m tests.gpu.prepare_race DIR makes them, --race DIR brings them",
+                remedy="make the folder with: python -m tests.support.prepare_race DIR",
             )
 
 
@@ -191,7 +208,7 @@ def copy_race(source: Path, target: Path) -> None:
     """Copy the race suite's compiled helpers.
 
     Raises:
-        KitError: there are none.
+        KitError: see require_race.
     """
     require_race(source)
     target.mkdir(parents=True)

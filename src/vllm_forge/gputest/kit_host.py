@@ -5,7 +5,8 @@
 
 Stands alone on the standard library, and needs no network and no root. Works in FORGE_KIT_WORK
 (default: forge-kit in the folder for temporary files). The host's packages are seen behind the
-kit's. Ends by itself before FORGE_KIT_LIMIT seconds (default 580), with what was found by then.
+kit's. Ends by itself before FORGE_KIT_LIMIT seconds (default: --limit of gpu-kit), with the results
+so far.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ from typing import Any, BinaryIO
 HERE = Path(__file__).resolve().parent
 WORK = Path(os.environ.get("FORGE_KIT_WORK") or Path(tempfile.gettempdir()) / "forge-kit")
 PACKING_S, ENDING_S = 45, 20  # the suite gets SIGTERM that long before the limit; then SIGKILL
-MAX_FILE = 15 << 20
 CHUNK = 1 << 24
 # Of every installed file: FlashInfer builds with ninja, which builds again what is older than its
 # sources, and caches that came along are older than an environment that was made now.
@@ -73,7 +73,7 @@ def is_part(path: Path, part: dict[str, Any]) -> bool:
 def require(path: Path, part: dict[str, Any]) -> None:
     """End unless it is the manifest's."""
     if not is_part(path, part):
-        sys.exit(f"{part['name']} is not the part that the manifest has: copy it again")
+        sys.exit(f"{part['name']} does not match the manifest: copy it again")
 
 
 def kit_id(manifest: dict[str, Any]) -> str:
@@ -83,7 +83,7 @@ def kit_id(manifest: dict[str, Any]) -> str:
 
 
 def is_complete(folder: Path, kit: str) -> bool:
-    """Whether an earlier call made all of a folder, of this kit."""
+    """Whether an earlier call completed a folder of this kit."""
     stamp = folder / ".complete"
     return stamp.is_file() and stamp.read_text() == kit
 
@@ -96,7 +96,7 @@ class Joined(io.RawIOBase):
         self.files: list[BinaryIO] = [path.open("rb") for path in paths]
 
     def readable(self) -> bool:
-        """It is."""
+        """True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
@@ -213,8 +213,11 @@ def brought_caches(folder: Path, manifest: dict[str, Any]) -> Path:
         (aside / "caches").rename(caches)
         clear(aside)
         if (place := manifest.get("compiled_at")) not in {None, str(caches)}:
-            print(f"the kit's kernels were compiled at {place}, which they hold: many are compiled "
-                  f"anew, unless FORGE_KIT_WORK is {Path(place).parent}", flush=True)  # fmt: skip
+            print(
+                f"the kit's kernels were compiled at {place}, a path that they hold: many are "
+                f"compiled again unless FORGE_KIT_WORK={Path(place).parent}",
+                flush=True,
+            )
     return caches
 
 
@@ -231,7 +234,7 @@ def go(
     output.mkdir(parents=True, exist_ok=True)  # now: it may be refused
     caches = brought_caches(folder, manifest)
     bundle = folder / "bundle"
-    # Who ends this process early gets the verdicts so far, and no suite that runs on.
+    # On SIGTERM, the suite is ended and results so far are still written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     minutes = [] if "--minutes" in arguments else ["--minutes", str(manifest["minutes"])]
     process = subprocess.Popen(
@@ -255,24 +258,25 @@ def go(
         os.killpg(process.pid, signal.SIGKILL)  # servers that tests left, too
     for path in [*results.glob("*.json"), *results.glob("*.txt"), *results.glob("*.xml")]:
         shutil.copyfile(path, output / path.name)
+    largest = int(manifest["max_result"])
     if results.is_dir():
-        pack(results, output / "results.tar.xz")
+        pack(results, output / "results.tar.xz", largest)
     if os.environ.get("FORGE_KIT_CACHES") and caches.is_dir():
-        pack(caches, output / "caches.tar.xz")
+        pack(caches, output / "caches.tar.xz", largest)
     return code
 
 
-def pack(folder: Path, target: Path) -> None:
-    """Compress a folder; cut into files ``.00``, ``.01`` where it is larger than MAX_FILE."""
+def pack(folder: Path, target: Path, largest: int) -> None:
+    """Compress a folder; cut into files ``.00``, ``.01`` of at most ``largest`` bytes."""
     for piece in target.parent.glob(f"{target.name}.[0-9][0-9]"):
         piece.unlink()  # of an earlier call, which may have had more of them
     with tarfile.open(target, "w:xz", preset=1) as tar:
         tar.add(folder, arcname=folder.name)
-    if target.stat().st_size <= MAX_FILE:
+    if target.stat().st_size <= largest:
         return
     with target.open("rb") as file:
         for number in itertools.count():
-            if not (block := file.read(MAX_FILE)):
+            if not (block := file.read(largest)):
                 break
             target.with_name(f"{target.name}.{number:02}").write_bytes(block)
     target.unlink()
@@ -285,21 +289,22 @@ def read_manifest() -> dict[str, Any]:
         for part in manifest["parts"]:
             if Path(part["name"]).name != part["name"] or not {"size", "sha256"} <= set(part):
                 raise ValueError(f"a part is {part}")  # noqa: TRY301
-        float(manifest["minutes"])
+        for name in ("minutes", "limit", "max_result"):
+            float(manifest[name])
     except (OSError, ValueError, LookupError, TypeError) as error:
-        sys.exit(f"manifest.json is not this kit's, copy it again: {type(error).__name__}: {error}")
+        sys.exit(f"invalid manifest.json, copy it again: {type(error).__name__}: {error}")
     return dict(manifest)
 
 
-def read_limit() -> float:
+def read_limit(manifest: dict[str, Any]) -> float:
     """Seconds that a call may take."""
-    text = os.environ.get("FORGE_KIT_LIMIT", "580")
+    text = os.environ.get("FORGE_KIT_LIMIT", str(manifest["limit"]))
     try:
         limit = float(text)
     except ValueError:
         limit = math.nan
     if not PACKING_S < limit < math.inf:
-        sys.exit(f"FORGE_KIT_LIMIT is {text!r}: give seconds, more than {PACKING_S}")
+        sys.exit(f"invalid FORGE_KIT_LIMIT {text!r}: expected seconds, more than {PACKING_S}")
     return limit
 
 
@@ -313,8 +318,9 @@ def require_python(manifest: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """See the module."""
-    start, limit, manifest = time.monotonic(), read_limit(), read_manifest()
+    """Run one command."""
+    start, manifest = time.monotonic(), read_manifest()
+    limit = read_limit(manifest)
     taking = arguments == ["take"]
     if not taking and (arguments[:1] != ["go"] or len(arguments) == 1):
         sys.exit(__doc__)

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_forge.gputest.bundle import make_plan, write_bundle
-from vllm_forge.gputest.caches import stack_key
-from vllm_forge.gputest.device import ask_gpus, require_sku
+from vllm_forge.gputest.errors import RED, SuiteRedError, SuiteUndecidedError, WrongGpuError
 from vllm_forge.gputest.find_image import find_image
 from vllm_forge.host import gpu_container
 from vllm_forge.host.errors import ToolMissingError
+from vllm_forge.host.gpus import DETAILED, gpu_query
 from vllm_forge.images.prewarm import SCRIPT, place_of
-from vllm_forge.receipts.errors import GpuSuiteError, ReceiptSubjectError
+from vllm_forge.receipts.errors import ReceiptSubjectError
+from vllm_forge.serve.doctor.host import listed_gpus
 from vllm_forge.sources import SourceRepo, Wheelhouse, read_wheels
 from vllm_forge.sources.errors import LockFileError
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from vllm_forge.host import Probe
     from vllm_forge.matrix import ImageCell
+    from vllm_forge.project import Project
     from vllm_forge.sources import LockedWheel
 
 RUN = ("-m", "tests.gpu.harness.run")
@@ -47,43 +49,82 @@ WITH_CACHES = f'PATH="/forge/{SANITIZER.parent}:$PATH" exec "$@"'
 
 def test_tools(root: Path) -> list[LockedWheel]:
     """Wheels that run the suite: no image has them, and no host need have."""
-    _, found = read_wheels(root / REQUIREMENTS, "name wheels, sorted, with hashes")
-    if {wheel.name for wheel in found} != TOOLS:
+    wheels = _wheels(root / REQUIREMENTS)
+    if {wheel.name for wheel in wheels} != TOOLS:
         raise LockFileError(
             f"the tools of the GPU suite are not {', '.join(sorted(TOOLS))}",
             where=REQUIREMENTS,
             remedy="name these, each with its hash",
         )
-    return list(found)
+    return wheels
 
 
 def sanitizer(root: Path) -> list[LockedWheel]:
     """Wheels with compute-sanitizer, which no image has."""
-    _, found = read_wheels(root / IMAGE_REQUIREMENTS, "name wheels, sorted, with hashes")
-    return list(found)
+    return _wheels(root / IMAGE_REQUIREMENTS)
+
+
+def _wheels(path: Path) -> list[LockedWheel]:
+    return list(read_wheels(path, "name wheels, sorted, with hashes")[1])
+
+
+def require_sku(probe: Probe, cell: ImageCell) -> None:
+    """Refuse a host whose GPUs are not of the SKU: its compute capability and product name.
+
+    The product name matters, as two products of one capability differ in SMs, memory and clocks:
+    the driver's name must be that of the SKU's row, or start with it.
+
+    Raises:
+        WrongGpuError: no GPU, or another one.
+    """
+    gpus, message = listed_gpus(probe.ask("nvidia-smi", gpu_query(DETAILED)))
+    if not gpus:
+        raise WrongGpuError(
+            f"no GPU to test: {message}",
+            where="nvidia-smi",
+            remedy="run this on a host of the SKU; make a kit for a host without network: "
+            "nox -s gpu-kit -- --sku SKU --output DIR",
+        )
+    sku = cell.sku
+    for gpu in gpus:
+        if gpu.capability != sku.compute_capability or not gpu.name.startswith(sku.device):
+            raise WrongGpuError(
+                f"{cell.sku_name} is {sku.device} with compute capability "
+                f"{sku.compute_capability}; this host has {gpu.name} with {gpu.capability}",
+                remedy="run on a host of the SKU",
+            )
 
 
 def run_in_environment(
-    cell: ImageCell, python: str, output: Path, brought: dict[str, Path], args: Sequence[str]
+    project: Project,
+    cell: ImageCell,
+    output: Path,
+    brought: dict[str, Path],
+    args: Sequence[str],
+    *,
+    probe: Probe,
+    python: str,
 ) -> None:
     """Run the suite by a Python that has the line's patched vLLM, pytest and xdist.
 
     Args:
+        project: the repository.
         cell: SKU and line.
-        python: program.
         output: where results go.
         brought: place in the bundle -> folder: models and prompts, which stay where they are.
         args: of tests.gpu.harness.run.
+        probe: asks the host.
+        python: program.
 
     Raises:
         WrongGpuError: the GPU is not the SKU's.
-        ToolMissingError: there is no such Python.
-        GpuSuiteError: a tier is red.
+        ToolMissingError: the Python is missing, or lacks a module.
+        SuiteRedError, SuiteUndecidedError: a tier is not green.
     """
-    require_sku(ask_gpus(), cell.sku_name, cell.sku.compute_capability, cell.sku.device)
+    require_sku(probe, cell)
     program = shutil.which(python)
     if program is None:
-        raise ToolMissingError(f"there is no {python}", remedy="name one with --env PYTHON")
+        raise ToolMissingError(f"{python} not found", remedy="name one with --env PYTHON")
     require_modules(program, MODULES if "-n" in args else MODULES[:2])
     with tempfile.TemporaryDirectory() as work:
         bundle = write_bundle(cell, SourceRepo(), Path(work) / "bundle")
@@ -93,7 +134,7 @@ def run_in_environment(
             target.symlink_to(folder.resolve())
         subject = {"kind": "environment", "name": f"environment of {cell.name}", "sha256": None}
         plan = bundle.folder / "plan.json"
-        plan.write_text(json.dumps(make_plan(cell, bundle.tree, subject), indent=1))
+        plan.write_text(json.dumps(make_plan(project, cell, bundle.tree, subject), indent=1))
         path = os.pathsep.join(
             filter(None, [str(bundle.folder / "src"), os.environ.get("PYTHONPATH", "")])
         )
@@ -103,11 +144,11 @@ def run_in_environment(
             env={**os.environ, "PYTHONPATH": path},
             check=False,
         ).returncode
-    _require_green(code, output)
+    require_green(code, output)
 
 
 def require_modules(program: str, names: Sequence[str]) -> None:
-    """Refuse a Python that cannot run the suite, which would say no more than that it is red.
+    """Refuse a Python that cannot run the suite.
 
     Raises:
         ToolMissingError: it lacks a module, or does not run.
@@ -120,12 +161,12 @@ def require_modules(program: str, names: Sequence[str]) -> None:
         done = subprocess.run(
             [program, "-c", code, *names], capture_output=True, text=True, check=False
         )
-        said = done.stdout.strip() if done.returncode == 0 else done.stderr.strip()[-200:]
+        lacking = done.stdout.strip() if done.returncode == 0 else done.stderr.strip()[-200:]
     except OSError as error:
-        said = str(error)
-    if said:
+        lacking = str(error)
+    if lacking:
         raise ToolMissingError(
-            f"this Python cannot run the suite; it lacks: {said}",
+            f"this Python cannot run the suite; it lacks: {lacking}",
             where=program,
             remedy="name one with --env PYTHON that has the line's patched vLLM and pytest; -n "
             "needs pytest-xdist too",
@@ -133,6 +174,7 @@ def require_modules(program: str, names: Sequence[str]) -> None:
 
 
 def run_in_image(
+    project: Project,
     cell: ImageCell,
     output: Path,
     brought: dict[str, Path],
@@ -146,6 +188,7 @@ def run_in_image(
     """Run the suite inside an image, by the engine that has it, with all GPUs.
 
     Args:
+        project: the repository.
         cell: SKU and line.
         output: where results go.
         brought: see run_in_environment.
@@ -159,22 +202,22 @@ def run_in_image(
         WrongGpuError: the GPU is not the SKU's.
         NoGpuError: no engine has the image.
         ReceiptSubjectError: the image is of another tree than the series, or its digest unknown.
-        GpuSuiteError: a tier is red.
+        SuiteRedError, SuiteUndecidedError: a tier is not green.
     """
-    require_sku(ask_gpus(), cell.sku_name, cell.sku.compute_capability, cell.sku.device)
+    require_sku(probe, cell)
     name = reference or f"localhost/{cell.name}:{cell.line_name}"
-    found = find_image(probe, name, cell.root / "dist" / cell.name)
+    image = find_image(probe, name, cell.root / "dist" / cell.name)
     with tempfile.TemporaryDirectory() as work:
         bundle = write_bundle(cell, SourceRepo(), Path(work) / "bundle")
-        if found.tree != bundle.tree:
+        if image.tree != bundle.tree:
             raise ReceiptSubjectError(
-                f"the image is of tree {found.tree or 'unknown'}, the series gives {bundle.tree}",
+                f"the image is of tree {image.tree or 'unknown'}, the series gives {bundle.tree}",
                 where=name,
                 remedy="build it again, or check out the commit that it was built from",
             )
         unpack_tools(cell.root, bundle.folder)
-        subject = {"kind": "image", "name": name, "sha256": found.digest}
-        plan = make_plan(cell, bundle.tree, subject)
+        subject = {"kind": "image", "name": name, "sha256": image.digest}
+        plan = make_plan(project, cell, bundle.tree, subject)
         (bundle.folder / "plan.json").write_text(json.dumps(plan, indent=1))
         for place in brought:  # the bundle is mounted read-only: no engine could make them
             (bundle.folder / place).mkdir(parents=True)
@@ -182,9 +225,9 @@ def run_in_image(
         compiled = None
         if caches is not None:
             caches.mkdir(parents=True, exist_ok=True)
-            compiled = caches, place_of(stack_key(plan))
+            compiled = caches, place_of(plan["caches"]["key"])
         argv = container_command(
-            found.engine,
+            image.engine,
             name,
             bundle.folder,
             output.resolve(),
@@ -194,7 +237,7 @@ def run_in_image(
             network=network,
         )
         code = subprocess.run(argv, check=False).returncode
-    _require_green(code, output)
+    require_green(code, output)
 
 
 def container_command(
@@ -255,10 +298,16 @@ def unpack_tools(root: Path, bundle: Path) -> None:
         )
 
 
-def _require_green(code: int, output: Path) -> None:
+def require_green(code: int, output: Path) -> None:
+    """Judge the exit code of ``tests.gpu.harness.run``.
+
+    Raises:
+        SuiteRedError, SuiteUndecidedError: it is not 0.
+    """
     if code != 0:
-        raise GpuSuiteError(
+        kind = SuiteRedError if code == RED else SuiteUndecidedError
+        raise kind(
             f"the suite exited with {code}",
             where=str(output),
-            remedy="its table is above; the results are in that folder",
+            remedy="see its output above, and the results in that folder",
         )

@@ -66,7 +66,7 @@ def place_of(key: Mapping[str, str]) -> str:
     """Where kernels of a stack are in a container, while they are compiled and when they serve.
 
     Args:
-        key: see vllm_forge.gputest.caches.stack_key.
+        key: see vllm_forge.gputest.caches.cache_key.
     """
     digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
     return f"/cache/jit/{digest[:16]}"

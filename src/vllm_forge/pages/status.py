@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.errors import ForgeError
 from vllm_forge.pages.markdown import table
+from vllm_forge.receipts import FOLDER, KEYS
 from vllm_forge.receipts.envelope import read_keys, read_receipt
-from vllm_forge.receipts.lookup import FOLDER, KEYS, NOT_RUN
+from vllm_forge.receipts.lookup import NOT_RUN
 from vllm_forge.receipts.selection_match import compare
 from vllm_forge.receipts.suite import read_tiers
 from vllm_forge.receipts.verification import receipt_paths, verify
@@ -43,25 +44,25 @@ def page(project: Project) -> str:
     for path in receipt_paths(project.root):
         try:
             receipt = read_receipt(path, keys)
-            verify(project.root, project.matrix, receipt, receipt.statement.detail.finished)
+            verify(project, receipt, receipt.statement.detail.finished)
         except ForgeError as error:
             refused.append(f"* {path.relative_to(project.root)}: {error.what}")
         else:
             valid.append(receipt)
-    text = status_text(project.root, project.matrix, valid)
+    text = status_text(project, valid)
     return text + "\n".join(["\nRefused:\n", *refused, ""]) if refused else text
 
 
-def status_text(root: Path, matrix: Matrix, receipts: Sequence[Receipt]) -> str:
+def status_text(project: Project, receipts: Sequence[Receipt]) -> str:
     """The page: SKU by line and tier."""
-    tiers = list(read_tiers(root))
+    matrix, tiers = project.matrix, list(read_tiers(project.root))
     columns = [(line, tier) for line in matrix.line for tier in tiers]
     rows = [
         [sku, *(_cell(matrix, sku, line, tier, receipts) for line, tier in columns)]
         for sku in matrix.sku
     ]
     grid = table(["SKU", *(f"{line}, {tier}" for line, tier in columns)], rows)
-    return HEAD + grid + "\n" + _evidence(receipts) + _kernels(root, receipts) + FOOT
+    return HEAD + grid + "\n" + _evidence(receipts) + _kernels(project.root, receipts) + FOOT
 
 
 def _cell(matrix: Matrix, sku: str, line: str, tier: str, receipts: Sequence[Receipt]) -> str:

@@ -1,0 +1,5 @@
+"""Receipts of the GPU suite: made, kept in ``records/receipts``, and verified on any host."""
+
+FOLDER = "records/receipts"
+KEYS = "keys"  # in it: NAME.pem of each signer who is trusted
+PACKAGES = "environment.txt"  # beside the receipt of an environment: its packages

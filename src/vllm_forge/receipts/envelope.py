@@ -136,9 +136,9 @@ def read_keys(folder: Path) -> list[Key]:
         return []
     except OSError as error:
         raise ReceiptKeyError(
-            f"the folder of trusted keys cannot be read: {error}",
+            f"cannot read the folder of trusted keys: {error}",
             where=str(folder),
-            remedy="it is a folder with a NAME.pem for each signer, or is not there",
+            remedy="make it a folder with a NAME.pem for each signer, or delete it",
         ) from None
     return [_public(path) for path in paths if path.suffix == ".pem"]
 

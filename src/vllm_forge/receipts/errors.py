@@ -45,10 +45,16 @@ class ReceiptIncompleteError(ForgeError):
     exit_code = RED
 
 
-class GpuSuiteError(ForgeError):
-    """The GPU suite is red, or did not run to its end."""
+class SuiteDescriptionError(ForgeError):
+    """The GPU suite's files, or the list of its cases, are missing or do not fit each other."""
 
-    exit_code = RED
+    exit_code = REFUSED
+
+
+class ResultFileError(ForgeError):
+    """A file is not the result of a tier, or the list of packages beside it is missing."""
+
+    exit_code = REFUSED
 
 
 class ReceiptKeyError(ForgeError):

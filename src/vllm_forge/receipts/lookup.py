@@ -7,15 +7,15 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from vllm_forge.errors import ForgeError
+from vllm_forge.receipts import FOLDER, KEYS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from vllm_forge.matrix import Matrix
+    from vllm_forge.project import Project
     from vllm_forge.receipts.envelope import Receipt
 
-FOLDER, KEYS = "records/receipts", "keys"
 NOT_RUN = "not run"
 
 
@@ -24,8 +24,8 @@ class ImageReceipts:
     """Receipts in the folder of an image's digest.
 
     Attributes:
-        held: those that were verified.
-        refused: of each other one its place below records/receipts, and why.
+        held: the valid ones.
+        refused: path of each invalid one, and why.
     """
 
     held: tuple[Receipt, ...] = ()
@@ -37,21 +37,18 @@ class ImageReceipts:
 
 
 def image_receipts(
-    root: Path, matrix: Matrix, digest: str | None, now: datetime | None = None
+    project: Project, digest: str | None, now: datetime | None = None
 ) -> ImageReceipts:
-    """Read and verify the receipts of an image.
-
-    One that is refused, for example since it has expired, is no receipt; it is no error here, where
-    somebody asks how to serve. ``nox -s forge -- gpu receipts`` is where it is one.
+    """Read and verify the receipts of an image; an invalid one is listed, not raised.
 
     Args:
-        root: the repository.
-        matrix: its SKUs and lines.
-        digest: ``sha256:<hex>`` of the image's manifest; None: there is no image, so no receipt.
-        now: to tell what has expired; default: the clock.
+        project: the repository.
+        digest: ``sha256:<hex>`` of the image's manifest; None without an image.
+        now: time of the check; default: the clock.
     """
     if digest is None:
         return ImageReceipts()
+    root = project.root
     paths = sorted((root / FOLDER / digest.removeprefix("sha256:")).glob("*.json"))
     if not paths:
         return ImageReceipts()
@@ -63,7 +60,7 @@ def image_receipts(
     for path in paths:
         try:
             receipt = read_receipt(path, read_keys(root / FOLDER / KEYS))
-            verify(root, matrix, receipt, now or datetime.now(UTC))
+            verify(project, receipt, now or datetime.now(UTC))
         except ForgeError as error:
             refused.append(f"{path.relative_to(root)} is refused: {error.what}")
         else:

@@ -1,9 +1,7 @@
-"""Whether the kernels that ran are those that the oracle named without a GPU.
+"""Whether the kernels that ran are those of the recorded selection, made without a GPU.
 
-``records/selection`` says what each line selects on each SKU. A receipt has what the boot logs of
-its
-engines said. Of an engine that ran they must agree, or one of them is worth nothing: a log that
-does not name a kernel agrees with nobody.
+A receipt has what the boot logs of its engines said; ``records/selection`` says what a line selects
+on a SKU. If they differ, one of them is wrong. A log that does not name a kernel differs, too.
 """
 
 from __future__ import annotations
@@ -24,75 +22,74 @@ if TYPE_CHECKING:
 # Engine of tests/gpu/mtp -> the artifact in whose layout its tiny checkpoint is.
 LAYOUTS = {"dsv4": "flash-nvfp4-fp8-mtp"}
 UNQUANTIZED = "Unquantized"
-NOTHING = "nothing that its boot log names"
+UNNAMED = "nothing that its boot log names"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Foretold:
-    """One selection.
+class SelectedKernel:
+    """The kernel of one part of a model.
 
     Attributes:
-        what: of which part.
-        oracle: what records/selection says.
-        ran: what the boot log said.
+        what: part of the model, e.g. ``experts``.
+        recorded: in records/selection.
+        ran: by the boot log.
     """
 
     what: str
-    oracle: str
+    recorded: str
     ran: str
 
 
-def compare(root: Path, receipt: Receipt) -> list[Foretold]:
-    """All selections of which the oracle speaks, of engines that the receipt has.
+def compare(root: Path, receipt: Receipt) -> list[SelectedKernel]:
+    """Every recorded selection of the engines that a receipt has.
 
     Raises:
-        SelectionFileError: there is no file for the line, or it is malformed.
-        ReceiptContradictedError: the oracle was not asked about an engine that ran, or says that
-            vLLM refuses it.
+        SelectionFileError: no file for the line, or a malformed one.
+        ReceiptContradictedError: nothing is recorded of an engine that ran, or that vLLM refuses
+            it.
     """
     detail = receipt.statement.detail
-    found: list[Foretold] = []
+    kernels: list[SelectedKernel] = []
     for engine, artifact in LAYOUTS.items():
         if engine not in detail.configurations:
             continue
         name = grid_question(detail.sku, artifact)
         answer = read_selection(root / "records", detail.line).answers.get(name)
         if answer is None:
-            raise _contradicted(
-                receipt, f"engine {engine} ran, and the oracle was not asked {name}"
-            )
+            raise _contradicted(receipt, f"engine {engine} ran, and {name} is not recorded")
         if answer.refused is not None:
             raise _contradicted(
-                receipt, f"engine {engine} ran, and the oracle says: {answer.refused.message}"
+                receipt,
+                f"engine {engine} ran, and is recorded as: {answer.refused.message}",
             )
         ran = _ran(detail.configurations[engine])
         draft = answer.draft.moe if answer.draft is not None else None
-        said = {
+        recorded = {
             "experts": answer.moe and answer.moe.chosen,
             "draft experts": draft and draft.chosen,
             "FP8 linear layers": answer.linear and answer.linear.chosen,
             "KV cache": answer.engine and answer.engine.kv_cache_dtype,
         }
-        found += [
-            Foretold(what=what, oracle=oracle, ran=ran.get(what, NOTHING))
-            for what, oracle in said.items()
-            if oracle
+        kernels += [
+            SelectedKernel(what=part, recorded=kernel, ran=ran.get(part, UNNAMED))
+            for part, kernel in recorded.items()
+            if kernel
         ]
-    return found
+    return kernels
 
 
-def require_foretold(root: Path, receipt: Receipt) -> None:
-    """Refuse a receipt whose engines took other kernels than the oracle says.
+def require_selection(root: Path, receipt: Receipt) -> None:
+    """Refuse a receipt whose engines took other kernels than the recorded ones.
 
     Raises:
         ReceiptContradictedError: with the first difference.
     """
-    for row in compare(root, receipt):
-        if row.oracle != row.ran:
+    for kernel in compare(root, receipt):
+        if kernel.recorded != kernel.ran:
             raise _contradicted(
                 receipt,
-                f"for {row.what} vLLM took {row.ran} on {receipt.statement.detail.sku}, and the "
-                f"oracle says {row.oracle}",
+                f"for {kernel.what} vLLM took {kernel.ran} on {receipt.statement.detail.sku}; "
+                f"recorded is {kernel.recorded}",
             )
 
 
@@ -101,20 +98,19 @@ def _contradicted(receipt: Receipt, what: str) -> ReceiptContradictedError:
     return ReceiptContradictedError(
         what,
         where=str(receipt.path),
-        remedy=f"ask again: nox -s forge -- kernels select --record --line {line}; if it says the "
-        "same, "
-        "what the oracle declares of this GPU is not what the GPU is",
+        remedy=f"record again: nox -s forge -- kernels select --record --line {line}; if it is the "
+        "same, the selection assumes other properties of this GPU than it has",
     )
 
 
 def _ran(configuration: Configuration) -> dict[str, str]:
-    """What a boot log names, of what the oracle names too."""
-    found = {}
+    """Part of the model -> kernel, by the boot log."""
+    kernels = {}
     for row in configuration.moe:
         kind, _, backend = row.partition(": ")
-        found["draft experts" if kind == UNQUANTIZED else "experts"] = backend
+        kernels["draft experts" if kind == UNQUANTIZED else "experts"] = backend
     for row in configuration.linear[:1]:
-        found["FP8 linear layers"] = row.partition(": ")[2]
+        kernels["FP8 linear layers"] = row.partition(": ")[2]
     if configuration.kv_cache:
-        found["KV cache"] = configuration.kv_cache
-    return found
+        kernels["KV cache"] = configuration.kv_cache
+    return kernels

@@ -1,7 +1,8 @@
-"""The GPU suite as data: its tiers, what each consists of, and what must have run.
+"""The GPU suite as data: its tiers, their cases, and the hash that a receipt is bound to.
 
-A receipt is for one tier of one suite. Its hash covers the tests of the tier's folders and the
-code that judges them, so that a bound that was loosened afterwards is another suite.
+A tier's hash covers its tests, the code and data that these import or name, its rows of suite.toml,
+its cases, and the rows of matrix.toml that it reads. So a bound that was loosened afterwards is
+another suite, and a new test of another tier is not.
 """
 
 from __future__ import annotations
@@ -9,21 +10,33 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import re
 import tomllib
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from vllm_forge.receipts.errors import GpuSuiteError
+from vllm_forge.matrix import serve_arguments
+from vllm_forge.receipts.errors import ReceiptIncompleteError, SuiteDescriptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from vllm_forge.matrix import Matrix
+    from vllm_forge.project import Project
+    from vllm_forge.receipts.envelope import Receipt
 
 TESTS = "tests/gpu"
 FILE = f"{TESTS}/suite.toml"
-RACE_FOLDER = "dist/gpu/race"  # see tests/gpu/race/kit.py
-SM = "sm_"
-Marks: TypeAlias = list[ast.expr]
+CASES = "records/gpu-cases.json"
+RUNNER = f"{TESTS}/harness/run.py"
+# What tests may import besides tests.gpu. Of the packages above it, nothing is used.
+CODECS = "vllm_forge.checkpoints.codecs"
+CODECS_FOLDER = f"src/{CODECS.replace('.', '/')}"
+OURS = ("tests", "vllm_forge")
+DOTTED = re.compile(r"tests\.gpu(\.\w+)+")
+FILE_NAME = re.compile(r"\w[\w.-]*")
+LIST_CASES = "run: python -m tests.support.list_gpu_cases"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,138 +44,283 @@ class Tier:
     """A part of the suite that is run and receipted as one.
 
     Attributes:
-        name: kernel, server or soak.
         folders: of its tests, relative to the repository.
-        judges: files and folders whose code decides what is green.
         minutes: how long it may take.
+        matrix: what of matrix.toml its tests read, see MATRIX_ROWS.
     """
 
-    name: str
     folders: tuple[str, ...]
-    judges: tuple[str, ...]
     minutes: int
+    matrix: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class RequiredTest:
-    """A test function, the GPUs that it is for (none: all) and its tier (None: its folder's)."""
+def _presets(matrix: Matrix, sku: str) -> list[dict[str, Any]]:
+    """How the SKU serves: tests of full artifacts start servers like that."""
+    rows = []
+    for name, preset in matrix.preset.items():
+        if preset.sku == sku:
+            arguments, env = serve_arguments(matrix, name)
+            rows.append(
+                {
+                    "name": name,
+                    "artifacts": list(preset.artifacts),
+                    "tensor_parallel": preset.tensor_parallel,
+                    "speculative_tokens": preset.speculative_tokens,
+                    "arguments": arguments,
+                    "env": {**matrix.sku[sku].env, **env},
+                }
+            )
+    return rows
 
-    name: str
-    archs: frozenset[str]
-    tier: str | None = None
 
-    def runs_on(self, capability: str) -> bool:
-        """Whether it is for a GPU of this compute capability."""
-        return not self.archs or marker_of(capability) in self.archs
+MATRIX_ROWS: dict[str, Callable[[Matrix, str], Any]] = {
+    "sku": lambda matrix, _: {name: row.compute_capability for name, row in matrix.sku.items()},
+    "preset": _presets,
+}
 
 
-def marker_of(capability: str) -> str:
-    """The marker of a compute capability: ``10.3`` is ``sm_103``."""
-    return SM + capability.replace(".", "")
+def read_suite(root: Path) -> dict[str, Any]:
+    """``tests/gpu/suite.toml``.
 
-
-def _read(root: Path) -> dict[str, Any]:
+    Raises:
+        SuiteDescriptionError: missing or malformed.
+    """
     path = root / FILE
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise GpuSuiteError(f"not the description of a suite: {error}", where=str(path)) from None
+        raise SuiteDescriptionError(f"cannot read the suite: {error}", where=str(path)) from None
 
 
 def read_tiers(root: Path) -> dict[str, Tier]:
-    """The tiers of ``tests/gpu/suite.toml``.
+    """Name -> tier.
 
     Raises:
-        GpuSuiteError: the file is missing or malformed.
+        SuiteDescriptionError: missing or malformed.
     """
     try:
-        return {
+        tiers = {
             name: Tier(
-                name=name,
                 folders=tuple(row["folders"]),
-                judges=tuple(row["judges"]),
                 minutes=int(row["minutes"]),
+                matrix=tuple(row.get("matrix", ())),
             )
-            for name, row in _read(root)["tier"].items()
+            for name, row in read_suite(root)["tier"].items()
         }
+        for tier in tiers.values():
+            _ = [MATRIX_ROWS[name] for name in tier.matrix]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise GpuSuiteError(
-            f"a tier lacks folders, judges or minutes: {type(error).__name__}: {error}",
+        raise SuiteDescriptionError(
+            f"invalid [tier] rows: {type(error).__name__}: {error}",
             where=str(root / FILE),
+            remedy="name folders, minutes, and what of matrix.toml the tests read: "
+            + ", ".join(MATRIX_ROWS),
         ) from None
+    return tiers
 
 
-def suite_hash(root: Path, tier: Tier) -> str:
-    """SHA-256 in hex over names and contents of all that a tier's verdicts depend on."""
-    rows = [
-        (path.relative_to(root).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest())
-        for path in _files(root, (*tier.folders, *tier.judges))
-    ]
-    return hashlib.sha256(json.dumps(sorted(set(rows))).encode()).hexdigest()
+def source_files(root: Path, tier: Tier) -> list[str]:
+    """Files that a tier's verdicts depend on, sorted, relative to the repository.
 
+    Those of its folders, the runner, and all that they import or name: modules in strings
+    (plugins, ``python -m``), and files and folders of data beside a module.
 
-def required_tests(root: Path, tier: Tier) -> tuple[RequiredTest, ...]:
-    """Every test function of a tier, read from the source without importing it.
-
-    Names are pytest's node ids without parameters, relative to the repository.
+    Raises:
+        SuiteDescriptionError: a folder is missing, a file is not Python, or it imports what a GPU
+            host does not get.
     """
-    found = []
-    for path in _files(root, tier.folders):
-        if not path.name.startswith("test_") or path.suffix != ".py":
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        file = path.relative_to(root).as_posix()
-        for names, marks in _tests(tree.body, _module_marks(tree)):
-            archs, own = _read_marks(marks)
-            if own in {None, tier.name}:
-                found.append(RequiredTest(name="::".join((file, *names)), archs=archs, tier=own))
-    return tuple(found)
+    queue = [root / RUNNER]
+    for folder in tier.folders:
+        if not (root / folder).is_dir():
+            raise SuiteDescriptionError(f"{folder} is not a directory", where=str(root / FILE))
+        queue += _files(root / folder)
+    known: set[Path] = set()
+    while queue:
+        path = queue.pop()
+        if path not in known:
+            known.add(path)
+            queue += _named(root, path) if path.suffix == ".py" else ()
+    return sorted(path.relative_to(root).as_posix() for path in known)
 
 
-def _tests(body: list[ast.stmt], outer: list[ast.expr]) -> Iterator[tuple[list[str], Marks]]:
-    """Names and marks of the test functions of a module or class, as pytest finds them."""
-    for node in body:
-        if isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
-            for names, marks in _tests(node.body, [*outer, *node.decorator_list]):
-                yield [node.name, *names], marks
-        elif isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
-            yield [node.name], [*outer, *node.decorator_list]
-
-
-def _module_marks(tree: ast.Module) -> list[ast.expr]:
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and any(
-            isinstance(target, ast.Name) and target.id == "pytestmark" for target in node.targets
-        ):
-            value = node.value
-            return value.elts if isinstance(value, (ast.List, ast.Tuple)) else [value]
-    return []
-
-
-def _read_marks(nodes: list[ast.expr]) -> tuple[frozenset[str], str | None]:
-    """``pytest.mark.sm_90`` and ``pytest.mark.tier("soak")`` among expressions; the last tier."""
-    archs, tier = set(), None
-    for node in nodes:
-        inner = node.func if isinstance(node, ast.Call) else node
-        if not isinstance(inner, ast.Attribute):
-            continue
-        if inner.attr.startswith(SM):
-            archs.add(inner.attr)
-        elif inner.attr == "tier" and isinstance(node, ast.Call):
-            tier = ast.literal_eval(node.args[0])
-    return frozenset(archs), tier
-
-
-def _files(root: Path, names: tuple[str, ...]) -> Iterator[Path]:
-    for name in names:
-        path = root / name
-        if path.is_dir():
-            for inner in sorted(path.rglob("*")):
-                if inner.is_file() and "__pycache__" not in inner.parts:
-                    yield inner
-        elif path.is_file():
+def _files(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
             yield path
-        else:
-            raise GpuSuiteError(
-                f"the suite names {name}, which does not exist", where=str(root / FILE)
+
+
+def _named(root: Path, path: Path) -> Iterator[Path]:
+    """What one module imports or names; pytest imports the conftest.py above a test."""
+    try:
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise SuiteDescriptionError(f"cannot read a test: {error}", where=str(path)) from None
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+            if node.level:
+                raise SuiteDescriptionError(f"relative import of {module}", where=str(path))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names |= {node.value} if DOTTED.fullmatch(node.value) else set()
+            if FILE_NAME.fullmatch(node.value):
+                yield from _data(path.parent / node.value)
+    for name in sorted(names):
+        yield from _module(root, path, name)
+    above = ("__init__.py", "conftest.py") if path.name.startswith("test_") else ("__init__.py",)
+    for parent in path.parents:
+        if any(parent.is_relative_to(root / folder) for folder in (TESTS, CODECS_FOLDER)):
+            yield from filter(_is_file, map(parent.joinpath, above))
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file()
+
+
+def _data(path: Path) -> Iterator[Path]:
+    """A file, or the files of a folder without Python: else it is named for another reason."""
+    if path.is_file():
+        yield path
+    elif path.is_dir():
+        files = list(_files(path))
+        if not any(file.suffix == ".py" for file in files):
+            yield from files
+
+
+def _module(root: Path, importer: Path, name: str) -> Iterator[Path]:
+    if name.split(".", maxsplit=1)[0] not in OURS:
+        return
+    if f"{name}.".startswith(("tests.gpu.", f"{CODECS}.")):
+        base = root / ("src" if name.startswith("vllm_forge") else "") / name.replace(".", "/")
+        yield from filter(_is_file, (base.with_suffix(".py"), base / "__init__.py"))
+    else:
+        raise SuiteDescriptionError(
+            f"tests/gpu must not import {name}",
+            where=str(importer),
+            remedy=f"a GPU host has tests/gpu and {CODECS}: import nothing else of the project",
+        )
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_files(root: Path, names: list[str]) -> dict[str, str]:
+    return {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in names}
+
+
+def _suite_rows(root: Path, name: str) -> dict[str, Any]:
+    suite = read_suite(root)
+    return {"tier": suite["tier"][name], "release_sources": suite.get("release_sources")}
+
+
+def sources_hash(root: Path, name: str) -> str:
+    """SHA-256 in hex of a tier's files and rows of suite.toml, which its list of cases is of."""
+    files = _hash_files(root, source_files(root, read_tiers(root)[name]))
+    return _digest({"files": files, "rows": _suite_rows(root, name)})
+
+
+def plan_tier(project: Project, name: str, sku: str) -> dict[str, Any]:
+    """What the runner needs of a tier; ``rows`` and the hashes of ``files`` are what is hashed.
+
+    Raises:
+        SuiteDescriptionError: see read_tiers, source_files and read_cases.
+    """
+    root = project.root
+    tier = read_tiers(root)[name]
+    cases = {
+        case: [sorted(row.archs), sorted(row.engines)]
+        for case, row in read_cases(root, name).items()
+    }
+    return {
+        "folders": list(tier.folders),
+        "minutes": tier.minutes,
+        "files": source_files(root, tier),
+        "rows": {
+            **_suite_rows(root, name),
+            "cases": _digest(cases),
+            "matrix": {row: MATRIX_ROWS[row](project.matrix, sku) for row in tier.matrix},
+        },
+    }
+
+
+def suite_hash(project: Project, name: str, sku: str) -> str:
+    """SHA-256 in hex of what a tier's verdicts on a SKU depend on; the runner computes the same.
+
+    Raises:
+        SuiteDescriptionError: see plan_tier.
+    """
+    tier = plan_tier(project, name, sku)
+    return _digest({"files": _hash_files(project.root, tier["files"]), "rows": tier["rows"]})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One test with its parameters.
+
+    Attributes:
+        archs: markers of the GPUs that it is for; none: all.
+        engines: engines that it reads, each of which leaves a boot log.
+    """
+
+    archs: frozenset[str]
+    engines: frozenset[str]
+
+
+def read_cases(root: Path, name: str) -> dict[str, Case]:
+    """Node id -> case, of one tier, from ``records/gpu-cases.json``.
+
+    Only pytest knows which cases a test with parameters has, and the verifier does without it.
+
+    Raises:
+        SuiteDescriptionError: no list of them, or one of other tests.
+    """
+    path = root / CASES
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))[name]
+        listed = row["sources_sha256"]
+        cases = {
+            case: Case(archs=frozenset(marks["archs"]), engines=frozenset(marks["engines"]))
+            for case, marks in row["cases"].items()
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise SuiteDescriptionError(
+            f"no list of the cases of tier {name}: {type(error).__name__}: {error}",
+            where=str(path),
+            remedy=LIST_CASES,
+        ) from None
+    if listed != sources_hash(root, name):
+        raise SuiteDescriptionError(
+            f"tier {name} changed since its cases were listed", where=str(path), remedy=LIST_CASES
+        )
+    return cases
+
+
+def require_cases(root: Path, receipt: Receipt) -> None:
+    """Refuse a receipt whose tests are not the cases of its tier, each green on its GPU.
+
+    Raises:
+        SuiteDescriptionError: see read_cases.
+        ReceiptIncompleteError: a case is missing, unknown, or without the log of its engine.
+    """
+    detail = receipt.statement.detail
+    cases = read_cases(root, detail.tier)
+    marker = f"sm_{detail.gpus[0].compute_capability.replace('.', '')}"
+    due = {name for name, case in cases.items() if not case.archs or marker in case.archs}
+    passed = {name for name, test in detail.tests.items() if test.outcome == "passed"}
+    engines = {engine for name in due for engine in cases[name].engines}
+    for what, names in (
+        ("lacks", due - passed),
+        ("has unknown cases:", {*detail.tests} - {*cases}),
+        ("lacks the boot log of", engines - {*detail.configurations}),
+    ):
+        if names:
+            raise ReceiptIncompleteError(
+                f"the receipt of tier {detail.tier} {what} {len(names)}: "
+                f"{', '.join(sorted(names)[:3])}",
+                where=str(receipt.path),
+                remedy="run the whole tier, each test with all of its parameters",
             )

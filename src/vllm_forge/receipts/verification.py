@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_forge.patches import read_tree_lock
-from vllm_forge.receipts.cases import require_cases
+from vllm_forge.receipts import FOLDER, KEYS, PACKAGES
 from vllm_forge.receipts.envelope import read_keys, read_receipt
 from vllm_forge.receipts.errors import (
     ReceiptExpiredError,
@@ -19,18 +19,15 @@ from vllm_forge.receipts.errors import (
     ReceiptSuiteError,
     ReceiptUnreadableError,
 )
-from vllm_forge.receipts.lookup import FOLDER, KEYS
-from vllm_forge.receipts.selection_match import require_foretold
+from vllm_forge.receipts.selection_match import require_selection
 from vllm_forge.receipts.statement import VALID
-from vllm_forge.receipts.suite import read_tiers, required_tests, suite_hash
+from vllm_forge.receipts.suite import read_tiers, require_cases, suite_hash
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm_forge.matrix import Matrix
+    from vllm_forge.project import Project
     from vllm_forge.receipts.envelope import Receipt
-
-ENVIRONMENT = "environment.txt"
 
 
 def receipt_paths(root: Path) -> list[Path]:
@@ -47,7 +44,7 @@ def receipt_paths(root: Path) -> list[Path]:
         for path in _entries(folder):
             if path.suffix == ".json":
                 found.append(path)
-            elif path.name != ENVIRONMENT:
+            elif path.name != PACKAGES:
                 raise _foreign(path, "neither a receipt nor a list of packages")
     return found
 
@@ -75,24 +72,20 @@ def _foreign(path: Path, why: str) -> ReceiptUnreadableError:
 
 
 def verify_all(
-    root: Path, matrix: Matrix, now: datetime | None = None, *, signed: bool = False
+    project: Project, now: datetime | None = None, *, signed: bool = False
 ) -> list[Receipt]:
     """Verify every committed receipt.
 
     Args:
-        root: the repository.
-        matrix: its SKUs and lines.
-        now: to tell what has expired; default: the clock.
+        project: the repository.
+        now: time of the check; default: the clock.
         signed: refuse unsigned ones.
 
     Raises:
-        ReceiptUnreadableError, ReceiptEditedError, ReceiptExpiredError, ReceiptSubjectError,
-        ReceiptSuiteError, ReceiptIncompleteError, ReceiptKeyError: of the first that is refused.
+        ForgeError: the class says why the first invalid one is refused.
     """
-    paths = receipt_paths(root)
-    keys = read_keys(root / FOLDER / KEYS)
-    at = now or datetime.now(UTC)
-    found = []
+    paths, receipts = receipt_paths(project.root), []
+    keys = read_keys(project.root / FOLDER / KEYS)
     for path in paths:
         receipt = read_receipt(path, keys)
         if signed and not receipt.signed_by:
@@ -102,23 +95,23 @@ def verify_all(
                 remedy="sign it where it is made: "
                 "nox -s forge -- gpu receipts --result FILE --key KEY",
             )
-        verify(root, matrix, receipt, at)
-        found.append(receipt)
-    return found
+        verify(project, receipt, now or datetime.now(UTC))
+        receipts.append(receipt)
+    return receipts
 
 
-def verify(root: Path, matrix: Matrix, receipt: Receipt, now: datetime) -> None:
+def verify(project: Project, receipt: Receipt, now: datetime) -> None:
     """Compare one receipt with the repository.
 
     Raises:
-        ForgeError: the class says in what it differs.
+        ForgeError: the class says what differs.
     """
     _require_time(receipt, now)
-    _require_subject(root, matrix, receipt)
-    _require_suite(root, receipt)
+    _require_subject(project, receipt)
+    _require_suite(project, receipt)
     _require_green(receipt)
-    require_cases(root, receipt)
-    require_foretold(root, receipt)
+    require_cases(project.root, receipt)
+    require_selection(project.root, receipt)
 
 
 def _require_time(receipt: Receipt, now: datetime) -> None:
@@ -133,8 +126,8 @@ def _require_time(receipt: Receipt, now: datetime) -> None:
         )
 
 
-def _require_subject(root: Path, matrix: Matrix, receipt: Receipt) -> None:
-    statement = receipt.statement
+def _require_subject(project: Project, receipt: Receipt) -> None:
+    matrix, statement = project.matrix, receipt.statement
     detail = statement.detail
     expected = receipt.path.parent.parent / statement.sha256 / statement.file_name
     if expected != receipt.path:
@@ -151,19 +144,19 @@ def _require_subject(root: Path, matrix: Matrix, receipt: Receipt) -> None:
         for gpu in detail.gpus
     ):
         raise _subject(receipt, f"{detail.gpus[0].name} is not {detail.sku}")
-    series = root / matrix.line[detail.line].series
+    series = project.root / matrix.line[detail.line].series
     tree = read_tree_lock(series, detail.line).result
     if statement.tree != tree:
         raise _subject(receipt, f"it is for tree {statement.tree}, the series now gives {tree}")
     if detail.kind == "environment":
         _require_environment(receipt)
-    elif (receipt.path.parent / ENVIRONMENT).exists():
-        raise _subject(receipt, f"it is for an image, and {ENVIRONMENT} lies beside it")
+    elif (receipt.path.parent / PACKAGES).exists():
+        raise _subject(receipt, f"it is for an image, and {PACKAGES} lies beside it")
 
 
 def _require_environment(receipt: Receipt) -> None:
     """An environment has no bytes to pull: its list of wheels lies beside the receipt."""
-    path = receipt.path.parent / ENVIRONMENT
+    path = receipt.path.parent / PACKAGES
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except FileNotFoundError:
@@ -171,7 +164,7 @@ def _require_environment(receipt: Receipt) -> None:
     except OSError as error:
         digest = f"unreadable: {error}"
     if digest != receipt.statement.sha256:
-        raise _subject(receipt, f"{ENVIRONMENT} beside it is {digest}")
+        raise _subject(receipt, f"{PACKAGES} beside it is {digest}")
 
 
 def _subject(receipt: Receipt, why: str) -> ReceiptSubjectError:
@@ -182,42 +175,22 @@ def _subject(receipt: Receipt, why: str) -> ReceiptSubjectError:
     )
 
 
-def _require_suite(root: Path, receipt: Receipt) -> None:
+def _require_suite(project: Project, receipt: Receipt) -> None:
     statement = receipt.statement
     detail = statement.detail
-    tiers = read_tiers(root)
-    if detail.tier not in tiers:
+    if detail.tier not in (tiers := read_tiers(project.root)):
         raise ReceiptSuiteError(
-            f"the suite has no tier {detail.tier}",
+            f"unknown tier {detail.tier}",
             where=str(receipt.path),
             remedy=f"tiers: {', '.join(tiers)}; take the receipt out",
         )
-    tier = tiers[detail.tier]
-    if missing := _missing(root, receipt):
-        raise ReceiptIncompleteError(
-            f"the receipt lacks {len(missing)} tests of tier {tier.name}: {', '.join(missing[:3])}",
-            where=str(receipt.path),
-            remedy="run the whole tier; a budget that was too short leaves tests out",
-        )
-    if statement.suite != (now := suite_hash(root, tier)):
+    if statement.suite != (now := suite_hash(project, detail.tier, detail.sku)):
         raise ReceiptSuiteError(
-            f"the receipt was made by suite {statement.suite[:12]}, tier {tier.name} is now "
+            f"the receipt was made by suite {statement.suite[:12]}, tier {detail.tier} is now "
             f"{now[:12]}",
             where=str(receipt.path),
             remedy="tests or their bounds were changed since: run the suite again",
         )
-
-
-def _missing(root: Path, receipt: Receipt) -> list[str]:
-    """Tests of the tier for this GPU that the receipt has no green verdict of."""
-    detail = receipt.statement.detail
-    passed = {name for name, test in detail.tests.items() if test.outcome == "passed"}
-    functions = {name.partition("[")[0] for name in passed}
-    return [
-        test.name
-        for test in required_tests(root, read_tiers(root)[detail.tier])
-        if test.runs_on(detail.gpus[0].compute_capability) and test.name not in functions
-    ]
 
 
 def _require_green(receipt: Receipt) -> None:

@@ -48,7 +48,7 @@ def make_plan(project: Project, cell: ImageCell) -> Table:
     lock = read_lock(project.root, cell.line_name, cell.line, matrix.base)
     image = build_record(cell)
     digest = None if image is None else image.digest
-    receipts = image_receipts(project.root, matrix, digest)
+    receipts = image_receipts(project, digest)
     selections = Selections(project, cell.line_name)
     deployments = [
         find_deployment(matrix, cell, name, artifact)

@@ -24,32 +24,28 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.gpu.harness import plugin
+from tests.gpu.harness import packages, plugin
 from tests.gpu.harness.bootlog import parse
-from vllm_forge.errors import ForgeError
-from vllm_forge.gputest import caches
-from vllm_forge.gputest.device import ask_gpus, require_sku
-from vllm_forge.receipts import packages as environment
-from vllm_forge.receipts.errors import GpuSuiteError
-from vllm_forge.receipts.packages import environment_text
-from vllm_forge.receipts.suite import RACE_FOLDER, read_tiers, suite_hash
+from tests.gpu.harness.caches import count_files, open_caches
+from tests.gpu.harness.device import list_gpus, require_sku
+from tests.gpu.harness.errors import (
+    HarnessError,
+    InputError,
+    SuiteRedError,
+    SuiteUndecidedError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from vllm_forge.gputest.device import Gpu
-    from vllm_forge.receipts.suite import Tier
 
 PACKAGES = ("vllm", "torch", "triton", "flashinfer-python", "compressed-tensors")
 BOOT_LOGS = "boot"
 COMPILED = "VLLM_FORGE_COMPILED_FILES"
 GREEN = {"passed", "other GPU"}
 # What the host does not set itself.
-DEFAULTS = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-RACE = "VLLM_FORGE_RACE_KIT"
+DEFAULTS = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+RACE, RACE_FOLDER = "VLLM_FORGE_RACE_KIT", "dist/gpu/race"
+SLOW = "soak"  # a tier that runs only where it is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,40 +54,47 @@ class Options:
 
     Attributes:
         gpus: what there is.
-        minutes: per tier; None is what the suite says.
+        minutes: per tier; None is the plan's.
         pytest: further arguments.
         variables: for all that compiles.
         compiled: files that it had compiled before; 0 is a cold start.
     """
 
-    gpus: list[Gpu]
+    gpus: list[dict[str, Any]]
     minutes: float | None = None
     pytest: tuple[str, ...] = ()
     variables: dict[str, str] = field(default_factory=dict)
     compiled: int = 0
 
 
-def run_tier(root: Path, plan: dict[str, Any], tier: Tier, output: Path, options: Options) -> bool:
-    """Run one tier; whether it is green. Writes ``<tier>.json`` and ``<tier>.xml``."""
-    folder = output / tier.name
+def suite_hash(root: Path, tier: dict[str, Any]) -> str:
+    """SHA-256 in hex of what a tier's verdicts depend on; see vllm_forge.receipts.suite."""
+    files = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in tier["files"]}
+    text = json.dumps({"files": files, "rows": tier["rows"]}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_tier(root: Path, plan: dict[str, Any], name: str, output: Path, options: Options) -> str:
+    """Run one tier; its verdict. Writes ``<tier>.json`` and ``<tier>.xml``."""
+    tier, folder = plan["tiers"][name], output / name
     (folder / BOOT_LOGS).mkdir(parents=True, exist_ok=True)
     raw = folder / "pytest.json"
     raw.unlink(missing_ok=True)
     started = datetime.now(UTC)
-    deadline = time.time() + 60 * (options.minutes or tier.minutes)
+    deadline = time.time() + 60 * (options.minutes or tier["minutes"])
     code = _pytest(
         root,
         [
-            *tier.folders,
-            f"--tier={tier.name}",
-            f"--junitxml={output / f'{tier.name}.xml'}",
+            *tier["folders"],
+            f"--tier={name}",
+            f"--junitxml={output / f'{name}.xml'}",
             *options.pytest,
         ],
         {
             plugin.RESULTS: str(raw),
             plugin.DEADLINE: str(deadline),
             "VLLM_FORGE_GPU_FOLDER": str(folder),
-            "VLLM_FORGE_GPU_PLAN": json.dumps(plan),
+            "VLLM_FORGE_GPU_MATRIX": json.dumps(tier["rows"]["matrix"]),
             COMPILED: str(options.compiled),
             **options.variables,
         },
@@ -99,13 +102,13 @@ def run_tier(root: Path, plan: dict[str, Any], tier: Tier, output: Path, options
     said = json.loads(raw.read_text()) if raw.is_file() else {"exit": code, "tests": {}}
     result = {
         "schema": 1,
-        "plan": plan,
-        "tier": tier.name,
+        "plan": {key: value for key, value in plan.items() if key != "tiers"},
+        "tier": name,
         "suite_sha256": suite_hash(root, tier),
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "exit": code,
-        "gpus": [gpu.record() for gpu in options.gpus],
+        "gpus": options.gpus,
         "host": host_record(),
         "configurations": {
             path.stem: parse(path.read_text(errors="replace")).record()
@@ -113,14 +116,17 @@ def run_tier(root: Path, plan: dict[str, Any], tier: Tier, output: Path, options
         },
         "tests": said["tests"],
     }
-    (output / f"{tier.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(table(result), flush=True)
-    return code == 0 and bool(said["tests"]) and not red_tests(result)
+    return verdict(result)
 
 
-def red_tests(result: dict[str, Any]) -> list[str]:
-    """Tests that forbid a receipt: failed, or for this GPU and not run."""
-    return [name for name, row in result["tests"].items() if row["outcome"] not in GREEN]
+def verdict(result: dict[str, Any]) -> str:
+    """``red``, ``green``, or ``undecided``: a test for this GPU did not run, or pytest not all."""
+    outcomes = {row["outcome"] for row in result["tests"].values()}
+    if "failed" in outcomes:
+        return "red"
+    return "green" if outcomes and outcomes <= GREEN and result["exit"] == 0 else "undecided"
 
 
 def host_record() -> dict[str, Any]:
@@ -197,7 +203,7 @@ def race_folder(root: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; exit 0 if all tiers are green, else the code of an error class."""
+    """Run; exit 0 if all tiers are green, else see ``harness.errors``."""
     parser = argparse.ArgumentParser(prog="tests.gpu.harness.run", allow_abbrev=False)
     parser.add_argument("plan", type=Path)
     parser.add_argument("output", type=Path)
@@ -209,39 +215,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", default=[], help="pytest -k expression")
     args = parser.parse_args(argv)
     try:
-        plan = json.loads(args.plan.read_text())
-        gpus = ask_gpus()
-        require_sku(gpus, plan["sku"], plan["compute_capability"], plan["device"])
-        tiers = read_tiers(args.root)
-        names = args.tier or [name for name in tiers if name != "soak"]
-        if unknown := [name for name in names if name not in tiers]:
-            raise GpuSuiteError(
-                f"no tier {unknown[0]!r}", remedy=f"tiers: {', '.join(sorted(tiers))}"
-            )
-        workers = str(len(gpus)) if args.workers == "auto" else args.workers
-        extra = ["-n", workers, "--dist", "loadgroup"] if workers else []
-        extra += [word for expression in args.only for word in ("-k", expression)]
-        args.output.mkdir(parents=True, exist_ok=True)
-        text = ""
-        if plan["subject"]["kind"] == "environment":
-            text = environment_text()
-            (args.output / environment.FILE).write_text(text, encoding="utf-8")
-            plan["subject"]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
-        options = Options(gpus=gpus, minutes=args.minutes, pytest=tuple(extra))
-        if args.caches is not None:
-            found = caches.open_caches(args.caches.resolve(), caches.stack_key(plan, text))
-            options = replace(options, variables=found, compiled=caches.count_files(args.caches))
-        green = [run_tier(args.root, plan, tiers[name], args.output, options) for name in names]
-        if not all(green):
-            raise GpuSuiteError(
-                "red: " + ", ".join(n for n, ok in zip(names, green, strict=True) if not ok),
-                where=str(args.output),
-                remedy="the table above says which tests, and why",
-            )
-    except ForgeError as error:
+        run(args)
+    except HarnessError as error:
         print(f"{type(error).__name__} (exit {error.exit_code})\n{error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the tiers that were asked for.
+
+    Raises:
+        HarnessError: they did not begin, or are not green.
+    """
+    plan, gpus = json.loads(args.plan.read_text()), list_gpus()
+    require_sku(gpus, plan)
+    names = args.tier or [name for name in plan["tiers"] if name != SLOW]
+    if unknown := [name for name in names if name not in plan["tiers"]]:
+        raise InputError(
+            f"unknown --tier {unknown[0]!r}", remedy=f"tiers: {', '.join(plan['tiers'])}"
+        )
+    workers = str(len(gpus)) if args.workers == "auto" else args.workers
+    extra = ["-n", workers, "--dist", "loadgroup"] if workers else []
+    extra += [word for expression in args.only for word in ("-k", expression)]
+    args.output.mkdir(parents=True, exist_ok=True)
+    text = ""
+    if plan["subject"]["kind"] == "environment":
+        text = packages.environment_text()
+        (args.output / packages.FILE).write_text(text, encoding="utf-8")
+        plan["subject"]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    options = Options(gpus=gpus, minutes=args.minutes, pytest=tuple(extra))
+    if args.caches is not None:
+        variables = open_caches(args.caches.resolve(), plan, text)
+        options = replace(options, variables=variables, compiled=count_files(args.caches))
+    verdicts = {name: run_tier(args.root, plan, name, args.output, options) for name in names}
+    for kind, word in ((SuiteRedError, "red"), (SuiteUndecidedError, "undecided")):
+        if tiers := [name for name in names if verdicts[name] == word]:
+            raise kind(
+                f"{word}: {', '.join(tiers)}",
+                where=str(args.output),
+                remedy="see the tables above for the tests, and why",
+            )
 
 
 if __name__ == "__main__":

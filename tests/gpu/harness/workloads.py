@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from vllm_forge.receipts.errors import GpuSuiteError
+from tests.gpu.harness.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,7 +66,7 @@ def load_workloads(path: Path = FILE) -> dict[str, Workload]:
     """The workloads as data.
 
     Raises:
-        GpuSuiteError: a row has an unknown endpoint, or a chat that does not say if it thinks.
+        InputError: a row has an unknown endpoint, or a chat that does not say if it thinks.
     """
     rows = tomllib.loads(path.read_text(encoding="utf-8"))
     found = {
@@ -75,7 +75,7 @@ def load_workloads(path: Path = FILE) -> dict[str, Workload]:
     }
     for name, one in found.items():
         if one.endpoint not in PATHS or (one.endpoint == CHAT) != (one.thinking is not None):
-            raise GpuSuiteError(
+            raise InputError(
                 f"workload {name}: a chat says whether it thinks, nothing else does",
                 where=str(path),
                 remedy=f"endpoints are {', '.join(PATHS)}",
@@ -95,7 +95,7 @@ def read_prompts(
 
     Raises:
         FileNotFoundError: the file is missing.
-        GpuSuiteError: a line is not what the workload asks for, or there is none.
+        InputError: a line is not what the workload asks for, or there is none.
     """
     if workload.endpoint == RANDOM:
         source = random.Random(f"{SEED} {workload.name}")  # noqa: S311 - not a secret
@@ -115,13 +115,13 @@ def read_prompts(
         try:
             bodies.append({wanted: json.loads(line)[wanted]})
         except (ValueError, KeyError, TypeError) as error:
-            raise GpuSuiteError(
+            raise InputError(
                 f"line {number} is not a prompt: {type(error).__name__}: {error}",
                 where=str(path),
                 remedy=f"{workload.name} needs {workload.prompts}",
             ) from None
     if not bodies:
-        raise GpuSuiteError("no prompts", where=str(path), remedy=f"it needs {workload.prompts}")
+        raise InputError("no prompts", where=str(path), remedy=f"it needs {workload.prompts}")
     return bodies, hashlib.sha256(data).hexdigest()
 
 

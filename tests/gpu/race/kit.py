@@ -1,8 +1,8 @@
 """Where the code under test and the native helpers are.
 
-The code under test is that of the installed vLLM. On a host without the line's vLLM,
-``prepare_race`` has put it into a folder, packed. Helpers are compiled from the release's source,
-if there is nvcc, or lie compiled in that folder.
+The code under test is that of the installed vLLM, or of a folder that
+``tests.support.prepare_race`` made, packed. Helpers are compiled from the release's source, if
+there is nvcc, or taken from that folder.
 ``VLLM_FORGE_RACE_KIT`` names another folder than ``dist/gpu/race``.
 """
 
@@ -12,7 +12,6 @@ import fcntl
 import importlib.util
 import json
 import os
-import subprocess
 import tarfile
 from functools import cache
 from pathlib import Path
@@ -20,13 +19,14 @@ from typing import Any
 
 import pytest
 
+from tests.gpu.harness.device import query
 from tests.gpu.race.build import build_all, toolchain
 
 VARIABLE = "VLLM_FORGE_RACE_KIT"
 REPO = Path(__file__).parents[3]
 ARCHIVE, MANIFEST = "kit.tar.xz", "manifest.json"
 MOE, BASE = "_moe_C_stable_libtorch.abi3.so", "_C_stable_libtorch.abi3.so"
-HOW_TO_MAKE = "`python -m tests.gpu.prepare_race dist/gpu/race` makes it"
+HOW_TO_MAKE = "`python -m tests.support.prepare_race dist/gpu/race` makes it"
 
 
 def folder() -> Path:
@@ -114,12 +114,7 @@ def _arch() -> str:
     Not of torch: that would make its allocator, and another can be put in its place only before.
     """
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0]
-    chosen = ["-i", first] if first else []
-    done = subprocess.run(
-        ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", *chosen],
-        capture_output=True, text=True, check=True, timeout=60,
-    )  # fmt: skip
-    return done.stdout.splitlines()[0].strip().replace(".", "") + "a"
+    return query("compute_cap", gpu=first)[0][0].replace(".", "") + "a"
 
 
 def native_library(name: str) -> Path:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import tomllib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tests.gpu.conftest import MATRIX
 from tests.gpu.harness.gate import Band, Traffic, Verdict, judge, load_bands
 from tests.gpu.harness.workloads import ask_all, read_prompts
-from vllm_forge.receipts.suite import marker_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,7 +23,7 @@ FIRST = "chat-code"  # asked where nothing is published for a SKU
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A row of matrix.toml, as the plan of a run has it.
+    """A row of matrix.toml.
 
     Attributes:
         name: of the row.
@@ -52,7 +49,7 @@ def choose(presets: Sequence[Preset], gpus: int, checkpoints: Path) -> tuple[Pre
     """
     drafting = [one for one in presets if one.speculative_tokens]
     if not drafting:
-        return "the plan has no preset with speculation: `nox -s test-gpu` writes one that has"
+        return "matrix.toml has no preset with speculation for this SKU"
     fitting = [one for one in drafting if one.tensor_parallel <= gpus]
     if not fitting:
         least = min(one.tensor_parallel for one in drafting)
@@ -71,10 +68,10 @@ def bands() -> dict[Band, str]:
     For a SKU without, the rate is recorded and the rest is judged: k is then any.
     """
     found = {}
-    for name, sku in tomllib.loads(MATRIX.read_text(encoding="utf-8"))["sku"].items():
+    for name, capability in matrix_rows("sku").items():
         published = [band for band in load_bands() if band.sku == name]
         none = Band(sku=name, workload=FIRST, k=0, low=0, high=1, source="nothing is published")
-        found |= dict.fromkeys(published or [none], marker_of(sku["compute_capability"]))
+        found |= dict.fromkeys(published or [none], f"sm_{capability.replace('.', '')}")
     return found
 
 
@@ -138,10 +135,14 @@ class Artifact:
         return self._asked[key]
 
 
+def matrix_rows(name: str) -> Any:
+    """Rows of matrix.toml that suite.toml lists for this tier; none where pytest runs alone."""
+    return json.loads(os.environ.get("VLLM_FORGE_GPU_MATRIX") or "{}").get(name, {})
+
+
 def presets() -> list[Preset]:
-    """Of the plan that this run was given."""
-    plan = json.loads(os.environ.get("VLLM_FORGE_GPU_PLAN", "{}"))
-    return [Preset(**row) for row in plan.get("presets", [])]
+    """Those of the SKU."""
+    return [Preset(**row) for row in matrix_rows("preset")]
 
 
 def vocabulary(folder: Path) -> int:

@@ -14,45 +14,78 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.gpu.harness import plugin, run
+from tests.gpu.harness.device import list_gpus, query, require_sku
+from tests.gpu.harness.errors import (
+    InputError,
+    SuiteRedError,
+    SuiteUndecidedError,
+    WrongGpuError,
+)
+from tests.gpu.harness.packages import environment_text
 from tests.gpu.harness.variants import lay_over
-from vllm_forge.gputest.device import parse_gpus, require_sku
-from vllm_forge.gputest.errors import JitCacheError, WrongGpuError
-from vllm_forge.receipts.packages import environment_text, versions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 REPO = Path(__file__).parents[3]
 H200 = "NVIDIA H200, GPU-1b2c, 9.0, 580.159.04, 143771\n"
 
 
-def test_gpus_are_read_and_not_named() -> None:
-    (gpu,) = parse_gpus(H200)
-    assert (gpu.name, gpu.compute_capability, gpu.driver) == ("NVIDIA H200", "9.0", "580.159.04")
-    assert "1b2c" not in json.dumps(gpu.record())
-    assert len(gpu.uuid_sha256) == 64
+@pytest.fixture
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Put an nvidia-smi on the PATH that prints this, and its arguments to ``smi.txt``."""
+
+    def put(text: str) -> None:
+        path = tmp_path / "bin" / "nvidia-smi"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\necho \"$@\" >{tmp_path}/smi.txt\ncat <<'END'\n{text}END\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{path.parent}{os.pathsep}{os.environ['PATH']}")
+
+    return put
 
 
-@pytest.mark.parametrize("text", ["NVIDIA H200\n", "a, b, c, d, [N/A]\n", "Failed, to, get, it, !"])
-def test_a_gpu_that_failed(text: str) -> None:
-    with pytest.raises(WrongGpuError, match="which is not"):
-        parse_gpus(text)
+def test_gpus_are_listed_without_their_uuid(smi: Callable[[str], None]) -> None:
+    smi(H200)
+    (gpu,) = list_gpus()
+    assert (gpu["name"], gpu["compute_capability"]) == ("NVIDIA H200", "9.0")
+    assert (gpu["driver"], gpu["memory_mib"]) == ("580.159.04", 143771)
+    assert "1b2c" not in json.dumps(gpu)
+    assert len(gpu["uuid_sha256"]) == 64
+
+
+def test_one_gpu_is_queried(smi: Callable[[str], None], tmp_path: Path) -> None:
+    smi("9.0\n")
+    assert query("compute_cap", gpu="GPU-1b2c") == [["9.0"]]
+    assert "-i GPU-1b2c" in (tmp_path / "smi.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "text", ["NVIDIA H200\n", "a, b, c, d, [N/A]\n", "Failed, to, get, it, !\n", ""]
+)
+def test_a_failed_gpu_is_reported(smi: Callable[[str], None], text: str) -> None:
+    smi(text)
+    with pytest.raises(WrongGpuError, match="no GPU to test"):
+        list_gpus()
 
 
 @pytest.mark.parametrize(
     ("capability", "device"),
     [("10.0", "NVIDIA B200"), ("9.0", "NVIDIA H100"), ("9.0", "NVIDIA GH200")],
 )
-def test_the_wrong_gpu_is_refused(capability: str, device: str) -> None:
+def test_the_wrong_gpu_is_refused(smi: Callable[[str], None], capability: str, device: str) -> None:
+    smi(H200)
+    plan = {"sku": "other", "compute_capability": capability, "device": device}
     with pytest.raises(WrongGpuError, match=r"this host has NVIDIA H200 with 9\.0"):
-        require_sku(parse_gpus(H200), "other", capability, device)
+        require_sku(list_gpus(), plan)
 
 
-def test_one_wrong_gpu_among_right_ones_is_refused() -> None:
-    gpus = parse_gpus(H200 + H200.replace("9.0", "10.0"))
+def test_one_wrong_gpu_among_right_ones_is_refused(smi: Callable[[str], None]) -> None:
+    smi(H200 + H200.replace("9.0", "10.0"))
+    gpus, plan = list_gpus(), {"sku": "x", "compute_capability": "9.0", "device": "NVIDIA H200"}
     with pytest.raises(WrongGpuError):
-        require_sku(gpus, "h200", "9.0", "NVIDIA H200")
-    require_sku(gpus[:1], "h200", "9.0", "NVIDIA H200")
+        require_sku(gpus, plan)
+    require_sku(gpus[:1], plan)
 
 
 def suite(folder: Path, body: str, *options: str, **variables: str) -> dict[str, Any]:
@@ -105,7 +138,7 @@ def test_outcomes(tmp_path: Path) -> None:
     assert found["tests"]["test_it.py::test_red"]["why"].startswith("AssertionError: broken")
     assert found["tests"]["test_it.py::test_skip"]["why"] == "no checkpoint"
     assert found["exit"] == 1
-    assert len(run.red_tests(found)) == 6
+    assert run.verdict(found) == "red"
 
 
 MARGINS = """
@@ -150,6 +183,42 @@ def test_budget_orders_by_value_and_begins_nothing_too_long(tmp_path: Path) -> N
     assert "run with more --minutes" in found["test_it.py::test_long"]["why"]
 
 
+@pytest.mark.parametrize(
+    ("outcomes", "code", "verdict"),
+    [
+        (["passed", "other GPU"], 0, "green"),
+        (["passed", "failed"], 2, "red"),
+        (["passed", "not run"], 0, "undecided"),
+        (["passed"], 2, "undecided"),
+        ([], 0, "undecided"),
+    ],
+)
+def test_a_verdict_is_red_green_or_undecided(outcomes: list[str], code: int, verdict: str) -> None:
+    tests = {str(number): {"outcome": outcome} for number, outcome in enumerate(outcomes)}
+    assert run.verdict({"tests": tests, "exit": code}) == verdict
+
+
+def test_a_tier_without_a_verdict_is_not_red(bundle: Path) -> None:
+    (bundle / "tests/gpu/mtp/test_it.py").write_text(
+        "import pytest\ndef test_it(): pytest.skip('no checkpoint')\n"
+    )
+    assert run_all(bundle)[0] == SuiteUndecidedError.exit_code
+    assert run_all(bundle, "--tier=other")[0] == InputError.exit_code
+
+
+def test_tests_get_the_rows_of_the_matrix_that_their_tier_lists(bundle: Path) -> None:
+    (bundle / "tests/gpu/mtp/test_it.py").write_text(
+        "import os\ndef test_it(): assert 'h200' in os.environ['VLLM_FORGE_GPU_MATRIX']\n"
+    )
+    code, result = run_all(bundle)
+    assert code == 0
+    assert "tiers" not in result["plan"]
+    before = result["suite_sha256"]
+    with (bundle / "tests/gpu/conftest.py").open("a") as file:
+        file.write("# changed\n")
+    assert run_all(bundle)[1]["suite_sha256"] != before
+
+
 def test_the_table_has_red_ones_first_and_margins(tmp_path: Path) -> None:
     found = suite(tmp_path, MARGINS) | {"tier": "server"}
     rows = run.table(found).splitlines()
@@ -163,7 +232,7 @@ def test_environment_text_is_stable_and_has_each_name_once() -> None:
     assert text == environment_text()
     names = [row.partition("==")[0] for row in text.splitlines()[1:]]
     assert names == sorted(set(names))
-    assert versions(text)["pytest"] == pytest.__version__
+    assert f"pytest=={pytest.__version__} record=" in text
 
 
 class TestVariants:
@@ -198,7 +267,7 @@ class TestVariants:
             lay_over(package, tmp_path / "files", tmp_path / "over")
 
 
-def test_without_a_gpu_the_runner_says_so(tmp_path: Path) -> None:
+def test_a_runner_without_a_gpu_is_refused(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text("{}")
     done = subprocess.run(
@@ -212,33 +281,28 @@ def test_without_a_gpu_the_runner_says_so(tmp_path: Path) -> None:
     assert "nox -s forge -- gpu kit" in done.stderr
 
 
-FAKE_SMI = f"#!/bin/sh\necho '{H200.strip()}'\n"
-
-
 @pytest.fixture
-def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def bundle(tmp_path: Path, smi: Callable[[str], None]) -> Path:
     """What the real runner runs from, without a test yet, and an nvidia-smi that says H200."""
+    smi(H200)
     root = tmp_path / "bundle"
     (root / "tests/gpu/mtp").mkdir(parents=True)
     for name in ("tests/__init__.py", "tests/gpu/__init__.py"):
         (root / name).touch()
     shutil.copytree(REPO / "tests/gpu/harness", root / "tests/gpu/harness")
-    (root / "tests/gpu/suite.toml").write_text(
-        '[tier.server]\nfolders = ["tests/gpu/mtp"]\njudges = []\nminutes = 1\n'
-    )
     (root / "tests/gpu/conftest.py").write_text(
-        "def pytest_addoption(parser):\n"
-        "    parser.addoption('--tier', action='append')\n"
-        "    parser.addoption('--results')\n"
+        "def pytest_addoption(parser):\n    parser.addoption('--tier', action='append')\n"
     )
-    smi = tmp_path / "bin" / "nvidia-smi"
-    smi.parent.mkdir()
-    smi.write_text(FAKE_SMI)
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{smi.parent}{os.pathsep}{os.environ['PATH']}")
     plan = {
         "sku": "h200", "compute_capability": "9.0", "device": "NVIDIA H200", "tree": "7c43",
-        "lock_sha256": "10cc", "subject": {"kind": "environment", "name": "x", "sha256": None},
+        "subject": {"kind": "environment", "name": "x", "sha256": None},
+        "caches": {"folders": {"triton": "TRITON_CACHE_DIR"}, "key": {"tree": "7c43"}},
+        "tiers": {
+            "server": {
+                "folders": ["tests/gpu/mtp"], "minutes": 1, "files": ["tests/gpu/conftest.py"],
+                "rows": {"matrix": {"sku": {"h200": "9.0"}}},
+            }
+        },
     }  # fmt: skip
     (root / "plan.json").write_text(json.dumps(plan))
     return root
@@ -267,7 +331,7 @@ def test_a_tier_from_end_to_end(bundle: Path) -> None:
     assert result["gpus"][0]["name"] == "NVIDIA H200"
     assert (bundle.parent / "out" / "server.xml").is_file()
     (bundle / "tests/gpu/mtp/test_it.py").write_text("def test_it(): assert 0\n")
-    assert run_all(bundle)[0] == 101
+    assert run_all(bundle)[0] == SuiteRedError.exit_code
 
 
 @pytest.fixture
@@ -294,7 +358,7 @@ def test_a_run_that_is_ended_has_the_verdicts_so_far(bundle: Path) -> None:
         "def test_never(): ...\n"
     )
     code, result = run_all(bundle)
-    assert code == 101
+    assert code == SuiteUndecidedError.exit_code
     assert result["exit"] == 2
     assert result["tests"]["tests/gpu/mtp/test_it.py::test_first"]["outcome"] == "passed"
     assert "tests/gpu/mtp/test_it.py::test_never" not in result["tests"]
@@ -314,6 +378,5 @@ def test_compilers_find_their_caches_and_the_second_start_is_told(bundle: Path) 
             variables.setenv("EXPECTED", expected)
             assert run_all(bundle, f"--caches={caches}")[0] == 0
     key = json.loads((caches / "caches.json").read_text())
-    assert key["kind"] == "environment"
     (caches / "caches.json").write_text(json.dumps(key | {"tree": "other"}))
-    assert run_all(bundle, f"--caches={caches}")[0] == JitCacheError.exit_code
+    assert run_all(bundle, f"--caches={caches}")[0] == InputError.exit_code

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 
 from tests.gpu.harness import plugin
+from tests.gpu.harness.errors import InputError
 from tests.gpu.harness.gate import load_bands
 from tests.gpu.harness.workloads import CHAT, RANDOM, ask_all, load_workloads, read_prompts
 from tests.gpu.soak.artifact import Preset, bands, choose
+from vllm_forge.gputest.bundle import copy_code
 from vllm_forge.matrix import load
-from vllm_forge.receipts.errors import GpuSuiteError
+from vllm_forge.receipts.suite import MATRIX_ROWS
 
 FAKE = Path(__file__).parents[2] / "support" / "fake_serve.py"
 WORKLOADS = load_workloads()
@@ -36,13 +38,19 @@ def test_every_band_has_a_workload() -> None:
 def test_a_chat_that_does_not_say_if_it_thinks_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "workloads.toml"
     path.write_text('[x]\nendpoint = "chat"\ntokens = 1\ntogether = [1]\nprompts = ""\n')
-    with pytest.raises(GpuSuiteError, match="says whether it thinks"):
+    with pytest.raises(InputError, match="says whether it thinks"):
         load_workloads(path)
 
 
-def test_a_sku_without_figures_is_recorded_and_not_judged_by_anothers(root: Path) -> None:
+def test_a_sku_without_figures_is_recorded_and_not_judged_by_anothers(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = load(root)
+    rows = {"sku": MATRIX_ROWS["sku"](matrix, "")}
+    monkeypatch.setenv("VLLM_FORGE_GPU_MATRIX", json.dumps(rows))
     found = bands()
-    assert {band.sku for band in found} == set(load(root).sku)
+    assert {band.sku for band in found} == set(matrix.sku)
+    assert set(found.values()) == {row.arch.removesuffix("a") for row in matrix.sku.values()}
     published = load_bands()
     unpublished = [band for band in found if band not in published]
     assert unpublished
@@ -69,7 +77,7 @@ def test_the_largest_preset_that_fits(tmp_path: Path) -> None:
 )
 def test_a_line_that_is_no_prompt(line: str, tmp_path: Path) -> None:
     (tmp_path / f"{CHATS[0].name}.jsonl").write_text(f'{{"messages": []}}\n{line}\n')
-    with pytest.raises(GpuSuiteError, match="line 2 is not a prompt"):
+    with pytest.raises(InputError, match="line 2 is not a prompt"):
         read_prompts(CHATS[0], tmp_path, 100_000)
 
 
@@ -77,7 +85,7 @@ def test_no_prompts_are_no_workload(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_prompts(CHATS[0], tmp_path, 100_000)
     (tmp_path / f"{CHATS[0].name}.jsonl").touch()
-    with pytest.raises(GpuSuiteError, match="no prompts"):
+    with pytest.raises(InputError, match="no prompts"):
         read_prompts(CHATS[0], tmp_path, 100_000)
 
 
@@ -123,14 +131,7 @@ suite.device = lambda: ({device!r}, {capability})
 @pytest.fixture
 def bundle(root: Path, tmp_path: Path) -> Path:
     """What the suite runs from, with a vLLM that has no model."""
-    skip = shutil.ignore_patterns("__pycache__")
-    for name in ("tests/__init__.py", "tests/gpu", "src/vllm_forge", "matrix.toml"):
-        target = tmp_path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if (root / name).is_dir():
-            shutil.copytree(root / name, target, ignore=skip)
-        else:
-            shutil.copyfile(root / name, target)
+    copy_code(root, tmp_path)
     cli = tmp_path / "fake/vllm/entrypoints/cli"
     cli.mkdir(parents=True)
     shutil.copyfile(FAKE, cli / "main.py")
@@ -177,7 +178,9 @@ def run(bundle: Path, root: Path, brought: str = "a", **config: Any) -> dict[str
             "CUDA_VISIBLE_DEVICES": "0,1",
             plugin.RESULTS: str(results),
             "VLLM_FORGE_GPU_FOLDER": str(bundle),
-            "VLLM_FORGE_GPU_PLAN": json.dumps({"sku": sku, "presets": [preset]}),
+            "VLLM_FORGE_GPU_MATRIX": json.dumps(
+                {"sku": MATRIX_ROWS["sku"](matrix, sku), "preset": [preset]}
+            ),
         },
         capture_output=True,
         text=True,

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 import pytest
 import zstandard
 
+from tests.gpu.harness import caches as harness
+from tests.gpu.harness.errors import InputError
 from vllm_forge.gputest import caches
+from vllm_forge.gputest.caches import PACKED, cache_key, pack_caches, prewarm_of, require_key
 from vllm_forge.gputest.errors import JitCacheError, KitError
-from vllm_forge.gputest.kit_caches import PACKED, pack_caches
 from vllm_forge.images.prewarm import (
     BAKED,
     CONTENT,
@@ -29,36 +31,39 @@ from vllm_forge.images.prewarm import (
     prewarm_layer,
     tree_digest,
 )
+from vllm_forge.patches import read_tree_lock
+from vllm_forge.project import Project
+from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-PLAN = {
-    "compute_capability": "9.0",
-    "tree": "7c43",
-    "lock_sha256": "10cc",
-    "subject": {"kind": "image", "sha256": "d19e57"},
-}
 KEY = {"compute_capability": "9.0", "tree": "7c43", "kind": "image", "stack": "10cc"}
+PLAN = {"caches": {"folders": caches.FOLDERS, "key": KEY}}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Caches with one compiled kernel."""
-    made = tmp_path / "caches"
-    caches.open_caches(made, KEY)
-    (made / "triton" / "k").mkdir()
-    (made / "triton" / "k" / "kernel.cubin").write_bytes(b"code")
-    return made
+    path = tmp_path / "caches"
+    harness.open_caches(path, PLAN, "")
+    (path / "triton" / "k").mkdir()
+    (path / "triton" / "k" / "kernel.cubin").write_bytes(b"code")
+    return path
 
 
-def test_an_image_is_keyed_by_its_lock_and_an_environment_by_its_packages() -> None:
-    assert caches.stack_key(PLAN) == KEY
-    here = PLAN | {"subject": {"kind": "environment", "sha256": "e417"}}
+def test_an_image_is_keyed_by_its_lock_and_an_environment_by_its_packages(root: Path) -> None:
+    cell = Project(root).cell("h200", "0.26")
+    image = cache_key(cell, "7c43", "image")
+    assert image["stack"] == read_lock(root, "0.26", cell.line, cell.base).digest
+    plan = {"caches": {"key": image}}
+    assert harness.cache_key(plan, "torch==2 record=a\n") == image
+    environment = cache_key(cell, "7c43", "environment")
+    assert environment.items() <= (image | {"kind": "environment"}).items()
     rows = ["# Python 3.12.3", "pluggy==1", "pytest==9", "pytest-xdist==3", "torch==2 record=a"]
 
     def key(rows: list[str]) -> str:
-        return caches.stack_key(here, "\n".join(rows) + "\n")["stack"]
+        return harness.cache_key({"caches": {"key": environment}}, "\n".join(rows) + "\n")["stack"]
 
     assert key(rows) == key([rows[0], rows[-1]]), "what runs tests compiles nothing"
     assert key(rows) != key([*rows[:-1], "torch==2 record=b"])
@@ -66,27 +71,44 @@ def test_an_image_is_keyed_by_its_lock_and_an_environment_by_its_packages() -> N
 
 
 def test_each_compiler_has_a_folder(folder: Path) -> None:
-    found = caches.open_caches(folder, KEY)
-    assert found["TRITON_CACHE_DIR"] == str(folder / "triton")
-    assert set(found) == set(caches.FOLDERS.values())
+    variables = harness.open_caches(folder, PLAN, "")
+    assert variables["TRITON_CACHE_DIR"] == str(folder / "triton")
+    assert set(variables) == set(caches.FOLDERS.values())
     assert all((folder / name).is_dir() for name in caches.FOLDERS)
-    assert caches.count_files(folder) == 1
+    assert harness.count_files(folder) == 1
 
 
 @pytest.mark.parametrize("name", sorted(KEY))
-def test_another_stack_is_refused(folder: Path, name: str) -> None:
-    with pytest.raises(JitCacheError, match=f"{name} is .*, here it is other"):
-        caches.open_caches(folder, KEY | {name: "other"})
+def test_caches_of_another_stack_are_refused(folder: Path, name: str) -> None:
+    key = KEY | {name: "other"}
+    with pytest.raises(InputError, match="of another stack"):
+        harness.open_caches(folder, {"caches": {"folders": {}, "key": key}}, "")
+    with pytest.raises(JitCacheError, match=f"{name} is .*, expected other"):
+        require_key(folder, key)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"tree": 1}'])
-def test_what_is_not_ours_is_refused(folder: Path, content: str) -> None:
-    (folder / caches.KEY).write_text(content)
-    with pytest.raises(JitCacheError, match="no caches of the suite"):
-        caches.open_caches(folder, KEY)
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", "null", '{"tree": 1}'])
+def test_a_folder_without_a_valid_key_is_refused(folder: Path, content: str | None) -> None:
     (folder / caches.KEY).unlink()
-    with pytest.raises(JitCacheError):
-        caches.open_caches(folder, KEY)
+    if content is not None:
+        (folder / caches.KEY).write_text(content)
+    with pytest.raises(InputError, match="not of the suite"):
+        harness.open_caches(folder, PLAN, "")
+    with pytest.raises(JitCacheError, match="not the caches of a run"):
+        require_key(folder, KEY)
+
+
+def test_an_image_carries_the_kernels_of_its_own_stack_only(root: Path, tmp_path: Path) -> None:
+    cell = Project(root).cell("h200", "0.26")
+    tree = read_tree_lock(root / cell.line.series, "0.26").result
+    for kind in ("image", "environment"):
+        folder = tmp_path / kind
+        plan = {"caches": {"folders": caches.FOLDERS, "key": cache_key(cell, tree, kind)}}
+        harness.open_caches(folder, plan, "")
+    prewarm = prewarm_of(cell, tmp_path / "image")
+    assert prewarm.key == cache_key(cell, tree, "image")
+    with pytest.raises(JitCacheError, match="kind is environment"):
+        prewarm_of(cell, tmp_path / "environment")
 
 
 def packed(folder: Path, target: Path) -> Path:
@@ -138,7 +160,7 @@ def test_a_kit_knows_where_its_kernels_were_compiled(
 
 
 def test_a_kit_refuses_other_files(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(KitError, match="no such caches"):
+    with pytest.raises(KitError, match="not found"):
         pack_caches(tmp_path / "nothing", tmp_path, KEY)
     (tmp_path / "text").write_text("text")
     with pytest.raises(KitError, match="not the caches of a run"):
@@ -151,7 +173,7 @@ def test_a_kit_refuses_other_files(folder: Path, tmp_path: Path) -> None:
 
 def test_a_kit_refuses_caches_of_another_stack(folder: Path, tmp_path: Path) -> None:
     """Not on the host only, where they are when the GPU's minutes run."""
-    with pytest.raises(JitCacheError, match="tree is 7c43, here it is 8d54"):
+    with pytest.raises(JitCacheError, match="tree is 7c43, expected 8d54"):
         pack_caches(folder, tmp_path, {"tree": "8d54"})
     assert not (tmp_path / PACKED).exists()
 
@@ -229,7 +251,7 @@ def test_the_layer_is_compressed_and_the_same_each_time(prewarm: Prewarm, tmp_pa
 
 def test_kernels_serve_where_they_were_compiled(prewarm: Prewarm) -> None:
     """Triton's groups, vLLM's indexes and ninja's logs hold absolute paths."""
-    compiled = place_of(caches.stack_key(PLAN))
+    compiled = place_of(harness.cache_key(PLAN, ""))
     assert prewarm.place == compiled
     assert prewarm.environment()["TRITON_CACHE_DIR"] == f"{compiled}/triton"
     (prewarm.folder / "triton" / "more").write_text("compiled")

@@ -21,8 +21,7 @@ from vllm_forge.errors import UsageError
 from vllm_forge.gputest import kit_host
 from vllm_forge.gputest.errors import KitError
 from vllm_forge.gputest.kit import HOST, RUN, copy_race, parse_size, write_parts
-from vllm_forge.gputest.select_wheels import choose, read_freeze, require_closed
-from vllm_forge.gputest.thin_wheel import thin_wheel
+from vllm_forge.gputest.wheels import read_freeze, require_closed, select_wheels, thin_wheel
 from vllm_forge.sources.index import IndexFile
 from vllm_forge.sources.lock import Lock, LockedWheel
 from vllm_forge.sources.wheel_format import record_row
@@ -32,6 +31,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_forge.matrix import Matrix
+
+
+LIMITS = {"minutes": 1, "limit": 580, "max_result": 15 << 20}
 
 
 def wheel(name: str, version: str, tag: str = "py3-none-any") -> LockedWheel:
@@ -78,7 +80,7 @@ def chosen(root: Path, tmp_path: Path):
     matrix: Matrix = load(root)
 
     def call(frozen: dict[str, str], *omit: str):
-        return choose(
+        return select_wheels(
             matrix.line["0.26"].model_copy(update={"python": "3.12"}),
             matrix.base,
             Lock(path=tmp_path, wheels=LOCK, digest=""),
@@ -106,11 +108,11 @@ def test_other_files_than_the_locks_are_named(chosen) -> None:
     assert "aiohttp, numpy" in difference
 
 
-def test_what_is_left_out_is_named(chosen) -> None:
+def test_omitted_wheel_is_a_difference(chosen) -> None:
     found = chosen({"torch": "2.11.0", "aiohttp": "3.14.5", "numpy": "2.4.6"}, "tilelang")
     assert found.differences == ("tilelang is left out",)
     assert {item.name for item in found.wheels} == {"click", "pytest"}
-    with pytest.raises(KitError, match="has no tilelong"):
+    with pytest.raises(KitError, match="unknown --omit tilelong"):
         chosen({"torch": "2.11.0"}, "tilelong")
 
 
@@ -122,7 +124,7 @@ def test_another_torch_is_refused(chosen) -> None:
 def test_freeze_of_another_python_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "freeze.txt"
     path.write_text("packaging==26.3\nsetuptools==80.10.2\nuv==0.11.15\nwheel==0.46.2\n")
-    with pytest.raises(KitError, match="has no torch"):
+    with pytest.raises(KitError, match="missing torch"):
         read_freeze(path)
 
 
@@ -137,10 +139,10 @@ def test_freeze(tmp_path: Path) -> None:
 
 def test_a_freeze_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "freeze.txt"
-    with pytest.raises(KitError, match="cannot be read"):
+    with pytest.raises(KitError, match="cannot read --freeze"):
         read_freeze(path)
     path.write_bytes(b"torch==2\xff\n")
-    with pytest.raises(KitError, match="cannot be read"):
+    with pytest.raises(KitError, match="cannot read --freeze"):
         read_freeze(path)
 
 
@@ -183,7 +185,7 @@ def test_a_wheel_is_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Code for 9.0 stays, code for 10.0 goes; a library that no test uses goes whole."""
     from types import SimpleNamespace
 
-    from vllm_forge.gputest import thin_wheel as kit_wheel
+    from vllm_forge.gputest import wheels as kit_wheels
     from vllm_forge.kernels.coverage import Target
 
     rows = [
@@ -191,7 +193,7 @@ def test_a_wheel_is_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         SimpleNamespace(target=Target.parse("sm_100a"), kind="cubin", offset=4, size=4),
         SimpleNamespace(target=Target.parse("compute_80"), kind="ptx", offset=8, size=4),
     ]
-    monkeypatch.setattr(kit_wheel, "device_code", lambda *_: rows)
+    monkeypatch.setattr(kit_wheels, "device_code", lambda *_: rows)
     content = b"AAAABBBBCCCCrest"
     source = make_wheel(
         tmp_path / "vllm-1-py3-none-any.whl",
@@ -215,7 +217,7 @@ def test_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["62", "0MB", "-1MB", "62 XB", ""])
-def test_no_sizes(text: str) -> None:
+def test_invalid_size_is_rejected(text: str) -> None:
     with pytest.raises(UsageError):
         parse_size(text)
 
@@ -224,7 +226,7 @@ def test_compiled_helpers_of_the_race_suite_travel_or_are_refused(tmp_path: Path
     made = tmp_path / "race"
     made.mkdir()
     (made / "kit.tar.xz").write_bytes(b"packed")
-    with pytest.raises(KitError, match=r"no manifest\.json"):
+    with pytest.raises(KitError, match=r"missing manifest\.json"):
         copy_race(made, tmp_path / "refused")
     (made / "manifest.json").write_text("{}")
     copy_race(made, tmp_path / "bundle" / "race")
@@ -237,15 +239,14 @@ def make(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from types import SimpleNamespace
 
     from vllm_forge.gputest import kit as module
-    from vllm_forge.matrix import image_cell, load
+    from vllm_forge.project import Project
 
-    matrix = load(root)
     wheel = tmp_path / "vllm.whl"
     wheel.write_text("")
     nothing = SimpleNamespace(wheels=(), kept=(), differences=())
     lock = SimpleNamespace(find=lambda name: None)
     monkeypatch.setattr(module, "read_lock", lambda *_: lock)
-    monkeypatch.setattr(module, "choose", lambda *_, **__: nothing)
+    monkeypatch.setattr(module, "select_wheels", lambda *_, **__: nothing)
     monkeypatch.setattr(module, "Wheelhouse", lambda: SimpleNamespace(fetch=lambda _: None))
     monkeypatch.setattr(module, "SourceRepo", lambda: None)
     monkeypatch.setattr(module, "check_line", lambda *_: None)
@@ -256,12 +257,12 @@ def make(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def call(begin: Callable[..., None], **changes: object) -> None:
         monkeypatch.setattr(module, "thin_wheel", begin)
         options = module.KitOptions(
-            output=tmp_path / "out" / "kit", freeze=freeze, python="3.12", max_part=1, minutes=1
-        )
+            output=tmp_path / "out" / "kit", freeze=freeze, python="3.12", max_part=1,
+            max_result=1, limit=580, minutes=1,
+        )  # fmt: skip
+        project = Project(root)
         module.make_kit(
-            image_cell(matrix, root, "h200", "0.26"),
-            matrix,
-            dataclasses.replace(options, **changes),
+            project, project.cell("h200", "0.26"), dataclasses.replace(options, **changes)
         )
 
     return call
@@ -290,13 +291,13 @@ def test_what_is_to_travel_is_looked_for_first(make, tmp_path: Path, what: str) 
     def begun(*_: object) -> None:
         pytest.fail("wheels were packed")
 
-    with pytest.raises(KitError, match="no "):
+    with pytest.raises(KitError, match=r"missing|not found"):
         make(begun, **{what: tmp_path / "nothing"})
 
 
 def test_a_link_to_nowhere_is_no_place_for_a_kit(make, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(KitError, match="there already"):
+    with pytest.raises(KitError, match="--output exists"):
         make(lambda *_: None, output=tmp_path / "link")
 
 
@@ -304,7 +305,7 @@ def test_a_link_to_nowhere_is_no_place_for_a_kit(make, tmp_path: Path) -> None:
     "arguments",
     [["--minutes", "nan"], ["--minutes=-1"], ["--minutes", "0"], ["--minutes", "inf"]],
 )
-def test_minutes_that_are_none(arguments: list[str]) -> None:
+def test_invalid_minutes_are_rejected(arguments: list[str]) -> None:
     from vllm_forge.cli import main
 
     assert main(["gpu", "kit", "--sku", "h200", "--output", "x", "--freeze", "x", *arguments]) == 2
@@ -312,7 +313,7 @@ def test_minutes_that_are_none(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("version", ["foo", "3", "3.12.1", "2.7", ""])
-def test_a_python_that_is_none(version: str) -> None:
+def test_invalid_python_is_rejected(version: str) -> None:
     from vllm_forge.cli import main
 
     given = ["--sku", "h200", "--output", "x", "--freeze", "x", f"--python={version}"]
@@ -320,7 +321,7 @@ def test_a_python_that_is_none(version: str) -> None:
 
 
 @pytest.mark.parametrize("workers", ["0", "-1", "two", "1.5", "--lf", ""])
-def test_workers_that_are_none(workers: str) -> None:
+def test_invalid_workers_are_rejected(workers: str) -> None:
     from vllm_forge.cli import main
 
     assert main(["gpu", "test", "--sku", "h200", f"-n{workers}"]) == 2
@@ -344,7 +345,7 @@ def kit(tmp_path: Path) -> Path:
     folder = tmp_path / "kit"
     folder.mkdir()
     parts = write_parts(content, folder, 4000)
-    (folder / "manifest.json").write_text(json.dumps({"parts": parts, "minutes": 1}))
+    (folder / "manifest.json").write_text(json.dumps({"parts": parts, **LIMITS}))
     (folder / "run.sh").write_text(RUN)
     shutil.copyfile(HOST, folder / "kit.py")
     return folder
@@ -360,6 +361,15 @@ def call(
         text=True,
         check=False,
     )
+
+
+def test_the_limit_is_the_kits_unless_the_host_names_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("FORGE_KIT_LIMIT", raising=False)
+    assert kit_host.read_limit({"limit": 3000}) == 3000
+    monkeypatch.setenv("FORGE_KIT_LIMIT", "100")
+    assert kit_host.read_limit({"limit": 3000}) == 100
 
 
 def test_parts_are_no_larger_than_allowed_and_hashed(kit: Path) -> None:
@@ -402,7 +412,7 @@ def test_a_part_that_was_damaged_is_refused(
     part.write_bytes(damage(part.read_bytes()))
     done = call(kit, tmp_path / "work", "take")
     assert done.returncode == 1
-    assert "part-001 is not the part" in done.stderr
+    assert "part-001 does not match" in done.stderr
     assert not (tmp_path / "work" / "part-001").exists()
 
 
@@ -466,7 +476,7 @@ def another_kit(kit: Path, folder: Path, note: str) -> Path:
     for name in ("kit.py", "run.sh"):
         shutil.copyfile(kit / name, folder / name)
     parts = write_parts(content, folder, 4000)
-    (folder / "manifest.json").write_text(json.dumps({"parts": parts, "minutes": 1}))
+    (folder / "manifest.json").write_text(json.dumps({"parts": parts, **LIMITS}))
     return folder
 
 
@@ -503,21 +513,21 @@ def test_a_damaged_copy_does_not_replace_a_good_part(kit: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("limit", ["soon", "nan", "-5", "0", "inf", "45", ""])
-def test_a_limit_that_is_none(kit: Path, tmp_path: Path, limit: str) -> None:
+def test_invalid_limit_is_rejected(kit: Path, tmp_path: Path, limit: str) -> None:
     done = call(kit, tmp_path / "work", "take", FORGE_KIT_LIMIT=limit)
     assert done.returncode == 1
-    assert done.stderr.startswith("FORGE_KIT_LIMIT is")
+    assert done.stderr.startswith("invalid FORGE_KIT_LIMIT")
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", '{"parts": [', '{"minutes": 1}', "[]", '{"minutes": 1, "parts": [{"name": "../x"}]}'],
+    ["", '{"parts": [', '{"minutes": 1}', "[]", '{"parts": []}', '{"parts": [{"name": "../x"}]}'],
 )
-def test_a_manifest_that_is_none(kit: Path, tmp_path: Path, text: str) -> None:
+def test_invalid_manifest_is_rejected(kit: Path, tmp_path: Path, text: str) -> None:
     (kit / "manifest.json").write_text(text)
     done = call(kit, tmp_path / "work", "take")
     assert done.returncode == 1
-    assert done.stderr.startswith("manifest.json is not this kit's")
+    assert done.stderr.startswith("invalid manifest.json")
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_run(kit: Path, tmp_path: Path) -> None:
@@ -552,11 +562,11 @@ def with_suite(kit: Path, tmp_path: Path, code: str, **manifest: str | None) -> 
     for part in kit.glob("part-*"):
         part.unlink()
     parts = write_parts(content, kit, 40_000)
-    (kit / "manifest.json").write_text(json.dumps({"parts": parts, "minutes": 1, **manifest}))
+    (kit / "manifest.json").write_text(json.dumps({"parts": parts, **LIMITS, **manifest}))
     return kit
 
 
-def test_who_ends_a_kit_ends_its_suite_and_gets_what_it_said(kit: Path, tmp_path: Path) -> None:
+def test_sigterm_ends_the_suite_and_keeps_its_results(kit: Path, tmp_path: Path) -> None:
     code = (
         "import os, pathlib, signal, sys\n"
         "signal.alarm(30)  # where nobody ends it\n"
@@ -585,14 +595,14 @@ def test_caches_are_unpacked_whole_or_not_at_all(kit: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("moved", [True, False, None])
-def test_kernels_that_were_compiled_elsewhere_are_told(
+def test_kernels_compiled_elsewhere_are_reported(
     kit: Path, tmp_path: Path, *, moved: bool | None
 ) -> None:
     work, there = tmp_path / "work", tmp_path / "there"
     place = None if moved is None else str((there if moved else work) / "caches")
     with_suite(kit, tmp_path, "print('the suite ran')", compiled_at=place)
     done = call(kit, work, "go", str(tmp_path / "out"))
-    assert (f"unless FORGE_KIT_WORK is {there}" in done.stdout) == bool(moved)
+    assert (f"unless FORGE_KIT_WORK={there}" in done.stdout) == bool(moved)
     assert "the suite ran" in done.stdout
     assert ("compiled" in done.stdout) == bool(moved)
 
@@ -605,13 +615,10 @@ def test_no_caches_are_no_error(kit: Path, tmp_path: Path) -> None:
     assert not (out / "caches.tar.xz").exists()
 
 
-def test_pieces_of_an_earlier_call_do_not_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kit_host, "MAX_FILE", 100)
+def test_pieces_of_an_earlier_call_do_not_stay(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     (tmp_path / "x.tar.xz.07").write_text("old")
-    kit_host.pack(tmp_path / "results", tmp_path / "x.tar.xz")
+    kit_host.pack(tmp_path / "results", tmp_path / "x.tar.xz", 100)
     joined = b"".join(path.read_bytes() for path in sorted(tmp_path.glob("x.tar.xz.*")))
     with tarfile.open(fileobj=io.BytesIO(joined), mode="r:xz") as tar:
         assert tar.getnames() == ["results"]

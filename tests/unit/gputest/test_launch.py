@@ -11,9 +11,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vllm_forge.gputest import launch as gpu
-from vllm_forge.gputest.launch import container_command, require_modules, unpack_tools
+from vllm_forge.gputest.errors import SuiteRedError, SuiteUndecidedError, WrongGpuError
+from vllm_forge.gputest.launch import (
+    container_command,
+    require_green,
+    require_modules,
+    require_sku,
+    unpack_tools,
+)
 from vllm_forge.host.errors import ToolMissingError
+from vllm_forge.host.probe import Reply
 from vllm_forge.images.prewarm import SCRIPT
+from vllm_forge.project import Project
 from vllm_forge.sources.errors import LockFileError
 
 if TYPE_CHECKING:
@@ -160,6 +169,47 @@ def test_an_environment_has_the_hosts_network(
 ) -> None:
     from vllm_forge.cli import main
 
-    monkeypatch.setattr(gpu, "run_in_environment", lambda *_: pytest.fail("it was run"))
+    monkeypatch.setattr(gpu, "run_in_environment", lambda *_, **__: pytest.fail("it was run"))
     assert main(["gpu", "test", "--sku=h200", "--env", "--network"]) == 2
     assert "--network is for an image" in capsys.readouterr().err
+
+
+class Smi:
+    """A host whose nvidia-smi prints this."""
+
+    def __init__(self, *names: str, code: int = 0) -> None:
+        rows = [f"0, {name}, 9.0, 580.159.04, 143771, Disabled, N/A, N/A" for name in names]
+        self.reply = Reply(code=code, text="\n".join(rows))
+
+    def ask(self, name: str, argv: Sequence[str]) -> Reply:
+        assert argv[0] == name == "nvidia-smi"
+        return self.reply
+
+
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [
+        (Smi("NVIDIA H100"), r"h200 is NVIDIA H200 .* this host has NVIDIA H100"),
+        (Smi("NVIDIA H200", "NVIDIA H100"), "this host has NVIDIA H100"),
+        (Smi(), "no GPU to test"),
+        (Smi("NVIDIA H200", code=127), "no GPU to test: nvidia-smi is not installed"),
+    ],
+)
+def test_another_gpu_is_refused_before_anything_is_run(root: Path, host: Smi, message: str) -> None:
+    with pytest.raises(WrongGpuError, match=message):
+        require_sku(host, Project(root).cell("h200", "0.26"))
+
+
+def test_gpu_of_the_sku_is_accepted(root: Path) -> None:
+    require_sku(Smi("NVIDIA H200"), Project(root).cell("h200", "0.26"))
+    with pytest.raises(WrongGpuError, match="with compute capability 10"):
+        require_sku(Smi("NVIDIA B200"), Project(root).cell("b200", "0.26"))
+
+
+def test_a_red_suite_and_an_undecided_one_are_different_errors(tmp_path: Path) -> None:
+    require_green(0, tmp_path)
+    with pytest.raises(SuiteRedError):
+        require_green(91, tmp_path)
+    for code in (1, 2, 90, 92, 93, 125):
+        with pytest.raises(SuiteUndecidedError, match=f"exited with {code}"):
+            require_green(code, tmp_path)

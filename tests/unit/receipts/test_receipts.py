@@ -14,14 +14,13 @@ import pytest
 
 from tests.support.receipts import NOW, green_result, row
 from vllm_forge.errors import ForgeError
-from vllm_forge.matrix import load
 from vllm_forge.pages.status import status_text
 from vllm_forge.patches import read_tree_lock
-from vllm_forge.receipts.cases import FILE as CASES_FILE
+from vllm_forge.project import Project
+from vllm_forge.receipts import FOLDER
 from vllm_forge.receipts.create import differences, make_receipt
 from vllm_forge.receipts.envelope import DIGEST, canonical, read_receipt, write_receipt
 from vllm_forge.receipts.errors import (
-    GpuSuiteError,
     ReceiptEditedError,
     ReceiptExpiredError,
     ReceiptIncompleteError,
@@ -29,10 +28,13 @@ from vllm_forge.receipts.errors import (
     ReceiptSubjectError,
     ReceiptSuiteError,
     ReceiptUnreadableError,
+    ResultFileError,
+    SuiteDescriptionError,
 )
-from vllm_forge.receipts.lookup import FOLDER, ImageReceipts, image_receipts, preset_state
+from vllm_forge.receipts.lookup import ImageReceipts, image_receipts, preset_state
 from vllm_forge.receipts.statement import VALID, Statement, make_statement
-from vllm_forge.receipts.suite import read_tiers, required_tests, suite_hash
+from vllm_forge.receipts.suite import CASES as CASES_FILE
+from vllm_forge.receipts.suite import LIST_CASES, RUNNER, sources_hash, suite_hash
 from vllm_forge.receipts.verification import describe, verify_all
 from vllm_forge.sources import read_lock
 
@@ -40,14 +42,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from vllm_forge.matrix import Matrix
 
 PACKAGES = "# Python 3.12.3 on x86_64\ntorch==2.11.0+cu130 record=none\n"
 SUITE = """
 release_sources = []
 [tier.server]
 folders = ["tests/gpu/mtp"]
-judges = ["tests/gpu/suite.toml"]
 minutes = 1
 """
 TESTS = """
@@ -83,32 +83,29 @@ CASES = {
 
 
 @pytest.fixture
-def matrix(root: Path) -> Matrix:
-    return load(root)
-
-
-@pytest.fixture
-def project(root: Path, tmp_path: Path) -> Path:
+def project(root: Path, tmp_path: Path) -> Project:
     """A repository with the real matrix and series, and a suite of four tests."""
     here = tmp_path / "project"
     (here / FILE).parent.mkdir(parents=True)
     (here / FILE).write_text(TESTS)
+    (here / RUNNER).parent.mkdir()
+    (here / RUNNER).touch()
     (here / "tests/gpu/suite.toml").write_text(SUITE)
     for name in ("matrix.toml", "patches", "docker"):
         (here / name).symlink_to(root / name)
     (here / CASES_FILE).parent.mkdir()
-    list_cases(here, suite_hash(here, read_tiers(here)["server"]))
-    return here
+    list_cases(here, sources_hash(here, "server"))
+    return Project(here)
 
 
-def list_cases(here: Path, suite: str) -> None:
-    """What ``python -m tests.gpu.list_cases`` would write."""
-    rows = {"server": {"suite_sha256": suite, "cases": CASES}}
+def list_cases(here: Path, sources: str) -> None:
+    """What ``python -m tests.support.list_gpu_cases`` would write."""
+    rows = {"server": {"sources_sha256": sources, "cases": CASES}}
     (here / CASES_FILE).write_text(json.dumps(rows))
 
 
 @pytest.fixture
-def result(project: Path, matrix: Matrix) -> dict[str, Any]:
+def result(project: Project) -> dict[str, Any]:
     """What a green run of that suite wrote."""
     tests = {
         f"{FILE}::test_one": row(margins={"drafts": {"measured": 1.0, "bound": 16.0}}),
@@ -118,22 +115,22 @@ def result(project: Path, matrix: Matrix) -> dict[str, Any]:
         f"{FILE}::TestGroup::test_three": row(),
     }
     return green_result(
-        matrix,
+        project.matrix,
         tests,
-        tree=read_tree_lock(project / matrix.line["0.26"].series, "0.26").result,
+        tree=read_tree_lock(project.root / project.matrix.line["0.26"].series, "0.26").result,
         packages=hashlib.sha256(PACKAGES.encode()).hexdigest(),
-        suite=suite_hash(project, read_tiers(project)["server"]),
+        suite=suite_hash(project, "server", "h200"),
     )
 
 
 @pytest.fixture
-def committed(project: Path, result: dict[str, Any]) -> Path:
+def committed(project: Project, result: dict[str, Any]) -> Path:
     """Its receipt, unsigned, in its place."""
     return place(project, make_statement(result))
 
 
-def place(project: Path, statement: Statement, key: Path | None = None) -> Path:
-    path = write_receipt(project / FOLDER, statement, key)
+def place(project: Project, statement: Statement, key: Path | None = None) -> Path:
+    path = write_receipt(project.root / FOLDER, statement, key)
     (path.parent / "environment.txt").write_text(PACKAGES)
     return path
 
@@ -166,8 +163,8 @@ def faster(payload: dict[str, Any]) -> None:
     payload["predicate"]["vllmForge"]["tests"][f"{FILE}::test_one"]["seconds"] = 0.1
 
 
-def test_a_whole_green_receipt_holds(project: Path, matrix: Matrix, committed: Path) -> None:
-    (found,) = verify_all(project, matrix, NOW)
+def test_a_whole_green_receipt_holds(project: Project, committed: Path) -> None:
+    (found,) = verify_all(project, NOW)
     assert found.path == committed
     assert found.statement.detail.expires - NOW == VALID
     assert "unsigned" in describe([found])
@@ -199,48 +196,48 @@ def test_a_run_that_ended_badly_makes_no_receipt(result: dict[str, Any]) -> None
         make_statement(result | {"tests": {}})
 
 
-def test_a_slip_of_the_editor_is_seen(project: Path, matrix: Matrix, committed: Path) -> None:
+def test_a_slip_of_the_editor_is_seen(project: Project, committed: Path) -> None:
     edit(committed, faster, consistent=False)
     with pytest.raises(ReceiptEditedError, match="not the one that its digest is of"):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
 def test_a_forger_is_seen_by_the_signature_only(
-    project: Path, matrix: Matrix, result: dict[str, Any], keys: tuple[Path, Path]
+    project: Project, result: dict[str, Any], keys: tuple[Path, Path]
 ) -> None:
     """What docs/develop/gpu-suite.md says of unsigned receipts, as a fact."""
     private, public = keys
     edit(place(project, make_statement(result)), faster, consistent=True)
-    assert verify_all(project, matrix, NOW)[0].signed_by == ()
+    assert verify_all(project, NOW)[0].signed_by == ()
 
-    trusted = project / FOLDER / "keys"
+    trusted = project.root / FOLDER / "keys"
     trusted.mkdir()
     (trusted / "release.pem").write_bytes(public.read_bytes())
     path = place(project, make_statement(result), private)
-    assert len(verify_all(project, matrix, NOW, signed=True)[0].signed_by) == 1
+    assert len(verify_all(project, NOW, signed=True)[0].signed_by) == 1
     edit(path, faster, consistent=True)
     with pytest.raises(ReceiptEditedError, match="signature"):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
 def test_an_unknown_signer_is_refused(
-    project: Path, matrix: Matrix, result: dict[str, Any], keys: tuple[Path, Path]
+    project: Project, result: dict[str, Any], keys: tuple[Path, Path]
 ) -> None:
     place(project, make_statement(result), keys[0])
     with pytest.raises(ReceiptKeyError, match="not among the trusted"):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
 def test_unsigned_is_refused_where_signatures_are_asked_for(
-    project: Path, matrix: Matrix, committed: Path
+    project: Project, committed: Path
 ) -> None:
     assert committed.is_file()
     with pytest.raises(ReceiptKeyError, match="unsigned"):
-        verify_all(project, matrix, NOW, signed=True)
+        verify_all(project, NOW, signed=True)
 
 
 def test_a_key_of_another_kind_is_refused(
-    project: Path, matrix: Matrix, result: dict[str, Any], tmp_path: Path
+    project: Project, result: dict[str, Any], tmp_path: Path
 ) -> None:
     private = tmp_path / "rsa.pem"
     subprocess.run(
@@ -249,81 +246,78 @@ def test_a_key_of_another_kind_is_refused(
         capture_output=True,
     )
     with pytest.raises(ReceiptKeyError, match="RSA"):
-        write_receipt(project / FOLDER, make_statement(result), private)
-    trusted = project / FOLDER / "keys"
+        write_receipt(project.root / FOLDER, make_statement(result), private)
+    trusted = project.root / FOLDER / "keys"
     trusted.mkdir(parents=True)
     (trusted / "no.pem").write_text("no key")
     with pytest.raises(ReceiptKeyError, match="not an Ed25519 key"):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
 @pytest.mark.parametrize("days", [-1, 91])
-def test_expired_or_of_the_future(
-    project: Path, matrix: Matrix, committed: Path, days: int
-) -> None:
+def test_expired_or_of_the_future(project: Project, committed: Path, days: int) -> None:
     assert committed.is_file()
     with pytest.raises(ReceiptExpiredError):
-        verify_all(project, matrix, NOW + timedelta(days=days))
+        verify_all(project, NOW + timedelta(days=days))
 
 
-def test_in_the_place_of_another_digest(project: Path, matrix: Matrix, committed: Path) -> None:
+def test_in_the_place_of_another_digest(project: Project, committed: Path) -> None:
     committed.parent.rename(committed.parent.with_name("f" * 64))
     with pytest.raises(ReceiptSubjectError, match="not its place"):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
-def test_other_packages(project: Path, matrix: Matrix, committed: Path) -> None:
+def test_other_packages(project: Project, committed: Path) -> None:
     (committed.parent / "environment.txt").write_text(PACKAGES.replace("2.11.0", "2.11.1"))
     with pytest.raises(ReceiptSubjectError, match=r"environment\.txt"):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
-def test_other_tree(project: Path, matrix: Matrix, result: dict[str, Any]) -> None:
+def test_other_tree(project: Project, result: dict[str, Any]) -> None:
     result["plan"]["tree"] = "a" * 40
     place(project, make_statement(result))
     with pytest.raises(ReceiptSubjectError, match="the series now gives"):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
 @pytest.mark.parametrize(
     ("field", "value"), [("compute_capability", "10.0"), ("name", "NVIDIA H100 80GB HBM3")]
 )
-def test_other_gpu(
-    project: Path, matrix: Matrix, result: dict[str, Any], field: str, value: str
-) -> None:
+def test_other_gpu(project: Project, result: dict[str, Any], field: str, value: str) -> None:
     result["gpus"][0][field] = value
     place(project, make_statement(result))
     with pytest.raises(ReceiptSubjectError, match="is not h200"):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
-def test_tests_were_changed_since(project: Path, matrix: Matrix, committed: Path) -> None:
+def test_tests_were_changed_since(project: Project, committed: Path) -> None:
     assert committed.is_file()
-    (project / FILE).write_text(TESTS.replace("def test_one(): ...", "def test_one(): pass"))
+    (project.root / FILE).write_text(TESTS.replace("def test_one(): ...", "def test_one(): pass"))
+    list_cases(project.root, sources_hash(project.root, "server"))
     with pytest.raises(ReceiptSuiteError, match="made by suite"):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
-def test_a_tier_that_is_no_more(project: Path, matrix: Matrix, committed: Path) -> None:
+def test_a_tier_that_is_no_more(project: Project, committed: Path) -> None:
     assert committed.is_file()
-    (project / "tests/gpu/suite.toml").write_text(SUITE.replace("tier.server", "tier.other"))
-    with pytest.raises(ReceiptSuiteError, match="no tier server"):
-        verify_all(project, matrix, NOW)
+    (project.root / "tests/gpu/suite.toml").write_text(SUITE.replace("tier.server", "tier.other"))
+    with pytest.raises(ReceiptSuiteError, match="unknown tier server"):
+        verify_all(project, NOW)
 
 
 @pytest.mark.parametrize("name", ["test_one", "TestGroup::test_three"])
-def test_a_missing_test(project: Path, matrix: Matrix, result: dict[str, Any], name: str) -> None:
+def test_a_missing_test(project: Project, result: dict[str, Any], name: str) -> None:
     del result["tests"][f"{FILE}::{name}"]
     place(project, make_statement(result))
     with pytest.raises(ReceiptIncompleteError, match=name.rpartition("::")[2]):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
-def test_passed_tests_must_be_the_verdicts(project: Path, matrix: Matrix, committed: Path) -> None:
+def test_passed_tests_must_be_the_verdicts(project: Project, committed: Path) -> None:
     edit(committed, lambda data: data["predicate"]["passedTests"].pop(), consistent=True)
-    assert project.is_dir()
+    assert project.root.is_dir()
     with pytest.raises(ReceiptIncompleteError):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
 @pytest.mark.parametrize(
@@ -331,26 +325,26 @@ def test_passed_tests_must_be_the_verdicts(project: Path, matrix: Matrix, commit
     [b"", b"[]", b"{}", b'{"payload": "!", "payloadType": "x"}', b"\xff",
      b'{"payload": "e30=", "payloadType": "text/plain", "payloadSha256": "", "signatures": []}'],
 )  # fmt: skip
-def test_no_receipt(project: Path, matrix: Matrix, committed: Path, content: bytes) -> None:
+def test_no_receipt(project: Project, committed: Path, content: bytes) -> None:
     committed.write_bytes(content)
     with pytest.raises(ReceiptUnreadableError) as caught:
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
     assert str(committed) in str(caught.value)
 
 
-def test_fields_that_nobody_knows(project: Path, matrix: Matrix, committed: Path) -> None:
+def test_fields_that_nobody_knows(project: Project, committed: Path) -> None:
     edit(committed, lambda data: data["predicate"].update(extra=1), consistent=True)
     with pytest.raises(ReceiptUnreadableError, match="extra"):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
-def test_a_form_that_is_not_canonical(project: Path, matrix: Matrix, committed: Path) -> None:
+def test_a_form_that_is_not_canonical(project: Project, committed: Path) -> None:
     data = json.loads(committed.read_text())
     raw = json.dumps(json.loads(base64.b64decode(data["payload"])), indent=1).encode()
     data |= {"payload": base64.b64encode(raw).decode(), DIGEST: hashlib.sha256(raw).hexdigest()}
     committed.write_text(json.dumps(data))
     with pytest.raises(ReceiptEditedError, match="canonical"):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
 def body(payload: dict[str, Any]) -> dict[str, Any]:
@@ -410,7 +404,7 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], Any], type[ForgeError], str]]
     "no boot log": (
         lambda data: body(data).update(configurations={}),
         ReceiptIncompleteError,
-        "no boot log of 1: plain",
+        "lacks the boot log of 1: plain",
     ),
     "a boot log of another form": (
         lambda data: body(data).update(configurations={"plain": {"moe": 5}}),
@@ -448,109 +442,101 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], Any], type[ForgeError], str]]
 
 @pytest.mark.parametrize("name", FORGED)
 def test_what_the_repository_contradicts_is_refused_without_a_signature(
-    project: Path, matrix: Matrix, committed: Path, name: str
+    project: Project, committed: Path, name: str
 ) -> None:
     change, kind, said = FORGED[name]
     edit(committed, change, consistent=True)
     with pytest.raises(kind, match=said) as caught:
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
     assert str(committed) in str(caught.value)
 
 
-def test_a_line_that_does_not_support_the_sku(
-    project: Path, matrix: Matrix, result: dict[str, Any]
-) -> None:
+def test_a_line_that_does_not_support_the_sku(project: Project, result: dict[str, Any]) -> None:
     result["plan"] |= {
         "line": "0.22",
-        "tree": read_tree_lock(project / matrix.line["0.22"].series, "0.22").result,
+        "tree": read_tree_lock(project.root / project.matrix.line["0.22"].series, "0.22").result,
     }
     place(project, make_statement(result))
     with pytest.raises(ReceiptSubjectError, match=r"0\.22 does not support h200"):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
-def test_cases_of_another_suite_prove_nothing(
-    project: Path, matrix: Matrix, committed: Path
-) -> None:
+def test_cases_of_another_suite_prove_nothing(project: Project, committed: Path) -> None:
     assert committed.is_file()
-    list_cases(project, "0" * 64)
-    with pytest.raises(GpuSuiteError, match="of suite 000000000000"):
-        verify_all(project, matrix, NOW)
-    (project / CASES_FILE).unlink()
-    with pytest.raises(GpuSuiteError, match="no list of the cases"):
-        verify_all(project, matrix, NOW)
+    list_cases(project.root, "0" * 64)
+    with pytest.raises(SuiteDescriptionError, match="changed since its cases were listed"):
+        verify_all(project, NOW)
+    (project.root / CASES_FILE).unlink()
+    with pytest.raises(SuiteDescriptionError, match="no list of the cases"):
+        verify_all(project, NOW)
 
 
 def test_the_list_of_cases_is_what_pytest_collects(root: Path, tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "tests.gpu.list_cases", str(tmp_path / "cases.json")],
+        [sys.executable, "-m", "tests.support.list_gpu_cases", str(tmp_path / "cases.json")],
         cwd=root,
         check=True,
         capture_output=True,
     )
     current = (root / CASES_FILE).read_text()
-    assert current == (tmp_path / "cases.json").read_text(), "run: python -m tests.gpu.list_cases"
+    assert current == (tmp_path / "cases.json").read_text(), LIST_CASES
 
 
 @pytest.mark.parametrize(
     "place_of_it", ["{name}", "{digest}/more/{name}", "{digest}/copy.JSON", "{digest}/notes.md"]
 )
-def test_a_receipt_is_not_overlooked(
-    project: Path, matrix: Matrix, committed: Path, place_of_it: str
-) -> None:
+def test_a_receipt_is_not_overlooked(project: Project, committed: Path, place_of_it: str) -> None:
     target = (
-        project / FOLDER / place_of_it.format(name=committed.name, digest=committed.parent.name)
+        project.root
+        / FOLDER
+        / place_of_it.format(name=committed.name, digest=committed.parent.name)
     )
     target.parent.mkdir(exist_ok=True)
     committed.rename(target)
     with pytest.raises(ReceiptUnreadableError, match="this is not records/receipts/<digest>"):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
 @pytest.mark.parametrize("what", ["receipt", "packages", "folder", "all"])
-def test_a_link_is_refused(
-    project: Path, matrix: Matrix, committed: Path, tmp_path: Path, what: str
-) -> None:
+def test_a_link_is_refused(project: Project, committed: Path, tmp_path: Path, what: str) -> None:
     path = {
         "receipt": committed,
         "packages": committed.with_name("environment.txt"),
         "folder": committed.parent,
-        "all": project / FOLDER,
+        "all": project.root / FOLDER,
     }[what]
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ReceiptUnreadableError, match="it is a link"):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
-def test_folders_that_are_none(project: Path, matrix: Matrix) -> None:
-    (project / FOLDER).mkdir()
-    assert verify_all(project, matrix, NOW) == []
-    (project / FOLDER / "keys").write_text("")
-    with pytest.raises(ReceiptKeyError, match="cannot be read"):
-        verify_all(project, matrix, NOW)
-    (project / FOLDER / "keys").unlink()
-    (project / FOLDER).rmdir()
-    (project / FOLDER).write_text("")
+def test_folders_that_are_none(project: Project) -> None:
+    (project.root / FOLDER).mkdir()
+    assert verify_all(project, NOW) == []
+    (project.root / FOLDER / "keys").write_text("")
+    with pytest.raises(ReceiptKeyError, match="cannot read the folder"):
+        verify_all(project, NOW)
+    (project.root / FOLDER / "keys").unlink()
+    (project.root / FOLDER).rmdir()
+    (project.root / FOLDER).write_text("")
     with pytest.raises(ReceiptUnreadableError, match="Not a directory"):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
-def test_packages_that_are_no_file(project: Path, matrix: Matrix, committed: Path) -> None:
+def test_packages_that_are_no_file(project: Project, committed: Path) -> None:
     path = committed.with_name("environment.txt")
     path.unlink()
     path.mkdir()
     with pytest.raises(ReceiptSubjectError, match="Is a directory"):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
-def test_what_a_killed_writer_left_is_no_receipt(
-    project: Path, matrix: Matrix, committed: Path
-) -> None:
+def test_what_a_killed_writer_left_is_no_receipt(project: Project, committed: Path) -> None:
     left = committed.parent / f".tmp-{committed.name}-abcdefgh"
     left.mkdir()
     (left / committed.name).write_text("{")
-    assert len(verify_all(project, matrix, NOW)) == 1
+    assert len(verify_all(project, NOW)) == 1
 
 
 @pytest.mark.parametrize(
@@ -561,18 +547,18 @@ def test_what_a_killed_writer_left_is_no_receipt(
     ],
 )
 def test_json_that_readers_read_differently(
-    project: Path, matrix: Matrix, committed: Path, content: bytes, said: str
+    project: Project, committed: Path, content: bytes, said: str
 ) -> None:
     committed.write_bytes(content)
     with pytest.raises(ReceiptUnreadableError, match=said):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
-def test_a_key_of_a_kind_that_nobody_supports(project: Path, matrix: Matrix) -> None:
-    (project / FOLDER / "keys").mkdir(parents=True)
-    (project / FOLDER / "keys" / "sm2.pem").write_text(SM2)
+def test_a_key_of_a_kind_that_nobody_supports(project: Project) -> None:
+    (project.root / FOLDER / "keys").mkdir(parents=True)
+    (project.root / FOLDER / "keys" / "sm2.pem").write_text(SM2)
     with pytest.raises(ReceiptKeyError, match="not supported"):
-        verify_all(project, matrix, NOW)
+        verify_all(project, NOW)
 
 
 class TestMakeReceipt:
@@ -585,11 +571,9 @@ class TestMakeReceipt:
         path.write_text(json.dumps(result))
         return path
 
-    def test_it_holds(
-        self, project: Path, matrix: Matrix, result: dict[str, Any], tmp_path: Path
-    ) -> None:
+    def test_it_holds(self, project: Project, result: dict[str, Any], tmp_path: Path) -> None:
         path = make_receipt(project, self.write(tmp_path / "out", result), None)
-        (found,) = verify_all(project, matrix, datetime.now(UTC))
+        (found,) = verify_all(project, datetime.now(UTC))
         assert found.path == path
         said = found.statement.detail.differences
         assert "device code is zeroed" in said  # of the kit's own; see result
@@ -597,20 +581,20 @@ class TestMakeReceipt:
         assert not any("torch:" in row for row in found.statement.detail.differences)
 
     def test_what_would_be_refused_is_not_written(
-        self, project: Path, result: dict[str, Any], tmp_path: Path
+        self, project: Project, result: dict[str, Any], tmp_path: Path
     ) -> None:
         result["suite_sha256"] = "0" * 64
         path = self.write(tmp_path / "out", result)
         with pytest.raises(ReceiptSuiteError) as caught:
             make_receipt(project, path, None)
         assert caught.value.where == str(path)
-        assert not (project / FOLDER).exists()
+        assert not (project.root / FOLDER).exists()
 
     @pytest.mark.parametrize("content", ["", "{}", '{"plan": 3}'])
-    def test_no_result(self, project: Path, tmp_path: Path, content: str) -> None:
+    def test_no_result(self, project: Project, tmp_path: Path, content: str) -> None:
         path = tmp_path / "server.json"
         path.write_text(content)
-        with pytest.raises(GpuSuiteError, match="not the result"):
+        with pytest.raises(ResultFileError, match="not the result"):
             make_receipt(project, path, None)
 
     @pytest.mark.parametrize(
@@ -635,12 +619,12 @@ class TestMakeReceipt:
         change: Callable[[dict[str, Any]], Any],
     ) -> None:
         change(result)
-        with pytest.raises(GpuSuiteError, match="not the result of a tier"):
+        with pytest.raises(ResultFileError, match="not the result of a tier"):
             make_receipt(project, self.write(tmp_path / "out", result), None)
-        assert not (project / FOLDER).exists()
+        assert not (project.root / FOLDER).exists()
 
     def test_a_line_that_is_not_ours(
-        self, project: Path, result: dict[str, Any], tmp_path: Path
+        self, project: Project, result: dict[str, Any], tmp_path: Path
     ) -> None:
         result["plan"]["line"] = "9.9"
         with pytest.raises(ReceiptSubjectError, match=r"line '9\.9'"):
@@ -648,18 +632,18 @@ class TestMakeReceipt:
 
     @pytest.mark.parametrize("packages", [None, b"\xff"])
     def test_without_the_list_of_packages(
-        self, project: Path, result: dict[str, Any], tmp_path: Path, packages: bytes | None
+        self, project: Project, result: dict[str, Any], tmp_path: Path, packages: bytes | None
     ) -> None:
         path = self.write(tmp_path / "out", result)
         path.with_name("environment.txt").unlink()
         if packages is not None:
             path.with_name("environment.txt").write_bytes(packages)
-        with pytest.raises(GpuSuiteError, match="no list of the packages") as caught:
+        with pytest.raises(ResultFileError, match="cannot read the list of packages") as caught:
             make_receipt(project, path, None)
         assert "environment.txt" in caught.value.where
 
     def test_a_case_that_did_not_run(
-        self, project: Path, result: dict[str, Any], tmp_path: Path
+        self, project: Project, result: dict[str, Any], tmp_path: Path
     ) -> None:
         """As where a run chose tests with ``--only``: all that ran is green."""
         del result["tests"][f"{FILE}::test_two[2]"]
@@ -667,29 +651,30 @@ class TestMakeReceipt:
             make_receipt(project, self.write(tmp_path / "out", result), None)
 
     def test_names_as_workers_have_them(
-        self, project: Path, matrix: Matrix, result: dict[str, Any], tmp_path: Path
+        self, project: Project, result: dict[str, Any], tmp_path: Path
     ) -> None:
         """With ``-n``, pytest-xdist appends a test's group to its name."""
         result["tests"] = {f"{name}@mtp": row for name, row in result["tests"].items()}
         make_receipt(project, self.write(tmp_path / "out", result), None)
-        (found,) = verify_all(project, matrix, datetime.now(UTC))
+        (found,) = verify_all(project, datetime.now(UTC))
         assert f"{FILE}::test_two[1]" in found.statement.predicate.passed
 
     def test_a_key_that_is_none_or_not_trusted_leaves_nothing(
-        self, project: Path, result: dict[str, Any], tmp_path: Path, keys: tuple[Path, Path]
+        self, project: Project, result: dict[str, Any], tmp_path: Path, keys: tuple[Path, Path]
     ) -> None:
         path = self.write(tmp_path / "out", result)
         for key, said in ((keys[1], "not an Ed25519 key"), (keys[0], "not among the trusted")):
             with pytest.raises(ReceiptKeyError, match=said):
                 make_receipt(project, path, key)
-            assert not (project / FOLDER).exists()
-        trusted = project / FOLDER / "keys"
+            assert not (project.root / FOLDER).exists()
+        trusted = project.root / FOLDER / "keys"
         trusted.mkdir(parents=True)
         (trusted / "release.pem").write_bytes(keys[1].read_bytes())
         make_receipt(project, path, keys[0])
 
 
-def test_differences_from_the_lock(root: Path, matrix: Matrix) -> None:
+def test_differences_from_the_lock(root: Path) -> None:
+    matrix = Project(root).matrix
     lock = read_lock(root, "0.26", matrix.line["0.26"], matrix.base)
     same = "".join(f"{wheel.name}=={wheel.version} record=x\n" for wheel in lock.wheels)
     assert differences(same, lock.wheels) == []
@@ -699,10 +684,8 @@ def test_differences_from_the_lock(root: Path, matrix: Matrix) -> None:
     assert differences(other, lock.wheels) == ["torch: 2.11.1, the lock has 2.11.0"]
 
 
-def test_status_shows_receipts_and_what_was_not_run(
-    project: Path, matrix: Matrix, committed: Path
-) -> None:
-    text = status_text(project, matrix, verify_all(project, matrix, NOW))
+def test_status_shows_receipts_and_what_was_not_run(project: Project, committed: Path) -> None:
+    text = status_text(project, verify_all(project, NOW))
     cells = next(line for line in text.splitlines() if line.startswith("| h200 |")).split(" | ")
     assert "unsupported" in cells[1]
     assert f"(../../records/receipts/{committed.parent.name}/{committed.name})" in cells[2]
@@ -715,65 +698,46 @@ IMAGE = "d19e57" + "0" * 58
 SERVED = {"preset": "h200-mtp", "artifact": "flash-nvfp4-fp8-mtp"}
 
 
-def receipt_of_image(project: Path, result: dict[str, Any], **facts: str) -> Path:
+def receipt_of_image(project: Project, result: dict[str, Any], **facts: str) -> Path:
     result["plan"]["subject"] = {"kind": "image", "name": "x", "sha256": IMAGE}
     result["plan"]["differences"] = []
     result["tests"][f"{FILE}::test_one"]["facts"] = facts
-    return write_receipt(project / FOLDER, make_statement(result))
+    return write_receipt(project.root / FOLDER, make_statement(result))
 
 
 def test_a_preset_was_run_if_a_test_of_its_image_served_the_artifact(
-    project: Path, matrix: Matrix, result: dict[str, Any]
+    project: Project, result: dict[str, Any]
 ) -> None:
     path = receipt_of_image(project, result, **SERVED)
-    found = image_receipts(project, matrix, f"sha256:{IMAGE}", NOW)
-    place = str(path.relative_to(project))
-    assert found.words(project) == [place]
-    assert preset_state(project, found.held, *SERVED.values()) == f"receipts: {place}"
-    assert preset_state(project, found.held, "h200-mtp", "other") == "not run"
-    assert preset_state(project, found.held, "other", "flash-nvfp4-fp8-mtp") == "not run"
+    found = image_receipts(project, f"sha256:{IMAGE}", NOW)
+    place = str(path.relative_to(project.root))
+    assert found.words(project.root) == [place]
+    assert preset_state(project.root, found.held, *SERVED.values()) == f"receipts: {place}"
+    assert preset_state(project.root, found.held, "h200-mtp", "other") == "not run"
+    assert preset_state(project.root, found.held, "other", "flash-nvfp4-fp8-mtp") == "not run"
     for digest in (None, "sha256:" + "0" * 64):
-        assert image_receipts(project, matrix, digest, NOW) == ImageReceipts()
+        assert image_receipts(project, digest, NOW) == ImageReceipts()
 
 
-def test_a_test_for_another_gpu_served_nothing(
-    project: Path, matrix: Matrix, result: dict[str, Any]
-) -> None:
+def test_a_test_for_another_gpu_served_nothing(project: Project, result: dict[str, Any]) -> None:
     result["tests"][f"{FILE}::test_elsewhere"]["facts"] = SERVED
     receipt_of_image(project, result)
-    found = image_receipts(project, matrix, IMAGE, NOW)
+    found = image_receipts(project, IMAGE, NOW)
     assert len(found.held) == 1
-    assert preset_state(project, found.held, *SERVED.values()) == "not run"
+    assert preset_state(project.root, found.held, *SERVED.values()) == "not run"
 
 
 def test_a_receipt_that_is_refused_runs_nothing_and_is_told(
-    project: Path, matrix: Matrix, result: dict[str, Any]
+    project: Project, result: dict[str, Any]
 ) -> None:
     path = receipt_of_image(project, result, **SERVED)
-    place = str(path.relative_to(project))
+    place = str(path.relative_to(project.root))
     for change in (NOW + VALID, NOW):
-        found = image_receipts(project, matrix, IMAGE, change)
+        found = image_receipts(project, IMAGE, change)
         assert found.held == ()
         (words,) = found.refused
         assert words.startswith(f"{place} is refused: ")
         edit(path, faster, consistent=False)
-
-
-def test_required_tests_are_read_from_the_source(project: Path) -> None:
-    tests = required_tests(project, read_tiers(project)["server"])
-    names = {test.name.removeprefix(f"{FILE}::"): test for test in tests}
-    assert set(names) == {"test_one", "test_two", "test_elsewhere", "TestGroup::test_three"}
-    assert not names["test_elsewhere"].runs_on("9.0")
-    assert names["TestGroup::test_three"].runs_on("9.0")
-    assert names["test_one"].runs_on("10.3")
-
-
-def test_the_suites_description_is_whole(root: Path) -> None:
-    tiers = read_tiers(root)
-    assert {"kernel", "server"} <= set(tiers)
-    for tier in tiers.values():
-        assert len(suite_hash(root, tier)) == 64
-    assert len(required_tests(root, tiers["server"])) > 10
 
 
 def test_a_receipt_reads_back(committed: Path, result: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The oracle and what ran: they agree on an H200, and a difference is refused."""
+"""The recorded selection and what ran: they agree on an H200, and a difference is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_forge.kernels.errors import SelectionFileError
 from vllm_forge.matrix import load
 from vllm_forge.receipts.envelope import Receipt
 from vllm_forge.receipts.errors import ReceiptContradictedError
-from vllm_forge.receipts.selection_match import LAYOUTS, compare, require_foretold
+from vllm_forge.receipts.selection_match import LAYOUTS, compare, require_selection
 from vllm_forge.receipts.statement import make_statement
 
 if TYPE_CHECKING:
@@ -54,41 +54,41 @@ def changed(answer: dict[str, Any]) -> Path:
     return answer["file"].parents[2]
 
 
-def test_what_ran_is_what_was_foretold(root: Path, receipt: Receipt) -> None:
+def test_what_ran_matches_the_recorded_selection(root: Path, receipt: Receipt) -> None:
     rows = compare(root, receipt)
     assert {row.what for row in rows} >= {"experts", "draft experts", "FP8 linear layers"}
-    assert [row for row in rows if row.oracle != row.ran] == []
-    require_foretold(root, receipt)
+    assert [row for row in rows if row.recorded != row.ran] == []
+    require_selection(root, receipt)
 
 
 def test_another_backend_is_refused(receipt: Receipt, answer: dict[str, Any]) -> None:
     answer["row"]["moe"]["chosen"] = "EMULATION"
-    with pytest.raises(ReceiptContradictedError, match=r"for experts vLLM took .* says EMULATION"):
-        require_foretold(changed(answer), receipt)
+    with pytest.raises(ReceiptContradictedError, match=r"for experts .* recorded is EMULATION"):
+        require_selection(changed(answer), receipt)
 
 
 def test_another_linear_kernel_is_refused(receipt: Receipt, answer: dict[str, Any]) -> None:
     answer["row"]["linear"] = len(answer["all"]["shared"]["linear"])
     answer["all"]["shared"]["linear"].append({"chosen": "TritonFp8"})
-    with pytest.raises(ReceiptContradictedError, match="says TritonFp8"):
-        require_foretold(changed(answer), receipt)
+    with pytest.raises(ReceiptContradictedError, match="recorded is TritonFp8"):
+        require_selection(changed(answer), receipt)
 
 
-def test_what_the_oracle_was_not_asked_proves_nothing(
+def test_an_engine_without_a_recorded_selection_is_refused(
     receipt: Receipt, answer: dict[str, Any], tmp_path: Path
 ) -> None:
     answer["all"]["rows"] = [row for row in answer["all"]["rows"] if row["answer"] != answer["row"]]
-    with pytest.raises(ReceiptContradictedError, match="was not asked grid/"):
+    with pytest.raises(ReceiptContradictedError, match=r"ran, and grid/\S+ is not recorded"):
         compare(changed(answer), receipt)
     shutil.rmtree(tmp_path / "records")
     with pytest.raises(SelectionFileError):
         compare(tmp_path, receipt)
 
 
-def test_what_the_oracle_says_is_refused_cannot_have_run(
+def test_an_engine_recorded_as_refused_cannot_have_run(
     receipt: Receipt, answer: dict[str, Any]
 ) -> None:
     answer["row"].clear()
     answer["row"]["refused"] = {"kind": "device", "message": "ValueError: no such kernel"}
-    with pytest.raises(ReceiptContradictedError, match="the oracle says: ValueError"):
+    with pytest.raises(ReceiptContradictedError, match="is recorded as: ValueError"):
         compare(changed(answer), receipt)

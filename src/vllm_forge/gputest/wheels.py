@@ -1,13 +1,18 @@
-"""Which wheels a GPU host lacks, given what it has: the line's own versions, for its Python.
+"""The wheels of a kit: those that the host lacks, in the line's versions; vLLM's for one GPU.
 
 The lock is for the image's Python. A host with another one gets the same versions: wheels of the
 lock that do not depend on the Python are taken with the lock's hash; the others are other files
-of the same release, chosen here, with the hash that the index states. Those are named as a
-difference, and so is what the host has in another version or what is left out.
+of the same release, selected here, with the hash that the index states. Those are listed as
+differences, and so is what is left out.
+
+In the patched wheel, device code that cannot run on the GPU is zeroed, so that it packs. Offsets
+stay, and so do the headers of all entries; the driver reads the one entry that it takes. Libraries
+whose code no test launches are zeroed whole: they load, as vLLM imports them.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import zipfile
 from dataclasses import dataclass
@@ -19,8 +24,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from vllm_forge.gputest.errors import KitError
+from vllm_forge.host import atomic_path
 from vllm_forge.images.content import VLLM
+from vllm_forge.kernels.coverage import Capability, device_code, runs_on
+from vllm_forge.sources.errors import WheelError
 from vllm_forge.sources.lock import choose_wheel, wheel_tags
+from vllm_forge.sources.wheel_format import record_row, rewrite_record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,10 +43,12 @@ if TYPE_CHECKING:
 FROZEN = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>\S+)$")
 LINKED = re.compile(r"^(?P<name>[A-Za-z0-9._-]+) @ ")
 TORCH = "torch"
+LIBRARY = ".so"
+LEVEL = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chosen:
+class WheelSelection:
     """What travels.
 
     Attributes:
@@ -55,14 +66,14 @@ def read_freeze(path: Path) -> dict[str, str]:
     """Name -> version of a host's ``pip freeze``.
 
     Raises:
-        KitError: it is not one, or it is another Python's: one without torch.
+        KitError: not a freeze, or one without torch, so of another Python.
     """
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     try:
         rows = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise KitError(
-            f"the freeze cannot be read: {error}",
+            f"cannot read --freeze: {error}",
             where=str(path),
             remedy="bring it from the host: python3 -m pip freeze > freeze.txt",
         ) from None
@@ -71,23 +82,23 @@ def read_freeze(path: Path) -> dict[str, str]:
         if not text or text.startswith(("#", "-e ")):
             continue
         if (entry := FROZEN.match(text)) is not None:
-            found[canonicalize_name(entry["name"])] = entry["version"]
+            versions[canonicalize_name(entry["name"])] = entry["version"]
         elif LINKED.match(text) is None:  # "name @ file://": installed, of no known version
             raise KitError(
                 f"not a line of pip freeze: {text[:80]}",
                 where=f"{path}:{number}",
                 remedy="leave what python3 -m pip freeze printed as it is",
             )
-    if TORCH not in found:
+    if TORCH not in versions:
         raise KitError(
-            "this freeze has no torch, so it is not of the Python that will run the tests",
+            "missing torch in --freeze: not of the Python that will run the tests",
             where=str(path),
             remedy="on the host: python3 -m pip freeze, with the python3 that imports torch",
         )
-    return found
+    return versions
 
 
-def choose(
+def select_wheels(
     line: Line,
     base: Base,
     lock: Lock,
@@ -96,7 +107,7 @@ def choose(
     frozen: dict[str, str],
     omit: Sequence[str],
     extra: Sequence[LockedWheel],
-) -> Chosen:
+) -> WheelSelection:
     """Compare lock and host.
 
     Args:
@@ -115,9 +126,9 @@ def choose(
     names = {wheel.name for wheel in lock.wheels}
     if unknown := sorted(set(omit) - names):
         raise KitError(
-            f"the lock has no {unknown[0]} that could be left out",
+            f"unknown --omit {unknown[0]}: not in the lock",
             where=str(lock.path),
-            remedy="--omit takes the name of a package of that lock",
+            remedy="name a package of that lock",
         )
     torch = frozen[TORCH].partition("+")[0]
     if torch != line.torch:
@@ -137,15 +148,15 @@ def choose(
         else:
             other.append(wheel)
     offered = index.files_of(wheel.name for wheel in other) if other else {}
-    found = [choose_wheel(item.name, item.version, offered[item.name], tags) for item in other]
+    others = [choose_wheel(wheel.name, wheel.version, offered[wheel.name], tags) for wheel in other]
     rows = [f"{name} is left out" for name in sorted(omit)]
-    if found:
+    if others:
         rows.append(
-            f"Python {line.python}: {len(found)} wheels are other files of the locked releases, "
-            f"with the index's hashes: {', '.join(wheel.name for wheel in found)}"
+            f"Python {line.python}: {len(others)} wheels are other files of the locked releases, "
+            f"with the index's hashes: {', '.join(wheel.name for wheel in others)}"
         )
-    return Chosen(
-        wheels=tuple(sorted([*wheels, *found], key=lambda wheel: wheel.name)),
+    return WheelSelection(
+        wheels=tuple(sorted([*wheels, *others], key=lambda wheel: wheel.name)),
         kept=tuple(kept),
         differences=tuple(rows),
     )
@@ -160,8 +171,8 @@ def require_closed(wheels: Sequence[Path], present: AbstractSet[str], python: st
         python: e.g. ``3.12``.
 
     Raises:
-        KitError: something is asked for that nobody brings: the lock is for another Python, and
-            a requirement may hold for one of them only.
+        KitError: one is missing: the lock is for another Python, and a requirement may hold for
+            one of them only.
     """
     environment: dict[str, str | AbstractSet[str]] = {
         **{name: str(value) for name, value in default_environment().items()},
@@ -175,12 +186,12 @@ def require_closed(wheels: Sequence[Path], present: AbstractSet[str], python: st
     names = present | {canonicalize_name(item["Name"]) for item in metadata}
     for item in metadata:
         for text in item.get_all("Requires-Dist") or ():
-            wanted = Requirement(text)
-            name = canonicalize_name(wanted.name)
-            if name in names or (wanted.marker and not wanted.marker.evaluate(environment)):
+            requirement = Requirement(text)
+            name, marker = canonicalize_name(requirement.name), requirement.marker
+            if name in names or (marker and not marker.evaluate(environment)):
                 continue
             raise KitError(
-                f"{item['Name']} needs {text} on Python {python}, and the lock has no {name}",
+                f"missing {name}: {item['Name']} needs {text} on Python {python}",
                 remedy="make the kit for the line's Python, or for a host that has it",
             )
 
@@ -189,3 +200,80 @@ def _metadata(path: Path) -> Message:
     with zipfile.ZipFile(path) as archive:
         name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         return BytesParser().parsebytes(archive.read(name), headersonly=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinWheel:
+    """A wheel with less device code.
+
+    Attributes:
+        path: the wheel.
+        zeroed: bytes of device code that were zeroed.
+        differences: from the wheel as built, each a sentence.
+    """
+
+    path: Path
+    zeroed: int
+    differences: tuple[str, ...]
+
+
+def thin_wheel(
+    wheel: Path, target: Path, capability: Capability, unused: Sequence[str]
+) -> ThinWheel:
+    """Write ``target``: the wheel without device code for other GPUs.
+
+    Args:
+        wheel: as built.
+        target: is written.
+        capability: of the GPU.
+        unused: patterns of libraries none of whose device code is launched.
+
+    Raises:
+        UnknownFatbinError: see kernels.coverage.device_code.
+        WheelError: it has no RECORD.
+    """
+    zeroed, emptied, rows = 0, [], {}
+    record = None
+    with (
+        zipfile.ZipFile(wheel) as source,
+        atomic_path(target) as aside,
+        zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED, compresslevel=LEVEL) as out,
+    ):
+        for member in source.infolist():
+            if member.filename.endswith(".dist-info/RECORD"):
+                record = member
+                continue
+            content = source.read(member)
+            if member.filename.endswith(LIBRARY):
+                whole = any(fnmatch.fnmatch(member.filename, pattern) for pattern in unused)
+                content, count = thin(content, member.filename, None if whole else capability)
+                zeroed += count
+                emptied += [member.filename] if whole else []
+                rows[member.filename] = record_row(content)
+            _write(out, member, content)
+        if record is None:
+            raise WheelError("the wheel has no RECORD", where=str(wheel))
+        new_record = rewrite_record(
+            source.read(record), lambda path, *columns: (path, *rows.get(path, columns))
+        )
+        _write(out, record, new_record)
+    differences = [f"device code for other GPUs is zeroed in {len(rows)} libraries of vLLM"]
+    differences += [f"all device code of {name} is zeroed: no test launches it" for name in emptied]
+    return ThinWheel(path=target, zeroed=zeroed, differences=tuple(differences))
+
+
+def thin(content: bytes, name: str, capability: Capability | None) -> tuple[bytes, int]:
+    """A library with zeros for what cannot run; None: for all. Also the bytes zeroed."""
+    data, count = bytearray(content), 0
+    for code in device_code(content, name):
+        if capability is None or not runs_on(code.target, code.kind, capability):
+            data[code.offset : code.offset + code.size] = bytes(code.size)
+            count += code.size
+    return bytes(data), count
+
+
+def _write(out: zipfile.ZipFile, member: zipfile.ZipInfo, content: bytes) -> None:
+    info = zipfile.ZipInfo(member.filename, member.date_time)
+    info.external_attr = member.external_attr
+    info.compress_type = zipfile.ZIP_DEFLATED
+    out.writestr(info, content)

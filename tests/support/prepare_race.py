@@ -1,6 +1,6 @@
 """Make the kit of the kernel tier: a folder to carry to a host that has a GPU and no vLLM.
 
-    python -m tests.gpu.prepare_race dist/gpu/race [--line 0.26] [--capability 9.0] [--torch DIR]
+    python -m tests.support.prepare_race dist/gpu/race [--line 0.26] [--torch DIR]
 
 It holds the wheel's libraries without the device code that cannot run there, what of the release's
 source the mutants are compiled from, and, if this machine has nvcc and that torch, the helpers and
@@ -12,35 +12,23 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import mmap
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tests.gpu.race.build import build_all, toolchain
 from tests.gpu.race.kit import ARCHIVE, BASE, MANIFEST, MOE, REPO
 from tests.gpu.race.mutants import SOURCES
+from vllm_forge.gputest.wheels import thin
 from vllm_forge.host import atomic_path
-from vllm_forge.kernels.coverage import device_code, parse_capability, runs_on
+from vllm_forge.kernels.coverage import parse_capability
 from vllm_forge.matrix import load
 from vllm_forge.sources import SourceRepo, Wheelhouse, read_lock
-
-
-def thin(library: Path, capability: tuple[int, int]) -> int:
-    """Zero the payloads that cannot run on such a GPU; how many bytes they had."""
-    zeroed = 0
-    with library.open("r+b") as file, mmap.mmap(file.fileno(), 0) as text:
-        for code in device_code(text, str(library)):
-            if not runs_on(code.target, code.kind, capability):
-                text[code.offset : code.offset + code.size] = bytes(code.size)
-                zeroed += code.size
-    return zeroed
 
 
 def sha256(path: Path) -> str:
@@ -56,10 +44,11 @@ def libraries(line_name: str, folder: Path, capability: tuple[int, int]) -> dict
     rows = {}
     with zipfile.ZipFile(Wheelhouse().verify(wheel)) as archive:
         for name in (MOE, BASE):
-            target = folder / name
-            with archive.open(f"vllm/{name}") as packed, target.open("wb") as out:
-                shutil.copyfileobj(packed, out)
-            rows[name] = {"sha256": sha256(target), "zeroed_bytes": thin(target, capability)}
+            content = archive.read(f"vllm/{name}")
+            thinned, zeroed = thin(content, name, capability)
+            (folder / name).write_bytes(thinned)
+            digest = hashlib.sha256(content).hexdigest()
+            rows[name] = {"sha256": digest, "zeroed_bytes": zeroed}
     return {"wheel": wheel.filename, "wheel_sha256": wheel.sha256, "libraries": rows}
 
 
@@ -76,16 +65,8 @@ def source(line_name: str, folder: Path) -> str:
     return tree
 
 
-def metadata(folder: Path) -> None:
-    """What ``importlib.metadata`` asks, where the project is on the path but not installed."""
-    info = folder / f"vllm_forge-{version('vllm-forge')}.dist-info"
-    info.mkdir(parents=True)
-    text = f"Metadata-Version: 2.1\nName: vllm-forge\nVersion: {version('vllm-forge')}\n"
-    (info / "METADATA").write_text(text, encoding="utf-8")
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="tests.gpu.prepare_race", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tests.support.prepare_race", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--line", default=None)
     parser.add_argument("--capability", default="9.0")
@@ -100,7 +81,6 @@ def main(argv: list[str] | None = None) -> int:
         made: dict[str, Any] = {"line": line_name, "capability": args.capability}
         made |= libraries(line_name, kit / "lib", capability)
         made["source_tree"] = source(line_name, kit / "source")
-        metadata(kit / "site")
         if chain is not None:
             # Kept beside the archive: what did not change is not compiled again.
             built = build_all(args.folder / "native", kit / "source", chain)

@@ -25,9 +25,3 @@ def environment_text() -> str:
         rows[name] = f"{name}=={distribution.version} record={digest}"
     python = f"# Python {platform.python_version()} on {platform.machine()}"
     return "\n".join([python, *(rows[name] for name in sorted(rows))]) + "\n"
-
-
-def versions(text: str) -> dict[str, str]:
-    """Name -> version of such a text."""
-    pairs = (row.split(" ")[0].partition("==") for row in text.splitlines() if row[:1] != "#")
-    return {name: version for name, _, version in pairs}

@@ -1,0 +1,81 @@
+"""The GPUs of this host, as nvidia-smi lists them."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from typing import Any
+
+from tests.gpu.harness.errors import WrongGpuError
+
+FIELDS = ("name", "uuid", "compute_cap", "driver_version", "memory.total")
+TIMEOUT_S = 60
+
+
+def query(*fields: str, gpu: str = "") -> list[list[str]]:
+    """These fields of every GPU, or of the one with this index or UUID.
+
+    Raises:
+        OSError: no nvidia-smi.
+        subprocess.SubprocessError: it failed.
+        ValueError: a row is not of these fields.
+    """
+    argv = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    text = subprocess.run(
+        [*argv, "-i", gpu] if gpu else argv,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=TIMEOUT_S,
+    ).stdout
+    rows = [[part.strip() for part in line.split(",")] for line in text.splitlines() if line]
+    for row in rows:
+        if len(row) != len(fields):
+            raise ValueError(f"expected {', '.join(fields)}, got {', '.join(row)}")
+    return rows
+
+
+def list_gpus() -> list[dict[str, Any]]:
+    """What a receipt has of each GPU; memory in MiB, and a hash that tells GPUs apart.
+
+    Raises:
+        WrongGpuError: no driver, no GPU, or one that failed.
+    """
+    try:
+        gpus = [
+            {
+                "name": name,
+                "uuid_sha256": hashlib.sha256(uuid.encode()).hexdigest(),
+                "compute_capability": capability,
+                "driver": driver,
+                "memory_mib": int(memory),
+            }
+            for name, uuid, capability, driver, memory in query(*FIELDS)
+        ]
+        reason = "it lists no GPU"
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        gpus, reason = [], f"{type(error).__name__}: {error}"
+    if not gpus:
+        raise WrongGpuError(
+            f"no GPU to test: {reason}",
+            where="nvidia-smi",
+            remedy="run this on a host of the SKU, and give a container its GPUs; a kit is for a "
+            "host without network: nox -s gpu-kit -- --sku SKU --output DIR",
+        )
+    return gpus
+
+
+def require_sku(gpus: list[dict[str, Any]], plan: dict[str, Any]) -> None:
+    """Refuse GPUs that are not of the plan's SKU: its compute capability and its product name.
+
+    Raises:
+        WrongGpuError: one is not.
+    """
+    for gpu in gpus:
+        capability, name = gpu["compute_capability"], gpu["name"]
+        if capability != plan["compute_capability"] or not name.startswith(plan["device"]):
+            raise WrongGpuError(
+                f"{plan['sku']} is {plan['device']} with compute capability "
+                f"{plan['compute_capability']}; this host has {name} with {capability}",
+                remedy="run on a host of the SKU",
+            )
