@@ -15,7 +15,6 @@ import compileall
 import contextlib
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -88,24 +87,19 @@ def is_complete(folder: Path, kit: str) -> bool:
     return stamp.is_file() and stamp.read_text() == kit
 
 
-class Joined(io.RawIOBase):
+class Joined:
     """The parts as one file to read from, without a copy on disk."""
 
     def __init__(self, paths: list[Path]) -> None:
-        super().__init__()
         self.files: list[BinaryIO] = [path.open("rb") for path in paths]
 
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill from the first file that has something left."""
+    def read(self, size: int) -> bytes:
+        """At most ``size`` bytes of the first file that has some left."""
         while self.files:
-            if count := self.files[0].readinto(buffer):  # type: ignore[attr-defined]
-                return int(count)
+            if block := self.files[0].read(size):
+                return block
             self.files.pop(0).close()
-        return 0
+        return b""
 
 
 def join(manifest: dict[str, Any]) -> Path:
@@ -113,22 +107,21 @@ def join(manifest: dict[str, Any]) -> Path:
     folder, kit = WORK / "content", kit_id(manifest)
     if is_complete(folder, kit):
         return folder
-    paths = []
-    for part in manifest["parts"]:
-        path = WORK / part["name"]
+    paths = [WORK / part["name"] for part in manifest["parts"]]
+    for path, part in zip(paths, manifest["parts"], strict=True):
         if not path.is_file():
-            sys.exit(f"{part['name']} is missing: bring it with `take` first")
+            sys.exit(f"missing {part['name']}: bring it with `take` first")
         require(path, part)
-        paths.append(path)
     clear(folder)
-    with tarfile.open(fileobj=io.BufferedReader(Joined(paths), CHUNK), mode="r|") as tar:
+    joined: Any = Joined(paths)  # of a stream, tarfile only calls read()
+    with tarfile.open(fileobj=joined, mode="r|", bufsize=CHUNK) as tar:
         tar.extractall(folder, filter="data")
     (folder / ".complete").write_text(kit)
     return folder
 
 
 def clear(folder: Path) -> None:
-    """Delete what an earlier call left, if it did: results of then would pass for those of now."""
+    """Delete what an earlier call left: its results would pass for those of this one."""
     if folder.exists():
         shutil.rmtree(folder)
 
@@ -157,13 +150,8 @@ def place(name: str, prefix: Path, packages: Path) -> tuple[Path, bool]:
     if not head.endswith(".data"):
         return packages / name, False
     kind, _, inner = rest.partition("/")
-    folders = {
-        "purelib": packages,
-        "platlib": packages,
-        "scripts": prefix / "bin",
-        "headers": prefix / "include",
-        "data": prefix,
-    }
+    folders = {"scripts": prefix / "bin", "headers": prefix / "include", "data": prefix}
+    folders |= dict.fromkeys(("purelib", "platlib"), packages)
     return folders[kind] / inner, kind == "scripts"
 
 
@@ -203,7 +191,7 @@ def variables(folder: Path) -> dict[str, str]:
 
 
 def brought_caches(folder: Path, manifest: dict[str, Any]) -> Path:
-    """The folder of caches: that of an earlier call, or the kit's, unpacked whole or not at all."""
+    """The folder of caches: an earlier call's, or the kit's, unpacked whole or not at all."""
     caches, packed = WORK / "caches", folder / "caches.tar.xz"
     if not caches.exists() and packed.is_file():
         aside = WORK / "caches.new"

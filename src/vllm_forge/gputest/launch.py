@@ -83,7 +83,7 @@ def require_sku(probe: Probe, cell: ImageCell) -> None:
             f"no GPU to test: {message}",
             where="nvidia-smi",
             remedy="run this on a host of the SKU; make a kit for a host without network: "
-            "nox -s gpu-kit -- --sku SKU --output DIR",
+            "nox -s forge -- gpu kit --sku SKU --output DIR",
         )
     sku = cell.sku
     for gpu in gpus:

@@ -60,7 +60,7 @@ def list_gpus() -> list[dict[str, Any]]:
             f"no GPU to test: {reason}",
             where="nvidia-smi",
             remedy="run this on a host of the SKU, and give a container its GPUs; a kit is for a "
-            "host without network: nox -s gpu-kit -- --sku SKU --output DIR",
+            "host without network: nox -s forge -- gpu kit --sku SKU --output DIR",
         )
     return gpus
 

@@ -171,7 +171,7 @@ def test_an_environment_has_the_hosts_network(
 
     monkeypatch.setattr(gpu, "run_in_environment", lambda *_, **__: pytest.fail("it was run"))
     assert main(["gpu", "test", "--sku=h200", "--env", "--network"]) == 2
-    assert "--network is for an image" in capsys.readouterr().err
+    assert "--network is for --image" in capsys.readouterr().err
 
 
 class Smi:
