@@ -13,6 +13,7 @@ DOCKER_HOST is that socket, an image is found through it; builds need buildx and
 from __future__ import annotations
 
 import os
+import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -89,51 +90,53 @@ def _client() -> Iterator[DockerClient]:
     import docker  # noqa: PLC0415 - 0.2 s that most commands do without
     import requests  # noqa: PLC0415
 
-    client = None
+    address = _address()
+    _require_socket(address)
     try:
         client = docker.from_env(timeout=TIMEOUT_S, use_ssh_client=True)
-        yield client
+        try:
+            yield client
+        finally:
+            client.close()
     except docker.errors.InvalidVersion as error:
         raise EngineTooOldError(
             f"the docker daemon is too old: {error}",
-            where=_address(),
+            where=address,
             remedy=f"upgrade docker to {OLDEST_DOCKER[0]} or newer, or choose --engine buildah",
         ) from error
     except (docker.errors.DockerException, requests.RequestException) as error:
-        raise _unreachable(error) from error
-    finally:
-        if client is not None:
-            client.close()
-
-
-def _unreachable(error: Exception) -> EngineUnreachableError:
-    cause = next((item for item in _chain(error) if isinstance(item, OSError) and item.errno), None)
-    match cause:
-        case PermissionError():
-            what = "permission denied on the docker socket"
-            remedy = "run as root or as a member of the group docker, or choose --engine buildah"
-        case FileNotFoundError() | ConnectionRefusedError():
-            what = "the docker daemon is not running"
-            remedy = (
-                "start it (systemctl start docker), correct DOCKER_HOST or the docker context, or "
-                "choose --engine buildah"
-            )
-        case _:
-            what = f"the docker daemon does not answer: {error}"
-            remedy = "see `docker version` and the daemon's log, or choose --engine buildah"
-    return EngineUnreachableError(what, where=_address(), remedy=remedy)
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception and what it was raised from; urllib3 keeps the cause in ``args``."""
-    yield error
-    for inner in (error.__cause__ or error.__context__, *error.args):
-        if isinstance(inner, BaseException):
-            yield from _chain(inner)
+        raise EngineUnreachableError(
+            f"the docker daemon does not answer: {error}",
+            where=address,
+            remedy="see `docker version` and the daemon's log, or choose --engine buildah",
+        ) from error
 
 
 def _address() -> str:
     from docker.context import ContextAPI  # noqa: PLC0415
 
     host = os.environ.get("DOCKER_HOST")
-    return host or str(ContextAPI.kwargs_from_context().get("base_url", "the default socket"))
+    return host or str(ContextAPI.kwargs_from_context().get("base_url", ""))
+
+
+def _require_socket(address: str) -> None:
+    """Connect to a unix socket once: the SDK buries the reason, and leaves its socket open."""
+    if not address.startswith("unix://"):
+        return
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(TIMEOUT_S)
+            probe.connect(address.removeprefix("unix://"))
+    except PermissionError as error:
+        raise EngineUnreachableError(
+            "permission denied on the docker socket",
+            where=address,
+            remedy="run as root or as a member of the group docker, or choose --engine buildah",
+        ) from error
+    except OSError as error:
+        raise EngineUnreachableError(
+            f"the docker daemon is not running: {error.strerror or error}",
+            where=address,
+            remedy="start it (systemctl start docker), correct DOCKER_HOST or the docker context, "
+            "or choose --engine buildah",
+        ) from error

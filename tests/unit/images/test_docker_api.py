@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import socket
@@ -21,24 +20,20 @@ from vllm_forge.images.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-# The SDK does not close a socket that it cannot connect; collected in the test that leaves it.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 DAEMON: dict[str, Any] = {"/version": VERSION, "/info": INFO, "/_ping": "OK"}
 
 
 @pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A socket that DOCKER_HOST names, and no configuration of docker's."""
     path = tmp_path / "docker.sock"
     for name in ("DOCKER_CONTEXT", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "config"))
     monkeypatch.setenv("DOCKER_HOST", f"unix://{path}")
-    yield path
-    gc.collect()
+    return path
 
 
 def test_current_daemon_with_the_containerd_store_is_accepted(path: Path) -> None:
