@@ -20,7 +20,7 @@ import zstandard
 
 from tests.image.conftest import engines
 from tests.support.project import CODE, LIBRARY, PATCHED, VLLM, Project, make_project
-from vllm_forge.host.mounts import mounted_below
+from vllm_forge.host.files import mounted_below
 from vllm_forge.images.layout import Image, read_image, verify
 
 pytestmark = pytest.mark.engine

@@ -1,24 +1,26 @@
-"""Nothing half-written: write aside, then rename; one writer at a time; disk checked first."""
+"""Files of this host: atomic writes, locks, free disk, mounts."""
 
 from __future__ import annotations
 
 import fcntl
 import glob
 import os
+import re
 import shutil
+import subprocess
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_forge.host.console import console
-from vllm_forge.host.errors import BusyError, DiskSpaceError
-from vllm_forge.host.mounts import unmount_below
+from vllm_forge.host.errors import BusyError, DiskSpaceError, MountedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 GIB = 1 << 30
+MOUNT_TABLE = Path("/proc/self/mountinfo")
 READ_ONLY = 0o444  # mode of blobs: images share them by hard links
 
 
@@ -127,10 +129,12 @@ def exclusive(name: str, *, wait: bool) -> Iterator[None]:
 
 def free_bytes(path: Path) -> int:
     """Free bytes of the file system that will hold ``path`` (it need not exist yet)."""
-    existing = path
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_existing(path)).free
+
+
+def _existing(path: Path) -> Path:
+    """The path, or its nearest parent that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def require_disk(needs: dict[Path, int]) -> None:
@@ -144,10 +148,7 @@ def require_disk(needs: dict[Path, int]) -> None:
     """
     by_device: dict[int, list[tuple[Path, int]]] = {}
     for path, size in needs.items():
-        existing = path
-        while not existing.exists():
-            existing = existing.parent
-        by_device.setdefault(existing.stat().st_dev, []).append((path, size))
+        by_device.setdefault(_existing(path).stat().st_dev, []).append((path, size))
     for items in by_device.values():
         need = sum(size for _, size in items)
         free = min(free_bytes(path) for path, _ in items)
@@ -156,4 +157,35 @@ def require_disk(needs: dict[Path, int]) -> None:
                 f"about {need / GIB:.1f} GiB are needed and {free / GIB:.1f} GiB are free",
                 where=", ".join(str(path) for path, _ in items),
                 remedy="free some space, or set VLLM_FORGE_CACHE / --output to a larger disk",
+            )
+
+
+def mounted_below(folder: Path, table: str | None = None) -> list[Path]:
+    """Mount points within ``folder``, the latest first, as they have to be unmounted.
+
+    Args:
+        folder: need not exist; it may be a mount point itself, which does not count.
+        table: the text of /proc/self/mountinfo (proc_pid_mountinfo(5)); default: this process's.
+    """
+    rows = (MOUNT_TABLE.read_text() if table is None else table).splitlines()
+    points = [
+        Path(re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), row.split()[4])) for row in rows
+    ]
+    top = folder.resolve()
+    return [point for point in reversed(points) if top in point.parents]
+
+
+def unmount_below(folder: Path) -> None:
+    """Unmount everything within ``folder``.
+
+    Raises:
+        MountedError: something is in use, or this user may not.
+    """
+    for point in mounted_below(folder):
+        done = subprocess.run(["umount", str(point)], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise MountedError(
+                f"cannot unmount a file system: {done.stderr.strip()}",
+                where=str(point),
+                remedy="end what uses it, or unmount it as root; a killed build leaves such mounts",
             )

@@ -69,7 +69,6 @@ def build_image(plan: ImagePlan, runner: Runner) -> BuildResult:
     Raises:
         BusyError: this cell is being built by another process.
         DiskSpaceError: before anything is written.
-        ForgeError: as each step says.
     """
     with exclusive(f"build-{plan.cell.name}", wait=False):
         if not plan.options.refresh_base and (known := plan.up_to_date()):

@@ -10,18 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import cache_root, remove, which
-from vllm_forge.images.engine import (
-    BYTECODE,
-    SystemOutput,
-    build_options,
-    hex_digest,
-    require_version,
-)
+from vllm_forge.images.engine import BYTECODE, build_options, read_output, require_version
 from vllm_forge.images.layout import read_image
 
 if TYPE_CHECKING:
     from vllm_forge.host import Runner
-    from vllm_forge.images.engine import ContainerRun, SystemBuild
+    from vllm_forge.images.engine import ContainerRun, SystemBuild, SystemOutput
 
 OLDEST = (1, 28)
 NAME = "localhost/vllm-forge-system"
@@ -79,13 +73,7 @@ class Buildah:
         """Parse the ``dir:`` output (docker schema 2)."""
         folder = build.work / "image"
         manifest = json.loads((folder / "manifest.json").read_text())
-        config = json.loads((folder / hex_digest(manifest["config"]["digest"])).read_text())
-        return SystemOutput(
-            tars=tuple(folder / hex_digest(layer["digest"]) for layer in manifest["layers"]),
-            diff_ids=tuple(hex_digest(item) for item in config["rootfs"]["diff_ids"]),
-            config=config["config"],
-            root=build.work / "root",
-        )
+        return read_output(folder, manifest, build.work / "root")
 
     def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
         """Runc on an overlay of the unpacked layers, in a mount namespace of its own.

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.host import which
 from vllm_forge.images.docker_api import answers, check_daemon
-from vllm_forge.images.engine import SystemOutput, build_options, hex_digest, require_version
+from vllm_forge.images.engine import build_options, hex_digest, read_output, require_version
 from vllm_forge.images.errors import LayoutError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_forge.host import Runner
-    from vllm_forge.images.engine import ContainerRun, SystemBuild
+    from vllm_forge.images.engine import ContainerRun, SystemBuild, SystemOutput
 
 OLDEST_BUILDX = (0, 12)  # the first that knows rewrite-timestamp
 
@@ -72,18 +72,12 @@ class Buildx:
         blobs = build.work / "image" / "blobs" / "sha256"
         index = json.loads((build.work / "image" / "index.json").read_text())
         manifest = json.loads((blobs / hex_digest(index["manifests"][0]["digest"])).read_text())
-        config = json.loads((blobs / hex_digest(manifest["config"]["digest"])).read_text())
         for layer in manifest["layers"]:
             if not layer["mediaType"].endswith(".tar"):
                 raise LayoutError(
                     f"buildx left a compressed layer: {layer['mediaType']}", where=str(build.work)
                 )
-        return SystemOutput(
-            tars=tuple(blobs / hex_digest(layer["digest"]) for layer in manifest["layers"]),
-            diff_ids=tuple(hex_digest(item) for item in config["rootfs"]["diff_ids"]),
-            config=config["config"],
-            root=None,
-        )
+        return read_output(blobs, manifest, None)
 
     def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
         """Load the image, then ``docker run`` with as few rights as there are."""

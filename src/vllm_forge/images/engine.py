@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,17 @@ class SystemOutput:
     diff_ids: tuple[str, ...]
     config: dict[str, Any]
     root: Path | None
+
+
+def read_output(blobs: Path, manifest: dict[str, Any], root: Path | None) -> SystemOutput:
+    """The output of a build from its manifest and a folder of blobs, named by hex digests."""
+    config = json.loads((blobs / hex_digest(manifest["config"]["digest"])).read_text())
+    return SystemOutput(
+        tars=tuple(blobs / hex_digest(layer["digest"]) for layer in manifest["layers"]),
+        diff_ids=tuple(hex_digest(item) for item in config["rootfs"]["diff_ids"]),
+        config=config["config"],
+        root=root,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
