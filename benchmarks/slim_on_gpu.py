@@ -3,7 +3,7 @@
     python benchmarks/slim_on_gpu.py --output results.json
 
 Needs a GPU, an environment with torch and room for a copy of it; nothing of this project but its
-census is used, so it runs from a checkout with PYTHONPATH=src. Three runs of the same operations:
+kernel coverage is used, so it runs from a checkout with PYTHONPATH=src. Three runs of the same operations:
 torch as it is, a copy without foreign device code, and, as control, that copy without the code
 *for* this GPU, which must fail.
 """
@@ -90,7 +90,7 @@ def main() -> int:
     before = run(None)
     again = run(None)
     if before is None or again is None:
-        sys.exit("torch as it is does not run the operations: its own words are above")
+        sys.exit("torch as it is does not run the operations: see its output above")
     site = Path(torch.__file__).parents[1]
     with tempfile.TemporaryDirectory() as scratch:
         for name in ("torch", "nvidia"):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vllm_forge.host import atomic_path
 from vllm_forge.matrix import schema_text
 from vllm_forge.pages import (
+    checks,
     coverage,
     drift,
     measurements,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 # Path from the root of the checkout -> its whole text.
 PAGES: dict[str, Callable[[Project], str]] = {
+    "docs/generated/checks.md": checks.page,
     "docs/generated/coverage.md": coverage.page,
     "docs/generated/drift.md": drift.page,
     "docs/generated/exit-codes.md": readme.exit_codes,
