@@ -2,10 +2,10 @@
 
     python benchmarks/slim_on_gpu.py --output results.json
 
-Needs a GPU, an environment with torch and room for a copy of it; nothing of this project but its
-kernel coverage is used, so it runs from a checkout with PYTHONPATH=src. Three runs of the same operations:
-torch as it is, a copy without foreign device code, and, as control, that copy without the code
-*for* this GPU, which must fail.
+Needs a GPU, an environment with torch and room for a copy of it; nothing of this project but
+kernels.coverage is used, so it runs from a checkout with PYTHONPATH=src. Three runs of the same
+operations: torch as it is, a copy without foreign device code, and, as control, that copy without
+the code *for* this GPU, which must fail.
 """
 
 from __future__ import annotations
