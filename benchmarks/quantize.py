@@ -70,7 +70,7 @@ from dataclasses import replace
 from pathlib import Path
 from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer
 from vllm_forge.checkpoints.quantize.calibration import calibrate_with
-from vllm_forge.checkpoints.quantize.job import Job
+from vllm_forge.checkpoints.quantize.work import Job
 from vllm_forge.checkpoints.quantize.quantizer import quantize
 from vllm_forge.checkpoints.quantize.recipe import load_recipe
 from vllm_forge.checkpoints.quantize.model import open_model

@@ -52,8 +52,8 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def variant(root: Path) -> Callable[[str], Path]:
     """A tiny variant by name: made now if the cache has none."""
+    from vllm_forge.checkpoints.fixtures.native import make_with_tools
     from vllm_forge.checkpoints.fixtures.tiny import TinySpec
-    from vllm_forge.checkpoints.fixtures.tool_fixtures import make_with_tools
     from vllm_forge.checkpoints.fixtures.variants import make_variant
 
     return lambda name: make_variant(root, name, TinySpec(), make_with_tools)

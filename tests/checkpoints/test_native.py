@@ -12,11 +12,10 @@ from compressed_tensors.entrypoints.convert import ModelOptNvfp4Converter
 
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.codecs import int4
+from vllm_forge.checkpoints.fixtures.native import DECODER_EXPERT, EXPERT, LINEAR, make_with_tools
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec
-from vllm_forge.checkpoints.fixtures.tool_fixtures import make_with_tools
 from vllm_forge.checkpoints.fixtures.variants import make_variant
-from vllm_forge.checkpoints.quantize.native import DECODER_EXPERT, EXPERT, LINEAR
-from vllm_forge.checkpoints.quantize.one_layer import load_tensor
+from vllm_forge.checkpoints.quantize.calibrate import load_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,18 +15,22 @@ from transformers.core_model_loading import rename_source_key
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCausalLM
 
 from vllm_forge.checkpoints.checkpoint import Checkpoint
-from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer, scheme_of
+from vllm_forge.checkpoints.quantize.calibrate import (
+    LayerQuantizer,
+    load_tensor,
+    scheme_of,
+    tensor_bytes,
+)
 from vllm_forge.checkpoints.quantize.calibration import (
     SHIPPED,
     Calibration,
     read_conversations,
     tokenize,
 )
-from vllm_forge.checkpoints.quantize.job import Job
 from vllm_forge.checkpoints.quantize.model import open_model
-from vllm_forge.checkpoints.quantize.one_layer import load_tensor, tensor_bytes
 from vllm_forge.checkpoints.quantize.quantizer import quantize
 from vllm_forge.checkpoints.quantize.recipe import load_recipe
+from vllm_forge.checkpoints.quantize.work import Job
 
 if TYPE_CHECKING:
     from pathlib import Path

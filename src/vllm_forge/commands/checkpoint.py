@@ -166,7 +166,7 @@ def verify(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.checkpoints.fixtures.variants import cached_variant, load_variants
     from vllm_forge.checkpoints.inspect.inspection import inspect
     from vllm_forge.checkpoints.inspect.profile import Profile
-    from vllm_forge.checkpoints.inspect.verdicts import DATA, Verdicts, variant_row
+    from vllm_forge.checkpoints.inspect.verdict import DATA, Verdicts, variant_row
     from vllm_forge.pages.registry import write_pages
     from vllm_forge.patches import read_dispositions
     from vllm_forge.proofs.dry_load import dry_load
@@ -209,7 +209,7 @@ def quantize(project: Project, args: argparse.Namespace) -> None:
 
     from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer, pick_device
     from vllm_forge.checkpoints.quantize.calibration import NO_DATA, calibrate_with
-    from vllm_forge.checkpoints.quantize.job import Job
+    from vllm_forge.checkpoints.quantize.work import Job
 
     engine = LayerQuantizer(source.config, recipe.recipe, pick_device(args.device))
     data = calibrate_with(args.data, recipe.recipe, args.model) if engine.needs_data else NO_DATA
@@ -226,7 +226,7 @@ def fixtures(project: Project, args: argparse.Namespace) -> None:
     names = args.names or list(load_variants())
     if not all(variant_path(project.root, name).exists() for name in names):
         enter(project.root, sys.argv[1:])
-        from vllm_forge.checkpoints.fixtures.tool_fixtures import make_with_tools
+        from vllm_forge.checkpoints.fixtures.native import make_with_tools
 
         for name in names:
             make_variant(project.root, name, TinySpec(), make_with_tools)

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.checkpoints.errors import CheckpointRefusedError
 from vllm_forge.checkpoints.inspect.findings import label
-from vllm_forge.checkpoints.inspect.verdict import Outcome
-from vllm_forge.checkpoints.inspect.verdicts import DATA, Verdicts
+from vllm_forge.checkpoints.inspect.verdict import DATA, Outcome, Verdicts
 from vllm_forge.pages.markdown import table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vllm_forge.checkpoints.inspect.verdicts import FindingRow, LineRow
+    from vllm_forge.checkpoints.inspect.verdict import FindingRow, LineRow
     from vllm_forge.project import Project
 
 HEAD = """# Verdicts on the tiny checkpoints

@@ -11,8 +11,8 @@ import pytest
 
 from tests.support.layouts import layout
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
-from vllm_forge.checkpoints.inspect import regex_limits
-from vllm_forge.checkpoints.inspect.regex_limits import require_termination
+from vllm_forge.checkpoints.inspect import matching
+from vllm_forge.checkpoints.inspect.matching import require_termination
 from vllm_forge.cli import main
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ ENDLESS = r"re:(\w+\.?)+!"
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(regex_limits, "LIMIT_S", 1)
+    monkeypatch.setattr(matching, "LIMIT_S", 1)
 
 
 def _ask(targets: list[str], ignore: list[str], rest: list[str]) -> None:
@@ -51,7 +51,7 @@ def test_a_target_is_tried_on_what_it_is_asked_with() -> None:
 
 def test_a_pattern_beyond_the_limit_is_not_compiled() -> None:
     with pytest.raises(CheckpointUnreadableError, match="longer than"):
-        _ask([], ["re:" + "a" * regex_limits.MAX_LENGTH], [])
+        _ask([], ["re:" + "a" * matching.MAX_LENGTH], [])
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from tests.support.layouts import NVFP4 as NVFP4_GROUP
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.config_check import REQUIRED
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
+from vllm_forge.checkpoints.fixtures.changes import Change, apply_changes
 from vllm_forge.checkpoints.fixtures.variants import load_variants
 from vllm_forge.checkpoints.inspect.checks_config import activations
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, check_id, summarize
@@ -36,7 +37,6 @@ from vllm_forge.checkpoints.inspect.inspection import find_all
 from vllm_forge.checkpoints.inspect.manifest import nearest
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.checkpoints.inspect.verdict import applies
-from vllm_forge.checkpoints.quantize.changes import Change, apply_changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

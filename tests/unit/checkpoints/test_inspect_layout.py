@@ -11,9 +11,15 @@ from typing import Any
 
 import pytest
 
-from vllm_forge.checkpoints.inspect.formats import Format
+from vllm_forge.checkpoints.inspect.formats import (
+    Drafter,
+    Format,
+    Part,
+    draft_tensors,
+    main_tensors,
+    part_of,
+)
 from vllm_forge.checkpoints.inspect.manifest import manifests, named
-from vllm_forge.checkpoints.inspect.parts import Drafter, Part, draft_tensors, main_tensors, part_of
 from vllm_forge.checkpoints.tensors import DTYPE_BYTES
 from vllm_forge.errors import UsageError
 

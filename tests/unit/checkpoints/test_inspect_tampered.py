@@ -19,9 +19,9 @@ from vllm_forge.checkpoints.errors import (
     CheckpointUnreadableError,
 )
 from vllm_forge.checkpoints.inspect.inspection import inspect
+from vllm_forge.checkpoints.inspect.manifest import RECORD
 from vllm_forge.checkpoints.inspect.profile import Profile
-from vllm_forge.checkpoints.inspect.record import RECORD
-from vllm_forge.checkpoints.inspect.verdicts import error_of
+from vllm_forge.checkpoints.inspect.verdict import error_of
 from vllm_forge.checkpoints.source import CheckpointSource
 from vllm_forge.checkpoints.tensors import copy_of, write_shard
 from vllm_forge.cli import main

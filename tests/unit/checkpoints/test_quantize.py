@@ -36,7 +36,7 @@ from vllm_forge.host.errors import BusyError, DiskSpaceError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vllm_forge.checkpoints.quantize.job import Job
+    from vllm_forge.checkpoints.quantize.work import Job
     from vllm_forge.checkpoints.tensors import TensorToWrite
 
 

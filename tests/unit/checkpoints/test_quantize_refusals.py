@@ -24,7 +24,7 @@ from vllm_forge.host.errors import DiskSpaceError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from vllm_forge.checkpoints.quantize.job import Job
+    from vllm_forge.checkpoints.quantize.work import Job
     from vllm_forge.checkpoints.tensors import TensorToWrite, WrittenTensor
 
 

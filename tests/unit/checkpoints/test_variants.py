@@ -16,6 +16,13 @@ from pydantic import ValidationError
 from tests.support.checkpoint_engine import SMALL, make_job, tree_of
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import RecipeError, ToolEnvironmentError
+from vllm_forge.checkpoints.fixtures.changes import (
+    Change,
+    apply_changes,
+    downcast,
+    halve_global_scales,
+    split_rows,
+)
 from vllm_forge.checkpoints.fixtures.variants import (
     BF16,
     VARIANTS,
@@ -23,13 +30,6 @@ from vllm_forge.checkpoints.fixtures.variants import (
     load_variants,
     make_variant,
     variant_path,
-)
-from vllm_forge.checkpoints.quantize.changes import (
-    Change,
-    apply_changes,
-    downcast,
-    halve_global_scales,
-    split_rows,
 )
 from vllm_forge.checkpoints.quantize.quantizer import quantize
 from vllm_forge.checkpoints.tensors import in_memory

@@ -19,7 +19,7 @@ from vllm_forge.checkpoints.inspect.findings import (
     scoped,
     summarize,
 )
-from vllm_forge.checkpoints.inspect.formats import Format
+from vllm_forge.checkpoints.inspect.formats import DRAFT, Format, Part
 from vllm_forge.checkpoints.inspect.matching import (
     FUSION_KNOWN,
     PROBES_CHANGED,
@@ -31,7 +31,6 @@ from vllm_forge.checkpoints.inspect.matching import (
     resolve_experts,
     serving_modules,
 )
-from vllm_forge.checkpoints.inspect.parts import DRAFT, Part
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

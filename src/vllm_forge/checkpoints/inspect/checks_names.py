@@ -14,14 +14,14 @@ from vllm_forge.checkpoints.inspect.findings import (
     scoped,
     summarize,
 )
-from vllm_forge.checkpoints.inspect.formats import split
-from vllm_forge.checkpoints.inspect.parts import (
+from vllm_forge.checkpoints.inspect.formats import (
     DRAFT,
     LINEAR,
     Drafter,
     Part,
     alias_tensors,
     part_of,
+    split,
 )
 
 if TYPE_CHECKING:

@@ -8,14 +8,17 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 from vllm_forge.checkpoints.inspect.findings import Finding, Scope, finding, scoped, summarize
-from vllm_forge.checkpoints.inspect.formats import PIECES, Format, RequiredTensor, stored_as
-from vllm_forge.checkpoints.inspect.parts import (
+from vllm_forge.checkpoints.inspect.formats import (
     DRAFT,
     LINEAR,
+    PIECES,
     Drafter,
+    Format,
     Part,
+    RequiredTensor,
     alias_tensors,
     part_of,
+    stored_as,
 )
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 import vllm_forge.kernels.selection.inside
 from vllm_forge.checkpoints.errors import DryLoadError
 from vllm_forge.checkpoints.inspect.findings import Record
-from vllm_forge.checkpoints.inspect.parts import Drafter
+from vllm_forge.checkpoints.inspect.formats import Drafter
 from vllm_forge.host import atomic_path
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
-"""How a linear layer's weight is stored: the tensors of each format, and which format is there.
+"""Which part of the model a tensor belongs to, and how the weight of a linear layer is stored.
 
-Suffixes, dtypes and shapes are those that vLLM registers for the same scheme:
+Names and dtypes of the unquantized model are in checkpoints.inventory. Suffixes, dtypes and shapes
+of formats are those that vLLM registers for the same scheme:
 compressed_tensors_moe_w4a4_nvfp4.py, compressed_tensors_w8a8_fp8.py, compressed_tensors_moe_wna16
 of vllm/model_executor/layers/quantization/compressed_tensors, and modelopt.py, fp8.py, mxfp4.py
 beside it (0.22.1, 0.26.0, 0.33.0). DeepSeek's own ``.scale`` is renamed by its loaders
@@ -9,16 +10,118 @@ beside it (0.22.1, 0.26.0, 0.33.0). DeepSeek's own ``.scale`` is renamed by its 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from vllm_forge.checkpoints.inventory import all_tensors, dspark_tensors, has_dspark, mtp_tensors
 from vllm_forge.checkpoints.tensors import TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
+
+DRAFT = "mtp."
+BLOCK = re.compile(r"^(?:layers|mtp)\.\d+\.")
+# Matrices that a quantizer may take; every other tensor is stored as it is.
+LINEAR = re.compile(
+    r"\.(w1|w2|w3|wq_a|wq_b|wkv|wo_a|wo_b|wgate|weights_proj|e_proj|h_proj|main_proj)\.weight$"
+)
 Shape = tuple[int, ...]
+# Global scales are scalars. Lists of one element are taken too (tests/patches/
+# test_global_scale_shape.py); the difference is reported, see checks_tensors.py.
+HALF = ("BF16", "F16")
+
+
+class Part(StrEnum):
+    """The classes of DeepSeek V4's tensors. Order of rows in tables."""
+
+    EXPERTS = "experts"
+    ATTENTION = "attention"
+    COMPRESSOR = "compressor"
+    INDEXER = "indexer"
+    SHARED_EXPERTS = "shared experts"
+    ROUTER = "router"
+    NORMS = "norms"
+    HYPER = "hyper-connections"
+    SINKS = "attention sinks"
+    EMBEDDING = "embedding and head"
+    PROJECTIONS = "draft projections"
+    DRAFT_HEADS = "draft heads"
+    OTHER = "other"
+
+
+# First match wins; the names are without "layers.<i>." or "mtp.<i>.".
+RULES = tuple(
+    (re.compile(pattern), part)
+    for pattern, part in (
+        (r"ffn\.experts\.\d+\.", Part.EXPERTS),
+        (r"ffn\.shared_experts\.", Part.SHARED_EXPERTS),
+        (r"ffn\.gate\.", Part.ROUTER),
+        (r"attn\.indexer\.", Part.INDEXER),
+        (r"attn\.compressor\.", Part.COMPRESSOR),
+        (r"attn\.(wq_a|wq_b|wkv|wo_a|wo_b|fused_wqa_wkv)\.", Part.ATTENTION),
+        (r"attn\.attn_sink$", Part.SINKS),
+        (r"hc_(attn|ffn|head)_", Part.HYPER),
+        (r"(attn\.)?(\w*_)?norm\.weight$|[eh]norm\.weight$", Part.NORMS),
+        (r"(embed|head|emb\.tok_emb|lm_head|embed_tokens)\.weight$", Part.EMBEDDING),
+        (r"(e_proj|h_proj|main_proj)\.", Part.PROJECTIONS),
+        (r"(markov_head|confidence_head)\.", Part.DRAFT_HEADS),
+    )
+)
+
+
+class Drafter(StrEnum):
+    """What the tensors under ``mtp.`` are."""
+
+    NONE = "none"
+    MTP = "mtp"
+    DSPARK = "dspark"
+    UNKNOWN = "unknown"
+
+
+def part_of(name: str) -> Part:
+    """The class of a stored tensor, by its name."""
+    local = BLOCK.sub("", name)
+    return next((part for pattern, part in RULES if pattern.match(local)), Part.OTHER)
+
+
+def drafter_of(names: Iterable[str]) -> Drafter:
+    """By the tensors that only one of them has: MTP's enorm and hnorm, DSpark's Markov head."""
+    drafts = [name for name in names if name.startswith(DRAFT)]
+    if not drafts:
+        return Drafter.NONE
+    locals_ = {BLOCK.sub("", name).partition(".")[0] for name in drafts}
+    if "markov_head" in locals_:
+        return Drafter.DSPARK
+    if locals_ & {"enorm", "hnorm", "e_proj", "h_proj"}:
+        return Drafter.MTP
+    return Drafter.UNKNOWN
+
+
+def main_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
+    """Everything but the drafter."""
+    return (tensor for tensor in all_tensors(config) if not tensor.name.startswith(DRAFT))
+
+
+def draft_tensors(config: Mapping[str, Any], drafter: Drafter) -> Iterator[TensorSpec]:
+    """What must lie under ``mtp.``."""
+    if drafter is Drafter.MTP:
+        yield from mtp_tensors(config)
+    elif drafter is Drafter.DSPARK and has_dspark(config):
+        yield from dspark_tensors(config)
+
+
+def alias_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
+    """Copies of embedding and head below ``mtp.0``, which some artifacts have.
+
+    vLLM gives the draft model the target's own modules after loading
+    (tests/patches/test_draft_shares_embeddings.py), so they are optional.
+    """
+    shape = (config["vocab_size"], config["hidden_size"])
+    for name in ("mtp.0.emb.tok_emb.weight", "mtp.0.head.weight"):
+        yield TensorSpec(name=name, dtype="BF16", shape=shape)
 
 
 class Format(StrEnum):
@@ -34,7 +137,7 @@ class Format(StrEnum):
     UNKNOWN = "unknown"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Piece:
     """One stored tensor of a weight.
 
@@ -44,7 +147,7 @@ class Piece:
         shape: from the weight's rows and columns.
         optional: some writers leave it out.
         converted: dtypes that are not right, and that vLLM's copy turns into the right one without
-            a change of meaning (docs/operate/checkpoints.md, verdict.KEEP).
+            a change of meaning (verdict.KEEP).
     """
 
     suffix: str
@@ -54,8 +157,8 @@ class Piece:
     converted: tuple[str, ...] = ()
 
 
-def _up(number: int, block: int) -> int:
-    return -(-number // block)
+def _matrix(rows: int, columns: int) -> Shape:
+    return (rows, columns)
 
 
 def _scalar(_rows: int, _columns: int) -> Shape:
@@ -63,56 +166,46 @@ def _scalar(_rows: int, _columns: int) -> Shape:
 
 
 def _blocks(rows: int, columns: int) -> Shape:
-    return (_up(rows, 128), _up(columns, 128))
+    return (-(-rows // 128), -(-columns // 128))
 
 
-# Global scales are scalars. Lists of one element are taken too (tests/patches/
-# test_global_scale_shape.py); the difference is reported, see checks_tensors.py.
-HALF = ("BF16", "F16")
+def _columns(block: int) -> Callable[[int, int], Shape]:
+    """One element per ``block`` columns."""
+    return lambda rows, columns: (rows, -(-columns // block))
+
+
 PIECES: dict[Format, tuple[Piece, ...]] = {
-    Format.PLAIN: (Piece(suffix="weight", dtypes=("BF16", "F32"), shape=lambda n, k: (n, k)),),
+    Format.PLAIN: (Piece("weight", ("BF16", "F32"), _matrix),),
     Format.NVFP4: (
-        Piece(
-            suffix="weight_packed", dtypes=("U8",), shape=lambda n, k: (n, _up(k, 2)),
-            converted=("I8",),
-        ),
-        Piece(suffix="weight_scale", dtypes=("F8_E4M3",), shape=lambda n, k: (n, _up(k, 16))),
-        Piece(suffix="weight_global_scale", dtypes=("F32",), shape=_scalar, converted=HALF),
-        Piece(
-            suffix="input_global_scale", dtypes=("F32",), shape=_scalar, optional=True,
-            converted=HALF,
-        ),
+        Piece("weight_packed", ("U8",), _columns(2), converted=("I8",)),
+        Piece("weight_scale", ("F8_E4M3",), _columns(16)),
+        Piece("weight_global_scale", ("F32",), _scalar, converted=HALF),
+        Piece("input_global_scale", ("F32",), _scalar, optional=True, converted=HALF),
     ),
     Format.MODELOPT_NVFP4: (
-        Piece(suffix="weight", dtypes=("U8",), shape=lambda n, k: (n, _up(k, 2))),
-        Piece(suffix="weight_scale", dtypes=("F8_E4M3",), shape=lambda n, k: (n, _up(k, 16))),
-        Piece(suffix="weight_scale_2", dtypes=("F32",), shape=_scalar),
-        Piece(suffix="input_scale", dtypes=("F32",), shape=_scalar),
+        Piece("weight", ("U8",), _columns(2)),
+        Piece("weight_scale", ("F8_E4M3",), _columns(16)),
+        Piece("weight_scale_2", ("F32",), _scalar),
+        Piece("input_scale", ("F32",), _scalar),
     ),
     Format.W4A16: (
-        Piece(suffix="weight_packed", dtypes=("I32",), shape=lambda n, k: (n, _up(k, 8))),
-        Piece(suffix="weight_scale", dtypes=("BF16",), shape=lambda n, k: (n, _up(k, 128))),
-        Piece(suffix="weight_shape", dtypes=("I64", "I32"), shape=lambda _n, _k: (2,)),
+        Piece("weight_packed", ("I32",), _columns(8)),
+        Piece("weight_scale", ("BF16",), _columns(128)),
+        Piece("weight_shape", ("I64", "I32"), lambda _rows, _columns: (2,)),
     ),
     Format.FP8_BLOCK: (
-        Piece(suffix="weight", dtypes=("F8_E4M3",), shape=lambda n, k: (n, k)),
-        Piece(
-            suffix="weight_scale", dtypes=("F32", "BF16"), shape=_blocks,
-            converted=("F16", "F8_E8M0"),
-        ),
+        Piece("weight", ("F8_E4M3",), _matrix),
+        Piece("weight_scale", ("F32", "BF16"), _blocks, converted=("F16", "F8_E8M0")),
     ),
     Format.FP8_NATIVE: (
-        Piece(suffix="weight", dtypes=("F8_E4M3",), shape=lambda n, k: (n, k)),
-        Piece(suffix="scale", dtypes=("F8_E8M0", "F32"), shape=_blocks),
+        Piece("weight", ("F8_E4M3",), _matrix),
+        Piece("scale", ("F8_E8M0", "F32"), _blocks),
     ),
     Format.MXFP4_NATIVE: (
-        Piece(suffix="weight", dtypes=("I8", "U8"), shape=lambda n, k: (n, _up(k, 2))),
-        Piece(
-            suffix="scale", dtypes=("F8_E8M0",), shape=lambda n, k: (n, _up(k, 32)),
-            converted=("U8",),
-        ),
+        Piece("weight", ("I8", "U8"), _columns(2)),
+        Piece("scale", ("F8_E8M0",), _columns(32), converted=("U8",)),
     ),
-}  # fmt: skip
+}
 SUFFIXES = frozenset(piece.suffix for pieces in PIECES.values() for piece in pieces) | {
     "weight_scale_inv",
     "weight_zero_point",

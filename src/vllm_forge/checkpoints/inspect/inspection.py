@@ -6,9 +6,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_forge.checkpoints.inspect import checks_config, checks_names, checks_tensors
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Record
-from vllm_forge.checkpoints.inspect.manifest import config_facts, departures, nearest
-from vllm_forge.checkpoints.inspect.parts import Drafter, Part
-from vllm_forge.checkpoints.inspect.record import against_record
+from vllm_forge.checkpoints.inspect.formats import Drafter, Part
+from vllm_forge.checkpoints.inspect.manifest import (
+    against_record,
+    config_facts,
+    departures,
+    nearest,
+)
 from vllm_forge.checkpoints.inspect.values import ValueRow, compare
 from vllm_forge.checkpoints.inspect.verdict import LineVerdict, Outcome, judge
 

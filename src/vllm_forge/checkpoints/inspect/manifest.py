@@ -1,8 +1,9 @@
-"""Manifests: what a named artifact must hold, as rules over the names that its config promises.
+"""What an artifact must hold: by the manifest of its kind, and by its own manifest.json.
 
-One JSON file per artifact in manifests/. Full lists of names are published for none of them; each
-file says what its counts are known from, and a test compares the rules with those counts. What
-our own quantizer made also carries a manifest.json with every tensor; see record.py.
+One JSON file per kind in manifests/, as rules over the names that a config.json implies. Full lists
+of names are published for none of them; each file says what its counts are known from, and a test
+compares the rules with those counts. ``quantize`` writes a manifest.json beside a checkpoint:
+every tensor, with its SHA-256. Comparing the digests needs all of the data, so it is optional.
 """
 
 from __future__ import annotations
@@ -24,16 +25,19 @@ from vllm_forge.checkpoints.inspect.findings import (
     finding,
     summarize,
 )
-from vllm_forge.checkpoints.inspect.formats import Format, RequiredTensor, stored_as
-from vllm_forge.checkpoints.inspect.matching import read_groups
-from vllm_forge.checkpoints.inspect.parts import (
+from vllm_forge.checkpoints.inspect.formats import (
     DRAFT,
     LINEAR,
     Drafter,
+    Format,
+    RequiredTensor,
     alias_tensors,
     draft_tensors,
     main_tensors,
+    stored_as,
 )
+from vllm_forge.checkpoints.inspect.matching import read_groups
+from vllm_forge.checkpoints.tensors import strict_json
 from vllm_forge.errors import UsageError
 from vllm_forge.host import suggestion
 
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
     from vllm_forge.checkpoints.inspect.profile import Profile
     from vllm_forge.checkpoints.tensors import TensorSpec
 
+
 FOLDER = Path(__file__).with_name("manifests")
 # A checkpoint that differs in more kinds of names is another artifact, not a faulty one.
 MOST_FOREIGN = 0.3
@@ -50,6 +55,7 @@ MOST_FOREIGN = 0.3
 # artifact; the rest of 43 layers would only take time.
 TELLING_LAYERS = 3
 LAYER = re.compile(r"layers\.(\d+)\.")
+RECORD = "manifest.json"
 
 
 class Rule(Record):
@@ -246,3 +252,50 @@ def _differences(manifest: Manifest, profile: Profile) -> list[str]:
         for key, value in manifest.config.items()
         if facts.get(key) != value
     ]
+
+
+def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Finding]:
+    """What changed since the tensors were written.
+
+    Args:
+        profile: the checkpoint.
+        digests: read all tensors and compare their SHA-256 too.
+
+    Raises:
+        UsageError: digests are wanted and there is no record of them.
+    """
+    text = profile.checkpoint.source.text(RECORD)
+    if text is None or not profile.tensors:
+        if digests:
+            raise UsageError(
+                f"--digests compares the tensors with {RECORD}, which is not here",
+                where=str(profile.checkpoint.source),
+                remedy="leave it out, or compare with the model: --source PLACE --values 0",
+            )
+        return
+    try:
+        rows: dict[str, Any] = strict_json(text)["tensors"]
+        recorded = {
+            name: (row["dtype"], tuple(row["shape"]), row["file"]) for name, row in rows.items()
+        }
+        sums = {name: str(row["sha256"]) for name, row in rows.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        yield _changed(f"{RECORD} cannot be read", f"{type(error).__name__}: {error}")
+        return
+    found = {n: (e.dtype, e.shape, e.shard) for n, e in profile.tensors.items()}
+    both = sorted(recorded.keys() & found.keys())
+    for names, title in (
+        (sorted(recorded.keys() - found.keys()), "recorded tensors are missing"),
+        (sorted(found.keys() - recorded.keys()), "tensors are not recorded"),
+        ([n for n in both if recorded[n] != found[n]], "dtype, shape or shard is not as recorded"),
+        (
+            [n for n in both if digests and profile.tensors[n].sha256() != sums[n]],
+            "bytes are not as said",
+        ),
+    ):
+        if names:
+            yield _changed(f"{title} in {RECORD}", summarize(names))
+
+
+def _changed(title: str, what: str) -> Finding:
+    return finding("record", what, title=title)

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.config_check import require_deepseek_v4
 from vllm_forge.checkpoints.inspect.findings import Scope
-from vllm_forge.checkpoints.inspect.formats import Format, recognize, split
-from vllm_forge.checkpoints.inspect.matching import asked_names, read_groups
-from vllm_forge.checkpoints.inspect.parts import (
+from vllm_forge.checkpoints.inspect.formats import (
     DRAFT,
     Drafter,
+    Format,
     Part,
     draft_tensors,
     drafter_of,
     main_tensors,
     part_of,
+    recognize,
+    split,
 )
-from vllm_forge.checkpoints.inspect.regex_limits import require_termination
+from vllm_forge.checkpoints.inspect.matching import asked_names, read_groups, require_termination
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,8 +19,7 @@ import numpy as np
 from vllm_forge.checkpoints.codecs import fp8_block, int4, mxfp4, nvfp4
 from vllm_forge.checkpoints.codecs.small_floats import e8m0_decode
 from vllm_forge.checkpoints.inspect.findings import Finding, Record, Scope, finding, summarize
-from vllm_forge.checkpoints.inspect.formats import Format, split, stored_as
-from vllm_forge.checkpoints.inspect.parts import DRAFT, Part, part_of
+from vllm_forge.checkpoints.inspect.formats import DRAFT, Format, Part, part_of, split, stored_as
 from vllm_forge.checkpoints.tensors import TensorSpec
 
 if TYPE_CHECKING:

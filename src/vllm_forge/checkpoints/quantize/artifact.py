@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_forge.checkpoints.checkpoint import Checkpoint
-    from vllm_forge.checkpoints.quantize.job import Job
     from vllm_forge.checkpoints.quantize.recipe import Recipe
-    from vllm_forge.checkpoints.quantize.work import Work
+    from vllm_forge.checkpoints.quantize.work import Job, Work
     from vllm_forge.checkpoints.tensors import StoredTensor, TensorToWrite, WrittenTensor
 
 MANIFEST = "manifest.json"

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_forge.checkpoints.checkpoint import Checkpoint
-    from vllm_forge.checkpoints.quantize.job import Job
     from vllm_forge.checkpoints.quantize.recipe import NamedRecipe, Recipe
+    from vllm_forge.checkpoints.quantize.work import Job
 
 MAX_PASSED = 5_000_000_000  # bytes of passed-through tensors per file
 STREAM_BYTES = 2  # of one hidden value

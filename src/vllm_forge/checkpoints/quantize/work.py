@@ -1,28 +1,80 @@
-"""The folder that a quantization works in, beside its output, and what makes it resumable.
+"""A quantization: its inputs, and the folder beside its output that makes it resumable.
 
 ``<output>.partial/plan.json`` says which run this is; ``artifact/`` becomes the output by one
-rename; ``notes/`` holds, per finished file, the digests for the manifest. A file is there only
-when it is complete and on the disk, so what exists need not be made again.
+rename; ``notes/`` holds, per finished file, the digests for the manifest; ``hidden-*.bin`` the
+hidden states between two layers. A file is there only when it is complete and on the disk, so what
+exists need not be made again.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_forge.checkpoints.errors import ResumeError
 from vllm_forge.checkpoints.tensors import WrittenTensor, write_shard
 from vllm_forge.host import atomic_path, remove
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
-    from vllm_forge.checkpoints.tensors import TensorToWrite
-
+    from vllm_forge.checkpoints.checkpoint import Checkpoint
+    from vllm_forge.checkpoints.quantize.calibration import Calibration
+    from vllm_forge.checkpoints.quantize.recipe import NamedRecipe
+    from vllm_forge.checkpoints.tensors import StoredTensor, TensorToWrite
 PLAN = "plan.json"
+
+
+class Engine(Protocol):
+    """What quantizes; calibrate.LayerQuantizer, or a stand-in where there is no torch."""
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What the result depends on beside the inputs."""
+        ...
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether a scale is calibrated; without one, no forward pass is needed."""
+        ...
+
+    def recipe_yaml(self) -> str:
+        """The recipe as llm-compressor writes it."""
+        ...
+
+    def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
+        """What config.json says of the quantization."""
+        ...
+
+    def embed(self, weight: StoredTensor, tokens: Sequence[Sequence[int]], path: Path) -> None:
+        """Write the input of the first layer."""
+        ...
+
+    def layer(
+        self,
+        index: int,
+        weights: Mapping[str, StoredTensor],
+        tokens: Sequence[Sequence[int]],
+        source: Path,
+        target: Path,
+    ) -> list[TensorToWrite]:
+        """Quantize a layer: input states at ``source``, its output states to ``target``."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All inputs of a quantization."""
+
+    source: Checkpoint
+    recipe: NamedRecipe
+    calibration: Calibration
+    engine: Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,3 +202,49 @@ class Work:
 
     def _note(self, name: str) -> Path:
         return self.folder / "notes" / f"{name}.json"
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A file of hidden states.
+
+    Attributes:
+        path: the file.
+        tokens: ids of each sample; their numbers say where a sample begins.
+        token_bytes: what one token takes: streams x hidden size x 2 (BF16).
+    """
+
+    path: Path
+    tokens: Sequence[Sequence[int]]
+    token_bytes: int
+
+    def read(self, sample: int) -> bytearray:
+        """The states of one sample.
+
+        Raises:
+            ResumeError: the file has not the size that the tokens say.
+        """
+        start = sum(len(row) for row in self.tokens[:sample]) * self.token_bytes
+        data = bytearray(len(self.tokens[sample]) * self.token_bytes)
+        with self.path.open("rb") as file:
+            file.seek(start)
+            if file.readinto(data) != len(data):
+                raise ResumeError(f"sample {sample} is cut off", where=str(self.path))
+        return data
+
+    @classmethod
+    @contextmanager
+    def write(
+        cls, path: Path, tokens: Sequence[Sequence[int]], token_bytes: int
+    ) -> Iterator[Callable[[bytes], None]]:
+        """Yield what takes the states of each sample in turn; the file appears when all are in.
+
+        Raises:
+            ValueError: more or fewer bytes than the tokens say.
+        """
+        with atomic_path(path) as aside, aside.open("wb") as file:
+            yield lambda data: (file.write(data), None)[1]
+            file.flush()
+            os.fsync(file.fileno())
+            if file.tell() != sum(len(row) for row in tokens) * token_bytes:
+                raise ValueError(f"{path.name}: {file.tell()} bytes of hidden states")
