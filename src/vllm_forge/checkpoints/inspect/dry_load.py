@@ -11,9 +11,9 @@ from pydantic import Field, ValidationError
 
 import vllm_forge.kernels.selection.inside
 from vllm_forge.checkpoints.errors import DryLoadError
-from vllm_forge.checkpoints.inspect.findings import Record
 from vllm_forge.checkpoints.inspect.formats import Drafter
 from vllm_forge.host import atomic_path
+from vllm_forge.matrix import FrozenModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,14 +33,14 @@ METHODS = {
 }
 
 
-class Stop(Record):
+class Stop(FrozenModel):
     """What vLLM raised, and at which tensor."""
 
     tensor: str | None
     message: str
 
 
-class Short(Record):
+class Short(FrozenModel):
     """A parameter that was not written in whole, and how many like it."""
 
     parameter: str
@@ -49,7 +49,7 @@ class Short(Record):
     of: int = Field(description="elements")
 
 
-class Cast(Record):
+class Cast(FrozenModel):
     """Copies that converted from one dtype to another; torch's names."""
 
     source: str = Field(alias="from")
@@ -58,14 +58,14 @@ class Cast(Record):
     example: str
 
 
-class Unread(Record):
+class Unread(FrozenModel):
     """A tensor that the model took nothing from, and how many like it."""
 
     tensor: str
     count: int
 
 
-class Resolved(Record):
+class Resolved(FrozenModel):
     """What vLLM made of a module."""
 
     module: str = Field(description="numbers are N")
@@ -74,7 +74,7 @@ class Resolved(Record):
     count: int
 
 
-class Load(Record):
+class Load(FrozenModel):
     """One model's dry load."""
 
     error: Stop | None
@@ -86,14 +86,14 @@ class Load(Record):
     modules: tuple[Resolved, ...] = ()
 
 
-class Answer(Record):
+class Answer(FrozenModel):
     """What one vLLM does with one checkpoint."""
 
     target: Load
     drafts: dict[str, Load]
 
 
-class Answers(Record):
+class Answers(FrozenModel):
     """What one vLLM does with each checkpoint of a request."""
 
     vllm: str

@@ -45,10 +45,6 @@ def label(check: str) -> str:
 CheckId = Annotated[str, BeforeValidator(check_id)]
 
 
-class Record(FrozenModel):
-    """Base of the inspector's records; their fields are the keys of its JSON."""
-
-
 class Effect(StrEnum):
     """What a fault leads to when the checkpoint is served; from bad to harmless."""
 
@@ -71,7 +67,7 @@ class Scope(StrEnum):
     DRAFT = "draft"
 
 
-class Finding(Record):
+class Finding(FrozenModel):
     """A row of checks.toml, and ``what`` was found of it: counts and an example."""
 
     check: CheckId

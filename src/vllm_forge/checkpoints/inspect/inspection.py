@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_forge.checkpoints.inspect import checks_config, checks_names, checks_tensors
-from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Record
+from vllm_forge.checkpoints.inspect.findings import Effect, Finding
 from vllm_forge.checkpoints.inspect.formats import Drafter, Part
 from vllm_forge.checkpoints.inspect.manifest import (
     against_record,
@@ -15,6 +15,7 @@ from vllm_forge.checkpoints.inspect.manifest import (
 )
 from vllm_forge.checkpoints.inspect.values import ValueRow, compare
 from vllm_forge.checkpoints.inspect.verdict import LineVerdict, Outcome, judge
+from vllm_forge.matrix import FrozenModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 SHOWN = {Effect.DEPARTS, Effect.LOSES}
 
 
-class PartRow(Record):
+class PartRow(FrozenModel):
     """One part of the model, as it is stored."""
 
     part: Part
@@ -36,7 +37,7 @@ class PartRow(Record):
     formats: dict[str, int]
 
 
-class Report(Record):
+class Report(FrozenModel):
     """Everything that an inspection says. Stable: a change of meaning changes ``schema``.
 
     Attributes:

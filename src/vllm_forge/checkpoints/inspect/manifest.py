@@ -20,7 +20,6 @@ from vllm_forge.checkpoints.inspect.checks_config import ARGUMENTS
 from vllm_forge.checkpoints.inspect.findings import (
     NUMBER,
     Finding,
-    Record,
     Scope,
     finding,
     summarize,
@@ -40,6 +39,7 @@ from vllm_forge.checkpoints.inspect.matching import read_groups
 from vllm_forge.checkpoints.tensors import strict_json
 from vllm_forge.errors import UsageError
 from vllm_forge.host import suggestion
+from vllm_forge.matrix import FrozenModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -58,14 +58,14 @@ LAYER = re.compile(r"layers\.(\d+)\.")
 RECORD = "manifest.json"
 
 
-class Rule(Record):
+class Rule(FrozenModel):
     """Modules, by their names from the start, and the formats that their weights may have."""
 
     modules: str
     formats: tuple[Format, ...] = Field(min_length=1)
 
 
-class Published(Record):
+class Published(FrozenModel):
     """Counts that others state of the artifact as published; None where nobody did."""
 
     mtp: int | None = None
@@ -77,7 +77,7 @@ class Published(Record):
     gigabytes: int | None = None
 
 
-class Manifest(Record):
+class Manifest(FrozenModel):
     """One artifact.
 
     Attributes:

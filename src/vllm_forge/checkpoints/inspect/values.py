@@ -18,9 +18,10 @@ import numpy as np
 
 from vllm_forge.checkpoints.codecs import fp8_block, int4, mxfp4, nvfp4
 from vllm_forge.checkpoints.codecs.small_floats import e8m0_decode
-from vllm_forge.checkpoints.inspect.findings import Finding, Record, Scope, finding, summarize
+from vllm_forge.checkpoints.inspect.findings import Finding, Scope, finding, summarize
 from vllm_forge.checkpoints.inspect.formats import DRAFT, Format, Part, part_of, split, stored_as
 from vllm_forge.checkpoints.tensors import TensorSpec
+from vllm_forge.matrix import FrozenModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,7 +43,7 @@ Weight = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 Decoded = tuple["NDArray[np.float64]", "NDArray[np.float64]"]  # values, and bounds of their errors
 
 
-class ValueRow(Record):
+class ValueRow(FrozenModel):
     """One part and format.
 
     Attributes:

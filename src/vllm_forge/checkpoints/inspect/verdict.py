@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from packaging.version import Version
 
 from vllm_forge.checkpoints.errors import CheckpointDepartsError, CheckpointRefusedError
-from vllm_forge.checkpoints.inspect.findings import CheckId, Effect, Finding, Record, Scope, label
+from vllm_forge.checkpoints.inspect.findings import CheckId, Effect, Finding, Scope, label
 from vllm_forge.checkpoints.inspect.formats import Drafter
+from vllm_forge.matrix import FrozenModel
 from vllm_forge.patches.dispositions import FILE, decisions
 from vllm_forge.patches.errors import DispositionError
 
@@ -55,7 +56,7 @@ class Outcome(StrEnum):
     UNKNOWN = "unknown"
 
 
-class LineVerdict(Record):
+class LineVerdict(FrozenModel):
     """One line.
 
     Attributes:
@@ -231,7 +232,7 @@ def _modules(answer: Answer | None) -> dict[str, str]:
     return found
 
 
-class LineRow(Record):
+class LineRow(FrozenModel):
     """One line's verdict."""
 
     outcome: Outcome
@@ -239,7 +240,7 @@ class LineRow(Record):
     why: tuple[str, ...]
 
 
-class FindingRow(Record):
+class FindingRow(FrozenModel):
     """One finding; ``counts_on``: lines that do not cope with it."""
 
     check: CheckId
@@ -248,7 +249,7 @@ class FindingRow(Record):
     counts_on: tuple[str, ...]
 
 
-class VariantRow(Record):
+class VariantRow(FrozenModel):
     """One variant.
 
     Attributes:
@@ -267,7 +268,7 @@ class VariantRow(Record):
     lines: dict[str, LineRow]
 
 
-class Verdicts(Record):
+class Verdicts(FrozenModel):
     """All of it.
 
     Attributes:
