@@ -84,7 +84,7 @@ def menu(name: str, text: str, *command: str) -> None:
         forge(session, *command)
 
     call.__doc__ = text
-    nox.session(call, name=name)
+    nox.session(name=name)(call)
 
 
 for _sku, _arch in ARCHES.items():

@@ -44,7 +44,8 @@ def config_of(artifact: str) -> dict[str, Any]:
     """config.json as far as it is known."""
     row: dict[str, Any] = json.loads((CONFIGS / f"{artifact}.json").read_text())
     base: dict[str, Any] = {} if "base" not in row else config_of(row["base"])
-    return base | row["config"]
+    base |= row["config"]
+    return base
 
 
 def write_sparse(folder: Path, artifact: str) -> int:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,17 +45,22 @@ def operations() -> dict[str, Callable[[], Any]]:
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=CUDA).to(dtype)
 
+    def product(rows: int, dtype: torch.dtype) -> torch.Tensor:
+        return draw(rows, 768, dtype=dtype) @ draw(768, 384, dtype=dtype)
+
+    def batched(dtype: torch.dtype) -> torch.Tensor:
+        return torch.bmm(draw(8, 65, 128, dtype=dtype), draw(8, 128, 33, dtype=dtype))
+
+    def convolution(dtype: torch.dtype) -> torch.Tensor:
+        return fn.conv2d(draw(4, 16, 32, 32, dtype=dtype), draw(32, 16, 3, 3, dtype=dtype))
+
     found: dict[str, Callable[[], Any]] = {}
     for dtype in FLOATS:
         name = str(dtype).removeprefix("torch.")
-        found[f"gemm {name}"] = lambda d=dtype: draw(512, 768, dtype=d) @ draw(768, 384, dtype=d)
-        found[f"gemv {name}"] = lambda d=dtype: draw(1, 768, dtype=d) @ draw(768, 384, dtype=d)
-        found[f"batched gemm {name}"] = lambda d=dtype: torch.bmm(
-            draw(8, 65, 128, dtype=d), draw(8, 128, 33, dtype=d)
-        )
-        found[f"convolution {name}"] = lambda d=dtype: fn.conv2d(
-            draw(4, 16, 32, 32, dtype=d), draw(32, 16, 3, 3, dtype=d)
-        )
+        found[f"gemm {name}"] = partial(product, 512, dtype)
+        found[f"gemv {name}"] = partial(product, 1, dtype)
+        found[f"batched gemm {name}"] = partial(batched, dtype)
+        found[f"convolution {name}"] = partial(convolution, dtype)
 
     def integers(rows: int, columns: int) -> torch.Tensor:
         shape = (rows, columns)
@@ -103,7 +109,7 @@ def operations() -> dict[str, Callable[[], Any]]:
         return fn.ctc_loss(draw(50, 4, 20).log_softmax(2), targets, *sizes)
 
     eye = torch.eye(64, device=CUDA)
-    found |= {f"attention {name}": lambda b=name: attention(b) for name in BACKENDS}
+    found |= {f"attention {name}": partial(attention, name) for name in BACKENDS}
     found |= {
         "gemm int8": lambda: torch._int_mm(integers(64, 128), integers(128, 64)),
         "gemm fp8": fp8,

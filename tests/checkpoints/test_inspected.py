@@ -150,7 +150,7 @@ def test_a_planted_fault_is_beyond_its_bound(fault: str, variant: Callable[[str]
     name, tensor, change = FAULTS[fault]
     folder = Folder(variant(name))
     entry = Profile(Checkpoint.open(folder)).tensors[tensor]
-    data = change(folder.read(entry.shard, entry.begin, entry.end))
+    data = change(bytes(folder.read(entry.shard, entry.begin, entry.end)))
     made = Profile(Checkpoint.open(Changed(folder, entry.shard, entry.begin, data)))
     rows, found = compare(made, _profile(variant("bf16")))
     assert [finding.effect for finding in found] == [Effect.CORRUPTS]
@@ -163,7 +163,9 @@ def test_the_scale_of_w1_is_that_of_w3_too(variant: Callable[[str], Path]) -> No
     for name, leaf in (("card", "weight_global_scale"), ("nvidia-modelopt", "weight_scale_2")):
         folder = Folder(variant(name))
         entry = Profile(Checkpoint.open(folder)).tensors[f"{EXPERT}.w1.{leaf}"]
-        data = _bytes(lambda x: x / 2, "<f4")(folder.read(entry.shard, entry.begin, entry.end))
+        data = _bytes(lambda x: x / 2, "<f4")(
+            bytes(folder.read(entry.shard, entry.begin, entry.end))
+        )
         made = Profile(Checkpoint.open(Changed(folder, entry.shard, entry.begin, data)))
         rows, _ = compare(made, _profile(variant("bf16")))
         different = {module for row in rows for module in row.different}

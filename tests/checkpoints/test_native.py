@@ -18,14 +18,14 @@ from vllm_forge.checkpoints.fixtures.variants import make_variant
 from vllm_forge.checkpoints.quantize.calibrate import load_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from vllm_forge.checkpoints.tensors import StoredTensor
 
 
 @pytest.fixture(scope="module")
-def made(root: Path) -> dict[str, dict[str, StoredTensor]]:
+def made(root: Path) -> dict[str, Mapping[str, StoredTensor]]:
     return {
         name: Checkpoint.open(make_variant(root, name, TinySpec(), make_with_tools)).tensors
         for name in (

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import zstandard
@@ -22,6 +22,9 @@ from tests.image.conftest import engines
 from tests.support.project import CODE, LIBRARY, PATCHED, VLLM, Project, make_project
 from vllm_forge.host.files import mounted_below
 from vllm_forge.images.layout import Image, read_image, verify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.engine
 
@@ -300,7 +303,13 @@ def test_what_a_killed_build_left_mounted_is_cleaned(built: Project, tmp_path: P
     """buildah mounts a container where a build does: none is killed at a lucky moment."""
     fresh = built.copy(tmp_path)
     state = fresh.cache / "buildah"
-    storage = ["--root", state / "store", "--runroot", state / "run", "--storage-driver=overlay"]
+    storage = [
+        "--root",
+        str(state / "store"),
+        "--runroot",
+        str(state / "run"),
+        "--storage-driver=overlay",
+    ]
     for argv in (["from", "--name=left", "scratch"], ["mount", "left"]):
         subprocess.run(["buildah", *storage, *argv], check=True)
     assert any(point.name == "merged" for point in mounted_below(fresh.cache))
@@ -466,7 +475,7 @@ def test_rebuilds_leave_published_images_unchanged(built: Project, tmp_path: Pat
     fresh.run("build", "beta")
     matrix = fresh.root / "matrix.toml"
     dockerfile = fresh.root / "docker" / "Dockerfile"
-    changes = {
+    changes: dict[str, Callable[[], object]] = {
         "patch": lambda: fresh.patch("bool(args) and not args.dynamic"),
         "dockerfile": lambda: dockerfile.write_text(dockerfile.read_text() + "\n# changed\n"),
         "rootfs": lambda: matrix.write_text(
@@ -475,7 +484,7 @@ def test_rebuilds_leave_published_images_unchanged(built: Project, tmp_path: Pat
     }
     published = fresh.root / "published"
     published.mkdir()
-    expected = {}
+    expected: dict[Path, bytes] = {}
     for name, change in changes.items():
         kept = published / name
         shutil.copytree(fresh.root / "dist", kept, copy_function=os.link)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.gpu.harness.caches import open_caches
 from vllm_forge.gputest import caches
 from vllm_forge.images.layer import ZSTD
 from vllm_forge.images.layout import read_image
@@ -30,7 +31,8 @@ def compiled(built: Project, folder: Path, **other: str) -> Path:
         "kind": "image",
         "stack": stack["lock"]["sha256"],
     }
-    caches.open_caches(folder, key | other)
+    plan = {"caches": {"key": key | other, "folders": caches.FOLDERS}}
+    open_caches(folder, plan, packages="")
     (folder / "triton" / "kernel.cubin").write_bytes(b"compiled for 10.0")
     return folder
 

@@ -135,7 +135,7 @@ class Release:
 
     def configs(self, *, large: bool) -> list[tuple[int, int, int]]:
         """The host's table of tiles: k, n, threads."""
-        found = []
+        found: list[tuple[int, int, int]] = []
         values = [ctypes.c_int() for _ in range(3)]
         pointers = [ctypes.byref(value) for value in values]
         while self._library.host_config(int(large), len(found), *pointers):
@@ -177,7 +177,7 @@ class Release:
             ctypes.byref(case), block, self._parts, MOST_PARTS, ctypes.byref(shared)
         )
         assert count >= 0, "a block has more parts than there is room for"
-        names = [name for name, _ in _Part._fields_]
+        names = [field[0] for field in _Part._fields_]
         parts = [
             Ran(**{name: getattr(part, name) for name in names}) for part in self._parts[:count]
         ]

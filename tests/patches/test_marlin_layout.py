@@ -70,6 +70,7 @@ def test_the_multiplier() -> None:
 
     weights = random_weights(NVFP4, experts=3, size_n=N, size_k=K, seed=4)
     assert weights.multiplier is not None
+    assert weights.kernel_multiplier is not None
     theirs = fp4.nvfp4_marlin_process_global_scale(
         torch.from_numpy(weights.multiplier), torch.bfloat16
     )

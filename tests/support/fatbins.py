@@ -48,9 +48,15 @@ def elf(
     return header + body + table
 
 
+def _parts(target: str) -> tuple[str, str]:
+    match = TARGET.fullmatch(target)
+    assert match, target
+    return match[1], match[2]
+
+
 def cubin(target: str, kernels: Mapping[str, int]) -> bytes:
     """Machine code with kernels of these names and sizes in bytes."""
-    arch, suffix = TARGET.fullmatch(target).groups()
+    arch, suffix = _parts(target)
     names, symbols = b"\0", bytes(24)
     for name, size in kernels.items():
         symbols += struct.pack("<IBBHQQ", len(names), 0x12, 0x10, 1, 0, size)
@@ -88,7 +94,7 @@ def entry(
     number: int | None = None,
 ) -> bytes:
     """One entry; ``flags`` are set besides the right ones, ``number`` replaces the kind's."""
-    arch, suffix = TARGET.fullmatch(target).groups()
+    arch, suffix = _parts(target)
     flags |= BITS_64 | LINUX | {"a": EXACT, "f": FAMILY, "": 0}[suffix]
     flags |= LTO if kind == "lto" else 0
     flags |= NEW_ABI if kind == "cubin" and int(arch) >= 100 else 0

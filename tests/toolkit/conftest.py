@@ -123,7 +123,7 @@ def compiled(
                 for target in targets.split()
                 for argument in ("-gencode", _gencode(target))
             ]
-            shared = ["-shared", "-cudart=none", "-Xcompiler=-fPIC", "-o", library]
+            shared = ["-shared", "-cudart=none", "-Xcompiler=-fPIC", "-o", str(library)]
             toolkit.run("nvcc", *codes, *options, *shared, "kernels.cu", cwd=folder)
         return library
 

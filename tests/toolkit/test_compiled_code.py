@@ -95,7 +95,7 @@ def test_each_cubin_notes_the_target_of_its_entry(compiled: Compiled, targets: s
     cubins = [code for code in device_code(library) if code.kind == "cubin"]
     assert cubins
     for code in cubins:
-        assert not code.compressed
+        assert not code.compression
         assert compiled_for(library[code.offset : code.offset + code.size]) == code.target
 
 

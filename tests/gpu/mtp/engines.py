@@ -33,7 +33,7 @@ class Engine:
     """One engine.
 
     Attributes:
-        draft: variant of the exact model; empty for a checkpoint of the bundle.
+        draft: ``Variant`` of the exact model; empty for a checkpoint of the bundle.
         checkpoint: name of a checkpoint of the bundle.
         k: speculative tokens; 0 is off.
         lacks: tensors that the checkpoint lacks, by the beginning of their names.
@@ -44,7 +44,7 @@ class Engine:
         count: tokens per request.
     """
 
-    draft: exact_mtp.Variant | str = ""
+    draft: Any = ""
     checkpoint: str = ""
     k: int = 1
     lacks: tuple[str, ...] = ()

@@ -268,7 +268,7 @@ def put(layer: Any, tensors: dict[str, NDArray[Any]]) -> None:
 def bfloat16_tensor(rows: NDArray[np.float64], device: str = "cuda") -> torch.Tensor:
     """Values that are bfloat16 already, as a tensor of it."""
     torch = _torch()
-    found: torch.Tensor = torch.from_numpy(rows.astype(np.float32)).to(device, torch.bfloat16)
+    found: Any = torch.from_numpy(rows.astype(np.float32)).to(device, torch.bfloat16)
     return found
 
 

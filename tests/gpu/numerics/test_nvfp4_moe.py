@@ -140,7 +140,7 @@ def test_a_fault_in_the_weights_is_noticed(
     right = reference(cell)
     for _ in range(PLACES):
         broken = in_weights(fault, getattr(cell.experts, part), rng)
-        faulty = replace(cell, experts=replace(cell.experts, **{part: broken}))
+        faulty = replace(cell, experts=replace(cell.experts, **dict[str, Any]({part: broken})))
         killed += worst(launch(faulty, backend), right) > 1
     record(kind="planted", backend=backend, fault=fault.name.lower(), part=part,
            planted=PLACES, killed=killed)  # fmt: skip

@@ -67,7 +67,7 @@ def bands() -> dict[Band, str]:
 
     For a SKU without, the rate is recorded and the rest is judged: k is then any.
     """
-    found = {}
+    found: dict[Band, str] = {}
     for name, capability in matrix_rows("sku").items():
         published = [band for band in load_bands() if band.sku == name]
         none = Band(sku=name, workload=FIRST, k=0, low=0, high=1, source="nothing is published")

@@ -24,7 +24,8 @@ def _weight(seed: int = 0, rows: int = 256, columns: int = 384) -> NDArray[np.fl
     # Blocks that differ: a misplaced scale must not go unseen.
     tall, wide = -(-rows // BLOCK), -(-columns // BLOCK)
     scales = 2.0 ** np.arange(tall * wide, dtype=np.float64).reshape(tall, wide)
-    return (weight * spread(scales, weight.shape)).astype(np.float32)
+    scaled: NDArray[np.float32] = (weight * spread(scales, weight.shape)).astype(np.float32)
+    return scaled
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (128, 128), (129, 127), (200, 300), (256, 384)])

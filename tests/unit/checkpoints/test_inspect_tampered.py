@@ -69,8 +69,8 @@ def _exit(files: dict[str, bytes]) -> tuple[int, str]:
     except ForgeError as error:
         return error.exit_code, str(error)
     told = " ".join(f"{finding.title}: {finding.what}" for finding in report.findings)
-    error = error_of(report, "0.26")
-    return error.exit_code if error else SERVES, told
+    refusal = error_of(report, "0.26")
+    return refusal.exit_code if refusal else SERVES, told
 
 
 def _header(data: bytes) -> tuple[dict[str, Any], bytes]:

@@ -29,7 +29,7 @@ from vllm_forge.checkpoints.quantize.artifact import check_layer
 from vllm_forge.checkpoints.quantize.calibration import SHIPPED, read_conversations
 from vllm_forge.checkpoints.quantize.quantizer import Clock, disk_needed, plan_parts, quantize, span
 from vllm_forge.checkpoints.quantize.recipe import RECIPES, Recipe, load_recipe
-from vllm_forge.checkpoints.tensors import in_memory
+from vllm_forge.checkpoints.tensors import in_memory, write_shard
 from vllm_forge.host import exclusive
 from vllm_forge.host.errors import BusyError, DiskSpaceError
 
@@ -372,7 +372,7 @@ class TestChecks:
     def test_a_disk_that_forgets_is_noticed(
         self, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        real = work_module.write_shard
+        real = write_shard
 
         def forgetful(path: Path, items: Any) -> Any:
             written = real(path, items)

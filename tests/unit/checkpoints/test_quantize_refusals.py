@@ -40,7 +40,7 @@ def job(tmp_path: Path) -> Job:
 
 def _failing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second file of the artifact meets an error of the file system."""
-    write, calls = work_module.write_shard, []
+    write, calls = write_shard, []
 
     def refuse(path: Path, items: Iterable[TensorToWrite]) -> list[WrittenTensor]:
         calls.append(path)
@@ -228,10 +228,10 @@ class TestCommand:
                 config = json.loads((model / "config.json").read_text())
                 (model / "config.json").write_text(json.dumps(config | {"compression_config": {}}))
             case "alias of another shape":
-                name, file = "mtp.0.head.weight", "model-00009-of-00009.safetensors"
-                write_shard(model / file, [in_memory(name, "BF16", (1,), b"12")])
+                name, target = "mtp.0.head.weight", "model-00009-of-00009.safetensors"
+                write_shard(model / target, [in_memory(name, "BF16", (1,), b"12")])
                 rows = json.loads(index.read_text())
-                rows["weight_map"][name] = file
+                rows["weight_map"][name] = target
                 index.write_text(json.dumps(rows))
         code = self._run(f"--model={model}", f"--output={tmp_path / 'out'}")
         assert code == ModelInputError.exit_code

@@ -196,9 +196,9 @@ def commands() -> dict[str, Parser]:
     parsers: dict[str, Parser] = {}
 
     def visit(parser: Parser) -> None:
-        groups = [action for action in parser._actions if isinstance(action.choices, dict)]
-        for action in groups:
-            for child in action.choices.values():
+        groups = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+        for children in groups:
+            for child in children.values():
                 visit(child)
         if not groups:
             parsers[parser.prog] = parser

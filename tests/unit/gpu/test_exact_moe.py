@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ASKED = np.arange(1, exact.TOKENS)
-RIGHT = np.array([exact.following(token) for token in ASKED])
+RIGHT = np.array([exact.following(int(token)) for token in ASKED])
 SCHEMES = {"nvfp4": NVFP4, "int4": INT4}
 
 
@@ -36,7 +36,8 @@ def models(folders: dict[str, Path]) -> dict[str, Model]:
 def wrong(model: Model) -> NDArray[np.int64]:
     """Tokens that are answered wrongly."""
     with np.errstate(invalid="ignore"):
-        return ASKED[np.argmax(model.logits(ASKED), axis=1) != RIGHT]
+        tokens: NDArray[np.int64] = ASKED[np.argmax(model.logits(ASKED), axis=1) != RIGHT]
+    return tokens
 
 
 def users(expert: int, layer: int = 0) -> set[int]:

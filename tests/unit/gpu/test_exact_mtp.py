@@ -36,7 +36,10 @@ def weights(folder: Path) -> dict[str, NDArray[np.float64]]:
 
 
 def norm(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return values / np.sqrt(np.mean(values * values, axis=-1, keepdims=True) + 1e-6)
+    scaled: NDArray[np.float64] = values / np.sqrt(
+        np.mean(values * values, axis=-1, keepdims=True) + 1e-6
+    )
+    return scaled
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {variant: exact.write(root / variant, variant) for variant in exact.VARIANTS}
 
 
-def draft(w: dict[str, NDArray[np.float64]], hidden: NDArray[np.float64], token: int):
+def draft(
+    w: dict[str, NDArray[np.float64]], hidden: NDArray[np.float64], token: int
+) -> tuple[NDArray[np.float64], int]:
     """One step of the MiMo head whose block adds zero: next hidden state and proposed token."""
     embedding = norm(w["model.embed_tokens.weight"][token])
     state = norm(w[exact.INPUT] @ np.concatenate([norm(hidden), embedding]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,8 +157,9 @@ def test_spans_hold_what_kernels_make(seed: int, powers_of_two: bool, factor: fl
     """Also a kernel that multiplies with ``448 / amax``: its quotients are a little off."""
     values = rows(2, seed)
     low, high = spans(values, powers_of_two=powers_of_two)
+    scaled: Any = values if powers_of_two else values.astype(np.float32) * np.float32(factor)
     found = quantize(
-        values if powers_of_two else values.astype(np.float32) * np.float32(factor),
+        scaled,
         powers_of_two=powers_of_two,
     ).values()
     assert (low <= found).all()

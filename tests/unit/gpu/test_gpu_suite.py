@@ -103,7 +103,8 @@ def suite(folder: Path, body: str, *options: str, **variables: str) -> dict[str,
         check=False,
     )  # fmt: skip
     assert results.is_file(), done.stdout + done.stderr
-    return json.loads(results.read_text())
+    report: dict[str, Any] = json.loads(results.read_text())
+    return report
 
 
 OUTCOMES = """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
@@ -153,7 +154,7 @@ def test_c_tmp_can_be_just_large_enough() -> None:
         ({"grid": 0}, "grid is 0"),
     ],
 )
-def test_an_impossible_launch_is_refused(changed: dict[str, int], message: str) -> None:
+def test_an_impossible_launch_is_refused(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(launch_of(2, 2, 2), **changed)
 

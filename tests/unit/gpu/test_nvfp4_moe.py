@@ -21,7 +21,6 @@ from vllm_forge.checkpoints.codecs.nvfp4 import Nvfp4, unpack
 from vllm_forge.kernels.selection.questions import grid_question
 from vllm_forge.kernels.selection.record import read_selection
 from vllm_forge.matrix import load
-from vllm_forge.receipts.suite import marker_of
 
 ROOT = Path(__file__).parents[3]
 SMALL = {"experts": 4, "hidden": 256, "intermediate": 128}
@@ -95,7 +94,7 @@ def test_faults_in_weights_are_killed(*, quantized: bool, fault: InWeights, part
     right, killed = reference(cell), 0
     for _ in range(PLACES):
         broken = in_weights(fault, getattr(cell.experts, part), rng)
-        faulty = replace(cell, experts=replace(cell.experts, **{part: broken}))
+        faulty = replace(cell, experts=replace(cell.experts, **dict[str, Any]({part: broken})))
         killed += margin(kernel(faulty), right) > 1
     assert killed == PLACES
 
@@ -154,7 +153,7 @@ def test_a_checkpoint_has_the_weights() -> None:
 def test_the_backends_are_those_that_the_oracle_found(sku: str) -> None:
     recorded = read_selection(ROOT / "records", selected.LINE)
     answer = recorded.answers[grid_question(sku, selected.ARTIFACT)]
-    marker = marker_of(load(ROOT).sku[sku].compute_capability)
+    marker = f"sm_{load(ROOT).sku[sku].compute_capability.replace('.', '')}"
     assert answer.moe is not None
     assert answer.linear is not None
     assert selected.EXPERTS[marker] == answer.moe.chosen

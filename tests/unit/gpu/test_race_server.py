@@ -112,7 +112,7 @@ def test_the_stale_row_is_the_first_and_of_the_call_before(
     monkeypatch.setattr(stale_row, "EVERY", 3)
     stale_row.plant(Layer)
     layer = Layer()
-    given = [np.arange(2 * size).reshape(size, 2).view(Rows) + 100 * n
+    given: list[Any] = [np.arange(2 * size).reshape(size, 2).view(Rows) + 100 * n
              for n, size in enumerate((2, 2, 3, 1, 1, 1, 2, 2, 2))]  # fmt: skip
     outputs = [layer.forward(rows) for rows in given]
     assert [n for n, rows in enumerate(given) if (outputs[n] != rows).any()] == [2, 8]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,6 +14,7 @@ from tests.gpu.harness.spec_metrics import CounterResetError, Reading, read_snap
 from vllm_forge.matrix import load
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 BAND = Band(sku="any", workload="golden", k=2, low=0.80, high=0.96)
@@ -22,17 +23,17 @@ TRAFFIC = Traffic(requests=10, tokens=2770)
 
 
 @pytest.fixture
-def golden(root: Path):
+def golden(root: Path) -> Callable[[str], str]:
     return lambda name: (root / "tests/fixtures/metrics" / name).read_text()
 
 
-def test_k1(golden) -> None:
+def test_k1(golden: Callable[[str], str]) -> None:
     assert read_text(golden("k1.txt")) == Reading(
         drafts=10, draft_tokens=10, accepted=7, per_position=(7,)
     )
 
 
-def test_only_what_is_added_counts(golden) -> None:
+def test_only_what_is_added_counts(golden: Callable[[str], str]) -> None:
     before, after = read_text(golden("k2-before.txt")), read_text(golden("k2-after.txt"))
     assert before is not None
     assert after is not None
@@ -41,7 +42,7 @@ def test_only_what_is_added_counts(golden) -> None:
     )
 
 
-def test_drafts_are_not_draft_tokens(golden) -> None:
+def test_drafts_are_not_draft_tokens(golden: Callable[[str], str]) -> None:
     """A search for ``num_draft`` finds both, and times; the first line is neither."""
     text = golden("k2-after.txt")
     found = [row for row in text.splitlines() if "num_draft" in row and row[0] != "#"]
@@ -52,32 +53,32 @@ def test_drafts_are_not_draft_tokens(golden) -> None:
     assert reading.draft_tokens == 2 * reading.drafts
 
 
-def test_times_of_creation_are_not_counters(golden) -> None:
+def test_times_of_creation_are_not_counters(golden: Callable[[str], str]) -> None:
     rows = golden("k1.txt").splitlines()
     only_times = "\n".join(row for row in rows if "_total" not in row) + "\n"
     assert "_created" in only_times
     assert read_text(only_times) is None
 
 
-def test_a_gauge_of_the_same_name_is_not_a_counter(golden) -> None:
+def test_a_gauge_of_the_same_name_is_not_a_counter(golden: Callable[[str], str]) -> None:
     """Only ``_total`` is: a sample without it is of another exporter."""
     text = golden("k1.txt").replace("_total", "").replace(" counter\n", " gauge\n")
     assert "vllm:spec_decode_num_drafts{" in text
     assert read_text(text) is None
 
 
-def test_engines_add_up(golden) -> None:
+def test_engines_add_up(golden: Callable[[str], str]) -> None:
     one = Reading(drafts=2, draft_tokens=4, accepted=3, per_position=(2, 1))
     assert read_text(golden("k2-two-engines.txt")) == Reading(
         drafts=2 * one.drafts, draft_tokens=8, accepted=6, per_position=(4, 2)
     )
 
 
-def test_no_speculation_is_not_zero(golden) -> None:
+def test_no_speculation_is_not_zero(golden: Callable[[str], str]) -> None:
     assert read_text(golden("no-speculation.txt")) is None
 
 
-def test_a_reset_is_not_a_negative_change(golden) -> None:
+def test_a_reset_is_not_a_negative_change(golden: Callable[[str], str]) -> None:
     before, after = read_text(golden("k2-before.txt")), read_text(golden("k2-after.txt"))
     assert before is not None
     assert after is not None
@@ -85,7 +86,7 @@ def test_a_reset_is_not_a_negative_change(golden) -> None:
         before.since(after)
 
 
-def test_a_lost_position_is_a_reset(golden) -> None:
+def test_a_lost_position_is_a_reset(golden: Callable[[str], str]) -> None:
     k1, k2 = read_text(golden("k1.txt")), read_text(golden("k2-before.txt"))
     assert k1 is not None
     assert k2 is not None
@@ -113,7 +114,7 @@ def test_gate_is_green() -> None:
     assert verdict.interval[0] < 0.88 < verdict.interval[1]
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no drafts": ({"drafts": 0, "draft_tokens": 0, "accepted": 0, "per_position": (0, 0)}, {}),
     "every draft was refused": ({"accepted": 0, "per_position": (0, 0)}, {"tokens": 1010}),
     "k was capped": (
@@ -147,7 +148,7 @@ def test_gate_refuses(words: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["NaN", "+Inf", "-1.0"])
-def test_what_is_no_counter_is_not_read(golden, value: str) -> None:
+def test_what_is_no_counter_is_not_read(golden: Callable[[str], str], value: str) -> None:
     text = golden("k1.txt")
     sample = next(
         row for row in text.splitlines() if row.startswith("vllm:spec_decode_num_drafts_")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -29,8 +30,13 @@ def one(said: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tog
 
 def test_the_longest_begins_first_and_each_is_told_of(one: Together, said: list[str]) -> None:
     begun: list[str] = []
+
+    def begin(name: str) -> str:
+        begun.append(name)
+        return name
+
     for name, seconds in (("short", 1.0), ("long", 9.0), ("middle", 5.0)):
-        one.add(name, seconds, lambda name=name: begun.append(name) or name)
+        one.add(name, seconds, partial(begin, name))
     assert one.result("short") == "short"
     assert begun == ["long", "middle", "short"]
     one.end()

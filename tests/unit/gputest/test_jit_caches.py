@@ -129,10 +129,10 @@ def test_a_kit_takes_what_a_run_left(folder: Path, tmp_path: Path, form: str) ->
             half = len(content) // 2
             piece = content[:half] if number == 0 else content[half:]
             (tmp_path / f"caches.tar.xz.{number:02}").write_bytes(piece)
-    content = tmp_path / "kit"
-    content.mkdir()
-    pack_caches(source, content, KEY)
-    with tarfile.open(content / PACKED, "r:xz") as tar:
+    kit = tmp_path / "kit"
+    kit.mkdir()
+    pack_caches(source, kit, KEY)
+    with tarfile.open(kit / PACKED, "r:xz") as tar:
         tar.extractall(tmp_path / "host", filter="data")
     target = tmp_path / "host" / "caches"
     assert (target / "triton" / "k" / "kernel.cubin").read_bytes() == b"code"

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 
@@ -21,13 +21,19 @@ from vllm_forge.errors import UsageError
 from vllm_forge.gputest import kit_host
 from vllm_forge.gputest.errors import KitError
 from vllm_forge.gputest.kit import HOST, RUN, copy_race, parse_size, write_parts
-from vllm_forge.gputest.wheels import read_freeze, require_closed, select_wheels, thin_wheel
-from vllm_forge.sources.index import IndexFile
+from vllm_forge.gputest.wheels import (
+    WheelSelection,
+    read_freeze,
+    require_closed,
+    select_wheels,
+    thin_wheel,
+)
+from vllm_forge.sources.index import Index, IndexFile
 from vllm_forge.sources.lock import Lock, LockedWheel
 from vllm_forge.sources.wheel_format import record_row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from vllm_forge.matrix import Matrix
@@ -36,16 +42,20 @@ if TYPE_CHECKING:
 LIMITS = {"minutes": 1, "limit": 580, "max_result": 15 << 20}
 
 
+Choose: TypeAlias = "Callable[..., WheelSelection]"
+Make: TypeAlias = "Callable[..., None]"
+
+
 def wheel(name: str, version: str, tag: str = "py3-none-any") -> LockedWheel:
     return LockedWheel(
         name=name, version=version, filename=f"{name}-{version}-{tag}.whl", size=1, sha256="0" * 64
     )
 
 
-class OneIndex:
+class OneIndex(Index):
     """Offers the Python 3.12 file of every release."""
 
-    def files_of(self, names):
+    def files_of(self, names: Iterable[str]) -> dict[str, list[IndexFile]]:
         return {
             name: [
                 IndexFile(
@@ -74,12 +84,12 @@ LOCK = (
 
 
 @pytest.fixture
-def chosen(root: Path, tmp_path: Path):
+def chosen(root: Path, tmp_path: Path) -> Choose:
     from vllm_forge.matrix import load
 
     matrix: Matrix = load(root)
 
-    def call(frozen: dict[str, str], *omit: str):
+    def call(frozen: dict[str, str], *omit: str) -> WheelSelection:
         return select_wheels(
             matrix.line["0.26"].model_copy(update={"python": "3.12"}),
             matrix.base,
@@ -93,7 +103,7 @@ def chosen(root: Path, tmp_path: Path):
     return call
 
 
-def test_only_what_the_host_lacks_travels(chosen) -> None:
+def test_only_what_the_host_lacks_travels(chosen: Choose) -> None:
     found = chosen({"torch": "2.11.0+cu130", "numpy": "2.4.6", "click": "8.0"})
     names = {item.name: item for item in found.wheels}
     assert set(names) == {"aiohttp", "click", "pytest", "tilelang"}
@@ -102,13 +112,13 @@ def test_only_what_the_host_lacks_travels(chosen) -> None:
     assert "cp312" in names["aiohttp"].filename
 
 
-def test_other_files_than_the_locks_are_named(chosen) -> None:
+def test_other_files_than_the_locks_are_named(chosen: Choose) -> None:
     (difference,) = chosen({"torch": "2.11.0"}).differences
     assert "2 wheels are other files" in difference
     assert "aiohttp, numpy" in difference
 
 
-def test_omitted_wheel_is_a_difference(chosen) -> None:
+def test_omitted_wheel_is_a_difference(chosen: Choose) -> None:
     found = chosen({"torch": "2.11.0", "aiohttp": "3.14.5", "numpy": "2.4.6"}, "tilelang")
     assert found.differences == ("tilelang is left out",)
     assert {item.name for item in found.wheels} == {"click", "pytest"}
@@ -116,7 +126,7 @@ def test_omitted_wheel_is_a_difference(chosen) -> None:
         chosen({"torch": "2.11.0"}, "tilelong")
 
 
-def test_another_torch_is_refused(chosen) -> None:
+def test_another_torch_is_refused(chosen: Choose) -> None:
     with pytest.raises(KitError, match=r"torch 2\.14\.0, the line needs 2\.11\.0"):
         chosen({"torch": "2.14.0+cu130"})
 
@@ -234,7 +244,7 @@ def test_compiled_helpers_of_the_race_suite_travel_or_are_refused(tmp_path: Path
 
 
 @pytest.fixture
-def make(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def make(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """``make_kit`` of no wheels, which ends where it would begin with vLLM's."""
     from types import SimpleNamespace
 
@@ -254,7 +264,7 @@ def make(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     freeze = tmp_path / "freeze.txt"
     freeze.write_text("torch==2.11.0\n")
 
-    def call(begin: Callable[..., None], **changes: object) -> None:
+    def call(begin: Callable[..., None], **changes: Any) -> None:
         monkeypatch.setattr(module, "thin_wheel", begin)
         options = module.KitOptions(
             output=tmp_path / "out" / "kit", freeze=freeze, python="3.12", max_part=1,
@@ -268,7 +278,7 @@ def make(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return call
 
 
-def test_what_a_killed_kit_leaves_goes_with_the_next_one(make, tmp_path: Path) -> None:
+def test_what_a_killed_kit_leaves_goes_with_the_next_one(make: Make, tmp_path: Path) -> None:
     """Gigabytes of wheels, beside the kit."""
 
     def killed(*_: object) -> None:
@@ -287,7 +297,7 @@ def test_what_a_killed_kit_leaves_goes_with_the_next_one(make, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("what", ["race", "caches"])
-def test_what_is_to_travel_is_looked_for_first(make, tmp_path: Path, what: str) -> None:
+def test_what_is_to_travel_is_looked_for_first(make: Make, tmp_path: Path, what: str) -> None:
     def begun(*_: object) -> None:
         pytest.fail("wheels were packed")
 
@@ -295,7 +305,7 @@ def test_what_is_to_travel_is_looked_for_first(make, tmp_path: Path, what: str) 
         make(begun, **{what: tmp_path / "nothing"})
 
 
-def test_a_link_to_nowhere_is_no_place_for_a_kit(make, tmp_path: Path) -> None:
+def test_a_link_to_nowhere_is_no_place_for_a_kit(make: Make, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(KitError, match="--output exists"):
         make(lambda *_: None, output=tmp_path / "link")

@@ -69,13 +69,13 @@ ROWS: dict[str, Any] = {
         "experts": {"Nvfp4": {"MARLIN": ["marlin"], "GEN": ["cubins"]}},
     },
 }
-NATIVE = {
+NATIVE: dict[str, dict[str, int] | list[str]] = {
     "cubin 90": {"base_kernel": 900, "marlin_a": 900, "marlin_b": 900},
     "cubin 100f": {"base_kernel": 900, "marlin_a": 900, "marlin_b": 900},
     "cubin 120f": {"base_kernel": 900, "marlin_a": 900, "marlin_b": 900},
     "ptx 80": ["marlin_a", "marlin_b"],
 }
-EXCEPTION = {
+EXCEPTION: dict[str, Any] = {
     "family": "marlin",
     "verdict": "ptx",
     "lines": ["0.1"],

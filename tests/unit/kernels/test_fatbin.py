@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import pytest
 import zstandard
@@ -73,7 +74,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize(("name", "kind"), RUNS)
-def test_where_code_runs(name: str, kind: str) -> None:
+def test_where_code_runs(name: str, kind: Any) -> None:
     runs = {gpu for gpu in GPUS if runs_on(Target.parse(name), kind, gpu)}
     assert runs == RUNS[name, kind]
 

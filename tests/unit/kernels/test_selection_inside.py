@@ -117,7 +117,7 @@ def test_a_variable_that_an_import_reads_is_set_before_it(worlds: Worlds) -> Non
 
 
 def test_also_of_the_first_question(worlds: Worlds, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main.os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
     found = worlds.ask(asked("a", VLLM_KEPT="1"), asked("b", VLLM_KEPT="2"))
     assert [found[name]["warnings"][1] for name in "ab"] == ["1", "2"]
 
@@ -130,7 +130,7 @@ def test_what_all_questions_of_a_device_set_is_set_before_imports(worlds: Worlds
 def test_cores_without_a_device_of_their_own_get_a_part_of_its_questions(
     worlds: Worlds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(main.os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
     questions = [asked(name) for name in "abcde"]
     assert sorted(len(part) for part in main._split(questions, 3)) == [1, 2, 2]
     assert [q for part in main._split(questions, 1) for q in part] == questions
@@ -202,7 +202,7 @@ def test_nvml_and_torch_see_the_declared_device_and_nothing_before(tmp_path: Pat
 
 def test_what_is_not_declared_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     torch: Any = fake_torch()
-    declared = object.__new__(DeclaredDevice)
+    declared: Any = object.__new__(DeclaredDevice)
     declared._cuda, declared._nvml = torch.cuda, SimpleNamespace()
     monkeypatch.setattr(
         "vllm_forge.kernels.selection.inside.device.ctypes",

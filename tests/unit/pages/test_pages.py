@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -71,8 +71,10 @@ def test_missing_marks_are_named(page: str) -> None:
 
 
 def test_interrupted_start_has_no_figure() -> None:
-    row = {"start": "cold", "gpu": "X", "line": "1", "first_token": None, "stages": {},
-           "ended": "none in 9 s"}  # fmt: skip
+    row: dict[str, Any] = {
+        "start": "cold", "gpu": "X", "line": "1", "first_token": None, "stages": {},
+        "ended": "none in 9 s",
+    }  # fmt: skip
     assert starts({"rows": [row]}).splitlines()[-1] == "| cold | X, 1 | none in 9 s |"
 
 

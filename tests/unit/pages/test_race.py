@@ -21,15 +21,19 @@ RUN = {
 FOLDER = "tests/gpu/race"
 
 
+SEES_EARLY: dict[str, Any] = {"sees early": True}
+
+
 def said(outcome: str = "passed", why: str = "", **facts: Any) -> dict[str, Any]:
     return {"outcome": outcome, "seconds": 1.0, "margins": {}, "facts": facts, "why": why}
 
 
 def bitwise(outcome: str = "passed", **more: Any) -> dict[str, Any]:
-    return said(outcome, **{
+    facts: dict[str, Any] = {
         "kind": "bitwise", "cell": "c", "format": "nvfp4", "mode": "graph", "launches": 500_000,
         "differ": 0, "dirty": 0, "margin": 0.5, "excluded_p": 1e-5,
-    } | more)  # fmt: skip
+    } | more  # fmt: skip
+    return said(outcome, **facts)
 
 
 def control(fault: str, tools: list[str], seen: list[str], **more: Any) -> dict[str, Any]:
@@ -73,7 +77,7 @@ def test_detected_faults_are_marked_by_tool(tmp_path: Path) -> None:
         control("early", ["memcheck"], []),
         control("no_fence", ["float64 bound", "SASS audit"], ["SASS audit"], what="no fence"),
         control("model_clean", ["watchdog"], [], what="clean, in a model of the sum alone"),
-        said(kind="table", tool="racecheck", builds=["early"], **{"sees early": True}),
+        said(kind="table", tool="racecheck", builds=["early"], **SEES_EARLY),
     )  # fmt: skip
     (early,) = [row for row in text.splitlines() if row.startswith("| `early`")]
     assert early == "| `early` |  |  | X |  |  |  | . |  | . |  | X |  |  |"

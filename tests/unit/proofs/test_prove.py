@@ -606,7 +606,7 @@ def test_time_of_a_changed_file_tells_its_content(
 ) -> None:
     """Compiled code is kept by path, size and time: equal only where the content is."""
     series.add(a=text(_5="FIVE\n"))
-    line_environment = prove_module.open_line(*[cast("Any", None)] * 4)
+    line_environment = cast("Any", prove_module).open_line(*[None] * 4)
     times = []
     for tree in (*series.applied().trees, series.applied().trees[0]):
         folder = line_environment.write_tree(repo, series.base, tree, "one")

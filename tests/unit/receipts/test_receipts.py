@@ -613,7 +613,7 @@ class TestMakeReceipt:
     )
     def test_parts_of_a_result(
         self,
-        project: Path,
+        project: Project,
         result: dict[str, Any],
         tmp_path: Path,
         change: Callable[[dict[str, Any]], Any],

@@ -50,8 +50,9 @@ def answer(root: Path, receipt: Receipt, tmp_path: Path) -> dict[str, Any]:
 
 
 def changed(answer: dict[str, Any]) -> Path:
-    answer["file"].write_text(json.dumps(answer["all"]))
-    return answer["file"].parents[2]
+    path: Path = answer["file"]
+    path.write_text(json.dumps(answer["all"]))
+    return path.parents[2]
 
 
 def test_what_ran_matches_the_recorded_selection(root: Path, receipt: Receipt) -> None:

@@ -128,7 +128,7 @@ def small(root: Path, tmp_path: Path) -> Project:
 
 
 def list_cases(root: Path, count: int = 2) -> None:
-    cases = {str(number): {"archs": [], "engines": []} for number in range(count)}
+    cases: dict[str, Any] = {str(number): {"archs": [], "engines": []} for number in range(count)}
     rows = {
         name: {"sources_sha256": sources_hash(root, name), "cases": cases}
         for name in read_tiers(root)

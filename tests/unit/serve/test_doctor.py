@@ -19,7 +19,7 @@ from vllm_forge.serve.doctor.host import ask_host, listed_gpus, parse_meminfo, p
 from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     Diagnose = Callable[..., list[HostFinding]]
@@ -241,7 +241,7 @@ def test_questions_change_nothing() -> None:
     asked: list[list[str]] = []
 
     class Listener:
-        def ask(self, name: str, argv: list[str]) -> Reply:
+        def ask(self, name: str, argv: Sequence[str]) -> Reply:
             del name
             asked.append(list(argv))
             return Reply(code=127, text="")
