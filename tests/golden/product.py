@@ -46,8 +46,30 @@ OPTIONS = {"--recorded": "--replay", "--record": "--save"}
 ERROR = re.compile(r"^(\w+) \(exit (\d+)\)$", re.MULTILINE)
 WHERE = re.compile(r"^  where:  (.*)$", re.MULTILINE)
 MEANINGS = {0: "refused", 1: "red", 2: "undecided", 3: "fault"}
-# Gates that got a word for their number -> the number, as golden files have it.
-GATES: dict[str, str] = {}
+# Check of a checkpoint -> its old number, as golden files have it.
+CHECKS = {
+    "missing-mtp": "G01",
+    "missing-experts": "G05",
+    "scale-fmt": "G07",
+    "global-scale-shape": "G08",
+    "block-scale-name": "G09",
+    "targets": "G11",
+    "input-activations": "G12",
+    "broad-ignore": "G13",
+    "draft-not-ignored": "G14",
+    "draft-embedding": "G15",
+    "draft-format": "G16",
+    "split-shared-experts": "G17",
+    "stale-ignore": "G18",
+    "rounded": "G19",
+    "router-bias": "G22",
+    "quantized-compressor": "G23",
+    "actorder": "G57",
+    "nvfp4-scales": "G58",
+    "other-drafter": "G69",
+    "unequal-global-scales": "w1/w3",
+    "bf16-wo_a": "wo_a",
+}
 SETTINGS = ("UV_", "PIP_", "GIT_", "VLLM_FORGE_", "DOCKER_", "CONTAINER_", "HF_")
 
 
@@ -213,14 +235,14 @@ def inspect_loaded(
 
 
 def recorded_verdicts(root: Path) -> dict[str, Any]:
-    """What records/verdicts.json has of each variant: outcome, gates and reasons."""
+    """What records/verdicts.json has of each variant: outcome and checks."""
     record = json.loads((root / "records/verdicts.json").read_text(encoding="utf-8"))
     return {
         name: {
             "artifact": row["artifact"],
             "findings": _findings(row["findings"]),
             "lines": {
-                line: [verdict["outcome"], _gates(verdict["gates"])]
+                line: [verdict["outcome"], _checks(verdict["checks"])]
                 for line, verdict in row["lines"].items()
             },
         }
@@ -236,14 +258,14 @@ def _report(report: dict[str, Any]) -> dict[str, Any]:
             for row in report["parts"]
         ],
         "findings": _findings(report["findings"]),
-        "lines": {row["line"]: [row["outcome"], _gates(row["gates"])] for row in report["lines"]},
+        "lines": {row["line"]: [row["outcome"], _checks(row["checks"])] for row in report["lines"]},
     }
 
 
 def _findings(rows: list[dict[str, Any]]) -> list[str]:
-    """Gate and effect of each."""
-    return sorted({f"{GATES.get(row['gate'], row['gate'])} {row['effect']}" for row in rows})
+    """Check and effect of each."""
+    return sorted({f"{CHECKS.get(row['check'], row['check'])} {row['effect']}" for row in rows})
 
 
-def _gates(names: list[str]) -> list[str]:
-    return sorted(GATES.get(name, name) for name in names)
+def _checks(names: list[str]) -> list[str]:
+    return sorted(CHECKS.get(name, name) for name in names)
