@@ -48,14 +48,7 @@ class PatchedSource:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchLayer:
-    """The layer of the patches, what it says of the image, and what is below and above it.
-
-    Attributes:
-        system: layers below the wheels.
-        stack: the content of stack.json.
-        layer: changed files, metadata, stack.json.
-        prewarm: the layer above, of kernels that were compiled before.
-    """
+    """Changed files, metadata and stack.json (``stack``), on a system; above it the ``prewarm``."""
 
     system: System
     stack: dict[str, Any]
@@ -65,15 +58,9 @@ class PatchLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """An image that is complete and not checked.
+    """An image that is complete and not checked; all layers are lowest first.
 
-    Attributes:
-        image: its layout.
-        layers: lowest first.
-        labels: of its config.
-        stack: the content of its stack.json.
-        folders: unpacked layers that hold wheels or patches, lowest first.
-        shares: each layer's part of the size, lowest first.
+    ``folders``: unpacked layers that hold wheels or patches; ``stack``: its stack.json.
     """
 
     image: Image
@@ -85,11 +72,7 @@ class Candidate:
 
 
 def make_wheel(plan: ImagePlan) -> PatchedSource:
-    """Apply the series; write the line's patched wheel.
-
-    Raises:
-        ForgeError: as ``check_line`` and ``build_wheel`` say.
-    """
+    """Apply the series; write the line's patched wheel."""
     repo, cell = SourceRepo(), plan.cell
     applied = check_line(plan.project.root, cell.line_name, cell.line, repo)
     wheel = patched_wheel(cell, plan.lock, applied, repo, Wheelhouse())
@@ -178,17 +161,13 @@ def slimmed(layers: Iterable[StoredLayer]) -> dict[str, Any]:
 def patch_layer_entries(
     published: Path, patched: Path, stack: dict[str, Any], python: str
 ) -> list[Entry]:
-    """Changed files, metadata, stack.json.
-
-    vLLM's RECORD has the hashes of its libraries as the image has them.
-    """
+    """Changed files, metadata, stack.json; RECORD has the hashes of the slimmed libraries."""
     entries = [stack_entry(stack)]
     for entry in patch_entries(published, patched, python):
-        if entry.content is not None and entry.path.endswith(".dist-info/RECORD"):
-            content = update_record(entry.content, entry.path, stack["slim"])
-            entries.append(replace(entry, content=content))
-        else:
-            entries.append(entry)
+        content = entry.content
+        if content is not None and entry.path.endswith(".dist-info/RECORD"):
+            content = update_record(content, entry.path, stack["slim"])
+        entries.append(replace(entry, content=content))
     return sorted(entries, key=lambda entry: entry.path)
 
 

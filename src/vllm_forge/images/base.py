@@ -42,12 +42,9 @@ SCRUB = (
 
 @dataclass(frozen=True, kw_only=True)
 class BaseRef:
-    """What FROM names.
+    """What FROM names: an OCI layout with the rootfs, or an image of a registry, by digest.
 
-    Attributes:
-        layout: an OCI layout with the rootfs, or
-        image: a registry reference pinned by digest.
-        key: hash of what the base is a function of.
+    ``key`` is the hash of what it is a function of.
     """
 
     key: str

@@ -25,13 +25,9 @@ ALWAYS = (
 
 
 def clean(project: Project, *, everything: bool) -> int:
-    """Delete what is stale, or everything; return the bytes freed.
+    """Delete what no line needs, or everything, downloads included; return the bytes freed.
 
     Images in dist/ are not touched: their blobs are links of their own.
-
-    Args:
-        project: its lines say what is needed.
-        everything: also what the next build would have to download again.
 
     Raises:
         BusyError: a build or a proof is running.

@@ -32,13 +32,9 @@ VLLM = "vllm"
 
 @dataclass(frozen=True, kw_only=True)
 class WheelGroup:
-    """Wheels of one layer.
+    """Wheels of one layer, in the order of the lock, and the key under which it is kept.
 
-    Attributes:
-        name: of the layer.
-        wheels: in the order of the lock.
-        key: under which the layer is kept.
-        slim_key: the same for the SKU's layer of libraries; None for a group without device code.
+    ``slim_key`` is that of the SKU's layer of libraries, None for a group without device code.
     """
 
     name: str

@@ -22,15 +22,9 @@ BYTECODE = "PYTHONPYCACHEPREFIX"
 
 @dataclass(frozen=True, kw_only=True)
 class SystemBuild:
-    """One build of docker/Dockerfile.
+    """One build of docker/Dockerfile, whose folder is the context, with output to ``work``.
 
-    Attributes:
-        base: what FROM names.
-        dockerfile: its path; its folder is the context.
-        args: build arguments.
-        secrets: id -> file on the host.
-        epoch: SOURCE_DATE_EPOCH, Unix seconds.
-        work: folder for the engine's output.
+    ``secrets``: id -> file on the host; ``epoch``: SOURCE_DATE_EPOCH, Unix seconds.
     """
 
     base: BaseRef

@@ -34,14 +34,7 @@ class ImageLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
-    """An image in a layout.
-
-    Attributes:
-        path: the layout's folder.
-        digest: SHA-256 of the manifest, hex.
-        config: the image config, parsed.
-        manifest: the manifest, parsed.
-    """
+    """An image in a layout's folder; ``digest`` is the SHA-256 of its manifest, hex."""
 
     path: Path
     digest: str

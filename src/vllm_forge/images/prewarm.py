@@ -74,13 +74,10 @@ def place_of(key: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Prewarm:
-    """Caches that were made by a run of the same stack.
+    """Caches that a run of the same stack (``key``) left in a folder.
 
-    Attributes:
-        folder: what the compilers left, and the key file.
-        variables: environment variable of a compiler -> its folder's name.
-        key: the stack that they are for.
-        digest: SHA-256 over names and contents, hex.
+    ``variables``: environment variable of a compiler -> its folder's name; ``digest``: see
+    ``tree_digest``.
     """
 
     folder: Path

@@ -30,9 +30,8 @@ class Change:
 class Reason:
     """What a build of a plan would do, and why.
 
-    Attributes:
-        state: ``never built``, ``nothing changed``, ``inputs changed`` or ``damaged``: equal
-            inputs, but the image is not the one of the record, or one of its files was touched.
+    ``state`` is ``never built``, ``nothing changed``, ``inputs changed`` or ``damaged``: equal
+    inputs, but the image differs from the record, or one of its files was touched.
     """
 
     state: str

@@ -92,19 +92,13 @@ def write_slim_layer(
         whole: the group's layer, with the libraries as the wheels have them.
         capability: compute capability of the SKU, (major, minor).
         epoch: modification time of all entries, Unix seconds.
-
-    Raises:
-        UnknownFatbinError: a library's device code has a layout that we do not know.
     """
 
     def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:
         files = folder / "files"
         removed: dict[str, Any] = {}
-        libraries = sorted(
-            path.relative_to(whole.code).as_posix()
-            for path in whole.code.rglob("*")
-            if path.is_file()
-        )
+        found = (path for path in whole.code.rglob("*") if path.is_file())
+        libraries = sorted(path.relative_to(whole.code).as_posix() for path in found)
         records = sorted(whole.files.glob(RECORDS)) if libraries else []
         with ZstdLayerWriter(folder / FILE_NAMES[ZSTD], epoch) as layer:
             for parent in make_folders(files, libraries):
@@ -158,10 +152,7 @@ def _add(
 def update_record(content: bytes, name: str, removed: Mapping[str, Any]) -> bytes:
     """A RECORD whose rows of slimmed libraries have the hashes of what is in the image.
 
-    Args:
-        content: the file.
-        name: its path in the image.
-        removed: path in the image -> what was done to it; of ``write_slim_layer``.
+    ``name`` is its path in the image, ``removed`` that of ``write_slim_layer``'s layer.
     """
     site = name.rsplit("/", 2)[0]
 

@@ -37,14 +37,9 @@ CA_BUNDLES = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/pki/tls/cer
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """A finished system image.
+    """A finished system image: layers (lowest first), config, and Debian's package -> version.
 
-    Attributes:
-        layers: lowest first.
-        config: Env, User, Entrypoint and so on, as the Dockerfile says.
-        debian: package -> version.
-        root: its files unpacked, None when the engine runs images itself.
-        digest: hash over the layers and the config.
+    ``root`` has its files unpacked, None when the engine runs images itself.
     """
 
     layers: tuple[ImageLayer, ...]
@@ -54,7 +49,7 @@ class System:
 
     @property
     def digest(self) -> str:
-        """Changes when a layer or the config does."""
+        """SHA-256 over the layers and the config, hex."""
         parts = [layer.blob.digest for layer in self.layers]
         return hashlib.sha256(json.dumps([parts, self.config], sort_keys=True).encode()).hexdigest()
 
