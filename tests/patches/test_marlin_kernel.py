@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.reference import marlin_kernel, marlin_protocol, marlin_schedule
+from tests.gpu.reference import marlin_kernel, marlin_schedule
 from tests.gpu.reference.marlin_kernel import (
     LARGE_BATCH,
     LAUNCH_SLACK,
@@ -26,6 +26,7 @@ from tests.gpu.reference.marlin_kernel import (
     ThreadConfig,
 )
 from tests.gpu.reference.marlin_schedule import Launch, Part, faults, schedule
+from tests.support import marlin_protocol
 
 from .marlin_source import Ran, Release, marlin_files, pieces
 

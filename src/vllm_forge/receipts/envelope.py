@@ -1,14 +1,12 @@
 """Receipts as files: a DSSE envelope around the statement, signed where there is a key.
 
-What is detected, and what is not. With a signature by a key of ``records/receipts/keys``, any
-change
-to the payload is. Without one, ``payloadSha256`` beside the payload catches a slip, not a forger,
-who would write both: an unsigned receipt is as trustworthy as the commit that brought it, and
-every list of receipts says "unsigned". The payload is canonical JSON (keys sorted, no spaces), so
-that one statement has one form.
+With a signature by a key of ``records/receipts/keys``, any change to the payload is detected.
+Without one, ``payloadSha256`` detects an accident, not a forger, who would write both: an unsigned
+receipt is as trustworthy as the commit that added it, and every list of receipts says "unsigned".
+The payload is canonical JSON (keys sorted, no spaces), so that one statement has one form.
 
-Source: github.com/secure-systems-lab/dsse, envelope.md; fields that it does not know are ignored
-by its readers.
+Source: github.com/secure-systems-lab/dsse, envelope.md; its readers ignore fields that it does not
+define.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner, Key, SSlibKey
 
 from vllm_forge.host import atomic_path
+from vllm_forge.receipts import FOLDER, KEYS
 from vllm_forge.receipts.errors import (
     ReceiptEditedError,
     ReceiptKeyError,
@@ -46,8 +45,8 @@ class Receipt:
 
     Attributes:
         path: its file.
-        statement: what it states.
-        signed_by: ids of the known keys whose signatures hold; empty: unsigned.
+        statement: its content.
+        signed_by: ids of the trusted keys that signed it; empty: unsigned.
     """
 
     path: Path
@@ -83,7 +82,7 @@ def write_receipt(folder: Path, statement: Statement, key: Path | None = None) -
 
 
 def read_receipt(path: Path, keys: Sequence[Key]) -> Receipt:
-    """Read a receipt and make sure that its payload is the one that was written, or signed.
+    """Read a receipt; its payload must be the one that was written, or signed.
 
     Args:
         path: the file.
@@ -101,9 +100,9 @@ def read_receipt(path: Path, keys: Sequence[Key]) -> Receipt:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(path, f"{type(error).__name__}: {error}") from None
     if kind != PAYLOAD_TYPE:
-        raise _unreadable(path, f"its payload is {kind!r}")
+        raise _unreadable(path, f"unknown payload type {kind!r}")
     if hashlib.sha256(payload).hexdigest() != stated:
-        raise _edited(path, "the payload is not the one that its digest is of")
+        raise _edited(path, "the payload does not match its digest")
     signed_by = _signatures(path, envelope, keys)
     try:
         statement = Statement.model_validate_json(payload)
@@ -112,16 +111,15 @@ def read_receipt(path: Path, keys: Sequence[Key]) -> Receipt:
         place = ".".join(map(str, first["loc"]))
         raise _unreadable(path, f"{place}: {first['msg']}") from None
     if canonical(statement) != payload:
-        raise _edited(path, "the payload is not in canonical form, in which it was written")
+        raise _edited(path, "the payload is not in canonical form")
     return Receipt(path=path, statement=statement, signed_by=signed_by)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object each of whose names stands once: of two, readers take different ones."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError(f"a name stands twice among {', '.join(name for name, _ in pairs)}")
-    return found
+    """A JSON object without duplicate names: of two, readers take different ones."""
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError(f"duplicate name among {', '.join(name for name, _ in pairs)}")
+    return dict(pairs)
 
 
 def read_keys(folder: Path) -> list[Key]:
@@ -144,54 +142,49 @@ def read_keys(folder: Path) -> list[Key]:
 
 
 def _signatures(path: Path, envelope: Envelope, keys: Sequence[Key]) -> tuple[str, ...]:
-    """Ids of keys that signed it. A signature that is there must hold, by a key that is known."""
+    """Ids of the keys that signed it; each signature must be valid, and its key trusted."""
     known = {key.keyid: key for key in keys}
     for keyid in envelope.signatures:
         if keyid not in known:
             raise ReceiptKeyError(
-                f"it is signed by key {keyid}, which is not among the trusted ones",
+                f"signed by key {keyid}, which is not among the trusted ones",
                 where=str(path),
-                remedy="put the signer's public key into records/receipts/keys, if you trust it",
+                remedy=f"if you trust the signer, add the public key to {FOLDER}/{KEYS}",
             )
         try:
             envelope.verify([known[keyid]], 1)
         except VerificationError as error:
-            raise _edited(path, f"the signature of key {keyid} does not hold: {error}") from None
+            raise _edited(path, f"invalid signature of key {keyid}: {error}") from None
     return tuple(sorted(envelope.signatures))
 
 
 def _signer(path: Path) -> CryptoSigner:
-    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415 - for keys only
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415
-        Ed25519PrivateKey,
-    )
-    from cryptography.hazmat.primitives.serialization import (  # noqa: PLC0415
-        load_pem_private_key,
-    )
-
-    try:
-        private = load_pem_private_key(path.read_bytes(), None)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise _no_key(path, str(error)) from None
-    if not isinstance(private, Ed25519PrivateKey):
-        raise _no_key(path, f"it is a {type(private).__name__}")
-    return CryptoSigner(private)
+    return CryptoSigner(_load_key(path, public=False))
 
 
 def _public(path: Path) -> Key:
+    return SSlibKey.from_crypto(_load_key(path, public=True))
+
+
+def _load_key(path: Path, *, public: bool) -> Any:
+    # Only needed where there are keys.
     from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import (  # noqa: PLC0415
-        Ed25519PublicKey,
-    )
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key  # noqa: PLC0415
+    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
+    from cryptography.hazmat.primitives.asymmetric import ed25519  # noqa: PLC0415
 
     try:
-        public = load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        data = path.read_bytes()
+        key = (
+            serialization.load_pem_public_key(data)
+            if public
+            else serialization.load_pem_private_key(data, None)
+        )
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise _no_key(path, str(error)) from None
-    if not isinstance(public, Ed25519PublicKey):
-        raise _no_key(path, f"it is a {type(public).__name__}")
-    return SSlibKey.from_crypto(public)
+    kind = ed25519.Ed25519PublicKey if public else ed25519.Ed25519PrivateKey
+    if not isinstance(key, kind):
+        raise _no_key(path, f"it is a {type(key).__name__}")
+    return key
 
 
 def _no_key(path: Path, why: str) -> ReceiptKeyError:
@@ -215,5 +208,5 @@ def _edited(path: Path, why: str) -> ReceiptEditedError:
     return ReceiptEditedError(
         f"the receipt was edited: {why}",
         where=str(path),
-        remedy="take it out, and run the suite again",
+        remedy="delete it, and run the suite again",
     )

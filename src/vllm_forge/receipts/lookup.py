@@ -1,4 +1,4 @@
-"""What receipts say of an image, and of a preset that serves an artifact from it."""
+"""Which receipts an image has, and whether one is of a preset that serves an artifact."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ImageReceipts:
 
     def words(self, root: Path) -> list[str]:
         """One line each."""
-        return [*(str(one.path.relative_to(root)) for one in self.held), *self.refused]
+        return [*(str(receipt.path.relative_to(root)) for receipt in self.held), *self.refused]
 
 
 def image_receipts(
@@ -69,7 +69,7 @@ def image_receipts(
 
 
 def preset_state(root: Path, receipts: Sequence[Receipt], preset: str, artifact: str) -> str:
-    """Not run, or the receipts with a test that served this artifact as this preset.
+    """``not run``, or the receipts with a test that served this artifact as this preset.
 
     Tests of the full artifact (``tests/gpu/soak``) record both.
     """

@@ -1,8 +1,8 @@
-"""A receipt: what one tier of the GPU suite said of one image or environment on one GPU.
+"""A receipt: the verdicts of one tier of the GPU suite on one image or environment on one GPU.
 
 An in-toto Statement v1 whose predicate is in-toto's Test Result v0.1, so that other tools read
-whether it passed and which tests; what we need beyond it stands under ``vllmForge``, a field that
-they ignore by in-toto's rules.
+whether it passed and which tests; what it has no field for is under ``vllmForge``, which they
+ignore by in-toto's rules.
 
 Sources: github.com/in-toto/attestation, spec/v1/statement.md, spec/v1/digest_set.md,
 spec/predicates/test-result.md.
@@ -60,7 +60,7 @@ class Resource(Record):
 
 
 class Source(Record):
-    """The same of a git tree."""
+    """An in-toto ResourceDescriptor of a git tree."""
 
     name: str
     digest: TreeDigest
@@ -83,7 +83,7 @@ class Margin(Record):
     bound: FiniteFloat
 
 
-class Judged(Record):
+class CaseVerdict(Record):
     """The verdict of one test."""
 
     outcome: Literal["passed", "other GPU"]
@@ -94,7 +94,7 @@ class Judged(Record):
 
 
 class Configuration(Record):
-    """What a boot log said of an engine; see tests.gpu.harness.bootlog for all of its fields."""
+    """An engine's boot log; see tests.gpu.harness.bootlog for all of its fields."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -113,10 +113,8 @@ class Detail(Record):
     gpus: tuple[Gpu, ...] = Field(min_length=1)
     host: dict[str, Any]
     configurations: dict[str, Configuration]
-    differences: tuple[str, ...] = Field(
-        description="in what an environment departs from the line's lock"
-    )
-    tests: dict[str, Judged] = Field(min_length=1)
+    differences: tuple[str, ...]  # of an environment from the line's lock
+    tests: dict[str, CaseVerdict] = Field(min_length=1)
     started: AwareDatetime
     finished: AwareDatetime
     expires: AwareDatetime
@@ -133,7 +131,7 @@ class Predicate(Record):
 
 
 class Statement(Record):
-    """The whole of a receipt's payload."""
+    """A receipt's payload."""
 
     kind: StatementType = Field(default=STATEMENT, alias="_type")
     subject: tuple[Resource, Source]
@@ -142,7 +140,7 @@ class Statement(Record):
 
     @property
     def detail(self) -> Detail:
-        """What was run where."""
+        """The part of vllm-forge."""
         return self.predicate.detail
 
     @property
@@ -157,7 +155,7 @@ class Statement(Record):
 
     @property
     def suite(self) -> str:
-        """Hash of the tier's tests and of what judges them."""
+        """Hash of the tier; see receipts.suite."""
         return self.predicate.configuration[0].digest.sha256
 
     @property
@@ -181,7 +179,7 @@ def make_statement(result: dict[str, Any]) -> Statement:
         raise ReceiptIncompleteError(
             f"{len(red)} of {len(tests)} tests are not green; pytest exited with {result['exit']}",
             where=", ".join(red[:5]),
-            remedy="a receipt is for a green run only; see its table",
+            remedy="make receipts of green runs only; see its table",
         )
     plan = result["plan"]
     finished = datetime.fromisoformat(result["finished"])
@@ -210,7 +208,7 @@ def make_statement(result: dict[str, Any]) -> Statement:
                 host=result["host"],
                 configurations=result["configurations"],
                 differences=tuple(plan.get("differences", ())),
-                tests={name: Judged(**row) for name, row in sorted(tests.items())},
+                tests={name: CaseVerdict(**row) for name, row in sorted(tests.items())},
                 started=datetime.fromisoformat(result["started"]),
                 finished=finished,
                 expires=(finished + VALID).astimezone(UTC),

@@ -13,6 +13,7 @@ import json
 import re
 import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.matrix import serve_arguments
@@ -20,7 +21,6 @@ from vllm_forge.receipts.errors import ReceiptIncompleteError, SuiteDescriptionE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from vllm_forge.matrix import Matrix
     from vllm_forge.project import Project
@@ -143,10 +143,8 @@ def source_files(root: Path, tier: Tier) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in known)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        if path.is_file() and "__pycache__" not in path.parts:
-            yield path
+def _files(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
 
 
 def _named(root: Path, path: Path) -> Iterator[Path]:
@@ -173,21 +171,14 @@ def _named(root: Path, path: Path) -> Iterator[Path]:
     above = ("__init__.py", "conftest.py") if path.name.startswith("test_") else ("__init__.py",)
     for parent in path.parents:
         if any(parent.is_relative_to(root / folder) for folder in (TESTS, CODECS_FOLDER)):
-            yield from filter(_is_file, map(parent.joinpath, above))
-
-
-def _is_file(path: Path) -> bool:
-    return path.is_file()
+            yield from filter(Path.is_file, map(parent.joinpath, above))
 
 
 def _data(path: Path) -> Iterator[Path]:
     """A file, or the files of a folder without Python: else it is named for another reason."""
-    if path.is_file():
-        yield path
-    elif path.is_dir():
-        files = list(_files(path))
-        if not any(file.suffix == ".py" for file in files):
-            yield from files
+    files = [path] if path.is_file() else _files(path)
+    if path.is_file() or not any(file.suffix == ".py" for file in files):
+        yield from files
 
 
 def _module(root: Path, importer: Path, name: str) -> Iterator[Path]:
@@ -195,7 +186,7 @@ def _module(root: Path, importer: Path, name: str) -> Iterator[Path]:
         return
     if f"{name}.".startswith(("tests.gpu.", f"{CODECS}.")):
         base = root / ("src" if name.startswith("vllm_forge") else "") / name.replace(".", "/")
-        yield from filter(_is_file, (base.with_suffix(".py"), base / "__init__.py"))
+        yield from filter(Path.is_file, (base.with_suffix(".py"), base / "__init__.py"))
     else:
         raise SuiteDescriptionError(
             f"tests/gpu must not import {name}",

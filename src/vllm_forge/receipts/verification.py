@@ -34,23 +34,19 @@ def receipt_paths(root: Path) -> list[Path]:
     """All committed receipts: ``records/receipts/<digest>/*.json``.
 
     Raises:
-        ReceiptUnreadableError: something else lies there, in which a receipt would be overlooked; a
-            link, whose target is not committed; or a folder that cannot be read.
+        ReceiptUnreadableError: another file, in which a receipt would be overlooked; a link, whose
+            target is not committed; or an unreadable folder.
     """
-    found = []
-    for folder in _entries(root / FOLDER):
-        if folder.name == KEYS:
-            continue
-        for path in _entries(folder):
-            if path.suffix == ".json":
-                found.append(path)
-            elif path.name != PACKAGES:
-                raise _foreign(path, "neither a receipt nor a list of packages")
-    return found
+    folders = [folder for folder in _entries(root / FOLDER) if folder.name != KEYS]
+    paths = [path for folder in folders for path in _entries(folder) if path.name != PACKAGES]
+    for path in paths:
+        if path.suffix != ".json":
+            raise _foreign(path, "neither a receipt nor a list of packages")
+    return paths
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What a folder holds, but for what a writer that was killed left."""
+    """Entries of a folder, without the temporary ones of a killed writer."""
     try:
         paths = [Path(entry) for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)]
     except FileNotFoundError:
@@ -65,9 +61,9 @@ def _entries(folder: Path) -> list[Path]:
 
 def _foreign(path: Path, why: str) -> ReceiptUnreadableError:
     return ReceiptUnreadableError(
-        f"this is not {FOLDER}/<digest>/<receipt>.json: {why}",
+        f"not {FOLDER}/<digest>/<receipt>.json: {why}",
         where=str(path),
-        remedy=f"{FOLDER} holds receipts, each in its subject's folder, and {KEYS}: move it",
+        remedy=f"keep nothing but receipts, each in its subject's folder, and {KEYS} there",
     )
 
 
@@ -119,10 +115,10 @@ def _require_time(receipt: Receipt, now: datetime) -> None:
     last = min(detail.expires, detail.finished + VALID)
     if not detail.started <= detail.finished <= now or now >= last or detail.expires != last:
         raise ReceiptExpiredError(
-            f"the receipt is of {detail.finished.date()} and holds until {detail.expires.date()}; "
-            f"one holds for {VALID.days} days at most",
+            f"the receipt is of {detail.finished.date()}, valid until {detail.expires.date()}; at "
+            f"most {VALID.days} days are accepted",
             where=str(receipt.path),
-            remedy="run the suite again, or take the receipt out: its cell is then not run",
+            remedy="run the suite again, or delete the receipt: its cell is then not run",
         )
 
 
@@ -132,10 +128,10 @@ def _require_subject(project: Project, receipt: Receipt) -> None:
     expected = receipt.path.parent.parent / statement.sha256 / statement.file_name
     if expected != receipt.path:
         raise _subject(
-            receipt, f"it is for sha256:{statement.sha256} and {statement.file_name}, not its place"
+            receipt, f"sha256:{statement.sha256} and {statement.file_name} do not match its path"
         )
     if detail.sku not in matrix.sku or detail.line not in matrix.line:
-        raise _subject(receipt, f"matrix.toml has no {detail.sku}, or no line {detail.line}")
+        raise _subject(receipt, f"{detail.sku} or line {detail.line} is not defined in matrix.toml")
     if detail.sku in matrix.line[detail.line].unsupported:
         raise _subject(receipt, f"line {detail.line} does not support {detail.sku}")
     sku = matrix.sku[detail.sku]
@@ -147,20 +143,18 @@ def _require_subject(project: Project, receipt: Receipt) -> None:
     series = project.root / matrix.line[detail.line].series
     tree = read_tree_lock(series, detail.line).result
     if statement.tree != tree:
-        raise _subject(receipt, f"it is for tree {statement.tree}, the series now gives {tree}")
+        raise _subject(receipt, f"tree {statement.tree}, the series now gives {tree}")
     if detail.kind == "environment":
         _require_environment(receipt)
     elif (receipt.path.parent / PACKAGES).exists():
-        raise _subject(receipt, f"it is for an image, and {PACKAGES} lies beside it")
+        raise _subject(receipt, f"an image has no {PACKAGES} beside its receipt")
 
 
 def _require_environment(receipt: Receipt) -> None:
-    """An environment has no bytes to pull: its list of wheels lies beside the receipt."""
+    """An environment has no bytes to pull: its list of packages is kept beside the receipt."""
     path = receipt.path.parent / PACKAGES
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except FileNotFoundError:
-        digest = "nothing"
     except OSError as error:
         digest = f"unreadable: {error}"
     if digest != receipt.statement.sha256:
@@ -169,9 +163,9 @@ def _require_environment(receipt: Receipt) -> None:
 
 def _subject(receipt: Receipt, why: str) -> ReceiptSubjectError:
     return ReceiptSubjectError(
-        f"the receipt is for something else: {why}",
+        f"the receipt is for another subject: {why}",
         where=str(receipt.path),
-        remedy="a receipt holds for the very bytes that were tested: run the suite on these",
+        remedy="run the suite on the present one: a receipt is valid for the bytes it tested",
     )
 
 
@@ -182,7 +176,7 @@ def _require_suite(project: Project, receipt: Receipt) -> None:
         raise ReceiptSuiteError(
             f"unknown tier {detail.tier}",
             where=str(receipt.path),
-            remedy=f"tiers: {', '.join(tiers)}; take the receipt out",
+            remedy=f"tiers: {', '.join(tiers)}; delete the receipt",
         )
     if statement.suite != (now := suite_hash(project, detail.tier, detail.sku)):
         raise ReceiptSuiteError(
@@ -194,7 +188,7 @@ def _require_suite(project: Project, receipt: Receipt) -> None:
 
 
 def _require_green(receipt: Receipt) -> None:
-    """What is said of all tests and of each must agree, and no margin is exceeded."""
+    """The list of passed tests must agree with each verdict, and no margin be exceeded."""
     predicate = receipt.statement.predicate
     rows = predicate.detail.tests.items()
     passed = sorted(name for name, test in rows if test.outcome == "passed")
@@ -210,7 +204,7 @@ def _require_green(receipt: Receipt) -> None:
         raise ReceiptIncompleteError(
             f"the receipt is not green: {red[0]}",
             where=str(receipt.path),
-            remedy="take it out, and run the suite again",
+            remedy="delete it, and run the suite again",
         )
 
 

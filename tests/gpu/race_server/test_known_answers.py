@@ -8,7 +8,7 @@ import pytest
 
 from tests.gpu.harness.bootlog import parse
 from tests.gpu.race_server.arms import ARMS
-from tests.gpu.race_server.verdicts import finds_planted, is_clean, judge
+from tests.gpu.race_server.verdicts import finds_planted, is_clean, require_known
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,12 +32,7 @@ def test_every_token_is_the_known_one(
     margin: Callable[[str, float, float], None],
     record: Callable[..., None],
 ) -> None:
-    found = asked(arm)
-    verdict = judge(found.answers)
-    record(seconds=found.seconds, **verdict.record())
-    assert not verdict.words, "; ".join(verdict.words)
-    margin("wrong answers", sum(verdict.wrong.values()), 0)
-    margin("rate that is not excluded", verdict.rate, RATE)
+    verdict = require_known(asked(arm), RATE, margin, record)
     assert list(verdict.tokens) == list(ARMS[arm].levels)
     assert all(count >= PREFILLS for count in verdict.prefills.values()), verdict.prefills
 

@@ -12,10 +12,10 @@ from tests.gpu.race_server.arms import PLANTED
 from tests.gpu.reference.power import excluded, exclusion
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from tests.gpu.models.known_answers import Answer
-    from tests.gpu.race_server.arms import Scores
+    from tests.gpu.race_server.arms import Asked, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,21 @@ class Verdict:
             "prefills_mid_decode": self.prefills,
             "exclusion": exclusion(sum(self.tokens.values())) if clean else "",
         }
+
+
+def require_known(
+    asked: Asked,
+    rate: float,
+    margin: Callable[[str, float, float], None],
+    record: Callable[..., None],
+) -> Verdict:
+    """Every token that an arm answered must be the known one, of enough to exclude ``rate``."""
+    verdict = judge(asked.answers)
+    record(seconds=asked.seconds, **verdict.record())
+    assert not verdict.words, "; ".join(verdict.words)
+    margin("wrong answers", sum(verdict.wrong.values()), 0)
+    margin("rate that is not excluded", verdict.rate, rate)
+    return verdict
 
 
 def judge(answers: Sequence[Answer]) -> Verdict:

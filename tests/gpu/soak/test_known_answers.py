@@ -9,7 +9,7 @@ import pytest
 
 from tests.gpu.conftest import TOGETHER
 from tests.gpu.race_server.arms import ARMS, Fleet
-from tests.gpu.race_server.verdicts import judge
+from tests.gpu.race_server.verdicts import require_known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -48,9 +48,4 @@ def test_every_token_is_the_known_one_for_long(
     margin: Callable[[str, float, float], None],
     record: Callable[..., None],
 ) -> None:
-    found = asked(arm)
-    verdict = judge(found.answers)
-    record(seconds=found.seconds, **verdict.record())
-    assert not verdict.words, "; ".join(verdict.words)
-    margin("wrong answers", sum(verdict.wrong.values()), 0)
-    margin("rate that is not excluded", verdict.rate, RATE)
+    require_known(asked(arm), RATE, margin, record)

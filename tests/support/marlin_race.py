@@ -1,6 +1,6 @@
 """Which test sees which fault of the Marlin MoE kernel's cross-block sum.
 
-:class:`~tests.gpu.reference.marlin_protocol.Fault` is what a build or a caller may do wrong,
+:class:`~tests.support.marlin_protocol.Fault` is what a build or a caller may do wrong,
 :class:`Detector` what a test on a GPU can look at. A detector that no fault sets off is worth
 nothing, one that the right protocol sets off is a false alarm; :func:`experiment` tells.
 """
@@ -14,7 +14,8 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from tests.gpu.reference.marlin_kernel import SMALL_BATCH, Kernel
-from tests.gpu.reference.marlin_protocol import (
+from tests.gpu.reference.marlin_schedule import Launch, schedule
+from tests.support.marlin_protocol import (
     POISON,
     Fault,
     HangError,
@@ -23,7 +24,6 @@ from tests.gpu.reference.marlin_protocol import (
     float32,
     run,
 )
-from tests.gpu.reference.marlin_schedule import Launch, schedule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
