@@ -13,16 +13,15 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_forge.host import atomic_path, cache_root, console, exclusive, report
 from vllm_forge.patches import check_line, decisions, read_dispositions, read_series
-from vllm_forge.patches.variants import Variant, pairs, require_idempotent, without
-from vllm_forge.proofs.environment import PYTHON, LineEnvironment, open_line, require_root
+from vllm_forge.patches.variants import pairs, require_idempotent, without
+from vllm_forge.proofs.environment import PYTHON, open_line, require_root
 from vllm_forge.proofs.errors import ProofNotRunError, UselessPatchError
-from vllm_forge.proofs.result import LineProof, TestRun, parse, show, write_record
+from vllm_forge.proofs.result import LineProof, ProofJob, TestRun, parse, show, write_record
 from vllm_forge.sources import SourceRepo, Wheelhouse, read_wheels
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
     from vllm_forge.errors import ForgeError
     from vllm_forge.host import Runner
-    from vllm_forge.patches import Applied, Decision
-    from vllm_forge.patches.variants import Pair
     from vllm_forge.project import Project
 
 MOST_WORKERS = 8  # each takes about 2 GB
@@ -47,23 +44,6 @@ NATIVE = ("CMakeLists.txt", "cmake", "csrc", ".buildkite/release-pipeline.yaml")
 # Reference models of the tests; what the tests use of them imports no library of this project.
 MODELS = ("src/vllm_forge/checkpoints/codecs", "tests/gpu/reference")
 MUTANTS = "tests/gpu/race"  # written for the release's text, which a contract test checks
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProofJob:
-    """A line, ready to be proven.
-
-    Attributes:
-        inputs: folder that is mounted into every run: tests, patches, sources, pytest.
-    """
-
-    line_name: str
-    environment: LineEnvironment
-    inputs: Path
-    applied: Applied
-    pairs: tuple[Pair, ...]
-    variants: tuple[Variant, ...]
-    decided: tuple[tuple[str, Decision], ...]
 
 
 def prove(project: Project, names: Sequence[str], runner: Runner) -> None:
@@ -86,12 +66,12 @@ def prove(project: Project, names: Sequence[str], runner: Runner) -> None:
         jobs = [_prepare(project, name, repo, runner) for name in names]
         proofs = _run_all(jobs, repo, runner)
     problems: list[ForgeError] = []
-    for job, proof in zip(jobs, proofs, strict=True):
+    for proof in proofs:
         show(proof)
         line_problems = proof.problems()
         if not line_problems:
             path = write_record(project.records, proof).relative_to(project.root)
-            print(f"line {job.line_name}: proven, {path}")
+            print(f"line {proof.job.line_name}: proven, {path}")
         problems += line_problems
     if problems:
         problems.sort(key=lambda problem: not isinstance(problem, FIRST))
@@ -175,16 +155,7 @@ def _run_all(jobs: Sequence[ProofJob], repo: SourceRepo, runner: Runner) -> list
             for job in jobs
         ]
         return [
-            LineProof(
-                line_name=job.line_name,
-                plan=job.environment.plan,
-                applied=job.applied,
-                pairs=job.pairs,
-                variants=job.variants,
-                decided=job.decided,
-                whole=whole.result(),
-                without=tuple(run.result() for run in runs),
-            )
+            LineProof(job=job, whole=whole.result(), without=tuple(run.result() for run in runs))
             for job, whole, runs in zip(jobs, wholes, variants, strict=True)
         ]
 

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from vllm_forge.errors import ForgeError
-    from vllm_forge.images import ImagePlan
     from vllm_forge.patches import Applied, Decision, Patch
     from vllm_forge.patches.variants import Pair, Variant
+    from vllm_forge.proofs.environment import LineEnvironment
 
 GREEN, RED = 0, 1  # pytest.ExitCode.OK and TESTS_FAILED
 CLEAR = ("passed", "failed")
@@ -55,26 +55,38 @@ class TestRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LineProof:
-    """Every run of a line. ``without`` has a run for each variant, in the series' order."""
+class ProofJob:
+    """A line, ready to be proven.
+
+    Attributes:
+        inputs: folder that is mounted into every run: tests, patches, sources, pytest.
+    """
 
     line_name: str
-    plan: ImagePlan
+    environment: LineEnvironment
+    inputs: Path
     applied: Applied
     pairs: tuple[Pair, ...]
     variants: tuple[Variant, ...]
     decided: tuple[tuple[str, Decision], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineProof:
+    """Every run of a line. ``without`` has a run for each variant, in the series' order."""
+
+    job: ProofJob
     whole: TestRun
     without: tuple[TestRun, ...]
 
     def problems(self) -> list[ForgeError]:
         """What keeps the line from being proven."""
-        patches = [variant.left_out for variant in self.variants]
-        problems = judge_whole(self.line_name, patches, self.whole)
+        line, variants = self.job.line_name, self.job.variants
+        problems = judge_whole(line, [variant.left_out for variant in variants], self.whole)
         if self.whole.exit == GREEN:
-            problems += judge_grounds(self.line_name, self.decided, self.whole)
-        judged = map(judge_without, [self.line_name] * len(patches), self.variants, self.without)
-        return [*problems, *filter(None, judged)]
+            problems += judge_grounds(line, self.job.decided, self.whole)
+        runs = zip(variants, self.without, strict=True)
+        return [*problems, *filter(None, (judge_without(line, *row) for row in runs))]
 
 
 def parse(output: str, where: str) -> TestRun:
@@ -174,10 +186,12 @@ def _not_run(what: str, run: TestRun) -> ProofNotRunError:
 
 def show(proof: LineProof) -> None:
     """Print the table of a line."""
-    table = Table(title=f"line {proof.line_name}, vLLM {proof.plan.cell.line.vllm}")
+    table = Table(
+        title=f"line {proof.job.line_name}, vLLM {proof.job.environment.plan.cell.line.vllm}"
+    )
     for column in ("patch", "without it", "with the series", "why it is red"):
         table.add_column(column, overflow="fold")
-    for variant, run in zip(proof.variants, proof.without, strict=True):
+    for variant, run in zip(proof.job.variants, proof.without, strict=True):
         patch = variant.left_out
         counts = (_counts(each.outcomes(patch.proves)) for each in (run, proof.whole))
         table.add_row(patch.name, *counts, escape(run.why))
@@ -192,18 +206,18 @@ def _counts(outcomes: Counter[str]) -> str:
 
 def record(proof: LineProof) -> dict[str, Any]:
     """The content of records/proofs/<line>.json."""
-    line = proof.plan.cell.line
+    line = proof.job.environment.plan.cell.line
     counts = Counter(proof.whole.tests.values())
     return {
-        "line": proof.line_name,
+        "line": proof.job.line_name,
         "vllm": line.vllm,
         "environment": {
             "lock": line.lock,
-            "lock_sha256": proof.plan.lock.digest,
+            "lock_sha256": proof.job.environment.plan.lock.digest,
             "python": line.python,
             "torch": line.torch,
         },
-        "trees": {"base": proof.applied.base, "result": proof.applied.result},
+        "trees": {"base": proof.job.applied.base, "result": proof.job.applied.result},
         "contract_tests": {"passed": counts["passed"], "of other lines": counts["skipped"]},
         "patches": [
             {
@@ -219,7 +233,7 @@ def record(proof: LineProof) -> dict[str, Any]:
                     "why": run.why,
                 },
             }
-            for variant, run in zip(proof.variants, proof.without, strict=True)
+            for variant, run in zip(proof.job.variants, proof.without, strict=True)
         ],
         "not carried": [
             {
@@ -228,17 +242,17 @@ def record(proof: LineProof) -> dict[str, Any]:
                 "shown by": decision.proof,
                 **dict(sorted(proof.whole.outcomes(decision.proof).items())),
             }
-            for about, decision in proof.decided
+            for about, decision in proof.job.decided
             if decision.proof is not None
         ],
-        "order": [asdict(pair) for pair in proof.pairs],
+        "order": [asdict(pair) for pair in proof.job.pairs],
         "applied twice": "same trees; each patch is refused on its own result",
     }
 
 
 def write_record(records: Path, proof: LineProof) -> Path:
     """Write the line's record; returns its path."""
-    path = records / "proofs" / f"{proof.line_name}.json"
+    path = records / "proofs" / f"{proof.job.line_name}.json"
     with atomic_path(path) as aside:
         aside.write_text(json.dumps(record(proof), indent=1) + "\n", encoding="utf-8")
     return path

@@ -14,10 +14,15 @@ from pydantic import ValidationError
 from tests.support import fatbins as made
 from vllm_forge.images.coverage import FOLDER
 from vllm_forge.kernels.coverage import library as library_module
-from vllm_forge.kernels.coverage.contract import Contract, KernelSelection, contract, selections_of
+from vllm_forge.kernels.coverage.contract import (
+    Contract,
+    KernelSelection,
+    contract,
+    line_record,
+    selections_of,
+)
 from vllm_forge.kernels.coverage.families import FINE, Catalogue, catalogue, digest
 from vllm_forge.kernels.coverage.library import library_code
-from vllm_forge.kernels.coverage.line_record import line_record
 from vllm_forge.kernels.coverage.site_packages import SitePackages, best
 from vllm_forge.kernels.errors import (
     ContractError,
@@ -439,14 +444,9 @@ def test_a_table_says_what_is_accepted_what_is_missing_and_what_nobody_needs(
         "big": ("10.3", check(site, B300, MARLIN, exceptions=(exception,))),
         "small": ("12.0", check(site, RTX, gen)),
     }
-    record = line_record(
-        line="0.1",
-        vllm="0.1.0",
-        lock="l",
-        rows="r",
-        contents=SitePackages((site,), rows(exception)),
-        contracts=contracts,
-    )
+    head = {"line": "0.1", "vllm": "0.1.0"}
+    contents = SitePackages((site,), rows(exception))
+    record = head | line_record(contents, "0.1", contracts)
     text = terminal(record, rows(exception))
     table = {row.split()[0]: row.split("  ") for row in text.splitlines()[2:7]}
     assert [cell.strip() for cell in table["marlin"] if cell] == ["marlin", "80 PTX *", "(120f)"]

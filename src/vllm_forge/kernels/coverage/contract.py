@@ -1,14 +1,15 @@
-"""The contract of a cell: every family that vLLM selects for it has code in its image."""
+"""The contract of a cell: its image has code for every family that vLLM selects for it."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import suggestion
 from vllm_forge.kernels.coverage.families import FINE, needed
 from vllm_forge.kernels.coverage.site_packages import Coverage
+from vllm_forge.kernels.coverage.target import parse_capability
 from vllm_forge.kernels.errors import ContractError, StaleExceptionError, UnknownFamilyError
 
 if TYPE_CHECKING:
@@ -246,3 +247,41 @@ def contract(
         stale=tuple(row for row in accepted if id(row) not in used),
         fixes={name: family.fix for name, family in rows.family.items()},
     )
+
+
+def line_record(
+    contents: SitePackages, line: str, contracts: Mapping[str, tuple[str, Contract | None]]
+) -> dict[str, Any]:
+    """The coverage of a line's packages: parts of records/coverage/<line>.json.
+
+    Args:
+        contents: the line's packages.
+        line: its name.
+        contracts: SKU -> compute capability, and the contract of its cell if the line serves it.
+    """
+
+    def cell(family: str, capability: str, of_cell: Contract | None) -> dict[str, Any]:
+        findings = () if of_cell is None else of_cell.findings
+        finding = next((row for row in findings if row.family == family), None)
+        if finding is None:
+            coverage = contents.coverage(family, parse_capability(capability), line)
+            needed_by, exemption = None, None
+        else:
+            coverage, exemption = finding.coverage, finding.exemption
+            needed_by = list(finding.needed_by) or ["every cell"]
+        return {
+            "verdict": None if coverage is None else coverage.verdict,
+            "codes": [] if coverage is None else list(coverage.codes),
+            "detail": "" if coverage is None else coverage.detail,
+            "needed_by": needed_by,
+            "exception": None if exemption is None else exemption.reason,
+        }
+
+    return {
+        "skus": {sku: capability for sku, (capability, _) in contracts.items()},
+        "coverage": {
+            family: {sku: cell(family, *row) for sku, row in contracts.items()}
+            for family in contents.rows.family
+        },
+        "libraries": contents.libraries(),
+    }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from vllm_forge.kernels.coverage.device_code import device_code
 from vllm_forge.kernels.coverage.families import (
     FINE,
     VERDICTS,
@@ -20,11 +22,11 @@ from vllm_forge.kernels.coverage.families import (
     catalogue,
     worst,
 )
-from vllm_forge.kernels.coverage.library import compiled_for, library_code, mapped
+from vllm_forge.kernels.coverage.library import code_sizes, compiled_for, library_code, mapped
 from vllm_forge.kernels.coverage.target import Target, runs_on
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from vllm_forge.kernels.coverage.families import Compiler
     from vllm_forge.kernels.coverage.library import LibraryCode
@@ -78,6 +80,29 @@ class SitePackages:
         if path not in self._libraries:
             self._libraries[path] = library_code(path, self.rows.patterns_of(name))
         return self._libraries[path]
+
+    def libraries(self) -> dict[str, dict[str, Any]]:
+        """Every library with device code: its size, and bytes per target, by path."""
+        rows = {}
+        for name, path in sorted(self._shared_objects()):
+            if self.rows.patterns_of(name):
+                code = self.library(name, path).code
+            else:
+                with mapped(path) as buffer:
+                    code = code_sizes(device_code(buffer, str(path)))
+            if code:
+                rows[name] = {"size": path.stat().st_size, "code": dict(code)}
+        return rows
+
+    def _shared_objects(self) -> Iterable[tuple[str, Path]]:
+        merged = {
+            path.relative_to(site).as_posix(): path
+            for site in self.sites
+            for folder, _, names in os.walk(site)
+            for name in names
+            if ".so" in name and not (path := Path(folder, name)).is_symlink()
+        }
+        return merged.items()
 
     def coverage(self, name: str, capability: Capability, line: str) -> Coverage | None:
         """A family on a GPU; None if none of its parts concern that GPU.
