@@ -1,4 +1,4 @@
-"""The census of what nvcc compiles here is what was asked for, and what cuobjdump sees."""
+"""Device code that nvcc compiles: the requested targets, and the same as cuobjdump lists."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def read(library: Path) -> Counter[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("targets", "options"), CASES)
-def test_what_was_asked_for_is_found(compiled: Compiled, targets: str, options: str) -> None:
+def test_requested_targets_are_found(compiled: Compiled, targets: str, options: str) -> None:
     assert read(compiled(TARGETS[targets], OPTIONS[options])) == asked(TARGETS[targets])
 
 
@@ -79,8 +79,8 @@ def test_cuobjdump_sees_the_same(
     assert len({name for _, name in mine}) == KERNEL.count("__global__")
 
 
-def test_its_list_hides_the_family(toolkit: Toolkit, compiled: Compiled) -> None:
-    """Why a list of files is no census: it calls 100f and 120f by the plain names."""
+def test_cuobjdump_listing_hides_the_family(toolkit: Toolkit, compiled: Compiled) -> None:
+    """cuobjdump --list-elf is not enough: it calls 100f and 120f by the plain names."""
     library = compiled(TARGETS["family"])
     listed = toolkit.run("cuobjdump", "--list-elf", library)
     assert "sm_120.cubin" in listed
@@ -104,9 +104,7 @@ PTX = ("80", "90", "90a", "100", "100a", "100f", "103f", "120", "120f", "121a")
 
 
 @pytest.mark.parametrize("target", PTX)
-def test_ptxas_takes_ptx_for_the_gpus_that_runs_on_says(
-    toolkit: Toolkit, tmp_path: Path, target: str
-) -> None:
+def test_ptxas_agrees_with_runs_on_about_ptx(toolkit: Toolkit, tmp_path: Path, target: str) -> None:
     (tmp_path / "k.cu").write_text(KERNEL)
     source = tmp_path / "k.ptx"
     toolkit.run("nvcc", "-ptx", f"-arch=compute_{target}", "-o", source, tmp_path / "k.cu")

@@ -1,4 +1,4 @@
-"""The census of vLLM's own libraries, against cuobjdump, and with an architecture taken out."""
+"""Device code of vLLM's libraries: compared with cuobjdump, and without an architecture."""
 
 from __future__ import annotations
 

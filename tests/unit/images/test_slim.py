@@ -280,8 +280,8 @@ def test_record_of_untouched_libraries_stays_byte_for_byte() -> None:
     assert update_record(content, RECORD, known).startswith(b"tiny/a.so,sha256=y,1\n")
 
 
-def test_census_of_a_slim_library_has_what_stayed(whole: StoredLayer) -> None:
-    """Headers of foreign code are still there; the census must not take them for code."""
+def test_slim_library_lists_only_kept_code(whole: StoredLayer) -> None:
+    """Headers of foreign code are still there; they do not count as code."""
     layer = slim(whole)
     assert set(library_code(layer.files / LIBRARY).code) == {
         "cubin 100", "cubin 100f", "cubin 103a", "ptx 80",

@@ -182,12 +182,12 @@ def test_one_part_without_code_is_enough(tmp_path: Path) -> None:
     assert found.findings[0].coverage.detail == "not there: gen/none.cuh"
 
 
-def test_a_stub_is_no_code(tmp_path: Path) -> None:
+def test_stub_does_not_count_as_code(tmp_path: Path) -> None:
     code = NATIVE | {"cubin 90": {"base_kernel": 70000}, "cubin 120f": {"base_kernel": 768}}
     assert verdicts(check(image(tmp_path, code), RTX)) == {"base": "missing"}
 
 
-def test_no_kernel_of_that_name_is_red(tmp_path: Path) -> None:
+def test_missing_kernel_name_is_red(tmp_path: Path) -> None:
     with pytest.raises(ContractError, match=r"no such kernel in vllm/_C\*\.so"):
         check(image(tmp_path, {"cubin 120": {"renamed": 900}}), RTX).check()
 
@@ -245,7 +245,7 @@ def test_an_upper_layer_hides_a_lower_one(tmp_path: Path) -> None:
 PTX_ONLY = NATIVE | {"cubin 100f": {"base_kernel": 900}}
 
 
-def test_an_exception_is_accepted_and_told(tmp_path: Path) -> None:
+def test_exception_is_accepted_and_noted(tmp_path: Path) -> None:
     found = check(image(tmp_path, PTX_ONLY), B300, MARLIN, exceptions=(EXCEPTION,))
     found.check()
     assert found.notes == (f"marlin: ptx. {EXCEPTION['reason']}",)
@@ -294,7 +294,7 @@ def test_an_unknown_backend_is_an_error(tmp_path: Path) -> None:
         {"extra": 1},
     ],
 )
-def test_rows_that_are_refused(change: dict[str, Any]) -> None:
+def test_invalid_rows_are_rejected(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Catalogue.model_validate(ROWS | change)
 
@@ -310,7 +310,7 @@ def test_rows_that_are_refused(change: dict[str, Any]) -> None:
         (["cubin 80", "ptx 120"], B300, ("missing", "")),
     ],
 )
-def test_the_best_of_what_is_there(code: list[str], gpu: Any, result: tuple[str, str]) -> None:
+def test_best_code_is_chosen(code: list[str], gpu: Any, result: tuple[str, str]) -> None:
     assert best(code, gpu) == result
 
 
@@ -336,7 +336,7 @@ def test_a_file_is_read_once_and_again_when_it_was_written_to(
     assert "cubin 120f" not in library_code(path, ["marlin"]).code
 
 
-def test_other_patterns_are_another_census(tmp_path: Path) -> None:
+def test_other_patterns_get_another_record(tmp_path: Path) -> None:
     path = tmp_path / "lib.so"
     path.write_bytes(made.kernel_library(NATIVE))
     assert list(library_code(path, ["marlin"]).patterns) == ["marlin"]
@@ -344,7 +344,7 @@ def test_other_patterns_are_another_census(tmp_path: Path) -> None:
     assert library_code(path).patterns == {}
 
 
-def test_a_half_written_record_is_made_again(tmp_path: Path, cache: Path) -> None:
+def test_truncated_cache_record_is_rewritten(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "lib.so"
     path.write_bytes(made.kernel_library(NATIVE))
     whole = library_code(path)
@@ -353,7 +353,7 @@ def test_a_half_written_record_is_made_again(tmp_path: Path, cache: Path) -> Non
     assert library_code(path) == whole
 
 
-def test_an_unreadable_library_is_an_error_and_kept_nowhere(tmp_path: Path, cache: Path) -> None:
+def test_unreadable_library_is_an_error_and_not_cached(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "lib.so"
     path.write_bytes(made.library(made.fatbin(made.entry("ptx", "80", number=9))))
     with pytest.raises(UnknownFatbinError):
@@ -388,7 +388,7 @@ def test_every_family_is_needed_by_something() -> None:
 
 
 @pytest.mark.parametrize("line", ["0.22", "0.26", "0.33"])
-def test_the_record_of_a_line_is_of_todays_lock_and_rows(root: Path, line: str) -> None:
+def test_record_matches_lock_and_families(root: Path, line: str) -> None:
     matrix = load(root)
     record = json.loads((root / FOLDER / f"{line}.json").read_text())
     lock = read_lock(root, line, matrix.line[line], matrix.base)
@@ -403,7 +403,7 @@ def test_the_record_of_a_line_is_of_todays_lock_and_rows(root: Path, line: str) 
 
 
 @pytest.mark.parametrize("line", ["0.22", "0.26", "0.33"])
-def test_the_record_of_a_line_is_of_what_it_selects_today(root: Path, line: str) -> None:
+def test_record_matches_kernel_selection(root: Path, line: str) -> None:
     matrix = load(root)
     record = json.loads((root / FOLDER / f"{line}.json").read_text())
     recorded = read_selection(root / "records", line)
@@ -416,7 +416,7 @@ def test_the_record_of_a_line_is_of_what_it_selects_today(root: Path, line: str)
         assert written == needed, f"run: nox -s forge -- kernels coverage --record --line {line}"
 
 
-def test_a_refused_question_needs_nothing_and_experts_without_a_backend_are_an_error() -> None:
+def test_refused_question_needs_nothing_and_missing_backend_is_an_error() -> None:
     scheme = "UnquantizedFusedMoEMethod"
     served = Answer(
         name="preset/p/a",
@@ -434,7 +434,7 @@ def test_a_refused_question_needs_nothing_and_experts_without_a_backend_are_an_e
         KernelSelection(by="p", experts=found.experts).families(catalogue().need)
 
 
-def test_a_table_says_what_is_accepted_what_is_missing_and_what_nobody_needs(
+def test_tables_show_accepted_missing_and_unneeded_families(
     tmp_path: Path,
 ) -> None:
     exception = EXCEPTION | {"capabilities": ["10.3"]}

@@ -38,13 +38,13 @@ def test_target_is_parsed(text: str, target: Target) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "sm_", "sm_100b", "100af", "sm_9", "ten", "sm_100 "])
-def test_what_is_no_target_is_refused(text: str) -> None:
+def test_invalid_target_is_rejected(text: str) -> None:
     with pytest.raises(UnknownTargetError):
         Target.parse(text)
 
 
 @pytest.mark.parametrize("text", ["10.3a", "103", "sm_103"])
-def test_what_is_no_capability_is_refused(text: str) -> None:
+def test_invalid_capability_is_rejected(text: str) -> None:
     with pytest.raises(UnknownTargetError):
         parse_capability(text)
 
@@ -74,7 +74,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize(("name", "kind"), RUNS)
-def test_where_code_runs(name: str, kind: Any) -> None:
+def test_code_runs_on_its_gpus(name: str, kind: Any) -> None:
     runs = {gpu for gpu in GPUS if runs_on(Target.parse(name), kind, gpu)}
     assert runs == RUNS[name, kind]
 
@@ -128,7 +128,7 @@ def test_relocatable_code_has_a_section_of_its_own() -> None:
         device_code(made.library(made.fatbin(GOOD), b"\1" * 8, section="__nv_relfatbin"))
 
 
-def test_fatbins_in_data_are_found_and_counted_on() -> None:
+def test_fatbins_in_data_are_found_and_numbered() -> None:
     """As cuBLASLt keeps them."""
     one = made.fatbin(made.entry("cubin", "100f"))
     content = made.library(b"table\0\0\0", one, b"more....", one, section=".cask_resource")
@@ -136,12 +136,12 @@ def test_fatbins_in_data_are_found_and_counted_on() -> None:
     assert [(str(code.target), code.module) for code in codes] == [("100f", 0), ("100f", 1)]
 
 
-def test_constants_in_host_code_are_no_fatbin() -> None:
+def test_constants_in_host_code_are_ignored() -> None:
     magic = struct.pack("<IHH", made.MAGIC, 1, 16)
     assert device_code(made.library(magic + b"\xc7\x84\x24" * 9, section=".text2", flags=6)) == []
 
 
-def test_what_is_no_elf_file_has_no_code() -> None:
+def test_other_files_have_no_code() -> None:
     assert device_code(b"") == []
     assert device_code(b"#!/bin/sh\n" * 20) == []
 
@@ -194,7 +194,7 @@ def test_kernels_of_cubins_and_ptx_are_found() -> None:
     }
 
 
-def test_a_stub_is_no_body() -> None:
+def test_stub_is_dropped() -> None:
     """FlashMLA's sm_90 kernel as it is compiled for 100f: 768 bytes beside 62,848."""
     content = made.kernel_library(
         {"cubin 90a": {"sm90": 62848, "small": 512}, "cubin 100f": {"sm90": 768, "small": 384}}
@@ -213,7 +213,7 @@ def test_a_cubin_for_another_architecture_than_its_entry_says_is_an_error() -> N
 
 
 @pytest.mark.parametrize("payload", [b"not an ELF file.", b""])
-def test_a_cubin_that_is_none_is_an_error(payload: bytes) -> None:
+def test_invalid_cubin_is_an_error(payload: bytes) -> None:
     with pytest.raises(UnknownFatbinError, match="not an ELF file"):
         kernels(made.library(made.fatbin(made.entry("cubin", "120", payload))))
 
@@ -227,7 +227,7 @@ def test_a_damaged_stream_is_an_error() -> None:
         kernels(bytes(damaged))
 
 
-def test_names_behind_lz4_are_an_error_not_nothing() -> None:
+def test_lz4_payload_is_an_error() -> None:
     flags = made.LZ4 | made.ZSTD
     content = bytearray(made.kernel_library({"cubin 120": {"k": 512}}))
     at = device_code(bytes(content))[0].header + 40
@@ -238,7 +238,7 @@ def test_names_behind_lz4_are_an_error_not_nothing() -> None:
         kernels(bytes(content))
 
 
-def test_what_ptxas_noted() -> None:
+def test_ptxas_note_has_the_target() -> None:
     assert str(compiled_for(made.cubin("100f", {}))) == "100f"
     assert compiled_for(b"no cubin") is None
 

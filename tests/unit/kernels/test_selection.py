@@ -97,7 +97,7 @@ class TestQuestions:
         }
         assert {name for name in names if name.startswith("preset/")} == wanted
 
-    def test_the_grid_has_every_sku_also_where_a_line_does_not_serve_it(self) -> None:
+    def test_grid_has_every_sku_even_unsupported_ones(self) -> None:
         names = {item.name for item in line_questions(MATRIX, LINES[0])}
         for sku in MATRIX.sku:
             for artifact in MATRIX.artifact:
@@ -157,7 +157,7 @@ class TestArtifacts:
             ('{"sources": ["a"], "config": {}, "confg": {}}', "unknown keys"),
         ],
     )
-    def test_what_is_wrong_is_said(self, tmp_path: Path, text: str | None, words: str) -> None:
+    def test_invalid_file_is_named(self, tmp_path: Path, text: str | None, words: str) -> None:
         if text is not None:
             (tmp_path / "one.json").write_text(text)
         with pytest.raises(ArtifactConfigError, match=re.escape(words)) as caught:
@@ -166,7 +166,7 @@ class TestArtifacts:
 
 
 class TestMount:
-    def test_the_package_and_the_questions_lie_there_for_any_user(self, tmp_path: Path) -> None:
+    def test_inputs_are_readable_by_any_user(self, tmp_path: Path) -> None:
         folder = tmp_path / "inputs"
         write_inputs(folder, [question()])
         content = json.loads((folder / QUESTIONS).read_text(encoding="utf-8"))
@@ -178,7 +178,7 @@ class TestMount:
             assert path.stat().st_mode & 0o005 == 0o005
         assert (folder / "inside" / "main.py").read_bytes() == (INSIDE / "main.py").read_bytes()
 
-    def test_it_stands_alone(self) -> None:
+    def test_inside_imports_nothing_else_of_the_project(self) -> None:
         """Nothing of vllm_forge but its own modules; torch and vLLM only where they are asked."""
         allowed = {"__future__", "torch", "vllm"}
         for path in INSIDE.glob("*.py"):
@@ -218,7 +218,7 @@ class TestMount:
             ),
         ],
     )
-    def test_what_is_no_answer_fails(self, output: str, words: str) -> None:
+    def test_invalid_answers_are_rejected(self, output: str, words: str) -> None:
         with pytest.raises(SelectionFailedError, match=re.escape(words)):
             read_answers(output, [question("a")], "there")
 
@@ -230,9 +230,7 @@ class TestMount:
 
 
 class TestRecorded:
-    def test_what_is_written_is_read_back_and_equal_rows_give_equal_bytes(
-        self, tmp_path: Path
-    ) -> None:
+    def test_record_round_trips_and_equal_rows_give_equal_bytes(self, tmp_path: Path) -> None:
         one = recorded(answer("a"), answer("b"), answer("c", "SLOW"), published=(answer("a"),))
         path = write_selection(tmp_path, one)
         first = path.read_bytes()
@@ -240,13 +238,13 @@ class TestRecorded:
         assert write_selection(tmp_path, one).read_bytes() == first
         assert first.count(b"SchemeA") == 1  # said once, though three rows have it
 
-    def test_the_committed_files_are_what_would_be_written(self, tmp_path: Path) -> None:
+    def test_committed_files_are_canonical(self, tmp_path: Path) -> None:
         for line in LINES:
             written = write_selection(tmp_path, read_selection(RECORDS, line))
             assert written.read_bytes() == record_module.selection_path(RECORDS, line).read_bytes()
 
     @pytest.mark.parametrize("text", [None, "{", "[]", '{"line": "9.9"}', '{"line": 3'])
-    def test_a_file_that_is_none_is_said(self, tmp_path: Path, text: str | None) -> None:
+    def test_missing_or_invalid_file_is_named(self, tmp_path: Path, text: str | None) -> None:
         path = record_module.selection_path(tmp_path, "9.9")
         if text is not None:
             path.parent.mkdir(parents=True)
@@ -256,7 +254,7 @@ class TestRecorded:
         assert "nox -s forge -- kernels select --record --line 9.9" in str(caught.value)
         assert str(path) in str(caught.value)
 
-    def test_a_row_that_points_nowhere_is_said(self, tmp_path: Path) -> None:
+    def test_dangling_index_is_rejected(self, tmp_path: Path) -> None:
         path = write_selection(tmp_path, recorded(answer("a")))
         data = json.loads(path.read_text())
         data["rows"][0]["answer"]["modules"] = 7
@@ -280,7 +278,7 @@ class TestChanged:
     def test_equal_answers_pass(self) -> None:
         require_same(recorded(answer("a"), answer("b")), [answer("a"), answer("b")])
 
-    def test_a_part_may_be_asked(self) -> None:
+    def test_subset_of_answers_passes(self) -> None:
         require_same(recorded(answer("a"), answer("b")), [answer("b")])
 
     def test_a_changed_answer_shows_both_values_and_the_day(self) -> None:
@@ -306,7 +304,7 @@ class TestChanged:
             ({"unknown_environment": ["VLLM_X"]}, 'now:        ["VLLM_X"]'),
         ],
     )
-    def test_every_part_counts(self, change: Mapping[str, Any], words: str) -> None:
+    def test_every_changed_part_is_reported(self, change: Mapping[str, Any], words: str) -> None:
         with pytest.raises(SelectionChangedError, match=re.escape(words)):
             require_same(recorded(answer("a")), [answer("a", **change)])
 
@@ -316,7 +314,7 @@ class TestChanged:
         with pytest.raises(SelectionChangedError, match=r"vLLM 9\.9\.1 as published"):
             require_same(both, [answer("a", "FAST")], published=True)
 
-    def test_an_answer_that_nobody_recorded(self) -> None:
+    def test_unrecorded_answer_is_reported(self) -> None:
         with pytest.raises(SelectionChangedError, match="b: not recorded"):
             require_same(recorded(answer("a")), [answer("b")])
 
@@ -348,26 +346,32 @@ class TestStale:
         assert require_fresh(Project(root), MATRIX.default_line).rows
 
     @pytest.mark.parametrize("key", ["lock", "release", "series", "questions"])
-    def test_another_input(self, root: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    def test_changed_input_is_stale(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch, key: str
+    ) -> None:
         now = {**read_selection(root / "records", MATRIX.default_line).inputs, key: "another"}
         monkeypatch.setattr(record_module, "selection_inputs", lambda *_: now)
         assert f"input {key}" in self.fails(root)
 
-    def test_another_artifact_config(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_changed_artifact_config_is_stale(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         now = json.loads(json.dumps(read_selection(root / "records", MATRIX.default_line).inputs))
         name = next(iter(now["artifacts"]))
         now["artifacts"][name] = "another"
         monkeypatch.setattr(record_module, "selection_inputs", lambda *_: now)
         assert f"input artifacts.{name}" in self.fails(root)
 
-    def test_another_question(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_changed_question_is_stale(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         rows = read_selection(root / "records", MATRIX.default_line).rows
         asked = [item for item, _ in rows]
         first = asked[0].model_copy(update={"arguments": ("--other",)})
         monkeypatch.setattr(record_module, "line_questions", lambda *_: [first, *asked[1:]])
         assert f"question {first.name}" in self.fails(root)
 
-    def test_a_question_more_or_less(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_added_or_removed_question_is_stale(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         asked = [
             item for item, _ in read_selection(root / "records", MATRIX.default_line).published
         ]
@@ -383,7 +387,7 @@ class TestCommitted:
     def test_rows_are_of_these_presets_series_locks_and_questions(self, line: str) -> None:
         require_fresh(Project(ROOT), line)
 
-    def test_no_row_is_a_failure_of_our_own(self, line: str) -> None:
+    def test_no_row_is_an_internal_failure(self, line: str) -> None:
         found = read_selection(RECORDS, line)
         for item in (*found.answers.values(), *found.published_answers.values()):
             assert item.refused is None or item.refused.kind != "failed"
@@ -396,7 +400,7 @@ class TestCommitted:
                 assert (item.moe.clamp, item.moe.limit) == ("reaches", 10.0), name
                 assert item.cuda_graphs is not None
 
-    def test_sizes_cover_as_the_data_says(self, line: str) -> None:
+    def test_graph_sizes_agree_with_covers(self, line: str) -> None:
         for name, item in read_selection(RECORDS, line).answers.items():
             if (graphs := item.cuda_graphs) is not None:
                 assert graphs.covers == (max(graphs.sizes, default=0) >= graphs.needed), name

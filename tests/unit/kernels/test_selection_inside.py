@@ -116,13 +116,15 @@ def test_a_variable_that_an_import_reads_is_set_before_it(worlds: Worlds) -> Non
     assert [found[name]["warnings"][1] for name in "abcd"] == [None, "1", None, "2"]
 
 
-def test_also_of_the_first_question(worlds: Worlds, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variable_of_the_first_question_is_set_before_imports(
+    worlds: Worlds, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
     found = worlds.ask(asked("a", VLLM_KEPT="1"), asked("b", VLLM_KEPT="2"))
     assert [found[name]["warnings"][1] for name in "ab"] == ["1", "2"]
 
 
-def test_what_all_questions_of_a_device_set_is_set_before_imports(worlds: Worlds) -> None:
+def test_common_variables_are_set_before_imports(worlds: Worlds) -> None:
     found = worlds.ask(asked("a", VLLM_KEPT="1"), asked("b", VLLM_KEPT="1", VLLM_OTHER="2"))
     assert [found[name]["warnings"][1] for name in "ab"] == ["1", "1"]
 
@@ -137,7 +139,7 @@ def test_cores_without_a_device_of_their_own_get_a_part_of_its_questions(
     assert sorted(worlds.ask(*questions)) == ["a", "b", "c", "d", "e"]
 
 
-def test_a_world_that_cannot_import_says_so(
+def test_failed_import_is_reported(
     worlds: Worlds, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(main, "MODULES", ("vllm.absent",))
@@ -200,7 +202,7 @@ def test_nvml_and_torch_see_the_declared_device_and_nothing_before(tmp_path: Pat
     assert found["asked"] == [found["early"]]
 
 
-def test_what_is_not_declared_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undeclared_property_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     torch: Any = fake_torch()
     declared: Any = object.__new__(DeclaredDevice)
     declared._cuda, declared._nvml = torch.cuda, SimpleNamespace()
@@ -232,7 +234,7 @@ def test_messages_are_one_line_without_what_changes() -> None:
     assert len(serving.clean("x" * 5000)) == serving.MOST_CHARS
 
 
-def test_of_a_pydantic_error_only_what_validators_said() -> None:
+def test_pydantic_error_is_reduced_to_its_messages() -> None:
     class Errors(ValueError):
         def errors(self, *, include_url: bool) -> list[dict[str, str]]:
             assert not include_url
@@ -242,7 +244,7 @@ def test_of_a_pydantic_error_only_what_validators_said() -> None:
     assert serving.explain(KeyError("scale_fmt")) == "KeyError: 'scale_fmt'"
 
 
-def test_an_error_of_our_own_is_not_vllms() -> None:
+def test_own_error_is_not_attributed_to_vllm() -> None:
     with pytest.raises(ValueError, match="invalid literal") as caught:
         int("x")
     assert not serving.raised_in_vllm(caught.value)
@@ -251,7 +253,7 @@ def test_an_error_of_our_own_is_not_vllms() -> None:
 @pytest.mark.parametrize(
     ("package", "theirs"), [("vllm", True), ("pydantic", True), ("torch", False)]
 )
-def test_an_error_of_torch_is_none_of_vllm(tmp_path: Path, package: str, theirs: bool) -> None:
+def test_torch_error_is_not_attributed_to_vllm(tmp_path: Path, package: str, theirs: bool) -> None:
     """Without a GPU torch refuses what vLLM would have taken."""
     place = tmp_path / "site-packages" / package / "code.py"
     code = compile("raise RuntimeError('no driver')", str(place), "exec")
@@ -325,7 +327,7 @@ class Method:
 
 @pytest.mark.usefixtures("_fake_vllm")
 class TestExperts:
-    def test_what_was_passed_over_and_what_the_limit_dropped(self) -> None:
+    def test_rejected_and_limited_candidates_are_listed(self) -> None:
         log = serving.Log()
         facts = experts.moe_facts(None, [call(log)], log)
         assert facts is not None
@@ -370,7 +372,7 @@ class TestExperts:
         assert facts is not None
         assert (facts["chosen"], facts["clamp"]) == ("MARLIN", clamp)
 
-    def test_a_missing_limit_is_not_made_up(self) -> None:
+    def test_missing_attribute_raises(self) -> None:
         class Fails(Method):
             def get_fused_moe_quant_config(self, layer: Any) -> Any:
                 return layer.swiglu_alpha
@@ -386,7 +388,7 @@ class TestExperts:
         with pytest.raises(AssertionError, match="layers differ"):
             experts.moe_facts(None, [one, other], log)
 
-    def test_nothing_fits(self) -> None:
+    def test_failed_selection_keeps_its_error(self) -> None:
         log = serving.Log()
         failed = call(log)
         failed.result, failed.error = None, "NotImplementedError: none"
@@ -395,7 +397,7 @@ class TestExperts:
         assert (facts["chosen"], facts["error"]) == (None, "NotImplementedError: none")
 
 
-def test_schemes_by_module_with_the_odd_layer_told() -> None:
+def test_schemes_are_grouped_by_module() -> None:
     class A: ...
 
     class B: ...

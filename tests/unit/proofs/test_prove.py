@@ -152,7 +152,7 @@ class TestWithout:
         with pytest.raises(InseparablePatchError):
             without(repo, series.applied(), series.patches, 0)
 
-    def test_neither(self, repo: SourceRepo, series: Series) -> None:
+    def test_inseparable_patch_is_an_error(self, repo: SourceRepo, series: Series) -> None:
         series.add(a=text(_5="five\n"))
         series.add(a=text(_5="five at last\n"))
         with pytest.raises(InseparablePatchError, match="0001"):
@@ -170,12 +170,12 @@ class TestOrder:
             True,
         )
 
-    def test_one_that_builds_on_the_other_does_not(self, repo: SourceRepo, series: Series) -> None:
+    def test_dependent_hunks_do_not_commute(self, repo: SourceRepo, series: Series) -> None:
         series.add(a=text(_5="five\n"))
         series.add(a=text(_5="five at last\n"))
         assert [pair.commutes for pair in pairs(repo, series.applied(), series.patches)] == [False]
 
-    def test_two_that_put_lines_into_one_place(self, repo: SourceRepo, series: Series) -> None:
+    def test_insertions_at_one_place_do_not_commute(self, repo: SourceRepo, series: Series) -> None:
         series.add(a=text(_5="line 5\nx\n"))
         series.add(a=text(_5="line 5\nx\ny\n"))
         assert [pair.commutes for pair in pairs(repo, series.applied(), series.patches)] == [False]
@@ -238,7 +238,7 @@ class TestExport:
         assert trees[0] == other
         assert series.blob(trees[2], "a") == text(_5="five\n", _20="twenty\nx\n", _40="forty\n")
 
-    def test_what_fits_nowhere_is_refused_as_ever(self, repo: SourceRepo, series: Series) -> None:
+    def test_patch_that_fits_nowhere_is_rejected(self, repo: SourceRepo, series: Series) -> None:
         series.add(a=text(_5="five\n"))
         index = series.folder / "index"
         other = changed_tree(repo, series.base, {"vllm/a.py": text(_5="V\n")}, index)
@@ -263,7 +263,7 @@ def variant(series: Series) -> Variant:
 
 
 class TestVerdictWithout:
-    def test_red_is_what_it_must_be(self, variant: Variant) -> None:
+    def test_red_proof_is_accepted(self, variant: Variant) -> None:
         assert (
             judge_without("9.9", variant, run(1, "KeyError: 'x'", a="failed", b="passed")) is None
         )
@@ -293,7 +293,7 @@ class TestVerdictWithout:
         ],
         ids=lambda said: f"{said.exit} {said.why} {list(said.tests.values())}",
     )
-    def test_anything_else_says_nothing(self, variant: Variant, said: TestRun) -> None:
+    def test_other_outcomes_are_undecided(self, variant: Variant, said: TestRun) -> None:
         assert type(judge_without("9.9", variant, said)) is ProofNotRunError
 
 
@@ -331,7 +331,7 @@ class TestVerdictWhole:
     def test_not_run(self, series: Series, said: TestRun) -> None:
         assert self.kinds(series, said) == [ProofNotRunError]
 
-    def test_another_test_whose_name_begins_alike_is_not_the_proof(self, series: Series) -> None:
+    def test_test_with_a_common_prefix_is_not_the_proof(self, series: Series) -> None:
         said = TestRun(exit=0, tests={f"{PROOF}_more": "passed"}, why="", tail="")
         assert self.kinds(series, said) == [ProofNotRunError]
 
@@ -408,7 +408,7 @@ def test_script_reports_what_cannot_be_collected(tmp_path: Path, content: str, c
     assert (said.exit, said.tests) == (code, {})
 
 
-def test_script_tells_the_line_and_keeps_threads_few(tmp_path: Path) -> None:
+def test_script_sets_the_line_and_threads(tmp_path: Path) -> None:
     content = (
         "import os\ndef test_it():\n"
         "    assert os.environ['VLLM_FORGE_CONTRACT_LINE'] == '9.9'\n"
@@ -505,7 +505,7 @@ def prove_it(
     return project.records / "proofs/9.9.json"
 
 
-def test_a_proven_line_is_recorded_and_the_record_repeats(
+def test_proven_line_is_recorded_reproducibly(
     one_line: tuple[Project, FakeEngine], capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = prove_it(one_line, run(0, it="passed"), run(1, "KeyError: 'x'", it="failed"))
@@ -547,7 +547,7 @@ def test_whole_runs_all_tests_and_a_variant_its_proof(
         (run(0, it="passed"), run(5), ProofNotRunError),
     ],
 )
-def test_what_is_not_proven_is_not_recorded(
+def test_unproven_line_is_not_recorded(
     one_line: tuple[Project, FakeEngine],
     whole: TestRun,
     without_it: TestRun,
@@ -601,7 +601,7 @@ def test_container_run_gets_sources_models_and_tools(
     assert (folder / "tools/tool/data").stat().st_mode & 0o111 == 0
 
 
-def test_time_of_a_changed_file_tells_its_content(
+def test_file_time_encodes_its_content(
     one_line: tuple[Project, FakeEngine], repo: SourceRepo, series: Series
 ) -> None:
     """Compiled code is kept by path, size and time: equal only where the content is."""
@@ -622,7 +622,7 @@ def proofs() -> Sequence[str]:
 
 
 @pytest.mark.parametrize("line", proofs())
-def test_committed_proof_is_of_this_series_and_lock(line: str) -> None:
+def test_committed_proof_matches_series_and_lock(line: str) -> None:
     """Stale? `nox -s prove -- --line LINE`."""
     row = MATRIX.line[line]
     data = json.loads((ROOT / "records" / "proofs" / f"{line}.json").read_text(encoding="utf-8"))

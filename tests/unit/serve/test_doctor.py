@@ -210,16 +210,14 @@ def test_a_container_has_its_own_shared_memory(
     assert levels(found)["/dev/shm"] == "unknown"
 
 
-def test_an_artifact_of_unknown_size_is_said_to_be_one(
-    recorded: Callable[..., Path], diagnose: Diagnose
-) -> None:
+def test_unknown_artifact_size_is_shown(recorded: Callable[..., Path], diagnose: Diagnose) -> None:
     found = diagnose(recorded("b300"), "b300", "plain", "redhat-nvfp4-fp8")
     assert levels(found)["GPU memory"] == levels(found)["RAM"] == "unknown"
     (disk,) = [f for f in found if f.check == "disk"]
     assert "unknown" in disk.needed
 
 
-def test_what_nvidia_smi_says_where_it_fails() -> None:
+def test_nvidia_smi_errors_are_shown() -> None:
     lost = (
         "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure "
         "that the latest NVIDIA driver is installed and running.\n\n"

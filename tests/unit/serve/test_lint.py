@@ -168,7 +168,7 @@ def test_a_variable_that_is_not_vllms_is_a_finding(case: Callable[..., LintCase]
     assert "VLMM_USE_V1" in only(judge(case(env={"VLMM_USE_V1": "1"}))).what
 
 
-def test_a_known_variable_is_none(case: Callable[..., LintCase]) -> None:
+def test_known_variable_has_no_finding(case: Callable[..., LintCase]) -> None:
     assert judge(case(env={"VLLM_USE_DEEP_GEMM": "1"})) == []
 
 
@@ -245,7 +245,7 @@ def test_coverage_is_arithmetic(seqs: int, k: int, counts: list[int]) -> None:
     assert bool(findings) == (max(counts, default=0) < seqs)
 
 
-def test_draft_that_is_not_there(case: Callable[..., LintCase]) -> None:
+def test_missing_draft_layer_is_a_finding(case: Callable[..., LintCase]) -> None:
     assert "drafts 2 tokens, and vLLM 0.26.0 0" in only(judge(case(answer(draft=None)))).what
 
 
@@ -260,7 +260,7 @@ def test_k_that_the_drafter_does_not_take(case: Callable[..., LintCase]) -> None
     assert "the drafter has 0 layers" in only(judge(case(config=none))).what
 
 
-def test_kv_cache_that_is_not_what_was_asked_for(case: Callable[..., LintCase]) -> None:
+def test_other_kv_cache_dtype_is_a_finding(case: Callable[..., LintCase]) -> None:
     said = answer(engine=engine(kv_cache_dtype="bfloat16"))
     assert (
         "asks for a KV cache in fp8, and vLLM 0.26.0 stores bfloat16"
@@ -268,13 +268,13 @@ def test_kv_cache_that_is_not_what_was_asked_for(case: Callable[..., LintCase]) 
     )
 
 
-def test_block_that_is_not_what_was_asked_for(case: Callable[..., LintCase]) -> None:
+def test_other_block_size_is_a_finding(case: Callable[..., LintCase]) -> None:
     flags = ("--kv-cache-dtype=fp8", "--block-size=16")
     assert "blocks of 16 tokens, and vLLM 0.26.0 takes 256" in only(judge(case(flags=flags))).what
     assert judge(case(flags=("--block-size=16", "--block-size=256"))) == []
 
 
-def test_block_that_holds_no_compressed_token(case: Callable[..., LintCase]) -> None:
+def test_block_without_compressed_tokens_is_a_finding(case: Callable[..., LintCase]) -> None:
     """As vLLM 0.26.0 makes of --block-size=16: a layer that keeps one token of 128 gets none."""
     rows = [(21, 2880), (20, 0)]
     cache = tuple(
@@ -285,7 +285,7 @@ def test_block_that_holds_no_compressed_token(case: Callable[..., LintCase]) -> 
     assert "a block of 16 tokens is too small: 20 layers" in finding.what
 
 
-def test_attention_that_takes_no_such_block(case: Callable[..., LintCase]) -> None:
+def test_unsupported_block_size_is_a_finding(case: Callable[..., LintCase]) -> None:
     said = answer(attention=Choice(chosen=None, error="block_size 16 not supported"))
     assert "block_size 16 not supported" in only(judge(case(said))).what
 
@@ -330,13 +330,13 @@ def test_experts_built_as_they_are_stored(
     assert of_artifact(case(built(scheme, UNQUANTIZED)), experts=stored) == []
 
 
-def test_experts_built_otherwise(case: Callable[..., LintCase]) -> None:
+def test_other_experts_scheme_is_a_finding(case: Callable[..., LintCase]) -> None:
     finding = only(judge(case(built(UNQUANTIZED, UNQUANTIZED))))
     assert f"experts are stored as nvfp4 and built as {UNQUANTIZED}" in finding.what
     assert "artifact.flash-nvfp4-fp8-mtp.unserved" in finding.remedy
 
 
-def test_draft_experts_built_otherwise(case: Callable[..., LintCase]) -> None:
+def test_other_draft_experts_scheme_is_a_finding(case: Callable[..., LintCase]) -> None:
     finding = only(judge(case(built(NVFP4, NVFP4))))
     assert f"draft experts are stored as bf16 and built as {NVFP4}" in finding.what
     assert judge(case(built(NVFP4, UNQUANTIZED))) == []
@@ -347,7 +347,7 @@ def test_a_draft_layer_that_the_artifact_lacks(case: Callable[..., LintCase]) ->
     assert of_artifact(case(built(NVFP4, NVFP4)), mtp="none") == []
 
 
-def test_a_row_accepts_what_is_built_otherwise(case: Callable[..., LintCase]) -> None:
+def test_unserved_row_accepts_another_scheme(case: Callable[..., LintCase]) -> None:
     item = case(built(UNQUANTIZED, UNQUANTIZED))
     assert of_artifact(item, unserved=(NOT_ON_026,)) == []
     elsewhere = NOT_ON_026.model_copy(update={"lines": ("0.33",)})
@@ -361,13 +361,13 @@ def test_a_row_about_drafting_does_not_accept_the_target(case: Callable[..., Lin
     assert "built as" in only(of_artifact(plain, unserved=(row,))).what
 
 
-def test_a_row_that_is_not_so(case: Callable[..., LintCase]) -> None:
+def test_stale_unserved_row_is_a_finding(case: Callable[..., LintCase]) -> None:
     finding = only(of_artifact(case(built(NVFP4, UNQUANTIZED)), unserved=(NOT_ON_026,)))
     assert "says that it is not served, but it is" in finding.what
     assert "delete the row" in finding.remedy
 
 
-def test_what_vllm_refuses_says_nothing_of_the_experts(case: Callable[..., LintCase]) -> None:
+def test_refusal_has_no_finding_about_experts(case: Callable[..., LintCase]) -> None:
     refused = Answer(name="q", refused=Refusal(kind="device", message="no kernels"))
     assert of_artifact(case(refused), unserved=(NOT_ON_026,)) == []
 
@@ -387,7 +387,7 @@ def test_tensor_parallel_that_does_not(case: Callable[..., LintCase]) -> None:
     }
 
 
-def test_what_a_split_must_divide() -> None:
+def test_divisible_counts() -> None:
     assert divisible(CONFIG) == {
         "num_attention_heads": 64,
         "o_groups": 8,
@@ -494,7 +494,7 @@ def test_forced_marlin_where_vllm_clamps(root: Path) -> None:
     assert (case.answer.moe.chosen, case.answer.moe.clamp) == ("MARLIN", "reaches")
 
 
-def test_forced_marlin_where_vllm_does_not_know_it(root: Path) -> None:
+def test_forced_marlin_unknown_to_vllm(root: Path) -> None:
     finding = only(of_variables(forced(root, "0.33")))
     assert "has no variable VLLM_TEST_FORCE_FP8_MARLIN any more" in finding.what
     assert "--moe-backend=marlin" in finding.remedy

@@ -108,7 +108,7 @@ def test_clamp_of_every_cell(line: str, sku: str, plan: Callable[..., Plan]) -> 
 
 
 @pytest.mark.parametrize(("line", "sku"), CELLS)
-def test_what_a_line_does_not_serve_is_refused_with_the_reason(
+def test_unserved_artifact_is_rejected_with_the_reason(
     line: str, sku: str, plan: Callable[..., Plan]
 ) -> None:
     """Whatever its vLLM would select of it; and everything else is not refused."""
@@ -161,7 +161,7 @@ def test_pins_series_and_needs(plan: Callable[..., Plan]) -> None:
     assert redhat["image_bytes"] == needs["image_bytes"]
 
 
-def test_what_was_not_recorded_is_unknown(checkout: Path, plan: Callable[..., Plan]) -> None:
+def test_unrecorded_selection_is_unknown(checkout: Path, plan: Callable[..., Plan]) -> None:
     made = plan("--sku=b300")
     rows = [row for row in made["presets"] if why_not(row, MATRIX.default_line) is None]
     for choice in (*made["lines"].values(), *(row["selection"] for row in rows)):

@@ -97,7 +97,7 @@ def test_arguments_of_a_preset(matrix: Matrix) -> None:
     assert not any("speculative" in arg for arg in serve_arguments(matrix, "b300-plain")[0])
 
 
-def test_b200_is_as_b300(matrix: Matrix) -> None:
+def test_b200_has_the_presets_of_b300(matrix: Matrix) -> None:
     for short in ("mtp", "plain"):
         assert serve_arguments(matrix, f"b200-{short}") == serve_arguments(matrix, f"b300-{short}")
 
@@ -134,7 +134,7 @@ def test_unknown_artifact(matrix: Matrix, root: Path) -> None:
     assert "nvidia-nvfp4" in refused.value.remedy
 
 
-def test_what_a_line_does_not_serve_is_refused_with_the_reason(matrix: Matrix, root: Path) -> None:
+def test_unserved_artifact_is_rejected_with_the_reason(matrix: Matrix, root: Path) -> None:
     (row,) = matrix.artifact["nvidia-nvfp4"].unserved
     assert row.drafting
     for name in matrix.line:
@@ -247,13 +247,13 @@ def test_as_many_gpus_as_the_preset_needs(count: int, deployment: Deployment) ->
     assert "nox -s doctor -- --sku b300" in refused.value.remedy
 
 
-def test_a_listing_that_failed_counts_for_nothing(deployment: Deployment) -> None:
+def test_failed_gpu_listing_counts_as_no_gpu(deployment: Deployment) -> None:
     listing = "GPU 0: NVIDIA B300 SXM6 AC\n" * 4
     with pytest.raises(NoGpuError, match="has none"):
         require_gpus(Said(nvidia_smi_list=Reply(code=10, text=listing)), deployment)
 
 
-def test_print_is_one_command_on_stdout_and_words_on_stderr(
+def test_print_has_only_the_command_on_stdout(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["serve", "--sku=b300", "--preset=mtp", "--line=0.33", "--print"]) == 0
@@ -264,7 +264,7 @@ def test_print_is_one_command_on_stdout_and_words_on_stderr(
     assert "TORCH_CUDA_ARCH_LIST=10.3a vllm serve" in err
 
 
-def test_print_says_how_to_build_what_is_not_built(
+def test_print_shows_how_to_build_a_missing_image(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "matrix.toml").write_text((root / "matrix.toml").read_text())
