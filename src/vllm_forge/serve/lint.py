@@ -40,7 +40,7 @@ class LintFinding:
     remedy: str
 
     def text(self) -> str:
-        """As `nox -s lint` prints it."""
+        """The lines that lint prints."""
         return (
             f"preset {self.preset}, {self.artifact}, line {self.line}: {self.what}\n"
             f"    remedy: {self.remedy}"
