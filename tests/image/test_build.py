@@ -134,10 +134,10 @@ def test_second_run_does_nothing(built: Project) -> None:
 def test_why_rebuild_names_the_patch_that_changed(built: Project, sibling: Project) -> None:
     assert built.run("why-rebuild", "--sku", "alpha").stdout == f"{ALPHA}: nothing changed\n"
     sibling.patch("bool(args and not args.dynamic)")
-    told = sibling.run("why-rebuild", "--sku", "alpha").stdout
-    assert told.splitlines()[:2] == [f"{ALPHA}: inputs changed", "  series"]
-    assert "changed 0001-flag.patch: " in told
-    assert "lock" not in told
+    output = sibling.run("why-rebuild", "--sku", "alpha").stdout
+    assert output.splitlines()[:2] == [f"{ALPHA}: inputs changed", "  series"]
+    assert "changed 0001-flag.patch: " in output
+    assert "lock" not in output
 
 
 def test_another_sku_has_its_own_libraries_and_last_layer_only(built: Project) -> None:
@@ -212,7 +212,7 @@ def test_dry_run_prints_the_commands_of_the_real_run(project: Project, tmp_path:
 
 @pytest.mark.parametrize("engine", engines() or ["none"])
 def test_two_builds_give_one_digest(project: Project, tmp_path: Path, engine: str) -> None:
-    """From nothing, twice: rootfs, system, layers and patches all made anew."""
+    """From nothing, twice: rootfs, system, layers and patches all made again."""
     digests = set()
     for number in ("first", "second"):
         fresh = project.copy(tmp_path / number)
@@ -299,7 +299,7 @@ def test_kill_9_leaves_no_image_and_the_next_run_succeeds(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts of a namespace go with it: run it as root")
-def test_what_a_killed_build_left_mounted_is_cleaned(built: Project, tmp_path: Path) -> None:
+def test_mounts_of_a_killed_build_are_cleaned(built: Project, tmp_path: Path) -> None:
     """buildah mounts a container where a build does: none is killed at a lucky moment."""
     fresh = built.copy(tmp_path)
     state = fresh.cache / "buildah"
@@ -329,7 +329,7 @@ def test_two_builds_of_one_cell_at_once(built: Project, tmp_path: Path) -> None:
     assert first.returncode == 0
 
 
-def test_a_module_that_does_not_import_is_no_image(built: Project, tmp_path: Path) -> None:
+def test_module_that_does_not_import_fails_the_build(built: Project, tmp_path: Path) -> None:
     broken = "vllm/model_executor/layers/quantization/broken.py"
     project = make_project(tmp_path, {broken: "import absent_package\n"})
     for name in ("rootfs", "systems"):
@@ -348,7 +348,7 @@ def test_a_module_that_does_not_import_is_no_image(built: Project, tmp_path: Pat
     project.index.close()
 
 
-def test_size_budget(sibling: Project) -> None:
+def test_size_budget_is_enforced(sibling: Project) -> None:
     matrix = sibling.root / "matrix.toml"
     matrix.write_text(matrix.read_text().replace("budget_mb = 120", "budget_mb = 1"))
     before = image(sibling).digest
@@ -378,7 +378,7 @@ def test_tampered_layer_of_equal_size_is_built_again(sibling: Project) -> None:
     verify(image(sibling))
 
 
-def test_tampered_cache_is_an_error_once(built: Project, tmp_path: Path) -> None:
+def test_tampered_cache_fails_one_build_and_is_deleted(built: Project, tmp_path: Path) -> None:
     """A kept layer that was changed fails the build, is forgotten, and is written again."""
     fresh = built.copy(tmp_path, "rootfs", "systems", "layers")
     made = image(built)
@@ -397,7 +397,7 @@ def test_tampered_cache_is_an_error_once(built: Project, tmp_path: Path) -> None
     verify(image(fresh))
 
 
-def test_disk_too_small_is_said_before_anything_is_written(built: Project, tmp_path: Path) -> None:
+def test_small_disk_is_reported_before_anything_is_written(built: Project, tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("mounts a small file system: run as root")
     small = built.copy(tmp_path)
@@ -425,7 +425,7 @@ def test_two_cells_at_once_share_one_system(built: Project, tmp_path: Path) -> N
     assert own_layers(fresh) == {slim_layer(image(fresh)), len(layers(image(fresh))) - 1}
 
 
-def test_engine_missing(built: Project, tmp_path: Path) -> None:
+def test_missing_engine_names_the_packages(built: Project, tmp_path: Path) -> None:
     bare = tmp_path / "bin"
     bare.mkdir()
     (bare / "git").symlink_to(str(shutil.which("git")))
@@ -437,7 +437,7 @@ def test_engine_missing(built: Project, tmp_path: Path) -> None:
     assert "did you mean 'buildah'?" in done.stderr
 
 
-def test_engine_too_old(built: Project, sibling: Project, tmp_path: Path) -> None:
+def test_old_engine_is_refused(built: Project, sibling: Project, tmp_path: Path) -> None:
     old = tmp_path / "bin"
     old.mkdir()
     (old / "buildah").write_text("#!/bin/sh\necho buildah version 1.19.6\n")
@@ -449,7 +449,7 @@ def test_engine_too_old(built: Project, sibling: Project, tmp_path: Path) -> Non
     assert "1.19.6" in done.stderr
 
 
-def test_index_that_serves_other_bytes(built: Project, tmp_path: Path) -> None:
+def test_index_that_serves_other_bytes_is_refused(built: Project, tmp_path: Path) -> None:
     fresh = built.copy(tmp_path, "rootfs", "systems")
     served = built.index.projects["sixlike"]["sixlike-1.0-py3-none-any.whl"]
     good = served.content
@@ -462,7 +462,7 @@ def test_index_that_serves_other_bytes(built: Project, tmp_path: Path) -> None:
     fresh.run("build", "alpha")
 
 
-def test_the_unpatched_module_is_what_the_series_says(built: Project) -> None:
+def test_series_changes_one_line_of_the_tiny_vllm(built: Project) -> None:
     """The fixture's own premise: the patch changes one line of the tiny vllm."""
     assert "args and not args.dynamic" in VLLM[PATCHED]
     assert built.record(ALPHA)["stack"]["changed_files"].keys() == {PATCHED}

@@ -37,7 +37,7 @@ def cache_root() -> Path:
 
 @contextmanager
 def atomic_path(final: Path) -> Iterator[Path]:
-    """Yield a fresh path beside ``final`` and rename it there when the block succeeds.
+    """Yield a fresh path in the folder of ``final`` and rename it there when the block succeeds.
 
     The path may become a file or a folder. On an exception, or on kill -9, ``final`` is
     untouched; leftovers start with ``.tmp-`` and are removed by the next writer.

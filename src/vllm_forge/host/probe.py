@@ -21,7 +21,7 @@ NOT_FOUND, TIMED_OUT = 127, 124
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What a command said: exit code, and stdout; after a failure also stderr."""
+    """A command's exit code and output: stdout; after a failure also stderr."""
 
     code: int
     text: str

@@ -129,7 +129,7 @@ class SubprocessRunner:
             raise CommandFailedError(
                 f"{argv[0]} exited with {done.returncode}\n{tail}",
                 where=shlex.join(argv),
-                remedy="its own words are above; run the command by hand to see all of them",
+                remedy="see its output above; run the command by hand to see all of it",
             )
         return done.stdout
 

@@ -85,8 +85,8 @@ def build_steps(plan: ImagePlan, runner: Runner) -> None:
     selection = runner.act(
         f"read what vLLM selects on {cell.sku_name}", lambda: recorded_selection(plan.project, cell)
     )
-    with ThreadPoolExecutor(1) as beside:
-        system_job = beside.submit(build_system, plan, runner)
+    with ThreadPoolExecutor(1) as pool:
+        system_job = pool.submit(build_system, plan, runner)
         source = runner.act(
             f"fetch {len(plan.lock.wheels)} wheels of {cell.line.lock}, write "
             f"{len(plan.groups)} layers, apply the series, write the patched wheel",
@@ -100,8 +100,8 @@ def build_steps(plan: ImagePlan, runner: Runner) -> None:
     candidate = runner.act(
         f"assemble the image in {plan.work}", lambda: assemble(plan, source(), patch())
     )
-    with report("check the image inside"), ThreadPoolExecutor(1) as beside:
-        outside = beside.submit(
+    with report("check the image inside"), ThreadPoolExecutor(1) as pool:
+        outside = pool.submit(
             runner.act,
             "check the kernel contract, the layout and every blob",
             lambda: check_outside(plan, selection(), candidate()),

@@ -42,7 +42,7 @@ class Buildah:
     def build_system(self, runner: Runner, build: SystemBuild) -> None:
         """``buildah bud`` with a storage of its own, exported as plain tars and as a folder.
 
-        docker format keeps HEALTHCHECK, which OCI's config has not; ``dir:`` with
+        docker format keeps HEALTHCHECK, which OCI's config lacks; ``dir:`` with
         --disable-compression keeps the tars as they are.
         """
         env = self._environment(runner)

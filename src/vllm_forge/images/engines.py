@@ -65,8 +65,8 @@ def provision(runner: Runner, *, registry: bool = False) -> None:
     Raises:
         ProvisionError: not root, not a Debian-like host, or apt failed.
     """
-    wanted = [*PACKAGES, *([REGISTRY] if registry else [])]
-    missing = [tool for tool in wanted if which(tool) is None]
+    tools = [*PACKAGES, *([REGISTRY] if registry else [])]
+    missing = [tool for tool in tools if which(tool) is None]
     if not missing:
         return
     if which("apt-get") is None or os.geteuid() != 0:

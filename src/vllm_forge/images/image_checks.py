@@ -55,7 +55,7 @@ Verdict = dict[str, Any]
 
 
 def packages(expect: dict[str, Any]) -> str:
-    """Every distribution equals the lock, and there is no other one."""
+    """The installed distributions are exactly those of the lock."""
     installed = {
         re.sub(r"[-_.]+", "-", dist.metadata["Name"]).lower(): dist.version
         for dist in importlib.metadata.distributions()
@@ -118,12 +118,12 @@ def quantization(expect: dict[str, Any]) -> str:
     def note(name: str) -> None:
         failed[name] = traceback.format_exc(limit=-1).strip()
 
-    for found in pkgutil.walk_packages(package.__path__, QUANTIZATION + ".", onerror=note):
-        names.append(found.name)
+    for module in pkgutil.walk_packages(package.__path__, QUANTIZATION + ".", onerror=note):
+        names.append(module.name)
         try:
-            importlib.import_module(found.name)
+            importlib.import_module(module.name)
         except Exception as error:  # noqa: BLE001 - any failure is the verdict
-            failed[found.name] = f"{type(error).__name__}: {error}"
+            failed[module.name] = f"{type(error).__name__}: {error}"
     allowed = expect["unimportable"]
     if stale := sorted(set(allowed) - set(failed)):
         raise AssertionError(f"listed as not importable, but they import: {stale}")
@@ -174,8 +174,8 @@ def command(*argv: str) -> Check:
             except SystemExit as stop:
                 code = stop.code
         output = out.getvalue()
-        wanted = expect["packages"]["vllm"] if argv == ("--version",) else "usage"
-        if code not in (0, None) or wanted not in output.lower():
+        word = expect["packages"]["vllm"] if argv == ("--version",) else "usage"
+        if code not in (0, None) or word not in output.lower():
             raise AssertionError(f"exit {code}, printed {output[-300:]!r}")
         return output.strip() if argv == ("--version",) else f"{len(output.splitlines())} lines"
 

@@ -97,8 +97,8 @@ def write_slim_layer(
     def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:
         files = folder / "files"
         removed: dict[str, Any] = {}
-        found = (path for path in whole.code.rglob("*") if path.is_file())
-        libraries = sorted(path.relative_to(whole.code).as_posix() for path in found)
+        paths = (path for path in whole.code.rglob("*") if path.is_file())
+        libraries = sorted(path.relative_to(whole.code).as_posix() for path in paths)
         records = sorted(whole.files.glob(RECORDS)) if libraries else []
         with ZstdLayerWriter(folder / FILE_NAMES[ZSTD], epoch) as layer:
             for parent in make_folders(files, libraries):
@@ -124,14 +124,14 @@ def _add(
     layer: ZstdLayerWriter, source: Path, target: Path, name: str, capability: tuple[int, int]
 ) -> dict[str, Any]:
     """Add one library; its zeros are holes in the unpacked copy."""
-    found = cut(source, capability)
+    foreign = cut(source, capability)
     mode = source.stat().st_mode & 0o777
     size = source.stat().st_size
     digest = hashlib.sha256()
 
     def content() -> Iterator[bytes]:
         with target.open("xb", buffering=0) as out:
-            for piece, zeros in pieces(source, found.ranges):
+            for piece, zeros in pieces(source, foreign.ranges):
                 digest.update(piece)
                 if zeros:
                     out.seek(len(piece), 1)
@@ -143,8 +143,8 @@ def _add(
     layer.stream(name, size, mode, content())
     target.chmod(mode)
     return {
-        "bytes": found.size,
-        "targets": found.targets,
+        "bytes": foreign.size,
+        "targets": foreign.targets,
         "sha256": record_hash(digest.digest()),
     }
 

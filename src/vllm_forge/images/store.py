@@ -1,4 +1,4 @@
-"""Layers on disk: written once per input, beside an unpacked copy for the checks.
+"""Layers on disk: written once per input, with an unpacked copy for the checks.
 
 A stored layer is a folder ``layers/<key>/`` with the blob, ``layer.json``, ``files/`` and, where
 files with device code were put aside for ``slim``, ``code/``; renamed into place when complete.
@@ -249,7 +249,7 @@ def _add(layer: LayerWriter, entry: Entry, target: Path, *, inflated: bool) -> N
             layer.data(entry.path, target.read_bytes(), entry.mode)
     target.chmod(entry.mode)
     # The checks keep Python's bytecode from one image to the next, and Python takes a file of it
-    # when size and time of the source agree: so the time of an unpacked file tells its content.
+    # when size and time of the source agree: so an unpacked file's time depends on its content.
     crc = entry.fingerprint[1]
     assert isinstance(crc, int)  # noqa: S101 - a link has returned above
     os.utime(target, (crc, crc))
@@ -294,7 +294,7 @@ def _inflate(entry: Entry, target: Path) -> None:
                 out.write(rest)
     except zlib.error as error:
         fault = f": {error}"
-    # Bytes behind the stream would stand in the layer, where a reader expects a gzip member.
+    # Bytes behind the stream would enter the layer where a reader expects a gzip member.
     whole = plain is None or (plain.eof and not plain.unused_data)
     if fault or not whole or (crc, size) != (member.CRC, member.file_size):
         raise HashMismatchError(

@@ -58,7 +58,7 @@ class Entry:
 
     @property
     def fingerprint(self) -> tuple[int, int | str]:
-        """Tells equal duplicates from conflicts: size and CRC-32, or the link's target."""
+        """Distinguishes equal duplicates from conflicts: size and CRC-32, or the link's target."""
         if self.member is not None:
             return self.member.file_size, self.member.CRC
         if self.content is not None:
@@ -97,7 +97,7 @@ def merge(groups: Iterable[list[Entry]]) -> tuple[list[Entry], list[str]]:
 
 
 class _Member(io.RawIOBase):
-    """Stands for a member's bytes on their way through the installer library."""
+    """A member's bytes on their way through the installer library, read only on demand."""
 
     def __init__(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, recorded: str) -> None:
         super().__init__()

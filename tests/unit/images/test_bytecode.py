@@ -24,7 +24,7 @@ def layer(diff_id: str) -> ImageLayer:
     return ImageLayer(blob=blob, created_by="x")
 
 
-def test_the_place_is_of_all_layers() -> None:
+def test_bytecode_folder_depends_on_all_layers() -> None:
     first = bytecode_place([layer("a"), layer("b")])
     assert first == bytecode_place([layer("a"), layer("b")])
     assert first.startswith("/cache/python/")
@@ -32,7 +32,7 @@ def test_the_place_is_of_all_layers() -> None:
     assert len({first, *map(bytecode_place, others)}) == 5
 
 
-def test_sources_of_one_size_and_time_are_taken_for_each_other(tmp_path: Path) -> None:
+def test_python_reuses_bytecode_of_equal_size_and_time(tmp_path: Path) -> None:
     """Why each image has a folder of its own: Python's check would let a volume serve old code."""
     source, said = tmp_path / "module.py", []
     for text in ("print('old')", "print('new')"):
@@ -50,7 +50,9 @@ def test_sources_of_one_size_and_time_are_taken_for_each_other(tmp_path: Path) -
     assert said == ["old", "old"]
 
 
-def test_the_checks_keep_theirs_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_use_a_bytecode_folder_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A variable that is there twice is the first one's for C, the last one's for Python."""
     monkeypatch.setattr("os.chown", lambda *_: None)
     config = {"User": "10001:10001", "Env": ["A=1", f"{BYTECODE}=/cache/python/0", "B=2"]}

@@ -1,4 +1,4 @@
-"""What the checks inside an image stand on: their scripts alone, and a GPU that is declared."""
+"""The checks inside an image need their scripts and a declared GPU only."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ print(major.value, minor.value, count.value, memory[0], cuda.cuInit(0), name.val
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc: apt-get install gcc libc6-dev")
 @pytest.mark.parametrize("name", ["b300", "rtxpro6000"])
-def test_the_scripts_declare_the_skus_gpu(name: str, root: Path, tmp_path: Path) -> None:
+def test_scripts_declare_the_gpu_of_the_sku(name: str, root: Path, tmp_path: Path) -> None:
     sku = load(root).sku[name]
     write_inputs(tmp_path / "mnt", {"device": declared_device(sku, count=1).model_dump()})
     (tmp_path / "stubs").mkdir()
@@ -55,7 +55,7 @@ def test_the_scripts_declare_the_skus_gpu(name: str, root: Path, tmp_path: Path)
     assert done.stdout.splitlines() == [seen, seen]
 
 
-def test_any_user_reads_the_inputs_and_older_ones_are_gone(tmp_path: Path) -> None:
+def test_inputs_are_readable_and_older_ones_are_removed(tmp_path: Path) -> None:
     folder = tmp_path / "mnt"
     folder.mkdir()
     (folder / "of-before").touch()

@@ -391,7 +391,9 @@ ESCAPES = {
 
 
 @pytest.mark.parametrize("name", ESCAPES)
-def test_wheel_that_leaves_the_environment(name: str, tmp_path: Path, cache: Path) -> None:
+def test_wheel_that_leaves_the_environment_is_rejected(
+    name: str, tmp_path: Path, cache: Path
+) -> None:
     """pip refuses such a wheel; nothing may be written outside of ``files`` either."""
     path = tmp_path / "tiny-1.0-py3-none-any.whl"
     write_wheel(path, "tiny", "1.0", [Member(path=ESCAPES[name], content=b"evil\n")])
@@ -482,7 +484,7 @@ def assert_nothing_of(key: str, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny/native.so", "tiny/noise.bin"])
-def test_wrong_crc_in_the_directory(name: str, wheel: Path, cache: Path) -> None:
+def test_wrong_crc_in_the_directory_is_rejected(name: str, wheel: Path, cache: Path) -> None:
     entries = [
         wrong_crc(entry) if entry.path == f"{SITE}/{name}" else entry for entry in entries_of(wheel)
     ]
@@ -494,7 +496,7 @@ def test_wrong_crc_in_the_directory(name: str, wheel: Path, cache: Path) -> None
 @pytest.mark.parametrize("large", [1, 1 << 30], ids=["ahead", "in-turn"])
 @pytest.mark.parametrize("where", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("name", ["tiny/native.so", "tiny/noise.bin"])
-def test_wheel_that_changed_after_it_was_verified(  # noqa: PLR0917
+def test_wheel_changed_after_verification_is_rejected(  # noqa: PLR0917
     name: str, where: float, large: int, wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entries = entries_of(wheel)
@@ -506,7 +508,7 @@ def test_wheel_that_changed_after_it_was_verified(  # noqa: PLR0917
     assert_nothing_of("key", cache)
 
 
-def test_wheel_that_became_shorter(wheel: Path, cache: Path) -> None:
+def test_truncated_wheel_is_rejected(wheel: Path, cache: Path) -> None:
     entries = entries_of(wheel)
     wheel.write_bytes(wheel.read_bytes()[: span(wheel, "tiny/large.bin")[0] + 10])
     with pytest.raises(HashMismatchError):
@@ -514,8 +516,8 @@ def test_wheel_that_became_shorter(wheel: Path, cache: Path) -> None:
     assert_nothing_of("key", cache)
 
 
-def test_bytes_behind_the_deflate_stream(wheel: Path, cache: Path) -> None:
-    """They would stand in the layer, where a gzip reader finds no member to begin with them."""
+def test_bytes_behind_the_deflate_stream_are_rejected(wheel: Path, cache: Path) -> None:
+    """In the layer, a gzip reader would take them for the start of a member."""
     (entry,) = [item for item in entries_of(wheel) if item.path == f"{SITE}/tiny/native.so"]
     assert entry.member is not None
     entry.member.compress_size += 3
@@ -563,7 +565,7 @@ def test_killed_writer_leaves_no_layer(
     assert write_layer("key", entries_of(wheel), EPOCH).blob.digest == after.blob.digest
 
 
-def test_store_of_another_size(layer: StoredLayer) -> None:
+def test_blob_of_other_size_is_rejected(layer: StoredLayer) -> None:
     layer.blob.path.write_bytes(layer.blob.path.read_bytes() + b"x")
     with pytest.raises(CacheError, match="record says") as refused:
         stored("key")
@@ -582,13 +584,13 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_store(name: str, layer: StoredLayer) -> None:
+def test_damaged_layer_is_rejected(name: str, layer: StoredLayer) -> None:
     DAMAGE[name](layer.blob.path.parent)
     with pytest.raises(CacheError):
         stored("key")
 
 
-def test_folder_without_a_record_is_written_anew(layer: StoredLayer, wheel: Path) -> None:
+def test_folder_without_a_record_is_written_again(layer: StoredLayer, wheel: Path) -> None:
     (layer.blob.path.parent / "layer.json").unlink()
     assert stored("key") is None
     assert write_layer("key", entries_of(wheel), EPOCH) == layer

@@ -69,12 +69,12 @@ def load(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def test_what_is_read_is_what_was_written(image: Image) -> None:
+def test_written_layout_is_read_back(image: Image) -> None:
     assert read_image(image.path) == image
     verify(read_image(image.path))
 
 
-def test_layout_by_the_letter_of_the_spec(image: Image, layers: list[ImageLayer]) -> None:
+def test_layout_follows_the_image_spec(image: Image, layers: list[ImageLayer]) -> None:
     assert load(image.path / "oci-layout") == {"imageLayoutVersion": "1.0.0"}
     index = load(image.path / "index.json")
     assert index["schemaVersion"] == 2
@@ -171,7 +171,7 @@ def replace(path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("which", ["layer", "config", "manifest"])
-def test_tampered_blob(which: str, image: Image) -> None:
+def test_tampered_blob_is_rejected(which: str, image: Image) -> None:
     path = blob_paths(image)[which]
     content = bytearray(path.read_bytes())
     at = content.index(b"amd64") if which == "config" else len(content) // 2
@@ -184,7 +184,7 @@ def test_tampered_blob(which: str, image: Image) -> None:
 
 
 @pytest.mark.parametrize("which", ["layer", "config", "manifest"])
-def test_missing_blob(which: str, image: Image) -> None:
+def test_missing_blob_is_rejected(which: str, image: Image) -> None:
     path = blob_paths(image)[which]
     path.unlink()
     with pytest.raises(LayoutError):
@@ -194,7 +194,7 @@ def test_missing_blob(which: str, image: Image) -> None:
 
 
 @pytest.mark.parametrize("which", ["layer", "config", "manifest"])
-def test_truncated_blob(which: str, image: Image) -> None:
+def test_truncated_blob_is_rejected(which: str, image: Image) -> None:
     path = blob_paths(image)[which]
     replace(path, path.read_bytes()[:-7])
     with pytest.raises(LayoutError):
@@ -230,13 +230,13 @@ LAYOUTS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_broken_layout(name: str, image: Image) -> None:
+def test_broken_layout_is_rejected(name: str, image: Image) -> None:
     LAYOUTS[name](image.path)
     with pytest.raises(LayoutError) as refused:
         read_image(image.path)
     assert str(image.path) in str(refused.value)
 
 
-def test_no_layout(tmp_path: Path) -> None:
+def test_missing_layout_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(LayoutError):
         read_image(tmp_path / "none")

@@ -113,7 +113,7 @@ EDITS: dict[str, tuple[Callable[[Path], None], set[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edit_is_named(name: str, built: Path) -> None:
+def test_edited_input_is_named(name: str, built: Path) -> None:
     change, inputs, words = EDITS[name]
     change(built)
     reason = why_rebuild(plan_of(built))
@@ -124,26 +124,26 @@ def test_an_edit_is_named(name: str, built: Path) -> None:
         assert any(part.startswith(word) for part in parts), parts
 
 
-def test_nothing_changed(built: Path) -> None:
+def test_equal_inputs_mean_nothing_changed(built: Path) -> None:
     assert why_rebuild(plan_of(built)).state == "nothing changed"
 
 
-def test_never_built(checkout: Path) -> None:
+def test_missing_record_means_never_built(checkout: Path) -> None:
     assert why_rebuild(plan_of(checkout)).state == "never built"
 
 
-def test_equal_inputs_and_another_image(built: Path) -> None:
+def test_missing_index_means_damaged(built: Path) -> None:
     (built / "dist" / CELL / "index.json").unlink()
     assert why_rebuild(plan_of(built)).state == "damaged"
 
 
-def test_another_engine(built: Path) -> None:
+def test_other_engine_changes_the_system(built: Path) -> None:
     (change,) = why_rebuild(plan_of(built, "docker")).changes
     assert change.name == "system"
     assert "changed engine: buildah -> docker" in change.parts
 
 
-def test_record_of_an_older_build_says_which_input_at_least(built: Path) -> None:
+def test_record_without_details_names_the_input(built: Path) -> None:
     path = built / "dist" / f"{CELL}.json"
     record = json.loads(path.read_text())
     del record["details"]
@@ -154,7 +154,7 @@ def test_record_of_an_older_build_says_which_input_at_least(built: Path) -> None
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"inputs": []}'])
-def test_not_a_record(text: str, built: Path) -> None:
+def test_invalid_record_is_rejected(text: str, built: Path) -> None:
     (built / "dist" / f"{CELL}.json").write_text(text)
     with pytest.raises(BuildRecordError, match="not the record of a build"):
         why_rebuild(plan_of(built))

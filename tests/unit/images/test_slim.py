@@ -109,7 +109,9 @@ def unpacked(layer: StoredLayer) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_what_runs_stays_and_all_else_goes(capability: tuple[int, int], tmp_path: Path) -> None:
+def test_foreign_code_is_zeroed_and_runnable_code_stays(
+    capability: tuple[int, int], tmp_path: Path
+) -> None:
     path = tmp_path / "libtiny.so"
     path.write_bytes(TINY)
     found = cut(path, capability)
@@ -179,7 +181,7 @@ def test_libraries_with_code_are_apart(whole: StoredLayer) -> None:
     assert "libtiny.so.1" not in names
 
 
-def test_unknown_layout_ends_the_layer(tmp_path: Path) -> None:
+def test_unknown_fatbin_layout_stops_the_layer(tmp_path: Path) -> None:
     broken = bytearray(TINY)
     at = broken.index(b"\x50\xed\x55\xba")
     broken[at + 16] = 99  # the kind of the first entry
@@ -197,7 +199,7 @@ def test_a_layer_without_its_libraries_is_damaged(whole: StoredLayer) -> None:
     assert "delete that folder" in refused.value.remedy
 
 
-def test_a_layer_of_an_earlier_version_is_its_files(whole: StoredLayer) -> None:
+def test_layer_of_an_earlier_version_has_files_only(whole: StoredLayer) -> None:
     """Its record has no ``removed``, and there never was a folder of libraries."""
     assert whole.whole == (whole.files, whole.code)
     path = whole.blob.path.parent / "layer.json"
@@ -240,7 +242,7 @@ def test_record_rows_are_those_of_the_image(whole: StoredLayer) -> None:
     }
 
 
-def test_what_was_removed_is_kept_with_the_layer(whole: StoredLayer) -> None:
+def test_removed_code_is_recorded_with_the_layer(whole: StoredLayer) -> None:
     layer = slim(whole)
     assert stored("slim-(10, 3)") == layer
     assert layer.removed[LIBRARY]["bytes"] == 4 * 4096
