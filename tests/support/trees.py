@@ -107,6 +107,15 @@ def state(repo: SourceRepo, base: str) -> State:
     )
 
 
+def own_files(repo: SourceRepo) -> dict[str, bytes]:
+    """Path -> content of refs, configuration and index: all but objects, without a git process."""
+    return {
+        path.relative_to(repo.path).as_posix(): path.read_bytes()
+        for path in repo.path.rglob("*")
+        if path.is_file() and "objects" not in path.parts
+    }
+
+
 @contextmanager
 def unchanged(repo: SourceRepo, base: str) -> Iterator[None]:
     """Assert that the block leaves refs, configuration, index and base tree as they are."""

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.series import GOOD, SECOND, source_files
-from tests.support.trees import State, state, write_sdist
+from tests.support.trees import own_files, unchanged, write_sdist
 from vllm_forge.errors import ForgeError
 from vllm_forge.patches import apply_series, read_patch
 from vllm_forge.sources import SourceRepo
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -26,26 +27,29 @@ class Ground:
     base: str
     right: str
     both: str
-    before: State
+    before: dict[str, bytes]
     patch: Path
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
     folder = tmp_path_factory.mktemp("ground")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("VLLM_FORGE_CACHE", str(folder / "cache"))
         repo = SourceRepo(folder / "sources.git")
         base = repo.import_archive("1", write_sdist(folder / "a.tar.gz", source_files()))
     good, second = read_patch(GOOD), read_patch(SECOND)
-    return Ground(
-        repo=repo,
-        base=base,
-        right=apply_series(repo, base, [good]).result,
-        both=apply_series(repo, base, [good, second]).result,
-        before=state(repo, base),
-        patch=folder / "mutant.patch",
-    )
+    right = apply_series(repo, base, [good]).result
+    both = apply_series(repo, base, [good, second]).result
+    with unchanged(repo, base):  # objects too, once for all examples
+        yield Ground(
+            repo=repo,
+            base=base,
+            right=right,
+            both=both,
+            before=own_files(repo),
+            patch=folder / "mutant.patch",
+        )
 
 
 ORIGINAL = GOOD.read_bytes()
@@ -142,7 +146,7 @@ def test_damaged_patch(ground: Ground, mutant: bytes) -> None:
         assert str(error).strip()
     else:
         assert result == ground.right
-    assert state(ground.repo, ground.base) == ground.before
+    assert own_files(ground.repo) == ground.before
 
 
 @settings(max_examples=30)
@@ -156,7 +160,7 @@ def test_damaged_patch_before_a_good_one(ground: Ground, mutant: bytes) -> None:
         pass
     else:
         assert result == ground.both
-    assert state(ground.repo, ground.base) == ground.before
+    assert own_files(ground.repo) == ground.before
 
 
 @given(mutant=st.one_of(st.binary(max_size=200), st.text(max_size=200).map(str.encode)))
