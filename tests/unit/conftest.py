@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,18 @@ def clean_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def root() -> Path:
     """The repository."""
     return ROOT
+
+
+@pytest.fixture
+def checkout(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of what commands read, without records; they work on it."""
+    copy = tmp_path / "checkout"
+    for folder in ("docker", "patches"):
+        shutil.copytree(root / folder, copy / folder)
+    for name in ("matrix.toml", "pyproject.toml"):
+        shutil.copy(root / name, copy)
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(copy))
+    return copy
 
 
 @pytest.fixture

@@ -138,3 +138,11 @@ def test_no_index_host_is_named() -> None:
         path = REPO / name
         if path.is_file() and (found := host.search(path.read_text(errors="replace"))):
             pytest.fail(f"{name}: {found[0]}")
+
+
+def test_tests_do_not_import_tests() -> None:
+    """What several need is in tests/support."""
+    pattern = re.compile(r"^\s*(?:from|import) +tests\.[\w.]*\btest_\w+", re.M)
+    for path in (REPO / "tests").rglob("*.py"):
+        match = pattern.search(path.read_text())
+        assert match is None, f"{path.relative_to(REPO)}: {match[0]}"

@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.layouts import ONES, layout
-from tests.unit.checkpoints.test_inspect_tampered import DISPOSITIONS, LINES, Files
+from tests.support.memory import inspect_files
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
-from vllm_forge.checkpoints.inspect.inspection import inspect
-from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.checkpoints.source import MAX_TEXT, Folder, find_source
 from vllm_forge.checkpoints.tensors import DTYPE_BYTES
 
@@ -73,7 +71,7 @@ class Case:
             "model.safetensors": len(text).to_bytes(8, "little") + text + data,
         }
         files |= {name: json.dumps(content).encode() for name, content in self.beside.items()}
-        return inspect(Profile(Checkpoint.open(Files(files))), LINES, DISPOSITIONS, {})
+        return inspect_files(files)
 
 
 @pytest.fixture(scope="session")

@@ -12,21 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.layouts import layout
+from tests.support.memory import inspect_files
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import (
     CheckpointDepartsError,
     CheckpointRefusedError,
     CheckpointUnreadableError,
 )
-from vllm_forge.checkpoints.inspect.inspection import inspect
 from vllm_forge.checkpoints.inspect.manifest import RECORD
-from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.checkpoints.inspect.verdict import error_of
-from vllm_forge.checkpoints.source import CheckpointSource
 from vllm_forge.checkpoints.tensors import copy_of, write_shard
 from vllm_forge.cli import main
 from vllm_forge.errors import ForgeError, UsageError
-from vllm_forge.patches import read_dispositions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,25 +32,9 @@ ROOT = Path(__file__).parents[3]
 SERVES, REFUSED = 0, CheckpointRefusedError.exit_code
 DEPARTS = CheckpointDepartsError.exit_code
 UNREADABLE = CheckpointUnreadableError.exit_code
-LINES = {"0.22": "0.22.1", "0.26": "0.26.0", "0.33": "0.33.0"}
-DISPOSITIONS = read_dispositions(ROOT / "patches/vllm")
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 SHARD, OTHER = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 DEEP = b"[" * 200_000
-
-
-class Files(CheckpointSource):
-    """Files in memory."""
-
-    def __init__(self, files: dict[str, bytes]) -> None:
-        self.files = files
-        self.sizes = {name: len(data) for name, data in files.items()}
-
-    def __str__(self) -> str:
-        return "memory"
-
-    def read(self, name: str, begin: int, end: int) -> bytes:
-        return self.files[name][begin:end]
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +46,7 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def _exit(files: dict[str, bytes]) -> tuple[int, str]:
     """What the command would leave with, and why; by rules, on the line 0.26."""
     try:
-        report = inspect(Profile(Checkpoint.open(Files(files))), LINES, DISPOSITIONS, {})
+        report = inspect_files(files)
     except ForgeError as error:
         return error.exit_code, str(error)
     told = " ".join(f"{finding.title}: {finding.what}" for finding in report.findings)

@@ -122,17 +122,6 @@ class TestCommitted:
         }
 
 
-@pytest.fixture
-def checkout(tmp_path: Path, root: Path) -> Path:
-    """A checkout with what an environment is made from."""
-    folder = tmp_path / "checkout"
-    for path in (INPUT, LOCK, Path("pyproject.toml")):
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root / path, folder / path)
-    shutil.copytree(root / SERIES, folder / SERIES)
-    return folder
-
-
 class TestPrepare:
     @pytest.mark.parametrize(
         ("edit", "said"),

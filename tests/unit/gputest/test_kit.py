@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 
+from tests.support.wheels import Member, write_wheel
 from vllm_forge.errors import UsageError
 from vllm_forge.gputest import kit_host
 from vllm_forge.gputest.errors import KitError
@@ -156,30 +157,21 @@ def test_a_freeze_that_cannot_be_read(tmp_path: Path) -> None:
         read_freeze(path)
 
 
-def make_wheel(path: Path, files: dict[str, bytes], requires: str = "") -> Path:
-    name = path.name.partition("-")[0]
-    info = f"{name}-1.dist-info"
-    record = "".join(f"{file},{','.join(record_row(data))}\n" for file, data in files.items())
-    with zipfile.ZipFile(path, "w") as archive:
-        for file, data in files.items():
-            archive.writestr(file, data)
-        archive.writestr(
-            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n{requires}\n"
-        )
-        archive.writestr(f"{info}/RECORD", record)
-    return path
+def make_wheel(path: Path, files: dict[str, bytes], *requires: str) -> Path:
+    members = [Member(path=file, content=data) for file, data in files.items()]
+    return write_wheel(path, path.name.partition("-")[0], "1", members, requires=requires)
 
 
 @pytest.mark.parametrize(
     ("requires", "closed"),
     [
-        ("Requires-Dist: nothing-has-it", False),
-        ("Requires-Dist: the-host_has.it>=1", True),
-        ('Requires-Dist: backport; python_version < "3.13"', False),
-        ('Requires-Dist: backport; python_version < "3.12"', True),
-        ('Requires-Dist: more; extra == "more"', True),
-        ('Requires-Dist: pywin; sys_platform == "win32"', True),
-        ("Requires-Dist: A", True),
+        ("nothing-has-it", False),
+        ("the-host_has.it>=1", True),
+        ('backport; python_version < "3.13"', False),
+        ('backport; python_version < "3.12"', True),
+        ('more; extra == "more"', True),
+        ('pywin; sys_platform == "win32"', True),
+        ("A", True),
     ],
 )
 def test_requirements_are_all_met(tmp_path: Path, requires: str, closed: bool) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.wheels import Member, write_wheel
 from vllm_forge.gputest import launch as gpu
 from vllm_forge.gputest.errors import SuiteRedError, SuiteUndecidedError, WrongGpuError
 from vllm_forge.gputest.launch import (
@@ -87,10 +87,8 @@ class Wheels:
 
 
 def wheel(path: Path, name: str, mode: int) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        member = zipfile.ZipInfo(name)
-        member.external_attr = mode << 16
-        archive.writestr(member, "#!/bin/sh\necho ran\n")
+    member = Member(path=name, content=b"#!/bin/sh\necho ran\n", mode=mode)
+    write_wheel(path, path.stem, "1", [member])
 
 
 def test_programs_of_tools_can_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,17 +24,6 @@ if TYPE_CHECKING:
     from vllm_forge.images import ImagePlan
 
 CELL = "vllm-0.26.0-b300"
-
-
-@pytest.fixture
-def checkout(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of what an image is made from."""
-    copy = tmp_path / "checkout"
-    for folder in ("docker", "patches"):
-        shutil.copytree(root / folder, copy / folder)
-    shutil.copy(root / "matrix.toml", copy)
-    monkeypatch.setenv("VLLM_FORGE_ROOT", str(copy))
-    return copy
 
 
 def plan_of(checkout: Path, engine: str = "buildah") -> ImagePlan:

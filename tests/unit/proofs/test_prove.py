@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from tests.support.trees import changed_tree, patch_text, write_sdist
+from tests.support.wheels import Member, write_wheel
 from vllm_forge.errors import ForgeError
 from vllm_forge.host import RecordingRunner
 from vllm_forge.images.errors import EngineSetupError
@@ -576,12 +576,8 @@ def test_container_run_gets_sources_models_and_tools(
     pipeline = {".buildkite/release-pipeline.yaml": b"p"}
     files = native | pipeline | {"vllm/a.py": b"a"}
     tree = repo.import_archive(RELEASE, write_sdist(tmp_path / "s.tar.gz", files))
-    wheel = tmp_path / "tool.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name, mode in (("tool/run", 0o755), ("tool/data", 0o644)):
-            member = zipfile.ZipInfo(name)
-            member.external_attr = mode << 16
-            archive.writestr(member, name)
+    members = [Member(path="tool/run", mode=0o755), Member(path="tool/data")]
+    wheel = write_wheel(tmp_path / "tool.whl", "tool", "1", members)
     monkeypatch.setattr(
         prove_module,
         "Wheelhouse",

@@ -501,13 +501,10 @@ def test_forced_marlin_unknown_to_vllm(root: Path) -> None:
 
 
 @pytest.fixture
-def checkout(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of what lint reads, to be changed."""
-    for folder in ("docker/locks", "records/selection", "patches"):
-        shutil.copytree(root / folder, tmp_path / folder)
-    shutil.copy(root / "matrix.toml", tmp_path)
-    monkeypatch.setenv("VLLM_FORGE_ROOT", str(tmp_path))
-    return tmp_path
+def checkout(checkout: Path, root: Path) -> Path:
+    """Also with the recorded kernel selection."""
+    shutil.copytree(root / "records/selection", checkout / "records/selection")
+    return checkout
 
 
 def test_lint_of_the_committed_rows(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,16 +45,6 @@ def plan(capsys: pytest.CaptureFixture[str]) -> Callable[..., Plan]:
     return run
 
 
-@pytest.fixture
-def checkout(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the files that a plan is made from, without what was recorded."""
-    for folder in ("docker/locks", "patches"):
-        shutil.copytree(root / folder, tmp_path / folder)
-    shutil.copy(root / "matrix.toml", tmp_path)
-    monkeypatch.setenv("VLLM_FORGE_ROOT", str(tmp_path))
-    return tmp_path
-
-
 def why_not(row: Plan, line: str) -> str | None:
     """What the matrix says of a row of the plan's presets."""
     drafting = MATRIX.preset[row["preset"]].speculative_tokens > 0
