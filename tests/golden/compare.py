@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -71,6 +72,8 @@ def differences(golden: Any, now: Any, path: str = "") -> Iterator[str]:
         gone = [item for item in golden if item not in now]
         added = [item for item in now if item not in golden]
         yield f"{path}: {len(golden)} -> {len(now)} items; gone {_short(gone)}; new {_short(added)}"
+    elif isinstance(golden, str) and isinstance(now, str) and golden != now:
+        yield f"{path}: {_changed_words(golden, now)}"
     elif golden != now:
         yield f"{path}: {_short(golden)} -> {_short(now)}"
 
@@ -80,6 +83,17 @@ def summary(golden: Any, now: Any) -> str:
     lines = list(differences(golden, now))
     more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     return "\n".join([*lines[:SHOWN], *more])
+
+
+def _changed_words(before: str, after: str) -> str:
+    """What differs in a long text, without the words around it."""
+    old, new = before.split(" "), after.split(" ")
+    changes = [
+        f"{_short(' '.join(old[a:b]))} -> {_short(' '.join(new[c:d]))}"
+        for tag, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+        if tag != "equal"
+    ]
+    return ", ".join(changes)
 
 
 def _short(value: Any) -> str:
