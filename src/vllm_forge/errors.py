@@ -27,6 +27,11 @@ class ForgeError(Exception):
 
     exit_code: ClassVar[int] = 1
 
+    def __init_subclass__(cls, *, exit_code: int | None = None) -> None:
+        super().__init_subclass__()
+        if exit_code is not None:
+            cls.exit_code = exit_code
+
     def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
         super().__init__(what)
         self.what = what
@@ -51,7 +56,5 @@ class ForgeError(Exception):
         }
 
 
-class UsageError(ForgeError):
+class UsageError(ForgeError, exit_code=2):
     """Wrong usage of the command line."""
-
-    exit_code = 2

@@ -10,61 +10,41 @@ UNDECIDED = 72
 FAULT = 73
 
 
-class ModelInputError(ForgeError):
+class ModelInputError(ForgeError, exit_code=REFUSED):
     """The model folder is not a complete, unquantized DeepSeek-V4."""
 
-    exit_code = REFUSED
 
-
-class RecipeError(ForgeError):
+class RecipeError(ForgeError, exit_code=REFUSED):
     """No recipe of that name, or a recipe that contradicts itself or the model."""
 
-    exit_code = REFUSED
 
-
-class ToolEnvironmentError(ForgeError):
+class ToolEnvironmentError(ForgeError, exit_code=FAULT):
     """The quantization tools cannot be installed, or are not what the lock says."""
 
-    exit_code = FAULT
 
-
-class ResumeError(ForgeError):
+class ResumeError(ForgeError, exit_code=REFUSED):
     """What lies in the output folder is of another run, so this one cannot go on from it."""
 
-    exit_code = REFUSED
 
-
-class QuantizedOutputError(ForgeError):
+class QuantizedOutputError(ForgeError, exit_code=RED):
     """The tools ran, but what they made is not what the recipe says."""
 
-    exit_code = RED
 
-
-class CheckpointRefusedError(ForgeError):
+class CheckpointRefusedError(ForgeError, exit_code=RED):
     """The checkpoint does not serve on the line that was asked for."""
 
-    exit_code = RED
 
-
-class CheckpointDepartsError(ForgeError):
+class CheckpointDepartsError(ForgeError, exit_code=RED):
     """It serves, but it is not what its manifest, its source or its model's dtypes say."""
 
-    exit_code = RED
 
-
-class CheckpointUnreadableError(ForgeError):
+class CheckpointUnreadableError(ForgeError, exit_code=REFUSED):
     """Not a checkpoint of DeepSeek-V4, or a file of it is missing, cut off, malformed or absurd."""
 
-    exit_code = REFUSED
 
-
-class HubUnreachableError(ForgeError):
+class HubUnreachableError(ForgeError, exit_code=FAULT):
     """The model hub does not answer, or does not give this repository."""
 
-    exit_code = FAULT
 
-
-class DryLoadError(ForgeError):
+class DryLoadError(ForgeError, exit_code=UNDECIDED):
     """A line's vLLM could not be asked, so nothing is known of what it would do."""
-
-    exit_code = UNDECIDED

@@ -10,31 +10,21 @@ UNDECIDED = 92
 FAULT = 93
 
 
-class SuiteRedError(ForgeError):
+class SuiteRedError(ForgeError, exit_code=RED):
     """A test of the GPU suite failed."""
 
-    exit_code = RED
 
-
-class SuiteUndecidedError(ForgeError):
+class SuiteUndecidedError(ForgeError, exit_code=UNDECIDED):
     """The GPU suite did not run to its end, or a test has no verdict."""
 
-    exit_code = UNDECIDED
 
-
-class WrongGpuError(ForgeError):
+class WrongGpuError(ForgeError, exit_code=FAULT):
     """No GPU, or not of the SKU that was asked for."""
 
-    exit_code = FAULT
 
-
-class KitError(ForgeError):
+class KitError(ForgeError, exit_code=REFUSED):
     """A kit for a GPU host cannot be made from what was given."""
 
-    exit_code = REFUSED
 
-
-class JitCacheError(ForgeError):
+class JitCacheError(ForgeError, exit_code=REFUSED):
     """Compiled kernels are of another stack."""
-
-    exit_code = REFUSED

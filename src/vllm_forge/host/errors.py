@@ -7,43 +7,29 @@ from vllm_forge.errors import ForgeError
 FAULT = 33
 
 
-class CommandFailedError(ForgeError):
+class CommandFailedError(ForgeError, exit_code=FAULT):
     """A command that must succeed returned another code than 0."""
 
-    exit_code = FAULT
 
-
-class DiskSpaceError(ForgeError):
+class DiskSpaceError(ForgeError, exit_code=FAULT):
     """Not enough free disk for what is about to be written."""
 
-    exit_code = FAULT
 
-
-class BusyError(ForgeError):
+class BusyError(ForgeError, exit_code=FAULT):
     """Another process works on the same thing."""
 
-    exit_code = FAULT
 
-
-class CacheError(ForgeError):
+class CacheError(ForgeError, exit_code=FAULT):
     """A file of the cache is not what its name says."""
 
-    exit_code = FAULT
 
-
-class ToolMissingError(ForgeError):
+class ToolMissingError(ForgeError, exit_code=FAULT):
     """A command that is needed is not on PATH."""
 
-    exit_code = FAULT
 
-
-class FileAccessError(ForgeError):
+class FileAccessError(ForgeError, exit_code=FAULT):
     """The system does not let a file or folder be read or written, or the disk is full."""
 
-    exit_code = FAULT
 
-
-class MountedError(ForgeError):
+class MountedError(ForgeError, exit_code=FAULT):
     """A folder is to be deleted, and a file system is mounted in it."""
-
-    exit_code = FAULT

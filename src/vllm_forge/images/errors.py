@@ -9,61 +9,41 @@ RED = 61
 FAULT = 63
 
 
-class EngineMissingError(ForgeError):
+class EngineMissingError(ForgeError, exit_code=FAULT):
     """No container engine is installed."""
 
-    exit_code = FAULT
 
-
-class EngineTooOldError(ForgeError):
+class EngineTooOldError(ForgeError, exit_code=FAULT):
     """The engine is older than the oldest version the Dockerfile is tested with."""
 
-    exit_code = FAULT
 
-
-class EngineUnreachableError(ForgeError):
+class EngineUnreachableError(ForgeError, exit_code=FAULT):
     """The docker daemon is not running, may not be used, or does not answer."""
 
-    exit_code = FAULT
 
-
-class ProvisionError(ForgeError):
+class ProvisionError(ForgeError, exit_code=FAULT):
     """The build tools cannot be installed on this host."""
 
-    exit_code = FAULT
 
-
-class BaseImageError(ForgeError):
+class BaseImageError(ForgeError, exit_code=REFUSED):
     """The base image is not usable, or not pinned by digest."""
 
-    exit_code = REFUSED
 
-
-class LayoutError(ForgeError):
+class LayoutError(ForgeError, exit_code=REFUSED):
     """An OCI layout is incomplete, or a blob is not what its digest says."""
 
-    exit_code = REFUSED
 
-
-class ImageCheckError(ForgeError):
+class ImageCheckError(ForgeError, exit_code=RED):
     """The image was built, but does not do what an image of this project must do."""
 
-    exit_code = RED
 
-
-class SizeBudgetError(ForgeError):
+class SizeBudgetError(ForgeError, exit_code=RED):
     """The image is larger than matrix.toml allows."""
 
-    exit_code = RED
 
-
-class EngineSetupError(ForgeError):
+class EngineSetupError(ForgeError, exit_code=FAULT):
     """The engine is new enough, but not set up for what the build asks of it."""
 
-    exit_code = FAULT
 
-
-class BuildRecordError(ForgeError):
+class BuildRecordError(ForgeError, exit_code=REFUSED):
     """The record of a build cannot be read."""
-
-    exit_code = REFUSED

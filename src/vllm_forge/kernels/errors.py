@@ -9,61 +9,41 @@ RED = 51
 UNDECIDED = 52
 
 
-class UnknownFatbinError(ForgeError):
+class UnknownFatbinError(ForgeError, exit_code=UNDECIDED):
     """Device code in an unknown layout, so that its targets are not known."""
 
-    exit_code = UNDECIDED
 
-
-class UnknownTargetError(ForgeError):
+class UnknownTargetError(ForgeError, exit_code=REFUSED):
     """An invalid CUDA target, e.g. ``sm_199x``."""
 
-    exit_code = REFUSED
 
-
-class UnknownFamilyError(ForgeError):
+class UnknownFamilyError(ForgeError, exit_code=UNDECIDED):
     """A backend or a kernel family without a row in families.toml."""
 
-    exit_code = UNDECIDED
 
-
-class ContractError(ForgeError):
+class ContractError(ForgeError, exit_code=RED):
     """A cell needs kernels that its image does not have."""
 
-    exit_code = RED
 
-
-class StaleExceptionError(ForgeError):
+class StaleExceptionError(ForgeError, exit_code=RED):
     """An [[exception]] row that is not needed any more."""
 
-    exit_code = RED
 
-
-class SelectionChangedError(ForgeError):
+class SelectionChangedError(ForgeError, exit_code=RED):
     """A line's kernel selection changed since it was recorded."""
 
-    exit_code = RED
 
-
-class SelectionStaleError(ForgeError):
+class SelectionStaleError(ForgeError, exit_code=UNDECIDED):
     """The recorded answers belong to another lock, series, artifact, preset or question."""
 
-    exit_code = UNDECIDED
 
-
-class SelectionFileError(ForgeError):
+class SelectionFileError(ForgeError, exit_code=REFUSED):
     """The recorded answers of a line are missing or malformed."""
 
-    exit_code = REFUSED
 
-
-class SelectionFailedError(ForgeError):
+class SelectionFailedError(ForgeError, exit_code=UNDECIDED):
     """Asking a line's vLLM gave no answers, or a question failed in this project's code."""
 
-    exit_code = UNDECIDED
 
-
-class ArtifactConfigError(ForgeError):
+class ArtifactConfigError(ForgeError, exit_code=REFUSED):
     """An artifact's config.json is missing or malformed."""
-
-    exit_code = REFUSED

@@ -7,43 +7,29 @@ from vllm_forge.errors import ForgeError
 REFUSED = 10
 
 
-class MatrixFileError(ForgeError):
+class MatrixFileError(ForgeError, exit_code=REFUSED):
     """matrix.toml is missing or is not TOML."""
 
-    exit_code = REFUSED
 
-
-class UnknownKeyError(ForgeError):
+class UnknownKeyError(ForgeError, exit_code=REFUSED):
     """matrix.toml has a key that the model does not know."""
 
-    exit_code = REFUSED
 
-
-class MatrixValueError(ForgeError):
+class MatrixValueError(ForgeError, exit_code=REFUSED):
     """A value in matrix.toml has the wrong type, or contradicts another row."""
 
-    exit_code = REFUSED
 
-
-class UnknownSkuError(ForgeError):
+class UnknownSkuError(ForgeError, exit_code=REFUSED):
     """No SKU (or arch) of that name has a row in matrix.toml."""
 
-    exit_code = REFUSED
 
-
-class UnknownLineError(ForgeError):
+class UnknownLineError(ForgeError, exit_code=REFUSED):
     """No line of that name has a row in matrix.toml."""
 
-    exit_code = REFUSED
 
-
-class UnsupportedCellError(ForgeError):
+class UnsupportedCellError(ForgeError, exit_code=REFUSED):
     """The line cannot serve this SKU; the row says why."""
 
-    exit_code = REFUSED
 
-
-class UnsupportedSkuError(ForgeError):
+class UnsupportedSkuError(ForgeError, exit_code=REFUSED):
     """A product that no line serves; its row says why."""
-
-    exit_code = REFUSED

@@ -8,139 +8,93 @@ REFUSED = 40
 RED = 41
 
 
-class InstalledVersionError(ForgeError):
+class InstalledVersionError(ForgeError, exit_code=REFUSED):
     """The virtual environment holds another vLLM than the line's."""
 
-    exit_code = REFUSED
 
-
-class DirtyTreeError(ForgeError):
+class DirtyTreeError(ForgeError, exit_code=REFUSED):
     """Files of the installed vLLM are not the published ones."""
 
-    exit_code = REFUSED
 
-
-class PartlyPatchedError(ForgeError):
+class PartlyPatchedError(ForgeError, exit_code=REFUSED):
     """Some of the files of the series are patched and some are not."""
 
-    exit_code = REFUSED
 
-
-class NotPatchedError(ForgeError):
+class NotPatchedError(ForgeError, exit_code=REFUSED):
     """There is nothing to revert."""
 
-    exit_code = REFUSED
 
-
-class AlreadyPatchedError(ForgeError):
+class AlreadyPatchedError(ForgeError, exit_code=REFUSED):
     """The installed vLLM carries this series already."""
 
-    exit_code = REFUSED
 
-
-class NoEnvironmentError(ForgeError):
+class NoEnvironmentError(ForgeError, exit_code=REFUSED):
     """No virtual environment to install into."""
 
-    exit_code = REFUSED
 
-
-class CorruptPatchError(ForgeError):
+class CorruptPatchError(ForgeError, exit_code=REFUSED):
     """A patch whose hunks do not parse."""
 
-    exit_code = REFUSED
 
-
-class WrongContextError(ForgeError):
+class WrongContextError(ForgeError, exit_code=RED):
     """A hunk's context is not in the tree; GNU patch might have taken it with fuzz."""
 
-    exit_code = RED
 
-
-class OffsetError(ForgeError):
+class OffsetError(ForgeError, exit_code=RED):
     """A hunk applies, but not at the line that it names."""
 
-    exit_code = RED
 
-
-class EmptyPatchError(ForgeError):
+class EmptyPatchError(ForgeError, exit_code=REFUSED):
     """A patch file without a hunk."""
 
-    exit_code = REFUSED
 
-
-class AlreadyUpstreamError(ForgeError):
+class AlreadyUpstreamError(ForgeError, exit_code=RED):
     """The pristine release has this change: drop the patch."""
 
-    exit_code = RED
 
-
-class AppliedTwiceError(ForgeError):
+class AppliedTwiceError(ForgeError, exit_code=RED):
     """The series has already made this change."""
 
-    exit_code = RED
 
-
-class PatchMissingError(ForgeError):
+class PatchMissingError(ForgeError, exit_code=REFUSED):
     """The series lists a patch that is not there."""
 
-    exit_code = REFUSED
 
-
-class PatchUnlistedError(ForgeError):
+class PatchUnlistedError(ForgeError, exit_code=REFUSED):
     """A patch file is there that the series does not list."""
 
-    exit_code = REFUSED
 
-
-class WrongBaseError(ForgeError):
+class WrongBaseError(ForgeError, exit_code=REFUSED):
     """The tree to patch is not the one that the lock names."""
 
-    exit_code = REFUSED
 
-
-class NonCanonicalPatchError(ForgeError):
+class NonCanonicalPatchError(ForgeError, exit_code=REFUSED):
     """A patch is not in the form that the exporter writes."""
 
-    exit_code = REFUSED
 
-
-class PatchHeaderError(ForgeError):
+class PatchHeaderError(ForgeError, exit_code=REFUSED):
     """A patch's DEP-3 header lacks a field, or has one that is not known."""
 
-    exit_code = REFUSED
 
-
-class LineEndingError(ForgeError):
+class LineEndingError(ForgeError, exit_code=REFUSED):
     """A patch has CRLF line endings."""
 
-    exit_code = REFUSED
 
-
-class TreeMismatchError(ForgeError):
+class TreeMismatchError(ForgeError, exit_code=RED):
     """The series applies, but the resulting tree is not the locked one."""
 
-    exit_code = RED
 
-
-class WheelSourceError(ForgeError):
+class WheelSourceError(ForgeError, exit_code=REFUSED):
     """The wheel's files are not those of the source tree that the patches are for."""
 
-    exit_code = REFUSED
 
-
-class DispositionError(ForgeError):
+class DispositionError(ForgeError, exit_code=REFUSED):
     """An entry of dispositions.toml that says nothing of a line, or that nothing can check."""
 
-    exit_code = REFUSED
 
-
-class InseparablePatchError(ForgeError):
+class InseparablePatchError(ForgeError, exit_code=RED):
     """A patch without which no tree can be made, so nothing shows that it is needed."""
 
-    exit_code = RED
 
-
-class SeriesOrderError(ForgeError):
+class SeriesOrderError(ForgeError, exit_code=RED):
     """The same patches applied in another way, or again, do not do what they must."""
-
-    exit_code = RED

@@ -8,19 +8,13 @@ RED = 41
 UNDECIDED = 42
 
 
-class UselessPatchError(ForgeError):
+class UselessPatchError(ForgeError, exit_code=RED):
     """A patch whose proof is green without it: it proves nothing, drop it."""
 
-    exit_code = RED
 
-
-class ProofRedError(ForgeError):
+class ProofRedError(ForgeError, exit_code=RED):
     """A contract test is red although the whole series is applied."""
 
-    exit_code = RED
 
-
-class ProofNotRunError(ForgeError):
+class ProofNotRunError(ForgeError, exit_code=UNDECIDED):
     """A proof was not run, was skipped or could not be collected, so it says nothing."""
-
-    exit_code = UNDECIDED

@@ -9,31 +9,21 @@ RED = 81
 FAULT = 83
 
 
-class UnknownPresetError(ForgeError):
+class UnknownPresetError(ForgeError, exit_code=REFUSED):
     """No preset of that name has a row for the SKU."""
 
-    exit_code = REFUSED
 
-
-class UnknownArtifactError(ForgeError):
+class UnknownArtifactError(ForgeError, exit_code=REFUSED):
     """No such artifact, or the preset does not serve it."""
 
-    exit_code = REFUSED
 
-
-class PresetLintError(ForgeError):
+class PresetLintError(ForgeError, exit_code=RED):
     """A preset asks a line's vLLM for something that it refuses, ignores or does badly."""
 
-    exit_code = RED
 
-
-class HostUnfitError(ForgeError):
+class HostUnfitError(ForgeError, exit_code=RED):
     """This host cannot serve the preset; the red lines of the report say why."""
 
-    exit_code = RED
 
-
-class NoGpuError(ForgeError):
+class NoGpuError(ForgeError, exit_code=FAULT):
     """A server was asked for where there is no GPU, or no engine that gives it to a container."""
-
-    exit_code = FAULT

@@ -8,55 +8,37 @@ REFUSED = 20
 FAULT = 23
 
 
-class IndexUnreachableError(ForgeError):
+class IndexUnreachableError(ForgeError, exit_code=FAULT):
     """The package index does not answer."""
 
-    exit_code = FAULT
 
-
-class DownloadInterruptedError(ForgeError):
+class DownloadInterruptedError(ForgeError, exit_code=FAULT):
     """The connection broke more often than the retries allow; what arrived is kept."""
 
-    exit_code = FAULT
 
-
-class HashMismatchError(ForgeError):
+class HashMismatchError(ForgeError, exit_code=REFUSED):
     """The bytes are not those that the lock names."""
 
-    exit_code = REFUSED
 
-
-class TruncatedFileError(ForgeError):
+class TruncatedFileError(ForgeError, exit_code=FAULT):
     """A complete-looking file is shorter or longer than the index or the lock says."""
 
-    exit_code = FAULT
 
-
-class LockFileError(ForgeError):
+class LockFileError(ForgeError, exit_code=REFUSED):
     """A lock is missing, malformed, or was edited by hand."""
 
-    exit_code = REFUSED
 
-
-class ResolutionError(ForgeError):
+class ResolutionError(ForgeError, exit_code=REFUSED):
     """uv finds no set of versions that satisfies the line."""
 
-    exit_code = REFUSED
 
-
-class DistributionNotFoundError(ForgeError):
+class DistributionNotFoundError(ForgeError, exit_code=FAULT):
     """The index does not offer the file that the lock pins."""
 
-    exit_code = FAULT
 
-
-class SdistError(ForgeError):
+class SdistError(ForgeError, exit_code=REFUSED):
     """A source archive cannot be read as one."""
 
-    exit_code = REFUSED
 
-
-class WheelError(ForgeError):
+class WheelError(ForgeError, exit_code=REFUSED):
     """A wheel that no installer should take, e.g. one that writes outside its environment."""
-
-    exit_code = REFUSED
