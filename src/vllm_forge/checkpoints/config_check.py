@@ -1,47 +1,119 @@
 """Whether a config.json can be reasoned about: its keys have the types that everything else takes.
 
-A config that lies about sizes is met by what its tensors are; one whose sizes are words, negative
-or absurd would end in an error of ours, or in none of memory. Limits are far above any model's.
+A config that lies about sizes is found out by its tensors; one whose sizes are words, negative or
+absurd would end in a traceback, or fill the memory. Limits are far above any model's.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.inventory import MODEL_TYPE
+from vllm_forge.host import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    Kinds = type | tuple[type, ...]
+    from collections.abc import Mapping
 
 MOST = 1 << 24
-# Key -> the least and the most that it can be.
-NUMBERS: dict[str, tuple[int, int]] = {
-    "hc_mult": (1, 64),
-    "head_dim": (1, MOST),
-    "hidden_size": (1, MOST),
-    "index_head_dim": (1, MOST),
-    "index_n_heads": (1, MOST),
-    "moe_intermediate_size": (1, MOST),
-    "n_routed_experts": (1, 4096),
-    "n_shared_experts": (1, 64),
-    "num_attention_heads": (1, MOST),
-    "num_experts_per_tok": (1, 4096),
-    "num_hash_layers": (0, 1024),
-    "num_hidden_layers": (1, 1024),
-    "num_nextn_predict_layers": (0, 16),
-    "o_groups": (1, MOST),
-    "o_lora_rank": (1, MOST),
-    "q_lora_rank": (1, MOST),
-    "vocab_size": (1, MOST),
-}
-REQUIRED = ("compress_ratios", *NUMBERS)
 MOST_EXPERTS = 1 << 18  # of all layers
-DSPARK = {"dspark_markov_rank": (1, MOST)}
-SHOWN = 40  # characters of a value in a message
-MOST_SHOWN = 5  # problems
+SHOWN = 5  # problems
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():  # messages show it
+        raise ValueError("expected printable characters")
+    return text
+
+
+def _scalar(value: Any) -> Any:
+    if isinstance(value, list | dict):
+        raise ValueError("expected a name, a number or a truth value")  # noqa: TRY004 - of pydantic
+    return value
+
+
+Size = Annotated[int, Field(ge=1, le=MOST)]
+Text = Annotated[str, AfterValidator(_one_line)]
+Scalar = Annotated[Any, AfterValidator(_scalar)]
+
+
+class _Keys(BaseModel):
+    """Keys that are read; others may be anything."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class Scheme(_Keys):
+    """``weights`` or ``input_activations`` of a group."""
+
+    strategy: Scalar = None
+    type: Scalar = None
+    actorder: Scalar = None
+    dynamic: Scalar = None
+
+
+class Group(_Keys):
+    """One of ``config_groups``."""
+
+    targets: list[Text] | None = None
+    weights: Scheme | None = None
+    input_activations: Scheme | None = None
+    format: str | None = None
+
+
+class Quantization(_Keys):
+    """``quantization_config``."""
+
+    quant_method: str | None = None
+    format: str | None = None
+    moe_quant_algo: str | None = None
+    ignore: list[Text] | None = None
+    config_groups: dict[Text, Group] | None = None
+
+
+class Config(_Keys):
+    """config.json of DeepSeek V4."""
+
+    compress_ratios: list[int]
+    hc_mult: int = Field(ge=1, le=64)
+    head_dim: Size
+    hidden_size: Size
+    index_head_dim: Size
+    index_n_heads: Size
+    moe_intermediate_size: Size
+    n_routed_experts: int = Field(ge=1, le=4096)
+    n_shared_experts: int = Field(ge=1, le=64)
+    num_attention_heads: Size
+    num_experts_per_tok: int = Field(ge=1, le=4096)
+    num_hash_layers: int = Field(ge=0, le=1024)
+    num_hidden_layers: int = Field(ge=1, le=1024)
+    num_nextn_predict_layers: int = Field(ge=0, le=16)
+    o_groups: Size
+    o_lora_rank: Size
+    q_lora_rank: Size
+    vocab_size: Size
+    dspark_target_layer_ids: list[int] = Field(default=[], min_length=1)
+    dspark_markov_rank: Size | None = None
+    quantization_config: Quantization | None = None
+    compression_config: Quantization | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        layers, experts = self.num_hidden_layers, self.n_routed_experts
+        if layers * experts > MOST_EXPERTS:
+            raise ValueError(f"{layers} layers of {experts} experts are beyond any model")
+        if len(self.compress_ratios) < layers:
+            raise ValueError(
+                f"compress_ratios has {len(self.compress_ratios)} entries for {layers} layers"
+            )
+        if self.dspark_target_layer_ids and self.dspark_markov_rank is None:
+            raise ValueError("dspark_target_layer_ids without dspark_markov_rank")
+        return self
+
+
+REQUIRED = tuple(name for name, field in Config.model_fields.items() if field.is_required())
 
 
 def require_deepseek_v4(config: Mapping[str, Any], where: str) -> None:
@@ -56,99 +128,16 @@ def require_deepseek_v4(config: Mapping[str, Any], where: str) -> None:
             where=where,
             remedy="give a DeepSeek V4 checkpoint",
         )
-    if problems := list(config_problems(config)):
-        shown, more = problems[:MOST_SHOWN], len(problems) - MOST_SHOWN
+    try:
+        Config.model_validate(dict(config))
+    except ValidationError as error:
+        problems = [
+            printable(": ".join([".".join(map(str, row["loc"])), row["msg"]][not row["loc"] :]))
+            for row in error.errors(include_url=False, include_input=False)
+        ]
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise CheckpointUnreadableError(
-            f"invalid config.json: {'; '.join(shown)}" + (f"; and {more} more" if more > 0 else ""),
+            f"invalid config.json: {'; '.join(problems[:SHOWN])}{more}",
             where=where,
             remedy="take it from the source model",
-        )
-
-
-def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with a config.json of DeepSeek-V4, one sentence each."""
-    if absent := [key for key in REQUIRED if key not in config]:
-        yield f"it lacks {', '.join(absent)}"
-        return
-    found = list(_sizes(config))
-    yield from found
-    if not found:
-        layers, ratios = config["num_hidden_layers"], config["compress_ratios"]
-        if layers * config["n_routed_experts"] > MOST_EXPERTS:
-            yield f"{layers} layers of {config['n_routed_experts']} experts are no model"
-        if len(ratios) < layers:
-            yield f"compress_ratios has {len(ratios)} entries for {layers} layers"
-    for key in ("quantization_config", "compression_config"):
-        yield from _quantization(config.get(key), key)
-
-
-def _sizes(config: Mapping[str, Any]) -> Iterator[str]:
-    yield from _numbers(config, NUMBERS)
-    if not _list_of(config["compress_ratios"], int):
-        yield "compress_ratios is no list of numbers"
-    if (targets := config.get("dspark_target_layer_ids")) is not None:
-        if not _list_of(targets, int) or not targets:
-            yield "dspark_target_layer_ids is no list of numbers"
-        yield from _numbers(config, DSPARK)
-
-
-def _numbers(config: Mapping[str, Any], limits: Mapping[str, tuple[int, int]]) -> Iterator[str]:
-    for key, (least, most) in limits.items():
-        value = config.get(key)
-        if type(value) is not int or not least <= value <= most:
-            yield f"{key} is {_short(value)}, not a number from {least} to {most}"
-
-
-def _quantization(found: Any, where: str) -> Iterator[str]:
-    if found is None:
-        return
-    if not isinstance(found, dict):
-        yield f"{where} is no object"
-        return
-    yield from _types(found, where, {"quant_method": str, "format": str, "moe_quant_algo": str})
-    if not _rules(found.get("ignore") or []):
-        yield f"{where}.ignore is no list of names"
-    groups = found.get("config_groups")
-    if groups is not None and not isinstance(groups, dict):
-        yield f"{where}.config_groups is no object"
-    for name, group in groups.items() if isinstance(groups, dict) else ():
-        here = f"{where}.config_groups.{name}"
-        if not isinstance(group, dict):
-            yield f"{here} is no object"
-            continue
-        if not name.isprintable():
-            yield f"{where}.config_groups has the name {_short(name)}"
-        if not _rules(group.get("targets") or []):
-            yield f"{here}.targets is no list of names"
-        yield from _types(group, here, {"weights": dict, "input_activations": dict, "format": str})
-        for side in ("weights", "input_activations"):
-            if isinstance(arguments := group.get(side), dict):
-                yield from _arguments(arguments, f"{here}.{side}")
-
-
-def _arguments(found: Mapping[str, Any], where: str) -> Iterator[str]:
-    """Arguments of a scheme: names, numbers, truth values; block_structure is a list."""
-    for key, value in found.items():
-        if isinstance(value, list | dict) and key in {"strategy", "type", "actorder", "dynamic"}:
-            yield f"{where}.{key} is {_short(value)}"
-
-
-def _types(found: Mapping[str, Any], where: str, kinds: Mapping[str, Kinds]) -> Iterator[str]:
-    for key, kind in kinds.items():
-        value = found.get(key)
-        if value is not None and not isinstance(value, kind):
-            yield f"{where}.{key} is {_short(value)}"
-
-
-def _list_of(found: Any, kind: type) -> bool:
-    return isinstance(found, list) and all(type(item) is kind for item in found)
-
-
-def _rules(found: Any) -> bool:
-    """A list of patterns or names; messages show them, so that they are one line each."""
-    return _list_of(found, str) and all(rule.isprintable() for rule in found)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+        ) from None

@@ -255,7 +255,7 @@ class TestSource:
         [
             ({"model_type": "llama"}, "model_type is 'llama'"),
             ({"quantization_config": {}}, "quantized already"),
-            ({"hidden_size": None}, "it lacks hidden_size"),
+            ({"hidden_size": None}, "hidden_size: Field required"),
             ({"hidden_size": 256}, "not the tensors that config.json describes"),
         ],
     )

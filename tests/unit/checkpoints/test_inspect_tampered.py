@@ -178,7 +178,7 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, bytes]], Any], int, str]] = {
     "no quantization": (
         _config("quantization_config", None), REFUSED, "no quantization_config",
     ),
-    "quantization is a list": (_config("quantization_config", [1]), UNREADABLE, "no object"),
+    "quantization is a list": (_config("quantization_config", [1]), UNREADABLE, "valid dictionary"),
     "groups are a list": (
         _config("quantization_config.config_groups", []), UNREADABLE, "config_groups",
     ),
@@ -208,7 +208,7 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, bytes]], Any], int, str]] = {
     "experts beyond memory": (_config("n_routed_experts", 10**8), UNREADABLE, "n_routed_experts"),
     "layers of experts beyond it": (
         lambda files: [_config("num_hidden_layers", 1000)(files),
-                       _config("n_routed_experts", 4000)(files)], UNREADABLE, "are no model",
+                       _config("n_routed_experts", 4000)(files)], UNREADABLE, "beyond any model",
     ),
     "drafts beyond memory": (
         _config("num_nextn_predict_layers", 10**7), UNREADABLE, "num_nextn_predict_layers",
@@ -330,6 +330,6 @@ class TestDigests:
         path.write_bytes(data)
         assert self._run(recorded) == SERVES
         assert self._run(recorded, "--digests") == DEPARTS
-        assert "bytes are not as said" in capsys.readouterr().err
+        assert "bytes are not as recorded" in capsys.readouterr().err
         (recorded / RECORD).unlink()
         assert self._run(recorded, "--digests") == UsageError.exit_code

@@ -116,7 +116,7 @@ def test_an_output_without_a_name_of_its_own_exists(
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300, "file/out"])
 def test_an_output_that_cannot_be_is_told(name: str, job: Job, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"no path that can be made|no folder"):
+    with pytest.raises(UsageError, match="cannot create --output"):
         check_output(job.source.folder, tmp_path / name)
 
 

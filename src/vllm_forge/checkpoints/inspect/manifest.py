@@ -105,8 +105,8 @@ class Manifest(FrozenModel):
         if not LINEAR.search(tensor.name):
             return ()
         module = tensor.name.removesuffix(".weight")
-        found = (rule.formats for rule in self.rules if re.fullmatch(rule.modules, module))
-        return next(found, (Format.PLAIN,))
+        matching = (rule.formats for rule in self.rules if re.fullmatch(rule.modules, module))
+        return next(matching, (Format.PLAIN,))
 
     def wanted(
         self, config: Mapping[str, Any], formats: Mapping[str, Format] | None = None
@@ -124,12 +124,12 @@ class Manifest(FrozenModel):
             if not allowed:
                 yield RequiredTensor(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape)
                 continue
-            found = (formats or {}).get(tensor.name.removesuffix(".weight"))
-            kind = found if found in allowed else allowed[0]
-            for want in stored_as(tensor, kind):
-                # A group that quantizes activations needs their calibrated scale.
-                needed = self.config.get(f"{kind}.inputs") is not None
-                yield replace(want, optional=want.optional and not needed)
+            stored = (formats or {}).get(tensor.name.removesuffix(".weight"))
+            kind = stored if stored in allowed else allowed[0]
+            # A group that quantizes activations needs their calibrated scale.
+            needed = self.config.get(f"{kind}.inputs") is not None
+            for required in stored_as(tensor, kind):
+                yield replace(required, optional=required.optional and not needed)
 
 
 @cache
@@ -145,12 +145,12 @@ def named(name: str) -> Manifest:
     """One manifest.
 
     Raises:
-        UsageError: there is none of that name; with the nearest one.
+        UsageError: unknown; with a suggestion.
     """
     known = manifests()
     if name not in known:
         raise UsageError(
-            f"there is no manifest {name!r}{suggestion(name, known)}",
+            f"unknown manifest {name!r}{suggestion(name, known)}",
             where=str(FOLDER),
             remedy="name one of those, or leave it out: the nearest one is taken",
         )
@@ -162,25 +162,20 @@ def nearest(profile: Profile) -> str | None:
     if not profile.tensors:
         return None
     config = {**profile.config, "num_hidden_layers": min(profile.layers, TELLING_LAYERS)}
-    kinds = {_kind(name) for name in profile.names if not _beyond(name, TELLING_LAYERS)}
+    kinds = {
+        NUMBER.sub("N", name)
+        for name in profile.names
+        if not (layer := LAYER.match(name)) or int(layer[1]) < TELLING_LAYERS
+    }
     distances = {}
     for name, manifest in manifests().items():
         wanted = list(manifest.wanted(config, profile.formats))
-        known = {_kind(want.name) for want in wanted}
-        needed = {_kind(want.name) for want in wanted if not want.optional}
+        known = {NUMBER.sub("N", tensor.name) for tensor in wanted}
+        needed = {NUMBER.sub("N", tensor.name) for tensor in wanted if not tensor.optional}
         distance = len(needed - kinds) + len(kinds - known)
         distances[name] = (distance, len(_differences(manifest, profile)))
     best = min(distances, key=lambda name: (*distances[name], name))
     return best if distances[best][0] <= MOST_FOREIGN * len(kinds) else None
-
-
-def _kind(name: str) -> str:
-    return NUMBER.sub("N", name)
-
-
-def _beyond(name: str, layers: int) -> bool:
-    found = LAYER.match(name)
-    return found is not None and int(found[1]) >= layers
 
 
 def departures(profile: Profile, name: str) -> Iterator[Finding]:
@@ -188,19 +183,19 @@ def departures(profile: Profile, name: str) -> Iterator[Finding]:
     manifest = named(name)
     absent: list[str] = []
     wrong: list[str] = []
-    told: set[str] = set()
-    for want in manifest.wanted(profile.config, profile.formats):
-        told.add(want.name)
-        entry = profile.tensors.get(want.name)
-        if entry is None:
-            if not want.optional:
-                absent.append(want.name)
-        elif entry.dtype not in want.dtypes or entry.shape != want.shape:
+    known: set[str] = set()
+    for required in manifest.wanted(profile.config, profile.formats):
+        known.add(required.name)
+        tensor = profile.tensors.get(required.name)
+        if tensor is None:
+            if not required.optional:
+                absent.append(required.name)
+        elif tensor.dtype not in required.dtypes or tensor.shape != required.shape:
             wrong.append(
-                f"{want.name} is {entry.dtype} {list(entry.shape)}, not "
-                f"{want.dtypes[0]} {list(want.shape)}"
+                f"{required.name} is {tensor.dtype} {list(tensor.shape)}, not "
+                f"{required.dtype} {list(required.shape)}"
             )
-    foreign = [n for n in profile.names if n not in told]
+    foreign = [name for name in profile.names if name not in known]
     for names, title in ((absent, "tensors are missing"), (foreign, "tensors are too many")):
         for draft in (False, True):
             if part := [n for n in names if n.startswith(DRAFT) == draft]:
@@ -268,7 +263,7 @@ def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Findi
     if text is None or not profile.tensors:
         if digests:
             raise UsageError(
-                f"--digests compares the tensors with {RECORD}, which is not here",
+                f"--digests needs {RECORD}, which the checkpoint does not have",
                 where=str(profile.checkpoint.source),
                 remedy="leave it out, or compare with the model: --source PLACE --values 0",
             )
@@ -290,7 +285,7 @@ def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Findi
         ([n for n in both if recorded[n] != found[n]], "dtype, shape or shard is not as recorded"),
         (
             [n for n in both if digests and profile.tensors[n].sha256() != sums[n]],
-            "bytes are not as said",
+            "bytes are not as recorded",
         ),
     ):
         if names:

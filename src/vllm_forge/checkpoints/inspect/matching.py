@@ -58,7 +58,7 @@ class Group:
 
 
 class BadPatternError(ValueError):
-    """A rule that is no regular expression."""
+    """A malformed regular expression."""
 
 
 def read_groups(quantization: Mapping[str, Any]) -> tuple[Group, ...]:
@@ -82,7 +82,7 @@ def matches(rule: str, name: str) -> bool:
     """Whether a rule means a module.
 
     Raises:
-        BadPatternError: it is no regular expression.
+        BadPatternError: it is malformed.
     """
     if not rule.startswith("re:"):
         return rule in (name, LINEAR_CLASS)
@@ -137,33 +137,33 @@ def resolve_experts(
 
 def serving_modules(config: Mapping[str, Any], layers: Iterable[int]) -> list[str]:
     """VLLM's names of the linear modules of some layers, experts under both of their names."""
-    found = []
+    modules = []
     for layer in layers:
         prefix = f"model.layers.{layer}"
-        found += [f"{prefix}.attn.{module}" for module in ATTENTION_MODULES]
-        found += [f"{prefix}.ffn.gate", f"{prefix}.ffn.shared_experts.gate_up_proj"]
-        found += [f"{prefix}.ffn.shared_experts.down_proj"]
+        modules += [f"{prefix}.attn.{module}" for module in ATTENTION_MODULES]
+        modules += [f"{prefix}.ffn.gate", f"{prefix}.ffn.shared_experts.gate_up_proj"]
+        modules += [f"{prefix}.ffn.shared_experts.down_proj"]
         ratios = config["compress_ratios"]
         ratio = ratios[layer] if layer < config["num_hidden_layers"] else 0
         if ratio > 1:
-            found += [f"{prefix}.attn.compressor.fused_wkv_wgate"]
+            modules += [f"{prefix}.attn.compressor.fused_wkv_wgate"]
         if ratio == 4:  # noqa: PLR2004 - the ratio that has an indexer
-            found += [f"{prefix}.attn.indexer.{m}" for m in ("wq_b", "weights_proj")]
-            found += [f"{prefix}.attn.indexer.compressor.fused_wkv_wgate"]
+            modules += [f"{prefix}.attn.indexer.{m}" for m in ("wq_b", "weights_proj")]
+            modules += [f"{prefix}.attn.indexer.compressor.fused_wkv_wgate"]
         if layer >= config["num_hidden_layers"]:
-            found += [f"{prefix}.e_proj", f"{prefix}.h_proj"]
-        found += [f"{prefix}.ffn.experts.0.{p}" for p in (*OLD_PROBES, *NEW_PROBES)]
-    return found
+            modules += [f"{prefix}.e_proj", f"{prefix}.h_proj"]
+        modules += [f"{prefix}.ffn.experts.0.{p}" for p in (*OLD_PROBES, *NEW_PROBES)]
+    return modules
 
 
 def asked_names(config: Mapping[str, Any], layers: Iterable[int]) -> list[str]:
     """All names that a rule is asked with: those, and the parts of what is fused in them."""
-    found = serving_modules(config, layers)
+    modules = serving_modules(config, layers)
     parts = []
-    for name in found:
+    for name in modules:
         prefix, _, last = name.rpartition(".")
         parts += [f"{prefix}.{part}" for part in FUSED.get(last, ())]
-    return found + parts
+    return modules + parts
 
 
 class _Expired(BaseException):

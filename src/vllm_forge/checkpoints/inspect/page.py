@@ -36,7 +36,7 @@ OUTCOMES = {
 
 
 def escape(text: str) -> str:
-    """Names and messages of others, which are no markup of ours and no commands to a terminal."""
+    """Untrusted names and messages, without markup and without commands to a terminal."""
     return markup_escape(printable(text))
 
 

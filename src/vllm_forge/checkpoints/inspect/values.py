@@ -12,7 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from vllm_forge.checkpoints.codecs import fp8_block, int4, mxfp4, nvfp4
 from vllm_forge.checkpoints.codecs.small_floats import e8m0_decode
 from vllm_forge.checkpoints.inspect.findings import Finding, Scope, finding, summarize
 from vllm_forge.checkpoints.inspect.formats import DRAFT, Format, Part, part_of, split, stored_as
-from vllm_forge.checkpoints.tensors import TensorSpec
 from vllm_forge.matrix import FrozenModel
 
 if TYPE_CHECKING:
@@ -134,14 +133,13 @@ def _grouped(pair: _Pair) -> dict[tuple[Part, bool, Format], list[str]]:
         module, suffix = split(name)
         kind = pair.made.formats.get(module, Format.PLAIN) if suffix else Format.PLAIN
         weight = name if kind is Format.PLAIN else f"{module}.weight"
-        first = suffix in ("", "weight", "weight_packed")
         if (
-            first
+            suffix in ("", "weight", "weight_packed")
             and (kind is Format.PLAIN or kind in DECODERS)
             and pair.source_name(weight) in pair.source.tensors
         ):
-            found = name if kind is Format.PLAIN else module
-            grouped[part_of(weight), name.startswith(DRAFT), kind].append(found)
+            key = (part_of(weight), name.startswith(DRAFT), kind)
+            grouped[key].append(name if kind is Format.PLAIN else module)
     return grouped
 
 
@@ -175,74 +173,65 @@ def _whole(pair: _Pair, module: str, kind: Format) -> bool:
     weight = pair.source.tensors.get(f"{module}.weight")
     if weight is None or len(weight.shape) != MATRIX or weight.dtype not in FLOATS:
         return False
-    expected = TensorSpec(name=weight.name, dtype=weight.dtype, shape=weight.shape)
-    for want in stored_as(expected, kind):
-        entry = pair.made.tensors.get(want.name)
-        if entry is None:
-            if not want.optional:
+    for required in stored_as(weight, kind):
+        tensor = pair.made.tensors.get(required.name)
+        if tensor is None:
+            if not required.optional:
                 return False
-        elif entry.dtype not in want.dtypes or (entry.shape or (1,)) != (want.shape or (1,)):
+        elif tensor.dtype not in required.dtypes or (tensor.shape or (1,)) != (
+            required.shape or (1,)
+        ):
             return False
     return True
 
 
 def _nvfp4(pair: _Pair, module: str, source: Weight) -> Decoded:
-    return _shared_nvfp4(pair, module, source, ("weight_packed", "weight_global_scale"))
+    scale = _read(pair.made, f"{_shared(module)[0]}.weight_global_scale").reshape(-1)[0]
+    return _scaled(pair, module, source, "weight_packed", scale)
 
 
 def _modelopt(pair: _Pair, module: str, source: Weight) -> Decoded:
     """ModelOpt stores what to multiply with, compressed-tensors the divisor."""
-    return _shared_nvfp4(pair, module, source, ("weight", "weight_scale_2"))
-
-
-def _shared_nvfp4(pair: _Pair, module: str, source: Weight, names: tuple[str, str]) -> Decoded:
-    shared = _shared(module)
-    # None of the checkpoint's own scales decides what is right.
-    expected = nvfp4.global_scale_of(*(pair.weight(name) for name in shared))
-    packed, scale = names
-    stored = _read(pair.made, f"{shared[0]}.{scale}").reshape(-1)[0]
+    scale = _read(pair.made, f"{_shared(module)[0]}.weight_scale_2").reshape(-1)[0]
     with np.errstate(divide="ignore"):
-        divisor = stored if packed == "weight_packed" else np.float32(1) / stored
+        return _scaled(pair, module, source, "weight", np.float32(1) / scale)
+
+
+def _scaled(pair: _Pair, module: str, source: Weight, packed: str, scale: Any) -> Decoded:
+    # None of the checkpoint's own scales decides what is right.
+    expected = nvfp4.global_scale_of(*(pair.weight(name) for name in _shared(module)))
     made = nvfp4.Nvfp4(
-        packed=_read(pair.made, f"{module}.{packed}").view(np.uint8),
-        scales=_read(pair.made, f"{module}.weight_scale").view(np.uint8),
-        global_scale=divisor,
+        packed=_codes(pair, f"{module}.{packed}"),
+        scales=_codes(pair, f"{module}.weight_scale"),
+        global_scale=scale,
     )
     return made.values(), nvfp4.bound(source, expected)
 
 
 def _mxfp4(pair: _Pair, module: str, source: Weight) -> Decoded:
-    made = mxfp4.Mxfp4(
-        packed=_read(pair.made, f"{module}.weight").view(np.uint8),
-        scales=_read(pair.made, f"{module}.scale").view(np.uint8),
-    )
-    return made.values(), mxfp4.bound(source)
+    packed, scales = _codes(pair, f"{module}.weight"), _codes(pair, f"{module}.scale")
+    return mxfp4.Mxfp4(packed=packed, scales=scales).values(), mxfp4.bound(source)
 
 
 def _int4(pair: _Pair, module: str, source: Weight) -> Decoded:
-    made = int4.Int4(
-        packed=_read(pair.made, f"{module}.weight_packed").view(np.int32),
-        scales=_read(pair.made, f"{module}.weight_scale").astype(np.float32),
-    )
-    return made.values(), int4.bound(source)
+    packed = _read(pair.made, f"{module}.weight_packed").view(np.int32)
+    scales = _read(pair.made, f"{module}.weight_scale").astype(np.float32)
+    return int4.Int4(packed=packed, scales=scales).values(), int4.bound(source)
 
 
 def _fp8(pair: _Pair, module: str, source: Weight) -> Decoded:
     scales = _read(pair.made, f"{module}.weight_scale").astype(np.float32)
-    return _fp8_values(pair, module, scales), fp8_block.bound(source)
+    made = fp8_block.Fp8Block(codes=_codes(pair, f"{module}.weight"), scales=scales)
+    return made.values(), fp8_block.bound(source)
 
 
 def _fp8_native(pair: _Pair, module: str, source: Weight) -> Decoded:
     """Scales are powers of two, rounded up; or FP32, which lie below those."""
     stored = _read(pair.made, f"{module}.scale")
     scales = e8m0_decode(stored.view(np.uint8)) if stored.itemsize == 1 else stored
-    bound = fp8_block.bound(source, powers_of_two=True)
-    return _fp8_values(pair, module, scales.astype(np.float32)), bound
-
-
-def _fp8_values(pair: _Pair, module: str, scales: NDArray[np.float32]) -> NDArray[np.float64]:
-    codes = _read(pair.made, f"{module}.weight").view(np.uint8)
-    return fp8_block.Fp8Block(codes=codes, scales=scales).values()
+    codes = _codes(pair, f"{module}.weight")
+    made = fp8_block.Fp8Block(codes=codes, scales=scales.astype(np.float32))
+    return made.values(), fp8_block.bound(source, powers_of_two=True)
 
 
 DECODERS: dict[Format, Callable[[_Pair, str, Weight], Decoded]] = {
@@ -255,11 +244,14 @@ DECODERS: dict[Format, Callable[[_Pair, str, Weight], Decoded]] = {
 }
 
 
+def _codes(pair: _Pair, name: str) -> NDArray[np.uint8]:
+    return _read(pair.made, name).view(np.uint8)
+
+
 def _read(profile: Profile, name: str) -> NDArray[np.generic]:
     """A tensor as an array; BF16 as float32, 8-bit floats as their codes."""
-    entry = profile.tensors[name]
-    data = entry.read()
-    if entry.dtype == "BF16":
-        wide = np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)
-        return wide.view(np.float32).reshape(entry.shape)
-    return np.frombuffer(data, NUMPY[entry.dtype]).reshape(entry.shape)
+    tensor = profile.tensors[name]
+    if tensor.dtype == "BF16":
+        wide = np.frombuffer(tensor.read(), "<u2").astype(np.uint32) << np.uint32(16)
+        return wide.view(np.float32).reshape(tensor.shape)
+    return np.frombuffer(tensor.read(), NUMPY[tensor.dtype]).reshape(tensor.shape)

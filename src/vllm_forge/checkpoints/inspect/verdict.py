@@ -62,7 +62,7 @@ class LineVerdict(FrozenModel):
     Attributes:
         line, vllm: which.
         outcome: what it does.
-        why: reasons for what it does not do; what it was told by for what it does.
+        why: reasons for what it does not do.
         checks: ids of the findings that count on this line.
         findings: which those are: their indices in the report.
         handled: findings that this line copes with, and how.
@@ -177,13 +177,13 @@ def _draft(
 
 
 def _problems(counted: Iterable[Finding], scope: Scope, load: Load | None) -> Iterator[str]:
-    """Why one model does not serve. vLLM's own word comes first, and decides.
+    """Why one model does not serve. vLLM's own errors come first, and decide.
 
     A prediction that it refuses is a reason only where it was not asked, or where the fault shows
     after loading: in the forward pass, or when an upstream change is named.
     """
-    told = list(_load_problems(load, draft=scope is Scope.DRAFT)) if load is not None else []
-    yield from told
+    observed = list(_load_problems(load, draft=scope is Scope.DRAFT)) if load is not None else []
+    yield from observed
     for finding in counted:
         if finding.scope is not scope or not finding.effect.breaks:
             continue
@@ -191,7 +191,7 @@ def _problems(counted: Iterable[Finding], scope: Scope, load: Load | None) -> It
         late = finding.in_forward or bool(finding.handled_by)
         predicted = refused and not late and load is not None
         drafter = finding.check == "other-drafter"  # which method fits is not for a loader to say
-        if not predicted or told or drafter:
+        if not predicted or observed or drafter:
             yield finding.sentence
 
 
@@ -220,16 +220,14 @@ def _load_problems(load: Load, *, draft: bool) -> Iterator[str]:
 
 
 def _modules(answer: Answer | None) -> dict[str, str]:
-    if answer is None:
-        return {}
-    found: dict[str, str] = {}
-    for prefix, load in (("", answer.target), *answer.drafts.items()):
+    modules: dict[str, str] = {}
+    for prefix, load in (("", answer.target), *answer.drafts.items()) if answer else ():
         for row in load.modules:
             name = f"{prefix}:{row.module}" if prefix else row.module
             kind = row.scheme or row.method
-            said = f"{kind} x {row.count}" if row.count > 1 else kind
-            found[name] = f"{found[name]}, {said}" if name in found else said
-    return found
+            counted = f"{kind} x {row.count}" if row.count > 1 else kind
+            modules[name] = f"{modules[name]}, {counted}" if name in modules else counted
+    return modules
 
 
 class LineRow(FrozenModel):

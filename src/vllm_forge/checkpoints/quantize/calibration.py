@@ -110,7 +110,9 @@ def _check(row: Any) -> None:
         if not isinstance(message["role"] + message["content"], str):
             raise TypeError("role and content are text")
         if message["role"] not in ROLES:
-            raise ValueError(f"the role {message['role']!r} is none of {', '.join(ROLES)}")
+            raise ValueError(
+                f"unknown role {message['role']!r}: expected one of {', '.join(ROLES)}"
+            )
     if not any(message["content"].strip() for message in row):
         raise ValueError("a conversation without text")
 

@@ -98,7 +98,7 @@ def quantize(job: Job, output: Path) -> bool:
 
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """What the file system refuses is told, and not how Python met it."""
+    """Turn what the file system refuses into errors with a remedy."""
     try:
         yield
     except OSError as error:
@@ -202,7 +202,7 @@ def check_output(source: Path, output: Path) -> None:
         above = next((folder for folder in (there, *there.parents) if folder.exists()), there)
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, links in a circle
         raise UsageError(
-            f"--output is no path that can be made: {getattr(error, 'strerror', None) or error}",
+            f"cannot create --output: {getattr(error, 'strerror', None) or error}",
             where=str(output)[:SHOWN],
         ) from None
     if here == there or here in there.parents or there in here.parents:
@@ -212,7 +212,7 @@ def check_output(source: Path, output: Path) -> None:
             remedy="choose an --output beside the model",
         )
     if above != there and not above.is_dir():
-        raise UsageError("--output lies in what is no folder", where=str(above))
+        raise UsageError(f"cannot create --output: {above} is not a directory", where=str(output))
     Work.beside(output).check()
 
 

@@ -31,29 +31,24 @@ PLAN = "plan.json"
 
 
 class Engine(Protocol):
-    """What quantizes; calibrate.LayerQuantizer, or a stand-in where there is no torch."""
+    """What quantizes: calibrate.LayerQuantizer, or a stand-in without torch."""
 
     @property
     def versions(self) -> dict[str, str]:
         """What the result depends on beside the inputs."""
-        ...
 
     @property
     def needs_data(self) -> bool:
         """Whether a scale is calibrated; without one, no forward pass is needed."""
-        ...
 
     def recipe_yaml(self) -> str:
         """The recipe as llm-compressor writes it."""
-        ...
 
     def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
         """What config.json says of the quantization."""
-        ...
 
     def embed(self, weight: StoredTensor, tokens: Sequence[Sequence[int]], path: Path) -> None:
         """Write the input of the first layer."""
-        ...
 
     def layer(
         self,
@@ -64,7 +59,6 @@ class Engine(Protocol):
         target: Path,
     ) -> list[TensorToWrite]:
         """Quantize a layer: input states at ``source``, its output states to ``target``."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +102,7 @@ class Work:
         """Refuse an output that is there already, as far as that can be told without a plan.
 
         Raises:
-            ResumeError: it exists, and nothing says that a run of ours was about to tidy up.
+            ResumeError: it exists, and its run had more to do than to tidy up.
         """
         if self.output.is_symlink() and not self.output.exists():
             raise ResumeError(
@@ -222,7 +216,7 @@ class Hidden:
         """The states of one sample.
 
         Raises:
-            ResumeError: the file has not the size that the tokens say.
+            ResumeError: the file is shorter than the tokens need.
         """
         start = sum(len(row) for row in self.tokens[:sample]) * self.token_bytes
         data = bytearray(len(self.tokens[sample]) * self.token_bytes)
