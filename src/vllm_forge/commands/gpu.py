@@ -101,7 +101,7 @@ def _inputs(one: Parser) -> None:
 
 def test(project: Project, args: argparse.Namespace) -> None:
     """Run the suite; a receipt of each tier that is green and whole."""
-    from vllm_forge.gputest.launch import run_in_environment, run_in_image
+    from vllm_forge.gputest.launch import SuiteRun
     from vllm_forge.receipts.create import make_receipt
     from vllm_forge.receipts.suite import read_tiers
 
@@ -115,21 +115,19 @@ def test(project: Project, args: argparse.Namespace) -> None:
     options += ["-n", args.workers] if args.workers else []
     output = args.output or project.root / "dist" / RESULTS / cell.name
     console.print(f"[bold]{cell.name}[/], tiers {', '.join(names)}; results: {output}")
-    brought = _brought(args.checkpoint, args.workloads)
-    if args.env is not None:
-        if args.network:
-            raise UsageError(
-                "--network is for --image: an environment has the host's", remedy="leave it out"
-            )
-        options += [f"--caches={args.caches.resolve()}"] if args.caches else []
-        run_in_environment(
-            project, cell, output, brought, options, probe=HostProbe(), python=args.env
+    if args.env is not None and args.network:
+        raise UsageError(
+            "--network is for --image: an environment has the host's", remedy="leave it out"
         )
+    suite = SuiteRun(
+        project=project, cell=cell, output=output, args=options, probe=HostProbe(),
+        inputs=_input_folders(args.checkpoint, args.workloads),
+    )  # fmt: skip
+    if args.env is not None:
+        options += [f"--caches={args.caches.resolve()}"] if args.caches else []
+        suite.in_environment(args.env)
     else:
-        run_in_image(
-            project, cell, output, brought, options,
-            probe=HostProbe(), reference=args.image, caches=args.caches, network=args.network,
-        )  # fmt: skip
+        suite.in_image(args.image, args.caches, network=args.network)
     for name in names:
         print(make_receipt(project, output / f"{name}.json", args.key))
 
@@ -147,7 +145,7 @@ def kit(project: Project, args: argparse.Namespace) -> None:
         max_result=parse_size(args.max_result),
         limit=args.limit,
         minutes=args.minutes,
-        brought=_brought(args.checkpoint, args.workloads),
+        inputs=_input_folders(args.checkpoint, args.workloads),
         caches=args.caches,
         race=args.race,
         omit=tuple(args.omit),
@@ -169,7 +167,7 @@ def receipts(project: Project, args: argparse.Namespace) -> None:
         write_pages(project, "docs/generated/status.md")
 
 
-def _brought(pairs: list[str], workloads: Path | None) -> dict[str, Path]:
+def _input_folders(pairs: list[str], workloads: Path | None) -> dict[str, Path]:
     """Place in the bundle -> folder, of ``NAME=DIR`` arguments and of prompts."""
     found = {}
     for pair in pairs:

@@ -53,7 +53,7 @@ class KitOptions:
         max_result: bytes of the largest file that a run leaves; larger ones are cut.
         limit: seconds that a call on the host may take.
         minutes: budget per tier.
-        brought: place in the bundle -> folder: models and prompts.
+        inputs: place in the bundle -> folder: models and prompts.
         caches: what JIT compilers made on such a host before: a folder, or the tar that a run of
             a kit packs.
         race: helpers of the race suite that are compiled already, by
@@ -68,7 +68,7 @@ class KitOptions:
     max_result: int
     limit: float
     minutes: float
-    brought: dict[str, Path] = field(default_factory=dict)
+    inputs: dict[str, Path] = field(default_factory=dict)
     caches: Path | None = None
     race: Path | None = None
     omit: tuple[str, ...] = ()
@@ -121,7 +121,7 @@ def make_kit(project: Project, cell: ImageCell, options: KitOptions) -> Path:
     applied = check_line(cell.root, cell.line_name, cell.line, repo)
     patched = patched_wheel(cell, lock, applied, repo, wheelhouse).path
     size = sum(wheel.size for wheel in selection.wheels) + 2 * patched.stat().st_size
-    size += sum(tree_bytes(folder) for folder in options.brought.values())
+    size += sum(tree_bytes(folder) for folder in options.inputs.values())
     require_disk({options.output: 2 * size})
     with atomic_path(options.output) as aside:
         content = aside.with_name(f"content of {aside.name}")  # deleted with it, also after a kill
@@ -160,13 +160,15 @@ def _write_bundle(
 ) -> tuple[dict[str, Any], str | None]:
     """Fill ``content/bundle`` and pack the caches; the plan, and where these were compiled."""
     bundle = write_bundle(cell, SourceRepo(), content / "bundle")
-    for place, folder in options.brought.items():
+    for place, folder in options.inputs.items():
         shutil.copytree(folder, bundle.folder / place)
     subject = {"kind": "environment", "name": f"kit for {cell.name}", "sha256": None}
     plan = make_plan(project, cell, bundle.tree, subject) | {"differences": differences}
     (bundle.folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
     if options.race is not None:
-        copy_race(options.race, bundle.folder / RACE_FOLDER)
+        (bundle.folder / RACE_FOLDER).mkdir(parents=True)
+        for name in RACE_FILES:
+            shutil.copyfile(options.race / name, bundle.folder / RACE_FOLDER / name)
     if options.caches is None:
         return plan, None
     return plan, pack_caches(options.caches, content, plan["caches"]["key"])
@@ -204,20 +206,8 @@ def require_race(source: Path) -> None:
             )
 
 
-def copy_race(source: Path, target: Path) -> None:
-    """Copy the race suite's compiled helpers.
-
-    Raises:
-        KitError: see require_race.
-    """
-    require_race(source)
-    target.mkdir(parents=True)
-    for name in RACE_FILES:
-        shutil.copyfile(source / name, target / name)
-
-
 class _Parts:
-    """A file to write to that begins a new part when one is full."""
+    """A stream that begins a new file when one is full."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit

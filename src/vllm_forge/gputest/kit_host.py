@@ -180,17 +180,17 @@ def environment(folder: Path, kit: str) -> Path:
 
 def variables(folder: Path) -> dict[str, str]:
     """The kit's Python first; a CUDA toolkit if the host has one."""
-    found = dict(os.environ)
+    env = dict(os.environ)
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if Path(nvcc).exists():
-        found.setdefault("CUDA_HOME", str(Path(nvcc).resolve().parent.parent))
-        found["PATH"] = f"{Path(nvcc).parent}{os.pathsep}{found['PATH']}"
-    found["PATH"] = f"{WORK}/venv/bin{os.pathsep}{found['PATH']}"
-    found["PYTHONPATH"] = str(folder / "bundle" / "src")
-    return found
+        env.setdefault("CUDA_HOME", str(Path(nvcc).resolve().parent.parent))
+        env["PATH"] = f"{Path(nvcc).parent}{os.pathsep}{env['PATH']}"
+    env["PATH"] = f"{WORK}/venv/bin{os.pathsep}{env['PATH']}"
+    env["PYTHONPATH"] = str(folder / "bundle" / "src")
+    return env
 
 
-def brought_caches(folder: Path, manifest: dict[str, Any]) -> Path:
+def unpack_caches(folder: Path, manifest: dict[str, Any]) -> Path:
     """The folder of caches: an earlier call's, or the kit's, unpacked whole or not at all."""
     caches, packed = WORK / "caches", folder / "caches.tar.xz"
     if not caches.exists() and packed.is_file():
@@ -201,11 +201,9 @@ def brought_caches(folder: Path, manifest: dict[str, Any]) -> Path:
         (aside / "caches").rename(caches)
         clear(aside)
         if (place := manifest.get("compiled_at")) not in {None, str(caches)}:
-            print(
-                f"the kit's kernels were compiled at {place}, a path that they hold: many are "
-                f"compiled again unless FORGE_KIT_WORK={Path(place).parent}",
-                flush=True,
-            )
+            work = Path(place).parent
+            print(f"kernels were compiled at {place}: many are compiled again here", flush=True)
+            print(f"unless FORGE_KIT_WORK={work}, as they hold that path", flush=True)
     return caches
 
 
@@ -220,7 +218,7 @@ def go(
     results = WORK / "results"
     clear(results)
     output.mkdir(parents=True, exist_ok=True)  # now: it may be refused
-    caches = brought_caches(folder, manifest)
+    caches = unpack_caches(folder, manifest)
     bundle = folder / "bundle"
     # On SIGTERM, the suite is ended and results so far are still written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_forge.gputest.bundle import make_plan, write_bundle
 from vllm_forge.gputest.errors import RED, SuiteRedError, SuiteUndecidedError, WrongGpuError
@@ -26,6 +27,7 @@ from vllm_forge.sources.errors import LockFileError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vllm_forge.gputest.bundle import Bundle
     from vllm_forge.host import Probe
     from vllm_forge.matrix import ImageCell
     from vllm_forge.project import Project
@@ -95,56 +97,110 @@ def require_sku(probe: Probe, cell: ImageCell) -> None:
             )
 
 
-def run_in_environment(
-    project: Project,
-    cell: ImageCell,
-    output: Path,
-    brought: dict[str, Path],
-    args: Sequence[str],
-    *,
-    probe: Probe,
-    python: str,
-) -> None:
-    """Run the suite by a Python that has the line's patched vLLM, pytest and xdist.
+@dataclass(frozen=True, kw_only=True)
+class SuiteRun:
+    """The suite on this host, with all its GPUs.
 
-    Args:
+    Attributes:
         project: the repository.
         cell: SKU and line.
         output: where results go.
-        brought: place in the bundle -> folder: models and prompts, which stay where they are.
+        inputs: place in the bundle -> folder: models and prompts, which stay where they are.
         args: of tests.gpu.harness.run.
         probe: asks the host.
-        python: program.
-
-    Raises:
-        WrongGpuError: the GPU is not the SKU's.
-        ToolMissingError: the Python is missing, or lacks a module.
-        SuiteRedError, SuiteUndecidedError: a tier is not green.
     """
-    require_sku(probe, cell)
-    program = shutil.which(python)
-    if program is None:
-        raise ToolMissingError(f"{python} not found", remedy="name one with --env PYTHON")
-    require_modules(program, MODULES if "-n" in args else MODULES[:2])
-    with tempfile.TemporaryDirectory() as work:
-        bundle = write_bundle(cell, SourceRepo(), Path(work) / "bundle")
-        for place, folder in brought.items():
-            target = bundle.folder / place
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(folder.resolve())
-        subject = {"kind": "environment", "name": f"environment of {cell.name}", "sha256": None}
-        plan = bundle.folder / "plan.json"
-        plan.write_text(json.dumps(make_plan(project, cell, bundle.tree, subject), indent=1))
-        path = os.pathsep.join(
-            filter(None, [str(bundle.folder / "src"), os.environ.get("PYTHONPATH", "")])
-        )
-        code = subprocess.run(
-            [program, *RUN, str(plan), str(output.resolve()), *args],
-            cwd=bundle.folder,
-            env={**os.environ, "PYTHONPATH": path},
-            check=False,
-        ).returncode
-    require_green(code, output)
+
+    project: Project
+    cell: ImageCell
+    output: Path
+    inputs: dict[str, Path]
+    args: Sequence[str]
+    probe: Probe
+
+    def in_environment(self, python: str) -> None:
+        """Run by a Python that has the line's patched vLLM, pytest and xdist.
+
+        Raises:
+            WrongGpuError: the GPU is not the SKU's.
+            ToolMissingError: the Python is missing, or lacks a module.
+            SuiteRedError, SuiteUndecidedError: a tier is not green.
+        """
+        require_sku(self.probe, self.cell)
+        program = shutil.which(python)
+        if program is None:
+            raise ToolMissingError(f"{python} not found", remedy="name one with --env PYTHON")
+        require_modules(program, MODULES if "-n" in self.args else MODULES[:2])
+        with tempfile.TemporaryDirectory() as work:
+            bundle = write_bundle(self.cell, SourceRepo(), Path(work) / "bundle")
+            for place, folder in self.inputs.items():
+                target = bundle.folder / place
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.symlink_to(folder.resolve())
+            name = f"environment of {self.cell.name}"
+            self._plan(bundle, {"kind": "environment", "name": name, "sha256": None})
+            paths = [str(bundle.folder / "src"), os.environ.get("PYTHONPATH", "")]
+            plan, output = str(bundle.folder / "plan.json"), str(self.output.resolve())
+            code = subprocess.run(
+                [program, *RUN, plan, output, *self.args],
+                cwd=bundle.folder,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+                check=False,
+            ).returncode
+        require_green(code, self.output)
+
+    def in_image(
+        self, reference: str | None, caches: Path | None = None, *, network: bool = False
+    ) -> None:
+        """Run inside an image, by the engine that has it.
+
+        Args:
+            reference: the image; None is the one that a build with ``--load`` left.
+            caches: folder for what JIT compilers make.
+            network: whether FlashInfer can download kernels that no wheel has, into caches.
+
+        Raises:
+            WrongGpuError: the GPU is not the SKU's.
+            NoGpuError: no engine has the image.
+            ReceiptSubjectError: the image is of another tree than the series, or its digest is
+                unknown.
+            SuiteRedError, SuiteUndecidedError: a tier is not green.
+        """
+        require_sku(self.probe, self.cell)
+        name = reference or f"localhost/{self.cell.name}:{self.cell.line_name}"
+        image = find_image(self.probe, name, self.cell.root / "dist" / self.cell.name)
+        with tempfile.TemporaryDirectory() as work:
+            bundle = write_bundle(self.cell, SourceRepo(), Path(work) / "bundle")
+            if image.tree != bundle.tree:
+                raise ReceiptSubjectError(
+                    f"the image is of tree {image.tree or 'unknown'}, the series gives "
+                    f"{bundle.tree}",
+                    where=name,
+                    remedy="build it again, or check out the commit that it was built from",
+                )
+            unpack_tools(self.cell.root, bundle.folder)
+            plan = self._plan(bundle, {"kind": "image", "name": name, "sha256": image.digest})
+            for place in self.inputs:  # the bundle is mounted read-only: no engine could make them
+                (bundle.folder / place).mkdir(parents=True)
+            self.output.mkdir(parents=True, exist_ok=True)
+            if caches is not None:
+                caches.mkdir(parents=True, exist_ok=True)
+            argv = container_command(
+                image.engine,
+                name,
+                bundle.folder,
+                self.output.resolve(),
+                self.args,
+                inputs=self.inputs,
+                caches=None if caches is None else (caches, place_of(plan["caches"]["key"])),
+                network=network,
+            )
+            code = subprocess.run(argv, check=False).returncode
+        require_green(code, self.output)
+
+    def _plan(self, bundle: Bundle, subject: dict[str, Any]) -> dict[str, Any]:
+        plan = make_plan(self.project, self.cell, bundle.tree, subject)
+        (bundle.folder / "plan.json").write_text(json.dumps(plan, indent=1))
+        return plan
 
 
 def require_modules(program: str, names: Sequence[str]) -> None:
@@ -173,73 +229,6 @@ def require_modules(program: str, names: Sequence[str]) -> None:
         )
 
 
-def run_in_image(
-    project: Project,
-    cell: ImageCell,
-    output: Path,
-    brought: dict[str, Path],
-    args: Sequence[str],
-    *,
-    probe: Probe,
-    reference: str | None,
-    caches: Path | None = None,
-    network: bool = False,
-) -> None:
-    """Run the suite inside an image, by the engine that has it, with all GPUs.
-
-    Args:
-        project: the repository.
-        cell: SKU and line.
-        output: where results go.
-        brought: see run_in_environment.
-        args: of tests.gpu.harness.run.
-        probe: asks the host.
-        reference: the image; None is the one that a build with ``--load`` left.
-        caches: folder for what JIT compilers make.
-        network: whether FlashInfer can download kernels that no wheel has, into caches.
-
-    Raises:
-        WrongGpuError: the GPU is not the SKU's.
-        NoGpuError: no engine has the image.
-        ReceiptSubjectError: the image is of another tree than the series, or its digest unknown.
-        SuiteRedError, SuiteUndecidedError: a tier is not green.
-    """
-    require_sku(probe, cell)
-    name = reference or f"localhost/{cell.name}:{cell.line_name}"
-    image = find_image(probe, name, cell.root / "dist" / cell.name)
-    with tempfile.TemporaryDirectory() as work:
-        bundle = write_bundle(cell, SourceRepo(), Path(work) / "bundle")
-        if image.tree != bundle.tree:
-            raise ReceiptSubjectError(
-                f"the image is of tree {image.tree or 'unknown'}, the series gives {bundle.tree}",
-                where=name,
-                remedy="build it again, or check out the commit that it was built from",
-            )
-        unpack_tools(cell.root, bundle.folder)
-        subject = {"kind": "image", "name": name, "sha256": image.digest}
-        plan = make_plan(project, cell, bundle.tree, subject)
-        (bundle.folder / "plan.json").write_text(json.dumps(plan, indent=1))
-        for place in brought:  # the bundle is mounted read-only: no engine could make them
-            (bundle.folder / place).mkdir(parents=True)
-        output.mkdir(parents=True, exist_ok=True)
-        compiled = None
-        if caches is not None:
-            caches.mkdir(parents=True, exist_ok=True)
-            compiled = caches, place_of(plan["caches"]["key"])
-        argv = container_command(
-            image.engine,
-            name,
-            bundle.folder,
-            output.resolve(),
-            args,
-            brought=brought,
-            caches=compiled,
-            network=network,
-        )
-        code = subprocess.run(argv, check=False).returncode
-    require_green(code, output)
-
-
 def container_command(
     engine: str,
     image: str,
@@ -247,7 +236,7 @@ def container_command(
     output: Path,
     args: Sequence[str],
     *,
-    brought: dict[str, Path] | None = None,
+    inputs: dict[str, Path] | None = None,
     caches: tuple[Path, str] | None = None,
     network: bool = False,
 ) -> list[str]:
@@ -258,7 +247,7 @@ def container_command(
     where an image that carries them will have them, since compilers keep absolute paths.
     """
     nets = [] if network else ["--network=none"]
-    volumes = [f"--volume={path.resolve()}:/forge/{at}:ro" for at, path in (brought or {}).items()]
+    volumes = [f"--volume={path.resolve()}:/forge/{at}:ro" for at, path in (inputs or {}).items()]
     script, last = IN_IMAGE, []
     if caches is not None:
         folder, place = caches

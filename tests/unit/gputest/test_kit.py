@@ -21,7 +21,7 @@ from tests.support.wheels import Member, write_wheel
 from vllm_forge.errors import UsageError
 from vllm_forge.gputest import kit_host
 from vllm_forge.gputest.errors import KitError
-from vllm_forge.gputest.kit import HOST, RUN, copy_race, parse_size, write_parts
+from vllm_forge.gputest.kit import HOST, RUN, parse_size, require_race, write_parts
 from vllm_forge.gputest.wheels import (
     WheelSelection,
     read_freeze,
@@ -224,15 +224,12 @@ def test_invalid_size_is_rejected(text: str) -> None:
         parse_size(text)
 
 
-def test_compiled_helpers_of_the_race_suite_travel_or_are_refused(tmp_path: Path) -> None:
-    made = tmp_path / "race"
-    made.mkdir()
-    (made / "kit.tar.xz").write_bytes(b"packed")
+def test_incomplete_helpers_of_the_race_suite_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "kit.tar.xz").write_bytes(b"packed")
     with pytest.raises(KitError, match=r"missing manifest\.json"):
-        copy_race(made, tmp_path / "refused")
-    (made / "manifest.json").write_text("{}")
-    copy_race(made, tmp_path / "bundle" / "race")
-    assert (tmp_path / "bundle" / "race" / "kit.tar.xz").read_bytes() == b"packed"
+        require_race(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    require_race(tmp_path)
 
 
 @pytest.fixture

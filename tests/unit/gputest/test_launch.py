@@ -167,7 +167,7 @@ def test_an_environment_has_the_hosts_network(
 ) -> None:
     from vllm_forge.cli import main
 
-    monkeypatch.setattr(gpu, "run_in_environment", lambda *_, **__: pytest.fail("it was run"))
+    monkeypatch.setattr(gpu.SuiteRun, "in_environment", lambda *_: pytest.fail("it was run"))
     assert main(["gpu", "test", "--sku=h200", "--env", "--network"]) == 2
     assert "--network is for --image" in capsys.readouterr().err
 
