@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_forge.matrix import find_root, image_cell, load
 from vllm_forge.matrix.cells import find_line, find_lines
@@ -18,30 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Project:
-    """A checkout and its rows.
-
-    Attributes:
-        root: folder with matrix.toml.
-    """
+    """A checkout and its rows; ``root`` is the folder with matrix.toml."""
 
     root: Path
 
     @classmethod
     def find(cls) -> Project:
-        """The checkout of ``VLLM_FORGE_ROOT``, or that of the working directory.
-
-        Raises:
-            MatrixFileError: there is none.
-        """
+        """The checkout of ``VLLM_FORGE_ROOT``, or that of the working directory."""
         return cls(find_root())
 
     @cached_property
     def matrix(self) -> Matrix:
-        """matrix.toml, parsed once.
-
-        Raises:
-            MatrixFileError, UnknownKeyError, MatrixValueError: see ``matrix.load``.
-        """
+        """matrix.toml, parsed once."""
         return load(self.root)
 
     @cached_property
@@ -54,12 +43,12 @@ class Project:
         """Folder of what the program writes for itself to read later."""
         return self.root / "records"
 
-    def cell(self, sku: str, line: str | None = None) -> ImageCell:
-        """A SKU (or arch) and a line (default: the matrix's).
+    def read_json(self, path: str) -> Any:
+        """The content of a JSON file of the checkout."""
+        return json.loads((self.root / path).read_text(encoding="utf-8"))
 
-        Raises:
-            UnknownSkuError, UnknownLineError, UnsupportedCellError: see ``image_cell``.
-        """
+    def cell(self, sku: str, line: str | None = None) -> ImageCell:
+        """A SKU (or arch) and a line (default: the matrix's)."""
         return image_cell(self.matrix, self.root, sku, line)
 
     def line(self, name: str | None = None) -> tuple[str, Line]:

@@ -33,7 +33,7 @@ def select(project: Project, args: argparse.Namespace) -> None:
     """Ask, print, and compare with the record; or record the answers."""
     from vllm_forge.kernels.selection.record import require_fresh, require_same, write_selection
     from vllm_forge.pages.registry import write_pages
-    from vllm_forge.pages.selection import table
+    from vllm_forge.pages.selection import selection_table
     from vllm_forge.proofs.ask_selection import ask_line
 
     names = project.lines(args.line)
@@ -42,7 +42,7 @@ def select(project: Project, args: argparse.Namespace) -> None:
             require_fresh(project, name)
     for name in names:
         selection = ask_line(project, name, SubprocessRunner())
-        console.print(table(selection))
+        console.print(selection_table(selection))
         if args.record:
             print(write_selection(project.records, selection))
             write_pages(project, "docs/generated/selection.md")

@@ -117,7 +117,7 @@ def drift(project: Project, args: argparse.Namespace) -> None:
     """Say what each release does to each patch."""
     from datetime import UTC, datetime
 
-    from vllm_forge.pages.drift import summary
+    from vllm_forge.pages.patches import drift_table
     from vllm_forge.pages.registry import write_pages
     from vllm_forge.patches.drift_data import survey_lines, write_drift
     from vllm_forge.patches.seed_installer import record_outcomes
@@ -128,7 +128,7 @@ def drift(project: Project, args: argparse.Namespace) -> None:
         project.root, project.matrix, repo, Index(), first=args.first, last=args.last
     )
     day = datetime.now(UTC).date().isoformat()
-    console.print(summary(write_drift(project.root, project.matrix, found, day)))
+    console.print(drift_table(write_drift(project.root, project.matrix, found, day)))
     record_outcomes(project, repo)
     write_pages(project, "docs/generated/drift.md", "docs/generated/seed-installer.md")
 

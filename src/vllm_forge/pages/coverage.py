@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.kernels.coverage.families import catalogue
@@ -32,49 +31,48 @@ A cell of a table says what the family runs as on that SKU:
 In parentheses: no preset of the SKU needs it. A star: accepted, with the reason below. What a
 preset needs and nothing accepts fails the build of that image.
 """
-NONE = "-"
 
 
-def page(project: Project) -> str:
-    """docs/generated/coverage.md, of the lines that have a record."""
-    paths = [project.records / "coverage" / f"{name}.json" for name in project.matrix.line]
-    return render([json.loads(p.read_text()) for p in paths if p.exists()], catalogue())
+def coverage(project: Project) -> str:
+    """The page of the lines that have a record."""
+    paths = [f"records/coverage/{name}.json" for name in project.matrix.line]
+    records = [project.read_json(path) for path in paths if (project.root / path).exists()]
+    return render(records, catalogue())
 
 
 def render(records: Sequence[Mapping[str, Any]], rows: Catalogue) -> str:
     """The page, from the records of lines."""
     lines = [HEAD]
+    libraries = [
+        "## Device code by library\n",
+        "MB of machine code, PTX and LTO code in each library, by major version.",
+    ]
     for record in records:
-        skus = list(record["skus"])
-        lines += [f"## Line {record['line']} (vLLM {record['vllm']})", ""]
-        head = ["family", *(f"{sku} ({record['skus'][sku]})" for sku in skus)]
+        skus = record["skus"]
         families = (
             [f"{rows.family[name].what} (`{name}`)", *(_cell(cells[sku]) for sku in skus)]
             for name, cells in record["coverage"].items()
         )
-        lines.append(table(head, families))
+        grid = table(["family", *(f"{name} ({arch})" for name, arch in skus.items())], families)
+        lines += [f"## Line {record['line']} (vLLM {record['vllm']})", "", grid]
         lines += _problems(record, rows)
-    lines += ["## Device code by library", ""]
-    lines.append("MB of machine code, PTX and LTO code in each library, by major version.")
-    for record in records:
-        lines += ["", f"### Line {record['line']}", ""]
-        lines.append(_library_table(record["libraries"]))
-    return "\n".join(lines) + "\n"
+        libraries += ["", f"### Line {record['line']}", "", _library_table(record["libraries"])]
+    return "\n".join([*lines, *libraries]) + "\n"
 
 
 def terminal(record: Mapping[str, Any], rows: Catalogue) -> str:
     """The table of one line with short names, and what is missing, as plain text."""
-    skus = list(record["skus"])
-    rows_ = [
-        ["family", *(f"{sku} {record['skus'][sku]}" for sku in skus)],
+    skus = record["skus"]
+    grid = [
+        ["family", *(f"{name} {arch}" for name, arch in skus.items())],
         *(
             [name, *(_cell(cells[sku]).replace("\\*", "*").replace("**", "") for sku in skus)]
             for name, cells in record["coverage"].items()
         ),
     ]
-    widths = [max(map(len, column)) for column in zip(*rows_, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     lines = [f"line {record['line']}, vLLM {record['vllm']}"]
-    for row in rows_:
+    for row in grid:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         lines.append("  ".join(cells).rstrip())
     return "\n".join([*lines, *_problems(record, rows)]).rstrip() + "\n"
@@ -82,7 +80,7 @@ def terminal(record: Mapping[str, Any], rows: Catalogue) -> str:
 
 def _cell(cell: Mapping[str, Any]) -> str:
     if cell["verdict"] is None:
-        return NONE
+        return "-"
     missing = cell["verdict"] == "missing"
     text = "missing" if missing else " + ".join(cell["codes"])
     if cell["needed_by"] is None:

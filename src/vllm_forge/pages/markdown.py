@@ -1,8 +1,10 @@
-"""Markdown of the generated pages."""
+"""Tables and blocks of the generated pages."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
 
 from vllm_forge.errors import UsageError
 
@@ -21,23 +23,27 @@ def _cell(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
 
 
+def terminal_table(head: Sequence[str], rows: Iterable[Sequence[str]], **settings: Any) -> Table:
+    """A table for a terminal, which folds its cells."""
+    grid = Table(**settings)
+    for name in head:
+        grid.add_column(name, overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    return grid
+
+
 def put_block(page: str, name: str, content: str, *, where: str) -> str:
-    """The page with the text between two marks replaced.
+    """Replace a page's text between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``.
 
-    The marks are the lines ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``.
-
-    Args:
-        page: a page written by hand.
-        name: the block's.
-        content: its new text.
-        where: the page's path, for the error.
+    ``where`` is the page's path, for the error.
 
     Raises:
         UsageError: the marks are missing.
     """
     begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
-    head, found, rest = page.partition(begin)
+    head, opened, rest = page.partition(begin)
     _, closed, tail = rest.partition(end)
-    if not found or not closed:
+    if not opened or not closed:
         raise UsageError(f"missing {begin} ... {end}", where=where, remedy="add both lines")
     return f"{head}{begin}\n{content}\n{end}{tail}"

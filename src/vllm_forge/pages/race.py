@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,6 @@ from vllm_forge.pages.markdown import table
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from vllm_forge.project import Project
-
 Row = dict[str, Any]
 CONFIDENCE = 0.999
 # The order of columns, and how they are called there.
@@ -22,7 +19,7 @@ TOOLS = (
     "locks zero", "NaN left", "watchdog", "red zones", "memcheck", "initcheck", "racecheck",
     "synccheck", "SASS audit",
 )  # fmt: skip
-STATIC = {"SASS audit"}
+STATIC = "SASS audit"
 HEAD = """# Marlin MoE under concurrent decode
 
 Whether the kernel that serves the experts gives the same bits launch after launch, within a bound
@@ -44,60 +41,54 @@ shared memory only. The audit reads the machine code.
 """
 
 
-def page(project: Project) -> str:
-    """docs/generated/race.md."""
-    return render(json.loads((project.records / "race.json").read_text(encoding="utf-8")))
-
-
-def render(data: Row) -> str:
-    """The page, from the record."""
-    if not data["runs"]:
-        return HEAD + NOT_RUN
-    return HEAD + "".join(_run(entry["run"], entry["rows"]) for entry in data["runs"])
+def race(data: Row) -> str:
+    """The page of records/race.json."""
+    return HEAD + ("".join(_run(entry["run"], entry["rows"]) for entry in data["runs"]) or NOT_RUN)
 
 
 def _run(run: Row, rows: list[Row]) -> str:
     count = {name: sum(row["outcome"] == name for row in rows) for name in ("passed", "failed")}
     others = len(rows) - sum(count.values())
-    parts = [
+    lines = [
         f"\n## {run['name']}, line {run['line']}, tier {run['tier']}\n",
         f"{run['started']}, driver {run['driver']}, tree {run['tree'][:12]}, suite "
         f"{run['suite_sha256'][:12]}. {len(rows)} tests of the tier are of this kernel: "
         f"{count['passed']} passed, {count['failed']} failed, {others} not run.\n",
-        _failed(rows),
-        _launches(rows),
-        _controls(rows),
-        _numerics(rows),
-        _memory(rows),
     ]
-    return "\n".join(part for part in parts if part)
+    if bad := [row for row in rows if row["outcome"] != "passed"]:
+        bad_tests = [f"* `{row['test']}`: {row.get('why') or row['outcome']}" for row in bad]
+        lines += ["Not passed:\n", *bad_tests, ""]
+    kinds = {kind: group for (kind,), group in _grouped(rows, "kind")}
+    numerics = kinds.get("numerics", []) + kinds.get("partitions", [])
+    lines += _launches(kinds.get("bitwise", []))
+    lines += _controls(kinds.get("control", []), kinds.get("table", []))
+    lines += _numerics(numerics, kinds.get("kill", []))
+    lines += _memory(kinds.get("red_zones", []), kinds.get("sanitizer", []))
+    return "\n".join(lines)
 
 
-def _failed(rows: list[Row]) -> str:
-    bad = [row for row in rows if row["outcome"] != "passed"]
+def _grouped(rows: Iterable[Row], *keys: str) -> list[tuple[tuple[str, ...], list[Row]]]:
+    """Values of the keys ("" if missing) and their rows, sorted by the values."""
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row.get(key, "") for key in keys)].append(row)
+    return sorted(groups.items())
+
+
+def _launches(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    bad = sum(row["differ"] + row["dirty"] for row in rows)
+    summary = f"{bad} launches are wrong."
     if not bad:
-        return ""
-    lines = [f"* `{row['test']}`: {row.get('why') or row['outcome']}" for row in bad]
-    return "\n".join(["Not passed:\n", *lines, ""])
-
-
-def _launches(rows: list[Row]) -> str:
-    bitwise = [row for row in rows if row.get("kind") == "bitwise"]
-    if not bitwise:
-        return ""
-    total = sum(row["launches"] for row in bitwise)
-    bad = sum(row["differ"] + row["dirty"] for row in bitwise)
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in bitwise:
-        groups[row["format"], row["mode"]].append(row)
+        summary = f"In total: {exclusion(sum(row['launches'] for row in rows))}."
     cells = [
-        (form, mode, len(group), *(_sum(group, key) for key in ("launches", "differ", "dirty")),
+        (*place, len(group), *(_sum(group, key) for key in ("launches", "differ", "dirty")),
          _most(group))
-        for (form, mode), group in sorted(groups.items())
+        for place, group in _grouped(rows, "format", "mode")
     ]  # fmt: skip
-    summary = f"In total: {exclusion(total)}." if not bad else f"{bad} launches are wrong."
     head = ("format", "around it", "cells", "launches", "differ", "locks left", "of the bound")
-    return "\n".join(["### Launches\n", summary + "\n", table(head, cells), ""])
+    return ["### Launches\n", summary + "\n", table(head, cells), ""]
 
 
 def exclusion(launches: int) -> str:
@@ -109,83 +100,68 @@ def exclusion(launches: int) -> str:
     return f"{launches:,} clean launches exclude p > {rate:.1e} at {100 * CONFIDENCE:g} %"
 
 
-def _controls(rows: list[Row]) -> str:
+def _controls(controls: list[Row], tables: list[Row]) -> list[str]:
     detected: dict[str, dict[str, bool]] = defaultdict(dict)
     what: dict[str, str] = {}
-    for row in rows:
-        if row.get("kind") == "control":
-            what.setdefault(row["fault"], row.get("what", ""))
-            what[row["fault"]] = what[row["fault"]] or row.get("what", "")
-            for tool in row["tools"]:
-                detected[row["fault"]][tool] = tool in row["seen"]
-        elif row.get("kind") == "table":
-            for build in row["builds"]:
-                detected[build].setdefault(row["tool"], row.get(f"sees {build}", False))
+    for row in controls:
+        fault = row["fault"]
+        what[fault] = what.get(fault) or row.get("what", "")
+        detected[fault] |= {tool: tool in row["seen"] for tool in row["tools"]}
+    for row in tables:
+        for build in row["builds"]:
+            detected[build].setdefault(row["tool"], row.get(f"sees {build}", False))
     if not detected:
-        return ""
+        return []
+    marks = {None: "", True: "X", False: "."}
     cells = [
-        (f"`{fault}`", *(_mark(tools.get(tool)) for tool in TOOLS))
+        (f"`{fault}`", *(marks[tools.get(tool)] for tool in TOOLS))
         for fault, tools in detected.items()
     ]
-    blind = [
+    lines = ["### Faults and what detects them\n", table(("fault", *TOOLS), cells), MEANING]
+    lines += [*(f"* `{fault}`: {text}" for fault, text in what.items()), ""]
+    if blind := [
         f"* `{fault}`: {what.get(fault, '')}"
         for fault, tools in detected.items()
-        if not any(tools.get(tool) for tool in TOOLS if tool not in STATIC)
+        if not any(tools.get(tool) for tool in TOOLS if tool != STATIC)
         and not what.get(fault, "").startswith(("no fault", "clean"))
-    ]
-    names = [f"* `{fault}`: {text}" for fault, text in what.items()]
-    out = ["### Faults and what detects them\n", table(("fault", *TOOLS), cells), MEANING]
-    out += [*names, ""]
-    if blind:
-        out += ["Not detected by anything that runs the kernel:\n", *blind, ""]
-    spared = [
+    ]:
+        lines += ["Not detected by anything that runs the kernel:\n", *blind, ""]
+    if spared := [
         f"* `{row['fault']}` by {', '.join(row['tools'])}: {reason}"
-        for row in rows
+        for row in controls
         if (reason := row.get("why_not_required")) and not row["seen"]
-    ]
-    if spared:
-        out += ["Tried, not detected, and not required:\n", *spared, ""]
-    return "\n".join(out)
+    ]:
+        lines += ["Tried, not detected, and not required:\n", *spared, ""]
+    return lines
 
 
-def _numerics(rows: list[Row]) -> str:
-    numerics = [row for row in rows if row.get("kind") in {"numerics", "partitions"}]
-    kills = [row for row in rows if row.get("kind") == "kill"]
-    if not numerics and not kills:
-        return ""
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in numerics:
-        groups[row["format"]].append(row)
+def _numerics(rows: list[Row], kills: list[Row]) -> list[str]:
+    if not rows and not kills:
+        return []
     cells = [
-        (form, _sum(group, "launches"), _most(group),
-         _sum(group, "weights"), _sum(group, "wrong"))
-        for form, group in sorted(groups.items())
-    ]  # fmt: skip
+        (form, _sum(group, "launches"), _most(group), _sum(group, "weights"), _sum(group, "wrong"))
+        for (form,), group in _grouped(rows, "format")
+    ]
     head = ("format", "launches", "of the bound, at most", "weights read", "wrong")
     planted, killed = _sum(kills, "planted"), _sum(kills, "killed")
     summary = f"Faults planted in weights and results: {killed} of {planted} detected."
-    return "\n".join(["### Numerics\n", table(head, cells), "", summary, ""])
+    return ["### Numerics\n", table(head, cells), "", summary, ""]
 
 
-def _memory(rows: list[Row]) -> str:
-    out = [
+def _memory(red_zones: list[Row], sanitizers: list[Row]) -> list[str]:
+    lines = [
         f"{row['launches']} launches between red zones: {row['bad']} buffers written around, "
         f"{row['nan']} results with NaN."
-        for row in rows
-        if row.get("kind") == "red_zones"
+        for row in red_zones
     ]
-    checkers = [
-        (row["tool"], row["build"], sum(r["count"] for r in row["reports"]), len(row["new"]))
-        for row in rows
-        if row.get("kind") == "sanitizer"
-    ]
-    if checkers:
-        out += ["", table(("checker", "build", "reports", "not in the baseline"), checkers)]
-    return "\n".join(["### Memory\n", *out, ""]) if out else ""
-
-
-def _mark(seen: bool | None) -> str:
-    return "" if seen is None else "X" if seen else "."
+    if sanitizers:
+        checkers = [
+            (row["tool"], row["build"], sum(r["count"] for r in row["reports"]), len(row["new"]))
+            for row in sanitizers
+        ]
+        head = ("checker", "build", "reports", "not in the baseline")
+        lines += ["", table(head, checkers)]
+    return ["### Memory\n", *lines, ""] if lines else []
 
 
 def _most(rows: Iterable[Row]) -> str:

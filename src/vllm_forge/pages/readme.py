@@ -11,6 +11,7 @@ import vllm_forge
 from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.pages.markdown import table
 from vllm_forge.patches import read_series
+from vllm_forge.serve.deployment import presets_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,18 +47,21 @@ def skus_table(project: Project) -> str:
     rows = []
     arches = [sku.arch for sku in matrix.sku.values()]
     for name, sku in matrix.sku.items():
-        presets = [
-            row.removeprefix(f"{name}-") for row in matrix.preset if row.startswith(f"{name}-")
-        ]
         alone = arches.count(sku.arch) == 1  # as noxfile.py names its sessions
         session = f"nox -s build-{sku.arch.replace('_', '') if alone else name}"
-        rows.append([sku.device, name, f"`{session}`", ", ".join(f"`{p}`" for p in presets)])
+        rows.append(
+            [
+                sku.device,
+                name,
+                f"`{session}`",
+                ", ".join(f"`{p}`" for p in presets_of(matrix, name)),
+            ]
+        )
     return table(["GPU", "SKU", "build", "presets"], rows)
 
 
-def exit_codes(project: Project) -> str:
+def exit_codes(_: Project) -> str:
     """docs/generated/exit-codes.md."""
-    del project
     for module in pkgutil.walk_packages(vllm_forge.__path__, "vllm_forge."):
         if module.name.endswith(".errors"):
             importlib.import_module(module.name)

@@ -6,71 +6,67 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.host import atomic_path
 from vllm_forge.matrix import schema_text
-from vllm_forge.pages import (
-    checks,
-    coverage,
-    drift,
-    measurements,
-    race,
-    readme,
-    seed_installer,
-    selection,
-    status,
-    verdicts,
-)
+from vllm_forge.pages.checkpoints import checks, verdicts
+from vllm_forge.pages.coverage import coverage
 from vllm_forge.pages.errors import StalePageError
 from vllm_forge.pages.markdown import put_block
+from vllm_forge.pages.measurements import measurements, sizes
+from vllm_forge.pages.patches import drift, seed_installer
+from vllm_forge.pages.race import race
+from vllm_forge.pages.readme import exit_codes, lines_table, skus_table
+from vllm_forge.pages.selection import selection
+from vllm_forge.pages.status import status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from vllm_forge.project import Project
 
 # Path from the root of the checkout -> its whole text.
 PAGES: dict[str, Callable[[Project], str]] = {
-    "docs/generated/checks.md": checks.page,
-    "docs/generated/coverage.md": coverage.page,
-    "docs/generated/drift.md": drift.page,
-    "docs/generated/exit-codes.md": readme.exit_codes,
-    "docs/generated/measurements.md": measurements.page,
-    "docs/generated/race.md": race.page,
-    "docs/generated/seed-installer.md": seed_installer.page,
-    "docs/generated/selection.md": selection.page,
-    "docs/generated/sizes.md": measurements.sizes_page,
-    "docs/generated/status.md": status.page,
-    "docs/generated/verdicts.md": verdicts.page,
-    "matrix.schema.json": lambda project: schema_text(),
+    "docs/generated/checks.md": checks,
+    "docs/generated/coverage.md": coverage,
+    "docs/generated/drift.md": lambda project: drift(project.read_json("records/drift.json")),
+    "docs/generated/exit-codes.md": exit_codes,
+    "docs/generated/measurements.md": measurements,
+    "docs/generated/race.md": lambda project: race(project.read_json("records/race.json")),
+    "docs/generated/seed-installer.md": seed_installer,
+    "docs/generated/selection.md": selection,
+    "docs/generated/sizes.md": (
+        lambda project: sizes(project.read_json("benchmarks/results/sizes.json"))
+    ),
+    "docs/generated/status.md": status,
+    "docs/generated/verdicts.md": verdicts,
+    "matrix.schema.json": lambda _: schema_text(),
 }
 # Path -> name of each generated block of a page written by hand -> the block's text.
 BLOCKS: dict[str, dict[str, Callable[[Project], str]]] = {
-    "README.md": {"lines": readme.lines_table, "skus": readme.skus_table},
+    "README.md": {"lines": lines_table, "skus": skus_table},
 }
 
 
-def render(project: Project, path: str) -> str:
-    """The text that a page should have.
-
-    Raises:
-        UsageError: a page written by hand lacks the marks of its block.
-        ForgeError: the records cannot be read.
-    """
-    if path in PAGES:
-        return PAGES[path](project)
-    text = (project.root / path).read_text(encoding="utf-8")
-    for name, make in BLOCKS[path].items():
-        text = put_block(text, name, make(project), where=path)
-    return text
+def _stale(project: Project, paths: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Path and right text of these pages (default: all) that are missing or differ."""
+    for path in paths or (*PAGES, *BLOCKS):
+        target = project.root / path
+        current = target.read_text(encoding="utf-8") if target.exists() else None
+        if path in PAGES:
+            text = PAGES[path](project)
+        else:
+            text = target.read_text(encoding="utf-8")
+            for name, make in BLOCKS[path].items():
+                text = put_block(text, name, make(project), where=path)
+        if current != text:
+            yield path, text
 
 
 def write_pages(project: Project, *paths: str) -> list[str]:
     """Write these pages (default: all); returns those that changed."""
     changed = []
-    for path in paths or (*PAGES, *BLOCKS):
-        text, target = render(project, path), project.root / path
-        if not target.exists() or target.read_text(encoding="utf-8") != text:
-            with atomic_path(target) as aside:
-                aside.write_text(text, encoding="utf-8")
-            changed.append(path)
+    for path, text in _stale(project, paths):
+        with atomic_path(project.root / path) as aside:
+            aside.write_text(text, encoding="utf-8")
+        changed.append(path)
     return changed
 
 
@@ -80,12 +76,7 @@ def check_pages(project: Project, *paths: str) -> None:
     Raises:
         StalePageError: some differ, or are missing.
     """
-    stale = []
-    for path in paths or (*PAGES, *BLOCKS):
-        target = project.root / path
-        if not target.exists() or target.read_text(encoding="utf-8") != render(project, path):
-            stale.append(path)
-    if stale:
+    if stale := [path for path, _ in _stale(project, paths)]:
         raise StalePageError(
             f"{len(stale)} generated pages are out of date",
             where=", ".join(stale),

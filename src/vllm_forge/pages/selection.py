@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from vllm_forge.kernels.selection.questions import GRID_ARGUMENTS
 from vllm_forge.kernels.selection.record import read_selection, selection_path
-from vllm_forge.pages import markdown
+from vllm_forge.pages.markdown import table, terminal_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from vllm_forge.kernels.selection.model import Answer, Choice
+    from rich.table import Table
+
+    from vllm_forge.kernels.selection.model import Answer, Choice, Draft
     from vllm_forge.kernels.selection.record import Rows, SelectionRecord
     from vllm_forge.project import Project
 
@@ -60,8 +60,16 @@ What vLLM said of the candidates for the routed experts that it passed over.
 """
 
 
-def page(project: Project) -> str:
-    """docs/generated/selection.md, of the lines that have a record."""
+GRID_COLUMNS = ("SKU", "artifact", "experts", "clamp")
+MORE_COLUMNS = ("linear", "attention", "draft", "refused")
+PRESET_COLUMNS = (
+    "preset", "artifact", "experts", "clamp", "draft", "decode graphs", "KV cache", "refused",
+)  # fmt: skip
+REASON_COLUMNS = ("SKU", "artifact", "taken", "passed over")
+
+
+def selection(project: Project) -> str:
+    """The page of the lines that have a record."""
     names = [name for name in project.matrix.line if selection_path(project.records, name).exists()]
     return render([read_selection(project.records, name) for name in names])
 
@@ -76,76 +84,73 @@ def render(lines: Sequence[SelectionRecord]) -> str:
             "made": recorded.made,
             "arguments": " ".join(GRID_ARGUMENTS),
         }
-        same = {tuple(row) for row in _grid_cells(recorded.rows)}
-        others = [row for row in _grid_cells(recorded.published) if tuple(row) not in same]
-        columns = _grid_columns(recorded.rows)
-        parts += [GRID.format(**words), _markdown(columns, _grid_cells(recorded.rows))]
+        grid = list(_grid_rows(recorded.rows))
+        others = [row for row in _grid_rows(recorded.published) if row not in grid]
+        with_ = dict.fromkeys(name for row in grid for name in row if name.startswith("with "))
+        columns = (*GRID_COLUMNS, *with_, *MORE_COLUMNS)
+        presets = [
+            dict(zip(("preset", "artifact"), question.name.split("/")[1:], strict=True))
+            | _cells(answer)
+            for question, answer in recorded.rows
+            if question.name.startswith("preset/")
+        ]
+        parts += [GRID.format(**words), _markdown(columns, grid)]
         parts += [PUBLISHED.format(**words), _markdown(columns, others)]
-        parts += [PRESETS.format(**words)]
-        parts += [_markdown(PRESET_COLUMNS, _preset_cells(recorded.rows))]
+        parts += [PRESETS.format(**words), _markdown(PRESET_COLUMNS, presets)]
         parts += [REASONS.format(**words), _markdown(REASON_COLUMNS, _reasons(recorded.rows))]
     return "\n".join(parts) + "\n"
 
 
-def table(recorded: SelectionRecord) -> Table:
+def selection_table(recorded: SelectionRecord) -> Table:
     """The grid of a line, for a terminal."""
-    made = Table(title=f"line {recorded.line_name}, vLLM {recorded.vllm}", show_lines=True)
-    for column in ("SKU", "artifact", "experts", "attention", "draft", "refused"):
-        made.add_column(column, overflow="fold")
+    rows = []
     for sku, artifact, answer, others in _grid(recorded.rows):
         experts = [_moe(answer), *(f"{n}: {_with(answer, o)}" for n, o in others.items())]
-        made.add_row(
-            sku,
-            artifact,
-            "\n".join(experts),
-            _chosen(answer.attention),
-            _draft(answer),
-            _refused(answer),
-        )
-    return made
-
-
-MORE_COLUMNS = ("linear", "attention", "draft", "refused")
-PLACE = 2  # SKU and artifact
-PRESET_COLUMNS = (
-    "preset", "artifact", "experts", "clamp", "draft", "decode graphs", "KV cache", "refused",
-)  # fmt: skip
-REASON_COLUMNS = ("SKU", "artifact", "taken", "passed over")
+        cells = _cells(answer) | {"SKU": sku, "artifact": artifact, "experts": "\n".join(experts)}
+        rows.append(cells)
+    columns = ("SKU", "artifact", "experts", "attention", "draft", "refused")
+    title = f"line {recorded.line_name}, vLLM {recorded.vllm}"
+    cells_of = ([row[name] for name in columns] for row in rows)
+    return terminal_table(columns, cells_of, title=title, show_lines=True)
 
 
 def _grid(rows: Rows) -> Iterator[tuple[str, str, Answer, dict[str, Answer]]]:
     """SKU, artifact, its answer, and the answers with a variable set."""
-    grid: dict[tuple[str, ...], Answer] = {}
-    for question, answer in rows:
-        kind, *place = question.name.split("/")
-        if kind == "grid":
-            grid[tuple(place)] = answer
-    for where, answer in grid.items():
-        if len(where) == PLACE:
-            others = {p[-1]: a for p, a in grid.items() if p[:-1] == where}
-            sku, artifact = where
-            yield sku, artifact, answer, others
+    answers = {tuple(question.name.split("/")): answer for question, answer in rows}
+    for place, answer in answers.items():
+        if place[0] == "grid" and len(place) == len(("grid", "SKU", "artifact")):
+            others = {p[-1]: other for p, other in answers.items() if p[:-1] == place}
+            yield place[1], place[2], answer, others
 
 
-def _grid_columns(rows: Rows) -> tuple[str, ...]:
-    variables = dict.fromkeys(name for *_, others in _grid(rows) for name in others)
-    with_ = (f"with `{name}`" for name in variables)
-    return ("SKU", "artifact", "experts", "clamp", *with_, *MORE_COLUMNS)
-
-
-def _grid_cells(rows: Rows) -> Iterator[list[str]]:
+def _grid_rows(rows: Rows) -> Iterator[dict[str, str]]:
     for sku, artifact, answer, others in _grid(rows):
-        yield [
-            sku,
-            artifact,
-            _experts(answer),
-            NONE if answer.moe is None else answer.moe.clamp,
-            *(_with(answer, other) for other in others.values()),
-            _chosen(answer.linear),
-            _chosen(answer.attention),
-            _draft(answer),
-            _refused(answer),
-        ]
+        changes = {f"with `{name}`": _with(answer, other) for name, other in others.items()}
+        yield {"SKU": sku, "artifact": artifact} | _cells(answer) | changes
+
+
+def _cells(answer: Answer) -> dict[str, str]:
+    """Column -> text."""
+    moe, graphs, engine, refused = answer.moe, answer.cuda_graphs, answer.engine, answer.refused
+    cells = dict.fromkeys(
+        ("experts", "clamp", "draft", "decode graphs", "KV cache", "refused"), NONE
+    )
+    cells |= {"linear": _chosen(answer.linear), "attention": _chosen(answer.attention)}
+    if moe is not None:
+        cells["experts"] = f"{_chosen(moe)} ({_scheme(answer.experts_scheme)})"
+        cells["clamp"] = moe.clamp
+    if answer.draft is not None:
+        cells["draft"] = _scheme(answer.draft.experts_scheme)
+        if answer.draft.moe is not None:
+            cells["draft"] += f": {_moe(answer.draft)}"
+    if graphs is not None:
+        largest = max(graphs.sizes, default=0)
+        cells["decode graphs"] = f"{largest} of {graphs.needed}, {graphs.mode}"
+    if engine is not None:
+        cells["KV cache"] = f"{engine.kv_cache_dtype}, {engine.block_size}"
+    if refused is not None:
+        cells["refused"] = f"{refused.kind}: {refused.message}"
+    return cells
 
 
 def _with(answer: Answer, other: Answer) -> str:
@@ -155,42 +160,8 @@ def _with(answer: Answer, other: Answer) -> str:
     return "the same" if _moe(answer) == _moe(other) else _moe(other)
 
 
-def _moe(answer: Answer) -> str:
-    return NONE if answer.moe is None else f"{_chosen(answer.moe)}, clamp {answer.moe.clamp}"
-
-
-def _preset_cells(rows: Rows) -> Iterator[list[str]]:
-    for question, answer in rows:
-        kind, preset, artifact, *_ = question.name.split("/")
-        if kind != "preset":
-            continue
-        graphs, engine = answer.cuda_graphs, answer.engine
-        yield [
-            preset,
-            artifact,
-            _experts(answer),
-            NONE if answer.moe is None else answer.moe.clamp,
-            _draft(answer),
-            NONE
-            if graphs is None
-            else f"{max(graphs.sizes, default=0)} of {graphs.needed}, {graphs.mode}",
-            NONE if engine is None else f"{engine.kv_cache_dtype}, {engine.block_size}",
-            _refused(answer),
-        ]
-
-
-def _experts(answer: Answer) -> str:
-    if answer.moe is None:
-        return NONE
-    return f"{_chosen(answer.moe)} ({_scheme(answer.experts_scheme)})"
-
-
-def _draft(answer: Answer) -> str:
-    if answer.draft is None:
-        return NONE
-    moe = answer.draft.moe
-    scheme = _scheme(answer.draft.experts_scheme)
-    return scheme if moe is None else f"{scheme}: {_chosen(moe)}, clamp {moe.clamp}"
+def _moe(part: Answer | Draft) -> str:
+    return NONE if part.moe is None else f"{_chosen(part.moe)}, clamp {part.moe.clamp}"
 
 
 def _scheme(name: str | None) -> str:
@@ -204,17 +175,14 @@ def _chosen(choice: Choice | None) -> str:
     return NONE if choice is None or choice.chosen is None else choice.chosen
 
 
-def _refused(answer: Answer) -> str:
-    return NONE if answer.refused is None else f"{answer.refused.kind}: {answer.refused.message}"
-
-
-def _reasons(rows: Rows) -> Iterator[list[str]]:
+def _reasons(rows: Rows) -> Iterator[dict[str, str]]:
     for sku, artifact, answer, _ in _grid(rows):
         if answer.moe is not None:
             passed = [f"{row.candidate}: {row.reason}" for row in answer.moe.rejected]
-            yield [sku, artifact, _chosen(answer.moe), "<br>".join(passed) or NONE]
+            cells = (sku, artifact, _chosen(answer.moe), "<br>".join(passed) or NONE)
+            yield dict(zip(REASON_COLUMNS, cells, strict=True))
 
 
-def _markdown(head: Sequence[str], rows: Iterable[list[str]]) -> str:
-    rows = list(rows)
-    return markdown.table(head, rows) if rows else "None."
+def _markdown(columns: Sequence[str], rows: Iterable[dict[str, str]]) -> str:
+    cells = [[row.get(name, NONE) for name in columns] for row in rows]
+    return table(columns, cells) if cells else "None."

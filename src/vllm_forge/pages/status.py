@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from vllm_forge.errors import ForgeError
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from vllm_forge.matrix import Matrix
     from vllm_forge.project import Project
     from vllm_forge.receipts.envelope import Receipt
     from vllm_forge.receipts.statement import Detail
@@ -37,8 +37,8 @@ FOOT = """
 """
 
 
-def page(project: Project) -> str:
-    """docs/generated/status.md."""
+def status(project: Project) -> str:
+    """The page, from the committed receipts."""
     keys = read_keys(project.root / FOLDER / KEYS)
     valid, refused = [], []
     for path in receipt_paths(project.root):
@@ -54,36 +54,33 @@ def page(project: Project) -> str:
 
 
 def status_text(project: Project, receipts: Sequence[Receipt]) -> str:
-    """The page: SKU by line and tier."""
-    matrix, tiers = project.matrix, list(read_tiers(project.root))
-    columns = [(line, tier) for line in matrix.line for tier in tiers]
+    """The page, from the valid receipts: SKU by line and tier."""
+    matrix = project.matrix
+    links = defaultdict(list)
+    for receipt in receipts:
+        detail = receipt.statement.detail
+        seal = "" if receipt.signed_by else ", unsigned"
+        text = f"{detail.kind}{seal}, {detail.finished.date()}"
+        links[detail.sku, detail.line, detail.tier].append(_link(text, receipt))
+    columns = [(line, tier) for line in matrix.line for tier in read_tiers(project.root)]
     rows = [
-        [sku, *(_cell(matrix, sku, line, tier, receipts) for line, tier in columns)]
+        [
+            sku,
+            *(
+                "unsupported"
+                if sku in matrix.line[line].unsupported
+                else ", ".join(links[sku, line, tier]) or NOT_RUN
+                for line, tier in columns
+            ),
+        ]
         for sku in matrix.sku
     ]
     grid = table(["SKU", *(f"{line}, {tier}" for line, tier in columns)], rows)
     return HEAD + grid + "\n" + _evidence(receipts) + _kernels(project.root, receipts) + FOOT
 
 
-def _cell(matrix: Matrix, sku: str, line: str, tier: str, receipts: Sequence[Receipt]) -> str:
-    if sku in matrix.line[line].unsupported:
-        return "unsupported"
-    of_cell = [
-        receipt
-        for receipt in receipts
-        if (receipt.statement.detail.sku, receipt.statement.detail.line) == (sku, line)
-        and receipt.statement.detail.tier == tier
-    ]
-    return ", ".join(f"[{_kind(receipt)}]({_link(receipt)})" for receipt in of_cell) or NOT_RUN
-
-
-def _kind(receipt: Receipt) -> str:
-    seal = "" if receipt.signed_by else ", unsigned"
-    return f"{receipt.statement.detail.kind}{seal}, {receipt.statement.detail.finished.date()}"
-
-
-def _link(receipt: Receipt) -> str:
-    return f"../../{FOLDER}/{receipt.path.parent.name}/{receipt.path.name}"
+def _link(text: str, receipt: Receipt) -> str:
+    return f"[{text}](../../{FOLDER}/{receipt.path.parent.name}/{receipt.path.name})"
 
 
 def _evidence(receipts: Sequence[Receipt]) -> str:
@@ -95,44 +92,38 @@ def _evidence(receipts: Sequence[Receipt]) -> str:
         detail = receipt.statement.detail
         rows.append(
             [
-                f"[{detail.sku} {detail.line} {detail.tier}]({_link(receipt)})",
+                _link(f"{detail.sku} {detail.line} {detail.tier}", receipt),
                 detail.gpus[0].name,
                 detail.gpus[0].driver,
-                _departures(detail),
+                # The receipt has each as a sentence. An image has none.
+                str(len(detail.differences) or "none"),
                 len(receipt.statement.predicate.passed),
                 f"{(detail.finished - detail.started).total_seconds():.0f} s",
-                _closest(receipt),
+                _closest(detail),
             ]
         )
     return "\n" + table(columns.split(", "), rows) + "\n"
 
 
-def _departures(detail: Detail) -> str:
-    """How many; the receipt has each as a sentence. An image has none."""
-    return str(len(detail.differences)) if detail.differences else "none"
-
-
 def _kernels(root: Path, receipts: Sequence[Receipt]) -> str:
     """Kernels that ran, where the recorded selection names them; a receipt that differs is void."""
-    rows = [
-        [
-            f"[{receipt.statement.detail.sku} {receipt.statement.detail.line}]({_link(receipt)})",
-            ", ".join(f"{match.what} {match.ran}" for match in matches),
-        ]
-        for receipt in receipts
-        if (matches := compare(root, receipt))
-    ]
+    rows = []
+    for receipt in receipts:
+        if kernels := compare(root, receipt):
+            detail = receipt.statement.detail
+            text = ", ".join(f"{kernel.what} {kernel.ran}" for kernel in kernels)
+            rows.append([_link(f"{detail.sku} {detail.line}", receipt), text])
     if not rows:
         return ""
     head = "What vLLM selected on the GPU is what the [kernel selection](selection.md) records:"
     return f"\n{head}\n\n{table(['receipt', 'kernels'], rows)}\n"
 
 
-def _closest(receipt: Receipt) -> str:
+def _closest(detail: Detail) -> str:
     """The test that came nearest to its bound."""
     shares = [
         (pair.measured / pair.bound, f"{name.rpartition('::')[2]}, {what}")
-        for name, test in receipt.statement.detail.tests.items()
+        for name, test in detail.tests.items()
         for what, pair in test.margins.items()
         if pair.bound > 0
     ]

@@ -45,7 +45,7 @@ from vllm_forge.kernels.selection.record import (
     write_selection,
 )
 from vllm_forge.matrix import Matrix, load
-from vllm_forge.pages.selection import render, table
+from vllm_forge.pages.selection import render, selection_table
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
@@ -417,7 +417,7 @@ def test_the_page_follows_the_rows() -> None:
     assert "| chip | model | FAST (SchemeA) | reaches | SLOW, clamp reaches |" in text
     assert "| chip | model | OLD (SchemeA) |" in text
     assert "| chip-one | model | FAST (SchemeA) |" in text
-    assert table(one).row_count == 1
+    assert selection_table(one).row_count == 1
 
 
 class TestFacts:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.race import collect, record
 
-from vllm_forge.pages.race import exclusion, render
+from vllm_forge.pages.race import exclusion, race
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
@@ -44,11 +44,11 @@ def page(tmp_path: Path, *tests: dict[str, Any], **more: Any) -> str:
     named = {f"{FOLDER}/test_x.py::t{number}": test for number, test in enumerate(tests)}
     path = tmp_path / "kernel.json"
     path.write_text(json.dumps(RUN | {"tests": named} | more))
-    return render({"runs": [collect(path)]})
+    return race({"runs": [collect(path)]})
 
 
 def test_page_without_runs_says_not_run() -> None:
-    assert "\nnot run\n" in render({"runs": []})
+    assert "\nnot run\n" in race({"runs": []})
 
 
 def test_launches_are_summed(tmp_path: Path) -> None:
