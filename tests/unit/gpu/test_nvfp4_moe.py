@@ -150,7 +150,7 @@ def test_a_checkpoint_has_the_weights() -> None:
 
 
 @pytest.mark.parametrize("sku", load(ROOT).sku)
-def test_the_backends_are_those_that_the_oracle_found(sku: str) -> None:
+def test_backends_match_kernel_selection(sku: str) -> None:
     recorded = read_selection(ROOT / "records", selected.LINE)
     answer = recorded.answers[grid_question(sku, selected.ARTIFACT)]
     marker = f"sm_{load(ROOT).sku[sku].compute_capability.replace('.', '')}"

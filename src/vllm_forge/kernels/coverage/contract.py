@@ -118,8 +118,8 @@ class FamilyFinding:
     Attributes:
         family: its name.
         coverage: what the image has of it.
-        needed_by: selections and who makes them; empty for what every cell needs.
-        exemption: the row that accepts a verdict which is not fine.
+        needed_by: questions and their selections; empty if every cell needs it.
+        exemption: the row that accepts a verdict outside FINE.
     """
 
     family: str
@@ -146,19 +146,16 @@ class Contract:
     def notes(self) -> tuple[str, ...]:
         """A line for each exception, for people who build or start the image."""
         return tuple(
-            f"{item.family}: {item.coverage.verdict}. {item.exemption.reason}"
-            for item in self.findings
-            if item.exemption is not None
+            f"{row.family}: {row.coverage.verdict}. {row.exemption.reason}"
+            for row in self.findings
+            if row.exemption is not None
         )
 
     def record(self) -> dict[str, dict[str, str]]:
         """Family -> verdict, and what it runs as; for the record of a build."""
         return {
-            item.family: {
-                "verdict": item.coverage.verdict,
-                "code": ", ".join(item.coverage.codes),
-            }
-            for item in sorted(self.findings, key=lambda item: item.family)
+            row.family: {"verdict": row.coverage.verdict, "code": ", ".join(row.coverage.codes)}
+            for row in sorted(self.findings, key=lambda row: row.family)
         }
 
     def check(self) -> None:
@@ -168,10 +165,15 @@ class Contract:
             ContractError: a family is missing and no row accepts that.
             StaleExceptionError: a row accepts a verdict that the image does not have.
         """
-        if broken := [item for item in self.findings if not item.held]:
+        if broken := [row for row in self.findings if not row.held]:
             raise ContractError(
                 f"{self.cell} needs kernels that its image does not have:\n"
-                + "\n".join(self.lines(item) for item in broken),
+                + "\n".join(
+                    f"  - {row.family}: {row.coverage.verdict}; {row.coverage.detail}\n"
+                    f"    needed by: {', '.join(row.needed_by) or 'every cell'}\n"
+                    f"    would help: {self.fixes[row.family]}"
+                    for row in broken
+                ),
                 where="src/vllm_forge/kernels/coverage/families.toml",
                 remedy="use packages that have them, or accept a missing kernel with an "
                 "[[exception]] row and its reason",
@@ -183,16 +185,6 @@ class Contract:
                 where="src/vllm_forge/kernels/coverage/families.toml, [[exception]]",
                 remedy="delete the row, or take the line or the capability out of it",
             )
-
-    def lines(self, item: FamilyFinding) -> str:
-        """A finding for people: what is wrong, who needs it, what would help."""
-        return "\n".join(
-            [
-                f"  - {item.family}: {item.coverage.verdict}; {item.coverage.detail}",
-                f"    needed by: {', '.join(item.needed_by) or 'every cell'}",
-                f"    would help: {self.fixes[item.family]}",
-            ]
-        )
 
 
 def contract(

@@ -66,11 +66,6 @@ class SelectionRecord:
         """Question's name -> answer of the release as published."""
         return {question.name: answer for question, answer in self.published}
 
-    @property
-    def questions(self) -> tuple[Question, ...]:
-        """The questions to the line with its series."""
-        return tuple(question for question, _ in self.rows)
-
     def of_device(self, name: str) -> SelectionRecord:
         """The rows for one device, without those of the release as published."""
         rows = tuple(row for row in self.rows if row[0].device.name == name)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from packaging.version import InvalidVersion, Version
 
 from vllm_forge.host import gigabytes
+from vllm_forge.serve.deployment import presets_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,11 +114,9 @@ def _other_sku(gpus: tuple[Gpu, ...], matrix: Matrix) -> str:
 
 def _smaller_preset(count: int, requirement: Requirement) -> str:
     sku = requirement.deployment.cell.sku_name
-    names = [
-        name.removeprefix(f"{sku}-")
-        for name, row in requirement.matrix.preset.items()
-        if row.sku == sku and row.tensor_parallel <= count
-    ]
+    rows = requirement.matrix.preset
+    presets = presets_of(requirement.matrix, sku)
+    names = [short for short, name in presets.items() if rows[name].tensor_parallel <= count]
     if names:
         return "choose a preset for fewer GPUs: " + ", ".join(f"--preset {name}" for name in names)
     return "use a host with more GPUs: no preset of this SKU is for fewer"
