@@ -138,8 +138,13 @@ def test(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style (ruff), types (mypy --strict), and every preset. Options: --line."""
+    """Check style, spelling, types (mypy --strict) and every preset. Options: --line."""
     if "--help" not in session.posargs:
-        for argv in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
+        for argv in (
+            ["ruff", "check", "."],
+            ["ruff", "format", "--check", "."],
+            ["codespell"],
+            ["mypy"],
+        ):
             run(tool(session, argv[0], "[test,lint]"), *argv[1:])
     forge(session, "lint")

@@ -2,7 +2,7 @@
 
 Exit codes have two parts. The tens are the room that failed, the last digit what it means for a
 script or a scheduler: 0 input was refused, 1 a red verdict, 2 no verdict (undecided), 3 a fault of
-the host, its tools or the network. Within a code, the class name tells the failures apart.
+the host, its tools or the network. Within a code, the class name distinguishes them.
 Unexpected exceptions exit with 1 and a traceback, wrong usage with 2, a signal with 128 and its
 number.
 """

@@ -115,7 +115,7 @@ def test_the_cached_variant_is_the_same(whole: Path, card: Path) -> None:
     assert ours["tensors"] == theirs["tensors"]
 
 
-def test_a_device_that_is_not_there_is_told() -> None:
+def test_a_device_that_is_not_there_is_reported() -> None:
     assert pick_device("cpu") == "cpu"
     for choice in ("cuda:99", "nonsense"):
         with pytest.raises(UsageError, match=f"--device {choice}"):

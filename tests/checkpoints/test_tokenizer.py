@@ -44,7 +44,7 @@ def test_a_whole_one_gives_ids(model: Path) -> None:
     ],
     ids=range(5),
 )
-def test_what_cannot_be_used_is_told(model: Path, file: str, text: str | None) -> None:
+def test_what_cannot_be_used_is_reported(model: Path, file: str, text: str | None) -> None:
     (model / file).unlink(missing_ok=True)
     if text is not None:
         (model / file).write_text(text)
@@ -52,13 +52,13 @@ def test_what_cannot_be_used_is_told(model: Path, file: str, text: str | None) -
         tokenize(ROWS, 100, model)
 
 
-def test_a_tokenizer_of_a_larger_model_is_told(model: Path) -> None:
+def test_a_tokenizer_of_a_larger_model_is_reported(model: Path) -> None:
     (model / CONFIG).write_text(json.dumps({"vocab_size": 2}))
     with pytest.raises(ModelInputError, match=r"config\.json has a vocabulary of 2"):
         tokenize(ROWS, 100, model)
 
 
-def test_a_template_that_renders_nothing_is_told(model: Path) -> None:
+def test_a_template_that_renders_nothing_is_reported(model: Path) -> None:
     (model / "chat_template.jinja").write_text("{# nothing #}")
     with pytest.raises(ModelInputError, match="make nothing of a conversation"):
         tokenize(ROWS, 100, model)

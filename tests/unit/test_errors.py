@@ -171,9 +171,7 @@ def test_what_the_system_refuses_is_not_a_traceback(
     assert said in capsys.readouterr().err
 
 
-def test_an_error_of_no_file_is_a_fault_of_ours(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_error_without_a_file_is_a_bug(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refused() -> str:
         raise OSError(9, "Bad file descriptor")
 

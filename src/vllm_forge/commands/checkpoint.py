@@ -88,7 +88,7 @@ def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
     line, _ = project.line(args.line)
     names = project.lines(args.line)
     if args.manifest is not None:
-        named(args.manifest)  # a mistyped name is told before anything is read
+        named(args.manifest)  # reject a mistyped name before anything is read
     if args.values is not None and (args.values < 0 or args.source is None):
         raise UsageError(
             "invalid --values: expected a number from 0 on, and --source",

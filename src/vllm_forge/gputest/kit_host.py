@@ -1,6 +1,6 @@
 """A kit on its host: take parts, join them, make an environment beside the host's, run the suite.
 
-    kit.py take               keep the parts that lie beside this file; again for the next ones
+    kit.py take               keep the parts next to this file; again for the next ones
     kit.py go OUTPUT [ARG]... join, install, run; ARG goes to tests.gpu.harness.run
 
 Stands alone on the standard library, and needs no network and no root. Works in FORGE_KIT_WORK
@@ -76,7 +76,7 @@ def require(path: Path, part: dict[str, Any]) -> None:
 
 
 def kit_id(manifest: dict[str, Any]) -> str:
-    """Tells this kit, on this Python, from others that left something in the work folder."""
+    """Distinguish this kit, on this Python, from others that left something in the work folder."""
     said = json.dumps([sys.version, [part["sha256"] for part in manifest["parts"]]])
     return hashlib.sha256(said.encode()).hexdigest()
 

@@ -265,10 +265,10 @@ def container_command(
 def unpack_tools(root: Path, bundle: Path) -> None:
     """Unpack into a bundle: what Python imports to ``tools``, the sanitizer beside it.
 
-    There its folder ``nvidia`` is no part of the Python package of that name.
+    There its folder ``nvidia`` is not part of the Python package of that name.
 
     Raises:
-        LockFileError: compute-sanitizer is not where the image is told to look for it.
+        LockFileError: compute-sanitizer is not where the image looks for it.
     """
     wheelhouse = Wheelhouse()
     for folder, wheels in (("tools", test_tools(root)), ("sanitizer", sanitizer(root))):

@@ -32,7 +32,7 @@ console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 def printable(text: str) -> str:
     """Text of others, as a terminal may have it.
 
-    What would move its cursor or colour it, and bytes of a path that are no UTF-8, become escapes;
+    What would move its cursor or colour it, and bytes of a path that are not UTF-8, become escapes;
     lines stay lines.
     """
     return "".join(

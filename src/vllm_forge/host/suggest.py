@@ -18,7 +18,7 @@ def suggestion(word: str, known: Iterable[str], *, least: float = 0.5, listed: b
         least: similarity from which a word is near, 0 to 1.
         listed: where none is near, list all: `` (known: x, y)``.
     """
-    names = {name.lstrip("-"): name for name in sorted(known)}  # dashes are no similarity
+    names = {name.lstrip("-"): name for name in sorted(known)}  # dashes do not count
     if near := difflib.get_close_matches(word.lstrip("-"), names, n=1, cutoff=least):
         return f" (did you mean {names[near[0]]!r}?)"
     return f" (known: {', '.join(names.values())})" if listed else ""

@@ -123,7 +123,7 @@ def _require_canonical(repo: SourceRepo, patch: Patch, before: str, after: str) 
 def _refusal(
     repo: SourceRepo, base: str, patch: Patch, said: str, index: dict[str, str]
 ) -> Exception:
-    """The error that tells best why git refused."""
+    """The error that best explains why git refused."""
     # "while searching for:" is followed by lines of code; the line after those says where.
     errors = [line for line in said.splitlines() if line.startswith("error:")]
     first = next((line for line in errors if "while searching for" not in line), said.strip())

@@ -1,4 +1,4 @@
-"""What was decided about every upstream change that users of these images are told to apply."""
+"""What was decided about every upstream change that users of these images are advised to apply."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FILE = "dispositions.toml"  # beside the folders of the lines
 ALL = "all"
 NEEDS = {"carried": ("patch",), "retired": ("landed", "where"), "refused": ("proof",)}
-# What a decision stands on, each looked at by a test.
+# Evidence of a decision; a test checks each.
 GROUNDS = ("patch", "where", "proof", "not_served", "no_preset", "undecided")
 
 
@@ -43,7 +43,7 @@ class Decision(FrozenModel):
         if missing:
             raise ValueError(f"{self.status} needs {' and '.join(missing)}")
         if all(getattr(self, name) is None for name in GROUNDS):
-            raise ValueError(f"stands on its reason alone; give one of {', '.join(GROUNDS)}")
+            raise ValueError(f"needs evidence: one of {', '.join(GROUNDS)}")
         return self
 
 

@@ -73,7 +73,7 @@ class NonCanonicalPatchError(ForgeError, exit_code=REFUSED):
 
 
 class PatchHeaderError(ForgeError, exit_code=REFUSED):
-    """A patch's DEP-3 header lacks a field, or has one that is not known."""
+    """A patch's DEP-3 header lacks a field, or has an unknown one."""
 
 
 class LineEndingError(ForgeError, exit_code=REFUSED):

@@ -45,7 +45,7 @@ class Words:
     count: dict[bytes, int] = field(default_factory=lambda: defaultdict(int))
 
     def weight(self, word: bytes) -> float:
-        """How much a word tells: nothing when many files have it."""
+        """Weight of a word: none when many files have it."""
         files = self.count.get(word, 0)
         if self.files == 0 or files > max(2, COMMON * self.files):
             return 0.0

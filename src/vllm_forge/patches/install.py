@@ -1,6 +1,6 @@
 """The series on a vLLM that is installed already: all files or none, and back again.
 
-A file is either as published or as patched; which, its git blob hash tells. So there is no
+A file is either as published or as patched, by its git blob hash. So there is no
 journal: after a kill -9 in the middle the next run sees a mixture, says so, and ``--revert``
 makes it whole. Files are written aside and renamed, which also leaves a package cache that
 they were hard-linked from as it is.

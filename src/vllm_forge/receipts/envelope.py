@@ -69,7 +69,7 @@ def write_receipt(folder: Path, statement: Statement, key: Path | None = None) -
         key: an Ed25519 private key in PEM; without it the receipt is unsigned.
 
     Raises:
-        ReceiptKeyError: the file is not such a key.
+        ReceiptKeyError: the file is not an Ed25519 key.
     """
     envelope = Envelope(canonical(statement), PAYLOAD_TYPE, {})
     if key is not None:

@@ -30,7 +30,7 @@ class ReceiptSuiteError(ForgeError, exit_code=UNDECIDED):
 
 
 class ReceiptIncompleteError(ForgeError, exit_code=RED):
-    """A receipt lacks a test of its suite, or has one that is not green."""
+    """A receipt lacks a test of its suite, or has a failed one."""
 
 
 class SuiteDescriptionError(ForgeError, exit_code=REFUSED):

@@ -1,4 +1,4 @@
-"""Source archives as git trees: the ground that patches stand on.
+"""Source archives as git trees: the base of the patches.
 
 An archive is imported with ``git fast-import``: no checkout, no filters, no line-ending
 rules, so that the tree's hash depends on nothing but the archive's files and their modes.

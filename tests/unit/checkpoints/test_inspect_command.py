@@ -118,7 +118,7 @@ def test_an_index_alone_leaves_it_unknown(
     assert "needs headers" in report["lines"][0]["why"][0]
 
 
-def test_an_index_alone_tells_what_names_tell(
+def test_index_alone_gives_what_names_give(
     layouts: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     index = layouts("missing-experts") / "model.safetensors.index.json"
@@ -134,7 +134,7 @@ def test_a_dry_load_needs_headers(layouts: Callable[[str], Path]) -> None:
     assert code == UsageError.exit_code
 
 
-def test_a_source_tells_what_was_rounded(
+def test_source_shows_what_was_rounded(
     layouts: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _run(layouts("downcast"), "--json", "--source", str(layouts("bf16"))) == DEPARTS
@@ -172,7 +172,7 @@ def test_values_are_compared(
         (["nowhere", "--resolv", "vllm"], 2, "--resolve"),
     ],
 )
-def test_bad_arguments_are_told(
+def test_bad_arguments_are_reported(
     arguments: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["checkpoint", "inspect", *arguments]) == code
@@ -180,7 +180,7 @@ def test_bad_arguments_are_told(
 
 
 class TestDryLoad:
-    def test_where_it_is_not_ready_rules_judge_and_that_is_told(
+    def test_rules_judge_where_it_is_not_ready_and_that_is_reported(
         self,
         layouts: Callable[[str], Path],
         monkeypatch: pytest.MonkeyPatch,
@@ -215,7 +215,7 @@ class TestDryLoad:
             f"vLLM {v} itself, in a dry load" for v in ("0.22.1", "0.26.0", "0.33.0")
         }
 
-    def test_a_host_that_cannot_mount_is_told(
+    def test_a_host_that_cannot_mount_is_reported(
         self, root: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
 

@@ -200,17 +200,17 @@ def test_a_form_is_judged_as_vllm_takes_it(name: str, folders: Callable[[str], P
 
 
 class TestPlaces:
-    def test_a_name_that_is_too_long_is_told(self) -> None:
+    def test_a_name_that_is_too_long_is_reported(self) -> None:
         with pytest.raises(CheckpointUnreadableError, match="too long"):
             find_source("x" * 5000)
 
-    def test_a_config_that_is_too_long_is_told(self, tmp_path: Path) -> None:
+    def test_a_config_that_is_too_long_is_reported(self, tmp_path: Path) -> None:
         with (tmp_path / "config.json").open("wb") as file:
             file.truncate(MAX_TEXT + 1)  # a hole
         with pytest.raises(CheckpointUnreadableError, match="bytes, more than"):
             Checkpoint.open(Folder(tmp_path))
 
-    def test_a_folder_that_is_no_utf8_can_be_printed(self, tmp_path: Path) -> None:
+    def test_folder_that_is_not_utf8_can_be_printed(self, tmp_path: Path) -> None:
         folder = tmp_path / "\udcff\x1b"
         folder.mkdir()
         assert str(Folder(folder)).endswith("\\udcff\\x1b")

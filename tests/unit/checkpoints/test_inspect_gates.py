@@ -281,9 +281,7 @@ class TestConfig:
             "weights that would be quantized are not",
         } <= titles
 
-    def test_a_target_that_is_no_pattern(
-        self, layouts: Callable[[str], Path], tmp_path: Path
-    ) -> None:
+    def test_invalid_target_pattern(self, layouts: Callable[[str], Path], tmp_path: Path) -> None:
         groups = self._groups("re:.*(")
         found = _named(self._with(layouts, tmp_path / "x", config_groups=groups), "G11")
         assert [f.title for f in found] == ["a rule is not a regular expression"]
@@ -408,7 +406,7 @@ class TestProfile:
             Profile(replace(checkpoint, config={**checkpoint.config, **change}))
 
 
-def test_alike_names_are_told_once() -> None:
+def test_alike_names_are_reported_once() -> None:
     names = [f"layers.{n}.ffn.gate.bias" for n in range(40)] + ["mtp.0.ffn.gate.bias"]
     assert (
         summarize(names) == "41 tensors: layers.0.ffn.gate.bias and 39 like it, mtp.0.ffn.gate.bias"

@@ -132,7 +132,7 @@ def test_no_tensor_data_is_read_but_single_scales(tmp_path: Path) -> None:
     assert place.bytes_read < 8 * 4 * len(scalars)
 
 
-def test_a_file_that_shrinks_is_told(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_is_reported(tmp_path: Path) -> None:
     folder = layout(tmp_path, "card")
     place = Folder(folder)
     first = next(name for name in place.sizes if name.endswith(".safetensors"))
@@ -162,12 +162,12 @@ class TestLook:
             Checkpoint.open(self._folder(tmp_path, **files))
 
     @pytest.mark.parametrize("index", [b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}'])
-    def test_an_index_without_a_map_is_told(self, tmp_path: Path, index: bytes) -> None:
+    def test_an_index_without_a_map_is_reported(self, tmp_path: Path, index: bytes) -> None:
         (tmp_path / "model.safetensors.index.json").write_bytes(index)
         with pytest.raises(CheckpointUnreadableError, match="no weight_map"):
             Checkpoint.open(self._folder(tmp_path, config__json=b"{}"))
 
-    def test_a_tensor_in_two_shards_is_told(self, tmp_path: Path) -> None:
+    def test_a_tensor_in_two_shards_is_reported(self, tmp_path: Path) -> None:
         data = save({"model.norm.a": np.zeros(1)}), save({"norm.a": np.zeros(1)})
         (tmp_path / "one.safetensors").write_bytes(data[0])
         (tmp_path / "two.safetensors").write_bytes(data[1])

@@ -134,6 +134,6 @@ def test_rules_name_no_format_that_is_not_stored() -> None:
             assert Format.UNKNOWN not in rule.formats, name
 
 
-def test_a_mistyped_manifest_is_told() -> None:
+def test_a_mistyped_manifest_is_reported() -> None:
     with pytest.raises(UsageError, match="did you mean 'nvidia-nvfp4'"):
         named("nvidia-nvpf4")

@@ -42,7 +42,7 @@ def test_a_rule_is_a_name_a_class_or_a_pattern(rule: str, name: str, told: bool)
     assert matches(rule, name) is told
 
 
-def test_nonsense_is_told() -> None:
+def test_nonsense_is_reported() -> None:
     assert not is_rule("re:(")
     assert is_rule("(")
     with pytest.raises(BadPatternError):
@@ -81,7 +81,7 @@ def test_experts_are_asked_for_by_other_names_since_0_32() -> None:
         (["mtp.0.ffn.gate.weight"], Drafter.UNKNOWN),
     ],
 )
-def test_a_drafter_is_told_by_what_only_it_has(names: list[str], drafter: Drafter) -> None:
+def test_drafter_is_recognized_by_its_own_tensors(names: list[str], drafter: Drafter) -> None:
     assert drafter_of(names) is drafter
 
 
@@ -108,7 +108,7 @@ def test_a_dspark_layout_is_one(tmp_path: Path) -> None:
         ({"weight": "F64"}, Format.UNKNOWN),
     ],
 )
-def test_a_format_is_told_by_what_is_read(dtypes: dict[str, str], kind: Format) -> None:
+def test_format_is_recognized_by_what_is_read(dtypes: dict[str, str], kind: Format) -> None:
     assert recognize(dtypes) is kind
 
 
@@ -162,7 +162,7 @@ class TestRecord:
         (folder / "manifest.json").write_text(json.dumps(content))
         return {f.title for f in find_all(profile_of(folder)) if f.check == "record"}
 
-    def test_the_same_is_no_finding(self, card: Path) -> None:
+    def test_no_finding_for_equal_values(self, card: Path) -> None:
         assert self._titles(card, {"tensors": self._rows(card)}) == set()
 
     @pytest.mark.parametrize(
@@ -173,12 +173,12 @@ class TestRecord:
             ("file", "other", "dtype, shape or shard is not as recorded in manifest.json"),
         ],
     )
-    def test_a_change_is_told(self, card: Path, change: str, value: Any, title: str) -> None:
+    def test_a_change_is_reported(self, card: Path, change: str, value: Any, title: str) -> None:
         rows = self._rows(card)
         rows["norm.weight"][change] = value
         assert self._titles(card, {"tensors": rows}) == {title}
 
-    def test_one_too_few_and_one_too_many_are_told(self, card: Path) -> None:
+    def test_one_too_few_and_one_too_many_are_reported(self, card: Path) -> None:
         rows = self._rows(card)
         rows["ghost.weight"] = rows.pop("norm.weight")
         assert self._titles(card, {"tensors": rows}) == {
@@ -187,5 +187,5 @@ class TestRecord:
         }
 
     @pytest.mark.parametrize("content", [[], {}, {"tensors": []}, {"tensors": {"a": {}}}])
-    def test_another_file_of_that_name_is_told(self, card: Path, content: Any) -> None:
+    def test_another_file_of_that_name_is_reported(self, card: Path, content: Any) -> None:
         assert self._titles(card, content) == {"manifest.json cannot be read"}

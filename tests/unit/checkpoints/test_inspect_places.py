@@ -55,12 +55,12 @@ def test_a_folder_whose_shards_are_missing_is_an_index_alone(card: Path, tmp_pat
 
 
 @pytest.mark.parametrize("wanted", ["nothing", "./nothing/here", "/nothing", "a/b/c", "~/x/y"])
-def test_what_cannot_be_one_is_told(wanted: str) -> None:
+def test_what_cannot_be_one_is_reported(wanted: str) -> None:
     with pytest.raises(CheckpointUnreadableError, match="is not a directory"):
         find_source(wanted)
 
 
-def test_another_file_is_told(card: Path) -> None:
+def test_another_file_is_reported(card: Path) -> None:
     with pytest.raises(CheckpointUnreadableError, match="is not a directory, a model"):
         find_source(str(card / "config.json"))
 
@@ -87,7 +87,7 @@ class TestHub:
         hub.ranges = False
         assert Profile(Checkpoint.open("owner/name")).tensors == profile_of(card).tensors
 
-    def test_an_answer_that_is_too_short_is_told(self, hub: HubServer) -> None:
+    def test_an_answer_that_is_too_short_is_reported(self, hub: HubServer) -> None:
         place = find_source("owner/name")
         hub.short = 1
         with pytest.raises(CheckpointUnreadableError, match="expected 10 bytes, got 9"):
@@ -98,17 +98,17 @@ class TestHub:
         assert place.read("config.json", 5, 5) == b""
         assert hub.served == 0
 
-    def test_another_repository_is_told(self, hub: HubServer) -> None:
+    def test_another_repository_is_reported(self, hub: HubServer) -> None:
         with pytest.raises(HubUnreachableError, match="cannot read owner/other") as error:
             HubRepository("owner/other")
         assert error.value.where == hub.url
 
-    def test_a_gated_one_is_told(self, hub: HubServer) -> None:
+    def test_a_gated_one_is_reported(self, hub: HubServer) -> None:
         hub.gated = True
         with pytest.raises(HubUnreachableError, match="HF_TOKEN"):
             HubRepository("owner/name")
 
-    def test_a_host_that_refuses_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_host_that_refuses_is_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))  # nobody listens
             monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")

@@ -225,7 +225,7 @@ TAMPERED: dict[str, tuple[Callable[[dict[str, bytes]], Any], int, str]] = {
 
 
 @pytest.mark.parametrize("name", TAMPERED)
-def test_a_lie_is_told(name: str, card: dict[str, bytes]) -> None:
+def test_a_lie_is_reported(name: str, card: dict[str, bytes]) -> None:
     change, code, words = TAMPERED[name]
     files = dict(card)
     change(files)
@@ -318,7 +318,7 @@ class TestDigests:
     def _run(self, folder: Path, *options: str) -> int:
         return main(["checkpoint", "inspect", str(folder), "--resolve=rules", *options])
 
-    def test_one_other_byte_is_told(
+    def test_one_other_byte_is_reported(
         self, recorded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setenv("VLLM_FORGE_ROOT", str(ROOT))

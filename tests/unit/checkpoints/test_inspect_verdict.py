@@ -207,7 +207,7 @@ class TestDryLoad:
         assert verdict.outcome is Outcome.WITHOUT
         assert "as DSpark: vLLM stops: unknown method" in verdict.why[-1]
 
-    def test_modules_are_told(self, card: Profile) -> None:
+    def test_modules_are_reported(self, card: Profile) -> None:
         rows = [{"module": "layers.N.x", "method": "A", "scheme": "S", "count": 42},
                 {"module": "layers.N.x", "method": "B", "scheme": "", "count": 1}]  # fmt: skip
         answer = Answer(target=_load(modules=rows), drafts={"mtp": _load()})

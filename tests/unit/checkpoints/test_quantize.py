@@ -166,7 +166,7 @@ class TestConversations:
         assert read_conversations(tmp_path / "x.jsonl", 1)[0][0]["content"] == "a\u2028b"
 
     @pytest.mark.parametrize("name", [".", "x" * 300])
-    def test_what_is_no_file_is_told(self, tmp_path: Path, name: str) -> None:
+    def test_missing_file_is_reported(self, tmp_path: Path, name: str) -> None:
         with pytest.raises(RecipeError, match="cannot be read"):
             read_conversations(tmp_path / name, 1)
 

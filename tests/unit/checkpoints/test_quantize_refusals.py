@@ -64,7 +64,7 @@ def test_a_disk_that_others_fill_stops_it_and_the_rest_is_made_later(
     assert quantize(job, tmp_path / "out")
 
 
-def test_a_disk_that_may_not_be_written_is_told(
+def test_a_disk_that_may_not_be_written_is_reported(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _failing(errno.EROFS, monkeypatch)
@@ -72,7 +72,7 @@ def test_a_disk_that_may_not_be_written_is_told(
         quantize(job, tmp_path / "out")
 
 
-def test_a_plan_that_is_no_plan_is_told(job: Job, tmp_path: Path) -> None:
+def test_invalid_plan_is_reported(job: Job, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     for text in ("{", "[]", "\0"):
         (tmp_path / "out.partial" / "plan.json").write_text(text)
@@ -88,9 +88,7 @@ def test_folders_in_each_other_are_refused(output: str, job: Job, tmp_path: Path
     assert not (tmp_path / "bf16" / "inside").exists()
 
 
-def test_an_output_is_taken_unless_a_run_of_ours_was_about_to_tidy_up(
-    job: Job, tmp_path: Path
-) -> None:
+def test_output_is_taken_unless_a_run_was_about_to_tidy_up(job: Job, tmp_path: Path) -> None:
     output, partial = tmp_path / "out", tmp_path / "out.partial"
     check_output(job.source.folder, output)
     output.mkdir()
@@ -114,13 +112,13 @@ def test_an_output_without_a_name_of_its_own_exists(
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300, "file/out"])
-def test_an_output_that_cannot_be_is_told(name: str, job: Job, tmp_path: Path) -> None:
+def test_impossible_output_is_reported(name: str, job: Job, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot create --output"):
         check_output(job.source.folder, tmp_path / name)
 
 
-def test_a_link_to_nothing_is_no_output(job: Job, tmp_path: Path) -> None:
+def test_dangling_link_as_output_is_rejected(job: Job, tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "gone")
     with pytest.raises(ResumeError, match="a link to what is not there"):
         quantize(job, tmp_path / "out")

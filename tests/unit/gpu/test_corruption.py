@@ -54,7 +54,7 @@ def test_islands(text: str, words: str) -> None:
     assert words in alarms(text)[0]
 
 
-def test_a_script_of_the_prompt_is_no_surprise() -> None:
+def test_script_of_the_prompt_is_expected() -> None:
     assert alarms("充电 means charging", "翻译: 充电") == []
     assert alarms("α + β = γ, and ∑ of x² is 𝑥") == []  # noqa: RUF001
 
@@ -90,11 +90,11 @@ def test_nan_is_impossible() -> None:
     assert impossible([math.nan, -1.0], [-0.1, -1.0]) == (0,)
 
 
-def test_a_best_that_is_none_is_impossible() -> None:
+def test_missing_best_is_impossible() -> None:
     assert impossible([-1.0, -1.0, -1.0], [-math.inf, -2.0, -1.0]) == (0, 1)
 
 
-def test_one_token_alone_is_no_burst() -> None:
+def test_one_token_is_not_a_burst() -> None:
     assert not corrupted([])
     assert not corrupted([7])
     assert not corrupted([7, 90])

@@ -366,7 +366,7 @@ def test_a_run_that_is_ended_has_the_verdicts_so_far(bundle: Path) -> None:
     assert (bundle.parent / "out" / "server" / "ended").exists()
 
 
-def test_compilers_find_their_caches_and_the_second_start_is_told(bundle: Path) -> None:
+def test_compilers_find_their_caches_and_the_second_start_is_reported(bundle: Path) -> None:
     (bundle / "tests/gpu/mtp/test_it.py").write_text(
         "import os, pathlib\n"
         "def test_it():\n"

@@ -34,6 +34,6 @@ def test_the_sentence() -> None:
 
 
 @pytest.mark.parametrize("p", [0, 1, -1])
-def test_what_is_no_probability_is_refused(p: float) -> None:
+def test_invalid_probability_is_rejected(p: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
         launches_for(p)

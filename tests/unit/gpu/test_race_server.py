@@ -30,7 +30,7 @@ class TestLoad:
     def ask(self, prompt: Sequence[int], count: int) -> list[int]:
         return exact_moe.orbit(prompt[-1], count)
 
-    def test_each_client_decodes_what_it_is_told_in_parts(self) -> None:
+    def test_each_client_decodes_its_parts(self) -> None:
         answers = ask_together(self.ask, exact_moe.orbit, 4, 500, long_prompts=False)
         assert sum(len(answer.came) for answer in answers) == 4 * 500
         assert len({answer.request for answer in answers}) == len(answers)

@@ -75,13 +75,13 @@ def test_the_largest_preset_that_fits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line", ["{", "[]", '"text"', '{"prompt": "of another endpoint"}', ""], ids=str
 )
-def test_a_line_that_is_no_prompt(line: str, tmp_path: Path) -> None:
+def test_invalid_prompt_line(line: str, tmp_path: Path) -> None:
     (tmp_path / f"{CHATS[0].name}.jsonl").write_text(f'{{"messages": []}}\n{line}\n')
     with pytest.raises(InputError, match="line 2 is not a prompt"):
         read_prompts(CHATS[0], tmp_path, 100_000)
 
 
-def test_no_prompts_are_no_workload(tmp_path: Path) -> None:
+def test_workload_without_prompts_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_prompts(CHATS[0], tmp_path, 100_000)
     (tmp_path / f"{CHATS[0].name}.jsonl").touch()

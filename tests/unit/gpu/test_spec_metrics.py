@@ -148,7 +148,7 @@ def test_gate_refuses(words: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["NaN", "+Inf", "-1.0"])
-def test_what_is_no_counter_is_not_read(golden: Callable[[str], str], value: str) -> None:
+def test_invalid_counter_is_not_read(golden: Callable[[str], str], value: str) -> None:
     text = golden("k1.txt")
     sample = next(
         row for row in text.splitlines() if row.startswith("vllm:spec_decode_num_drafts_")

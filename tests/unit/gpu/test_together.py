@@ -28,7 +28,7 @@ def one(said: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tog
     return Together(said.append)
 
 
-def test_the_longest_begins_first_and_each_is_told_of(one: Together, said: list[str]) -> None:
+def test_longest_begins_first_and_each_is_reported(one: Together, said: list[str]) -> None:
     begun: list[str] = []
 
     def begin(name: str) -> str:

@@ -133,7 +133,7 @@ def test_an_image_whose_manifest_nobody_knows_is_refused(
             find_image(Engines(docker=f"sha256:c0|7ree|{known}"), NAME, layout)
 
 
-def test_a_damaged_build_is_told(built: Image) -> None:
+def test_a_damaged_build_is_reported(built: Image) -> None:
     (built.path / "index.json").write_text("{")
     with pytest.raises(LayoutError):
         find_image(Engines(docker="sha256:c0|7ree|"), NAME, built.path)

@@ -294,7 +294,7 @@ def test_what_is_to_travel_is_looked_for_first(make: Make, tmp_path: Path, what:
         make(begun, **{what: tmp_path / "nothing"})
 
 
-def test_a_link_to_nowhere_is_no_place_for_a_kit(make: Make, tmp_path: Path) -> None:
+def test_dangling_link_as_kit_output_is_rejected(make: Make, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(KitError, match="--output exists"):
         make(lambda *_: None, output=tmp_path / "link")
@@ -371,7 +371,7 @@ def test_the_limit_is_the_kits_unless_the_host_names_another(
     assert kit_host.read_limit({"limit": 3000}) == 100
 
 
-def test_parts_are_no_larger_than_allowed_and_hashed(kit: Path) -> None:
+def test_parts_respect_the_limit_and_are_hashed(kit: Path) -> None:
     parts = json.loads((kit / "manifest.json").read_text())["parts"]
     assert len(parts) > 3
     for part in parts:
@@ -529,7 +529,7 @@ def test_invalid_manifest_is_rejected(kit: Path, tmp_path: Path, text: str) -> N
     assert done.stderr.startswith("invalid manifest.json")
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_the_run(kit: Path, tmp_path: Path) -> None:
+def test_folder_that_cannot_be_written_is_reported_first(kit: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     done = call(kit, tmp_path / "work", "go", str(tmp_path / "out"))
     assert done.stderr.splitlines()[-1].startswith("FileExistsError")
@@ -606,7 +606,7 @@ def test_kernels_compiled_elsewhere_are_reported(
     assert ("compiled" in done.stdout) == bool(moved)
 
 
-def test_no_caches_are_no_error(kit: Path, tmp_path: Path) -> None:
+def test_missing_caches_are_accepted(kit: Path, tmp_path: Path) -> None:
     """Where the suite was refused before it made any."""
     out = tmp_path / "out"
     done = call(kit, tmp_path / "work", "go", str(out), FORGE_KIT_CACHES="1")

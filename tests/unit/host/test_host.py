@@ -199,7 +199,7 @@ with exclusive("thing", wait=False):
 """
 
 
-def test_second_process_is_told_who_is_first(cache: Path) -> None:
+def test_second_process_learns_who_is_first(cache: Path) -> None:
     with exclusive("thing", wait=False):
         pass  # leaves its own number in the file
     with child(HOLD) as first:
@@ -213,7 +213,7 @@ def test_second_process_is_told_who_is_first(cache: Path) -> None:
         pass
 
 
-def test_first_process_is_told_about_us() -> None:
+def test_first_process_is_named() -> None:
     with exclusive("thing", wait=False):
         done = subprocess.run(
             [sys.executable, "-c", HOLD], capture_output=True, text=True, input="", check=False

@@ -56,5 +56,5 @@ def test_what_is_in_use_is_named_and_nothing_is_deleted(mounted: Path) -> None:
     remove(mounted)
 
 
-def test_nothing_there_is_no_error(tmp_path: Path) -> None:
+def test_missing_path_is_accepted(tmp_path: Path) -> None:
     remove(tmp_path / "missing")

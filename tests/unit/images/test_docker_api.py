@@ -133,7 +133,7 @@ def test_docker_context_is_honoured(
         check_daemon()
 
 
-def test_unknown_image_is_none(path: Path) -> None:
+def test_unknown_image_gives_none(path: Path) -> None:
     image = {"Id": "sha256:d0", "RepoDigests": ["x@sha256:d0"]}
     with docker_daemon(path, DAEMON | {"/images/x/json": image}):
         assert inspect_image("x") == image

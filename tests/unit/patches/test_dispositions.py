@@ -53,7 +53,7 @@ def test_a_lines_own_decision_goes_before_the_one_for_all(tmp_path: Path) -> Non
         ('proof = "', 'proff = "', "unknown key (did you mean 'proof'?"),
         ("refused", "carried", "carried needs patch"),
         ("refused", "retired", "retired needs landed and where"),
-        ('no_preset = "magic"\n', "", "stands on its reason alone; give one of patch, where"),
+        ('no_preset = "magic"\n', "", "needs evidence: one of patch, where"),
         ("It does harm.", "", "reason: String should have at least 1 character"),
         ("schema_version = 1", "schema_version = 2", "schema_version: Input should be 1"),
         ('about = "#1"\n', "", "disposition 1.about: Field required"),
@@ -69,7 +69,7 @@ def test_what_is_not_in_form_is_refused(tmp_path: Path, old: str, new: str, mess
     assert str(tmp_path) in str(error.value)
 
 
-def test_an_entry_that_is_no_table_is_refused(tmp_path: Path) -> None:
+def test_entry_that_is_not_a_table_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DispositionError, match="disposition 1: Input should be a valid dict"):
         read(tmp_path, "schema_version = 1\ndisposition = [1]\n")
 

@@ -298,7 +298,7 @@ def test_tests_were_changed_since(project: Project, committed: Path) -> None:
         verify_all(project, NOW)
 
 
-def test_a_tier_that_is_no_more(project: Project, committed: Path) -> None:
+def test_removed_tier(project: Project, committed: Path) -> None:
     assert committed.is_file()
     (project.root / "tests/gpu/suite.toml").write_text(SUITE.replace("tier.server", "tier.other"))
     with pytest.raises(ReceiptSuiteError, match="unknown tier server"):
@@ -511,7 +511,7 @@ def test_a_link_is_refused(project: Project, committed: Path, tmp_path: Path, wh
         verify_all(project, NOW)
 
 
-def test_folders_that_are_none(project: Project) -> None:
+def test_invalid_folders(project: Project) -> None:
     (project.root / FOLDER).mkdir()
     assert verify_all(project, NOW) == []
     (project.root / FOLDER / "keys").write_text("")
@@ -524,7 +524,7 @@ def test_folders_that_are_none(project: Project) -> None:
         verify_all(project, NOW)
 
 
-def test_packages_that_are_no_file(project: Project, committed: Path) -> None:
+def test_packages_that_are_not_a_file(project: Project, committed: Path) -> None:
     path = committed.with_name("environment.txt")
     path.unlink()
     path.mkdir()
@@ -532,7 +532,7 @@ def test_packages_that_are_no_file(project: Project, committed: Path) -> None:
         verify_all(project, NOW)
 
 
-def test_what_a_killed_writer_left_is_no_receipt(project: Project, committed: Path) -> None:
+def test_file_of_a_killed_writer_is_not_a_receipt(project: Project, committed: Path) -> None:
     left = committed.parent / f".tmp-{committed.name}-abcdefgh"
     left.mkdir()
     (left / committed.name).write_text("{")
@@ -659,7 +659,7 @@ class TestMakeReceipt:
         (found,) = verify_all(project, datetime.now(UTC))
         assert f"{FILE}::test_two[1]" in found.statement.predicate.passed
 
-    def test_a_key_that_is_none_or_not_trusted_leaves_nothing(
+    def test_invalid_or_untrusted_key_leaves_nothing(
         self, project: Project, result: dict[str, Any], tmp_path: Path, keys: tuple[Path, Path]
     ) -> None:
         path = self.write(tmp_path / "out", result)
@@ -727,7 +727,7 @@ def test_a_test_for_another_gpu_served_nothing(project: Project, result: dict[st
     assert preset_state(project.root, found.held, *SERVED.values()) == "not run"
 
 
-def test_a_receipt_that_is_refused_runs_nothing_and_is_told(
+def test_refused_receipt_runs_nothing_and_is_reported(
     project: Project, result: dict[str, Any]
 ) -> None:
     path = receipt_of_image(project, result, **SERVED)

@@ -328,7 +328,7 @@ def test_choice_is_of_the_version(line: Line, base: Base) -> None:
 
 
 @pytest.mark.parametrize("missing", [{"sha256": None}, {"size": None}])
-def test_index_that_tells_no_hash_or_size(missing: dict[str, None], line: Line, base: Base) -> None:
+def test_index_without_hash_or_size(missing: dict[str, None], line: Line, base: Base) -> None:
     files = offer("pkg-1.0-py3-none-any.whl", **missing)
     with pytest.raises(DistributionNotFoundError, match="no sha256 or no size"):
         lock.choose_wheel("pkg", "1.0", files, lock.wheel_tags(line, base))
@@ -462,7 +462,7 @@ def test_password_of_the_index_is_not_on_the_command_line(
     assert not any("secret" in argument for argument in asked["argv"])
 
 
-def test_no_solution_is_told_in_uvs_words(
+def test_no_solution_is_reported_in_uvs_words(
     uv: Callable[..., Path], server: IndexServer, line: Line, base: Base, tmp_path: Path
 ) -> None:
     uv(err="Because a depends on b>2 and only b==1 is available ...", code=1)

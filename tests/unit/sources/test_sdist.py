@@ -81,7 +81,7 @@ def test_same_archive_same_tree_wherever(repo: SourceRepo, archive: Path, tmp_pa
     assert repo.import_archive("reversed", again) == first
 
 
-def test_leading_dot_is_no_folder(repo: SourceRepo, archive: Path, tmp_path: Path) -> None:
+def test_leading_dot_is_not_a_folder(repo: SourceRepo, archive: Path, tmp_path: Path) -> None:
     dotted = [Item(path=".", kind=tarfile.DIRTYPE, mode=0o755)]
     for item in ITEMS:
         dotted.append(dataclasses.replace(item, path=f"./{item.path}"))

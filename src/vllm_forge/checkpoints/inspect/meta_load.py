@@ -63,7 +63,7 @@ def main() -> None:
         answers = {case["name"]: _in_child(case, Path(folder)) for case in asked["cases"]}
     version = importlib.import_module("vllm").__version__
     print("\n" + json.dumps({"vllm": version, "cases": answers}), flush=True)
-    os._exit(0)  # tearing torch down takes seconds and tells nothing
+    os._exit(0)  # tearing torch down takes seconds and adds nothing
 
 
 def _in_child(case: Facts, folder: Path) -> Facts:
@@ -73,7 +73,7 @@ def _in_child(case: Facts, folder: Path) -> Facts:
         os.close(reader)
         try:
             answer = _answer(case, folder / case["name"])
-        except Exception:  # noqa: BLE001 - our own fault: the host is told, as no verdict
+        except Exception:  # noqa: BLE001 - a bug: reported to the host, as no verdict
             answer = {"fault": traceback.format_exc(limit=-4)}
         with os.fdopen(writer, "w") as out:
             json.dump(answer, out)

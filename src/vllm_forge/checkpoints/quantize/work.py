@@ -148,7 +148,7 @@ class Work:
                     remedy="delete that folder to start again, or repeat the earlier command",
                 )
         else:
-            if any(self.folder.glob("[!.]*")):  # a plan that was being written is no leftover
+            if any(self.folder.glob("[!.]*")):  # a plan that was being written is not a leftover
                 raise ResumeError(
                     "the work folder holds something else",
                     where=str(self.folder),
