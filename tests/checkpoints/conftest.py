@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vllm_forge.checkpoints.quantize.environment import SETTINGS
+from vllm_forge.project import Project
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -56,7 +57,7 @@ def variant(root: Path) -> Callable[[str], Path]:
     from vllm_forge.checkpoints.fixtures.tiny import TinySpec
     from vllm_forge.checkpoints.fixtures.variants import make_variant
 
-    return lambda name: make_variant(root, name, TinySpec(), make_with_tools)
+    return lambda name: make_variant(Project(root), name, TinySpec(), make_with_tools)
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +65,7 @@ def bf16(root: Path) -> Path:
     """The tiny BF16 model."""
     from vllm_forge.checkpoints.fixtures.variants import cached_variant
 
-    return cached_variant(root, "bf16")
+    return cached_variant(Project(root), "bf16")
 
 
 @pytest.fixture(scope="session")

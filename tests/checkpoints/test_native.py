@@ -16,6 +16,7 @@ from vllm_forge.checkpoints.fixtures.native import DECODER_EXPERT, EXPERT, LINEA
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec
 from vllm_forge.checkpoints.fixtures.variants import make_variant
 from vllm_forge.checkpoints.quantize.calibrate import load_tensor
+from vllm_forge.project import Project
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def made(root: Path) -> dict[str, Mapping[str, StoredTensor]]:
+    project, spec = Project(root), TinySpec()
     return {
-        name: Checkpoint.open(make_variant(root, name, TinySpec(), make_with_tools)).tensors
+        name: Checkpoint.open(make_variant(project, name, spec, make_with_tools)).tensors
         for name in (
             "bf16",
             "card",

@@ -172,9 +172,7 @@ def verify(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.proofs.dry_load import dry_load
 
     variants = load_variants()
-    profiles = {
-        name: Profile(Checkpoint.open(cached_variant(project.root, name))) for name in variants
-    }
+    profiles = {name: Profile(Checkpoint.open(cached_variant(project, name))) for name in variants}
     runner, dispositions = SubprocessRunner(), read_dispositions(project.root / DISPOSITIONS)
     answers = {line: dry_load(project, line, profiles, runner) for line in project.matrix.line}
     releases = {name: line.vllm for name, line in project.matrix.line.items()}
@@ -205,7 +203,7 @@ def quantize(project: Project, args: argparse.Namespace) -> None:
     if args.dry_run:
         print(forecast(source, recipe))
         return
-    enter(project.root, sys.argv[1:])
+    enter(project, sys.argv[1:])
 
     from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer, pick_device
     from vllm_forge.checkpoints.quantize.calibration import NO_DATA, calibrate_with
@@ -224,14 +222,14 @@ def fixtures(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.checkpoints.quantize.environment import enter
 
     names = args.names or list(load_variants())
-    if not all(variant_path(project.root, name).exists() for name in names):
-        enter(project.root, sys.argv[1:])
+    if not all(variant_path(project, name).exists() for name in names):
+        enter(project, sys.argv[1:])
         from vllm_forge.checkpoints.fixtures.native import make_with_tools
 
         for name in names:
-            make_variant(project.root, name, TinySpec(), make_with_tools)
+            make_variant(project, name, TinySpec(), make_with_tools)
     for name in names:
-        print(f"{name}: {variant_path(project.root, name)}")
+        print(f"{name}: {variant_path(project, name)}")
 
 
 def tools(project: Project, args: argparse.Namespace) -> None:
@@ -239,4 +237,4 @@ def tools(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.checkpoints.quantize.environment import prepare
 
     del args
-    print(prepare(project.root))
+    print(prepare(project))

@@ -31,7 +31,7 @@ def lock(project: Project, args: argparse.Namespace) -> None:
 
     if args.tools:
         with report("lock the quantization tools"):
-            console.print(str(make_tool_lock(project.root)))
+            console.print(str(make_tool_lock(project)))
         return
     name, line = project.line(args.line)
     with report(f"lock line {name}"):

@@ -19,6 +19,7 @@ from vllm_forge.patches.errors import (
     WrongContextError,
 )
 from vllm_forge.patches.installed import patch_installed
+from vllm_forge.project import Project
 from vllm_forge.sources.errors import LockFileError
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class TestPatchInstalled:
 
 class TestCommitted:
     def test_the_lock_is_current(self, root: Path) -> None:
-        environment._check_lock(root)
+        environment._check_lock(Project(root))
 
     def test_the_lock_names_no_place_and_hashes_everything(self, root: Path) -> None:
         text = (root / LOCK).read_text()
@@ -137,7 +138,7 @@ class TestPrepare:
     ) -> None:
         edit(checkout)
         with pytest.raises(LockFileError, match=said) as caught:
-            prepare(checkout)
+            prepare(Project(checkout))
         assert caught.value.remedy == "run: nox -s lock -- --tools"
         assert not (checkout / ".nox").exists()
 
@@ -145,10 +146,14 @@ class TestPrepare:
         self, checkout: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         calls = _fake_uv(checkout, monkeypatch)
-        assert prepare(checkout) == prepare(checkout) == checkout / ".nox/quantize/bin/python"
+        assert (
+            prepare(Project(checkout))
+            == prepare(Project(checkout))
+            == checkout / ".nox/quantize/bin/python"
+        )
         assert calls == ["venv", "install", "install", "patch"]
         _append(checkout / LOCK, "# another\n")
-        prepare(checkout)
+        prepare(Project(checkout))
         assert calls == ["venv", "install", "install", "patch"] * 2
 
     def test_half_made_is_made_again(self, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,8 +161,8 @@ class TestPrepare:
         with monkeypatch.context() as broken:
             broken.setattr(environment, "patch_installed", _fail)
             with pytest.raises(WrongContextError):
-                prepare(checkout)
-        prepare(checkout)
+                prepare(Project(checkout))
+        prepare(Project(checkout))
         assert calls == ["venv", "install", "install"] * 2 + ["patch"]
 
     def test_what_uv_says_is_in_the_message(
@@ -166,7 +171,7 @@ class TestPrepare:
         monkeypatch.setattr(environment, "find_uv_bin", lambda: "/bin/false")
         monkeypatch.setattr(environment, "require_disk", lambda needs: None)
         with pytest.raises(ToolEnvironmentError, match="uv venv --clear exited with 1"):
-            prepare(checkout)
+            prepare(Project(checkout))
 
 
 def _fake_uv(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -33,6 +33,7 @@ from vllm_forge.checkpoints.fixtures.variants import (
 )
 from vllm_forge.checkpoints.quantize.quantizer import quantize
 from vllm_forge.checkpoints.tensors import in_memory
+from vllm_forge.project import Project
 
 if TYPE_CHECKING:
     from vllm_forge.checkpoints.checkpoint import Checkpoint
@@ -203,35 +204,35 @@ class TestRows:
 
 class TestCache:
     def test_bf16_takes_no_tools(self, root: Path, cache: Path) -> None:
-        path = cached_variant(root, BF16, SMALL)
+        path = cached_variant(Project(root), BF16, SMALL)
         assert path.is_relative_to(cache)
         assert Checkpoint.open(path).config == SMALL.config()
 
     def test_what_takes_tools_says_so(self, root: Path) -> None:
         with pytest.raises(ToolEnvironmentError, match="'card' is made by the") as caught:
-            cached_variant(root, "redhat-no-mtp", SMALL)
+            cached_variant(Project(root), "redhat-no-mtp", SMALL)
         assert caught.value.remedy == "run: nox -s forge -- checkpoint fixtures"
 
     def test_an_unknown_one_gets_a_suggestion(self, root: Path) -> None:
         with pytest.raises(RecipeError, match="did you mean 'card'"):
-            variant_path(root, "crad")
+            variant_path(Project(root), "crad")
 
     def test_each_is_made_once_and_its_parent_too(self, root: Path, card: Checkpoint) -> None:
         calls = []
 
-        def make(root: Path, name: str, spec: TinySpec, made: str, folder: Path) -> None:
+        def make(_project: Project, name: str, spec: TinySpec, made: str, folder: Path) -> None:
             calls.append((name, made))
             apply_changes(card, only({"set": {"note": '"made"'}}), folder)
 
         for _ in range(2):
             for name in ("redhat-no-mtp", "no-aliases"):
-                make_variant(root, name, SMALL, make)
+                make_variant(Project(root), name, SMALL, make)
         assert calls == [("card", "recipe nvfp4-fp8-mtp")]
 
     def test_the_place_depends_on_what_it_is_made_from(self, root: Path, tmp_path: Path) -> None:
         other = tmp_path / "root"
         (other / "docker" / "locks").mkdir(parents=True)
         (other / "docker" / "locks" / "quantize.txt").write_text("another lock\n")
-        assert variant_path(root, "downcast") != variant_path(other, "downcast")
-        assert variant_path(root, BF16) == variant_path(other, BF16)
-        assert variant_path(root, BF16) != variant_path(root, BF16, SMALL)
+        assert variant_path(Project(root), "downcast") != variant_path(Project(other), "downcast")
+        assert variant_path(Project(root), BF16) == variant_path(Project(other), BF16)
+        assert variant_path(Project(root), BF16) != variant_path(Project(root), BF16, SMALL)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -24,6 +25,9 @@ from vllm_forge.patches import read_series
 from vllm_forge.patches.installed import patch_installed
 from vllm_forge.sources.errors import LockFileError
 from vllm_forge.sources.index import index_url
+
+if TYPE_CHECKING:
+    from vllm_forge.project import Project
 
 INPUT = Path("docker/locks/quantize.in")
 LOCK = Path("docker/locks/quantize.txt")
@@ -47,12 +51,12 @@ SETTINGS = {
 }
 
 
-def python_of(root: Path) -> Path:
+def python_of(project: Project) -> Path:
     """Interpreter of the environment, whether it is there or not."""
-    return root / FOLDER / "bin" / "python"
+    return project.root / FOLDER / "bin" / "python"
 
 
-def prepare(root: Path) -> Path:
+def prepare(project: Project) -> Path:
     """Make the environment, unless it is there and current; return its interpreter.
 
     Raises:
@@ -61,36 +65,36 @@ def prepare(root: Path) -> Path:
         DiskSpaceError: before anything is written.
         WrongContextError, ...: the patches do not fit; see patches.apply.
     """
-    folder, lock = root / FOLDER, root / LOCK
-    _check_lock(root)
-    patches = read_series(root / SERIES)
+    folder, lock = project.root / FOLDER, project.root / LOCK
+    _check_lock(project)
+    patches = read_series(project.root / SERIES)
     parts = [lock.read_bytes(), sys.version.encode()]
     parts += [patch.path.read_bytes() for patch in patches]
     stamp = folder / hashlib.sha256(b"\0".join(parts)).hexdigest()
     with exclusive("tools-quantize", wait=True):
         if stamp.exists():
-            return python_of(root)
+            return python_of(project)
         require_disk({folder: BYTES})
         with report("install the quantization tools"):
             _uv("venv", "--clear", f"--python={sys.executable}", str(folder))
-            python = f"--python={python_of(root)}"
+            python = f"--python={python_of(project)}"
             _uv("pip", "install", python, "--require-hashes", f"--requirements={lock}")
-            _uv("pip", "install", python, "--no-deps", f"--editable={root}")
-            patch_installed(_site(root), patches)
+            _uv("pip", "install", python, "--no-deps", f"--editable={project.root}")
+            patch_installed(_site(project), patches)
         stamp.touch()
-    return python_of(root)
+    return python_of(project)
 
 
-def enter(root: Path, argv: list[str]) -> None:
+def enter(project: Project, argv: list[str]) -> None:
     """Become ``python -m vllm_forge <argv>`` of the environment, unless we are it already."""
-    python = python_of(root)
-    if Path(sys.prefix) == (root / FOLDER).resolve():
+    python = python_of(project)
+    if Path(sys.prefix) == (project.root / FOLDER).resolve():
         return
-    prepare(root)
+    prepare(project)
     os.execve(python, [str(python), "-m", "vllm_forge", *argv], {**SETTINGS, **os.environ})  # noqa: S606
 
 
-def make_lock(root: Path) -> Path:
+def make_lock(project: Project) -> Path:
     """Resolve the input file and the project's dependencies, and write the lock.
 
     Raises:
@@ -99,38 +103,38 @@ def make_lock(root: Path) -> Path:
     text = _uv(
         "pip", "compile", str(INPUT), "pyproject.toml", "--quiet", "--universal", "--no-header",
         "--no-annotate", "--generate-hashes", "--only-binary=:all:",
-        f"--python-version={OLDEST_PYTHON}", cwd=root,
+        f"--python-version={OLDEST_PYTHON}", cwd=project.root,
     )  # fmt: skip
     header = [
         "# The quantization tools, for every Python from 3.11 on. Made by:",
         f"#     {COMMAND}",
         f"# Do not edit: change {INPUT.name} and make it again.",
-        f"# input: {_digest(root)}",
+        f"# input: {_digest(project)}",
     ]
-    with atomic_path(root / LOCK) as aside:
+    with atomic_path(project.root / LOCK) as aside:
         aside.write_text("\n".join([*header, text]), encoding="utf-8")
-    return root / LOCK
+    return project.root / LOCK
 
 
-def _digest(root: Path) -> str:
+def _digest(project: Project) -> str:
     """Hash of the input file."""
-    return hashlib.sha256((root / INPUT).read_bytes()).hexdigest()
+    return hashlib.sha256((project.root / INPUT).read_bytes()).hexdigest()
 
 
-def _check_lock(root: Path) -> None:
-    path = root / LOCK
+def _check_lock(project: Project) -> None:
+    path = project.root / LOCK
     again = f"run: {COMMAND}"
     if not path.is_file():
         raise LockFileError("the quantization tools have no lock", where=str(path), remedy=again)
     text = path.read_text(encoding="utf-8")
     stated = STATED.search(text)
-    if stated is None or stated["digest"] != _digest(root):
+    if stated is None or stated["digest"] != _digest(project):
         raise LockFileError(
             f"the lock was not made for what {INPUT.name} now says", where=str(path), remedy=again
         )
     locked = {canonicalize_name(row["name"]): row["version"] for row in LOCKED.finditer(text)}
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for need in map(Requirement, project["dependencies"]):
+    pyproject = tomllib.loads((project.root / "pyproject.toml").read_text(encoding="utf-8"))
+    for need in map(Requirement, pyproject["project"]["dependencies"]):
         version = locked.get(canonicalize_name(need.name))
         if version is None or version not in need.specifier:
             raise LockFileError(
@@ -140,8 +144,8 @@ def _check_lock(root: Path) -> None:
             )
 
 
-def _site(root: Path) -> Path:
-    return next((root / FOLDER / "lib").glob("python3.*/site-packages"))
+def _site(project: Project) -> Path:
+    return next((project.root / FOLDER / "lib").glob("python3.*/site-packages"))
 
 
 def _uv(*arguments: str, cwd: Path | None = None) -> str:
