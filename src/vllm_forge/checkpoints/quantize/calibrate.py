@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_forge.checkpoints.quantize.recipe import Group, Recipe
-    from vllm_forge.checkpoints.quantize.work import Hidden
     from vllm_forge.checkpoints.tensors import StoredTensor
 
 
