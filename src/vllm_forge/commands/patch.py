@@ -61,7 +61,7 @@ def check(project: Project, args: argparse.Namespace) -> None:
 def lock(project: Project, args: argparse.Namespace) -> None:
     """Apply every series to its pinned source and write the trees."""
     from vllm_forge.patches import read_series, update_line
-    from vllm_forge.patches.treelock import export_line, fetch_base, read_tree_lock
+    from vllm_forge.patches.series import export_line, fetch_base, read_tree_lock
     from vllm_forge.patches.variants import trees_of_moved
     from vllm_forge.sources import SourceRepo
 

@@ -8,11 +8,11 @@ from vllm_forge.patches.dispositions import (
     read_dispositions,
 )
 from vllm_forge.patches.header import Patch, read_patch
-from vllm_forge.patches.series import read_series
-from vllm_forge.patches.treelock import (
+from vllm_forge.patches.series import (
     TreeLock,
     check_line,
     fetch_base,
+    read_series,
     read_tree_lock,
     update_line,
 )

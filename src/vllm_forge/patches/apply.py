@@ -1,6 +1,5 @@
-"""Patches applied by git to a tree, not to files: exactly, or not at all.
+"""Patches applied by git to a tree in a throw-away index: exactly, or not at all.
 
-Everything happens in a throw-away index, so no error can leave a half-patched tree behind.
 ``git apply`` never uses fuzz, but it does move a hunk that fits at another line, and says so
 only with ``-v``; that is refused here (git-apply(1)).
 """
@@ -10,6 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Sequence
 
+    from vllm_forge.errors import ForgeError
     from vllm_forge.patches.header import Patch
     from vllm_forge.sources import SourceRepo
 
@@ -39,6 +40,49 @@ CANONICAL = (
     "diff", "--no-color", "--no-ext-diff", "--no-textconv", "--no-renames", "--full-index",
     "-U3", "--src-prefix=a/", "--dst-prefix=b/",
 )  # fmt: skip
+
+
+class TreeIndex:
+    """A git index of its own, filled with a tree; use it in a ``with`` statement."""
+
+    def __init__(self, repo: SourceRepo, tree: str | None = None) -> None:
+        self._repo = repo
+        self._tree = tree
+        self._folder = tempfile.TemporaryDirectory(prefix="vllm-forge-index-")
+        self._env = {"GIT_INDEX_FILE": str(Path(self._folder.name) / "index")}
+
+    def __enter__(self) -> TreeIndex:
+        if self._tree is not None:
+            self.git("read-tree", self._tree)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def git(self, *args: str) -> str:
+        """What git prints."""
+        return self._repo.git(*args, env=self._env).stdout.decode()
+
+    def apply(self, patch: Patch, *options: str) -> subprocess.CompletedProcess[bytes]:
+        """``git apply``; -v names moved hunks, nowarn leaves whitespace as it is."""
+        return self._repo.git(
+            "apply", "--cached", "-v", "--whitespace=nowarn", *options, "-",
+            stdin=patch.diff.encode(), env=self._env, check=False,
+        )  # fmt: skip
+
+    def reverses(self, patch: Patch) -> bool:
+        """Whether the tree has the patch's change."""
+        return self.apply(patch, "--check", "--reverse").returncode == 0
+
+    def put(self, path: str, mode: str, content: bytes) -> None:
+        """Add a file, or replace its content."""
+        blob = self._repo.git("hash-object", "-w", "--stdin", stdin=content)
+        entry = f"{mode},{blob.stdout.decode().strip()},{path}"
+        self.git("update-index", "--add", "--cacheinfo", entry)
+
+    def tree(self) -> str:
+        """Hash of the tree with all changes."""
+        return self.git("write-tree").strip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,33 +109,24 @@ def apply_series(repo: SourceRepo, base: str, patches: Sequence[Patch]) -> Appli
         OffsetError: a hunk fits at another line only.
         NonCanonicalPatchError: it applies, but git would write it in another way.
     """
-    trees: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="vllm-forge-index-") as folder:
-        index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
-        current = base
-        repo.git("read-tree", current, env=index)
+    trees = [base]
+    with TreeIndex(repo, base) as index:
         for patch in patches:
-            # -v names moved hunks; nowarn leaves whitespace as it is.
-            done = repo.git(
-                "apply", "--cached", "-v", "--whitespace=nowarn", "-",
-                stdin=patch.diff.encode(), env=index, check=False,
-            )  # fmt: skip
-            said = done.stderr.decode(errors="replace")
+            done = index.apply(patch)
+            stderr = done.stderr.decode(errors="replace")
             if done.returncode != 0:
-                raise _refusal(repo, base, patch, said, index)
-            if moved := MOVED.search(said):
+                raise _refusal(repo, base, patch, stderr, index)
+            if moved := MOVED.search(stderr):
                 raise OffsetError(
                     f"hunk {moved[1]} applies at line {moved[2]}, {moved[3]} lines from where it "
                     "says",
                     where=f"{patch.path} ({', '.join(patch.files)})",
-                    remedy="it was made for another tree: look at the new place, then export the "
-                    "patch again from this line's tree",
+                    remedy="it was made for another tree: look at the new place, then run: "
+                    "vllm-forge patch lock --export",
                 )
-            after = repo.git("write-tree", env=index).stdout.decode().strip()
-            _require_canonical(repo, patch, current, after)
-            trees.append(after)
-            current = after
-    return Applied(base=base, trees=tuple(trees))
+            trees.append(index.tree())
+            _require_canonical(repo, patch, *trees[-2:])
+    return Applied(base=base, trees=tuple(trees[1:]))
 
 
 def canonical_diff(repo: SourceRepo, before: str, after: str) -> str:
@@ -103,70 +138,51 @@ def canonical_diff(repo: SourceRepo, before: str, after: str) -> str:
 def _require_canonical(repo: SourceRepo, patch: Patch, before: str, after: str) -> None:
     expected = canonical_diff(repo, before, after)
     if patch.diff != expected:
-        wrong = next(
-            (
-                number
-                for number, (ours, theirs) in enumerate(
-                    zip(patch.diff.splitlines(), expected.splitlines(), strict=False), 1
-                )
-                if ours != theirs
-            ),
-            min(len(patch.diff.splitlines()), len(expected.splitlines())) + 1,
-        )
+        rows = zip_longest(patch.diff.splitlines(), expected.splitlines())
+        differ = (number for number, (row, canonical) in enumerate(rows, 1) if row != canonical)
         raise NonCanonicalPatchError(
-            f"the diff is not in canonical form, from its line {wrong} on",
+            f"the diff is not in canonical form from its line {next(differ, 'last')} on",
             where=str(patch.path),
-            remedy="run: nox -s forge -- patch lock --export",
+            remedy="run: vllm-forge patch lock --export",
         )
 
 
 def _refusal(
-    repo: SourceRepo, base: str, patch: Patch, said: str, index: dict[str, str]
-) -> Exception:
-    """The error that best explains why git refused."""
+    repo: SourceRepo, base: str, patch: Patch, stderr: str, index: TreeIndex
+) -> ForgeError:
+    """The error for what git refused."""
     # "while searching for:" is followed by lines of code; the line after those says where.
-    errors = [line for line in said.splitlines() if line.startswith("error:")]
-    first = next((line for line in errors if "while searching for" not in line), said.strip())
-    if "corrupt patch" in said or "patch fragment without header" in said:
+    errors = [line for line in stderr.splitlines() if line.startswith("error:")]
+    first = next((line for line in errors if "while searching for" not in line), stderr.strip())
+    where = str(patch.path)
+    if "corrupt patch" in stderr or "patch fragment without header" in stderr:
         return CorruptPatchError(
             f"git cannot read the patch: {first}",
-            where=str(patch.path),
+            where=where,
             remedy="export the change again with git",
         )
-    if "No valid patches in input" in said or "unrecognized input" in said:
-        return EmptyPatchError("git finds no hunk in the patch", where=str(patch.path))
-    if _reverses(repo, patch, index).returncode == 0:
-        with tempfile.TemporaryDirectory(prefix="vllm-forge-index-") as folder:
-            pristine = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
-            repo.git("read-tree", base, env=pristine)
-            upstream = _reverses(repo, patch, pristine).returncode == 0
-        if upstream:
-            return AlreadyUpstreamError(
-                f"{patch.name}: the release already has this change",
-                where=str(patch.path),
-                remedy="drop it: delete the file and its line in the series, and record it as "
-                "retired in dispositions.toml",
-            )
+    if "No valid patches in input" in stderr or "unrecognized input" in stderr:
+        return EmptyPatchError("git finds no hunk in the patch", where=where)
+    if index.reverses(patch):
+        with TreeIndex(repo, base) as pristine:
+            if pristine.reverses(patch):
+                return AlreadyUpstreamError(
+                    f"{patch.name}: the release already has this change",
+                    where=where,
+                    remedy="drop it: delete the file and its line in the series, and record it as "
+                    "retired in dispositions.toml",
+                )
         return AppliedTwiceError(
             f"{patch.name}: an earlier patch of the series makes this change",
-            where=str(patch.path),
+            where=where,
             remedy="delete one of the two",
         )
-    place = FAILED.search(said) or ABSENT.search(said)
+    place = FAILED.search(stderr) or ABSENT.search(stderr)
     target = place["file"] if place else ", ".join(patch.files)
     line = f":{place['line']}" if place and "line" in place.groupdict() else ""
     return WrongContextError(
         f"{patch.name} does not fit: {first}",
-        where=f"{target}{line} (from {patch.path})",
-        remedy="the code there is not what the patch was made for: look at it, then write the "
-        "patch again for this tree. GNU patch might take it with fuzz; we do not",
+        where=f"{target}{line} (from {where})",
+        remedy="the patch was made for other code: look at it, then write the patch again for "
+        "this tree. GNU patch might take it with fuzz; we do not",
     )
-
-
-def _reverses(
-    repo: SourceRepo, patch: Patch, index: dict[str, str]
-) -> subprocess.CompletedProcess[bytes]:
-    return repo.git(
-        "apply", "--cached", "--check", "--reverse", "--whitespace=nowarn", "-",
-        stdin=patch.diff.encode(), env=index, check=False,
-    )  # fmt: skip

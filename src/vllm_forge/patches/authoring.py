@@ -32,8 +32,13 @@ from vllm_forge.patches.header import (
     parse_patch,
     patch_text,
 )
-from vllm_forge.patches.series import read_series, series_text
-from vllm_forge.patches.treelock import fetch_base, lock_text, read_tree_lock
+from vllm_forge.patches.series import (
+    fetch_base,
+    lock_text,
+    read_series,
+    read_tree_lock,
+    series_text,
+)
 from vllm_forge.patches.variants import trees_of_moved
 from vllm_forge.sources import SourceRepo
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,13 +14,12 @@ from typing import TYPE_CHECKING
 from packaging.version import Version
 from unidiff.patch import PatchSet
 
-from vllm_forge.patches.apply import ABSENT, FAILED, MOVED
+from vllm_forge.patches.apply import ABSENT, FAILED, MOVED, TreeIndex
 from vllm_forge.patches.follow import Words, dense, hunk_words, locate, read_words
 from vllm_forge.patches.header import Patch, read_patch
 from vllm_forge.sources import SourceRepo
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Iterator, Sequence
 
     from vllm_forge.patches.releases import Release
@@ -103,36 +101,25 @@ def verdicts(
     found: dict[int, Verdict] = {}
     failed: dict[int, str] = {}
     patches = [read_patch(path) for path in subject.paths]
-    with tempfile.TemporaryDirectory(prefix="vllm-forge-index-") as folder:
-        index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
-        repo.git("read-tree", tree, env=index)
+    with TreeIndex(repo, tree) as index:
         for number, patch in enumerate(patches):
-            done = _apply(repo, patch, index)
-            said = done.stderr.decode(errors="replace")
+            done = index.apply(patch)
+            stderr = done.stderr.decode(errors="replace")
             if done.returncode == 0:
-                found[number] = _applies(patch, version, said)
-            elif _apply(repo, patch, index, "--check", "--reverse").returncode == 0:
+                found[number] = _applies(patch, version, stderr)
+            elif index.reverses(patch):
                 found[number] = Verdict(answer=Answer.UPSTREAM, detail="the same change")
             elif (landed := _landed(patch, version)) is not None:
                 found[number] = Verdict(answer=Answer.UPSTREAM, detail=landed)
             else:
-                failed[number] = said
-        present = set(repo.git("ls-files", env=index).stdout.decode().splitlines())
+                failed[number] = stderr
+        present = set(index.git("ls-files").splitlines())
     for number, said in failed.items():
         hunks = _hunks(repo, patches[number], subject.befores[number])
         words = _words(repo.path, tree, known)
         earlier = _words(repo.path, subject.befores[0], known)
         found[number] = _follow(_failed(hunks, said), words, earlier, present)
     return [found[number] for number in range(len(patches))]
-
-
-def _apply(
-    repo: SourceRepo, patch: Patch, index: dict[str, str], *options: str
-) -> subprocess.CompletedProcess[bytes]:
-    return repo.git(
-        "apply", "--cached", "-v", "--whitespace=nowarn", *options, "-",
-        stdin=patch.diff.encode(), env=index, check=False,
-    )  # fmt: skip
 
 
 def _applies(patch: Patch, version: str, said: str) -> Verdict:

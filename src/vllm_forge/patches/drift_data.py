@@ -14,8 +14,7 @@ from rich.progress import track
 from vllm_forge.host import atomic_path, console, report
 from vllm_forge.patches.drift import Subject, Verdict, survey
 from vllm_forge.patches.releases import Release, fetch_releases, releases_between
-from vllm_forge.patches.series import read_series
-from vllm_forge.patches.treelock import check_line
+from vllm_forge.patches.series import check_line, read_series
 from vllm_forge.patches.variants import before
 
 if TYPE_CHECKING:

@@ -11,10 +11,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_forge.host import atomic_path
+from vllm_forge.patches.apply import TreeIndex, apply_series
 from vllm_forge.patches.errors import (
     AlreadyPatchedError,
     DirtyTreeError,
@@ -22,6 +25,7 @@ from vllm_forge.patches.errors import (
     NoEnvironmentError,
     NotPatchedError,
     PartlyPatchedError,
+    WrongBaseError,
 )
 from vllm_forge.patches.wheel import (
     GENERATED,
@@ -33,11 +37,16 @@ from vllm_forge.patches.wheel import (
     replace_once,
     stamp_version,
 )
+from vllm_forge.sources import SourceRepo
 
 if TYPE_CHECKING:
-    from vllm_forge.patches.apply import Applied
-    from vllm_forge.sources import SourceRepo
+    from collections.abc import Sequence
 
+    from vllm_forge.patches.apply import Applied
+    from vllm_forge.patches.header import Patch
+
+# The series of another distribution is for its source, where the package is below src/.
+PREFIX = "src/"
 # Asked of the target's Python, which need not be able to import vLLM.
 PROBE = """
 import importlib.metadata as m, json, pathlib, sys
@@ -294,3 +303,49 @@ def _replace_all(contents: dict[Path, bytes]) -> None:
         raise
     for path, new in aside.items():
         new.rename(path)
+
+
+def patch_installed(site: Path, patches: Sequence[Patch]) -> list[Path]:
+    """Apply patches to the files below ``site``; return those that changed.
+
+    All patches are tried on a tree of their own first; then the files are replaced one by one.
+
+    Raises:
+        WrongBaseError: a file that the series touches is not installed.
+        WrongContextError, OffsetError, AlreadyUpstreamError, ...: see apply_series.
+    """
+    with tempfile.TemporaryDirectory(prefix="vllm-forge-installed-") as folder:
+        repo = SourceRepo(Path(folder) / "tree.git")
+        repo.git("init", "--quiet", "--bare")
+        base = _tree(repo, site, sorted({path for patch in patches for path in patch.files}))
+        applied = apply_series(repo, base, patches)
+        changed = _contents(repo, applied)
+    for path, content in changed.items():
+        with atomic_path(site / path) as aside:
+            aside.write_bytes(content)
+    return [site / path for path in changed]
+
+
+def _tree(repo: SourceRepo, site: Path, paths: Sequence[str]) -> str:
+    with TreeIndex(repo) as index:
+        for path in paths:
+            installed = site / path.removeprefix(PREFIX)
+            if not (path.startswith(PREFIX) and installed.is_file()):
+                raise WrongBaseError(
+                    f"the series changes {path}, which is not installed",
+                    where=str(site),
+                    remedy="the patch is for another release: see the series' folder",
+                )
+            index.put(path, "100644", installed.read_bytes())
+        return index.tree()
+
+
+def _contents(repo: SourceRepo, applied: Applied) -> dict[str, bytes]:
+    """Path below the environment's packages -> patched content."""
+    listing = repo.git(
+        "diff-tree", "-r", "-z", "--name-only", applied.base, applied.result
+    ).stdout.decode()
+    return {
+        path.removeprefix(PREFIX): repo.git("cat-file", "blob", f"{applied.result}:{path}").stdout
+        for path in filter(None, listing.split("\0"))
+    }

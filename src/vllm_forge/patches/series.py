@@ -1,15 +1,51 @@
-"""A series: the ordered list of a line's patches, exactly the patch files of its folder."""
+"""A line's folder: the ordered list of its patches, exactly its patch files, and ``lock.toml``.
+
+The lock names what the series starts from and must end at.
+"""
 
 from __future__ import annotations
 
+import tomllib
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from vllm_forge.host import atomic_path, cache_root
+from vllm_forge.patches.apply import Applied, apply_series, canonical_diff
 from vllm_forge.patches.errors import (
     AppliedTwiceError,
     PatchMissingError,
     PatchUnlistedError,
+    TreeMismatchError,
+    WrongBaseError,
 )
-from vllm_forge.patches.header import Patch, read_patch
+from vllm_forge.patches.header import SEPARATOR, Patch, header_text, read_patch
+from vllm_forge.sources import Download, Index, SourceRepo, download_all
+from vllm_forge.sources.errors import DistributionNotFoundError, LockFileError
+
+if TYPE_CHECKING:
+    from vllm_forge.matrix import Line
+
+COMMAND = "nox -s forge -- patch lock --line"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeLock:
+    """Source archive and tree hashes of a line.
+
+    Attributes:
+        sdist: file name of the source archive.
+        size: its bytes.
+        sha256: its hash.
+        base: git tree hash of its content.
+        result: git tree hash with the series applied.
+    """
+
+    sdist: str
+    size: int
+    sha256: str
+    base: str
+    result: str
 
 
 def read_series(folder: Path) -> tuple[Patch, ...]:
@@ -63,3 +99,118 @@ def series_text(folder: Path, names: list[str]) -> str:
             comments[row.strip()], pending = pending, []
     rows = [row for name in names for row in [*comments.get(name, []), name]]
     return "".join(f"{row}\n" for row in [*rows, *pending])
+
+
+def read_tree_lock(folder: Path, line_name: str) -> TreeLock:
+    """Parse ``folder/lock.toml``.
+
+    Raises:
+        LockFileError: missing or malformed.
+    """
+    path = folder / "lock.toml"
+    kinds = {field.name: int if field.type == "int" else str for field in fields(TreeLock)}
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problem = "the series has no lock"
+    except ValueError as error:  # not UTF-8, not TOML
+        problem = f"not a tree lock: {error}"
+    else:
+        if {name: type(value) for name, value in data.items()} == kinds:
+            return TreeLock(**data)
+        problem = f"not a tree lock: expected {', '.join(kinds)}"
+    raise LockFileError(problem, where=str(path), remedy=f"run: {COMMAND} {line_name}")
+
+
+def fetch_base(lock: TreeLock, version: str, repo: SourceRepo, index: Index | None = None) -> str:
+    """Tree hash of the pristine source; downloads the archive only when it is not cached.
+
+    Raises:
+        WrongBaseError: the archive's tree is not the locked one.
+        ForgeError: see download_all and SourceRepo.import_archive.
+    """
+    tree = repo.tree(version)
+    if tree is None:
+        tree = repo.import_archive(version, _archive(lock, index))
+    if tree != lock.base:
+        raise WrongBaseError(
+            f"the source tree of vLLM {version} is {tree}, the series is for {lock.base}",
+            where=str(repo.path),
+            remedy="if the cache was touched, delete it; if the release was republished, look at "
+            "what changed before you make a new lock",
+        )
+    return tree
+
+
+def check_line(root: Path, line_name: str, line: Line, repo: SourceRepo) -> Applied:
+    """Apply a line's series and compare with its lock.
+
+    Raises:
+        WrongBaseError: see fetch_base.
+        TreeMismatchError: everything applies, but the result is another tree.
+        ForgeError: see read_series and apply_series.
+    """
+    folder = root / line.series
+    patches = read_series(folder)
+    lock = read_tree_lock(folder, line_name)
+    base = fetch_base(lock, line.vllm, repo)
+    applied = apply_series(repo, base, patches)
+    if applied.result != lock.result:
+        raise TreeMismatchError(
+            f"the series gives tree {applied.result}, the lock says {lock.result}",
+            where=str(folder / "lock.toml"),
+            remedy=f"if the change is meant, run: {COMMAND} {line_name}",
+        )
+    return applied
+
+
+def update_line(root: Path, line_name: str, line: Line, repo: SourceRepo, index: Index) -> Applied:
+    """Apply a line's series and write its lock."""
+    folder = root / line.series
+    patches = read_series(folder)
+    sdist = f"vllm-{line.vllm}.tar.gz"
+    offered = next((f for f in index.files("vllm") if f.filename == sdist), None)
+    if offered is None or offered.sha256 is None or offered.size is None:
+        raise DistributionNotFoundError(f"the index does not offer {sdist}", where=index.url)
+    draft = TreeLock(sdist=sdist, size=offered.size, sha256=offered.sha256, base="", result="")
+    base = repo.import_archive(line.vllm, _archive(draft, index))
+    applied = apply_series(repo, base, patches)
+    with atomic_path(folder / "lock.toml") as aside:
+        lock = replace(draft, base=applied.base, result=applied.result)
+        aside.write_text(lock_text(lock, line_name), encoding="utf-8")
+    return applied
+
+
+def lock_text(lock: TreeLock, line_name: str) -> str:
+    """The content of lock.toml."""
+    return (
+        f"# Made by: {COMMAND} {line_name}\n"
+        f'sdist = "{lock.sdist}"\n'
+        f"size = {lock.size}\n"
+        f'sha256 = "{lock.sha256}"\n'
+        f'base = "{lock.base}"\n'
+        f'result = "{lock.result}"\n'
+    )
+
+
+def export_line(root: Path, line: Line, repo: SourceRepo, trees: list[str]) -> None:
+    """Rewrite each patch's diff in canonical form, from the trees before and after it."""
+    patches = read_series(root / line.series)
+    for patch, before, after in zip(patches, trees[:-1], trees[1:], strict=True):
+        with atomic_path(patch.path) as aside:
+            diff = canonical_diff(repo, before, after)
+            aside.write_text(header_text(patch.fields) + SEPARATOR + diff, encoding="utf-8")
+
+
+def _archive(lock: TreeLock, index: Index | None) -> Path:
+    """The source archive in the cache, downloaded if it is not there."""
+    archive = cache_root() / "sdists" / lock.sha256 / lock.sdist
+    if archive.exists():
+        return archive
+    index = index or Index()
+    url = next((f.url for f in index.files("vllm") if f.filename == lock.sdist), None)
+    if url is None:
+        raise DistributionNotFoundError(f"the index does not offer {lock.sdist}", where=index.url)
+    item = Download(url=url, sha256=lock.sha256, size=lock.size, target=archive)
+    download_all(index.session, [item])
+    return archive

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from unidiff.patch import PatchSet
 
 from vllm_forge.errors import ForgeError
-from vllm_forge.patches.apply import MOVED, apply_series
+from vllm_forge.patches.apply import MOVED, TreeIndex, apply_series
 from vllm_forge.patches.errors import AlreadyUpstreamError, InseparablePatchError, SeriesOrderError
 
 if TYPE_CHECKING:
@@ -152,18 +152,13 @@ def trees_of_moved(repo: SourceRepo, base: str, patches: Sequence[Patch]) -> lis
 
 def apply_one(repo: SourceRepo, tree: str, patch: Patch, *, moved: bool = False) -> str | None:
     """The tree after one patch, None where git refuses it; ``moved`` allows an offset."""
-    with tempfile.TemporaryDirectory(prefix="vllm-forge-index-") as folder:
-        index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
-        repo.git("read-tree", tree, env=index)
-        done = repo.git(
-            "apply", "--cached", "-v", "--whitespace=nowarn", "-",
-            stdin=patch.diff.encode(), env=index, check=False,
-        )  # fmt: skip
+    with TreeIndex(repo, tree) as index:
+        done = index.apply(patch)
         if done.returncode != 0:
             return None
         if not moved and MOVED.search(done.stderr.decode(errors="replace")):
             return None
-        return repo.git("write-tree", env=index).stdout.decode().strip()
+        return index.tree()
 
 
 def _taken_out(repo: SourceRepo, applied: Applied, patch: Patch, number: int) -> str | None:
@@ -172,25 +167,23 @@ def _taken_out(repo: SourceRepo, applied: Applied, patch: Patch, number: int) ->
     Not by applying it in reverse: a hunk at other lines may be found at the wrong ones.
     """
     trees = (applied.result, applied.trees[number], before(applied, number))
-    with tempfile.TemporaryDirectory(prefix="vllm-forge-index-") as folder:
-        index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
-        repo.git("read-tree", applied.result, env=index)
+    with (
+        TreeIndex(repo, applied.result) as index,
+        tempfile.TemporaryDirectory(prefix="vllm-forge-merge-") as folder,
+    ):
+        files = [Path(folder) / name for name in ("whole", "with", "without")]
         for path in patch.files:
-            files = []
-            for name, tree in zip(("whole", "with", "without"), trees, strict=True):
+            for file, tree in zip(files, trees, strict=True):
                 blob = repo.git("cat-file", "blob", f"{tree}:{path}", check=False)
                 if blob.returncode != 0:  # the patch, or a later one, adds or deletes the file
                     return None
-                files.append(Path(folder) / name)
-                files[-1].write_bytes(blob.stdout)
+                file.write_bytes(blob.stdout)
             merged = repo.git("merge-file", "--quiet", "-p", *map(str, files), check=False)
             if merged.returncode != 0:
                 return None
-            mode = repo.git("ls-files", "--stage", "--", path, env=index).stdout.split()[0].decode()
-            made = repo.git("hash-object", "-w", "--stdin", stdin=merged.stdout)
-            entry = f"{mode},{made.stdout.decode().strip()},{path}"
-            repo.git("update-index", "--cacheinfo", entry, env=index)
-        return repo.git("write-tree", env=index).stdout.decode().strip()
+            mode = index.git("ls-files", "--stage", "--", path).split()[0]
+            index.put(path, mode, merged.stdout)
+        return index.tree()
 
 
 def _touch(first: Patch, second: Patch) -> bool:

@@ -18,7 +18,7 @@ from vllm_forge.patches.errors import (
     WrongBaseError,
     WrongContextError,
 )
-from vllm_forge.patches.installed import patch_installed
+from vllm_forge.patches.install import patch_installed
 from vllm_forge.project import Project
 from vllm_forge.sources.errors import LockFileError
 

@@ -44,7 +44,7 @@ from vllm_forge.patches.errors import (
     WrongContextError,
 )
 from vllm_forge.patches.header import FIELDS
-from vllm_forge.patches.treelock import export_line
+from vllm_forge.patches.series import export_line
 from vllm_forge.sources import Index, SourceRepo
 from vllm_forge.sources.errors import HashMismatchError, LockFileError
 
@@ -411,7 +411,7 @@ def test_check_needs_no_index_when_the_source_is_here(
     def no_index() -> Index:
         raise AssertionError("an index was made")
 
-    monkeypatch.setattr("vllm_forge.patches.treelock.Index", no_index)
+    monkeypatch.setattr("vllm_forge.patches.series.Index", no_index)
     check_line(checkout, "9.9", row, repo)
 
 
@@ -419,7 +419,7 @@ def test_check_on_a_fresh_host(
     checkout: Path, row: Line, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_FORGE_CACHE", str(tmp_path / "fresh"))
-    monkeypatch.setattr("vllm_forge.patches.treelock.Index", lambda: index)
+    monkeypatch.setattr("vllm_forge.patches.series.Index", lambda: index)
     assert check_line(checkout, "9.9", row, SourceRepo()).result
 
 
@@ -431,7 +431,7 @@ def test_republished_source_archive_is_refused(  # noqa: PLR0917
     served = server.projects["vllm"][SDIST]
     served.content = served.content[:-1] + bytes([served.content[-1] ^ 1])
     monkeypatch.setenv("VLLM_FORGE_CACHE", str(tmp_path / "fresh"))
-    monkeypatch.setattr("vllm_forge.patches.treelock.Index", lambda: index)
+    monkeypatch.setattr("vllm_forge.patches.series.Index", lambda: index)
     fresh = SourceRepo()
     with pytest.raises(HashMismatchError):
         check_line(checkout, "9.9", row, fresh)

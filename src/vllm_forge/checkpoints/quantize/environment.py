@@ -22,7 +22,7 @@ from uv import find_uv_bin
 from vllm_forge.checkpoints.errors import ToolEnvironmentError
 from vllm_forge.host import atomic_path, exclusive, report, require_disk
 from vllm_forge.patches import read_series
-from vllm_forge.patches.installed import patch_installed
+from vllm_forge.patches.install import patch_installed
 from vllm_forge.sources.errors import LockFileError
 from vllm_forge.sources.index import index_url
 
