@@ -7,27 +7,26 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from vllm_forge.commands.parsers import JSON, LINE, SKU, Commands, Parser, command, print_json
+from vllm_forge.commands.parsers import JSON, LINE, SKU, Commands, command, option, print_json
 from vllm_forge.host import RecordingRunner, SubprocessRunner, console, gigabytes, which
 from vllm_forge.host.errors import ToolMissingError
 
 if TYPE_CHECKING:
     import argparse
 
-    from vllm_forge.images import Image
+    from vllm_forge.images import BuildOptions
     from vllm_forge.matrix import ImageCell
     from vllm_forge.project import Project
-
 
 ENGINES = ("docker", "buildah")
 
 
 def register(choices: Commands) -> None:
-    """Add this module's commands."""
-    one = command(choices, "build", build, SKU, LINE, JSON, help="build one image")
-    _inputs(one)
+    base = option("--base", default="rootfs", help="rootfs, or NAME@sha256:... of a registry")
+    base.add_argument("--output", type=Path, help="folder for the OCI layout (default: dist)")
+    one = command(choices, "build", build, SKU, LINE, JSON, base)
     one.add_argument("--engine", choices=ENGINES, help="default: the one that is installed")
     one.add_argument("--refresh-base", action="store_true", help="make rootfs and system again")
     one.add_argument("--load", action="store_true", help="also load it into the engine's store")
@@ -35,33 +34,18 @@ def register(choices: Commands) -> None:
     one.add_argument("--prewarm", type=Path, help="kernels to carry: what gpu test --caches left")
     one.add_argument("--provision", action="store_true", help="install missing build tools (apt)")
     one.add_argument("--dry-run", action="store_true", help="print the commands, do nothing")
-    one = command(
-        choices, "why-rebuild", why_rebuild, SKU, LINE, JSON,
-        help="name the inputs that changed since the last build",
-    )  # fmt: skip
-    _inputs(one)
+    one = command(choices, "why-rebuild", why_rebuild, SKU, LINE, JSON, base)
     one.add_argument("--engine", choices=ENGINES, help="default: that of the last build")
-    one = command(choices, "provision", provision, help="install the build tools (apt, as root)")
+    one = command(choices, "provision", provision)
     one.add_argument("--registry", action="store_true", help="also docker-registry, for the tests")
-    one = command(choices, "clean", clean, help="delete what the cache holds and no line needs")
+    one = command(choices, "clean", clean)
     one.add_argument("--all", action="store_true", help="everything, downloads included")
-
-
-def _inputs(one: Parser) -> None:
-    one.add_argument("--base", default="rootfs", help="rootfs, or NAME@sha256:... of a registry")
-    one.add_argument("--output", type=Path, help="folder for the OCI layout (default: dist)")
 
 
 def build(project: Project, args: argparse.Namespace) -> None:
     """Build one image."""
     from vllm_forge.gputest.caches import prewarm_of
-    from vllm_forge.images import (
-        BuildOptions,
-        build_image,
-        build_steps,
-        choose_engine,
-        resolve,
-    )
+    from vllm_forge.images import build_image, build_steps, choose_engine, resolve
     from vllm_forge.images import provision as install_tools
 
     cell = project.cell(args.sku, args.line)
@@ -71,26 +55,38 @@ def build(project: Project, args: argparse.Namespace) -> None:
     engine = choose_engine(args.engine, dry_run=args.dry_run)
     if engine.name == "buildah" and os.geteuid() != 0 and not args.dry_run:
         _as_namespace_root()
-    options = BuildOptions(
-        output=args.output or project.root / "dist",
-        base_image=None if args.base == "rootfs" else args.base,
-        refresh_base=args.refresh_base,
-        prewarm=None if args.prewarm is None else prewarm_of(cell, args.prewarm.resolve()),
-    )
+    prewarm = None if args.prewarm is None else prewarm_of(cell, args.prewarm.resolve())
+    options = _options(project, args, refresh_base=args.refresh_base, prewarm=prewarm)
     plan = resolve(project, cell, options, engine)
-    made = None
     if args.dry_run:
         build_steps(plan, runner)
     else:
-        made = build_image(plan, runner)
-    target = plan.target
+        result = build_image(plan, runner)
     if args.load:
-        engine.load(runner, target, plan.name)
+        engine.load(runner, plan.target, plan.name)
     if args.push:
-        _push(runner, target, args.push)
-    if made is not None:
-        _announce(args, made.image, fresh=made.fresh)
-        console.print(f"next: {_next_command(project, cell, args)}", markup=False)
+        _push(runner, plan.target, args.push)
+    if args.dry_run:
+        return
+    image = result.image
+    console.print(
+        f"[bold green]{'built' if result.fresh else 'up to date'}[/] {image.path}\n"
+        f"  sha256:{image.digest}  {image.size / 1e6:.0f} MB"
+    )
+    digest = f"sha256:{image.digest}"
+    document = {"image": str(image.path), "digest": digest, "built": result.fresh}
+    print_json(args, json.dumps(document))
+    console.print(f"next: {_next_command(project, cell, args)}", markup=False)
+
+
+def _options(project: Project, args: argparse.Namespace, **more: Any) -> BuildOptions:
+    from vllm_forge.images import BuildOptions
+
+    return BuildOptions(
+        output=args.output or project.root / "dist",
+        base_image=None if args.base == "rootfs" else args.base,
+        **more,
+    )
 
 
 def _as_namespace_root() -> NoReturn:
@@ -113,30 +109,22 @@ def _push(runner: RecordingRunner | SubprocessRunner, target: Path, reference: s
     )  # fmt: skip
 
 
-def _announce(args: argparse.Namespace, image: Image, *, fresh: bool) -> None:
-    console.print(
-        f"[bold green]{'built' if fresh else 'up to date'}[/] {image.path}\n"
-        f"  sha256:{image.digest}  {image.size / 1e6:.0f} MB"
-    )
-    document = {"image": str(image.path), "digest": f"sha256:{image.digest}", "built": fresh}
-    print_json(args, json.dumps(document))
-
-
 def _next_command(project: Project, cell: ImageCell, args: argparse.Namespace) -> str:
     """What a user does after this build."""
     from vllm_forge.serve.command import build_command
+    from vllm_forge.serve.deployment import presets_of
 
     if not args.load and not args.push:
         return build_command(cell)
     options = f"--sku {cell.sku_name} --line {cell.line_name}"
-    presets = [name for name, row in project.matrix.preset.items() if row.sku == cell.sku_name]
+    presets = list(presets_of(project.matrix, cell.sku_name).values())
     if not presets:
         return f"nox -s plan -- {options}"
     return f"nox -s serve -- {options} --preset {presets[0]}"
 
 
 def provision(_: Project, args: argparse.Namespace) -> None:
-    """Install the build tools on this host."""
+    """Install the build tools (apt, as root)."""
     from vllm_forge.images import provision as install_tools
 
     install_tools(SubprocessRunner(), registry=args.registry)
@@ -153,15 +141,12 @@ def clean(project: Project, args: argparse.Namespace) -> None:
 
 
 def why_rebuild(project: Project, args: argparse.Namespace) -> None:
-    """Print what differs between a build's record and its inputs now."""
-    from vllm_forge.images import BuildOptions, choose_engine, resolve
+    """Name the inputs that changed since the last build."""
+    from vllm_forge.images import choose_engine, resolve
     from vllm_forge.images.rebuild_reasons import read_record, recorded_engine, why_rebuild
 
     cell = project.cell(args.sku, args.line)
-    options = BuildOptions(
-        output=args.output or project.root / "dist",
-        base_image=None if args.base == "rootfs" else args.base,
-    )
+    options = _options(project, args)
     record = read_record(options.output / f"{cell.name}.json")
     engine = args.engine or recorded_engine(record)
     # No engine need be here: its name is one of the inputs, and that is all.

@@ -26,12 +26,8 @@ DISPOSITIONS = "patches/vllm"
 
 
 def register(choices: Commands) -> None:
-    """Add this module's commands."""
     checkpoint = group(choices, "checkpoint", help="inspect, quantize and make checkpoints")
-    one = command(
-        checkpoint, "inspect", inspect_checkpoint, EVERY_LINE, JSON,
-        help="show what a checkpoint is, and what each line does with it",
-    )  # fmt: skip
+    one = command(checkpoint, "inspect", inspect_checkpoint, EVERY_LINE, JSON)
     one.add_argument(
         "place", help="a folder, a model.safetensors.index.json, or owner/name[@revision]"
     )
@@ -53,7 +49,7 @@ def register(choices: Commands) -> None:
     one.add_argument("--without-mtp", action="store_true", help="serving without MTP is enough")
     one.add_argument("--modules", action="store_true", help="also what each module resolves to")
 
-    one = command(checkpoint, "quantize", quantize, help="quantize a BF16 DeepSeek-V4 by a recipe")
+    one = command(checkpoint, "quantize", quantize)
     one.add_argument("--model", type=Path, required=True, help="folder with the BF16 model")
     one.add_argument("--recipe", default="nvfp4-fp8-mtp", help="a row of checkpoints/recipes.toml")
     one.add_argument("--output", type=Path, required=True, help="folder that will be made")
@@ -67,17 +63,14 @@ def register(choices: Commands) -> None:
         "--dry-run", action="store_true", help="print what would be done; install and write nothing"
     )
 
-    one = command(checkpoint, "fixtures", fixtures, help="make tiny checkpoints in the cache")
+    one = command(checkpoint, "fixtures", fixtures)
     one.add_argument("names", nargs="*", metavar="VARIANT", help="default: all of variants.toml")
-    command(
-        checkpoint, "verify", verify,
-        help="let every line's vLLM load every tiny checkpoint, and record the verdicts",
-    )  # fmt: skip
-    command(checkpoint, "tools", tools, help="install the quantization tools, print their Python")
+    command(checkpoint, "verify", verify)
+    command(checkpoint, "tools", tools)
 
 
 def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
-    """Inspect a checkpoint; say what was found; refuse what does not serve on the line."""
+    """Show what a checkpoint is, and what each line does with it."""
     from vllm_forge.checkpoints.checkpoint import Checkpoint
     from vllm_forge.checkpoints.inspect.inspection import inspect
     from vllm_forge.checkpoints.inspect.manifest import named
@@ -119,34 +112,30 @@ def _dry_loads(
     """What each line's vLLM does, where it can be asked."""
     from vllm_forge.proofs.dry_load import dry_load, ready
 
-    if resolve == "rules":
-        return {}
-    if not profile.tensors:
-        if resolve == "vllm":
-            raise UsageError(
-                "a dry load needs headers, and only the index is at hand",
-                where=str(profile.checkpoint.source),
-                remedy="fetch the shards, or leave out --resolve vllm",
-            )
+    if resolve == "vllm" and not profile.tensors:
+        raise UsageError(
+            "a dry load needs headers, and only the index is at hand",
+            where=str(profile.checkpoint.source),
+            remedy="fetch the shards, or leave out --resolve vllm",
+        )
+    if resolve == "rules" or not profile.tensors:
         return {}
     answers: dict[str, Answer] = {}
     for name in names:
         if resolve == "auto" and (why := ready(project, name)):
             console.print(f"line {name} is judged by rules, without its vLLM: {why}", markup=False)
             continue
-        found = dry_load(project, name, {NAME: profile}, SubprocessRunner())
-        answers[name] = found.cases[NAME]
+        loaded = dry_load(project, name, {NAME: profile}, SubprocessRunner())
+        answers[name] = loaded.cases[NAME]
     return answers
 
 
 def _refuse(report: Report, line: str, *, without_mtp: bool) -> None:
-    """Raise for what is not as it must be."""
     verdict = report.line(line)
     if not report.serves(line, without_mtp=without_mtp):
         waive = "" if without_mtp else "; --without-mtp if serving without it is enough"
         raise CheckpointRefusedError(
-            f"line {line}: {verdict.outcome}"
-            + "".join(f"\n  - {reason}" for reason in verdict.why),
+            "\n  - ".join([f"line {line}: {verdict.outcome}", *verdict.why]),
             where=report.place,
             remedy=f"see the remedies of the findings above{waive}",
         )
@@ -159,9 +148,8 @@ def _refuse(report: Report, line: str, *, without_mtp: bool) -> None:
         )
 
 
-def verify(project: Project, args: argparse.Namespace) -> None:
-    """Inspect every tiny variant; write records/verdicts.json and its page."""
-    del args
+def verify(project: Project, _: argparse.Namespace) -> None:
+    """Let every line's vLLM load every tiny checkpoint, and record the verdicts."""
     from vllm_forge.checkpoints.checkpoint import Checkpoint
     from vllm_forge.checkpoints.fixtures.variants import cached_variant, load_variants
     from vllm_forge.checkpoints.inspect.inspection import inspect
@@ -176,21 +164,22 @@ def verify(project: Project, args: argparse.Namespace) -> None:
     runner, dispositions = SubprocessRunner(), read_dispositions(project.root / DISPOSITIONS)
     answers = {line: dry_load(project, line, profiles, runner) for line in project.matrix.line}
     releases = {name: line.vllm for name, line in project.matrix.line.items()}
+    default_line, line = project.line()
     rows = {}
     for name, profile in profiles.items():
-        told = {line: answer.cases[name] for line, answer in answers.items()}
-        report = inspect(profile, releases, dispositions, told)
-        rows[name] = variant_row(variants[name], report, project.matrix.default_line)
-    device = project.matrix.sku[project.matrix.line[project.matrix.default_line].skus[0]].device
-    found = Verdicts(vllm=releases, device=device, variants=rows)
+        loads = {line: answer.cases[name] for line, answer in answers.items()}
+        report = inspect(profile, releases, dispositions, loads)
+        rows[name] = variant_row(variants[name], report, default_line)
+    device = project.matrix.sku[line.skus[0]].device
+    record = Verdicts(vllm=releases, device=device, variants=rows)
     with atomic_path(project.root / DATA) as aside:
-        aside.write_text(found.text(), encoding="utf-8")
+        aside.write_text(record.text(), encoding="utf-8")
     write_pages(project, "docs/generated/verdicts.md")
     print(project.root / DATA)
 
 
 def quantize(project: Project, args: argparse.Namespace) -> None:
-    """Quantize a model."""
+    """Quantize a BF16 DeepSeek-V4 by a recipe."""
     from vllm_forge.checkpoints.quantize.environment import enter
     from vllm_forge.checkpoints.quantize.model import open_model
     from vllm_forge.checkpoints.quantize.quantizer import check_output, forecast
@@ -232,9 +221,8 @@ def fixtures(project: Project, args: argparse.Namespace) -> None:
         print(f"{name}: {variant_path(project, name)}")
 
 
-def tools(project: Project, args: argparse.Namespace) -> None:
-    """Install the quantization tools and print their interpreter."""
+def tools(project: Project, _: argparse.Namespace) -> None:
+    """Install the quantization tools, print their Python."""
     from vllm_forge.checkpoints.quantize.environment import prepare
 
-    del args
     print(prepare(project))

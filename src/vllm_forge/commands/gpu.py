@@ -7,14 +7,11 @@ import contextlib
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from vllm_forge.commands.parsers import LINE, SKU, Commands, Parser, command, group
+from vllm_forge.commands.parsers import LINE, SKU, Commands, command, group, option
 from vllm_forge.errors import UsageError
 from vllm_forge.host import HostProbe, console
-
-if TYPE_CHECKING:
-    from vllm_forge.project import Project
+from vllm_forge.project import Project
 
 RESULTS = "gpu-results"
 NAME = re.compile(r"\w[\w.-]*")
@@ -46,9 +43,13 @@ def _python(text: str) -> str:
 
 
 def register(choices: Commands) -> None:
-    """Add this module's commands."""
     gpu = group(choices, "gpu", help="run the GPU suite and verify its receipts")
-    one = command(gpu, "test", test, SKU, LINE, help="run the GPU suite and write receipts")
+    inputs = option(
+        "--checkpoint", action="append", default=[], metavar="NAME=DIR", help="for the suite"
+    )
+    inputs.add_argument("--workloads", type=Path, help="folder with prompts, for tier soak")
+    key = option("--key", type=Path, help="Ed25519 private key (PEM) that signs the receipt")
+    one = command(gpu, "test", test, SKU, LINE, inputs, key)
     where = one.add_mutually_exclusive_group()
     where.add_argument("--image", metavar="REF", help="in this image (default: the cell's own)")
     where.add_argument(
@@ -62,13 +63,11 @@ def register(choices: Commands) -> None:
     one.add_argument(
         "-n", dest="workers", type=_workers, help="processes: a number, or auto (one a GPU)"
     )
-    _inputs(one)
     one.add_argument("--caches", type=Path, help="folder for what JIT compilers make")
     one.add_argument("--network", action="store_true", help="let the image reach the network")
     one.add_argument("--output", type=Path, help=f"folder for results (default: dist/{RESULTS})")
-    one.add_argument("--key", type=Path, help="Ed25519 private key (PEM) that signs the receipt")
 
-    one = command(gpu, "kit", kit, SKU, LINE, help="write the suite for a GPU host offline")
+    one = command(gpu, "kit", kit, SKU, LINE, inputs)
     one.add_argument("--output", type=Path, required=True, help="folder that will be made")
     one.add_argument("--freeze", type=Path, required=True, help="the host's `pip freeze`")
     one.add_argument("--python", type=_python, default="3.12", help="version of the host's Python")
@@ -80,27 +79,18 @@ def register(choices: Commands) -> None:
         "--limit", type=_positive, default=580, help="seconds that a call on the host may take"
     )
     one.add_argument("--minutes", type=_positive, default=8, help="budget per tier")
-    _inputs(one)
     one.add_argument("--caches", type=Path, help="JIT caches of an earlier run: folder or tar")
     one.add_argument("--race", type=Path, help="compiled helpers, of tests.support.prepare_race")
     one.add_argument("--omit", action="append", default=[], metavar="PACKAGE", help="leave it out")
 
-    one = command(gpu, "receipts", receipts, help="verify all receipts, or add one")
+    one = command(gpu, "receipts", receipts, key)
     one.add_argument("--result", action="append", default=[], type=Path, help="make one of this")
-    one.add_argument("--key", type=Path, help="Ed25519 private key (PEM) that signs it")
     one.add_argument("--signed", action="store_true", help="refuse unsigned ones")
     one.add_argument("--update", action="store_true", help="write docs/generated/status.md")
 
 
-def _inputs(one: Parser) -> None:
-    one.add_argument(
-        "--checkpoint", action="append", default=[], metavar="NAME=DIR", help="for the suite"
-    )
-    one.add_argument("--workloads", type=Path, help="folder with prompts, for tier soak")
-
-
 def test(project: Project, args: argparse.Namespace) -> None:
-    """Run the suite; a receipt of each tier that is green and whole."""
+    """Run the GPU suite and write receipts."""
     from vllm_forge.gputest.launch import SuiteRun
     from vllm_forge.receipts.create import make_receipt
     from vllm_forge.receipts.suite import read_tiers
@@ -133,7 +123,7 @@ def test(project: Project, args: argparse.Namespace) -> None:
 
 
 def kit(project: Project, args: argparse.Namespace) -> None:
-    """Write a kit."""
+    """Write the suite for a GPU host offline."""
     from vllm_forge.gputest.kit import KitOptions, make_kit, parse_size
 
     cell = project.cell(args.sku, args.line)
@@ -154,22 +144,21 @@ def kit(project: Project, args: argparse.Namespace) -> None:
 
 
 def receipts(project: Project, args: argparse.Namespace) -> None:
-    """Verify every receipt; make one of a result that came back from elsewhere."""
+    """Verify all receipts, or add one."""
     from vllm_forge.pages.registry import write_pages
     from vllm_forge.receipts.create import make_receipt
     from vllm_forge.receipts.verification import describe, verify_all
 
     for result in args.result:
         print(make_receipt(project, result, args.key))
-    found = verify_all(project, signed=args.signed)
-    print(describe(found))
+    print(describe(verify_all(project, signed=args.signed)))
     if args.update:
         write_pages(project, "docs/generated/status.md")
 
 
 def _input_folders(pairs: list[str], workloads: Path | None) -> dict[str, Path]:
     """Place in the bundle -> folder, of ``NAME=DIR`` arguments and of prompts."""
-    found = {}
+    folders = {}
     for pair in pairs:
         name, _, folder = pair.partition("=")
         if not NAME.fullmatch(name) or not folder or not Path(folder).is_dir():
@@ -178,12 +167,12 @@ def _input_folders(pairs: list[str], workloads: Path | None) -> dict[str, Path]:
                 where=folder,
                 remedy="give a name and an existing directory",
             )
-        found[f"checkpoints/{name}"] = Path(folder)
+        folders[f"checkpoints/{name}"] = Path(folder)
     if workloads is not None:
         if not workloads.is_dir():
             raise UsageError(
                 f"invalid --workloads: {workloads} is not a directory",
                 remedy="give the directory with the prompts",
             )
-        found["workloads"] = workloads
-    return found
+        folders["workloads"] = workloads
+    return folders

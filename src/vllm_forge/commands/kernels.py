@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from typing import TYPE_CHECKING
 
 from vllm_forge.commands.parsers import EVERY_LINE, Commands, command, group
 from vllm_forge.host import SubprocessRunner, atomic_path, console, report
-
-if TYPE_CHECKING:
-    import argparse
-
-    from vllm_forge.project import Project
+from vllm_forge.project import Project
 
 
 def register(choices: Commands) -> None:
-    """Add this module's commands."""
     kernels = group(choices, "kernels", help="which kernels vLLM selects, and which it has")
-    one = command(
-        kernels, "select", select, EVERY_LINE,
-        help="ask each line's vLLM which kernels it selects (as root), and compare with the record",
-    )  # fmt: skip
+    one = command(kernels, "select", select, EVERY_LINE)
     one.add_argument("--record", action="store_true", help="write records/selection instead")
-    one = command(
-        kernels, "coverage", coverage, EVERY_LINE,
-        help="kernel families x SKUs: native, compiled later, missing",
-    )  # fmt: skip
+    one = command(kernels, "coverage", coverage, EVERY_LINE)
     one.add_argument("--record", action="store_true", help="also write records/coverage")
 
 
 def select(project: Project, args: argparse.Namespace) -> None:
-    """Ask, print, and compare with the record; or record the answers."""
+    """Ask each line's vLLM which kernels it selects (as root), and compare with the record."""
     from vllm_forge.kernels.selection.record import require_fresh, require_same, write_selection
     from vllm_forge.pages.registry import write_pages
     from vllm_forge.pages.selection import selection_table
@@ -54,7 +43,7 @@ def select(project: Project, args: argparse.Namespace) -> None:
 
 
 def coverage(project: Project, args: argparse.Namespace) -> None:
-    """Print the coverage of lines, and fail where a cell's contract does."""
+    """Print kernel families x SKUs (native, compiled later, missing); fail if a need is unmet."""
     from vllm_forge.images.coverage import FOLDER, line_coverage
     from vllm_forge.kernels.coverage.families import catalogue
     from vllm_forge.pages.coverage import terminal

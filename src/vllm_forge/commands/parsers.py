@@ -68,19 +68,20 @@ class _Sku(argparse.Action):
         setattr(namespace, name, values)
 
 
-def _option(*names: str, **settings: Any) -> Parser:
+def option(*names: str, **settings: Any) -> Parser:
+    """An option that several commands share, as their parent."""
     parent = Parser(add_help=False)
     parent.add_argument(*names, **settings)
     return parent
 
 
-SKU = _option("--sku", action=_Sku, help="SKU or arch of matrix.toml, e.g. b300 or sm120")
+SKU = option("--sku", action=_Sku, help="SKU or arch of matrix.toml, e.g. b300 or sm120")
 SKU.add_argument(
     "sku", nargs="?", action=_Sku, default=argparse.SUPPRESS, metavar="SKU", help="same as --sku"
 )
-LINE = _option("--line", help="vLLM line (default: default_line of matrix.toml)")
-EVERY_LINE = _option("--line", help="only this vLLM line (default: all)")
-JSON = _option("--json", action="store_true", help="print one JSON document, also for an error")
+LINE = option("--line", help="vLLM line (default: default_line of matrix.toml)")
+EVERY_LINE = option("--line", help="only this vLLM line (default: all)")
+JSON = option("--json", action="store_true", help="print one JSON document, also for an error")
 
 
 def command(
@@ -88,11 +89,11 @@ def command(
     name: str,
     call: Callable[[Project, argparse.Namespace], None],
     *parents: Parser,
-    help: str,
 ) -> Parser:
-    """Add a command; its first line of help is also its description."""
+    """Add a command, described by the docstring of the function that runs it."""
+    text = " ".join((call.__doc__ or "").split())
     parser = choices.add_parser(
-        name, help=help, description=help[0].upper() + help[1:] + ".", parents=parents
+        name, help=text[:1].lower() + text[1:].rstrip("."), description=text, parents=parents
     )
     parser.set_defaults(call=call, parser=parser, answered=False)
     return parser

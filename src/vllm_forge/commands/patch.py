@@ -21,45 +21,37 @@ OLDEST = "0.20.2"
 
 
 def register(choices: Commands) -> None:
-    """Add this module's commands."""
     patch = group(choices, "patch", help="check, prove and author the patches of each line")
-    command(
-        patch, "check", check, EVERY_LINE,
-        help="apply every series: no fuzz, no offset, locked trees",
-    )  # fmt: skip
-    one = command(patch, "lock", lock, EVERY_LINE, help="apply every series, write its lock.toml")
+    command(patch, "check", check, EVERY_LINE)
+    one = command(patch, "lock", lock, EVERY_LINE)
     one.add_argument("--export", action="store_true", help="first rewrite each diff for this tree")
-    one = command(patch, "checkout", checkout, LINE, help="make a git branch of a line's patches")
+    one = command(patch, "checkout", checkout, LINE)
     one.add_argument("directory", type=Path, help="work tree to create")
-    one = command(patch, "export", export, help="write a line's series from such a branch")
+    one = command(patch, "export", export)
     one.add_argument("directory", type=Path, help="made by patch checkout")
-    command(
-        patch, "prove", prove, EVERY_LINE,
-        help="run each patch's proof without it (red) and with it (green), as root",
-    )  # fmt: skip
-    one = command(patch, "drift", drift, help="record what each vLLM release does to each patch")
+    command(patch, "prove", prove, EVERY_LINE)
+    one = command(patch, "drift", drift)
     one.add_argument("--from", dest="first", default=OLDEST, help=f"oldest release ({OLDEST})")
     one.add_argument("--to", dest="last", help="newest release (default: the index's)")
 
-    one = command(choices, "install", install, LINE, help="patch the vLLM of an environment")
+    one = command(choices, "install", install, LINE)
     one.add_argument("--python", type=Path, help="its interpreter (default: the active one's)")
     one.add_argument("--revert", action="store_true", help="restore every published file")
 
 
 def check(project: Project, args: argparse.Namespace) -> None:
-    """Apply every series to its pinned source and compare the trees."""
+    """Apply every series: no fuzz, no offset, locked trees."""
     from vllm_forge.patches import check_line
     from vllm_forge.sources import SourceRepo
 
     repo = SourceRepo()
     for name in project.lines(args.line):
-        _print_series(
-            project, name, check_line(project.root, name, project.matrix.line[name], repo)
-        )
+        applied = check_line(project.root, name, project.matrix.line[name], repo)
+        _print_series(project, name, applied)
 
 
 def lock(project: Project, args: argparse.Namespace) -> None:
-    """Apply every series to its pinned source and write the trees."""
+    """Apply every series, write its lock.toml."""
     from vllm_forge.patches import read_series, update_line
     from vllm_forge.patches.series import export_line, fetch_base, read_tree_lock
     from vllm_forge.patches.variants import trees_of_moved
@@ -85,7 +77,7 @@ def _print_series(project: Project, name: str, applied: Applied) -> None:
 
 
 def checkout(project: Project, args: argparse.Namespace) -> None:
-    """Make a git work tree of a line's source, one commit a patch."""
+    """Make a git branch of a line's patches."""
     from vllm_forge.patches.authoring import BASE
     from vllm_forge.patches.authoring import checkout as checkout_line
     from vllm_forge.sources import SourceRepo
@@ -96,7 +88,7 @@ def checkout(project: Project, args: argparse.Namespace) -> None:
 
 
 def export(project: Project, args: argparse.Namespace) -> None:
-    """Write a line's patch files, series and lock from the commits of a work tree."""
+    """Write a line's series from a branch that patch checkout made."""
     from vllm_forge.patches.authoring import export as export_branch
 
     name, series = export_branch(project, args.directory)
@@ -106,15 +98,14 @@ def export(project: Project, args: argparse.Namespace) -> None:
 
 
 def prove(project: Project, args: argparse.Namespace) -> None:
-    """Run each patch's proof without it and with it, in the images' own environment."""
+    """Run each patch's proof without it (red) and with it (green), as root."""
     from vllm_forge.proofs.prove import prove as prove_lines
 
-    names = project.lines(args.line)
-    prove_lines(project, names, SubprocessRunner())
+    prove_lines(project, project.lines(args.line), SubprocessRunner())
 
 
 def drift(project: Project, args: argparse.Namespace) -> None:
-    """Say what each release does to each patch."""
+    """Record what each vLLM release does to each patch."""
     from datetime import UTC, datetime
 
     from vllm_forge.pages.patches import drift_table
@@ -124,17 +115,17 @@ def drift(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.sources import Index, SourceRepo
 
     repo = SourceRepo()
-    found = survey_lines(
+    survey = survey_lines(
         project.root, project.matrix, repo, Index(), first=args.first, last=args.last
     )
     day = datetime.now(UTC).date().isoformat()
-    console.print(drift_table(write_drift(project.root, project.matrix, found, day)))
+    console.print(drift_table(write_drift(project.root, project.matrix, survey, day)))
     record_outcomes(project, repo)
     write_pages(project, "docs/generated/drift.md", "docs/generated/seed-installer.md")
 
 
 def install(project: Project, args: argparse.Namespace) -> None:
-    """Patch the vLLM of a virtual environment, or put it back."""
+    """Patch the vLLM of an environment."""
     from vllm_forge.patches import check_line
     from vllm_forge.patches.install import Installer, find_python, probe
     from vllm_forge.sources import SourceRepo

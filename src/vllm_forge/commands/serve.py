@@ -12,8 +12,8 @@ from vllm_forge.commands.parsers import (
     LINE,
     SKU,
     Commands,
-    Parser,
     command,
+    option,
     print_json,
 )
 from vllm_forge.errors import UsageError
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vllm_forge.host import Probe
-    from vllm_forge.matrix import ImageCell
     from vllm_forge.project import Project
     from vllm_forge.serve.command import BuildRecord, Engine
     from vllm_forge.serve.deployment import Deployment
@@ -34,38 +33,26 @@ PLAN_WIDTH = 120
 
 
 def register(choices: Commands) -> None:
-    """Add this module's commands."""
-    one = command(choices, "serve", serve, SKU, LINE, help="serve a preset in its image")
+    artifact = option("--artifact", help="default: the preset's first")
+    one = command(choices, "serve", serve, SKU, LINE, artifact)
     one.remedy = (
         "vLLM's options are those of the preset; to add others, append them to the command that "
         "--print prints, or add a [preset] row to matrix.toml"
     )
     one.add_argument("--preset", required=True, help="e.g. mtp, plain, tp2-mtp")
-    _artifact(one)
     one.add_argument("--engine", choices=["docker", "podman"], help="default: the one that answers")
     one.add_argument("--print", dest="print_only", action="store_true", help="only print it")
-    command(
-        choices, "plan", plan, SKU, LINE, JSON,
-        help="show what a cell is: pins, kernels, needs, command",
-    )  # fmt: skip
-    one = command(choices, "doctor", doctor, SKU, LINE, JSON, help="check this host for a preset")
+    command(choices, "plan", plan, SKU, LINE, JSON)
+    one = command(choices, "doctor", doctor, SKU, LINE, JSON, artifact)
     one.add_argument("--preset", help="default: the SKU's first")
-    _artifact(one)
     source = one.add_mutually_exclusive_group()
     source.add_argument("--save", type=Path, metavar="DIR", help="keep what the host's tools said")
     source.add_argument("--replay", type=Path, metavar="DIR", help="judge what --save kept")
-    command(
-        choices, "lint", lint, EVERY_LINE,
-        help="check every preset against what each line's vLLM says",
-    )  # fmt: skip
-
-
-def _artifact(one: Parser) -> None:
-    one.add_argument("--artifact", help="default: the preset's first")
+    command(choices, "lint", lint, EVERY_LINE)
 
 
 def serve(project: Project, args: argparse.Namespace) -> None:
-    """Print a preset's command, or become it."""
+    """Serve a preset in its image."""
     from vllm_forge.serve.command import (
         become,
         build_record,
@@ -87,15 +74,12 @@ def serve(project: Project, args: argparse.Namespace) -> None:
         return
     probe = HostProbe()
     require_gpus(probe, deployment)
-    become(
-        container_command(
-            project.matrix, deployment, engine=running_engine(probe, args.engine), digest=digest
-        )
-    )
+    engine = running_engine(probe, args.engine)
+    become(container_command(project.matrix, deployment, engine=engine, digest=digest))
 
 
 def lint(project: Project, args: argparse.Namespace) -> None:
-    """Judge the presets; a finding is an error."""
+    """Check every preset against what each line's vLLM says."""
     from vllm_forge.serve.lint import lint_line, require_clean
 
     names = project.lines(args.line)
@@ -108,31 +92,27 @@ def _say(project: Project, deployment: Deployment, image: BuildRecord | None) ->
     from rich.markup import escape
 
     from vllm_forge.receipts.lookup import image_receipts, preset_state
-    from vllm_forge.serve.command import bare_command
+    from vllm_forge.serve.command import bare_command, build_command
 
-    found = image_receipts(project, None if image is None else image.digest)
-    state = preset_state(project.root, found.held, deployment.preset_name, deployment.artifact_name)
-    for words in found.refused:
+    build = build_command(deployment.cell)
+    what = f"its image is not built here: {build}"
+    if image is not None:
+        what = f"image {image.digest}; if the engine lacks it: {build}"
+    receipts = image_receipts(project, None if image is None else image.digest)
+    for words in receipts.refused:
         console.print(words, markup=False)
+    preset, artifact = deployment.preset_name, deployment.artifact_name
+    state = preset_state(project.root, receipts.held, preset, artifact)
     console.print(
-        f"[bold]{deployment.preset_name}[/], {deployment.artifact_name}, "
-        f"line {deployment.cell.line_name}: [bold]{state}[/]\n"
-        f"  {escape(deployment.preset.note)}\n  {_image_words(deployment.cell, image)}\n"
+        f"[bold]{preset}[/], {artifact}, line {deployment.cell.line_name}: [bold]{state}[/]\n"
+        f"  {escape(deployment.preset.note)}\n  {what}\n"
         "  without a container, in an environment with the line's patched vLLM:",
     )
     console.print(f"{bare_command(project.matrix, deployment).text()}\n", style="dim", markup=False)
 
 
-def _image_words(cell: ImageCell, image: BuildRecord | None) -> str:
-    from vllm_forge.serve.command import build_command
-
-    if image is None:
-        return f"its image is not built here: {build_command(cell)}"
-    return f"image {image.digest}; if the engine lacks it: {build_command(cell)}"
-
-
 def doctor(project: Project, args: argparse.Namespace) -> None:
-    """Ask the host, judge, print; red lines are an error."""
+    """Check this host for a preset."""
     from vllm_forge.serve.deployment import find_deployment, needs_of, presets_of
     from vllm_forge.serve.doctor.checks import Requirement, judge
     from vllm_forge.serve.doctor.host import ask_host
@@ -160,15 +140,14 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
 
 
 def _probe(args: argparse.Namespace) -> Probe:
-    if args.replay:
-        if not args.replay.is_dir():
-            raise UsageError(
-                f"invalid --replay: {args.replay} is not a directory",
-                remedy="give the directory that doctor --save wrote",
-            )
-        return RecordedProbe(args.replay)
-    host = HostProbe()
-    return RecordingProbe(host, args.save) if args.save else host
+    if not args.replay:
+        return RecordingProbe(HostProbe(), args.save) if args.save else HostProbe()
+    if not args.replay.is_dir():
+        raise UsageError(
+            f"invalid --replay: {args.replay} is not a directory",
+            remedy="give the directory that doctor --save wrote",
+        )
+    return RecordedProbe(args.replay)
 
 
 def _print(findings: Sequence[HostFinding]) -> None:
@@ -190,7 +169,7 @@ def _print(findings: Sequence[HostFinding]) -> None:
 
 
 def plan(project: Project, args: argparse.Namespace) -> None:
-    """Print a cell's plan."""
+    """Show what a cell is: pins, kernels, needs, command."""
     from vllm_forge.serve.plan import as_json, make_plan
 
     cell_plan = make_plan(project, project.cell(args.sku, args.line))

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vllm_forge.commands.parsers import LINE, Commands, command, group
 from vllm_forge.host import atomic_path, console, report
-
-if TYPE_CHECKING:
-    import argparse
-
-    from vllm_forge.project import Project
+from vllm_forge.project import Project
 
 
 def register(choices: Commands) -> None:
-    """Add this module's commands."""
     wheels = group(choices, "wheels", help="lock, download and patch wheels")
-    one = command(wheels, "lock", lock, LINE, help="resolve a line with uv and write its lock")
+    one = command(wheels, "lock", lock, LINE)
     one.add_argument("--tools", action="store_true", help="the quantization tools' lock instead")
-    command(wheels, "fetch", fetch, LINE, help="download a line's wheels, resumable, hash-checked")
-    one = command(wheels, "patched", patched, LINE, help="write a line's patched vLLM wheel")
+    command(wheels, "fetch", fetch, LINE)
+    one = command(wheels, "patched", patched, LINE)
     one.add_argument("--output", type=Path, help="folder (default: dist/wheels)")
 
 
 def lock(project: Project, args: argparse.Namespace) -> None:
-    """Resolve a line and write its lock."""
+    """Resolve a line with uv and write its lock."""
     from vllm_forge.checkpoints.quantize.environment import make_lock as make_tool_lock
     from vllm_forge.sources import make_lock
 
@@ -41,7 +36,7 @@ def lock(project: Project, args: argparse.Namespace) -> None:
 
 
 def fetch(project: Project, args: argparse.Namespace) -> None:
-    """Download a line's wheels into the cache."""
+    """Download a line's wheels, resumable, hash-checked."""
     from vllm_forge.sources import Wheelhouse, read_lock
 
     name, line = project.line(args.line)
@@ -51,7 +46,7 @@ def fetch(project: Project, args: argparse.Namespace) -> None:
 
 
 def patched(project: Project, args: argparse.Namespace) -> None:
-    """Write a line's patched wheel."""
+    """Write a line's patched vLLM wheel."""
     import shutil
 
     from vllm_forge.images import patched_wheel
