@@ -49,7 +49,7 @@ class Project:
 
     def cell(self, sku: str, line: str | None = None) -> ImageCell:
         """A SKU (or arch) and a line (default: the matrix's)."""
-        return image_cell(self.matrix, self.root, sku, line)
+        return image_cell(self.matrix, sku, line)
 
     def line(self, name: str | None = None) -> tuple[str, Line]:
         """Name and row of a line (default: the matrix's)."""

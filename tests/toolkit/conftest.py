@@ -144,7 +144,7 @@ def line_sites(name: str) -> tuple[Path, ...]:
     """
     matrix = load(ROOT)
     line = matrix.line[name]
-    cell = image_cell(matrix, ROOT, line.skus[0], name)
+    cell = image_cell(matrix, line.skus[0], name)
     try:
         lock = read_lock(ROOT, name, line, matrix.base)
         layers = [stored(group.key) for group in wheel_groups(cell, lock)]

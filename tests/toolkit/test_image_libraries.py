@@ -44,7 +44,7 @@ def test_cuobjdump_sees_the_same_kernels(toolkit: Toolkit, line: str) -> None:
 
 
 def test_sm120_code_taken_out_of_the_stable_library_breaks_that_contract(tmp_path: Path) -> None:
-    cell = image_cell(MATRIX, ROOT, "sm120")
+    cell = image_cell(MATRIX, "sm120")
     sites = line_sites(cell.line_name)
     name = "vllm/_C_stable_libtorch.abi3.so"
     stripped = tmp_path / name

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-import shutil
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -22,13 +20,6 @@ ROOMS = [
     "errors", "host", "matrix", "sources", "project", "patches", "kernels", "images", "checkpoints",
     "receipts", "serve", "proofs", "gputest", "pages", "commands", "cli", "__main__",
 ]  # fmt: skip
-FAKE = """
-[sku.testchip]
-arch = "sm_77"
-compute_capability = "7.7"
-device = "Test Chip"
-memory_gb = 1
-"""
 
 
 def rooms_of(path: Path) -> tuple[str, set[str]]:
@@ -74,30 +65,17 @@ def test_no_code_names_a_sku() -> None:
         assert not word.search(code), f"{path}: {word.search(code)}"
 
 
-def test_a_sku_is_a_row(tmp_path: Path) -> None:
-    """Its build session appears with nothing but matrix.toml changed."""
-    for name in ("noxfile.py", "pyproject.toml"):
-        shutil.copy(REPO / name, tmp_path / name)
-    text = (REPO / "matrix.toml").read_text()
-    (tmp_path / "matrix.toml").write_text(text.replace("# --- lines", FAKE + "\n# --- lines", 1))
-    listing = subprocess.run(
-        [sys.executable, "-m", "nox", "-l"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert "- build-sm77 -> Build the image for testchip (sm_77)." in listing
-    assert "- build-sm120 ->" in listing
-
-
-def test_every_session_says_what_it_does() -> None:
-    listing = subprocess.run(
-        [sys.executable, "-m", "nox", "-l"], cwd=REPO, capture_output=True, text=True, check=True
-    ).stdout
-    rows = [line for line in listing.splitlines() if line[:2] in {"- ", "* "}]
-    assert len(rows) > 10
-    assert all(" -> " in row for row in rows)
+def test_only_project_finds_and_parses_the_matrix() -> None:
+    """Everything else takes the Project that ``cli.main`` makes, or what it needs of it."""
+    calls = {"find_root", "load", "image_cell"}
+    for path in SOURCE.rglob("*.py"):
+        if path == SOURCE / "project.py" or path.parent == SOURCE / "matrix":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                "vllm_forge.matrix"
+            ):
+                assert not calls & {alias.name for alias in node.names}, path
 
 
 @pytest.mark.parametrize("name", list(tomllib.loads((REPO / "matrix.toml").read_text())["line"]))

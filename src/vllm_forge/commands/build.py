@@ -55,7 +55,7 @@ def build(project: Project, args: argparse.Namespace) -> None:
     engine = choose_engine(args.engine, dry_run=args.dry_run)
     if engine.name == "buildah" and os.geteuid() != 0 and not args.dry_run:
         _as_namespace_root()
-    prewarm = None if args.prewarm is None else prewarm_of(cell, args.prewarm.resolve())
+    prewarm = args.prewarm and prewarm_of(project, cell, args.prewarm.resolve())
     options = _options(project, args, refresh_base=args.refresh_base, prewarm=prewarm)
     plan = resolve(project, cell, options, engine)
     if args.dry_run:

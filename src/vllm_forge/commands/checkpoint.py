@@ -10,19 +10,13 @@ from vllm_forge.checkpoints.errors import CheckpointDepartsError, CheckpointRefu
 from vllm_forge.checkpoints.quantize.calibration import AUTO
 from vllm_forge.commands.parsers import EVERY_LINE, JSON, Commands, command, group, print_json
 from vllm_forge.errors import UsageError
-from vllm_forge.host import SubprocessRunner, atomic_path, console
+from vllm_forge.host import SubprocessRunner
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
 
-    from vllm_forge.checkpoints.inspect.dry_load import Answer
     from vllm_forge.checkpoints.inspect.inspection import Report
-    from vllm_forge.checkpoints.inspect.profile import Profile
     from vllm_forge.project import Project
-
-NAME = "checkpoint"
-DISPOSITIONS = "patches/vllm"
 
 
 def register(choices: Commands) -> None:
@@ -77,6 +71,7 @@ def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.checkpoints.inspect.page import show
     from vllm_forge.checkpoints.inspect.profile import Profile
     from vllm_forge.patches import read_dispositions
+    from vllm_forge.proofs.dry_load import DISPOSITIONS, dry_loads
 
     line, _ = project.line(args.line)
     names = project.lines(args.line)
@@ -93,7 +88,7 @@ def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
         profile,
         {name: project.matrix.line[name].vllm for name in names},
         read_dispositions(project.root / DISPOSITIONS),
-        _dry_loads(project, names, profile, args.resolve),
+        dry_loads(project, names, profile, args.resolve, SubprocessRunner()),
         artifact=args.manifest,
         source=source,
         values=args.values,
@@ -104,30 +99,6 @@ def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
     else:
         show(report, modules=args.modules)
     _refuse(report, line, without_mtp=args.without_mtp)
-
-
-def _dry_loads(
-    project: Project, names: Sequence[str], profile: Profile, resolve: str
-) -> dict[str, Answer]:
-    """What each line's vLLM does, where it can be asked."""
-    from vllm_forge.proofs.dry_load import dry_load, ready
-
-    if resolve == "vllm" and not profile.tensors:
-        raise UsageError(
-            "a dry load needs headers, and only the index is at hand",
-            where=str(profile.checkpoint.source),
-            remedy="fetch the shards, or leave out --resolve vllm",
-        )
-    if resolve == "rules" or not profile.tensors:
-        return {}
-    answers: dict[str, Answer] = {}
-    for name in names:
-        if resolve == "auto" and (why := ready(project, name)):
-            console.print(f"line {name} is judged by rules, without its vLLM: {why}", markup=False)
-            continue
-        loaded = dry_load(project, name, {NAME: profile}, SubprocessRunner())
-        answers[name] = loaded.cases[NAME]
-    return answers
 
 
 def _refuse(report: Report, line: str, *, without_mtp: bool) -> None:
@@ -150,32 +121,11 @@ def _refuse(report: Report, line: str, *, without_mtp: bool) -> None:
 
 def verify(project: Project, _: argparse.Namespace) -> None:
     """Let every line's vLLM load every tiny checkpoint, and record the verdicts."""
-    from vllm_forge.checkpoints.checkpoint import Checkpoint
-    from vllm_forge.checkpoints.fixtures.variants import cached_variant, load_variants
-    from vllm_forge.checkpoints.inspect.inspection import inspect
-    from vllm_forge.checkpoints.inspect.profile import Profile
-    from vllm_forge.checkpoints.inspect.verdict import DATA, Verdicts, variant_row
     from vllm_forge.pages.registry import write_pages
-    from vllm_forge.patches import read_dispositions
-    from vllm_forge.proofs.dry_load import dry_load
+    from vllm_forge.proofs.dry_load import record_verdicts
 
-    variants = load_variants()
-    profiles = {name: Profile(Checkpoint.open(cached_variant(project, name))) for name in variants}
-    runner, dispositions = SubprocessRunner(), read_dispositions(project.root / DISPOSITIONS)
-    answers = {line: dry_load(project, line, profiles, runner) for line in project.matrix.line}
-    releases = {name: line.vllm for name, line in project.matrix.line.items()}
-    default_line, line = project.line()
-    rows = {}
-    for name, profile in profiles.items():
-        loads = {line: answer.cases[name] for line, answer in answers.items()}
-        report = inspect(profile, releases, dispositions, loads)
-        rows[name] = variant_row(variants[name], report, default_line)
-    device = project.matrix.sku[line.skus[0]].device
-    record = Verdicts(vllm=releases, device=device, variants=rows)
-    with atomic_path(project.root / DATA) as aside:
-        aside.write_text(record.text(), encoding="utf-8")
+    print(record_verdicts(project, SubprocessRunner()))
     write_pages(project, "docs/generated/verdicts.md")
-    print(project.root / DATA)
 
 
 def quantize(project: Project, args: argparse.Namespace) -> None:

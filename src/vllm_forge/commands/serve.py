@@ -65,7 +65,7 @@ def serve(project: Project, args: argparse.Namespace) -> None:
     cell = project.cell(args.sku, args.line)
     deployment = find_deployment(project.matrix, cell, args.preset, args.artifact)
     deployment.require_served()
-    image = build_record(cell)
+    image = build_record(project.root, cell)
     digest = None if image is None else image.digest
     _say(project, deployment, image)
     if args.print_only:

@@ -21,9 +21,11 @@ from vllm_forge.receipts.suite import CODECS_FOLDER, TESTS, plan_tier, read_suit
 from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from vllm_forge.matrix import ImageCell
+    from vllm_forge.patches import Patch
     from vllm_forge.project import Project
     from vllm_forge.sources import SourceRepo
 
@@ -44,18 +46,19 @@ class Bundle:
     tree: str
 
 
-def write_bundle(cell: ImageCell, repo: SourceRepo, folder: Path) -> Bundle:
+def write_bundle(project: Project, cell: ImageCell, repo: SourceRepo, folder: Path) -> Bundle:
     """Fill ``folder``, which must not exist.
 
     Args:
+        project: the checkout.
         cell: SKU and line.
         repo: has the line's source.
         folder: is made.
     """
-    applied = check_line(cell.root, cell.line_name, cell.line, repo)
-    copy_code(cell.root, folder)
-    _write_source(cell, repo, applied.base, folder / SOURCE)
-    _write_variants(cell, repo, applied, folder / VARIANTS)
+    applied = check_line(project.root, cell.line_name, cell.line, repo)
+    copy_code(project.root, folder)
+    _write_source(project.root, repo, applied.base, folder / SOURCE)
+    _write_variants(read_series(project.root / cell.line.series), repo, applied, folder / VARIANTS)
     return Bundle(folder=folder, tree=applied.result)
 
 
@@ -83,25 +86,26 @@ def make_plan(
         "line": cell.line_name,
         "vllm": cell.line.vllm,
         "tree": tree,
-        "lock_sha256": read_lock(cell.root, cell.line_name, cell.line, cell.base).digest,
+        "lock_sha256": read_lock(project.root, cell.line_name, cell.line, cell.base).digest,
         "subject": subject,
-        "caches": {"folders": FOLDERS, "key": cache_key(cell, tree, subject["kind"])},
+        "caches": {"folders": FOLDERS, "key": cache_key(project, cell, tree, subject["kind"])},
         "tiers": {
             name: plan_tier(project, name, cell.sku_name) for name in read_tiers(project.root)
         },
     }
 
 
-def _write_source(cell: ImageCell, repo: SourceRepo, base: str, folder: Path) -> None:
+def _write_source(root: Path, repo: SourceRepo, base: str, folder: Path) -> None:
     """Parts of the release that the suite's description names."""
-    paths = read_suite(cell.root)["release_sources"]
+    paths = read_suite(root)["release_sources"]
     archive = repo.git("archive", "--format=tar", base, *paths).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(folder, filter="data")
 
 
-def _write_variants(cell: ImageCell, repo: SourceRepo, applied: Applied, folder: Path) -> None:
-    patches = read_series(cell.root / cell.line.series)
+def _write_variants(
+    patches: Sequence[Patch], repo: SourceRepo, applied: Applied, folder: Path
+) -> None:
     trees = {PUBLISHED: applied.base}
     for number, patch in enumerate(patches):
         trees[f"without-{patch.name[:4]}"] = without(repo, applied, patches, number).tree

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vllm_forge.matrix import ImageCell
+    from vllm_forge.project import Project
 
 KEY = "caches.json"
 # Folder -> the variable that names it.
@@ -45,10 +46,11 @@ PACKED = "caches.tar.xz"
 CHUNK = 1 << 24
 
 
-def cache_key(cell: ImageCell, tree: str, kind: str) -> dict[str, str]:
+def cache_key(project: Project, cell: ImageCell, tree: str, kind: str) -> dict[str, str]:
     """What compiled kernels are good for: the GPU's architecture, the source, all other packages.
 
     Args:
+        project: the checkout.
         cell: SKU and line.
         tree: git tree hash of the patched source.
         kind: ``image``, whose packages are the lock's; or ``environment``, whose ``stack`` the
@@ -56,7 +58,7 @@ def cache_key(cell: ImageCell, tree: str, kind: str) -> dict[str, str]:
     """
     key = {"compute_capability": cell.sku.compute_capability, "tree": tree, "kind": kind}
     if kind == "image":
-        key["stack"] = read_lock(cell.root, cell.line_name, cell.line, cell.base).digest
+        key["stack"] = read_lock(project.root, cell.line_name, cell.line, cell.base).digest
     return key
 
 
@@ -88,18 +90,19 @@ def require_key(folder: Path, key: Mapping[str, str]) -> None:
         )
 
 
-def prewarm_of(cell: ImageCell, folder: Path) -> Prewarm:
+def prewarm_of(project: Project, cell: ImageCell, folder: Path) -> Prewarm:
     """Compiled kernels for a cell's image: those of a run in an image of the same stack.
 
     Args:
+        project: the checkout.
         cell: SKU and line.
         folder: what ``test-gpu --caches`` left.
 
     Raises:
         JitCacheError: of another GPU architecture, tree or lock, or not of an image.
     """
-    tree = read_tree_lock(cell.root / cell.line.series, cell.line_name).result
-    key = cache_key(cell, tree, "image")
+    tree = read_tree_lock(project.root / cell.line.series, cell.line_name).result
+    key = cache_key(project, cell, tree, "image")
     require_key(folder, key)
     return Prewarm(
         folder=folder,

@@ -106,7 +106,7 @@ def make_kit(project: Project, cell: ImageCell, options: KitOptions) -> Path:
     if options.caches is not None:
         find_caches(options.caches)
     frozen = read_freeze(options.freeze)
-    lock = read_lock(cell.root, cell.line_name, cell.line, cell.base)
+    lock = read_lock(project.root, cell.line_name, cell.line, cell.base)
     selection = select_wheels(
         cell.line.model_copy(update={"python": options.python}),
         cell.base,
@@ -114,11 +114,11 @@ def make_kit(project: Project, cell: ImageCell, options: KitOptions) -> Path:
         Index(),
         frozen=frozen,
         omit=options.omit,
-        extra=test_tools(cell.root),
+        extra=test_tools(project.root),
     )
     wheelhouse, repo = Wheelhouse(), SourceRepo()
     wheelhouse.fetch([lock.find("vllm"), *selection.wheels])
-    applied = check_line(cell.root, cell.line_name, cell.line, repo)
+    applied = check_line(project.root, cell.line_name, cell.line, repo)
     patched = patched_wheel(cell, lock, applied, repo, wheelhouse).path
     size = sum(wheel.size for wheel in selection.wheels) + 2 * patched.stat().st_size
     size += sum(tree_bytes(folder) for folder in options.inputs.values())
@@ -132,7 +132,7 @@ def make_kit(project: Project, cell: ImageCell, options: KitOptions) -> Path:
                 patched,
                 wheels / patched.name,
                 parse_capability(cell.sku.compute_capability),
-                read_suite(cell.root)["kit"]["without_device_code"],
+                read_suite(project.root)["kit"]["without_device_code"],
             )
         for wheel in selection.wheels:
             shutil.copyfile(wheelhouse.verify(wheel), wheels / wheel.filename)
@@ -159,7 +159,7 @@ def _write_bundle(
     differences: list[str],
 ) -> tuple[dict[str, Any], str | None]:
     """Fill ``content/bundle`` and pack the caches; the plan, and where these were compiled."""
-    bundle = write_bundle(cell, SourceRepo(), content / "bundle")
+    bundle = write_bundle(project, cell, SourceRepo(), content / "bundle")
     for place, folder in options.inputs.items():
         shutil.copytree(folder, bundle.folder / place)
     subject = {"kind": "environment", "name": f"kit for {cell.name}", "sha256": None}

@@ -131,7 +131,7 @@ class SuiteRun:
             raise ToolMissingError(f"{python} not found", remedy="name one with --env PYTHON")
         require_modules(program, MODULES if "-n" in self.args else MODULES[:2])
         with tempfile.TemporaryDirectory() as work:
-            bundle = write_bundle(self.cell, SourceRepo(), Path(work) / "bundle")
+            bundle = write_bundle(self.project, self.cell, SourceRepo(), Path(work) / "bundle")
             for place, folder in self.inputs.items():
                 target = bundle.folder / place
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -167,9 +167,9 @@ class SuiteRun:
         """
         require_sku(self.probe, self.cell)
         name = reference or f"localhost/{self.cell.name}:{self.cell.line_name}"
-        image = find_image(self.probe, name, self.cell.root / "dist" / self.cell.name)
+        image = find_image(self.probe, name, self.project.root / "dist" / self.cell.name)
         with tempfile.TemporaryDirectory() as work:
-            bundle = write_bundle(self.cell, SourceRepo(), Path(work) / "bundle")
+            bundle = write_bundle(self.project, self.cell, SourceRepo(), Path(work) / "bundle")
             if image.tree != bundle.tree:
                 raise ReceiptSubjectError(
                     f"the image is of tree {image.tree or 'unknown'}, the series gives "
@@ -177,7 +177,7 @@ class SuiteRun:
                     where=name,
                     remedy="build it again, or check out the commit that it was built from",
                 )
-            unpack_tools(self.cell.root, bundle.folder)
+            unpack_tools(self.project.root, bundle.folder)
             plan = self._plan(bundle, {"kind": "image", "name": name, "sha256": image.digest})
             for place in self.inputs:  # the bundle is mounted read-only: no engine could make them
                 (bundle.folder / place).mkdir(parents=True)

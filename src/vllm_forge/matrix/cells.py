@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from vllm_forge.host import suggestion
 from vllm_forge.matrix.errors import (
@@ -19,7 +18,6 @@ from vllm_forge.matrix.model import Base, LayerRule, Line, Matrix, Sku
 class ImageCell:
     """A SKU and a line: what one image is for."""
 
-    root: Path
     sku_name: str
     sku: Sku
     line_name: str
@@ -57,7 +55,7 @@ def find_lines(matrix: Matrix, name: str | None) -> list[str]:
     return list(matrix.line) if name is None else [find_line(matrix, name)[0]]
 
 
-def image_cell(matrix: Matrix, root: Path, sku: str, line: str | None = None) -> ImageCell:
+def image_cell(matrix: Matrix, sku: str, line: str | None = None) -> ImageCell:
     """The cell of a SKU, given in any case by its name or by its arch (``sm_120``, ``sm120``).
 
     Raises:
@@ -77,7 +75,6 @@ def image_cell(matrix: Matrix, root: Path, sku: str, line: str | None = None) ->
             + (", ".join(n for n, r in matrix.line.items() if name in r.skus) or "none does"),
         )
     return ImageCell(
-        root=root,
         sku_name=name,
         sku=matrix.sku[name],
         line_name=line_name,

@@ -5,29 +5,37 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import DryLoadError
+from vllm_forge.checkpoints.fixtures.variants import cached_variant, load_variants
 from vllm_forge.checkpoints.inspect.dry_load import (
     PROGRAM,
     Answers,
     read_answers,
     write_request,
 )
-from vllm_forge.errors import ForgeError
-from vllm_forge.host import cache_root, exclusive, report, which
+from vllm_forge.checkpoints.inspect.inspection import inspect
+from vllm_forge.checkpoints.inspect.profile import Profile
+from vllm_forge.checkpoints.inspect.verdict import DATA, Verdicts, variant_row
+from vllm_forge.errors import ForgeError, UsageError
+from vllm_forge.host import atomic_path, cache_root, console, exclusive, report, which
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images import BuildOptions, choose_engine, resolve
 from vllm_forge.images.store import stored
-from vllm_forge.patches import check_line
+from vllm_forge.patches import check_line, read_dispositions
 from vllm_forge.proofs.environment import ENGINE, PYTHON, open_line, require_root
 from vllm_forge.sources import SourceRepo
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
-    from vllm_forge.checkpoints.inspect.profile import Profile
+    from vllm_forge.checkpoints.inspect.dry_load import Answer
     from vllm_forge.host import Runner
     from vllm_forge.project import Project
 
+NAME = "checkpoint"
+DISPOSITIONS = "patches/vllm"
 TOOLS = ("buildah", "runc", "unshare")
 
 
@@ -79,3 +87,54 @@ def dry_load(
         except CommandFailedError as error:
             raise DryLoadError(error.what, where=f"{where}, {error.where}") from None
         return read_answers(output, where, list(profiles))
+
+
+def dry_loads(
+    project: Project, names: Sequence[str], profile: Profile, resolve_by: str, runner: Runner
+) -> dict[str, Answer]:
+    """Line -> its vLLM's answer; lines that cannot be asked, and may be left out, are missing.
+
+    Args:
+        project: the checkout.
+        names: lines.
+        profile: the checkpoint.
+        resolve_by: ``rules`` asks none, ``auto`` those that are ready, ``vllm`` all.
+        runner: runs the engine.
+
+    Raises:
+        UsageError: ``vllm`` for a checkpoint without headers.
+    """
+    if resolve_by == "rules" or (resolve_by == "auto" and not profile.tensors):
+        return {}
+    if not profile.tensors:
+        raise UsageError(
+            "a dry load needs headers, and only the index is at hand",
+            where=str(profile.checkpoint.source),
+            remedy="fetch the shards, or leave out --resolve vllm",
+        )
+    answers = {}
+    for name in names:
+        if resolve_by == "auto" and (why := ready(project, name)):
+            console.print(f"line {name} is judged by rules, without its vLLM: {why}", markup=False)
+            continue
+        answers[name] = dry_load(project, name, {NAME: profile}, runner).cases[NAME]
+    return answers
+
+
+def record_verdicts(project: Project, runner: Runner) -> Path:
+    """Let every line's vLLM load every tiny checkpoint; write and return the record."""
+    variants, matrix = load_variants(), project.matrix
+    profiles = {name: Profile(Checkpoint.open(cached_variant(project, name))) for name in variants}
+    answers = {line: dry_load(project, line, profiles, runner) for line in matrix.line}
+    releases = {name: line.vllm for name, line in matrix.line.items()}
+    dispositions = read_dispositions(project.root / DISPOSITIONS)
+    rows = {}
+    for name, profile in profiles.items():
+        cases = {line: answer.cases[name] for line, answer in answers.items()}
+        inspection = inspect(profile, releases, dispositions, cases)
+        rows[name] = variant_row(variants[name], inspection, matrix.default_line)
+    device = matrix.sku[matrix.line[matrix.default_line].skus[0]].device
+    with atomic_path(project.root / DATA) as aside:
+        verdicts = Verdicts(vllm=releases, device=device, variants=rows)
+        aside.write_text(verdicts.text(), encoding="utf-8")
+    return project.root / DATA

@@ -152,18 +152,13 @@ class BuildRecord:
     record: dict[str, Any]
 
 
-def record_path(cell: ImageCell) -> Path:
-    """The default path of a build's record."""
-    return cell.root / "dist" / f"{cell.name}.json"
-
-
-def build_record(cell: ImageCell) -> BuildRecord | None:
+def build_record(root: Path, cell: ImageCell) -> BuildRecord | None:
     """The record of the cell's image; None if it was not built here.
 
     Raises:
         BuildRecordError: invalid record.
     """
-    path = record_path(cell)
+    path = root / "dist" / f"{cell.name}.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return BuildRecord(digest=record["digest"], size=record["size"], record=record)

@@ -46,7 +46,7 @@ def make_plan(project: Project, cell: ImageCell) -> Table:
     """
     matrix = project.matrix
     lock = read_lock(project.root, cell.line_name, cell.line, matrix.base)
-    image = build_record(cell)
+    image = build_record(project.root, cell)
     digest = None if image is None else image.digest
     receipts = image_receipts(project, digest)
     selections = Selections(project, cell.line_name)

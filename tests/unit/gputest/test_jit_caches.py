@@ -54,11 +54,11 @@ def folder(tmp_path: Path) -> Path:
 
 def test_an_image_is_keyed_by_its_lock_and_an_environment_by_its_packages(root: Path) -> None:
     cell = Project(root).cell("h200", "0.26")
-    image = cache_key(cell, "7c43", "image")
+    image = cache_key(Project(root), cell, "7c43", "image")
     assert image["stack"] == read_lock(root, "0.26", cell.line, cell.base).digest
     plan = {"caches": {"key": image}}
     assert harness.cache_key(plan, "torch==2 record=a\n") == image
-    environment = cache_key(cell, "7c43", "environment")
+    environment = cache_key(Project(root), cell, "7c43", "environment")
     assert environment.items() <= (image | {"kind": "environment"}).items()
     rows = ["# Python 3.12.3", "pluggy==1", "pytest==9", "pytest-xdist==3", "torch==2 record=a"]
 
@@ -103,12 +103,14 @@ def test_an_image_carries_the_kernels_of_its_own_stack_only(root: Path, tmp_path
     tree = read_tree_lock(root / cell.line.series, "0.26").result
     for kind in ("image", "environment"):
         folder = tmp_path / kind
-        plan = {"caches": {"folders": caches.FOLDERS, "key": cache_key(cell, tree, kind)}}
+        plan = {
+            "caches": {"folders": caches.FOLDERS, "key": cache_key(Project(root), cell, tree, kind)}
+        }
         harness.open_caches(folder, plan, "")
-    prewarm = prewarm_of(cell, tmp_path / "image")
-    assert prewarm.key == cache_key(cell, tree, "image")
+    prewarm = prewarm_of(Project(root), cell, tmp_path / "image")
+    assert prewarm.key == cache_key(Project(root), cell, tree, "image")
     with pytest.raises(JitCacheError, match="kind is environment"):
-        prewarm_of(cell, tmp_path / "environment")
+        prewarm_of(Project(root), cell, tmp_path / "environment")
 
 
 def packed(folder: Path, target: Path) -> Path:

@@ -302,7 +302,7 @@ def test_why_an_artifact_is_not_served(
 )
 def test_cell_by_sku_or_arch(asked: str, sku: str, root: Path) -> None:
     matrix = load(root)
-    cell = image_cell(matrix, root, asked)
+    cell = image_cell(matrix, asked)
     assert (cell.sku_name, cell.line_name) == (sku, matrix.default_line)
     assert cell.sku is matrix.sku[sku]
     assert cell.name == f"vllm-{matrix.line[matrix.default_line].vllm}-{sku}"
@@ -311,13 +311,13 @@ def test_cell_by_sku_or_arch(asked: str, sku: str, root: Path) -> None:
 @pytest.mark.parametrize("asked", ["", "b30", "sm_103", "103a", "b 300"])
 def test_cell_of_no_sku(asked: str, root: Path) -> None:
     with pytest.raises(UnknownSkuError, match=r"b300 \(sm_103a\)"):
-        image_cell(load(root), root, asked)
+        image_cell(load(root), asked)
 
 
 @pytest.mark.parametrize("asked", ["gb300", "GB200"])
 def test_unsupported_sku_says_why(asked: str, root: Path) -> None:
     with pytest.raises(UnsupportedSkuError, match=f"{asked.lower()} is not supported: .*Arm") as e:
-        image_cell(load(root), root, asked)
+        image_cell(load(root), asked)
     assert "did you mean" not in str(e.value)
     assert "b300 (sm_103a)" in e.value.remedy
 
@@ -330,7 +330,7 @@ def test_sku_is_supported_or_not(data: Data, loads: Callable[[Data], Matrix]) ->
 
 def test_cell_of_no_line(root: Path) -> None:
     with pytest.raises(UnknownLineError, match=r"0\.99"):
-        image_cell(load(root), root, "b300", "0.99")
+        image_cell(load(root), "b300", "0.99")
 
 
 def test_lines_by_name_or_all(root: Path) -> None:
@@ -350,7 +350,7 @@ def test_every_unsupported_cell_says_why_and_where_else(root: Path) -> None:
     assert cells
     for name, sku, why in cells:
         with pytest.raises(UnsupportedCellError) as refused:
-            image_cell(matrix, root, sku, name)
+            image_cell(matrix, sku, name)
         assert why in str(refused.value)
         assert f"matrix.toml, line.{name}.unsupported.{sku}" in str(refused.value)
         for other, row in matrix.line.items():
@@ -365,7 +365,7 @@ def test_unsupported_everywhere_says_none(
     for line in data["line"].values():
         line.setdefault("unsupported", {})["old"] = "it is too old for all of them"
     with pytest.raises(UnsupportedCellError, match="none does"):
-        image_cell(loads(data), root, "sm80")
+        image_cell(loads(data), "sm80")
 
 
 def test_arch_of_two_skus_must_be_asked_for_by_name(
@@ -375,9 +375,9 @@ def test_arch_of_two_skus_must_be_asked_for_by_name(
     for line in data["line"].values():
         line["skus"].append("b300x")
     matrix = loads(data)
-    assert image_cell(matrix, root, "b300x").sku_name == "b300x"
+    assert image_cell(matrix, "b300x").sku_name == "b300x"
     with pytest.raises(UnknownSkuError) as refused:
-        image_cell(matrix, root, "sm103a")
+        image_cell(matrix, "sm103a")
     assert "b300, b300x" in str(refused.value)
 
 

@@ -51,7 +51,7 @@ def diagnose(root: Path) -> Diagnose:
         folder: Path, sku: str, preset: str = "mtp", artifact: str | None = None
     ) -> list[HostFinding]:
         matrix = load(root)
-        cell = image_cell(matrix, root, sku)
+        cell = image_cell(matrix, sku)
         deployment = find_deployment(matrix, cell, preset, artifact)
         lock = read_lock(root, cell.line_name, cell.line, matrix.base)
         requirement = Requirement(

@@ -42,7 +42,7 @@ def matrix(root: Path) -> Matrix:
 
 @pytest.fixture
 def deployment(matrix: Matrix, root: Path) -> Deployment:
-    return find_deployment(matrix, image_cell(matrix, root, "b300"), "mtp")
+    return find_deployment(matrix, image_cell(matrix, "b300"), "mtp")
 
 
 def words(command: Command) -> list[str]:
@@ -126,7 +126,7 @@ def test_unknown_preset(sku: str, asked: str, words: str, matrix: Matrix) -> Non
 
 
 def test_unknown_artifact(matrix: Matrix, root: Path) -> None:
-    cell = image_cell(matrix, root, "b300")
+    cell = image_cell(matrix, "b300")
     with pytest.raises(UnknownArtifactError, match="did you mean 'nvidia-nvfp4'"):
         find_deployment(matrix, cell, "mtp", "nvidia-nvfp")
     with pytest.raises(UnknownArtifactError, match="does not serve artifact redhat") as refused:
@@ -138,7 +138,7 @@ def test_unserved_artifact_is_rejected_with_the_reason(matrix: Matrix, root: Pat
     (row,) = matrix.artifact["nvidia-nvfp4"].unserved
     assert row.drafting
     for name in matrix.line:
-        cell = image_cell(matrix, root, "b300", name)
+        cell = image_cell(matrix, "b300", name)
         find_deployment(matrix, cell, "plain", "nvidia-nvfp4").require_served()
         deployment = find_deployment(matrix, cell, "mtp", "nvidia-nvfp4")
         if name not in row.lines:
@@ -173,7 +173,7 @@ def test_docker_command(matrix: Matrix, deployment: Deployment) -> None:
 
 
 def test_podman_command_names_the_devices(matrix: Matrix, root: Path) -> None:
-    deployment = find_deployment(matrix, image_cell(matrix, root, "rtxpro6000"), "tp2-mtp")
+    deployment = find_deployment(matrix, image_cell(matrix, "rtxpro6000"), "tp2-mtp")
     argv = words(container_command(matrix, deployment, engine="podman"))
     devices = [word for word in argv if word.startswith("--device=")]
     assert devices == ["--device=nvidia.com/gpu=0", "--device=nvidia.com/gpu=1"]
@@ -303,6 +303,7 @@ def test_serving_becomes_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_build_command_is_a_session(matrix: Matrix, root: Path) -> None:
-    cell = image_cell(matrix, root, "b300", "0.22")
+    cell = image_cell(matrix, "b300", "0.22")
     assert build_command(cell) == "nox -s build-sm103a -- --line 0.22 --load"
-    assert build_record(cell) is None or build_record(cell).digest.startswith("sha256:")  # type: ignore[union-attr]
+    record = build_record(root, cell)
+    assert record is None or record.digest.startswith("sha256:")
