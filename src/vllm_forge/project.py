@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.matrix import find_root, image_cell, load
 from vllm_forge.matrix.cells import find_line, find_lines
-from vllm_forge.sources import Index
+from vllm_forge.sources import Index, read_lock
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_forge.matrix import ImageCell, Line, Matrix
+    from vllm_forge.sources import Lock
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Project:
     def line(self, name: str | None = None) -> tuple[str, Line]:
         """Name and row of a line (default: the matrix's)."""
         return find_line(self.matrix, name)
+
+    def lock(self, name: str) -> Lock:
+        """The wheels of a line."""
+        return read_lock(self.root, name, self.matrix.line[name], self.matrix.base)
 
     def lines(self, name: str | None = None) -> list[str]:
         """Names of all lines, or of the one given."""

@@ -46,8 +46,7 @@ def check(project: Project, args: argparse.Namespace) -> None:
 
     repo = SourceRepo()
     for name in project.lines(args.line):
-        applied = check_line(project.root, name, project.matrix.line[name], repo)
-        _print_series(project, name, applied)
+        _print_series(project, name, check_line(project, name, repo))
 
 
 def lock(project: Project, args: argparse.Namespace) -> None:
@@ -63,8 +62,8 @@ def lock(project: Project, args: argparse.Namespace) -> None:
         if args.export:
             folder = project.root / line.series
             base = fetch_base(read_tree_lock(folder, name), line.vllm, repo)
-            export_line(project.root, line, repo, trees_of_moved(repo, base, read_series(folder)))
-        _print_series(project, name, update_line(project.root, name, line, repo, project.index))
+            export_line(folder, repo, trees_of_moved(repo, base, read_series(folder)))
+        _print_series(project, name, update_line(project, name, repo))
 
 
 def _print_series(project: Project, name: str, applied: Applied) -> None:
@@ -112,14 +111,12 @@ def drift(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.pages.registry import write_pages
     from vllm_forge.patches.drift_data import survey_lines, write_drift
     from vllm_forge.patches.seed_installer import record_outcomes
-    from vllm_forge.sources import Index, SourceRepo
+    from vllm_forge.sources import SourceRepo
 
     repo = SourceRepo()
-    survey = survey_lines(
-        project.root, project.matrix, repo, Index(), first=args.first, last=args.last
-    )
+    found = survey_lines(project, repo, first=args.first, last=args.last)
     day = datetime.now(UTC).date().isoformat()
-    console.print(drift_table(write_drift(project.root, project.matrix, survey, day)))
+    console.print(drift_table(write_drift(project, found, day)))
     record_outcomes(project, repo)
     write_pages(project, "docs/generated/drift.md", "docs/generated/seed-installer.md")
 
@@ -136,7 +133,7 @@ def install(project: Project, args: argparse.Namespace) -> None:
     if target.site is None and args.revert:
         raise NotPatchedError("no vLLM is installed there", where=str(python))
     repo = SourceRepo()
-    applied = check_line(project.root, name, line, repo)
+    applied = check_line(project, name, repo)
     if target.site is None:
         _install_release(project.root / line.lock, line, target.python_version, python)
         target = probe(python)

@@ -117,12 +117,11 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.serve.doctor.checks import Requirement, judge
     from vllm_forge.serve.doctor.host import ask_host
     from vllm_forge.serve.errors import HostUnfitError
-    from vllm_forge.sources import read_lock
 
     cell = project.cell(args.sku, args.line)
     preset = args.preset or next(iter(presets_of(project.matrix, cell.sku_name)), "")
     deployment = find_deployment(project.matrix, cell, preset, args.artifact)
-    lock = read_lock(project.root, cell.line_name, cell.line, project.matrix.base)
+    lock = project.lock(cell.line_name)
     needs = needs_of(project.matrix, lock, deployment)
     requirement = Requirement(matrix=project.matrix, deployment=deployment, needs=needs)
     findings = judge(ask_host(_probe(args)), requirement)

@@ -37,10 +37,10 @@ def lock(project: Project, args: argparse.Namespace) -> None:
 
 def fetch(project: Project, args: argparse.Namespace) -> None:
     """Download a line's wheels, resumable, hash-checked."""
-    from vllm_forge.sources import Wheelhouse, read_lock
+    from vllm_forge.sources import Wheelhouse
 
-    name, line = project.line(args.line)
-    wheels = read_lock(project.root, name, line, project.matrix.base).wheels
+    name, _ = project.line(args.line)
+    wheels = project.lock(name).wheels
     with report(f"fetch {len(wheels)} wheels of line {name}"):
         Wheelhouse().fetch(wheels)
 
@@ -51,12 +51,12 @@ def patched(project: Project, args: argparse.Namespace) -> None:
 
     from vllm_forge.images import patched_wheel
     from vllm_forge.patches import check_line
-    from vllm_forge.sources import SourceRepo, Wheelhouse, read_lock
+    from vllm_forge.sources import SourceRepo, Wheelhouse
 
     name, line = project.line(args.line)
     repo, wheelhouse = SourceRepo(), Wheelhouse()
-    locked = read_lock(project.root, name, line, project.matrix.base)
-    applied = check_line(project.root, name, line, repo)
+    locked = project.lock(name)
+    applied = check_line(project, name, repo)
     wheelhouse.fetch([locked.find("vllm")])
     cell = project.cell(line.skus[0], name)
     with report(f"patch the wheel of line {name}"):

@@ -18,7 +18,6 @@ from vllm_forge.patches import Applied, check_line, read_series
 from vllm_forge.patches.variants import without
 from vllm_forge.patches.wheel import changed_files
 from vllm_forge.receipts.suite import CODECS_FOLDER, TESTS, plan_tier, read_suite, read_tiers
-from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +54,7 @@ def write_bundle(project: Project, cell: ImageCell, repo: SourceRepo, folder: Pa
         repo: has the line's source.
         folder: is made.
     """
-    applied = check_line(project.root, cell.line_name, cell.line, repo)
+    applied = check_line(project, cell.line_name, repo)
     copy_code(project.root, folder)
     _write_source(project.root, repo, applied.base, folder / SOURCE)
     _write_variants(read_series(project.root / cell.line.series), repo, applied, folder / VARIANTS)
@@ -86,7 +85,7 @@ def make_plan(
         "line": cell.line_name,
         "vllm": cell.line.vllm,
         "tree": tree,
-        "lock_sha256": read_lock(project.root, cell.line_name, cell.line, cell.base).digest,
+        "lock_sha256": project.lock(cell.line_name).digest,
         "subject": subject,
         "caches": {"folders": FOLDERS, "key": cache_key(project, cell, tree, subject["kind"])},
         "tiers": {

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 from vllm_forge.gputest.errors import JitCacheError, KitError
 from vllm_forge.images.prewarm import Prewarm, tree_digest
 from vllm_forge.patches import read_tree_lock
-from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,7 +57,7 @@ def cache_key(project: Project, cell: ImageCell, tree: str, kind: str) -> dict[s
     """
     key = {"compute_capability": cell.sku.compute_capability, "tree": tree, "kind": kind}
     if kind == "image":
-        key["stack"] = read_lock(project.root, cell.line_name, cell.line, cell.base).digest
+        key["stack"] = project.lock(cell.line_name).digest
     return key
 
 

@@ -22,7 +22,7 @@ from vllm_forge.images import patched_wheel
 from vllm_forge.kernels.coverage import parse_capability
 from vllm_forge.patches import check_line
 from vllm_forge.receipts.suite import read_suite
-from vllm_forge.sources import Index, SourceRepo, Wheelhouse, read_lock
+from vllm_forge.sources import Index, SourceRepo, Wheelhouse
 
 if TYPE_CHECKING:
     from vllm_forge.gputest.wheels import WheelSelection
@@ -106,7 +106,7 @@ def make_kit(project: Project, cell: ImageCell, options: KitOptions) -> Path:
     if options.caches is not None:
         find_caches(options.caches)
     frozen = read_freeze(options.freeze)
-    lock = read_lock(project.root, cell.line_name, cell.line, cell.base)
+    lock = project.lock(cell.line_name)
     selection = select_wheels(
         cell.line.model_copy(update={"python": options.python}),
         cell.base,
@@ -118,7 +118,7 @@ def make_kit(project: Project, cell: ImageCell, options: KitOptions) -> Path:
     )
     wheelhouse, repo = Wheelhouse(), SourceRepo()
     wheelhouse.fetch([lock.find("vllm"), *selection.wheels])
-    applied = check_line(project.root, cell.line_name, cell.line, repo)
+    applied = check_line(project, cell.line_name, repo)
     patched = patched_wheel(cell, lock, applied, repo, wheelhouse).path
     size = sum(wheel.size for wheel in selection.wheels) + 2 * patched.stat().st_size
     size += sum(tree_bytes(folder) for folder in options.inputs.values())

@@ -74,7 +74,7 @@ class Candidate:
 def make_wheel(plan: ImagePlan) -> PatchedSource:
     """Apply the series; write the line's patched wheel."""
     repo, cell = SourceRepo(), plan.cell
-    applied = check_line(plan.project.root, cell.line_name, cell.line, repo)
+    applied = check_line(plan.project, cell.line_name, repo)
     wheel = patched_wheel(cell, plan.lock, applied, repo, Wheelhouse())
     return PatchedSource(applied=applied, wheel=wheel)
 

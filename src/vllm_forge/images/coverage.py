@@ -13,7 +13,6 @@ from vllm_forge.kernels.coverage.contract import Contract, contract, line_record
 from vllm_forge.kernels.coverage.families import digest
 from vllm_forge.kernels.coverage.site_packages import SitePackages
 from vllm_forge.kernels.selection.record import read_selection
-from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
     from vllm_forge.project import Project
@@ -25,7 +24,7 @@ def line_coverage(project: Project, name: str) -> tuple[dict[str, Any], list[Con
     """The record of a line, and the contract of each of its cells."""
     line = project.matrix.line[name]
     cell = project.cell(line.skus[0], name)
-    lock = read_lock(project.root, name, line, project.matrix.base)
+    lock = project.lock(name)
     folders = [
         folder for group in wheel_groups(cell, lock) for folder in require_stored(group.key).whole
     ]

@@ -19,7 +19,7 @@ from vllm_forge.images.prewarm import ENTRYPOINT, prewarm_key
 from vllm_forge.images.store import layer_folder, stored
 from vllm_forge.images.system import SYSTEM_FORMAT, build_arguments, system_folder
 from vllm_forge.patches import Patch, read_series, read_tree_lock
-from vllm_forge.sources import UNPACK_RATIO, Lock, Wheelhouse, read_lock
+from vllm_forge.sources import UNPACK_RATIO, Lock, Wheelhouse
 
 if TYPE_CHECKING:
     from vllm_forge.images.engine import Engine
@@ -214,7 +214,7 @@ def resolve(project: Project, cell: ImageCell, options: BuildOptions, engine: En
     else:
         key = rootfs_key(cell.base)
         base = BaseRef(key=key, layout=cache_root() / "rootfs" / key)
-    lock = read_lock(project.root, cell.line_name, cell.line, cell.base)
+    lock = project.lock(cell.line_name)
     return ImagePlan(
         project=project,
         cell=cell,

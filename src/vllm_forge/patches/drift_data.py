@@ -20,9 +20,8 @@ from vllm_forge.patches.variants import before
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm_forge.matrix import Matrix
-    from vllm_forge.patches.header import Patch
-    from vllm_forge.sources import Index, SourceRepo
+    from vllm_forge.project import Project
+    from vllm_forge.sources import SourceRepo
 
 DATA = Path("records/drift.json")
 NUMBER = re.compile(r"^\d+-")
@@ -38,25 +37,20 @@ class Surveyed:
 
 
 def survey_lines(
-    root: Path, matrix: Matrix, repo: SourceRepo, index: Index, *, first: str, last: str | None
+    project: Project, repo: SourceRepo, *, first: str, last: str | None
 ) -> list[Surveyed]:
-    """Look at all patches of all lines in every final release of a range.
+    """Survey all patches of all lines in every final release of a range.
 
     Args:
-        root: the repository.
-        matrix: its lines.
+        project: whose lines.
         repo: where the sources are imported to.
-        index: where the releases are.
         first: oldest release.
         last: newest release, None for the newest on the index.
-
-    Raises:
-        ForgeError: see check_line, releases_between and download_all.
     """
-    subjects = []
-    for name, line in matrix.line.items():
-        applied = check_line(root, name, line, repo)
-        paths = tuple(patch.path for patch in read_series(root / line.series))
+    subjects, index = [], project.index
+    for name, line in project.matrix.line.items():
+        applied = check_line(project, name, repo)
+        paths = tuple(patch.path for patch in read_series(project.root / line.series))
         befores = tuple(before(applied, number) for number in range(len(paths)))
         subjects.append(Subject(paths=paths, befores=befores))
     wanted = releases_between(index, first, last)
@@ -72,14 +66,10 @@ def survey_lines(
     ]
 
 
-def write_drift(root: Path, matrix: Matrix, found: Sequence[Surveyed], day: str) -> dict[str, Any]:
-    """Write records/drift.json; return the data.
+def write_drift(project: Project, found: Sequence[Surveyed], day: str) -> dict[str, Any]:
+    """Write what ``survey_lines`` returned to records/drift.json; return the data.
 
-    Args:
-        root: the repository.
-        matrix: its lines.
-        found: what ``survey_lines`` returned.
-        day: today, YYYY-MM-DD.
+    ``day`` is today, YYYY-MM-DD.
     """
     first, last = found[0].release.version, found[-1].release.version
     data = {
@@ -89,20 +79,20 @@ def write_drift(root: Path, matrix: Matrix, found: Sequence[Surveyed], day: str)
             {"version": item.release.version, "date": item.release.date, "tree": item.tree}
             for item in found
         ],
-        "changes": _changes(root, matrix, found),
+        "changes": _changes(project, found),
     }
-    with atomic_path(root / DATA) as aside:
+    with atomic_path(project.root / DATA) as aside:
         aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return data
 
 
-def _changes(root: Path, matrix: Matrix, found: Sequence[Surveyed]) -> list[dict[str, Any]]:
+def _changes(project: Project, found: Sequence[Surveyed]) -> list[dict[str, Any]]:
     """Patches by what they are about: the same Bug in several lines is one change."""
     changes: dict[str, dict[str, Any]] = {}
     every = [
         (name, line.vllm, patch)
-        for name, line in matrix.line.items()
-        for patch in read_series(root / line.series)
+        for name, line in project.matrix.line.items()
+        for patch in read_series(project.root / line.series)
     ]
     for number, (line_name, release, patch) in enumerate(every):
         verdicts = [
@@ -113,12 +103,13 @@ def _changes(root: Path, matrix: Matrix, found: Sequence[Surveyed]) -> list[dict
             }
             for item in found
         ]
-        changes.setdefault(patch.fields["Bug"], _change(patch))["patches"].append(
+        change = {
+            "name": NUMBER.sub("", patch.name).removesuffix(".patch"),
+            "bug": patch.fields["Bug"],
+            "summary": patch.summary,
+            "patches": [],
+        }
+        changes.setdefault(patch.fields["Bug"], change)["patches"].append(
             {"line": line_name, "patch": patch.name, "made for": release, "verdicts": verdicts}
         )
     return list(changes.values())
-
-
-def _change(patch: Patch) -> dict[str, Any]:
-    name = NUMBER.sub("", patch.name).removesuffix(".patch")
-    return {"name": name, "bug": patch.fields["Bug"], "summary": patch.summary, "patches": []}

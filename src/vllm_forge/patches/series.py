@@ -24,7 +24,7 @@ from vllm_forge.sources import Download, Index, SourceRepo, download_all
 from vllm_forge.sources.errors import DistributionNotFoundError, LockFileError
 
 if TYPE_CHECKING:
-    from vllm_forge.matrix import Line
+    from vllm_forge.project import Project
 
 COMMAND = "nox -s forge -- patch lock --line"
 
@@ -142,7 +142,7 @@ def fetch_base(lock: TreeLock, version: str, repo: SourceRepo, index: Index | No
     return tree
 
 
-def check_line(root: Path, line_name: str, line: Line, repo: SourceRepo) -> Applied:
+def check_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
     """Apply a line's series and compare with its lock.
 
     Raises:
@@ -150,7 +150,8 @@ def check_line(root: Path, line_name: str, line: Line, repo: SourceRepo) -> Appl
         TreeMismatchError: everything applies, but the result is another tree.
         ForgeError: see read_series and apply_series.
     """
-    folder = root / line.series
+    line = project.matrix.line[line_name]
+    folder = project.root / line.series
     patches = read_series(folder)
     lock = read_tree_lock(folder, line_name)
     base = fetch_base(lock, line.vllm, repo)
@@ -164,9 +165,10 @@ def check_line(root: Path, line_name: str, line: Line, repo: SourceRepo) -> Appl
     return applied
 
 
-def update_line(root: Path, line_name: str, line: Line, repo: SourceRepo, index: Index) -> Applied:
+def update_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
     """Apply a line's series and write its lock."""
-    folder = root / line.series
+    line, index = project.matrix.line[line_name], project.index
+    folder = project.root / line.series
     patches = read_series(folder)
     sdist = f"vllm-{line.vllm}.tar.gz"
     offered = next((f for f in index.files("vllm") if f.filename == sdist), None)
@@ -193,9 +195,9 @@ def lock_text(lock: TreeLock, line_name: str) -> str:
     )
 
 
-def export_line(root: Path, line: Line, repo: SourceRepo, trees: list[str]) -> None:
+def export_line(folder: Path, repo: SourceRepo, trees: list[str]) -> None:
     """Rewrite each patch's diff in canonical form, from the trees before and after it."""
-    patches = read_series(root / line.series)
+    patches = read_series(folder)
     for patch, before, after in zip(patches, trees[:-1], trees[1:], strict=True):
         with atomic_path(patch.path) as aside:
             diff = canonical_diff(repo, before, after)

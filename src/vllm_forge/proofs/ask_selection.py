@@ -35,7 +35,7 @@ def ask_line(project: Project, line_name: str, runner: Runner) -> SelectionRecor
     line = project.matrix.line[line_name]
     with exclusive(f"selection-{line_name}", wait=False):
         repo = SourceRepo()
-        applied = check_line(project.root, line_name, line, repo)
+        applied = check_line(project, line_name, repo)
         environment = open_line(project, line_name, runner, cache_root() / "selection" / line_name)
 
         def ask(name: str, tree: str, title: str, questions: Sequence[Question]) -> Rows:

@@ -76,7 +76,7 @@ def dry_load(
     where = f"line {line_name}"
     with exclusive(f"inspect-{line_name}", wait=True), report(f"dry load on {where}"):
         repo = SourceRepo()
-        applied = check_line(project.root, line_name, line, repo)
+        applied = check_line(project, line_name, repo)
         environment = open_line(project, line_name, runner, cache_root() / "inspect" / line_name)
         inputs = environment.work / "inputs"
         write_request(inputs, profiles, project.matrix.sku[line.skus[0]])

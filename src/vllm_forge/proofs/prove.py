@@ -85,7 +85,7 @@ def _prepare(project: Project, name: str, repo: SourceRepo, runner: Runner) -> P
     line = project.matrix.line[name]
     with report(f"trees and environment of line {name}"):
         patches = read_series(project.root / line.series)
-        applied = check_line(project.root, name, line, repo)
+        applied = check_line(project, name, repo)
         require_idempotent(repo, applied, patches)
         environment = open_line(project, name, runner, cache_root() / "proofs" / name)
         return ProofJob(

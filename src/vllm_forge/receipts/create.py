@@ -17,7 +17,6 @@ from vllm_forge.receipts.envelope import read_keys, read_receipt, write_receipt
 from vllm_forge.receipts.errors import ReceiptSubjectError, ResultFileError
 from vllm_forge.receipts.statement import make_statement
 from vllm_forge.receipts.verification import verify
-from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +56,7 @@ def make_receipt(project: Project, result_path: Path, key: Path | None) -> Path:
             )
         if kind == "environment":
             text = _packages(result_path.with_name(PACKAGES))
-            lock = read_lock(project.root, line_name, matrix.line[line_name], matrix.base)
+            lock = project.lock(line_name)
             # A kit lists its own differences; those of the installed packages are added.
             plan["differences"] = [*plan.get("differences", ()), *differences(text, lock.wheels)]
         statement = make_statement(result)

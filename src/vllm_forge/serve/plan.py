@@ -16,7 +16,6 @@ from vllm_forge.patches import read_series, read_tree_lock
 from vllm_forge.receipts.lookup import image_receipts, preset_state
 from vllm_forge.serve.command import bare_command, build_command, build_record, container_command
 from vllm_forge.serve.deployment import find_deployment, needs_of, presets_of
-from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +44,7 @@ def make_plan(project: Project, cell: ImageCell) -> Table:
         LockFileError, BuildRecordError, and the errors of read_series.
     """
     matrix = project.matrix
-    lock = read_lock(project.root, cell.line_name, cell.line, matrix.base)
+    lock = project.lock(cell.line_name)
     image = build_record(project.root, cell)
     digest = None if image is None else image.digest
     receipts = image_receipts(project, digest)

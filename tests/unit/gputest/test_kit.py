@@ -244,7 +244,7 @@ def make(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     wheel.write_text("")
     nothing = SimpleNamespace(wheels=(), kept=(), differences=())
     lock = SimpleNamespace(find=lambda name: None)
-    monkeypatch.setattr(module, "read_lock", lambda *_: lock)
+    monkeypatch.setattr(Project, "lock", lambda *_: lock)
     monkeypatch.setattr(module, "select_wheels", lambda *_, **__: nothing)
     monkeypatch.setattr(module, "Wheelhouse", lambda: SimpleNamespace(fetch=lambda _: None))
     monkeypatch.setattr(module, "SourceRepo", lambda: None)

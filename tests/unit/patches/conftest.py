@@ -52,17 +52,10 @@ def index(server: IndexServer, sdist: Path) -> Index:
 
 
 @pytest.fixture
-def checkout(series: Path, row: Line, repo: SourceRepo, index: Index) -> Path:
-    root = series.parents[2]
-    update_line(root, "9.9", row, repo, index)
-    return root
-
-
-@pytest.fixture
-def project(checkout: Path, row: Line, root: Path) -> Project:
-    """The checkout, whose matrix has the line 9.9 and no other."""
-    made = Project(checkout)
-    made.__dict__["matrix"] = load(root).model_copy(
-        update={"line": {"9.9": row}, "default_line": "9.9"}
-    )
+def project(series: Path, row: Line, repo: SourceRepo, index: Index, root: Path) -> Project:
+    """A checkout whose matrix has the line 9.9 and no other; its series is locked."""
+    made = Project(series.parents[2])
+    lines = {"line": {"9.9": row}, "default_line": "9.9"}
+    made.__dict__.update(matrix=load(root).model_copy(update=lines), index=index)
+    update_line(made, "9.9", repo)
     return made

@@ -141,7 +141,7 @@ def test_new_commit_becomes_a_patch(
     assert (series / "series").read_text() == (
         f"# the order matters\n{GOOD.name}\n\n{SECOND.name}\n0003-say-more-a-b.patch\n"
     )
-    applied = check_line(project.root, "9.9", row, repo)
+    applied = check_line(project, "9.9", repo)
     assert applied.result == work.git("rev-parse", "HEAD^{tree}")
 
 

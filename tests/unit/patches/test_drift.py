@@ -18,6 +18,7 @@ from vllm_forge.patches.drift import Answer, Subject, Verdict, survey, verdicts,
 from vllm_forge.patches.drift_data import DATA, Surveyed, write_drift
 from vllm_forge.patches.follow import dense, locate, read_words
 from vllm_forge.patches.releases import Release, fetch_releases, releases_between
+from vllm_forge.project import Project
 from vllm_forge.sources import Index, SourceRepo
 from vllm_forge.sources.errors import DistributionNotFoundError
 
@@ -341,7 +342,8 @@ def test_data_and_page_agree_with_what_was_found(root: Path, tmp_path: Path) -> 
     for line in MATRIX.line.values():
         (tmp_path / line.series).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / line.series).symlink_to(root / line.series)
-    data = write_drift(tmp_path, MATRIX, found, "2026-11-24")
+    (tmp_path / "matrix.toml").symlink_to(root / "matrix.toml")
+    data = write_drift(Project(tmp_path), found, "2026-11-24")
     assert json.loads((tmp_path / DATA).read_text(encoding="utf-8")) == data
     details = [
         verdict["detail"]

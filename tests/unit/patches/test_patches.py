@@ -19,7 +19,7 @@ from tests.support.series import BROKEN, FIXTURES, GOOD, RELEASE, SDIST, SECOND,
 from tests.support.trees import changed_tree, patch_text, unchanged, write_sdist
 from vllm_forge.cli import main
 from vllm_forge.errors import ForgeError
-from vllm_forge.matrix import Line, load
+from vllm_forge.matrix import load
 from vllm_forge.patches import (
     apply_series,
     check_line,
@@ -50,6 +50,8 @@ from vllm_forge.sources.errors import HashMismatchError, LockFileError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from vllm_forge.project import Project
 
 
 def refuse(repo: SourceRepo, base: str, paths: Sequence[Path], kind: type[ForgeError]) -> str:
@@ -397,34 +399,34 @@ def test_broken_series(name: str, series: Path) -> None:
 
 
 def test_updated_lock_is_what_is_checked(
-    checkout: Path, row: Line, repo: SourceRepo, base: str, series: Path
+    project: Project, repo: SourceRepo, base: str, series: Path
 ) -> None:
     lock = read_tree_lock(series, "9.9")
-    applied = check_line(checkout, "9.9", row, repo)
+    applied = check_line(project, "9.9", repo)
     assert (lock.base, lock.result) == (base, applied.result)
     assert applied.base == base
 
 
 def test_check_needs_no_index_when_the_source_is_here(
-    checkout: Path, row: Line, repo: SourceRepo, monkeypatch: pytest.MonkeyPatch
+    project: Project, repo: SourceRepo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_index() -> Index:
         raise AssertionError("an index was made")
 
     monkeypatch.setattr("vllm_forge.patches.series.Index", no_index)
-    check_line(checkout, "9.9", row, repo)
+    check_line(project, "9.9", repo)
 
 
 def test_check_on_a_fresh_host(
-    checkout: Path, row: Line, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Project, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_FORGE_CACHE", str(tmp_path / "fresh"))
     monkeypatch.setattr("vllm_forge.patches.series.Index", lambda: index)
-    assert check_line(checkout, "9.9", row, SourceRepo()).result
+    assert check_line(project, "9.9", SourceRepo()).result
 
 
-def test_republished_source_archive_is_refused(  # noqa: PLR0917
-    checkout: Path, row: Line, server: IndexServer, index: Index, tmp_path: Path,
+def test_republished_source_archive_is_refused(
+    project: Project, server: IndexServer, index: Index, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Same name and size, other bytes."""
@@ -434,7 +436,7 @@ def test_republished_source_archive_is_refused(  # noqa: PLR0917
     monkeypatch.setattr("vllm_forge.patches.series.Index", lambda: index)
     fresh = SourceRepo()
     with pytest.raises(HashMismatchError):
-        check_line(checkout, "9.9", row, fresh)
+        check_line(project, "9.9", fresh)
     assert fresh.tree(RELEASE) is None
 
 
@@ -456,54 +458,54 @@ LOCKS: dict[str, tuple[Callable[[str], str], type[ForgeError]]] = {
 
 
 @pytest.mark.parametrize("name", LOCKS)
-def test_broken_tree_lock(  # noqa: PLR0917
-    name: str, checkout: Path, row: Line, repo: SourceRepo, base: str, series: Path
+def test_broken_tree_lock(
+    name: str, project: Project, repo: SourceRepo, base: str, series: Path
 ) -> None:
     change, kind = LOCKS[name]
     path = series / "lock.toml"
     path.write_bytes(change(path.read_text()).encode(errors="surrogateescape"))
     with unchanged(repo, base), pytest.raises(kind) as refused:
-        check_line(checkout, "9.9", row, repo)
+        check_line(project, "9.9", repo)
     assert type(refused.value) is kind
 
 
-def test_no_tree_lock(checkout: Path, row: Line, repo: SourceRepo, series: Path) -> None:
+def test_no_tree_lock(project: Project, repo: SourceRepo, series: Path) -> None:
     (series / "lock.toml").unlink()
     with pytest.raises(LockFileError, match="has no lock") as refused:
-        check_line(checkout, "9.9", row, repo)
+        check_line(project, "9.9", repo)
     assert "patch lock" in refused.value.remedy
 
 
 def test_patch_that_is_left_out_changes_the_tree(
-    checkout: Path, row: Line, repo: SourceRepo, series: Path
+    project: Project, repo: SourceRepo, series: Path
 ) -> None:
     (series / "series").write_text(f"{GOOD.name}\n")
     (series / SECOND.name).unlink()
     with pytest.raises(TreeMismatchError):
-        check_line(checkout, "9.9", row, repo)
+        check_line(project, "9.9", repo)
 
 
 def test_failed_update_leaves_the_old_lock(
-    checkout: Path, row: Line, repo: SourceRepo, index: Index, series: Path
+    project: Project, repo: SourceRepo, index: Index, series: Path
 ) -> None:
     before = (series / "lock.toml").read_bytes()
     shutil.copy(BROKEN / "shifted.patch", series / GOOD.name)
     with pytest.raises(OffsetError):
-        update_line(checkout, "9.9", row, repo, index)
+        update_line(project, "9.9", repo)
     assert (series / "lock.toml").read_bytes() == before
 
 
 def test_export_makes_patches_canonical(
-    checkout: Path, row: Line, repo: SourceRepo, base: str, series: Path
+    project: Project, repo: SourceRepo, base: str, series: Path
 ) -> None:
     trees = [base, *apply_series(repo, base, read_series(series)).trees]
     shutil.copy(BROKEN / "short-index.patch", series / GOOD.name)
-    export_line(checkout, row, repo, trees)
+    export_line(series, repo, trees)
     text = (series / GOOD.name).read_text()
     assert text.startswith("Description: the index line is abbreviated\n")
     assert diff_of(series / GOOD.name) == diff_of(GOOD)
     assert (series / SECOND.name).read_bytes() == SECOND.read_bytes()
-    check_line(checkout, "9.9", row, repo)
+    check_line(project, "9.9", repo)
 
 
 def test_command_returns_the_code_of_a_broken_series(

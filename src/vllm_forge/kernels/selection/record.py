@@ -20,7 +20,6 @@ from vllm_forge.kernels.selection.model import Answer, Question
 from vllm_forge.kernels.selection.mount import inside_hash
 from vllm_forge.kernels.selection.questions import config_hash, grid_questions, line_questions
 from vllm_forge.patches import read_tree_lock
-from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -86,7 +85,7 @@ def selection_inputs(project: Project, line_name: str) -> dict[str, Any]:
     line = project.matrix.line[line_name]
     tree = read_tree_lock(project.root / line.series, line_name)
     return {
-        "lock": read_lock(project.root, line_name, line, project.matrix.base).digest,
+        "lock": project.lock(line_name).digest,
         "release": tree.base,
         "series": tree.result,
         "questions": inside_hash(),
