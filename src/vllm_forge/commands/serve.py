@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from vllm_forge.host import Probe
     from vllm_forge.project import Project
-    from vllm_forge.serve.command import BuildRecord, Engine
+    from vllm_forge.serve.command import Engine
     from vllm_forge.serve.deployment import Deployment
     from vllm_forge.serve.doctor.checks import HostFinding
 
@@ -55,7 +55,7 @@ def serve(project: Project, args: argparse.Namespace) -> None:
     """Serve a preset in its image."""
     from vllm_forge.serve.command import (
         become,
-        build_record,
+        built_digest,
         container_command,
         require_gpus,
         running_engine,
@@ -65,9 +65,8 @@ def serve(project: Project, args: argparse.Namespace) -> None:
     cell = project.cell(args.sku, args.line)
     deployment = find_deployment(project.matrix, cell, args.preset, args.artifact)
     deployment.require_served()
-    image = build_record(project.root, cell)
-    digest = None if image is None else image.digest
-    _say(project, deployment, image)
+    digest = built_digest(project.root, cell)
+    _say(project, deployment, digest)
     if args.print_only:
         engine: Engine = args.engine or "docker"
         print(container_command(project.matrix, deployment, engine=engine, digest=digest).text())
@@ -87,7 +86,7 @@ def lint(project: Project, args: argparse.Namespace) -> None:
     print(f"{len(project.matrix.preset)} presets, lines {', '.join(names)}: no findings")
 
 
-def _say(project: Project, deployment: Deployment, image: BuildRecord | None) -> None:
+def _say(project: Project, deployment: Deployment, digest: str | None) -> None:
     """What a reader should know of the command; on stderr, so that stdout can be piped."""
     from rich.markup import escape
 
@@ -96,9 +95,9 @@ def _say(project: Project, deployment: Deployment, image: BuildRecord | None) ->
 
     build = build_command(deployment.cell)
     what = f"its image is not built here: {build}"
-    if image is not None:
-        what = f"image {image.digest}; if the engine lacks it: {build}"
-    receipts = image_receipts(project, None if image is None else image.digest)
+    if digest is not None:
+        what = f"image {digest}; if the engine lacks it: {build}"
+    receipts = image_receipts(project, digest)
     for words in receipts.refused:
         console.print(words, markup=False)
     preset, artifact = deployment.preset_name, deployment.artifact_name
@@ -169,17 +168,16 @@ def _print(findings: Sequence[HostFinding]) -> None:
 
 def plan(project: Project, args: argparse.Namespace) -> None:
     """Show what a cell is: pins, kernels, needs, command."""
-    from vllm_forge.serve.plan import as_json, make_plan
+    from rich.console import Console
+
+    from vllm_forge.serve.plan import make_plan, page
 
     cell_plan = make_plan(project, project.cell(args.sku, args.line))
     if args.json:
-        print_json(args, as_json(cell_plan))
+        print_json(args, cell_plan)
         return
-    from rich.console import Console
-
-    from vllm_forge.serve.plan_page import page
-
     out = Console(highlight=False)
     # A pipe has 80 columns for rich, which would fold every name of the tables.
     out.width = max(out.width, PLAN_WIDTH)
-    out.print(page(cell_plan))
+    for part in page(cell_plan):
+        out.print(part)

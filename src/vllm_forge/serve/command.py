@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from vllm_forge.host import gpu_container, which
 from vllm_forge.host.errors import ToolMissingError
@@ -15,7 +15,6 @@ from vllm_forge.matrix import serve_arguments
 from vllm_forge.serve.errors import NoGpuError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from vllm_forge.host import Probe
@@ -38,8 +37,10 @@ class Command:
     def text(self) -> str:
         """The command for a POSIX shell, one option a line."""
         start = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.env.items())]
-        head, *options = _pairs(self.argv)
-        return " \\\n    ".join([" ".join([*start, head]), *options])
+        argv = self.argv
+        first = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
+        head = " ".join([*start, shlex.join(argv[:first])])
+        return " \\\n    ".join([head, *map(shlex.quote, argv[first:])])
 
 
 def bare_command(matrix: Matrix, deployment: Deployment) -> Command:
@@ -83,18 +84,8 @@ def container_command(
     return Command(argv=tuple(argv))
 
 
-def _pairs(argv: Sequence[str]) -> list[str]:
-    """Words up to the first option in one line, then an option or a name a line."""
-    first = next((place for place, word in enumerate(argv) if word.startswith("--")), len(argv))
-    return [shlex.join(argv[:first]), *(shlex.quote(word) for word in argv[first:])]
-
-
 def running_engine(probe: Probe, engine: Engine | None) -> Engine:
-    """The given engine, or the first one that answers.
-
-    Raises:
-        NoGpuError: none answers.
-    """
+    """The given engine, or the first one that answers; if none does, NoGpuError."""
     engines = ENGINES if engine is None else (engine,)
     for name in engines:
         if probe.ask(name, [name, "info"]).code == 0:
@@ -106,11 +97,7 @@ def running_engine(probe: Probe, engine: Engine | None) -> Engine:
 
 
 def require_gpus(probe: Probe, deployment: Deployment) -> None:
-    """Raise if the host has fewer GPUs than a replica of the preset needs.
-
-    Raises:
-        NoGpuError: fewer, or none.
-    """
+    """Raise NoGpuError if the host has fewer GPUs than a replica of the preset needs."""
     reply = probe.ask("nvidia-smi-list", ["nvidia-smi", "-L"])
     count = 0 if reply.code else sum(line.startswith("GPU ") for line in reply.text.splitlines())
     need = deployment.preset.tensor_parallel
@@ -126,42 +113,22 @@ def require_gpus(probe: Probe, deployment: Deployment) -> None:
 
 
 def become(command: Command) -> NoReturn:
-    """Replace this process with the command, which then gets its signals and exit code.
-
-    Raises:
-        ToolMissingError: the program is not installed.
-    """
+    """Replace this process with the command, which then gets its signals and exit code."""
     program = which(command.argv[0])
     if program is None:
         raise ToolMissingError(f"{command.argv[0]} is not installed", where=command.text())
     os.execve(program, list(command.argv), {**os.environ, **command.env})  # noqa: S606
 
 
-@dataclass(frozen=True, kw_only=True)
-class BuildRecord:
-    """The record of an image that a build wrote to ``dist/``.
-
-    Attributes:
-        digest: ``sha256:<hex>`` of the manifest.
-        size: bytes that a pull transfers.
-        record: the whole record.
-    """
-
-    digest: str
-    size: int
-    record: dict[str, Any]
-
-
-def build_record(root: Path, cell: ImageCell) -> BuildRecord | None:
-    """The record of the cell's image; None if it was not built here.
+def built_digest(root: Path, cell: ImageCell) -> str | None:
+    """``sha256:<hex>`` of the cell's image by dist/; None if it was not built here.
 
     Raises:
         BuildRecordError: invalid record.
     """
     path = root / "dist" / f"{cell.name}.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return BuildRecord(digest=record["digest"], size=record["size"], record=record)
+        return str(json.loads(path.read_text(encoding="utf-8"))["digest"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

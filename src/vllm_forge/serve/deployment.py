@@ -33,11 +33,7 @@ class Deployment:
         return self.artifact.why_not(line, drafting=self.preset.speculative_tokens > 0)
 
     def require_served(self) -> None:
-        """Raise if the cell's line does not serve this.
-
-        Raises:
-            UnsupportedCellError: with the reason.
-        """
+        """Raise UnsupportedCellError if the cell's line does not serve this."""
         if (reason := self.why_not(self.cell.line_name)) is not None:
             raise UnsupportedCellError(
                 f"line {self.cell.line_name} does not serve {self.artifact_name} with preset "
@@ -62,11 +58,7 @@ def presets_of(matrix: Matrix, sku: str) -> dict[str, str]:
 
 
 def find_preset(matrix: Matrix, sku: str, name: str) -> str:
-    """The name of a SKU's preset, given by its name or its short name.
-
-    Raises:
-        UnknownPresetError: with the nearest name.
-    """
+    """The name of a SKU's preset, given by its name or its short name."""
     known = presets_of(matrix, sku)
     if name in known:
         return known[name]
@@ -79,11 +71,7 @@ def find_preset(matrix: Matrix, sku: str, name: str) -> str:
 
 
 def find_artifact(matrix: Matrix, preset_name: str, name: str | None) -> str:
-    """One of a preset's artifacts; None means its first.
-
-    Raises:
-        UnknownArtifactError: no such artifact, or one that the preset does not serve.
-    """
+    """One of a preset's artifacts; None means its first."""
     served = matrix.preset[preset_name].artifacts
     if name is None:
         return served[0]
@@ -99,11 +87,7 @@ def find_artifact(matrix: Matrix, preset_name: str, name: str | None) -> str:
 def find_deployment(
     matrix: Matrix, cell: ImageCell, preset: str, artifact: str | None = None
 ) -> Deployment:
-    """The rows of a cell, a preset's name and an artifact's name.
-
-    Raises:
-        UnknownPresetError, UnknownArtifactError.
-    """
+    """The rows of a cell, a preset's name and an artifact's name."""
     preset_name = find_preset(matrix, cell.sku_name, preset)
     artifact_name = find_artifact(matrix, preset_name, artifact)
     return Deployment(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from vllm_forge.kernels.selection.model import Answer
     from vllm_forge.kernels.selection.record import SelectionRecord
-    from vllm_forge.matrix import Line, Matrix, Preset
+    from vllm_forge.matrix import Matrix, Preset
     from vllm_forge.project import Project
 
 # How experts are stored -> part of the name of the class that builds them so.
@@ -72,14 +72,9 @@ class LintCase:
         return self.matrix.preset[self.preset_name]
 
     @property
-    def line(self) -> Line:
-        """The line's row."""
-        return self.matrix.line[self.line_name]
-
-    @property
     def release(self) -> str:
         """The line's vLLM in messages."""
-        return f"vLLM {self.line.vllm}"
+        return f"vLLM {self.matrix.line[self.line_name].vllm}"
 
     def finding(self, what: str, remedy: str) -> LintFinding:
         """A finding about this case."""
@@ -116,17 +111,13 @@ def known_variables(case: LintCase) -> Iterator[LintFinding]:
     for name in sorted(case.preset.env):
         retired = case.matrix.retired.get(name)
         unknown = name in case.answer.unknown_environment or not name.startswith("VLLM_")
-        if unknown and retired is None:
-            yield case.finding(
-                f"{case.release} has no variable {name}: setting it has no effect",
-                f"take it out of preset.{case.preset_name}.env, or correct its name",
-            )
-        elif unknown and retired is not None:
-            yield case.finding(
-                f"{case.release} has no variable {name} any more ({retired.source}): setting it "
-                "has no effect",
-                f"use instead: {retired.replacement}",
-            )
+        if not unknown:
+            continue
+        more, remedy = "", f"take it out of preset.{case.preset_name}.env, or correct its name"
+        if retired is not None:
+            more, remedy = f" any more ({retired.source})", f"use instead: {retired.replacement}"
+        what = f"{case.release} has no variable {name}{more}: setting it has no effect"
+        yield case.finding(what, remedy)
 
 
 def retired_variables(case: LintCase) -> Iterator[LintFinding]:
@@ -333,22 +324,13 @@ def cases(matrix: Matrix, recorded: SelectionRecord) -> Iterator[LintCase]:
 
 
 def lint_line(project: Project, line_name: str) -> list[LintFinding]:
-    """All findings on a line.
-
-    Raises:
-        SelectionFileError, SelectionStaleError: the recorded answers are missing, or belong to
-            other presets, artifacts, series or locks.
-    """
+    """All findings on a line."""
     recorded = require_fresh(project, line_name)
     return [finding for case in cases(project.matrix, recorded) for finding in judge(case)]
 
 
 def require_clean(findings: Sequence[LintFinding]) -> None:
-    """Raise if there is a finding.
-
-    Raises:
-        PresetLintError: with all findings.
-    """
+    """Raise PresetLintError with all findings."""
     if findings:
         raise PresetLintError(
             f"{len(findings)} findings:\n" + "\n".join(finding.text() for finding in findings),

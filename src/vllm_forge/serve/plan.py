@@ -8,27 +8,34 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
+from rich.text import Text
+
+from vllm_forge.host import gigabytes
 from vllm_forge.kernels.coverage.families import FINE
 from vllm_forge.kernels.selection.questions import preset_question
 from vllm_forge.kernels.selection.record import read_selection, selection_path
 from vllm_forge.matrix import serve_arguments
 from vllm_forge.patches import read_series, read_tree_lock
 from vllm_forge.receipts.lookup import image_receipts, preset_state
-from vllm_forge.serve.command import bare_command, build_command, build_record, container_command
+from vllm_forge.serve.command import bare_command, build_command, built_digest, container_command
 from vllm_forge.serve.deployment import find_deployment, needs_of, presets_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
+    from rich.console import RenderableType
+
     from vllm_forge.kernels.selection.model import Answer, Choice
+    from vllm_forge.kernels.selection.record import Rows
     from vllm_forge.matrix import ImageCell
     from vllm_forge.project import Project
     from vllm_forge.receipts.lookup import ImageReceipts
     from vllm_forge.serve.deployment import Deployment
     from vllm_forge.sources import Lock
 
-Table = dict[str, Any]
+Plan = dict[str, Any]
 UNKNOWN, NONE = "unknown", "none"
 SELECTED = (
     "attention", "experts", "clamp", "linear", "draft", "graphs", "kv_cache_dtype", "block_size",
@@ -37,23 +44,24 @@ SELECTED = (
 FORMAT = 1
 
 
-def make_plan(project: Project, cell: ImageCell) -> Table:
-    """A cell's plan, as plain data.
-
-    Raises:
-        LockFileError, BuildRecordError, and the errors of read_series.
-    """
+def make_plan(project: Project, cell: ImageCell) -> Plan:
+    """A cell's plan, as plain data."""
     matrix = project.matrix
     lock = project.lock(cell.line_name)
-    image = build_record(project.root, cell)
-    digest = None if image is None else image.digest
+    digest = built_digest(project.root, cell)
     receipts = image_receipts(project, digest)
-    selections = Selections(project, cell.line_name)
+    answers = {
+        name: read_selection(project.records, name).rows
+        if selection_path(project.records, name).is_file()
+        else ()
+        for name in matrix.line
+    }
     deployments = [
         find_deployment(matrix, cell, name, artifact)
         for name in presets_of(matrix, cell.sku_name).values()
         for artifact in matrix.preset[name].artifacts
     ]
+    rows = answers[cell.line_name]
     return {
         "format": FORMAT,
         "cell": _cell(cell),
@@ -64,23 +72,24 @@ def make_plan(project: Project, cell: ImageCell) -> Table:
             "build": build_command(cell),
             "receipts": receipts.words(project.root),
         },
-        "lines": {name: _line(project, name, deployments) for name in matrix.line},
+        # Of the SKU's first preset and artifact.
+        "lines": {
+            name: _selection(project, deployments[0], name, answers[name])
+            if deployments
+            else _refused("the SKU has no preset")
+            for name in matrix.line
+        },
         "contract": _contract(project, cell, lock),
         "presets": [
             _preset(project, deployment, digest, receipts)
             | {"needs": needs_of(matrix, lock, deployment).as_json()}
-            | {"selection": _selection(deployment, cell.line_name, selections)}
+            | {"selection": _selection(project, deployment, cell.line_name, rows)}
             for deployment in deployments
         ],
     }
 
 
-def as_json(plan: Table) -> str:
-    """The plan as JSON, keys sorted."""
-    return json.dumps(plan, indent=1, sort_keys=True)
-
-
-def _cell(cell: ImageCell) -> Table:
+def _cell(cell: ImageCell) -> Plan:
     sku = cell.sku
     return {
         "sku": cell.sku_name,
@@ -94,7 +103,7 @@ def _cell(cell: ImageCell) -> Table:
     }
 
 
-def _pins(cell: ImageCell, lock: Lock) -> Table:
+def _pins(cell: ImageCell, lock: Lock) -> Plan:
     line = cell.line
     return {
         "vllm": line.vllm,
@@ -111,7 +120,7 @@ def _pins(cell: ImageCell, lock: Lock) -> Table:
     }
 
 
-def _series(root: Path, cell: ImageCell) -> Table:
+def _series(root: Path, cell: ImageCell) -> Plan:
     folder = root / cell.line.series
     return {
         "path": cell.line.series,
@@ -123,27 +132,20 @@ def _series(root: Path, cell: ImageCell) -> Table:
     }
 
 
-def _line(project: Project, name: str, deployments: Sequence[Deployment]) -> Table:
-    """What a line selects for the SKU's first preset and artifact."""
-    if not deployments:
-        return {"refused": "the SKU has no preset"} | dict.fromkeys(SELECTED, NONE)
-    sku = deployments[0].cell.sku_name
-    if sku in project.matrix.line[name].unsupported:
-        reason = project.matrix.line[name].unsupported[sku]
-        return {"refused": reason} | dict.fromkeys(SELECTED, NONE)
-    return _selection(deployments[0], name, Selections(project, name))
+def _refused(reason: str) -> Plan:
+    return {"refused": reason} | dict.fromkeys(SELECTED, NONE)
 
 
-def _selection(deployment: Deployment, line: str, selections: Selections) -> Table:
-    """What the line's vLLM selects for a deployment; "unknown" if it was not asked."""
-    if (reason := deployment.why_not(line)) is not None:
-        return {"refused": reason} | dict.fromkeys(SELECTED, NONE)
-    answer = selections.of(deployment)
+def _selection(project: Project, deployment: Deployment, line: str, rows: Rows) -> Plan:
+    """What a line's vLLM selects for a deployment; "unknown" if it was not asked."""
+    unsupported = project.matrix.line[line].unsupported.get(deployment.cell.sku_name)
+    if (reason := unsupported or deployment.why_not(line)) is not None:
+        return _refused(reason)
+    answer = _answer(project, deployment, rows)
     if answer is None:
         return {"refused": None} | dict.fromkeys(SELECTED, UNKNOWN)
     if answer.refused is not None:
-        reason = f"{answer.refused.kind}: {answer.refused.message}"
-        return {"refused": reason} | dict.fromkeys(SELECTED, NONE)
+        return _refused(f"{answer.refused.kind}: {answer.refused.message}")
     draft, engine = answer.draft, answer.engine
     values = (
         _chosen(answer.attention),
@@ -162,7 +164,7 @@ def _chosen(choice: Choice | None) -> str:
     return NONE if choice is None or choice.chosen is None else choice.chosen
 
 
-def _graphs(answer: Answer) -> Table | str:
+def _graphs(answer: Answer) -> Plan | str:
     graphs = answer.cuda_graphs
     if graphs is None:
         return NONE
@@ -176,7 +178,7 @@ def _graphs(answer: Answer) -> Table | str:
     }
 
 
-def _contract(project: Project, cell: ImageCell, lock: Lock) -> Table:
+def _contract(project: Project, cell: ImageCell, lock: Lock) -> Plan:
     """Kernel families that the SKU's presets need, by records/coverage/<line>.json."""
     path = project.records / "coverage" / f"{cell.line_name}.json"
     name = path.relative_to(project.root)
@@ -201,7 +203,7 @@ def _contract(project: Project, cell: ImageCell, lock: Lock) -> Table:
 
 def _preset(
     project: Project, deployment: Deployment, digest: str | None, receipts: ImageReceipts
-) -> Table:
+) -> Plan:
     preset, artifact = deployment.preset_name, deployment.artifact_name
     run = container_command(project.matrix, deployment, digest=digest)
     return {
@@ -215,28 +217,122 @@ def _preset(
     }
 
 
-class Selections:
-    """A line's recorded answers for plans; without a record, everything is unknown.
+def _answer(project: Project, deployment: Deployment, rows: Rows) -> Answer | None:
+    """The recorded answer; None if the preset was not asked as it is now.
 
-    Lint checks whether they belong to the current series and lock.
-
-    Raises:
-        SelectionFileError: malformed record.
+    Lint checks whether the record belongs to the current series and lock.
     """
+    name = preset_question(deployment.preset_name, deployment.artifact_name)
+    arguments, environment = serve_arguments(project.matrix, deployment.preset_name)
+    environment = {**deployment.cell.sku.env, **environment}
+    for question, answer in rows:
+        if question.name == name:
+            same = question.arguments == tuple(arguments) and question.environment == environment
+            return answer if same else None
+    return None
 
-    def __init__(self, project: Project, line_name: str) -> None:
-        self._matrix = project.matrix
-        known = selection_path(project.records, line_name).is_file()
-        rows = read_selection(project.records, line_name).rows if known else ()
-        self._rows = {question.name: (question, answer) for question, answer in rows}
 
-    def of(self, deployment: Deployment) -> Answer | None:
-        """The answer for a deployment; None if the preset was not asked as it is now."""
-        name = preset_question(deployment.preset_name, deployment.artifact_name)
-        if name not in self._rows:
-            return None
-        question, answer = self._rows[name]
-        arguments, environment = serve_arguments(self._matrix, deployment.preset_name)
-        environment = {**self._matrix.sku[deployment.preset.sku].env, **environment}
-        same = question.arguments == tuple(arguments) and question.environment == environment
-        return answer if same else None
+def page(plan: Plan) -> Iterator[RenderableType]:
+    """The parts of a plan for a terminal, one below the other."""
+    cell, pins, series, image = plan["cell"], plan["pins"], plan["series"], plan["image"]
+    kind = "development, " if cell["development"] else ""
+    yield Text(
+        f"{cell['image']}: {cell['sku']} ({kind}{cell['arch']}, {cell['device']}), "
+        f"line {cell['line']}",
+        style="bold",
+    )
+    lock = pins["lock"]
+    rows = [
+        ("pins", f"vLLM {pins['vllm']}, torch {pins['torch']}, Python {pins['python']}, "
+                 f"CUDA {pins['cuda']}"),
+        ("lock", f"{lock['path']}: {lock['wheels']} wheels, {gigabytes(lock['bytes'])}, "
+                 f"sha256 {lock['sha256'][:12]}"),
+        ("series", f"{series['path']}: {len(series['patches'])} patches, tree "
+                   f"{series['tree'][:12]}"),
+        *(("", f"{patch['name']}: {patch['summary']}") for patch in series["patches"]),
+        ("image", f"{image['digest']}; {image['build']}"),
+        ("receipts", ", ".join(image["receipts"]) or "none: nothing was run"),
+    ]  # fmt: skip
+    yield _grid(rows)
+    yield Text("\nLines, for the first preset and artifact of this SKU", style="bold")
+    yield _lines(plan["lines"])
+    yield Text("\nPresets", style="bold")
+    yield _presets(plan["presets"])
+    yield Text("\nContract", style="bold")
+    yield _grid(_families(plan["contract"]))
+    if plan["presets"]:
+        yield from _needs(plan["presets"][0])
+
+
+def _lines(lines: Plan) -> Table:
+    table = _table("line", "experts", "clamp", "attention", "FP8 linear")
+    for name, row in lines.items():
+        if row["refused"]:
+            table.add_row(name, Text(f"refused: {row['refused']}", style="yellow"))
+        else:
+            table.add_row(name, row["experts"], row["clamp"], row["attention"], row["linear"])
+    return table
+
+
+def _presets(presets: list[Plan]) -> Table:
+    table = _table("preset", "artifact", "GPUs", "experts", "clamp", "draft", "graphs", "state")
+    for row in presets:
+        choice = row["selection"]
+        if choice.get("refused"):
+            words: list[Any] = [Text(f"refused: {choice['refused']}", style="red"), "", "", ""]
+        else:
+            graphs = choice["graphs"]
+            if isinstance(graphs, dict):
+                sign, eager = (">=", "") if graphs["covers"] else ("<", ": eager")
+                graphs = f"{graphs['largest']} {sign} {graphs['needed']}{eager}"
+            words = [choice["experts"], choice["clamp"], choice["draft"], graphs]
+        table.add_row(
+            row["preset"], row["artifact"], str(row["needs"]["gpus"]), *words, row["state"]
+        )
+    return table
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for title in titles:
+        table.add_column(title, overflow="fold", no_wrap=title in {"preset", "artifact"})
+    return table
+
+
+def _families(contract: Plan) -> list[tuple[str, str]]:
+    rows = [("state", contract["state"])]
+    for name, row in contract["families"].items():
+        accepted = f"; accepted: {row['exception']}" if row["exception"] else ""
+        rows.append((name, f"{row['verdict']} {' + '.join(row['codes'])}{accepted}"))
+    return rows
+
+
+def _needs(row: Plan) -> Iterator[RenderableType]:
+    needs = row["needs"]
+    yield Text(f"\n{row['preset']}, {row['artifact']}", style="bold")
+    yield _grid(
+        [
+            ("note", row["note"]),
+            ("GPUs", f"{needs['gpus']}; weights {_size(needs['weights_per_gpu_bytes'])} of "
+                     f"{_size(needs['memory_per_gpu_bytes'])} each; driver {needs['driver']}"),
+            ("disk", f"{_size(needs['disk_bytes'])}: image {_size(needs['image_bytes'])}, weights "
+                     f"{_size(needs['weights_bytes'])}"),
+            ("RAM", f"{_size(needs['ram_bytes'])} at least; {_size(needs['page_cache_bytes'])} to "
+                    "read the disk only once"),
+            ("/dev/shm", _size(needs["shm_bytes"])),  # noqa: S108
+        ]
+    )  # fmt: skip
+    yield Text(row["shell"])
+
+
+def _grid(rows: list[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def _size(value: int | str) -> str:
+    return gigabytes(value) if isinstance(value, int) else value

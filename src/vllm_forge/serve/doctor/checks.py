@@ -10,6 +10,7 @@ from packaging.version import InvalidVersion, Version
 
 from vllm_forge.host import gigabytes
 from vllm_forge.serve.deployment import presets_of
+from vllm_forge.serve.doctor.host import NOT_INSTALLED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from vllm_forge.serve.doctor.host import Host
 
 Level = Literal["ok", "unknown", "red"]
+# Engine -> the command that lets it give GPUs to containers.
+CONFIGURE = {
+    "docker": "nvidia-ctk runtime configure --runtime=docker && systemctl restart docker",
+    "podman": "nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,29 +199,21 @@ def check_engine(host: Host, _: Requirement) -> Iterator[HostFinding]:
         seen = f"{engine.name} {engine.version}"
         if not engine.nvidia:
             seen += ", which does not know the GPUs"
-        result = _test("container engine", engine.nvidia, seen, needed, _configure(engine.name))
+        result = _test("container engine", engine.nvidia, seen, needed, CONFIGURE[engine.name])
         yield result if engine.nvidia else replace(result, level=failed)
     if not host.engines:
         for name, output in host.engine_errors.items():
-            if output != "not installed":
+            if output != NOT_INSTALLED:
                 remedy = f"start {name}, or use an account that may talk to it"
                 yield _test("container engine", False, f"{name}: {output}", needed, remedy)
-        if set(host.engine_errors.values()) == {"not installed"}:
+        if set(host.engine_errors.values()) == {NOT_INSTALLED}:
             seen = "neither docker nor podman is installed"
             remedy = "install one of them and nvidia-container-toolkit"
             yield _test("container engine", False, seen, needed, remedy)
-    if host.toolkit is not None:
-        yield _test("container toolkit", True, host.toolkit, needed)
-    else:
-        remedy = "install nvidia-container-toolkit from NVIDIA's package repository"
-        seen = "nvidia-ctk is not installed"
-        yield replace(_test("container toolkit", False, seen, needed, remedy), level=failed)
-
-
-def _configure(engine: str) -> str:
-    if engine == "docker":
-        return "nvidia-ctk runtime configure --runtime=docker && systemctl restart docker"
-    return "nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
+    remedy = "install nvidia-container-toolkit from NVIDIA's package repository"
+    seen = host.toolkit or "nvidia-ctk is not installed"
+    result = _test("container toolkit", host.toolkit is not None, seen, needed, remedy)
+    yield result if result.level == "ok" else replace(result, level=failed)
 
 
 def check_disk(host: Host, requirement: Requirement) -> Iterator[HostFinding]:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from vllm_forge.host import Probe, Reply
     from vllm_forge.host.gpus import Gpu
 
+NOT_INSTALLED = "not installed"
+DF = ("df", "--block-size=1", "--output=target,size,avail")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInfo:
@@ -68,11 +71,9 @@ def ask_host(probe: Probe) -> Host:
     for name, reply in replies.items():
         info = _json(reply)
         if info is None:
-            errors[name] = "not installed" if reply.missing else _one_line(reply)
-        elif name == "docker":
-            engines.append(_docker(info))
+            errors[name] = NOT_INSTALLED if reply.missing else _one_line(reply)
         else:
-            engines.append(_podman(info, devices))
+            engines.append(_docker(info) if name == "docker" else _podman(info, devices))
     path = engines[0].root if engines else "/"
     return Host(
         gpus=gpus,
@@ -82,9 +83,9 @@ def ask_host(probe: Probe) -> Host:
         engines=tuple(engines),
         engine_errors=errors,
         disk_path=path,
-        disk_free=_df(probe.ask("df", _df_argv(path)), "Avail"),
+        disk_free=_df(probe.ask("df", [*DF, path]), -1),
         ram=parse_meminfo(probe.ask("meminfo", ["cat", "/proc/meminfo"])),
-        shm=_df(probe.ask("df-shm", _df_argv("/dev/shm")), "1B-blocks"),  # noqa: S108
+        shm=_df(probe.ask("df-shm", [*DF, "/dev/shm"]), -2),  # noqa: S108
     )
 
 
@@ -130,10 +131,8 @@ def _podman(info: dict[str, Any], devices: str) -> EngineInfo:
 
 
 def _json(reply: Reply) -> dict[str, Any] | None:
-    if reply.code:
-        return None
     try:
-        info = json.loads(reply.text)
+        info = None if reply.code else json.loads(reply.text)
     except ValueError:
         return None
     return info if isinstance(info, dict) else None
@@ -144,17 +143,12 @@ def _version(reply: Reply) -> str | None:
     return None if reply.code or match is None else match[1]
 
 
-def _df_argv(path: str) -> list[str]:
-    return ["df", "--block-size=1", "--output=target,size,avail", path]
-
-
-def _df(reply: Reply, column: str) -> int | None:
+def _df(reply: Reply, column: int) -> int | None:
+    """A number of df's row, counted from the right: a mount point may have spaces."""
     lines = reply.text.splitlines()
     if reply.code or len(lines) != 2:  # noqa: PLR2004 - a header and a row
         return None
-    # "Mounted on" is two words of the header; a mount point may have spaces too.
-    place = {"1B-blocks": -2, "Avail": -1}[column]
-    return int(lines[1].split()[place])
+    return int(lines[1].split()[column])
 
 
 def _one_line(reply: Reply) -> str:
