@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.matrix import find_root, image_cell, load
 from vllm_forge.matrix.cells import find_line, find_lines
+from vllm_forge.matrix.errors import RecordFileError
 from vllm_forge.sources import Index, read_lock
 
 if TYPE_CHECKING:
@@ -45,8 +46,19 @@ class Project:
         return self.root / "records"
 
     def read_json(self, path: str) -> Any:
-        """The content of a JSON file of the checkout."""
-        return json.loads((self.root / path).read_text(encoding="utf-8"))
+        """The content of a JSON file of the checkout.
+
+        Raises:
+            RecordFileError: invalid JSON.
+        """
+        try:
+            return json.loads((self.root / path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RecordFileError(
+                f"invalid JSON: {error}",
+                where=str(self.root / path),
+                remedy=f"restore it: git checkout -- {path}",
+            ) from None
 
     def cell(self, sku: str, line: str | None = None) -> ImageCell:
         """A SKU (or arch) and a line (default: the matrix's)."""

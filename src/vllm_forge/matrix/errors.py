@@ -1,4 +1,4 @@
-"""matrix.toml and what is asked of it."""
+"""The checkout: matrix.toml, what is asked of it, and committed records."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ class UnknownLineError(ForgeError, exit_code=REFUSED):
 
 class UnsupportedCellError(ForgeError, exit_code=REFUSED):
     """The line cannot serve this SKU; the row says why."""
+
+
+class RecordFileError(ForgeError, exit_code=REFUSED):
+    """A committed record is not JSON."""
 
 
 class UnsupportedSkuError(ForgeError, exit_code=REFUSED):

@@ -18,13 +18,11 @@ from vllm_forge.checkpoints.inspect.inspection import inspect
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.checkpoints.inspect.verdict import DATA, Verdicts, variant_row
 from vllm_forge.errors import ForgeError, UsageError
-from vllm_forge.host import atomic_path, cache_root, console, exclusive, report, which
+from vllm_forge.host import atomic_path, console, exclusive, report, which
 from vllm_forge.host.errors import CommandFailedError
-from vllm_forge.images import BuildOptions, choose_engine, resolve
 from vllm_forge.images.store import stored
-from vllm_forge.patches import check_line, read_dispositions
-from vllm_forge.proofs.environment import ENGINE, PYTHON, open_line, require_root
-from vllm_forge.sources import SourceRepo
+from vllm_forge.patches import read_dispositions
+from vllm_forge.proofs.environment import PYTHON, image_plan, open_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,10 +44,7 @@ def ready(project: Project, line_name: str) -> str:
     if absent := [tool for tool in TOOLS if which(tool) is None]:
         return f"{', '.join(absent)} not installed"
     try:
-        cell = project.cell(project.matrix.line[line_name].skus[0], line_name)
-        options = BuildOptions(output=cache_root() / "work")
-        plan = resolve(project, cell, options, choose_engine(ENGINE))
-        missing = sum(stored(group.key) is None for group in plan.groups)
+        missing = sum(stored(each.key) is None for each in image_plan(project, line_name).groups)
     except ForgeError as error:
         return error.what
     return f"{missing} of the line's layers are not in the cache" if missing else ""
@@ -71,16 +66,12 @@ def dry_load(
         DryLoadError: no answer.
         ForgeError: an error of a build's steps.
     """
-    require_root()
-    line = project.matrix.line[line_name]
     where = f"line {line_name}"
     with exclusive(f"inspect-{line_name}", wait=True), report(f"dry load on {where}"):
-        repo = SourceRepo()
-        applied = check_line(project, line_name, repo)
-        environment = open_line(project, line_name, runner, cache_root() / "inspect" / line_name)
+        environment = open_line(project, line_name, runner, "inspect")
         inputs = environment.work / "inputs"
-        write_request(inputs, profiles, project.matrix.sku[line.skus[0]])
-        tree = environment.write_tree(repo, applied.base, applied.result, "patched")
+        write_request(inputs, profiles, environment.plan.cell.sku)
+        tree = environment.write_tree(environment.applied.result, "patched")
         argv = (PYTHON, f"/mnt/{PROGRAM}")
         try:
             output = environment.run(runner, "dry-load", tree, inputs, argv)

@@ -22,15 +22,14 @@ from vllm_forge.images.layer_jobs import write_layers
 from vllm_forge.images.store import require_stored
 from vllm_forge.images.system import load_system
 from vllm_forge.images.wheels import site_packages
-from vllm_forge.patches import Applied
+from vllm_forge.patches import Applied, check_line
 from vllm_forge.patches.wheel import GENERATED, changed_files
-from vllm_forge.sources import Wheelhouse
+from vllm_forge.sources import SourceRepo, Wheelhouse
 
 if TYPE_CHECKING:
     from vllm_forge.host import Runner
     from vllm_forge.images import ImagePlan
     from vllm_forge.project import Project
-    from vllm_forge.sources import SourceRepo
 
 ENGINE = "buildah"
 PYTHON = "/opt/venv/bin/python"
@@ -42,12 +41,16 @@ class LineEnvironment:
 
     Attributes:
         plan: an image of the line; all SKUs share these layers.
+        repo: has the line's source.
+        applied: trees of the line's series.
         lower_dirs: unpacked layers with the release as published, highest first.
         config: the image's: environment, user, working directory.
         work: folder of the cache; a run has a subfolder of its name.
     """
 
     plan: ImagePlan
+    repo: SourceRepo
+    applied: Applied
     lower_dirs: tuple[Path, ...]
     config: dict[str, Any]
     work: Path
@@ -55,15 +58,7 @@ class LineEnvironment:
     def run(
         self, runner: Runner, name: str, tree: Path, inputs: Path, argv: tuple[str, ...]
     ) -> str:
-        """Run a command in the environment; returns its stdout.
-
-        Args:
-            runner: runs the engine.
-            name: of the run.
-            tree: folder that ``write_tree`` wrote.
-            inputs: folder that is mounted at /mnt.
-            argv: the command.
-        """
+        """Run a command on a folder of ``write_tree``, with /mnt: inputs; returns its stdout."""
         run = ContainerRun(
             layout=self.work / name,
             config=self.config,
@@ -76,54 +71,53 @@ class LineEnvironment:
         )
         return self.plan.engine.run_in_image(runner, run)
 
-    def write_tree(self, repo: SourceRepo, base: str, tree: str, name: str) -> Path:
+    def write_tree(self, tree: str, name: str) -> Path:
         """Write a folder with the files in which ``tree`` differs from the release."""
         folder = self.work / name / "files"
         site = folder / site_packages(self.plan.cell.line.python)
         remove(folder)
         site.mkdir(parents=True)
-        for file in changed_files(repo, Applied(base=base, trees=(tree,))):
+        for file in changed_files(self.repo, Applied(base=self.applied.base, trees=(tree,))):
             path = site / file.path
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(repo.git("cat-file", "blob", file.after).stdout)
+            path.write_bytes(self.repo.git("cat-file", "blob", file.after).stdout)
             # Python reuses compiled code if time and size agree, so the time encodes the content.
             stamp = int(file.after[:7], 16)
             os.utime(path, (stamp, stamp))
         return folder
 
 
-def require_root() -> None:
-    """Raise if this process may not mount overlays.
+def image_plan(project: Project, line_name: str) -> ImagePlan:
+    """The image of a line's first SKU; all SKUs share its layers."""
+    cell = project.cell(project.matrix.line[line_name].skus[0], line_name)
+    return resolve(project, cell, BuildOptions(output=cache_root() / "work"), choose_engine(ENGINE))
+
+
+def open_line(project: Project, line_name: str, runner: Runner, kind: str) -> LineEnvironment:
+    """The line's environment; builds what is missing in the cache.
+
+    Args:
+        project: the checkout.
+        line_name: a line.
+        runner: runs the engine.
+        kind: folder of the cache; the caller holds the lock of this kind and line.
 
     Raises:
         EngineSetupError: not root.
+        EngineMissingError: buildah, runc or another tool of it is not installed.
+        ForgeError: an error of a build's steps.
     """
     if os.geteuid() != 0:
         raise EngineSetupError(
             "proofs run on an overlay of the image's layers, which only root may mount",
             remedy="run it as root, e.g. in a container of its own",
         )
-
-
-def open_line(project: Project, line_name: str, runner: Runner, work: Path) -> LineEnvironment:
-    """The line's environment; builds what is missing in the cache.
-
-    Args:
-        project: the checkout.
-        line_name: a line; its first SKU is used.
-        runner: runs the engine.
-        work: folder that no other process uses.
-
-    Raises:
-        EngineMissingError: buildah, runc or another tool of it is not installed.
-        ForgeError: an error of a build's steps.
-    """
-    cell = project.cell(project.matrix.line[line_name].skus[0], line_name)
-    options = BuildOptions(output=cache_root() / "work")
-    plan = resolve(project, cell, options, choose_engine(ENGINE))
+    repo = SourceRepo()
+    applied = check_line(project, line_name, repo)
+    plan = image_plan(project, line_name)
     plan.require_disk()
     system = load_system(build_system(plan, runner))
-    write_layers(cell, plan.groups, lambda: None, slim=False)
+    write_layers(plan.cell, plan.groups, lambda: None, slim=False)
     if system.root is None:
         raise CacheError(
             "the kept system has no unpacked root",
@@ -133,8 +127,11 @@ def open_line(project: Project, line_name: str, runner: Runner, work: Path) -> L
     layers = [
         folder for group in reversed(plan.groups) for folder in require_stored(group.key).whole
     ]
+    work = cache_root() / kind / line_name
     return LineEnvironment(
         plan=plan,
+        repo=repo,
+        applied=applied,
         lower_dirs=(_metadata(plan, work / "metadata"), *layers, system.root),
         config=system.config,
         work=work,

@@ -16,13 +16,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.host import atomic_path, cache_root, console, exclusive, report
-from vllm_forge.patches import check_line, decisions, read_dispositions, read_series
+from vllm_forge.host import atomic_path, console, exclusive, report
+from vllm_forge.patches import decisions, read_dispositions, read_series
 from vllm_forge.patches.variants import pairs, require_idempotent, without
-from vllm_forge.proofs.environment import PYTHON, open_line, require_root
+from vllm_forge.proofs.environment import PYTHON, open_line
 from vllm_forge.proofs.errors import ProofNotRunError, UselessPatchError
 from vllm_forge.proofs.result import LineProof, ProofJob, TestRun, parse, show, write_record
-from vllm_forge.sources import SourceRepo, Wheelhouse, read_wheels
+from vllm_forge.sources import Wheelhouse, read_wheels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vllm_forge.errors import ForgeError
     from vllm_forge.host import Runner
     from vllm_forge.project import Project
+    from vllm_forge.sources import SourceRepo
 
 MOST_WORKERS = 8  # each takes about 2 GB
 ALL_TESTS = "tests/patches"
@@ -50,21 +51,17 @@ def prove(project: Project, names: Sequence[str], runner: Runner) -> None:
     """Prove lines and write ``records/proofs/<line>.json`` for each that is proven.
 
     Raises:
-        EngineSetupError: not root.
         UselessPatchError: a proof is green without its patch.
         ProofNotRunError: a proof was not run.
         ProofRedError: a contract test is red with the whole series.
-        SeriesOrderError, InseparablePatchError: see patches.variants.
-        DispositionError: a change without a decision, or a decision without evidence.
         BusyError: another process proves one of the lines.
+        ForgeError: an error of open_line, patches.variants or the dispositions.
     """
-    require_root()
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(exclusive(f"prove-{name}", wait=False))
-        repo = SourceRepo()
-        jobs = [_prepare(project, name, repo, runner) for name in names]
-        proofs = _run_all(jobs, repo, runner)
+        jobs = [_prepare(project, name, runner) for name in names]
+        proofs = _run_all(jobs, runner)
     problems: list[ForgeError] = []
     for proof in proofs:
         show(proof)
@@ -80,33 +77,28 @@ def prove(project: Project, names: Sequence[str], runner: Runner) -> None:
         raise problems[0]
 
 
-def _prepare(project: Project, name: str, repo: SourceRepo, runner: Runner) -> ProofJob:
+def _prepare(project: Project, name: str, runner: Runner) -> ProofJob:
     """Everything but the tests, which take the time."""
-    line = project.matrix.line[name]
+    series = project.root / project.matrix.line[name].series
     with report(f"trees and environment of line {name}"):
-        patches = read_series(project.root / line.series)
-        applied = check_line(project, name, repo)
+        patches = read_series(series)
+        environment = open_line(project, name, runner, "proofs")
+        repo, applied = environment.repo, environment.applied
         require_idempotent(repo, applied, patches)
-        environment = open_line(project, name, runner, cache_root() / "proofs" / name)
         return ProofJob(
             line_name=name,
             environment=environment,
             inputs=write_inputs(project.root, environment.work / "inputs", repo, applied.base),
-            applied=applied,
             pairs=pairs(repo, applied, patches),
             variants=tuple(without(repo, applied, patches, i) for i in range(len(patches))),
-            decided=decisions(read_dispositions((project.root / line.series).parent), name),
+            decided=decisions(read_dispositions(series.parent), name),
         )
 
 
 def write_inputs(root: Path, folder: Path, repo: SourceRepo, base: str) -> Path:
-    """Copy the inputs of the tests, so that an edit during a run changes nothing.
+    """Copy the inputs of the tests to ``folder``, so that an edit during a run changes nothing.
 
-    Args:
-        root: the checkout.
-        folder: is replaced.
-        repo: has the line's source.
-        base: tree of the release; no series changes its native code, as wheels are not built.
+    ``base``: tree of the release; no series changes its native code, as wheels are not built.
     """
     _, wheels = read_wheels(root / REQUIREMENTS, "name wheels, sorted, with hashes")
     wheelhouse = Wheelhouse()
@@ -124,20 +116,15 @@ def write_inputs(root: Path, folder: Path, repo: SourceRepo, base: str) -> Path:
         with zipfile.ZipFile(io.BytesIO(native)) as archive:
             archive.extractall(aside / "source")
         for wheel in wheels:
-            _unpack(wheelhouse.verify(wheel), aside / "tools")
+            with zipfile.ZipFile(wheelhouse.verify(wheel)) as archive:
+                for member in archive.infolist():
+                    file = Path(archive.extract(member, aside / "tools"))
+                    if member.external_attr >> 16 & 0o111:  # a program
+                        file.chmod(0o755)
     return folder
 
 
-def _unpack(wheel: Path, folder: Path) -> None:
-    """Unpack a wheel, programs included."""
-    with zipfile.ZipFile(wheel) as archive:
-        for member in archive.infolist():
-            path = Path(archive.extract(member, folder))
-            if member.external_attr >> 16 & 0o111:
-                path.chmod(0o755)
-
-
-def _run_all(jobs: Sequence[ProofJob], repo: SourceRepo, runner: Runner) -> list[LineProof]:
+def _run_all(jobs: Sequence[ProofJob], runner: Runner) -> list[LineProof]:
     """Run all trees of all lines in parallel, the long runs first."""
     cores = len(os.sched_getaffinity(0))
     workers = min(cores, MOST_WORKERS)
@@ -145,11 +132,11 @@ def _run_all(jobs: Sequence[ProofJob], repo: SourceRepo, runner: Runner) -> list
     with ThreadPoolExecutor(workers) as pool:
 
         def start(job: ProofJob, name: str, tree: str, test: str) -> Future[TestRun]:
-            folder = job.environment.write_tree(repo, job.applied.base, tree, name)
+            folder = job.environment.write_tree(tree, name)
             arguments = (job.line_name, threads, test)
             return pool.submit(_run, runner, job, name, folder, arguments)
 
-        wholes = [start(job, WHOLE, job.applied.result, ALL_TESTS) for job in jobs]
+        wholes = [start(job, WHOLE, job.environment.applied.result, ALL_TESTS) for job in jobs]
         variants = [
             [start(job, v.left_out.path.stem, v.tree, v.left_out.proves) for v in job.variants]
             for job in jobs

@@ -10,35 +10,36 @@ import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
+from pydantic import ValidationError
 from rich.markup import escape
 from rich.table import Table
 
 from vllm_forge.host import atomic_path, console
+from vllm_forge.matrix import FrozenModel
 from vllm_forge.proofs.errors import ProofNotRunError, ProofRedError, UselessPatchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from vllm_forge.errors import ForgeError
-    from vllm_forge.patches import Applied, Decision, Patch
+    from vllm_forge.patches import Decision, Patch
     from vllm_forge.patches.variants import Pair, Variant
     from vllm_forge.proofs.environment import LineEnvironment
 
 GREEN, RED = 0, 1  # pytest.ExitCode.OK and TESTS_FAILED
-CLEAR = ("passed", "failed")
+CLEAR = {"passed", "failed"}
 WHY_CHARS = 160
 # Code that does not load makes any test red, which proves nothing about a patch.
 NOT_LOADED = re.compile(r"^(SyntaxError|IndentationError|ImportError|ModuleNotFoundError)\b")
 CHANGING = re.compile(r"\b0x[0-9a-f]+\b|/(?:tmp|opt|mnt|srv)/\S+")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TestRun:
+class TestRun(FrozenModel):
     """A pytest run inside: exit code, each test's outcome, message of the first red test."""
 
-    __test__ = False  # not a test, whatever its name
+    __test__: ClassVar[bool] = False  # not a test, whatever its name
 
     exit: int
     tests: dict[str, str]
@@ -65,7 +66,6 @@ class ProofJob:
     line_name: str
     environment: LineEnvironment
     inputs: Path
-    applied: Applied
     pairs: tuple[Pair, ...]
     variants: tuple[Variant, ...]
     decided: tuple[tuple[str, Decision], ...]
@@ -96,17 +96,12 @@ def parse(output: str, where: str) -> TestRun:
         ProofNotRunError: no such line.
     """
     try:
-        data = json.loads(output.strip().splitlines()[-1])
-        return TestRun(
-            exit=data["exit"],
-            tests=data["tests"],
-            why=CHANGING.sub("...", data["why"])[:WHY_CHARS],
-            tail=data["tail"],
-        )
-    except (IndexError, ValueError, KeyError, TypeError):
+        run = TestRun.model_validate_json(output.strip().splitlines()[-1])
+    except (IndexError, ValidationError):
         raise ProofNotRunError(
             "the tests printed no verdict", where=where, remedy=output[-2000:]
         ) from None
+    return run.model_copy(update={"why": CHANGING.sub("...", run.why)[:WHY_CHARS]})
 
 
 def judge_whole(line: str, patches: Sequence[Patch], run: TestRun) -> list[ForgeError]:
@@ -137,22 +132,23 @@ def judge_grounds(
 ) -> Iterator[ForgeError]:
     """Every contract test that a decision relies on ran. ``judge_whole`` reports red ones."""
     for about, decision in decided:
-        outcomes = Counter() if decision.proof is None else run.outcomes(decision.proof)
-        if decision.proof is None or (outcomes and all(name in CLEAR for name in outcomes)):
+        if decision.proof is None:
             continue
-        yield ProofNotRunError(
-            f"line {line}: {about} is {decision.status} for what a test shows, but that "
-            f"test was not run: {dict(outcomes) or 'not found'}",
-            where=f"dispositions.toml: {about}: {decision.proof}",
-            remedy="name a test that runs on this line",
-        )
+        outcomes = run.outcomes(decision.proof)
+        if not outcomes or not outcomes.keys() <= CLEAR:
+            yield ProofNotRunError(
+                f"line {line}: {about} is {decision.status} for what a test shows, but that "
+                f"test was not run: {dict(outcomes) or 'not found'}",
+                where=f"dispositions.toml: {about}: {decision.proof}",
+                remedy="name a test that runs on this line",
+            )
 
 
 def judge_without(line: str, variant: Variant, run: TestRun) -> ForgeError | None:
     """The proof on the tree without its patch; None if it is red, as required."""
     patch = variant.left_out
     outcomes = run.outcomes(patch.proves)
-    if any(name not in CLEAR for name in outcomes):
+    if not outcomes.keys() <= CLEAR:
         return _no_proof(line, patch, f"ran only in part: {dict(outcomes)}")
     if run.exit == GREEN and outcomes["passed"]:
         return UselessPatchError(
@@ -204,11 +200,11 @@ def _counts(outcomes: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items()))
 
 
-def record(proof: LineProof) -> dict[str, Any]:
-    """The content of records/proofs/<line>.json."""
-    line = proof.job.environment.plan.cell.line
+def write_record(records: Path, proof: LineProof) -> Path:
+    """Write records/proofs/<line>.json; returns its path."""
+    line, applied = proof.job.environment.plan.cell.line, proof.job.environment.applied
     counts = Counter(proof.whole.tests.values())
-    return {
+    data = {
         "line": proof.job.line_name,
         "vllm": line.vllm,
         "environment": {
@@ -217,7 +213,7 @@ def record(proof: LineProof) -> dict[str, Any]:
             "python": line.python,
             "torch": line.torch,
         },
-        "trees": {"base": proof.job.applied.base, "result": proof.job.applied.result},
+        "trees": {"base": applied.base, "result": applied.result},
         "contract_tests": {"passed": counts["passed"], "of other lines": counts["skipped"]},
         "patches": [
             {
@@ -248,11 +244,7 @@ def record(proof: LineProof) -> dict[str, Any]:
         "order": [asdict(pair) for pair in proof.job.pairs],
         "applied twice": "same trees; each patch is refused on its own result",
     }
-
-
-def write_record(records: Path, proof: LineProof) -> Path:
-    """Write the line's record; returns its path."""
     path = records / "proofs" / f"{proof.job.line_name}.json"
     with atomic_path(path) as aside:
-        aside.write_text(json.dumps(record(proof), indent=1) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return path

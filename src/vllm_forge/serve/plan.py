@@ -180,11 +180,10 @@ def _graphs(answer: Answer) -> Plan | str:
 
 def _contract(project: Project, cell: ImageCell, lock: Lock) -> Plan:
     """Kernel families that the SKU's presets need, by records/coverage/<line>.json."""
-    path = project.records / "coverage" / f"{cell.line_name}.json"
-    name = path.relative_to(project.root)
-    if not path.is_file():
+    name = f"records/coverage/{cell.line_name}.json"
+    if not (project.root / name).is_file():
         return {"state": f"{UNKNOWN}: no {name}", "families": {}}
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = project.read_json(name)
     if record["lock"] != lock.digest:
         return {"state": f"{UNKNOWN}: {name} is of another lock", "families": {}}
     rows = {name: cells.get(cell.sku_name) for name, cells in record["coverage"].items()}

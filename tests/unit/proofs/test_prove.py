@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -462,7 +461,6 @@ def one_line(
 ) -> tuple[Project, FakeEngine]:
     """A line of one patch, whose layers and engine are made up."""
     series.add(a=text(_5="five\n"))
-    applied = series.applied()
     root = tmp_path / "root"
     root.mkdir()
     (root / "dispositions.toml").write_text(DECIDED, encoding="utf-8")
@@ -474,13 +472,18 @@ def one_line(
         lock=SimpleNamespace(digest="0" * 64),
     )
     work = tmp_path / "work"
-    line_environment = LineEnvironment(plan=cast("Any", plan), lower_dirs=(), config={}, work=work)
+    line_environment = LineEnvironment(
+        plan=cast("Any", plan),
+        repo=series.repo,
+        applied=series.applied(),
+        lower_dirs=(),
+        config={},
+        work=work,
+    )
     replacements: dict[str, Any] = {
-        "require_root": lambda: None,
         "open_line": lambda *_: line_environment,
         "write_inputs": lambda *_: tmp_path / "in",
         "read_series": lambda _folder: tuple(series.patches),
-        "check_line": lambda *_: applied,
     }
     for name, function in replacements.items():
         monkeypatch.setattr(prove_module, name, function)
@@ -500,7 +503,7 @@ def prove_it(
 ) -> Path:
     project, engine = one_line
     tests = whole.tests if harm == "not there" else whole.tests | {HARM: harm}
-    engine.answers = {WITH: replace(whole, tests=tests), WITHOUT: without}
+    engine.answers = {WITH: whole.model_copy(update={"tests": tests}), WITHOUT: without}
     prove(project, ["9.9"], RecordingRunner())
     return project.records / "proofs/9.9.json"
 
@@ -598,14 +601,14 @@ def test_container_run_gets_sources_models_and_tools(
 
 
 def test_file_time_encodes_its_content(
-    one_line: tuple[Project, FakeEngine], repo: SourceRepo, series: Series
+    one_line: tuple[Project, FakeEngine], series: Series
 ) -> None:
     """Compiled code is kept by path, size and time: equal only where the content is."""
     series.add(a=text(_5="FIVE\n"))
     line_environment = cast("Any", prove_module).open_line(*[None] * 4)
     times = []
     for tree in (*series.applied().trees, series.applied().trees[0]):
-        folder = line_environment.write_tree(repo, series.base, tree, "one")
+        folder = line_environment.write_tree(tree, "one")
         times.append(next(folder.rglob("a.py")).stat().st_mtime)
     assert times[0] == times[2] != times[1]
 
