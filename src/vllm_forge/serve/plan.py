@@ -5,7 +5,6 @@ Read from files of the repository only; equal files give equal bytes.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
