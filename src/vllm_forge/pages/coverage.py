@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.kernels.coverage.families import catalogue
+from vllm_forge.kernels.coverage.families import FINE, catalogue
 from vllm_forge.pages.markdown import table
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _problems(record: Mapping[str, Any], rows: Catalogue) -> list[str]:
                 continue
             if cell["exception"] is not None:
                 accepted.setdefault((name, cell["exception"]), []).append(sku)
-            elif cell["verdict"] not in ("native", "family", "source"):
+            elif cell["verdict"] not in FINE:
                 broken.setdefault((name, cell["detail"]), []).append(sku)
     lines = [""]
     for (name, detail), skus in broken.items():

@@ -89,10 +89,9 @@ def render(lines: Sequence[SelectionRecord]) -> str:
         with_ = dict.fromkeys(name for row in grid for name in row if name.startswith("with "))
         columns = (*GRID_COLUMNS, *with_, *MORE_COLUMNS)
         presets = [
-            dict(zip(("preset", "artifact"), question.name.split("/")[1:], strict=True))
-            | _cells(answer)
-            for question, answer in recorded.rows
-            if question.name.startswith("preset/")
+            {"preset": name, "artifact": artifact} | _cells(answer)
+            for (kind, name, artifact, *_), answer in _places(recorded.rows)
+            if kind == "preset"
         ]
         parts += [GRID.format(**words), _markdown(columns, grid)]
         parts += [PUBLISHED.format(**words), _markdown(columns, others)]
@@ -103,20 +102,23 @@ def render(lines: Sequence[SelectionRecord]) -> str:
 
 def selection_table(recorded: SelectionRecord) -> Table:
     """The grid of a line, for a terminal."""
+    columns = ("SKU", "artifact", "experts", "attention", "draft", "refused")
     rows = []
     for sku, artifact, answer, others in _grid(recorded.rows):
         experts = [_moe(answer), *(f"{n}: {_with(answer, o)}" for n, o in others.items())]
         cells = _cells(answer) | {"SKU": sku, "artifact": artifact, "experts": "\n".join(experts)}
-        rows.append(cells)
-    columns = ("SKU", "artifact", "experts", "attention", "draft", "refused")
+        rows.append([cells[name] for name in columns])
     title = f"line {recorded.line_name}, vLLM {recorded.vllm}"
-    cells_of = ([row[name] for name in columns] for row in rows)
-    return terminal_table(columns, cells_of, title=title, show_lines=True)
+    return terminal_table(columns, rows, title=title, show_lines=True)
+
+
+def _places(rows: Rows) -> Iterator[tuple[tuple[str, ...], Answer]]:
+    return ((tuple(question.name.split("/")), answer) for question, answer in rows)
 
 
 def _grid(rows: Rows) -> Iterator[tuple[str, str, Answer, dict[str, Answer]]]:
     """SKU, artifact, its answer, and the answers with a variable set."""
-    answers = {tuple(question.name.split("/")): answer for question, answer in rows}
+    answers = dict(_places(rows))
     for place, answer in answers.items():
         if place[0] == "grid" and len(place) == len(("grid", "SKU", "artifact")):
             others = {p[-1]: other for p, other in answers.items() if p[:-1] == place}

@@ -31,6 +31,11 @@ days. Receipts of earlier suites are stale; they are kept in
 [records/receipts-archive](../../records/receipts-archive).
 
 """
+# A receipt that differs is void.
+KERNELS = """
+What vLLM selected on the GPU is what the [kernel selection](selection.md) records:
+
+"""
 FOOT = """
 *unsigned*: only the commit that added a receipt vouches for it; see
 [the GPU suite](../develop/gpu-suite.md#receipts).
@@ -76,18 +81,17 @@ def status_text(project: Project, receipts: Sequence[Receipt]) -> str:
         for sku in matrix.sku
     ]
     grid = table(["SKU", *(f"{line}, {tier}" for line, tier in columns)], rows)
-    return HEAD + grid + "\n" + _evidence(receipts) + _kernels(project.root, receipts) + FOOT
+    return HEAD + grid + "\n" + _evidence(project.root, receipts) + FOOT
 
 
 def _link(text: str, receipt: Receipt) -> str:
     return f"[{text}](../../{FOLDER}/{receipt.path.parent.name}/{receipt.path.name})"
 
 
-def _evidence(receipts: Sequence[Receipt]) -> str:
-    if not receipts:
-        return ""
+def _evidence(root: Path, receipts: Sequence[Receipt]) -> str:
+    """How each tier ran; and its kernels, where the recorded selection names them."""
     columns = "receipt, GPU, driver, departures from the lock, tests, took, closest margin"
-    rows = []
+    rows, kernels = [], []
     for receipt in receipts:
         detail = receipt.statement.detail
         rows.append(
@@ -102,21 +106,10 @@ def _evidence(receipts: Sequence[Receipt]) -> str:
                 _closest(detail),
             ]
         )
-    return "\n" + table(columns.split(", "), rows) + "\n"
-
-
-def _kernels(root: Path, receipts: Sequence[Receipt]) -> str:
-    """Kernels that ran, where the recorded selection names them; a receipt that differs is void."""
-    rows = []
-    for receipt in receipts:
-        if kernels := compare(root, receipt):
-            detail = receipt.statement.detail
-            text = ", ".join(f"{kernel.what} {kernel.ran}" for kernel in kernels)
-            rows.append([_link(f"{detail.sku} {detail.line}", receipt), text])
-    if not rows:
-        return ""
-    head = "What vLLM selected on the GPU is what the [kernel selection](selection.md) records:"
-    return f"\n{head}\n\n{table(['receipt', 'kernels'], rows)}\n"
+        if selected := [f"{row.what} {row.ran}" for row in compare(root, receipt)]:
+            kernels.append([_link(f"{detail.sku} {detail.line}", receipt), ", ".join(selected)])
+    text = "\n" + table(columns.split(", "), rows) + "\n" if rows else ""
+    return text + KERNELS + table(["receipt", "kernels"], kernels) + "\n" if kernels else text
 
 
 def _closest(detail: Detail) -> str:

@@ -70,32 +70,24 @@ def find_preset(matrix: Matrix, sku: str, name: str) -> str:
     )
 
 
-def find_artifact(matrix: Matrix, preset_name: str, name: str | None) -> str:
-    """One of a preset's artifacts; None means its first."""
-    served = matrix.preset[preset_name].artifacts
-    if name is None:
-        return served[0]
-    if name in served:
-        return name
-    if name in matrix.artifact:
-        what = f"preset {preset_name} does not serve artifact {name}."
-    else:
-        what = f"unknown artifact {name!r}{suggestion(name, matrix.artifact)}"
-    raise UnknownArtifactError(what, remedy=f"{preset_name} serves: {', '.join(served)}")
-
-
 def find_deployment(
     matrix: Matrix, cell: ImageCell, preset: str, artifact: str | None = None
 ) -> Deployment:
-    """The rows of a cell, a preset's name and an artifact's name."""
+    """The rows of a cell, a preset's name and an artifact's name (default: its first)."""
     preset_name = find_preset(matrix, cell.sku_name, preset)
-    artifact_name = find_artifact(matrix, preset_name, artifact)
+    served = matrix.preset[preset_name].artifacts
+    name = served[0] if artifact is None else artifact
+    if name not in served:
+        what = f"unknown artifact {name!r}{suggestion(name, matrix.artifact)}"
+        if name in matrix.artifact:
+            what = f"preset {preset_name} does not serve artifact {name}."
+        raise UnknownArtifactError(what, remedy=f"{preset_name} serves: {', '.join(served)}")
     return Deployment(
         cell=cell,
         preset_name=preset_name,
         preset=matrix.preset[preset_name],
-        artifact_name=artifact_name,
-        artifact=matrix.artifact[artifact_name],
+        artifact_name=name,
+        artifact=matrix.artifact[name],
     )
 
 

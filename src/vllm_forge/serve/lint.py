@@ -26,6 +26,16 @@ if TYPE_CHECKING:
 SCHEMES = {
     "bf16": "unquantized", "fp8": "fp8", "mxfp4": "mxfp4", "nvfp4": "nvfp4", "w4a16": "wna16",
 }  # fmt: skip
+# Kind of refusal -> what vLLM does, and the remedy.
+REFUSALS = {
+    "arguments": ("its parser refuses the arguments", "correct flags in {row}"),
+    "config": ("it refuses the configuration", "correct flags in {row}"),
+    "device": (
+        "it has no kernels for this",
+        "take the artifact out of {row}; or the SKU out of line.{line}.skus",
+    ),
+    "failed": ("the question failed", "fix src/vllm_forge/kernels/selection/inside"),
+}
 KV_FLAG, BLOCK_FLAG = "--kv-cache-dtype=", "--block-size="
 
 
@@ -89,21 +99,12 @@ class LintCase:
 
 def served(case: LintCase) -> Iterator[LintFinding]:
     """The line's vLLM accepts the arguments and makes a configuration of them."""
-    refused = case.answer.refused
-    if refused is None:
-        return
-    row = f"matrix.toml, preset.{case.preset_name}"
-    match refused.kind:
-        case "arguments":
-            what, remedy = "its parser refuses the arguments", f"correct flags in {row}"
-        case "config":
-            what, remedy = "it refuses the configuration", f"correct flags in {row}"
-        case "device":
-            what = "it has no kernels for this"
-            remedy = f"take the artifact out of {row}; or the SKU out of line.{case.line_name}.skus"
-        case "failed":
-            what, remedy = "the question failed", "fix src/vllm_forge/kernels/selection/inside"
-    yield case.finding(f"{case.release}: {what}: {refused.message}", remedy)
+    if (refused := case.answer.refused) is not None:
+        what, remedy = REFUSALS[refused.kind]
+        yield case.finding(
+            f"{case.release}: {what}: {refused.message}",
+            remedy.format(row=f"matrix.toml, preset.{case.preset_name}", line=case.line_name),
+        )
 
 
 def known_variables(case: LintCase) -> Iterator[LintFinding]:
@@ -157,23 +158,18 @@ def graphs_cover_decode(case: LintCase) -> Iterator[LintFinding]:
 
 def drafter_takes_k(case: LintCase) -> Iterator[LintFinding]:
     """The draft layer is there, and drafts as many tokens as the preset says."""
-    tokens = case.preset.speculative_tokens
     if case.answer.refused is not None:
         return
-    draft = case.answer.draft
+    tokens, draft = case.preset.speculative_tokens, case.answer.draft
     drafted = 0 if draft is None else draft.speculative_tokens
-    if drafted != tokens:
-        yield case.finding(
-            f"the preset drafts {tokens} tokens, and {case.release} {drafted}",
-            f"correct speculative_tokens in preset.{case.preset_name}",
-        )
-        return
     layers = case.config.get("num_nextn_predict_layers", 0)
-    if tokens and (not layers or (tokens > layers and tokens % layers)):
-        yield case.finding(
-            f"k = {tokens}, and the drafter has {layers} layers: k must be a multiple",
-            f"correct speculative_tokens in preset.{case.preset_name}",
-        )
+    if drafted != tokens:
+        what = f"the preset drafts {tokens} tokens, and {case.release} {drafted}"
+    elif tokens and (not layers or (tokens > layers and tokens % layers)):
+        what = f"k = {tokens}, and the drafter has {layers} layers: k must be a multiple"
+    else:
+        return
+    yield case.finding(what, f"correct speculative_tokens in preset.{case.preset_name}")
 
 
 def kv_cache_fits(case: LintCase) -> Iterator[LintFinding]:
