@@ -152,9 +152,13 @@ class TestArtifacts:
         [
             (None, "missing config.json of artifact one"),
             ("{", "invalid artifact config"),
-            ('{"config": {}}', "missing sources or config"),
-            ('{"sources": ["a"]}', "invalid artifact config"),
-            ('{"sources": ["a"], "config": {}, "confg": {}}', "unknown keys"),
+            ('{"config": {}}', "sources\n  Field required"),
+            ('{"sources": ["a"]}', "config\n  Field required"),
+            ('{"sources": [], "config": {}}', "sources\n  Tuple should have at least 1 item"),
+            (
+                '{"sources": ["a"], "config": {}, "confg": {}}',
+                "confg\n  Extra inputs are not permitted",
+            ),
         ],
     )
     def test_invalid_file_is_named(self, tmp_path: Path, text: str | None, words: str) -> None:

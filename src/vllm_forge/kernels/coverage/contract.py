@@ -13,12 +13,12 @@ from vllm_forge.kernels.coverage.target import parse_capability
 from vllm_forge.kernels.errors import ContractError, StaleExceptionError, UnknownFamilyError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from vllm_forge.kernels.coverage.families import Exemption, Need
     from vllm_forge.kernels.coverage.site_packages import SitePackages
     from vllm_forge.kernels.coverage.target import Capability
-    from vllm_forge.kernels.selection.model import Answer, Choice
+    from vllm_forge.kernels.selection.model import Answer, Choice, Draft
 
 PRESET = "preset/"
 COUNTED = re.compile(r" in \d+$")  # "SchemeA in 3, SchemeB in 40", where layers differ
@@ -45,19 +45,16 @@ class KernelSelection:
     experts: tuple[tuple[str, str], ...] = ()
 
     def families(self, need: Need) -> dict[str, str]:
-        """Family -> which selection needs it.
-
-        Raises:
-            UnknownFamilyError: a backend without a row.
-        """
-        backends = [(need.modules, scheme, "layers with") for scheme in self.schemes]
-        if self.linear is not None:
-            backends.insert(0, (need.linear, self.linear, "linear"))
-        if self.attention is not None:
-            backends.insert(0, (need.attention, self.attention, "attention"))
+        """Family -> which selection needs it."""
+        backends = [
+            (need.attention, self.attention, "attention"),
+            (need.linear, self.linear, "linear"),
+            *((need.modules, scheme, "layers with") for scheme in self.schemes),
+        ]
         families = {
             name: f"{kind} {backend}"
             for table, backend, kind in backends
+            if backend is not None
             for name in needed(table, backend, kind)
         }
         for scheme, backend in self.experts:
@@ -73,11 +70,7 @@ class KernelSelection:
 
 
 def selections_of(answers: Mapping[str, Answer]) -> tuple[KernelSelection, ...]:
-    """What vLLM selects for each preset and artifact that it serves.
-
-    Args:
-        answers: for one SKU's device, by the question's name.
-    """
+    """What vLLM selects for each preset and artifact that it serves, on one SKU's device."""
     return tuple(
         _selection(answer)
         for name, answer in answers.items()
@@ -86,11 +79,10 @@ def selections_of(answers: Mapping[str, Answer]) -> tuple[KernelSelection, ...]:
 
 
 def _selection(answer: Answer) -> KernelSelection:
-    experts = [(answer.experts_scheme, _chosen(answer.moe))]
-    schemes = set(_schemes(answer.modules))
-    if answer.draft is not None:
-        experts.append((answer.draft.experts_scheme, _chosen(answer.draft.moe)))
-        schemes.update(_schemes(answer.draft.modules))
+    parts: list[Answer | Draft] = [answer] if answer.draft is None else [answer, answer.draft]
+    experts = [(part.experts_scheme, _chosen(part.moe)) for part in parts]
+    modules = [text for part in parts for text in part.modules.values()]
+    schemes = {COUNTED.sub("", scheme) for text in modules for scheme in text.split(", ")}
     return KernelSelection(
         by=answer.name,
         attention=_chosen(answer.attention),
@@ -99,12 +91,6 @@ def _selection(answer: Answer) -> KernelSelection:
         # Experts without a backend are an unknown backend, not an empty need.
         experts=tuple((scheme, backend or "none") for scheme, backend in experts if scheme),
     )
-
-
-def _schemes(modules: dict[str, str]) -> Iterator[str]:
-    for schemes in modules.values():
-        for scheme in schemes.split(", "):
-            yield COUNTED.sub("", scheme)
 
 
 def _chosen(choice: Choice | None) -> str | None:
@@ -116,7 +102,6 @@ class FamilyFinding:
     """A family that a cell needs.
 
     Attributes:
-        family: its name.
         coverage: what the image has of it.
         needed_by: questions and their selections; empty if every cell needs it.
         exemption: the row that accepts a verdict outside FINE.
@@ -126,11 +111,6 @@ class FamilyFinding:
     coverage: Coverage
     needed_by: tuple[str, ...]
     exemption: Exemption | None
-
-    @property
-    def held(self) -> bool:
-        """Whether the contract holds for this family."""
-        return self.coverage.verdict in FINE or self.exemption is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +145,12 @@ class Contract:
             ContractError: a family is missing and no row accepts that.
             StaleExceptionError: a row accepts a verdict that the image does not have.
         """
-        if broken := [row for row in self.findings if not row.held]:
+        broken = [
+            row
+            for row in self.findings
+            if row.coverage.verdict not in FINE and row.exemption is None
+        ]
+        if broken:
             raise ContractError(
                 f"{self.cell} needs kernels that its image does not have:\n"
                 + "\n".join(
@@ -195,14 +180,7 @@ def contract(
     capability: Capability,
     selections: Sequence[KernelSelection],
 ) -> Contract:
-    """Compare a cell's selections with its image.
-
-    Args:
-        contents: the image.
-        cell: name for messages.
-        line: name of the vLLM line.
-        capability: of the SKU.
-        selections: of each preset of that SKU.
+    """Compare a cell's selections, of each preset of its SKU, with its image.
 
     Raises:
         UnknownFamilyError: a backend without a row.
@@ -218,24 +196,21 @@ def contract(
         for row in rows.exception
         if line in row.lines and "{}.{}".format(*capability) in row.capabilities
     ]
-    findings = []
-    for name, reasons in needs.items():
-        coverage = contents.coverage(name, capability, line) or NOT_MADE
-        exemption = next(
-            (row for row in accepted if (row.family, row.verdict) == (name, coverage.verdict)), None
+    exemptions = {(row.family, str(row.verdict)): row for row in reversed(accepted)}
+    coverages = {name: contents.coverage(name, capability, line) or NOT_MADE for name in needs}
+    findings = tuple(
+        FamilyFinding(
+            family=name,
+            coverage=coverages[name],
+            needed_by=tuple(dict.fromkeys(reasons)),
+            exemption=exemptions.get((name, coverages[name].verdict)),
         )
-        findings.append(
-            FamilyFinding(
-                family=name,
-                coverage=coverage,
-                needed_by=tuple(dict.fromkeys(reasons)),
-                exemption=exemption,
-            )
-        )
+        for name, reasons in needs.items()
+    )
     used = {id(item.exemption) for item in findings}
     return Contract(
         cell=cell,
-        findings=tuple(findings),
+        findings=findings,
         stale=tuple(row for row in accepted if id(row) not in used),
         fixes={name: family.fix for name, family in rows.family.items()},
     )
@@ -246,10 +221,7 @@ def line_record(
 ) -> dict[str, Any]:
     """The coverage of a line's packages: parts of records/coverage/<line>.json.
 
-    Args:
-        contents: the line's packages.
-        line: its name.
-        contracts: SKU -> compute capability, and the contract of its cell if the line serves it.
+    ``contracts``: SKU -> compute capability, and the contract of its cell if the line serves it.
     """
 
     def cell(family: str, capability: str, of_cell: Contract | None) -> dict[str, Any]:

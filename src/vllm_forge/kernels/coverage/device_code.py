@@ -75,16 +75,12 @@ class Code:
     """An entry of a fatbin: device code for one target.
 
     Attributes:
-        kind: machine code (cubin), PTX, or LTO intermediate code.
-        target: what it was compiled for.
         header: where the entry's header is in the file.
         offset: where its payload is in the file, in bytes.
         size: bytes of the payload, with its padding.
         stored: bytes of the payload that are a compressed stream; ``size`` if not compressed.
         unpacked: bytes when decompressed; ``size`` if not compressed.
-        compression: how the payload is compressed, "" if it is not.
         module: which fatbin of the file it belongs to, counted from 0 in file order.
-        section: name of the section it is in.
     """
 
     kind: Kind
@@ -150,10 +146,6 @@ def device_code(buffer: bytes | mmap, name: str = "") -> list[Code]:
     (cuBLASLt in ``.cask_resource``, cuFFT in ``.ldata``, cuSPARSE in ``.rodata``). They are found
     by the first eight bytes of a fatbin, and must be complete.
 
-    Args:
-        buffer: the file, e.g. as a read-only mmap.
-        name: of the file, for error messages.
-
     Raises:
         UnknownFatbinError: an unknown magic, version, kind or flag, an entry that ends outside
             its fatbin, or bytes in a fatbin section outside any fatbin.
@@ -197,9 +189,9 @@ class _Scan:
         at = self.section.offset
         while at < self.end:
             if self.buffer[at : at + 4] == _START[:4]:
-                size = self._size(at)
+                end = self._end(at)
                 yield at
-                at += _FATBIN.size + size
+                at = end
             elif any(self.buffer[at : min(at + _ALIGN, self.end)]):
                 raise self._unknown("bytes that belong to no fatbin", at)
             else:
@@ -209,25 +201,25 @@ class _Scan:
         """Starts of fatbins in a section that holds other data too."""
         at = self.buffer.find(_START, self.section.offset, self.end)
         while at >= 0:
-            size = self._size(at)
+            end = self._end(at)
             yield at
-            at = self.buffer.find(_START, at + _FATBIN.size + size, self.end)
+            at = self.buffer.find(_START, end, self.end)
 
-    def _size(self, at: int) -> int:
-        """Bytes of the entries of the fatbin at ``at``."""
+    def _end(self, at: int) -> int:
+        """Where the fatbin at ``at`` ends."""
         if self.end - at < _FATBIN.size:
             raise self._unknown("a fatbin header that the section cuts off", at)
         magic, version, header, size = _FATBIN.unpack_from(self.buffer, at)
         if (magic, version, header) != (MAGIC, 1, _FATBIN.size):
             raise self._unknown(f"fatbin version {version} with a header of {header} bytes", at)
-        if at + header + size > self.end:
+        end: int = at + header + size
+        if end > self.end:
             raise self._unknown("a fatbin that is longer than its section", at)
-        return int(size)
+        return end
 
     def entries(self, start: int, module: int) -> Iterator[Code]:
         """The entries of the fatbin at ``start``."""
-        at = start + _FATBIN.size
-        end = at + _FATBIN.unpack_from(self.buffer, start)[3]
+        at, end = start + _FATBIN.size, self._end(start)
         while at < end:
             if end - at < _ENTRY.size:
                 raise self._unknown("an entry that the fatbin cuts off", at)
@@ -246,9 +238,13 @@ class _Scan:
                 raise self._unknown(
                     f"an entry with flags {flags:#x} and {packed} compressed bytes", at
                 )
+            exact, family = bool(flags & EXACT), bool(flags & FAMILY)
+            if not 10 <= arch < 1000 or (exact and family):  # noqa: PLR2004 - sm_10 to sm_999
+                raise self._unknown(f"architecture {arch} with flags {flags:#x}", at)
+            suffix: Suffix = "a" if exact else "f" if family else ""
             yield Code(
                 kind=KINDS[kind],
-                target=self._target(arch, flags, at),
+                target=Target(arch // 10, arch % 10, suffix),
                 header=at,
                 offset=at + header,
                 size=size,
@@ -259,13 +255,6 @@ class _Scan:
                 section=self.section.name,
             )
             at += header + size
-
-    def _target(self, arch: int, flags: int, at: int) -> Target:
-        exact, family = bool(flags & EXACT), bool(flags & FAMILY)
-        if not 10 <= arch < 1000 or (exact and family):  # noqa: PLR2004 - sm_10 to sm_999
-            raise self._unknown(f"architecture {arch} with flags {flags:#x}", at)
-        suffix: Suffix = "a" if exact else "f" if family else ""
-        return Target(arch // 10, arch % 10, suffix)
 
     def _unknown(self, what: str, at: int) -> UnknownFatbinError:
         return UnknownFatbinError(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import re
 import tomllib
 from functools import cache
 from importlib.resources import files
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, model_validator
@@ -17,7 +17,7 @@ from vllm_forge.kernels.errors import UnknownFamilyError
 from vllm_forge.matrix import FrozenModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from vllm_forge.kernels.coverage.target import Capability
 
@@ -28,11 +28,6 @@ VERDICTS: tuple[CoverageVerdict, ...] = ("native", "family", "source", "ptx", "d
 FINE: tuple[CoverageVerdict, ...] = ("native", "family", "source")
 
 
-def _pattern(text: str) -> str:
-    re.compile(text)
-    return text
-
-
 class FamilyPart(FrozenModel):
     """A part of a family that must be there, on the GPUs and lines that it is for."""
 
@@ -40,7 +35,7 @@ class FamilyPart(FrozenModel):
     lines: tuple[str, ...] = Field(default=(), description="(): all")
 
     def applies(self, capability: Capability, line: str) -> bool:
-        """Whether this part concerns that GPU on that line."""
+        """Whether it is for that GPU on that line."""
         return (not self.majors or capability[0] in self.majors) and (
             not self.lines or line in self.lines
         )
@@ -50,7 +45,7 @@ class Kernels(FamilyPart):
     """Kernels that are compiled into a library."""
 
     libraries: tuple[str, ...] = Field(min_length=1, description="globs; one has the kernels")
-    match: Annotated[str, AfterValidator(_pattern)] = Field(
+    match: Annotated[str, AfterValidator(lambda text: re.compile(text).pattern)] = Field(
         description="regular expression, searched for in the mangled names"
     )
 
@@ -86,8 +81,8 @@ class Family(FrozenModel):
     cubins: tuple[Cubins, ...] = ()
 
     @property
-    def parts(self) -> tuple[FamilyPart, ...]:
-        """The family's kernels, libraries, sources and cubins."""
+    def parts(self) -> tuple[Kernels | Libraries | Sources | Cubins, ...]:
+        """Of all kinds."""
         return (*self.kernels, *self.libraries, *self.sources, *self.cubins)
 
 
@@ -109,12 +104,10 @@ class Need(FrozenModel):
         description="scheme class of routed experts -> backend -> families"
     )
 
-    def families(self) -> Iterator[str]:
+    def families(self) -> set[str]:
         """Every family that is named."""
-        yield from self.always
-        for table in (self.attention, self.linear, self.modules, *self.experts.values()):
-            for names in table.values():
-                yield from names
+        tables = (self.attention, self.linear, self.modules, *self.experts.values())
+        return {*self.always, *(name for table in tables for row in table.values() for name in row)}
 
 
 class Exemption(FrozenModel):
@@ -150,20 +143,15 @@ class Catalogue(FrozenModel):
 
     def patterns_of(self, library: str) -> list[str]:
         """The patterns to look for in a library, by its path below site-packages."""
+        path = PurePosixPath("/", library)
         return sorted(
             {
                 part.match
                 for family in self.family.values()
                 for part in family.kernels
-                if any(_matches(library, glob) for glob in part.libraries)
+                if any(path.match(f"/{glob}") for glob in part.libraries)
             }
         )
-
-
-def _matches(path: str, glob: str) -> bool:
-    """As Path.glob does: a star does not match slashes."""
-    parts, patterns = path.split("/"), glob.split("/")
-    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
 
 
 @cache
@@ -178,12 +166,7 @@ def digest() -> str:
 
 
 def needed(table: dict[str, tuple[str, ...]], chosen: str, what: str) -> tuple[str, ...]:
-    """The families of a backend.
-
-    Args:
-        table: one of Need's.
-        chosen: what vLLM selected.
-        what: kind of selection, for the message.
+    """The families of the backend that vLLM chose, by a table of Need; ``what`` for the message.
 
     Raises:
         UnknownFamilyError: there is no row for it.

@@ -36,7 +36,7 @@ from vllm_forge.kernels.errors import UnknownFatbinError
 from vllm_forge.matrix import FrozenModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from vllm_forge.kernels.coverage.device_code import Code
 
@@ -110,7 +110,7 @@ def kernels(
 
     Args:
         buffer: a library.
-        name: of it, for error messages.
+        name: for error messages.
         codes: the library's ``device_code``, if already known.
 
     Raises:
@@ -127,7 +127,11 @@ def kernels(
             for match in PTX_ENTRY.finditer(payload):
                 bodies[match[1].decode()].append(Body(kind="ptx", target=code.target, size=0))
         else:
-            _require_architecture(payload, code, name)
+            if not is_elf(payload):
+                raise _unreadable("a cubin that is not an ELF file", code, name)
+            stated = CUDA_ABI_FLAGS.unpack_from(payload, 48)[1]
+            if payload[8] == CUDA_ABI and stated != code.target.major * 10 + code.target.minor:
+                raise _unreadable(f"a cubin for sm_{stated}", code, name)
             for symbol, other, size in functions(payload):
                 if other & ENTRY:
                     bodies[symbol].append(Body(kind="cubin", target=code.target, size=size))
@@ -167,12 +171,7 @@ def code_sizes(codes: Iterable[Code]) -> dict[str, int]:
 def library_code(path: Path, patterns: Sequence[str] = ()) -> LibraryCode:
     """The device code of a file, from the cache if the same bytes were read before.
 
-    Args:
-        path: any file; one without device code has an empty record.
-        patterns: regular expressions to count kernels by, searched for in mangled names.
-
-    Raises:
-        UnknownFatbinError: see device_code and kernels.
+    ``patterns``: regular expressions to count kernels by, searched for in mangled names.
     """
     rules = hashlib.sha256(json.dumps([FORMAT, sorted(patterns)]).encode()).hexdigest()
     if (known := _known(path, rules)) is not None:
@@ -180,11 +179,14 @@ def library_code(path: Path, patterns: Sequence[str] = ()) -> LibraryCode:
     with exclusive("coverage", wait=True):
         if (known := _known(path, rules)) is not None:
             return known
-        sha256 = _hash(path)
-        record = _record_path(sha256, rules)
-        if (known := _load(record)) is None:
+        stamp = _stamp(path)  # from before it is read
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        with atomic_path(_stamp_path(path)) as aside:
+            aside.write_text(json.dumps({"stamp": stamp, "sha256": sha256}) + "\n")
+        if (known := _load(sha256, rules)) is None:
             known = _read(path, sha256, patterns)
-            with atomic_path(record) as aside:
+            with atomic_path(_record_path(sha256, rules)) as aside:
                 aside.write_text(known.model_dump_json(indent=1) + "\n")
         return known
 
@@ -196,12 +198,12 @@ def _known(path: Path, rules: str) -> LibraryCode | None:
         unchanged = stamp["stamp"] == _stamp(path)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return _load(_record_path(stamp["sha256"], rules)) if unchanged else None
+    return _load(stamp["sha256"], rules) if unchanged else None
 
 
-def _load(record: Path) -> LibraryCode | None:
+def _load(sha256: str, rules: str) -> LibraryCode | None:
     try:
-        return LibraryCode.model_validate_json(record.read_text())
+        return LibraryCode.model_validate_json(_record_path(sha256, rules).read_text())
     except (FileNotFoundError, ValidationError):
         return None
 
@@ -224,45 +226,27 @@ def _stamp(path: Path) -> list[int]:
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _hash(path: Path) -> str:
-    """SHA-256 of a file; caches it with the file's stamp from before it was read."""
-    stamp = _stamp(path)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    with atomic_path(_stamp_path(path)) as aside:
-        aside.write_text(json.dumps({"stamp": stamp, "sha256": sha256}) + "\n")
-    return sha256
-
-
 def _read(path: Path, sha256: str, patterns: Sequence[str]) -> LibraryCode:
     with mapped(path) as buffer:
         codes = present(buffer, device_code(buffer, str(path)))
         names = kernels(buffer, str(path), codes) if patterns else {}
     groups = {}
     for pattern in sorted(patterns):
-        search = re.compile(pattern).search
-        matches = {name: without_stubs(bodies) for name, bodies in names.items() if search(name)}
+        members: dict[tuple[tuple[Kind, Target], ...], list[str]] = defaultdict(list)
+        for name in filter(re.compile(pattern).search, names):
+            bodies = without_stubs(names[name])
+            members[tuple(sorted({(body.kind, body.target) for body in bodies}))].append(name)
         groups[pattern] = tuple(
             KernelGroup(
                 code=tuple(f"{kind} {target}" for kind, target in targets),
-                kernels=len(members),
-                example=min(members)[:160],
+                kernels=len(group),
+                example=min(group)[:160],
             )
-            for targets, members in sorted(_by_targets(matches).items())
+            for targets, group in sorted(members.items())
         )
     return LibraryCode(
         sha256=sha256, size=path.stat().st_size, code=code_sizes(codes), patterns=groups
     )
-
-
-def _by_targets(
-    bodies: Mapping[str, list[Body]],
-) -> dict[tuple[tuple[Kind, Target], ...], list[str]]:
-    """Names of kernels, grouped by what they were compiled for."""
-    groups: dict[tuple[tuple[Kind, Target], ...], list[str]] = defaultdict(list)
-    for name, group in bodies.items():
-        groups[tuple(sorted({(body.kind, body.target) for body in group}))].append(name)
-    return groups
 
 
 def _payload(
@@ -280,14 +264,6 @@ def _payload(
     if len(payload) != code.unpacked:
         raise _unreadable(f"a {code.kind} of {len(payload)} bytes", code, name)
     return payload
-
-
-def _require_architecture(cubin: bytes, code: Code, name: str) -> None:
-    if not is_elf(cubin):
-        raise _unreadable("a cubin that is not an ELF file", code, name)
-    stated = CUDA_ABI_FLAGS.unpack_from(cubin, 48)[1]
-    if cubin[8] == CUDA_ABI and stated != code.target.major * 10 + code.target.minor:
-        raise _unreadable(f"a cubin for sm_{stated}", code, name)
 
 
 def _unreadable(what: str, code: Code, name: str) -> UnknownFatbinError:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm_forge.kernels.coverage.device_code import device_code
 from vllm_forge.kernels.coverage.families import (
@@ -15,7 +14,6 @@ from vllm_forge.kernels.coverage.families import (
     Catalogue,
     CoverageVerdict,
     Cubins,
-    FamilyPart,
     Kernels,
     Libraries,
     Sources,
@@ -26,9 +24,8 @@ from vllm_forge.kernels.coverage.library import code_sizes, compiled_for, librar
 from vllm_forge.kernels.coverage.target import Target, runs_on
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
-    from vllm_forge.kernels.coverage.families import Compiler
     from vllm_forge.kernels.coverage.library import LibraryCode
     from vllm_forge.kernels.coverage.target import Capability, Kind
 
@@ -84,7 +81,9 @@ class SitePackages:
     def libraries(self) -> dict[str, dict[str, Any]]:
         """Every library with device code: its size, and bytes per target, by path."""
         rows = {}
-        for name, path in sorted(self._shared_objects()):
+        for name, path in self.find("**/*.so*"):
+            if path.is_symlink():
+                continue
             if self.rows.patterns_of(name):
                 code = self.library(name, path).code
             else:
@@ -94,22 +93,8 @@ class SitePackages:
                 rows[name] = {"size": path.stat().st_size, "code": dict(code)}
         return rows
 
-    def _shared_objects(self) -> Iterable[tuple[str, Path]]:
-        merged = {
-            path.relative_to(site).as_posix(): path
-            for site in self.sites
-            for folder, _, names in os.walk(site)
-            for name in names
-            if ".so" in name and not (path := Path(folder, name)).is_symlink()
-        }
-        return merged.items()
-
     def coverage(self, name: str, capability: Capability, line: str) -> Coverage | None:
-        """A family on a GPU; None if none of its parts concern that GPU.
-
-        Raises:
-            UnknownFatbinError: a library's device code has an unknown layout.
-        """
+        """A family on a GPU; None if none of its parts concern that GPU."""
         parts = [
             self._part(part, capability)
             for part in self.rows.family[name].parts
@@ -123,7 +108,9 @@ class SitePackages:
         details = dict.fromkeys(part.detail for part in shown)
         return Coverage(verdict=verdict, codes=tuple(codes), detail="; ".join(details))
 
-    def _part(self, part: FamilyPart, capability: Capability) -> Coverage:
+    def _part(
+        self, part: Kernels | Libraries | Sources | Cubins, capability: Capability
+    ) -> Coverage:
         match part:
             case Kernels():
                 return self._kernels(part, capability)
@@ -131,9 +118,7 @@ class SitePackages:
                 return self._library_files(part, capability)
             case Sources():
                 return self._sources(part, capability)
-            case Cubins():
-                return self._cubins(part, capability)
-        raise TypeError(part)
+        return self._cubins(part, capability)
 
     def _kernels(self, part: Kernels, capability: Capability) -> Coverage:
         """Each kernel of the pattern must have a body; the worst one counts."""
@@ -181,18 +166,14 @@ class SitePackages:
         if missing:
             return _missing(f"not there: {', '.join(missing)}")
         target = f"sm_{Target(*capability, 'a')}"
-        if not self._compiles_for(compiler, target):
-            return _missing(f"{part.compiler} of this image does not know {target}")
-        detail = f"compiled by {part.compiler} on first use"
-        return Coverage(verdict="source", codes=(part.compiler,), detail=detail)
-
-    def _compiles_for(self, compiler: Compiler, target: str) -> bool:
-        """Whether one of the compiler's files contains the target's name as a whole word."""
         key = (compiler.targets, target)
         if key not in self._targets:
             word = re.compile(re.escape(target.encode()) + rb"(?![0-9A-Za-z])")
             self._targets[key] = any(_search(path, word) for _, path in self.find(key[0]))
-        return self._targets[key]
+        if not self._targets[key]:
+            return _missing(f"{part.compiler} of this image does not know {target}")
+        detail = f"compiled by {part.compiler} on first use"
+        return Coverage(verdict="source", codes=(part.compiler,), detail=detail)
 
     def _cubins(self, part: Cubins, capability: Capability) -> Coverage:
         files = self.find(part.files)
@@ -221,27 +202,19 @@ def _cubin_target(path: Path) -> Target | None:
 
 
 def best(code: Sequence[str], capability: Capability) -> tuple[CoverageVerdict, str]:
-    """How code runs on a GPU, at best: as machine code, or compiled by the driver.
+    """How code such as ``cubin 120f`` runs on a GPU at best, and what runs.
 
-    Args:
-        code: e.g. ``cubin 120f`` or ``ptx 80``.
-        capability: of the GPU.
-
-    Returns:
-        The verdict, and what runs, e.g. ``120f`` or ``80 PTX``; "" if nothing does.
+    That is e.g. ``120f`` or ``80 PTX``; "" if nothing does.
     """
     ways: list[tuple[int, Capability, CoverageVerdict, str]] = []
     for text in code:
-        word, _, name = text.partition(" ")
-        kind: Kind = "ptx" if word == "ptx" else "lto" if word == "lto" else "cubin"
+        kind, _, name = text.partition(" ")
         target = Target.parse(name)
-        if not runs_on(target, kind, capability):
+        if not runs_on(target, cast("Kind", kind), capability):
             continue
         verdict: CoverageVerdict = "ptx"
         if kind == "cubin":
             verdict = "family" if target.suffix == "f" else "native"
         shown = name if kind == "cubin" else f"{name} {kind.upper()}"
         ways.append((-VERDICTS.index(verdict), target.capability, verdict, shown))
-    if not ways:
-        return "missing", ""
-    return max(ways, key=lambda way: way[:2])[2:]
+    return max(ways, key=lambda way: way[:2])[2:] if ways else ("missing", "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 from vllm_forge.kernels.errors import UnknownTargetError
 
@@ -16,9 +16,7 @@ Kind: TypeAlias = Literal["cubin", "ptx", "lto"]
 Suffix: TypeAlias = Literal["", "a", "f"]
 Capability: TypeAlias = tuple[int, int]
 
-_NAME = re.compile(
-    r"(?:(?:sm|compute|lto)_)?(?P<major>\d+)(?P<dot>\.?)(?P<minor>\d)(?P<suffix>[af]?)"
-)
+_NAME = re.compile(r"(?:(?:sm|compute|lto)_)?(\d+)\.?(\d)([af]?)")
 
 # The capabilities that code for family target ``XYf`` runs on. A GPU that NVIDIA has not put into
 # a family is not in it, however near its number: 10.1 was never one of 100f.
@@ -42,18 +40,13 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Read e.g. ``sm_100a``, ``compute_80``, ``120f`` or ``10.3a``.
-
-        Raises:
-            UnknownTargetError: invalid target.
-        """
+        """Read e.g. ``sm_100a``, ``compute_80``, ``120f`` or ``10.3a``."""
         match = _NAME.fullmatch(text)
         if match is None:
             raise UnknownTargetError(
                 f"invalid CUDA target {text!r}", remedy="use e.g. sm_100a, 120f or 9.0a"
             )
-        suffix: Suffix = "a" if match["suffix"] == "a" else "f" if match["suffix"] == "f" else ""
-        return cls(int(match["major"]), int(match["minor"]), suffix)
+        return cls(int(match[1]), int(match[2]), cast("Suffix", match[3]))
 
     def __str__(self) -> str:
         return f"{self.major}{self.minor}{self.suffix}"
@@ -65,11 +58,7 @@ class Target:
 
 
 def parse_capability(text: str) -> Capability:
-    """A compute capability such as ``10.3``.
-
-    Raises:
-        UnknownTargetError: invalid compute capability.
-    """
+    """A compute capability such as ``10.3``."""
     target = Target.parse(text)
     if target.suffix or "." not in text:
         raise UnknownTargetError(f"invalid compute capability {text!r}", remedy="use e.g. 10.3")

@@ -78,11 +78,7 @@ def inside_hash() -> str:
 
 
 def write_inputs(folder: Path, questions: Sequence[Question]) -> None:
-    """Write the package and the questions to a folder that any user can read.
-
-    Raises:
-        ArtifactConfigError: an artifact without a config.
-    """
+    """Write the package and the questions to a folder that any user can read."""
     content = {
         "questions": [question.model_dump(mode="json") for question in questions],
         "artifacts": {
@@ -107,9 +103,8 @@ def read_answers(output: str, questions: Iterable[Question], where: str) -> tupl
             project's code inside.
     """
     names = [question.name for question in questions]
-    lines = output.strip().splitlines()
     try:
-        rows = json.loads(lines[-1])
+        rows = json.loads(output.strip().splitlines()[-1])
         for row in rows:
             row.pop("seconds", None)
             row.pop("imported", None)
@@ -124,11 +119,14 @@ def read_answers(output: str, questions: Iterable[Question], where: str) -> tupl
         raise SelectionFailedError(
             f"{len(answers)} answers to {len(names)} questions, or in another order", where=where
         )
-    failed = [a for a in answers if a.refused is not None and a.refused.kind == "failed"]
+    failed = [
+        f"\n  - {answer.name}: {answer.refused.message}"
+        for answer in answers
+        if answer.refused is not None and answer.refused.kind == "failed"
+    ]
     if failed:
-        reasons = "\n".join(f"  - {a.name}: {a.refused.message}" for a in failed if a.refused)
         raise SelectionFailedError(
-            f"{len(failed)} of {len(answers)} questions failed:\n{reasons}",
+            f"{len(failed)} of {len(answers)} questions failed:{''.join(failed)}",
             where=where,
             remedy=f"fix {INSIDE}: this vLLM may have changed its interfaces",
         )

@@ -3,9 +3,6 @@
 Every preset is asked with each of its artifacts. A grid without presets has every SKU with every
 artifact, also SKUs that the line does not serve, whose answers give the reason. It is asked again
 with each retired variable set.
-
-``artifacts/<name>.json`` has ``config`` without the weights, its ``sources``, and what is
-``unknown``. ``base`` names a file whose config it adds to.
 """
 
 from __future__ import annotations
@@ -15,9 +12,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field, ValidationError
+
 from vllm_forge.kernels.errors import ArtifactConfigError
 from vllm_forge.kernels.selection.model import Device, Question
-from vllm_forge.matrix import serve_arguments
+from vllm_forge.matrix import FrozenModel, serve_arguments
 
 if TYPE_CHECKING:
     from vllm_forge.matrix import Matrix, Sku
@@ -28,7 +27,15 @@ GPUS = 8
 GRID_ARGUMENTS = ("--tensor-parallel-size=4", "--kv-cache-dtype=fp8")
 DRAFTER = '--speculative-config={"method":"mtp","num_speculative_tokens":1}'
 ARTIFACTS = Path(__file__).with_name("artifacts")
-KEYS = {"base", "sources", "unknown", "config"}
+
+
+class ArtifactFile(FrozenModel):
+    """``config`` without the weights; ``base`` names a file whose config it adds to."""
+
+    base: str | None = None
+    sources: tuple[str, ...] = Field(min_length=1)
+    unknown: tuple[str, ...] = ()
+    config: dict[str, Any]
 
 
 def preset_question(preset_name: str, artifact_name: str) -> str:
@@ -94,33 +101,22 @@ def artifact_config(name: str, folder: Path = ARTIFACTS) -> dict[str, Any]:
     Raises:
         ArtifactConfigError: missing or malformed.
     """
-    data = _read(name, folder)
-    base = artifact_config(data["base"], folder) if "base" in data else {}
-    return {**base, **data["config"]}
+    path = folder / f"{name}.json"
+    try:
+        file = ArtifactFile.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        problem = f"missing config.json of artifact {name}"
+    except ValidationError as error:
+        problem = f"invalid artifact config: {error}"
+    else:
+        base = {} if file.base is None else artifact_config(file.base, folder)
+        return base | file.config
+    raise ArtifactConfigError(
+        problem, where=str(path), remedy="write the artifact's config.json and its sources"
+    )
 
 
 def config_hash(name: str, folder: Path = ARTIFACTS) -> str:
     """SHA-256 of the config."""
     text = json.dumps(artifact_config(name, folder), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _read(name: str, folder: Path) -> dict[str, Any]:
-    path = folder / f"{name}.json"
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        unknown = set(data) - KEYS
-        problem = f"unknown keys {sorted(unknown)}" if unknown else ""
-        if not data.get("sources") or not isinstance(data["config"], dict):
-            problem = "missing sources or config"
-    except FileNotFoundError:
-        problem = f"missing config.json of artifact {name}"
-    except (ValueError, KeyError, AttributeError) as error:
-        problem = f"invalid artifact config: {error!r}"
-    if problem:
-        raise ArtifactConfigError(
-            problem,
-            where=str(path),
-            remedy="write the artifact's config.json and its sources",
-        )
-    return data

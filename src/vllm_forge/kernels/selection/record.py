@@ -77,11 +77,7 @@ def selection_path(records: Path, line_name: str) -> Path:
 
 
 def selection_inputs(project: Project, line_name: str) -> dict[str, Any]:
-    """Hashes of the inputs of a line's answers.
-
-    Raises:
-        LockFileError, ArtifactConfigError.
-    """
+    """Hashes of the inputs of a line's answers."""
     line = project.matrix.line[line_name]
     tree = read_tree_lock(project.root / line.series, line_name)
     return {
@@ -171,26 +167,23 @@ def require_fresh(project: Project, line_name: str) -> SelectionRecord:
 def require_same(
     recorded: SelectionRecord, answers: Sequence[Answer], *, published: bool = False
 ) -> None:
-    """Raise if an answer differs from the recorded one.
+    """Compare answers with the recorded ones.
 
     Raises:
         SelectionChangedError: with both values of each field that differs.
     """
     before = recorded.published_answers if published else recorded.answers
-    changed = []
-    for answer in answers:
-        old = before.get(answer.name)
-        if old is None:
-            changed.append(f"{answer.name}: not recorded")
-            continue
-        changed += [
-            f"{answer.name}: {path}\n"
-            f"      {recorded.made}: {json.dumps(old_value, sort_keys=True)}\n"
-            f"      now:        {json.dumps(new_value, sort_keys=True)}"
-            for path, old_value, new_value in differences(
-                old.model_dump(mode="json"), answer.model_dump(mode="json")
-            )
-        ]
+    changed = [f"{row.name}: not recorded" for row in answers if row.name not in before]
+    changed += [
+        f"{answer.name}: {path}\n"
+        f"      {recorded.made}: {json.dumps(old, sort_keys=True)}\n"
+        f"      now:        {json.dumps(new, sort_keys=True)}"
+        for answer in answers
+        if answer.name in before
+        for path, old, new in differences(
+            before[answer.name].model_dump(mode="json"), answer.model_dump(mode="json")
+        )
+    ]
     if changed:
         what = f"vLLM {recorded.vllm} as published" if published else f"line {recorded.line_name}"
         raise SelectionChangedError(
