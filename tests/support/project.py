@@ -207,7 +207,8 @@ def make_project(folder: Path, files: dict[str, str] | None = None) -> Project:
     """A locked and patched project in ``folder``; ``files`` replace those of the tiny vllm."""
     root = folder / "checkout"
     (root / "docker" / "locks").mkdir(parents=True)
-    shutil.copy(REPO / "docker" / "Dockerfile", root / "docker" / "Dockerfile")
+    for name in ("Dockerfile", "libcuda-functions.txt"):
+        shutil.copy(REPO / "docker" / name, root / "docker" / name)
     (root / "matrix.toml").write_text(MATRIX)
     source = {path: text.encode() for path, text in (VLLM | (files or {})).items()}
     code = library(fatbin(*(entry("cubin", str(arch), CODE[arch]) for arch in CODE)))

@@ -15,7 +15,6 @@ from vllm_forge.project import Project
 
 RESULTS = "gpu-results"
 NAME = re.compile(r"\w[\w.-]*")
-PYTHON = re.compile(r"3\.[0-9]{1,2}")
 
 
 def _positive(text: str) -> float:
@@ -32,13 +31,6 @@ def _workers(text: str) -> str:
         raise argparse.ArgumentTypeError(
             f"invalid value {text!r}: expected auto or a number above 0"
         )
-    return text
-
-
-def _python(text: str) -> str:
-    """A Python's version, as names of wheels have it."""
-    if not PYTHON.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a version, e.g. 3.12")
     return text
 
 
@@ -69,19 +61,9 @@ def register(choices: Commands) -> None:
 
     one = command(gpu, "kit", kit, SKU, LINE, inputs)
     one.add_argument("--output", type=Path, required=True, help="folder that will be made")
-    one.add_argument("--freeze", type=Path, required=True, help="the host's `pip freeze`")
-    one.add_argument("--python", type=_python, default="3.12", help="version of the host's Python")
+    one.add_argument("--image", type=Path, help="OCI layout (default: dist/<cell>)")
     one.add_argument("--max-part", default="62MB", help="largest part, e.g. 62MB (10^6 bytes)")
-    one.add_argument(
-        "--max-result", default="15MiB", help="largest file of a run's results, e.g. 15MiB"
-    )
-    one.add_argument(
-        "--limit", type=_positive, default=580, help="seconds that a call on the host may take"
-    )
-    one.add_argument("--minutes", type=_positive, default=8, help="budget per tier")
-    one.add_argument("--caches", type=Path, help="JIT caches of an earlier run: folder or tar")
-    one.add_argument("--race", type=Path, help="compiled helpers, of tests.support.prepare_race")
-    one.add_argument("--omit", action="append", default=[], metavar="PACKAGE", help="leave it out")
+    one.add_argument("--caches", type=Path, help="JIT caches of an earlier run of the same stack")
 
     one = command(gpu, "receipts", receipts, key)
     one.add_argument("--result", action="append", default=[], type=Path, help="make one of this")
@@ -128,17 +110,11 @@ def kit(project: Project, args: argparse.Namespace) -> None:
 
     cell = project.cell(args.sku, args.line)
     options = KitOptions(
+        image=args.image or project.root / "dist" / cell.name,
         output=args.output,
-        freeze=args.freeze,
-        python=args.python,
         max_part=parse_size(args.max_part),
-        max_result=parse_size(args.max_result),
-        limit=args.limit,
-        minutes=args.minutes,
         inputs=_input_folders(args.checkpoint, args.workloads),
         caches=args.caches,
-        race=args.race,
-        omit=tuple(args.omit),
     )
     print(make_kit(project, cell, options))
 

@@ -8,17 +8,11 @@ for.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import lzma
-import shutil
-import tarfile
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.gputest.errors import JitCacheError, KitError
+from vllm_forge.gputest.errors import JitCacheError
 from vllm_forge.images.prewarm import Prewarm, tree_digest
 from vllm_forge.patches import read_tree_lock
 
@@ -41,8 +35,6 @@ FOLDERS = {
     "cuda": "CUDA_CACHE_PATH",
     "trtllm": "TRTLLM_DG_CACHE_DIR",
 }
-PACKED = "caches.tar.xz"
-CHUNK = 1 << 24
 
 
 def cache_key(project: Project, cell: ImageCell, tree: str, kind: str) -> dict[str, str]:
@@ -109,77 +101,3 @@ def prewarm_of(project: Project, cell: ImageCell, folder: Path) -> Prewarm:
         key=key,
         digest=tree_digest(folder),
     )
-
-
-def find_caches(source: Path) -> list[Path]:
-    """The folder, the tar, or its pieces.
-
-    Raises:
-        KitError: nothing there.
-    """
-    if source.exists():
-        return [source]
-    if pieces := sorted(source.parent.glob(f"{source.name}.[0-9][0-9]")):
-        return pieces
-    raise KitError(
-        "--caches not found",
-        where=str(source),
-        remedy=f"name a folder, or the {PACKED} that a run of a kit left",
-    )
-
-
-def pack_caches(source: Path, content: Path, key: Mapping[str, str]) -> str | None:
-    """Put them into a kit's content; return where compilers had them, if one of them says so.
-
-    Args:
-        source: the folder, the tar that a run packed, or that name where it is cut in pieces
-            (``caches.tar.xz.00``, ...).
-        content: gets ``caches.tar.xz``.
-        key: what of the stack is known here; the host compares its packages, too.
-
-    Raises:
-        KitError: not caches, or a part of them.
-        JitCacheError: of another stack.
-    """
-    with tempfile.TemporaryDirectory(dir=content.parent) as work:
-        folder = Path(work) / "caches"
-        _copy(source, folder)
-        require_key(folder, key)
-        with tarfile.open(content / PACKED, "w:xz", preset=1) as tar:
-            tar.add(folder, arcname=folder.name)
-        return _compiled_at(folder)
-
-
-def _compiled_at(folder: Path) -> str | None:
-    """Triton lists the files of a kernel with absolute paths, and misses those that were moved."""
-    for group in sorted((folder / "triton").glob("*/__grp__*.json")):
-        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
-            child = next(iter(json.loads(group.read_text())["child_paths"].values()), "")
-            return str(Path(child).parents[2])  # of FOLDER/triton/HASH/file
-    return None
-
-
-def _copy(source: Path, target: Path) -> None:
-    pieces = find_caches(source)
-    try:
-        if source.is_dir():
-            shutil.copytree(source, target)
-        else:
-            joined = io.BytesIO(b"".join(piece.read_bytes() for piece in pieces))
-            with lzma.open(joined) as packed, tarfile.open(fileobj=packed, mode="r|") as tar:
-                tar.extractall(target.parent, filter="data")
-                while packed.read(CHUNK):
-                    pass  # to the end, where xz has its checksum
-    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
-        raise KitError(
-            f"not the caches of a run: {error}",
-            where=str(source),
-            remedy=f"copy {PACKED}, or all of its pieces, again",
-        ) from None
-    names = {path.name for path in target.iterdir()} if target.is_dir() else set()
-    if KEY not in names or names - {KEY, *FOLDERS}:
-        raise KitError(
-            f"expected {KEY} and folders of compilers, found {', '.join(sorted(names))}",
-            where=str(source),
-            remedy=f"compilers: {', '.join(FOLDERS)}",
-        )

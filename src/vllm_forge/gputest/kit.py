@@ -1,213 +1,188 @@
-"""Kits: the GPU suite for a host without network, in parts that may travel one by one."""
+"""Kits: an image and the GPU suite for a host without network, registry or container engine.
+
+A kit is a folder of parts that may travel one by one, with a program (``kit_host.py``) that joins
+them, verifies the image from its digest down, and runs the suite in it. Results become receipts of
+that digest: the environment of a kit is the image itself.
+"""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
 import shutil
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
+
+import zstandard
 
 from vllm_forge.errors import UsageError
 from vllm_forge.gputest.bundle import make_plan, write_bundle
-from vllm_forge.gputest.caches import find_caches, pack_caches
+from vllm_forge.gputest.caches import require_key
 from vllm_forge.gputest.errors import KitError
-from vllm_forge.gputest.launch import test_tools
-from vllm_forge.gputest.wheels import read_freeze, require_closed, select_wheels, thin_wheel
+from vllm_forge.gputest.launch import ENVIRONMENT, suite_command, unpack_tools
 from vllm_forge.host import atomic_path, report, require_disk, tree_bytes
-from vllm_forge.images import patched_wheel
-from vllm_forge.kernels.coverage import parse_capability
-from vllm_forge.patches import check_line
-from vllm_forge.receipts.suite import read_suite
-from vllm_forge.sources import Index, SourceRepo, Wheelhouse
+from vllm_forge.images.layout import Image, read_image, verify
+from vllm_forge.images.prewarm import place_of
+from vllm_forge.receipts.errors import ReceiptSubjectError
+from vllm_forge.sources import SourceRepo
 
 if TYPE_CHECKING:
-    from vllm_forge.gputest.wheels import WheelSelection
     from vllm_forge.matrix import ImageCell
     from vllm_forge.project import Project
 
 HOST = Path(__file__).with_name("kit_host.py")
 SIZE = re.compile(r"(?P<number>\d+)\s*(?P<unit>MB|MiB|GB|GiB)")
 UNITS = {"MB": 10**6, "MiB": 1 << 20, "GB": 10**9, "GiB": 1 << 30}
-RACE_FOLDER = "dist/gpu/race"  # see tests/gpu/race/kit.py
-RACE_FILES = ("kit.tar.xz", "manifest.json")
+CHUNK = 1 << 22
 RUN = """#!/bin/sh
-# sh run.sh take           keep the parts in this folder; once for each part that travels alone
-# sh run.sh go OUTPUT      verify, join, install beside the host's packages, run the suite
+# sh run.sh take           keep the parts beside this file; once for each batch of parts
+# sh run.sh go OUTPUT      verify, unpack, run the suite in the image; see kit.py
 exec python3 "$(dirname "$0")/kit.py" "$@"
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class KitOptions:
-    """What a kit is for.
+    """What a kit holds.
 
     Attributes:
+        image: OCI layout of the image.
         output: folder that is made.
-        freeze: the host's ``pip freeze``.
-        python: version of its Python.
         max_part: bytes of the largest part.
-        max_result: bytes of the largest file that a run leaves; larger ones are cut.
-        limit: seconds that a call on the host may take.
-        minutes: budget per tier.
         inputs: place in the bundle -> folder: models and prompts.
-        caches: what JIT compilers made on such a host before: a folder, or the tar that a run of
-            a kit packs.
-        race: helpers of the race suite that are compiled already, by
-            ``tests.support.prepare_race``. Without, the host compiles them.
-        omit: distributions to leave out.
+        caches: what JIT compilers made in an earlier run of the same stack.
     """
 
+    image: Path
     output: Path
-    freeze: Path
-    python: str
     max_part: int
-    max_result: int
-    limit: float
-    minutes: float
     inputs: dict[str, Path] = field(default_factory=dict)
     caches: Path | None = None
-    race: Path | None = None
-    omit: tuple[str, ...] = ()
 
 
 def parse_size(text: str) -> int:
     """Bytes of e.g. ``62MB``.
 
     Raises:
-        UsageError: not a size.
+        UsageError: it does not parse, or is 0.
     """
-    size = SIZE.fullmatch(text)
-    if size is None or int(size["number"]) == 0:
+    match = SIZE.fullmatch(text)
+    if match is None or int(match["number"]) == 0:
         raise UsageError(
-            f"invalid size {text!r}", remedy=f"write e.g. 62MB; units: {', '.join(UNITS)}"
+            f"invalid size {text!r}: expected e.g. 62MB", remedy=f"units: {', '.join(UNITS)}"
         )
-    return int(size["number"]) * UNITS[size["unit"]]
+    return int(match["number"]) * UNITS[match["unit"]]
 
 
 def make_kit(project: Project, cell: ImageCell, options: KitOptions) -> Path:
     """Write a kit and return its folder.
 
     Raises:
-        KitError: see select_wheels; or the folder exists.
+        KitError: the folder exists.
+        LayoutError: the image is damaged.
+        ReceiptSubjectError: the image is of another SKU, line, lock or tree.
+        JitCacheError: the caches are of another stack.
         DiskSpaceError: the disk is too small for it.
     """
     if options.output.exists() or options.output.is_symlink():
         raise KitError(
             "--output exists already",
             where=str(options.output),
-            remedy="name another with --output, or delete it",
+            remedy="choose another --output, or delete it",
         )
-    if options.race is not None:
-        require_race(options.race)
-    if options.caches is not None:
-        find_caches(options.caches)
-    frozen = read_freeze(options.freeze)
-    lock = project.lock(cell.line_name)
-    selection = select_wheels(
-        cell.line.model_copy(update={"python": options.python}),
-        cell.base,
-        lock,
-        Index(),
-        frozen=frozen,
-        omit=options.omit,
-        extra=test_tools(project.root),
-    )
-    wheelhouse, repo = Wheelhouse(), SourceRepo()
-    wheelhouse.fetch([lock.find("vllm"), *selection.wheels])
-    applied = check_line(project, cell.line_name, repo)
-    patched = patched_wheel(cell, lock, applied, repo, wheelhouse).path
-    size = sum(wheel.size for wheel in selection.wheels) + 2 * patched.stat().st_size
-    size += sum(tree_bytes(folder) for folder in options.inputs.values())
-    require_disk({options.output: 2 * size})
+    image = read_image(options.image)
+    with report("verify the image"):
+        verify(image)
+    models = sum(tree_bytes(folder) for folder in options.inputs.values())
+    require_disk({options.output: 3 * image.size + 2 * models})
     with atomic_path(options.output) as aside:
-        content = aside.with_name(f"content of {aside.name}")  # deleted with it, also after a kill
-        wheels = content / "wheels"
-        wheels.mkdir(parents=True)
-        with report("zero device code for other GPUs"):
-            thin = thin_wheel(
-                patched,
-                wheels / patched.name,
-                parse_capability(cell.sku.compute_capability),
-                read_suite(project.root)["kit"]["without_device_code"],
-            )
-        for wheel in selection.wheels:
-            shutil.copyfile(wheelhouse.verify(wheel), wheels / wheel.filename)
-        require_closed(sorted(wheels.glob("*.whl")), {*frozen, *options.omit}, options.python)
-        plan, compiled_at = _write_bundle(
-            project, cell, content, options, [*selection.differences, *thin.differences]
-        )
+        content = aside.with_name(f"content of {aside.name}")  # removed with it in any case
+        content.mkdir()
+        bundle = write_bundle(project, cell, SourceRepo(), content / "bundle")
+        require_image_of(project, cell, image, bundle.tree)
+        unpack_tools(project.root, bundle.folder)
+        subject = {"kind": "image", "name": cell.name, "sha256": image.digest}
+        plan = make_plan(project, cell, bundle.tree, subject)
+        (bundle.folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+        for place, folder in options.inputs.items():
+            shutil.copytree(folder, bundle.folder / place)
+        key = plan["caches"]["key"]
+        place = place_of(key)
+        if options.caches is not None:
+            require_key(options.caches, key)
+            shutil.copytree(options.caches, content / "jit" / Path(place).name)
+        with report("write the layers as gzip"):
+            write_layers(image, content / "image")
+        argv, last = suite_command(place)
         with report("write the parts"):
             aside.mkdir()
-            parts = write_parts(content, aside, options.max_part)
-            manifest = _manifest(plan, options, selection)
-            manifest |= {"compiled_at": compiled_at, "parts": parts}
+            manifest = {
+                "schema": 2,
+                "digest": f"sha256:{image.digest}",
+                "sku": cell.sku_name,
+                "line": cell.line_name,
+                "suite": {"argv": argv, "last": last, "env": ENVIRONMENT},
+                "parts": write_parts(content, aside, options.max_part),
+            }
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
             (aside / "run.sh").write_text(RUN)
             shutil.copyfile(HOST, aside / "kit.py")
     return options.output
 
 
-def _write_bundle(
-    project: Project,
-    cell: ImageCell,
-    content: Path,
-    options: KitOptions,
-    differences: list[str],
-) -> tuple[dict[str, Any], str | None]:
-    """Fill ``content/bundle`` and pack the caches; the plan, and where these were compiled."""
-    bundle = write_bundle(project, cell, SourceRepo(), content / "bundle")
-    for place, folder in options.inputs.items():
-        shutil.copytree(folder, bundle.folder / place)
-    subject = {"kind": "environment", "name": f"kit for {cell.name}", "sha256": None}
-    plan = make_plan(project, cell, bundle.tree, subject) | {"differences": differences}
-    (bundle.folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
-    if options.race is not None:
-        (bundle.folder / RACE_FOLDER).mkdir(parents=True)
-        for name in RACE_FILES:
-            shutil.copyfile(options.race / name, bundle.folder / RACE_FOLDER / name)
-    if options.caches is None:
-        return plan, None
-    return plan, pack_caches(options.caches, content, plan["caches"]["key"])
-
-
-def _manifest(
-    plan: dict[str, Any], options: KitOptions, selection: WheelSelection
-) -> dict[str, Any]:
-    """What ``kit_host`` reads, and what the kit is for."""
-    return {
-        "schema": 1,
-        **{name: plan[name] for name in ("sku", "line", "tree", "lock_sha256", "differences")},
-        "freeze_sha256": hashlib.sha256(options.freeze.read_bytes()).hexdigest(),
-        "python": options.python,
-        "minutes": options.minutes,
-        "limit": options.limit,
-        "max_result": options.max_result,
-        "kept_of_the_host": list(selection.kept),
-        "wheels": {wheel.filename: wheel.sha256 for wheel in selection.wheels},
-    }
-
-
-def require_race(source: Path) -> None:
-    """Refuse a folder that does not have the race suite's compiled helpers.
+def require_image_of(project: Project, cell: ImageCell, image: Image, tree: str) -> None:
+    """Refuse an image of another SKU, line, lock or tree than the suite would say.
 
     Raises:
-        KitError: with what it lacks.
+        ReceiptSubjectError: with the first label that differs.
     """
-    for name in RACE_FILES:
-        if not (source / name).is_file():
-            raise KitError(
-                f"missing {name} in --race",
-                where=str(source),
-                remedy="make the folder with: python -m tests.support.prepare_race DIR",
+    labels = image.config["config"].get("Labels") or {}
+    lock = project.lock(cell.line_name)
+    for name, expected in {
+        "sku": cell.sku_name,
+        "line": cell.line_name,
+        "tree": tree,
+        "lock": f"sha256:{lock.digest}",
+    }.items():
+        if (actual := labels.get(f"io.vllm-forge.{name}")) != expected:
+            raise ReceiptSubjectError(
+                f"the image's {name} is {actual}, expected {expected}",
+                where=str(image.path),
+                remedy=f"build {cell.name} again, or name the right --sku, --line and --image",
             )
 
 
+def write_layers(image: Image, folder: Path) -> None:
+    """Write manifest.json, config.json and each layer as ``<number>.tar.gz``.
+
+    Every host has gzip, and not every one zstd. The host verifies the content of layers by the
+    image's configuration, so how they are compressed on the way does not matter.
+    """
+    folder.mkdir()
+    shutil.copyfile(image.blob(f"sha256:{image.digest}"), folder / "manifest.json")
+    shutil.copyfile(image.blob(image.manifest["config"]["digest"]), folder / "config.json")
+
+    def write(number: int, layer: dict[str, Any]) -> None:
+        source, target = image.blob(layer["digest"]), folder / f"{number}.tar.gz"
+        if not layer["mediaType"].endswith("+zstd"):
+            shutil.copyfile(source, target)
+            return
+        with source.open("rb") as packed, gzip.open(target, "wb", compresslevel=1) as out:
+            zstandard.ZstdDecompressor().copy_stream(
+                packed, cast("IO[bytes]", out), write_size=CHUNK
+            )
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, *zip(*enumerate(image.manifest["layers"]), strict=True)))
+
+
 class _Parts:
-    """A stream that begins a new file when one is full."""
+    """A file to write to that begins a new part when one is full."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
@@ -244,7 +219,7 @@ class _Parts:
 def write_parts(content: Path, folder: Path, limit: int) -> list[dict[str, Any]]:
     """A tar of ``content``, cut into files of at most ``limit`` bytes; names, sizes, hashes.
 
-    It is not compressed: wheels are, and the rest is small.
+    It is not compressed: layers are, and the rest is small.
     """
     parts = _Parts(folder, limit)
     with tarfile.open(fileobj=parts, mode="w|") as tar:  # type: ignore[call-overload]

@@ -1,331 +1,488 @@
-"""A kit on its host: take parts, join them, make an environment beside the host's, run the suite.
+"""An image and its GPU suite on a host without network, registry or container engine.
 
-    kit.py take               keep the parts next to this file; again for the next ones
-    kit.py go OUTPUT [ARG]... join, install, run; ARG goes to tests.gpu.harness.run
+    kit.py take                   keep the parts beside this file; once for each batch of parts
+    kit.py unpack                 verify and join the parts, verify and unpack the image
+    kit.py go OUTPUT [ARG]...     take, unpack, then run the suite in the image as root
+    kit.py exec [OPTION]... -- COMMAND [ARG]...
+                                  run a command in the image: --uid N (default: the image's user),
+                                  --env NAME=VALUE, --bind SOURCE:TARGET, --writable
 
-Stands alone on the standard library, and needs no network and no root. Works in FORGE_KIT_WORK
-(default: forge-kit in the folder for temporary files). The host's packages are seen behind the
-kit's. Ends by itself before FORGE_KIT_LIMIT seconds (default: --limit of gpu-kit), with the results
-so far.
+Stands alone on Python's standard library, tar, gzip and mount. Needs root. Works in
+FORGE_KIT_WORK (default: the user's cache folder), which must belong to the user alone.
+
+What runs is the image: its manifest, configuration and the content of every layer are verified from
+the image digest down, its root is mounted read-only, and its own variables are set. As an engine's
+GPU hook does, the driver of the host is mounted into it. Variables are passed on with which a
+host's operator restricts NCCL, NVSHMEM and symmetric memory to what its links can do
+(HOST_VARIABLES).
 """
 
 from __future__ import annotations
 
-import compileall
 import contextlib
+import ctypes
 import fcntl
 import hashlib
-import itertools
+import io
 import json
-import math
 import os
 import shutil
 import signal
-import site
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
-import venv
-import zipfile
-from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 HERE = Path(__file__).resolve().parent
-WORK = Path(os.environ.get("FORGE_KIT_WORK") or Path(tempfile.gettempdir()) / "forge-kit")
-PACKING_S, ENDING_S = 45, 20  # the suite gets SIGTERM that long before the limit; then SIGKILL
-CHUNK = 1 << 24
-# Of every installed file: FlashInfer builds with ninja, which builds again what is older than its
-# sources, and caches that came along are older than an environment that was made now.
-INSTALLED = 1577836800  # 2020-01-01
+HOST_VARIABLES = ("NCCL_", "NVSHMEM_", "TORCH_SYMM_MEM_")
+DRIVER_FOLDER = "usr/local/nvidia"  # of GKE and other hosts; images search it for libraries
+DRIVER_LIBRARIES = (
+    "libcuda.so.1", "libnvidia-ml.so.1", "libnvidia-ptxjitcompiler.so.1", "libnvidia-nvvm.so.4",
+    "libnvidia-nvvm70.so.4", "libnvidia-gpucomp.so", "libcudadebugger.so.1",
+)  # fmt: skip
+# Mount points that the image lacks; an engine makes them as well.
+FOLDERS = ("proc", "sys", "dev", "forge", "output", "cache", "tmp", DRIVER_FOLDER)
+FILES = ("usr/bin/nvidia-smi",)
+CHUNK = 1 << 22
+SHM = "16g"
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID = 0x20000, 0x8000000, 0x20000000
+PR_SET_PDEATHSIG = 1
 
 
-def take(manifest: dict[str, Any]) -> None:
-    """Copy the parts beside this file into the work folder, each verified."""
+def fail(message: str) -> NoReturn:
+    """End with a message."""
+    sys.exit(f"kit.py: {message}")
+
+
+def work_folder() -> Path:
+    """The work folder; what others can write is not used, since programs in it run as root."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("FORGE_KIT_WORK") or Path(cache) / "vllm-forge-kit")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if folder.is_symlink() or status.st_uid != os.geteuid():
+        fail(f"{folder} is a link or belongs to another user: set FORGE_KIT_WORK to another folder")
+    folder.chmod(0o700)
+    return folder.resolve()
+
+
+# --- parts ------------------------------------------------------------------------------------
+
+
+def read_manifest() -> dict[str, Any]:
+    """manifest.json of the kit."""
+    try:
+        manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
+        for part in manifest["parts"]:
+            if Path(part["name"]).name != part["name"] or not {"size", "sha256"} <= set(part):
+                raise ValueError(f"invalid part: {part}")  # noqa: TRY301
+        for name in ("digest", "suite"):
+            manifest[name]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        fail(f"invalid manifest.json ({type(error).__name__}: {error}): copy it again")
+    return dict(manifest)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def matches(path: Path, part: dict[str, Any]) -> bool:
+    """Whether a file has the size and hash of the manifest."""
+    return (
+        path.is_file()
+        and path.stat().st_size == part["size"]
+        and file_digest(path) == part["sha256"]
+    )
+
+
+def take(manifest: dict[str, Any], work: Path) -> None:
+    """Copy the parts beside this file into the work folder; a damaged one replaces none."""
     for part in manifest["parts"]:
-        source, target = HERE / part["name"], WORK / part["name"]
+        source, target = HERE / part["name"], work / part["name"]
         if source.is_file():
-            require(source, part)  # first: one that was damaged must not replace one that is good
+            if not matches(source, part):
+                fail(f"{source} does not match manifest.json: copy it again")
             aside = target.with_name(f"{target.name}.new")
             try:
                 shutil.copyfile(source, aside)
                 aside.replace(target)
             finally:
                 aside.unlink(missing_ok=True)
-    here = [part["name"] for part in manifest["parts"] if is_part(WORK / part["name"], part)]
-    print(f"{len(here)} of {len(manifest['parts'])} parts are here: {' '.join(here)}")
+    names = [part["name"] for part in manifest["parts"]]
+    missing = [name for name in names if not (work / name).is_file()]
+    print(f"{len(names) - len(missing)} of {len(names)} parts taken", flush=True)
 
 
-def is_part(path: Path, part: dict[str, Any]) -> bool:
-    """Whether a file is there and has the manifest's size and hash."""
-    if not path.is_file() or path.stat().st_size != part["size"]:
-        return False
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return bool(digest.hexdigest() == part["sha256"])
+class Joined(io.RawIOBase):
+    """The parts as one file to read from, each verified before its first byte is used."""
+
+    def __init__(self, parts: Sequence[dict[str, Any]], work: Path) -> None:
+        super().__init__()
+        self.parts = list(parts)
+        self.work = work
+        self.file: BinaryIO | None = None
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill ``buffer`` from the current part, or the next one."""
+        while True:
+            if self.file is not None:
+                if count := self.file.readinto(buffer):  # type: ignore[attr-defined]
+                    return int(count)
+                self.file.close()
+                self.file = None
+            if not self.parts:
+                return 0
+            part = self.parts.pop(0)
+            path = self.work / part["name"]
+            if not path.is_file():
+                fail(f"missing {part['name']}: run `take` where it is")
+            if not matches(path, part):
+                fail(f"{path} does not match manifest.json: run `take` with it again")
+            self.file = path.open("rb")
 
 
-def require(path: Path, part: dict[str, Any]) -> None:
-    """End unless it is the manifest's."""
-    if not is_part(path, part):
-        sys.exit(f"{part['name']} does not match the manifest: copy it again")
-
-
-def kit_id(manifest: dict[str, Any]) -> str:
-    """Distinguish this kit, on this Python, from others that left something in the work folder."""
-    said = json.dumps([sys.version, [part["sha256"] for part in manifest["parts"]]])
-    return hashlib.sha256(said.encode()).hexdigest()
-
-
-def is_complete(folder: Path, kit: str) -> bool:
-    """Whether an earlier call completed a folder of this kit."""
-    stamp = folder / ".complete"
-    return stamp.is_file() and stamp.read_text() == kit
-
-
-class Joined:
-    """The parts as one file to read from, without a copy on disk."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self.files: list[BinaryIO] = [path.open("rb") for path in paths]
-
-    def read(self, size: int) -> bytes:
-        """At most ``size`` bytes of the first file that has some left."""
-        while self.files:
-            if block := self.files[0].read(size):
-                return block
-            self.files.pop(0).close()
-        return b""
-
-
-def join(manifest: dict[str, Any]) -> Path:
-    """Verify all parts and unpack them; the folder of the kit's content."""
-    folder, kit = WORK / "content", kit_id(manifest)
-    if is_complete(folder, kit):
+def content(manifest: dict[str, Any], work: Path) -> Path:
+    """Folder with the joined parts: layers, bundle, caches. Made once per kit."""
+    digest = hashlib.sha256(json.dumps(manifest["parts"]).encode()).hexdigest()
+    folder = work / f"content-{digest[:16]}"
+    if folder.is_dir():
         return folder
-    paths = [WORK / part["name"] for part in manifest["parts"]]
-    for path, part in zip(paths, manifest["parts"], strict=True):
-        if not path.is_file():
-            sys.exit(f"missing {part['name']}: bring it with `take` first")
-        require(path, part)
-    clear(folder)
-    joined: Any = Joined(paths)  # of a stream, tarfile only calls read()
-    with tarfile.open(fileobj=joined, mode="r|", bufsize=CHUNK) as tar:
-        tar.extractall(folder, filter="data")
-    (folder / ".complete").write_text(kit)
+    aside = fresh(work / "content.new")
+    with tarfile.open(fileobj=io.BufferedReader(Joined(manifest["parts"], work), CHUNK),
+                      mode="r|") as tar:  # fmt: skip
+        tar.extractall(aside, filter="data")
+    aside.rename(folder)
     return folder
 
 
-def clear(folder: Path) -> None:
-    """Delete what an earlier call left: its results would pass for those of this one."""
+def fresh(folder: Path) -> Path:
+    """An empty folder."""
     if folder.exists():
         shutil.rmtree(folder)
+    folder.mkdir(mode=0o700)
+    return folder
 
 
-def unpack(wheel: Path, prefix: Path, packages: Path) -> None:
-    """Put a wheel's files where the wheel format says (PEP 427)."""
-    with zipfile.ZipFile(wheel) as archive:
-        for member in archive.infolist():
-            if member.is_dir():
-                continue
-            target, script = place(member.filename, prefix, packages)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            content = archive.read(member)
-            if script and content.startswith(b"#!python"):
-                _, _, rest = content.partition(b"\n")
-                content = f"#!{prefix}/bin/python\n".encode() + rest
-            target.write_bytes(content)
-            os.utime(target, (INSTALLED, INSTALLED))
-            if script or member.external_attr >> 16 & 0o111:
-                target.chmod(0o755)
+# --- the image --------------------------------------------------------------------------------
 
 
-def place(name: str, prefix: Path, packages: Path) -> tuple[Path, bool]:
-    """Where a member goes, and whether it is a script."""
-    head, _, rest = name.partition("/")
-    if not head.endswith(".data"):
-        return packages / name, False
-    kind, _, inner = rest.partition("/")
-    folders = {"scripts": prefix / "bin", "headers": prefix / "include", "data": prefix}
-    folders |= dict.fromkeys(("purelib", "platlib"), packages)
-    return folders[kind] / inner, kind == "scripts"
+@dataclass(frozen=True)
+class Image:
+    """An unpacked image.
+
+    Attributes:
+        root: its files.
+        config: the ``config`` object of its configuration: Env, User, Entrypoint, WorkingDir.
+    """
+
+    root: Path
+    config: dict[str, Any]
 
 
-def environment(folder: Path, kit: str) -> Path:
-    """An environment with the kit's wheels before the host's packages; its Python."""
-    prefix = WORK / "venv"
-    python = prefix / "bin" / "python"
-    if is_complete(prefix, kit):
-        return python
-    clear(prefix)
-    venv.EnvBuilder(symlinks=True, with_pip=False).create(prefix)
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    packages = prefix / "lib" / version / "site-packages"
-    wheels = sorted((folder / "wheels").glob("*.whl"), key=lambda path: -path.stat().st_size)
-    with ProcessPoolExecutor() as pool:
-        count = len(wheels)
-        list(pool.map(unpack, wheels, [prefix] * count, [packages] * count))
-    # addsitedir also reads the .pth files there, which a plain path would not.
-    rows = [f"import site; site.addsitedir({path!r})" for path in site.getsitepackages()]
-    (packages / "zz-host.pth").write_text("\n".join(rows) + "\n")
-    # Many processes start at once, and each would compile what the others do.
-    compileall.compile_dir(packages, quiet=2, workers=0)
-    (prefix / ".complete").write_text(kit)
-    return python
+def verified(path: Path, digest: str) -> bytes:
+    """Content of a file with that SHA-256."""
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != digest.removeprefix("sha256:"):
+        fail(f"{path} does not have {digest}")
+    return data
 
 
-def variables(folder: Path) -> dict[str, str]:
-    """The kit's Python first; a CUDA toolkit if the host has one."""
-    env = dict(os.environ)
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    if Path(nvcc).exists():
-        env.setdefault("CUDA_HOME", str(Path(nvcc).resolve().parent.parent))
-        env["PATH"] = f"{Path(nvcc).parent}{os.pathsep}{env['PATH']}"
-    env["PATH"] = f"{WORK}/venv/bin{os.pathsep}{env['PATH']}"
-    env["PYTHONPATH"] = str(folder / "bundle" / "src")
-    return env
+def unpack_image(folder: Path, digest: str, work: Path) -> Image:
+    """Unpack an image once, every byte verified from its digest down.
+
+    Layers travel as gzip, whatever they are in the registry, so what is verified of each is the
+    SHA-256 of its tar, which the image's configuration lists (``rootfs.diff_ids``).
+    """
+    manifest = json.loads(verified(folder / "image" / "manifest.json", digest))
+    config = json.loads(verified(folder / "image" / "config.json", manifest["config"]["digest"]))
+    root = work / f"root-{digest.removeprefix('sha256:')[:16]}"
+    if not root.is_dir():
+        aside = fresh(work / "root.new")
+        aside.chmod(0o755)
+        for number, diff_id in enumerate(config["rootfs"]["diff_ids"]):
+            unpack_layer(folder / "image" / f"{number}.tar.gz", diff_id, aside)
+        for name in FOLDERS:
+            (aside / name).mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            (aside / name).touch()
+        aside.rename(root)
+    return Image(root=root, config=config["config"])
 
 
-def unpack_caches(folder: Path, manifest: dict[str, Any]) -> Path:
-    """The folder of caches: an earlier call's, or the kit's, unpacked whole or not at all."""
-    caches, packed = WORK / "caches", folder / "caches.tar.xz"
-    if not caches.exists() and packed.is_file():
-        aside = WORK / "caches.new"
-        clear(aside)
-        with tarfile.open(packed, "r:xz") as tar:
-            tar.extractall(aside, filter="data")
-        (aside / "caches").rename(caches)
-        clear(aside)
-        if (place := manifest.get("compiled_at")) not in {None, str(caches)}:
-            work = Path(place).parent
-            print(f"kernels were compiled at {place}: many are compiled again here", flush=True)
-            print(f"unless FORGE_KIT_WORK={work}, as they hold that path", flush=True)
-    return caches
+def unpack_layer(path: Path, diff_id: str, root: Path) -> None:
+    """Unpack one layer; end unless its tar has that SHA-256."""
+    digest = hashlib.sha256()
+    with (
+        subprocess.Popen(["gzip", "-dc", str(path)], stdout=subprocess.PIPE) as packed,
+        subprocess.Popen(
+            ["tar", "--extract", "--same-permissions", "--numeric-owner", "--same-owner",
+             f"--directory={root}"], stdin=subprocess.PIPE,
+        ) as tar,
+    ):  # fmt: skip
+        assert packed.stdout is not None and tar.stdin is not None  # noqa: S101
+        while block := packed.stdout.read(CHUNK):
+            digest.update(block)
+            tar.stdin.write(block)
+        tar.stdin.close()
+    if packed.returncode or tar.returncode:
+        fail(f"cannot unpack {path.name}: gzip {packed.returncode}, tar {tar.returncode}")
+    if f"sha256:{digest.hexdigest()}" != diff_id:
+        fail(f"layer {path.name} does not have {diff_id}: copy the kit again")
 
 
-def go(
-    manifest: dict[str, Any], output: Path, arguments: list[str], start: float, limit: float
-) -> int:
-    """Join, install, run; results and a tar of all the rest go to ``output``."""
-    folder = join(manifest)
-    print(f"joined after {time.monotonic() - start:.0f} s", flush=True)
-    python = environment(folder, kit_id(manifest))
-    print(f"installed after {time.monotonic() - start:.0f} s", flush=True)
-    results = WORK / "results"
-    clear(results)
-    output.mkdir(parents=True, exist_ok=True)  # now: it may be refused
-    caches = unpack_caches(folder, manifest)
-    bundle = folder / "bundle"
-    # On SIGTERM, the suite is ended and results so far are still written.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    minutes = [] if "--minutes" in arguments else ["--minutes", str(manifest["minutes"])]
-    process = subprocess.Popen(
-        [
-            str(python), "-m", "tests.gpu.harness.run", str(bundle / "plan.json"), str(results),
-            "--caches", str(caches), *minutes, *arguments,
-        ],
-        cwd=bundle,
-        env=variables(folder),
-        start_new_session=True,
+# --- running ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command in an image.
+
+    Attributes:
+        argv: the command.
+        uid: user and group.
+        env: variables beside the image's.
+        binds: target in the image -> source on the host.
+        read_only: targets of ``binds`` that are mounted read-only.
+        cwd: working directory in the image.
+        writable: mount the image's root writable, for debugging: what runs then is not the image.
+    """
+
+    argv: Sequence[str]
+    uid: int
+    env: dict[str, str] = field(default_factory=dict)
+    binds: dict[str, Path] = field(default_factory=dict)
+    read_only: frozenset[str] = frozenset()
+    cwd: str = "/"
+    writable: bool = False
+
+
+def mount(*arguments: str) -> None:
+    """Call the program of that name."""
+    done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        fail(f"cannot mount {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+def driver_mounts() -> Iterator[tuple[Path, str]]:
+    """The host's driver: (file or folder, its place in the image)."""
+    folder = Path("/") / DRIVER_FOLDER
+    if (folder / "lib64").is_dir():
+        yield folder, DRIVER_FOLDER
+    else:
+        listing = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True, check=False)
+        rows = [line.split() for line in listing.stdout.splitlines() if "x86-64" in line]
+        known = {row[0]: Path(row[-1]) for row in rows}
+        for name in DRIVER_LIBRARIES:
+            if name in known:
+                yield known[name].resolve(), f"{DRIVER_FOLDER}/lib64/{name}"
+    program = shutil.which("nvidia-smi") or folder / "bin" / "nvidia-smi"
+    if Path(program).is_file():
+        yield Path(program).resolve(), FILES[0]
+
+
+def mount_all(image: Image, run: Run) -> None:
+    """Mount all but /proc, in the mount namespace of this process."""
+    root = image.root
+    mount("--make-rprivate", "/")
+    mount("--bind", str(root), str(root))
+    mount("--rbind", "/sys", f"{root}/sys")
+    mount("--rbind", "/dev", f"{root}/dev")
+    mount("-t", "tmpfs", "-o", f"size={SHM},mode=1777", "shm", f"{root}/dev/shm")  # noqa: S108 - in the image
+    mount("-t", "tmpfs", "-o", "mode=1777", "tmp", f"{root}/tmp")  # noqa: S108 - in the image
+    drivers = list(driver_mounts())
+    if any(target.startswith(f"{DRIVER_FOLDER}/") for _, target in drivers):
+        mount("-t", "tmpfs", "driver", f"{root}/{DRIVER_FOLDER}")
+        for _, target in drivers:
+            (root / target).parent.mkdir(parents=True, exist_ok=True)
+            (root / target).touch()
+    for source, target in drivers:
+        mount("--bind", str(source), f"{root}/{target}")
+    for target, source in run.binds.items():
+        if not (root / target.lstrip("/")).is_dir():
+            fail(f"cannot mount at {target}: the image has no such folder")
+        mount("--bind", str(source), f"{root}{target}")
+        if target in run.read_only:
+            mount("-o", "remount,bind,ro", f"{root}{target}")
+    if not run.writable:
+        mount("-o", "remount,bind,ro", str(root))
+
+
+def unshare(flags: int) -> None:
+    """Leave namespaces by a system call that Python has from 3.12 on."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(flags):
+        fail(f"cannot make namespaces: {os.strerror(ctypes.get_errno())}; run this as root")
+
+
+def run_in(image: Image, run: Run) -> int:
+    """Run a command in the image, in namespaces of its own; its exit code.
+
+    SIGTERM and SIGINT are passed on; the command ends with this process, however that ends.
+    """
+    unshare(CLONE_NEWNS | CLONE_NEWIPC)
+    mount_all(image, run)
+    unshare(CLONE_NEWPID)  # last: the next process is the first of the namespace, and ends it
+    pid = os.fork()
+    if pid == 0:
+        become(image, run)
+    handlers = {
+        number: signal.signal(number, lambda got, _: os.kill(pid, got))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        _, status = os.waitpid(pid, 0)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return os.waitstatus_to_exitcode(status)
+
+
+def become(image: Image, run: Run) -> NoReturn:
+    """Turn this process, the first of its PID namespace, into the command."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    mount("-t", "proc", "proc", f"{image.root}/proc")
+    variables = dict(item.split("=", 1) for item in image.config.get("Env") or [])
+    variables |= {
+        name: value for name, value in os.environ.items() if name.startswith(HOST_VARIABLES)
+    }
+    variables |= run.env
+    os.chroot(image.root)
+    os.chdir(run.cwd)
+    os.setgroups([])
+    os.setgid(run.uid)
+    os.setuid(run.uid)
+    program = shutil.which(run.argv[0], path=variables.get("PATH", os.defpath))
+    if program is None:
+        fail(f"the image has no program {run.argv[0]}")
+    os.execve(program, list(run.argv), variables)  # noqa: S606 - the command was asked for
+
+
+def volume(work: Path, uid: int) -> Path:
+    """The folder that is /cache for a user: what one user compiles another cannot replace."""
+    folder = work / f"cache-{uid}"
+    folder.mkdir(mode=0o755, exist_ok=True)
+    os.chown(folder, uid, uid)
+    return folder
+
+
+def bring_caches(folder: Path, target: Path) -> None:
+    """Copy compiled kernels that the kit carries into a volume, once."""
+    place = target / "jit"
+    if (folder / "jit").is_dir() and not place.exists():
+        aside = target / "jit.new"
+        if aside.exists():
+            shutil.rmtree(aside)
+        shutil.copytree(folder / "jit", aside)
+        aside.rename(place)
+
+
+def unpack(manifest: dict[str, Any], work: Path) -> tuple[Path, Image]:
+    """The kit's content and its image, both verified."""
+    start = time.monotonic()
+    folder = content(manifest, work)
+    print(f"parts verified and joined after {time.monotonic() - start:.0f} s", flush=True)
+    image = unpack_image(folder, manifest["digest"], work)
+    print(f"image {manifest['digest']} unpacked after {time.monotonic() - start:.0f} s", flush=True)
+    return folder, image
+
+
+def go(manifest: dict[str, Any], work: Path, output: Path, arguments: list[str]) -> int:
+    """Unpack, then run the suite; results go to ``output``."""
+    folder, image = unpack(manifest, work)
+    output.mkdir(parents=True, exist_ok=True)
+    cache = volume(work, 0)
+    bring_caches(folder, cache)
+    suite = manifest["suite"]
+    return run_in(
+        image,
+        Run(
+            argv=[*suite["argv"], *arguments, *suite["last"]],
+            uid=0,
+            env=suite["env"],
+            binds={"/forge": folder / "bundle", "/output": output, "/cache": cache},
+            read_only=frozenset({"/forge"}),
+            cwd="/forge",
+        ),
+    )
+
+
+def execute(image: Image, work: Path, arguments: list[str]) -> int:
+    """Run the command of ``exec``."""
+    if "--" not in arguments or arguments[-1] == "--":
+        fail("missing the command: kit.py exec [OPTION]... -- COMMAND [ARG]...")
+    split = arguments.index("--")
+    options, argv = arguments[:split], arguments[split + 1 :]
+    uid = int(str(image.config.get("User") or "0").partition(":")[0])
+    env: dict[str, str] = {}
+    binds: dict[str, Path] = {}
+    writable = False
+    words = iter(options)
+    for word in words:
+        if word == "--writable":
+            writable = True
+        elif word in {"--uid", "--env", "--bind"} and (value := next(words, "")):
+            name, _, rest = value.partition("=" if word == "--env" else ":")
+            if word == "--uid":
+                uid = int(value)
+            elif word == "--env":
+                env[name] = rest
+            else:
+                binds[rest] = Path(name).resolve()
+        else:
+            fail(f"unknown or incomplete option {word}")
+    cache = volume(work, uid)
+    cwd = str(image.config.get("WorkingDir") or "/")
+    return run_in(
+        image,
+        Run(argv=argv, uid=uid, env=env, binds={"/cache": cache, **binds}, cwd=cwd,
+            writable=writable),
     )  # fmt: skip
-    try:
-        code = process.wait(timeout=max(1.0, limit - PACKING_S - (time.monotonic() - start)))
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        print(f"stopped after {time.monotonic() - start:.0f} s", flush=True)
-        process.terminate()
-        code = 124
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=ENDING_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # servers that tests left, too
-    for path in [*results.glob("*.json"), *results.glob("*.txt"), *results.glob("*.xml")]:
-        shutil.copyfile(path, output / path.name)
-    largest = int(manifest["max_result"])
-    if results.is_dir():
-        pack(results, output / "results.tar.xz", largest)
-    if os.environ.get("FORGE_KIT_CACHES") and caches.is_dir():
-        pack(caches, output / "caches.tar.xz", largest)
-    return code
-
-
-def pack(folder: Path, target: Path, largest: int) -> None:
-    """Compress a folder; cut into files ``.00``, ``.01`` of at most ``largest`` bytes."""
-    for piece in target.parent.glob(f"{target.name}.[0-9][0-9]"):
-        piece.unlink()  # of an earlier call, which may have had more of them
-    with tarfile.open(target, "w:xz", preset=1) as tar:
-        tar.add(folder, arcname=folder.name)
-    if target.stat().st_size <= largest:
-        return
-    with target.open("rb") as file:
-        for number in itertools.count():
-            if not (block := file.read(largest)):
-                break
-            target.with_name(f"{target.name}.{number:02}").write_bytes(block)
-    target.unlink()
-
-
-def read_manifest() -> dict[str, Any]:
-    """What the kit consists of."""
-    try:
-        manifest = json.loads((HERE / "manifest.json").read_text())
-        for part in manifest["parts"]:
-            if Path(part["name"]).name != part["name"] or not {"size", "sha256"} <= set(part):
-                raise ValueError(f"a part is {part}")  # noqa: TRY301
-        for name in ("minutes", "limit", "max_result"):
-            float(manifest[name])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        sys.exit(f"invalid manifest.json, copy it again: {type(error).__name__}: {error}")
-    return dict(manifest)
-
-
-def read_limit(manifest: dict[str, Any]) -> float:
-    """Seconds that a call may take."""
-    text = os.environ.get("FORGE_KIT_LIMIT", str(manifest["limit"]))
-    try:
-        limit = float(text)
-    except ValueError:
-        limit = math.nan
-    if not PACKING_S < limit < math.inf:
-        sys.exit(f"invalid FORGE_KIT_LIMIT {text!r}: expected seconds, more than {PACKING_S}")
-    return limit
-
-
-def require_python(manifest: dict[str, Any]) -> None:
-    """End on another Python than the wheels are for."""
-    here = f"{sys.version_info.major}.{sys.version_info.minor}"
-    if (wanted := manifest.get("python", here)) != here:
-        sys.exit(
-            f"this kit is for Python {wanted}, python3 is {here}: make it with --python {here}"
-        )
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command."""
-    start, manifest = time.monotonic(), read_manifest()
-    limit = read_limit(manifest)
-    taking = arguments == ["take"]
-    if not taking and (arguments[:1] != ["go"] or len(arguments) == 1):
-        sys.exit(__doc__)
-    if not taking:
-        require_python(manifest)
+    """See the module."""
+    if arguments[:1] not in (["take"], ["unpack"], ["go"], ["exec"]) or arguments == ["go"]:
+        fail(f"usage:\n{__doc__}")
+    if arguments[0] != "take" and os.geteuid() != 0:
+        fail("cannot mount and enter the image: run this as root")
+    manifest, work = read_manifest(), work_folder()
     try:
-        WORK.mkdir(parents=True, exist_ok=True)
-        with (WORK / ".lock").open("w") as lock:
+        with (work / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                sys.exit(f"another call works in {WORK}: wait for it, or set FORGE_KIT_WORK")
-            take(manifest)
-            if taking:
+                fail(f"another call works in {work}: wait for it, or set FORGE_KIT_WORK")
+            if arguments[0] != "exec":
+                take(manifest, work)
+            if arguments[0] == "take":
                 return 0
-            return go(manifest, Path(arguments[1]).resolve(), arguments[2:], start, limit)
+            if arguments[0] == "go":
+                return go(manifest, work, Path(arguments[1]).resolve(), arguments[2:])
+            _, image = unpack(manifest, work)
+        if arguments[0] == "unpack":
+            return 0
+        return execute(image, work, arguments[1:])  # several may run side by side
     except OSError as error:  # a full disk, a folder that cannot be written
-        sys.exit(f"{type(error).__name__}: {error}")
+        fail(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main(sys.argv[1:]))

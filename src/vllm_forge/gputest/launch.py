@@ -39,7 +39,9 @@ IMAGE_REQUIREMENTS = "tests/gpu/requirements-image.txt"
 TOOLS = frozenset({"execnet", "iniconfig", "pluggy", "pytest", "pytest-xdist"})
 # What a Python of --env must have; the last where -n asks for it.
 MODULES = ("pytest", "vllm", "xdist")
-IMAGE_PYTHON = "/opt/venv/bin/python"
+# In an image: the command without its options, and what is set for it.
+SUITE = ("/opt/venv/bin/python", *RUN, "/forge/plan.json", "/output")
+ENVIRONMENT = {"PYTHONPATH": "/forge/src:/forge/tools"}
 # Where its wheel has it; the race suite looks for it on the PATH.
 SANITIZER = Path("sanitizer/nvidia/cu13/bin/compute-sanitizer")
 # An image with kernels fills its cache first, unless --caches brings others to their place.
@@ -253,13 +255,21 @@ def container_command(
         folder, place = caches
         volumes.append(f"--volume={folder.resolve()}:{place}")
         script, last = WITH_CACHES, [f"--caches={place}"]
+    env = [f"--env={name}={value}" for name, value in ENVIRONMENT.items()]
     options = [
         *nets, "--ipc=private", "--shm-size=16g", "--user=0", f"--volume={bundle}:/forge:ro",
-        f"--volume={output}:/output", *volumes, "--env=PYTHONPATH=/forge/src:/forge/tools",
-        "--workdir=/forge", "--entrypoint=/bin/sh",
+        f"--volume={output}:/output", *volumes, *env, "--workdir=/forge", "--entrypoint=/bin/sh",
     ]  # fmt: skip
-    suite = [IMAGE_PYTHON, *RUN, "/forge/plan.json", "/output", *args, *last]
-    return gpu_container(engine, None, options, image, ["-c", script, "sh", *suite])
+    return gpu_container(engine, None, options, image, ["-c", script, "sh", *SUITE, *args, *last])
+
+
+def suite_command(place: str) -> tuple[list[str], list[str]]:
+    """The suite's command in an image whose compiled kernels are at ``place``.
+
+    Returns:
+        What comes before the arguments of tests.gpu.harness.run, and what comes after them.
+    """
+    return ["/bin/sh", "-c", WITH_CACHES, "sh", *SUITE], [f"--caches={place}"]
 
 
 def unpack_tools(root: Path, bundle: Path) -> None:

@@ -11,6 +11,7 @@ from vllm_forge.host import cache_root, exclusive, remove
 from vllm_forge.images.checks import LayerShare, write_inputs
 from vllm_forge.images.content import (
     VLLM,
+    health_entry,
     labels,
     patch_entries,
     patch_key,
@@ -161,8 +162,11 @@ def slimmed(layers: Iterable[StoredLayer]) -> dict[str, Any]:
 def patch_layer_entries(
     published: Path, patched: Path, stack: dict[str, Any], python: str
 ) -> list[Entry]:
-    """Changed files, metadata, stack.json; RECORD has the hashes of the slimmed libraries."""
-    entries = [stack_entry(stack)]
+    """Changed files, metadata, stack.json, the health check.
+
+    RECORD has the hashes of the slimmed libraries.
+    """
+    entries = [health_entry(), stack_entry(stack)]
     for entry in patch_entries(published, patched, python):
         content = entry.content
         if content is not None and entry.path.endswith(".dist-info/RECORD"):

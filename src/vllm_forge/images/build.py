@@ -27,6 +27,7 @@ from vllm_forge.images.base import make_rootfs, write_host_sources
 from vllm_forge.images.checks import (
     LayerShare,
     check_layout,
+    check_names,
     check_sizes,
     image_contract,
     judge,
@@ -40,6 +41,8 @@ from vllm_forge.images.store import forget_damaged
 from vllm_forge.images.system import host_secrets, load_system, make_system
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vllm_forge.host import Runner
     from vllm_forge.images.plan import ImagePlan
     from vllm_forge.kernels.coverage.contract import Contract
@@ -106,11 +109,11 @@ def build_steps(plan: ImagePlan, runner: Runner) -> None:
             "check the kernel contract, the layout and every blob",
             lambda: check_outside(plan, selection(), candidate()),
         )
-        output = plan.engine.run_in_image(runner, plan.checks_inside())
+        outputs = [plan.engine.run_in_image(runner, run) for run in plan.checks_inside()]
         contract = outside.result()
     checks = runner.act(
         "read the verdicts; check the size budget",
-        lambda: accept(plan, candidate(), output, contract()),
+        lambda: accept(plan, candidate(), outputs, contract()),
     )
     runner.act(
         f"give the image its name: {plan.target}",
@@ -160,14 +163,15 @@ def check_outside(
 
 
 def accept(
-    plan: ImagePlan, candidate: Candidate, output: str, contract: Contract | None
+    plan: ImagePlan, candidate: Candidate, outputs: Sequence[str], contract: Contract | None
 ) -> CheckReport:
     """Read all verdicts.
 
     Raises:
         ImageCheckError, SizeBudgetError: a check failed.
     """
-    verdicts = judge(output)
+    compiler = "nvidia-cuda-nvcc" in candidate.stack["packages"]
+    verdicts = judge(outputs, check_names(compiler=compiler))
     for note in contract.notes if contract is not None else ():
         console.print(f"  [yellow]contract[/] {escape(note)}")
     check_sizes(candidate.shares, plan.cell.line.budget_mb, plan.cell.base.budget_mb)

@@ -142,10 +142,11 @@ def _write_bundle(bundle: Path, run: ContainerRun) -> None:
 def _runtime_config(run: ContainerRun) -> dict[str, Any]:
     """An OCI runtime config with as few rights as there are."""
     image = run.config or read_image(run.layout).config["config"]
-    uid, _, gid = image["User"].partition(":")
+    owner, _, group = image["User"].partition(":")
+    uid, _, gid = (run.user or image["User"]).partition(":")
     bytecode = (run.bytecode or cache_root() / "bytecode").resolve()
     bytecode.mkdir(parents=True, exist_ok=True)
-    os.chown(bytecode, int(uid), int(gid or uid))
+    os.chown(bytecode, int(owner), int(group or owner))
 
     def mount(target: str, kind: str, *options: str, source: str = "") -> dict[str, Any]:
         return {
@@ -173,7 +174,7 @@ def _runtime_config(run: ContainerRun) -> dict[str, Any]:
             mount("/dev/shm", "tmpfs", "nosuid", "nodev", "mode=1777"),  # noqa: S108
             mount("/dev/pts", "devpts", "nosuid", "noexec", "newinstance", "ptmxmode=0666"),
             mount("/tmp", "tmpfs", "nosuid", "nodev", "mode=1777"),  # noqa: S108
-            mount("/cache", "tmpfs", "nosuid", "nodev", f"uid={uid}", f"gid={gid or uid}"),
+            mount("/cache", "tmpfs", "nosuid", "nodev", f"uid={owner}", "gid=0", "mode=0775"),
             # Bytecode of an earlier run: the image has none, and compiling it takes longer
             # than the checks. Python takes a file only if the source's size and time agree.
             mount("/srv", "none", "rbind", "rw", source=str(bytecode)),

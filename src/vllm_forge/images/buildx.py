@@ -82,11 +82,12 @@ class Buildx:
     def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
         """Load the image, then ``docker run`` with as few rights as there are."""
         self.load(runner, run.layout, run.name)
+        user = [f"--user={run.user}"] if run.user else []
         output = runner.run(
             [
                 "docker", "run", "--rm", "--network=none", "--read-only", "--cap-drop=ALL",
                 "--security-opt=no-new-privileges", "--tmpfs=/tmp:exec,mode=1777",
-                "--tmpfs=/cache:exec,uid=10001,gid=10001",
+                "--tmpfs=/cache:exec,uid=10001,gid=0,mode=0775", *user,
                 f"--volume={run.inputs.resolve()}:/mnt:ro",
                 f"--entrypoint={run.argv[0]}", run.name, *run.argv[1:],
             ]

@@ -35,6 +35,13 @@ MB = 1_000_000
 # What runs inside; the first one is started.
 SCRIPTS = (Path(__file__).with_name("image_checks.py"), DRIVER)
 CHECK_ARGV = ("/opt/venv/bin/python", "/mnt/image_checks.py")
+ANY_USER = "1000770000:0"  # a uid without a name, as OpenShift gives one; its group is 0
+COMPILER_CHECKS = frozenset({"compiler", "driver-link"})
+CHECKS = frozenset({
+    "packages", "tree", "stack", "sandbox", "hygiene", "imports", "quantization", "vllm-help",
+    "vllm-version", "vllm-serve-help", "vllm-bench-serve-help", "any-user-sandbox",
+    "any-user-imports",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,23 +64,49 @@ def write_inputs(folder: Path, expect: dict[str, Any]) -> None:
         path.chmod(0o755)
 
 
-def judge(output: str) -> dict[str, Any]:
-    """Read the verdicts that image_checks.py printed.
+def check_names(*, compiler: bool) -> frozenset[str]:
+    """Names of the verdicts that both runs of the checks together must print."""
+    return CHECKS | (COMPILER_CHECKS if compiler else frozenset())
+
+
+def judge(outputs: Sequence[str], names: frozenset[str]) -> dict[str, Any]:
+    """Read the verdicts that the runs of image_checks.py printed.
+
+    Args:
+        outputs: what each run printed; its last line counts.
+        names: of the verdicts, each of which must be there once.
 
     Raises:
-        ImageCheckError: one is red, or there are none.
+        ImageCheckError: one is red, missing, unknown or there twice.
     """
-    lines = output.strip().splitlines()
-    try:
-        verdicts: dict[str, Any] = json.loads(lines[-1])
-    except (IndexError, ValueError):
+    verdicts: dict[str, Any] = {}
+    for output in outputs:
+        try:
+            rows = json.loads(output.strip().splitlines()[-1])
+            twice = sorted(verdicts.keys() & rows.keys())
+            verdicts |= {
+                name: {key: row[key] for key in ("passed", "detail", "seconds")}
+                for name, row in rows.items()
+            }
+        except (IndexError, ValueError, LookupError, TypeError, AttributeError):
+            raise ImageCheckError(
+                "the checks printed no verdicts", where="inside the image", remedy=output[-2000:]
+            ) from None
+        if twice:
+            raise ImageCheckError(
+                f"duplicate verdicts: {', '.join(twice)}", where="inside the image"
+            )
+    if wrong := sorted(verdicts.keys() ^ names):
         raise ImageCheckError(
-            "the checks printed no verdicts", where="inside the image", remedy=output[-2000:]
-        ) from None
+            f"missing or unknown verdicts: {', '.join(wrong)}",
+            where="inside the image",
+            remedy="a program of the image ended the checks or wrote into their output; look at "
+            "its .pth files and sitecustomize",
+        )
     for name, verdict in sorted(verdicts.items()):
-        mark = "[green]ok[/]" if verdict["passed"] else "[red]FAILED[/]"
+        mark = "[green]ok[/]" if verdict["passed"] is True else "[red]FAILED[/]"
         console.print(f"  {mark} {name}: {verdict['detail']} [dim]({verdict['seconds']} s)[/]")
-    if failed := [name for name, verdict in verdicts.items() if not verdict["passed"]]:
+    if failed := [name for name, verdict in verdicts.items() if verdict["passed"] is not True]:
         details = "\n".join(f"  {name}: {verdicts[name]['detail']}" for name in failed)
         raise ImageCheckError(
             f"{len(failed)} of {len(verdicts)} checks failed:\n{details}",

@@ -27,6 +27,7 @@ FORMAT = 1
 CONFIG_FORMAT = 2
 SLIM_FORMAT = 1
 STACK = "opt/vllm-forge/stack.json"
+HEALTH = Path(__file__).with_name("health.py")
 VLLM = "vllm"
 
 
@@ -153,6 +154,11 @@ def stack_entry(record: dict[str, Any]) -> Entry:
     return Entry(path=STACK, content=content.encode())
 
 
+def health_entry() -> Entry:
+    """The health check as a file of the image."""
+    return Entry(path=f"opt/vllm-forge/{HEALTH.name}", content=HEALTH.read_bytes())
+
+
 def labels(record: dict[str, Any], created: str) -> dict[str, str]:
     """OCI labels of an image, from its stack record."""
     return {
@@ -172,7 +178,8 @@ def labels(record: dict[str, Any], created: str) -> dict[str, str]:
 
 def patch_key(cell: ImageCell, published: LockedWheel, record: dict[str, Any]) -> str:
     """Key of the last layer."""
-    fields = [FORMAT, cell.base.source_date_epoch, published.sha256, record]
+    health = hashlib.sha256(HEALTH.read_bytes()).hexdigest()
+    fields = [FORMAT, cell.base.source_date_epoch, published.sha256, record, health]
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

@@ -71,6 +71,7 @@ class ContainerRun:
         config: ``config`` object of the image, for engines that mount; None: the layout's.
         inputs: folder that is mounted at /mnt.
         argv: the command.
+        user: ``uid:gid``; empty: the image's.
         work: folder for the engine's own files; no two runs at a time share one.
         bytecode: folder that keeps compiled Python between runs, for engines that mount;
             None: the one of the cache that all images share.
@@ -82,6 +83,7 @@ class ContainerRun:
     config: Mapping[str, Any] | None = None
     inputs: Path
     argv: tuple[str, ...]
+    user: str = ""
     work: Path
     bytecode: Path | None = None
 

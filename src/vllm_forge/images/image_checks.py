@@ -9,6 +9,7 @@ decides what a failed verdict means.
 from __future__ import annotations
 
 import contextlib
+import getpass
 import hashlib
 import importlib
 import importlib.metadata
@@ -44,6 +45,14 @@ KERNEL = """
 __global__ void add(float *x) { x[threadIdx.x] += 1.0f; }
 int main() { int n = 0; return cudaGetDeviceCount(&n) == cudaSuccess && n < 0; }
 """
+NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE, as the declared driver answers
+PROBE = "int cuInit(unsigned flags); int probe(void) { return cuInit(0); }"
+# How JIT compilers link with the driver; {cuda} is CUDA_HOME.
+LINKERS = {
+    "flashinfer": "g++ probe.o -shared -L{cuda}/lib64 -L{cuda}/lib64/stubs -lcudart -lcuda -o",
+    "tilelang": "{cuda}/bin/nvcc probe.o -shared -L{cuda}/lib64 -lcuda -o",
+    "triton": "gcc probe.c -O3 -shared -fPIC -Wno-psabi -lcuda -o",
+}
 # Names and first bytes of what must not be in an image.
 FORBIDDEN_NAMES = {".git", ".netrc", ".pypirc", ".docker", ".ssh", "id_rsa", ".aws"}
 # Outside of site-packages, where every file is a locked wheel's.
@@ -154,6 +163,31 @@ def compiler(expect: dict[str, Any]) -> str:
     return f"{arch} compiled and linked"
 
 
+def driver_link(expect: dict[str, Any]) -> str:
+    """What JIT compilers link with -lcuda runs with the host's driver, here the declared one.
+
+    At link time there is only the image's stub, which has no function: a program that loaded
+    it would not find cuInit.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "probe.c").write_text(PROBE)
+        commands = {"object": "gcc -fPIC -c probe.c -o probe.o"}
+        commands |= {
+            name: f"{line} {name}.so && {sys.executable} -c "
+            f"'import ctypes, sys; sys.exit(ctypes.CDLL(\"./{name}.so\").probe() != {{code}})'"
+            for name, line in LINKERS.items()
+        }
+        for name, line in commands.items():
+            done = subprocess.run(
+                ["/bin/sh", "-c", line.format(cuda=os.environ["CUDA_HOME"], code=NO_DEVICE)],
+                capture_output=True, text=True, check=False, cwd=folder,
+                env={**os.environ, "TMPDIR": folder},
+            )  # fmt: skip
+            if done.returncode != 0:
+                raise AssertionError(f"{name}: {(done.stdout + done.stderr).strip()}")
+    return ", ".join(LINKERS)
+
+
 def command(*argv: str) -> Check:
     """``vllm ARGV``: runs the script that is on PATH, in this process.
 
@@ -183,9 +217,10 @@ def command(*argv: str) -> Check:
 
 
 def sandbox(expect: dict[str, Any]) -> str:
-    """The image's user is not root, owns its cache, and cannot write elsewhere."""
+    """This user is not root, has a name, and can write to its cache and nowhere else."""
     if os.geteuid() == 0:
         raise AssertionError("runs as root")
+    getpass.getuser()  # torch asks for it
     Path("/cache/probe").write_text("x")
     for folder in ("/opt/venv", "/opt/vllm-forge", "/etc", "/usr"):
         if os.access(folder, os.W_OK):
@@ -252,21 +287,30 @@ def _forked(check: Check, expect: dict[str, Any]) -> tuple[int, int]:
     return pid, reader
 
 
-def main() -> None:
-    """Run all checks that the host asks for."""
+def main(run: str) -> None:
+    """Run the checks of one run: ``image``, as the image's user, or ``user``, as another one."""
     expect = json.loads((INPUTS / "expect.json").read_text())
-    checks: dict[str, Check] = {"packages": packages, "tree": tree, "stack": stack}
-    checks |= {"sandbox": sandbox, "hygiene": hygiene}
     with tempfile.TemporaryDirectory() as folder:
         if expect["compiler"]:
-            checks["compiler"] = compiler
             declare_device(expect, Path(folder))
-        print(json.dumps(_all(expect, checks)), flush=True)
+        print(json.dumps(RUNS[run](expect)), flush=True)
     # Tearing torch down takes seconds and proves nothing.
     os._exit(0)
 
 
-def _all(expect: dict[str, Any], checks: dict[str, Check]) -> dict[str, Verdict]:
+def as_any_user(expect: dict[str, Any]) -> dict[str, Verdict]:
+    """What depends on who runs it."""
+    verdicts = {"any-user-sandbox": _verdict(sandbox, expect)}
+    verdicts["any-user-imports"] = _verdict(imports, expect)
+    return verdicts
+
+
+def as_image_user(expect: dict[str, Any]) -> dict[str, Verdict]:
+    """All checks."""
+    checks: dict[str, Check] = {"packages": packages, "tree": tree, "stack": stack}
+    checks |= {"sandbox": sandbox, "hygiene": hygiene}
+    if expect["compiler"]:
+        checks |= {"compiler": compiler, "driver-link": driver_link}
     # What needs no import of torch runs beside the import; both cores are busy then.
     started = {name: _forked(check, expect) for name, check in checks.items()}
     verdicts = {"imports": _verdict(imports, expect)}
@@ -285,5 +329,8 @@ def _all(expect: dict[str, Any], checks: dict[str, Check]) -> dict[str, Verdict]
     return verdicts
 
 
+RUNS = {"image": as_image_user, "user": as_any_user}
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

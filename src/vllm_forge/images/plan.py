@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import cache_root, require_disk
 from vllm_forge.images.base import BaseRef, pinned_image, rootfs_key
-from vllm_forge.images.checks import CHECK_ARGV, SCRIPTS, contract_inputs
-from vllm_forge.images.content import CONFIG_FORMAT, FORMAT, WheelGroup, wheel_groups
+from vllm_forge.images.checks import ANY_USER, CHECK_ARGV, SCRIPTS, contract_inputs
+from vllm_forge.images.content import CONFIG_FORMAT, FORMAT, HEALTH, WheelGroup, wheel_groups
 from vllm_forge.images.engine import ContainerRun
 from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layout import Image, blob_times, read_image
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from vllm_forge.project import Project
 
 SYSTEM_BYTES = 3 * (1 << 30)  # rootfs tar, engine's copies, exported folder
+
+DRIVER_FUNCTIONS = "libcuda-functions.txt"  # beside the Dockerfile, which makes a stub of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +97,14 @@ class ImagePlan:
         """A link to the unpacked patch layer, whose key is known only when it was written."""
         return self.work / "patch-layer"
 
-    def checks_inside(self) -> ContainerRun:
-        """The run of the checks inside the candidate, known before it exists (dry run)."""
+    def checks_inside(self) -> tuple[ContainerRun, ContainerRun]:
+        """The runs of the checks inside the candidate, known before it exists (dry run)."""
         keys = [key for group in self.groups for key in group.keys]
         if self.options.prewarm is None:
             compiled = []
         else:
             compiled = [prewarm_key(self.options.prewarm, self.cell.base.source_date_epoch)]
-        return ContainerRun(
+        run = ContainerRun(
             layout=self.candidate,
             name=self.candidate_name,
             lower_dirs=(
@@ -112,9 +114,11 @@ class ImagePlan:
                 system_folder(self.system_key) / "root",
             ),
             inputs=self.work / "inputs",
-            argv=CHECK_ARGV,
+            argv=(*CHECK_ARGV, "image"),
             work=self.work,
         )
+        other = replace(run, argv=(*CHECK_ARGV, "user"), user=ANY_USER, work=self.work / "any-user")
+        return run, other
 
     @property
     def dockerfile(self) -> Path:
@@ -127,6 +131,7 @@ class ImagePlan:
             "format": SYSTEM_FORMAT,
             "base": self.base.key,
             "dockerfile": self.dockerfile.read_text(),
+            "driver functions": (self.dockerfile.parent / DRIVER_FUNCTIONS).read_text(),
             "arguments": build_arguments(self.cell),
             "engine": self.engine.name,
         }
@@ -141,9 +146,12 @@ class ImagePlan:
         """All that the image is a function of: input -> its parts, each a value or a hash."""
         cell, prewarm = self.cell, self.options.prewarm
         tree = read_tree_lock(self.project.root / cell.line.series, cell.line_name)
-        parts = {
+        parts: dict[str, dict[str, Any]] = {
             "format": {"format": FORMAT, "config": CONFIG_FORMAT},
-            "system": self.system_parts() | {"dockerfile": _hash(self.dockerfile.read_text())},
+            "system": {
+                name: _hash(part) if name in {"dockerfile", "driver functions"} else part
+                for name, part in self.system_parts().items()
+            },
             "lock": {
                 cell.line.lock: self.lock.digest,
                 **{wheel.name: f"{wheel.version} {wheel.sha256}" for wheel in self.lock.wheels},
@@ -156,6 +164,7 @@ class ImagePlan:
             "sku": cell.sku.model_dump(mode="json"),
             "line": cell.line.model_dump(mode="json"),
             "base": cell.base.model_dump(mode="json"),
+            "health": {HEALTH.name: _hash(HEALTH.read_text())},
             "checks": {path.name: _hash(path.read_text()) for path in SCRIPTS},
             "contract": contract_inputs(self.project, cell.line_name),
         }

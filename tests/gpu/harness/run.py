@@ -16,7 +16,6 @@ import platform
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -44,7 +43,7 @@ COMPILED = "VLLM_FORGE_COMPILED_FILES"
 GREEN = {"passed", "other GPU"}
 # What the host does not set itself.
 DEFAULTS = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-RACE, RACE_FOLDER = "VLLM_FORGE_RACE_KIT", "dist/gpu/race"
+RACE = "VLLM_FORGE_RACE_FOLDER"
 SLOW = "soak"  # a tier that runs only where it is asked for
 
 
@@ -96,6 +95,7 @@ def run_tier(root: Path, plan: dict[str, Any], name: str, output: Path, options:
             "VLLM_FORGE_GPU_FOLDER": str(folder),
             "VLLM_FORGE_GPU_MATRIX": json.dumps(tier["rows"]["matrix"]),
             COMPILED: str(options.compiled),
+            RACE: str(race_folder(output)),
             **options.variables,
         },
     )
@@ -184,9 +184,8 @@ def _pytest(root: Path, arguments: Sequence[str], variables: dict[str, str]) -> 
             f"--rootdir={root}", "-v", "-ra", "--tb=short", *arguments,
         ],
         cwd=root,
-        env={**DEFAULTS, RACE: str(race_folder(root)),
-             "VLLM_FORGE_RELEASE_SOURCE": str(root / "source"), **os.environ,
-             **variables, "PYTHONPATH": path},
+        env={**DEFAULTS, **host_variables(), **variables, "PYTHONPATH": path,
+             "VLLM_FORGE_RELEASE_SOURCE": str(root / "source")},
     )  # fmt: skip
     # A host that ends the run gets the verdicts so far, and pytest ends what tests started.
     before = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))
@@ -196,10 +195,20 @@ def _pytest(root: Path, arguments: Sequence[str], variables: dict[str, str]) -> 
         signal.signal(signal.SIGTERM, before)
 
 
-def race_folder(root: Path) -> Path:
-    """Where the race suite's helpers lie compiled, or a folder in which they can be."""
-    brought = root / RACE_FOLDER
-    return brought if brought.is_dir() else Path(tempfile.gettempdir()) / "forge-race"
+def host_variables() -> dict[str, str]:
+    """The host's environment, without what would steer pytest or the suite."""
+    steering = ("PYTEST_", "VLLM_FORGE_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(steering)}
+
+
+def race_folder(output: Path) -> Path:
+    """A folder of this run in which the race suite compiles its helpers.
+
+    Not one in /tmp: its name could be taken by another user, and what is in it is run.
+    """
+    folder = output / "race"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:

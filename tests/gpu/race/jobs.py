@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.race.kit import REPO
+ROOT = Path(__file__).parents[3]
 
 AT_A_TIME = max(2, min(10, (os.cpu_count() or 2) - 2))
 
@@ -54,7 +54,7 @@ def run_child(
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(_paths())} | threads | variables
     process = subprocess.Popen(
         [*prefix, sys.executable, "-m", "tests.gpu.race.child", json.dumps(order)],
-        cwd=REPO, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
     code: int | None
@@ -70,7 +70,7 @@ def run_child(
 
 def _paths() -> list[str]:
     named = os.environ.get("PYTHONPATH", "")
-    return [str(REPO), str(REPO / "src"), *filter(None, named.split(os.pathsep))]
+    return [str(ROOT), str(ROOT / "src"), *filter(None, named.split(os.pathsep))]
 
 
 def _last_object(text: str) -> dict[str, Any]:

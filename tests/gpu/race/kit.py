@@ -1,18 +1,14 @@
 """Where the code under test and the native helpers are.
 
-The code under test is that of the installed vLLM, or of a folder that
-``tests.support.prepare_race`` made, packed. Helpers are compiled from the release's source, if
-there is nvcc, or taken from that folder.
-``VLLM_FORGE_RACE_KIT`` names another folder than ``dist/gpu/race``.
+The code under test is that of the installed vLLM. Helpers are compiled from the release's source,
+once for a run of the suite, in the folder that ``VLLM_FORGE_RACE_FOLDER`` names.
 """
 
 from __future__ import annotations
 
 import fcntl
 import importlib.util
-import json
 import os
-import tarfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,62 +18,30 @@ import pytest
 from tests.gpu.harness.device import query
 from tests.gpu.race.build import build_all, toolchain
 
-VARIABLE = "VLLM_FORGE_RACE_KIT"
-REPO = Path(__file__).parents[3]
-ARCHIVE, MANIFEST = "kit.tar.xz", "manifest.json"
+VARIABLE = "VLLM_FORGE_RACE_FOLDER"
 MOE, BASE = "_moe_C_stable_libtorch.abi3.so", "_C_stable_libtorch.abi3.so"
-HOW_TO_MAKE = "`python -m tests.support.prepare_race dist/gpu/race` makes it"
 
 
 def folder() -> Path:
-    """The kit's folder; it may not be there."""
-    return Path(os.environ.get(VARIABLE) or REPO / "dist" / "gpu" / "race")
-
-
-@cache
-def unpacked() -> Path | None:
-    """The kit, unpacked once for all processes; None where there is no kit."""
-    archive = folder() / ARCHIVE
-    if not archive.is_file():
-        return None
-    target = folder() / "unpacked"
-    with (folder() / "unpack.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        stamp = target / f"{archive.stat().st_size}-{archive.stat().st_mtime_ns}"
-        if not stamp.exists():
-            with tarfile.open(archive, "r:xz") as tar:
-                tar.extractall(target, filter="data")
-            stamp.touch()
-    return target
-
-
-def manifest() -> dict[str, Any]:
-    """What the kit holds, with digests; empty without one."""
-    path = folder() / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Folder of what is compiled for this run; skips where none is named."""
+    named = os.environ.get(VARIABLE)
+    if not named:
+        pytest.skip(f"{VARIABLE} is not set: run the suite with tests.gpu.harness.run")
+    return Path(named)
 
 
 def wheel_library(name: str = MOE) -> Path:
-    """The library under test: that of the installed vLLM, else the folder's."""
+    """The library under test."""
     spec = importlib.util.find_spec("vllm")
     for place in (spec.submodule_search_locations or []) if spec else []:
         if (path := Path(place) / name).is_file():
             return path
-    kit = unpacked()
-    if kit is not None and (path := kit / "lib" / name).is_file():
-        return path
-    pytest.skip(f"no {name}: install the line's vLLM, or bring a kit; {HOW_TO_MAKE}")
+    pytest.skip(f"no {name}: run this where the line's vLLM is installed, as in its image")
 
 
 @cache
 def native() -> dict[str, dict[str, Any]]:
-    """Name -> ``path`` or ``error`` of the helpers and mutants; compiled if the kit has none."""
-    kit = unpacked()
-    prebuilt = kit / "native" if kit is not None else None
-    if prebuilt is not None and (prebuilt / "build.json").is_file():
-        known = json.loads((prebuilt / "build.json").read_text())
-        if all("library" in row and _arch() in row["archs"] for row in known.values()):
-            return {name: row | {"path": prebuilt / row["library"]} for name, row in known.items()}
+    """Name -> ``path`` or ``error`` of helpers and mutants; empty where none can be built."""
     source = release_source()
     chain = toolchain((_arch(),))
     if chain is None or source is None or not source.is_dir():
@@ -92,9 +56,7 @@ def native() -> dict[str, dict[str, Any]]:
 
 
 def release_source() -> Path | None:
-    """What of the release's source mutants are made of: the kit's, or the folder named."""
-    if (kit := unpacked()) is not None:
-        return kit / "source"
+    """What of the release's source mutants are made of, if a folder with it is named."""
     named = os.environ.get("VLLM_FORGE_RELEASE_SOURCE")
     return Path(named) if named else None
 
@@ -122,5 +84,5 @@ def native_library(name: str) -> Path:
     row = native().get(name, {})
     if "path" in row:
         return Path(row["path"])
-    reason = row.get("error", f"no nvcc or no release source; {HOW_TO_MAKE}")
+    reason = row.get("error", "no nvcc, or no source of the release")
     pytest.skip(f"no {name}: {reason}")

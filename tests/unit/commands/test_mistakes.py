@@ -20,7 +20,7 @@ from vllm_forge.serve.errors import UnknownPresetError
 if TYPE_CHECKING:
     from pathlib import Path
 
-KIT = ["gpu", "kit", "h200", "--output=x", "--freeze=x"]
+TEST = ["gpu", "test", "h200"]
 SERVE = ["serve", "--sku=b300", "--preset=mtp"]
 # Arguments, class, words of the message. "!word" must not be in it.
 MISTAKES: dict[str, tuple[list[str], type[ForgeError], list[str]]] = {
@@ -93,15 +93,19 @@ MISTAKES: dict[str, tuple[list[str], type[ForgeError], list[str]]] = {
         ["debian:trixie", "sha256"],
     ),
     "minutes that are not a number": (
-        [*KIT, "--minutes=soon"],
+        [*TEST, "--minutes=soon"],
         UsageError,
         ["--minutes", "'soon'"],
     ),
-    "no minutes": ([*KIT, "--minutes=0"], UsageError, ["--minutes", "'0'", "greater than 0"]),
-    "infinite minutes": ([*KIT, "--minutes=inf"], UsageError, ["--minutes", "'inf'"]),
-    "not a Python": ([*KIT, "--python=2.7"], UsageError, ["--python", "'2.7'", "3.12"]),
+    "no minutes": ([*TEST, "--minutes=0"], UsageError, ["--minutes", "'0'", "greater than 0"]),
+    "infinite minutes": ([*TEST, "--minutes=inf"], UsageError, ["--minutes", "'inf'"]),
+    "not a size": (
+        ["gpu", "kit", "h200", "--output=x", "--max-part=9"],
+        UsageError,
+        ["'9'", "62MB"],
+    ),
     "not a number of processes": (
-        ["gpu", "test", "h200", "-n0"],
+        [*TEST, "-n0"],
         UsageError,
         ["-n", "'0'", "auto"],
     ),

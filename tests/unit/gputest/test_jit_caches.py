@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import random
 import shutil
 import subprocess
 import tarfile
@@ -18,8 +16,8 @@ import zstandard
 from tests.gpu.harness import caches as harness
 from tests.gpu.harness.errors import InputError
 from vllm_forge.gputest import caches
-from vllm_forge.gputest.caches import PACKED, cache_key, pack_caches, prewarm_of, require_key
-from vllm_forge.gputest.errors import JitCacheError, KitError
+from vllm_forge.gputest.caches import cache_key, prewarm_of, require_key
+from vllm_forge.gputest.errors import JitCacheError
 from vllm_forge.images.prewarm import (
     BAKED,
     CONTENT,
@@ -111,99 +109,6 @@ def test_an_image_carries_the_kernels_of_its_own_stack_only(root: Path, tmp_path
     assert prewarm.key == cache_key(Project(root), cell, tree, "image")
     with pytest.raises(JitCacheError, match="kind is environment"):
         prewarm_of(Project(root), cell, tmp_path / "environment")
-
-
-def packed(folder: Path, target: Path) -> Path:
-    with tarfile.open(target, "w:xz") as tar:
-        tar.add(folder, arcname="caches")
-    return target
-
-
-@pytest.mark.parametrize("form", ["folder", "tar", "pieces"])
-def test_a_kit_takes_what_a_run_left(folder: Path, tmp_path: Path, form: str) -> None:
-    source = folder
-    if form != "folder":
-        source = packed(folder, tmp_path / "caches.tar.xz")
-    if form == "pieces":
-        content = source.read_bytes()
-        source.unlink()
-        for number in range(2):
-            half = len(content) // 2
-            piece = content[:half] if number == 0 else content[half:]
-            (tmp_path / f"caches.tar.xz.{number:02}").write_bytes(piece)
-    kit = tmp_path / "kit"
-    kit.mkdir()
-    pack_caches(source, kit, KEY)
-    with tarfile.open(kit / PACKED, "r:xz") as tar:
-        tar.extractall(tmp_path / "host", filter="data")
-    target = tmp_path / "host" / "caches"
-    assert (target / "triton" / "k" / "kernel.cubin").read_bytes() == b"code"
-    assert json.loads((target / caches.KEY).read_text()) == KEY
-
-
-@pytest.mark.parametrize(
-    ("group", "place"),
-    [
-        ('{"child_paths": {"k.ttir": "/there/caches/triton/HASH/k.ttir"}}', "/there/caches"),
-        ("", None),
-        ("[]", None),
-        ("{}", None),
-        ('{"child_paths": {}}', None),
-        ('{"child_paths": {"a": 1}}', None),
-        ('{"child_paths": {"a": "a"}}', None),
-    ],
-)
-def test_a_kit_knows_where_its_kernels_were_compiled(
-    folder: Path, tmp_path: Path, group: str, place: str | None
-) -> None:
-    (folder / "triton" / "k" / "__grp__k.json").write_text(group)
-    (tmp_path / "kit").mkdir()
-    assert pack_caches(folder, tmp_path / "kit", KEY) == place
-
-
-def test_a_kit_refuses_other_files(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(KitError, match="not found"):
-        pack_caches(tmp_path / "nothing", tmp_path, KEY)
-    (tmp_path / "text").write_text("text")
-    with pytest.raises(KitError, match="not the caches of a run"):
-        pack_caches(tmp_path / "text", tmp_path, KEY)
-    (folder / "strange").mkdir()
-    with pytest.raises(KitError, match="strange"):
-        pack_caches(folder, tmp_path, KEY)
-    assert not (tmp_path / PACKED).exists()
-
-
-def test_a_kit_refuses_caches_of_another_stack(folder: Path, tmp_path: Path) -> None:
-    """Not on the host only, where they are when the GPU's minutes run."""
-    with pytest.raises(JitCacheError, match="tree is 7c43, expected 8d54"):
-        pack_caches(folder, tmp_path, {"tree": "8d54"})
-    assert not (tmp_path / PACKED).exists()
-
-
-@pytest.mark.parametrize("keep", [0.5, 0.99])
-def test_a_kit_refuses_a_part_of_a_tar(folder: Path, tmp_path: Path, keep: float) -> None:
-    (folder / "triton" / "large").write_bytes(random.Random(0).randbytes(200_000))  # noqa: S311
-    packed = tmp_path / "caches.tar.xz"
-    with tarfile.open(packed, "w:xz") as tar:
-        tar.add(folder, arcname="caches")
-    whole = packed.read_bytes()
-    middle = int(len(whole) * keep)
-    for damaged in (whole[:middle], whole[:middle] + b"damaged" + whole[middle + 7 :]):
-        packed.write_bytes(damaged)
-        (tmp_path / "content").mkdir(exist_ok=True)
-        with pytest.raises(KitError, match="not the caches of a run"):
-            pack_caches(packed, tmp_path / "content", KEY)
-
-
-@pytest.mark.parametrize("name", ["../outside", "/outside"])
-def test_a_tar_does_not_write_elsewhere(tmp_path: Path, name: str) -> None:
-    packed = tmp_path / "caches.tar.xz"
-    with tarfile.open(packed, "w:xz") as tar:
-        tar.addfile(tarfile.TarInfo(name))
-    (tmp_path / "content").mkdir()
-    with pytest.raises(KitError):
-        pack_caches(packed, tmp_path / "content", KEY)
-    assert not (tmp_path / "outside").exists()
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vllm_forge.images.checks import CHECK_ARGV, write_inputs
+from vllm_forge.images.checks import CHECK_ARGV, check_names, judge, write_inputs
+from vllm_forge.images.errors import ImageCheckError
 from vllm_forge.kernels.selection.questions import declared_device
 from vllm_forge.matrix import load
 
@@ -68,3 +71,44 @@ def test_inputs_are_readable_and_older_ones_are_removed(tmp_path: Path) -> None:
     assert json.loads((folder / "expect.json").read_text()) == {"a": 1}
     assert all(path.stat().st_mode & 0o555 == 0o555 for path in (folder, *folder.iterdir()))
     assert CHECK_ARGV[-1] == "/mnt/image_checks.py"
+
+
+def verdicts(*names: str, **changes: object) -> str:
+    row = {"passed": True, "detail": "", "seconds": 0.1} | changes
+    return "noise\n" + json.dumps(dict.fromkeys(names, row)) + "\n"
+
+
+ALL = check_names(compiler=True)
+USER = sorted(name for name in ALL if name.startswith("any-user"))
+IMAGE = sorted(ALL - set(USER))
+
+
+def test_every_verdict_once_is_accepted() -> None:
+    assert judge([verdicts(*IMAGE), verdicts(*USER)], ALL).keys() == ALL
+
+
+@pytest.mark.parametrize(
+    ("outputs", "words"),
+    [
+        (["{}", "{}"], "missing or unknown verdicts: any-user-imports"),
+        ([verdicts(*IMAGE), "{}"], "missing or unknown verdicts: any-user-imports, any-user"),
+        ([verdicts(*IMAGE[1:]), verdicts(*USER)], f"missing or unknown verdicts: {IMAGE[0]}"),
+        ([verdicts(*IMAGE, "more"), verdicts(*USER)], "missing or unknown verdicts: more"),
+        ([verdicts(*IMAGE), verdicts(*USER, IMAGE[0])], f"duplicate verdicts: {IMAGE[0]}"),
+        ([verdicts(*IMAGE, passed=1), verdicts(*USER)], "checks failed"),
+        ([verdicts(*IMAGE, passed=False), verdicts(*USER)], f"{IMAGE[0]}: "),
+        ([verdicts(*IMAGE), ""], "printed no verdicts"),
+        ([verdicts(*IMAGE), "[]"], "printed no verdicts"),
+        ([verdicts(*IMAGE), '{"any-user imports": {"passed": true}}'], "printed no verdicts"),
+        ([verdicts(*IMAGE), '{"any-user imports": true}'], "printed no verdicts"),
+    ],
+)
+def test_verdicts_that_prove_nothing_are_rejected(outputs: list[str], words: str) -> None:
+    """As printed by a wheel's .pth file, which ends the checks before they run."""
+    with pytest.raises(ImageCheckError, match=re.escape(words)):
+        judge(outputs, ALL)
+
+
+def test_the_names_of_verdicts_are_those_of_the_script() -> None:
+    script = importlib.import_module("vllm_forge.images.image_checks")
+    assert {"vllm-help", *script.COMMANDS} == {name for name in ALL if name.startswith("vllm-")}
