@@ -1,6 +1,6 @@
 """matrix.toml, parsed once into frozen records."""
 
-from vllm_forge.matrix.cells import ImageCell, image_cell
+from vllm_forge.matrix.cells import ImageCell, image_cell, serve_arguments
 from vllm_forge.matrix.load import find_root, load, schema_text
 from vllm_forge.matrix.model import (
     Artifact,
@@ -13,7 +13,6 @@ from vllm_forge.matrix.model import (
     Preset,
     Sku,
 )
-from vllm_forge.matrix.serve_args import serve_arguments
 
 __all__ = [
     "Artifact",

@@ -1,7 +1,8 @@
-"""Points of the matrix that an image is built for."""
+"""Points of the matrix: a SKU and a line, an image's; a preset, a server's."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 from vllm_forge.host import suggestion
@@ -111,3 +112,18 @@ def _find_sku(matrix: Matrix, given: str) -> str:
 
 def _skus(matrix: Matrix) -> str:
     return ", ".join(f"{name} ({row.arch})" for name, row in matrix.sku.items())
+
+
+def serve_arguments(matrix: Matrix, preset_name: str) -> tuple[list[str], dict[str, str]]:
+    """What a preset adds to ``vllm serve MODEL``.
+
+    Returns:
+        The arguments after the model, each option with its value in one word
+        (``--name=value``), and the environment of the server.
+    """
+    preset = matrix.preset[preset_name]
+    args = [f"--tensor-parallel-size={preset.tensor_parallel}", *preset.flags]
+    if preset.speculative_tokens:
+        drafter = {"method": "mtp", "num_speculative_tokens": preset.speculative_tokens}
+        args.append(f"--speculative-config={json.dumps(drafter, separators=(',', ':'))}")
+    return args, dict(preset.env)

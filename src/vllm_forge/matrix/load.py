@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from vllm_forge.host import suggestion
 from vllm_forge.matrix.errors import MatrixFileError, MatrixValueError, UnknownKeyError
@@ -67,7 +67,7 @@ def _explain(error: ValidationError, path: Path) -> UnknownKeyError | MatrixValu
         place = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             unknown = True
-            known = _fields_at(Matrix, list(item["loc"][:-1]))
+            known = _fields_at(list(item["loc"][:-1]))
             lines.append(f"unknown key {place}{suggestion(str(item['loc'][-1]), known)}")
         else:
             lines.append(f"{place}: {item['msg']}" if place else item["msg"])
@@ -79,23 +79,16 @@ def _explain(error: ValidationError, path: Path) -> UnknownKeyError | MatrixValu
     )
 
 
-def _fields_at(model: type[BaseModel], loc: list[Any]) -> list[str]:
+def _fields_at(loc: list[Any]) -> list[str]:
     """Field names of the record at ``loc``: steps through dict and tuple fields."""
-    current: Any = model
+    current: Any = Matrix
     for part in loc:
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            if part not in current.model_fields:
-                return []
-            current = current.model_fields[str(part)].annotation
-        else:  # dict[Name, Row] or tuple[Row, ...]: the row is the one BaseModel among the args
-            current = _row_of(current)
-    if not (isinstance(current, type) and issubclass(current, BaseModel)):
-        return []
-    return list(current.model_fields)
-
-
-def _row_of(annotation: Any) -> Any:
-    for arg in getattr(annotation, "__args__", ()):
-        if isinstance(arg, type) and issubclass(arg, BaseModel):
-            return arg
-    return None
+        fields = getattr(current, "model_fields", None)
+        if fields is None:  # dict[Name, Record] or tuple[Record, ...]
+            arguments = getattr(current, "__args__", ())
+            current = next((arg for arg in arguments if hasattr(arg, "model_fields")), None)
+        elif part in fields:
+            current = fields[part].annotation
+        else:
+            return []
+    return list(getattr(current, "model_fields", ()))

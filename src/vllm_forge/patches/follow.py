@@ -10,6 +10,8 @@ from itertools import takewhile
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from vllm_forge.patches.wheel import python_blobs
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
@@ -69,13 +71,8 @@ def hunk_words(hunk: Hunk, source: Sequence[bytes]) -> dict[bytes, int]:
 
 
 def read_words(repo: SourceRepo, tree: str, wanted: frozenset[bytes]) -> Words:
-    """Look for words in all Python files of the package, in one pass."""
-    listing = repo.git("ls-tree", "-r", "-z", tree, "--", "vllm/").stdout.decode()
-    blobs: dict[str, str] = {}
-    for row in filter(None, listing.split("\0")):
-        meta, _, path = row.partition("\t")
-        if path.endswith(".py"):
-            blobs[path] = meta.split()[2]
+    """Find words in all Python files of the package, in one pass."""
+    blobs = python_blobs(repo, tree)
     names = "\n".join(blobs.values()).encode()
     stream = repo.git("cat-file", "--batch", stdin=names).stdout
     found = Words(files=len(blobs))

@@ -53,9 +53,9 @@ import importlib.metadata as m, json, pathlib, sys
 try:
     d = m.distribution("vllm")
 except m.PackageNotFoundError:
-    print(json.dumps({"python": "%d.%d" % sys.version_info[:2], "site": None}))
+    print(json.dumps({"python_version": "%d.%d" % sys.version_info[:2], "site": None}))
 else:
-    print(json.dumps({"python": "%d.%d" % sys.version_info[:2],
+    print(json.dumps({"python_version": "%d.%d" % sys.version_info[:2],
                       "site": str(pathlib.Path(d.locate_file("")).resolve()),
                       "info": pathlib.Path(d._path).name,
                       "version": d.version,
@@ -119,30 +119,14 @@ def probe(python: Path) -> Installed:
             f"the interpreter does not run: {done.stderr.strip()[-300:]}", where=str(python)
         )
     found = json.loads(done.stdout)
-    if found["site"] is None:
-        return Installed(python=python, python_version=found["python"], site=None)
-    if found["editable"]:
+    if found.pop("editable", False):
         raise DirtyTreeError(
             "vLLM is installed from a source tree (editable)",
             where=found["site"],
             remedy="apply patches/vllm/<line>/*.patch to that tree with git am or git apply",
         )
-    return Installed(
-        python=python,
-        python_version=found["python"],
-        site=Path(found["site"]),
-        info=found["info"],
-        version=found["version"],
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """Which files of an installed vLLM are as published, as patched, or neither."""
-
-    published: tuple[str, ...]
-    patched: tuple[str, ...]
-    foreign: tuple[str, ...]
+    site = found.pop("site")
+    return Installed(python=python, site=Path(site) if site else None, **found)
 
 
 class Installer:
@@ -167,12 +151,15 @@ class Installer:
             PartlyPatchedError: a mixture, e.g. after a kill.
             DirtyTreeError: files that are neither published nor patched.
         """
-        state = self.state()
-        if state.patched and not state.published:
+        published, patched = self._state()
+        if patched and not published:
             raise AlreadyPatchedError(f"this vLLM is {self.version} already", where=str(self.site))
-        self._require_release()
-        if state.patched:
-            raise self._partly(state)
+        if patched:
+            raise PartlyPatchedError(
+                f"{len(patched)} files are patched, {len(published)} are not",
+                where=str(self.site),
+                remedy="run this with --revert first: it restores all published files",
+            )
         self._replace({file.path: file.after for file in self._changed}, self.release, self.version)
 
     def revert(self) -> None:
@@ -182,17 +169,16 @@ class Installer:
             NotPatchedError: nothing is patched.
             DirtyTreeError: files that are neither published nor patched.
         """
-        state = self.state()
-        if not state.patched:
+        _, patched = self._state()
+        if not patched:
             raise NotPatchedError(
                 f"this vLLM is {self.target.version}, as published", where=str(self.site)
             )
-        self._replace(
-            {file.path: file.before for file in self._changed}, self.version, self.release
-        )
+        originals = {file.path: file.before for file in self._changed}
+        self._replace(originals, self.version, self.release)
 
-    def state(self) -> State:
-        """Compare the installation with both trees.
+    def _state(self) -> tuple[list[str], list[str]]:
+        """Files of the series, and metadata, that are as published and as patched.
 
         Raises:
             InstalledVersionError: neither this release nor this series' version.
@@ -211,20 +197,17 @@ class Installer:
             if path == GENERATED or not (file.exists() or path in changed):
                 continue  # the wheel ships only a part of the source tree
             actual = blob_hash(file.read_bytes()) if file.exists() else ""
-            if path not in changed:
-                if actual != base:
-                    foreign.append(path)
-            elif actual == changed[path].before:
+            if path in changed and actual == changed[path].before:
                 published.append(path)
-            elif actual == changed[path].after:
+            elif path in changed and actual == changed[path].after:
                 patched.append(path)
-            else:
+            elif path in changed or actual != base:
                 foreign.append(path)
-        for path, content in self._metadata().items():
-            if self.version.encode() in content:
-                patched.append(path)
-            else:
-                published.append(path)
+        info = self.target.info
+        versioned = [GENERATED, f"{info}/METADATA"]
+        contents = {path: (self.site / path).read_bytes() for path in versioned}
+        for path, content in (contents | {info: info.encode()}).items():  # the folder's name, too
+            (patched if self.version.encode() in content else published).append(path)
         if foreign:
             shown = ", ".join(foreign[:5]) + (" ..." if len(foreign) > 5 else "")  # noqa: PLR2004
             raise DirtyTreeError(
@@ -232,25 +215,7 @@ class Installer:
                 where=str(self.site),
                 remedy=f"reinstall vllm=={self.release}, then run this again",
             )
-        return State(published=tuple(published), patched=tuple(patched), foreign=tuple(foreign))
-
-    def _metadata(self) -> dict[str, bytes]:
-        paths = [GENERATED, f"{self.target.info}/METADATA"]
-        contents = {path: (self.site / path).read_bytes() for path in paths}
-        # The folder's name carries the version as well.
-        contents[self.target.info] = self.target.info.encode()
-        return contents
-
-    def _require_release(self) -> None:
-        if self.target.version != self.release:
-            raise self._partly(self.state())
-
-    def _partly(self, state: State) -> PartlyPatchedError:
-        return PartlyPatchedError(
-            f"{len(state.patched)} files are patched, {len(state.published)} are not",
-            where=str(self.site),
-            remedy="run this with --revert first: it makes all of them as published",
-        )
+        return published, patched
 
     def _replace(self, blobs: dict[str, str], old: str, new: str) -> None:
         """Prepare every new file, then rename them into place; metadata comes last."""

@@ -41,7 +41,7 @@ class ChangedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchedWheel:
-    """The result of a line.
+    """A line's patched wheel.
 
     Attributes:
         path: the wheel.

@@ -165,13 +165,10 @@ def _kept(item: Download) -> int:
 
 def _have(part: Path) -> tuple[int, hashlib._Hash]:
     """Bytes of an unfinished file and their hash."""
-    digest = hashlib.sha256()
     if not part.exists():
-        return 0, digest
+        return 0, hashlib.sha256()
     with part.open("rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return part.stat().st_size, digest
+        return part.stat().st_size, hashlib.file_digest(file, "sha256")
 
 
 def _accept(item: Download, part: Path, digest: hashlib._Hash) -> None:

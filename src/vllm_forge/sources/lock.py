@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
@@ -142,20 +142,13 @@ def read_wheels(path: Path, again: str) -> tuple[str, tuple[LockedWheel, ...]]:
     for number, row in enumerate(text.splitlines(), 1):
         if not row or row.startswith("#"):
             continue
-        found = ENTRY.match(row)
-        if found is None:
+        entry = ENTRY.match(row)
+        if entry is None:
             raise LockFileError(
                 f"not a lock entry: {row[:80]}", where=f"{path}:{number}", remedy=again
             )
-        wheels.append(
-            LockedWheel(
-                name=found["name"],
-                version=found["version"],
-                filename=found["filename"],
-                size=int(found["size"]),
-                sha256=found["sha256"],
-            )
-        )
+        fields: dict[str, Any] = entry.groupdict() | {"size": int(entry["size"])}
+        wheels.append(LockedWheel(**fields))
     names = [wheel.name for wheel in wheels]
     if names != sorted(set(names)):
         raise LockFileError("entries are not sorted or not unique", where=str(path), remedy=again)
@@ -185,30 +178,23 @@ def make_lock(root: Path, line_name: str, line: Line, base: Base, index: Index) 
 
 
 def _resolve(line: Line, base: Base, index: Index) -> list[tuple[str, str]]:
+    inputs = {
+        "in": [f"vllm=={line.vllm}", f"torch=={line.torch}"],
+        "constraints": [item.requirement for item in line.constraints],
+        "overrides": [item.requirement for item in line.overrides],
+    }
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        (work / "in.txt").write_text(f"vllm=={line.vllm}\ntorch=={line.torch}\n")
-        (work / "constraints.txt").write_text(
-            "".join(f"{item.requirement}\n" for item in line.constraints)
-        )
-        (work / "overrides.txt").write_text(
-            "".join(f"{item.requirement}\n" for item in line.overrides)
-        )
+        for name, requirements in inputs.items():
+            (work / f"{name}.txt").write_text("".join(f"{item}\n" for item in requirements))
+        argv = [
+            find_uv_bin(), "pip", "compile", "in.txt", "--quiet", "--no-header", "--no-annotate",
+            "--only-binary=:all:", f"--python-version={line.python}",
+            f"--python-platform={base.platform}", "--constraints=constraints.txt",
+            "--overrides=overrides.txt",
+        ]  # fmt: skip
         done = subprocess.run(
-            [
-                find_uv_bin(),
-                "pip",
-                "compile",
-                "in.txt",
-                "--quiet",
-                "--no-header",
-                "--no-annotate",
-                "--only-binary=:all:",
-                f"--python-version={line.python}",
-                f"--python-platform={base.platform}",
-                "--constraints=constraints.txt",
-                "--overrides=overrides.txt",
-            ],
+            argv,
             cwd=work,
             # Not an option: every user of the host can read a command line, and this URL may have
             # a password.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.host import cache_root, console, exclusive, gigabytes
 from vllm_forge.sources.errors import DistributionNotFoundError, HashMismatchError
-from vllm_forge.sources.fetch import CHUNK, Download, download_all
+from vllm_forge.sources.fetch import Download, download_all
 from vllm_forge.sources.index import Index
 
 if TYPE_CHECKING:
@@ -81,14 +81,11 @@ class Wheelhouse:
             HashMismatchError: the cached file was changed since it was downloaded.
         """
         path = self.path(wheel)
-        digest = hashlib.sha256()
         with path.open("rb") as file:
-            while block := file.read(CHUNK):
-                digest.update(block)
-        if digest.hexdigest() != wheel.sha256:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != wheel.sha256:
             raise HashMismatchError(
-                f"{wheel.filename} in the cache has sha256 {digest.hexdigest()}, "
-                f"the lock says {wheel.sha256}",
+                f"{wheel.filename} in the cache has sha256 {digest}, the lock says {wheel.sha256}",
                 where=str(path),
                 remedy="delete that file and build again",
             )
