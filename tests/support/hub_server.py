@@ -25,15 +25,19 @@ class HubServer:
         files: name -> content.
         ranges: answer a Range header with 206; otherwise the whole file comes.
         gated: refuse everybody.
+        failures: statuses of the next answers to requests for a file; 0 closes the connection.
         short: bytes left out at the end of every answer to a range.
         served: bytes of file content sent.
+        requests: how many requests for a file came.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
     ranges: bool = True
     gated: bool = False
+    failures: list[int] = field(default_factory=list)
     short: int = 0
     served: int = 0
+    requests: int = 0
     url: str = ""
 
     @contextmanager
@@ -72,6 +76,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
     def _file(self, hub: HubServer, data: bytes) -> None:
+        hub.requests += 1
+        if hub.failures:
+            if status := hub.failures.pop(0):
+                self._send(status, b"")
+            return
         asked = RANGE.fullmatch(self.headers.get("Range", ""))
         if asked is None or not hub.ranges:
             hub.served += len(data)

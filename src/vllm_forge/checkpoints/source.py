@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MAX_TEXT = 1 << 28  # bytes of a JSON file; a manifest.json of 135,000 tensors has 3e7
 REPOSITORY = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 HUB_TIMEOUT_S = 30.0
+HUB_RETRIES = 2  # of a range, after a lost connection, a 429 or a 5xx
 SHOWN = 200  # characters of a name that the user gave
 
 
@@ -169,23 +170,26 @@ class HubRepository(CheckpointSource):
         return f"{self.repo}@{self.revision[:12]} at {self._endpoint}"
 
     def read(self, name: str, begin: int, end: int) -> bytes:
-        """See CheckpointSource.read; one range request."""
+        """See CheckpointSource.read; one range request, repeated at most HUB_RETRIES times."""
         # HfFileSystem would list the repository's folders once more for each file.
-        from huggingface_hub import get_session, hf_hub_url  # noqa: PLC0415
+        from huggingface_hub import hf_hub_url  # noqa: PLC0415
         from huggingface_hub.utils import (  # type: ignore[attr-defined]  # noqa: PLC0415
             build_hf_headers,
             hf_raise_for_status,
+            http_backoff,
         )
 
         if begin == end:
             return b""
 
         def fetch() -> bytes:
-            answer = get_session().get(
+            answer = http_backoff(
+                "GET",
                 hf_hub_url(self.repo, name, revision=self.revision, endpoint=self._endpoint),
                 headers={**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}"},
                 follow_redirects=True,
                 timeout=HUB_TIMEOUT_S,
+                max_retries=HUB_RETRIES,
             )
             hf_raise_for_status(answer)
             body: bytes = answer.content

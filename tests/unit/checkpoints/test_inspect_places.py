@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,6 +93,34 @@ class TestHub:
         hub.short = 1
         with pytest.raises(CheckpointUnreadableError, match="expected 10 bytes, got 9"):
             place.read("config.json", 0, 10)
+
+    @pytest.mark.parametrize("failures", [[503, 500], [0, 0], [502, 0]])
+    def test_read_retries_twice(
+        self, hub: HubServer, monkeypatch: pytest.MonkeyPatch, failures: list[int]
+    ) -> None:
+        monkeypatch.setattr(time, "sleep", lambda _: None)
+        source = find_source("owner/name")
+        hub.failures = failures
+        assert source.read("config.json", 0, 10) == hub.files["config.json"][:10]
+        assert hub.requests == 3
+
+    @pytest.mark.parametrize("status", [503, 0])
+    def test_read_reports_third_failure(
+        self, hub: HubServer, monkeypatch: pytest.MonkeyPatch, status: int
+    ) -> None:
+        monkeypatch.setattr(time, "sleep", lambda _: None)
+        source = find_source("owner/name")
+        hub.failures = [status] * 4
+        with pytest.raises(HubUnreachableError, match="cannot read owner/name"):
+            source.read("config.json", 0, 10)
+        assert hub.requests == 3
+
+    def test_read_does_not_retry_refusal(self, hub: HubServer) -> None:
+        source = find_source("owner/name")
+        hub.failures = [403]
+        with pytest.raises(HubUnreachableError, match="403"):
+            source.read("config.json", 0, 10)
+        assert hub.requests == 1
 
     def test_nothing_of_nothing_is_not_asked_for(self, hub: HubServer) -> None:
         place = find_source("owner/name")
