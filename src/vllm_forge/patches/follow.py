@@ -57,9 +57,7 @@ class Words:
 def hunk_words(hunk: Hunk, source: Sequence[bytes]) -> dict[bytes, int]:
     """Words of the lines that a hunk replaces and of those around it, and how often each counts.
 
-    Args:
-        hunk: of a patch.
-        source: lines of the file that the patch was made for.
+    ``source``: lines of the file that the patch was made for.
     """
     first = max(0, hunk.source_start - 1 - AROUND)
     last = hunk.source_start - 1 + hunk.source_length + AROUND
@@ -86,16 +84,11 @@ def read_words(repo: SourceRepo, tree: str, wanted: frozenset[bytes]) -> Words:
         for word in here:
             found.count[word] += 1
         if here:
-            found.lines[path] = _lines(content, here)
+            lines = found.lines[path] = {word: [] for word in here}
+            for number, line in enumerate(content.splitlines(), 1):
+                for word in here.intersection(WORD.findall(line)):
+                    lines[word].append(number)
     return found
-
-
-def _lines(content: bytes, words: frozenset[bytes]) -> dict[bytes, list[int]]:
-    lines: dict[bytes, list[int]] = defaultdict(list)
-    for number, line in enumerate(content.splitlines(), 1):
-        for word in words.intersection(WORD.findall(line)):
-            lines[word].append(number)
-    return dict(lines)
 
 
 def locate(

@@ -32,10 +32,7 @@ class Release:
 def releases_between(index: Index, first: str, last: str | None) -> list[tuple[Release, IndexFile]]:
     """Final releases on the index that were not yanked, oldest first, both ends included.
 
-    Args:
-        index: where to look.
-        first: oldest one.
-        last: newest one; None for the newest on the index.
+    ``last`` is None for the newest on the index.
 
     Raises:
         UsageError: not versions, or in the wrong order.

@@ -110,7 +110,15 @@ class _Fetcher:
                 return
             last = None
             if have == item.size:
-                _accept(item, part, digest)
+                if digest.hexdigest() != item.sha256:
+                    part.unlink()
+                    raise HashMismatchError(
+                        f"{part.stem}: sha256 is {digest.hexdigest()}, the lock says {item.sha256}",
+                        where=item.url,
+                        remedy="do not use this file. If the index is right and the lock is old, "
+                        "make a new lock; otherwise the mirror may be compromised",
+                    )
+                part.rename(item.target)
                 return
         raise _gave_up(item, part, last)
 
@@ -125,7 +133,8 @@ class _Fetcher:
         with self._session.get(item.url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
             if answer.status_code == HTTP_RANGE_NOT_SATISFIABLE:
                 part.unlink()
-                return self._restart(have), hashlib.sha256()
+                self._tick(-have)  # comes again
+                return 0, hashlib.sha256()
             if answer.status_code in GONE:
                 raise DistributionNotFoundError(
                     f"the index lists {item.target.name}, its host answers {answer.status_code}",
@@ -134,7 +143,8 @@ class _Fetcher:
                 )
             answer.raise_for_status()
             if have and answer.status_code != HTTP_PARTIAL:  # no ranges there: all comes again
-                have, digest = self._restart(have), hashlib.sha256()
+                self._tick(-have)
+                have, digest = 0, hashlib.sha256()
             with part.open("ab" if have else "wb") as file:
                 for block in answer.raw.stream(CHUNK, decode_content=False):
                     if self.stop.is_set():
@@ -144,11 +154,6 @@ class _Fetcher:
                     have += len(block)
                     self._tick(len(block))
         return have, digest
-
-    def _restart(self, have: int) -> int:
-        """Take bytes that must come again out of the progress; returns 0."""
-        self._tick(-have)
-        return 0
 
 
 def _part(item: Download) -> Path:
@@ -169,18 +174,6 @@ def _have(part: Path) -> tuple[int, hashlib._Hash]:
         return 0, hashlib.sha256()
     with part.open("rb") as file:
         return part.stat().st_size, hashlib.file_digest(file, "sha256")
-
-
-def _accept(item: Download, part: Path, digest: hashlib._Hash) -> None:
-    if digest.hexdigest() != item.sha256:
-        part.unlink()
-        raise HashMismatchError(
-            f"{item.target.name}: sha256 is {digest.hexdigest()}, the lock says {item.sha256}",
-            where=item.url,
-            remedy="do not use this file. If the index is right and the lock is old, make a new "
-            "lock; otherwise somebody serves you other bytes",
-        )
-    part.rename(item.target)
 
 
 def _gave_up(item: Download, part: Path, last: Exception | None) -> ForgeError:

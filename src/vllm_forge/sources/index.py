@@ -32,12 +32,10 @@ class IndexFile:
     """A file that the index offers.
 
     Attributes:
-        filename: its name.
-        url: where it is.
-        sha256: in hex, None where the index does not say.
-        size: in bytes, None where the index does not say.
+        sha256: in hex; this, size and uploaded are None where the index does not say.
+        size: in bytes.
         yanked: taken back by its project.
-        uploaded: the day, YYYY-MM-DD, None where the index does not say.
+        uploaded: the day, YYYY-MM-DD.
     """
 
     filename: str

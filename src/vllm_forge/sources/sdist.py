@@ -102,8 +102,10 @@ class SourceRepo:
                 )
             try:
                 said = self._fast_import(ref, archive)
-            finally:
-                self._clean()
+            finally:  # remove what a killed or refused import has left
+                for pattern in ("objects/pack/tmp_*", "fast_import_crash_*"):
+                    for path in self.path.glob(pattern):
+                        path.unlink(missing_ok=True)
             tree = self.tree(ref)
             if said or tree is None:
                 raise SdistError(f"git fast-import: {said}", where=str(archive))
@@ -137,12 +139,6 @@ class SourceRepo:
             errors.seek(0)
             text = errors.read().decode(errors="replace").strip()
             return text or ("it failed" if importer.returncode != 0 else "")
-
-    def _clean(self) -> None:
-        """Remove what a killed or refused import has left."""
-        for pattern in ("objects/pack/tmp_*", "fast_import_crash_*"):
-            for path in self.path.glob(pattern):
-                path.unlink(missing_ok=True)
 
 
 def _feed(out: IO[bytes], ref: str, archive: Path) -> None:

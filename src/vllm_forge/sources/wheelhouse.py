@@ -29,11 +29,8 @@ class Wheelhouse:
 
     def missing(self, wheels: Sequence[LockedWheel]) -> list[LockedWheel]:
         """Those not here in full size."""
-        return [wheel for wheel in wheels if not self._present(wheel)]
-
-    def _present(self, wheel: LockedWheel) -> bool:
-        path = self.path(wheel)
-        return path.exists() and path.stat().st_size == wheel.size
+        paths = [(self.path(wheel), wheel) for wheel in wheels]
+        return [w for path, w in paths if not path.exists() or path.stat().st_size != w.size]
 
     def bytes_to_fetch(self, wheels: Sequence[LockedWheel]) -> int:
         """Bytes that are still to be downloaded."""
@@ -44,8 +41,6 @@ class Wheelhouse:
 
         Raises:
             DistributionNotFoundError: the index does not offer a file of the lock.
-            IndexUnreachableError, DownloadInterruptedError, HashMismatchError,
-            TruncatedFileError: see download_all.
         """
         if not self.missing(wheels):
             return
@@ -57,10 +52,8 @@ class Wheelhouse:
             offered = source.files_of(wheel.name for wheel in todo)
             downloads = []
             for wheel in todo:
-                url = next(
-                    (f.url for f in offered[wheel.name] if f.filename == wheel.filename), None
-                )
-                if url is None:
+                urls = [f.url for f in offered[wheel.name] if f.filename == wheel.filename]
+                if not urls:
                     raise DistributionNotFoundError(
                         f"the index does not offer {wheel.filename}",
                         where=source.url,
@@ -68,7 +61,9 @@ class Wheelhouse:
                         "index, or make a new lock",
                     )
                 downloads.append(
-                    Download(url=url, sha256=wheel.sha256, size=wheel.size, target=self.path(wheel))
+                    Download(
+                        url=urls[0], sha256=wheel.sha256, size=wheel.size, target=self.path(wheel)
+                    )
                 )
             download_all(source.session, downloads)
             size = gigabytes(sum(item.size for item in downloads))
