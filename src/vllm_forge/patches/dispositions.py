@@ -38,7 +38,7 @@ class Decision(FrozenModel):
     undecided: str | None = None
 
     @model_validator(mode="after")
-    def _stands_on_something(self) -> Self:
+    def _evidence(self) -> Self:
         missing = [name for name in NEEDS.get(self.status, ()) if getattr(self, name) is None]
         if missing:
             raise ValueError(f"{self.status} needs {' and '.join(missing)}")
@@ -56,10 +56,6 @@ class Disposition(FrozenModel):
     title: str
     upstream: str
     on: dict[str, Decision]
-
-    def decision(self, line: str) -> Decision | None:
-        """The line's own, or the one for all lines."""
-        return self.on.get(line) or self.on.get(ALL)
 
 
 class _File(FrozenModel):
@@ -108,14 +104,14 @@ def decisions(entries: tuple[Disposition, ...], line: str) -> tuple[tuple[str, D
     Raises:
         DispositionError: one says nothing.
     """
-    found = []
+    rows = []
     for entry in entries:
-        decision = entry.decision(line)
+        decision = entry.on.get(line) or entry.on.get(ALL)
         if decision is None:
             raise DispositionError(
                 f"nothing is decided for line {line}",
                 where=f"{FILE}: {entry.about}",
                 remedy=f'add [disposition.on."{line}"], or [disposition.on.{ALL}]',
             )
-        found.append((entry.about, decision))
-    return tuple(found)
+        rows.append((entry.about, decision))
+    return tuple(rows)

@@ -9,17 +9,16 @@ from __future__ import annotations
 import ast
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_forge.host import atomic_path
 from vllm_forge.patches.series import read_series
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from vllm_forge.project import Project
     from vllm_forge.sources import SourceRepo
 
+RECORD = "records/seed-installer.json"
 MERGED = "already applied or merged"
 
 
@@ -69,9 +68,6 @@ class Outcome:
     """The outcome of one edit on one line.
 
     Attributes:
-        change, claims: those of the edit.
-        line: the line.
-        release: its vLLM.
         exists: the release has the file.
         places: lines of the file that the edit changes.
         needed: hunks of the line's own patch for the same change; 0 where it has none.
@@ -140,19 +136,13 @@ def outcome(project: Project, repo: SourceRepo, edit: Edit, line: str) -> Outcom
     )
 
 
-def record_path(project: Project) -> Path:
-    """records/seed-installer.json."""
-    return project.records / "seed-installer.json"
-
-
 def record_outcomes(project: Project, repo: SourceRepo) -> None:
     """Write the outcomes of all edits on all lines."""
     rows = [outcome(project, repo, edit, line) for edit in EDITS for line in project.matrix.line]
-    with atomic_path(record_path(project)) as aside:
+    with atomic_path(project.root / RECORD) as aside:
         aside.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 def read_outcomes(project: Project) -> list[Outcome]:
     """The recorded outcomes."""
-    rows: list[dict[str, Any]] = json.loads(record_path(project).read_text(encoding="utf-8"))
-    return [Outcome(**row) for row in rows]
+    return [Outcome(**row) for row in project.read_json(RECORD)]

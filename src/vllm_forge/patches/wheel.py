@@ -44,10 +44,8 @@ class PatchedWheel:
     """A line's patched wheel.
 
     Attributes:
-        path: the wheel.
         version: ``<release>+forge.<first 12 of the tree hash>``.
         tree: git tree hash of the patched source.
-        changed: what the series changed in it.
     """
 
     path: Path
@@ -132,9 +130,9 @@ def build_wheel(
         carriers = {GENERATED, f"{old_info}/METADATA", record}
         if lost := sorted(carriers - set(source.namelist())):
             raise WheelSourceError(
-                f"the wheel has no {', '.join(lost)}, where its version stands",
+                f"the wheel has no {', '.join(lost)}, where its version is",
                 where=str(published),
-                remedy="this release is packed in another way: see how, then teach wheel.py",
+                remedy="unsupported wheel layout; support it in patches/wheel.py",
             )
         if absent := sorted({file.path for file in changed} - set(source.namelist())):
             raise WheelSourceError(
@@ -181,16 +179,13 @@ def _require_source(repo: SourceRepo, base: str, wheel: zipfile.ZipFile, publish
 
 
 def replace_once(content: bytes, old: str, new: str, where: Path) -> bytes:
-    """Replace text that must stand exactly once.
+    """Replace text that must occur exactly once.
 
     Raises:
-        WheelSourceError: it stands there never, or more than once.
+        WheelSourceError: it does not.
     """
-    if content.count(old.encode()) != 1:
-        raise WheelSourceError(
-            f"{old.strip()!r} stands {content.count(old.encode())} times, not once",
-            where=str(where),
-        )
+    if (count := content.count(old.encode())) != 1:
+        raise WheelSourceError(f"{old.strip()!r} occurs {count} times, not once", where=str(where))
     return content.replace(old.encode(), new.encode())
 
 
@@ -221,7 +216,7 @@ def _copy(raw: io.BufferedReader, member: zipfile.ZipInfo, path: str, out: zipfi
     """Append a member without inflating it; zipfile has no public call for this."""
     info = copy.copy(member)
     info.filename = path
-    info.flag_bits &= ~0x08  # sizes stand in the header, not behind the data
+    info.flag_bits &= ~0x08  # sizes are in the header, not behind the data
     info.extra = b""
     assert out.fp is not None  # noqa: S101 - it is open
     info.header_offset = out.fp.tell()
