@@ -133,8 +133,7 @@ def _run_all(jobs: Sequence[ProofJob], runner: Runner) -> list[LineProof]:
 
         def start(job: ProofJob, name: str, tree: str, test: str) -> Future[TestRun]:
             folder = job.environment.write_tree(tree, name)
-            arguments = (job.line_name, threads, test)
-            return pool.submit(_run, runner, job, name, folder, arguments)
+            return pool.submit(_run, runner, job, name, folder, job.line_name, threads, test)
 
         wholes = [start(job, WHOLE, job.environment.applied.result, ALL_TESTS) for job in jobs]
         variants = [
@@ -147,9 +146,7 @@ def _run_all(jobs: Sequence[ProofJob], runner: Runner) -> list[LineProof]:
         ]
 
 
-def _run(
-    runner: Runner, job: ProofJob, name: str, folder: Path, arguments: tuple[str, ...]
-) -> TestRun:
+def _run(runner: Runner, job: ProofJob, name: str, folder: Path, *arguments: str) -> TestRun:
     """One pytest run on one tree."""
     start = time.monotonic()
     argv = (PYTHON, f"/mnt/{SCRIPT.name}", *arguments)

@@ -26,7 +26,7 @@ from vllm_forge.kernels.coverage.target import Kind, Suffix, Target
 from vllm_forge.kernels.errors import UnknownFatbinError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
     from mmap import mmap
 
 Compression: TypeAlias = Literal["", "lz4", "zstd"]
@@ -162,14 +162,6 @@ def device_code(buffer: bytes | mmap, name: str = "") -> list[Code]:
             codes += scan.entries(start, module)
             module += 1
     return codes
-
-
-def present(buffer: bytes | mmap, codes: Iterable[Code]) -> list[Code]:
-    """Drop code of zeros: a slim library keeps headers of foreign code, with zeros behind them.
-
-    Zeros cannot run, so dropping them can only make a contract stricter.
-    """
-    return [code for code in codes if any(buffer[code.offset : code.offset + code.size])]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from vllm_forge.kernels.coverage.device_code import (
     device_code,
     functions,
     is_elf,
-    present,
     sections,
 )
 from vllm_forge.kernels.coverage.target import Kind, Target
@@ -228,7 +227,13 @@ def _stamp(path: Path) -> list[int]:
 
 def _read(path: Path, sha256: str, patterns: Sequence[str]) -> LibraryCode:
     with mapped(path) as buffer:
-        codes = present(buffer, device_code(buffer, str(path)))
+        # A slim library keeps headers of foreign code, with zeros behind them. Zeros cannot run,
+        # so dropping them can only make a contract stricter.
+        codes = [
+            code
+            for code in device_code(buffer, str(path))
+            if any(buffer[code.offset : code.offset + code.size])
+        ]
         names = kernels(buffer, str(path), codes) if patterns else {}
     groups = {}
     for pattern in sorted(patterns):

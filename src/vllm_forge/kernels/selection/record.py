@@ -137,7 +137,6 @@ def require_fresh(project: Project, line_name: str) -> SelectionRecord:
     """The recorded answers, if they belong to the inputs and questions of the checkout.
 
     Raises:
-        SelectionFileError: missing or malformed.
         SelectionStaleError: with the inputs that changed and the command that records again.
     """
     recorded = read_selection(project.records, line_name)
@@ -231,7 +230,6 @@ def _dump(row: tuple[Question, Answer], shared: Mapping[str, list[Any]]) -> dict
     }
 
 
-def _some(items: Sequence[str], separator: str) -> str:
+def _some(items: list[str], separator: str) -> str:
     more = len(items) - MOST_SHOWN
-    shown = [*items[:MOST_SHOWN], *([f"and {more} more"] if more > 0 else [])]
-    return separator.join(shown)
+    return separator.join(items[:MOST_SHOWN] + [f"and {more} more"] * (more > 0))
