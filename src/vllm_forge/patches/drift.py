@@ -22,7 +22,6 @@ from vllm_forge.sources import SourceRepo
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from vllm_forge.patches.releases import Release
 
 # "0.27.1, vllm/models/deepseek_v4/nvidia/ops/o_proj.py:63"
 LANDED = re.compile(r"^(?P<version>\d+(?:\.\d+)+), (?P<where>\S+)$")
@@ -45,6 +44,16 @@ class Verdict:
 
     answer: Answer
     detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """A final release: version, day of its upload, hash and path of its source archive."""
+
+    version: str
+    date: str
+    sha256: str
+    archive: Path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The drift of all lines over a range of releases: surveyed and recorded."""
+"""The drift of all lines over a range of vLLM's releases: fetched, surveyed and recorded."""
 
 from __future__ import annotations
 
@@ -9,22 +9,86 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from packaging.utils import InvalidSdistFilename, parse_sdist_filename
+from packaging.version import InvalidVersion, Version
 from rich.progress import track
 
-from vllm_forge.host import atomic_path, console, report
-from vllm_forge.patches.drift import Subject, Verdict, survey
-from vllm_forge.patches.releases import Release, fetch_releases, releases_between
+from vllm_forge.errors import UsageError
+from vllm_forge.host import atomic_path, cache_root, console, report
+from vllm_forge.patches.drift import Release, Subject, Verdict, survey
 from vllm_forge.patches.series import check_line, read_series
 from vllm_forge.patches.variants import before
+from vllm_forge.sources import Download, download_all
+from vllm_forge.sources.errors import DistributionNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vllm_forge.project import Project
-    from vllm_forge.sources import SourceRepo
+    from vllm_forge.sources import Index, IndexFile, SourceRepo
 
 DATA = Path("records/drift.json")
 NUMBER = re.compile(r"^\d+-")
+
+
+def releases_between(index: Index, first: str, last: str | None) -> list[tuple[Release, IndexFile]]:
+    """Final releases on the index that were not yanked, oldest first, both ends included.
+
+    ``last`` is None for the newest on the index.
+
+    Raises:
+        UsageError: not versions, or in the wrong order.
+        DistributionNotFoundError: the index offers no source archive of one of the two.
+    """
+    try:
+        low = Version(first)
+        high = None if last is None else Version(last)
+    except InvalidVersion as error:
+        raise UsageError(
+            f"not a version: {error}", remedy="e.g. --from 0.22.1 --to 0.33.0"
+        ) from None
+    if high is not None and low > high:
+        raise UsageError(f"{first} is newer than {last}", remedy="--from OLDER --to NEWER")
+    found: dict[Version, tuple[Release, IndexFile]] = {}
+    for file in index.files("vllm"):
+        try:
+            _, version = parse_sdist_filename(file.filename)
+        except InvalidSdistFilename:
+            continue
+        if file.yanked or version.is_prerelease or version < low or (high and version > high):
+            continue
+        if file.sha256 is None or file.size is None:
+            raise DistributionNotFoundError(
+                f"the index gives no sha256 or no size for {file.filename}",
+                where=index.url,
+                remedy="use an index with the JSON simple API (PEP 691, PEP 700)",
+            )
+        release = Release(
+            version=str(version),
+            date=file.uploaded or "unknown",
+            sha256=file.sha256,
+            archive=cache_root() / "sdists" / file.sha256 / file.filename,
+        )
+        found[version] = (release, file)
+    for end in (low, high):
+        if end is not None and end not in found:
+            raise DistributionNotFoundError(
+                f"the index offers no source archive of a final release {end}",
+                where=index.url,
+                remedy="choose a release that is there and was not yanked",
+            )
+    return [found[version] for version in sorted(found)]
+
+
+def fetch_releases(index: Index, wanted: list[tuple[Release, IndexFile]], repo: SourceRepo) -> None:
+    """Download the archives that are neither imported nor in the cache, side by side."""
+    missing = [
+        Download(url=file.url, sha256=release.sha256, size=file.size or 0, target=release.archive)
+        for release, file in wanted
+        if repo.tree(release.version) is None and not release.archive.exists()
+    ]
+    if missing:
+        download_all(index.session, missing)
 
 
 @dataclass(frozen=True, kw_only=True)

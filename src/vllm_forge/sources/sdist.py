@@ -6,7 +6,7 @@ rules, so that the tree's hash depends on nothing but the archive's files and th
 
 from __future__ import annotations
 
-import contextlib
+import gzip
 import os
 import subprocess
 import tarfile
@@ -22,6 +22,7 @@ from vllm_forge.sources.errors import SdistError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+UNREADABLE = (tarfile.TarError, EOFError, FileNotFoundError, gzip.BadGzipFile, zlib.error)
 EPOCH_IDENT = "vllm-forge <vllm-forge@localhost> 0 +0000"
 
 
@@ -93,13 +94,7 @@ class SourceRepo:
             if (known := self.tree(ref)) is not None:
                 return known
             if not (self.path / "HEAD").exists():
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                subprocess.run(
-                    ["git", "init", "--quiet", "--bare", str(self.path)],
-                    env=git_env(),
-                    check=True,
-                    capture_output=True,
-                )
+                self.git("init", "--quiet", "--bare")
             try:
                 said = self._fast_import(ref, archive)
             finally:  # remove what a killed or refused import has left
@@ -112,33 +107,24 @@ class SourceRepo:
             return tree
 
     def _fast_import(self, ref: str, archive: Path) -> str:
-        """Feed an archive to git; return what git said, empty when it took all of it."""
-        with tempfile.TemporaryFile() as errors:
-            importer = subprocess.Popen(
-                ["git", f"--git-dir={self.path}", "fast-import", "--quiet"],
-                stdin=subprocess.PIPE,
-                stderr=errors,
-                env=git_env(),
-            )
-            assert importer.stdin is not None  # noqa: S101 - PIPE was asked for
+        """Import an archive; return git's complaint, empty if there is none."""
+        with tempfile.TemporaryFile(dir=self.path) as stream:
             try:
-                _feed(importer.stdin, ref, archive)
-                importer.stdin.close()
-            except BrokenPipeError:
-                pass  # git has given up, and says why
-            except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+                _feed(stream, ref, archive)
+            except UNREADABLE as error:
                 raise SdistError(
                     f"not a readable source archive: {error}", where=str(archive)
                 ) from error
-            finally:
-                if not importer.stdin.closed:
-                    importer.kill()
-                    with contextlib.suppress(BrokenPipeError):
-                        importer.stdin.close()
-                importer.wait()
-            errors.seek(0)
-            text = errors.read().decode(errors="replace").strip()
-            return text or ("it failed" if importer.returncode != 0 else "")
+            stream.seek(0)
+            done = subprocess.run(
+                ["git", f"--git-dir={self.path}", "fast-import", "--quiet"],
+                stdin=stream,
+                stderr=subprocess.PIPE,
+                env=git_env(),
+                check=False,
+            )
+        text = done.stderr.decode(errors="replace").strip()
+        return text or ("it failed" if done.returncode != 0 else "")
 
 
 def _feed(out: IO[bytes], ref: str, archive: Path) -> None:

@@ -14,10 +14,15 @@ from vllm_forge.errors import UsageError
 from vllm_forge.matrix import load
 from vllm_forge.pages.patches import best, first_change
 from vllm_forge.patches import read_patch, read_series
-from vllm_forge.patches.drift import Answer, Subject, Verdict, survey, verdicts, vocabulary
-from vllm_forge.patches.drift_data import DATA, Surveyed, write_drift
+from vllm_forge.patches.drift import Answer, Release, Subject, Verdict, survey, verdicts, vocabulary
+from vllm_forge.patches.drift_data import (
+    DATA,
+    Surveyed,
+    fetch_releases,
+    releases_between,
+    write_drift,
+)
 from vllm_forge.patches.follow import dense, locate, read_words
-from vllm_forge.patches.releases import Release, fetch_releases, releases_between
 from vllm_forge.project import Project
 from vllm_forge.sources import Index, SourceRepo
 from vllm_forge.sources.errors import DistributionNotFoundError
