@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import pytest
 
 from vllm_forge.checkpoints.errors import ToolEnvironmentError
 from vllm_forge.checkpoints.quantize import environment
-from vllm_forge.checkpoints.quantize.environment import INPUT, LOCK, SERIES, prepare
+from vllm_forge.checkpoints.quantize.environment import FOLDER, INPUT, LOCK, SERIES, enter, prepare
 from vllm_forge.patches import read_series
 from vllm_forge.patches.errors import (
     AlreadyUpstreamError,
@@ -172,6 +173,19 @@ class TestPrepare:
         monkeypatch.setattr(environment, "require_disk", lambda needs: None)
         with pytest.raises(ToolEnvironmentError, match="uv venv --clear exited with 1"):
             prepare(Project(checkout))
+
+
+class TestEnter:
+    def test_enter_returns_inside_environment_behind_link(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = tmp_path / "shared" / FOLDER
+        folder.mkdir(parents=True)
+        (tmp_path / "link").symlink_to(tmp_path / "shared")
+        # Python does not resolve links in its prefix.
+        monkeypatch.setattr(sys, "prefix", str(tmp_path / "link" / FOLDER))
+        monkeypatch.setattr(environment, "prepare", lambda _: pytest.fail("prepared once more"))
+        enter(Project(tmp_path / "link"), [])
 
 
 def _fake_uv(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -88,7 +88,7 @@ def prepare(project: Project) -> Path:
 def enter(project: Project, argv: list[str]) -> None:
     """Become ``python -m vllm_forge <argv>`` of the environment, unless we are it already."""
     python = python_of(project)
-    if Path(sys.prefix) == (project.root / FOLDER).resolve():
+    if Path(sys.prefix).resolve() == (project.root / FOLDER).resolve():
         return
     prepare(project)
     os.execve(python, [str(python), "-m", "vllm_forge", *argv], {**SETTINGS, **os.environ})  # noqa: S606
