@@ -13,10 +13,9 @@ import pytest
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.fixtures.variants import load_variants
 from vllm_forge.checkpoints.inspect.findings import Effect
-from vllm_forge.checkpoints.inspect.formats import Format, Part
 from vllm_forge.checkpoints.inspect.inspection import find_all, inspect
 from vllm_forge.checkpoints.inspect.manifest import nearest
-from vllm_forge.checkpoints.inspect.profile import Profile
+from vllm_forge.checkpoints.inspect.profile import Format, Part, Profile
 from vllm_forge.checkpoints.inspect.values import compare
 from vllm_forge.checkpoints.inspect.verdict import DATA, Verdicts, error_of
 from vllm_forge.checkpoints.source import CheckpointSource, Folder

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vllm_forge.checkpoints.errors import ModelInputError
-from vllm_forge.checkpoints.fixtures.tiny_tokenizer import write_tokenizer
+from vllm_forge.checkpoints.fixtures.tiny import write_tokenizer
 from vllm_forge.checkpoints.quantize.calibrate import pick_device
 from vllm_forge.checkpoints.quantize.calibration import tokenize
 from vllm_forge.checkpoints.tensors import CONFIG

@@ -32,10 +32,9 @@ from vllm_forge.checkpoints.fixtures.changes import Change, apply_changes
 from vllm_forge.checkpoints.fixtures.variants import load_variants
 from vllm_forge.checkpoints.inspect.checks_config import activations
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, check_id, summarize
-from vllm_forge.checkpoints.inspect.formats import Format
 from vllm_forge.checkpoints.inspect.inspection import find_all
 from vllm_forge.checkpoints.inspect.manifest import nearest
-from vllm_forge.checkpoints.inspect.profile import Profile
+from vllm_forge.checkpoints.inspect.profile import Format, Profile
 from vllm_forge.checkpoints.inspect.verdict import applies
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from vllm_forge.checkpoints.inspect.formats import (
+from vllm_forge.checkpoints.inspect.manifest import manifests, named
+from vllm_forge.checkpoints.inspect.profile import (
     Drafter,
     Format,
     Part,
@@ -19,7 +20,6 @@ from vllm_forge.checkpoints.inspect.formats import (
     main_tensors,
     part_of,
 )
-from vllm_forge.checkpoints.inspect.manifest import manifests, named
 from vllm_forge.checkpoints.tensors import DTYPE_BYTES
 from vllm_forge.errors import UsageError
 

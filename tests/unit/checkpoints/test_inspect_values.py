@@ -16,7 +16,7 @@ from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.codecs import fp8_block, nvfp4
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec, write_bf16
 from vllm_forge.checkpoints.inspect.findings import Effect
-from vllm_forge.checkpoints.inspect.formats import Format, Part
+from vllm_forge.checkpoints.inspect.profile import Format, Part
 from vllm_forge.checkpoints.inspect.values import compare
 from vllm_forge.checkpoints.quantize.model import alias_names
 from vllm_forge.checkpoints.quantize.recipe import load_recipe

@@ -55,7 +55,7 @@ def test_every_fault_of_the_table_is_used_and_every_check_is_documented() -> Non
     folder = ROOT / "src/vllm_forge/checkpoints/inspect"
     code = "".join(path.read_text() for path in folder.glob("*.py"))
     assert [fault for fault in FAULTS if f'"{fault}"' not in code] == []
-    page = (ROOT / "docs/develop/checkpoints.md").read_text()
+    page = (ROOT / "docs/generated/checks.md").read_text()
     assert set(ALIASES) <= CHECKS
     for check in CHECKS:
         assert f"`{check}`" in page, check

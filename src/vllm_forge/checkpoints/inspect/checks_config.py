@@ -19,7 +19,6 @@ from vllm_forge.checkpoints.inspect.findings import (
     scoped,
     summarize,
 )
-from vllm_forge.checkpoints.inspect.formats import DRAFT, Format, Part
 from vllm_forge.checkpoints.inspect.matching import (
     FUSION_KNOWN,
     PROBES_CHANGED,
@@ -31,11 +30,10 @@ from vllm_forge.checkpoints.inspect.matching import (
     resolve_experts,
     serving_modules,
 )
+from vllm_forge.checkpoints.inspect.profile import DRAFT, Format, Part, Profile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
-
-    from vllm_forge.checkpoints.inspect.profile import Profile
 
     # Since which vLLM, before which, fault (a row of checks.toml) -> modules.
     Era = tuple[Version, Version | None, Mapping[str, list[str]]]

@@ -11,14 +11,13 @@ from pydantic import Field, ValidationError
 
 import vllm_forge.kernels.selection.inside
 from vllm_forge.checkpoints.errors import DryLoadError
-from vllm_forge.checkpoints.inspect.formats import Drafter
+from vllm_forge.checkpoints.inspect.profile import Drafter, Profile
 from vllm_forge.host import atomic_path
 from vllm_forge.matrix import FrozenModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from vllm_forge.checkpoints.inspect.profile import Profile
     from vllm_forge.matrix import Sku
 
 SCRIPT = Path(__file__).with_name("meta_load.py")

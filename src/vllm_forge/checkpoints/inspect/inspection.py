@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from vllm_forge.checkpoints.inspect import checks_config, checks_names, checks_tensors
+from vllm_forge.checkpoints.inspect import checks_config, checks_tensors
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding
-from vllm_forge.checkpoints.inspect.formats import Drafter, Part
 from vllm_forge.checkpoints.inspect.manifest import (
     against_record,
     config_facts,
     departures,
     nearest,
 )
+from vllm_forge.checkpoints.inspect.profile import Drafter, Part, Profile
 from vllm_forge.checkpoints.inspect.values import ValueRow, compare
 from vllm_forge.checkpoints.inspect.verdict import LineVerdict, Outcome, judge
 from vllm_forge.matrix import FrozenModel
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from vllm_forge.checkpoints.inspect.dry_load import Answer
-    from vllm_forge.checkpoints.inspect.profile import Profile
     from vllm_forge.patches.dispositions import Disposition
 
 SHOWN = {Effect.DEPARTS, Effect.LOSES}
@@ -98,9 +97,9 @@ def find_all(
     digests: bool = False,
 ) -> list[Finding]:
     """Everything that is found without a vLLM, from bad to harmless; see ``inspect``."""
-    checks = [*checks_names.CHECKS]
+    checks = [*checks_tensors.NAMES]
     if profile.tensors:
-        checks += [*checks_config.CHECKS, *checks_tensors.CHECKS]
+        checks += [*checks_config.CHECKS, *checks_tensors.TENSORS]
     findings = [finding for check in checks for finding in check(profile)]
     if source is not None:
         findings += checks_tensors.against_source(profile, source.tensors)

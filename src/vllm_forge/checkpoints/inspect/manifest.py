@@ -24,18 +24,19 @@ from vllm_forge.checkpoints.inspect.findings import (
     finding,
     summarize,
 )
-from vllm_forge.checkpoints.inspect.formats import (
+from vllm_forge.checkpoints.inspect.matching import read_groups
+from vllm_forge.checkpoints.inspect.profile import (
     DRAFT,
     LINEAR,
     Drafter,
     Format,
+    Profile,
     RequiredTensor,
     alias_tensors,
     draft_tensors,
     main_tensors,
     stored_as,
 )
-from vllm_forge.checkpoints.inspect.matching import read_groups
 from vllm_forge.checkpoints.tensors import strict_json
 from vllm_forge.errors import UsageError
 from vllm_forge.host import suggestion
@@ -44,7 +45,6 @@ from vllm_forge.matrix import FrozenModel
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from vllm_forge.checkpoints.inspect.profile import Profile
     from vllm_forge.checkpoints.tensors import TensorSpec
 
 

@@ -19,7 +19,15 @@ import numpy as np
 from vllm_forge.checkpoints.codecs import fp8_block, int4, mxfp4, nvfp4
 from vllm_forge.checkpoints.codecs.small_floats import e8m0_decode
 from vllm_forge.checkpoints.inspect.findings import Finding, Scope, finding, summarize
-from vllm_forge.checkpoints.inspect.formats import DRAFT, Format, Part, part_of, split, stored_as
+from vllm_forge.checkpoints.inspect.profile import (
+    DRAFT,
+    Format,
+    Part,
+    Profile,
+    part_of,
+    split,
+    stored_as,
+)
 from vllm_forge.matrix import FrozenModel
 
 if TYPE_CHECKING:
@@ -27,7 +35,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from vllm_forge.checkpoints.inspect.profile import Profile
 
 MATRIX = 2  # dimensions
 FLOATS = {"BF16", "F16", "F32"}

@@ -9,7 +9,7 @@ from packaging.version import Version
 
 from vllm_forge.checkpoints.errors import CheckpointDepartsError, CheckpointRefusedError
 from vllm_forge.checkpoints.inspect.findings import CheckId, Effect, Finding, Scope, label
-from vllm_forge.checkpoints.inspect.formats import Drafter
+from vllm_forge.checkpoints.inspect.profile import Drafter, Profile
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.patches.dispositions import FILE, decisions
 from vllm_forge.patches.errors import DispositionError
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from vllm_forge.checkpoints.fixtures.variants import Variant
     from vllm_forge.checkpoints.inspect.dry_load import Answer, Load
     from vllm_forge.checkpoints.inspect.inspection import Report
-    from vllm_forge.checkpoints.inspect.profile import Profile
     from vllm_forge.patches.dispositions import Disposition
 
 
