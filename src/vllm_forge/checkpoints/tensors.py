@@ -89,6 +89,10 @@ class TensorToWrite(TensorSpec):
 
     chunks: Callable[[], Iterable[bytes | bytearray]]
 
+    def data(self) -> bytes:
+        """All of its bytes."""
+        return b"".join(self.chunks())
+
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenTensor(TensorSpec):
@@ -137,13 +141,7 @@ def strict_json(text: str | bytes | bytearray) -> Any:
 def parse_header(
     text: bytes | bytearray, size: int, source: CheckpointSource, shard: str
 ) -> list[StoredTensor]:
-    """The tensors of a safetensors header, by position.
-
-    Args:
-        text: the header, without its length.
-        size: bytes of the file.
-        source: where the file is.
-        shard: its name.
+    """The tensors of a safetensors header (without its length) of a file of ``size`` bytes.
 
     Raises:
         ValueError: not a header, or tensors that are not side by side until the end of the file.

@@ -15,6 +15,7 @@ from vllm_forge.checkpoints.inspect.findings import (
     Effect,
     Finding,
     Scope,
+    by_scope,
     finding,
     scoped,
     summarize,
@@ -25,7 +26,6 @@ from vllm_forge.checkpoints.inspect.matching import (
     Group,
     is_rule,
     means,
-    read_groups,
     resolve,
     resolve_experts,
     serving_modules,
@@ -33,7 +33,7 @@ from vllm_forge.checkpoints.inspect.matching import (
 from vllm_forge.checkpoints.inspect.profile import DRAFT, Format, Part, Profile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     # Since which vLLM, before which, fault (a row of checks.toml) -> modules.
     Era = tuple[Version, Version | None, Mapping[str, list[str]]]
@@ -126,16 +126,15 @@ def native_linears(profile: Profile) -> Iterator[Finding]:
     """DeepSeek's own config means FP8 blocks for every linear layer that is not a router's."""
     if profile.quantization.get("quant_method") not in NATIVE:
         return
-    for scope in Scope:
-        wrong = [
-            f"{block}.{module}.weight"
-            for layer, block in profile.blocks(scope).items()
-            for module in STORED.values()
-            if profile.formats.get(f"{block}.{module}", Format.FP8_NATIVE) is not Format.FP8_NATIVE
-        ]
-        if wrong:
-            check = "draft-format" if scope is Scope.DRAFT else "config"
-            yield finding("not-native", summarize(wrong), check=check, scope=scope)
+    wrong = [
+        f"{block}.{module}.weight"
+        for block in profile.blocks.values()
+        for module in STORED.values()
+        if profile.formats.get(f"{block}.{module}", Format.FP8_NATIVE) is not Format.FP8_NATIVE
+    ]
+    for scope, names in by_scope(wrong):
+        check = "draft-format" if scope is Scope.DRAFT else "config"
+        yield finding("not-native", summarize(names), check=check, scope=scope)
 
 
 def native_experts(profile: Profile) -> Iterator[Finding]:
@@ -151,16 +150,15 @@ def native_experts(profile: Profile) -> Iterator[Finding]:
     eras: list[Era] = []
     for since, before in ((FIRST, IGNORE_READ), (IGNORE_READ, None)):
         wrong: dict[str, list[str]] = {}
-        for scope in Scope:
-            for block in profile.blocks(scope).values():
-                name = f"{block}.{EXPERTS}"
-                kind = profile.formats.get(f"{name}.0.w1")
-                ignored = since >= IGNORE_READ and any(
-                    fnmatch.fnmatchcase(name, rule) for rule in ignore_rules(profile)
-                )
-                if kind not in (None, _native_format(profile, ignored=ignored)):
-                    fault = "draft-experts" if scope is Scope.DRAFT else "other-arguments"
-                    wrong.setdefault(fault, []).append(name)
+        for block in profile.blocks.values():
+            name = f"{block}.{EXPERTS}"
+            kind = profile.formats.get(f"{name}.0.w1")
+            ignored = since >= IGNORE_READ and any(
+                fnmatch.fnmatchcase(name, rule) for rule in profile.ignore
+            )
+            if kind not in (None, _native_format(profile, ignored=ignored)):
+                fault = "draft-experts" if name.startswith(DRAFT) else "other-arguments"
+                wrong.setdefault(fault, []).append(name)
         eras.append((since, before, wrong))
     yield from _over_eras(eras, Effect.CORRUPTS)
 
@@ -177,10 +175,6 @@ def native_scales(profile: Profile) -> Iterator[Finding]:
 
     Beside MXFP4 experts the linear layers' scales are E8M0, beside FP8 experts FP32
     (0.33.0, models/deepseek_v4/quant_config.py, `is_scale_e8m0`).
-
-    Raises:
-        CheckpointUnreadableError: a file is shorter than its header says.
-        HubUnreachableError: the hub stopped answering.
     """
     if (
         profile.quantization.get("quant_method") not in NATIVE
@@ -220,7 +214,7 @@ def activations(profile: Profile) -> Iterator[Finding]:
     scaled_mm/marlin.py:46); 0.26.0 and 0.33.0 have Humming too (:379, :522), and the releases
     between were not looked at.
     """
-    groups = [group for group in read_groups(profile.quantization) if _weights_only(group)]
+    groups = [group for group in profile.groups if _weights_only(group)]
     for group in groups:
         yield finding(
             "no-activations",
@@ -235,12 +229,13 @@ def activations(profile: Profile) -> Iterator[Finding]:
         yield from _repacked_wo_a(profile)
 
 
-def _is_of(group: Group, kind: Format) -> bool:
+def is_of(group: Group, kind: Format) -> bool:
+    """Whether a group says of its weights what a format needs."""
     return all(group.weights.get(key) == value for key, value in ARGUMENTS[kind].items())
 
 
 def _weights_only(group: Group) -> bool:
-    return _is_of(group, Format.FP8_BLOCK) and group.inputs is None
+    return is_of(group, Format.FP8_BLOCK) and group.inputs is None
 
 
 def _repacked_wo_a(profile: Profile) -> Iterator[Finding]:
@@ -253,29 +248,29 @@ def _repacked_wo_a(profile: Profile) -> Iterator[Finding]:
     0.30.0 what is not FP8 is taken for BF16 there, so torch.bmm gets them instead.
     tests/patches/test_repacked_wo_a.py has this of each line.
     """
-    groups, ignore = read_groups(profile.quantization), ignore_rules(profile)
-    if not all(map(is_rule, _all_rules(groups, ignore))):
+    if not all(map(is_rule, profile.rules)):
         return  # `rules` reports it
-    for scope in Scope:
-        names = []
-        for layer, block in profile.blocks(scope).items():
-            group = resolve(groups, ignore, f"model.layers.{layer}.attn.wo_a", FIRST)
-            kind = profile.formats.get(f"{block}.attn.wo_a")
-            if kind is Format.FP8_BLOCK and group is not None and _weights_only(group):
-                names.append(f"{block}.attn.wo_a.weight")
-        if names:
-            yield finding(
-                "repacked-wo_a",
-                "its group has no input_activations, so that a weight-only kernel repacks it to "
-                "int32 after loading; the first forward pass hands that to DeepGEMM's fp8_einsum, "
-                f"since 0.30.0 to torch.bmm, and stops: {summarize(names)}",
-                scope=scope,
-            )
+    modules = []
+    for layer, block in profile.blocks.items():
+        name = f"model.layers.{layer}.attn.wo_a"
+        group = resolve(profile.groups, profile.ignore, name, FIRST)
+        kind = profile.formats.get(f"{block}.attn.wo_a")
+        if kind is Format.FP8_BLOCK and group is not None and _weights_only(group):
+            modules.append(f"{block}.attn.wo_a.weight")
+    yield from scoped(
+        "repacked-wo_a",
+        modules,
+        lambda names: (
+            "its group has no input_activations, so that a weight-only kernel repacks it to "
+            "int32 after loading; the first forward pass hands that to DeepGEMM's fp8_einsum, "
+            f"since 0.30.0 to torch.bmm, and stops: {summarize(names)}"
+        ),
+    )
 
 
 def actorder(profile: Profile) -> Iterator[Finding]:
     """GPTQ's order of activations."""
-    for group in read_groups(profile.quantization):
+    for group in profile.groups:
         order = group.weights.get("actorder")
         if order in ORDERED and not any(n.endswith("weight_g_idx") for n in profile.names):
             yield finding(
@@ -299,8 +294,7 @@ def nvfp4_scales(profile: Profile) -> Iterator[Finding]:
         if kind is Format.NVFP4 and "input_global_scale" not in profile.modules[module]
     ]
     if absent and any(
-        group.inputs is not None and _is_of(group, Format.NVFP4)
-        for group in read_groups(profile.quantization)
+        group.inputs is not None and is_of(group, Format.NVFP4) for group in profile.groups
     ):
         yield finding(
             "no-input-scales",
@@ -323,23 +317,22 @@ def output_projection(profile: Profile) -> Iterator[Finding]:
 
 def rules(profile: Profile) -> Iterator[Finding]:
     """No rules that are malformed, or that match no module at all, or every one."""
-    groups, ignore = read_groups(profile.quantization), ignore_rules(profile)
-    if not groups:
+    if not profile.groups:
         return
-    for rule in _all_rules(groups, ignore):
-        if not is_rule(rule):
-            yield finding("malformed-rule", rule)
-            return
+    malformed = next((rule for rule in profile.rules if not is_rule(rule)), None)
+    if malformed is not None:
+        yield finding("malformed-rule", malformed)
+        return
     known = serving_modules(profile.config, (*range(profile.layers), *profile.draft_layers))
     stored = [f"model.{module}" for module in profile.modules] + list(profile.modules)
-    for group in groups:
+    for group in profile.groups:
         for target in group.targets:
             hits = sum(means([target], name, FIRST) for name in known)
             if hits == len(known):
                 yield finding("targets-every", f"{group.name}: {target}")
             elif not hits and not any(means([target], name, FIRST) for name in stored):
                 yield finding("targets-none", f"{group.name}: {target}")
-    literal = {rule for rule in ignore if not rule.startswith("re:") and rule not in HARMLESS}
+    literal = {rule for rule in profile.ignore if not rule.startswith("re:")} - HARMLESS
     if stale := sorted(literal - set(known)):
         yield finding(
             "stale-ignore", f"{len(stale)} literal entries match nothing, e.g. {stale[0]}"
@@ -350,31 +343,24 @@ def resolution(profile: Profile) -> Iterator[Finding]:
     """What each module gets fits how it is stored, for every vLLM."""
     if profile.quantization.get("quant_method") != COMPRESSED or not profile.formats:
         return
-    groups, ignore = read_groups(profile.quantization), ignore_rules(profile)
-    if not all(map(is_rule, _all_rules(groups, ignore))):
+    if not all(map(is_rule, profile.rules)):
         return  # `rules` reports it
     eras: list[Era] = []
     for since, before in ERAS:
         wrong: dict[str, list[str]] = {}
-        for scope in Scope:
-            for layer, block in profile.blocks(scope).items():
-                for module in _modules(profile, groups, ignore, (layer, block), since):
-                    name, kind, group, hidden = module
-                    if fault := _fault(kind, group, draft=scope is Scope.DRAFT, hidden=hidden):
-                        wrong.setdefault(fault, []).append(name)
+        for layer, block in profile.blocks.items():
+            for name, kind, group, hidden in _modules(profile, layer, block, since):
+                if fault := _fault(kind, group, draft=block.startswith(DRAFT), hidden=hidden):
+                    wrong.setdefault(fault, []).append(name)
         eras.append((since, before, wrong))
     yield from _over_eras(eras, Effect.REFUSES)
 
 
 def _modules(
-    profile: Profile,
-    groups: tuple[Group, ...],
-    ignore: list[str],
-    where: tuple[int, str],
-    version: Version,
+    profile: Profile, layer: int, block: str, version: Version
 ) -> Iterator[tuple[str, Format, Group | None, bool]]:
     """Name, stored format, group, and whether the ignore list took it, of a layer's modules."""
-    layer, block = where
+    groups, ignore = profile.groups, profile.ignore
     prefix = f"model.layers.{layer}"
     for module, stored in STORED.items():
         kind = profile.formats.get(f"{block}.{stored}")
@@ -403,12 +389,11 @@ def _fault(kind: Format, group: Group | None, *, draft: bool, hidden: bool) -> s
         return "broad-ignore" if hidden else "no-target"
     if kind is Format.PLAIN:
         return "draft-not-ignored" if draft else "not-quantized"
-    return "" if kind in ARGUMENTS and _is_of(group, kind) else "other-arguments"
+    return "" if kind in ARGUMENTS and is_of(group, kind) else "other-arguments"
 
 
-def _over_eras(eras: Iterable[Era], effect: Effect) -> Iterator[Finding]:
+def _over_eras(eras: list[Era], effect: Effect) -> Iterator[Finding]:
     """One finding per fault, over the neighbouring eras, in order, in which it is the same."""
-    eras = list(eras)
     for fault in {fault: None for _, _, faults in eras for fault in faults}:
         runs: list[tuple[Version, Version | None, list[str]]] = []
         for since, before, faults in eras:
@@ -427,16 +412,6 @@ def _over_eras(eras: Iterable[Era], effect: Effect) -> Iterator[Finding]:
                 since="" if since == FIRST else str(since),
                 before="" if before is None else str(before),
             )
-
-
-def _all_rules(groups: Iterable[Group], ignore: Iterable[str]) -> list[str]:
-    return [*ignore, *(target for group in groups for target in group.targets)]
-
-
-def ignore_rules(profile: Profile) -> list[str]:
-    """The ignore list, empty without one."""
-    ignore = profile.quantization.get("ignore") or []
-    return [str(rule) for rule in ignore] if isinstance(ignore, list) else []
 
 
 CHECKS = (

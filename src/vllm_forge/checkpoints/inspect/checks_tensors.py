@@ -306,12 +306,7 @@ def _ratio(values: Iterable[float]) -> float:
 
 
 def read_scalars(profile: Profile) -> dict[str, float]:
-    """The values of all single FP32 scales, reading those bytes and small gaps between them.
-
-    Raises:
-        CheckpointUnreadableError: a file is shorter than its header says.
-        HubUnreachableError: the hub stopped answering.
-    """
+    """The values of all single FP32 scales, reading those bytes and small gaps between them."""
     scales = [
         (name, tensor)
         for name, tensor in profile.tensors.items()

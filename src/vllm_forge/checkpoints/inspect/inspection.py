@@ -96,7 +96,7 @@ def find_all(
     *,
     digests: bool = False,
 ) -> list[Finding]:
-    """Everything that is found without a vLLM, from bad to harmless; see ``inspect``."""
+    """Everything that is found without a vLLM, from bad to harmless."""
     checks = [*checks_tensors.NAMES]
     if profile.tensors:
         checks += [*checks_config.CHECKS, *checks_tensors.TENSORS]
@@ -110,8 +110,7 @@ def find_all(
 
 
 def _sorted(findings: list[Finding]) -> list[Finding]:
-    order = list(Effect)
-    return sorted(findings, key=lambda finding: order.index(finding.effect))
+    return sorted(findings, key=lambda finding: list(Effect).index(finding.effect))
 
 
 def inspect(
@@ -125,7 +124,7 @@ def inspect(
     values: int | None = None,
     digests: bool = False,
 ) -> Report:
-    """Inspect what was seen.
+    """Inspect a checkpoint.
 
     Args:
         profile: the checkpoint.
@@ -137,11 +136,6 @@ def inspect(
         values: how many weights of each part to decode and compare with the source's; 0: all;
             None: none.
         digests: read all data and compare it with the SHA-256 in the checkpoint's manifest.json.
-
-    Raises:
-        UsageError: no such manifest; digests are wanted, and no manifest.json is there.
-        CheckpointUnreadableError: a file is shorter than its header says.
-        HubUnreachableError: the hub stopped answering.
     """
     compared = artifact or nearest(profile)
     findings = find_all(profile, compared, source, digests=digests)

@@ -9,24 +9,23 @@ every tensor, with its SHA-256. Comparing the digests needs all of the data, so 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from vllm_forge.checkpoints.inspect.checks_config import ARGUMENTS
+from vllm_forge.checkpoints.inspect.checks_config import ARGUMENTS, is_of
 from vllm_forge.checkpoints.inspect.findings import (
     NUMBER,
     Finding,
-    Scope,
+    by_scope,
     finding,
     summarize,
 )
-from vllm_forge.checkpoints.inspect.matching import read_groups
 from vllm_forge.checkpoints.inspect.profile import (
-    DRAFT,
     LINEAR,
     Drafter,
     Format,
@@ -56,6 +55,7 @@ MOST_FOREIGN = 0.3
 TELLING_LAYERS = 3
 LAYER = re.compile(r"layers\.(\d+)\.")
 RECORD = "manifest.json"
+FACTS = ("quant_method", "format", "scale_fmt", "moe_quant_algo")
 
 
 class Rule(FrozenModel):
@@ -197,21 +197,15 @@ def departures(profile: Profile, name: str) -> Iterator[Finding]:
             )
     foreign = [name for name in profile.names if name not in known]
     for names, title in ((absent, "tensors are missing"), (foreign, "tensors are too many")):
-        for draft in (False, True):
-            if part := [n for n in names if n.startswith(DRAFT) == draft]:
-                yield _departure(
-                    f"{title}, by the manifest of {name}", summarize(part), draft=draft
-                )
+        for scope, own in by_scope(names):
+            full = f"{title}, by the manifest of {name}"
+            yield finding("manifest", summarize(own), title=full, scope=scope)
     if wrong:
-        what = f"{len(wrong)}, e.g. {wrong[0]}"
-        yield _departure(f"dtypes or shapes are not those of {name}", what, draft=False)
+        title = f"dtypes or shapes are not those of {name}"
+        yield finding("manifest", f"{len(wrong)}, e.g. {wrong[0]}", title=title)
     if unlike := _differences(manifest, profile):
-        what = "; ".join(unlike)
-        yield _departure(f"quantization_config is not that of {name}", what, draft=False)
-
-
-def _departure(title: str, what: str, *, draft: bool) -> Finding:
-    return finding("manifest", what, title=title, scope=Scope.DRAFT if draft else Scope.TARGET)
+        title = f"quantization_config is not that of {name}"
+        yield finding("manifest", "; ".join(unlike), title=title)
 
 
 def config_facts(profile: Profile) -> dict[str, Any]:
@@ -221,23 +215,15 @@ def config_facts(profile: Profile) -> dict[str, Any]:
     ``<format>.actorder`` is the order that GPTQ used. Where groups of one format differ, it is a
     list of what they say.
     """
-    quantization = profile.quantization
-    facts: dict[str, Any] = {
-        key: quantization.get(key)
-        for key in ("quant_method", "format", "scale_fmt", "moe_quant_algo")
-    }
-    said: dict[str, list[Any]] = {}
-    for group in read_groups(quantization):
-        for kind, arguments in ARGUMENTS.items():
-            if all(group.weights.get(key) == value for key, value in arguments.items()):
-                inputs = None if group.inputs is None else group.inputs.get("dynamic")
-                order = group.weights.get("actorder")
-                for key, value in ((f"{kind}.inputs", inputs), (f"{kind}.actorder", order)):
-                    if value not in (known := said.setdefault(key, [])):
-                        known.append(value)
-    for key, values in said.items():
-        facts[key] = values if len(values) > 1 else values[0]
-    return facts
+    by_format: dict[str, list[Any]] = defaultdict(list)
+    for group in profile.groups:
+        for kind in filter(partial(is_of, group), ARGUMENTS):
+            inputs = None if group.inputs is None else group.inputs.get("dynamic")
+            for key, value in (("inputs", inputs), ("actorder", group.weights.get("actorder"))):
+                if value not in (values := by_format[f"{kind}.{key}"]):
+                    values.append(value)
+    facts = {key: profile.quantization.get(key) for key in FACTS}
+    return facts | {key: v if len(v) > 1 else v[0] for key, v in by_format.items()}
 
 
 def _differences(manifest: Manifest, profile: Profile) -> list[str]:
@@ -275,7 +261,8 @@ def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Findi
         }
         sums = {name: str(row["sha256"]) for name, row in rows.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        yield _changed(f"{RECORD} cannot be read", f"{type(error).__name__}: {error}")
+        what = f"{type(error).__name__}: {error}"
+        yield finding("record", what, title=f"{RECORD} cannot be read")
         return
     found = {n: (e.dtype, e.shape, e.shard) for n, e in profile.tensors.items()}
     both = sorted(recorded.keys() & found.keys())
@@ -289,8 +276,4 @@ def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Findi
         ),
     ):
         if names:
-            yield _changed(f"{title} in {RECORD}", summarize(names))
-
-
-def _changed(title: str, what: str) -> Finding:
-    return finding("record", what, title=title)
+            yield finding("record", summarize(names), title=f"{title} in {RECORD}")

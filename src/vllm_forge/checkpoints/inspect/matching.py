@@ -54,7 +54,6 @@ class Group:
     targets: tuple[str, ...]
     weights: Mapping[str, Any]
     inputs: Mapping[str, Any] | None
-    format: str | None
 
 
 class BadPatternError(ValueError):
@@ -63,18 +62,14 @@ class BadPatternError(ValueError):
 
 def read_groups(quantization: Mapping[str, Any]) -> tuple[Group, ...]:
     """The groups of a compressed-tensors config, none for any other."""
-    rows = quantization.get("config_groups")
-    if not isinstance(rows, dict):
-        return ()
     return tuple(
         Group(
             name=name,
             targets=tuple(row.get("targets") or ()),
             weights=row.get("weights") or {},
             inputs=row.get("input_activations"),
-            format=row.get("format"),
         )
-        for name, row in rows.items()
+        for name, row in (quantization.get("config_groups") or {}).items()
     )
 
 

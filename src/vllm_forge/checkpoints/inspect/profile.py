@@ -18,8 +18,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.config_check import require_deepseek_v4
-from vllm_forge.checkpoints.inspect.findings import Scope
-from vllm_forge.checkpoints.inspect.matching import asked_names, read_groups, require_termination
+from vllm_forge.checkpoints.inspect.matching import (
+    Group,
+    asked_names,
+    read_groups,
+    require_termination,
+)
 from vllm_forge.checkpoints.inventory import all_tensors, dspark_tensors, has_dspark, mtp_tensors
 from vllm_forge.checkpoints.tensors import TensorSpec
 
@@ -113,7 +117,7 @@ def main_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
 
 
 def draft_tensors(config: Mapping[str, Any], drafter: Drafter) -> Iterator[TensorSpec]:
-    """What must lie under ``mtp.``."""
+    """The tensors under ``mtp.`` that the config implies."""
     if drafter is Drafter.MTP:
         yield from mtp_tensors(config)
     elif drafter is Drafter.DSPARK and has_dspark(config):
@@ -282,19 +286,14 @@ class Profile:
     checkpoint: Checkpoint
 
     def __post_init__(self) -> None:
-        """Refuse another model, and patterns that do not terminate.
-
-        Raises:
-            CheckpointUnreadableError: see require_deepseek_v4 and require_termination.
-        """
+        """Refuse another model, and patterns that do not terminate."""
         where = f"{self.checkpoint.source}, config.json"
         require_deepseek_v4(self.config, where)
-        if groups := read_groups(self.quantization):
-            layers = (*range(self.layers), *self.draft_layers)
+        if self.groups:
             require_termination(
-                [target for group in groups for target in group.targets],
-                self.quantization.get("ignore") or [],
-                asked_names(self.config, layers),
+                [target for group in self.groups for target in group.targets],
+                self.ignore,
+                asked_names(self.config, self.blocks),
                 [*self.modules, *(f"model.{module}" for module in self.modules)],
                 where,
             )
@@ -309,6 +308,21 @@ class Profile:
         """quantization_config, empty without one."""
         return quantization_of(self.config)
 
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """Groups of a compressed-tensors config."""
+        return read_groups(self.quantization)
+
+    @property
+    def ignore(self) -> list[str]:
+        """Rules of modules that are not quantized."""
+        return list(self.quantization.get("ignore") or ())
+
+    @property
+    def rules(self) -> list[str]:
+        """All rules: those of the ignore list first."""
+        return [*self.ignore, *(target for group in self.groups for target in group.targets)]
+
     @property
     def layers(self) -> int:
         """Decoder layers, draft layers not counted."""
@@ -319,11 +333,11 @@ class Profile:
         """Numbers that vLLM gives the draft layers: the ones after the last decoder layer."""
         return range(self.layers, self.layers + int(self.config["num_nextn_predict_layers"]))
 
-    def blocks(self, scope: Scope) -> dict[int, str]:
-        """VLLM's number of each layer of a model -> its name in the checkpoint."""
-        if scope is Scope.DRAFT:
-            return {layer: f"mtp.{layer - self.layers}" for layer in self.draft_layers}
-        return {layer: f"layers.{layer}" for layer in range(self.layers)}
+    @property
+    def blocks(self) -> dict[int, str]:
+        """VLLM's number of each layer, draft layers last -> its name in the checkpoint."""
+        names = {layer: f"layers.{layer}" for layer in range(self.layers)}
+        return names | {layer: f"mtp.{layer - self.layers}" for layer in self.draft_layers}
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -404,11 +418,8 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     quantization = config.get("quantization_config")
     if quantization is None:
         quantization = config.get("compression_config")
-    if not isinstance(quantization, dict):
-        return {}
-    method = quantization.get("quant_method")
-    if not isinstance(method, str):
-        return quantization
+    if not quantization or not (method := quantization.get("quant_method")):
+        return quantization or {}
     spelled = method.lower().replace("compressed_tensors", "compressed-tensors")
     return {**quantization, "quant_method": spelled}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,6 @@ from vllm_forge.checkpoints.inspect.profile import (
 from vllm_forge.matrix import FrozenModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
 
@@ -53,7 +51,6 @@ class ValueRow(FrozenModel):
     """One part and format.
 
     Attributes:
-        part, draft, format: what.
         weights: how many were compared.
         worst: largest error over its bound; at most 1. None where bytes are compared.
         different: names of weights beyond their bound, or with other bytes.
@@ -78,7 +75,7 @@ class _Pair:
         return name if name in self.source.tensors else ALIASES.get(name, name)
 
     def weight(self, module: str) -> NDArray[np.float32]:
-        """The source's weight [N, K]."""
+        """[N, K], of the source."""
         return _read(self.source, f"{module}.weight").astype(np.float32)
 
 
@@ -89,13 +86,9 @@ def compare(made: Profile, source: Profile, most: int = 0) -> tuple[list[ValueRo
         made: the checkpoint.
         source: what it was made from, unquantized.
         most: how many weights of each part and format, spread evenly; 0: all.
-
-    Raises:
-        CheckpointUnreadableError: a file is shorter than its header says.
-        HubUnreachableError: the hub stopped answering.
     """
     pair = _Pair(made, source)
-    rows = []
+    rows, findings = [], []
     for (part, draft, kind), modules in sorted(_grouped(pair).items()):
         step = max(1, len(modules) // most) if most else 1
         chosen = modules[::step][: most or None]
@@ -117,20 +110,12 @@ def compare(made: Profile, source: Profile, most: int = 0) -> tuple[list[ValueRo
                 different=tuple(different),
             )
         )
-    return rows, list(_findings(rows))
-
-
-def _findings(rows: Sequence[ValueRow]) -> Iterator[Finding]:
-    for row in rows:
-        if not row.different:
-            continue
-        plain = row.format is Format.PLAIN
-        what = f"{summarize(row.different)}, of {row.weights} {row.part} compared"
-        yield finding(
-            "other-bytes" if plain else "other-weights",
-            what if plain else f"{what}; the error is {row.worst:.3g} times its bound",
-            scope=Scope.DRAFT if row.draft else Scope.TARGET,
-        )
+        if different:
+            fault = "other-bytes" if worst is None else "other-weights"
+            excess = "" if worst is None else f"; the error is {worst:.3g} times its bound"
+            what = f"{summarize(different)}, of {len(chosen)} {part} compared{excess}"
+            findings.append(finding(fault, what, scope=Scope.DRAFT if draft else Scope.TARGET))
+    return rows, findings
 
 
 def _grouped(pair: _Pair) -> dict[tuple[Part, bool, Format], list[str]]:

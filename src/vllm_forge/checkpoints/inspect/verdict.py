@@ -15,7 +15,7 @@ from vllm_forge.patches.dispositions import FILE, decisions
 from vllm_forge.patches.errors import DispositionError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from vllm_forge.checkpoints.fixtures.variants import Variant
     from vllm_forge.checkpoints.inspect.dry_load import Answer, Load
@@ -89,21 +89,8 @@ def judge(
     dispositions: tuple[Disposition, ...],
     answer: Answer | None,
 ) -> LineVerdict:
-    """Put together what one line does.
-
-    Args:
-        line: its name.
-        vllm: its release.
-        profile: the checkpoint.
-        findings: all of them; those of other releases are left out.
-        dispositions: what was decided about each upstream change.
-        answer: of the line's dry load, None without one.
-
-    Raises:
-        DispositionError: nothing was decided about the remedy of a finding.
-    """
-    counted: list[Finding] = []
-    indices: list[int] = []
+    """Put together what one line, with its vLLM release and the answer of its dry load, does."""
+    counted: dict[int, Finding] = {}
     handled: list[str] = []
     for index, finding in enumerate(findings):
         if not applies(finding, vllm):
@@ -113,25 +100,23 @@ def judge(
             if status in COPES:
                 handled.append(f"{label(finding.check)}: {finding.title}: {COPES[status]}")
                 continue
-        counted.append(finding)
-        indices.append(index)
-    target = list(_problems(counted, Scope.TARGET, answer.target if answer else None))
-    draft, outcome = _draft(profile, counted, answer)
+        counted[index] = finding
+    target = list(_problems(counted.values(), Scope.TARGET, answer.target if answer else None))
+    draft, outcome = _draft(profile, counted.values(), answer)
     if target:
         outcome = Outcome.NOT
     elif not profile.tensors:
         outcome = Outcome.UNKNOWN
         target = ["needs headers: dtypes, shapes and what vLLM makes of them are not known"]
     why = [*target, *(f"draft: {reason}" for reason in draft)]
-    lowest = [finding for finding in counted if finding.effect is Effect.LOSES]
-    why += [finding.sentence for finding in lowest]
+    why += [finding.sentence for finding in counted.values() if finding.effect is Effect.LOSES]
     return LineVerdict(
         line=line,
         vllm=vllm,
         outcome=outcome,
         why=tuple(why),
-        checks=tuple(sorted({finding.check for finding in counted})),
-        findings=tuple(indices),
+        checks=tuple(sorted({finding.check for finding in counted.values()})),
+        findings=tuple(counted),
         handled=tuple(handled),
         by=f"vLLM {vllm} itself, in a dry load" if answer else RULES,
         modules=_modules(answer),
@@ -152,15 +137,12 @@ def _status(about: str, line: str, dispositions: Iterable[Disposition]) -> str:
 
 def applies(finding: Finding, vllm: str) -> bool:
     """Whether a finding is about this release."""
-    version = Version(vllm)
-    return not (
-        (finding.since and version < Version(finding.since))
-        or (finding.before and version >= Version(finding.before))
-    )
+    version, before = Version(vllm), finding.before
+    return version >= Version(finding.since or "0") and not (before and version >= Version(before))
 
 
 def _draft(
-    profile: Profile, counted: list[Finding], answer: Answer | None
+    profile: Profile, counted: Collection[Finding], answer: Answer | None
 ) -> tuple[list[str], Outcome]:
     """Reasons against the drafter, and the best that is left."""
     if not profile.draft_layers or profile.drafter is Drafter.NONE:
@@ -204,9 +186,8 @@ def _load_problems(load: Load, *, draft: bool) -> Iterator[str]:
         if not row.filled and row.parameter.endswith((*VOID, *(SHARED if draft else ()))):
             continue
         more = f" and {row.count - 1} like it" if row.count > 1 else ""
-        yield (
-            f"vLLM silently loads only {row.filled} of {row.of} elements of {row.parameter}{more}"
-        )
+        elements = f"{row.filled} of {row.of} elements"
+        yield f"vLLM silently loads only {elements} of {row.parameter}{more}"
     for cast in load.casts:
         if (cast.source, cast.to) not in KEEP and not cast.example.endswith(NOT_READ):
             yield (
@@ -230,7 +211,7 @@ def _modules(answer: Answer | None) -> dict[str, str]:
 
 
 class LineRow(FrozenModel):
-    """One line's verdict."""
+    """What a record keeps of a line's verdict."""
 
     outcome: Outcome
     checks: tuple[CheckId, ...]
@@ -238,7 +219,7 @@ class LineRow(FrozenModel):
 
 
 class FindingRow(FrozenModel):
-    """One finding; ``counts_on``: lines that do not cope with it."""
+    """One finding, and the lines that do not cope with it."""
 
     check: CheckId
     title: str
@@ -247,14 +228,11 @@ class FindingRow(FrozenModel):
 
 
 class VariantRow(FrozenModel):
-    """One variant.
+    """One variant; findings are those about one of the lines.
 
     Attributes:
-        about, breaks: as variants.toml has them.
         artifact: the manifest that it was compared with.
         error: class of the error that an inspection on the default line ends with.
-        findings: each finding that is about one of the lines.
-        lines: a verdict each.
     """
 
     about: str
@@ -266,13 +244,7 @@ class VariantRow(FrozenModel):
 
 
 class Verdicts(FrozenModel):
-    """All of it.
-
-    Attributes:
-        vllm: line -> release.
-        device: what was declared.
-        variants: by name.
-    """
+    """The record: the lines' releases, the declared GPU, and what was found in each variant."""
 
     vllm: dict[str, str]
     device: str
@@ -285,7 +257,6 @@ class Verdicts(FrozenModel):
 
 def variant_row(variant: Variant, report: Report, default_line: str) -> VariantRow:
     """What an inspection found in a variant."""
-    error = error_of(report, default_line)
     rows: dict[tuple[str, str], FindingRow] = {}
     for index, finding in enumerate(report.findings):
         if not any(applies(finding, verdict.vllm) for verdict in report.lines):
@@ -303,7 +274,7 @@ def variant_row(variant: Variant, report: Report, default_line: str) -> VariantR
         about=variant.about,
         breaks=variant.breaks,
         artifact=report.artifact,
-        error=error and error.__name__,
+        error=(error := error_of(report, default_line)) and error.__name__,
         findings=tuple(rows.values()),
         lines={
             verdict.line: LineRow(outcome=verdict.outcome, checks=verdict.checks, why=verdict.why)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,7 +53,7 @@ def check_layer(
     Args:
         made: the quantized modules' tensors, in upstream naming.
         stored: the layer's tensors in the model.
-        recipe: says what must be quantized.
+        recipe: which of them must be quantized.
 
     Raises:
         QuantizedOutputError: a tensor is missing, or unknown, or of another dtype; a scale is zero
@@ -81,28 +80,20 @@ def _bad_scales(made: Sequence[TensorToWrite]) -> Iterator[str]:
     for item in made:
         if item.name.rpartition(".")[2] not in SCALES:
             continue
-        data = b"".join(item.chunks())
-        match item.dtype:
-            case "F8_E4M3":
-                codes = np.frombuffer(data, np.uint8)
-                good = (codes > 0) & (codes < F8_NOT_A_NUMBER)
-            case "BF16":
-                wide = np.frombuffer(data, "<u2").astype("<u4") << 16
-                values = wide.view("<f4")
-                good = np.isfinite(values) & (values > 0)
-            case _:
-                values = np.frombuffer(data, "<f4")
-                good = np.isfinite(values) & (values > 0)
+        if item.dtype == "F8_E4M3":
+            codes = np.frombuffer(item.data(), np.uint8)
+            good = (codes > 0) & (codes < F8_NOT_A_NUMBER)
+        else:
+            bf16 = item.dtype == "BF16"
+            words = np.frombuffer(item.data(), "<u2" if bf16 else "<u4").astype("<u4")
+            values = (words << 16 if bf16 else words).view("<f4")
+            good = np.isfinite(values) & (values > 0)
         if not good.all():
             yield f"{item.name}: {(~good).sum()} scales are zero, negative or not finite"
 
 
 def _unshared(made: Sequence[TensorToWrite]) -> Iterator[str]:
-    scales = {
-        item.name: b"".join(item.chunks())
-        for item in made
-        if item.name.rpartition(".")[2] in SHARED
-    }
+    scales = {i.name: i.data() for i in made if i.name.rpartition(".")[2] in SHARED}
     for name, data in scales.items():
         other = name.replace(".w1.", ".w3.")
         if other != name and scales[other] != data:
@@ -117,7 +108,8 @@ def check_passed(path: Path, written: Sequence[WrittenTensor], source: Checkpoin
     """
     aliases = alias_names(source)
     stored = read_header(Folder(path.parent), path.name)
-    for tensor, row in zip(stored, sorted(written, key=_order), strict=True):
+    ordered = sorted(written, key=lambda row: (-DTYPE_BYTES[row.dtype], row.name))
+    for tensor, row in zip(stored, ordered, strict=True):
         origin = source.tensors[aliases.get(tensor.name, tensor.name)]
         if not (tensor.name == row.name and tensor.sha256() == row.sha256 == origin.sha256()):
             raise QuantizedOutputError(
@@ -125,10 +117,6 @@ def check_passed(path: Path, written: Sequence[WrittenTensor], source: Checkpoin
                 where=str(path),
                 remedy="disk or memory are at fault, or the model was changed meanwhile",
             )
-
-
-def _order(row: WrittenTensor) -> tuple[int, str]:
-    return (-DTYPE_BYTES[row.dtype], row.name)
 
 
 def finish_artifact(work: Work, names: Sequence[str], job: Job) -> None:
@@ -151,18 +139,12 @@ def finish_artifact(work: Work, names: Sequence[str], job: Job) -> None:
         "calibration": job.calibration.record(),
         "tools": job.engine.versions,
         "tensors": {
-            row.name: {"file": name, **_without_name(row)}
+            row.name: {"file": name, "dtype": row.dtype, "shape": row.shape, "sha256": row.sha256}
             for name, file in written.items()
             for row in file
         },
     }
     _write(folder / MANIFEST, _json(manifest))
-
-
-def _without_name(row: WrittenTensor) -> dict[str, Any]:
-    fields = asdict(row)
-    del fields["name"]
-    return {**fields, "shape": list(row.shape)}
 
 
 def _json(content: Any) -> str:
