@@ -38,8 +38,6 @@ class Checkpoint:
     """What was read of a checkpoint.
 
     Attributes:
-        source: where.
-        config: config.json.
         quantization_file: hf_quant_config.json, None without one.
         names: every tensor's name -> shard, from headers, or from the index where there are none;
             a leading "model." that vLLM does not need is left out.
@@ -68,7 +66,6 @@ class Checkpoint:
         Raises:
             CheckpointUnreadableError: no config, no tensors, malformed JSON, a broken shard, or a
                 tensor in two shards.
-            HubUnreachableError: the hub does not answer.
         """
         if isinstance(where, CheckpointSource):
             source = where

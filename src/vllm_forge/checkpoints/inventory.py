@@ -40,7 +40,11 @@ def layer_tensors(config: Mapping[str, Any], index: int) -> Iterator[TensorSpec]
         series = 2 if ratio == SPARSE else 1
         yield from _compressor(f"{prefix}attn.", config, ratio, series, config["head_dim"])
     if ratio == SPARSE:
-        indexer, heads, dim = f"{prefix}attn.indexer.", config["index_n_heads"], _index_dim(config)
+        indexer, heads, dim = (
+            f"{prefix}attn.indexer.",
+            config["index_n_heads"],
+            config["index_head_dim"],
+        )
         yield _bf16(f"{indexer}wq_b.weight", heads * dim, config["q_lora_rank"])
         yield _bf16(f"{indexer}weights_proj.weight", heads, config["hidden_size"])
         yield from _compressor(indexer, config, ratio, 2, dim)
@@ -103,10 +107,6 @@ def _bf16(name: str, *shape: int) -> TensorSpec:
 
 def _f32(name: str, *shape: int) -> TensorSpec:
     return TensorSpec(name=name, dtype="F32", shape=shape)
-
-
-def _index_dim(config: Mapping[str, Any]) -> int:
-    return int(config["index_head_dim"])
 
 
 def _block(prefix: str, config: Mapping[str, Any], *, hashed: bool) -> Iterator[TensorSpec]:

@@ -100,11 +100,11 @@ class Answers(FrozenModel):
 
 
 def write_request(folder: Path, profiles: Mapping[str, Profile], sku: Sku) -> None:
-    """Everything that meta_load.py needs, in a folder that any user can read.
+    """Write everything that meta_load.py needs into a folder that any user can read.
 
     Args:
         folder: appears when everything is in it.
-        profiles: name -> checkpoint; headers are needed.
+        profiles: name -> checkpoint, with headers.
         sku: the GPU that is declared.
     """
     with atomic_path(folder) as aside:
@@ -129,8 +129,7 @@ def write_request(folder: Path, profiles: Mapping[str, Profile], sku: Sku) -> No
             "memory_bytes": sku.memory_gb * 10**9,
             "count": 1,
         }
-        text = json.dumps({"device": device, "cases": cases})
-        (aside / "request.json").write_text(text)
+        (aside / "request.json").write_text(json.dumps({"device": device, "cases": cases}))
         for path in (aside, *aside.rglob("*")):
             path.chmod(0o755)
 

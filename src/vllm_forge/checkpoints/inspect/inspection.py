@@ -40,7 +40,6 @@ class Report(FrozenModel):
     """Everything that an inspection says. Stable: a change of meaning changes ``schema``.
 
     Attributes:
-        schema_version: of this record.
         place: where it was read.
         read: headers, or the index alone.
         artifact: the manifest that it was compared with, None for none.

@@ -81,7 +81,6 @@ class Manifest(FrozenModel):
     """One artifact.
 
     Attributes:
-        about: for people.
         sources: where its facts are from.
         known: what of it was seen, and what was concluded.
         drafter: what must lie under ``mtp.``.
@@ -142,11 +141,7 @@ def manifests() -> Mapping[str, Manifest]:
 
 
 def named(name: str) -> Manifest:
-    """One manifest.
-
-    Raises:
-        UsageError: unknown; with a suggestion.
-    """
+    """One manifest; UsageError if it is unknown."""
     known = manifests()
     if name not in known:
         raise UsageError(

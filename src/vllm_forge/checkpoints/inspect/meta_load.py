@@ -6,9 +6,8 @@ its own loader and its own parameters. A dispatch mode hears every copy into a p
 tensor it came from, how many elements it filled, and whether dtypes were converted.
 
 Runs beside the package ``inside`` (vllm_forge.kernels.selection.inside), which declares the GPU
-and builds
-the models; standard library, torch and vLLM apart from that. Reads request.json beside it, prints
-one JSON object as its last line and exits 0 if it could run at all.
+and builds the models; standard library, torch and vLLM apart from that. Reads request.json beside
+it, prints one JSON object as its last line and exits 0 if it could run at all.
 """
 
 from __future__ import annotations
@@ -171,7 +170,6 @@ def _tensors(rows: Iterable[Row], recorder: Any) -> Iterator[tuple[str, Any]]:
 
 def _recorder() -> Any:
     """A dispatch mode; its class needs torch, which the host may not have."""
-    torch = importlib.import_module("torch")
     modes: Any = importlib.import_module("torch.utils._python_dispatch")
 
     class Recorder(modes.TorchDispatchMode):  # type: ignore[misc]
@@ -202,7 +200,6 @@ def _recorder() -> Any:
                 if source != to
             ]
 
-    del torch
     return Recorder()
 
 

@@ -59,8 +59,6 @@ class LineVerdict(FrozenModel):
     """One line.
 
     Attributes:
-        line, vllm: which.
-        outcome: what it does.
         why: reasons for what it does not do.
         checks: ids of the findings that count on this line.
         findings: which those are: their indices in the report.

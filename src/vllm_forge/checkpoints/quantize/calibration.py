@@ -31,12 +31,7 @@ Conversation = list[dict[str, str]]
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Tokens, and where they come from.
-
-    Attributes:
-        source: the data set or the file.
-        tokens: ids, one row per conversation.
-    """
+    """Token ids, one row per conversation, and the data set or file that they come from."""
 
     source: str
     tokens: tuple[tuple[int, ...], ...]
@@ -62,11 +57,6 @@ def calibrate_with(choice: str, recipe: Recipe, model: Path) -> Calibration:
         choice: ``auto``, ``ultrachat``, ``shipped``, or a JSONL file with ``messages`` in each row.
         recipe: how many, how long, which seed.
         model: folder with the tokenizer.
-
-    Raises:
-        RecipeError: fewer conversations than the recipe asks for, or no such file, or not in
-            that form.
-        ModelInputError: see ``tokenize``.
     """
     source, rows = _conversations(choice, recipe)
     return Calibration(source=source, tokens=tokenize(rows, recipe.tokens, model))
@@ -142,8 +132,8 @@ def _reachable() -> bool:
     try:
         HfApi().dataset_info(ULTRACHAT, timeout=10)
     except (httpx.HTTPError, HfHubHTTPError, OfflineModeIsEnabled) as error:
-        why = f"{ULTRACHAT} cannot be reached: {type(error).__name__}"
-        console.print(f"  {why}", style="dim", markup=False)
+        why = f"  {ULTRACHAT} cannot be reached: {type(error).__name__}"
+        console.print(why, style="dim", markup=False)
         return False
     return True
 

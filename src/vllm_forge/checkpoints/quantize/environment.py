@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,14 +58,7 @@ def python_of(project: Project) -> Path:
 
 
 def prepare(project: Project) -> Path:
-    """Make the environment, unless it is there and current; return its interpreter.
-
-    Raises:
-        LockFileError: the lock is missing or older than what it locks.
-        ToolEnvironmentError: uv cannot install it.
-        DiskSpaceError: before anything is written.
-        WrongContextError, ...: the patches do not fit; see patches.apply.
-    """
+    """Make the environment, unless it is there and current; return its interpreter."""
     folder, lock = project.root / FOLDER, project.root / LOCK
     _check_lock(project)
     patches = read_series(project.root / SERIES)
@@ -80,7 +74,7 @@ def prepare(project: Project) -> Path:
             python = f"--python={python_of(project)}"
             _uv("pip", "install", python, "--require-hashes", f"--requirements={lock}")
             _uv("pip", "install", python, "--no-deps", f"--editable={project.root}")
-            patch_installed(_site(project), patches)
+            patch_installed(next((folder / "lib").glob("python3.*/site-packages")), patches)
         stamp.touch()
     return python_of(project)
 
@@ -95,11 +89,7 @@ def enter(project: Project, argv: list[str]) -> None:
 
 
 def make_lock(project: Project) -> Path:
-    """Resolve the input file and the project's dependencies, and write the lock.
-
-    Raises:
-        ToolEnvironmentError: uv finds no solution.
-    """
+    """Resolve the input file and the project's dependencies, and write the lock."""
     text = _uv(
         "pip", "compile", str(INPUT), "pyproject.toml", "--quiet", "--universal", "--no-header",
         "--no-annotate", "--generate-hashes", "--only-binary=:all:",
@@ -123,29 +113,19 @@ def _digest(project: Project) -> str:
 
 def _check_lock(project: Project) -> None:
     path = project.root / LOCK
-    again = f"run: {COMMAND}"
+    refused = partial(LockFileError, where=str(path), remedy=f"run: {COMMAND}")
     if not path.is_file():
-        raise LockFileError("the quantization tools have no lock", where=str(path), remedy=again)
+        raise refused("the quantization tools have no lock")
     text = path.read_text(encoding="utf-8")
     stated = STATED.search(text)
     if stated is None or stated["digest"] != _digest(project):
-        raise LockFileError(
-            f"the lock was not made for what {INPUT.name} now says", where=str(path), remedy=again
-        )
+        raise refused(f"the lock was not made for what {INPUT.name} now says")
     locked = {canonicalize_name(row["name"]): row["version"] for row in LOCKED.finditer(text)}
     pyproject = tomllib.loads((project.root / "pyproject.toml").read_text(encoding="utf-8"))
     for need in map(Requirement, pyproject["project"]["dependencies"]):
         version = locked.get(canonicalize_name(need.name))
         if version is None or version not in need.specifier:
-            raise LockFileError(
-                f"pyproject.toml asks for {need}, the lock has {version or 'none'}",
-                where=str(path),
-                remedy=again,
-            )
-
-
-def _site(project: Project) -> Path:
-    return next((project.root / FOLDER / "lib").glob("python3.*/site-packages"))
+            raise refused(f"pyproject.toml asks for {need}, the lock has {version or 'none'}")
 
 
 def _uv(*arguments: str, cwd: Path | None = None) -> str:

@@ -56,16 +56,10 @@ def open_model(folder: Path) -> Checkpoint:
 
 
 def _require_whole(checkpoint: Checkpoint) -> None:
-    """Refuse shards that are not those of the index.
-
-    Raises:
-        ModelInputError: a shard is missing, or the index differs from what the shards hold.
-    """
+    """Refuse shards that are not those of the index."""
     where = str(checkpoint.source)
-    if checkpoint.index is None and len(checkpoint.shards) > 1:
-        raise ModelInputError(f"missing {INDEX}", where=where, remedy="fetch it again")
-    if checkpoint.missing_shards:
-        missing = checkpoint.missing_shards[0]
+    unlisted = checkpoint.index is None and len(checkpoint.shards) > 1
+    for missing in (INDEX,) if unlisted else checkpoint.missing_shards:
         raise ModelInputError(f"missing {missing}", where=where, remedy="fetch it again")
     if checkpoint.misplaced:
         raise ModelInputError(

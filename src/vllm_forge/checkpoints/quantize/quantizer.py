@@ -47,7 +47,6 @@ class Part:
     """One file of the artifact.
 
     Attributes:
-        name: its file name.
         tensors: names in the model.
         aliases: further names -> whose bytes.
         layer: number of the decoder layer that it holds; None where all passes through.
@@ -72,9 +71,6 @@ def quantize(job: Job, output: Path) -> bool:
 
     Raises:
         DiskSpaceError: before anything is written, or later if others have filled the disk.
-        ResumeError, UsageError: see Work.begin and check_output.
-        QuantizedOutputError: the tools made something else than the recipe says.
-        BusyError: another process writes this output.
     """
     check_output(job.source.folder, output)
     work = Work.beside(output)
@@ -118,14 +114,10 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 def plan_parts(source: Checkpoint) -> list[Part]:
     """The files of the artifact: what layers share, each layer, the MTP blocks."""
     config = source.config
-    shared = [tensor.name for tensor in shared_tensors(config)]
-    layers = [
-        [tensor.name for tensor in layer_tensors(config, index)]
-        for index in range(config["num_hidden_layers"])
-    ]
-    taken = {*shared, *(name for layer in layers for name in layer)}
-    groups: list[tuple[list[str], int | None]] = [(shared, None)]
-    groups += [(names, index) for index, names in enumerate(layers)]
+    groups: list[tuple[list[str], int | None]] = [([t.name for t in shared_tensors(config)], None)]
+    for index in range(config["num_hidden_layers"]):
+        groups.append(([tensor.name for tensor in layer_tensors(config, index)], index))
+    taken = {name for names, _ in groups for name in names}
     drafts = _split([name for name in source.tensors if name not in taken], source)
     groups += [(names, None) for names in drafts]
     parts = [
@@ -151,13 +143,13 @@ def disk_needed(job: Job, parts: Sequence[Part]) -> int:
 
 def artifact_bytes(source: Checkpoint, recipe: Recipe, parts: Sequence[Part]) -> int:
     """Bytes of the artifact at the most: one per quantized weight, the scales included."""
-    size = 0
-    for part in parts:
-        for name in (*part.tensors, *part.aliases.values()):
-            tensor = source.tensors[name]
-            quantized = recipe.group_of(name) is not None
-            size += math.prod(tensor.shape) if quantized else tensor.size
-    return size
+    names = [name for part in parts for name in (*part.tensors, *part.aliases.values())]
+    return sum(
+        source.tensors[name].size
+        if recipe.group_of(name) is None
+        else math.prod(source.tensors[name].shape)
+        for name in names
+    )
 
 
 def states_bytes(source: Checkpoint, tokens: int) -> int:
@@ -195,7 +187,6 @@ def check_output(source: Path, output: Path) -> None:
 
     Raises:
         UsageError: one folder would be inside the other, or no folder can be there.
-        ResumeError: the output exists, and no run was ended just after it made it.
     """
     try:
         here, there = source.resolve(), output.resolve()
@@ -272,11 +263,7 @@ def _make(work: Work, part: Part, job: Job) -> None:
 
 
 class Clock:
-    """Says what is done and when the rest will be.
-
-    Args:
-        total: bytes of the model.
-    """
+    """Says what is done, of ``total`` bytes of the model, and when the rest will be."""
 
     def __init__(self, total: int) -> None:
         self.total, self.passed, self.worked, self.spent = total, 0, 0, 0.0

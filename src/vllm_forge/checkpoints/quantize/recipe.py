@@ -39,13 +39,11 @@ class Recipe(FrozenModel):
     """One recipe.
 
     Attributes:
-        about: for people.
         samples: conversations to calibrate with.
         tokens: of each conversation, at most.
         seed: of their choice.
         scale_fmt: in config.json; vLLM before 0.23 stops without it.
         ignore: in config.json.
-        group: what is quantized, and how.
     """
 
     about: str

@@ -73,12 +73,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Paths of one run.
-
-    Attributes:
-        output: where the finished checkpoint goes.
-        folder: the work folder.
-    """
+    """Paths of one run: where the finished checkpoint goes, and the work folder."""
 
     output: Path
     folder: Path
@@ -140,7 +135,16 @@ class Work:
                 remedy="choose another --output, or delete that one",
             )
         if path.exists():
-            earlier = self._earlier(path)
+            try:
+                earlier = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                earlier = None
+            if not isinstance(earlier, dict):
+                raise ResumeError(
+                    f"{PLAN} of an earlier run cannot be read",
+                    where=str(self.folder),
+                    remedy="delete that folder to start again",
+                )
             if differing := sorted(key for key in plan if earlier.get(key) != plan[key]):
                 raise ResumeError(
                     f"an earlier run differs in {', '.join(differing)}",
@@ -158,19 +162,6 @@ class Work:
                 aside.write_text(text, encoding="utf-8")
         self.artifact.mkdir(exist_ok=True)
         return True
-
-    def _earlier(self, path: Path) -> dict[str, Any]:
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            found = None
-        if isinstance(found, dict):
-            return found
-        raise ResumeError(
-            f"{PLAN} of an earlier run cannot be read",
-            where=str(self.folder),
-            remedy="delete that folder to start again",
-        )
 
     def done(self, name: str) -> bool:
         """Whether a file of the artifact is finished."""
