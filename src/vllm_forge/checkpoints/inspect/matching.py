@@ -24,7 +24,7 @@ from packaging.version import Version
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
 
 LINEAR_CLASS = "Linear"
@@ -122,10 +122,9 @@ def probes(version: Version) -> tuple[str, str, str]:
 
 
 def resolve_experts(
-    groups: Iterable[Group], ignore: Iterable[str], layer: int, version: Version
+    groups: Collection[Group], ignore: Collection[str], layer: int, version: Version
 ) -> list[Group | None]:
     """The group of each of the three projections; vLLM refuses them if they differ."""
-    groups, ignore = tuple(groups), tuple(ignore)
     names = (f"model.layers.{layer}.ffn.experts.0.{probe}" for probe in probes(version))
     return [resolve(groups, ignore, name, version) for name in names]
 

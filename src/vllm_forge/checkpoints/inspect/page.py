@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.markup import escape as markup_escape
 from rich.table import Table
 
@@ -13,9 +13,10 @@ from vllm_forge.checkpoints.inspect.verdict import Outcome
 from vllm_forge.host import printable
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from collections.abc import Iterator
 
     from vllm_forge.checkpoints.inspect.inspection import Report
+    from vllm_forge.checkpoints.inspect.verdict import LineVerdict
 
 GB = 10**9
 WIDTH = 160  # where nobody says how wide it is
@@ -46,21 +47,15 @@ def show(report: Report, *, modules: bool = False) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, emoji=False, width=WIDTH)
     console.print(_head(report), soft_wrap=True)
-    console.print(tables(report, modules=modules))
-    for verdict in report.lines:
-        console.print(_sentence(report, verdict.line), soft_wrap=True)
-
-
-def tables(report: Report, *, modules: bool = False) -> Group:
-    """Parts, weights, findings."""
-    blocks: list[RenderableType] = [_parts(report)]
+    console.print(_parts(report))
     if report.values:
-        blocks.append(_values(report))
+        console.print(_values(report))
     if report.findings:
-        blocks.append(_findings(report))
-    if modules:
-        blocks += _modules(report)
-    return Group(*blocks)
+        console.print(_findings(report))
+    for table in _modules(report) if modules else ():
+        console.print(table)
+    for verdict in report.lines:
+        console.print(_sentence(verdict), soft_wrap=True)
 
 
 def _head(report: Report) -> str:
@@ -123,22 +118,18 @@ def _findings(report: Report) -> Table:
     return table
 
 
-def _modules(report: Report) -> list[RenderableType]:
-    tables: list[RenderableType] = []
-    for verdict in report.lines:
+def _modules(report: Report) -> Iterator[Table]:
+    for verdict in filter(lambda verdict: verdict.modules, report.lines):
         table = Table("module", "resolves to", title=f"line {verdict.line}, by {verdict.by}")
         for name, kind in verdict.modules.items():
             table.add_row(escape(name), escape(kind))
-        if verdict.modules:
-            tables.append(table)
-    return tables
+        yield table
 
 
-def _sentence(report: Report, line: str) -> str:
-    verdict = report.line(line)
+def _sentence(verdict: LineVerdict) -> str:
     why = "".join(f"\n    {escape(reason)}" for reason in verdict.why)
     handled = f"\n    copes with {escape('; '.join(verdict.handled))}" if verdict.handled else ""
     return (
-        f"[bold]{line}[/] (vLLM {verdict.vllm}): "
+        f"[bold]{verdict.line}[/] (vLLM {verdict.vllm}): "
         f"[{OUTCOMES[verdict.outcome]}]{verdict.outcome}[/], told by {verdict.by}{why}{handled}"
     )

@@ -112,7 +112,11 @@ def _conversations(choice: str, recipe: Recipe) -> tuple[str, list[Conversation]
         choice = "ultrachat" if _reachable() else "shipped"
     match choice:
         case "ultrachat":
-            return f"{ULTRACHAT} {SPLIT}, seed {recipe.seed}", _ultrachat(recipe)
+            from datasets import load_dataset  # noqa: PLC0415
+
+            rows = load_dataset(ULTRACHAT, split=SPLIT).shuffle(seed=recipe.seed)
+            chosen = [row["messages"] for row in rows.select(range(recipe.samples))]
+            return f"{ULTRACHAT} {SPLIT}, seed {recipe.seed}", chosen
         case "shipped":
             console.print(
                 f"[yellow]calibration data:[/] the shipped conversations, not {ULTRACHAT}: good "
@@ -136,13 +140,6 @@ def _reachable() -> bool:
         console.print(why, style="dim", markup=False)
         return False
     return True
-
-
-def _ultrachat(recipe: Recipe) -> list[Conversation]:
-    from datasets import load_dataset  # noqa: PLC0415
-
-    rows = load_dataset(ULTRACHAT, split=SPLIT).shuffle(seed=recipe.seed)
-    return [row["messages"] for row in rows.select(range(recipe.samples))]
 
 
 def tokenize(rows: Sequence[Conversation], most: int, model: Path) -> tuple[tuple[int, ...], ...]:
