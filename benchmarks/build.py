@@ -174,7 +174,7 @@ def main() -> None:
     path = project.root / "benchmarks" / "results" / f"build-{line_name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    Console().print(f"written: {path}")
+    print(f"written: {path}")  # not by rich, which folds a long path
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_layout_is_complete_and_readable_by_skopeo(built: Project) -> None:
 def test_config_is_that_of_the_dockerfile(built: Project) -> None:
     config = image(built).config["config"]
     assert config["Entrypoint"] == ["vllm", "serve"]
-    assert config["User"] == "10001:10001"
+    assert config["User"] == "10001:0"
     assert "/cache" in config["Volumes"]
     assert config["Healthcheck"]["Test"][0] == "CMD"
     assert "TORCH_CUDA_ARCH_LIST=10.0a" in config["Env"]
@@ -99,6 +99,7 @@ def test_last_layer_holds_the_patch_and_the_metadata_only(built: Project) -> Non
     files = {name for name in names(made, -1) if "." in name.rpartition("/")[2]}
     files = {name for name in files if not name.endswith((".dist-info", "python3.13"))}
     assert files == {
+        "opt/vllm-forge/health.py",
         "opt/vllm-forge/stack.json",
         f"{site}/{PATCHED}",
         f"{site}/vllm/_version.py",

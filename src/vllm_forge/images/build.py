@@ -109,8 +109,10 @@ def build_steps(plan: ImagePlan, runner: Runner) -> None:
             "check the kernel contract, the layout and every blob",
             lambda: check_outside(plan, selection(), candidate()),
         )
-        outputs = [plan.engine.run_in_image(runner, run) for run in plan.checks_inside()]
-        contract = outside.result()
+        as_image_user, as_any_user = plan.checks_inside()
+        outputs = [plan.engine.run_in_image(runner, as_image_user)]
+        contract = outside.result()  # first: it deletes a damaged layer, which the next run mounts
+        outputs.append(plan.engine.run_in_image(runner, as_any_user))
     checks = runner.act(
         "read the verdicts; check the size budget",
         lambda: accept(plan, candidate(), outputs, contract()),
