@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.host import atomic_path, cache_root
+from vllm_forge.host import atomic_path, cache_root, exclusive
 from vllm_forge.patches.apply import Applied, apply_series, canonical_diff
 from vllm_forge.patches.errors import (
     AppliedTwiceError,
@@ -207,12 +207,14 @@ def export_line(folder: Path, repo: SourceRepo, trees: list[str]) -> None:
 def _archive(lock: TreeLock, index: Index | None) -> Path:
     """The source archive in the cache, downloaded if it is not there."""
     archive = cache_root() / "sdists" / lock.sha256 / lock.sdist
-    if archive.exists():
-        return archive
-    index = index or Index()
-    url = next((f.url for f in index.files("vllm") if f.filename == lock.sdist), None)
-    if url is None:
-        raise DistributionNotFoundError(f"the index does not offer {lock.sdist}", where=index.url)
-    item = Download(url=url, sha256=lock.sha256, size=lock.size, target=archive)
-    download_all(index.session, [item])
+    with exclusive("sdists", wait=True):  # two cells of a line may be built at once
+        if not archive.exists():
+            index = index or Index()
+            url = next((f.url for f in index.files("vllm") if f.filename == lock.sdist), None)
+            if url is None:
+                raise DistributionNotFoundError(
+                    f"the index does not offer {lock.sdist}", where=index.url
+                )
+            item = Download(url=url, sha256=lock.sha256, size=lock.size, target=archive)
+            download_all(index.session, [item])
     return archive
