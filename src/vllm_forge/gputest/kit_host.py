@@ -13,8 +13,8 @@ FORGE_KIT_WORK (default: the user's cache folder), which must belong to the user
 What runs is the image: its manifest, configuration and the content of every layer are verified from
 the image digest down, its root is mounted read-only, and its own variables are set. As an engine's
 GPU hook does, the driver of the host is mounted into it. Variables are passed on with which a
-host's operator restricts NCCL, NVSHMEM and symmetric memory to what its links can do
-(HOST_VARIABLES).
+host's operator restricts NCCL, NVSHMEM and symmetric memory to what its links can do, or
+a run to some of its GPUs (HOST_VARIABLES). Several runs may go side by side.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 HERE = Path(__file__).resolve().parent
-HOST_VARIABLES = ("NCCL_", "NVSHMEM_", "TORCH_SYMM_MEM_")
+HOST_VARIABLES = ("NCCL_", "NVSHMEM_", "TORCH_SYMM_MEM_", "CUDA_VISIBLE_DEVICES")
 DRIVER_FOLDER = "usr/local/nvidia"  # of GKE and other hosts; images search it for libraries
 DRIVER_LIBRARIES = (
     "libcuda.so.1", "libnvidia-ml.so.1", "libnvidia-ptxjitcompiler.so.1", "libnvidia-nvvm.so.4",
@@ -403,23 +403,19 @@ def unpack(manifest: dict[str, Any], work: Path) -> tuple[Path, Image]:
     return folder, image
 
 
-def go(manifest: dict[str, Any], work: Path, output: Path, arguments: list[str]) -> int:
-    """Unpack, then run the suite; results go to ``output``."""
-    folder, image = unpack(manifest, work)
+def suite_run(
+    manifest: dict[str, Any], folder: Path, cache: Path, output: Path, arguments: list[str]
+) -> Run:
+    """The suite in the image; results go to ``output``."""
     output.mkdir(parents=True, exist_ok=True)
-    cache = volume(work, 0)
-    bring_caches(folder, cache)
     suite = manifest["suite"]
-    return run_in(
-        image,
-        Run(
-            argv=[*suite["argv"], *arguments, *suite["last"]],
-            uid=0,
-            env=suite["env"],
-            binds={"/forge": folder / "bundle", "/output": output, "/cache": cache},
-            read_only=frozenset({"/forge"}),
-            cwd="/forge",
-        ),
+    return Run(
+        argv=[*suite["argv"], *arguments, *suite["last"]],
+        uid=0,
+        env=suite["env"],
+        binds={"/forge": folder / "bundle", "/output": output, "/cache": cache},
+        read_only=frozenset({"/forge"}),
+        cwd="/forge",
     )
 
 
@@ -473,12 +469,14 @@ def main(arguments: list[str]) -> int:
                 take(manifest, work)
             if arguments[0] == "take":
                 return 0
+            folder, image = unpack(manifest, work)
+            if arguments[0] == "unpack":
+                return 0
             if arguments[0] == "go":
-                return go(manifest, work, Path(arguments[1]).resolve(), arguments[2:])
-            _, image = unpack(manifest, work)
-        if arguments[0] == "unpack":
-            return 0
-        return execute(image, work, arguments[1:])  # several may run side by side
+                bring_caches(folder, cache := volume(work, 0))
+                output = Path(arguments[1]).resolve()
+                run = suite_run(manifest, folder, cache, output, arguments[2:])
+        return run_in(image, run) if arguments[0] == "go" else execute(image, work, arguments[1:])
     except OSError as error:  # a full disk, a folder that cannot be written
         fail(f"{type(error).__name__}: {error}")
 

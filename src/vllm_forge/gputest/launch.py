@@ -43,7 +43,8 @@ MODULES = ("pytest", "vllm", "xdist")
 SUITE = ("/opt/venv/bin/python", *RUN, "/forge/plan.json", "/output")
 ENVIRONMENT = {"PYTHONPATH": "/forge/src:/forge/tools"}
 # Where its wheel has it; the race suite looks for it on the PATH.
-SANITIZER = Path("sanitizer/nvidia/cu13/bin/compute-sanitizer")
+SANITIZER = Path("sanitizer/nvidia/cu13/compute-sanitizer/compute-sanitizer")
+LAUNCHER = "TreeLauncherSubreaper"  # beside it: starts the program that is checked
 # An image with kernels fills its cache first, unless --caches brings others to their place.
 IN_IMAGE = f"""export PATH="/forge/{SANITIZER.parent}:$PATH"
 [ ! -x {SCRIPT} ] || set -- {SCRIPT} "$@"
@@ -289,9 +290,11 @@ def unpack_tools(root: Path, bundle: Path) -> None:
                     path = Path(archive.extract(member, bundle / folder))
                     if member.external_attr >> 16 & 0o100:  # extract() leaves modes out
                         path.chmod(0o755)
-    if not os.access(bundle / SANITIZER, os.X_OK):
+    for path in (SANITIZER, SANITIZER.with_name(LAUNCHER)):
+        if os.access(bundle / path, os.X_OK):
+            continue
         raise LockFileError(
-            f"these wheels have no {SANITIZER.relative_to('sanitizer')}",
+            f"these wheels have no {path.relative_to('sanitizer')}",
             where=IMAGE_REQUIREMENTS,
             remedy="name a wheel of nvidia-cuda-sanitizer-api that has it",
         )

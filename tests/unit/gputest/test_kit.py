@@ -130,6 +130,23 @@ def test_suite_runs_in_the_image(folder: Path, tmp_path: Path) -> None:
 
 
 @ROOT_ONLY
+def test_runs_go_side_by_side(folder: Path, tmp_path: Path) -> None:
+    """So that a host with two GPUs runs two tiers at once."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["suite"]["argv"][2] = "echo ready; read word; echo $word"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    command = ["sh", str(folder / "run.sh"), "go", str(tmp_path / "out")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert any(line == "ready\n" for line in process.stdout)
+        assert call(folder, "exec", "--", "sh", "-c", "echo beside").endswith("beside\n")
+        assert process.communicate("end\n")[0] == "end\n"
+    assert process.returncode == 0
+
+
+@ROOT_ONLY
 def test_parts_may_arrive_one_by_one(folder: Path, tmp_path: Path) -> None:
     away = tmp_path / "away"
     away.mkdir()
@@ -164,8 +181,11 @@ def test_commands_run_as_the_images_user(folder: Path, tmp_path: Path) -> None:
 
 
 @ROOT_ONLY
-@pytest.mark.parametrize(("name", "passed"), [("NCCL_NVLS_ENABLE", True), ("LD_PRELOAD_X", False)])
-def test_only_variables_of_the_hosts_links_are_passed_on(
+@pytest.mark.parametrize(
+    ("name", "passed"),
+    [("NCCL_NVLS_ENABLE", True), ("CUDA_VISIBLE_DEVICES", True), ("LD_PRELOAD_X", False)],
+)
+def test_only_variables_of_the_hosts_links_and_gpus_are_passed_on(
     folder: Path, name: str, passed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call(folder, "unpack")

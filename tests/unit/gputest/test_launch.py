@@ -94,9 +94,11 @@ def wheel(path: Path, name: str, mode: int) -> None:
 def test_programs_of_tools_can_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "Wheelhouse", lambda: Wheels(tmp_path))
     monkeypatch.setattr(gpu, "test_tools", lambda _: ["a.whl"])
-    monkeypatch.setattr(gpu, "sanitizer", lambda _: ["b.whl"])
+    monkeypatch.setattr(gpu, "sanitizer", lambda _: ["b.whl", "c.whl"])
     wheel(tmp_path / "a.whl", "pytest/__init__.py", 0o644)
-    wheel(tmp_path / "b.whl", str(gpu.SANITIZER.relative_to("sanitizer")), 0o744)
+    program = gpu.SANITIZER.relative_to("sanitizer")
+    wheel(tmp_path / "b.whl", str(program), 0o744)
+    wheel(tmp_path / "c.whl", str(program.with_name(gpu.LAUNCHER)), 0o744)
     bundle = tmp_path / "bundle"
     unpack_tools(tmp_path, bundle)
     done = subprocess.run([bundle / gpu.SANITIZER], capture_output=True, check=True)
@@ -106,16 +108,23 @@ def test_programs_of_tools_can_be_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (bundle / "tools" / "nvidia").exists(), "it would be imported as a part of nvidia"
 
 
-@pytest.mark.parametrize("name", ["nvidia/cuda_sanitizer/bin/compute-sanitizer", "other"])
-def test_a_sanitizer_elsewhere_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("nvidia/cuda_sanitizer/bin/compute-sanitizer", "compute-sanitizer"),
+        ("other", "compute-sanitizer"),
+        ("nvidia/cu13/compute-sanitizer/compute-sanitizer", "TreeLauncherSubreaper"),
+    ],
+)
+def test_an_incomplete_sanitizer_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, missing: str
 ) -> None:
-    """Else its tests would say in the image that there is none, and no receipt be made."""
+    """Else its tests would fail on the GPU, minutes after its start (wheels of CUDA 13.0-13.4)."""
     monkeypatch.setattr(gpu, "Wheelhouse", lambda: Wheels(tmp_path))
     monkeypatch.setattr(gpu, "test_tools", lambda _: [])
     monkeypatch.setattr(gpu, "sanitizer", lambda _: ["b.whl"])
     wheel(tmp_path / "b.whl", name, 0o755)
-    with pytest.raises(LockFileError, match="have no nvidia/cu13/bin/compute-sanitizer"):
+    with pytest.raises(LockFileError, match=f"have no nvidia/cu13/compute-sanitizer/{missing}"):
         unpack_tools(tmp_path, tmp_path / "bundle")
 
 
