@@ -32,7 +32,7 @@ def compiled(built: Project, folder: Path, **other: str) -> Path:
         "stack": stack["lock"]["sha256"],
     }
     plan = {"caches": {"key": key | other, "folders": caches.FOLDERS}}
-    open_caches(folder, plan, packages="")
+    open_caches(folder, plan)
     (folder / "triton" / "kernel.cubin").write_bytes(b"compiled for 10.0")
     return folder
 

@@ -42,11 +42,7 @@ def register(choices: Commands) -> None:
     inputs.add_argument("--workloads", type=Path, help="folder with prompts, for tier soak")
     key = option("--key", type=Path, help="Ed25519 private key (PEM) that signs the receipt")
     one = command(gpu, "test", test, SKU, LINE, inputs, key)
-    where = one.add_mutually_exclusive_group()
-    where.add_argument("--image", metavar="REF", help="in this image (default: the cell's own)")
-    where.add_argument(
-        "--env", metavar="PYTHON", nargs="?", const="python3", help="in this Python's environment"
-    )
+    one.add_argument("--image", metavar="REF", help="in this image (default: the cell's own)")
     one.add_argument(
         "--tier", action="append", choices=["kernel", "server", "soak"],
         help="repeatable (default: all but soak)",
@@ -87,19 +83,11 @@ def test(project: Project, args: argparse.Namespace) -> None:
     options += ["-n", args.workers] if args.workers else []
     output = args.output or project.root / "dist" / RESULTS / cell.name
     console.print(f"[bold]{cell.name}[/], tiers {', '.join(names)}; results: {output}")
-    if args.env is not None and args.network:
-        raise UsageError(
-            "--network is for --image: an environment has the host's", remedy="leave it out"
-        )
     suite = SuiteRun(
         project=project, cell=cell, output=output, args=options, probe=HostProbe(),
         inputs=_input_folders(args.checkpoint, args.workloads),
     )  # fmt: skip
-    if args.env is not None:
-        options += [f"--caches={args.caches.resolve()}"] if args.caches else []
-        suite.in_environment(args.env)
-    else:
-        suite.in_image(args.image, args.caches, network=args.network)
+    suite.in_image(args.image, args.caches, network=args.network)
     for name in names:
         print(make_receipt(project, output / f"{name}.json", args.key))
 

@@ -1,1 +1,1 @@
-"""Runs the suite of tests/gpu in an image or an environment, and packs it for hosts offline."""
+"""Runs the suite of tests/gpu in an image, and packs it for hosts offline."""

@@ -87,7 +87,7 @@ def make_plan(
         "tree": tree,
         "lock_sha256": project.lock(cell.line_name).digest,
         "subject": subject,
-        "caches": {"folders": FOLDERS, "key": cache_key(project, cell, tree, subject["kind"])},
+        "caches": {"folders": FOLDERS, "key": cache_key(project, cell, tree)},
         "tiers": {
             name: plan_tier(project, name, cell.sku_name) for name in read_tiers(project.root)
         },

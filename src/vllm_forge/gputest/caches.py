@@ -37,20 +37,20 @@ FOLDERS = {
 }
 
 
-def cache_key(project: Project, cell: ImageCell, tree: str, kind: str) -> dict[str, str]:
+def cache_key(project: Project, cell: ImageCell, tree: str) -> dict[str, str]:
     """What compiled kernels are good for: the GPU's architecture, the source, all other packages.
 
     Args:
         project: the checkout.
         cell: SKU and line.
         tree: git tree hash of the patched source.
-        kind: ``image``, whose packages are the lock's; or ``environment``, whose ``stack`` the
-            runner adds.
     """
-    key = {"compute_capability": cell.sku.compute_capability, "tree": tree, "kind": kind}
-    if kind == "image":
-        key["stack"] = project.lock(cell.line_name).digest
-    return key
+    return {
+        "compute_capability": cell.sku.compute_capability,
+        "tree": tree,
+        "kind": "image",  # of images that carry kernels, the digest depends on it
+        "stack": project.lock(cell.line_name).digest,
+    }
 
 
 def require_key(folder: Path, key: Mapping[str, str]) -> None:
@@ -90,10 +90,10 @@ def prewarm_of(project: Project, cell: ImageCell, folder: Path) -> Prewarm:
         folder: what ``test-gpu --caches`` left.
 
     Raises:
-        JitCacheError: of another GPU architecture, tree or lock, or not of an image.
+        JitCacheError: of another GPU architecture, tree or lock.
     """
     tree = read_tree_lock(project.root / cell.line.series, cell.line_name).result
-    key = cache_key(project, cell, tree, "image")
+    key = cache_key(project, cell, tree)
     require_key(folder, key)
     return Prewarm(
         folder=folder,

@@ -64,7 +64,7 @@ def find_image(probe: Probe, name: str, layout: Path) -> StoredImage:
     raise NoGpuError(
         f"no container engine has {name}",
         where=f"{docker}; podman: {'not installed' if reply.missing else 'no such image'}",
-        remedy="build it with --load, or name it with --image; --env tests an environment",
+        remedy="build it with --load, or name it with --image",
     )
 
 

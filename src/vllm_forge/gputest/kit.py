@@ -2,7 +2,7 @@
 
 A kit is a folder of parts that may travel one by one, with a program (``kit_host.py``) that joins
 them, verifies the image from its digest down, and runs the suite in it. Results become receipts of
-that digest: the environment of a kit is the image itself.
+that digest.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def make_kit(project: Project, cell: ImageCell, options: KitOptions) -> Path:
         bundle = write_bundle(project, cell, SourceRepo(), content / "bundle")
         require_image_of(project, cell, image, bundle.tree)
         unpack_tools(project.root, bundle.folder)
-        subject = {"kind": "image", "name": cell.name, "sha256": image.digest}
+        subject = {"name": cell.name, "sha256": image.digest}
         plan = make_plan(project, cell, bundle.tree, subject)
         (bundle.folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
         for place, folder in options.inputs.items():

@@ -1,10 +1,9 @@
-"""Run the GPU suite: inside an image with its GPUs, or in an environment of this host."""
+"""Run the GPU suite inside an image with the GPUs of this host."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 import zipfile
@@ -16,7 +15,6 @@ from vllm_forge.gputest.bundle import make_plan, write_bundle
 from vllm_forge.gputest.errors import RED, SuiteRedError, SuiteUndecidedError, WrongGpuError
 from vllm_forge.gputest.find_image import find_image
 from vllm_forge.host import gpu_container
-from vllm_forge.host.errors import ToolMissingError
 from vllm_forge.host.gpus import DETAILED, gpu_query
 from vllm_forge.images.prewarm import SCRIPT, place_of
 from vllm_forge.receipts.errors import ReceiptSubjectError
@@ -37,8 +35,6 @@ RUN = ("-m", "tests.gpu.harness.run")
 REQUIREMENTS = "tests/gpu/requirements.txt"
 IMAGE_REQUIREMENTS = "tests/gpu/requirements-image.txt"
 TOOLS = frozenset({"execnet", "iniconfig", "pluggy", "pytest", "pytest-xdist"})
-# What a Python of --env must have; the last where -n asks for it.
-MODULES = ("pytest", "vllm", "xdist")
 # In an image: the command without its options, and what is set for it.
 SUITE = ("/opt/venv/bin/python", *RUN, "/forge/plan.json", "/output")
 ENVIRONMENT = {"PYTHONPATH": "/forge/src:/forge/tools"}
@@ -120,37 +116,6 @@ class SuiteRun:
     args: Sequence[str]
     probe: Probe
 
-    def in_environment(self, python: str) -> None:
-        """Run by a Python that has the line's patched vLLM, pytest and xdist.
-
-        Raises:
-            WrongGpuError: the GPU is not the SKU's.
-            ToolMissingError: the Python is missing, or lacks a module.
-            SuiteRedError, SuiteUndecidedError: a tier is not green.
-        """
-        require_sku(self.probe, self.cell)
-        program = shutil.which(python)
-        if program is None:
-            raise ToolMissingError(f"{python} not found", remedy="name one with --env PYTHON")
-        require_modules(program, MODULES if "-n" in self.args else MODULES[:2])
-        with tempfile.TemporaryDirectory() as work:
-            bundle = write_bundle(self.project, self.cell, SourceRepo(), Path(work) / "bundle")
-            for place, folder in self.inputs.items():
-                target = bundle.folder / place
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.symlink_to(folder.resolve())
-            name = f"environment of {self.cell.name}"
-            self._plan(bundle, {"kind": "environment", "name": name, "sha256": None})
-            paths = [str(bundle.folder / "src"), os.environ.get("PYTHONPATH", "")]
-            plan, output = str(bundle.folder / "plan.json"), str(self.output.resolve())
-            code = subprocess.run(
-                [program, *RUN, plan, output, *self.args],
-                cwd=bundle.folder,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-                check=False,
-            ).returncode
-        require_green(code, self.output)
-
     def in_image(
         self, reference: str | None, caches: Path | None = None, *, network: bool = False
     ) -> None:
@@ -181,7 +146,7 @@ class SuiteRun:
                     remedy="build it again, or check out the commit that it was built from",
                 )
             unpack_tools(self.project.root, bundle.folder)
-            plan = self._plan(bundle, {"kind": "image", "name": name, "sha256": image.digest})
+            plan = self._plan(bundle, {"name": name, "sha256": image.digest})
             for place in self.inputs:  # the bundle is mounted read-only: no engine could make them
                 (bundle.folder / place).mkdir(parents=True)
             self.output.mkdir(parents=True, exist_ok=True)
@@ -204,32 +169,6 @@ class SuiteRun:
         plan = make_plan(self.project, self.cell, bundle.tree, subject)
         (bundle.folder / "plan.json").write_text(json.dumps(plan, indent=1))
         return plan
-
-
-def require_modules(program: str, names: Sequence[str]) -> None:
-    """Refuse a Python that cannot run the suite.
-
-    Raises:
-        ToolMissingError: it lacks a module, or does not run.
-    """
-    code = (
-        "import importlib.util, sys; "
-        "print(*[name for name in sys.argv[1:] if importlib.util.find_spec(name) is None])"
-    )
-    try:
-        done = subprocess.run(
-            [program, "-c", code, *names], capture_output=True, text=True, check=False
-        )
-        lacking = done.stdout.strip() if done.returncode == 0 else done.stderr.strip()[-200:]
-    except OSError as error:
-        lacking = str(error)
-    if lacking:
-        raise ToolMissingError(
-            f"this Python cannot run the suite; it lacks: {lacking}",
-            where=program,
-            remedy="name one with --env PYTHON that has the line's patched vLLM and pytest; -n "
-            "needs pytest-xdist too",
-        )
 
 
 def container_command(

@@ -2,4 +2,3 @@
 
 FOLDER = "records/receipts"
 KEYS = "keys"  # in it: NAME.pem of each signer who is trusted
-PACKAGES = "environment.txt"  # beside the receipt of an environment: its packages

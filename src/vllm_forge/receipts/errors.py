@@ -22,7 +22,7 @@ class ReceiptExpiredError(ForgeError, exit_code=UNDECIDED):
 
 
 class ReceiptSubjectError(ForgeError, exit_code=RED):
-    """A receipt is for other bytes: another image, environment or source tree."""
+    """A receipt is for other bytes: another image or source tree."""
 
 
 class ReceiptSuiteError(ForgeError, exit_code=UNDECIDED):
@@ -38,7 +38,7 @@ class SuiteDescriptionError(ForgeError, exit_code=REFUSED):
 
 
 class ResultFileError(ForgeError, exit_code=REFUSED):
-    """A file is not the result of a tier, or the list of packages beside it is missing."""
+    """A file is not the result of a tier."""
 
 
 class ReceiptKeyError(ForgeError, exit_code=REFUSED):

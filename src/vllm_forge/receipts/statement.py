@@ -1,4 +1,4 @@
-"""A receipt: the verdicts of one tier of the GPU suite on one image or environment on one GPU.
+"""A receipt: the verdicts of one tier of the GPU suite in one image on GPUs of one SKU.
 
 An in-toto Statement v1 whose predicate is in-toto's Test Result v0.1, so that other tools read
 whether it passed and which tests; what it has no field for is under ``vllmForge``, which they
@@ -109,11 +109,9 @@ class Detail(Record):
     sku: Word
     line: Word
     tier: Word
-    kind: Literal["image", "environment"]
     gpus: tuple[Gpu, ...] = Field(min_length=1)
     host: dict[str, Any]
     configurations: dict[str, Configuration]
-    differences: tuple[str, ...]  # of an environment from the line's lock
     tests: dict[str, CaseVerdict] = Field(min_length=1)
     started: AwareDatetime
     finished: AwareDatetime
@@ -145,7 +143,7 @@ class Statement(Record):
 
     @property
     def sha256(self) -> str:
-        """Digest of the image or environment."""
+        """Digest of the image's manifest."""
         return self.subject[0].digest.sha256
 
     @property
@@ -203,11 +201,9 @@ def make_statement(result: dict[str, Any]) -> Statement:
                 sku=plan["sku"],
                 line=plan["line"],
                 tier=result["tier"],
-                kind=subject["kind"],
                 gpus=tuple(Gpu(**gpu) for gpu in result["gpus"]),
                 host=result["host"],
                 configurations=result["configurations"],
-                differences=tuple(plan.get("differences", ())),
                 tests={name: CaseVerdict(**row) for name, row in sorted(tests.items())},
                 started=datetime.fromisoformat(result["started"]),
                 finished=finished,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_forge.patches import read_tree_lock
-from vllm_forge.receipts import FOLDER, KEYS, PACKAGES
+from vllm_forge.receipts import FOLDER, KEYS
 from vllm_forge.receipts.envelope import read_keys, read_receipt
 from vllm_forge.receipts.errors import (
     ReceiptExpiredError,
@@ -38,10 +37,10 @@ def receipt_paths(root: Path) -> list[Path]:
             target is not committed; or an unreadable folder.
     """
     folders = [folder for folder in _entries(root / FOLDER) if folder.name != KEYS]
-    paths = [path for folder in folders for path in _entries(folder) if path.name != PACKAGES]
+    paths = [path for folder in folders for path in _entries(folder)]
     for path in paths:
         if path.suffix != ".json":
-            raise _foreign(path, "neither a receipt nor a list of packages")
+            raise _foreign(path, "not a receipt")
     return paths
 
 
@@ -63,7 +62,7 @@ def _foreign(path: Path, why: str) -> ReceiptUnreadableError:
     return ReceiptUnreadableError(
         f"not {FOLDER}/<digest>/<receipt>.json: {why}",
         where=str(path),
-        remedy=f"keep nothing but receipts, each in its subject's folder, and {KEYS} there",
+        remedy=f"keep nothing but receipts, each in its image's folder, and {KEYS} there",
     )
 
 
@@ -144,21 +143,6 @@ def _require_subject(project: Project, receipt: Receipt) -> None:
     tree = read_tree_lock(series, detail.line).result
     if statement.tree != tree:
         raise _subject(receipt, f"tree {statement.tree}, the series now gives {tree}")
-    if detail.kind == "environment":
-        _require_environment(receipt)
-    elif (receipt.path.parent / PACKAGES).exists():
-        raise _subject(receipt, f"an image has no {PACKAGES} beside its receipt")
-
-
-def _require_environment(receipt: Receipt) -> None:
-    """An environment has no bytes to pull: its list of packages is kept beside the receipt."""
-    path = receipt.path.parent / PACKAGES
-    try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        digest = f"unreadable: {error}"
-    if digest != receipt.statement.sha256:
-        raise _subject(receipt, f"{PACKAGES} beside it is {digest}")
 
 
 def _subject(receipt: Receipt, why: str) -> ReceiptSubjectError:
@@ -215,7 +199,7 @@ def describe(receipts: Sequence[Receipt]) -> str:
         detail = receipt.statement.detail
         seal = f"signed by {', '.join(receipt.signed_by)}" if receipt.signed_by else "unsigned"
         rows.append(
-            f"{detail.sku}  line {detail.line}  tier {detail.tier}  {detail.kind} "
+            f"{detail.sku}  line {detail.line}  tier {detail.tier}  "
             f"sha256:{receipt.statement.sha256[:12]}  {len(receipt.statement.predicate.passed)} "
             f"tests  until {detail.expires.date()}  {seal}"
         )

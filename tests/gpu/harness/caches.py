@@ -6,7 +6,6 @@ their variables and the key are the plan's.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -16,26 +15,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 KEY = "caches.json"
-TESTERS = ("execnet==", "iniconfig==", "pluggy==", "pytest-", "pytest==")
 
 
-def cache_key(plan: dict[str, Any], packages: str) -> dict[str, str]:
-    """The plan's key. An environment's packages complete it, but for those that run tests.
-
-    The lock is in an image's, so that an image with the kernels in it has the same key.
-    """
-    rows = [row for row in packages.splitlines() if not row.startswith(TESTERS)]
-    stack = hashlib.sha256("\n".join(rows).encode()).hexdigest()
-    return {"stack": stack, **plan["caches"]["key"]}
-
-
-def open_caches(folder: Path, plan: dict[str, Any], packages: str) -> dict[str, str]:
+def open_caches(folder: Path, plan: dict[str, Any]) -> dict[str, str]:
     """Make what is missing; variables for the processes that compile.
 
     Raises:
         InputError: the folder is of another stack, or not of the suite.
     """
-    path, key = folder / KEY, cache_key(plan, packages)
+    path, key = folder / KEY, plan["caches"]["key"]
     if folder.is_dir() and any(folder.iterdir()):
         try:
             recorded = json.loads(path.read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.gpu.harness import packages, plugin
+from tests.gpu.harness import plugin
 from tests.gpu.harness.bootlog import parse
 from tests.gpu.harness.caches import count_files, open_caches
 from tests.gpu.harness.device import list_gpus, require_sku
@@ -248,14 +248,9 @@ def run(args: argparse.Namespace) -> None:
     extra = ["-n", workers, "--dist", "loadgroup"] if workers else []
     extra += [word for expression in args.only for word in ("-k", expression)]
     args.output.mkdir(parents=True, exist_ok=True)
-    text = ""
-    if plan["subject"]["kind"] == "environment":
-        text = packages.environment_text()
-        (args.output / packages.FILE).write_text(text, encoding="utf-8")
-        plan["subject"]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     options = Options(gpus=gpus, minutes=args.minutes, pytest=tuple(extra))
     if args.caches is not None:
-        variables = open_caches(args.caches.resolve(), plan, text)
+        variables = open_caches(args.caches.resolve(), plan)
         options = replace(options, variables=variables, compiled=count_files(args.caches))
     verdicts = {name: run_tier(args.root, plan, name, args.output, options) for name in names}
     for kind, word in ((SuiteRedError, "red"), (SuiteUndecidedError, "undecided")):

@@ -109,24 +109,14 @@ MISTAKES: dict[str, tuple[list[str], type[ForgeError], list[str]]] = {
         UsageError,
         ["-n", "'0'", "auto"],
     ),
-    "network of an environment": (
-        ["gpu", "test", "h200", "--env", "--network"],
-        UsageError,
-        ["--network", "--image"],
-    ),
-    "image and environment": (
-        ["gpu", "test", "h200", "--env=python3", "--image=x"],
-        UsageError,
-        ["not allowed with"],
-    ),
     "unknown tier": (["gpu", "test", "h200", "--tier=kernle"], UsageError, ["'kernel'"]),
     "checkpoint without folder": (
-        ["gpu", "test", "h200", "--checkpoint=tiny=/nonexistent", "--env"],
+        ["gpu", "test", "h200", "--checkpoint=tiny=/nonexistent"],
         UsageError,
         ["tiny=/nonexistent", "NAME=DIR"],
     ),
     "workloads that are not there": (
-        ["gpu", "test", "h200", "--workloads=/nonexistent", "--env"],
+        ["gpu", "test", "h200", "--workloads=/nonexistent"],
         UsageError,
         ["/nonexistent"],
     ),

@@ -15,11 +15,9 @@ from vllm_forge.gputest.errors import SuiteRedError, SuiteUndecidedError, WrongG
 from vllm_forge.gputest.launch import (
     container_command,
     require_green,
-    require_modules,
     require_sku,
     unpack_tools,
 )
-from vllm_forge.host.errors import ToolMissingError
 from vllm_forge.host.probe import Reply
 from vllm_forge.images.prewarm import SCRIPT
 from vllm_forge.project import Project
@@ -156,29 +154,10 @@ def test_images_and_kits_get_what_n_needs(root: Path) -> None:
     assert {wheel.name for wheel in gpu.test_tools(root)} >= {"pytest", "pytest-xdist", "execnet"}
 
 
-def test_a_python_without_vllm_is_refused_by_name(tmp_path: Path) -> None:
-    require_modules(sys.executable, ["pytest", "json"])
-    with pytest.raises(ToolMissingError, match="it lacks: vllm none_such"):
-        require_modules(sys.executable, ["pytest", "vllm", "none_such"])
-    (tmp_path / "python").write_text("")
-    with pytest.raises(ToolMissingError, match="Permission denied"):
-        require_modules(str(tmp_path / "python"), ["pytest"])
-
-
 def test_pytest_is_one_that_keeps_groups_together(root: Path) -> None:
     """See tests/gpu/requirements.txt: engines of one name would be started by several workers."""
     (pytest_wheel,) = [wheel for wheel in gpu.test_tools(root) if wheel.name == "pytest"]
     assert tuple(map(int, pytest_wheel.version.split(".")[:2])) < (9, 2)
-
-
-def test_an_environment_has_the_hosts_network(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vllm_forge.cli import main
-
-    monkeypatch.setattr(gpu.SuiteRun, "in_environment", lambda *_: pytest.fail("it was run"))
-    assert main(["gpu", "test", "--sku=h200", "--env", "--network"]) == 2
-    assert "--network is for --image" in capsys.readouterr().err
 
 
 class Smi:

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def receipt(root: Path, tmp_path: Path) -> Receipt:
     """Of a run whose engines included the tiny DeepSeek-V4, with what an H200 took."""
-    result = green_result(
-        load(root), {"x": row()}, tree="a" * 40, packages="b" * 64, suite="c" * 64
-    )
+    result = green_result(load(root), {"x": row()}, tree="a" * 40, suite="c" * 64)
     result["configurations"] = {
         "dsv4": {
             "moe": ["NvFp4: MARLIN", "Unquantized: TRITON"],
