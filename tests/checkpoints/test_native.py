@@ -11,7 +11,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from compressed_tensors.entrypoints.convert import ModelOptNvfp4Converter
 
 from vllm_forge.checkpoints.checkpoint import Checkpoint
-from vllm_forge.checkpoints.codecs import int4
+from vllm_forge.checkpoints.codecs import grouped
 from vllm_forge.checkpoints.fixtures.native import DECODER_EXPERT, EXPERT, LINEAR, make_with_tools
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec
 from vllm_forge.checkpoints.fixtures.variants import make_variant
@@ -122,7 +122,7 @@ def test_int4_words_are_read_as_compressed_tensors_reads_them(
         packed = load_tensor(tensors[name])
         shape = torch.Size((packed.shape[0], packed.shape[1] * 8))
         theirs = unpack_from_int32(packed, 4, shape)
-        ours = int4.unpack(packed.numpy()).astype("i1") - 8
+        ours = grouped.unpack_words(packed.numpy()).astype("i1") - 8
         assert torch.equal(theirs, torch.from_numpy(ours)), name
 
 

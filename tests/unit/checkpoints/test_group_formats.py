@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_forge.checkpoints.codecs import int4, mxfp4, nvfp4
+from vllm_forge.checkpoints.codecs import grouped, nvfp4
 from vllm_forge.checkpoints.codecs.small_floats import e2m1_encode, e8m0_ceil
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ def _seven_eighths(largest: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _mxfp4(
     weight: NDArray[np.float32], rule: Callable[[NDArray[np.float64]], NDArray[np.float64]]
-) -> mxfp4.Mxfp4:
-    groups = weight.astype(np.float64).reshape(len(weight), -1, mxfp4.GROUP)
+) -> grouped.Mxfp4:
+    groups = weight.astype(np.float64).reshape(len(weight), -1, grouped.MXFP4_GROUP)
     largest = np.abs(groups).max(-1)
     scales = rule(np.where(largest > 0, largest, 1))
     codes = e2m1_encode(groups / scales[..., None]).reshape(weight.shape)
-    return mxfp4.Mxfp4(packed=nvfp4.pack(codes), scales=(np.log2(scales) + 127).astype(np.uint8))
+    return grouped.Mxfp4(packed=nvfp4.pack(codes), scales=(np.log2(scales) + 127).astype(np.uint8))
 
 
 @pytest.mark.parametrize("rule", [_floor, _ceil, _seven_eighths])
@@ -62,22 +62,22 @@ def test_mxfp4_is_within_its_bound_by_every_rule_for_scales(
 ) -> None:
     weight = _weights(seed, spread, 96)
     error = np.abs(_mxfp4(weight, rule).values() - weight)
-    assert (error <= mxfp4.bound(weight)).all()
+    assert (error <= grouped.mxfp4_bound(weight)).all()
 
 
 @given(seed=SEEDS, spread=SPREADS, by=st.sampled_from([-1, 1]))
 def test_a_scale_of_the_next_power_is_beyond_it(seed: int, spread: float, by: int) -> None:
     weight = _weights(seed, spread, 96)
     made = _mxfp4(weight, _ceil)
-    wrong = mxfp4.Mxfp4(packed=made.packed, scales=made.scales + np.int8(by).view(np.uint8))
+    wrong = grouped.Mxfp4(packed=made.packed, scales=made.scales + np.int8(by).view(np.uint8))
     error = np.abs(wrong.values() - weight)
-    assert (error > mxfp4.bound(weight)).any()
-    assert np.isnan(mxfp4.Mxfp4(packed=made.packed, scales=made.scales * 0 + 255).values()).all()
+    assert (error > grouped.mxfp4_bound(weight)).any()
+    assert np.isnan(grouped.Mxfp4(packed=made.packed, scales=made.scales * 0 + 255).values()).all()
 
 
-def _int4(weight: NDArray[np.float32]) -> int4.Int4:
+def _int4(weight: NDArray[np.float32]) -> grouped.Int4:
     """Round to nearest, scales in BF16, which are rounded to nearest themselves."""
-    groups = weight.astype(np.float64).reshape(len(weight), -1, int4.GROUP)
+    groups = weight.astype(np.float64).reshape(len(weight), -1, grouped.INT4_GROUP)
     exact = (np.abs(groups).max(-1) / 7.5).astype(np.float32)
     bits = exact.view(np.uint32)
     scales = ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
@@ -85,26 +85,26 @@ def _int4(weight: NDArray[np.float32]) -> int4.Int4:
     codes = (np.clip(np.round(groups / divisor), -8, 7) + 8).astype(np.uint32)
     words = codes.reshape(len(weight), -1, 8) << (np.arange(8, dtype=np.uint32) * 4)
     packed = np.bitwise_or.reduce(words, axis=-1).astype(np.uint32).view(np.int32)
-    return int4.Int4(packed=packed, scales=scales)
+    return grouped.Int4(packed=packed, scales=scales)
 
 
 @given(seed=SEEDS, spread=SPREADS)
 def test_int4_is_within_its_bound_and_one_step_is_beyond(seed: int, spread: float) -> None:
     weight = _weights(seed, spread, 256)
     made = _int4(weight)
-    bound = int4.bound(weight)
+    bound = grouped.int4_bound(weight)
     assert (np.abs(made.values() - weight) <= bound).all()
-    off = int4.Int4(packed=made.packed ^ np.int32(1), scales=made.scales)
+    off = grouped.Int4(packed=made.packed ^ np.int32(1), scales=made.scales)
     assert (np.abs(off.values() - weight)[1:] > bound[1:]).any()
-    wide = int4.Int4(packed=made.packed, scales=made.scales * 2)
+    wide = grouped.Int4(packed=made.packed, scales=made.scales * 2)
     assert (np.abs(wide.values() - weight)[1:] > bound[1:]).any()
 
 
 def test_the_first_code_is_in_the_lowest_bits() -> None:
     word = np.array([[0x76543210]], dtype=np.int32)
-    assert int4.unpack(word).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
-    assert int4.unpack(np.array([[-1]], dtype=np.int32)).tolist() == [[15] * 8]
+    assert grouped.unpack_words(word).tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert grouped.unpack_words(np.array([[-1]], dtype=np.int32)).tolist() == [[15] * 8]
     scales = np.ones((1, 1), dtype=np.float32)
-    assert int4.Int4(packed=word, scales=scales).values().tolist() == [
+    assert grouped.Int4(packed=word, scales=scales).values().tolist() == [
         [-8, -7, -6, -5, -4, -3, -2, -1]
     ]

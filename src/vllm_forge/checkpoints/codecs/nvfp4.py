@@ -116,7 +116,10 @@ def bound(weight: NDArray[np.floating], global_scale: np.float32) -> NDArray[np.
     rounding += ideal * TOOL_ROUNDING
     most, least = ideal + rounding, np.maximum(ideal - rounding, 0)
     distance = np.divide(groups, least, out=np.full_like(groups, np.inf), where=least > 0)
-    half = np.select([distance <= 2, distance <= 4], [0.25, 0.5], 1.0)  # noqa: PLR2004 - E2M1
-    found = np.maximum(half * most, groups - E2M1_MAX * least)
-    limit: NDArray[np.float64] = found.reshape(size.shape) * (1 + TOOL_ROUNDING)
-    return limit
+    limit = np.maximum(half_spacing(distance) * most, groups - E2M1_MAX * least)
+    return np.asarray(limit.reshape(size.shape) * (1 + TOOL_ROUNDING))
+
+
+def half_spacing(distance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Half of E2M1's spacing at a magnitude."""
+    return np.select([distance <= 2, distance <= 4], [0.25, 0.5], 1.0)  # noqa: PLR2004 - E2M1

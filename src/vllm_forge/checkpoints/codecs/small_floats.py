@@ -25,8 +25,7 @@ def _e4m3_magnitudes() -> NDArray[np.float64]:
     codes = np.arange(E4M3_NAN)
     exponent, mantissa = codes >> 3, codes & 7
     normal = (8 + mantissa) * 2.0 ** (exponent - 10.0)
-    values: NDArray[np.float64] = np.where(exponent == 0, mantissa * 2.0**-9, normal)
-    return values
+    return np.asarray(np.where(exponent == 0, mantissa * 2.0**-9, normal))
 
 
 E2M1_MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -37,8 +36,7 @@ E4M3_MAGNITUDES = _e4m3_magnitudes()
 def e2m1_decode(codes: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Values of codes 0 to 15; 8 is -0."""
     magnitudes = E2M1_MAGNITUDES[codes & 7]
-    values: NDArray[np.float64] = np.where(codes & E2M1_SIGN, -magnitudes, magnitudes)
-    return values
+    return np.asarray(np.where(codes & E2M1_SIGN, -magnitudes, magnitudes))
 
 
 def e2m1_encode(values: NDArray[np.floating]) -> NDArray[np.uint8]:
@@ -53,8 +51,7 @@ def e2m1_encode(values: NDArray[np.floating]) -> NDArray[np.uint8]:
 def e4m3_decode(codes: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Values of bytes; 0x7F and 0xFF are NaN."""
     magnitudes = np.append(E4M3_MAGNITUDES, np.nan)[codes & 0x7F]
-    values: NDArray[np.float64] = np.where(codes & E4M3_SIGN, -magnitudes, magnitudes)
-    return values
+    return np.asarray(np.where(codes & E4M3_SIGN, -magnitudes, magnitudes))
 
 
 def e4m3_encode(values: NDArray[np.floating]) -> NDArray[np.uint8]:
@@ -66,15 +63,13 @@ def e4m3_encode(values: NDArray[np.floating]) -> NDArray[np.uint8]:
 def e8m0_decode(codes: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Powers of two from 2^-127 on; 255 is NaN."""
     powers = 2.0 ** (codes.astype(np.float64) - E8M0_BIAS)
-    values: NDArray[np.float64] = np.where(codes == E8M0_NAN, np.nan, powers)
-    return values
+    return np.asarray(np.where(codes == E8M0_NAN, np.nan, powers))
 
 
 def e8m0_ceil(scales: NDArray[np.floating]) -> NDArray[np.float64]:
     """The power of two that is not below each positive scale; vllm/utils/deep_gemm.py rounds so."""
     mantissa, exponent = np.frexp(np.asarray(scales, dtype=np.float64))
-    powers: NDArray[np.float64] = np.ldexp(1.0, exponent - (mantissa == 0.5))  # noqa: PLR2004
-    return powers
+    return np.asarray(np.ldexp(1.0, exponent - (mantissa == 0.5)))  # noqa: PLR2004
 
 
 def _nearest(values: NDArray[np.floating], magnitudes: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -83,5 +78,4 @@ def _nearest(values: NDArray[np.floating], magnitudes: NDArray[np.float64]) -> N
     below = above - 1
     down, up = size - magnitudes[below], magnitudes[above] - size
     nearest = np.where(down < up, below, above)
-    codes: NDArray[np.uint8] = np.where(down == up, below + (below & 1), nearest).astype(np.uint8)
-    return codes
+    return np.asarray(np.where(down == up, below + (below & 1), nearest).astype(np.uint8))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_forge.checkpoints.codecs import fp8_block, int4, mxfp4, nvfp4
+from vllm_forge.checkpoints.codecs import fp8_block, grouped, nvfp4
 from vllm_forge.checkpoints.codecs.small_floats import e8m0_decode
 from vllm_forge.checkpoints.inspect.findings import Finding, Scope, finding, summarize
 from vllm_forge.checkpoints.inspect.profile import (
@@ -202,13 +202,13 @@ def _scaled(pair: _Pair, module: str, source: Weight, packed: str, scale: Any) -
 
 def _mxfp4(pair: _Pair, module: str, source: Weight) -> Decoded:
     packed, scales = _codes(pair, f"{module}.weight"), _codes(pair, f"{module}.scale")
-    return mxfp4.Mxfp4(packed=packed, scales=scales).values(), mxfp4.bound(source)
+    return grouped.Mxfp4(packed=packed, scales=scales).values(), grouped.mxfp4_bound(source)
 
 
 def _int4(pair: _Pair, module: str, source: Weight) -> Decoded:
     packed = _read(pair.made, f"{module}.weight_packed").view(np.int32)
     scales = _read(pair.made, f"{module}.weight_scale").astype(np.float32)
-    return int4.Int4(packed=packed, scales=scales).values(), int4.bound(source)
+    return grouped.Int4(packed=packed, scales=scales).values(), grouped.int4_bound(source)
 
 
 def _fp8(pair: _Pair, module: str, source: Weight) -> Decoded:
