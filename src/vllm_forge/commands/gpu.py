@@ -69,7 +69,7 @@ def register(choices: Commands) -> None:
 
 def test(project: Project, args: argparse.Namespace) -> None:
     """Run the GPU suite and write receipts."""
-    from vllm_forge.gputest.launch import SuiteRun
+    from vllm_forge.gputest.launch import run_in_image
     from vllm_forge.receipts.create import make_receipt
     from vllm_forge.receipts.suite import read_tiers
 
@@ -83,11 +83,11 @@ def test(project: Project, args: argparse.Namespace) -> None:
     options += ["-n", args.workers] if args.workers else []
     output = args.output or project.root / "dist" / RESULTS / cell.name
     console.print(f"[bold]{cell.name}[/], tiers {', '.join(names)}; results: {output}")
-    suite = SuiteRun(
-        project=project, cell=cell, output=output, args=options, probe=HostProbe(),
-        inputs=_input_folders(args.checkpoint, args.workloads),
+    run_in_image(
+        project, cell, HostProbe(), args.image, output=output, args=options,
+        inputs=_input_folders(args.checkpoint, args.workloads), caches=args.caches,
+        network=args.network,
     )  # fmt: skip
-    suite.in_image(args.image, args.caches, network=args.network)
     for name in names:
         print(make_receipt(project, output / f"{name}.json", args.key))
 

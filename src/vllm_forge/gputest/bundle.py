@@ -8,6 +8,7 @@ them over the installed vLLM to see the error that a patch cures.
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import tarfile
 from dataclasses import dataclass
@@ -17,48 +18,52 @@ from vllm_forge.gputest.caches import FOLDERS, cache_key
 from vllm_forge.patches import Applied, check_line, read_series
 from vllm_forge.patches.variants import without
 from vllm_forge.patches.wheel import changed_files
+from vllm_forge.receipts.errors import ReceiptSubjectError
 from vllm_forge.receipts.suite import CODECS_FOLDER, TESTS, plan_tier, read_suite, read_tiers
+from vllm_forge.sources import SourceRepo
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from vllm_forge.matrix import ImageCell
     from vllm_forge.patches import Patch
     from vllm_forge.project import Project
-    from vllm_forge.sources import SourceRepo
 
 SOURCE, VARIANTS = "source", "variants"
 PUBLISHED = "published"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bundle:
-    """A folder that ``tests.gpu.harness.run`` runs from, and what is tested in it.
+class SuiteImage:
+    """An image that the suite runs in; ``digest`` is the SHA-256 of its manifest, hex."""
 
-    Attributes:
-        folder: where it is.
-        tree: git tree hash of the patched source.
+    name: str
+    digest: str
+    labels: Mapping[str, str]
+
+
+def write_bundle(
+    project: Project, cell: ImageCell, image: SuiteImage, folder: Path
+) -> dict[str, Any]:
+    """Fill ``folder``, which must not exist; returns the plan, which is in its plan.json.
+
+    Raises:
+        ReceiptSubjectError: the image is of another SKU, line, lock or tree.
+        SuiteDescriptionError: see plan_tier.
     """
-
-    folder: Path
-    tree: str
-
-
-def write_bundle(project: Project, cell: ImageCell, repo: SourceRepo, folder: Path) -> Bundle:
-    """Fill ``folder``, which must not exist.
-
-    Args:
-        project: the checkout.
-        cell: SKU and line.
-        repo: has the line's source.
-        folder: is made.
-    """
+    repo = SourceRepo()
     applied = check_line(project, cell.line_name, repo)
+    plan = make_plan(project, cell, applied.result, image)
     copy_code(project.root, folder)
-    _write_source(project.root, repo, applied.base, folder / SOURCE)
+    archive = repo.git(
+        "archive", "--format=tar", applied.base, *read_suite(project.root)["release_sources"]
+    ).stdout
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(folder / SOURCE, filter="data")
     _write_variants(read_series(project.root / cell.line.series), repo, applied, folder / VARIANTS)
-    return Bundle(folder=folder, tree=applied.result)
+    (folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+    return plan
 
 
 def copy_code(root: Path, folder: Path) -> None:
@@ -70,14 +75,24 @@ def copy_code(root: Path, folder: Path) -> None:
         shutil.copyfile(root / name / "__init__.py", folder / name / "__init__.py")
 
 
-def make_plan(
-    project: Project, cell: ImageCell, tree: str, subject: dict[str, Any]
-) -> dict[str, Any]:
-    """The file that says to the runner what it tests, and by which tiers.
+def make_plan(project: Project, cell: ImageCell, tree: str, image: SuiteImage) -> dict[str, Any]:
+    """What the runner tests, and by which tiers.
 
     Raises:
+        ReceiptSubjectError: with the first label of the image that differs.
         SuiteDescriptionError: see plan_tier.
     """
+    lock = project.lock(cell.line_name).digest
+    expected = {
+        "sku": cell.sku_name, "line": cell.line_name, "tree": tree, "lock": f"sha256:{lock}"
+    }  # fmt: skip
+    for name, value in expected.items():
+        if (actual := image.labels.get(f"io.vllm-forge.{name}")) != value:
+            raise ReceiptSubjectError(
+                f"the image's {name} is {actual}, expected {value}",
+                where=image.name,
+                remedy=f"build {cell.name} again, or name the right --sku, --line and --image",
+            )
     return {
         "sku": cell.sku_name,
         "device": cell.sku.device,
@@ -85,21 +100,13 @@ def make_plan(
         "line": cell.line_name,
         "vllm": cell.line.vllm,
         "tree": tree,
-        "lock_sha256": project.lock(cell.line_name).digest,
-        "subject": subject,
+        "lock_sha256": lock,
+        "subject": {"name": image.name, "sha256": image.digest},
         "caches": {"folders": FOLDERS, "key": cache_key(project, cell, tree)},
         "tiers": {
             name: plan_tier(project, name, cell.sku_name) for name in read_tiers(project.root)
         },
     }
-
-
-def _write_source(root: Path, repo: SourceRepo, base: str, folder: Path) -> None:
-    """Parts of the release that the suite's description names."""
-    paths = read_suite(root)["release_sources"]
-    archive = repo.git("archive", "--format=tar", base, *paths).stdout
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        tar.extractall(folder, filter="data")
 
 
 def _write_variants(

@@ -38,13 +38,7 @@ FOLDERS = {
 
 
 def cache_key(project: Project, cell: ImageCell, tree: str) -> dict[str, str]:
-    """What compiled kernels are good for: the GPU's architecture, the source, all other packages.
-
-    Args:
-        project: the checkout.
-        cell: SKU and line.
-        tree: git tree hash of the patched source.
-    """
+    """What kernels are compiled for: the GPU's architecture, the source's tree, all packages."""
     return {
         "compute_capability": cell.sku.compute_capability,
         "tree": tree,
@@ -54,15 +48,7 @@ def cache_key(project: Project, cell: ImageCell, tree: str) -> dict[str, str]:
 
 
 def require_key(folder: Path, key: Mapping[str, str]) -> None:
-    """Refuse what was compiled for another stack.
-
-    Args:
-        folder: what ``test-gpu --caches`` left.
-        key: what of the stack is known.
-
-    Raises:
-        JitCacheError: with the first difference.
-    """
+    """Refuse a folder of ``test-gpu --caches`` with kernels of another stack, by JitCacheError."""
     try:
         recorded = json.loads((folder / KEY).read_text(encoding="utf-8"))
         different = [name for name in key if recorded[name] != key[name]]
@@ -82,12 +68,7 @@ def require_key(folder: Path, key: Mapping[str, str]) -> None:
 
 
 def prewarm_of(project: Project, cell: ImageCell, folder: Path) -> Prewarm:
-    """Compiled kernels for a cell's image: those of a run in an image of the same stack.
-
-    Args:
-        project: the checkout.
-        cell: SKU and line.
-        folder: what ``test-gpu --caches`` left.
+    """Compiled kernels for a cell's image: what ``test-gpu --caches`` left in ``folder``.
 
     Raises:
         JitCacheError: of another GPU architecture, tree or lock.

@@ -1,11 +1,11 @@
-"""Which image an engine's store has under a name, by the digest that a registry knows it by."""
+"""Find an image in an engine's store, with the digest that a registry knows it by."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.gputest.bundle import SuiteImage
 from vllm_forge.images.docker_api import inspect_image
 from vllm_forge.images.engine import hex_digest
 from vllm_forge.images.errors import EngineTooOldError, EngineUnreachableError
@@ -18,26 +18,9 @@ if TYPE_CHECKING:
 
     from vllm_forge.host import Probe
 
-TREE_LABEL = "io.vllm-forge.tree"
 
-
-@dataclass(frozen=True, kw_only=True)
-class StoredImage:
-    """An image in an engine's store.
-
-    Attributes:
-        engine: its program.
-        digest: SHA-256 of the manifest, hex.
-        tree: of the patched source, by the image's label; empty if it has none.
-    """
-
-    engine: str
-    digest: str
-    tree: str
-
-
-def find_image(probe: Probe, name: str, layout: Path) -> StoredImage:
-    """The image of a name in the first engine's store that has one.
+def find_image(probe: Probe, name: str, layout: Path) -> tuple[str, SuiteImage]:
+    """The first engine whose store has an image of this name, and the image.
 
     Args:
         probe: asks the host.
@@ -56,11 +39,12 @@ def find_image(probe: Probe, name: str, layout: Path) -> StoredImage:
         image, docker = None, error.what
     if image is not None:
         digest = _manifest(image, name, layout)
-        return StoredImage(engine="docker", digest=digest, tree=_tree(image))
+        return "docker", SuiteImage(name=name, digest=digest, labels=_labels(image))
     reply = probe.ask("podman-image", ["podman", "image", "inspect", name])
     if reply.code == 0:
         (image,) = json.loads(reply.text)
-        return StoredImage(engine="podman", digest=hex_digest(image["Digest"]), tree=_tree(image))
+        digest = hex_digest(image["Digest"])
+        return "podman", SuiteImage(name=name, digest=digest, labels=_labels(image))
     raise NoGpuError(
         f"no container engine has {name}",
         where=f"{docker}; podman: {'not installed' if reply.missing else 'no such image'}",
@@ -68,8 +52,8 @@ def find_image(probe: Probe, name: str, layout: Path) -> StoredImage:
     )
 
 
-def _tree(image: dict[str, Any]) -> str:
-    return str(((image.get("Config") or {}).get("Labels") or {}).get(TREE_LABEL, ""))
+def _labels(image: dict[str, Any]) -> dict[str, str]:
+    return (image.get("Config") or {}).get("Labels") or {}
 
 
 def _manifest(image: dict[str, Any], name: str, layout: Path) -> str:

@@ -21,15 +21,13 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import zstandard
 
 from vllm_forge.errors import UsageError
-from vllm_forge.gputest.bundle import make_plan, write_bundle
+from vllm_forge.gputest.bundle import SuiteImage, write_bundle
 from vllm_forge.gputest.caches import require_key
 from vllm_forge.gputest.errors import KitError
 from vllm_forge.gputest.launch import ENVIRONMENT, suite_command, unpack_tools
 from vllm_forge.host import atomic_path, report, require_disk, tree_bytes
 from vllm_forge.images.layout import Image, read_image, verify
 from vllm_forge.images.prewarm import place_of
-from vllm_forge.receipts.errors import ReceiptSubjectError
-from vllm_forge.sources import SourceRepo
 
 if TYPE_CHECKING:
     from vllm_forge.matrix import ImageCell
@@ -103,14 +101,12 @@ def make_kit(project: Project, cell: ImageCell, options: KitOptions) -> Path:
     with atomic_path(options.output) as aside:
         content = aside.with_name(f"content of {aside.name}")  # removed with it in any case
         content.mkdir()
-        bundle = write_bundle(project, cell, SourceRepo(), content / "bundle")
-        require_image_of(project, cell, image, bundle.tree)
-        unpack_tools(project.root, bundle.folder)
-        subject = {"name": cell.name, "sha256": image.digest}
-        plan = make_plan(project, cell, bundle.tree, subject)
-        (bundle.folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+        bundle, labels = content / "bundle", image.config["config"].get("Labels") or {}
+        tested = SuiteImage(name=cell.name, digest=image.digest, labels=labels)
+        plan = write_bundle(project, cell, tested, bundle)
+        unpack_tools(project.root, bundle)
         for place, folder in options.inputs.items():
-            shutil.copytree(folder, bundle.folder / place)
+            shutil.copytree(folder, bundle / place)
         key = plan["caches"]["key"]
         place = place_of(key)
         if options.caches is not None:
@@ -133,28 +129,6 @@ def make_kit(project: Project, cell: ImageCell, options: KitOptions) -> Path:
             (aside / "run.sh").write_text(RUN)
             shutil.copyfile(HOST, aside / "kit.py")
     return options.output
-
-
-def require_image_of(project: Project, cell: ImageCell, image: Image, tree: str) -> None:
-    """Refuse an image of another SKU, line, lock or tree than the suite would say.
-
-    Raises:
-        ReceiptSubjectError: with the first label that differs.
-    """
-    labels = image.config["config"].get("Labels") or {}
-    lock = project.lock(cell.line_name)
-    for name, expected in {
-        "sku": cell.sku_name,
-        "line": cell.line_name,
-        "tree": tree,
-        "lock": f"sha256:{lock.digest}",
-    }.items():
-        if (actual := labels.get(f"io.vllm-forge.{name}")) != expected:
-            raise ReceiptSubjectError(
-                f"the image's {name} is {actual}, expected {expected}",
-                where=str(image.path),
-                remedy=f"build {cell.name} again, or name the right --sku, --line and --image",
-            )
 
 
 def write_layers(image: Image, folder: Path) -> None:

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vllm_forge.gputest.bundle import make_plan, write_bundle
+from vllm_forge.gputest.bundle import write_bundle
 from vllm_forge.gputest.errors import RED, SuiteRedError, SuiteUndecidedError, WrongGpuError
 from vllm_forge.gputest.find_image import find_image
 from vllm_forge.host import gpu_container
 from vllm_forge.host.gpus import DETAILED, gpu_query
 from vllm_forge.images.prewarm import SCRIPT, place_of
-from vllm_forge.receipts.errors import ReceiptSubjectError
 from vllm_forge.serve.doctor.host import listed_gpus
-from vllm_forge.sources import SourceRepo, Wheelhouse, read_wheels
+from vllm_forge.sources import Wheelhouse, read_wheels
 from vllm_forge.sources.errors import LockFileError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm_forge.gputest.bundle import Bundle
     from vllm_forge.host import Probe
     from vllm_forge.matrix import ImageCell
     from vllm_forge.project import Project
@@ -96,79 +92,58 @@ def require_sku(probe: Probe, cell: ImageCell) -> None:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SuiteRun:
-    """The suite on this host, with all its GPUs.
+def run_in_image(
+    project: Project,
+    cell: ImageCell,
+    probe: Probe,
+    reference: str | None,
+    *,
+    output: Path,
+    inputs: dict[str, Path],
+    args: Sequence[str],
+    caches: Path | None = None,
+    network: bool = False,
+) -> None:
+    """Run the suite inside an image, by the engine that has it, with all GPUs of this host.
 
-    Attributes:
+    Args:
         project: the repository.
         cell: SKU and line.
-        output: where results go.
+        probe: asks the host.
+        reference: the image; None is the one that a build with ``--load`` left.
+        output: folder for results.
         inputs: place in the bundle -> folder: models and prompts, which stay where they are.
         args: of tests.gpu.harness.run.
-        probe: asks the host.
+        caches: folder for what JIT compilers make.
+        network: whether FlashInfer can download kernels that no wheel has, into caches.
+
+    Raises:
+        WrongGpuError: the GPU is not the SKU's.
+        NoGpuError: no engine has the image.
+        ReceiptSubjectError: the image is of another SKU, line, lock or tree, or its digest is
+            unknown.
+        SuiteRedError, SuiteUndecidedError: a tier is not green.
     """
-
-    project: Project
-    cell: ImageCell
-    output: Path
-    inputs: dict[str, Path]
-    args: Sequence[str]
-    probe: Probe
-
-    def in_image(
-        self, reference: str | None, caches: Path | None = None, *, network: bool = False
-    ) -> None:
-        """Run inside an image, by the engine that has it.
-
-        Args:
-            reference: the image; None is the one that a build with ``--load`` left.
-            caches: folder for what JIT compilers make.
-            network: whether FlashInfer can download kernels that no wheel has, into caches.
-
-        Raises:
-            WrongGpuError: the GPU is not the SKU's.
-            NoGpuError: no engine has the image.
-            ReceiptSubjectError: the image is of another tree than the series, or its digest is
-                unknown.
-            SuiteRedError, SuiteUndecidedError: a tier is not green.
-        """
-        require_sku(self.probe, self.cell)
-        name = reference or f"localhost/{self.cell.name}:{self.cell.line_name}"
-        image = find_image(self.probe, name, self.project.root / "dist" / self.cell.name)
-        with tempfile.TemporaryDirectory() as work:
-            bundle = write_bundle(self.project, self.cell, SourceRepo(), Path(work) / "bundle")
-            if image.tree != bundle.tree:
-                raise ReceiptSubjectError(
-                    f"the image is of tree {image.tree or 'unknown'}, the series gives "
-                    f"{bundle.tree}",
-                    where=name,
-                    remedy="build it again, or check out the commit that it was built from",
-                )
-            unpack_tools(self.project.root, bundle.folder)
-            plan = self._plan(bundle, {"name": name, "sha256": image.digest})
-            for place in self.inputs:  # the bundle is mounted read-only: no engine could make them
-                (bundle.folder / place).mkdir(parents=True)
-            self.output.mkdir(parents=True, exist_ok=True)
-            if caches is not None:
-                caches.mkdir(parents=True, exist_ok=True)
-            argv = container_command(
-                image.engine,
-                name,
-                bundle.folder,
-                self.output.resolve(),
-                self.args,
-                inputs=self.inputs,
-                caches=None if caches is None else (caches, place_of(plan["caches"]["key"])),
-                network=network,
-            )
-            code = subprocess.run(argv, check=False).returncode
-        require_green(code, self.output)
-
-    def _plan(self, bundle: Bundle, subject: dict[str, Any]) -> dict[str, Any]:
-        plan = make_plan(self.project, self.cell, bundle.tree, subject)
-        (bundle.folder / "plan.json").write_text(json.dumps(plan, indent=1))
-        return plan
+    require_sku(probe, cell)
+    name = reference or f"localhost/{cell.name}:{cell.line_name}"
+    engine, image = find_image(probe, name, project.root / "dist" / cell.name)
+    with tempfile.TemporaryDirectory() as work:
+        bundle = Path(work) / "bundle"
+        plan = write_bundle(project, cell, image, bundle)
+        unpack_tools(project.root, bundle)
+        for place in inputs:  # the bundle is mounted read-only: no engine could make them
+            (bundle / place).mkdir(parents=True)
+        output.mkdir(parents=True, exist_ok=True)
+        mounted = None
+        if caches is not None:
+            caches.mkdir(parents=True, exist_ok=True)
+            mounted = (caches, place_of(plan["caches"]["key"]))
+        argv = container_command(
+            engine, name, bundle, output.resolve(), args,
+            inputs=inputs, caches=mounted, network=network,
+        )  # fmt: skip
+        code = subprocess.run(argv, check=False).returncode
+    require_green(code, output)
 
 
 def container_command(

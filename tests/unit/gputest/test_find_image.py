@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from vllm_forge.gputest import find_image as product
-from vllm_forge.gputest.find_image import StoredImage
+from vllm_forge.gputest.bundle import SuiteImage
 from vllm_forge.host.probe import Reply
 from vllm_forge.images.errors import EngineUnreachableError, LayoutError
 from vllm_forge.images.layout import write_image
@@ -46,10 +46,14 @@ class Engines:
         return Reply(code=0, text=json.dumps([described(self.podman)]))
 
 
-def find_image(host: Engines, name: str, layout: Path) -> StoredImage:
+def ask(host: Engines, name: str, layout: Path) -> tuple[str, SuiteImage]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vllm_forge.gputest.find_image.inspect_image", lambda _: host.docker)
         return product.find_image(host, name, layout)
+
+
+def find_image(host: Engines, name: str, layout: Path) -> SuiteImage:
+    return ask(host, name, layout)[1]
 
 
 @pytest.fixture
@@ -61,16 +65,17 @@ def config_of(image: Image) -> str:
     return str(image.manifest["config"]["digest"])
 
 
-def test_the_engine_that_has_the_image_says_digest_and_tree(tmp_path: Path) -> None:
-    found = find_image(Engines(podman="sha256:d1|7ree|\n"), "x", tmp_path / "none")
-    assert found == StoredImage(engine="podman", digest="d1", tree="7ree")
+def test_engine_digest_and_labels_are_found(tmp_path: Path) -> None:
+    labels = {"io.vllm-forge.tree": "7ree"}
+    engine, image = ask(Engines(podman="sha256:d1|7ree|\n"), "x", tmp_path / "none")
+    assert (engine, image) == ("podman", SuiteImage(name="x", digest="d1", labels=labels))
     both = Engines(docker="sha256:d0|7ree|x@sha256:d0", podman="sha256:d1|7ree|")
-    assert find_image(both, "x", tmp_path / "none").engine == "docker"
+    assert ask(both, "x", tmp_path / "none")[0] == "docker"
 
 
-def test_an_image_without_our_label_has_no_tree(tmp_path: Path) -> None:
-    found = find_image(Engines(docker="sha256:d0||x@sha256:d0"), "x", tmp_path / "none")
-    assert found == StoredImage(engine="docker", digest="d0", tree="")
+def test_foreign_image_has_no_labels(tmp_path: Path) -> None:
+    image = find_image(Engines(docker="sha256:d0||x@sha256:d0"), "x", tmp_path / "none")
+    assert (image.digest, image.labels) == ("d0", {})
 
 
 def test_stopped_docker_is_named_when_no_engine_has_it(

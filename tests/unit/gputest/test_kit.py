@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +20,6 @@ from vllm_forge.gputest.kit import (
     HOST,
     RUN,
     parse_size,
-    require_image_of,
     write_layers,
     write_parts,
 )
@@ -29,7 +27,6 @@ from vllm_forge.images.layer import FILE_NAMES, ZSTD, ZstdLayerWriter
 from vllm_forge.images.layout import Image, ImageLayer, write_image
 from vllm_forge.images.store import write_layer
 from vllm_forge.images.wheels import Entry
-from vllm_forge.receipts.errors import ReceiptSubjectError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -331,23 +328,6 @@ def test_host_side_stands_alone() -> None:
     )
     assert (done.returncode, "usage" in done.stderr) == (1, True)
     assert "vllm_forge" not in HOST.read_text()
-
-
-@pytest.mark.parametrize("label", ["sku", "line", "tree", "lock"])
-def test_image_of_another_cell_is_refused(label: str, image: Image) -> None:
-    project: Any = SimpleNamespace(lock=lambda _: SimpleNamespace(digest="1" * 64))
-    cell: Any = SimpleNamespace(
-        sku_name="b300", line_name="0.26", line=None, base=None, name="vllm-0.26.0-b300"
-    )
-    labels = {"sku": "b300", "line": "0.26", "tree": "2" * 40, "lock": f"sha256:{'1' * 64}"}
-
-    def of(labels: dict[str, str]) -> Image:
-        config = {"Labels": {f"io.vllm-forge.{name}": value for name, value in labels.items()}}
-        return Image(path=image.path, digest="", config={"config": config}, manifest={})
-
-    require_image_of(project, cell, of(labels), "2" * 40)
-    with pytest.raises(ReceiptSubjectError, match=f"the image's {label} is other"):
-        require_image_of(project, cell, of(labels | {label: "other"}), "2" * 40)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.wheels import Member, write_wheel
 from vllm_forge.gputest import launch as gpu
+from vllm_forge.gputest.bundle import SuiteImage, make_plan
 from vllm_forge.gputest.errors import SuiteRedError, SuiteUndecidedError, WrongGpuError
 from vllm_forge.gputest.launch import (
     container_command,
@@ -21,6 +22,7 @@ from vllm_forge.gputest.launch import (
 from vllm_forge.host.probe import Reply
 from vllm_forge.images.prewarm import SCRIPT
 from vllm_forge.project import Project
+from vllm_forge.receipts.errors import ReceiptSubjectError
 from vllm_forge.sources.errors import LockFileError
 
 if TYPE_CHECKING:
@@ -158,6 +160,23 @@ def test_pytest_is_one_that_keeps_groups_together(root: Path) -> None:
     """See tests/gpu/requirements.txt: engines of one name would be started by several workers."""
     (pytest_wheel,) = [wheel for wheel in gpu.test_tools(root) if wheel.name == "pytest"]
     assert tuple(map(int, pytest_wheel.version.split(".")[:2])) < (9, 2)
+
+
+@pytest.mark.parametrize("label", ["sku", "line", "tree", "lock"])
+def test_image_of_another_cell_is_refused(root: Path, label: str) -> None:
+    """A B300 image on an H200 host too: kits and engines ask this before anything is run."""
+    project = Project(root)
+    cell, lock = project.cell("h200", "0.26"), project.lock("0.26").digest
+    labels = {"sku": "h200", "line": "0.26", "tree": "2" * 40, "lock": f"sha256:{lock}"}
+
+    def plan(**other: str) -> dict[str, object]:
+        named = {f"io.vllm-forge.{name}": value for name, value in (labels | other).items()}
+        image = SuiteImage(name="x", digest="1" * 64, labels=named)
+        return make_plan(project, cell, "2" * 40, image)
+
+    assert plan()["subject"] == {"name": "x", "sha256": "1" * 64}
+    with pytest.raises(ReceiptSubjectError, match=f"the image's {label} is other"):
+        plan(**{label: "other"})
 
 
 class Smi:
