@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -61,20 +60,19 @@ def build(project: Project, args: argparse.Namespace) -> None:
     if args.dry_run:
         build_steps(plan, runner)
     else:
-        result = build_image(plan, runner)
+        image, fresh = build_image(plan, runner)
     if args.load:
         engine.load(runner, plan.target, plan.name)
     if args.push:
         _push(runner, plan.target, args.push)
     if args.dry_run:
         return
-    image = result.image
     console.print(
-        f"[bold green]{'built' if result.fresh else 'up to date'}[/] {image.path}\n"
+        f"[bold green]{'built' if fresh else 'up to date'}[/] {image.path}\n"
         f"  sha256:{image.digest}  {image.size / 1e6:.0f} MB"
     )
     digest = f"sha256:{image.digest}"
-    document = {"image": str(image.path), "digest": digest, "built": result.fresh}
+    document = {"image": str(image.path), "digest": digest, "built": fresh}
     print_json(args, json.dumps(document))
     console.print(f"next: {_next_command(project, cell, args)}", markup=False)
 
@@ -143,20 +141,21 @@ def clean(project: Project, args: argparse.Namespace) -> None:
 def why_rebuild(project: Project, args: argparse.Namespace) -> None:
     """Name the inputs that changed since the last build."""
     from vllm_forge.images import choose_engine, resolve
-    from vllm_forge.images.rebuild_reasons import read_record, recorded_engine, why_rebuild
+    from vllm_forge.images.plan import read_record, why_rebuild
 
     cell = project.cell(args.sku, args.line)
     options = _options(project, args)
     record = read_record(options.output / f"{cell.name}.json")
-    engine = args.engine or recorded_engine(record)
+    engine = args.engine or (None if record is None else str(record["engine"]))
     # No engine need be here: its name is one of the inputs, and that is all.
     plan = resolve(project, cell, options, choose_engine(engine, dry_run=True))
     reason = why_rebuild(plan)
     if args.json:
-        print_json(args, {"cell": cell.name, **asdict(reason)})
+        changes = [{"name": name, "parts": parts} for name, parts in reason.changes.items()]
+        print_json(args, {"cell": cell.name, "state": reason.state, "changes": changes})
         return
     print(f"{cell.name}: {reason.state}")
-    for change in reason.changes:
-        print(f"  {change.name}")
-        for part in change.parts:
+    for name, parts in reason.changes.items():
+        print(f"  {name}")
+        for part in parts:
             print(f"    {part}")

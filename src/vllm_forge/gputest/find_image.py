@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.gputest.bundle import SuiteImage
 from vllm_forge.images.docker_api import inspect_image
-from vllm_forge.images.engine import hex_digest
 from vllm_forge.images.errors import EngineTooOldError, EngineUnreachableError
-from vllm_forge.images.layout import read_image
+from vllm_forge.images.layout import hex_digest, read_image
 from vllm_forge.receipts.errors import ReceiptSubjectError
 from vllm_forge.serve.errors import NoGpuError
 

@@ -1,12 +1,11 @@
 """Images: layers from wheels, a system from an engine, one checked OCI layout per cell."""
 
-from vllm_forge.images.assembly import patched_wheel
 from vllm_forge.images.build import (
-    BuildResult,
     build_image,
-    build_layers,
     build_steps,
     build_system,
+    patched_wheel,
+    write_layers,
 )
 from vllm_forge.images.engines import choose_engine, provision
 from vllm_forge.images.layout import Image, read_image, verify
@@ -14,11 +13,9 @@ from vllm_forge.images.plan import BuildOptions, ImagePlan, resolve
 
 __all__ = [
     "BuildOptions",
-    "BuildResult",
     "Image",
     "ImagePlan",
     "build_image",
-    "build_layers",
     "build_steps",
     "build_system",
     "choose_engine",
@@ -27,4 +24,5 @@ __all__ = [
     "read_image",
     "resolve",
     "verify",
+    "write_layers",
 ]

@@ -7,21 +7,26 @@ where it was, and a changed patch rebuilds one small layer.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import multiprocessing
+import os
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.markup import escape
 
-from vllm_forge.host import atomic_path, console, exclusive, move, report
-from vllm_forge.images.assembly import (
-    Candidate,
-    PatchedSource,
-    assemble,
-    make_wheel,
-    write_patch_layer,
+from vllm_forge.host import (
+    atomic_path,
+    cache_root,
+    console,
+    end_with_parent,
+    exclusive,
+    move,
+    remove,
+    report,
 )
 from vllm_forge.images.base import make_rootfs, write_host_sources
 from vllm_forge.images.checks import (
@@ -32,42 +37,98 @@ from vllm_forge.images.checks import (
     image_contract,
     judge,
     recorded_selection,
+    write_inputs,
 )
+from vllm_forge.images.content import (
+    VLLM,
+    WheelGroup,
+    group_entries,
+    health_entry,
+    labels,
+    patch_entries,
+    patch_key,
+    stack_entry,
+    stack_record,
+)
+from vllm_forge.images.engines import BYTECODE
 from vllm_forge.images.errors import LayoutError
-from vllm_forge.images.layer_jobs import write_layers
-from vllm_forge.images.layout import Image, blob_times, read_image, set_name
-from vllm_forge.images.plan import hashes
-from vllm_forge.images.store import forget_damaged
+from vllm_forge.images.layout import (
+    Image,
+    ImageLayer,
+    blob_times,
+    read_image,
+    set_name,
+    timestamp,
+    write_image,
+)
+from vllm_forge.images.prewarm import SCRIPT, prewarm_layer
+from vllm_forge.images.slim import update_record, write_slim_layer
+from vllm_forge.images.store import (
+    StoredLayer,
+    forget_damaged,
+    require_stored,
+    stored,
+    write_layer,
+)
 from vllm_forge.images.system import host_secrets, load_system, make_system
+from vllm_forge.kernels.selection.questions import declared_device
+from vllm_forge.patches import build_wheel, check_line
+from vllm_forge.patches.wheel import GENERATED, PatchedWheel, python_blobs
+from vllm_forge.sources import Lock, SourceRepo, Wheelhouse
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from vllm_forge.host import Runner
     from vllm_forge.images.plan import ImagePlan
+    from vllm_forge.images.system import System
+    from vllm_forge.images.wheels import Entry
     from vllm_forge.kernels.coverage.contract import Contract
     from vllm_forge.kernels.selection.record import SelectionRecord
+    from vllm_forge.matrix import ImageCell
+    from vllm_forge.patches import Applied
+
+T = TypeVar("T")
+WORKERS = 2
+NICE = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildResult:
-    """A finished image and whether anything had to be done for it."""
+class PatchedSource:
+    """A line's series, applied, and the wheel that it makes of the release."""
+
+    applied: Applied
+    wheel: PatchedWheel
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchLayer:
+    """Changed files, metadata and stack.json (``stack``), on a system; above it the ``prewarm``."""
+
+    system: System
+    stack: dict[str, Any]
+    layer: StoredLayer
+    prewarm: StoredLayer | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """An image that is complete and not checked; all layers are lowest first.
+
+    ``folders``: unpacked layers that hold wheels or patches; ``stack``: its stack.json.
+    """
 
     image: Image
-    fresh: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckReport:
-    """What the checks of an image that passed have found."""
-
-    verdicts: dict[str, Any]
+    layers: tuple[ImageLayer, ...]
+    labels: dict[str, str]
+    stack: dict[str, Any]
+    folders: tuple[Path, ...]
     shares: tuple[LayerShare, ...]
-    contract: Contract | None
 
 
-def build_image(plan: ImagePlan, runner: Runner) -> BuildResult:
-    """Build and check a cell's image, unless it is there.
+def build_image(plan: ImagePlan, runner: Runner) -> tuple[Image, bool]:
+    """Build and check a cell's image, unless it is there; also whether anything had to be done.
 
     Raises:
         BusyError: this cell is being built by another process.
@@ -75,16 +136,16 @@ def build_image(plan: ImagePlan, runner: Runner) -> BuildResult:
     """
     with exclusive(f"build-{plan.cell.name}", wait=False):
         if not plan.options.refresh_base and (known := plan.up_to_date()):
-            return BuildResult(image=known, fresh=False)
+            return known, False
         plan.require_disk()
         build_steps(plan, runner)
-        return BuildResult(image=read_image(plan.target), fresh=True)
+        return read_image(plan.target), True
 
 
 def build_steps(plan: ImagePlan, runner: Runner) -> None:
     """All steps, in order; the system image is built while the wheel layers are written."""
-    cell, started = plan.cell, time.monotonic()
-    plan.engine.check(runner)
+    cell, engine, started = plan.cell, plan.engine, time.monotonic()
+    engine.check(runner)
     selection = runner.act(
         f"read what vLLM selects on {cell.sku_name}", lambda: recorded_selection(plan.project, cell)
     )
@@ -93,7 +154,7 @@ def build_steps(plan: ImagePlan, runner: Runner) -> None:
         source = runner.act(
             f"fetch {len(plan.lock.wheels)} wheels of {cell.line.lock}, write "
             f"{len(plan.groups)} layers, apply the series, write the patched wheel",
-            lambda: build_layers(plan),
+            lambda: write_layers(cell, plan.groups, lambda: make_wheel(plan)),
         )
         system_key = system_job.result()
     patch = runner.act(
@@ -103,23 +164,27 @@ def build_steps(plan: ImagePlan, runner: Runner) -> None:
     candidate = runner.act(
         f"assemble the image in {plan.work}", lambda: assemble(plan, source(), patch())
     )
-    with report("check the image inside"), ThreadPoolExecutor(1) as pool:
+    with (
+        report("check the image inside"),
+        ThreadPoolExecutor(1) as pool,
+        engine.loaded(runner, plan.candidate, plan.candidate_name),
+    ):
         outside = pool.submit(
             runner.act,
             "check the kernel contract, the layout and every blob",
             lambda: check_outside(plan, selection(), candidate()),
         )
         as_image_user, as_any_user = plan.checks_inside()
-        outputs = [plan.engine.run_in_image(runner, as_image_user)]
+        outputs = [engine.run_in_image(runner, as_image_user)]
         contract = outside.result()  # first: it deletes a damaged layer, which the next run mounts
-        outputs.append(plan.engine.run_in_image(runner, as_any_user))
-    checks = runner.act(
+        outputs.append(engine.run_in_image(runner, as_any_user))
+    verdicts = runner.act(
         "read the verdicts; check the size budget",
         lambda: accept(plan, candidate(), outputs, contract()),
     )
     runner.act(
         f"give the image its name: {plan.target}",
-        lambda: publish(plan, candidate(), checks(), seconds=time.monotonic() - started),
+        lambda: publish(plan, candidate(), verdicts(), contract(), time.monotonic() - started),
     )
 
 
@@ -140,9 +205,200 @@ def build_system(plan: ImagePlan, runner: Runner) -> str:
         return make_system(runner, plan, secrets=secrets, refresh=refresh)
 
 
-def build_layers(plan: ImagePlan) -> PatchedSource:
-    """Download and write the wheel layers; meanwhile apply the series and write its wheel."""
-    return write_layers(plan.cell, plan.groups, lambda: make_wheel(plan))
+def write_layers(
+    cell: ImageCell,
+    groups: Sequence[WheelGroup],
+    meanwhile: Callable[[], T],
+    *,
+    slim: bool = True,
+) -> T:
+    """Download the wheels of ``groups`` and write what is not there yet.
+
+    Args:
+        cell: whose SKU and line they are for.
+        groups: lowest layer first.
+        meanwhile: called when all wheels are fetched, while worker processes write the layers; its
+            result is returned.
+        slim: also the SKU's layers of libraries; a proof does without.
+    """
+    wheelhouse = Wheelhouse()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(WORKERS, spawn, _start_worker, (os.getpid(),)) as pool:
+        jobs = []
+        for group in groups:
+            wheelhouse.fetch(group.wheels)
+            if any(stored(key) is None for key in group.keys[: 2 if slim else 1]):
+                jobs.append(pool.submit(_write_group, group, cell, slim=slim))
+        result = meanwhile()
+        for job in jobs:
+            job.result()
+    return result
+
+
+def _start_worker(parent: int) -> None:
+    """A worker is polite (the rootfs is made meanwhile) and does not outlive the build."""
+    end_with_parent(parent)
+    os.nice(NICE)
+
+
+def _write_group(group: WheelGroup, cell: ImageCell, *, slim: bool) -> None:
+    """Worker process: verify a layer's wheels; write the layer, and the SKU's of its libraries."""
+    wheelhouse, epoch = Wheelhouse(), cell.base.source_date_epoch
+    paths = [wheelhouse.verify(wheel) for wheel in group.wheels]
+    entries = group_entries(group.name, paths, cell.line.python)
+    whole = write_layer(group.key, entries, epoch, code_apart=group.slim_key is not None)
+    if slim and group.slim_key is not None:
+        major, minor = (int(part) for part in cell.sku.compute_capability.split("."))
+        write_slim_layer(group.slim_key, whole, (major, minor), epoch)
+
+
+def make_wheel(plan: ImagePlan) -> PatchedSource:
+    """Apply the series; write the line's patched wheel."""
+    repo, cell = SourceRepo(), plan.cell
+    applied = check_line(plan.project, cell.line_name, repo)
+    wheel = patched_wheel(cell, plan.lock, applied, repo, Wheelhouse())
+    return PatchedSource(applied=applied, wheel=wheel)
+
+
+def patched_wheel(
+    cell: ImageCell, lock: Lock, applied: Applied, repo: SourceRepo, wheelhouse: Wheelhouse
+) -> PatchedWheel:
+    """The line's one wheel, in the cache."""
+    published = lock.find(VLLM)
+    key = f"{published.sha256}-{applied.result}"
+    path = wheelhouse.verify(published)
+    with exclusive(f"patched-{key}", wait=True):  # two SKUs of a line may be built at once
+        return build_wheel(repo, applied, path, cell.line.vllm, cache_root() / "patched" / key)
+
+
+def write_patch_layer(plan: ImagePlan, system: System, source: PatchedSource) -> PatchLayer:
+    """The last, small layer, and above it the kernels that the plan brings."""
+    cell, prewarm = plan.cell, plan.options.prewarm
+    epoch = cell.base.source_date_epoch
+    removed = {path: row for _, layer in wheel_layers(plan) for path, row in layer.removed.items()}
+    slim = {path: row for path, row in sorted(removed.items()) if row["bytes"]}
+    stack = stack_record(plan, source.wheel, system, slim)
+    published = plan.lock.find(VLLM)
+    paths = Wheelhouse().path(published), source.wheel.path
+    entries = patch_layer_entries(*paths, stack, cell.line.python)
+    return PatchLayer(
+        system=system,
+        stack=stack,
+        layer=write_layer(patch_key(cell, published, stack), entries, epoch),
+        prewarm=None if prewarm is None else prewarm_layer(prewarm, epoch),
+    )
+
+
+def patch_layer_entries(
+    published: Path, patched: Path, stack: dict[str, Any], python: str
+) -> list[Entry]:
+    """Changed files, metadata, stack.json, the health check.
+
+    RECORD has the hashes of the slimmed libraries.
+    """
+    entries = [health_entry(), stack_entry(stack)]
+    for entry in patch_entries(published, patched, python):
+        content = entry.content
+        if content is not None and entry.path.endswith(".dist-info/RECORD"):
+            content = update_record(content, entry.path, stack["slim"])
+        entries.append(replace(entry, content=content))
+    return sorted(entries, key=lambda entry: entry.path)
+
+
+def assemble(plan: ImagePlan, source: PatchedSource, patch: PatchLayer) -> Candidate:
+    """Write the candidate's layout, and what the checks inside must find."""
+    cell, epoch = plan.cell, plan.cell.base.source_date_epoch
+    image_labels = labels(patch.stack, timestamp(epoch))
+    wheels = wheel_layers(plan)
+    layers = image_layers(cell, patch, wheels)
+    image = write_image(
+        plan.candidate,
+        layers=layers,
+        config=image_config(plan, patch, image_labels, layers),
+        epoch=epoch,
+        name=plan.candidate_name,
+    )
+    write_inputs(plan.work / "inputs", expectation(cell, source.applied, patch.stack))
+    remove(plan.patch_files)
+    plan.patch_files.symlink_to(patch.layer.files)
+    return Candidate(
+        image=image,
+        layers=layers,
+        labels=image_labels,
+        stack=patch.stack,
+        folders=(*(layer.files for _, layer in wheels), patch.layer.files),
+        shares=tuple(
+            LayerShare(
+                name=layer.created_by.removeprefix("vllm-forge: "),
+                size=layer.blob.size,
+                system=number < len(patch.system.layers),
+            )
+            for number, layer in enumerate(layers)
+        ),
+    )
+
+
+def wheel_layers(plan: ImagePlan) -> list[tuple[str, StoredLayer]]:
+    """Name and layer of all groups, lowest first; written by now, empty ones included."""
+    layers = []
+    for group in plan.groups:
+        layers.append((f"{group.name} wheels", require_stored(group.key)))
+        if group.slim_key is not None:
+            name = f"{group.name} libraries for {plan.cell.sku.arch}"
+            layers.append((name, require_stored(group.slim_key)))
+    return layers
+
+
+def image_layers(
+    cell: ImageCell, patch: PatchLayer, wheels: Sequence[tuple[str, StoredLayer]]
+) -> tuple[ImageLayer, ...]:
+    """All layers of an image with the line that its history shows, lowest first."""
+    named = [(f"{name} of {cell.line.lock}", layer) for name, layer in wheels if not layer.empty]
+    named.append((cell.line.series, patch.layer))
+    if patch.prewarm is not None:
+        named.append(("compiled kernels", patch.prewarm))
+    own = [ImageLayer(blob=layer.blob, created_by=f"vllm-forge: {name}") for name, layer in named]
+    return (*patch.system.layers, *own)
+
+
+def image_config(
+    plan: ImagePlan, patch: PatchLayer, image_labels: dict[str, str], layers: Sequence[ImageLayer]
+) -> dict[str, Any]:
+    """The ``config`` object: the system's, with the SKU's variables, labels, and the prewarming."""
+    prewarm = plan.options.prewarm
+    variables = dict(sorted(plan.cell.sku.env.items())) | {BYTECODE: bytecode_place(layers)}
+    config = dict(patch.system.config)
+    if prewarm is not None:
+        variables |= dict(sorted(prewarm.environment().items()))
+        config["Entrypoint"] = [SCRIPT, *config["Entrypoint"]]
+    env = [*config["Env"], *(f"{name}={value}" for name, value in variables.items())]
+    return config | {"Env": env, "Labels": image_labels}
+
+
+def bytecode_place(layers: Sequence[ImageLayer]) -> str:
+    """Where Python keeps what it compiles: the image has none, and its user cannot write there.
+
+    Separate for each image. All sources have one time, and Python asks only for time and size: two
+    images that share a volume would run each other's code.
+    """
+    digests = [layer.blob.diff_id for layer in layers]
+    return f"/cache/python/{hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]}"
+
+
+def expectation(cell: ImageCell, applied: Applied, stack: dict[str, Any]) -> dict[str, Any]:
+    """What image_checks.py must find."""
+    blobs = python_blobs(SourceRepo(), applied.result)
+    blobs.pop(GENERATED, None)  # carries our version
+    return {
+        "packages": stack["packages"],
+        "stack": stack,
+        "tree": applied.result,
+        "blobs": blobs,
+        "changed_files": stack["changed_files"],
+        "compiler": "nvidia-cuda-nvcc" in stack["packages"],
+        "device": declared_device(cell.sku, count=1).model_dump(),
+        "unimportable": list(cell.line.unimportable),
+    }
 
 
 def check_outside(
@@ -166,8 +422,8 @@ def check_outside(
 
 def accept(
     plan: ImagePlan, candidate: Candidate, outputs: Sequence[str], contract: Contract | None
-) -> CheckReport:
-    """Read all verdicts.
+) -> dict[str, Any]:
+    """Read and return all verdicts.
 
     Raises:
         ImageCheckError, SizeBudgetError: a check failed.
@@ -177,23 +433,28 @@ def accept(
     for note in contract.notes if contract is not None else ():
         console.print(f"  [yellow]contract[/] {escape(note)}")
     check_sizes(candidate.shares, plan.cell.line.budget_mb, plan.cell.base.budget_mb)
-    return CheckReport(verdicts=verdicts, shares=candidate.shares, contract=contract)
+    return verdicts
 
 
-def publish(plan: ImagePlan, candidate: Candidate, checks: CheckReport, *, seconds: float) -> None:
+def publish(
+    plan: ImagePlan,
+    candidate: Candidate,
+    verdicts: dict[str, Any],
+    contract: Contract | None,
+    seconds: float,
+) -> None:
     """Rename the candidate to its final name, then write its record."""
-    inputs = plan.inputs()
     record = {
         "digest": f"sha256:{candidate.image.digest}",
         "size": candidate.image.size,
         "wheels": sum(wheel.size for wheel in plan.lock.wheels),
         "seconds": round(seconds, 1),
-        "inputs": hashes(inputs),
-        "details": inputs,
+        "engine": plan.engine.name,
+        "inputs": plan.inputs(),
         "stack": candidate.stack,
-        "layers": [asdict(share) for share in checks.shares],
-        "checks": checks.verdicts,
-        "contract": checks.contract.record() if checks.contract is not None else None,
+        "layers": [asdict(share) for share in candidate.shares],
+        "checks": verdicts,
+        "contract": contract.record() if contract is not None else None,
         "blobs": blob_times(candidate.image),
     }
     plan.record_path.unlink(missing_ok=True)
@@ -201,4 +462,4 @@ def publish(plan: ImagePlan, candidate: Candidate, checks: CheckReport, *, secon
         move(candidate.image.path, aside)
         set_name(aside, plan.name)
     with atomic_path(plan.record_path) as aside:
-        aside.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        aside.write_text(json.dumps(record, indent=1) + "\n")  # the order of inputs counts

@@ -13,11 +13,11 @@ DOCKER_HOST is that socket, an image is found through it; builds need buildx and
 from __future__ import annotations
 
 import os
+import re
 import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.images.engine import require_version
 from vllm_forge.images.errors import EngineSetupError, EngineTooOldError, EngineUnreachableError
 
 if TYPE_CHECKING:
@@ -27,8 +27,24 @@ if TYPE_CHECKING:
 
 # The first that loads an OCI layout.
 OLDEST_DOCKER = (25, 0)
+OLDEST_BUILDX = (0, 12)  # the first that knows rewrite-timestamp
 TIMEOUT_S = 30
 SNAPSHOTTER = "io.containerd.snapshotter"
+
+
+def require_version(text: str, oldest: tuple[int, int], engine: str) -> None:
+    """Raise when an engine is older than the Dockerfile is tested with.
+
+    Raises:
+        EngineTooOldError: also when its version cannot be read.
+    """
+    version = re.search(r"(\d+)\.(\d+)", text)
+    if version is None or (int(version[1]), int(version[2])) < oldest:
+        raise EngineTooOldError(
+            f"{engine} is {text.strip() or 'of unknown version'}, at least "
+            f"{oldest[0]}.{oldest[1]} is needed",
+            remedy="upgrade it, or choose the other engine with --engine",
+        )
 
 
 def check_daemon() -> None:

@@ -1,27 +1,372 @@
-"""Which engine builds: the one asked for, else an installed one; and how to install one."""
+"""The two container engines, docker buildx and buildah: what a build asks of them, no more."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from typing import TYPE_CHECKING
+import re
+import resource
+import subprocess
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vllm_forge.errors import UsageError
-from vllm_forge.host import suggestion, which
+from vllm_forge.host import cache_root, remove, suggestion, which
 from vllm_forge.host.errors import CommandFailedError
-from vllm_forge.images.buildah import Buildah
-from vllm_forge.images.buildx import Buildx
-from vllm_forge.images.errors import EngineMissingError, ProvisionError
+from vllm_forge.images.docker_api import OLDEST_BUILDX, answers, check_daemon, require_version
+from vllm_forge.images.errors import EngineMissingError, LayoutError, ProvisionError
+from vllm_forge.images.layout import hex_digest, read_image
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from vllm_forge.host import Runner
-    from vllm_forge.images.engine import Engine
+    from vllm_forge.images.base import BaseRef
 
+OLDEST_BUILDAH = (1, 28)
+SYSTEM_NAME = "localhost/vllm-forge-system"
+# Where Python keeps what it compiles.
+BYTECODE = "PYTHONPYCACHEPREFIX"
 PACKAGES = ("buildah", "runc", "skopeo", "mmdebstrap")
 REGISTRY = "docker-registry"
 INSTALL = f"apt-get install --no-install-recommends {' '.join(PACKAGES)}"
-ENGINES: dict[str, Callable[[], Engine]] = {"docker": Buildx, "buildah": Buildah}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemBuild:
+    """One build of docker/Dockerfile, whose folder is the context, with output to ``work``.
+
+    ``secrets``: id -> file on the host; ``epoch``: SOURCE_DATE_EPOCH, Unix seconds.
+    """
+
+    base: BaseRef
+    dockerfile: Path
+    args: dict[str, str]
+    secrets: dict[str, Path] = field(default_factory=dict)
+    epoch: int
+    work: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemOutput:
+    """What an engine built: plain tars, lowest first, and the config of the image.
+
+    ``root`` is the image's file system in a folder, None for engines that run images
+    themselves.
+    """
+
+    tars: tuple[Path, ...]
+    diff_ids: tuple[str, ...]
+    config: dict[str, Any]
+    root: Path | None
+
+
+def _read_output(blobs: Path, manifest: dict[str, Any], root: Path | None) -> SystemOutput:
+    """The output of a build from its manifest and a folder of blobs, named by hex digests."""
+    config = json.loads((blobs / hex_digest(manifest["config"]["digest"])).read_text())
+    return SystemOutput(
+        tars=tuple(blobs / hex_digest(layer["digest"]) for layer in manifest["layers"]),
+        diff_ids=tuple(hex_digest(item) for item in config["rootfs"]["diff_ids"]),
+        config=config["config"],
+        root=root,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContainerRun:
+    """A command to run in an image: no network, read-only root, no capabilities, image's user.
+
+    Attributes:
+        layout: the image's OCI layout, for engines that load it.
+        name: what the layout's index calls it.
+        lower_dirs: unpacked layers, highest first, for engines that mount.
+        config: ``config`` object of the image, for engines that mount; None: the layout's.
+        inputs: folder that is mounted at /mnt.
+        argv: the command.
+        user: ``uid:gid``; empty: the image's.
+        work: folder for the engine's own files; no two runs at a time share one.
+        bytecode: folder that keeps compiled Python between runs, for engines that mount;
+            None: the one of the cache that all images share.
+    """
+
+    layout: Path
+    name: str
+    lower_dirs: tuple[Path, ...]
+    config: Mapping[str, Any] | None = None
+    inputs: Path
+    argv: tuple[str, ...]
+    user: str = ""
+    work: Path
+    bytecode: Path | None = None
+
+
+def _build_options(build: SystemBuild, *args: tuple[str, str]) -> list[str]:
+    """Options of a Dockerfile's build that both engines share; ``args`` come first."""
+    return [
+        *(f"--build-arg={name}={value}" for name, value in (*args, *build.args.items())),
+        *(f"--secret=id={name},src={path}" for name, path in build.secrets.items()),
+    ]
+
+
+class Buildx:
+    """The docker engine: buildx builds, the daemon runs; see docker_api.py for the SDK."""
+
+    name = "docker"
+    tools = ("docker",)
+
+    def present(self) -> bool:
+        """Client, plugin and a daemon that answers: a client alone does not build."""
+        if which("docker") is None or not answers():
+            return False
+        plugin = ["docker", "buildx", "version"]
+        return subprocess.run(plugin, capture_output=True, check=False).returncode == 0
+
+    def check(self, runner: Runner) -> None:
+        """A daemon that answers, with containerd's image store, and the plugin."""
+        runner.act("check the docker daemon's version and image store", check_daemon)
+        if plugin := runner.run(["docker", "buildx", "version"]):
+            version = re.search(r"v?(\d+\.\d+\.\d+)", plugin)
+            require_version(version[1] if version else "", OLDEST_BUILDX, "docker buildx")
+
+    def build_system(self, runner: Runner, build: SystemBuild) -> None:
+        """One ``docker buildx build`` into an OCI layout of plain tars.
+
+        Not pushed from here: rewrite-timestamp and unpacking exclude each other on the
+        docker driver. Provenance is ours to state, and would change the digest.
+        """
+        if build.base.layout is not None:
+            base = [
+                "--build-arg=BASE=base",
+                f"--build-context=base=oci-layout://{build.base.layout}:rootfs",
+            ]
+        else:
+            base = [f"--build-arg=BASE={build.base.image}"]
+        output = (
+            f"type=oci,tar=false,dest={build.work / 'image'},rewrite-timestamp=true,"
+            "compression=uncompressed,force-compression=true"
+        )
+        runner.run(
+            [
+                "docker", "buildx", "build", "--quiet", "--no-cache", "--network=host",
+                "--provenance=false", f"--file={build.dockerfile}", *base,
+                *_build_options(build), f"--output={output}", str(build.dockerfile.parent),
+            ],
+            env={"SOURCE_DATE_EPOCH": str(build.epoch)},
+        )  # fmt: skip
+
+    def system_output(self, build: SystemBuild) -> SystemOutput:
+        """Parse the OCI layout."""
+        blobs = build.work / "image" / "blobs" / "sha256"
+        index = json.loads((build.work / "image" / "index.json").read_text())
+        manifest = json.loads((blobs / hex_digest(index["manifests"][0]["digest"])).read_text())
+        for layer in manifest["layers"]:
+            if not layer["mediaType"].endswith(".tar"):
+                raise LayoutError(
+                    f"buildx left a compressed layer: {layer['mediaType']}", where=str(build.work)
+                )
+        return _read_output(blobs, manifest, None)
+
+    def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
+        """``docker run`` of an image that is ``loaded``, with as few rights as there are."""
+        user = [f"--user={run.user}"] if run.user else []
+        return runner.run(
+            [
+                "docker", "run", "--rm", "--network=none", "--read-only", "--cap-drop=ALL",
+                "--security-opt=no-new-privileges", "--tmpfs=/tmp:exec,mode=1777",
+                "--tmpfs=/cache:exec,uid=10001,gid=0,mode=0775", *user,
+                f"--volume={run.inputs.resolve()}:/mnt:ro",
+                f"--entrypoint={run.argv[0]}", run.name, *run.argv[1:],
+            ]
+        )  # fmt: skip
+
+    @contextmanager
+    def loaded(self, runner: Runner, layout: Path, name: str) -> Iterator[None]:
+        """Have the image in the daemon's store meanwhile."""
+        self.load(runner, layout, name)
+        try:
+            yield
+        finally:
+            runner.run(["docker", "image", "rm", "--force", name])
+
+    def load(self, runner: Runner, layout: Path, _: str) -> None:
+        """``docker load`` reads a tar, and takes the name from the layout's index."""
+        script = 'tar -C "$0" -cf - . | docker load --quiet'
+        runner.run(["bash", "-o", "pipefail", "-ec", script, str(layout)])
+
+
+class Buildah:
+    """The daemonless engine: buildah builds, runc runs, skopeo copies (Debian 12 and newer)."""
+
+    name = "buildah"
+    tools = ("buildah", "runc", "skopeo", "unshare")
+
+    def present(self) -> bool:
+        """All tools are installed."""
+        return all(which(tool) is not None for tool in self.tools)
+
+    def check(self, runner: Runner) -> None:
+        """Debian 12's is the oldest that was tried."""
+        if version := runner.run(["buildah", "--version"]):
+            require_version(version, OLDEST_BUILDAH, "buildah")
+
+    def build_system(self, runner: Runner, build: SystemBuild) -> None:
+        """``buildah bud`` with a storage of its own, exported as plain tars and as a folder.
+
+        docker format keeps HEALTHCHECK, which OCI's config lacks; ``dir:`` with
+        --disable-compression keeps the tars as they are.
+        """
+        state = (cache_root() / "buildah").resolve()
+        store = state / "store"
+        runner.act(
+            f"write containers.conf and storage.conf to {state}", lambda: _write_config(state)
+        )
+        env = {
+            "CONTAINERS_CONF": str(state / "containers.conf"),
+            "CONTAINERS_STORAGE_CONF": str(state / "storage.conf"),
+            "BUILDAH_HISTORY": "false",
+        }
+        # Nothing in it outlives a build; what a killed one left may be half there.
+        runner.act(f"empty {store}", lambda: remove(store))
+        base = build.base.image or "oci:base:rootfs"
+        if (layout := build.base.layout) is not None:
+            # buildah makes an image name of the path: it must be short, without dots.
+            link = build.work / "base"
+            runner.act(f"link {link} to {layout}", lambda: link.symlink_to(layout))
+        runner.run(
+            [
+                "buildah", "bud", "--quiet", "--format=docker", "--runtime=runc", "--network=host",
+                "--no-cache", f"--timestamp={build.epoch}", f"--file={build.dockerfile}",
+                *_build_options(build, ("BASE", base)),
+                f"--output=type=local,dest={build.work / 'root'}", f"--tag={SYSTEM_NAME}",
+                str(build.dockerfile.parent),
+            ],
+            env=env,
+            cwd=build.work,
+        )  # fmt: skip
+        target = f"dir:{build.work / 'image'}"
+        runner.run(
+            ["buildah", "push", "--quiet", "--disable-compression", SYSTEM_NAME, target], env=env
+        )
+        runner.run(["buildah", "rmi", "--all", "--force"], env=env)
+
+    def system_output(self, build: SystemBuild) -> SystemOutput:
+        """Parse the ``dir:`` output (docker schema 2)."""
+        folder = build.work / "image"
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return _read_output(folder, manifest, build.work / "root")
+
+    def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
+        """Runc on an overlay of the unpacked layers, in a mount namespace of its own.
+
+        Copying 8 GB into a container store only to look at them would take longer than the
+        build. The overlay lives and dies with the command.
+        """
+        bundle = run.work / "bundle"
+        runner.act(f"write a runc bundle to {bundle}", lambda: _write_bundle(bundle, run))
+        # The container's name is also its cgroup's: runs may be concurrent.
+        name = f"vllm-forge-{hashlib.sha256(str(bundle).encode()).hexdigest()[:12]}"
+        lowers = ":".join(f"lower/{number}" for number in range(len(run.lower_dirs)))
+        return runner.run(
+            [
+                "unshare", "--mount", "--propagation=private", "sh", "-ec",
+                f"mount -t overlay overlay -o ro,lowerdir={lowers} rootfs; "
+                f"exec runc --root=state run --bundle=. {name}",
+            ],
+            cwd=bundle,
+        )  # fmt: skip
+
+    def loaded(self, *_: object) -> AbstractContextManager[None]:
+        """Runs mount the unpacked layers: nothing to load."""
+        return nullcontext()
+
+    def load(self, runner: Runner, layout: Path, name: str) -> None:
+        """Into containers-storage, where podman finds it."""
+        runner.run(["skopeo", "copy", "--quiet", f"oci:{layout}", f"containers-storage:{name}"])
+
+
+def _write_config(folder: Path) -> None:
+    """Storage and limits of our own.
+
+    buildah and podman set limits that a host without CAP_SYS_RESOURCE refuses, and crun does not
+    run on hybrid cgroups; so the host's own limits and runc are named.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    processes = int(Path("/proc/sys/kernel/pid_max").read_text())
+    (folder / "containers.conf").write_text(
+        "[containers]\n"
+        f'default_ulimits = ["nofile={files}:{files}", "nproc={processes}:{processes}"]\n'
+        '[engine]\nruntime = "runc"\ncgroup_manager = "cgroupfs"\n'
+    )
+    (folder / "storage.conf").write_text(
+        f'[storage]\ndriver = "overlay"\ngraphroot = "{folder}/store"\nrunroot = "{folder}/run"\n'
+    )
+
+
+def _write_bundle(bundle: Path, run: ContainerRun) -> None:
+    remove(bundle)
+    (bundle / "lower").mkdir(parents=True)
+    (bundle / "rootfs").mkdir()
+    for number, lower in enumerate(run.lower_dirs):
+        (bundle / "lower" / str(number)).symlink_to(lower.resolve(strict=True))
+    (bundle / "config.json").write_text(json.dumps(_runtime_config(run), indent=1))
+
+
+def _runtime_config(run: ContainerRun) -> dict[str, Any]:
+    """An OCI runtime config with as few rights as there are."""
+    image = run.config or read_image(run.layout).config["config"]
+    owner, _, group = image["User"].partition(":")
+    uid, _, gid = (run.user or image["User"]).partition(":")
+    bytecode = (run.bytecode or cache_root() / "bytecode").resolve()
+    bytecode.mkdir(parents=True, exist_ok=True)
+    os.chown(bytecode, int(owner), int(group or owner))
+
+    def mount(target: str, kind: str, *options: str, source: str = "") -> dict[str, Any]:
+        return {
+            "destination": target, "type": kind, "source": source or kind, "options": list(options),
+        }  # fmt: skip
+
+    return {
+        "ociVersion": "1.0.2",
+        "hostname": "vllm-forge",
+        "process": {
+            "args": list(run.argv),
+            "env": [
+                *(row for row in image["Env"] if row.split("=")[0] != BYTECODE),
+                f"{BYTECODE}=/srv",
+            ],
+            "cwd": image.get("WorkingDir") or "/",
+            "user": {"uid": int(uid), "gid": int(gid or uid)},
+            "capabilities": {},
+            "noNewPrivileges": True,
+        },
+        "root": {"path": "rootfs", "readonly": True},
+        "mounts": [
+            mount("/proc", "proc", "nosuid", "noexec", "nodev"),
+            mount("/dev", "tmpfs", "nosuid", "strictatime", "mode=755"),
+            mount("/dev/shm", "tmpfs", "nosuid", "nodev", "mode=1777"),  # noqa: S108
+            mount("/dev/pts", "devpts", "nosuid", "noexec", "newinstance", "ptmxmode=0666"),
+            mount("/tmp", "tmpfs", "nosuid", "nodev", "mode=1777"),  # noqa: S108
+            mount("/cache", "tmpfs", "nosuid", "nodev", f"uid={owner}", "gid=0", "mode=0775"),
+            # Bytecode of an earlier run: the image has none, and compiling it takes longer
+            # than the checks. Python takes a file only if the source's size and time agree.
+            mount("/srv", "none", "rbind", "rw", source=str(bytecode)),
+            mount("/mnt", "none", "rbind", "ro", source=str(run.inputs.resolve())),
+        ],
+        "linux": {
+            "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")],
+            "maskedPaths": ["/proc/kcore", "/proc/keys"],
+            "readonlyPaths": ["/proc/sys", "/proc/sysrq-trigger"],
+        },
+    }
+
+
+Engine = Buildx | Buildah
+ENGINES: dict[str, type[Engine]] = {"docker": Buildx, "buildah": Buildah}
 
 
 def choose_engine(name: str | None, *, dry_run: bool = False) -> Engine:

@@ -182,6 +182,11 @@ def verify(image: Image) -> None:
             )
 
 
+def hex_digest(digest: str) -> str:
+    """The hex digits of ``sha256:<hex>``."""
+    return digest.removeprefix("sha256:")
+
+
 def blob_times(image: Image) -> dict[str, int]:
     """Digest -> modification time (ns) of an image's layers.
 

@@ -1,4 +1,4 @@
-"""What would be built: a cell's inputs resolved, without network, engine or a write."""
+"""What would be built, and why: a cell's inputs resolved, without network, engine or a write."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from vllm_forge.host import cache_root, require_disk
 from vllm_forge.images.base import BaseRef, pinned_image, rootfs_key
 from vllm_forge.images.checks import ANY_USER, CHECK_ARGV, SCRIPTS, contract_inputs
 from vllm_forge.images.content import CONFIG_FORMAT, FORMAT, HEALTH, WheelGroup, wheel_groups
-from vllm_forge.images.engine import ContainerRun
-from vllm_forge.images.errors import LayoutError
+from vllm_forge.images.engines import ContainerRun
+from vllm_forge.images.errors import BuildRecordError, LayoutError
 from vllm_forge.images.layout import Image, blob_times, read_image
 from vllm_forge.images.prewarm import ENTRYPOINT, prewarm_key
 from vllm_forge.images.store import layer_folder, stored
@@ -22,7 +22,7 @@ from vllm_forge.patches import Patch, read_series, read_tree_lock
 from vllm_forge.sources import UNPACK_RATIO, Lock, Wheelhouse
 
 if TYPE_CHECKING:
-    from vllm_forge.images.engine import Engine
+    from vllm_forge.images.engines import Engine
     from vllm_forge.images.prewarm import Prewarm
     from vllm_forge.matrix import ImageCell
     from vllm_forge.project import Project
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 SYSTEM_BYTES = 3 * (1 << 30)  # rootfs tar, engine's copies, exported folder
 
 DRIVER_FUNCTIONS = "libcuda-functions.txt"  # beside the Dockerfile, which makes a stub of it
+SHORT = 12
+HEX = set("0123456789abcdef")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,14 +179,15 @@ class ImagePlan:
     def up_to_date(self) -> Image | None:
         """The finished image, when it was made from the same inputs and is complete."""
         try:
-            record = json.loads(self.record_path.read_text())
+            record = read_record(self.record_path)
             image = read_image(self.target)
-        except (OSError, ValueError, LayoutError):
+        except (BuildRecordError, LayoutError):
             return None
         same = (
-            record["inputs"] == hashes(self.inputs())
+            record is not None
+            and not compare(record["inputs"], self.inputs())
             and record["digest"] == f"sha256:{image.digest}"
-            and record.get("blobs") == blob_times(image)
+            and record["blobs"] == blob_times(image)
         )
         return image if same else None
 
@@ -201,15 +204,6 @@ class ImagePlan:
             if stored(group.key) is None
         )
         require_disk({cache_root(): fetch + write + SYSTEM_BYTES})
-
-
-def hashes(inputs: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Hash per input; a build with equal ones has nothing to do. The order of parts counts."""
-    return {name: _hash(parts) for name, parts in inputs.items()}
-
-
-def _hash(part: object) -> str:
-    return hashlib.sha256(json.dumps(part).encode()).hexdigest()
 
 
 def resolve(project: Project, cell: ImageCell, options: BuildOptions, engine: Engine) -> ImagePlan:
@@ -233,4 +227,87 @@ def resolve(project: Project, cell: ImageCell, options: BuildOptions, engine: En
         patches=read_series(project.root / cell.line.series),
         groups=wheel_groups(cell, lock),
         base=base,
+    )
+
+
+def _hash(part: object) -> str:
+    return hashlib.sha256(json.dumps(part).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reason:
+    """What a build of a plan would do, and why.
+
+    ``state`` is ``never built``, ``nothing changed``, ``inputs changed`` or ``damaged``: equal
+    inputs, but the image differs from the record, or one of its files was touched. ``changes``:
+    input that differs from the record's -> a sentence per part that changed.
+    """
+
+    state: str
+    changes: dict[str, tuple[str, ...]]
+
+
+def why_rebuild(plan: ImagePlan) -> Reason:
+    """Compare a plan with the record of the last build."""
+    record = read_record(plan.record_path)
+    if record is None:
+        return Reason(state="never built", changes={})
+    if changes := compare(record["inputs"], plan.inputs()):
+        return Reason(state="inputs changed", changes=changes)
+    return Reason(state="nothing changed" if plan.up_to_date() else "damaged", changes={})
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record that a build left; None where there is none.
+
+    Raises:
+        BuildRecordError: the file is not a record of a build.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        record, problem = None, str(error)
+    else:
+        problem = "it has no table of inputs"
+    inputs = record.get("inputs") if isinstance(record, dict) else None
+    tables = isinstance(inputs, dict) and all(isinstance(row, dict) for row in inputs.values())
+    if tables and {"digest", "blobs", "engine"} <= record.keys():
+        return dict(record)
+    raise BuildRecordError(
+        f"not the record of a build: {problem}",
+        where=str(path),
+        remedy="delete it; the next build writes it again",
+    )
+
+
+def compare(
+    old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]
+) -> dict[str, tuple[str, ...]]:
+    """Inputs that changed, in the order of a build, with a sentence per part; order counts."""
+    return {
+        name: differences(old.get(name, {}), new.get(name, {}))
+        for name in dict.fromkeys([*new, *old])
+        if _hash(old.get(name)) != _hash(new.get(name))
+    }
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, ...]:
+    """A sentence per part that was added, removed or changed."""
+    added = [f"added {name}: {_show(new[name])}" for name in new if name not in old]
+    removed = [f"removed {name}: {_show(old[name])}" for name in old if name not in new]
+    changed = [
+        f"changed {name}: {_show(old[name])} -> {_show(new[name])}"
+        for name in new
+        if name in old and old[name] != new[name]
+    ]
+    return (*added, *removed, *changed) or ("order or form only",)
+
+
+def _show(value: Any) -> str:
+    """A value with its hashes cut to 12 digits."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return " ".join(
+        word[:SHORT] if len(word) > SHORT and set(word) <= HEX else word for word in text.split(" ")
     )

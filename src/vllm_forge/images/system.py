@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 from vllm_forge.host import atomic_path, cache_root, remove
 from vllm_forge.host.errors import CacheError
 from vllm_forge.images.base import compress
-from vllm_forge.images.engine import SystemBuild, hex_digest
+from vllm_forge.images.engines import SystemBuild
 from vllm_forge.images.errors import BaseImageError
 from vllm_forge.images.layer import LayerBlob
-from vllm_forge.images.layout import Image, ImageLayer, read_image
+from vllm_forge.images.layout import Image, ImageLayer, hex_digest, read_image
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vllm_forge.host import Runner
     from vllm_forge.images.base import BaseRef
-    from vllm_forge.images.engine import SystemOutput
+    from vllm_forge.images.engines import SystemOutput
     from vllm_forge.images.plan import ImagePlan
     from vllm_forge.matrix import ImageCell
 

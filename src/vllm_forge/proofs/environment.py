@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import cache_root, remove
 from vllm_forge.host.errors import CacheError
-from vllm_forge.images import BuildOptions, build_system, choose_engine, resolve
+from vllm_forge.images import BuildOptions, build_system, choose_engine, resolve, write_layers
 from vllm_forge.images.content import VLLM
-from vllm_forge.images.engine import ContainerRun
+from vllm_forge.images.engines import ContainerRun
 from vllm_forge.images.errors import EngineSetupError
-from vllm_forge.images.layer_jobs import write_layers
 from vllm_forge.images.store import require_stored
 from vllm_forge.images.system import load_system
 from vllm_forge.images.wheels import site_packages

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.images.assembly import bytecode_place
-from vllm_forge.images.buildah import _runtime_config
-from vllm_forge.images.engine import BYTECODE, ContainerRun
+from vllm_forge.images.build import bytecode_place
+from vllm_forge.images.engines import BYTECODE, ContainerRun, _runtime_config
 from vllm_forge.images.layer import LayerBlob
 from vllm_forge.images.layout import ImageLayer
 

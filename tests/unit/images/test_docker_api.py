@@ -11,8 +11,8 @@ import pytest
 
 from tests.support.docker_daemon import INFO, VERSION, docker_daemon
 from vllm_forge.host import RecordingRunner
-from vllm_forge.images.buildx import Buildx
 from vllm_forge.images.docker_api import answers, check_daemon, inspect_image
+from vllm_forge.images.engines import Buildx
 from vllm_forge.images.errors import (
     EngineSetupError,
     EngineTooOldError,

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from vllm_forge.host import Runner
-    from vllm_forge.images.engine import ContainerRun
+    from vllm_forge.images.engines import ContainerRun
     from vllm_forge.sources import SourceRepo
 
 ROOT = Path(__file__).resolve().parents[3]
