@@ -27,7 +27,6 @@ class Project:
 
     @classmethod
     def find(cls) -> Project:
-        """The checkout of ``VLLM_FORGE_ROOT``, or that of the working directory."""
         return cls(find_root())
 
     @cached_property
@@ -37,7 +36,6 @@ class Project:
 
     @cached_property
     def index(self) -> Index:
-        """The package index that this host is set up for."""
         return Index()
 
     @property
@@ -69,9 +67,7 @@ class Project:
         return find_line(self.matrix, name)
 
     def lock(self, name: str) -> Lock:
-        """The wheels of a line."""
         return read_lock(self.root, name, self.matrix.line[name], self.matrix.base)
 
     def lines(self, name: str | None = None) -> list[str]:
-        """Names of all lines, or of the one given."""
         return find_lines(self.matrix, name)

@@ -109,7 +109,7 @@ def drift(project: Project, args: argparse.Namespace) -> None:
 
     from vllm_forge.pages.patches import drift_table
     from vllm_forge.pages.registry import write_pages
-    from vllm_forge.patches.drift_data import survey_lines, write_drift
+    from vllm_forge.patches.drift import survey_lines, write_drift
     from vllm_forge.patches.seed_installer import record_outcomes
     from vllm_forge.sources import SourceRepo
 

@@ -1,61 +1,29 @@
 """The machine we run on: commands, files, locks, disk, the console."""
 
-from vllm_forge.host.console import console, gigabytes, printable, report, transfer_progress
-from vllm_forge.host.files import (
-    READ_ONLY,
-    atomic_path,
-    cache_root,
-    exclusive,
-    free_bytes,
-    link_or_copy,
-    move,
-    remove,
-    require_disk,
-    tree_bytes,
-)
-from vllm_forge.host.probe import (
-    HostProbe,
-    Probe,
-    RecordedProbe,
-    RecordingProbe,
-    Reply,
-)
-from vllm_forge.host.run import (
-    RecordingRunner,
-    Runner,
-    SubprocessRunner,
-    end_with_parent,
-    gpu_container,
-    which,
-)
-from vllm_forge.host.suggest import suggestion
-
-__all__ = [
-    "READ_ONLY",
-    "HostProbe",
-    "Probe",
-    "RecordedProbe",
-    "RecordingProbe",
-    "RecordingRunner",
-    "Reply",
-    "Runner",
-    "SubprocessRunner",
-    "atomic_path",
-    "cache_root",
-    "console",
-    "end_with_parent",
-    "exclusive",
-    "free_bytes",
-    "gigabytes",
-    "gpu_container",
-    "link_or_copy",
-    "move",
-    "printable",
-    "remove",
-    "report",
-    "require_disk",
-    "suggestion",
-    "transfer_progress",
-    "tree_bytes",
-    "which",
-]
+from vllm_forge.host.console import console as console
+from vllm_forge.host.console import gigabytes as gigabytes
+from vllm_forge.host.console import printable as printable
+from vllm_forge.host.console import report as report
+from vllm_forge.host.console import transfer_progress as transfer_progress
+from vllm_forge.host.files import READ_ONLY as READ_ONLY
+from vllm_forge.host.files import atomic_path as atomic_path
+from vllm_forge.host.files import cache_root as cache_root
+from vllm_forge.host.files import exclusive as exclusive
+from vllm_forge.host.files import free_bytes as free_bytes
+from vllm_forge.host.files import link_or_copy as link_or_copy
+from vllm_forge.host.files import move as move
+from vllm_forge.host.files import remove as remove
+from vllm_forge.host.files import require_disk as require_disk
+from vllm_forge.host.files import tree_bytes as tree_bytes
+from vllm_forge.host.probe import HostProbe as HostProbe
+from vllm_forge.host.probe import Probe as Probe
+from vllm_forge.host.probe import RecordedProbe as RecordedProbe
+from vllm_forge.host.probe import RecordingProbe as RecordingProbe
+from vllm_forge.host.probe import Reply as Reply
+from vllm_forge.host.run import RecordingRunner as RecordingRunner
+from vllm_forge.host.run import Runner as Runner
+from vllm_forge.host.run import SubprocessRunner as SubprocessRunner
+from vllm_forge.host.run import end_with_parent as end_with_parent
+from vllm_forge.host.run import gpu_container as gpu_container
+from vllm_forge.host.run import which as which
+from vllm_forge.host.suggest import suggestion as suggestion

@@ -42,7 +42,6 @@ def printable(text: str) -> str:
 
 
 def gigabytes(size: int) -> str:
-    """Bytes for people: GB of 10^9, one decimal."""
     return f"{size / 1e9:.1f} GB"
 
 
@@ -50,13 +49,8 @@ def gigabytes(size: int) -> str:
 def transfer_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show bytes, speed and remaining time: a bar in a terminal, else a line now and then.
 
-    Args:
-        what: what is transferred.
-        total: bytes of all of it.
-
-    Yields:
-        A function that is called, from any thread, with the bytes since its last call; bytes that
-        must be transferred again are negative.
+    Yields a function to call, from any thread, with the bytes since its last call; bytes that must
+    be transferred again are negative.
     """
     if console.is_terminal:
         columns = (
@@ -91,7 +85,6 @@ class _ProgressLines:
 
 
 def progress_line(what: str, done: int, total: int, seconds: float) -> str:
-    """``download 33 files: 1.2 of 3.8 GB, 85 MB/s, 31 s left``."""
     speed = done / seconds
     left = f", {(total - done) / speed:.0f} s left" if speed > 0 else ""
     return f"  {what}: {done / 1e9:.1f} of {gigabytes(total)}, {speed / 1e6:.1f} MB/s{left}"

@@ -59,7 +59,6 @@ def atomic_path(final: Path) -> Iterator[Path]:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename, or copy and delete where the two are on different file systems."""
     shutil.move(source, target)
 
 
@@ -133,7 +132,6 @@ def free_bytes(path: Path) -> int:
 
 
 def _existing(path: Path) -> Path:
-    """The path, or its nearest parent that exists."""
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 

@@ -44,11 +44,7 @@ def gpu_query(fields: Sequence[str]) -> tuple[str, ...]:
 
 
 def parse_gpus(text: str, fields: Sequence[str]) -> tuple[Gpu, ...]:
-    """The rows that ``gpu_query(fields)`` printed.
-
-    Raises:
-        ValueError: a row is not of these fields.
-    """
+    """The rows that ``gpu_query(fields)`` printed; ValueError if they are not of these fields."""
     rows = [
         dict(zip(fields, map(str.strip, line.split(",")), strict=True))
         for line in filter(str.strip, text.splitlines())

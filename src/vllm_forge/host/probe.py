@@ -28,7 +28,6 @@ class Reply:
 
     @property
     def missing(self) -> bool:
-        """The program is not installed."""
         return self.code == NOT_FOUND
 
 
@@ -43,7 +42,6 @@ class HostProbe:
     """This machine."""
 
     def ask(self, name: str, argv: Sequence[str]) -> Reply:
-        """Run the command, for at most 30 seconds."""
         del name
         program = which(argv[0])
         if program is None:
@@ -91,7 +89,6 @@ class RecordingProbe:
     folder: Path
 
     def ask(self, name: str, argv: Sequence[str]) -> Reply:
-        """Ask, write, answer."""
         reply = self.inner.ask(name, argv)
         for path in (self.folder / f"{name}.txt", self.folder / f"{name}.code"):
             path.unlink(missing_ok=True)

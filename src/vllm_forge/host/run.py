@@ -134,13 +134,11 @@ class SubprocessRunner:
         return done.stdout
 
     def act(self, what: str, action: Callable[[], T]) -> Callable[[], T]:
-        """Do the step."""
         console.print(f"  · {what}", style="dim", markup=False)
         result = action()
         return lambda: result
 
     def exclusive(self, name: str) -> AbstractContextManager[None]:
-        """Wait for the lock and hold it."""
         return exclusive(name, wait=True)
 
 
@@ -153,13 +151,11 @@ class RecordingRunner:
     def run(
         self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> str:
-        """Record and print one command; its output is empty."""
         self.commands.append(list(argv))
         self._line(shlex.join(argv))
         return ""
 
     def act(self, what: str, action: Callable[[], T]) -> Callable[[], T]:
-        """Print the step as a comment."""
         del action
         self._line(f"# {what}")
 
@@ -169,7 +165,6 @@ class RecordingRunner:
         return result
 
     def exclusive(self, name: str) -> AbstractContextManager[None]:
-        """Nothing is written, so nothing is held."""
         del name
         return nullcontext()
 

@@ -28,16 +28,11 @@ class ImageCell:
 
     @property
     def name(self) -> str:
-        """Used for the output folder and the image name."""
         return f"vllm-{self.line.vllm}-{self.sku_name}"
 
 
 def find_line(matrix: Matrix, name: str | None) -> tuple[str, Line]:
-    """The row of a line; None means the default one.
-
-    Raises:
-        UnknownLineError: with the nearest name.
-    """
+    """The row of a line; None means the default one. UnknownLineError has the nearest name."""
     wanted = matrix.default_line if name is None else name
     if wanted not in matrix.line:
         raise UnknownLineError(
@@ -48,11 +43,7 @@ def find_line(matrix: Matrix, name: str | None) -> tuple[str, Line]:
 
 
 def find_lines(matrix: Matrix, name: str | None) -> list[str]:
-    """The name of a line, where one was asked for; None means all of them.
-
-    Raises:
-        UnknownLineError: with the nearest name.
-    """
+    """Names of all lines, or of the one given."""
     return list(matrix.line) if name is None else [find_line(matrix, name)[0]]
 
 

@@ -16,11 +16,7 @@ from vllm_forge.matrix.model import Matrix
 
 
 def find_root() -> Path:
-    """Folder that holds matrix.toml: ``VLLM_FORGE_ROOT``, the working directory or a parent.
-
-    Raises:
-        MatrixFileError: there is none.
-    """
+    """Folder that holds matrix.toml: ``VLLM_FORGE_ROOT``, the working directory or a parent."""
     start = Path(os.environ.get("VLLM_FORGE_ROOT") or Path.cwd()).resolve()
     for folder in (start, *start.parents):
         if (folder / "matrix.toml").is_file():
@@ -80,7 +76,6 @@ def _explain(error: ValidationError, path: Path) -> UnknownKeyError | MatrixValu
 
 
 def _fields_at(loc: list[Any]) -> list[str]:
-    """Field names of the record at ``loc``: steps through dict and tuple fields."""
     current: Any = Matrix
     for part in loc:
         fields = getattr(current, "model_fields", None)

@@ -1,39 +1,15 @@
 """The patch proof: series applied exactly or refused, and the wheel that comes of it."""
 
-from vllm_forge.patches.apply import Applied, apply_series
-from vllm_forge.patches.dispositions import (
-    Decision,
-    Disposition,
-    decisions,
-    read_dispositions,
-)
-from vllm_forge.patches.header import Patch, read_patch
-from vllm_forge.patches.series import (
-    TreeLock,
-    check_line,
-    fetch_base,
-    read_series,
-    read_tree_lock,
-    update_line,
-)
-from vllm_forge.patches.wheel import ChangedFile, PatchedWheel, build_wheel
-
-__all__ = [
-    "Applied",
-    "ChangedFile",
-    "Decision",
-    "Disposition",
-    "Patch",
-    "PatchedWheel",
-    "TreeLock",
-    "apply_series",
-    "build_wheel",
-    "check_line",
-    "decisions",
-    "fetch_base",
-    "read_dispositions",
-    "read_patch",
-    "read_series",
-    "read_tree_lock",
-    "update_line",
-]
+from vllm_forge.patches.apply import Applied as Applied
+from vllm_forge.patches.apply import apply_series as apply_series
+from vllm_forge.patches.dispositions import Decision as Decision
+from vllm_forge.patches.dispositions import decisions as decisions
+from vllm_forge.patches.dispositions import read_dispositions as read_dispositions
+from vllm_forge.patches.header import Patch as Patch
+from vllm_forge.patches.header import read_patch as read_patch
+from vllm_forge.patches.series import check_line as check_line
+from vllm_forge.patches.series import read_series as read_series
+from vllm_forge.patches.series import read_tree_lock as read_tree_lock
+from vllm_forge.patches.series import update_line as update_line
+from vllm_forge.patches.wheel import PatchedWheel as PatchedWheel
+from vllm_forge.patches.wheel import build_wheel as build_wheel

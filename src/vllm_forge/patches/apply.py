@@ -60,7 +60,6 @@ class TreeIndex:
         self._folder.cleanup()
 
     def git(self, *args: str) -> str:
-        """What git prints."""
         return self._repo.git(*args, env=self._env).stdout.decode()
 
     def apply(self, patch: Patch, *options: str) -> subprocess.CompletedProcess[bytes]:
@@ -81,7 +80,6 @@ class TreeIndex:
         self.git("update-index", "--add", "--cacheinfo", entry)
 
     def tree(self) -> str:
-        """Hash of the tree with all changes."""
         return self.git("write-tree").strip()
 
 
@@ -150,7 +148,6 @@ def _require_canonical(repo: SourceRepo, patch: Patch, before: str, after: str) 
 def _refusal(
     repo: SourceRepo, base: str, patch: Patch, stderr: str, index: TreeIndex
 ) -> ForgeError:
-    """The error for what git refused."""
     # "while searching for:" is followed by lines of code; the line after those says where.
     errors = [line for line in stderr.splitlines() if line.startswith("error:")]
     first = next((line for line in errors if "while searching for" not in line), stderr.strip())

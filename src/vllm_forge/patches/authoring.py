@@ -11,6 +11,7 @@ import hashlib
 import re
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,16 +73,8 @@ UNFINISHED = {
 def checkout(project: Project, line_name: str, repo: SourceRepo, target: Path) -> int:
     """Make ``target`` a git work tree of the line's source, on a branch with its patches.
 
-    Hunks at other lines than they name are allowed; export then writes where they fit.
-
-    Args:
-        project: whose series.
-        line_name: key of ``matrix.line``.
-        repo: source trees; the line's is imported if it is not there.
-        target: must not exist.
-
-    Returns:
-        The number of patches.
+    Hunks at other lines than they name are allowed; export then writes where they fit. Returns the
+    number of patches.
 
     Raises:
         UsageError: ``target`` exists.
@@ -132,12 +125,7 @@ def checkout(project: Project, line_name: str, repo: SourceRepo, target: Path) -
 def export(project: Project, source: Path) -> tuple[str, tuple[Patch, ...]]:
     """Write the line's patch files, series and lock from the commits of a patch checkout.
 
-    Args:
-        project: whose series.
-        source: what `checkout` made.
-
-    Returns:
-        The line's name and its new series.
+    Returns the line's name and its new series.
 
     Raises:
         UsageError: not a patch checkout.
@@ -149,7 +137,7 @@ def export(project: Project, source: Path) -> tuple[str, tuple[Patch, ...]]:
         NonCanonicalPatchError: a merge, or a change that a patch in UTF-8 cannot hold.
     """
     work = SourceRepo(source / ".git")
-    line_name = _try(work, *CONFIG, "forge.line") if work.path.exists() else ""
+    line_name = _git(work, *CONFIG, "forge.line", check=False) if work.path.exists() else ""
     if not line_name:
         raise UsageError(
             "not a patch checkout",
@@ -162,9 +150,8 @@ def export(project: Project, source: Path) -> tuple[str, tuple[Patch, ...]]:
     _require_clean(work, source)
     _, *commits = _commits(work, source, lock.base)
     trees = [lock.base, *(_git(work, "rev-parse", f"{commit}^{{tree}}") for commit in commits)]
-    patches: list[Patch] = []
-    for number, commit in enumerate(commits, 1):
-        patches.append(_patch(work, commit, number, trees[number - 1], trees[number]))
+    steps = enumerate(zip(commits, pairwise(trees), strict=True), 1)
+    patches = tuple(_patch(work, commit, number, *pair) for number, (commit, pair) in steps)
     names = [patch.name for patch in patches]
     if doubled := sorted({item for item in names if names.count(item) > 1}):
         raise PatchHeaderError(
@@ -187,7 +174,7 @@ def export(project: Project, source: Path) -> tuple[str, tuple[Patch, ...]]:
         (aside / "lock.toml").write_text(lock_text(new, name), encoding="utf-8")
         after = _digest(aside)
         # Equal to `after`: killed between the two writes below.
-        if before not in {_try(work, *CONFIG, "forge.series"), after}:
+        if before not in {_git(work, *CONFIG, "forge.series", check=False), after}:
             raise WrongBaseError(
                 f"the series of line {name} was changed since the checkout {source}",
                 where=str(series),
@@ -258,17 +245,15 @@ def _patch(work: SourceRepo, commit: str, number: int, before: str, after: str) 
 def _commits(work: SourceRepo, source: Path, tree: str) -> list[str]:
     """The base commit and those after it, oldest first."""
     again = "check the line out to another directory and cherry-pick your commits there"
-    actual = _try(work, "rev-parse", "--verify", "--quiet", f"{BASE}^{{tree}}")
+    actual = _git(work, "rev-parse", "--verify", "--quiet", f"{BASE}^{{tree}}", check=False)
     if actual != tree:
         raise WrongBaseError(
             f"the checkout is of the source tree {actual or 'unknown'}, the line's is {tree}",
             where=str(source),
             remedy=again,
         )
-    history = [
-        row.split()
-        for row in _git(work, "rev-list", "--reverse", "--parents", f"{BASE}..HEAD").splitlines()
-    ]
+    rows = _git(work, "rev-list", "--reverse", "--parents", f"{BASE}..HEAD").splitlines()
+    history = [row.split() for row in rows]
     if merges := [row[0] for row in history if len(row) > 2]:  # noqa: PLR2004 - itself, one parent
         raise NonCanonicalPatchError(
             f"commit {merges[0][:12]} is a merge",
@@ -306,10 +291,6 @@ def _digest(series: Path) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def _git(work: SourceRepo, *args: str) -> str:
-    return work.git(*args).stdout.decode(errors="replace").strip()
-
-
-def _try(work: SourceRepo, *args: str) -> str:
-    """What git prints; empty where it finds nothing."""
-    return work.git(*args, check=False).stdout.decode(errors="replace").strip()
+def _git(work: SourceRepo, *args: str, check: bool = True) -> str:
+    """What git prints; without ``check`` it is empty where git finds nothing."""
+    return work.git(*args, check=check).stdout.decode(errors="replace").strip()

@@ -84,7 +84,6 @@ def read_dispositions(folder: Path) -> tuple[Disposition, ...]:
 
 
 def _said(item: ErrorDetails, data: dict[str, Any]) -> str:
-    """A fault of the form, at the entry's own name where it has one."""
     steps, message = list(item["loc"]), item["msg"]
     match steps:
         case ["disposition", int(number), *_]:

@@ -1,28 +1,41 @@
-"""What a release does to a patch: it fits, moved, is upstream, conflicts, or its target is gone."""
+"""What vLLM's releases do to the patches: they fit, moved, are upstream, conflict, or are gone."""
 
 from __future__ import annotations
 
+import json
 import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from packaging.version import Version
+from packaging.utils import InvalidSdistFilename, parse_sdist_filename
+from packaging.version import InvalidVersion, Version
+from rich.progress import track
 from unidiff.patch import PatchSet
 
+from vllm_forge.errors import UsageError
+from vllm_forge.host import atomic_path, cache_root, console, report
 from vllm_forge.patches.apply import ABSENT, FAILED, MOVED, TreeIndex
 from vllm_forge.patches.follow import Words, dense, hunk_words, locate, read_words
 from vllm_forge.patches.header import Patch, read_patch
-from vllm_forge.sources import SourceRepo
+from vllm_forge.patches.series import check_line, read_series
+from vllm_forge.patches.variants import before
+from vllm_forge.sources import Download, SourceRepo, download_all
+from vllm_forge.sources.errors import DistributionNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from vllm_forge.project import Project
+    from vllm_forge.sources import Index, IndexFile
 
+DATA = Path("records/drift.json")
+NUMBER = re.compile(r"^\d+-")
 # "0.27.1, vllm/models/deepseek_v4/nvidia/ops/o_proj.py:63"
 LANDED = re.compile(r"^(?P<version>\d+(?:\.\d+)+), (?P<where>\S+)$")
 
@@ -64,6 +77,144 @@ class Subject:
     befores: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Surveyed:
+    """A release, its tree, and its verdicts in the order of all patches."""
+
+    release: Release
+    tree: str
+    verdicts: tuple[Verdict, ...]
+
+
+def releases_between(index: Index, first: str, last: str | None) -> list[tuple[Release, IndexFile]]:
+    """Final releases on the index that were not yanked, oldest first, both ends included.
+
+    ``last`` is None for the newest on the index.
+
+    Raises:
+        UsageError: not versions, or in the wrong order.
+        DistributionNotFoundError: the index offers no source archive of one of the two.
+    """
+    try:
+        low = Version(first)
+        high = None if last is None else Version(last)
+    except InvalidVersion as error:
+        raise UsageError(
+            f"not a version: {error}", remedy="e.g. --from 0.22.1 --to 0.33.0"
+        ) from None
+    if high is not None and low > high:
+        raise UsageError(f"{first} is newer than {last}", remedy="--from OLDER --to NEWER")
+    found: dict[Version, tuple[Release, IndexFile]] = {}
+    for file in index.files("vllm"):
+        try:
+            _, version = parse_sdist_filename(file.filename)
+        except InvalidSdistFilename:
+            continue
+        if file.yanked or version.is_prerelease or version < low or (high and version > high):
+            continue
+        if file.sha256 is None or file.size is None:
+            raise DistributionNotFoundError(
+                f"the index gives no sha256 or no size for {file.filename}",
+                where=index.url,
+                remedy="use an index with the JSON simple API (PEP 691, PEP 700)",
+            )
+        release = Release(
+            version=str(version),
+            date=file.uploaded or "unknown",
+            sha256=file.sha256,
+            archive=cache_root() / "sdists" / file.sha256 / file.filename,
+        )
+        found[version] = (release, file)
+    for end in (low, high):
+        if end is not None and end not in found:
+            raise DistributionNotFoundError(
+                f"the index offers no source archive of a final release {end}",
+                where=index.url,
+                remedy="choose a release that is there and was not yanked",
+            )
+    return [found[version] for version in sorted(found)]
+
+
+def fetch_releases(index: Index, wanted: list[tuple[Release, IndexFile]], repo: SourceRepo) -> None:
+    """Download the archives that are neither imported nor in the cache, side by side."""
+    missing = [
+        Download(url=file.url, sha256=release.sha256, size=file.size or 0, target=release.archive)
+        for release, file in wanted
+        if repo.tree(release.version) is None and not release.archive.exists()
+    ]
+    if missing:
+        download_all(index.session, missing)
+
+
+def survey_lines(
+    project: Project, repo: SourceRepo, *, first: str, last: str | None
+) -> list[Surveyed]:
+    """Survey all patches of all lines in the releases of ``releases_between``."""
+    subjects, index = [], project.index
+    for name, line in project.matrix.line.items():
+        applied = check_line(project, name, repo)
+        paths = tuple(patch.path for patch in read_series(project.root / line.series))
+        befores = tuple(before(applied, number) for number in range(len(paths)))
+        subjects.append(Subject(paths=paths, befores=befores))
+    wanted = releases_between(index, first, last)
+    with report(f"source archives of {len(wanted)} releases"):
+        fetch_releases(index, wanted, repo)
+    steps = survey(repo, [release for release, _ in wanted], subjects)
+    quiet = not console.is_terminal
+    return [
+        Surveyed(release=release, tree=tree, verdicts=tuple(chain.from_iterable(verdicts)))
+        for release, tree, verdicts in track(
+            steps, "releases", total=len(wanted), console=console, disable=quiet
+        )
+    ]
+
+
+def write_drift(project: Project, found: Sequence[Surveyed], day: str) -> dict[str, Any]:
+    """Write and return the data of records/drift.json; ``day`` is today, YYYY-MM-DD."""
+    first, last = found[0].release.version, found[-1].release.version
+    data = {
+        "made": day,
+        "command": f"nox -s forge -- patch drift --from {first} --to {last}",
+        "releases": [
+            {"version": item.release.version, "date": item.release.date, "tree": item.tree}
+            for item in found
+        ],
+        "changes": _changes(project, found),
+    }
+    with atomic_path(project.root / DATA) as aside:
+        aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return data
+
+
+def _changes(project: Project, found: Sequence[Surveyed]) -> list[dict[str, Any]]:
+    """Patches by what they are about: the same Bug in several lines is one change."""
+    changes: dict[str, dict[str, Any]] = {}
+    every = [
+        (name, line.vllm, patch)
+        for name, line in project.matrix.line.items()
+        for patch in read_series(project.root / line.series)
+    ]
+    for number, (line_name, release, patch) in enumerate(every):
+        verdicts = [
+            {
+                "release": item.release.version,
+                "answer": item.verdicts[number].answer.value,
+                "detail": item.verdicts[number].detail,
+            }
+            for item in found
+        ]
+        change = {
+            "name": NUMBER.sub("", patch.name).removesuffix(".patch"),
+            "bug": patch.fields["Bug"],
+            "summary": patch.summary,
+            "patches": [],
+        }
+        changes.setdefault(patch.fields["Bug"], change)["patches"].append(
+            {"line": line_name, "patch": patch.name, "made for": release, "verdicts": verdicts}
+        )
+    return list(changes.values())
+
+
 def survey(
     repo: SourceRepo, releases: Sequence[Release], subjects: Sequence[Subject]
 ) -> Iterator[tuple[Release, str, list[list[Verdict]]]]:
@@ -98,14 +249,9 @@ def _look_at(
 def verdicts(
     repo: SourceRepo, tree: str, version: str, subject: Subject, known: frozenset[bytes]
 ) -> list[Verdict]:
-    """What one tree says of each patch of a series; those that apply are applied for the next.
+    """What one release's tree says of each patch; those that apply are applied for the next.
 
-    Args:
-        repo: holds the tree.
-        tree: of a release.
-        version: of that release.
-        subject: the series.
-        known: see vocabulary.
+    ``known``: see vocabulary.
     """
     found: dict[int, Verdict] = {}
     failed: dict[int, str] = {}
@@ -143,7 +289,6 @@ def _applies(patch: Patch, version: str, said: str) -> Verdict:
 
 
 def _landed(patch: Patch, version: str) -> str | None:
-    """What the header says of upstream, when that is in this release."""
     landed = LANDED.match(patch.fields["Applied-Upstream"])
     if landed is None or Version(version) < Version(landed["version"]):
         return None
@@ -161,10 +306,9 @@ def _follow(
         if place is None:
             what = "has no such code" if path in present else "is not there, nor its code elsewhere"
             parts.append((Answer.GONE, f"{path} {what}"))
-        elif place.path == path:
-            parts.append((Answer.CONFLICT, f"{path}:{place.line}"))
         else:
-            parts.append((Answer.MOVED, f"{place.path}:{place.line}"))
+            answer = Answer.CONFLICT if place.path == path else Answer.MOVED
+            parts.append((answer, f"{place.path}:{place.line}"))
     order = list(Answer)
     worst = max((answer for answer, _ in parts), key=order.index)
     return Verdict(answer=worst, detail="; ".join(text for _, text in parts))

@@ -65,17 +65,8 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class Installed:
-    """The vLLM of an environment.
+    """The vLLM of an environment; ``site`` is None where it is not installed."""
 
-    Attributes:
-        python: the environment's interpreter.
-        python_version: ``3.13``.
-        site: its site-packages; None when vLLM is not installed.
-        info: name of vLLM's dist-info folder.
-        version: what its metadata says.
-    """
-
-    python: Path
     python_version: str
     site: Path | None
     info: str = ""
@@ -126,7 +117,7 @@ def probe(python: Path) -> Installed:
             remedy="apply patches/vllm/<line>/*.patch to that tree with git am or git apply",
         )
     site = found.pop("site")
-    return Installed(python=python, site=Path(site) if site else None, **found)
+    return Installed(site=Path(site) if site else None, **found)
 
 
 class Installer:
@@ -146,10 +137,9 @@ class Installer:
         """Apply the series.
 
         Raises:
-            InstalledVersionError: another release, or patched with another series.
+            InstalledVersionError, DirtyTreeError: see _state.
             AlreadyPatchedError: this series is in place.
             PartlyPatchedError: a mixture, e.g. after a kill.
-            DirtyTreeError: files that are neither published nor patched.
         """
         published, patched = self._state()
         if patched and not published:
@@ -163,12 +153,7 @@ class Installer:
         self._replace({file.path: file.after for file in self._changed}, self.release, self.version)
 
     def revert(self) -> None:
-        """Put every file back as published; also from a mixture.
-
-        Raises:
-            NotPatchedError: nothing is patched.
-            DirtyTreeError: files that are neither published nor patched.
-        """
+        """Put every file back as published, also from a mixture; else NotPatchedError."""
         _, patched = self._state()
         if not patched:
             raise NotPatchedError(
@@ -282,35 +267,24 @@ def patch_installed(site: Path, patches: Sequence[Patch]) -> list[Path]:
     with tempfile.TemporaryDirectory(prefix="vllm-forge-installed-") as folder:
         repo = SourceRepo(Path(folder) / "tree.git")
         repo.git("init", "--quiet", "--bare")
-        base = _tree(repo, site, sorted({path for patch in patches for path in patch.files}))
-        applied = apply_series(repo, base, patches)
-        changed = _contents(repo, applied)
+        with TreeIndex(repo) as index:
+            for path in sorted({path for patch in patches for path in patch.files}):
+                installed = site / path.removeprefix(PREFIX)
+                if not (path.startswith(PREFIX) and installed.is_file()):
+                    raise WrongBaseError(
+                        f"the series changes {path}, which is not installed",
+                        where=str(site),
+                        remedy="the patch is for another release: see the series' folder",
+                    )
+                index.put(path, "100644", installed.read_bytes())
+            base = index.tree()
+        result = apply_series(repo, base, patches).result
+        listing = repo.git("diff-tree", "-r", "-z", "--name-only", base, result).stdout.decode()
+        changed = {
+            path.removeprefix(PREFIX): repo.git("cat-file", "blob", f"{result}:{path}").stdout
+            for path in filter(None, listing.split("\0"))
+        }
     for path, content in changed.items():
         with atomic_path(site / path) as aside:
             aside.write_bytes(content)
     return [site / path for path in changed]
-
-
-def _tree(repo: SourceRepo, site: Path, paths: Sequence[str]) -> str:
-    with TreeIndex(repo) as index:
-        for path in paths:
-            installed = site / path.removeprefix(PREFIX)
-            if not (path.startswith(PREFIX) and installed.is_file()):
-                raise WrongBaseError(
-                    f"the series changes {path}, which is not installed",
-                    where=str(site),
-                    remedy="the patch is for another release: see the series' folder",
-                )
-            index.put(path, "100644", installed.read_bytes())
-        return index.tree()
-
-
-def _contents(repo: SourceRepo, applied: Applied) -> dict[str, bytes]:
-    """Path below the environment's packages -> patched content."""
-    listing = repo.git(
-        "diff-tree", "-r", "-z", "--name-only", applied.base, applied.result
-    ).stdout.decode()
-    return {
-        path.removeprefix(PREFIX): repo.git("cat-file", "blob", f"{applied.result}:{path}").stdout
-        for path in filter(None, listing.split("\0"))
-    }

@@ -85,14 +85,12 @@ class Outcome:
 
     @property
     def prints(self) -> str:
-        """What the installer prints."""
         if not self.places:
             return MERGED
         return "patching" if self.claims is None else f"patching, {self.claims} sites"
 
     @property
     def verdict(self) -> str:
-        """What happened."""
         if not self.needed:
             return "not needed" if not self.places else "changed without need"
         if self.places >= self.needed:
@@ -137,12 +135,10 @@ def outcome(project: Project, repo: SourceRepo, edit: Edit, line: str) -> Outcom
 
 
 def record_outcomes(project: Project, repo: SourceRepo) -> None:
-    """Write the outcomes of all edits on all lines."""
     rows = [outcome(project, repo, edit, line) for edit in EDITS for line in project.matrix.line]
     with atomic_path(project.root / RECORD) as aside:
         aside.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 def read_outcomes(project: Project) -> list[Outcome]:
-    """The recorded outcomes."""
     return [Outcome(**row) for row in project.read_json(RECORD)]

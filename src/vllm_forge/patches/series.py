@@ -5,8 +5,9 @@ The lock names what the series starts from and must end at.
 
 from __future__ import annotations
 
+import json
 import tomllib
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,27 +20,20 @@ from vllm_forge.patches.errors import (
     TreeMismatchError,
     WrongBaseError,
 )
-from vllm_forge.patches.header import SEPARATOR, Patch, header_text, read_patch
+from vllm_forge.patches.header import Patch, patch_text, read_patch
 from vllm_forge.sources import Download, Index, SourceRepo, download_all
 from vllm_forge.sources.errors import DistributionNotFoundError, LockFileError
 
 if TYPE_CHECKING:
     from vllm_forge.project import Project
+    from vllm_forge.sources import IndexFile
 
 COMMAND = "nox -s forge -- patch lock --line"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TreeLock:
-    """Source archive and tree hashes of a line.
-
-    Attributes:
-        sdist: file name of the source archive.
-        size: its bytes.
-        sha256: its hash.
-        base: git tree hash of its content.
-        result: git tree hash with the series applied.
-    """
+    """A line's source archive (name, bytes, hash); git's hashes of its tree, as is and patched."""
 
     sdist: str
     size: int
@@ -171,10 +165,9 @@ def update_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
     folder = project.root / line.series
     patches = read_series(folder)
     sdist = f"vllm-{line.vllm}.tar.gz"
-    offered = next((f for f in index.files("vllm") if f.filename == sdist), None)
-    if offered is None or offered.sha256 is None or offered.size is None:
-        raise DistributionNotFoundError(f"the index does not offer {sdist}", where=index.url)
-    draft = TreeLock(sdist=sdist, size=offered.size, sha256=offered.sha256, base="", result="")
+    offered = _offered(index, sdist)
+    size, sha256 = offered.size or 0, offered.sha256 or ""
+    draft = TreeLock(sdist=sdist, size=size, sha256=sha256, base="", result="")
     base = repo.import_archive(line.vllm, _archive(draft, index))
     applied = apply_series(repo, base, patches)
     with atomic_path(folder / "lock.toml") as aside:
@@ -185,14 +178,9 @@ def update_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
 
 def lock_text(lock: TreeLock, line_name: str) -> str:
     """The content of lock.toml."""
-    return (
-        f"# Made by: {COMMAND} {line_name}\n"
-        f'sdist = "{lock.sdist}"\n'
-        f"size = {lock.size}\n"
-        f'sha256 = "{lock.sha256}"\n'
-        f'base = "{lock.base}"\n'
-        f'result = "{lock.result}"\n'
-    )
+    # JSON's strings and numbers are TOML's.
+    rows = (f"{name} = {json.dumps(value)}\n" for name, value in asdict(lock).items())
+    return f"# Made by: {COMMAND} {line_name}\n" + "".join(rows)
 
 
 def export_line(folder: Path, repo: SourceRepo, trees: list[str]) -> None:
@@ -200,21 +188,23 @@ def export_line(folder: Path, repo: SourceRepo, trees: list[str]) -> None:
     patches = read_series(folder)
     for patch, before, after in zip(patches, trees[:-1], trees[1:], strict=True):
         with atomic_path(patch.path) as aside:
-            diff = canonical_diff(repo, before, after)
-            aside.write_text(header_text(patch.fields) + SEPARATOR + diff, encoding="utf-8")
+            canonical = replace(patch, diff=canonical_diff(repo, before, after))
+            aside.write_text(patch_text(canonical), encoding="utf-8")
 
 
 def _archive(lock: TreeLock, index: Index | None) -> Path:
-    """The source archive in the cache, downloaded if it is not there."""
     archive = cache_root() / "sdists" / lock.sha256 / lock.sdist
     with exclusive("sdists", wait=True):  # two cells of a line may be built at once
         if not archive.exists():
             index = index or Index()
-            url = next((f.url for f in index.files("vllm") if f.filename == lock.sdist), None)
-            if url is None:
-                raise DistributionNotFoundError(
-                    f"the index does not offer {lock.sdist}", where=index.url
-                )
+            url = _offered(index, lock.sdist).url
             item = Download(url=url, sha256=lock.sha256, size=lock.size, target=archive)
             download_all(index.session, [item])
     return archive
+
+
+def _offered(index: Index, sdist: str) -> IndexFile:
+    for file in index.files("vllm"):
+        if file.filename == sdist and file.sha256 is not None and file.size is not None:
+            return file
+    raise DistributionNotFoundError(f"the index does not offer {sdist}", where=index.url)

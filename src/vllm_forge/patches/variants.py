@@ -31,13 +31,7 @@ TAKEN_OUT = "taken out of the whole"
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A tree that lacks one patch of its series.
-
-    Attributes:
-        left_out: the patch.
-        tree: hash of the tree without it.
-        way: how it was made, one of the texts above.
-    """
+    """A tree that lacks one patch of its series; ``way``: how it was made."""
 
     left_out: Patch
     tree: str
@@ -46,7 +40,7 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two neighbours of a series and whether their order matters; names, and the verdict."""
+    """Names of two neighbours of a series, and whether their order does not matter."""
 
     first: str
     second: str
@@ -65,8 +59,7 @@ def without(repo: SourceRepo, applied: Applied, patches: Sequence[Patch], index:
         tree = tree and apply_one(repo, tree, other)
     if tree is not None:
         return Variant(left_out=patch, tree=tree, way=OTHERS)
-    tree = _taken_out(repo, applied, patch, index)
-    if tree is not None:
+    if (tree := _taken_out(repo, applied, patch, index)) is not None:
         return Variant(left_out=patch, tree=tree, way=TAKEN_OUT)
     raise InseparablePatchError(
         f"{patch.name} can neither be left out nor be taken out: later patches build on it",
@@ -137,10 +130,8 @@ def pairs(repo: SourceRepo, applied: Applied, patches: Sequence[Patch]) -> tuple
 def trees_of_moved(repo: SourceRepo, base: str, patches: Sequence[Patch]) -> list[str]:
     """The base and the tree after each patch, hunks at other lines and other forms allowed.
 
-    For the exporter, which then writes every patch as it has been applied.
-
     Raises:
-        ForgeError: see apply_series, of the first patch that does not fit anywhere.
+        ForgeError: the strict error of the first patch that does not fit anywhere.
     """
     trees = [base]
     for patch in patches:

@@ -67,12 +67,8 @@ def blob_hash(content: bytes) -> str:
 def python_blobs(repo: SourceRepo, tree: str) -> dict[str, str]:
     """Path -> git blob hash of the Python files below ``vllm/`` in a tree."""
     listing = repo.git("ls-tree", "-r", "-z", tree, "--", "vllm/").stdout.decode()
-    blobs = {}
-    for row in filter(None, listing.split("\0")):
-        meta, _, path = row.partition("\t")
-        if path.endswith(".py"):
-            blobs[path] = meta.split()[2]
-    return blobs
+    rows = (row.split("\t") for row in listing.split("\0")[:-1])
+    return {path: meta.split()[2] for meta, path in rows if path.endswith(".py")}
 
 
 def changed_files(repo: SourceRepo, applied: Applied) -> tuple[ChangedFile, ...]:
@@ -82,12 +78,9 @@ def changed_files(repo: SourceRepo, applied: Applied) -> tuple[ChangedFile, ...]
         WheelSourceError: it adds, deletes or renames a file, changes a mode, or changes a file
             outside vllm/*.py, none of which a wheel of the same files can express.
     """
-    if applied.base == applied.result:
-        return ()
-    rows = repo.git(
-        "diff-tree", "-r", "-z", "--no-renames", applied.base, applied.result
-    ).stdout.decode()
-    parts = rows.rstrip("\0").split("\0")
+    trees = (applied.base, applied.result)
+    rows = repo.git("diff-tree", "-r", "-z", "--no-renames", *trees).stdout.decode()
+    parts = rows.split("\0")[:-1]
     files = []
     for meta, path in zip(parts[::2], parts[1::2], strict=True):
         old_mode, new_mode, before, after, status = meta.removeprefix(":").split()
@@ -108,12 +101,7 @@ def build_wheel(
 ) -> PatchedWheel:
     """Write the patched wheel into ``folder``. Same inputs, same bytes.
 
-    Args:
-        repo: holds both trees.
-        applied: the series' trees.
-        published: the wheel as downloaded; its hash was checked.
-        release: ``0.26.0``.
-        folder: where the wheel goes.
+    ``published`` is the wheel as downloaded, whose hash was checked.
 
     Raises:
         WheelSourceError: a Python file of the wheel is not the one in the source archive, or
@@ -163,7 +151,6 @@ def build_wheel(
 
 
 def _require_source(repo: SourceRepo, base: str, wheel: zipfile.ZipFile, published: Path) -> None:
-    """Every Python file of the wheel is the source archive's."""
     blobs = python_blobs(repo, base)
     for member in wheel.infolist():
         path = member.filename
@@ -179,11 +166,7 @@ def _require_source(repo: SourceRepo, base: str, wheel: zipfile.ZipFile, publish
 
 
 def replace_once(content: bytes, old: str, new: str, where: Path) -> bytes:
-    """Replace text that must occur exactly once.
-
-    Raises:
-        WheelSourceError: it does not.
-    """
+    """Replace text that must occur exactly once, else WheelSourceError."""
     if (count := content.count(old.encode())) != 1:
         raise WheelSourceError(f"{old.strip()!r} occurs {count} times, not once", where=str(where))
     return content.replace(old.encode(), new.encode())

@@ -24,10 +24,8 @@ def ask_line(project: Project, line_name: str, runner: Runner) -> SelectionRecor
     """Ask all questions of a line with its series, and of its release as published.
 
     Raises:
-        EngineSetupError: not root.
         BusyError: another process asks this line.
-        SelectionFailedError: no answers, or this project's code failed inside.
-        ForgeError: an error of a build's steps.
+        ForgeError: an error of open_line or read_answers.
     """
     vllm = project.matrix.line[line_name].vllm
     with exclusive(f"selection-{line_name}", wait=False):

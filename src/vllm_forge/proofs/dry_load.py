@@ -55,16 +55,11 @@ def dry_load(
 ) -> Answers:
     """Let a line's vLLM, with its series, load checkpoints without their data.
 
-    Args:
-        project: the checkout.
-        line_name: a line; its first SKU is declared.
-        profiles: name -> checkpoint, with headers.
-        runner: runs the engine.
+    The line's first SKU is declared.
 
     Raises:
-        EngineSetupError: not root.
         DryLoadError: no answer.
-        ForgeError: an error of a build's steps.
+        ForgeError: an error of open_line.
     """
     where = f"line {line_name}"
     with exclusive(f"inspect-{line_name}", wait=True), report(f"dry load on {where}"):
@@ -85,12 +80,7 @@ def dry_loads(
 ) -> dict[str, Answer]:
     """Line -> its vLLM's answer; lines that cannot be asked, and may be left out, are missing.
 
-    Args:
-        project: the checkout.
-        names: lines.
-        profile: the checkpoint.
-        resolve_by: ``rules`` asks none, ``auto`` those that are ready, ``vllm`` all.
-        runner: runs the engine.
+    ``resolve_by``: ``rules`` asks none, ``auto`` those that are ready, ``vllm`` all.
 
     Raises:
         UsageError: ``vllm`` for a checkpoint without headers.

@@ -40,10 +40,7 @@ class LineEnvironment:
 
     Attributes:
         plan: an image of the line; all SKUs share these layers.
-        repo: has the line's source.
-        applied: trees of the line's series.
         lower_dirs: unpacked layers with the release as published, highest first.
-        config: the image's: environment, user, working directory.
         work: folder of the cache; a run has a subfolder of its name.
     """
 
@@ -95,15 +92,10 @@ def image_plan(project: Project, line_name: str) -> ImagePlan:
 def open_line(project: Project, line_name: str, runner: Runner, kind: str) -> LineEnvironment:
     """The line's environment; builds what is missing in the cache.
 
-    Args:
-        project: the checkout.
-        line_name: a line.
-        runner: runs the engine.
-        kind: folder of the cache; the caller holds the lock of this kind and line.
+    ``kind``: folder of the cache; the caller holds the lock of this kind and line.
 
     Raises:
         EngineSetupError: not root.
-        EngineMissingError: buildah, runc or another tool of it is not installed.
         ForgeError: an error of a build's steps.
     """
     if os.geteuid() != 0:

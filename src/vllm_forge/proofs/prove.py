@@ -51,11 +51,8 @@ def prove(project: Project, names: Sequence[str], runner: Runner) -> None:
     """Prove lines and write ``records/proofs/<line>.json`` for each that is proven.
 
     Raises:
-        UselessPatchError: a proof is green without its patch.
-        ProofNotRunError: a proof was not run.
-        ProofRedError: a contract test is red with the whole series.
+        UselessPatchError, ProofNotRunError, ProofRedError: a verdict; the others are printed.
         BusyError: another process proves one of the lines.
-        ForgeError: an error of open_line, patches.variants or the dispositions.
     """
     with ExitStack() as stack:
         for name in names:
@@ -147,7 +144,6 @@ def _run_all(jobs: Sequence[ProofJob], runner: Runner) -> list[LineProof]:
 
 
 def _run(runner: Runner, job: ProofJob, name: str, folder: Path, *arguments: str) -> TestRun:
-    """One pytest run on one tree."""
     start = time.monotonic()
     argv = (PYTHON, f"/mnt/{SCRIPT.name}", *arguments)
     output = job.environment.run(runner, name, folder, job.inputs, argv)

@@ -47,7 +47,7 @@ class TestRun(FrozenModel):
     tail: str
 
     def outcomes(self, test_id: str) -> Counter[str]:
-        """How often which outcome, over all parameters of one test."""
+        """Counts of each outcome, over all parameters of one test."""
         return Counter(
             outcome
             for name, outcome in self.tests.items()
@@ -57,11 +57,7 @@ class TestRun(FrozenModel):
 
 @dataclass(frozen=True, kw_only=True)
 class ProofJob:
-    """A line, ready to be proven.
-
-    Attributes:
-        inputs: folder that is mounted into every run: tests, patches, sources, pytest.
-    """
+    """A line, ready to be proven; ``inputs`` is mounted into every run."""
 
     line_name: str
     environment: LineEnvironment
@@ -80,7 +76,6 @@ class LineProof:
     without: tuple[TestRun, ...]
 
     def problems(self) -> list[ForgeError]:
-        """What keeps the line from being proven."""
         line, variants = self.job.line_name, self.job.variants
         problems = judge_whole(line, [variant.left_out for variant in variants], self.whole)
         if self.whole.exit == GREEN:
@@ -90,11 +85,7 @@ class LineProof:
 
 
 def parse(output: str, where: str) -> TestRun:
-    """Read the JSON on the last line of run_tests.py's output.
-
-    Raises:
-        ProofNotRunError: no such line.
-    """
+    """Read the JSON on the last line of run_tests.py's output, else ProofNotRunError."""
     try:
         run = TestRun.model_validate_json(output.strip().splitlines()[-1])
     except (IndexError, ValidationError):

@@ -14,12 +14,18 @@ from vllm_forge.errors import UsageError
 from vllm_forge.matrix import load
 from vllm_forge.pages.patches import best, first_change
 from vllm_forge.patches import read_patch, read_series
-from vllm_forge.patches.drift import Answer, Release, Subject, Verdict, survey, verdicts, vocabulary
-from vllm_forge.patches.drift_data import (
+from vllm_forge.patches.drift import (
     DATA,
+    Answer,
+    Release,
+    Subject,
     Surveyed,
+    Verdict,
     fetch_releases,
     releases_between,
+    survey,
+    verdicts,
+    vocabulary,
     write_drift,
 )
 from vllm_forge.patches.follow import dense, locate, read_words

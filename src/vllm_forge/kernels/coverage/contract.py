@@ -31,8 +31,6 @@ class KernelSelection:
 
     Attributes:
         by: name of the question, e.g. of a preset and its artifact.
-        attention: backend's name.
-        linear: class of the FP8 linear layers' kernel.
         schemes: classes of the quantization schemes of layers other than routed experts.
         experts: scheme class and MoE backend of the routed experts, the draft layer's too, e.g.
             ``("ModelOptNvFp4FusedMoE", "MARLIN")``.
@@ -99,13 +97,7 @@ def _chosen(choice: Choice | None) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyFinding:
-    """A family that a cell needs.
-
-    Attributes:
-        coverage: what the image has of it.
-        needed_by: questions and their selections; empty if every cell needs it.
-        exemption: the row that accepts a verdict outside FINE.
-    """
+    """A family that a cell needs; ``needed_by`` is empty if every cell does."""
 
     family: str
     coverage: Coverage
@@ -139,12 +131,7 @@ class Contract:
         }
 
     def check(self) -> None:
-        """Raise if the contract does not hold.
-
-        Raises:
-            ContractError: a family is missing and no row accepts that.
-            StaleExceptionError: a row accepts a verdict that the image does not have.
-        """
+        """Raise ContractError or StaleExceptionError if the contract does not hold."""
         broken = [
             row
             for row in self.findings

@@ -62,8 +62,6 @@ _ALIGN = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """An ELF section that has ``size`` bytes at ``offset`` in the file."""
-
     name: str
     executable: bool
     offset: int
@@ -96,7 +94,6 @@ class Code:
 
 
 def is_elf(buffer: bytes | mmap) -> bool:
-    """Whether this is a 64-bit little-endian ELF file."""
     return buffer[: len(ELF_MAGIC)] == ELF_MAGIC
 
 
@@ -112,7 +109,6 @@ def _text(buffer: bytes | mmap, offset: int) -> str:
 
 
 def sections(buffer: bytes | mmap) -> list[Section]:
-    """The sections with bytes in the file, in the header's order."""
     rows, names = _section_rows(buffer)
     return [
         Section(
@@ -166,8 +162,6 @@ def device_code(buffer: bytes | mmap, name: str = "") -> list[Code]:
 
 @dataclass(frozen=True)
 class _Scan:
-    """The search for fatbins in one section of a file."""
-
     buffer: bytes | mmap
     section: Section
     name: str
@@ -198,7 +192,6 @@ class _Scan:
             at = self.buffer.find(_START, end, self.end)
 
     def _end(self, at: int) -> int:
-        """Where the fatbin at ``at`` ends."""
         if self.end - at < _FATBIN.size:
             raise self._unknown("a fatbin header that the section cuts off", at)
         magic, version, header, size = _FATBIN.unpack_from(self.buffer, at)
@@ -210,7 +203,6 @@ class _Scan:
         return end
 
     def entries(self, start: int, module: int) -> Iterator[Code]:
-        """The entries of the fatbin at ``start``."""
         at, end = start + _FATBIN.size, self._end(start)
         while at < end:
             if end - at < _ENTRY.size:

@@ -82,7 +82,6 @@ class Family(FrozenModel):
 
     @property
     def parts(self) -> tuple[Kernels | Libraries | Sources | Cubins, ...]:
-        """Of all kinds."""
         return (*self.kernels, *self.libraries, *self.sources, *self.cubins)
 
 
@@ -105,7 +104,6 @@ class Need(FrozenModel):
     )
 
     def families(self) -> set[str]:
-        """Every family that is named."""
         tables = (self.attention, self.linear, self.modules, *self.experts.values())
         return {*self.always, *(name for table in tables for row in table.values() for name in row)}
 
@@ -121,8 +119,6 @@ class Exemption(FrozenModel):
 
 
 class Catalogue(FrozenModel):
-    """All of families.toml."""
-
     compiler: dict[str, Compiler]
     family: dict[str, Family]
     need: Need
@@ -156,12 +152,10 @@ class Catalogue(FrozenModel):
 
 @cache
 def catalogue() -> Catalogue:
-    """families.toml, parsed."""
     return Catalogue.model_validate(tomllib.loads(DATA.read_text(encoding="utf-8")))
 
 
 def digest() -> str:
-    """SHA-256 of families.toml."""
     return hashlib.sha256(DATA.read_bytes()).hexdigest()
 
 
@@ -181,5 +175,4 @@ def needed(table: dict[str, tuple[str, ...]], chosen: str, what: str) -> tuple[s
 
 
 def worst(verdicts: Iterable[CoverageVerdict]) -> CoverageVerdict:
-    """The last one in the order of VERDICTS."""
     return max(verdicts, key=VERDICTS.index)

@@ -62,13 +62,7 @@ class Body:
 
 
 class KernelGroup(FrozenModel):
-    """Kernels of one pattern that have code for the same targets.
-
-    Attributes:
-        code: e.g. ``("cubin 120f", "ptx 80")``, without stubs.
-        kernels: how many.
-        example: the mangled name of one, cut.
-    """
+    """Kernels of one pattern that have code, without stubs, for the same targets."""
 
     code: tuple[str, ...]
     kernels: int
@@ -79,7 +73,6 @@ class LibraryCode(FrozenModel):
     """The device code of a library.
 
     Attributes:
-        sha256: of the file.
         size: of the file, in bytes.
         code: ``cubin 120f`` -> bytes of all such payloads, as they are in the file.
         patterns: pattern -> its kernels, by what they were compiled for.
@@ -107,10 +100,7 @@ def kernels(
 ) -> dict[str, list[Body]]:
     """Bodies by the kernel's mangled name, including stubs.
 
-    Args:
-        buffer: a library.
-        name: for error messages.
-        codes: the library's ``device_code``, if already known.
+    ``codes``: the library's ``device_code``, if already known.
 
     Raises:
         UnknownFatbinError: a payload that cannot be read, or is for another target than its

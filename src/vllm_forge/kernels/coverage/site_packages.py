@@ -34,10 +34,7 @@ if TYPE_CHECKING:
 class Coverage:
     """A family, or a part of one, on a GPU.
 
-    Attributes:
-        verdict: of its worst part.
-        codes: what it runs as, e.g. ``100f``, ``80 PTX``, ``nvcc``; empty if it is missing.
-        detail: one sentence for people.
+    ``codes``: what it runs as, e.g. ``100f``, ``80 PTX``, ``nvcc``; empty if it is missing.
     """
 
     verdict: CoverageVerdict
@@ -73,7 +70,6 @@ class SitePackages:
         return self._files[glob]
 
     def library(self, name: str, path: Path) -> LibraryCode:
-        """The code of one library, by the patterns of every family."""
         if path not in self._libraries:
             self._libraries[path] = library_code(path, self.rows.patterns_of(name))
         return self._libraries[path]

@@ -53,12 +53,10 @@ class Target:
 
     @property
     def capability(self) -> Capability:
-        """The compute capability that it is named after."""
         return self.major, self.minor
 
 
 def parse_capability(text: str) -> Capability:
-    """A compute capability such as ``10.3``."""
     target = Target.parse(text)
     if target.suffix or "." not in text:
         raise UnknownTargetError(f"invalid compute capability {text!r}", remedy="use e.g. 10.3")

@@ -32,8 +32,6 @@ class Device(FrozenModel):
 
 
 class Question(FrozenModel):
-    """A question."""
-
     name: str = Field(
         description="preset/<preset>/<artifact>, or grid/<sku>/<artifact>[/<variable>]"
     )
@@ -85,7 +83,6 @@ class Draft(FrozenModel):
 
     @property
     def experts_scheme(self) -> str | None:
-        """The quantization scheme class of its routed experts."""
         return _experts(self.modules)
 
 
@@ -167,5 +164,4 @@ class Answer(FrozenModel):
 
     @property
     def experts_scheme(self) -> str | None:
-        """The quantization scheme class of the target's routed experts."""
         return _experts(self.modules)

@@ -96,12 +96,7 @@ def write_inputs(folder: Path, questions: Sequence[Question]) -> None:
 
 
 def read_answers(output: str, questions: Iterable[Question], where: str) -> tuple[Answer, ...]:
-    """The answers on the output's last line, in the questions' order.
-
-    Raises:
-        SelectionFailedError: no answers, answers to other questions, or a failure of this
-            project's code inside.
-    """
+    """The answers on the output's last line, in the questions' order, else SelectionFailedError."""
     names = [question.name for question in questions]
     try:
         rows = json.loads(output.strip().splitlines()[-1])

@@ -96,11 +96,7 @@ def declared_device(sku: Sku, *, count: int) -> Device:
 
 
 def artifact_config(name: str, folder: Path = ARTIFACTS) -> dict[str, Any]:
-    """The config.json of an artifact of the matrix.
-
-    Raises:
-        ArtifactConfigError: missing or malformed.
-    """
+    """The config.json of an artifact of the matrix; ArtifactConfigError if missing or malformed."""
     path = folder / f"{name}.json"
     try:
         file = ArtifactFile.model_validate_json(path.read_bytes())
@@ -117,6 +113,5 @@ def artifact_config(name: str, folder: Path = ARTIFACTS) -> dict[str, Any]:
 
 
 def config_hash(name: str, folder: Path = ARTIFACTS) -> str:
-    """SHA-256 of the config."""
     text = json.dumps(artifact_config(name, folder), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -41,11 +41,8 @@ Rows = tuple[tuple[Question, Answer], ...]
 class SelectionRecord:
     """A line's file.
 
-    Attributes:
-        made: date, YYYY-MM-DD.
-        inputs: name -> hash; with the questions they determine the answers.
-        rows: of the line with its series.
-        published: of its release as published.
+    ``inputs`` (name -> hash) and the questions determine the answers. ``rows`` are of the line with
+    its series, ``published`` of its release as published.
     """
 
     line_name: str
@@ -57,12 +54,10 @@ class SelectionRecord:
 
     @property
     def answers(self) -> dict[str, Answer]:
-        """Question's name -> answer of the line with its series."""
         return {question.name: answer for question, answer in self.rows}
 
     @property
     def published_answers(self) -> dict[str, Answer]:
-        """Question's name -> answer of the release as published."""
         return {question.name: answer for question, answer in self.published}
 
     def of_device(self, name: str) -> SelectionRecord:
@@ -72,12 +67,10 @@ class SelectionRecord:
 
 
 def selection_path(records: Path, line_name: str) -> Path:
-    """The file of a line's answers."""
     return records / "selection" / f"{line_name}.json"
 
 
 def selection_inputs(project: Project, line_name: str) -> dict[str, Any]:
-    """Hashes of the inputs of a line's answers."""
     line = project.matrix.line[line_name]
     tree = read_tree_lock(project.root / line.series, line_name)
     return {
