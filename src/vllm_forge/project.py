@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.host import read_json
 from vllm_forge.matrix import find_root, image_cell, load
-from vllm_forge.matrix.cells import find_line, find_lines
+from vllm_forge.matrix.cells import find_line
 from vllm_forge.matrix.errors import RecordFileError
 from vllm_forge.sources import Index, read_lock
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from vllm_forge.matrix import ImageCell, Line, Matrix
@@ -43,20 +44,10 @@ class Project:
         """Folder of what the program writes for itself to read later."""
         return self.root / "records"
 
-    def read_json(self, path: str) -> Any:
-        """The content of a JSON file of the checkout.
-
-        Raises:
-            RecordFileError: invalid JSON.
-        """
-        try:
-            return json.loads((self.root / path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RecordFileError(
-                f"invalid JSON: {error}",
-                where=str(self.root / path),
-                remedy=f"restore it: git checkout -- {path}",
-            ) from None
+    def read_json(self, path: str, parse: Callable[[Any], Any] = lambda data: data) -> Any:
+        """What ``parse`` makes of a committed JSON file, else RecordFileError."""
+        remedy = f"restore it: git checkout -- {path}"
+        return read_json(self.root / path, parse, RecordFileError, what="record", remedy=remedy)
 
     def cell(self, sku: str, line: str | None = None) -> ImageCell:
         """A SKU (or arch) and a line (default: the matrix's)."""
@@ -70,4 +61,4 @@ class Project:
         return read_lock(self.root, name, self.matrix.line[name], self.matrix.base)
 
     def lines(self, name: str | None = None) -> list[str]:
-        return find_lines(self.matrix, name)
+        return list(self.matrix.line) if name is None else [self.line(name)[0]]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm_forge.commands.parsers import JSON, LINE, SKU, Commands, command, option, print_json
-from vllm_forge.host import RecordingRunner, SubprocessRunner, console, gigabytes, which
+from vllm_forge.host import RecordingRunner, Runner, console, gigabytes, which
 from vllm_forge.host.errors import ToolMissingError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def build(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.images import provision as install_tools
 
     cell = project.cell(args.sku, args.line)
-    runner = RecordingRunner() if args.dry_run else SubprocessRunner()
+    runner = RecordingRunner() if args.dry_run else Runner()
     if args.provision:
         install_tools(runner)
     engine = choose_engine(args.engine, dry_run=args.dry_run)
@@ -96,7 +96,7 @@ def _as_namespace_root() -> NoReturn:
     os.execv(buildah, argv)  # noqa: S606
 
 
-def _push(runner: RecordingRunner | SubprocessRunner, target: Path, reference: str) -> None:
+def _push(runner: Runner, target: Path, reference: str) -> None:
     """Copy the very bytes of the layout to a registry; skopeo checks the digests."""
     plain = ["--dest-tls-verify=false"] if reference.startswith(("127.0.0.1", "localhost")) else []
     runner.run(
@@ -125,7 +125,7 @@ def provision(_: Project, args: argparse.Namespace) -> None:
     """Install the build tools (apt, as root)."""
     from vllm_forge.images import provision as install_tools
 
-    install_tools(SubprocessRunner(), registry=args.registry)
+    install_tools(Runner(), registry=args.registry)
 
 
 def clean(project: Project, args: argparse.Namespace) -> None:

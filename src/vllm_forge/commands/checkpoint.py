@@ -10,7 +10,7 @@ from vllm_forge.checkpoints.errors import CheckpointDepartsError, CheckpointRefu
 from vllm_forge.checkpoints.quantize.calibration import AUTO
 from vllm_forge.commands.parsers import EVERY_LINE, JSON, Commands, command, group, print_json
 from vllm_forge.errors import UsageError
-from vllm_forge.host import SubprocessRunner
+from vllm_forge.host import Runner
 
 if TYPE_CHECKING:
     import argparse
@@ -88,7 +88,7 @@ def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
         profile,
         {name: project.matrix.line[name].vllm for name in names},
         read_dispositions(project.root / DISPOSITIONS),
-        dry_loads(project, names, profile, args.resolve, SubprocessRunner()),
+        dry_loads(project, names, profile, args.resolve, Runner()),
         artifact=args.manifest,
         source=source,
         values=args.values,
@@ -124,7 +124,7 @@ def verify(project: Project, _: argparse.Namespace) -> None:
     from vllm_forge.pages.registry import write_pages
     from vllm_forge.proofs.dry_load import record_verdicts
 
-    print(record_verdicts(project, SubprocessRunner()))
+    print(record_verdicts(project, Runner()))
     write_pages(project, "docs/generated/verdicts.md")
 
 

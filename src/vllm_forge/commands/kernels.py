@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from vllm_forge.commands.parsers import EVERY_LINE, Commands, command, group
-from vllm_forge.host import SubprocessRunner, atomic_path, console, report
+from vllm_forge.host import Runner, console, report, write_json
 from vllm_forge.project import Project
 
 
@@ -30,7 +29,7 @@ def select(project: Project, args: argparse.Namespace) -> None:
         for name in names:  # before the first is asked, which takes a minute
             require_fresh(project, name)
     for name in names:
-        selection = ask_line(project, name, SubprocessRunner())
+        selection = ask_line(project, name, Runner())
         console.print(selection_table(selection))
         if args.record:
             print(write_selection(project.records, selection))
@@ -56,8 +55,7 @@ def coverage(project: Project, args: argparse.Namespace) -> None:
         contracts += of_cells
         print(terminal(record, catalogue()))
         if args.record:
-            with atomic_path(project.root / FOLDER / f"{name}.json") as aside:
-                aside.write_text(json.dumps(record, indent=1) + "\n")
+            write_json(project.root / FOLDER / f"{name}.json", record)
     if args.record:
         write_pages(project, "docs/generated/coverage.md")
     for contract in contracts:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_forge.commands.parsers import EVERY_LINE, LINE, Commands, command, group
-from vllm_forge.host import SubprocessRunner, console
+from vllm_forge.host import Runner, console
 from vllm_forge.patches.errors import NotPatchedError
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def prove(project: Project, args: argparse.Namespace) -> None:
     """Run each patch's proof without it (red) and with it (green), as root."""
     from vllm_forge.proofs.prove import prove as prove_lines
 
-    prove_lines(project, project.lines(args.line), SubprocessRunner())
+    prove_lines(project, project.lines(args.line), Runner())
 
 
 def drift(project: Project, args: argparse.Namespace) -> None:
@@ -159,4 +159,4 @@ def _install_release(lock_path: Path, line: Line, python_version: str, python: P
             "itself is pinned, its dependencies are what the index offers today"
         )
         argv += [f"vllm=={line.vllm}", f"torch=={line.torch}"]
-    SubprocessRunner().run(argv)
+    Runner().run(argv)

@@ -12,9 +12,13 @@ from vllm_forge.host.files import exclusive as exclusive
 from vllm_forge.host.files import free_bytes as free_bytes
 from vllm_forge.host.files import link_or_copy as link_or_copy
 from vllm_forge.host.files import move as move
+from vllm_forge.host.files import parse_json as parse_json
+from vllm_forge.host.files import read_json as read_json
+from vllm_forge.host.files import read_plain as read_plain
 from vllm_forge.host.files import remove as remove
 from vllm_forge.host.files import require_disk as require_disk
 from vllm_forge.host.files import tree_bytes as tree_bytes
+from vllm_forge.host.files import write_json as write_json
 from vllm_forge.host.probe import HostProbe as HostProbe
 from vllm_forge.host.probe import Probe as Probe
 from vllm_forge.host.probe import RecordedProbe as RecordedProbe
@@ -22,7 +26,6 @@ from vllm_forge.host.probe import RecordingProbe as RecordingProbe
 from vllm_forge.host.probe import Reply as Reply
 from vllm_forge.host.run import RecordingRunner as RecordingRunner
 from vllm_forge.host.run import Runner as Runner
-from vllm_forge.host.run import SubprocessRunner as SubprocessRunner
 from vllm_forge.host.run import end_with_parent as end_with_parent
 from vllm_forge.host.run import gpu_container as gpu_container
 from vllm_forge.host.run import which as which

@@ -61,27 +61,20 @@ def transfer_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
             task = bar.add_task(what, total=total)
             yield lambda size: bar.advance(task, size)
     else:
-        yield _ProgressLines(what, total).advance
+        start = shown = time.monotonic()
+        done, lock = 0, threading.Lock()
 
+        def advance(size: int) -> None:
+            nonlocal done, shown
+            with lock:
+                done += size
+                now = time.monotonic()
+                if now - shown < PROGRESS_S:
+                    return
+                shown = now
+            console.print(progress_line(what, done, total, now - start), style="dim", markup=False)
 
-class _ProgressLines:
-    """Progress as lines of text, at most one in ``PROGRESS_S`` seconds."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self._what, self._total = what, total
-        self._start = self._shown = time.monotonic()
-        self._done = 0
-        self._lock = threading.Lock()
-
-    def advance(self, size: int) -> None:
-        with self._lock:
-            self._done += size
-            now = time.monotonic()
-            if now - self._shown < PROGRESS_S:
-                return
-            self._shown = now
-            line = progress_line(self._what, self._done, self._total, now - self._start)
-        console.print(line, style="dim", markup=False)
+        yield advance
 
 
 def progress_line(what: str, done: int, total: int, seconds: float) -> str:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
+import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_forge.host.console import console
 from vllm_forge.host.errors import BusyError, DiskSpaceError, MountedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from vllm_forge.errors import ForgeError
+
+T = TypeVar("T")
+MOST_BYTES = 1 << 28  # of a record; the largest is about 2 MB
 GIB = 1 << 30
 MOUNT_TABLE = Path("/proc/self/mountinfo")
 READ_ONLY = 0o444  # mode of blobs: images share them by hard links
@@ -62,6 +69,62 @@ def move(source: Path, target: Path) -> None:
     shutil.move(source, target)
 
 
+def read_plain(path: Path, most: int = MOST_BYTES) -> bytes:
+    """Content of a file that others may have written: a link, a FIFO or a device is refused.
+
+    Raises:
+        ValueError: not a plain file, or of more than ``most`` bytes.
+        OSError: missing, or may not be read.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno in {errno.ELOOP, errno.ENXIO}:  # a link; a socket
+            raise ValueError("not a plain file") from None
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("not a plain file")
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"larger than {most} bytes")
+    return content
+
+
+def parse_json(content: bytes | str) -> Any:
+    """A JSON document; ValueError for anything else, also for one that is nested too deeply."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(
+    path: Path, parse: Callable[[Any], T], error: type[ForgeError], *, what: str, remedy: str
+) -> T:
+    """What ``parse`` makes of a JSON file, read by ``read_plain``.
+
+    Raises:
+        ForgeError: of class ``error``: the file is missing, cannot be read as JSON in UTF-8, or
+            ``parse`` does not find in it what it expects.
+    """
+    try:
+        return parse(parse_json(read_plain(path)))
+    except FileNotFoundError:
+        problem = f"missing {what}"
+    except (ValueError, LookupError, TypeError, AttributeError) as cause:
+        detail = str(cause) if isinstance(cause, ValueError) else repr(cause)
+        problem = f"invalid {what}: {detail}"
+    raise error(problem, where=str(path), remedy=remedy)
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write a record: one space of indent, a newline at the end."""
+    with atomic_path(path) as aside:
+        aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Make ``target`` a hard link to a file, or a copy where they are on different file systems."""
     try:
@@ -72,11 +135,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder with all it holds.
-
-    Raises:
-        MountedError: something is mounted in it and cannot be unmounted.
-    """
+    """Delete a file or a folder with all it holds, unmounting what is mounted in it."""
     if path.is_dir() and not path.is_symlink():
         unmount_below(path)  # deleting would go through a mount, or stop halfway at one
         shutil.rmtree(path)
@@ -95,12 +154,7 @@ def tree_bytes(path: Path) -> int:
 def exclusive(name: str, *, wait: bool) -> Iterator[None]:
     """Hold the lock ``name`` of this cache; the kernel drops it when the process dies.
 
-    Args:
-        name: what is locked, for the file name and the message.
-        wait: block until it is free; otherwise a taken lock is an error.
-
-    Raises:
-        BusyError: the lock is taken and ``wait`` is false.
+    Without ``wait``, a lock that is taken is a BusyError.
     """
     folder = cache_root() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,8 +192,7 @@ def _existing(path: Path) -> Path:
 def require_disk(needs: dict[Path, int]) -> None:
     """Refuse before the first byte when the disk cannot hold what is to come.
 
-    Args:
-        needs: bytes to be written below each path; paths of one file system are added up.
+    ``needs``: bytes to be written below each path; paths of one file system are added up.
 
     Raises:
         DiskSpaceError: with the missing amount and the paths.
@@ -159,11 +212,9 @@ def require_disk(needs: dict[Path, int]) -> None:
 
 
 def mounted_below(folder: Path, table: str | None = None) -> list[Path]:
-    """Mount points within ``folder``, the latest first, as they have to be unmounted.
+    """Mount points within ``folder`` but not itself, the latest first, to be unmounted so.
 
-    Args:
-        folder: need not exist; it may be a mount point itself, which does not count.
-        table: the text of /proc/self/mountinfo (proc_pid_mountinfo(5)); default: this process's.
+    ``table``: the text of /proc/self/mountinfo (proc_pid_mountinfo(5)); default: this process's.
     """
     rows = (MOUNT_TABLE.read_text() if table is None else table).splitlines()
     points = [
@@ -174,11 +225,7 @@ def mounted_below(folder: Path, table: str | None = None) -> list[Path]:
 
 
 def unmount_below(folder: Path) -> None:
-    """Unmount everything within ``folder``.
-
-    Raises:
-        MountedError: something is in use, or this user may not.
-    """
+    """Unmount everything within ``folder``; MountedError if it is in use, or the user may not."""
     for point in mounted_below(folder):
         done = subprocess.run(["umount", str(point)], capture_output=True, text=True, check=False)
         if done.returncode != 0:

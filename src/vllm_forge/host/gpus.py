@@ -18,14 +18,9 @@ DETAILED = (*BASIC, "mig.mode.current", "fabric.state", "fabric.status")
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """A row of nvidia-smi. What was not asked has its default.
+    """A row of nvidia-smi, memory in bytes. What was not asked has its default.
 
-    Attributes:
-        capability: compute capability, e.g. ``9.0``.
-        driver: version of the kernel driver.
-        memory: bytes, as the driver gives them out.
-        mig: the GPU is split.
-        fabric: state of its NVLink fabric, None where it has none.
+    ``fabric`` is the state of its NVLink fabric, None where it has none.
     """
 
     name: str

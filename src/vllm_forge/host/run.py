@@ -11,7 +11,7 @@ import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from vllm_forge.host.console import console
 from vllm_forge.host.errors import CommandFailedError, ToolMissingError
@@ -28,35 +28,10 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def end_with_parent(parent: int) -> None:
-    """Make the kernel kill this process when the one that started it ends, however it ends.
-
-    Args:
-        parent: its pid; it may have ended already.
-    """
+    """Make the kernel kill this process when ``parent``, which started it, ends or has ended."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-
-
-class Runner(Protocol):
-    """Runs commands, and the project's own actions between them."""
-
-    commands: list[list[str]]
-
-    def run(
-        self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
-    ) -> str:
-        """Run ``argv`` and return its stdout; anything but exit 0 raises."""
-
-    def act(self, what: str, action: Callable[[], T]) -> Callable[[], T]:
-        """Do a step that is not a command; ``what`` is shown either way.
-
-        Returns:
-            A function that gives the action's result. A dry run has none: there it raises.
-        """
-
-    def exclusive(self, name: str) -> AbstractContextManager[None]:
-        """Hold the lock ``name`` while a step runs, after waiting for it."""
 
 
 def which(tool: str) -> str | None:
@@ -72,12 +47,7 @@ def gpu_container(
 
     Docker counts GPUs itself; podman takes the names of the container device interface.
 
-    Args:
-        engine: ``docker`` or ``podman``.
-        gpus: how many; None for all.
-        options: further options of ``run``.
-        image: name, or name and digest.
-        command: arguments of the entrypoint.
+    ``gpus`` is None for all; ``command`` are arguments of the entrypoint.
     """
     if engine == "docker":
         devices = [f"--gpus={'all' if gpus is None else gpus}"]
@@ -89,15 +59,15 @@ def gpu_container(
 
 
 @dataclass
-class SubprocessRunner:
-    """The real one: prints each command, then runs it."""
+class Runner:
+    """Runs commands, which it prints first, and the project's own actions between them."""
 
     commands: list[list[str]] = field(default_factory=list)
 
     def run(
         self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> str:
-        """Run one command.
+        """Run ``argv`` and return its stdout.
 
         Raises:
             ToolMissingError: the program is not on PATH.
@@ -134,19 +104,21 @@ class SubprocessRunner:
         return done.stdout
 
     def act(self, what: str, action: Callable[[], T]) -> Callable[[], T]:
+        """Do a step that is not a command; ``what`` is shown either way.
+
+        Returns a function that gives the action's result. A dry run has none: there it raises.
+        """
         console.print(f"  · {what}", style="dim", markup=False)
         result = action()
         return lambda: result
 
     def exclusive(self, name: str) -> AbstractContextManager[None]:
+        """Hold the lock ``name`` while a step runs, after waiting for it."""
         return exclusive(name, wait=True)
 
 
-@dataclass
-class RecordingRunner:
+class RecordingRunner(Runner):
     """The dry run: the same calls, printed to stdout, nothing done."""
-
-    commands: list[list[str]] = field(default_factory=list)
 
     def run(
         self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None

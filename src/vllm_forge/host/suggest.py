@@ -12,11 +12,7 @@ if TYPE_CHECKING:
 def suggestion(word: str, known: Iterable[str], *, least: float = 0.5, listed: bool = True) -> str:
     """`` (did you mean 'x'?)`` for the nearest known word, ready to follow the wrong one.
 
-    Args:
-        word: what was given.
-        known: what is accepted.
-        least: similarity from which a word is near, 0 to 1.
-        listed: where none is near, list all: `` (known: x, y)``.
+    ``least``: similarity from which a word is near, 0 to 1. If none is, ``listed`` lists all.
     """
     names = {name.lstrip("-"): name for name in sorted(known)}  # dashes do not count
     if near := difflib.get_close_matches(word.lstrip("-"), names, n=1, cutoff=least):

@@ -42,11 +42,6 @@ def find_line(matrix: Matrix, name: str | None) -> tuple[str, Line]:
     return wanted, matrix.line[wanted]
 
 
-def find_lines(matrix: Matrix, name: str | None) -> list[str]:
-    """Names of all lines, or of the one given."""
-    return list(matrix.line) if name is None else [find_line(matrix, name)[0]]
-
-
 def image_cell(matrix: Matrix, sku: str, line: str | None = None) -> ImageCell:
     """The cell of a SKU, given in any case by its name or by its arch (``sm_120``, ``sm120``).
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from rich.progress import track
 from unidiff.patch import PatchSet
 
 from vllm_forge.errors import UsageError
-from vllm_forge.host import atomic_path, cache_root, console, report
+from vllm_forge.host import cache_root, console, report, write_json
 from vllm_forge.patches.apply import ABSENT, FAILED, MOVED, TreeIndex
 from vllm_forge.patches.follow import Words, dense, hunk_words, locate, read_words
 from vllm_forge.patches.header import Patch, read_patch
@@ -181,8 +180,7 @@ def write_drift(project: Project, found: Sequence[Surveyed], day: str) -> dict[s
         ],
         "changes": _changes(project, found),
     }
-    with atomic_path(project.root / DATA) as aside:
-        aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write_json(project.root / DATA, data)
     return data
 
 

@@ -7,11 +7,10 @@ the text is missing. ``drift`` records the outcome in records/seed-installer.jso
 from __future__ import annotations
 
 import ast
-import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from vllm_forge.host import atomic_path
+from vllm_forge.host import write_json
 from vllm_forge.patches.series import read_series
 
 if TYPE_CHECKING:
@@ -136,9 +135,10 @@ def outcome(project: Project, repo: SourceRepo, edit: Edit, line: str) -> Outcom
 
 def record_outcomes(project: Project, repo: SourceRepo) -> None:
     rows = [outcome(project, repo, edit, line) for edit in EDITS for line in project.matrix.line]
-    with atomic_path(project.root / RECORD) as aside:
-        aside.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    write_json(project.root / RECORD, [asdict(row) for row in rows])
 
 
 def read_outcomes(project: Project) -> list[Outcome]:
-    return [Outcome(**row) for row in project.read_json(RECORD)]
+    outcomes: list[Outcome]
+    outcomes = project.read_json(RECORD, lambda rows: [Outcome(**row) for row in rows])
+    return outcomes

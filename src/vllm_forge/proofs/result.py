@@ -5,7 +5,6 @@ Red is pytest's exit code 1, and nothing else. Equal inputs give equal records.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from pydantic import ValidationError
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_forge.host import atomic_path, console
+from vllm_forge.host import console, write_json
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.proofs.errors import ProofNotRunError, ProofRedError, UselessPatchError
 
@@ -236,6 +235,5 @@ def write_record(records: Path, proof: LineProof) -> Path:
         "applied twice": "same trees; each patch is refused on its own result",
     }
     path = records / "proofs" / f"{proof.job.line_name}.json"
-    with atomic_path(path) as aside:
-        aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write_json(path, data)
     return path

@@ -16,7 +16,7 @@ import pytest
 
 from vllm_forge.host import (
     RecordingRunner,
-    SubprocessRunner,
+    Runner,
     atomic_path,
     cache_root,
     exclusive,
@@ -318,14 +318,14 @@ class TestDisk:
 
 
 def test_output_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
-    runner = SubprocessRunner()
+    runner = Runner()
     assert runner.run(["sh", "-c", "echo out; echo err >&2"]) == "out\n"
     assert runner.commands == [["sh", "-c", "echo out; echo err >&2"]]
     assert "$ sh -c 'echo out; echo err >&2'" in capsys.readouterr().err
 
 
 def test_environment_and_folder(tmp_path: Path) -> None:
-    runner = SubprocessRunner()
+    runner = Runner()
     said = runner.run(["sh", "-c", "pwd; echo $A$PATH"], env={"A": "x:"}, cwd=tmp_path)
     assert said == f"{tmp_path}\nx:{os.environ['PATH']}\n"
 
@@ -333,7 +333,7 @@ def test_environment_and_folder(tmp_path: Path) -> None:
 def test_failing_command_shows_its_last_words() -> None:
     script = "seq 1 100; echo the reason >&2; exit 3"
     with pytest.raises(CommandFailedError) as refused:
-        SubprocessRunner().run(["sh", "-c", script])
+        Runner().run(["sh", "-c", script])
     said = str(refused.value)
     assert "sh exited with 3" in said
     assert "the reason" in said
@@ -344,31 +344,31 @@ def test_failing_command_shows_its_last_words() -> None:
 
 def test_command_that_a_signal_ends_has_failed() -> None:
     with pytest.raises(CommandFailedError, match="-9"):
-        SubprocessRunner().run(["sh", "-c", "kill -9 $$"])
+        Runner().run(["sh", "-c", "kill -9 $$"])
 
 
 def test_command_does_not_read_our_input() -> None:
-    assert SubprocessRunner().run(["cat"]) == ""
+    assert Runner().run(["cat"]) == ""
 
 
 def test_command_that_writes_bytes() -> None:
-    assert SubprocessRunner().run(["printf", r"\377ok"]).endswith("ok")
+    assert Runner().run(["printf", r"\377ok"]).endswith("ok")
 
 
 def test_missing_command() -> None:
     with pytest.raises(ToolMissingError, match="no-such-tool-here") as refused:
-        SubprocessRunner().run(["no-such-tool-here", "--x"])
+        Runner().run(["no-such-tool-here", "--x"])
     assert refused.value.where == "no-such-tool-here --x"
 
 
 def test_markup_in_a_command_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    SubprocessRunner().run(["echo", "[bold]", "[/nothing]"])
+    Runner().run(["echo", "[bold]", "[/nothing]"])
     assert "echo '[bold]' '[/nothing]'" in capsys.readouterr().err
 
 
 def test_markup_in_a_step_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     with report("step [red] one [/nothing]"):
-        SubprocessRunner().act("write [bold] to [/x]", lambda: None)
+        Runner().act("write [bold] to [/x]", lambda: None)
     said = capsys.readouterr().err
     assert said.count("step [red] one [/nothing]") == 2
     assert "write [bold] to [/x]" in said

@@ -151,7 +151,7 @@ class TestArtifacts:
         ("text", "words"),
         [
             (None, "missing config.json of artifact one"),
-            ("{", "invalid artifact config"),
+            ("{", "invalid config.json of artifact"),
             ('{"config": {}}', "sources\n  Field required"),
             ('{"sources": ["a"]}', "config\n  Field required"),
             ('{"sources": [], "config": {}}', "sources\n  Tuple should have at least 1 item"),

@@ -12,7 +12,6 @@ import pytest
 
 from vllm_forge.cli import main
 from vllm_forge.matrix import Matrix, image_cell, load, schema_text
-from vllm_forge.matrix.cells import find_lines
 from vllm_forge.matrix.errors import (
     MatrixFileError,
     MatrixValueError,
@@ -22,6 +21,7 @@ from vllm_forge.matrix.errors import (
     UnsupportedCellError,
     UnsupportedSkuError,
 )
+from vllm_forge.project import Project
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -334,12 +334,12 @@ def test_cell_of_no_line(root: Path) -> None:
 
 
 def test_lines_by_name_or_all(root: Path) -> None:
-    matrix = load(root)
-    assert find_lines(matrix, "0.33") == ["0.33"]
-    assert find_lines(matrix, None) == list(matrix.line)
+    project = Project(root)
+    assert project.lines("0.33") == ["0.33"]
+    assert project.lines(None) == list(project.matrix.line)
     for asked in ("0.34", ""):
         with pytest.raises(UnknownLineError):
-            find_lines(matrix, asked)
+            project.lines(asked)
 
 
 def test_every_unsupported_cell_says_why_and_where_else(root: Path) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import zstandard
 from pydantic import ValidationError
 
-from vllm_forge.host import atomic_path, cache_root, exclusive
+from vllm_forge.host import cache_root, exclusive, write_json
 from vllm_forge.kernels.coverage.device_code import (
     device_code,
     functions,
@@ -171,12 +171,10 @@ def library_code(path: Path, patterns: Sequence[str] = ()) -> LibraryCode:
         stamp = _stamp(path)  # from before it is read
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        with atomic_path(_stamp_path(path)) as aside:
-            aside.write_text(json.dumps({"stamp": stamp, "sha256": sha256}) + "\n")
+        write_json(_stamp_path(path), {"stamp": stamp, "sha256": sha256})
         if (known := _load(sha256, rules)) is None:
             known = _read(path, sha256, patterns)
-            with atomic_path(_record_path(sha256, rules)) as aside:
-                aside.write_text(known.model_dump_json(indent=1) + "\n")
+            write_json(_record_path(sha256, rules), known.model_dump())
         return known
 
 

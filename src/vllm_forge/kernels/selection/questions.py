@@ -12,8 +12,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
+from vllm_forge.host import read_json
 from vllm_forge.kernels.errors import ArtifactConfigError
 from vllm_forge.kernels.selection.model import Device, Question
 from vllm_forge.matrix import FrozenModel, serve_arguments
@@ -97,19 +98,15 @@ def declared_device(sku: Sku, *, count: int) -> Device:
 
 def artifact_config(name: str, folder: Path = ARTIFACTS) -> dict[str, Any]:
     """The config.json of an artifact of the matrix; ArtifactConfigError if missing or malformed."""
-    path = folder / f"{name}.json"
-    try:
-        file = ArtifactFile.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        problem = f"missing config.json of artifact {name}"
-    except ValidationError as error:
-        problem = f"invalid artifact config: {error}"
-    else:
-        base = {} if file.base is None else artifact_config(file.base, folder)
-        return base | file.config
-    raise ArtifactConfigError(
-        problem, where=str(path), remedy="write the artifact's config.json and its sources"
+    file = read_json(
+        folder / f"{name}.json",
+        ArtifactFile.model_validate,
+        ArtifactConfigError,
+        what=f"config.json of artifact {name}",
+        remedy="write the artifact's config.json and its sources",
     )
+    base = {} if file.base is None else artifact_config(file.base, folder)
+    return base | file.config
 
 
 def config_hash(name: str, folder: Path = ARTIFACTS) -> str:

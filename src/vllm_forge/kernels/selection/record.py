@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
-from vllm_forge.host import atomic_path
+from vllm_forge.host import atomic_path, read_json
 from vllm_forge.kernels.errors import (
     SelectionChangedError,
     SelectionFileError,
@@ -83,27 +81,21 @@ def selection_inputs(project: Project, line_name: str) -> dict[str, Any]:
 
 
 def read_selection(records: Path, line_name: str) -> SelectionRecord:
-    """The recorded answers of a line.
-
-    Raises:
-        SelectionFileError: missing or malformed.
-    """
-    path = selection_path(records, line_name)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return SelectionRecord(
+    """The recorded answers of a line; SelectionFileError if missing or malformed."""
+    return read_json(
+        selection_path(records, line_name),
+        lambda data: SelectionRecord(
             line_name=data["line"],
             vllm=data["vllm"],
             made=data["made"],
             inputs=data["inputs"],
             rows=_load(data["rows"], data["shared"]),
             published=_load(data["published"], data["shared"]),
-        )
-    except FileNotFoundError:
-        problem = f"missing kernel selection of line {line_name}"
-    except (ValueError, LookupError, TypeError, ValidationError) as error:
-        problem = f"invalid kernel selection of line {line_name}: {error!r}"
-    raise SelectionFileError(problem, where=str(path), remedy=f"run: {COMMAND} {line_name}")
+        ),
+        SelectionFileError,
+        what=f"kernel selection of line {line_name}",
+        remedy=f"run: {COMMAND} {line_name}",
+    )
 
 
 def write_selection(records: Path, recorded: SelectionRecord) -> Path:
