@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from vllm_forge.host import read_json
-from vllm_forge.matrix import find_root, image_cell, load
+from vllm_forge.matrix import ImageCell, Line, Matrix, find_root, image_cell, load
 from vllm_forge.matrix.cells import find_line
 from vllm_forge.matrix.errors import RecordFileError
-from vllm_forge.sources import Index, read_lock
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from vllm_forge.matrix import ImageCell, Line, Matrix
-    from vllm_forge.sources import Lock
+from vllm_forge.sources import Index, Lock, read_lock
 
 
 @dataclass(frozen=True)

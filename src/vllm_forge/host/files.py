@@ -12,17 +12,14 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from vllm_forge.errors import ForgeError
 from vllm_forge.host.console import console
 from vllm_forge.host.errors import BusyError, DiskSpaceError, MountedError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from vllm_forge.errors import ForgeError
 
 T = TypeVar("T")
 MOST_BYTES = 1 << 28  # of a record; the largest is about 2 MB

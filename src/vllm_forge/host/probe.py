@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import Protocol
 
 from vllm_forge.host.files import atomic_path
 from vllm_forge.host.run import which
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
 
 TIMEOUT_S = 30
 # What shells say for a command that does not exist, and timeout(1) for one that hangs.

@@ -9,17 +9,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TypeVar
 
 from vllm_forge.host.console import console
 from vllm_forge.host.errors import CommandFailedError, ToolMissingError
 from vllm_forge.host.files import exclusive
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
 T = TypeVar("T")
 TAIL_LINES = 30

@@ -7,12 +7,14 @@ only with ``-v``; that is refused here (git-apply(1)).
 from __future__ import annotations
 
 import re
+import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from vllm_forge.errors import ForgeError
 from vllm_forge.patches.errors import (
     AlreadyUpstreamError,
     AppliedTwiceError,
@@ -22,14 +24,8 @@ from vllm_forge.patches.errors import (
     OffsetError,
     WrongContextError,
 )
-
-if TYPE_CHECKING:
-    import subprocess
-    from collections.abc import Sequence
-
-    from vllm_forge.errors import ForgeError
-    from vllm_forge.patches.header import Patch
-    from vllm_forge.sources import SourceRepo
+from vllm_forge.patches.header import Patch
+from vllm_forge.sources import SourceRepo
 
 MOVED = re.compile(r"^Hunk #(\d+) succeeded at (\d+) \(offset (-?\d+) lines?\)", re.M)
 FAILED = re.compile(r"^error: patch failed: (?P<file>.+):(?P<line>\d+)$", re.M)

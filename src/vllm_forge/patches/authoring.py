@@ -13,7 +13,6 @@ import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vllm_forge.errors import UsageError
 from vllm_forge.host import atomic_path
@@ -41,10 +40,8 @@ from vllm_forge.patches.series import (
     series_text,
 )
 from vllm_forge.patches.variants import trees_of_moved
+from vllm_forge.project import Project
 from vllm_forge.sources import SourceRepo
-
-if TYPE_CHECKING:
-    from vllm_forge.project import Project
 
 BASE = "refs/forge/base"
 PATCH = "Patch"

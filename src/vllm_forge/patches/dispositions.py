@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from vllm_forge.host import suggestion
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.patches.errors import DispositionError
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 FILE = "dispositions.toml"  # beside the folders of the lines
 ALL = "all"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,7 +11,7 @@ from functools import cache
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from packaging.utils import InvalidSdistFilename, parse_sdist_filename
 from packaging.version import InvalidVersion, Version
@@ -24,14 +25,9 @@ from vllm_forge.patches.follow import Words, dense, hunk_words, locate, read_wor
 from vllm_forge.patches.header import Patch, read_patch
 from vllm_forge.patches.series import check_line, read_series
 from vllm_forge.patches.variants import before
-from vllm_forge.sources import Download, SourceRepo, download_all
+from vllm_forge.project import Project
+from vllm_forge.sources import Download, Index, IndexFile, SourceRepo, download_all
 from vllm_forge.sources.errors import DistributionNotFoundError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from vllm_forge.project import Project
-    from vllm_forge.sources import Index, IndexFile
 
 DATA = Path("records/drift.json")
 NUMBER = re.compile(r"^\d+-")

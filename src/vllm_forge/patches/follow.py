@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+
+from unidiff.patch import Hunk
 
 from vllm_forge.patches.wheel import python_blobs
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
-
-    from unidiff.patch import Hunk
-
-    from vllm_forge.sources import SourceRepo
+from vllm_forge.sources import SourceRepo
 
 WORD = re.compile(rb"[A-Za-z_]\w{4,}")
 AROUND = 12  # lines before and after a hunk, beyond its own context

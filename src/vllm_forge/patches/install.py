@@ -12,12 +12,12 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vllm_forge.host import atomic_path
-from vllm_forge.patches.apply import TreeIndex, apply_series
+from vllm_forge.patches.apply import Applied, TreeIndex, apply_series
 from vllm_forge.patches.errors import (
     AlreadyPatchedError,
     DirtyTreeError,
@@ -27,6 +27,7 @@ from vllm_forge.patches.errors import (
     PartlyPatchedError,
     WrongBaseError,
 )
+from vllm_forge.patches.header import Patch
 from vllm_forge.patches.wheel import (
     GENERATED,
     blob_hash,
@@ -38,12 +39,6 @@ from vllm_forge.patches.wheel import (
     stamp_version,
 )
 from vllm_forge.sources import SourceRepo
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from vllm_forge.patches.apply import Applied
-    from vllm_forge.patches.header import Patch
 
 # The series of another distribution is for its source, where the package is below src/.
 PREFIX = "src/"

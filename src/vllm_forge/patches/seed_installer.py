@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import ast
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from vllm_forge.host import write_json
 from vllm_forge.patches.series import read_series
-
-if TYPE_CHECKING:
-    from vllm_forge.project import Project
-    from vllm_forge.sources import SourceRepo
+from vllm_forge.project import Project
+from vllm_forge.sources import SourceRepo
 
 RECORD = "records/seed-installer.json"
 MERGED = "already applied or merged"

@@ -9,7 +9,6 @@ import json
 import tomllib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vllm_forge.host import atomic_path, cache_root, exclusive
 from vllm_forge.patches.apply import Applied, apply_series, canonical_diff
@@ -21,12 +20,9 @@ from vllm_forge.patches.errors import (
     WrongBaseError,
 )
 from vllm_forge.patches.header import Patch, patch_text, read_patch
-from vllm_forge.sources import Download, Index, SourceRepo, download_all
+from vllm_forge.project import Project
+from vllm_forge.sources import Download, Index, IndexFile, SourceRepo, download_all
 from vllm_forge.sources.errors import DistributionNotFoundError, LockFileError
-
-if TYPE_CHECKING:
-    from vllm_forge.project import Project
-    from vllm_forge.sources import IndexFile
 
 COMMAND = "nox -s forge -- patch lock --line"
 

@@ -7,23 +7,18 @@ reads code.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from unidiff.patch import PatchSet
 
 from vllm_forge.errors import ForgeError
-from vllm_forge.patches.apply import MOVED, TreeIndex, apply_series
+from vllm_forge.patches.apply import MOVED, Applied, TreeIndex, apply_series
 from vllm_forge.patches.errors import AlreadyUpstreamError, InseparablePatchError, SeriesOrderError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from vllm_forge.patches.apply import Applied
-    from vllm_forge.patches.header import Patch
-    from vllm_forge.sources import SourceRepo
+from vllm_forge.patches.header import Patch
+from vllm_forge.sources import SourceRepo
 
 OTHERS = "the others applied"
 TAKEN_OUT = "taken out of the whole"

@@ -10,19 +10,15 @@ import copy
 import hashlib
 import io
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vllm_forge.host import atomic_path
+from vllm_forge.patches.apply import Applied
 from vllm_forge.patches.errors import WheelSourceError
+from vllm_forge.sources import SourceRepo
 from vllm_forge.sources.wheel_format import record_row, rewrite_record, seek_to_data
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from vllm_forge.patches.apply import Applied
-    from vllm_forge.sources import SourceRepo
 
 STAMP = (2025, 1, 1, 0, 0, 0)
 TREE_CHARS = 12

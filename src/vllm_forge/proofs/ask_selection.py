@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
-from vllm_forge.host import exclusive, report
+from vllm_forge.host import Runner, exclusive, report
+from vllm_forge.kernels.selection.model import Question
 from vllm_forge.kernels.selection.mount import ARGV, read_answers, write_inputs
 from vllm_forge.kernels.selection.questions import grid_questions, line_questions
-from vllm_forge.kernels.selection.record import SelectionRecord, selection_inputs
+from vllm_forge.kernels.selection.record import Rows, SelectionRecord, selection_inputs
+from vllm_forge.project import Project
 from vllm_forge.proofs.environment import open_line
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from vllm_forge.host import Runner
-    from vllm_forge.kernels.selection.model import Question
-    from vllm_forge.kernels.selection.record import Rows
-    from vllm_forge.project import Project
 
 
 def ask_line(project: Project, line_name: str, runner: Runner) -> SelectionRecord:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import DryLoadError
 from vllm_forge.checkpoints.fixtures.variants import cached_variant, load_variants
 from vllm_forge.checkpoints.inspect.dry_load import (
     PROGRAM,
+    Answer,
     Answers,
     read_answers,
     write_request,
@@ -18,19 +20,12 @@ from vllm_forge.checkpoints.inspect.inspection import inspect
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.checkpoints.inspect.verdict import DATA, Verdicts, variant_row
 from vllm_forge.errors import ForgeError, UsageError
-from vllm_forge.host import atomic_path, console, exclusive, report, which
+from vllm_forge.host import Runner, atomic_path, console, exclusive, report, which
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images.store import stored
 from vllm_forge.patches import read_dispositions
+from vllm_forge.project import Project
 from vllm_forge.proofs.environment import PYTHON, image_plan, open_line
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    from vllm_forge.checkpoints.inspect.dry_load import Answer
-    from vllm_forge.host import Runner
-    from vllm_forge.project import Project
 
 NAME = "checkpoint"
 DISPOSITIONS = "patches/vllm"

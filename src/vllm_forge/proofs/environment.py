@@ -10,11 +10,18 @@ import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vllm_forge.host import cache_root, remove
+from vllm_forge.host import Runner, cache_root, remove
 from vllm_forge.host.errors import CacheError
-from vllm_forge.images import BuildOptions, build_system, choose_engine, resolve, write_layers
+from vllm_forge.images import (
+    BuildOptions,
+    ImagePlan,
+    build_system,
+    choose_engine,
+    resolve,
+    write_layers,
+)
 from vllm_forge.images.content import VLLM
 from vllm_forge.images.engines import ContainerRun
 from vllm_forge.images.errors import EngineSetupError
@@ -23,12 +30,8 @@ from vllm_forge.images.system import load_system
 from vllm_forge.images.wheels import site_packages
 from vllm_forge.patches import Applied, check_line
 from vllm_forge.patches.wheel import GENERATED, changed_files
+from vllm_forge.project import Project
 from vllm_forge.sources import SourceRepo, Wheelhouse
-
-if TYPE_CHECKING:
-    from vllm_forge.host import Runner
-    from vllm_forge.images import ImagePlan
-    from vllm_forge.project import Project
 
 ENGINE = "buildah"
 PYTHON = "/opt/venv/bin/python"

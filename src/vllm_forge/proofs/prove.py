@@ -11,27 +11,20 @@ import os
 import shutil
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from vllm_forge.host import atomic_path, console, exclusive, report
+from vllm_forge.errors import ForgeError
+from vllm_forge.host import Runner, atomic_path, console, exclusive, report
 from vllm_forge.patches import decisions, read_dispositions, read_series
 from vllm_forge.patches.variants import pairs, require_idempotent, without
+from vllm_forge.project import Project
 from vllm_forge.proofs.environment import PYTHON, open_line
 from vllm_forge.proofs.errors import ProofNotRunError, UselessPatchError
 from vllm_forge.proofs.result import LineProof, ProofJob, TestRun, parse, show, write_record
-from vllm_forge.sources import Wheelhouse, read_wheels
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from concurrent.futures import Future
-
-    from vllm_forge.errors import ForgeError
-    from vllm_forge.host import Runner
-    from vllm_forge.project import Project
-    from vllm_forge.sources import SourceRepo
+from vllm_forge.sources import SourceRepo, Wheelhouse, read_wheels
 
 MOST_WORKERS = 8  # each takes about 2 GB
 ALL_TESTS = "tests/patches"

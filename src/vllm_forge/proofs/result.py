@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import ValidationError
 from rich.markup import escape
 from rich.table import Table
 
+from vllm_forge.errors import ForgeError
 from vllm_forge.host import console, write_json
 from vllm_forge.matrix import FrozenModel
+from vllm_forge.patches import Decision, Patch
+from vllm_forge.patches.variants import Pair, Variant
+from vllm_forge.proofs.environment import LineEnvironment
 from vllm_forge.proofs.errors import ProofNotRunError, ProofRedError, UselessPatchError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from vllm_forge.errors import ForgeError
-    from vllm_forge.patches import Decision, Patch
-    from vllm_forge.patches.variants import Pair, Variant
-    from vllm_forge.proofs.environment import LineEnvironment
 
 GREEN, RED = 0, 1  # pytest.ExitCode.OK and TESTS_FAILED
 CLEAR = {"passed", "failed"}

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_forge.host import suggestion
-from vllm_forge.kernels.coverage.families import FINE, needed
-from vllm_forge.kernels.coverage.site_packages import Coverage
-from vllm_forge.kernels.coverage.target import parse_capability
+from vllm_forge.kernels.coverage.families import FINE, Exemption, Need, needed
+from vllm_forge.kernels.coverage.site_packages import Coverage, SitePackages
+from vllm_forge.kernels.coverage.target import Capability, parse_capability
 from vllm_forge.kernels.errors import ContractError, StaleExceptionError, UnknownFamilyError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from vllm_forge.kernels.coverage.families import Exemption, Need
-    from vllm_forge.kernels.coverage.site_packages import SitePackages
-    from vllm_forge.kernels.coverage.target import Capability
-    from vllm_forge.kernels.selection.model import Answer, Choice, Draft
+from vllm_forge.kernels.selection.model import Answer, Choice, Draft
 
 PRESET = "preset/"
 COUNTED = re.compile(r" in \d+$")  # "SchemeA in 3, SchemeB in 40", where layers differ

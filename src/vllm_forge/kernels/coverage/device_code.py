@@ -19,15 +19,13 @@ the tens of thousands of cubins of an image, this reader seconds.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from mmap import mmap
+from typing import Literal, TypeAlias
 
 from vllm_forge.kernels.coverage.target import Kind, Suffix, Target
 from vllm_forge.kernels.errors import UnknownFatbinError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from mmap import mmap
 
 Compression: TypeAlias = Literal["", "lz4", "zstd"]
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 import hashlib
 import re
 import tomllib
+from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, model_validator
 
 from vllm_forge.host import suggestion
+from vllm_forge.kernels.coverage.target import Capability
 from vllm_forge.kernels.errors import UnknownFamilyError
 from vllm_forge.matrix import FrozenModel
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from vllm_forge.kernels.coverage.target import Capability
 
 DATA = files("vllm_forge.kernels.coverage") / "families.toml"
 # Best first; a family is as good as the worst of its parts. The first three need no exception.

@@ -15,29 +15,19 @@ import mmap
 import re
 import struct
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import zstandard
 from pydantic import ValidationError
 
 from vllm_forge.host import cache_root, exclusive, write_json
-from vllm_forge.kernels.coverage.device_code import (
-    device_code,
-    functions,
-    is_elf,
-    sections,
-)
+from vllm_forge.kernels.coverage.device_code import Code, device_code, functions, is_elf, sections
 from vllm_forge.kernels.coverage.target import Kind, Target
 from vllm_forge.kernels.errors import UnknownFatbinError
 from vllm_forge.matrix import FrozenModel
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
-    from vllm_forge.kernels.coverage.device_code import Code
 
 # Raise when the same file would get another record.
 FORMAT = 1

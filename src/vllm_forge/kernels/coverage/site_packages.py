@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from vllm_forge.kernels.coverage.device_code import device_code
 from vllm_forge.kernels.coverage.families import (
@@ -20,14 +21,14 @@ from vllm_forge.kernels.coverage.families import (
     catalogue,
     worst,
 )
-from vllm_forge.kernels.coverage.library import code_sizes, compiled_for, library_code, mapped
-from vllm_forge.kernels.coverage.target import Target, runs_on
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from vllm_forge.kernels.coverage.library import LibraryCode
-    from vllm_forge.kernels.coverage.target import Capability, Kind
+from vllm_forge.kernels.coverage.library import (
+    LibraryCode,
+    code_sizes,
+    compiled_for,
+    library_code,
+    mapped,
+)
+from vllm_forge.kernels.coverage.target import Capability, Kind, Target, runs_on
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,20 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
 from vllm_forge.host import remove
 from vllm_forge.kernels.errors import SelectionFailedError
-from vllm_forge.kernels.selection.model import Answer
+from vllm_forge.kernels.selection.model import Answer, Question
 from vllm_forge.kernels.selection.questions import artifact_config
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from vllm_forge.kernels.selection.model import Question
 
 INSIDE = Path(__file__).with_name("inside")
 # The stub driver, also used by an image's checks; it imports only the standard library.

@@ -10,17 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
 from vllm_forge.host import read_json
 from vllm_forge.kernels.errors import ArtifactConfigError
 from vllm_forge.kernels.selection.model import Device, Question
-from vllm_forge.matrix import FrozenModel, serve_arguments
-
-if TYPE_CHECKING:
-    from vllm_forge.matrix import Matrix, Sku
+from vllm_forge.matrix import FrozenModel, Matrix, Sku, serve_arguments
 
 # A node of eight GPUs: doctor checks whether a host has as many as a preset needs.
 GPUS = 8

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_forge.host import atomic_path, read_json
-from vllm_forge.kernels.errors import (
-    SelectionChangedError,
-    SelectionFileError,
-    SelectionStaleError,
-)
+from vllm_forge.kernels.errors import SelectionChangedError, SelectionFileError, SelectionStaleError
 from vllm_forge.kernels.selection.model import Answer, Question
 from vllm_forge.kernels.selection.mount import inside_hash
 from vllm_forge.kernels.selection.questions import config_hash, grid_questions, line_questions
 from vllm_forge.patches import read_tree_lock
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from vllm_forge.project import Project
+from vllm_forge.project import Project
 
 COMMAND = "nox -s forge -- kernels select --record --line"
 MOST_SHOWN = 40
