@@ -1,29 +1,38 @@
 """Every patch red without, green with: the contract tests in the environment that ships.
 
 A run has the tests, pytest and cmake, the reference models, and the files of the release that no
-wheel has: the sources of its native code.
+wheel has: the sources of its native code. Red is pytest's exit code 1, and nothing else. Equal
+inputs give equal records.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import time
 import zipfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar, TypeAlias
+
+from pydantic import ValidationError
+from rich.markup import escape
+from rich.table import Table
 
 from vllm_forge.errors import ForgeError
-from vllm_forge.host import Runner, atomic_path, console, exclusive, report
-from vllm_forge.patches import decisions, read_dispositions, read_series
-from vllm_forge.patches.variants import pairs, require_idempotent, without
+from vllm_forge.host import Runner, atomic_path, console, exclusive, report, write_json
+from vllm_forge.matrix import FrozenModel
+from vllm_forge.patches import Decision, Patch, decisions, read_dispositions, read_series
+from vllm_forge.patches.variants import Pair, Variant, pairs, require_idempotent, without
 from vllm_forge.project import Project
-from vllm_forge.proofs.environment import PYTHON, open_line
-from vllm_forge.proofs.errors import ProofNotRunError, UselessPatchError
-from vllm_forge.proofs.result import LineProof, ProofJob, TestRun, parse, show, write_record
+from vllm_forge.proofs.environment import PYTHON, LineEnvironment, open_line
+from vllm_forge.proofs.errors import ProofNotRunError, ProofRedError, UselessPatchError
 from vllm_forge.sources import SourceRepo, Wheelhouse, read_wheels
 
 MOST_WORKERS = 8  # each takes about 2 GB
@@ -38,6 +47,210 @@ NATIVE = ("CMakeLists.txt", "cmake", "csrc", ".buildkite/release-pipeline.yaml")
 # Reference models of the tests; what the tests use of them imports no library of this project.
 MODELS = ("src/vllm_forge/checkpoints/codecs", "tests/gpu/reference")
 MUTANTS = "tests/gpu/race"  # written for the release's text, which a contract test checks
+GREEN, RED = 0, 1  # pytest.ExitCode.OK and TESTS_FAILED
+CLEAR = {"passed", "failed"}
+WHY_CHARS = 160
+# Code that does not load makes any test red, which proves nothing about a patch.
+NOT_LOADED = re.compile(r"^(SyntaxError|IndentationError|ImportError|ModuleNotFoundError)\b")
+CHANGING = re.compile(r"\b0x[0-9a-f]+\b|/(?:tmp|opt|mnt|srv)/\S+")
+
+
+class TestRun(FrozenModel):
+    """A pytest run inside: exit code, each test's outcome, message of the first red test."""
+
+    __test__: ClassVar[bool] = False  # not a test, whatever its name
+
+    exit: int
+    tests: dict[str, str]
+    why: str
+    tail: str
+
+    def outcomes(self, test_id: str) -> Counter[str]:
+        """Counts of each outcome, over all parameters of one test."""
+        return Counter(
+            outcome
+            for name, outcome in self.tests.items()
+            if name == test_id or name.startswith(f"{test_id}[")
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProofJob:
+    """A line, ready to be proven; ``inputs`` is mounted into every run."""
+
+    line_name: str
+    environment: LineEnvironment
+    inputs: Path
+    pairs: tuple[Pair, ...]
+    variants: tuple[Variant, ...]
+    decided: tuple[tuple[str, Decision], ...]
+
+
+# A line, the run of its whole series, and a run without each patch.
+Proof: TypeAlias = tuple[ProofJob, TestRun, tuple[TestRun, ...]]
+
+
+def problems_of(job: ProofJob, whole: TestRun, runs: Sequence[TestRun]) -> list[ForgeError]:
+    """What keeps a line from being proven; ``runs`` has one for each variant, in their order."""
+    problems = judge_whole(job.line_name, [variant.left_out for variant in job.variants], whole)
+    if whole.exit == GREEN:
+        problems += judge_grounds(job.line_name, job.decided, whole)
+    rows = zip(job.variants, runs, strict=True)
+    return [*problems, *filter(None, (judge_without(job.line_name, *row) for row in rows))]
+
+
+def parse(output: str, where: str) -> TestRun:
+    """Read the JSON on the last line of run_tests.py's output, else ProofNotRunError."""
+    try:
+        run = TestRun.model_validate_json(output.strip().splitlines()[-1])
+    except (IndexError, ValidationError):
+        raise ProofNotRunError(
+            "the tests printed no verdict", where=where, remedy=output[-2000:]
+        ) from None
+    return run.model_copy(update={"why": CHANGING.sub("...", run.why)[:WHY_CHARS]})
+
+
+def judge_whole(line: str, patches: Sequence[Patch], run: TestRun) -> list[ForgeError]:
+    """All contract tests on the whole series: none is red, and every proof ran."""
+    problems: list[ForgeError] = []
+    if run.exit == RED:
+        red = [name for name, outcome in run.tests.items() if outcome == "failed"]
+        problems.append(
+            ProofRedError(
+                f"line {line}: {len(red)} contract tests are red with the whole series: {run.why}",
+                where="\n          ".join(red[:10]),
+                remedy="correct the patch, or dispositions.toml where it contradicts the series",
+            )
+        )
+    elif run.exit != GREEN:
+        return [_not_run(f"line {line}, whole series", run)]
+    for patch in patches:
+        outcomes = run.outcomes(patch.proves)
+        if not outcomes["passed"] and not outcomes["failed"]:
+            problems.append(_no_proof(line, patch, "is missing, or passes nowhere on this line"))
+        elif other := {name: count for name, count in outcomes.items() if name not in CLEAR}:
+            problems.append(_no_proof(line, patch, f"ran only in part: {other}"))
+    return problems
+
+
+def judge_grounds(
+    line: str, decided: Sequence[tuple[str, Decision]], run: TestRun
+) -> Iterator[ForgeError]:
+    """Every contract test that a decision relies on ran. ``judge_whole`` reports red ones."""
+    for about, decision in decided:
+        if decision.proof is None:
+            continue
+        outcomes = run.outcomes(decision.proof)
+        if not outcomes or not outcomes.keys() <= CLEAR:
+            yield ProofNotRunError(
+                f"line {line}: {about} is {decision.status} for what a test shows, but that "
+                f"test was not run: {dict(outcomes) or 'not found'}",
+                where=f"dispositions.toml: {about}: {decision.proof}",
+                remedy="name a test that runs on this line",
+            )
+
+
+def judge_without(line: str, variant: Variant, run: TestRun) -> ForgeError | None:
+    """The proof on the tree without its patch; None if it is red, as required."""
+    patch = variant.left_out
+    outcomes = run.outcomes(patch.proves)
+    if not outcomes.keys() <= CLEAR:
+        return _no_proof(line, patch, f"ran only in part: {dict(outcomes)}")
+    if run.exit == GREEN and outcomes["passed"]:
+        return UselessPatchError(
+            f"line {line}: {patch.name} proves nothing: drop it. Its proof is green without it",
+            where=f"{patch.path}: Proves: {patch.proves}",
+            remedy="delete the file and its line in the series; if the change is needed, write "
+            "the test that shows it",
+        )
+    if run.exit != RED or not outcomes["failed"]:
+        return _not_run(f"line {line}, without {patch.name}", run)
+    if NOT_LOADED.match(run.why):
+        return _no_proof(line, patch, f"is red only because code does not load ({run.why})")
+    return None
+
+
+def _no_proof(line: str, patch: Patch, what: str) -> ProofNotRunError:
+    return ProofNotRunError(
+        f"line {line}: the proof of {patch.name} {what}",
+        where=f"{patch.path}: Proves: {patch.proves}",
+        remedy="name a test that passes with the patch and fails without it, on this line",
+    )
+
+
+def _not_run(what: str, run: TestRun) -> ProofNotRunError:
+    return ProofNotRunError(
+        f"{what}: pytest exited with {run.exit}, which is neither green (0) nor red (1)",
+        where=run.why,
+        remedy=run.tail,
+    )
+
+
+def show(job: ProofJob, whole: TestRun, runs: Sequence[TestRun]) -> None:
+    """Print the table of a line."""
+    table = Table(title=f"line {job.line_name}, vLLM {job.environment.plan.cell.line.vllm}")
+    for column in ("patch", "without it", "with the series", "why it is red"):
+        table.add_column(column, overflow="fold")
+    for variant, run in zip(job.variants, runs, strict=True):
+        patch = variant.left_out
+        counts = (_counts(each.outcomes(patch.proves)) for each in (run, whole))
+        table.add_row(patch.name, *counts, escape(run.why))
+    counts_of_all = _counts(Counter(whole.tests.values()))
+    table.add_row("all contract tests", "", counts_of_all, "", style="bold")
+    console.print(table)
+
+
+def _counts(outcomes: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items()))
+
+
+def write_record(records: Path, job: ProofJob, whole: TestRun, runs: Sequence[TestRun]) -> Path:
+    """Write records/proofs/<line>.json; returns its path."""
+    line, applied = job.environment.plan.cell.line, job.environment.applied
+    counts = Counter(whole.tests.values())
+    data = {
+        "line": job.line_name,
+        "vllm": line.vllm,
+        "environment": {
+            "lock": line.lock,
+            "lock_sha256": job.environment.plan.lock.digest,
+            "python": line.python,
+            "torch": line.torch,
+        },
+        "trees": {"base": applied.base, "result": applied.result},
+        "contract_tests": {"passed": counts["passed"], "of other lines": counts["skipped"]},
+        "patches": [
+            {
+                "name": variant.left_out.name,
+                "bug": variant.left_out.fields["Bug"],
+                "proves": variant.left_out.proves,
+                "with": dict(sorted(whole.outcomes(variant.left_out.proves).items())),
+                "without": {
+                    "tree": variant.tree,
+                    "made as": variant.way,
+                    "exit": run.exit,
+                    **dict(sorted(run.outcomes(variant.left_out.proves).items())),
+                    "why": run.why,
+                },
+            }
+            for variant, run in zip(job.variants, runs, strict=True)
+        ],
+        "not carried": [
+            {
+                "about": about,
+                "status": decision.status,
+                "shown by": decision.proof,
+                **dict(sorted(whole.outcomes(decision.proof).items())),
+            }
+            for about, decision in job.decided
+            if decision.proof is not None
+        ],
+        "order": [asdict(pair) for pair in job.pairs],
+        "applied twice": "same trees; each patch is refused on its own result",
+    }
+    path = records / "proofs" / f"{job.line_name}.json"
+    write_json(path, data)
+    return path
 
 
 def prove(project: Project, names: Sequence[str], runner: Runner) -> None:
@@ -54,11 +267,11 @@ def prove(project: Project, names: Sequence[str], runner: Runner) -> None:
         proofs = _run_all(jobs, runner)
     problems: list[ForgeError] = []
     for proof in proofs:
-        show(proof)
-        line_problems = proof.problems()
+        show(*proof)
+        line_problems = problems_of(*proof)
         if not line_problems:
-            path = write_record(project.records, proof).relative_to(project.root)
-            print(f"line {proof.job.line_name}: proven, {path}")
+            path = write_record(project.records, *proof).relative_to(project.root)
+            print(f"line {proof[0].line_name}: proven, {path}")
         problems += line_problems
     if problems:
         problems.sort(key=lambda problem: not isinstance(problem, FIRST))
@@ -114,7 +327,7 @@ def write_inputs(root: Path, folder: Path, repo: SourceRepo, base: str) -> Path:
     return folder
 
 
-def _run_all(jobs: Sequence[ProofJob], runner: Runner) -> list[LineProof]:
+def _run_all(jobs: Sequence[ProofJob], runner: Runner) -> list[Proof]:
     """Run all trees of all lines in parallel, the long runs first."""
     cores = len(os.sched_getaffinity(0))
     workers = min(cores, MOST_WORKERS)
@@ -131,7 +344,7 @@ def _run_all(jobs: Sequence[ProofJob], runner: Runner) -> list[LineProof]:
             for job in jobs
         ]
         return [
-            LineProof(job=job, whole=whole.result(), without=tuple(run.result() for run in runs))
+            (job, whole.result(), tuple(run.result() for run in runs))
             for job, whole, runs in zip(jobs, wholes, variants, strict=True)
         ]
 

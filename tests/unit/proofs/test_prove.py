@@ -47,8 +47,7 @@ from vllm_forge.project import Project
 from vllm_forge.proofs import prove as prove_module
 from vllm_forge.proofs.environment import LineEnvironment
 from vllm_forge.proofs.errors import ProofNotRunError, ProofRedError, UselessPatchError
-from vllm_forge.proofs.prove import SCRIPT, prove
-from vllm_forge.proofs.result import TestRun, judge_whole, judge_without, parse
+from vllm_forge.proofs.prove import SCRIPT, TestRun, judge_whole, judge_without, parse, prove
 from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
