@@ -9,7 +9,9 @@ number.
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import ClassVar
 
 # User and password of an index's address are nobody's business in a build log.
@@ -58,3 +60,14 @@ class ForgeError(Exception):
 
 class UsageError(ForgeError, exit_code=2):
     """Wrong usage of the command line."""
+
+
+def suggestion(word: str, known: Iterable[str], *, least: float = 0.5, listed: bool = True) -> str:
+    """`` (did you mean 'x'?)`` for the nearest known word, ready to follow the wrong one.
+
+    ``least``: similarity from which a word is near, 0 to 1. If none is, ``listed`` lists all.
+    """
+    names = {name.lstrip("-"): name for name in sorted(known)}  # dashes do not count
+    if near := difflib.get_close_matches(word.lstrip("-"), names, n=1, cutoff=least):
+        return f" (did you mean {names[near[0]]!r}?)"
+    return f" (known: {', '.join(names.values())})" if listed else ""

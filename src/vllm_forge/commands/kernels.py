@@ -22,7 +22,7 @@ def select(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.kernels.selection.record import require_fresh, require_same, write_selection
     from vllm_forge.pages.registry import write_pages
     from vllm_forge.pages.selection import selection_table
-    from vllm_forge.proofs.ask_selection import ask_line
+    from vllm_forge.proofs.environment import ask_line
 
     names = project.lines(args.line)
     if not args.record:

@@ -1,5 +1,6 @@
 """The machine we run on: commands, files, locks, disk, the console."""
 
+from vllm_forge.errors import suggestion as suggestion
 from vllm_forge.host.console import console as console
 from vllm_forge.host.console import gigabytes as gigabytes
 from vllm_forge.host.console import printable as printable
@@ -29,4 +30,3 @@ from vllm_forge.host.run import Runner as Runner
 from vllm_forge.host.run import end_with_parent as end_with_parent
 from vllm_forge.host.run import gpu_container as gpu_container
 from vllm_forge.host.run import which as which
-from vllm_forge.host.suggest import suggestion as suggestion

@@ -1,11 +1,11 @@
 """matrix.toml, parsed once into frozen records."""
 
 from vllm_forge.matrix.cells import ImageCell as ImageCell
+from vllm_forge.matrix.cells import find_root as find_root
 from vllm_forge.matrix.cells import image_cell as image_cell
+from vllm_forge.matrix.cells import load as load
+from vllm_forge.matrix.cells import schema_text as schema_text
 from vllm_forge.matrix.cells import serve_arguments as serve_arguments
-from vllm_forge.matrix.load import find_root as find_root
-from vllm_forge.matrix.load import load as load
-from vllm_forge.matrix.load import schema_text as schema_text
 from vllm_forge.matrix.model import Artifact as Artifact
 from vllm_forge.matrix.model import Base as Base
 from vllm_forge.matrix.model import FrozenModel as FrozenModel

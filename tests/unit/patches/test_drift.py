@@ -21,14 +21,16 @@ from vllm_forge.patches.drift import (
     Subject,
     Surveyed,
     Verdict,
+    dense,
     fetch_releases,
+    locate,
+    read_words,
     releases_between,
     survey,
     verdicts,
     vocabulary,
     write_drift,
 )
-from vllm_forge.patches.follow import dense, locate, read_words
 from vllm_forge.project import Project
 from vllm_forge.sources import Index, SourceRepo
 from vllm_forge.sources.errors import DistributionNotFoundError
