@@ -152,5 +152,5 @@ def line_sites(name: str) -> tuple[Path, ...]:
         pytest.skip(f"with a current lock of line {name} this would run: {error.what}")
     if None in layers:
         pytest.skip(f"after a build of line {name} this would run: its layers are not in the cache")
-    folders = [folder for layer in layers if layer for folder in layer.whole]
+    folders = [folder for layer in layers if layer for folder in (layer.files, layer.code)]
     return tuple(folder / site_packages(line.python) for folder in folders)

@@ -64,8 +64,12 @@ from vllm_forge.images.layout import (
 from vllm_forge.images.prewarm import SCRIPT, prewarm_layer
 from vllm_forge.images.slim import update_record, write_slim_layer
 from vllm_forge.images.store import (
+    RECORDS,
     StoredLayer,
+    forget,
     forget_damaged,
+    intact,
+    layer_folder,
     require_stored,
     stored,
     write_layer,
@@ -246,6 +250,10 @@ def _write_group(group: WheelGroup, cell: ImageCell, *, slim: bool) -> None:
     wheelhouse, epoch = Wheelhouse(), cell.base.source_date_epoch
     paths = [wheelhouse.verify(wheel) for wheel in group.wheels]
     entries = group_entries(group.name, paths, cell.line.python)
+    cuts = slim and group.slim_key is not None and stored(group.slim_key) is None
+    known = stored(group.key) if cuts else None
+    if known is not None and not intact(known, RECORDS):
+        forget(layer_folder(group.key))
     whole = write_layer(group.key, entries, epoch, code_apart=group.slim_key is not None)
     if slim and group.slim_key is not None:
         major, minor = (int(part) for part in cell.sku.compute_capability.split("."))
@@ -414,8 +422,7 @@ def check_outside(
         check_layout(candidate.image, candidate.labels, prewarmed=prewarmed)
     except LayoutError:
         # The cache was touched: forget what is damaged, so that the next build is whole.
-        for folder in forget_damaged(layer.blob for layer in candidate.layers):
-            console.print(f"  deleted: {folder} is damaged", style="dim")
+        forget_damaged(layer.blob for layer in candidate.layers)
         raise
     return contract
 

@@ -25,9 +25,8 @@ def line_coverage(project: Project, name: str) -> tuple[dict[str, Any], list[Con
     line = project.matrix.line[name]
     cell = project.cell(line.skus[0], name)
     lock = project.lock(name)
-    folders = [
-        folder for group in wheel_groups(cell, lock) for folder in require_stored(group.key).whole
-    ]
+    layers = [require_stored(group.key) for group in wheel_groups(cell, lock)]
+    folders = [folder for layer in layers for folder in (layer.files, layer.code)]
     contents = SitePackages(tuple(folder / site_packages(line.python) for folder in folders))
     recorded = read_selection(project.records, name)
     contracts = {}

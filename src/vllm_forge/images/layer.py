@@ -16,8 +16,10 @@ They go into a tar of one zstd frame, made by the zstd that the pinned ``zstanda
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 import tarfile
+import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 BLOCK = 512
+CHUNK = 1 << 20
 STORED_MAX = 65535
 # No name, no time, unknown OS: nothing of the host.
 GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
@@ -63,20 +66,32 @@ class LayerBlob:
     media_type: str = GZIP
 
 
+def stamp(path: Path, mode: int, crc: int) -> None:
+    """Set the mode of an unpacked file, and its CRC-32 as its time.
+
+    The checks keep Python's bytecode from one image to the next, and Python takes a file of it when
+    size and time of the source agree: so the time depends on the content. It also shows damage.
+    """
+    path.chmod(mode)
+    os.utime(path, (crc, crc))
+
+
 class TarWriter(ABC):
-    """A tar, entry by entry; a subclass says how its bytes are compressed.
+    """A tar, entry by entry, and a copy of its files; a subclass compresses the tar's bytes.
 
     Args:
-        path: the new file.
-        epoch: modification time of every entry, Unix seconds.
+        folder: the tar goes there under the name of its type, the copy to ``files``, which has the
+            folders already.
+        epoch: modification time of every entry of the tar, Unix seconds.
     """
 
     media_type = ""
 
-    def __init__(self, path: Path, epoch: int) -> None:
-        self._path = path
+    def __init__(self, folder: Path, epoch: int) -> None:
+        self._path = folder / FILE_NAMES[self.media_type]
+        self._files = folder / "files"
         self._epoch = epoch
-        self._file: IO[bytes] = path.open("xb")  # never an inode that is in use
+        self._file: IO[bytes] = self._path.open("xb")  # never an inode that is in use
         self._blob = hashlib.sha256()
         self._diff = hashlib.sha256()
         self._unpacked = 0
@@ -95,13 +110,13 @@ class TarWriter(ABC):
     def symlink(self, path: str, target: str) -> None:
         """Add a symbolic link."""
         self._header(path, tarfile.SYMTYPE, mode=0o777, target=target)
-
-    def hardlink(self, path: str, target: str) -> None:
-        """Add another name of an earlier entry."""
-        self._header(path, tarfile.LNKTYPE, mode=0o644, target=target)
+        (self._files / path).symlink_to(target)
 
     def data(self, path: str, content: bytes, mode: int = 0o644) -> None:
         """Add a file from memory, stored."""
+        copy = self._files / path
+        copy.write_bytes(content)
+        stamp(copy, mode, zlib.crc32(content))
         self._header(path, tarfile.REGTYPE, mode=mode, size=len(content))
         self._tar(content)
         self._pad(len(content))
@@ -155,30 +170,32 @@ class LayerWriter(TarWriter):
 
     media_type = GZIP
 
-    def __init__(self, path: Path, epoch: int) -> None:
-        super().__init__(path, epoch)
+    def __init__(self, folder: Path, epoch: int) -> None:
+        super().__init__(folder, epoch)
         self._pending = bytearray()  # tar bytes that are not in a member yet
 
-    def begin_deflated(self, path: str, size: int, mode: int = 0o644) -> None:
-        """Add the header of a file whose content comes through ``deflated``."""
-        self._header(path, tarfile.REGTYPE, mode=mode, size=size)
-
-    def deflated(
-        self, raw: Iterable[memoryview], plain: Iterable[bytes], crc: int, size: int
+    def member(
+        self, path: str, mode: int, info: zipfile.ZipInfo, raw: Iterable[memoryview]
     ) -> None:
-        """Add the content: ``raw`` is one whole deflate stream, ``plain`` what it inflates to.
+        """Add a wheel's member, whose plain bytes are in the copy, checked, already.
 
-        Both are consumed; ``plain`` is only hashed. ``crc`` and ``size`` are those of the
-        plain bytes, and the caller has checked them.
+        ``raw`` is what the wheel has of it: the deflate stream, or the plain bytes.
         """
-        self._end()
-        self._write(GZIP_HEADER)
-        for piece in raw:
-            self._write(piece)
-        self._write(struct.pack("<II", crc, size & 0xFFFFFFFF))
-        for block in plain:
-            self._diff.update(block)
+        copy, size = self._files / path, info.file_size
+        self._header(path, tarfile.REGTYPE, mode=mode, size=size)
+        if info.compress_type == zipfile.ZIP_DEFLATED:
+            self._end()
+            self._write(GZIP_HEADER)
+            for piece in raw:
+                self._write(piece)
+            self._write(struct.pack("<II", info.CRC, size & 0xFFFFFFFF))
+            with copy.open("rb", buffering=0) as file:
+                while block := file.read(CHUNK):
+                    self._diff.update(block)
+        else:
+            self._tar(copy.read_bytes())
         self._pad(size)
+        stamp(copy, mode, info.CRC)
 
     def _tar(self, content: bytes) -> None:
         self._diff.update(content)
@@ -204,15 +221,22 @@ class ZstdLayerWriter(TarWriter):
 
     media_type = ZSTD
 
-    def __init__(self, path: Path, epoch: int) -> None:
-        super().__init__(path, epoch)
+    def __init__(self, folder: Path, epoch: int) -> None:
+        super().__init__(folder, epoch)
         self._frame = zstandard.ZstdCompressor(level=ZSTD_LEVEL, threads=1).compressobj()
 
     def stream(self, path: str, size: int, mode: int, pieces: Iterable[bytes]) -> None:
-        """Add a file of ``size`` bytes, piece by piece."""
+        """Add a file of ``size`` bytes, piece by piece; zeros are holes in the copy."""
         self._header(path, tarfile.REGTYPE, mode=mode, size=size)
-        for piece in pieces:
-            self._tar(piece)
+        with (self._files / path).open("xb", buffering=0) as copy:
+            for piece in pieces:
+                self._tar(piece)
+                if piece[0] or piece[-1] or piece.count(0) != len(piece):
+                    copy.write(piece)
+                else:
+                    copy.seek(len(piece), 1)
+            copy.truncate(size)
+        (self._files / path).chmod(mode)
         self._pad(size)
 
     def _tar(self, content: bytes) -> None:

@@ -182,6 +182,26 @@ def verify(image: Image) -> None:
             )
 
 
+def write_sealed(path: Path, record: dict[str, Any]) -> None:
+    """Write a record of the cache, with a hash of itself."""
+    sealed = {"seal": hashlib.sha256(_canonical(record)).hexdigest(), **record}
+    path.write_text(json.dumps(sealed, indent=1) + "\n")
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what ``write_sealed`` wrote.
+
+    Raises:
+        OSError, ValueError: it is missing, or not what was written.
+    """
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(record, dict) or "seal" not in record:
+        raise ValueError("the record has no hash of itself")
+    if record.pop("seal") != hashlib.sha256(_canonical(record)).hexdigest():
+        raise ValueError("the record was changed after it was written")
+    return record
+
+
 def hex_digest(digest: str) -> str:
     """The hex digits of ``sha256:<hex>``."""
     return digest.removeprefix("sha256:")

@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.images.layer import FILE_NAMES, ZSTD, LayerBlob, ZstdLayerWriter
+from vllm_forge.images.layer import CHUNK, LayerBlob, ZstdLayerWriter
 from vllm_forge.images.store import keep_layer, make_folders
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from vllm_forge.images.store import StoredLayer
 
 FORMAT = 2
-BLOCK = 1 << 20
 BAKED = "/opt/vllm-forge/jit"
 SCRIPT = "/opt/vllm-forge/prewarmed"
 PLACE, CONTENT = "VLLM_FORGE_JIT", "VLLM_FORGE_JIT_SHA256"
@@ -122,28 +121,21 @@ def prewarm_layer(prewarm: Prewarm, epoch: int) -> StoredLayer:
     }
 
     def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:
-        unpacked = folder / "files"
-        with ZstdLayerWriter(folder / FILE_NAMES[ZSTD], epoch) as layer:
-            for parent in make_folders(unpacked, [*files, SCRIPT[1:]]):
+        with ZstdLayerWriter(folder, epoch) as layer:
+            for parent in make_folders(folder / "files", [*files, SCRIPT[1:]]):
                 layer.directory(parent)
             for name, path in sorted(files.items()):
                 mode = 0o755 if path.stat().st_mode & 0o111 else 0o644
-                layer.stream(name, path.stat().st_size, mode, _copied(path, unpacked / name))
-                (unpacked / name).chmod(mode)
+                layer.stream(name, path.stat().st_size, mode, _blocks(path))
             layer.data(SCRIPT[1:], ENTRYPOINT.encode(), 0o755)
-            script = unpacked / SCRIPT[1:]
-            script.write_text(ENTRYPOINT, encoding="utf-8")
-            script.chmod(0o755)
             return layer.close(), {}
 
     return keep_layer(prewarm_key(prewarm, epoch), write)
 
 
-def _copied(source: Path, target: Path) -> Iterator[bytes]:
-    """The blocks of a file, each written to the copy as well."""
-    with source.open("rb") as file, target.open("xb") as copy:
-        while block := file.read(BLOCK):
-            copy.write(block)
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(CHUNK):
             yield block
 
 

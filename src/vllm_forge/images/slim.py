@@ -14,17 +14,17 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.images.layer import FILE_NAMES, ZSTD, LayerBlob, ZstdLayerWriter
-from vllm_forge.images.store import StoredLayer, codes_in, keep_layer, make_folders
-from vllm_forge.kernels.coverage import runs_on
+from vllm_forge.images.layer import LayerBlob, ZstdLayerWriter
+from vllm_forge.images.store import RECORDS, StoredLayer, keep_layer, make_folders, mapped
+from vllm_forge.kernels.coverage import device_code, runs_on
 from vllm_forge.sources.wheel_format import record_hash, rewrite_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from mmap import mmap
     from pathlib import Path
 
 CHUNK = 1 << 20
-RECORDS = "opt/venv/lib/python*/site-packages/*.dist-info/RECORD"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Cut:
         return sum(size for _, size in self.ranges)
 
 
-def cut(path: Path, capability: tuple[int, int]) -> Cut:
+def cut(content: bytes | mmap, name: str, capability: tuple[int, int]) -> Cut:
     """What of a library cannot run on a compute capability.
 
     Raises:
@@ -53,33 +53,23 @@ def cut(path: Path, capability: tuple[int, int]) -> Cut:
     """
     targets: dict[str, int] = {}
     ranges = []
-    for code in codes_in(path):
+    for code in device_code(content, name):
         if not runs_on(code.target, code.kind, capability):
-            name = f"{code.kind} {code.target}"
-            targets[name] = targets.get(name, 0) + code.size
+            target = f"{code.kind} {code.target}"
+            targets[target] = targets.get(target, 0) + code.size
             ranges.append((code.offset, code.size))
     return Cut(ranges=tuple(sorted(ranges)), targets=dict(sorted(targets.items())))
 
 
-def pieces(path: Path, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[bytes, bool]]:
-    """A library's bytes in order, with zeros for ``ranges``.
-
-    Yields:
-        A piece and whether it is one of the zeros.
-    """
-    with path.open("rb", buffering=0) as file:
-        end = path.stat().st_size
-        position = 0
-        for start, size in [*ranges, (end, 0)]:
-            file.seek(position)
-            while position < start:
-                piece = file.read(min(CHUNK, start - position))
-                position += len(piece)
-                yield piece, False
-            while position < start + size:
-                zeros = bytes(min(CHUNK, start + size - position))
-                position += len(zeros)
-                yield zeros, True
+def pieces(content: bytes | mmap, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    """A library's bytes in order, with zeros for ``ranges``; no piece has both."""
+    position = 0
+    for start, size in [*ranges, (len(content), 0)]:
+        for at in range(position, start, CHUNK):
+            yield content[at : min(at + CHUNK, start)]
+        for at in range(0, size, CHUNK):
+            yield bytes(min(CHUNK, size - at))
+        position = start + size
 
 
 def write_slim_layer(
@@ -89,7 +79,7 @@ def write_slim_layer(
 
     Args:
         key: hash of the group's key, the capability and the format.
-        whole: the group's layer, with the libraries as the wheels have them.
+        whole: the group's layer, with the libraries as the wheels have them, ``intact``.
         capability: compute capability of the SKU, (major, minor).
         epoch: modification time of all entries, Unix seconds.
     """
@@ -100,11 +90,11 @@ def write_slim_layer(
         paths = (path for path in whole.code.rglob("*") if path.is_file())
         libraries = sorted(path.relative_to(whole.code).as_posix() for path in paths)
         records = sorted(whole.files.glob(RECORDS)) if libraries else []
-        with ZstdLayerWriter(folder / FILE_NAMES[ZSTD], epoch) as layer:
+        with ZstdLayerWriter(folder, epoch) as layer:
             for parent in make_folders(files, libraries):
                 layer.directory(parent)
             for name in libraries:
-                removed[name] = _add(layer, whole.code / name, files / name, name, capability)
+                removed[name] = _add(layer, whole.code / name, name, capability)
             for path in records:
                 name = path.relative_to(whole.files).as_posix()
                 old = path.read_bytes()
@@ -113,35 +103,25 @@ def write_slim_layer(
                     for parent in make_folders(files, [name])[-1:]:
                         layer.directory(parent)
                     layer.data(name, new)
-                    (files / name).write_bytes(new)
-                    (files / name).chmod(0o644)
             return layer.close(), removed
 
     return keep_layer(key, write)
 
 
 def _add(
-    layer: ZstdLayerWriter, source: Path, target: Path, name: str, capability: tuple[int, int]
+    layer: ZstdLayerWriter, source: Path, name: str, capability: tuple[int, int]
 ) -> dict[str, Any]:
-    """Add one library; its zeros are holes in the unpacked copy."""
-    foreign = cut(source, capability)
-    mode = source.stat().st_mode & 0o777
-    size = source.stat().st_size
+    """Add one library; return what it lacks."""
     digest = hashlib.sha256()
+    with mapped(source) as content:
+        foreign = cut(content, source.name, capability)
 
-    def content() -> Iterator[bytes]:
-        with target.open("xb", buffering=0) as out:
-            for piece, zeros in pieces(source, foreign.ranges):
+        def hashed() -> Iterator[bytes]:
+            for piece in pieces(content, foreign.ranges):
                 digest.update(piece)
-                if zeros:
-                    out.seek(len(piece), 1)
-                else:
-                    out.write(piece)
                 yield piece
-            out.truncate(size)
 
-    layer.stream(name, size, mode, content())
-    target.chmod(mode)
+        layer.stream(name, len(content), source.stat().st_mode & 0o777, hashed())
     return {
         "bytes": foreign.size,
         "targets": foreign.targets,

@@ -1,40 +1,39 @@
 """Layers on disk: written once per input, with an unpacked copy for the checks.
 
-A stored layer is a folder ``layers/<key>/`` with the blob, ``layer.json``, ``files/`` and, where
-files with device code were put aside for ``slim``, ``code/``; renamed into place when complete.
+A stored layer is a folder ``layers/<key>/`` with the blob, ``layer.json``, ``files/``, and
+``code/``, where files with device code are put aside for ``slim``; renamed into place when
+complete. Nothing of it is believed: the record has a hash of itself, the blob is hashed when an
+image is assembled, and the time of an unpacked file is its CRC-32.
 """
 
 from __future__ import annotations
 
-import json
 import mmap
-import os
 import zipfile
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.host import atomic_path, cache_root, exclusive, remove
+from vllm_forge.host import atomic_path, cache_root, console, exclusive, remove
 from vllm_forge.host.errors import CacheError
-from vllm_forge.images.layer import FILE_NAMES, GZIP, LayerBlob, LayerWriter
-from vllm_forge.images.layout import file_digest
+from vllm_forge.images.layer import CHUNK, FILE_NAMES, LayerBlob, LayerWriter, stamp
+from vllm_forge.images.layout import file_digest, read_sealed, write_sealed
 from vllm_forge.kernels.coverage import device_code
 from vllm_forge.sources.errors import HashMismatchError
-from vllm_forge.sources.wheel_format import seek_to_data
+from vllm_forge.sources.wheel_format import record_hash, seek_to_data
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from vllm_forge.images.wheels import Entry
-    from vllm_forge.kernels.coverage import Code
 
-CHUNK = 1 << 20
 # Smaller libraries have too little device code to be worth a copy per SKU.
 LEAST = 1 << 20
-ELF = b"\x7fELF"
 LARGE = 4 << 20  # members from here on are inflated ahead of their turn
+RECORDS = "opt/venv/lib/python*/site-packages/*.dist-info/RECORD"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +50,7 @@ class StoredLayer:
     blob: LayerBlob
     files: Path
     code: Path
-    removed: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def whole(self) -> tuple[Path, ...]:
-        """The folders that together have what the wheels have.
-
-        A layer that an earlier version kept has no folder for code.
-        """
-        return (self.files, self.code) if self.code.is_dir() else (self.files,)
+    removed: dict[str, Any]
 
     @property
     def empty(self) -> bool:
@@ -73,54 +64,69 @@ def layer_folder(key: str) -> Path:
 
 
 def stored(key: str) -> StoredLayer | None:
-    """The layer of that key, None when it was not written yet.
-
-    Raises:
-        CacheError: its blob or its record is damaged.
-    """
+    """The layer of that key; None when it was not written yet, or is damaged and must be again."""
     folder = layer_folder(key)
     try:
-        record = json.loads((folder / "layer.json").read_text())
-        if "removed" in record and not (folder / "code").is_dir():
-            raise _damaged(folder, "the folder of its libraries is missing")
-        removed = record.pop("removed", {})
-        path = folder / FILE_NAMES[record.get("media_type", GZIP)]
-        blob = LayerBlob(path=path, **record)
-        size = blob.path.stat().st_size if blob.path.exists() else 0
-    except FileNotFoundError:
+        record = read_sealed(folder / "layer.json")
+        removed = record.pop("removed")
+        blob = LayerBlob(path=folder / FILE_NAMES[record["media_type"]], **record)
+        whole = blob.path.stat().st_size == blob.size
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    except (ValueError, TypeError, KeyError) as error:
-        raise _damaged(folder, f"the record is not one of a layer: {error}") from error
-    if size != blob.size:
-        raise _damaged(folder, f"the blob has {size} bytes, its record says {blob.size}")
-    return StoredLayer(blob=blob, files=folder / "files", code=folder / "code", removed=removed)
-
-
-def _damaged(folder: Path, what: str) -> CacheError:
-    return CacheError(what, where=str(folder), remedy="delete that folder and build again")
+    files, code = folder / "files", folder / "code"
+    if not (whole and files.is_dir() and code.is_dir()):
+        return None
+    return StoredLayer(blob=blob, files=files, code=code, removed=removed)
 
 
 def require_stored(key: str) -> StoredLayer:
     """The layer of that key.
 
     Raises:
-        CacheError: it was not written, or was deleted meanwhile.
+        CacheError: it was not written, or was deleted or damaged meanwhile.
     """
     if (layer := stored(key)) is None:
         raise CacheError(
-            "a layer that was written has been deleted",
+            "a layer that was written has been deleted or damaged",
             where=str(layer_folder(key)),
             remedy="do not clean the cache while a build runs; build again",
         )
     return layer
 
 
-def forget_damaged(blobs: Iterable[LayerBlob]) -> list[Path]:
-    """Delete the kept layers whose blob is not what its digest says; return their folders."""
-    damaged = [blob.path.parent for blob in blobs if file_digest(blob.path) != blob.digest]
-    for folder in damaged:
-        remove(folder)
-    return damaged
+def intact(layer: StoredLayer, pattern: str = "**/*") -> bool:
+    """Whether its code, and the files of ``pattern``, have the bytes that were unpacked."""
+    for path in (*layer.code.rglob("*"), *layer.files.glob(pattern)):
+        if path.is_symlink() or not path.is_file():
+            continue
+        row = layer.removed.get(path.relative_to(layer.files).as_posix()) if layer.removed else None
+        if row is not None:
+            same = record_hash(bytes.fromhex(file_digest(path))) == row["sha256"]
+        else:
+            same = _crc(path) == int(path.stat().st_mtime)
+        if not same:
+            return False
+    return True
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(CHUNK):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def forget(folder: Path) -> None:
+    """Delete a damaged part of the cache, so that the next build makes it again."""
+    console.print(f"  deleted: {folder} is damaged", style="dim", markup=False)
+    remove(folder)
+
+
+def forget_damaged(blobs: Iterable[LayerBlob]) -> None:
+    """Delete the kept layers and systems whose blob is not what its digest says."""
+    for folder in {blob.path.parent for blob in blobs if file_digest(blob.path) != blob.digest}:
+        forget(folder)
 
 
 def write_layer(
@@ -136,12 +142,12 @@ def write_layer(
 
     Raises:
         HashMismatchError: a wheel's member does not inflate to what the zip says.
-        UnknownFatbinError: see ``codes_in``.
+        UnknownFatbinError: a library's device code has an unknown layout.
     """
 
     def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:
         inside = _put_code_apart(entries, folder / "code") if code_apart else entries
-        return _write(folder / FILE_NAMES[GZIP], folder / "files", inside, epoch), {}
+        return _write(folder, inside, epoch), {}
 
     return keep_layer(key, write)
 
@@ -161,21 +167,15 @@ def keep_layer(key: str, write: Callable[[Path], tuple[LayerBlob, dict[str, Any]
             blob, removed = write(folder)
             record = asdict(blob) | {"removed": removed}
             del record["path"]
-            (folder / "layer.json").write_text(json.dumps(record, indent=1) + "\n")
+            write_sealed(folder / "layer.json", record)
     return require_stored(key)
 
 
-def codes_in(path: Path) -> list[Code]:
-    """Device code of a library, for any architecture; empty for other files.
-
-    Raises:
-        UnknownFatbinError: it has some in an unknown layout.
-    """
-    with path.open("rb") as file:
-        if file.read(len(ELF)) != ELF:
-            return []
-        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
-            return device_code(content, path.name)
+@contextmanager
+def mapped(path: Path) -> Iterator[mmap.mmap]:
+    """A file's content, without a copy; the file must not be empty."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+        yield content
 
 
 def may_hold_code(path: str, size: int) -> bool:
@@ -191,8 +191,10 @@ def _put_code_apart(entries: Sequence[Entry], target: Path) -> list[Entry]:
             path = target / entry.path
             make_folders(target, [entry.path])
             _inflate(entry, path)
-            if codes_in(path):
-                path.chmod(entry.mode)
+            with mapped(path) as content:
+                has_code = bool(device_code(content, path.name))
+            if has_code:
+                stamp(path, entry.mode, entry.member.CRC)
                 continue
             path.unlink()
         others.append(entry)
@@ -208,57 +210,34 @@ def make_folders(target: Path, paths: Iterable[str]) -> list[str]:
     return folders
 
 
-def _write(path: Path, files: Path, entries: Sequence[Entry], epoch: int) -> LayerBlob:
-    with LayerWriter(path, epoch) as layer, ThreadPoolExecutor(1) as ahead:
-        folders = make_folders(files, [entry.path for entry in entries])
+def _write(folder: Path, entries: Sequence[Entry], epoch: int) -> LayerBlob:
+    files = folder / "files"
+    with LayerWriter(folder, epoch) as layer, ThreadPoolExecutor(1) as ahead:
+        parents = make_folders(files, [entry.path for entry in entries])[::-1]
         large: dict[str, Future[None]] = {
             entry.path: ahead.submit(_inflate, entry, files / entry.path)
             for entry in entries
             if entry.member is not None and entry.member.file_size >= LARGE
         }
-        remaining = iter([*folders, None])
-        folder_ = next(remaining)
         for entry in entries:
-            while folder_ is not None and folder_ < entry.path:
-                layer.directory(folder_)
-                folder_ = next(remaining)
+            while parents and parents[-1] < entry.path:
+                layer.directory(parents.pop())
             if (job := large.pop(entry.path, None)) is not None:
                 job.result()
-            _add(layer, entry, files / entry.path, inflated=job is not None)
+            _add(layer, entry, None if job else files / entry.path)
         return layer.close()
 
 
-def _add(layer: LayerWriter, entry: Entry, target: Path, *, inflated: bool) -> None:
-    """Add one entry to the layer and to the unpacked copy."""
+def _add(layer: LayerWriter, entry: Entry, target: Path | None) -> None:
+    """Add one entry, of a wheel's member inflated to ``target`` unless that was done."""
     if entry.link is not None:
         layer.symlink(entry.path, entry.link)
-        target.symlink_to(entry.link)
-        return
-    if entry.content is not None:
+    elif entry.content is not None:
         layer.data(entry.path, entry.content, entry.mode)
-        target.write_bytes(entry.content)
-    else:
-        member = entry.member
-        assert member is not None  # noqa: S101 - one source is set
-        if not inflated:
+    elif entry.member is not None:
+        if target is not None:
             _inflate(entry, target)
-        if member.compress_type == zipfile.ZIP_DEFLATED:
-            layer.begin_deflated(entry.path, member.file_size, entry.mode)
-            layer.deflated(_raw(entry), _blocks(target), member.CRC, member.file_size)
-        else:
-            layer.data(entry.path, target.read_bytes(), entry.mode)
-    target.chmod(entry.mode)
-    # The checks keep Python's bytecode from one image to the next, and Python takes a file of it
-    # when size and time of the source agree: so an unpacked file's time depends on its content.
-    crc = entry.fingerprint[1]
-    assert isinstance(crc, int)  # noqa: S101 - a link has returned above
-    os.utime(target, (crc, crc))
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(CHUNK):
-            yield block
+        layer.member(entry.path, entry.mode, entry.member, _raw(entry))
 
 
 def _raw(entry: Entry) -> Iterator[memoryview]:

@@ -124,9 +124,8 @@ def open_line(project: Project, line_name: str, runner: Runner, kind: str) -> Li
             where=str(cache_root() / "systems"),
             remedy="delete that folder and run again",
         )
-    layers = [
-        folder for group in reversed(plan.groups) for folder in require_stored(group.key).whole
-    ]
+    stored = [require_stored(group.key) for group in reversed(plan.groups)]
+    layers = [folder for layer in stored for folder in (layer.files, layer.code)]
     work = cache_root() / kind / line_name
     return LineEnvironment(
         plan=plan,

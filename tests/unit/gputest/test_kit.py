@@ -23,7 +23,7 @@ from vllm_forge.gputest.kit import (
     write_layers,
     write_parts,
 )
-from vllm_forge.images.layer import FILE_NAMES, ZSTD, ZstdLayerWriter
+from vllm_forge.images.layer import ZstdLayerWriter
 from vllm_forge.images.layout import Image, ImageLayer, write_image
 from vllm_forge.images.store import write_layer
 from vllm_forge.images.wheels import Entry
@@ -61,7 +61,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
             for path, file in sorted(programs().items())
         ]
         lower = write_layer("tools", tools, EPOCH).blob
-    with ZstdLayerWriter(work / FILE_NAMES[ZSTD], EPOCH) as writer:
+    (work / "files" / "work").mkdir(parents=True)
+    with ZstdLayerWriter(work, EPOCH) as writer:
         writer.directory("work")
         writer.data("work/data", b"data" * 1000)
         upper = writer.close()
