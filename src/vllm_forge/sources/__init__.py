@@ -1,6 +1,6 @@
 """From a line's row to pinned bytes on disk: locks, wheels, source trees."""
 
-from vllm_forge.sources.fetch import Download, download_all
+from vllm_forge.sources.fetch import Download, Wheelhouse, download_all, verified
 from vllm_forge.sources.index import Index, IndexFile
 from vllm_forge.sources.lock import (
     UNPACK_RATIO,
@@ -11,7 +11,6 @@ from vllm_forge.sources.lock import (
     read_wheels,
 )
 from vllm_forge.sources.sdist import SourceRepo, git_env
-from vllm_forge.sources.wheelhouse import Wheelhouse
 
 __all__ = [
     "UNPACK_RATIO",
@@ -27,4 +26,5 @@ __all__ = [
     "make_lock",
     "read_lock",
     "read_wheels",
+    "verified",
 ]

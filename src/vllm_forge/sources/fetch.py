@@ -1,18 +1,23 @@
-"""Downloads: side by side, with progress, resumable, and never trusted without their hash."""
+"""Downloads: side by side, with progress, resumable, never trusted without their hash; the cache.
+
+A download ends one byte after the size that its lock says, and at a time: neither an endless file
+nor one that drips can fill the disk or hold a build.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import requests
 from urllib3.exceptions import HTTPError
 
-from vllm_forge.errors import ForgeError
-from vllm_forge.host import transfer_progress
+from vllm_forge.host import cache_root, console, exclusive, gigabytes, transfer_progress
 from vllm_forge.host.errors import DiskSpaceError
 from vllm_forge.sources.errors import (
     DistributionNotFoundError,
@@ -21,15 +26,18 @@ from vllm_forge.sources.errors import (
     IndexUnreachableError,
     TruncatedFileError,
 )
-from vllm_forge.sources.index import TIMEOUT_S
+from vllm_forge.sources.index import TIMEOUT_S, Index, blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
-CHUNK = 1 << 20
+    from vllm_forge.errors import ForgeError
+    from vllm_forge.sources.lock import LockedWheel
+
 PARALLEL = 8
 TRIES = 5
+PATIENCE_S = 300  # for one file; and
+SLOWEST = 50_000  # bytes a second that it must come with
 HTTP_PARTIAL = 206
 HTTP_RANGE_NOT_SATISFIABLE = 416
 GONE = (404, 410)
@@ -44,6 +52,17 @@ class Download:
     size: int
     target: Path
 
+    @property
+    def part(self) -> Path:
+        """Where an unfinished file is."""
+        return self.target.with_name(self.target.name + ".part")
+
+    @property
+    def kept(self) -> int:
+        """Bytes of an earlier run; a file that is too long is thrown away."""
+        have = self.part.stat().st_size if self.part.exists() else 0
+        return have if have <= self.size else 0
+
 
 def download_all(session: requests.Session, downloads: Sequence[Download]) -> None:
     """Fetch all, largest first; each appears under its name only when its hash is right.
@@ -52,14 +71,14 @@ def download_all(session: requests.Session, downloads: Sequence[Download]) -> No
     by the next call.
 
     Raises:
-        DownloadInterruptedError: the connection broke on every try.
+        DownloadInterruptedError: the connection broke on every try, or was too slow.
         HashMismatchError: complete, but other bytes than the lock names.
         TruncatedFileError: the server's file has another size than the index says.
         IndexUnreachableError: the file's host does not answer.
         DistributionNotFoundError: the host does not have the file that the index lists.
         DiskSpaceError: the file cannot be written.
     """
-    missing = sum(item.size - _kept(item) for item in downloads)
+    missing = sum(item.size - item.kept for item in downloads)
     with transfer_progress(f"download {len(downloads)} files", missing) as advance:
         fetcher = _Fetcher(session, advance)
         with ThreadPoolExecutor(PARALLEL) as pool:
@@ -89,20 +108,23 @@ class _Fetcher:
     def fetch(self, item: Download) -> None:
         """Try until the file is complete, at most TRIES times; then check and rename it."""
         item.target.parent.mkdir(parents=True, exist_ok=True)
-        part = _part(item)
+        deadline = time.monotonic() + PATIENCE_S + item.size / SLOWEST
         last: Exception | None = None
         for _ in range(TRIES):
-            have, digest = _have(part)
             try:
-                if have != item.size or not part.exists():
-                    have, digest = self._stream(item, part, have, digest)
+                have, digest = 0, hashlib.sha256()
+                if item.part.exists():
+                    with item.part.open("rb") as file:
+                        have, digest = item.kept, hashlib.file_digest(file, "sha256")
+                if have != item.size or not item.part.exists():
+                    have, digest = self._stream(item, have, digest, deadline)
             except (requests.RequestException, HTTPError) as error:
                 last = error
                 continue
             except OSError as error:  # not the network's: urllib3 wraps those
                 raise DiskSpaceError(
-                    f"{part.name} cannot be written: {error}",
-                    where=str(part.parent),
+                    f"{item.part.name} cannot be written: {error}",
+                    where=str(item.part.parent),
                     remedy="free some space, or set VLLM_FORGE_CACHE to another disk; finished "
                     "files are kept",
                 ) from error
@@ -111,28 +133,26 @@ class _Fetcher:
             last = None
             if have == item.size:
                 if digest.hexdigest() != item.sha256:
-                    part.unlink()
+                    item.part.unlink()
                     raise HashMismatchError(
-                        f"{part.stem}: sha256 is {digest.hexdigest()}, the lock says {item.sha256}",
+                        f"{item.target.name}: sha256 is {digest.hexdigest()}, the lock says "
+                        f"{item.sha256}",
                         where=item.url,
                         remedy="do not use this file. If the index is right and the lock is old, "
                         "make a new lock; otherwise the mirror may be compromised",
                     )
-                part.rename(item.target)
+                item.part.rename(item.target)
                 return
-        raise _gave_up(item, part, last)
+        raise _gave_up(item, last)
 
     def _stream(
-        self, item: Download, part: Path, have: int, digest: hashlib._Hash
+        self, item: Download, have: int, digest: hashlib._Hash, deadline: float
     ) -> tuple[int, hashlib._Hash]:
-        """Append to ``part`` from byte ``have`` on; return how much is there and its hash."""
-        if have > item.size:
-            part.unlink()
-            have, digest = 0, hashlib.sha256()
+        """Append to the part from byte ``have`` on; return how much is there and its hash."""
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
         with self._session.get(item.url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
             if answer.status_code == HTTP_RANGE_NOT_SATISFIABLE:
-                part.unlink()
+                item.part.unlink(missing_ok=True)
                 self._tick(-have)  # comes again
                 return 0, hashlib.sha256()
             if answer.status_code in GONE:
@@ -144,11 +164,21 @@ class _Fetcher:
             answer.raise_for_status()
             if have and answer.status_code != HTTP_PARTIAL:  # no ranges there: all comes again
                 self._tick(-have)
-                have, digest = 0, hashlib.sha256()
-            with part.open("ab" if have else "wb") as file:
-                for block in answer.raw.stream(CHUNK, decode_content=False):
+                have = 0
+            if not have:
+                digest = hashlib.sha256()
+            with item.part.open("ab" if have else "wb") as file:
+                for block in blocks(answer, deadline):
                     if self.stop.is_set():
                         break
+                    if have + len(block) > item.size:
+                        item.part.unlink()
+                        raise TruncatedFileError(
+                            f"{item.target.name}: the server's file is longer than {item.size} "
+                            "bytes",
+                            where=item.url,
+                            remedy="the mirror serves another file; use another index",
+                        )
                     file.write(block)
                     digest.update(block)
                     have += len(block)
@@ -156,29 +186,9 @@ class _Fetcher:
         return have, digest
 
 
-def _part(item: Download) -> Path:
-    """Where an unfinished file is."""
-    return item.target.with_name(item.target.name + ".part")
-
-
-def _kept(item: Download) -> int:
-    """Bytes of an earlier run; a file that is too long is thrown away."""
-    part = _part(item)
-    have = part.stat().st_size if part.exists() else 0
-    return have if have <= item.size else 0
-
-
-def _have(part: Path) -> tuple[int, hashlib._Hash]:
-    """Bytes of an unfinished file and their hash."""
-    if not part.exists():
-        return 0, hashlib.sha256()
-    with part.open("rb") as file:
-        return part.stat().st_size, hashlib.file_digest(file, "sha256")
-
-
-def _gave_up(item: Download, part: Path, last: Exception | None) -> ForgeError:
+def _gave_up(item: Download, last: Exception | None) -> ForgeError:
     """The error after the last try: short file, no host, or a connection that keeps breaking."""
-    have = part.stat().st_size if part.exists() else 0
+    have = item.part.stat().st_size if item.part.exists() else 0
     if last is None:
         return TruncatedFileError(
             f"{item.target.name}: the server's file ends at {have} of {item.size} bytes",
@@ -197,3 +207,77 @@ def _gave_up(item: Download, part: Path, last: Exception | None) -> ForgeError:
         where=item.url,
         remedy="run the same command again: it resumes where it stopped",
     )
+
+
+def verified(path: Path, sha256: str) -> Path:
+    """A file of the cache whose bytes were hashed just now; a damaged one is deleted.
+
+    Raises:
+        HashMismatchError: it was changed since it was downloaded.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != sha256:
+        path.unlink()
+        raise HashMismatchError(
+            f"{path.name} in the cache has sha256 {digest}, the lock says {sha256}",
+            where=str(path),
+            remedy="it was deleted; run the same command again, which downloads it",
+        )
+    return path
+
+
+class Wheelhouse:
+    """Downloaded wheels: folder ``wheels/<sha256>/<filename>`` of the cache."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or cache_root() / "wheels"
+
+    def path(self, wheel: LockedWheel) -> Path:
+        """Where the wheel is, or will be."""
+        return self.folder / wheel.sha256 / wheel.filename
+
+    def missing(self, wheels: Sequence[LockedWheel]) -> list[LockedWheel]:
+        """Those not here in full size."""
+        paths = [(self.path(wheel), wheel) for wheel in wheels]
+        return [w for path, w in paths if not path.exists() or path.stat().st_size != w.size]
+
+    def bytes_to_fetch(self, wheels: Sequence[LockedWheel]) -> int:
+        """Bytes that are still to be downloaded."""
+        return sum(wheel.size for wheel in self.missing(wheels))
+
+    def fetch(self, wheels: Sequence[LockedWheel], index: Index | None = None) -> None:
+        """Download what is missing; returns at once, and asks no index, when nothing is.
+
+        Raises:
+            DistributionNotFoundError: the index does not offer a file of the lock.
+        """
+        if not self.missing(wheels):
+            return
+        with exclusive("wheelhouse", wait=True):
+            todo = self.missing(wheels)
+            if not todo:
+                return
+            source = index or Index()
+            offered = source.files_of(wheel.name for wheel in todo)
+            downloads = []
+            for wheel in todo:
+                urls = [f.url for f in offered[wheel.name] if f.filename == wheel.filename]
+                if not urls:
+                    raise DistributionNotFoundError(
+                        f"the index does not offer {wheel.filename}",
+                        where=source.url,
+                        remedy="it may have been yanked or your mirror may lack it: use another "
+                        "index, or make a new lock",
+                    )
+                target = self.path(wheel)
+                downloads.append(
+                    Download(url=urls[0], sha256=wheel.sha256, size=wheel.size, target=target)
+                )
+            download_all(source.session, downloads)
+            size = gigabytes(sum(item.size for item in downloads))
+            console.print(f"  [dim]{len(downloads)} wheels downloaded, {size}[/]")
+
+    def verify(self, wheel: LockedWheel) -> Path:
+        """Path of a wheel whose bytes were hashed just now; see ``verified``."""
+        return verified(self.path(wheel), wheel.sha256)

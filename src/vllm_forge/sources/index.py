@@ -6,24 +6,29 @@ import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import requests
 import truststore
-from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, PyPISimple
+from pypi_simple import PYPI_SIMPLE_ENDPOINT, ProjectPage, PyPISimple, UnsupportedRepoVersionError
 from requests.adapters import HTTPAdapter
+from urllib3.exceptions import HTTPError
 from urllib3.util.retry import Retry
 
 from vllm_forge.sources.errors import DistributionNotFoundError, IndexUnreachableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 CONNECTIONS = 16
 CONNECT_RETRIES = 4
 TIMEOUT_S = (15, 60)  # to connect; between two reads
+CHUNK = 1 << 20
+PAGE_BYTES = 64 << 20  # the largest known page of a project has 3 MB
+PAGE_S = 120
 PIP_INDEX = re.compile(r"^global\.index-url=(?P<quote>['\"])(?P<url>.+)(?P=quote)$", re.M)
 
 
@@ -76,6 +81,18 @@ def session() -> requests.Session:
     return made
 
 
+def blocks(answer: requests.Response, deadline: float) -> Iterator[bytes]:
+    """An answer's bytes as they come, not decompressed.
+
+    Raises:
+        requests.Timeout: ``deadline`` (of time.monotonic) is over.
+    """
+    while block := answer.raw.read1(CHUNK, decode_content=False):
+        yield block
+        if time.monotonic() > deadline:
+            raise requests.Timeout("it comes too slowly")
+
+
 class Index:
     """A simple-API index (PEP 503, 691, 700)."""
 
@@ -92,20 +109,11 @@ class Index:
             IndexUnreachableError: no answer.
         """
         try:
-            page = self._client.get_project_page(project, timeout=TIMEOUT_S)
-        except NoSuchProjectError:
-            raise DistributionNotFoundError(
-                f"the index has no project {project!r}",
-                where=self.url,
-                remedy="check UV_DEFAULT_INDEX / PIP_INDEX_URL: a mirror may lack it",
-            ) from None
-        except requests.RequestException as error:
-            raise IndexUnreachableError(
-                f"the package index does not answer: {type(error).__name__}",
-                where=self.url,
-                remedy="check the network, the proxy, and UV_DEFAULT_INDEX / PIP_INDEX_URL; "
-                "what was already fetched is kept",
-            ) from error
+            page = self._page(project)
+        except (requests.RequestException, HTTPError) as error:
+            raise self._unusable(f"does not answer: {type(error).__name__}") from error
+        except (ValueError, UnsupportedRepoVersionError) as error:
+            raise self._unusable(f"has no page for {project} that can be read: {error}") from error
         return [
             IndexFile(
                 filename=package.filename,
@@ -117,6 +125,39 @@ class Index:
             )
             for package in page.packages
         ]
+
+    def _page(self, project: str) -> ProjectPage:
+        """A project's page; it ends at a size and at a time."""
+        deadline, content = time.monotonic() + PAGE_S, bytearray()
+        with self.session.get(
+            self._client.get_project_url(project),
+            headers={"Accept": self._client.accept, "Accept-Encoding": "identity"},
+            stream=True,
+            timeout=TIMEOUT_S,
+        ) as answer:
+            if answer.status_code == requests.codes.not_found:
+                raise DistributionNotFoundError(
+                    f"the index has no project {project!r}",
+                    where=self.url,
+                    remedy="check UV_DEFAULT_INDEX / PIP_INDEX_URL: a mirror may lack it",
+                )
+            answer.raise_for_status()
+            if not answer.url.startswith("https:") and self.url.startswith("https:"):
+                raise self._unusable("redirects to an address without TLS")
+            for block in blocks(answer, deadline):
+                content += block
+                if len(content) > PAGE_BYTES:
+                    raise self._unusable(f"sends more than {PAGE_BYTES} bytes for {project}")
+            answer._content = bytes(content)
+        return ProjectPage.from_response(answer, project)
+
+    def _unusable(self, what: str) -> IndexUnreachableError:
+        return IndexUnreachableError(
+            f"the package index {what}",
+            where=self.url,
+            remedy="check the network, the proxy, and UV_DEFAULT_INDEX / PIP_INDEX_URL; "
+            "what was already fetched is kept",
+        )
 
     def files_of(self, projects: Iterable[str]) -> dict[str, list[IndexFile]]:
         """The files of many projects, asked side by side."""
