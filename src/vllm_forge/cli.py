@@ -17,6 +17,7 @@ from vllm_forge.commands.parsers import Parser, parse
 from vllm_forge.errors import ForgeError
 from vllm_forge.host import console, printable
 from vllm_forge.host.errors import FileAccessError
+from vllm_forge.host.run import end_commands, stopping
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
@@ -29,8 +30,11 @@ CODES = (
 )
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Stopped(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, which clean up as Ctrl-C does."""
+    """A signal that ends the program after it has cleaned up."""
 
 
 def _parser() -> Parser:
@@ -45,25 +49,39 @@ def _parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is that of the error class, 0 without one."""
-    argv = sys.argv[1:] if argv is None else argv
-    as_json = "--json" in argv
     try:
         with _signals():
-            args = parse(_parser(), argv)
+            code = _run(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # e.g. `| head`
+        return _stopped("stdout was closed: the output is incomplete", signal.SIGPIPE)
+    except Stopped as stop:
+        return _stopped("interrupted; what was finished is kept", stop.args[0])
+    except KeyboardInterrupt:
+        return _stopped("interrupted; what was finished is kept", signal.SIGINT)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
             try:
-                args.call(Project.find(), args)
-                sys.stdout.flush()
-            except Exception:
-                as_json = as_json and not args.answered
-                raise
+                stream.flush()
+            except OSError:  # Python would fail to flush it, too, and exit with 120
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _run(argv: Sequence[str]) -> int:
+    as_json = "--json" in argv
+    try:
+        args = parse(_parser(), argv)
+        try:
+            args.call(Project.find(), args)
+            sys.stdout.flush()
+        except Exception:
+            as_json = as_json and not args.answered
+            raise
     except ForgeError as error:
         return _failed(error, as_json=as_json)
-    except BrokenPipeError:  # e.g. `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _stopped("stdout was closed: the output is incomplete", signal.SIGPIPE)
-    except KeyboardInterrupt as stop:
-        number = stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT
-        return _stopped("interrupted; what was finished is kept", number)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         refused = _access_error(error)
         if refused is None:
@@ -74,15 +92,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into an exception; nohup's ignored SIGHUP stays ignored."""
+    """Turn signals into an exception, after they ended the commands; what nohup ignores stays so.
+
+    The commands have sessions of their own, so Ctrl-C does not reach them by itself.
+    """
 
     def stop(number: int, _: FrameType | None) -> NoReturn:
+        end_commands()
         raise Stopped(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in STOPS}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, stop)
@@ -91,6 +113,7 @@ def _signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        stopping.clear()
 
 
 def _access_error(error: OSError) -> FileAccessError | None:

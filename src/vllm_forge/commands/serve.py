@@ -17,7 +17,7 @@ from vllm_forge.commands.parsers import (
     print_json,
 )
 from vllm_forge.errors import UsageError
-from vllm_forge.host import HostProbe, RecordedProbe, RecordingProbe, console
+from vllm_forge.host import HostProbe, PlainConsole, RecordedProbe, RecordingProbe, console
 
 if TYPE_CHECKING:
     import argparse
@@ -149,11 +149,10 @@ def _probe(args: argparse.Namespace) -> Probe:
 
 
 def _print(findings: Sequence[HostFinding]) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     colours = {"ok": "green", "unknown": "yellow", "red": "bold red"}
-    out = Console(highlight=False, soft_wrap=True)
+    out = PlainConsole(soft_wrap=True)
     for finding in findings:
         line = Text(f"{finding.level:8}", style=colours[finding.level])
         line.append(f"{finding.check}: {finding.seen}", style="default")
@@ -168,15 +167,13 @@ def _print(findings: Sequence[HostFinding]) -> None:
 
 def plan(project: Project, args: argparse.Namespace) -> None:
     """Show what a cell is: pins, kernels, needs, command."""
-    from rich.console import Console
-
     from vllm_forge.serve.plan import make_plan, page
 
     cell_plan = make_plan(project, project.cell(args.sku, args.line))
     if args.json:
         print_json(args, cell_plan)
         return
-    out = Console(highlight=False)
+    out = PlainConsole()
     # A pipe has 80 columns for rich, which would fold every name of the tables.
     out.width = max(out.width, PLAN_WIDTH)
     for part in page(cell_plan):

@@ -1,6 +1,7 @@
 """The machine we run on: commands, files, locks, disk, the console."""
 
 from vllm_forge.errors import suggestion as suggestion
+from vllm_forge.host.console import PlainConsole as PlainConsole
 from vllm_forge.host.console import console as console
 from vllm_forge.host.console import gigabytes as gigabytes
 from vllm_forge.host.console import printable as printable

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,9 +24,20 @@ from rich.progress import (
 # Seconds between lines of progress where no bar can be drawn, as in a log of CI.
 PROGRESS_S = 10.0
 
+
+class PlainConsole(Console):
+    """Without emoji: "vllm:x:10001" of a passwd line is not a cross."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"highlight": False, "emoji": False, **settings})
+
+    def on_broken_pipe(self) -> None:
+        """Let `cli.main` report it; rich would exit with 1, silently."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 # stdout is for results (JSON, tables); progress and commands go to stderr.
-# Without emoji: "vllm:x:10001" of a passwd line is not a cross.
-console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+console = PlainConsole(stderr=True, soft_wrap=True)
 
 
 def printable(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shlex
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -21,8 +23,31 @@ from vllm_forge.host.files import exclusive
 
 T = TypeVar("T")
 TAIL_LINES = 30
+GRACE_S = 10  # from SIGTERM to SIGKILL; an engine unmounts what it has mounted
 UNLABELLED = "--security-opt=label=disable"
 PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+# Held while a command is started, so that `end_commands` misses none.
+_starting = threading.RLock()
+_running: set[subprocess.Popen[str]] = set()
+stopping = threading.Event()  # no command may start any more
+
+
+def end_commands() -> None:
+    """End the commands that run, with all they started, and let no other start."""
+    with _starting:
+        stopping.set()
+        for process in _running:
+            threading.Thread(target=_end, args=(process,)).start()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def end_with_parent(parent: int) -> None:
@@ -56,6 +81,10 @@ def gpu_container(
     return [engine, "run", "--rm", *devices, *options, image, *command]
 
 
+def _ending(code: int) -> str:
+    return f"exited with {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
+
+
 @dataclass
 class Runner:
     """Runs commands, which it prints first, and the project's own actions between them."""
@@ -80,26 +109,37 @@ class Runner:
                 where=shlex.join(argv),
                 remedy="install it, or let the build do so with --provision",
             )
-        done = subprocess.run(
-            # A killed build takes its commands along: one that went on would write into the
-            # folders of the next build.
-            ["setpriv", "--pdeathsig", "KILL", program, *argv[1:]],
-            env={**os.environ, **(env or {})},
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        if done.returncode != 0:
-            tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-TAIL_LINES:])
+        with _starting:
+            if stopping.is_set():
+                raise CommandFailedError(f"{argv[0]} was not started", where="interrupted")
+            process = subprocess.Popen(
+                # A killed build takes its commands along: one that went on would write into the
+                # folders of the next build.
+                ["setpriv", "--pdeathsig", "KILL", program, *argv[1:]],
+                env={**os.environ, **(env or {})},
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # mmdebstrap, when it fails, kills its whole process group
+            )
+            _running.add(process)
+        try:
+            stdout, stderr = process.communicate()
+        finally:
+            if process.returncode is None:
+                _end(process)
+            _running.discard(process)
+        if process.returncode != 0:
+            tail = "\n".join((stdout + stderr).strip().splitlines()[-TAIL_LINES:])
             raise CommandFailedError(
-                f"{argv[0]} exited with {done.returncode}\n{tail}",
+                f"{argv[0]} {_ending(process.returncode)}\n{tail}",
                 where=shlex.join(argv),
                 remedy="see its output above; run the command by hand to see all of it",
             )
-        return done.stdout
+        return stdout
 
     def act(self, what: str, action: Callable[[], T]) -> Callable[[], T]:
         """Do a step that is not a command; ``what`` is shown either way.

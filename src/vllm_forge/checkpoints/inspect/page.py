@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape as markup_escape
 from rich.table import Table
 
 from vllm_forge.checkpoints.inspect.findings import Effect, Scope, label
 from vllm_forge.checkpoints.inspect.verdict import Outcome
-from vllm_forge.host import printable
+from vllm_forge.host import PlainConsole, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,9 +42,9 @@ def escape(text: str) -> str:
 
 def show(report: Report, *, modules: bool = False) -> None:
     """Print to stdout; ``modules`` adds what each module resolves to."""
-    console = Console(highlight=False, emoji=False)
+    console = PlainConsole()
     if not console.is_terminal:
-        console = Console(highlight=False, emoji=False, width=WIDTH)
+        console = PlainConsole(width=WIDTH)
     console.print(_head(report), soft_wrap=True)
     console.print(_parts(report))
     if report.values:
