@@ -31,7 +31,7 @@ class Collected:
         self.items = list(session.items)
 
 
-def collect(name: str, tier: Tier) -> dict[str, dict[str, list[str]]]:
+def collect(name: str, tier: Tier) -> dict[str, dict[str, Any]]:
     """Node id -> GPUs and engines of each case of a tier."""
     plugin, matrix = Collected(), load(REPO)
     # Which cases there are depends on no single SKU's row.
@@ -46,7 +46,10 @@ def collect(name: str, tier: Tier) -> dict[str, dict[str, list[str]]]:
         if own is None or own.args[0] == name:
             archs = {mark.name for mark in item.iter_markers() if mark.name.startswith("sm_")}
             engines = {name for mark in item.iter_markers("engines") for name in mark.args}
-            cases[item.nodeid] = {"archs": sorted(archs), "engines": sorted(engines)}
+            margins = "margin" in getattr(item, "fixturenames", ())
+            cases[item.nodeid] = {
+                "archs": sorted(archs), "engines": sorted(engines), "margins": margins
+            }  # fmt: skip
     return dict(sorted(cases.items()))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,18 +91,18 @@ def _say(project: Project, deployment: Deployment, digest: str | None) -> None:
     """What a reader should know of the command; on stderr, so that stdout can be piped."""
     from rich.markup import escape
 
-    from vllm_forge.receipts.lookup import image_receipts, preset_state
+    from vllm_forge.receipts.verification import Receipts, preset_state, read_receipts
     from vllm_forge.serve.command import bare_command, build_command
 
     build = build_command(deployment.cell)
     what = f"its image is not built here: {build}"
     if digest is not None:
         what = f"image {digest}; if the engine lacks it: {build}"
-    receipts = image_receipts(project, digest)
-    for words in receipts.refused:
-        console.print(words, markup=False)
+    receipts = read_receipts(project, datetime.now(UTC), image=digest) if digest else Receipts()
+    for line in replace(receipts, valid=()).lines(project.root):
+        console.print(line, markup=False)
     preset, artifact = deployment.preset_name, deployment.artifact_name
-    state = preset_state(project.root, receipts.held, preset, artifact)
+    state = preset_state(project, receipts, deployment.cell, preset, artifact)
     console.print(
         f"[bold]{preset}[/], {artifact}, line {deployment.cell.line_name}: [bold]{state}[/]\n"
         f"  {escape(deployment.preset.note)}\n  {what}\n"

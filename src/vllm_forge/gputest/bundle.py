@@ -57,7 +57,7 @@ def write_bundle(
     plan = make_plan(project, cell, applied.result, image)
     copy_code(project.root, folder)
     archive = repo.git(
-        "archive", "--format=tar", applied.base, *read_suite(project.root)["release_sources"]
+        "archive", "--format=tar", applied.base, *read_suite(project.root).release_sources
     ).stdout
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         tar.extractall(folder / SOURCE, filter="data")

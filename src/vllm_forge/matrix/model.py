@@ -138,6 +138,12 @@ class Artifact(FrozenModel):
     )
     size_gb: Integer | None = Field(default=None, description="10^9 bytes; unset: not known")
     shards: Integer | None = Field(default=None, description="safetensors files; unset: not known")
+    identity: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="what `python -m tests.gpu.harness.identity DIR` prints of it; unset: nobody "
+        "pinned it, and no preset counts as run with it",
+    )
     unserved: tuple[Unserved, ...] = ()
 
     def why_not(self, line: str, *, drafting: bool) -> str | None:

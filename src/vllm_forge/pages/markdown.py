@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -21,6 +22,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def _cell(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
+
+
+def escape(text: str) -> str:
+    """Foreign text as text: no markup, no HTML, one line."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!&~])", r"\\\1", " ".join(text.split()))
 
 
 def terminal_table(head: Sequence[str], rows: Iterable[Sequence[str]], **settings: Any) -> Table:

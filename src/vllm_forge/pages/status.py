@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from vllm_forge.errors import ForgeError
-from vllm_forge.pages.markdown import table
-from vllm_forge.receipts import FOLDER, KEYS
-from vllm_forge.receipts.envelope import read_keys, read_receipt
-from vllm_forge.receipts.lookup import NOT_RUN
+from vllm_forge.pages.markdown import escape, table
+from vllm_forge.receipts import FOLDER
 from vllm_forge.receipts.selection_match import compare
 from vllm_forge.receipts.suite import read_tiers
-from vllm_forge.receipts.verification import receipt_paths, verify
+from vllm_forge.receipts.verification import NOT_RUN, read_receipts, unsigned
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,18 +39,15 @@ FOOT = """
 
 def status(project: Project) -> str:
     """The page, from the committed receipts."""
-    keys = read_keys(project.root / FOLDER / KEYS)
-    valid, refused = [], []
-    for path in receipt_paths(project.root):
-        try:
-            receipt = read_receipt(path, keys)
-            verify(project, receipt, receipt.statement.detail.finished)
-        except ForgeError as error:
-            refused.append(f"* {path.relative_to(project.root)}: {error.what}")
-        else:
-            valid.append(receipt)
-    text = status_text(project, valid)
-    return text + "\n".join(["\nRefused:\n", *refused, ""]) if refused else text
+    receipts = read_receipts(project)
+    text = status_text(project, receipts.valid)
+    if not receipts.refused:
+        return text
+    refused = [
+        f"* {escape(str(path.relative_to(project.root)))}: {escape(error.what)}"
+        for path, error in receipts.refused
+    ]
+    return text + "\n".join(["\nRefused:\n", *refused, ""])
 
 
 def status_text(project: Project, receipts: Sequence[Receipt]) -> str:
@@ -62,8 +56,7 @@ def status_text(project: Project, receipts: Sequence[Receipt]) -> str:
     links = defaultdict(list)
     for receipt in receipts:
         detail = receipt.statement.detail
-        seal = "" if receipt.signed_by else ", unsigned"
-        text = f"image{seal}, {detail.finished.date()}"
+        text = f"image{unsigned(receipt)}, {detail.finished.date()}"
         links[detail.sku, detail.line, detail.tier].append(_link(text, receipt))
     columns = [(line, tier) for line in matrix.line for tier in read_tiers(project.root)]
     rows = [

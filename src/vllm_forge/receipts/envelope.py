@@ -2,18 +2,21 @@
 
 With a signature by a key of ``records/receipts/keys``, any change to the payload is detected.
 Without one, ``payloadSha256`` detects an accident, not a forger, who would write both: an unsigned
-receipt is as trustworthy as the commit that added it, and every list of receipts says "unsigned".
+receipt is as trustworthy as the commit that added it, and is shown as "unsigned" everywhere.
 The payload is canonical JSON (keys sorted, no spaces), so that one statement has one form.
 
-Source: github.com/secure-systems-lab/dsse, envelope.md; its readers ignore fields that it does not
-define.
+Source: github.com/secure-systems-lab/dsse, envelope.md; other readers ignore the field that it does
+not define.
 """
 
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import json
+import os
+import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 DIGEST = "payloadSha256"
+LARGEST = 16 << 20  # a receipt of 347 tests has 300 KB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,7 @@ def write_receipt(folder: Path, statement: Statement, key: Path | None = None) -
     """
     envelope = Envelope(canonical(statement), PAYLOAD_TYPE, {})
     if key is not None:
-        envelope.sign(_signer(key))
+        envelope.sign(CryptoSigner(_load_key(key, public=False)))
     data = envelope.to_dict() | {DIGEST: hashlib.sha256(envelope.payload).hexdigest()}
     path = folder / statement.sha256 / statement.file_name
     with atomic_path(path) as aside:
@@ -81,38 +85,63 @@ def write_receipt(folder: Path, statement: Statement, key: Path | None = None) -
     return path
 
 
+def read_plain(path: Path) -> bytes:
+    """Content of a plain file; never waits for a FIFO or follows a link.
+
+    Raises:
+        OSError: also if it is another kind of file, or larger than any receipt.
+    """
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        raise OSError("it is a link")
+    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST:
+        raise OSError(f"it is not a plain file of at most {LARGEST} bytes")
+    return path.read_bytes()
+
+
 def read_receipt(path: Path, keys: Sequence[Key]) -> Receipt:
     """Read a receipt; its payload must be the one that was written, or signed.
-
-    Args:
-        path: the file.
-        keys: public keys that are trusted.
 
     Raises:
         ReceiptUnreadableError: not a DSSE envelope of a receipt.
         ReceiptEditedError: the payload does not match its digest or a signature.
+        ReceiptKeyError: signed by another key than ``keys``, the trusted ones.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        data: dict[str, Any] = json.loads(text, object_pairs_hook=_once)
+        data: dict[str, Any] = json.loads(read_plain(path), object_pairs_hook=_once)
         payload, kind = base64.b64decode(data["payload"], validate=True), data["payloadType"]
-        stated, envelope = data[DIGEST], Envelope.from_dict(data)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        stated, envelope = data[DIGEST], Envelope.from_dict(copy.deepcopy(data))
+        written = envelope.to_dict() | {DIGEST: stated}
+    except OSError as error:
+        raise _unreadable(path, str(error)) from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(path, f"{type(error).__name__}: {error}") from None
+    if written != data:
+        raise _unreadable(path, "unknown fields, or base64 of another form")
     if kind != PAYLOAD_TYPE:
         raise _unreadable(path, f"unknown payload type {kind!r}")
     if hashlib.sha256(payload).hexdigest() != stated:
         raise _edited(path, "the payload does not match its digest")
-    signed_by = _signatures(path, envelope, keys)
+    known = {key.keyid: key for key in keys}
+    for keyid in envelope.signatures:
+        if keyid not in known:
+            raise ReceiptKeyError(
+                f"signed by key {keyid}, which is not among the trusted ones",
+                where=str(path),
+                remedy=f"if you trust the signer, add the public key to {FOLDER}/{KEYS}",
+            )
+        try:
+            envelope.verify([known[keyid]], 1)
+        except VerificationError as error:
+            raise _edited(path, f"invalid signature of key {keyid}: {error}") from None
     try:
         statement = Statement.model_validate_json(payload)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise _unreadable(path, f"{place}: {first['msg']}") from None
+        raise _unreadable(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     if canonical(statement) != payload:
         raise _edited(path, "the payload is not in canonical form")
-    return Receipt(path=path, statement=statement, signed_by=signed_by)
+    return Receipt(path=path, statement=statement, signed_by=tuple(sorted(envelope.signatures)))
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -126,44 +155,27 @@ def read_keys(folder: Path) -> list[Key]:
     """Public keys, ``folder/*.pem``; none where there is no folder.
 
     Raises:
-        ReceiptKeyError: a file is not an Ed25519 public key, or the folder cannot be read.
+        ReceiptKeyError: the folder cannot be read, or has anything but Ed25519 public keys.
     """
+    if not os.path.lexists(folder):
+        return []
     try:
         paths = sorted(folder.iterdir())
-    except FileNotFoundError:
-        return []
     except OSError as error:
-        raise ReceiptKeyError(
-            f"cannot read the folder of trusted keys: {error}",
-            where=str(folder),
-            remedy="make it a folder with a NAME.pem for each signer, or delete it",
-        ) from None
-    return [_public(path) for path in paths if path.suffix == ".pem"]
+        raise _key_folder(folder, str(error)) from None
+    if folder.is_symlink():
+        raise _key_folder(folder, "it is a link")
+    if others := [path.name for path in paths if path.suffix != ".pem"]:
+        raise _key_folder(folder, f"{others[0]} is not named NAME.pem")
+    return [SSlibKey.from_crypto(_load_key(path, public=True)) for path in paths]
 
 
-def _signatures(path: Path, envelope: Envelope, keys: Sequence[Key]) -> tuple[str, ...]:
-    """Ids of the keys that signed it; each signature must be valid, and its key trusted."""
-    known = {key.keyid: key for key in keys}
-    for keyid in envelope.signatures:
-        if keyid not in known:
-            raise ReceiptKeyError(
-                f"signed by key {keyid}, which is not among the trusted ones",
-                where=str(path),
-                remedy=f"if you trust the signer, add the public key to {FOLDER}/{KEYS}",
-            )
-        try:
-            envelope.verify([known[keyid]], 1)
-        except VerificationError as error:
-            raise _edited(path, f"invalid signature of key {keyid}: {error}") from None
-    return tuple(sorted(envelope.signatures))
-
-
-def _signer(path: Path) -> CryptoSigner:
-    return CryptoSigner(_load_key(path, public=False))
-
-
-def _public(path: Path) -> Key:
-    return SSlibKey.from_crypto(_load_key(path, public=True))
+def _key_folder(folder: Path, why: str) -> ReceiptKeyError:
+    return ReceiptKeyError(
+        f"cannot read the folder of trusted keys: {why}",
+        where=str(folder),
+        remedy="make it a folder with a NAME.pem for each signer and nothing else, or delete it",
+    )
 
 
 def _load_key(path: Path, *, public: bool) -> Any:
@@ -173,27 +185,21 @@ def _load_key(path: Path, *, public: bool) -> Any:
     from cryptography.hazmat.primitives.asymmetric import ed25519  # noqa: PLC0415
 
     try:
-        data = path.read_bytes()
-        key = (
-            serialization.load_pem_public_key(data)
-            if public
-            else serialization.load_pem_private_key(data, None)
-        )
+        if public:
+            key: Any = serialization.load_pem_public_key(read_plain(path))
+        else:
+            key = serialization.load_pem_private_key(path.read_bytes(), None)
+        why = f"it is a {type(key).__name__}"
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise _no_key(path, str(error)) from None
-    kind = ed25519.Ed25519PublicKey if public else ed25519.Ed25519PrivateKey
-    if not isinstance(key, kind):
-        raise _no_key(path, f"it is a {type(key).__name__}")
+        key, why = None, str(error)
+    if not isinstance(key, ed25519.Ed25519PublicKey if public else ed25519.Ed25519PrivateKey):
+        raise ReceiptKeyError(
+            f"not an Ed25519 key: {why}",
+            where=str(path),
+            remedy="make one with: openssl genpkey -algorithm ed25519 -out key.pem; its public "
+            "half with: openssl pkey -in key.pem -pubout",
+        )
     return key
-
-
-def _no_key(path: Path, why: str) -> ReceiptKeyError:
-    return ReceiptKeyError(
-        f"not an Ed25519 key: {why}",
-        where=str(path),
-        remedy="make one with: openssl genpkey -algorithm ed25519 -out key.pem; its public half "
-        "with: openssl pkey -in key.pem -pubout",
-    )
 
 
 def _unreadable(path: Path, why: str) -> ReceiptUnreadableError:

@@ -10,28 +10,25 @@ spec/predicates/test-result.md.
 
 from __future__ import annotations
 
-import re
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AwareDatetime, ConfigDict, Field, FiniteFloat
+from pydantic import AwareDatetime, ConfigDict, Field
 
 from vllm_forge.matrix import FrozenModel
-from vllm_forge.receipts.errors import ReceiptIncompleteError
 
 StatementType: TypeAlias = Literal["https://in-toto.io/Statement/v1"]
 PredicateType: TypeAlias = Literal["https://in-toto.io/attestation/test-result/v0.1"]
 STATEMENT: StatementType = "https://in-toto.io/Statement/v1"
 PREDICATE: PredicateType = "https://in-toto.io/attestation/test-result/v0.1"
 VALID = timedelta(days=90)  # drivers, and what we test for, change faster than releases live
-GREEN = ("passed", "other GPU")
-# What pytest-xdist appends to a test's name with --dist loadgroup (scheduler/loadscope.py).
-GROUP = re.compile(r"(?<=[\w\]])@[\w.-]+$")
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 GitTree = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 Word = Annotated[str, Field(pattern=r"^[\w.-]+$")]  # becomes a part of a file's name
-Cell = Annotated[str, Field(pattern=r"^[^|\x00-\x1f]+$")]  # becomes a cell of a page's table
+# Becomes a cell of a page's table: without what Markdown and HTML read as more than text.
+Cell = Annotated[str, Field(pattern=r"^[\w .,:;()/+=%-]+$", max_length=200)]
+Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Record(FrozenModel):
@@ -79,15 +76,15 @@ class Gpu(Record):
 class Margin(Record):
     """A measured value and the bound that it is under."""
 
-    measured: FiniteFloat
-    bound: FiniteFloat
+    measured: Measure
+    bound: Measure
 
 
 class CaseVerdict(Record):
     """The verdict of one test."""
 
     outcome: Literal["passed", "other GPU"]
-    seconds: FiniteFloat
+    seconds: Measure
     margins: dict[Cell, Margin] = Field(default_factory=dict)
     facts: dict[str, Any] = Field(default_factory=dict)
     why: str = ""
@@ -109,6 +106,7 @@ class Detail(Record):
     sku: Word
     line: Word
     tier: Word
+    lock_sha256: Sha256
     gpus: tuple[Gpu, ...] = Field(min_length=1)
     host: dict[str, Any]
     configurations: dict[str, Configuration]
@@ -160,54 +158,3 @@ class Statement(Record):
     def file_name(self) -> str:
         """Its name in the folder of its subject."""
         return f"{self.detail.sku}--{self.detail.line}--{self.detail.tier}.json"
-
-
-def make_statement(result: dict[str, Any]) -> Statement:
-    """The statement of a green run.
-
-    Args:
-        result: what ``tests.gpu.harness.run`` wrote for a tier.
-
-    Raises:
-        ReceiptIncompleteError: a test is not green, or none ran.
-    """
-    tests = {GROUP.sub("", name): row for name, row in result["tests"].items()}
-    red = [name for name, row in tests.items() if row["outcome"] not in GREEN]
-    if red or not tests or result["exit"] != 0:
-        raise ReceiptIncompleteError(
-            f"{len(red)} of {len(tests)} tests are not green; pytest exited with {result['exit']}",
-            where=", ".join(red[:5]),
-            remedy="make receipts of green runs only; see its table",
-        )
-    plan = result["plan"]
-    finished = datetime.fromisoformat(result["finished"])
-    subject = plan["subject"]
-    return Statement(
-        subject=(
-            Resource(name=subject["name"], digest=Sha256Digest(sha256=subject["sha256"])),
-            Source(name=f"vllm source, line {plan['line']}", digest=TreeDigest(tree=plan["tree"])),
-        ),
-        predicate=Predicate(
-            result="PASSED",
-            configuration=(
-                Resource(
-                    name=f"tests/gpu, tier {result['tier']}",
-                    digest=Sha256Digest(sha256=result["suite_sha256"]),
-                ),
-            ),
-            passed=tuple(sorted(n for n, row in tests.items() if row["outcome"] == "passed")),
-            failed=(),
-            detail=Detail(
-                sku=plan["sku"],
-                line=plan["line"],
-                tier=result["tier"],
-                gpus=tuple(Gpu(**gpu) for gpu in result["gpus"]),
-                host=result["host"],
-                configurations=result["configurations"],
-                tests={name: CaseVerdict(**row) for name, row in sorted(tests.items())},
-                started=datetime.fromisoformat(result["started"]),
-                finished=finished,
-                expires=(finished + VALID).astimezone(UTC),
-            ),
-        ),
-    )

@@ -12,11 +12,12 @@ import hashlib
 import json
 import re
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from vllm_forge.matrix import serve_arguments
+from pydantic import TypeAdapter
+
+from vllm_forge.matrix import FrozenModel, serve_arguments
 from vllm_forge.receipts.errors import ReceiptIncompleteError, SuiteDescriptionError
 
 if TYPE_CHECKING:
@@ -39,8 +40,7 @@ FILE_NAME = re.compile(r"\w[\w.-]*")
 LIST_CASES = "run: python -m tests.support.list_gpu_cases"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tier:
+class Tier(FrozenModel):
     """A part of the suite that is run and receipted as one.
 
     Attributes:
@@ -51,7 +51,38 @@ class Tier:
 
     folders: tuple[str, ...]
     minutes: int
-    matrix: tuple[str, ...] = ()
+    matrix: tuple[Literal["sku", "preset"], ...] = ()
+
+
+class Suite(FrozenModel):
+    """``tests/gpu/suite.toml``; ``release_sources`` are paths in vLLM's source."""
+
+    release_sources: tuple[str, ...]
+    tier: dict[str, Tier]
+
+
+class Case(FrozenModel):
+    """One test with its parameters.
+
+    Attributes:
+        archs: markers of the GPUs that it is for; none: all.
+        engines: engines that it reads, each of which leaves a boot log.
+        margins: it records measured values with their bounds.
+    """
+
+    archs: tuple[str, ...]
+    engines: tuple[str, ...]
+    margins: bool
+
+
+class CaseList(FrozenModel):
+    """The cases of a tier by node id, as pytest collected them of ``sources_sha256``."""
+
+    sources_sha256: str
+    cases: dict[str, Case]
+
+
+CASE_LISTS = TypeAdapter(dict[str, CaseList])
 
 
 def _presets(matrix: Matrix, sku: str) -> list[dict[str, Any]]:
@@ -79,7 +110,7 @@ MATRIX_ROWS: dict[str, Callable[[Matrix, str], Any]] = {
 }
 
 
-def read_suite(root: Path) -> dict[str, Any]:
+def read_suite(root: Path) -> Suite:
     """``tests/gpu/suite.toml``.
 
     Raises:
@@ -87,36 +118,19 @@ def read_suite(root: Path) -> dict[str, Any]:
     """
     path = root / FILE
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return Suite.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise SuiteDescriptionError(f"cannot read the suite: {error}", where=str(path)) from None
-
-
-def read_tiers(root: Path) -> dict[str, Tier]:
-    """Name -> tier.
-
-    Raises:
-        SuiteDescriptionError: missing or malformed.
-    """
-    try:
-        tiers = {
-            name: Tier(
-                folders=tuple(row["folders"]),
-                minutes=int(row["minutes"]),
-                matrix=tuple(row.get("matrix", ())),
-            )
-            for name, row in read_suite(root)["tier"].items()
-        }
-        for tier in tiers.values():
-            _ = [MATRIX_ROWS[name] for name in tier.matrix]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SuiteDescriptionError(
-            f"invalid [tier] rows: {type(error).__name__}: {error}",
-            where=str(root / FILE),
+            f"cannot read the suite: {error}",
+            where=str(path),
             remedy="name folders, minutes, and what of matrix.toml the tests read: "
             + ", ".join(MATRIX_ROWS),
         ) from None
-    return tiers
+
+
+def read_tiers(root: Path) -> dict[str, Tier]:
+    """Name -> tier; raises as read_suite does."""
+    return read_suite(root).tier
 
 
 def source_files(root: Path, tier: Tier) -> list[str]:
@@ -204,8 +218,8 @@ def _hash_files(root: Path, names: list[str]) -> dict[str, str]:
 
 
 def _suite_rows(root: Path, name: str) -> dict[str, Any]:
-    suite = read_suite(root)
-    return {"tier": suite["tier"][name], "release_sources": suite.get("release_sources")}
+    rows = read_suite(root).model_dump(mode="json")
+    return {"tier": rows["tier"][name], "release_sources": rows["release_sources"]}
 
 
 def sources_hash(root: Path, name: str) -> str:
@@ -218,14 +232,11 @@ def plan_tier(project: Project, name: str, sku: str) -> dict[str, Any]:
     """What the runner needs of a tier; ``rows`` and the hashes of ``files`` are what is hashed.
 
     Raises:
-        SuiteDescriptionError: see read_tiers, source_files and read_cases.
+        SuiteDescriptionError: see read_suite, source_files and read_cases.
     """
     root = project.root
     tier = read_tiers(root)[name]
-    cases = {
-        case: [sorted(row.archs), sorted(row.engines)]
-        for case, row in read_cases(root, name).items()
-    }
+    cases = {case: row.model_dump() for case, row in read_cases(root, name).items()}
     return {
         "folders": list(tier.folders),
         "minutes": tier.minutes,
@@ -248,19 +259,6 @@ def suite_hash(project: Project, name: str, sku: str) -> str:
     return _digest({"files": _hash_files(project.root, tier["files"]), "rows": tier["rows"]})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One test with its parameters.
-
-    Attributes:
-        archs: markers of the GPUs that it is for; none: all.
-        engines: engines that it reads, each of which leaves a boot log.
-    """
-
-    archs: frozenset[str]
-    engines: frozenset[str]
-
-
 def read_cases(root: Path, name: str) -> dict[str, Case]:
     """Node id -> case, of one tier, from ``records/gpu-cases.json``.
 
@@ -271,23 +269,18 @@ def read_cases(root: Path, name: str) -> dict[str, Case]:
     """
     path = root / CASES
     try:
-        row = json.loads(path.read_text(encoding="utf-8"))[name]
-        listed = row["sources_sha256"]
-        cases = {
-            case: Case(archs=frozenset(marks["archs"]), engines=frozenset(marks["engines"]))
-            for case, marks in row["cases"].items()
-        }
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        listed = CASE_LISTS.validate_json(path.read_bytes())[name]
+    except (OSError, ValueError, KeyError) as error:
         raise SuiteDescriptionError(
             f"no list of the cases of tier {name}: {type(error).__name__}: {error}",
             where=str(path),
             remedy=LIST_CASES,
         ) from None
-    if listed != sources_hash(root, name):
+    if listed.sources_sha256 != sources_hash(root, name):
         raise SuiteDescriptionError(
             f"tier {name} changed since its cases were listed", where=str(path), remedy=LIST_CASES
         )
-    return cases
+    return listed.cases
 
 
 def require_cases(root: Path, receipt: Receipt) -> None:
@@ -295,19 +288,22 @@ def require_cases(root: Path, receipt: Receipt) -> None:
 
     Raises:
         SuiteDescriptionError: see read_cases.
-        ReceiptIncompleteError: a case is missing, unknown, or without the log of its engine.
+        ReceiptIncompleteError: a case is missing, unknown, or without its margins or the log of its
+            engine.
     """
     detail = receipt.statement.detail
-    cases = read_cases(root, detail.tier)
+    cases, tests = read_cases(root, detail.tier), detail.tests
     marker = f"sm_{detail.gpus[0].compute_capability.replace('.', '')}"
     due = {name for name, case in cases.items() if not case.archs or marker in case.archs}
-    passed = {name for name, test in detail.tests.items() if test.outcome == "passed"}
-    engines = {engine for name in due for engine in cases[name].engines}
-    for what, names in (
-        ("lacks", due - passed),
-        ("has unknown cases:", {*detail.tests} - {*cases}),
-        ("lacks the boot log of", engines - {*detail.configurations}),
-    ):
+    passed = {name for name, test in tests.items() if test.outcome == "passed"}
+    measured = {name for name, test in tests.items() if test.margins}
+    for what, names in {
+        "lacks": due - passed | cases.keys() - tests.keys(),
+        "has unknown cases:": passed - due | tests.keys() - cases.keys(),
+        "lacks the margins of": {name for name in due if cases[name].margins} - measured,
+        "lacks the boot log of": {engine for name in due for engine in cases[name].engines}
+        - detail.configurations.keys(),
+    }.items():
         if names:
             raise ReceiptIncompleteError(
                 f"the receipt of tier {detail.tier} {what} {len(names)}: "

@@ -1,12 +1,12 @@
-"""Verify committed receipts without a GPU, each against the repository as it is."""
+"""The one reader of receipts: each is verified against the repository as it is, without a GPU."""
 
 from __future__ import annotations
 
-import os
-from datetime import UTC, datetime
-from pathlib import Path
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+from vllm_forge.errors import ForgeError
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.receipts import FOLDER, KEYS
 from vllm_forge.receipts.envelope import read_keys, read_receipt
@@ -23,38 +23,103 @@ from vllm_forge.receipts.statement import VALID
 from vllm_forge.receipts.suite import read_tiers, require_cases, suite_hash
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
+    from securesystemslib.signer import Key
+
+    from vllm_forge.matrix import ImageCell
     from vllm_forge.project import Project
     from vllm_forge.receipts.envelope import Receipt
 
+NOT_RUN = "not run"
+ARTIFACTS = "soak"  # the tier whose tests serve full artifacts
+ROUNDING = timedelta(seconds=1)  # of times in results
 
-def receipt_paths(root: Path) -> list[Path]:
-    """All committed receipts: ``records/receipts/<digest>/*.json``.
+
+@dataclass(frozen=True, kw_only=True)
+class Receipts:
+    """What ``records/receipts`` holds.
+
+    Attributes:
+        valid: receipts that hold.
+        refused: path of each other entry, and why.
+    """
+
+    valid: tuple[Receipt, ...] = ()
+    refused: tuple[tuple[Path, ForgeError], ...] = ()
+
+    def lines(self, root: Path) -> list[str]:
+        """One line each."""
+        valid = [f"{row.path.relative_to(root)}{unsigned(row)}" for row in self.valid]
+        refused = [f"{path.relative_to(root)} is refused: {e.what}" for path, e in self.refused]
+        return valid + refused
+
+
+def unsigned(receipt: Receipt) -> str:
+    """What every list of receipts says of one without signature."""
+    return "" if receipt.signed_by else ", unsigned"
+
+
+def read_receipts(
+    project: Project, now: datetime | None = None, *, image: str = "", signed: bool = False
+) -> Receipts:
+    """Read and verify the committed receipts.
+
+    Args:
+        project: the repository.
+        now: time of the check; default: of each receipt, the end of its run.
+        image: only those of this digest, ``sha256:<hex>``.
+        signed: refuse unsigned ones also where no key is trusted.
 
     Raises:
-        ReceiptUnreadableError: another file, in which a receipt would be overlooked; a link, whose
-            target is not committed; or an unreadable folder.
+        ReceiptKeyError: a trusted key is not one.
     """
-    folders = [folder for folder in _entries(root / FOLDER) if folder.name != KEYS]
-    paths = [path for folder in folders for path in _entries(folder)]
-    for path in paths:
-        if path.suffix != ".json":
-            raise _foreign(path, "not a receipt")
-    return paths
+    valid, refused = [], []
+    keys = read_keys(project.root / FOLDER / KEYS)
+    for path, error in _entries(project.root, image.removeprefix("sha256:")):
+        try:
+            if error is not None:
+                raise error
+            receipt = read_receipt(path, keys)
+            verify(project, receipt, now or receipt.statement.detail.finished, keys, signed=signed)
+        except ForgeError as why:
+            refused.append((path, why))
+        else:
+            valid.append(receipt)
+    return Receipts(valid=tuple(valid), refused=tuple(refused))
 
 
-def _entries(folder: Path) -> list[Path]:
-    """Entries of a folder, without the temporary ones of a killed writer."""
+def _entries(root: Path, image: str) -> Iterator[tuple[Path, ForgeError | None]]:
+    """Files ``records/receipts/<digest>/*.json``, and what else is there with its error.
+
+    A receipt in another place would be overlooked, and a link's target is not committed.
+    """
+    place = root / FOLDER
     try:
-        paths = [Path(entry) for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)]
-    except FileNotFoundError:
-        paths = []
-    except OSError as error:
-        raise _foreign(folder, str(error)) from None
-    for path in (folder, *paths):
+        folders = [path for path in _listing(place) if path.name != KEYS]
+    except ReceiptUnreadableError as error:
+        yield place, error
+        return
+    for folder in folders:
+        try:
+            for path in _listing(folder) if image in ("", folder.name) else ():
+                yield path, None if path.suffix == ".json" else _foreign(path, "not a receipt")
+        except ReceiptUnreadableError as error:
+            yield folder, error
+
+
+def _listing(folder: Path) -> list[Path]:
+    """Entries of a folder, without the temporary ones of a killed writer."""
+    for path in (folder, folder.parent):
         if path.is_symlink():
             raise _foreign(path, "it is a link")
+    try:
+        paths = sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _foreign(folder, str(error)) from None
     return [path for path in paths if not path.name.startswith(".tmp-")]
 
 
@@ -68,39 +133,65 @@ def _foreign(path: Path, why: str) -> ReceiptUnreadableError:
 
 def verify_all(
     project: Project, now: datetime | None = None, *, signed: bool = False
-) -> list[Receipt]:
-    """Verify every committed receipt.
-
-    Args:
-        project: the repository.
-        now: time of the check; default: the clock.
-        signed: refuse unsigned ones.
+) -> tuple[Receipt, ...]:
+    """Verify every committed receipt, by default as of now.
 
     Raises:
         ForgeError: the class says why the first invalid one is refused.
     """
-    paths, receipts = receipt_paths(project.root), []
-    keys = read_keys(project.root / FOLDER / KEYS)
-    for path in paths:
-        receipt = read_receipt(path, keys)
-        if signed and not receipt.signed_by:
-            raise ReceiptKeyError(
-                "the receipt is unsigned",
-                where=str(path),
-                remedy="sign it where it is made: "
-                "nox -s forge -- gpu receipts --result FILE --key KEY",
-            )
-        verify(project, receipt, now or datetime.now(UTC))
-        receipts.append(receipt)
-    return receipts
+    receipts = read_receipts(project, now or datetime.now(UTC), signed=signed)
+    for _, error in receipts.refused:
+        raise error
+    return receipts.valid
 
 
-def verify(project: Project, receipt: Receipt, now: datetime) -> None:
+def preset_state(
+    project: Project, receipts: Receipts, cell: ImageCell, preset: str, artifact: str
+) -> str:
+    """``not run``, or the receipts with a test that served this artifact as this preset.
+
+    Args:
+        project: the repository.
+        receipts: those of the cell's image.
+        cell: SKU and line that serve.
+        preset: its name.
+        artifact: its name. Its bytes must be those that matrix.toml pins.
+    """
+    pin = project.matrix.artifact[artifact].identity
+    facts = {"preset": preset, "artifact": artifact, "identity": pin}.items()
+    named = [
+        f"{receipt.path.relative_to(project.root)}{unsigned(receipt)}"
+        for receipt in receipts.valid
+        if (detail := receipt.statement.detail).tier == ARTIFACTS
+        and (detail.sku, detail.line) == (cell.sku_name, cell.line_name)
+        and len(detail.gpus) >= project.matrix.preset[preset].tensor_parallel
+        and any(
+            test.outcome == "passed" and facts <= test.facts.items()
+            for test in detail.tests.values()
+        )
+    ]
+    return f"receipts: {', '.join(named)}" if named and pin else NOT_RUN
+
+
+def verify(
+    project: Project,
+    receipt: Receipt,
+    now: datetime,
+    keys: list[Key],
+    *,
+    signed: bool = False,
+) -> None:
     """Compare one receipt with the repository.
 
     Raises:
         ForgeError: the class says what differs.
     """
+    if (keys or signed) and not receipt.signed_by:
+        raise ReceiptKeyError(
+            "the receipt is unsigned",
+            where=str(receipt.path),
+            remedy="sign it where it is made: nox -s forge -- gpu receipts --result FILE --key KEY",
+        )
     _require_time(receipt, now)
     _require_subject(project, receipt)
     _require_suite(project, receipt)
@@ -119,6 +210,9 @@ def _require_time(receipt: Receipt, now: datetime) -> None:
             where=str(receipt.path),
             remedy="run the suite again, or delete the receipt: its cell is then not run",
         )
+    longest = max(test.seconds for test in detail.tests.values())
+    if longest > (detail.finished - detail.started + ROUNDING).total_seconds():
+        raise _incomplete(receipt, f"a test took {longest:g} s, more than the whole run")
 
 
 def _require_subject(project: Project, receipt: Receipt) -> None:
@@ -134,15 +228,16 @@ def _require_subject(project: Project, receipt: Receipt) -> None:
     if detail.sku in matrix.line[detail.line].unsupported:
         raise _subject(receipt, f"line {detail.line} does not support {detail.sku}")
     sku = matrix.sku[detail.sku]
-    if any(
-        gpu.compute_capability != sku.compute_capability or not gpu.name.startswith(sku.device)
-        for gpu in detail.gpus
-    ):
-        raise _subject(receipt, f"{detail.gpus[0].name} is not {detail.sku}")
-    series = project.root / matrix.line[detail.line].series
-    tree = read_tree_lock(series, detail.line).result
+    for gpu in detail.gpus:
+        if gpu.compute_capability != sku.compute_capability or not gpu.name.startswith(sku.device):
+            raise _subject(receipt, f"{gpu.name} is not {detail.sku}")
+    if len({gpu.uuid_sha256 for gpu in detail.gpus}) != len(detail.gpus):
+        raise _subject(receipt, "two GPUs of one UUID")
+    tree = read_tree_lock(project.root / matrix.line[detail.line].series, detail.line).result
     if statement.tree != tree:
         raise _subject(receipt, f"tree {statement.tree}, the series now gives {tree}")
+    if detail.lock_sha256 != (lock := project.lock(detail.line).digest):
+        raise _subject(receipt, f"lock {detail.lock_sha256}, the line now has {lock}")
 
 
 def _subject(receipt: Receipt, why: str) -> ReceiptSubjectError:
@@ -175,32 +270,35 @@ def _require_green(receipt: Receipt) -> None:
     """The list of passed tests must agree with each verdict, and no margin be exceeded."""
     predicate = receipt.statement.predicate
     rows = predicate.detail.tests.items()
-    passed = sorted(name for name, test in rows if test.outcome == "passed")
-    red = [
-        f"{name}: {what} is {pair.measured:g}, its bound {pair.bound:g}"
-        for name, test in rows
-        for what, pair in test.margins.items()
-        if pair.measured > pair.bound
-    ]
-    if list(predicate.passed) != passed:
-        red.append("passedTests are not the tests that passed, each once and in order")
-    if red:
-        raise ReceiptIncompleteError(
-            f"the receipt is not green: {red[0]}",
-            where=str(receipt.path),
-            remedy="delete it, and run the suite again",
+    for name, test in rows:
+        for what, pair in test.margins.items():
+            if pair.measured > pair.bound:
+                raise _incomplete(
+                    receipt, f"{name}: {what} is {pair.measured:g}, its bound {pair.bound:g}"
+                )
+    if list(predicate.passed) != sorted(name for name, test in rows if test.outcome == "passed"):
+        raise _incomplete(
+            receipt, "passedTests are not the tests that passed, each once and in order"
         )
+
+
+def _incomplete(receipt: Receipt, why: str) -> ReceiptIncompleteError:
+    return ReceiptIncompleteError(
+        f"the receipt is not green: {why}",
+        where=str(receipt.path),
+        remedy="delete it, and run the suite again",
+    )
 
 
 def describe(receipts: Sequence[Receipt]) -> str:
     """One line for each."""
     rows = []
     for receipt in receipts:
-        detail = receipt.statement.detail
+        detail, statement = receipt.statement.detail, receipt.statement
         seal = f"signed by {', '.join(receipt.signed_by)}" if receipt.signed_by else "unsigned"
         rows.append(
             f"{detail.sku}  line {detail.line}  tier {detail.tier}  "
-            f"sha256:{receipt.statement.sha256[:12]}  {len(receipt.statement.predicate.passed)} "
-            f"tests  until {detail.expires.date()}  {seal}"
+            f"sha256:{statement.sha256[:12]}  {len(statement.predicate.passed)} tests  "
+            f"until {detail.expires.date()}  {seal}"
         )
     return "\n".join(rows) or "no receipts: nothing was run"

@@ -5,6 +5,7 @@ Read from files of the repository only; equal files give equal bytes.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -16,7 +17,7 @@ from vllm_forge.kernels.selection.questions import preset_question
 from vllm_forge.kernels.selection.record import read_selection, selection_path
 from vllm_forge.matrix import serve_arguments
 from vllm_forge.patches import read_series, read_tree_lock
-from vllm_forge.receipts.lookup import image_receipts, preset_state
+from vllm_forge.receipts.verification import Receipts, preset_state, read_receipts
 from vllm_forge.serve.command import bare_command, build_command, built_digest, container_command
 from vllm_forge.serve.deployment import find_deployment, needs_of, presets_of
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from vllm_forge.kernels.selection.record import Rows
     from vllm_forge.matrix import ImageCell
     from vllm_forge.project import Project
-    from vllm_forge.receipts.lookup import ImageReceipts
     from vllm_forge.serve.deployment import Deployment
     from vllm_forge.sources import Lock
 
@@ -48,7 +48,7 @@ def make_plan(project: Project, cell: ImageCell) -> Plan:
     matrix = project.matrix
     lock = project.lock(cell.line_name)
     digest = built_digest(project.root, cell)
-    receipts = image_receipts(project, digest)
+    receipts = read_receipts(project, datetime.now(UTC), image=digest) if digest else Receipts()
     answers = {
         name: read_selection(project.records, name).rows
         if selection_path(project.records, name).is_file()
@@ -69,7 +69,7 @@ def make_plan(project: Project, cell: ImageCell) -> Plan:
         "image": {
             "digest": "not built here" if digest is None else digest,
             "build": build_command(cell),
-            "receipts": receipts.words(project.root),
+            "receipts": receipts.lines(project.root),
         },
         # Of the SKU's first preset and artifact.
         "lines": {
@@ -200,7 +200,7 @@ def _contract(project: Project, cell: ImageCell, lock: Lock) -> Plan:
 
 
 def _preset(
-    project: Project, deployment: Deployment, digest: str | None, receipts: ImageReceipts
+    project: Project, deployment: Deployment, digest: str | None, receipts: Receipts
 ) -> Plan:
     preset, artifact = deployment.preset_name, deployment.artifact_name
     run = container_command(project.matrix, deployment, digest=digest)
@@ -208,7 +208,7 @@ def _preset(
         "preset": preset,
         "artifact": artifact,
         "note": deployment.preset.note,
-        "state": preset_state(project.root, receipts.held, preset, artifact),
+        "state": preset_state(project, receipts, deployment.cell, preset, artifact),
         "command": list(run.argv),
         "shell": run.text(),
         "bare": bare_command(project.matrix, deployment).text(),

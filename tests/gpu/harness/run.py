@@ -43,6 +43,9 @@ COMPILED = "VLLM_FORGE_COMPILED_FILES"
 GREEN = {"passed", "other GPU"}
 # What the host does not set itself.
 DEFAULTS = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+STEERING = ("PYTEST_", "PYTHON", "FORGE_", "VLLM_FORGE_")
+# By these a host's operator says what its links cannot do; they are passed on and recorded.
+LINKS = ("NCCL_", "NVSHMEM_", "TORCH_SYMM_MEM_")
 RACE = "VLLM_FORGE_RACE_FOLDER"
 SLOW = "soak"  # a tier that runs only where it is asked for
 
@@ -130,7 +133,7 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def host_record() -> dict[str, Any]:
-    """Versions of what the tests ran on."""
+    """What the tests ran on: versions, and variables that change how GPUs talk."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -142,6 +145,7 @@ def host_record() -> dict[str, Any]:
         "packages": versions,
         "cuda": _torch("torch.version.cuda"),
         "nccl": _torch("'.'.join(map(str, torch.cuda.nccl.version()))"),
+        "variables": {n: v for n, v in sorted(os.environ.items()) if n.startswith(LINKS)},
     }
 
 
@@ -196,9 +200,8 @@ def _pytest(root: Path, arguments: Sequence[str], variables: dict[str, str]) -> 
 
 
 def host_variables() -> dict[str, str]:
-    """The host's environment, without what would steer pytest or the suite."""
-    steering = ("PYTEST_", "VLLM_FORGE_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(steering)}
+    """The environment, without what would steer Python, pytest or the suite."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(STEERING)}
 
 
 def race_folder(output: Path) -> Path:

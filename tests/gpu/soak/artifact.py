@@ -104,12 +104,14 @@ class Artifact:
         preset: as which it serves.
         workloads: folder with the prompts.
         vocabulary: size of the model's.
+        identity: of its files, see harness.identity.
     """
 
     server: Server
     preset: Preset
     workloads: Path
     vocabulary: int
+    identity: str
     _asked: dict[tuple[str, int], Asked] = field(default_factory=dict)
     _generated: int = 0
 
@@ -128,7 +130,7 @@ class Artifact:
             after = self.server.reading(self._generated)
             facts = {
                 "prompts": len(bodies), "prompts_sha256": digest, "preset": self.preset.name,
-                "artifact": self.server.model.name,
+                "artifact": self.server.model.name, "identity": self.identity,
             }  # fmt: skip
             change = None if before is None or after is None else after.since(before)
             self._asked[key] = Asked(replies=replies, change=change, facts=facts)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.gpu.conftest import TOGETHER, visible
+from tests.gpu.harness.identity import identity
 from tests.gpu.harness.server import Server
 from tests.gpu.race.conftest import Bench, op, tools
 from tests.gpu.soak import artifact as full
@@ -36,6 +37,7 @@ def artifact(pytestconfig: pytest.Config) -> Iterator[full.Artifact]:
     if isinstance(chosen, str):
         pytest.skip(chosen)
     preset, folder = chosen
+    digest = identity(folder)
     together = pytestconfig.stash[TOGETHER]
     server = Server(
         model=folder,
@@ -52,6 +54,7 @@ def artifact(pytestconfig: pytest.Config) -> Iterator[full.Artifact]:
             preset=preset,
             workloads=ROOT / "workloads",
             vocabulary=full.vocabulary(folder),
+            identity=digest,
         )
 
 

@@ -11,10 +11,10 @@ import pytest
 from tests.support.receipts import green_result, row
 from vllm_forge.kernels.errors import SelectionFileError
 from vllm_forge.matrix import load
+from vllm_forge.receipts.create import make_statement
 from vllm_forge.receipts.envelope import Receipt
 from vllm_forge.receipts.errors import ReceiptContradictedError
 from vllm_forge.receipts.selection_match import LAYOUTS, compare, require_selection
-from vllm_forge.receipts.statement import make_statement
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def receipt(root: Path, tmp_path: Path) -> Receipt:
     """Of a run whose engines included the tiny DeepSeek-V4, with what an H200 took."""
-    result = green_result(load(root), {"x": row()}, tree="a" * 40, suite="c" * 64)
+    result = green_result(load(root), {"x": row()})
     result["configurations"] = {
         "dsv4": {
             "moe": ["NvFp4: MARLIN", "Unquantized: TRITON"],

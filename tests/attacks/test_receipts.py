@@ -1,0 +1,376 @@
+"""Receipts: anyone who may write a file below records/receipts, or run the suite, is not believed.
+
+What they say is compared with the repository. Where keys are trusted, only their signatures count;
+without keys a receipt is as trustworthy as the commit that added it, and is shown as unsigned.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.gpu.harness import run
+from tests.gpu.harness.errors import InputError
+from tests.gpu.harness.identity import identity
+from tests.support.receipts import (
+    FILE,
+    IDENTITY,
+    IMAGE,
+    NOW,
+    SERVED,
+    body,
+    ed25519_pair,
+    edit,
+    green_run,
+    small_project,
+)
+from vllm_forge.errors import ForgeError
+from vllm_forge.pages.status import status
+from vllm_forge.project import Project
+from vllm_forge.receipts import FOLDER, KEYS
+from vllm_forge.receipts.create import make_statement
+from vllm_forge.receipts.envelope import DIGEST, write_receipt
+from vllm_forge.receipts.statement import VALID
+from vllm_forge.receipts.verification import preset_state, read_receipts, verify_all
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+PLACE = f"{FOLDER}/{IMAGE}/h200--0.26--soak.json"
+
+
+@pytest.fixture
+def project(root: Path, tmp_path: Path) -> Project:
+    return small_project(root, tmp_path / "project")
+
+
+def commit(project: Project, result: dict[str, Any], key: Path | None = None) -> Path:
+    return write_receipt(project.root / FOLDER, make_statement(result), key)
+
+
+def state(project: Project, *, sku: str = "h200", line: str = "0.26", image: str = IMAGE) -> str:
+    """What serve and plan show for the preset and artifact of ``SERVED``."""
+    receipts = read_receipts(project, NOW, image=f"sha256:{image}")
+    preset, artifact = SERVED["preset"], SERVED["artifact"]
+    return preset_state(project, receipts, project.cell(sku, line), preset, artifact)
+
+
+def test_preset_that_a_soak_run_served_is_shown_with_its_receipt(project: Project) -> None:
+    commit(project, green_run(project, "soak", **SERVED))
+    assert state(project) == f"receipts: {PLACE}, unsigned"
+    assert read_receipts(project, NOW).lines(project.root) == [f"{PLACE}, unsigned"]
+    assert "image, unsigned" in status(project)
+
+
+@pytest.mark.parametrize(
+    ("tier", "facts", "where"),
+    [
+        ("server", SERVED, {}),
+        ("soak", {}, {}),
+        ("soak", SERVED | {"preset": "h200-plain"}, {}),
+        ("soak", SERVED | {"artifact": "flash-w4a16-fp8-mtp"}, {}),
+        ("soak", SERVED | {"identity": "2e" * 32}, {}),
+        ("soak", {name: SERVED[name] for name in ("preset", "artifact")}, {}),
+        ("soak", SERVED, {"sku": "b200"}),
+        ("soak", SERVED, {"line": "0.33"}),
+        ("soak", SERVED, {"image": "e" * 64}),
+    ],
+    ids=["tier", "no facts", "preset", "artifact", "other bytes", "no identity", "sku", "line",
+         "image"],
+)  # fmt: skip
+def test_preset_is_green_only_by_its_own_proof(
+    project: Project, tier: str, facts: dict[str, str], where: dict[str, str]
+) -> None:
+    commit(project, green_run(project, tier, **facts))
+    assert len(read_receipts(project, NOW).valid) == 1
+    assert state(project, **where) == "not run"
+
+
+def test_artifact_whose_bytes_nobody_pinned_is_never_green(project: Project) -> None:
+    path = project.root / "matrix.toml"
+    path.write_text(path.read_text().replace(f'identity = "{IDENTITY}"\n', ""))
+    unpinned = Project(project.root)
+    commit(unpinned, green_run(unpinned, "soak", **SERVED))
+    assert state(unpinned) == "not run"
+
+
+def test_tensor_parallel_preset_needs_as_many_gpus(project: Project) -> None:
+    assert project.matrix.preset[SERVED["preset"]].tensor_parallel == 2
+    result = green_run(project, "soak", **SERVED)
+    del result["gpus"][1]
+    path = commit(project, result)
+    assert state(project) == "not run"
+    gpus = body_of(path)["gpus"]
+    edit(path, lambda data: body(data).update(gpus=gpus * 2), consistent=True)
+    with pytest.raises(ForgeError, match="two GPUs of one UUID"):
+        verify_all(project, NOW)
+
+
+def body_of(path: Path) -> dict[str, Any]:
+    return body(json.loads(base64.b64decode(json.loads(path.read_text())["payload"])))
+
+
+def test_test_for_another_gpu_served_nothing(project: Project) -> None:
+    result = green_run(project, "soak")
+    result["tests"][f"{FILE}::test_elsewhere"]["facts"] = SERVED
+    commit(project, result)
+    assert state(project) == "not run"
+
+
+def test_refused_receipt_is_reported_and_proves_nothing(project: Project) -> None:
+    path = commit(project, green_run(project, "soak", **SERVED))
+    for now in (NOW + VALID, NOW):
+        receipts = read_receipts(project, now, image=IMAGE)
+        assert receipts.valid == ()
+        assert receipts.lines(project.root)[0].startswith(f"{PLACE} is refused: ")
+        edit(path, lambda data: data["predicate"].update(result="FAILED"), consistent=False)
+    assert "Refused:" in status(project)
+
+
+def test_signature_that_was_removed_is_missed(project: Project, tmp_path: Path) -> None:
+    private, public = ed25519_pair(tmp_path)
+    trusted = project.root / FOLDER / KEYS / "release.pem"
+    trusted.parent.mkdir(parents=True)
+    trusted.write_bytes(public.read_bytes())
+    path = commit(project, green_run(project, "soak", **SERVED), private)
+    assert state(project) == f"receipts: {PLACE}"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(data | {"signatures": []}))
+    assert state(project) == "not run"
+    with pytest.raises(ForgeError, match="the receipt is unsigned"):
+        verify_all(project, NOW)
+
+
+@pytest.mark.parametrize("what", ["file", "image", "receipts", "records"])
+def test_link_out_of_the_repository_is_refused(project: Project, tmp_path: Path, what: str) -> None:
+    path = commit(project, green_run(project, "soak", **SERVED))
+    link = {"file": 0, "image": 1, "receipts": 2, "records": 3}[what]
+    target = (path, *path.parents)[link]
+    target.rename(tmp_path / "elsewhere")
+    target.symlink_to(tmp_path / "elsewhere")
+    receipts = read_receipts(project, NOW, image=IMAGE)
+    assert receipts.valid == ()
+    assert receipts.lines(project.root)[0].endswith("it is a link")
+    assert state(project) == "not run"
+
+
+@pytest.mark.parametrize("place", [PLACE, f"{FOLDER}/{KEYS}/release.pem"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "huge", "link"])
+def test_special_file_is_refused_without_waiting(
+    project: Project, tmp_path: Path, place: str, kind: str
+) -> None:
+    path = project.root / place
+    path.parent.mkdir(parents=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        (tmp_path / "target").write_bytes(ed25519_pair(tmp_path)[1].read_bytes())
+        path.symlink_to(tmp_path / "target")
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    with pytest.raises(ForgeError, match=r"it is not a plain file|it is a link"):
+        verify_all(project, NOW)
+
+
+@pytest.mark.parametrize("name", ["release.pub", "README.md", ".release.pem.swp"])
+def test_unknown_file_among_the_keys_is_reported(project: Project, name: str) -> None:
+    (project.root / FOLDER / KEYS).mkdir(parents=True)
+    (project.root / FOLDER / KEYS / name).write_text("")
+    with pytest.raises(ForgeError, match=f"{name} is not named NAME.pem"):
+        verify_all(project, NOW)
+
+
+def shorten(data: dict[str, Any]) -> None:
+    body(data)["started"] = body(data)["finished"]
+
+
+def without_margins(data: dict[str, Any]) -> None:
+    body(data)["tests"][f"{FILE}::test_one"]["margins"] = {}
+
+
+def negative(data: dict[str, Any]) -> None:
+    body(data)["tests"][f"{FILE}::test_one"]["margins"]["drafts"]["measured"] = -5.0
+
+
+def markup(data: dict[str, Any]) -> None:
+    body(data)["gpus"][0]["name"] += " [x](https://evil.example)"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shorten, "took 1.5 s, more than the whole run"),
+        (without_margins, "lacks the margins of 1"),
+        (negative, "greater than or equal to 0"),
+        (markup, "gpus.0.name"),
+        (lambda data: body(data).update(lock_sha256="0" * 64), "lock 0+, the line now has"),
+        (lambda data: body(data).update(kind="environment"), "kind"),
+    ],
+)
+def test_implausible_receipt_is_refused(
+    project: Project, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    path = commit(project, green_run(project, "soak", **SERVED))
+    edit(path, change, consistent=True)
+    with pytest.raises(ForgeError, match=message):
+        verify_all(project, NOW)
+
+
+def test_error_text_of_a_receipt_is_no_markup_of_the_page(project: Project) -> None:
+    path = commit(project, green_run(project, "soak"))
+    data = json.loads(path.read_text()) | {"payloadType": "[x](https://evil.example)<b>"}
+    path.write_text(json.dumps(data))
+    page = status(project)
+    assert "\\[x\\](https://evil.example)\\<b\\>" in page
+
+
+def test_identity_is_of_the_bytes_and_not_of_the_name(tmp_path: Path) -> None:
+    def checkpoint(name: str, *, config: str = "{}", header: bytes = b"{}") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(config)
+        shard = len(header).to_bytes(8, "little") + header
+        (folder / "model-00001-of-00001.safetensors").write_bytes(shard)
+        return folder
+
+    first = identity(checkpoint("flash-nvfp4-fp8-mtp"))
+    assert identity(checkpoint("copy")) == first
+    assert identity(checkpoint("config", config='{"tiny": 1}')) != first
+    assert identity(checkpoint("header", header=b'{"x": 1}')) != first
+    with (checkpoint("size") / "model-00001-of-00001.safetensors").open("ab") as file:
+        file.write(b"more")
+    assert identity(tmp_path / "size") != first
+    (tmp_path / "only config").mkdir()
+    (tmp_path / "only config" / "config.json").write_text("{}")
+    for folder in ("only config", "nowhere"):
+        with pytest.raises(InputError, match="cannot identify the checkpoint"):
+            identity(tmp_path / folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTHONPATH", "PYTHONSTARTUP",
+             "FORGE_KIT_WORK", "VLLM_FORGE_RACE_SECONDS"]
+)  # fmt: skip
+def test_host_variable_does_not_steer_the_suite(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "/evil")
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    assert name not in run.host_variables()
+    assert run.host_record()["variables"] == {"NCCL_P2P_DISABLE": "1"}
+
+
+# --- randomised structural edits ----------------------------------------------------------------
+
+EDITS = 800  # of each of three kinds of forger
+OTHERS: list[Any] = [None, True, 7, -1.5, "", "x", "passed", [], {}, ["x"], {"x": 1}]
+# Evidence without a fixed form, as boot logs are: no verdict depends on it, unless it names what
+# was served (above) or which kernel ran (tests/unit/receipts/test_selection_match.py). Fewer
+# GPUs and more logs claim nothing that was not proven; a margin's name is only in the test.
+FREE = {"facts", "host", "why", "name", "driver", "uuid_sha256", "memory_mib"}
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of all values in a JSON document."""
+    items: list[tuple[Any, Any]] = []
+    if isinstance(value, dict):
+        items = sorted(value.items())
+    elif isinstance(value, list):
+        items = list(enumerate(value))
+    return [path] * bool(path) + [p for key, item in items for p in places(item, (*path, key))]
+
+
+def change_structure(draw: Callable[[Any], Any], document: Any, path: tuple[Any, ...]) -> None:
+    """Delete, rename, repeat, retype, nest or swap what is at a path."""
+    holder = document
+    for key in path[:-1]:
+        holder = holder[key]
+    key, value = path[-1], holder[path[-1]]
+    kind = draw(st.sampled_from(["delete", "rename", "repeat", "retype", "nest", "add"]))
+    if kind == "delete":
+        del holder[key]
+    elif kind == "retype":
+        holder[key] = draw(st.sampled_from([o for o in OTHERS if type(o) is not type(value)]))
+    elif kind == "nest":
+        holder[key] = draw(st.sampled_from([[value], {"x": value}]))
+    elif isinstance(holder, list):
+        holder.insert(draw(st.integers(0, len(holder))), copy.deepcopy(value))
+    elif kind == "rename":
+        holder[f"{key}2"] = holder.pop(key)
+    else:
+        holder[f"{key}2"] = copy.deepcopy(value)
+
+
+@pytest.mark.parametrize("forger", ["careless", "careful", "without the key"])
+def test_structural_edits_are_refused(project: Project, tmp_path: Path, forger: str) -> None:
+    """A careful forger writes the payload's digest, too; a trusted key is what stops any edit."""
+    private, public = ed25519_pair(tmp_path)
+    key = private if forger == "without the key" else None
+    if key is not None:
+        trusted = project.root / FOLDER / KEYS / "release.pem"
+        trusted.parent.mkdir(parents=True)
+        trusted.write_bytes(public.read_bytes())
+    path = commit(project, green_run(project, "soak", **SERVED), key)
+    whole = path.read_text()
+    payload = json.loads(base64.b64decode(json.loads(whole)["payload"]))
+    candidates = places(payload)
+    if forger == "careful":
+        candidates = [
+            place
+            for place in candidates
+            if not FREE & set(map(str, place))
+            and not {"configurations", "margins"} & set(place[:-1])
+            and place[-2:-1] != ("gpus",)
+        ]
+    accepted: list[tuple[Any, ...]] = []
+    count = 0
+
+    @settings(
+        max_examples=EDITS, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(st.data())
+    def attack(data: st.DataObject) -> None:
+        nonlocal count
+        count += 1
+        place = data.draw(st.sampled_from(candidates))
+        path.write_text(whole)
+        edit(
+            path,
+            lambda document: change_structure(data.draw, document, place),
+            consistent=forger != "careless",
+        )
+        if read_receipts(project, NOW).valid:
+            accepted.append(place)
+
+    attack()
+    assert accepted == []
+    assert count >= EDITS
+
+
+def test_edits_of_the_envelope_are_refused(project: Project) -> None:
+    path = commit(project, green_run(project, "soak", **SERVED))
+    whole = json.loads(path.read_text())
+    for place in places(whole):
+        for other in OTHERS:
+            envelope = copy.deepcopy(whole)
+            envelope[place[0]] = other
+            if other == whole[place[0]]:
+                continue
+            path.write_text(json.dumps(envelope))
+            assert read_receipts(project, NOW).valid == ()
+        path.write_text(json.dumps({name: v for name, v in whole.items() if name != place[0]}))
+        assert read_receipts(project, NOW).valid == ()
+    path.write_text(json.dumps(whole | {"more": 1}))
+    assert read_receipts(project, NOW).valid == ()
+    assert DIGEST in whole
