@@ -8,11 +8,11 @@ for.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_forge.gputest.errors import JitCacheError
+from vllm_forge.host import parse_json, read_plain
 from vllm_forge.images.prewarm import Prewarm, tree_digest
 from vllm_forge.patches import read_tree_lock
 
@@ -50,7 +50,7 @@ def cache_key(project: Project, cell: ImageCell, tree: str) -> dict[str, str]:
 def require_key(folder: Path, key: Mapping[str, str]) -> None:
     """Refuse a folder of ``test-gpu --caches`` with kernels of another stack, by JitCacheError."""
     try:
-        recorded = json.loads((folder / KEY).read_text(encoding="utf-8"))
+        recorded = parse_json(read_plain(folder / KEY))
         different = [name for name in key if recorded[name] != key[name]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise JitCacheError(

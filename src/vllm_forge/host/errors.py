@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_forge.errors import ForgeError
 
+REFUSED = 30
 FAULT = 33
 
 
@@ -29,6 +30,10 @@ class ToolMissingError(ForgeError, exit_code=FAULT):
 
 class FileAccessError(ForgeError, exit_code=FAULT):
     """The system does not let a file or folder be read or written, or the disk is full."""
+
+
+class RecordingError(ForgeError, exit_code=REFUSED):
+    """A file that ``doctor --replay`` reads was not written by ``--save``."""
 
 
 class MountedError(ForgeError, exit_code=FAULT):

@@ -80,9 +80,10 @@ def read_plain(path: Path, most: int = MOST_BYTES) -> bytes:
         if error.errno in {errno.ELOOP, errno.ENXIO}:  # a link; a socket
             raise ValueError("not a plain file") from None
         raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("not a plain file")
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("not a plain file")
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"larger than {most} bytes")

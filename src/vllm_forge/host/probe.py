@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from vllm_forge.host.files import atomic_path
+from vllm_forge.host.errors import RecordingError
+from vllm_forge.host.files import atomic_path, read_plain
 from vllm_forge.host.run import which
 
 TIMEOUT_S = 30
+MOST_REPLY, MOST_CODE = 1 << 24, 16  # bytes; docker info has about 20 KB
 # What shells say for a command that does not exist, and timeout(1) for one that hangs.
 NOT_FOUND, TIMED_OUT = 127, 124
 
@@ -70,13 +72,30 @@ class RecordedProbe:
     folder: Path
 
     def ask(self, name: str, argv: Sequence[str]) -> Reply:
-        """The recorded reply; a question without a file is a program that is not installed."""
+        """The recorded reply; a question without a file is a program that is not installed.
+
+        Raises:
+            RecordingError: a file that RecordingProbe does not write.
+        """
         try:
-            text = (self.folder / f"{name}.txt").read_text(encoding="utf-8")
+            text = read_plain(self.folder / f"{name}.txt", MOST_REPLY).decode()
         except FileNotFoundError:
             return Reply(code=NOT_FOUND, text=f"{argv[0]}: not found\n")
-        code = self.folder / f"{name}.code"
-        return Reply(code=int(code.read_text()) if code.is_file() else 0, text=text)
+        except ValueError as error:
+            raise self._refused(f"{name}.txt", error) from None
+        try:
+            return Reply(code=int(read_plain(self.folder / f"{name}.code", MOST_CODE)), text=text)
+        except FileNotFoundError:
+            return Reply(code=0, text=text)
+        except ValueError as error:
+            raise self._refused(f"{name}.code", error) from None
+
+    def _refused(self, name: str, error: ValueError) -> RecordingError:
+        return RecordingError(
+            f"not a recorded reply: {error}",
+            where=str(self.folder / name),
+            remedy="record the host again: nox -s doctor -- SKU --save DIR",
+        )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from vllm_forge.host import console, remove
+from vllm_forge.host import console, parse_json, remove
 from vllm_forge.images.errors import ImageCheckError, SizeBudgetError
 from vllm_forge.images.layout import verify
 from vllm_forge.images.prewarm import SCRIPT
@@ -82,7 +82,7 @@ def judge(outputs: Sequence[str], names: frozenset[str]) -> dict[str, Any]:
     verdicts: dict[str, Any] = {}
     for output in outputs:
         try:
-            rows = json.loads(output.strip().splitlines()[-1])
+            rows = parse_json(output.strip().splitlines()[-1])
             twice = sorted(verdicts.keys() & rows.keys())
             verdicts |= {
                 name: {key: row[key] for key in ("passed", "detail", "seconds")}

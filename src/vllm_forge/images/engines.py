@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.errors import UsageError
-from vllm_forge.host import cache_root, remove, suggestion, which
+from vllm_forge.host import cache_root, parse_json, read_plain, remove, suggestion, which
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images.docker_api import OLDEST_BUILDX, answers, check_daemon, require_version
 from vllm_forge.images.errors import EngineMissingError, LayoutError, ProvisionError
@@ -67,7 +67,7 @@ class SystemOutput:
 
 def _read_output(blobs: Path, manifest: dict[str, Any], root: Path | None) -> SystemOutput:
     """The output of a build from its manifest and a folder of blobs, named by hex digests."""
-    config = json.loads((blobs / hex_digest(manifest["config"]["digest"])).read_text())
+    config = parse_json(read_plain(blobs / hex_digest(manifest["config"]["digest"])))
     return SystemOutput(
         tars=tuple(blobs / hex_digest(layer["digest"]) for layer in manifest["layers"]),
         diff_ids=tuple(hex_digest(item) for item in config["rootfs"]["diff_ids"]),
@@ -161,8 +161,9 @@ class Buildx:
     def system_output(self, build: SystemBuild) -> SystemOutput:
         """Parse the OCI layout."""
         blobs = build.work / "image" / "blobs" / "sha256"
-        index = json.loads((build.work / "image" / "index.json").read_text())
-        manifest = json.loads((blobs / hex_digest(index["manifests"][0]["digest"])).read_text())
+        index = parse_json(read_plain(build.work / "image" / "index.json"))
+        digest = hex_digest(index["manifests"][0]["digest"])
+        manifest = parse_json(read_plain(blobs / digest))
         for layer in manifest["layers"]:
             if not layer["mediaType"].endswith(".tar"):
                 raise LayoutError(
@@ -256,7 +257,7 @@ class Buildah:
     def system_output(self, build: SystemBuild) -> SystemOutput:
         """Parse the ``dir:`` output (docker schema 2)."""
         folder = build.work / "image"
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = parse_json(read_plain(folder / "manifest.json"))
         return _read_output(folder, manifest, build.work / "root")
 
     def run_in_image(self, runner: Runner, run: ContainerRun) -> str:

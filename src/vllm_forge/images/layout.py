@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.host import READ_ONLY, atomic_path, link_or_copy
+from vllm_forge.host import READ_ONLY, atomic_path, link_or_copy, parse_json, read_plain
 from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layer import LayerBlob
 
@@ -122,7 +122,7 @@ def timestamp(epoch: int) -> str:
 def set_name(path: Path, name: str) -> None:
     """Write another ``repository:tag`` into a layout's index; digests stay."""
     file = path / "index.json"
-    index = json.loads(file.read_text())
+    index = parse_json(read_plain(file))
     index["manifests"][0]["annotations"] = _annotations(name)
     with atomic_path(file) as aside:
         aside.write_bytes(_canonical(index))
@@ -139,13 +139,13 @@ def read_image(path: Path) -> Image:
         LayoutError: a file is missing, is not JSON, or has another size than the manifest says.
     """
     try:
-        index = json.loads((path / "index.json").read_text())
+        index = parse_json(read_plain(path / "index.json"))
         (entry,) = index["manifests"]
         digest = entry["digest"].removeprefix("sha256:")
         blobs = path / "blobs" / "sha256"
-        manifest = json.loads((blobs / digest).read_text())
+        manifest = parse_json(read_plain(blobs / digest))
         config_digest = manifest["config"]["digest"].removeprefix("sha256:")
-        config = json.loads((blobs / config_digest).read_text())
+        config = parse_json(read_plain(blobs / config_digest))
         for layer in manifest["layers"]:
             size = (blobs / layer["digest"].removeprefix("sha256:")).stat().st_size
             if size != layer["size"]:
@@ -194,7 +194,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: it is missing, or not what was written.
     """
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = parse_json(read_plain(path))
     if not isinstance(record, dict) or "seal" not in record:
         raise ValueError("the record has no hash of itself")
     if record.pop("seal") != hashlib.sha256(_canonical(record)).hexdigest():

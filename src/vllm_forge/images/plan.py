@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.host import cache_root, require_disk
+from vllm_forge.host import cache_root, parse_json, read_plain, require_disk
 from vllm_forge.images.base import BaseRef, pinned_image, rootfs_key
 from vllm_forge.images.checks import ANY_USER, CHECK_ARGV, SCRIPTS, contract_inputs
 from vllm_forge.images.content import CONFIG_FORMAT, FORMAT, HEALTH, WheelGroup, wheel_groups
@@ -264,7 +264,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
         BuildRecordError: the file is not a record of a build.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(read_plain(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -72,7 +72,7 @@ def checks(_: Project) -> str:
 
 def verdicts(project: Project) -> str:
     """Which line serves which tiny checkpoint, and why not."""
-    record = Verdicts.model_validate_json((project.root / DATA).read_text(encoding="utf-8"))
+    record: Verdicts = project.read_json(str(DATA), Verdicts.model_validate)
     rows, reasons = [], []
     for name, variant in record.variants.items():
         outcomes = [OUTCOMES[variant.lines[line].outcome] for line in record.vllm]

@@ -36,8 +36,13 @@ preset needs and nothing accepts fails the build of that image.
 def coverage(project: Project) -> str:
     """The page of the lines that have a record."""
     paths = [f"records/coverage/{name}.json" for name in project.matrix.line]
-    records = [project.read_json(path) for path in paths if (project.root / path).exists()]
+    records = [project.read_json(path, _record) for path in paths if (project.root / path).exists()]
     return render(records, catalogue())
+
+
+def _record(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    render([record], catalogue())  # a fault of the record is an error that names its file
+    return record
 
 
 def render(records: Sequence[Mapping[str, Any]], rows: Catalogue) -> str:

@@ -49,9 +49,9 @@ transferred. Plain: the same system plus the lock's wheels as they are.
 def measurements(project: Project) -> str:
     """Times and memory of starts, quantization and inspection."""
     return PAGE.format(
-        starts=starts(project.read_json("benchmarks/results/first-token.json")),
-        quantization=_quantization(project.read_json("benchmarks/results/quantize.json")),
-        inspection=_inspection(project.read_json("benchmarks/results/inspect.json")),
+        starts=project.read_json("benchmarks/results/first-token.json", starts),
+        quantization=project.read_json("benchmarks/results/quantize.json", _quantization),
+        inspection=project.read_json("benchmarks/results/inspect.json", _inspection),
     )
 
 

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 PAGES: dict[str, Callable[[Project], str]] = {
     "docs/generated/checks.md": checks,
     "docs/generated/coverage.md": coverage,
-    "docs/generated/drift.md": lambda project: drift(project.read_json("records/drift.json")),
+    "docs/generated/drift.md": lambda project: project.read_json("records/drift.json", drift),
     "docs/generated/exit-codes.md": exit_codes,
     "docs/generated/measurements.md": measurements,
-    "docs/generated/race.md": lambda project: race(project.read_json("records/race.json")),
+    "docs/generated/race.md": lambda project: project.read_json("records/race.json", race),
     "docs/generated/seed-installer.md": seed_installer,
     "docs/generated/selection.md": selection,
     "docs/generated/sizes.md": (
-        lambda project: sizes(project.read_json("benchmarks/results/sizes.json"))
+        lambda project: project.read_json("benchmarks/results/sizes.json", sizes)
     ),
     "docs/generated/status.md": status,
     "docs/generated/verdicts.md": verdicts,

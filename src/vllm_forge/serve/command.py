@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from vllm_forge.host import gpu_container, which
+from vllm_forge.host import gpu_container, parse_json, read_plain, which
 from vllm_forge.host.errors import ToolMissingError
 from vllm_forge.images.errors import BuildRecordError
 from vllm_forge.matrix import serve_arguments
@@ -128,7 +127,7 @@ def built_digest(root: Path, cell: ImageCell) -> str | None:
     """
     path = root / "dist" / f"{cell.name}.json"
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["digest"])
+        return str(parse_json(read_plain(path))["digest"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

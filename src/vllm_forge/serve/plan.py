@@ -182,7 +182,10 @@ def _contract(project: Project, cell: ImageCell, lock: Lock) -> Plan:
     name = f"records/coverage/{cell.line_name}.json"
     if not (project.root / name).is_file():
         return {"state": f"{UNKNOWN}: no {name}", "families": {}}
-    record = project.read_json(name)
+    return dict(project.read_json(name, lambda record: _covered(record, name, cell, lock)))
+
+
+def _covered(record: dict[str, Any], name: str, cell: ImageCell, lock: Lock) -> Plan:
     if record["lock"] != lock.digest:
         return {"state": f"{UNKNOWN}: {name} is of another lock", "families": {}}
     rows = {name: cells.get(cell.sku_name) for name, cells in record["coverage"].items()}

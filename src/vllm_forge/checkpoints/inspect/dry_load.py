@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 import vllm_forge.kernels.selection.inside
 from vllm_forge.checkpoints.errors import DryLoadError
 from vllm_forge.checkpoints.inspect.profile import Drafter, Profile
-from vllm_forge.host import atomic_path
+from vllm_forge.host import atomic_path, parse_json
 from vllm_forge.matrix import FrozenModel
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def read_answers(output: str, where: str, names: Sequence[str]) -> Answers:
     """
     lines = output.strip().splitlines()
     try:
-        data = json.loads(lines[-1])
+        data = parse_json(lines[-1])
         faults = {name: row["fault"] for name, row in data["cases"].items() if "fault" in row}
         if faults:
             name, fault = next(iter(faults.items()))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_forge.checkpoints.errors import ResumeError
 from vllm_forge.checkpoints.tensors import WrittenTensor, write_shard
-from vllm_forge.host import atomic_path, remove
+from vllm_forge.host import atomic_path, parse_json, read_json, read_plain, remove
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -136,7 +136,7 @@ class Work:
             )
         if path.exists():
             try:
-                earlier = json.loads(path.read_text(encoding="utf-8"))
+                earlier = parse_json(read_plain(path))
             except ValueError:
                 earlier = None
             if not isinstance(earlier, dict):
@@ -176,8 +176,13 @@ class Work:
 
     def written(self, name: str) -> list[WrittenTensor]:
         """What a finished file holds."""
-        rows = json.loads(self._note(name).read_text(encoding="utf-8"))
-        return [WrittenTensor(**{**row, "shape": tuple(row["shape"])}) for row in rows]
+        return read_json(
+            self._note(name),
+            lambda rows: [WrittenTensor(**{**row, "shape": tuple(row["shape"])}) for row in rows],
+            ResumeError,
+            what="note of a finished file",
+            remedy=f"delete {self.folder} to start again",
+        )
 
     def finish(self) -> None:
         """Make the artifact the output."""

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import zstandard
-from pydantic import ValidationError
 
-from vllm_forge.host import cache_root, exclusive, write_json
+from vllm_forge.host import cache_root, exclusive, parse_json, read_plain, write_json
 from vllm_forge.kernels.coverage.device_code import Code, device_code, functions, is_elf, sections
 from vllm_forge.kernels.coverage.target import Kind, Target
 from vllm_forge.kernels.errors import UnknownFatbinError
@@ -171,7 +170,7 @@ def library_code(path: Path, patterns: Sequence[str] = ()) -> LibraryCode:
 def _known(path: Path, rules: str) -> LibraryCode | None:
     """The cached record of a file that is unchanged since it was hashed."""
     try:
-        stamp = json.loads(_stamp_path(path).read_text())
+        stamp = parse_json(read_plain(_stamp_path(path)))
         unchanged = stamp["stamp"] == _stamp(path)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
@@ -180,8 +179,8 @@ def _known(path: Path, rules: str) -> LibraryCode | None:
 
 def _load(sha256: str, rules: str) -> LibraryCode | None:
     try:
-        return LibraryCode.model_validate_json(_record_path(sha256, rules).read_text())
-    except (FileNotFoundError, ValidationError):
+        return LibraryCode.model_validate_json(read_plain(_record_path(sha256, rules)))
+    except (FileNotFoundError, ValueError):
         return None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vllm_forge.host import remove
+from vllm_forge.host import parse_json, remove
 from vllm_forge.kernels.errors import SelectionFailedError
 from vllm_forge.kernels.selection.model import Answer, Question
 from vllm_forge.kernels.selection.questions import artifact_config
@@ -95,7 +95,7 @@ def read_answers(output: str, questions: Iterable[Question], where: str) -> tupl
     """The answers on the output's last line, in the questions' order, else SelectionFailedError."""
     names = [question.name for question in questions]
     try:
-        rows = json.loads(output.strip().splitlines()[-1])
+        rows = parse_json(output.strip().splitlines()[-1])
         for row in rows:
             row.pop("seconds", None)
             row.pop("imported", None)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.host import parse_json
 from vllm_forge.host.gpus import DETAILED, gpu_query, parse_gpus
 
 if TYPE_CHECKING:
@@ -70,10 +70,14 @@ def ask_host(probe: Probe) -> Host:
     errors: dict[str, str] = {}
     for name, reply in replies.items():
         info = _json(reply)
-        if info is None:
-            errors[name] = NOT_INSTALLED if reply.missing else _one_line(reply)
+        try:
+            if info is not None:
+                engines.append(_docker(info) if name == "docker" else _podman(info, devices))
+                continue
+        except (LookupError, TypeError, AttributeError) as error:
+            errors[name] = f"unexpected answer: {error!r}"
         else:
-            engines.append(_docker(info) if name == "docker" else _podman(info, devices))
+            errors[name] = NOT_INSTALLED if reply.missing else _one_line(reply)
     path = engines[0].root if engines else "/"
     return Host(
         gpus=gpus,
@@ -132,7 +136,7 @@ def _podman(info: dict[str, Any], devices: str) -> EngineInfo:
 
 def _json(reply: Reply) -> dict[str, Any] | None:
     try:
-        info = None if reply.code else json.loads(reply.text)
+        info = None if reply.code else parse_json(reply.text)
     except ValueError:
         return None
     return info if isinstance(info, dict) else None
@@ -146,9 +150,11 @@ def _version(reply: Reply) -> str | None:
 def _df(reply: Reply, column: int) -> int | None:
     """A number of df's row, counted from the right: a mount point may have spaces."""
     lines = reply.text.splitlines()
-    if reply.code or len(lines) != 2:  # noqa: PLR2004 - a header and a row
+    try:
+        _, row = lines
+        return None if reply.code else int(row.split()[column])
+    except (ValueError, IndexError):  # not a header and a row, or "-", or no such column
         return None
-    return int(lines[1].split()[column])
 
 
 def _one_line(reply: Reply) -> str:
