@@ -33,7 +33,8 @@ IMAGE_REQUIREMENTS = "tests/gpu/requirements-image.txt"
 TOOLS = frozenset({"execnet", "iniconfig", "pluggy", "pytest", "pytest-xdist"})
 # In an image: the command without its options, and what is set for it.
 SUITE = ("/opt/venv/bin/python", *RUN, "/forge/plan.json", "/output")
-ENVIRONMENT = {"PYTHONPATH": "/forge/src:/forge/tools"}
+# An image does not search the working directory (PYTHONSAFEPATH).
+ENVIRONMENT = {"PYTHONPATH": "/forge:/forge/src:/forge/tools"}
 # Where its wheel has it; the race suite looks for it on the PATH.
 SANITIZER = Path("sanitizer/nvidia/cu13/compute-sanitizer/compute-sanitizer")
 LAUNCHER = "TreeLauncherSubreaper"  # beside it: starts the program that is checked

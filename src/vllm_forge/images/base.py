@@ -36,7 +36,10 @@ EXCLUDES = (
 SCRUB = (
     'cd "$1" && rm -rf etc/apt/sources.list etc/apt/sources.list.d var/cache/ldconfig/aux-cache '
     "var/cache/apt/*.bin var/log/apt var/log/dpkg.log var/log/alternatives.log "
-    "var/log/bootstrap.log && : > etc/machine-id"
+    "var/log/bootstrap.log && : > etc/machine-id "
+    # Bytecode differs from run to run; nobody in a container needs to become another user.
+    "&& find . -xdev -name __pycache__ -prune -exec rm -rf {} + "
+    "&& find . -xdev -type f -perm /6000 -exec chmod ug-s {} +"
 )
 
 

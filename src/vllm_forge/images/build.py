@@ -52,6 +52,7 @@ from vllm_forge.images.content import (
 )
 from vllm_forge.images.engines import BYTECODE
 from vllm_forge.images.errors import LayoutError
+from vllm_forge.images.layer_checks import judge_layers
 from vllm_forge.images.layout import (
     Image,
     ImageLayer,
@@ -77,7 +78,7 @@ from vllm_forge.images.store import (
 from vllm_forge.images.system import host_secrets, load_system, make_system
 from vllm_forge.kernels.selection.questions import declared_device
 from vllm_forge.patches import build_wheel, check_line
-from vllm_forge.patches.wheel import GENERATED, PatchedWheel, python_blobs
+from vllm_forge.patches.wheel import PatchedWheel, python_blobs
 from vllm_forge.sources import Lock, SourceRepo, Wheelhouse
 
 if TYPE_CHECKING:
@@ -120,7 +121,8 @@ class PatchLayer:
 class Candidate:
     """An image that is complete and not checked; all layers are lowest first.
 
-    ``folders``: unpacked layers that hold wheels or patches; ``stack``: its stack.json.
+    ``folders``: unpacked layers that vllm-forge wrote; ``stack``: its stack.json; ``blobs``: hashes
+    of vLLM's Python files in the patched tree.
     """
 
     image: Image
@@ -129,6 +131,7 @@ class Candidate:
     stack: dict[str, Any]
     folders: tuple[Path, ...]
     shares: tuple[LayerShare, ...]
+    blobs: dict[str, str]
 
 
 def build_image(plan: ImagePlan, runner: Runner) -> tuple[Image, bool]:
@@ -180,15 +183,15 @@ def build_steps(plan: ImagePlan, runner: Runner) -> None:
         )
         as_image_user, as_any_user = plan.checks_inside()
         outputs = [engine.run_in_image(runner, as_image_user)]
-        contract = outside.result()  # first: it deletes a damaged layer, which the next run mounts
+        judged = outside.result()  # first: it deletes a damaged layer, which the next run mounts
         outputs.append(engine.run_in_image(runner, as_any_user))
     verdicts = runner.act(
         "read the verdicts; check the size budget",
-        lambda: accept(plan, candidate(), outputs, contract()),
+        lambda: accept(plan, candidate(), outputs, *judged()),
     )
     runner.act(
         f"give the image its name: {plan.target}",
-        lambda: publish(plan, candidate(), verdicts(), contract(), time.monotonic() - started),
+        lambda: publish(plan, candidate(), verdicts(), judged()[0], time.monotonic() - started),
     )
 
 
@@ -326,7 +329,7 @@ def assemble(plan: ImagePlan, source: PatchedSource, patch: PatchLayer) -> Candi
         epoch=epoch,
         name=plan.candidate_name,
     )
-    write_inputs(plan.work / "inputs", expectation(cell, source.applied, patch.stack))
+    write_inputs(plan.work / "inputs", expectation(cell, patch.stack))
     remove(plan.patch_files)
     plan.patch_files.symlink_to(patch.layer.files)
     return Candidate(
@@ -334,7 +337,12 @@ def assemble(plan: ImagePlan, source: PatchedSource, patch: PatchLayer) -> Candi
         layers=layers,
         labels=image_labels,
         stack=patch.stack,
-        folders=(*(layer.files for _, layer in wheels), patch.layer.files),
+        folders=tuple(
+            layer.files
+            for layer in (*(layer for _, layer in wheels), patch.layer, patch.prewarm)
+            if layer is not None
+        ),
+        blobs=python_blobs(SourceRepo(), source.applied.result),
         shares=tuple(
             LayerShare(
                 name=layer.created_by.removeprefix("vllm-forge: "),
@@ -393,16 +401,12 @@ def bytecode_place(layers: Sequence[ImageLayer]) -> str:
     return f"/cache/python/{hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]}"
 
 
-def expectation(cell: ImageCell, applied: Applied, stack: dict[str, Any]) -> dict[str, Any]:
+def expectation(cell: ImageCell, stack: dict[str, Any]) -> dict[str, Any]:
     """What image_checks.py must find."""
-    blobs = python_blobs(SourceRepo(), applied.result)
-    blobs.pop(GENERATED, None)  # carries our version
     return {
-        "packages": stack["packages"],
-        "stack": stack,
-        "tree": applied.result,
-        "blobs": blobs,
-        "changed_files": stack["changed_files"],
+        "vllm": stack["packages"][VLLM],
+        "torch": stack["packages"]["torch"],
+        "arch": stack["arch"],
         "compiler": "nvidia-cuda-nvcc" in stack["packages"],
         "device": declared_device(cell.sku, count=1).model_dump(),
         "unimportable": list(cell.line.unimportable),
@@ -411,8 +415,8 @@ def expectation(cell: ImageCell, applied: Applied, stack: dict[str, Any]) -> dic
 
 def check_outside(
     plan: ImagePlan, selection: SelectionRecord | None, candidate: Candidate
-) -> Contract | None:
-    """What needs no running: the contract; config, labels, and the hash of every blob."""
+) -> tuple[Contract | None, dict[str, Any]]:
+    """What needs no running: the contract; config, labels, hashes of blobs; the layers' files."""
     contract = None
     if selection is not None:
         contract = image_contract(plan.cell, selection, candidate.folders)
@@ -424,11 +428,15 @@ def check_outside(
         # The cache was touched: forget what is damaged, so that the next build is whole.
         forget_damaged(layer.blob for layer in candidate.layers)
         raise
-    return contract
+    return contract, judge_layers(plan, candidate)
 
 
 def accept(
-    plan: ImagePlan, candidate: Candidate, outputs: Sequence[str], contract: Contract | None
+    plan: ImagePlan,
+    candidate: Candidate,
+    outputs: Sequence[str],
+    contract: Contract | None,
+    layers: dict[str, Any],
 ) -> dict[str, Any]:
     """Read and return all verdicts.
 
@@ -436,7 +444,7 @@ def accept(
         ImageCheckError, SizeBudgetError: a check failed.
     """
     compiler = "nvidia-cuda-nvcc" in candidate.stack["packages"]
-    verdicts = judge(outputs, check_names(compiler=compiler))
+    verdicts = judge([json.dumps(layers), *outputs], check_names(compiler=compiler))
     for note in contract.notes if contract is not None else ():
         console.print(f"  [yellow]contract[/] {escape(note)}")
     check_sizes(candidate.shares, plan.cell.line.budget_mb, plan.cell.base.budget_mb)

@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 MB = 1_000_000
 # What runs inside; the first one is started.
 SCRIPTS = (Path(__file__).with_name("image_checks.py"), DRIVER)
-CHECK_ARGV = ("/opt/venv/bin/python", "/mnt/image_checks.py")
+LAYER_CHECKS = Path(__file__).with_name("layer_checks.py")
+CHECK_ARGV = ("/opt/venv/bin/python", "-I", "-S", "/mnt/image_checks.py")
 ANY_USER = "1000770000:0"  # a uid without a name, as OpenShift gives one; its group is 0
 COMPILER_CHECKS = frozenset({"compiler", "driver-link"})
 CHECKS = frozenset({
-    "packages", "tree", "stack", "sandbox", "hygiene", "imports", "quantization", "vllm-help",
-    "vllm-version", "vllm-serve-help", "vllm-bench-serve-help", "any-user-sandbox",
-    "any-user-imports",
+    "packages", "tree", "stack", "hygiene", "system", "wheel-files", "sandbox", "working-directory",
+    "imports", "quantization", "vllm-help", "vllm-version", "vllm-serve-help",
+    "vllm-bench-serve-help", "any-user-sandbox", "any-user-imports",
 })  # fmt: skip
 
 
@@ -65,7 +66,7 @@ def write_inputs(folder: Path, expect: dict[str, Any]) -> None:
 
 
 def check_names(*, compiler: bool) -> frozenset[str]:
-    """Names of the verdicts that both runs of the checks together must print."""
+    """Names of the verdicts that the layers' checks and both runs inside must give together."""
     return CHECKS | (COMPILER_CHECKS if compiler else frozenset())
 
 

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import cache_root, parse_json, read_plain, require_disk
 from vllm_forge.images.base import BaseRef, pinned_image, rootfs_key
-from vllm_forge.images.checks import ANY_USER, CHECK_ARGV, SCRIPTS, contract_inputs
+from vllm_forge.images.checks import (
+    ANY_USER,
+    CHECK_ARGV,
+    LAYER_CHECKS,
+    SCRIPTS,
+    contract_inputs,
+)
 from vllm_forge.images.content import CONFIG_FORMAT, FORMAT, HEALTH, WheelGroup, wheel_groups
 from vllm_forge.images.engines import ContainerRun
 from vllm_forge.images.errors import BuildRecordError, LayoutError
@@ -167,7 +173,7 @@ class ImagePlan:
             "line": cell.line.model_dump(mode="json"),
             "base": cell.base.model_dump(mode="json"),
             "health": {HEALTH.name: _hash(HEALTH.read_text())},
-            "checks": {path.name: _hash(path.read_text()) for path in SCRIPTS},
+            "checks": {path.name: _hash(path.read_text()) for path in (*SCRIPTS, LAYER_CHECKS)},
             "contract": contract_inputs(self.project, cell.line_name),
         }
         if prewarm is not None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vllm_forge.matrix import ImageCell
 
 # Raise when the kept result changes for equal inputs.
-SYSTEM_FORMAT = 2
+SYSTEM_FORMAT = 3
 # Not kept: docker's defaults of a container that never ran, and a host name that it made up.
 CONFIG_KEYS = frozenset(
     {"Env", "User", "Entrypoint", "WorkingDir", "Volumes", "ExposedPorts", "Healthcheck"}
@@ -148,7 +148,10 @@ def _keep(output: SystemOutput, base: BaseRef, folder: Path) -> None:
                 (aside / name).hardlink_to(rootfs.path)
                 blob = rootfs
             else:  # buildx rewrites the times in our rootfs too
-                blob = compress(tar, aside / name)
+                plain = aside / "plain.tar"
+                write_plain(tar, plain)
+                blob = compress(plain, aside / name)
+                plain.unlink()
             source = "rootfs" if rootfs is not None and number == 0 else "docker/Dockerfile"
             row = {"path": name, "created_by": f"vllm-forge: {source}"}
             rows.append(row | {"blob": asdict(blob) | {"path": name}})
@@ -157,6 +160,23 @@ def _keep(output: SystemOutput, base: BaseRef, folder: Path) -> None:
         if output.root is not None:
             output.root.rename(aside / "root")
         (aside / "system.json").write_text(json.dumps(record, indent=1))
+
+
+def write_plain(source: Path, target: Path) -> None:
+    """Write a layer's tar again, without what depends on who built it.
+
+    A rootless engine adds the attributes of its overlay (``user.overlay.*``), which other hosts
+    refuse to set; user and group count by number.
+    """
+    with (
+        tarfile.open(source) as layer,
+        tarfile.open(target, "w", format=tarfile.PAX_FORMAT, encoding="utf-8") as plain,
+    ):
+        for member in layer:
+            member.pax_headers = {}
+            member.uname = member.gname = ""
+            member.mtime = int(member.mtime)
+            plain.addfile(member, layer.extractfile(member) if member.isreg() else None)
 
 
 def _rootfs_blob(rootfs: Image) -> LayerBlob:

@@ -15,3 +15,4 @@ from vllm_forge.matrix.model import Matrix as Matrix
 from vllm_forge.matrix.model import PinnedRequirement as PinnedRequirement
 from vllm_forge.matrix.model import Preset as Preset
 from vllm_forge.matrix.model import Sku as Sku
+from vllm_forge.matrix.model import WheelFile as WheelFile

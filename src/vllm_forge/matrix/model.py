@@ -107,6 +107,15 @@ class LayerRule(FrozenModel):
     )
 
 
+class WheelFile(FrozenModel):
+    """Files of wheels that an image is otherwise refused for."""
+
+    path: str = Field(description="fnmatch pattern, below site-packages")
+    wheels: tuple[Name, ...] = Field(min_length=1, description="all that bring such a file")
+    lines: tuple[Name, ...] = Field(min_length=1, description="rows that no file needs fail")
+    reason: str = Field(min_length=20)
+
+
 class Base(FrozenModel):
     """The operating system of the image."""
 
@@ -180,6 +189,7 @@ class Matrix(FrozenModel):
         default_factory=dict, description="environment variable -> what to write instead"
     )
     layers: tuple[LayerRule, ...]
+    wheel_file: tuple[WheelFile, ...] = ()
     sku: dict[Name, Sku]
     unsupported_sku: dict[Name, UnsupportedSku] = Field(default_factory=dict)
     line: dict[Name, Line]
@@ -205,6 +215,9 @@ class Matrix(FrozenModel):
                     f"line.{name}: say in skus or in unsupported what holds for {sorted(neither)}"
                 )
         self._presets_agree()
+        for row in self.wheel_file:
+            if unknown := set(row.lines) - set(self.line):
+                raise ValueError(f"wheel_file {row.path}: no [line] {sorted(unknown)}")
         if not self.layers or self.layers[-1].match != ("*",):
             raise ValueError('layers: the last one must match ["*"]')
         return self

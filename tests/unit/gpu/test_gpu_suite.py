@@ -22,6 +22,7 @@ from tests.gpu.harness.errors import (
     WrongGpuError,
 )
 from tests.gpu.harness.variants import lay_over
+from vllm_forge.gputest.launch import ENVIRONMENT, RUN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -324,6 +325,20 @@ def test_a_tier_from_end_to_end(bundle: Path) -> None:
     assert (bundle.parent / "out" / "server.xml").is_file()
     (bundle / "tests/gpu/mtp/test_it.py").write_text("def test_it(): assert 0\n")
     assert run_all(bundle)[0] == SuiteRedError.exit_code
+
+
+def test_the_suite_does_not_import_from_the_working_directory(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an image, which sets PYTHONSAFEPATH: its working directory is the volume."""
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"].replace("/forge", str(bundle)))
+    (bundle / "tests/gpu/mtp/test_it.py").write_text("import tests.gpu\ndef test_it(): ...\n")
+    code, result = run_all(bundle)
+    assert code == 0, result
+    help_of = [sys.executable, *RUN, "--help"]
+    done = subprocess.run(help_of, cwd=bundle, text=True, check=True, capture_output=True)
+    assert "tests.gpu.harness.run" in done.stdout
 
 
 @pytest.fixture

@@ -80,6 +80,7 @@ ROWS: dict[str, list[str | int]] = {
     "Matrix": [],
     "Base": ["base"],
     "LayerRule": ["layers", 0],
+    "WheelFile": ["wheel_file", 0],
     "Sku": ["sku", "b300"],
     "Line": ["line", "0.26"],
     "PinnedRequirement-constraint": ["line", "0.26", "constraints", 1],

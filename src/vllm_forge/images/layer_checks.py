@@ -1,0 +1,421 @@
+"""What an image's layers must and must not have, judged from outside: nothing in it runs.
+
+No program of the image can forge these verdicts. System layers are read from their blobs, wheel
+layers, which vllm-forge wrote, from their unpacked copies.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import posixpath
+import re
+import stat
+import tarfile
+import time
+import zipfile
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from vllm_forge.images.content import STACK, VLLM, stack_entry
+from vllm_forge.images.wheels import VENV, site_packages, wheel_entries
+from vllm_forge.patches.wheel import GENERATED
+from vllm_forge.sources import Wheelhouse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from vllm_forge.images.build import Candidate
+    from vllm_forge.images.layout import ImageLayer
+    from vllm_forge.images.plan import ImagePlan
+    from vllm_forge.images.wheels import Entry
+    from vllm_forge.matrix import WheelFile
+
+OWN = "opt/vllm-forge/"
+PROGRAMS = ("usr/bin", "usr/sbin", "bin", "sbin", "usr/local/bin", "usr/local/sbin")
+# An engine's hook brings these of the host's driver.
+DRIVER_PROGRAMS = ("nvidia-", "nv-")
+BYTECODE = (".pyc", ".pyo")
+# What changes how every Python of the environment starts.
+START_FILES = (".pth", ".egg-link", "._pth", ".start")
+START_MODULES = frozenset({"sitecustomize", "usercustomize"})
+# Of libarchive and GNU tar; tar knows no other way to carry extended attributes.
+XATTRS = ("SCHILY.xattr.", "LIBARCHIVE.xattr.")
+WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"
+FORBIDDEN_NAMES = frozenset({".git", ".netrc", ".pypirc", ".docker", ".ssh", "id_rsa", ".aws"})
+# Must be empty: the volume, installers' caches, secrets of the build.
+EMPTY = ("cache/", "root/.cache/", "var/cache/pip/", "run/secrets/")
+# Outside of site-packages, where every file is a locked wheel's.
+WEIGHTS = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth")
+KEY_FILES = (".pem", ".key")
+PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----")
+SHOWN = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemFile:
+    """An entry of a system layer; ``private_key``: its content has one."""
+
+    layer: str
+    info: tarfile.TarInfo
+    private_key: bool = False
+
+
+def system_files(layers: Sequence[ImageLayer]) -> dict[str, SystemFile]:
+    """Path -> entry of the image that these layers, lowest first, make; whiteouts are applied."""
+    files: dict[str, SystemFile] = {}
+    for layer in layers:
+        name = layer.created_by.removeprefix("vllm-forge: ")
+        with tarfile.open(layer.blob.path, "r:gz") as tar:
+            for info in tar:
+                path = posixpath.normpath(info.name).lstrip("/")
+                folder, _, base = path.rpartition("/")
+                if base.startswith(WHITEOUT):
+                    hidden = folder if base == OPAQUE else path.replace(WHITEOUT, "", 1)
+                    gone = [p for p in files if p == hidden or p.startswith(f"{hidden}/")]
+                    for other in gone:
+                        if base != OPAQUE or other != hidden:
+                            del files[other]
+                    continue
+                key = info.isreg() and path.endswith(KEY_FILES)
+                content = tar.extractfile(info) if key else None
+                private = content is not None and bool(PRIVATE_KEY.search(content.read()))
+                files[path] = SystemFile(layer=name, info=info, private_key=private)
+    files.pop(".", None)
+    return files
+
+
+def system_problems(files: Mapping[str, SystemFile]) -> list[str]:
+    """What no system layer may have: rights, private attributes, devices, bytecode."""
+    problems = []
+    for path, file in files.items():
+        info = file.info
+        if not info.isdir() and info.mode & (stat.S_ISUID | stat.S_ISGID):
+            problems.append(f"setuid or setgid program: /{path}")
+        if info.isdev():
+            problems.append(f"device or FIFO: /{path}")
+        if not info.issym() and info.mode & stat.S_IWOTH and not info.mode & stat.S_ISVTX:
+            problems.append(f"writable by every user: /{path}")
+        for key in info.pax_headers:
+            if key.startswith(XATTRS):
+                problems.append(f"extended attribute {key.split('.', 2)[2]}: /{path}")
+        if is_bytecode(path):
+            problems.append(f"bytecode: /{path}")
+    return problems
+
+
+def is_bytecode(path: str) -> bool:
+    """Whether Python made that file or folder of a source: it differs from build to build."""
+    return path.endswith(BYTECODE) or posixpath.basename(path) == "__pycache__"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFiles:
+    """An image's files by origin.
+
+    Attributes:
+        system: of the layers that an engine or mmdebstrap made.
+        folders: unpacked layers that vllm-forge wrote, lowest first.
+        python: of the environment, e.g. ``3.13``.
+    """
+
+    system: Mapping[str, SystemFile]
+    folders: Sequence[Path]
+    python: str
+
+    @property
+    def site(self) -> str:
+        return site_packages(self.python)
+
+    @cached_property
+    def written(self) -> dict[str, Path]:
+        """Path -> file or link of the highest layer that has it."""
+        return {path: folder / path for folder in self.folders for path in _walk(folder)}
+
+    @cached_property
+    def owners(self) -> dict[str, list[str]]:
+        """Path -> the wheels that brought it, by the RECORDs of the image."""
+        owners: dict[str, list[str]] = {}
+        for path, file in self.written.items():
+            if path.endswith(".dist-info/RECORD") and path.count("/") == self.site.count("/") + 2:
+                owner = distribution(path.split("/")[-2])
+                with file.open(encoding="utf-8", newline="") as rows:
+                    recorded = {self._target(row[0]) for row in csv.reader(rows) if row}
+                for target in recorded | {path}:
+                    owners.setdefault(target, []).append(owner)
+        return owners
+
+    def _target(self, path: str) -> str:
+        return (
+            posixpath.normpath(f"{self.site}/{path}") if path[:1] == "." else f"{self.site}/{path}"
+        )
+
+    def inside(self, path: str) -> str:
+        """The path below site-packages; empty for one that is elsewhere."""
+        return path[len(self.site) + 1 :] if path.startswith(f"{self.site}/") else ""
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    start = len(str(folder)) + 1
+    for parent, folders, files in os.walk(folder):
+        for name in files:
+            yield f"{parent}/{name}"[start:]
+        for name in folders:
+            if os.path.islink(path := f"{parent}/{name}"):  # noqa: PTH114 - 50,000 of them
+                yield path[start:]
+
+
+def distribution(info: str) -> str:
+    """Normalized name of a ``NAME-VERSION.dist-info`` folder."""
+    return re.sub(r"[-_.]+", "-", info.removesuffix(".dist-info").rpartition("-")[0]).lower()
+
+
+def packages(files: ImageFiles, expected: Mapping[str, str]) -> str:
+    """The installed distributions are exactly those of the lock."""
+    installed = set()
+    for path, file in files.written.items():
+        folder, _, rest = files.inside(path).partition("/")
+        if folder.endswith(".egg-info"):
+            installed.add((folder, "egg-info"))
+        if folder.endswith(".dist-info") and rest == "METADATA":
+            head = file.read_text(encoding="utf-8").partition("\n\n")[0]
+            fields = dict(re.findall(r"^(Name|Version): *(.*?)\r?$", head, re.MULTILINE))
+            name = re.sub(r"[-_.]+", "-", fields.get("Name", folder)).lower()
+            installed.add((name, fields.get("Version", "")))
+    if wrong := sorted(installed ^ set(expected.items())):
+        raise AssertionError(f"installed and locked packages differ: {wrong[:SHOWN]}")
+    return f"{len(installed)} distributions"
+
+
+def tree(files: ImageFiles, blobs: Mapping[str, str], changed: Mapping[str, str]) -> str:
+    """Every Python file of vLLM is the one in the patched source tree.
+
+    Args:
+        files: of the image.
+        blobs: path -> git blob hash, of the tree's Python files.
+        changed: paths of the patched files.
+    """
+    seen = 0
+    for path, blob in blobs.items():
+        if path == GENERATED:  # carries our version
+            continue
+        file = files.written.get(f"{files.site}/{path}")
+        if file is None:
+            if path in changed:
+                raise AssertionError(f"a patched file is not installed: {path}")
+            continue  # a file of the source tree that the wheel does not ship
+        content = file.read_bytes()
+        name = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
+        if name.hexdigest() != blob:
+            raise AssertionError(f"{path} differs from the patched tree")
+        seen += 1
+    if missing := sorted(set(changed) - set(blobs)):
+        raise AssertionError(f"patched files outside the checked tree: {missing}")
+    return f"{seen} files, {len(changed)} of them patched"
+
+
+def stack(files: ImageFiles, record: dict[str, Any]) -> str:
+    """stack.json is the record of this build."""
+    file, content = files.written.get(STACK), stack_entry(record).content
+    if file is None or file.read_bytes() != content:
+        raise AssertionError(f"/{STACK} is not the record of this build")
+    return str(record["tree"])
+
+
+def hygiene(files: ImageFiles) -> str:
+    """No repositories, credentials, caches of installers, or weights."""
+    keys = [path for path, file in files.system.items() if file.private_key]
+    for path, file in files.written.items():
+        if path.endswith(KEY_FILES) and PRIVATE_KEY.search(file.read_bytes()):
+            keys.append(path)
+    bad = [f"private key: /{path}" for path in keys]
+    plain = [path for path, file in files.system.items() if not file.info.isdir()]
+    every = {*files.system, *files.written}
+    for path in every:
+        if not FORBIDDEN_NAMES.isdisjoint(path.split("/")):
+            bad.append(f"forbidden name: /{path}")
+        if path.endswith(WEIGHTS) and "/site-packages/" not in path:
+            bad.append(f"weights: /{path}")
+    bad += [f"not empty: /{path}" for path in (*plain, *files.written) if path.startswith(EMPTY)]
+    _refuse(bad)
+    return f"{len(every)} files"
+
+
+def system(files: ImageFiles) -> str:
+    """No setuid programs, private attributes, devices, or bytecode."""
+    _refuse(system_problems(files.system))
+    return f"{len(files.system)} entries"
+
+
+def wheel_files(
+    files: ImageFiles,
+    blobs: Mapping[str, str],
+    rows: Sequence[WheelFile],
+    wheel_path: Callable[[str], Path | None],
+) -> str:
+    """Each file of the wheels has one owner, lies where it may, and hides none of another's.
+
+    Args:
+        files: of the image.
+        blobs: vLLM's Python files by the source tree.
+        rows: exceptions of this line; one that nothing needs is refused.
+        wheel_path: locked distribution -> its wheel.
+    """
+    problems, used, judge = [], set(), _WheelJudge(files, blobs, wheel_path)
+    for path in files.written:
+        owners, below = files.owners.get(path, []), files.inside(path)
+        row = next(
+            (r for r in rows if fnmatchcase(below, r.path) and set(r.wheels) == set(owners)), None
+        )
+        # Two wheels of a row need not be compared.
+        why = "" if row is not None and len(owners) > 1 else judge.problem(path, owners)
+        if row is not None and (why or len(owners) > 1):
+            used.add(row.path)
+        elif why:
+            problems.append(f"{why}: /{path} of {' and '.join(owners) or 'no wheel'}")
+    problems += [f"no file needs the row wheel_file {r.path}" for r in rows if r.path not in used]
+    _refuse(problems)
+    return f"{len(files.written)} files, {len(rows)} exceptions"
+
+
+class _WheelJudge:
+    """What is wrong with a path of the written layers."""
+
+    def __init__(
+        self,
+        files: ImageFiles,
+        blobs: Mapping[str, str],
+        wheel_path: Callable[[str], Path | None],
+    ) -> None:
+        self._files = files
+        self._sources = {*blobs, GENERATED}
+        self._wheel_path = wheel_path
+        self._entries: dict[str, dict[str, Entry]] = {}
+        self._folders: dict[str, str] = {}
+        self._programs = {
+            posixpath.basename(path) for path in files.system if posixpath.dirname(path) in PROGRAMS
+        }
+
+    def problem(self, path: str, owners: Sequence[str]) -> str:
+        """Why a file may not be there; empty if it may."""
+        files = self._files
+        below, name = files.inside(path), posixpath.basename(path)
+        top = below.partition("/")[0]
+        in_vllm = top == VLLM
+        own = path.startswith(OWN) or files.written[path].is_symlink()
+        hidden = name in self._programs or name.startswith(DRIVER_PROGRAMS)
+        starts = top.partition(".")[0] in START_MODULES or (
+            top == below and top.endswith(START_FILES)
+        )
+        problems = {
+            "file that no RECORD lists": not owners and not own,
+            "bytecode": is_bytecode(path) or "/__pycache__/" in path,
+            "program that hides the system's": hidden and self._on_path(path),
+            "file that runs when Python starts": starts,
+            "file in the metadata of another wheel": top.endswith(".dist-info")
+            and owners != [distribution(top)],
+            "file in the package vllm": in_vllm and owners != [VLLM],
+            "module that the source tree lacks": in_vllm
+            and below.endswith(".py")
+            and below not in self._sources,
+            "file with different content": len(owners) > 1 and self._differ(path, owners),
+        }
+        return self._hides(path) or next((why for why, bad in problems.items() if bad), "")
+
+    def _on_path(self, path: str) -> bool:
+        folders = (f"{VENV}/bin", f"{self._files.site}/nvidia/cu13/bin")
+        return posixpath.dirname(path) in folders
+
+    def _hides(self, path: str) -> str:
+        system = self._files.system
+        if path in system:
+            return f"file that hides one of {system[path].layer}"
+        folder = posixpath.dirname(path)
+        if folder not in self._folders:
+            why, parent = "", folder
+            while parent and not why:
+                entry = system.get(parent)
+                if entry is not None and not entry.info.isdir():
+                    why = f"file that replaces /{parent} of {entry.layer}"
+                elif parent in self._files.written:
+                    why = f"file below another file, /{parent}"
+                parent = posixpath.dirname(parent)
+            self._folders[folder] = why
+        return self._folders[folder]
+
+    def _differ(self, path: str, owners: Sequence[str]) -> bool:
+        """Compare the wheels: a RECORD may have another hash than its file."""
+        contents = set()
+        for owner in owners:
+            if owner not in self._entries:
+                wheel = self._wheel_path(owner)
+                rows = wheel_entries(wheel, self._files.python) if wheel is not None else []
+                self._entries[owner] = {entry.path: entry for entry in rows}
+            if (entry := self._entries[owner].get(path)) is None:
+                return True
+            contents.add(_digest(entry))
+        return len(contents) > 1
+
+
+def _digest(entry: Entry) -> bytes:
+    if entry.content is not None:
+        return hashlib.sha256(entry.content).digest()
+    assert entry.archive is not None  # noqa: S101 - wheels have no links
+    assert entry.member is not None  # noqa: S101
+    with zipfile.ZipFile(entry.archive) as archive, archive.open(entry.member) as stream:
+        return hashlib.file_digest(stream, "sha256").digest()  # type: ignore[arg-type]
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise AssertionError("\n  ".join(problems[:SHOWN]) + more)
+
+
+def check_layers(
+    files: ImageFiles,
+    record: dict[str, Any],
+    blobs: Mapping[str, str],
+    rows: Sequence[WheelFile],
+    wheel_path: Callable[[str], Path | None],
+) -> dict[str, dict[str, Any]]:
+    """All checks; name -> ``passed``, ``detail`` and ``seconds``, as those inside print it.
+
+    ``record`` is stack.json; see ``tree`` and ``wheel_files`` for the others.
+    """
+    checks: dict[str, Callable[[], str]] = {
+        "packages": lambda: packages(files, record["packages"]),
+        "tree": lambda: tree(files, blobs, record["changed_files"]),
+        "stack": lambda: stack(files, record),
+        "hygiene": lambda: hygiene(files),
+        "system": lambda: system(files),
+        "wheel-files": lambda: wheel_files(files, blobs, rows, wheel_path),
+    }
+    verdicts = {}
+    for name, check in checks.items():
+        start = time.monotonic()
+        try:
+            detail, passed = check(), True
+        except (AssertionError, OSError, ValueError, tarfile.TarError) as error:
+            detail, passed = str(error), False
+        seconds = round(time.monotonic() - start, 2)
+        verdicts[name] = {"passed": passed, "detail": detail, "seconds": seconds}
+    return verdicts
+
+
+def judge_layers(plan: ImagePlan, candidate: Candidate) -> dict[str, dict[str, Any]]:
+    """Check the layers of an image that is complete; see ``check_layers``."""
+    shares = zip(candidate.layers, candidate.shares, strict=True)
+    system = system_files([layer for layer, share in shares if share.system])
+    paths = {wheel.name: Wheelhouse().path(wheel) for wheel in plan.lock.wheels}
+    return check_layers(
+        ImageFiles(system=system, folders=candidate.folders, python=plan.cell.line.python),
+        candidate.stack,
+        candidate.blobs,
+        [r for r in plan.project.matrix.wheel_file if plan.cell.line_name in r.lines],
+        paths.get,
+    )
