@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.gpu.harness.device import query
+from tests.gpu.harness.device import NAMED, VISIBLE, ranks, visible
 from tests.gpu.together import Together
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 CAPABILITIES = {"sm_90": (9, 0), "sm_100": (10, 0), "sm_103": (10, 3), "sm_120": (12, 0)}
 HOW_TO_RUN = "run it on a host with a GPU: `nox -s test-gpu -- --sku NAME`"
 TOGETHER = pytest.StashKey[Together]()
-VISIBLE = pytest.StashKey[list[str]]()
+PARALLEL = pytest.mark.tier("tp2", "tp4")  # of tests that use all GPUs of their tier
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,28 +33,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     for name in CAPABILITIES:
         config.addinivalue_line("markers", f"{name}: only on GPUs of that architecture")
-    config.addinivalue_line("markers", "tier(name): kernel (minutes), server or soak (hours)")
+    config.addinivalue_line("markers", "tier(*names): by which rows of suite.toml it runs")
     config.addinivalue_line("filterwarnings", "default")  # what torch warns of is not ours
     config.stash[TOGETHER] = Together(importlib.import_module("tests.gpu.harness.plugin").say)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    gpus = config.stash[VISIBLE] = _visible()
-    if worker and gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(worker.removeprefix("gw")) % len(gpus)]
-
-
-def _visible() -> list[str]:
-    """The GPUs of this process, without touching CUDA."""
-    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in named.split(",") if name]
-    try:
-        return [index for (index,) in query("index")]
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return []
-
-
-def visible(config: pytest.Config) -> list[str]:
-    """The GPUs of the whole run; an xdist worker has one of them for itself."""
-    return config.stash[VISIBLE]
+    if gpus := visible():
+        os.environ[VISIBLE] = ",".join(gpus)
+        if worker:
+            os.environ[NAMED] = gpus[int(worker.removeprefix("gw")) % len(gpus)]
 
 
 @cache
@@ -90,8 +75,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def why_not(item: pytest.Item) -> str:
     """Why a test does not run here, and what would run it; empty if it does."""
-    tiers, tier = item.config.getoption("tier"), item.get_closest_marker("tier")
-    if tiers and tier is not None and tier.args[0] not in tiers:
+    tiers, tier = set(item.config.getoption("tier") or ()), item.get_closest_marker("tier")
+    # Those for several GPUs run only where the runner says how many.
+    if tier is not None and not tiers & {*tier.args} and (tiers or len(tier.args) > 1):
         return f"tier {tier.args[0]}: `--tier {tier.args[0]}` runs it"
     wanted = [name for name in CAPABILITIES if item.get_closest_marker(name) is not None]
     if item.get_closest_marker("gpu") is None and not wanted:
@@ -100,6 +86,8 @@ def why_not(item: pytest.Item) -> str:
         return f"no CUDA device: {HOW_TO_RUN}"
     if wanted and found[1] not in {CAPABILITIES[name] for name in wanted}:
         return f"needs {' or '.join(wanted)}, this is {found[0]}"
+    if len(gpus := visible()) < ranks():
+        return f"needs {ranks()} GPUs, here are {len(gpus)}"
     return ""
 
 

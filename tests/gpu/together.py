@@ -13,6 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.gpu.harness import processes
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -29,8 +31,7 @@ class Together:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
-        self._jobs: dict[str, tuple[float, Callable[[], Any]]] = {}
-        self._ends: list[Callable[[], None]] = []
+        self._jobs: dict[str, tuple[float, Callable[[], Any], str]] = {}
         self._futures: dict[str, Future[Any]] = {}
         self._pool = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="together")
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -49,16 +50,15 @@ class Together:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def add(self, name: str, seconds: float, call: Callable[[], Any]) -> None:
-        """Have a job run; about how long it takes decides when it begins."""
-        self._jobs.setdefault(name, (seconds, call))
+    def add(self, name: str, seconds: float, call: Callable[[], Any], group: str = "") -> None:
+        """Have a job run; about how long it takes decides when it begins.
 
-    def at_end(self, call: Callable[[], None]) -> None:
-        """What ends jobs that still run."""
-        self._ends.append(call)
+        Tests that read jobs of a ``group`` have it as their ``xdist_group``.
+        """
+        self._jobs.setdefault(name, (seconds, call, group))
 
-    def start(self) -> None:
-        """Begin all, the longest first."""
+    def start(self, group: str | None = None) -> None:
+        """Begin all, or all of a group, the longest first."""
 
         def run(name: str, call: Callable[[], Any]) -> Any:
             begun = time.monotonic()
@@ -67,25 +67,24 @@ class Together:
             finally:
                 self._say(f"{name} is done: {time.monotonic() - begun:.0f} s")
 
-        for name, (_, call) in sorted(self._jobs.items(), key=lambda row: -row[1][0]):
-            self._futures[name] = self._pool.submit(run, name, call)
+        for name, (_, call, of) in sorted(self._jobs.items(), key=lambda row: -row[1][0]):
+            if group in {None, of} and name not in self._futures:
+                self._futures[name] = self._pool.submit(run, name, call)
 
     def result(self, name: str) -> Any:
-        """Wait for a job; the first that is asked for begins all.
+        """Wait for a job; the first that is asked for begins all of its group.
 
         Raises:
             KeyError: it was not added.
             Exception: what it raised.
         """
-        if not self._futures:
-            self.start()
+        self.start(self._jobs[name][2])
         return self._futures[name].result()
 
     def end(self) -> None:
         """End what runs, and begin nothing more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for call in self._ends:
-            call()
+        processes.end_all()
         self._pool.shutdown()
         if self._folder is not None:
             self._folder.cleanup()

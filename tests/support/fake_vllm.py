@@ -8,6 +8,7 @@ sent to a server that serves one request at a time.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +25,7 @@ FAULTY = (
 )
 STATE = {"long": 0, "generated": 0, "drafts": 0}
 LOCK = threading.Lock()
+SHOWN = ("CUDA_VISIBLE_DEVICES", "VLLM_ALLREDUCE_USE_SYMM_MEM")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -75,6 +77,7 @@ class Server(ThreadingHTTPServer):
 
 if __name__ == "__main__":
     print("INFO Using 'MARLIN' NvFp4 MoE backend out of potential backends: ['MARLIN'].")
+    print(*sys.argv, *(f"{name}={os.environ.get(name)}" for name in SHOWN))
     if "--enforce-eager" not in sys.argv:
         print("INFO Graph capturing finished in 1 secs, took 0.1 GiB", flush=True)
     port = next(int(word[7:]) for word in sys.argv if word.startswith("--port="))

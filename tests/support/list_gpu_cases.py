@@ -43,7 +43,7 @@ def collect(name: str, tier: Tier) -> dict[str, dict[str, Any]]:
     cases = {}
     for item in plugin.items:
         own = item.get_closest_marker("tier")
-        if own is None or own.args[0] == name:
+        if own is None or name in own.args:
             archs = {mark.name for mark in item.iter_markers() if mark.name.startswith("sm_")}
             engines = {name for mark in item.iter_markers("engines") for name in mark.args}
             margins = "margin" in getattr(item, "fixturenames", ())

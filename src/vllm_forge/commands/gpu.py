@@ -44,8 +44,8 @@ def register(choices: Commands) -> None:
     one = command(gpu, "test", test, SKU, LINE, inputs, key)
     one.add_argument("--image", metavar="REF", help="in this image (default: the cell's own)")
     one.add_argument(
-        "--tier", action="append", choices=["kernel", "server", "soak"],
-        help="repeatable (default: all but soak)",
+        "--tier", action="append", choices=["kernel", "server", "tp2", "tp4", "soak"],
+        help="repeatable (default: kernel and server)",
     )  # fmt: skip
     one.add_argument("--minutes", type=_positive, help="budget per tier (default: the suite's)")
     one.add_argument(
@@ -77,7 +77,7 @@ def test(project: Project, args: argparse.Namespace) -> None:
     tiers = read_tiers(project.root)
     if unknown := [name for name in args.tier or () if name not in tiers]:
         raise UsageError(f"unknown tier {unknown[0]}", remedy=f"tiers: {', '.join(tiers)}")
-    names = args.tier or [name for name in tiers if name != "soak"]
+    names = args.tier or [name for name, tier in tiers.items() if not tier.on_request]
     options = [f"--tier={name}" for name in names]
     options += [f"--minutes={args.minutes}"] if args.minutes else []
     options += ["-n", args.workers] if args.workers else []

@@ -47,11 +47,15 @@ class Tier(FrozenModel):
         folders: of its tests, relative to the repository.
         minutes: how long it may take.
         matrix: what of matrix.toml its tests read, see MATRIX_ROWS.
+        gpus: how many it needs.
+        on_request: it runs only where it is named.
     """
 
     folders: tuple[str, ...]
     minutes: int
     matrix: tuple[Literal["sku", "preset"], ...] = ()
+    gpus: int = 1
+    on_request: bool = False
 
 
 class Suite(FrozenModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 from typing import Any
 
@@ -10,6 +11,16 @@ from tests.gpu.harness.errors import WrongGpuError
 
 FIELDS = ("name", "uuid", "compute_cap", "driver_version", "memory.total")
 TIMEOUT_S = 60
+NAMED = "CUDA_VISIBLE_DEVICES"
+VISIBLE = "VLLM_FORGE_GPU_VISIBLE"  # of the whole run; an xdist worker has one of them for itself
+RANKS = "VLLM_FORGE_GPU_RANKS"  # how many GPUs the tier is for, by its row of suite.toml
+# All-reduces through NVLink multicast, which the operators of shared hosts forbid, have no variable
+# that a host sets. vLLM's fused one is off in the arguments of servers.
+NO_MULTICAST = {
+    "NCCL_NVLS_ENABLE": "0",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+}
 
 
 def query(*fields: str, gpu: str = "") -> list[list[str]]:
@@ -35,12 +46,36 @@ def query(*fields: str, gpu: str = "") -> list[list[str]]:
     return rows
 
 
+def visible() -> list[str]:
+    """Indexes or UUIDs of the run's GPUs, found without touching CUDA."""
+    if (names := os.environ.get(VISIBLE, os.environ.get(NAMED))) is not None:
+        return [name for name in names.split(",") if name]
+    try:
+        return [index for (index,) in query("index")]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []
+
+
+def ranks() -> int:
+    """GPUs that the tier is for."""
+    return int(os.environ.get(RANKS, "1"))
+
+
+def parallel_variables() -> dict[str, str]:
+    """Environment of a process that uses all GPUs of its tier."""
+    return {NAMED: ",".join(visible()[: ranks()]), **NO_MULTICAST}
+
+
 def list_gpus() -> list[dict[str, Any]]:
-    """What a receipt has of each GPU; memory in MiB, and a hash that tells GPUs apart.
+    """What a receipt has of each GPU: those that CUDA_VISIBLE_DEVICES names, or all.
+
+    Memory is in MiB; UUIDs are hashed.
 
     Raises:
         WrongGpuError: no driver, no GPU, or one that failed.
     """
+    names = os.environ.get(NAMED)
+    named = None if names is None else tuple(filter(None, names.split(",")))
     try:
         gpus = [
             {
@@ -50,9 +85,10 @@ def list_gpus() -> list[dict[str, Any]]:
                 "driver": driver,
                 "memory_mib": int(memory),
             }
-            for name, uuid, capability, driver, memory in query(*FIELDS)
+            for index, (name, uuid, capability, driver, memory) in enumerate(query(*FIELDS))
+            if named is None or str(index) in named or uuid.startswith(named)
         ]
-        reason = "it lists no GPU"
+        reason = f"it lists no GPU of {NAMED}={names}" if names is not None else "it lists no GPU"
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         gpus, reason = [], f"{type(error).__name__}: {error}"
     if not gpus:

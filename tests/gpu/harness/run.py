@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from tests.gpu.harness import plugin
 from tests.gpu.harness.bootlog import parse
 from tests.gpu.harness.caches import count_files, open_caches
-from tests.gpu.harness.device import list_gpus, require_sku
+from tests.gpu.harness.device import RANKS, list_gpus, require_sku
 from tests.gpu.harness.errors import (
     HarnessError,
     InputError,
@@ -47,7 +47,6 @@ STEERING = ("PYTEST_", "PYTHON", "FORGE_", "VLLM_FORGE_")
 # By these a host's operator says what its links cannot do; they are passed on and recorded.
 LINKS = ("NCCL_", "NVSHMEM_", "TORCH_SYMM_MEM_")
 RACE = "VLLM_FORGE_RACE_FOLDER"
-SLOW = "soak"  # a tier that runs only where it is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +98,7 @@ def run_tier(root: Path, plan: dict[str, Any], name: str, output: Path, options:
             "VLLM_FORGE_GPU_MATRIX": json.dumps(tier["rows"]["matrix"]),
             COMPILED: str(options.compiled),
             RACE: str(race_folder(output)),
+            RANKS: str(tier["rows"]["tier"]["gpus"]),
             **options.variables,
         },
     )
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("plan", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[3])
-    parser.add_argument("--tier", action="append", help="default: every tier but soak")
+    parser.add_argument("--tier", action="append", help="default: all that are not on request")
     parser.add_argument("--minutes", type=float, help="budget per tier")
     parser.add_argument("-n", dest="workers", help="xdist workers: a number, or auto (one a GPU)")
     parser.add_argument("--caches", type=Path, help="folder for what JIT compilers make")
@@ -242,7 +242,9 @@ def run(args: argparse.Namespace) -> None:
     """
     plan, gpus = json.loads(args.plan.read_text()), list_gpus()
     require_sku(gpus, plan)
-    names = args.tier or [name for name in plan["tiers"] if name != SLOW]
+    names = args.tier or [
+        name for name, row in plan["tiers"].items() if not row["rows"]["tier"]["on_request"]
+    ]
     if unknown := [name for name in names if name not in plan["tiers"]]:
         raise InputError(
             f"unknown --tier {unknown[0]!r}", remedy=f"tiers: {', '.join(plan['tiers'])}"

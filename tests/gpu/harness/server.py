@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.error
@@ -14,12 +13,12 @@ import urllib.request
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tests.gpu.harness import processes
 from tests.gpu.harness.spec_metrics import read_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
-    from types import TracebackType
 
     from tests.gpu.harness.spec_metrics import Reading
 
@@ -56,33 +55,25 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model),
-                    "--host=127.0.0.1", f"--port={self.port}", "--served-model-name=m",
-                    *self.arguments,
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **self.variables},
-                start_new_session=True,
-            )  # fmt: skip
+        self.process = processes.start(
+            [
+                sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model),
+                "--host=127.0.0.1", f"--port={self.port}", "--served-model-name=m",
+                *self.arguments,
+            ],
+            self.log,
+            {**os.environ, **self.variables},
+        )  # fmt: skip
         try:
             self._wait()
         except BaseException:
-            self.end()
+            self.__exit__()
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End it and all that it started."""
-        self.end()
+        processes.end(self.process, signal.SIGTERM, signal.SIGKILL)
 
     def complete(self, prompt: Sequence[int], count: int) -> list[int]:
         """Token ids of a greedy completion of exactly ``count`` tokens."""
@@ -133,17 +124,6 @@ class Server:
             if time.monotonic() > end:
                 raise TimeoutError(f"{generated} tokens came back, {GENERATED} stays below")
             time.sleep(POLL_S)
-
-    def end(self) -> None:
-        """End it and all that it started; from another thread, what is asked of it fails."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, number)
-                self.process.wait(timeout=15)
-            except ProcessLookupError:
-                return
-            except subprocess.TimeoutExpired:
-                continue
 
     @property
     def _url(self) -> str:

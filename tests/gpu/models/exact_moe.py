@@ -76,8 +76,12 @@ def spare(layer: int, token: int) -> int:
 
 
 def neuron(expert: int, place: int) -> int:
-    """The token at which a neuron of an expert fires; its own inverse."""
-    return place ^ (EXPERTS * expert)
+    """The token at which a neuron of an expert fires; its own inverse.
+
+    The two halves of an expert, as two ranks have them, are swapped in every other expert, so that
+    experts of a token may be on different ranks, and a sum over ranks has two terms.
+    """
+    return place ^ (EXPERTS * expert) ^ (TOKENS // 2 * (expert & 1))
 
 
 def write(folder: Path, scheme: Scheme, *, wrong_expert: int | None = None) -> Path:
@@ -130,7 +134,7 @@ def config(scheme: Scheme) -> dict[str, object]:
         "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
         "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD,
         "attention_bias": False, "use_qk_norm": False, "hidden_act": "silu",
-        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "max_position_embeddings": 65536, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "partial_rotary_factor": 0.5, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
         "num_nextn_predict_layers": 1, "bos_token_id": None, "eos_token_id": None,
         "pad_token_id": None,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SEED = 20260524
 SHORT = (2, 64)  # tokens of a prompt: with one token, a prefill would be like a decode
 LONG = 1536
+LENGTHS = (LONG, 2048, 8192, 32768)  # of long prompts, by turns; up to 255 more each
 LONG_ANSWER = 8
 ANSWER = (48, 400)
 Ask: TypeAlias = "Callable[[Sequence[int], int], list[int]]"
@@ -74,7 +75,8 @@ def ask_together(
         orbit: the tokens that follow a token.
         concurrency: clients that decode.
         tokens: each client decodes about so many.
-        long_prompts: whether long ones arrive, one after the other, until all clients are done.
+        long_prompts: whether long ones arrive, one after the other, until all clients are done and
+            there was one of each length.
     """
     done = threading.Event()
 
@@ -93,9 +95,9 @@ def ask_together(
     def arrivals() -> Iterator[Answer]:
         source = random.Random(f"{SEED} long {concurrency}")  # noqa: S311 - not a secret
         number = 0
-        while not done.is_set():
+        while number < len(LENGTHS) or not done.is_set():
             first = orbit(1, source.randrange(1, 500))[-1]
-            length = LONG + source.randrange(256)
+            length = LENGTHS[number % len(LENGTHS)] + source.randrange(256)
             yield send(f"long {number}", first, length, LONG_ANSWER)
             number += 1
 

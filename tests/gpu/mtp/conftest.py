@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.gpu.conftest import TOGETHER, why_not
-from tests.gpu.mtp.engines import ENGINES, ROOT, Ran, end_all, run
-from tests.gpu.mtp.servers import SERVERS, Served, end_servers, serve
+from tests.gpu.harness.processes import ROOT
+from tests.gpu.mtp.engines import ENGINES, Ran, run
+from tests.gpu.mtp.servers import SERVERS, Served, serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,10 +30,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     )
     for name in wanted:
         call = serve if name in SERVERS else run
-        together.add(name, seconds(name), partial(call, name, together.work, together.logs))
-    if wanted:
-        together.at_end(end_all)
-        together.at_end(end_servers)
+        together.add(name, seconds(name), partial(call, name, together.work, together.logs), "mtp")
 
 
 def seconds(name: str) -> float:
@@ -78,8 +76,8 @@ def missing(name: str) -> str:
     checkpoint = ENGINES[name].checkpoint
     if checkpoint and not (ROOT / "checkpoints" / checkpoint).is_dir():
         return (
-            f"no checkpoint {checkpoint}: `vllm-forge tiny {checkpoint}` makes it, "
-            f"--checkpoint {checkpoint}=DIR brings it"
+            f"no checkpoint {checkpoint}: `nox -s forge -- checkpoint fixtures {checkpoint} DIR` "
+            f"makes it, --checkpoint {checkpoint}=DIR brings it"
         )
     files = ENGINES[name].files
     if files and not (ROOT / "variants" / files).is_dir():

@@ -1,9 +1,10 @@
 """Run one engine on fixed prompts and write what it returned and counted. A process of its own.
 
-    python engine_job.py JOB.json RESULT.json
+    python -m tests.gpu.mtp.engine_job JOB.json RESULT.json
 
 JOB: ``engine`` (arguments of vllm.LLM), ``prompts`` (lists of token ids), ``count`` (tokens each),
-and ``look`` (whether to say which dtypes the draft model's parameters have).
+``look`` (whether to say which dtypes the draft model's parameters have), and ``logprobs`` (how many
+are kept of the first token after each prompt).
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ def draft_dtypes(worker: Any) -> dict[str, int]:
     return dict(Counter(str(p.dtype).rpartition(".")[2] for p in drafter.model.parameters()))
 
 
-def sampling(kind: Any, count: int) -> Any:
+def sampling(kind: Any, count: int, logprobs: int | None = None) -> Any:
     """Greedy, of exactly so many tokens."""
-    return kind(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+    return kind(
+        temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False, logprobs=logprobs
+    )
 
 
 def main(job_path: str, result_path: str) -> None:
@@ -42,13 +45,18 @@ def main(job_path: str, result_path: str) -> None:
     if job["look"]:  # how long the first token takes where kernels are compiled for it
         llm.generate(prompts[:1], sampling(SamplingParams, 1), use_tqdm=False)
     first = time.monotonic() - start
-    outputs = llm.generate(prompts, sampling(SamplingParams, job["count"]), use_tqdm=False)
+    greedy = sampling(SamplingParams, job["count"], job["logprobs"])
+    outputs = llm.generate(prompts, greedy, use_tqdm=False)
     reading = read_snapshot(llm.get_metrics())
     result = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "reading": None if reading is None else vars(reading),
         "seconds": {"ready": ready, "first token": first} if job["look"] else {"ready": ready},
     }
+    if job["logprobs"]:
+        rows = [output.outputs[0].logprobs[0] for output in outputs]
+        result["logprobs"] = [[row[token].logprob for token in sorted(row)] for row in rows]
+        result["cached"] = [output.num_cached_tokens for output in outputs]
     if job["look"]:
         result["draft_dtypes"] = llm.collective_rpc(draft_dtypes)[0]
     Path(result_path).write_text(json.dumps(result))

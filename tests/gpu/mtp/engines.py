@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
-import subprocess
+import random
 import sys
-import threading
-import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.gpu.harness import variants
+from tests.gpu.harness import processes, variants
+from tests.gpu.harness.device import parallel_variables, ranks
+from tests.gpu.harness.processes import ROOT
 from tests.gpu.harness.spec_metrics import Reading
 from tests.gpu.models import exact_mtp
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from pathlib import Path
 
-SCRIPT = Path(__file__).with_name("engine_job.py")
-ROOT = Path(__file__).parents[3]
+JOB = "tests.gpu.mtp.engine_job"
 REQUESTS, COUNT = 8, 512
-PATIENCE_S, RESERVE_S = 420, 20
+VOCABULARY = 512  # of the checkpoint "card"
+LENGTHS, EACH = (2_050, 8_200, 32_800), 5  # of long prompts, and how many
+PATIENCE_S = 420
 LOOK = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # so that a function can be sent to the worker
 
 
@@ -40,8 +38,10 @@ class Engine:
         zeroed: tensors that are zero.
         weights_only: attention projections whose FP8 group has no input activations, by name.
         files: variant of vLLM: empty is the installed one.
+        parallel: tensor parallel, over all GPUs of the tier.
         more: arguments of vllm.LLM.
         count: tokens per request.
+        asked: how often long prompts are, instead of short ones; all log probabilities are kept.
     """
 
     draft: Any = ""
@@ -51,12 +51,21 @@ class Engine:
     zeroed: tuple[str, ...] = ()
     weights_only: str = ""
     files: str = ""
+    parallel: bool = False
     more: dict[str, Any] = field(default_factory=dict)
     count: int = COUNT
+    asked: int = 0
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Two tokens each: MiMo's head masks the first position."""
+        """Two tokens each: MiMo's head masks the first position. Long ones end alike."""
+        if self.asked:
+            source = random.Random(1)  # noqa: S311 - not a secret
+            lengths = [length for length in LENGTHS for _ in range(EACH)]
+            return self.asked * [
+                [*(source.randrange(8, VOCABULARY) for _ in range(length - 1)), 8]
+                for length in lengths
+            ]
         return [[200 + number, last(number)] for number in range(REQUESTS)]
 
 
@@ -75,6 +84,9 @@ DEEPSEEK: dict[str, Any] = {
     "enforce_eager": True,
     "kv_cache_memory_bytes": 2 << 30,
 }
+LONG = {**DEEPSEEK, "max_model_len": 36_864, "max_logprobs": VOCABULARY}
+WHOLE = {**LONG, "max_num_batched_tokens": 36_864, "max_num_seqs": 1}
+CHUNKED = {**LONG, "max_num_batched_tokens": 2_048, "enable_prefix_caching": True}
 ENGINES = {
     "plain": Engine(draft="token", k=0),
     "token-1": Engine(draft="token", k=1),
@@ -89,6 +101,9 @@ ENGINES = {
     "stripped": Engine(draft="token", k=1, lacks=(exact_mtp.MTP,)),
     "partly-stripped": Engine(draft="token", k=1, lacks=(exact_mtp.INPUT,)),
     "dsv4": Engine(checkpoint="card", k=1, more=DEEPSEEK, count=64),
+    "dsv4-parallel": Engine(checkpoint="card", k=1, more=DEEPSEEK, count=64, parallel=True),
+    "dsv4-whole": Engine(checkpoint="card", k=1, more=WHOLE, count=8, asked=1),
+    "dsv4-chunked": Engine(checkpoint="card", k=1, more=CHUNKED, count=8, asked=2),
     "dsv4-published": Engine(checkpoint="card", k=1, more=DEEPSEEK, count=64, files="published"),
     "dsv4-without-0002": Engine(
         checkpoint="card", k=1, more=DEEPSEEK, count=64, files="without-0002"
@@ -122,6 +137,8 @@ class Ran:
         tokens: of each request.
         reading: its counters.
         draft_dtypes: parameters of the draft model by dtype, where it was asked.
+        logprobs: of all tokens after each long prompt, [prompts, vocabulary].
+        cached: tokens of each prompt that came from the prefix cache.
         seconds: from its start until it was ready, and until the first token.
         log: all that it printed.
         error: the end of the log where it wrote no result.
@@ -130,10 +147,12 @@ class Ran:
     engine: Engine
     tokens: list[list[int]]
     reading: Reading | None
-    draft_dtypes: dict[str, int]
     seconds: dict[str, float]
     log: str
     error: str
+    draft_dtypes: dict[str, int] = field(default_factory=dict)
+    logprobs: list[list[float]] = field(default_factory=list)
+    cached: list[int] = field(default_factory=list)
 
 
 def run(name: str, work: Path, logs: Path) -> Ran:
@@ -147,81 +166,30 @@ def run(name: str, work: Path, logs: Path) -> Ran:
                 "prompts": engine.prompts,
                 "count": engine.count,
                 "look": bool(engine.checkpoint),
+                "logprobs": VOCABULARY if engine.asked else None,
             }
         )
     )
     env = {**os.environ, "VLLM_DEEP_GEMM_WARMUP": "skip", **(LOOK if engine.checkpoint else {})}
+    env |= parallel_variables() if engine.parallel else {}
     if engine.files:
         over = variants.lay_over(
             variants.installed(), ROOT / "variants" / engine.files, work / f"{name}-vllm"
         )
         env["PYTHONPATH"] = f"{over}{os.pathsep}{env['PYTHONPATH']}"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(job), str(result)],
-            stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True,
-        )  # fmt: skip
-        with _running(process):
-            try:
-                process.wait(timeout=_patience())
-            except subprocess.TimeoutExpired:
-                out.write(b"\nit was ended: it took too long\n")
+    argv = [sys.executable, "-m", JOB, str(job), str(result)]
+    processes.run(argv, log, env, processes.patience(PATIENCE_S))
     text = log.read_text(errors="replace")
     if not result.is_file():
         return Ran(
-            engine=engine, tokens=[], reading=None, draft_dtypes={}, log=text, seconds={},
+            engine=engine, tokens=[], reading=None, log=text, seconds={},
             error=text[-20000:] or "it printed nothing",
         )  # fmt: skip
     data = json.loads(result.read_text())
-    reading = data["reading"]
+    reading = data.pop("reading")
     if reading is not None:
         reading = Reading(**{**reading, "per_position": tuple(reading["per_position"])})
-    return Ran(
-        engine=engine, tokens=data["tokens"], reading=reading, log=text, error="",
-        draft_dtypes=data.get("draft_dtypes", {}), seconds=data["seconds"],
-    )  # fmt: skip
-
-
-def _patience() -> float:
-    """What the budget leaves, if it is less."""
-    # Not above: pytest must import a plugin before a conftest does.
-    from tests.gpu.harness.plugin import DEADLINE
-
-    left = float(os.environ.get(DEADLINE, "inf")) - time.time() - RESERVE_S
-    return max(1.0, min(PATIENCE_S, left))
-
-
-_PROCESSES: set[int] = set()
-_LOCK, _ENDED = threading.Lock(), threading.Event()
-
-
-@contextlib.contextmanager
-def _running(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """End a process and all that it started, at the latest when ``end_all`` is called."""
-    with _LOCK:
-        _PROCESSES.add(process.pid)
-        if _ENDED.is_set():
-            _kill(process.pid)
-    try:
-        yield
-    finally:
-        with _LOCK:
-            _PROCESSES.discard(process.pid)
-            _kill(process.pid)
-        process.wait()
-
-
-def end_all() -> None:
-    """End whatever runs, and what is begun later: the tests were interrupted."""
-    with _LOCK:
-        _ENDED.set()
-        for leader in _PROCESSES:
-            _kill(leader)
-
-
-def _kill(leader: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it and all its children have ended
-        os.killpg(leader, signal.SIGKILL)
+    return Ran(engine=engine, reading=reading, log=text, error="", **data)
 
 
 def model(engine: Engine, name: str, work: Path) -> Path:
@@ -277,6 +245,8 @@ def arguments(engine: Engine, folder: Path) -> dict[str, Any]:
     }
     if not engine.checkpoint:
         found["attention_config"] = {"backend": "TRITON_ATTN"}
+    if engine.parallel:
+        found["tensor_parallel_size"] = ranks()
     if engine.k:
         found["speculative_config"] = {"method": "mtp", "num_speculative_tokens": engine.k}
     return found | engine.more

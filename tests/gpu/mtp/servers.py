@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -48,10 +47,6 @@ class Served:
     after: Reading | None
 
 
-_SERVERS: list[Server] = []
-_LOCK, _ENDED = threading.Lock(), threading.Event()
-
-
 def serve(name: str, work: Path, logs: Path) -> Served:
     """Start a server, ask it, end it.
 
@@ -61,10 +56,6 @@ def serve(name: str, work: Path, logs: Path) -> Served:
     """
     model = exact_mtp.write(work / f"{name}-model", "fraction")
     server = Server(model=model, arguments=[*ARGUMENTS, *SERVERS[name]], log=logs / f"{name}.log")
-    with _LOCK:
-        if _ENDED.is_set():
-            raise InterruptedError(f"{name} was not started: the tests were ended")
-        _SERVERS.append(server)
     with server:
         # Counters do not start at zero on a server that lives: only what is added counts.
         alone = server.complete([200, last(0)], ALONE)
@@ -76,13 +67,3 @@ def serve(name: str, work: Path, logs: Path) -> Served:
             together = list(pool.map(server.complete, prompts, COUNTS))
         after = server.reading(len(alone) + sum(COUNTS))
     return Served(alone=alone, before=before, together=together, after=after)
-
-
-def end_servers() -> None:
-    """End what runs, and start nothing more."""
-    with _LOCK:
-        _ENDED.set()
-        servers = list(_SERVERS)
-    for server in servers:
-        if hasattr(server, "process"):
-            server.end()

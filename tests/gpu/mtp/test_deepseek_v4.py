@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.gpu.conftest import PARALLEL
 from tests.gpu.harness.bootlog import parse
 
 if TYPE_CHECKING:
@@ -35,9 +36,20 @@ RED = [
 ]
 
 
-@pytest.mark.engines("dsv4")
-def test_patched_loads_and_drafts(ran: Callable[[str], Ran], record: Callable[..., None]) -> None:
-    found = ran("dsv4")
+patched = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("dsv4", marks=pytest.mark.engines("dsv4")),
+        pytest.param("dsv4-parallel", marks=[pytest.mark.engines("dsv4-parallel"), PARALLEL]),
+    ],
+)
+
+
+@patched
+def test_patched_loads_and_drafts(
+    name: str, ran: Callable[[str], Ran], record: Callable[..., None]
+) -> None:
+    found = ran(name)
     assert not found.error, found.error
     assert found.reading is not None
     assert all(len(tokens) == found.engine.count for tokens in found.tokens)
@@ -52,10 +64,12 @@ def test_patched_loads_and_drafts(ran: Callable[[str], Ran], record: Callable[..
     )
 
 
-@pytest.mark.engines("dsv4")
-def test_draft_block_is_bf16(ran: Callable[[str], Ran], record: Callable[..., None]) -> None:
+@patched
+def test_draft_block_is_bf16(
+    name: str, ran: Callable[[str], Ran], record: Callable[..., None]
+) -> None:
     """The target's experts are FP4, the draft's are not: no parameter of it is quantized."""
-    found = ran("dsv4")
+    found = ran(name)
     record(dtypes=found.draft_dtypes)
     assert found.draft_dtypes.get("bfloat16", 0) > 0
     assert set(found.draft_dtypes) <= {"bfloat16", "float32", "int64", "int32"}

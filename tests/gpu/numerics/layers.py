@@ -138,11 +138,6 @@ def experts_layer(experts: Experts, top_k: int, *, device: str = "cuda") -> Any:
     return layer
 
 
-def backend_of(layer: Any) -> str:
-    """The backend that vLLM selected for the experts."""
-    return str(layer.quant_method.nvfp4_backend.value)
-
-
 def run_experts(layer: Any, cell: Cell) -> NDArray[np.float64]:
     """A launch through the layer's modular kernel, as the runner does it after the router."""
     from vllm.v1.worker.workspace import init_workspace_manager, is_workspace_manager_initialized
@@ -157,6 +152,13 @@ def run_experts(layer: Any, cell: Cell) -> NDArray[np.float64]:
             torch.from_numpy(cell.experts_of).cuda(),
         )
     return values(out)
+
+
+def launch(cell: Cell, backend: str) -> NDArray[np.float64]:
+    """What a new layer gives for a cell; this backend must be the one that vLLM selects."""
+    layer = experts_layer(cell.experts, cell.experts_of.shape[1])
+    assert layer.quant_method.nvfp4_backend.value == backend
+    return run_experts(layer, cell)
 
 
 def linear(

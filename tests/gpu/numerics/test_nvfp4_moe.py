@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from tests.gpu.numerics.layers import backend_of, experts_layer, run_experts, worst
-from tests.gpu.numerics.selected import EXPERTS
+from tests.gpu.numerics.layers import launch, worst
+from tests.gpu.numerics.selected import each_backend, quantizes
 from tests.gpu.reference import nvfp4_moe_cells as cells
 from tests.gpu.reference.nvfp4_moe import expected
 from tests.gpu.reference.planted import InResult, InWeights, in_result, in_weights
@@ -32,36 +32,14 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel")]
 
 
-def markers_of(backend: str) -> list[str]:
-    return [marker for marker, name in EXPERTS.items() if name == backend]
-
-
-each_backend = pytest.mark.parametrize(
-    "backend",
-    [
-        pytest.param(name, marks=[getattr(pytest.mark, marker) for marker in markers_of(name)])
-        for name in sorted(set(EXPERTS.values()))
-    ],
-)
 # (hidden, intermediate); the second divides by none of the larger tiles along K.
 READ = ((512, 256), (768, 192))
 FAULTY = {"experts": 4, "hidden": 512, "intermediate": 256}
 PLACES = 5
 
 
-def quantizes(backend: str) -> bool:
-    """Whether it quantizes activations."""
-    return backend != "MARLIN"
-
-
 def reference(cell: Cell) -> Sums:
     return expected(cell.experts, cell.rows, cell.experts_of, cell.router)
-
-
-def launch(cell: Cell, backend: str) -> np.ndarray[Any, Any]:
-    layer = experts_layer(cell.experts, cell.experts_of.shape[1])
-    assert backend_of(layer) == backend
-    return run_experts(layer, cell)
 
 
 @each_backend

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import threading
 import time
@@ -9,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from tests.gpu.harness import variants
+from tests.gpu.harness import processes, variants
+from tests.gpu.harness.device import parallel_variables, ranks
 from tests.gpu.harness.server import Server
 from tests.gpu.models import exact_moe
 from tests.gpu.models.four_bits import INT4, NVFP4
@@ -23,18 +26,23 @@ if TYPE_CHECKING:
 
 LEVELS = (1, 2, 4, 8, 16)
 TOKENS = 1000  # per client and level
+PARALLEL_TOKENS = 400  # the same of an arm on several GPUs, which takes its turn
 SAMPLE = 3  # answers that are scored again
 PLANTED = 150  # where a wrong token is put into one of them
-PATIENCE_S, RESERVE_S = 300, 30
+PATIENCE_S = 300
 WRONG_EXPERT = 4
 MODEL_FILE = "vllm/model_executor/models/glm4_moe.py"
 ARGUMENTS = [
-    "--max-model-len=4096", "--max-num-seqs=32", "--max-num-batched-tokens=1024",
+    "--max-model-len=36864", "--max-num-seqs=32", "--max-num-batched-tokens=1024",
     "--kv-cache-memory-bytes=268435456", "--gpu-memory-utilization=0.05",
     "--no-enable-prefix-caching", "--attention-backend=TRITON_ATTN",
 ]  # fmt: skip
 EAGER = "--enforce-eager"
-GRAPHS = '--compilation-config={"cudagraph_capture_sizes":[1,2,4,8,16,24,32,48,64]}'
+# Without the all-reduce that is fused with a norm: it goes through NVLink multicast.
+GRAPHS = (
+    '--compilation-config={"cudagraph_capture_sizes":[1,2,4,8,16,24,32,48,64],'
+    '"pass_config":{"fuse_allreduce_rms":false}}'
+)
 Scores: TypeAlias = tuple[list[float], list[float]]
 # The draft model takes no attention backend from the target's arguments.
 SPECULATION = (
@@ -51,6 +59,7 @@ class Arm:
         scheme: of the experts' weights.
         graphs: decode by CUDA graphs, or eager.
         speculate: with the MTP head.
+        parallel: tensor parallel, over all GPUs of the tier.
         levels: concurrencies.
         wrong_expert: a fault of the checkpoint.
         stale_row: a fault of the layer's code that only concurrency has.
@@ -59,6 +68,7 @@ class Arm:
     scheme: Scheme = NVFP4
     graphs: bool = False
     speculate: bool = False
+    parallel: bool = False
     levels: tuple[int, ...] = LEVELS
     wrong_expert: int | None = None
     stale_row: bool = False
@@ -67,6 +77,7 @@ class Arm:
     def arguments(self) -> list[str]:
         """Of ``vllm serve``."""
         more = [SPECULATION] if self.speculate else []
+        more += [f"--tensor-parallel-size={ranks()}"] if self.parallel else []
         return [*ARGUMENTS, GRAPHS if self.graphs else EAGER, *more]
 
     @property
@@ -88,6 +99,14 @@ ARMS = {
     "int4-graphs-speculation": Arm(scheme=INT4, graphs=True, speculate=True),
     "wrong-expert": Arm(levels=(1,), wrong_expert=WRONG_EXPERT),
     "stale-row": Arm(levels=(1, 4, 16), stale_row=True),
+}
+ARMS |= {
+    f"parallel-{name}-{way}{'-speculation' if speculate else ''}": Arm(
+        scheme=scheme, graphs=way == "graphs", speculate=speculate, parallel=True
+    )
+    for (name, scheme), way, speculate in itertools.product(
+        (("nvfp4", NVFP4), ("int4", INT4)), ("eager", "graphs"), (False, True)
+    )
 }
 
 
@@ -113,7 +132,7 @@ class Asked:
 
 
 class Fleet:
-    """Runs arms, each in a thread of its own; they can be ended all at once.
+    """Runs arms, each in a thread of its own.
 
     Args:
         work: folder for checkpoints.
@@ -124,9 +143,9 @@ class Fleet:
     def __init__(self, work: Path, logs: Path, tokens: int = TOKENS) -> None:
         self.work, self.logs, self.tokens = work, logs, tokens
         self._models: dict[tuple[str, int | None], Path] = {}
-        self._servers: list[Server] = []
-        self._ended = False
         self._lock = threading.Lock()
+        # One at a time: an all-reduce waits for GPUs that would be at another server's.
+        self._turn = threading.Lock()
 
     def run(self, name: str) -> Asked:
         """Start an arm's server, ask it everything, and end it.
@@ -137,25 +156,24 @@ class Fleet:
         """
         arm = ARMS[name]
         log = self.logs / f"race-{name}.log"
+        variables = self._variables(name) if arm.stale_row else {}
+        variables |= parallel_variables() if arm.parallel else {}
         server = Server(
             model=self._model(arm),
             arguments=arm.arguments,
             log=log,
-            variables=self._variables(name) if arm.stale_row else {},
-            patience_s=patience(),
+            variables=variables,
+            patience_s=processes.patience(PATIENCE_S),
         )
         begun = time.monotonic()
-        with self._lock:
-            if self._ended:
-                raise InterruptedError(f"{name} was not started: the tests were ended")
-            self._servers.append(server)
-        with server:
+        tokens = min(self.tokens, PARALLEL_TOKENS) if arm.parallel else self.tokens
+        with server, self._turn if arm.parallel else contextlib.nullcontext():
             ready = time.monotonic()
             answers = [
                 answer
                 for level in arm.levels
                 for answer in ask_together(
-                    server.complete, exact_moe.orbit, level, self.tokens, long_prompts=level > 1
+                    server.complete, exact_moe.orbit, level, tokens, long_prompts=level > 1
                 )
             ]
             asked = time.monotonic()
@@ -167,15 +185,6 @@ class Fleet:
             seconds={"ready": round(ready - begun, 1), "asked": round(asked - ready, 1)},
             log=log.read_text(errors="replace"),
         )  # fmt: skip
-
-    def end(self) -> None:
-        """End what runs, and start nothing more."""
-        with self._lock:
-            self._ended = True
-            servers = list(self._servers)
-        for server in servers:
-            if hasattr(server, "process"):
-                server.end()
 
     def _model(self, arm: Arm) -> Path:
         """Folder of the checkpoint; each is written once."""
@@ -212,12 +221,3 @@ def faulty_copy(package: Path, folder: Path) -> Path:
     fault = fault.replace("from __future__ import annotations\n", "")
     file.write_text(f"{model}\n\n{fault}\n\nplant(Glm4MoE)\n", encoding="utf-8")
     return variants.lay_over(package, folder / "files", folder / "over")
-
-
-def patience() -> float:
-    """How long a server may take to come up: what the budget leaves, if it is less."""
-    # Not above: pytest must import a plugin before a conftest does.
-    from tests.gpu.harness.plugin import DEADLINE
-
-    left = float(os.environ.get(DEADLINE, "inf")) - time.time() - RESERVE_S
-    return max(1.0, min(PATIENCE_S, left))

@@ -29,9 +29,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     )
     if wanted:
         fleet = Fleet(together.work, together.logs)
-        together.at_end(fleet.end)
         for name in wanted:
-            together.add(f"race-{name}", SECONDS, partial(fleet.run, name))
+            together.add(f"race-{name}", SECONDS, partial(fleet.run, name), "race-server")
 
 
 @pytest.fixture

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.gpu.conftest import PARALLEL
 from tests.gpu.harness.bootlog import parse
+from tests.gpu.harness.device import ranks
+from tests.gpu.models.known_answers import LENGTHS
 from tests.gpu.race_server.arms import ARMS
 from tests.gpu.race_server.verdicts import finds_planted, is_clean, require_known
 
@@ -16,9 +19,13 @@ if TYPE_CHECKING:
     from tests.gpu.race_server.arms import Asked
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tier("server"), pytest.mark.xdist_group("race-server")]
-CLEAN = [name for name, arm in ARMS.items() if arm.clean]
-SCORED = [name for name in CLEAN if ARMS[name].scored]
-SPECULATING = [name for name in CLEAN if ARMS[name].speculate]
+CLEAN = [
+    pytest.param(name, marks=PARALLEL if arm.parallel else ())
+    for name, arm in ARMS.items()
+    if arm.clean
+]
+SCORED = [case for case in CLEAN if ARMS[str(case.values[0])].scored]
+SPECULATING = [case for case in CLEAN if ARMS[str(case.values[0])].speculate]
 RATE = 1e-3  # of wrong tokens; what one server must be able to exclude
 PREFILLS = 3  # that arrive while others decode, per concurrency
 REFUSED = 0.01  # of the drafts, which are all right
@@ -35,6 +42,8 @@ def test_every_token_is_the_known_one(
     verdict = require_known(asked(arm), RATE, margin, record)
     assert list(verdict.tokens) == list(ARMS[arm].levels)
     assert all(count >= PREFILLS for count in verdict.prefills.values()), verdict.prefills
+    longest = max(len(answer.prompt) for answer in asked(arm).answers)
+    assert longest >= LENGTHS[-1]
 
 
 @pytest.mark.value(8, 10)
@@ -45,6 +54,7 @@ def test_ran_as_asked(arm: str, asked: Callable[[str], Asked], record: Callable[
     wanted = "NvFp4" if ARMS[arm].scheme.activations else "WNA16"
     record(moe=config.moe, graph_mode=config.graph_mode, attention=config.attention)
     assert config.captured == ARMS[arm].graphs
+    assert config.settings["tensor_parallel_size"] == str(ranks())
     assert any(row.startswith(f"{wanted}: ") for row in config.moe), config.moe
 
 

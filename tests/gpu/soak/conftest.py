@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.gpu.conftest import TOGETHER, visible
+from tests.gpu.conftest import TOGETHER
+from tests.gpu.harness.device import NAMED, visible
 from tests.gpu.harness.identity import identity
 from tests.gpu.harness.server import Server
 from tests.gpu.race.conftest import Bench, op, tools
@@ -32,7 +33,7 @@ LAUNCHES = 10_000_000
 @pytest.fixture(scope="module")
 def artifact(pytestconfig: pytest.Config) -> Iterator[full.Artifact]:
     """The server of the largest preset that this host can serve; it ends with the module."""
-    gpus = visible(pytestconfig)
+    gpus = visible()
     chosen = full.choose(full.presets(), len(gpus), ROOT / "checkpoints")
     if isinstance(chosen, str):
         pytest.skip(chosen)
@@ -43,11 +44,10 @@ def artifact(pytestconfig: pytest.Config) -> Iterator[full.Artifact]:
         model=folder,
         arguments=preset.arguments,
         log=together.logs / f"soak-{preset.name}.log",
-        variables={**preset.env, "CUDA_VISIBLE_DEVICES": ",".join(gpus)},
+        variables={**preset.env, NAMED: ",".join(gpus)},
         patience_s=LOAD_S,
         answer_s=ANSWER_S,
     )
-    together.at_end(lambda: server.end() if hasattr(server, "process") else None)
     with server:
         yield full.Artifact(
             server=server,

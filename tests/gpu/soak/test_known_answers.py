@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.xdist_group("soak-server"),
     pytest.mark.value(10, 100),
 ]
-CLEAN = [name for name, arm in ARMS.items() if arm.clean]
+CLEAN = [name for name, arm in ARMS.items() if arm.clean and not arm.parallel]
 RATE = 1e-5  # of wrong tokens; what one server must be able to exclude
 TOKENS = 30_000  # per client and level: 31 clients
 
@@ -32,13 +32,9 @@ def asked(pytestconfig: pytest.Config) -> Iterator[Callable[[str], Asked]]:
     """What came of an arm; all begin when the first is asked for, and each takes little memory."""
     together = pytestconfig.stash[TOGETHER]
     fleet = Fleet(together.work, together.logs, tokens=TOKENS)
-    together.at_end(fleet.end)
     with ThreadPoolExecutor(len(CLEAN)) as pool:
         runs = {name: pool.submit(fleet.run, name) for name in CLEAN}
-        try:
-            yield lambda name: runs[name].result()
-        finally:
-            fleet.end()
+        yield lambda name: runs[name].result()
 
 
 @pytest.mark.parametrize("arm", CLEAN)

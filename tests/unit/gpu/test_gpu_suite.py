@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.gpu.harness import plugin, run
+from tests.gpu.harness import device, plugin, run
 from tests.gpu.harness.device import list_gpus, query, require_sku
 from tests.gpu.harness.errors import (
     InputError,
@@ -86,6 +86,27 @@ def test_one_wrong_gpu_among_right_ones_is_refused(smi: Callable[[str], None]) -
     with pytest.raises(WrongGpuError):
         require_sku(gpus, plan)
     require_sku(gpus[:1], plan)
+
+
+def test_a_run_has_the_gpus_that_it_was_given(
+    smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that two tiers run side by side, each on its GPU and with a receipt of it."""
+    rows = [H200.replace("1b2c", name) for name in ("aaaa", "bbbb", "cccc")]
+    smi("".join(rows))
+    everything = list_gpus()
+    assert len(everything) == 3
+    for given, places in (("1", [1]), ("2,0", [0, 2]), ("GPU-bbbb", [1]), ("", [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        assert device.visible() == [name for name in given.split(",") if name]
+        if places:
+            assert list_gpus() == [everything[place] for place in places]
+        else:
+            with pytest.raises(WrongGpuError, match="CUDA_VISIBLE_DEVICES="):
+                list_gpus()
+    monkeypatch.setenv(device.VISIBLE, "0,1,2")  # an xdist worker, which has one for itself
+    monkeypatch.setenv(device.RANKS, "2")
+    assert device.parallel_variables()["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
 def suite(folder: Path, body: str, *options: str, **variables: str) -> dict[str, Any]:
@@ -293,7 +314,7 @@ def bundle(tmp_path: Path, smi: Callable[[str], None]) -> Path:
         "tiers": {
             "server": {
                 "folders": ["tests/gpu/mtp"], "minutes": 1, "files": ["tests/gpu/conftest.py"],
-                "rows": {"matrix": {"sku": {"h200": "9.0"}}},
+                "rows": {"matrix": {"sku": {"h200": "9.0"}}, "tier": {"gpus": 2, "on_request": False}},
             }
         },
     }  # fmt: skip

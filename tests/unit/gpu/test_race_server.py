@@ -6,21 +6,22 @@ import dataclasses
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from tests.gpu.harness import variants
+from tests.gpu.harness import device, processes, variants
 from tests.gpu.harness.bootlog import parse
 from tests.gpu.models import exact_moe
-from tests.gpu.models.known_answers import Answer, ask_together, mid_decode, report
+from tests.gpu.models.known_answers import LENGTHS, Answer, ask_together, mid_decode, report
 from tests.gpu.race_server import arms, stale_row
 from tests.gpu.race_server.verdicts import blames, finds_planted, is_clean, judge
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 REPO = Path(__file__).parents[3]
 FAKE = Path(__file__).parents[2] / "support" / "fake_vllm.py"
@@ -147,16 +148,14 @@ def test_the_faulty_copy_wraps_the_layer_and_leaves_the_installed_one(
 
 
 @pytest.fixture
-def fleet(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[arms.Fleet]:
+def fleet(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> arms.Fleet:
     """Arms whose ``vllm`` is the stand-in; their checkpoints are not written."""
     path = os.pathsep.join([str(package.parent), str(REPO / "src")])
     monkeypatch.setenv("PYTHONPATH", path)
     monkeypatch.setattr(variants, "installed", lambda: package)
     monkeypatch.setattr(arms, "TOKENS", 250)
     monkeypatch.setattr(exact_moe, "write", lambda folder, scheme, **_: folder)
-    fleet = arms.Fleet(tmp_path, tmp_path)
-    yield fleet
-    fleet.end()
+    return arms.Fleet(tmp_path, tmp_path)
 
 
 def test_a_clean_server_is_green(fleet: arms.Fleet) -> None:
@@ -210,7 +209,34 @@ def test_an_expert_is_blamed_only_where_it_is_met() -> None:
     assert not blames(arms.WRONG_EXPERT, [first, right])
 
 
-def test_what_is_ended_starts_nothing(fleet: arms.Fleet) -> None:
-    fleet.end()
+def test_what_is_ended_starts_nothing(fleet: arms.Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_ENDED", threading.Event())
+    monkeypatch.setattr(processes, "_GROUPS", set())
+    processes.end_all()
     with pytest.raises(InterruptedError):
         fleet.run("eager")
+
+
+def test_arms_on_several_gpus_have_all_of_the_tiers_and_take_turns(
+    fleet: arms.Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(device.VISIBLE, "2,5,7")
+    monkeypatch.setenv(device.RANKS, "2")
+    monkeypatch.setattr(arms, "PARALLEL_TOKENS", 120)
+    names = ["parallel-int4-eager", "parallel-nvfp4-graphs-speculation"]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(fleet.run, names))
+    for asked in found:
+        assert judge(asked.answers).words == []
+        assert "--tensor-parallel-size=2" in asked.log
+        assert "CUDA_VISIBLE_DEVICES=2,5 VLLM_ALLREDUCE_USE_SYMM_MEM=0" in asked.log
+        lengths = {len(a.prompt) for a in asked.answers if a.concurrency == 2}
+        assert all(any(size <= n < size + 256 for n in lengths) for size in LENGTHS)
+    spans = sorted((a.answers[0].began, a.answers[-1].ended) for a in found)
+    assert max(a.ended for a in min(found, key=lambda f: f.answers[0].began).answers) <= spans[1][0]
+
+
+def test_arms_on_several_gpus_differ_in_weights_graphs_and_speculation() -> None:
+    found = {(a.scheme.name, a.graphs, a.speculate) for a in arms.ARMS.values() if a.parallel}
+    assert len(found) == 8
+    assert '"fuse_allreduce_rms":false' in arms.GRAPHS

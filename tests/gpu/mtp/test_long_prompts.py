@@ -1,0 +1,78 @@
+"""Prompts of 2K, 8K and 32K tokens: in chunks, among others or from the cache, they stay the same.
+
+The weights are random, so nobody knows the answer. What it must not depend on is compared with what
+it does depend on: log probabilities after a prompt in one piece, after it in chunks, and after
+other prompts that end in the same token.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.gpu.mtp.engines import EACH, LENGTHS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tests.gpu.mtp.engines import Ran
+
+# As test_deepseek_v4.py.
+pytestmark = [
+    pytest.mark.sm_90,
+    pytest.mark.sm_100,
+    pytest.mark.sm_103,
+    pytest.mark.gpu,
+    pytest.mark.tier("server"),
+    pytest.mark.xdist_group("mtp"),
+    pytest.mark.value(7, 10),
+    pytest.mark.engines("dsv4-whole", "dsv4-chunked"),
+]
+NEAR = 0.5  # of the distance to another prompt
+
+
+def apart(one: Sequence[float], other: Sequence[float]) -> float:
+    """Root mean square of the differences of two rows of log probabilities."""
+    squares = [(a - b) ** 2 for a, b in zip(one, other, strict=True)]
+    return math.sqrt(sum(squares) / len(squares))
+
+
+def distances(
+    whole: Sequence[Sequence[float]], other: Sequence[Sequence[float]]
+) -> tuple[float, float]:
+    """Medians: between a prompt and itself in ``other``, and between it and the next prompt."""
+    following = [*whole[1:], whole[0]]
+    itself = median(map(apart, whole, other))
+    return itself, median(map(apart, whole, following))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_every_long_prompt_is_answered(length: int, ran: Callable[[str], Ran]) -> None:
+    for name in ("dsv4-whole", "dsv4-chunked"):
+        found = ran(name)
+        assert not found.error, found.error
+        prompts = found.engine.prompts
+        lengths = [len(tokens) for tokens in found.tokens]
+        due = [place for place, prompt in enumerate(prompts) if len(prompt) == length]
+        assert [lengths[place] for place in due] == [found.engine.count] * EACH * found.engine.asked
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_chunks_change_less_than_another_prompt(
+    length: int,
+    ran: Callable[[str], Ran],
+    margin: Callable[[str, float, float], None],
+    record: Callable[..., None],
+) -> None:
+    start, count = LENGTHS.index(length) * EACH, len(LENGTHS) * EACH
+    whole = ran("dsv4-whole").logprobs[start : start + EACH]
+    chunked = ran("dsv4-chunked")
+    for what, first in (("in chunks", start), ("asked again", start + count)):
+        itself, other = distances(whole, chunked.logprobs[first : first + EACH])
+        record(**{what: itself, "another prompt": other})
+        record(**{f"{what}, from the cache": chunked.cached[first : first + EACH]})
+        assert other > 0
+        margin(f"{what} / another prompt", itself / other, NEAR)
