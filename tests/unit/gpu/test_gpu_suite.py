@@ -314,7 +314,9 @@ def bundle(tmp_path: Path, smi: Callable[[str], None]) -> Path:
         "tiers": {
             "server": {
                 "folders": ["tests/gpu/mtp"], "minutes": 1, "files": ["tests/gpu/conftest.py"],
-                "rows": {"matrix": {"sku": {"h200": "9.0"}}, "tier": {"gpus": 2, "on_request": False}},
+                "rows": {
+                    "matrix": {"sku": {"h200": "9.0"}}, "tier": {"gpus": 2, "on_request": False},
+                },
             }
         },
     }  # fmt: skip
