@@ -28,11 +28,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vllm_forge.checkpoints.architecture import SLIDING, all_tensors, layer_tensors
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec, write_bf16
-from vllm_forge.checkpoints.inventory import SLIDING, all_tensors, layer_tensors
 from vllm_forge.checkpoints.quantize.environment import SETTINGS
-from vllm_forge.checkpoints.quantize.recipe import load_recipe
+from vllm_forge.checkpoints.quantize.inputs import load_recipe
 from vllm_forge.checkpoints.tensors import DTYPE_BYTES
 from vllm_forge.pages.measurements import REAL
 from vllm_forge.pages.registry import write_pages
@@ -72,8 +72,8 @@ from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer
 from vllm_forge.checkpoints.quantize.calibration import calibrate_with
 from vllm_forge.checkpoints.quantize.work import Job
 from vllm_forge.checkpoints.quantize.quantizer import quantize
-from vllm_forge.checkpoints.quantize.recipe import load_recipe
-from vllm_forge.checkpoints.quantize.model import open_model
+from vllm_forge.checkpoints.quantize.inputs import load_recipe
+from vllm_forge.checkpoints.quantize.inputs import open_model
 torch.set_num_threads(1)
 model, output = Path(sys.argv[1]), Path(sys.argv[2])
 named = load_recipe({RECIPE!r})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from vllm_forge.checkpoints.checkpoint import Checkpoint
+from vllm_forge.checkpoints.checkpoint import Checkpoint, CheckpointSource, Folder
 from vllm_forge.checkpoints.fixtures.variants import load_variants
 from vllm_forge.checkpoints.inspect.findings import Effect
 from vllm_forge.checkpoints.inspect.inspection import find_all, inspect
@@ -18,7 +18,6 @@ from vllm_forge.checkpoints.inspect.manifest import nearest
 from vllm_forge.checkpoints.inspect.profile import Format, Part, Profile
 from vllm_forge.checkpoints.inspect.values import compare
 from vllm_forge.checkpoints.inspect.verdict import DATA, Verdicts, error_of
-from vllm_forge.checkpoints.source import CheckpointSource, Folder
 from vllm_forge.matrix import load
 from vllm_forge.patches import read_dispositions
 

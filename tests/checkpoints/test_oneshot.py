@@ -27,9 +27,8 @@ from vllm_forge.checkpoints.quantize.calibration import (
     read_conversations,
     tokenize,
 )
-from vllm_forge.checkpoints.quantize.model import open_model
+from vllm_forge.checkpoints.quantize.inputs import load_recipe, open_model
 from vllm_forge.checkpoints.quantize.quantizer import quantize
-from vllm_forge.checkpoints.quantize.recipe import load_recipe
 from vllm_forge.checkpoints.quantize.work import Job
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from vllm_forge.checkpoints.quantize.calibration import AUTO, ULTRACHAT, calibrate_with
-from vllm_forge.checkpoints.quantize.recipe import load_recipe
+from vllm_forge.checkpoints.quantize.inputs import load_recipe
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,13 +7,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.checkpoints.architecture import HEAVY, SLIDING
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec, write_bf16
-from vllm_forge.checkpoints.inventory import HEAVY, SLIDING
-from vllm_forge.checkpoints.quantize.artifact import LEAVES
 from vllm_forge.checkpoints.quantize.calibration import Calibration
-from vllm_forge.checkpoints.quantize.model import open_model
-from vllm_forge.checkpoints.quantize.recipe import NamedRecipe, load_recipe
-from vllm_forge.checkpoints.quantize.work import Job
+from vllm_forge.checkpoints.quantize.inputs import NamedRecipe, load_recipe, open_model
+from vllm_forge.checkpoints.quantize.work import LEAVES, Job
 from vllm_forge.checkpoints.tensors import DTYPE_BYTES, TensorToWrite, in_memory
 
 if TYPE_CHECKING:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.checkpoints.checkpoint import Checkpoint
+from vllm_forge.checkpoints.checkpoint import Checkpoint, CheckpointSource
 from vllm_forge.checkpoints.inspect.inspection import inspect
 from vllm_forge.checkpoints.inspect.profile import Profile
-from vllm_forge.checkpoints.source import CheckpointSource
 from vllm_forge.patches import read_dispositions
 
 if TYPE_CHECKING:

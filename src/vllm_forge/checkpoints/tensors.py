@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from vllm_forge.checkpoints.source import CheckpointSource
+    from vllm_forge.checkpoints.checkpoint import CheckpointSource
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 LENGTH_BYTES = 8
@@ -55,9 +55,7 @@ class TensorSpec:
 class StoredTensor(TensorSpec):
     """A tensor of a file; ``begin`` and ``end`` are positions of its bytes in the file ``shard``.
 
-    Raises, from all methods:
-        CheckpointUnreadableError: the file is shorter than its header says, or gone.
-        HubUnreachableError: the hub stopped answering.
+    Reading raises what ``source.read`` does.
     """
 
     source: CheckpointSource = field(compare=False, repr=False)
@@ -90,7 +88,6 @@ class TensorToWrite(TensorSpec):
     chunks: Callable[[], Iterable[bytes | bytearray]]
 
     def data(self) -> bytes:
-        """All of its bytes."""
         return b"".join(self.chunks())
 
 
@@ -109,7 +106,6 @@ def copy_of(tensor: StoredTensor, name: str | None = None) -> TensorToWrite:
 
 
 def in_memory(name: str, dtype: str, shape: Sequence[int], data: bytes) -> TensorToWrite:
-    """A tensor whose bytes are in memory."""
     return TensorToWrite(name=name, dtype=dtype, shape=tuple(shape), chunks=lambda: (data,))
 
 
@@ -155,18 +151,12 @@ def parse_header(
     at = LENGTH_BYTES + len(text)
     tensors = []
     for name, row in header.items():
-        dtype, shape, begin, end = _fields(name, row)
-        tensors.append(
-            StoredTensor(
-                name=name,
-                dtype=dtype,
-                shape=shape,
-                source=source,
-                shard=shard,
-                begin=at + begin,
-                end=at + end,
-            )
-        )
+        dtype, shape, (begin, end) = _fields(name, row)
+        tensor = StoredTensor(
+            name=name, dtype=dtype, shape=shape,
+            source=source, shard=shard, begin=at + begin, end=at + end,
+        )  # fmt: skip
+        tensors.append(tensor)
     # An empty tensor lies before the one that begins where it does.
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
     for tensor in tensors:
@@ -179,7 +169,7 @@ def parse_header(
     return tensors
 
 
-def _fields(name: str, row: Any) -> tuple[str, tuple[int, ...], int, int]:
+def _fields(name: str, row: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
     if not name.isprintable():
         raise ValueError(f"invalid tensor name {name!r}: expected printable characters")
     known = isinstance(row, dict) and {"dtype", "shape", "data_offsets"} <= row.keys()
@@ -190,7 +180,7 @@ def _fields(name: str, row: Any) -> tuple[str, tuple[int, ...], int, int]:
         raise ValueError(f"{name}: unknown dtype {dtype!r}, known are {', '.join(DTYPE_BYTES)}")
     if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise ValueError(f"{name}: {end - begin} bytes are not {dtype} {list(shape)}")
-    return dtype, shape, begin, end
+    return dtype, shape, (begin, end)
 
 
 def _naturals(row: Any, count: int | None = None) -> bool:
@@ -219,28 +209,22 @@ def write_shard(path: Path, tensors: Iterable[TensorToWrite]) -> list[WrittenTen
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     written = []
-    with atomic_path(path) as aside:
-        aside.parent.mkdir(exist_ok=True)
-        with aside.open("wb") as file:
-            file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
-            for tensor in ordered:
-                digest, size = hashlib.sha256(), 0
-                for chunk in tensor.chunks():
-                    file.write(chunk)
-                    digest.update(chunk)
-                    size += len(chunk)
-                if size != tensor.size:
-                    raise ValueError(f"{tensor.name}: {size} bytes are not {tensor.size}")
-                written.append(
-                    WrittenTensor(
-                        name=tensor.name,
-                        dtype=tensor.dtype,
-                        shape=tensor.shape,
-                        sha256=digest.hexdigest(),
-                    )
-                )
-            file.flush()
-            os.fsync(file.fileno())
+    with atomic_path(path) as aside, aside.open("wb") as file:
+        file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+        for tensor in ordered:
+            digest, size = hashlib.sha256(), 0
+            for chunk in tensor.chunks():
+                file.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+            if size != tensor.size:
+                raise ValueError(f"{tensor.name}: {size} bytes are not {tensor.size}")
+            row = WrittenTensor(
+                name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, sha256=digest.hexdigest()
+            )
+            written.append(row)
+        file.flush()
+        os.fsync(file.fileno())
     return written
 
 
@@ -248,9 +232,15 @@ def write_index(folder: Path, shards: Mapping[str, Iterable[TensorSpec]]) -> Non
     """Write the index: shard name -> its tensors."""
     total = sum(tensor.size for tensors in shards.values() for tensor in tensors)
     weight_map = {tensor.name: shard for shard, tensors in shards.items() for tensor in tensors}
-    text = json.dumps(
+    write_json(
+        folder / INDEX,
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         indent=2,
     )
-    with atomic_path(folder / INDEX) as aside:
+
+
+def write_json(path: Path, content: Any, indent: int = 1) -> None:
+    """Write a file aside, and rename it."""
+    with atomic_path(path) as aside:
+        text = json.dumps(content, indent=indent, ensure_ascii=False)
         aside.write_text(text + "\n", encoding="utf-8")

@@ -131,10 +131,9 @@ def verify(project: Project, _: argparse.Namespace) -> None:
 def quantize(project: Project, args: argparse.Namespace) -> None:
     """Quantize a BF16 DeepSeek-V4 by a recipe."""
     from vllm_forge.checkpoints.quantize.environment import enter
-    from vllm_forge.checkpoints.quantize.model import open_model
+    from vllm_forge.checkpoints.quantize.inputs import load_recipe, open_model
     from vllm_forge.checkpoints.quantize.quantizer import check_output, forecast
     from vllm_forge.checkpoints.quantize.quantizer import quantize as run
-    from vllm_forge.checkpoints.quantize.recipe import load_recipe
 
     recipe = load_recipe(args.recipe)  # what can be refused at once is, before 3 GB of tools
     source = open_model(args.model)

@@ -12,12 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.checkpoint_engine import SMALL, tree_of
-from vllm_forge.checkpoints.checkpoint import Checkpoint, read_header
+from vllm_forge.checkpoints.architecture import (
+    all_tensors,
+    draft_tensors,
+    dspark_tensors,
+    mtp_tensors,
+)
+from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder, read_header
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError, ModelInputError
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec, write_bf16
-from vllm_forge.checkpoints.inventory import all_tensors, draft_tensors, dspark_tensors, mtp_tensors
-from vllm_forge.checkpoints.quantize.model import alias_names, open_model
-from vllm_forge.checkpoints.source import Folder
+from vllm_forge.checkpoints.quantize.inputs import alias_names, open_model
 from vllm_forge.checkpoints.tensors import DTYPE_BYTES, INDEX, copy_of, in_memory, write_shard
 
 if TYPE_CHECKING:

@@ -15,9 +15,8 @@ import pytest
 
 from tests.support.layouts import ONES, layout
 from tests.support.memory import inspect_files
-from vllm_forge.checkpoints.checkpoint import Checkpoint
+from vllm_forge.checkpoints.checkpoint import MAX_TEXT, Checkpoint, Folder, find_source
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
-from vllm_forge.checkpoints.source import MAX_TEXT, Folder, find_source
 from vllm_forge.checkpoints.tensors import DTYPE_BYTES
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from tests.support.layouts import (
     write_layout,
 )
 from tests.support.layouts import NVFP4 as NVFP4_GROUP
+from vllm_forge.checkpoints.architecture import REQUIRED
 from vllm_forge.checkpoints.checkpoint import Checkpoint
-from vllm_forge.checkpoints.config_check import REQUIRED
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.fixtures.changes import Change, apply_changes
 from vllm_forge.checkpoints.fixtures.variants import load_variants

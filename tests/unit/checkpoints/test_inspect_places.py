@@ -12,11 +12,10 @@ import pytest
 
 from tests.support.hub_server import COMMIT, HubServer
 from tests.support.layouts import layout, profile_of
-from vllm_forge.checkpoints.checkpoint import Checkpoint
+from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder, HubRepository, find_source
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError, HubUnreachableError
 from vllm_forge.checkpoints.inspect.checks_tensors import read_scalars
 from vllm_forge.checkpoints.inspect.profile import Profile
-from vllm_forge.checkpoints.source import Folder, HubRepository, find_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,8 +18,7 @@ from vllm_forge.checkpoints.fixtures.tiny import TinySpec, write_bf16
 from vllm_forge.checkpoints.inspect.findings import Effect
 from vllm_forge.checkpoints.inspect.profile import Format, Part
 from vllm_forge.checkpoints.inspect.values import compare
-from vllm_forge.checkpoints.quantize.model import alias_names
-from vllm_forge.checkpoints.quantize.recipe import load_recipe
+from vllm_forge.checkpoints.quantize.inputs import alias_names, load_recipe
 from vllm_forge.checkpoints.tensors import (
     TensorToWrite,
     copy_of,

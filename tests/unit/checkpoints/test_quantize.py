@@ -19,16 +19,16 @@ from tests.support.checkpoint_engine import (
     make_job,
     tree_of,
 )
+from vllm_forge.checkpoints.architecture import all_tensors
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import QuantizedOutputError, RecipeError, ResumeError
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec
-from vllm_forge.checkpoints.inventory import all_tensors
 from vllm_forge.checkpoints.quantize import quantizer as module
 from vllm_forge.checkpoints.quantize import work as work_module
-from vllm_forge.checkpoints.quantize.artifact import check_layer
 from vllm_forge.checkpoints.quantize.calibration import SHIPPED, read_conversations
+from vllm_forge.checkpoints.quantize.inputs import RECIPES, Recipe, load_recipe
 from vllm_forge.checkpoints.quantize.quantizer import Clock, disk_needed, plan_parts, quantize, span
-from vllm_forge.checkpoints.quantize.recipe import RECIPES, Recipe, load_recipe
+from vllm_forge.checkpoints.quantize.work import check_layer
 from vllm_forge.checkpoints.tensors import in_memory, write_shard
 from vllm_forge.host import exclusive
 from vllm_forge.host.errors import BusyError, DiskSpaceError
@@ -74,12 +74,13 @@ class TestRecipes:
     @pytest.mark.parametrize("number", [0, 1])
     def test_the_three_views_of_a_group_mean_the_same_modules(self, number: int) -> None:
         """vLLM's names are upstream's, but fused or as gate_proj, with ``model.`` before."""
-        group = load_recipe("nvfp4-fp8-mtp").recipe.group[number]
+        recipe = load_recipe("nvfp4-fp8-mtp").recipe
+        group = recipe.group[number]
         (serve,) = group.serve
         pattern = re.compile(serve.removeprefix("re:"))
         for tensor in all_tensors(TinySpec().config()):
             module_name = tensor.name.removesuffix(".weight")
-            expected = group.holds(tensor.name)
+            expected = recipe.group_of(tensor.name) is group
             if module_name.startswith("layers."):
                 assert bool(pattern.match(f"model.{module_name}")) == expected, module_name
         fused = {0: "attn.fused_wqa_wkv", 1: "ffn.experts.0.gate_proj"}[number]
@@ -321,7 +322,9 @@ class TestResume:
         assert list(tmp_path.iterdir()) == [tmp_path / "cache"]
 
     def test_the_disk_suffices_then(self, job: Job, whole: Path) -> None:
-        needed = disk_needed(job, plan_parts(job.source))
+        tokens = sum(map(len, job.calibration.tokens))
+        recipe = job.recipe.recipe
+        needed = disk_needed(job.source, recipe, plan_parts(job.source), tokens)
         weights = sum(path.stat().st_size for path in whole.glob("*.safetensors"))
         # The fake engine's tensors are as large as the weights that they stand for.
         quantized = sum(

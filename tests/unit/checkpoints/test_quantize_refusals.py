@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.checkpoint_engine import make_job
+from vllm_forge.checkpoints.checkpoint import MAX_TEXT
 from vllm_forge.checkpoints.errors import ModelInputError, ResumeError
 from vllm_forge.checkpoints.quantize import work as work_module
 from vllm_forge.checkpoints.quantize.quantizer import check_output, quantize
-from vllm_forge.checkpoints.source import MAX_TEXT
 from vllm_forge.checkpoints.tensors import in_memory, write_shard
 from vllm_forge.cli import main
 from vllm_forge.errors import UsageError

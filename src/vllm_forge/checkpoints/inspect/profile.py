@@ -1,6 +1,6 @@
 """What the checks of a checkpoint share: parts of the model, formats of weights, the drafter.
 
-Names and dtypes of the unquantized model are in checkpoints.inventory. Suffixes, dtypes and shapes
+Names and dtypes of the unquantized model are in architecture.py. Suffixes, dtypes and shapes
 of formats are those that vLLM registers for the same scheme:
 compressed_tensors_moe_w4a4_nvfp4.py, compressed_tensors_w8a8_fp8.py, compressed_tensors_moe_wna16
 of vllm/model_executor/layers/quantization/compressed_tensors, and modelopt.py, fp8.py, mxfp4.py
@@ -17,14 +17,19 @@ from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.checkpoints.config_check import require_deepseek_v4
+from vllm_forge.checkpoints.architecture import (
+    all_tensors,
+    dspark_tensors,
+    has_dspark,
+    mtp_tensors,
+    require_deepseek_v4,
+)
 from vllm_forge.checkpoints.inspect.matching import (
     Group,
     asked_names,
     read_groups,
     require_termination,
 )
-from vllm_forge.checkpoints.inventory import all_tensors, dspark_tensors, has_dspark, mtp_tensors
 from vllm_forge.checkpoints.tensors import TensorSpec
 
 if TYPE_CHECKING:

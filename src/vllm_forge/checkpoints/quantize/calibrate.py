@@ -16,6 +16,7 @@ import copy
 import io
 import re
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import compressed_tensors
@@ -42,8 +43,8 @@ from transformers.core_model_loading import rename_source_key
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
+from vllm_forge.checkpoints.architecture import MODEL_TYPE
 from vllm_forge.checkpoints.errors import QuantizedOutputError
-from vllm_forge.checkpoints.inventory import MODEL_TYPE
 from vllm_forge.checkpoints.quantize.calibration import AUTO
 from vllm_forge.checkpoints.quantize.work import Hidden
 from vllm_forge.checkpoints.tensors import TensorToWrite
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from vllm_forge.checkpoints.quantize.recipe import Group, Recipe
+    from vllm_forge.checkpoints.quantize.inputs import Group, Recipe
     from vllm_forge.checkpoints.tensors import StoredTensor
 
 
@@ -118,11 +119,12 @@ class OneLayer(torch.nn.Module):  # type: ignore[misc]  # the tools have no type
         self.sink(tensor_bytes(out))
 
 
+@dataclass(frozen=True)
 class Batches:
     """The samples, one at a time from the disk; in place of a data loader."""
 
-    def __init__(self, hidden: Hidden, config: DeepseekV4Config) -> None:
-        self.hidden, self.config = hidden, config
+    hidden: Hidden
+    config: DeepseekV4Config
 
     def __len__(self) -> int:
         return len(self.hidden.tokens)
@@ -135,22 +137,16 @@ class Batches:
 
 
 def load_tensor(stored: StoredTensor) -> torch.Tensor:
-    """A stored tensor, in memory of its own."""
     return torch.frombuffer(stored.read(), dtype=DTYPES[stored.dtype]).view(stored.shape)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    """A tensor's bytes, row-major."""
     flat = tensor.detach().cpu().contiguous().flatten()
     return bytes(flat.view(torch.uint8).numpy().tobytes())
 
 
 def pick_device(choice: str) -> str:
-    """Torch's name of the device: the first GPU, or the CPU, where the choice is ``auto``.
-
-    Raises:
-        UsageError: there is no such device.
-    """
+    """Torch's name of the device: the first GPU, or the CPU, where the choice is ``auto``."""
     if choice == AUTO:
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
@@ -164,13 +160,7 @@ def pick_device(choice: str) -> str:
 
 
 class LayerQuantizer:
-    """Quantizes the layers of one model by one recipe.
-
-    Args:
-        config: the model's config.json.
-        recipe: what to quantize, and how.
-        device: torch's name of where to compute.
-    """
+    """Quantizes the layers of a model by its config.json and a recipe."""
 
     def __init__(self, config: Mapping[str, Any], recipe: Recipe, device: str) -> None:
         logger.remove()  # llm-compressor's own printing; what matters of it is raised here
@@ -186,7 +176,6 @@ class LayerQuantizer:
 
     @property
     def versions(self) -> dict[str, str]:
-        """What the result depends on beside the inputs."""
         modules = (compressed_tensors, llmcompressor, torch, transformers)
         return {module.__name__: module.__version__ for module in modules} | {
             "device": self.device.type,
@@ -195,11 +184,9 @@ class LayerQuantizer:
 
     @property
     def needs_data(self) -> bool:
-        """Whether a scale is calibrated; without one, no forward pass is needed."""
         return bool(self._modifier().requires_calibration_data)
 
     def recipe_yaml(self) -> str:
-        """The recipe as llm-compressor writes it."""
         return str(CompressorRecipe.from_modifiers([self._modifier()]).yaml())
 
     def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
@@ -238,21 +225,7 @@ class LayerQuantizer:
         source: Path,
         target: Path,
     ) -> list[TensorToWrite]:
-        """Quantize layer ``index``.
-
-        Args:
-            index: of the layer.
-            weights: all its tensors by upstream name.
-            tokens: ids per sample.
-            source: hidden states that go in, made by ``embed`` or by the layer before.
-            target: where those that come out go; appears when all of them are there.
-
-        Returns:
-            The tensors of each quantized module, in upstream naming.
-
-        Raises:
-            QuantizedOutputError: llm-compressor did not calibrate what the recipe names.
-        """
+        """See work.Engine."""
         model = OneLayer(self.config, index, self.rotary)
         names = self._fill(model, weights)
         with Hidden.write(target, tokens, self._token_bytes) as sink:
@@ -266,13 +239,11 @@ class LayerQuantizer:
         return int(self.config.hc_mult * self.config.hidden_size * torch.bfloat16.itemsize)
 
     def _modifier(self) -> QuantizationModifier:
-        return QuantizationModifier(
-            config_groups={
-                f"group_{number}": scheme_of(group, group.calibrate)
-                for number, group in enumerate(self.recipe.group)
-            },
-            ignore=[],
-        )
+        groups = {
+            f"group_{number}": scheme_of(group, group.calibrate)
+            for number, group in enumerate(self.recipe.group)
+        }
+        return QuantizationModifier(config_groups=groups, ignore=[])
 
     def _fill(self, model: OneLayer, weights: Mapping[str, StoredTensor]) -> dict[str, str]:
         """Load the weights; return upstream module name by transformers' module name."""
@@ -285,13 +256,13 @@ class LayerQuantizer:
         return names
 
     def _calibrate(self, model: OneLayer, batches: Batches) -> None:
-        with _warnings() as said, create_session() as session, moe_calibration_context():
+        with _warnings() as warnings, create_session() as session, moe_calibration_context():
             with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
                 recipe = CompressorRecipe.from_modifiers([self._modifier()])
                 session.initialize(model=model, recipe=recipe, start=-1)
             BasicPipeline()(model, batches, None)
             session.finalize()
-        if unobserved := [text for text in said if UNOBSERVED in text]:
+        if unobserved := [text for text in warnings if UNOBSERVED in text]:
             raise QuantizedOutputError(
                 f"{len(unobserved)} scales were not calibrated: {unobserved[0]}",
                 where=f"layer {model.index}",
@@ -330,10 +301,9 @@ def _item(name: str, value: torch.Tensor) -> TensorToWrite:
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """What llm-compressor warns of meanwhile."""
-    said: list[str] = []
-    handle = logger.add(lambda message: said.append(str(message)), level="WARNING")
+    warnings: list[str] = []
+    handle = logger.add(lambda message: warnings.append(str(message)), level="WARNING")
     try:
-        yield said
+        yield warnings
     finally:
         logger.remove(handle)

@@ -8,20 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.checkpoints.checkpoint import Folder
 from vllm_forge.checkpoints.errors import ModelInputError, RecipeError
-from vllm_forge.checkpoints.source import Folder
+from vllm_forge.checkpoints.fixtures.tiny import TEMPLATE
 from vllm_forge.checkpoints.tensors import strict_json
 from vllm_forge.host import console
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm_forge.checkpoints.quantize.recipe import Recipe
+    from vllm_forge.checkpoints.quantize.inputs import Recipe
 
-DATA = Path(__file__).with_name("data")
-SHIPPED = DATA / "conversations.jsonl"
-# The form of DeepSeek-V4, for a model folder that brings no template.
-TEMPLATE = DATA / "chat_template.jinja"
+SHIPPED = Path(__file__).with_name("data") / "conversations.jsonl"
 ULTRACHAT, SPLIT = "HuggingFaceH4/ultrachat_200k", "train_sft"
 AUTO = "auto"
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -58,16 +56,28 @@ def calibrate_with(choice: str, recipe: Recipe, model: Path) -> Calibration:
         recipe: how many, how long, which seed.
         model: folder with the tokenizer.
     """
-    source, rows = _conversations(choice, recipe)
+    if choice == AUTO:
+        choice = "ultrachat" if _reachable() else "shipped"
+    match choice:
+        case "ultrachat":
+            from datasets import load_dataset  # noqa: PLC0415
+
+            split = load_dataset(ULTRACHAT, split=SPLIT).shuffle(seed=recipe.seed)
+            rows = [row["messages"] for row in split.select(range(recipe.samples))]
+            source = f"{ULTRACHAT} {SPLIT}, seed {recipe.seed}"
+        case "shipped":
+            console.print(
+                f"[yellow]calibration data:[/] the shipped conversations, not {ULTRACHAT}: good "
+                "for a trial, too few for a model that people use"
+            )
+            rows, source = read_conversations(SHIPPED, recipe.samples), f"shipped {SHIPPED.name}"
+        case path:
+            rows, source = read_conversations(Path(path), recipe.samples), Path(path).name
     return Calibration(source=source, tokens=tokenize(rows, recipe.tokens, model))
 
 
 def read_conversations(path: Path, samples: int) -> list[Conversation]:
-    """The first conversations of a JSONL file.
-
-    Raises:
-        RecipeError: too few, or no such file, or not in that form.
-    """
+    """The first conversations of a JSONL file; RecipeError for too few, or another form."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         rows = [strict_json(line)["messages"] for line in lines if line.strip()]
@@ -107,28 +117,7 @@ def _check(row: Any) -> None:
         raise ValueError("a conversation without text")
 
 
-def _conversations(choice: str, recipe: Recipe) -> tuple[str, list[Conversation]]:
-    if choice == AUTO:
-        choice = "ultrachat" if _reachable() else "shipped"
-    match choice:
-        case "ultrachat":
-            from datasets import load_dataset  # noqa: PLC0415
-
-            rows = load_dataset(ULTRACHAT, split=SPLIT).shuffle(seed=recipe.seed)
-            chosen = [row["messages"] for row in rows.select(range(recipe.samples))]
-            return f"{ULTRACHAT} {SPLIT}, seed {recipe.seed}", chosen
-        case "shipped":
-            console.print(
-                f"[yellow]calibration data:[/] the shipped conversations, not {ULTRACHAT}: good "
-                "for a trial, too few for a model that people use"
-            )
-            return f"shipped {SHIPPED.name}", read_conversations(SHIPPED, recipe.samples)
-        case path:
-            return Path(path).name, read_conversations(Path(path), recipe.samples)
-
-
 def _reachable() -> bool:
-    """Whether the hub answers for the data set."""
     import httpx  # noqa: PLC0415
     from huggingface_hub import HfApi  # noqa: PLC0415
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled  # noqa: PLC0415
@@ -149,9 +138,6 @@ def tokenize(rows: Sequence[Conversation], most: int, model: Path) -> tuple[tupl
         rows: conversations.
         most: ids of each that are kept.
         model: folder with the tokenizer and config.json.
-
-    Raises:
-        ModelInputError: the tokenizer or the template cannot be used, or is of another model.
     """
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
 

@@ -53,7 +53,6 @@ SETTINGS = {
 
 
 def python_of(project: Project) -> Path:
-    """Interpreter of the environment, whether it is there or not."""
     return project.root / FOLDER / "bin" / "python"
 
 
@@ -107,7 +106,6 @@ def make_lock(project: Project) -> Path:
 
 
 def _digest(project: Project) -> str:
-    """Hash of the input file."""
     return hashlib.sha256((project.root / INPUT).read_bytes()).hexdigest()
 
 

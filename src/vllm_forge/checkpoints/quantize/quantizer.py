@@ -17,11 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.checkpoints.architecture import layer_tensors, shared_tensors
 from vllm_forge.checkpoints.errors import ModelInputError
-from vllm_forge.checkpoints.inventory import layer_tensors, shared_tensors
-from vllm_forge.checkpoints.quantize.artifact import check_layer, check_passed, finish_artifact
-from vllm_forge.checkpoints.quantize.model import alias_names
-from vllm_forge.checkpoints.quantize.work import Work
+from vllm_forge.checkpoints.quantize.inputs import alias_names
+from vllm_forge.checkpoints.quantize.work import Work, check_layer, check_passed, finish_artifact
 from vllm_forge.checkpoints.tensors import copy_of
 from vllm_forge.errors import UsageError
 from vllm_forge.host import console, exclusive, remove, require_disk
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_forge.checkpoints.checkpoint import Checkpoint
-    from vllm_forge.checkpoints.quantize.recipe import NamedRecipe, Recipe
+    from vllm_forge.checkpoints.quantize.inputs import NamedRecipe, Recipe
     from vllm_forge.checkpoints.quantize.work import Job
 
 MAX_PASSED = 5_000_000_000  # bytes of passed-through tensors per file
@@ -47,7 +46,6 @@ class Part:
     """One file of the artifact.
 
     Attributes:
-        tensors: names in the model.
         aliases: further names -> whose bytes.
         layer: number of the decoder layer that it holds; None where all passes through.
         size: bytes of ``tensors`` in the model.
@@ -68,9 +66,6 @@ def quantize(job: Job, output: Path) -> bool:
 
     Returns:
         False when an earlier run has finished, and only its work folder was left.
-
-    Raises:
-        DiskSpaceError: before anything is written, or later if others have filled the disk.
     """
     check_output(job.source.folder, output)
     work = Work.beside(output)
@@ -78,7 +73,8 @@ def quantize(job: Job, output: Path) -> bool:
     lock = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
     with exclusive(f"quantize-{lock}", wait=False), _disk_errors(work.folder):
         if not work.folder.exists():
-            require_disk({output.parent: disk_needed(job, parts)})
+            tokens = sum(len(row) for row in job.calibration.tokens)
+            require_disk({output.parent: disk_needed(job.source, job.recipe.recipe, parts, tokens)})
         if not work.begin(_plan(job)):
             return False
         clock = Clock(sum(part.size for part in parts))
@@ -118,7 +114,14 @@ def plan_parts(source: Checkpoint) -> list[Part]:
     for index in range(config["num_hidden_layers"]):
         groups.append(([tensor.name for tensor in layer_tensors(config, index)], index))
     taken = {name for names, _ in groups for name in names}
-    drafts = _split([name for name in source.tensors if name not in taken], source)
+    drafts: list[list[str]] = []
+    size = MAX_PASSED
+    for name in (name for name in source.tensors if name not in taken):
+        size += (more := source.tensors[name].size)
+        if size > MAX_PASSED:
+            drafts.append([])
+            size = more
+        drafts[-1].append(name)
     groups += [(names, None) for names in drafts]
     parts = [
         Part(
@@ -135,27 +138,20 @@ def plan_parts(source: Checkpoint) -> list[Part]:
     return parts
 
 
-def disk_needed(job: Job, parts: Sequence[Part]) -> int:
-    """Bytes on disk at the most: the artifact, counted generously, and two sets of states."""
-    tokens = sum(len(row) for row in job.calibration.tokens)
-    return artifact_bytes(job.source, job.recipe.recipe, parts) + states_bytes(job.source, tokens)
+def disk_needed(source: Checkpoint, recipe: Recipe, parts: Sequence[Part], tokens: int) -> int:
+    """Bytes on disk at the most: the artifact, and the states of so many tokens around a layer.
 
-
-def artifact_bytes(source: Checkpoint, recipe: Recipe, parts: Sequence[Part]) -> int:
-    """Bytes of the artifact at the most: one per quantized weight, the scales included."""
+    A quantized weight is counted as one byte, its scales included.
+    """
     names = [name for part in parts for name in (*part.tensors, *part.aliases.values())]
-    return sum(
+    artifact = sum(
         source.tensors[name].size
         if recipe.group_of(name) is None
         else math.prod(source.tensors[name].shape)
         for name in names
     )
-
-
-def states_bytes(source: Checkpoint, tokens: int) -> int:
-    """Bytes of what goes into a layer and of what comes out, for so many tokens."""
     width = source.config["hc_mult"] * source.config["hidden_size"] * STREAM_BYTES
-    return int(2 * width * tokens)
+    return artifact + int(2 * width * tokens)
 
 
 def forecast(source: Checkpoint, recipe: NamedRecipe) -> str:
@@ -167,7 +163,7 @@ def forecast(source: Checkpoint, recipe: NamedRecipe) -> str:
         for name in part.tensors
     )
     drafts = sum(name.startswith("mtp.") for part in parts for name in part.tensors)
-    disk = artifact_bytes(source, rules, parts) + states_bytes(source, rules.samples * rules.tokens)
+    disk = disk_needed(source, rules, parts, rules.samples * rules.tokens)
     largest = max(part.size for part in parts if part.layer is not None)
     return "\n".join(
         [
@@ -183,11 +179,7 @@ def forecast(source: Checkpoint, recipe: NamedRecipe) -> str:
 
 
 def check_output(source: Path, output: Path) -> None:
-    """Refuse an output that is taken, or that would lie in the model, before any tool is needed.
-
-    Raises:
-        UsageError: one folder would be inside the other, or no folder can be there.
-    """
+    """Refuse an output that is taken, or that would lie in the model, before any tool is needed."""
     try:
         here, there = source.resolve(), output.resolve()
         above = next((folder for folder in (there, *there.parents) if folder.exists()), there)
@@ -207,19 +199,6 @@ def check_output(source: Path, output: Path) -> None:
     Work.beside(output).check()
 
 
-def _split(names: Sequence[str], source: Checkpoint) -> list[list[str]]:
-    groups: list[list[str]] = []
-    size = 0
-    for name in names:
-        more = source.tensors[name].size
-        if not groups or size + more > MAX_PASSED:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += more
-    return groups
-
-
 def _plan(job: Job) -> dict[str, Any]:
     """What must be the same for a run to go on from another's files."""
     source = job.source
@@ -230,17 +209,14 @@ def _plan(job: Job) -> dict[str, Any]:
         raise ModelInputError(
             f"cannot be read: {error.strerror}", where=str(error.filename)
         ) from None
+    files = json.dumps([source.config, rows, times], sort_keys=True)
     return {
         "model": str(source.folder.resolve()),
-        "model files": _digest([source.config, rows, times]),
+        "model files": hashlib.sha256(files.encode()).hexdigest(),
         "recipe": [job.recipe.name, job.recipe.recipe.model_dump(mode="json")],
         "calibration data": job.calibration.record(),
         "tools": job.engine.versions,
     }
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _make(work: Work, part: Part, job: Job) -> None:
@@ -282,7 +258,6 @@ class Clock:
         console.print(line, style="dim", markup=False)
 
     def line(self, what: str, seconds: float, *, fresh: bool) -> str:
-        """What to print of a part."""
         share = f"{100 * self.passed // max(self.total, 1)} %"
         if not fresh:
             return f"  {what}, made before; {share}"
@@ -291,7 +266,6 @@ class Clock:
 
 
 def span(seconds: float) -> str:
-    """Seconds as people say it."""
     minutes = round(seconds / MINUTE_S)
     if seconds < SECONDS_SHOWN_S:
         return f"{seconds:.0f} s"

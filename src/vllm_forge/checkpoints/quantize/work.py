@@ -1,4 +1,4 @@
-"""A quantization: its inputs, and the folder beside its output that makes it resumable.
+"""A quantization: its inputs, the folder that makes it resumable, and what its output must be.
 
 ``<output>.partial/plan.json`` says which run this is; ``artifact/`` becomes the output by one
 rename; ``notes/`` holds, per finished file, the digests for the manifest; ``hidden-*.bin`` the
@@ -10,24 +10,54 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vllm_forge.checkpoints.errors import ResumeError
-from vllm_forge.checkpoints.tensors import WrittenTensor, write_shard
+import numpy as np
+
+from vllm_forge.checkpoints.checkpoint import Folder, read_header
+from vllm_forge.checkpoints.errors import QuantizedOutputError, ResumeError
+from vllm_forge.checkpoints.quantize.inputs import alias_names
+from vllm_forge.checkpoints.tensors import (
+    CONFIG,
+    DTYPE_BYTES,
+    INDEX,
+    WrittenTensor,
+    write_index,
+    write_json,
+    write_shard,
+)
 from vllm_forge.host import atomic_path, parse_json, read_json, read_plain, remove
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from vllm_forge.checkpoints.checkpoint import Checkpoint
     from vllm_forge.checkpoints.quantize.calibration import Calibration
-    from vllm_forge.checkpoints.quantize.recipe import NamedRecipe
+    from vllm_forge.checkpoints.quantize.inputs import NamedRecipe, Recipe
     from vllm_forge.checkpoints.tensors import StoredTensor, TensorToWrite
-PLAN = "plan.json"
+
+PLAN, MANIFEST, RECIPE = "plan.json", "manifest.json", "recipe.yaml"
+# What compressed-tensors stores of a weight, by its name of the format: suffix -> dtype.
+LEAVES: dict[str, dict[str, str]] = {
+    "float-quantized": {"weight": "F8_E4M3", "weight_scale": "F32"},
+    "nvfp4-pack-quantized": {
+        "weight_packed": "U8",
+        "weight_scale": "F8_E4M3",
+        "weight_global_scale": "F32",
+        "input_global_scale": "F32",
+    },
+    "pack-quantized": {"weight_packed": "I32", "weight_scale": "BF16", "weight_shape": "I64"},
+}
+SCALES = ("weight_scale", "weight_global_scale", "input_global_scale")
+# vLLM takes w1's for both, with a warning at most (0.26.0, compressed_tensors_moe_w4a4_nvfp4.py).
+SHARED = ("weight_global_scale", "input_global_scale")
+F8_NOT_A_NUMBER = 0x7F
+# Not part of a quantized artifact: other weights, and what describes the source as a repository.
+LEFT_OUT = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".md"}
 
 
 class Engine(Protocol):
@@ -58,7 +88,21 @@ class Engine(Protocol):
         source: Path,
         target: Path,
     ) -> list[TensorToWrite]:
-        """Quantize a layer: input states at ``source``, its output states to ``target``."""
+        """Quantize a layer: input states at ``source``, its output states to ``target``.
+
+        Args:
+            index: of the layer.
+            weights: all its tensors by upstream name.
+            tokens: ids per sample.
+            source: made by ``embed`` or by the layer before.
+            target: appears when all states are there.
+
+        Returns:
+            The tensors of each quantized module, in upstream naming.
+
+        Raises:
+            QuantizedOutputError: a scale that the recipe names was not calibrated.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +130,6 @@ class Work:
 
     @property
     def artifact(self) -> Path:
-        """What will be the output."""
         return self.folder / "artifact"
 
     def hidden(self, layer: int) -> Path:
@@ -94,11 +137,7 @@ class Work:
         return self.folder / f"hidden-{layer:05}.bin"
 
     def check(self) -> None:
-        """Refuse an output that is there already, as far as that can be told without a plan.
-
-        Raises:
-            ResumeError: it exists, and its run had more to do than to tidy up.
-        """
+        """Refuse an output that is there already, as far as that can be told without a plan."""
         if self.output.is_symlink() and not self.output.exists():
             raise ResumeError(
                 "the output is a link to what is not there",
@@ -115,11 +154,8 @@ class Work:
     def begin(self, plan: dict[str, Any]) -> bool:
         """Start, or go on with what an earlier run of the same plan has left.
 
-        Returns:
-            False when the output is finished already.
-
-        Raises:
-            ResumeError: the output exists, or the leftovers are of another plan.
+        False when the output is finished already. ResumeError if the output exists, or if the
+        leftovers are of another plan.
         """
         text = json.dumps(plan, indent=1, sort_keys=True) + "\n"
         plan = json.loads(text)
@@ -164,14 +200,12 @@ class Work:
         return True
 
     def done(self, name: str) -> bool:
-        """Whether a file of the artifact is finished."""
         return (self.artifact / name).exists() and self._note(name).exists()
 
     def write(self, name: str, items: Iterable[TensorToWrite]) -> list[WrittenTensor]:
         """Write a file of the artifact, and note its digests."""
         written = write_shard(self.artifact / name, items)
-        with atomic_path(self._note(name)) as aside:
-            aside.write_text(json.dumps([asdict(row) for row in written]), encoding="utf-8")
+        write_json(self._note(name), [asdict(row) for row in written])
         return written
 
     def written(self, name: str) -> list[WrittenTensor]:
@@ -185,7 +219,6 @@ class Work:
         )
 
     def finish(self) -> None:
-        """Make the artifact the output."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.artifact.rename(self.output)
         remove(self.folder)
@@ -209,11 +242,7 @@ class Hidden:
     token_bytes: int
 
     def read(self, sample: int) -> bytearray:
-        """The states of one sample.
-
-        Raises:
-            ResumeError: the file is shorter than the tokens need.
-        """
+        """The states of one sample; ResumeError if the file ends before."""
         start = sum(len(row) for row in self.tokens[:sample]) * self.token_bytes
         data = bytearray(len(self.tokens[sample]) * self.token_bytes)
         with self.path.open("rb") as file:
@@ -227,14 +256,104 @@ class Hidden:
     def write(
         cls, path: Path, tokens: Sequence[Sequence[int]], token_bytes: int
     ) -> Iterator[Callable[[bytes], None]]:
-        """Yield what takes the states of each sample in turn; the file appears when all are in.
-
-        Raises:
-            ValueError: more or fewer bytes than the tokens say.
-        """
+        """Yield what takes the states of each sample in turn; the file appears when all are in."""
         with atomic_path(path) as aside, aside.open("wb") as file:
             yield lambda data: (file.write(data), None)[1]
             file.flush()
             os.fsync(file.fileno())
             if file.tell() != sum(len(row) for row in tokens) * token_bytes:
                 raise ValueError(f"{path.name}: {file.tell()} bytes of hidden states")
+
+
+def check_layer(
+    made: Sequence[TensorToWrite], stored: Mapping[str, StoredTensor], recipe: Recipe
+) -> None:
+    """Compare the tensors that the tools made of a layer's with what the recipe says.
+
+    Raises:
+        QuantizedOutputError: a tensor is missing, or unknown, or of another dtype; a scale is zero
+            or not finite; w1 and w3 of an expert have different global scales.
+    """
+    expected = {}
+    for name in stored:
+        if (group := recipe.group_of(name)) is not None:
+            module = name.removesuffix(".weight")
+            expected.update({f"{module}.{leaf}": d for leaf, d in LEAVES[group.format].items()})
+    found = {item.name: item.dtype for item in made}
+    if wrong := sorted(expected.items() ^ found.items()):
+        name, dtype = wrong[0]
+        raise QuantizedOutputError(
+            f"{len(wrong)} tensors are not as the recipe says, e.g. {name}: "
+            f"{found.get(name, 'nothing')} instead of {expected.get(name, f'nothing ({dtype})')}",
+            remedy="the tools' versions are those of docker/locks/quantize.txt? then this is a bug",
+        )
+    for problem in (*_bad_scales(made), *_unshared(made)):
+        raise QuantizedOutputError(problem, remedy="look at the model's weights in that place")
+
+
+def _bad_scales(made: Sequence[TensorToWrite]) -> Iterator[str]:
+    for item in made:
+        if item.name.rpartition(".")[2] not in SCALES:
+            continue
+        if item.dtype == "F8_E4M3":
+            codes = np.frombuffer(item.data(), np.uint8)
+            good = (codes > 0) & (codes < F8_NOT_A_NUMBER)
+        else:
+            bf16 = item.dtype == "BF16"
+            words = np.frombuffer(item.data(), "<u2" if bf16 else "<u4").astype("<u4")
+            values = (words << 16 if bf16 else words).view("<f4")
+            good = np.isfinite(values) & (values > 0)
+        if not good.all():
+            yield f"{item.name}: {(~good).sum()} scales are zero, negative or not finite"
+
+
+def _unshared(made: Sequence[TensorToWrite]) -> Iterator[str]:
+    scales = {i.name: i.data() for i in made if i.name.rpartition(".")[2] in SHARED}
+    for name, data in scales.items():
+        other = name.replace(".w1.", ".w3.")
+        if other != name and scales[other] != data:
+            yield f"{name} is not {other}"
+
+
+def check_passed(path: Path, written: Sequence[WrittenTensor], source: Checkpoint) -> None:
+    """Read a file of passed-through tensors back and compare with the model, byte for byte."""
+    aliases = alias_names(source)
+    stored = read_header(Folder(path.parent), path.name)
+    ordered = sorted(written, key=lambda row: (-DTYPE_BYTES[row.dtype], row.name))
+    for tensor, row in zip(stored, ordered, strict=True):
+        origin = source.tensors[aliases.get(tensor.name, tensor.name)]
+        if not (tensor.name == row.name and tensor.sha256() == row.sha256 == origin.sha256()):
+            raise QuantizedOutputError(
+                f"{tensor.name} is not the model's",
+                where=str(path),
+                remedy="disk or memory are at fault, or the model was changed meanwhile",
+            )
+
+
+def finish_artifact(work: Work, names: Sequence[str], job: Job) -> None:
+    """Write index, config.json, recipe.yaml and manifest.json; copy tokenizer and other files."""
+    folder, source, recipe = work.artifact, job.source, job.recipe
+    written = {name: work.written(name) for name in names}
+    write_index(folder, written)
+    ignore = recipe.recipe.ignored(source.config)
+    config = {**source.config, "quantization_config": job.engine.quantization_config(ignore)}
+    write_json(folder / CONFIG, config)
+    with atomic_path(folder / RECIPE) as aside:
+        aside.write_text(job.engine.recipe_yaml(), encoding="utf-8")
+    for path in sorted(source.folder.iterdir()):
+        kept = path.suffix not in LEFT_OUT and path.name not in {CONFIG, INDEX, MANIFEST, RECIPE}
+        if kept and path.is_file() and not path.name.startswith("."):
+            with atomic_path(folder / path.name) as aside:
+                shutil.copyfile(path, aside)
+    manifest = {
+        "made_by": "vllm-forge quantize",
+        "recipe": {"name": recipe.name, **recipe.recipe.model_dump(mode="json")},
+        "calibration": job.calibration.record(),
+        "tools": job.engine.versions,
+        "tensors": {
+            row.name: {"file": name, "dtype": row.dtype, "shape": row.shape, "sha256": row.sha256}
+            for name, file in written.items()
+            for row in file
+        },
+    }
+    write_json(folder / MANIFEST, manifest)
