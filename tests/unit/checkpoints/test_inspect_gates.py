@@ -28,8 +28,7 @@ from tests.support.layouts import NVFP4 as NVFP4_GROUP
 from vllm_forge.checkpoints.architecture import REQUIRED
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
-from vllm_forge.checkpoints.fixtures.changes import Change, apply_changes
-from vllm_forge.checkpoints.fixtures.variants import load_variants
+from vllm_forge.checkpoints.fixtures.variants import Change, apply_changes, load_variants
 from vllm_forge.checkpoints.inspect.checks_config import activations
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, check_id, summarize
 from vllm_forge.checkpoints.inspect.inspection import find_all

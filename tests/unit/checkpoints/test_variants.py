@@ -16,19 +16,17 @@ from pydantic import ValidationError
 from tests.support.checkpoint_engine import SMALL, make_job, tree_of
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import RecipeError, ToolEnvironmentError
-from vllm_forge.checkpoints.fixtures.changes import (
-    Change,
-    apply_changes,
-    downcast,
-    halve_global_scales,
-    split_rows,
-)
 from vllm_forge.checkpoints.fixtures.variants import (
     BF16,
     VARIANTS,
+    Change,
+    apply_changes,
     cached_variant,
+    downcast,
+    halve_global_scales,
     load_variants,
     make_variant,
+    split_rows,
     variant_path,
 )
 from vllm_forge.checkpoints.quantize.quantizer import quantize
@@ -178,7 +176,7 @@ class TestRows:
     @pytest.mark.parametrize(
         ("old", "new", "said"),
         [
-            ('parent = "card"', 'parent = "no-input-scales"', "stands before its parent"),
+            ('parent = "card"', 'parent = "no-input-scales"', "is before its parent"),
             ('made = "bf16"', "", "neither made nor changed"),
             ("about =", "abuot =", "not a file of variants"),
         ],
