@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from vllm_forge.checkpoints.checkpoint import Checkpoint, CheckpointSource, Folder
+from vllm_forge.checkpoints.checkpoint import CheckpointSource, Folder
 from vllm_forge.checkpoints.fixtures.variants import load_variants
 from vllm_forge.checkpoints.inspect.findings import Effect
 from vllm_forge.checkpoints.inspect.inspection import find_all, inspect
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def _profile(folder: Path) -> Profile:
-    return Profile(Checkpoint.open(Folder(folder)))
+    return Profile.open(Folder(folder))
 
 
 def test_the_card_is_what_its_manifest_says(card: Path) -> None:
@@ -147,9 +147,9 @@ FAULTS: dict[str, tuple[str, str, Fault]] = {
 def test_a_planted_fault_is_beyond_its_bound(fault: str, variant: Callable[[str], Path]) -> None:
     name, tensor, change = FAULTS[fault]
     folder = Folder(variant(name))
-    entry = Profile(Checkpoint.open(folder)).tensors[tensor]
+    entry = Profile.open(folder).tensors[tensor]
     data = change(bytes(folder.read(entry.shard, entry.begin, entry.end)))
-    made = Profile(Checkpoint.open(Changed(folder, entry.shard, entry.begin, data)))
+    made = Profile.open(Changed(folder, entry.shard, entry.begin, data))
     rows, found = compare(made, _profile(variant("bf16")))
     assert [finding.effect for finding in found] == [Effect.CORRUPTS]
     different = [module for row in rows for module in row.different]
@@ -160,11 +160,11 @@ def test_the_scale_of_w1_is_that_of_w3_too(variant: Callable[[str], Path]) -> No
     """One scale for two: w1's own is halved, and both projections are beyond their bounds."""
     for name, leaf in (("card", "weight_global_scale"), ("nvidia-modelopt", "weight_scale_2")):
         folder = Folder(variant(name))
-        entry = Profile(Checkpoint.open(folder)).tensors[f"{EXPERT}.w1.{leaf}"]
+        entry = Profile.open(folder).tensors[f"{EXPERT}.w1.{leaf}"]
         data = _bytes(lambda x: x / 2, "<f4")(
             bytes(folder.read(entry.shard, entry.begin, entry.end))
         )
-        made = Profile(Checkpoint.open(Changed(folder, entry.shard, entry.begin, data)))
+        made = Profile.open(Changed(folder, entry.shard, entry.begin, data))
         rows, _ = compare(made, _profile(variant("bf16")))
         different = {module for row in rows for module in row.different}
         assert different == {f"{EXPERT}.w1", f"{EXPERT}.w3"}
@@ -180,6 +180,6 @@ def test_the_spread_of_scales_does_not_tell_gptq(variant: Callable[[str], Path])
     assert len(names) == 72
     for name in names:
         entry = profile.tensors[name]
-        data = profile.checkpoint.source.read(entry.shard, entry.begin, entry.end)
+        data = profile.source.read(entry.shard, entry.begin, entry.end)
         scales = (np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
         assert scales.std() / scales.mean() > 0.05

@@ -213,14 +213,13 @@ def inspect_loaded(
     root: Path, folder: Path, loads: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, str]]:
     """Outcome a line for each of ``loads``: what vLLM's dry load of target and drafts gave."""
-    from vllm_forge.checkpoints.checkpoint import Checkpoint
     from vllm_forge.checkpoints.inspect.dry_load import Answer
     from vllm_forge.checkpoints.inspect.inspection import inspect
     from vllm_forge.checkpoints.inspect.profile import Profile
     from vllm_forge.matrix import load
     from vllm_forge.patches.dispositions import read_dispositions
 
-    matrix, profile = load(root), Profile(Checkpoint.open(folder))
+    matrix, profile = load(root), Profile.open(folder)
     outcomes = {}
     for name, given in loads.items():
         answer = Answer.model_validate({"target": given, "drafts": {"mtp": given, "dspark": given}})

@@ -127,4 +127,4 @@ def layout(cache: Path, variant: str) -> Path:
 
 def profile_of(folder: Path) -> Profile:
     """A folder, as it is now: pytest gives a path again to another test."""
-    return Profile(Checkpoint.open(folder))
+    return Profile.open(folder)

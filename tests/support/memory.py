@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.checkpoints.checkpoint import Checkpoint, CheckpointSource
+from vllm_forge.checkpoints.checkpoint import CheckpointSource
 from vllm_forge.checkpoints.inspect.inspection import inspect
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.patches import read_dispositions
@@ -33,4 +33,4 @@ class Files(CheckpointSource):
 
 def inspect_files(files: dict[str, bytes]) -> Report:
     """By rules, without asking vLLM, on each line."""
-    return inspect(Profile(Checkpoint.open(Files(files))), LINES, DISPOSITIONS, {})
+    return inspect(Profile.open(Files(files)), LINES, DISPOSITIONS, {})

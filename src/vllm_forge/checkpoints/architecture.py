@@ -171,11 +171,8 @@ def layer_tensors(config: Mapping[str, Any], index: int) -> Iterator[TensorSpec]
         series = 2 if ratio == SPARSE else 1
         yield from _compressor(f"{prefix}attn.", config, ratio, series, config["head_dim"])
     if ratio == SPARSE:
-        indexer, heads, dim = (
-            f"{prefix}attn.indexer.",
-            config["index_n_heads"],
-            config["index_head_dim"],
-        )
+        indexer = f"{prefix}attn.indexer."
+        heads, dim = config["index_n_heads"], config["index_head_dim"]
         yield _bf16(f"{indexer}wq_b.weight", heads * dim, config["q_lora_rank"])
         yield _bf16(f"{indexer}weights_proj.weight", heads, config["hidden_size"])
         yield from _compressor(indexer, config, ratio, 2, dim)
@@ -214,11 +211,16 @@ def dspark_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
     yield _bf16(f"{last}confidence_head.proj.weight", 1, width)
 
 
-def all_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
-    """The whole checkpoint."""
+def main_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
+    """Everything but the drafter."""
     yield from shared_tensors(config)
     for index in range(config["num_hidden_layers"]):
         yield from layer_tensors(config, index)
+
+
+def all_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
+    """The whole checkpoint."""
+    yield from main_tensors(config)
     yield from draft_tensors(config)
 
 

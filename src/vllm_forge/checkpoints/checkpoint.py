@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError, HubUnreachableError
 from vllm_forge.checkpoints.tensors import (
@@ -268,7 +268,7 @@ class Checkpoint:
     missing_shards: tuple[str, ...]
 
     @classmethod
-    def open(cls, where: CheckpointSource | Path | str) -> Checkpoint:
+    def open(cls, where: CheckpointSource | Path | str) -> Self:
         """Read config, index and headers of a source, a folder, or what ``find_source`` takes.
 
         Raises:

@@ -65,7 +65,6 @@ def register(choices: Commands) -> None:
 
 def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
     """Show what a checkpoint is, and what each line does with it."""
-    from vllm_forge.checkpoints.checkpoint import Checkpoint
     from vllm_forge.checkpoints.inspect.inspection import inspect
     from vllm_forge.checkpoints.inspect.manifest import named
     from vllm_forge.checkpoints.inspect.page import show
@@ -82,8 +81,8 @@ def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
             "invalid --values: expected a number from 0 on, and --source",
             remedy="give --source, the checkpoint to compare with",
         )
-    profile = Profile(Checkpoint.open(args.place))
-    source = None if args.source is None else Profile(Checkpoint.open(args.source))
+    profile = Profile.open(args.place)
+    source = None if args.source is None else Profile.open(args.source)
     report = inspect(
         profile,
         {name: project.matrix.line[name].vllm for name in names},

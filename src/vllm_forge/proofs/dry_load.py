@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import DryLoadError
 from vllm_forge.checkpoints.fixtures.variants import cached_variant, load_variants
 from vllm_forge.checkpoints.inspect.dry_load import (
@@ -85,7 +84,7 @@ def dry_loads(
     if not profile.tensors:
         raise UsageError(
             "a dry load needs headers, and only the index is at hand",
-            where=str(profile.checkpoint.source),
+            where=str(profile.source),
             remedy="fetch the shards, or leave out --resolve vllm",
         )
     answers = {}
@@ -100,7 +99,7 @@ def dry_loads(
 def record_verdicts(project: Project, runner: Runner) -> Path:
     """Let every line's vLLM load every tiny checkpoint; write and return the record."""
     variants, matrix = load_variants(), project.matrix
-    profiles = {name: Profile(Checkpoint.open(cached_variant(project, name))) for name in variants}
+    profiles = {name: Profile.open(cached_variant(project, name)) for name in variants}
     answers = {line: dry_load(project, line, profiles, runner) for line in matrix.line}
     releases = {name: line.vllm for name, line in matrix.line.items()}
     dispositions = read_dispositions(project.root / DISPOSITIONS)

@@ -33,7 +33,7 @@ from vllm_forge.checkpoints.inspect.checks_config import activations
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, check_id, summarize
 from vllm_forge.checkpoints.inspect.inspection import find_all
 from vllm_forge.checkpoints.inspect.manifest import nearest
-from vllm_forge.checkpoints.inspect.profile import Format, Profile
+from vllm_forge.checkpoints.inspect.profile import Format
 from vllm_forge.checkpoints.inspect.verdict import applies
 
 if TYPE_CHECKING:
@@ -212,11 +212,11 @@ class TestWeightsOnly:
         self, target: str, stored: Format, told: list[str], layouts: Callable[[str], Path]
     ) -> None:
         """FP8 blocks under mtp., and a config that means them."""
-        checkpoint = profile_of(layouts("card-no-activations")).checkpoint
+        checkpoint = profile_of(layouts("card-no-activations"))
         config = json.loads(json.dumps(checkpoint.config))
         config["quantization_config"]["ignore"] = []
         config["quantization_config"]["config_groups"]["group_0"]["targets"] = [target]
-        profile = Profile(replace(checkpoint, config=config))
+        profile = replace(checkpoint, config=config)
         profile.formats["mtp.0.attn.wo_a"] = stored
         found = self._repacked(list(activations(profile)))
         assert [f.scope for f in found] == [Scope.DRAFT] * len(told)
@@ -384,10 +384,10 @@ class TestProfile:
     def test_a_config_without_a_number_is_refused(
         self, key: str, layouts: Callable[[str], Path]
     ) -> None:
-        checkpoint = profile_of(layouts("card")).checkpoint
+        checkpoint = profile_of(layouts("card"))
         config = {name: value for name, value in checkpoint.config.items() if name != key}
         with pytest.raises(CheckpointUnreadableError, match=key):
-            Profile(replace(checkpoint, config=config))
+            replace(checkpoint, config=config)
 
     @pytest.mark.parametrize(
         ("change", "words"),
@@ -399,9 +399,9 @@ class TestProfile:
     def test_another_model_is_refused(
         self, change: dict[str, Any], words: str, layouts: Callable[[str], Path]
     ) -> None:
-        checkpoint = profile_of(layouts("card")).checkpoint
+        checkpoint = profile_of(layouts("card"))
         with pytest.raises(CheckpointUnreadableError, match=words):
-            Profile(replace(checkpoint, config={**checkpoint.config, **change}))
+            replace(checkpoint, config={**checkpoint.config, **change})
 
 
 def test_alike_names_are_reported_once() -> None:

@@ -122,7 +122,7 @@ def test_no_tensor_data_is_read_but_single_scales(tmp_path: Path) -> None:
     folder = layout(tmp_path, "card")
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     place = Memory(files)
-    profile = Profile(Checkpoint.open(place))
+    profile = Profile.open(place)
     headers = sum(
         min(FIRST_READ, len(data)) for name, data in files.items() if name.endswith(".safetensors")
     )

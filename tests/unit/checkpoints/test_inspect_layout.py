@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from vllm_forge.checkpoints.architecture import main_tensors
 from vllm_forge.checkpoints.inspect.manifest import manifests, named
 from vllm_forge.checkpoints.inspect.profile import (
     Drafter,
     Format,
     Part,
     draft_tensors,
-    main_tensors,
     part_of,
 )
 from vllm_forge.checkpoints.tensors import DTYPE_BYTES

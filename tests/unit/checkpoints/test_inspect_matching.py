@@ -13,7 +13,7 @@ from packaging.version import Version
 from tests.support.layouts import layout, layout_config, profile_of
 from vllm_forge.checkpoints.inspect.inspection import find_all
 from vllm_forge.checkpoints.inspect.manifest import departures, named, nearest
-from vllm_forge.checkpoints.inspect.matching import BadPatternError, is_rule, matches, means, probes
+from vllm_forge.checkpoints.inspect.matching import Rules, probes
 from vllm_forge.checkpoints.inspect.profile import Drafter, Format, drafter_of, recognize, split
 
 if TYPE_CHECKING:
@@ -39,14 +39,13 @@ OLD, NEW = Version("0.26.0"), Version("0.33.0")
     ],
 )
 def test_a_rule_is_a_name_a_class_or_a_pattern(rule: str, name: str, told: bool) -> None:
-    assert matches(rule, name) is told
+    assert Rules([rule]).match(name) is told
 
 
 def test_nonsense_is_reported() -> None:
-    assert not is_rule("re:(")
-    assert is_rule("(")
-    with pytest.raises(BadPatternError):
-        matches("re:(", "x")
+    rules = Rules(["(", "re:x", "re:("])
+    assert rules.malformed == ["re:("]
+    assert rules.literal == {"("}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +61,7 @@ def test_nonsense_is_reported() -> None:
 def test_the_parts_mean_the_whole_since_the_model_says_so(
     rules: list[str], version: Version, told: bool
 ) -> None:
-    assert means(rules, FUSED, version) is told
+    assert Rules(rules).means(FUSED, version) is told
 
 
 def test_experts_are_asked_for_by_other_names_since_0_32() -> None:
@@ -140,8 +139,7 @@ class TestManifest:
     def test_something_else_is_like_none(self, tmp_path: Path) -> None:
         profile = profile_of(layout(tmp_path, "card"))
         foreign = {f"vision.part{n}": "x" for n in range(len(profile.modules))}
-        checkpoint = replace(profile.checkpoint, names={**profile.names, **foreign})
-        assert nearest(type(profile)(checkpoint)) is None
+        assert nearest(replace(profile, names={**profile.names, **foreign})) is None
 
 
 class TestRecord:

@@ -41,17 +41,17 @@ def test_a_folder_is_one(card: Path) -> None:
 
 
 def test_an_index_alone_gives_names(card: Path) -> None:
-    profile = Profile(Checkpoint.open(str(card / INDEX)))
-    assert profile.checkpoint.tensors == {}
+    profile = Profile.open(str(card / INDEX))
+    assert profile.tensors == {}
     assert set(profile.names) == set(profile_of(card).names)
-    assert profile.checkpoint.missing_shards == tuple(profile_of(card).checkpoint.shards)
+    assert profile.missing_shards == tuple(profile_of(card).shards)
     assert profile.formats == {}
 
 
 def test_a_folder_whose_shards_are_missing_is_an_index_alone(card: Path, tmp_path: Path) -> None:
     for name in (INDEX, "config.json"):
         (tmp_path / name).write_bytes((card / name).read_bytes())
-    assert Profile(Checkpoint.open(tmp_path)).tensors == {}
+    assert Profile.open(tmp_path).tensors == {}
 
 
 @pytest.mark.parametrize("wanted", ["nothing", "./nothing/here", "/nothing", "a/b/c", "~/x/y"])
@@ -67,10 +67,10 @@ def test_another_file_is_reported(card: Path) -> None:
 
 class TestHub:
     def test_headers_are_those_of_the_folder(self, hub: HubServer, card: Path) -> None:
-        profile = Profile(Checkpoint.open("owner/name@main"))
+        profile = Profile.open("owner/name@main")
         assert profile.tensors == profile_of(card).tensors
         assert read_scalars(profile) == read_scalars(profile_of(card))
-        assert str(profile.checkpoint.source) == f"owner/name@{COMMIT[:12]} at {hub.url}"
+        assert str(profile.source) == f"owner/name@{COMMIT[:12]} at {hub.url}"
 
     def test_no_more_is_fetched_than_headers(self, hub: HubServer) -> None:
         # A shard whose data is much longer than its header.
@@ -85,7 +85,7 @@ class TestHub:
 
     def test_a_hub_that_ignores_ranges_is_read_too(self, hub: HubServer, card: Path) -> None:
         hub.ranges = False
-        assert Profile(Checkpoint.open("owner/name")).tensors == profile_of(card).tensors
+        assert Profile.open("owner/name").tensors == profile_of(card).tensors
 
     def test_an_answer_that_is_too_short_is_reported(self, hub: HubServer) -> None:
         place = find_source("owner/name")

@@ -22,10 +22,10 @@ from vllm_forge.checkpoints.inspect.findings import (
 )
 from vllm_forge.checkpoints.inspect.matching import (
     FUSION_KNOWN,
+    LINEAR_CLASS,
     PROBES_CHANGED,
     Group,
-    is_rule,
-    means,
+    Rules,
     resolve,
     resolve_experts,
     serving_modules,
@@ -87,7 +87,7 @@ WHY = {
 
 def form(profile: Profile) -> Iterator[Finding]:
     """A config.json from which vLLM builds the model at all."""
-    named = profile.config.get("architectures")
+    named = profile.model.get("architectures")
     if not named:
         yield finding(
             "no-architecture",
@@ -95,7 +95,7 @@ def form(profile: Profile) -> Iterator[Finding]:
         )
     elif named != ARCHITECTURES:
         yield finding("other-architecture", f"{str(named)[:SHOWN]!r}, not {ARCHITECTURES}")
-    if "compress_ratios" not in profile.checkpoint.served:
+    if "compress_ratios" not in profile.served:
         yield finding(
             "layer-types",
             "vLLM 0.22.1 reads compress_ratios, 0.26.0 takes no layer types of this model, 0.33.0 "
@@ -164,7 +164,7 @@ def native_experts(profile: Profile) -> Iterator[Finding]:
 
 
 def _native_format(profile: Profile, *, ignored: bool) -> Format:
-    if profile.config.get("expert_dtype", "fp4") != "fp4":
+    if profile.model.get("expert_dtype", "fp4") != "fp4":
         return Format.FP8_NATIVE
     algorithm = str(profile.quantization.get("moe_quant_algo") or "").upper()
     return Format.MODELOPT_NVFP4 if algorithm == "NVFP4" and not ignored else Format.MXFP4_NATIVE
@@ -178,7 +178,7 @@ def native_scales(profile: Profile) -> Iterator[Finding]:
     """
     if (
         profile.quantization.get("quant_method") not in NATIVE
-        or profile.config.get("expert_dtype", "fp4") != "fp4"
+        or profile.model.get("expert_dtype", "fp4") != "fp4"
     ):
         return
     rounded = []
@@ -248,12 +248,12 @@ def _repacked_wo_a(profile: Profile) -> Iterator[Finding]:
     0.30.0 what is not FP8 is taken for BF16 there, so torch.bmm gets them instead.
     tests/patches/test_repacked_wo_a.py has this of each line.
     """
-    if not all(map(is_rule, profile.rules)):
+    if profile.malformed is not None:
         return  # `rules` reports it
     modules = []
     for layer, block in profile.blocks.items():
         name = f"model.layers.{layer}.attn.wo_a"
-        group = resolve(profile.groups, profile.ignore, name, FIRST)
+        group = resolve(profile.groups, profile.ignored, name, FIRST)
         kind = profile.formats.get(f"{block}.attn.wo_a")
         if kind is Format.FP8_BLOCK and group is not None and _weights_only(group):
             modules.append(f"{block}.attn.wo_a.weight")
@@ -301,7 +301,7 @@ def nvfp4_scales(profile: Profile) -> Iterator[Finding]:
             "the group quantizes activations, but there is no input_global_scale of "
             f"{summarize(absent)}",
         )
-    if profile.format_of(Part.EXPERTS, draft=False)[Format.NVFP4]:
+    if profile.formats_of[Part.EXPERTS, False][Format.NVFP4]:
         yield finding(
             "scale-per-expert",
             "KeyError w13_input_scale before vLLM 0.22.0; on every later one with "
@@ -319,21 +319,27 @@ def rules(profile: Profile) -> Iterator[Finding]:
     """No rules that are malformed, or that match no module at all, or every one."""
     if not profile.groups:
         return
-    malformed = next((rule for rule in profile.rules if not is_rule(rule)), None)
-    if malformed is not None:
-        yield finding("malformed-rule", malformed)
+    if profile.malformed is not None:
+        yield finding("malformed-rule", profile.malformed)
         return
-    known = serving_modules(profile.config, (*range(profile.layers), *profile.draft_layers))
-    stored = [f"model.{module}" for module in profile.modules] + list(profile.modules)
+    known = set(serving_modules(profile.model, profile.blocks))
+    stored = {*profile.modules, *(f"model.{module}" for module in profile.modules)}
     for group in profile.groups:
+        idle = group.rules.literal - known - stored - {LINEAR_CLASS}
         for target in group.targets:
-            hits = sum(means([target], name, FIRST) for name in known)
+            if target in group.rules.literal and target != LINEAR_CLASS:
+                continue
+            rule = Rules([target])
+            hits = sum(map(rule.match, known))
             if hits == len(known):
                 yield finding("targets-every", f"{group.name}: {target}")
-            elif not hits and not any(means([target], name, FIRST) for name in stored):
-                yield finding("targets-none", f"{group.name}: {target}")
-    literal = {rule for rule in profile.ignore if not rule.startswith("re:")} - HARMLESS
-    if stale := sorted(literal - set(known)):
+            elif not hits and not any(map(rule.match, stored)):
+                idle.add(target)
+        if idle:
+            first, *others = [target for target in group.targets if target in idle]
+            more = f" and {len(others)} more" if others else ""
+            yield finding("targets-none", f"{group.name}: {first}{more}")
+    if stale := sorted(profile.ignored.literal - HARMLESS - known):
         yield finding(
             "stale-ignore", f"{len(stale)} literal entries match nothing, e.g. {stale[0]}"
         )
@@ -343,7 +349,7 @@ def resolution(profile: Profile) -> Iterator[Finding]:
     """What each module gets fits how it is stored, for every vLLM."""
     if profile.quantization.get("quant_method") != COMPRESSED or not profile.formats:
         return
-    if not all(map(is_rule, profile.rules)):
+    if profile.malformed is not None:
         return  # `rules` reports it
     eras: list[Era] = []
     for since, before in ERAS:
@@ -360,7 +366,7 @@ def _modules(
     profile: Profile, layer: int, block: str, version: Version
 ) -> Iterator[tuple[str, Format, Group | None, bool]]:
     """Name, stored format, group, and whether the ignore list took it, of a layer's modules."""
-    groups, ignore = profile.groups, profile.ignore
+    groups, ignore = profile.groups, profile.ignored
     prefix = f"model.layers.{layer}"
     for module, stored in STORED.items():
         kind = profile.formats.get(f"{block}.{stored}")
@@ -368,13 +374,11 @@ def _modules(
             name = f"{prefix}.{module}"
             # Without a prefix of its own before 0.24.0; then no rule can match it.
             group = resolve(groups, ignore, name, version)
-            yield name, kind, group, means(ignore, name, version)
+            yield name, kind, group, ignore.means(name, version)
     kind = profile.formats.get(f"{block}.{EXPERTS}.0.w1")
     if kind is not None:
         resolved = resolve_experts(groups, ignore, layer, version)
-        hidden = any(group is None for group in resolved) and bool(
-            resolve_experts(groups, (), layer, version)[0]
-        )
+        hidden = None in resolved and bool(resolve_experts(groups, Rules(()), layer, version)[0])
         group = resolved[0] if all(other == resolved[0] for other in resolved) else None
         yield f"{prefix}.{EXPERTS}", kind, group, hidden
 

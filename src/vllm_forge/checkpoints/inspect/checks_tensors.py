@@ -50,24 +50,22 @@ WEIGHTS = ("weight", "weight_packed")
 
 def files(profile: Profile) -> Iterator[Finding]:
     """Shards, index and sizes agree."""
-    checkpoint = profile.checkpoint
-    if missing := checkpoint.missing_shards:
+    if missing := profile.missing_shards:
         yield finding(
             "missing-shards",
-            f"{len(missing)} of {len(set((checkpoint.index or {}).values()))} shards are not "
+            f"{len(missing)} of {len(set((profile.index or {}).values()))} shards are not "
             f"here, e.g. {missing[0]}",
-            effect=Effect.REFUSES if checkpoint.tensors else Effect.NOTES,
+            effect=Effect.REFUSES if profile.tensors else Effect.NOTES,
         )
-    if checkpoint.misplaced:
+    if profile.misplaced:
         yield finding(
             "index-differs",
-            f"not where the index says, or not in it: {summarize(checkpoint.misplaced)}; vLLM "
+            f"not where the index says, or not in it: {summarize(profile.misplaced)}; vLLM "
             "takes from the index which shards there are, and no more, other readers stop",
         )
-    if not missing and checkpoint.tensors and checkpoint.total_size not in (None, checkpoint.bytes):
+    if not missing and profile.tensors and profile.total_size not in (None, profile.bytes):
         yield finding(
-            "total-size",
-            f"it says {checkpoint.total_size} bytes, the tensors have {checkpoint.bytes}",
+            "total-size", f"it says {profile.total_size} bytes, the tensors have {profile.bytes}"
         )
 
 
@@ -105,7 +103,7 @@ def drafter(profile: Profile) -> Iterator[Finding]:
             f"missing {summarize(absent)}, of {len(profile.draft)} that its config has",
             check="missing-mtp" if is_mtp else "other-drafter",
         )
-    aliases = [tensor.name for tensor in alias_tensors(profile.config)]
+    aliases = [tensor.name for tensor in alias_tensors(profile.model)]
     if profile.drafter is Drafter.MTP and not profile.names.keys() >= set(aliases):
         yield finding(
             "no-aliases",
@@ -158,7 +156,7 @@ def others(profile: Profile) -> Iterator[Finding]:
 def unknown(profile: Profile) -> Iterator[Finding]:
     """No names that no module of the model has; loaders look each of them up."""
     promised = bool(profile.draft_layers)
-    expected = [*profile.main.values(), *alias_tensors(profile.config)]
+    expected = [*profile.main.values(), *alias_tensors(profile.model)]
     expected += profile.draft.values() if profile.drafter is not Drafter.NONE else []
     known = {split(tensor.name)[0] for tensor in expected}
     known |= {_other_name(tensor.name) for tensor in expected}
@@ -179,7 +177,7 @@ def unknown(profile: Profile) -> Iterator[Finding]:
 
 def tokenizer(profile: Profile) -> Iterator[Finding]:
     """What serving needs beside the tensors."""
-    if profile.tensors and TOKENIZER not in profile.checkpoint.source.sizes:
+    if profile.tensors and TOKENIZER not in profile.source.sizes:
         yield finding("no-tokenizer", f"no {TOKENIZER}: it serves with --tokenizer alone")
 
 
@@ -324,7 +322,7 @@ def read_scalars(profile: Profile) -> dict[str, float]:
     scalars: dict[str, float] = {}
     for run in runs:
         first, last = run[0][1], run[-1][1]
-        data = profile.checkpoint.source.read(first.shard, first.begin, last.end)
+        data = profile.source.read(first.shard, first.begin, last.end)
         for name, tensor in run:
             (scalars[name],) = struct.unpack_from("<f", data, tensor.begin - first.begin)
     return scalars
@@ -400,14 +398,14 @@ def uniform_draft(profile: Profile) -> Iterator[Finding]:
     """No drafter of which one part was quantized and another was not."""
     kinds = {kind for module, kind in profile.formats.items() if module.startswith(DRAFT)}
     made = kinds & {Format.NVFP4, Format.W4A16, Format.MODELOPT_NVFP4}
-    if made and Format.PLAIN in profile.format_of(Part.EXPERTS, draft=True):
+    if made and Format.PLAIN in profile.formats_of[Part.EXPERTS, True]:
         yield finding("partial-draft", ", ".join(sorted(kinds)))
 
 
 def plain_tensors(profile: Profile) -> Iterator[Finding]:
     """What is stored as it is: its shape as the config says, and numbers of the right kind."""
     draft = profile.draft if profile.drafter is not Drafter.NONE else {}
-    aliases = {tensor.name: tensor for tensor in alias_tensors(profile.config)}
+    aliases = {tensor.name: tensor for tensor in alias_tensors(profile.model)}
     for scope, wanted in ((Scope.TARGET, profile.main), (Scope.DRAFT, {**draft, **aliases})):
         other_shapes, other_kinds = [], []
         for name, spec in wanted.items():

@@ -118,7 +118,7 @@ def write_request(folder: Path, profiles: Mapping[str, Profile], sku: Sku) -> No
             cases.append(
                 {
                     "name": name,
-                    "config": dict(profile.checkpoint.served),
+                    "config": dict(profile.served),
                     "tensors": f"tensors-{number}.json",
                     "methods": METHODS[profile.drafter] if profile.draft_layers else (),
                 }

@@ -143,7 +143,7 @@ def inspect(
         rows, wrong = compare(profile, source, values)
         findings = _sorted([*findings, *wrong])
     return Report(
-        place=str(profile.checkpoint.source),
+        place=str(profile.source),
         read="headers" if profile.tensors else "index",
         artifact=compared,
         asked=artifact is not None,
@@ -151,8 +151,8 @@ def inspect(
         promised=len(profile.draft_layers),
         tensors=len(profile.names),
         draft_tensors=len(profile.draft_names),
-        shards=len(profile.checkpoint.shards),
-        bytes=profile.checkpoint.bytes,
+        shards=len(profile.shards),
+        bytes=profile.bytes,
         config=config_facts(profile),
         parts=tuple(_parts(profile)),
         values=tuple(rows),
@@ -177,7 +177,7 @@ def _parts(profile: Profile) -> Iterator[PartRow]:
             dtypes = profile.dtypes.get((part, draft))
             if dtypes is None:
                 continue
-            formats = profile.format_of(part, draft=draft)
+            formats = profile.formats_of[part, draft]
             yield PartRow(
                 part=part,
                 draft=draft,

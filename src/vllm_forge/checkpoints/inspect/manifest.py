@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from vllm_forge.checkpoints.architecture import main_tensors
 from vllm_forge.checkpoints.inspect.checks_config import ARGUMENTS, is_of
 from vllm_forge.checkpoints.inspect.findings import (
     NUMBER,
@@ -33,7 +34,6 @@ from vllm_forge.checkpoints.inspect.profile import (
     RequiredTensor,
     alias_tensors,
     draft_tensors,
-    main_tensors,
     stored_as,
 )
 from vllm_forge.checkpoints.tensors import strict_json
@@ -121,7 +121,8 @@ class Manifest(FrozenModel):
         for tensor in tensors:
             allowed = self.formats_of(tensor)
             if not allowed:
-                yield RequiredTensor(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape)
+                spec = vars(tensor)
+                yield RequiredTensor(**spec, dtypes=(tensor.dtype,))
                 continue
             stored = (formats or {}).get(tensor.name.removesuffix(".weight"))
             kind = stored if stored in allowed else allowed[0]
@@ -156,7 +157,7 @@ def nearest(profile: Profile) -> str | None:
     """The artifact that a checkpoint is, or was meant to be; None when it is like none of them."""
     if not profile.tensors:
         return None
-    config = {**profile.config, "num_hidden_layers": min(profile.layers, TELLING_LAYERS)}
+    config = {**profile.model, "num_hidden_layers": min(profile.layers, TELLING_LAYERS)}
     kinds = {
         NUMBER.sub("N", name)
         for name in profile.names
@@ -179,7 +180,7 @@ def departures(profile: Profile, name: str) -> Iterator[Finding]:
     absent: list[str] = []
     wrong: list[str] = []
     known: set[str] = set()
-    for required in manifest.wanted(profile.config, profile.formats):
+    for required in manifest.wanted(profile.model, profile.formats):
         known.add(required.name)
         tensor = profile.tensors.get(required.name)
         if tensor is None:
@@ -240,12 +241,12 @@ def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Findi
     Raises:
         UsageError: digests are wanted and there is no record of them.
     """
-    text = profile.checkpoint.source.text(RECORD)
+    text = profile.source.text(RECORD)
     if text is None or not profile.tensors:
         if digests:
             raise UsageError(
                 f"--digests needs {RECORD}, which the checkpoint does not have",
-                where=str(profile.checkpoint.source),
+                where=str(profile.source),
                 remedy="leave it out, or compare with the model: --source PLACE --values 0",
             )
         return

@@ -17,6 +17,7 @@ import re
 import signal
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
@@ -25,7 +26,6 @@ from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
-
 
 LINEAR_CLASS = "Linear"
 # get_moe_method probes three names of expert 0 below the experts' own name.
@@ -46,6 +46,48 @@ MAX_LENGTH = 1 << 16  # of a pattern: its compiled form takes memory
 PATTERN = "re:"
 
 
+class Rules:
+    """Rules that are asked together, compiled.
+
+    Attributes:
+        literal: names, or the class of a module.
+        malformed: those that are not regular expressions; they match nothing.
+    """
+
+    def __init__(self, rules: Iterable[str]) -> None:
+        self.literal, self.malformed = set[str](), list[str]()
+        self._patterns: list[re.Pattern[str]] = []
+        for rule in dict.fromkeys(rules):
+            if not rule.startswith(PATTERN):
+                self.literal.add(rule)
+            elif (pattern := _compiled(rule)) is None:
+                self.malformed.append(rule)
+            else:
+                self._patterns.append(pattern)
+
+    def match(self, name: str) -> bool:
+        """Whether one of the rules means a module of that name."""
+        if name in self.literal or LINEAR_CLASS in self.literal:
+            return True
+        return any(pattern.match(name) for pattern in self._patterns)
+
+    def means(self, name: str, version: Version) -> bool:
+        """Whether one of the rules means the module, as this vLLM asks."""
+        if self.match(name):
+            return True
+        prefix, _, last = name.rpartition(".")
+        if version < FUSION_KNOWN or last not in FUSED:
+            return False
+        return all(self.match(f"{prefix}.{part}") for part in FUSED[last])
+
+
+def _compiled(rule: str) -> re.Pattern[str] | None:
+    try:
+        return re.compile(rule.removeprefix(PATTERN))
+    except (re.error, OverflowError, RecursionError):  # the latter: too much, too deep
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """One of config_groups."""
@@ -55,9 +97,10 @@ class Group:
     weights: Mapping[str, Any]
     inputs: Mapping[str, Any] | None
 
-
-class BadPatternError(ValueError):
-    """A malformed regular expression."""
+    @cached_property
+    def rules(self) -> Rules:
+        """The targets, to be matched."""
+        return Rules(self.targets)
 
 
 def read_groups(quantization: Mapping[str, Any]) -> tuple[Group, ...]:
@@ -73,47 +116,11 @@ def read_groups(quantization: Mapping[str, Any]) -> tuple[Group, ...]:
     )
 
 
-def matches(rule: str, name: str) -> bool:
-    """Whether a rule means a module.
-
-    Raises:
-        BadPatternError: it is malformed.
-    """
-    if not rule.startswith("re:"):
-        return rule in (name, LINEAR_CLASS)
-    try:
-        return re.match(rule.removeprefix("re:"), name) is not None
-    except (re.error, OverflowError, RecursionError) as error:  # the latter: too much, too deep
-        raise BadPatternError(f"{rule}: {error}") from None
-
-
-def is_rule(rule: str) -> bool:
-    """Whether it is a name or a regular expression."""
-    try:
-        matches(rule, "")
-    except BadPatternError:
-        return False
-    return True
-
-
-def means(rules: Iterable[str], name: str, version: Version) -> bool:
-    """Whether one of the rules means the module, as this vLLM asks."""
-    rules = tuple(rules)
-    if any(matches(rule, name) for rule in rules):
-        return True
-    prefix, _, last = name.rpartition(".")
-    if version < FUSION_KNOWN or last not in FUSED:
-        return False
-    return all(any(matches(rule, f"{prefix}.{part}") for rule in rules) for part in FUSED[last])
-
-
-def resolve(
-    groups: Iterable[Group], ignore: Iterable[str], name: str, version: Version
-) -> Group | None:
+def resolve(groups: Iterable[Group], ignore: Rules, name: str, version: Version) -> Group | None:
     """The group that a module gets; None: it is not quantized."""
-    if means(ignore, name, version):
+    if ignore.means(name, version):
         return None
-    return next((group for group in groups if means(group.targets, name, version)), None)
+    return next((group for group in groups if group.rules.means(name, version)), None)
 
 
 def probes(version: Version) -> tuple[str, str, str]:
@@ -122,7 +129,7 @@ def probes(version: Version) -> tuple[str, str, str]:
 
 
 def resolve_experts(
-    groups: Collection[Group], ignore: Collection[str], layer: int, version: Version
+    groups: Collection[Group], ignore: Rules, layer: int, version: Version
 ) -> list[Group | None]:
     """The group of each of the three projections; vLLM refuses them if they differ."""
     names = (f"model.layers.{layer}.ffn.experts.0.{probe}" for probe in probes(version))
@@ -152,12 +159,10 @@ def serving_modules(config: Mapping[str, Any], layers: Iterable[int]) -> list[st
 
 def asked_names(config: Mapping[str, Any], layers: Iterable[int]) -> list[str]:
     """All names that a rule is asked with: those, and the parts of what is fused in them."""
-    modules = serving_modules(config, layers)
-    parts = []
-    for name in modules:
-        prefix, _, last = name.rpartition(".")
-        parts += [f"{prefix}.{part}" for part in FUSED.get(last, ())]
-    return modules + parts
+    names = serving_modules(config, layers)
+    for prefix, _, last in [name.rpartition(".") for name in names]:
+        names += [f"{prefix}.{part}" for part in FUSED.get(last, ())]
+    return names
 
 
 class _Expired(BaseException):
@@ -188,15 +193,15 @@ def require_termination(
     """Refuse a config with a pattern that does not terminate. Call it from the main thread.
 
     Args:
-        targets: rules of the groups; those that are not patterns take no time.
+        targets: rules of the groups.
         ignore: rules of the ignore list.
         names: that all of them are matched with.
         rest: that a target is matched with which matches none of these.
         where: the config, for messages.
 
     Raises:
-        CheckpointUnreadableError: one is longer than MAX_LENGTH, or takes more than LIMIT_S of CPU
-            time, or all of them together do.
+        CheckpointUnreadableError: a pattern is longer than MAX_LENGTH, or all of them together take
+            more than LIMIT_S of CPU time.
     """
     rules = dict.fromkeys(ignore, False) | dict.fromkeys(targets, True)
     names, rest, rule = list(names), list(rest), ""
@@ -207,14 +212,12 @@ def require_termination(
                     continue
                 if len(rule) > MAX_LENGTH:
                     raise _refused(f"longer than {MAX_LENGTH} characters", rule, where)
-                try:
-                    match = re.compile(rule.removeprefix(PATTERN)).match
-                except (re.error, OverflowError, RecursionError):
+                if (pattern := _compiled(rule)) is None:
                     continue  # checks_config.rules reports it
-                matched = [name for name in names if match(name)]
+                matched = [name for name in names if pattern.match(name)]
                 if is_target and not matched:
                     for name in rest:
-                        match(name)
+                        pattern.match(name)
     except _Expired:
         what = f"that takes more than {LIMIT_S:g} s on the model's names"
         raise _refused(what, rule, where) from None

@@ -1,7 +1,7 @@
 """What the checks of a checkpoint share: parts of the model, formats of weights, the drafter.
 
-Names and dtypes of the unquantized model are in architecture.py. Suffixes, dtypes and shapes
-of formats are those that vLLM registers for the same scheme:
+Names and dtypes of the unquantized model are in architecture.py. Suffixes, dtypes and shapes of
+formats are those that vLLM registers for the same scheme:
 compressed_tensors_moe_w4a4_nvfp4.py, compressed_tensors_w8a8_fp8.py, compressed_tensors_moe_wna16
 of vllm/model_executor/layers/quantization/compressed_tensors, and modelopt.py, fp8.py, mxfp4.py
 beside it (0.22.1, 0.26.0, 0.33.0). DeepSeek's own ``.scale`` is renamed by its loaders
@@ -18,14 +18,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.architecture import (
-    all_tensors,
     dspark_tensors,
     has_dspark,
+    main_tensors,
     mtp_tensors,
     require_deepseek_v4,
 )
+from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.inspect.matching import (
     Group,
+    Rules,
     asked_names,
     read_groups,
     require_termination,
@@ -33,10 +35,7 @@ from vllm_forge.checkpoints.inspect.matching import (
 from vllm_forge.checkpoints.tensors import TensorSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-
-    from vllm_forge.checkpoints.checkpoint import Checkpoint
-    from vllm_forge.checkpoints.tensors import StoredTensor, TensorSpec
+    from collections.abc import Iterable, Iterator, Mapping
 
 DRAFT = "mtp."
 BLOCK = re.compile(r"^(?:layers|mtp)\.\d+\.")
@@ -44,9 +43,6 @@ BLOCK = re.compile(r"^(?:layers|mtp)\.\d+\.")
 LINEAR = re.compile(
     r"\.(w1|w2|w3|wq_a|wq_b|wkv|wo_a|wo_b|wgate|weights_proj|e_proj|h_proj|main_proj)\.weight$"
 )
-Shape = tuple[int, ...]
-# Global scales are scalars. Lists of one element are taken too (tests/patches/
-# test_global_scale_shape.py); the difference is reported, see checks_tensors.py.
 HALF = ("BF16", "F16")
 
 
@@ -69,8 +65,8 @@ class Part(StrEnum):
 
 
 # First match wins; the names are without "layers.<i>." or "mtp.<i>.".
-RULES = tuple(
-    (re.compile(pattern), part)
+RULES = {
+    re.compile(pattern): part
     for pattern, part in (
         (r"ffn\.experts\.\d+\.", Part.EXPERTS),
         (r"ffn\.shared_experts\.", Part.SHARED_EXPERTS),
@@ -85,7 +81,7 @@ RULES = tuple(
         (r"(e_proj|h_proj|main_proj)\.", Part.PROJECTIONS),
         (r"(markov_head|confidence_head)\.", Part.DRAFT_HEADS),
     )
-)
+}
 
 
 class Drafter(StrEnum):
@@ -100,25 +96,17 @@ class Drafter(StrEnum):
 def part_of(name: str) -> Part:
     """The class of a stored tensor, by its name."""
     local = BLOCK.sub("", name)
-    return next((part for pattern, part in RULES if pattern.match(local)), Part.OTHER)
+    return next((part for pattern, part in RULES.items() if pattern.match(local)), Part.OTHER)
 
 
 def drafter_of(names: Iterable[str]) -> Drafter:
     """By the tensors that only one of them has: MTP's enorm and hnorm, DSpark's Markov head."""
-    drafts = [name for name in names if name.startswith(DRAFT)]
+    drafts = {BLOCK.sub("", name).partition(".")[0] for name in names if name.startswith(DRAFT)}
     if not drafts:
         return Drafter.NONE
-    locals_ = {BLOCK.sub("", name).partition(".")[0] for name in drafts}
-    if "markov_head" in locals_:
+    if "markov_head" in drafts:
         return Drafter.DSPARK
-    if locals_ & {"enorm", "hnorm", "e_proj", "h_proj"}:
-        return Drafter.MTP
-    return Drafter.UNKNOWN
-
-
-def main_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
-    """Everything but the drafter."""
-    return (tensor for tensor in all_tensors(config) if not tensor.name.startswith(DRAFT))
+    return Drafter.MTP if drafts & {"enorm", "hnorm", "e_proj", "h_proj"} else Drafter.UNKNOWN
 
 
 def draft_tensors(config: Mapping[str, Any], drafter: Drafter) -> Iterator[TensorSpec]:
@@ -141,7 +129,7 @@ def alias_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
 
 
 class Format(StrEnum):
-    """How a weight is stored."""
+    """How the weight of a linear layer is stored."""
 
     PLAIN = "plain"
     NVFP4 = "nvfp4"
@@ -160,7 +148,9 @@ class Piece:
     Attributes:
         suffix: after the module's name, e.g. ``weight_scale``.
         dtypes: safetensors names that are right; the first one is what our tools write.
-        shape: from the weight's rows and columns.
+        block: rows and columns of the weight for each of its elements.
+        fixed: its shape where that does not depend on the weight's. () is a scalar; lists of one
+            element are taken too (tests/patches/test_global_scale_shape.py), and reported.
         optional: some writers leave it out.
         converted: dtypes that are not right, and that vLLM's copy turns into the right one without
             a change of meaning (verdict.KEEP).
@@ -168,61 +158,45 @@ class Piece:
 
     suffix: str
     dtypes: tuple[str, ...]
-    shape: Callable[[int, int], Shape]
+    block: tuple[int, int] = (1, 1)
+    fixed: tuple[int, ...] | None = None
     optional: bool = False
     converted: tuple[str, ...] = ()
 
 
-def _matrix(rows: int, columns: int) -> Shape:
-    return (rows, columns)
-
-
-def _scalar(_rows: int, _columns: int) -> Shape:
-    return ()
-
-
-def _blocks(rows: int, columns: int) -> Shape:
-    return (-(-rows // 128), -(-columns // 128))
-
-
-def _columns(block: int) -> Callable[[int, int], Shape]:
-    """One element per ``block`` columns."""
-    return lambda rows, columns: (rows, -(-columns // block))
-
-
 PIECES: dict[Format, tuple[Piece, ...]] = {
-    Format.PLAIN: (Piece("weight", ("BF16", "F32"), _matrix),),
+    Format.PLAIN: (Piece("weight", ("BF16", "F32")),),
     Format.NVFP4: (
-        Piece("weight_packed", ("U8",), _columns(2), converted=("I8",)),
-        Piece("weight_scale", ("F8_E4M3",), _columns(16)),
-        Piece("weight_global_scale", ("F32",), _scalar, converted=HALF),
-        Piece("input_global_scale", ("F32",), _scalar, optional=True, converted=HALF),
+        Piece("weight_packed", ("U8",), (1, 2), converted=("I8",)),
+        Piece("weight_scale", ("F8_E4M3",), (1, 16)),
+        Piece("weight_global_scale", ("F32",), fixed=(), converted=HALF),
+        Piece("input_global_scale", ("F32",), fixed=(), optional=True, converted=HALF),
     ),
     Format.MODELOPT_NVFP4: (
-        Piece("weight", ("U8",), _columns(2)),
-        Piece("weight_scale", ("F8_E4M3",), _columns(16)),
-        Piece("weight_scale_2", ("F32",), _scalar),
-        Piece("input_scale", ("F32",), _scalar),
+        Piece("weight", ("U8",), (1, 2)),
+        Piece("weight_scale", ("F8_E4M3",), (1, 16)),
+        Piece("weight_scale_2", ("F32",), fixed=()),
+        Piece("input_scale", ("F32",), fixed=()),
     ),
     Format.W4A16: (
-        Piece("weight_packed", ("I32",), _columns(8)),
-        Piece("weight_scale", ("BF16",), _columns(128)),
-        Piece("weight_shape", ("I64", "I32"), lambda _rows, _columns: (2,)),
+        Piece("weight_packed", ("I32",), (1, 8)),
+        Piece("weight_scale", ("BF16",), (1, 128)),
+        Piece("weight_shape", ("I64", "I32"), fixed=(2,)),
     ),
     Format.FP8_BLOCK: (
-        Piece("weight", ("F8_E4M3",), _matrix),
-        Piece("weight_scale", ("F32", "BF16"), _blocks, converted=("F16", "F8_E8M0")),
+        Piece("weight", ("F8_E4M3",)),
+        Piece("weight_scale", ("F32", "BF16"), (128, 128), converted=("F16", "F8_E8M0")),
     ),
     Format.FP8_NATIVE: (
-        Piece("weight", ("F8_E4M3",), _matrix),
-        Piece("scale", ("F8_E8M0", "F32"), _blocks),
+        Piece("weight", ("F8_E4M3",)),
+        Piece("scale", ("F8_E8M0", "F32"), (128, 128)),
     ),
     Format.MXFP4_NATIVE: (
-        Piece("weight", ("I8", "U8"), _columns(2)),
-        Piece("scale", ("F8_E8M0",), _columns(32), converted=("U8",)),
+        Piece("weight", ("I8", "U8"), (1, 2)),
+        Piece("scale", ("F8_E8M0",), (1, 32), converted=("U8",)),
     ),
 }
-SUFFIXES = frozenset(piece.suffix for pieces in PIECES.values() for piece in pieces) | {
+SUFFIXES = {piece.suffix for pieces in PIECES.values() for piece in pieces} | {
     "weight_scale_inv",
     "weight_zero_point",
     "weight_g_idx",
@@ -231,29 +205,24 @@ SUFFIXES = frozenset(piece.suffix for pieces in PIECES.values() for piece in pie
 
 @dataclass(frozen=True, kw_only=True)
 class RequiredTensor(TensorSpec):
-    """A tensor that a format stores; ``alternatives`` to its dtype are right too. See Piece."""
+    """A tensor that a format stores; all of ``dtypes`` are right. See Piece."""
 
-    alternatives: tuple[str, ...] = ()
+    dtypes: tuple[str, ...]
     optional: bool = False
     converted: tuple[str, ...] = ()
-
-    @property
-    def dtypes(self) -> tuple[str, ...]:
-        """The dtypes that are right; the first one is what our tools write."""
-        return (self.dtype, *self.alternatives)
 
 
 def stored_as(tensor: TensorSpec, kind: Format) -> Iterator[RequiredTensor]:
     """The stored tensors of a weight of the unquantized model (``tensor`` is [rows, columns])."""
-    rows, columns = tensor.shape
     module = tensor.name.removesuffix(".weight")
     for piece in PIECES[kind]:
-        dtype, *alternatives = (tensor.dtype,) if kind is Format.PLAIN else piece.dtypes
+        dtypes = (tensor.dtype,) if kind is Format.PLAIN else piece.dtypes
+        shape = (-(-extent // part) for extent, part in zip(tensor.shape, piece.block, strict=True))
         yield RequiredTensor(
             name=f"{module}.{piece.suffix}",
-            dtype=dtype,
-            alternatives=tuple(alternatives),
-            shape=piece.shape(rows, columns),
+            dtype=dtypes[0],
+            dtypes=dtypes,
+            shape=tuple(shape) if piece.fixed is None else piece.fixed,
             optional=piece.optional,
             converted=piece.converted,
         )
@@ -284,34 +253,52 @@ def recognize(dtypes: Mapping[str, str]) -> Format:
     return Format.UNKNOWN
 
 
-@dataclass(frozen=True)
-class Profile:
+@dataclass(frozen=True, kw_only=True)
+class Profile(Checkpoint):
     """A DeepSeek V4 checkpoint, for the checks."""
-
-    checkpoint: Checkpoint
 
     def __post_init__(self) -> None:
         """Refuse another model, and patterns that do not terminate."""
-        where = f"{self.checkpoint.source}, config.json"
-        require_deepseek_v4(self.config, where)
+        where = f"{self.source}, config.json"
+        require_deepseek_v4(self.model, where)
         if self.groups:
-            require_termination(
-                [target for group in self.groups for target in group.targets],
-                self.ignore,
-                asked_names(self.config, self.blocks),
-                [*self.modules, *(f"model.{module}" for module in self.modules)],
-                where,
-            )
+            names = [*self.modules, *(f"model.{module}" for module in self.modules)]
+            targets = [target for group in self.groups for target in group.targets]
+            asked = asked_names(self.model, self.blocks)
+            require_termination(targets, self.ignore, asked, names, where)
 
     @cached_property
-    def config(self) -> Mapping[str, Any]:
-        """The config as vLLM reads it, see ``filled_in``."""
-        return filled_in(self.checkpoint.served)
+    def model(self) -> Mapping[str, Any]:
+        """The config as vLLM reads it, with the keys of DeepSeek's own config.json.
+
+        transformers writes ``layer_types``, ``compress_rates`` and ``mlp_layer_types`` instead
+        (5.17.0, configuration_deepseek_v4.py:250-282). A config without a number of draft layers
+        has none.
+        """
+        model = {"num_nextn_predict_layers": 0, **self.served}
+        types, rates = model.get("layer_types"), model.get("compress_rates")
+        if "compress_ratios" not in model and isinstance(types, list) and isinstance(rates, dict):
+            model["compress_ratios"] = [
+                rates.get(kind, 0) if isinstance(kind, str) else None for kind in types
+            ]
+        kinds = model.get("mlp_layer_types")
+        if "num_hash_layers" not in model and isinstance(kinds, list):
+            model["num_hash_layers"] = kinds.count("hash_moe")
+        return model
 
     @cached_property
     def quantization(self) -> Mapping[str, Any]:
-        """quantization_config, empty without one."""
-        return quantization_of(self.config)
+        """quantization_config, with ``quant_method`` as vLLM spells it; empty without one.
+
+        vLLM 0.33.0, transformers_utils/model_arch_config_convertor.py:241.
+        """
+        quantization = self.model.get("quantization_config")
+        if quantization is None:
+            quantization = self.model.get("compression_config")
+        if not quantization or not (method := quantization.get("quant_method")):
+            return quantization or {}
+        spelled = method.lower().replace("compressed_tensors", "compressed-tensors")
+        return {**quantization, "quant_method": spelled}
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -323,36 +310,32 @@ class Profile:
         """Rules of modules that are not quantized."""
         return list(self.quantization.get("ignore") or ())
 
+    @cached_property
+    def ignored(self) -> Rules:
+        """The same, to be matched."""
+        return Rules(self.ignore)
+
     @property
-    def rules(self) -> list[str]:
-        """All rules: those of the ignore list first."""
-        return [*self.ignore, *(target for group in self.groups for target in group.targets)]
+    def malformed(self) -> str | None:
+        """The first rule that is not a regular expression."""
+        rules = (self.ignored, *(group.rules for group in self.groups))
+        return next((rule for each in rules for rule in each.malformed), None)
 
     @property
     def layers(self) -> int:
         """Decoder layers, draft layers not counted."""
-        return int(self.config["num_hidden_layers"])
+        return int(self.model["num_hidden_layers"])
 
     @property
     def draft_layers(self) -> range:
         """Numbers that vLLM gives the draft layers: the ones after the last decoder layer."""
-        return range(self.layers, self.layers + int(self.config["num_nextn_predict_layers"]))
+        return range(self.layers, self.layers + int(self.model["num_nextn_predict_layers"]))
 
     @property
     def blocks(self) -> dict[int, str]:
         """VLLM's number of each layer, draft layers last -> its name in the checkpoint."""
         names = {layer: f"layers.{layer}" for layer in range(self.layers)}
         return names | {layer: f"mtp.{layer - self.layers}" for layer in self.draft_layers}
-
-    @property
-    def names(self) -> Mapping[str, str]:
-        """Tensor -> shard."""
-        return self.checkpoint.names
-
-    @property
-    def tensors(self) -> Mapping[str, StoredTensor]:
-        """Tensor -> entry; empty when only the index is at hand."""
-        return self.checkpoint.tensors
 
     @cached_property
     def drafter(self) -> Drafter:
@@ -367,23 +350,23 @@ class Profile:
     @cached_property
     def main(self) -> dict[str, TensorSpec]:
         """The unquantized model's tensors by name, drafter left out."""
-        return {tensor.name: tensor for tensor in main_tensors(self.config)}
+        return {tensor.name: tensor for tensor in main_tensors(self.model)}
 
     @cached_property
     def draft(self) -> dict[str, TensorSpec]:
         """The unquantized drafter's tensors by name; MTP's where there is none."""
         kind = self.drafter if self.drafter is Drafter.DSPARK else Drafter.MTP
-        return {tensor.name: tensor for tensor in draft_tensors(self.config, kind)}
+        return {tensor.name: tensor for tensor in draft_tensors(self.model, kind)}
 
     @cached_property
     def modules(self) -> dict[str, dict[str, str]]:
         """Module -> suffix -> full name, of every tensor with a known suffix."""
-        found: dict[str, dict[str, str]] = defaultdict(dict)
+        modules: dict[str, dict[str, str]] = defaultdict(dict)
         for name in self.names:
             module, suffix = split(name)
             if suffix:
-                found[module][suffix] = name
-        return dict(found)
+                modules[module][suffix] = name
+        return dict(modules)
 
     @cached_property
     def formats(self) -> dict[str, Format]:
@@ -395,12 +378,9 @@ class Profile:
             for module, rows in self.modules.items()
         }
 
-    def format_of(self, part: Part, *, draft: bool) -> Counter[Format]:
-        """How often which format, over the linear layers of a part."""
-        return self._by_part[part, draft]
-
     @cached_property
-    def _by_part(self) -> dict[tuple[Part, bool], Counter[Format]]:
+    def formats_of(self) -> Mapping[tuple[Part, bool], Counter[Format]]:
+        """Part and whether it is the drafter's -> how often which format, over linear layers."""
         counted: dict[tuple[Part, bool], Counter[Format]] = defaultdict(Counter)
         for module, kind in self.formats.items():
             counted[part_of(f"{module}.weight"), module.startswith(DRAFT)][kind] += 1
@@ -413,35 +393,3 @@ class Profile:
         for name, entry in self.tensors.items():
             counted[part_of(name), name.startswith(DRAFT)][entry.dtype] += 1
         return dict(counted)
-
-
-def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The quantization of a config, with ``quant_method`` as vLLM spells it; empty for none.
-
-    vLLM 0.33.0, transformers_utils/model_arch_config_convertor.py:241.
-    """
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        quantization = config.get("compression_config")
-    if not quantization or not (method := quantization.get("quant_method")):
-        return quantization or {}
-    spelled = method.lower().replace("compressed_tensors", "compressed-tensors")
-    return {**quantization, "quant_method": spelled}
-
-
-def filled_in(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of DeepSeek's own config.json, from those that other writers have instead.
-
-    transformers writes ``layer_types``, ``compress_rates`` and ``mlp_layer_types`` (5.17.0,
-    configuration_deepseek_v4.py:250-282). A config without a number of draft layers has none.
-    """
-    filled = {"num_nextn_predict_layers": 0, **config}
-    types, rates = config.get("layer_types"), config.get("compress_rates")
-    if "compress_ratios" not in filled and isinstance(types, list) and isinstance(rates, dict):
-        filled["compress_ratios"] = [
-            rates.get(kind, 0) if isinstance(kind, str) else None for kind in types
-        ]
-    kinds = config.get("mlp_layer_types")
-    if "num_hash_layers" not in filled and isinstance(kinds, list):
-        filled["num_hash_layers"] = kinds.count("hash_moe")
-    return filled
