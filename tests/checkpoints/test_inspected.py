@@ -13,11 +13,10 @@ import pytest
 from vllm_forge.checkpoints.checkpoint import CheckpointSource, Folder
 from vllm_forge.checkpoints.fixtures.variants import load_variants
 from vllm_forge.checkpoints.inspect.findings import Effect
-from vllm_forge.checkpoints.inspect.inspection import find_all, inspect
+from vllm_forge.checkpoints.inspect.inspection import DATA, Verdicts, find_all, inspect
 from vllm_forge.checkpoints.inspect.manifest import nearest
 from vllm_forge.checkpoints.inspect.profile import Format, Part, Profile
 from vllm_forge.checkpoints.inspect.values import compare
-from vllm_forge.checkpoints.inspect.verdict import DATA, Verdicts, error_of
 from vllm_forge.matrix import load
 from vllm_forge.patches import read_dispositions
 
@@ -45,8 +44,8 @@ def test_rules_alone_leave_with_the_code_that_vllm_gives(
     report = inspect(
         _profile(variant(name)), asked.vllm, read_dispositions(root / "patches/vllm"), {}
     )
-    error = error_of(report, load(root).default_line)
-    assert (error and error.__name__) == asked.variants[name].error
+    error = report.error(load(root).default_line)
+    assert (error and type(error).__name__) == asked.variants[name].error
     outcomes = {line.line: line.outcome for line in report.lines}
     for line, row in asked.variants[name].lines.items():
         if (name, line) not in RULES_DO_NOT_KNOW:

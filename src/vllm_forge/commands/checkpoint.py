@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.checkpoints.errors import CheckpointDepartsError, CheckpointRefusedError
 from vllm_forge.checkpoints.quantize.calibration import AUTO
 from vllm_forge.commands.parsers import EVERY_LINE, JSON, Commands, command, group, print_json
 from vllm_forge.errors import UsageError
@@ -15,7 +14,6 @@ from vllm_forge.host import Runner
 if TYPE_CHECKING:
     import argparse
 
-    from vllm_forge.checkpoints.inspect.inspection import Report
     from vllm_forge.project import Project
 
 
@@ -97,25 +95,8 @@ def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
         print_json(args, report.model_dump_json(indent=1))
     else:
         show(report, modules=args.modules)
-    _refuse(report, line, without_mtp=args.without_mtp)
-
-
-def _refuse(report: Report, line: str, *, without_mtp: bool) -> None:
-    verdict = report.line(line)
-    if not report.serves(line, without_mtp=without_mtp):
-        waive = "" if without_mtp else "; --without-mtp if serving without it is enough"
-        raise CheckpointRefusedError(
-            "\n  - ".join([f"line {line}: {verdict.outcome}", *verdict.why]),
-            where=report.place,
-            remedy=f"see the remedies of the findings above{waive}",
-        )
-    if wrong := report.departures:
-        raise CheckpointDepartsError(
-            f"line {line}: {verdict.outcome}, but it is not what it should be\n"
-            + "\n".join(f"  - {finding.sentence}" for finding in wrong),
-            where=report.place,
-            remedy="see the remedies of the findings above",
-        )
+    if error := report.error(line, without_mtp=args.without_mtp):
+        raise error
 
 
 def verify(project: Project, _: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.checkpoints.errors import CheckpointRefusedError
 from vllm_forge.checkpoints.inspect.findings import ALIASES, FAULTS, label
-from vllm_forge.checkpoints.inspect.verdict import DATA, Outcome, Verdicts
+from vllm_forge.checkpoints.inspect.inspection import DATA, Outcome, Verdicts
 from vllm_forge.pages.markdown import table
 
 if TYPE_CHECKING:

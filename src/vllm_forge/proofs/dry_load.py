@@ -15,9 +15,8 @@ from vllm_forge.checkpoints.inspect.dry_load import (
     read_answers,
     write_request,
 )
-from vllm_forge.checkpoints.inspect.inspection import inspect
+from vllm_forge.checkpoints.inspect.inspection import DATA, Verdicts, inspect, variant_row
 from vllm_forge.checkpoints.inspect.profile import Profile
-from vllm_forge.checkpoints.inspect.verdict import DATA, Verdicts, variant_row
 from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.host import Runner, atomic_path, console, exclusive, report, which
 from vllm_forge.host.errors import CommandFailedError

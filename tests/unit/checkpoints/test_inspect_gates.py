@@ -31,10 +31,9 @@ from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.fixtures.variants import Change, apply_changes, load_variants
 from vllm_forge.checkpoints.inspect.checks_config import activations
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, check_id, summarize
-from vllm_forge.checkpoints.inspect.inspection import find_all
+from vllm_forge.checkpoints.inspect.inspection import applies, find_all
 from vllm_forge.checkpoints.inspect.manifest import nearest
 from vllm_forge.checkpoints.inspect.profile import Format
-from vllm_forge.checkpoints.inspect.verdict import applies
 
 if TYPE_CHECKING:
     from collections.abc import Callable

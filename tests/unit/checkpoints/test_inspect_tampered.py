@@ -20,7 +20,6 @@ from vllm_forge.checkpoints.errors import (
     CheckpointUnreadableError,
 )
 from vllm_forge.checkpoints.inspect.manifest import RECORD
-from vllm_forge.checkpoints.inspect.verdict import error_of
 from vllm_forge.checkpoints.tensors import copy_of, write_shard
 from vllm_forge.cli import main
 from vllm_forge.errors import ForgeError, UsageError
@@ -50,7 +49,7 @@ def _exit(files: dict[str, bytes]) -> tuple[int, str]:
     except ForgeError as error:
         return error.exit_code, str(error)
     told = " ".join(f"{finding.title}: {finding.what}" for finding in report.findings)
-    refusal = error_of(report, "0.26")
+    refusal = report.error("0.26")
     return refusal.exit_code if refusal else SERVES, told
 
 

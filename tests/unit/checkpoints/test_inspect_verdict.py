@@ -19,9 +19,8 @@ from vllm_forge.checkpoints.inspect.dry_load import (
     write_request,
 )
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope
-from vllm_forge.checkpoints.inspect.inspection import inspect
+from vllm_forge.checkpoints.inspect.inspection import LineVerdict, Outcome, applies, inspect, judge
 from vllm_forge.checkpoints.inspect.profile import Drafter
-from vllm_forge.checkpoints.inspect.verdict import LineVerdict, Outcome, applies, judge
 from vllm_forge.matrix import load
 from vllm_forge.patches import read_dispositions
 from vllm_forge.patches.dispositions import Disposition

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_forge.checkpoints.fixtures.variants import load_variants
 from vllm_forge.checkpoints.inspect.findings import ALIASES, CHECKS, FAULTS, check_id, label
-from vllm_forge.checkpoints.inspect.verdict import DATA, Outcome, VariantRow, Verdicts
+from vllm_forge.checkpoints.inspect.inspection import DATA, Outcome, VariantRow, Verdicts
 from vllm_forge.matrix import load
 
 ROOT = Path(__file__).parents[3]

@@ -120,10 +120,19 @@ def method(profile: Profile) -> Iterator[Finding]:
     elif named != COMPRESSED and named not in NATIVE:
         known = ", ".join(sorted({COMPRESSED, *NATIVE}))
         yield finding("unknown-method", f"{named!r}; known: {known}")
+    if profile.quantization and "scale_fmt" not in profile.quantization:
+        yield finding("no-scale-fmt", "vLLM before 0.23.0 reads it: KeyError")
 
 
-def native_linears(profile: Profile) -> Iterator[Finding]:
-    """DeepSeek's own config means FP8 blocks for every linear layer that is not a router's."""
+def native(profile: Profile) -> Iterator[Finding]:
+    """DeepSeek's own config means FP8 blocks for every linear layer that is not a router's.
+
+    And one format for the experts of all layers. ``moe_quant_algo`` NVFP4 means every layer's, the
+    draft's too, until vLLM reads in ``ignore`` which are left in MXFP4
+    (models/deepseek_v41/quant_config.py `_is_nvfp4_expert_layer`: in 0.33.0, not in 0.26.0; the
+    releases between were not looked at). MXFP4 fits into half of NVFP4's parameters, so vLLM says
+    nothing (docs/generated/verdicts.md, nvidia-modelopt).
+    """
     if profile.quantization.get("quant_method") not in NATIVE:
         return
     wrong = [
@@ -135,61 +144,44 @@ def native_linears(profile: Profile) -> Iterator[Finding]:
     for scope, names in by_scope(wrong):
         check = "draft-format" if scope is Scope.DRAFT else "config"
         yield finding("not-native", summarize(names), check=check, scope=scope)
-
-
-def native_experts(profile: Profile) -> Iterator[Finding]:
-    """DeepSeek's own config says one format for the experts of all layers.
-
-    ``moe_quant_algo`` NVFP4 means every layer's, the draft's too, until vLLM reads in ``ignore``
-    which are left in MXFP4 (models/deepseek_v41/quant_config.py `_is_nvfp4_expert_layer`: in
-    0.33.0, not in 0.26.0; the releases between were not looked at). MXFP4 fits into half of NVFP4's
-    parameters, so vLLM says nothing (docs/generated/verdicts.md, nvidia-modelopt).
-    """
-    if profile.quantization.get("quant_method") not in NATIVE or not profile.formats:
-        return
+    fp4 = profile.model.get("expert_dtype", "fp4") == "fp4"
     eras: list[Era] = []
     for since, before in ((FIRST, IGNORE_READ), (IGNORE_READ, None)):
-        wrong: dict[str, list[str]] = {}
+        faults: dict[str, list[str]] = {}
         for block in profile.blocks.values():
             name = f"{block}.{EXPERTS}"
             kind = profile.formats.get(f"{name}.0.w1")
             ignored = since >= IGNORE_READ and any(
                 fnmatch.fnmatchcase(name, rule) for rule in profile.ignore
             )
-            if kind not in (None, _native_format(profile, ignored=ignored)):
+            expected = Format.FP8_NATIVE
+            if fp4:
+                nvfp4 = str(profile.quantization.get("moe_quant_algo") or "").upper() == "NVFP4"
+                modelopt = nvfp4 and not ignored
+                expected = Format.MODELOPT_NVFP4 if modelopt else Format.MXFP4_NATIVE
+            if kind not in (None, expected):
                 fault = "draft-experts" if name.startswith(DRAFT) else "other-arguments"
-                wrong.setdefault(fault, []).append(name)
-        eras.append((since, before, wrong))
+                faults.setdefault(fault, []).append(name)
+        eras.append((since, before, faults))
     yield from _over_eras(eras, Effect.CORRUPTS)
+    if fp4:
+        yield from _native_scales(profile)
 
 
-def _native_format(profile: Profile, *, ignored: bool) -> Format:
-    if profile.model.get("expert_dtype", "fp4") != "fp4":
-        return Format.FP8_NATIVE
-    algorithm = str(profile.quantization.get("moe_quant_algo") or "").upper()
-    return Format.MODELOPT_NVFP4 if algorithm == "NVFP4" and not ignored else Format.MXFP4_NATIVE
-
-
-def native_scales(profile: Profile) -> Iterator[Finding]:
+def _native_scales(profile: Profile) -> Iterator[Finding]:
     """FP32 block scales where vLLM keeps E8M0: it rounds what is not a power of two to one.
 
     Beside MXFP4 experts the linear layers' scales are E8M0, beside FP8 experts FP32
     (0.33.0, models/deepseek_v4/quant_config.py, `is_scale_e8m0`).
     """
-    if (
-        profile.quantization.get("quant_method") not in NATIVE
-        or profile.model.get("expert_dtype", "fp4") != "fp4"
-    ):
-        return
     rounded = []
     for module, kind in profile.formats.items():
         scale = profile.tensors.get(f"{module}.scale")
         if kind is not Format.FP8_NATIVE or scale is None or scale.dtype != "F32":
             continue
         blocks = tuple(-(-size // BLOCK) for size in profile.tensors[f"{module}.weight"].shape)
-        if scale.shape != blocks:
-            continue  # checks_tensors.shapes reports it
-        if (np.frombuffer(scale.read(), "<u4") & SIGN_AND_MANTISSA).any():
+        # Another shape is reported by checks_tensors.shapes.
+        if scale.shape == blocks and (np.frombuffer(scale.read(), "<u4") & SIGN_AND_MANTISSA).any():
             rounded.append(f"{module}.scale")
     yield from scoped(
         "not-powers-of-two",
@@ -200,12 +192,6 @@ def native_scales(profile: Profile) -> Iterator[Finding]:
     )
 
 
-def scale_fmt(profile: Profile) -> Iterator[Finding]:
-    """A key that only DeepSeek's own configs have."""
-    if profile.quantization and "scale_fmt" not in profile.quantization:
-        yield finding("no-scale-fmt", "vLLM before 0.23.0 reads it: KeyError")
-
-
 def activations(profile: Profile) -> Iterator[Finding]:
     """No FP8 block group for weights alone, and what comes of the modules in it.
 
@@ -214,8 +200,7 @@ def activations(profile: Profile) -> Iterator[Finding]:
     scaled_mm/marlin.py:46); 0.26.0 and 0.33.0 have Humming too (:379, :522), and the releases
     between were not looked at.
     """
-    groups = [group for group in profile.groups if _weights_only(group)]
-    for group in groups:
+    for group in filter(_weights_only, profile.groups):
         yield finding(
             "no-activations",
             f"{group.name}: is_static_input_scheme becomes None, and an assert stops it",
@@ -225,8 +210,7 @@ def activations(profile: Profile) -> Iterator[Finding]:
             f"{group.name}: Marlin, the only one that vLLM has for it, does not take compute "
             "capability 8.9 and above",
         )
-    if groups:
-        yield from _repacked_wo_a(profile)
+    yield from _repacked_wo_a(profile)
 
 
 def is_of(group: Group, kind: Format) -> bool:
@@ -269,7 +253,7 @@ def _repacked_wo_a(profile: Profile) -> Iterator[Finding]:
 
 
 def actorder(profile: Profile) -> Iterator[Finding]:
-    """GPTQ's order of activations."""
+    """Orders of activations, as GPTQ has them."""
     for group in profile.groups:
         order = group.weights.get("actorder")
         if order in ORDERED and not any(n.endswith("weight_g_idx") for n in profile.names):
@@ -307,11 +291,7 @@ def nvfp4_scales(profile: Profile) -> Iterator[Finding]:
             "KeyError w13_input_scale before vLLM 0.22.0; on every later one with "
             "--moe-backend deep_gemm_mega_moe, whose experts have no such parameter",
         )
-
-
-def output_projection(profile: Profile) -> Iterator[Finding]:
-    """A draft block in BF16 has a wo_a without scales."""
-    if profile.formats.get("mtp.0.attn.wo_a") is Format.PLAIN:
+    if profile.formats.get("mtp.0.attn.wo_a") is Format.PLAIN:  # of a draft block in BF16
         yield finding("bf16-wo_a", "the output projection of vLLM before 0.30.0 takes FP8 alone")
 
 
@@ -401,13 +381,12 @@ def _over_eras(eras: list[Era], effect: Effect) -> Iterator[Finding]:
     for fault in {fault: None for _, _, faults in eras for fault in faults}:
         runs: list[tuple[Version, Version | None, list[str]]] = []
         for since, before, faults in eras:
-            names = faults.get(fault)
-            if names is None:
+            if (names := faults.get(fault)) is None:
                 continue
-            if runs and runs[-1][1] == since and runs[-1][2] == names:
-                runs[-1] = (runs[-1][0], before, names)
-            else:
-                runs.append((since, before, names))
+            begin = since
+            if runs and runs[-1][1:] == (since, names):
+                begin = runs.pop()[0]
+            runs.append((begin, before, names))
         for since, before, names in runs:
             yield finding(
                 fault,
@@ -419,6 +398,6 @@ def _over_eras(eras: list[Era], effect: Effect) -> Iterator[Finding]:
 
 
 CHECKS = (
-    form, method, native_linears, native_experts, native_scales, scale_fmt, activations, actorder,
-    nvfp4_scales, output_projection, rules, resolution,
+    form, method, native, activations, actorder, nvfp4_scales, rules,
+    resolution,
 )  # fmt: skip

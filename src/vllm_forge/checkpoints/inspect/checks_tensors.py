@@ -49,7 +49,7 @@ WEIGHTS = ("weight", "weight_packed")
 
 
 def files(profile: Profile) -> Iterator[Finding]:
-    """Shards, index and sizes agree."""
+    """Shards, index and sizes agree, and what serving needs beside the tensors is there."""
     if missing := profile.missing_shards:
         yield finding(
             "missing-shards",
@@ -67,6 +67,8 @@ def files(profile: Profile) -> Iterator[Finding]:
         yield finding(
             "total-size", f"it says {profile.total_size} bytes, the tensors have {profile.bytes}"
         )
+    if profile.tensors and TOKENIZER not in profile.source.sizes:
+        yield finding("no-tokenizer", f"no {TOKENIZER}: it serves with --tokenizer alone")
 
 
 def drafter(profile: Profile) -> Iterator[Finding]:
@@ -136,14 +138,10 @@ def router(profile: Profile) -> Iterator[Finding]:
     yield from scoped("missing-router-bias", sorted(set(tables) - set(renamed)), _missing)
 
 
-def shared_experts(profile: Profile) -> Iterator[Finding]:
-    """No matrix that was saved row by row."""
+def others(profile: Profile) -> Iterator[Finding]:
+    """Everything else that the config implies is stored, and no matrix row by row."""
     if rows := [name for name in profile.names if ROWS.search(name)]:
         yield finding("split-rows", summarize(rows))
-
-
-def others(profile: Profile) -> Iterator[Finding]:
-    """Everything else that the config implies is stored."""
     wanted = [
         tensor
         for tensor in profile.main.values()
@@ -173,12 +171,6 @@ def unknown(profile: Profile) -> Iterator[Finding]:
         hint = "loaders look for the draft layer under mtp.0, without a model. in front"
         remedy = {"remedy": hint} if misnamed and not profile.draft_names else {}
         yield finding("unknown-tensors", summarize(own), scope=scope, **remedy)
-
-
-def tokenizer(profile: Profile) -> Iterator[Finding]:
-    """What serving needs beside the tensors."""
-    if profile.tensors and TOKENIZER not in profile.source.sizes:
-        yield finding("no-tokenizer", f"no {TOKENIZER}: it serves with --tokenizer alone")
 
 
 def _missing(names: list[str]) -> str:
@@ -236,6 +228,13 @@ def shapes(profile: Profile) -> Iterator[Finding]:
     yield from scoped(
         "wrong-scales", faults["wrong-scales"], lambda names: _as_stored(profile, names)
     )
+    if any(
+        kind is Format.FP8_BLOCK and module.endswith(".attn.wo_a") and not module.startswith(DRAFT)
+        for module, kind in profile.formats.items()
+    ):
+        yield finding(
+            "wo_a-scale", "the output projection of vLLM before 0.27.0 reads weight_scale_inv"
+        )
 
 
 def _fault(profile: Profile, required: RequiredTensor) -> tuple[str, str]:
@@ -260,17 +259,6 @@ def _as_stored(profile: Profile, names: list[str]) -> str:
     return f"{len(names)}, e.g. {names[0]} {tensor.dtype} {list(tensor.shape)}"
 
 
-def block_scale_names(profile: Profile) -> Iterator[Finding]:
-    """The scale of the one projection that reads it by name."""
-    if any(
-        kind is Format.FP8_BLOCK and module.endswith(".attn.wo_a") and not module.startswith(DRAFT)
-        for module, kind in profile.formats.items()
-    ):
-        yield finding(
-            "wo_a-scale", "the output projection of vLLM before 0.27.0 reads weight_scale_inv"
-        )
-
-
 def single_scales(profile: Profile) -> Iterator[Finding]:
     """Single scales: finite, positive, and one for gate and up projection of an expert."""
     scalars = read_scalars(profile)
@@ -287,7 +275,8 @@ def single_scales(profile: Profile) -> Iterator[Finding]:
             pairs[f"{expert}.w1.{suffix}"][projection] = value
 
     def what(names: list[str]) -> str:
-        worst = max(_ratio(pairs[name].values()) for name in names)
+        ends = [(min(pairs[name].values()), max(pairs[name].values())) for name in names]
+        worst = max(high / low if low else math.inf for low, high in ends)
         return (
             f"{len(names)} of {len(pairs)} experts, e.g. {names[0]}; up to x {worst:.3g}. "
             "vLLM keeps w1's for both, with a warning"
@@ -295,12 +284,6 @@ def single_scales(profile: Profile) -> Iterator[Finding]:
 
     unequal = [name for name, pair in pairs.items() if len(set(pair.values())) > 1]
     yield from scoped("unequal-global-scales", unequal, what)
-
-
-def _ratio(values: Iterable[float]) -> float:
-    """The largest over the smallest; infinite where one is zero, NaN where one is NaN."""
-    low, high = min(values := list(values)), max(values)
-    return high / low if low else math.inf
 
 
 def read_scalars(profile: Profile) -> dict[str, float]:
@@ -329,7 +312,14 @@ def read_scalars(profile: Profile) -> dict[str, float]:
 
 
 def formats(profile: Profile) -> Iterator[Finding]:
-    """Weights whose dtype and scales make a format; one for all experts of a layer."""
+    """Weights whose dtype and scales make a format; one for all experts of a layer.
+
+    And no drafter of which one part was quantized and another was not.
+    """
+    drafts = {kind for module, kind in profile.formats.items() if module.startswith(DRAFT)}
+    quantized = drafts & {Format.NVFP4, Format.W4A16, Format.MODELOPT_NVFP4}
+    if quantized and Format.PLAIN in profile.formats_of[Part.EXPERTS, True]:
+        yield finding("partial-draft", ", ".join(sorted(drafts)))
     yield from scoped(
         "unknown-format",
         [module for module, kind in profile.formats.items() if kind is Format.UNKNOWN],
@@ -394,14 +384,6 @@ def kept_unquantized(profile: Profile) -> Iterator[Finding]:
     )
 
 
-def uniform_draft(profile: Profile) -> Iterator[Finding]:
-    """No drafter of which one part was quantized and another was not."""
-    kinds = {kind for module, kind in profile.formats.items() if module.startswith(DRAFT)}
-    made = kinds & {Format.NVFP4, Format.W4A16, Format.MODELOPT_NVFP4}
-    if made and Format.PLAIN in profile.formats_of[Part.EXPERTS, True]:
-        yield finding("partial-draft", ", ".join(sorted(kinds)))
-
-
 def plain_tensors(profile: Profile) -> Iterator[Finding]:
     """What is stored as it is: its shape as the config says, and numbers of the right kind."""
     draft = profile.draft if profile.drafter is not Drafter.NONE else {}
@@ -430,8 +412,7 @@ def plain_tensors(profile: Profile) -> Iterator[Finding]:
             yield finding("other-numbers", what + wanted[first].dtype, scope=scope)
 
 
-NAMES = (files, drafter, experts, router, shared_experts, others, unknown, tokenizer)
+NAMES = (files, drafter, experts, router, others, unknown)
 TENSORS = (
-    shapes, block_scale_names, single_scales, formats, downcasts, plain_tensors, kept_unquantized,
-    uniform_draft,
+    shapes, single_scales, formats, downcasts, plain_tensors, kept_unquantized,
 )  # fmt: skip

@@ -1,11 +1,15 @@
-"""An inspection: look, take apart, run every gate, compare with a manifest, judge each line."""
+"""An inspection: every check, a comparison with a manifest, each line's verdict; their records."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
+from packaging.version import Version
+
+from vllm_forge.checkpoints.errors import CheckpointDepartsError, CheckpointRefusedError
 from vllm_forge.checkpoints.inspect import checks_config, checks_tensors
-from vllm_forge.checkpoints.inspect.findings import Effect, Finding
+from vllm_forge.checkpoints.inspect.findings import CheckId, Effect, Finding, Scope, label
 from vllm_forge.checkpoints.inspect.manifest import (
     against_record,
     config_facts,
@@ -14,16 +18,71 @@ from vllm_forge.checkpoints.inspect.manifest import (
 )
 from vllm_forge.checkpoints.inspect.profile import Drafter, Part, Profile
 from vllm_forge.checkpoints.inspect.values import ValueRow, compare
-from vllm_forge.checkpoints.inspect.verdict import LineVerdict, Outcome, judge
 from vllm_forge.matrix import FrozenModel
+from vllm_forge.patches.dispositions import FILE, decisions
+from vllm_forge.patches.errors import DispositionError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
-    from vllm_forge.checkpoints.inspect.dry_load import Answer
+    from vllm_forge.checkpoints.fixtures.variants import Variant
+    from vllm_forge.checkpoints.inspect.dry_load import Answer, Load
     from vllm_forge.patches.dispositions import Disposition
 
-SHOWN = {Effect.DEPARTS, Effect.LOSES}
+# What the status of a disposition means for a line that has the fault.
+COPES = {"carried": "patched", "retired": "in the release", "not-applicable": "not concerned"}
+RULES = "the matching rules of compressed-tensors"
+# Conversions that keep what the bytes mean. FP32 to BF16 is what vLLM itself does to a parameter;
+# FP32 to E8M0 is exact for powers of two, and checks_config.native_scales reads whether they are.
+KEEP = {
+    ("int64", "int32"), ("int8", "uint8"), ("uint8", "int8"), ("float8_e8m0fnu", "float32"),
+    ("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16"),
+    ("float16", "bfloat16"), ("float32", "float8_e8m0fnu"),
+}  # fmt: skip
+# Sinks are padded to the heads that a kernel takes; the rest keeps -inf, which means no sink.
+PADDED = ("attn_sink",)
+# Parameters that vLLM makes for a format and fills from nothing: orders of activations (they are
+# emptied after loading unless actorder is "group"), and the shapes of packed weights.
+VOID = ("_g_idx", "_g_idx_sort_indices", "_weight_shape")
+NOT_READ = ("weight_shape",)
+# The draft model gets these from the target after loading.
+SHARED = (".embed_tokens.weight", ".shared_head.head.weight", "lm_head.weight")
+SCALES = ("scale", "scale_inv", "scale_2", "zero_point")
+DATA = "records/verdicts.json"
+WRONG = (Effect.DEPARTS, Effect.LOSES)
+
+
+class Outcome(StrEnum):
+    """What a line does with a checkpoint."""
+
+    WITH_MTP = "serves with MTP"
+    WITH_DSPARK = "serves with DSpark"
+    WITHOUT = "serves without MTP"
+    NOT = "does not serve"
+    UNKNOWN = "unknown"
+
+
+class LineVerdict(FrozenModel):
+    """What a line does with a checkpoint.
+
+    Attributes:
+        why: reasons for what it does not do.
+        checks: ids of the findings that count on this line.
+        findings: which those are: their indices in the report.
+        handled: findings that this line copes with, and how.
+        by: who resolved the modules: a vLLM, or rules without one.
+        modules: module -> what it resolves to there, e.g. "CompressedTensorsW8A8Fp8"; numbers N.
+    """
+
+    line: str
+    vllm: str
+    outcome: Outcome
+    why: tuple[str, ...]
+    checks: tuple[CheckId, ...]
+    findings: tuple[int, ...]
+    handled: tuple[str, ...]
+    by: str
+    modules: dict[str, str]
 
 
 class PartRow(FrozenModel):
@@ -41,16 +100,13 @@ class Report(FrozenModel):
 
     Attributes:
         place: where it was read.
-        read: headers, or the index alone.
         artifact: the manifest that it was compared with, None for none.
         asked: that manifest was asked for, rather than the nearest one taken.
-        drafter: what lies under ``mtp.``.
-        tensors, draft_tensors, shards, bytes: counts; bytes is None without headers.
+        promised: draft layers that config.json has.
+        bytes: of all tensors; None without headers.
         config: facts of quantization_config, see manifest.config_facts.
-        parts: what is stored how.
         values: decoded weights against the source, where that was asked for.
         findings: from bad to harmless.
-        lines: a verdict each.
     """
 
     schema_version: Literal[2] = 2
@@ -74,18 +130,30 @@ class Report(FrozenModel):
         """The verdict of one line."""
         return next(verdict for verdict in self.lines if verdict.line == name)
 
-    def serves(self, name: str, *, without_mtp: bool) -> bool:
-        """Whether it serves there, with its MTP block unless that is waived."""
-        outcome = self.line(name).outcome
-        if outcome is Outcome.WITH_MTP:
-            return True
-        waived = without_mtp or not self.promised
-        return waived and outcome in (Outcome.WITHOUT, Outcome.WITH_DSPARK)
-
-    @property
-    def departures(self) -> list[Finding]:
-        """What is not as its manifest, its source or the model's own dtypes say."""
-        return [finding for finding in self.findings if finding.effect in SHOWN]
+    def error(
+        self, line: str, *, without_mtp: bool = False
+    ) -> CheckpointRefusedError | CheckpointDepartsError | None:
+        """What the command ends with on that line; ``without_mtp``: its MTP block is waived."""
+        verdict = self.line(line)
+        served = {Outcome.WITH_MTP}
+        if without_mtp or not self.promised:
+            served |= {Outcome.WITHOUT, Outcome.WITH_DSPARK}
+        if verdict.outcome not in served:
+            waive = "" if without_mtp else "; --without-mtp if serving without it is enough"
+            return CheckpointRefusedError(
+                "\n  - ".join([f"line {line}: {verdict.outcome}", *verdict.why]),
+                where=self.place,
+                remedy=f"see the remedies of the findings above{waive}",
+            )
+        wrong = [row.sentence for row in self.findings if row.effect in WRONG]
+        if not wrong:
+            return None
+        return CheckpointDepartsError(
+            f"line {line}: {verdict.outcome}, but it is not what it should be\n"
+            + "\n".join(f"  - {sentence}" for sentence in wrong),
+            where=self.place,
+            remedy="see the remedies of the findings above",
+        )
 
 
 def find_all(
@@ -159,29 +227,224 @@ def inspect(
         findings=tuple(findings),
         lines=tuple(
             judge(
-                name,
-                vllm,
-                profile,
-                findings=findings,
-                dispositions=dispositions,
-                answer=answers.get(name),
+                name, vllm, profile,
+                findings=findings, dispositions=dispositions, answer=answers.get(name),
             )
             for name, vllm in lines.items()
         ),
-    )
+    )  # fmt: skip
 
 
 def _parts(profile: Profile) -> Iterator[PartRow]:
     for draft in (False, True):
         for part in Part:
-            dtypes = profile.dtypes.get((part, draft))
-            if dtypes is None:
+            if dtypes := profile.dtypes.get((part, draft)):
+                formats = profile.formats_of[part, draft]
+                yield PartRow(
+                    part=part,
+                    draft=draft,
+                    tensors=sum(dtypes.values()),
+                    dtypes=dict(sorted(dtypes.items())),
+                    formats={kind.value: count for kind, count in sorted(formats.items())},
+                )
+
+
+def judge(
+    line: str,
+    vllm: str,
+    profile: Profile,
+    *,
+    findings: Iterable[Finding],
+    dispositions: tuple[Disposition, ...],
+    answer: Answer | None,
+) -> LineVerdict:
+    """Put together what one line, with its vLLM release and the answer of its dry load, does."""
+    counted: dict[int, Finding] = {}
+    handled: list[str] = []
+    for index, finding in enumerate(findings):
+        if not applies(finding, vllm):
+            continue
+        if finding.handled_by:
+            status = _status(finding.handled_by, line, dispositions)
+            if status in COPES:
+                handled.append(f"{label(finding.check)}: {finding.title}: {COPES[status]}")
                 continue
-            formats = profile.formats_of[part, draft]
-            yield PartRow(
-                part=part,
-                draft=draft,
-                tensors=sum(dtypes.values()),
-                dtypes=dict(sorted(dtypes.items())),
-                formats={kind.value: count for kind, count in sorted(formats.items())},
+        counted[index] = finding
+    target = list(_problems(counted.values(), Scope.TARGET, answer.target if answer else None))
+    draft, outcome = _draft(profile, counted.values(), answer)
+    if target:
+        outcome = Outcome.NOT
+    elif not profile.tensors:
+        outcome = Outcome.UNKNOWN
+        target = ["needs headers: dtypes, shapes and what vLLM makes of them are not known"]
+    why = [*target, *(f"draft: {reason}" for reason in draft)]
+    why += [finding.sentence for finding in counted.values() if finding.effect is Effect.LOSES]
+    return LineVerdict(
+        line=line,
+        vllm=vllm,
+        outcome=outcome,
+        why=tuple(why),
+        checks=tuple(sorted({finding.check for finding in counted.values()})),
+        findings=tuple(counted),
+        handled=tuple(handled),
+        by=f"vLLM {vllm} itself, in a dry load" if answer else RULES,
+        modules=_modules(answer),
+    )
+
+
+def _status(about: str, line: str, dispositions: Iterable[Disposition]) -> str:
+    entries = tuple(entry for entry in dispositions if entry.about == about)
+    if not entries:
+        raise DispositionError(
+            f"missing disposition of {about}",
+            where=FILE,
+            remedy=f'add a [[disposition]] with about = "{about}"',
+        )
+    ((_, decision),) = decisions(entries, line)
+    return decision.status
+
+
+def applies(finding: Finding, vllm: str) -> bool:
+    """Whether a finding is about this release."""
+    version, before = Version(vllm), finding.before
+    return version >= Version(finding.since or "0") and not (before and version >= Version(before))
+
+
+def _draft(
+    profile: Profile, counted: Collection[Finding], answer: Answer | None
+) -> tuple[list[str], Outcome]:
+    """Reasons against the drafter, and the best that is left."""
+    if not profile.draft_layers or profile.drafter is Drafter.NONE:
+        return list(_problems(counted, Scope.DRAFT, None)), Outcome.WITHOUT
+    loads = answer.drafts if answer else {}
+    reasons = list(_problems(counted, Scope.DRAFT, loads.get("mtp")))
+    if profile.drafter is Drafter.DSPARK and (load := loads.get("dspark")) is not None:
+        other = list(_load_problems(load, draft=True))
+        if not other:
+            return reasons, Outcome.WITH_DSPARK
+        reasons += [f"as DSpark: {reason}" for reason in other]
+    return reasons, Outcome.WITHOUT if reasons else Outcome.WITH_MTP
+
+
+def _problems(counted: Iterable[Finding], scope: Scope, load: Load | None) -> Iterator[str]:
+    """Why one model does not serve. vLLM's own errors come first, and decide.
+
+    A prediction that it refuses is a reason only where it was not asked, or where the fault shows
+    after loading: in the forward pass, or when an upstream change is named.
+    """
+    observed = list(_load_problems(load, draft=scope is Scope.DRAFT)) if load is not None else []
+    yield from observed
+    for finding in counted:
+        if finding.scope is not scope or not finding.effect.breaks:
+            continue
+        late = finding.in_forward or bool(finding.handled_by)
+        predicted = finding.effect is Effect.REFUSES and not late and load is not None
+        drafter = finding.check == "other-drafter"  # which method fits is not for a loader to say
+        if not predicted or observed or drafter:
+            yield finding.sentence
+
+
+def _load_problems(load: Load, *, draft: bool) -> Iterator[str]:
+    if load.error is not None:
+        at = f" at {load.error.tensor}" if load.error.tensor else ""
+        yield f"vLLM stops{at}: {load.error.message}"
+    for row in load.short:
+        if row.filled and row.parameter.endswith(PADDED):
+            continue
+        if not row.filled and row.parameter.endswith((*VOID, *(SHARED if draft else ()))):
+            continue
+        more = f" and {row.count - 1} like it" if row.count > 1 else ""
+        elements = f"{row.filled} of {row.of} elements"
+        yield f"vLLM silently loads only {elements} of {row.parameter}{more}"
+    for cast in load.casts:
+        if (cast.source, cast.to) not in KEEP and not cast.example.endswith(NOT_READ):
+            yield (
+                f"vLLM converts {cast.count} tensors from {cast.source} to {cast.to}, e.g. "
+                f"{cast.example}: the values mean something else"
             )
+    for unread in load.unread:
+        if unread.tensor.rpartition("_")[2] in SCALES or unread.tensor.endswith(".scale"):
+            yield f"vLLM does not read {unread.tensor}, nor {unread.count - 1} like it"
+
+
+def _modules(answer: Answer | None) -> dict[str, str]:
+    modules: dict[str, list[str]] = {}
+    for prefix, load in (("", answer.target), *answer.drafts.items()) if answer else ():
+        for row in load.modules:
+            name = f"{prefix}:{row.module}" if prefix else row.module
+            kind = row.scheme or row.method
+            modules.setdefault(name, []).append(f"{kind} x {row.count}" if row.count > 1 else kind)
+    return {name: ", ".join(kinds) for name, kinds in modules.items()}
+
+
+class LineRow(FrozenModel):
+    """What a record keeps of a line's verdict."""
+
+    outcome: Outcome
+    checks: tuple[CheckId, ...]
+    why: tuple[str, ...]
+
+
+class FindingRow(FrozenModel):
+    """One finding, and the lines that do not cope with it."""
+
+    check: CheckId
+    title: str
+    effect: Effect
+    counts_on: tuple[str, ...]
+
+
+class VariantRow(FrozenModel):
+    """One variant; findings are those about one of the lines.
+
+    Attributes:
+        artifact: the manifest that it was compared with.
+        error: class of the error that an inspection on the default line ends with.
+    """
+
+    about: str
+    breaks: str
+    artifact: str | None
+    error: str | None
+    findings: tuple[FindingRow, ...]
+    lines: dict[str, LineRow]
+
+
+class Verdicts(FrozenModel):
+    """The record: the lines' releases, the declared GPU, and what was found in each variant."""
+
+    vllm: dict[str, str]
+    device: str
+    variants: dict[str, VariantRow]
+
+    def text(self) -> str:
+        """JSON, as committed."""
+        return self.model_dump_json(indent=1) + "\n"
+
+
+def variant_row(variant: Variant, report: Report, default_line: str) -> VariantRow:
+    """What an inspection found in a variant."""
+    rows: dict[tuple[str, str], FindingRow] = {}
+    for index, finding in enumerate(report.findings):
+        if not any(applies(finding, verdict.vllm) for verdict in report.lines):
+            continue
+        lines = tuple(v.line for v in report.lines if index in v.findings)
+        key = (finding.check, finding.title)
+        before = rows[key].counts_on if key in rows else ()
+        rows[key] = FindingRow(
+            check=finding.check,
+            title=finding.title,
+            effect=finding.effect,
+            counts_on=tuple(sorted({*before, *lines})),
+        )
+    return VariantRow(
+        about=variant.about,
+        breaks=variant.breaks,
+        artifact=report.artifact,
+        error=(error := report.error(default_line)) and type(error).__name__,
+        findings=tuple(rows.values()),
+        lines={
+            verdict.line: LineRow(outcome=verdict.outcome, checks=verdict.checks, why=verdict.why)
+            for verdict in report.lines
+        },
+    )

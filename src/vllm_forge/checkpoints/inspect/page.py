@@ -8,14 +8,13 @@ from rich.markup import escape as markup_escape
 from rich.table import Table
 
 from vllm_forge.checkpoints.inspect.findings import Effect, Scope, label
-from vllm_forge.checkpoints.inspect.verdict import Outcome
+from vllm_forge.checkpoints.inspect.inspection import Outcome
 from vllm_forge.host import PlainConsole, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vllm_forge.checkpoints.inspect.inspection import Report
-    from vllm_forge.checkpoints.inspect.verdict import LineVerdict
+    from vllm_forge.checkpoints.inspect.inspection import LineVerdict, Report
 
 GB = 10**9
 WIDTH = 160  # where nobody says how wide it is

@@ -153,7 +153,7 @@ class Piece:
             element are taken too (tests/patches/test_global_scale_shape.py), and reported.
         optional: some writers leave it out.
         converted: dtypes that are not right, and that vLLM's copy turns into the right one without
-            a change of meaning (verdict.KEEP).
+            a change of meaning (inspection.KEEP).
     """
 
     suffix: str
