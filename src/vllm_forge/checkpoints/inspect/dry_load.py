@@ -100,12 +100,9 @@ class Answers(FrozenModel):
 
 
 def write_request(folder: Path, profiles: Mapping[str, Profile], sku: Sku) -> None:
-    """Write everything that meta_load.py needs into a folder that any user can read.
+    """Write all that meta_load.py needs into a folder, which then appears, for any user to read.
 
-    Args:
-        folder: appears when everything is in it.
-        profiles: name -> checkpoint, with headers.
-        sku: the GPU that is declared.
+    ``profiles``: name -> checkpoint, with headers; ``sku``: the GPU that is declared.
     """
     with atomic_path(folder) as aside:
         aside.mkdir()
@@ -115,31 +112,24 @@ def write_request(folder: Path, profiles: Mapping[str, Profile], sku: Sku) -> No
         for number, (name, profile) in enumerate(profiles.items()):
             rows = [[entry.name, entry.dtype, entry.shape] for entry in profile.tensors.values()]
             (aside / f"tensors-{number}.json").write_text(json.dumps(rows))
+            methods = METHODS[profile.drafter] if profile.draft_layers else ()
             cases.append(
                 {
-                    "name": name,
-                    "config": dict(profile.served),
-                    "tensors": f"tensors-{number}.json",
-                    "methods": METHODS[profile.drafter] if profile.draft_layers else (),
+                    "name": name, "config": dict(profile.served),
+                    "tensors": f"tensors-{number}.json", "methods": methods,
                 }
-            )
+            )  # fmt: skip
         device = {
-            "name": sku.device,
-            "compute_capability": sku.compute_capability,
-            "memory_bytes": sku.memory_gb * 10**9,
-            "count": 1,
-        }
+            "name": sku.device, "compute_capability": sku.compute_capability,
+            "memory_bytes": sku.memory_gb * 10**9, "count": 1,
+        }  # fmt: skip
         (aside / "request.json").write_text(json.dumps({"device": device, "cases": cases}))
         for path in (aside, *aside.rglob("*")):
             path.chmod(0o755)
 
 
 def read_answers(output: str, where: str, names: Sequence[str]) -> Answers:
-    """Parse what meta_load.py printed last.
-
-    Raises:
-        DryLoadError: it is not an answer for every case.
-    """
+    """Parse what meta_load.py printed last; DryLoadError unless it answers every case."""
     lines = output.strip().splitlines()
     try:
         data = parse_json(lines[-1])

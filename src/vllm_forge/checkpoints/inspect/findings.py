@@ -26,11 +26,7 @@ DRAFTS = ("mtp.", "model.mtp.")  # vLLM does not take the second, but it means t
 
 
 def check_id(name: str) -> str:
-    """The id of a check, from itself or its alias.
-
-    Raises:
-        ValueError: unknown.
-    """
+    """The id of a check, from itself or its alias; ValueError for neither."""
     check = next((check for check, alias in ALIASES.items() if alias == name), name)
     if check not in CHECKS:
         raise ValueError(f"unknown check {name!r}")

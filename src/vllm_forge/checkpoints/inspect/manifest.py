@@ -83,7 +83,6 @@ class Manifest(FrozenModel):
     Attributes:
         sources: where its facts are from.
         known: what of it was seen, and what was concluded.
-        drafter: what must lie under ``mtp.``.
         aliases: embedding and head are repeated below ``mtp.0``.
         rules: the first that means a module gives its formats; others are plain.
         config: facts of quantization_config, see ``config_facts``.
@@ -112,17 +111,14 @@ class Manifest(FrozenModel):
     ) -> Iterator[RequiredTensor]:
         """Every tensor that an artifact with this config.json must hold.
 
-        Args:
-            config: config.json.
-            formats: module -> how it is stored, to choose where a rule allows several.
+        ``formats``: module -> how it is stored, to choose where a rule allows several.
         """
         tensors = [*main_tensors(config), *draft_tensors(config, self.drafter)]
         tensors += alias_tensors(config) if self.aliases else []
         for tensor in tensors:
             allowed = self.formats_of(tensor)
             if not allowed:
-                spec = vars(tensor)
-                yield RequiredTensor(**spec, dtypes=(tensor.dtype,))
+                yield RequiredTensor(**vars(tensor), dtypes=(tensor.dtype,))
                 continue
             stored = (formats or {}).get(tensor.name.removesuffix(".weight"))
             kind = stored if stored in allowed else allowed[0]
@@ -177,9 +173,7 @@ def nearest(profile: Profile) -> str | None:
 def departures(profile: Profile, name: str) -> Iterator[Finding]:
     """In what a checkpoint is not the artifact of that name."""
     manifest = named(name)
-    absent: list[str] = []
-    wrong: list[str] = []
-    known: set[str] = set()
+    absent, wrong, known = list[str](), list[str](), set[str]()
     for required in manifest.wanted(profile.model, profile.formats):
         known.add(required.name)
         tensor = profile.tensors.get(required.name)
@@ -232,11 +226,7 @@ def _differences(manifest: Manifest, profile: Profile) -> list[str]:
 
 
 def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Finding]:
-    """What changed since the tensors were written.
-
-    Args:
-        profile: the checkpoint.
-        digests: read all tensors and compare their SHA-256 too.
+    """What changed since the tensors were written; with ``digests`` by their SHA-256 too.
 
     Raises:
         UsageError: digests are wanted and there is no record of them.
@@ -260,16 +250,15 @@ def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Findi
         what = f"{type(error).__name__}: {error}"
         yield finding("record", what, title=f"{RECORD} cannot be read")
         return
-    found = {n: (e.dtype, e.shape, e.shard) for n, e in profile.tensors.items()}
-    both = sorted(recorded.keys() & found.keys())
+    stored = {n: (e.dtype, e.shape, e.shard) for n, e in profile.tensors.items()}
+    both = sorted(recorded.keys() & stored.keys())
+    changed = [name for name in both if recorded[name] != stored[name]]
+    damaged = [n for n in both if digests and profile.tensors[n].sha256() != sums[n]]
     for names, title in (
-        (sorted(recorded.keys() - found.keys()), "recorded tensors are missing"),
-        (sorted(found.keys() - recorded.keys()), "tensors are not recorded"),
-        ([n for n in both if recorded[n] != found[n]], "dtype, shape or shard is not as recorded"),
-        (
-            [n for n in both if digests and profile.tensors[n].sha256() != sums[n]],
-            "bytes are not as recorded",
-        ),
+        (sorted(recorded.keys() - stored.keys()), "recorded tensors are missing"),
+        (sorted(stored.keys() - recorded.keys()), "tensors are not recorded"),
+        (changed, "dtype, shape or shard is not as recorded"),
+        (damaged, "bytes are not as recorded"),
     ):
         if names:
             yield finding("record", summarize(names), title=f"{title} in {RECORD}")

@@ -20,6 +20,7 @@ import re
 import tempfile
 import traceback
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,11 +97,11 @@ def _answer(case: Facts, folder: Path) -> Facts:
     return answer
 
 
+@dataclass(frozen=True)
 class _Refused:
     """Stands for a model that vLLM did not build; says why."""
 
-    def __init__(self, message: str) -> None:
-        self.message = message
+    message: str
 
 
 def _build(folder: Path, method: str | None) -> tuple[Any, Any]:
@@ -109,7 +110,8 @@ def _build(folder: Path, method: str | None) -> tuple[Any, Any]:
     building = importlib.import_module("inside.building")
     arguments = list(ARGUMENTS)
     if method is not None:
-        tokens = _block_size(folder) if method == "dspark" else 1
+        keys = json.loads((folder / "config.json").read_text())
+        tokens = int(keys.get("dspark_block_size") or 1) if method == "dspark" else 1
         wanted = {"method": method, "num_speculative_tokens": tokens}
         arguments.append(f"--speculative-config={json.dumps(wanted)}")
     log = serving.attach_log()
@@ -126,11 +128,6 @@ def _build(folder: Path, method: str | None) -> tuple[Any, Any]:
             # What the loaders ask the current config for is the one the model was built with.
             object.__setattr__(model, "_forge_config", config)
     return built.model or why, built.draft or why
-
-
-def _block_size(folder: Path) -> int:
-    config = json.loads((folder / "config.json").read_text())
-    return int(config.get("dspark_block_size") or 1)
 
 
 def _load(model: Any, rows: list[Row], *, draft: bool) -> Facts:

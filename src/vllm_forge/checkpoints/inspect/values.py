@@ -33,7 +33,6 @@ from vllm_forge.matrix import FrozenModel
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-
 MATRIX = 2  # dimensions
 FLOATS = {"BF16", "F16", "F32"}
 ALIASES = {"mtp.0.emb.tok_emb.weight": "embed.weight", "mtp.0.head.weight": "head.weight"}
@@ -41,8 +40,6 @@ NUMPY = {
     "F32": "<f4", "F16": "<f2", "I32": "<i4", "U8": "u1", "I8": "i1", "F8_E4M3": "u1",
     "F8_E8M0": "u1",
 }  # fmt: skip
-
-
 Weight = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 Decoded = tuple["NDArray[np.float64]", "NDArray[np.float64]"]  # values, and bounds of their errors
 
@@ -80,12 +77,9 @@ class _Pair:
 
 
 def compare(made: Profile, source: Profile, most: int = 0) -> tuple[list[ValueRow], list[Finding]]:
-    """Compare weights.
+    """Compare a checkpoint with the unquantized one that it was made from.
 
-    Args:
-        made: the checkpoint.
-        source: what it was made from, unquantized.
-        most: how many weights of each part and format, spread evenly; 0: all.
+    ``most``: how many weights of each part and format, spread evenly; 0: all.
     """
     pair = _Pair(made, source)
     rows, findings = [], []
@@ -100,16 +94,11 @@ def compare(made: Profile, source: Profile, most: int = 0) -> tuple[list[ValueRo
             # Not "ratio > 1": an error that is not a number is beyond any bound.
             different = [module for module, ratio in ratios.items() if not ratio <= 1]
             worst = max(ratios.values())
-        rows.append(
-            ValueRow(
-                part=part,
-                draft=draft,
-                format=kind,
-                weights=len(chosen),
-                worst=worst,
-                different=tuple(different),
-            )
-        )
+        row = ValueRow(
+            part=part, draft=draft, format=kind,
+            weights=len(chosen), worst=worst, different=tuple(different),
+        )  # fmt: skip
+        rows.append(row)
         if different:
             fault = "other-bytes" if worst is None else "other-weights"
             excess = "" if worst is None else f"; the error is {worst:.3g} times its bound"
@@ -167,12 +156,10 @@ def _whole(pair: _Pair, module: str, kind: Format) -> bool:
         return False
     for required in stored_as(weight, kind):
         tensor = pair.made.tensors.get(required.name)
-        if tensor is None:
-            if not required.optional:
-                return False
-        elif tensor.dtype not in required.dtypes or (tensor.shape or (1,)) != (
-            required.shape or (1,)
-        ):
+        if tensor is None and required.optional:
+            continue
+        shape = required.shape or (1,)
+        if tensor is None or tensor.dtype not in required.dtypes or (tensor.shape or (1,)) != shape:
             return False
     return True
 
