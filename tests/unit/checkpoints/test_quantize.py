@@ -27,7 +27,7 @@ from vllm_forge.checkpoints.quantize import quantizer as module
 from vllm_forge.checkpoints.quantize import work as work_module
 from vllm_forge.checkpoints.quantize.calibration import SHIPPED, read_conversations
 from vllm_forge.checkpoints.quantize.inputs import RECIPES, Recipe, load_recipe
-from vllm_forge.checkpoints.quantize.quantizer import Clock, disk_needed, plan_parts, quantize, span
+from vllm_forge.checkpoints.quantize.quantizer import disk_needed, plan_parts, quantize
 from vllm_forge.checkpoints.quantize.work import check_layer
 from vllm_forge.checkpoints.tensors import in_memory, write_shard
 from vllm_forge.host import exclusive
@@ -387,20 +387,6 @@ class TestChecks:
         monkeypatch.setattr(work_module, "write_shard", forgetful)
         with pytest.raises(QuantizedOutputError, match="is not the model's"):
             quantize(job, tmp_path / "out")
-
-
-class TestClock:
-    def test_the_rest_is_estimated_from_what_was_worked(self) -> None:
-        clock = Clock(100)
-        clock.passed, clock.worked, clock.spent = 50, 25, 10.0
-        assert clock.line("layer 3", 4.0, fresh=True) == "  layer 3, 4.0 s; 50 %, about 20 s left"
-        assert clock.line("layer 1", 0.0, fresh=False) == "  layer 1, made before; 50 %"
-
-    @pytest.mark.parametrize(
-        ("seconds", "said"), [(0, "0 s"), (89, "89 s"), (120, "2 min"), (9000, "2.5 h")]
-    )
-    def test_spans(self, seconds: float, said: str) -> None:
-        assert span(seconds) == said
 
 
 def test_passed_through_files_are_split(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +115,7 @@ def _grouped(pair: _Pair) -> dict[tuple[Part, bool, Format], list[str]]:
         weight = name if kind is Format.PLAIN else f"{module}.weight"
         if (
             suffix in ("", "weight", "weight_packed")
-            and (kind is Format.PLAIN or kind in DECODERS)
+            and kind is not Format.UNKNOWN
             and pair.source_name(weight) in pair.source.tensors
         ):
             key = (part_of(weight), name.startswith(DRAFT), kind)
@@ -136,7 +135,7 @@ def _ratio(pair: _Pair, module: str, kind: Format) -> float:
     if not all(_whole(pair, name, kind) for name in _shared(module)):
         return math.inf
     source = pair.weight(module)
-    values, bound = DECODERS[kind](pair, module, source)
+    values, bound = _decode(pair, module, kind, source)
     error = np.abs(values - source)
     ratio = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)
     return float(ratio.max())
@@ -164,67 +163,40 @@ def _whole(pair: _Pair, module: str, kind: Format) -> bool:
     return True
 
 
-def _nvfp4(pair: _Pair, module: str, source: Weight) -> Decoded:
-    scale = _read(pair.made, f"{_shared(module)[0]}.weight_global_scale").reshape(-1)[0]
-    return _scaled(pair, module, source, "weight_packed", scale)
+def _decode(pair: _Pair, module: str, kind: Format, source: Weight) -> Decoded:
+    def read(leaf: str, of: str = module) -> NDArray[Any]:
+        return _read(pair.made, f"{of}.{leaf}")
 
+    def codes(leaf: str) -> NDArray[np.uint8]:
+        return read(leaf).view(np.uint8)
 
-def _modelopt(pair: _Pair, module: str, source: Weight) -> Decoded:
-    """ModelOpt stores what to multiply with, compressed-tensors the divisor."""
-    scale = _read(pair.made, f"{_shared(module)[0]}.weight_scale_2").reshape(-1)[0]
-    with np.errstate(divide="ignore"):
-        return _scaled(pair, module, source, "weight", np.float32(1) / scale)
-
-
-def _scaled(pair: _Pair, module: str, source: Weight, packed: str, scale: Any) -> Decoded:
-    # None of the checkpoint's own scales decides what is right.
-    expected = nvfp4.global_scale_of(*(pair.weight(name) for name in _shared(module)))
-    made = nvfp4.Nvfp4(
-        packed=_codes(pair, f"{module}.{packed}"),
-        scales=_codes(pair, f"{module}.weight_scale"),
-        global_scale=scale,
-    )
-    return made.values(), nvfp4.bound(source, expected)
-
-
-def _mxfp4(pair: _Pair, module: str, source: Weight) -> Decoded:
-    packed, scales = _codes(pair, f"{module}.weight"), _codes(pair, f"{module}.scale")
-    return grouped.Mxfp4(packed=packed, scales=scales).values(), grouped.mxfp4_bound(source)
-
-
-def _int4(pair: _Pair, module: str, source: Weight) -> Decoded:
-    packed = _read(pair.made, f"{module}.weight_packed").view(np.int32)
-    scales = _read(pair.made, f"{module}.weight_scale").astype(np.float32)
-    return grouped.Int4(packed=packed, scales=scales).values(), grouped.int4_bound(source)
-
-
-def _fp8(pair: _Pair, module: str, source: Weight) -> Decoded:
-    scales = _read(pair.made, f"{module}.weight_scale").astype(np.float32)
-    made = fp8_block.Fp8Block(codes=_codes(pair, f"{module}.weight"), scales=scales)
-    return made.values(), fp8_block.bound(source)
-
-
-def _fp8_native(pair: _Pair, module: str, source: Weight) -> Decoded:
-    """Scales are powers of two, rounded up; or FP32, which lie below those."""
-    stored = _read(pair.made, f"{module}.scale")
-    scales = e8m0_decode(stored.view(np.uint8)) if stored.itemsize == 1 else stored
-    codes = _codes(pair, f"{module}.weight")
-    made = fp8_block.Fp8Block(codes=codes, scales=scales.astype(np.float32))
-    return made.values(), fp8_block.bound(source, powers_of_two=True)
-
-
-DECODERS: dict[Format, Callable[[_Pair, str, Weight], Decoded]] = {
-    Format.NVFP4: _nvfp4,
-    Format.MODELOPT_NVFP4: _modelopt,
-    Format.MXFP4_NATIVE: _mxfp4,
-    Format.W4A16: _int4,
-    Format.FP8_BLOCK: _fp8,
-    Format.FP8_NATIVE: _fp8_native,
-}
-
-
-def _codes(pair: _Pair, name: str) -> NDArray[np.uint8]:
-    return _read(pair.made, name).view(np.uint8)
+    match kind:
+        case Format.NVFP4 | Format.MODELOPT_NVFP4:
+            shared = _shared(module)
+            # None of the checkpoint's own scales decides what is right.
+            expected = nvfp4.global_scale_of(*(pair.weight(name) for name in shared))
+            if kind is Format.NVFP4:
+                divisor = read("weight_global_scale", shared[0]).reshape(-1)[0]
+            else:  # ModelOpt stores what to multiply with
+                with np.errstate(divide="ignore"):
+                    divisor = np.float32(1) / read("weight_scale_2", shared[0]).reshape(-1)[0]
+            packed = codes("weight_packed" if kind is Format.NVFP4 else "weight")
+            made = nvfp4.Nvfp4(packed=packed, scales=codes("weight_scale"), global_scale=divisor)
+            return made.values(), nvfp4.bound(source, expected)
+        case Format.MXFP4_NATIVE:
+            mxfp4 = grouped.Mxfp4(packed=codes("weight"), scales=codes("scale"))
+            return mxfp4.values(), grouped.mxfp4_bound(source)
+        case Format.W4A16:
+            words, by = read("weight_packed").view(np.int32), read("weight_scale")
+            int4 = grouped.Int4(packed=words, scales=by.astype(np.float32))
+            return int4.values(), grouped.int4_bound(source)
+    native = kind is Format.FP8_NATIVE
+    scales = read("scale" if native else "weight_scale")
+    if native and scales.itemsize == 1:
+        scales = e8m0_decode(scales.view(np.uint8))
+    fp8 = fp8_block.Fp8Block(codes=codes("weight"), scales=scales.astype(np.float32))
+    # Native scales are powers of two, rounded up; or FP32, which lie below those.
+    return fp8.values(), fp8_block.bound(source, powers_of_two=native)
 
 
 def _read(profile: Profile, name: str) -> NDArray[np.generic]:

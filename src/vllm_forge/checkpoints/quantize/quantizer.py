@@ -24,6 +24,7 @@ from vllm_forge.checkpoints.quantize.work import Work, check_layer, check_passed
 from vllm_forge.checkpoints.tensors import copy_of
 from vllm_forge.errors import UsageError
 from vllm_forge.host import console, exclusive, remove, require_disk
+from vllm_forge.host.console import progress_line
 from vllm_forge.host.errors import DiskSpaceError
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ MAX_PASSED = 5_000_000_000  # bytes of passed-through tensors per file
 STREAM_BYTES = 2  # of one hidden value
 GB = 10**9
 SHOWN = 200  # characters of a path
-MINUTE_S, SECONDS_SHOWN_S, MINUTES_SHOWN = 60, 90, 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +77,17 @@ def quantize(job: Job, output: Path) -> bool:
             require_disk({output.parent: disk_needed(job.source, job.recipe.recipe, parts, tokens)})
         if not work.begin(_plan(job)):
             return False
-        clock = Clock(sum(part.size for part in parts))
+        start, made = time.monotonic(), 0
+        total = sum(part.size for part in parts if not work.done(part.name))
         for part in parts:
-            fresh = not work.done(part.name)
-            if fresh:
+            kind = "passed through" if part.layer is None else f"layer {part.layer}"
+            line = f"  {part.name}: {kind}, made before"
+            if not work.done(part.name):
                 _make(work, part, job)
-            clock.tick(part, fresh=fresh)
+                made += part.size
+                seconds = time.monotonic() - start
+                line = progress_line(f"{part.name}: {kind}", made, total, seconds)
+            console.print(line, style="dim", markup=False)
         finish_artifact(work, [part.name for part in parts], job)
         work.finish()
     return True
@@ -236,37 +241,3 @@ def _make(work: Work, part: Part, job: Job) -> None:
     check_layer(made, stored, recipe)
     work.write(part.name, [*items, *made])
     remove(work.hidden(index))
-
-
-class Clock:
-    """Says what is done, of ``total`` bytes of the model, and when the rest will be."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.passed, self.worked, self.spent = total, 0, 0, 0.0
-        self.last = time.monotonic()
-
-    def tick(self, part: Part, *, fresh: bool) -> None:
-        """A part is done; one that an earlier run has made does not count for the speed."""
-        now = time.monotonic()
-        seconds, self.last = now - self.last, now
-        self.passed += part.size
-        if fresh:
-            self.worked += part.size
-            self.spent += seconds
-        what = "passed through" if part.layer is None else f"layer {part.layer}"
-        line = self.line(f"{part.name}: {what}", seconds, fresh=fresh)
-        console.print(line, style="dim", markup=False)
-
-    def line(self, what: str, seconds: float, *, fresh: bool) -> str:
-        share = f"{100 * self.passed // max(self.total, 1)} %"
-        if not fresh:
-            return f"  {what}, made before; {share}"
-        left = (self.total - self.passed) / max(self.worked, 1) * self.spent
-        return f"  {what}, {seconds:.1f} s; {share}, about {span(left)} left"
-
-
-def span(seconds: float) -> str:
-    minutes = round(seconds / MINUTE_S)
-    if seconds < SECONDS_SHOWN_S:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < MINUTES_SHOWN else f"{minutes / MINUTE_S:.1f} h"
