@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,10 +48,13 @@ LOADS: dict[str, dict[str, Any]] = {
 
 
 def linked_checkout(folder: Path) -> Path:
-    """A checkout in ``folder`` that is this one, by links."""
+    """A checkout in ``folder`` that is this one; by links, but for what may not be linked."""
     folder.mkdir(parents=True)
     for name in READ:
-        (folder / name).symlink_to(ROOT / name)
+        if name in {"docker", "patches", "records"}:
+            shutil.copytree(ROOT / name, folder / name)
+        else:
+            (folder / name).symlink_to(ROOT / name)
     return folder
 
 

@@ -26,7 +26,10 @@ def own(root: Path, name: str) -> Path:
             path.unlink()
             path.mkdir()
             for item in target.iterdir():
-                (path / item.name).symlink_to(item)
+                if item.is_dir():
+                    (path / item.name).symlink_to(item)
+                else:
+                    shutil.copyfile(item, path / item.name)
     path = root / name
     if path.is_symlink():
         target = path.resolve()

@@ -155,9 +155,19 @@ def load(root: Path) -> Matrix:
             f"not TOML in UTF-8: {error}", where=str(path), remedy="correct the line that it names"
         ) from None
     try:
-        return Matrix.model_validate(data)
+        matrix = Matrix.model_validate(data)
     except ValidationError as error:
         raise _explain(error, path) from None
+    for name, line in matrix.line.items():
+        for field, given in (("lock", line.lock), ("series", line.series)):
+            target = (root / given).resolve()  # through links
+            if not target.is_relative_to(root.resolve()):
+                raise MatrixValueError(
+                    f"line.{name}.{field} is outside the checkout: {target}",
+                    where=str(path),
+                    remedy="give a path below the folder of matrix.toml, without links out of it",
+                )
+    return matrix
 
 
 def schema_text() -> str:

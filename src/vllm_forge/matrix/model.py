@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
 Version = Annotated[str, Field(pattern=r"^\d+(\.\d+)+$")]
 Arch = Annotated[str, Field(pattern=r"^sm_\d+[af]?$")]
+Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]  # goes into one argument or line
+RelativePath = Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)*$")]
+# Variables that change how the loader, shells and Python start: glibc's "unsecure" ones
+# (sysdeps/generic/unsecvars.h) and those of bash(1), sh(1) and python(1).
+STEERING = re.compile(
+    r"(LD_|PYTHON|BASH_).*|PATH|ENV|IFS|CDPATH|SHELLOPTS|GCONV_PATH|GETCONF_DIR|GLIBC_TUNABLES|"
+    r"HOSTALIASES|LOCALDOMAIN|LOCPATH|MALLOC_TRACE|NIS_PATH|NLSPATH|RESOLV_HOST_CONF|RES_OPTIONS|"
+    r"TMPDIR|TZDIR"
+)
+
+
+def _not_steering(name: str) -> str:
+    if STEERING.fullmatch(name):
+        raise ValueError(f"{name} changes how programs start: set it in docker/Dockerfile")
+    return name
+
+
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Environment = dict[Annotated[VariableName, AfterValidator(_not_steering)], Text]
 # TOML has types: "288" is not a number and "yes" is not true, as the schema says too.
 Integer = Annotated[int, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
@@ -23,7 +43,9 @@ class FrozenModel(BaseModel):
 class PinnedRequirement(FrozenModel):
     """A requirement that we add to, or override in, what uv would resolve."""
 
-    requirement: str = Field(description="PEP 508, e.g. nvidia-cuda-nvcc==13.0.88")
+    requirement: Annotated[str, Field(pattern=r"^[A-Za-z0-9][^\x00-\x1f\x7f]*$")] = Field(
+        description="PEP 508, e.g. nvidia-cuda-nvcc==13.0.88"
+    )
     reason: str = Field(min_length=20, description="printed at lock time and into the lock")
 
 
@@ -32,10 +54,10 @@ class Sku(FrozenModel):
 
     arch: Arch = Field(description="nvcc target, e.g. sm_100a")
     compute_capability: Annotated[str, Field(pattern=r"^\d+\.\d$")]
-    device: str = Field(description="what the driver calls it")
+    device: Text = Field(description="what the driver calls it")
     memory_gb: Integer = Field(description="HBM or GDDR per GPU, 10^9 bytes, as the vendor states")
     development: Flag = Field(default=False, description="a proving ground, never released for")
-    env: dict[str, str] = Field(
+    env: Environment = Field(
         default_factory=dict, description="set in the image; read by JIT compilers at run time"
     )
 
@@ -55,8 +77,8 @@ class Line(FrozenModel):
     cuda: Annotated[str, Field(pattern=r"^\d+\.\d+$")] = Field(
         description="toolkit of the CUDA runtime and of the compilers in the lock"
     )
-    lock: str = Field(description="hash-pinned requirements, made by `nox -s lock`")
-    series: str = Field(description="folder with the series file and its patches")
+    lock: RelativePath = Field(description="hash-pinned requirements, made by `nox -s lock`")
+    series: RelativePath = Field(description="folder with the series file and its patches")
     constraints: tuple[PinnedRequirement, ...] = ()
     overrides: tuple[PinnedRequirement, ...] = ()
     skus: tuple[Name, ...]
@@ -84,7 +106,9 @@ class Container(FrozenModel):
         ge=1,
         description="size of its /dev/shm, 2^30 bytes; tensor-parallel workers and NCCL need it",
     )
-    ulimits: tuple[str, ...] = Field(description="name=value, as docker and podman take them")
+    ulimits: tuple[Annotated[str, Field(pattern=r"^[a-z]+=-?\d+(:-?\d+)?$")], ...] = Field(
+        description="name=value, as docker and podman take them"
+    )
     port: Integer = Field(description="of the HTTP server")
 
 
@@ -119,9 +143,11 @@ class WheelFile(FrozenModel):
 class Base(FrozenModel):
     """The operating system of the image."""
 
-    suite: str = Field(description="Debian suite that the rootfs is made from")
-    packages: tuple[str, ...] = Field(description="Debian packages that must be in the image")
-    platform: str = Field(description="uv's name for the wheel platform")
+    suite: Name = Field(description="Debian suite that the rootfs is made from")
+    packages: tuple[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9+.-]+$")], ...] = Field(
+        description="Debian packages that must be in the image"
+    )
+    platform: Name = Field(description="uv's name for the wheel platform")
     source_date_epoch: Integer = Field(description="timestamp of every file that we write")
     budget_mb: Integer = Field(
         description="compressed size of rootfs plus system layer, 10^6 bytes"
@@ -139,7 +165,9 @@ class Unserved(FrozenModel):
 class Artifact(FrozenModel):
     """A checkpoint family."""
 
-    repo: str = Field(description="owner/name on the model hub")
+    repo: Annotated[str, Field(pattern=r"^\w[\w.-]*/\w[\w.-]*$")] = Field(
+        description="owner/name on the model hub"
+    )
     experts: Literal["nvfp4", "w4a16", "mxfp4"]
     attention: Literal["fp8-block", "bf16"]
     mtp: Literal["bf16", "fp8", "mxfp4", "none"] = Field(
@@ -170,10 +198,10 @@ class Preset(FrozenModel):
     artifacts: tuple[Name, ...] = Field(min_length=1, description="the first is the default")
     tensor_parallel: Integer = Field(ge=1, description="GPUs that one replica is spread over")
     speculative_tokens: Integer = Field(default=0, ge=0, description="k of MTP; 0 = off")
-    flags: tuple[str, ...] = Field(
+    flags: tuple[Annotated[str, Field(pattern=r"^--[a-z][^\x00-\x1f\x7f]*$")], ...] = Field(
         default=(), description="of `vllm serve`, each with its value in one word: --name=value"
     )
-    env: dict[str, str] = Field(default_factory=dict)
+    env: Environment = Field(default_factory=dict)
     note: str = Field(min_length=20, description="where its values come from; printed with it")
 
 
@@ -185,7 +213,7 @@ class Matrix(FrozenModel):
     base: Base
     container: Container
     cuda: dict[str, Cuda]
-    retired: dict[str, RetiredVariable] = Field(
+    retired: dict[VariableName, RetiredVariable] = Field(
         default_factory=dict, description="environment variable -> what to write instead"
     )
     layers: tuple[LayerRule, ...]

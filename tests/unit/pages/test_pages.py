@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -34,8 +35,10 @@ def test_every_generated_page_is_registered(root: Path) -> None:
 def test_stale_and_missing_pages_are_named_and_rewritten(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("matrix.toml", "records", "benchmarks", "patches", "docker", "tests", "src"):
+    for name in ("matrix.toml", "records", "benchmarks", "tests", "src"):
         (tmp_path / name).symlink_to(root / name)
+    for name in ("patches", "docker"):
+        shutil.copytree(root / name, tmp_path / name)
     (tmp_path / "README.md").write_bytes((root / "README.md").read_bytes())
     (tmp_path / "docs/generated").mkdir(parents=True)
     monkeypatch.setenv("VLLM_FORGE_ROOT", str(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -354,7 +355,7 @@ def test_data_and_page_agree_with_what_was_found(root: Path, tmp_path: Path) -> 
     found = [Surveyed(release=release, tree="0" * 40, verdicts=rows)]
     for line in MATRIX.line.values():
         (tmp_path / line.series).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / line.series).symlink_to(root / line.series)
+        shutil.copytree(root / line.series, tmp_path / line.series)
     (tmp_path / "matrix.toml").symlink_to(root / "matrix.toml")
     data = write_drift(Project(tmp_path), found, "2026-11-24")
     assert json.loads((tmp_path / DATA).read_text(encoding="utf-8")) == data
