@@ -34,13 +34,22 @@ VLLM = {
     ),
     "vllm/entrypoints/__init__.py": "",
     "vllm/entrypoints/cli.py": (
-        "import argparse\n\nimport vllm\n\n\ndef main():\n"
+        "import argparse, json, urllib.request\n\nimport vllm\n\n\ndef main():\n"
         "    parser = argparse.ArgumentParser('vllm')\n"
         "    parser.add_argument('-v', '--version', action='version', version=vllm.__version__)\n"
         "    commands = parser.add_subparsers()\n"
         "    commands.add_parser('serve')\n"
-        "    commands.add_parser('bench').add_subparsers().add_parser('serve')\n"
-        "    parser.parse_args()\n"
+        "    bench = commands.add_parser('bench').add_subparsers().add_parser('serve')\n"
+        "    bench.add_argument('--base-url')\n"
+        "    bench.add_argument('--result-dir')\n"
+        "    args, _ = parser.parse_known_args()\n"
+        "    if 'base_url' in args:\n"
+        "        body = json.dumps({'max_tokens': 4}).encode()\n"
+        "        url = args.base_url + '/v1/completions'\n"
+        "        answers = [urllib.request.urlopen(url, body).read() for _ in range(2)]\n"
+        "        tokens = sum(answer.count(b'w1') for answer in answers)\n"
+        "        with open(args.result_dir + '/result.json', 'w') as file:\n"
+        "            json.dump({'completed': 2, 'total_output_tokens': tokens}, file)\n"
     ),
     "vllm/model_executor/__init__.py": "",
     "vllm/model_executor/layers/__init__.py": "",

@@ -36,12 +36,12 @@ MB = 1_000_000
 SCRIPTS = (Path(__file__).with_name("image_checks.py"), DRIVER)
 LAYER_CHECKS = Path(__file__).with_name("layer_checks.py")
 CHECK_ARGV = ("/opt/venv/bin/python", "-I", "-S", "/mnt/image_checks.py")
-ANY_USER = "1000770000:0"  # a uid without a name, as OpenShift gives one; its group is 0
+ANY_UID = 1000770000  # without a name, as OpenShift gives one
 COMPILER_CHECKS = frozenset({"compiler", "driver-link"})
 CHECKS = frozenset({
     "packages", "tree", "stack", "hygiene", "system", "wheel-files", "sandbox", "working-directory",
     "imports", "quantization", "vllm-help", "vllm-version", "vllm-serve-help",
-    "vllm-bench-serve-help", "any-user-sandbox", "any-user-imports",
+    "vllm-bench-serve-help", "vllm-bench-serve", "any-user-sandbox", "any-user-imports",
 })  # fmt: skip
 
 
@@ -63,6 +63,15 @@ def write_inputs(folder: Path, expect: dict[str, Any]) -> None:
     (folder / "expect.json").write_text(json.dumps(expect))
     for path in (folder, *folder.iterdir()):
         path.chmod(0o755)
+
+
+def any_user(uid_map: Path = Path("/proc/self/uid_map")) -> str:
+    """``uid:gid`` of a user whom the image does not know, in group 0.
+
+    The namespace of a rootless build maps fewer uids; its highest one has no name either.
+    """
+    rows = [[int(word) for word in line.split()] for line in uid_map.read_text().splitlines()]
+    return f"{min(ANY_UID, max(first + count - 1 for first, _, count in rows))}:0"
 
 
 def check_names(*, compiler: bool) -> frozenset[str]:

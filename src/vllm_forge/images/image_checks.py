@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     Check = Callable[[dict[str, Any]], str]
 
@@ -62,7 +62,22 @@ STARTS = (
         "p.start(); p.join(); raise SystemExit(p.exitcode)",
     ),
 )
-VLLM_CHECKS = ("imports", "quantization", "vllm-help", *COMMANDS)
+# What `bench serve` needs of a model: a tokenizer, here of words w0 to w999.
+TOKENIZER: dict[str, dict[str, Any]] = {
+    "tokenizer.json": {
+        "version": "1.0",
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {
+            "type": "WordLevel",
+            "unk_token": "w0",
+            "vocab": {f"w{number}": number for number in range(1000)},
+        },
+    },
+    "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"},
+    "config.json": {"model_type": "llama"},
+}
+BENCH_PROMPTS, BENCH_TOKENS = 2, 4
+VLLM_CHECKS = ("imports", "quantization", "vllm-help", "vllm-bench-serve", *COMMANDS)
 DIED = {"passed": False, "detail": "died", "seconds": 0.0}
 PR_SET_DUMPABLE = 4  # prctl(2): 0 hides this process's memory and files from others of its user
 PLANTED = ("json", "urllib", "multiprocessing")
@@ -150,32 +165,94 @@ def driver_link(expect: dict[str, Any]) -> str:
     return ", ".join(LINKERS)
 
 
-def command(*argv: str) -> Check:
-    """``vllm ARGV``: runs the script that is on PATH, in this process.
+def run_vllm(*argv: str) -> str:
+    """Output of ``vllm ARGV``: runs the script that is on PATH, in this process.
 
     A process of its own would spend its time on importing torch and vLLM once more.
     """
+    path = Path("/opt/venv/bin/vllm")
+    interpreter = path.read_text().partition("\n")[0].removeprefix("#!")
+    if not os.access(path, os.X_OK) or not os.access(interpreter, os.X_OK):
+        raise AssertionError(f"{path} with {interpreter} cannot be executed")
+    out = io.StringIO()
+    sys.argv = [str(path), *argv]
+    code: object = 0
+    with contextlib.redirect_stdout(out):
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+    if code not in (0, None):
+        raise AssertionError(f"exit {code}, printed {out.getvalue()[-300:]!r}")
+    return out.getvalue()
+
+
+def command(*argv: str) -> Check:
+    """A ``vllm`` command that prints its version or a usage."""
 
     def run(expect: dict[str, Any]) -> str:
-        path = Path("/opt/venv/bin/vllm")
-        interpreter = path.read_text().partition("\n")[0].removeprefix("#!")
-        if not os.access(path, os.X_OK) or not os.access(interpreter, os.X_OK):
-            raise AssertionError(f"{path} with {interpreter} cannot be executed")
-        out = io.StringIO()
-        sys.argv = [str(path), *argv]
-        code: object = 0
-        with contextlib.redirect_stdout(out):
-            try:
-                runpy.run_path(str(path), run_name="__main__")
-            except SystemExit as stop:
-                code = stop.code
-        output = out.getvalue()
+        output = run_vllm(*argv)
         word = expect["vllm"] if argv == ("--version",) else "usage"
-        if code not in (0, None) or word not in output.lower():
-            raise AssertionError(f"exit {code}, printed {output[-300:]!r}")
+        if word not in output.lower():
+            raise AssertionError(f"printed {output[-300:]!r}")
         return output.strip() if argv == ("--version",) else f"{len(output.splitlines())} lines"
 
     return run
+
+
+def bench_serve(expect: dict[str, Any]) -> str:
+    """``vllm bench serve`` measures a server, here one that answers with fixed words.
+
+    It exits with 0 also if every request failed, so the check reads what it counted.
+    """
+    with tempfile.TemporaryDirectory() as folder, fake_server() as url:
+        for name, content in TOKENIZER.items():
+            Path(folder, name).write_text(json.dumps(content))
+        run_vllm(
+            "bench", "serve", f"--base-url={url}", f"--tokenizer={folder}", "--model=tiny",
+            "--backend=openai", "--dataset-name=random", "--random-input-len=8",
+            f"--random-output-len={BENCH_TOKENS}", f"--num-prompts={BENCH_PROMPTS}",
+            "--disable-tqdm", "--save-result", f"--result-dir={folder}",
+            "--result-filename=result.json",
+        )  # fmt: skip
+        result = json.loads(Path(folder, "result.json").read_text())
+    counts = (result["completed"], result["total_output_tokens"])
+    if counts != (BENCH_PROMPTS, BENCH_PROMPTS * BENCH_TOKENS):
+        raise AssertionError(f"counted {counts[0]} answers of {counts[1]} tokens in all")
+    return f"{counts[0]} answers, {counts[1]} tokens"
+
+
+@contextlib.contextmanager
+def fake_server() -> Iterator[str]:
+    """A server that streams completions; its URL."""
+    import http.server  # noqa: PLC0415 - only one of the processes needs it
+    import threading  # noqa: PLC0415
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            rows: list[dict[str, Any]] = [
+                {"choices": [{"index": 0, "text": " w1"}]} for _ in range(asked["max_tokens"])
+            ]
+            usage = {"prompt_tokens": 8, "completion_tokens": asked["max_tokens"]}
+            for row in [*rows, {"choices": [], "usage": usage}]:
+                self.wfile.write(f"data: {json.dumps(row)}\n\n".encode())
+            self.wfile.write(b"data: [DONE]\n\n")
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
 def sandbox(expect: dict[str, Any]) -> str:
@@ -280,6 +357,7 @@ def as_vllm(expect: dict[str, Any]) -> dict[str, Verdict]:
     started = {"quantization": _forked(quantization, expect)}
     # In this process, so that the children of the others have its modules already.
     verdicts["vllm-help"] = _verdict(command("--help"), expect)
+    started["vllm-bench-serve"] = _forked(bench_serve, expect)
     started |= {name: _forked(command(*argv), expect) for name, argv in COMMANDS.items()}
     return verdicts | {name: wait() for name, wait in started.items()}
 

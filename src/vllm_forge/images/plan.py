@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from vllm_forge.host import cache_root, parse_json, read_plain, require_disk
 from vllm_forge.images.base import BaseRef, pinned_image, rootfs_key
 from vllm_forge.images.checks import (
-    ANY_USER,
     CHECK_ARGV,
     LAYER_CHECKS,
     SCRIPTS,
+    any_user,
     contract_inputs,
 )
 from vllm_forge.images.content import CONFIG_FORMAT, FORMAT, HEALTH, WheelGroup, wheel_groups
@@ -125,7 +125,9 @@ class ImagePlan:
             argv=(*CHECK_ARGV, "image"),
             work=self.work,
         )
-        other = replace(run, argv=(*CHECK_ARGV, "user"), user=ANY_USER, work=self.work / "any-user")
+        other = replace(
+            run, argv=(*CHECK_ARGV, "user"), user=any_user(), work=self.work / "any-user"
+        )
         return run, other
 
     @property

@@ -8,17 +8,15 @@ import re
 import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+import urllib.request
+from pathlib import Path
 
 import pytest
 
-from vllm_forge.images.checks import CHECK_ARGV, check_names, judge, write_inputs
+from vllm_forge.images.checks import CHECK_ARGV, any_user, check_names, judge, write_inputs
 from vllm_forge.images.errors import ImageCheckError
 from vllm_forge.kernels.selection.questions import declared_device
 from vllm_forge.matrix import load
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 # As image_checks.py does it: the process that declares the GPU and those it starts see it.
 DECLARE = """
@@ -109,6 +107,47 @@ def test_verdicts_that_prove_nothing_are_rejected(outputs: list[str], words: str
         judge(outputs, ALL)
 
 
+@pytest.mark.parametrize(
+    ("rows", "user"),
+    [
+        ("0 0 4294967295\n", "1000770000:0"),
+        ("0 1000 1\n1 200000 65536\n", "65536:0"),
+    ],
+)
+def test_any_user_is_mapped_in_a_rootless_namespace(tmp_path: Path, rows: str, user: str) -> None:
+    (tmp_path / "uid_map").write_text(rows)
+    assert any_user(tmp_path / "uid_map") == user
+
+
+def test_bench_that_counts_failed_requests_is_red(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`vllm bench serve` exits with 0 also if every request failed."""
+    script = importlib.import_module("vllm_forge.images.image_checks")
+    asked = {"max_tokens": script.BENCH_TOKENS}
+    counts = {"completed": script.BENCH_PROMPTS}
+
+    def bench(*argv: str) -> str:
+        options = dict(word[2:].split("=", 1) for word in argv if "=" in word)
+        url = f"{options['base-url']}/v1/completions"
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        tokens = 0
+        for _ in range(script.BENCH_PROMPTS):
+            with opener.open(url, json.dumps(asked).encode()) as answer:
+                tokens += answer.read().count(b"w1")
+        result = counts | {"total_output_tokens": tokens}
+        Path(options["result-dir"], "result.json").write_text(json.dumps(result))
+        return ""
+
+    monkeypatch.setattr(script, "run_vllm", bench)
+    assert script.bench_serve({}) == "2 answers, 8 tokens"
+    counts["completed"] = 0
+    with pytest.raises(AssertionError, match="counted 0 answers"):
+        script.bench_serve({})
+
+
 def test_the_names_of_verdicts_are_those_of_the_script() -> None:
     script = importlib.import_module("vllm_forge.images.image_checks")
-    assert {"vllm-help", *script.COMMANDS} == {name for name in ALL if name.startswith("vllm-")}
+    assert {"vllm-help", "vllm-bench-serve", *script.COMMANDS} == {
+        name for name in ALL if name.startswith("vllm-")
+    }
