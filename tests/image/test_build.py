@@ -84,6 +84,19 @@ def test_config_is_that_of_the_dockerfile(built: Project) -> None:
     assert labels["io.vllm-forge.tree"] == built.record(ALPHA)["stack"]["tree"]
 
 
+def test_volumes_can_be_written_by_any_user_of_group_0(built: Project) -> None:
+    """A new volume gets the owner and mode of the image's folder."""
+    made = image(built)
+    content = plain(made, made.manifest["layers"][1])
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        for name in ("cache", "cache/huggingface"):
+            folder = tar.getmember(name)
+            assert (folder.uid, folder.gid, folder.mode & 0o777) == (10001, 0, 0o775)
+    assert "HF_HOME=/cache/huggingface" in made.config["config"]["Env"]
+    assert "HF_MODULES_CACHE=/cache/modules" in made.config["config"]["Env"]
+    assert "PYTHONSAFEPATH=1" in made.config["config"]["Env"]
+
+
 def test_every_diff_id_is_the_hash_of_its_layer(built: Project) -> None:
     made = image(built)
     for layer, diff_id in zip(

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 Engine = Literal["docker", "podman"]
 ENGINES: tuple[Engine, ...] = ("docker", "podman")
-# Holds the hub's downloads and the output of JIT compilers.
-VOLUME = "vllm-forge-cache"
+DOWNLOADS = "vllm-forge-downloads"  # the hub's, shared by all images: weights, no code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +59,15 @@ def image_name(deployment: Deployment, digest: str | None) -> str:
     return f"{name}:{deployment.cell.line_name}" if digest is None else f"{name}@{digest}"
 
 
+def cache_volume(deployment: Deployment, digest: str | None) -> str:
+    """The volume for compiled kernels and bytecode: code that only the image that made it may run.
+
+    An image whose digest is unknown has that of its tag.
+    """
+    name = f"{deployment.cell.sku_name}-{deployment.cell.line_name}"
+    return f"vllm-forge-{name if digest is None else digest.partition(':')[2][:12]}"
+
+
 def container_command(
     matrix: Matrix, deployment: Deployment, *, engine: Engine = "docker", digest: str | None = None
 ) -> Command:
@@ -74,7 +82,8 @@ def container_command(
         "--ipc=private", f"--shm-size={settings.shm_gb}g",
         *(f"--ulimit={limit}" for limit in settings.ulimits),
         f"--publish={settings.port}:{settings.port}",
-        f"--volume={VOLUME}:/cache",
+        f"--volume={cache_volume(deployment, digest)}:/cache",
+        f"--volume={DOWNLOADS}:/cache/huggingface",
         *(f"--env={name}={value}" for name, value in sorted(env.items())),
     ]  # fmt: skip
     command = [deployment.artifact.repo, f"--port={settings.port}", *args]

@@ -165,7 +165,8 @@ def test_docker_command(matrix: Matrix, deployment: Deployment) -> None:
     assert words(container_command(matrix, deployment, digest=DIGEST)) == [
         "docker", "run", "--rm", "--gpus=4", "--ipc=private", "--shm-size=16g",
         "--ulimit=memlock=-1", "--ulimit=stack=67108864", "--publish=8000:8000",
-        "--volume=vllm-forge-cache:/cache", f"localhost/vllm-0.26.0-b300@{DIGEST}",
+        f"--volume=vllm-forge-{DIGEST[7:19]}:/cache",
+        "--volume=vllm-forge-downloads:/cache/huggingface", f"localhost/vllm-0.26.0-b300@{DIGEST}",
         "canada-quant/DeepSeek-V4-Flash-NVFP4-FP8-MTP", "--port=8000",
         "--tensor-parallel-size=4", "--kv-cache-dtype=fp8", "--max-num-seqs=128",
         '--speculative-config={"method":"mtp","num_speculative_tokens":2}',
