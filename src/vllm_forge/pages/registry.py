@@ -10,7 +10,7 @@ from vllm_forge.pages.checkpoints import checks, verdicts
 from vllm_forge.pages.coverage import coverage
 from vllm_forge.pages.errors import StalePageError
 from vllm_forge.pages.markdown import put_block
-from vllm_forge.pages.measurements import measurements, sizes
+from vllm_forge.pages.measurements import inspection, quantization, sizes, starts
 from vllm_forge.pages.patches import drift, seed_installer
 from vllm_forge.pages.race import race
 from vllm_forge.pages.readme import exit_codes, lines_table, skus_table
@@ -22,40 +22,36 @@ if TYPE_CHECKING:
 
     from vllm_forge.project import Project
 
-# Path from the root of the checkout -> its whole text.
-PAGES: dict[str, Callable[[Project], str]] = {
-    "docs/generated/checks.md": checks,
-    "docs/generated/coverage.md": coverage,
-    "docs/generated/drift.md": lambda project: project.read_json("records/drift.json", drift),
-    "docs/generated/exit-codes.md": exit_codes,
-    "docs/generated/measurements.md": measurements,
-    "docs/generated/race.md": lambda project: project.read_json("records/race.json", race),
-    "docs/generated/seed-installer.md": seed_installer,
-    "docs/generated/selection.md": selection,
-    "docs/generated/sizes.md": (
-        lambda project: project.read_json("benchmarks/results/sizes.json", sizes)
-    ),
-    "docs/generated/status.md": status,
-    "docs/generated/verdicts.md": verdicts,
-    "matrix.schema.json": lambda _: schema_text(),
-}
-# Path -> name of each generated block of a page written by hand -> the block's text.
-BLOCKS: dict[str, dict[str, Callable[[Project], str]]] = {
+RESULTS = "benchmarks/results"
+# Page -> name of each of its generated blocks -> the block's text. "" is the whole file.
+PAGES: dict[str, dict[str, Callable[[Project], str]]] = {
     "README.md": {"lines": lines_table, "skus": skus_table},
+    "docs/generated/checks.md": {"checks": checks},
+    "docs/generated/coverage.md": {"coverage": coverage},
+    "docs/generated/drift.md": {"drift": lambda p: p.read_json("records/drift.json", drift)},
+    "docs/generated/exit-codes.md": {"exit-codes": exit_codes},
+    "docs/generated/measurements.md": {
+        "starts": lambda p: p.read_json(f"{RESULTS}/first-token.json", starts),
+        "quantization": lambda p: p.read_json(f"{RESULTS}/quantize.json", quantization),
+        "inspection": lambda p: p.read_json(f"{RESULTS}/inspect.json", inspection),
+    },
+    "docs/generated/race.md": {"race": lambda p: p.read_json("records/race.json", race)},
+    "docs/generated/seed-installer.md": {"seed-installer": seed_installer},
+    "docs/generated/selection.md": {"selection": selection},
+    "docs/generated/sizes.md": {"sizes": lambda p: p.read_json(f"{RESULTS}/sizes.json", sizes)},
+    "docs/generated/status.md": {"status": status},
+    "docs/generated/verdicts.md": {"verdicts": verdicts},
+    "matrix.schema.json": {"": lambda _: schema_text()},
 }
 
 
 def _stale(project: Project, paths: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Path and right text of these pages (default: all) that are missing or differ."""
-    for path in paths or (*PAGES, *BLOCKS):
+    """Path and right text of these pages (default: all) that differ."""
+    for path in paths or PAGES:
         target = project.root / path
-        current = target.read_text(encoding="utf-8") if target.exists() else None
-        if path in PAGES:
-            text = PAGES[path](project)
-        else:
-            text = target.read_text(encoding="utf-8")
-            for name, make in BLOCKS[path].items():
-                text = put_block(text, name, make(project), where=path)
+        current = text = target.read_text(encoding="utf-8") if target.exists() else ""
+        for name, make in PAGES[path].items():
+            text = put_block(text, name, make(project), where=path) if name else make(project)
         if current != text:
             yield path, text
 

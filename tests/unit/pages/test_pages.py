@@ -13,7 +13,7 @@ from vllm_forge.errors import UsageError
 from vllm_forge.pages.errors import StalePageError
 from vllm_forge.pages.markdown import put_block, table
 from vllm_forge.pages.measurements import starts
-from vllm_forge.pages.registry import BLOCKS, PAGES, check_pages, write_pages
+from vllm_forge.pages.registry import PAGES, check_pages, write_pages
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
@@ -22,37 +22,41 @@ if TYPE_CHECKING:
 SLIMMER = 0.30
 
 
-@pytest.mark.parametrize("path", [*PAGES, *BLOCKS])
+@pytest.mark.parametrize("path", PAGES)
 def test_page_is_current(root: Path, path: str) -> None:
     check_pages(Project(root), path)
 
 
 def test_every_generated_page_is_registered(root: Path) -> None:
     pages = {path.relative_to(root).as_posix() for path in (root / "docs/generated").iterdir()}
-    assert pages == {path for path in PAGES if path.startswith("docs/")}
+    assert pages == {path for path in PAGES if path.startswith("docs/generated/")}
 
 
 def test_stale_and_missing_pages_are_named_and_rewritten(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("matrix.toml", "records", "benchmarks", "tests", "src"):
+    for name in ("matrix.toml", "benchmarks", "tests", "src"):
         (tmp_path / name).symlink_to(root / name)
-    for name in ("patches", "docker"):
+    for name in ("patches", "docker", "records"):  # not read by a link
         shutil.copytree(root / name, tmp_path / name)
-    (tmp_path / "README.md").write_bytes((root / "README.md").read_bytes())
-    (tmp_path / "docs/generated").mkdir(parents=True)
+    for path in PAGES:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes((root / path).read_bytes())
     monkeypatch.setenv("VLLM_FORGE_ROOT", str(tmp_path))
-    assert main(["docs"]) == 0
-    assert set(capsys.readouterr().out.split()) == set(PAGES)
     assert main(["docs", "--check"]) == 0
-    (tmp_path / "docs/generated/race.md").write_text("stale")
-    (tmp_path / "docs/generated/drift.md").unlink()
+    stale = tmp_path / "docs/generated/race.md"
+    text = stale.read_text()
+    stale.write_text(text.replace("clean launches", "launches"))
+    (tmp_path / "matrix.schema.json").unlink()
     assert main(["docs", "--check"]) == StalePageError.exit_code
     message = capsys.readouterr().err
-    assert "docs/generated/drift.md, docs/generated/race.md" in message
+    assert "docs/generated/race.md, matrix.schema.json" in message
     assert "nox -s docs" in message
-    written = write_pages(Project(tmp_path))
-    assert written == ["docs/generated/drift.md", "docs/generated/race.md"]
+    assert write_pages(Project(tmp_path)) == ["docs/generated/race.md", "matrix.schema.json"]
+    assert stale.read_text() == text
+    stale.unlink()
+    assert main(["docs"]) == UsageError.exit_code
+    assert "docs/generated/race.md" in capsys.readouterr().err
 
 
 def test_table_escapes_bars_and_groups_digits() -> None:
