@@ -138,7 +138,7 @@ def test_record_of_a_page_is_an_error_that_names_it(root: Path, tmp_path: Path, 
         if (name, kind) in EMPTY:
             continue
         with pytest.raises((RecordFileError, SelectionFileError)) as refused:
-            PAGES[page](project)
+            _ = [make(project) for make in PAGES[page].values()]
         assert refused.value.where == str(path)
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         path.write_bytes(kept)

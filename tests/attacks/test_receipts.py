@@ -159,7 +159,7 @@ def test_link_out_of_the_repository_is_refused(project: Project, tmp_path: Path,
     target.symlink_to(tmp_path / "elsewhere")
     receipts = read_receipts(project, NOW, image=IMAGE)
     assert receipts.valid == ()
-    assert receipts.lines(project.root)[0].endswith("it is a link")
+    assert receipts.lines(project.root)[0].endswith(("it is a link", "not a plain file"))
     assert state(project) == "not run"
 
 
@@ -180,7 +180,7 @@ def test_special_file_is_refused_without_waiting(
     else:
         with path.open("wb") as file:
             file.truncate(1 << 40)
-    with pytest.raises(ForgeError, match=r"it is not a plain file|it is a link"):
+    with pytest.raises(ForgeError, match=r"not a plain file|larger than"):
         verify_all(project, NOW)
 
 

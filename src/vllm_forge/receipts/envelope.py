@@ -16,7 +16,6 @@ import copy
 import hashlib
 import json
 import os
-import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner, Key, SSlibKey
 
-from vllm_forge.host import atomic_path
+from vllm_forge.host import atomic_path, read_plain
 from vllm_forge.receipts import FOLDER, KEYS
 from vllm_forge.receipts.errors import (
     ReceiptEditedError,
@@ -85,20 +84,6 @@ def write_receipt(folder: Path, statement: Statement, key: Path | None = None) -
     return path
 
 
-def read_plain(path: Path) -> bytes:
-    """Content of a plain file; never waits for a FIFO or follows a link.
-
-    Raises:
-        OSError: also if it is another kind of file, or larger than any receipt.
-    """
-    status = path.lstat()
-    if stat.S_ISLNK(status.st_mode):
-        raise OSError("it is a link")
-    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST:
-        raise OSError(f"it is not a plain file of at most {LARGEST} bytes")
-    return path.read_bytes()
-
-
 def read_receipt(path: Path, keys: Sequence[Key]) -> Receipt:
     """Read a receipt; its payload must be the one that was written, or signed.
 
@@ -108,13 +93,12 @@ def read_receipt(path: Path, keys: Sequence[Key]) -> Receipt:
         ReceiptKeyError: signed by another key than ``keys``, the trusted ones.
     """
     try:
-        data: dict[str, Any] = json.loads(read_plain(path), object_pairs_hook=_once)
+        text = read_plain(path, LARGEST)
+        data: dict[str, Any] = json.loads(text, object_pairs_hook=_once)
         payload, kind = base64.b64decode(data["payload"], validate=True), data["payloadType"]
         stated, envelope = data[DIGEST], Envelope.from_dict(copy.deepcopy(data))
         written = envelope.to_dict() | {DIGEST: stated}
-    except OSError as error:
-        raise _unreadable(path, str(error)) from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(path, f"{type(error).__name__}: {error}") from None
     if written != data:
         raise _unreadable(path, "unknown fields, or base64 of another form")
@@ -186,7 +170,7 @@ def _load_key(path: Path, *, public: bool) -> Any:
 
     try:
         if public:
-            key: Any = serialization.load_pem_public_key(read_plain(path))
+            key: Any = serialization.load_pem_public_key(read_plain(path, LARGEST))
         else:
             key = serialization.load_pem_private_key(path.read_bytes(), None)
         why = f"it is a {type(key).__name__}"
