@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,7 +16,7 @@ from tests.support.rootless import UID, missing, rootless
 from vllm_forge.images.layout import read_image
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
     from tests.support.project import Project
 
@@ -23,13 +25,12 @@ ALPHA = "vllm-0.1.0-alpha"
 
 
 @pytest.fixture
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that another user can reach: pytest's are closed to others."""
-    folder = tmp_path_factory.mktemp("rootless")
-    for path in (folder, *folder.parents):
-        if path.stat().st_uid == os.geteuid() and path.name.startswith(("pytest", "rootless")):
-            path.chmod(0o755)
-    return folder
+def shared() -> Iterator[Path]:
+    """A folder that another user can reach: pytest closes its own, while this test runs too."""
+    with tempfile.TemporaryDirectory(prefix="vllm-forge-rootless-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
 
 
 def test_rootless_build_is_the_image_of_root(built: Project, shared: Path) -> None:

@@ -89,8 +89,8 @@ class ContainerRun:
         argv: the command.
         user: ``uid:gid``; empty: the image's.
         work: folder for the engine's own files; no two runs at a time share one.
-        bytecode: folder that keeps compiled Python between runs, for engines that mount;
-            None: the one of the cache that all images share.
+        bytecode: folder that keeps compiled Python between runs, for engines that mount. Code of
+            the image writes it, so images of other packages have another one.
     """
 
     layout: Path
@@ -101,7 +101,7 @@ class ContainerRun:
     argv: tuple[str, ...]
     user: str = ""
     work: Path
-    bytecode: Path | None = None
+    bytecode: Path
 
 
 def _build_options(build: SystemBuild, *args: tuple[str, str]) -> list[str]:
@@ -322,7 +322,7 @@ def _runtime_config(run: ContainerRun) -> dict[str, Any]:
     image = run.config or read_image(run.layout).config["config"]
     owner, _, group = image["User"].partition(":")
     uid, _, gid = (run.user or image["User"]).partition(":")
-    bytecode = (run.bytecode or cache_root() / "bytecode").resolve()
+    bytecode = run.bytecode.resolve()
     bytecode.mkdir(parents=True, exist_ok=True)
     os.chown(bytecode, int(owner), int(group or owner))
 

@@ -66,6 +66,12 @@ STARTS = (
 TOKENIZER: dict[str, dict[str, Any]] = {
     "tokenizer.json": {
         "version": "1.0",
+        "added_tokens": [
+            {
+                "id": 0, "content": "w0", "special": True, "single_word": False,
+                "lstrip": False, "rstrip": False, "normalized": False,
+            }
+        ],
         "pre_tokenizer": {"type": "WhitespaceSplit"},
         "model": {
             "type": "WordLevel",
@@ -75,7 +81,7 @@ TOKENIZER: dict[str, dict[str, Any]] = {
     },
     "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"},
     "config.json": {"model_type": "llama"},
-}
+}  # fmt: skip
 BENCH_PROMPTS, BENCH_TOKENS = 2, 4
 VLLM_CHECKS = ("imports", "quantization", "vllm-help", "vllm-bench-serve", *COMMANDS)
 DIED = {"passed": False, "detail": "died", "seconds": 0.0}
@@ -239,9 +245,10 @@ def fake_server() -> Iterator[str]:
             self.send_header("Content-Type", "text/event-stream")
             self.end_headers()
             rows: list[dict[str, Any]] = [
-                {"choices": [{"index": 0, "text": " w1"}]} for _ in range(asked["max_tokens"])
+                {"choices": [{"index": 0, "text": " w1"}]}
+                for _ in range(asked.get("max_tokens", 1))
             ]
-            usage = {"prompt_tokens": 8, "completion_tokens": asked["max_tokens"]}
+            usage = {"prompt_tokens": 8, "completion_tokens": len(rows)}
             for row in [*rows, {"choices": [], "usage": usage}]:
                 self.wfile.write(f"data: {json.dumps(row)}\n\n".encode())
             self.wfile.write(b"data: [DONE]\n\n")

@@ -124,6 +124,7 @@ class ImagePlan:
             inputs=self.work / "inputs",
             argv=(*CHECK_ARGV, "image"),
             work=self.work,
+            bytecode=cache_root() / "bytecode" / self.python_key,
         )
         other = replace(
             run, argv=(*CHECK_ARGV, "user"), user=any_user(), work=self.work / "any-user"
@@ -151,6 +152,16 @@ class ImagePlan:
         """Hash of everything that the system image is a function of."""
         fields = [*self.system_parts().values()]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def python_key(self) -> str:
+        """Hash of the packages of the image: what runs there writes the bytecode of its checks.
+
+        Patches are left out. An image with other ones may read that bytecode, as Python compares
+        the size and the time of a source, which is its CRC-32 there.
+        """
+        fields = [self.system_key, *(group.key for group in self.groups)]
+        return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         """All that the image is a function of: input -> its parts, each a value or a hash."""

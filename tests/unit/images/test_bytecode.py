@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.images.build import bytecode_place
-from vllm_forge.images.engines import BYTECODE, ContainerRun, _runtime_config
+from vllm_forge.images.engines import BYTECODE, Buildah, ContainerRun, _runtime_config
 from vllm_forge.images.layer import LayerBlob
 from vllm_forge.images.layout import ImageLayer
+from vllm_forge.images.plan import BuildOptions, resolve
+from vllm_forge.project import Project
 
 if TYPE_CHECKING:
     import pytest
@@ -61,3 +63,21 @@ def test_checks_use_a_bytecode_folder_of_their_own(
     )  # fmt: skip
     made: dict[str, Any] = json.loads(json.dumps(_runtime_config(run)))
     assert made["process"]["env"] == ["A=1", "B=2", f"{BYTECODE}=/srv"]
+
+
+def test_checks_of_other_packages_have_another_bytecode_folder(
+    tmp_path: Path, checkout: Path
+) -> None:
+    """Code of one image must not write what Python runs in another one."""
+    project = Project(checkout)
+    runs = [
+        run
+        for sku, line in (("b300", "0.22"), ("b300", "0.26"), ("h200", "0.26"), ("h200", "0.33"))
+        for run in resolve(
+            project, project.cell(sku, line), BuildOptions(output=tmp_path), Buildah()
+        ).checks_inside()
+    ]
+    folders = [run.bytecode for run in runs]
+    assert len(set(folders)) == 3  # the SKUs of a line have the same Python files
+    assert folders[2] == folders[4]
+    assert all(folder.parent.name == "bytecode" for folder in folders)
