@@ -58,6 +58,10 @@ class CheckpointSource(ABC):
 
     sizes: Mapping[str, int]
 
+    def error(self, what: str, remedy: str = "") -> CheckpointUnreadableError:
+        """An error in this place."""
+        return CheckpointUnreadableError(what, where=str(self), remedy=remedy)
+
     @abstractmethod
     def read(self, name: str, begin: int, end: int) -> bytes | bytearray:
         """Bytes ``begin`` to ``end`` of a file; exactly as many, or an error."""
@@ -67,15 +71,11 @@ class CheckpointSource(ABC):
         if name not in self.sizes:
             return None
         if self.sizes[name] > MAX_TEXT:
-            raise CheckpointUnreadableError(
-                f"{name} has {self.sizes[name]} bytes, more than {MAX_TEXT}", where=str(self)
-            )
+            raise self.error(f"{name} has {self.sizes[name]} bytes, more than {MAX_TEXT}")
         try:
             return self.read(name, 0, self.sizes[name]).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise CheckpointUnreadableError(
-                f"{name} is not UTF-8: {error}", where=str(self)
-            ) from None
+            raise self.error(f"{name} is not UTF-8: {error}") from None
 
     def json(self, name: str) -> dict[str, Any] | None:
         """A JSON object, None if there is no such file."""
@@ -84,19 +84,15 @@ class CheckpointSource(ABC):
         try:
             value = strict_json(text)
         except ValueError as error:
-            raise CheckpointUnreadableError(
-                f"{name} is not JSON: {error}", where=str(self)
-            ) from None
+            raise self.error(f"{name} is not JSON: {error}") from None
         if not isinstance(value, dict):
-            raise CheckpointUnreadableError(f"{name} is not a JSON object", where=str(self))
+            raise self.error(f"{name} is not a JSON object")
         return value
 
     def config(self) -> dict[str, Any]:
         """The content of config.json, which must be there."""
         if (config := self.json(CONFIG)) is None:
-            raise CheckpointUnreadableError(
-                f"missing {CONFIG}", where=str(self), remedy="take it from the model's repository"
-            )
+            raise self.error(f"missing {CONFIG}", "take it from the model's repository")
         return config
 
 
@@ -132,15 +128,10 @@ class Folder(CheckpointSource):
                 file.seek(begin)
                 size = file.readinto(data)
         except OSError as error:
-            raise CheckpointUnreadableError(
-                f"cannot read {name}: {error.strerror}",
-                where=str(self),
-                remedy="put the file back, and give the same command again",
-            ) from None
+            remedy = "put the file back, and give the same command again"
+            raise self.error(f"cannot read {name}: {error.strerror}", remedy) from None
         if size != len(data):
-            raise CheckpointUnreadableError(
-                f"{name} ends before byte {end}", where=str(self), remedy="fetch it again"
-            )
+            raise self.error(f"{name} ends before byte {end}", "fetch it again")
         return data
 
 
@@ -195,9 +186,7 @@ class HubRepository(CheckpointSource):
 
         data: bytes = self._ask(fetch)
         if len(data) != end - begin:
-            raise CheckpointUnreadableError(
-                f"{name}: expected {end - begin} bytes, got {len(data)}", where=str(self)
-            )
+            raise self.error(f"{name}: expected {end - begin} bytes, got {len(data)}")
         return data
 
     def _ask(self, question: Callable[[], Any]) -> Any:
@@ -208,11 +197,10 @@ class HubRepository(CheckpointSource):
             return question()
         except (HfHubHTTPError, HFValidationError) as error:
             what = str(error).strip().splitlines()[0]
-        except OSError as error:  # connection, name resolution, certificates
-            what = f"{type(error).__name__}: {error}"
         except Exception as error:
             # Its HTTP client has changed twice; its errors have one root per client.
-            if type(error).__module__.partition(".")[0] not in {"httpx", "httpx2", "httpcore"}:
+            client = type(error).__module__.partition(".")[0] in {"httpx", "httpx2", "httpcore"}
+            if not client and not isinstance(error, OSError):  # name resolution, certificates
                 raise
             what = f"{type(error).__name__}: {error}"
         raise HubUnreachableError(
@@ -287,7 +275,7 @@ class Checkpoint:
         else:
             shards = sorted(set(weight_map.values()))
         if not shards:
-            raise CheckpointUnreadableError("there are no tensors", where=str(source))
+            raise source.error("there are no tensors")
         missing = tuple(s for s in shards if s not in source.sizes or not _is_loaded(s))
         tensors = _headers(source, [shard for shard in shards if shard not in missing])
         metadata = (index or {}).get("metadata")
@@ -336,11 +324,8 @@ class Checkpoint:
         if self.index is None or not self.tensors:
             return []
         listed = {name for name, shard in self.index.items() if shard not in self.missing_shards}
-        moved = {
-            name
-            for name in listed & self.tensors.keys()
-            if self.index[name] != self.tensors[name].shard
-        }
+        both = listed & self.tensors.keys()
+        moved = {name for name in both if self.index[name] != self.tensors[name].shard}
         return sorted((listed ^ self.tensors.keys()) | moved)
 
 
@@ -368,11 +353,8 @@ def read_header(source: CheckpointSource, shard: str) -> list[StoredTensor]:
             text += source.read(shard, LENGTH_BYTES + len(text), start)
         return parse_header(text, size, source, shard)
     except ValueError as error:
-        raise CheckpointUnreadableError(
-            f"{shard} is not a whole safetensors file: {error}",
-            where=str(source),
-            remedy="an interrupted download or copy: fetch that file again",
-        ) from None
+        remedy = "an interrupted download or copy: fetch that file again"
+        raise source.error(f"{shard} is not a whole safetensors file: {error}", remedy) from None
 
 
 def _is_loaded(shard: str) -> bool:
@@ -387,9 +369,7 @@ def _headers(source: CheckpointSource, shards: list[str]) -> dict[str, StoredTen
     for tensor in (tensor for header in headers for tensor in header):
         name = plain_name(tensor.name)
         if name in tensors:
-            raise CheckpointUnreadableError(
-                f"{name} is in {tensors[name].shard} and in {tensor.shard}", where=str(source)
-            )
+            raise source.error(f"{name} is in {tensors[name].shard} and in {tensor.shard}")
         tensors[name] = tensor
     return tensors
 
@@ -403,7 +383,5 @@ def _weight_map(index: Mapping[str, Any], source: CheckpointSource) -> dict[str,
         and f"{name}{file}".isprintable()
         for name, file in rows.items()
     ):
-        raise CheckpointUnreadableError(
-            f"{INDEX} has no weight_map of tensors to files of its own folder", where=str(source)
-        )
+        raise source.error(f"{INDEX} has no weight_map of tensors to files of its own folder")
     return {plain_name(name): shard for name, shard in rows.items()}

@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.host import atomic_path
+from vllm_forge.host import atomic_path, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -237,10 +237,3 @@ def write_index(folder: Path, shards: Mapping[str, Iterable[TensorSpec]]) -> Non
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         indent=2,
     )
-
-
-def write_json(path: Path, content: Any, indent: int = 1) -> None:
-    """Write a file aside, and rename it."""
-    with atomic_path(path) as aside:
-        text = json.dumps(content, indent=indent, ensure_ascii=False)
-        aside.write_text(text + "\n", encoding="utf-8")

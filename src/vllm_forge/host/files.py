@@ -117,10 +117,11 @@ def read_json(
     raise error(problem, where=str(path), remedy=remedy)
 
 
-def write_json(path: Path, data: object) -> None:
-    """Write a record: one space of indent, a newline at the end."""
+def write_json(path: Path, data: object, *, indent: int = 1, ensure_ascii: bool = True) -> None:
+    """Write a record; a newline at the end."""
+    text = json.dumps(data, indent=indent, ensure_ascii=ensure_ascii)
     with atomic_path(path) as aside:
-        aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        aside.write_text(text + "\n", encoding="utf-8")
 
 
 def link_or_copy(source: Path, target: Path) -> None:

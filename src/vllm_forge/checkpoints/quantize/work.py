@@ -27,10 +27,9 @@ from vllm_forge.checkpoints.tensors import (
     INDEX,
     WrittenTensor,
     write_index,
-    write_json,
     write_shard,
 )
-from vllm_forge.host import atomic_path, parse_json, read_json, read_plain, remove
+from vllm_forge.host import atomic_path, parse_json, read_json, read_plain, remove, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -337,7 +336,7 @@ def finish_artifact(work: Work, names: Sequence[str], job: Job) -> None:
     write_index(folder, written)
     ignore = recipe.recipe.ignored(source.config)
     config = {**source.config, "quantization_config": job.engine.quantization_config(ignore)}
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, config, ensure_ascii=False)
     with atomic_path(folder / RECIPE) as aside:
         aside.write_text(job.engine.recipe_yaml(), encoding="utf-8")
     for path in sorted(source.folder.iterdir()):
@@ -356,4 +355,4 @@ def finish_artifact(work: Work, names: Sequence[str], job: Job) -> None:
             for row in file
         },
     }
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest, ensure_ascii=False)
