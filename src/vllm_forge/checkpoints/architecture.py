@@ -55,8 +55,6 @@ class _Keys(BaseModel):
 
 
 class Scheme(_Keys):
-    """``weights`` or ``input_activations`` of a group."""
-
     strategy: Scalar = None
     type: Scalar = None
     actorder: Scalar = None
@@ -64,8 +62,6 @@ class Scheme(_Keys):
 
 
 class Group(_Keys):
-    """One of ``config_groups``."""
-
     targets: list[Text] | None = None
     weights: Scheme | None = None
     input_activations: Scheme | None = None
@@ -73,8 +69,6 @@ class Group(_Keys):
 
 
 class Quantization(_Keys):
-    """``quantization_config``."""
-
     quant_method: str | None = None
     format: str | None = None
     moe_quant_algo: str | None = None
@@ -83,8 +77,6 @@ class Quantization(_Keys):
 
 
 class Config(_Keys):
-    """config.json of DeepSeek V4."""
-
     compress_ratios: list[int]
     hc_mult: int = Field(ge=1, le=64)
     head_dim: Size
@@ -212,14 +204,12 @@ def dspark_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
 
 
 def main_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
-    """Everything but the drafter."""
     yield from shared_tensors(config)
     for index in range(config["num_hidden_layers"]):
         yield from layer_tensors(config, index)
 
 
 def all_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
-    """The whole checkpoint."""
     yield from main_tensors(config)
     yield from draft_tensors(config)
 
@@ -230,7 +220,6 @@ def draft_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
 
 
 def has_dspark(config: Mapping[str, Any]) -> bool:
-    """Whether the drafter is DSpark's."""
     return "dspark_target_layer_ids" in config
 
 

@@ -67,7 +67,6 @@ class CheckpointSource(ABC):
         """Bytes ``begin`` to ``end`` of a file; exactly as many, or an error."""
 
     def text(self, name: str) -> str | None:
-        """A whole small file, None if there is none."""
         if name not in self.sizes:
             return None
         if self.sizes[name] > MAX_TEXT:
@@ -105,7 +104,6 @@ class Folder(CheckpointSource):
     index_only: bool = False
 
     def __post_init__(self) -> None:
-        """List the regular files."""
         try:
             sizes = {
                 item.name: item.stat().st_size
@@ -300,7 +298,6 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """The folder of a local checkpoint."""
         assert isinstance(self.source, Folder)  # noqa: S101 - only inspect takes other sources
         return self.source.path
 

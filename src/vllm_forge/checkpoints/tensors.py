@@ -47,7 +47,6 @@ class TensorSpec:
 
     @property
     def size(self) -> int:
-        """Bytes."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
@@ -74,7 +73,6 @@ class StoredTensor(TensorSpec):
             yield self.source.read(self.shard, at, min(at + CHUNK, self.end))
 
     def sha256(self) -> str:
-        """SHA-256 of its bytes in hex."""
         digest = hashlib.sha256()
         for chunk in self.chunks():
             digest.update(chunk)

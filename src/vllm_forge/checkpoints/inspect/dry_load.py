@@ -33,8 +33,6 @@ METHODS = {
 
 
 class Stop(FrozenModel):
-    """What vLLM raised, and at which tensor."""
-
     tensor: str | None
     message: str
 
@@ -74,8 +72,6 @@ class Resolved(FrozenModel):
 
 
 class Load(FrozenModel):
-    """One model's dry load."""
-
     error: Stop | None
     parameters: int = 0
     read: int = 0

@@ -52,7 +52,6 @@ class Effect(StrEnum):
 
     @property
     def breaks(self) -> bool:
-        """Whether the checkpoint does not serve."""
         return self in (Effect.REFUSES, Effect.CORRUPTS)
 
 
@@ -79,7 +78,6 @@ class Finding(FrozenModel):
 
     @property
     def sentence(self) -> str:
-        """Check, title and what was found, in one line."""
         return f"{label(self.check)}: {self.title}: {self.what}"
 
 

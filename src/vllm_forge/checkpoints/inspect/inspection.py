@@ -86,8 +86,6 @@ class LineVerdict(FrozenModel):
 
 
 class PartRow(FrozenModel):
-    """One part of the model, as it is stored."""
-
     part: Part
     draft: bool
     tensors: int
@@ -127,7 +125,6 @@ class Report(FrozenModel):
     lines: tuple[LineVerdict, ...]
 
     def line(self, name: str) -> LineVerdict:
-        """The verdict of one line."""
         return next(verdict for verdict in self.lines if verdict.line == name)
 
     def error(
@@ -305,7 +302,6 @@ def _status(about: str, line: str, dispositions: Iterable[Disposition]) -> str:
 
 
 def applies(finding: Finding, vllm: str) -> bool:
-    """Whether a finding is about this release."""
     version, before = Version(vllm), finding.before
     return version >= Version(finding.since or "0") and not (before and version >= Version(before))
 
@@ -378,8 +374,6 @@ def _modules(answer: Answer | None) -> dict[str, str]:
 
 
 class LineRow(FrozenModel):
-    """What a record keeps of a line's verdict."""
-
     outcome: Outcome
     checks: tuple[CheckId, ...]
     why: tuple[str, ...]
@@ -418,7 +412,6 @@ class Verdicts(FrozenModel):
     variants: dict[str, VariantRow]
 
     def text(self) -> str:
-        """JSON, as committed."""
         return self.model_dump_json(indent=1) + "\n"
 
 

@@ -99,7 +99,6 @@ class Group:
 
     @cached_property
     def rules(self) -> Rules:
-        """The targets, to be matched."""
         return Rules(self.targets)
 
 

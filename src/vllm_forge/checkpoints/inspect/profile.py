@@ -110,7 +110,6 @@ def drafter_of(names: Iterable[str]) -> Drafter:
 
 
 def draft_tensors(config: Mapping[str, Any], drafter: Drafter) -> Iterator[TensorSpec]:
-    """The tensors under ``mtp.`` that the config implies."""
     if drafter is Drafter.MTP:
         yield from mtp_tensors(config)
     elif drafter is Drafter.DSPARK and has_dspark(config):
@@ -302,7 +301,6 @@ class Profile(Checkpoint):
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """Groups of a compressed-tensors config."""
         return read_groups(self.quantization)
 
     @property
@@ -339,12 +337,10 @@ class Profile(Checkpoint):
 
     @cached_property
     def drafter(self) -> Drafter:
-        """What lies under ``mtp.``."""
         return drafter_of(self.names)
 
     @cached_property
     def draft_names(self) -> list[str]:
-        """Tensors under ``mtp.``."""
         return [name for name in self.names if name.startswith(DRAFT)]
 
     @cached_property

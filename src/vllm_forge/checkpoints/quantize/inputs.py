@@ -92,7 +92,6 @@ def alias_names(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _aliases(config: Mapping[str, Any]) -> dict[str, str]:
-    """All that the drafter's loader looks for."""
     return {
         f"mtp.{index}.{leaf}": source
         for index in range(0 if has_dspark(config) else config["num_nextn_predict_layers"])
@@ -140,8 +139,6 @@ class Recipe(FrozenModel):
 
 @dataclass(frozen=True, kw_only=True)
 class NamedRecipe:
-    """A recipe and the name of its row."""
-
     name: str
     recipe: Recipe
 

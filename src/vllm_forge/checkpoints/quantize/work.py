@@ -60,24 +60,23 @@ LEFT_OUT = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".md"}
 
 
 class Engine(Protocol):
-    """What quantizes: calibrate.LayerQuantizer, or a stand-in without torch."""
+    """What quantizes: calibrate.LayerQuantizer, or a stand-in without torch.
+
+    ``versions`` is what the result depends on beside the inputs; ``needs_data``: a scale is
+    calibrated, without one no forward pass is needed; ``embed`` writes the first layer's input.
+    """
 
     @property
-    def versions(self) -> dict[str, str]:
-        """What the result depends on beside the inputs."""
+    def versions(self) -> dict[str, str]: ...
 
     @property
-    def needs_data(self) -> bool:
-        """Whether a scale is calibrated; without one, no forward pass is needed."""
+    def needs_data(self) -> bool: ...
 
-    def recipe_yaml(self) -> str:
-        """The recipe as llm-compressor writes it."""
+    def recipe_yaml(self) -> str: ...
 
-    def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
-        """What config.json says of the quantization."""
+    def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]: ...
 
-    def embed(self, weight: StoredTensor, tokens: Sequence[Sequence[int]], path: Path) -> None:
-        """Write the input of the first layer."""
+    def embed(self, weight: StoredTensor, tokens: Sequence[Sequence[int]], path: Path) -> None: ...
 
     def layer(
         self,
@@ -123,7 +122,6 @@ class Work:
 
     @classmethod
     def beside(cls, output: Path) -> Work:
-        """The work folder of an output."""
         output = Path(os.path.abspath(output))  # noqa: PTH100 - "." has no name; links stay links
         return cls(output=output, folder=output.with_name(f"{output.name}.partial"))
 
@@ -132,7 +130,6 @@ class Work:
         return self.folder / "artifact"
 
     def hidden(self, layer: int) -> Path:
-        """Input of a layer."""
         return self.folder / f"hidden-{layer:05}.bin"
 
     def check(self) -> None:
@@ -208,7 +205,6 @@ class Work:
         return written
 
     def written(self, name: str) -> list[WrittenTensor]:
-        """What a finished file holds."""
         return read_json(
             self._note(name),
             lambda rows: [WrittenTensor(**{**row, "shape": tuple(row["shape"])}) for row in rows],
