@@ -11,8 +11,11 @@ absurd would end in a traceback, or fill the memory. Limits are far above any mo
 
 from __future__ import annotations
 
+import re
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
+from packaging.version import Version
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
@@ -20,7 +23,7 @@ from vllm_forge.checkpoints.tensors import TensorSpec
 from vllm_forge.host import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 MODEL_TYPE = "deepseek_v4"
 # Entries of compress_ratios (transformers 5.17.0, configuration_deepseek_v4.py:33).
@@ -28,7 +31,17 @@ SLIDING, SPARSE, HEAVY = 0, 4, 128
 DSPARK_BLOCKS = 3
 MOST = 1 << 24
 MOST_EXPERTS = 1 << 18  # of all layers
+MOST_GROUPS = 256
 SHOWN = 5  # problems
+LINEAR_CLASS, PATTERN = "Linear", "re:"
+# From here on the model says which projections are fused (nvidia/model.py packed_modules_mapping),
+# so a rule that names the parts is taken for the whole.
+FUSION_KNOWN = Version("0.29.0")
+FUSED = {
+    "fused_wqa_wkv": ("wq_a", "wkv"),
+    "gate_up_proj": ("w1", "w3"),
+    "fused_wkv_wgate": ("wkv", "wgate"),
+}
 
 
 def _one_line(text: str) -> str:
@@ -48,6 +61,49 @@ Text = Annotated[str, AfterValidator(_one_line)]
 Scalar = Annotated[Any, AfterValidator(_scalar)]
 
 
+class Rules:
+    """Rules that are asked together, compiled.
+
+    Attributes:
+        literal: names, or the class of a module.
+        malformed: those that are not regular expressions; they match nothing.
+    """
+
+    def __init__(self, rules: Iterable[str]) -> None:
+        self.literal, self.malformed = set[str](), list[str]()
+        self._patterns: list[re.Pattern[str]] = []
+        for rule in dict.fromkeys(rules):
+            if not rule.startswith(PATTERN):
+                self.literal.add(rule)
+            elif (pattern := compiled(rule)) is None:
+                self.malformed.append(rule)
+            else:
+                self._patterns.append(pattern)
+
+    def match(self, name: str) -> bool:
+        """Whether one of the rules means a module of that name."""
+        if name in self.literal or LINEAR_CLASS in self.literal:
+            return True
+        return any(pattern.match(name) for pattern in self._patterns)
+
+    def means(self, name: str, version: Version) -> bool:
+        """Whether one of the rules means the module, as this vLLM asks."""
+        if self.match(name):
+            return True
+        prefix, _, last = name.rpartition(".")
+        if version < FUSION_KNOWN or last not in FUSED:
+            return False
+        return all(self.match(f"{prefix}.{part}") for part in FUSED[last])
+
+
+def compiled(rule: str) -> re.Pattern[str] | None:
+    """A pattern; None for a malformed one."""
+    try:
+        return re.compile(rule.removeprefix(PATTERN))
+    except (re.error, OverflowError, RecursionError):  # the latter: too much, too deep
+        return None
+
+
 class _Keys(BaseModel):
     """Keys that are read; others may be anything."""
 
@@ -55,17 +111,25 @@ class _Keys(BaseModel):
 
 
 class Scheme(_Keys):
-    strategy: Scalar = None
+    num_bits: Scalar = None
     type: Scalar = None
+    strategy: Scalar = None
+    group_size: Scalar = None
     actorder: Scalar = None
     dynamic: Scalar = None
 
 
 class Group(_Keys):
+    """One of config_groups: the modules that its targets mean, and how they are quantized."""
+
     targets: list[Text] | None = None
     weights: Scheme | None = None
     input_activations: Scheme | None = None
     format: str | None = None
+
+    @cached_property
+    def rules(self) -> Rules:
+        return Rules(self.targets or ())
 
 
 class Quantization(_Keys):
@@ -73,7 +137,7 @@ class Quantization(_Keys):
     format: str | None = None
     moe_quant_algo: str | None = None
     ignore: list[Text] | None = None
-    config_groups: dict[Text, Group] | None = None
+    config_groups: dict[Text, Group] | None = Field(default=None, max_length=MOST_GROUPS)
 
 
 class Config(_Keys):

@@ -11,9 +11,10 @@ import pytest
 from packaging.version import Version
 
 from tests.support.layouts import layout, layout_config, profile_of
+from vllm_forge.checkpoints.architecture import Rules
 from vllm_forge.checkpoints.inspect.inspection import find_all
 from vllm_forge.checkpoints.inspect.manifest import departures, named, nearest
-from vllm_forge.checkpoints.inspect.matching import Rules, probes
+from vllm_forge.checkpoints.inspect.matching import probes
 from vllm_forge.checkpoints.inspect.profile import Drafter, Format, drafter_of, recognize, split
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from packaging.version import Version
 
+from vllm_forge.checkpoints.architecture import FUSION_KNOWN, LINEAR_CLASS, Group, Rules, Scheme
 from vllm_forge.checkpoints.inspect.findings import (
     Effect,
     Finding,
@@ -21,11 +22,7 @@ from vllm_forge.checkpoints.inspect.findings import (
     summarize,
 )
 from vllm_forge.checkpoints.inspect.matching import (
-    FUSION_KNOWN,
-    LINEAR_CLASS,
     PROBES_CHANGED,
-    Group,
-    Rules,
     resolve,
     resolve_experts,
     serving_modules,
@@ -200,14 +197,16 @@ def activations(profile: Profile) -> Iterator[Finding]:
     scaled_mm/marlin.py:46); 0.26.0 and 0.33.0 have Humming too (:379, :522), and the releases
     between were not looked at.
     """
-    for group in filter(_weights_only, profile.groups):
+    for name, group in profile.groups.items():
+        if not _weights_only(group):
+            continue
         yield finding(
             "no-activations",
-            f"{group.name}: is_static_input_scheme becomes None, and an assert stops it",
+            f"{name}: is_static_input_scheme becomes None, and an assert stops it",
         )
         yield finding(
             "no-kernel",
-            f"{group.name}: Marlin, the only one that vLLM has for it, does not take compute "
+            f"{name}: Marlin, the only one that vLLM has for it, does not take compute "
             "capability 8.9 and above",
         )
     yield from _repacked_wo_a(profile)
@@ -215,11 +214,11 @@ def activations(profile: Profile) -> Iterator[Finding]:
 
 def is_of(group: Group, kind: Format) -> bool:
     """Whether a group says of its weights what a format needs."""
-    return all(group.weights.get(key) == value for key, value in ARGUMENTS[kind].items())
+    return all(getattr(group.weights, key, None) == v for key, v in ARGUMENTS[kind].items())
 
 
 def _weights_only(group: Group) -> bool:
-    return is_of(group, Format.FP8_BLOCK) and group.inputs is None
+    return is_of(group, Format.FP8_BLOCK) and group.input_activations is None
 
 
 def _repacked_wo_a(profile: Profile) -> Iterator[Finding]:
@@ -254,18 +253,19 @@ def _repacked_wo_a(profile: Profile) -> Iterator[Finding]:
 
 def actorder(profile: Profile) -> Iterator[Finding]:
     """Orders of activations, as GPTQ has them."""
-    for group in profile.groups:
-        order = group.weights.get("actorder")
+    for name, group in profile.groups.items():
+        weights = group.weights or Scheme()
+        order = weights.actorder
         if order in ORDERED and not any(n.endswith("weight_g_idx") for n in profile.names):
             yield finding(
                 "order-not-stored",
-                f"{group.name}: actorder is {order!r}, and weights are read in an order that is "
+                f"{name}: actorder is {order!r}, and weights are read in an order that is "
                 "not stored",
             )
-        elif order is not None and group.weights.get("type") == "int":
+        elif order is not None and weights.type == "int":
             yield finding(
                 "actorder",
-                f"{group.name}: actorder is {order!r}; with tensor parallelism every rank keeps "
+                f"{name}: actorder is {order!r}; with tensor parallelism every rank keeps "
                 "all scales of w2 and reads those of other groups",
             )
 
@@ -278,7 +278,8 @@ def nvfp4_scales(profile: Profile) -> Iterator[Finding]:
         if kind is Format.NVFP4 and "input_global_scale" not in profile.modules[module]
     ]
     if absent and any(
-        group.inputs is not None and is_of(group, Format.NVFP4) for group in profile.groups
+        group.input_activations is not None and is_of(group, Format.NVFP4)
+        for group in profile.groups.values()
     ):
         yield finding(
             "no-input-scales",
@@ -304,21 +305,21 @@ def rules(profile: Profile) -> Iterator[Finding]:
         return
     known = set(serving_modules(profile.model, profile.blocks))
     stored = {*profile.modules, *(f"model.{module}" for module in profile.modules)}
-    for group in profile.groups:
+    for name, group in profile.groups.items():
         idle = group.rules.literal - known - stored - {LINEAR_CLASS}
-        for target in group.targets:
+        for target in group.targets or ():
             if target in group.rules.literal and target != LINEAR_CLASS:
                 continue
             rule = Rules([target])
             hits = sum(map(rule.match, known))
             if hits == len(known):
-                yield finding("targets-every", f"{group.name}: {target}")
+                yield finding("targets-every", f"{name}: {target}")
             elif not hits and not any(map(rule.match, stored)):
                 idle.add(target)
         if idle:
-            first, *others = [target for target in group.targets if target in idle]
+            first, *others = [target for target in group.targets or () if target in idle]
             more = f" and {len(others)} more" if others else ""
-            yield finding("targets-none", f"{group.name}: {first}{more}")
+            yield finding("targets-none", f"{name}: {first}{more}")
     if stale := sorted(profile.ignored.literal - HARMLESS - known):
         yield finding(
             "stale-ignore", f"{len(stale)} literal entries match nothing, e.g. {stale[0]}"
@@ -359,7 +360,7 @@ def _modules(
     if kind is not None:
         resolved = resolve_experts(groups, ignore, layer, version)
         hidden = None in resolved and bool(resolve_experts(groups, Rules(()), layer, version)[0])
-        group = resolved[0] if all(other == resolved[0] for other in resolved) else None
+        group = resolved[0] if all(other is resolved[0] for other in resolved) else None
         yield f"{prefix}.{EXPERTS}", kind, group, hidden
 
 

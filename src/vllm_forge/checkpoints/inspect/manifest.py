@@ -206,10 +206,11 @@ def config_facts(profile: Profile) -> dict[str, Any]:
     list of what they say.
     """
     by_format: dict[str, list[Any]] = defaultdict(list)
-    for group in profile.groups:
+    for group in profile.groups.values():
         for kind in filter(partial(is_of, group), ARGUMENTS):
-            inputs = None if group.inputs is None else group.inputs.get("dynamic")
-            for key, value in (("inputs", inputs), ("actorder", group.weights.get("actorder"))):
+            inputs = getattr(group.input_activations, "dynamic", None)
+            order = getattr(group.weights, "actorder", None)
+            for key, value in (("inputs", inputs), ("actorder", order)):
                 if value not in (values := by_format[f"{kind}.{key}"]):
                     values.append(value)
     facts = {key: profile.quantization.get(key) for key in FACTS}

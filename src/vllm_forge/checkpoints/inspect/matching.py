@@ -13,113 +13,36 @@ time, which a busy machine does not exhaust; ``re`` looks for signals while it m
 
 from __future__ import annotations
 
-import re
 import signal
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
+from vllm_forge.checkpoints.architecture import FUSED, PATTERN, compiled
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
-LINEAR_CLASS = "Linear"
+    from vllm_forge.checkpoints.architecture import Group, Rules
+
 # get_moe_method probes three names of expert 0 below the experts' own name.
 OLD_PROBES, NEW_PROBES = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
 PROBES_CHANGED = Version("0.32.0")
-# From here on the model says which projections are fused (nvidia/model.py packed_modules_mapping),
-# so a rule that names the parts is taken for the whole.
-FUSION_KNOWN = Version("0.29.0")
-FUSED = {
-    "fused_wqa_wkv": ("wq_a", "wkv"),
-    "gate_up_proj": ("w1", "w3"),
-    "fused_wkv_wgate": ("wkv", "wgate"),
-}
 ATTENTION_MODULES = ("fused_wqa_wkv", "wq_b", "wo_a", "wo_b")
 # A hundred times what the rules of a real artifact take on all of its names.
 LIMIT_S = 10.0
 MAX_LENGTH = 1 << 16  # of a pattern: its compiled form takes memory
-PATTERN = "re:"
 
 
-class Rules:
-    """Rules that are asked together, compiled.
-
-    Attributes:
-        literal: names, or the class of a module.
-        malformed: those that are not regular expressions; they match nothing.
-    """
-
-    def __init__(self, rules: Iterable[str]) -> None:
-        self.literal, self.malformed = set[str](), list[str]()
-        self._patterns: list[re.Pattern[str]] = []
-        for rule in dict.fromkeys(rules):
-            if not rule.startswith(PATTERN):
-                self.literal.add(rule)
-            elif (pattern := _compiled(rule)) is None:
-                self.malformed.append(rule)
-            else:
-                self._patterns.append(pattern)
-
-    def match(self, name: str) -> bool:
-        """Whether one of the rules means a module of that name."""
-        if name in self.literal or LINEAR_CLASS in self.literal:
-            return True
-        return any(pattern.match(name) for pattern in self._patterns)
-
-    def means(self, name: str, version: Version) -> bool:
-        """Whether one of the rules means the module, as this vLLM asks."""
-        if self.match(name):
-            return True
-        prefix, _, last = name.rpartition(".")
-        if version < FUSION_KNOWN or last not in FUSED:
-            return False
-        return all(self.match(f"{prefix}.{part}") for part in FUSED[last])
-
-
-def _compiled(rule: str) -> re.Pattern[str] | None:
-    try:
-        return re.compile(rule.removeprefix(PATTERN))
-    except (re.error, OverflowError, RecursionError):  # the latter: too much, too deep
-        return None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """One of config_groups."""
-
-    name: str
-    targets: tuple[str, ...]
-    weights: Mapping[str, Any]
-    inputs: Mapping[str, Any] | None
-
-    @cached_property
-    def rules(self) -> Rules:
-        return Rules(self.targets)
-
-
-def read_groups(quantization: Mapping[str, Any]) -> tuple[Group, ...]:
-    """The groups of a compressed-tensors config, none for any other."""
-    return tuple(
-        Group(
-            name=name,
-            targets=tuple(row.get("targets") or ()),
-            weights=row.get("weights") or {},
-            inputs=row.get("input_activations"),
-        )
-        for name, row in (quantization.get("config_groups") or {}).items()
-    )
-
-
-def resolve(groups: Iterable[Group], ignore: Rules, name: str, version: Version) -> Group | None:
+def resolve(
+    groups: Mapping[str, Group], ignore: Rules, name: str, version: Version
+) -> Group | None:
     """The group that a module gets; None: it is not quantized."""
     if ignore.means(name, version):
         return None
-    return next((group for group in groups if group.rules.means(name, version)), None)
+    return next((group for group in groups.values() if group.rules.means(name, version)), None)
 
 
 def probes(version: Version) -> tuple[str, str, str]:
@@ -128,7 +51,7 @@ def probes(version: Version) -> tuple[str, str, str]:
 
 
 def resolve_experts(
-    groups: Collection[Group], ignore: Rules, layer: int, version: Version
+    groups: Mapping[str, Group], ignore: Rules, layer: int, version: Version
 ) -> list[Group | None]:
     """The group of each of the three projections; vLLM refuses them if they differ."""
     names = (f"model.layers.{layer}.ffn.experts.0.{probe}" for probe in probes(version))
@@ -211,7 +134,7 @@ def require_termination(
                     continue
                 if len(rule) > MAX_LENGTH:
                     raise _refused(f"longer than {MAX_LENGTH} characters", rule, where)
-                if (pattern := _compiled(rule)) is None:
+                if (pattern := compiled(rule)) is None:
                     continue  # checks_config.rules reports it
                 matched = [name for name in names if pattern.match(name)]
                 if is_target and not matched:

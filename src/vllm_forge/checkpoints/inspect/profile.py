@@ -18,6 +18,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.architecture import (
+    Group,
+    Quantization,
+    Rules,
     dspark_tensors,
     has_dspark,
     main_tensors,
@@ -26,10 +29,7 @@ from vllm_forge.checkpoints.architecture import (
 )
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.inspect.matching import (
-    Group,
-    Rules,
     asked_names,
-    read_groups,
     require_termination,
 )
 from vllm_forge.checkpoints.tensors import TensorSpec
@@ -262,7 +262,7 @@ class Profile(Checkpoint):
         require_deepseek_v4(self.model, where)
         if self.groups:
             names = [*self.modules, *(f"model.{module}" for module in self.modules)]
-            targets = [target for group in self.groups for target in group.targets]
+            targets = [rule for group in self.groups.values() for rule in group.targets or ()]
             asked = asked_names(self.model, self.blocks)
             require_termination(targets, self.ignore, asked, names, where)
 
@@ -300,8 +300,8 @@ class Profile(Checkpoint):
         return {**quantization, "quant_method": spelled}
 
     @cached_property
-    def groups(self) -> tuple[Group, ...]:
-        return read_groups(self.quantization)
+    def groups(self) -> dict[str, Group]:
+        return Quantization.model_validate(self.quantization).config_groups or {}
 
     @property
     def ignore(self) -> list[str]:
@@ -316,7 +316,7 @@ class Profile(Checkpoint):
     @property
     def malformed(self) -> str | None:
         """The first rule that is not a regular expression."""
-        rules = (self.ignored, *(group.rules for group in self.groups))
+        rules = (self.ignored, *(group.rules for group in self.groups.values()))
         return next((rule for each in rules for rule in each.malformed), None)
 
     @property
