@@ -66,7 +66,6 @@ FLASH = {
 }
 CHILD = f"""
 import sys, torch
-from dataclasses import replace
 from pathlib import Path
 from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer
 from vllm_forge.checkpoints.quantize.calibration import calibrate_with
@@ -77,14 +76,14 @@ from vllm_forge.checkpoints.quantize.inputs import open_model
 torch.set_num_threads(1)
 model, output = Path(sys.argv[1]), Path(sys.argv[2])
 named = load_recipe({RECIPE!r})
-named = replace(named, recipe=named.recipe.model_copy(update={{"samples": {SAMPLES}}}))
+named = named.model_copy(update={{"samples": {SAMPLES}}})
 source = open_model(model)
 quantize(
     Job(
         source=source,
         recipe=named,
-        calibration=calibrate_with("shipped", named.recipe, model),
-        engine=LayerQuantizer(source.config, named.recipe, "cpu"),
+        calibration=calibrate_with("shipped", named, model),
+        engine=LayerQuantizer(source.config, named, "cpu"),
     ),
     output,
 )
@@ -135,7 +134,7 @@ def real_model(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
         large["largest_layer_bytes"] - small["largest_layer_bytes"]
     )
     layer = max(size_of(layer_tensors(FLASH, index)) for index in range(43))
-    recipe = load_recipe(RECIPE).recipe
+    recipe = load_recipe(RECIPE)
     artifact = 0.0
     for tensor in all_tensors(FLASH):
         count = math.prod(tensor.shape)

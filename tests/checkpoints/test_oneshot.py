@@ -65,15 +65,15 @@ def whole_model(source: Checkpoint) -> DeepseekV4ForCausalLM:
 def test_streamed_layers_equal_the_whole_model(bf16: Path, tmp_path: Path) -> None:
     source, recipe = open_model(bf16), load_recipe("nvfp4-fp8-mtp")
     rows = read_conversations(SHIPPED, SAMPLES)
-    tokens = tokenize(rows, recipe.recipe.tokens, bf16)
-    engine = LayerQuantizer(source.config, recipe.recipe, "cpu")
+    tokens = tokenize(rows, recipe.tokens, bf16)
+    engine = LayerQuantizer(source.config, recipe, "cpu")
     calibration = Calibration(source="test", tokens=tokens)
     job = Job(source=source, recipe=recipe, calibration=calibration, engine=engine)
     quantize(job, tmp_path / "streamed")
     streamed = Checkpoint.open(tmp_path / "streamed").tensors
 
     model = whole_model(source)
-    groups = {f"group_{n}": scheme_of(g, g.calibrate) for n, g in enumerate(recipe.recipe.group)}
+    groups = {f"group_{n}": scheme_of(g, g.calibrate) for n, g in enumerate(recipe.group)}
     batches = [{"input_ids": torch.tensor([list(row)])} for row in tokens]
     oneshot(
         model=model,
@@ -86,7 +86,7 @@ def test_streamed_layers_equal_the_whole_model(bf16: Path, tmp_path: Path) -> No
     state = {name.removeprefix("model."): value for name, value in model.state_dict().items()}
     compared = 0
     for name in source.tensors:
-        if recipe.recipe.group_of(name) is None:
+        if recipe.group_of(name) is None:
             continue
         module = name.removesuffix(".weight")
         theirs = rename_source_key(name, renamings, [])[0].removesuffix(".weight")

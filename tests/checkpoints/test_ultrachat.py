@@ -43,7 +43,7 @@ def test_the_card_takes_64_shuffled_with_seed_42(
     bf16: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub(monkeypatch, None)
-    recipe = load_recipe("nvfp4-fp8-mtp").recipe
+    recipe = load_recipe("nvfp4-fp8-mtp")
     calibration = calibrate_with(AUTO, recipe, bf16)
     assert asked == [("HuggingFaceH4/ultrachat_200k", "train_sft")]
     assert calibration.source == "HuggingFaceH4/ultrachat_200k train_sft, seed 42"
@@ -60,7 +60,7 @@ def test_without_the_hub_the_shipped_ones_are_taken_and_said(
     bf16: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, error: Exception
 ) -> None:
     hub(monkeypatch, error)
-    calibration = calibrate_with(AUTO, load_recipe("nvfp4-fp8-mtp").recipe, bf16)
+    calibration = calibrate_with(AUTO, load_recipe("nvfp4-fp8-mtp"), bf16)
     assert calibration.source == "shipped conversations.jsonl"
     assert len(calibration.tokens) == 64
     assert "too few for a model that people use" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_forge.checkpoints.architecture import HEAVY, SLIDING
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec, write_bf16
 from vllm_forge.checkpoints.quantize.calibration import Calibration
-from vllm_forge.checkpoints.quantize.inputs import NamedRecipe, load_recipe, open_model
+from vllm_forge.checkpoints.quantize.inputs import Recipe, load_recipe, open_model
 from vllm_forge.checkpoints.quantize.work import LEAVES, Job
 from vllm_forge.checkpoints.tensors import DTYPE_BYTES, TensorToWrite, in_memory
 
@@ -41,8 +41,8 @@ class FakeEngine:
 
     needs_data = True
 
-    def __init__(self, recipe: NamedRecipe) -> None:
-        self.recipe = recipe.recipe
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
         self.layers: list[int] = []
         self.versions = {"tools": "1"}
 

@@ -127,8 +127,8 @@ def quantize(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.checkpoints.quantize.calibration import NO_DATA, calibrate_with
     from vllm_forge.checkpoints.quantize.work import Job
 
-    engine = LayerQuantizer(source.config, recipe.recipe, pick_device(args.device))
-    data = calibrate_with(args.data, recipe.recipe, args.model) if engine.needs_data else NO_DATA
+    engine = LayerQuantizer(source.config, recipe, pick_device(args.device))
+    data = calibrate_with(args.data, recipe, args.model) if engine.needs_data else NO_DATA
     run(Job(source=source, recipe=recipe, calibration=data, engine=engine), args.output)
     print(args.output)
 

@@ -81,7 +81,7 @@ def _quantized(source: Checkpoint, tensor: StoredTensor, *, shared: bool) -> lis
 def made(source: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes an artifact of the source by our own codecs; ``change`` maps an item to another."""
     checkpoint = Checkpoint.open(source)
-    recipe = load_recipe("nvfp4-fp8-mtp").recipe
+    recipe = load_recipe("nvfp4-fp8-mtp")
 
     def write(
         change: Callable[[TensorToWrite], TensorToWrite] = lambda item: item, *, shared: bool = True

@@ -65,7 +65,7 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestRecipes:
     @pytest.mark.parametrize("name", ["nvfp4-fp8-mtp", "nvfp4-fp8-mtp-v0.2", "w4a16-fp8-mtp"])
     def test_all_experts_and_attention_and_nothing_else(self, name: str) -> None:
-        recipe, config = load_recipe(name).recipe, TinySpec().config()
+        recipe, config = load_recipe(name), TinySpec().config()
         taken = [t.name for t in all_tensors(config) if recipe.group_of(t.name) is not None]
         layers, experts = config["num_hidden_layers"], config["n_routed_experts"]
         assert len(taken) == layers * (5 + 3 * experts)
@@ -74,7 +74,7 @@ class TestRecipes:
     @pytest.mark.parametrize("number", [0, 1])
     def test_the_three_views_of_a_group_mean_the_same_modules(self, number: int) -> None:
         """vLLM's names are upstream's, but fused or as gate_proj, with ``model.`` before."""
-        recipe = load_recipe("nvfp4-fp8-mtp").recipe
+        recipe = load_recipe("nvfp4-fp8-mtp")
         group = recipe.group[number]
         (serve,) = group.serve
         pattern = re.compile(serve.removeprefix("re:"))
@@ -87,7 +87,7 @@ class TestRecipes:
         assert pattern.match(f"model.layers.0.{fused}")
 
     def test_draft_layers_are_ignored_by_number(self) -> None:
-        recipe = load_recipe("nvfp4-fp8-mtp").recipe
+        recipe = load_recipe("nvfp4-fp8-mtp")
         ignored = recipe.ignored({"num_hidden_layers": 43, "num_nextn_predict_layers": 2})
         assert r"re:.*\.layers\.43\..*" in ignored
         assert r"re:.*\.layers\.44\..*" in ignored
@@ -97,7 +97,7 @@ class TestRecipes:
         assert not any("{" in row for row in ignored)
 
     def test_no_ignore_row_hides_what_is_quantized(self) -> None:
-        recipe, config = load_recipe("nvfp4-fp8-mtp").recipe, TinySpec().config()
+        recipe, config = load_recipe("nvfp4-fp8-mtp"), TinySpec().config()
         rows = [row.removeprefix("re:") for row in recipe.ignored(config) if row != "lm_head"]
         for tensor in all_tensors(config):
             if recipe.group_of(tensor.name):
@@ -105,9 +105,9 @@ class TestRecipes:
                 assert not any(re.match(row, name) for row in rows), name
 
     def test_the_second_version_differs_in_samples_only(self) -> None:
-        one, two = (load_recipe(f"nvfp4-fp8-mtp{v}").recipe for v in ("", "-v0.2"))
+        one, two = (load_recipe(f"nvfp4-fp8-mtp{v}") for v in ("", "-v0.2"))
         assert (one.samples, two.samples) == (64, 768)
-        changed = {"samples": one.samples, "about": one.about}
+        changed = {"name": one.name, "samples": one.samples, "about": one.about}
         assert Recipe(**{**two.model_dump(), **changed}) == one
 
     def test_an_unknown_one_gets_a_suggestion(self) -> None:
@@ -132,7 +132,7 @@ class TestRecipes:
 
 class TestConversations:
     def test_the_shipped_ones_are_enough_for_the_card(self) -> None:
-        rows = read_conversations(SHIPPED, load_recipe("nvfp4-fp8-mtp").recipe.samples)
+        rows = read_conversations(SHIPPED, load_recipe("nvfp4-fp8-mtp").samples)
         assert len({json.dumps(row) for row in rows}) == 64
         for row in rows:
             assert [m["role"] for m in row] == ["user", "assistant"] * (len(row) // 2)
@@ -180,7 +180,7 @@ class TestArtifact:
     def test_what_the_recipe_does_not_name_keeps_its_bytes(self, whole: Path, job: Job) -> None:
         made = Checkpoint.open(whole)
         for name, tensor in job.source.tensors.items():
-            if job.recipe.recipe.group_of(name) is None:
+            if job.recipe.group_of(name) is None:
                 assert made.tensors[name].read() == tensor.read(), name
 
     def test_the_drafter_gets_embedding_and_head(self, whole: Path, job: Job) -> None:
@@ -323,13 +323,13 @@ class TestResume:
 
     def test_the_disk_suffices_then(self, job: Job, whole: Path) -> None:
         tokens = sum(map(len, job.calibration.tokens))
-        recipe = job.recipe.recipe
+        recipe = job.recipe
         needed = disk_needed(job.source, recipe, plan_parts(job.source), tokens)
         weights = sum(path.stat().st_size for path in whole.glob("*.safetensors"))
         # The fake engine's tensors are as large as the weights that they stand for.
         quantized = sum(
             math.prod(t.shape) for n, t in job.source.tensors.items()
-            if job.recipe.recipe.group_of(n)
+            if job.recipe.group_of(n)
         )  # fmt: skip
         assert needed > 0.9 * (weights - 4 * quantized)
 
@@ -367,10 +367,10 @@ class TestChecks:
         stored = {n: t for n, t in job.source.tensors.items() if n.startswith("layers.0.")}
         engine = FakeEngine(job.recipe)
         made = [item for n, t in stored.items() for item in engine.items(n, t, b"")]
-        check_layer(made, stored, job.recipe.recipe)
+        check_layer(made, stored, job.recipe)
         extra = in_memory("layers.0.ffn.gate.weight_packed", "U8", (1,), b"a")
         with pytest.raises(QuantizedOutputError, match="nothing"):
-            check_layer([*made, extra], stored, job.recipe.recipe)
+            check_layer([*made, extra], stored, job.recipe)
 
     def test_a_disk_that_forgets_is_noticed(
         self, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

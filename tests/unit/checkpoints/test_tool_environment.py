@@ -171,7 +171,7 @@ class TestPrepare:
     ) -> None:
         monkeypatch.setattr(environment, "find_uv_bin", lambda: "/bin/false")
         monkeypatch.setattr(environment, "require_disk", lambda needs: None)
-        with pytest.raises(ToolEnvironmentError, match="uv venv --clear exited with 1"):
+        with pytest.raises(ToolEnvironmentError, match="exited with 1"):
             prepare(Project(checkout))
 
 

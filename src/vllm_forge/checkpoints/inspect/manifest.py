@@ -65,18 +65,6 @@ class Rule(FrozenModel):
     formats: tuple[Format, ...] = Field(min_length=1)
 
 
-class Published(FrozenModel):
-    """Counts that others state of the artifact as published; None where nobody did."""
-
-    mtp: int | None = None
-    tensors: int | None = None
-    global_scales: int | None = None
-    packed_experts: int | None = None
-    weight_scales: int | None = None
-    shards: int | None = None
-    gigabytes: int | None = None
-
-
 class Manifest(FrozenModel):
     """One artifact.
 
@@ -96,7 +84,7 @@ class Manifest(FrozenModel):
     aliases: bool = False
     rules: tuple[Rule, ...] = ()
     config: dict[str, Any] = Field(default_factory=dict)
-    published: Published = Published()
+    published: dict[str, int] = Field(default_factory=dict)
 
     def formats_of(self, tensor: TensorSpec) -> tuple[Format, ...]:
         """The formats that a tensor of the unquantized model may be stored in."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import subprocess
 import sys
 import tomllib
 from functools import partial
@@ -21,7 +20,8 @@ from packaging.utils import canonicalize_name
 from uv import find_uv_bin
 
 from vllm_forge.checkpoints.errors import ToolEnvironmentError
-from vllm_forge.host import atomic_path, exclusive, report, require_disk
+from vllm_forge.host import Runner, atomic_path, exclusive, report, require_disk
+from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.patches import read_series
 from vllm_forge.patches.install import patch_installed
 from vllm_forge.sources.errors import LockFileError
@@ -39,7 +39,6 @@ OLDEST_PYTHON = "3.11"
 LOCKED = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^\s\\;]+)", re.M)
 STATED = re.compile(r"^# input: (?P<digest>[0-9a-f]{64})$", re.M)
 BYTES = 6_000_000_000  # installed; with uv's cache on the same disk most of it is shared
-TAIL = 2000
 # Their progress bars and hints are not our commands' output; what they warn of is looked at.
 # Threads that spin while they wait cost a factor of ten where cores are shared.
 SETTINGS = {
@@ -127,20 +126,14 @@ def _check_lock(project: Project) -> None:
 
 
 def _uv(*arguments: str, cwd: Path | None = None) -> str:
-    done = subprocess.run(
-        [find_uv_bin(), *arguments],
-        cwd=cwd,
-        # Not an option: every user of the host can read a command line.
-        env=os.environ | {"UV_DEFAULT_INDEX": index_url()},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
+    # The index is not an option: every user of the host can read a command line.
+    settings = {"UV_DEFAULT_INDEX": index_url()}
+    try:
+        return Runner().run([find_uv_bin(), *arguments], cwd=cwd, env=settings)
+    except CommandFailedError as error:
         raise ToolEnvironmentError(
-            f"uv {' '.join(arguments[:2])} exited with {done.returncode}:\n"
-            f"{done.stderr.strip()[-TAIL:]}",
+            error.what,
+            where=error.where,
             remedy="check the network, the proxy, and UV_DEFAULT_INDEX / PIP_INDEX_URL; a file "
             "whose hash differs is not the one that was locked",
-        )
-    return done.stdout
+        ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +112,7 @@ class Group(FrozenModel):
 class Recipe(FrozenModel):
     """One recipe; see the head of recipes.toml."""
 
+    name: str
     about: str
     samples: int = Field(ge=1, description="conversations to calibrate with")
     tokens: int = Field(ge=1, description="of each conversation, at most")
@@ -137,13 +138,7 @@ class Recipe(FrozenModel):
         return rows
 
 
-@dataclass(frozen=True, kw_only=True)
-class NamedRecipe:
-    name: str
-    recipe: Recipe
-
-
-def load_recipe(name: str, path: Path = RECIPES) -> NamedRecipe:
+def load_recipe(name: str, path: Path = RECIPES) -> Recipe:
     """One row of the recipes, on top of those that it extends.
 
     Raises:
@@ -163,6 +158,6 @@ def load_recipe(name: str, path: Path = RECIPES) -> NamedRecipe:
     try:
         while "extends" in row:
             row = {**rows[row.pop("extends")], **row}
-        return NamedRecipe(name=name, recipe=Recipe.model_validate(row))
+        return Recipe.model_validate({"name": name, **row})
     except (ValidationError, KeyError) as error:
         raise RecipeError(f"recipe {name}: {error}", where=str(path)) from None

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_forge.checkpoints.checkpoint import Checkpoint
-    from vllm_forge.checkpoints.quantize.inputs import NamedRecipe, Recipe
+    from vllm_forge.checkpoints.quantize.inputs import Recipe
     from vllm_forge.checkpoints.quantize.work import Job
 
 MAX_PASSED = 5_000_000_000  # bytes of passed-through tensors per file
@@ -74,7 +74,7 @@ def quantize(job: Job, output: Path) -> bool:
     with exclusive(f"quantize-{lock}", wait=False), _disk_errors(work.folder):
         if not work.folder.exists():
             tokens = sum(len(row) for row in job.calibration.tokens)
-            require_disk({output.parent: disk_needed(job.source, job.recipe.recipe, parts, tokens)})
+            require_disk({output.parent: disk_needed(job.source, job.recipe, parts, tokens)})
         if not work.begin(_plan(job)):
             return False
         start, made = time.monotonic(), 0
@@ -159,20 +159,20 @@ def disk_needed(source: Checkpoint, recipe: Recipe, parts: Sequence[Part], token
     return artifact + int(2 * width * tokens)
 
 
-def forecast(source: Checkpoint, recipe: NamedRecipe) -> str:
+def forecast(source: Checkpoint, recipe: Recipe) -> str:
     """What a run would do, in words; nothing is written and no tool is needed."""
-    parts, rules = plan_parts(source), recipe.recipe
+    parts = plan_parts(source)
     counts = Counter(
-        group.scheme if (group := rules.group_of(name)) else "as it is"
+        group.scheme if (group := recipe.group_of(name)) else "as it is"
         for part in parts
         for name in part.tensors
     )
     drafts = sum(name.startswith("mtp.") for part in parts for name in part.tensors)
-    disk = disk_needed(source, rules, parts, rules.samples * rules.tokens)
+    disk = disk_needed(source, recipe, parts, recipe.samples * recipe.tokens)
     largest = max(part.size for part in parts if part.layer is not None)
     return "\n".join(
         [
-            f"recipe {recipe.name}: {rules.about}",
+            f"recipe {recipe.name}: {recipe.about}",
             "tensors: "
             + ", ".join(f"{count} {what}" for what, count in counts.most_common())
             + f"; {drafts} of mtp.* among the last",
@@ -218,7 +218,7 @@ def _plan(job: Job) -> dict[str, Any]:
     return {
         "model": str(source.folder.resolve()),
         "model files": hashlib.sha256(files.encode()).hexdigest(),
-        "recipe": [job.recipe.name, job.recipe.recipe.model_dump(mode="json")],
+        "recipe": [job.recipe.name, job.recipe.model_dump(mode="json", exclude={"name"})],
         "calibration data": job.calibration.record(),
         "tools": job.engine.versions,
     }
@@ -226,7 +226,7 @@ def _plan(job: Job) -> dict[str, Any]:
 
 def _make(work: Work, part: Part, job: Job) -> None:
     """One file. The states that a layer gives are on the disk before its tensors are."""
-    source, recipe = job.source, job.recipe.recipe
+    source, recipe = job.source, job.recipe
     stored = {name: source.tensors[name] for name in part.tensors}
     items = [copy_of(tensor) for name, tensor in stored.items() if recipe.group_of(name) is None]
     items += [copy_of(source.tensors[of], name) for name, of in part.aliases.items()]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from vllm_forge.checkpoints.checkpoint import Checkpoint
     from vllm_forge.checkpoints.quantize.calibration import Calibration
-    from vllm_forge.checkpoints.quantize.inputs import NamedRecipe, Recipe
+    from vllm_forge.checkpoints.quantize.inputs import Recipe
     from vllm_forge.checkpoints.tensors import StoredTensor, TensorToWrite
 
 PLAN, MANIFEST, RECIPE = "plan.json", "manifest.json", "recipe.yaml"
@@ -108,7 +108,7 @@ class Job:
     """All inputs of a quantization."""
 
     source: Checkpoint
-    recipe: NamedRecipe
+    recipe: Recipe
     calibration: Calibration
     engine: Engine
 
@@ -330,7 +330,7 @@ def finish_artifact(work: Work, names: Sequence[str], job: Job) -> None:
     folder, source, recipe = work.artifact, job.source, job.recipe
     written = {name: work.written(name) for name in names}
     write_index(folder, written)
-    ignore = recipe.recipe.ignored(source.config)
+    ignore = recipe.ignored(source.config)
     config = {**source.config, "quantization_config": job.engine.quantization_config(ignore)}
     write_json(folder / CONFIG, config, ensure_ascii=False)
     with atomic_path(folder / RECIPE) as aside:
@@ -342,7 +342,7 @@ def finish_artifact(work: Work, names: Sequence[str], job: Job) -> None:
                 shutil.copyfile(path, aside)
     manifest = {
         "made_by": "vllm-forge quantize",
-        "recipe": {"name": recipe.name, **recipe.recipe.model_dump(mode="json")},
+        "recipe": recipe.model_dump(mode="json"),
         "calibration": job.calibration.record(),
         "tools": job.engine.versions,
         "tensors": {
