@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm_forge.commands.parsers import JSON, LINE, SKU, Commands, command, option, print_json
+from vllm_forge.errors import UsageError
 from vllm_forge.host import RecordingRunner, Runner, console, gigabytes, which
-from vllm_forge.host.errors import ToolMissingError
+from vllm_forge.host.errors import CommandFailedError, ToolMissingError
 
 if TYPE_CHECKING:
     import argparse
@@ -20,6 +22,13 @@ if TYPE_CHECKING:
     from vllm_forge.project import Project
 
 ENGINES = ("docker", "buildah")
+# Without a user: a password in it would be in the process list and in logs.
+REFERENCE = re.compile(
+    r"(([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9a-fA-F:]+\])(:[0-9]+)?/)?"
+    r"[a-z0-9]+([._/-]+[a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?"
+)
+PORT = re.compile(r":[0-9]+$")
+LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
 
 
 def register(choices: Commands) -> None:
@@ -44,10 +53,12 @@ def register(choices: Commands) -> None:
 def build(project: Project, args: argparse.Namespace) -> None:
     """Build one image."""
     from vllm_forge.gputest.caches import prewarm_of
-    from vllm_forge.images import build_image, build_steps, choose_engine, resolve
+    from vllm_forge.images import build_image, build_steps, choose_engine, resolve, verify
     from vllm_forge.images import provision as install_tools
 
     cell = project.cell(args.sku, args.line)
+    if args.push:
+        _require_reference(args.push)
     runner = RecordingRunner() if args.dry_run else Runner()
     if args.provision:
         install_tools(runner)
@@ -61,10 +72,12 @@ def build(project: Project, args: argparse.Namespace) -> None:
         build_steps(plan, runner)
     else:
         image, fresh = build_image(plan, runner)
+        if args.load or args.push:
+            verify(image)
     if args.load:
         engine.load(runner, plan.target, plan.name)
     if args.push:
-        _push(runner, plan.target, args.push)
+        _push(runner, plan.target, args.push, None if args.dry_run else image.digest)
     if args.dry_run:
         return
     console.print(
@@ -96,15 +109,37 @@ def _as_namespace_root() -> NoReturn:
     os.execv(buildah, argv)  # noqa: S606
 
 
-def _push(runner: Runner, target: Path, reference: str) -> None:
-    """Copy the very bytes of the layout to a registry; skopeo checks the digests."""
-    plain = ["--dest-tls-verify=false"] if reference.startswith(("127.0.0.1", "localhost")) else []
+def _require_reference(text: str) -> str:
+    """A reference to push to, without credentials: every user of the host reads command lines."""
+    if REFERENCE.fullmatch(text) is None:
+        raise UsageError(
+            f"invalid --push {text.rpartition('@')[2]!r}: expected [HOST[:PORT]/]NAME[:TAG]",
+            remedy="for a registry that asks for a password, run: skopeo login HOST",
+        )
+    return text
+
+
+def _push(runner: Runner, target: Path, reference: str, digest: str | None) -> None:
+    """Copy the very bytes of the layout to a registry.
+
+    Raises:
+        CommandFailedError: the registry has another manifest than ``digest``, hex; None: a dry run.
+    """
+    host = PORT.sub("", reference.partition("/")[0])
+    plain = ["--dest-tls-verify=false"] if host in LOOPBACK else []
+    pushed = target.with_name(f"{target.name}.pushed")
     runner.run(
         [
             "skopeo", "copy", "--quiet", "--all", *plain,
-            f"--digestfile={target}.pushed", f"oci:{target}", f"docker://{reference}",
+            f"--digestfile={pushed}", f"oci:{target}", f"docker://{reference}",
         ]
     )  # fmt: skip
+    if digest is not None and (actual := pushed.read_text().strip()) != f"sha256:{digest}":
+        raise CommandFailedError(
+            f"the registry has {actual}, the image is sha256:{digest}",
+            where=reference,
+            remedy="do not use what was pushed: the registry or skopeo changed it",
+        )
 
 
 def _next_command(project: Project, cell: ImageCell, args: argparse.Namespace) -> str:

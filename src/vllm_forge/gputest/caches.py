@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.gputest.errors import JitCacheError
 from vllm_forge.host import parse_json, read_plain
-from vllm_forge.images.prewarm import Prewarm, tree_digest
+from vllm_forge.images.prewarm import Prewarm, require_plain, tree_digest
 from vllm_forge.patches import read_tree_lock
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def prewarm_of(project: Project, cell: ImageCell, folder: Path) -> Prewarm:
     """
     tree = read_tree_lock(project.root / cell.line.series, cell.line_name).result
     key = cache_key(project, cell, tree)
+    require_plain(folder)
     require_key(folder, key)
     return Prewarm(
         folder=folder,

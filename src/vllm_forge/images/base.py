@@ -13,17 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_forge.host import READ_ONLY, atomic_path, cache_root, which
-from vllm_forge.images.errors import BaseImageError
+from vllm_forge.images.errors import BaseImageError, LayoutError
 from vllm_forge.images.layer import LayerBlob
-from vllm_forge.images.layout import ImageLayer, file_digest, write_image
+from vllm_forge.images.layout import (
+    ImageLayer,
+    file_digest,
+    has_name,
+    read_image,
+    verify,
+    write_image,
+)
 
 if TYPE_CHECKING:
     from vllm_forge.host import Runner
     from vllm_forge.matrix import Base
 
-PINNED = re.compile(r"^[\w.:/-]+@sha256:[0-9a-f]{64}$")
+PINNED = re.compile(r"\w[\w.:/-]*@sha256:[0-9a-f]{64}")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 CHUNK = 1 << 20
+NAME = "localhost/vllm-forge-base:rootfs"
 GZIP_LEVEL = 1  # 6 makes the rootfs 10 % smaller, the image 0.4 %, and takes three times as long
 # Documentation and translations: 50 MB that nobody reads in a container; licenses stay.
 EXCLUDES = (
@@ -68,7 +76,7 @@ def pinned_image(reference: str) -> BaseRef:
     Raises:
         BaseImageError: the reference has no digest; a tag may be another image tomorrow.
     """
-    if not PINNED.match(reference):
+    if not PINNED.fullmatch(reference):
         raise BaseImageError(
             f"{reference!r} is not pinned by digest",
             remedy="give it as NAME@sha256:<64 hex>; `skopeo inspect docker://NAME` prints it",
@@ -87,7 +95,7 @@ def make_rootfs(runner: Runner, base: Base, work: Path, *, refresh: bool = False
     key = rootfs_key(base)
     layout = cache_root() / "rootfs" / key
     ref = BaseRef(key=key, layout=layout)
-    if (layout / "index.json").exists() and not refresh:
+    if not refresh and _whole(layout):
         return ref
     tar = work / "rootfs.tar"
     argv = ["mmdebstrap", "--quiet", "--variant=minbase", "--skip=output/dev"]
@@ -105,6 +113,16 @@ def make_rootfs(runner: Runner, base: Base, work: Path, *, refresh: bool = False
         lambda: _write_layout(tar, layout, base.source_date_epoch),
     )
     return ref
+
+
+def _whole(layout: Path) -> bool:
+    """Whether a kept rootfs is there, with the bytes that were written."""
+    try:
+        image = read_image(layout)
+        verify(image)
+    except LayoutError:
+        return False
+    return has_name(image, NAME)
 
 
 def write_host_sources(runner: Runner, suite: str, path: Path) -> bool:
@@ -155,7 +173,7 @@ def _write_layout(tar: Path, layout: Path, epoch: int) -> None:
         layers=[ImageLayer(blob=blob, created_by="vllm-forge: rootfs")],
         config={"Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]},
         epoch=epoch,
-        name="localhost/vllm-forge-base:rootfs",
+        name=NAME,
     )
     tar.unlink()
 

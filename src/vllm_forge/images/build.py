@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,6 +29,7 @@ from vllm_forge.host import (
     remove,
     report,
 )
+from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images.base import make_rootfs, write_host_sources
 from vllm_forge.images.checks import (
     LayerShare,
@@ -51,7 +53,7 @@ from vllm_forge.images.content import (
     stack_record,
 )
 from vllm_forge.images.engines import BYTECODE
-from vllm_forge.images.errors import LayoutError
+from vllm_forge.images.errors import BuildRecordError, ImageCheckError, LayoutError
 from vllm_forge.images.layer_checks import judge_layers
 from vllm_forge.images.layout import (
     Image,
@@ -62,7 +64,8 @@ from vllm_forge.images.layout import (
     timestamp,
     write_image,
 )
-from vllm_forge.images.prewarm import SCRIPT, prewarm_layer
+from vllm_forge.images.plan import why_rebuild
+from vllm_forge.images.prewarm import SCRIPT, prewarm_layer, tree_digest
 from vllm_forge.images.slim import update_record, write_slim_layer
 from vllm_forge.images.store import (
     RECORDS,
@@ -75,14 +78,20 @@ from vllm_forge.images.store import (
     stored,
     write_layer,
 )
-from vllm_forge.images.system import host_secrets, load_system, make_system
+from vllm_forge.images.system import (
+    host_secrets,
+    load_system,
+    make_system,
+    system_folder,
+    system_is_kept,
+)
 from vllm_forge.kernels.selection.questions import declared_device
 from vllm_forge.patches import build_wheel, check_line
 from vllm_forge.patches.wheel import PatchedWheel, python_blobs
 from vllm_forge.sources import Lock, SourceRepo, Wheelhouse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from vllm_forge.host import Runner
@@ -144,6 +153,9 @@ def build_image(plan: ImagePlan, runner: Runner) -> tuple[Image, bool]:
     with exclusive(f"build-{plan.cell.name}", wait=False):
         if not plan.options.refresh_base and (known := plan.up_to_date()):
             return known, False
+        with suppress(BuildRecordError):
+            if why_rebuild(plan).state == "changed":
+                console.print(f"{plan.target} was changed: it is built again", markup=False)
         plan.require_disk()
         build_steps(plan, runner)
         return read_image(plan.target), True
@@ -173,6 +185,7 @@ def build_steps(plan: ImagePlan, runner: Runner) -> None:
     )
     with (
         report("check the image inside"),
+        _forgetting_damage(plan),
         ThreadPoolExecutor(1) as pool,
         engine.loaded(runner, plan.candidate, plan.candidate_name),
     ):
@@ -185,10 +198,10 @@ def build_steps(plan: ImagePlan, runner: Runner) -> None:
         outputs = [engine.run_in_image(runner, as_image_user)]
         judged = outside.result()  # first: it deletes a damaged layer, which the next run mounts
         outputs.append(engine.run_in_image(runner, as_any_user))
-    verdicts = runner.act(
-        "read the verdicts; check the size budget",
-        lambda: accept(plan, candidate(), outputs, *judged()),
-    )
+        verdicts = runner.act(
+            "read the verdicts; check the size budget",
+            lambda: accept(plan, candidate(), outputs, *judged()),
+        )
     runner.act(
         f"give the image its name: {plan.target}",
         lambda: publish(plan, candidate(), verdicts(), judged()[0], time.monotonic() - started),
@@ -202,6 +215,8 @@ def build_system(plan: ImagePlan, runner: Runner) -> str:
     """
     refresh, base = plan.options.refresh_base, plan.cell.base
     with runner.exclusive("system"):
+        if not refresh and system_is_kept(plan.system_key):
+            return plan.system_key
         secrets = host_secrets()
         if plan.base.image is None:
             make_rootfs(runner, base, plan.work, refresh=refresh)
@@ -209,7 +224,7 @@ def build_system(plan: ImagePlan, runner: Runner) -> str:
             # A registry image may lack packages: apt in it uses this host's mirrors.
             secrets["apt-sources"] = plan.work / "sources.list"
             write_host_sources(runner, base.suite, secrets["apt-sources"])
-        return make_system(runner, plan, secrets=secrets, refresh=refresh)
+        return make_system(runner, plan, secrets)
 
 
 def write_layers(
@@ -266,8 +281,9 @@ def _write_group(group: WheelGroup, cell: ImageCell, *, slim: bool) -> None:
 def make_wheel(plan: ImagePlan) -> PatchedSource:
     """Apply the series; write the line's patched wheel."""
     repo, cell = SourceRepo(), plan.cell
-    applied = check_line(plan.project, cell.line_name, repo)
-    wheel = patched_wheel(cell, plan.lock, applied, repo, Wheelhouse())
+    with repo.mending():
+        applied = check_line(plan.project, cell.line_name, repo)
+        wheel = patched_wheel(cell, plan.lock, applied, repo, Wheelhouse())
     return PatchedSource(applied=applied, wheel=wheel)
 
 
@@ -413,6 +429,26 @@ def expectation(cell: ImageCell, stack: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _forgetting_damage(plan: ImagePlan) -> Iterator[None]:
+    """When a check fails, delete unpacked copies that are damaged: what ships are the blobs.
+
+    Bytecode has nothing to compare it with. Code of an image wrote it, so it goes as a whole.
+    """
+    try:
+        yield
+    except (ImageCheckError, CommandFailedError):
+        remove(cache_root() / "bytecode")
+        system = load_system(plan.system_key)
+        if system.root is not None and tree_digest(system.root) != system.root_digest:
+            forget(system_folder(plan.system_key))
+        for path in plan.checks_inside()[0].lower_dirs[:-1]:
+            layer = stored(path.resolve().parent.name)
+            if layer is not None and not intact(layer):
+                forget(layer.files.parent)
+        raise
+
+
 def check_outside(
     plan: ImagePlan, selection: SelectionRecord | None, candidate: Candidate
 ) -> tuple[Contract | None, dict[str, Any]]:
@@ -475,6 +511,6 @@ def publish(
     plan.record_path.unlink(missing_ok=True)
     with atomic_path(plan.target) as aside:
         move(candidate.image.path, aside)
-        set_name(aside, plan.name)
+        set_name(replace(candidate.image, path=aside), plan.name)
     with atomic_path(plan.record_path) as aside:
         aside.write_text(json.dumps(record, indent=1) + "\n")  # the order of inputs counts

@@ -45,5 +45,9 @@ class EngineSetupError(ForgeError, exit_code=FAULT):
     """The engine is new enough, but not set up for what the build asks of it."""
 
 
+class ForeignFileError(ForgeError, exit_code=REFUSED):
+    """A folder that others can write holds more than plain files."""
+
+
 class BuildRecordError(ForgeError, exit_code=REFUSED):
     """The record of a build cannot be read."""

@@ -21,7 +21,7 @@ CONFIG = "application/vnd.oci.image.config.v1+json"
 # The tag, as skopeo reads it; and the full name, as `docker load` does.
 REF_NAME = "org.opencontainers.image.ref.name"
 IMAGE_NAME = "io.containerd.image.name"
-CHUNK = 1 << 20
+VERSION = b'{"imageLayoutVersion":"1.0.0"}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +99,9 @@ def write_image(
                 for layer in layers
             ],
         }
-        digest, size = _put(blobs, manifest)
-        (aside / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
-        entry = _descriptor(MANIFEST, digest, size) | {
-            "annotations": _annotations(name),
-            "platform": {"architecture": "amd64", "os": "linux"},
-        }
-        index = {"schemaVersion": 2, "manifests": [entry]}
-        (aside / "index.json").write_bytes(_canonical(index))
+        digest, _ = _put(blobs, manifest)
+        (aside / "oci-layout").write_bytes(VERSION)
+        (aside / "index.json").write_bytes(_index(digest, manifest, name))
     return Image(path=target, digest=digest, config=image_config, manifest=manifest)
 
 
@@ -119,35 +114,44 @@ def timestamp(epoch: int) -> str:
     return datetime.fromtimestamp(epoch, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def set_name(path: Path, name: str) -> None:
+def set_name(image: Image, name: str) -> None:
     """Write another ``repository:tag`` into a layout's index; digests stay."""
-    file = path / "index.json"
-    index = parse_json(read_plain(file))
-    index["manifests"][0]["annotations"] = _annotations(name)
-    with atomic_path(file) as aside:
-        aside.write_bytes(_canonical(index))
+    with atomic_path(image.path / "index.json") as aside:
+        aside.write_bytes(_index(image.digest, image.manifest, name))
 
 
-def _annotations(name: str) -> dict[str, str]:
-    return {REF_NAME: name.rpartition(":")[2], IMAGE_NAME: name}
+def has_name(image: Image, name: str) -> bool:
+    """Whether the files around the blobs are those of an image with that name."""
+    try:
+        index = (image.path / "index.json").read_bytes()
+        version = (image.path / "oci-layout").read_bytes()
+    except OSError:
+        return False
+    return version == VERSION and index == _index(image.digest, image.manifest, name)
+
+
+def _index(digest: str, manifest: dict[str, Any], name: str) -> bytes:
+    entry = _descriptor(MANIFEST, digest, len(_canonical(manifest))) | {
+        "annotations": {REF_NAME: name.rpartition(":")[2], IMAGE_NAME: name},
+        "platform": {"architecture": "amd64", "os": "linux"},
+    }
+    return _canonical({"schemaVersion": 2, "manifests": [entry]})
 
 
 def read_image(path: Path) -> Image:
-    """Read the one image of a layout; sizes are checked, hashes are not (see ``verify``).
+    """Read the one image of a layout; manifest and config are hashed, layers not (see ``verify``).
 
     Raises:
-        LayoutError: a file is missing, is not JSON, or has another size than the manifest says.
+        LayoutError: a file is missing, is not JSON, or not what its digest or size says.
     """
     try:
         index = parse_json(read_plain(path / "index.json"))
         (entry,) = index["manifests"]
-        digest = entry["digest"].removeprefix("sha256:")
-        blobs = path / "blobs" / "sha256"
-        manifest = parse_json(read_plain(blobs / digest))
-        config_digest = manifest["config"]["digest"].removeprefix("sha256:")
-        config = parse_json(read_plain(blobs / config_digest))
+        blobs, digest = path / "blobs" / "sha256", hex_digest(entry["digest"])
+        manifest = parse_json(_hashed(blobs / digest))
+        config = parse_json(_hashed(blobs / hex_digest(manifest["config"]["digest"])))
         for layer in manifest["layers"]:
-            size = (blobs / layer["digest"].removeprefix("sha256:")).stat().st_size
+            size = (blobs / hex_digest(layer["digest"])).stat().st_size
             if size != layer["size"]:
                 raise LayoutError(
                     f"blob {layer['digest']} has {size} bytes, not {layer['size']}",
@@ -161,6 +165,13 @@ def read_image(path: Path) -> Image:
             remedy="delete it and build again",
         ) from error
     return Image(path=path, digest=digest, config=config, manifest=manifest)
+
+
+def _hashed(blob: Path) -> bytes:
+    content = read_plain(blob)
+    if hashlib.sha256(content).hexdigest() != blob.name:
+        raise ValueError(f"blob {blob.name} was changed")
+    return content
 
 
 def verify(image: Image) -> None:

@@ -20,7 +20,7 @@ from vllm_forge.images.checks import (
 from vllm_forge.images.content import CONFIG_FORMAT, FORMAT, HEALTH, WheelGroup, wheel_groups
 from vllm_forge.images.engines import ContainerRun
 from vllm_forge.images.errors import BuildRecordError, LayoutError
-from vllm_forge.images.layout import Image, blob_times, read_image
+from vllm_forge.images.layout import Image, blob_times, has_name, read_image
 from vllm_forge.images.prewarm import ENTRYPOINT, prewarm_key
 from vllm_forge.images.store import layer_folder, stored
 from vllm_forge.images.system import SYSTEM_FORMAT, build_arguments, system_folder
@@ -207,6 +207,7 @@ class ImagePlan:
             and not compare(record["inputs"], self.inputs())
             and record["digest"] == f"sha256:{image.digest}"
             and record["blobs"] == blob_times(image)
+            and has_name(image, self.name)
         )
         return image if same else None
 
@@ -257,7 +258,7 @@ def _hash(part: object) -> str:
 class Reason:
     """What a build of a plan would do, and why.
 
-    ``state`` is ``never built``, ``nothing changed``, ``inputs changed`` or ``damaged``: equal
+    ``state`` is ``never built``, ``nothing changed``, ``inputs changed`` or ``changed``: equal
     inputs, but the image differs from the record, or one of its files was touched. ``changes``:
     input that differs from the record's -> a sentence per part that changed.
     """
@@ -273,7 +274,7 @@ def why_rebuild(plan: ImagePlan) -> Reason:
         return Reason(state="never built", changes={})
     if changes := compare(record["inputs"], plan.inputs()):
         return Reason(state="inputs changed", changes=changes)
-    return Reason(state="nothing changed" if plan.up_to_date() else "damaged", changes={})
+    return Reason(state="nothing changed" if plan.up_to_date() else "changed", changes={})
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

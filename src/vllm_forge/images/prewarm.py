@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.host import gigabytes
+from vllm_forge.images.errors import ForeignFileError
 from vllm_forge.images.layer import CHUNK, LayerBlob, ZstdLayerWriter
+from vllm_forge.images.layout import file_digest
 from vllm_forge.images.store import keep_layer, make_folders
 
 if TYPE_CHECKING:
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from vllm_forge.images.store import StoredLayer
 
 FORMAT = 2
+MOST = 32 << 30  # bytes of a folder; the largest that was seen has 1.5 GB
 BAKED = "/opt/vllm-forge/jit"
 SCRIPT = "/opt/vllm-forge/prewarmed"
 PLACE, CONTENT = "VLLM_FORGE_JIT", "VLLM_FORGE_JIT_SHA256"
@@ -101,7 +106,7 @@ class Prewarm:
     @property
     def size(self) -> int:
         """Bytes of all files."""
-        return sum(path.stat().st_size for path in _files(self.folder))
+        return sum(path.stat().st_size for path in require_plain(self.folder))
 
 
 def prewarm_key(prewarm: Prewarm, epoch: int) -> str:
@@ -117,7 +122,7 @@ def prewarm_layer(prewarm: Prewarm, epoch: int) -> StoredLayer:
     """
     files = {
         f"{BAKED}/{path.relative_to(prewarm.folder).as_posix()}"[1:]: path
-        for path in _files(prewarm.folder)
+        for path in require_plain(prewarm.folder)
     }
 
     def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:
@@ -128,6 +133,8 @@ def prewarm_layer(prewarm: Prewarm, epoch: int) -> StoredLayer:
                 mode = 0o755 if path.stat().st_mode & 0o111 else 0o644
                 layer.stream(name, path.stat().st_size, mode, _blocks(path))
             layer.data(SCRIPT[1:], ENTRYPOINT.encode(), 0o755)
+            if tree_digest(folder / "files" / BAKED[1:]) != prewarm.digest:
+                raise _foreign("the folder changed while it was read", prewarm.folder)
             return layer.close(), {}
 
     return keep_layer(prewarm_key(prewarm, epoch), write)
@@ -139,18 +146,50 @@ def _blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def require_plain(folder: Path) -> list[Path]:
+    """All files of a folder that code of a container wrote, sorted.
+
+    Raises:
+        ForeignFileError: a link, FIFO, device, socket, a file with a second name, a name with
+            control characters, or more than MOST bytes: such a folder could bring files of the
+            host into an image, or hold the build.
+    """
+    files, size = [], 0
+    for path in sorted(folder.rglob("*")):
+        status = path.lstat()
+        if not path.name.isprintable():
+            raise _foreign(f"{path.name!r} is not a printable name", folder)
+        if stat.S_ISDIR(status.st_mode):
+            continue
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            raise _foreign(f"{path.name} is a link or not a plain file", path)
+        size += status.st_size
+        files.append(path)
+    if size > MOST:
+        raise _foreign(
+            f"the folder has {gigabytes(size)}, at most {gigabytes(MOST)} are taken", folder
+        )
+    return files
+
+
+def _foreign(what: str, where: Path) -> ForeignFileError:
+    return ForeignFileError(
+        what,
+        where=str(where),
+        remedy="do not use this folder; run the suite with an empty --caches",
+    )
 
 
 def tree_digest(folder: Path) -> str:
-    """SHA-256 over the names, modes and contents of a folder's files."""
-    rows = [
-        (
-            path.relative_to(folder).as_posix(),
-            bool(path.stat().st_mode & 0o111),
-            hashlib.sha256(path.read_bytes()).hexdigest(),
-        )
-        for path in _files(folder)
-    ]
+    """SHA-256 over the names, modes and contents of a folder's plain files, and over its links."""
+    rows = []
+    for path in sorted(folder.rglob("*")):
+        mode = path.lstat().st_mode
+        content = ""
+        if stat.S_ISLNK(mode):
+            content = str(path.readlink())
+        elif stat.S_ISREG(mode):
+            content = file_digest(path)
+        if content:
+            rows.append((path.relative_to(folder).as_posix(), bool(mode & 0o111), content))
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

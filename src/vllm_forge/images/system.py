@@ -15,7 +15,15 @@ from vllm_forge.images.base import compress
 from vllm_forge.images.engines import SystemBuild
 from vllm_forge.images.errors import BaseImageError
 from vllm_forge.images.layer import LayerBlob
-from vllm_forge.images.layout import Image, ImageLayer, hex_digest, read_image
+from vllm_forge.images.layout import (
+    Image,
+    ImageLayer,
+    hex_digest,
+    read_image,
+    read_sealed,
+    write_sealed,
+)
+from vllm_forge.images.prewarm import tree_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,13 +47,15 @@ CA_BUNDLES = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/pki/tls/cer
 class System:
     """A finished system image: layers (lowest first), config, and Debian's package -> version.
 
-    ``root`` has its files unpacked, None when the engine runs images itself.
+    ``root`` has its files unpacked, with that ``tree_digest``; None when the engine runs images
+    itself.
     """
 
     layers: tuple[ImageLayer, ...]
     config: dict[str, Any]
     debian: dict[str, str]
     root: Path | None
+    root_digest: str
 
     @property
     def digest(self) -> str:
@@ -59,14 +69,10 @@ def system_folder(key: str) -> Path:
     return cache_root() / "systems" / key
 
 
-def make_system(
-    runner: Runner, plan: ImagePlan, *, secrets: dict[str, Path], refresh: bool = False
-) -> str:
-    """Build the system image unless it is in the cache; return its key."""
+def make_system(runner: Runner, plan: ImagePlan, secrets: dict[str, Path]) -> str:
+    """Build the system image; return its key."""
     key = plan.system_key
     folder = system_folder(key)
-    if (folder / "system.json").exists() and not refresh:
-        return key
     build = SystemBuild(
         base=plan.base,
         dockerfile=plan.dockerfile,
@@ -90,15 +96,24 @@ def host_secrets() -> dict[str, Path]:
     return {} if bundle is None else {"ca": bundle}
 
 
+def system_is_kept(key: str) -> bool:
+    """Whether the system image of that key is there; a damaged one is made again."""
+    try:
+        load_system(key)
+    except CacheError:
+        return False
+    return True
+
+
 def load_system(key: str) -> System:
-    """Read a kept system image.
+    """Read a kept system image; ``root_digest`` of its record is that of ``root``, if it has one.
 
     Raises:
         CacheError: its record is missing or damaged, or the size of a blob differs from it.
     """
     folder = system_folder(key)
     try:
-        record = json.loads((folder / "system.json").read_text())
+        record = read_sealed(folder / "system.json")
         layers = []
         for row in record["layers"]:
             path = folder / row["path"]
@@ -118,6 +133,7 @@ def load_system(key: str) -> System:
         config=record["config"],
         debian=record["debian"],
         root=root if root.exists() else None,
+        root_digest=record["root"],
     )
 
 
@@ -159,7 +175,7 @@ def _keep(output: SystemOutput, base: BaseRef, folder: Path) -> None:
         record = {"layers": rows, "config": config, "debian": _debian_packages(output.tars)}
         if output.root is not None:
             output.root.rename(aside / "root")
-        (aside / "system.json").write_text(json.dumps(record, indent=1))
+        write_sealed(aside / "system.json", record | {"root": tree_digest(aside / "root")})
 
 
 def write_plain(source: Path, target: Path) -> None:

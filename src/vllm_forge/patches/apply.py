@@ -48,8 +48,12 @@ class TreeIndex:
         self._env = {"GIT_INDEX_FILE": str(Path(self._folder.name) / "index")}
 
     def __enter__(self) -> TreeIndex:
-        if self._tree is not None:
-            self.git("read-tree", self._tree)
+        try:
+            if self._tree is not None:
+                self.git("read-tree", self._tree)
+        except BaseException:
+            self._folder.cleanup()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -21,7 +21,7 @@ from vllm_forge.patches.errors import (
 )
 from vllm_forge.patches.header import Patch, patch_text, read_patch
 from vllm_forge.project import Project
-from vllm_forge.sources import Download, Index, IndexFile, SourceRepo, download_all
+from vllm_forge.sources import Download, Index, IndexFile, SourceRepo, download_all, verified
 from vllm_forge.sources.errors import DistributionNotFoundError, LockFileError
 
 COMMAND = "nox -s forge -- patch lock --line"
@@ -120,14 +120,17 @@ def fetch_base(lock: TreeLock, version: str, repo: SourceRepo, index: Index | No
         ForgeError: see download_all and SourceRepo.import_archive.
     """
     tree = repo.tree(version)
+    if tree is not None and tree != lock.base:  # of a release that was published again
+        repo.forget(version)
+        tree = None
     if tree is None:
         tree = repo.import_archive(version, _archive(lock, index))
     if tree != lock.base:
         raise WrongBaseError(
             f"the source tree of vLLM {version} is {tree}, the series is for {lock.base}",
             where=str(repo.path),
-            remedy="if the cache was touched, delete it; if the release was republished, look at "
-            "what changed before you make a new lock",
+            remedy="the release may have been published again: look at what changed before you "
+            "make a new lock",
         )
     return tree
 
@@ -144,8 +147,9 @@ def check_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
     folder = project.root / line.series
     patches = read_series(folder)
     lock = read_tree_lock(folder, line_name)
-    base = fetch_base(lock, line.vllm, repo)
-    applied = apply_series(repo, base, patches)
+    with repo.mending():
+        base = fetch_base(lock, line.vllm, repo)
+        applied = apply_series(repo, base, patches)
     if applied.result != lock.result:
         raise TreeMismatchError(
             f"the series gives tree {applied.result}, the lock says {lock.result}",
@@ -196,7 +200,7 @@ def _archive(lock: TreeLock, index: Index | None) -> Path:
             url = _offered(index, lock.sdist).url
             item = Download(url=url, sha256=lock.sha256, size=lock.size, target=archive)
             download_all(index.session, [item])
-    return archive
+        return verified(archive, lock.sha256)
 
 
 def _offered(index: Index, sdist: str) -> IndexFile:

@@ -18,7 +18,7 @@ import requests
 from urllib3.exceptions import HTTPError
 
 from vllm_forge.host import cache_root, console, exclusive, gigabytes, transfer_progress
-from vllm_forge.host.errors import DiskSpaceError
+from vllm_forge.host.errors import CacheError, DiskSpaceError
 from vllm_forge.sources.errors import (
     DistributionNotFoundError,
     DownloadInterruptedError,
@@ -214,11 +214,19 @@ def verified(path: Path, sha256: str) -> Path:
 
     Raises:
         HashMismatchError: it was changed since it was downloaded.
+        CacheError: it was deleted.
     """
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise CacheError(
+            f"{path.name} was deleted from the cache",
+            where=str(path),
+            remedy="run the same command again, which downloads it",
+        ) from None
     if digest != sha256:
-        path.unlink()
+        path.unlink(missing_ok=True)
         raise HashMismatchError(
             f"{path.name} in the cache has sha256 {digest}, the lock says {sha256}",
             where=str(path),

@@ -12,15 +12,15 @@ import subprocess
 import tarfile
 import tempfile
 import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
-from vllm_forge.host import cache_root, exclusive
-from vllm_forge.host.errors import CommandFailedError
+from vllm_forge.errors import ForgeError
+from vllm_forge.host import cache_root, exclusive, remove
+from vllm_forge.host.errors import CacheError, CommandFailedError
 from vllm_forge.sources.errors import SdistError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 UNREADABLE = (tarfile.TarError, EOFError, FileNotFoundError, gzip.BadGzipFile, zlib.error)
 EPOCH_IDENT = "vllm-forge <vllm-forge@localhost> 0 +0000"
@@ -75,6 +75,31 @@ class SourceRepo:
             )
         return done
 
+    @contextmanager
+    def mending(self) -> Iterator[None]:
+        """Where a step fails and the repository is damaged, that is the error, and it is deleted.
+
+        Raises:
+            CacheError: git fsck finds damage.
+        """
+        try:
+            yield
+        except ForgeError as error:
+            fsck = self.git("fsck", "--no-dangling", check=False)
+            if fsck.returncode == 0 or not self.path.exists():
+                raise
+            with exclusive("sources-git", wait=True):
+                remove(self.path)
+            raise CacheError(
+                "the repository of source archives was damaged",
+                where=str(self.path),
+                remedy="it was deleted; run the same command again, which imports them again",
+            ) from error
+
+    def forget(self, ref: str) -> None:
+        """Let the next ``import_archive`` import again."""
+        self.git("update-ref", "-d", f"refs/sdist/{ref}")
+
     def tree(self, ref: str) -> str | None:
         """Tree hash of an imported archive, None when it is not here yet."""
         if not (self.path / "HEAD").exists():
@@ -94,7 +119,7 @@ class SourceRepo:
             if (known := self.tree(ref)) is not None:
                 return known
             if not (self.path / "HEAD").exists():
-                self.git("init", "--quiet", "--bare")
+                self.git("init", "--quiet", "--bare", "--template=")
             try:
                 said = self._fast_import(ref, archive)
             finally:  # remove what a killed or refused import has left

@@ -15,6 +15,7 @@ from vllm_forge.images.layout import (
     Image,
     ImageLayer,
     file_digest,
+    has_name,
     read_image,
     set_name,
     verify,
@@ -109,7 +110,10 @@ def test_same_layers_same_digest(image: Image, layers: list[ImageLayer], tmp_pat
 
 
 def test_another_name_is_the_same_image(image: Image) -> None:
-    set_name(image.path, "localhost/other:2.0")
+    assert has_name(image, NAME)
+    set_name(image, "localhost/other:2.0")
+    assert has_name(image, "localhost/other:2.0")
+    assert not has_name(image, NAME)
     assert read_image(image.path) == image
     (entry,) = load(image.path / "index.json")["manifests"]
     assert entry["annotations"]["org.opencontainers.image.ref.name"] == "2.0"

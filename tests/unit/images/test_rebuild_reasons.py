@@ -118,9 +118,9 @@ def test_missing_record_means_never_built(checkout: Path) -> None:
     assert why_rebuild(plan_of(checkout)).state == "never built"
 
 
-def test_missing_index_means_damaged(built: Path) -> None:
+def test_missing_index_means_changed(built: Path) -> None:
     (built / "dist" / CELL / "index.json").unlink()
-    assert why_rebuild(plan_of(built)).state == "damaged"
+    assert why_rebuild(plan_of(built)).state == "changed"
 
 
 def test_other_engine_changes_the_system(built: Path) -> None:

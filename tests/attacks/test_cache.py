@@ -1,0 +1,210 @@
+"""Boundary: the cache. Its user writes it; disks and other programs damage it. Nothing is believed.
+
+One byte of every kind of file in it is changed. Either the next build gives the reference's digest,
+or it refuses and the one after that gives it: nothing damaged ships, nothing stays damaged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support.fast_build import FastEngine, fast_build, use
+from tests.support.project import Project, make_project
+from vllm_forge.errors import ForgeError
+from vllm_forge.images.layout import verify
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SKUS = ("beta", "alpha")  # the next SKU first: it is cut from what alpha has left
+FLIPS = 30
+EMPTY_LAYER = 18  # bytes of a frame without files, which is left out of images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """Files of the cache that have one answer.
+
+    Attributes:
+        pattern: of the path, where ``*`` is a hash or a name.
+        absent: what else is deleted, so that a build reads the file.
+        mended: afterwards the changed bytes are not there any more.
+    """
+
+    pattern: str
+    absent: tuple[str, ...] = ()
+    mended: bool = True
+
+
+KINDS = (
+    Kind(pattern=r"layers/\w+/layer\.json"),
+    Kind(pattern=r"layers/\w+/layer\.tar\.(gz|zst)"),
+    Kind(pattern=r"layers/\w+/code/.+"),
+    Kind(pattern=r"layers/\w+/files/.+torch[^/]+\.dist-info/RECORD"),
+    # Only looked at, by the checks; see test_failed_check_forgets_what_it_looked_at.
+    Kind(pattern=r"layers/\w+/files/.+", mended=False),
+    Kind(pattern=r"systems/\w+/(system\.json|\d\.tar\.gz)"),
+    Kind(pattern=r"systems/\w+/root/.+", mended=False),
+    Kind(pattern=r"rootfs/.+", absent=("systems",)),
+    Kind(pattern=r"wheels/\w+/.+\.whl", absent=("layers",)),
+    Kind(pattern=r"sdists/\w+/.+\.tar\.gz", absent=("sources.git",)),
+    Kind(pattern=r"sources\.git/(config|refs/.+)"),
+    Kind(pattern=r"sources\.git/(HEAD|objects/.+)", mended=False),  # of those that are read
+    Kind(pattern=r"patched/.+\.whl"),
+    Kind(pattern=r"work/.+", mended=False),
+    Kind(pattern=r"locks/.+\.lock", mended=False),
+    Kind(pattern=r"uv/.+", mended=False),  # uv's own, for locks only
+)
+
+
+def kind_of(path: str) -> Kind:
+    for kind in KINDS:
+        if re.fullmatch(kind.pattern, path):
+            return kind
+    pytest.fail(f"a new kind of file in the cache: say in KINDS what finds a changed byte: {path}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A project with alpha built, and the digest of each SKU's image."""
+
+    project: Project
+    digests: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+    project = make_project(tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        use(project, patch)
+        digests = {"alpha": fast_build(project, "alpha")[0].digest}
+        other = project.copy(tmp_path_factory.mktemp("other"))
+        use(other, patch)
+        digests["beta"] = fast_build(other, "beta")[0].digest
+    yield Reference(project=project, digests=digests)
+    project.index.close()
+
+
+def files(project: Project) -> list[str]:
+    """Not empty ones, smallest first."""
+    paths = [path for path in project.cache.rglob("*") if path.is_file() and not path.is_symlink()]
+    sized = sorted((path.stat().st_size, str(path.relative_to(project.cache))) for path in paths)
+    return [name for size, name in sized if size]
+
+
+def flip(path: Path, where: float, bit: int = 0) -> bytes:
+    """Change one bit; return the changed content."""
+    content = bytearray(path.read_bytes())
+    content[int(where * (len(content) - 1))] ^= 1 << bit
+    path.chmod(0o644)
+    times = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return bytes(content)
+
+
+def copied(reference: Reference, folder: Path) -> Project:
+    return reference.project.copy(folder, *(p.name for p in reference.project.cache.iterdir()))
+
+
+def survive(reference: Reference, folder: Path, name: str, where: float, bit: int = 0) -> None:
+    """Flip a bit of a file and build both SKUs, each twice if the first time is refused."""
+    kind = kind_of(name)
+    shutil.rmtree(folder, ignore_errors=True)
+    with pytest.MonkeyPatch.context() as patch:
+        project = reference.project.copy(
+            folder, *(p.name for p in reference.project.cache.iterdir())
+        )
+        use(project, patch)
+        for other in kind.absent:
+            shutil.rmtree(project.cache / other)
+        changed = flip(project.cache / name, where, bit)
+        for sku in SKUS:
+            try:
+                image, _ = fast_build(project, sku)
+            except ForgeError:
+                image, _ = fast_build(project, sku)
+            verify(image)
+            assert image.digest == reference.digests[sku]
+        path = project.cache / name
+        of_a_slim_layer = (project.cache / Path(*Path(name).parts[:2]) / "layer.tar.zst").exists()
+        unread = of_a_slim_layer and "/files/" in name
+        if kind.mended and not unread and len(changed) > EMPTY_LAYER:
+            assert not path.exists() or path.read_bytes() != changed
+
+
+def test_every_kind_of_file_is_known(reference: Reference) -> None:
+    kinds = {kind_of(name).pattern for name in files(reference.project)}
+    assert kinds == {kind.pattern for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.pattern)
+def test_changed_byte_is_mended_or_refused(
+    kind: Kind, reference: Reference, tmp_path: Path
+) -> None:
+    names = [name for name in files(reference.project) if kind_of(name) == kind]
+    for number, name in enumerate({names[0], names[-1]}):
+        survive(reference, tmp_path / str(number), name, 0.5)
+
+
+@settings(
+    max_examples=FLIPS, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(data=st.data())
+def test_random_bits_of_the_cache(
+    data: st.DataObject, reference: Reference, tmp_path: Path
+) -> None:
+    known = [name for name in files(reference.project) if not name.startswith(("uv/", "locks/"))]
+    name = data.draw(st.sampled_from(known))
+    survive(
+        reference, tmp_path / "x", name, data.draw(st.floats(0, 1)), data.draw(st.integers(0, 7))
+    )
+
+
+@pytest.mark.parametrize("place", ["layers", "systems"])
+def test_failed_check_forgets_what_it_looked_at(
+    place: str, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unpacked copy that is damaged may turn a check red, but not for ever."""
+    project = copied(reference, tmp_path)
+    use(project, monkeypatch)
+    pattern = "layers/*/files/**/sixlike.py" if place == "layers" else "systems/*/root/bin/sh"
+    (path,) = project.cache.glob(pattern)
+    flip(path, 0.5)
+    bytecode = project.cache / "bytecode" / "module.pyc"
+    bytecode.parent.mkdir()
+    bytecode.touch()
+    red = FastEngine()
+    red.verdict = {"passed": False, "detail": "died", "seconds": 0.0}
+    with pytest.raises(ForgeError, match="checks failed"):
+        fast_build(project, "alpha", red)
+    assert not path.exists()
+    assert not bytecode.exists()
+    kept = [folder.name for folder in (project.cache / "layers").iterdir()]
+    assert len(kept) >= 4, "what is whole stays"
+    assert fast_build(project, "alpha")[0].digest == reference.digests["alpha"]
+
+
+def test_record_with_other_values_and_no_seal_is_not_read(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = copied(reference, tmp_path)
+    use(project, monkeypatch)
+    (path,) = project.cache.glob("systems/*/system.json")
+    record = json.loads(path.read_text())
+    record["config"]["Env"] = ["LD_PRELOAD=/tmp/x.so"]
+    for seal in (record["seal"], "", None):
+        path.write_text(json.dumps(record | {"seal": seal}))
+        assert fast_build(project, "alpha")[0].digest == reference.digests["alpha"]
+        shutil.rmtree(project.root / "dist")

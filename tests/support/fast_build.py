@@ -1,0 +1,126 @@
+"""Builds of the small project in this process, by an engine that only pretends: tenths of seconds.
+
+Wheels, layers, patches, layouts and records are real; the rootfs and the system are small tars, and
+every check inside passes, so that nothing but the build itself can find damage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from vllm_forge.host import Runner
+from vllm_forge.images import BuildOptions, build, build_image, resolve
+from vllm_forge.images.checks import check_names
+from vllm_forge.images.engines import SystemOutput
+from vllm_forge.project import Project
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    import pytest
+
+    from tests.support.project import Project as MiniProject
+    from vllm_forge.images.engines import ContainerRun, Engine, SystemBuild
+    from vllm_forge.images.layout import Image
+
+STATUS = b"Package: python3\nStatus: install ok installed\nVersion: 3.13.5-1\n"
+CONFIG = {
+    "Env": ["PATH=/opt/venv/bin:/usr/bin"],
+    "User": "10001:0",
+    "Entrypoint": ["vllm", "serve"],
+    "WorkingDir": "/",
+    "Volumes": {"/cache": {}},
+    "ExposedPorts": {"8000/tcp": {}},
+    "Healthcheck": {"Test": ["CMD", "/opt/venv/bin/python", "-I", "/opt/vllm-forge/health.py"]},
+}
+
+
+def write_tar(path: Path, files: Mapping[str, bytes]) -> str:
+    """A plain tar; returns its SHA-256."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class FastRunner(Runner):
+    """Runs nothing but what the test may: mmdebstrap gives a small tar."""
+
+    def run(
+        self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> str:
+        del env, cwd
+        self.commands.append(list(argv))
+        if argv[0] == "mmdebstrap":
+            target = next(Path(word) for word in argv if word.endswith("/rootfs.tar"))
+            write_tar(target, {"var/lib/dpkg/status": STATUS, "bin/sh": b"#!" * 2000})
+        return ""
+
+
+class FastEngine:
+    """Stands for buildah."""
+
+    name = "buildah"
+    tools: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.verdict: dict[str, Any] = {"passed": True, "detail": "pretended", "seconds": 0.0}
+
+    def present(self) -> bool:
+        return True
+
+    def check(self, runner: Runner) -> None:
+        del runner
+
+    def build_system(self, runner: Runner, build: SystemBuild) -> None:
+        runner.run(["buildah", "bud", str(build.dockerfile)])
+
+    def system_output(self, build: SystemBuild) -> SystemOutput:
+        rootfs = build.work.parent / "unpacked.tar"
+        write_tar(rootfs, {"var/lib/dpkg/status": STATUS, "bin/sh": b"#!" * 2000})
+        top = build.work / "top.tar"
+        digests = [hashlib.sha256(rootfs.read_bytes()).hexdigest()]
+        digests.append(write_tar(top, {"opt/venv/pyvenv.cfg": b"home = /usr/bin\n" * 300}))
+        root = build.work / "root"
+        (root / "bin").mkdir(parents=True)
+        (root / "bin" / "sh").write_bytes(b"#!" * 2000)
+        return SystemOutput(
+            tars=(rootfs, top), diff_ids=tuple(digests), config=dict(CONFIG), root=root
+        )
+
+    def loaded(self, *_: object) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
+        del runner
+        any_user = run.argv[-1] == "user"
+        names = [n for n in check_names(compiler=False) if n.startswith("any-user") == any_user]
+        return json.dumps(dict.fromkeys(names, self.verdict))
+
+    def load(self, runner: Runner, layout: Path, name: str) -> None:
+        runner.run(["skopeo", "copy", f"oci:{layout}", name])
+
+
+def fast_build(mini: MiniProject, sku: str, engine: FastEngine | None = None) -> tuple[Image, bool]:
+    """Build a cell of the small project; the environment has its cache, see ``use``."""
+    project = Project(mini.root)
+    options = BuildOptions(output=mini.root / "dist")
+    plan = resolve(project, project.cell(sku), options, cast("Engine", engine or FastEngine()))
+    return build_image(plan, FastRunner())
+
+
+def use(mini: MiniProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make ``fast_build`` use a project's cache and index, and threads instead of processes."""
+    for name in ("VLLM_FORGE_CACHE", "VLLM_FORGE_ROOT", "UV_DEFAULT_INDEX", "no_proxy"):
+        monkeypatch.setenv(name, mini.environment[name])
+    monkeypatch.setattr(build, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(2))
