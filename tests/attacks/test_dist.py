@@ -1,0 +1,186 @@
+"""Boundary: dist/. Whoever may write the checkout writes it; what is pushed or loaded is hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support.fast_build import FastEngine, FastRunner, fast_build, use
+from tests.support.project import Project, make_project
+from vllm_forge.cli import main
+from vllm_forge.commands import build as command
+from vllm_forge.errors import ForgeError, UsageError
+from vllm_forge.host import RecordingRunner
+from vllm_forge.host.errors import CommandFailedError
+from vllm_forge.images import read_image, verify
+from vllm_forge.images.errors import LayoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CELL = "vllm-0.1.0-alpha"
+FLIPS = 200
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    project = make_project(tmp_path_factory.mktemp("dist"))
+    with pytest.MonkeyPatch.context() as patch:
+        use(project, patch)
+        fast_build(project, "alpha")
+        yield project
+    project.index.close()
+
+
+def files(project: Project) -> list[Path]:
+    folder = project.root / "dist" / CELL
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def replaced(path: Path, content: bytes) -> None:
+    """As another program would: a new file, not the inode that the cache shares."""
+    path.unlink()
+    path.write_bytes(content)
+
+
+@settings(
+    max_examples=FLIPS, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(data=st.data())
+def test_changed_bit_is_refused_by_verify(data: st.DataObject, built: Project) -> None:
+    """Of any blob of one whole image."""
+    blobs = [path for path in files(built) if path.parent.name == "sha256"]
+    path = data.draw(st.sampled_from(blobs))
+    content = path.read_bytes()
+    changed = bytearray(content)
+    changed[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    times = path.stat()
+    try:
+        replaced(path, bytes(changed))
+        with pytest.raises(LayoutError):
+            verify(read_image(built.root / "dist" / CELL))
+    finally:
+        replaced(path, content)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_changed_image_is_built_again(built: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    """A byte of each file: of the index, the layout's version, manifest, config and layers."""
+    good = {path: path.read_bytes() for path in files(built)}
+    digest = read_image(built.root / "dist" / CELL).digest
+    for path, content in good.items():
+        changed = bytearray(content)
+        changed[len(changed) // 2] ^= 1
+        replaced(path, bytes(changed))
+        capsys.readouterr()
+        image, fresh = fast_build(built, "alpha")
+        assert fresh, path
+        assert "was changed: it is built again" in capsys.readouterr().err
+        assert image.digest == digest
+        verify(image)
+    assert not fast_build(built, "alpha")[1]
+
+
+def test_manifest_of_another_config_is_not_up_to_date(built: Project) -> None:
+    """User 0:0 and LD_PRELOAD, as the digest in the index that goes with it."""
+    folder = built.root / "dist" / CELL
+    image = read_image(folder)
+    index = folder / "index.json"
+    manifest = image.manifest | {"annotations": {"forged": "yes"}}
+    text = json.dumps(manifest).encode()
+    digest = hashlib.sha256(text).hexdigest()
+    (folder / "blobs" / "sha256" / digest).write_bytes(text)
+    document: dict[str, Any] = json.loads(index.read_text())
+    document["manifests"][0] |= {"digest": f"sha256:{digest}", "size": len(text)}
+    replaced(index, json.dumps(document).encode())
+    rebuilt, fresh = fast_build(built, "alpha")
+    assert fresh
+    assert rebuilt.digest == image.digest
+
+
+@pytest.mark.parametrize("option", ["--load", "--push=registry.example/x:1"])
+def test_all_bytes_are_hashed_before_they_leave(
+    option: str, built: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of an image that is up to date by its times: nothing is loaded or pushed."""
+    runner = FastRunner()
+    monkeypatch.setattr(command, "Runner", lambda: runner)
+    monkeypatch.setattr("vllm_forge.images.choose_engine", lambda *_, **__: FastEngine())
+    image, _ = fast_build(built, "alpha")
+    path = image.blob(image.manifest["layers"][-1]["digest"])
+    content, times = path.read_bytes(), path.stat()
+    replaced(path, bytes([content[0] ^ 1]) + content[1:])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    monkeypatch.chdir(built.root)
+    assert main(["build", "alpha", option]) == LayoutError.exit_code
+    assert not [argv for argv in runner.commands if argv[0] == "skopeo"]
+    replaced(path, content)
+
+
+class Registry(FastRunner):
+    """Pretends to push, and says what it has."""
+
+    digest = "sha256:" + "0" * 64
+
+    def run(self, argv: Any, **_: Any) -> str:
+        (file,) = [word.partition("=")[2] for word in argv if word.startswith("--digestfile=")]
+        Path(file).write_text(self.digest + "\n")
+        return ""
+
+
+def test_pushed_digest_is_compared(tmp_path: Path) -> None:
+    command._push(Registry(), tmp_path / "image", "registry.example/x:1", "0" * 64)
+    with pytest.raises(CommandFailedError, match="the registry has sha256:0000"):
+        command._push(Registry(), tmp_path / "image", "registry.example/x:1", "1" * 64)
+
+
+@pytest.mark.parametrize(
+    ("host", "plain"),
+    [
+        ("localhost", True), ("localhost:5000", True), ("127.0.0.1:5000", True),
+        ("[::1]:5000", True), ("localhost.evil.example", False), ("127.0.0.1.evil.example", False),
+        ("127.0.0.10:5000", False), ("localhost-x:1", False), ("xlocalhost", False),
+        ("registry.example:443", False),
+    ],
+)  # fmt: skip
+def test_tls_is_off_for_this_host_only(host: str, plain: bool, tmp_path: Path) -> None:
+    runner = RecordingRunner()
+    reference = command._require_reference(f"{host}/vllm:1")
+    command._push(runner, tmp_path / "image", reference, None)
+    assert ("--dest-tls-verify=false" in runner.commands[0]) == plain
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "user:s3cret@localhost:5000/x:1", "https://registry.example/x", "-x", "", "x y", "x\n",
+        "registry.example/x@sha256:" + "0" * 64, "registry.example/X:1", "r.example/x:1 --all",
+        "localhost:5000#.evil.example/x", "docker://x/y",
+    ],
+)  # fmt: skip
+def test_invalid_reference_is_refused_before_the_build(text: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        command._require_reference(text)
+    assert "s3cret" not in str(refused.value)
+
+
+def test_record_that_is_damaged_means_built_again(built: Project) -> None:
+    path = built.root / "dist" / f"{CELL}.json"
+    good = path.read_bytes()
+    for at in range(0, len(good), max(1, len(good) // 40)):
+        changed = bytearray(good)
+        changed[at] ^= 1
+        path.write_bytes(changed)
+        try:
+            image, _ = fast_build(built, "alpha")
+        except ForgeError:
+            pytest.fail("a record is written again, not refused")
+        assert f"sha256:{image.digest}" == json.loads(good)["digest"]
