@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SKUS = ("beta", "alpha")  # the next SKU first: it is cut from what alpha has left
-FLIPS = 30
+FLIPS = 20
 EMPTY_LAYER = 18  # bytes of a frame without files, which is left out of images
 
 

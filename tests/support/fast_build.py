@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vllm_forge.images.engines import ContainerRun, Engine, SystemBuild
     from vllm_forge.images.layout import Image
 
+OUTSIDE = {"packages", "tree", "stack", "hygiene", "system", "wheel-files"}  # of the layers
 STATUS = b"Package: python3\nStatus: install ok installed\nVersion: 3.13.5-1\n"
 CONFIG = {
     "Env": ["PATH=/opt/venv/bin:/usr/bin"],
@@ -104,7 +105,8 @@ class FastEngine:
     def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
         del runner
         any_user = run.argv[-1] == "user"
-        names = [n for n in check_names(compiler=False) if n.startswith("any-user") == any_user]
+        inside = check_names(compiler=False) - OUTSIDE
+        names = [name for name in inside if name.startswith("any-user") == any_user]
         return json.dumps(dict.fromkeys(names, self.verdict))
 
     def load(self, runner: Runner, layout: Path, name: str) -> None:
