@@ -10,9 +10,8 @@ import zlib
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from vllm_forge.host import READ_ONLY, atomic_path, cache_root, which
+from vllm_forge.host import READ_ONLY, Runner, atomic_path, cache_root, which
 from vllm_forge.images.errors import BaseImageError, LayoutError
 from vllm_forge.images.layer import LayerBlob
 from vllm_forge.images.layout import (
@@ -23,10 +22,7 @@ from vllm_forge.images.layout import (
     verify,
     write_image,
 )
-
-if TYPE_CHECKING:
-    from vllm_forge.host import Runner
-    from vllm_forge.matrix import Base
+from vllm_forge.matrix import Base
 
 PINNED = re.compile(r"\w[\w.:/-]*@sha256:[0-9a-f]{64}")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")

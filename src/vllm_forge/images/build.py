@@ -12,14 +12,17 @@ import json
 import multiprocessing
 import os
 import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from rich.markup import escape
 
 from vllm_forge.host import (
+    Runner,
     atomic_path,
     cache_root,
     console,
@@ -64,7 +67,7 @@ from vllm_forge.images.layout import (
     timestamp,
     write_image,
 )
-from vllm_forge.images.plan import why_rebuild
+from vllm_forge.images.plan import ImagePlan, why_rebuild
 from vllm_forge.images.prewarm import SCRIPT, prewarm_layer, tree_digest
 from vllm_forge.images.slim import update_record, write_slim_layer
 from vllm_forge.images.store import (
@@ -79,41 +82,25 @@ from vllm_forge.images.store import (
     write_layer,
 )
 from vllm_forge.images.system import (
+    System,
     host_secrets,
     load_system,
     make_system,
     system_folder,
     system_is_kept,
 )
+from vllm_forge.images.wheels import Entry
+from vllm_forge.kernels.coverage.contract import Contract
 from vllm_forge.kernels.selection.questions import declared_device
-from vllm_forge.patches import build_wheel, check_line
+from vllm_forge.kernels.selection.record import SelectionRecord
+from vllm_forge.matrix import ImageCell
+from vllm_forge.patches import Applied, build_wheel, check_line
 from vllm_forge.patches.wheel import PatchedWheel, python_blobs
 from vllm_forge.sources import Lock, SourceRepo, Wheelhouse
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
-
-    from vllm_forge.host import Runner
-    from vllm_forge.images.plan import ImagePlan
-    from vllm_forge.images.system import System
-    from vllm_forge.images.wheels import Entry
-    from vllm_forge.kernels.coverage.contract import Contract
-    from vllm_forge.kernels.selection.record import SelectionRecord
-    from vllm_forge.matrix import ImageCell
-    from vllm_forge.patches import Applied
 
 T = TypeVar("T")
 WORKERS = 2
 NICE = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class PatchedSource:
-    """A line's series, applied, and the wheel that it makes of the release."""
-
-    applied: Applied
-    wheel: PatchedWheel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +157,7 @@ def build_steps(plan: ImagePlan, runner: Runner) -> None:
     )
     with ThreadPoolExecutor(1) as pool:
         system_job = pool.submit(build_system, plan, runner)
-        source = runner.act(
+        wheel = runner.act(
             f"fetch {len(plan.lock.wheels)} wheels of {cell.line.lock}, write "
             f"{len(plan.groups)} layers, apply the series, write the patched wheel",
             lambda: write_layers(cell, plan.groups, lambda: make_wheel(plan)),
@@ -178,10 +165,10 @@ def build_steps(plan: ImagePlan, runner: Runner) -> None:
         system_key = system_job.result()
     patch = runner.act(
         "write the layer of the patches",
-        lambda: write_patch_layer(plan, load_system(system_key), source()),
+        lambda: write_patch_layer(plan, load_system(system_key), wheel()),
     )
     candidate = runner.act(
-        f"assemble the image in {plan.work}", lambda: assemble(plan, source(), patch())
+        f"assemble the image in {plan.work}", lambda: assemble(plan, wheel(), patch())
     )
     with (
         report("check the image inside"),
@@ -234,14 +221,10 @@ def write_layers(
     *,
     slim: bool = True,
 ) -> T:
-    """Download the wheels of ``groups`` and write what is not there yet.
+    """Download the wheels of ``groups``, lowest layer first, and write what is not there yet.
 
-    Args:
-        cell: whose SKU and line they are for.
-        groups: lowest layer first.
-        meanwhile: called when all wheels are fetched, while worker processes write the layers; its
-            result is returned.
-        slim: also the SKU's layers of libraries; a proof does without.
+    Returns what ``meanwhile`` does, which is called when all wheels are fetched, while worker
+    processes write the layers. ``slim``: also the SKU's layers of libraries.
     """
     wheelhouse = Wheelhouse()
     spawn = multiprocessing.get_context("spawn")
@@ -278,13 +261,12 @@ def _write_group(group: WheelGroup, cell: ImageCell, *, slim: bool) -> None:
         write_slim_layer(group.slim_key, whole, (major, minor), epoch)
 
 
-def make_wheel(plan: ImagePlan) -> PatchedSource:
+def make_wheel(plan: ImagePlan) -> PatchedWheel:
     """Apply the series; write the line's patched wheel."""
     repo, cell = SourceRepo(), plan.cell
     with repo.mending():
         applied = check_line(plan.project, cell.line_name, repo)
-        wheel = patched_wheel(cell, plan.lock, applied, repo, Wheelhouse())
-    return PatchedSource(applied=applied, wheel=wheel)
+        return patched_wheel(cell, plan.lock, applied, repo, Wheelhouse())
 
 
 def patched_wheel(
@@ -298,15 +280,15 @@ def patched_wheel(
         return build_wheel(repo, applied, path, cell.line.vllm, cache_root() / "patched" / key)
 
 
-def write_patch_layer(plan: ImagePlan, system: System, source: PatchedSource) -> PatchLayer:
+def write_patch_layer(plan: ImagePlan, system: System, wheel: PatchedWheel) -> PatchLayer:
     """The last, small layer, and above it the kernels that the plan brings."""
     cell, prewarm = plan.cell, plan.options.prewarm
     epoch = cell.base.source_date_epoch
     removed = {path: row for _, layer in wheel_layers(plan) for path, row in layer.removed.items()}
     slim = {path: row for path, row in sorted(removed.items()) if row["bytes"]}
-    stack = stack_record(plan, source.wheel, system, slim)
+    stack = stack_record(plan, wheel, system, slim)
     published = plan.lock.find(VLLM)
-    paths = Wheelhouse().path(published), source.wheel.path
+    paths = Wheelhouse().path(published), wheel.path
     entries = patch_layer_entries(*paths, stack, cell.line.python)
     return PatchLayer(
         system=system,
@@ -332,7 +314,7 @@ def patch_layer_entries(
     return sorted(entries, key=lambda entry: entry.path)
 
 
-def assemble(plan: ImagePlan, source: PatchedSource, patch: PatchLayer) -> Candidate:
+def assemble(plan: ImagePlan, wheel: PatchedWheel, patch: PatchLayer) -> Candidate:
     """Write the candidate's layout, and what the checks inside must find."""
     cell, epoch = plan.cell, plan.cell.base.source_date_epoch
     image_labels = labels(patch.stack, timestamp(epoch))
@@ -358,7 +340,7 @@ def assemble(plan: ImagePlan, source: PatchedSource, patch: PatchLayer) -> Candi
             for layer in (*(layer for _, layer in wheels), patch.layer, patch.prewarm)
             if layer is not None
         ),
-        blobs=python_blobs(SourceRepo(), source.applied.result),
+        blobs=python_blobs(SourceRepo(), wheel.tree),
         shares=tuple(
             LayerShare(
                 name=layer.created_by.removeprefix("vllm-forge: "),

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from itertools import product
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from vllm_forge.host import cache_root, exclusive, remove, tree_bytes
 from vllm_forge.images.base import rootfs_key
 from vllm_forge.images.engines import ENGINES
 from vllm_forge.images.plan import BuildOptions, resolve
 from vllm_forge.patches import read_tree_lock
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from vllm_forge.project import Project
+from vllm_forge.project import Project
 
 # Small, or made again in a minute.
 ALWAYS = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_forge.images.content import wheel_groups
 from vllm_forge.images.store import require_stored
@@ -13,9 +13,7 @@ from vllm_forge.kernels.coverage.contract import Contract, contract, line_record
 from vllm_forge.kernels.coverage.families import digest
 from vllm_forge.kernels.coverage.site_packages import SitePackages
 from vllm_forge.kernels.selection.record import read_selection
-
-if TYPE_CHECKING:
-    from vllm_forge.project import Project
+from vllm_forge.project import Project
 
 FOLDER = Path("records/coverage")
 

@@ -8,24 +8,19 @@ import os
 import re
 import resource
 import subprocess
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_forge.errors import UsageError
-from vllm_forge.host import cache_root, parse_json, read_plain, remove, suggestion, which
+from vllm_forge.host import Runner, cache_root, parse_json, read_plain, remove, suggestion, which
 from vllm_forge.host.errors import CommandFailedError
+from vllm_forge.images.base import BaseRef
 from vllm_forge.images.docker_api import OLDEST_BUILDX, answers, check_daemon, require_version
 from vllm_forge.images.errors import EngineMissingError, LayoutError, ProvisionError
 from vllm_forge.images.layout import hex_digest, read_image
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from contextlib import AbstractContextManager
-
-    from vllm_forge.host import Runner
-    from vllm_forge.images.base import BaseRef
 
 OLDEST_BUILDAH = (1, 28)
 SYSTEM_NAME = "localhost/vllm-forge-system"

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_forge.host import READ_ONLY, atomic_path, link_or_copy, parse_json, read_plain
 from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layer import LayerBlob
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"

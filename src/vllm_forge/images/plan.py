@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_forge.host import cache_root, parse_json, read_plain, require_disk
 from vllm_forge.images.base import BaseRef, pinned_image, rootfs_key
@@ -18,20 +18,16 @@ from vllm_forge.images.checks import (
     contract_inputs,
 )
 from vllm_forge.images.content import CONFIG_FORMAT, FORMAT, HEALTH, WheelGroup, wheel_groups
-from vllm_forge.images.engines import ContainerRun
+from vllm_forge.images.engines import ContainerRun, Engine
 from vllm_forge.images.errors import BuildRecordError, LayoutError
 from vllm_forge.images.layout import Image, blob_times, has_name, read_image
-from vllm_forge.images.prewarm import ENTRYPOINT, prewarm_key
+from vllm_forge.images.prewarm import ENTRYPOINT, Prewarm, prewarm_key
 from vllm_forge.images.store import layer_folder, stored
 from vllm_forge.images.system import SYSTEM_FORMAT, build_arguments, system_folder
+from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import Patch, read_series, read_tree_lock
+from vllm_forge.project import Project
 from vllm_forge.sources import UNPACK_RATIO, Lock, Wheelhouse
-
-if TYPE_CHECKING:
-    from vllm_forge.images.engines import Engine
-    from vllm_forge.images.prewarm import Prewarm
-    from vllm_forge.matrix import ImageCell
-    from vllm_forge.project import Project
 
 SYSTEM_BYTES = 3 * (1 << 30)  # rootfs tar, engine's copies, exported folder
 

@@ -11,20 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from vllm_forge.host import gigabytes
 from vllm_forge.images.errors import ForeignFileError
 from vllm_forge.images.layer import CHUNK, LayerBlob, ZstdLayerWriter
 from vllm_forge.images.layout import file_digest
-from vllm_forge.images.store import keep_layer, make_folders
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
-
-    from vllm_forge.images.store import StoredLayer
+from vllm_forge.images.store import StoredLayer, keep_layer, make_folders
 
 FORMAT = 2
 MOST = 32 << 30  # bytes of a folder; the largest that was seen has 1.5 GB

@@ -11,18 +11,16 @@ what changed, are a layer of the SKU's own.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from mmap import mmap
+from pathlib import Path
+from typing import Any
 
 from vllm_forge.images.layer import LayerBlob, ZstdLayerWriter
 from vllm_forge.images.store import RECORDS, StoredLayer, keep_layer, make_folders, mapped
 from vllm_forge.kernels.coverage import device_code, runs_on
 from vllm_forge.sources.wheel_format import record_hash, rewrite_record
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from mmap import mmap
-    from pathlib import Path
 
 CHUNK = 1 << 20
 

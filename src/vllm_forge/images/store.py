@@ -11,24 +11,21 @@ from __future__ import annotations
 import mmap
 import zipfile
 import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_forge.host import atomic_path, cache_root, console, exclusive, remove
 from vllm_forge.host.errors import CacheError
 from vllm_forge.images.layer import CHUNK, FILE_NAMES, LayerBlob, LayerWriter, stamp
 from vllm_forge.images.layout import file_digest, read_sealed, write_sealed
+from vllm_forge.images.wheels import Entry
 from vllm_forge.kernels.coverage import device_code
 from vllm_forge.sources.errors import HashMismatchError
 from vllm_forge.sources.wheel_format import record_hash, seek_to_data
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-
-    from vllm_forge.images.wheels import Entry
 
 # Smaller libraries have too little device code to be worth a copy per SKU.
 LEAST = 1 << 20

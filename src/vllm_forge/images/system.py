@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.host import atomic_path, cache_root, remove
+from vllm_forge.host import Runner, atomic_path, cache_root, remove
 from vllm_forge.host.errors import CacheError
-from vllm_forge.images.base import compress
-from vllm_forge.images.engines import SystemBuild
+from vllm_forge.images.base import BaseRef, compress
+from vllm_forge.images.engines import SystemBuild, SystemOutput
 from vllm_forge.images.errors import BaseImageError
 from vllm_forge.images.layer import LayerBlob
 from vllm_forge.images.layout import (
@@ -24,15 +25,10 @@ from vllm_forge.images.layout import (
     write_sealed,
 )
 from vllm_forge.images.prewarm import tree_digest
+from vllm_forge.matrix import ImageCell
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from vllm_forge.host import Runner
-    from vllm_forge.images.base import BaseRef
-    from vllm_forge.images.engines import SystemOutput
     from vllm_forge.images.plan import ImagePlan
-    from vllm_forge.matrix import ImageCell
 
 # Raise when the kept result changes for equal inputs.
 SYSTEM_FORMAT = 3

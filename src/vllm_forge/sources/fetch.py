@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import requests
 from urllib3.exceptions import HTTPError
 
+from vllm_forge.errors import ForgeError
 from vllm_forge.host import cache_root, console, exclusive, gigabytes, transfer_progress
 from vllm_forge.host.errors import CacheError, DiskSpaceError
 from vllm_forge.sources.errors import (
@@ -27,12 +28,7 @@ from vllm_forge.sources.errors import (
     TruncatedFileError,
 )
 from vllm_forge.sources.index import TIMEOUT_S, Index, blocks
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from vllm_forge.errors import ForgeError
-    from vllm_forge.sources.lock import LockedWheel
+from vllm_forge.sources.lock import LockedWheel
 
 PARALLEL = 8
 TRIES = 5

@@ -7,9 +7,9 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import requests
 import truststore
@@ -19,9 +19,6 @@ from urllib3.exceptions import HTTPError
 from urllib3.util.retry import Retry
 
 from vllm_forge.sources.errors import DistributionNotFoundError, IndexUnreachableError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
 
 CONNECTIONS = 16
 CONNECT_RETRIES = 4

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
@@ -18,16 +18,14 @@ from rich.markup import escape
 from uv import find_uv_bin
 
 from vllm_forge.host import atomic_path, console
+from vllm_forge.matrix import Base, Line
 from vllm_forge.sources.errors import (
     DistributionNotFoundError,
     IndexUnreachableError,
     LockFileError,
     ResolutionError,
 )
-
-if TYPE_CHECKING:
-    from vllm_forge.matrix import Base, Line
-    from vllm_forge.sources.index import Index, IndexFile
+from vllm_forge.sources.index import Index, IndexFile
 
 ENTRY = re.compile(
     r"^(?P<name>[a-z0-9-]+)==(?P<version>\S+) --hash=sha256:(?P<sha256>[0-9a-f]{64})"

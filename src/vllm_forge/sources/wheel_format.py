@@ -6,11 +6,9 @@ import base64
 import csv
 import hashlib
 import io
-from typing import TYPE_CHECKING, BinaryIO
-
-if TYPE_CHECKING:
-    import zipfile
-    from collections.abc import Callable
+import zipfile
+from collections.abc import Callable
+from typing import BinaryIO
 
 LOCAL_HEADER = 30  # bytes before the name, APPNOTE.TXT 4.3.7
 
