@@ -77,7 +77,9 @@ class Server(ThreadingHTTPServer):
 
 if __name__ == "__main__":
     print("INFO Using 'MARLIN' NvFp4 MoE backend out of potential backends: ['MARLIN'].")
-    print(*sys.argv, *(f"{name}={os.environ.get(name)}" for name in SHOWN))
+    size = next((word[23:] for word in sys.argv if word.startswith("--tensor-parallel-size=")), 1)
+    print(f"Initializing a V1 LLM engine (v0) with config: tensor_parallel_size={size}, x=y")
+    print(*sys.argv, *(f"{name}={os.environ.get(name)}" for name in SHOWN), flush=True)
     if "--enforce-eager" not in sys.argv:
         print("INFO Graph capturing finished in 1 secs, took 0.1 GiB", flush=True)
     port = next(int(word[7:]) for word in sys.argv if word.startswith("--port="))

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.gpu.conftest import TOGETHER, why_not
-from tests.gpu.harness.processes import ROOT
-from tests.gpu.mtp.engines import ENGINES, Ran, run
+from tests.gpu.mtp.engines import ENGINES, Ran, missing, run
 from tests.gpu.mtp.servers import SERVERS, Served, serve
 
 if TYPE_CHECKING:
@@ -67,19 +66,3 @@ def served(pytestconfig: pytest.Config) -> Callable[[str], Served]:
         return found
 
     return get
-
-
-def missing(name: str) -> str:
-    """What an engine lacks to be run, and how to bring it."""
-    if name in SERVERS:
-        return ""
-    checkpoint = ENGINES[name].checkpoint
-    if checkpoint and not (ROOT / "checkpoints" / checkpoint).is_dir():
-        return (
-            f"no checkpoint {checkpoint}: `nox -s forge -- checkpoint fixtures {checkpoint} DIR` "
-            f"makes it, --checkpoint {checkpoint}=DIR brings it"
-        )
-    files = ENGINES[name].files
-    if files and not (ROOT / "variants" / files).is_dir():
-        return f"this bundle has no vLLM {files}: the series has no such patch"
-    return ""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import sys
 from dataclasses import dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from tests.gpu.harness import processes, variants
@@ -16,6 +18,7 @@ from tests.gpu.harness.spec_metrics import Reading
 from tests.gpu.models import exact_mtp
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 JOB = "tests.gpu.mtp.engine_job"
@@ -155,6 +158,21 @@ class Ran:
     cached: list[int] = field(default_factory=list)
 
 
+def missing(name: str) -> str:
+    """What an engine or server lacks to be run, and how to bring it."""
+    engine = ENGINES.get(name)
+    if engine is None:
+        return ""
+    if engine.checkpoint and not (ROOT / "checkpoints" / engine.checkpoint).is_dir():
+        return (
+            f"no checkpoint {engine.checkpoint}: `nox -s forge -- checkpoint fixtures "
+            f"{engine.checkpoint} DIR` makes it, --checkpoint {engine.checkpoint}=DIR brings it"
+        )
+    if engine.files and not (ROOT / "variants" / engine.files).is_dir():
+        return f"this bundle has no vLLM {engine.files}: the series has no such patch"
+    return ""
+
+
 def run(name: str, work: Path, logs: Path) -> Ran:
     """Run an engine to its end."""
     engine = ENGINES[name]
@@ -250,3 +268,18 @@ def arguments(engine: Engine, folder: Path) -> dict[str, Any]:
     if engine.k:
         found["speculative_config"] = {"method": "mtp", "num_speculative_tokens": engine.k}
     return found | engine.more
+
+
+def apart(one: Sequence[float], other: Sequence[float]) -> float:
+    """Root mean square of the differences of two rows of log probabilities."""
+    squares = [(a - b) ** 2 for a, b in zip(one, other, strict=True)]
+    return math.sqrt(sum(squares) / len(squares))
+
+
+def distances(
+    whole: Sequence[Sequence[float]], other: Sequence[Sequence[float]]
+) -> tuple[float, float]:
+    """Medians: between a prompt and itself in ``other``, and between it and the next prompt."""
+    following = [*whole[1:], whole[0]]
+    itself = median(map(apart, whole, other))
+    return itself, median(map(apart, whole, following))

@@ -7,16 +7,14 @@ other prompts that end in the same token.
 
 from __future__ import annotations
 
-import math
-from statistics import median
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.gpu.mtp.engines import EACH, LENGTHS
+from tests.gpu.mtp.engines import EACH, LENGTHS, distances
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from tests.gpu.mtp.engines import Ran
 
@@ -32,21 +30,6 @@ pytestmark = [
     pytest.mark.engines("dsv4-whole", "dsv4-chunked"),
 ]
 NEAR = 0.5  # of the distance to another prompt
-
-
-def apart(one: Sequence[float], other: Sequence[float]) -> float:
-    """Root mean square of the differences of two rows of log probabilities."""
-    squares = [(a - b) ** 2 for a, b in zip(one, other, strict=True)]
-    return math.sqrt(sum(squares) / len(squares))
-
-
-def distances(
-    whole: Sequence[Sequence[float]], other: Sequence[Sequence[float]]
-) -> tuple[float, float]:
-    """Medians: between a prompt and itself in ``other``, and between it and the next prompt."""
-    following = [*whole[1:], whole[0]]
-    itself = median(map(apart, whole, other))
-    return itself, median(map(apart, whole, following))
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -5,8 +5,6 @@ Of the artifact with experts in NVFP4. On other lines, other kernels: those test
 
 from __future__ import annotations
 
-import pytest
-
 # Marker -> backend of the routed experts.
 EXPERTS = {
     "sm_90": "MARLIN",
@@ -14,16 +12,6 @@ EXPERTS = {
     "sm_103": "FLASHINFER_TRTLLM",
     "sm_120": "FLASHINFER_CUTLASS",
 }
-each_backend = pytest.mark.parametrize(
-    "backend",
-    [
-        pytest.param(
-            name,
-            marks=[getattr(pytest.mark, marker) for marker, own in EXPERTS.items() if own == name],
-        )
-        for name in sorted(set(EXPERTS.values()))
-    ],
-)
 # Marker -> kernel of the FP8 linear layers.
 LINEAR = {
     "sm_90": "FlashInferFp8DeepGEMMDynamicBlockScaledKernel",

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from tests.gpu.numerics.conftest import each_backend
 from tests.gpu.numerics.layers import launch, worst
-from tests.gpu.numerics.selected import each_backend, quantizes
+from tests.gpu.numerics.selected import quantizes
 from tests.gpu.reference import nvfp4_moe_cells as cells
 from tests.gpu.reference.nvfp4_moe import expected
 from tests.gpu.reference.planted import InResult, InWeights, in_result, in_weights

@@ -8,7 +8,7 @@ import pytest
 
 from tests.gpu.conftest import PARALLEL
 from tests.gpu.harness.device import ranks
-from tests.gpu.numerics.selected import each_backend
+from tests.gpu.numerics.conftest import each_backend
 from tests.gpu.reference.marlin_reference import Sums
 from tests.gpu.reference.marlin_reference import margin as share
 from tests.gpu.reference.nvfp4_moe import expected
