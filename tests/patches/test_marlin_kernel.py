@@ -20,13 +20,13 @@ import pytest
 from tests.gpu.reference import marlin_kernel, marlin_schedule
 from tests.gpu.reference.marlin_kernel import (
     LARGE_BATCH,
-    LAUNCH_SLACK,
     SMALL_BATCH,
     Kernel,
     ThreadConfig,
 )
-from tests.gpu.reference.marlin_schedule import Launch, Part, faults, schedule
-from tests.support import marlin_protocol
+from tests.gpu.reference.marlin_schedule import Launch, Part, schedule
+from tests.support import marlin_host, marlin_protocol
+from tests.support.marlin_host import LAUNCH_SLACK, faults
 
 from .marlin_source import Ran, Release, marlin_files, pieces
 
@@ -128,8 +128,8 @@ def test_tiles_to_choose_from(release: Release) -> None:
 def test_every_kernel_uses_what_the_model_says(release: Release, kernels: list[Kernel]) -> None:
     assert len(kernels) > 200
     for kernel in kernels:
-        assert release.cache_size(kernel) == marlin_kernel.cache_size(kernel), kernel
-        assert release.layout_size(kernel) == marlin_kernel.layout_size(kernel), kernel
+        assert release.cache_size(kernel) == marlin_host.cache_size(kernel), kernel
+        assert release.layout_size(kernel) == marlin_host.layout_size(kernel), kernel
 
 
 def test_buffers_have_the_size_that_the_model_says(release: Release) -> None:
@@ -137,9 +137,7 @@ def test_buffers_have_the_size_that_the_model_says(release: Release) -> None:
         kernel = Kernel(config=SMALL_BATCH[0], block=block, group_size=128)
         sizes = (size_n, blocks * block, sms)
         assert release.c_tmp_size(*sizes, block) == marlin_kernel.c_tmp_size(kernel, *sizes)
-        assert release.least_workspace(*sizes, block) == marlin_kernel.least_workspace(
-            kernel, *sizes
-        )
+        assert release.least_workspace(*sizes, block) == marlin_host.least_workspace(kernel, *sizes)
 
 
 def _differs(release: Release, launch: Launch) -> bool:
@@ -189,7 +187,7 @@ def test_a_release_that_does_otherwise_is_noticed(
     assert any(_differs(drifted, case.launch) for case in CASES)
 
 
-@pytest.mark.parametrize("module", [marlin_kernel, marlin_schedule, marlin_protocol])
+@pytest.mark.parametrize("module", [marlin_kernel, marlin_schedule, marlin_host, marlin_protocol])
 def test_the_lines_that_the_model_cites_are_there(files: dict[str, Path], module: object) -> None:
     import vllm
 

@@ -90,44 +90,36 @@ DEEPSEEK: dict[str, Any] = {
 LONG = {**DEEPSEEK, "max_model_len": 36_864, "max_logprobs": VOCABULARY}
 WHOLE = {**LONG, "max_num_batched_tokens": 36_864, "max_num_seqs": 1}
 CHUNKED = {**LONG, "max_num_batched_tokens": 2_048, "enable_prefix_caching": True}
+
+
+def card(**more: Any) -> Engine:
+    """The tiny DeepSeek-V4 in the card's layout."""
+    return Engine(**{"checkpoint": "card", "more": DEEPSEEK, "count": 64, **more})
+
+
 ENGINES = {
     "plain": Engine(draft="token", k=0),
-    "token-1": Engine(draft="token", k=1),
+    "token-1": Engine(draft="token"),
     "token-2": Engine(draft="token", k=2),
     "token-2-graphs": Engine(draft="token", k=2, more={"enforce_eager": False}),
-    "hidden-1": Engine(draft="hidden", k=1),
+    "hidden-1": Engine(draft="hidden"),
     "hidden-2": Engine(draft="hidden", k=2),
-    "wrong-1": Engine(draft="wrong", k=1),
-    "fraction-1": Engine(draft="fraction", k=1),
+    "wrong-1": Engine(draft="wrong"),
+    "fraction-1": Engine(draft="fraction"),
     "fraction-2": Engine(draft="fraction", k=2),
-    "zeroed": Engine(draft="token", k=1, zeroed=(exact_mtp.INPUT,)),
-    "stripped": Engine(draft="token", k=1, lacks=(exact_mtp.MTP,)),
-    "partly-stripped": Engine(draft="token", k=1, lacks=(exact_mtp.INPUT,)),
-    "dsv4": Engine(checkpoint="card", k=1, more=DEEPSEEK, count=64),
-    "dsv4-parallel": Engine(checkpoint="card", k=1, more=DEEPSEEK, count=64, parallel=True),
-    "dsv4-whole": Engine(checkpoint="card", k=1, more=WHOLE, count=8, asked=1),
-    "dsv4-chunked": Engine(checkpoint="card", k=1, more=CHUNKED, count=8, asked=2),
-    "dsv4-published": Engine(checkpoint="card", k=1, more=DEEPSEEK, count=64, files="published"),
-    "dsv4-without-0002": Engine(
-        checkpoint="card", k=1, more=DEEPSEEK, count=64, files="without-0002"
-    ),
-    "dsv4-without-0003": Engine(
-        checkpoint="card", k=1, more=DEEPSEEK, count=64, files="without-0003"
-    ),
-    "dsv4-weights-only": Engine(
-        checkpoint="card", k=1, more=DEEPSEEK, count=64, weights_only=ALL_BUT_WO_A
-    ),
-    "dsv4-weights-only-without-0001": Engine(
-        checkpoint="card",
-        k=1,
-        more=DEEPSEEK,
-        count=64,
-        weights_only=ALL_BUT_WO_A,
-        files="without-0001",
-    ),
-    "dsv4-weights-only-wo-a": Engine(
-        checkpoint="card", k=1, more=DEEPSEEK, count=64, weights_only=ATTENTION
-    ),
+    "zeroed": Engine(draft="token", zeroed=(exact_mtp.INPUT,)),
+    "stripped": Engine(draft="token", lacks=(exact_mtp.MTP,)),
+    "partly-stripped": Engine(draft="token", lacks=(exact_mtp.INPUT,)),
+    "dsv4": card(),
+    "dsv4-parallel": card(parallel=True),
+    "dsv4-whole": card(more=WHOLE, count=8, asked=1),
+    "dsv4-chunked": card(more=CHUNKED, count=8, asked=2),
+    "dsv4-published": card(files="published"),
+    "dsv4-without-0002": card(files="without-0002"),
+    "dsv4-without-0003": card(files="without-0003"),
+    "dsv4-weights-only": card(weights_only=ALL_BUT_WO_A),
+    "dsv4-weights-only-without-0001": card(weights_only=ALL_BUT_WO_A, files="without-0001"),
+    "dsv4-weights-only-wo-a": card(weights_only=ATTENTION),
 }
 
 

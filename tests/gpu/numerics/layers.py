@@ -176,30 +176,34 @@ def linear(
         groups: of ``wo_a``, whose rows belong to as many matrices.
         device: where it is built; its weights are processed on "cuda" only.
     """
-    from vllm.model_executor.layers.linear import ReplicatedLinear
-
-    torch, plain = _torch(), isinstance(weight, np.ndarray)
-    rows, columns = weight.shape if isinstance(weight, np.ndarray) else weight.codes.shape
-    with _building() as quantization:
-        with torch.device(device):
-            layer: Any = ReplicatedLinear(
-                columns,
-                rows,
-                bias=False,
-                quant_config=quantization,
-                prefix=f"model.layers.{DRAFT_LAYER if plain else 0}.attn.{name}",
-                return_bias=False,
-                disable_tp=True,
-            )
+    plain = isinstance(weight, np.ndarray)
+    shape = weight.shape if isinstance(weight, np.ndarray) else weight.codes.shape
+    prefix = f"model.layers.{DRAFT_LAYER if plain else 0}.attn.{name}"
+    with _linear(shape, prefix, device) as layer:
         if groups is not None:
             layer.is_bmm, layer.bmm_batch_size = True, groups
         if isinstance(weight, np.ndarray):
             layer.weight.data.copy_(bfloat16_tensor(weight, device))
         else:
             put(layer, {"weight": weight.codes, "weight_scale": weight.scales})
+    return layer
+
+
+@contextmanager
+def _linear(shape: tuple[int, ...], prefix: str, device: str) -> Iterator[Any]:
+    """A linear layer, [N, K], whose weights are processed after the caller has put them."""
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    rows, columns = shape
+    with _building() as quantization:
+        with _torch().device(device):
+            layer: Any = ReplicatedLinear(
+                columns, rows, bias=False, quant_config=quantization, prefix=prefix,
+                return_bias=False, disable_tp=True,
+            )  # fmt: skip
+        yield layer
         if device == "cuda":
             layer.quant_method.process_weights_after_loading(layer)
-    return layer
 
 
 def nvfp4_linear(weights: Weights, divisor: float, *, device: str = "cuda") -> Any:
@@ -210,24 +214,12 @@ def nvfp4_linear(weights: Weights, divisor: float, *, device: str = "cuda") -> A
         divisor: global scale of the activations, where the kernel quantizes them.
         device: where it is built; its weights are processed on "cuda" only.
     """
-    from vllm.model_executor.layers.linear import ReplicatedLinear
-
     from vllm_forge.checkpoints.codecs.nvfp4 import pack
 
-    torch = _torch()
     if weights.multiplier is None:
         raise ValueError("NVFP4 has a multiplier")
-    with _building() as quantization:
-        with torch.device(device):
-            layer: Any = ReplicatedLinear(
-                weights.size_k,
-                weights.size_n,
-                bias=False,
-                quant_config=quantization,
-                prefix="model.layers.0.ffn.shared_experts.down_proj",
-                return_bias=False,
-                disable_tp=True,
-            )
+    prefix = "model.layers.0.ffn.shared_experts.down_proj"
+    with _linear((weights.size_n, weights.size_k), prefix, device) as layer:
         tensors = {
             "weight_packed": pack(weights.codes[0].T),
             "weight_scale": weights.scales[0].astype(np.uint8).T,
@@ -235,8 +227,6 @@ def nvfp4_linear(weights: Weights, divisor: float, *, device: str = "cuda") -> A
             "input_global_scale": np.array([divisor], np.float32),
         }
         put(layer, tensors)
-        if device == "cuda":
-            layer.quant_method.process_weights_after_loading(layer)
     return layer
 
 

@@ -49,7 +49,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel")]
 
 EXPERTS = 2
 LIMIT = 10.0  # DeepSeek-V4's swiglu_limit
-BLOCKS = (8, 16, 32, 48, 64)
 # At tensor parallel 4, and sizes that only the smallest tiles divide.
 READ = ((1024, 4096), (4096, 512), (192, 640), (320, 1152))
 

@@ -58,160 +58,117 @@ class Mutant:
     edits: tuple[Edit, ...] = ()
 
 
+def _mutant(name: str, what: str, *edits: tuple[str, str], file: str = TEMPLATE) -> Mutant:
+    made = tuple(Edit(file=file, old=old, new=new) for old, new in edits)
+    return Mutant(name=name, what=what, edits=made)
+
+
 MUTANTS = (
-    Mutant(name="clean", what="no fault"),
-    Mutant(
-        name="early_release",
-        what="the lock is released before the sum is read and written",
-        edits=(
-            Edit(
-                file=TEMPLATE,
-                old=ACQUIRE,
-                new=ACQUIRE.replace(
-                    "\n",
-                    "\n        barrier_release(&locks[locks_off], last);\n        if (!last) {\n"
-                    "          long long start = clock64();\n"
-                    "          while (clock64() - start < 4000) {}\n        }\n",
-                    1,
-                ),
-            ),
-            Edit(file=TEMPLATE, old=RELEASE, new=RELEASE.split("\n", 1)[1]),
-        ),
-    ),
-    Mutant(
-        name="no_acquire",
-        what="a block does not wait for its turn",
-        edits=(
-            Edit(
-                file=TEMPLATE,
-                old=ACQUIRE,
-                new=ACQUIRE.replace(
-                    "barrier_acquire(&locks[locks_off], slice_idx);", "__syncthreads();"
-                ),
+    _mutant("clean", "no fault"),
+    _mutant(
+        "early_release",
+        "the lock is released before the sum is read and written",
+        (
+            ACQUIRE,
+            ACQUIRE.replace(
+                "\n",
+                "\n        barrier_release(&locks[locks_off], last);\n        if (!last) {\n"
+                "          long long start = clock64();\n"
+                "          while (clock64() - start < 4000) {}\n        }\n",
+                1,
             ),
         ),
+        (RELEASE, RELEASE.split("\n", 1)[1]),
     ),
-    Mutant(
-        name="no_reset",
-        what="the last part leaves the lock as it is",
-        edits=(Edit(file=TEMPLATE, old="      lock[0] = 0;\n      return;", new="      return;"),),
-    ),
-    Mutant(
-        name="lock_alias",
-        what="two tiles use one lock",
-        edits=(
-            Edit(
-                file=TEMPLATE,
-                old=ACQUIRE,
-                new=ACQUIRE.replace("locks[locks_off]", "locks[locks_off / 2]"),
-            ),
-            Edit(
-                file=TEMPLATE,
-                old=RELEASE,
-                new=RELEASE.replace("locks[locks_off]", "locks[locks_off / 2]"),
-            ),
+    _mutant(
+        "no_acquire",
+        "a block does not wait for its turn",
+        (
+            ACQUIRE,
+            ACQUIRE.replace("barrier_acquire(&locks[locks_off], slice_idx);", "__syncthreads();"),
         ),
     ),
-    Mutant(
-        name="slot_overlap",
-        what="slots of c_tmp overlap by half",
-        edits=(
-            Edit(
-                file=TEMPLATE,
-                old="    int c_cur_offset = locks_off * c_size;",
-                new="    int c_cur_offset = locks_off * (c_size / 2);",
-            ),
+    _mutant(
+        "no_reset",
+        "the last part leaves the lock as it is",
+        ("      lock[0] = 0;\n      return;", "      return;"),
+    ),
+    _mutant(
+        "lock_alias",
+        "two tiles use one lock",
+        (ACQUIRE, ACQUIRE.replace("locks[locks_off]", "locks[locks_off / 2]")),
+        (RELEASE, RELEASE.replace("locks[locks_off]", "locks[locks_off / 2]")),
+    ),
+    _mutant(
+        "slot_overlap",
+        "slots of c_tmp overlap by half",
+        (
+            "    int c_cur_offset = locks_off * c_size;",
+            "    int c_cur_offset = locks_off * (c_size / 2);",
         ),
     ),
-    Mutant(
-        name="short_c_tmp",
-        what="c_tmp has as many floats as C_TMP_FLOATS says",
-        edits=(
-            Edit(
-                file=HOST,
-                old="    if (moe_block_size == 8) max_c_tmp_size *= 2;\n",
-                new="    if (moe_block_size == 8) max_c_tmp_size *= 2;\n"
-                '    if (const char* floats = std::getenv("C_TMP_FLOATS"))\n'
-                "      max_c_tmp_size = std::atol(floats);\n",
-            ),
+    _mutant(
+        "short_c_tmp",
+        "c_tmp has as many floats as C_TMP_FLOATS says",
+        (
+            "    if (moe_block_size == 8) max_c_tmp_size *= 2;\n",
+            "    if (moe_block_size == 8) max_c_tmp_size *= 2;\n"
+            '    if (const char* floats = std::getenv("C_TMP_FLOATS"))\n'
+            "      max_c_tmp_size = std::atol(floats);\n",
+        ),
+        file=HOST,
+    ),
+    _mutant(
+        "skipped_write",
+        "the first column tile of the result is not written",
+        (
+            "      if (last || use_atomic_add)\n",
+            "      if ((last || use_atomic_add) && slice_col != 0)\n",
         ),
     ),
-    Mutant(
-        name="skipped_write",
-        what="the first column tile of the result is not written",
-        edits=(
-            Edit(
-                file=TEMPLATE,
-                old="      if (last || use_atomic_add)\n",
-                new="      if ((last || use_atomic_add) && slice_col != 0)\n",
-            ),
+    _mutant(
+        "no_release_barrier",
+        "the lock is released before all warps have written",
+        ("bool reset = false) {\n  __syncthreads();\n", "bool reset = false) {\n"),
+    ),
+    _mutant(
+        "no_stage_barrier",
+        "warps do not wait for each other's copies to shared memory",
+        (
+            "    cp_async_wait<stages - 2>();\n    __syncthreads();\n",
+            "    cp_async_wait<stages - 2>();\n",
         ),
     ),
-    Mutant(
-        name="no_release_barrier",
-        what="the lock is released before all warps have written",
-        edits=(
-            Edit(
-                file=TEMPLATE,
-                old="bool reset = false) {\n  __syncthreads();\n",
-                new="bool reset = false) {\n",
-            ),
+    _mutant(
+        "half_barrier",
+        "only half a warp comes to the barrier after the lock",
+        (
+            "    while (state != count);\n  }\n  __syncthreads();\n",
+            "    while (state != count);\n  }\n  if (threadIdx.x % 32 < 16) __syncthreads();\n",
         ),
     ),
-    Mutant(
-        name="no_stage_barrier",
-        what="warps do not wait for each other's copies to shared memory",
-        edits=(
-            Edit(
-                file=TEMPLATE,
-                old="    cp_async_wait<stages - 2>();\n    __syncthreads();\n",
-                new="    cp_async_wait<stages - 2>();\n",
-            ),
-        ),
+    _mutant(
+        "foreign_mask",
+        "a lane outside a mask waits with those in it, at the end",
+        (END, "  if (threadIdx.x % 32 <= 16) __syncwarp(0x0000ffffu);\n" + END),
     ),
-    Mutant(
-        name="half_barrier",
-        what="only half a warp comes to the barrier after the lock",
-        edits=(
-            Edit(
-                file=TEMPLATE,
-                old="    while (state != count);\n  }\n  __syncthreads();\n",
-                new="    while (state != count);\n  }\n"
-                "  if (threadIdx.x % 32 < 16) __syncthreads();\n",
-            ),
-        ),
+    _mutant(
+        "no_fence",
+        "the lock is released without a fence",
+        ('    asm volatile("fence.acq_rel.gpu;\\n");\n', ""),
     ),
-    Mutant(
-        name="foreign_mask",
-        what="a lane outside a mask waits with those in it, at the end",
-        edits=(
-            Edit(
-                file=TEMPLATE,
-                old=END,
-                new="  if (threadIdx.x % 32 <= 16) __syncwarp(0x0000ffffu);\n" + END,
-            ),
-        ),
-    ),
-    Mutant(
-        name="no_fence",
-        what="the lock is released without a fence",
-        edits=(Edit(file=TEMPLATE, old='    asm volatile("fence.acq_rel.gpu;\\n");\n', new=""),),
-    ),
-    Mutant(
-        name="weak_acquire",
-        what="the lock is read without acquire semantics",
-        edits=(
-            Edit(
-                file=TEMPLATE,
-                old='asm volatile("ld.global.acquire.gpu.b32 %0, [%1];\\n"\n'
-                '                   : "=r"(state)\n'
-                '                   : "l"(lock));\n'
-                "    while (state != count);",
-                new='asm volatile("ld.volatile.global.b32 %0, [%1];\\n"\n'
-                '                   : "=r"(state)\n'
-                '                   : "l"(lock));\n'
-                "    while (state != count);",
-            ),
+    _mutant(
+        "weak_acquire",
+        "the lock is read without acquire semantics",
+        (
+            'asm volatile("ld.global.acquire.gpu.b32 %0, [%1];\\n"\n'
+            '                   : "=r"(state)\n'
+            '                   : "l"(lock));\n'
+            "    while (state != count);",
+            'asm volatile("ld.volatile.global.b32 %0, [%1];\\n"\n'
+            '                   : "=r"(state)\n'
+            '                   : "l"(lock));\n'
+            "    while (state != count);",
         ),
     ),
 )

@@ -10,14 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-INT4_BYTES = 16  # CUDA's int4, four 32-bit integers
 FLOATS_PER_INT4 = 4
 FRAGMENT = 16  # rows and columns of what a tensor core multiplies
-MIN_THREAD_N = 64
 MAX_THREAD_N = 256
 BLOCKS_PER_SM = 4  # the most that a launch may have
-# What determine_exec_config leaves unused of a multiprocessor's shared memory.
-LAUNCH_SLACK = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,61 +73,10 @@ class Kernel:
         """``m_block_size_8``: rows 8 to 15 of the only fragment are not there."""
         return self.block < FRAGMENT
 
-    @property
-    def configs(self) -> tuple[ThreadConfig, ...]:
-        """What the host chooses from for this block size."""
-        return LARGE_BATCH if self.m_blocks > 1 else SMALL_BATCH
-
 
 def ceil_div(a: int, b: int) -> int:
     """Quotient of two non-negative integers, rounded up."""
     return -(-a // b)
-
-
-def cache_size(kernel: Kernel) -> int:
-    """Bytes of shared memory that the host thinks the kernel uses.
-
-    Cited: ``int get_kernel_cache_size`` at ops.cu 0.22.1:175 0.26.0:183 0.33.0:93
-    """
-    rows, config = kernel.m_blocks * FRAGMENT, kernel.config
-    metadata = rows * 16
-    activations = kernel.stages * rows * config.k * kernel.activation_bytes
-    weights = kernel.stages * (config.k * config.n // (32 // kernel.weight_bits)) * 4
-    reduction = rows * (config.n + 8) * 2
-    bias = config.n * 2
-    shared = max(weights, reduction, min(weights, reduction) + bias)
-    groups = 1 if kernel.group_size == -1 else ceil_div(config.k, kernel.group_size)
-    scales = groups * config.n * 2 * kernel.stages
-    zeros = scales * kernel.weight_bits // 16 if kernel.zero_points else 0
-    return shared + activations + scales + zeros + metadata
-
-
-def layout_size(kernel: Kernel) -> int:
-    """Bytes of shared memory that the kernel's own layout spans.
-
-    With 8-bit activations it starts with one float per row for their scales, which
-    :func:`cache_size` does not count.
-
-    Cited: ``int4* sh_block_sorted_ids_int4`` at marlin_template.h 0.22.1:435 0.26.0:435 0.33.0:406
-    Cited: ``constexpr int sh_red_size`` at marlin_template.h 0.22.1:872 0.26.0:872 0.33.0:821
-    Cited: ``int4* sh_a = sh_s`` at marlin_template.h 0.22.1:893 0.26.0:893 0.33.0:840
-    """
-    config, stages, eight = kernel.config, kernel.stages, kernel.activation_bytes == 1
-    n_blocks, k_blocks = config.n // FRAGMENT, config.k // FRAGMENT
-    pack = 32 // kernel.weight_bits
-    end = 4 * kernel.m_blocks if eight else 0
-    end += kernel.block  # row ids, their tokens, router weights (padded)
-    weights = stages * (config.n * FRAGMENT // pack // (2 if eight else 4)) * k_blocks
-    weights //= 2 if eight else 1
-    reduction = (2 * n_blocks + 1) * FRAGMENT * kernel.m_blocks
-    end += max(weights, reduction, min(weights, reduction) + config.n // 8)
-    group_blocks = kernel.group_size // FRAGMENT
-    groups = k_blocks // group_blocks if 0 < group_blocks < k_blocks else 1
-    if kernel.zero_points:
-        end += stages * groups * (config.n // pack // 4)
-    end += stages * groups * (config.n * kernel.scale_bytes // INT4_BYTES)
-    end += stages * kernel.block * (config.k * kernel.activation_bytes // INT4_BYTES)
-    return end * INT4_BYTES
 
 
 def reduce_end(kernel: Kernel, lock: int) -> int:
@@ -165,11 +110,3 @@ def c_tmp_size(kernel: Kernel, size_n: int, sorted_ids: int, sms: int) -> int:
     """
     size = min(size_n * sorted_ids, sms * BLOCKS_PER_SM * kernel.block * MAX_THREAD_N)
     return size * 2 if kernel.half_fragment else size
-
-
-def least_workspace(kernel: Kernel, size_n: int, sorted_ids: int, sms: int) -> int:
-    """Locks (32-bit integers) that the host insists on; vLLM's experts allocate 4 * ``sms``.
-
-    Cited: ``int min_workspace_size`` at ops.cu 0.22.1:838 0.26.0:858 0.33.0:668
-    """
-    return min(size_n // MIN_THREAD_N * (sorted_ids // kernel.block), sms * BLOCKS_PER_SM)

@@ -10,14 +10,13 @@ Standard library only. The contract tests compile the release's own text and com
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tests.gpu.reference.marlin_kernel import Kernel, ceil_div, reduce_end
+from tests.gpu.reference.marlin_kernel import Kernel, ceil_div
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +185,7 @@ def _share(tile: int, block: int, length: int, k_tiles: int) -> tuple[int, int]:
     """How many parts a tile has, and which of them the block's is.
 
     The kernel's own arithmetic, step by step: that it agrees with what blocks really compute is
-    for :func:`faults` to say.
+    for tests to say.
     """
     first = length * ceil_div(k_tiles * tile, length)  # where a stripe starts at or after the tile
     if first > k_tiles * (tile + 1):
@@ -199,67 +198,11 @@ def _share(tile: int, block: int, length: int, k_tiles: int) -> tuple[int, int]:
     return count, count - 1 - after // length - (offset > 0)
 
 
-def faults(launch: Launch, parts: Schedule, *, workspace: int, c_tmp: int) -> list[str]:
-    """What is wrong with a schedule; empty for a right one.
-
-    Every tile must be covered once; its parts must agree on how many they are and take the turns
-    0, 1, ... from the bottom up, one turn each; no two tiles may share a lock; no lock and no slot
-    of ``c_tmp`` may lie outside its buffer.
-
-    Args:
-        launch: the launch.
-        parts: its schedule.
-        workspace: locks in the workspace.
-        c_tmp: floats in the buffer of partial sums.
-    """
-    tiles: dict[int, list[Part]] = defaultdict(list)
-    for part in (part for block in parts for part in block):
-        tiles[part.tile].append(part)
-    found = []
-    if set(tiles) != set(range(launch.tiles)):
-        found.append(f"{len(tiles)} of {launch.tiles} tiles are computed")
-    locks: dict[int, int] = {}
-    for tile, shares in sorted(tiles.items()):
-        found += [f"tile {tile}: {what}" for what in _tile_faults(launch, shares)]
-        if len(shares) > 1 and (other := locks.setdefault(shares[0].lock, tile)) != tile:
-            found.append(f"tile {tile}: lock {shares[0].lock} is tile {other}'s")
-    return found + _overruns(launch, _split(parts), workspace, c_tmp)
-
-
-def _tile_faults(launch: Launch, shares: list[Part]) -> Iterator[str]:
-    shares = sorted(shares, key=lambda part: part.row)
-    covered = 0
-    for part in shares:
-        if part.row != covered or part.rows < 1:
-            yield f"rows {covered} to {part.row} are computed by no block, or by two"
-        covered = part.row + part.rows
-    if covered != launch.k_tiles:
-        yield f"rows end at {covered}, not at {launch.k_tiles}"
-    if any(part.count != len(shares) for part in shares):
-        yield f"has {len(shares)} parts, which say {[part.count for part in shares]}"
-    if [part.index for part in shares] != list(reversed(range(len(shares)))):
-        yield f"parts from the top take the turns {[part.index for part in shares]}"
-    if len(shares) > 1 and len({part.lock for part in shares}) > 1:
-        yield f"parts use the locks {[part.lock for part in shares]}"
-
-
-def _overruns(launch: Launch, split: Iterable[Part], workspace: int, c_tmp: int) -> list[str]:
-    locks = {part.lock for part in split}
-    if not locks:
-        return []
-    found = []
-    if min(locks) < 0 or max(locks) >= workspace:
-        found.append(f"locks {min(locks)} to {max(locks)}, the workspace has {workspace}")
-    if (end := reduce_end(launch.kernel, max(locks))) > c_tmp:
-        found.append(f"c_tmp is used up to float {end}, it has {c_tmp}")
-    return found
-
-
-def _split(parts: Schedule) -> list[Part]:
+def split(parts: Schedule) -> list[Part]:
     """The parts of tiles that say they have several."""
     return [part for block in parts for part in block if part.count > 1]
 
 
 def locks_used(parts: Schedule) -> int:
     """One more than the highest lock that is used; 0 when no tile is split."""
-    return max((part.lock + 1 for part in _split(parts)), default=0)
+    return max((part.lock + 1 for part in split(parts)), default=0)

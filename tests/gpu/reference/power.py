@@ -12,17 +12,6 @@ import math
 CONFIDENCE = 0.999
 
 
-def launches_for(p: float, confidence: float = CONFIDENCE) -> int:
-    """The least number of launches that shows a fault of rate p with that probability.
-
-    Raises:
-        ValueError: p or confidence is not between 0 and 1.
-    """
-    if not (0 < p < 1 and 0 < confidence < 1):
-        raise ValueError(f"p = {p} and confidence = {confidence} must be between 0 and 1")
-    return math.ceil(math.log(1 - confidence) / math.log1p(-p))
-
-
 def excluded(launches: int, confidence: float = CONFIDENCE) -> float:
     """The rate above which a fault would have been seen in so many clean launches; 1 for none.
 

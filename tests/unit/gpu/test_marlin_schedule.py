@@ -16,22 +16,24 @@ from hypothesis import strategies as st
 from tests.gpu.reference.marlin_kernel import (
     BLOCKS_PER_SM,
     LARGE_BATCH,
-    LAUNCH_SLACK,
     SMALL_BATCH,
     Kernel,
     c_tmp_size,
-    cache_size,
-    layout_size,
-    least_workspace,
     reduce_end,
 )
 from tests.gpu.reference.marlin_schedule import (
     Launch,
     Part,
     Schedule,
-    faults,
     locks_used,
     schedule,
+)
+from tests.support.marlin_host import (
+    LAUNCH_SLACK,
+    cache_size,
+    faults,
+    layout_size,
+    least_workspace,
 )
 
 BLOCKS = (8, 16, 32, 48, 64)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 
-from tests.gpu.reference.power import excluded, exclusion, launches_for
+from tests.gpu.reference.power import CONFIDENCE, excluded, exclusion
+
+
+def launches_for(p: float, confidence: float = CONFIDENCE) -> int:
+    """The least number of launches that shows a fault of rate p with that probability."""
+    return math.ceil(math.log(1 - confidence) / math.log1p(-p))
 
 
 def test_the_usual_numbers() -> None:
@@ -33,7 +39,7 @@ def test_the_sentence() -> None:
     assert exclusion(1_000_000) == "1,000,000 clean launches exclude p > 6.9e-06 at 99.9 %"
 
 
-@pytest.mark.parametrize("p", [0, 1, -1])
-def test_invalid_probability_is_rejected(p: float) -> None:
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        launches_for(p)
+@pytest.mark.parametrize(("launches", "confidence"), [(-1, 0.9), (5, 0), (5, 1)])
+def test_invalid_numbers_are_rejected(launches: int, confidence: float) -> None:
+    with pytest.raises(ValueError, match="confidence"):
+        excluded(launches, confidence)

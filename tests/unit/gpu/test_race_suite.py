@@ -23,8 +23,9 @@ from tests.gpu.race.experiments import (
 )
 from tests.gpu.race.jobs import Said, run_child
 from tests.gpu.race.mutants import BY_NAME, MUTANTS, AnchorError, Edit, replace_once
-from tests.gpu.reference.marlin_schedule import faults, locks_used, schedule
+from tests.gpu.reference.marlin_schedule import locks_used, schedule
 from tests.gpu.reference.marlin_weights import FORMATS, NVFP4
+from tests.support.marlin_host import faults
 
 RACE = Path(cells.__file__).parent
 SMS = (132, 148, 160, 188)
