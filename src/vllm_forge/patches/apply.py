@@ -15,6 +15,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from vllm_forge.errors import ForgeError
+from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.patches.errors import (
     AlreadyUpstreamError,
     AppliedTwiceError,
@@ -30,6 +31,9 @@ from vllm_forge.sources import SourceRepo
 MOVED = re.compile(r"^Hunk #(\d+) succeeded at (\d+) \(offset (-?\d+) lines?\)", re.M)
 FAILED = re.compile(r"^error: patch failed: (?P<file>.+):(?P<line>\d+)$", re.M)
 ABSENT = re.compile(r"^error: (?P<file>.+): (?:does not exist in index|No such file)", re.M)
+CORRUPT = re.compile(r"^error: (?:corrupt patch|patch fragment without header)", re.M)
+EMPTY = re.compile(r"^error: (?:No valid patches in input|unrecognized input)", re.M)
+UNREADABLE = re.compile(r"^error: failed to read ", re.M)  # a blob; the exit code is 1
 CANONICAL = (
     "-c", "core.quotePath=true",
     "-c", "diff.algorithm=myers",
@@ -63,11 +67,26 @@ class TreeIndex:
         return self._repo.git(*args, env=self._env).stdout.decode()
 
     def apply(self, patch: Patch, *options: str) -> subprocess.CompletedProcess[bytes]:
-        """``git apply``; -v names moved hunks, nowarn leaves whitespace as it is."""
-        return self._repo.git(
+        """``git apply``; -v names moved hunks, nowarn leaves whitespace as it is.
+
+        Raises:
+            CommandFailedError: git cannot read or write the repository, which says nothing of
+                the patch.
+        """
+        done = self._repo.git(
             "apply", "--cached", "-v", "--whitespace=nowarn", *options, "-",
             stdin=patch.diff.encode(), env=self._env, check=False,
         )  # fmt: skip
+        stderr = done.stderr.decode(errors="replace")
+        if UNREADABLE.search(stderr) or (
+            done.returncode not in {0, 1} and not (CORRUPT.search(stderr) or EMPTY.search(stderr))
+        ):
+            raise CommandFailedError(
+                f"git apply exited with {done.returncode}: {stderr.strip()}",
+                where=str(self._repo.path),
+                remedy="give write access and space; if it is damaged, delete it: it is made again",
+            )
+        return done
 
     def reverses(self, patch: Patch) -> bool:
         """Whether the tree has the patch's change."""
@@ -152,13 +171,13 @@ def _refusal(
     errors = [line for line in stderr.splitlines() if line.startswith("error:")]
     first = next((line for line in errors if "while searching for" not in line), stderr.strip())
     where = str(patch.path)
-    if "corrupt patch" in stderr or "patch fragment without header" in stderr:
+    if CORRUPT.search(stderr):
         return CorruptPatchError(
             f"git cannot read the patch: {first}",
             where=where,
             remedy="export the change again with git",
         )
-    if "No valid patches in input" in stderr or "unrecognized input" in stderr:
+    if EMPTY.search(stderr):
         return EmptyPatchError("git finds no hunk in the patch", where=where)
     if index.reverses(patch):
         with TreeIndex(repo, base) as pristine:

@@ -28,7 +28,7 @@ from vllm_forge.patches.series import check_line, read_series
 from vllm_forge.patches.variants import before
 from vllm_forge.patches.wheel import python_blobs
 from vllm_forge.project import Project
-from vllm_forge.sources import Download, Index, IndexFile, SourceRepo, download_all
+from vllm_forge.sources import Download, Index, IndexFile, SourceRepo, download_all, verified
 from vllm_forge.sources.errors import DistributionNotFoundError
 
 DATA = Path("records/drift.json")
@@ -246,7 +246,9 @@ def _look_at(
 ) -> tuple[str, list[list[Verdict]]]:
     """Worker process: import the archive if need be, then look at each series."""
     repo = SourceRepo(repo_path)
-    tree = repo.tree(release.version) or repo.import_archive(release.version, release.archive)
+    tree = repo.tree(release.version) or repo.import_archive(
+        release.version, verified(release.archive, release.sha256)
+    )
     return tree, [verdicts(repo, tree, release.version, subject, known) for subject in subjects]
 
 

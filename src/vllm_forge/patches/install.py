@@ -34,6 +34,7 @@ from vllm_forge.patches.wheel import (
     changed_files,
     local_version,
     python_blobs,
+    read_blob,
     rename_record,
     replace_once,
     stamp_version,
@@ -201,9 +202,7 @@ class Installer:
         """Prepare every new file, then rename them into place; metadata comes last."""
         old_info, new_info = f"vllm-{old}.dist-info", f"vllm-{new}.dist-info"
         folder = self.site / self.target.info
-        contents = {
-            path: self._repo.git("cat-file", "blob", blob).stdout for path, blob in blobs.items()
-        }
+        contents = {path: read_blob(self._repo, blob) for path, blob in blobs.items()}
         module = self.site / GENERATED
         contents[GENERATED] = self._restamp(module.read_bytes(), old, new)
         metadata = folder / "METADATA"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_forge.host import atomic_path
+from vllm_forge.host.errors import CacheError
 from vllm_forge.patches.apply import Applied
 from vllm_forge.patches.errors import WheelSourceError
 from vllm_forge.sources import SourceRepo
@@ -58,6 +59,16 @@ def local_version(release: str, tree: str) -> str:
 def blob_hash(content: bytes) -> str:
     """Git's name for a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def read_blob(repo: SourceRepo, digest: str) -> bytes:
+    """The content of a blob; git checks its compression, but not its hash."""
+    content = repo.git("cat-file", "blob", digest).stdout
+    if blob_hash(content) != digest:
+        raise CacheError(
+            f"blob {digest} has other content", where=str(repo.path), remedy="delete the repository"
+        )
+    return content
 
 
 def python_blobs(repo: SourceRepo, tree: str) -> dict[str, str]:
@@ -124,7 +135,7 @@ def build_wheel(
                 where=str(published),
                 remedy="such a change has no effect on what is installed: drop it from the patch",
             )
-        replaced = {file.path: repo.git("cat-file", "blob", file.after).stdout for file in changed}
+        replaced = {file.path: read_blob(repo, file.after) for file in changed}
         replaced[GENERATED] = stamp_version(source.read(GENERATED), release, version, published)
         replaced[f"{old_info}/METADATA"] = replace_once(
             source.read(f"{old_info}/METADATA"),

@@ -35,7 +35,7 @@ from vllm_forge.kernels.selection.mount import ARGV, read_answers, write_inputs
 from vllm_forge.kernels.selection.questions import grid_questions, line_questions
 from vllm_forge.kernels.selection.record import Rows, SelectionRecord, selection_inputs
 from vllm_forge.patches import Applied, check_line
-from vllm_forge.patches.wheel import GENERATED, changed_files
+from vllm_forge.patches.wheel import GENERATED, changed_files, read_blob
 from vllm_forge.project import Project
 from vllm_forge.sources import SourceRepo, Wheelhouse
 
@@ -85,7 +85,7 @@ class LineEnvironment:
         for file in changed_files(self.repo, Applied(base=self.applied.base, trees=(tree,))):
             path = site / file.path
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(self.repo.git("cat-file", "blob", file.after).stdout)
+            path.write_bytes(read_blob(self.repo, file.after))
             # Python reuses compiled code if time and size agree, so the time encodes the content.
             stamp = int(file.after[:7], 16)
             os.utime(path, (stamp, stamp))

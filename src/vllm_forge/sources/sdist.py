@@ -72,6 +72,7 @@ class SourceRepo:
                 f"git {args[0]} exited with {done.returncode}: "
                 f"{done.stderr.decode(errors='replace').strip()}",
                 where=str(self.path),
+                remedy="give write access and space; if it is damaged, delete it: it is made again",
             )
         return done
 

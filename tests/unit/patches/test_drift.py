@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -301,7 +302,7 @@ def test_only_what_is_missing_is_fetched(
     index = Index(server.url)
     wanted = releases_between(index, "1.9.0", "2.1.0")
     wanted[1][0].archive.parent.mkdir(parents=True)
-    wanted[1][0].archive.write_bytes(b"here")
+    wanted[1][0].archive.write_bytes(b"2.0.0")
     fetch_releases(index, wanted, repo)
     assert [release.archive.exists() for release, _ in wanted] == [False, True, True]
     assert [len(server.asked(f"vllm-{v}.tar.gz")) for v in ("1.9.0", "2.0.0", "2.1.0")] == [0, 0, 1]
@@ -311,7 +312,8 @@ def test_survey_imports_and_keeps_the_order(subjects: Subjects, tmp_path: Path) 
     releases = []
     for version, code in (("2.1.0", CODE), ("2.2.0", "# new\n" + CODE), ("2.3.0", FIXED)):
         archive = write_sdist(tmp_path / f"r-{version}.tar.gz", source(code))
-        releases.append(Release(version=version, date="2026-01-02", sha256="", archive=archive))
+        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        releases.append(Release(version=version, date="2026-01-02", sha256=digest, archive=archive))
     found = list(survey(subjects.repo, releases, [subjects.subject]))
     assert [release.version for release, _, _ in found] == ["2.1.0", "2.2.0", "2.3.0"]
     assert [said[0][0].answer for _, _, said in found] == ["applies", "offset", "upstream"]
