@@ -11,24 +11,20 @@ import io
 import json
 import shutil
 import tarfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from vllm_forge.gputest.caches import FOLDERS, cache_key
-from vllm_forge.patches import Applied, check_line, read_series
+from vllm_forge.matrix import ImageCell
+from vllm_forge.patches import Applied, Patch, check_line, read_series
 from vllm_forge.patches.variants import without
 from vllm_forge.patches.wheel import changed_files
+from vllm_forge.project import Project
 from vllm_forge.receipts.errors import ReceiptSubjectError
 from vllm_forge.receipts.suite import CODECS_FOLDER, TESTS, plan_tier, read_suite, read_tiers
 from vllm_forge.sources import SourceRepo
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    from vllm_forge.matrix import ImageCell
-    from vllm_forge.patches import Patch
-    from vllm_forge.project import Project
 
 SOURCE, VARIANTS = "source", "variants"
 PUBLISHED = "published"

@@ -8,19 +8,15 @@ for.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vllm_forge.gputest.errors import JitCacheError
 from vllm_forge.host import parse_json, read_plain
 from vllm_forge.images.prewarm import Prewarm, require_plain, tree_digest
+from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import read_tree_lock
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from vllm_forge.matrix import ImageCell
-    from vllm_forge.project import Project
+from vllm_forge.project import Project
 
 KEY = "caches.json"
 # Folder -> the variable that names it.

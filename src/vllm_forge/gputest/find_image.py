@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from vllm_forge.gputest.bundle import SuiteImage
+from vllm_forge.host import Probe
 from vllm_forge.images.docker_api import inspect_image
 from vllm_forge.images.errors import EngineTooOldError, EngineUnreachableError
 from vllm_forge.images.layout import hex_digest, read_image
 from vllm_forge.receipts.errors import ReceiptSubjectError
 from vllm_forge.serve.errors import NoGpuError
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from vllm_forge.host import Probe
 
 
 def find_image(probe: Probe, name: str, layout: Path) -> tuple[str, SuiteImage]:

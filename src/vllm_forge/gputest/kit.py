@@ -16,7 +16,7 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, Any, cast
 
 import zstandard
 
@@ -28,10 +28,8 @@ from vllm_forge.gputest.launch import ENVIRONMENT, suite_command, unpack_tools
 from vllm_forge.host import atomic_path, report, require_disk, tree_bytes
 from vllm_forge.images.layout import Image, read_image, verify
 from vllm_forge.images.prewarm import place_of
-
-if TYPE_CHECKING:
-    from vllm_forge.matrix import ImageCell
-    from vllm_forge.project import Project
+from vllm_forge.matrix import ImageCell
+from vllm_forge.project import Project
 
 HOST = Path(__file__).with_name("kit_host.py")
 SIZE = re.compile(r"(?P<number>\d+)\s*(?P<unit>MB|MiB|GB|GiB)")

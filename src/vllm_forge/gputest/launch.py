@@ -6,26 +6,20 @@ import os
 import subprocess
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vllm_forge.gputest.bundle import write_bundle
 from vllm_forge.gputest.errors import RED, SuiteRedError, SuiteUndecidedError, WrongGpuError
 from vllm_forge.gputest.find_image import find_image
-from vllm_forge.host import gpu_container
+from vllm_forge.host import Probe, gpu_container
 from vllm_forge.host.gpus import DETAILED, gpu_query
 from vllm_forge.images.prewarm import SCRIPT, place_of
+from vllm_forge.matrix import ImageCell
+from vllm_forge.project import Project
 from vllm_forge.serve.doctor.host import listed_gpus
-from vllm_forge.sources import Wheelhouse, read_wheels
+from vllm_forge.sources import LockedWheel, Wheelhouse, read_wheels
 from vllm_forge.sources.errors import LockFileError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from vllm_forge.host import Probe
-    from vllm_forge.matrix import ImageCell
-    from vllm_forge.project import Project
-    from vllm_forge.sources import LockedWheel
 
 RUN = ("-m", "tests.gpu.harness.run")
 REQUIREMENTS = "tests/gpu/requirements.txt"

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from vllm_forge.checkpoints.inspect.findings import ALIASES, FAULTS, label
 from vllm_forge.checkpoints.inspect.inspection import DATA, Outcome, Verdicts
 from vllm_forge.pages.markdown import table
-
-if TYPE_CHECKING:
-    from vllm_forge.project import Project
+from vllm_forge.project import Project
 
 OUTCOMES = {
     Outcome.WITH_MTP: "with MTP",

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from vllm_forge.kernels.coverage.families import FINE, catalogue
+from vllm_forge.kernels.coverage.families import FINE, Catalogue, catalogue
 from vllm_forge.pages.markdown import table
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from vllm_forge.kernels.coverage.families import Catalogue
-    from vllm_forge.project import Project
+from vllm_forge.project import Project
 
 
 def coverage(project: Project) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 from vllm_forge.pages.markdown import table
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 REAL = "DeepSeek-V4-Flash"
 MB = 1_000_000

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from packaging.version import Version
+from rich.table import Table
 
 from vllm_forge.pages.markdown import table, terminal_table
 from vllm_forge.patches.drift import Answer
 from vllm_forge.patches.seed_installer import MERGED, read_outcomes
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from rich.table import Table
-
-    from vllm_forge.project import Project
+from vllm_forge.project import Project
 
 FITS = (Answer.APPLIES, Answer.OFFSET)
 

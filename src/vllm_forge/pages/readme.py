@@ -5,18 +5,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import vllm_forge
 from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.pages.markdown import table
 from vllm_forge.patches import read_series
+from vllm_forge.project import Project
 from vllm_forge.serve.deployment import presets_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from vllm_forge.project import Project
 
 
 def lines_table(project: Project) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
 
 from vllm_forge.host import atomic_path
 from vllm_forge.matrix import schema_text
@@ -16,11 +16,7 @@ from vllm_forge.pages.race import race
 from vllm_forge.pages.readme import exit_codes, lines_table, skus_table
 from vllm_forge.pages.selection import selection
 from vllm_forge.pages.status import status
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from vllm_forge.project import Project
+from vllm_forge.project import Project
 
 RESULTS = "benchmarks/results"
 # Page -> name of each of its generated blocks -> the block's text. "" is the whole file.

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
 
+from rich.table import Table
+
+from vllm_forge.kernels.selection.model import Answer, Choice, Draft
 from vllm_forge.kernels.selection.questions import GRID_ARGUMENTS
-from vllm_forge.kernels.selection.record import read_selection, selection_path
+from vllm_forge.kernels.selection.record import (
+    Rows,
+    SelectionRecord,
+    read_selection,
+    selection_path,
+)
 from vllm_forge.pages.markdown import table, terminal_table
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-
-    from rich.table import Table
-
-    from vllm_forge.kernels.selection.model import Answer, Choice, Draft
-    from vllm_forge.kernels.selection.record import Rows, SelectionRecord
-    from vllm_forge.project import Project
+from vllm_forge.project import Project
 
 NONE = "-"
 GRID = """

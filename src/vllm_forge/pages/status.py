@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
 
 from vllm_forge.pages.markdown import escape, table
+from vllm_forge.project import Project
 from vllm_forge.receipts import FOLDER
+from vllm_forge.receipts.envelope import Receipt
 from vllm_forge.receipts.selection_match import compare
+from vllm_forge.receipts.statement import Detail
 from vllm_forge.receipts.suite import read_tiers
 from vllm_forge.receipts.verification import NOT_RUN, read_receipts, unsigned
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from vllm_forge.project import Project
-    from vllm_forge.receipts.envelope import Receipt
-    from vllm_forge.receipts.statement import Detail
 
 # A receipt that differs is void.
 KERNELS = """

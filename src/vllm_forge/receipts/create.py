@@ -7,11 +7,12 @@ import re
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
 from vllm_forge.errors import ForgeError
+from vllm_forge.project import Project
 from vllm_forge.receipts import FOLDER, KEYS
 from vllm_forge.receipts.envelope import read_keys, read_receipt, write_receipt
 from vllm_forge.receipts.errors import (
@@ -21,9 +22,6 @@ from vllm_forge.receipts.errors import (
 )
 from vllm_forge.receipts.statement import VALID, Statement
 from vllm_forge.receipts.verification import verify
-
-if TYPE_CHECKING:
-    from vllm_forge.project import Project
 
 # Of reading a file that is not a result, or a part of one.
 MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)

@@ -16,8 +16,10 @@ import copy
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 from securesystemslib.dsse import Envelope
@@ -32,10 +34,6 @@ from vllm_forge.receipts.errors import (
     ReceiptUnreadableError,
 )
 from vllm_forge.receipts.statement import Statement
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 DIGEST = "payloadSha256"

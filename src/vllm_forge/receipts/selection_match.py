@@ -7,17 +7,13 @@ on a SKU. If they differ, one of them is wrong. A log that does not name a kerne
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from vllm_forge.kernels.selection.questions import grid_question
 from vllm_forge.kernels.selection.record import read_selection
+from vllm_forge.receipts.envelope import Receipt
 from vllm_forge.receipts.errors import ReceiptContradictedError
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from vllm_forge.receipts.envelope import Receipt
-    from vllm_forge.receipts.statement import Configuration
+from vllm_forge.receipts.statement import Configuration
 
 # Engine of tests/gpu/mtp -> the artifact in whose layout its tiny checkpoint is.
 LAYOUTS = {"dsv4": "flash-nvfp4-fp8-mtp"}

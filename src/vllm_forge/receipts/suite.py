@@ -12,20 +12,16 @@ import hashlib
 import json
 import re
 import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from vllm_forge.matrix import FrozenModel, serve_arguments
+from vllm_forge.matrix import FrozenModel, Matrix, serve_arguments
+from vllm_forge.project import Project
+from vllm_forge.receipts.envelope import Receipt
 from vllm_forge.receipts.errors import ReceiptIncompleteError, SuiteDescriptionError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from vllm_forge.matrix import Matrix
-    from vllm_forge.project import Project
-    from vllm_forge.receipts.envelope import Receipt
 
 TESTS = "tests/gpu"
 FILE = f"{TESTS}/suite.toml"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from pathlib import Path
+
+from securesystemslib.signer import Key
 
 from vllm_forge.errors import ForgeError
+from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import read_tree_lock
+from vllm_forge.project import Project
 from vllm_forge.receipts import FOLDER, KEYS
-from vllm_forge.receipts.envelope import read_keys, read_receipt
+from vllm_forge.receipts.envelope import Receipt, read_keys, read_receipt
 from vllm_forge.receipts.errors import (
     ReceiptExpiredError,
     ReceiptIncompleteError,
@@ -21,16 +26,6 @@ from vllm_forge.receipts.errors import (
 from vllm_forge.receipts.selection_match import require_selection
 from vllm_forge.receipts.statement import VALID
 from vllm_forge.receipts.suite import read_tiers, require_cases, suite_hash
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
-
-    from securesystemslib.signer import Key
-
-    from vllm_forge.matrix import ImageCell
-    from vllm_forge.project import Project
-    from vllm_forge.receipts.envelope import Receipt
 
 NOT_RUN = "not run"
 ARTIFACTS = "soak"  # the tier whose tests serve full artifacts

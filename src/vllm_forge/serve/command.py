@@ -5,20 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NoReturn
+from pathlib import Path
+from typing import Literal, NoReturn
 
-from vllm_forge.host import gpu_container, parse_json, read_plain, which
+from vllm_forge.host import Probe, gpu_container, parse_json, read_plain, which
 from vllm_forge.host.errors import ToolMissingError
 from vllm_forge.images.errors import BuildRecordError
-from vllm_forge.matrix import serve_arguments
+from vllm_forge.matrix import ImageCell, Matrix, serve_arguments
+from vllm_forge.serve.deployment import Deployment
 from vllm_forge.serve.errors import NoGpuError
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from vllm_forge.host import Probe
-    from vllm_forge.matrix import ImageCell, Matrix
-    from vllm_forge.serve.deployment import Deployment
 
 Engine = Literal["docker", "podman"]
 ENGINES: tuple[Engine, ...] = ("docker", "podman")

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from vllm_forge.host import suggestion
+from vllm_forge.matrix import Artifact, ImageCell, Matrix, Preset
 from vllm_forge.matrix.errors import UnsupportedCellError
 from vllm_forge.serve.errors import UnknownArtifactError, UnknownPresetError
-from vllm_forge.sources import UNPACK_RATIO
-
-if TYPE_CHECKING:
-    from vllm_forge.matrix import Artifact, ImageCell, Matrix, Preset
-    from vllm_forge.sources import Lock
+from vllm_forge.sources import UNPACK_RATIO, Lock
 
 GB = 10**9
 GIB = 1 << 30

@@ -6,21 +6,16 @@ the configuration that it resolves. No rule knows what a release does.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vllm_forge.kernels.selection.model import Answer
 from vllm_forge.kernels.selection.questions import artifact_config, grid_question, preset_question
-from vllm_forge.kernels.selection.record import require_fresh
-from vllm_forge.matrix import serve_arguments
+from vllm_forge.kernels.selection.record import SelectionRecord, require_fresh
+from vllm_forge.matrix import Matrix, Preset, serve_arguments
+from vllm_forge.project import Project
 from vllm_forge.serve.errors import PresetLintError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from vllm_forge.kernels.selection.model import Answer
-    from vllm_forge.kernels.selection.record import SelectionRecord
-    from vllm_forge.matrix import Matrix, Preset
-    from vllm_forge.project import Project
 
 # How experts are stored -> part of the name of the class that builds them so.
 SCHEMES = {

@@ -5,34 +5,27 @@ Read from files of the repository only; equal files give equal bytes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from vllm_forge.host import gigabytes
 from vllm_forge.kernels.coverage.families import FINE
+from vllm_forge.kernels.selection.model import Answer, Choice
 from vllm_forge.kernels.selection.questions import preset_question
-from vllm_forge.kernels.selection.record import read_selection, selection_path
-from vllm_forge.matrix import serve_arguments
+from vllm_forge.kernels.selection.record import Rows, read_selection, selection_path
+from vllm_forge.matrix import ImageCell, serve_arguments
 from vllm_forge.patches import read_series, read_tree_lock
+from vllm_forge.project import Project
 from vllm_forge.receipts.verification import Receipts, preset_state, read_receipts
 from vllm_forge.serve.command import bare_command, build_command, built_digest, container_command
-from vllm_forge.serve.deployment import find_deployment, needs_of, presets_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from rich.console import RenderableType
-
-    from vllm_forge.kernels.selection.model import Answer, Choice
-    from vllm_forge.kernels.selection.record import Rows
-    from vllm_forge.matrix import ImageCell
-    from vllm_forge.project import Project
-    from vllm_forge.serve.deployment import Deployment
-    from vllm_forge.sources import Lock
+from vllm_forge.serve.deployment import Deployment, find_deployment, needs_of, presets_of
+from vllm_forge.sources import Lock
 
 Plan = dict[str, Any]
 UNKNOWN, NONE = "unknown", "none"

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from packaging.version import InvalidVersion, Version
 
 from vllm_forge.host import gigabytes
-from vllm_forge.serve.deployment import presets_of
-from vllm_forge.serve.doctor.host import NOT_INSTALLED
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from vllm_forge.host.gpus import Gpu
-    from vllm_forge.matrix import Matrix
-    from vllm_forge.serve.deployment import Deployment, Needs
-    from vllm_forge.serve.doctor.host import Host
+from vllm_forge.host.gpus import Gpu
+from vllm_forge.matrix import Matrix
+from vllm_forge.serve.deployment import Deployment, Needs, presets_of
+from vllm_forge.serve.doctor.host import NOT_INSTALLED, Host
 
 Level = Literal["ok", "unknown", "red"]
 # Engine -> the command that lets it give GPUs to containers.

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vllm_forge.host import parse_json
-from vllm_forge.host.gpus import DETAILED, gpu_query, parse_gpus
-
-if TYPE_CHECKING:
-    from vllm_forge.host import Probe, Reply
-    from vllm_forge.host.gpus import Gpu
+from vllm_forge.host import Probe, Reply, parse_json
+from vllm_forge.host.gpus import DETAILED, Gpu, gpu_query, parse_gpus
 
 NOT_INSTALLED = "not installed"
 DF = ("df", "--block-size=1", "--output=target,size,avail")
