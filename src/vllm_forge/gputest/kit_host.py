@@ -23,21 +23,17 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
-import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+from typing import IO, Any, NoReturn
 
 HERE = Path(__file__).resolve().parent
 HOST_VARIABLES = ("NCCL_", "NVSHMEM_", "TORCH_SYMM_MEM_", "CUDA_VISIBLE_DEVICES")
@@ -125,38 +121,6 @@ def take(manifest: dict[str, Any], work: Path) -> None:
     print(f"{len(names) - len(missing)} of {len(names)} parts taken", flush=True)
 
 
-class Joined(io.RawIOBase):
-    """The parts as one file to read from, each verified before its first byte is used."""
-
-    def __init__(self, parts: Sequence[dict[str, Any]], work: Path) -> None:
-        super().__init__()
-        self.parts = list(parts)
-        self.work = work
-        self.file: BinaryIO | None = None
-
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill ``buffer`` from the current part, or the next one."""
-        while True:
-            if self.file is not None:
-                if count := self.file.readinto(buffer):  # type: ignore[attr-defined]
-                    return int(count)
-                self.file.close()
-                self.file = None
-            if not self.parts:
-                return 0
-            part = self.parts.pop(0)
-            path = self.work / part["name"]
-            if not path.is_file():
-                fail(f"missing {part['name']}: run `take` where it is")
-            if not matches(path, part):
-                fail(f"{path} does not match manifest.json: run `take` with it again")
-            self.file = path.open("rb")
-
-
 def content(manifest: dict[str, Any], work: Path) -> Path:
     """Folder with the joined parts: layers, bundle, caches. Made once per kit."""
     digest = hashlib.sha256(json.dumps(manifest["parts"]).encode()).hexdigest()
@@ -164,11 +128,29 @@ def content(manifest: dict[str, Any], work: Path) -> Path:
     if folder.is_dir():
         return folder
     aside = fresh(work / "content.new")
-    with tarfile.open(fileobj=io.BufferedReader(Joined(manifest["parts"], work), CHUNK),
-                      mode="r|") as tar:  # fmt: skip
-        tar.extractall(aside, filter="data")
+    with untar(aside, "--no-same-owner") as tar:
+        for part in manifest["parts"]:
+            path = work / part["name"]
+            if not path.is_file():
+                fail(f"missing {part['name']}: run `take` where it is")
+            if not matches(path, part):
+                fail(f"{path} does not match manifest.json: run `take` with it again")
+            with path.open("rb") as file:
+                shutil.copyfileobj(file, tar, CHUNK)
     aside.rename(folder)
     return folder
+
+
+@contextlib.contextmanager
+def untar(folder: Path, *options: str) -> Iterator[IO[bytes]]:
+    """A pipe to a tar that unpacks into ``folder``; ends this process if it fails."""
+    argv = ["tar", "--extract", f"--directory={folder}", *options]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE) as tar:
+        assert tar.stdin is not None  # noqa: S101
+        yield tar.stdin
+        tar.stdin.close()
+    if tar.returncode:
+        fail(f"cannot unpack into {folder}: tar exited with {tar.returncode}")
 
 
 def fresh(folder: Path) -> Path:
@@ -231,18 +213,14 @@ def unpack_layer(path: Path, diff_id: str, root: Path) -> None:
     digest = hashlib.sha256()
     with (
         subprocess.Popen(["gzip", "-dc", str(path)], stdout=subprocess.PIPE) as packed,
-        subprocess.Popen(
-            ["tar", "--extract", "--same-permissions", "--numeric-owner", "--same-owner",
-             f"--directory={root}"], stdin=subprocess.PIPE,
-        ) as tar,
-    ):  # fmt: skip
-        assert packed.stdout is not None and tar.stdin is not None  # noqa: S101
+        untar(root, "--same-permissions", "--numeric-owner", "--same-owner") as tar,
+    ):
+        assert packed.stdout is not None  # noqa: S101
         while block := packed.stdout.read(CHUNK):
             digest.update(block)
-            tar.stdin.write(block)
-        tar.stdin.close()
-    if packed.returncode or tar.returncode:
-        fail(f"cannot unpack {path.name}: gzip {packed.returncode}, tar {tar.returncode}")
+            tar.write(block)
+    if packed.returncode:
+        fail(f"cannot unpack {path.name}: gzip exited with {packed.returncode}")
     if f"sha256:{digest.hexdigest()}" != diff_id:
         fail(f"layer {path.name} does not have {diff_id}: copy the kit again")
 
