@@ -29,7 +29,7 @@ from vllm_forge.matrix.errors import RecordFileError
 from vllm_forge.pages.registry import PAGES
 from vllm_forge.project import Project
 from vllm_forge.serve.command import built_digest
-from vllm_forge.serve.doctor.host import ask_host
+from vllm_forge.serve.doctor import ask_host
 
 
 def link(path: Path) -> None:

@@ -113,11 +113,7 @@ def print_json(args: argparse.Namespace, document: object) -> None:
 
 
 def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse arguments; whatever is wrong is an error of the command that was named.
-
-    Raises:
-        UsageError: with a suggestion from that command's options.
-    """
+    """Parse arguments; UsageError, with a suggestion, of the command that was named."""
     args, extra = parser.parse_known_args(argv)
     surplus = [args.surplus] if "surplus" in args else []
     if extra or any(item.startswith("-") for item in surplus):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vllm_forge.project import Project
     from vllm_forge.serve.command import Engine
     from vllm_forge.serve.deployment import Deployment
-    from vllm_forge.serve.doctor.checks import HostFinding
+    from vllm_forge.serve.doctor import HostFinding
 
 PLAN_WIDTH = 120
 
@@ -114,8 +114,7 @@ def _say(project: Project, deployment: Deployment, digest: str | None) -> None:
 def doctor(project: Project, args: argparse.Namespace) -> None:
     """Check this host for a preset."""
     from vllm_forge.serve.deployment import find_deployment, needs_of, presets_of
-    from vllm_forge.serve.doctor.checks import Requirement, judge
-    from vllm_forge.serve.doctor.host import ask_host
+    from vllm_forge.serve.doctor import Requirement, ask_host, judge
     from vllm_forge.serve.errors import HostUnfitError
 
     cell = project.cell(args.sku, args.line)

@@ -44,9 +44,7 @@ def write_bundle(
 ) -> dict[str, Any]:
     """Fill ``folder``, which must not exist; returns the plan, which is in its plan.json.
 
-    Raises:
-        ReceiptSubjectError: the image is of another SKU, line, lock or tree.
-        SuiteDescriptionError: see plan_tier.
+    ReceiptSubjectError: the image is of another SKU, line, lock or tree.
     """
     repo = SourceRepo()
     applied = check_line(project, cell.line_name, repo)
@@ -72,12 +70,7 @@ def copy_code(root: Path, folder: Path) -> None:
 
 
 def make_plan(project: Project, cell: ImageCell, tree: str, image: SuiteImage) -> dict[str, Any]:
-    """What the runner tests, and by which tiers.
-
-    Raises:
-        ReceiptSubjectError: with the first label of the image that differs.
-        SuiteDescriptionError: see plan_tier.
-    """
+    """What the runner tests, and by which tiers; refuses an image of another cell, lock or tree."""
     lock = project.lock(cell.line_name).digest
     expected = {
         "sku": cell.sku_name, "line": cell.line_name, "tree": tree, "lock": f"sha256:{lock}"

@@ -64,11 +64,7 @@ def require_key(folder: Path, key: Mapping[str, str]) -> None:
 
 
 def prewarm_of(project: Project, cell: ImageCell, folder: Path) -> Prewarm:
-    """Compiled kernels for a cell's image: what ``test-gpu --caches`` left in ``folder``.
-
-    Raises:
-        JitCacheError: of another GPU architecture, tree or lock.
-    """
+    """Kernels for a cell's image: what ``test-gpu --caches`` left in ``folder``, of its stack."""
     tree = read_tree_lock(project.root / cell.line.series, cell.line_name).result
     key = cache_key(project, cell, tree)
     require_plain(folder)

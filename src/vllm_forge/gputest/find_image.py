@@ -16,17 +16,10 @@ from vllm_forge.serve.errors import NoGpuError
 
 
 def find_image(probe: Probe, name: str, layout: Path) -> tuple[str, SuiteImage]:
-    """The first engine whose store has an image of this name, and the image.
+    """The first engine that has an image of this name, and the image; else NoGpuError.
 
-    Args:
-        probe: asks the host.
-        name: the reference.
-        layout: of the cell's build; it may not be there.
-
-    Raises:
-        NoGpuError: no engine has it.
-        ReceiptSubjectError: docker does not know its manifest, and the build is not here.
-        LayoutError: the layout is damaged.
+    ``layout`` is of the cell's build, and need not exist. ReceiptSubjectError: docker does not know
+    the manifest, and there is no build.
     """
     docker = "docker: no such image"
     try:

@@ -48,7 +48,6 @@ class KitOptions:
 
     Attributes:
         image: OCI layout of the image.
-        output: folder that is made.
         max_part: bytes of the largest part.
         inputs: place in the bundle -> folder: models and prompts.
         caches: what JIT compilers made in an earlier run of the same stack.
@@ -62,11 +61,7 @@ class KitOptions:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of e.g. ``62MB``.
-
-    Raises:
-        UsageError: it does not parse, or is 0.
-    """
+    """Bytes of e.g. ``62MB``."""
     match = SIZE.fullmatch(text)
     if match is None or int(match["number"]) == 0:
         raise UsageError(
@@ -76,14 +71,9 @@ def parse_size(text: str) -> int:
 
 
 def make_kit(project: Project, cell: ImageCell, options: KitOptions) -> Path:
-    """Write a kit and return its folder.
+    """Write a kit and return its folder, which must not exist.
 
-    Raises:
-        KitError: the folder exists.
-        LayoutError: the image is damaged.
-        ReceiptSubjectError: the image is of another SKU, line, lock or tree.
-        JitCacheError: the caches are of another stack.
-        DiskSpaceError: the disk is too small for it.
+    ReceiptSubjectError, JitCacheError: the image or the caches are of another stack.
     """
     if options.output.exists() or options.output.is_symlink():
         raise KitError(

@@ -17,7 +17,7 @@ from vllm_forge.host.gpus import DETAILED, gpu_query
 from vllm_forge.images.prewarm import SCRIPT, place_of
 from vllm_forge.matrix import ImageCell
 from vllm_forge.project import Project
-from vllm_forge.serve.doctor.host import listed_gpus
+from vllm_forge.serve.doctor import listed_gpus
 from vllm_forge.sources import LockedWheel, Wheelhouse, read_wheels
 from vllm_forge.sources.errors import LockFileError
 
@@ -61,13 +61,10 @@ def _wheels(path: Path) -> list[LockedWheel]:
 
 
 def require_sku(probe: Probe, cell: ImageCell) -> None:
-    """Refuse a host whose GPUs are not of the SKU: its compute capability and product name.
+    """Refuse a host without GPUs, or with others than the SKU's, by WrongGpuError.
 
     The product name matters, as two products of one capability differ in SMs, memory and clocks:
     the driver's name must be that of the SKU's row, or start with it.
-
-    Raises:
-        WrongGpuError: no GPU, or another one.
     """
     gpus, message = listed_gpus(probe.ask("nvidia-smi", gpu_query(DETAILED)))
     if not gpus:
@@ -111,13 +108,6 @@ def run_in_image(
         args: of tests.gpu.harness.run.
         caches: folder for what JIT compilers make.
         network: whether FlashInfer can download kernels that no wheel has, into caches.
-
-    Raises:
-        WrongGpuError: the GPU is not the SKU's.
-        NoGpuError: no engine has the image.
-        ReceiptSubjectError: the image is of another SKU, line, lock or tree, or its digest is
-            unknown.
-        SuiteRedError, SuiteUndecidedError: a tier is not green.
     """
     require_sku(probe, cell)
     name = reference or f"localhost/{cell.name}:{cell.line_name}"
@@ -174,11 +164,7 @@ def container_command(
 
 
 def suite_command(place: str) -> tuple[list[str], list[str]]:
-    """The suite's command in an image whose compiled kernels are at ``place``.
-
-    Returns:
-        What comes before the arguments of tests.gpu.harness.run, and what comes after them.
-    """
+    """What comes before and after the runner's arguments where kernels are at ``place``."""
     return ["/bin/sh", "-c", WITH_CACHES, "sh", *SUITE], [f"--caches={place}"]
 
 
@@ -186,9 +172,6 @@ def unpack_tools(root: Path, bundle: Path) -> None:
     """Unpack into a bundle: what Python imports to ``tools``, the sanitizer beside it.
 
     There its folder ``nvidia`` is not part of the Python package of that name.
-
-    Raises:
-        LockFileError: compute-sanitizer is not where the image looks for it.
     """
     wheelhouse = Wheelhouse()
     for folder, wheels in (("tools", test_tools(root)), ("sanitizer", sanitizer(root))):
@@ -210,11 +193,7 @@ def unpack_tools(root: Path, bundle: Path) -> None:
 
 
 def require_green(code: int, output: Path) -> None:
-    """Judge the exit code of ``tests.gpu.harness.run``.
-
-    Raises:
-        SuiteRedError, SuiteUndecidedError: it is not 0.
-    """
+    """Raise SuiteRedError or SuiteUndecidedError by the exit code of the runner."""
     if code != 0:
         kind = SuiteRedError if code == RED else SuiteUndecidedError
         raise kind(

@@ -38,12 +38,9 @@ def terminal_table(head: Sequence[str], rows: Iterable[Sequence[str]], **setting
 
 
 def put_block(page: str, name: str, content: str, *, where: str) -> str:
-    """Replace a page's text between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``.
+    """Replace the text between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``.
 
-    ``where`` is the page's path, for the error.
-
-    Raises:
-        UsageError: the marks are missing.
+    ``where`` is the page's path, for the UsageError if the marks are missing.
     """
     begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
     head, opened, rest = page.partition(begin)

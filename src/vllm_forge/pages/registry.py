@@ -63,11 +63,7 @@ def write_pages(project: Project, *paths: str) -> list[str]:
 
 
 def check_pages(project: Project, *paths: str) -> None:
-    """Compare these pages (default: all) with what the records give.
-
-    Raises:
-        StalePageError: some differ, or are missing.
-    """
+    """Raise StalePageError if some of these pages (default: all) differ from the records."""
     if stale := [path for path, _ in _stale(project, paths)]:
         raise StalePageError(
             f"{len(stale)} generated pages are out of date",

@@ -31,14 +31,7 @@ GROUP = re.compile(r"(?<=[\w\]])@[\w.-]+$")
 
 
 def make_statement(result: dict[str, Any]) -> Statement:
-    """The statement of a green run.
-
-    Args:
-        result: what ``tests.gpu.harness.run`` wrote for a tier.
-
-    Raises:
-        ReceiptIncompleteError: a test is not green, or none ran.
-    """
+    """The statement of what ``tests.gpu.harness.run`` wrote; ReceiptIncompleteError if red."""
     tests = {GROUP.sub("", name): row for name, row in result["tests"].items()}
     red = [name for name, row in tests.items() if row["outcome"] not in GREEN]
     if red or not tests or result["exit"] != 0:
@@ -81,18 +74,16 @@ def make_statement(result: dict[str, Any]) -> Statement:
 
 
 def make_receipt(project: Project, result_path: Path, key: Path | None) -> Path:
-    """Make the receipt of a green tier; write it only if it is valid.
+    """Make the receipt of ``OUTPUT/<tier>.json``; write it only if it is valid here and now.
 
     Args:
         project: the repository.
-        result_path: ``OUTPUT/<tier>.json`` of a run.
+        result_path: what the run wrote.
         key: an Ed25519 private key in PEM; without it the receipt is unsigned.
 
     Raises:
         ResultFileError: not a result.
-        ReceiptIncompleteError, ReceiptSuiteError, ReceiptSubjectError, ReceiptExpiredError: the
-            run was not green, or not of what the repository now holds.
-        ReceiptKeyError: not a key, or its public half is not among the trusted.
+        ForgeError: see ``verify``.
     """
     matrix = project.matrix
     try:

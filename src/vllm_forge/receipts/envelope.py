@@ -42,13 +42,7 @@ LARGEST = 16 << 20  # a receipt of 347 tests has 300 KB
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """A receipt as read.
-
-    Attributes:
-        path: its file.
-        statement: its content.
-        signed_by: ids of the trusted keys that signed it; empty: unsigned.
-    """
+    """A receipt as read; ``signed_by`` has the ids of trusted keys, none if it is unsigned."""
 
     path: Path
     statement: Statement
@@ -62,16 +56,7 @@ def canonical(statement: Statement) -> bytes:
 
 
 def write_receipt(folder: Path, statement: Statement, key: Path | None = None) -> Path:
-    """Write ``folder/<digest>/<sku>--<line>--<tier>.json`` and return its path.
-
-    Args:
-        folder: ``records/receipts``.
-        statement: of a green run.
-        key: an Ed25519 private key in PEM; without it the receipt is unsigned.
-
-    Raises:
-        ReceiptKeyError: the file is not an Ed25519 key.
-    """
+    """Write ``folder/<digest>/<sku>--<line>--<tier>.json``, signed if there is a private key."""
     envelope = Envelope(canonical(statement), PAYLOAD_TYPE, {})
     if key is not None:
         envelope.sign(CryptoSigner(_load_key(key, public=False)))
@@ -134,11 +119,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_keys(folder: Path) -> list[Key]:
-    """Public keys, ``folder/*.pem``; none where there is no folder.
-
-    Raises:
-        ReceiptKeyError: the folder cannot be read, or has anything but Ed25519 public keys.
-    """
+    """Public keys, ``folder/*.pem``; ReceiptKeyError if there is anything else."""
     if not os.path.lexists(folder):
         return []
     try:

@@ -23,13 +23,7 @@ UNNAMED = "nothing that its boot log names"
 
 @dataclass(frozen=True, kw_only=True)
 class SelectedKernel:
-    """The kernel of one part of a model.
-
-    Attributes:
-        what: part of the model, e.g. ``experts``.
-        recorded: in records/selection.
-        ran: by the boot log.
-    """
+    """The kernel of one part of a model: by records/selection, and by the boot log."""
 
     what: str
     recorded: str
@@ -39,10 +33,7 @@ class SelectedKernel:
 def compare(root: Path, receipt: Receipt) -> list[SelectedKernel]:
     """Every recorded selection of the engines that a receipt has.
 
-    Raises:
-        SelectionFileError: no file for the line, or a malformed one.
-        ReceiptContradictedError: nothing is recorded of an engine that ran, or that vLLM refuses
-            it.
+    ReceiptContradictedError: nothing is recorded of an engine that ran, or that vLLM refuses it.
     """
     detail = receipt.statement.detail
     kernels: list[SelectedKernel] = []
@@ -75,11 +66,7 @@ def compare(root: Path, receipt: Receipt) -> list[SelectedKernel]:
 
 
 def require_selection(root: Path, receipt: Receipt) -> None:
-    """Refuse a receipt whose engines took other kernels than the recorded ones.
-
-    Raises:
-        ReceiptContradictedError: with the first difference.
-    """
+    """Refuse a receipt whose engines took other kernels than the recorded ones."""
     for kernel in compare(root, receipt):
         if kernel.recorded != kernel.ran:
             raise _contradicted(

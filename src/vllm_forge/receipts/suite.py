@@ -111,11 +111,7 @@ MATRIX_ROWS: dict[str, Callable[[Matrix, str], Any]] = {
 
 
 def read_suite(root: Path) -> Suite:
-    """``tests/gpu/suite.toml``.
-
-    Raises:
-        SuiteDescriptionError: missing or malformed.
-    """
+    """``tests/gpu/suite.toml``; SuiteDescriptionError if missing or malformed."""
     path = root / FILE
     try:
         return Suite.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
@@ -229,11 +225,7 @@ def sources_hash(root: Path, name: str) -> str:
 
 
 def plan_tier(project: Project, name: str, sku: str) -> dict[str, Any]:
-    """What the runner needs of a tier; ``rows`` and the hashes of ``files`` are what is hashed.
-
-    Raises:
-        SuiteDescriptionError: see read_suite, source_files and read_cases.
-    """
+    """What the runner needs of a tier; ``rows`` and the hashes of ``files`` are what is hashed."""
     root = project.root
     tier = read_tiers(root)[name]
     cases = {case: row.model_dump() for case, row in read_cases(root, name).items()}
@@ -250,11 +242,7 @@ def plan_tier(project: Project, name: str, sku: str) -> dict[str, Any]:
 
 
 def suite_hash(project: Project, name: str, sku: str) -> str:
-    """SHA-256 in hex of what a tier's verdicts on a SKU depend on; the runner computes the same.
-
-    Raises:
-        SuiteDescriptionError: see plan_tier.
-    """
+    """SHA-256 in hex of what a tier's verdicts on a SKU depend on; the runner computes the same."""
     tier = plan_tier(project, name, sku)
     return _digest({"files": _hash_files(project.root, tier["files"]), "rows": tier["rows"]})
 
@@ -263,9 +251,6 @@ def read_cases(root: Path, name: str) -> dict[str, Case]:
     """Node id -> case, of one tier, from ``records/gpu-cases.json``.
 
     Only pytest knows which cases a test with parameters has, and the verifier does without it.
-
-    Raises:
-        SuiteDescriptionError: no list of them, or one of other tests.
     """
     path = root / CASES
     try:
@@ -284,13 +269,7 @@ def read_cases(root: Path, name: str) -> dict[str, Case]:
 
 
 def require_cases(root: Path, receipt: Receipt) -> None:
-    """Refuse a receipt whose tests are not the cases of its tier, each green on its GPU.
-
-    Raises:
-        SuiteDescriptionError: see read_cases.
-        ReceiptIncompleteError: a case is missing, unknown, or without its margins or the log of its
-            engine.
-    """
+    """Refuse a receipt whose tests are not the cases of its tier, each green on its GPU."""
     detail = receipt.statement.detail
     cases, tests = read_cases(root, detail.tier), detail.tests
     marker = f"sm_{detail.gpus[0].compute_capability.replace('.', '')}"

@@ -34,12 +34,7 @@ ROUNDING = timedelta(seconds=1)  # of times in results
 
 @dataclass(frozen=True, kw_only=True)
 class Receipts:
-    """What ``records/receipts`` holds.
-
-    Attributes:
-        valid: receipts that hold.
-        refused: path of each other entry, and why.
-    """
+    """Receipts that hold, and of each other entry of ``records/receipts`` its path and error."""
 
     valid: tuple[Receipt, ...] = ()
     refused: tuple[tuple[Path, ForgeError], ...] = ()
@@ -66,9 +61,6 @@ def read_receipts(
         now: time of the check; default: of each receipt, the end of its run.
         image: only those of this digest, ``sha256:<hex>``.
         signed: refuse unsigned ones also where no key is trusted.
-
-    Raises:
-        ReceiptKeyError: a trusted key is not one.
     """
     valid, refused = [], []
     keys = read_keys(project.root / FOLDER / KEYS)
@@ -129,11 +121,7 @@ def _foreign(path: Path, why: str) -> ReceiptUnreadableError:
 def verify_all(
     project: Project, now: datetime | None = None, *, signed: bool = False
 ) -> tuple[Receipt, ...]:
-    """Verify every committed receipt, by default as of now.
-
-    Raises:
-        ForgeError: the class says why the first invalid one is refused.
-    """
+    """Every committed receipt; raises the error of the first that is refused."""
     receipts = read_receipts(project, now or datetime.now(UTC), signed=signed)
     for _, error in receipts.refused:
         raise error
@@ -143,14 +131,9 @@ def verify_all(
 def preset_state(
     project: Project, receipts: Receipts, cell: ImageCell, preset: str, artifact: str
 ) -> str:
-    """``not run``, or the receipts with a test that served this artifact as this preset.
+    """``not run``, or the receipts whose tests served this artifact as this preset.
 
-    Args:
-        project: the repository.
-        receipts: those of the cell's image.
-        cell: SKU and line that serve.
-        preset: its name.
-        artifact: its name. Its bytes must be those that matrix.toml pins.
+    The artifact must have been the very bytes that matrix.toml pins.
     """
     pin = project.matrix.artifact[artifact].identity
     facts = {"preset": preset, "artifact": artifact, "identity": pin}.items()
@@ -176,11 +159,7 @@ def verify(
     *,
     signed: bool = False,
 ) -> None:
-    """Compare one receipt with the repository.
-
-    Raises:
-        ForgeError: the class says what differs.
-    """
+    """Compare one receipt with the repository; the class of the error says what differs."""
     if (keys or signed) and not receipt.signed_by:
         raise ReceiptKeyError(
             "the receipt is unsigned",

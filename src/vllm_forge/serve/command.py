@@ -124,11 +124,7 @@ def become(command: Command) -> NoReturn:
 
 
 def built_digest(root: Path, cell: ImageCell) -> str | None:
-    """``sha256:<hex>`` of the cell's image by dist/; None if it was not built here.
-
-    Raises:
-        BuildRecordError: invalid record.
-    """
+    """``sha256:<hex>`` of the cell's image, by dist/; None if it was not built here."""
     path = root / "dist" / f"{cell.name}.json"
     try:
         return str(parse_json(read_plain(path))["digest"])

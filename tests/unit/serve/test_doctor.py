@@ -12,10 +12,18 @@ from vllm_forge.cli import main
 from vllm_forge.host import HostProbe, RecordedProbe, RecordingProbe, Reply
 from vllm_forge.host.gpus import DETAILED, gpu_query
 from vllm_forge.matrix import image_cell, load
+from vllm_forge.serve import doctor as checks
 from vllm_forge.serve.deployment import find_deployment, needs_of
-from vllm_forge.serve.doctor import checks
-from vllm_forge.serve.doctor.checks import CHECKS, HostFinding, Requirement, judge
-from vllm_forge.serve.doctor.host import ask_host, listed_gpus, parse_meminfo, parse_versions
+from vllm_forge.serve.doctor import (
+    CHECKS,
+    HostFinding,
+    Requirement,
+    ask_host,
+    judge,
+    listed_gpus,
+    parse_meminfo,
+    parse_versions,
+)
 from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:

@@ -1,1 +1,0 @@
-"""Can this host serve a deployment? Asked without changing anything."""
