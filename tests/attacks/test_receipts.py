@@ -115,6 +115,14 @@ def test_tensor_parallel_preset_needs_as_many_gpus(project: Project) -> None:
         verify_all(project, NOW)
 
 
+def test_tier_for_two_gpus_is_not_proven_on_one(project: Project) -> None:
+    result = green_run(project, "tp2")
+    del result["gpus"][1]
+    commit(project, result)
+    with pytest.raises(ForgeError, match="tier tp2 is for 2 GPUs, the receipt is of 1"):
+        verify_all(project, NOW)
+
+
 def body_of(path: Path) -> dict[str, Any]:
     return body(json.loads(base64.b64decode(json.loads(path.read_text())["payload"])))
 

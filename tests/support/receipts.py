@@ -34,6 +34,10 @@ minutes = 1
 [tier.soak]
 folders = ["tests/gpu/mtp"]
 minutes = 9
+[tier.tp2]
+folders = ["tests/gpu/mtp"]
+minutes = 1
+gpus = 2
 """
 TESTS = """
 import pytest

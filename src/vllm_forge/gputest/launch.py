@@ -22,9 +22,9 @@ from vllm_forge.sources import LockedWheel, Wheelhouse, read_wheels
 from vllm_forge.sources.errors import LockFileError
 
 RUN = ("-m", "tests.gpu.harness.run")
-REQUIREMENTS = "tests/gpu/requirements.txt"
-IMAGE_REQUIREMENTS = "tests/gpu/requirements-image.txt"
-TOOLS = frozenset({"execnet", "iniconfig", "pluggy", "pytest", "pytest-xdist"})
+WHEELS = {
+    "tools": "tests/gpu/requirements.txt", "sanitizer": "tests/gpu/requirements-image.txt",
+}  # fmt: skip
 # In an image: the command without its options, and what is set for it.
 SUITE = ("/opt/venv/bin/python", *RUN, "/forge/plan.json", "/output")
 # An image does not search the working directory (PYTHONSAFEPATH).
@@ -39,25 +39,9 @@ exec "$@\""""
 WITH_CACHES = f'PATH="/forge/{SANITIZER.parent}:$PATH" exec "$@"'
 
 
-def test_tools(root: Path) -> list[LockedWheel]:
-    """Wheels that run the suite: no image has them, and no host need have."""
-    wheels = _wheels(root / REQUIREMENTS)
-    if {wheel.name for wheel in wheels} != TOOLS:
-        raise LockFileError(
-            f"the tools of the GPU suite are not {', '.join(sorted(TOOLS))}",
-            where=REQUIREMENTS,
-            remedy="name these, each with its hash",
-        )
-    return wheels
-
-
-def sanitizer(root: Path) -> list[LockedWheel]:
-    """Wheels with compute-sanitizer, which no image has."""
-    return _wheels(root / IMAGE_REQUIREMENTS)
-
-
-def _wheels(path: Path) -> list[LockedWheel]:
-    return list(read_wheels(path, "name wheels, sorted, with hashes")[1])
+def suite_wheels(root: Path, folder: str) -> list[LockedWheel]:
+    """Wheels that run the suite, which no image has, by their folder in a bundle."""
+    return list(read_wheels(root / WHEELS[folder], "name wheels, sorted, with hashes")[1])
 
 
 def require_sku(probe: Probe, cell: ImageCell) -> None:
@@ -174,8 +158,8 @@ def unpack_tools(root: Path, bundle: Path) -> None:
     There its folder ``nvidia`` is not part of the Python package of that name.
     """
     wheelhouse = Wheelhouse()
-    for folder, wheels in (("tools", test_tools(root)), ("sanitizer", sanitizer(root))):
-        wheelhouse.fetch(wheels)
+    for folder in WHEELS:
+        wheelhouse.fetch(wheels := suite_wheels(root, folder))
         for wheel in wheels:
             with zipfile.ZipFile(wheelhouse.verify(wheel)) as archive:
                 for member in archive.infolist():
@@ -183,13 +167,12 @@ def unpack_tools(root: Path, bundle: Path) -> None:
                     if member.external_attr >> 16 & 0o100:  # extract() leaves modes out
                         path.chmod(0o755)
     for path in (SANITIZER, SANITIZER.with_name(LAUNCHER)):
-        if os.access(bundle / path, os.X_OK):
-            continue
-        raise LockFileError(
-            f"these wheels have no {path.relative_to('sanitizer')}",
-            where=IMAGE_REQUIREMENTS,
-            remedy="name a wheel of nvidia-cuda-sanitizer-api that has it",
-        )
+        if not os.access(bundle / path, os.X_OK):
+            raise LockFileError(
+                f"these wheels have no {path.relative_to('sanitizer')}",
+                where=WHEELS["sanitizer"],
+                remedy="name a wheel of nvidia-cuda-sanitizer-api that has it",
+            )
 
 
 def require_green(code: int, output: Path) -> None:

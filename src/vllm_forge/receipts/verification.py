@@ -25,11 +25,19 @@ from vllm_forge.receipts.errors import (
 )
 from vllm_forge.receipts.selection_match import require_selection
 from vllm_forge.receipts.statement import VALID
-from vllm_forge.receipts.suite import read_tiers, require_cases, suite_hash
+from vllm_forge.receipts.suite import case_faults, read_tiers, suite_hash
 
 NOT_RUN = "not run"
 ARTIFACTS = "soak"  # the tier whose tests serve full artifacts
 ROUNDING = timedelta(seconds=1)  # of times in results
+REMEDIES: dict[type[ForgeError], str] = {
+    ReceiptExpiredError: "run the suite again, or delete the receipt: its cell is then not run",
+    ReceiptSubjectError: "run the suite on the present one: a receipt is valid for the bytes it "
+    "tested",
+    ReceiptSuiteError: "tests or their bounds were changed since: run the suite again",
+    ReceiptIncompleteError: "run the whole tier, each test with all of its parameters",
+}
+Fault = tuple[type[ForgeError], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +160,7 @@ def preset_state(
 
 
 def verify(
-    project: Project,
-    receipt: Receipt,
-    now: datetime,
-    keys: list[Key],
-    *,
-    signed: bool = False,
+    project: Project, receipt: Receipt, now: datetime, keys: Sequence[Key], *, signed: bool = False
 ) -> None:
     """Compare one receipt with the repository; the class of the error says what differs."""
     if (keys or signed) and not receipt.signed_by:
@@ -166,102 +169,74 @@ def verify(
             where=str(receipt.path),
             remedy="sign it where it is made: nox -s forge -- gpu receipts --result FILE --key KEY",
         )
-    _require_time(receipt, now)
-    _require_subject(project, receipt)
-    _require_suite(project, receipt)
-    _require_green(receipt)
-    require_cases(project.root, receipt)
+    for kind, what in _faults(project, receipt, now):
+        raise kind(what, where=str(receipt.path), remedy=REMEDIES[kind])
     require_selection(project.root, receipt)
 
 
-def _require_time(receipt: Receipt, now: datetime) -> None:
+def _faults(project: Project, receipt: Receipt, now: datetime) -> Iterator[Fault]:
+    """Each check relies on those before it."""
     detail = receipt.statement.detail
     last = min(detail.expires, detail.finished + VALID)
     if not detail.started <= detail.finished <= now or now >= last or detail.expires != last:
-        raise ReceiptExpiredError(
+        yield (
+            ReceiptExpiredError,
             f"the receipt is of {detail.finished.date()}, valid until {detail.expires.date()}; at "
             f"most {VALID.days} days are accepted",
-            where=str(receipt.path),
-            remedy="run the suite again, or delete the receipt: its cell is then not run",
         )
-    longest = max(test.seconds for test in detail.tests.values())
-    if longest > (detail.finished - detail.started + ROUNDING).total_seconds():
-        raise _incomplete(receipt, f"a test took {longest:g} s, more than the whole run")
+    for what in _other_subject(project, receipt):
+        yield ReceiptSubjectError, f"the receipt is for another subject: {what}"
+    suite, tier = receipt.statement.suite, detail.tier
+    if tier not in (tiers := read_tiers(project.root)):
+        yield ReceiptSuiteError, f"unknown tier {tier}: the suite has {', '.join(tiers)}"
+    if suite != (current := suite_hash(project, tier, detail.sku)):
+        yield (
+            ReceiptSuiteError,
+            f"the receipt was made by suite {suite[:12]}, tier {tier} is now {current[:12]}",
+        )
+    if len(detail.gpus) < tiers[tier].gpus:
+        yield (
+            ReceiptIncompleteError,
+            f"tier {tier} is for {tiers[tier].gpus} GPUs, the receipt is of {len(detail.gpus)}",
+        )
+    for what in (*_not_green(receipt), *case_faults(project.root, detail)):
+        yield ReceiptIncompleteError, f"the receipt of tier {tier} {what}"
 
 
-def _require_subject(project: Project, receipt: Receipt) -> None:
+def _other_subject(project: Project, receipt: Receipt) -> Iterator[str]:
     matrix, statement = project.matrix, receipt.statement
     detail = statement.detail
-    expected = receipt.path.parent.parent / statement.sha256 / statement.file_name
-    if expected != receipt.path:
-        raise _subject(
-            receipt, f"sha256:{statement.sha256} and {statement.file_name} do not match its path"
-        )
+    if receipt.path.parts[-2:] != (statement.sha256, statement.file_name):
+        yield f"sha256:{statement.sha256} and {statement.file_name} do not match its path"
     if detail.sku not in matrix.sku or detail.line not in matrix.line:
-        raise _subject(receipt, f"{detail.sku} or line {detail.line} is not defined in matrix.toml")
+        yield f"{detail.sku} or line {detail.line} is not defined in matrix.toml"
     if detail.sku in matrix.line[detail.line].unsupported:
-        raise _subject(receipt, f"line {detail.line} does not support {detail.sku}")
+        yield f"line {detail.line} does not support {detail.sku}"
     sku = matrix.sku[detail.sku]
     for gpu in detail.gpus:
         if gpu.compute_capability != sku.compute_capability or not gpu.name.startswith(sku.device):
-            raise _subject(receipt, f"{gpu.name} is not {detail.sku}")
+            yield f"{gpu.name} is not {detail.sku}"
     if len({gpu.uuid_sha256 for gpu in detail.gpus}) != len(detail.gpus):
-        raise _subject(receipt, "two GPUs of one UUID")
+        yield "two GPUs of one UUID"
     tree = read_tree_lock(project.root / matrix.line[detail.line].series, detail.line).result
     if statement.tree != tree:
-        raise _subject(receipt, f"tree {statement.tree}, the series now gives {tree}")
+        yield f"tree {statement.tree}, the series now gives {tree}"
     if detail.lock_sha256 != (lock := project.lock(detail.line).digest):
-        raise _subject(receipt, f"lock {detail.lock_sha256}, the line now has {lock}")
+        yield f"lock {detail.lock_sha256}, the line now has {lock}"
 
 
-def _subject(receipt: Receipt, why: str) -> ReceiptSubjectError:
-    return ReceiptSubjectError(
-        f"the receipt is for another subject: {why}",
-        where=str(receipt.path),
-        remedy="run the suite on the present one: a receipt is valid for the bytes it tested",
-    )
-
-
-def _require_suite(project: Project, receipt: Receipt) -> None:
-    statement = receipt.statement
-    detail = statement.detail
-    if detail.tier not in (tiers := read_tiers(project.root)):
-        raise ReceiptSuiteError(
-            f"unknown tier {detail.tier}",
-            where=str(receipt.path),
-            remedy=f"tiers: {', '.join(tiers)}; delete the receipt",
-        )
-    if statement.suite != (now := suite_hash(project, detail.tier, detail.sku)):
-        raise ReceiptSuiteError(
-            f"the receipt was made by suite {statement.suite[:12]}, tier {detail.tier} is now "
-            f"{now[:12]}",
-            where=str(receipt.path),
-            remedy="tests or their bounds were changed since: run the suite again",
-        )
-
-
-def _require_green(receipt: Receipt) -> None:
-    """The list of passed tests must agree with each verdict, and no margin be exceeded."""
-    predicate = receipt.statement.predicate
-    rows = predicate.detail.tests.items()
-    for name, test in rows:
+def _not_green(receipt: Receipt) -> Iterator[str]:
+    """Verdicts agree with the list of passed tests, margins with bounds, times with the run's."""
+    detail = receipt.statement.detail
+    for name, test in detail.tests.items():
         for what, pair in test.margins.items():
             if pair.measured > pair.bound:
-                raise _incomplete(
-                    receipt, f"{name}: {what} is {pair.measured:g}, its bound {pair.bound:g}"
-                )
-    if list(predicate.passed) != sorted(name for name, test in rows if test.outcome == "passed"):
-        raise _incomplete(
-            receipt, "passedTests are not the tests that passed, each once and in order"
-        )
-
-
-def _incomplete(receipt: Receipt, why: str) -> ReceiptIncompleteError:
-    return ReceiptIncompleteError(
-        f"the receipt is not green: {why}",
-        where=str(receipt.path),
-        remedy="delete it, and run the suite again",
-    )
+                yield f"is red: {name}: {what} is {pair.measured:g}, its bound {pair.bound:g}"
+        if test.seconds > (detail.finished - detail.started + ROUNDING).total_seconds():
+            yield f"is impossible: {name} took {test.seconds:g} s, more than the whole run"
+    passed = sorted(name for name, test in detail.tests.items() if test.outcome == "passed")
+    if list(receipt.statement.predicate.passed) != passed:
+        yield "has other passedTests than tests that passed, each once and in order"
 
 
 def describe(receipts: Sequence[Receipt]) -> str:

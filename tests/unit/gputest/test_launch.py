@@ -93,8 +93,8 @@ def wheel(path: Path, name: str, mode: int) -> None:
 
 def test_programs_of_tools_can_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "Wheelhouse", lambda: Wheels(tmp_path))
-    monkeypatch.setattr(gpu, "test_tools", lambda _: ["a.whl"])
-    monkeypatch.setattr(gpu, "sanitizer", lambda _: ["b.whl", "c.whl"])
+    wheels = {"tools": ["a.whl"], "sanitizer": ["b.whl", "c.whl"]}
+    monkeypatch.setattr(gpu, "suite_wheels", lambda _, folder: wheels[folder])
     wheel(tmp_path / "a.whl", "pytest/__init__.py", 0o644)
     program = gpu.SANITIZER.relative_to("sanitizer")
     wheel(tmp_path / "b.whl", str(program), 0o744)
@@ -121,8 +121,7 @@ def test_an_incomplete_sanitizer_is_refused(
 ) -> None:
     """Else its tests would fail on the GPU, minutes after its start (wheels of CUDA 13.0-13.4)."""
     monkeypatch.setattr(gpu, "Wheelhouse", lambda: Wheels(tmp_path))
-    monkeypatch.setattr(gpu, "test_tools", lambda _: [])
-    monkeypatch.setattr(gpu, "sanitizer", lambda _: ["b.whl"])
+    monkeypatch.setattr(gpu, "suite_wheels", lambda _, folder: ["b.whl"] * (folder != "tools"))
     wheel(tmp_path / "b.whl", name, 0o755)
     with pytest.raises(LockFileError, match=f"have no nvidia/cu13/compute-sanitizer/{missing}"):
         unpack_tools(tmp_path, tmp_path / "bundle")
@@ -130,8 +129,8 @@ def test_an_incomplete_sanitizer_is_refused(
 
 def test_images_get_the_sanitizer_and_hosts_have_theirs(root: Path) -> None:
     name = "nvidia-cuda-sanitizer-api"
-    assert name in {wheel.name for wheel in gpu.sanitizer(root)}
-    assert name not in {wheel.name for wheel in gpu.test_tools(root)}
+    assert name in {wheel.name for wheel in gpu.suite_wheels(root, "sanitizer")}
+    assert name not in {wheel.name for wheel in gpu.suite_wheels(root, "tools")}
 
 
 def test_who_asks_for_it_gives_the_image_the_network() -> None:
@@ -153,12 +152,14 @@ def test_caches_are_mounted_and_named(tmp_path: Path) -> None:
 
 def test_images_and_kits_get_what_n_needs(root: Path) -> None:
     """``-n auto`` is one process per GPU: pytest-xdist, which no image has."""
-    assert {wheel.name for wheel in gpu.test_tools(root)} >= {"pytest", "pytest-xdist", "execnet"}
+    assert {wheel.name for wheel in gpu.suite_wheels(root, "tools")} == {
+        "execnet", "iniconfig", "pluggy", "pytest", "pytest-xdist",
+    }  # fmt: skip
 
 
 def test_pytest_is_one_that_keeps_groups_together(root: Path) -> None:
     """See tests/gpu/requirements.txt: engines of one name would be started by several workers."""
-    (pytest_wheel,) = [wheel for wheel in gpu.test_tools(root) if wheel.name == "pytest"]
+    (pytest_wheel,) = [wheel for wheel in gpu.suite_wheels(root, "tools") if wheel.name == "pytest"]
     assert tuple(map(int, pytest_wheel.version.split(".")[:2])) < (9, 2)
 
 
