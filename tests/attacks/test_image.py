@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import subprocess
+import sys
 import tarfile
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.wheels import Member, record_row, write_wheel
+from vllm_forge.checkpoints.inspect.dry_load import PROGRAM
 from vllm_forge.images import image_checks
 from vllm_forge.images.base import SCRUB, compress
 from vllm_forge.images.content import group_entries
@@ -26,6 +28,8 @@ from vllm_forge.images.layout import ImageLayer
 from vllm_forge.images.store import write_layer
 from vllm_forge.images.system import write_plain
 from vllm_forge.matrix import WheelFile
+from vllm_forge.proofs.dry_load import ARGV
+from vllm_forge.proofs.environment import PYTHON
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -144,6 +148,16 @@ def test_import_from_the_working_directory_is_found(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("PYTHONSAFEPATH")
     with pytest.raises(AssertionError, match="imported from the working directory"):
         image_checks.working_directory({})
+
+
+def test_dry_load_finds_its_modules_where_they_are_mounted(tmp_path: Path) -> None:
+    """PYTHONSAFEPATH also hides a script's own folder."""
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "main.py").touch()
+    (tmp_path / PROGRAM).write_text("import inside.main")
+    argv = [word.replace("/mnt", str(tmp_path)) for word in ARGV]
+    argv[argv.index(PYTHON)] = sys.executable
+    subprocess.run(argv, env={"PYTHONSAFEPATH": "1"}, check=True)
 
 
 # A wheel's files: name of the wheel -> path below site-packages -> content.

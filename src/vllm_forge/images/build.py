@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from rich.markup import escape
 
 from vllm_forge.host import (
+    RecordingRunner,
     Runner,
     atomic_path,
     cache_root,
@@ -176,15 +177,16 @@ def build_steps(plan: ImagePlan, runner: Runner) -> None:
         ThreadPoolExecutor(1) as pool,
         engine.loaded(runner, plan.candidate, plan.candidate_name),
     ):
-        outside = pool.submit(
-            runner.act,
+        as_image_user, as_any_user = plan.checks_inside()
+        inside = pool.submit(engine.run_in_image, runner, as_image_user)
+        if isinstance(runner, RecordingRunner):
+            inside.result()  # so that its command is printed first
+        # Beside it, on another core. Its error counts first: it deletes damaged layers of the runs.
+        judged = runner.act(
             "check the kernel contract, the layout and every blob",
             lambda: check_outside(plan, selection(), candidate()),
         )
-        as_image_user, as_any_user = plan.checks_inside()
-        outputs = [engine.run_in_image(runner, as_image_user)]
-        judged = outside.result()  # first: it deletes a damaged layer, which the next run mounts
-        outputs.append(engine.run_in_image(runner, as_any_user))
+        outputs = [engine.run_in_image(runner, as_any_user), inside.result()]
         verdicts = runner.act(
             "read the verdicts; check the size budget",
             lambda: accept(plan, candidate(), outputs, *judged()),

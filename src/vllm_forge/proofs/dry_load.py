@@ -27,6 +27,8 @@ from vllm_forge.proofs.environment import PYTHON, image_plan, open_line
 
 NAME = "checkpoint"
 DISPOSITIONS = "patches/vllm"
+# An image's Python does not search the folder of a script.
+ARGV = ("/usr/bin/env", "PYTHONPATH=/mnt", PYTHON, f"/mnt/{PROGRAM}")
 TOOLS = ("buildah", "runc", "unshare")
 
 
@@ -60,9 +62,8 @@ def dry_load(
         inputs = environment.work / "inputs"
         write_request(inputs, profiles, environment.plan.cell.sku)
         tree = environment.write_tree(environment.applied.result, "patched")
-        argv = (PYTHON, f"/mnt/{PROGRAM}")
         try:
-            output = environment.run(runner, "dry-load", tree, inputs, argv)
+            output = environment.run(runner, "dry-load", tree, inputs, ARGV)
         except CommandFailedError as error:
             raise DryLoadError(error.what, where=f"{where}, {error.where}") from None
         return read_answers(output, where, list(profiles))
