@@ -30,6 +30,7 @@ def register(choices: Commands) -> None:
     one = command(patch, "export", export)
     one.add_argument("directory", type=Path, help="made by patch checkout")
     command(patch, "prove", prove, EVERY_LINE)
+    command(patch, "upstream", upstream, EVERY_LINE)
     one = command(patch, "drift", drift)
     one.add_argument("--from", dest="first", default=OLDEST, help=f"oldest release ({OLDEST})")
     one.add_argument("--to", dest="last", help="newest release (default: the index's)")
@@ -101,6 +102,14 @@ def prove(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.proofs.prove import prove as prove_lines
 
     prove_lines(project, project.lines(args.line), Runner())
+
+
+def upstream(project: Project, args: argparse.Namespace) -> None:
+    """Run vLLM's own tests as published and as patched, as root; what is lost is red."""
+    from vllm_forge.proofs.upstream import compare
+
+    for name in project.lines(args.line):
+        print(f"line {name}: {compare(project, name, Runner()).relative_to(project.root)}")
 
 
 def drift(project: Project, args: argparse.Namespace) -> None:

@@ -16,5 +16,9 @@ class ProofRedError(ForgeError, exit_code=RED):
     """A contract test is red although the whole series is applied."""
 
 
+class RegressionError(ForgeError, exit_code=RED):
+    """A test of vLLM's own passes as published, and not as patched."""
+
+
 class ProofNotRunError(ForgeError, exit_code=UNDECIDED):
     """A proof was not run, was skipped or could not be collected, so it says nothing."""

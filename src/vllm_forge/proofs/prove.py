@@ -303,9 +303,6 @@ def write_inputs(root: Path, folder: Path, repo: SourceRepo, base: str) -> Path:
 
     ``base``: tree of the release; no series changes its native code, as wheels are not built.
     """
-    _, wheels = read_wheels(root / REQUIREMENTS, "name wheels, sorted, with hashes")
-    wheelhouse = Wheelhouse()
-    wheelhouse.fetch(wheels)
     with atomic_path(folder) as aside:
         aside.mkdir()
         for path in ("tests/__init__.py", "pyproject.toml"):
@@ -318,13 +315,21 @@ def write_inputs(root: Path, folder: Path, repo: SourceRepo, base: str) -> Path:
         native = repo.git("archive", "--format=zip", "-0", base, *NATIVE).stdout
         with zipfile.ZipFile(io.BytesIO(native)) as archive:
             archive.extractall(aside / "source")
-        for wheel in wheels:
-            with zipfile.ZipFile(wheelhouse.verify(wheel)) as archive:
-                for member in archive.infolist():
-                    file = Path(archive.extract(member, aside / "tools"))
-                    if member.external_attr >> 16 & 0o111:  # a program
-                        file.chmod(0o755)
+        unpack_tools(root / REQUIREMENTS, aside / "tools")
     return folder
+
+
+def unpack_tools(requirements: Path, folder: Path) -> None:
+    """Unpack the wheels of a requirements file, which come after the image's own on sys.path."""
+    _, wheels = read_wheels(requirements, "name wheels, sorted, with hashes")
+    wheelhouse = Wheelhouse()
+    wheelhouse.fetch(wheels)
+    for wheel in wheels:
+        with zipfile.ZipFile(wheelhouse.verify(wheel)) as archive:
+            for member in archive.infolist():
+                file = Path(archive.extract(member, folder))
+                if member.external_attr >> 16 & 0o111:  # a program
+                    file.chmod(0o755)
 
 
 def _run_all(jobs: Sequence[ProofJob], runner: Runner) -> list[Proof]:

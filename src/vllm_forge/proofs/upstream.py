@@ -1,0 +1,144 @@
+"""vLLM's own tests, as published and as patched: a test that only the release passes is a fault.
+
+The tests come from the release's source, with its ``conftest.py``; tests/patches/upstream.toml
+lists them. They run in the image's own files, without network or GPU; what needs a GPU is skipped
+by both trees, and its record says so.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tomllib
+import zipfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rich.table import Table
+
+from vllm_forge.host import Runner, atomic_path, console, exclusive, report, write_json
+from vllm_forge.matrix import FrozenModel
+from vllm_forge.project import Project
+from vllm_forge.proofs.environment import PYTHON, LineEnvironment, open_line
+from vllm_forge.proofs.errors import ProofNotRunError, RegressionError
+from vllm_forge.proofs.prove import GREEN, RED, SCRIPT, TestRun, parse, unpack_tools
+from vllm_forge.sources import SourceRepo
+
+ROWS = "tests/patches/upstream.toml"
+REQUIREMENTS = "tests/patches/requirements-upstream.txt"
+CONTENT = ("tests", "pyproject.toml")  # of the release's source
+LIMIT = 1200  # seconds for one tree; a test that waits for a network must not stop the run
+PUBLISHED, PATCHED = "published", "patched"
+
+
+class UpstreamTest(FrozenModel):
+    """A row: a file of the release's tests, what it is about, the lines whose release has it."""
+
+    path: str
+    about: str
+    lines: tuple[str, ...]
+
+
+class _Rows(FrozenModel):
+    test: tuple[UpstreamTest, ...]
+
+
+def read_tests(root: Path, line: str) -> list[str]:
+    """Paths of a line's rows."""
+    rows = _Rows.model_validate(tomllib.loads((root / ROWS).read_text(encoding="utf-8"))).test
+    return [row.path for row in rows if line in row.lines]
+
+
+def compare(project: Project, line: str, runner: Runner) -> Path:
+    """Run a line's rows on both trees; returns the record that was written.
+
+    Raises:
+        RegressionError: a test passes as published, and not as patched.
+        ProofNotRunError: pytest did not run them, or nothing in a file passes as published.
+    """
+    paths = read_tests(project.root, line)
+    with exclusive(f"upstream-{line}", wait=False):
+        with report(f"trees and environment of line {line}"):
+            environment = open_line(project, line, runner, "upstream")
+            inputs = _write_inputs(project.root, environment)
+        trees = {PUBLISHED: environment.applied.base, PATCHED: environment.applied.result}
+        folders = {name: environment.write_tree(tree, name) for name, tree in trees.items()}
+
+        def run(name: str) -> TestRun:
+            argv = (
+                "/usr/bin/timeout", str(LIMIT), PYTHON, f"/mnt/{SCRIPT.name}", line, "1", *paths,
+            )  # fmt: skip
+            return parse(environment.run(runner, name, folders[name], inputs, argv), name)
+
+        with ThreadPoolExecutor(len(trees)) as pool:
+            published, patched = pool.map(run, trees)
+    rows = judge(line, paths, published, patched)
+    _show(line, rows)
+    path = project.records / "upstream" / f"{line}.json"
+    vllm = environment.plan.cell.line.vllm
+    write_json(path, {"line": line, "vllm": vllm, "trees": trees, "files": rows})
+    return path
+
+
+def judge(
+    line: str, paths: list[str], published: TestRun, patched: TestRun
+) -> dict[str, dict[str, int]]:
+    """How many tests of each file have which pair of outcomes, as published and as patched.
+
+    Raises:
+        RegressionError, ProofNotRunError: see ``compare``.
+    """
+    for name, run in ((PUBLISHED, published), (PATCHED, patched)):
+        if run.exit not in {GREEN, RED}:
+            raise ProofNotRunError(
+                f"line {line}, {name}: pytest exited with {run.exit}", where=run.why,
+                remedy=run.tail,
+            )  # fmt: skip
+    rows: dict[str, dict[str, int]] = {}
+    for path in paths:
+        names = sorted(
+            name for name in {**published.tests, **patched.tests} if name.startswith(f"{path}::")
+        )
+        pairs = [tuple(run.tests.get(name, "missing") for run in (published, patched))
+                 for name in names]  # fmt: skip
+        if not any(before == "passed" for before, _ in pairs):
+            raise ProofNotRunError(
+                f"line {line}: nothing in it passes as published: {dict(Counter(pairs))}",
+                where=f"{ROWS}: {path}",
+                remedy="take the line out of its row",
+            )
+        if lost := [name for name, (before, after) in zip(names, pairs, strict=True)
+                    if before == "passed" != after]:  # fmt: skip
+            raise RegressionError(
+                f"line {line}: {len(lost)} of vLLM's tests pass as published, not as patched",
+                where="\n          ".join(lost[:10]),
+                remedy=f"correct the patch; its message: {patched.why}",
+            )
+        counts = Counter(before if before == after else f"{before}, then {after}"
+                         for before, after in pairs)  # fmt: skip
+        rows[path] = dict(sorted(counts.items()))
+    return rows
+
+
+def _show(line: str, rows: dict[str, dict[str, int]]) -> None:
+    table = Table(title=f"line {line}: vLLM's own tests, as published and as patched")
+    for column in ("file", "outcomes"):
+        table.add_column(column, overflow="fold")
+    for path, counts in rows.items():
+        table.add_row(path, ", ".join(f"{count} {name}" for name, count in counts.items()))
+    console.print(table)
+
+
+def _write_inputs(root: Path, environment: LineEnvironment) -> Path:
+    """The release's tests and pytest, in a folder for both runs."""
+    repo: SourceRepo = environment.repo
+    folder = environment.work / "inputs"
+    with atomic_path(folder) as aside:
+        aside.mkdir()
+        archive = repo.git("archive", "--format=zip", "-0", environment.applied.base, *CONTENT)
+        with zipfile.ZipFile(io.BytesIO(archive.stdout)) as tests:
+            tests.extractall(aside)
+        shutil.copyfile(SCRIPT, aside / SCRIPT.name)
+        unpack_tools(root / REQUIREMENTS, aside / "tools")
+    return folder

@@ -1,0 +1,70 @@
+"""vLLM's own tests as published and as patched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vllm_forge.errors import ForgeError
+from vllm_forge.proofs.errors import ProofNotRunError, RegressionError
+from vllm_forge.proofs.prove import TestRun
+from vllm_forge.proofs.upstream import ROWS, judge, read_tests
+
+A, B = "tests/a/test_a.py", "tests/b/test_b.py"
+
+
+def run(outcomes: dict[str, str], code: int | None = None) -> TestRun:
+    red = "failed" in outcomes.values()
+    return TestRun(
+        exit=int(red) if code is None else code, tests=outcomes, why="AssertionError", tail="tail"
+    )
+
+
+GREEN = {f"{A}::one": "passed", f"{A}::two[x]": "skipped", f"{B}::one": "passed"}
+
+
+def test_equal_outcomes_are_counted_by_file() -> None:
+    assert judge("1", [A, B], run(GREEN), run(GREEN)) == {
+        A: {"passed": 1, "skipped": 1}, B: {"passed": 1},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("outcome", ["failed", "skipped", "xfailed", None])
+def test_a_test_that_only_the_release_passes_is_a_regression(outcome: str | None) -> None:
+    patched = {name: value for name, value in GREEN.items() if name != f"{B}::one"}
+    if outcome is not None:
+        patched[f"{B}::one"] = outcome
+    with pytest.raises(RegressionError, match="1 of vLLM's tests pass as published") as caught:
+        judge("1", [A, B], run(GREEN), run(patched))
+    assert f"{B}::one" in str(caught.value)
+
+
+def test_what_the_series_cures_and_what_fails_in_both_is_shown() -> None:
+    published = GREEN | {f"{A}::two[x]": "failed", f"{A}::three": "failed"}
+    patched = published | {f"{A}::two[x]": "passed"}
+    assert judge("1", [A], run(published), run(patched))[A] == {
+        "failed": 1, "failed, then passed": 1, "passed": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("published", "patched", "words"),
+    [
+        (run(GREEN, 2), run(GREEN), "published: pytest exited with 2"),
+        (run(GREEN), run({}, 4), "patched: pytest exited with 4"),
+        (run({f"{A}::one": "skipped"}), run({f"{A}::one": "skipped"}), "nothing in it passes"),
+        (run({f"{B}::one": "passed"}), run({f"{B}::one": "passed"}), "nothing in it passes"),
+    ],
+)
+def test_what_did_not_run_is_no_verdict(published: TestRun, patched: TestRun, words: str) -> None:
+    with pytest.raises(ProofNotRunError, match=words):
+        judge("1", [A], published, patched)
+
+
+def test_rows_name_lines_of_the_matrix(root: Path, tmp_path: Path) -> None:
+    assert all(read_tests(root, line) for line in ("0.22", "0.26", "0.33"))
+    (tmp_path / ROWS).parent.mkdir(parents=True)
+    (tmp_path / ROWS).write_text('[[test]]\npath = "tests/x.py"\nline = ["0.26"]\n')
+    with pytest.raises(ForgeError, match="line"):
+        read_tests(tmp_path, "0.26")
