@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_forge.errors import ForgeError
 
+REFUSED = 40
 RED = 41
 UNDECIDED = 42
 
@@ -14,6 +15,10 @@ class UselessPatchError(ForgeError, exit_code=RED):
 
 class ProofRedError(ForgeError, exit_code=RED):
     """A contract test is red although the whole series is applied."""
+
+
+class UpstreamRowsError(ForgeError, exit_code=REFUSED):
+    """tests/patches/upstream.toml is invalid, or has no row for a line."""
 
 
 class RegressionError(ForgeError, exit_code=RED):

@@ -21,7 +21,7 @@ from vllm_forge.host import Runner, atomic_path, console, exclusive, report, wri
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.project import Project
 from vllm_forge.proofs.environment import PYTHON, LineEnvironment, open_line
-from vllm_forge.proofs.errors import ProofNotRunError, RegressionError
+from vllm_forge.proofs.errors import ProofNotRunError, RegressionError, UpstreamRowsError
 from vllm_forge.proofs.prove import GREEN, RED, SCRIPT, TestRun, parse, unpack_tools
 from vllm_forge.sources import SourceRepo
 
@@ -45,9 +45,21 @@ class _Rows(FrozenModel):
 
 
 def read_tests(root: Path, line: str) -> list[str]:
-    """Paths of a line's rows."""
-    rows = _Rows.model_validate(tomllib.loads((root / ROWS).read_text(encoding="utf-8"))).test
-    return [row.path for row in rows if line in row.lines]
+    """Paths of a line's rows.
+
+    Raises:
+        UpstreamRowsError: no TOML, an unknown key, or no row for the line.
+    """
+    try:
+        rows = _Rows.model_validate(tomllib.loads((root / ROWS).read_text(encoding="utf-8"))).test
+    except ValueError as error:  # of TOML, of the encoding, or a ValidationError
+        raise UpstreamRowsError(str(error), where=ROWS, remedy="correct that row") from None
+    paths = [row.path for row in rows if line in row.lines]
+    if not paths:
+        raise UpstreamRowsError(
+            f"no row is for line {line}", where=ROWS, remedy="name tests of its release"
+        )
+    return paths
 
 
 def compare(project: Project, line: str, runner: Runner) -> Path:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_forge.errors import ForgeError
-from vllm_forge.proofs.errors import ProofNotRunError, RegressionError
+from vllm_forge.proofs.errors import ProofNotRunError, RegressionError, UpstreamRowsError
 from vllm_forge.proofs.prove import TestRun
 from vllm_forge.proofs.upstream import ROWS, judge, read_tests
 
@@ -62,9 +61,20 @@ def test_what_did_not_run_is_no_verdict(published: TestRun, patched: TestRun, wo
         judge("1", [A], published, patched)
 
 
-def test_rows_name_lines_of_the_matrix(root: Path, tmp_path: Path) -> None:
+def test_rows_name_lines_of_the_matrix(root: Path) -> None:
     assert all(read_tests(root, line) for line in ("0.22", "0.26", "0.33"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[[test]]\npath = "a"\nabout = "b"\nline = ["1"]\n', "test.0.line"),
+        ('[[test]]\npath = "a"\nabout = "b"\nlines = ["2"]\n', "no row is for line 1"),
+        ("[[test]\n", "Expected"),
+    ],
+)
+def test_invalid_rows_are_refused(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / ROWS).parent.mkdir(parents=True)
-    (tmp_path / ROWS).write_text('[[test]]\npath = "tests/x.py"\nline = ["0.26"]\n')
-    with pytest.raises(ForgeError, match="line"):
-        read_tests(tmp_path, "0.26")
+    (tmp_path / ROWS).write_text(text)
+    with pytest.raises(UpstreamRowsError, match=words):
+        read_tests(tmp_path, "1")
