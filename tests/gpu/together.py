@@ -23,11 +23,7 @@ AT_A_TIME = max(2, 3 * (os.cpu_count() or 4) // 4)  # starts are busy, what runs
 
 
 class Together:
-    """Jobs by name; each is begun at most once.
-
-    Args:
-        say: is told of each that is done.
-    """
+    """Jobs by name; each is begun at most once, and ``say`` hears of each that is done."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say

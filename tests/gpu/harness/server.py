@@ -35,8 +35,6 @@ class Server:
     """A running server; a context manager.
 
     Attributes:
-        model: folder of the checkpoint.
-        arguments: of ``vllm serve``.
         log: file for all that it prints.
         variables: more environment.
         patience_s: time until it must be healthy.

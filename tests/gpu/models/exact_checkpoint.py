@@ -67,14 +67,7 @@ def tokenizer(size: int) -> dict[str, dict[str, object]]:
 
 
 def save(folder: Path, tensors: Iterable[Tensor], config: dict[str, object], words: int) -> Path:
-    """Write ``model.safetensors``, ``config.json`` and the tokenizer's files.
-
-    Args:
-        folder: is made.
-        tensors: in the order of the file.
-        config: config.json.
-        words: size of the vocabulary.
-    """
+    """Write ``model.safetensors``, ``config.json`` and the files of a tokenizer of ``words``."""
     folder.mkdir(parents=True)
     header, blobs, at = {}, [], 0
     for tensor in tensors:

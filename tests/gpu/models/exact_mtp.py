@@ -95,13 +95,7 @@ def orbit(first: int, count: int) -> list[int]:
 
 
 def expected(variant: Variant, last: int, count: int, k: int) -> Counts:
-    """The accounting of a greedy request by vLLM.
-
-    Args:
-        variant: of the draft.
-        last: last token of the prompt.
-        count: tokens that are asked for.
-        k: speculative tokens.
+    """The accounting of a greedy request for ``count`` tokens after ``last``, by vLLM.
 
     Counted as if the last draft were not cut off by ``count``; see ``allowance``.
     """

@@ -35,11 +35,8 @@ class Answer:
     Attributes:
         concurrency: clients at that time.
         request: name, unique at that concurrency.
-        prompt: token ids.
         wanted: the known answer.
-        came: what came.
-        began: when it was asked, in seconds of a clock of its own.
-        ended: when it was answered.
+        began, ended: in seconds of a clock of its own.
     """
 
     concurrency: int

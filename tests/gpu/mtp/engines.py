@@ -128,14 +128,10 @@ class Ran:
     """What came of an engine.
 
     Attributes:
-        engine: which.
-        tokens: of each request.
-        reading: its counters.
         draft_dtypes: parameters of the draft model by dtype, where it was asked.
         logprobs: of all tokens after each long prompt, [prompts, vocabulary].
         cached: tokens of each prompt that came from the prefix cache.
         seconds: from its start until it was ready, and until the first token.
-        log: all that it printed.
         error: the end of the log where it wrote no result.
     """
 

@@ -32,14 +32,7 @@ SERVERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What came of a server.
-
-    Attributes:
-        alone: tokens of one request, before all others.
-        before: counters after it.
-        together: tokens of the concurrent ones; none of a server without speculation.
-        after: counters after those.
-    """
+    """Tokens of a request ``alone``, counters after it; of those ``together``, and after them."""
 
     alone: list[int]
     before: Reading | None

@@ -207,12 +207,12 @@ def _linear(shape: tuple[int, ...], prefix: str, device: str) -> Iterator[Any]:
 
 
 def nvfp4_linear(weights: Weights, divisor: float, *, device: str = "cuda") -> Any:
-    """A linear layer of shared experts in NVFP4, ready to run.
+    """A linear layer of shared experts in NVFP4, ready to run; see :func:`linear`.
 
     Args:
         weights: (1, K, N) with a multiplier.
         divisor: global scale of the activations, where the kernel quantizes them.
-        device: where it is built; its weights are processed on "cuda" only.
+        device: where it is built.
     """
     from vllm_forge.checkpoints.codecs.nvfp4 import pack
 

@@ -34,10 +34,7 @@ class Cell:
     """A launch.
 
     Attributes:
-        name: as in a test's id.
-        size_n, size_k: of the weights.
         tokens: rows of activations.
-        top_k: experts per token.
         block: ``moe_block_size``.
         router: whether the op multiplies with router weights, as the second GEMM does.
         config: the thread block's tile; None is the op's own choice.

@@ -35,9 +35,16 @@ class Bench:
     budget: Budget
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With workers one has all experiments, which it begins at once; the others have the rest."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        items.sort(key=lambda item: item.path.name not in EXPERIMENTS)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     asked = any(item.path.name in EXPERIMENTS for item in session.items)
-    # An xdist worker begins what its own tests ask for: all of it would run once per worker.
+    # Each xdist worker collects all tests: the one that runs the experiments begins them.
     if asked and device() is not None and not os.environ.get("PYTEST_XDIST_WORKER"):
         from tests.gpu.race.experiments import start_all
 

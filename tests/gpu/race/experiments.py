@@ -7,7 +7,6 @@ GPU, and are for the audit of the machine code alone.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from enum import Enum
@@ -49,8 +48,6 @@ class Control:
     """A fault.
 
     Attributes:
-        name: of it.
-        what: in words.
         order: the experiment, for child.py.
         must: tools each of which has to see it.
         any_of: tools one of which has to see it.
@@ -270,8 +267,3 @@ def audited() -> dict[str, set[str]]:
         if isinstance(row.get("sass"), dict):
             found[name] = {text for texts in row["sass"].values() for text in texts}
     return found
-
-
-def worst(values: list[float]) -> float:
-    """The largest, nan counting as infinite."""
-    return max((math.inf if math.isnan(value) else value for value in values), default=0.0)

@@ -31,8 +31,6 @@ class Said:
     Attributes:
         row: the JSON object of its last line; empty if there is none.
         code: exit status; None after the time-out, when it was killed.
-        seconds: how long it took.
-        text: its output.
     """
 
     row: dict[str, Any]

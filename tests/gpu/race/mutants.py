@@ -45,13 +45,7 @@ class Edit:
 
 @dataclass(frozen=True, kw_only=True)
 class Mutant:
-    """A fault.
-
-    Attributes:
-        name: in ``torch.ops.forge_<name>``.
-        what: in words.
-        edits: what is changed.
-    """
+    """A fault; its op is in ``torch.ops.forge_<name>``."""
 
     name: str
     what: str

@@ -89,14 +89,7 @@ class Tools:
 
 
 class Repeater:
-    """Launches of one case with its own counters.
-
-    Args:
-        case: what to launch.
-        tools: the checking kernel.
-        inputs: how many take turns, 1 or 2.
-        options: of each launch.
-    """
+    """Launches of one case with its own counters; ``inputs``, 1 or 2, take turns."""
 
     def __init__(
         self, case: Case, tools: Tools, *, inputs: int = 2, options: Options | None = None

@@ -11,7 +11,7 @@ from tests.gpu.race.experiments import CONTROLS, Control, Tool, audited, result,
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel")]
+pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel"), pytest.mark.xdist_group("experiments")]
 
 AT_RUN_TIME = frozenset(
     {

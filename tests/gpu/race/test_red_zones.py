@@ -11,7 +11,7 @@ from tests.gpu.race.experiments import OVERRUN, Tool, result
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel")]
+pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel"), pytest.mark.xdist_group("experiments")]
 
 
 def test_nothing_outside_any_buffer(record: Callable[..., None]) -> None:

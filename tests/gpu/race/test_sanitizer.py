@@ -33,7 +33,7 @@ from tests.gpu.race.mutants import BY_NAME, lay_out
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel")]
+pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel"), pytest.mark.xdist_group("experiments")]
 
 BASELINE = Path(__file__).with_name("sanitizer_baseline.json")
 WHEEL = "moe_wna16"  # the kernel's namespace in the wheel, marlin_moe_wna16

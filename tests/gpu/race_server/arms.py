@@ -56,9 +56,7 @@ class Arm:
     """One server.
 
     Attributes:
-        scheme: of the experts' weights.
         graphs: decode by CUDA graphs, or eager.
-        speculate: with the MTP head.
         parallel: tensor parallel, over all GPUs of the tier.
         levels: concurrencies.
         wrong_expert: a fault of the checkpoint.
@@ -115,12 +113,10 @@ class Asked:
     """What came of a server.
 
     Attributes:
-        answers: of all levels.
         scored: log probabilities of finished sequences, and the greatest at each position.
         planted: the same of one with a wrong token at ``PLANTED``.
         reading: counters of speculation.
         seconds: until it answered, and until the last answer.
-        log: all that it printed.
     """
 
     answers: list[Answer]
@@ -132,13 +128,7 @@ class Asked:
 
 
 class Fleet:
-    """Runs arms, each in a thread of its own.
-
-    Args:
-        work: folder for checkpoints.
-        logs: folder for what the servers print.
-        tokens: of each client at each concurrency, about.
-    """
+    """Runs arms, each in a thread of its own; ``tokens`` of each client at each concurrency."""
 
     def __init__(self, work: Path, logs: Path, tokens: int = TOKENS) -> None:
         self.work, self.logs, self.tokens = work, logs, tokens

@@ -54,8 +54,6 @@ class WeightFormat:
     """A format.
 
     Attributes:
-        name: as in a test's id.
-        bits: of a code.
         group: elements of K under one scale.
         scale_type: torch's name of the scales' dtype.
         type_id: ``b_type_id`` of the op.

@@ -92,14 +92,8 @@ def dense(
     """Dense rows, gates and ups beyond the clamp on either side.
 
     Args:
-        experts: how many there are.
-        hidden: size of a row.
-        intermediate: size between the GEMMs.
-        tokens: how many rows.
-        top_k: experts of a row.
         routed: "even", or "hot": the first expert has every token, the last ones have none.
         quantized: whether activations are.
-        seed: of everything random.
         loud: factor of the rows.
     """
     rng = np.random.default_rng(seed)

@@ -23,15 +23,7 @@ FIRST = "chat-code"  # asked where nothing is published for a SKU
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A row of matrix.toml.
-
-    Attributes:
-        name: of the row.
-        artifacts: that it serves.
-        tensor_parallel: GPUs.
-        speculative_tokens: k; 0 without speculation.
-        arguments, env: of ``vllm serve``.
-    """
+    """A row of matrix.toml; ``arguments`` and ``env`` are of ``vllm serve``."""
 
     name: str
     artifacts: Sequence[str]
