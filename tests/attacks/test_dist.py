@@ -30,13 +30,19 @@ FLIPS = 200
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     project = make_project(tmp_path_factory.mktemp("dist"))
-    with pytest.MonkeyPatch.context() as patch:
-        use(project, patch)
-        fast_build(project, "alpha")
-        yield project
+    yield project
     project.index.close()
+
+
+@pytest.fixture
+def built(project: Project, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """With the image of alpha, which tests leave whole."""
+    assert cache != project.cache
+    use(project, monkeypatch)
+    fast_build(project, "alpha")
+    return project
 
 
 def files(project: Project) -> list[Path]:

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -237,8 +238,15 @@ def write_layers(
             if any(stored(key) is None for key in group.keys[: 2 if slim else 1]):
                 jobs.append(pool.submit(_write_group, group, cell, slim=slim))
         result = meanwhile()
-        for job in jobs:
-            job.result()
+        try:
+            for job in jobs:
+                job.result()
+        except BrokenProcessPool as error:
+            raise CommandFailedError(
+                "a process that writes layers was killed",
+                where="the worker processes of this build",
+                remedy="it may have run out of memory: free some, and build again",
+            ) from error
     return result
 
 

@@ -6,6 +6,8 @@ the bytes of a wheel's members need not be inflated to know where they go.
 
 from __future__ import annotations
 
+import configparser
+import csv
 import hashlib
 import io
 import posixpath
@@ -17,7 +19,8 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 
 import installer
 from installer.destinations import WheelDestination
-from installer.records import Hash, RecordEntry, parse_record_file
+from installer.exceptions import InstallerError
+from installer.records import Hash, InvalidRecordEntry, RecordEntry, parse_record_file
 from installer.scripts import Script
 from installer.sources import WheelFile
 from installer.utils import construct_record_file, fix_shebang
@@ -35,6 +38,12 @@ if TYPE_CHECKING:
 
 VENV = "opt/venv"
 INSTALLER = b"vllm-forge\n"
+# What a wheel that is not valid makes zipfile, csv, configparser, email and installer raise.
+UNREADABLE = (
+    ValueError, LookupError, AssertionError, AttributeError, EOFError, RuntimeError,
+    zipfile.BadZipFile, zlib.error, configparser.Error, csv.Error, InstallerError,
+    InvalidRecordEntry,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +81,22 @@ def site_packages(python: str) -> str:
 
 
 def wheel_entries(path: Path, python: str) -> list[Entry]:
-    """What installing one wheel into the environment of a Python (``3.13``) puts where."""
-    with _LazyWheel.open(path) as wheel:
-        collector = _Collector(path, python)
-        installer.install(wheel, collector, {"INSTALLER": INSTALLER})
+    """What installing one wheel into the environment of a Python (``3.13``) puts where.
+
+    Raises:
+        WheelError: no installer should take it.
+    """
+    try:
+        with _LazyWheel.open(path) as wheel:
+            collector = _Collector(path, python)
+            installer.install(wheel, collector, {"INSTALLER": INSTALLER})
+    except UNREADABLE as error:
+        # Not the error itself: some of installer's cannot be sent from a worker process.
+        raise WheelError(
+            f"{path.name} cannot be installed: {type(error).__name__}: {error}",
+            where=str(path),
+            remedy="do not use this wheel; lock another version, or build one that is valid",
+        ) from None
     return collector.entries
 
 
@@ -118,6 +139,12 @@ class _LazyWheel(WheelFile):
     """A wheel whose members are handed on without being inflated."""
 
     def get_contents(self) -> Iterator[WheelContentElement]:
+        names = self._zipfile.namelist()
+        if len(set(names)) != len(names):
+            raise ValueError("two members have one name")
+        for name in names:
+            if not name.isprintable() or name.startswith("/") or "\\" in name:
+                raise ValueError(f"invalid member name {name!r}")
         rows = {
             row[0]: row for row in parse_record_file(self.read_dist_info("RECORD").splitlines())
         }

@@ -148,7 +148,9 @@ class Base(FrozenModel):
         description="Debian packages that must be in the image"
     )
     platform: Name = Field(description="uv's name for the wheel platform")
-    source_date_epoch: Integer = Field(description="timestamp of every file that we write")
+    source_date_epoch: Integer = Field(
+        ge=0, lt=1 << 32, description="timestamp of every file that we write"
+    )
     budget_mb: Integer = Field(
         description="compressed size of rootfs plus system layer, 10^6 bytes"
     )

@@ -109,7 +109,7 @@ class Index:
             page = self._page(project)
         except (requests.RequestException, HTTPError) as error:
             raise self._unusable(f"does not answer: {type(error).__name__}") from error
-        except (ValueError, UnsupportedRepoVersionError) as error:
+        except (ValueError, RecursionError, UnsupportedRepoVersionError) as error:
             raise self._unusable(f"has no page for {project} that can be read: {error}") from error
         return [
             IndexFile(

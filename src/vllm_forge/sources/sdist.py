@@ -22,7 +22,10 @@ from vllm_forge.host import cache_root, exclusive, remove
 from vllm_forge.host.errors import CacheError, CommandFailedError
 from vllm_forge.sources.errors import SdistError
 
-UNREADABLE = (tarfile.TarError, EOFError, FileNotFoundError, gzip.BadGzipFile, zlib.error)
+UNREADABLE = (
+    tarfile.TarError, EOFError, FileNotFoundError, gzip.BadGzipFile, zlib.error, UnicodeError,
+)  # fmt: skip
+MOST = 2 << 30  # bytes unpacked; vLLM's archives have 0.1
 EPOCH_IDENT = "vllm-forge <vllm-forge@localhost> 0 +0000"
 
 
@@ -160,7 +163,7 @@ def _feed(out: IO[bytes], ref: str, archive: Path) -> None:
         f"feature done\ncommit refs/sdist/{ref}\ncommitter {EPOCH_IDENT}\ndata 0\n\n".encode()
     )
     top: str | None = None
-    files = 0
+    files = size = 0
     with tarfile.open(archive, "r:gz") as tar:
         for member in tar:
             parts = PurePosixPath(member.name).parts
@@ -177,6 +180,9 @@ def _feed(out: IO[bytes], ref: str, archive: Path) -> None:
             if member.issym():
                 mode, data = "120000", member.linkname.encode()
             elif member.isfile():
+                size += member.size
+                if size > MOST:
+                    raise SdistError(f"more than {MOST} bytes are in it", where=str(archive))
                 file = tar.extractfile(member)
                 assert file is not None  # noqa: S101 - isfile() says so
                 mode, data = ("100755" if member.mode & 0o100 else "100644"), file.read()

@@ -1,0 +1,92 @@
+"""Boundary: the folder of --prewarm. Code of a container wrote it, as root where tests run as root.
+
+Only plain files and folders of it enter an image.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vllm_forge.images import prewarm
+from vllm_forge.images.errors import ForeignFileError
+from vllm_forge.images.prewarm import Prewarm, prewarm_layer, require_plain, tree_digest
+
+EPOCH = 1735689600
+
+
+def bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+ATTACKS: dict[str, Callable[[Path], object]] = {
+    "link to a file of the host": lambda folder: (folder / "triton/x").symlink_to("/etc/shadow"),
+    "link to a folder of the host": lambda folder: (folder / "x").symlink_to("/etc"),
+    "link within": lambda folder: (folder / "x").symlink_to("triton/kernel.cubin"),
+    "dangling link": lambda folder: (folder / "x").symlink_to("nothing"),
+    "FIFO": lambda folder: os.mkfifo(folder / "triton" / "x"),
+    "socket": lambda folder: bind(folder / "x"),
+    "second name": lambda folder: os.link(folder / "triton/kernel.cubin", folder / "x"),
+    "newline": lambda folder: (folder / "a\nb").touch(),
+    "terminal codes": lambda folder: (folder / "a\x1b[2Jb").touch(),
+    "folder with a newline": lambda folder: (folder / "a\nb").mkdir(),
+    "sparse file of 1 TB": lambda folder: os.truncate(folder / "triton/kernel.cubin", 1 << 40),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "jit"
+    (folder / "triton").mkdir(parents=True)
+    (folder / "triton" / "kernel.cubin").write_bytes(b"cubin" * 100)
+    (folder / "triton" / "empty").touch()
+    return folder
+
+
+def test_plain_files_are_taken(folder: Path) -> None:
+    assert [path.name for path in require_plain(folder)] == ["empty", "kernel.cubin"]
+    layer = prewarm_layer(of(folder), EPOCH)
+    kernel = layer.files / "opt/vllm-forge/jit/triton/kernel.cubin"
+    assert kernel.read_bytes() == b"cubin" * 100
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_other_than_plain_files_are_refused(name: str, folder: Path) -> None:
+    digest = tree_digest(folder)
+    ATTACKS[name](folder)
+    with pytest.raises(ForeignFileError) as refused:
+        require_plain(folder)
+    assert str(folder) in refused.value.where
+    with pytest.raises(ForeignFileError):
+        prewarm_layer(of(folder, digest), EPOCH)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a device: run as root")
+def test_device_is_refused(folder: Path) -> None:
+    os.mknod(folder / "null", 0o20666, os.makedev(1, 3))
+    with pytest.raises(ForeignFileError, match="not a plain file"):
+        require_plain(folder)
+
+
+def test_folder_that_changes_while_it_is_read_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, real = of(folder), prewarm.require_plain
+
+    def swapped(path: Path) -> list[Path]:
+        files = real(path)
+        (folder / "triton" / "kernel.cubin").write_bytes(b"other" * 100)
+        return files
+
+    monkeypatch.setattr(prewarm, "require_plain", swapped)
+    with pytest.raises(ForeignFileError, match="changed while it was read"):
+        prewarm_layer(made, EPOCH)
+
+
+def of(folder: Path, digest: str = "") -> Prewarm:
+    return Prewarm(folder=folder, variables={}, key={}, digest=digest or tree_digest(folder))
