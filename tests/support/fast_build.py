@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm_forge.host import Runner
-from vllm_forge.images import BuildOptions, build, build_image, resolve
+from vllm_forge.images import BuildOptions, build_image, resolve, wheel_layers
 from vllm_forge.images.checks import check_names
 from vllm_forge.images.engines import SystemOutput
 from vllm_forge.project import Project
@@ -125,4 +125,4 @@ def use(mini: MiniProject, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make ``fast_build`` use a project's cache and index, and threads instead of processes."""
     for name in ("VLLM_FORGE_CACHE", "VLLM_FORGE_ROOT", "UV_DEFAULT_INDEX", "no_proxy"):
         monkeypatch.setenv(name, mini.environment[name])
-    monkeypatch.setattr(build, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(2))
+    monkeypatch.setattr(wheel_layers, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(2))

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.markup import escape
 
@@ -28,7 +25,6 @@ from vllm_forge.host import (
     atomic_path,
     cache_root,
     console,
-    end_with_parent,
     exclusive,
     move,
     remove,
@@ -48,8 +44,6 @@ from vllm_forge.images.checks import (
 )
 from vllm_forge.images.content import (
     VLLM,
-    WheelGroup,
-    group_entries,
     health_entry,
     labels,
     patch_entries,
@@ -71,14 +65,11 @@ from vllm_forge.images.layout import (
 )
 from vllm_forge.images.plan import ImagePlan, why_rebuild
 from vllm_forge.images.prewarm import SCRIPT, prewarm_layer, tree_digest
-from vllm_forge.images.slim import update_record, write_slim_layer
 from vllm_forge.images.store import (
-    RECORDS,
     StoredLayer,
     forget,
     forget_damaged,
     intact,
-    layer_folder,
     require_stored,
     stored,
     write_layer,
@@ -91,6 +82,7 @@ from vllm_forge.images.system import (
     system_folder,
     system_is_kept,
 )
+from vllm_forge.images.wheel_layers import update_record, write_layers
 from vllm_forge.images.wheels import Entry
 from vllm_forge.kernels.coverage.contract import Contract
 from vllm_forge.kernels.selection.questions import declared_device
@@ -99,10 +91,6 @@ from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import Applied, build_wheel, check_line
 from vllm_forge.patches.wheel import PatchedWheel, python_blobs
 from vllm_forge.sources import Lock, SourceRepo, Wheelhouse
-
-T = TypeVar("T")
-WORKERS = 2
-NICE = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,60 +203,6 @@ def build_system(plan: ImagePlan, runner: Runner) -> str:
             secrets["apt-sources"] = plan.work / "sources.list"
             write_host_sources(runner, base.suite, secrets["apt-sources"])
         return make_system(runner, plan, secrets)
-
-
-def write_layers(
-    cell: ImageCell,
-    groups: Sequence[WheelGroup],
-    meanwhile: Callable[[], T],
-    *,
-    slim: bool = True,
-) -> T:
-    """Download the wheels of ``groups``, lowest layer first, and write what is not there yet.
-
-    Returns what ``meanwhile`` does, which is called when all wheels are fetched, while worker
-    processes write the layers. ``slim``: also the SKU's layers of libraries.
-    """
-    wheelhouse = Wheelhouse()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(WORKERS, spawn, _start_worker, (os.getpid(),)) as pool:
-        jobs = []
-        for group in groups:
-            wheelhouse.fetch(group.wheels)
-            if any(stored(key) is None for key in group.keys[: 2 if slim else 1]):
-                jobs.append(pool.submit(_write_group, group, cell, slim=slim))
-        result = meanwhile()
-        try:
-            for job in jobs:
-                job.result()
-        except BrokenProcessPool as error:
-            raise CommandFailedError(
-                "a process that writes layers was killed",
-                where="the worker processes of this build",
-                remedy="it may have run out of memory: free some, and build again",
-            ) from error
-    return result
-
-
-def _start_worker(parent: int) -> None:
-    """A worker is polite (the rootfs is made meanwhile) and does not outlive the build."""
-    end_with_parent(parent)
-    os.nice(NICE)
-
-
-def _write_group(group: WheelGroup, cell: ImageCell, *, slim: bool) -> None:
-    """Worker process: verify a layer's wheels; write the layer, and the SKU's of its libraries."""
-    wheelhouse, epoch = Wheelhouse(), cell.base.source_date_epoch
-    paths = [wheelhouse.verify(wheel) for wheel in group.wheels]
-    entries = group_entries(group.name, paths, cell.line.python)
-    cuts = slim and group.slim_key is not None and stored(group.slim_key) is None
-    known = stored(group.key) if cuts else None
-    if known is not None and not intact(known, RECORDS):
-        forget(layer_folder(group.key))
-    whole = write_layer(group.key, entries, epoch, code_apart=group.slim_key is not None)
-    if slim and group.slim_key is not None:
-        major, minor = (int(part) for part in cell.sku.compute_capability.split("."))
-        write_slim_layer(group.slim_key, whole, (major, minor), epoch)
 
 
 def make_wheel(plan: ImagePlan) -> PatchedWheel:

@@ -1,7 +1,7 @@
 """Layers on disk: written once per input, with an unpacked copy for the checks.
 
 A stored layer is a folder ``layers/<key>/`` with the blob, ``layer.json``, ``files/``, and
-``code/``, where files with device code are put aside for ``slim``; renamed into place when
+``code/``, where files with device code are put aside for slimming; renamed into place when
 complete. Nothing of it is believed: the record has a hash of itself, the blob is hashed when an
 image is assembled, and the time of an unpacked file is its CRC-32.
 """
@@ -41,7 +41,7 @@ class StoredLayer:
         blob: what an image refers to.
         files: the folder with its files unpacked.
         code: the folder with the files that were put aside, as the wheels have them.
-        removed: what a slim layer lacks, see ``slim``.
+        removed: what a slim layer lacks, see ``wheel_layers``.
     """
 
     blob: LayerBlob

@@ -1,4 +1,6 @@
-"""What a SKU cannot run is not in its image: device code for other architectures.
+"""A line's wheel layers, written by worker processes while the next wheels download.
+
+What a SKU cannot run is not in its image: device code for other architectures.
 
 A CUDA library holds its kernels once per architecture. The driver loads the code that runs on
 the GPU it finds and never reads the rest (CUDA C++ Programming Guide, "Application
@@ -11,18 +13,95 @@ what changed, are a layer of the SKU's own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from vllm_forge.host import end_with_parent
+from vllm_forge.host.errors import CommandFailedError
+from vllm_forge.images.content import WheelGroup, group_entries
 from vllm_forge.images.layer import LayerBlob, ZstdLayerWriter
-from vllm_forge.images.store import RECORDS, StoredLayer, keep_layer, make_folders, mapped
+from vllm_forge.images.store import (
+    RECORDS,
+    StoredLayer,
+    forget,
+    intact,
+    keep_layer,
+    layer_folder,
+    make_folders,
+    mapped,
+    stored,
+    write_layer,
+)
 from vllm_forge.kernels.coverage import device_code, runs_on
+from vllm_forge.matrix import ImageCell
+from vllm_forge.sources import Wheelhouse
 from vllm_forge.sources.wheel_format import record_hash, rewrite_record
 
 CHUNK = 1 << 20
+T = TypeVar("T")
+WORKERS = 2
+NICE = 10
+
+
+def write_layers(
+    cell: ImageCell,
+    groups: Sequence[WheelGroup],
+    meanwhile: Callable[[], T],
+    *,
+    slim: bool = True,
+) -> T:
+    """Download the wheels of ``groups``, lowest layer first, and write what is not there yet.
+
+    Returns what ``meanwhile`` does, which is called when all wheels are fetched, while worker
+    processes write the layers. ``slim``: also the SKU's layers of libraries.
+    """
+    wheelhouse = Wheelhouse()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(WORKERS, spawn, _start_worker, (os.getpid(),)) as pool:
+        jobs = []
+        for group in groups:
+            wheelhouse.fetch(group.wheels)
+            if any(stored(key) is None for key in group.keys[: 2 if slim else 1]):
+                jobs.append(pool.submit(_write_group, group, cell, slim=slim))
+        result = meanwhile()
+        try:
+            for job in jobs:
+                job.result()
+        except BrokenProcessPool as error:
+            raise CommandFailedError(
+                "a process that writes layers was killed",
+                where="the worker processes of this build",
+                remedy="it may have run out of memory: free some, and build again",
+            ) from error
+    return result
+
+
+def _start_worker(parent: int) -> None:
+    """A worker is polite (the rootfs is made meanwhile) and does not outlive the build."""
+    end_with_parent(parent)
+    os.nice(NICE)
+
+
+def _write_group(group: WheelGroup, cell: ImageCell, *, slim: bool) -> None:
+    """Worker process: verify a layer's wheels; write the layer, and the SKU's of its libraries."""
+    wheelhouse, epoch = Wheelhouse(), cell.base.source_date_epoch
+    paths = [wheelhouse.verify(wheel) for wheel in group.wheels]
+    entries = group_entries(group.name, paths, cell.line.python)
+    cuts = slim and group.slim_key is not None and stored(group.slim_key) is None
+    known = stored(group.key) if cuts else None
+    if known is not None and not intact(known, RECORDS):
+        forget(layer_folder(group.key))
+    whole = write_layer(group.key, entries, epoch, code_apart=group.slim_key is not None)
+    if slim and group.slim_key is not None:
+        major, minor = (int(part) for part in cell.sku.compute_capability.split("."))
+        write_slim_layer(group.slim_key, whole, (major, minor), epoch)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,6 @@ from tests.support.fatbins import entry as code
 from tests.support.fatbins import fatbin, library
 from tests.support.wheels import Member, write_wheel
 from vllm_forge.images.layer import ZSTD
-from vllm_forge.images.slim import cut, pieces, update_record, write_slim_layer
 from vllm_forge.images.store import (
     LEAST,
     StoredLayer,
@@ -28,6 +27,7 @@ from vllm_forge.images.store import (
     stored,
     write_layer,
 )
+from vllm_forge.images.wheel_layers import cut, pieces, update_record, write_slim_layer
 from vllm_forge.images.wheels import site_packages, wheel_entries
 from vllm_forge.kernels.coverage import device_code, runs_on
 from vllm_forge.kernels.coverage.library import library_code
