@@ -60,10 +60,18 @@ def run(*argv: str) -> None:
 
     Session.run would write stderr to stdout too, and turn every exit code into 1.
     """
+    started: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _: object) -> None:
+        if not started:
+            sys.exit(128 + number)
+        started[0].send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):  # before the command can be waited for
+        signal.signal(number, pass_on)
     with subprocess.Popen(argv, cwd=ROOT) as process:
+        started.append(process)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command by itself
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda number, _: process.send_signal(number))
         code = process.wait()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
@@ -104,7 +112,7 @@ menu(
 menu("lock", "Resolve a line with uv and write its hash-pinned lock.", "wheels", "lock")
 menu("test-gpu", "Run the GPU suite on this host and write receipts.", "gpu", "test")
 menu("docs", "Write all generated pages from the records, or --check them.", "docs")
-menu("bench", "Measure: build, ...", "bench")
+menu("bench", "Measure; `nox -s bench` alone lists what.", "bench")
 menu("forge", "Run any command of vllm-forge, e.g. `nox -s forge -- kernels select`.")
 
 

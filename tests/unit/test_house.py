@@ -46,6 +46,13 @@ def test_imports_point_one_way(path: Path) -> None:
     assert imported <= allowed, f"{room} must not import {sorted(imported - allowed)}"
 
 
+def test_rooms_are_documented_in_their_order() -> None:
+    page = (REPO / "docs/develop/architecture.md").read_text()
+    heads = re.findall(r"^\| (`.*?) \|", page.partition("## Rooms")[2], re.MULTILINE)
+    documented = [name for head in heads for name in re.findall(r"`(\w+)`", head)]
+    assert documented == [room for room in ROOMS if room not in {"errors", "__main__"}]
+
+
 def test_only_tests_need_pytest() -> None:
     """The project is installed without it."""
     for path in SOURCE.rglob("*.py"):

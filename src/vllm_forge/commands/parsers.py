@@ -100,9 +100,15 @@ def command(
 
 
 def group(choices: Commands, name: str, *, help: str) -> Commands:
-    """Add a group of commands."""
+    """Add a group of commands; without one of them, they are listed."""
     parser = choices.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-    return parser.add_subparsers(dest=f"{name}_command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest=f"{name}_command", metavar="COMMAND")
+
+    def missing(_: Project, args: argparse.Namespace) -> None:
+        args.parser.error(f"missing COMMAND: expected one of {', '.join(commands.choices)}")
+
+    parser.set_defaults(call=missing, parser=parser, answered=False)
+    return commands
 
 
 def print_json(args: argparse.Namespace, document: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vllm_forge.errors import ForgeError
+from vllm_forge.host import parse_json, read_plain
 from vllm_forge.project import Project
 from vllm_forge.receipts import FOLDER, KEYS
 from vllm_forge.receipts.envelope import read_keys, read_receipt, write_receipt
@@ -87,7 +87,7 @@ def make_receipt(project: Project, result_path: Path, key: Path | None) -> Path:
     """
     matrix = project.matrix
     try:
-        result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
+        result: dict[str, Any] = parse_json(read_plain(result_path))
         line_name = result["plan"]["line"]
         if line_name not in matrix.line:
             raise ReceiptSubjectError(

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from vllm_forge.host import read_plain
 from vllm_forge.matrix import FrozenModel, Matrix, serve_arguments
 from vllm_forge.project import Project
 from vllm_forge.receipts.errors import SuiteDescriptionError
@@ -254,7 +255,7 @@ def read_cases(root: Path, name: str) -> dict[str, Case]:
     """
     path = root / CASES
     try:
-        listed = CASE_LISTS.validate_json(path.read_bytes())[name]
+        listed = CASE_LISTS.validate_json(read_plain(path))[name]
     except (OSError, ValueError, KeyError) as error:
         raise SuiteDescriptionError(
             f"no list of the cases of tier {name}: {type(error).__name__}: {error}",

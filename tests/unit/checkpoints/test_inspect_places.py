@@ -1,4 +1,4 @@
-"""A folder, an index alone, a repository of a hub: read alike; what is not there is told."""
+"""Checkpoints in a folder, as an index alone, or in a Hub repository; missing ones are named."""
 
 from __future__ import annotations
 

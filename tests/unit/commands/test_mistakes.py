@@ -27,7 +27,7 @@ MISTAKES: dict[str, tuple[list[str], type[ForgeError], list[str]]] = {
     "no command": ([], UsageError, ["command", "required"]),
     "mistyped command": (["paln"], UsageError, ["'paln'", "did you mean 'plan'?"]),
     "unknown command": (["frobnicate"], UsageError, ["'frobnicate'", "expected one of", "build"]),
-    "group without command": (["patch"], UsageError, ["required"]),
+    "group without command": (["patch"], UsageError, ["missing COMMAND"]),
     "mistyped command of a group": (["patch", "chekc"], UsageError, ["did you mean 'check'?"]),
     "old name": (["census"], UsageError, ["'census'", "kernels"]),
     "no SKU": (["plan"], UsageError, ["missing SKU", "--sku"]),

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -141,7 +140,6 @@ def test_sigterm_reaches_the_command(checkout: Path) -> None:
     assert process.stdout is not None
     while process.stdout.readline() != "waiting\n":
         assert process.poll() is None
-    time.sleep(0.1)  # nox installs its handler after it started the command
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 143

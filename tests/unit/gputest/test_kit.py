@@ -128,6 +128,18 @@ def test_suite_runs_in_the_image(folder: Path, tmp_path: Path) -> None:
 
 
 @ROOT_ONLY
+def test_host_variables_do_not_steer_what_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("PYTEST_ADDOPTS", "PYTHONPATH", "VLLM_FORGE_RACE_SECONDS", "LD_PRELOAD_X")
+    for name in (*names, "NCCL_P2P_DISABLE"):
+        monkeypatch.setenv(name, "/evil")
+    words = " ".join(f"${{{name}-unset}}" for name in (*names, "NCCL_P2P_DISABLE"))
+    output = call(folder, "exec", "--", "/bin/sh", "-c", f"echo {words}")
+    assert output.splitlines()[-1] == "unset unset unset unset /evil"
+
+
+@ROOT_ONLY
 def test_runs_go_side_by_side(folder: Path, tmp_path: Path) -> None:
     """So that a host with two GPUs runs two tiers at once."""
     manifest = json.loads((folder / "manifest.json").read_text())
