@@ -86,6 +86,33 @@ def test_duplicate_member_is_refused(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         archive.writestr("tiny.py", b"other")
     refuse(path)
+    with pytest.raises(WheelError, match=r"duplicate in the archive: tiny\.py"):
+        wheel_entries(path, PYTHON)
+
+
+ROW = b"tiny.py,sha256=47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU,0\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (ROW, b"", "tiny.py is not mentioned in RECORD"),
+        (ROW, ROW + ROW, "duplicate in RECORD: tiny.py"),
+        (ROW, ROW + b"gone.py,sha256=x,1\n", "in RECORD but not in the archive: gone.py"),
+        (ROW, b"tiny.py,,\n", "hash / size of tiny.py is not included in RECORD"),
+    ],
+)
+def test_record_of_other_files_is_refused(
+    old: bytes, new: bytes, words: str, tmp_path: Path
+) -> None:
+    name = "tiny-1.0.dist-info/RECORD"
+    with zipfile.ZipFile(wheel(tmp_path)) as archive:
+        record = archive.read(name)
+    assert old in record
+    path = rewritten(tmp_path, {name: record.replace(old, new)})
+    with pytest.raises(WheelError) as refused:
+        wheel_entries(path, PYTHON)
+    assert words in refused.value.what
 
 
 def test_file_that_is_not_a_wheel_is_refused(tmp_path: Path) -> None:

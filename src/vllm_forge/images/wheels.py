@@ -13,6 +13,7 @@ import io
 import posixpath
 import zipfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, BinaryIO, cast
@@ -140,14 +141,17 @@ class _LazyWheel(WheelFile):
 
     def get_contents(self) -> Iterator[WheelContentElement]:
         names = self._zipfile.namelist()
-        if len(set(names)) != len(names):
-            raise ValueError("two members have one name")
         for name in names:
             if not name.isprintable() or name.startswith("/") or "\\" in name:
                 raise ValueError(f"invalid member name {name!r}")
-        rows = {
-            row[0]: row for row in parse_record_file(self.read_dist_info("RECORD").splitlines())
-        }
+        listed = list(parse_record_file(self.read_dist_info("RECORD").splitlines()))
+        rows = {row[0]: row for row in listed}
+        for place, paths in (("the archive", names), ("RECORD", [row[0] for row in listed])):
+            if twice := sorted(path for path, count in Counter(paths).items() if count > 1):
+                raise ValueError(f"duplicate in {place}: {', '.join(twice[:3])}")
+        self.validate_record(validate_contents=False)  # contents: where they are inflated
+        if gone := sorted(rows.keys() - set(names)):
+            raise ValueError(f"in RECORD but not in the archive: {', '.join(gone[:3])}")
         for info in self._zipfile.infolist():
             if info.is_dir():
                 continue

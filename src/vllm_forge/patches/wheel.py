@@ -10,6 +10,7 @@ import copy
 import hashlib
 import io
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,12 @@ def build_wheel(
     name = published.name.replace(f"-{release}-", f"-{version}-", 1)
     target = folder / name
     with zipfile.ZipFile(published) as source, published.open("rb") as raw:
+        if twice := [path for path, n in Counter(source.namelist()).items() if n > 1]:
+            raise WheelSourceError(
+                f"duplicate members: {', '.join(twice[:3])}",
+                where=str(published),
+                remedy="lock another release of vLLM",
+            )
         _require_source(repo, applied.base, source, published)
         old_info, new_info = f"vllm-{release}.dist-info", f"vllm-{version}.dist-info"
         record = f"{old_info}/RECORD"
