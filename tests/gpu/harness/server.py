@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -50,28 +51,26 @@ class Server:
 
     def __enter__(self) -> Server:
         """Start it and wait until it is healthy."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.process = processes.start(
-            [
-                sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model),
-                "--host=127.0.0.1", f"--port={self.port}", "--served-model-name=m",
-                *self.arguments,
-            ],
-            self.log,
-            {**os.environ, **self.variables},
-        )  # fmt: skip
-        try:
+        # Held while the server lives, which may bind it too: many start at a time, for a minute.
+        self._place = socket.socket()
+        self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._place.bind(("127.0.0.1", 0))
+        self.port = self._place.getsockname()[1]
+        argv = [
+            sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.model),
+            "--host=127.0.0.1", f"--port={self.port}", "--served-model-name=m", *self.arguments,
+        ]  # fmt: skip
+        with contextlib.ExitStack() as started:
+            started.callback(self._place.close)
+            self.process = processes.start(argv, self.log, {**os.environ, **self.variables})
+            started.callback(processes.end, self.process, signal.SIGTERM, signal.SIGKILL)
             self._wait()
-        except BaseException:
-            self.__exit__()
-            raise
+            self._started = started.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         """End it and all that it started."""
-        processes.end(self.process, signal.SIGTERM, signal.SIGKILL)
+        self._started.close()
 
     def complete(self, prompt: Sequence[int], count: int) -> list[int]:
         """Token ids of a greedy completion of exactly ``count`` tokens."""
