@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, cast
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 COMMIT = "c" * 40
+CHUNK = 1 << 20
 RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
 
@@ -83,18 +84,26 @@ class _Handler(BaseHTTPRequestHandler):
             return
         asked = RANGE.fullmatch(self.headers.get("Range", ""))
         if asked is None or not hub.ranges:
-            hub.served += len(data)
-            self._send(200, data)
+            self._send(200, data, hub=hub)
             return
         part = data[int(asked[1]) : int(asked[2]) + 1]
         part = part[: len(part) - hub.short]
-        hub.served += len(part)
-        self._send(206, part)
+        self._send(206, part, hub=hub)
 
-    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+    def _send(
+        self,
+        status: int,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        hub: HubServer | None = None,
+    ) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        with suppress(ConnectionError):  # the client has heard enough
+            for at in range(0, len(body), CHUNK):
+                self.wfile.write(body[at : at + CHUNK])
+                if hub is not None:
+                    hub.served += len(body[at : at + CHUNK])

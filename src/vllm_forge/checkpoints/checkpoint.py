@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,20 +23,23 @@ from vllm_forge.checkpoints.tensors import (
     INDEX,
     LENGTH_BYTES,
     MAX_HEADER,
+    MAX_NAME,
     MIN_HEADER,
     parse_header,
-    strict_json,
 )
-from vllm_forge.host import printable
+from vllm_forge.host import open_plain, parse_json, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from vllm_forge.checkpoints.tensors import StoredTensor
 
-MAX_TEXT = 1 << 28  # bytes of a JSON file; a manifest.json of 135,000 tensors has 3e7
+# Bytes of a JSON file, and of config.json: a manifest.json of 135,000 tensors has 3e7, a config
+# that ignores each of their modules 7e6.
+MAX_TEXT, MAX_CONFIG = 1 << 28, 1 << 24
 REPOSITORY = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 HUB_TIMEOUT_S = 30.0
+HUB_LIMIT_S = 600  # of a range
 HUB_RETRIES = 2  # of a range, after a lost connection, a 429 or a 5xx
 SHOWN = 200  # characters of a name that the user gave
 READERS = 16  # range requests at a time
@@ -69,8 +73,9 @@ class CheckpointSource(ABC):
     def text(self, name: str) -> str | None:
         if name not in self.sizes:
             return None
-        if self.sizes[name] > MAX_TEXT:
-            raise self.error(f"{name} has {self.sizes[name]} bytes, more than {MAX_TEXT}")
+        most = MAX_CONFIG if name in (CONFIG, QUANTIZATION_FILE) else MAX_TEXT
+        if self.sizes[name] > most:
+            raise self.error(f"{name} has {self.sizes[name]} bytes, more than {most}")
         try:
             return self.read(name, 0, self.sizes[name]).decode("utf-8")
         except UnicodeDecodeError as error:
@@ -81,7 +86,7 @@ class CheckpointSource(ABC):
         if (text := self.text(name)) is None:
             return None
         try:
-            value = strict_json(text)
+            value = parse_json(text)
         except ValueError as error:
             raise self.error(f"{name} is not JSON: {error}") from None
         if not isinstance(value, dict):
@@ -97,24 +102,37 @@ class CheckpointSource(ABC):
 
 @dataclass(frozen=True)
 class Folder(CheckpointSource):
-    """A local folder, or some files of it; listed once, when it is opened."""
+    """A local folder, or some files of it; listed once, when it is opened.
+
+    Links are followed within the folder, and to the blobs of the model hub's cache.
+    """
 
     path: Path
     sizes: Mapping[str, int] = field(init=False)
+    files: Mapping[str, Path] = field(init=False)  # without links
     index_only: bool = False
 
     def __post_init__(self) -> None:
+        files = {}
         try:
-            sizes = {
-                item.name: item.stat().st_size
-                for item in self.path.iterdir()
-                if item.is_file() and not (self.index_only and item.suffix == ".safetensors")
-            }
+            folder = self.path.resolve()
+            inside = {folder}
+            if folder.parent.name == "snapshots":
+                inside.add(folder.parents[1] / "blobs")
+            for item in self.path.iterdir():
+                if not item.is_file() or (self.index_only and item.suffix == SUFFIX):
+                    continue
+                files[item.name] = item.resolve()
+                if inside.isdisjoint(files[item.name].parents):
+                    what = f"{printable(item.name)} is a link to a file outside of the checkpoint"
+                    raise self.error(what, "copy the file, or give the folder that it is in")
+            sizes = {name: file.stat().st_size for name, file in files.items()}
         except OSError as error:
             raise CheckpointUnreadableError(
                 f"cannot read the folder: {error.strerror}", where=str(self)[:SHOWN]
             ) from None
         object.__setattr__(self, "sizes", sizes)
+        object.__setattr__(self, "files", files)
 
     def __str__(self) -> str:
         return printable(str(self.path))
@@ -122,12 +140,13 @@ class Folder(CheckpointSource):
     def read(self, name: str, begin: int, end: int) -> bytearray:
         data = bytearray(end - begin)
         try:
-            with (self.path / name).open("rb") as file:
+            with open_plain(self.files[name]) as file:
                 file.seek(begin)
                 size = file.readinto(data)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             remedy = "put the file back, and give the same command again"
-            raise self.error(f"cannot read {name}: {error.strerror}", remedy) from None
+            what = getattr(error, "strerror", None) or str(error)
+            raise self.error(f"cannot read {name}: {what}", remedy) from None
         if size != len(data):
             raise self.error(f"{name} ends before byte {end}", "fetch it again")
         return data
@@ -162,25 +181,33 @@ class HubRepository(CheckpointSource):
         from huggingface_hub.utils import (  # type: ignore[attr-defined]  # noqa: PLC0415
             build_hf_headers,
             hf_raise_for_status,
-            http_backoff,
+            http_stream_backoff,
         )
 
         if begin == end:
             return b""
 
         def fetch() -> bytes:
-            answer = http_backoff(
+            body, limit = bytearray(), time.monotonic() + HUB_LIMIT_S
+            with http_stream_backoff(
                 "GET",
                 hf_hub_url(self.repo, name, revision=self.revision, endpoint=self._endpoint),
                 headers={**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}"},
                 follow_redirects=True,
                 timeout=HUB_TIMEOUT_S,
                 max_retries=HUB_RETRIES,
-            )
-            hf_raise_for_status(answer)
-            body: bytes = answer.content
-            # A server that ignores Range sends all of it.
-            return body if answer.status_code == HTTPStatus.PARTIAL_CONTENT else body[begin:end]
+            ) as answer:
+                hf_raise_for_status(answer)
+                # A server that ignores Range sends all of it.
+                skip = 0 if answer.status_code == HTTPStatus.PARTIAL_CONTENT else begin
+                for piece in answer.iter_bytes():
+                    body += piece[skip:]
+                    skip = max(0, skip - len(piece))
+                    if len(body) >= end - begin:
+                        break
+                    if time.monotonic() > limit:
+                        raise TimeoutError(f"{name} took more than {HUB_LIMIT_S} s")
+            return bytes(body[: end - begin])
 
         data: bytes = self._ask(fetch)
         if len(data) != end - begin:
@@ -265,6 +292,9 @@ class Checkpoint:
             source: CheckpointSource = Folder(where)
         else:
             source = find_source(where) if isinstance(where, str) else where
+        for name in source.sizes:  # messages show some
+            if not name.isprintable():
+                raise source.error(f"invalid file name {name!r}: expected printable characters")
         config, quantization = source.config(), source.json(QUANTIZATION_FILE)
         index = source.json(INDEX)
         weight_map = None if index is None else _weight_map(index, source)
@@ -306,9 +336,10 @@ class Checkpoint:
         return sorted(set(self.names.values()))
 
     @property
-    def files(self) -> list[Path]:
-        """The shards of a local checkpoint."""
-        return [self.folder / shard for shard in self.shards]
+    def files(self) -> Mapping[str, Path]:
+        """The files of a local checkpoint, without links."""
+        assert isinstance(self.source, Folder)  # noqa: S101 - only inspect takes other sources
+        return self.source.files
 
     @property
     def bytes(self) -> int | None:
@@ -378,6 +409,7 @@ def _weight_map(index: Mapping[str, Any], source: CheckpointSource) -> dict[str,
         and file == Path(file).name != ".."
         and file != ""
         and f"{name}{file}".isprintable()
+        and len(name) + len(file) <= 2 * MAX_NAME
         for name, file in rows.items()
     ):
         raise source.error(f"{INDEX} has no weight_map of tensors to files of its own folder")

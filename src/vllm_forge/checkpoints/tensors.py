@@ -12,12 +12,10 @@ import hashlib
 import json
 import math
 import os
-import re
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.host import atomic_path, write_json
+from vllm_forge.host import atomic_path, parse_json, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,8 +27,8 @@ CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 LENGTH_BYTES = 8
 MIN_HEADER, MAX_HEADER = 2, 100_000_000  # "{}"; what the library accepts
 MAX_NUMBER = 1 << 63
+MAX_NAME = 200  # characters; the longest of any artifact have 60
 CHUNK = 1 << 24
-SURROGATES = re.compile(r"\\u[dD][89a-fA-F]")  # JSON writes some characters as a pair of them
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2,
     "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
@@ -107,31 +105,6 @@ def in_memory(name: str, dtype: str, shape: Sequence[int], data: bytes) -> Tenso
     return TensorToWrite(name=name, dtype=dtype, shape=tuple(shape), chunks=lambda: (data,))
 
 
-def strict_json(text: str | bytes | bytearray) -> Any:
-    """Parse untrusted JSON; bytes are UTF-8, as every other reader of these files has it.
-
-    Raises:
-        ValueError: malformed, nested too deeply, half a surrogate pair, or a duplicate key, of
-            which readers see one.
-    """
-    if not isinstance(text, str):
-        text = text.decode("utf-8")  # json would guess UTF-16, and skip a byte order mark
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(row := dict(pairs)) != len(pairs):
-            [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
-            raise ValueError(f"duplicate key {key!r}")
-        return row
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if SURROGATES.search(text):
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    return value
-
-
 def parse_header(
     text: bytes | bytearray, size: int, source: CheckpointSource, shard: str
 ) -> list[StoredTensor]:
@@ -140,7 +113,7 @@ def parse_header(
     Raises:
         ValueError: not a header, or tensors that are not side by side until the end of the file.
     """
-    header = strict_json(text)
+    header = parse_json(bytes(text))
     if not isinstance(header, dict):
         raise ValueError("the header is not a JSON object")  # noqa: TRY004 - one error for callers
     about = header.pop("__metadata__", None) or {}
@@ -168,8 +141,9 @@ def parse_header(
 
 
 def _fields(name: str, row: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
-    if not name.isprintable():
-        raise ValueError(f"invalid tensor name {name!r}: expected printable characters")
+    if not name.isprintable() or len(name) > MAX_NAME:
+        limit = f"expected at most {MAX_NAME} printable characters"
+        raise ValueError(f"invalid tensor name {name[:MAX_NAME]!r}: {limit}")
     known = isinstance(row, dict) and {"dtype", "shape", "data_offsets"} <= row.keys()
     if not known or not _naturals(row["shape"]) or not _naturals(row["data_offsets"], 2):
         raise ValueError(f"{name} has no dtype, shape and data_offsets")

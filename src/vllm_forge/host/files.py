@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,8 @@ from vllm_forge.host.console import console
 from vllm_forge.host.errors import BusyError, DiskSpaceError, MountedError
 
 T = TypeVar("T")
+SHOWN = 200  # characters of a key
+SURROGATES = re.compile(r"\\u[dD][89a-fA-F]")  # JSON writes some characters as a pair of them
 MOST_BYTES = 1 << 28  # of a record; the largest is about 2 MB
 GIB = 1 << 30
 MOUNT_TABLE = Path("/proc/self/mountinfo")
@@ -66,11 +70,11 @@ def move(source: Path, target: Path) -> None:
     shutil.move(source, target)
 
 
-def read_plain(path: Path, most: int = MOST_BYTES) -> bytes:
-    """Content of a file that others may have written: a link, a FIFO or a device is refused.
+def open_plain(path: Path) -> io.BufferedReader:
+    """Open a file that others may have written: a link, a FIFO or a device is refused.
 
     Raises:
-        ValueError: not a plain file, or of more than ``most`` bytes.
+        ValueError: not a plain file.
         OSError: missing, or may not be read.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -83,7 +87,12 @@ def read_plain(path: Path, most: int = MOST_BYTES) -> bytes:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ValueError("not a plain file")
-    with os.fdopen(descriptor, "rb") as file:
+    return os.fdopen(descriptor, "rb")
+
+
+def read_plain(path: Path, most: int = MOST_BYTES) -> bytes:
+    """Content of a file, see ``open_plain``; ValueError for one of more than ``most`` bytes."""
+    with open_plain(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"larger than {most} bytes")
@@ -91,11 +100,28 @@ def read_plain(path: Path, most: int = MOST_BYTES) -> bytes:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """A JSON document; ValueError for anything else, also for one that is nested too deeply."""
+    """A JSON document; bytes are UTF-8, as every other reader of these files has it.
+
+    Raises:
+        ValueError: malformed, nested too deeply, half a surrogate pair, or a duplicate key, of
+            which readers see one.
+    """
+    # json would guess UTF-16, and skip a byte order mark.
+    text = content if isinstance(content, str) else content.decode("utf-8")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(row := dict(pairs)) != len(pairs):
+            [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"duplicate key {key[:SHOWN]!r}")
+        return row
+
     try:
-        return json.loads(content)
+        value = json.loads(text, object_pairs_hook=unique)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if SURROGATES.search(text):
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
 
 
 def read_json(

@@ -168,7 +168,7 @@ class TestConversations:
 
     @pytest.mark.parametrize("name", [".", "x" * 300])
     def test_missing_file_is_reported(self, tmp_path: Path, name: str) -> None:
-        with pytest.raises(RecipeError, match="cannot be read"):
+        with pytest.raises(RecipeError, match=r"cannot be read|not a plain file"):
             read_conversations(tmp_path / name, 1)
 
     def test_a_missing_file_is_named(self, tmp_path: Path) -> None:

@@ -125,8 +125,8 @@ def test_dangling_link_as_output_is_rejected(job: Job, tmp_path: Path) -> None:
 
 
 def test_a_model_that_goes_away_is_not_the_outputs_fault(job: Job, tmp_path: Path) -> None:
-    for path in job.source.files:
-        path.unlink()
+    for name in job.source.shards:
+        job.source.files[name].unlink()
     with pytest.raises(ModelInputError, match="cannot be read: No such file"):
         quantize(job, tmp_path / "out")
 
@@ -171,7 +171,7 @@ class TestCommand:
     ) -> None:
         model, output = job.source.folder, tmp_path / "out"
         index = model / "model.safetensors.index.json"
-        shard = job.source.files[0]
+        shard = job.source.files[job.source.shards[0]]
         match what:
             case "nowhere":
                 model = tmp_path / "nowhere"
@@ -209,7 +209,10 @@ class TestCommand:
         self, what: str, job: Job, tmp_path: Path
     ) -> None:
         model = job.source.folder
-        index, shard = model / "model.safetensors.index.json", job.source.files[0]
+        index, shard = (
+            model / "model.safetensors.index.json",
+            job.source.files[job.source.shards[0]],
+        )
         match what:
             case "pipe for a shard":
                 shard.unlink()

@@ -23,6 +23,7 @@ from vllm_forge.checkpoints.inspect.findings import (
 )
 from vllm_forge.checkpoints.inspect.matching import (
     PROBES_CHANGED,
+    is_pattern,
     resolve,
     resolve_experts,
     serving_modules,
@@ -141,6 +142,7 @@ def native(profile: Profile) -> Iterator[Finding]:
     for scope, names in by_scope(wrong):
         check = "draft-format" if scope is Scope.DRAFT else "config"
         yield finding("not-native", summarize(names), check=check, scope=scope)
+    wildcards = [rule for rule in profile.ignore if is_pattern(rule)]
     fp4 = profile.model.get("expert_dtype", "fp4") == "fp4"
     eras: list[Era] = []
     for since, before in ((FIRST, IGNORE_READ), (IGNORE_READ, None)):
@@ -148,8 +150,9 @@ def native(profile: Profile) -> Iterator[Finding]:
         for block in profile.blocks.values():
             name = f"{block}.{EXPERTS}"
             kind = profile.formats.get(f"{name}.0.w1")
-            ignored = since >= IGNORE_READ and any(
-                fnmatch.fnmatchcase(name, rule) for rule in profile.ignore
+            ignored = since >= IGNORE_READ and (
+                name in profile.ignored.literal
+                or any(fnmatch.fnmatchcase(name, rule) for rule in wildcards)
             )
             expected = Format.FP8_NATIVE
             if fp4:
@@ -178,7 +181,9 @@ def _native_scales(profile: Profile) -> Iterator[Finding]:
             continue
         blocks = tuple(-(-size // BLOCK) for size in profile.tensors[f"{module}.weight"].shape)
         # Another shape is reported by checks_tensors.shapes.
-        if scale.shape == blocks and (np.frombuffer(scale.read(), "<u4") & SIGN_AND_MANTISSA).any():
+        if scale.shape == blocks and any(
+            (np.frombuffer(chunk, "<u4") & SIGN_AND_MANTISSA).any() for chunk in scale.chunks()
+        ):
             rounded.append(f"{module}.scale")
     yield from scoped(
         "not-powers-of-two",

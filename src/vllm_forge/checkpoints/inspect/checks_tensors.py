@@ -196,6 +196,7 @@ SINGLE = ("weight_global_scale", "input_global_scale", "weight_scale_2", "input_
 SHARED = ("weight_global_scale", "weight_scale_2")
 FLOAT_BYTES = 4
 GAP = 1 << 16  # bytes between two scalars that are read in one go rather than in two
+MOST_RUN = 1 << 24  # bytes read in one go
 MATRIX = 2  # dimensions
 FLOATS = {"F32": 32, "F16": 16, "BF16": 16}
 INTEGERS = {"I64", "I32"}
@@ -298,8 +299,9 @@ def read_scalars(profile: Profile) -> dict[str, float]:
     scales.sort(key=lambda item: (item[1].shard, item[1].begin))
     runs: list[list[tuple[str, StoredTensor]]] = []
     for name, tensor in scales:
-        last = runs[-1][-1][1] if runs else None
-        if last is None or tensor.shard != last.shard or tensor.begin - last.end > GAP:
+        first, last = (runs[-1][0][1], runs[-1][-1][1]) if runs else (tensor, tensor)
+        near = tensor.begin - last.end <= GAP and tensor.end - first.begin <= MOST_RUN
+        if not runs or tensor.shard != last.shard or not near:
             runs.append([])
         runs[-1].append((name, tensor))
     scalars: dict[str, float] = {}

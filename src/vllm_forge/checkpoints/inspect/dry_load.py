@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 import vllm_forge.kernels.selection.inside
 from vllm_forge.checkpoints.errors import DryLoadError
@@ -134,7 +134,7 @@ def read_answers(output: str, where: str, names: Sequence[str]) -> Answers:
             name, fault = next(iter(faults.items()))
             raise DryLoadError(f"the dry load of {name} failed:\n{fault}", where=where)
         answers = Answers.model_validate(data)
-    except (IndexError, ValueError, KeyError, TypeError, ValidationError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise DryLoadError(
             f"vLLM gave no answer: {type(error).__name__}", where=where, remedy=output[-2000:]
         ) from None

@@ -36,9 +36,8 @@ from vllm_forge.checkpoints.inspect.profile import (
     draft_tensors,
     stored_as,
 )
-from vllm_forge.checkpoints.tensors import strict_json
 from vllm_forge.errors import UsageError
-from vllm_forge.host import suggestion
+from vllm_forge.host import parse_json, suggestion
 from vllm_forge.matrix import FrozenModel
 
 if TYPE_CHECKING:
@@ -230,7 +229,7 @@ def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Findi
             )
         return
     try:
-        rows: dict[str, Any] = strict_json(text)["tensors"]
+        rows: dict[str, Any] = parse_json(text)["tensors"]
         recorded = {
             name: (row["dtype"], tuple(row["shape"]), row["file"]) for name, row in rows.items()
         }

@@ -33,6 +33,7 @@ PROBES_CHANGED = Version("0.32.0")
 ATTENTION_MODULES = ("fused_wqa_wkv", "wq_b", "wo_a", "wo_b")
 # A hundred times what the rules of a real artifact take on all of its names.
 LIMIT_S = 10.0
+MOST_PATTERNS = 1000  # each is tried on each name; real artifacts have ten
 MAX_LENGTH = 1 << 16  # of a pattern: its compiled form takes memory
 
 
@@ -85,6 +86,11 @@ def asked_names(config: Mapping[str, Any], layers: Iterable[int]) -> list[str]:
     for prefix, _, last in [name.rpartition(".") for name in names]:
         names += [f"{prefix}.{part}" for part in FUSED.get(last, ())]
     return names
+
+
+def is_pattern(rule: str) -> bool:
+    """Whether it is a regular expression, or one of ModelOpt's wildcards."""
+    return rule.startswith(PATTERN) or any(mark in rule for mark in "*?[")
 
 
 class _Expired(BaseException):

@@ -28,8 +28,11 @@ from vllm_forge.checkpoints.architecture import (
     require_deepseek_v4,
 )
 from vllm_forge.checkpoints.checkpoint import Checkpoint
+from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.inspect.matching import (
+    MOST_PATTERNS,
     asked_names,
+    is_pattern,
     require_termination,
 )
 from vllm_forge.checkpoints.tensors import TensorSpec
@@ -260,9 +263,16 @@ class Profile(Checkpoint):
         """Refuse another model, and patterns that do not terminate."""
         where = f"{self.source}, config.json"
         require_deepseek_v4(self.model, where)
+        targets = [rule for group in self.groups.values() for rule in group.targets or ()]
+        patterns = sum(map(is_pattern, [*self.ignore, *targets]))
+        if patterns > MOST_PATTERNS:
+            raise CheckpointUnreadableError(
+                f"quantization_config has {patterns} patterns, more than {MOST_PATTERNS}",
+                where=where,
+                remedy="write one pattern for the modules of all layers",
+            )
         if self.groups:
             names = [*self.modules, *(f"model.{module}" for module in self.modules)]
-            targets = [rule for group in self.groups.values() for rule in group.targets or ()]
             asked = asked_names(self.model, self.blocks)
             require_termination(targets, self.ignore, asked, names, where)
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_forge.checkpoints.checkpoint import Folder
 from vllm_forge.checkpoints.errors import ModelInputError, RecipeError
 from vllm_forge.checkpoints.fixtures.tiny import TEMPLATE
-from vllm_forge.checkpoints.tensors import strict_json
-from vllm_forge.host import console
+from vllm_forge.host import console, parse_json, read_plain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +22,7 @@ SHIPPED = Path(__file__).with_name("data") / "conversations.jsonl"
 ULTRACHAT, SPLIT = "HuggingFaceH4/ultrachat_200k", "train_sft"
 AUTO = "auto"
 ROLES = ("system", "developer", "user", "assistant", "tool")
+MOST_BYTES = 1 << 30
 SHOWN = 200  # characters of a path, or of another's error
 Conversation = list[dict[str, str]]
 
@@ -79,8 +79,8 @@ def calibrate_with(choice: str, recipe: Recipe, model: Path) -> Calibration:
 def read_conversations(path: Path, samples: int) -> list[Conversation]:
     """The first conversations of a JSONL file; RecipeError for too few, or another form."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        rows = [strict_json(line)["messages"] for line in lines if line.strip()]
+        lines = read_plain(path.resolve(), MOST_BYTES).decode("utf-8").split("\n")
+        rows = [parse_json(line)["messages"] for line in lines if line.strip()]
         for row in rows:
             _check(row)
     except FileNotFoundError:
@@ -89,7 +89,7 @@ def read_conversations(path: Path, samples: int) -> list[Conversation]:
         raise RecipeError(
             f"the file of conversations cannot be read: {error.strerror}", where=str(path)[:SHOWN]
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RecipeError(
             f"not a file of conversations: {type(error).__name__}: {error}",
             where=str(path),

@@ -209,11 +209,12 @@ def _plan(job: Job) -> dict[str, Any]:
     source = job.source
     rows = [[t.name, t.dtype, list(t.shape), t.shard, t.begin] for t in source.tensors.values()]
     try:
-        times = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in source.files]
+        stats = [(name, source.files[name].stat()) for name in source.shards]
     except OSError as error:
         raise ModelInputError(
             f"cannot be read: {error.strerror}", where=str(error.filename)
         ) from None
+    times = [[name, each.st_size, each.st_mtime_ns] for name, each in stats]
     files = json.dumps([source.config, rows, times], sort_keys=True)
     return {
         "model": str(source.folder.resolve()),

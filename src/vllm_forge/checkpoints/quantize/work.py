@@ -335,10 +335,10 @@ def finish_artifact(work: Work, names: Sequence[str], job: Job) -> None:
     write_json(folder / CONFIG, config, ensure_ascii=False)
     with atomic_path(folder / RECIPE) as aside:
         aside.write_text(job.engine.recipe_yaml(), encoding="utf-8")
-    for path in sorted(source.folder.iterdir()):
-        kept = path.suffix not in LEFT_OUT and path.name not in {CONFIG, INDEX, MANIFEST, RECIPE}
-        if kept and path.is_file() and not path.name.startswith("."):
-            with atomic_path(folder / path.name) as aside:
+    for name, path in sorted(source.files.items()):
+        kept = Path(name).suffix not in LEFT_OUT and name not in {CONFIG, INDEX, MANIFEST, RECIPE}
+        if kept and not name.startswith("."):
+            with atomic_path(folder / name) as aside:
                 shutil.copyfile(path, aside)
     manifest = {
         "made_by": "vllm-forge quantize",
