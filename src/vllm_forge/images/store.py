@@ -94,24 +94,17 @@ def require_stored(key: str) -> StoredLayer:
 def intact(layer: StoredLayer, pattern: str = "**/*") -> bool:
     """Whether its code, and the files of ``pattern``, have the bytes that were unpacked."""
     for path in (*layer.code.rglob("*"), *layer.files.glob(pattern)):
-        if path.is_symlink() or not path.is_file():
+        if path.is_symlink() or not path.is_file() or not path.stat().st_size:
             continue
         row = layer.removed.get(path.relative_to(layer.files).as_posix()) if layer.removed else None
         if row is not None:
             same = record_hash(bytes.fromhex(file_digest(path))) == row["sha256"]
         else:
-            same = _crc(path) == int(path.stat().st_mtime)
+            with mapped(path) as content:
+                same = zlib.crc32(content) == int(path.stat().st_mtime)
         if not same:
             return False
     return True
-
-
-def _crc(path: Path) -> int:
-    crc = 0
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(CHUNK):
-            crc = zlib.crc32(block, crc)
-    return crc
 
 
 def forget(folder: Path) -> None:

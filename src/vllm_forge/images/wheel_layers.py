@@ -90,18 +90,21 @@ def _start_worker(parent: int) -> None:
 
 
 def _write_group(group: WheelGroup, cell: ImageCell, *, slim: bool) -> None:
-    """Worker process: verify a layer's wheels; write the layer, and the SKU's of its libraries."""
-    wheelhouse, epoch = Wheelhouse(), cell.base.source_date_epoch
-    paths = [wheelhouse.verify(wheel) for wheel in group.wheels]
-    entries = group_entries(group.name, paths, cell.line.python)
-    cuts = slim and group.slim_key is not None and stored(group.slim_key) is None
-    known = stored(group.key) if cuts else None
-    if known is not None and not intact(known, RECORDS):
+    """Worker process: write a layer of verified wheels, and the SKU's of its libraries."""
+    epoch = cell.base.source_date_epoch
+    slim_key = group.slim_key if slim else None
+    cuts = slim_key is not None and stored(slim_key) is None
+    whole = stored(group.key)
+    if whole is not None and cuts and not intact(whole, RECORDS):
         forget(layer_folder(group.key))
-    whole = write_layer(group.key, entries, epoch, code_apart=group.slim_key is not None)
-    if slim and group.slim_key is not None:
+        whole = None
+    if whole is None:
+        paths = [Wheelhouse().verify(wheel) for wheel in group.wheels]
+        entries = group_entries(group.name, paths, cell.line.python)
+        whole = write_layer(group.key, entries, epoch, code_apart=group.slim_key is not None)
+    if slim_key is not None:
         major, minor = (int(part) for part in cell.sku.compute_capability.split("."))
-        write_slim_layer(group.slim_key, whole, (major, minor), epoch)
+        write_slim_layer(slim_key, whole, (major, minor), epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
