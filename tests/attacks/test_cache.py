@@ -10,9 +10,11 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,6 +23,8 @@ from hypothesis import strategies as st
 from tests.support.fast_build import FastEngine, fast_build, use
 from tests.support.project import Project, make_project
 from vllm_forge.errors import ForgeError
+from vllm_forge.host.errors import CommandFailedError
+from vllm_forge.images import wheel_layers
 from vllm_forge.images.layout import verify
 
 if TYPE_CHECKING:
@@ -208,3 +212,21 @@ def test_record_with_other_values_and_no_seal_is_not_read(
         path.write_text(json.dumps(record | {"seal": seal}))
         assert fast_build(project, "alpha")[0].digest == reference.digests["alpha"]
         shutil.rmtree(project.root / "dist")
+
+
+def test_killed_worker_is_an_error_with_a_remedy(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the kernel, for want of memory."""
+
+    class Killed(ThreadPoolExecutor):
+        def submit(self, *_: Any, **__: Any) -> Any:
+            job: Future[None] = Future()
+            job.set_exception(BrokenProcessPool("a process was terminated abruptly"))
+            return job
+
+    project = reference.project.copy(tmp_path, "systems")
+    use(project, monkeypatch)
+    monkeypatch.setattr(wheel_layers, "ProcessPoolExecutor", lambda *_: Killed())
+    with pytest.raises(CommandFailedError, match="a process that writes layers was killed"):
+        fast_build(project, "alpha")

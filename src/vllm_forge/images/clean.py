@@ -13,11 +13,13 @@ from vllm_forge.images.plan import BuildOptions, resolve
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
 
-# Small, or made again in a minute.
+# Small, or made again in a minute; and what earlier versions have left.
 ALWAYS = (
     "work", "bytecode", "buildah", "checkpoints", "coverage", "inspect", "proofs", "selection",
-    "toolkit",
+    "toolkit", "upstream", "uv", "census", "installer", "installers", "oracle",
 )  # fmt: skip
+# Of work that must not lose its files; a line's name follows.
+LOCKS = ("prove", "selection", "inspect", "upstream")
 
 
 def clean(project: Project, *, everything: bool) -> int:
@@ -30,14 +32,12 @@ def clean(project: Project, *, everything: bool) -> int:
         LockFileError: a line's lock cannot be read, so what it needs is not known.
     """
     cache, matrix = cache_root(), project.matrix
+    builds = [
+        f"build-vllm-{line.vllm}-{sku}" for sku in matrix.sku for line in matrix.line.values()
+    ]
     with ExitStack() as held:
-        for sku in matrix.sku:
-            for line in matrix.line.values():
-                held.enter_context(exclusive(f"build-vllm-{line.vllm}-{sku}", wait=False))
-        for name in matrix.line:
-            held.enter_context(exclusive(f"prove-{name}", wait=False))
-            held.enter_context(exclusive(f"selection-{name}", wait=False))
-            held.enter_context(exclusive(f"inspect-{name}", wait=False))
+        for name in [*builds, *(f"{kind}-{line}" for kind in LOCKS for line in matrix.line)]:
+            held.enter_context(exclusive(name, wait=False))
         if everything:
             doomed = [path for path in _children(cache) if path.name != "locks"]
         else:
@@ -45,9 +45,8 @@ def clean(project: Project, *, everything: bool) -> int:
             doomed = [cache / name for name in ALWAYS if (cache / name).exists()]
             for folder, keys in needed.items():
                 doomed += [path for path in _children(cache / folder) if path.name not in keys]
-        freed = 0
+        freed = sum(map(tree_bytes, doomed))
         for path in doomed:
-            freed += tree_bytes(path)
             remove(path)
     return freed
 
@@ -58,14 +57,9 @@ def _children(folder: Path) -> list[Path]:
 
 def _needed(project: Project) -> dict[str, set[str]]:
     """Folder of the cache -> names in it that a build of some line would use."""
-    needed: dict[str, set[str]] = {
-        "layers": set(),
-        "patched": set(),
-        "rootfs": {rootfs_key(project.matrix.base)},
-        "sdists": set(),
-        "systems": set(),
-        "wheels": set(),
-    }
+    folders = ("layers", "patched", "rootfs", "sdists", "systems", "wheels")
+    needed: dict[str, set[str]] = {folder: set() for folder in folders}
+    needed["rootfs"].add(rootfs_key(project.matrix.base))
     for name, line in project.matrix.line.items():
         tree = read_tree_lock(project.root / line.series, name)
         needed["sdists"].add(tree.sha256)
