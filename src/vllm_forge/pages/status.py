@@ -80,7 +80,7 @@ def _evidence(root: Path, receipts: Sequence[Receipt]) -> str:
                 _closest(detail),
             ]
         )
-        if selected := [f"{row.what} {row.ran}" for row in compare(root, receipt)]:
+        if selected := [f"{part} {ran}" for part, _, ran in compare(root, receipt)]:
             kernels.append([_link(f"{detail.sku} {detail.line}", receipt), ", ".join(selected)])
     text = "\n" + table(columns.split(", "), rows) + "\n" if rows else ""
     return text + KERNELS + table(["receipt", "kernels"], kernels) + "\n" if kernels else text

@@ -62,6 +62,8 @@ def make_statement(result: dict[str, Any]) -> Statement:
                 {"name": subject["name"], "digest": {"sha256": subject["sha256"]}},
                 {"name": f"vllm source, line {plan['line']}", "digest": {"gitTree": plan["tree"]}},
             ],
+            "_type": "https://in-toto.io/Statement/v1",
+            "predicateType": "https://in-toto.io/attestation/test-result/v0.1",
             "predicate": {
                 "result": "PASSED",
                 "configuration": [{"name": f"tests/gpu, tier {tier}", "digest": suite}],

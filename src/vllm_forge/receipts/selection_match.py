@@ -6,7 +6,6 @@ on a SKU. If they differ, one of them is wrong. A log that does not name a kerne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_forge.kernels.selection.questions import grid_question
@@ -21,22 +20,13 @@ UNQUANTIZED = "Unquantized"
 UNNAMED = "nothing that its boot log names"
 
 
-@dataclass(frozen=True, kw_only=True)
-class SelectedKernel:
-    """The kernel of one part of a model: by records/selection, and by the boot log."""
-
-    what: str
-    recorded: str
-    ran: str
-
-
-def compare(root: Path, receipt: Receipt) -> list[SelectedKernel]:
-    """Every recorded selection of the engines that a receipt has.
+def compare(root: Path, receipt: Receipt) -> list[tuple[str, str, str]]:
+    """Part of a model, its recorded kernel, and the one that ran, of each engine of a receipt.
 
     ReceiptContradictedError: nothing is recorded of an engine that ran, or that vLLM refuses it.
     """
     detail = receipt.statement.detail
-    kernels: list[SelectedKernel] = []
+    kernels: list[tuple[str, str, str]] = []
     for engine, artifact in LAYOUTS.items():
         if engine not in detail.configurations:
             continue
@@ -58,21 +48,18 @@ def compare(root: Path, receipt: Receipt) -> list[SelectedKernel]:
             "KV cache": answer.engine and answer.engine.kv_cache_dtype,
         }
         kernels += [
-            SelectedKernel(what=part, recorded=kernel, ran=ran.get(part, UNNAMED))
-            for part, kernel in recorded.items()
-            if kernel
+            (part, kernel, ran.get(part, UNNAMED)) for part, kernel in recorded.items() if kernel
         ]
     return kernels
 
 
 def require_selection(root: Path, receipt: Receipt) -> None:
     """Refuse a receipt whose engines took other kernels than the recorded ones."""
-    for kernel in compare(root, receipt):
-        if kernel.recorded != kernel.ran:
+    sku = receipt.statement.detail.sku
+    for part, recorded, ran in compare(root, receipt):
+        if recorded != ran:
             raise _contradicted(
-                receipt,
-                f"for {kernel.what} vLLM took {kernel.ran} on {receipt.statement.detail.sku}; "
-                f"recorded is {kernel.recorded}",
+                receipt, f"for {part} vLLM took {ran} on {sku}; recorded is {recorded}"
             )
 
 

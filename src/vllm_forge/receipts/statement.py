@@ -11,16 +11,12 @@ spec/predicates/test-result.md.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, ConfigDict, Field
 
 from vllm_forge.matrix import FrozenModel
 
-StatementType: TypeAlias = Literal["https://in-toto.io/Statement/v1"]
-PredicateType: TypeAlias = Literal["https://in-toto.io/attestation/test-result/v0.1"]
-STATEMENT: StatementType = "https://in-toto.io/Statement/v1"
-PREDICATE: PredicateType = "https://in-toto.io/attestation/test-result/v0.1"
 VALID = timedelta(days=90)  # drivers, and what we test for, change faster than releases live
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -31,39 +27,21 @@ Cell = Annotated[str, Field(pattern=r"^[\w .,:;()/+=%-]+$", max_length=200)]
 Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class Record(FrozenModel):
-    """Base of what a receipt consists of."""
-
-    model_config = ConfigDict(populate_by_name=True)
-
-
-class Sha256Digest(Record):
-    """An in-toto DigestSet of bytes."""
-
-    sha256: Sha256
-
-
-class TreeDigest(Record):
-    """An in-toto DigestSet of a git tree."""
-
-    tree: GitTree = Field(alias="gitTree")
-
-
-class Resource(Record):
-    """An in-toto ResourceDescriptor: a name and its digest."""
+class Resource(FrozenModel):
+    """An in-toto ResourceDescriptor: a name and its DigestSet."""
 
     name: str
-    digest: Sha256Digest
+    digest: dict[Literal["sha256"], Sha256] = Field(min_length=1)
 
 
-class Source(Record):
+class Source(FrozenModel):
     """An in-toto ResourceDescriptor of a git tree."""
 
     name: str
-    digest: TreeDigest
+    digest: dict[Literal["gitTree"], GitTree] = Field(min_length=1)
 
 
-class Gpu(Record):
+class Gpu(FrozenModel):
     """The GPU, without its serial numbers."""
 
     name: Cell
@@ -73,14 +51,14 @@ class Gpu(Record):
     memory_mib: int
 
 
-class Margin(Record):
+class Margin(FrozenModel):
     """A measured value and the bound that it is under."""
 
     measured: Measure
     bound: Measure
 
 
-class CaseVerdict(Record):
+class CaseVerdict(FrozenModel):
     """The verdict of one test."""
 
     outcome: Literal["passed", "other GPU"]
@@ -90,7 +68,7 @@ class CaseVerdict(Record):
     why: str = ""
 
 
-class Configuration(Record):
+class Configuration(FrozenModel):
     """An engine's boot log; see tests.gpu.harness.bootlog for all of its fields."""
 
     model_config = ConfigDict(extra="allow")
@@ -100,7 +78,7 @@ class Configuration(Record):
     kv_cache: str | None = None
 
 
-class Detail(Record):
+class Detail(FrozenModel):
     """What in-toto's predicate has no field for."""
 
     sku: Word
@@ -116,7 +94,7 @@ class Detail(Record):
     expires: AwareDatetime
 
 
-class Predicate(Record):
+class Predicate(FrozenModel):
     """in-toto's test result; ``configuration`` is the suite."""
 
     result: Literal["PASSED"]
@@ -126,12 +104,14 @@ class Predicate(Record):
     detail: Detail = Field(alias="vllmForge")
 
 
-class Statement(Record):
+class Statement(FrozenModel):
     """A receipt's payload."""
 
-    kind: StatementType = Field(default=STATEMENT, alias="_type")
+    kind: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
     subject: tuple[Resource, Source]
-    predicate_type: PredicateType = Field(default=PREDICATE, alias="predicateType")
+    predicate_type: Literal["https://in-toto.io/attestation/test-result/v0.1"] = Field(
+        alias="predicateType"
+    )
     predicate: Predicate
 
     @property
@@ -142,17 +122,17 @@ class Statement(Record):
     @property
     def sha256(self) -> str:
         """Digest of the image's manifest."""
-        return self.subject[0].digest.sha256
+        return self.subject[0].digest["sha256"]
 
     @property
     def tree(self) -> str:
         """Git tree hash of the patched vLLM source."""
-        return self.subject[1].digest.tree
+        return self.subject[1].digest["gitTree"]
 
     @property
     def suite(self) -> str:
         """Hash of the tier; see receipts.suite."""
-        return self.predicate.configuration[0].digest.sha256
+        return self.predicate.configuration[0].digest["sha256"]
 
     @property
     def file_name(self) -> str:

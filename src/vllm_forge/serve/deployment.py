@@ -107,12 +107,12 @@ class Needs:
 
     gpus: int
     image_bytes: int
-    weights_bytes: int | None
-    disk_bytes: int | None
-    weights_per_gpu_bytes: int | None
+    weights_bytes: int | None = None
+    disk_bytes: int | None = None
+    weights_per_gpu_bytes: int | None = None
     memory_per_gpu_bytes: int
-    ram_bytes: int | None
-    page_cache_bytes: int | None
+    ram_bytes: int | None = None
+    page_cache_bytes: int | None = None
     shm_bytes: int
     driver: str
 
@@ -123,22 +123,25 @@ class Needs:
 
 def needs_of(matrix: Matrix, lock: Lock, deployment: Deployment) -> Needs:
     """The requirements of a deployment, from the matrix and the lock; none is measured."""
-    line, artifact = deployment.cell.line, deployment.artifact
+    artifact, gpus = deployment.artifact, deployment.preset.tensor_parallel
     packed = sum(wheel.size for wheel in lock.wheels) + matrix.base.budget_mb * 10**6
     image = int(packed * (1 + UNPACK_RATIO))
-    weights = None if artifact.size_gb is None else artifact.size_gb * GB
-    gpus = deployment.preset.tensor_parallel
+    sizes = {}
+    if artifact.size_gb is not None:
+        weights = artifact.size_gb * GB
+        sizes = {
+            "weights_bytes": weights,
+            "disk_bytes": image + weights,
+            "weights_per_gpu_bytes": weights // gpus,
+            "page_cache_bytes": weights,
+        }
+        if artifact.shards is not None:
+            sizes["ram_bytes"] = weights // artifact.shards
     return Needs(
         gpus=gpus,
         image_bytes=image,
-        weights_bytes=weights,
-        disk_bytes=None if weights is None else image + weights,
-        weights_per_gpu_bytes=None if weights is None else weights // gpus,
         memory_per_gpu_bytes=deployment.cell.sku.memory_gb * GB,
-        ram_bytes=(
-            None if weights is None or artifact.shards is None else weights // artifact.shards
-        ),
-        page_cache_bytes=weights,
         shm_bytes=matrix.container.shm_gb * GIB,
-        driver=matrix.cuda[line.cuda].driver,
+        driver=matrix.cuda[deployment.cell.line.cuda].driver,
+        **sizes,
     )

@@ -82,28 +82,15 @@ def make_plan(project: Project, cell: ImageCell) -> Plan:
 
 
 def _cell(cell: ImageCell) -> Plan:
-    sku = cell.sku
-    return {
-        "sku": cell.sku_name,
-        "line": cell.line_name,
-        "image": cell.name,
-        "arch": sku.arch,
-        "compute_capability": sku.compute_capability,
-        "device": sku.device,
-        "memory_gb": sku.memory_gb,
-        "development": sku.development,
-    }
+    keys = ("arch", "compute_capability", "device", "memory_gb", "development")
+    sku = {key: getattr(cell.sku, key) for key in keys}
+    return {"sku": cell.sku_name, "line": cell.line_name, "image": cell.name} | sku
 
 
 def _pins(cell: ImageCell, lock: Lock) -> Plan:
-    line = cell.line
-    return {
-        "vllm": line.vllm,
-        "torch": line.torch,
-        "python": line.python,
-        "cuda": line.cuda,
+    return {key: getattr(cell.line, key) for key in ("vllm", "torch", "python", "cuda")} | {
         "lock": {
-            "path": line.lock,
+            "path": cell.line.lock,
             "sha256": lock.digest,
             "wheels": len(lock.wheels),
             "bytes": sum(wheel.size for wheel in lock.wheels),
@@ -261,10 +248,9 @@ def page(plan: Plan) -> Iterator[RenderableType]:
 def _lines(lines: Plan) -> Table:
     table = _table("line", "experts", "clamp", "attention", "FP8 linear")
     for name, row in lines.items():
-        if row["refused"]:
-            table.add_row(name, Text(f"refused: {row['refused']}", style="yellow"))
-        else:
-            table.add_row(name, row["experts"], row["clamp"], row["attention"], row["linear"])
+        refused = row["refused"] and [Text(f"refused: {row['refused']}", style="yellow")]
+        kernels = (row[key] for key in ("experts", "clamp", "attention", "linear"))
+        table.add_row(name, *(refused or kernels))
     return table
 
 
