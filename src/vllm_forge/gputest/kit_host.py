@@ -19,6 +19,7 @@ a run to some of its GPUs (HOST_VARIABLES). Several runs may go side by side.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import fcntl
@@ -44,7 +45,7 @@ DRIVER_LIBRARIES = (
 )  # fmt: skip
 # Mount points that the image lacks; an engine makes them as well.
 FOLDERS = ("proc", "sys", "dev", "forge", "output", "cache", "tmp", DRIVER_FOLDER)
-FILES = ("usr/bin/nvidia-smi",)
+SMI = "usr/bin/nvidia-smi"
 CHUNK = 1 << 22
 SHM = "16g"
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID = 0x20000, 0x8000000, 0x20000000
@@ -201,9 +202,8 @@ def unpack_image(folder: Path, digest: str, work: Path) -> Image:
             unpack_layer(folder / "image" / f"{number}.tar.gz", diff_id, aside)
         for name in FOLDERS:
             (aside / name).mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            (aside / name).touch()
+        (aside / SMI).parent.mkdir(parents=True, exist_ok=True)
+        (aside / SMI).touch()
         aside.rename(root)
     return Image(root=root, config=config["config"])
 
@@ -272,7 +272,7 @@ def driver_mounts() -> Iterator[tuple[Path, str]]:
                 yield known[name].resolve(), f"{DRIVER_FOLDER}/lib64/{name}"
     program = shutil.which("nvidia-smi") or folder / "bin" / "nvidia-smi"
     if Path(program).is_file():
-        yield Path(program).resolve(), FILES[0]
+        yield Path(program).resolve(), SMI
 
 
 def mount_all(image: Image, run: Run) -> None:
@@ -397,37 +397,27 @@ def suite_run(
     )
 
 
-def execute(image: Image, work: Path, arguments: list[str]) -> int:
-    """Run the command of ``exec``."""
-    if "--" not in arguments or arguments[-1] == "--":
-        fail("missing the command: kit.py exec [OPTION]... -- COMMAND [ARG]...")
-    split = arguments.index("--")
-    options, argv = arguments[:split], arguments[split + 1 :]
-    uid = int(str(image.config.get("User") or "0").partition(":")[0])
-    env: dict[str, str] = {}
-    binds: dict[str, Path] = {}
-    writable = False
-    words = iter(options)
-    for word in words:
-        if word == "--writable":
-            writable = True
-        elif word in {"--uid", "--env", "--bind"} and (value := next(words, "")):
-            name, _, rest = value.partition("=" if word == "--env" else ":")
-            if word == "--uid":
-                uid = int(value)
-            elif word == "--env":
-                env[name] = rest
-            else:
-                binds[rest] = Path(name).resolve()
-        else:
-            fail(f"unknown or incomplete option {word}")
-    cache = volume(work, uid)
-    cwd = str(image.config.get("WorkingDir") or "/")
-    return run_in(
-        image,
-        Run(argv=argv, uid=uid, env=env, binds={"/cache": cache, **binds}, cwd=cwd,
-            writable=writable),
-    )  # fmt: skip
+def exec_run(image: Image, work: Path, arguments: list[str]) -> Run:
+    """The command of ``exec``."""
+    parser = argparse.ArgumentParser("kit.py exec", usage=__doc__, allow_abbrev=False)
+    user = str(image.config.get("User") or "0").partition(":")[0]
+    parser.add_argument("--uid", type=int, default=int(user))
+    parser.add_argument("--env", action="append", default=[])
+    parser.add_argument("--bind", action="append", default=[])
+    parser.add_argument("--writable", action="store_true")
+    parser.add_argument("argv", nargs="+")
+    args = parser.parse_args(arguments)
+    binds = {"/cache": volume(work, args.uid)}
+    for source, _, target in (bind.partition(":") for bind in args.bind):
+        binds[target] = Path(source).resolve()
+    return Run(
+        argv=args.argv,
+        uid=args.uid,
+        env={name: value for name, _, value in (item.partition("=") for item in args.env)},
+        binds=binds,
+        cwd=str(image.config.get("WorkingDir") or "/"),
+        writable=args.writable,
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -454,7 +444,9 @@ def main(arguments: list[str]) -> int:
                 bring_caches(folder, cache := volume(work, 0))
                 output = Path(arguments[1]).resolve()
                 run = suite_run(manifest, folder, cache, output, arguments[2:])
-        return run_in(image, run) if arguments[0] == "go" else execute(image, work, arguments[1:])
+            else:
+                run = exec_run(image, work, arguments[1:])
+        return run_in(image, run)
     except OSError as error:  # a full disk, a folder that cannot be written
         fail(f"{type(error).__name__}: {error}")
 
