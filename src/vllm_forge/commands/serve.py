@@ -91,14 +91,14 @@ def _say(project: Project, deployment: Deployment, digest: str | None) -> None:
     """What a reader should know of the command; on stderr, so that stdout can be piped."""
     from rich.markup import escape
 
-    from vllm_forge.receipts.verification import Receipts, preset_state, read_receipts
+    from vllm_forge.receipts.verification import preset_state, read_receipts
     from vllm_forge.serve.command import bare_command, build_command
 
     build = build_command(deployment.cell)
     what = f"its image is not built here: {build}"
     if digest is not None:
         what = f"image {digest}; if the engine lacks it: {build}"
-    receipts = read_receipts(project, datetime.now(UTC), image=digest) if digest else Receipts()
+    receipts = read_receipts(project, datetime.now(UTC), image=digest)
     for line in replace(receipts, valid=()).lines(project.root):
         console.print(line, markup=False)
     preset, artifact = deployment.preset_name, deployment.artifact_name

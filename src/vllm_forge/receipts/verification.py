@@ -60,16 +60,18 @@ def unsigned(receipt: Receipt) -> str:
 
 
 def read_receipts(
-    project: Project, now: datetime | None = None, *, image: str = "", signed: bool = False
+    project: Project, now: datetime | None = None, *, image: str | None = "", signed: bool = False
 ) -> Receipts:
     """Read and verify the committed receipts.
 
     Args:
         project: the repository.
         now: time of the check; default: of each receipt, the end of its run.
-        image: only those of this digest, ``sha256:<hex>``.
+        image: only those of this digest, ``sha256:<hex>``; None: no image, so none.
         signed: refuse unsigned ones also where no key is trusted.
     """
+    if image is None:
+        return Receipts()
     valid, refused = [], []
     keys = read_keys(project.root / FOLDER / KEYS)
     for path, error in _entries(project.root, image.removeprefix("sha256:")):

@@ -48,12 +48,6 @@ def bare_command(matrix: Matrix, deployment: Deployment) -> Command:
     )
 
 
-def image_name(deployment: Deployment, digest: str | None) -> str:
-    """The image by its digest, or by the tag of a build if the digest is unknown."""
-    name = f"localhost/{deployment.cell.name}"
-    return f"{name}:{deployment.cell.line_name}" if digest is None else f"{name}@{digest}"
-
-
 def cache_volume(deployment: Deployment, digest: str | None) -> str:
     """The volume for compiled kernels and bytecode: code that only the image that made it may run.
 
@@ -82,8 +76,10 @@ def container_command(
         *(f"--env={name}={value}" for name, value in sorted(env.items())),
     ]  # fmt: skip
     command = [deployment.artifact.repo, f"--port={settings.port}", *args]
+    tag = f":{deployment.cell.line_name}" if digest is None else f"@{digest}"
+    image = f"localhost/{deployment.cell.name}{tag}"
     gpus = deployment.preset.tensor_parallel
-    argv = gpu_container(engine, gpus, options, image_name(deployment, digest), command)
+    argv = gpu_container(engine, gpus, options, image, command)
     return Command(argv=tuple(argv))
 
 

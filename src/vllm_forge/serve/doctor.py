@@ -57,7 +57,8 @@ class Host:
 def ask_host(probe: Probe) -> Host:
     """Ask every question; none of them changes anything."""
     gpus, gpus_error = listed_gpus(probe.ask("nvidia-smi", gpu_query(DETAILED)))
-    toolkit = _version(probe.ask("nvidia-ctk", ["nvidia-ctk", "--version"]))
+    toolkit = probe.ask("nvidia-ctk", ["nvidia-ctk", "--version"])
+    version = None if toolkit.code else re.search(r"version (\S+)", toolkit.text)
     devices = probe.ask("nvidia-ctk-cdi", ["nvidia-ctk", "cdi", "list"]).text
     replies = {
         "docker": probe.ask("docker", ["docker", "info", "--format", "{{json .}}"]),
@@ -66,21 +67,23 @@ def ask_host(probe: Probe) -> Host:
     engines: list[EngineInfo] = []
     errors: dict[str, str] = {}
     for name, reply in replies.items():
-        info = _json(reply)
         try:
-            if info is not None:
-                engines.append(_docker(info) if name == "docker" else _podman(info, devices))
-                continue
+            info = None if reply.code else parse_json(reply.text)
+        except ValueError:
+            info = None
+        if not isinstance(info, dict):
+            errors[name] = NOT_INSTALLED if reply.missing else _one_line(reply)
+            continue
+        try:
+            engines.append(_engine(name, info, devices))
         except (LookupError, TypeError, AttributeError) as error:
             errors[name] = f"unexpected answer: {error!r}"
-        else:
-            errors[name] = NOT_INSTALLED if reply.missing else _one_line(reply)
     path = engines[0].root if engines else "/"
     return Host(
         gpus=gpus,
         gpus_error=gpus_error,
         versions=parse_versions(probe.ask("nvidia-smi-version", ["nvidia-smi", "--version"])),
-        toolkit=toolkit,
+        toolkit=version and version[1],
         engines=tuple(engines),
         engine_errors=errors,
         disk_path=path,
@@ -114,34 +117,17 @@ def parse_meminfo(reply: Reply) -> int | None:
     return None if match is None else int(match[1]) * 1024
 
 
-def _docker(info: dict[str, Any]) -> EngineInfo:
-    devices = [item.get("ID", "") for item in info.get("DiscoveredDevices") or []]
-    nvidia = "nvidia" in (info.get("Runtimes") or {}) or any("nvidia.com/gpu" in d for d in devices)
+def _engine(name: str, info: dict[str, Any], devices: str) -> EngineInfo:
+    if name == "podman":
+        version, root = info["version"]["Version"], info["store"]["graphRoot"]
+        return EngineInfo(
+            name=name, version=version, root=root, nvidia="nvidia.com/gpu=" in devices
+        )
+    ids = [item.get("ID", "") for item in info.get("DiscoveredDevices") or []]
+    nvidia = "nvidia" in (info.get("Runtimes") or {}) or any("nvidia.com/gpu" in d for d in ids)
     return EngineInfo(
-        name="docker", version=info["ServerVersion"], root=info["DockerRootDir"], nvidia=nvidia
+        name=name, version=info["ServerVersion"], root=info["DockerRootDir"], nvidia=nvidia
     )
-
-
-def _podman(info: dict[str, Any], devices: str) -> EngineInfo:
-    return EngineInfo(
-        name="podman",
-        version=info["version"]["Version"],
-        root=info["store"]["graphRoot"],
-        nvidia="nvidia.com/gpu=" in devices,
-    )
-
-
-def _json(reply: Reply) -> dict[str, Any] | None:
-    try:
-        info = None if reply.code else parse_json(reply.text)
-    except ValueError:
-        return None
-    return info if isinstance(info, dict) else None
-
-
-def _version(reply: Reply) -> str | None:
-    match = re.search(r"version (\S+)", reply.text)
-    return None if reply.code or match is None else match[1]
 
 
 def _df(reply: Reply, column: int) -> int | None:
@@ -212,7 +198,8 @@ def _at_least(check: str, size: int | None, need: int, purpose: str, remedy: str
 
 def check_gpus(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
     """GPUs of the image's compute capability, and enough of them."""
-    sku, count = requirement.deployment.cell.sku, requirement.needs.gpus
+    cell, count = requirement.deployment.cell, requirement.needs.gpus
+    sku = cell.sku
     if not host.gpus:
         yield _test(
             "GPU",
@@ -228,38 +215,30 @@ def check_gpus(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
     seen = ", ".join(f"{number} x {kind}" for kind, number in sorted(kinds.items()))
     if not fitting:
         needed = f"{sku.compute_capability}: the image's kernels are compiled for {sku.arch}"
-        remedy = _other_sku(host.gpus, requirement.matrix)
+        present = {gpu.capability for gpu in host.gpus}
+        skus = requirement.matrix.sku
+        names = [name for name, row in skus.items() if row.compute_capability in present]
+        remedy = "ask for " + " or ".join(f"--sku {name}" for name in names)
+        if not names:
+            remedy = "no image of this project is for these GPUs; SKUs: " + ", ".join(skus)
         yield _test("compute capability", False, seen, needed, remedy)
         return
     yield _test("compute capability", True, seen, sku.compute_capability)
     if others := sorted({gpu.name for gpu in fitting} - {sku.device}):
         remedy = "same compute capability, another product: nothing was run on it"
         yield _unknown("device", ", ".join(others), sku.device, remedy)
+    rows, presets = requirement.matrix.preset, presets_of(requirement.matrix, cell.sku_name)
+    smaller = [n for n, name in presets.items() if rows[name].tensor_parallel <= len(fitting)]
+    remedy = "choose a preset for fewer GPUs: " + ", ".join(f"--preset {name}" for name in smaller)
+    if not smaller:
+        remedy = "use a host with more GPUs: no preset of this SKU is for fewer"
     yield _test(
         "GPU count",
         len(fitting) >= count,
         str(len(fitting)),
         f"{count}: preset {requirement.deployment.short_name} has --tensor-parallel-size={count}",
-        _smaller_preset(len(fitting), requirement),
+        remedy,
     )
-
-
-def _other_sku(gpus: tuple[Gpu, ...], matrix: Matrix) -> str:
-    present = {gpu.capability for gpu in gpus}
-    names = [name for name, row in matrix.sku.items() if row.compute_capability in present]
-    if names:
-        return "ask for " + " or ".join(f"--sku {name}" for name in names)
-    return "no image of this project is for these GPUs; SKUs: " + ", ".join(matrix.sku)
-
-
-def _smaller_preset(count: int, requirement: Requirement) -> str:
-    sku = requirement.deployment.cell.sku_name
-    rows = requirement.matrix.preset
-    presets = presets_of(requirement.matrix, sku)
-    names = [short for short, name in presets.items() if rows[name].tensor_parallel <= count]
-    if names:
-        return "choose a preset for fewer GPUs: " + ", ".join(f"--preset {name}" for name in names)
-    return "use a host with more GPUs: no preset of this SKU is for fewer"
 
 
 def check_split(host: Host, _: Requirement) -> Iterator[HostFinding]:

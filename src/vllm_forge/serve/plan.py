@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
@@ -41,7 +40,7 @@ def make_plan(project: Project, cell: ImageCell) -> Plan:
     matrix = project.matrix
     lock = project.lock(cell.line_name)
     digest = built_digest(project.root, cell)
-    receipts = read_receipts(project, datetime.now(UTC), image=digest) if digest else Receipts()
+    receipts = read_receipts(project, datetime.now(UTC), image=digest)
     answers = {
         name: read_selection(project.records, name).rows
         if selection_path(project.records, name).is_file()
@@ -53,12 +52,31 @@ def make_plan(project: Project, cell: ImageCell) -> Plan:
         for name in presets_of(matrix, cell.sku_name).values()
         for artifact in matrix.preset[name].artifacts
     ]
-    rows = answers[cell.line_name]
+    sku, line, rows = cell.sku, cell.line, answers[cell.line_name]
+    series = project.root / line.series
+    of_sku = ("arch", "compute_capability", "device", "memory_gb", "development")
     return {
         "format": FORMAT,
-        "cell": _cell(cell),
-        "pins": _pins(cell, lock),
-        "series": _series(project.root, cell),
+        "cell": {"sku": cell.sku_name, "line": cell.line_name, "image": cell.name}
+        | {key: getattr(sku, key) for key in of_sku},
+        "pins": {key: getattr(line, key) for key in ("vllm", "torch", "python", "cuda")}
+        | {
+            "lock": {
+                "path": line.lock,
+                "sha256": lock.digest,
+                "wheels": len(lock.wheels),
+                "bytes": sum(wheel.size for wheel in lock.wheels),
+            },
+            "packages": {wheel.name: wheel.version for wheel in lock.wheels},
+        },
+        "series": {
+            "path": line.series,
+            "tree": read_tree_lock(series, cell.line_name).result,
+            "patches": [
+                {"name": patch.name, "summary": patch.summary, "proves": patch.proves}
+                for patch in read_series(series)
+            ],
+        },
         "image": {
             "digest": "not built here" if digest is None else digest,
             "build": build_command(cell),
@@ -77,36 +95,6 @@ def make_plan(project: Project, cell: ImageCell) -> Plan:
             | {"needs": needs_of(matrix, lock, deployment).as_json()}
             | {"selection": _selection(project, deployment, cell.line_name, rows)}
             for deployment in deployments
-        ],
-    }
-
-
-def _cell(cell: ImageCell) -> Plan:
-    keys = ("arch", "compute_capability", "device", "memory_gb", "development")
-    sku = {key: getattr(cell.sku, key) for key in keys}
-    return {"sku": cell.sku_name, "line": cell.line_name, "image": cell.name} | sku
-
-
-def _pins(cell: ImageCell, lock: Lock) -> Plan:
-    return {key: getattr(cell.line, key) for key in ("vllm", "torch", "python", "cuda")} | {
-        "lock": {
-            "path": cell.line.lock,
-            "sha256": lock.digest,
-            "wheels": len(lock.wheels),
-            "bytes": sum(wheel.size for wheel in lock.wheels),
-        },
-        "packages": {wheel.name: wheel.version for wheel in lock.wheels},
-    }
-
-
-def _series(root: Path, cell: ImageCell) -> Plan:
-    folder = root / cell.line.series
-    return {
-        "path": cell.line.series,
-        "tree": read_tree_lock(folder, cell.line_name).result,
-        "patches": [
-            {"name": patch.name, "summary": patch.summary, "proves": patch.proves}
-            for patch in read_series(folder)
         ],
     }
 
