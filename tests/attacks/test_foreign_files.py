@@ -27,9 +27,13 @@ from vllm_forge.kernels.selection.questions import artifact_config
 from vllm_forge.kernels.selection.record import read_selection
 from vllm_forge.matrix.errors import RecordFileError
 from vllm_forge.pages.registry import PAGES
+from vllm_forge.patches import read_dispositions, read_tree_lock
+from vllm_forge.patches.errors import DispositionError
 from vllm_forge.project import Project
 from vllm_forge.serve.command import built_digest
 from vllm_forge.serve.doctor import ask_host
+from vllm_forge.sources import read_wheels
+from vllm_forge.sources.errors import LockFileError
 
 
 def link(path: Path) -> None:
@@ -38,7 +42,7 @@ def link(path: Path) -> None:
 
 def large(path: Path) -> None:
     with path.open("wb") as file:
-        file.truncate(1 << 29)
+        file.truncate(1 << 27)
 
 
 def of(content: bytes) -> Callable[[Path], Any]:
@@ -84,6 +88,21 @@ READERS: dict[str, tuple[str, Callable[[Path, Path], Any], type[ForgeError]]] = 
         lambda folder, root: built_digest(folder, cell(root)),
         BuildRecordError,
     ),
+    "tree lock": (
+        "lock.toml",
+        lambda folder, _: read_tree_lock(folder, "0.26"),
+        LockFileError,
+    ),
+    "wheel lock": (
+        "lock.txt",
+        lambda folder, _: read_wheels(folder / "lock.txt", "lock again"),
+        LockFileError,
+    ),
+    "dispositions": (
+        "dispositions.toml",
+        lambda folder, _: read_dispositions(folder),
+        DispositionError,
+    ),
     "layout": ("index.json", lambda folder, _: read_image(folder), LayoutError),
     "caches": (KEY, lambda folder, _: require_key(folder, {"arch": "x"}), JitCacheError),
 }
@@ -98,6 +117,8 @@ def test_record_of_any_kind_is_an_error_of_its_room(
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     (NOT_JSON | OTHER_JSON)[kind](path)
+    if (reader, kind) == ("wheel lock", "empty"):
+        return  # of no wheels
     with pytest.raises(error) as refused:
         read(tmp_path, root)
     assert str(tmp_path) in refused.value.where

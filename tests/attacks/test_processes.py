@@ -139,3 +139,34 @@ def test_full_disk_behind_stdout_is_reported(root: Path) -> None:
     assert done.returncode == 33
     assert "FileAccessError" in done.stderr
     assert "No space left on device" in done.stderr
+
+
+FOREGROUND = """
+import sys
+from types import SimpleNamespace
+from vllm_forge import cli
+from vllm_forge.commands.parsers import command
+from vllm_forge.host import run_foreground
+
+def work(project, args):
+    "Run a script."
+    run_foreground(["sh", "-c", sys.argv[1]])
+
+cli.MODULES = [SimpleNamespace(register=lambda choices: command(choices, "work", work))]
+sys.exit(cli.main(["work"]))
+"""
+
+
+def test_foreground_command_is_asked_to_end_before_it_is_killed(root: Path, tmp_path: Path) -> None:
+    """A client of docker that is killed leaves its container behind."""
+    pids, end = tmp_path / "pids", tmp_path / "end"
+    script = (
+        f"trap 'echo removed > {end}; exit' TERM; echo $$ $$ > {pids}; while :; do sleep 1; done"
+    )
+    with program(root, script, script=FOREGROUND) as process:
+        started = lines_of(pids, 2)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+        assert process.returncode == 128 + signal.SIGTERM
+    assert end.read_text() == "removed\n"
+    assert not alive(started[0])

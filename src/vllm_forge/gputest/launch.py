@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from vllm_forge.gputest.bundle import write_bundle
 from vllm_forge.gputest.errors import RED, SuiteRedError, SuiteUndecidedError, WrongGpuError
 from vllm_forge.gputest.find_image import find_image
-from vllm_forge.host import Probe, gpu_container
+from vllm_forge.host import Probe, gpu_container, run_foreground
 from vllm_forge.host.gpus import DETAILED, gpu_query
 from vllm_forge.images.prewarm import SCRIPT, place_of
 from vllm_forge.matrix import ImageCell
@@ -111,7 +110,7 @@ def run_in_image(
             engine, name, bundle, output.resolve(), args,
             inputs=inputs, caches=mounted, network=network,
         )  # fmt: skip
-        code = subprocess.run(argv, check=False).returncode
+        code = run_foreground(argv)
     require_green(code, output)
 
 

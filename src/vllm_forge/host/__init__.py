@@ -31,4 +31,5 @@ from vllm_forge.host.run import RecordingRunner as RecordingRunner
 from vllm_forge.host.run import Runner as Runner
 from vllm_forge.host.run import end_with_parent as end_with_parent
 from vllm_forge.host.run import gpu_container as gpu_container
+from vllm_forge.host.run import run_foreground as run_foreground
 from vllm_forge.host.run import which as which

@@ -26,7 +26,7 @@ from vllm_forge.host.errors import BusyError, DiskSpaceError, MountedError
 T = TypeVar("T")
 SHOWN = 200  # characters of a key
 SURROGATES = re.compile(r"\\u[dD][89a-fA-F]")  # JSON writes some characters as a pair of them
-MOST_BYTES = 1 << 28  # of a record; the largest is about 2 MB
+MOST_BYTES = 1 << 26  # of a record; the largest is about 2 MB
 GIB = 1 << 30
 MOUNT_TABLE = Path("/proc/self/mountinfo")
 READ_ONLY = 0o444  # mode of blobs: images share them by hard links

@@ -50,6 +50,23 @@ def _end(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def run_foreground(argv: Sequence[str]) -> int:
+    """Run a command on our own terminal; return its exit code.
+
+    Where this program is to end, the command is asked to, and gets a while to do so: a killed
+    ``docker run`` would leave its container behind.
+    """
+    with subprocess.Popen(argv) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+            process.kill()
+            raise
+
+
 def end_with_parent(parent: int) -> None:
     """Make the kernel kill this process when ``parent``, which started it, ends or has ended."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

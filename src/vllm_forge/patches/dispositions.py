@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from vllm_forge.host import suggestion
+from vllm_forge.host import read_plain, suggestion
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.patches.errors import DispositionError
 
@@ -70,7 +70,7 @@ def read_dispositions(folder: Path) -> tuple[Disposition, ...]:
     path = folder / FILE
     data: dict[str, Any] = {}
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(read_plain(path).decode("utf-8"))
         return _File.model_validate(data).disposition
     except FileNotFoundError:
         problem = "there is no such file"

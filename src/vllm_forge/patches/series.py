@@ -10,7 +10,7 @@ import tomllib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from vllm_forge.host import atomic_path, cache_root, exclusive
+from vllm_forge.host import atomic_path, cache_root, exclusive, read_plain
 from vllm_forge.patches.apply import Applied, apply_series, canonical_diff
 from vllm_forge.patches.errors import (
     AppliedTwiceError,
@@ -100,7 +100,7 @@ def read_tree_lock(folder: Path, line_name: str) -> TreeLock:
     path = folder / "lock.toml"
     kinds = {field.name: int if field.type == "int" else str for field in fields(TreeLock)}
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(read_plain(path).decode("utf-8"))
     except FileNotFoundError:
         problem = "the series has no lock"
     except ValueError as error:  # not UTF-8, not TOML

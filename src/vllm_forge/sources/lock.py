@@ -17,7 +17,7 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 from rich.markup import escape
 from uv import find_uv_bin
 
-from vllm_forge.host import atomic_path, console
+from vllm_forge.host import atomic_path, console, read_plain
 from vllm_forge.matrix import Base, Line
 from vllm_forge.sources.errors import (
     DistributionNotFoundError,
@@ -131,9 +131,11 @@ def read_wheels(path: Path, again: str) -> tuple[str, tuple[LockedWheel, ...]]:
         LockFileError: malformed, or not sorted.
     """
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_plain(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise LockFileError(f"not UTF-8: {error}", where=str(path), remedy=again) from None
+    except ValueError as error:
+        raise LockFileError(str(error), where=str(path), remedy=again) from None
     if "\r" in text:
         raise LockFileError("the lock has CRLF line ends", where=str(path), remedy=again)
     wheels = []
