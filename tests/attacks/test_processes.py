@@ -6,6 +6,7 @@ Commands have sessions of their own: nothing that they send to their process gro
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,3 +171,77 @@ def test_foreground_command_is_asked_to_end_before_it_is_killed(root: Path, tmp_
         assert process.returncode == 128 + signal.SIGTERM
     assert end.read_text() == "removed\n"
     assert not alive(started[0])
+
+
+# A container of the files that its shell needs; the shell is process 1, so SIGTERM is ignored.
+CONTAINER = """
+import sys
+from pathlib import Path
+from vllm_forge import cli
+from types import SimpleNamespace
+from vllm_forge.commands.parsers import command
+from vllm_forge.host import Runner
+from vllm_forge.images.engines import Buildah, ContainerRun
+import vllm_forge.host.run as run
+run.GRACE_S = 1
+
+def work(project, args):
+    "Run a container."
+    base = Path(sys.argv[1])
+    layers = (base / "rootfs", base / "empty")
+    config = {"User": "0:0", "Env": ["PATH=/bin"]}
+    script = f"sleep {sys.argv[2]} & sleep {sys.argv[2]} & wait"
+    Buildah().run_in_image(Runner(), ContainerRun(
+        layout=base, name="killed", lower_dirs=layers, config=config, inputs=base / "empty",
+        argv=("/bin/sh", "-c", script), work=base / "work", bytecode=base / "bytecode"))
+
+cli.MODULES = [SimpleNamespace(register=lambda choices: command(choices, "work", work))]
+sys.exit(cli.main(["work"]))
+"""
+MOUNTED = ("proc", "dev", "tmp", "cache", "srv", "mnt")
+
+
+def copy_with_libraries(tool: str, rootfs: Path) -> None:
+    path = shutil.which(tool)
+    assert path is not None
+    libraries = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
+    for file in [word for word in libraries.split() if word.startswith("/")]:
+        (rootfs / file[1:]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, rootfs / file[1:])
+    shutil.copy(path, rootfs / "bin" / tool)
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("runc"), reason="mounts an overlay, needs root and runc"
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_container_ends_with_the_program(
+    root: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    for name in ("rootfs/bin", "empty", *(f"rootfs/{place}" for place in MOUNTED)):
+        (tmp_path / name).mkdir(parents=True)
+    for tool in ("sh", "sleep"):
+        copy_with_libraries(tool, tmp_path / "rootfs")
+
+    seconds = str(10**6 + os.getpid() * 10 + number % 10)  # no other test sleeps as long
+
+    def sleeping() -> list[str]:
+        rows = subprocess.run(
+            ["ps", "-eo", "stat,args"], capture_output=True, text=True, check=True
+        )
+        ends = f" sleep {seconds}"
+        return [row for row in rows.stdout.splitlines() if row.endswith(ends) and row[0] != "Z"]
+
+    with program(root, str(tmp_path), seconds, script=CONTAINER) as process:
+        for _ in range(100):
+            if len(sleeping()) == 2 or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        assert len(sleeping()) == 2, process.communicate()[1]
+        process.send_signal(number)
+        process.communicate(timeout=30)
+    for _ in range(50):
+        if not sleeping():
+            break
+        time.sleep(0.1)
+    assert not sleeping()

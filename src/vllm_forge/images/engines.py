@@ -259,7 +259,8 @@ class Buildah:
         """Runc on an overlay of the unpacked layers, in a mount namespace of its own.
 
         Copying 8 GB into a container store only to look at them would take longer than the
-        build. The overlay lives and dies with the command.
+        build. The overlay lives and dies with the command. So does what runs in it, by a PID
+        namespace around runc: process 1 of a container does not hear SIGTERM, and outlives runc.
         """
         bundle = run.work / "bundle"
         runner.act(f"write a runc bundle to {bundle}", lambda: _write_bundle(bundle, run))
@@ -268,7 +269,8 @@ class Buildah:
         lowers = ":".join(f"lower/{number}" for number in range(len(run.lower_dirs)))
         return runner.run(
             [
-                "unshare", "--mount", "--propagation=private", "sh", "-ec",
+                "unshare", "--mount", "--propagation=private",
+                "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-ec",
                 f"mount -t overlay overlay -o ro,lowerdir={lowers} rootfs; "
                 f"exec runc --root=state run --bundle=. {name}",
             ],
