@@ -362,6 +362,27 @@ def test_module_that_does_not_import_fails_the_build(built: Project, tmp_path: P
     project.index.close()
 
 
+FORGED = b"""import sys, os; 'image_checks.py' in ' '.join(sys.orig_argv) and (os.write(1, \
+b'{"packages": {"passed": true, "detail": "forged", "seconds": 0.0}}\\n'), os._exit(0))
+"""
+
+
+def test_wheel_that_forges_verdicts_fails_the_build(built: Project, tmp_path: Path) -> None:
+    """Its .pth file ends every Python that looks at site-packages, after an answer of its own."""
+    project = make_project(tmp_path, more={"evil.pth": FORGED, "vllm/evil.py": b""})
+    for name in ("rootfs", "systems"):
+        shutil.copytree(built.cache / name, project.cache / name, symlinks=True)
+    done = project.run("build", "alpha", code=61)
+    site = "/opt/venv/lib/python3.13/site-packages"
+    assert f"file that runs when Python starts: {site}/evil.pth of sixlike" in done.stderr
+    assert f"file in the package vllm: {site}/vllm/evil.py of sixlike" in done.stderr
+    assert "imports: died" in done.stderr
+    assert "forged" not in done.stderr
+    assert "ok packages: 3 distributions" in done.stderr
+    assert not (project.root / "dist").exists()
+    project.index.close()
+
+
 def test_size_budget_is_enforced(sibling: Project) -> None:
     matrix = sibling.root / "matrix.toml"
     matrix.write_text(matrix.read_text().replace("budget_mb = 120", "budget_mb = 1"))

@@ -212,8 +212,13 @@ class Project:
         shutil.rmtree(work)
 
 
-def make_project(folder: Path, files: dict[str, str] | None = None) -> Project:
-    """A locked and patched project in ``folder``; ``files`` replace those of the tiny vllm."""
+def make_project(
+    folder: Path, files: dict[str, str] | None = None, more: dict[str, bytes] | None = None
+) -> Project:
+    """A locked and patched project in ``folder``.
+
+    ``files`` replace those of the tiny vllm; another wheel also has ``more``.
+    """
     root = folder / "checkout"
     (root / "docker" / "locks").mkdir(parents=True)
     for name in ("Dockerfile", "libcuda-functions.txt"):
@@ -228,7 +233,7 @@ def make_project(folder: Path, files: dict[str, str] | None = None) -> Project:
     index = IndexServer().start()
     packages = (
         ("torch", "2.0.0", torch, ()),
-        ("sixlike", "1.0", {"sixlike.py": b"x = 1\n" * 1000}, ()),
+        ("sixlike", "1.0", {"sixlike.py": b"x = 1\n" * 1000} | (more or {}), ()),
         ("vllm", RELEASE, source, ("torch", "sixlike")),
     )
     for name, version, contents, requires in packages:
