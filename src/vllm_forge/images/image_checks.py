@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     Check = Callable[[dict[str, Any]], str]
 
@@ -336,22 +336,22 @@ def _forked(check: Check, expect: dict[str, Any]) -> Callable[[], Verdict]:
     return wait
 
 
-def with_vllm(expect: dict[str, Any], folder: Path) -> Callable[[], dict[str, Verdict]]:
-    """Start ``as_vllm`` in a Python as vLLM gets it; returns what waits for its verdicts.
+def with_vllm(run: str, names: Sequence[str], folder: Path) -> Callable[[], dict[str, Verdict]]:
+    """Start a run in a Python as vLLM gets it; returns what waits for the verdicts ``names``.
 
-    Its verdicts can be forged by what it imports; the others' cannot: they have other names, and
-    no process of this user may look into this one.
+    These can be forged by what the child imports; the others cannot: they have other names, and no
+    process of this user may look into this one.
     """
-    argv = [sys.executable, __file__, "vllm", str(folder)]
+    argv = [sys.executable, __file__, run, str(folder)]
     child = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
 
     def wait() -> dict[str, Verdict]:
         lines = child.communicate()[0].strip().splitlines()
         try:
             rows = json.loads(lines[-1])
-            return {name: dict(rows[name]) for name in VLLM_CHECKS}
+            return {name: {key: rows[name][key] for key in DIED} for name in names}
         except (IndexError, ValueError, LookupError, TypeError):
-            return {name: dict(DIED) for name in VLLM_CHECKS}
+            return {name: dict(DIED) for name in names}
 
     return wait
 
@@ -375,20 +375,15 @@ def as_image_user(expect: dict[str, Any], folder: Path) -> dict[str, Verdict]:
     checks: dict[str, Check] = {"sandbox": sandbox, "working-directory": working_directory}
     if expect["compiler"]:
         checks |= {"compiler": compiler, "driver-link": driver_link}
-    vllm = with_vllm(expect, folder)
+    vllm = with_vllm("vllm", VLLM_CHECKS, folder)
     started = {name: _forked(check, expect) for name, check in checks.items()}
     return {name: wait() for name, wait in started.items()} | vllm()
 
 
 def as_any_user(expect: dict[str, Any], folder: Path) -> dict[str, Verdict]:
     """What depends on who runs it."""
-    argv = [sys.executable, __file__, "imports", str(folder)]
-    done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=False)
-    verdicts = {"any-user-sandbox": _verdict(sandbox, expect)}
-    try:
-        return verdicts | {"any-user-imports": dict(json.loads(done.stdout.splitlines()[-1]))}
-    except (IndexError, ValueError, TypeError):
-        return verdicts | {"any-user-imports": dict(DIED)}
+    vllm = with_vllm("imports", ["any-user-imports"], folder)
+    return {"any-user-sandbox": _verdict(sandbox, expect)} | vllm()
 
 
 def main(run: str, folder: str = "") -> None:
@@ -400,7 +395,7 @@ def main(run: str, folder: str = "") -> None:
     if folder:
         if expect["compiler"]:
             load_driver().load_stubs(Path(folder))
-        rows = as_vllm(expect) if run == "vllm" else _verdict(imports, expect)
+        rows = as_vllm(expect) if run == "vllm" else {"any-user-imports": _verdict(imports, expect)}
         print("\n" + json.dumps(rows), flush=True)
         # Tearing torch down takes seconds and proves nothing.
         os._exit(0)
