@@ -69,8 +69,7 @@ def rootfs_key(base: Base) -> str:
 def pinned_image(reference: str) -> BaseRef:
     """A registry image as base.
 
-    Raises:
-        BaseImageError: the reference has no digest; a tag may be another image tomorrow.
+    Raises BaseImageError: the reference has no digest; a tag may be another image tomorrow.
     """
     if not PINNED.fullmatch(reference):
         raise BaseImageError(
@@ -85,8 +84,7 @@ def make_rootfs(runner: Runner, base: Base, work: Path, *, refresh: bool = False
 
     ``refresh`` makes it again, to get the distribution's updates.
 
-    Raises:
-        CommandFailedError: mmdebstrap failed, e.g. no mirror answers.
+    Raises CommandFailedError: mmdebstrap failed, e.g. no mirror answers.
     """
     key = rootfs_key(base)
     layout = cache_root() / "rootfs" / key
@@ -179,7 +177,7 @@ def compress(tar: Path, target: Path) -> LayerBlob:
 
     The blob is a new, read-only file: an existing ``target`` may be linked into published images.
     """
-    plain, size = file_digest(tar), tar.stat().st_size
+    plain = file_digest(tar)
     packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31)
     blob = hashlib.sha256()
     with atomic_path(target) as aside:
@@ -194,5 +192,4 @@ def compress(tar: Path, target: Path) -> LayerBlob:
         digest=blob.hexdigest(),
         diff_id=plain,
         size=target.stat().st_size,
-        unpacked_size=size,
     )

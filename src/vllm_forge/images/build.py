@@ -400,11 +400,7 @@ def accept(
     contract: Contract | None,
     layers: dict[str, Any],
 ) -> dict[str, Any]:
-    """Read and return all verdicts.
-
-    Raises:
-        ImageCheckError, SizeBudgetError: a check failed.
-    """
+    """Read and return all verdicts. Raises ImageCheckError, SizeBudgetError: a check failed."""
     compiler = "nvidia-cuda-nvcc" in candidate.stack["packages"]
     verdicts = judge([json.dumps(layers), *outputs], check_names(compiler=compiler))
     for note in contract.notes if contract is not None else ():

@@ -50,8 +50,7 @@ class SystemBuild:
 class SystemOutput:
     """What an engine built: plain tars, lowest first, and the config of the image.
 
-    ``root`` is the image's file system in a folder, None for engines that run images
-    themselves.
+    ``root``: the image's files in a folder, None for engines that run images themselves.
     """
 
     tars: tuple[Path, ...]
@@ -368,15 +367,9 @@ ENGINES: dict[str, type[Engine]] = {"docker": Buildx, "buildah": Buildah}
 
 
 def choose_engine(name: str | None, *, dry_run: bool = False) -> Engine:
-    """An engine whose tools are installed.
+    """The engine of that name, or the first that is installed; a dry run needs none installed.
 
-    Args:
-        name: docker or buildah, or None for the first that is installed.
-        dry_run: nothing need be installed.
-
-    Raises:
-        UsageError: unknown engine.
-        EngineMissingError: with the line that installs one.
+    Raises UsageError, or EngineMissingError with the line that installs one.
     """
     if name is not None and name not in ENGINES:
         raise UsageError(f"unknown engine {name!r}{suggestion(name, ENGINES)}")
@@ -399,14 +392,9 @@ def choose_engine(name: str | None, *, dry_run: bool = False) -> Engine:
 
 
 def provision(runner: Runner, *, registry: bool = False) -> None:
-    """apt-get install what is missing of buildah, runc, skopeo and mmdebstrap.
+    """apt-get install what is missing of the tools; ``registry``: also one that tests push to.
 
-    Args:
-        runner: runs, or records.
-        registry: also a local registry, which the tests push to.
-
-    Raises:
-        ProvisionError: not root, not a Debian-like host, or apt failed.
+    Raises ProvisionError: not root, not a Debian-like host, or apt failed.
     """
     tools = [*PACKAGES, *([REGISTRY] if registry else [])]
     missing = [tool for tool in tools if which(tool) is None]

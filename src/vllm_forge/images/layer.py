@@ -45,22 +45,16 @@ ZSTD_LEVEL = 3
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBlob:
-    """A finished layer.
+    """A finished layer: a compressed tar.
 
-    Attributes:
-        path: the compressed tar.
-        digest: SHA-256 of the file, hex; what a manifest names.
-        diff_id: SHA-256 of the tar inside, hex; what a config names.
-        size: bytes of the file.
-        unpacked_size: bytes of the files inside.
-        media_type: how it is compressed.
+    ``digest``, which a manifest names, is the SHA-256 of the file, ``diff_id``, which a config
+    names, that of the tar inside, both hex; ``size``: bytes of the file.
     """
 
     path: Path
     digest: str
     diff_id: str
     size: int
-    unpacked_size: int
     media_type: str = GZIP
 
 
@@ -92,7 +86,6 @@ class TarWriter(ABC):
         self._file: IO[bytes] = self._path.open("xb")  # never an inode that is in use
         self._blob = hashlib.sha256()
         self._diff = hashlib.sha256()
-        self._unpacked = 0
         self._size = 0
 
     def __enter__(self) -> Self:
@@ -130,7 +123,6 @@ class TarWriter(ABC):
             digest=self._blob.hexdigest(),
             diff_id=self._diff.hexdigest(),
             size=self._size,
-            unpacked_size=self._unpacked,
             media_type=self.media_type,
         )
 
@@ -152,7 +144,6 @@ class TarWriter(ABC):
         info.linkname = target
         info.mtime = self._epoch
         self._tar(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict"))
-        self._unpacked += size
 
     def _pad(self, size: int) -> None:
         self._tar(bytes(-size % BLOCK))

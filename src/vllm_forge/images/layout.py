@@ -62,12 +62,8 @@ def write_image(
 
     Blobs are hard links to the layer store where the file system allows it.
 
-    Args:
-        target: the layout's folder; replaced if it exists.
-        layers: lowest first.
-        config: the ``config`` object of the image config (Env, User, Entrypoint, ...).
-        epoch: creation time, Unix seconds.
-        name: ``repository:tag`` for the index; the digest does not depend on it.
+    ``target`` is replaced if it exists. ``layers``: lowest first; ``config``: Env, User and so on;
+    ``epoch``: creation time, Unix seconds; ``name``: ``repository:tag``, not part of the digest.
     """
     created = timestamp(epoch)
     image_config = {
@@ -139,8 +135,7 @@ def _index(digest: str, manifest: dict[str, Any], name: str) -> bytes:
 def read_image(path: Path) -> Image:
     """Read the one image of a layout; manifest and config are hashed, layers not (see ``verify``).
 
-    Raises:
-        LayoutError: a file is missing, is not JSON, or not what its digest or size says.
+    Raises LayoutError: a file is missing, is not JSON, or not what its digest or size says.
     """
     try:
         index = parse_json(read_plain(path / "index.json"))
@@ -173,11 +168,7 @@ def _hashed(blob: Path) -> bytes:
 
 
 def verify(image: Image) -> None:
-    """Hash every blob of an image.
-
-    Raises:
-        LayoutError: the SHA-256 of a blob is not its name.
-    """
+    """Hash every blob of an image. Raises LayoutError: the SHA-256 of a blob is not its name."""
     digests = [image.digest, image.manifest["config"]["digest"]]
     digests += [layer["digest"] for layer in image.manifest["layers"]]
     for digest in digests:
@@ -200,8 +191,7 @@ def write_sealed(path: Path, record: dict[str, Any]) -> None:
 def read_sealed(path: Path) -> dict[str, Any]:
     """Read what ``write_sealed`` wrote.
 
-    Raises:
-        OSError, ValueError: it is missing, or not what was written.
+    Raises OSError, ValueError: it is missing, or not what was written.
     """
     record = parse_json(read_plain(path))
     if not isinstance(record, dict) or "seal" not in record:

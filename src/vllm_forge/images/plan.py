@@ -40,11 +40,8 @@ HEX = set("0123456789abcdef")
 class BuildOptions:
     """What the command line adds to a cell.
 
-    Attributes:
-        output: folder for the layouts.
-        base_image: a registry image pinned by digest; None for our own rootfs.
-        refresh_base: make rootfs and system again, for the distribution's updates.
-        prewarm: kernels that JIT compilers made before.
+    ``base_image`` is pinned by digest, None for our own rootfs; ``refresh_base`` makes rootfs and
+    system again, for the distribution's updates.
     """
 
     output: Path
@@ -210,8 +207,7 @@ class ImagePlan:
     def require_disk(self) -> None:
         """Room for what is still to be downloaded and written.
 
-        Raises:
-            DiskSpaceError: there is less.
+        Raises DiskSpaceError: there is less.
         """
         fetch = Wheelhouse().bytes_to_fetch(self.lock.wheels)
         write = sum(
@@ -276,8 +272,7 @@ def why_rebuild(plan: ImagePlan) -> Reason:
 def read_record(path: Path) -> dict[str, Any] | None:
     """The record that a build left; None where there is none.
 
-    Raises:
-        BuildRecordError: the file is not a record of a build.
+    Raises BuildRecordError: the file is not a record of a build.
     """
     try:
         record = parse_json(read_plain(path))

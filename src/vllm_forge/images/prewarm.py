@@ -63,11 +63,7 @@ exec "$@"
 
 
 def place_of(key: Mapping[str, str]) -> str:
-    """Where kernels of a stack are in a container, while they are compiled and when they serve.
-
-    Args:
-        key: see vllm_forge.gputest.caches.cache_key.
-    """
+    """Where kernels of a stack (``gputest.caches.cache_key``) are in a container at all times."""
     digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
     return f"/cache/jit/{digest[:16]}"
 

@@ -35,13 +35,9 @@ RECORDS = "opt/venv/lib/python*/site-packages/*.dist-info/RECORD"
 
 @dataclass(frozen=True, kw_only=True)
 class StoredLayer:
-    """A layer in the store.
+    """A layer in the store: its blob and the two folders.
 
-    Attributes:
-        blob: what an image refers to.
-        files: the folder with its files unpacked.
-        code: the folder with the files that were put aside, as the wheels have them.
-        removed: what a slim layer lacks, see ``wheel_layers``.
+    ``removed``: what a slim layer lacks, see ``wheel_layers``.
     """
 
     blob: LayerBlob
@@ -79,8 +75,7 @@ def stored(key: str) -> StoredLayer | None:
 def require_stored(key: str) -> StoredLayer:
     """The layer of that key.
 
-    Raises:
-        CacheError: it was not written, or was deleted or damaged meanwhile.
+    Raises CacheError: it was not written, or was deleted or damaged meanwhile.
     """
     if (layer := stored(key)) is None:
         raise CacheError(
@@ -124,11 +119,8 @@ def write_layer(
 ) -> StoredLayer:
     """Write a layer, or return the one that is there.
 
-    Args:
-        key: hash of everything that the layer is a function of.
-        entries: sorted by path, unique.
-        epoch: modification time of all entries, Unix seconds.
-        code_apart: leave out files with device code; they are unpacked to ``code``.
+    ``key`` is the hash of all that it is a function of, ``epoch`` the time of all entries, Unix
+    seconds; ``code_apart``: files with device code are left out, and unpacked to ``code``.
 
     Raises:
         HashMismatchError: a wheel's member does not inflate to what the zip says.

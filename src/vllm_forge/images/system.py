@@ -104,8 +104,7 @@ def system_is_kept(key: str) -> bool:
 def load_system(key: str) -> System:
     """Read a kept system image; ``root_digest`` of its record is that of ``root``, if it has one.
 
-    Raises:
-        CacheError: its record is missing or damaged, or the size of a blob differs from it.
+    Raises CacheError: its record is missing or damaged, or the size of a blob differs from it.
     """
     folder = system_folder(key)
     try:
@@ -199,7 +198,6 @@ def _rootfs_blob(rootfs: Image) -> LayerBlob:
         digest=hex_digest(layer["digest"]),
         diff_id=hex_digest(diff_id),
         size=layer["size"],
-        unpacked_size=0,
     )
 
 

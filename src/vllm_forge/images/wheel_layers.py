@@ -128,8 +128,7 @@ class Cut:
 def cut(content: bytes | mmap, name: str, capability: tuple[int, int]) -> Cut:
     """What of a library cannot run on a compute capability.
 
-    Raises:
-        UnknownFatbinError: it has some in an unknown layout.
+    Raises UnknownFatbinError: it has some in an unknown layout.
     """
     targets: dict[str, int] = {}
     ranges = []
@@ -155,13 +154,9 @@ def pieces(content: bytes | mmap, ranges: Sequence[tuple[int, int]]) -> Iterator
 def write_slim_layer(
     key: str, whole: StoredLayer, capability: tuple[int, int], epoch: int
 ) -> StoredLayer:
-    """Write a SKU's libraries of one group, or return the layer that is there.
+    """Write a SKU's libraries of the group's layer ``whole``, which is ``intact``, under a key.
 
-    Args:
-        key: hash of the group's key, the capability and the format.
-        whole: the group's layer, with the libraries as the wheels have them, ``intact``.
-        capability: compute capability of the SKU, (major, minor).
-        epoch: modification time of all entries, Unix seconds.
+    ``capability`` is the SKU's (major, minor), ``epoch`` the time of all entries, Unix seconds.
     """
 
     def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:

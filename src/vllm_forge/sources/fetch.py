@@ -253,8 +253,7 @@ class Wheelhouse:
     def fetch(self, wheels: Sequence[LockedWheel], index: Index | None = None) -> None:
         """Download what is missing; returns at once, and asks no index, when nothing is.
 
-        Raises:
-            DistributionNotFoundError: the index does not offer a file of the lock.
+        Raises DistributionNotFoundError: the index does not offer a file of the lock.
         """
         if not self.missing(wheels):
             return

@@ -58,11 +58,7 @@ class Lock:
     digest: str
 
     def find(self, name: str) -> LockedWheel:
-        """The wheel of a distribution.
-
-        Raises:
-            LockFileError: the lock has none.
-        """
+        """The wheel of a distribution. Raises LockFileError: the lock has none."""
         for wheel in self.wheels:
             if wheel.name == name:
                 return wheel
@@ -85,8 +81,7 @@ def input_digest(line: Line, base: Base) -> str:
 def read_lock(root: Path, line_name: str, line: Line, base: Base) -> Lock:
     """Parse a lock and check that it belongs to the line's row.
 
-    Raises:
-        LockFileError: missing, malformed, hand-edited, or older than the row.
+    Raises LockFileError: missing, malformed, hand-edited, or older than the row.
     """
     path = root / line.lock
     again = f"run: nox -s lock -- --line {line_name}"
@@ -121,14 +116,9 @@ def read_lock(root: Path, line_name: str, line: Line, base: Base) -> Lock:
 
 
 def read_wheels(path: Path, again: str) -> tuple[str, tuple[LockedWheel, ...]]:
-    """Parse the entries of a file in the form of a lock; also its text.
+    """Text and entries of a file in the form of a lock; ``again``: the remedy if it is not.
 
-    Args:
-        path: the file.
-        again: what to do when it is not in that form.
-
-    Raises:
-        LockFileError: malformed, or not sorted.
+    Raises LockFileError: malformed, or not sorted.
     """
     try:
         text = read_plain(path).decode("utf-8")
@@ -247,8 +237,7 @@ def choose_wheel(
 ) -> LockedWheel:
     """The best file of a release.
 
-    Raises:
-        DistributionNotFoundError: none fits, or the index does not say its hash and size.
+    Raises DistributionNotFoundError: none fits, or the index does not say its hash and size.
     """
     best: tuple[int, IndexFile] | None = None
     for file in files:

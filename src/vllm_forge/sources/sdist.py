@@ -60,8 +60,7 @@ class SourceRepo:
     ) -> subprocess.CompletedProcess[bytes]:
         """Run git on this repository with a clean configuration.
 
-        Raises:
-            CommandFailedError: a non-zero exit, when ``check`` is set.
+        Raises CommandFailedError: a non-zero exit, when ``check`` is set.
         """
         done = subprocess.run(
             ["git", f"--git-dir={self.path}", *args],
@@ -83,8 +82,7 @@ class SourceRepo:
     def mending(self) -> Iterator[None]:
         """Where a step fails and the repository is damaged, that is the error, and it is deleted.
 
-        Raises:
-            CacheError: git fsck finds damage.
+        Raises CacheError: git fsck finds damage.
         """
         try:
             yield
@@ -116,8 +114,7 @@ class SourceRepo:
     def import_archive(self, ref: str, archive: Path) -> str:
         """Import a .tar.gz; return the tree hash. The same archive gives the same hash.
 
-        Raises:
-            SdistError: not a tar archive, or not one folder at its top, or a path leaves it.
+        Raises SdistError: not a tar archive, or not one folder at its top, or a path leaves it.
         """
         with exclusive("sources-git", wait=True):
             if (known := self.tree(ref)) is not None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def layer(diff_id: str) -> ImageLayer:
-    blob = LayerBlob(path=Path(), digest="d", diff_id=diff_id, size=1, unpacked_size=1)
+    blob = LayerBlob(path=Path(), digest="d", diff_id=diff_id, size=1)
     return ImageLayer(blob=blob, created_by="x")
 
 
