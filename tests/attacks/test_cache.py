@@ -57,7 +57,7 @@ KINDS = (
     Kind(pattern=r"layers/\w+/files/.+torch[^/]+\.dist-info/RECORD"),
     # Only looked at, by the checks; see test_failed_check_forgets_what_it_looked_at.
     Kind(pattern=r"layers/\w+/files/.+", mended=False),
-    Kind(pattern=r"systems/\w+/(system\.json|\d\.tar\.gz)"),
+    Kind(pattern=r"systems/\w+/(index\.json|oci-layout|blobs/.+)"),
     Kind(pattern=r"systems/\w+/root/.+", mended=False),
     Kind(pattern=r"rootfs/.+", absent=("systems",)),
     Kind(pattern=r"wheels/\w+/.+\.whl", absent=("layers",)),
@@ -200,18 +200,23 @@ def test_failed_check_forgets_what_it_looked_at(
     assert fast_build(project, "alpha")[0].digest == reference.digests["alpha"]
 
 
-def test_record_with_other_values_and_no_seal_is_not_read(
-    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("seal", ["kept", "", None])
+def test_record_with_other_values_is_not_read(
+    seal: str | None, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its hash of itself, another one, or none."""
     project = copied(reference, tmp_path)
     use(project, monkeypatch)
-    (path,) = project.cache.glob("systems/*/system.json")
-    record = json.loads(path.read_text())
-    record["config"]["Env"] = ["LD_PRELOAD=/tmp/x.so"]
-    for seal in (record["seal"], "", None):
-        path.write_text(json.dumps(record | {"seal": seal}))
-        assert fast_build(project, "alpha")[0].digest == reference.digests["alpha"]
-        shutil.rmtree(project.root / "dist")
+    for path in project.cache.glob("layers/*/layer.json"):
+        record = json.loads(path.read_text())
+        record["diff_id"] = "0" * 64
+        record["seal"] = record["seal"] if seal == "kept" else seal
+        path.write_text(json.dumps(record))
+    for path in project.cache.glob("systems/*/blobs/sha256/*"):
+        if b"/opt/venv/bin" in path.read_bytes():
+            path.chmod(0o644)
+            path.write_bytes(path.read_bytes().replace(b"/opt/venv/bin", b"/opt/evil/bin"))
+    assert fast_build(project, "alpha")[0].digest == reference.digests["alpha"]
 
 
 def test_killed_worker_is_an_error_with_a_remedy(

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     import pytest
 
     from tests.support.project import Project as MiniProject
-    from vllm_forge.images.engines import ContainerRun, Engine, SystemBuild
+    from vllm_forge.images.engines import ContainerRun, Engine
     from vllm_forge.images.layout import Image
+    from vllm_forge.images.plan import ImagePlan
 
 OUTSIDE = {"packages", "tree", "stack", "hygiene", "system", "wheel-files"}  # of the layers
 STATUS = b"Package: python3\nStatus: install ok installed\nVersion: 3.13.5-1\n"
@@ -83,16 +84,19 @@ class FastEngine:
     def check(self, runner: Runner) -> None:
         del runner
 
-    def build_system(self, runner: Runner, build: SystemBuild) -> None:
-        runner.run(["buildah", "bud", str(build.dockerfile)])
+    def build_system(
+        self, runner: Runner, plan: ImagePlan, secrets: Mapping[str, Path], work: Path
+    ) -> None:
+        del secrets, work
+        runner.run(["buildah", "bud", str(plan.dockerfile)])
 
-    def system_output(self, build: SystemBuild) -> SystemOutput:
-        rootfs = build.work.parent / "unpacked.tar"
+    def system_output(self, work: Path) -> SystemOutput:
+        rootfs = work.parent / "unpacked.tar"
         write_tar(rootfs, {"var/lib/dpkg/status": STATUS, "bin/sh": b"#!" * 2000})
-        top = build.work / "top.tar"
+        top = work / "top.tar"
         digests = [hashlib.sha256(rootfs.read_bytes()).hexdigest()]
         digests.append(write_tar(top, {"opt/venv/pyvenv.cfg": b"home = /usr/bin\n" * 300}))
-        root = build.work / "root"
+        root = work / "root"
         (root / "bin").mkdir(parents=True)
         (root / "bin" / "sh").write_bytes(b"#!" * 2000)
         return SystemOutput(

@@ -10,17 +10,19 @@ import resource
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_forge.errors import UsageError
 from vllm_forge.host import Runner, cache_root, parse_json, read_plain, remove, suggestion, which
 from vllm_forge.host.errors import CommandFailedError
-from vllm_forge.images.base import BaseRef
 from vllm_forge.images.docker_api import OLDEST_BUILDX, answers, check_daemon, require_version
 from vllm_forge.images.errors import EngineMissingError, LayoutError, ProvisionError
 from vllm_forge.images.layout import hex_digest, read_image
+
+if TYPE_CHECKING:
+    from vllm_forge.images.plan import ImagePlan
 
 OLDEST_BUILDAH = (1, 28)
 SYSTEM_NAME = "localhost/vllm-forge-system"
@@ -29,21 +31,6 @@ BYTECODE = "PYTHONPYCACHEPREFIX"
 PACKAGES = ("buildah", "runc", "skopeo", "mmdebstrap")
 REGISTRY = "docker-registry"
 INSTALL = f"apt-get install --no-install-recommends {' '.join(PACKAGES)}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SystemBuild:
-    """One build of docker/Dockerfile, whose folder is the context, with output to ``work``.
-
-    ``secrets``: id -> file on the host; ``epoch``: SOURCE_DATE_EPOCH, Unix seconds.
-    """
-
-    base: BaseRef
-    dockerfile: Path
-    args: dict[str, str]
-    secrets: dict[str, Path] = field(default_factory=dict)
-    epoch: int
-    work: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +85,11 @@ class ContainerRun:
     bytecode: Path
 
 
-def _build_options(build: SystemBuild, *args: tuple[str, str]) -> list[str]:
-    """Options of a Dockerfile's build that both engines share; ``args`` come first."""
+def _build_options(plan: ImagePlan, secrets: Mapping[str, Path]) -> list[str]:
+    """Options of a build of docker/Dockerfile, whose folder is the context, for both engines."""
     return [
-        *(f"--build-arg={name}={value}" for name, value in (*args, *build.args.items())),
-        *(f"--secret=id={name},src={path}" for name, path in build.secrets.items()),
+        *(f"--build-arg={name}={value}" for name, value in plan.build_arguments().items()),
+        *(f"--secret=id={name},src={path}" for name, path in secrets.items()),
     ]
 
 
@@ -126,42 +113,40 @@ class Buildx:
             version = re.search(r"v?(\d+\.\d+\.\d+)", plugin)
             require_version(version[1] if version else "", OLDEST_BUILDX, "docker buildx")
 
-    def build_system(self, runner: Runner, build: SystemBuild) -> None:
+    def build_system(
+        self, runner: Runner, plan: ImagePlan, secrets: Mapping[str, Path], work: Path
+    ) -> None:
         """One ``docker buildx build`` into an OCI layout of plain tars.
 
         Not pushed from here: rewrite-timestamp and unpacking exclude each other on the
         docker driver. Provenance is ours to state, and would change the digest.
         """
-        if build.base.layout is not None:
-            base = [
-                "--build-arg=BASE=base",
-                f"--build-context=base=oci-layout://{build.base.layout}:rootfs",
-            ]
-        else:
-            base = [f"--build-arg=BASE={build.base.image}"]
+        base = [f"--build-arg=BASE={plan.base.image or 'base'}"]
+        if plan.base.layout is not None:
+            base.append(f"--build-context=base=oci-layout://{plan.base.layout}:rootfs")
         output = (
-            f"type=oci,tar=false,dest={build.work / 'image'},rewrite-timestamp=true,"
+            f"type=oci,tar=false,dest={work / 'image'},rewrite-timestamp=true,"
             "compression=uncompressed,force-compression=true"
         )
         runner.run(
             [
                 "docker", "buildx", "build", "--quiet", "--no-cache", "--network=host",
-                "--provenance=false", f"--file={build.dockerfile}", *base,
-                *_build_options(build), f"--output={output}", str(build.dockerfile.parent),
+                "--provenance=false", f"--file={plan.dockerfile}", *base,
+                *_build_options(plan, secrets), f"--output={output}", str(plan.dockerfile.parent),
             ],
-            env={"SOURCE_DATE_EPOCH": str(build.epoch)},
+            env={"SOURCE_DATE_EPOCH": str(plan.cell.base.source_date_epoch)},
         )  # fmt: skip
 
-    def system_output(self, build: SystemBuild) -> SystemOutput:
+    def system_output(self, work: Path) -> SystemOutput:
         """Parse the OCI layout."""
-        blobs = build.work / "image" / "blobs" / "sha256"
-        index = parse_json(read_plain(build.work / "image" / "index.json"))
+        blobs = work / "image" / "blobs" / "sha256"
+        index = parse_json(read_plain(work / "image" / "index.json"))
         digest = hex_digest(index["manifests"][0]["digest"])
         manifest = parse_json(read_plain(blobs / digest))
         for layer in manifest["layers"]:
             if not layer["mediaType"].endswith(".tar"):
                 raise LayoutError(
-                    f"buildx left a compressed layer: {layer['mediaType']}", where=str(build.work)
+                    f"buildx left a compressed layer: {layer['mediaType']}", where=str(work)
                 )
         return _read_output(blobs, manifest, None)
 
@@ -208,7 +193,9 @@ class Buildah:
         if version := runner.run(["buildah", "--version"]):
             require_version(version, OLDEST_BUILDAH, "buildah")
 
-    def build_system(self, runner: Runner, build: SystemBuild) -> None:
+    def build_system(
+        self, runner: Runner, plan: ImagePlan, secrets: Mapping[str, Path], work: Path
+    ) -> None:
         """``buildah bud`` with a storage of its own, exported as plain tars and as a folder.
 
         docker format keeps HEALTHCHECK, which OCI's config lacks; ``dir:`` with
@@ -226,33 +213,34 @@ class Buildah:
         }
         # Nothing in it outlives a build; what a killed one left may be half there.
         runner.act(f"empty {store}", lambda: remove(store))
-        base = build.base.image or "oci:base:rootfs"
-        if (layout := build.base.layout) is not None:
+        base = plan.base.image or "oci:base:rootfs"
+        if (layout := plan.base.layout) is not None:
             # buildah makes an image name of the path: it must be short, without dots.
-            link = build.work / "base"
+            link = work / "base"
             runner.act(f"link {link} to {layout}", lambda: link.symlink_to(layout))
         runner.run(
             [
                 "buildah", "bud", "--quiet", "--format=docker", "--runtime=runc", "--network=host",
-                "--no-cache", f"--timestamp={build.epoch}", f"--file={build.dockerfile}",
-                *_build_options(build, ("BASE", base)),
-                f"--output=type=local,dest={build.work / 'root'}", f"--tag={SYSTEM_NAME}",
-                str(build.dockerfile.parent),
+                "--no-cache", f"--timestamp={plan.cell.base.source_date_epoch}",
+                f"--file={plan.dockerfile}", f"--build-arg=BASE={base}",
+                *_build_options(plan, secrets),
+                f"--output=type=local,dest={work / 'root'}", f"--tag={SYSTEM_NAME}",
+                str(plan.dockerfile.parent),
             ],
             env=env,
-            cwd=build.work,
+            cwd=work,
         )  # fmt: skip
-        target = f"dir:{build.work / 'image'}"
+        target = f"dir:{work / 'image'}"
         runner.run(
             ["buildah", "push", "--quiet", "--disable-compression", SYSTEM_NAME, target], env=env
         )
         runner.run(["buildah", "rmi", "--all", "--force"], env=env)
 
-    def system_output(self, build: SystemBuild) -> SystemOutput:
+    def system_output(self, work: Path) -> SystemOutput:
         """Parse the ``dir:`` output (docker schema 2)."""
-        folder = build.work / "image"
+        folder = work / "image"
         manifest = parse_json(read_plain(folder / "manifest.json"))
-        return _read_output(folder, manifest, build.work / "root")
+        return _read_output(folder, manifest, work / "root")
 
     def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
         """Runc on an overlay of the unpacked layers, in a mount namespace of its own.

@@ -44,6 +44,24 @@ class Image:
         return self.path / "blobs" / "sha256" / digest.removeprefix("sha256:")
 
     @property
+    def layers(self) -> tuple[ImageLayer, ...]:
+        """Its layers, lowest first."""
+        diff_ids, history = self.config["rootfs"]["diff_ids"], self.config["history"]
+        return tuple(
+            ImageLayer(
+                blob=LayerBlob(
+                    path=self.blob(row["digest"]),
+                    digest=hex_digest(row["digest"]),
+                    diff_id=hex_digest(diff_id),
+                    size=row["size"],
+                    media_type=row["mediaType"],
+                ),
+                created_by=entry["created_by"],
+            )
+            for row, diff_id, entry in zip(self.manifest["layers"], diff_ids, history, strict=True)
+        )
+
+    @property
     def size(self) -> int:
         """Bytes that a pull transfers: all layers and the config."""
         layers: int = sum(layer["size"] for layer in self.manifest["layers"])

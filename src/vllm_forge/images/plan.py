@@ -23,7 +23,7 @@ from vllm_forge.images.errors import BuildRecordError, LayoutError
 from vllm_forge.images.layout import Image, blob_times, has_name, read_image
 from vllm_forge.images.prewarm import ENTRYPOINT, Prewarm, prewarm_key
 from vllm_forge.images.store import layer_folder, stored
-from vllm_forge.images.system import SYSTEM_FORMAT, build_arguments, system_folder
+from vllm_forge.images.system import SYSTEM_FORMAT, system_folder
 from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import Patch, read_series, read_tree_lock
 from vllm_forge.project import Project
@@ -129,6 +129,14 @@ class ImagePlan:
         """What the system image is built from; its folder is the context."""
         return self.project.root / "docker" / "Dockerfile"
 
+    def build_arguments(self) -> dict[str, str]:
+        """Build arguments of docker/Dockerfile."""
+        return {
+            "PACKAGES": " ".join(sorted(self.cell.base.packages)),
+            "PYTHON": self.cell.line.python,
+            "SOURCE_DATE_EPOCH": str(self.cell.base.source_date_epoch),
+        }
+
     def system_parts(self) -> dict[str, Any]:
         """What the system image is a function of, by name."""
         return {
@@ -136,7 +144,7 @@ class ImagePlan:
             "base": self.base.key,
             "dockerfile": self.dockerfile.read_text(),
             "driver functions": (self.dockerfile.parent / DRIVER_FUNCTIONS).read_text(),
-            "arguments": build_arguments(self.cell),
+            "arguments": self.build_arguments(),
             "engine": self.engine.name,
         }
 

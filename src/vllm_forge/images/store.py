@@ -110,8 +110,9 @@ def forget(folder: Path) -> None:
 
 def forget_damaged(blobs: Iterable[LayerBlob]) -> None:
     """Delete the kept layers and systems whose blob is not what its digest says."""
-    for folder in {blob.path.parent for blob in blobs if file_digest(blob.path) != blob.digest}:
-        forget(folder)
+    damaged = [blob.path for blob in blobs if file_digest(blob.path) != blob.digest]
+    for kind, key in {path.relative_to(cache_root()).parts[:2] for path in damaged}:
+        forget(cache_root() / kind / key)
 
 
 def write_layer(

@@ -6,26 +6,17 @@ import hashlib
 import json
 import tarfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import Runner, atomic_path, cache_root, remove
 from vllm_forge.host.errors import CacheError
 from vllm_forge.images.base import BaseRef, compress
-from vllm_forge.images.engines import SystemBuild, SystemOutput
-from vllm_forge.images.errors import BaseImageError
-from vllm_forge.images.layer import LayerBlob
-from vllm_forge.images.layout import (
-    Image,
-    ImageLayer,
-    hex_digest,
-    read_image,
-    read_sealed,
-    write_sealed,
-)
+from vllm_forge.images.engines import SystemOutput
+from vllm_forge.images.errors import BaseImageError, LayoutError
+from vllm_forge.images.layout import ImageLayer, has_name, read_image, write_image
 from vllm_forge.images.prewarm import tree_digest
-from vllm_forge.matrix import ImageCell
 
 if TYPE_CHECKING:
     from vllm_forge.images.plan import ImagePlan
@@ -36,6 +27,8 @@ SYSTEM_FORMAT = 3
 CONFIG_KEYS = frozenset(
     {"Env", "User", "Entrypoint", "WorkingDir", "Volumes", "ExposedPorts", "Healthcheck"}
 )
+NAME = "localhost/vllm-forge-system:kept"
+NOTES = "io.vllm-forge.system"  # a label; not of images
 CA_BUNDLES = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/pki/tls/certs/ca-bundle.crt"))
 
 
@@ -67,21 +60,12 @@ def system_folder(key: str) -> Path:
 
 def make_system(runner: Runner, plan: ImagePlan, secrets: dict[str, Path]) -> str:
     """Build the system image; return its key."""
-    key = plan.system_key
-    folder = system_folder(key)
-    build = SystemBuild(
-        base=plan.base,
-        dockerfile=plan.dockerfile,
-        args=build_arguments(plan.cell),
-        secrets=secrets,
-        epoch=plan.cell.base.source_date_epoch,
-        work=plan.work / "system",
-    )
-    runner.act(f"clear {build.work}", lambda: _clear(build.work))
-    plan.engine.build_system(runner, build)
+    key, work = plan.system_key, plan.work / "system"
+    runner.act(f"clear {work}", lambda: _clear(work))
+    plan.engine.build_system(runner, plan, secrets, work)
     runner.act(
-        f"keep the system image in {folder}",
-        lambda: _keep(plan.engine.system_output(build), plan.base, folder),
+        f"keep the system image in {system_folder(key)}",
+        lambda: _keep(plan.engine.system_output(work), plan.base, system_folder(key)),
     )
     return key
 
@@ -102,43 +86,22 @@ def system_is_kept(key: str) -> bool:
 
 
 def load_system(key: str) -> System:
-    """Read a kept system image; ``root_digest`` of its record is that of ``root``, if it has one.
-
-    Raises CacheError: its record is missing or damaged, or the size of a blob differs from it.
-    """
+    """Read a kept system image. Raises CacheError: it is missing or damaged."""
     folder = system_folder(key)
     try:
-        record = read_sealed(folder / "system.json")
-        layers = []
-        for row in record["layers"]:
-            path = folder / row["path"]
-            blob = LayerBlob(**(row["blob"] | {"path": path}))
-            if (size := path.stat().st_size) != blob.size:
-                raise ValueError(f"{path.name} has {size} bytes, not {blob.size}")  # noqa: TRY301
-            layers.append(ImageLayer(blob=blob, created_by=row["created_by"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        image = read_image(folder)
+        config = dict(image.config["config"])
+        notes = json.loads(config.pop("Labels")[NOTES])
+        if not has_name(image, NAME):
+            raise ValueError("the files around its blobs were changed")  # noqa: TRY301
+    except (LayoutError, LookupError, ValueError, TypeError) as error:
         raise CacheError(
             f"not a kept system image: {error}",
             where=str(folder),
             remedy="delete that folder and build again",
         ) from error
-    root = folder / "root"
-    return System(
-        layers=tuple(layers),
-        config=record["config"],
-        debian=record["debian"],
-        root=root if root.exists() else None,
-        root_digest=record["root"],
-    )
-
-
-def build_arguments(cell: ImageCell) -> dict[str, str]:
-    """Build arguments of docker/Dockerfile."""
-    return {
-        "PACKAGES": " ".join(sorted(cell.base.packages)),
-        "PYTHON": cell.line.python,
-        "SOURCE_DATE_EPOCH": str(cell.base.source_date_epoch),
-    }
+    root = folder / "root" if (folder / "root").exists() else None
+    return System(layers=image.layers, config=config, root=root, **notes)
 
 
 def _clear(folder: Path) -> None:
@@ -148,29 +111,29 @@ def _clear(folder: Path) -> None:
 
 def _keep(output: SystemOutput, base: BaseRef, folder: Path) -> None:
     """Compress the engine's layers; those of our own rootfs are taken as they are."""
-    rootfs = None if base.layout is None else _rootfs_blob(read_image(base.layout))
+    rootfs = None if base.layout is None else read_image(base.layout).layers[0]
+    layers = []
+    for number, (tar, diff_id) in enumerate(zip(output.tars, output.diff_ids, strict=True)):
+        if rootfs is not None and rootfs.blob.diff_id == diff_id:
+            layers.append(rootfs)  # linked: refreshing the rootfs leaves this system image whole
+            continue
+        # buildx rewrites the times in our rootfs too
+        source = "rootfs" if rootfs is not None and number == 0 else "docker/Dockerfile"
+        plain = tar.with_name(f"{number}.plain.tar")
+        write_plain(tar, plain)
+        blob = compress(plain, plain.with_suffix(".tar.gz"))
+        plain.unlink()
+        layers.append(ImageLayer(blob=blob, created_by=f"vllm-forge: {source}"))
+    notes = {
+        "debian": _debian_packages(output.tars),
+        "root_digest": "" if output.root is None else tree_digest(output.root),
+    }
+    config = {key: value for key, value in output.config.items() if key in CONFIG_KEYS}
+    config["Labels"] = {NOTES: json.dumps(notes)}
     with atomic_path(folder) as aside:
-        aside.mkdir()
-        rows = []
-        for number, (tar, diff_id) in enumerate(zip(output.tars, output.diff_ids, strict=True)):
-            name = f"{number}.tar.gz"
-            if rootfs is not None and rootfs.diff_id == diff_id:
-                # Linked: refreshing the rootfs leaves this system image whole.
-                (aside / name).hardlink_to(rootfs.path)
-                blob = rootfs
-            else:  # buildx rewrites the times in our rootfs too
-                plain = aside / "plain.tar"
-                write_plain(tar, plain)
-                blob = compress(plain, aside / name)
-                plain.unlink()
-            source = "rootfs" if rootfs is not None and number == 0 else "docker/Dockerfile"
-            row = {"path": name, "created_by": f"vllm-forge: {source}"}
-            rows.append(row | {"blob": asdict(blob) | {"path": name}})
-        config = {key: value for key, value in output.config.items() if key in CONFIG_KEYS}
-        record = {"layers": rows, "config": config, "debian": _debian_packages(output.tars)}
+        write_image(aside, layers=layers, config=config, epoch=0, name=NAME)
         if output.root is not None:
             output.root.rename(aside / "root")
-        write_sealed(aside / "system.json", record | {"root": tree_digest(aside / "root")})
 
 
 def write_plain(source: Path, target: Path) -> None:
@@ -188,17 +151,6 @@ def write_plain(source: Path, target: Path) -> None:
             member.uname = member.gname = ""
             member.mtime = int(member.mtime)
             plain.addfile(member, layer.extractfile(member) if member.isreg() else None)
-
-
-def _rootfs_blob(rootfs: Image) -> LayerBlob:
-    (layer,) = rootfs.manifest["layers"]
-    (diff_id,) = rootfs.config["rootfs"]["diff_ids"]
-    return LayerBlob(
-        path=rootfs.blob(layer["digest"]),
-        digest=hex_digest(layer["digest"]),
-        diff_id=hex_digest(diff_id),
-        size=layer["size"],
-    )
 
 
 def _debian_packages(tars: Sequence[Path]) -> dict[str, str]:
