@@ -245,3 +245,53 @@ def test_container_ends_with_the_program(
             break
         time.sleep(0.1)
     assert not sleeping()
+
+
+POOL = """
+import os, sys, time
+from types import SimpleNamespace
+from vllm_forge import cli
+from vllm_forge.commands.parsers import command
+from vllm_forge.host import worker_pool
+
+def job(path):
+    with open(path, "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    time.sleep(300)
+
+def work(project, args):
+    "Run jobs."
+    with worker_pool(2) as pool:
+        jobs = [pool.submit(job, sys.argv[1]) for _ in range(8)]
+        [each.result() for each in jobs]
+
+if __name__ == "__main__":
+    cli.MODULES = [SimpleNamespace(register=lambda choices: command(choices, "work", work))]
+    sys.exit(cli.main(["work"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_worker_processes_end_with_the_program(
+    root: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    pids, file = tmp_path / "pids", tmp_path / "pool.py"
+    file.write_text(POOL)
+    with subprocess.Popen(
+        [sys.executable, file, pids],
+        env=os.environ | {"VLLM_FORGE_ROOT": str(root), "PYTHONPATH": str(root / "src")},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        started = lines_of(pids, 2)
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    code = -number if number == signal.SIGKILL else 128 + number
+    assert process.returncode == code
+    assert "Traceback" not in err
+    for _ in range(50):
+        if not (left := [pid for pid in started if alive(pid)]):
+            break
+        time.sleep(0.1)
+    assert not left

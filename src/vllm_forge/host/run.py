@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -11,7 +12,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,13 +69,6 @@ def run_foreground(argv: Sequence[str]) -> int:
             raise
 
 
-def end_with_parent(parent: int) -> None:
-    """Make the kernel kill this process when ``parent``, which started it, ends or has ended."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
 def which(tool: str) -> str | None:
     """Path of a tool, also in the sbin folders that a plain user's PATH lacks."""
     path = os.environ.get("PATH", os.defpath)
@@ -100,6 +95,28 @@ def gpu_container(
 
 def _ending(code: int) -> str:
     return f"exited with {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
+
+
+@contextlib.contextmanager
+def worker_pool(workers: int | None = None, nice: int = 0) -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes; they end with this one, and at once where it is interrupted."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, _start_worker, (os.getpid(), nice)) as pool:
+        try:
+            yield pool
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
+
+
+def _start_worker(parent: int, nice: int) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it had ended before that
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: one of them reports it
+    os.nice(nice)
 
 
 @dataclass

@@ -13,17 +13,14 @@ what changed, are a layer of the SKU's own.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vllm_forge.host import end_with_parent
+from vllm_forge.host import worker_pool
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images.content import WheelGroup, group_entries
 from vllm_forge.images.layer import LayerBlob, ZstdLayerWriter
@@ -47,7 +44,7 @@ from vllm_forge.sources.wheel_format import record_hash, rewrite_record
 CHUNK = 1 << 20
 T = TypeVar("T")
 WORKERS = 2
-NICE = 10
+NICE = 10  # the rootfs is made meanwhile
 
 
 def write_layers(
@@ -63,8 +60,7 @@ def write_layers(
     processes write the layers. ``slim``: also the SKU's layers of libraries.
     """
     wheelhouse = Wheelhouse()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(WORKERS, spawn, _start_worker, (os.getpid(),)) as pool:
+    with worker_pool(WORKERS, NICE) as pool:
         jobs = []
         for group in groups:
             wheelhouse.fetch(group.wheels)
@@ -81,12 +77,6 @@ def write_layers(
                 remedy="it may have run out of memory: free some, and build again",
             ) from error
     return result
-
-
-def _start_worker(parent: int) -> None:
-    """A worker is polite (the rootfs is made meanwhile) and does not outlive the build."""
-    end_with_parent(parent)
-    os.nice(NICE)
 
 
 def _write_group(group: WheelGroup, cell: ImageCell, *, slim: bool) -> None:

@@ -6,12 +6,10 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
 from itertools import chain, takewhile
-from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,7 +19,7 @@ from rich.progress import track
 from unidiff.patch import Hunk, PatchSet
 
 from vllm_forge.errors import UsageError
-from vllm_forge.host import cache_root, console, report, write_json
+from vllm_forge.host import cache_root, console, report, worker_pool, write_json
 from vllm_forge.patches.apply import ABSENT, FAILED, MOVED, TreeIndex
 from vllm_forge.patches.header import Patch, read_patch
 from vllm_forge.patches.series import check_line, read_series
@@ -224,7 +222,7 @@ def survey(
 ) -> Iterator[tuple[Release, str, list[list[Verdict]]]]:
     """Each release's tree hash and its verdicts on each series, several releases side by side."""
     words = vocabulary(repo, subjects)
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    with worker_pool() as pool:
         jobs = [pool.submit(_look_at, repo.path, release, subjects, words) for release in releases]
         for release, job in zip(releases, jobs, strict=True):
             yield (release, *job.result())
