@@ -94,17 +94,15 @@ def test(project: Project, args: argparse.Namespace) -> None:
 
 def kit(project: Project, args: argparse.Namespace) -> None:
     """Write the suite for a GPU host offline."""
-    from vllm_forge.gputest.kit import KitOptions, make_kit, parse_size
+    from vllm_forge.gputest.kit import make_kit, parse_size
 
     cell = project.cell(args.sku, args.line)
-    options = KitOptions(
-        image=args.image or project.root / "dist" / cell.name,
-        output=args.output,
-        max_part=parse_size(args.max_part),
+    make_kit(
+        project, cell, args.image or project.root / "dist" / cell.name, args.output,
+        max_part=parse_size(args.max_part), caches=args.caches,
         inputs=_input_folders(args.checkpoint, args.workloads),
-        caches=args.caches,
-    )
-    print(make_kit(project, cell, options))
+    )  # fmt: skip
+    print(args.output)
 
 
 def receipts(project: Project, args: argparse.Namespace) -> None:

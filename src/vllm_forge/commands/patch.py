@@ -116,7 +116,7 @@ def drift(project: Project, args: argparse.Namespace) -> None:
     """Record what each vLLM release does to each patch."""
     from datetime import UTC, datetime
 
-    from vllm_forge.pages.patches import drift_table
+    from vllm_forge.pages.records import drift_table
     from vllm_forge.pages.registry import write_pages
     from vllm_forge.patches.drift import survey_lines, write_drift
     from vllm_forge.patches.seed_installer import record_outcomes

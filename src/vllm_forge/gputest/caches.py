@@ -44,7 +44,7 @@ def cache_key(project: Project, cell: ImageCell, tree: str) -> dict[str, str]:
 
 
 def require_key(folder: Path, key: Mapping[str, str]) -> None:
-    """Refuse a folder of ``test-gpu --caches`` with kernels of another stack, by JitCacheError."""
+    """Refuse a folder of ``test-gpu --caches`` with links, or with kernels of another stack."""
     try:
         recorded = parse_json(read_plain(folder / KEY))
         different = [name for name in key if recorded[name] != key[name]]
@@ -61,13 +61,13 @@ def require_key(folder: Path, key: Mapping[str, str]) -> None:
             where=str(folder / KEY),
             remedy="run the suite with an empty --caches folder",
         )
+    require_plain(folder)  # a link would bring files of this host into an image or a kit
 
 
 def prewarm_of(project: Project, cell: ImageCell, folder: Path) -> Prewarm:
     """Kernels for a cell's image: what ``test-gpu --caches`` left in ``folder``, of its stack."""
     tree = read_tree_lock(project.root / cell.line.series, cell.line_name).result
     key = cache_key(project, cell, tree)
-    require_plain(folder)
     require_key(folder, key)
     return Prewarm(
         folder=folder,

@@ -8,13 +8,12 @@ that digest.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import re
 import shutil
+import subprocess
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -26,7 +25,7 @@ from vllm_forge.gputest.caches import require_key
 from vllm_forge.gputest.errors import KitError
 from vllm_forge.gputest.launch import ENVIRONMENT, suite_command, unpack_tools
 from vllm_forge.host import atomic_path, report, require_disk, tree_bytes
-from vllm_forge.images.layout import Image, read_image, verify
+from vllm_forge.images.layout import Image, file_digest, read_image, verify
 from vllm_forge.images.prewarm import place_of
 from vllm_forge.matrix import ImageCell
 from vllm_forge.project import Project
@@ -42,24 +41,6 @@ exec python3 "$(dirname "$0")/kit.py" "$@"
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class KitOptions:
-    """What a kit holds.
-
-    Attributes:
-        image: OCI layout of the image.
-        max_part: bytes of the largest part.
-        inputs: place in the bundle -> folder: models and prompts.
-        caches: what JIT compilers made in an earlier run of the same stack.
-    """
-
-    image: Path
-    output: Path
-    max_part: int
-    inputs: dict[str, Path] = field(default_factory=dict)
-    caches: Path | None = None
-
-
 def parse_size(text: str) -> int:
     """Bytes of e.g. ``62MB``."""
     match = SIZE.fullmatch(text)
@@ -70,36 +51,52 @@ def parse_size(text: str) -> int:
     return int(match["number"]) * UNITS[match["unit"]]
 
 
-def make_kit(project: Project, cell: ImageCell, options: KitOptions) -> Path:
-    """Write a kit and return its folder, which must not exist.
+def make_kit(
+    project: Project,
+    cell: ImageCell,
+    layout: Path,
+    output: Path,
+    *,
+    max_part: int,
+    inputs: dict[str, Path],
+    caches: Path | None = None,
+) -> None:
+    """Write a kit to ``output``, which must not exist.
 
-    ReceiptSubjectError, JitCacheError: the image or the caches are of another stack.
+    Args:
+        project: the repository.
+        cell: SKU and line.
+        layout: OCI layout of the image.
+        output: folder that is made.
+        max_part: bytes of the largest part.
+        inputs: place in the bundle -> folder: models and prompts.
+        caches: what JIT compilers made in an earlier run of the same stack.
     """
-    if options.output.exists() or options.output.is_symlink():
+    if output.exists() or output.is_symlink():
         raise KitError(
             "--output exists already",
-            where=str(options.output),
+            where=str(output),
             remedy="choose another --output, or delete it",
         )
-    image = read_image(options.image)
+    image = read_image(layout)
     with report("verify the image"):
         verify(image)
-    models = sum(tree_bytes(folder) for folder in options.inputs.values())
-    require_disk({options.output: 3 * image.size + 2 * models})
-    with atomic_path(options.output) as aside:
+    models = sum(tree_bytes(folder) for folder in inputs.values())
+    require_disk({output: 3 * image.size + 2 * models})
+    with atomic_path(output) as aside:
         content = aside.with_name(f"content of {aside.name}")  # removed with it in any case
         content.mkdir()
         bundle, labels = content / "bundle", image.config["config"].get("Labels") or {}
         tested = SuiteImage(name=cell.name, digest=image.digest, labels=labels)
         plan = write_bundle(project, cell, tested, bundle)
         unpack_tools(project.root, bundle)
-        for place, folder in options.inputs.items():
+        for place, folder in inputs.items():
             shutil.copytree(folder, bundle / place)
         key = plan["caches"]["key"]
         place = place_of(key)
-        if options.caches is not None:
-            require_key(options.caches, key)
-            shutil.copytree(options.caches, content / "jit" / Path(place).name)
+        if caches is not None:
+            require_key(caches, key)
+            shutil.copytree(caches, content / "jit" / Path(place).name)
         with report("write the layers as gzip"):
             write_layers(image, content / "image")
         argv, last = suite_command(place)
@@ -111,12 +108,11 @@ def make_kit(project: Project, cell: ImageCell, options: KitOptions) -> Path:
                 "sku": cell.sku_name,
                 "line": cell.line_name,
                 "suite": {"argv": argv, "last": last, "env": ENVIRONMENT},
-                "parts": write_parts(content, aside, options.max_part),
+                "parts": write_parts(content, aside, max_part),
             }
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
             (aside / "run.sh").write_text(RUN)
             shutil.copyfile(HOST, aside / "kit.py")
-    return options.output
 
 
 def write_layers(image: Image, folder: Path) -> None:
@@ -143,49 +139,22 @@ def write_layers(image: Image, folder: Path) -> None:
         list(pool.map(write, *zip(*enumerate(image.manifest["layers"]), strict=True)))
 
 
-class _Parts:
-    """A file to write to that begins a new part when one is full."""
-
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.folder, self.limit = folder, limit
-        self.parts: list[dict[str, Any]] = []
-        self.left = 0
-
-    def write(self, data: bytes) -> int:
-        """Append, in as many parts as it takes."""
-        view = memoryview(data)
-        while view:
-            if self.left == 0:
-                self.close()
-                self.path = self.folder / f"part-{len(self.parts):03}"
-                self.file = self.path.open("wb")
-                self.digest, self.left = hashlib.sha256(), self.limit
-                self.parts.append({"name": self.path.name})
-            piece = view[: self.left]
-            self.file.write(piece)
-            self.digest.update(piece)
-            self.left -= len(piece)
-            view = view[len(piece) :]
-        return len(data)
-
-    def close(self) -> None:
-        """Finish the last part."""
-        if self.parts and "sha256" not in self.parts[-1]:
-            self.file.close()
-            self.parts[-1] |= {
-                "size": self.path.stat().st_size,
-                "sha256": self.digest.hexdigest(),
-            }
-
-
 def write_parts(content: Path, folder: Path, limit: int) -> list[dict[str, Any]]:
     """A tar of ``content``, cut into files of at most ``limit`` bytes; names, sizes, hashes.
 
     It is not compressed: layers are, and the rest is small.
     """
-    parts = _Parts(folder, limit)
-    with tarfile.open(fileobj=parts, mode="w|") as tar:  # type: ignore[call-overload]
+    width = max(3, len(str(tree_bytes(content) // limit)))
+    argv = ["split", f"--bytes={limit}", "--numeric-suffixes", f"--suffix-length={width}"]
+    with (
+        subprocess.Popen([*argv, "-", str(folder / "part-")], stdin=subprocess.PIPE) as split,
+        tarfile.open(fileobj=split.stdin, mode="w|") as tar,
+    ):
         for path in sorted(content.iterdir()):
             tar.add(path, arcname=path.name)
-    parts.close()
-    return parts.parts
+    if split.returncode:
+        raise KitError(f"cannot write the parts: split exited with {split.returncode}")
+    return [
+        {"name": path.name, "size": path.stat().st_size, "sha256": file_digest(path)}
+        for path in sorted(folder.glob("part-*"))
+    ]

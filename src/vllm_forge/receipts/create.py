@@ -17,7 +17,6 @@ from vllm_forge.receipts import FOLDER, KEYS
 from vllm_forge.receipts.envelope import read_keys, read_receipt, write_receipt
 from vllm_forge.receipts.errors import (
     ReceiptIncompleteError,
-    ReceiptSubjectError,
     ResultFileError,
 )
 from vllm_forge.receipts.statement import VALID, Statement
@@ -87,16 +86,8 @@ def make_receipt(project: Project, result_path: Path, key: Path | None) -> Path:
         ResultFileError: not a result.
         ForgeError: see ``verify``.
     """
-    matrix = project.matrix
     try:
         result: dict[str, Any] = parse_json(read_plain(result_path))
-        line_name = result["plan"]["line"]
-        if line_name not in matrix.line:
-            raise ReceiptSubjectError(
-                f"the result is of line {line_name!r}, which is not defined in matrix.toml",
-                where=str(result_path),
-                remedy=f"lines: {', '.join(matrix.line)}",
-            )
         statement = make_statement(result)
     except MALFORMED as error:
         why = f"{type(error).__name__}: {error}"

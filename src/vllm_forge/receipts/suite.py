@@ -92,16 +92,11 @@ def _presets(matrix: Matrix, sku: str) -> list[dict[str, Any]]:
     for name, preset in matrix.preset.items():
         if preset.sku == sku:
             arguments, env = serve_arguments(matrix, name)
-            rows.append(
-                {
-                    "name": name,
-                    "artifacts": list(preset.artifacts),
-                    "tensor_parallel": preset.tensor_parallel,
-                    "speculative_tokens": preset.speculative_tokens,
-                    "arguments": arguments,
-                    "env": {**matrix.sku[sku].env, **env},
-                }
+            row = preset.model_dump(
+                mode="json", include={"artifacts", "tensor_parallel", "speculative_tokens"}
             )
+            env = {**matrix.sku[sku].env, **env}
+            rows.append({"name": name, "arguments": arguments, "env": env} | row)
     return rows
 
 

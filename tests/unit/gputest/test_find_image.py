@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vllm_forge.gputest import find_image as product
+from vllm_forge.gputest import launch as product
 from vllm_forge.gputest.bundle import SuiteImage
 from vllm_forge.host.probe import Reply
 from vllm_forge.images.errors import EngineUnreachableError, LayoutError
@@ -48,7 +48,7 @@ class Engines:
 
 def ask(host: Engines, name: str, layout: Path) -> tuple[str, SuiteImage]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vllm_forge.gputest.find_image.inspect_image", lambda _: host.docker)
+        patch.setattr("vllm_forge.gputest.launch.inspect_image", lambda _: host.docker)
         return product.find_image(host, name, layout)
 
 

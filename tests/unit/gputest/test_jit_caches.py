@@ -18,6 +18,7 @@ from tests.gpu.harness.errors import InputError
 from vllm_forge.gputest import caches
 from vllm_forge.gputest.caches import cache_key, prewarm_of, require_key
 from vllm_forge.gputest.errors import JitCacheError
+from vllm_forge.images.errors import ForeignFileError
 from vllm_forge.images.prewarm import (
     BAKED,
     CONTENT,
@@ -82,6 +83,14 @@ def test_a_folder_without_a_valid_key_is_refused(folder: Path, content: str | No
     with pytest.raises(InputError, match="not of the suite"):
         harness.open_caches(folder, PLAN)
     with pytest.raises(JitCacheError, match="not the caches of a run"):
+        require_key(folder, KEY)
+
+
+def test_caches_with_links_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Code of the image wrote them: neither an image nor a kit takes files of the host so."""
+    require_key(folder, KEY)
+    (folder / "triton" / "evil").symlink_to(tmp_path)
+    with pytest.raises(ForeignFileError, match="evil is a link"):
         require_key(folder, KEY)
 
 

@@ -14,7 +14,7 @@ from tests.support.index_server import IndexServer, Served
 from tests.support.trees import changed_tree, patch_text, write_sdist
 from vllm_forge.errors import UsageError
 from vllm_forge.matrix import load
-from vllm_forge.pages.patches import best, first_change
+from vllm_forge.pages.records import best, first_change
 from vllm_forge.patches import read_patch, read_series
 from vllm_forge.patches.drift import (
     DATA,

@@ -534,7 +534,7 @@ class TestMakeReceipt:
         self, project: Project, result: dict[str, Any], tmp_path: Path
     ) -> None:
         result["plan"]["line"] = "9.9"
-        with pytest.raises(ReceiptSubjectError, match=r"line '9\.9'"):
+        with pytest.raises(ReceiptSubjectError, match=r"line 9\.9 is not defined"):
             make_receipt(project, self.write(tmp_path / "out", result), None)
 
     def test_a_case_that_did_not_run(
