@@ -21,10 +21,7 @@ CREDENTIALS = re.compile(r"://[^/@\s]+@")
 class ForgeError(Exception):
     """Base of all failures that are part of the contract with the user.
 
-    Args:
-        what: what happened, one sentence.
-        where: the file, line, package or command it happened at.
-        remedy: what the reader should do now.
+    ``what`` happened, ``where`` (file, line, package or command), and the ``remedy``, imperative.
     """
 
     exit_code: ClassVar[int] = 1

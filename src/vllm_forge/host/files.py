@@ -71,12 +71,7 @@ def move(source: Path, target: Path) -> None:
 
 
 def open_plain(path: Path) -> io.BufferedReader:
-    """Open a file that others may have written: a link, a FIFO or a device is refused.
-
-    Raises:
-        ValueError: not a plain file.
-        OSError: missing, or may not be read.
-    """
+    """Open a file that others may have written; ValueError for a link, a FIFO or a device."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags)
@@ -127,12 +122,7 @@ def parse_json(content: bytes | str) -> Any:
 def read_json(
     path: Path, parse: Callable[[Any], T], error: type[ForgeError], *, what: str, remedy: str
 ) -> T:
-    """What ``parse`` makes of a JSON file, read by ``read_plain``.
-
-    Raises:
-        ForgeError: of class ``error``: the file is missing, cannot be read as JSON in UTF-8, or
-            ``parse`` does not find in it what it expects.
-    """
+    """What ``parse`` makes of a JSON file; whatever is wrong with that file is an ``error``."""
     try:
         return parse(parse_json(read_plain(path)))
     except FileNotFoundError:
@@ -215,12 +205,9 @@ def _existing(path: Path) -> Path:
 
 
 def require_disk(needs: dict[Path, int]) -> None:
-    """Refuse before the first byte when the disk cannot hold what is to come.
+    """Refuse before the first byte when the disk cannot hold what is to come, by DiskSpaceError.
 
     ``needs``: bytes to be written below each path; paths of one file system are added up.
-
-    Raises:
-        DiskSpaceError: with the missing amount and the paths.
     """
     by_device: dict[int, list[tuple[Path, int]]] = {}
     for path, size in needs.items():

@@ -72,11 +72,7 @@ class RecordedProbe:
     folder: Path
 
     def ask(self, name: str, argv: Sequence[str]) -> Reply:
-        """The recorded reply; a question without a file is a program that is not installed.
-
-        Raises:
-            RecordingError: a file that RecordingProbe does not write.
-        """
+        """The recorded reply; a question without a file is a program that is not installed."""
         try:
             text = read_plain(self.folder / f"{name}.txt", MOST_REPLY).decode()
         except FileNotFoundError:

@@ -52,14 +52,7 @@ def find_line(matrix: Matrix, name: str | None) -> tuple[str, Line]:
 
 
 def image_cell(matrix: Matrix, sku: str, line: str | None = None) -> ImageCell:
-    """The cell of a SKU, given in any case by its name or by its arch (``sm_120``, ``sm120``).
-
-    Raises:
-        UnknownSkuError: no such row, or an arch that several have.
-        UnsupportedSkuError: a product that no line can serve.
-        UnknownLineError: no such row.
-        UnsupportedCellError: the line's row says that it cannot serve this SKU, and why.
-    """
+    """The cell of a SKU, given in any case by its name or by its arch (``sm_120``, ``sm120``)."""
     name = _find_sku(matrix, sku)
     line_name, row = find_line(matrix, line)
     if name in row.unsupported:
@@ -110,12 +103,7 @@ def _skus(matrix: Matrix) -> str:
 
 
 def serve_arguments(matrix: Matrix, preset_name: str) -> tuple[list[str], dict[str, str]]:
-    """What a preset adds to ``vllm serve MODEL``.
-
-    Returns:
-        The arguments after the model, each option with its value in one word
-        (``--name=value``), and the environment of the server.
-    """
+    """What a preset adds to ``vllm serve MODEL``: arguments, each in one word, and environment."""
     preset = matrix.preset[preset_name]
     args = [f"--tensor-parallel-size={preset.tensor_parallel}", *preset.flags]
     if preset.speculative_tokens:
@@ -138,13 +126,7 @@ def find_root() -> Path:
 
 
 def load(root: Path) -> Matrix:
-    """Parse ``root/matrix.toml``.
-
-    Raises:
-        MatrixFileError: missing, or not TOML.
-        UnknownKeyError: a key that no model has; with the nearest known one.
-        MatrixValueError: any other fault, all of them in one message.
-    """
+    """Parse ``root/matrix.toml``; one error has all that is wrong."""
     path = root / "matrix.toml"
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -71,12 +71,7 @@ def checkout(project: Project, line_name: str, repo: SourceRepo, target: Path) -
     """Make ``target`` a git work tree of the line's source, on a branch with its patches.
 
     Hunks at other lines than they name are allowed; export then writes where they fit. Returns the
-    number of patches.
-
-    Raises:
-        UsageError: ``target`` exists.
-        PatchHeaderError: a header that a commit message cannot hold.
-        ForgeError: a series that cannot be read or does not fit; ``target`` is not created.
+    number of patches. After an error ``target`` does not exist.
     """
     if target.exists() or target.is_symlink():
         raise UsageError("the directory exists", where=str(target), remedy="give a new path")
@@ -129,9 +124,7 @@ def export(project: Project, source: Path) -> tuple[str, tuple[Patch, ...]]:
         DirtyTreeError: uncommitted changes, or an unfinished rebase, merge or cherry-pick.
         WrongBaseError: the branch does not start at the line's source, or the series was changed
             since the checkout.
-        EmptyPatchError: a commit without changes.
-        PatchHeaderError: a commit without a field, or with a malformed one.
-        NonCanonicalPatchError: a merge, or a change that a patch in UTF-8 cannot hold.
+        ForgeError: a commit that does not make a patch.
     """
     work = SourceRepo(source / ".git")
     line_name = _git(work, *CONFIG, "forge.line", check=False) if work.path.exists() else ""

@@ -62,11 +62,7 @@ class _File(FrozenModel):
 
 
 def read_dispositions(folder: Path) -> tuple[Disposition, ...]:
-    """Parse ``folder/dispositions.toml``.
-
-    Raises:
-        DispositionError: missing, not TOML, an unknown key, or a decision without a ground.
-    """
+    """Parse ``folder/dispositions.toml``; DispositionError if it is missing or malformed."""
     path = folder / FILE
     data: dict[str, Any] = {}
     try:
@@ -96,11 +92,7 @@ def _said(item: ErrorDetails, data: dict[str, Any]) -> str:
 
 
 def decisions(entries: tuple[Disposition, ...], line: str) -> tuple[tuple[str, Decision], ...]:
-    """What each entry is about, and what it says of a line.
-
-    Raises:
-        DispositionError: one says nothing.
-    """
+    """What each entry is about, and what it says of a line; DispositionError where it is silent."""
     rows = []
     for entry in entries:
         decision = entry.on.get(line) or entry.on.get(ALL)

@@ -92,11 +92,8 @@ class Surveyed:
 def releases_between(index: Index, first: str, last: str | None) -> list[tuple[Release, IndexFile]]:
     """Final releases on the index that were not yanked, oldest first, both ends included.
 
-    ``last`` is None for the newest on the index.
-
-    Raises:
-        UsageError: not versions, or in the wrong order.
-        DistributionNotFoundError: the index offers no source archive of one of the two.
+    ``last`` is None for the newest on the index. DistributionNotFoundError if one of the two has no
+    source archive there.
     """
     try:
         low = Version(first)
@@ -253,10 +250,7 @@ def _look_at(
 def verdicts(
     repo: SourceRepo, tree: str, version: str, subject: Subject, known: frozenset[bytes]
 ) -> list[Verdict]:
-    """What one release's tree says of each patch; those that apply are applied for the next.
-
-    ``known``: see vocabulary.
-    """
+    """What one release's tree says of each patch; those that apply are applied for the next."""
     found: dict[int, Verdict] = {}
     failed: dict[int, str] = {}
     patches = [read_patch(path) for path in subject.paths]
@@ -372,10 +366,7 @@ class Words:
 
 
 def hunk_words(hunk: Hunk, source: Sequence[bytes]) -> dict[bytes, int]:
-    """Words of the lines that a hunk replaces and of those around it, and how often each counts.
-
-    ``source``: lines of the file that the patch was made for.
-    """
+    """Words of the lines that a hunk replaces and of those around it, and how often each counts."""
     first = max(0, hunk.source_start - 1 - AROUND)
     last = hunk.source_start - 1 + hunk.source_length + AROUND
     words = dict.fromkeys(WORD.findall(b"\n".join(source[first:last])), 1)
@@ -411,16 +402,10 @@ def read_words(repo: SourceRepo, tree: str, wanted: frozenset[bytes]) -> Words:
 def locate(
     words: Words, wanted: dict[bytes, int], path: str, copies: Collection[str] = ()
 ) -> Place | None:
-    """Where most of the wanted words are close together; None where too few are.
+    """Where most of a hunk's words are close together; None where too few are.
 
     The file they were in comes first, then those nearest to it in the tree: code that moves
-    seldom moves far.
-
-    Args:
-        words: of the tree to look in.
-        wanted: the words of a hunk.
-        path: the file that the hunk is for.
-        copies: files that had much the same code before, to which nothing has moved.
+    seldom moves far. To ``copies``, which had much the same code before, nothing has moved.
     """
     places = [
         place for place in dense(words, wanted) if place.path == path or place.path not in copies

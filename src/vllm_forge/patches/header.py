@@ -43,7 +43,6 @@ class Patch:
     """A parsed patch.
 
     Attributes:
-        path: the file.
         fields: header fields by name, continuation lines joined with newlines.
         diff: what git applies, text from the first ``diff --git`` on.
         files: paths that it changes, relative to the source tree.
@@ -96,11 +95,7 @@ def read_patch(path: Path) -> Patch:
 
 
 def parse_patch(path: Path, fields: dict[str, str], diff: str, where: str) -> Patch:
-    """A patch of header fields and a diff; ``where`` is for errors.
-
-    Raises:
-        LineEndingError, EmptyPatchError, CorruptPatchError: as read_patch.
-    """
+    """A patch of header fields and a diff, with the errors of read_patch; ``where`` is for them."""
     _require_lf(diff, where)
     try:
         parsed = PatchSet(diff)
@@ -132,12 +127,7 @@ def header_text(fields: dict[str, str]) -> str:
 
 
 def parse_fields(head: str, where: str, *, ordered: bool = True) -> dict[str, str]:
-    """Header fields by name, in the order of FIELDS, which ``head`` must have if ``ordered``.
-
-    Raises:
-        PatchHeaderError: a field is missing, unknown, doubled or malformed.
-        NonCanonicalPatchError: fields out of order.
-    """
+    """Header fields by name, in the order of FIELDS, which ``head`` must have if ``ordered``."""
     fields: dict[str, str] = {}
     last = ""
     for number, line in enumerate(head.splitlines(), 1):

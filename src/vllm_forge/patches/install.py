@@ -70,11 +70,7 @@ class Installed:
 
 
 def find_python(given: Path | None) -> Path:
-    """The interpreter of the environment to patch: ``given``, or the active one's.
-
-    Raises:
-        NoEnvironmentError: neither, or it is not a virtual environment.
-    """
+    """The interpreter whose packages to patch: ``given``, or the active one; NoEnvironmentError."""
     active = os.environ.get("VIRTUAL_ENV")
     python = given or (Path(active) / "bin" / "python" if active else None)
     if python is None or not python.exists():

@@ -22,9 +22,7 @@ MERGED = "already applied or merged"
 class Edit:
     """One `sed` of the installer: ``old`` is replaced in every line of ``file`` that has it.
 
-    Attributes:
-        change: the upstream pull request that it stands for.
-        claims: the number of places that it prints, None where it prints none.
+    ``change`` is the upstream pull request that it stands for, ``claims`` the places it prints.
     """
 
     change: int
@@ -61,14 +59,7 @@ EDITS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The outcome of one edit on one line.
-
-    Attributes:
-        exists: the release has the file.
-        places: lines of the file that the edit changes.
-        needed: hunks of the line's own patch for the same change; 0 where it has none.
-        parses: the file is Python afterwards.
-    """
+    """What one edit does on one line; ``needed``: hunks of the line's own patch for the change."""
 
     change: int
     claims: int | None

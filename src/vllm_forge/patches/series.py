@@ -39,9 +39,7 @@ class TreeLock:
 
 
 def read_series(folder: Path) -> tuple[Patch, ...]:
-    """Parse ``folder/series`` and all its patches.
-
-    Lines that start with # are comments.
+    """Parse ``folder/series``, where # starts a comment, and all its patches.
 
     Raises:
         PatchMissingError: the series file, or a patch that it lists, does not exist.
@@ -92,11 +90,7 @@ def series_text(folder: Path, names: list[str]) -> str:
 
 
 def read_tree_lock(folder: Path, line_name: str) -> TreeLock:
-    """Parse ``folder/lock.toml``.
-
-    Raises:
-        LockFileError: missing or malformed.
-    """
+    """Parse ``folder/lock.toml``; LockFileError if it is missing or malformed."""
     path = folder / "lock.toml"
     kinds = {field.name: int if field.type == "int" else str for field in fields(TreeLock)}
     try:
@@ -113,12 +107,7 @@ def read_tree_lock(folder: Path, line_name: str) -> TreeLock:
 
 
 def fetch_base(lock: TreeLock, version: str, repo: SourceRepo, index: Index | None = None) -> str:
-    """Tree hash of the pristine source; downloads the archive only when it is not cached.
-
-    Raises:
-        WrongBaseError: the archive's tree is not the locked one.
-        ForgeError: see download_all and SourceRepo.import_archive.
-    """
+    """Tree hash of the pristine source, imported if need be; WrongBaseError if not the lock's."""
     tree = repo.tree(version)
     if tree is not None and tree != lock.base:  # of a release that was published again
         repo.forget(version)
@@ -136,13 +125,7 @@ def fetch_base(lock: TreeLock, version: str, repo: SourceRepo, index: Index | No
 
 
 def check_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
-    """Apply a line's series and compare with its lock.
-
-    Raises:
-        WrongBaseError: see fetch_base.
-        TreeMismatchError: everything applies, but the result is another tree.
-        ForgeError: see read_series and apply_series.
-    """
+    """Apply a line's series; TreeMismatchError if the result is not the lock's."""
     line = project.matrix.line[line_name]
     folder = project.root / line.series
     patches = read_series(folder)

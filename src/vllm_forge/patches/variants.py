@@ -43,11 +43,7 @@ class Pair:
 
 
 def without(repo: SourceRepo, applied: Applied, patches: Sequence[Patch], index: int) -> Variant:
-    """The whole series without ``patches[index]``.
-
-    Raises:
-        InseparablePatchError: the others do not apply without it, and it cannot be taken out.
-    """
+    """The whole series without ``patches[index]``; InseparablePatchError if there is no such."""
     patch = patches[index]
     tree: str | None = before(applied, index)
     for other in patches[index + 1 :]:
@@ -69,11 +65,7 @@ def before(applied: Applied, index: int) -> str:
 
 
 def require_idempotent(repo: SourceRepo, applied: Applied, patches: Sequence[Patch]) -> None:
-    """A second run gives the same trees, and no patch goes onto its own result.
-
-    Raises:
-        SeriesOrderError: one of the two does not hold.
-    """
+    """A second run gives the same trees; no patch goes onto its own result. SeriesOrderError."""
     again = apply_series(repo, applied.base, patches)
     if again != applied:
         raise SeriesOrderError(
@@ -101,9 +93,8 @@ def require_idempotent(repo: SourceRepo, applied: Applied, patches: Sequence[Pat
 def pairs(repo: SourceRepo, applied: Applied, patches: Sequence[Patch]) -> tuple[Pair, ...]:
     """Neighbours of the series in both orders.
 
-    Raises:
-        SeriesOrderError: hunks apart from each other do not commute, or both orders apply and
-            give different trees.
+    SeriesOrderError if hunks apart from each other do not commute, or both orders apply and give
+    different trees.
     """
     found = []
     for index, (first, second) in enumerate(pairwise(patches)):
@@ -123,11 +114,7 @@ def pairs(repo: SourceRepo, applied: Applied, patches: Sequence[Patch]) -> tuple
 
 
 def trees_of_moved(repo: SourceRepo, base: str, patches: Sequence[Patch]) -> list[str]:
-    """The base and the tree after each patch, hunks at other lines and other forms allowed.
-
-    Raises:
-        ForgeError: the strict error of the first patch that does not fit anywhere.
-    """
+    """The base and the tree after each patch, hunks at other lines and other forms allowed."""
     trees = [base]
     for patch in patches:
         after = apply_one(repo, trees[-1], patch, moved=True)

@@ -39,12 +39,7 @@ class ChangedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchedWheel:
-    """A line's patched wheel.
-
-    Attributes:
-        version: ``<release>+forge.<first 12 of the tree hash>``.
-        tree: git tree hash of the patched source.
-    """
+    """A line's patched wheel; ``version`` is ``<release>+forge.<first 12 of the tree hash>``."""
 
     path: Path
     version: str
@@ -80,12 +75,7 @@ def python_blobs(repo: SourceRepo, tree: str) -> dict[str, str]:
 
 
 def changed_files(repo: SourceRepo, applied: Applied) -> tuple[ChangedFile, ...]:
-    """What a series changes.
-
-    Raises:
-        WheelSourceError: it adds, deletes or renames a file, changes a mode, or changes a file
-            outside vllm/*.py, none of which a wheel of the same files can express.
-    """
+    """What a series changes; WheelSourceError if that is more than the content of vllm/**/*.py."""
     trees = (applied.base, applied.result)
     rows = repo.git("diff-tree", "-r", "-z", "--no-renames", *trees).stdout.decode()
     parts = rows.split("\0")[:-1]

@@ -48,14 +48,7 @@ def ready(project: Project, line_name: str) -> str:
 def dry_load(
     project: Project, line_name: str, profiles: Mapping[str, Profile], runner: Runner
 ) -> Answers:
-    """Let a line's vLLM, with its series, load checkpoints without their data.
-
-    The line's first SKU is declared.
-
-    Raises:
-        DryLoadError: no answer.
-        ForgeError: an error of open_line.
-    """
+    """Let a line's vLLM, with its series, load checkpoints without data, on its first SKU."""
     where = f"line {line_name}"
     with exclusive(f"inspect-{line_name}", wait=True), report(f"dry load on {where}"):
         environment = open_line(project, line_name, runner, "inspect")
@@ -74,10 +67,8 @@ def dry_loads(
 ) -> dict[str, Answer]:
     """Line -> its vLLM's answer; lines that cannot be asked, and may be left out, are missing.
 
-    ``resolve_by``: ``rules`` asks none, ``auto`` those that are ready, ``vllm`` all.
-
-    Raises:
-        UsageError: ``vllm`` for a checkpoint without headers.
+    ``resolve_by``: ``rules`` asks none, ``auto`` those that are ready, ``vllm`` all, which is a
+    UsageError for a checkpoint without headers.
     """
     if resolve_by == "rules" or (resolve_by == "auto" and not profile.tensors):
         return {}

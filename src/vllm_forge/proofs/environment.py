@@ -99,13 +99,9 @@ def image_plan(project: Project, line_name: str) -> ImagePlan:
 
 
 def open_line(project: Project, line_name: str, runner: Runner, kind: str) -> LineEnvironment:
-    """The line's environment; builds what is missing in the cache.
+    """The line's environment; builds what is missing in the cache. EngineSetupError if not root.
 
     ``kind``: folder of the cache; the caller holds the lock of this kind and line.
-
-    Raises:
-        EngineSetupError: not root.
-        ForgeError: an error of a build's steps.
     """
     if os.geteuid() != 0:
         raise EngineSetupError(
@@ -150,12 +146,7 @@ def _metadata(plan: ImagePlan, folder: Path) -> Path:
 
 
 def ask_line(project: Project, line_name: str, runner: Runner) -> SelectionRecord:
-    """Ask all questions of a line with its series, and of its release as published.
-
-    Raises:
-        BusyError: another process asks this line.
-        ForgeError: an error of open_line or read_answers.
-    """
+    """Ask all questions of a line with its series, and of its release as published."""
     vllm = project.matrix.line[line_name].vllm
     with exclusive(f"selection-{line_name}", wait=False):
         environment = open_line(project, line_name, runner, "selection")

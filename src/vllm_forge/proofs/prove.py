@@ -256,9 +256,7 @@ def write_record(records: Path, job: ProofJob, whole: TestRun, runs: Sequence[Te
 def prove(project: Project, names: Sequence[str], runner: Runner) -> None:
     """Prove lines and write ``records/proofs/<line>.json`` for each that is proven.
 
-    Raises:
-        UselessPatchError, ProofNotRunError, ProofRedError: a verdict; the others are printed.
-        BusyError: another process proves one of the lines.
+    The worst verdict is raised, the others are printed. BusyError: another process proves a line.
     """
     with ExitStack() as stack:
         for name in names:

@@ -45,11 +45,7 @@ class _Rows(FrozenModel):
 
 
 def read_tests(root: Path, line: str) -> list[str]:
-    """Paths of a line's rows.
-
-    Raises:
-        UpstreamRowsError: no TOML, an unknown key, or no row for the line.
-    """
+    """Paths of a line's rows; UpstreamRowsError if they are malformed or none is for the line."""
     try:
         rows = _Rows.model_validate(tomllib.loads((root / ROWS).read_text(encoding="utf-8"))).test
     except ValueError as error:  # of TOML, of the encoding, or a ValidationError

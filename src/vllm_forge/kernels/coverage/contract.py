@@ -161,12 +161,7 @@ def contract(
     capability: Capability,
     selections: Sequence[KernelSelection],
 ) -> Contract:
-    """Compare a cell's selections, of each preset of its SKU, with its image.
-
-    Raises:
-        UnknownFamilyError: a backend without a row.
-        UnknownFatbinError: a library's device code has an unknown layout.
-    """
+    """Compare a cell's selections, of each preset of its SKU, with its image."""
     rows = contents.rows
     needs: dict[str, list[str]] = {name: [] for name in rows.need.always}
     for selected in selections:

@@ -71,8 +71,7 @@ class Code:
     """An entry of a fatbin: device code for one target.
 
     Attributes:
-        header: where the entry's header is in the file.
-        offset: where its payload is in the file, in bytes.
+        header: where the entry's header is in the file, ``offset``: its payload; in bytes.
         size: bytes of the payload, with its padding.
         stored: bytes of the payload that are a compressed stream; ``size`` if not compressed.
         unpacked: bytes when decompressed; ``size`` if not compressed.

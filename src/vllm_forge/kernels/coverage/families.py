@@ -157,11 +157,7 @@ def digest() -> str:
 
 
 def needed(table: dict[str, tuple[str, ...]], chosen: str, what: str) -> tuple[str, ...]:
-    """The families of the backend that vLLM chose, by a table of Need; ``what`` for the message.
-
-    Raises:
-        UnknownFamilyError: there is no row for it.
-    """
+    """The families of the backend that vLLM chose, by a table of Need; ``what`` for the message."""
     if chosen not in table:
         raise UnknownFamilyError(
             f"missing row for {what} {chosen!r}{suggestion(chosen, table)}",

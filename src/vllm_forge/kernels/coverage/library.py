@@ -90,10 +90,6 @@ def kernels(
     """Bodies by the kernel's mangled name, including stubs.
 
     ``codes``: the library's ``device_code``, if already known.
-
-    Raises:
-        UnknownFatbinError: a payload that cannot be read, or is for another target than its
-            entry says.
     """
     bodies: dict[str, list[Body]] = defaultdict(list)
     unpacker = zstandard.ZstdDecompressor()

@@ -112,11 +112,7 @@ def write_selection(records: Path, recorded: SelectionRecord) -> Path:
 
 
 def require_fresh(project: Project, line_name: str) -> SelectionRecord:
-    """The recorded answers, if they belong to the inputs and questions of the checkout.
-
-    Raises:
-        SelectionStaleError: with the inputs that changed and the command that records again.
-    """
+    """The recorded answers; SelectionStaleError if inputs or questions changed since."""
     recorded = read_selection(project.records, line_name)
     now = selection_inputs(project, line_name)
     changed = [f"input {path}" for path, *_ in differences(recorded.inputs, now)]
@@ -144,11 +140,7 @@ def require_fresh(project: Project, line_name: str) -> SelectionRecord:
 def require_same(
     recorded: SelectionRecord, answers: Sequence[Answer], *, published: bool = False
 ) -> None:
-    """Compare answers with the recorded ones.
-
-    Raises:
-        SelectionChangedError: with both values of each field that differs.
-    """
+    """Compare answers with the recorded ones; SelectionChangedError has both values of a field."""
     before = recorded.published_answers if published else recorded.answers
     changed = [f"{row.name}: not recorded" for row in answers if row.name not in before]
     changed += [
