@@ -164,6 +164,13 @@ def test_tls_is_off_for_this_host_only(host: str, plain: bool, tmp_path: Path) -
     assert ("--dest-tls-verify=false" in runner.commands[0]) == plain
 
 
+def test_name_and_tag_without_a_host_are_not_this_host(tmp_path: Path) -> None:
+    """``localhost:5000`` is the image "localhost" of the default registry."""
+    runner = RecordingRunner()
+    command._push(runner, tmp_path / "image", command._require_reference("localhost:5000"), None)
+    assert "--dest-tls-verify=false" not in runner.commands[0]
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -125,8 +125,8 @@ def _push(runner: Runner, target: Path, reference: str, digest: str | None) -> N
     Raises:
         CommandFailedError: the registry has another manifest than ``digest``, hex; None: a dry run.
     """
-    host = PORT.sub("", reference.partition("/")[0])
-    plain = ["--dest-tls-verify=false"] if host in LOOPBACK else []
+    host, slash, _ = reference.partition("/")  # without a slash it is a name and a tag
+    plain = ["--dest-tls-verify=false"] if slash and PORT.sub("", host) in LOOPBACK else []
     pushed = target.with_name(f"{target.name}.pushed")
     runner.run(
         [

@@ -85,33 +85,27 @@ def read_lock(root: Path, line_name: str, line: Line, base: Base) -> Lock:
     """
     path = root / line.lock
     again = f"run: nox -s lock -- --line {line_name}"
+
+    def refused(what: str) -> LockFileError:
+        return LockFileError(what, where=str(path), remedy=again)
+
     if not path.is_file():
-        raise LockFileError(f"line {line_name} has no lock", where=str(path), remedy=again)
+        raise refused(f"line {line_name} has no lock")
     text, wheels = read_wheels(path, again)
     stated = INPUT.search(text)
     if stated is None or stated["digest"] != input_digest(line, base):
-        raise LockFileError(
-            f"the lock was not made for what matrix.toml now says of line {line_name}",
-            where=str(path),
-            remedy=again,
-        )
+        raise refused(f"the lock was not made for what matrix.toml now says of line {line_name}")
     total = TOTAL.search(text)
     counted = (str(len(wheels)), str(sum(wheel.size for wheel in wheels)))
     if total is None or total.group("count", "bytes") != counted:
-        raise LockFileError(
+        raise refused(
             f"the lock has {counted[0]} wheels of {counted[1]} bytes, its header says otherwise: "
-            "it was edited by hand",
-            where=str(path),
-            remedy=again,
+            "it was edited by hand"
         )
     lock = Lock(path=path, wheels=wheels, digest=hashlib.sha256(text.encode()).hexdigest())
     for name, version in (("vllm", line.vllm), ("torch", line.torch)):
-        if lock.find(name).version != version:
-            raise LockFileError(
-                f"the lock has {name} {lock.find(name).version}, the row says {version}",
-                where=str(path),
-                remedy=again,
-            )
+        if (locked := lock.find(name).version) != version:
+            raise refused(f"the lock has {name} {locked}, the row says {version}")
     return lock
 
 
@@ -120,28 +114,31 @@ def read_wheels(path: Path, again: str) -> tuple[str, tuple[LockedWheel, ...]]:
 
     Raises LockFileError: malformed, or not sorted.
     """
+
+    def refused(what: str, number: int | None = None) -> LockFileError:
+        where = str(path) if number is None else f"{path}:{number}"
+        return LockFileError(what, where=where, remedy=again)
+
     try:
         text = read_plain(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise LockFileError(f"not UTF-8: {error}", where=str(path), remedy=again) from None
+        raise refused(f"not UTF-8: {error}") from None
     except ValueError as error:
-        raise LockFileError(str(error), where=str(path), remedy=again) from None
+        raise refused(str(error)) from None
     if "\r" in text:
-        raise LockFileError("the lock has CRLF line ends", where=str(path), remedy=again)
+        raise refused("the lock has CRLF line ends")
     wheels = []
     for number, row in enumerate(text.splitlines(), 1):
         if not row or row.startswith("#"):
             continue
         entry = ENTRY.match(row)
         if entry is None:
-            raise LockFileError(
-                f"not a lock entry: {row[:80]}", where=f"{path}:{number}", remedy=again
-            )
+            raise refused(f"not a lock entry: {row[:80]}", number)
         fields: dict[str, Any] = entry.groupdict() | {"size": int(entry["size"])}
         wheels.append(LockedWheel(**fields))
     names = [wheel.name for wheel in wheels]
     if names != sorted(set(names)):
-        raise LockFileError("entries are not sorted or not unique", where=str(path), remedy=again)
+        raise refused("entries are not sorted or not unique")
     return text, tuple(wheels)
 
 

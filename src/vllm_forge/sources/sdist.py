@@ -155,6 +155,10 @@ class SourceRepo:
 
 def _feed(out: IO[bytes], ref: str, archive: Path) -> None:
     """Write the archive as a fast-import stream, its top folder removed."""
+
+    def refused(what: str) -> SdistError:
+        return SdistError(what, where=str(archive))
+
     # "done": a stream that ends early, e.g. because we were killed, makes no ref.
     out.write(
         f"feature done\ncommit refs/sdist/{ref}\ncommitter {EPOCH_IDENT}\ndata 0\n\n".encode()
@@ -165,12 +169,12 @@ def _feed(out: IO[bytes], ref: str, archive: Path) -> None:
         for member in tar:
             parts = PurePosixPath(member.name).parts
             if ".." in parts or member.name.startswith("/"):
-                raise SdistError(f"a member leaves the archive: {member.name}", where=str(archive))
+                raise refused(f"a member leaves the archive: {member.name}")
             if not parts:  # "./"
                 continue
             top = top or parts[0]
             if parts[0] != top:
-                raise SdistError("more than one folder at the top", where=str(archive))
+                raise refused("more than one folder at the top")
             if member.isdir() or len(parts) == 1:
                 continue
             path = "/".join(parts[1:])
@@ -179,19 +183,17 @@ def _feed(out: IO[bytes], ref: str, archive: Path) -> None:
             elif member.isfile():
                 size += member.size
                 if size > MOST:
-                    raise SdistError(f"more than {MOST} bytes are in it", where=str(archive))
+                    raise refused(f"more than {MOST} bytes are in it")
                 file = tar.extractfile(member)
                 assert file is not None  # noqa: S101 - isfile() says so
                 mode, data = ("100755" if member.mode & 0o100 else "100644"), file.read()
             else:
-                raise SdistError(
-                    f"neither file, folder nor link: {member.name}", where=str(archive)
-                )
+                raise refused(f"neither file, folder nor link: {member.name}")
             quoted = path.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
             out.write(f'M {mode} inline "{quoted}"\ndata {len(data)}\n'.encode())
             out.write(data)
             out.write(b"\n")
             files += 1
     if files == 0:
-        raise SdistError("there is no file in it", where=str(archive))
+        raise refused("there is no file in it")
     out.write(b"done\n")
