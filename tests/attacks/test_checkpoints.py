@@ -34,8 +34,10 @@ from vllm_forge.checkpoints.errors import (
 )
 from vllm_forge.checkpoints.inspect.checks_tensors import read_scalars
 from vllm_forge.checkpoints.inspect.dry_load import read_answers
-from vllm_forge.checkpoints.inspect.profile import Profile
+from vllm_forge.checkpoints.inspect.profile import PIECES, Format, Profile, stored_as
+from vllm_forge.checkpoints.inspect.values import compare
 from vllm_forge.checkpoints.quantize.calibration import read_conversations
+from vllm_forge.checkpoints.tensors import StoredTensor, TensorSpec
 from vllm_forge.cli import main
 from vllm_forge.errors import ForgeError
 
@@ -276,6 +278,27 @@ def test_scalars_far_apart_are_not_read_in_one_go(card: Path) -> None:
     scalars = read_scalars(replace(profile, source=Zeros(card), tensors=tensors))
     assert scalars == dict.fromkeys(names, 0.0)
     assert Zeros.most <= 1 << 24
+
+
+@pytest.mark.parametrize("shape", [(4, 100), (0, 128), (4, 0), (1, 1)])
+@pytest.mark.parametrize("kind", [kind for kind in PIECES if kind is not Format.PLAIN])
+def test_weight_of_any_shape_is_compared(card: Path, kind: Format, shape: tuple[int, int]) -> None:
+    profile, name = Profile.open(card), "layers.0.attn.wq_b.weight"
+    example = profile.tensors["norm.weight"]
+
+    def zeros(spec: TensorSpec, dtype: str) -> StoredTensor:
+        tensor = replace(example, name=spec.name, dtype=dtype, shape=spec.shape)
+        return replace(tensor, source=Zeros(card), begin=0, end=tensor.size)
+
+    weight = TensorSpec(name=name, dtype="BF16", shape=shape)
+    stored = [zeros(spec, spec.dtype) for spec in stored_as(weight, kind)]
+
+    def of(*tensors: StoredTensor) -> Profile:
+        names = {tensor.name: tensor.shard for tensor in tensors}
+        return replace(profile, names=names, tensors={tensor.name: tensor for tensor in tensors})
+
+    rows, _ = compare(of(*stored), of(zeros(weight, "BF16")))
+    assert [row.format for row in rows] == [kind]
 
 
 @pytest.mark.parametrize(

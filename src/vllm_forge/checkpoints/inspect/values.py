@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from vllm_forge.checkpoints.codecs.small_floats import e8m0_decode
 from vllm_forge.checkpoints.inspect.findings import Finding, Scope, finding, summarize
 from vllm_forge.checkpoints.inspect.profile import (
     DRAFT,
+    PIECES,
     Format,
     Part,
     Profile,
@@ -30,6 +30,8 @@ from vllm_forge.checkpoints.inspect.profile import (
 from vllm_forge.matrix import FrozenModel
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 MATRIX = 2  # dimensions
@@ -60,36 +62,20 @@ class ValueRow(FrozenModel):
     different: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """A checkpoint and its source."""
-
-    made: Profile
-    source: Profile
-
-    def source_name(self, name: str) -> str:
-        return name if name in self.source.tensors else ALIASES.get(name, name)
-
-    def weight(self, module: str) -> NDArray[np.float32]:
-        """[N, K], of the source."""
-        return _read(self.source, f"{module}.weight").astype(np.float32)
-
-
 def compare(made: Profile, source: Profile, most: int = 0) -> tuple[list[ValueRow], list[Finding]]:
     """Compare a checkpoint with the unquantized one that it was made from.
 
     ``most``: how many weights of each part and format, spread evenly; 0: all.
     """
-    pair = _Pair(made, source)
     rows, findings = [], []
-    for (part, draft, kind), modules in sorted(_grouped(pair).items()):
+    for (part, draft, kind), modules in sorted(_grouped(made, source).items()):
         step = max(1, len(modules) // most) if most else 1
         chosen = modules[::step][: most or None]
         if kind is Format.PLAIN:
-            different = [name for name in chosen if not _same_bytes(pair, name)]
+            different = [name for name in chosen if not _same_bytes(made, source, name)]
             worst = None
         else:
-            ratios = {module: _ratio(pair, module, kind) for module in chosen}
+            ratios = {module: _ratio(made, source, module, kind) for module in chosen}
             # Not "ratio > 1": an error that is not a number is beyond any bound.
             different = [module for module, ratio in ratios.items() if not ratio <= 1]
             worst = max(ratios.values())
@@ -106,37 +92,43 @@ def compare(made: Profile, source: Profile, most: int = 0) -> tuple[list[ValueRo
     return rows, findings
 
 
-def _grouped(pair: _Pair) -> dict[tuple[Part, bool, Format], list[str]]:
+def _grouped(made: Profile, source: Profile) -> dict[tuple[Part, bool, Format], list[str]]:
     """Modules of quantized weights and names of plain tensors, by what they are."""
     grouped: dict[tuple[Part, bool, Format], list[str]] = defaultdict(list)
-    for name in sorted(pair.made.tensors):
+    for name in sorted(made.tensors):
         module, suffix = split(name)
-        kind = pair.made.formats.get(module, Format.PLAIN) if suffix else Format.PLAIN
+        kind = made.formats.get(module, Format.PLAIN) if suffix else Format.PLAIN
         weight = name if kind is Format.PLAIN else f"{module}.weight"
         if (
             suffix in ("", "weight", "weight_packed")
             and kind is not Format.UNKNOWN
-            and pair.source_name(weight) in pair.source.tensors
+            and _source_name(source, weight) in source.tensors
         ):
             key = (part_of(weight), name.startswith(DRAFT), kind)
             grouped[key].append(name if kind is Format.PLAIN else module)
     return grouped
 
 
-def _same_bytes(pair: _Pair, name: str) -> bool:
-    made, source = pair.made.tensors[name], pair.source.tensors[pair.source_name(name)]
-    if (made.dtype, made.shape) != (source.dtype, source.shape):
+def _source_name(source: Profile, name: str) -> str:
+    return name if name in source.tensors else ALIASES.get(name, name)
+
+
+def _same_bytes(made: Profile, source: Profile, name: str) -> bool:
+    ours, theirs = made.tensors[name], source.tensors[_source_name(source, name)]
+    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
         return False
-    return all(here == there for here, there in zip(made.chunks(), source.chunks(), strict=True))
+    return all(here == there for here, there in zip(ours.chunks(), theirs.chunks(), strict=True))
 
 
-def _ratio(pair: _Pair, module: str, kind: Format) -> float:
+def _ratio(made: Profile, source: Profile, module: str, kind: Format) -> float:
     """The largest error of a decoded weight over its bound; infinite where it cannot be decoded."""
-    if not all(_whole(pair, name, kind) for name in _shared(module)):
+    shared = _shared(module)
+    if not all(_whole(made, source, name, kind) for name in shared):
         return math.inf
-    source = pair.weight(module)
-    values, bound = _decode(pair, module, kind, source)
-    error = np.abs(values - source)
+    weights = [_read(source, f"{name}.weight").astype(np.float32) for name in shared]
+    weight = weights[shared.index(module)]
+    values, bound = _decode(made, module, kind, weight, weights)
+    error = np.abs(values - weight)
     ratio = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)
     return float(ratio.max())
 
@@ -148,13 +140,19 @@ def _shared(module: str) -> list[str]:
     return [f"{stem}.w1", f"{stem}.w3"] if pair else [module]
 
 
-def _whole(pair: _Pair, module: str, kind: Format) -> bool:
-    """Whether the source has the weight, and the checkpoint all that its format stores of it."""
-    weight = pair.source.tensors.get(f"{module}.weight")
+def _whole(made: Profile, source: Profile, module: str, kind: Format) -> bool:
+    """Whether the source has the weight, and the checkpoint all that its format stores of it.
+
+    Groups along K are whole; blocks may be cut at the edge.
+    """
+    weight = source.tensors.get(f"{module}.weight")
     if weight is None or len(weight.shape) != MATRIX or weight.dtype not in FLOATS:
         return False
+    groups = [columns for rows, columns in (piece.block for piece in PIECES[kind]) if rows == 1]
+    if 0 in weight.shape or weight.shape[1] % max(groups):
+        return False
     for required in stored_as(weight, kind):
-        tensor = pair.made.tensors.get(required.name)
+        tensor = made.tensors.get(required.name)
         if tensor is None and required.optional:
             continue
         shape = required.shape or (1,)
@@ -163,26 +161,29 @@ def _whole(pair: _Pair, module: str, kind: Format) -> bool:
     return True
 
 
-def _decode(pair: _Pair, module: str, kind: Format, source: Weight) -> Decoded:
+def _decode(
+    made: Profile, module: str, kind: Format, source: Weight, shared: Sequence[Weight]
+) -> Decoded:
+    """Values of a weight, and bounds; ``shared``: all source weights with one global scale."""
+
     def read(leaf: str, of: str = module) -> NDArray[Any]:
-        return _read(pair.made, f"{of}.{leaf}")
+        return _read(made, f"{of}.{leaf}")
 
     def codes(leaf: str) -> NDArray[np.uint8]:
         return read(leaf).view(np.uint8)
 
     match kind:
         case Format.NVFP4 | Format.MODELOPT_NVFP4:
-            shared = _shared(module)
             # None of the checkpoint's own scales decides what is right.
-            expected = nvfp4.global_scale_of(*(pair.weight(name) for name in shared))
+            expected, first = nvfp4.global_scale_of(*shared), _shared(module)[0]
             if kind is Format.NVFP4:
-                divisor = read("weight_global_scale", shared[0]).reshape(-1)[0]
+                divisor = read("weight_global_scale", first).reshape(-1)[0]
             else:  # ModelOpt stores what to multiply with
                 with np.errstate(divide="ignore"):
-                    divisor = np.float32(1) / read("weight_scale_2", shared[0]).reshape(-1)[0]
+                    divisor = np.float32(1) / read("weight_scale_2", first).reshape(-1)[0]
             packed = codes("weight_packed" if kind is Format.NVFP4 else "weight")
-            made = nvfp4.Nvfp4(packed=packed, scales=codes("weight_scale"), global_scale=divisor)
-            return made.values(), nvfp4.bound(source, expected)
+            fp4 = nvfp4.Nvfp4(packed=packed, scales=codes("weight_scale"), global_scale=divisor)
+            return fp4.values(), nvfp4.bound(source, expected)
         case Format.MXFP4_NATIVE:
             mxfp4 = grouped.Mxfp4(packed=codes("weight"), scales=codes("scale"))
             return mxfp4.values(), grouped.mxfp4_bound(source)
