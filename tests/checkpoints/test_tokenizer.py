@@ -31,6 +31,8 @@ def model(tmp_path: Path) -> Path:
 def test_a_whole_one_gives_ids(model: Path) -> None:
     ((*ids,),) = tokenize(ROWS, 100, model)
     assert ids and max(ids) < VOCABULARY
+    (model / "chat_template.jinja").unlink()  # the shipped one is DeepSeek-V4's
+    assert tokenize(ROWS, 100, model) == (tuple(ids),)
 
 
 @pytest.mark.parametrize(

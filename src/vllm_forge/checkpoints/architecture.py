@@ -161,6 +161,7 @@ class Config(_Keys):
     vocab_size: Size
     dspark_target_layer_ids: list[int] = Field(default=[], min_length=1)
     dspark_markov_rank: Size | None = None
+    dspark_block_size: Size | None = None
     quantization_config: Quantization | None = None
     compression_config: Quantization | None = None
 

@@ -12,7 +12,6 @@ it, prints one JSON object as its last line and exits 0 if it could run at all.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
@@ -20,7 +19,6 @@ import re
 import tempfile
 import traceback
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,23 +87,13 @@ def _answer(case: Facts, folder: Path) -> Facts:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(case["config"]))
     rows: list[Row] = json.loads((HERE / case["tensors"]).read_text())
-    target, _ = _build(folder, None)
-    answer: Facts = {"target": _load(target, rows, draft=False), "drafts": {}}
-    for method in case["methods"]:
-        _, draft = _build(folder, method)
-        answer["drafts"][method] = _load(draft, rows, draft=True)
-    return answer
-
-
-@dataclass(frozen=True)
-class _Refused:
-    """Stands for a model that vLLM did not build; says why."""
-
-    message: str
+    target = _load(folder, None, rows)
+    drafts = {method: _load(folder, method, rows) for method in case["methods"]}
+    return {"target": target, "drafts": drafts}
 
 
 def _build(folder: Path, method: str | None) -> tuple[Any, Any]:
-    """The model and, for a speculative method, the draft model, as vLLM builds them."""
+    """The model or, for a speculative method, the draft model, and its config; or why not."""
     serving = importlib.import_module("inside.serving")
     building = importlib.import_module("inside.building")
     arguments = list(ARGUMENTS)
@@ -118,28 +106,23 @@ def _build(folder: Path, method: str | None) -> tuple[Any, Any]:
     try:
         config = serving.make_config(str(folder), arguments)
     except serving.Refusal as refusal:
-        refused = _Refused(str(refusal))
-        return refused, refused
+        return str(refusal), None
     with importlib.import_module("vllm.config").set_current_vllm_config(config):
         built = building.build_models(config, log)
-    why = _Refused(str(built.refusal))
-    for model in (built.model, built.draft):
-        if model is not None:
-            # What the loaders ask the current config for is the one the model was built with.
-            object.__setattr__(model, "_forge_config", config)
-    return built.model or why, built.draft or why
+    model = built.model if method is None else built.draft
+    return model or str(built.refusal), config
 
 
-def _load(model: Any, rows: list[Row], *, draft: bool) -> Facts:
-    """Let the model load the tensors; what it did with them."""
-    if isinstance(model, _Refused):
-        return {"error": {"tensor": None, "message": model.message}}
+def _load(folder: Path, method: str | None, rows: list[Row]) -> Facts:
+    """Let vLLM build the model, and the model load the tensors; what it did with them."""
+    model, config = _build(folder, method)
+    if isinstance(model, str):
+        return {"error": {"tensor": None, "message": model}}
     recorder = _recorder()
     error = None
     current = importlib.import_module("vllm.config").set_current_vllm_config
-    config = object.__getattribute__(model, "_forge_config")
-    with current(config), contextlib.ExitStack() as stack:
-        stack.enter_context(recorder)
+    # What the loaders ask the current config for is the one the model was built with.
+    with current(config), recorder:
         try:
             model.load_weights(_tensors(rows, recorder))
         except Exception as raised:  # noqa: BLE001 - whatever a loader raises is the answer
@@ -151,7 +134,7 @@ def _load(model: Any, rows: list[Row], *, draft: bool) -> Facts:
         "read": len(recorder.read),
         "short": [] if error else _short(model, recorder),
         "casts": recorder.casts(),
-        "unread": [] if error else _unread(rows, recorder, draft=draft),
+        "unread": [] if error else _unread(rows, recorder, draft=method is not None),
         "modules": _modules(model),
     }
 
