@@ -30,6 +30,7 @@ CODES = (
 )
 
 
+STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -49,6 +50,10 @@ def _parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is that of the error class, 0 without one."""
+    for number, (name, mode) in enumerate(STREAMS.items()):
+        if getattr(sys, name) is None:  # closed (`>&-`): a file that is opened must not get it
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
     try:
         with _signals():
             code = _run(sys.argv[1:] if argv is None else argv)
@@ -131,10 +136,11 @@ def _access_error(error: OSError) -> FileAccessError | None:
 
 
 def _failed(error: ForgeError, *, as_json: bool) -> int:
-    if as_json:
-        print(json.dumps({"error": error.as_dict()}, indent=1))
-    console.print(f"[bold red]{type(error).__name__}[/] (exit {error.exit_code})")
-    console.print(printable(str(error)), markup=False)
+    with contextlib.suppress(OSError):  # the disk behind stderr may be full, its reader gone
+        if as_json:
+            print(json.dumps({"error": error.as_dict()}, indent=1))
+        console.print(f"[bold red]{type(error).__name__}[/] (exit {error.exit_code})")
+        console.print(printable(str(error)), markup=False)
     return error.exit_code
 
 

@@ -295,3 +295,21 @@ def test_worker_processes_end_with_the_program(
             break
         time.sleep(0.1)
     assert not left
+
+
+@pytest.mark.parametrize(
+    "closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2> /dev/full > /dev/full"]
+)
+def test_closed_streams_keep_the_exit_code(root: Path, closed: str) -> None:
+    for arguments, code in (("plan b300", 0), ("plan nosuch", 10), ("plan nosuch --json", 10)):
+        if "full" in closed and not code:
+            continue
+        done = subprocess.run(
+            ["sh", "-c", f"{sys.executable} -m vllm_forge {arguments} {closed}"],
+            env=os.environ | {"VLLM_FORGE_ROOT": str(root), "PYTHONPATH": str(root / "src")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, (arguments, done.stderr)
+        assert "Traceback" not in done.stderr
