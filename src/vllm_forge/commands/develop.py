@@ -1,7 +1,5 @@
 """Generated pages and benchmarks."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

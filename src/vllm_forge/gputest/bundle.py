@@ -5,8 +5,6 @@ the Python files that the series changes, as published and with one patch left o
 them over the installed vLLM to see the error that a patch cures.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

@@ -6,8 +6,6 @@ says. The runner (tests/gpu/harness/caches.py) writes a key beside them, of the 
 for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

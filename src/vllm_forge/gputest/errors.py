@@ -1,7 +1,5 @@
 """Running the GPU suite, and kits for hosts without network."""
 
-from __future__ import annotations
-
 from vllm_forge.errors import ForgeError
 
 REFUSED = 90

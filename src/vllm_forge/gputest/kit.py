@@ -5,8 +5,6 @@ them, verifies the image from its digest down, and runs the suite in it. Results
 that digest.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import re

@@ -1,7 +1,5 @@
 """Run the GPU suite inside an image with the GPUs of this host."""
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

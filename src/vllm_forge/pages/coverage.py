@@ -1,7 +1,5 @@
 """docs/generated/coverage.md and the table of a line, from records/coverage."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

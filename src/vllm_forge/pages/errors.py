@@ -1,7 +1,5 @@
 """Generated pages."""
 
-from __future__ import annotations
-
 from vllm_forge.errors import ForgeError
 
 RED = 101

@@ -1,7 +1,5 @@
 """Tables and blocks of the generated pages."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any

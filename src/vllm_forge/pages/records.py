@@ -1,7 +1,5 @@
 """Blocks of checks, verdicts, drift and of the first installer, made of records/."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any

@@ -1,7 +1,5 @@
 """Every generated page and block; ``vllm-forge docs`` writes them, ``--check`` compares them."""
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from collections import defaultdict

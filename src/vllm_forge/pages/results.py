@@ -1,7 +1,5 @@
 """Blocks made of benchmarks/results and of records/race.json."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """docs/generated/selection.md and the table of a line, from the committed answers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich.table import Table

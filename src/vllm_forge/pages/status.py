@@ -1,7 +1,5 @@
 """docs/generated/status.md: which cells have a receipt. All others are "not run"."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path

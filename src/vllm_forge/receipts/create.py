@@ -1,7 +1,5 @@
 """From the result of a green tier to its receipt, which is verified before it is put anywhere."""
 
-from __future__ import annotations
-
 import re
 import tempfile
 from datetime import UTC, datetime

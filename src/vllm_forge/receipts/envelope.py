@@ -9,8 +9,6 @@ Source: github.com/secure-systems-lab/dsse, envelope.md; other readers ignore th
 not define.
 """
 
-from __future__ import annotations
-
 import base64
 import copy
 import hashlib

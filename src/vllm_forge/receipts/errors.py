@@ -1,7 +1,5 @@
 """Receipts and the suite that they are of."""
 
-from __future__ import annotations
-
 from vllm_forge.errors import ForgeError
 
 REFUSED = 100

@@ -4,8 +4,6 @@ A receipt has what the boot logs of its engines said; ``records/selection`` says
 on a SKU. If they differ, one of them is wrong. A log that does not name a kernel differs, too.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from vllm_forge.kernels.selection.questions import grid_question

@@ -8,8 +8,6 @@ Sources: github.com/in-toto/attestation, spec/v1/statement.md, spec/v1/digest_se
 spec/predicates/test-result.md.
 """
 
-from __future__ import annotations
-
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 

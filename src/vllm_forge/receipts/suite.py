@@ -5,8 +5,6 @@ its cases, and the rows of matrix.toml that it reads. So a bound that was loosen
 another suite, and a new test of another tier is not.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import json

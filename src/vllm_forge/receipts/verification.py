@@ -1,7 +1,5 @@
 """The one reader of receipts: each is verified against the repository as it is, without a GPU."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta

@@ -1,7 +1,5 @@
 """From a deployment to one command line, for a container engine or a plain shell, and its start."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """A preset with an artifact on a cell: found by their names, and what a host needs to serve it."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 
 from vllm_forge.host import suggestion

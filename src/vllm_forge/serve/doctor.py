@@ -1,7 +1,5 @@
 """Doctor: what the host's tools say, and checks of it against a deployment."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator

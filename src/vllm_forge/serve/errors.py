@@ -1,7 +1,5 @@
 """Presets and the host that serves them."""
 
-from __future__ import annotations
-
 from vllm_forge.errors import ForgeError
 
 REFUSED = 80

@@ -4,8 +4,6 @@ The facts are the recorded kernel selection's: vLLM's argument parser, its envir
 the configuration that it resolves. No rule knows what a release does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

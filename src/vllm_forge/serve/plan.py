@@ -3,8 +3,6 @@
 Read from files of the repository only; equal files give equal bytes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
