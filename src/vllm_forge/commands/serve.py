@@ -123,7 +123,15 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
     lock = project.lock(cell.line_name)
     needs = needs_of(project.matrix, lock, deployment)
     requirement = Requirement(matrix=project.matrix, deployment=deployment, needs=needs)
-    findings = judge(ask_host(_probe(args)), requirement)
+    probe: Probe = RecordingProbe(HostProbe(), args.save) if args.save else HostProbe()
+    if args.replay:
+        if not args.replay.is_dir():
+            raise UsageError(
+                f"invalid --replay: {args.replay} is not a directory",
+                remedy="give the directory that doctor --save wrote",
+            )
+        probe = RecordedProbe(args.replay)
+    findings = judge(ask_host(probe), requirement)
     if args.json:
         print_json(args, [asdict(finding) for finding in findings])
     else:
@@ -135,17 +143,6 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
             f"{cell.line_name}): {', '.join(dict.fromkeys(red))}",
             remedy="each red line above has its own",
         )
-
-
-def _probe(args: argparse.Namespace) -> Probe:
-    if not args.replay:
-        return RecordingProbe(HostProbe(), args.save) if args.save else HostProbe()
-    if not args.replay.is_dir():
-        raise UsageError(
-            f"invalid --replay: {args.replay} is not a directory",
-            remedy="give the directory that doctor --save wrote",
-        )
-    return RecordedProbe(args.replay)
 
 
 def _print(findings: Sequence[HostFinding]) -> None:

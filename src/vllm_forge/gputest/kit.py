@@ -59,16 +59,10 @@ def make_kit(
     inputs: dict[str, Path],
     caches: Path | None = None,
 ) -> None:
-    """Write a kit to ``output``, which must not exist.
+    """Write a kit of an image's ``layout`` to ``output``, which must not exist.
 
-    Args:
-        project: the repository.
-        cell: SKU and line.
-        layout: OCI layout of the image.
-        output: folder that is made.
-        max_part: bytes of the largest part.
-        inputs: place in the bundle -> folder: models and prompts.
-        caches: what JIT compilers made in an earlier run of the same stack.
+    ``max_part``: bytes of the largest part. ``inputs``: place in the bundle -> folder with models
+    or prompts. ``caches``: what JIT compilers made in an earlier run of the same stack.
     """
     if output.exists() or output.is_symlink():
         raise KitError(

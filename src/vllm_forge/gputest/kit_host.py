@@ -233,12 +233,10 @@ class Run:
     """One command in an image.
 
     Attributes:
-        argv: the command.
         uid: user and group.
         env: variables beside the image's.
         binds: target in the image -> source on the host.
         read_only: targets of ``binds`` that are mounted read-only.
-        cwd: working directory in the image.
         writable: mount the image's root writable, for debugging: what runs then is not the image.
     """
 
@@ -381,22 +379,6 @@ def unpack(manifest: dict[str, Any], work: Path) -> tuple[Path, Image]:
     return folder, image
 
 
-def suite_run(
-    manifest: dict[str, Any], folder: Path, cache: Path, output: Path, arguments: list[str]
-) -> Run:
-    """The suite in the image; results go to ``output``."""
-    output.mkdir(parents=True, exist_ok=True)
-    suite = manifest["suite"]
-    return Run(
-        argv=[*suite["argv"], *arguments, *suite["last"]],
-        uid=0,
-        env=suite["env"],
-        binds={"/forge": folder / "bundle", "/output": output, "/cache": cache},
-        read_only=frozenset({"/forge"}),
-        cwd="/forge",
-    )
-
-
 def exec_run(image: Image, work: Path, arguments: list[str]) -> Run:
     """The command of ``exec``."""
     parser = argparse.ArgumentParser("kit.py exec", usage=__doc__, allow_abbrev=False)
@@ -442,8 +424,16 @@ def main(arguments: list[str]) -> int:
                 return 0
             if arguments[0] == "go":
                 bring_caches(folder, cache := volume(work, 0))
-                output = Path(arguments[1]).resolve()
-                run = suite_run(manifest, folder, cache, output, arguments[2:])
+                output, suite = Path(arguments[1]).resolve(), manifest["suite"]
+                output.mkdir(parents=True, exist_ok=True)
+                run = Run(
+                    argv=[*suite["argv"], *arguments[2:], *suite["last"]],
+                    uid=0,
+                    env=suite["env"],
+                    binds={"/forge": folder / "bundle", "/output": output, "/cache": cache},
+                    read_only=frozenset({"/forge"}),
+                    cwd="/forge",
+                )
             else:
                 run = exec_run(image, work, arguments[1:])
         return run_in(image, run)

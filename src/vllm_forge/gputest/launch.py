@@ -149,16 +149,9 @@ def run_in_image(
 ) -> None:
     """Run the suite inside an image, by the engine that has it, with all GPUs of this host.
 
-    Args:
-        project: the repository.
-        cell: SKU and line.
-        probe: asks the host.
-        reference: the image; None is the one that a build with ``--load`` left.
-        output: folder for results.
-        inputs: place in the bundle -> folder: models and prompts, which stay where they are.
-        args: of tests.gpu.harness.run.
-        caches: folder for what JIT compilers make.
-        network: whether FlashInfer can download kernels that no wheel has, into caches.
+    ``reference`` names the image; None is the one that a build with ``--load`` left. ``inputs``:
+    place in the bundle -> folder with models or prompts. ``args`` are the runner's.
+    ``caches`` keeps what JIT compilers make, and with ``network`` what FlashInfer downloads.
     """
     require_sku(probe, cell)
     name = reference or f"localhost/{cell.name}:{cell.line_name}"

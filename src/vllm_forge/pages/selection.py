@@ -16,26 +16,6 @@ from vllm_forge.pages.markdown import table, terminal_table
 from vllm_forge.project import Project
 
 NONE = "-"
-GRID = """
-## Line {line}: every SKU with every artifact
-
-At `{arguments}`, with MTP where the artifact has it. vLLM {vllm}, asked on {made}.
-"""
-PUBLISHED = """
-### vLLM {vllm} as published
-
-The rows in which the release without the line's series answers otherwise.
-"""
-PRESETS = """
-## Line {line}: presets
-"""
-REASONS = """
-## Line {line}: why not another backend
-
-What vLLM said of the candidates for the routed experts that it passed over.
-"""
-
-
 GRID_COLUMNS = ("SKU", "artifact", "experts", "clamp")
 MORE_COLUMNS = ("linear", "attention", "draft", "refused")
 PRESET_COLUMNS = (
@@ -54,12 +34,7 @@ def render(lines: Sequence[SelectionRecord]) -> str:
     """The page, from the recorded answers of lines."""
     parts = []
     for recorded in lines:
-        words = {
-            "line": recorded.line_name,
-            "vllm": recorded.vllm,
-            "made": recorded.made,
-            "arguments": " ".join(GRID_ARGUMENTS),
-        }
+        line, vllm = recorded.line_name, recorded.vllm
         grid = list(_grid_rows(recorded.rows))
         others = [row for row in _grid_rows(recorded.published) if row not in grid]
         with_ = dict.fromkeys(name for row in grid for name in row if name.startswith("with "))
@@ -69,10 +44,20 @@ def render(lines: Sequence[SelectionRecord]) -> str:
             for (kind, name, artifact, *_), answer in _places(recorded.rows)
             if kind == "preset"
         ]
-        parts += [GRID.format(**words), _markdown(columns, grid)]
-        parts += [PUBLISHED.format(**words), _markdown(columns, others)]
-        parts += [PRESETS.format(**words), _markdown(PRESET_COLUMNS, presets)]
-        parts += [REASONS.format(**words), _markdown(REASON_COLUMNS, _reasons(recorded.rows))]
+        parts += [
+            f"\n## Line {line}: every SKU with every artifact\n",
+            f"At `{' '.join(GRID_ARGUMENTS)}`, with MTP where the artifact has it. vLLM {vllm}, "
+            f"asked on {recorded.made}.\n",
+            _markdown(columns, grid),
+            f"\n### vLLM {vllm} as published\n",
+            "The rows in which the release without the line's series answers otherwise.\n",
+            _markdown(columns, others),
+            f"\n## Line {line}: presets\n",
+            _markdown(PRESET_COLUMNS, presets),
+            f"\n## Line {line}: why not another backend\n",
+            "What vLLM said of the candidates for the routed experts that it passed over.\n",
+            _markdown(REASON_COLUMNS, _reasons(recorded.rows)),
+        ]
     return "\n".join(parts).strip("\n")
 
 

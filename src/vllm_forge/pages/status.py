@@ -13,12 +13,6 @@ from vllm_forge.receipts.statement import Detail
 from vllm_forge.receipts.suite import read_tiers
 from vllm_forge.receipts.verification import NOT_RUN, read_receipts, unsigned
 
-# A receipt that differs is void.
-KERNELS = """
-What vLLM selected on the GPU is what the [kernel selection](selection.md) records:
-
-"""
-
 
 def status(project: Project) -> str:
     """The page, from the committed receipts."""
@@ -81,7 +75,10 @@ def _evidence(root: Path, receipts: Sequence[Receipt]) -> str:
         if selected := [f"{part} {ran}" for part, _, ran in compare(root, receipt)]:
             kernels.append([_link(f"{detail.sku} {detail.line}", receipt), ", ".join(selected)])
     text = "\n" + table(columns.split(", "), rows) + "\n" if rows else ""
-    return text + KERNELS + table(["receipt", "kernels"], kernels) + "\n" if kernels else text
+    if not kernels:
+        return text
+    head = "What vLLM selected on the GPU is what the [kernel selection](selection.md) records:"
+    return f"{text}\n{head}\n\n{table(['receipt', 'kernels'], kernels)}\n"
 
 
 def _closest(detail: Detail) -> str:

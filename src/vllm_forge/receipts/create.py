@@ -13,10 +13,7 @@ from vllm_forge.host import parse_json, read_plain
 from vllm_forge.project import Project
 from vllm_forge.receipts import FOLDER, KEYS
 from vllm_forge.receipts.envelope import read_keys, read_receipt, write_receipt
-from vllm_forge.receipts.errors import (
-    ReceiptIncompleteError,
-    ResultFileError,
-)
+from vllm_forge.receipts.errors import ReceiptIncompleteError, ResultFileError
 from vllm_forge.receipts.statement import VALID, Statement
 from vllm_forge.receipts.verification import verify
 
@@ -75,14 +72,8 @@ def make_statement(result: dict[str, Any]) -> Statement:
 def make_receipt(project: Project, result_path: Path, key: Path | None) -> Path:
     """Make the receipt of ``OUTPUT/<tier>.json``; write it only if it is valid here and now.
 
-    Args:
-        project: the repository.
-        result_path: what the run wrote.
-        key: an Ed25519 private key in PEM; without it the receipt is unsigned.
-
-    Raises:
-        ResultFileError: not a result.
-        ForgeError: see ``verify``.
+    It is unsigned without ``key``, an Ed25519 private key in PEM. ResultFileError: not a
+    result; for other errors see ``verify``.
     """
     try:
         result: dict[str, Any] = parse_json(read_plain(result_path))

@@ -119,7 +119,7 @@ def read_suite(root: Path) -> Suite:
 
 
 def read_tiers(root: Path) -> dict[str, Tier]:
-    """Name -> tier; raises as read_suite does."""
+    """Name -> tier."""
     return read_suite(root).tier
 
 

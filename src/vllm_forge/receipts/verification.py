@@ -60,13 +60,10 @@ def unsigned(receipt: Receipt) -> str:
 def read_receipts(
     project: Project, now: datetime | None = None, *, image: str | None = "", signed: bool = False
 ) -> Receipts:
-    """Read and verify the committed receipts.
+    """Read and verify the committed receipts, by default each as of the end of its run.
 
-    Args:
-        project: the repository.
-        now: time of the check; default: of each receipt, the end of its run.
-        image: only those of this digest, ``sha256:<hex>``; None: no image, so none.
-        signed: refuse unsigned ones also where no key is trusted.
+    ``image``: only those of this digest, ``sha256:<hex>``; None: no image, so none. ``signed``:
+    refuse unsigned ones also where no key is trusted.
     """
     if image is None:
         return Receipts()

@@ -90,10 +90,8 @@ class Needs:
     """A host's requirements. Sizes in bytes; None if the matrix has no size of the artifact.
 
     Attributes:
-        gpus: GPUs of one replica.
         image_bytes: room for the image in the engine's store, packed and unpacked.
         weights_bytes: the checkpoint's files.
-        disk_bytes: both.
         weights_per_gpu_bytes: the files divided by the GPUs; what is not sharded comes on top.
         memory_per_gpu_bytes: as the SKU's vendor states it.
         ram_bytes: one shard file, which the workers map while they read it.
