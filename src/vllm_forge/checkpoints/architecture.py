@@ -183,11 +183,7 @@ REQUIRED = tuple(name for name, field in Config.model_fields.items() if field.is
 
 
 def require_deepseek_v4(config: Mapping[str, Any], where: str) -> None:
-    """Refuse the config of another model, or one that cannot be right.
-
-    Raises:
-        CheckpointUnreadableError: it is one of these; with the first problems.
-    """
+    """Refuse the config of another model, or one that cannot be right, with its problems."""
     if (kind := config.get("model_type")) != MODEL_TYPE:
         raise CheckpointUnreadableError(
             f"model_type is {kind!r}, not {MODEL_TYPE!r}",

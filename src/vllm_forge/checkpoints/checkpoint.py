@@ -56,7 +56,7 @@ class CheckpointSource(ABC):
     """A checkpoint's files. ``sizes``: file name -> bytes.
 
     Raises, from all methods:
-        CheckpointUnreadableError: a file is missing, shorter, too large, or malformed.
+        CheckpointUnreadableError: a file is missing, shorter, too large, malformed or foreign.
         HubUnreachableError: the hub stopped answering.
     """
 
@@ -282,12 +282,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, where: CheckpointSource | Path | str) -> Self:
-        """Read config, index and headers of a source, a folder, or what ``find_source`` takes.
-
-        Raises:
-            CheckpointUnreadableError: no config, no tensors, malformed JSON, a broken shard, or a
-                tensor in two shards.
-        """
+        """Read config, index and headers of a source, a folder, or what ``find_source`` takes."""
         if isinstance(where, Path):
             source: CheckpointSource = Folder(where)
         else:

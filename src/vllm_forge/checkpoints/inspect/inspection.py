@@ -62,13 +62,24 @@ class Outcome(StrEnum):
     UNKNOWN = "unknown"
 
 
-class LineVerdict(FrozenModel):
+class LineRow(FrozenModel):
+    """What a line does with a checkpoint, as records keep it.
+
+    Attributes:
+        checks: ids of the findings that count on this line.
+        why: reasons for what it does not do.
+    """
+
+    outcome: Outcome
+    checks: tuple[CheckId, ...]
+    why: tuple[str, ...]
+
+
+class LineVerdict(LineRow):
     """What a line does with a checkpoint.
 
     Attributes:
-        why: reasons for what it does not do.
-        checks: ids of the findings that count on this line.
-        findings: which those are: their indices in the report.
+        findings: which count on this line: their indices in the report.
         handled: findings that this line copes with, and how.
         by: who resolved the modules: a vLLM, or rules without one.
         modules: module -> what it resolves to there, e.g. "CompressedTensorsW8A8Fp8"; numbers N.
@@ -76,9 +87,6 @@ class LineVerdict(FrozenModel):
 
     line: str
     vllm: str
-    outcome: Outcome
-    why: tuple[str, ...]
-    checks: tuple[CheckId, ...]
     findings: tuple[int, ...]
     handled: tuple[str, ...]
     by: str
@@ -371,12 +379,6 @@ def _modules(answer: Answer | None) -> dict[str, str]:
             kind = row.scheme or row.method
             modules.setdefault(name, []).append(f"{kind} x {row.count}" if row.count > 1 else kind)
     return {name: ", ".join(kinds) for name, kinds in modules.items()}
-
-
-class LineRow(FrozenModel):
-    outcome: Outcome
-    checks: tuple[CheckId, ...]
-    why: tuple[str, ...]
 
 
 class FindingRow(FrozenModel):

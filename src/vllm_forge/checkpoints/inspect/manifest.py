@@ -214,11 +214,7 @@ def _differences(manifest: Manifest, profile: Profile) -> list[str]:
 
 
 def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Finding]:
-    """What changed since the tensors were written; with ``digests`` by their SHA-256 too.
-
-    Raises:
-        UsageError: digests are wanted and there is no record of them.
-    """
+    """What changed since the tensors were written; with ``digests`` by their SHA-256 too."""
     text = profile.source.text(RECORD)
     if text is None or not profile.tensors:
         if digests:

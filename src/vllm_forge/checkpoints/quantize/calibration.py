@@ -51,10 +51,7 @@ NO_DATA = Calibration(source="none: the recipe quantizes weights only", tokens=(
 def calibrate_with(choice: str, recipe: Recipe, model: Path) -> Calibration:
     """Choose conversations and tokenize them; needs the tools' environment.
 
-    Args:
-        choice: ``auto``, ``ultrachat``, ``shipped``, or a JSONL file with ``messages`` in each row.
-        recipe: how many, how long, which seed.
-        model: folder with the tokenizer.
+    ``choice``: ``auto``, ``ultrachat``, ``shipped``, or a JSONL file with ``messages`` in each row.
     """
     if choice == AUTO:
         choice = "ultrachat" if _reachable() else "shipped"
@@ -134,10 +131,7 @@ def _reachable() -> bool:
 def tokenize(rows: Sequence[Conversation], most: int, model: Path) -> tuple[tuple[int, ...], ...]:
     """Ids of each conversation in the chat form of the model, or of DeepSeek-V4 if it has none.
 
-    Args:
-        rows: conversations.
-        most: ids of each that are kept.
-        model: folder with the tokenizer and config.json.
+    ``most`` ids of each are kept; ``model`` is a folder with tokenizer and config.json.
     """
     from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
 

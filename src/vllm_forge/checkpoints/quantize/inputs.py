@@ -139,11 +139,7 @@ class Recipe(FrozenModel):
 
 
 def load_recipe(name: str, path: Path = RECIPES) -> Recipe:
-    """One row of the recipes, on top of those that it extends.
-
-    Raises:
-        RecipeError: no such recipe, or a row that is not one; with the nearest known name.
-    """
+    """One row of the recipes, on top of those that it extends; RecipeError for another."""
     try:
         rows = tomllib.loads(path.read_text(encoding="utf-8"))["recipe"]
     except (tomllib.TOMLDecodeError, KeyError) as error:

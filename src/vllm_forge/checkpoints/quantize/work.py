@@ -95,11 +95,8 @@ class Engine(Protocol):
             source: made by ``embed`` or by the layer before.
             target: appears when all states are there.
 
-        Returns:
-            The tensors of each quantized module, in upstream naming.
-
-        Raises:
-            QuantizedOutputError: a scale that the recipe names was not calibrated.
+        Returns the tensors of each quantized module, in upstream naming; QuantizedOutputError if a
+        scale that the recipe names was not calibrated.
         """
 
 
