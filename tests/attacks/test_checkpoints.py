@@ -30,6 +30,7 @@ from vllm_forge.checkpoints.errors import (
     CheckpointRefusedError,
     CheckpointUnreadableError,
     DryLoadError,
+    HubUnreachableError,
     RecipeError,
 )
 from vllm_forge.checkpoints.inspect.checks_tensors import read_scalars
@@ -314,6 +315,25 @@ def test_conversations_of_any_kind_are_an_error(tmp_path: Path, kind: str) -> No
     KINDS[kind](tmp_path / "x.jsonl")
     with pytest.raises(RecipeError):
         read_conversations(tmp_path / "x.jsonl", 1)
+
+
+ODD_DESCRIPTIONS = [
+    "nonsense", "[]", "{}", "[" * 100_000, '{"id": 1}', '{"id": "a/b", "siblings": 1}',
+    '{"id": "a/b", "sha": null, "siblings": [{"rfilename": "config.json", "size": "big"}]}',
+    '{"id": "a/b", "sha": 1, "siblings": [{"rfilename": "config.json", "size": -1}]}',
+    '{"id": "a/b", "sha": "c", "siblings": [{"rfilename": "a\\u001b.json", "size": 9}]}',
+    '{"id": "a/b", "sha": "c", "siblings": [{"rfilename": "config.json", "size": 1e99}]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD_DESCRIPTIONS)
+def test_hub_of_any_answer_is_an_error(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    hub = HubServer(description=text.encode())
+    with hub.running():
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        with pytest.raises((CheckpointUnreadableError, HubUnreachableError)):
+            Checkpoint.open("owner/name")
 
 
 def test_hub_that_sends_more_than_was_asked_for_is_cut_off(

@@ -28,6 +28,7 @@ class HubServer:
         gated: refuse everybody.
         failures: statuses of the next answers to requests for a file; 0 closes the connection.
         short: bytes left out at the end of every answer to a range.
+        description: what it says of the repository, where not its file list.
         served: bytes of file content sent.
         requests: how many requests for a file came.
     """
@@ -37,6 +38,7 @@ class HubServer:
     gated: bool = False
     failures: list[int] = field(default_factory=list)
     short: int = 0
+    description: bytes = b""
     served: int = 0
     requests: int = 0
     url: str = ""
@@ -70,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.startswith("/api/models/owner/name"):
             siblings = [{"rfilename": n, "size": len(data)} for n, data in hub.files.items()]
             body = {"id": "owner/name", "sha": COMMIT, "siblings": siblings}
-            self._send(200, json.dumps(body).encode())
+            self._send(200, hub.description or json.dumps(body).encode())
         elif path.startswith(resolve) and (name := path.removeprefix(resolve)) in hub.files:
             self._file(hub, hub.files[name])
         else:

@@ -120,7 +120,7 @@ class Folder(CheckpointSource):
             if folder.parent.name == "snapshots":
                 inside.add(folder.parents[1] / "blobs")
             for item in self.path.iterdir():
-                if not item.is_file() or (self.index_only and item.suffix == SUFFIX):
+                if not item.is_file() or (self.index_only and item.suffix != ".json"):
                     continue
                 files[item.name] = item.resolve()
                 if inside.isdisjoint(files[item.name].parents):
@@ -163,13 +163,14 @@ class HubRepository(CheckpointSource):
         truststore.inject_into_ssl()
         self.repo = repo
         self._endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
-        info: Any = self._ask(
-            lambda: HfApi(endpoint=self._endpoint).repo_info(
+
+        def describe() -> tuple[str, dict[str, int]]:
+            info: Any = HfApi(endpoint=self._endpoint).repo_info(
                 repo, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT_S
             )
-        )
-        self.revision: str = info.sha
-        self.sizes = {item.rfilename: item.size or 0 for item in info.siblings or ()}
+            return str(info.sha), {i.rfilename: int(i.size or 0) for i in info.siblings or ()}
+
+        self.revision, self.sizes = self._ask(describe)
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.revision[:12]} at {self._endpoint}"
@@ -222,11 +223,8 @@ class HubRepository(CheckpointSource):
             return question()
         except (HfHubHTTPError, HFValidationError) as error:
             what = str(error).strip().splitlines()[0]
-        except Exception as error:
-            # Its HTTP client has changed twice; its errors have one root per client.
-            client = type(error).__module__.partition(".")[0] in {"httpx", "httpx2", "httpcore"}
-            if not client and not isinstance(error, OSError):  # name resolution, certificates
-                raise
+        except Exception as error:  # noqa: BLE001 - name resolution, certificates, odd answers
+            # Its HTTP client has changed twice, and it parses what the hub says without looking.
             what = f"{type(error).__name__}: {error}"
         raise HubUnreachableError(
             f"cannot read {self.repo} from the model hub: {what}",
