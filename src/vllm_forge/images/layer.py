@@ -220,7 +220,7 @@ class ZstdLayerWriter(TarWriter):
         with (self._files / path).open("xb", buffering=0) as copy:
             for piece in pieces:
                 self._tar(piece)
-                if piece[0] or piece[-1] or piece.count(0) != len(piece):
+                if piece[0] or piece != bytes(len(piece)):
                     copy.write(piece)
                 else:
                     copy.seek(len(piece), 1)
