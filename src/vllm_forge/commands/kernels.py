@@ -43,7 +43,7 @@ def select(project: Project, args: argparse.Namespace) -> None:
 
 def coverage(project: Project, args: argparse.Namespace) -> None:
     """Print kernel families x SKUs (native, compiled later, missing); fail if a need is unmet."""
-    from vllm_forge.images.coverage import FOLDER, line_coverage
+    from vllm_forge.images.checks import COVERAGE, line_coverage
     from vllm_forge.kernels.coverage.families import catalogue
     from vllm_forge.pages.coverage import terminal
     from vllm_forge.pages.registry import write_pages
@@ -55,7 +55,7 @@ def coverage(project: Project, args: argparse.Namespace) -> None:
         contracts += of_cells
         print(terminal(record, catalogue()))
         if args.record:
-            write_json(project.root / FOLDER / f"{name}.json", record)
+            write_json(project.root / COVERAGE / f"{name}.json", record)
     if args.record:
         write_pages(project, "docs/generated/coverage.md")
     for contract in contracts:

@@ -37,6 +37,7 @@ from vllm_forge.images.checks import (
     check_layout,
     check_names,
     check_sizes,
+    contents_of,
     image_contract,
     judge,
     recorded_selection,
@@ -381,7 +382,9 @@ def check_outside(
     """What needs no running: the contract; config, labels, hashes of blobs; the layers' files."""
     contract = None
     if selection is not None:
-        contract = image_contract(plan.cell, selection, candidate.folders)
+        contract = image_contract(
+            plan.cell, selection, contents_of(candidate.folders, plan.cell.line.python)
+        )
         contract.check()
     try:
         prewarmed = plan.options.prewarm is not None

@@ -5,33 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
 from vllm_forge.host import console, parse_json, remove
+from vllm_forge.images.content import wheel_groups
 from vllm_forge.images.errors import ImageCheckError, SizeBudgetError
-from vllm_forge.images.layout import verify
+from vllm_forge.images.layout import Image, verify
 from vllm_forge.images.prewarm import SCRIPT
+from vllm_forge.images.store import require_stored
 from vllm_forge.images.wheels import site_packages
 from vllm_forge.kernels.coverage import parse_capability
-from vllm_forge.kernels.coverage.contract import Contract, contract, selections_of
+from vllm_forge.kernels.coverage.contract import Contract, contract, line_record, selections_of
 from vllm_forge.kernels.coverage.families import digest
 from vllm_forge.kernels.coverage.site_packages import SitePackages
 from vllm_forge.kernels.selection.mount import DRIVER
-from vllm_forge.kernels.selection.record import require_fresh, selection_path
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from vllm_forge.images.layout import Image
-    from vllm_forge.kernels.selection.record import SelectionRecord
-    from vllm_forge.matrix import ImageCell
-    from vllm_forge.project import Project
+from vllm_forge.kernels.selection.record import (
+    SelectionRecord,
+    read_selection,
+    require_fresh,
+    selection_path,
+)
+from vllm_forge.matrix import ImageCell
+from vllm_forge.project import Project
 
 MB = 1_000_000
+COVERAGE = Path("records/coverage")
 # What runs inside; the first one is started.
 SCRIPTS = (Path(__file__).with_name("image_checks.py"), DRIVER)
 LAYER_CHECKS = Path(__file__).with_name("layer_checks.py")
@@ -196,20 +199,41 @@ def contract_inputs(project: Project, line_name: str) -> dict[str, str]:
     return {"selection": recorded, "families": digest()}
 
 
-def image_contract(cell: ImageCell, recorded: SelectionRecord, folders: Sequence[Path]) -> Contract:
-    """Compare what vLLM selects for the presets of a SKU with an image's files.
+def contents_of(folders: Sequence[Path], python: str) -> SitePackages:
+    """The environment of unpacked layers, lowest first."""
+    sites = [folder / site_packages(python) for folder in folders]
+    return SitePackages(tuple(site for site in sites if site.is_dir()))
 
-    ``folders`` are the image's unpacked layers, lowest first.
+
+def image_contract(cell: ImageCell, recorded: SelectionRecord, contents: SitePackages) -> Contract:
+    """Compare what vLLM selects for the presets of a SKU with an image's files.
 
     Raises:
         UnknownFamilyError: no row has the kernels of a backend that vLLM selects.
         UnknownFatbinError: a library's device code has an unknown layout.
     """
-    site = site_packages(cell.line.python)
     return contract(
-        SitePackages(tuple(folder / site for folder in folders if (folder / site).is_dir())),
+        contents,
         cell=cell.name,
         line=cell.line_name,
         capability=parse_capability(cell.sku.compute_capability),
         selections=selections_of(recorded.answers),
     )
+
+
+def line_coverage(project: Project, name: str) -> tuple[dict[str, Any], list[Contract]]:
+    """Which kernels a line has code for: its record, and the contract of each of its cells."""
+    line, lock, skus = project.matrix.line[name], project.lock(name), project.matrix.sku
+    groups = wheel_groups(project.cell(line.skus[0], name), lock)
+    layers = [require_stored(group.key) for group in groups]
+    folders = [folder for layer in layers for folder in (layer.files, layer.code)]
+    contents = contents_of(folders, line.python)
+    recorded = read_selection(project.records, name)
+    contracts = {
+        sku: image_contract(project.cell(sku, name), recorded.of_device(row.device), contents)
+        for sku, row in skus.items()
+        if sku in line.skus
+    }
+    table = {sku: (row.compute_capability, contracts.get(sku)) for sku, row in skus.items()}
+    record = {"line": name, "vllm": line.vllm, "lock": lock.digest, "families": digest()}
+    return record | line_record(contents, name, table), list(contracts.values())

@@ -5,21 +5,20 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import console
 from vllm_forge.images.wheels import Entry, merge, site_packages, wheel_entries
+from vllm_forge.matrix import ImageCell
+from vllm_forge.patches import PatchedWheel
+from vllm_forge.sources import Lock, LockedWheel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from vllm_forge.images.plan import ImagePlan
     from vllm_forge.images.system import System
-    from vllm_forge.matrix import ImageCell
-    from vllm_forge.patches import PatchedWheel
-    from vllm_forge.sources import Lock, LockedWheel
 
 # Raise when the bytes of a layer change for equal inputs.
 FORMAT = 1

@@ -15,25 +15,23 @@ import stat
 import tarfile
 import time
 import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.images.content import STACK, VLLM, stack_entry
-from vllm_forge.images.wheels import VENV, site_packages, wheel_entries
+from vllm_forge.images.layout import ImageLayer
+from vllm_forge.images.wheels import VENV, Entry, site_packages, wheel_entries
+from vllm_forge.matrix import WheelFile
 from vllm_forge.patches.wheel import GENERATED
 from vllm_forge.sources import Wheelhouse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
-
     from vllm_forge.images.build import Candidate
-    from vllm_forge.images.layout import ImageLayer
     from vllm_forge.images.plan import ImagePlan
-    from vllm_forge.images.wheels import Entry
-    from vllm_forge.matrix import WheelFile
 
 OWN = "opt/vllm-forge/"
 PROGRAMS = ("usr/bin", "usr/sbin", "bin", "sbin", "usr/local/bin", "usr/local/sbin")

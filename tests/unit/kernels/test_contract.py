@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.support import fatbins as made
-from vllm_forge.images.coverage import FOLDER
+from vllm_forge.images.checks import COVERAGE
 from vllm_forge.kernels.coverage import library as library_module
 from vllm_forge.kernels.coverage.contract import (
     Contract,
@@ -390,7 +390,7 @@ def test_every_family_is_needed_by_something() -> None:
 @pytest.mark.parametrize("line", ["0.22", "0.26", "0.33"])
 def test_record_matches_lock_and_families(root: Path, line: str) -> None:
     matrix = load(root)
-    record = json.loads((root / FOLDER / f"{line}.json").read_text())
+    record = json.loads((root / COVERAGE / f"{line}.json").read_text())
     lock = read_lock(root, line, matrix.line[line], matrix.base)
     again = f"run: nox -s forge -- kernels coverage --record --line {line}"
     assert (record["lock"], record["families"]) == (lock.digest, digest()), again
@@ -405,7 +405,7 @@ def test_record_matches_lock_and_families(root: Path, line: str) -> None:
 @pytest.mark.parametrize("line", ["0.22", "0.26", "0.33"])
 def test_record_matches_kernel_selection(root: Path, line: str) -> None:
     matrix = load(root)
-    record = json.loads((root / FOLDER / f"{line}.json").read_text())
+    record = json.loads((root / COVERAGE / f"{line}.json").read_text())
     recorded = read_selection(root / "records", line)
     for name in matrix.line[line].skus:
         answers = recorded.of_device(matrix.sku[name].device).answers
