@@ -167,6 +167,7 @@ GOOD: Wheels = {
     "sixlike": {"sixlike.py": b"x = 1\n", "shared/__init__.py": b""},
     "other": {"other.py": b"y = 1\n", "shared/__init__.py": b""},
     "vllm": {"vllm/__init__.py": b"", "vllm/_C.so": b"\x7fELF"},
+    "nvcc": {"nvidia/cu13/bin/nvcc": b"#!/bin/sh\n"},
 }
 BLOBS = {"vllm/__init__.py": "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"}
 ROW = {"lines": ["0.26"], "reason": "needed by nobody but this test"}
@@ -205,9 +206,10 @@ def written(folder: Path, wheels: Wheels) -> tuple[ImageFiles, dict[str, Path]]:
         ("sixlike", "sixlike.pyc", "bytecode"),
         ("sixlike", "sixlike-1.0.data/purelib/other-1.0.dist-info/x", "metadata of another wheel"),
         ("other", "other-1.0.data/purelib/sixlike-1.0.dist-info/RECORD", "metadata of another"),
-        ("sixlike", "nvidia/cu13/bin/sh", "program that hides the system's"),
-        ("sixlike", "sixlike-1.0.data/scripts/sh", "program that hides the system's"),
-        ("sixlike", "sixlike-1.0.data/scripts/nvidia-smi", "program that hides the system's"),
+        ("sixlike", "nvidia/cu13/bin/sh", "program that hides another"),
+        ("sixlike", "sixlike-1.0.data/scripts/sh", "program that hides another"),
+        ("sixlike", "sixlike-1.0.data/scripts/nvcc", "program that hides another"),
+        ("sixlike", "sixlike-1.0.data/scripts/nvidia-smi", "program that hides another"),
         ("sixlike", "sixlike-1.0.data/scripts/python3", "hides one of rootfs: /opt/venv/bin"),
         ("sixlike", "sixlike-1.0.data/data/pyvenv.cfg", "hides one of rootfs: /opt/venv/pyv"),
         ("sixlike", "sixlike-1.0.data/data/lib64/x.py", "replaces /opt/venv/lib64 of rootfs"),
@@ -225,7 +227,7 @@ def test_wheels_with_equal_files_are_accepted(tmp_path: Path) -> None:
     files, paths = written(tmp_path, GOOD)
     assert wheel_files(files, BLOBS, [], paths.get)
     expected = dict.fromkeys(GOOD, "1.0")
-    assert packages(files, expected) == "3 distributions"
+    assert packages(files, expected) == "4 distributions"
     assert tree(files, BLOBS, {}) == "1 files, 0 of them patched"
     with pytest.raises(AssertionError, match=r"vllm/__init__\.py differs"):
         tree(files, {"vllm/__init__.py": "0" * 40}, {})

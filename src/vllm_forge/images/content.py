@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.host import console
 from vllm_forge.images.wheels import Entry, merge, site_packages, wheel_entries
 from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import PatchedWheel
@@ -69,17 +68,12 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def group_entries(name: str, paths: Sequence[Path], python: str) -> list[Entry]:
-    """Entries of one wheel layer.
+    """Entries of the wheel layer ``name``.
 
     The vLLM layer leaves out what a patch series always changes (version and metadata), so
     that it is the same layer for every series of a line.
     """
-    entries, conflicts = merge(wheel_entries(path, python) for path in paths)
-    if conflicts:
-        more = f" and {len(conflicts) - 1} others" if len(conflicts) > 1 else ""
-        console.print(
-            f"  two wheels of layer {name} differ in {conflicts[0]}{more}: the later one's is taken"
-        )
+    entries = merge(wheel_entries(path, python) for path in paths)
     if name == VLLM:
         return [entry for entry in entries if not _changes_with_series(entry.path)]
     return entries + cuda_links(entries)
@@ -88,7 +82,7 @@ def group_entries(name: str, paths: Sequence[Path], python: str) -> list[Entry]:
 def patch_entries(published: Path, patched: Path, python: str) -> list[Entry]:
     """Entries of the patched wheel that differ from the vLLM layer's."""
     below = {entry.path: entry.fingerprint for entry in group_entries(VLLM, [published], python)}
-    entries, _ = merge([wheel_entries(patched, python)])
+    entries = merge([wheel_entries(patched, python)])
     return [entry for entry in entries if below.get(entry.path) != entry.fingerprint]
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 OWN = "opt/vllm-forge/"
 PROGRAMS = ("usr/bin", "usr/sbin", "bin", "sbin", "usr/local/bin", "usr/local/sbin")
+CUDA_PROGRAMS = "nvidia/cu13/bin"  # below site-packages
 # An engine's hook brings these of the host's driver.
 DRIVER_PROGRAMS = ("nvidia-", "nv-")
 BYTECODE = (".pyc", ".pyo")
@@ -305,14 +306,16 @@ class _WheelJudge:
         top = below.partition("/")[0]
         in_vllm = top == VLLM
         own = path.startswith(OWN) or files.written[path].is_symlink()
+        other = f"{files.site}/{CUDA_PROGRAMS}/{name}"  # a folder of PATH after the environment's
         hidden = name in self._programs or name.startswith(DRIVER_PROGRAMS)
+        hidden = hidden or (other != path and other in files.written)
         starts = top.partition(".")[0] in START_MODULES or (
             top == below and top.endswith(START_FILES)
         )
         problems = {
             "file that no RECORD lists": not owners and not own,
             "bytecode": is_bytecode(path) or "/__pycache__/" in path,
-            "program that hides the system's": hidden and self._on_path(path),
+            "program that hides another": hidden and self._on_path(path),
             "file that runs when Python starts": starts,
             "file in the metadata of another wheel": top.endswith(".dist-info")
             and owners != [distribution(top)],
@@ -325,7 +328,7 @@ class _WheelJudge:
         return self._hides(path) or next((why for why, bad in problems.items() if bad), "")
 
     def _on_path(self, path: str) -> bool:
-        folders = (f"{VENV}/bin", f"{self._files.site}/nvidia/cu13/bin")
+        folders = (f"{VENV}/bin", f"{self._files.site}/{CUDA_PROGRAMS}")
         return posixpath.dirname(path) in folders
 
     def _hides(self, path: str) -> str:

@@ -100,21 +100,13 @@ def wheel_entries(path: Path, python: str) -> list[Entry]:
     return collector.entries
 
 
-def merge(groups: Iterable[list[Entry]]) -> tuple[list[Entry], list[str]]:
+def merge(groups: Iterable[list[Entry]]) -> list[Entry]:
     """One list, sorted by path; of two entries for one path the later one wins.
 
-    Returns:
-        The entries, and the paths where two wheels really differ.
+    Wheels that differ there are refused once the image is complete, see layer_checks.
     """
-    by_path: dict[str, Entry] = {}
-    conflicts = []
-    for group in groups:
-        for entry in group:
-            known = by_path.get(entry.path)
-            if known is not None and known.fingerprint != entry.fingerprint:
-                conflicts.append(entry.path)
-            by_path[entry.path] = entry
-    return [by_path[path] for path in sorted(by_path)], sorted(conflicts)
+    by_path = {entry.path: entry for group in groups for entry in group}
+    return [by_path[path] for path in sorted(by_path)]
 
 
 class _Member(io.RawIOBase):

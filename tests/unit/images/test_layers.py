@@ -81,7 +81,7 @@ def wheel(tmp_path: Path) -> Path:
 
 
 def entries_of(*paths: Path) -> list[Entry]:
-    return merge(wheel_entries(path, PYTHON) for path in paths)[0]
+    return merge(wheel_entries(path, PYTHON) for path in paths)
 
 
 @pytest.fixture
@@ -423,29 +423,20 @@ def pair(tmp_path: Path) -> Callable[[bytes, bytes], list[list[Entry]]]:
 
 def test_equal_duplicates_merge(pair: Callable[[bytes, bytes], list[list[Entry]]]) -> None:
     groups = pair(b"same\n", b"same\n")
-    merged, conflicts = merge(groups)
-    assert conflicts == []
+    merged = merge(groups)
     assert len(merged) == sum(map(len, groups)) - 1
     assert [entry.path for entry in merged] == sorted(entry.path for entry in merged)
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_later_wheel_wins_a_conflict_and_it_is_reported(
+def test_later_wheel_wins_a_conflict(
     order: int, pair: Callable[[bytes, bytes], list[list[Entry]]]
 ) -> None:
     groups = pair(b"one\n", b"two\n")[::order]
-    merged, conflicts = merge(groups)
-    assert conflicts == [f"{SITE}/shared/x.py"]
+    merged = merge(groups)
     layer = write_layer("merged", merged, EPOCH)
     expected = b"two\n" if order == 1 else b"one\n"
     assert content(layer, f"{SITE}/shared/x.py") == expected
-
-
-def test_conflict_of_equal_sizes_is_seen() -> None:
-    one, two = Entry(path="a", content=b"xy"), Entry(path="a", content=b"yx")
-    assert merge([[one], [two]])[1] == ["a"]
-    assert merge([[one], [Entry(path="a", link="b")]])[1] == ["a"]
-    assert merge([[one], [dataclasses.replace(one)]])[1] == []
 
 
 # --- broken wheels, killed writers, damaged stores -----------------------------------------------
@@ -536,7 +527,7 @@ def slow(layer, entry, *args, **kwargs):
         sys.stdin.read()
 
 store._add = slow
-entries = merge([wheel_entries(pathlib.Path(sys.argv[1]), sys.argv[2])])[0]
+entries = merge([wheel_entries(pathlib.Path(sys.argv[1]), sys.argv[2])])
 store.write_layer("key", entries, int(sys.argv[3]))
 """
 
