@@ -232,6 +232,6 @@ def test_killed_worker_is_an_error_with_a_remedy(
 
     project = reference.project.copy(tmp_path, "systems")
     use(project, monkeypatch)
-    monkeypatch.setattr(wheel_layers, "ProcessPoolExecutor", lambda *_: Killed())
+    monkeypatch.setattr(wheel_layers, "worker_pool", lambda *_: Killed())
     with pytest.raises(CommandFailedError, match="a process that writes layers was killed"):
         fast_build(project, "alpha")

@@ -129,4 +129,4 @@ def use(mini: MiniProject, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make ``fast_build`` use a project's cache and index, and threads instead of processes."""
     for name in ("VLLM_FORGE_CACHE", "VLLM_FORGE_ROOT", "UV_DEFAULT_INDEX", "no_proxy"):
         monkeypatch.setenv(name, mini.environment[name])
-    monkeypatch.setattr(wheel_layers, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(2))
+    monkeypatch.setattr(wheel_layers, "worker_pool", lambda *_: ThreadPoolExecutor(2))
