@@ -20,11 +20,7 @@ NEAR = 0.7
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose errors are ForgeErrors with a suggestion.
-
-    Attributes:
-        remedy: what to do about an option that the command does not have.
-    """
+    """argparse without abbreviations, whose errors have suggestions; ``remedy``: without one."""
 
     remedy = "repeat the command with --help, which lists its options"
 

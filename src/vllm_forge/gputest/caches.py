@@ -1,9 +1,8 @@
 """What JIT compilers leave on a GPU host: its folders and key, and its way into kits and images.
 
-Triton, TileLang, DeepGEMM, FlashInfer, Inductor and the driver compile kernels when a model first
-runs; DeepSeek-V4 waits for minutes. Each compiler keeps its results where an environment variable
-says. The runner (tests/gpu/harness/caches.py) writes a key beside them, of the stack that they are
-for.
+Triton, TileLang and others compile kernels when a model first runs; DeepSeek-V4 waits for minutes.
+Each keeps its results where an environment variable says. The runner (tests/gpu/harness/caches.py)
+writes a key beside them, of the stack that they are for.
 """
 
 from collections.abc import Mapping

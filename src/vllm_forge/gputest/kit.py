@@ -1,8 +1,7 @@
 """Kits: an image and the GPU suite for a host without network, registry or container engine.
 
 A kit is a folder of parts that may travel one by one, with a program (``kit_host.py``) that joins
-them, verifies the image from its digest down, and runs the suite in it. Results become receipts of
-that digest.
+them, verifies the image from its digest down, and runs the suite in it.
 """
 
 import gzip

@@ -226,7 +226,11 @@ def page(plan: Plan) -> Iterator[RenderableType]:
     yield Text("\nPresets", style="bold")
     yield _presets(plan["presets"])
     yield Text("\nContract", style="bold")
-    yield _grid(_families(plan["contract"]))
+    families = [("state", plan["contract"]["state"])]
+    for name, row in plan["contract"]["families"].items():
+        accepted = f"; accepted: {row['exception']}" if row["exception"] else ""
+        families.append((name, f"{row['verdict']} {' + '.join(row['codes'])}{accepted}"))
+    yield _grid(families)
     if plan["presets"]:
         yield from _needs(plan["presets"][0])
 
@@ -263,14 +267,6 @@ def _table(*titles: str) -> Table:
     for title in titles:
         table.add_column(title, overflow="fold", no_wrap=title in {"preset", "artifact"})
     return table
-
-
-def _families(contract: Plan) -> list[tuple[str, str]]:
-    rows = [("state", contract["state"])]
-    for name, row in contract["families"].items():
-        accepted = f"; accepted: {row['exception']}" if row["exception"] else ""
-        rows.append((name, f"{row['verdict']} {' + '.join(row['codes'])}{accepted}"))
-    return rows
 
 
 def _needs(row: Plan) -> Iterator[RenderableType]:
