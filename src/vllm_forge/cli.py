@@ -1,7 +1,5 @@
 """Arguments to calls, failures to messages and exit codes."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json
@@ -10,7 +8,9 @@ import shutil
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import NoReturn
 
 from vllm_forge.commands import MODULES
 from vllm_forge.commands.parsers import Parser, parse
@@ -19,10 +19,6 @@ from vllm_forge.host import console, printable
 from vllm_forge.host.errors import FileAccessError
 from vllm_forge.host.run import end_commands, stopping
 from vllm_forge.project import Project
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from types import FrameType
 
 CODES = (
     "Exit codes: 0 success, 1 unexpected error (a bug), 2 wrong usage; of others the last digit "

@@ -7,8 +7,6 @@ Unexpected exceptions exit with 1 and a traceback, wrong usage with 2, a signal 
 number.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable

@@ -1,12 +1,10 @@
 """The checkout that a command works on; made once, in ``cli.main``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from vllm_forge.host import read_json
 from vllm_forge.matrix import ImageCell, Line, Matrix, find_root, image_cell, load
@@ -22,7 +20,7 @@ class Project:
     root: Path
 
     @classmethod
-    def find(cls) -> Project:
+    def find(cls) -> Self:
         return cls(find_root())
 
     @cached_property

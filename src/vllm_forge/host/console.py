@@ -1,7 +1,5 @@
 """What the user sees while a long step runs."""
 
-from __future__ import annotations
-
 import errno
 import os
 import threading

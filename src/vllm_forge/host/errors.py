@@ -1,7 +1,5 @@
 """Commands, files, disk and locks of this host."""
 
-from __future__ import annotations
-
 from vllm_forge.errors import ForgeError
 
 REFUSED = 30

@@ -1,7 +1,5 @@
 """Files of this host: atomic writes, locks, free disk, mounts."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import glob

@@ -1,7 +1,5 @@
 """The GPUs of a host, as nvidia-smi lists them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

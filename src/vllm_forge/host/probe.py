@@ -1,7 +1,5 @@
 """Questions to the machine whose failure is an answer too; from life or from a recording."""
 
-from __future__ import annotations
-
 import shlex
 import subprocess
 from collections.abc import Sequence

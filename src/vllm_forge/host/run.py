@@ -1,7 +1,5 @@
 """Commands: printed, run, checked; or only recorded, for a dry run."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import multiprocessing

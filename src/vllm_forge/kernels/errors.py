@@ -1,7 +1,5 @@
 """Kernel selection and kernel coverage."""
 
-from __future__ import annotations
-
 from vllm_forge.errors import ForgeError
 
 REFUSED = 50

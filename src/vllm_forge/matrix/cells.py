@@ -1,7 +1,5 @@
 """matrix.toml, with the errors a person can act on, and its points: images and servers."""
 
-from __future__ import annotations
-
 import json
 import os
 import tomllib

@@ -1,7 +1,5 @@
 """The checkout: matrix.toml, what is asked of it, and committed records."""
 
-from __future__ import annotations
-
 from vllm_forge.errors import ForgeError
 
 REFUSED = 10

@@ -1,9 +1,7 @@
 """The shape of matrix.toml."""
 
-from __future__ import annotations
-
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -227,7 +225,7 @@ class Matrix(FrozenModel):
     preset: dict[Name, Preset]
 
     @model_validator(mode="after")
-    def _rows_agree(self) -> Matrix:
+    def _rows_agree(self) -> Self:
         if self.default_line not in self.line:
             raise ValueError(f"default_line: no [line.{self.default_line!r}]")
         if both := set(self.sku) & set(self.unsupported_sku):

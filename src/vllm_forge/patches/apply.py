@@ -4,8 +4,6 @@
 only with ``-v``; that is refused here (git-apply(1)).
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import tempfile
@@ -13,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Self
 
 from vllm_forge.errors import ForgeError
 from vllm_forge.host.errors import CommandFailedError
@@ -51,7 +50,7 @@ class TreeIndex:
         self._folder = tempfile.TemporaryDirectory(prefix="vllm-forge-index-")
         self._env = {"GIT_INDEX_FILE": str(Path(self._folder.name) / "index")}
 
-    def __enter__(self) -> TreeIndex:
+    def __enter__(self) -> Self:
         try:
             if self._tree is not None:
                 self.git("read-tree", self._tree)

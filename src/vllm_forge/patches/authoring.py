@@ -5,8 +5,6 @@ as trailers, and ``Patch``, the file's name. Without ``Patch`` the name is made 
 position and subject. Export accepts only what `checkout` can give back byte for byte.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import shutil

@@ -1,7 +1,5 @@
 """What was decided about every upstream change that users of these images are advised to apply."""
 
-from __future__ import annotations
-
 import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self

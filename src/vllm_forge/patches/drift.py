@@ -1,7 +1,5 @@
 """What vLLM's releases do to the patches: they fit, moved, are upstream, conflict, or are gone."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import defaultdict
@@ -87,6 +85,31 @@ class Surveyed:
     release: Release
     tree: str
     verdicts: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A line of a tree, and how much of what was looked for is around it (0 to 1)."""
+
+    path: str
+    line: int
+    share: float
+
+
+@dataclass
+class Words:
+    """Where the wanted words stand in the Python files below ``vllm/`` of a tree."""
+
+    files: int = 0
+    lines: dict[str, dict[bytes, list[int]]] = field(default_factory=dict)
+    count: dict[bytes, int] = field(default_factory=lambda: defaultdict(int))
+
+    def weight(self, word: bytes) -> float:
+        """Weight of a word: none when many files have it."""
+        files = self.count.get(word, 0)
+        if self.files == 0 or files > max(2, COMMON * self.files):
+            return 0.0
+        return math.log((self.files + 1) / max(files, 1))
 
 
 def releases_between(index: Index, first: str, last: str | None) -> list[tuple[Release, IndexFile]]:
@@ -338,31 +361,6 @@ def _failed(
 @cache
 def _words(repo_path: Path, tree: str, wanted: frozenset[bytes]) -> Words:
     return read_words(SourceRepo(repo_path), tree, wanted)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """A line of a tree, and how much of what was looked for is around it (0 to 1)."""
-
-    path: str
-    line: int
-    share: float
-
-
-@dataclass
-class Words:
-    """Where the wanted words stand in the Python files below ``vllm/`` of a tree."""
-
-    files: int = 0
-    lines: dict[str, dict[bytes, list[int]]] = field(default_factory=dict)
-    count: dict[bytes, int] = field(default_factory=lambda: defaultdict(int))
-
-    def weight(self, word: bytes) -> float:
-        """Weight of a word: none when many files have it."""
-        files = self.count.get(word, 0)
-        if self.files == 0 or files > max(2, COMMON * self.files):
-            return 0.0
-        return math.log((self.files + 1) / max(files, 1))
 
 
 def hunk_words(hunk: Hunk, source: Sequence[bytes]) -> dict[bytes, int]:

@@ -1,7 +1,5 @@
 """Series, patches, trees and installed copies of vLLM."""
 
-from __future__ import annotations
-
 from vllm_forge.errors import ForgeError
 
 REFUSED = 40

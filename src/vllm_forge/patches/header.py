@@ -4,8 +4,6 @@ DEP-3 (https://dep-team.pages.debian.net/deps/dep3/) gives the vocabulary; we ad
 ``Proves`` (a test id that is red without the patch) and ``Drop-When``.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

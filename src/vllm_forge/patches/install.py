@@ -6,8 +6,6 @@ makes it whole. Files are written aside and renamed, which also leaves a package
 they were hard-linked from as it is.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -4,8 +4,6 @@ Its edits are data here: a text to look for, its replacement, and what the insta
 the text is missing. ``drift`` records the outcome in records/seed-installer.json.
 """
 
-from __future__ import annotations
-
 import ast
 from dataclasses import asdict, dataclass
 

@@ -3,8 +3,6 @@
 The lock names what the series starts from and must end at.
 """
 
-from __future__ import annotations
-
 import json
 import tomllib
 from dataclasses import asdict, dataclass, fields, replace
@@ -92,7 +90,7 @@ def series_text(folder: Path, names: list[str]) -> str:
 def read_tree_lock(folder: Path, line_name: str) -> TreeLock:
     """Parse ``folder/lock.toml``; LockFileError if it is missing or malformed."""
     path = folder / "lock.toml"
-    kinds = {field.name: int if field.type == "int" else str for field in fields(TreeLock)}
+    kinds = {field.name: field.type for field in fields(TreeLock)}
     try:
         data = tomllib.loads(read_plain(path).decode("utf-8"))
     except FileNotFoundError:

@@ -4,8 +4,6 @@ A tree without one patch is what its proof must be red on. It is made by git alo
 reads code.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass

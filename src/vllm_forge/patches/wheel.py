@@ -4,8 +4,6 @@ Members that do not change are copied as they are, compressed bytes and all; not
 on a compressor but the few changed files, which are stored.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import io

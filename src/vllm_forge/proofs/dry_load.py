@@ -1,7 +1,5 @@
 """Dry loads of checkpoints by a line's own vLLM, in the environment of its images."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

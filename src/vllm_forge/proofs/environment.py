@@ -4,8 +4,6 @@ A tree of the source becomes a folder with the Python files in which it differs 
 mounted above the layers. Nothing is copied or installed.
 """
 
-from __future__ import annotations
-
 import os
 import zipfile
 from collections.abc import Sequence

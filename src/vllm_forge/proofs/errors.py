@@ -1,7 +1,5 @@
 """Proofs of patches."""
 
-from __future__ import annotations
-
 from vllm_forge.errors import ForgeError
 
 REFUSED = 40

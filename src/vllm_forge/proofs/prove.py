@@ -5,8 +5,6 @@ wheel has: the sources of its native code. Red is pytest's exit code 1, and noth
 inputs give equal records.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import re

@@ -5,8 +5,6 @@ lists them. They run in the image's own files, without network or GPU; what need
 by both trees, and its record says so.
 """
 
-from __future__ import annotations
-
 import io
 import shutil
 import tomllib

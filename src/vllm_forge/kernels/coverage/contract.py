@@ -1,7 +1,5 @@
 """The contract of a cell: its image has code for every family that vLLM selects for it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -16,8 +16,6 @@ ELF: System V ABI, "Object Files"; 64-bit little-endian files only. pyelftools t
 the tens of thousands of cubins of an image, this reader seconds.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass

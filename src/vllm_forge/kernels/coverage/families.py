@@ -1,7 +1,5 @@
 """The rows of families.toml: kernel families, which backend needs which, and exceptions."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import tomllib
@@ -9,7 +7,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from pathlib import PurePosixPath
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -122,7 +120,7 @@ class Catalogue(FrozenModel):
     exception: tuple[Exemption, ...] = ()
 
     @model_validator(mode="after")
-    def _references(self) -> Catalogue:
+    def _references(self) -> Self:
         for name in (*self.need.families(), *(row.family for row in self.exception)):
             if name not in self.family:
                 raise ValueError(f"no [family.{name}]{suggestion(name, self.family)}")

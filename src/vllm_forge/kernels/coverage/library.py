@@ -7,8 +7,6 @@ stub next to the kernel's other bodies (without_stubs).
 Reading the names in a library costs a second or two; looking them up in the cache costs a stat.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import mmap

@@ -1,7 +1,5 @@
 """Coverage of each kernel family by an image: native code, sources with a compiler, or nothing."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -4,11 +4,9 @@ Source: CUDA Programming Guide, "Compute Capabilities", sections on binary compa
 architecture- and family-specific features; nvcc's manual, "GPU Feature List".
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast
+from typing import Literal, Self, TypeAlias, cast
 
 from vllm_forge.kernels.errors import UnknownTargetError
 
@@ -39,7 +37,7 @@ class Target:
     suffix: Suffix = ""
 
     @classmethod
-    def parse(cls, text: str) -> Target:
+    def parse(cls, text: str) -> Self:
         """Read e.g. ``sm_100a``, ``compute_80``, ``120f`` or ``10.3a``."""
         match = _NAME.fullmatch(text)
         if match is None:

@@ -5,8 +5,6 @@ answer is what that vLLM's own code selects for them, as far as it can be known 
 question that vLLM refuses has an answer too: ``Answer.refused``.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """The inputs, the command and the output of a run that asks a line's vLLM."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

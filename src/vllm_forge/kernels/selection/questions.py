@@ -5,8 +5,6 @@ artifact, also SKUs that the line does not serve, whose answers give the reason.
 with each retired variable set.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

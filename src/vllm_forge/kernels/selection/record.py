@@ -1,13 +1,11 @@
 """The recorded answers of each line, records/selection/<line>.json, and their inputs."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from vllm_forge.host import atomic_path, read_json
 from vllm_forge.kernels.errors import SelectionChangedError, SelectionFileError, SelectionStaleError
@@ -51,7 +49,7 @@ class SelectionRecord:
     def published_answers(self) -> dict[str, Answer]:
         return {question.name: answer for question, answer in self.published}
 
-    def of_device(self, name: str) -> SelectionRecord:
+    def of_device(self, name: str) -> Self:
         """The rows for one device, without those of the release as published."""
         rows = tuple(row for row in self.rows if row[0].device.name == name)
         return replace(self, rows=rows, published=())
