@@ -74,7 +74,8 @@ def read_receipts(
             if error is not None:
                 raise error
             receipt = read_receipt(path, keys)
-            verify(project, receipt, now or receipt.statement.detail.finished, keys, signed=signed)
+            time = now or min(receipt.statement.detail.finished, datetime.now(UTC))
+            verify(project, receipt, time, keys, signed=signed)
         except ForgeError as why:
             refused.append((path, why))
         else:
