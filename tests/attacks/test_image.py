@@ -13,7 +13,6 @@ import pytest
 from tests.support.wheels import Member, record_row, write_wheel
 from vllm_forge.checkpoints.inspect.dry_load import PROGRAM
 from vllm_forge.images import image_checks
-from vllm_forge.images.base import SCRUB, compress
 from vllm_forge.images.content import group_entries
 from vllm_forge.images.layer_checks import (
     ImageFiles,
@@ -26,7 +25,7 @@ from vllm_forge.images.layer_checks import (
 )
 from vllm_forge.images.layout import ImageLayer
 from vllm_forge.images.store import write_layer
-from vllm_forge.images.system import write_plain
+from vllm_forge.images.system import SCRUB, compress, write_plain
 from vllm_forge.matrix import WheelFile
 from vllm_forge.proofs.dry_load import ARGV
 from vllm_forge.proofs.environment import PYTHON

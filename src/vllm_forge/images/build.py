@@ -31,7 +31,6 @@ from vllm_forge.host import (
     report,
 )
 from vllm_forge.host.errors import CommandFailedError
-from vllm_forge.images.base import make_rootfs, write_host_sources
 from vllm_forge.images.checks import (
     LayerShare,
     check_layout,
@@ -75,14 +74,7 @@ from vllm_forge.images.store import (
     stored,
     write_layer,
 )
-from vllm_forge.images.system import (
-    System,
-    host_secrets,
-    load_system,
-    make_system,
-    system_folder,
-    system_is_kept,
-)
+from vllm_forge.images.system import System, build_system, load_system, system_folder
 from vllm_forge.images.wheel_layers import update_record, write_layers
 from vllm_forge.images.wheels import Entry
 from vllm_forge.kernels.coverage.contract import Contract
@@ -185,25 +177,6 @@ def build_steps(plan: ImagePlan, runner: Runner) -> None:
         f"give the image its name: {plan.target}",
         lambda: publish(plan, candidate(), verdicts(), judged()[0], time.monotonic() - started),
     )
-
-
-def build_system(plan: ImagePlan, runner: Runner) -> str:
-    """Rootfs and docker/Dockerfile, by the engine; returns the key of the result.
-
-    One process at a time: engines keep one store, and lines share the system image.
-    """
-    refresh, base = plan.options.refresh_base, plan.cell.base
-    with runner.exclusive("system"):
-        if not refresh and system_is_kept(plan.system_key):
-            return plan.system_key
-        secrets = host_secrets()
-        if plan.base.image is None:
-            make_rootfs(runner, base, plan.work, refresh=refresh)
-        else:
-            # A registry image may lack packages: apt in it uses this host's mirrors.
-            secrets["apt-sources"] = plan.work / "sources.list"
-            write_host_sources(runner, base.suite, secrets["apt-sources"])
-        return make_system(runner, plan, secrets)
 
 
 def make_wheel(plan: ImagePlan) -> PatchedWheel:

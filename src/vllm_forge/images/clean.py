@@ -7,9 +7,9 @@ from itertools import product
 from pathlib import Path
 
 from vllm_forge.host import cache_root, exclusive, remove, tree_bytes
-from vllm_forge.images.base import rootfs_key
 from vllm_forge.images.engines import ENGINES
 from vllm_forge.images.plan import BuildOptions, resolve
+from vllm_forge.images.system import rootfs_key
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from vllm_forge.host import cache_root, parse_json, read_plain, require_disk
-from vllm_forge.images.base import BaseRef, pinned_image, rootfs_key
 from vllm_forge.images.checks import (
     CHECK_ARGV,
     LAYER_CHECKS,
@@ -23,7 +22,7 @@ from vllm_forge.images.errors import BuildRecordError, LayoutError
 from vllm_forge.images.layout import Image, blob_times, has_name, read_image
 from vllm_forge.images.prewarm import ENTRYPOINT, Prewarm, prewarm_key
 from vllm_forge.images.store import layer_folder, stored
-from vllm_forge.images.system import SYSTEM_FORMAT, system_folder
+from vllm_forge.images.system import SYSTEM_FORMAT, BaseRef, pinned_image, rootfs_key, system_folder
 from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import Patch, read_series, read_tree_lock
 from vllm_forge.project import Project

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vllm_forge.images.base import compress
 from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layout import (
     Image,
@@ -22,6 +21,7 @@ from vllm_forge.images.layout import (
     write_image,
 )
 from vllm_forge.images.store import write_layer
+from vllm_forge.images.system import compress
 from vllm_forge.images.wheels import Entry
 
 if TYPE_CHECKING:
