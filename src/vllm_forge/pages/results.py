@@ -50,8 +50,7 @@ def quantization(result: dict[str, Any]) -> str:
     return f"""{cases}
 
 {result["date"]}, recipe {result["recipe"]} with {result["samples"]} conversations, \
-{result["threads"]} thread, {machine["cpus"]} CPUs, Python {machine["python"]}. Importing the \
-tools takes about 1 GB of the peak.
+{result["threads"]} thread, {machine["cpus"]} CPUs, Python {machine["python"]}.
 
 {REAL} ({real["how"]}): a model of {real["model_bytes"] / 1e9:.0f} GB, its largest layer \
 {real["largest_layer_bytes"] / 1e9:.1f} GB; each byte of a layer adds \
@@ -79,10 +78,7 @@ def inspection(result: dict[str, Any]) -> str:
     )
     return f"""{artifacts}
 
-{result["date"]}, {machine["cpus"]} CPUs, Python {machine["python"]}, wall time of whole commands. \
-The layouts have the real sizes, with holes for data (sparse files). Measured are: headers, single \
-scales and checks; vLLM's imports, constructors and loader, which read no data either. \
-{result["load"]}"""
+{result["date"]}, {machine["cpus"]} CPUs, Python {machine["python"]}. {result["load"]}"""
 
 
 def sizes(images: dict[str, dict[str, Any]]) -> str:
