@@ -121,7 +121,7 @@ def test_file_that_is_replaced_while_it_is_read_does_not_block(card: Path, kind:
         source.config()
 
 
-def test_links_within_a_checkpoint_and_to_the_hub_cache_are_followed(
+def test_links_of_shards_within_a_checkpoint_and_to_the_hub_cache_are_followed(
     original: Path, tmp_path: Path
 ) -> None:
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
@@ -131,6 +131,8 @@ def test_links_within_a_checkpoint_and_to_the_hub_cache_are_followed(
         (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
     assert Checkpoint.open(snapshot).names == Checkpoint.open(original).names
     (blobs / "link.json").symlink_to(CONFIG)
+    (blobs / SHARD).unlink()
+    (blobs / SHARD).symlink_to(original / SHARD)
     assert Checkpoint.open(blobs).names == Checkpoint.open(original).names
 
 

@@ -104,7 +104,8 @@ class CheckpointSource(ABC):
 class Folder(CheckpointSource):
     """A local folder, or some files of it; listed once, when it is opened.
 
-    Links are followed within the folder, and to the blobs of the model hub's cache.
+    Links are followed within the folder and to the blobs of the model hub's cache; those of shards
+    anywhere, as they are neither shown nor copied.
     """
 
     path: Path
@@ -123,7 +124,7 @@ class Folder(CheckpointSource):
                 if not item.is_file() or (self.index_only and item.suffix != ".json"):
                     continue
                 files[item.name] = item.resolve()
-                if inside.isdisjoint(files[item.name].parents):
+                if item.suffix != SUFFIX and inside.isdisjoint(files[item.name].parents):
                     what = f"{printable(item.name)} is a link to a file outside of the checkpoint"
                     raise self.error(what, "copy the file, or give the folder that it is in")
             sizes = {name: file.stat().st_size for name, file in files.items()}
