@@ -10,15 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vllm_forge.host import suggestion
-from vllm_forge.matrix.errors import (
-    MatrixFileError,
-    MatrixValueError,
-    UnknownKeyError,
-    UnknownLineError,
-    UnknownSkuError,
-    UnsupportedCellError,
-    UnsupportedSkuError,
-)
+from vllm_forge.matrix import errors
 from vllm_forge.matrix.model import Base, LayerRule, Line, Matrix, Sku
 
 
@@ -42,7 +34,7 @@ def find_line(matrix: Matrix, name: str | None) -> tuple[str, Line]:
     """The row of a line; None means the default one. UnknownLineError has the nearest name."""
     wanted = matrix.default_line if name is None else name
     if wanted not in matrix.line:
-        raise UnknownLineError(
+        raise errors.UnknownLineError(
             f"unknown line {wanted!r}{suggestion(wanted, matrix.line)}",
             remedy="lines: " + ", ".join(matrix.line),
         )
@@ -54,7 +46,7 @@ def image_cell(matrix: Matrix, sku: str, line: str | None = None) -> ImageCell:
     name = _find_sku(matrix, sku)
     line_name, row = find_line(matrix, line)
     if name in row.unsupported:
-        raise UnsupportedCellError(
+        raise errors.UnsupportedCellError(
             f"line {line_name} cannot serve {name} ({matrix.sku[name].arch}): "
             f"{row.unsupported[name]}",
             where=f"matrix.toml, line.{line_name}.unsupported.{name}",
@@ -76,7 +68,7 @@ def _find_sku(matrix: Matrix, given: str) -> str:
     if name in matrix.sku:
         return name
     if name in matrix.unsupported_sku:
-        raise UnsupportedSkuError(
+        raise errors.UnsupportedSkuError(
             f"{name} is not supported: {matrix.unsupported_sku[name].reason}",
             where=f"matrix.toml, unsupported_sku.{name}",
             remedy=f"SKUs: {_skus(matrix)}",
@@ -84,13 +76,13 @@ def _find_sku(matrix: Matrix, given: str) -> str:
     arch = name.replace("_", "")
     of_arch = [sku for sku, row in matrix.sku.items() if row.arch.replace("_", "") == arch]
     if len(of_arch) > 1:
-        raise UnknownSkuError(
+        raise errors.UnknownSkuError(
             f"{given!r} is the arch of more than one SKU: {', '.join(of_arch)}",
             remedy="ask for one of them by its name",
         )
     if not of_arch:
         known = [*matrix.sku, *(row.arch for row in matrix.sku.values())]
-        raise UnknownSkuError(
+        raise errors.UnknownSkuError(
             f"unknown SKU {given!r}{suggestion(name, known)}", remedy=f"SKUs: {_skus(matrix)}"
         )
     return of_arch[0]
@@ -116,7 +108,7 @@ def find_root() -> Path:
     for folder in (start, *start.parents):
         if (folder / "matrix.toml").is_file():
             return folder
-    raise MatrixFileError(
+    raise errors.MatrixFileError(
         "no matrix.toml here or above",
         where=str(start),
         remedy="run inside a checkout of vllm-forge, or set VLLM_FORGE_ROOT",
@@ -129,9 +121,9 @@ def load(root: Path) -> Matrix:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise MatrixFileError("matrix.toml does not exist", where=str(path)) from None
+        raise errors.MatrixFileError("matrix.toml does not exist", where=str(path)) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise MatrixFileError(
+        raise errors.MatrixFileError(
             f"not TOML in UTF-8: {error}", where=str(path), remedy="correct the line that it names"
         ) from None
     try:
@@ -142,7 +134,7 @@ def load(root: Path) -> Matrix:
         for field, given in (("lock", line.lock), ("series", line.series)):
             target = (root / given).resolve()  # through links
             if not target.is_relative_to(root.resolve()):
-                raise MatrixValueError(
+                raise errors.MatrixValueError(
                     f"line.{name}.{field} is outside the checkout: {target}",
                     where=str(path),
                     remedy="give a path below the folder of matrix.toml, without links out of it",
@@ -155,7 +147,9 @@ def schema_text() -> str:
     return json.dumps(Matrix.model_json_schema(), indent=2, sort_keys=True) + "\n"
 
 
-def _explain(error: ValidationError, path: Path) -> UnknownKeyError | MatrixValueError:
+def _explain(
+    error: ValidationError, path: Path
+) -> errors.UnknownKeyError | errors.MatrixValueError:
     lines = []
     unknown = False
     for item in error.errors(include_url=False):
@@ -166,7 +160,7 @@ def _explain(error: ValidationError, path: Path) -> UnknownKeyError | MatrixValu
             lines.append(f"unknown key {place}{suggestion(str(item['loc'][-1]), known)}")
         else:
             lines.append(f"{place}: {item['msg']}" if place else item["msg"])
-    kind = UnknownKeyError if unknown else MatrixValueError
+    kind = errors.UnknownKeyError if unknown else errors.MatrixValueError
     return kind(
         "matrix.toml is refused:\n" + "\n".join(f"  - {line}" for line in lines),
         where=str(path),

@@ -15,15 +15,7 @@ from typing import Self
 
 from vllm_forge.errors import ForgeError
 from vllm_forge.host.errors import CommandFailedError
-from vllm_forge.patches.errors import (
-    AlreadyUpstreamError,
-    AppliedTwiceError,
-    CorruptPatchError,
-    EmptyPatchError,
-    NonCanonicalPatchError,
-    OffsetError,
-    WrongContextError,
-)
+from vllm_forge.patches import errors
 from vllm_forge.patches.header import Patch
 from vllm_forge.sources import SourceRepo
 
@@ -133,7 +125,7 @@ def apply_series(repo: SourceRepo, base: str, patches: Sequence[Patch]) -> Appli
             if done.returncode != 0:
                 raise _refusal(repo, base, patch, stderr, index)
             if moved := MOVED.search(stderr):
-                raise OffsetError(
+                raise errors.OffsetError(
                     f"hunk {moved[1]} applies at line {moved[2]}, {moved[3]} lines from where it "
                     "says",
                     where=f"{patch.path} ({', '.join(patch.files)})",
@@ -156,7 +148,7 @@ def _require_canonical(repo: SourceRepo, patch: Patch, before: str, after: str) 
     if patch.diff != expected:
         rows = zip_longest(patch.diff.splitlines(), expected.splitlines())
         differ = (number for number, (row, canonical) in enumerate(rows, 1) if row != canonical)
-        raise NonCanonicalPatchError(
+        raise errors.NonCanonicalPatchError(
             f"the diff is not in canonical form from its line {next(differ, 'last')} on",
             where=str(patch.path),
             remedy="run: vllm-forge patch lock --export",
@@ -167,27 +159,27 @@ def _refusal(
     repo: SourceRepo, base: str, patch: Patch, stderr: str, index: TreeIndex
 ) -> ForgeError:
     # "while searching for:" is followed by lines of code; the line after those says where.
-    errors = [line for line in stderr.splitlines() if line.startswith("error:")]
-    first = next((line for line in errors if "while searching for" not in line), stderr.strip())
+    lines = [line for line in stderr.splitlines() if line.startswith("error:")]
+    first = next((line for line in lines if "while searching for" not in line), stderr.strip())
     where = str(patch.path)
     if CORRUPT.search(stderr):
-        return CorruptPatchError(
+        return errors.CorruptPatchError(
             f"git cannot read the patch: {first}",
             where=where,
             remedy="export the change again with git",
         )
     if EMPTY.search(stderr):
-        return EmptyPatchError("git finds no hunk in the patch", where=where)
+        return errors.EmptyPatchError("git finds no hunk in the patch", where=where)
     if index.reverses(patch):
         with TreeIndex(repo, base) as pristine:
             if pristine.reverses(patch):
-                return AlreadyUpstreamError(
+                return errors.AlreadyUpstreamError(
                     f"{patch.name}: the release already has this change",
                     where=where,
                     remedy="drop it: delete the file and its line in the series, and record it as "
                     "retired in dispositions.toml",
                 )
-        return AppliedTwiceError(
+        return errors.AppliedTwiceError(
             f"{patch.name}: an earlier patch of the series makes this change",
             where=where,
             remedy="delete one of the two",
@@ -195,7 +187,7 @@ def _refusal(
     place = FAILED.search(stderr) or ABSENT.search(stderr)
     target = place["file"] if place else ", ".join(patch.files)
     line = f":{place['line']}" if place and "line" in place.groupdict() else ""
-    return WrongContextError(
+    return errors.WrongContextError(
         f"{patch.name} does not fit: {first}",
         where=f"{target}{line} (from {where})",
         remedy="the patch was made for other code: look at it, then write the patch again for "

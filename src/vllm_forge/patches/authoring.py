@@ -14,14 +14,8 @@ from pathlib import Path
 
 from vllm_forge.errors import UsageError
 from vllm_forge.host import atomic_path
+from vllm_forge.patches import errors
 from vllm_forge.patches.apply import apply_series, canonical_diff
-from vllm_forge.patches.errors import (
-    DirtyTreeError,
-    EmptyPatchError,
-    NonCanonicalPatchError,
-    PatchHeaderError,
-    WrongBaseError,
-)
 from vllm_forge.patches.header import (
     FIELDS,
     Patch,
@@ -142,14 +136,14 @@ def export(project: Project, source: Path) -> tuple[str, tuple[Patch, ...]]:
     patches = tuple(_patch(work, commit, number, *pair) for number, (commit, pair) in steps)
     names = [patch.name for patch in patches]
     if doubled := sorted({item for item in names if names.count(item) > 1}):
-        raise PatchHeaderError(
+        raise errors.PatchHeaderError(
             f"more than one commit is {PATCH}: {', '.join(doubled)}",
             where=str(source),
             remedy="change the trailer of one with git rebase -i, or squash the two",
         )
     applied = apply_series(work, lock.base, patches)
     if applied.trees != tuple(trees[1:]):
-        raise NonCanonicalPatchError(
+        raise errors.NonCanonicalPatchError(
             "the patches do not give the trees of the commits", where=str(source)
         )
     before = _digest(series)
@@ -163,7 +157,7 @@ def export(project: Project, source: Path) -> tuple[str, tuple[Patch, ...]]:
         after = _digest(aside)
         # Equal to `after`: killed between the two writes below.
         if before not in {_git(work, *CONFIG, "forge.series", check=False), after}:
-            raise WrongBaseError(
+            raise errors.WrongBaseError(
                 f"the series of line {name} was changed since the checkout {source}",
                 where=str(series),
                 remedy="check the line out to another directory and cherry-pick your commits there",
@@ -178,7 +172,7 @@ def _message(patch: Patch) -> str:
     message = "\n\n".join(filter(None, [first, body, header_text(trailers)]))
     # read_patch accepts more than a message keeps, e.g. a description that starts with a blank.
     if _fields(message, str(patch.path)) != (patch.fields, patch.name):
-        raise PatchHeaderError(
+        raise errors.PatchHeaderError(
             "cannot write the header as a commit message",
             where=str(patch.path),
             remedy="remove blank lines and trailing spaces from the header",
@@ -207,7 +201,7 @@ def _patch(work: SourceRepo, commit: str, number: int, before: str, after: str) 
     subject = message.partition("\n")[0]
     where = f"commit {commit[:12]} ({subject})"
     if before == after:
-        raise EmptyPatchError(
+        raise errors.EmptyPatchError(
             "the commit changes nothing", where=where, remedy="drop it with git rebase -i"
         )
     fields, name = _fields(message, where)
@@ -215,14 +209,14 @@ def _patch(work: SourceRepo, commit: str, number: int, before: str, after: str) 
         slug = re.sub(r"[^a-z0-9]+", "-", subject.lower()).strip("-")[:50].rstrip("-")
         name = f"{number:04d}-{slug}.patch"
     if not FILE_NAME.match(name):
-        raise PatchHeaderError(
+        raise errors.PatchHeaderError(
             f"invalid {PATCH}: {name!r}",
             where=where,
             remedy="give a file name that ends in .patch, or remove the trailer",
         )
     diff = canonical_diff(work, before, after)
     if "\ufffd" in diff:
-        raise NonCanonicalPatchError(
+        raise errors.NonCanonicalPatchError(
             "the changed code is not UTF-8",
             where=where,
             remedy="change other lines, or other files",
@@ -235,7 +229,7 @@ def _commits(work: SourceRepo, source: Path, tree: str) -> list[str]:
     again = "check the line out to another directory and cherry-pick your commits there"
     actual = _git(work, "rev-parse", "--verify", "--quiet", f"{BASE}^{{tree}}", check=False)
     if actual != tree:
-        raise WrongBaseError(
+        raise errors.WrongBaseError(
             f"the checkout is of the source tree {actual or 'unknown'}, the line's is {tree}",
             where=str(source),
             remedy=again,
@@ -243,14 +237,14 @@ def _commits(work: SourceRepo, source: Path, tree: str) -> list[str]:
     rows = _git(work, "rev-list", "--reverse", "--parents", f"{BASE}..HEAD").splitlines()
     history = [row.split() for row in rows]
     if merges := [row[0] for row in history if len(row) > 2]:  # noqa: PLR2004 - itself, one parent
-        raise NonCanonicalPatchError(
+        raise errors.NonCanonicalPatchError(
             f"commit {merges[0][:12]} is a merge",
             where=str(source),
             remedy=f"make the history linear: git rebase {BASE}",
         )
     commits = [_git(work, "rev-parse", BASE), *(row[0] for row in history)]
     if [row[1:] for row in history] != [[parent] for parent in commits[:-1]]:
-        raise WrongBaseError(
+        raise errors.WrongBaseError(
             "the branch does not start at the line's source", where=str(source), remedy=again
         )
     return commits
@@ -259,13 +253,13 @@ def _commits(work: SourceRepo, source: Path, tree: str) -> list[str]:
 def _require_clean(work: SourceRepo, source: Path) -> None:
     for state, command in UNFINISHED.items():
         if (work.path / state).exists():
-            raise DirtyTreeError(
+            raise errors.DirtyTreeError(
                 "a git operation is unfinished", where=str(source), remedy=f"finish it: {command}"
             )
     options = ("status", "--porcelain", "--untracked-files=all")
     if status := _git(work, f"--work-tree={source}", *options):
         rows = status.splitlines()
-        raise DirtyTreeError(
+        raise errors.DirtyTreeError(
             f"{len(rows)} uncommitted changes:\n" + "\n".join(rows[:5]),
             where=str(source),
             remedy="commit or stash them; delete files that do not belong to a patch",

@@ -11,13 +11,7 @@ from pathlib import Path
 from unidiff.errors import UnidiffParseError
 from unidiff.patch import PatchSet
 
-from vllm_forge.patches.errors import (
-    CorruptPatchError,
-    EmptyPatchError,
-    LineEndingError,
-    NonCanonicalPatchError,
-    PatchHeaderError,
-)
+from vllm_forge.patches import errors
 
 FIELDS = (
     "Description",
@@ -80,11 +74,11 @@ def read_patch(path: Path) -> Patch:
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CorruptPatchError(f"not UTF-8: {error}", where=str(path)) from None
+        raise errors.CorruptPatchError(f"not UTF-8: {error}", where=str(path)) from None
     _require_lf(text, str(path))
     head, separator, diff = text.partition("\n" + SEPARATOR)
     if not separator or not (diff.startswith("diff --git ") or not diff.strip()):
-        raise PatchHeaderError(
+        raise errors.PatchHeaderError(
             "expected a header, a line with --- and then the diff",
             where=str(path),
             remedy="see docs/develop/patches.md for the form",
@@ -98,13 +92,13 @@ def parse_patch(path: Path, fields: dict[str, str], diff: str, where: str) -> Pa
     try:
         parsed = PatchSet(diff)
     except UnidiffParseError as error:
-        raise CorruptPatchError(
+        raise errors.CorruptPatchError(
             f"cannot parse a hunk: {error}",
             where=where,
             remedy="the counts in @@ do not match its lines: export the change again with git",
         ) from None
     if not any(len(file) for file in parsed):
-        raise EmptyPatchError(
+        raise errors.EmptyPatchError(
             "the patch has no hunk",
             where=where,
             remedy="export the change again, or delete the file and its line in the series",
@@ -135,31 +129,33 @@ def parse_fields(head: str, where: str, *, ordered: bool = True) -> dict[str, st
             continue
         name, colon, value = line.partition(": ")
         if not colon or not value.strip():
-            raise PatchHeaderError(f"invalid header line {line!r}: expected NAME: TEXT", where=at)
+            raise errors.PatchHeaderError(
+                f"invalid header line {line!r}: expected NAME: TEXT", where=at
+            )
         if name not in FIELDS:
-            raise PatchHeaderError(
+            raise errors.PatchHeaderError(
                 f"unknown field {name!r}", where=at, remedy="fields: " + ", ".join(FIELDS)
             )
         if name in fields:
-            raise PatchHeaderError(f"duplicate field {name}", where=at)
+            raise errors.PatchHeaderError(f"duplicate field {name}", where=at)
         fields[name] = value
         last = name
     if missing := [name for name in FIELDS if name not in fields]:
-        raise PatchHeaderError(f"missing: {', '.join(missing)}", where=where)
+        raise errors.PatchHeaderError(f"missing: {', '.join(missing)}", where=where)
     if ordered and list(fields) != list(FIELDS):
-        raise NonCanonicalPatchError(
+        raise errors.NonCanonicalPatchError(
             "header fields are out of order",
             where=where,
             remedy="the order is: " + ", ".join(FIELDS),
         )
     if not PROVES.match(fields["Proves"]):
-        raise PatchHeaderError(
+        raise errors.PatchHeaderError(
             f"invalid Proves {fields['Proves']!r}: expected a test id",
             where=where,
             remedy="e.g. tests/patches/test_wo_a_scale_name.py::test_reads_either_name",
         )
     if not DATE.match(fields["Last-Update"]):
-        raise PatchHeaderError(
+        raise errors.PatchHeaderError(
             f"invalid Last-Update {fields['Last-Update']!r}: expected YYYY-MM-DD", where=where
         )
     return {name: fields[name] for name in FIELDS}
@@ -167,7 +163,7 @@ def parse_fields(head: str, where: str, *, ordered: bool = True) -> dict[str, st
 
 def _require_lf(text: str, where: str) -> None:
     if "\r\n" in text:
-        raise LineEndingError(
+        raise errors.LineEndingError(
             "the patch has CRLF line ends",
             where=where,
             remedy="write it with LF; check your editor and git's autocrlf",

@@ -15,28 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_forge.host import atomic_path
+from vllm_forge.patches import errors, wheel
 from vllm_forge.patches.apply import Applied, TreeIndex, apply_series
-from vllm_forge.patches.errors import (
-    AlreadyPatchedError,
-    DirtyTreeError,
-    InstalledVersionError,
-    NoEnvironmentError,
-    NotPatchedError,
-    PartlyPatchedError,
-    WrongBaseError,
-)
 from vllm_forge.patches.header import Patch
-from vllm_forge.patches.wheel import (
-    GENERATED,
-    blob_hash,
-    changed_files,
-    local_version,
-    python_blobs,
-    read_blob,
-    rename_record,
-    replace_once,
-    stamp_version,
-)
 from vllm_forge.sources import SourceRepo
 
 # The series of another distribution is for its source, where the package is below src/.
@@ -72,12 +53,12 @@ def find_python(given: Path | None) -> Path:
     active = os.environ.get("VIRTUAL_ENV")
     python = given or (Path(active) / "bin" / "python" if active else None)
     if python is None or not python.exists():
-        raise NoEnvironmentError(
+        raise errors.NoEnvironmentError(
             "no virtual environment" if python is None else f"{python} does not exist",
             remedy="activate one, or name its interpreter with --python",
         )
     if not (python.parent.parent / "pyvenv.cfg").exists():
-        raise NoEnvironmentError(
+        raise errors.NoEnvironmentError(
             "not a virtual environment; a system's Python is not ours to change",
             where=str(python),
             remedy="make one: python3 -m venv DIR",
@@ -96,12 +77,12 @@ def probe(python: Path) -> Installed:
         [str(python), "-I", "-c", PROBE], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
-        raise NoEnvironmentError(
+        raise errors.NoEnvironmentError(
             f"the interpreter does not run: {done.stderr.strip()[-300:]}", where=str(python)
         )
     found = json.loads(done.stdout)
     if found.pop("editable", False):
-        raise DirtyTreeError(
+        raise errors.DirtyTreeError(
             "vLLM is installed from a source tree (editable)",
             where=found["site"],
             remedy="apply patches/vllm/<line>/*.patch to that tree with git am or git apply",
@@ -118,10 +99,10 @@ class Installer:
         self.target = target
         self.site: Path = target.site
         self.release = release
-        self.version = local_version(release, applied.result)
+        self.version = wheel.local_version(release, applied.result)
         self._repo = repo
         self._base = applied.base
-        self._changed = changed_files(repo, applied)
+        self._changed = wheel.changed_files(repo, applied)
 
     def patch(self) -> None:
         """Apply the series.
@@ -133,9 +114,11 @@ class Installer:
         """
         published, patched = self._state()
         if patched and not published:
-            raise AlreadyPatchedError(f"this vLLM is {self.version} already", where=str(self.site))
+            raise errors.AlreadyPatchedError(
+                f"this vLLM is {self.version} already", where=str(self.site)
+            )
         if patched:
-            raise PartlyPatchedError(
+            raise errors.PartlyPatchedError(
                 f"{len(patched)} files are patched, {len(published)} are not",
                 where=str(self.site),
                 remedy="run this with --revert first: it restores all published files",
@@ -146,7 +129,7 @@ class Installer:
         """Put every file back as published, also from a mixture; else NotPatchedError."""
         _, patched = self._state()
         if not patched:
-            raise NotPatchedError(
+            raise errors.NotPatchedError(
                 f"this vLLM is {self.target.version}, as published", where=str(self.site)
             )
         originals = {file.path: file.before for file in self._changed}
@@ -160,18 +143,18 @@ class Installer:
             DirtyTreeError: a Python file that belongs to neither.
         """
         if self.target.version not in {self.release, self.version}:
-            raise InstalledVersionError(
+            raise errors.InstalledVersionError(
                 f"vLLM {self.target.version} is installed, this series is for {self.release}",
                 where=str(self.site),
                 remedy=f"install vllm=={self.release}, or choose another --line",
             )
         published, patched, foreign = [], [], []
         changed = {file.path: file for file in self._changed}
-        for path, base in python_blobs(self._repo, self._base).items():
+        for path, base in wheel.python_blobs(self._repo, self._base).items():
             file = self.site / path
-            if path == GENERATED or not (file.exists() or path in changed):
+            if path == wheel.GENERATED or not (file.exists() or path in changed):
                 continue  # the wheel ships only a part of the source tree
-            actual = blob_hash(file.read_bytes()) if file.exists() else ""
+            actual = wheel.blob_hash(file.read_bytes()) if file.exists() else ""
             if path in changed and actual == changed[path].before:
                 published.append(path)
             elif path in changed and actual == changed[path].after:
@@ -179,13 +162,13 @@ class Installer:
             elif path in changed or actual != base:
                 foreign.append(path)
         info = self.target.info
-        versioned = [GENERATED, f"{info}/METADATA"]
+        versioned = [wheel.GENERATED, f"{info}/METADATA"]
         contents = {path: (self.site / path).read_bytes() for path in versioned}
         for path, content in (contents | {info: info.encode()}).items():  # the folder's name, too
             (patched if self.version.encode() in content else published).append(path)
         if foreign:
             shown = ", ".join(foreign[:5]) + (" ..." if len(foreign) > 5 else "")  # noqa: PLR2004
-            raise DirtyTreeError(
+            raise errors.DirtyTreeError(
                 f"{len(foreign)} files are neither as published nor as patched: {shown}",
                 where=str(self.site),
                 remedy=f"reinstall vllm=={self.release}, then run this again",
@@ -196,14 +179,14 @@ class Installer:
         """Prepare every new file, then rename them into place; metadata comes last."""
         old_info, new_info = f"vllm-{old}.dist-info", f"vllm-{new}.dist-info"
         folder = self.site / self.target.info
-        contents = {path: read_blob(self._repo, blob) for path, blob in blobs.items()}
-        module = self.site / GENERATED
-        contents[GENERATED] = self._restamp(module.read_bytes(), old, new)
+        contents = {path: wheel.read_blob(self._repo, blob) for path, blob in blobs.items()}
+        module = self.site / wheel.GENERATED
+        contents[wheel.GENERATED] = self._restamp(module.read_bytes(), old, new)
         metadata = folder / "METADATA"
         text = metadata.read_bytes()
         if f"\nVersion: {old}\n".encode() in text:
-            text = replace_once(text, f"\nVersion: {old}\n", f"\nVersion: {new}\n", metadata)
-        record = rename_record(
+            text = wheel.replace_once(text, f"\nVersion: {old}\n", f"\nVersion: {new}\n", metadata)
+        record = wheel.rename_record(
             (folder / "RECORD").read_bytes(),
             contents | {f"{old_info}/METADATA": text, f"{new_info}/METADATA": text},
             old_info,
@@ -221,11 +204,13 @@ class Installer:
             return content
         if new == self.release:
             local = old.partition("+")[2]
-            content = replace_once(
-                content, f"version = '{old}'\n", f"version = '{new}'\n", self.site / GENERATED
+            content = wheel.replace_once(
+                content, f"version = '{old}'\n", f"version = '{new}'\n", self.site / wheel.GENERATED
             )
-            return replace_once(content, f", '{local}')\n", ")\n", self.site / GENERATED)
-        return stamp_version(content, old, new, self.site / GENERATED)
+            return wheel.replace_once(
+                content, f", '{local}')\n", ")\n", self.site / wheel.GENERATED
+            )
+        return wheel.stamp_version(content, old, new, self.site / wheel.GENERATED)
 
 
 def _replace_all(contents: dict[Path, bytes]) -> None:
@@ -259,7 +244,7 @@ def patch_installed(site: Path, patches: Sequence[Patch]) -> list[Path]:
             for path in sorted({path for patch in patches for path in patch.files}):
                 installed = site / path.removeprefix(PREFIX)
                 if not (path.startswith(PREFIX) and installed.is_file()):
-                    raise WrongBaseError(
+                    raise errors.WrongBaseError(
                         f"the series changes {path}, which is not installed",
                         where=str(site),
                         remedy="the patch is for another release: see the series' folder",

@@ -9,14 +9,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from vllm_forge.host import atomic_path, cache_root, exclusive, read_plain
+from vllm_forge.patches import errors
 from vllm_forge.patches.apply import Applied, apply_series, canonical_diff
-from vllm_forge.patches.errors import (
-    AppliedTwiceError,
-    PatchMissingError,
-    PatchUnlistedError,
-    TreeMismatchError,
-    WrongBaseError,
-)
 from vllm_forge.patches.header import Patch, patch_text, read_patch
 from vllm_forge.project import Project
 from vllm_forge.sources import Download, Index, IndexFile, SourceRepo, download_all, verified
@@ -47,7 +41,7 @@ def read_series(folder: Path) -> tuple[Patch, ...]:
     """
     path = folder / "series"
     if not path.is_file():
-        raise PatchMissingError("no series file", where=str(path))
+        raise errors.PatchMissingError("no series file", where=str(path))
     names = [
         line.strip()
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -55,18 +49,18 @@ def read_series(folder: Path) -> tuple[Patch, ...]:
     ]
     for name in names:
         if names.count(name) > 1:
-            raise AppliedTwiceError(
+            raise errors.AppliedTwiceError(
                 f"{name} is listed twice", where=str(path), remedy="delete one of the lines"
             )
         if not (folder / name).is_file():
-            raise PatchMissingError(
+            raise errors.PatchMissingError(
                 f"the series lists {name}, which does not exist",
                 where=str(path),
                 remedy="add the file, or delete the line",
             )
     present = {file.name for file in folder.iterdir() if file.suffix in {".patch", ".diff"}}
     if unlisted := sorted(present - set(names)):
-        raise PatchUnlistedError(
+        raise errors.PatchUnlistedError(
             f"not in the series: {', '.join(unlisted)}",
             where=str(path),
             remedy="list it where it belongs, or delete the file",
@@ -113,7 +107,7 @@ def fetch_base(lock: TreeLock, version: str, repo: SourceRepo, index: Index | No
     if tree is None:
         tree = repo.import_archive(version, _archive(lock, index))
     if tree != lock.base:
-        raise WrongBaseError(
+        raise errors.WrongBaseError(
             f"the source tree of vLLM {version} is {tree}, the series is for {lock.base}",
             where=str(repo.path),
             remedy="the release may have been published again: look at what changed before you "
@@ -132,7 +126,7 @@ def check_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
         base = fetch_base(lock, line.vllm, repo)
         applied = apply_series(repo, base, patches)
     if applied.result != lock.result:
-        raise TreeMismatchError(
+        raise errors.TreeMismatchError(
             f"the series gives tree {applied.result}, the lock says {lock.result}",
             where=str(folder / "lock.toml"),
             remedy=f"if the change is meant, run: {COMMAND} {line_name}",
