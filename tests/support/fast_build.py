@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm_forge.host import Runner
-from vllm_forge.images import BuildOptions, build_image, resolve, wheel_layers
+from vllm_forge.images import BuildOptions, build_image, plan, resolve, wheel_layers
 from vllm_forge.images.checks import check_names
 from vllm_forge.images.engines import SystemOutput
 from vllm_forge.project import Project
@@ -121,12 +121,15 @@ def fast_build(mini: MiniProject, sku: str, engine: FastEngine | None = None) ->
     """Build a cell of the small project; the environment has its cache, see ``use``."""
     project = Project(mini.root)
     options = BuildOptions(output=mini.root / "dist")
-    plan = resolve(project, project.cell(sku), options, cast("Engine", engine or FastEngine()))
-    return build_image(plan, FastRunner())
+    engine = engine or FastEngine()
+    return build_image(
+        resolve(project, project.cell(sku), options, cast("Engine", engine)), FastRunner()
+    )
 
 
 def use(mini: MiniProject, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make ``fast_build`` use a project's cache and index, and threads instead of processes."""
     for name in ("VLLM_FORGE_CACHE", "VLLM_FORGE_ROOT", "UV_DEFAULT_INDEX", "no_proxy"):
         monkeypatch.setenv(name, mini.environment[name])
+    monkeypatch.setattr(plan, "SYSTEM_BYTES", 0)
     monkeypatch.setattr(wheel_layers, "worker_pool", lambda *_: ThreadPoolExecutor(2))

@@ -184,13 +184,13 @@ def why_rebuild(project: Project, args: argparse.Namespace) -> None:
     engine = args.engine or (None if record is None else str(record["engine"]))
     # No engine need be here: its name is one of the inputs, and that is all.
     plan = resolve(project, cell, options, choose_engine(engine, dry_run=True))
-    reason = why_rebuild(plan)
+    state, changes = why_rebuild(plan)
     if args.json:
-        changes = [{"name": name, "parts": parts} for name, parts in reason.changes.items()]
-        print_json(args, {"cell": cell.name, "state": reason.state, "changes": changes})
+        rows = [{"name": name, "parts": parts} for name, parts in changes.items()]
+        print_json(args, {"cell": cell.name, "state": state, "changes": rows})
         return
-    print(f"{cell.name}: {reason.state}")
-    for name, parts in reason.changes.items():
+    print(f"{cell.name}: {state}")
+    for name, parts in changes.items():
         print(f"  {name}")
         for part in parts:
             print(f"    {part}")

@@ -124,7 +124,7 @@ def build_image(plan: ImagePlan, runner: Runner) -> tuple[Image, bool]:
         if not plan.options.refresh_base and (known := plan.up_to_date()):
             return known, False
         with suppress(BuildRecordError):
-            if why_rebuild(plan).state == "changed":
+            if why_rebuild(plan)[0] == "changed":
                 console.print(f"{plan.target} was changed: it is built again", markup=False)
         plan.require_disk()
         build_steps(plan, runner)

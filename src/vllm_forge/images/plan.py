@@ -253,27 +253,19 @@ def _hash(part: object) -> str:
     return hashlib.sha256(json.dumps(part).encode()).hexdigest()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reason:
-    """What a build of a plan would do, and why.
+def why_rebuild(plan: ImagePlan) -> tuple[str, dict[str, tuple[str, ...]]]:
+    """What a build of a plan would do: a state, and what differs from the last build's record.
 
-    ``state`` is ``never built``, ``nothing changed``, ``inputs changed`` or ``changed``: equal
-    inputs, but the image differs from the record, or one of its files was touched. ``changes``:
-    input that differs from the record's -> a sentence per part that changed.
+    ``never built``, ``nothing changed``, ``inputs changed`` or ``changed``: equal inputs, but the
+    image differs from the record, or one of its files was touched. Then input that differs -> a
+    sentence per part that changed.
     """
-
-    state: str
-    changes: dict[str, tuple[str, ...]]
-
-
-def why_rebuild(plan: ImagePlan) -> Reason:
-    """Compare a plan with the record of the last build."""
     record = read_record(plan.record_path)
     if record is None:
-        return Reason(state="never built", changes={})
+        return "never built", {}
     if changes := compare(record["inputs"], plan.inputs()):
-        return Reason(state="inputs changed", changes=changes)
-    return Reason(state="nothing changed" if plan.up_to_date() else "changed", changes={})
+        return "inputs changed", changes
+    return ("nothing changed" if plan.up_to_date() else "changed"), {}
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
