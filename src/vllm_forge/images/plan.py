@@ -22,7 +22,7 @@ from vllm_forge.images.errors import BuildRecordError, LayoutError
 from vllm_forge.images.layout import Image, blob_times, has_name, read_image
 from vllm_forge.images.prewarm import ENTRYPOINT, Prewarm, prewarm_key
 from vllm_forge.images.store import layer_folder, stored
-from vllm_forge.images.system import SYSTEM_FORMAT, BaseRef, pinned_image, rootfs_key, system_folder
+from vllm_forge.images.system import SYSTEM_FORMAT, BaseRef, base_of, system_folder
 from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import Patch, read_series, read_tree_lock
 from vllm_forge.project import Project
@@ -231,11 +231,6 @@ def resolve(project: Project, cell: ImageCell, options: BuildOptions, engine: En
     Raises:
         LockFileError, BaseImageError, and what read_series raises.
     """
-    if options.base_image is not None:
-        base = pinned_image(options.base_image)
-    else:
-        key = rootfs_key(cell.base)
-        base = BaseRef(key=key, layout=cache_root() / "rootfs" / key)
     lock = project.lock(cell.line_name)
     return ImagePlan(
         project=project,
@@ -245,7 +240,7 @@ def resolve(project: Project, cell: ImageCell, options: BuildOptions, engine: En
         lock=lock,
         patches=read_series(project.root / cell.line.series),
         groups=wheel_groups(cell, lock),
-        base=base,
+        base=base_of(cell.base, options.base_image),
     )
 
 

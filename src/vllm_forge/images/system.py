@@ -87,31 +87,24 @@ def rootfs_key(base: Base) -> str:
     return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 
-def pinned_image(reference: str) -> BaseRef:
-    """A registry image as base.
+def base_of(base: Base, image: str | None) -> BaseRef:
+    """Our own rootfs, or an image of a registry.
 
-    Raises BaseImageError: the reference has no digest; a tag may be another image tomorrow.
+    Raises BaseImageError: the image has no digest; a tag may be another one tomorrow.
     """
-    if not PINNED.fullmatch(reference):
+    if image is None:
+        key = rootfs_key(base)
+        return BaseRef(key=key, layout=cache_root() / "rootfs" / key)
+    if not PINNED.fullmatch(image):
         raise BaseImageError(
-            f"{reference!r} is not pinned by digest",
+            f"{image!r} is not pinned by digest",
             remedy="give it as NAME@sha256:<64 hex>; `skopeo inspect docker://NAME` prints it",
         )
-    return BaseRef(key=hashlib.sha256(reference.encode()).hexdigest(), image=reference)
+    return BaseRef(key=hashlib.sha256(image.encode()).hexdigest(), image=image)
 
 
-def make_rootfs(runner: Runner, base: Base, work: Path, *, refresh: bool = False) -> BaseRef:
-    """Make the rootfs with mmdebstrap, or take the one in the cache.
-
-    ``refresh`` makes it again, to get the distribution's updates.
-
-    Raises CommandFailedError: mmdebstrap failed, e.g. no mirror answers.
-    """
-    key = rootfs_key(base)
-    layout = cache_root() / "rootfs" / key
-    ref = BaseRef(key=key, layout=layout)
-    if not refresh and _whole(layout):
-        return ref
+def make_rootfs(runner: Runner, base: Base, work: Path, layout: Path) -> None:
+    """Make the rootfs with mmdebstrap. Raises CommandFailedError, e.g. if no mirror answers."""
     tar = work / "rootfs.tar"
     argv = ["mmdebstrap", "--quiet", "--variant=minbase", "--skip=output/dev"]
     if KEYRING.exists():
@@ -127,7 +120,6 @@ def make_rootfs(runner: Runner, base: Base, work: Path, *, refresh: bool = False
         f"write the rootfs as an OCI layout to {layout}",
         lambda: _write_layout(tar, layout, base.source_date_epoch),
     )
-    return ref
 
 
 def _whole(layout: Path) -> bool:
@@ -254,8 +246,9 @@ def build_system(plan: ImagePlan, runner: Runner) -> str:
     with runner.exclusive("system"):
         if not refresh and _is_kept(key):
             return key
-        if plan.base.image is None:
-            make_rootfs(runner, plan.cell.base, plan.work, refresh=refresh)
+        if (layout := plan.base.layout) is not None:
+            if refresh or not _whole(layout):
+                make_rootfs(runner, plan.cell.base, plan.work, layout)
         else:
             # A registry image may lack packages: apt in it uses this host's mirrors.
             secrets["apt-sources"] = plan.work / "sources.list"
