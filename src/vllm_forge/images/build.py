@@ -76,7 +76,6 @@ from vllm_forge.images.store import (
 )
 from vllm_forge.images.system import System, build_system, load_system, system_folder
 from vllm_forge.images.wheel_layers import update_record, write_layers
-from vllm_forge.images.wheels import Entry
 from vllm_forge.kernels.coverage.contract import Contract
 from vllm_forge.kernels.selection.questions import declared_device
 from vllm_forge.kernels.selection.record import SelectionRecord
@@ -199,37 +198,29 @@ def patched_wheel(
 
 
 def write_patch_layer(plan: ImagePlan, system: System, wheel: PatchedWheel) -> PatchLayer:
-    """The last, small layer, and above it the kernels that the plan brings."""
+    """The last, small layer, and above it the kernels that the plan brings.
+
+    Changed files, metadata, stack.json, the health check; RECORD has the hashes of slim libraries.
+    """
     cell, prewarm = plan.cell, plan.options.prewarm
     epoch = cell.base.source_date_epoch
     removed = {path: row for _, layer in wheel_layers(plan) for path, row in layer.removed.items()}
     slim = {path: row for path, row in sorted(removed.items()) if row["bytes"]}
     stack = stack_record(plan, wheel, system, slim)
     published = plan.lock.find(VLLM)
-    paths = Wheelhouse().path(published), wheel.path
-    entries = patch_layer_entries(*paths, stack, cell.line.python)
+    entries = [health_entry(), stack_entry(stack)]
+    for entry in patch_entries(Wheelhouse().path(published), wheel.path, cell.line.python):
+        content = entry.content
+        if content is not None and entry.path.endswith(".dist-info/RECORD"):
+            content = update_record(content, entry.path, slim)
+        entries.append(replace(entry, content=content))
+    entries.sort(key=lambda entry: entry.path)
     return PatchLayer(
         system=system,
         stack=stack,
         layer=write_layer(patch_key(cell, published, stack), entries, epoch),
         prewarm=None if prewarm is None else prewarm_layer(prewarm, epoch),
     )
-
-
-def patch_layer_entries(
-    published: Path, patched: Path, stack: dict[str, Any], python: str
-) -> list[Entry]:
-    """Changed files, metadata, stack.json, the health check.
-
-    RECORD has the hashes of the slimmed libraries.
-    """
-    entries = [health_entry(), stack_entry(stack)]
-    for entry in patch_entries(published, patched, python):
-        content = entry.content
-        if content is not None and entry.path.endswith(".dist-info/RECORD"):
-            content = update_record(content, entry.path, stack["slim"])
-        entries.append(replace(entry, content=content))
-    return sorted(entries, key=lambda entry: entry.path)
 
 
 def assemble(plan: ImagePlan, wheel: PatchedWheel, patch: PatchLayer) -> Candidate:
