@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.kernels.coverage import device_code, runs_on
+from vllm_forge.kernels.coverage.device_code import device_code, runs_on
 
 LEAST = 1 << 20
 OPERATIONS = Path(__file__).with_name("slim_operations.py")

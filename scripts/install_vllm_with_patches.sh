@@ -4,7 +4,7 @@
 #
 #     scripts/install_vllm_with_patches.sh [--python VENV/bin/python] [--line 0.26] [--revert]
 #
-# The work is done by `vllm-forge install` (src/vllm_forge/patches/install.py); this script
+# The work is done by `vllm-forge install` (src/vllm_forge/patches/wheel.py); this script
 # only gives it an environment of its own, so that nothing is added to yours.
 set -euo pipefail
 

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_forge.patches.apply import canonical_diff
-from vllm_forge.patches.header import SEPARATOR
+from vllm_forge.patches.apply import SEPARATOR, canonical_diff
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.support import fatbins as made
-from vllm_forge.kernels.coverage import Target, device_code, runs_on
 from vllm_forge.kernels.coverage.contract import contract
-from vllm_forge.kernels.coverage.families import Catalogue
+from vllm_forge.kernels.coverage.device_code import Target, device_code, runs_on
+from vllm_forge.kernels.coverage.families import Catalogue, SitePackages
 from vllm_forge.kernels.coverage.library import compiled_for, kernels
-from vllm_forge.kernels.coverage.site_packages import SitePackages
 from vllm_forge.kernels.errors import ContractError
 
 from .conftest import KERNEL, Toolkit
@@ -133,7 +132,7 @@ def check(site: Path, capability: tuple[int, int]) -> None:
         cell="cell",
         line="x",
         capability=capability,
-        selections=(),
+        answers={},
     ).check()
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.support import fatbins as made
-from vllm_forge.kernels.coverage import device_code, parse_capability
-from vllm_forge.kernels.coverage.contract import contract, selections_of
+from vllm_forge.kernels.coverage.contract import contract
+from vllm_forge.kernels.coverage.device_code import device_code, parse_capability
+from vllm_forge.kernels.coverage.families import SitePackages
 from vllm_forge.kernels.coverage.library import kernels
-from vllm_forge.kernels.coverage.site_packages import SitePackages
 from vllm_forge.kernels.errors import ContractError
 from vllm_forge.kernels.selection.record import read_selection
 from vllm_forge.matrix import image_cell, load
@@ -59,7 +59,7 @@ def test_sm120_code_taken_out_of_the_stable_library_breaks_that_contract(tmp_pat
             cell=cell.name,
             line=cell.line_name,
             capability=parse_capability(cell.sku.compute_capability),
-            selections=selections_of(recorded.answers),
+            answers=recorded.answers,
         ).check()
 
     check(*sites)

@@ -53,8 +53,7 @@ def check(project: Project, args: argparse.Namespace) -> None:
 def lock(project: Project, args: argparse.Namespace) -> None:
     """Apply every series, write its lock.toml."""
     from vllm_forge.patches import read_series, update_line
-    from vllm_forge.patches.series import export_line, fetch_base, read_tree_lock
-    from vllm_forge.patches.variants import trees_of_moved
+    from vllm_forge.patches.series import export_line, fetch_base, read_tree_lock, trees_of_moved
     from vllm_forge.sources import SourceRepo
 
     repo = SourceRepo()
@@ -133,7 +132,7 @@ def drift(project: Project, args: argparse.Namespace) -> None:
 def install(project: Project, args: argparse.Namespace) -> None:
     """Patch the vLLM of an environment."""
     from vllm_forge.patches import check_line
-    from vllm_forge.patches.install import Installer, find_python, probe
+    from vllm_forge.patches.wheel import Installer, find_python, probe
     from vllm_forge.sources import SourceRepo
 
     name, line = project.line(args.line)

@@ -17,7 +17,7 @@ from typing import Any
 from vllm_forge.gputest.caches import FOLDERS, cache_key
 from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import Applied, Patch, check_line, read_series
-from vllm_forge.patches.variants import without
+from vllm_forge.patches.series import without
 from vllm_forge.patches.wheel import changed_files
 from vllm_forge.project import Project
 from vllm_forge.receipts.errors import ReceiptSubjectError

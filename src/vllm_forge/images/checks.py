@@ -19,11 +19,10 @@ from vllm_forge.images.layout import Image, verify
 from vllm_forge.images.prewarm import SCRIPT
 from vllm_forge.images.store import require_stored
 from vllm_forge.images.wheels import site_packages
-from vllm_forge.kernels.coverage import parse_capability
-from vllm_forge.kernels.coverage.contract import Contract, contract, line_record, selections_of
-from vllm_forge.kernels.coverage.families import digest
-from vllm_forge.kernels.coverage.site_packages import SitePackages
-from vllm_forge.kernels.selection.mount import DRIVER
+from vllm_forge.kernels.coverage.contract import Contract, contract, line_record
+from vllm_forge.kernels.coverage.device_code import parse_capability
+from vllm_forge.kernels.coverage.families import SitePackages, digest
+from vllm_forge.kernels.selection.questions import DRIVER
 from vllm_forge.kernels.selection.record import (
     SelectionRecord,
     read_selection,
@@ -217,7 +216,7 @@ def image_contract(cell: ImageCell, recorded: SelectionRecord, contents: SitePac
         cell=cell.name,
         line=cell.line_name,
         capability=parse_capability(cell.sku.compute_capability),
-        selections=selections_of(recorded.answers),
+        answers=recorded.answers,
     )
 
 

@@ -23,7 +23,7 @@ from vllm_forge.host.errors import CacheError
 from vllm_forge.images.layer import CHUNK, FILE_NAMES, LayerBlob, LayerWriter, stamp
 from vllm_forge.images.layout import file_digest, read_sealed, write_sealed
 from vllm_forge.images.wheels import Entry
-from vllm_forge.kernels.coverage import device_code
+from vllm_forge.kernels.coverage.device_code import device_code
 from vllm_forge.sources.errors import HashMismatchError
 from vllm_forge.sources.wheel_format import record_hash, seek_to_data
 

@@ -36,7 +36,7 @@ from vllm_forge.images.store import (
     stored,
     write_layer,
 )
-from vllm_forge.kernels.coverage import device_code, runs_on
+from vllm_forge.kernels.coverage.device_code import device_code, runs_on
 from vllm_forge.matrix import ImageCell
 from vllm_forge.sources import Wheelhouse
 from vllm_forge.sources.wheel_format import record_hash, rewrite_record

@@ -1,4 +1,8 @@
-"""Patches applied by git to a tree in a throw-away index: exactly, or not at all.
+"""A patch file, and patches applied by git to a tree in a throw-away index: exactly, or not at all.
+
+A file is a DEP-3 header, a line with ``---``, and the diff as git writes it. DEP-3
+(https://dep-team.pages.debian.net/deps/dep3/) gives the vocabulary; we add ``Skus``, ``Proves`` (a
+test id that is red without the patch) and ``Drop-When``.
 
 ``git apply`` never uses fuzz, but it does move a hunk that fits at another line, and says so
 only with ``-v``; that is refused here (git-apply(1)).
@@ -7,18 +11,37 @@ only with ``-v``; that is refused here (git-apply(1)).
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Self
+
+from unidiff.errors import UnidiffParseError
+from unidiff.patch import PatchSet
 
 from vllm_forge.errors import ForgeError
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.patches import errors
-from vllm_forge.patches.header import Patch
 from vllm_forge.sources import SourceRepo
 
+FIELDS = (
+    "Description",
+    "Origin",
+    "Bug",
+    "Forwarded",
+    "Applied-Upstream",
+    "Author",
+    "Last-Update",
+    "Skus",
+    "Proves",
+    "Drop-When",
+)
+SEPARATOR = "---\n"
+FORMS = {
+    "Proves": (re.compile(r"^tests/[\w/]+\.py::\w+$"), "a test id, e.g. tests/a/test_b.py::test_c"),
+    "Last-Update": (re.compile(r"^\d{4}-\d{2}-\d{2}$"), "YYYY-MM-DD"),
+}
 MOVED = re.compile(r"^Hunk #(\d+) succeeded at (\d+) \(offset (-?\d+) lines?\)", re.M)
 FAILED = re.compile(r"^error: patch failed: (?P<file>.+):(?P<line>\d+)$", re.M)
 ABSENT = re.compile(r"^error: (?P<file>.+): (?:does not exist in index|No such file)", re.M)
@@ -33,40 +56,149 @@ CANONICAL = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class Patch:
+    """A parsed patch.
+
+    Attributes:
+        fields: header fields by name, continuation lines joined with newlines.
+        diff: what git applies, text from the first ``diff --git`` on.
+        files: paths that it changes, relative to the source tree.
+    """
+
+    path: Path
+    fields: dict[str, str]
+    diff: str
+    files: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def summary(self) -> str:
+        """First line of the description."""
+        return self.fields["Description"].partition("\n")[0]
+
+    @property
+    def proves(self) -> str:
+        return self.fields["Proves"]
+
+
+def read_patch(path: Path) -> Patch:
+    """Parse one patch file; an error of ``errors.py`` names what keeps it from being one."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise errors.CorruptPatchError(f"not UTF-8: {error}", where=str(path)) from None
+    _require_lf(text, str(path))
+    head, separator, diff = text.partition("\n" + SEPARATOR)
+    if not separator or not (diff.startswith("diff --git ") or not diff.strip()):
+        raise errors.PatchHeaderError(
+            "expected a header, a line with --- and then the diff",
+            where=str(path),
+            remedy="see docs/develop/patches.md for the form",
+        )
+    return parse_patch(path, parse_fields(head, str(path)), diff, str(path))
+
+
+def parse_patch(path: Path, fields: dict[str, str], diff: str, where: str) -> Patch:
+    """A patch of header fields and a diff; ``where`` is for errors."""
+    _require_lf(diff, where)
+    try:
+        parsed = PatchSet(diff)
+    except UnidiffParseError as error:
+        raise errors.CorruptPatchError(
+            f"cannot parse a hunk: {error}",
+            where=where,
+            remedy="the counts in @@ do not match its lines: export the change again with git",
+        ) from None
+    if not any(len(file) for file in parsed):
+        raise errors.EmptyPatchError(
+            "the patch has no hunk",
+            where=where,
+            remedy="export the change again, or delete the file and its line in the series",
+        )
+    files = tuple(file.path for file in parsed)
+    return Patch(path=path, fields=fields, diff=diff, files=files)
+
+
+def patch_text(patch: Patch) -> str:
+    """The content of the patch's file."""
+    return header_text(patch.fields) + SEPARATOR + patch.diff
+
+
+def header_text(fields: dict[str, str]) -> str:
+    """Header lines; further lines of a value start with a space."""
+    rows = (f"{name}: {value}".replace("\n", "\n ") for name, value in fields.items())
+    return "".join(f"{row}\n" for row in rows)
+
+
+def parse_fields(head: str, where: str, *, ordered: bool = True) -> dict[str, str]:
+    """Header fields by name, in the order of FIELDS, which ``head`` must have if ``ordered``."""
+    fields: dict[str, str] = {}
+    last = ""
+    for number, line in enumerate(head.splitlines(), 1):
+        at = f"{where}:{number}"
+        if line.startswith(" ") and last:
+            fields[last] += "\n" + line[1:]
+            continue
+        name, colon, value = line.partition(": ")
+        if not colon or not value.strip():
+            raise errors.PatchHeaderError(
+                f"invalid header line {line!r}: expected NAME: TEXT", where=at
+            )
+        if name not in FIELDS:
+            raise errors.PatchHeaderError(
+                f"unknown field {name!r}", where=at, remedy="fields: " + ", ".join(FIELDS)
+            )
+        if name in fields:
+            raise errors.PatchHeaderError(f"duplicate field {name}", where=at)
+        fields[last := name] = value
+    if missing := [name for name in FIELDS if name not in fields]:
+        raise errors.PatchHeaderError(f"missing: {', '.join(missing)}", where=where)
+    if ordered and list(fields) != list(FIELDS):
+        raise errors.NonCanonicalPatchError(
+            "header fields are out of order",
+            where=where,
+            remedy="the order is: " + ", ".join(FIELDS),
+        )
+    for name, (form, expected) in FORMS.items():
+        if not form.match(fields[name]):
+            raise errors.PatchHeaderError(
+                f"invalid {name} {fields[name]!r}: expected {expected}", where=where
+            )
+    return {name: fields[name] for name in FIELDS}
+
+
+def _require_lf(text: str, where: str) -> None:
+    if "\r\n" in text:
+        raise errors.LineEndingError(
+            "the patch has CRLF line ends",
+            where=where,
+            remedy="write it with LF; check your editor and git's autocrlf",
+        )
+
+
+@dataclass(frozen=True)
 class TreeIndex:
-    """A git index of its own, filled with a tree; use it in a ``with`` statement."""
+    """A git index; ``env`` names its file."""
 
-    def __init__(self, repo: SourceRepo, tree: str | None = None) -> None:
-        self._repo = repo
-        self._tree = tree
-        self._folder = tempfile.TemporaryDirectory(prefix="vllm-forge-index-")
-        self._env = {"GIT_INDEX_FILE": str(Path(self._folder.name) / "index")}
-
-    def __enter__(self) -> Self:
-        try:
-            if self._tree is not None:
-                self.git("read-tree", self._tree)
-        except BaseException:
-            self._folder.cleanup()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
+    repo: SourceRepo
+    env: dict[str, str]
 
     def git(self, *args: str) -> str:
-        return self._repo.git(*args, env=self._env).stdout.decode()
+        return self.repo.git(*args, env=self.env).stdout.decode()
 
     def apply(self, patch: Patch, *options: str) -> subprocess.CompletedProcess[bytes]:
         """``git apply``; -v names moved hunks, nowarn leaves whitespace as it is.
 
-        Raises:
-            CommandFailedError: git cannot read or write the repository, which says nothing of
-                the patch.
+        CommandFailedError if git cannot read or write the repository: that is not the patch's
+        fault.
         """
-        done = self._repo.git(
+        done = self.repo.git(
             "apply", "--cached", "-v", "--whitespace=nowarn", *options, "-",
-            stdin=patch.diff.encode(), env=self._env, check=False,
+            stdin=patch.diff.encode(), env=self.env, check=False,
         )  # fmt: skip
         stderr = done.stderr.decode(errors="replace")
         if UNREADABLE.search(stderr) or (
@@ -74,7 +206,7 @@ class TreeIndex:
         ):
             raise CommandFailedError(
                 f"git apply exited with {done.returncode}: {stderr.strip()}",
-                where=str(self._repo.path),
+                where=str(self.repo.path),
                 remedy="give write access and space; if it is damaged, delete it: it is made again",
             )
         return done
@@ -85,12 +217,22 @@ class TreeIndex:
 
     def put(self, path: str, mode: str, content: bytes) -> None:
         """Add a file, or replace its content."""
-        blob = self._repo.git("hash-object", "-w", "--stdin", stdin=content)
+        blob = self.repo.git("hash-object", "-w", "--stdin", stdin=content)
         entry = f"{mode},{blob.stdout.decode().strip()},{path}"
         self.git("update-index", "--add", "--cacheinfo", entry)
 
     def tree(self) -> str:
         return self.git("write-tree").strip()
+
+
+@contextmanager
+def tree_index(repo: SourceRepo, tree: str | None = None) -> Iterator[TreeIndex]:
+    """An index of its own, filled with a tree."""
+    with tempfile.TemporaryDirectory(prefix="vllm-forge-index-") as folder:
+        index = TreeIndex(repo, {"GIT_INDEX_FILE": str(Path(folder) / "index")})
+        if tree is not None:
+            index.git("read-tree", tree)
+        yield index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,23 +244,17 @@ class Applied:
 
     @property
     def result(self) -> str:
-        """Tree hash after the last patch."""
         return self.trees[-1] if self.trees else self.base
 
 
 def apply_series(repo: SourceRepo, base: str, patches: Sequence[Patch]) -> Applied:
-    """Apply patches in order to the tree ``base``.
+    """Apply patches in order to the tree ``base``, or raise what the first unfit one has wrong.
 
-    Raises:
-        CorruptPatchError, EmptyPatchError: git cannot read the patch.
-        AlreadyUpstreamError: the pristine tree has the change.
-        AppliedTwiceError: an earlier patch of the series made the change.
-        WrongContextError: a hunk's context is not there.
-        OffsetError: a hunk fits at another line only.
-        NonCanonicalPatchError: it applies, but git would write it in another way.
+    That is one of CorruptPatchError, EmptyPatchError, AlreadyUpstreamError, AppliedTwiceError,
+    WrongContextError, OffsetError and NonCanonicalPatchError.
     """
     trees = [base]
-    with TreeIndex(repo, base) as index:
+    with tree_index(repo, base) as index:
         for patch in patches:
             done = index.apply(patch)
             stderr = done.stderr.decode(errors="replace")
@@ -171,7 +307,7 @@ def _refusal(
     if EMPTY.search(stderr):
         return errors.EmptyPatchError("git finds no hunk in the patch", where=where)
     if index.reverses(patch):
-        with TreeIndex(repo, base) as pristine:
+        with tree_index(repo, base) as pristine:
             if pristine.reverses(patch):
                 return errors.AlreadyUpstreamError(
                     f"{patch.name}: the release already has this change",

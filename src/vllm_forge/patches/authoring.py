@@ -8,17 +8,17 @@ position and subject. Export accepts only what `checkout` can give back byte for
 import hashlib
 import re
 import shutil
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 from vllm_forge.errors import UsageError
 from vllm_forge.host import atomic_path
 from vllm_forge.patches import errors
-from vllm_forge.patches.apply import apply_series, canonical_diff
-from vllm_forge.patches.header import (
+from vllm_forge.patches.apply import (
     FIELDS,
     Patch,
+    apply_series,
+    canonical_diff,
     header_text,
     parse_fields,
     parse_patch,
@@ -30,14 +30,15 @@ from vllm_forge.patches.series import (
     read_series,
     read_tree_lock,
     series_text,
+    trees_of_moved,
 )
-from vllm_forge.patches.variants import trees_of_moved
 from vllm_forge.project import Project
 from vllm_forge.sources import SourceRepo
 
 BASE = "refs/forge/base"
 PATCH = "Patch"
 CONFIG = ("config", "--local", "--get")
+AGAIN = "check the line out to another directory and cherry-pick your commits there"
 FILE_NAME = re.compile(r"^\w[\w.+-]*\.patch$")
 TRAILER = re.compile(rf"^({'|'.join((*FIELDS, PATCH))}):", re.M)
 IDENT = {
@@ -63,7 +64,7 @@ def checkout(project: Project, line_name: str, repo: SourceRepo, target: Path) -
     """Make ``target`` a git work tree of the line's source, on a branch with its patches.
 
     Hunks at other lines than they name are allowed; export then writes where they fit. Returns the
-    number of patches. After an error ``target`` does not exist.
+    number of patches. On an error ``target`` is not created.
     """
     if target.exists() or target.is_symlink():
         raise UsageError("the directory exists", where=str(target), remedy="give a new path")
@@ -112,11 +113,10 @@ def export(project: Project, source: Path) -> tuple[str, tuple[Patch, ...]]:
     Returns the line's name and its new series.
 
     Raises:
-        UsageError: not a patch checkout.
         DirtyTreeError: uncommitted changes, or an unfinished rebase, merge or cherry-pick.
         WrongBaseError: the branch does not start at the line's source, or the series was changed
             since the checkout.
-        ForgeError: a commit that does not make a patch.
+        EmptyPatchError, PatchHeaderError, NonCanonicalPatchError: a commit that is not a patch.
     """
     work = SourceRepo(source / ".git")
     line_name = _git(work, *CONFIG, "forge.line", check=False) if work.path.exists() else ""
@@ -152,7 +152,7 @@ def export(project: Project, source: Path) -> tuple[str, tuple[Patch, ...]]:
         for patch in patches:
             (aside / patch.name).write_text(patch_text(patch), encoding="utf-8")
         (aside / "series").write_text(series_text(series, names), encoding="utf-8")
-        new = replace(lock, result=applied.result)
+        new = lock.model_copy(update={"result": applied.result})
         (aside / "lock.toml").write_text(lock_text(new, name), encoding="utf-8")
         after = _digest(aside)
         # Equal to `after`: killed between the two writes below.
@@ -160,7 +160,7 @@ def export(project: Project, source: Path) -> tuple[str, tuple[Patch, ...]]:
             raise errors.WrongBaseError(
                 f"the series of line {name} was changed since the checkout {source}",
                 where=str(series),
-                remedy="check the line out to another directory and cherry-pick your commits there",
+                remedy=AGAIN,
             )
     work.git("config", "forge.series", after)
     return name, read_series(series)
@@ -188,12 +188,11 @@ def _fields(message: str, where: str) -> tuple[dict[str, str], str | None]:
     subject, _, body = text.partition("\n")
     description = "\n".join(filter(None, [subject, body.lstrip("\n")]))
     rows = trailers.splitlines()
-    named = [row for row in rows if row.startswith(f"{PATCH}: ")]
-    rest = [row for row in rows if row not in named[:1]]
+    named = next((row for row in rows if row.startswith(f"{PATCH}: ")), None)
+    rest = [row for row in rows if row != named]
     head = "\n".join([f"Description: {description}".replace("\n", "\n "), *rest])
-    return parse_fields(head, where, ordered=False), (
-        named[0].partition(": ")[2].strip() if named else None
-    )
+    fields = parse_fields(head, where, ordered=False)
+    return fields, named and named.partition(": ")[2].strip()
 
 
 def _patch(work: SourceRepo, commit: str, number: int, before: str, after: str) -> Patch:
@@ -226,13 +225,12 @@ def _patch(work: SourceRepo, commit: str, number: int, before: str, after: str) 
 
 def _commits(work: SourceRepo, source: Path, tree: str) -> list[str]:
     """The base commit and those after it, oldest first."""
-    again = "check the line out to another directory and cherry-pick your commits there"
     actual = _git(work, "rev-parse", "--verify", "--quiet", f"{BASE}^{{tree}}", check=False)
     if actual != tree:
         raise errors.WrongBaseError(
             f"the checkout is of the source tree {actual or 'unknown'}, the line's is {tree}",
             where=str(source),
-            remedy=again,
+            remedy=AGAIN,
         )
     rows = _git(work, "rev-list", "--reverse", "--parents", f"{BASE}..HEAD").splitlines()
     history = [row.split() for row in rows]
@@ -245,7 +243,7 @@ def _commits(work: SourceRepo, source: Path, tree: str) -> list[str]:
     commits = [_git(work, "rev-parse", BASE), *(row[0] for row in history)]
     if [row[1:] for row in history] != [[parent] for parent in commits[:-1]]:
         raise errors.WrongBaseError(
-            "the branch does not start at the line's source", where=str(source), remedy=again
+            "the branch does not start at the line's source", where=str(source), remedy=AGAIN
         )
     return commits
 

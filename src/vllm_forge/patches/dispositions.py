@@ -60,7 +60,7 @@ class _File(FrozenModel):
 
 
 def read_dispositions(folder: Path) -> tuple[Disposition, ...]:
-    """Parse ``folder/dispositions.toml``; DispositionError if it is missing or malformed."""
+    """Parse ``folder/dispositions.toml``; DispositionError if it is missing or invalid."""
     path = folder / FILE
     data: dict[str, Any] = {}
     try:
@@ -90,7 +90,7 @@ def _said(item: ErrorDetails, data: dict[str, Any]) -> str:
 
 
 def decisions(entries: tuple[Disposition, ...], line: str) -> tuple[tuple[str, Decision], ...]:
-    """What each entry is about, and what it says of a line; DispositionError where it is silent."""
+    """What each entry is about, and its decision for a line, else DispositionError."""
     rows = []
     for entry in entries:
         decision = entry.on.get(line) or entry.on.get(ALL)

@@ -2,14 +2,13 @@
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cache
 from itertools import chain, takewhile
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeAlias
 
 from packaging.utils import InvalidSdistFilename, parse_sdist_filename
 from packaging.version import InvalidVersion, Version
@@ -18,13 +17,11 @@ from unidiff.patch import Hunk, PatchSet
 
 from vllm_forge.errors import UsageError
 from vllm_forge.host import cache_root, console, report, worker_pool, write_json
-from vllm_forge.patches.apply import ABSENT, FAILED, MOVED, TreeIndex
-from vllm_forge.patches.header import Patch, read_patch
+from vllm_forge.patches.apply import ABSENT, FAILED, MOVED, Patch, tree_index
 from vllm_forge.patches.series import check_line, read_series
-from vllm_forge.patches.variants import before
 from vllm_forge.patches.wheel import python_blobs
 from vllm_forge.project import Project
-from vllm_forge.sources import Download, Index, IndexFile, SourceRepo, download_all, verified
+from vllm_forge.sources import Download, Index, SourceRepo, download_all, verified
 from vllm_forge.sources.errors import DistributionNotFoundError
 
 DATA = Path("records/drift.json")
@@ -62,24 +59,15 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """A final release: version, day of its upload, hash and path of its source archive."""
+    """A final release, the day of its upload, and its source archive in the cache."""
 
     version: str
     date: str
-    sha256: str
-    archive: Path
+    archive: Download
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A line's series: the patches, and the tree that each of them was made for."""
-
-    paths: tuple[Path, ...]
-    befores: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Surveyed:
+class Survey:
     """A release, its tree, and its verdicts in the order of all patches."""
 
     release: Release
@@ -100,23 +88,26 @@ class Place:
 class Words:
     """Where the wanted words stand in the Python files below ``vllm/`` of a tree."""
 
-    files: int = 0
+    files: int
     lines: dict[str, dict[bytes, list[int]]] = field(default_factory=dict)
-    count: dict[bytes, int] = field(default_factory=lambda: defaultdict(int))
 
     def weight(self, word: bytes) -> float:
         """Weight of a word: none when many files have it."""
-        files = self.count.get(word, 0)
-        if self.files == 0 or files > max(2, COMMON * self.files):
-            return 0.0
-        return math.log((self.files + 1) / max(files, 1))
+        files = sum(word in lines for lines in self.lines.values())
+        common = files > max(2, COMMON * self.files)
+        return 0.0 if common else math.log((self.files + 1) / max(files, 1))
 
 
-def releases_between(index: Index, first: str, last: str | None) -> list[tuple[Release, IndexFile]]:
+# A line's series: each patch, and the tree that it was made for.
+Subject: TypeAlias = Sequence[tuple[Patch, str]]
+# The words of each hunk, and how often each counts, by file and line.
+Hunks: TypeAlias = dict[tuple[str, int], dict[bytes, int]]
+
+
+def releases_between(index: Index, first: str, last: str | None) -> list[Release]:
     """Final releases on the index that were not yanked, oldest first, both ends included.
 
-    ``last`` is None for the newest on the index. DistributionNotFoundError if one of the two has no
-    source archive there.
+    ``last`` is None for the newest on the index.
     """
     try:
         low = Version(first)
@@ -127,7 +118,7 @@ def releases_between(index: Index, first: str, last: str | None) -> list[tuple[R
         ) from None
     if high is not None and low > high:
         raise UsageError(f"{first} is newer than {last}", remedy="--from OLDER --to NEWER")
-    found: dict[Version, tuple[Release, IndexFile]] = {}
+    releases: dict[Version, Release] = {}
     for file in index.files("vllm"):
         try:
             _, version = parse_sdist_filename(file.filename)
@@ -141,29 +132,26 @@ def releases_between(index: Index, first: str, last: str | None) -> list[tuple[R
                 where=index.url,
                 remedy="use an index with the JSON simple API (PEP 691, PEP 700)",
             )
-        release = Release(
-            version=str(version),
-            date=file.uploaded or "unknown",
-            sha256=file.sha256,
-            archive=cache_root() / "sdists" / file.sha256 / file.filename,
-        )
-        found[version] = (release, file)
+        target = cache_root() / "sdists" / file.sha256 / file.filename
+        archive = Download(url=file.url, sha256=file.sha256, size=file.size, target=target)
+        date = file.uploaded or "unknown"
+        releases[version] = Release(version=str(version), date=date, archive=archive)
     for end in (low, high):
-        if end is not None and end not in found:
+        if end is not None and end not in releases:
             raise DistributionNotFoundError(
                 f"the index offers no source archive of a final release {end}",
                 where=index.url,
                 remedy="choose a release that is there and was not yanked",
             )
-    return [found[version] for version in sorted(found)]
+    return [releases[version] for version in sorted(releases)]
 
 
-def fetch_releases(index: Index, wanted: list[tuple[Release, IndexFile]], repo: SourceRepo) -> None:
+def fetch_releases(index: Index, releases: Sequence[Release], repo: SourceRepo) -> None:
     """Download the archives that are neither imported nor in the cache, side by side."""
     missing = [
-        Download(url=file.url, sha256=release.sha256, size=file.size or 0, target=release.archive)
-        for release, file in wanted
-        if repo.tree(release.version) is None and not release.archive.exists()
+        release.archive
+        for release in releases
+        if repo.tree(release.version) is None and not release.archive.target.exists()
     ]
     if missing:
         download_all(index.session, missing)
@@ -171,44 +159,37 @@ def fetch_releases(index: Index, wanted: list[tuple[Release, IndexFile]], repo: 
 
 def survey_lines(
     project: Project, repo: SourceRepo, *, first: str, last: str | None
-) -> list[Surveyed]:
+) -> list[Survey]:
     """Survey all patches of all lines in the releases of ``releases_between``."""
-    subjects, index = [], project.index
+    subjects = []
     for name, line in project.matrix.line.items():
         applied = check_line(project, name, repo)
-        paths = tuple(patch.path for patch in read_series(project.root / line.series))
-        befores = tuple(before(applied, number) for number in range(len(paths)))
-        subjects.append(Subject(paths=paths, befores=befores))
-    wanted = releases_between(index, first, last)
-    with report(f"source archives of {len(wanted)} releases"):
-        fetch_releases(index, wanted, repo)
-    steps = survey(repo, [release for release, _ in wanted], subjects)
-    quiet = not console.is_terminal
-    return [
-        Surveyed(release=release, tree=tree, verdicts=tuple(chain.from_iterable(verdicts)))
-        for release, tree, verdicts in track(
-            steps, "releases", total=len(wanted), console=console, disable=quiet
-        )
-    ]
+        trees = (applied.base, *applied.trees)
+        subjects.append(list(zip(read_series(project.root / line.series), trees, strict=False)))
+    releases = releases_between(project.index, first, last)
+    with report(f"source archives of {len(releases)} releases"):
+        fetch_releases(project.index, releases, repo)
+    steps, quiet = survey(repo, releases, subjects), not console.is_terminal
+    return list(track(steps, "releases", len(releases), console=console, disable=quiet))
 
 
-def write_drift(project: Project, found: Sequence[Surveyed], day: str) -> dict[str, Any]:
+def write_drift(project: Project, surveys: Sequence[Survey], day: str) -> dict[str, Any]:
     """Write and return the data of records/drift.json; ``day`` is today, YYYY-MM-DD."""
-    first, last = found[0].release.version, found[-1].release.version
+    first, last = surveys[0].release.version, surveys[-1].release.version
     data = {
         "made": day,
         "command": f"nox -s forge -- patch drift --from {first} --to {last}",
         "releases": [
             {"version": item.release.version, "date": item.release.date, "tree": item.tree}
-            for item in found
+            for item in surveys
         ],
-        "changes": _changes(project, found),
+        "changes": _changes(project, surveys),
     }
     write_json(project.root / DATA, data)
     return data
 
 
-def _changes(project: Project, found: Sequence[Surveyed]) -> list[dict[str, Any]]:
+def _changes(project: Project, surveys: Sequence[Survey]) -> list[dict[str, Any]]:
     """Patches by what they are about: the same Bug in several lines is one change."""
     changes: dict[str, dict[str, Any]] = {}
     every = [
@@ -218,12 +199,7 @@ def _changes(project: Project, found: Sequence[Surveyed]) -> list[dict[str, Any]
     ]
     for number, (line_name, release, patch) in enumerate(every):
         verdicts = [
-            {
-                "release": item.release.version,
-                "answer": item.verdicts[number].answer.value,
-                "detail": item.verdicts[number].detail,
-            }
-            for item in found
+            {"release": item.release.version, **asdict(item.verdicts[number])} for item in surveys
         ]
         change = {
             "name": NUMBER.sub("", patch.name).removesuffix(".patch"),
@@ -239,13 +215,13 @@ def _changes(project: Project, found: Sequence[Surveyed]) -> list[dict[str, Any]
 
 def survey(
     repo: SourceRepo, releases: Sequence[Release], subjects: Sequence[Subject]
-) -> Iterator[tuple[Release, str, list[list[Verdict]]]]:
-    """Each release's tree hash and its verdicts on each series, several releases side by side."""
+) -> Iterator[Survey]:
+    """Survey several releases side by side, in their order."""
     words = vocabulary(repo, subjects)
     with worker_pool() as pool:
         jobs = [pool.submit(_look_at, repo.path, release, subjects, words) for release in releases]
-        for release, job in zip(releases, jobs, strict=True):
-            yield (release, *job.result())
+        for job in jobs:
+            yield job.result()
 
 
 def vocabulary(repo: SourceRepo, subjects: Sequence[Subject]) -> frozenset[bytes]:
@@ -253,73 +229,76 @@ def vocabulary(repo: SourceRepo, subjects: Sequence[Subject]) -> frozenset[bytes
     return frozenset(
         word
         for subject in subjects
-        for path, before in zip(subject.paths, subject.befores, strict=True)
-        for words in _hunks(repo, read_patch(path), before).values()
+        for patch, before in subject
+        for words in _hunks(repo, patch, before).values()
         for word in words
     )
 
 
 def _look_at(
     repo_path: Path, release: Release, subjects: Sequence[Subject], known: frozenset[bytes]
-) -> tuple[str, list[list[Verdict]]]:
+) -> Survey:
     """Worker process: import the archive if need be, then look at each series."""
     repo = SourceRepo(repo_path)
     tree = repo.tree(release.version) or repo.import_archive(
-        release.version, verified(release.archive, release.sha256)
+        release.version, verified(release.archive.target, release.archive.sha256)
     )
-    return tree, [verdicts(repo, tree, release.version, subject, known) for subject in subjects]
+    rows = (verdicts(repo, tree, release.version, subject, known) for subject in subjects)
+    return Survey(release=release, tree=tree, verdicts=tuple(chain.from_iterable(rows)))
 
 
 def verdicts(
     repo: SourceRepo, tree: str, version: str, subject: Subject, known: frozenset[bytes]
 ) -> list[Verdict]:
     """What one release's tree says of each patch; those that apply are applied for the next."""
-    found: dict[int, Verdict] = {}
-    failed: dict[int, str] = {}
-    patches = [read_patch(path) for path in subject.paths]
-    with TreeIndex(repo, tree) as index:
-        for number, patch in enumerate(patches):
+    rows: list[Verdict | str] = []
+    with tree_index(repo, tree) as index:
+        for patch, _ in subject:
             done = index.apply(patch)
             stderr = done.stderr.decode(errors="replace")
+            landed = _landed(patch, version)
             if done.returncode == 0:
-                found[number] = _applies(patch, version, stderr)
+                rows.append(_applies(stderr, landed))
             elif index.reverses(patch):
-                found[number] = Verdict(answer=Answer.UPSTREAM, detail="the same change")
-            elif (landed := _landed(patch, version)) is not None:
-                found[number] = Verdict(answer=Answer.UPSTREAM, detail=landed)
+                rows.append(Verdict(answer=Answer.UPSTREAM, detail="the same change"))
             else:
-                failed[number] = stderr
+                rows.append(Verdict(answer=Answer.UPSTREAM, detail=landed) if landed else stderr)
         present = set(index.git("ls-files").splitlines())
-    for number, said in failed.items():
-        hunks = _hunks(repo, patches[number], subject.befores[number])
-        words = _words(repo.path, tree, known)
-        earlier = _words(repo.path, subject.befores[0], known)
-        found[number] = _follow(_failed(hunks, said), words, earlier, present)
-    return [found[number] for number in range(len(patches))]
+
+    def follow(patch: Patch, before: str, stderr: str) -> Verdict:
+        words, earlier = (read_words(repo.path, each, known) for each in (tree, subject[0][1]))
+        return _follow(_hunks(repo, patch, before), stderr, words, earlier, present)
+
+    return [
+        row if isinstance(row, Verdict) else follow(*pair, row)
+        for row, pair in zip(rows, subject, strict=True)
+    ]
 
 
-def _applies(patch: Patch, version: str, said: str) -> Verdict:
-    offsets = sorted({int(moved[3]) for moved in MOVED.finditer(said)})
-    # Then the header is wrong, or the change went upstream in another place.
-    doubt = _landed(patch, version)
-    notes = [f"though its header says: {doubt}"] if doubt else []
+def _applies(stderr: str, landed: str) -> Verdict:
+    offsets = sorted({int(moved[3]) for moved in MOVED.finditer(stderr)})
+    # Landed: then the header is wrong, or the change went upstream in another place.
+    notes = [f"though its header says: {landed}"] if landed else []
     if not offsets:
         return Verdict(answer=Answer.APPLIES, detail="".join(notes))
     span = " to ".join(f"{offset:+d}" for offset in sorted({offsets[0], offsets[-1]}))
     return Verdict(answer=Answer.OFFSET, detail=", ".join([f"{span} lines", *notes]))
 
 
-def _landed(patch: Patch, version: str) -> str | None:
+def _landed(patch: Patch, version: str) -> str:
     landed = LANDED.match(patch.fields["Applied-Upstream"])
     if landed is None or Version(version) < Version(landed["version"]):
-        return None
+        return ""
     return f"since {landed['version']}, {landed['where']}"
 
 
-def _follow(
-    failed: dict[str, dict[bytes, int]], words: Words, earlier: Words, present: set[str]
-) -> Verdict:
-    """Where the failed hunks' code is now; the worst file of a patch gives the answer."""
+def _follow(hunks: Hunks, stderr: str, words: Words, earlier: Words, present: set[str]) -> Verdict:
+    """Where the code is now of the hunk of each file that failed first; the worst file counts."""
+    failed = {}
+    for match in [*FAILED.finditer(stderr), *ABSENT.finditer(stderr)]:
+        named = (match["file"], int(match.groupdict().get("line") or 0))
+        first = next(place for place in hunks if place[0] == named[0])
+        failed[named[0]] = hunks[named if named in hunks else first]
     parts: list[tuple[Answer, str]] = []
     for path, wanted in sorted(failed.items()):
         copies = {place.path for place in dense(earlier, wanted)}
@@ -330,40 +309,21 @@ def _follow(
         else:
             answer = Answer.CONFLICT if place.path == path else Answer.MOVED
             parts.append((answer, f"{place.path}:{place.line}"))
-    order = list(Answer)
-    worst = max((answer for answer, _ in parts), key=order.index)
+    worst = max((answer for answer, _ in parts), key=list(Answer).index)
     return Verdict(answer=worst, detail="; ".join(text for _, text in parts))
 
 
-def _hunks(repo: SourceRepo, patch: Patch, before: str) -> dict[tuple[str, int], dict[bytes, int]]:
-    """The words of each hunk, by file and line; those that remove something come first."""
+def _hunks(repo: SourceRepo, patch: Patch, before: str) -> Hunks:
+    """Those of a file that remove something come first."""
     found = {}
     for file in PatchSet(patch.diff):
         source = repo.git("cat-file", "blob", f"{before}:{file.path}").stdout.splitlines()
         for hunk in sorted(file, key=lambda hunk: not hunk.removed):
-            found[file.path, hunk.source_start] = hunk_words(hunk, source)
+            found[file.path, hunk.source_start] = _hunk_words(hunk, source)
     return found
 
 
-def _failed(
-    hunks: dict[tuple[str, int], dict[bytes, int]], said: str
-) -> dict[str, dict[bytes, int]]:
-    """For each file that git could not patch, the words of the hunk that failed first."""
-    failed = {}
-    for match in [*FAILED.finditer(said), *ABSENT.finditer(said)]:
-        path = match["file"]
-        named = (path, int(match.groupdict().get("line") or 0))
-        first = next(place for place in hunks if place[0] == path)
-        failed[path] = hunks[named if named in hunks else first]
-    return failed
-
-
-@cache
-def _words(repo_path: Path, tree: str, wanted: frozenset[bytes]) -> Words:
-    return read_words(SourceRepo(repo_path), tree, wanted)
-
-
-def hunk_words(hunk: Hunk, source: Sequence[bytes]) -> dict[bytes, int]:
+def _hunk_words(hunk: Hunk, source: Sequence[bytes]) -> dict[bytes, int]:
     """Words of the lines that a hunk replaces and of those around it, and how often each counts."""
     first = max(0, hunk.source_start - 1 - AROUND)
     last = hunk.source_start - 1 + hunk.source_length + AROUND
@@ -374,8 +334,10 @@ def hunk_words(hunk: Hunk, source: Sequence[bytes]) -> dict[bytes, int]:
     return words
 
 
-def read_words(repo: SourceRepo, tree: str, wanted: frozenset[bytes]) -> Words:
+@cache
+def read_words(repo_path: Path, tree: str, wanted: frozenset[bytes]) -> Words:
     """Find words in all Python files of the package, in one pass."""
+    repo = SourceRepo(repo_path)
     blobs = python_blobs(repo, tree)
     names = "\n".join(blobs.values()).encode()
     stream = repo.git("cat-file", "--batch", stdin=names).stdout
@@ -386,10 +348,7 @@ def read_words(repo: SourceRepo, tree: str, wanted: frozenset[bytes]) -> Words:
         size = int(stream[at:end].split()[2])
         content = stream[end + 1 : end + 1 + size]
         at = end + 1 + size + 1
-        here = wanted.intersection(WORD.findall(content))
-        for word in here:
-            found.count[word] += 1
-        if here:
+        if here := wanted.intersection(WORD.findall(content)):
             lines = found.lines[path] = {word: [] for word in here}
             for number, line in enumerate(content.splitlines(), 1):
                 for word in here.intersection(WORD.findall(line)):
@@ -400,17 +359,15 @@ def read_words(repo: SourceRepo, tree: str, wanted: frozenset[bytes]) -> Words:
 def locate(
     words: Words, wanted: dict[bytes, int], path: str, copies: Collection[str] = ()
 ) -> Place | None:
-    """Where most of a hunk's words are close together; None where too few are.
+    """Where most words of a hunk for ``path`` are close together; None where too few are.
 
-    The file they were in comes first, then those nearest to it in the tree: code that moves
-    seldom moves far. To ``copies``, which had much the same code before, nothing has moved.
+    That file comes first, then those nearest to it in the tree: code that moves seldom moves
+    far. ``copies``: files that had much the same code before, to which nothing has moved.
     """
-    places = [
+    places = (
         place for place in dense(words, wanted) if place.path == path or place.path not in copies
-    ]
-    if not places:
-        return None
-    return max(places, key=lambda place: (place.path == path, _rank(place, path)))
+    )
+    return max(places, key=lambda place: (place.path == path, _rank(place, path)), default=None)
 
 
 def dense(words: Words, wanted: dict[bytes, int]) -> list[Place]:

@@ -20,7 +20,7 @@ MERGED = "already applied or merged"
 class Edit:
     """One `sed` of the installer: ``old`` is replaced in every line of ``file`` that has it.
 
-    ``change`` is the upstream pull request that it stands for, ``claims`` the places it prints.
+    ``change``: the upstream pull request; ``claims``: the number of places that it prints.
     """
 
     change: int
@@ -97,7 +97,7 @@ def outcome(project: Project, repo: SourceRepo, edit: Edit, line: str) -> Outcom
     """Apply an edit to the release of a line, whose source the repository has."""
     release = project.matrix.line[line].vllm
     shown = repo.git("cat-file", "blob", f"{repo.tree(release)}:{edit.file}", check=False)
-    text, places = apply_edit(edit, shown.stdout.decode()) if shown.returncode == 0 else ("", 0)
+    text, places = apply_edit(edit, shown.stdout.decode())  # nothing where there is no such file
     try:
         ast.parse(text)
         parses = True

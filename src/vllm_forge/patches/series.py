@@ -1,26 +1,45 @@
 """A line's folder: the ordered list of its patches, exactly its patch files, and ``lock.toml``.
 
-The lock names what the series starts from and must end at.
+The lock names what the series starts from and must end at. Trees without one patch, which a proof
+must be red on, and in another order are made by git alone: nothing here reads code.
 """
 
 import json
+import tempfile
 import tomllib
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+from pydantic import ValidationError
+from unidiff.patch import PatchSet
+
+from vllm_forge.errors import ForgeError
 from vllm_forge.host import atomic_path, cache_root, exclusive, read_plain
+from vllm_forge.matrix import FrozenModel
 from vllm_forge.patches import errors
-from vllm_forge.patches.apply import Applied, apply_series, canonical_diff
-from vllm_forge.patches.header import Patch, patch_text, read_patch
+from vllm_forge.patches.apply import (
+    MOVED,
+    Applied,
+    Patch,
+    apply_series,
+    canonical_diff,
+    patch_text,
+    read_patch,
+    tree_index,
+)
 from vllm_forge.project import Project
 from vllm_forge.sources import Download, Index, IndexFile, SourceRepo, download_all, verified
 from vllm_forge.sources.errors import DistributionNotFoundError, LockFileError
 
 COMMAND = "nox -s forge -- patch lock --line"
+OTHERS = "the others applied"
+TAKEN_OUT = "taken out of the whole"
 
 
-@dataclass(frozen=True, kw_only=True)
-class TreeLock:
+class TreeLock(FrozenModel):
     """A line's source archive (name, bytes, hash); git's hashes of its tree, as is and patched."""
 
     sdist: str
@@ -31,13 +50,9 @@ class TreeLock:
 
 
 def read_series(folder: Path) -> tuple[Patch, ...]:
-    """Parse ``folder/series``, where # starts a comment, and all its patches.
+    """Parse ``folder/series``, whose lines that start with # are comments, and all its patches.
 
-    Raises:
-        PatchMissingError: the series file, or a patch that it lists, does not exist.
-        PatchUnlistedError: a .patch file that the series does not list.
-        AppliedTwiceError: a patch is listed twice.
-        ForgeError: see read_patch.
+    PatchMissingError, PatchUnlistedError or AppliedTwiceError if list and files do not agree.
     """
     path = folder / "series"
     if not path.is_file():
@@ -84,28 +99,26 @@ def series_text(folder: Path, names: list[str]) -> str:
 def read_tree_lock(folder: Path, line_name: str) -> TreeLock:
     """Parse ``folder/lock.toml``; LockFileError if it is missing or malformed."""
     path = folder / "lock.toml"
-    kinds = {field.name: field.type for field in fields(TreeLock)}
     try:
         data = tomllib.loads(read_plain(path).decode("utf-8"))
+        return TreeLock.model_validate(data, strict=True)
     except FileNotFoundError:
         problem = "the series has no lock"
+    except ValidationError:
+        problem = f"not a tree lock: expected {', '.join(TreeLock.model_fields)}"
     except ValueError as error:  # not UTF-8, not TOML
         problem = f"not a tree lock: {error}"
-    else:
-        if {name: type(value) for name, value in data.items()} == kinds:
-            return TreeLock(**data)
-        problem = f"not a tree lock: expected {', '.join(kinds)}"
     raise LockFileError(problem, where=str(path), remedy=f"run: {COMMAND} {line_name}")
 
 
-def fetch_base(lock: TreeLock, version: str, repo: SourceRepo, index: Index | None = None) -> str:
-    """Tree hash of the pristine source, imported if need be; WrongBaseError if not the lock's."""
+def fetch_base(lock: TreeLock, version: str, repo: SourceRepo) -> str:
+    """Tree hash of the pristine source; downloads the archive only when it is not cached."""
     tree = repo.tree(version)
     if tree is not None and tree != lock.base:  # of a release that was published again
         repo.forget(version)
         tree = None
     if tree is None:
-        tree = repo.import_archive(version, _archive(lock, index))
+        tree = repo.import_archive(version, _archive(lock))
     if tree != lock.base:
         raise errors.WrongBaseError(
             f"the source tree of vLLM {version} is {tree}, the series is for {lock.base}",
@@ -117,7 +130,7 @@ def fetch_base(lock: TreeLock, version: str, repo: SourceRepo, index: Index | No
 
 
 def check_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
-    """Apply a line's series; TreeMismatchError if the result is not the lock's."""
+    """Apply a line's series and compare with its lock: WrongBaseError or TreeMismatchError."""
     line = project.matrix.line[line_name]
     folder = project.root / line.series
     patches = read_series(folder)
@@ -146,7 +159,7 @@ def update_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
     base = repo.import_archive(line.vllm, _archive(draft, index))
     applied = apply_series(repo, base, patches)
     with atomic_path(folder / "lock.toml") as aside:
-        lock = replace(draft, base=applied.base, result=applied.result)
+        lock = draft.model_copy(update={"base": applied.base, "result": applied.result})
         aside.write_text(lock_text(lock, line_name), encoding="utf-8")
     return applied
 
@@ -154,7 +167,7 @@ def update_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
 def lock_text(lock: TreeLock, line_name: str) -> str:
     """The content of lock.toml."""
     # JSON's strings and numbers are TOML's.
-    rows = (f"{name} = {json.dumps(value)}\n" for name, value in asdict(lock).items())
+    rows = (f"{name} = {json.dumps(value)}\n" for name, value in lock)
     return f"# Made by: {COMMAND} {line_name}\n" + "".join(rows)
 
 
@@ -167,7 +180,7 @@ def export_line(folder: Path, repo: SourceRepo, trees: list[str]) -> None:
             aside.write_text(patch_text(canonical), encoding="utf-8")
 
 
-def _archive(lock: TreeLock, index: Index | None) -> Path:
+def _archive(lock: TreeLock, index: Index | None = None) -> Path:
     archive = cache_root() / "sdists" / lock.sha256 / lock.sdist
     with exclusive("sdists", wait=True):  # two cells of a line may be built at once
         if not archive.exists():
@@ -183,3 +196,143 @@ def _offered(index: Index, sdist: str) -> IndexFile:
         if file.filename == sdist and file.sha256 is not None and file.size is not None:
             return file
     raise DistributionNotFoundError(f"the index does not offer {sdist}", where=index.url)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A tree that lacks one patch of its series; ``way``: how it was made."""
+
+    left_out: Patch
+    tree: str
+    way: str
+
+
+def without(repo: SourceRepo, applied: Applied, patches: Sequence[Patch], index: int) -> Variant:
+    """The whole series without ``patches[index]``, else InseparablePatchError."""
+    patch = patches[index]
+    tree: str | None = before(applied, index)
+    for other in patches[index + 1 :]:
+        tree = tree and apply_one(repo, tree, other)
+    if tree is not None:
+        return Variant(left_out=patch, tree=tree, way=OTHERS)
+    if (tree := _taken_out(repo, applied, patch, index)) is not None:
+        return Variant(left_out=patch, tree=tree, way=TAKEN_OUT)
+    raise errors.InseparablePatchError(
+        f"{patch.name} can neither be left out nor be taken out: later patches build on it",
+        where=str(patch.path),
+        remedy="make one patch of those that cannot do without each other",
+    )
+
+
+def before(applied: Applied, index: int) -> str:
+    """The tree that patch number ``index`` is applied to."""
+    return applied.trees[index - 1] if index else applied.base
+
+
+def require_idempotent(repo: SourceRepo, applied: Applied, patches: Sequence[Patch]) -> None:
+    """SeriesOrderError if a second run gives other trees, or a patch goes onto its own result."""
+    again = apply_series(repo, applied.base, patches)
+    if again != applied:
+        raise errors.SeriesOrderError(
+            f"applied twice to the same source, the series gave {applied.result}, then "
+            f"{again.result}",
+            remedy="no result can be trusted: look for what is not a function of the patches",
+        )
+    for patch, tree in zip(patches, applied.trees, strict=True):
+        try:
+            apply_series(repo, tree, [patch])
+        except errors.AlreadyUpstreamError:
+            continue
+        except ForgeError as error:
+            outcome = f"was refused as {type(error).__name__}"
+        else:
+            outcome = "applied again"
+        raise errors.SeriesOrderError(
+            f"{patch.name} {outcome} on its own result, where it must be refused as "
+            f"{errors.AlreadyUpstreamError.__name__}",
+            where=str(patch.path),
+            remedy="its hunks fit in more than one place: give them context that fits in one",
+        )
+
+
+def pairs(repo: SourceRepo, applied: Applied, patches: Sequence[Patch]) -> list[dict[str, Any]]:
+    """Neighbours of the series, and whether their order does not matter (``commutes``).
+
+    SeriesOrderError if hunks apart from each other do not commute, or if both orders apply and
+    give different trees.
+    """
+    rows = []
+    for index, (first, second) in enumerate(pairwise(patches)):
+        tree: str | None = apply_one(repo, before(applied, index), second, moved=True)
+        tree = tree and apply_one(repo, tree, first, moved=True)
+        same = tree == applied.trees[index + 1]
+        if not same and (tree is not None or not _touch(first, second)):
+            raise errors.SeriesOrderError(
+                f"{first.name} and {second.name} "
+                + ("give another tree" if tree else "do not apply")
+                + " in the other order",
+                where=str(first.path.parent),
+                remedy="make one patch of the two, or see which lines they share",
+            )
+        rows.append({"first": first.name, "second": second.name, "commutes": same})
+    return rows
+
+
+def trees_of_moved(repo: SourceRepo, base: str, patches: Sequence[Patch]) -> list[str]:
+    """The base and the tree after each patch, hunks at other lines and other forms allowed."""
+    trees = [base]
+    for patch in patches:
+        after = apply_one(repo, trees[-1], patch, moved=True)
+        # Refused: the strict way says best why.
+        trees.append(after or apply_series(repo, trees[-1], [patch]).result)
+    return trees
+
+
+def apply_one(repo: SourceRepo, tree: str, patch: Patch, *, moved: bool = False) -> str | None:
+    """The tree after one patch, None where git refuses it; ``moved`` allows an offset."""
+    with tree_index(repo, tree) as index:
+        done = index.apply(patch)
+        if done.returncode != 0:
+            return None
+        if not moved and MOVED.search(done.stderr.decode(errors="replace")):
+            return None
+        return index.tree()
+
+
+def _taken_out(repo: SourceRepo, applied: Applied, patch: Patch, number: int) -> str | None:
+    """The whole without what one patch did to its files, by a three-way merge; None: a conflict.
+
+    Not by applying it in reverse: a hunk at other lines may be found at the wrong ones.
+    """
+    trees = (applied.result, applied.trees[number], before(applied, number))
+    with (
+        tree_index(repo, applied.result) as index,
+        tempfile.TemporaryDirectory(prefix="vllm-forge-merge-") as folder,
+    ):
+        files = [Path(folder) / name for name in ("whole", "with", "without")]
+        for path in patch.files:
+            for file, tree in zip(files, trees, strict=True):
+                blob = repo.git("cat-file", "blob", f"{tree}:{path}", check=False)
+                if blob.returncode != 0:  # the patch, or a later one, adds or deletes the file
+                    return None
+                file.write_bytes(blob.stdout)
+            merged = repo.git("merge-file", "--quiet", "-p", *map(str, files), check=False)
+            if merged.returncode != 0:
+                return None
+            mode = index.git("ls-files", "--stage", "--", path).split()[0]
+            index.put(path, mode, merged.stdout)
+        return index.tree()
+
+
+def _touch(first: Patch, second: Patch) -> bool:
+    """Whether hunks of the two, with their context, share a line or lie against each other."""
+    ends = {
+        file.path: [(hunk.target_start, hunk.target_start + hunk.target_length) for hunk in file]
+        for file in PatchSet(first.diff)
+    }
+    return any(
+        start <= hunk.source_start + hunk.source_length and hunk.source_start <= end
+        for file in PatchSet(second.diff)
+        for hunk in file
+        for start, end in ends.get(file.path, [])
+    )

@@ -1,22 +1,31 @@
-"""The patched wheel: the published one, with the series' files, and a version that says so.
+"""The patched vLLM: the published one, with the series' files, and a version that says so.
 
-Members that do not change are copied as they are, compressed bytes and all; nothing depends
-on a compressor but the few changed files, which are stored.
+As a wheel: members that do not change are copied as they are, compressed bytes and all; nothing
+depends on a compressor but the few changed files, which are stored.
+
+In an environment that has the published wheel: all files or none, and back again. A file is either
+as published or as patched, by its git blob hash. So there is no journal: after a kill -9 in the
+middle the next run sees a mixture, says so, and ``--revert`` makes it whole. Files are written
+aside and renamed, which also leaves a package cache that they were hard-linked from as it is.
 """
 
 import copy
 import hashlib
 import io
+import json
+import os
+import subprocess
+import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_forge.host import atomic_path
 from vllm_forge.host.errors import CacheError
-from vllm_forge.patches.apply import Applied
-from vllm_forge.patches.errors import WheelSourceError
+from vllm_forge.patches import errors
+from vllm_forge.patches.apply import Applied, Patch, apply_series, tree_index
 from vllm_forge.sources import SourceRepo
 from vllm_forge.sources.wheel_format import record_row, rewrite_record, seek_to_data
 
@@ -24,6 +33,22 @@ STAMP = (2025, 1, 1, 0, 0, 0)
 TREE_CHARS = 12
 # Written at release time from the tag: the wheel's differs from the sdist's by its commit id.
 GENERATED = "vllm/_version.py"
+# The series of another distribution is for its source, where the package is below src/.
+PREFIX = "src/"
+# Asked of the target's Python, which need not be able to import vLLM.
+PROBE = """
+import importlib.metadata as m, json, pathlib, sys
+try:
+    d = m.distribution("vllm")
+except m.PackageNotFoundError:
+    print(json.dumps({"python_version": "%d.%d" % sys.version_info[:2], "site": None}))
+else:
+    print(json.dumps({"python_version": "%d.%d" % sys.version_info[:2],
+                      "site": str(pathlib.Path(d.locate_file("")).resolve()),
+                      "info": pathlib.Path(d._path).name,
+                      "version": d.version,
+                      "editable": (d.read_text("direct_url.json") or "").find('"editable"') > 0}))
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +62,7 @@ class ChangedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchedWheel:
-    """A line's patched wheel; ``version`` is ``<release>+forge.<first 12 of the tree hash>``."""
+    """A line's patched wheel; ``tree`` is git's hash of the patched source."""
 
     path: Path
     version: str
@@ -46,7 +71,7 @@ class PatchedWheel:
 
 
 def local_version(release: str, tree: str) -> str:
-    """PEP 440 version of a patched release."""
+    """PEP 440 version of a patched release: its tree hash's first characters are the local part."""
     return f"{release}+forge.{tree[:TREE_CHARS]}"
 
 
@@ -82,7 +107,7 @@ def changed_files(repo: SourceRepo, applied: Applied) -> tuple[ChangedFile, ...]
         old_mode, new_mode, before, after, status = meta.removeprefix(":").split()
         module = path.startswith("vllm/") and path.endswith(".py") and path != GENERATED
         if status != "M" or old_mode != new_mode or not module:
-            raise WheelSourceError(
+            raise errors.WheelSourceError(
                 f"the series does more than change Python files of the package: {status} {path}",
                 where=path,
                 remedy="a file outside the wheel needs a build from source, which this line has "
@@ -98,10 +123,6 @@ def build_wheel(
     """Write the patched wheel into ``folder``. Same inputs, same bytes.
 
     ``published`` is the wheel as downloaded, whose hash was checked.
-
-    Raises:
-        WheelSourceError: a Python file of the wheel is not the one in the source archive, or
-            the wheel lacks a file that has to change.
     """
     version = local_version(release, applied.result)
     changed = changed_files(repo, applied)
@@ -109,7 +130,7 @@ def build_wheel(
     target = folder / name
     with zipfile.ZipFile(published) as source, published.open("rb") as raw:
         if twice := [path for path, n in Counter(source.namelist()).items() if n > 1]:
-            raise WheelSourceError(
+            raise errors.WheelSourceError(
                 f"duplicate members: {', '.join(twice[:3])}",
                 where=str(published),
                 remedy="lock another release of vLLM",
@@ -117,15 +138,15 @@ def build_wheel(
         _require_source(repo, applied.base, source, published)
         old_info, new_info = f"vllm-{release}.dist-info", f"vllm-{version}.dist-info"
         record = f"{old_info}/RECORD"
-        carriers = {GENERATED, f"{old_info}/METADATA", record}
-        if lost := sorted(carriers - set(source.namelist())):
-            raise WheelSourceError(
+        members = set(source.namelist())
+        if lost := sorted({GENERATED, f"{old_info}/METADATA", record} - members):
+            raise errors.WheelSourceError(
                 f"the wheel has no {', '.join(lost)}, where its version is",
                 where=str(published),
                 remedy="unsupported wheel layout; support it in patches/wheel.py",
             )
-        if absent := sorted({file.path for file in changed} - set(source.namelist())):
-            raise WheelSourceError(
+        if absent := sorted({file.path for file in changed} - members):
+            raise errors.WheelSourceError(
                 f"the series changes files that the wheel does not ship: {', '.join(absent)}",
                 where=str(published),
                 remedy="such a change has no effect on what is installed: drop it from the patch",
@@ -154,12 +175,9 @@ def build_wheel(
 
 def _require_source(repo: SourceRepo, base: str, wheel: zipfile.ZipFile, published: Path) -> None:
     blobs = python_blobs(repo, base)
-    for member in wheel.infolist():
-        path = member.filename
-        if path == GENERATED or path not in blobs:
-            continue
-        if blob_hash(wheel.read(member)) != blobs[path]:
-            raise WheelSourceError(
+    for path in wheel.namelist():
+        if path != GENERATED and path in blobs and blob_hash(wheel.read(path)) != blobs[path]:
+            raise errors.WheelSourceError(
                 f"{path} in the wheel is not the file of the source archive",
                 where=str(published),
                 remedy="the patches are proven against the source; do not build from this wheel "
@@ -170,21 +188,22 @@ def _require_source(repo: SourceRepo, base: str, wheel: zipfile.ZipFile, publish
 def replace_once(content: bytes, old: str, new: str, where: Path) -> bytes:
     """Replace text that must occur exactly once, else WheelSourceError."""
     if (count := content.count(old.encode())) != 1:
-        raise WheelSourceError(f"{old.strip()!r} occurs {count} times, not once", where=str(where))
+        raise errors.WheelSourceError(
+            f"{old.strip()!r} occurs {count} times, not once", where=str(where)
+        )
     return content.replace(old.encode(), new.encode())
 
 
-def stamp_version(content: bytes, release: str, version: str, where: Path) -> bytes:
-    """vllm/_version.py with our version: the string, and its local part in the tuple."""
-    content = replace_once(content, f"version = '{release}'\n", f"version = '{version}'\n", where)
-    numbers = ", ".join(release.split("."))
-    local = version.partition("+")[2]
-    return replace_once(
-        content,
-        f"version_tuple = ({numbers})\n",
-        f"version_tuple = ({numbers}, '{local}')\n",
-        where,
-    )
+def stamp_version(content: bytes, old: str, new: str, where: Path) -> bytes:
+    """vllm/_version.py with another version: the string, and the tuple with its local part."""
+
+    def numbers(version: str) -> str:
+        release, _, local = version.partition("+")
+        return ", ".join([*release.split("."), *([f"'{local}'"] if local else [])])
+
+    content = replace_once(content, f"version = '{old}'\n", f"version = '{new}'\n", where)
+    old, new = (f"version_tuple = ({numbers(version)})\n" for version in (old, new))
+    return replace_once(content, old, new, where)
 
 
 def rename_record(old: bytes, replaced: Mapping[str, bytes], old_info: str, new_info: str) -> bytes:
@@ -212,3 +231,195 @@ def _copy(raw: io.BufferedReader, member: zipfile.ZipInfo, path: str, out: zipfi
     out.NameToInfo[path] = info
     out.start_dir = out.fp.tell()
     out._didModify = True  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Installed:
+    """The vLLM of an environment; ``site`` is None where it is not installed."""
+
+    python_version: str
+    site: Path | None
+    info: str = ""
+    version: str = ""
+
+
+def find_python(given: Path | None) -> Path:
+    """The interpreter to patch: ``given``, or the active environment's; else NoEnvironmentError."""
+    active = os.environ.get("VIRTUAL_ENV")
+    python = given or (Path(active) / "bin" / "python" if active else None)
+    if python is None or not python.exists():
+        raise errors.NoEnvironmentError(
+            "no virtual environment" if python is None else f"{python} does not exist",
+            remedy="activate one, or name its interpreter with --python",
+        )
+    if not (python.parent.parent / "pyvenv.cfg").exists():
+        raise errors.NoEnvironmentError(
+            "not a virtual environment; a system's Python is not ours to change",
+            where=str(python),
+            remedy="make one: python3 -m venv DIR",
+        )
+    return python
+
+
+def probe(python: Path) -> Installed:
+    """What is installed there; DirtyTreeError if that is editable, from a source tree."""
+    done = subprocess.run(
+        [str(python), "-I", "-c", PROBE], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise errors.NoEnvironmentError(
+            f"the interpreter does not run: {done.stderr.strip()[-300:]}", where=str(python)
+        )
+    found = json.loads(done.stdout)
+    if found.pop("editable", False):
+        raise errors.DirtyTreeError(
+            "vLLM is installed from a source tree (editable)",
+            where=found["site"],
+            remedy="apply patches/vllm/<line>/*.patch to that tree with git am or git apply",
+        )
+    site = found.pop("site")
+    return Installed(site=Path(site) if site else None, **found)
+
+
+class Installer:
+    """Patches one installed vLLM with one series."""
+
+    def __init__(self, target: Installed, repo: SourceRepo, applied: Applied, release: str) -> None:
+        assert target.site is not None  # noqa: S101 - the caller installed one
+        self.target = target
+        self.site: Path = target.site
+        self.release = release
+        self.version = local_version(release, applied.result)
+        self._repo = repo
+        self._base = applied.base
+        self._changed = changed_files(repo, applied)
+
+    def patch(self) -> None:
+        """Apply the series; a mixture, e.g. after a kill, is a PartlyPatchedError."""
+        published, patched = self._state()
+        if patched and not published:
+            raise errors.AlreadyPatchedError(
+                f"this vLLM is {self.version} already", where=str(self.site)
+            )
+        if patched:
+            raise errors.PartlyPatchedError(
+                f"{len(patched)} files are patched, {len(published)} are not",
+                where=str(self.site),
+                remedy="run this with --revert first: it restores all published files",
+            )
+        self._replace({file.path: file.after for file in self._changed}, self.release, self.version)
+
+    def revert(self) -> None:
+        """Put every file back as published, also from a mixture; else NotPatchedError."""
+        _, patched = self._state()
+        if not patched:
+            raise errors.NotPatchedError(
+                f"this vLLM is {self.target.version}, as published", where=str(self.site)
+            )
+        originals = {file.path: file.before for file in self._changed}
+        self._replace(originals, self.version, self.release)
+
+    def _state(self) -> tuple[list[str], list[str]]:
+        """Files of the series, and metadata, that are as published and as patched."""
+        if self.target.version not in {self.release, self.version}:
+            raise errors.InstalledVersionError(
+                f"vLLM {self.target.version} is installed, this series is for {self.release}",
+                where=str(self.site),
+                remedy=f"install vllm=={self.release}, or choose another --line",
+            )
+        published: list[str] = []
+        patched: list[str] = []
+        foreign: list[str] = []
+        changed = {file.path: file.after for file in self._changed}
+        for path, base in python_blobs(self._repo, self._base).items():
+            file = self.site / path
+            if path == GENERATED or not (file.exists() or path in changed):
+                continue  # the wheel ships only a part of the source tree
+            actual = blob_hash(file.read_bytes()) if file.exists() else ""
+            states = {base: published, changed[path]: patched} if path in changed else {base: []}
+            states.get(actual, foreign).append(path)
+        info = self.target.info
+        versioned = [GENERATED, f"{info}/METADATA"]
+        contents = {path: (self.site / path).read_bytes() for path in versioned}
+        for path, content in (contents | {info: info.encode()}).items():  # the folder's name, too
+            (patched if self.version.encode() in content else published).append(path)
+        if foreign:
+            shown = ", ".join(foreign[:5]) + (" ..." if len(foreign) > 5 else "")  # noqa: PLR2004
+            raise errors.DirtyTreeError(
+                f"{len(foreign)} files are neither as published nor as patched: {shown}",
+                where=str(self.site),
+                remedy=f"reinstall vllm=={self.release}, then run this again",
+            )
+        return published, patched
+
+    def _replace(self, blobs: dict[str, str], old: str, new: str) -> None:
+        """Prepare every new file, then rename them into place; metadata comes last."""
+        old_info, new_info = f"vllm-{old}.dist-info", f"vllm-{new}.dist-info"
+        folder = self.site / self.target.info
+        contents = {path: read_blob(self._repo, blob) for path, blob in blobs.items()}
+        module, metadata = self.site / GENERATED, folder / "METADATA"
+        stamp = module.read_bytes()
+        if f"version = '{new}'\n".encode() not in stamp:
+            stamp = stamp_version(stamp, old, new, module)
+        contents[GENERATED] = stamp
+        text = metadata.read_bytes()
+        if f"\nVersion: {old}\n".encode() in text:
+            text = replace_once(text, f"\nVersion: {old}\n", f"\nVersion: {new}\n", metadata)
+        record = rename_record(
+            (folder / "RECORD").read_bytes(),
+            contents | {f"{old_info}/METADATA": text, f"{new_info}/METADATA": text},
+            old_info,
+            new_info,
+        )
+        _replace_all(
+            {self.site / path: content for path, content in contents.items()}
+            | {metadata: text, folder / "RECORD": record}
+        )
+        if folder.name != new_info:
+            folder.rename(self.site / new_info)
+
+
+def _replace_all(contents: dict[Path, bytes]) -> None:
+    """Write all files aside; only when all are there, rename them into place."""
+    aside = {path: path.with_name(f".vllm-forge-{path.name}") for path in contents}
+    try:
+        for path, content in contents.items():
+            aside[path].write_bytes(content)
+            aside[path].chmod(path.stat().st_mode & 0o777)
+    except OSError:
+        for new in aside.values():
+            new.unlink(missing_ok=True)
+        raise
+    for path, new in aside.items():
+        new.rename(path)
+
+
+def patch_installed(site: Path, patches: Sequence[Patch]) -> list[Path]:
+    """Apply patches to the files below ``site``; return those that changed.
+
+    All patches are tried on a tree of their own first; then the files are replaced one by one.
+    """
+    with tempfile.TemporaryDirectory(prefix="vllm-forge-installed-") as folder:
+        repo = SourceRepo(Path(folder) / "tree.git")
+        repo.git("init", "--quiet", "--bare")
+        with tree_index(repo) as index:
+            for path in sorted({path for patch in patches for path in patch.files}):
+                installed = site / path.removeprefix(PREFIX)
+                if not (path.startswith(PREFIX) and installed.is_file()):
+                    raise errors.WrongBaseError(
+                        f"the series changes {path}, which is not installed",
+                        where=str(site),
+                        remedy="the patch is for another release: see the series' folder",
+                    )
+                index.put(path, "100644", installed.read_bytes())
+            base = index.tree()
+        result = apply_series(repo, base, patches).result
+        listing = repo.git("diff-tree", "-r", "-z", "--name-only", base, result).stdout.decode()
+        changed = {
+            path.removeprefix(PREFIX): repo.git("cat-file", "blob", f"{result}:{path}").stdout
+            for path in filter(None, listing.split("\0"))
+        }
+    for path, content in changed.items():
+        with atomic_path(site / path) as aside:
+            aside.write_bytes(content)
+    return [site / path for path in changed]

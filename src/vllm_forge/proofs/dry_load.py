@@ -65,8 +65,7 @@ def dry_loads(
 ) -> dict[str, Answer]:
     """Line -> its vLLM's answer; lines that cannot be asked, and may be left out, are missing.
 
-    ``resolve_by``: ``rules`` asks none, ``auto`` those that are ready, ``vllm`` all, which is a
-    UsageError for a checkpoint without headers.
+    ``resolve_by``: ``rules`` asks none, ``auto`` those that are ready, ``vllm`` all.
     """
     if resolve_by == "rules" or (resolve_by == "auto" and not profile.tensors):
         return {}

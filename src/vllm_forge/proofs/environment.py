@@ -29,8 +29,13 @@ from vllm_forge.images.store import require_stored
 from vllm_forge.images.system import load_system
 from vllm_forge.images.wheels import site_packages
 from vllm_forge.kernels.selection.model import Question
-from vllm_forge.kernels.selection.mount import ARGV, read_answers, write_inputs
-from vllm_forge.kernels.selection.questions import grid_questions, line_questions
+from vllm_forge.kernels.selection.questions import (
+    ARGV,
+    grid_questions,
+    line_questions,
+    read_answers,
+    write_inputs,
+)
 from vllm_forge.kernels.selection.record import Rows, SelectionRecord, selection_inputs
 from vllm_forge.patches import Applied, check_line
 from vllm_forge.patches.wheel import GENERATED, changed_files, read_blob

@@ -15,9 +15,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 from pydantic import ValidationError
 from rich.markup import escape
@@ -27,7 +27,7 @@ from vllm_forge.errors import ForgeError
 from vllm_forge.host import Runner, atomic_path, console, exclusive, report, write_json
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.patches import Decision, Patch, decisions, read_dispositions, read_series
-from vllm_forge.patches.variants import Pair, Variant, pairs, require_idempotent, without
+from vllm_forge.patches.series import Variant, pairs, require_idempotent, without
 from vllm_forge.project import Project
 from vllm_forge.proofs.environment import PYTHON, LineEnvironment, open_line
 from vllm_forge.proofs.errors import ProofNotRunError, ProofRedError, UselessPatchError
@@ -79,22 +79,9 @@ class ProofJob:
     line_name: str
     environment: LineEnvironment
     inputs: Path
-    pairs: tuple[Pair, ...]
+    pairs: list[dict[str, Any]]
     variants: tuple[Variant, ...]
     decided: tuple[tuple[str, Decision], ...]
-
-
-# A line, the run of its whole series, and a run without each patch.
-Proof: TypeAlias = tuple[ProofJob, TestRun, tuple[TestRun, ...]]
-
-
-def problems_of(job: ProofJob, whole: TestRun, runs: Sequence[TestRun]) -> list[ForgeError]:
-    """What keeps a line from being proven; ``runs`` has one for each variant, in their order."""
-    problems = judge_whole(job.line_name, [variant.left_out for variant in job.variants], whole)
-    if whole.exit == GREEN:
-        problems += judge_grounds(job.line_name, job.decided, whole)
-    rows = zip(job.variants, runs, strict=True)
-    return [*problems, *filter(None, (judge_without(job.line_name, *row) for row in rows))]
 
 
 def parse(output: str, where: str) -> TestRun:
@@ -121,7 +108,7 @@ def judge_whole(line: str, patches: Sequence[Patch], run: TestRun) -> list[Forge
             )
         )
     elif run.exit != GREEN:
-        return [_not_run(f"line {line}, whole series", run)]
+        return [not_run(f"line {line}, whole series", run)]
     for patch in patches:
         outcomes = run.outcomes(patch.proves)
         if not outcomes["passed"] and not outcomes["failed"]:
@@ -162,7 +149,7 @@ def judge_without(line: str, variant: Variant, run: TestRun) -> ForgeError | Non
             "the test that shows it",
         )
     if run.exit != RED or not outcomes["failed"]:
-        return _not_run(f"line {line}, without {patch.name}", run)
+        return not_run(f"line {line}, without {patch.name}", run)
     if NOT_LOADED.match(run.why):
         return _no_proof(line, patch, f"is red only because code does not load ({run.why})")
     return None
@@ -176,7 +163,7 @@ def _no_proof(line: str, patch: Patch, what: str) -> ProofNotRunError:
     )
 
 
-def _not_run(what: str, run: TestRun) -> ProofNotRunError:
+def not_run(what: str, run: TestRun) -> ProofNotRunError:
     return ProofNotRunError(
         f"{what}: pytest exited with {run.exit}, which is neither green (0) nor red (1)",
         where=run.why,
@@ -243,7 +230,7 @@ def write_record(records: Path, job: ProofJob, whole: TestRun, runs: Sequence[Te
             for about, decision in job.decided
             if decision.proof is not None
         ],
-        "order": [asdict(pair) for pair in job.pairs],
+        "order": job.pairs,
         "applied twice": "same trees; each patch is refused on its own result",
     }
     path = records / "proofs" / f"{job.line_name}.json"
@@ -254,7 +241,8 @@ def write_record(records: Path, job: ProofJob, whole: TestRun, runs: Sequence[Te
 def prove(project: Project, names: Sequence[str], runner: Runner) -> None:
     """Prove lines and write ``records/proofs/<line>.json`` for each that is proven.
 
-    The worst verdict is raised, the others are printed. BusyError: another process proves a line.
+    Raises:
+        UselessPatchError, ProofNotRunError, ProofRedError: a verdict; the others are printed.
     """
     with ExitStack() as stack:
         for name in names:
@@ -262,13 +250,18 @@ def prove(project: Project, names: Sequence[str], runner: Runner) -> None:
         jobs = [_prepare(project, name, runner) for name in names]
         proofs = _run_all(jobs, runner)
     problems: list[ForgeError] = []
-    for proof in proofs:
-        show(*proof)
-        line_problems = problems_of(*proof)
-        if not line_problems:
-            path = write_record(project.records, *proof).relative_to(project.root)
-            print(f"line {proof[0].line_name}: proven, {path}")
-        problems += line_problems
+    for job, whole, runs in proofs:
+        name = job.line_name
+        show(job, whole, runs)
+        red = judge_whole(name, [variant.left_out for variant in job.variants], whole)
+        if whole.exit == GREEN:
+            red += judge_grounds(name, job.decided, whole)
+        rows = zip(job.variants, runs, strict=True)
+        red += filter(None, (judge_without(name, *row) for row in rows))
+        if not red:
+            path = write_record(project.records, job, whole, runs).relative_to(project.root)
+            print(f"line {name}: proven, {path}")
+        problems += red
     if problems:
         problems.sort(key=lambda problem: not isinstance(problem, FIRST))
         for problem in problems[1:]:
@@ -304,32 +297,39 @@ def write_inputs(root: Path, folder: Path, repo: SourceRepo, base: str) -> Path:
         for path in ("tests/__init__.py", "pyproject.toml"):
             (aside / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(root / path, aside / path)
-        shutil.copyfile(SCRIPT, aside / SCRIPT.name)
         skip = shutil.ignore_patterns("__pycache__")
         for path in ("tests/patches", MUTANTS, "patches", *MODELS):
             shutil.copytree(root / path, aside / path, ignore=skip)
-        native = repo.git("archive", "--format=zip", "-0", base, *NATIVE).stdout
-        with zipfile.ZipFile(io.BytesIO(native)) as archive:
-            archive.extractall(aside / "source")
-        unpack_tools(root / REQUIREMENTS, aside / "tools")
+        unpack_source(repo, base, NATIVE, aside / "source")
+        write_tools(aside, root / REQUIREMENTS)
     return folder
 
 
-def unpack_tools(requirements: Path, folder: Path) -> None:
-    """Unpack the wheels of a requirements file, which come after the image's own on sys.path."""
+def unpack_source(repo: SourceRepo, tree: str, paths: Sequence[str], folder: Path) -> None:
+    """Write files of a release's source to a folder."""
+    content = repo.git("archive", "--format=zip", "-0", tree, *paths).stdout
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        archive.extractall(folder)
+
+
+def write_tools(folder: Path, requirements: Path) -> None:
+    """Write run_tests.py, and the wheels that come after the image's own on sys.path."""
+    shutil.copyfile(SCRIPT, folder / SCRIPT.name)
     _, wheels = read_wheels(requirements, "name wheels, sorted, with hashes")
     wheelhouse = Wheelhouse()
     wheelhouse.fetch(wheels)
     for wheel in wheels:
         with zipfile.ZipFile(wheelhouse.verify(wheel)) as archive:
             for member in archive.infolist():
-                file = Path(archive.extract(member, folder))
+                file = Path(archive.extract(member, folder / "tools"))
                 if member.external_attr >> 16 & 0o111:  # a program
                     file.chmod(0o755)
 
 
-def _run_all(jobs: Sequence[ProofJob], runner: Runner) -> list[Proof]:
-    """Run all trees of all lines in parallel, the long runs first."""
+def _run_all(
+    jobs: Sequence[ProofJob], runner: Runner
+) -> list[tuple[ProofJob, TestRun, list[TestRun]]]:
+    """Run all trees of all lines in parallel, the long runs first: whole series, without each."""
     cores = len(os.sched_getaffinity(0))
     workers = min(cores, MOST_WORKERS)
     threads = str(max(1, cores // workers))
@@ -345,7 +345,7 @@ def _run_all(jobs: Sequence[ProofJob], runner: Runner) -> list[Proof]:
             for job in jobs
         ]
         return [
-            (job, whole.result(), tuple(run.result() for run in runs))
+            (job, whole.result(), [run.result() for run in runs])
             for job, whole, runs in zip(jobs, wholes, variants, strict=True)
         ]
 
@@ -356,8 +356,7 @@ def _run(runner: Runner, job: ProofJob, name: str, folder: Path, *arguments: str
     output = job.environment.run(runner, name, folder, job.inputs, argv)
     run = parse(output, f"line {job.line_name}, {name}")
     what = name if name == WHOLE else f"without {name}"
-    console.print(
-        f"  line {job.line_name}, {what}: {'green' if run.exit == 0 else f'exit {run.exit}'} "
-        f"({time.monotonic() - start:.0f} s)"
-    )
+    verdict = "green" if run.exit == GREEN else f"exit {run.exit}"
+    seconds = time.monotonic() - start
+    console.print(f"  line {job.line_name}, {what}: {verdict} ({seconds:.0f} s)")
     return run

@@ -56,7 +56,7 @@ def _message(report: Any) -> str:
 
 
 def main(line: str, threads: str, *tests: str) -> None:
-    """TestRun the tests of one line."""
+    """Run the tests of one line."""
     # After the image's own packages, which must not be shadowed.
     sys.path += [str(INPUTS / "tools"), str(INPUTS / "src"), str(INPUTS)]
     os.chdir(INPUTS)

@@ -5,10 +5,7 @@ lists them. They run in the image's own files, without network or GPU; what need
 by both trees, and its record says so.
 """
 
-import io
-import shutil
 import tomllib
-import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,8 +17,16 @@ from vllm_forge.matrix import FrozenModel
 from vllm_forge.project import Project
 from vllm_forge.proofs.environment import PYTHON, LineEnvironment, open_line
 from vllm_forge.proofs.errors import ProofNotRunError, RegressionError, UpstreamRowsError
-from vllm_forge.proofs.prove import GREEN, RED, SCRIPT, TestRun, parse, unpack_tools
-from vllm_forge.sources import SourceRepo
+from vllm_forge.proofs.prove import (
+    GREEN,
+    RED,
+    SCRIPT,
+    TestRun,
+    not_run,
+    parse,
+    unpack_source,
+    write_tools,
+)
 
 ROWS = "tests/patches/upstream.toml"
 REQUIREMENTS = "tests/patches/requirements-upstream.txt"
@@ -43,7 +48,7 @@ class _Rows(FrozenModel):
 
 
 def read_tests(root: Path, line: str) -> list[str]:
-    """Paths of a line's rows; UpstreamRowsError if they are malformed or none is for the line."""
+    """Paths of a line's rows; UpstreamRowsError if a row is invalid, or none is for the line."""
     try:
         rows = _Rows.model_validate(tomllib.loads((root / ROWS).read_text(encoding="utf-8"))).test
     except ValueError as error:  # of TOML, of the encoding, or a ValidationError
@@ -90,17 +95,10 @@ def compare(project: Project, line: str, runner: Runner) -> Path:
 def judge(
     line: str, paths: list[str], published: TestRun, patched: TestRun
 ) -> dict[str, dict[str, int]]:
-    """How many tests of each file have which pair of outcomes, as published and as patched.
-
-    Raises:
-        RegressionError, ProofNotRunError: see ``compare``.
-    """
+    """How many tests of each file have which pair of outcomes, as published and as patched."""
     for name, run in ((PUBLISHED, published), (PATCHED, patched)):
         if run.exit not in {GREEN, RED}:
-            raise ProofNotRunError(
-                f"line {line}, {name}: pytest exited with {run.exit}", where=run.why,
-                remedy=run.tail,
-            )  # fmt: skip
+            raise not_run(f"line {line}, {name}", run)
     rows: dict[str, dict[str, int]] = {}
     for path in paths:
         names = sorted(
@@ -138,13 +136,9 @@ def _show(line: str, rows: dict[str, dict[str, int]]) -> None:
 
 def _write_inputs(root: Path, environment: LineEnvironment) -> Path:
     """The release's tests and pytest, in a folder for both runs."""
-    repo: SourceRepo = environment.repo
     folder = environment.work / "inputs"
     with atomic_path(folder) as aside:
         aside.mkdir()
-        archive = repo.git("archive", "--format=zip", "-0", environment.applied.base, *CONTENT)
-        with zipfile.ZipFile(io.BytesIO(archive.stdout)) as tests:
-            tests.extractall(aside)
-        shutil.copyfile(SCRIPT, aside / SCRIPT.name)
-        unpack_tools(root / REQUIREMENTS, aside / "tools")
+        unpack_source(environment.repo, environment.applied.base, CONTENT, aside)
+        write_tools(aside, root / REQUIREMENTS)
     return folder

@@ -19,7 +19,7 @@ from vllm_forge.patches.errors import (
     WrongBaseError,
     WrongContextError,
 )
-from vllm_forge.patches.install import patch_installed
+from vllm_forge.patches.wheel import patch_installed
 from vllm_forge.project import Project
 from vllm_forge.sources.errors import LockFileError
 

@@ -29,7 +29,7 @@ from vllm_forge.images.store import (
 )
 from vllm_forge.images.wheel_layers import cut, pieces, update_record, write_slim_layer
 from vllm_forge.images.wheels import site_packages, wheel_entries
-from vllm_forge.kernels.coverage import device_code, runs_on
+from vllm_forge.kernels.coverage.device_code import device_code, runs_on
 from vllm_forge.kernels.coverage.library import library_code
 from vllm_forge.kernels.errors import UnknownFatbinError
 

@@ -15,15 +15,21 @@ from tests.support import fatbins as made
 from vllm_forge.images.checks import COVERAGE
 from vllm_forge.kernels.coverage import library as library_module
 from vllm_forge.kernels.coverage.contract import (
+    PRESET,
     Contract,
-    KernelSelection,
     contract,
+    families_of,
     line_record,
-    selections_of,
 )
-from vllm_forge.kernels.coverage.families import FINE, Catalogue, catalogue, digest
+from vllm_forge.kernels.coverage.families import (
+    FINE,
+    Catalogue,
+    SitePackages,
+    best,
+    catalogue,
+    digest,
+)
 from vllm_forge.kernels.coverage.library import library_code
-from vllm_forge.kernels.coverage.site_packages import SitePackages, best
 from vllm_forge.kernels.errors import (
     ContractError,
     StaleExceptionError,
@@ -111,15 +117,32 @@ def rows(*exceptions: dict[str, Any]) -> Catalogue:
     return Catalogue.model_validate(ROWS | {"exception": exceptions})
 
 
+def selects(
+    attention: str | None = None,
+    linear: str | None = None,
+    schemes: tuple[str, ...] = (),
+    experts: tuple[str, str] | None = None,
+) -> Answer:
+    """An answer to a preset's question; ``experts``: scheme and backend."""
+    modules = {f"layers.{number}": scheme for number, scheme in enumerate(schemes)}
+    return Answer(
+        name="preset/p/a",
+        attention=Choice(chosen=attention) if attention else None,
+        linear=Choice(chosen=linear) if linear else None,
+        moe=Moe(chosen=experts[1]) if experts else None,
+        modules=modules | ({"layers.0.ffn.experts": experts[0]} if experts else {}),
+    )
+
+
 def check(
-    site: Path, gpu: tuple[int, int], *chosen: KernelSelection, exceptions: tuple[Any, ...] = ()
+    site: Path, gpu: tuple[int, int], *chosen: Answer, exceptions: tuple[Any, ...] = ()
 ) -> Contract:
     return contract(
         SitePackages((site,), rows(*exceptions)),
         cell="cell",
         line="0.1",
         capability=gpu,
-        selections=chosen,
+        answers={answer.name: answer for answer in chosen},
     )
 
 
@@ -127,7 +150,7 @@ def verdicts(made_contract: Contract) -> dict[str, str]:
     return {item.family: item.coverage.verdict for item in made_contract.findings}
 
 
-MARLIN = KernelSelection(by="preset", experts=(("Nvfp4", "MARLIN"),))
+MARLIN = selects(experts=("Nvfp4", "MARLIN"))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +176,7 @@ def test_one_architecture_taken_out_is_red_and_names_the_families(tmp_path: Path
     assert "needed by: every cell" in text
     assert "would help: a wheel that was built for the GPU" in text
     assert "marlin: ptx; 2 of 2 kernels in vllm/_C.abi3.so run as 80 PTX" in text
-    assert "needed by: preset (experts MARLIN, Nvfp4)" in text
+    assert "needed by: preset/p/a (experts MARLIN, Nvfp4)" in text
     check(tmp_path, B300, MARLIN).check()
 
 
@@ -177,7 +200,7 @@ def test_one_part_without_code_is_enough(tmp_path: Path) -> None:
     both = ROWS["family"]["base"] | {"sources": [{"files": ["gen/none.cuh"], "compiler": "nvcc"}]}
     catalog = Catalogue.model_validate(ROWS | {"family": ROWS["family"] | {"base": both}})
     contents = SitePackages((image(tmp_path),), catalog)
-    found = contract(contents, cell="cell", line="0.1", capability=RTX, selections=())
+    found = contract(contents, cell="cell", line="0.1", capability=RTX, answers={})
     assert verdicts(found) == {"base": "missing"}
     assert found.findings[0].coverage.detail == "not there: gen/none.cuh"
 
@@ -193,7 +216,7 @@ def test_missing_kernel_name_is_red(tmp_path: Path) -> None:
 
 
 def test_sources_and_their_compiler(tmp_path: Path) -> None:
-    attention = KernelSelection(by="preset", attention="MLA")
+    attention = selects(attention="MLA")
     image(tmp_path)
     assert verdicts(check(tmp_path, B300, attention))["jit"] == "source"
     # A part for 10.x says nothing of 12.x: needed and not made for it is missing.
@@ -208,7 +231,7 @@ def test_sources_and_their_compiler(tmp_path: Path) -> None:
 
 
 def test_cubins_there_for_another_gpu_or_to_download(tmp_path: Path) -> None:
-    gen = KernelSelection(by="preset", experts=(("Nvfp4", "GEN"),))
+    gen = selects(experts=("Nvfp4", "GEN"))
     image(tmp_path)
     assert verdicts(check(tmp_path, B300, gen))["cubins"] == "family"
     assert verdicts(check(tmp_path, RTX, gen))["cubins"] == "missing"
@@ -221,7 +244,7 @@ def test_cubins_there_for_another_gpu_or_to_download(tmp_path: Path) -> None:
 
 
 def test_each_library_must_have_code(tmp_path: Path) -> None:
-    linear = KernelSelection(by="preset", linear="Gemm")
+    linear = selects(linear="Gemm")
     image(tmp_path)
     assert verdicts(check(tmp_path, B300, linear))["torch"] == "native"
     with pytest.raises(ContractError, match=r"torch: missing; torch/t\.so has no code for it"):
@@ -235,7 +258,7 @@ def test_an_upper_layer_hides_a_lower_one(tmp_path: Path) -> None:
     lower = image(tmp_path / "lower")
     upper = image(tmp_path / "upper", {"cubin 100": {"base_kernel": 900}})
     both = contract(
-        SitePackages((lower, upper), rows()), cell="c", line="0.1", capability=RTX, selections=()
+        SitePackages((lower, upper), rows()), cell="c", line="0.1", capability=RTX, answers={}
     )
     assert verdicts(both) == {"base": "missing"}
 
@@ -263,7 +286,7 @@ def test_exception_is_accepted_and_noted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chosen", [(MARLIN,), ()], ids=["native by now", "not selected any more"])
-def test_a_stale_exception_fails(tmp_path: Path, chosen: tuple[KernelSelection, ...]) -> None:
+def test_a_stale_exception_fails(tmp_path: Path, chosen: tuple[Answer, ...]) -> None:
     with pytest.raises(StaleExceptionError, match=r"marlin \(ptx\)"):
         check(image(tmp_path), B300, *chosen, exceptions=(EXCEPTION,)).check()
 
@@ -271,12 +294,12 @@ def test_a_stale_exception_fails(tmp_path: Path, chosen: tuple[KernelSelection, 
 def test_an_unknown_backend_is_an_error(tmp_path: Path) -> None:
     image(tmp_path)
     with pytest.raises(UnknownFamilyError, match=r"'MARLIM'.*did you mean 'MARLIN'"):
-        check(tmp_path, RTX, KernelSelection(by="p", experts=(("Nvfp4", "MARLIM"),)))
+        check(tmp_path, RTX, selects(experts=("Nvfp4", "MARLIM")))
     for unknown in (
-        KernelSelection(by="p", attention="FLASH"),
-        KernelSelection(by="p", linear="Mul"),
-        KernelSelection(by="p", experts=(("Int3", "MARLIN"),)),
-        KernelSelection(by="p", schemes=("Plain", "Pakced")),
+        selects(attention="FLASH"),
+        selects(linear="Mul"),
+        selects(experts=("Int3", "MARLIN")),
+        selects(schemes=("Plain", "Pakced")),
     ):
         with pytest.raises(UnknownFamilyError):
             check(tmp_path, RTX, unknown)
@@ -410,28 +433,33 @@ def test_record_matches_kernel_selection(root: Path, line: str) -> None:
     for name in matrix.line[line].skus:
         answers = recorded.of_device(matrix.sku[name].device).answers
         needed = set(catalogue().need.always)
-        for chosen in selections_of(answers):
-            needed.update(chosen.families(catalogue().need))
+        for question, answer in answers.items():
+            if question.startswith(PRESET) and answer.refused is None:
+                needed.update(families_of(answer, catalogue().need))
         written = {f for f, cells in record["coverage"].items() if cells[name]["needed_by"]}
         assert written == needed, f"run: nox -s forge -- kernels coverage --record --line {line}"
 
 
-def test_refused_question_needs_nothing_and_missing_backend_is_an_error() -> None:
-    scheme = "UnquantizedFusedMoEMethod"
-    served = Answer(
-        name="preset/p/a",
-        attention=Choice(chosen="MLA"),
-        moe=Moe(chosen=None),
-        modules={"model.layers.*.ffn.experts.routed_experts": scheme, "wq": "A in 3, B in 40"},
-    )
-    refused = Answer(name="preset/p/b", refused=Refusal(kind="device", message="no"))
-    asked = Answer(name="grid/s/a", attention=Choice(chosen="MLA"))
-    (found,) = selections_of({answer.name: answer for answer in (served, refused, asked)})
-    assert found == KernelSelection(
-        by="preset/p/a", attention="MLA", schemes=("A", "B"), experts=((scheme, "none"),)
-    )
-    with pytest.raises(UnknownFamilyError):
-        KernelSelection(by="p", experts=found.experts).families(catalogue().need)
+def test_counted_schemes_are_needed_and_missing_backend_is_an_error() -> None:
+    need = rows().need
+    counted = selects(attention="MLA", schemes=("Plain in 3, Packed in 40",))
+    assert families_of(counted, need) == {
+        "jit": "attention MLA",
+        "torch": "layers with Packed",
+    }
+    without = selects(experts=("Nvfp4", "MARLIN")).model_copy(update={"moe": Moe(chosen=None)})
+    with pytest.raises(UnknownFamilyError, match="experts with Nvfp4 'none'"):
+        families_of(without, need)
+
+
+def test_refused_questions_and_the_grid_need_nothing(tmp_path: Path) -> None:
+    answers = {
+        "preset/p/b": Answer(name="preset/p/b", refused=Refusal(kind="device", message="no")),
+        "grid/s/a": Answer(name="grid/s/a", attention=Choice(chosen="MLA")),
+    }
+    contents = SitePackages((image(tmp_path),), rows())
+    found = contract(contents, cell="c", line="0.1", capability=B300, answers=answers)
+    assert verdicts(found) == {"base": "family"}
 
 
 def test_tables_show_accepted_missing_and_unneeded_families(
@@ -439,7 +467,7 @@ def test_tables_show_accepted_missing_and_unneeded_families(
 ) -> None:
     exception = EXCEPTION | {"capabilities": ["10.3"]}
     site = image(tmp_path, PTX_ONLY)
-    gen = KernelSelection(by="preset", experts=(("Nvfp4", "GEN"),))
+    gen = selects(experts=("Nvfp4", "GEN"))
     contracts = {
         "big": ("10.3", check(site, B300, MARLIN, exceptions=(exception,))),
         "small": ("12.0", check(site, RTX, gen)),

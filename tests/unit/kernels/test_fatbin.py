@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support import fatbins as made
-from vllm_forge.kernels.coverage import Target, device_code, parse_capability, runs_on
+from vllm_forge.kernels.coverage.device_code import Target, device_code, parse_capability, runs_on
 from vllm_forge.kernels.coverage.library import compiled_for, kernels, without_stubs
 from vllm_forge.kernels.errors import UnknownFatbinError, UnknownTargetError
 

@@ -22,20 +22,18 @@ from vllm_forge.kernels.errors import (
 )
 from vllm_forge.kernels.selection import record as record_module
 from vllm_forge.kernels.selection.model import Answer, Device, Question
-from vllm_forge.kernels.selection.mount import (
+from vllm_forge.kernels.selection.questions import (
     INSIDE,
     QUESTIONS,
-    inside_hash,
-    read_answers,
-    write_inputs,
-)
-from vllm_forge.kernels.selection.questions import (
     artifact_config,
     config_hash,
     grid_question,
     grid_questions,
+    inside_hash,
     line_questions,
     preset_question,
+    read_answers,
+    write_inputs,
 )
 from vllm_forge.kernels.selection.record import (
     SelectionRecord,
@@ -195,7 +193,7 @@ class TestMount:
 
     def test_the_hash_is_of_every_module(self, tmp_path: Path, monkeypatch: Any) -> None:
         (tmp_path / "a.py").write_text("1")
-        monkeypatch.setattr("vllm_forge.kernels.selection.mount.INSIDE", tmp_path)
+        monkeypatch.setattr("vllm_forge.kernels.selection.questions.INSIDE", tmp_path)
         first = inside_hash()
         (tmp_path / "b.py").write_text("")
         assert inside_hash() != first

@@ -15,13 +15,12 @@ from tests.support.trees import changed_tree, patch_text, write_sdist
 from vllm_forge.errors import UsageError
 from vllm_forge.matrix import load
 from vllm_forge.pages.records import best, first_change
-from vllm_forge.patches import read_patch, read_series
+from vllm_forge.patches import Patch, read_patch, read_series
 from vllm_forge.patches.drift import (
     DATA,
     Answer,
     Release,
-    Subject,
-    Surveyed,
+    Survey,
     Verdict,
     dense,
     fetch_releases,
@@ -34,7 +33,7 @@ from vllm_forge.patches.drift import (
     write_drift,
 )
 from vllm_forge.project import Project
-from vllm_forge.sources import Index, SourceRepo
+from vllm_forge.sources import Download, Index, SourceRepo
 from vllm_forge.sources.errors import DistributionNotFoundError
 
 if TYPE_CHECKING:
@@ -79,7 +78,10 @@ class Subjects:
         self.path = tmp_path / "0001-scale.patch"
         changes: dict[str, bytes | None] = {**source(FIXED)}
         self.write(patch_text(repo, self.base, changes, tmp_path / "index"))
-        self.subject = Subject(paths=(self.path,), befores=(self.base,))
+
+    @property
+    def subject(self) -> list[tuple[Patch, str]]:
+        return [(read_patch(self.path), self.base)]
 
     def write(self, text: str) -> None:
         self.path.write_text(text, encoding="utf-8")
@@ -173,8 +175,7 @@ def test_moved_to_the_nearest_of_equals(subjects: Subjects) -> None:
 def test_nothing_moves_to_a_copy_that_was_there_before(repo: SourceRepo, tmp_path: Path) -> None:
     copy = source(CODE, "vllm/layers/rocm.py")
     made = Subjects(repo, tmp_path)
-    base = made.tree("2.0.1", source(CODE) | copy)
-    made.subject = Subject(paths=made.subject.paths, befores=(base,))
+    made.base = made.tree("2.0.1", source(CODE) | copy)
     said = made.verdict(source("") | copy)
     assert said.answer is Answer.GONE
 
@@ -192,7 +193,6 @@ def test_of_several_files_the_worst_is_the_answer_and_all_are_named(
     made.base = made.tree("2.0.1", source(CODE) | {second: b"left = right_operand\n"})
     changes: dict[str, bytes | None] = {**source(FIXED), second: b"left = wrong_operand\n"}
     made.write(patch_text(repo, made.base, changes, tmp_path / "index"))
-    made.subject = Subject(paths=(made.path,), befores=(made.base,))
     said = made.verdict(source("") | {second: b"left = (right_operand)\n"})
     assert said.answer is Answer.GONE
     assert said.detail == f"vllm/layers/projection.py has no such code; {second}:1"
@@ -222,14 +222,14 @@ def test_a_patch_is_looked_at_with_those_before_it(repo: SourceRepo, tmp_path: P
     paths = tuple(tmp_path / f"000{n}-x.patch" for n in (1, 2))
     for path, text in zip(paths, texts, strict=True):
         path.write_text(text, encoding="utf-8")
-    subject = Subject(paths=paths, befores=(made.base, middle))
+    subject = list(zip(map(read_patch, paths), (made.base, middle), strict=True))
     said = verdicts(repo, made.base, OWN, subject, frozenset())
     assert [verdict.answer for verdict in said] == [Answer.APPLIES, Answer.APPLIES]
 
 
 def test_words_that_many_files_have_say_nothing(repo: SourceRepo, tmp_path: Path) -> None:
     tree = repo.import_archive("1", write_sdist(tmp_path / "x.tar.gz", OTHERS))
-    words = read_words(repo, tree, frozenset({b"argument", b"helper_7"}))
+    words = read_words(repo.path, tree, frozenset({b"argument", b"helper_7"}))
     assert words.weight(b"argument") == 0
     assert words.weight(b"helper_7") > 1
     assert [place.path for place in dense(words, {b"helper_7": 1, b"argument": 1})] == [
@@ -251,7 +251,7 @@ def offer(server: IndexServer, *versions: str) -> None:
 
 
 def between(server: IndexServer, first: str, last: str | None) -> list[str]:
-    return [release.version for release, _ in releases_between(Index(server.url), first, last)]
+    return [release.version for release in releases_between(Index(server.url), first, last)]
 
 
 def test_final_releases_of_the_range_in_order(server: IndexServer) -> None:
@@ -287,7 +287,7 @@ def test_yanked_releases_are_left_out(server: IndexServer, monkeypatch: pytest.M
         for file in files
     ]
     monkeypatch.setattr(index, "files", lambda _project: yanked)
-    assert [r.version for r, _ in releases_between(index, "1.9.0", "2.0.0")] == ["1.9.0", "2.0.0"]
+    assert [r.version for r in releases_between(index, "1.9.0", "2.0.0")] == ["1.9.0", "2.0.0"]
 
 
 def vars_of(record: Any) -> dict[str, Any]:
@@ -301,10 +301,10 @@ def test_only_what_is_missing_is_fetched(
     repo.import_archive("1.9.0", write_sdist(tmp_path / "x.tar.gz", OTHERS))
     index = Index(server.url)
     wanted = releases_between(index, "1.9.0", "2.1.0")
-    wanted[1][0].archive.parent.mkdir(parents=True)
-    wanted[1][0].archive.write_bytes(b"2.0.0")
+    wanted[1].archive.target.parent.mkdir(parents=True)
+    wanted[1].archive.target.write_bytes(b"2.0.0")
     fetch_releases(index, wanted, repo)
-    assert [release.archive.exists() for release, _ in wanted] == [False, True, True]
+    assert [release.archive.target.exists() for release in wanted] == [False, True, True]
     assert [len(server.asked(f"vllm-{v}.tar.gz")) for v in ("1.9.0", "2.0.0", "2.1.0")] == [0, 0, 1]
 
 
@@ -313,11 +313,12 @@ def test_survey_imports_and_keeps_the_order(subjects: Subjects, tmp_path: Path) 
     for version, code in (("2.1.0", CODE), ("2.2.0", "# new\n" + CODE), ("2.3.0", FIXED)):
         archive = write_sdist(tmp_path / f"r-{version}.tar.gz", source(code))
         digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-        releases.append(Release(version=version, date="2026-01-02", sha256=digest, archive=archive))
+        file = Download(url="", sha256=digest, size=archive.stat().st_size, target=archive)
+        releases.append(Release(version=version, date="2026-01-02", archive=file))
     found = list(survey(subjects.repo, releases, [subjects.subject]))
-    assert [release.version for release, _, _ in found] == ["2.1.0", "2.2.0", "2.3.0"]
-    assert [said[0][0].answer for _, _, said in found] == ["applies", "offset", "upstream"]
-    assert found[0][1] == subjects.repo.tree("2.1.0")
+    assert [row.release.version for row in found] == ["2.1.0", "2.2.0", "2.3.0"]
+    assert [row.verdicts[0].answer for row in found] == ["applies", "offset", "upstream"]
+    assert found[0].tree == subjects.repo.tree("2.1.0")
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -353,8 +354,9 @@ def test_first_change_is_after_the_release_it_was_made_for() -> None:
 def test_data_and_page_agree_with_what_was_found(root: Path, tmp_path: Path) -> None:
     count = sum(len(read_series(root / line.series)) for line in MATRIX.line.values())
     rows = tuple(Verdict(answer=Answer.OFFSET, detail=f"+{n} lines") for n in range(count))
-    release = Release(version="0.26.0", date="2026-07-25", sha256="", archive=tmp_path)
-    found = [Surveyed(release=release, tree="0" * 40, verdicts=rows)]
+    archive = Download(url="", sha256="", size=0, target=tmp_path)
+    release = Release(version="0.26.0", date="2026-07-25", archive=archive)
+    found = [Survey(release=release, tree="0" * 40, verdicts=rows)]
     for line in MATRIX.line.values():
         (tmp_path / line.series).parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(root / line.series, tmp_path / line.series)

@@ -28,6 +28,7 @@ from vllm_forge.patches import (
     read_tree_lock,
     update_line,
 )
+from vllm_forge.patches.apply import FIELDS
 from vllm_forge.patches.errors import (
     AlreadyUpstreamError,
     AppliedTwiceError,
@@ -43,7 +44,6 @@ from vllm_forge.patches.errors import (
     WrongBaseError,
     WrongContextError,
 )
-from vllm_forge.patches.header import FIELDS
 from vllm_forge.patches.series import export_line
 from vllm_forge.sources import Index, SourceRepo
 from vllm_forge.sources.errors import HashMismatchError, LockFileError

@@ -135,7 +135,7 @@ def test_sound_archive_is_not_downloaded_again(
     assert len(server.asked(SDIST)) == before
 
 
-def test_repository_that_cannot_be_written_is_no_verdict_on_a_patch(
+def test_unwritable_repository_does_not_judge_a_patch(
     project: Project, repo: SourceRepo, series: Path
 ) -> None:
     base = read_tree_lock(series, "9.9").base

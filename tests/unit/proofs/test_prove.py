@@ -31,10 +31,9 @@ from vllm_forge.patches import (
     read_patch,
     read_series,
     read_tree_lock,
-    variants,
 )
 from vllm_forge.patches.errors import InseparablePatchError, SeriesOrderError, WrongContextError
-from vllm_forge.patches.variants import (
+from vllm_forge.patches.series import (
     OTHERS,
     TAKEN_OUT,
     Variant,
@@ -162,7 +161,7 @@ class TestOrder:
         series.add(a=text(_5="five\nmore\n"))
         series.add(a=text(_5="five\nmore\n", _40="forty\n"))
         (pair,) = pairs(repo, series.applied(), series.patches)
-        assert (pair.first, pair.second, pair.commutes) == (
+        assert tuple(pair.values()) == (
             "0001-patch.patch",
             "0002-patch.patch",
             True,
@@ -171,12 +170,16 @@ class TestOrder:
     def test_dependent_hunks_do_not_commute(self, repo: SourceRepo, series: Series) -> None:
         series.add(a=text(_5="five\n"))
         series.add(a=text(_5="five at last\n"))
-        assert [pair.commutes for pair in pairs(repo, series.applied(), series.patches)] == [False]
+        assert [pair["commutes"] for pair in pairs(repo, series.applied(), series.patches)] == [
+            False
+        ]
 
     def test_insertions_at_one_place_do_not_commute(self, repo: SourceRepo, series: Series) -> None:
         series.add(a=text(_5="line 5\nx\n"))
         series.add(a=text(_5="line 5\nx\ny\n"))
-        assert [pair.commutes for pair in pairs(repo, series.applied(), series.patches)] == [False]
+        assert [pair["commutes"] for pair in pairs(repo, series.applied(), series.patches)] == [
+            False
+        ]
 
     def test_hunks_apart_that_do_not_apply_in_the_other_order(
         self, repo: SourceRepo, series: Series
@@ -194,7 +197,7 @@ class TestOrder:
     ) -> None:
         series.add(a=text(_5="five\n"))
         applied = series.applied()
-        monkeypatch.setattr(variants, "apply_series", lambda *_arguments: applied)
+        monkeypatch.setattr("vllm_forge.patches.series.apply_series", lambda *_arguments: applied)
         with pytest.raises(SeriesOrderError, match="applied again on its own result"):
             require_idempotent(repo, applied, series.patches)
 

@@ -56,7 +56,9 @@ def test_what_the_series_cures_and_what_fails_in_both_is_shown() -> None:
         (run({f"{B}::one": "passed"}), run({f"{B}::one": "passed"}), "nothing in it passes"),
     ],
 )
-def test_what_did_not_run_is_no_verdict(published: TestRun, patched: TestRun, words: str) -> None:
+def test_tests_that_did_not_run_are_undecided(
+    published: TestRun, patched: TestRun, words: str
+) -> None:
     with pytest.raises(ProofNotRunError, match=words):
         judge("1", [A], published, patched)
 

@@ -23,7 +23,7 @@ from vllm_forge.checkpoints.errors import ToolEnvironmentError
 from vllm_forge.host import Runner, atomic_path, exclusive, report, require_disk
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.patches import read_series
-from vllm_forge.patches.install import patch_installed
+from vllm_forge.patches.wheel import patch_installed
 from vllm_forge.sources.errors import LockFileError
 from vllm_forge.sources.index import index_url
 

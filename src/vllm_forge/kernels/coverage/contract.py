@@ -1,90 +1,55 @@
 """The contract of a cell: its image has code for every family that vLLM selects for it."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_forge.host import suggestion
-from vllm_forge.kernels.coverage.families import FINE, Exemption, Need, needed
-from vllm_forge.kernels.coverage.site_packages import Coverage, SitePackages
-from vllm_forge.kernels.coverage.target import Capability, parse_capability
-from vllm_forge.kernels.errors import ContractError, StaleExceptionError, UnknownFamilyError
-from vllm_forge.kernels.selection.model import Answer, Choice, Draft
+from vllm_forge.kernels.coverage.device_code import Capability, parse_capability
+from vllm_forge.kernels.coverage.families import (
+    FINE,
+    Coverage,
+    Exemption,
+    Need,
+    SitePackages,
+    needed,
+)
+from vllm_forge.kernels.errors import ContractError, StaleExceptionError
+from vllm_forge.kernels.selection.model import Answer, Layers
 
 PRESET = "preset/"
 COUNTED = re.compile(r" in \d+$")  # "SchemeA in 3, SchemeB in 40", where layers differ
 NOT_MADE = Coverage(verdict="missing", codes=(), detail="it is not made for such a GPU")
 
 
-@dataclass(frozen=True, kw_only=True)
-class KernelSelection:
-    """What vLLM selects for one question; None if it selects nothing of that kind.
-
-    Attributes:
-        by: name of the question, e.g. of a preset and its artifact.
-        schemes: classes of the quantization schemes of layers other than routed experts.
-        experts: scheme class and MoE backend of the routed experts, the draft layer's too, e.g.
-            ``("ModelOptNvFp4FusedMoE", "MARLIN")``.
-    """
-
-    by: str
-    attention: str | None = None
-    linear: str | None = None
-    schemes: tuple[str, ...] = ()
-    experts: tuple[tuple[str, str], ...] = ()
-
-    def families(self, need: Need) -> dict[str, str]:
-        """Family -> which selection needs it."""
-        backends = [
-            (need.attention, self.attention, "attention"),
-            (need.linear, self.linear, "linear"),
-            *((need.modules, scheme, "layers with") for scheme in self.schemes),
-        ]
-        families = {
-            name: f"{kind} {backend}"
-            for table, backend, kind in backends
-            if backend is not None
-            for name in needed(table, backend, kind)
-        }
-        for scheme, backend in self.experts:
-            if scheme not in need.experts:
-                raise UnknownFamilyError(
-                    f"unknown scheme {scheme!r} of experts{suggestion(scheme, need.experts)}",
-                    where="src/vllm_forge/kernels/coverage/families.toml, [need.experts]",
-                    remedy="add a table for that scheme, with its backends",
-                )
-            for name in needed(need.experts[scheme], backend, f"experts with {scheme}"):
-                families[name] = f"experts {backend}, {scheme}"
-        return families
-
-
-def selections_of(answers: Mapping[str, Answer]) -> tuple[KernelSelection, ...]:
-    """What vLLM selects for each preset and artifact that it serves, on one SKU's device."""
-    return tuple(
-        _selection(answer)
-        for name, answer in answers.items()
-        if name.startswith(PRESET) and answer.refused is None
-    )
-
-
-def _selection(answer: Answer) -> KernelSelection:
-    parts: list[Answer | Draft] = [answer] if answer.draft is None else [answer, answer.draft]
-    experts = [(part.experts_scheme, _chosen(part.moe)) for part in parts]
+def families_of(answer: Answer, need: Need) -> dict[str, str]:
+    """Family -> which selection of an answer, or of its draft layer, needs it."""
+    parts: list[Layers] = [answer] if answer.draft is None else [answer, answer.draft]
+    experts = [(part.experts_scheme, part.moe) for part in parts if part.experts_scheme]
     modules = [text for part in parts for text in part.modules.values()]
     schemes = {COUNTED.sub("", scheme) for text in modules for scheme in text.split(", ")}
-    return KernelSelection(
-        by=answer.name,
-        attention=_chosen(answer.attention),
-        linear=_chosen(answer.linear),
-        schemes=tuple(sorted(schemes - {scheme for scheme, _ in experts if scheme})),
-        # Experts without a backend are an unknown backend, not an empty need.
-        experts=tuple((scheme, backend or "none") for scheme, backend in experts if scheme),
+    others = sorted(schemes.difference(scheme for scheme, _ in experts))
+    choices = (
+        (need.attention, answer.attention, "attention"),
+        (need.linear, answer.linear, "linear"),
     )
-
-
-def _chosen(choice: Choice | None) -> str | None:
-    return None if choice is None else choice.chosen
+    backends = [
+        *((table, choice.chosen, kind) for table, choice, kind in choices if choice is not None),
+        *((need.modules, scheme, "layers with") for scheme in others),
+    ]
+    families = {
+        name: f"{kind} {backend}"
+        for table, backend, kind in backends
+        if backend is not None
+        for name in needed(table, backend, kind)
+    }
+    for scheme, moe in experts:
+        table = needed(need.experts, scheme, "experts with")
+        # Experts without a backend are an unknown backend, not an empty need.
+        backend = moe.chosen if moe and moe.chosen else "none"
+        for name in needed(table, backend, f"experts with {scheme}"):
+            families[name] = f"experts {backend}, {scheme}"
+    return families
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +60,7 @@ class FamilyFinding:
     coverage: Coverage
     needed_by: tuple[str, ...]
     exemption: Exemption | None
+    fix: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +70,6 @@ class Contract:
     cell: str
     findings: tuple[FamilyFinding, ...]
     stale: tuple[Exemption, ...]
-    fixes: dict[str, str]
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -124,18 +89,14 @@ class Contract:
 
     def check(self) -> None:
         """Raise ContractError or StaleExceptionError if the contract does not hold."""
-        broken = [
-            row
-            for row in self.findings
-            if row.coverage.verdict not in FINE and row.exemption is None
-        ]
-        if broken:
+        findings = [row for row in self.findings if row.exemption is None]
+        if broken := [row for row in findings if row.coverage.verdict not in FINE]:
             raise ContractError(
                 f"{self.cell} needs kernels that its image does not have:\n"
                 + "\n".join(
                     f"  - {row.family}: {row.coverage.verdict}; {row.coverage.detail}\n"
                     f"    needed by: {', '.join(row.needed_by) or 'every cell'}\n"
-                    f"    would help: {self.fixes[row.family]}"
+                    f"    would help: {row.fix}"
                     for row in broken
                 ),
                 where="src/vllm_forge/kernels/coverage/families.toml",
@@ -157,14 +118,15 @@ def contract(
     cell: str,
     line: str,
     capability: Capability,
-    selections: Sequence[KernelSelection],
+    answers: Mapping[str, Answer],
 ) -> Contract:
-    """Compare a cell's selections, of each preset of its SKU, with its image."""
+    """Compare what vLLM selects for the presets of a cell, on its SKU's device, with its image."""
     rows = contents.rows
     needs: dict[str, list[str]] = {name: [] for name in rows.need.always}
-    for selected in selections:
-        for name, why in selected.families(rows.need).items():
-            needs.setdefault(name, []).append(f"{selected.by} ({why})")
+    for question, answer in answers.items():
+        if question.startswith(PRESET) and answer.refused is None:
+            for name, why in families_of(answer, rows.need).items():
+                needs.setdefault(name, []).append(f"{question} ({why})")
     accepted = [
         row
         for row in rows.exception
@@ -178,6 +140,7 @@ def contract(
             coverage=coverages[name],
             needed_by=tuple(dict.fromkeys(reasons)),
             exemption=exemptions.get((name, coverages[name].verdict)),
+            fix=rows.family[name].fix,
         )
         for name, reasons in needs.items()
     )
@@ -186,7 +149,6 @@ def contract(
         cell=cell,
         findings=findings,
         stale=tuple(row for row in accepted if id(row) not in used),
-        fixes={name: family.fix for name, family in rows.family.items()},
     )
 
 
@@ -201,18 +163,17 @@ def line_record(
     def cell(family: str, capability: str, of_cell: Contract | None) -> dict[str, Any]:
         findings = () if of_cell is None else of_cell.findings
         finding = next((row for row in findings if row.family == family), None)
-        if finding is None:
-            coverage = contents.coverage(family, parse_capability(capability), line)
-            needed_by, exemption = None, None
-        else:
-            coverage, exemption = finding.coverage, finding.exemption
-            needed_by = list(finding.needed_by) or ["every cell"]
+        coverage = (
+            finding.coverage
+            if finding
+            else contents.coverage(family, parse_capability(capability), line)
+        )
         return {
-            "verdict": None if coverage is None else coverage.verdict,
-            "codes": [] if coverage is None else list(coverage.codes),
-            "detail": "" if coverage is None else coverage.detail,
-            "needed_by": needed_by,
-            "exception": None if exemption is None else exemption.reason,
+            "verdict": coverage and coverage.verdict,
+            "codes": list(coverage.codes) if coverage else [],
+            "detail": coverage.detail if coverage else "",
+            "needed_by": finding and (list(finding.needed_by) or ["every cell"]),
+            "exception": finding and finding.exemption and finding.exemption.reason,
         }
 
     return {

@@ -12,21 +12,40 @@ with cuobjdump. Unknown values are an error, never skipped.
 cuobjdump prints ``sm_120`` for sm_120 and sm_120f alike; flag bits 20 (``a``) and 21 (``f``)
 tell them apart.
 
+Targets: CUDA Programming Guide, "Compute Capabilities", sections on binary compatibility and on
+architecture- and family-specific features; nvcc's manual, "GPU Feature List".
+
 ELF: System V ABI, "Object Files"; 64-bit little-endian files only. pyelftools takes minutes for
 the tens of thousands of cubins of an image, this reader seconds.
 """
 
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from mmap import mmap
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias, cast
 
-from vllm_forge.kernels.coverage.target import Kind, Suffix, Target
-from vllm_forge.kernels.errors import UnknownFatbinError
+from vllm_forge.kernels.errors import UnknownFatbinError, UnknownTargetError
+
+Kind: TypeAlias = Literal["cubin", "ptx", "lto"]
+Suffix: TypeAlias = Literal["", "a", "f"]
+Capability: TypeAlias = tuple[int, int]
+
+_NAME = re.compile(r"(?:(?:sm|compute|lto)_)?(\d+)\.?(\d)([af]?)")
+
+# The capabilities that code for family target ``XYf`` runs on. A GPU that NVIDIA has not put into
+# a family is not in it, however near its number: 10.1 was never one of 100f.
+FAMILIES: dict[Capability, frozenset[Capability]] = {
+    (10, 0): frozenset({(10, 0), (10, 3)}),
+    (10, 1): frozenset({(10, 1)}),
+    (10, 3): frozenset({(10, 3)}),
+    (11, 0): frozenset({(11, 0)}),
+    (12, 0): frozenset({(12, 0), (12, 1)}),
+    (12, 1): frozenset({(12, 1)}),
+}
 
 Compression: TypeAlias = Literal["", "lz4", "zstd"]
-
 ELF_MAGIC = b"\x7fELF\x02\x01"  # 64 bits, little endian
 NO_BYTES = (0, 8)  # SHT_NULL, SHT_NOBITS: nothing in the file
 SYMBOLS = 2  # SHT_SYMTAB
@@ -54,6 +73,61 @@ _ENTRY = struct.Struct("<HHIQIIHHIIIQQQ")
 _START = struct.pack("<IHH", MAGIC, 1, _FATBIN.size)
 _ENTRY_VERSION = 0x101
 _ALIGN = 8
+
+
+@dataclass(frozen=True, order=True)
+class Target:
+    """``major.minor`` and the suffix: none, ``a`` (this GPU only) or ``f`` (its family)."""
+
+    major: int
+    minor: int
+    suffix: Suffix = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read e.g. ``sm_100a``, ``compute_80``, ``120f`` or ``10.3a``."""
+        match = _NAME.fullmatch(text)
+        if match is None:
+            raise UnknownTargetError(
+                f"invalid CUDA target {text!r}", remedy="use e.g. sm_100a, 120f or 9.0a"
+            )
+        return cls(int(match[1]), int(match[2]), cast("Suffix", match[3]))
+
+    def __str__(self) -> str:
+        return f"{self.major}{self.minor}{self.suffix}"
+
+    @property
+    def capability(self) -> Capability:
+        return self.major, self.minor
+
+
+def parse_capability(text: str) -> Capability:
+    target = Target.parse(text)
+    if target.suffix or "." not in text:
+        raise UnknownTargetError(f"invalid compute capability {text!r}", remedy="use e.g. 10.3")
+    return target.capability
+
+
+def runs_on(target: Target, kind: Kind, capability: Capability) -> bool:
+    """Whether code of this target and kind can be loaded on a GPU of that capability.
+
+    Machine code (cubin) runs within its major version, from its minor version on. PTX and LTO
+    intermediate code is compiled by the driver (or nvJitLink) for any later GPU. With suffix
+    ``a`` both run on exactly the GPU they name, with ``f`` on its family.
+    """
+    if target.suffix == "a":
+        return target.capability == capability
+    if target.suffix == "f":
+        if target.capability not in FAMILIES:
+            raise UnknownTargetError(
+                f"unknown family target {target}",
+                where="kernels/coverage/device_code.py, FAMILIES",
+                remedy="add the family's members from the CUDA Programming Guide",
+            )
+        return capability in FAMILIES[target.capability]
+    if kind == "cubin" and target.major != capability[0]:
+        return False
+    return capability >= target.capability
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,11 +209,7 @@ def device_code(buffer: bytes | mmap, name: str = "") -> list[Code]:
 
     Besides the two sections that nvcc fills, NVIDIA's libraries keep fatbins in their data
     (cuBLASLt in ``.cask_resource``, cuFFT in ``.ldata``, cuSPARSE in ``.rodata``). They are found
-    by the first eight bytes of a fatbin, and must be complete.
-
-    Raises:
-        UnknownFatbinError: an unknown magic, version, kind or flag, an entry that ends outside
-            its fatbin, or bytes in a fatbin section outside any fatbin.
+    by the first eight bytes of a fatbin, and must be complete, else UnknownFatbinError.
     """
     codes: list[Code] = []
     if not is_elf(buffer):
@@ -149,8 +219,8 @@ def device_code(buffer: bytes | mmap, name: str = "") -> list[Code]:
         if section.executable:
             continue  # code that writes a fatbin has its first bytes as constants
         scan = _Scan(buffer, section, name)
-        for start in scan.packed() if section.name in SECTIONS else scan.scattered():
-            codes += scan.entries(start, module)
+        for start, end in scan.fatbins():
+            codes += scan.entries(start, end, module)
             module += 1
     return codes
 
@@ -165,26 +235,23 @@ class _Scan:
     def end(self) -> int:
         return self.section.offset + self.section.size
 
-    def packed(self) -> Iterator[int]:
-        """Starts of fatbins in a section that holds only them, with zeros between them."""
-        at = self.section.offset
+    def fatbins(self) -> Iterator[tuple[int, int]]:
+        """Start and end of each fatbin.
+
+        A section of SECTIONS holds only fatbins, with zeros between them; others hold other data.
+        """
+        packed, at = self.section.name in SECTIONS, self.section.offset
         while at < self.end:
+            if not packed and (at := self.buffer.find(_START, at, self.end)) < 0:
+                return
             if self.buffer[at : at + 4] == _START[:4]:
                 end = self._end(at)
-                yield at
+                yield at, end
                 at = end
             elif any(self.buffer[at : min(at + _ALIGN, self.end)]):
                 raise self._unknown("bytes that belong to no fatbin", at)
             else:
                 at += _ALIGN
-
-    def scattered(self) -> Iterator[int]:
-        """Starts of fatbins in a section that holds other data too."""
-        at = self.buffer.find(_START, self.section.offset, self.end)
-        while at >= 0:
-            end = self._end(at)
-            yield at
-            at = self.buffer.find(_START, end, self.end)
 
     def _end(self, at: int) -> int:
         if self.end - at < _FATBIN.size:
@@ -197,8 +264,8 @@ class _Scan:
             raise self._unknown("a fatbin that is longer than its section", at)
         return end
 
-    def entries(self, start: int, module: int) -> Iterator[Code]:
-        at, end = start + _FATBIN.size, self._end(start)
+    def entries(self, start: int, end: int, module: int) -> Iterator[Code]:
+        at = start + _FATBIN.size
         while at < end:
             if end - at < _ENTRY.size:
                 raise self._unknown("an entry that the fatbin cuts off", at)

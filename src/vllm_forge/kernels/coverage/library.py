@@ -21,13 +21,20 @@ from pathlib import Path
 import zstandard
 
 from vllm_forge.host import cache_root, exclusive, parse_json, read_plain, write_json
-from vllm_forge.kernels.coverage.device_code import Code, device_code, functions, is_elf, sections
-from vllm_forge.kernels.coverage.target import Kind, Target
+from vllm_forge.kernels.coverage.device_code import (
+    Code,
+    Kind,
+    Target,
+    device_code,
+    functions,
+    is_elf,
+    sections,
+)
 from vllm_forge.kernels.errors import UnknownFatbinError
 from vllm_forge.matrix import FrozenModel
 
 # Raise when the same file would get another record.
-FORMAT = 1
+FORMAT = 2
 ENTRY = 0x10  # STO_CUDA_ENTRY in st_other: a kernel, not a device function
 CUDA_ABI_FLAGS = struct.Struct("<BB")  # e_flags from byte 48; the second is the architecture
 CUDA_ABI = 8  # e_ident[8] of cubins since CUDA 12.9
@@ -53,22 +60,13 @@ class KernelGroup(FrozenModel):
 
     code: tuple[str, ...]
     kernels: int
-    example: str
 
 
 class LibraryCode(FrozenModel):
-    """The device code of a library.
+    """The device code of a library."""
 
-    Attributes:
-        size: of the file, in bytes.
-        code: ``cubin 120f`` -> bytes of all such payloads, as they are in the file.
-        patterns: pattern -> its kernels, by what they were compiled for.
-    """
-
-    sha256: str
-    size: int
-    code: dict[str, int]
-    patterns: dict[str, tuple[KernelGroup, ...]]
+    code: dict[str, int]  # cubin 120f -> bytes of all such payloads, as they are in the file
+    patterns: dict[str, tuple[KernelGroup, ...]]  # by what they were compiled for
 
 
 @contextmanager
@@ -87,7 +85,8 @@ def kernels(
 ) -> dict[str, list[Body]]:
     """Bodies by the kernel's mangled name, including stubs.
 
-    ``codes``: the library's ``device_code``, if already known.
+    ``codes``: the library's ``device_code``, if already known. UnknownFatbinError for a payload
+    that cannot be read, or is for another target than its entry says.
     """
     bodies: dict[str, list[Body]] = defaultdict(list)
     unpacker = zstandard.ZstdDecompressor()
@@ -149,14 +148,12 @@ def library_code(path: Path, patterns: Sequence[str] = ()) -> LibraryCode:
     if (known := _known(path, rules)) is not None:
         return known
     with exclusive("coverage", wait=True):
-        if (known := _known(path, rules)) is not None:
-            return known
         stamp = _stamp(path)  # from before it is read
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         write_json(_stamp_path(path), {"stamp": stamp, "sha256": sha256})
-        if (known := _load(sha256, rules)) is None:
-            known = _read(path, sha256, patterns)
+        if (known := _known(path, rules)) is None:
+            known = _read(path, patterns)
             write_json(_record_path(sha256, rules), known.model_dump())
         return known
 
@@ -165,16 +162,10 @@ def _known(path: Path, rules: str) -> LibraryCode | None:
     """The cached record of a file that is unchanged since it was hashed."""
     try:
         stamp = parse_json(read_plain(_stamp_path(path)))
-        unchanged = stamp["stamp"] == _stamp(path)
+        if stamp["stamp"] != _stamp(path):
+            return None
+        return LibraryCode.model_validate_json(read_plain(_record_path(stamp["sha256"], rules)))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    return _load(stamp["sha256"], rules) if unchanged else None
-
-
-def _load(sha256: str, rules: str) -> LibraryCode | None:
-    try:
-        return LibraryCode.model_validate_json(read_plain(_record_path(sha256, rules)))
-    except (FileNotFoundError, ValueError):
         return None
 
 
@@ -196,7 +187,7 @@ def _stamp(path: Path) -> list[int]:
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _read(path: Path, sha256: str, patterns: Sequence[str]) -> LibraryCode:
+def _read(path: Path, patterns: Sequence[str]) -> LibraryCode:
     with mapped(path) as buffer:
         # A slim library keeps headers of foreign code, with zeros behind them. Zeros cannot run,
         # so dropping them can only make a contract stricter.
@@ -208,21 +199,15 @@ def _read(path: Path, sha256: str, patterns: Sequence[str]) -> LibraryCode:
         names = kernels(buffer, str(path), codes) if patterns else {}
     groups = {}
     for pattern in sorted(patterns):
-        members: dict[tuple[tuple[Kind, Target], ...], list[str]] = defaultdict(list)
+        counts: Counter[tuple[tuple[Kind, Target], ...]] = Counter()
         for name in filter(re.compile(pattern).search, names):
             bodies = without_stubs(names[name])
-            members[tuple(sorted({(body.kind, body.target) for body in bodies}))].append(name)
+            counts[tuple(sorted({(body.kind, body.target) for body in bodies}))] += 1
         groups[pattern] = tuple(
-            KernelGroup(
-                code=tuple(f"{kind} {target}" for kind, target in targets),
-                kernels=len(group),
-                example=min(group)[:160],
-            )
-            for targets, group in sorted(members.items())
+            KernelGroup(code=tuple(f"{kind} {target}" for kind, target in targets), kernels=count)
+            for targets, count in sorted(counts.items())
         )
-    return LibraryCode(
-        sha256=sha256, size=path.stat().st_size, code=code_sizes(codes), patterns=groups
-    )
+    return LibraryCode(code=code_sizes(codes), patterns=groups)
 
 
 def _payload(

@@ -16,45 +16,37 @@ from vllm_forge.matrix import FrozenModel
 EXPERTS = re.compile(r"\.ffn\.experts(\.routed_experts)?$")
 
 
-def _experts(modules: dict[str, str]) -> str | None:
-    return next((scheme for name, scheme in modules.items() if EXPERTS.search(name)), None)
-
-
 class Device(FrozenModel):
     """A SKU's GPUs, as the stub driver declares them."""
 
     name: str
-    compute_capability: str = Field(description="e.g. 10.3")
-    memory_bytes: int = Field(description="per GPU")
-    count: int = Field(ge=1, description="GPUs that the process sees")
+    compute_capability: str  # e.g. 10.3
+    memory_bytes: int  # per GPU
+    count: int = Field(ge=1)  # GPUs that the process sees
 
 
 class Question(FrozenModel):
-    name: str = Field(
-        description="preset/<preset>/<artifact>, or grid/<sku>/<artifact>[/<variable>]"
-    )
+    name: str  # preset/<preset>/<artifact>, or grid/<sku>/<artifact>[/<variable>]
     device: Device
-    artifact: str = Field(description="name of a file in kernels/selection/artifacts")
-    arguments: tuple[str, ...] = Field(
-        default=(), description="of `vllm serve`, without the model; as serve/ writes them"
-    )
+    artifact: str  # name of a file in kernels/selection/artifacts
+    arguments: tuple[str, ...] = ()  # of `vllm serve`, without the model; as serve/ writes them
     environment: dict[str, str] = Field(default_factory=dict)
 
 
 class RejectedCandidate(FrozenModel):
     """A candidate that vLLM passed over."""
 
-    candidate: str = Field(description="backend or kernel class")
-    reason: str = Field(description="as vLLM logs it; one line")
+    candidate: str  # backend or kernel class
+    reason: str  # as vLLM logs it; one line
 
 
 class Choice(FrozenModel):
     """What one of vLLM's selections chose, and what it passed over."""
 
-    chosen: str | None = Field(description="backend or class; None if nothing fits")
-    kernel: str | None = Field(default=None, description="class that does the work")
+    chosen: str | None  # backend or class; None if nothing fits
+    kernel: str | None = None  # class that does the work
     rejected: tuple[RejectedCandidate, ...] = ()
-    error: str | None = Field(default=None, description="what vLLM raised if nothing fits")
+    error: str | None = None  # what vLLM raised if nothing fits
 
 
 class Moe(Choice):
@@ -65,47 +57,49 @@ class Moe(Choice):
     """
 
     clamp: Literal["reaches", "lost", "none"] = "none"
-    limit: float | None = Field(default=None, description="what the kernel gets")
-    without_limit: str | None = Field(
-        default=None, description="what would be chosen for a model that sets no limit"
-    )
+    limit: float | None = None  # what the kernel gets
+    without_limit: str | None = None  # what would be chosen for a model that sets no limit
 
 
-class Draft(FrozenModel):
-    """The MTP draft layer, where speculative decoding is on."""
+class Layers(FrozenModel):
+    """Layers of the target or of the draft model."""
 
-    architecture: str
-    speculative_tokens: int = Field(description="k, as vLLM took it")
-    modules: dict[str, str] = Field(description="module name -> quantization scheme class")
+    # Module name, * for the layer -> quantization scheme class.
+    modules: dict[str, str] = Field(default_factory=dict)
     moe: Moe | None = None
 
     @property
     def experts_scheme(self) -> str | None:
-        return _experts(self.modules)
+        names = self.modules.items()
+        return next((scheme for name, scheme in names if EXPERTS.search(name)), None)
+
+
+class Draft(Layers):
+    """The MTP draft layer, where speculative decoding is on."""
+
+    architecture: str
+    speculative_tokens: int  # k, as vLLM took it
 
 
 class KvCache(FrozenModel):
     """Layers with a KV cache of one shape, on one GPU."""
 
     layers: int
-    kind: str = Field(description="class of vLLM's KVCacheSpec")
-    block_size: int = Field(description="tokens per block")
-    page_bytes: int = Field(description="bytes per block and layer")
-    window: int | None = Field(description="tokens that are kept; None: all")
+    kind: str  # class of vLLM's KVCacheSpec
+    block_size: int  # tokens per block
+    page_bytes: int  # bytes per block and layer
+    window: int | None  # tokens that are kept; None: all
 
 
 class CudaGraphs(FrozenModel):
     """The sizes that vLLM resolves from flags, k and the scheduler's limits."""
 
-    mode: str = Field(description="e.g. FULL_AND_PIECEWISE")
-    sizes: tuple[int, ...] = Field(
-        description="tokens of the graphs that decode batches run in, ascending"
-    )
-    capture_sizes: tuple[int, ...] = Field(
-        description="--cudagraph-capture-sizes after all of vLLM's defaults and roundings"
-    )
-    needed: int = Field(description="max_num_seqs * (k + 1): tokens of a full decode batch")
-    covers: bool = Field(description="the largest of sizes holds a full decode batch")
+    mode: str  # e.g. FULL_AND_PIECEWISE
+    sizes: tuple[int, ...]  # tokens of the graphs that decode batches run in, ascending
+    # --cudagraph-capture-sizes after all of vLLM's defaults and roundings.
+    capture_sizes: tuple[int, ...]
+    needed: int  # max_num_seqs * (k + 1): tokens of a full decode batch
+    covers: bool  # the largest of sizes holds a full decode batch
 
 
 class Engine(FrozenModel):
@@ -117,8 +111,8 @@ class Engine(FrozenModel):
     max_num_seqs: int
     max_num_batched_tokens: int
     gpu_memory_utilization: float
-    kv_cache_dtype: str = Field(description="as the attention layers store it, e.g. fp8_ds_mla")
-    block_size: int = Field(description="tokens per KV block")
+    kv_cache_dtype: str  # as the attention layers store it, e.g. fp8_ds_mla
+    block_size: int  # tokens per KV block
     quantization: str | None
     dtype: str
     prefix_caching: bool
@@ -136,29 +130,17 @@ class Refusal(FrozenModel):
     message: str
 
 
-class Answer(FrozenModel):
+class Answer(Layers):
     """The answer to a question. After a refusal, later fields are None or empty."""
 
-    name: str = Field(description="of the question")
+    name: str  # of the question
     refused: Refusal | None = None
-    unknown_environment: tuple[str, ...] = Field(
-        default=(), description="VLLM_* variables that this vLLM does not have: no effect"
-    )
-    warnings: tuple[str, ...] = Field(
-        default=(), description="what vLLM warned of while it made its configuration"
-    )
+    # VLLM_* variables that this vLLM does not have: no effect.
+    unknown_environment: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # what vLLM warned of while it made its configuration
     engine: Engine | None = None
     cuda_graphs: CudaGraphs | None = None
     kv_cache: tuple[KvCache, ...] = ()
     attention: Choice | None = None
-    moe: Moe | None = None
-    linear: Choice | None = Field(default=None, description="FP8-block linear layers")
-    modules: dict[str, str] = Field(
-        default_factory=dict,
-        description="module name of the target, * for the layer -> quantization scheme class",
-    )
+    linear: Choice | None = None  # FP8-block linear layers
     draft: Draft | None = None
-
-    @property
-    def experts_scheme(self) -> str | None:
-        return _experts(self.modules)

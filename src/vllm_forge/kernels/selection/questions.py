@@ -1,4 +1,4 @@
-"""The questions of a line, and the config.json of each artifact that they are about.
+"""The questions of a line, the inputs and the command of the run that asks them, and its output.
 
 Every preset is asked with each of its artifacts. A grid without presets has every SKU with every
 artifact, also SKUs that the line does not serve, whose answers give the reason. It is asked again
@@ -7,14 +7,16 @@ with each retired variable set.
 
 import hashlib
 import json
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from vllm_forge.host import read_json
-from vllm_forge.kernels.errors import ArtifactConfigError
-from vllm_forge.kernels.selection.model import Device, Question
+from vllm_forge.host import parse_json, read_json, remove
+from vllm_forge.kernels.errors import ArtifactConfigError, SelectionFailedError
+from vllm_forge.kernels.selection.model import Answer, Device, Question
 from vllm_forge.matrix import FrozenModel, Matrix, Sku, serve_arguments
 
 # A node of eight GPUs: doctor checks whether a host has as many as a preset needs.
@@ -23,6 +25,20 @@ GPUS = 8
 GRID_ARGUMENTS = ("--tensor-parallel-size=4", "--kv-cache-dtype=fp8")
 DRAFTER = '--speculative-config={"method":"mtp","num_speculative_tokens":1}'
 ARTIFACTS = Path(__file__).with_name("artifacts")
+INSIDE = Path(__file__).with_name("inside")
+# The stub driver, also used by an image's checks; it imports only the standard library.
+DRIVER = INSIDE / "driver.py"
+QUESTIONS = "questions.json"
+# The package is mounted at /mnt/inside; the image's own Python runs it.
+ARGV = (
+    "/opt/venv/bin/python",
+    "-c",
+    "import sys; sys.path.insert(0, '/mnt'); from inside.main import main; main()",
+)
+TAIL = 2000
+# A tokenizer with only the tokens that DeepSeek's parsers look up: some flags make vLLM open one,
+# none selects by it.
+TOKENIZER = Path(__file__).with_name("tokenizer")
 
 
 class ArtifactFile(FrozenModel):
@@ -107,3 +123,63 @@ def artifact_config(name: str, folder: Path = ARTIFACTS) -> dict[str, Any]:
 def config_hash(name: str, folder: Path = ARTIFACTS) -> str:
     text = json.dumps(artifact_config(name, folder), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def inside_hash() -> str:
+    """SHA-256 of the modules that run inside."""
+    total = hashlib.sha256()
+    for path in sorted(INSIDE.glob("*.py")):
+        total.update(f"{path.name}\0".encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def write_inputs(folder: Path, questions: Sequence[Question]) -> None:
+    """Write the package and the questions to a folder that any user can read."""
+    tokenizer = {path.name: parse_json(path.read_bytes()) for path in TOKENIZER.glob("*.json")}
+    content = {
+        "questions": [question.model_dump(mode="json") for question in questions],
+        "artifacts": {
+            name: {"config.json": artifact_config(name), **tokenizer}
+            for name in sorted({question.artifact for question in questions})
+        },
+    }
+    remove(folder)
+    (folder / INSIDE.name).mkdir(parents=True)
+    for path in sorted(INSIDE.glob("*.py")):
+        shutil.copyfile(path, folder / INSIDE.name / path.name)
+    (folder / QUESTIONS).write_text(json.dumps(content), encoding="utf-8")
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755)
+
+
+def read_answers(output: str, questions: Iterable[Question], where: str) -> tuple[Answer, ...]:
+    """The answers on the output's last line, in the questions' order, else SelectionFailedError."""
+    names = [question.name for question in questions]
+    try:
+        rows = parse_json(output.strip().splitlines()[-1])
+        for row in rows:
+            row.pop("seconds", None)
+            row.pop("imported", None)
+        answers = tuple(Answer.model_validate(row) for row in rows)
+    except (IndexError, ValueError, TypeError, AttributeError, ValidationError) as error:
+        raise SelectionFailedError(
+            f"the questions printed no answers: {str(error)[:TAIL]}",
+            where=where,
+            remedy=output[-TAIL:],
+        ) from None
+    if [answer.name for answer in answers] != names:
+        raise SelectionFailedError(
+            f"{len(answers)} answers to {len(names)} questions, or in another order", where=where
+        )
+    failed = [
+        f"\n  - {answer.name}: {answer.refused.message}"
+        for answer in answers
+        if answer.refused is not None and answer.refused.kind == "failed"
+    ]
+    if failed:
+        raise SelectionFailedError(
+            f"{len(failed)} of {len(answers)} questions failed:{''.join(failed)}",
+            where=where,
+            remedy=f"fix {INSIDE}: this vLLM may have changed its interfaces",
+        )
+    return answers

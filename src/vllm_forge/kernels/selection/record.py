@@ -10,8 +10,12 @@ from typing import Any, Self
 from vllm_forge.host import atomic_path, read_json
 from vllm_forge.kernels.errors import SelectionChangedError, SelectionFileError, SelectionStaleError
 from vllm_forge.kernels.selection.model import Answer, Question
-from vllm_forge.kernels.selection.mount import inside_hash
-from vllm_forge.kernels.selection.questions import config_hash, grid_questions, line_questions
+from vllm_forge.kernels.selection.questions import (
+    config_hash,
+    grid_questions,
+    inside_hash,
+    line_questions,
+)
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
 
@@ -110,7 +114,7 @@ def write_selection(records: Path, recorded: SelectionRecord) -> Path:
 
 
 def require_fresh(project: Project, line_name: str) -> SelectionRecord:
-    """The recorded answers; SelectionStaleError if inputs or questions changed since."""
+    """The recorded answers; SelectionStaleError if inputs or questions of the checkout differ."""
     recorded = read_selection(project.records, line_name)
     now = selection_inputs(project, line_name)
     changed = [f"input {path}" for path, *_ in differences(recorded.inputs, now)]
@@ -120,11 +124,7 @@ def require_fresh(project: Project, line_name: str) -> SelectionRecord:
     ):
         before = {question.name: question for question, _ in rows}
         after = {question.name: question for question in questions}
-        changed += [
-            f"question {name}{part}"
-            for name in {**before, **after}
-            if before.get(name) != after.get(name)
-        ]
+        changed += [f"question {name}{part}" for name, *_ in differences(before, after)]
     if changed:
         raise SelectionStaleError(
             f"line {line_name}: inputs changed since kernel selection was recorded on "
@@ -138,7 +138,7 @@ def require_fresh(project: Project, line_name: str) -> SelectionRecord:
 def require_same(
     recorded: SelectionRecord, answers: Sequence[Answer], *, published: bool = False
 ) -> None:
-    """Compare answers with the recorded ones; SelectionChangedError has both values of a field."""
+    """SelectionChangedError, with both values of each field, if answers are not as recorded."""
     before = recorded.published_answers if published else recorded.answers
     changed = [f"{row.name}: not recorded" for row in answers if row.name not in before]
     changed += [
@@ -161,7 +161,7 @@ def require_same(
 
 
 def differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Path, old and new value of each leaf in which two JSON values differ."""
+    """Path, old and new value of each leaf in which two values differ, through their dicts."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in sorted({*before, *after}):
             yield from differences(before.get(key), after.get(key), f"{path}.{key}".lstrip("."))
@@ -190,12 +190,12 @@ def _dump(row: tuple[Question, Answer], shared: Mapping[str, list[Any]]) -> dict
             shared[name].append(value)
         return shared[name].index(value)
 
-    question, answer = (part.model_dump(mode="json", exclude_defaults=True) for part in row)
+    dumps = (part.model_dump(mode="json", exclude_defaults=True) for part in row)
+    question, answer = (
+        {k: place(k, v) if k in SHARED else v for k, v in dump.items()} for dump in dumps
+    )
     del answer["name"]
-    return {
-        "question": {k: place(k, v) if k in SHARED else v for k, v in question.items()},
-        "answer": {k: place(k, v) if k in SHARED else v for k, v in answer.items()},
-    }
+    return {"question": question, "answer": answer}
 
 
 def _some(items: list[str], separator: str) -> str:
