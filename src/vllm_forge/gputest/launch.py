@@ -1,6 +1,5 @@
 """Run the GPU suite inside an image with the GPUs of this host."""
 
-import json
 import os
 import tempfile
 import zipfile
@@ -10,7 +9,7 @@ from typing import Any
 
 from vllm_forge.gputest.bundle import SuiteImage, write_bundle
 from vllm_forge.gputest.errors import RED, SuiteRedError, SuiteUndecidedError, WrongGpuError
-from vllm_forge.host import Probe, gpu_container, run_foreground
+from vllm_forge.host import Probe, gpu_container, parse_json, run_foreground
 from vllm_forge.host.gpus import DETAILED, gpu_query
 from vllm_forge.images.docker_api import inspect_image
 from vllm_forge.images.errors import EngineTooOldError, EngineUnreachableError
@@ -86,13 +85,17 @@ def find_image(probe: Probe, name: str, layout: Path) -> tuple[str, SuiteImage]:
         digest = _manifest(image, name, layout)
         return "docker", SuiteImage(name=name, digest=digest, labels=_labels(image))
     reply = probe.ask("podman-image", ["podman", "image", "inspect", name])
+    podman = "not installed" if reply.missing else "no such image"
     if reply.code == 0:
-        (image,) = json.loads(reply.text)
-        digest = hex_digest(image["Digest"])
-        return "podman", SuiteImage(name=name, digest=digest, labels=_labels(image))
+        try:
+            (image,) = parse_json(reply.text)
+            digest = hex_digest(image["Digest"])
+            return "podman", SuiteImage(name=name, digest=digest, labels=_labels(image))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            podman = f"unexpected answer: {error!r}"
     raise NoGpuError(
         f"no container engine has {name}",
-        where=f"{docker}; podman: {'not installed' if reply.missing else 'no such image'}",
+        where=f"{docker}; podman: {podman}",
         remedy="build it with --load, or name it with --image",
     )
 

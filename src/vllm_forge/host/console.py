@@ -8,16 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich import progress
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 # Seconds between lines of progress where no bar can be drawn, as in a log of CI.
 PROGRESS_S = 10.0
@@ -63,10 +56,11 @@ def transfer_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """
     if console.is_terminal:
         columns = (
-            TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
-            TransferSpeedColumn(), TimeRemainingColumn(),
+            progress.TextColumn("{task.description}"), progress.BarColumn(),
+            progress.DownloadColumn(), progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
         )  # fmt: skip
-        with Progress(*columns, console=console) as bar:
+        with progress.Progress(*columns, console=console) as bar:
             task = bar.add_task(what, total=total)
             yield lambda size: bar.advance(task, size)
     else:

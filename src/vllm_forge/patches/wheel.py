@@ -12,7 +12,6 @@ aside and renamed, which also leaves a package cache that they were hard-linked 
 import copy
 import hashlib
 import io
-import json
 import os
 import subprocess
 import tempfile
@@ -22,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_forge.host import atomic_path
+from vllm_forge.host import atomic_path, parse_json
 from vllm_forge.host.errors import CacheError
 from vllm_forge.patches import errors
 from vllm_forge.patches.apply import Applied, Patch, apply_series, tree_index
@@ -266,11 +265,12 @@ def probe(python: Path) -> Installed:
     done = subprocess.run(
         [str(python), "-I", "-c", PROBE], capture_output=True, text=True, check=False
     )
-    if done.returncode != 0:
+    try:
+        found = parse_json(done.stdout.strip().splitlines()[-1])  # a .pth may print before it
+    except (ValueError, IndexError):
         raise errors.NoEnvironmentError(
             f"the interpreter does not run: {done.stderr.strip()[-300:]}", where=str(python)
-        )
-    found = json.loads(done.stdout)
+        ) from None
     if found.pop("editable", False):
         raise errors.DirtyTreeError(
             "vLLM is installed from a source tree (editable)",

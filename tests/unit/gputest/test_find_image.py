@@ -142,3 +142,14 @@ def test_a_damaged_build_is_reported(built: Image) -> None:
     (built.path / "index.json").write_text("{")
     with pytest.raises(LayoutError):
         find_image(Engines(docker="sha256:c0|7ree|"), NAME, built.path)
+
+
+@pytest.mark.parametrize("answer", ["", "{", "[]", "[{}]", "[7]", '[{"Digest": 7}]', "[" * 99999])
+def test_unexpected_answer_of_podman_is_reported(answer: str, tmp_path: Path) -> None:
+    class Host(Engines):
+        def ask(self, name: str, argv: Sequence[str]) -> Reply:
+            return Reply(code=0, text=answer)
+
+    with pytest.raises(NoGpuError) as refused:
+        ask(Host(), NAME, tmp_path)
+    assert "podman: unexpected answer" in refused.value.where

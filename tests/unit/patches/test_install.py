@@ -14,6 +14,8 @@ import pytest
 from uv import find_uv_bin
 
 from tests.support.project import PATCHED, REPO, Project, make_project
+from vllm_forge.patches.errors import NoEnvironmentError
+from vllm_forge.patches.wheel import probe
 
 SCRIPT = "install_vllm_with_patches.sh"
 
@@ -273,3 +275,12 @@ class TestScript:
         done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert "not a checkout" in done.stderr
+
+
+@pytest.mark.parametrize("answer", ["", "no JSON", "["])
+def test_interpreter_without_an_answer_is_reported(answer: str, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    python.chmod(0o755)
+    with pytest.raises(NoEnvironmentError, match="does not run"):
+        probe(python)
