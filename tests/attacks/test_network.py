@@ -5,6 +5,7 @@ Files are known by hash and size; pages end at a size; both end at a time; nothi
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -121,6 +122,22 @@ def test_page_that_is_not_one_is_refused(body: bytes) -> None:
     with sender.running(), pytest.raises(ForgeError) as refused:
         Index(sender.url).files("x")
     assert isinstance(refused.value, IndexUnreachableError)
+
+
+def test_names_and_hashes_that_are_paths_are_not_taken() -> None:
+    """They become parts of paths in the cache."""
+    good = {"filename": "x-1.0+cu130-py3-none-any.whl", "hashes": {"sha256": "a" * 64}}
+    names = ["x-1.0-py3-none-any./../../x.whl", "/etc/x.whl", "..", ".x.whl", "x\n.whl", "x y.whl"]
+    bad = [good | {"filename": name} for name in names]
+    odd = good | {"hashes": {"sha256": "../../../etc"}}
+    files = [row | {"url": "x", "size": 1} for row in [*bad, odd, good]]
+    page = {"meta": {"api-version": "1.1"}, "name": "x", "versions": [], "files": files}
+    body = json.dumps(page).encode()
+    sender = Sender(HEAD.format(kind=JSON, more=f"Content-Length: {len(body)}\r\n"), body)
+    with sender.running():
+        taken = Index(sender.url).files("x")
+    assert {file.filename for file in taken} == {good["filename"]}
+    assert [file.sha256 for file in taken] == [None, "a" * 64]
 
 
 def test_index_without_tls_behind_one_with_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,7 +172,7 @@ def exclusive(name: str, *, wait: bool) -> Iterator[None]:
     folder = cache_root() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.lock"
-    with path.open("a+") as file:
+    with path.open("a+", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

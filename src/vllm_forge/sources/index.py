@@ -26,6 +26,9 @@ TIMEOUT_S = (15, 60)  # to connect; between two reads
 CHUNK = 1 << 20
 PAGE_BYTES = 64 << 20  # the largest known page of a project has 3 MB
 PAGE_S = 120
+# Both become parts of paths in the cache.
+FILENAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+!~-]*")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 PIP_INDEX = re.compile(r"^global\.index-url=(?P<quote>['\"])(?P<url>.+)(?P=quote)$", re.M)
 
 
@@ -115,12 +118,14 @@ class Index:
             IndexFile(
                 filename=package.filename,
                 url=package.url,
-                sha256=package.digests.get("sha256"),
+                sha256=sha256 if SHA256.fullmatch(sha256) else None,
                 size=package.size,
                 yanked=package.is_yanked,
                 uploaded=str(package.upload_time.date()) if package.upload_time else None,
             )
             for package in page.packages
+            if FILENAME.fullmatch(package.filename)
+            for sha256 in [package.digests.get("sha256", "")]
         ]
 
     def _page(self, project: str) -> ProjectPage:

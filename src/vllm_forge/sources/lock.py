@@ -29,7 +29,7 @@ from vllm_forge.sources.index import Index, IndexFile
 
 ENTRY = re.compile(
     r"^(?P<name>[a-z0-9-]+)==(?P<version>\S+) --hash=sha256:(?P<sha256>[0-9a-f]{64})"
-    r"  # (?P<filename>\S+\.whl) (?P<size>\d+)$"
+    r"  # (?P<filename>[A-Za-z0-9_][A-Za-z0-9_.+!~-]*\.whl) (?P<size>\d+)$"
 )
 TOTAL = re.compile(r"^# total: (?P<count>\d+) wheels, (?P<bytes>\d+) bytes$", re.M)
 INPUT = re.compile(r"^# input: (?P<digest>[0-9a-f]{64})$", re.M)

@@ -106,6 +106,7 @@ BROKEN: dict[str, tuple[Callable[[str], str], str]] = {
     "no-file": (sub(r"^(certifi\S+ \S+).*$", r"\1"), "not a lock entry: certifi"),
     "an-sdist": (sub(r"^(certifi.*)-py3-none-any\.whl", r"\1.tar.gz"), "not a lock entry"),
     "a-url": (sub(r"^certifi==\S+", "certifi @ https://example.org/c.whl"), "not a lock entry"),
+    "a-path": (sub(r"^(certifi.*#) (\S+\.whl)", r"\1 ../../\2"), "not a lock entry: certifi"),
     "trailing-text": (sub(r"^(certifi.*)$", r"\1 # mine"), "not a lock entry"),
     "indented": (sub(r"^certifi", " certifi"), "not a lock entry"),
     "an-option": (sub(r"^certifi", "--pre\ncertifi"), "not a lock entry: --pre"),
