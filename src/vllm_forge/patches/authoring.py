@@ -13,17 +13,7 @@ from pathlib import Path
 
 from vllm_forge.errors import UsageError
 from vllm_forge.host import atomic_path
-from vllm_forge.patches import errors
-from vllm_forge.patches.apply import (
-    FIELDS,
-    Patch,
-    apply_series,
-    canonical_diff,
-    header_text,
-    parse_fields,
-    parse_patch,
-    patch_text,
-)
+from vllm_forge.patches import apply, errors
 from vllm_forge.patches.series import (
     fetch_base,
     lock_text,
@@ -40,7 +30,7 @@ PATCH = "Patch"
 CONFIG = ("config", "--local", "--get")
 AGAIN = "check the line out to another directory and cherry-pick your commits there"
 FILE_NAME = re.compile(r"^\w[\w.+-]*\.patch$")
-TRAILER = re.compile(rf"^({'|'.join((*FIELDS, PATCH))}):", re.M)
+TRAILER = re.compile(rf"^({'|'.join((*apply.FIELDS, PATCH))}):", re.M)
 IDENT = {
     f"GIT_{who}_{key}": value
     for who in ("AUTHOR", "COMMITTER")
@@ -92,7 +82,7 @@ def checkout(project: Project, line_name: str, repo: SourceRepo, target: Path) -
         (work.path / "info").mkdir(exist_ok=True)
         (work.path / "info" / "attributes").write_text("* -text -filter -ident\n")
         template = work.path / "info" / "message"
-        trailers = "".join(f"{field}: \n" for field in FIELDS[1:])
+        trailers = "".join(f"{field}: \n" for field in apply.FIELDS[1:])
         template.write_text(f"\n\n{trailers}", encoding="utf-8")
         for key, value in {
             "core.bare": "false",
@@ -107,7 +97,7 @@ def checkout(project: Project, line_name: str, repo: SourceRepo, target: Path) -
     return len(patches)
 
 
-def export(project: Project, source: Path) -> tuple[str, tuple[Patch, ...]]:
+def export(project: Project, source: Path) -> tuple[str, tuple[apply.Patch, ...]]:
     """Write the line's patch files, series and lock from the commits of a patch checkout.
 
     Returns the line's name and its new series.
@@ -141,7 +131,7 @@ def export(project: Project, source: Path) -> tuple[str, tuple[Patch, ...]]:
             where=str(source),
             remedy="change the trailer of one with git rebase -i, or squash the two",
         )
-    applied = apply_series(work, lock.base, patches)
+    applied = apply.apply_series(work, lock.base, patches)
     if applied.trees != tuple(trees[1:]):
         raise errors.NonCanonicalPatchError(
             "the patches do not give the trees of the commits", where=str(source)
@@ -150,7 +140,7 @@ def export(project: Project, source: Path) -> tuple[str, tuple[Patch, ...]]:
     with atomic_path(series) as aside:
         shutil.copytree(series, aside, ignore=shutil.ignore_patterns("*.patch"))
         for patch in patches:
-            (aside / patch.name).write_text(patch_text(patch), encoding="utf-8")
+            (aside / patch.name).write_text(apply.patch_text(patch), encoding="utf-8")
         (aside / "series").write_text(series_text(series, names), encoding="utf-8")
         new = lock.model_copy(update={"result": applied.result})
         (aside / "lock.toml").write_text(lock_text(new, name), encoding="utf-8")
@@ -166,10 +156,10 @@ def export(project: Project, source: Path) -> tuple[str, tuple[Patch, ...]]:
     return name, read_series(series)
 
 
-def _message(patch: Patch) -> str:
+def _message(patch: apply.Patch) -> str:
     first, _, body = patch.fields["Description"].partition("\n")
-    trailers = {name: patch.fields[name] for name in FIELDS[1:]} | {PATCH: patch.name}
-    message = "\n\n".join(filter(None, [first, body, header_text(trailers)]))
+    trailers = {name: patch.fields[name] for name in apply.FIELDS[1:]} | {PATCH: patch.name}
+    message = "\n\n".join(filter(None, [first, body, apply.header_text(trailers)]))
     # read_patch accepts more than a message keeps, e.g. a description that starts with a blank.
     if _fields(message, str(patch.path)) != (patch.fields, patch.name):
         raise errors.PatchHeaderError(
@@ -191,11 +181,11 @@ def _fields(message: str, where: str) -> tuple[dict[str, str], str | None]:
     named = next((row for row in rows if row.startswith(f"{PATCH}: ")), None)
     rest = [row for row in rows if row != named]
     head = "\n".join([f"Description: {description}".replace("\n", "\n "), *rest])
-    fields = parse_fields(head, where, ordered=False)
+    fields = apply.parse_fields(head, where, ordered=False)
     return fields, named and named.partition(": ")[2].strip()
 
 
-def _patch(work: SourceRepo, commit: str, number: int, before: str, after: str) -> Patch:
+def _patch(work: SourceRepo, commit: str, number: int, before: str, after: str) -> apply.Patch:
     message = work.git("log", "-1", "--format=%B", commit).stdout.decode(errors="replace")
     subject = message.partition("\n")[0]
     where = f"commit {commit[:12]} ({subject})"
@@ -213,14 +203,14 @@ def _patch(work: SourceRepo, commit: str, number: int, before: str, after: str) 
             where=where,
             remedy="give a file name that ends in .patch, or remove the trailer",
         )
-    diff = canonical_diff(work, before, after)
+    diff = apply.canonical_diff(work, before, after)
     if "\ufffd" in diff:
         raise errors.NonCanonicalPatchError(
             "the changed code is not UTF-8",
             where=where,
             remedy="change other lines, or other files",
         )
-    return parse_patch(Path(name), fields, diff, where)
+    return apply.parse_patch(Path(name), fields, diff, where)
 
 
 def _commits(work: SourceRepo, source: Path, tree: str) -> list[str]:

@@ -6,13 +6,7 @@ from pathlib import Path
 
 from vllm_forge.checkpoints.errors import DryLoadError
 from vllm_forge.checkpoints.fixtures.variants import cached_variant, load_variants
-from vllm_forge.checkpoints.inspect.dry_load import (
-    PROGRAM,
-    Answer,
-    Answers,
-    read_answers,
-    write_request,
-)
+from vllm_forge.checkpoints.inspect import dry_load as loading
 from vllm_forge.checkpoints.inspect.inspection import DATA, Verdicts, inspect, variant_row
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.errors import ForgeError, UsageError
@@ -26,7 +20,7 @@ from vllm_forge.proofs.environment import PYTHON, image_plan, open_line
 NAME = "checkpoint"
 DISPOSITIONS = "patches/vllm"
 # An image's Python does not search the folder of a script.
-ARGV = ("/usr/bin/env", "PYTHONPATH=/mnt", PYTHON, f"/mnt/{PROGRAM}")
+ARGV = ("/usr/bin/env", "PYTHONPATH=/mnt", PYTHON, f"/mnt/{loading.PROGRAM}")
 TOOLS = ("buildah", "runc", "unshare")
 
 
@@ -45,24 +39,24 @@ def ready(project: Project, line_name: str) -> str:
 
 def dry_load(
     project: Project, line_name: str, profiles: Mapping[str, Profile], runner: Runner
-) -> Answers:
+) -> loading.Answers:
     """Let a line's vLLM, with its series, load checkpoints without data, on its first SKU."""
     where = f"line {line_name}"
     with exclusive(f"inspect-{line_name}", wait=True), report(f"dry load on {where}"):
         environment = open_line(project, line_name, runner, "inspect")
         inputs = environment.work / "inputs"
-        write_request(inputs, profiles, environment.plan.cell.sku)
+        loading.write_request(inputs, profiles, environment.plan.cell.sku)
         tree = environment.write_tree(environment.applied.result, "patched")
         try:
             output = environment.run(runner, "dry-load", tree, inputs, ARGV)
         except CommandFailedError as error:
             raise DryLoadError(error.what, where=f"{where}, {error.where}") from None
-        return read_answers(output, where, list(profiles))
+        return loading.read_answers(output, where, list(profiles))
 
 
 def dry_loads(
     project: Project, names: Sequence[str], profile: Profile, resolve_by: str, runner: Runner
-) -> dict[str, Answer]:
+) -> dict[str, loading.Answer]:
     """Line -> its vLLM's answer; lines that cannot be asked, and may be left out, are missing.
 
     ``resolve_by``: ``rules`` asks none, ``auto`` those that are ready, ``vllm`` all.

@@ -12,30 +12,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from vllm_forge import images
 from vllm_forge.host import Runner, cache_root, exclusive, remove, report
 from vllm_forge.host.errors import CacheError
-from vllm_forge.images import (
-    BuildOptions,
-    ImagePlan,
-    build_system,
-    choose_engine,
-    resolve,
-    write_layers,
-)
 from vllm_forge.images.content import VLLM
 from vllm_forge.images.engines import ContainerRun
 from vllm_forge.images.errors import EngineSetupError
 from vllm_forge.images.store import require_stored
 from vllm_forge.images.system import load_system
 from vllm_forge.images.wheels import site_packages
+from vllm_forge.kernels.selection import questions as asking
 from vllm_forge.kernels.selection.model import Question
-from vllm_forge.kernels.selection.questions import (
-    ARGV,
-    grid_questions,
-    line_questions,
-    read_answers,
-    write_inputs,
-)
 from vllm_forge.kernels.selection.record import Rows, SelectionRecord, selection_inputs
 from vllm_forge.patches import Applied, check_line
 from vllm_forge.patches.wheel import GENERATED, changed_files, read_blob
@@ -56,7 +43,7 @@ class LineEnvironment:
         work: folder of the cache; a run has a subfolder of its name.
     """
 
-    plan: ImagePlan
+    plan: images.ImagePlan
     repo: SourceRepo
     applied: Applied
     lower_dirs: tuple[Path, ...]
@@ -95,10 +82,11 @@ class LineEnvironment:
         return folder
 
 
-def image_plan(project: Project, line_name: str) -> ImagePlan:
+def image_plan(project: Project, line_name: str) -> images.ImagePlan:
     """The image of a line's first SKU; all SKUs share its layers."""
     cell = project.cell(project.matrix.line[line_name].skus[0], line_name)
-    return resolve(project, cell, BuildOptions(output=cache_root() / "work"), choose_engine(ENGINE))
+    options = images.BuildOptions(output=cache_root() / "work")
+    return images.resolve(project, cell, options, images.choose_engine(ENGINE))
 
 
 def open_line(project: Project, line_name: str, runner: Runner, kind: str) -> LineEnvironment:
@@ -115,8 +103,8 @@ def open_line(project: Project, line_name: str, runner: Runner, kind: str) -> Li
     applied = check_line(project, line_name, repo)
     plan = image_plan(project, line_name)
     plan.require_disk()
-    system = load_system(build_system(plan, runner))
-    write_layers(plan.cell, plan.groups, lambda: None, slim=False)
+    system = load_system(images.build_system(plan, runner))
+    images.write_layers(plan.cell, plan.groups, lambda: None, slim=False)
     if system.root is None:
         raise CacheError(
             "the kept system has no unpacked root",
@@ -136,7 +124,7 @@ def open_line(project: Project, line_name: str, runner: Runner, kind: str) -> Li
     )
 
 
-def _metadata(plan: ImagePlan, folder: Path) -> Path:
+def _metadata(plan: images.ImagePlan, folder: Path) -> Path:
     """The published version and metadata, which an image has in its last layer."""
     remove(folder)
     site = folder / site_packages(plan.cell.line.python)
@@ -156,20 +144,20 @@ def ask_line(project: Project, line_name: str, runner: Runner) -> SelectionRecor
 
         def ask(name: str, tree: str, title: str, questions: Sequence[Question]) -> Rows:
             inputs = environment.work / name / "inputs"
-            write_inputs(inputs, questions)
+            asking.write_inputs(inputs, questions)
             folder = environment.write_tree(tree, name)
             with report(f"{title}: {len(questions)} questions"):
-                output = environment.run(runner, name, folder, inputs, ARGV)
-            answers = read_answers(output, questions, f"line {line_name}, {name}")
+                output = environment.run(runner, name, folder, inputs, asking.ARGV)
+            answers = asking.read_answers(output, questions, f"line {line_name}, {name}")
             return tuple(zip(questions, answers, strict=True))
 
         applied, title = environment.applied, f"vLLM {vllm} as published"
-        asked = line_questions(project.matrix, line_name)
+        asked = asking.line_questions(project.matrix, line_name)
         return SelectionRecord(
             line_name=line_name,
             vllm=vllm,
             made=datetime.now(UTC).date().isoformat(),
             inputs=selection_inputs(project, line_name),
             rows=ask("patched", applied.result, f"line {line_name}", asked),
-            published=ask("published", applied.base, title, grid_questions(project.matrix)),
+            published=ask("published", applied.base, title, asking.grid_questions(project.matrix)),
         )

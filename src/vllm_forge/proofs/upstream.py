@@ -15,18 +15,9 @@ from rich.table import Table
 from vllm_forge.host import Runner, atomic_path, console, exclusive, report, write_json
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.project import Project
+from vllm_forge.proofs import prove
 from vllm_forge.proofs.environment import PYTHON, LineEnvironment, open_line
 from vllm_forge.proofs.errors import ProofNotRunError, RegressionError, UpstreamRowsError
-from vllm_forge.proofs.prove import (
-    GREEN,
-    RED,
-    SCRIPT,
-    TestRun,
-    not_run,
-    parse,
-    unpack_source,
-    write_tools,
-)
 
 ROWS = "tests/patches/upstream.toml"
 REQUIREMENTS = "tests/patches/requirements-upstream.txt"
@@ -76,11 +67,10 @@ def compare(project: Project, line: str, runner: Runner) -> Path:
         trees = {PUBLISHED: environment.applied.base, PATCHED: environment.applied.result}
         folders = {name: environment.write_tree(tree, name) for name, tree in trees.items()}
 
-        def run(name: str) -> TestRun:
-            argv = (
-                "/usr/bin/timeout", str(LIMIT), PYTHON, f"/mnt/{SCRIPT.name}", line, "1", *paths,
-            )  # fmt: skip
-            return parse(environment.run(runner, name, folders[name], inputs, argv), name)
+        def run(name: str) -> prove.TestRun:
+            script = f"/mnt/{prove.SCRIPT.name}"
+            argv = ("/usr/bin/timeout", str(LIMIT), PYTHON, script, line, "1", *paths)
+            return prove.parse(environment.run(runner, name, folders[name], inputs, argv), name)
 
         with ThreadPoolExecutor(len(trees)) as pool:
             published, patched = pool.map(run, trees)
@@ -93,12 +83,12 @@ def compare(project: Project, line: str, runner: Runner) -> Path:
 
 
 def judge(
-    line: str, paths: list[str], published: TestRun, patched: TestRun
+    line: str, paths: list[str], published: prove.TestRun, patched: prove.TestRun
 ) -> dict[str, dict[str, int]]:
     """How many tests of each file have which pair of outcomes, as published and as patched."""
     for name, run in ((PUBLISHED, published), (PATCHED, patched)):
-        if run.exit not in {GREEN, RED}:
-            raise not_run(f"line {line}, {name}", run)
+        if run.exit not in {prove.GREEN, prove.RED}:
+            raise prove.not_run(f"line {line}, {name}", run)
     rows: dict[str, dict[str, int]] = {}
     for path in paths:
         names = sorted(
@@ -139,6 +129,6 @@ def _write_inputs(root: Path, environment: LineEnvironment) -> Path:
     folder = environment.work / "inputs"
     with atomic_path(folder) as aside:
         aside.mkdir()
-        unpack_source(environment.repo, environment.applied.base, CONTENT, aside)
-        write_tools(aside, root / REQUIREMENTS)
+        prove.unpack_source(environment.repo, environment.applied.base, CONTENT, aside)
+        prove.write_tools(aside, root / REQUIREMENTS)
     return folder

@@ -18,14 +18,8 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar, cast
 from pydantic import AfterValidator, Field, model_validator
 
 from vllm_forge.host import suggestion
+from vllm_forge.kernels.coverage import library
 from vllm_forge.kernels.coverage.device_code import Capability, Kind, Target, device_code, runs_on
-from vllm_forge.kernels.coverage.library import (
-    LibraryCode,
-    code_sizes,
-    compiled_for,
-    library_code,
-    mapped,
-)
 from vllm_forge.kernels.errors import UnknownFamilyError
 from vllm_forge.matrix import FrozenModel
 
@@ -266,7 +260,7 @@ class SitePackages:
 
     sites: tuple[Path, ...]
     rows: Catalogue = field(default_factory=catalogue)
-    _libraries: dict[Path, LibraryCode] = field(default_factory=dict)
+    _libraries: dict[Path, library.LibraryCode] = field(default_factory=dict)
     _files: dict[str, list[tuple[str, Path]]] = field(default_factory=dict)
     knows: Callable[[Path, str], bool] = field(default_factory=lambda: cache(_knows))
     cubin_target: Callable[[Path], Target | None] = field(
@@ -285,9 +279,9 @@ class SitePackages:
             self._files[glob] = sorted(merged.items())
         return self._files[glob]
 
-    def library(self, name: str, path: Path) -> LibraryCode:
+    def library(self, name: str, path: Path) -> library.LibraryCode:
         if path not in self._libraries:
-            self._libraries[path] = library_code(path, self.rows.patterns_of(name))
+            self._libraries[path] = library.library_code(path, self.rows.patterns_of(name))
         return self._libraries[path]
 
     def libraries(self) -> dict[str, dict[str, Any]]:
@@ -299,8 +293,8 @@ class SitePackages:
             if self.rows.patterns_of(name):
                 code = self.library(name, path).code
             else:
-                with mapped(path) as buffer:
-                    code = code_sizes(device_code(buffer, str(path)))
+                with library.mapped(path) as buffer:
+                    code = library.code_sizes(device_code(buffer, str(path)))
             if code:
                 rows[name] = {"size": path.stat().st_size, "code": dict(code)}
         return rows
@@ -323,13 +317,13 @@ class SitePackages:
 
 def _knows(path: Path, target: str) -> bool:
     word = re.compile(re.escape(target.encode()) + rb"(?![0-9A-Za-z])")
-    with mapped(path) as buffer:
+    with library.mapped(path) as buffer:
         return word.search(buffer) is not None
 
 
 def _cubin_target(path: Path) -> Target | None:
-    with mapped(path) as buffer:
-        return compiled_for(buffer)
+    with library.mapped(path) as buffer:
+        return library.compiled_for(buffer)
 
 
 def best(code: Sequence[str], capability: Capability) -> tuple[CoverageVerdict, str]:
