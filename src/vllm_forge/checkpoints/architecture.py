@@ -9,11 +9,10 @@ A config that lies about sizes is found out by its tensors; one whose sizes are 
 absurd would end in a traceback, or fill the memory. Limits are far above any model's.
 """
 
-from __future__ import annotations
-
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Any, Self
 
 from packaging.version import Version
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,9 +20,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.tensors import TensorSpec
 from vllm_forge.host import printable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
 
 MODEL_TYPE = "deepseek_v4"
 # Entries of compress_ratios (transformers 5.17.0, configuration_deepseek_v4.py:33).

@@ -1,7 +1,5 @@
 """Models, recipes, quantized output and checkpoints."""
 
-from __future__ import annotations
-
 from vllm_forge.errors import ForgeError
 
 REFUSED = 70

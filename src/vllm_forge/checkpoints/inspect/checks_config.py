@@ -3,10 +3,9 @@
 Rules are compared with how the weights are stored, for every vLLM of a line.
 """
 
-from __future__ import annotations
-
 import fnmatch
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from packaging.version import Version
@@ -30,11 +29,8 @@ from vllm_forge.checkpoints.inspect.matching import (
 )
 from vllm_forge.checkpoints.inspect.profile import DRAFT, Format, Part, Profile
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    # Since which vLLM, before which, fault (a row of checks.toml) -> modules.
-    Era = tuple[Version, Version | None, Mapping[str, list[str]]]
+# Since which vLLM, before which, fault (a row of checks.toml) -> modules.
+Era = tuple[Version, Version | None, Mapping[str, list[str]]]
 
 ARCHITECTURES = ["DeepseekV4ForCausalLM"]
 SHOWN = 80  # characters of what is there instead

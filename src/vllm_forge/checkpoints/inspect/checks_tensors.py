@@ -1,12 +1,10 @@
 """Checks of files and tensors: names (from the index alone), dtypes, shapes and single scales."""
 
-from __future__ import annotations
-
 import math
 import re
 import struct
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
 
 from vllm_forge.checkpoints.inspect.findings import (
     Effect,
@@ -31,12 +29,7 @@ from vllm_forge.checkpoints.inspect.profile import (
     split,
     stored_as,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-
-    from vllm_forge.checkpoints.inspect.profile import Profile
-    from vllm_forge.checkpoints.tensors import StoredTensor, TensorSpec
+from vllm_forge.checkpoints.tensors import StoredTensor, TensorSpec
 
 ROWS = re.compile(r"ffn\.shared_experts\.(down_proj|w2)\.\d+(\.|$)")
 ROUTERS = (".gate.bias", ".gate.tid2eid")

@@ -1,11 +1,9 @@
 """A dry load's request and its answer; the part inside a line's environment is meta_load.py."""
 
-from __future__ import annotations
-
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -13,12 +11,7 @@ import vllm_forge.kernels.selection.inside
 from vllm_forge.checkpoints.errors import DryLoadError
 from vllm_forge.checkpoints.inspect.profile import Drafter, Profile
 from vllm_forge.host import atomic_path, parse_json
-from vllm_forge.matrix import FrozenModel
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from vllm_forge.matrix import Sku
+from vllm_forge.matrix import FrozenModel, Sku
 
 SCRIPT = Path(__file__).with_name("meta_load.py")
 PROGRAM = "dry_load.py"  # its name where it is mounted

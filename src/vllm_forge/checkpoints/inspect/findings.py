@@ -1,19 +1,15 @@
 """What an inspection finds: one record per fault, by the rows of checks.toml."""
 
-from __future__ import annotations
-
 import re
 import tomllib
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
 from vllm_forge.matrix import FrozenModel
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
 
 TABLE: dict[str, dict[str, Any]] = tomllib.loads(
     Path(__file__).with_name("checks.toml").read_text(encoding="utf-8")

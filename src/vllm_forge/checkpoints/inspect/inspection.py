@@ -1,14 +1,15 @@
 """An inspection: every check, a comparison with a manifest, each line's verdict; their records."""
 
-from __future__ import annotations
-
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from packaging.version import Version
 
 from vllm_forge.checkpoints.errors import CheckpointDepartsError, CheckpointRefusedError
+from vllm_forge.checkpoints.fixtures.variants import Variant
 from vllm_forge.checkpoints.inspect import checks_config, checks_tensors
+from vllm_forge.checkpoints.inspect.dry_load import Answer, Load
 from vllm_forge.checkpoints.inspect.findings import CheckId, Effect, Finding, Scope, label
 from vllm_forge.checkpoints.inspect.manifest import (
     against_record,
@@ -19,15 +20,8 @@ from vllm_forge.checkpoints.inspect.manifest import (
 from vllm_forge.checkpoints.inspect.profile import Drafter, Part, Profile
 from vllm_forge.checkpoints.inspect.values import ValueRow, compare
 from vllm_forge.matrix import FrozenModel
-from vllm_forge.patches.dispositions import FILE, decisions
+from vllm_forge.patches.dispositions import FILE, Disposition, decisions
 from vllm_forge.patches.errors import DispositionError
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
-
-    from vllm_forge.checkpoints.fixtures.variants import Variant
-    from vllm_forge.checkpoints.inspect.dry_load import Answer, Load
-    from vllm_forge.patches.dispositions import Disposition
 
 # What the status of a disposition means for a line that has the fault.
 COPES = {"carried": "patched", "retired": "in the release", "not-applicable": "not concerned"}

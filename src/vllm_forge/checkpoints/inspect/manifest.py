@@ -6,14 +6,13 @@ compares the rules with those counts. ``quantize`` writes a manifest.json beside
 every tensor, with its SHA-256. Comparing the digests needs all of the data, so it is optional.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
@@ -36,15 +35,10 @@ from vllm_forge.checkpoints.inspect.profile import (
     draft_tensors,
     stored_as,
 )
+from vllm_forge.checkpoints.tensors import TensorSpec
 from vllm_forge.errors import UsageError
 from vllm_forge.host import parse_json, suggestion
 from vllm_forge.matrix import FrozenModel
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from vllm_forge.checkpoints.tensors import TensorSpec
-
 
 FOLDER = Path(__file__).with_name("manifests")
 # A checkpoint that differs in more kinds of names is another artifact, not a faulty one.

@@ -11,21 +11,15 @@ nor vLLM, which matches the same ones, has a limit. So they are tried first, und
 time, which a busy machine does not exhaust; ``re`` looks for signals while it matches.
 """
 
-from __future__ import annotations
-
 import signal
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from packaging.version import Version
 
-from vllm_forge.checkpoints.architecture import FUSED, PATTERN, compiled
+from vllm_forge.checkpoints.architecture import FUSED, PATTERN, Group, Rules, compiled
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-
-    from vllm_forge.checkpoints.architecture import Group, Rules
 
 # get_moe_method probes three names of expert 0 below the experts' own name.
 OLD_PROBES, NEW_PROBES = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")

@@ -1,20 +1,13 @@
 """A report as tables."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 from rich.markup import escape as markup_escape
 from rich.table import Table
 
 from vllm_forge.checkpoints.inspect.findings import Effect, Scope, label
-from vllm_forge.checkpoints.inspect.inspection import Outcome
+from vllm_forge.checkpoints.inspect.inspection import LineVerdict, Outcome, Report
 from vllm_forge.host import PlainConsole, printable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from vllm_forge.checkpoints.inspect.inspection import LineVerdict, Report
 
 GB = 10**9
 WIDTH = 160  # where nobody says how wide it is

@@ -8,14 +8,13 @@ beside it (0.22.1, 0.26.0, 0.33.0). DeepSeek's own ``.scale`` is renamed by its 
 (models/deepseek_v4/nvidia/model.py, `_make_deepseek_v4_weights_mapper`).
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_forge.checkpoints.architecture import (
     Group,
@@ -36,9 +35,6 @@ from vllm_forge.checkpoints.inspect.matching import (
     require_termination,
 )
 from vllm_forge.checkpoints.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
 
 DRAFT = "mtp."
 BLOCK = re.compile(r"^(?:layers|mtp)\.\d+\.")

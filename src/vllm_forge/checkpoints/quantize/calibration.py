@@ -1,22 +1,17 @@
 """Conversations to calibrate with, as token ids in the model's own chat form."""
 
-from __future__ import annotations
-
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_forge.checkpoints.checkpoint import Folder
 from vllm_forge.checkpoints.errors import ModelInputError, RecipeError
 from vllm_forge.checkpoints.fixtures.tiny import TEMPLATE
+from vllm_forge.checkpoints.quantize.inputs import Recipe
 from vllm_forge.host import console, parse_json, read_plain
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from vllm_forge.checkpoints.quantize.inputs import Recipe
 
 SHIPPED = Path(__file__).with_name("data") / "conversations.jsonl"
 ULTRACHAT, SPLIT = "HuggingFaceH4/ultrachat_200k", "train_sft"

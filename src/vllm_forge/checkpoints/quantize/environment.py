@@ -4,8 +4,6 @@ Its lock is plain requirements with the hashes of every file of each version, so
 serves each Python from 3.11 on. It is made in the checkout's ``.nox`` by uv, without root.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -13,7 +11,6 @@ import sys
 import tomllib
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -24,11 +21,9 @@ from vllm_forge.host import Runner, atomic_path, exclusive, report, require_disk
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.patches import read_series
 from vllm_forge.patches.wheel import patch_installed
+from vllm_forge.project import Project
 from vllm_forge.sources.errors import LockFileError
 from vllm_forge.sources.index import index_url
-
-if TYPE_CHECKING:
-    from vllm_forge.project import Project
 
 INPUT = Path("docker/locks/quantize.in")
 LOCK = Path("docker/locks/quantize.txt")

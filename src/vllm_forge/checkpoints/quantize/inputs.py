@@ -1,12 +1,11 @@
 """What a quantization starts from: a whole BF16 model, and a row of recipes.toml."""
 
-from __future__ import annotations
-
 import re
 import tomllib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field, ValidationError
 
@@ -16,9 +15,6 @@ from vllm_forge.checkpoints.errors import ModelInputError, RecipeError
 from vllm_forge.checkpoints.tensors import INDEX, TensorSpec
 from vllm_forge.host import suggestion
 from vllm_forge.matrix import FrozenModel
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
 
 SHOWN = 5
 QUANTIZED = ("quantization_config", "compression_config")

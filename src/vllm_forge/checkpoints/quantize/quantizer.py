@@ -5,35 +5,34 @@ Every tensor that the recipe does not name keeps its bytes: it never becomes a n
 recipe names go through llm-compressor, a layer at a time: see calibrate.py.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
 import math
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from vllm_forge.checkpoints.architecture import layer_tensors, shared_tensors
+from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import ModelInputError
-from vllm_forge.checkpoints.quantize.inputs import alias_names
-from vllm_forge.checkpoints.quantize.work import Work, check_layer, check_passed, finish_artifact
+from vllm_forge.checkpoints.quantize.inputs import Recipe, alias_names
+from vllm_forge.checkpoints.quantize.work import (
+    Job,
+    Work,
+    check_layer,
+    check_passed,
+    finish_artifact,
+)
 from vllm_forge.checkpoints.tensors import copy_of
 from vllm_forge.errors import UsageError
 from vllm_forge.host import console, exclusive, remove, require_disk
 from vllm_forge.host.console import progress_line
 from vllm_forge.host.errors import DiskSpaceError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
-
-    from vllm_forge.checkpoints.checkpoint import Checkpoint
-    from vllm_forge.checkpoints.quantize.inputs import Recipe
-    from vllm_forge.checkpoints.quantize.work import Job
 
 MAX_PASSED = 5_000_000_000  # bytes of passed-through tensors per file
 STREAM_BYTES = 2  # of one hidden value

@@ -11,33 +11,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from vllm_forge.checkpoints.checkpoint import Folder, read_header
+from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder, read_header
 from vllm_forge.checkpoints.errors import QuantizedOutputError, ResumeError
-from vllm_forge.checkpoints.quantize.inputs import alias_names
+from vllm_forge.checkpoints.quantize.calibration import Calibration
+from vllm_forge.checkpoints.quantize.inputs import Recipe, alias_names
 from vllm_forge.checkpoints.tensors import (
     CONFIG,
     DTYPE_BYTES,
     INDEX,
+    StoredTensor,
+    TensorToWrite,
     WrittenTensor,
     write_index,
     write_shard,
 )
 from vllm_forge.host import atomic_path, parse_json, read_json, read_plain, remove, write_json
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-
-    from vllm_forge.checkpoints.checkpoint import Checkpoint
-    from vllm_forge.checkpoints.quantize.calibration import Calibration
-    from vllm_forge.checkpoints.quantize.inputs import Recipe
-    from vllm_forge.checkpoints.tensors import StoredTensor, TensorToWrite
 
 PLAN, MANIFEST, RECIPE = "plan.json", "manifest.json", "recipe.yaml"
 # What compressed-tensors stores of a weight, by its name of the format: suffix -> dtype.
