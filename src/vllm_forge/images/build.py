@@ -5,8 +5,6 @@ done or printed. What is finished is kept under a key of its inputs, so a killed
 where it was, and a changed patch rebuilds one small layer.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

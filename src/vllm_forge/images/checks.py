@@ -1,7 +1,5 @@
 """What every image must pass before it gets its name: layout, size, kernels, and inside."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """What the cache holds that no line of the matrix needs any more."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Engines, layers, layouts and image checks."""
 
-from __future__ import annotations
-
 from vllm_forge.errors import ForgeError
 
 REFUSED = 60

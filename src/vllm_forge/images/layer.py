@@ -13,8 +13,6 @@ Files that are not as a wheel holds them (device code left out, see ``wheel_laye
 compressed. They go into a tar of one zstd frame, made by the zstd of the pinned ``zstandard``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import struct

@@ -1,7 +1,5 @@
 """OCI image layouts on disk: read, checked, written (image-spec v1.1, image-layout.md)."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What would be built, and why: a cell's inputs resolved, without network, engine or a write."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass, replace

@@ -6,8 +6,6 @@ ninja keep absolute paths in their caches and miss what has moved, so the place 
 name, not the content: the GPU suite compiles at the very same one (``place_of``).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import stat

@@ -6,8 +6,6 @@ complete. Nothing of it is believed: the record has a hash of itself, the blob i
 image is assembled, and the time of an unpacked file is its CRC-32.
 """
 
-from __future__ import annotations
-
 import mmap
 import zipfile
 import zlib

@@ -10,8 +10,6 @@ compress away. Code in PTX stays where the SKU could compile it. The copies, and
 what changed, are a layer of the SKU's own.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool

@@ -1,7 +1,5 @@
 """Locks, the package index, wheels and source archives."""
 
-from __future__ import annotations
-
 from vllm_forge.errors import ForgeError
 
 REFUSED = 20

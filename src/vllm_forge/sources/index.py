@@ -1,7 +1,5 @@
 """The package index: which files a project has, with URL, size and SHA-256."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

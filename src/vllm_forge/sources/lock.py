@@ -1,7 +1,5 @@
 """Locks: one line of text per wheel, made by uv, narrowed to the image's platform."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

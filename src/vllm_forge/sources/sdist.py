@@ -4,8 +4,6 @@ An archive is imported with ``git fast-import``: no checkout, no filters, no lin
 rules, so that the tree's hash depends on nothing but the archive's files and their modes.
 """
 
-from __future__ import annotations
-
 import gzip
 import os
 import subprocess

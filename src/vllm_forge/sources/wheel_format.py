@@ -1,7 +1,5 @@
 """What of the wheel format neither zipfile nor installer does: RECORD rows, raw members."""
 
-from __future__ import annotations
-
 import base64
 import csv
 import hashlib
