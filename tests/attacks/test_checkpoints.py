@@ -6,6 +6,7 @@ an error of its room; nothing of the host beside the checkpoint is read, and not
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from vllm_forge.checkpoints.errors import (
 )
 from vllm_forge.checkpoints.inspect.checks_tensors import read_scalars
 from vllm_forge.checkpoints.inspect.dry_load import read_answers
+from vllm_forge.checkpoints.inspect.page import show
 from vllm_forge.checkpoints.inspect.profile import PIECES, Format, Profile, stored_as
 from vllm_forge.checkpoints.inspect.values import compare
 from vllm_forge.checkpoints.quantize.calibration import read_conversations
@@ -256,6 +259,8 @@ def test_odd_text_at_any_place_is_a_finding_or_an_error(
         assert error.exit_code == UNREADABLE
     else:
         report.model_dump_json()
+        with redirect_stdout(io.StringIO()):
+            show(report, modules=True)
 
 
 class Zeros(Folder):
