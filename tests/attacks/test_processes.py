@@ -82,7 +82,7 @@ def test_signal_ends_commands_and_their_children(
         started = lines_of(pids, 2)
         process.send_signal(number)
         _, err = process.communicate(timeout=30)
-        assert process.returncode == 128 + number
+        assert process.returncode == 128 + number, err
         assert f"interrupted; what was finished is kept ({number.name})" in err
         assert "Traceback" not in err
     assert not [pid for pid in started if alive(pid)]

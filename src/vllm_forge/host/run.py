@@ -38,7 +38,7 @@ def end_commands() -> None:
     """End the commands that run, with all they started, and let no other start."""
     with _starting:
         stopping.set()
-        for process in _running:
+        for process in tuple(_running):  # a thread takes its command out when that has ended
             threading.Thread(target=_end, args=(process,)).start()
 
 
