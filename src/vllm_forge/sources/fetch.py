@@ -234,12 +234,9 @@ def verified(path: Path, sha256: str) -> Path:
 class Wheelhouse:
     """Downloaded wheels: folder ``wheels/<sha256>/<filename>`` of the cache."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or cache_root() / "wheels"
-
     def path(self, wheel: LockedWheel) -> Path:
         """Where the wheel is, or will be."""
-        return self.folder / wheel.sha256 / wheel.filename
+        return cache_root() / "wheels" / wheel.sha256 / wheel.filename
 
     def missing(self, wheels: Sequence[LockedWheel]) -> list[LockedWheel]:
         """Those not here in full size."""

@@ -86,7 +86,7 @@ class SourceRepo:
             yield
         except ForgeError as error:
             fsck = self.git("fsck", "--no-dangling", check=False)
-            if fsck.returncode == 0 or not self.path.exists():
+            if fsck.returncode == 0 or not self.path.is_relative_to(cache_root()):
                 raise
             with exclusive("sources-git", wait=True):
                 remove(self.path)
