@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.trees import TOP, Item, write_sdist, write_tar
-from vllm_forge.host.errors import CommandFailedError
+from vllm_forge.host.errors import CacheError, CommandFailedError
 from vllm_forge.sources import SourceRepo
 from vllm_forge.sources.errors import SdistError
 
@@ -374,3 +374,19 @@ def test_names_of_the_archive_are_not_options(repo: SourceRepo, tmp_path: Path) 
     tree = repo.import_archive("1.0", made)
     listing = repo.git("ls-tree", "-r", "--name-only", "-z", tree).stdout.decode()
     assert sorted(listing.rstrip("\0").split("\0")) == sorted(names)
+
+
+@pytest.mark.parametrize("place", ["cache", "elsewhere"])
+def test_damaged_repository_is_deleted_from_the_cache_only(place: str, tmp_path: Path) -> None:
+    """Elsewhere it is a user's own checkout."""
+    repo = SourceRepo(tmp_path / place / "sources.git")
+    repo.path.parent.mkdir(exist_ok=True)
+    repo.import_archive("1.0", write_sdist(tmp_path / "s.tar.gz", {"vllm/a.py": b"a = 1\n"}))
+    with pytest.raises(SdistError, match="something else"), repo.mending():
+        raise SdistError("something else")
+    assert repo.path.exists()
+    (repo.path / "refs" / "sdist" / "1.0").write_text("not a hash\n")
+    expected = CacheError if place == "cache" else SdistError
+    with pytest.raises(expected), repo.mending():
+        raise SdistError("something else")
+    assert repo.path.exists() == (place == "elsewhere")
