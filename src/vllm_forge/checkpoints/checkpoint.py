@@ -4,18 +4,17 @@ A source is where it is: a folder, an index file alone, or a repository of the m
 files and byte ranges of them, and does not interpret them.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError, HubUnreachableError
 from vllm_forge.checkpoints.tensors import (
@@ -25,14 +24,10 @@ from vllm_forge.checkpoints.tensors import (
     MAX_HEADER,
     MAX_NAME,
     MIN_HEADER,
+    StoredTensor,
     parse_header,
 )
 from vllm_forge.host import open_plain, parse_json, printable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from vllm_forge.checkpoints.tensors import StoredTensor
 
 # Bytes of a JSON file, and of config.json: a manifest.json of 135,000 tensors has 3e7, a config
 # that ignores each of their modules 7e6.

@@ -1,20 +1,14 @@
 """Inspect, quantize and make checkpoints."""
 
-from __future__ import annotations
-
+import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vllm_forge.checkpoints.quantize.calibration import AUTO
 from vllm_forge.commands.parsers import EVERY_LINE, JSON, Commands, command, group, print_json
 from vllm_forge.errors import UsageError
 from vllm_forge.host import Runner
-
-if TYPE_CHECKING:
-    import argparse
-
-    from vllm_forge.project import Project
+from vllm_forge.project import Project
 
 
 def register(choices: Commands) -> None:

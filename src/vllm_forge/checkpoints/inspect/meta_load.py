@@ -10,8 +10,6 @@ and builds the models; standard library, torch and vLLM apart from that. Reads r
 it, prints one JSON object as its last line and exits 0 if it could run at all.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os
@@ -19,11 +17,9 @@ import re
 import tempfile
 import traceback
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+from typing import Any
 
 HERE = Path(__file__).parent
 DTYPES = {

@@ -6,13 +6,13 @@ w1's global scale for w3 as well (compressed_tensors_moe_w4a4_nvfp4.py:193 and m
 0.26.0).
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vllm_forge.checkpoints.codecs import fp8_block, grouped, nvfp4
 from vllm_forge.checkpoints.codecs.small_floats import e8m0_decode
@@ -29,11 +29,6 @@ from vllm_forge.checkpoints.inspect.profile import (
 )
 from vllm_forge.matrix import FrozenModel
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
-
 MATRIX = 2  # dimensions
 FLOATS = {"BF16", "F16", "F32"}
 ALIASES = {"mtp.0.emb.tok_emb.weight": "embed.weight", "mtp.0.head.weight": "head.weight"}
@@ -42,7 +37,7 @@ NUMPY = {
     "F8_E8M0": "u1",
 }  # fmt: skip
 Weight = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
-Decoded = tuple["NDArray[np.float64]", "NDArray[np.float64]"]  # values, and bounds of their errors
+Decoded = tuple[NDArray[np.float64], NDArray[np.float64]]  # values, and bounds of their errors
 
 
 class ValueRow(FrozenModel):

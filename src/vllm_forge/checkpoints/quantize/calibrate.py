@@ -10,14 +10,14 @@ gives the very tensors of the whole model at once; tests/checkpoints/test_onesho
 Needs the environment of docker/locks/quantize.txt.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import compressed_tensors
 import llmcompressor
@@ -46,17 +46,10 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 from vllm_forge.checkpoints.architecture import MODEL_TYPE
 from vllm_forge.checkpoints.errors import QuantizedOutputError
 from vllm_forge.checkpoints.quantize.calibration import AUTO
+from vllm_forge.checkpoints.quantize.inputs import Group, Recipe
 from vllm_forge.checkpoints.quantize.work import Hidden
-from vllm_forge.checkpoints.tensors import TensorToWrite
+from vllm_forge.checkpoints.tensors import StoredTensor, TensorToWrite
 from vllm_forge.errors import UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
-
-    from vllm_forge.checkpoints.quantize.inputs import Group, Recipe
-    from vllm_forge.checkpoints.tensors import StoredTensor
-
 
 DTYPES = {
     "BF16": torch.bfloat16,

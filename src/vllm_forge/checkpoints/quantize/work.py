@@ -6,8 +6,6 @@ hidden states between two layers. A file is there only when it is complete and o
 exists need not be made again.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -15,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -114,7 +112,7 @@ class Work:
     folder: Path
 
     @classmethod
-    def beside(cls, output: Path) -> Work:
+    def beside(cls, output: Path) -> Self:
         output = Path(os.path.abspath(output))  # noqa: PTH100 - "." has no name; links stay links
         return cls(output=output, folder=output.with_name(f"{output.name}.partial"))
 
