@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from unidiff.patch import PatchSet
 
 from vllm_forge.errors import ForgeError
@@ -42,11 +42,11 @@ TAKEN_OUT = "taken out of the whole"
 class TreeLock(FrozenModel):
     """A line's source archive (name, bytes, hash); git's hashes of its tree, as is and patched."""
 
-    sdist: str
+    sdist: str = Field(pattern=r"^[\w.+-]+\.tar\.gz$")  # a name in the cache
     size: int
-    sha256: str
-    base: str
-    result: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    base: str = Field(pattern=r"^([0-9a-f]{40})?$")
+    result: str = Field(pattern=r"^([0-9a-f]{40})?$")
 
 
 def read_series(folder: Path) -> tuple[Patch, ...]:
@@ -67,9 +67,9 @@ def read_series(folder: Path) -> tuple[Patch, ...]:
             raise errors.AppliedTwiceError(
                 f"{name} is listed twice", where=str(path), remedy="delete one of the lines"
             )
-        if not (folder / name).is_file():
+        if "/" in name or (folder / name).is_symlink() or not (folder / name).is_file():
             raise errors.PatchMissingError(
-                f"the series lists {name}, which does not exist",
+                f"the series lists {name}, which is not a file of its folder",
                 where=str(path),
                 remedy="add the file, or delete the line",
             )

@@ -5,6 +5,7 @@ Damage is found, forgotten and healed. What cannot be written says so: it is no 
 
 from __future__ import annotations
 
+import re
 import shutil
 import zlib
 from collections.abc import Callable
@@ -16,11 +17,11 @@ from tests.support.index_server import IndexServer
 from tests.support.series import RELEASE, SDIST
 from vllm_forge.host.errors import CacheError, CommandFailedError
 from vllm_forge.patches import Applied, apply_series, check_line, read_series, read_tree_lock
-from vllm_forge.patches.errors import TreeMismatchError, WrongContextError
+from vllm_forge.patches.errors import PatchMissingError, TreeMismatchError, WrongContextError
 from vllm_forge.patches.wheel import changed_files, read_blob
 from vllm_forge.project import Project
 from vllm_forge.sources import Index, SourceRepo
-from vllm_forge.sources.errors import HashMismatchError
+from vllm_forge.sources.errors import HashMismatchError, LockFileError
 
 
 @pytest.fixture(autouse=True)
@@ -163,3 +164,30 @@ def test_other_verdicts_stay(project: Project, repo: SourceRepo, series: Path) -
     with pytest.raises(WrongContextError):
         empty = repo.git("mktree", stdin=b"").stdout.decode().strip()
         apply_series(repo, empty, patches)
+
+
+@pytest.mark.parametrize("name", ["../9.8/0001-x.patch", "/etc/passwd", "sub/0001-x.patch", "link"])
+def test_series_names_files_of_its_folder_only(series: Path, name: str) -> None:
+    text = (series / sorted(path.name for path in series.glob("*.patch"))[0]).read_bytes()
+    for path in ("../9.8/0001-x.patch", "sub/0001-x.patch"):
+        (series / path).parent.mkdir(exist_ok=True)
+        (series / path).write_bytes(text)
+    (series / "link").symlink_to(series / "../9.8/0001-x.patch")
+    with (series / "series").open("a") as file:
+        file.write(f"{name}\n")
+    with pytest.raises(PatchMissingError, match="not a file of its folder"):
+        read_series(series)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sdist", "../../x.tar.gz"), ("sdist", "/x.tar.gz"), ("sdist", "x.zip"),
+        ("sha256", "../x"), ("sha256", ""), ("base", "--output=/x"), ("result", "HEAD"),
+    ],
+)  # fmt: skip
+def test_lock_names_no_other_place(project: Project, series: Path, field: str, value: str) -> None:
+    path = series / "lock.toml"
+    path.write_text(re.sub(rf"(?m)^{field} = .*$", f'{field} = "{value}"', path.read_text()))
+    with pytest.raises(LockFileError):
+        read_tree_lock(series, "9.9")
