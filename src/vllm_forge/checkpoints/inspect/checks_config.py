@@ -83,18 +83,11 @@ def form(profile: Profile) -> Iterator[Finding]:
     """A config.json from which vLLM builds the model at all."""
     named = profile.model.get("architectures")
     if not named:
-        yield finding(
-            "no-architecture",
-            "vLLM before 0.33.0 does not find DeepseekV4ForCausalLM without it",
-        )
+        yield finding("no-architecture")
     elif named != ARCHITECTURES:
         yield finding("other-architecture", f"{str(named)[:SHOWN]!r}, not {ARCHITECTURES}")
     if "compress_ratios" not in profile.served:
-        yield finding(
-            "layer-types",
-            "vLLM 0.22.1 reads compress_ratios, 0.26.0 takes no layer types of this model, 0.33.0 "
-            "derives the one from the other",
-        )
+        yield finding("layer-types")
 
 
 def method(profile: Profile) -> Iterator[Finding]:
@@ -115,7 +108,7 @@ def method(profile: Profile) -> Iterator[Finding]:
         known = ", ".join(sorted({COMPRESSED, *NATIVE}))
         yield finding("unknown-method", f"{named!r}; known: {known}")
     if profile.quantization and "scale_fmt" not in profile.quantization:
-        yield finding("no-scale-fmt", "vLLM before 0.23.0 reads it: KeyError")
+        yield finding("no-scale-fmt")
 
 
 def native(profile: Profile) -> Iterator[Finding]:
@@ -288,13 +281,9 @@ def nvfp4_scales(profile: Profile) -> Iterator[Finding]:
             f"{summarize(absent)}",
         )
     if profile.formats_of[Part.EXPERTS, False][Format.NVFP4]:
-        yield finding(
-            "scale-per-expert",
-            "KeyError w13_input_scale before vLLM 0.22.0; on every later one with "
-            "--moe-backend deep_gemm_mega_moe, whose experts have no such parameter",
-        )
+        yield finding("scale-per-expert")
     if profile.formats.get("mtp.0.attn.wo_a") is Format.PLAIN:  # of a draft block in BF16
-        yield finding("bf16-wo_a", "the output projection of vLLM before 0.30.0 takes FP8 alone")
+        yield finding("bf16-wo_a")
 
 
 def rules(profile: Profile) -> Iterator[Finding]:

@@ -61,7 +61,7 @@ def files(profile: Profile) -> Iterator[Finding]:
             "total-size", f"it says {profile.total_size} bytes, the tensors have {profile.bytes}"
         )
     if profile.tensors and TOKENIZER not in profile.source.sizes:
-        yield finding("no-tokenizer", f"no {TOKENIZER}: it serves with --tokenizer alone")
+        yield finding("no-tokenizer")
 
 
 def drafter(profile: Profile) -> Iterator[Finding]:
@@ -100,11 +100,7 @@ def drafter(profile: Profile) -> Iterator[Finding]:
         )
     aliases = [tensor.name for tensor in alias_tensors(profile.model)]
     if profile.drafter is Drafter.MTP and not profile.names.keys() >= set(aliases):
-        yield finding(
-            "no-aliases",
-            "the draft model takes the target's own after loading; with pipeline parallelism it "
-            "does not get the embedding",
-        )
+        yield finding("no-aliases")
 
 
 def experts(profile: Profile) -> Iterator[Finding]:
@@ -226,9 +222,7 @@ def shapes(profile: Profile) -> Iterator[Finding]:
         kind is Format.FP8_BLOCK and module.endswith(".attn.wo_a") and not module.startswith(DRAFT)
         for module, kind in profile.formats.items()
     ):
-        yield finding(
-            "wo_a-scale", "the output projection of vLLM before 0.27.0 reads weight_scale_inv"
-        )
+        yield finding("wo_a-scale")
 
 
 def _fault(profile: Profile, required: RequiredTensor) -> tuple[str, str]:

@@ -77,9 +77,9 @@ class Finding(FrozenModel):
         return f"{label(self.check)}: {self.title}: {self.what}"
 
 
-def finding(fault: str, what: str, **changes: Any) -> Finding:
-    """A finding of a row of checks.toml; ``changes`` replace fields of the row."""
-    return Finding.model_validate({**FAULTS[fault], "what": what, **changes})
+def finding(fault: str, what: str = "", **changes: Any) -> Finding:
+    """A finding of a row of checks.toml; ``what`` and ``changes`` replace fields of the row."""
+    return Finding.model_validate(FAULTS[fault] | ({"what": what} if what else {}) | changes)
 
 
 def by_scope(names: Iterable[str]) -> Iterator[tuple[Scope, list[str]]]:
