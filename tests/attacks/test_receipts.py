@@ -246,7 +246,7 @@ def test_receipt_of_the_future_is_on_no_page(project: Project) -> None:
     assert "Refused:" in status(project)
 
 
-def test_error_text_of_a_receipt_is_no_markup_of_the_page(project: Project) -> None:
+def test_error_text_of_a_receipt_is_escaped_on_the_page(project: Project) -> None:
     path = commit(project, green_run(project, "soak"))
     data = json.loads(path.read_text()) | {"payloadType": "[x](https://evil.example)<b>"}
     path.write_text(json.dumps(data))
