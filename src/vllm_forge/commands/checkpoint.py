@@ -4,7 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from vllm_forge.checkpoints.quantize.calibration import AUTO
 from vllm_forge.commands.parsers import EVERY_LINE, JSON, Commands, command, group, print_json
 from vllm_forge.errors import UsageError
 from vllm_forge.host import Runner
@@ -40,10 +39,10 @@ def register(choices: Commands) -> None:
     one.add_argument("--recipe", default="nvfp4-fp8-mtp", help="a row of checkpoints/recipes.toml")
     one.add_argument("--output", type=Path, required=True, help="folder that will be made")
     one.add_argument(
-        "--data", default=AUTO, help="auto (ultrachat, else shipped), ultrachat, shipped, a JSONL"
+        "--data", default="auto", help="auto (ultrachat, else shipped), ultrachat, shipped, a JSONL"
     )
     one.add_argument(
-        "--device", default=AUTO, help="auto (a GPU if there is one), cpu, cuda:0, ..."
+        "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:0, ..."
     )
     one.add_argument(
         "--dry-run", action="store_true", help="print what would be done; install and write nothing"
