@@ -3,8 +3,8 @@
 Imports inside functions are lazy on purpose: a command pays for its own libraries only.
 """
 
-from vllm_forge.commands import build, checkpoint, develop, gpu, kernels, patch, serve, wheels
+from vllm_forge.commands import build, checkpoint, develop, gpu, patch, serve
 
-MODULES = (build, serve, patch, kernels, checkpoint, gpu, wheels, develop)
+MODULES = (build, serve, patch, checkpoint, gpu, develop)
 
 __all__ = ["MODULES"]

@@ -1,7 +1,6 @@
 """Build images, install their tools, clean the cache."""
 
-from __future__ import annotations
-
+import argparse
 import json
 import os
 import re
@@ -13,13 +12,12 @@ from vllm_forge.commands.parsers import JSON, LINE, SKU, Commands, command, opti
 from vllm_forge.errors import UsageError
 from vllm_forge.host import RecordingRunner, Runner, console, gigabytes, which
 from vllm_forge.host.errors import CommandFailedError, ToolMissingError
+from vllm_forge.matrix import ImageCell
+from vllm_forge.project import Project
+from vllm_forge.serve.deployment import presets_of
 
 if TYPE_CHECKING:
-    import argparse
-
     from vllm_forge.images import BuildOptions
-    from vllm_forge.matrix import ImageCell
-    from vllm_forge.project import Project
 
 ENGINES = ("docker", "buildah")
 # Without a user: a password in it would be in the process list and in logs.
@@ -90,7 +88,7 @@ def build(project: Project, args: argparse.Namespace) -> None:
     console.print(f"next: {_next_command(project, cell, args)}", markup=False)
 
 
-def _options(project: Project, args: argparse.Namespace, **more: Any) -> BuildOptions:
+def _options(project: Project, args: argparse.Namespace, **more: Any) -> "BuildOptions":
     from vllm_forge.images import BuildOptions
 
     return BuildOptions(
@@ -145,7 +143,6 @@ def _push(runner: Runner, target: Path, reference: str, digest: str | None) -> N
 def _next_command(project: Project, cell: ImageCell, args: argparse.Namespace) -> str:
     """What a user does after this build."""
     from vllm_forge.serve.command import build_command
-    from vllm_forge.serve.deployment import presets_of
 
     if not args.load and not args.push:
         return build_command(cell)

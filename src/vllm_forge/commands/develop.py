@@ -1,21 +1,73 @@
-"""Generated pages and benchmarks."""
+"""Locks, downloads and patched wheels; generated pages and benchmarks."""
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 
 from vllm_forge.commands.parsers import LINE, Commands, command, group
+from vllm_forge.host import atomic_path, console, report
+from vllm_forge.patches import check_line
 from vllm_forge.project import Project
+from vllm_forge.sources import SourceRepo, Wheelhouse, make_lock
 
 
 def register(choices: Commands) -> None:
+    wheels = group(choices, "wheels", help="lock, download and patch wheels")
+    one = command(wheels, "lock", lock, LINE)
+    one.add_argument("--tools", action="store_true", help="the quantization tools' lock instead")
+    command(wheels, "fetch", fetch, LINE)
+    one = command(wheels, "patched", patched, LINE)
+    one.add_argument("--output", type=Path, help="folder (default: dist/wheels)")
+
     one = command(choices, "docs", docs)
     one.add_argument("--check", action="store_true", help="compare only; fail if one differs")
     command(choices, "schema", schema)
     bench = group(choices, "bench", help="measure; results go to records/bench")
     one = command(bench, "build", bench_build, LINE)
     one.add_argument("--scratch", type=Path, help="parent of its folder (default: /var/tmp)")
+
+
+def lock(project: Project, args: argparse.Namespace) -> None:
+    """Resolve a line with uv and write its lock."""
+    from vllm_forge.checkpoints.quantize.environment import make_lock as make_tool_lock
+
+    if args.tools:
+        with report("lock the quantization tools"):
+            console.print(str(make_tool_lock(project)))
+        return
+    name, line = project.line(args.line)
+    with report(f"lock line {name}"):
+        result = make_lock(project.root, name, line, project.matrix.base, project.index)
+    size = sum(wheel.size for wheel in result.wheels)
+    console.print(f"{result.path}: {len(result.wheels)} wheels, {size / 1e9:.2f} GB")
+
+
+def fetch(project: Project, args: argparse.Namespace) -> None:
+    """Download a line's wheels, resumable, hash-checked."""
+    name, _ = project.line(args.line)
+    wheels = project.lock(name).wheels
+    with report(f"fetch {len(wheels)} wheels of line {name}"):
+        Wheelhouse().fetch(wheels)
+
+
+def patched(project: Project, args: argparse.Namespace) -> None:
+    """Write a line's patched vLLM wheel."""
+    from vllm_forge.images import patched_wheel
+
+    name, line = project.line(args.line)
+    repo, wheelhouse = SourceRepo(), Wheelhouse()
+    locked = project.lock(name)
+    applied = check_line(project, name, repo)
+    wheelhouse.fetch([locked.find("vllm")])
+    cell = project.cell(line.skus[0], name)
+    with report(f"patch the wheel of line {name}"):
+        wheel = patched_wheel(cell, locked, applied, repo, wheelhouse)
+        target = (args.output or project.root / "dist" / "wheels") / wheel.path.name
+        with atomic_path(target) as aside:
+            shutil.copyfile(wheel.path, aside)
+    print(target)
 
 
 def docs(project: Project, args: argparse.Namespace) -> None:

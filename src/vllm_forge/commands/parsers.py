@@ -1,18 +1,13 @@
 """The parser of the command line, and the options that mean the same in every command."""
 
-from __future__ import annotations
-
 import argparse
 import json
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeAlias
 
 from vllm_forge.errors import UsageError
 from vllm_forge.host import suggestion
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from vllm_forge.project import Project
+from vllm_forge.project import Project
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 # Least similarity of a suggestion: "--print" is not meant by "--port".

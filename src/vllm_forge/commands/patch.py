@@ -1,20 +1,18 @@
-"""Series, proofs, drift and the installer."""
+"""Series, proofs, drift and the installer; kernel selection and kernel coverage of each line."""
 
-from __future__ import annotations
-
+import argparse
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vllm_forge.commands.parsers import EVERY_LINE, LINE, Commands, command, group
-from vllm_forge.host import Runner, console
+from vllm_forge.host import Runner, console, report, write_json
+from vllm_forge.matrix import Line
+from vllm_forge.patches import Applied, check_line, read_series, update_line
 from vllm_forge.patches.errors import NotPatchedError
-
-if TYPE_CHECKING:
-    import argparse
-
-    from vllm_forge.matrix import Line
-    from vllm_forge.patches import Applied
-    from vllm_forge.project import Project
+from vllm_forge.patches.series import export_line, fetch_base, read_tree_lock, trees_of_moved
+from vllm_forge.patches.wheel import Installer, find_python, probe
+from vllm_forge.project import Project
+from vllm_forge.sources import SourceRepo
 
 # The first release whose DeepSeek V4 the patches' targets are known in.
 OLDEST = "0.20.2"
@@ -39,12 +37,15 @@ def register(choices: Commands) -> None:
     one.add_argument("--python", type=Path, help="its interpreter (default: the active one's)")
     one.add_argument("--revert", action="store_true", help="restore every published file")
 
+    kernels = group(choices, "kernels", help="which kernels vLLM selects, and which it has")
+    one = command(kernels, "select", select, EVERY_LINE)
+    one.add_argument("--record", action="store_true", help="write records/selection instead")
+    one = command(kernels, "coverage", coverage, EVERY_LINE)
+    one.add_argument("--record", action="store_true", help="also write records/coverage")
+
 
 def check(project: Project, args: argparse.Namespace) -> None:
     """Apply every series: no fuzz, no offset, locked trees."""
-    from vllm_forge.patches import check_line
-    from vllm_forge.sources import SourceRepo
-
     repo = SourceRepo()
     for name in project.lines(args.line):
         _print_series(project, name, check_line(project, name, repo))
@@ -52,10 +53,6 @@ def check(project: Project, args: argparse.Namespace) -> None:
 
 def lock(project: Project, args: argparse.Namespace) -> None:
     """Apply every series, write its lock.toml."""
-    from vllm_forge.patches import read_series, update_line
-    from vllm_forge.patches.series import export_line, fetch_base, read_tree_lock, trees_of_moved
-    from vllm_forge.sources import SourceRepo
-
     repo = SourceRepo()
     for name in project.lines(args.line):
         line = project.matrix.line[name]
@@ -66,11 +63,9 @@ def lock(project: Project, args: argparse.Namespace) -> None:
         _print_series(project, name, update_line(project, name, repo))
 
 
-def _print_series(project: Project, name: str, applied: Applied) -> None:
-    from vllm_forge.patches import read_series
-
+def _print_series(project: Project, name: str, applied: Applied | None = None) -> None:
     series = read_series(project.root / project.matrix.line[name].series)
-    print(f"line {name}: {len(series)} patches, tree {applied.result}")
+    print(f"line {name}: {len(series)} patches" + (f", tree {applied.result}" if applied else ""))
     for patch in series:
         print(f"  {patch.name}: {patch.summary}")
 
@@ -79,7 +74,6 @@ def checkout(project: Project, args: argparse.Namespace) -> None:
     """Make a git branch of a line's patches."""
     from vllm_forge.patches.authoring import BASE
     from vllm_forge.patches.authoring import checkout as checkout_line
-    from vllm_forge.sources import SourceRepo
 
     count = checkout_line(project, project.line(args.line)[0], SourceRepo(), args.directory)
     print(f"{args.directory}: {count} patches on {BASE}")
@@ -90,10 +84,7 @@ def export(project: Project, args: argparse.Namespace) -> None:
     """Write a line's series from a branch that patch checkout made."""
     from vllm_forge.patches.authoring import export as export_branch
 
-    name, series = export_branch(project, args.directory)
-    print(f"line {name}: {len(series)} patches")
-    for patch in series:
-        print(f"  {patch.name}: {patch.summary}")
+    _print_series(project, export_branch(project, args.directory)[0])
 
 
 def prove(project: Project, args: argparse.Namespace) -> None:
@@ -113,13 +104,10 @@ def upstream(project: Project, args: argparse.Namespace) -> None:
 
 def drift(project: Project, args: argparse.Namespace) -> None:
     """Record what each vLLM release does to each patch."""
-    from datetime import UTC, datetime
-
     from vllm_forge.pages.records import drift_table
     from vllm_forge.pages.registry import write_pages
     from vllm_forge.patches.drift import survey_lines, write_drift
     from vllm_forge.patches.seed_installer import record_outcomes
-    from vllm_forge.sources import SourceRepo
 
     repo = SourceRepo()
     found = survey_lines(project, repo, first=args.first, last=args.last)
@@ -131,10 +119,6 @@ def drift(project: Project, args: argparse.Namespace) -> None:
 
 def install(project: Project, args: argparse.Namespace) -> None:
     """Patch the vLLM of an environment."""
-    from vllm_forge.patches import check_line
-    from vllm_forge.patches.wheel import Installer, find_python, probe
-    from vllm_forge.sources import SourceRepo
-
     name, line = project.line(args.line)
     python = find_python(args.python)
     target = probe(python)
@@ -168,3 +152,48 @@ def _install_release(lock_path: Path, line: Line, python_version: str, python: P
         )
         argv += [f"vllm=={line.vllm}", f"torch=={line.torch}"]
     Runner().run(argv)
+
+
+def select(project: Project, args: argparse.Namespace) -> None:
+    """Ask each line's vLLM which kernels it selects (as root), and compare with the record."""
+    from vllm_forge.kernels.selection.record import require_fresh, require_same, write_selection
+    from vllm_forge.pages.registry import write_pages
+    from vllm_forge.pages.selection import selection_table
+    from vllm_forge.proofs.environment import ask_line
+
+    names = project.lines(args.line)
+    if not args.record:
+        for name in names:  # before the first is asked, which takes a minute
+            require_fresh(project, name)
+    for name in names:
+        selection = ask_line(project, name, Runner())
+        console.print(selection_table(selection))
+        if args.record:
+            print(write_selection(project.records, selection))
+            write_pages(project, "docs/generated/selection.md")
+            continue
+        recorded = require_fresh(project, name)
+        require_same(recorded, [answer for _, answer in selection.rows])
+        require_same(recorded, [answer for _, answer in selection.published], published=True)
+        print(f"line {name}: {len(selection.rows) + len(selection.published)} answers as recorded")
+
+
+def coverage(project: Project, args: argparse.Namespace) -> None:
+    """Print kernel families x SKUs (native, compiled later, missing); fail if a need is unmet."""
+    from vllm_forge.images.checks import COVERAGE, line_coverage
+    from vllm_forge.kernels.coverage.families import catalogue
+    from vllm_forge.pages.coverage import terminal
+    from vllm_forge.pages.registry import write_pages
+
+    contracts = []
+    for name in project.lines(args.line):
+        with report(f"read the device code of line {name}"):
+            record, of_cells = line_coverage(project, name)
+        contracts += of_cells
+        print(terminal(record, catalogue()))
+        if args.record:
+            write_json(project.root / COVERAGE / f"{name}.json", record)
+    if args.record:
+        write_pages(project, "docs/generated/coverage.md")
+    for contract in contracts:
+        contract.check()

@@ -1,39 +1,26 @@
 """Serve a preset, or print how; plan a cell, check a host, lint all presets."""
 
-from __future__ import annotations
-
+import argparse
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_forge.commands.parsers import (
-    EVERY_LINE,
-    JSON,
-    LINE,
-    SKU,
-    Commands,
-    command,
-    option,
-    print_json,
-)
+from vllm_forge.commands import parsers
+from vllm_forge.commands.parsers import EVERY_LINE, JSON, LINE, SKU, command, option
 from vllm_forge.errors import UsageError
-from vllm_forge.host import HostProbe, PlainConsole, RecordedProbe, RecordingProbe, console
+from vllm_forge.host import HostProbe, PlainConsole, Probe, RecordedProbe, RecordingProbe, console
+from vllm_forge.project import Project
+from vllm_forge.serve.deployment import Deployment, find_deployment, needs_of, presets_of
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Sequence
-
-    from vllm_forge.host import Probe
-    from vllm_forge.project import Project
-    from vllm_forge.serve.command import Engine
-    from vllm_forge.serve.deployment import Deployment
     from vllm_forge.serve.doctor import HostFinding
 
 PLAN_WIDTH = 120
 
 
-def register(choices: Commands) -> None:
+def register(choices: parsers.Commands) -> None:
     artifact = option("--artifact", help="default: the preset's first")
     one = command(choices, "serve", serve, SKU, LINE, artifact)
     one.remedy = (
@@ -54,28 +41,23 @@ def register(choices: Commands) -> None:
 
 def serve(project: Project, args: argparse.Namespace) -> None:
     """Serve a preset in its image."""
-    from vllm_forge.serve.command import (
-        become,
-        built_digest,
-        container_command,
-        require_gpus,
-        running_engine,
-    )
-    from vllm_forge.serve.deployment import find_deployment
+    import vllm_forge.serve.command as shell
 
     cell = project.cell(args.sku, args.line)
     deployment = find_deployment(project.matrix, cell, args.preset, args.artifact)
     deployment.require_served()
-    digest = built_digest(project.root, cell)
+    digest = shell.built_digest(project.root, cell)
     _say(project, deployment, digest)
+    engine: shell.Engine = args.engine or "docker"
+    if not args.print_only:
+        probe = HostProbe()
+        shell.require_gpus(probe, deployment)
+        engine = shell.running_engine(probe, args.engine)
+    run = shell.container_command(project.matrix, deployment, engine=engine, digest=digest)
     if args.print_only:
-        engine: Engine = args.engine or "docker"
-        print(container_command(project.matrix, deployment, engine=engine, digest=digest).text())
-        return
-    probe = HostProbe()
-    require_gpus(probe, deployment)
-    engine = running_engine(probe, args.engine)
-    become(container_command(project.matrix, deployment, engine=engine, digest=digest))
+        print(run.text())
+    else:
+        shell.become(run)
 
 
 def lint(project: Project, args: argparse.Namespace) -> None:
@@ -113,7 +95,6 @@ def _say(project: Project, deployment: Deployment, digest: str | None) -> None:
 
 def doctor(project: Project, args: argparse.Namespace) -> None:
     """Check this host for a preset."""
-    from vllm_forge.serve.deployment import find_deployment, needs_of, presets_of
     from vllm_forge.serve.doctor import Requirement, ask_host, judge
     from vllm_forge.serve.errors import HostUnfitError
 
@@ -133,7 +114,7 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
         probe = RecordedProbe(args.replay)
     findings = judge(ask_host(probe), requirement)
     if args.json:
-        print_json(args, [asdict(finding) for finding in findings])
+        parsers.print_json(args, [asdict(finding) for finding in findings])
     else:
         _print(findings)
     red = [finding.check for finding in findings if finding.level == "red"]
@@ -145,7 +126,7 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
         )
 
 
-def _print(findings: Sequence[HostFinding]) -> None:
+def _print(findings: Sequence["HostFinding"]) -> None:
     from rich.text import Text
 
     colours = {"ok": "green", "unknown": "yellow", "red": "bold red"}
@@ -168,7 +149,7 @@ def plan(project: Project, args: argparse.Namespace) -> None:
 
     cell_plan = make_plan(project, project.cell(args.sku, args.line))
     if args.json:
-        print_json(args, cell_plan)
+        parsers.print_json(args, cell_plan)
         return
     out = PlainConsole()
     # A pipe has 80 columns for rich, which would fold every name of the tables.
