@@ -68,8 +68,8 @@ def register(choices: Commands) -> None:
 def test(project: Project, args: argparse.Namespace) -> None:
     """Run the GPU suite and write receipts."""
     from vllm_forge.gputest.launch import run_in_image
-    from vllm_forge.receipts.create import make_receipt
     from vllm_forge.receipts.suite import read_tiers
+    from vllm_forge.receipts.verification import make_receipt
 
     cell = project.cell(args.sku, args.line)
     tiers = read_tiers(project.root)
@@ -104,8 +104,7 @@ def kit(project: Project, args: argparse.Namespace) -> None:
 def receipts(project: Project, args: argparse.Namespace) -> None:
     """Verify all receipts, or add one."""
     from vllm_forge.pages.registry import write_pages
-    from vllm_forge.receipts.create import make_receipt
-    from vllm_forge.receipts.verification import describe, verify_all
+    from vllm_forge.receipts.verification import describe, make_receipt, verify_all
 
     for result in args.result:
         print(make_receipt(project, result, args.key))

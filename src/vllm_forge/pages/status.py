@@ -8,10 +8,9 @@ from vllm_forge.pages.markdown import escape, table
 from vllm_forge.project import Project
 from vllm_forge.receipts import FOLDER
 from vllm_forge.receipts.envelope import Receipt
-from vllm_forge.receipts.selection_match import compare
 from vllm_forge.receipts.statement import Detail
 from vllm_forge.receipts.suite import read_tiers
-from vllm_forge.receipts.verification import NOT_RUN, read_receipts, unsigned
+from vllm_forge.receipts.verification import NOT_RUN, compare_kernels, read_receipts, unsigned
 
 
 def status(project: Project) -> str:
@@ -72,7 +71,7 @@ def _evidence(root: Path, receipts: Sequence[Receipt]) -> str:
                 _closest(detail),
             ]
         )
-        if selected := [f"{part} {ran}" for part, _, ran in compare(root, receipt)]:
+        if selected := [f"{part} {ran}" for part, _, ran in compare_kernels(root, receipt)]:
             kernels.append([_link(f"{detail.sku} {detail.line}", receipt), ", ".join(selected)])
     text = "\n" + table(columns.split(", "), rows) + "\n" if rows else ""
     if not kernels:

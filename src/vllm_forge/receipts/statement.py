@@ -8,14 +8,19 @@ Sources: github.com/in-toto/attestation, spec/v1/statement.md, spec/v1/digest_se
 spec/predicates/test-result.md.
 """
 
-from datetime import timedelta
+import re
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, ConfigDict, Field
 
 from vllm_forge.matrix import FrozenModel
+from vllm_forge.receipts.errors import ReceiptIncompleteError
 
 VALID = timedelta(days=90)  # drivers, and what we test for, change faster than releases live
+GREEN = ("passed", "other GPU")
+# What pytest-xdist appends to a test's name with --dist loadgroup (scheduler/loadscope.py).
+GROUP = re.compile(r"(?<=[\w\]])@[\w.-]+$")
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 GitTree = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
@@ -136,3 +141,48 @@ class Statement(FrozenModel):
     def file_name(self) -> str:
         """Its name in the folder of its subject."""
         return f"{self.detail.sku}--{self.detail.line}--{self.detail.tier}.json"
+
+
+def make_statement(result: dict[str, Any]) -> Statement:
+    """The statement of what ``tests.gpu.harness.run`` wrote; ReceiptIncompleteError if red."""
+    tests = {GROUP.sub("", name): row for name, row in result["tests"].items()}
+    red = [name for name, row in tests.items() if row["outcome"] not in GREEN]
+    if red or not tests or result["exit"] != 0:
+        raise ReceiptIncompleteError(
+            f"{len(red)} of {len(tests)} tests are not green; pytest exited with {result['exit']}",
+            where=", ".join(red[:5]),
+            remedy="make receipts of green runs only; see its table",
+        )
+    plan, subject = result["plan"], result["plan"]["subject"]
+    finished = datetime.fromisoformat(result["finished"])
+    tier, suite = result["tier"], {"sha256": result["suite_sha256"]}
+    detail = {
+        "sku": plan["sku"],
+        "line": plan["line"],
+        "tier": tier,
+        "lock_sha256": plan["lock_sha256"],
+        "gpus": result["gpus"],
+        "host": result["host"],
+        "configurations": result["configurations"],
+        "tests": dict(sorted(tests.items())),
+        "started": result["started"],
+        "finished": finished,
+        "expires": (finished + VALID).astimezone(UTC),
+    }
+    return Statement.model_validate(
+        {
+            "subject": [
+                {"name": subject["name"], "digest": {"sha256": subject["sha256"]}},
+                {"name": f"vllm source, line {plan['line']}", "digest": {"gitTree": plan["tree"]}},
+            ],
+            "_type": "https://in-toto.io/Statement/v1",
+            "predicateType": "https://in-toto.io/attestation/test-result/v0.1",
+            "predicate": {
+                "result": "PASSED",
+                "configuration": [{"name": f"tests/gpu, tier {tier}", "digest": suite}],
+                "passedTests": sorted(n for n, row in tests.items() if row["outcome"] == "passed"),
+                "failedTests": [],
+                "vllmForge": detail,
+            },
+        }
+    )

@@ -1,30 +1,43 @@
 """The one reader of receipts: each is verified against the repository as it is, without a GPU."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+from pydantic import ValidationError
 from securesystemslib.signer import Key
 
 from vllm_forge.errors import ForgeError
+from vllm_forge.host import parse_json, read_plain
+from vllm_forge.kernels.selection.questions import grid_question
+from vllm_forge.kernels.selection.record import read_selection
 from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
 from vllm_forge.receipts import FOLDER, KEYS
-from vllm_forge.receipts.envelope import Receipt, read_keys, read_receipt
+from vllm_forge.receipts.envelope import Receipt, read_keys, read_receipt, write_receipt
 from vllm_forge.receipts.errors import (
+    ReceiptContradictedError,
     ReceiptExpiredError,
     ReceiptIncompleteError,
     ReceiptKeyError,
     ReceiptSubjectError,
     ReceiptSuiteError,
     ReceiptUnreadableError,
+    ResultFileError,
 )
-from vllm_forge.receipts.selection_match import require_selection
-from vllm_forge.receipts.statement import VALID
+from vllm_forge.receipts.statement import VALID, Configuration, make_statement
 from vllm_forge.receipts.suite import case_faults, read_tiers, suite_hash
 
+# Of reading a file that is not a result, or a part of one.
+MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+# Engine of tests/gpu/mtp -> the artifact in whose layout its tiny checkpoint is.
+LAYOUTS = {"dsv4": "flash-nvfp4-fp8-mtp"}
+UNQUANTIZED = "Unquantized"
+UNNAMED = "nothing that its boot log names"
 NOT_RUN = "not run"
 ARTIFACTS = "soak"  # the tier whose tests serve full artifacts
 ROUNDING = timedelta(seconds=1)  # of times in results
@@ -249,3 +262,103 @@ def describe(receipts: Sequence[Receipt]) -> str:
             f"until {detail.expires.date()}  {seal}"
         )
     return "\n".join(rows) or "no receipts: nothing was run"
+
+
+def make_receipt(project: Project, result_path: Path, key: Path | None) -> Path:
+    """Make the receipt of ``OUTPUT/<tier>.json``; write it only if it is valid here and now.
+
+    It is unsigned without ``key``, an Ed25519 private key in PEM. ResultFileError: not a
+    result; for other errors see ``verify``.
+    """
+    try:
+        result: dict[str, Any] = parse_json(read_plain(result_path))
+        statement = make_statement(result)
+    except MALFORMED as error:
+        why = f"{type(error).__name__}: {error}"
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            why = f"{error.title} {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise ResultFileError(
+            f"not the result of a tier: {why}",
+            where=str(result_path),
+            remedy="take the file that the run wrote: OUTPUT/<tier>.json, whole",
+        ) from None
+    keys = read_keys(project.root / FOLDER / KEYS)
+    with tempfile.TemporaryDirectory() as work:
+        try:
+            draft = write_receipt(Path(work), statement, key)
+            verify(project, read_receipt(draft, keys), datetime.now(UTC), keys)
+        except ForgeError as error:
+            if error.where.startswith(work):  # gone when it is read
+                error.where = str(result_path)
+            raise
+    return write_receipt(project.root / FOLDER, statement, key)
+
+
+def compare_kernels(root: Path, receipt: Receipt) -> list[tuple[str, str, str]]:
+    """Part of a model, its recorded kernel, and the one that ran, of each engine of a receipt.
+
+    ReceiptContradictedError: nothing is recorded of an engine that ran, or that vLLM refuses it.
+    """
+    detail = receipt.statement.detail
+    kernels: list[tuple[str, str, str]] = []
+    for engine, artifact in LAYOUTS.items():
+        if engine not in detail.configurations:
+            continue
+        name = grid_question(detail.sku, artifact)
+        answer = read_selection(root / "records", detail.line).answers.get(name)
+        if answer is None:
+            raise _contradicted(receipt, f"engine {engine} ran, and {name} is not recorded")
+        if answer.refused is not None:
+            raise _contradicted(
+                receipt,
+                f"engine {engine} ran, and is recorded as: {answer.refused.message}",
+            )
+        ran = _ran(detail.configurations[engine])
+        draft = answer.draft.moe if answer.draft is not None else None
+        recorded = {
+            "experts": answer.moe and answer.moe.chosen,
+            "draft experts": draft and draft.chosen,
+            "FP8 linear layers": answer.linear and answer.linear.chosen,
+            "KV cache": answer.engine and answer.engine.kv_cache_dtype,
+        }
+        kernels += [
+            (part, kernel, ran.get(part, UNNAMED)) for part, kernel in recorded.items() if kernel
+        ]
+    return kernels
+
+
+def require_selection(root: Path, receipt: Receipt) -> None:
+    """Refuse a receipt whose engines took other kernels than those recorded without a GPU.
+
+    If they differ, one of them is wrong. A boot log that does not name a kernel differs, too.
+    """
+    sku = receipt.statement.detail.sku
+    for part, recorded, ran in compare_kernels(root, receipt):
+        if recorded != ran:
+            raise _contradicted(
+                receipt, f"for {part} vLLM took {ran} on {sku}; recorded is {recorded}"
+            )
+
+
+def _contradicted(receipt: Receipt, what: str) -> ReceiptContradictedError:
+    line = receipt.statement.detail.line
+    return ReceiptContradictedError(
+        what,
+        where=str(receipt.path),
+        remedy=f"record again: nox -s forge -- kernels select --record --line {line}; if it is the "
+        "same, the selection assumes other properties of this GPU than it has",
+    )
+
+
+def _ran(configuration: Configuration) -> dict[str, str]:
+    """Part of the model -> kernel, by the boot log."""
+    kernels = {}
+    for row in configuration.moe:
+        kind, _, backend = row.partition(": ")
+        kernels["draft experts" if kind == UNQUANTIZED else "experts"] = backend
+    for row in configuration.linear[:1]:
+        kernels["FP8 linear layers"] = row.partition(": ")[2]
+    if configuration.kv_cache:
+        kernels["KV cache"] = configuration.kv_cache
+    return kernels

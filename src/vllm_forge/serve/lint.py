@@ -6,7 +6,7 @@ the configuration that it resolves. No rule knows what a release does.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from vllm_forge.kernels.selection.model import Answer
 from vllm_forge.kernels.selection.questions import artifact_config, grid_question, preset_question
@@ -29,25 +29,8 @@ REFUSALS = {
     ),
     "failed": ("the question failed", "fix src/vllm_forge/kernels/selection/inside"),
 }
+Problems: TypeAlias = Iterator[tuple[str, str]]  # of a case, each with its remedy
 KV_FLAG, BLOCK_FLAG = "--kv-cache-dtype=", "--block-size="
-
-
-@dataclass(frozen=True, kw_only=True)
-class LintFinding:
-    """A problem of a preset with an artifact on a line, and its remedy."""
-
-    preset: str
-    artifact: str
-    line: str
-    what: str
-    remedy: str
-
-    def text(self) -> str:
-        """The lines that lint prints."""
-        return (
-            f"preset {self.preset}, {self.artifact}, line {self.line}: {self.what}\n"
-            f"    remedy: {self.remedy}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,56 +62,61 @@ class LintCase:
         """The line's vLLM in messages."""
         return f"vLLM {self.matrix.line[self.line_name].vllm}"
 
-    def finding(self, what: str, remedy: str) -> LintFinding:
-        """A finding about this case."""
-        return LintFinding(
-            preset=self.preset_name,
-            artifact=self.artifact_name,
-            line=self.line_name,
-            what=what,
-            remedy=remedy,
+
+@dataclass(frozen=True)
+class LintFinding:
+    """A problem of a preset with an artifact on a line, and its remedy."""
+
+    case: LintCase
+    what: str
+    remedy: str
+
+    def text(self) -> str:
+        """The lines that lint prints."""
+        case = self.case
+        return (
+            f"preset {case.preset_name}, {case.artifact_name}, line {case.line_name}: {self.what}\n"
+            f"    remedy: {self.remedy}"
         )
 
 
-def served(case: LintCase) -> Iterator[LintFinding]:
+def served(case: LintCase) -> Problems:
     """The line's vLLM accepts the arguments and makes a configuration of them."""
     if (refused := case.answer.refused) is not None:
         what, remedy = REFUSALS[refused.kind]
-        yield case.finding(
+        yield (
             f"{case.release}: {what}: {refused.message}",
             remedy.format(row=f"matrix.toml, preset.{case.preset_name}", line=case.line_name),
         )
 
 
-def known_variables(case: LintCase) -> Iterator[LintFinding]:
+def known_variables(case: LintCase) -> Problems:
     """Every variable is known to this vLLM."""
     for name in sorted(case.preset.env):
-        retired = case.matrix.retired.get(name)
-        unknown = name in case.answer.unknown_environment or not name.startswith("VLLM_")
-        if not unknown:
+        if name.startswith("VLLM_") and name not in case.answer.unknown_environment:
             continue
+        retired = case.matrix.retired.get(name)
         more, remedy = "", f"take it out of preset.{case.preset_name}.env, or correct its name"
         if retired is not None:
             more, remedy = f" any more ({retired.source})", f"use instead: {retired.replacement}"
         what = f"{case.release} has no variable {name}{more}: setting it has no effect"
-        yield case.finding(what, remedy)
+        yield what, remedy
 
 
-def retired_variables(case: LintCase) -> Iterator[LintFinding]:
+def retired_variables(case: LintCase) -> Problems:
     """A retired variable that loses the clamp in the release as published is an error."""
     for name in sorted(case.preset.env.keys() & case.matrix.retired.keys()):
         retired = case.matrix.retired[name]
         answer = case.published.get(name)
-        moe = answer.moe if answer is not None else None
-        if moe is not None and moe.clamp == "lost":
-            yield case.finding(
+        if answer and (moe := answer.moe) and moe.clamp == "lost":
+            yield (
                 f"{name} takes {moe.chosen} for the experts, and {case.release} as published does "
                 "not hand it swiglu_limit: the clamp is lost, results are wrong",
                 f"use instead: {retired.replacement}",
             )
 
 
-def graphs_cover_decode(case: LintCase) -> Iterator[LintFinding]:
+def graphs_cover_decode(case: LintCase) -> Problems:
     """The largest captured size holds a full decode batch: max_num_seqs x (k + 1) tokens.
 
     A larger batch runs eager, an order of magnitude slower, and nothing says so:
@@ -141,7 +129,7 @@ def graphs_cover_decode(case: LintCase) -> Iterator[LintFinding]:
     needed = engine.max_num_seqs * per_sequence
     largest = max(graphs.sizes, default=0)
     if largest < needed:
-        yield case.finding(
+        yield (
             f"CUDA graphs ({graphs.mode}) are captured up to {largest} tokens, and a full decode "
             f"batch has {engine.max_num_seqs} x {per_sequence} = {needed}: it runs eager",
             f"--max-num-seqs={max(largest // per_sequence, 1)}, or --cudagraph-capture-sizes with "
@@ -149,7 +137,7 @@ def graphs_cover_decode(case: LintCase) -> Iterator[LintFinding]:
         )
 
 
-def drafter_takes_k(case: LintCase) -> Iterator[LintFinding]:
+def drafter_takes_k(case: LintCase) -> Problems:
     """The draft layer is there, and drafts as many tokens as the preset says."""
     if case.answer.refused is not None:
         return
@@ -162,56 +150,56 @@ def drafter_takes_k(case: LintCase) -> Iterator[LintFinding]:
         what = f"k = {tokens}, and the drafter has {layers} layers: k must be a multiple"
     else:
         return
-    yield case.finding(what, f"correct speculative_tokens in preset.{case.preset_name}")
+    yield what, f"correct speculative_tokens in preset.{case.preset_name}"
 
 
-def kv_cache_fits(case: LintCase) -> Iterator[LintFinding]:
+def kv_cache_fits(case: LintCase) -> Problems:
     """The KV cache has the dtype and the block that were asked for, and attention takes them."""
     engine, attention = case.answer.engine, case.answer.attention
     dtype, block = _value(case, KV_FLAG), _value(case, BLOCK_FLAG)
     if engine is not None and dtype and not engine.kv_cache_dtype.startswith(dtype):
-        yield case.finding(
+        yield (
             f"the preset asks for a KV cache in {dtype}, and {case.release} stores "
             f"{engine.kv_cache_dtype}",
             f"correct --kv-cache-dtype in preset.{case.preset_name}",
         )
     if engine is not None and block and str(engine.block_size) != block:
-        yield case.finding(
+        yield (
             f"the preset asks for blocks of {block} tokens, and {case.release} takes "
             f"{engine.block_size}",
             f"correct --block-size in preset.{case.preset_name}",
         )
     if empty := [row for row in case.answer.kv_cache if row.page_bytes <= 0]:
-        yield case.finding(
+        yield (
             f"a block of {empty[0].block_size} tokens is too small: {sum(r.layers for r in empty)} "
             "layers, which keep a token of many, get blocks of 0 bytes",
             f"take --block-size out of preset.{case.preset_name}, or raise it",
         )
     if attention is not None and attention.chosen is None:
-        yield case.finding(
+        yield (
             f"{case.release} has no attention for KV dtype and block size: {attention.error}",
             f"correct --kv-cache-dtype or --block-size in preset.{case.preset_name}",
         )
 
 
-def experts_are_served(case: LintCase) -> Iterator[LintFinding]:
+def experts_are_served(case: LintCase) -> Problems:
     """A backend takes the experts, and it clamps where the model says so."""
     moe = case.answer.moe
     if moe is None:
         return
     if moe.chosen is None:
-        yield case.finding(
+        yield (
             f"{case.release} has no backend for the experts: {moe.error}",
             "take the artifact out of the preset, or the SKU out of the line",
         )
     elif moe.clamp == "lost":
-        yield case.finding(
+        yield (
             f"{case.release} takes {moe.chosen} without swiglu_limit: results are wrong",
             "choose another --moe-backend",
         )
 
 
-def experts_are_built_as_stored(case: LintCase) -> Iterator[LintFinding]:
+def experts_are_built_as_stored(case: LintCase) -> Problems:
     """The experts' scheme is the checkpoint's; exceptions are rows [artifact.*.unserved]."""
     if case.answer.refused is not None:
         return
@@ -229,15 +217,15 @@ def experts_are_built_as_stored(case: LintCase) -> Iterator[LintFinding]:
     row = f"artifact.{case.artifact_name}.unserved"
     reason = artifact.why_not(case.line_name, drafting=draft is not None)
     if wrong and reason is None:
-        yield case.finding(
+        yield (
             f"{case.release}: {'; '.join(wrong)}",
             f"take the artifact out of preset.{case.preset_name}, or say in {row} why not",
         )
     elif reason is not None and not wrong:
-        yield case.finding(f"{row} says that it is not served, but it is", f"delete the row {row}")
+        yield f"{row} says that it is not served, but it is", f"delete the row {row}"
 
 
-def tensor_parallel_divides(case: LintCase) -> Iterator[LintFinding]:
+def tensor_parallel_divides(case: LintCase) -> Problems:
     """Heads, output groups and the experts' quantization groups split evenly over the GPUs.
 
     vLLM asserts the heads (models/deepseek_v4/attention.py, ``n_heads % tp_size``) and floors
@@ -246,7 +234,7 @@ def tensor_parallel_divides(case: LintCase) -> Iterator[LintFinding]:
     parts = case.preset.tensor_parallel
     for name, count in divisible(case.config).items():
         if count % parts:
-            yield case.finding(
+            yield (
                 f"{name} = {count} is not divided by --tensor-parallel-size={parts}",
                 f"choose another tensor_parallel in preset.{case.preset_name}",
             )
@@ -266,7 +254,7 @@ def divisible(config: Mapping[str, Any]) -> dict[str, int]:
     return counts
 
 
-RULES: tuple[Callable[[LintCase], Iterator[LintFinding]], ...] = (
+RULES: tuple[Callable[[LintCase], Problems], ...] = (
     served,
     known_variables,
     retired_variables,
@@ -281,7 +269,7 @@ RULES: tuple[Callable[[LintCase], Iterator[LintFinding]], ...] = (
 
 def judge(case: LintCase) -> list[LintFinding]:
     """All findings about a case, by rule."""
-    return [finding for rule in RULES for finding in rule(case)]
+    return [LintFinding(case, what, remedy) for rule in RULES for what, remedy in rule(case)]
 
 
 def _value(case: LintCase, flag: str) -> str:

@@ -30,7 +30,6 @@ from vllm_forge.pages.status import status_text
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
 from vllm_forge.receipts import FOLDER
-from vllm_forge.receipts.create import make_receipt, make_statement
 from vllm_forge.receipts.envelope import DIGEST, canonical, read_receipt, write_receipt
 from vllm_forge.receipts.errors import (
     ReceiptEditedError,
@@ -43,10 +42,10 @@ from vllm_forge.receipts.errors import (
     ResultFileError,
     SuiteDescriptionError,
 )
-from vllm_forge.receipts.statement import VALID, Statement
+from vllm_forge.receipts.statement import VALID, Statement, make_statement
 from vllm_forge.receipts.suite import CASES as CASES_FILE
 from vllm_forge.receipts.suite import LIST_CASES
-from vllm_forge.receipts.verification import describe, verify_all
+from vllm_forge.receipts.verification import describe, make_receipt, verify_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,10 +11,10 @@ import pytest
 from tests.support.receipts import green_result, row
 from vllm_forge.kernels.errors import SelectionFileError
 from vllm_forge.matrix import load
-from vllm_forge.receipts.create import make_statement
 from vllm_forge.receipts.envelope import Receipt
 from vllm_forge.receipts.errors import ReceiptContradictedError
-from vllm_forge.receipts.selection_match import LAYOUTS, compare, require_selection
+from vllm_forge.receipts.statement import make_statement
+from vllm_forge.receipts.verification import LAYOUTS, compare_kernels, require_selection
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,7 +54,7 @@ def changed(answer: dict[str, Any]) -> Path:
 
 
 def test_what_ran_matches_the_recorded_selection(root: Path, receipt: Receipt) -> None:
-    rows = compare(root, receipt)
+    rows = compare_kernels(root, receipt)
     assert {part for part, _, _ in rows} >= {"experts", "draft experts", "FP8 linear layers"}
     assert [row for row in rows if row[1] != row[2]] == []
     require_selection(root, receipt)
@@ -78,10 +78,10 @@ def test_an_engine_without_a_recorded_selection_is_refused(
 ) -> None:
     answer["all"]["rows"] = [row for row in answer["all"]["rows"] if row["answer"] != answer["row"]]
     with pytest.raises(ReceiptContradictedError, match=r"ran, and grid/\S+ is not recorded"):
-        compare(changed(answer), receipt)
+        compare_kernels(changed(answer), receipt)
     shutil.rmtree(tmp_path / "records")
     with pytest.raises(SelectionFileError):
-        compare(tmp_path, receipt)
+        compare_kernels(tmp_path, receipt)
 
 
 def test_an_engine_recorded_as_refused_cannot_have_run(
@@ -90,4 +90,4 @@ def test_an_engine_recorded_as_refused_cannot_have_run(
     answer["row"].clear()
     answer["row"]["refused"] = {"kind": "device", "message": "ValueError: no such kernel"}
     with pytest.raises(ReceiptContradictedError, match="is recorded as: ValueError"):
-        compare(changed(answer), receipt)
+        compare_kernels(changed(answer), receipt)

@@ -130,7 +130,10 @@ def case(root: Path) -> Callable[..., LintCase]:
 
 def only(findings: list[LintFinding]) -> LintFinding:
     (finding,) = findings
-    assert (finding.preset, finding.artifact) == ("b300-mtp", "flash-nvfp4-fp8-mtp")
+    assert (finding.case.preset_name, finding.case.artifact_name) == (
+        "b300-mtp",
+        "flash-nvfp4-fp8-mtp",
+    )
     assert finding.remedy
     return finding
 
@@ -312,7 +315,7 @@ def of_artifact(case: LintCase, **row: Any) -> list[LintFinding]:
     name, matrix = case.artifact_name, case.matrix
     artifacts = {**matrix.artifact, name: matrix.artifact[name].model_copy(update=row)}
     changed = replace(case, matrix=matrix.model_copy(update={"artifact": artifacts}))
-    return list(experts_are_built_as_stored(changed))
+    return [LintFinding(changed, *row) for row in experts_are_built_as_stored(changed)]
 
 
 @pytest.mark.parametrize(
@@ -427,10 +430,10 @@ def test_without_its_row_an_artifact_is_a_finding(
     bare = matrix.artifact[artifact].model_copy(update={"unserved": ()})
     changed = matrix.model_copy(update={"artifact": {**matrix.artifact, artifact: bare}})
     found = {
-        finding.line: finding.artifact
+        case.line_name: case.artifact_name
         for line in LINES
         for case in cases(changed, read_selection(root / "records", line))
-        for finding in experts_are_built_as_stored(case)
+        if list(experts_are_built_as_stored(case))
     }
     assert found == dict.fromkeys(lines, artifact)
 
@@ -474,7 +477,8 @@ def forced(root: Path, line: str) -> LintCase:
 
 
 def of_variables(case: LintCase) -> list[LintFinding]:
-    return [*known_variables(case), *retired_variables(case)]
+    rows = [*known_variables(case), *retired_variables(case)]
+    return [LintFinding(case, *row) for row in rows]
 
 
 def test_forced_marlin_on_the_line_that_loses_the_clamp(root: Path) -> None:
