@@ -1,7 +1,7 @@
 """Engines and servers that tests read: begun when the tests are collected, the longest first.
 
 Each takes most of a minute to start and little of the GPU, so that many run at a time, and tests
-wait for what they read.
+wait for what they read. With cold caches one of those that compile the same kernels goes ahead.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.gpu.harness import processes
+from tests.gpu.harness import limits, processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,12 +23,23 @@ FOLDER = "VLLM_FORGE_GPU_FOLDER"
 AT_A_TIME = max(2, 3 * (os.cpu_count() or 4) // 4)  # starts are busy, what runs waits for the GPU
 
 
+@dataclass(frozen=True)
+class Job:
+    """See ``Together.add``."""
+
+    name: str
+    seconds: float
+    call: Callable[[], Any]
+    group: str
+    kernels: str
+
+
 class Together:
     """Jobs by name; each is begun at most once, and ``say`` hears of each that is done."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
-        self._jobs: dict[str, tuple[float, Callable[[], Any], str]] = {}
+        self._jobs: dict[str, Job] = {}
         self._futures: dict[str, Future[Any]] = {}
         self._pool = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="together")
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -46,26 +58,48 @@ class Together:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def add(self, name: str, seconds: float, call: Callable[[], Any], group: str = "") -> None:
+    def add(
+        self, name: str, seconds: float, call: Callable[[], Any], group: str = "",
+        kernels: str = "",
+    ) -> None:  # fmt: skip
         """Have a job run; about how long it takes decides when it begins.
 
-        Tests that read jobs of a ``group`` have it as their ``xdist_group``.
+        Tests that read jobs of a ``group`` have it as their ``xdist_group``. Jobs with the same
+        ``kernels`` compile the same ones.
         """
-        self._jobs.setdefault(name, (seconds, call, group))
+        self._jobs.setdefault(name, Job(name, seconds, call, group, kernels))
 
     def start(self, group: str | None = None) -> None:
-        """Begin all, or all of a group, the longest first."""
+        """Begin all, or all of a group, the longest first.
 
-        def run(name: str, call: Callable[[], Any]) -> Any:
+        With cold caches the longest of those with the same kernels begins before the others, which
+        wait until it is done, or for ``limits.LEAD_S``.
+        """
+
+        def run(job: Job, leader: Future[Any] | None) -> Any:
+            if leader is not None:
+                wait([leader], limits.LEAD_S)
             begun = time.monotonic()
             try:
-                return call()
+                return job.call()
             finally:
-                self._say(f"{name} is done: {time.monotonic() - begun:.0f} s")
+                self._say(f"{job.name} is done: {time.monotonic() - begun:.0f} s")
 
-        for name, (_, call, of) in sorted(self._jobs.items(), key=lambda row: -row[1][0]):
-            if group in {None, of} and name not in self._futures:
-                self._futures[name] = self._pool.submit(run, name, call)
+        jobs = [
+            job
+            for job in sorted(self._jobs.values(), key=lambda job: -job.seconds)
+            if group in {None, job.group} and job.name not in self._futures
+        ]
+        leaders: dict[str, Job] = {}
+        if limits.cold():
+            for job in jobs:
+                leaders.setdefault(job.kernels or job.name, job)
+            # Those that wait have a thread: what they wait for must have one before.
+            jobs.sort(key=lambda job: job not in leaders.values())
+        for job in jobs:
+            leader = leaders.get(job.kernels, job)
+            ahead = None if leader is job else self._futures[leader.name]
+            self._futures[job.name] = self._pool.submit(run, job, ahead)
 
     def result(self, name: str) -> Any:
         """Wait for a job; the first that is asked for begins all of its group.
@@ -74,7 +108,7 @@ class Together:
             KeyError: it was not added.
             Exception: what it raised.
         """
-        self.start(self._jobs[name][2])
+        self.start(self._jobs[name].group)
         return self._futures[name].result()
 
     def end(self) -> None:

@@ -44,5 +44,10 @@ def open_caches(folder: Path, plan: dict[str, Any]) -> dict[str, str]:
 
 
 def count_files(folder: Path) -> int:
-    """Number of compiled files; 0 on a cold start."""
-    return sum(path.is_file() and path.name != KEY for path in folder.rglob("*"))
+    """Number of compiled files; those beside the compilers' folders are the suite's."""
+    return sum(path.is_file() and path.parent != folder for path in folder.rglob("*"))
+
+
+def warm_file(folder: Path, tier: str) -> Path:
+    """Exists once a green run of the tier left its kernels in the caches."""
+    return folder / f"warm-{tier}"

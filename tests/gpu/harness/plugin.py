@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.gpu.harness.limits import DEADLINE, NotStartedError
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
 RESULTS = "VLLM_FORGE_GPU_RESULTS"
-DEADLINE = "VLLM_FORGE_GPU_DEADLINE"
 MARGIN = "margin"
 ENGINES = "engines(*names): engines that a test reads; those of a run are started together"
 VALUE = "value(points, seconds): what a test is worth, and what it takes; the budget's order"
@@ -99,6 +100,16 @@ class Verdicts:
     def __init__(self, results: str | None = None) -> None:
         self.results = results
         self.rows: dict[str, dict[str, Any]] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self) -> Generator[None, Any, Any]:
+        """What was not started in time leaves the tests that read it without a verdict."""
+        try:
+            return (yield)
+        except NotStartedError as error:
+            pytest.skip(str(error))
+
+    pytest_runtest_call = pytest_runtest_setup
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One phase of one test."""

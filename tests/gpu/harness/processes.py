@@ -6,26 +6,17 @@ import os
 import signal
 import subprocess
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from tests.gpu.harness.limits import Limit
+
 ROOT = Path(__file__).parents[3]
-RESERVE_S = 30  # of the budget, for what is left to do
 _GROUPS: set[int] = set()
 _LOCK, _ENDED = threading.Lock(), threading.Event()
-
-
-def patience(most: float) -> float:
-    """Seconds that something may take: what the budget leaves, if it is less."""
-    # Not above: pytest must import a plugin before a conftest does.
-    from tests.gpu.harness.plugin import DEADLINE
-
-    left = float(os.environ.get(DEADLINE, "inf")) - time.time() - RESERVE_S
-    return max(1.0, min(most, left))
 
 
 def start(argv: Sequence[str], log: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -44,14 +35,19 @@ def start(argv: Sequence[str], log: Path, env: Mapping[str, str]) -> subprocess.
     return process
 
 
-def run(argv: Sequence[str], log: Path, env: Mapping[str, str], seconds: float) -> None:
-    """Run a process to its end, or end it after so many seconds."""
+def run(argv: Sequence[str], log: Path, env: Mapping[str, str], limit: Limit) -> None:
+    """Run a process to its end, or end it at its limit.
+
+    Raises:
+        NotStartedError: it was ended, and that is no fault of it.
+    """
     process = start(argv, log, env)
     try:
-        process.wait(timeout=seconds)
+        process.wait(timeout=limit.seconds)
     except subprocess.TimeoutExpired:
         with log.open("ab") as out:
             out.write(b"\nit was ended: it took too long\n")
+        limit.check(log.stem)
     finally:
         end(process, signal.SIGKILL)
 

@@ -23,9 +23,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.gpu.harness import plugin
+from tests.gpu.harness import limits, plugin
 from tests.gpu.harness.bootlog import parse
-from tests.gpu.harness.caches import count_files, open_caches
+from tests.gpu.harness.caches import count_files, open_caches, warm_file
 from tests.gpu.harness.device import RANKS, list_gpus, require_sku
 from tests.gpu.harness.errors import (
     HarnessError,
@@ -57,13 +57,15 @@ class Options:
         gpus: what there is.
         minutes: per tier; None is the plan's.
         pytest: further arguments.
+        caches: folder of what JIT compilers make; None: it is not kept.
         variables: for all that compiles.
-        compiled: files that it had compiled before; 0 is a cold start.
+        compiled: files that it had compiled before.
     """
 
     gpus: list[dict[str, Any]]
     minutes: float | None = None
     pytest: tuple[str, ...] = ()
+    caches: Path | None = None
     variables: dict[str, str] = field(default_factory=dict)
     compiled: int = 0
 
@@ -83,6 +85,8 @@ def run_tier(root: Path, plan: dict[str, Any], name: str, output: Path, options:
     raw.unlink(missing_ok=True)
     started = datetime.now(UTC)
     deadline = time.time() + 60 * (options.minutes or tier["minutes"])
+    warm_place = options.caches and warm_file(options.caches, name)
+    warm = warm_place is not None and warm_place.exists()
     code = _pytest(
         root,
         [
@@ -93,7 +97,8 @@ def run_tier(root: Path, plan: dict[str, Any], name: str, output: Path, options:
         ],
         {
             plugin.RESULTS: str(raw),
-            plugin.DEADLINE: str(deadline),
+            limits.DEADLINE: str(deadline),
+            limits.COLD: str(int(not warm)),
             "VLLM_FORGE_GPU_FOLDER": str(folder),
             "VLLM_FORGE_GPU_MATRIX": json.dumps(tier["rows"]["matrix"]),
             COMPILED: str(options.compiled),
@@ -121,7 +126,10 @@ def run_tier(root: Path, plan: dict[str, Any], name: str, output: Path, options:
     }
     (output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(table(result), flush=True)
-    return verdict(result)
+    word = verdict(result)
+    if warm_place is not None and word == "green" and "-k" not in options.pytest:
+        warm_place.touch()
+    return word
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -256,7 +264,8 @@ def run(args: argparse.Namespace) -> None:
     options = Options(gpus=gpus, minutes=args.minutes, pytest=tuple(extra))
     if args.caches is not None:
         variables = open_caches(args.caches.resolve(), plan)
-        options = replace(options, variables=variables, compiled=count_files(args.caches))
+        compiled = count_files(args.caches)
+        options = replace(options, caches=args.caches, variables=variables, compiled=compiled)
     verdicts = {name: run_tier(args.root, plan, name, args.output, options) for name in names}
     for kind, word in ((SuiteRedError, "red"), (SuiteUndecidedError, "undecided")):
         if tiers := [name for name in names if verdicts[name] == word]:

@@ -14,7 +14,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tests.gpu.harness import processes
+from tests.gpu.harness import limits, processes
 from tests.gpu.harness.spec_metrics import read_text
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ GENERATED = "vllm:generation_tokens_total"
 
 
 class ServerEndedError(RuntimeError):
-    """The server ended, or did not answer in time; the end of its log is the message."""
+    """The server ended, or hangs; the end of its log is the message."""
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,7 @@ class Server:
     Attributes:
         log: file for all that it prints.
         variables: more environment.
-        patience_s: time until it must be healthy.
+        kind: what of ``limits`` it is until it is healthy.
         answer_s: time that one request may take.
     """
 
@@ -46,11 +46,16 @@ class Server:
     arguments: Sequence[str]
     log: Path
     variables: dict[str, str] = field(default_factory=dict)
-    patience_s: float = 240
+    kind: str = "server"
     answer_s: float = 180
 
     def __enter__(self) -> Server:
-        """Start it and wait until it is healthy."""
+        """Start it and wait until it is healthy.
+
+        Raises:
+            ServerEndedError: it ended, or hangs.
+            NotStartedError: it takes too long, and that is no fault of it.
+        """
         # Held while the server lives, which may bind it too: many start at a time, for a minute.
         self._place = socket.socket()
         self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -127,7 +132,8 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def _wait(self) -> None:
-        end = time.monotonic() + self.patience_s
+        limit = limits.limit(self.kind)
+        end = time.monotonic() + limit.seconds
         while True:
             if self.process.poll() is not None:
                 raise ServerEndedError(f"exit {self.process.returncode}: {self._tail()}")
@@ -136,8 +142,9 @@ class Server:
                     return
             except (urllib.error.URLError, OSError):
                 if time.monotonic() > end:
+                    limit.check(self.log.stem)
                     raise ServerEndedError(
-                        f"no answer in {self.patience_s} s: {self._tail()}"
+                        f"no answer in {limit.seconds:.0f} s: {self._tail()}"
                     ) from None
             time.sleep(POLL_S)
 

@@ -29,7 +29,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     )
     for name in wanted:
         call = serve if name in SERVERS else run
-        together.add(name, seconds(name), partial(call, name, together.work, together.logs), "mtp")
+        work = partial(call, name, together.work, together.logs)
+        together.add(name, seconds(name), work, "mtp", kernels(name))
 
 
 def seconds(name: str) -> float:
@@ -40,6 +41,14 @@ def seconds(name: str) -> float:
     if not engine.checkpoint:
         return SECONDS["exact"]
     return SECONDS["without" if engine.files else "deepseek"]
+
+
+def kernels(name: str) -> str:
+    """What compiles the same ones; an engine that lacks a patch ends before it compiles."""
+    engine = ENGINES.get(name)
+    if engine is None or not engine.checkpoint:
+        return "exact"
+    return "" if engine.files else "deepseek"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from tests.gpu.harness import processes, variants
+from tests.gpu.harness import limits, processes, variants
 from tests.gpu.harness.device import parallel_variables, ranks
 from tests.gpu.harness.processes import ROOT
 from tests.gpu.harness.spec_metrics import Reading
@@ -25,7 +25,6 @@ JOB = "tests.gpu.mtp.engine_job"
 REQUESTS, COUNT = 8, 512
 VOCABULARY = 512  # of the checkpoint "card"
 LENGTHS, EACH = (2_050, 8_200, 32_800), 5  # of long prompts, and how many
-PATIENCE_S = 420
 LOOK = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # so that a function can be sent to the worker
 
 
@@ -145,6 +144,11 @@ class Ran:
     logprobs: list[list[float]] = field(default_factory=list)
     cached: list[int] = field(default_factory=list)
 
+    def require_answers(self) -> Ran:
+        """Itself; AssertionError with the end of its log if it answered nothing."""
+        assert not self.error, self.error
+        return self
+
 
 def missing(name: str) -> str:
     """What an engine or server lacks to be run, and how to bring it."""
@@ -162,7 +166,11 @@ def missing(name: str) -> str:
 
 
 def run(name: str, work: Path, logs: Path) -> Ran:
-    """Run an engine to its end."""
+    """Run an engine to its end.
+
+    Raises:
+        NotStartedError: it was ended before, and that is no fault of it.
+    """
     engine = ENGINES[name]
     job, result, log = work / f"{name}.json", work / f"{name}-result.json", logs / f"{name}.log"
     job.write_text(
@@ -184,7 +192,7 @@ def run(name: str, work: Path, logs: Path) -> Ran:
         )
         env["PYTHONPATH"] = f"{over}{os.pathsep}{env['PYTHONPATH']}"
     argv = [sys.executable, "-m", JOB, str(job), str(result)]
-    processes.run(argv, log, env, processes.patience(PATIENCE_S))
+    processes.run(argv, log, env, limits.limit("engine"))
     text = log.read_text(errors="replace")
     if not result.is_file():
         return Ran(

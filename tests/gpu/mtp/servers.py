@@ -45,6 +45,7 @@ def serve(name: str, work: Path, logs: Path) -> Served:
 
     Raises:
         ServerEndedError: it did not come up.
+        NotStartedError: there was no time for that.
         OSError: it ended while it was asked.
     """
     model = exact_mtp.write(work / f"{name}-model", "fraction")

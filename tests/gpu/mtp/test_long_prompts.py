@@ -35,8 +35,7 @@ NEAR = 0.5  # of the distance to another prompt
 @pytest.mark.parametrize("length", LENGTHS)
 def test_every_long_prompt_is_answered(length: int, ran: Callable[[str], Ran]) -> None:
     for name in ("dsv4-whole", "dsv4-chunked"):
-        found = ran(name)
-        assert not found.error, found.error
+        found = ran(name).require_answers()
         prompts = found.engine.prompts
         lengths = [len(tokens) for tokens in found.tokens]
         due = [place for place, prompt in enumerate(prompts) if len(prompt) == length]
@@ -51,8 +50,8 @@ def test_chunks_change_less_than_another_prompt(
     record: Callable[..., None],
 ) -> None:
     start, count = LENGTHS.index(length) * EACH, len(LENGTHS) * EACH
-    whole = ran("dsv4-whole").logprobs[start : start + EACH]
-    chunked = ran("dsv4-chunked")
+    whole = ran("dsv4-whole").require_answers().logprobs[start : start + EACH]
+    chunked = ran("dsv4-chunked").require_answers()
     for what, first in (("in chunks", start), ("asked again", start + count)):
         itself, other = distances(whole, chunked.logprobs[first : first + EACH])
         record(**{what: itself, "another prompt": other})

@@ -13,6 +13,7 @@ from enum import Enum
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from tests.gpu.harness import limits
 from tests.gpu.race.jobs import Said, jobs, sanitizer
 from tests.gpu.race.kit import native
 from tests.gpu.race.mutants import MUTANTS
@@ -160,7 +161,7 @@ CHECKED = {
 def start_warming() -> tuple[str, ...]:
     """Let the driver compile the wheel's kernels; the names of those experiments."""
     for form in WARMED:
-        jobs().start(f"warm-{form}", {"do": "warm", "form": form}, timeout=280)
+        jobs().start(f"warm-{form}", {"do": "warm", "form": form}, kind="wheel kernels")
     return tuple(f"warm-{form}" for form in WARMED)
 
 
@@ -176,21 +177,27 @@ def start_all() -> None:
     for name, tools in CHECKED.items():
         for tool in tools:
             _start_check(name, tool, warm)
-    jobs().start("zones-wheel", {"do": "zones", "name": "wheel"}, after=warm, timeout=150)
+    jobs().start("zones-wheel", {"do": "zones", "name": "wheel"}, after=warm, kind="red zones")
 
 
 def _start_check(name: str, tool: str, warm: tuple[str, ...]) -> None:
     if (program := sanitizer()) is None:
         return
+    kind = "broken build" if name in ALONE else "sanitizer"
+    if (name, Tool(tool)) in NOT_REQUIRED:
+        kind = "blind sanitizer"
+    # For 10 s by default it waits for the process to call CUDA, which imports much before.
+    patience = int(limits.limit(kind).seconds)
     prefix = (
-        str(program), "--tool", tool, "--kernel-name", "kns=6MarlinI", "--print-limit", "100000",
+        str(program), "--tool", tool, "--launch-timeout", str(patience),
+        "--kernel-name", "kns=6MarlinI", "--print-limit", "100000",
         "--show-backtrace", "device", "--target-processes", "application-only",
     )  # fmt: skip
     jobs().start(
         f"{tool}-{name}",
         {"do": "sanitized", "names": list(SETS[name])},
         after=warm if name == "wheel" else (),
-        timeout=60 if (name, Tool(tool)) in NOT_REQUIRED else 200,
+        kind=kind,
         prefix=prefix,
         PYTORCH_NO_CUDA_MEMORY_CACHING="1",
     )

@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tests.gpu.harness import limits
+
 ROOT = Path(__file__).parents[3]
 
 AT_A_TIME = max(2, min(10, (os.cpu_count() or 2) - 2))
@@ -44,9 +46,17 @@ class Said:
 
 
 def run_child(
-    order: dict[str, Any], *, timeout: float, prefix: tuple[str, ...] = (), **variables: str
+    order: dict[str, Any],
+    *,
+    limit: limits.Limit,
+    prefix: tuple[str, ...] = (),
+    **variables: str,
 ) -> Said:
-    """Run one experiment to its end, or to the time-out."""
+    """Run one experiment to its end, or to its limit.
+
+    Raises:
+        NotStartedError: it was killed there, and that says nothing about it.
+    """
     started = time.monotonic()
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "2")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(_paths())} | threads | variables
@@ -57,12 +67,13 @@ def run_child(
     )  # fmt: skip
     code: int | None
     try:
-        text, _ = process.communicate(timeout=timeout)
+        text, _ = process.communicate(timeout=limit.seconds)
         code = process.returncode
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)  # the process group that was started above
         text, _ = process.communicate()
         code = None
+        limit.check(" ".join(map(str, order.values())))
     return Said(row=_last_object(text), code=code, seconds=time.monotonic() - started, text=text)
 
 
@@ -91,9 +102,9 @@ class Jobs:
 
     def start(
         self, name: str, order: dict[str, Any], *, after: tuple[str, ...] = (),
-        timeout: float = 90, prefix: tuple[str, ...] = (), **variables: str,
+        kind: str = "control", prefix: tuple[str, ...] = (), **variables: str,
     ) -> None:  # fmt: skip
-        """Begin an experiment, after those named, unless it has begun."""
+        """Begin an experiment, after those named, unless it has begun; ``kind``: of its limit."""
         if name in self.futures:
             return
         earlier = [self.futures[one] for one in after]
@@ -101,7 +112,7 @@ class Jobs:
         def run() -> Said:
             for one in earlier:
                 one.result()
-            return run_child(order, timeout=timeout, prefix=prefix, **variables)
+            return run_child(order, limit=limits.limit(kind), prefix=prefix, **variables)
 
         self.futures[name] = self.pool.submit(run)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from tests.gpu.harness import processes, variants
+from tests.gpu.harness import variants
 from tests.gpu.harness.device import parallel_variables, ranks
 from tests.gpu.harness.server import Server
 from tests.gpu.models import exact_moe
@@ -29,7 +29,6 @@ TOKENS = 1000  # per client and level
 PARALLEL_TOKENS = 400  # the same of an arm on several GPUs, which takes its turn
 SAMPLE = 3  # answers that are scored again
 PLANTED = 150  # where a wrong token is put into one of them
-PATIENCE_S = 300
 WRONG_EXPERT = 4
 MODEL_FILE = "vllm/model_executor/models/glm4_moe.py"
 ARGUMENTS = [
@@ -142,6 +141,7 @@ class Fleet:
 
         Raises:
             ServerEndedError: it did not come up.
+            NotStartedError: there was no time for that.
             OSError: it ended while it was asked.
         """
         arm = ARMS[name]
@@ -153,7 +153,6 @@ class Fleet:
             arguments=arm.arguments,
             log=log,
             variables=variables,
-            patience_s=processes.patience(PATIENCE_S),
         )
         begun = time.monotonic()
         tokens = min(self.tokens, PARALLEL_TOKENS) if arm.parallel else self.tokens

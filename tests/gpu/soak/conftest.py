@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["op", "tools"]
 ROOT = Path(__file__).parents[3]
-LOAD_S, ANSWER_S = 3600, 3600
+ANSWER_S = 3600
 LAUNCHES = 10_000_000
 
 
@@ -45,7 +45,7 @@ def artifact(pytestconfig: pytest.Config) -> Iterator[full.Artifact]:
         arguments=preset.arguments,
         log=together.logs / f"soak-{preset.name}.log",
         variables={**preset.env, NAMED: ",".join(gpus)},
-        patience_s=LOAD_S,
+        kind="artifact",
         answer_s=ANSWER_S,
     )
     with server:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.gpu.harness import processes
+from tests.gpu.harness import limits, processes
 from tests.gpu.harness.device import parallel_variables, ranks
 from tests.gpu.numerics.selected import quantizes
 from tests.gpu.reference import nvfp4_moe_cells as cells
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from tests.gpu.reference.nvfp4_moe_cells import Cell
 
 JOB = "tests.gpu.tensor_parallel.shards"
-PATIENCE_S = 240
 # Name of a cell: its tokens.
 CELLS = {"even": 9, "hot": 17}
 
@@ -91,6 +90,7 @@ def run(backend: str, work: Path) -> dict[str, NDArray[np.float64]]:
 
     Raises:
         RuntimeError: a rank wrote nothing.
+        NotStartedError: there was no time for that.
     """
     folder, count = work / f"shards-{backend}", ranks()
     folder.mkdir()
@@ -99,7 +99,7 @@ def run(backend: str, work: Path) -> dict[str, NDArray[np.float64]]:
     def one(rank: int) -> None:
         argv = [sys.executable, "-m", JOB, str(folder), str(rank), str(count), backend]
         log = folder / f"{rank}.log"
-        processes.run(argv, log, env, processes.patience(PATIENCE_S))
+        processes.run(argv, log, env, limits.limit("shards"))
 
     with ThreadPoolExecutor(count) as pool:
         list(pool.map(one, range(count)))

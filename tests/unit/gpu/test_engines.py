@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.harness import device, plugin, processes
+from tests.gpu.harness import device, limits, processes
 from tests.gpu.mtp import engines
 from tests.gpu.mtp.engines import EACH, ENGINES, LENGTHS, distances
 
@@ -102,7 +102,7 @@ class TestProcesses:
 
     def test_one_that_takes_too_long_is_ended_with_its_children(self, tmp_path: Path) -> None:
         log = tmp_path / "log"
-        processes.run(["sh", "-c", "sleep 600 & echo $!; wait"], log, {}, 1)
+        processes.run(["sh", "-c", "sleep 600 & echo $!; wait"], log, {}, limits.Limit(seconds=1))
         child, words = log.read_text().splitlines()[0], log.read_text()
         assert "it was ended: it took too long" in words
         state = subprocess.run(["ps", "-o", "stat=", "-p", child], capture_output=True, text=True,
@@ -117,9 +117,3 @@ class TestProcesses:
         assert process.wait(timeout=20) == -signal.SIGKILL
         with pytest.raises(InterruptedError):
             processes.start(argv, tmp_path / "log", {})
-
-    def test_patience_ends_with_the_budget(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(plugin.DEADLINE, "0")
-        assert processes.patience(300) == 1
-        monkeypatch.delenv(plugin.DEADLINE)
-        assert processes.patience(300) == 300

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.gpu.harness import device, plugin, run
+from tests.gpu.harness import device, limits, plugin, run
 from tests.gpu.harness.device import list_gpus, query, require_sku
 from tests.gpu.harness.errors import (
     InputError,
@@ -199,7 +199,7 @@ def test_long(): raise AssertionError("begun")
 def test_budget_orders_by_value_and_begins_nothing_too_long(tmp_path: Path) -> None:
     import time
 
-    found = suite(tmp_path, BUDGET, **{plugin.DEADLINE: str(time.time() + 600)})["tests"]
+    found = suite(tmp_path, BUDGET, **{limits.DEADLINE: str(time.time() + 600)})["tests"]
     assert found["test_it.py::test_poor"]["outcome"] == "passed"
     assert found["test_it.py::test_long"]["outcome"] == "not run"
     assert "run with more --minutes" in found["test_it.py::test_long"]["why"]
@@ -410,3 +410,24 @@ def test_compilers_find_their_caches_and_the_second_start_is_reported(bundle: Pa
     key = json.loads((caches / "caches.json").read_text())
     (caches / "caches.json").write_text(json.dumps(key | {"tree": "other"}))
     assert run_all(bundle, f"--caches={caches}")[0] == InputError.exit_code
+
+
+def test_caches_are_cold_until_a_run_of_the_tier_was_green(bundle: Path) -> None:
+    """Another tier's kernels are others, and those of a start without time are not complete."""
+    test, caches = bundle / "tests/gpu/mtp/test_it.py", bundle.parent / "caches"
+    caches.mkdir()
+    body = "import os, pytest\ndef test_it(): assert os.environ['VLLM_FORGE_COLD'] == '{}'\n"
+    late = "def test_late(): pytest.skip('dsv4 did not start in 9 s; caches were cold')\n"
+    some = body.format(1) + "def test_other(): pytest.skip('budget')\n"
+    for text, options, code in (
+        (body.format(1), [], 0),
+        (body.format(1) + late, [f"--caches={caches}"], SuiteUndecidedError.exit_code),
+        (some, [f"--caches={caches}", "--only=not test_other"], 0),
+        (body.format(1), [f"--caches={caches}"], 0),
+        (body.format(0), [f"--caches={caches}"], 0),
+    ):
+        test.write_text(text)
+        assert run_all(bundle, *options)[0] == code
+    (caches / "warm-server").rename(caches / "warm-kernel")
+    test.write_text(body.format(1))
+    assert run_all(bundle, f"--caches={caches}")[0] == 0

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.gpu.race import cells, sass
+from tests.gpu.harness.limits import COLD, DEADLINE, Limit, NotStartedError
+from tests.gpu.race import cells, experiments, sass
 from tests.gpu.race.experiments import (
     CHECKED,
     CHECKS,
@@ -133,16 +136,51 @@ def test_what_a_row_sets_off(row: dict[str, object], seen: set[Tool]) -> None:
 
 
 def test_a_process_that_does_not_end_is_ended() -> None:
-    said = run_child({}, timeout=0.5, prefix=("bash", "-c", "echo '{\"a\": 1}'; sleep 60"))
+    prefix = ("bash", "-c", "echo '{\"a\": 1}'; sleep 60")
+    said = run_child({}, limit=Limit(seconds=0.5), prefix=prefix)
     assert said.code is None
     assert said.hung
     assert said.row == {"a": 1}
 
 
 def test_a_process_that_fails_says_why() -> None:
-    said = run_child({}, timeout=20, prefix=("bash", "-c", "echo '{broken'; echo no GPU; exit 3"))
+    prefix = ("bash", "-c", "echo '{broken'; echo no GPU; exit 3")
+    said = run_child({}, limit=Limit(seconds=20), prefix=prefix)
     assert (said.code, said.row, said.hung) == (3, {}, False)
     assert "no GPU" in said.text
+
+
+def test_an_experiment_without_time_is_undecided() -> None:
+    limit = Limit(seconds=0.5, undecided="caches were cold")
+    with pytest.raises(NotStartedError, match="caches were cold"):
+        run_child({"do": "warm"}, limit=limit, prefix=("bash", "-c", "sleep 60"))
+
+
+def test_the_sanitizer_waits_for_its_process_as_long_as_the_experiment_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: dict[str, tuple[str, list[str]]] = {}
+
+    class Begun:
+        def start(self, name: str, order: object, **given: Any) -> None:
+            begun[name] = given.get("kind", "control"), list(given.get("prefix", ()))
+
+    monkeypatch.setattr(experiments, "jobs", Begun)
+    monkeypatch.setattr(experiments, "sanitizer", lambda: Path("/compute-sanitizer"))
+    monkeypatch.setenv(COLD, "1")
+    monkeypatch.setenv(DEADLINE, str(time.time() + 600))
+    experiments.start_all()
+    patience = {
+        name: (kind, int(prefix[prefix.index("--launch-timeout") + 1]))
+        for name, (kind, prefix) in begun.items()
+        if prefix
+    }
+    kind, seconds = patience["initcheck-wheel"]
+    assert kind == "sanitizer"
+    assert seconds > 500
+    # These hang on purpose: they must not take the whole budget.
+    assert patience["synccheck-foreign_mask"] == ("broken build", 200)
+    assert patience["synccheck-half_barrier"] == ("blind sanitizer", 60)
 
 
 # --- compute-sanitizer ----------------------------------------------------------------------------

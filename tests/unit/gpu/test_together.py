@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.gpu import together
-from tests.gpu.harness import processes
+from tests.gpu.harness import limits, processes
 from tests.gpu.together import Together
 
 if TYPE_CHECKING:
@@ -99,6 +100,37 @@ def test_a_worker_begins_only_the_group_that_its_tests_read(one: Together) -> No
     one.result("c")
     one.end()
     assert sorted(begun) == ["a", "c"]
+
+
+@pytest.mark.parametrize(("cold", "order"), [("1", "acbd"), ("0", "abcd")])
+def test_with_cold_caches_one_compiles_kernels_before_the_others_of_it(
+    one: Together, monkeypatch: pytest.MonkeyPatch, cold: str, order: str
+) -> None:
+    monkeypatch.setenv(limits.COLD, cold)
+    begun: list[str] = []
+    for name, kernels in (("a", "race"), ("b", "race"), ("c", ""), ("d", "race")):
+        one.add(name, ord("z") - ord(name), partial(begun.append, name), kernels=kernels)
+    one.result("d")
+    one.end()
+    assert "".join(begun) == order
+
+
+def test_those_that_wait_do_not_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch, said: list[str], tmp_path: Path
+) -> None:
+    """The first may hang, or fail: then the others compile for themselves."""
+    monkeypatch.setattr(together, "AT_A_TIME", 2)
+    monkeypatch.setattr(limits, "LEAD_S", 0.3)
+    monkeypatch.setenv(limits.COLD, "1")
+    monkeypatch.setenv(together.FOLDER, str(tmp_path))
+    jobs, follows = Together(said.append), threading.Event()
+    jobs.add("leads", 9, lambda: follows.wait(30), kernels="race")
+    jobs.add("follows", 1, follows.set, kernels="race")
+    begun = time.monotonic()
+    jobs.result("follows")
+    assert time.monotonic() - begun >= 0.3
+    assert jobs.result("leads")
+    jobs.end()
 
 
 def test_logs_go_where_the_runner_takes_them_from(one: Together, tmp_path: Path) -> None:
