@@ -6,6 +6,9 @@
     kit.py exec [OPTION]... -- COMMAND [ARG]...
                                   run a command in the image: --uid N (default: the image's user),
                                   --env NAME=VALUE, --bind SOURCE:TARGET, --writable
+    kit.py caches OUTPUT [--max-part MB]
+                                  pack what `go` compiled into OUTPUT/caches.tar.gz.000 and so on,
+                                  each of at most so many megabytes (default: 61)
 
 Stands alone on Python's standard library, tar, gzip and mount. Needs root. Works in
 FORGE_KIT_WORK (default: the user's cache folder), which must belong to the user alone.
@@ -369,6 +372,32 @@ def bring_caches(folder: Path, target: Path) -> None:
         aside.rename(place)
 
 
+def pack_caches(work: Path, output: Path, limit: int) -> None:
+    """Pack the kernels that runs of the suite compiled, in parts of at most ``limit`` bytes."""
+    folder = work / "cache-0"
+    if not (folder / "jit").is_dir():
+        fail(f"no compiled kernels in {folder / 'jit'}: run `go` first")
+    output.mkdir(parents=True, exist_ok=True)
+    for old in output.glob("caches.tar.gz.*"):
+        old.unlink()
+    argv = ["tar", "--create", "--gzip", f"--directory={folder}", "jit"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as tar:
+        assert tar.stdout is not None  # noqa: S101
+        number, left = 0, 0
+        with contextlib.ExitStack() as stack:
+            while block := tar.stdout.read(min(left or limit, CHUNK)):
+                if not left:
+                    stack.close()
+                    path = output / f"caches.tar.gz.{number:03}"
+                    part = stack.enter_context(path.open("wb"))
+                    number, left = number + 1, limit
+                part.write(block)
+                left -= len(block)
+    if tar.returncode:
+        fail(f"cannot pack {folder / 'jit'}: tar exited with {tar.returncode}; end all runs")
+    print(f"{number} parts of compiled kernels in {output}", flush=True)
+
+
 def unpack(manifest: dict[str, Any], work: Path) -> tuple[Path, Image]:
     """The kit's content and its image, both verified."""
     start = time.monotonic()
@@ -404,8 +433,18 @@ def exec_run(image: Image, work: Path, arguments: list[str]) -> Run:
 
 def main(arguments: list[str]) -> int:
     """See the module."""
-    if arguments[:1] not in (["take"], ["unpack"], ["go"], ["exec"]) or arguments == ["go"]:
+    commands = (["take"], ["unpack"], ["go"], ["exec"], ["caches"])
+    if arguments[:1] not in commands or arguments in (["go"], ["caches"]):
         fail(f"usage:\n{__doc__}")
+    if arguments[0] == "caches":
+        parser = argparse.ArgumentParser("kit.py caches", usage=__doc__, allow_abbrev=False)
+        parser.add_argument("output", type=Path)
+        parser.add_argument("--max-part", type=float, default=61)
+        args = parser.parse_args(arguments[1:])
+        if args.max_part <= 0:
+            fail("--max-part must be above 0")
+        pack_caches(work_folder(), args.output, max(1, int(args.max_part * 1_000_000)))
+        return 0
     if arguments[0] != "take" and os.geteuid() != 0:
         fail("cannot mount and enter the image: run this as root")
     manifest, work = read_manifest(), work_folder()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from vllm_forge.errors import UsageError
+from vllm_forge.gputest.caches import require_key
 from vllm_forge.gputest.kit import (
     HOST,
     RUN,
@@ -125,6 +126,38 @@ def test_suite_runs_in_the_image(folder: Path, tmp_path: Path) -> None:
     again = call(folder, "go", str(tmp_path / "again"), "x")
     assert "suite x" in again
     assert (tmp_path / "again" / "result").exists()
+
+
+def test_compiled_kernels_are_packed_in_parts_for_the_next_kit(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The folder that comes out is one for ``gpu kit --caches``."""
+    key, out, back = {"tree": "7c43"}, tmp_path / "parts", tmp_path / "back"
+    assert "run `go` first" in call(folder, "caches", str(out), code=1)
+    stack = tmp_path / "kit-work" / "cache-0" / "jit" / "abc"
+    (stack / "triton" / "deep").mkdir(parents=True)
+    (stack / "caches.json").write_text(json.dumps(key))
+    kernel = os.urandom(100_000)
+    (stack / "triton" / "deep" / "kernel").write_bytes(kernel)
+    out.mkdir()
+    (out / "caches.tar.gz.009").write_text("of an earlier call")
+    output = call(folder, "caches", str(out), "--max-part", "0.03")
+    parts = sorted(out.iterdir())
+    assert f"{len(parts)} parts" in output
+    assert [part.name[-3:] for part in parts] == ["000", "001", "002", "003"]
+    assert [part.stat().st_size for part in parts[:-1]] == [30_000] * 3
+    assert 0 < parts[-1].stat().st_size <= 30_000
+    back.mkdir()
+    join = f"cat {out}/caches.tar.gz.* | tar -xz -C {back}"
+    subprocess.run(["sh", "-c", join], check=True)
+    require_key(back / "jit" / "abc", key)
+    assert (back / "jit" / "abc" / "triton" / "deep" / "kernel").read_bytes() == kernel
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "x"])
+def test_a_part_of_caches_has_a_size(folder: Path, tmp_path: Path, size: str) -> None:
+    code = 2 if size == "x" else 1
+    assert "--max-part" in call(folder, "caches", str(tmp_path), f"--max-part={size}", code=code)
 
 
 @ROOT_ONLY
@@ -287,7 +320,7 @@ def test_invalid_manifest_is_refused(
     assert words in output
 
 
-@pytest.mark.parametrize("arguments", [[], ["go"], ["run"], ["--help"]])
+@pytest.mark.parametrize("arguments", [[], ["go"], ["caches"], ["run"], ["--help"]])
 def test_wrong_usage_shows_the_usage(folder: Path, arguments: list[str]) -> None:
     assert "kit.py take" in call(folder, *arguments, code=1)
 
