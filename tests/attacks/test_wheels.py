@@ -15,9 +15,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.wheels import Member, write_wheel
-from vllm_forge.images.wheels import wheel_entries
+from vllm_forge.images import store
+from vllm_forge.images.store import write_layer
+from vllm_forge.images.wheels import PUBLISHED_WRONG, wheel_entries
 from vllm_forge.sources import SourceRepo, sdist
 from vllm_forge.sources.errors import SdistError, WheelError
+from vllm_forge.sources.wheel_format import record_row
 
 PYTHON = "3.13"
 
@@ -113,6 +116,39 @@ def test_record_of_other_files_is_refused(
     with pytest.raises(WheelError) as refused:
         wheel_entries(path, PYTHON)
     assert words in refused.value.what
+
+
+SCRIPT = "tiny-1.0.data/scripts/tool"
+
+
+@pytest.mark.parametrize("name", ["tiny.py", SCRIPT])
+@pytest.mark.parametrize("recorded", [f"sha256={'A' * 43}", "md5=1B2M2Y8AsgTpgAmY7PhCfg"])
+@pytest.mark.parametrize("large", [0, 1 << 30], ids=["ahead", "in turn"])
+def test_file_with_another_hash_than_its_record_is_refused(
+    name: str, recorded: str, large: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image's RECORD would say so of a file that is as the wheel's author wants it."""
+    monkeypatch.setattr(store, "LARGE", large)
+    path = wheel(tmp_path, Member(path=SCRIPT, content=b"#!python\n"))
+    rows = "tiny-1.0.dist-info/RECORD"
+    with zipfile.ZipFile(path) as archive:
+        record, content = archive.read(rows), archive.read(name)
+    good = record_row(content)[0].encode()
+    assert good in record
+    write_layer("good", wheel_entries(path, PYTHON), 0)
+    with zipfile.ZipFile(path) as archive:
+        contents = {item: archive.read(item) for item in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for item, old in contents.items():
+            archive.writestr(item, record.replace(good, recorded.encode()) if item == rows else old)
+    with pytest.raises(WheelError) as refused:
+        write_layer("bad", wheel_entries(path, PYTHON), 0)
+    assert refused.value.where == str(path)
+    assert name in refused.value.what
+    assert store.stored("bad") is None
+    monkeypatch.setitem(PUBLISHED_WRONG, recorded, good.decode())
+    if name != SCRIPT:
+        write_layer("excepted", wheel_entries(path, PYTHON), 0)
 
 
 def test_file_that_is_not_a_wheel_is_refused(tmp_path: Path) -> None:

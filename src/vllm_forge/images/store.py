@@ -6,6 +6,7 @@ complete. Nothing of it is believed: the record has a hash of itself, the blob i
 image is assembled, and the time of an unpacked file is its CRC-32.
 """
 
+import hashlib
 import mmap
 import zipfile
 import zlib
@@ -22,7 +23,7 @@ from vllm_forge.images.layer import CHUNK, FILE_NAMES, LayerBlob, LayerWriter, s
 from vllm_forge.images.layout import file_digest, read_sealed, write_sealed
 from vllm_forge.images.wheels import Entry
 from vllm_forge.kernels.coverage.device_code import device_code
-from vllm_forge.sources.errors import HashMismatchError
+from vllm_forge.sources.errors import HashMismatchError, WheelError
 from vllm_forge.sources.wheel_format import record_hash, seek_to_data
 
 # Smaller libraries have too little device code to be worth a copy per SKU.
@@ -123,6 +124,7 @@ def write_layer(
 
     Raises:
         HashMismatchError: a wheel's member does not inflate to what the zip says.
+        WheelError: a member is not what RECORD says.
         UnknownFatbinError: a library's device code has an unknown layout.
     """
 
@@ -236,21 +238,23 @@ def _raw(entry: Entry) -> Iterator[memoryview]:
 
 
 def _inflate(entry: Entry, target: Path) -> None:
-    """Write a member's plain bytes to ``target``; check size and CRC."""
+    """Write a member's plain bytes to ``target``; check size, CRC, and its hash in RECORD."""
     member = entry.member
     assert member is not None  # noqa: S101 - only members come here
     plain = zlib.decompressobj(-15) if member.compress_type == zipfile.ZIP_DEFLATED else None
-    crc = size = 0
+    crc, size, digest = 0, 0, hashlib.sha256()
     fault = ""
     try:
         with target.open("xb", buffering=0) as out:
             for piece in _raw(entry):
                 block = plain.decompress(piece) if plain else bytes(piece)
                 crc = zlib.crc32(block, crc)
+                digest.update(block)
                 size += len(block)
                 out.write(block)
             if plain and (rest := plain.flush()):
                 crc, size = zlib.crc32(rest, crc), size + len(rest)
+                digest.update(rest)
                 out.write(rest)
     except zlib.error as error:
         fault = f": {error}"
@@ -261,4 +265,12 @@ def _inflate(entry: Entry, target: Path) -> None:
             f"{member.filename} does not inflate to what the wheel's directory says{fault}",
             where=str(entry.archive),
             remedy="delete that wheel from the cache and build again",
+        )
+    if entry.recorded not in ("", f"sha256={record_hash(digest.digest())}"):
+        raise WheelError(
+            f"{member.filename} has sha256={record_hash(digest.digest())}, RECORD says "
+            f"{entry.recorded}",
+            where=str(entry.archive),
+            remedy="lock another version; if it is a slip of the publisher, add the two hashes to "
+            "images/wheels.py, PUBLISHED_WRONG",
         )

@@ -27,7 +27,7 @@ from installer.sources import WheelFile
 from installer.utils import construct_record_file, fix_shebang
 
 from vllm_forge.sources.errors import WheelError
-from vllm_forge.sources.wheel_format import record_hash
+from vllm_forge.sources.wheel_format import record_hash, record_row
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -39,6 +39,14 @@ if TYPE_CHECKING:
 
 VENV = "opt/venv"
 INSTALLER = b"vllm-forge\n"
+# Hash in RECORD -> that of the file, where a wheel as published has a wrong one: the libraries of
+# pynvvideocodec 2.0.4 were changed after its RECORD was written.
+PUBLISHED_WRONG = {
+    "sha256=v6ESUJdMqaDlvvsxhm7YIoga42tCHowiil1kNY-DLow":
+        "sha256=nlz4ed1FQLSo5RB1mDNLAJbVUdeRHSNc0WmlU7HPY2s",
+    "sha256=RrFURoF8T8gqF6A-LewcSfiZQOkMV3AljzOgv7XNdm4":
+        "sha256=sOM0hO7E3ySvLJBow9fKStktTZhTXT4GtojyfqqaBBs",
+}  # fmt: skip
 # What a wheel that is not valid makes zipfile, csv, configparser, email and installer raise.
 UNREADABLE = (
     ValueError, LookupError, AssertionError, AttributeError, EOFError, RuntimeError,
@@ -57,6 +65,7 @@ class Entry:
         content: its bytes, or
         member: the member of the zip ``archive`` that holds them, or
         link: the target of a symbolic link.
+        recorded: hash that ``member`` must have, ``sha256=...``; empty if RECORD has none.
     """
 
     path: str
@@ -65,6 +74,7 @@ class Entry:
     archive: Path | None = None
     member: zipfile.ZipInfo | None = None
     link: str | None = None
+    recorded: str = ""
 
     @property
     def fingerprint(self) -> tuple[int, int | str]:
@@ -124,7 +134,10 @@ class _Member(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         assert size < 0  # noqa: S101 - small members only are read, and as a whole
         with self._archive.open(self.info) as stream:
-            return stream.read()
+            content = stream.read()
+        if self.recorded not in ("", record_row(content)[0]):
+            raise ValueError(f"{self.info.filename} does not have the hash in RECORD")
+        return content
 
 
 class _LazyWheel(WheelFile):
@@ -194,6 +207,7 @@ class _Collector(WheelDestination):
                 mode=0o755 if is_executable else 0o644,
                 archive=self._archive,
                 member=stream.info,
+                recorded=PUBLISHED_WRONG.get(stream.recorded, stream.recorded),
             )
         )
         hash_ = Hash.parse(stream.recorded) if stream.recorded else None
