@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import base64
 import copy
+import hashlib
 import json
 import os
+import subprocess
+from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -40,7 +44,6 @@ from vllm_forge.receipts.statement import VALID, make_statement
 from vllm_forge.receipts.verification import preset_state, read_receipts, verify_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -199,6 +202,108 @@ def test_unknown_file_among_the_keys_is_reported(project: Project, name: str) ->
         verify_all(project, NOW)
 
 
+Envelopes = tuple[dict[str, Any], dict[str, Any]]  # of a trusted signer, and of a stranger
+SIGNATURES: dict[str, tuple[Callable[[Envelopes], dict[str, Any]], str]] = {
+    "a stranger's too": (
+        lambda two: two[0] | {"signatures": two[0]["signatures"] + two[1]["signatures"]},
+        "not among the trusted",
+    ),
+    "a stranger's under the trusted id": (lambda two: renamed(two[1], two[0]), "invalid signature"),
+    "the trusted one under a stranger's id": (
+        lambda two: renamed(two[0], two[1]),
+        "not among the trusted",
+    ),
+    "twice": (lambda two: two[0] | {"signatures": two[0]["signatures"] * 2}, "Multiple signatures"),
+    "of another type": (
+        lambda two: two[0] | {"payloadType": "application/json"},
+        "unknown payload type",
+    ),
+    "of another payload": (
+        lambda two: two[0] | {name: two[1][name] for name in ("payload", DIGEST)},
+        "invalid signature",
+    ),
+}
+
+
+def renamed(envelope: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """With the id of the other one's key."""
+    keyid = other["signatures"][0]["keyid"]
+    return envelope | {"signatures": [envelope["signatures"][0] | {"keyid": keyid}]}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_foreign_signature_is_refused(project: Project, tmp_path: Path, name: str) -> None:
+    envelopes = []
+    for signer in ("trusted", "stranger"):
+        (tmp_path / signer).mkdir()
+        private, public = ed25519_pair(tmp_path / signer)
+        if signer == "trusted":
+            trust(project, public.read_bytes())
+        result = green_run(project, "soak", **SERVED)
+        result["tests"][f"{FILE}::test_one"]["why"] = signer
+        path = commit(project, result, private)
+        envelopes.append(json.loads(path.read_text()))
+    path.write_text(json.dumps(envelopes[0]))
+    assert len(verify_all(project, NOW)) == 1
+    change, message = SIGNATURES[name]
+    path.write_text(json.dumps(change((envelopes[0], envelopes[1]))))
+    with pytest.raises(ForgeError, match=message):
+        verify_all(project, NOW)
+
+
+def trust(project: Project, pem: bytes) -> None:
+    (project.root / FOLDER / KEYS).mkdir(parents=True, exist_ok=True)
+    (project.root / FOLDER / KEYS / "release.pem").write_bytes(pem)
+
+
+def test_key_of_another_kind_is_not_trusted(project: Project, tmp_path: Path) -> None:
+    private, _ = ed25519_pair(tmp_path)
+    commit(project, green_run(project, "soak", **SERVED), private)
+    pems = [private.read_bytes()]
+    for options in (["RSA"], ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"]):
+        argv = ["openssl", "genpkey", "-algorithm", *options]
+        made = subprocess.run(argv, check=True, capture_output=True).stdout
+        argv = ["openssl", "pkey", "-pubout"]
+        pems.append(subprocess.run(argv, input=made, check=True, capture_output=True).stdout)
+    for pem in pems:
+        trust(project, pem)
+        with pytest.raises(ForgeError, match="not an Ed25519 key"):
+            verify_all(project, NOW)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"PASSED"', b'"\\u0050ASSED"'),
+        (b'"measured":1.0', b'"measured":1'),
+        (b'"measured":1.0', b'"measured":1e0'),
+        (b'"seconds":1.5', b'"seconds":NaN'),
+        (b'"tier":"soak"', b'"tier":"server","tier":"soak"'),
+        (b'Z"', b'+00:00"'),
+        (b"{", b" {"),
+        (b"{", b"\xef\xbb\xbf{"),
+    ],
+)
+def test_payload_has_one_form(project: Project, old: bytes, new: bytes) -> None:
+    """Readers differ in what they make of another one, and its digest is another."""
+    path = commit(project, green_run(project, "soak", **SERVED))
+    envelope = json.loads(path.read_text())
+    payload = base64.b64decode(envelope["payload"])
+    assert old in payload
+    changed = payload.replace(old, new, 1)
+    envelope["payload"] = base64.b64encode(changed).decode()
+    path.write_text(json.dumps(envelope | {DIGEST: hashlib.sha256(changed).hexdigest()}))
+    with pytest.raises(ForgeError, match=r"canonical form|not a receipt"):
+        verify_all(project, NOW)
+
+
+def test_receipt_is_valid_to_the_second(project: Project) -> None:
+    commit(project, green_run(project, "soak", **SERVED))
+    second = timedelta(seconds=1)
+    for age, count in ((-second, 0), (0 * second, 1), (VALID - second, 1), (VALID, 0)):
+        assert len(read_receipts(project, NOW + age).valid) == count, age
+
+
 def shorten(data: dict[str, Any]) -> None:
     body(data)["started"] = body(data)["finished"]
 
@@ -282,9 +387,11 @@ def test_identity_is_of_the_bytes_and_not_of_the_name(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_host_variable_does_not_steer_the_suite(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "/evil")
-    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    recorded = {"CUDA_VISIBLE_DEVICES": "1", "NCCL_P2P_DISABLE": "1"}
+    for variable, value in recorded.items():
+        monkeypatch.setenv(variable, value)
     assert name not in run.host_variables()
-    assert run.host_record()["variables"] == {"NCCL_P2P_DISABLE": "1"}
+    assert run.host_record()["variables"] == recorded
 
 
 # --- randomised structural edits ----------------------------------------------------------------

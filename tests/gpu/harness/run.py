@@ -44,8 +44,9 @@ GREEN = {"passed", "other GPU"}
 # What the host does not set itself.
 DEFAULTS = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 STEERING = ("PYTEST_", "PYTHON", "FORGE_", "VLLM_FORGE_")
-# By these a host's operator says what its links cannot do; they are passed on and recorded.
-LINKS = ("NCCL_", "NVSHMEM_", "TORCH_SYMM_MEM_")
+# By these a host's operator says what its links cannot do, and which GPUs a run has; they are
+# passed on and recorded.
+RECORDED = ("NCCL_", "NVSHMEM_", "TORCH_SYMM_MEM_", "CUDA_VISIBLE_DEVICES")
 RACE = "VLLM_FORGE_RACE_FOLDER"
 
 
@@ -141,7 +142,7 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def host_record() -> dict[str, Any]:
-    """What the tests ran on: versions, and variables that change how GPUs talk."""
+    """What the tests ran on: versions, and variables that choose GPUs or how they talk."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -153,7 +154,7 @@ def host_record() -> dict[str, Any]:
         "packages": versions,
         "cuda": _torch("torch.version.cuda"),
         "nccl": _torch("'.'.join(map(str, torch.cuda.nccl.version()))"),
-        "variables": {n: v for n, v in sorted(os.environ.items()) if n.startswith(LINKS)},
+        "variables": {n: v for n, v in sorted(os.environ.items()) if n.startswith(RECORDED)},
     }
 
 
