@@ -308,6 +308,7 @@ def _runtime_config(run: ContainerRun) -> dict[str, Any]:
     uid, _, gid = (run.user or image["User"]).partition(":")
     bytecode = run.bytecode.resolve()
     bytecode.mkdir(parents=True, exist_ok=True)
+    bytecode.parent.chmod(0o700)  # no user of this host with the image's uid writes there
     os.chown(bytecode, int(owner), int(group or owner))
 
     def mount(target: str, kind: str, *options: str, source: str = "") -> dict[str, Any]:

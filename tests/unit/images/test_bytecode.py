@@ -65,6 +65,21 @@ def test_checks_use_a_bytecode_folder_of_their_own(
     assert made["process"]["env"] == ["A=1", "B=2", f"{BYTECODE}=/srv"]
 
 
+def test_bytecode_of_checks_is_closed_to_users_of_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner is the image's user, whose number a user of the host may have, too."""
+    monkeypatch.setattr("os.chown", lambda *_: None)
+    folder = tmp_path / "bytecode"
+    folder.mkdir(mode=0o755)
+    run = ContainerRun(
+        layout=tmp_path, config={"User": "10001:0", "Env": []}, name="x", lower_dirs=(),
+        inputs=tmp_path, argv=("x",), work=tmp_path, bytecode=folder / "key",
+    )  # fmt: skip
+    _runtime_config(run)
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
 def test_checks_of_other_packages_have_another_bytecode_folder(
     tmp_path: Path, checkout: Path
 ) -> None:
