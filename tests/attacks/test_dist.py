@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -95,21 +96,29 @@ def test_changed_image_is_built_again(built: Project, capsys: pytest.CaptureFixt
     assert not fast_build(built, "alpha")[1]
 
 
-def test_manifest_of_another_config_is_not_up_to_date(built: Project) -> None:
-    """User 0:0 and LD_PRELOAD, as the digest in the index that goes with it."""
+def test_image_of_another_config_is_not_up_to_date(built: Project) -> None:
+    """As root, with LD_PRELOAD: all digests in the layout agree with each other."""
     folder = built.root / "dist" / CELL
     image = read_image(folder)
-    index = folder / "index.json"
-    manifest = image.manifest | {"annotations": {"forged": "yes"}}
-    text = json.dumps(manifest).encode()
-    digest = hashlib.sha256(text).hexdigest()
-    (folder / "blobs" / "sha256" / digest).write_bytes(text)
-    document: dict[str, Any] = json.loads(index.read_text())
-    document["manifests"][0] |= {"digest": f"sha256:{digest}", "size": len(text)}
-    replaced(index, json.dumps(document).encode())
+
+    def put(document: dict[str, Any]) -> dict[str, Any]:
+        text = json.dumps(document).encode()
+        digest = hashlib.sha256(text).hexdigest()
+        (folder / "blobs" / "sha256" / digest).write_bytes(text)
+        return {"digest": f"sha256:{digest}", "size": len(text)}
+
+    config = copy.deepcopy(image.config)
+    config["config"]["User"] = "0:0"
+    config["config"]["Env"].append("LD_PRELOAD=/cache/evil.so")
+    manifest = image.manifest | {"config": image.manifest["config"] | put(config)}
+    index: dict[str, Any] = json.loads((folder / "index.json").read_text())
+    index["manifests"][0] |= put(manifest)
+    replaced(folder / "index.json", json.dumps(index).encode())
+    assert read_image(folder).config["config"]["User"] == "0:0"
     rebuilt, fresh = fast_build(built, "alpha")
     assert fresh
     assert rebuilt.digest == image.digest
+    verify(rebuilt)
 
 
 @pytest.mark.parametrize("option", ["--load", "--push=registry.example/x:1"])

@@ -27,8 +27,11 @@ from vllm_forge.images.layout import ImageLayer
 from vllm_forge.images.store import write_layer
 from vllm_forge.images.system import SCRUB, compress, write_plain
 from vllm_forge.matrix import WheelFile
+from vllm_forge.project import Project
 from vllm_forge.proofs.dry_load import ARGV
 from vllm_forge.proofs.environment import PYTHON
+from vllm_forge.serve.command import container_command
+from vllm_forge.serve.deployment import find_deployment
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -147,6 +150,17 @@ def test_import_from_the_working_directory_is_found(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("PYTHONSAFEPATH")
     with pytest.raises(AssertionError, match="imported from the working directory"):
         image_checks.working_directory({})
+
+
+def test_images_share_no_volume_of_code(root: Path) -> None:
+    """What one image compiled another would run; the volume that all share is for weights."""
+    project = Project(root)
+    deployment = find_deployment(project.matrix, project.cell("b300"), "mtp")
+    digests = [f"sha256:{number * 64}" for number in "12"]
+    commands = [container_command(project.matrix, deployment, digest=d).argv for d in digests]
+    first, second = ({word for word in argv if "--volume=" in word} for argv in commands)
+    assert {word.rpartition(":")[2] for word in first - second} == {"/cache"}
+    assert {word.rpartition(":")[2] for word in first & second} == {"/cache/huggingface"}
 
 
 def test_dry_load_finds_its_modules_where_they_are_mounted(tmp_path: Path) -> None:

@@ -71,6 +71,13 @@ def test_value_that_is_more_than_one_word_is_refused(data: Data, place: str, val
         Matrix.model_validate(data)
 
 
+@pytest.mark.parametrize("epoch", [-1, 1 << 32, 10**18, "0", True])
+def test_time_that_no_file_can_have_is_refused(data: Data, epoch: object) -> None:
+    data["base"]["source_date_epoch"] = epoch
+    with pytest.raises(ValidationError, match=r"base\.source_date_epoch"):
+        Matrix.model_validate(data)
+
+
 def test_committed_rows_are_accepted(data: Data) -> None:
     assert Matrix.model_validate(copy.deepcopy(data)).sku
 
