@@ -21,7 +21,6 @@ from unidiff.errors import UnidiffParseError
 from unidiff.patch import PatchSet
 
 from vllm_forge.errors import ForgeError
-from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.patches import errors
 from vllm_forge.sources import SourceRepo
 
@@ -204,11 +203,7 @@ class TreeIndex:
         if UNREADABLE.search(stderr) or (
             done.returncode not in {0, 1} and not (CORRUPT.search(stderr) or EMPTY.search(stderr))
         ):
-            raise CommandFailedError(
-                f"git apply exited with {done.returncode}: {stderr.strip()}",
-                where=str(self.repo.path),
-                remedy="give write access and space; if it is damaged, delete it: it is made again",
-            )
+            raise self.repo.failed("apply", done)
         return done
 
     def reverses(self, patch: Patch) -> bool:
@@ -244,7 +239,11 @@ class Applied:
 
     @property
     def result(self) -> str:
-        return self.trees[-1] if self.trees else self.base
+        return self.before(len(self.trees))
+
+    def before(self, index: int) -> str:
+        """The tree that patch number ``index`` is applied to."""
+        return (self.base, *self.trees)[index]
 
 
 def apply_series(repo: SourceRepo, base: str, patches: Sequence[Patch]) -> Applied:

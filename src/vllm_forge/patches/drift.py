@@ -126,14 +126,9 @@ def releases_between(index: Index, first: str, last: str | None) -> list[Release
             continue
         if file.yanked or version.is_prerelease or version < low or (high and version > high):
             continue
-        if file.sha256 is None or file.size is None:
-            raise DistributionNotFoundError(
-                f"the index gives no sha256 or no size for {file.filename}",
-                where=index.url,
-                remedy="use an index with the JSON simple API (PEP 691, PEP 700)",
-            )
-        target = cache_root() / "sdists" / file.sha256 / file.filename
-        archive = Download(url=file.url, sha256=file.sha256, size=file.size, target=target)
+        sha256, size = file.pins()
+        target = cache_root() / "sdists" / sha256 / file.filename
+        archive = Download(url=file.url, sha256=sha256, size=size, target=target)
         date = file.uploaded or "unknown"
         releases[version] = Release(version=str(version), date=date, archive=archive)
     for end in (low, high):

@@ -210,7 +210,7 @@ class Variant:
 def without(repo: SourceRepo, applied: Applied, patches: Sequence[Patch], index: int) -> Variant:
     """The whole series without ``patches[index]``, else InseparablePatchError."""
     patch = patches[index]
-    tree: str | None = before(applied, index)
+    tree: str | None = applied.before(index)
     for other in patches[index + 1 :]:
         tree = tree and apply_one(repo, tree, other)
     if tree is not None:
@@ -222,11 +222,6 @@ def without(repo: SourceRepo, applied: Applied, patches: Sequence[Patch], index:
         where=str(patch.path),
         remedy="make one patch of those that cannot do without each other",
     )
-
-
-def before(applied: Applied, index: int) -> str:
-    """The tree that patch number ``index`` is applied to."""
-    return applied.trees[index - 1] if index else applied.base
 
 
 def require_idempotent(repo: SourceRepo, applied: Applied, patches: Sequence[Patch]) -> None:
@@ -263,7 +258,7 @@ def pairs(repo: SourceRepo, applied: Applied, patches: Sequence[Patch]) -> list[
     """
     rows = []
     for index, (first, second) in enumerate(pairwise(patches)):
-        tree: str | None = apply_one(repo, before(applied, index), second, moved=True)
+        tree: str | None = apply_one(repo, applied.before(index), second, moved=True)
         tree = tree and apply_one(repo, tree, first, moved=True)
         same = tree == applied.trees[index + 1]
         if not same and (tree is not None or not _touch(first, second)):
@@ -304,7 +299,7 @@ def _taken_out(repo: SourceRepo, applied: Applied, patch: Patch, number: int) ->
 
     Not by applying it in reverse: a hunk at other lines may be found at the wrong ones.
     """
-    trees = (applied.result, applied.trees[number], before(applied, number))
+    trees = (applied.result, applied.trees[number], applied.before(number))
     with (
         tree_index(repo, applied.result) as index,
         tempfile.TemporaryDirectory(prefix="vllm-forge-merge-") as folder,

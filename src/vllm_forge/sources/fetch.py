@@ -4,8 +4,6 @@ A download ends one byte after the size that its lock says, and at a time: neith
 nor one that drips can fill the disk or hold a build.
 """
 
-from __future__ import annotations
-
 import hashlib
 import threading
 import time
@@ -108,12 +106,8 @@ class _Fetcher:
         last: Exception | None = None
         for _ in range(TRIES):
             try:
-                have, digest = 0, hashlib.sha256()
-                if item.part.exists():
-                    with item.part.open("rb") as file:
-                        have, digest = item.kept, hashlib.file_digest(file, "sha256")
-                if have != item.size or not item.part.exists():
-                    have, digest = self._stream(item, have, digest, deadline)
+                if item.kept != item.size or not item.part.exists():
+                    self._stream(item, deadline)
             except (requests.RequestException, HTTPError) as error:
                 last = error
                 continue
@@ -127,12 +121,11 @@ class _Fetcher:
             if self.stop.is_set():
                 return
             last = None
-            if have == item.size:
-                if digest.hexdigest() != item.sha256:
+            if item.kept == item.size:
+                if (digest := _sha256(item.part)) != item.sha256:
                     item.part.unlink()
                     raise HashMismatchError(
-                        f"{item.target.name}: sha256 is {digest.hexdigest()}, the lock says "
-                        f"{item.sha256}",
+                        f"{item.target.name}: sha256 is {digest}, the lock says {item.sha256}",
                         where=item.url,
                         remedy="do not use this file. If the index is right and the lock is old, "
                         "make a new lock; otherwise the mirror may be compromised",
@@ -141,16 +134,15 @@ class _Fetcher:
                 return
         raise _gave_up(item, last)
 
-    def _stream(
-        self, item: Download, have: int, digest: hashlib._Hash, deadline: float
-    ) -> tuple[int, hashlib._Hash]:
-        """Append to the part from byte ``have`` on; return how much is there and its hash."""
+    def _stream(self, item: Download, deadline: float) -> None:
+        """Append to the part what it lacks."""
+        have = item.kept
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
         with self._session.get(item.url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
             if answer.status_code == HTTP_RANGE_NOT_SATISFIABLE:
                 item.part.unlink(missing_ok=True)
                 self._tick(-have)  # comes again
-                return 0, hashlib.sha256()
+                return
             if answer.status_code in GONE:
                 raise DistributionNotFoundError(
                     f"the index lists {item.target.name}, its host answers {answer.status_code}",
@@ -161,8 +153,6 @@ class _Fetcher:
             if have and answer.status_code != HTTP_PARTIAL:  # no ranges there: all comes again
                 self._tick(-have)
                 have = 0
-            if not have:
-                digest = hashlib.sha256()
             with item.part.open("ab" if have else "wb") as file:
                 for block in blocks(answer, deadline):
                     if self.stop.is_set():
@@ -176,10 +166,8 @@ class _Fetcher:
                             remedy="the mirror serves another file; use another index",
                         )
                     file.write(block)
-                    digest.update(block)
                     have += len(block)
                     self._tick(len(block))
-        return have, digest
 
 
 def _gave_up(item: Download, last: Exception | None) -> ForgeError:
@@ -205,6 +193,11 @@ def _gave_up(item: Download, last: Exception | None) -> ForgeError:
     )
 
 
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def verified(path: Path, sha256: str) -> Path:
     """A file of the cache whose bytes were hashed just now; a damaged one is deleted.
 
@@ -213,8 +206,7 @@ def verified(path: Path, sha256: str) -> Path:
         CacheError: it was deleted.
     """
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = _sha256(path)
     except FileNotFoundError:
         raise CacheError(
             f"{path.name} was deleted from the cache",
@@ -254,11 +246,10 @@ class Wheelhouse:
         """
         if not self.missing(wheels):
             return
+        source = index or Index()
         with exclusive("wheelhouse", wait=True):
-            todo = self.missing(wheels)
-            if not todo:
+            if not (todo := self.missing(wheels)):
                 return
-            source = index or Index()
             offered = source.files_of(wheel.name for wheel in todo)
             downloads = []
             for wheel in todo:

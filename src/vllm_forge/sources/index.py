@@ -48,6 +48,16 @@ class IndexFile:
     yanked: bool = False
     uploaded: str | None = None
 
+    def pins(self) -> tuple[str, int]:
+        """Hash and size; DistributionNotFoundError where the index does not say them."""
+        if self.sha256 is None or self.size is None:
+            raise DistributionNotFoundError(
+                f"the index gives no sha256 or no size for {self.filename}",
+                where=self.url,
+                remedy="use an index with the JSON simple API (PEP 691, PEP 700)",
+            )
+        return self.sha256, self.size
+
 
 def index_url() -> str:
     """The index that this host is set up for: uv's variables, pip's, pip.conf, the public one."""
@@ -56,12 +66,8 @@ def index_url() -> str:
             return url
     # pip.conf has several places and layers; pip itself knows them. No pip, no pip.conf.
     # "config list", because "config get" reads the user's file only.
-    asked = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    argv = (sys.executable, "-m", "pip", "config", "list")
+    asked = subprocess.run(argv, capture_output=True, text=True, check=False)
     found = PIP_INDEX.search(asked.stdout)
     return found["url"] if found else PYPI_SIMPLE_ENDPOINT
 
@@ -73,18 +79,13 @@ def session() -> requests.Session:
     retry = Retry(
         total=CONNECT_RETRIES, backoff_factor=0.4, status_forcelist=(502, 503, 504), read=0
     )
-    adapter = HTTPAdapter(pool_connections=CONNECTIONS, pool_maxsize=CONNECTIONS, max_retries=retry)
-    made.mount("https://", adapter)
-    made.mount("http://", adapter)
+    for scheme in ("https://", "http://"):
+        made.mount(scheme, HTTPAdapter(CONNECTIONS, CONNECTIONS, retry))
     return made
 
 
 def blocks(answer: requests.Response, deadline: float) -> Iterator[bytes]:
-    """An answer's bytes as they come, not decompressed.
-
-    Raises:
-        requests.Timeout: ``deadline`` (of time.monotonic) is over.
-    """
+    """An answer's bytes as they come, not decompressed; requests.Timeout at the ``deadline``."""
     while block := answer.raw.read1(CHUNK, decode_content=False):
         yield block
         if time.monotonic() > deadline:
@@ -100,12 +101,7 @@ class Index:
         self._client = PyPISimple(self.url, session=self.session)
 
     def files(self, project: str) -> list[IndexFile]:
-        """All files of one project.
-
-        Raises:
-            DistributionNotFoundError: no such project.
-            IndexUnreachableError: no answer.
-        """
+        """All files of one project; DistributionNotFoundError, IndexUnreachableError."""
         try:
             page = self._page(project)
         except (requests.RequestException, HTTPError) as error:

@@ -169,9 +169,8 @@ def _resolve(line: Line, base: Base, index: Index) -> list[tuple[str, str]]:
         "overrides": [item.requirement for item in line.overrides],
     }
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
         for name, requirements in inputs.items():
-            (work / f"{name}.txt").write_text("".join(f"{item}\n" for item in requirements))
+            Path(folder, f"{name}.txt").write_text("".join(f"{item}\n" for item in requirements))
         argv = [
             find_uv_bin(), "pip", "compile", "in.txt", "--quiet", "--no-header", "--no-annotate",
             "--only-binary=:all:", f"--python-version={line.python}",
@@ -180,7 +179,7 @@ def _resolve(line: Line, base: Base, index: Index) -> list[tuple[str, str]]:
         ]  # fmt: skip
         done = subprocess.run(
             argv,
-            cwd=work,
+            cwd=folder,
             # Not an option: every user of the host can read a command line, and this URL may have
             # a password.
             env=os.environ | {"UV_DEFAULT_INDEX": index.url},
@@ -234,28 +233,20 @@ def choose_wheel(
 
     Raises DistributionNotFoundError: none fits, or the index does not say its hash and size.
     """
-    best: tuple[int, IndexFile] | None = None
+    ranked: dict[int, IndexFile] = {}
     for file in files:
-        if not file.filename.endswith(".whl"):
-            continue
         try:
             _, wheel_version, _, wheel_tags = parse_wheel_filename(file.filename)
-        except InvalidWheelFilename:  # old uploads, e.g. a "py36+" tag: no installer takes them
+        except InvalidWheelFilename:  # no wheel; or old, with e.g. a "py36+" tag: none takes them
             continue
         ranks = [tags[tag] for tag in wheel_tags if tag in tags]
-        if str(wheel_version) == version and ranks and (best is None or min(ranks) < best[0]):
-            best = (min(ranks), file)
-    if best is None:
+        if str(wheel_version) == version and ranks:
+            ranked.setdefault(min(ranks), file)
+    if not ranked:
         raise DistributionNotFoundError(f"{name} {version} has no wheel for the image's platform")
-    file = best[1]
-    if file.sha256 is None or file.size is None:
-        raise DistributionNotFoundError(
-            f"the index gives no sha256 or no size for {file.filename}",
-            remedy="make locks against an index with the JSON simple API (PEP 691, PEP 700)",
-        )
-    return LockedWheel(
-        name=name, version=version, filename=file.filename, size=file.size, sha256=file.sha256
-    )
+    best = ranked[min(ranked)]
+    sha256, size = best.pins()
+    return LockedWheel(name=name, version=version, filename=best.filename, size=size, sha256=sha256)
 
 
 def _text(line_name: str, line: Line, base: Base, wheels: list[LockedWheel]) -> str:

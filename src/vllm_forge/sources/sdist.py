@@ -53,6 +53,7 @@ class SourceRepo:
         self,
         *args: str,
         stdin: bytes | None = None,
+        stream: IO[bytes] | None = None,
         env: Mapping[str, str] | None = None,
         check: bool = True,
     ) -> subprocess.CompletedProcess[bytes]:
@@ -63,18 +64,22 @@ class SourceRepo:
         done = subprocess.run(
             ["git", f"--git-dir={self.path}", *args],
             input=stdin,
+            stdin=stream,
             env=git_env() | dict(env or {}),
             capture_output=True,
             check=False,
         )
         if check and done.returncode != 0:
-            raise CommandFailedError(
-                f"git {args[0]} exited with {done.returncode}: "
-                f"{done.stderr.decode(errors='replace').strip()}",
-                where=str(self.path),
-                remedy="give write access and space; if it is damaged, delete it: it is made again",
-            )
+            raise self.failed(args[0], done)
         return done
+
+    def failed(self, command: str, done: subprocess.CompletedProcess[bytes]) -> CommandFailedError:
+        return CommandFailedError(
+            f"git {command} exited with {done.returncode}: "
+            f"{done.stderr.decode(errors='replace').strip()}",
+            where=str(self.path),
+            remedy="give write access and space; if it is damaged, delete it: it is made again",
+        )
 
     @contextmanager
     def mending(self) -> Iterator[None]:
@@ -120,35 +125,23 @@ class SourceRepo:
             if not (self.path / "HEAD").exists():
                 self.git("init", "--quiet", "--bare", "--template=")
             try:
-                said = self._fast_import(ref, archive)
-            finally:  # remove what a killed or refused import has left
-                for pattern in ("objects/pack/tmp_*", "fast_import_crash_*"):
-                    for path in self.path.glob(pattern):
-                        path.unlink(missing_ok=True)
-            tree = self.tree(ref)
-            if said or tree is None:
-                raise SdistError(f"git fast-import: {said}", where=str(archive))
-            return tree
-
-    def _fast_import(self, ref: str, archive: Path) -> str:
-        """Import an archive; return git's complaint, empty if there is none."""
-        with tempfile.TemporaryFile(dir=self.path) as stream:
-            try:
-                _feed(stream, ref, archive)
+                with tempfile.TemporaryFile(dir=self.path) as stream:
+                    _feed(stream, ref, archive)
+                    stream.seek(0)
+                    done = self.git("fast-import", "--quiet", stream=stream, check=False)
             except UNREADABLE as error:
                 raise SdistError(
                     f"not a readable source archive: {error}", where=str(archive)
                 ) from error
-            stream.seek(0)
-            done = subprocess.run(
-                ["git", f"--git-dir={self.path}", "fast-import", "--quiet"],
-                stdin=stream,
-                stderr=subprocess.PIPE,
-                env=git_env(),
-                check=False,
-            )
-        text = done.stderr.decode(errors="replace").strip()
-        return text or ("it failed" if done.returncode != 0 else "")
+            finally:  # remove what a killed or refused import has left
+                for pattern in ("objects/pack/tmp_*", "fast_import_crash_*"):
+                    for path in self.path.glob(pattern):
+                        path.unlink(missing_ok=True)
+            complaint = done.stderr.decode(errors="replace").strip()
+            tree = self.tree(ref)
+            if complaint or done.returncode != 0 or tree is None:
+                raise SdistError(f"git fast-import: {complaint or 'it failed'}", where=str(archive))
+            return tree
 
 
 def _feed(out: IO[bytes], ref: str, archive: Path) -> None:
