@@ -55,12 +55,10 @@ class HostProbe:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            words = f"{shlex.join(argv)}: no answer in {TIMEOUT_S} s\n"
-            return Reply(code=TIMED_OUT, text=words)
+            return Reply(code=TIMED_OUT, text=f"{shlex.join(argv)}: no answer in {TIMEOUT_S} s\n")
         # Where a command succeeds, stderr has warnings, which are not part of its JSON.
-        return Reply(
-            code=done.returncode, text=done.stdout + (done.stderr if done.returncode else "")
-        )
+        text = done.stdout + (done.stderr if done.returncode else "")
+        return Reply(code=done.returncode, text=text)
 
 
 @dataclass(frozen=True)
@@ -71,25 +69,22 @@ class RecordedProbe:
 
     def ask(self, name: str, argv: Sequence[str]) -> Reply:
         """The recorded reply; a question without a file is a program that is not installed."""
+        text, code = None, 0
+        path = self.folder / f"{name}.txt"
         try:
-            text = read_plain(self.folder / f"{name}.txt", MOST_REPLY).decode()
+            text = read_plain(path, MOST_REPLY).decode()
+            path = self.folder / f"{name}.code"
+            code = int(read_plain(path, MOST_CODE))
         except FileNotFoundError:
-            return Reply(code=NOT_FOUND, text=f"{argv[0]}: not found\n")
+            if text is None:
+                return Reply(code=NOT_FOUND, text=f"{argv[0]}: not found\n")
         except ValueError as error:
-            raise self._refused(f"{name}.txt", error) from None
-        try:
-            return Reply(code=int(read_plain(self.folder / f"{name}.code", MOST_CODE)), text=text)
-        except FileNotFoundError:
-            return Reply(code=0, text=text)
-        except ValueError as error:
-            raise self._refused(f"{name}.code", error) from None
-
-    def _refused(self, name: str, error: ValueError) -> RecordingError:
-        return RecordingError(
-            f"not a recorded reply: {error}",
-            where=str(self.folder / name),
-            remedy="record the host again: nox -s doctor -- SKU --save DIR",
-        )
+            raise RecordingError(
+                f"not a recorded reply: {error}",
+                where=str(path),
+                remedy="record the host again: nox -s doctor -- SKU --save DIR",
+            ) from None
+        return Reply(code=code, text=text)
 
 
 @dataclass(frozen=True)
@@ -101,12 +96,11 @@ class RecordingProbe:
 
     def ask(self, name: str, argv: Sequence[str]) -> Reply:
         reply = self.inner.ask(name, argv)
-        for path in (self.folder / f"{name}.txt", self.folder / f"{name}.code"):
+        code = f"{reply.code}\n" if reply.code else None
+        for suffix, text in (("txt", reply.text), ("code", code)):
+            path = self.folder / f"{name}.{suffix}"
             path.unlink(missing_ok=True)
-        if not reply.missing:
-            with atomic_path(self.folder / f"{name}.txt") as aside:
-                aside.write_text(reply.text, encoding="utf-8")
-            if reply.code:
-                with atomic_path(self.folder / f"{name}.code") as aside:
-                    aside.write_text(f"{reply.code}\n")
+            if text is not None and not reply.missing:
+                with atomic_path(path) as aside:
+                    aside.write_text(text, encoding="utf-8")
         return reply

@@ -100,13 +100,9 @@ def checkout(project: Project, line_name: str, repo: SourceRepo, target: Path) -
 def export(project: Project, source: Path) -> tuple[str, tuple[apply.Patch, ...]]:
     """Write the line's patch files, series and lock from the commits of a patch checkout.
 
-    Returns the line's name and its new series.
-
-    Raises:
-        DirtyTreeError: uncommitted changes, or an unfinished rebase, merge or cherry-pick.
-        WrongBaseError: the branch does not start at the line's source, or the series was changed
-            since the checkout.
-        EmptyPatchError, PatchHeaderError, NonCanonicalPatchError: a commit that is not a patch.
+    Returns the line's name and its new series. WrongBaseError if the branch does not start at the
+    line's source, or the series was changed since the checkout; DirtyTreeError, and the errors of
+    a patch file, for what is not committed, or not as a patch.
     """
     work = SourceRepo(source / ".git")
     line_name = _git(work, *CONFIG, "forge.line", check=False) if work.path.exists() else ""

@@ -21,8 +21,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_forge.host import atomic_path, parse_json
+from vllm_forge.host import atomic_path
 from vllm_forge.host.errors import CacheError
+from vllm_forge.matrix import FrozenModel
 from vllm_forge.patches import errors
 from vllm_forge.patches.apply import Applied, Patch, apply_series, tree_index
 from vllm_forge.sources import SourceRepo
@@ -37,16 +38,16 @@ PREFIX = "src/"
 # Asked of the target's Python, which need not be able to import vLLM.
 PROBE = """
 import importlib.metadata as m, json, pathlib, sys
+result = {"python_version": "%d.%d" % sys.version_info[:2], "site": None}
 try:
     d = m.distribution("vllm")
+    result.update(site=str(pathlib.Path(d.locate_file("")).resolve()),
+                  info=pathlib.Path(d._path).name,
+                  version=d.version,
+                  editable='"editable"' in (d.read_text("direct_url.json") or ""))
 except m.PackageNotFoundError:
-    print(json.dumps({"python_version": "%d.%d" % sys.version_info[:2], "site": None}))
-else:
-    print(json.dumps({"python_version": "%d.%d" % sys.version_info[:2],
-                      "site": str(pathlib.Path(d.locate_file("")).resolve()),
-                      "info": pathlib.Path(d._path).name,
-                      "version": d.version,
-                      "editable": (d.read_text("direct_url.json") or "").find('"editable"') > 0}))
+    pass
+print(json.dumps(result))
 """
 
 
@@ -125,8 +126,7 @@ def build_wheel(
     """
     version = local_version(release, applied.result)
     changed = changed_files(repo, applied)
-    name = published.name.replace(f"-{release}-", f"-{version}-", 1)
-    target = folder / name
+    target = folder / published.name.replace(f"-{release}-", f"-{version}-", 1)
     with zipfile.ZipFile(published) as source, published.open("rb") as raw:
         if twice := [path for path, n in Counter(source.namelist()).items() if n > 1]:
             raise errors.WheelSourceError(
@@ -232,14 +232,14 @@ def _copy(raw: io.BufferedReader, member: zipfile.ZipInfo, path: str, out: zipfi
     out._didModify = True  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Installed:
+class Installed(FrozenModel):
     """The vLLM of an environment; ``site`` is None where it is not installed."""
 
     python_version: str
     site: Path | None
     info: str = ""
     version: str = ""
+    editable: bool = False
 
 
 def find_python(given: Path | None) -> Path:
@@ -262,23 +262,21 @@ def find_python(given: Path | None) -> Path:
 
 def probe(python: Path) -> Installed:
     """What is installed there; DirtyTreeError if that is editable, from a source tree."""
-    done = subprocess.run(
-        [str(python), "-I", "-c", PROBE], capture_output=True, text=True, check=False
-    )
-    try:
-        found = parse_json(done.stdout.strip().splitlines()[-1])  # a .pth may print before it
+    argv = (python, "-I", "-c", PROBE)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    try:  # a .pth may print before it
+        target = Installed.model_validate_json(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):
         raise errors.NoEnvironmentError(
             f"the interpreter does not run: {done.stderr.strip()[-300:]}", where=str(python)
         ) from None
-    if found.pop("editable", False):
+    if target.editable:
         raise errors.DirtyTreeError(
             "vLLM is installed from a source tree (editable)",
-            where=found["site"],
+            where=str(target.site),
             remedy="apply patches/vllm/<line>/*.patch to that tree with git am or git apply",
         )
-    site = found.pop("site")
-    return Installed(site=Path(site) if site else None, **found)
+    return target
 
 
 class Installer:

@@ -46,9 +46,9 @@ def dry_load(
         environment = open_line(project, line_name, runner, "inspect")
         inputs = environment.work / "inputs"
         loading.write_request(inputs, profiles, environment.plan.cell.sku)
-        tree = environment.write_tree(environment.applied.result, "patched")
+        tree = environment.applied.result
         try:
-            output = environment.run(runner, "dry-load", tree, inputs, ARGV)
+            output = environment.run("dry-load", tree, inputs, ARGV)
         except CommandFailedError as error:
             raise DryLoadError(error.what, where=f"{where}, {error.where}") from None
         return loading.read_answers(output, where, list(profiles))

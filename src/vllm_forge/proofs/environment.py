@@ -49,22 +49,21 @@ class LineEnvironment:
     lower_dirs: tuple[Path, ...]
     config: dict[str, Any]
     work: Path
+    runner: Runner
 
-    def run(
-        self, runner: Runner, name: str, tree: Path, inputs: Path, argv: tuple[str, ...]
-    ) -> str:
-        """Run a command on a folder of ``write_tree``, with /mnt: inputs; returns its stdout."""
+    def run(self, name: str, tree: str, inputs: Path, argv: tuple[str, ...]) -> str:
+        """Run a command on a tree of the source, with /mnt: inputs; returns its stdout."""
         run = ContainerRun(
             layout=self.work / name,
             config=self.config,
             name=name,
-            lower_dirs=(tree, *self.lower_dirs),
+            lower_dirs=(self.write_tree(tree, name), *self.lower_dirs),
             inputs=inputs,
             argv=argv,
             work=self.work / name,
             bytecode=self.work / "bytecode",
         )
-        return self.plan.engine.run_in_image(runner, run)
+        return self.plan.engine.run_in_image(self.runner, run)
 
     def write_tree(self, tree: str, name: str) -> Path:
         """Write a folder with the files in which ``tree`` differs from the release."""
@@ -121,6 +120,7 @@ def open_line(project: Project, line_name: str, runner: Runner, kind: str) -> Li
         lower_dirs=(_metadata(plan, work / "metadata"), *layers, system.root),
         config=system.config,
         work=work,
+        runner=runner,
     )
 
 
@@ -145,9 +145,8 @@ def ask_line(project: Project, line_name: str, runner: Runner) -> SelectionRecor
         def ask(name: str, tree: str, title: str, questions: Sequence[Question]) -> Rows:
             inputs = environment.work / name / "inputs"
             asking.write_inputs(inputs, questions)
-            folder = environment.write_tree(tree, name)
             with report(f"{title}: {len(questions)} questions"):
-                output = environment.run(runner, name, folder, inputs, asking.ARGV)
+                output = environment.run(name, tree, inputs, asking.ARGV)
             answers = asking.read_answers(output, questions, f"line {line_name}, {name}")
             return tuple(zip(questions, answers, strict=True))
 

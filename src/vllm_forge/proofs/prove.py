@@ -13,7 +13,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,27 +95,24 @@ def parse(output: str, where: str) -> TestRun:
     return run.model_copy(update={"why": CHANGING.sub("...", run.why)[:WHY_CHARS]})
 
 
-def judge_whole(line: str, patches: Sequence[Patch], run: TestRun) -> list[ForgeError]:
+def judge_whole(line: str, patches: Sequence[Patch], run: TestRun) -> Iterator[ForgeError]:
     """All contract tests on the whole series: none is red, and every proof ran."""
-    problems: list[ForgeError] = []
     if run.exit == RED:
         red = [name for name, outcome in run.tests.items() if outcome == "failed"]
-        problems.append(
-            ProofRedError(
-                f"line {line}: {len(red)} contract tests are red with the whole series: {run.why}",
-                where="\n          ".join(red[:10]),
-                remedy="correct the patch, or dispositions.toml where it contradicts the series",
-            )
+        yield ProofRedError(
+            f"line {line}: {len(red)} contract tests are red with the whole series: {run.why}",
+            where="\n          ".join(red[:10]),
+            remedy="correct the patch, or dispositions.toml where it contradicts the series",
         )
     elif run.exit != GREEN:
-        return [not_run(f"line {line}, whole series", run)]
+        yield not_run(f"line {line}, whole series", run)
+        return
     for patch in patches:
         outcomes = run.outcomes(patch.proves)
         if not outcomes["passed"] and not outcomes["failed"]:
-            problems.append(_no_proof(line, patch, "is missing, or passes nowhere on this line"))
+            yield _no_proof(line, patch, "is missing, or passes nowhere on this line")
         elif other := {name: count for name, count in outcomes.items() if name not in CLEAR}:
-            problems.append(_no_proof(line, patch, f"ran only in part: {other}"))
-    return problems
+            yield _no_proof(line, patch, f"ran only in part: {other}")
 
 
 def judge_grounds(
@@ -248,12 +245,12 @@ def prove(project: Project, names: Sequence[str], runner: Runner) -> None:
         for name in names:
             stack.enter_context(exclusive(f"prove-{name}", wait=False))
         jobs = [_prepare(project, name, runner) for name in names]
-        proofs = _run_all(jobs, runner)
+        proofs = _run_all(jobs)
     problems: list[ForgeError] = []
     for job, whole, runs in proofs:
         name = job.line_name
         show(job, whole, runs)
-        red = judge_whole(name, [variant.left_out for variant in job.variants], whole)
+        red = [*judge_whole(name, [variant.left_out for variant in job.variants], whole)]
         if whole.exit == GREEN:
             red += judge_grounds(name, job.decided, whole)
         rows = zip(job.variants, runs, strict=True)
@@ -326,36 +323,30 @@ def write_tools(folder: Path, requirements: Path) -> None:
                     file.chmod(0o755)
 
 
-def _run_all(
-    jobs: Sequence[ProofJob], runner: Runner
-) -> list[tuple[ProofJob, TestRun, list[TestRun]]]:
+def _run_all(jobs: Sequence[ProofJob]) -> list[tuple[ProofJob, TestRun, list[TestRun]]]:
     """Run all trees of all lines in parallel, the long runs first: whole series, without each."""
     cores = len(os.sched_getaffinity(0))
     workers = min(cores, MOST_WORKERS)
     threads = str(max(1, cores // workers))
     with ThreadPoolExecutor(workers) as pool:
-
-        def start(job: ProofJob, name: str, tree: str, test: str) -> Future[TestRun]:
-            folder = job.environment.write_tree(tree, name)
-            return pool.submit(_run, runner, job, name, folder, job.line_name, threads, test)
-
-        wholes = [start(job, WHOLE, job.environment.applied.result, ALL_TESTS) for job in jobs]
-        variants = [
-            [start(job, v.left_out.path.stem, v.tree, v.left_out.proves) for v in job.variants]
-            for job in jobs
-        ]
+        wholes = [pool.submit(_run, job, None, threads) for job in jobs]
+        variants = [[pool.submit(_run, job, v, threads) for v in job.variants] for job in jobs]
         return [
             (job, whole.result(), [run.result() for run in runs])
             for job, whole, runs in zip(jobs, wholes, variants, strict=True)
         ]
 
 
-def _run(runner: Runner, job: ProofJob, name: str, folder: Path, *arguments: str) -> TestRun:
+def _run(job: ProofJob, variant: Variant | None, threads: str) -> TestRun:
+    """Run the proof of a variant, or all tests on the whole series."""
+    name, tree, test = WHOLE, job.environment.applied.result, ALL_TESTS
+    if variant is not None:
+        name, tree, test = variant.left_out.path.stem, variant.tree, variant.left_out.proves
     start = time.monotonic()
-    argv = (PYTHON, f"/mnt/{SCRIPT.name}", *arguments)
-    output = job.environment.run(runner, name, folder, job.inputs, argv)
+    argv = (PYTHON, f"/mnt/{SCRIPT.name}", job.line_name, threads, test)
+    output = job.environment.run(name, tree, job.inputs, argv)
     run = parse(output, f"line {job.line_name}, {name}")
-    what = name if name == WHOLE else f"without {name}"
+    what = name if variant is None else f"without {name}"
     verdict = "green" if run.exit == GREEN else f"exit {run.exit}"
     seconds = time.monotonic() - start
     console.print(f"  line {job.line_name}, {what}: {verdict} ({seconds:.0f} s)")

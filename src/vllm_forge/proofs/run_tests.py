@@ -7,8 +7,6 @@ the host decides what red means.
     python run_tests.py LINE THREADS TEST...
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

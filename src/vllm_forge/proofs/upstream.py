@@ -16,7 +16,7 @@ from vllm_forge.host import Runner, atomic_path, console, exclusive, report, wri
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.project import Project
 from vllm_forge.proofs import prove
-from vllm_forge.proofs.environment import PYTHON, LineEnvironment, open_line
+from vllm_forge.proofs.environment import PYTHON, open_line
 from vllm_forge.proofs.errors import ProofNotRunError, RegressionError, UpstreamRowsError
 
 ROWS = "tests/patches/upstream.toml"
@@ -63,19 +63,27 @@ def compare(project: Project, line: str, runner: Runner) -> Path:
     with exclusive(f"upstream-{line}", wait=False):
         with report(f"trees and environment of line {line}"):
             environment = open_line(project, line, runner, "upstream")
-            inputs = _write_inputs(project.root, environment)
+            inputs = environment.work / "inputs"  # for both runs
+            with atomic_path(inputs) as aside:
+                aside.mkdir()
+                prove.unpack_source(environment.repo, environment.applied.base, CONTENT, aside)
+                prove.write_tools(aside, project.root / REQUIREMENTS)
         trees = {PUBLISHED: environment.applied.base, PATCHED: environment.applied.result}
-        folders = {name: environment.write_tree(tree, name) for name, tree in trees.items()}
 
         def run(name: str) -> prove.TestRun:
             script = f"/mnt/{prove.SCRIPT.name}"
             argv = ("/usr/bin/timeout", str(LIMIT), PYTHON, script, line, "1", *paths)
-            return prove.parse(environment.run(runner, name, folders[name], inputs, argv), name)
+            return prove.parse(environment.run(name, trees[name], inputs, argv), name)
 
         with ThreadPoolExecutor(len(trees)) as pool:
             published, patched = pool.map(run, trees)
     rows = judge(line, paths, published, patched)
-    _show(line, rows)
+    table = Table(title=f"line {line}: vLLM's own tests, as published and as patched")
+    for column in ("file", "outcomes"):
+        table.add_column(column, overflow="fold")
+    for file, counts in rows.items():
+        table.add_row(file, ", ".join(f"{count} {name}" for name, count in counts.items()))
+    console.print(table)
     path = project.records / "upstream" / f"{line}.json"
     vllm = environment.plan.cell.line.vllm
     write_json(path, {"line": line, "vllm": vllm, "trees": trees, "files": rows})
@@ -113,22 +121,3 @@ def judge(
                          for before, after in pairs)  # fmt: skip
         rows[path] = dict(sorted(counts.items()))
     return rows
-
-
-def _show(line: str, rows: dict[str, dict[str, int]]) -> None:
-    table = Table(title=f"line {line}: vLLM's own tests, as published and as patched")
-    for column in ("file", "outcomes"):
-        table.add_column(column, overflow="fold")
-    for path, counts in rows.items():
-        table.add_row(path, ", ".join(f"{count} {name}" for name, count in counts.items()))
-    console.print(table)
-
-
-def _write_inputs(root: Path, environment: LineEnvironment) -> Path:
-    """The release's tests and pytest, in a folder for both runs."""
-    folder = environment.work / "inputs"
-    with atomic_path(folder) as aside:
-        aside.mkdir()
-        prove.unpack_source(environment.repo, environment.applied.base, CONTENT, aside)
-        prove.write_tools(aside, root / REQUIREMENTS)
-    return folder

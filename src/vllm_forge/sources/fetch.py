@@ -62,15 +62,8 @@ def download_all(session: requests.Session, downloads: Sequence[Download]) -> No
     """Fetch all, largest first; each appears under its name only when its hash is right.
 
     What arrived of an unfinished file stays beside its target as ``.part`` and is resumed
-    by the next call.
-
-    Raises:
-        DownloadInterruptedError: the connection broke on every try, or was too slow.
-        HashMismatchError: complete, but other bytes than the lock names.
-        TruncatedFileError: the server's file has another size than the index says.
-        IndexUnreachableError: the file's host does not answer.
-        DistributionNotFoundError: the host does not have the file that the index lists.
-        DiskSpaceError: the file cannot be written.
+    by the next call. An error of ``sources.errors`` says what keeps a file from coming, or
+    DiskSpaceError from being written.
     """
     missing = sum(item.size - item.kept for item in downloads)
     with transfer_progress(f"download {len(downloads)} files", missing) as advance:
@@ -199,11 +192,9 @@ def _sha256(path: Path) -> str:
 
 
 def verified(path: Path, sha256: str) -> Path:
-    """A file of the cache whose bytes were hashed just now; a damaged one is deleted.
+    """A file of the cache whose bytes were hashed just now.
 
-    Raises:
-        HashMismatchError: it was changed since it was downloaded.
-        CacheError: it was deleted.
+    HashMismatchError, and it is deleted, if it is damaged; CacheError if it is missing.
     """
     try:
         digest = _sha256(path)
@@ -236,14 +227,10 @@ class Wheelhouse:
         return [w for path, w in paths if not path.exists() or path.stat().st_size != w.size]
 
     def bytes_to_fetch(self, wheels: Sequence[LockedWheel]) -> int:
-        """Bytes that are still to be downloaded."""
         return sum(wheel.size for wheel in self.missing(wheels))
 
     def fetch(self, wheels: Sequence[LockedWheel], index: Index | None = None) -> None:
-        """Download what is missing; returns at once, and asks no index, when nothing is.
-
-        Raises DistributionNotFoundError: the index does not offer a file of the lock.
-        """
+        """Download what is missing; asks no index when nothing is."""
         if not self.missing(wheels):
             return
         source = index or Index()

@@ -90,6 +90,8 @@ class SourceRepo:
         try:
             yield
         except ForgeError as error:
+            if not self.path.exists():
+                raise
             fsck = self.git("fsck", "--no-dangling", check=False)
             if fsck.returncode == 0 or not self.path.is_relative_to(cache_root()):
                 raise

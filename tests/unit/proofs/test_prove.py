@@ -481,6 +481,7 @@ def one_line(
         lower_dirs=(),
         config={},
         work=work,
+        runner=RecordingRunner(),
     )
     replacements: dict[str, Any] = {
         "open_line": lambda *_: line_environment,
