@@ -64,10 +64,6 @@ def atomic_path(final: Path) -> Iterator[Path]:
         remove(aside)
 
 
-def move(source: Path, target: Path) -> None:
-    shutil.move(source, target)
-
-
 def open_plain(path: Path) -> io.BufferedReader:
     """Open a file that others may have written; ValueError for a link, a FIFO or a device."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -95,9 +91,7 @@ def read_plain(path: Path, most: int = MOST_BYTES) -> bytes:
 def parse_json(content: bytes | str) -> Any:
     """A JSON document; bytes are UTF-8, as every other reader of these files has it.
 
-    Raises:
-        ValueError: malformed, nested too deeply, half a surrogate pair, or a duplicate key, of
-            which readers see one.
+    ValueError also for too deep nesting, half a surrogate pair, and a duplicate key.
     """
     # json would guess UTF-16, and skip a byte order mark.
     text = content if isinstance(content, str) else content.decode("utf-8")

@@ -76,12 +76,8 @@ def which(tool: str) -> str | None:
 def gpu_container(
     engine: str, gpus: int | None, options: Sequence[str], image: str, command: Sequence[str]
 ) -> list[str]:
-    """The ``run`` of a container with GPUs, by docker or podman.
-
-    Docker counts GPUs itself; podman takes the names of the container device interface.
-
-    ``gpus`` is None for all; ``command`` are arguments of the entrypoint.
-    """
+    """Docker's or podman's ``run``; ``gpus``: None for all; ``command``: for the entrypoint."""
+    # Docker counts GPUs itself; podman takes the names of the container device interface.
     if engine == "docker":
         devices = [f"--gpus={'all' if gpus is None else gpus}"]
     else:
@@ -126,12 +122,7 @@ class Runner:
     def run(
         self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> str:
-        """Run ``argv`` and return its stdout.
-
-        Raises:
-            ToolMissingError: the program is not on PATH.
-            CommandFailedError: it exited non-zero; the end of its output is in the message.
-        """
+        """Run ``argv``; return its stdout. ToolMissingError; CommandFailedError has its output."""
         self.commands.append(list(argv))
         console.print(f"  $ {shlex.join(argv)}", style="dim", markup=False)
         program = which(argv[0])

@@ -7,6 +7,7 @@ where it was, and a changed patch rebuilds one small layer.
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,6 @@ from vllm_forge.host import (
     cache_root,
     console,
     exclusive,
-    move,
     remove,
     report,
 )
@@ -397,7 +397,7 @@ def publish(
     }
     plan.record_path.unlink(missing_ok=True)
     with atomic_path(plan.target) as aside:
-        move(candidate.image.path, aside)
+        shutil.move(candidate.image.path, aside)
         set_name(replace(candidate.image, path=aside), plan.name)
     with atomic_path(plan.record_path) as aside:
         aside.write_text(json.dumps(record, indent=1) + "\n")  # the order of inputs counts

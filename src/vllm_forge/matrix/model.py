@@ -226,44 +226,43 @@ class Matrix(FrozenModel):
 
     @model_validator(mode="after")
     def _rows_agree(self) -> Self:
-        if self.default_line not in self.line:
-            raise ValueError(f"default_line: no [line.{self.default_line!r}]")
+        self._require("default_line", "line", self.default_line)
         if both := set(self.sku) & set(self.unsupported_sku):
             raise ValueError(f"unsupported_sku: also in [sku]: {sorted(both)}")
         for name, line in self.line.items():
             if line.cuda not in self.cuda:
                 raise ValueError(f"line.{name}: no [cuda.{line.cuda!r}] with its driver")
-            for sku in (*line.skus, *line.unsupported):
-                if sku not in self.sku:
-                    raise ValueError(f"line.{name}: no [sku.{sku}]")
+            self._require(f"line.{name}", "sku", *line.skus, *line.unsupported)
             if both := set(line.skus) & set(line.unsupported):
                 raise ValueError(f"line.{name}: both supported and not: {sorted(both)}")
             if neither := set(self.sku) - set(line.skus) - set(line.unsupported):
                 raise ValueError(
                     f"line.{name}: say in skus or in unsupported what holds for {sorted(neither)}"
                 )
-        self._presets_agree()
         for row in self.wheel_file:
-            if unknown := set(row.lines) - set(self.line):
-                raise ValueError(f"wheel_file {row.path}: no [line] {sorted(unknown)}")
+            self._require(f"wheel_file {row.path}", "line", *row.lines)
+        self._presets_agree()
         if not self.layers or self.layers[-1].match != ("*",):
             raise ValueError('layers: the last one must match ["*"]')
         return self
 
     def _presets_agree(self) -> None:
-        for name, made in self.artifact.items():
-            for line_name in (line for row in made.unserved for line in row.lines):
-                if line_name not in self.line:
-                    raise ValueError(f"artifact.{name}.unserved: no [line.{line_name!r}]")
+        for name, artifact in self.artifact.items():
+            for unserved in artifact.unserved:
+                self._require(f"artifact.{name}.unserved", "line", *unserved.lines)
         for name, preset in self.preset.items():
-            if preset.sku not in self.sku:
-                raise ValueError(f"preset.{name}: no [sku.{preset.sku}]")
+            self._require(f"preset.{name}", "sku", preset.sku)
+            self._require(f"preset.{name}", "artifact", *preset.artifacts)
             if not name.startswith(f"{preset.sku}-"):
                 raise ValueError(f"preset.{name}: the name must start with {preset.sku}-")
-            for artifact in preset.artifacts:
-                if artifact not in self.artifact:
-                    raise ValueError(f"preset.{name}: no [artifact.{artifact}]")
-                if preset.speculative_tokens and self.artifact[artifact].mtp == "none":
-                    raise ValueError(
-                        f"preset.{name}: speculative_tokens, and {artifact} has no MTP block"
-                    )
+            if preset.speculative_tokens:
+                for each in preset.artifacts:
+                    if self.artifact[each].mtp == "none":
+                        raise ValueError(
+                            f"preset.{name}: speculative_tokens, and {each} has no MTP block"
+                        )
+
+    def _require(self, place: str, table: str, *names: str) -> None:
+        for name in names:
+            if name not in getattr(self, table):
+                raise ValueError(f"{place}: no [{table}.{f'{name!r}' if '.' in name else name}]")

@@ -57,12 +57,9 @@ CANONICAL = (
 
 @dataclass(frozen=True, kw_only=True)
 class Patch:
-    """A parsed patch.
+    """A parsed patch: header ``fields`` by name, lines of a value joined with newlines.
 
-    Attributes:
-        fields: header fields by name, continuation lines joined with newlines.
-        diff: what git applies, text from the first ``diff --git`` on.
-        files: paths that it changes, relative to the source tree.
+    ``diff`` is what git applies; ``files`` are the paths that it changes, in the source tree.
     """
 
     path: Path
@@ -192,8 +189,7 @@ class TreeIndex:
     def apply(self, patch: Patch, *options: str) -> subprocess.CompletedProcess[bytes]:
         """``git apply``; -v names moved hunks, nowarn leaves whitespace as it is.
 
-        CommandFailedError if git cannot read or write the repository: that is not the patch's
-        fault.
+        CommandFailedError if git cannot read or write the repository.
         """
         done = self.repo.git(
             "apply", "--cached", "-v", "--whitespace=nowarn", *options, "-",

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from packaging.utils import InvalidSdistFilename, parse_sdist_filename
 from packaging.version import InvalidVersion, Version
 from rich.progress import track
-from unidiff.patch import Hunk, PatchSet
+from unidiff.patch import PatchSet
 
 from vllm_forge.errors import UsageError
 from vllm_forge.host import cache_root, console, report, worker_pool, write_json
@@ -170,22 +170,7 @@ def survey_lines(
 
 def write_drift(project: Project, surveys: Sequence[Survey], day: str) -> dict[str, Any]:
     """Write and return the data of records/drift.json; ``day`` is today, YYYY-MM-DD."""
-    first, last = surveys[0].release.version, surveys[-1].release.version
-    data = {
-        "made": day,
-        "command": f"nox -s forge -- patch drift --from {first} --to {last}",
-        "releases": [
-            {"version": item.release.version, "date": item.release.date, "tree": item.tree}
-            for item in surveys
-        ],
-        "changes": _changes(project, surveys),
-    }
-    write_json(project.root / DATA, data)
-    return data
-
-
-def _changes(project: Project, surveys: Sequence[Survey]) -> list[dict[str, Any]]:
-    """Patches by what they are about: the same Bug in several lines is one change."""
+    # By what they are about: the same Bug in several lines is one change.
     changes: dict[str, dict[str, Any]] = {}
     every = [
         (name, line.vllm, patch)
@@ -205,7 +190,18 @@ def _changes(project: Project, surveys: Sequence[Survey]) -> list[dict[str, Any]
         changes.setdefault(patch.fields["Bug"], change)["patches"].append(
             {"line": line_name, "patch": patch.name, "made for": release, "verdicts": verdicts}
         )
-    return list(changes.values())
+    first, last = surveys[0].release.version, surveys[-1].release.version
+    data = {
+        "made": day,
+        "command": f"nox -s forge -- patch drift --from {first} --to {last}",
+        "releases": [
+            {"version": item.release.version, "date": item.release.date, "tree": item.tree}
+            for item in surveys
+        ],
+        "changes": list(changes.values()),
+    }
+    write_json(project.root / DATA, data)
+    return data
 
 
 def survey(
@@ -314,19 +310,13 @@ def _hunks(repo: SourceRepo, patch: Patch, before: str) -> Hunks:
     for file in PatchSet(patch.diff):
         source = repo.git("cat-file", "blob", f"{before}:{file.path}").stdout.splitlines()
         for hunk in sorted(file, key=lambda hunk: not hunk.removed):
-            found[file.path, hunk.source_start] = _hunk_words(hunk, source)
+            first = max(0, hunk.source_start - 1 - AROUND)
+            last = hunk.source_start - 1 + hunk.source_length + AROUND
+            words = dict.fromkeys(WORD.findall(b"\n".join(source[first:last])), 1)
+            removed = "".join(line.value for line in hunk if line.is_removed)
+            words |= dict.fromkeys(WORD.findall(removed.encode()), REMOVED_COUNTS)
+            found[file.path, hunk.source_start] = words
     return found
-
-
-def _hunk_words(hunk: Hunk, source: Sequence[bytes]) -> dict[bytes, int]:
-    """Words of the lines that a hunk replaces and of those around it, and how often each counts."""
-    first = max(0, hunk.source_start - 1 - AROUND)
-    last = hunk.source_start - 1 + hunk.source_length + AROUND
-    words = dict.fromkeys(WORD.findall(b"\n".join(source[first:last])), 1)
-    for line in hunk:
-        if line.is_removed:
-            words |= dict.fromkeys(WORD.findall(line.value.encode()), REMOVED_COUNTS)
-    return words
 
 
 @cache

@@ -35,12 +35,9 @@ PYTHON = "/opt/venv/bin/python"
 
 @dataclass(frozen=True, kw_only=True)
 class LineEnvironment:
-    """A line's layers and a folder for its runs.
+    """A line's layers, and ``work``, a folder of the cache with a subfolder for each run.
 
-    Attributes:
-        plan: an image of the line; all SKUs share these layers.
-        lower_dirs: unpacked layers with the release as published, highest first.
-        work: folder of the cache; a run has a subfolder of its name.
+    ``lower_dirs``: unpacked layers with the release as published, highest first.
     """
 
     plan: images.ImagePlan

@@ -236,11 +236,7 @@ def write_record(records: Path, job: ProofJob, whole: TestRun, runs: Sequence[Te
 
 
 def prove(project: Project, names: Sequence[str], runner: Runner) -> None:
-    """Prove lines and write ``records/proofs/<line>.json`` for each that is proven.
-
-    Raises:
-        UselessPatchError, ProofNotRunError, ProofRedError: a verdict; the others are printed.
-    """
+    """Prove lines, write ``records/proofs/<line>.json`` of the proven, raise the first problem."""
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(exclusive(f"prove-{name}", wait=False))

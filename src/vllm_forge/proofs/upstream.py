@@ -53,12 +53,7 @@ def read_tests(root: Path, line: str) -> list[str]:
 
 
 def compare(project: Project, line: str, runner: Runner) -> Path:
-    """Run a line's rows on both trees; returns the record that was written.
-
-    Raises:
-        RegressionError: a test passes as published, and not as patched.
-        ProofNotRunError: pytest did not run them, or nothing in a file passes as published.
-    """
+    """Run a line's rows on both trees; returns the record that was written, or see ``judge``."""
     paths = read_tests(project.root, line)
     with exclusive(f"upstream-{line}", wait=False):
         with report(f"trees and environment of line {line}"):
@@ -93,7 +88,10 @@ def compare(project: Project, line: str, runner: Runner) -> Path:
 def judge(
     line: str, paths: list[str], published: prove.TestRun, patched: prove.TestRun
 ) -> dict[str, dict[str, int]]:
-    """How many tests of each file have which pair of outcomes, as published and as patched."""
+    """How many tests of each file have which pair of outcomes, as published and as patched.
+
+    RegressionError if one passes only as published; ProofNotRunError if none passes, or ran.
+    """
     for name, run in ((PUBLISHED, published), (PATCHED, patched)):
         if run.exit not in {prove.GREEN, prove.RED}:
             raise prove.not_run(f"line {line}, {name}", run)

@@ -32,13 +32,9 @@ PIP_INDEX = re.compile(r"^global\.index-url=(?P<quote>['\"])(?P<url>.+)(?P=quote
 
 @dataclass(frozen=True, kw_only=True)
 class IndexFile:
-    """A file that the index offers.
+    """A file that the index offers; None where the index does not say.
 
-    Attributes:
-        sha256: in hex; this, size and uploaded are None where the index does not say.
-        size: in bytes.
-        yanked: taken back by its project.
-        uploaded: the day, YYYY-MM-DD.
+    ``sha256`` in hex, ``size`` in bytes; ``uploaded`` is the day, YYYY-MM-DD.
     """
 
     filename: str

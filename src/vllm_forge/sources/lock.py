@@ -77,10 +77,7 @@ def input_digest(line: Line, base: Base) -> str:
 
 
 def read_lock(root: Path, line_name: str, line: Line, base: Base) -> Lock:
-    """Parse a lock and check that it belongs to the line's row.
-
-    Raises LockFileError: missing, malformed, hand-edited, or older than the row.
-    """
+    """Parse a lock; LockFileError if missing, malformed, hand-edited, or older than the row."""
     path = root / line.lock
     again = f"run: nox -s lock -- --line {line_name}"
 
@@ -108,10 +105,7 @@ def read_lock(root: Path, line_name: str, line: Line, base: Base) -> Lock:
 
 
 def read_wheels(path: Path, again: str) -> tuple[str, tuple[LockedWheel, ...]]:
-    """Text and entries of a file in the form of a lock; ``again``: the remedy if it is not.
-
-    Raises LockFileError: malformed, or not sorted.
-    """
+    """Text and entries of a file in the form of a lock, else LockFileError with ``again``."""
 
     def refused(what: str, number: int | None = None) -> LockFileError:
         where = str(path) if number is None else f"{path}:{number}"
@@ -119,8 +113,6 @@ def read_wheels(path: Path, again: str) -> tuple[str, tuple[LockedWheel, ...]]:
 
     try:
         text = read_plain(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise refused(f"not UTF-8: {error}") from None
     except ValueError as error:
         raise refused(str(error)) from None
     if "\r" in text:
@@ -141,13 +133,9 @@ def read_wheels(path: Path, again: str) -> tuple[str, tuple[LockedWheel, ...]]:
 
 
 def make_lock(root: Path, line_name: str, line: Line, base: Base, index: Index) -> Lock:
-    """Resolve a line with uv and write its lock.
+    """Resolve a line with uv and write its lock; the reasons of its overrides are printed.
 
-    Overrides and constraints are printed with their reasons, and stand in the lock's header.
-
-    Raises:
-        ResolutionError: uv finds no solution; its explanation is in the message.
-        DistributionNotFoundError: a resolved version has no wheel for the platform.
+    ResolutionError says why uv finds no solution; see ``choose_wheel``.
     """
     for kind, items in (("constraint", line.constraints), ("override", line.overrides)):
         for item in items:
@@ -229,10 +217,7 @@ def wheel_tags(line: Line, base: Base) -> dict[Tag, int]:
 def choose_wheel(
     name: str, version: str, files: list[IndexFile], tags: dict[Tag, int]
 ) -> LockedWheel:
-    """The best file of a release.
-
-    Raises DistributionNotFoundError: none fits, or the index does not say its hash and size.
-    """
+    """The best file of a release, whose hash and size are known; else DistributionNotFoundError."""
     ranked: dict[int, IndexFile] = {}
     for file in files:
         try:

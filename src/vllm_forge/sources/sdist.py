@@ -57,10 +57,7 @@ class SourceRepo:
         env: Mapping[str, str] | None = None,
         check: bool = True,
     ) -> subprocess.CompletedProcess[bytes]:
-        """Run git on this repository with a clean configuration.
-
-        Raises CommandFailedError: a non-zero exit, when ``check`` is set.
-        """
+        """Run git with a clean configuration; with ``check``, CommandFailedError if it fails."""
         done = subprocess.run(
             ["git", f"--git-dir={self.path}", *args],
             input=stdin,
@@ -83,10 +80,7 @@ class SourceRepo:
 
     @contextmanager
     def mending(self) -> Iterator[None]:
-        """Where a step fails and the repository is damaged, that is the error, and it is deleted.
-
-        Raises CacheError: git fsck finds damage.
-        """
+        """Where a step fails and git fsck finds damage: delete the repository, CacheError."""
         try:
             yield
         except ForgeError as error:

@@ -22,12 +22,7 @@ def record_row(content: bytes) -> tuple[str, str]:
 
 
 def rewrite_record(record: bytes, change: Callable[[str, str, str], tuple[str, str, str]]) -> bytes:
-    """RECORD with changed rows; the same bytes where ``change`` changes none.
-
-    Args:
-        record: the file.
-        change: path, hash and size columns -> the new ones.
-    """
+    """RECORD with its columns path, hash and size changed; the same bytes where none changes."""
     old_rows = list(csv.reader(io.StringIO(record.decode())))
     new_rows = [list(change(*row)) for row in old_rows]
     if new_rows == old_rows:
