@@ -34,8 +34,8 @@ from vllm_forge.checkpoints.fixtures.tiny import TinySpec, write_bf16
 from vllm_forge.checkpoints.quantize.environment import SETTINGS
 from vllm_forge.checkpoints.quantize.inputs import load_recipe
 from vllm_forge.checkpoints.tensors import DTYPE_BYTES
+from vllm_forge.pages.records import REAL
 from vllm_forge.pages.registry import write_pages
-from vllm_forge.pages.results import REAL
 from vllm_forge.project import Project
 
 ROOT = Path(__file__).resolve().parents[1]

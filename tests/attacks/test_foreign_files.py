@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from vllm_forge.errors import ForgeError
-from vllm_forge.gputest.caches import KEY, require_key
+from vllm_forge.gputest.bundle import KEY, require_key
 from vllm_forge.gputest.errors import JitCacheError
 from vllm_forge.host import RecordedProbe, read_plain
 from vllm_forge.host.errors import RecordingError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.gpu.harness.caches import open_caches
-from vllm_forge.gputest import caches
+from vllm_forge.gputest import bundle as product
 from vllm_forge.images.layer import ZSTD
 from vllm_forge.images.layout import read_image
 from vllm_forge.images.prewarm import SCRIPT, place_of
@@ -31,7 +31,7 @@ def compiled(built: Project, folder: Path, **other: str) -> Path:
         "kind": "image",
         "stack": stack["lock"]["sha256"],
     }
-    plan = {"caches": {"key": key | other, "folders": caches.FOLDERS}}
+    plan = {"caches": {"key": key | other, "folders": product.FOLDERS}}
     open_caches(folder, plan)
     (folder / "triton" / "kernel.cubin").write_bytes(b"compiled for 10.0")
     return folder

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
 from vllm_forge.commands.parsers import JSON, LINE, SKU, Commands, command, option, print_json
 from vllm_forge.errors import UsageError
@@ -15,9 +15,6 @@ from vllm_forge.host.errors import CommandFailedError, ToolMissingError
 from vllm_forge.matrix import ImageCell
 from vllm_forge.project import Project
 from vllm_forge.serve.deployment import presets_of
-
-if TYPE_CHECKING:
-    from vllm_forge.images import BuildOptions
 
 ENGINES = ("docker", "buildah")
 # Without a user: a password in it would be in the process list and in logs.
@@ -30,7 +27,10 @@ LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
 
 
 def register(choices: Commands) -> None:
-    base = option("--base", default="rootfs", help="rootfs, or NAME@sha256:... of a registry")
+    base = option(
+        "--base", default="rootfs", type=lambda name: None if name == "rootfs" else name,
+        help="rootfs, or NAME@sha256:... of a registry",
+    )  # fmt: skip
     base.add_argument("--output", type=Path, help="folder for the OCI layout (default: dist)")
     one = command(choices, "build", build, SKU, LINE, JSON, base)
     one.add_argument("--engine", choices=ENGINES, help="default: the one that is installed")
@@ -50,28 +50,32 @@ def register(choices: Commands) -> None:
 
 def build(project: Project, args: argparse.Namespace) -> None:
     """Build one image."""
-    from vllm_forge.gputest.caches import prewarm_of
-    from vllm_forge.images import build_image, build_steps, choose_engine, resolve, verify
-    from vllm_forge.images import provision as install_tools
+    from vllm_forge import images
+    from vllm_forge.gputest.bundle import prewarm_of
 
     cell = project.cell(args.sku, args.line)
     if args.push:
         _require_reference(args.push)
     runner = RecordingRunner() if args.dry_run else Runner()
     if args.provision:
-        install_tools(runner)
-    engine = choose_engine(args.engine, dry_run=args.dry_run)
+        images.provision(runner)
+    engine = images.choose_engine(args.engine, dry_run=args.dry_run)
     if engine.name == "buildah" and os.geteuid() != 0 and not args.dry_run:
         _as_namespace_root()
     prewarm = args.prewarm and prewarm_of(project, cell, args.prewarm.resolve())
-    options = _options(project, args, refresh_base=args.refresh_base, prewarm=prewarm)
-    plan = resolve(project, cell, options, engine)
+    options = images.BuildOptions(
+        output=args.output or project.root / "dist",
+        base_image=args.base,
+        refresh_base=args.refresh_base,
+        prewarm=prewarm,
+    )
+    plan = images.resolve(project, cell, options, engine)
     if args.dry_run:
-        build_steps(plan, runner)
+        images.build_steps(plan, runner)
     else:
-        image, fresh = build_image(plan, runner)
+        image, fresh = images.build_image(plan, runner)
         if args.load or args.push:
-            verify(image)
+            images.verify(image)
     if args.load:
         engine.load(runner, plan.target, plan.name)
     if args.push:
@@ -86,16 +90,6 @@ def build(project: Project, args: argparse.Namespace) -> None:
     document = {"image": str(image.path), "digest": digest, "built": fresh}
     print_json(args, json.dumps(document))
     console.print(f"next: {_next_command(project, cell, args)}", markup=False)
-
-
-def _options(project: Project, args: argparse.Namespace, **more: Any) -> "BuildOptions":
-    from vllm_forge.images import BuildOptions
-
-    return BuildOptions(
-        output=args.output or project.root / "dist",
-        base_image=None if args.base == "rootfs" else args.base,
-        **more,
-    )
 
 
 def _as_namespace_root() -> NoReturn:
@@ -172,11 +166,11 @@ def clean(project: Project, args: argparse.Namespace) -> None:
 
 def why_rebuild(project: Project, args: argparse.Namespace) -> None:
     """Name the inputs that changed since the last build."""
-    from vllm_forge.images import choose_engine, resolve
+    from vllm_forge.images import BuildOptions, choose_engine, resolve
     from vllm_forge.images.plan import read_record, why_rebuild
 
     cell = project.cell(args.sku, args.line)
-    options = _options(project, args)
+    options = BuildOptions(output=args.output or project.root / "dist", base_image=args.base)
     record = read_record(options.output / f"{cell.name}.json")
     engine = args.engine or (None if record is None else str(record["engine"]))
     # No engine need be here: its name is one of the inputs, and that is all.

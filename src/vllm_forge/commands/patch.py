@@ -157,8 +157,8 @@ def _install_release(lock_path: Path, line: Line, python_version: str, python: P
 def select(project: Project, args: argparse.Namespace) -> None:
     """Ask each line's vLLM which kernels it selects (as root), and compare with the record."""
     from vllm_forge.kernels.selection.record import require_fresh, require_same, write_selection
+    from vllm_forge.pages.kernels import selection_table
     from vllm_forge.pages.registry import write_pages
-    from vllm_forge.pages.selection import selection_table
     from vllm_forge.proofs.environment import ask_line
 
     names = project.lines(args.line)
@@ -182,7 +182,7 @@ def coverage(project: Project, args: argparse.Namespace) -> None:
     """Print kernel families x SKUs (native, compiled later, missing); fail if a need is unmet."""
     from vllm_forge.images.checks import COVERAGE, line_coverage
     from vllm_forge.kernels.coverage.families import catalogue
-    from vllm_forge.pages.coverage import terminal
+    from vllm_forge.pages.kernels import coverage_table
     from vllm_forge.pages.registry import write_pages
 
     contracts = []
@@ -190,7 +190,7 @@ def coverage(project: Project, args: argparse.Namespace) -> None:
         with report(f"read the device code of line {name}"):
             record, of_cells = line_coverage(project, name)
         contracts += of_cells
-        print(terminal(record, catalogue()))
+        print(coverage_table(record, catalogue()))
         if args.record:
             write_json(project.root / COVERAGE / f"{name}.json", record)
     if args.record:

@@ -17,10 +17,9 @@ from typing import IO, Any, cast
 import zstandard
 
 from vllm_forge.errors import UsageError
-from vllm_forge.gputest.bundle import SuiteImage, write_bundle
-from vllm_forge.gputest.caches import require_key
+from vllm_forge.gputest.bundle import SuiteImage, require_key, write_bundle
 from vllm_forge.gputest.errors import KitError
-from vllm_forge.gputest.launch import ENVIRONMENT, suite_command, unpack_tools
+from vllm_forge.gputest.launch import ENVIRONMENT, SUITE, WITH_CACHES, unpack_tools
 from vllm_forge.host import atomic_path, report, require_disk, tree_bytes
 from vllm_forge.images.layout import Image, file_digest, read_image, verify
 from vllm_forge.images.prewarm import place_of
@@ -90,7 +89,6 @@ def make_kit(
             shutil.copytree(caches, content / "jit" / Path(place).name)
         with report("write the layers as gzip"):
             write_layers(image, content / "image")
-        argv, last = suite_command(place)
         with report("write the parts"):
             aside.mkdir()
             manifest = {
@@ -98,7 +96,12 @@ def make_kit(
                 "digest": f"sha256:{image.digest}",
                 "sku": cell.sku_name,
                 "line": cell.line_name,
-                "suite": {"argv": argv, "last": last, "env": ENVIRONMENT},
+                # What comes before and after the runner's arguments.
+                "suite": {
+                    "argv": ["/bin/sh", "-c", WITH_CACHES, "sh", *SUITE],
+                    "last": [f"--caches={place}"],
+                    "env": ENVIRONMENT,
+                },
                 "parts": write_parts(content, aside, max_part),
             }
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")

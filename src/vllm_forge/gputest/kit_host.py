@@ -20,8 +20,6 @@ host's operator restricts NCCL, NVSHMEM and symmetric memory to what its links c
 a run to some of its GPUs (HOST_VARIABLES). Several runs may go side by side.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import ctypes
@@ -35,7 +33,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -168,19 +166,6 @@ def fresh(folder: Path) -> Path:
 # --- the image --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Image:
-    """An unpacked image.
-
-    Attributes:
-        root: its files.
-        config: the ``config`` object of its configuration: Env, User, Entrypoint, WorkingDir.
-    """
-
-    root: Path
-    config: dict[str, Any]
-
-
 def verified(path: Path, digest: str) -> bytes:
     """Content of a file with that SHA-256."""
     data = path.read_bytes()
@@ -189,8 +174,10 @@ def verified(path: Path, digest: str) -> bytes:
     return data
 
 
-def unpack_image(folder: Path, digest: str, work: Path) -> Image:
-    """Unpack an image once, every byte verified from its digest down.
+def unpack_image(folder: Path, digest: str, work: Path) -> tuple[Path, dict[str, Any]]:
+    """Unpack an image once, every byte verified from its digest down: its root, and its settings.
+
+    The settings are the ``config`` object of its configuration: Env, User, WorkingDir.
 
     Layers travel as gzip, whatever they are in the registry, so what is verified of each is the
     SHA-256 of its tar, which the image's configuration lists (``rootfs.diff_ids``).
@@ -208,7 +195,7 @@ def unpack_image(folder: Path, digest: str, work: Path) -> Image:
         (aside / SMI).parent.mkdir(parents=True, exist_ok=True)
         (aside / SMI).touch()
         aside.rename(root)
-    return Image(root=root, config=config["config"])
+    return root, config["config"]
 
 
 def unpack_layer(path: Path, diff_id: str, root: Path) -> None:
@@ -236,17 +223,19 @@ class Run:
     """One command in an image.
 
     Attributes:
+        root: the image's files.
         uid: user and group.
-        env: variables beside the image's.
+        env: the image's variables, see ``variables``.
         binds: target in the image -> source on the host.
         read_only: targets of ``binds`` that are mounted read-only.
         writable: mount the image's root writable, for debugging: what runs then is not the image.
     """
 
+    root: Path
     argv: Sequence[str]
     uid: int
-    env: dict[str, str] = field(default_factory=dict)
-    binds: dict[str, Path] = field(default_factory=dict)
+    env: dict[str, str]
+    binds: dict[str, Path]
     read_only: frozenset[str] = frozenset()
     cwd: str = "/"
     writable: bool = False
@@ -276,9 +265,9 @@ def driver_mounts() -> Iterator[tuple[Path, str]]:
         yield Path(program).resolve(), SMI
 
 
-def mount_all(image: Image, run: Run) -> None:
+def mount_all(run: Run) -> None:
     """Mount all but /proc, in the mount namespace of this process."""
-    root = image.root
+    root = run.root
     mount("--make-rprivate", "/")
     mount("--bind", str(root), str(root))
     mount("--rbind", "/sys", f"{root}/sys")
@@ -310,17 +299,17 @@ def unshare(flags: int) -> None:
         fail(f"cannot make namespaces: {os.strerror(ctypes.get_errno())}; run this as root")
 
 
-def run_in(image: Image, run: Run) -> int:
+def run_in(run: Run) -> int:
     """Run a command in the image, in namespaces of its own; its exit code.
 
     SIGTERM and SIGINT are passed on; the command ends with this process, however that ends.
     """
     unshare(CLONE_NEWNS | CLONE_NEWIPC)
-    mount_all(image, run)
+    mount_all(run)
     unshare(CLONE_NEWPID)  # last: the next process is the first of the namespace, and ends it
     pid = os.fork()
     if pid == 0:
-        become(image, run)
+        become(run)
     handlers = {
         number: signal.signal(number, lambda got, _: os.kill(pid, got))
         for number in (signal.SIGTERM, signal.SIGINT)
@@ -333,24 +322,25 @@ def run_in(image: Image, run: Run) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def become(image: Image, run: Run) -> NoReturn:
+def become(run: Run) -> NoReturn:
     """Turn this process, the first of its PID namespace, into the command."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    mount("-t", "proc", "proc", f"{image.root}/proc")
-    variables = dict(item.split("=", 1) for item in image.config.get("Env") or [])
-    variables |= {
-        name: value for name, value in os.environ.items() if name.startswith(HOST_VARIABLES)
-    }
-    variables |= run.env
-    os.chroot(image.root)
+    mount("-t", "proc", "proc", f"{run.root}/proc")
+    os.chroot(run.root)
     os.chdir(run.cwd)
     os.setgroups([])
     os.setgid(run.uid)
     os.setuid(run.uid)
-    program = shutil.which(run.argv[0], path=variables.get("PATH", os.defpath))
+    program = shutil.which(run.argv[0], path=run.env.get("PATH", os.defpath))
     if program is None:
         fail(f"the image has no program {run.argv[0]}")
-    os.execve(program, list(run.argv), variables)  # noqa: S606 - the command was asked for
+    os.execve(program, list(run.argv), run.env)  # noqa: S606 - the command was asked for
+
+
+def variables(config: dict[str, Any], more: dict[str, str]) -> dict[str, str]:
+    """Those of the image, of the host's operator, and more; the later wins."""
+    host = {name: value for name, value in os.environ.items() if name.startswith(HOST_VARIABLES)}
+    return dict(item.split("=", 1) for item in config.get("Env") or []) | host | more
 
 
 def volume(work: Path, uid: int) -> Path:
@@ -365,10 +355,8 @@ def bring_caches(folder: Path, target: Path) -> None:
     """Copy compiled kernels that the kit carries into a volume, once."""
     place = target / "jit"
     if (folder / "jit").is_dir() and not place.exists():
-        aside = target / "jit.new"
-        if aside.exists():
-            shutil.rmtree(aside)
-        shutil.copytree(folder / "jit", aside)
+        aside = fresh(target / "jit.new")
+        shutil.copytree(folder / "jit", aside, dirs_exist_ok=True)
         aside.rename(place)
 
 
@@ -398,20 +386,10 @@ def pack_caches(work: Path, output: Path, limit: int) -> None:
     print(f"{number} parts of compiled kernels in {output}", flush=True)
 
 
-def unpack(manifest: dict[str, Any], work: Path) -> tuple[Path, Image]:
-    """The kit's content and its image, both verified."""
-    start = time.monotonic()
-    folder = content(manifest, work)
-    print(f"parts verified and joined after {time.monotonic() - start:.0f} s", flush=True)
-    image = unpack_image(folder, manifest["digest"], work)
-    print(f"image {manifest['digest']} unpacked after {time.monotonic() - start:.0f} s", flush=True)
-    return folder, image
-
-
-def exec_run(image: Image, work: Path, arguments: list[str]) -> Run:
+def exec_run(root: Path, config: dict[str, Any], work: Path, arguments: list[str]) -> Run:
     """The command of ``exec``."""
     parser = argparse.ArgumentParser("kit.py exec", usage=__doc__, allow_abbrev=False)
-    user = str(image.config.get("User") or "0").partition(":")[0]
+    user = str(config.get("User") or "0").partition(":")[0]
     parser.add_argument("--uid", type=int, default=int(user))
     parser.add_argument("--env", action="append", default=[])
     parser.add_argument("--bind", action="append", default=[])
@@ -421,12 +399,14 @@ def exec_run(image: Image, work: Path, arguments: list[str]) -> Run:
     binds = {"/cache": volume(work, args.uid)}
     for source, _, target in (bind.partition(":") for bind in args.bind):
         binds[target] = Path(source).resolve()
+    env = {name: value for name, _, value in (item.partition("=") for item in args.env)}
     return Run(
+        root=root,
         argv=args.argv,
         uid=args.uid,
-        env={name: value for name, _, value in (item.partition("=") for item in args.env)},
+        env=variables(config, env),
         binds=binds,
-        cwd=str(image.config.get("WorkingDir") or "/"),
+        cwd=str(config.get("WorkingDir") or "/"),
         writable=args.writable,
     )
 
@@ -458,7 +438,13 @@ def main(arguments: list[str]) -> int:
                 take(manifest, work)
             if arguments[0] == "take":
                 return 0
-            folder, image = unpack(manifest, work)
+            start = time.monotonic()
+            folder, digest = content(manifest, work), manifest["digest"]
+            took = f"{time.monotonic() - start:.0f} s"
+            print(f"parts verified and joined after {took}", flush=True)
+            root, config = unpack_image(folder, digest, work)
+            took = f"{time.monotonic() - start:.0f} s"
+            print(f"image {digest} unpacked after {took}", flush=True)
             if arguments[0] == "unpack":
                 return 0
             if arguments[0] == "go":
@@ -466,16 +452,17 @@ def main(arguments: list[str]) -> int:
                 output, suite = Path(arguments[1]).resolve(), manifest["suite"]
                 output.mkdir(parents=True, exist_ok=True)
                 run = Run(
+                    root=root,
                     argv=[*suite["argv"], *arguments[2:], *suite["last"]],
                     uid=0,
-                    env=suite["env"],
+                    env=variables(config, suite["env"]),
                     binds={"/forge": folder / "bundle", "/output": output, "/cache": cache},
                     read_only=frozenset({"/forge"}),
                     cwd="/forge",
                 )
             else:
-                run = exec_run(image, work, arguments[1:])
-        return run_in(image, run)
+                run = exec_run(root, config, work, arguments[1:])
+        return run_in(run)
     except OSError as error:  # a full disk, a folder that cannot be written
         fail(f"{type(error).__name__}: {error}")
 

@@ -210,11 +210,6 @@ def container_command(
     return gpu_container(engine, None, options, image, ["-c", script, "sh", *SUITE, *args, *last])
 
 
-def suite_command(place: str) -> tuple[list[str], list[str]]:
-    """What comes before and after the runner's arguments where kernels are at ``place``."""
-    return ["/bin/sh", "-c", WITH_CACHES, "sh", *SUITE], [f"--caches={place}"]
-
-
 def unpack_tools(root: Path, bundle: Path) -> None:
     """Unpack into a bundle: what Python imports to ``tools``, the sanitizer beside it.
 

@@ -61,7 +61,7 @@ exec "$@"
 
 
 def place_of(key: Mapping[str, str]) -> str:
-    """Where kernels of a stack (``gputest.caches.cache_key``) are in a container at all times."""
+    """Where kernels of a stack (``gputest.bundle.cache_key``) are in a container at all times."""
     digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
     return f"/cache/jit/{digest[:16]}"
 

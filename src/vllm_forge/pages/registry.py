@@ -9,12 +9,20 @@ import vllm_forge
 from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.host import atomic_path
 from vllm_forge.matrix import schema_text
-from vllm_forge.pages.coverage import coverage
 from vllm_forge.pages.errors import StalePageError
+from vllm_forge.pages.kernels import coverage, selection
 from vllm_forge.pages.markdown import put_block, table
-from vllm_forge.pages.records import checks, drift, seed_installer, verdicts
-from vllm_forge.pages.results import inspection, quantization, race, sizes, starts
-from vllm_forge.pages.selection import selection
+from vllm_forge.pages.records import (
+    checks,
+    drift,
+    inspection,
+    quantization,
+    race,
+    seed_installer,
+    sizes,
+    starts,
+    verdicts,
+)
 from vllm_forge.pages.status import status
 from vllm_forge.patches import read_series
 from vllm_forge.project import Project

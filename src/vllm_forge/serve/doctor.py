@@ -154,7 +154,7 @@ CONFIGURE = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class HostFinding:
     """One line of the report. A check that cannot be judged is ``unknown``, and does not fail."""
 
@@ -174,16 +174,10 @@ class Requirement:
     needs: Needs
 
 
-def _test(check: str, passed: bool, seen: str, needed: str, remedy: str = "") -> HostFinding:
-    """A finding that is ok, or red with its remedy."""
-    level: Level = "ok" if passed else "red"
-    return HostFinding(
-        check=check, level=level, seen=seen, needed=needed, remedy="" if passed else remedy
-    )
-
-
-def _unknown(check: str, seen: str, needed: str, remedy: str = "") -> HostFinding:
-    return HostFinding(check=check, level="unknown", seen=seen, needed=needed, remedy=remedy)
+def _test(
+    check: str, passed: bool, seen: str, needed: str, remedy: str = "", *, failed: Level = "red"
+) -> HostFinding:
+    return HostFinding(check, "ok" if passed else failed, seen, needed, "" if passed else remedy)
 
 
 def _at_least(check: str, size: int | None, need: int, purpose: str, remedy: str) -> HostFinding:
@@ -224,7 +218,7 @@ def check_gpus(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
     yield _test("compute capability", True, seen, sku.compute_capability)
     if others := sorted({gpu.name for gpu in fitting} - {sku.device}):
         remedy = "same compute capability, another product: nothing was run on it"
-        yield _unknown("device", ", ".join(others), sku.device, remedy)
+        yield HostFinding("device", "unknown", ", ".join(others), sku.device, remedy)
     rows, presets = requirement.matrix.preset, presets_of(requirement.matrix, cell.sku_name)
     smaller = [n for n, name in presets.items() if rows[name].tensor_parallel <= len(fitting)]
     remedy = "choose a preset for fewer GPUs: " + ", ".join(f"--preset {name}" for name in smaller)
@@ -255,7 +249,7 @@ def check_memory(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
     seen = f"{gigabytes(min(sizes))} per GPU"
     part = requirement.needs.weights_per_gpu_bytes
     if part is None:
-        yield _unknown("GPU memory", seen, _unknown_size(requirement))
+        yield HostFinding("GPU memory", "unknown", seen, _unknown_size(requirement))
         return
     needed = f"{gigabytes(part)} for the weights; KV cache and graphs on top"
     remedy = "use a preset with more GPUs, or a smaller artifact"
@@ -275,7 +269,7 @@ def check_driver(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
         try:
             yield _test("driver", Version(driver) >= Version(floor), driver, needed, remedy)
         except InvalidVersion:
-            yield _unknown("driver", driver, needed)
+            yield HostFinding("driver", "unknown", driver, needed)
 
 
 def check_mixed_drivers(host: Host, _: Requirement) -> Iterator[HostFinding]:
@@ -310,8 +304,8 @@ def check_engine(host: Host, _: Requirement) -> Iterator[HostFinding]:
         seen = f"{engine.name} {engine.version}"
         if not engine.nvidia:
             seen += ", which does not know the GPUs"
-        result = _test("container engine", engine.nvidia, seen, needed, CONFIGURE[engine.name])
-        yield result if engine.nvidia else replace(result, level=failed)
+        remedy = CONFIGURE[engine.name]
+        yield _test("container engine", engine.nvidia, seen, needed, remedy, failed=failed)
     if not host.engines:
         for name, output in host.engine_errors.items():
             if output != NOT_INSTALLED:
@@ -323,8 +317,7 @@ def check_engine(host: Host, _: Requirement) -> Iterator[HostFinding]:
             yield _test("container engine", False, seen, needed, remedy)
     remedy = "install nvidia-container-toolkit from NVIDIA's package repository"
     seen = host.toolkit or "nvidia-ctk is not installed"
-    result = _test("container toolkit", host.toolkit is not None, seen, needed, remedy)
-    yield result if result.level == "ok" else replace(result, level=failed)
+    yield _test("container toolkit", host.toolkit is not None, seen, needed, remedy, failed=failed)
 
 
 def check_disk(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
@@ -344,13 +337,14 @@ def check_ram(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
     needs = requirement.needs
     if needs.ram_bytes is None or needs.page_cache_bytes is None:
         seen = "not read" if host.ram is None else gigabytes(host.ram)
-        yield _unknown("RAM", seen, _unknown_size(requirement))
+        yield HostFinding("RAM", "unknown", seen, _unknown_size(requirement))
         return
     remedy = "use a host with more RAM: pages of a shard file are read again when they do not fit"
     yield _at_least("RAM", host.ram, needs.ram_bytes, "for a shard file", remedy)
     if host.ram is not None and needs.ram_bytes <= host.ram < needs.page_cache_bytes:
-        yield _unknown(
+        yield HostFinding(
             "page cache",
+            "unknown",
             gigabytes(host.ram),
             f"{gigabytes(needs.page_cache_bytes)} to read the weights from disk only once",
             "none needed: each worker reads all files, so the start takes longer",

@@ -19,7 +19,7 @@ from vllm_forge.kernels.selection.record import Rows, read_selection, selection_
 from vllm_forge.matrix import ImageCell, serve_arguments
 from vllm_forge.patches import read_series, read_tree_lock
 from vllm_forge.project import Project
-from vllm_forge.receipts.verification import Receipts, preset_state, read_receipts
+from vllm_forge.receipts.verification import preset_state, read_receipts
 from vllm_forge.serve.command import bare_command, build_command, built_digest, container_command
 from vllm_forge.serve.deployment import Deployment, find_deployment, needs_of, presets_of
 from vllm_forge.sources import Lock
@@ -89,9 +89,17 @@ def make_plan(project: Project, cell: ImageCell) -> Plan:
         },
         "contract": _contract(project, cell, lock),
         "presets": [
-            _preset(project, deployment, digest, receipts)
-            | {"needs": needs_of(matrix, lock, deployment).as_json()}
-            | {"selection": _selection(project, deployment, cell.line_name, rows)}
+            {
+                "preset": (preset := deployment.preset_name),
+                "artifact": (artifact := deployment.artifact_name),
+                "note": deployment.preset.note,
+                "state": preset_state(project, receipts, cell, preset, artifact),
+                "command": list((run := container_command(matrix, deployment, digest=digest)).argv),
+                "shell": run.text(),
+                "bare": bare_command(matrix, deployment).text(),
+                "needs": needs_of(matrix, lock, deployment).as_json(),
+                "selection": _selection(project, deployment, cell.line_name, rows),
+            }
             for deployment in deployments
         ],
     }
@@ -168,35 +176,15 @@ def _covered(record: dict[str, Any], name: str, cell: ImageCell, lock: Lock) -> 
     return {"state": f"broken: {', '.join(broken)}" if broken else "holds", "families": families}
 
 
-def _preset(
-    project: Project, deployment: Deployment, digest: str | None, receipts: Receipts
-) -> Plan:
-    preset, artifact = deployment.preset_name, deployment.artifact_name
-    run = container_command(project.matrix, deployment, digest=digest)
-    return {
-        "preset": preset,
-        "artifact": artifact,
-        "note": deployment.preset.note,
-        "state": preset_state(project, receipts, deployment.cell, preset, artifact),
-        "command": list(run.argv),
-        "shell": run.text(),
-        "bare": bare_command(project.matrix, deployment).text(),
-    }
-
-
 def _answer(project: Project, deployment: Deployment, rows: Rows) -> Answer | None:
     """The recorded answer; None if the preset was not asked as it is now.
 
     Lint checks whether the record belongs to the current series and lock.
     """
-    name = preset_question(deployment.preset_name, deployment.artifact_name)
     arguments, environment = serve_arguments(project.matrix, deployment.preset_name)
-    environment = {**deployment.cell.sku.env, **environment}
-    for question, answer in rows:
-        if question.name == name:
-            same = question.arguments == tuple(arguments) and question.environment == environment
-            return answer if same else None
-    return None
+    name = preset_question(deployment.preset_name, deployment.artifact_name)
+    asked = (name, tuple(arguments), {**deployment.cell.sku.env, **environment})
+    return next((a for q, a in rows if (q.name, q.arguments, q.environment) == asked), None)
 
 
 def page(plan: Plan) -> Iterator[RenderableType]:

@@ -15,8 +15,8 @@ import zstandard
 
 from tests.gpu.harness import caches as harness
 from tests.gpu.harness.errors import InputError
-from vllm_forge.gputest import caches
-from vllm_forge.gputest.caches import cache_key, prewarm_of, require_key
+from vllm_forge.gputest import bundle as product
+from vllm_forge.gputest.bundle import cache_key, prewarm_of, require_key
 from vllm_forge.gputest.errors import JitCacheError
 from vllm_forge.images.errors import ForeignFileError
 from vllm_forge.images.prewarm import (
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 KEY = {"compute_capability": "9.0", "tree": "7c43", "kind": "image", "stack": "10cc"}
-PLAN = {"caches": {"folders": caches.FOLDERS, "key": KEY}}
+PLAN = {"caches": {"folders": product.FOLDERS, "key": KEY}}
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def test_caches_are_keyed_by_the_lock(root: Path) -> None:
 def test_each_compiler_has_a_folder(folder: Path) -> None:
     variables = harness.open_caches(folder, PLAN)
     assert variables["TRITON_CACHE_DIR"] == str(folder / "triton")
-    assert set(variables) == set(caches.FOLDERS.values())
-    assert all((folder / name).is_dir() for name in caches.FOLDERS)
+    assert set(variables) == set(product.FOLDERS.values())
+    assert all((folder / name).is_dir() for name in product.FOLDERS)
     assert harness.count_files(folder) == 1
 
 
@@ -77,9 +77,9 @@ def test_caches_of_another_stack_are_refused(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", "null", '{"tree": 1}'])
 def test_a_folder_without_a_valid_key_is_refused(folder: Path, content: str | None) -> None:
-    (folder / caches.KEY).unlink()
+    (folder / product.KEY).unlink()
     if content is not None:
-        (folder / caches.KEY).write_text(content)
+        (folder / product.KEY).write_text(content)
     with pytest.raises(InputError, match="not of the suite"):
         harness.open_caches(folder, PLAN)
     with pytest.raises(JitCacheError, match="not the caches of a run"):
@@ -99,7 +99,7 @@ def test_an_image_carries_the_kernels_of_its_own_stack_only(root: Path, tmp_path
     tree = read_tree_lock(root / cell.line.series, "0.26").result
     key = cache_key(Project(root), cell, tree)
     for name, stack in {"own": {}, "environment": {"kind": "environment"}}.items():
-        plan = {"caches": {"folders": caches.FOLDERS, "key": key | stack}}
+        plan = {"caches": {"folders": product.FOLDERS, "key": key | stack}}
         harness.open_caches(tmp_path / name, plan)
     assert prewarm_of(Project(root), cell, tmp_path / "own").key == key
     with pytest.raises(JitCacheError, match="kind is environment"):
@@ -110,7 +110,7 @@ def test_an_image_carries_the_kernels_of_its_own_stack_only(root: Path, tmp_path
 def prewarm(folder: Path) -> Prewarm:
     return Prewarm(
         folder=folder,
-        variables={variable: name for name, variable in caches.FOLDERS.items()},
+        variables={variable: name for name, variable in product.FOLDERS.items()},
         key=KEY,
         digest=tree_digest(folder),
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from vllm_forge.errors import UsageError
-from vllm_forge.gputest.caches import require_key
+from vllm_forge.gputest.bundle import require_key
 from vllm_forge.gputest.kit import (
     HOST,
     RUN,

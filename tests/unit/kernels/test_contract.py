@@ -39,7 +39,7 @@ from vllm_forge.kernels.errors import (
 from vllm_forge.kernels.selection.model import Answer, Choice, Moe, Refusal
 from vllm_forge.kernels.selection.record import read_selection
 from vllm_forge.matrix import load
-from vllm_forge.pages.coverage import render, terminal
+from vllm_forge.pages.kernels import coverage_table, render_coverage
 from vllm_forge.sources import read_lock
 
 B200, B300, RTX, H200 = (10, 0), (10, 3), (12, 0), (9, 0)
@@ -475,14 +475,14 @@ def test_tables_show_accepted_missing_and_unneeded_families(
     head = {"line": "0.1", "vllm": "0.1.0"}
     contents = SitePackages((site,), rows(exception))
     record = head | line_record(contents, "0.1", contracts)
-    text = terminal(record, rows(exception))
+    text = coverage_table(record, rows(exception))
     table = {row.split()[0]: row.split("  ") for row in text.splitlines()[2:7]}
     assert [cell.strip() for cell in table["marlin"] if cell] == ["marlin", "80 PTX *", "(120f)"]
     assert [cell.strip() for cell in table["cubins"] if cell] == ["cubins", "(100f)", "missing"]
     assert [cell.strip() for cell in table["jit"] if cell] == ["jit", "(nvcc)", "-"]
     assert EXCEPTION["reason"] in text
     assert "the package with the files" in text
-    page = render([record], rows(exception))
+    page = render_coverage([record], rows(exception))
     assert "| 80 PTX \\* | (120f) |" in page
     assert "| (100f) | **missing** |" in page
     assert "| `vllm/_C.abi3.so` |" in page

@@ -43,7 +43,7 @@ from vllm_forge.kernels.selection.record import (
     write_selection,
 )
 from vllm_forge.matrix import Matrix, load
-from vllm_forge.pages.selection import render, selection_table
+from vllm_forge.pages.kernels import render_selection, selection_table
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
@@ -415,7 +415,7 @@ def test_the_page_follows_the_rows() -> None:
         answer("preset/chip-one/model", "FAST"),
         published=(answer("grid/chip/model", "OLD"),),
     )
-    text = render([one])
+    text = render_selection([one])
     assert "| chip | model | FAST (SchemeA) | reaches | SLOW, clamp reaches |" in text
     assert "| chip | model | OLD (SchemeA) |" in text
     assert "| chip-one | model | FAST (SchemeA) |" in text

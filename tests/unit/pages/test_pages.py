@@ -12,8 +12,8 @@ from vllm_forge.cli import main
 from vllm_forge.errors import UsageError
 from vllm_forge.pages.errors import StalePageError
 from vllm_forge.pages.markdown import put_block, table
+from vllm_forge.pages.records import starts
 from vllm_forge.pages.registry import PAGES, check_pages, write_pages
-from vllm_forge.pages.results import starts
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.race import collect, record
 
-from vllm_forge.pages.results import exclusion, race
+from vllm_forge.pages.records import exclusion, race
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
