@@ -24,14 +24,8 @@ CODES = (
     "Exit codes: 0 success, 1 unexpected error (a bug), 2 wrong usage; of others the last digit "
     "is the meaning: 0 input refused, 1 red verdict, 2 undecided, 3 fault of the host or network."
 )
-
-
 STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal that ends the program after it has cleaned up."""
 
 
 def _parser() -> Parser:
@@ -57,10 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
     except BrokenPipeError:  # e.g. `| head`
         return _stopped("stdout was closed: the output is incomplete", signal.SIGPIPE)
-    except Stopped as stop:
-        return _stopped("interrupted; what was finished is kept", stop.args[0])
-    except KeyboardInterrupt:
-        return _stopped("interrupted; what was finished is kept", signal.SIGINT)
+    except KeyboardInterrupt as stop:  # of `_signals`: with its number
+        return _stopped("interrupted; what was finished is kept", *(stop.args or [signal.SIGINT]))
     finally:
         for stream in (sys.stdout, sys.stderr):
             try:
@@ -100,7 +92,7 @@ def _signals() -> Iterator[None]:
 
     def stop(number: int, _: FrameType | None) -> NoReturn:
         end_commands()
-        raise Stopped(number)
+        raise KeyboardInterrupt(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield

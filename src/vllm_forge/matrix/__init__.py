@@ -9,10 +9,8 @@ from vllm_forge.matrix.cells import serve_arguments as serve_arguments
 from vllm_forge.matrix.model import Artifact as Artifact
 from vllm_forge.matrix.model import Base as Base
 from vllm_forge.matrix.model import FrozenModel as FrozenModel
-from vllm_forge.matrix.model import LayerRule as LayerRule
 from vllm_forge.matrix.model import Line as Line
 from vllm_forge.matrix.model import Matrix as Matrix
-from vllm_forge.matrix.model import PinnedRequirement as PinnedRequirement
 from vllm_forge.matrix.model import Preset as Preset
 from vllm_forge.matrix.model import Sku as Sku
 from vllm_forge.matrix.model import WheelFile as WheelFile

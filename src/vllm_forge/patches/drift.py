@@ -143,12 +143,8 @@ def releases_between(index: Index, first: str, last: str | None) -> list[Release
 
 def fetch_releases(index: Index, releases: Sequence[Release], repo: SourceRepo) -> None:
     """Download the archives that are neither imported nor in the cache, side by side."""
-    missing = [
-        release.archive
-        for release in releases
-        if repo.tree(release.version) is None and not release.archive.target.exists()
-    ]
-    if missing:
+    absent = [release.archive for release in releases if repo.tree(release.version) is None]
+    if missing := [archive for archive in absent if not archive.target.exists()]:
         download_all(index.session, missing)
 
 
@@ -349,9 +345,7 @@ def locate(
     That file comes first, then those nearest to it in the tree: code that moves seldom moves
     far. ``copies``: files that had much the same code before, to which nothing has moved.
     """
-    places = (
-        place for place in dense(words, wanted) if place.path == path or place.path not in copies
-    )
+    places = (each for each in dense(words, wanted) if each.path not in {*copies} - {path})
     return max(places, key=lambda place: (place.path == path, _rank(place, path)), default=None)
 
 

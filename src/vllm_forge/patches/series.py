@@ -57,11 +57,8 @@ def read_series(folder: Path) -> tuple[Patch, ...]:
     path = folder / "series"
     if not path.is_file():
         raise errors.PatchMissingError("no series file", where=str(path))
-    names = [
-        line.strip()
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.strip() and not line.startswith("#")
-    ]
+    rows = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    names = [row.strip() for row in rows if row.strip() and not row.startswith("#")]
     for name in names:
         if names.count(name) > 1:
             raise errors.AppliedTwiceError(
@@ -153,8 +150,7 @@ def update_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
     folder = project.root / line.series
     patches = read_series(folder)
     sdist = f"vllm-{line.vllm}.tar.gz"
-    offered = _offered(index, sdist)
-    size, sha256 = offered.size or 0, offered.sha256 or ""
+    sha256, size = _offered(index, sdist).pins()
     draft = TreeLock(sdist=sdist, size=size, sha256=sha256, base="", result="")
     base = repo.import_archive(line.vllm, _archive(draft, index))
     applied = apply_series(repo, base, patches)
@@ -193,7 +189,7 @@ def _archive(lock: TreeLock, index: Index | None = None) -> Path:
 
 def _offered(index: Index, sdist: str) -> IndexFile:
     for file in index.files("vllm"):
-        if file.filename == sdist and file.sha256 is not None and file.size is not None:
+        if file.filename == sdist:
             return file
     raise DistributionNotFoundError(f"the index does not offer {sdist}", where=index.url)
 
@@ -287,11 +283,8 @@ def apply_one(repo: SourceRepo, tree: str, patch: Patch, *, moved: bool = False)
     """The tree after one patch, None where git refuses it; ``moved`` allows an offset."""
     with tree_index(repo, tree) as index:
         done = index.apply(patch)
-        if done.returncode != 0:
-            return None
-        if not moved and MOVED.search(done.stderr.decode(errors="replace")):
-            return None
-        return index.tree()
+        offset = MOVED.search(done.stderr.decode(errors="replace"))
+        return index.tree() if done.returncode == 0 and (moved or not offset) else None
 
 
 def _taken_out(repo: SourceRepo, applied: Applied, patch: Patch, number: int) -> str | None:

@@ -100,10 +100,9 @@ def python_blobs(repo: SourceRepo, tree: str) -> dict[str, str]:
 def changed_files(repo: SourceRepo, applied: Applied) -> tuple[ChangedFile, ...]:
     """What a series changes; WheelSourceError if that is more than the content of vllm/**/*.py."""
     trees = (applied.base, applied.result)
-    rows = repo.git("diff-tree", "-r", "-z", "--no-renames", *trees).stdout.decode()
-    parts = rows.split("\0")[:-1]
+    rows = repo.git("diff-tree", "-r", "-z", "--no-renames", *trees).stdout.decode().split("\0")
     files = []
-    for meta, path in zip(parts[::2], parts[1::2], strict=True):
+    for meta, path in zip(rows[:-1:2], rows[1::2], strict=True):
         old_mode, new_mode, before, after, status = meta.removeprefix(":").split()
         module = path.startswith("vllm/") and path.endswith(".py") and path != GENERATED
         if status != "M" or old_mode != new_mode or not module:
@@ -120,10 +119,7 @@ def changed_files(repo: SourceRepo, applied: Applied) -> tuple[ChangedFile, ...]
 def build_wheel(
     repo: SourceRepo, applied: Applied, published: Path, release: str, folder: Path
 ) -> PatchedWheel:
-    """Write the patched wheel into ``folder``. Same inputs, same bytes.
-
-    ``published`` is the wheel as downloaded, whose hash was checked.
-    """
+    """Write the patched wheel of ``published``, already verified. Same inputs, same bytes."""
     version = local_version(release, applied.result)
     changed = changed_files(repo, applied)
     target = folder / published.name.replace(f"-{release}-", f"-{version}-", 1)
@@ -393,10 +389,7 @@ def _replace_all(contents: dict[Path, bytes]) -> None:
 
 
 def patch_installed(site: Path, patches: Sequence[Patch]) -> list[Path]:
-    """Apply patches to the files below ``site``; return those that changed.
-
-    All patches are tried on a tree of their own first; then the files are replaced one by one.
-    """
+    """Apply patches to the files below ``site``, if all apply; return those that changed."""
     with tempfile.TemporaryDirectory(prefix="vllm-forge-installed-") as folder:
         repo = SourceRepo(Path(folder) / "tree.git")
         repo.git("init", "--quiet", "--bare")

@@ -15,7 +15,6 @@ from pathlib import Path
 import requests
 from urllib3.exceptions import HTTPError
 
-from vllm_forge.errors import ForgeError
 from vllm_forge.host import cache_root, console, exclusive, gigabytes, transfer_progress
 from vllm_forge.host.errors import CacheError, DiskSpaceError
 from vllm_forge.sources.errors import (
@@ -125,7 +124,25 @@ class _Fetcher:
                     )
                 item.part.rename(item.target)
                 return
-        raise _gave_up(item, last)
+        have = item.part.stat().st_size if item.part.exists() else 0
+        if last is None:
+            raise TruncatedFileError(
+                f"{item.target.name}: the server's file ends at {have} of {item.size} bytes",
+                where=item.url,
+                remedy="the mirror holds a damaged copy; use another index",
+            )
+        if have == 0:
+            raise IndexUnreachableError(
+                f"{item.target.name} cannot be fetched: {type(last).__name__}: {last}",
+                where=item.url,
+                remedy="check the network and the proxy; finished files are kept",
+            )
+        raise DownloadInterruptedError(
+            f"{item.target.name}: the connection broke {TRIES} times, {have} of {item.size} bytes "
+            f"are kept ({type(last).__name__})",
+            where=item.url,
+            remedy="run the same command again: it resumes where it stopped",
+        )
 
     def _stream(self, item: Download, deadline: float) -> None:
         """Append to the part what it lacks."""
@@ -161,29 +178,6 @@ class _Fetcher:
                     file.write(block)
                     have += len(block)
                     self._tick(len(block))
-
-
-def _gave_up(item: Download, last: Exception | None) -> ForgeError:
-    """The error after the last try: short file, no host, or a connection that keeps breaking."""
-    have = item.part.stat().st_size if item.part.exists() else 0
-    if last is None:
-        return TruncatedFileError(
-            f"{item.target.name}: the server's file ends at {have} of {item.size} bytes",
-            where=item.url,
-            remedy="the mirror holds a damaged copy; use another index",
-        )
-    if have == 0:
-        return IndexUnreachableError(
-            f"{item.target.name} cannot be fetched: {type(last).__name__}: {last}",
-            where=item.url,
-            remedy="check the network and the proxy; finished files are kept",
-        )
-    return DownloadInterruptedError(
-        f"{item.target.name}: the connection broke {TRIES} times, {have} of {item.size} bytes "
-        f"are kept ({type(last).__name__})",
-        where=item.url,
-        remedy="run the same command again: it resumes where it stopped",
-    )
 
 
 def _sha256(path: Path) -> str:
