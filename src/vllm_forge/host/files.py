@@ -142,12 +142,22 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder with all it holds, unmounting what is mounted in it."""
-    if path.is_dir() and not path.is_symlink():
-        unmount_below(path)  # deleting would go through a mount, or stop halfway at one
-        shutil.rmtree(path)
-    else:
+    """Delete a file or a folder with all it holds, unmounting what is mounted in it.
+
+    MountedError if that is in use, or the user may not.
+    """
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
+        return
+    for point in mounted_below(path):  # deleting would go through a mount, or stop halfway at one
+        done = subprocess.run(["umount", str(point)], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise MountedError(
+                f"cannot unmount a file system: {done.stderr.strip()}",
+                where=str(point),
+                remedy="end what uses it, or unmount it as root; a killed build leaves such mounts",
+            )
+    shutil.rmtree(path)
 
 
 def tree_bytes(path: Path) -> int:
@@ -226,15 +236,3 @@ def mounted_below(folder: Path, table: str | None = None) -> list[Path]:
     ]
     top = folder.resolve()
     return [point for point in reversed(points) if top in point.parents]
-
-
-def unmount_below(folder: Path) -> None:
-    """Unmount everything within ``folder``; MountedError if it is in use, or the user may not."""
-    for point in mounted_below(folder):
-        done = subprocess.run(["umount", str(point)], capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise MountedError(
-                f"cannot unmount a file system: {done.stderr.strip()}",
-                where=str(point),
-                remedy="end what uses it, or unmount it as root; a killed build leaves such mounts",
-            )

@@ -67,11 +67,12 @@ def _find_sku(matrix: Matrix, given: str) -> str:
     name = given.lower()
     if name in matrix.sku:
         return name
+    remedy = "SKUs: " + ", ".join(f"{sku} ({row.arch})" for sku, row in matrix.sku.items())
     if name in matrix.unsupported_sku:
         raise errors.UnsupportedSkuError(
             f"{name} is not supported: {matrix.unsupported_sku[name].reason}",
             where=f"matrix.toml, unsupported_sku.{name}",
-            remedy=f"SKUs: {_skus(matrix)}",
+            remedy=remedy,
         )
     arch = name.replace("_", "")
     of_arch = [sku for sku, row in matrix.sku.items() if row.arch.replace("_", "") == arch]
@@ -83,13 +84,9 @@ def _find_sku(matrix: Matrix, given: str) -> str:
     if not of_arch:
         known = [*matrix.sku, *(row.arch for row in matrix.sku.values())]
         raise errors.UnknownSkuError(
-            f"unknown SKU {given!r}{suggestion(name, known)}", remedy=f"SKUs: {_skus(matrix)}"
+            f"unknown SKU {given!r}{suggestion(name, known)}", remedy=remedy
         )
     return of_arch[0]
-
-
-def _skus(matrix: Matrix) -> str:
-    return ", ".join(f"{name} ({row.arch})" for name, row in matrix.sku.items())
 
 
 def serve_arguments(matrix: Matrix, preset_name: str) -> tuple[list[str], dict[str, str]]:

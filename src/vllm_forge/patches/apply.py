@@ -316,11 +316,10 @@ def _refusal(
             remedy="delete one of the two",
         )
     place = FAILED.search(stderr) or ABSENT.search(stderr)
-    target = place["file"] if place else ", ".join(patch.files)
-    line = f":{place['line']}" if place and "line" in place.groupdict() else ""
+    target = ":".join(place.groups()) if place else ", ".join(patch.files)
     return errors.WrongContextError(
         f"{patch.name} does not fit: {first}",
-        where=f"{target}{line} (from {where})",
+        where=f"{target} (from {where})",
         remedy="the patch was made for other code: look at it, then write the patch again for "
         "this tree. GNU patch might take it with fuzz; we do not",
     )

@@ -86,11 +86,8 @@ class Outcome:
 
 def apply_edit(edit: Edit, text: str) -> tuple[str, int]:
     """The text after the edit, and the number of lines that it changed."""
-    lines = text.splitlines(keepends=True)
-    hits = [number for number, line in enumerate(lines) if edit.old in line]
-    for number in hits:
-        lines[number] = lines[number].replace(edit.old, edit.new)
-    return "".join(lines), len(hits)
+    hits = sum(edit.old in line for line in text.splitlines())
+    return text.replace(edit.old, edit.new), hits
 
 
 def outcome(project: Project, repo: SourceRepo, edit: Edit, line: str) -> Outcome:

@@ -352,10 +352,9 @@ class Installer:
         folder = self.site / self.target.info
         contents = {path: read_blob(self._repo, blob) for path, blob in blobs.items()}
         module, metadata = self.site / GENERATED, folder / "METADATA"
-        stamp = module.read_bytes()
+        contents[GENERATED] = stamp = module.read_bytes()
         if f"version = '{new}'\n".encode() not in stamp:
-            stamp = stamp_version(stamp, old, new, module)
-        contents[GENERATED] = stamp
+            contents[GENERATED] = stamp_version(stamp, old, new, module)
         text = metadata.read_bytes()
         if f"\nVersion: {old}\n".encode() in text:
             text = replace_once(text, f"\nVersion: {old}\n", f"\nVersion: {new}\n", metadata)

@@ -68,18 +68,6 @@ def index_url() -> str:
     return found["url"] if found else PYPI_SIMPLE_ENDPOINT
 
 
-def session() -> requests.Session:
-    """An HTTP session that trusts what the host trusts and retries to connect."""
-    truststore.inject_into_ssl()
-    made = requests.Session()
-    retry = Retry(
-        total=CONNECT_RETRIES, backoff_factor=0.4, status_forcelist=(502, 503, 504), read=0
-    )
-    for scheme in ("https://", "http://"):
-        made.mount(scheme, HTTPAdapter(CONNECTIONS, CONNECTIONS, retry))
-    return made
-
-
 def blocks(answer: requests.Response, deadline: float) -> Iterator[bytes]:
     """An answer's bytes as they come, not decompressed; requests.Timeout at the ``deadline``."""
     while block := answer.raw.read1(CHUNK, decode_content=False):
@@ -89,11 +77,17 @@ def blocks(answer: requests.Response, deadline: float) -> Iterator[bytes]:
 
 
 class Index:
-    """A simple-API index (PEP 503, 691, 700)."""
+    """A simple-API index (PEP 503, 691, 700), and a session that trusts what the host trusts."""
 
     def __init__(self, url: str | None = None) -> None:
         self.url = url or index_url()
-        self.session = session()
+        truststore.inject_into_ssl()
+        self.session = requests.Session()
+        retry = Retry(
+            total=CONNECT_RETRIES, backoff_factor=0.4, status_forcelist=(502, 503, 504), read=0
+        )
+        for scheme in ("https://", "http://"):
+            self.session.mount(scheme, HTTPAdapter(CONNECTIONS, CONNECTIONS, retry))
         self._client = PyPISimple(self.url, session=self.session)
 
     def files(self, project: str) -> list[IndexFile]:
