@@ -10,7 +10,7 @@ from typing import Any
 from vllm_forge.gputest.bundle import SuiteImage, write_bundle
 from vllm_forge.gputest.errors import RED, SuiteRedError, SuiteUndecidedError, WrongGpuError
 from vllm_forge.host import Probe, gpu_container, parse_json, run_foreground
-from vllm_forge.host.gpus import DETAILED, gpu_query
+from vllm_forge.host.gpus import GPU_QUERY
 from vllm_forge.images.docker_api import inspect_image
 from vllm_forge.images.errors import EngineTooOldError, EngineUnreachableError
 from vllm_forge.images.layout import hex_digest, read_image
@@ -52,7 +52,7 @@ def require_sku(probe: Probe, cell: ImageCell) -> None:
     The product name matters, as two products of one capability differ in SMs, memory and clocks:
     the driver's name must be that of the SKU's row, or start with it.
     """
-    gpus, message = listed_gpus(probe.ask("nvidia-smi", gpu_query(DETAILED)))
+    gpus, message = listed_gpus(probe.ask("nvidia-smi", GPU_QUERY))
     if not gpus:
         raise WrongGpuError(
             f"no GPU to test: {message}",

@@ -1,60 +1,48 @@
 """The GPUs of a host, as nvidia-smi lists them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 MIB = 1 << 20
 NOT_APPLICABLE = {"N/A", "[N/A]", "[Not Supported]"}
-# Names of nvidia-smi --help-query-gpu that every driver of a supported CUDA knows.
-BASIC = ("index", "name", "compute_cap", "driver_version", "memory.total")
-# fabric.*: since driver 525.
-DETAILED = (*BASIC, "mig.mode.current", "fabric.state", "fabric.status")
+# Names of nvidia-smi --help-query-gpu, in the order of Gpu. fabric.*: since driver 525.
+FIELDS = (
+    "index,name,compute_cap,driver_version,memory.total,mig.mode.current,fabric.state,fabric.status"
+)
+GPU_QUERY = ("nvidia-smi", f"--query-gpu={FIELDS}", "--format=csv,noheader,nounits")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Gpu:
-    """A row of nvidia-smi, memory in bytes. What was not asked has its default.
+    """A row of nvidia-smi, memory in bytes.
 
     ``fabric`` is the state of its NVLink fabric, None where it has none.
     """
 
+    index: int
     name: str
     capability: str
     driver: str
     memory: int
-    index: int = 0
-    uuid: str = ""
-    mig: bool = False
-    fabric: str | None = None
+    mig: bool
+    fabric: str | None
 
 
-def gpu_query(fields: Sequence[str]) -> tuple[str, ...]:
-    """The command that lists these fields of every GPU."""
-    return ("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
-
-
-def parse_gpus(text: str, fields: Sequence[str]) -> tuple[Gpu, ...]:
-    """The rows that ``gpu_query(fields)`` printed; ValueError if they are not of these fields."""
-    rows = [
-        dict(zip(fields, map(str.strip, line.split(",")), strict=True))
-        for line in filter(str.strip, text.splitlines())
-    ]
-    return tuple(
-        Gpu(
-            name=row["name"],
-            capability=row["compute_cap"],
-            driver=row["driver_version"],
-            memory=int(row["memory.total"]) * MIB,
-            index=int(row.get("index", 0)),
-            uuid=row.get("uuid", ""),
-            mig=row.get("mig.mode.current") == "Enabled",
-            fabric=_fabric(row.get("fabric.state", "N/A"), row.get("fabric.status", "N/A")),
+def parse_gpus(text: str) -> tuple[Gpu, ...]:
+    """The rows that GPU_QUERY printed; ValueError if they are not such."""
+    gpus = []
+    for row in filter(str.strip, text.splitlines()):
+        columns = map(str.strip, row.split(","))
+        index, name, capability, driver, memory, mig, state, status = columns
+        fabric = "ready" if (state, status) == ("Completed", "Success") else f"{state}, {status}"
+        gpus.append(
+            Gpu(
+                index=int(index),
+                name=name,
+                capability=capability,
+                driver=driver,
+                memory=int(memory) * MIB,
+                mig=mig == "Enabled",
+                fabric=None if state in NOT_APPLICABLE else fabric,
+            )
         )
-        for row in rows
-    )
-
-
-def _fabric(state: str, status: str) -> str | None:
-    if state in NOT_APPLICABLE:
-        return None
-    return "ready" if (state, status) == ("Completed", "Success") else f"{state}, {status}"
+    return tuple(gpus)

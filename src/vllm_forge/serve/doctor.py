@@ -9,7 +9,7 @@ from typing import Any, Literal
 from packaging.version import InvalidVersion, Version
 
 from vllm_forge.host import Probe, Reply, gigabytes, parse_json
-from vllm_forge.host.gpus import DETAILED, Gpu, gpu_query, parse_gpus
+from vllm_forge.host.gpus import GPU_QUERY, Gpu, parse_gpus
 from vllm_forge.matrix import Matrix
 from vllm_forge.serve.deployment import Deployment, Needs, presets_of
 
@@ -54,7 +54,7 @@ class Host:
 
 def ask_host(probe: Probe) -> Host:
     """Ask every question; none of them changes anything."""
-    gpus, gpus_error = listed_gpus(probe.ask("nvidia-smi", gpu_query(DETAILED)))
+    gpus, gpus_error = listed_gpus(probe.ask("nvidia-smi", GPU_QUERY))
     toolkit = probe.ask("nvidia-ctk", ["nvidia-ctk", "--version"])
     version = None if toolkit.code else re.search(r"version (\S+)", toolkit.text)
     devices = probe.ask("nvidia-ctk-cdi", ["nvidia-ctk", "cdi", "list"]).text
@@ -97,7 +97,7 @@ def listed_gpus(reply: Reply) -> tuple[tuple[Gpu, ...], str]:
         return (), "nvidia-smi is not installed"
     rows = "\n".join(line for line in reply.text.splitlines() if "," in line)  # no warnings
     try:
-        gpus = () if reply.code else parse_gpus(rows, DETAILED)
+        gpus = () if reply.code else parse_gpus(rows)
     except ValueError:
         gpus = ()
     return gpus, "" if gpus else _one_line(reply)

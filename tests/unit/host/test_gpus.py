@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_forge.host.gpus import BASIC, DETAILED, gpu_query, parse_gpus
+from vllm_forge.host.gpus import GPU_QUERY, parse_gpus
 
 ROW = "3, NVIDIA H200, 9.0, 580.159.04, 143771"
+REST = "Disabled, N/A, N/A"
 
 
-def test_fields_not_asked_have_their_defaults() -> None:
-    (gpu,) = parse_gpus(f"{ROW}\n\n", BASIC)
+def test_row_is_read_in_the_order_of_the_query() -> None:
+    (gpu,) = parse_gpus(f"{ROW}, {REST}\n\n")
     assert (gpu.index, gpu.name, gpu.capability, gpu.driver) == (
         3, "NVIDIA H200", "9.0", "580.159.04",
     )  # fmt: skip
     assert gpu.memory == 143771 << 20
-    assert (gpu.uuid, gpu.mig, gpu.fabric) == ("", False, None)
+    assert GPU_QUERY[1].startswith("--query-gpu=index,name,compute_cap,driver_version,memory.total")
 
 
 @pytest.mark.parametrize(
@@ -27,15 +28,13 @@ def test_fields_not_asked_have_their_defaults() -> None:
     ],
 )
 def test_fabric_is_ready_only_after_success(state: str, fabric: str | None) -> None:
-    (gpu,) = parse_gpus(f"{ROW}, Enabled, {state}", DETAILED)
+    (gpu,) = parse_gpus(f"{ROW}, Enabled, {state}")
     assert (gpu.mig, gpu.fabric) == (True, fabric)
 
 
-@pytest.mark.parametrize("row", ["No devices were found", f"{ROW}, more", ROW + " MiB"])
+@pytest.mark.parametrize(
+    "row", ["No devices were found", f"{ROW}, {REST}, more", f"{ROW} MiB, {REST}"]
+)
 def test_unknown_row_is_rejected(row: str) -> None:
-    with pytest.raises(ValueError, match=r"zip|int"):
-        parse_gpus(row, BASIC)
-
-
-def test_query_names_the_fields_in_order() -> None:
-    assert gpu_query(("uuid", "name"))[1] == "--query-gpu=uuid,name"
+    with pytest.raises(ValueError, match=r"unpack|int"):
+        parse_gpus(row)

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_forge.cli import main
 from vllm_forge.host import HostProbe, RecordedProbe, RecordingProbe, Reply
-from vllm_forge.host.gpus import DETAILED, gpu_query
+from vllm_forge.host.gpus import GPU_QUERY
 from vllm_forge.matrix import image_cell, load
 from vllm_forge.serve import doctor as checks
 from vllm_forge.serve.deployment import find_deployment, needs_of
@@ -255,7 +255,7 @@ def test_questions_change_nothing() -> None:
     ask_host(Listener())
     programs = {tuple(argv[:2]) if argv[0] != "df" else ("df",) for argv in asked}
     assert programs == {
-        gpu_query(DETAILED)[:2], ("nvidia-smi", "--version"), ("nvidia-ctk", "--version"),
+        GPU_QUERY[:2], ("nvidia-smi", "--version"), ("nvidia-ctk", "--version"),
         ("nvidia-ctk", "cdi"),
         ("docker", "info"), ("podman", "info"), ("df",), ("cat", "/proc/meminfo"),
     }  # fmt: skip
