@@ -72,7 +72,7 @@ def make_kit(
     with report("verify the image"):
         verify(image)
     models = sum(tree_bytes(folder) for folder in inputs.values())
-    require_disk({output: 3 * image.size + 2 * models})
+    require_disk(output, 3 * image.size + 2 * models)
     with atomic_path(output) as aside:
         content = aside.with_name(f"content of {aside.name}")  # removed with it in any case
         content.mkdir()

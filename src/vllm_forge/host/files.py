@@ -199,30 +199,18 @@ def exclusive(name: str, *, wait: bool) -> Iterator[None]:
 
 def free_bytes(path: Path) -> int:
     """Free bytes of the file system that will hold ``path`` (it need not exist yet)."""
-    return shutil.disk_usage(_existing(path)).free
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    return shutil.disk_usage(existing).free
 
 
-def _existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
-def require_disk(needs: dict[Path, int]) -> None:
-    """Refuse before the first byte when the disk cannot hold what is to come, by DiskSpaceError.
-
-    ``needs``: bytes to be written below each path; paths of one file system are added up.
-    """
-    by_device: dict[int, list[tuple[Path, int]]] = {}
-    for path, size in needs.items():
-        by_device.setdefault(_existing(path).stat().st_dev, []).append((path, size))
-    for items in by_device.values():
-        need = sum(size for _, size in items)
-        free = min(free_bytes(path) for path, _ in items)
-        if need > free:
-            raise DiskSpaceError(
-                f"about {need / GIB:.1f} GiB are needed and {free / GIB:.1f} GiB are free",
-                where=", ".join(str(path) for path, _ in items),
-                remedy="free some space, or set VLLM_FORGE_CACHE / --output to a larger disk",
-            )
+def require_disk(path: Path, need: int) -> None:
+    """DiskSpaceError, before the first byte, unless ``need`` bytes can be written below a path."""
+    if need > (free := free_bytes(path)):
+        raise DiskSpaceError(
+            f"about {need / GIB:.1f} GiB are needed and {free / GIB:.1f} GiB are free",
+            where=str(path),
+            remedy="free some space, or set VLLM_FORGE_CACHE / --output to a larger disk",
+        )
 
 
 def mounted_below(folder: Path, table: str | None = None) -> list[Path]:

@@ -220,7 +220,7 @@ class ImagePlan:
             for group in self.groups
             if stored(group.key) is None
         )
-        require_disk({cache_root(): fetch + write + SYSTEM_BYTES})
+        require_disk(cache_root(), fetch + write + SYSTEM_BYTES)
 
 
 def resolve(project: Project, cell: ImageCell, options: BuildOptions, engine: Engine) -> ImagePlan:

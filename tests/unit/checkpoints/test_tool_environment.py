@@ -170,7 +170,7 @@ class TestPrepare:
         self, checkout: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(environment, "find_uv_bin", lambda: "/bin/false")
-        monkeypatch.setattr(environment, "require_disk", lambda needs: None)
+        monkeypatch.setattr(environment, "require_disk", lambda path, need: None)
         with pytest.raises(ToolEnvironmentError, match="exited with 1"):
             prepare(Project(checkout))
 
@@ -201,7 +201,7 @@ def _fake_uv(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(environment, "_uv", uv)
     monkeypatch.setattr(environment, "index_url", lambda: "http://127.0.0.1/simple")
-    monkeypatch.setattr(environment, "require_disk", lambda needs: None)
+    monkeypatch.setattr(environment, "require_disk", lambda path, need: None)
     monkeypatch.setattr(environment, "patch_installed", lambda *_: calls.append("patch"))
     return calls
 

@@ -61,7 +61,7 @@ def prepare(project: Project) -> Path:
     with exclusive("tools-quantize", wait=True):
         if stamp.exists():
             return python_of(project)
-        require_disk({folder: BYTES})
+        require_disk(folder, BYTES)
         with report("install the quantization tools"):
             _uv("venv", "--clear", f"--python={sys.executable}", str(folder))
             python = f"--python={python_of(project)}"

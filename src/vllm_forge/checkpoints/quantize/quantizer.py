@@ -73,7 +73,7 @@ def quantize(job: Job, output: Path) -> bool:
     with exclusive(f"quantize-{lock}", wait=False), _disk_errors(work.folder):
         if not work.folder.exists():
             tokens = sum(len(row) for row in job.calibration.tokens)
-            require_disk({output.parent: disk_needed(job.source, job.recipe, parts, tokens)})
+            require_disk(output.parent, disk_needed(job.source, job.recipe, parts, tokens))
         if not work.begin(_plan(job)):
             return False
         start, made = time.monotonic(), 0
