@@ -48,13 +48,7 @@ class Parser(argparse.ArgumentParser):
 class _Sku(argparse.Action):
     """Two places for one value; another one is kept as ``surplus``, for ``parse`` to reject."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, *_: Any, **__: Any) -> None:
         name = "sku" if getattr(namespace, "sku", None) in (None, values) else "surplus"
         setattr(namespace, name, values)
 

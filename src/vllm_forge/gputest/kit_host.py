@@ -54,7 +54,6 @@ PR_SET_PDEATHSIG = 1
 
 
 def fail(message: str) -> NoReturn:
-    """End with a message."""
     sys.exit(f"kit.py: {message}")
 
 
@@ -74,7 +73,6 @@ def work_folder() -> Path:
 
 
 def read_manifest() -> dict[str, Any]:
-    """manifest.json of the kit."""
     try:
         manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
         for part in manifest["parts"]:
@@ -156,7 +154,6 @@ def untar(folder: Path, *options: str) -> Iterator[IO[bytes]]:
 
 
 def fresh(folder: Path) -> Path:
-    """An empty folder."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(mode=0o700)
@@ -242,7 +239,6 @@ class Run:
 
 
 def mount(*arguments: str) -> None:
-    """Call the program of that name."""
     done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         fail(f"cannot mount {' '.join(arguments)}: {done.stderr.strip()}")
@@ -387,7 +383,6 @@ def pack_caches(work: Path, output: Path, limit: int) -> None:
 
 
 def exec_run(root: Path, config: dict[str, Any], work: Path, arguments: list[str]) -> Run:
-    """The command of ``exec``."""
     parser = argparse.ArgumentParser("kit.py exec", usage=__doc__, allow_abbrev=False)
     user = str(config.get("User") or "0").partition(":")[0]
     parser.add_argument("--uid", type=int, default=int(user))
@@ -412,7 +407,6 @@ def exec_run(root: Path, config: dict[str, Any], work: Path, arguments: list[str
 
 
 def main(arguments: list[str]) -> int:
-    """See the module."""
     commands = (["take"], ["unpack"], ["go"], ["exec"], ["caches"])
     if arguments[:1] not in commands or arguments in (["go"], ["caches"]):
         fail(f"usage:\n{__doc__}")
@@ -440,11 +434,9 @@ def main(arguments: list[str]) -> int:
                 return 0
             start = time.monotonic()
             folder, digest = content(manifest, work), manifest["digest"]
-            took = f"{time.monotonic() - start:.0f} s"
-            print(f"parts verified and joined after {took}", flush=True)
+            print(f"parts verified and joined after {time.monotonic() - start:.0f} s", flush=True)
             root, config = unpack_image(folder, digest, work)
-            took = f"{time.monotonic() - start:.0f} s"
-            print(f"image {digest} unpacked after {took}", flush=True)
+            print(f"image {digest} unpacked after {time.monotonic() - start:.0f} s", flush=True)
             if arguments[0] == "unpack":
                 return 0
             if arguments[0] == "go":

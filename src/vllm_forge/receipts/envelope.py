@@ -26,11 +26,7 @@ from securesystemslib.signer import CryptoSigner, Key, SSlibKey
 
 from vllm_forge.host import atomic_path, read_plain
 from vllm_forge.receipts import FOLDER, KEYS
-from vllm_forge.receipts.errors import (
-    ReceiptEditedError,
-    ReceiptKeyError,
-    ReceiptUnreadableError,
-)
+from vllm_forge.receipts.errors import ReceiptEditedError, ReceiptKeyError, ReceiptUnreadableError
 from vllm_forge.receipts.statement import Statement
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -48,7 +44,6 @@ class Receipt:
 
 
 def canonical(statement: Statement) -> bytes:
-    """The payload of a statement."""
     data = statement.model_dump(mode="json", by_alias=True)
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 

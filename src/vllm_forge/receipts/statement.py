@@ -62,8 +62,6 @@ class Margin(FrozenModel):
 
 
 class CaseVerdict(FrozenModel):
-    """The verdict of one test."""
-
     outcome: Literal["passed", "other GPU"]
     seconds: Measure
     margins: dict[Cell, Margin] = Field(default_factory=dict)
@@ -108,8 +106,6 @@ class Predicate(FrozenModel):
 
 
 class Statement(FrozenModel):
-    """A receipt's payload."""
-
     kind: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
     subject: tuple[Resource, Source]
     predicate_type: Literal["https://in-toto.io/attestation/test-result/v0.1"] = Field(
@@ -119,7 +115,6 @@ class Statement(FrozenModel):
 
     @property
     def detail(self) -> Detail:
-        """The part of vllm-forge."""
         return self.predicate.detail
 
     @property

@@ -119,7 +119,6 @@ def read_suite(root: Path) -> Suite:
 
 
 def read_tiers(root: Path) -> dict[str, Tier]:
-    """Name -> tier."""
     return read_suite(root).tier
 
 

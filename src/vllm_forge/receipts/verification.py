@@ -59,7 +59,6 @@ class Receipts:
     refused: tuple[tuple[Path, ForgeError], ...] = ()
 
     def lines(self, root: Path) -> list[str]:
-        """One line each."""
         valid = [f"{row.path.relative_to(root)}{unsigned(row)}" for row in self.valid]
         refused = [f"{path.relative_to(root)} is refused: {e.what}" for path, e in self.refused]
         return valid + refused
@@ -251,7 +250,6 @@ def _not_green(receipt: Receipt) -> Iterator[str]:
 
 
 def describe(receipts: Sequence[Receipt]) -> str:
-    """One line for each."""
     rows = []
     for receipt in receipts:
         detail, statement = receipt.statement.detail, receipt.statement

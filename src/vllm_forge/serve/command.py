@@ -46,15 +46,6 @@ def bare_command(matrix: Matrix, deployment: Deployment) -> Command:
     )
 
 
-def cache_volume(deployment: Deployment, digest: str | None) -> str:
-    """The volume for compiled kernels and bytecode: code that only the image that made it may run.
-
-    An image whose digest is unknown has that of its tag.
-    """
-    name = f"{deployment.cell.sku_name}-{deployment.cell.line_name}"
-    return f"vllm-forge-{name if digest is None else digest.partition(':')[2][:12]}"
-
-
 def container_command(
     matrix: Matrix, deployment: Deployment, *, engine: Engine = "docker", digest: str | None = None
 ) -> Command:
@@ -64,21 +55,21 @@ def container_command(
     host's IPC namespace.
     """
     args, env = serve_arguments(matrix, deployment.preset_name)
-    settings = matrix.container
+    cell, settings = deployment.cell, matrix.container
+    # Compiled kernels and bytecode: code that only the image that made it may run.
+    volume = digest.partition(":")[2][:12] if digest else f"{cell.sku_name}-{cell.line_name}"
     options = [
         "--ipc=private", f"--shm-size={settings.shm_gb}g",
         *(f"--ulimit={limit}" for limit in settings.ulimits),
         f"--publish={settings.port}:{settings.port}",
-        f"--volume={cache_volume(deployment, digest)}:/cache",
+        f"--volume=vllm-forge-{volume}:/cache",
         f"--volume={DOWNLOADS}:/cache/huggingface",
         *(f"--env={name}={value}" for name, value in sorted(env.items())),
     ]  # fmt: skip
     command = [deployment.artifact.repo, f"--port={settings.port}", *args]
-    tag = f":{deployment.cell.line_name}" if digest is None else f"@{digest}"
-    image = f"localhost/{deployment.cell.name}{tag}"
+    image = f"localhost/{cell.name}" + (f"@{digest}" if digest else f":{cell.line_name}")
     gpus = deployment.preset.tensor_parallel
-    argv = gpu_container(engine, gpus, options, image, command)
-    return Command(argv=tuple(argv))
+    return Command(argv=tuple(gpu_container(engine, gpus, options, image, command)))
 
 
 def running_engine(probe: Probe, engine: Engine | None) -> Engine:

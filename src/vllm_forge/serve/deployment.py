@@ -38,7 +38,6 @@ class Deployment:
 
     @property
     def short_name(self) -> str:
-        """The preset's name without its SKU."""
         return self.preset_name.removeprefix(f"{self.cell.sku_name}-")
 
 

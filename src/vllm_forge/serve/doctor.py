@@ -139,7 +139,6 @@ def _df(reply: Reply, column: int) -> int | None:
 
 
 def _one_line(reply: Reply) -> str:
-    """A tool's output in one line."""
     lines = [line.strip() for line in reply.text.splitlines() if line.strip()]
     return "; ".join(lines) if lines else f"exit {reply.code} without a word"
 
@@ -167,8 +166,6 @@ class HostFinding:
 
 @dataclass(frozen=True, kw_only=True)
 class Requirement:
-    """What a host is checked against."""
-
     matrix: Matrix
     deployment: Deployment
     needs: Needs
@@ -376,5 +373,4 @@ CHECKS = (
 
 
 def judge(host: Host, requirement: Requirement) -> list[HostFinding]:
-    """Every check's findings, in order."""
     return [finding for check in CHECKS for finding in check(host, requirement)]

@@ -54,7 +54,6 @@ class LintCase:
 
     @property
     def preset(self) -> Preset:
-        """The preset's row."""
         return self.matrix.preset[self.preset_name]
 
     @property
@@ -72,7 +71,6 @@ class LintFinding:
     remedy: str
 
     def text(self) -> str:
-        """The lines that lint prints."""
         case = self.case
         return (
             f"preset {case.preset_name}, {case.artifact_name}, line {case.line_name}: {self.what}\n"
@@ -268,7 +266,6 @@ RULES: tuple[Callable[[LintCase], Problems], ...] = (
 
 
 def judge(case: LintCase) -> list[LintFinding]:
-    """All findings about a case, by rule."""
     return [LintFinding(case, what, remedy) for rule in RULES for what, remedy in rule(case)]
 
 
@@ -301,13 +298,11 @@ def cases(matrix: Matrix, recorded: SelectionRecord) -> Iterator[LintCase]:
 
 
 def lint_line(project: Project, line_name: str) -> list[LintFinding]:
-    """All findings on a line."""
     recorded = require_fresh(project, line_name)
     return [finding for case in cases(project.matrix, recorded) for finding in judge(case)]
 
 
 def require_clean(findings: Sequence[LintFinding]) -> None:
-    """Raise PresetLintError with all findings."""
     if findings:
         raise PresetLintError(
             f"{len(findings)} findings:\n" + "\n".join(finding.text() for finding in findings),

@@ -34,7 +34,6 @@ FORMAT = 1
 
 
 def make_plan(project: Project, cell: ImageCell) -> Plan:
-    """A cell's plan, as plain data."""
     matrix = project.matrix
     lock = project.lock(cell.line_name)
     digest = built_digest(project.root, cell)
