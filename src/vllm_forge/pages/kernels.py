@@ -27,13 +27,11 @@ REASON_COLUMNS = ("SKU", "artifact", "taken", "passed over")
 
 
 def selection(project: Project) -> str:
-    """The page of the lines that have a record."""
     names = [name for name in project.matrix.line if selection_path(project.records, name).exists()]
     return render_selection([read_selection(project.records, name) for name in names])
 
 
 def render_selection(lines: Sequence[SelectionRecord]) -> str:
-    """The page, from the recorded answers of lines."""
     parts = []
     for recorded in lines:
         line, vllm = recorded.line_name, recorded.vllm
@@ -95,7 +93,6 @@ def _grid_rows(rows: Rows) -> Iterator[dict[str, str]]:
 
 
 def _cells(answer: Answer) -> dict[str, str]:
-    """Column -> text."""
     moe, graphs, engine, refused = answer.moe, answer.cuda_graphs, answer.engine, answer.refused
     cells = dict.fromkeys(
         ("experts", "clamp", "draft", "decode graphs", "KV cache", "refused"), NONE
@@ -119,7 +116,6 @@ def _cells(answer: Answer) -> dict[str, str]:
 
 
 def _with(answer: Answer, other: Answer) -> str:
-    """What a variable changes."""
     if other.unknown_environment:
         return "unknown to this vLLM"
     return "the same" if _moe(answer) == _moe(other) else _moe(other)
@@ -154,7 +150,6 @@ def _markdown(columns: Sequence[str], rows: Iterable[dict[str, str]]) -> str:
 
 
 def coverage(project: Project) -> str:
-    """The page of the lines that have a record."""
     paths = [f"records/coverage/{name}.json" for name in project.matrix.line]
     records = [project.read_json(path, _record) for path in paths if (project.root / path).exists()]
     return render_coverage(records, catalogue())
@@ -166,7 +161,6 @@ def _record(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def render_coverage(records: Sequence[Mapping[str, Any]], rows: Catalogue) -> str:
-    """The page, from the records of lines."""
     lines = []
     libraries = [
         "## Device code by library\n",

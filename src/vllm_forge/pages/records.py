@@ -100,7 +100,6 @@ def first_change(patch: dict[str, Any]) -> dict[str, str] | None:
 
 
 def drift(data: dict[str, Any]) -> str:
-    """The page of records/drift.json."""
     lines = [f"Written on {data['made']} by `{data['command']}`.\n", table(*_summary(data))]
     for change in data["changes"]:
         lines += ["", f"## {change['name']}", "", f"{change['summary']}. <{change['bug']}>", ""]
@@ -124,7 +123,6 @@ def drift_table(data: dict[str, Any]) -> Table:
 
 
 def _summary(data: dict[str, Any]) -> tuple[list[str], Iterator[list[str]]]:
-    """Head and rows."""
     changes = data["changes"]
 
     def cell(change: dict[str, Any], release: str) -> str:
@@ -263,7 +261,6 @@ STATIC = "SASS audit"
 
 
 def race(data: Row) -> str:
-    """The page of records/race.json."""
     runs = [_run(entry["run"], entry["rows"]) for entry in data["runs"]]
     return "\n".join(runs).rstrip() or "not run"
 

@@ -49,14 +49,8 @@ def skus_table(project: Project) -> str:
     for name, sku in matrix.sku.items():
         alone = arches.count(sku.arch) == 1  # as noxfile.py names its sessions
         session = f"nox -s build-{sku.arch.replace('_', '') if alone else name}"
-        rows.append(
-            [
-                sku.device,
-                name,
-                f"`{session}`",
-                ", ".join(f"`{p}`" for p in presets_of(matrix, name)),
-            ]
-        )
+        presets = ", ".join(f"`{preset}`" for preset in presets_of(matrix, name))
+        rows.append([sku.device, name, f"`{session}`", presets])
     return table(["GPU", "SKU", "build", "presets"], rows)
 
 

@@ -14,7 +14,6 @@ from vllm_forge.receipts.verification import NOT_RUN, compare_kernels, read_rece
 
 
 def status(project: Project) -> str:
-    """The page, from the committed receipts."""
     receipts = read_receipts(project)
     text = status_text(project, receipts.valid)
     if not receipts.refused:

@@ -100,32 +100,28 @@ def _entries(root: Path, image: str) -> Iterator[tuple[Path, ForgeError | None]]
 
     A receipt in another place would be overlooked, and a link's target is not committed.
     """
-    place = root / FOLDER
-    try:
-        folders = [path for path in _listing(place) if path.name != KEYS]
-    except ReceiptUnreadableError as error:
-        yield place, error
+    for folder, fault in _listing(root / FOLDER):
+        if fault is not None:
+            yield folder, fault
+        elif folder.name != KEYS and image in ("", folder.name):
+            for path, error in _listing(folder):
+                wrong = error is None and path.suffix != ".json"
+                yield path, _foreign(path, "not a receipt") if wrong else error
+
+
+def _listing(folder: Path) -> Iterator[tuple[Path, ForgeError | None]]:
+    """Entries of a folder, or its error; without the temporary ones of a killed writer."""
+    if link := next((path for path in (folder, folder.parent) if path.is_symlink()), None):
+        yield folder, _foreign(link, "it is a link")
         return
-    for folder in folders:
-        try:
-            for path in _listing(folder) if image in ("", folder.name) else ():
-                yield path, None if path.suffix == ".json" else _foreign(path, "not a receipt")
-        except ReceiptUnreadableError as error:
-            yield folder, error
-
-
-def _listing(folder: Path) -> list[Path]:
-    """Entries of a folder, without the temporary ones of a killed writer."""
-    for path in (folder, folder.parent):
-        if path.is_symlink():
-            raise _foreign(path, "it is a link")
     try:
         paths = sorted(folder.iterdir())
     except FileNotFoundError:
-        return []
+        return
     except OSError as error:
-        raise _foreign(folder, str(error)) from None
-    return [path for path in paths if not path.name.startswith(".tmp-")]
+        yield folder, _foreign(folder, str(error))
+        return
+    yield from ((path, None) for path in paths if not path.name.startswith(".tmp-"))
 
 
 def _foreign(path: Path, why: str) -> ReceiptUnreadableError:

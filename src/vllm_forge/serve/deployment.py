@@ -36,10 +36,6 @@ class Deployment:
                 remedy="choose another --line, --artifact or --preset",
             )
 
-    @property
-    def short_name(self) -> str:
-        return self.preset_name.removeprefix(f"{self.cell.sku_name}-")
-
 
 def presets_of(matrix: Matrix, sku: str) -> dict[str, str]:
     """Short name -> name of each preset of a SKU, in the matrix's order."""

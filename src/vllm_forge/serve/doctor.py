@@ -217,6 +217,7 @@ def check_gpus(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
         remedy = "same compute capability, another product: nothing was run on it"
         yield HostFinding("device", "unknown", ", ".join(others), sku.device, remedy)
     rows, presets = requirement.matrix.preset, presets_of(requirement.matrix, cell.sku_name)
+    short = requirement.deployment.preset_name.removeprefix(f"{cell.sku_name}-")
     smaller = [n for n, name in presets.items() if rows[name].tensor_parallel <= len(fitting)]
     remedy = "choose a preset for fewer GPUs: " + ", ".join(f"--preset {name}" for name in smaller)
     if not smaller:
@@ -225,7 +226,7 @@ def check_gpus(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
         "GPU count",
         len(fitting) >= count,
         str(len(fitting)),
-        f"{count}: preset {requirement.deployment.short_name} has --tensor-parallel-size={count}",
+        f"{count}: preset {short} has --tensor-parallel-size={count}",
         remedy,
     )
 

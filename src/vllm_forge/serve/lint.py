@@ -30,7 +30,6 @@ REFUSALS = {
     "failed": ("the question failed", "fix src/vllm_forge/kernels/selection/inside"),
 }
 Problems: TypeAlias = Iterator[tuple[str, str]]  # of a case, each with its remedy
-KV_FLAG, BLOCK_FLAG = "--kv-cache-dtype=", "--block-size="
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +153,7 @@ def drafter_takes_k(case: LintCase) -> Problems:
 def kv_cache_fits(case: LintCase) -> Problems:
     """The KV cache has the dtype and the block that were asked for, and attention takes them."""
     engine, attention = case.answer.engine, case.answer.attention
-    dtype, block = _value(case, KV_FLAG), _value(case, BLOCK_FLAG)
+    dtype, block = _value(case, "--kv-cache-dtype="), _value(case, "--block-size=")
     if engine is not None and dtype and not engine.kv_cache_dtype.startswith(dtype):
         yield (
             f"the preset asks for a KV cache in {dtype}, and {case.release} stores "
