@@ -10,8 +10,8 @@ Version = Annotated[str, Field(pattern=r"^\d+(\.\d+)+$")]
 Arch = Annotated[str, Field(pattern=r"^sm_\d+[af]?$")]
 Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]  # goes into one argument or line
 RelativePath = Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)*$")]
-# Variables that change how the loader, shells and Python start: glibc's "insecure" ones
-# (sysdeps/generic/unsecvars.h) and those of bash(1), sh(1) and python(1).
+# Variables that change how the loader, shells and Python start: those of glibc's list
+# (sysdeps/generic/unsecvars.h), and of bash(1), sh(1) and python(1).
 STEERING = re.compile(
     r"(LD_|PYTHON|BASH_).*|PATH|ENV|IFS|CDPATH|SHELLOPTS|GCONV_PATH|GETCONF_DIR|GLIBC_TUNABLES|"
     r"HOSTALIASES|LOCALDOMAIN|LOCPATH|MALLOC_TRACE|NIS_PATH|NLSPATH|RESOLV_HOST_CONF|RES_OPTIONS|"
