@@ -11,7 +11,6 @@ from vllm_forge.host.files import READ_ONLY as READ_ONLY
 from vllm_forge.host.files import atomic_path as atomic_path
 from vllm_forge.host.files import cache_root as cache_root
 from vllm_forge.host.files import exclusive as exclusive
-from vllm_forge.host.files import free_bytes as free_bytes
 from vllm_forge.host.files import link_or_copy as link_or_copy
 from vllm_forge.host.files import open_plain as open_plain
 from vllm_forge.host.files import parse_json as parse_json

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-MIB = 1 << 20
 NOT_APPLICABLE = {"N/A", "[N/A]", "[Not Supported]"}
 # Names of nvidia-smi --help-query-gpu, in the order of Gpu. fabric.*: since driver 525.
 FIELDS = (
@@ -40,7 +39,7 @@ def parse_gpus(text: str) -> tuple[Gpu, ...]:
                 name=name,
                 capability=capability,
                 driver=driver,
-                memory=int(memory) * MIB,
+                memory=int(memory) << 20,
                 mig=mig == "Enabled",
                 fabric=None if state in NOT_APPLICABLE else fabric,
             )

@@ -214,7 +214,7 @@ class ImagePlan:
 
         Raises DiskSpaceError: there is less.
         """
-        fetch = Wheelhouse().bytes_to_fetch(self.lock.wheels)
+        fetch = sum(wheel.size for wheel in Wheelhouse().missing(self.lock.wheels))
         write = sum(
             int(sum(wheel.size for wheel in group.wheels) * (1 + UNPACK_RATIO))
             for group in self.groups

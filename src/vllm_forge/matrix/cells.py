@@ -168,12 +168,9 @@ def _explain(
 def _fields_at(loc: list[Any]) -> list[str]:
     current: Any = Matrix
     for part in loc:
-        fields = getattr(current, "model_fields", None)
-        if fields is None:  # dict[Name, Record] or tuple[Record, ...]
+        if field := getattr(current, "model_fields", {}).get(part):
+            current = field.annotation
+        else:  # dict[Name, Record] or tuple[Record, ...]
             arguments = getattr(current, "__args__", ())
             current = next((arg for arg in arguments if hasattr(arg, "model_fields")), None)
-        elif part in fields:
-            current = fields[part].annotation
-        else:
-            return []
     return list(getattr(current, "model_fields", ()))

@@ -13,4 +13,3 @@ from vllm_forge.sources.lock import make_lock as make_lock
 from vllm_forge.sources.lock import read_lock as read_lock
 from vllm_forge.sources.lock import read_wheels as read_wheels
 from vllm_forge.sources.sdist import SourceRepo as SourceRepo
-from vllm_forge.sources.sdist import git_env as git_env

@@ -220,9 +220,6 @@ class Wheelhouse:
         paths = [(self.path(wheel), wheel) for wheel in wheels]
         return [w for path, w in paths if not path.exists() or path.stat().st_size != w.size]
 
-    def bytes_to_fetch(self, wheels: Sequence[LockedWheel]) -> int:
-        return sum(wheel.size for wheel in self.missing(wheels))
-
     def fetch(self, wheels: Sequence[LockedWheel], index: Index | None = None) -> None:
         """Download what is missing; asks no index when nothing is."""
         if not self.missing(wheels):

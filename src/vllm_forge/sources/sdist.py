@@ -28,11 +28,8 @@ EPOCH_IDENT = "vllm-forge <vllm-forge@localhost> 0 +0000"
 
 
 def git_env() -> dict[str, str]:
-    """Environment in which git reads no configuration but our own.
-
-    User or system settings (autocrlf, apply.whitespace, attributes, hooks) would change
-    what applies and what a tree's hash is.
-    """
+    """Environment in which git reads no configuration of the user or system, but our own."""
+    # autocrlf, apply.whitespace, attributes or hooks change what applies, and a tree's hash.
     kept = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     return kept | {
         "GIT_CONFIG_NOSYSTEM": "1",

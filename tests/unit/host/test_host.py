@@ -20,7 +20,6 @@ from vllm_forge.host import (
     atomic_path,
     cache_root,
     exclusive,
-    free_bytes,
     report,
     require_disk,
     which,
@@ -31,6 +30,7 @@ from vllm_forge.host.errors import (
     DiskSpaceError,
     ToolMissingError,
 )
+from vllm_forge.host.files import free_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

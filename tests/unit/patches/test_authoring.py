@@ -22,8 +22,8 @@ from vllm_forge.patches.errors import (
     WrongBaseError,
     WrongContextError,
 )
-from vllm_forge.sources import git_env
 from vllm_forge.sources.errors import LockFileError
+from vllm_forge.sources.sdist import git_env
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -404,9 +404,9 @@ def test_nothing_missing_asks_no_index(
     server: IndexServer, house: Wheelhouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheels = [locked(NAME, server.add("big", NAME, Served(content=noise(SIZE))))]
-    assert house.bytes_to_fetch(wheels) == SIZE
+    assert sum(wheel.size for wheel in house.missing(wheels)) == SIZE
     house.fetch(wheels, Index(server.url))
-    assert house.bytes_to_fetch(wheels) == 0
+    assert house.missing(wheels) == []
     before = list(server.requests)
 
     def no_index() -> Index:
