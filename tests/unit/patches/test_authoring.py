@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from typing import TYPE_CHECKING
@@ -416,7 +417,7 @@ CHECKOUT_REFUSED: dict[str, tuple[Callable[[Path], object], type[ForgeError]]] =
     "no-lock": (lambda series: (series / "lock.toml").unlink(), LockFileError),
     "other-base": (
         lambda series: (series / "lock.toml").write_text(
-            (series / "lock.toml").read_text().replace('base = "', 'base = "0')
+            re.sub('base = ".*"', 'base = "' + 40 * "0" + '"', (series / "lock.toml").read_text())
         ),
         WrongBaseError,
     ),
