@@ -37,7 +37,7 @@ SCRIPTS = (Path(__file__).with_name("image_checks.py"), DRIVER)
 LAYER_CHECKS = Path(__file__).with_name("layer_checks.py")
 CHECK_ARGV = ("/opt/venv/bin/python", "-I", "-S", "/mnt/image_checks.py")
 ANY_UID = 1000770000  # without a name, as OpenShift gives one
-COMPILER_CHECKS = frozenset({"compiler", "driver-link"})
+COMPILER_CHECKS = frozenset({"compiler", "driver-link", "nvrtc"})
 CHECKS = frozenset({
     "packages", "tree", "stack", "hygiene", "system", "wheel-files", "sandbox", "working-directory",
     "imports", "quantization", "vllm-help", "vllm-version", "vllm-serve-help",

@@ -146,6 +146,19 @@ def compiler(expect: dict[str, Any]) -> str:
     return f"{arch} compiled and linked"
 
 
+def nvrtc(expect: dict[str, Any]) -> str:
+    """NVRTC compiles, loaded by its path as JIT compilers load it: its builtins have no RUNPATH."""
+    (path,) = Path(os.environ["CUDA_HOME"], "lib").glob("libnvrtc.so.*")
+    library, program = ctypes.CDLL(str(path)), ctypes.c_void_p()
+    source = b'extern "C" __global__ void add(float *x) { x[threadIdx.x] += 1.0f; }'
+    options = (ctypes.c_char_p * 1)(f"--gpu-architecture={expect['arch']}".encode())
+    made = library.nvrtcCreateProgram(ctypes.byref(program), source, b"add.cu", 0, None, None)
+    code = made or library.nvrtcCompileProgram(program, 1, options)
+    if code != 0:  # 7: NVRTC_ERROR_BUILTIN_OPERATION_FAILURE
+        raise AssertionError(f"NVRTC cannot compile (error {code}): is LD_LIBRARY_PATH complete?")
+    return path.name
+
+
 def driver_link(expect: dict[str, Any]) -> str:
     """What JIT compilers link with -lcuda runs with the host's driver, here the declared one.
 
@@ -374,7 +387,7 @@ def as_image_user(expect: dict[str, Any], folder: Path) -> dict[str, Verdict]:
     """All checks, side by side."""
     checks: dict[str, Check] = {"sandbox": sandbox, "working-directory": working_directory}
     if expect["compiler"]:
-        checks |= {"compiler": compiler, "driver-link": driver_link}
+        checks |= {"compiler": compiler, "nvrtc": nvrtc, "driver-link": driver_link}
     vllm = with_vllm("vllm", VLLM_CHECKS, folder)
     started = {name: _forked(check, expect) for name, check in checks.items()}
     return {name: wait() for name, wait in started.items()} | vllm()
