@@ -44,6 +44,10 @@ REQUIREMENTS = "tests/patches/requirements.txt"
 NATIVE = ("CMakeLists.txt", "cmake", "csrc", ".buildkite/release-pipeline.yaml")
 # Reference models of the tests; what the tests use of them imports no library of this project.
 MODELS = ("src/vllm_forge/checkpoints/codecs", "tests/gpu/reference")
+# What tests share: named one by one, since others of the folder import this project.
+HELPERS = tuple(
+    f"tests/support/{name}.py" for name in ("__init__", "marlin_host", "marlin_protocol")
+)
 MUTANTS = "tests/gpu/race"  # written for the release's text, which a contract test checks
 GREEN, RED = 0, 1  # pytest.ExitCode.OK and TESTS_FAILED
 CLEAR = {"passed", "failed"}
@@ -287,8 +291,8 @@ def write_inputs(root: Path, folder: Path, repo: SourceRepo, base: str) -> Path:
     """
     with atomic_path(folder) as aside:
         aside.mkdir()
-        for path in ("tests/__init__.py", "pyproject.toml"):
-            (aside / path).parent.mkdir(exist_ok=True)
+        for path in ("tests/__init__.py", "pyproject.toml", *HELPERS):
+            (aside / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / path, aside / path)
         skip = shutil.ignore_patterns("__pycache__")
         for path in ("tests/patches", MUTANTS, "patches", *MODELS):

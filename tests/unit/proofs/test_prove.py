@@ -5,6 +5,7 @@ The runs themselves need the layers of an image: `nox -s prove` is that test.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -601,6 +602,24 @@ def test_container_run_gets_sources_models_and_tools(
     assert not list(folder.rglob("__pycache__"))
     assert os.access(folder / "tools/tool/run", os.X_OK)
     assert (folder / "tools/tool/data").stat().st_mode & 0o111 == 0
+    assert not own_imports_that_are_missing(folder)
+
+
+def own_imports_that_are_missing(folder: Path) -> list[str]:
+    """Modules of this project that the contract tests and their helpers import, and lack."""
+
+    def has(root: Path, name: str) -> bool:
+        places = [root / name.replace(".", "/"), root / "src" / name.replace(".", "/")]
+        return any(at.is_dir() or at.with_suffix(".py").is_file() for at in places)
+
+    names = set()
+    for path in [*folder.glob("tests/patches/*.py"), *folder.glob("tests/support/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+    return sorted(name for name in names if has(ROOT, name) and not has(folder, name))
 
 
 def test_file_time_encodes_its_content(
