@@ -36,14 +36,16 @@ from vllm_forge.project import Project
 LAYERS = """
 import sys
 from pathlib import Path
-from vllm_forge.images import BuildOptions, build_layers, choose_engine, resolve
+from vllm_forge.images import BuildOptions, choose_engine, resolve, write_layers
+from vllm_forge.images.build import make_wheel
 from vllm_forge.project import Project
 
 if __name__ == "__main__":
     project = Project.find()
     engine = choose_engine("buildah", dry_run=True)
     options = BuildOptions(output=Path("unused"))
-    build_layers(resolve(project, project.cell(*sys.argv[1:]), options, engine))
+    plan = resolve(project, project.cell(*sys.argv[1:]), options, engine)
+    write_layers(plan.cell, plan.groups, lambda: make_wheel(plan))
 """
 
 

@@ -419,15 +419,16 @@ def test_caches_are_cold_until_a_run_of_the_tier_was_green(bundle: Path) -> None
     body = "import os, pytest\ndef test_it(): assert os.environ['VLLM_FORGE_COLD'] == '{}'\n"
     late = "def test_late(): pytest.skip('dsv4 did not start in 9 s; caches were cold')\n"
     some = body.format(1) + "def test_other(): pytest.skip('budget')\n"
-    for text, options, code in (
+    for number, (text, options, code) in enumerate([
         (body.format(1), [], 0),
         (body.format(1) + late, [f"--caches={caches}"], SuiteUndecidedError.exit_code),
         (some, [f"--caches={caches}", "--only=not test_other"], 0),
         (body.format(1), [f"--caches={caches}"], 0),
         (body.format(0), [f"--caches={caches}"], 0),
-    ):
-        test.write_text(text)
+    ]):  # fmt: skip
+        # Of another size each time: pytest keeps compiled tests by time, in seconds, and size.
+        test.write_text(text + "#" * number)
         assert run_all(bundle, *options)[0] == code
     (caches / "warm-server").rename(caches / "warm-kernel")
-    test.write_text(body.format(1))
+    test.write_text(body.format(1) + "#" * 9)
     assert run_all(bundle, f"--caches={caches}")[0] == 0
