@@ -27,7 +27,7 @@ OLD, NEW = Version("0.26.0"), Version("0.33.0")
 
 
 @pytest.mark.parametrize(
-    ("rule", "name", "told"),
+    ("rule", "name", "expected"),
     [
         (r"re:.*\.wq_a$", WQ_A, True),
         (r"re:wq_a$", WQ_A, False),  # from the start of the name
@@ -39,8 +39,8 @@ OLD, NEW = Version("0.26.0"), Version("0.33.0")
         ("Linear", WQ_A, True),
     ],
 )
-def test_a_rule_is_a_name_a_class_or_a_pattern(rule: str, name: str, told: bool) -> None:
-    assert Rules([rule]).match(name) is told
+def test_a_rule_is_a_name_a_class_or_a_pattern(rule: str, name: str, expected: bool) -> None:
+    assert Rules([rule]).match(name) is expected
 
 
 def test_nonsense_is_reported() -> None:
@@ -50,7 +50,7 @@ def test_nonsense_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rules", "version", "told"),
+    ("rules", "version", "expected"),
     [
         ([r"re:.*\.(wq_a|wkv)$"], NEW, True),
         ([r"re:.*\.(wq_a|wkv)$"], OLD, False),
@@ -60,9 +60,9 @@ def test_nonsense_is_reported() -> None:
     ],
 )
 def test_the_parts_mean_the_whole_since_the_model_says_so(
-    rules: list[str], version: Version, told: bool
+    rules: list[str], version: Version, expected: bool
 ) -> None:
-    assert Rules(rules).means(FUSED, version) is told
+    assert Rules(rules).means(FUSED, version) is expected
 
 
 def test_experts_are_asked_for_by_other_names_since_0_32() -> None:

@@ -113,12 +113,12 @@ class TestFindings:
             _judge(card, _finding(handled_by="vllm-project/vllm#2"))
 
     @pytest.mark.parametrize(
-        ("since", "before", "told"),
+        ("since", "before", "expected"),
         [("", "", True), ("0.26.0", "", True), ("", "0.26.0", False), ("0.26.1", "", False),
          ("0.9.0", "0.100.0", True)],
     )  # fmt: skip
-    def test_bounds_are_versions(self, since: str, before: str, told: bool) -> None:
-        assert applies(_finding(since=since, before=before), "0.26.0") is told
+    def test_bounds_are_versions(self, since: str, before: str, expected: bool) -> None:
+        assert applies(_finding(since=since, before=before), "0.26.0") is expected
 
 
 class TestDryLoad:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,14 @@ def test_invalid_rows_are_refused(tmp_path: Path, text: str, words: str) -> None
     (tmp_path / ROWS).write_text(text)
     with pytest.raises(UpstreamRowsError, match=words):
         read_tests(tmp_path, "1")
+
+
+def test_committed_records_are_of_the_series_and_its_rows(root: Path) -> None:
+    records = sorted((root / "records/upstream").glob("*.json"))
+    assert records
+    for path in records:
+        record = json.loads(path.read_text())
+        lock = tomllib.loads((root / "patches/vllm" / path.stem / "lock.toml").read_text())
+        trees = {"published": lock["base"], "patched": lock["result"]}
+        assert record["trees"] == trees, f"run: patch upstream --line {path.stem}"
+        assert list(record["files"]) == read_tests(root, path.stem)
