@@ -65,6 +65,7 @@ KINDS = (
     Kind(pattern=r"sources\.git/(config|refs/.+)"),
     Kind(pattern=r"sources\.git/(HEAD|objects/.+)", mended=False),  # of those that are read
     Kind(pattern=r"patched/.+\.whl"),
+    Kind(pattern=r"images/\w+\.json"),
     Kind(pattern=r"work/.+", mended=False),
     Kind(pattern=r"locks/.+\.lock", mended=False),
     Kind(pattern=r"uv/.+", mended=False),  # uv's own, for locks only

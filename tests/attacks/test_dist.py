@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,10 @@ from vllm_forge.commands import build as command
 from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.host import RecordingRunner
 from vllm_forge.host.errors import CommandFailedError
-from vllm_forge.images import read_image, verify
-from vllm_forge.images.errors import LayoutError
+from vllm_forge.images import Image, read_image, verify
+from vllm_forge.images.errors import BuildRecordError, LayoutError
+from vllm_forge.images.layout import IMAGE_NAME, blob_times, set_name
+from vllm_forge.images.record import built_digest, keep_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,15 +93,18 @@ def test_changed_image_is_built_again(built: Project, capsys: pytest.CaptureFixt
         capsys.readouterr()
         image, fresh = fast_build(built, "alpha")
         assert fresh, path
-        assert "was changed: it is built again" in capsys.readouterr().err
+        assert f"{CELL}: changed; it is built again" in capsys.readouterr().err
         assert image.digest == digest
         verify(image)
     assert not fast_build(built, "alpha")[1]
 
 
-def test_image_of_another_config_is_not_up_to_date(built: Project) -> None:
-    """As root, with LD_PRELOAD: all digests in the layout agree with each other."""
-    folder = built.root / "dist" / CELL
+def swap(project: Project) -> Image:
+    """Put an image of another config into dist/, as root with LD_PRELOAD; returns the former one.
+
+    All digests in the layout agree with each other.
+    """
+    folder = project.root / "dist" / CELL
     image = read_image(folder)
 
     def put(document: dict[str, Any]) -> dict[str, Any]:
@@ -114,11 +120,64 @@ def test_image_of_another_config_is_not_up_to_date(built: Project) -> None:
     index: dict[str, Any] = json.loads((folder / "index.json").read_text())
     index["manifests"][0] |= put(manifest)
     replaced(folder / "index.json", json.dumps(index).encode())
+    set_name(read_image(folder), index["manifests"][0]["annotations"][IMAGE_NAME])
     assert read_image(folder).config["config"]["User"] == "0:0"
+    return image
+
+
+def claim(project: Project) -> Path:
+    """Make the record of the build say that dist/ has the image that it gave."""
+    path, image = project.root / "dist" / f"{CELL}.json", read_image(project.root / "dist" / CELL)
+    record = json.loads(path.read_text())
+    record |= {"digest": f"sha256:{image.digest}", "blobs": blob_times(image)}
+    path.write_text(json.dumps(record))
+    return path
+
+
+@pytest.mark.parametrize("record", ["kept", "swapped too"])
+def test_swapped_image_is_not_up_to_date(record: str, built: Project) -> None:
+    image = swap(built)
+    if record == "swapped too":
+        claim(built)
     rebuilt, fresh = fast_build(built, "alpha")
     assert fresh
     assert rebuilt.digest == image.digest
     verify(rebuilt)
+
+
+def test_swapped_image_has_no_receipts(built: Project) -> None:
+    """``serve`` and ``plan`` look for those of the digest that dist/ says."""
+    path = built.root / "dist" / f"{CELL}.json"
+    assert built_digest(path) == f"sha256:{read_image(path.with_suffix('')).digest}"
+    image = swap(built)
+    claim(built)
+    with pytest.raises(BuildRecordError, match=f"the build gave sha256:{image.digest}"):
+        built_digest(path)
+
+
+def test_image_that_the_cache_does_not_know_is_built_again(
+    built: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After `clean --all`, and an image that came with its record from elsewhere."""
+    image, _ = fast_build(built, "alpha")
+    shutil.rmtree(built.cache / "images")
+    assert built_digest(built.root / "dist" / f"{CELL}.json") is None
+    assert "is not used: the cache has no build of these inputs" in capsys.readouterr().err
+    rebuilt, fresh = fast_build(built, "alpha")
+    assert fresh
+    assert f"{CELL}: not in the cache; it is built again" in capsys.readouterr().err
+    assert rebuilt.digest == image.digest
+
+
+def test_digest_of_other_inputs_is_not_taken(built: Project) -> None:
+    """Of the image before the last patch, say, with a record that claims the inputs of now."""
+    path = built.root / "dist" / f"{CELL}.json"
+    record = json.loads(path.read_text())
+    keep_digest(path, record["inputs"] | {"series": {}}, f"sha256:{'0' * 64}")
+    path.write_text(json.dumps(record | {"digest": f"sha256:{'0' * 64}"}))
+    with pytest.raises(BuildRecordError, match="the record was changed after the build"):
+        built_digest(path)
+    assert fast_build(built, "alpha")[1]
 
 
 @pytest.mark.parametrize("option", ["--load", "--push=registry.example/x:1"])

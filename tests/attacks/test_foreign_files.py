@@ -21,7 +21,7 @@ from vllm_forge.host import RecordedProbe, read_plain
 from vllm_forge.host.errors import RecordingError
 from vllm_forge.images.errors import BuildRecordError, LayoutError
 from vllm_forge.images.layout import read_image
-from vllm_forge.images.plan import read_record
+from vllm_forge.images.record import built_digest, read_record
 from vllm_forge.kernels.errors import ArtifactConfigError, SelectionFileError
 from vllm_forge.kernels.selection.questions import artifact_config
 from vllm_forge.kernels.selection.record import read_selection
@@ -30,7 +30,6 @@ from vllm_forge.pages.registry import PAGES
 from vllm_forge.patches import read_dispositions, read_tree_lock
 from vllm_forge.patches.errors import DispositionError
 from vllm_forge.project import Project
-from vllm_forge.serve.command import built_digest
 from vllm_forge.serve.doctor import ask_host
 from vllm_forge.sources import read_wheels
 from vllm_forge.sources.errors import LockFileError
@@ -85,7 +84,7 @@ READERS: dict[str, tuple[str, Callable[[Path, Path], Any], type[ForgeError]]] = 
     "build record": ("r.json", lambda folder, _: read_record(folder / "r.json"), BuildRecordError),
     "digest": (
         "dist/vllm-0.26.0-b300.json",
-        lambda folder, root: built_digest(folder, cell(root)),
+        lambda folder, _: built_digest(folder / "dist" / "vllm-0.26.0-b300.json"),
         BuildRecordError,
     ),
     "tree lock": (

@@ -13,6 +13,7 @@ from tests.golden import product
 from tests.golden.compare import digest, normalise
 from tests.golden.damage import DAMAGE, checkpoints
 from tests.support.layouts import MADE, layout
+from vllm_forge.images.record import keep_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,7 +27,12 @@ READ = (
 )  # fmt: skip
 ENGINES = ("docker", "buildah")
 BASE = f"registry.example/debian@sha256:{'1' * 64}"
-BUILT = {"digest": f"sha256:{'2' * 64}", "size": 5_000_000_000}
+BUILT: dict[str, Any] = {
+    "digest": f"sha256:{'2' * 64}",
+    "inputs": {},
+    "blobs": {},
+    "engine": "buildah",
+}
 # What is done to each preset's row -> fields; each is to make its rule speak.
 EDITS: dict[str, dict[str, Any]] = {
     "as committed": {},
@@ -269,7 +275,9 @@ def _built(root: Path, sku: str, line: str) -> None:
     """The record that a build leaves."""
     release = _matrix()["line"][line]["vllm"]
     (root / "dist").mkdir()
-    (root / "dist" / f"vllm-{release}-{sku}.json").write_text(json.dumps(BUILT))
+    record = root / "dist" / f"vllm-{release}-{sku}.json"
+    record.write_text(json.dumps(BUILT))
+    keep_digest(record, {}, BUILT["digest"])
 
 
 def _written(value: dict[str, Any], work: Path) -> dict[str, Any]:

@@ -166,7 +166,8 @@ def clean(project: Project, args: argparse.Namespace) -> None:
 def why_rebuild(project: Project, args: argparse.Namespace) -> None:
     """Name the inputs that changed since the last build."""
     from vllm_forge.images import BuildOptions, choose_engine, resolve
-    from vllm_forge.images.plan import read_record, why_rebuild
+    from vllm_forge.images.plan import why_rebuild
+    from vllm_forge.images.record import read_record
 
     cell = project.cell(args.sku, args.line)
     options = BuildOptions(output=args.output or project.root / "dist", base_image=args.base)

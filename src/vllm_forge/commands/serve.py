@@ -42,11 +42,12 @@ def register(choices: parsers.Commands) -> None:
 def serve(project: Project, args: argparse.Namespace) -> None:
     """Serve a preset in its image."""
     import vllm_forge.serve.command as shell
+    from vllm_forge.images.record import built_digest
 
     cell = project.cell(args.sku, args.line)
     deployment = find_deployment(project.matrix, cell, args.preset, args.artifact)
     deployment.require_served()
-    digest = shell.built_digest(project.root, cell)
+    digest = built_digest(project.root / "dist" / f"{cell.name}.json")
     _say(project, deployment, digest)
     engine: shell.Engine = args.engine or "docker"
     if not args.print_only:

@@ -63,6 +63,7 @@ from vllm_forge.images.layout import (
 )
 from vllm_forge.images.plan import ImagePlan, why_rebuild
 from vllm_forge.images.prewarm import SCRIPT, prewarm_layer, tree_digest
+from vllm_forge.images.record import keep_digest
 from vllm_forge.images.store import (
     StoredLayer,
     forget,
@@ -121,8 +122,9 @@ def build_image(plan: ImagePlan, runner: Runner) -> tuple[Image, bool]:
         if not plan.options.refresh_base and (known := plan.up_to_date()):
             return known, False
         with suppress(BuildRecordError):
-            if why_rebuild(plan)[0] == "changed":
-                console.print(f"{plan.target} was changed: it is built again", markup=False)
+            state = why_rebuild(plan)[0]
+            if state in {"changed", "not in the cache"}:
+                console.print(f"{plan.target}: {state}; it is built again", markup=False)
         plan.require_disk()
         build_steps(plan, runner)
         return read_image(plan.target), True
@@ -382,7 +384,7 @@ def publish(
     seconds: float,
 ) -> None:
     """Rename the candidate to its final name, then write its record."""
-    record = {
+    record: dict[str, Any] = {
         "digest": f"sha256:{candidate.image.digest}",
         "size": candidate.image.size,
         "wheels": sum(wheel.size for wheel in plan.lock.wheels),
@@ -396,6 +398,7 @@ def publish(
         "blobs": blob_times(candidate.image),
     }
     plan.record_path.unlink(missing_ok=True)
+    keep_digest(plan.record_path, record["inputs"], record["digest"])
     with atomic_path(plan.target) as aside:
         shutil.move(candidate.image.path, aside)
         set_name(replace(candidate.image, path=aside), plan.name)

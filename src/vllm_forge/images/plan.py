@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.host import cache_root, parse_json, read_plain, require_disk
+from vllm_forge.host import cache_root, require_disk
 from vllm_forge.images.checks import (
     CHECK_ARGV,
     LAYER_CHECKS,
@@ -19,6 +19,7 @@ from vllm_forge.images.engines import ContainerRun, Engine
 from vllm_forge.images.errors import BuildRecordError, LayoutError
 from vllm_forge.images.layout import Image, blob_times, has_name, read_image
 from vllm_forge.images.prewarm import ENTRYPOINT, Prewarm, prewarm_key
+from vllm_forge.images.record import Inputs, compare, hash_of, kept_digest, read_record
 from vllm_forge.images.store import layer_folder, stored
 from vllm_forge.images.system import SYSTEM_FORMAT, BaseRef, base_of, system_folder
 from vllm_forge.matrix import ImageCell
@@ -29,8 +30,6 @@ from vllm_forge.sources import UNPACK_RATIO, Lock, Wheelhouse
 SYSTEM_BYTES = 3 * (1 << 30)  # rootfs tar, engine's copies, exported folder
 
 DRIVER_FUNCTIONS = "libcuda-functions.txt"  # beside the Dockerfile, which makes a stub of it
-SHORT = 12
-HEX = set("0123456789abcdef")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,14 +160,14 @@ class ImagePlan:
         fields = [self.system_key, *(group.key for group in self.groups)]
         return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
-    def inputs(self) -> dict[str, dict[str, Any]]:
-        """All that the image is a function of: input -> its parts, each a value or a hash."""
+    def inputs(self) -> Inputs:
+        """All that the image is a function of."""
         cell, prewarm = self.cell, self.options.prewarm
         tree = read_tree_lock(self.project.root / cell.line.series, cell.line_name)
-        parts: dict[str, dict[str, Any]] = {
+        parts: Inputs = {
             "format": {"format": FORMAT, "config": CONFIG_FORMAT},
             "system": {
-                name: _hash(part) if name in {"dockerfile", "driver functions"} else part
+                name: hash_of(part) if name in {"dockerfile", "driver functions"} else part
                 for name, part in self.system_parts().items()
             },
             "lock": {
@@ -178,18 +177,18 @@ class ImagePlan:
             "layers": {group.name: " ".join(group.keys) for group in self.groups},
             "series": {
                 "tree": tree.result,
-                **{patch.name: _hash(patch.path.read_text()) for patch in self.patches},
+                **{patch.name: hash_of(patch.path.read_text()) for patch in self.patches},
             },
             "sku": cell.sku.model_dump(mode="json"),
             "line": cell.line.model_dump(mode="json"),
             "base": cell.base.model_dump(mode="json"),
-            "health": {HEALTH.name: _hash(HEALTH.read_text())},
-            "checks": {path.name: _hash(path.read_text()) for path in (*SCRIPTS, LAYER_CHECKS)},
+            "health": {HEALTH.name: hash_of(HEALTH.read_text())},
+            "checks": {path.name: hash_of(path.read_text()) for path in (*SCRIPTS, LAYER_CHECKS)},
             "contract": contract_inputs(self.project, cell.line_name),
         }
         if prewarm is not None:
             parts["prewarm"] = {
-                "sha256": prewarm.digest, "place": prewarm.place, "script": _hash(ENTRYPOINT),
+                "sha256": prewarm.digest, "place": prewarm.place, "script": hash_of(ENTRYPOINT),
             }  # fmt: skip
         return parts
 
@@ -204,6 +203,7 @@ class ImagePlan:
             record is not None
             and not compare(record["inputs"], self.inputs())
             and record["digest"] == f"sha256:{image.digest}"
+            and record["digest"] == kept_digest(self.record_path, record["inputs"])
             and record["blobs"] == blob_times(image)
             and has_name(image, self.name)
         )
@@ -242,75 +242,18 @@ def resolve(project: Project, cell: ImageCell, options: BuildOptions, engine: En
     )
 
 
-def _hash(part: object) -> str:
-    return hashlib.sha256(json.dumps(part).encode()).hexdigest()
-
-
 def why_rebuild(plan: ImagePlan) -> tuple[str, dict[str, tuple[str, ...]]]:
     """What a build of a plan would do: a state, and what differs from the last build's record.
 
-    ``never built``, ``nothing changed``, ``inputs changed`` or ``changed``: equal inputs, but the
-    image differs from the record, or one of its files was touched. Then input that differs -> a
-    sentence per part that changed.
+    ``never built``, ``nothing changed``, ``inputs changed``; for equal inputs ``not in the cache``,
+    which has no digest of a build of them; or ``changed``: the image differs from its records, or
+    one of its files was touched. Then input that differs -> a sentence per part that changed.
     """
     record = read_record(plan.record_path)
     if record is None:
         return "never built", {}
     if changes := compare(record["inputs"], plan.inputs()):
         return "inputs changed", changes
+    if kept_digest(plan.record_path, record["inputs"]) is None:
+        return "not in the cache", {}
     return ("nothing changed" if plan.up_to_date() else "changed"), {}
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """The record that a build left; None where there is none.
-
-    Raises BuildRecordError: the file is not a record of a build.
-    """
-    try:
-        record = parse_json(read_plain(path))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        record, problem = None, str(error)
-    else:
-        problem = "it has no table of inputs"
-    inputs = record.get("inputs") if isinstance(record, dict) else None
-    tables = isinstance(inputs, dict) and all(isinstance(row, dict) for row in inputs.values())
-    if tables and {"digest", "blobs", "engine"} <= record.keys():
-        return dict(record)
-    raise BuildRecordError(
-        f"not the record of a build: {problem}",
-        where=str(path),
-        remedy="delete it; the next build writes it again",
-    )
-
-
-def compare(
-    old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]]
-) -> dict[str, tuple[str, ...]]:
-    """Inputs that changed, in the order of a build, with a sentence per part; order counts."""
-    return {
-        name: differences(old.get(name, {}), new.get(name, {}))
-        for name in dict.fromkeys([*new, *old])
-        if _hash(old.get(name)) != _hash(new.get(name))
-    }
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, ...]:
-    """A sentence per part that was added, removed or changed."""
-    added = [f"added {name}: {_show(new[name])}" for name in new if name not in old]
-    removed = [f"removed {name}: {_show(old[name])}" for name in old if name not in new]
-    changed = [
-        f"changed {name}: {_show(old[name])} -> {_show(new[name])}"
-        for name in new
-        if name in old and old[name] != new[name]
-    ]
-    return (*added, *removed, *changed) or ("order or form only",)
-
-
-def _show(value: Any) -> str:
-    """A value with its hashes cut to 12 digits."""
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    return " ".join(
-        word[:SHORT] if len(word) > SHORT and set(word) <= HEX else word for word in text.split(" ")
-    )

@@ -3,12 +3,10 @@
 import os
 import shlex
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, NoReturn
 
-from vllm_forge.host import Probe, gpu_container, parse_json, read_plain, which
+from vllm_forge.host import Probe, gpu_container, which
 from vllm_forge.host.errors import ToolMissingError
-from vllm_forge.images.errors import BuildRecordError
 from vllm_forge.matrix import ImageCell, Matrix, serve_arguments
 from vllm_forge.serve.deployment import Deployment
 from vllm_forge.serve.errors import NoGpuError
@@ -106,21 +104,6 @@ def become(command: Command) -> NoReturn:
     if program is None:
         raise ToolMissingError(f"{command.argv[0]} is not installed", where=command.text())
     os.execve(program, list(command.argv), {**os.environ, **command.env})  # noqa: S606
-
-
-def built_digest(root: Path, cell: ImageCell) -> str | None:
-    """``sha256:<hex>`` of the cell's image, by dist/; None if it was not built here."""
-    path = root / "dist" / f"{cell.name}.json"
-    try:
-        return str(parse_json(read_plain(path))["digest"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BuildRecordError(
-            f"invalid build record: {type(error).__name__}: {error}",
-            where=str(path),
-            remedy=f"delete it and build again: {build_command(cell)}",
-        ) from error
 
 
 def build_command(cell: ImageCell) -> str:

@@ -1,6 +1,6 @@
 """The plan of a cell: its pins, series, image, kernels, contract, commands and receipts.
 
-Read from files of the repository only; equal files give equal bytes.
+Read from files of the repository and the build's records; equal files give equal bytes.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_forge.host import gigabytes
+from vllm_forge.images.record import built_digest
 from vllm_forge.kernels.coverage.families import FINE
 from vllm_forge.kernels.selection.model import Answer, Choice
 from vllm_forge.kernels.selection.questions import preset_question
@@ -20,7 +21,7 @@ from vllm_forge.matrix import ImageCell, serve_arguments
 from vllm_forge.patches import read_series, read_tree_lock
 from vllm_forge.project import Project
 from vllm_forge.receipts.verification import preset_state, read_receipts
-from vllm_forge.serve.command import bare_command, build_command, built_digest, container_command
+from vllm_forge.serve.command import bare_command, build_command, container_command
 from vllm_forge.serve.deployment import Deployment, find_deployment, needs_of, presets_of
 from vllm_forge.sources import Lock
 
@@ -36,7 +37,7 @@ FORMAT = 1
 def make_plan(project: Project, cell: ImageCell) -> Plan:
     matrix = project.matrix
     lock = project.lock(cell.line_name)
-    digest = built_digest(project.root, cell)
+    digest = built_digest(project.root / "dist" / f"{cell.name}.json")
     receipts = read_receipts(project, datetime.now(UTC), image=digest)
     answers = {
         name: read_selection(project.records, name).rows

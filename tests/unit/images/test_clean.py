@@ -15,7 +15,9 @@ from vllm_forge.images.engines import choose_engine
 from vllm_forge.images.plan import BuildOptions, resolve
 from vllm_forge.project import Project
 
-KEPT = {"layers", "locks", "patched", "rootfs", "sdists", "sources.git", "systems", "wheels"}
+KEPT = {
+    "images", "layers", "locks", "patched", "rootfs", "sdists", "sources.git", "systems", "wheels",
+}  # fmt: skip
 
 
 def test_every_folder_of_the_cache_has_an_answer(root: Path) -> None:
@@ -35,9 +37,9 @@ def test_needed_files_stay_and_leftovers_go(checkout: Path, tmp_path: Path) -> N
     needed = [cache / "layers" / key for group in plan.groups for key in group.keys]
     needed += [cache / "systems" / plan.system_key, cache / "rootfs" / plan.base.key]
     needed += [cache / "wheels" / wheel.sha256 for wheel in plan.lock.wheels]
-    needed += [cache / "sources.git"]
+    needed += [cache / "sources.git", cache / "images"]  # digests of builds: small
     leftovers = [cache / name for name in ALWAYS]
-    leftovers += [cache / folder / "old" for folder in KEPT - {"locks", "sources.git"}]
+    leftovers += [cache / folder / "old" for folder in KEPT - {"images", "locks", "sources.git"}]
     for folder in [*needed, *leftovers]:
         folder.mkdir(parents=True)
         (folder / "file").write_bytes(bytes(5000))

@@ -13,7 +13,8 @@ from vllm_forge.cli import main
 from vllm_forge.images import BuildOptions, choose_engine, resolve
 from vllm_forge.images.errors import BuildRecordError
 from vllm_forge.images.layout import blob_times, write_image
-from vllm_forge.images.plan import compare, differences, why_rebuild
+from vllm_forge.images.plan import why_rebuild
+from vllm_forge.images.record import compare, differences, keep_digest
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def built(checkout: Path) -> Path:
     """The record that a build of now would leave, and an image without layers."""
     plan = plan_of(checkout)
     image = write_image(plan.target, layers=[], config={}, epoch=1, name=plan.name)
-    record = {
+    record: dict[str, Any] = {
         "digest": f"sha256:{image.digest}",
         "size": 1,
         "inputs": plan.inputs(),
@@ -46,6 +47,7 @@ def built(checkout: Path) -> Path:
         "engine": plan.engine.name,
     }
     plan.record_path.write_text(json.dumps(record))
+    keep_digest(plan.record_path, plan.inputs(), record["digest"])
     return checkout
 
 

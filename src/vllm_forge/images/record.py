@@ -1,0 +1,118 @@
+"""Records of builds: ``dist/<cell>.json``, and the digest of each image in the cache.
+
+Who may write ``dist/`` could swap an image together with its record. So the cache has the digest
+under the hash of the cell's name and inputs, and an image counts as built only where both agree.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm_forge.host import atomic_path, cache_root, console, parse_json, read_plain
+from vllm_forge.images.errors import BuildRecordError
+from vllm_forge.images.layout import read_sealed, write_sealed
+
+SHORT = 12
+HEX = set("0123456789abcdef")
+Inputs = dict[str, dict[str, Any]]  # input -> its parts, each a value or a hash
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record that a build left; None where there is none.
+
+    Raises BuildRecordError: the file is not a record of a build.
+    """
+    try:
+        record = parse_json(read_plain(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        record, problem = None, str(error)
+    else:
+        problem = "it has no table of inputs"
+    inputs = record.get("inputs") if isinstance(record, dict) else None
+    tables = isinstance(inputs, dict) and all(isinstance(row, dict) for row in inputs.values())
+    if tables and {"digest", "blobs", "engine"} <= record.keys():
+        return dict(record)
+    raise BuildRecordError(
+        f"not the record of a build: {problem}",
+        where=str(path),
+        remedy="delete it; the next build writes it again",
+    )
+
+
+def _kept(path: Path, inputs: Inputs) -> Path:
+    """Where the cache has the digest for the record ``path``, which is named after the cell."""
+    return cache_root() / "images" / f"{hash_of([path.stem, inputs])}.json"
+
+
+def keep_digest(path: Path, inputs: Inputs, digest: str) -> None:
+    """Write the digest, ``sha256:<hex>``, of the image that was built from these inputs."""
+    with atomic_path(_kept(path, inputs)) as aside:
+        write_sealed(aside, {"digest": digest})
+
+
+def kept_digest(path: Path, inputs: Inputs) -> str | None:
+    """``sha256:<hex>`` of what was last built from these inputs; None if the cache lost it."""
+    try:
+        return str(read_sealed(_kept(path, inputs))["digest"])
+    except (OSError, ValueError, LookupError):
+        return None
+
+
+def built_digest(path: Path) -> str | None:
+    """``sha256:<hex>`` of a cell's image by its record; None if it was not built here.
+
+    Raises BuildRecordError: it is not the digest that the build of these inputs gave.
+    """
+    if (record := read_record(path)) is None:
+        return None
+    digest, kept = str(record["digest"]), kept_digest(path, record["inputs"])
+    if kept is None:
+        console.print(
+            f"{path} is not used: the cache has no build of these inputs (it was cleaned, or the "
+            "image was built elsewhere); build again to use its digest",
+            markup=False,
+        )
+    elif kept != digest:
+        raise BuildRecordError(
+            f"the record has {digest}, the build gave {kept}",
+            where=str(path),
+            remedy="the record was changed after the build: delete it and build again",
+        )
+    return kept
+
+
+def hash_of(part: object) -> str:
+    """SHA-256 of a JSON value, hex; the order of keys counts."""
+    return hashlib.sha256(json.dumps(part).encode()).hexdigest()
+
+
+def compare(old: Inputs, new: Inputs) -> dict[str, tuple[str, ...]]:
+    """Inputs that changed, in the order of a build, with a sentence per part; order counts."""
+    return {
+        name: differences(old.get(name, {}), new.get(name, {}))
+        for name in dict.fromkeys([*new, *old])
+        if hash_of(old.get(name)) != hash_of(new.get(name))
+    }
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> tuple[str, ...]:
+    """A sentence per part that was added, removed or changed."""
+    added = [f"added {name}: {_show(new[name])}" for name in new if name not in old]
+    removed = [f"removed {name}: {_show(old[name])}" for name in old if name not in new]
+    changed = [
+        f"changed {name}: {_show(old[name])} -> {_show(new[name])}"
+        for name in new
+        if name in old and old[name] != new[name]
+    ]
+    return (*added, *removed, *changed) or ("order or form only",)
+
+
+def _show(value: Any) -> str:
+    """A value with its hashes cut to 12 digits."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return " ".join(
+        word[:SHORT] if len(word) > SHORT and set(word) <= HEX else word for word in text.split(" ")
+    )
