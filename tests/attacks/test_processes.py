@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from vllm_forge.host import Runner
-from vllm_forge.host.errors import CommandFailedError
+from vllm_forge.host.errors import CommandFailedError, CommandLimitError
+from vllm_forge.images.engines import Buildx, ContainerRun
 
 # A command of the program that runs SCRIPT in a worker thread, as builds do.
 PROGRAM = """
@@ -142,35 +143,121 @@ def test_full_disk_behind_stdout_is_reported(root: Path) -> None:
     assert "No space left on device" in done.stderr
 
 
-FOREGROUND = """
+GPU_RUN = """
 import sys
 from types import SimpleNamespace
 from vllm_forge import cli
 from vllm_forge.commands.parsers import command
-from vllm_forge.host import run_foreground
+import vllm_forge.host.run as run
+run.CONTAINER_GRACE_S = 1
 
 def work(project, args):
-    "Run a script."
-    run_foreground(["sh", "-c", sys.argv[1]])
+    "Run a container."
+    run.run_container([sys.argv[1], "run", "--rm", "image"])
 
 cli.MODULES = [SimpleNamespace(register=lambda choices: command(choices, "work", work))]
 sys.exit(cli.main(["work"]))
 """
 
 
-def test_foreground_command_is_asked_to_end_before_it_is_killed(root: Path, tmp_path: Path) -> None:
-    """A client of docker that is killed leaves its container behind."""
-    pids, end = tmp_path / "pids", tmp_path / "end"
-    script = (
-        f"trap 'echo removed > {end}; exit' TERM; echo $$ $$ > {pids}; while :; do sleep 1; done"
-    )
-    with program(root, script, script=FOREGROUND) as process:
-        started = lines_of(pids, 2)
-        process.send_signal(signal.SIGTERM)
+# A client of docker. Its container is a process of its own, which hears SIGTERM through the client.
+DOCKER = f"""#!{sys.executable}
+import os, signal, subprocess, sys
+from pathlib import Path
+record = Path(__file__).with_name(sys.argv[-1])  # of `rm --force NAME`
+if sys.argv[1] == "run":
+    (name,) = [word[7:] for word in sys.argv if word.startswith("--name=")]
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    container = subprocess.Popen(
+        ["sh", "-c", os.environ["CONTAINER"]], start_new_session=True, **quiet)
+    signal.signal(signal.SIGTERM, lambda *_: container.terminate())
+    Path(__file__).with_name(name).write_text(str(container.pid))
+    sys.exit(container.wait())
+if sys.argv[1] == "rm" and record.exists():
+    os.kill(int(record.read_text()), signal.SIGKILL)
+"""
+HEARS, IGNORES = "exec sleep 300", "trap '' TERM; exec sleep 300"
+
+
+@pytest.fixture
+def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The client, first on PATH; beside it are files named by containers, with their processes."""
+    client = tmp_path / "bin" / "docker"
+    client.parent.mkdir()
+    client.write_text(DOCKER)
+    client.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{client.parent}:{os.environ['PATH']}")
+    return client
+
+
+def is_gone(pid: str) -> bool:
+    for _ in range(50):
+        if not alive(pid):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("container", "number"),
+    [(HEARS, signal.SIGTERM), (IGNORES, signal.SIGTERM), (HEARS, signal.SIGKILL)],
+)
+def test_container_of_the_suite_ends_with_the_program(
+    root: Path, docker: Path, container: str, number: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It holds all GPUs of the host."""
+    monkeypatch.setenv("CONTAINER", container)
+    with program(root, str(docker), script=GPU_RUN) as process:
+        (pid,) = lines_of(docker.with_name(f"vllm-forge-{process.pid}"), 1)
+        process.send_signal(number)
         process.communicate(timeout=30)
-        assert process.returncode == 128 + signal.SIGTERM
-    assert end.read_text() == "removed\n"
-    assert not alive(started[0])
+        assert process.returncode == (128 + number if number != signal.SIGKILL else -number)
+    assert is_gone(pid)
+
+
+def test_container_of_the_checks_ends_without_its_client(
+    docker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that ignores SIGTERM, by this run; one of a killed build, by the next."""
+    monkeypatch.setenv("CONTAINER", IGNORES)
+    monkeypatch.setattr("vllm_forge.host.run.GRACE_S", 1)
+    run = ContainerRun(
+        layout=tmp_path, name="image", lower_dirs=(), inputs=tmp_path, argv=("true",),
+        seconds=1, work=tmp_path / "work", bytecode=tmp_path,
+    )  # fmt: skip
+    record = docker.with_name(run.container)
+    with subprocess.Popen(["sleep", "300"], start_new_session=True) as former:
+        record.write_text(str(former.pid))
+        with pytest.raises(CommandLimitError, match="docker was ended, because it ran longer"):
+            Buildx().run_in_image(Runner(), run)
+        assert former.wait(10) == -signal.SIGKILL
+    (pid,) = lines_of(record, 1)
+    assert pid != str(former.pid)
+    assert is_gone(pid)
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("sleep 300", "ran longer than 1 s"),
+        ("exec >&- 2>&-; sleep 300", "ran longer than 1 s"),
+        ("echo so far >&2; sleep 300", "so far"),
+        ("yes", "printed more than 67108864 bytes"),
+        ("yes >&2", "printed more than 67108864 bytes"),
+    ],
+)
+def test_command_without_end_is_ended(script: str, words: str) -> None:
+    """A check inside an image is code of that image."""
+    seconds = 60 if "yes" in script else 1
+    with pytest.raises(CommandLimitError, match=words) as ended:
+        Runner().run(["sh", "-c", script], seconds=seconds)
+    assert ended.value.remedy
+
+
+def test_output_is_read_from_both_streams() -> None:
+    script = "seq 200000; seq 200000 >&2; printf '\\303'"
+    assert Runner().run(["sh", "-c", script]).splitlines()[-2:] == ["200000", "\ufffd"]
 
 
 # A container of the files that its shell needs; the shell is process 1, so SIGTERM is ignored.

@@ -59,9 +59,14 @@ class FastRunner(Runner):
     """Runs nothing but what the test may: mmdebstrap gives a small tar."""
 
     def run(
-        self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        seconds: float = 0,
     ) -> str:
-        del env, cwd
+        del env, cwd, seconds
         self.commands.append(list(argv))
         if argv[0] == "mmdebstrap":
             target = next(Path(word) for word in argv if word.endswith("/rootfs.tar"))

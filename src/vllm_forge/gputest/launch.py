@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_forge.gputest.bundle import SuiteImage, write_bundle
 from vllm_forge.gputest.errors import RED, SuiteRedError, SuiteUndecidedError, WrongGpuError
-from vllm_forge.host import Probe, gpu_container, parse_json, run_foreground
+from vllm_forge.host import Probe, gpu_container, parse_json, run_container
 from vllm_forge.host.gpus import GPU_QUERY
 from vllm_forge.images.docker_api import inspect_image
 from vllm_forge.images.errors import EngineTooOldError, EngineUnreachableError
@@ -174,7 +174,7 @@ def run_in_image(
             engine, name, bundle, output.resolve(), args,
             inputs=inputs, caches=mounted, network=network,
         )  # fmt: skip
-        code = run_foreground(argv)
+        code = run_container(argv)
     require_green(code, output)
 
 

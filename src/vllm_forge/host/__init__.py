@@ -28,6 +28,6 @@ from vllm_forge.host.probe import Reply as Reply
 from vllm_forge.host.run import RecordingRunner as RecordingRunner
 from vllm_forge.host.run import Runner as Runner
 from vllm_forge.host.run import gpu_container as gpu_container
-from vllm_forge.host.run import run_foreground as run_foreground
+from vllm_forge.host.run import run_container as run_container
 from vllm_forge.host.run import which as which
 from vllm_forge.host.run import worker_pool as worker_pool

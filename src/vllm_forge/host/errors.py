@@ -3,11 +3,16 @@
 from vllm_forge.errors import ForgeError
 
 REFUSED = 30
+UNDECIDED = 32
 FAULT = 33
 
 
 class CommandFailedError(ForgeError, exit_code=FAULT):
     """A command that must succeed returned another code than 0."""
+
+
+class CommandLimitError(CommandFailedError, exit_code=UNDECIDED):
+    """A command ran too long or printed too much, and was ended."""
 
 
 class DiskSpaceError(ForgeError, exit_code=FAULT):

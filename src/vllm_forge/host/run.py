@@ -4,12 +4,14 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import selectors
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -18,19 +20,22 @@ from pathlib import Path
 from typing import TypeVar
 
 from vllm_forge.host.console import console
-from vllm_forge.host.errors import CommandFailedError, ToolMissingError
-from vllm_forge.host.files import exclusive
+from vllm_forge.host.errors import CommandFailedError, CommandLimitError, ToolMissingError
+from vllm_forge.host.files import MOST_BYTES, exclusive
 
 T = TypeVar("T")
 TAIL_LINES = 30
+DAY_S = 86400
+PIECE = 1 << 16
 GRACE_S = 10  # from SIGTERM to SIGKILL; an engine unmounts what it has mounted
+CONTAINER_GRACE_S = 60  # a run of the GPU suite ends its servers and writes its results
 UNLABELLED = "--security-opt=label=disable"
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 # Held while a command is started, so that `end_commands` misses none.
 _starting = threading.RLock()
-_running: set[subprocess.Popen[str]] = set()
+_running: set[subprocess.Popen[bytes]] = set()
 stopping = threading.Event()  # no command may start any more
 
 
@@ -42,28 +47,58 @@ def end_commands() -> None:
             threading.Thread(target=_end, args=(process,)).start()
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGTERM)
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_S)
-        os.killpg(process.pid, signal.SIGKILL)
 
 
-def run_foreground(argv: Sequence[str]) -> int:
-    """Run a command on our own terminal; return its exit code.
+def _output(process: subprocess.Popen[bytes], seconds: float) -> tuple[str, str, str]:
+    """Stdout and stderr of a process until it has ended; and which limit it passed, if one."""
+    end, limit = time.monotonic() + seconds, ""
+    outputs = {process.stdout: bytearray(), process.stderr: bytearray()}
+    with selectors.DefaultSelector() as pipes:
+        for pipe, output in outputs.items():
+            assert pipe is not None  # noqa: S101 - `Runner.run` opened both
+            pipes.register(pipe, selectors.EVENT_READ, output)
+        while pipes.get_map() and not limit:
+            for key, _ in pipes.select(max(0, end - time.monotonic())):
+                key.data.extend(piece := os.read(key.fd, PIECE))
+                if not piece:
+                    pipes.unregister(key.fileobj)
+                if len(key.data) > MOST_BYTES:
+                    limit = f"printed more than {MOST_BYTES} bytes"
+            if time.monotonic() >= end:
+                limit = f"ran longer than {seconds:g} s"
+    if not limit:
+        try:
+            process.wait(max(0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            limit = f"ran longer than {seconds:g} s"
+    stdout, stderr = (output.decode(errors="replace") for output in outputs.values())
+    return stdout, stderr, limit
 
-    Where this program is to end, the command is asked to, and gets a while to do so: a killed
-    ``docker run`` would leave its container behind.
+
+def run_container(argv: Sequence[str]) -> int:
+    """Run a ``gpu_container`` on our own terminal; return its exit code.
+
+    Where this program is to end, also by SIGKILL, the engine's client is asked to, passes that on,
+    and gets a while. A client that is killed leaves its container behind, so that is removed.
     """
-    with subprocess.Popen(argv) as process:
+    engine, run, *options = argv
+    name = f"vllm-forge-{os.getpid()}"
+    client = ["setpriv", "--pdeathsig", "TERM", engine, run, f"--name={name}", *options]
+    with subprocess.Popen(client) as process:
         try:
             return process.wait()
         except BaseException:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S)
+                process.wait(CONTAINER_GRACE_S)
             process.kill()
+            subprocess.run([engine, "rm", "--force", name], capture_output=True, check=False)
             raise
 
 
@@ -120,9 +155,20 @@ class Runner:
     commands: list[list[str]] = field(default_factory=list)
 
     def run(
-        self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        seconds: float = DAY_S,
     ) -> str:
-        """Run ``argv``; return its stdout. ToolMissingError; CommandFailedError has its output."""
+        """Run ``argv``, at most so many seconds; return its stdout.
+
+        Raises:
+            ToolMissingError: the program is not installed.
+            CommandFailedError: its exit code is not 0; the message has its output.
+            CommandLimitError: it ran longer, or printed more than MOST_BYTES.
+        """
         self.commands.append(list(argv))
         console.print(f"  $ {shlex.join(argv)}", style="dim", markup=False)
         program = which(argv[0])
@@ -144,19 +190,25 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
                 start_new_session=True,  # mmdebstrap, when it fails, kills its whole process group
             )
             _running.add(process)
         try:
-            stdout, stderr = process.communicate()
+            stdout, stderr, limit = _output(process, seconds)
         finally:
             if process.returncode is None:
                 _end(process)
+            for pipe in filter(None, (process.stdout, process.stderr)):
+                pipe.close()
             _running.discard(process)
+        tail = "\n".join((stdout + stderr).strip().splitlines()[-TAIL_LINES:])
+        if limit:
+            raise CommandLimitError(
+                f"{argv[0]} was ended, because it {limit}\n{tail}",
+                where=shlex.join(argv),
+                remedy="see its output above for what it waits for or repeats, then run this again",
+            )
         if process.returncode != 0:
-            tail = "\n".join((stdout + stderr).strip().splitlines()[-TAIL_LINES:])
             raise CommandFailedError(
                 f"{argv[0]} {_ending(process.returncode)}\n{tail}",
                 where=shlex.join(argv),
@@ -182,7 +234,12 @@ class RecordingRunner(Runner):
     """The dry run: the same calls, printed to stdout, nothing done."""
 
     def run(
-        self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        seconds: float = DAY_S,
     ) -> str:
         self.commands.append(list(argv))
         self._line(shlex.join(argv))

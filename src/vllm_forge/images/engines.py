@@ -9,7 +9,7 @@ import re
 import resource
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,7 @@ class ContainerRun:
         inputs: folder that is mounted at /mnt.
         argv: the command.
         user: ``uid:gid``; empty: the image's.
+        seconds: after which it is ended: code of the image may run for ever.
         work: folder for the engine's own files; no two runs at a time share one.
         bytecode: folder that keeps compiled Python between runs, for engines that mount. Code of
             the image writes it, so images of other packages have another one.
@@ -81,8 +82,14 @@ class ContainerRun:
     inputs: Path
     argv: tuple[str, ...]
     user: str = ""
+    seconds: int = 3600
     work: Path
     bytecode: Path
+
+    @property
+    def container(self) -> str:
+        """Its name, which is also its cgroup's: no two that run at a time share one."""
+        return f"vllm-forge-{hashlib.sha256(str(self.work).encode()).hexdigest()[:12]}"
 
 
 def _build_options(plan: ImagePlan, secrets: Mapping[str, Path]) -> list[str]:
@@ -151,17 +158,30 @@ class Buildx:
         return _read_output(blobs, manifest, None)
 
     def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
-        """``docker run`` of an image that is ``loaded``, with as few rights as there are."""
+        """``docker run`` of an image that is ``loaded``, with as few rights as there are.
+
+        A container outlives its client where that is killed. So it has a name, by which this run or
+        the next one removes it, an init process that hears SIGTERM, and a time limit of its own.
+        """
         user = [f"--user={run.user}"] if run.user else []
-        return runner.run(
-            [
-                "docker", "run", "--rm", "--network=none", "--read-only", "--cap-drop=ALL",
-                "--security-opt=no-new-privileges", "--tmpfs=/tmp:exec,mode=1777",
-                "--tmpfs=/cache:exec,uid=10001,gid=0,mode=0775", *user,
-                f"--volume={run.inputs.resolve()}:/mnt:ro",
-                f"--entrypoint={run.argv[0]}", run.name, *run.argv[1:],
-            ]
-        )  # fmt: skip
+        end = ["docker", "rm", "--force", run.container]
+        runner.run(end)
+        try:
+            return runner.run(
+                [
+                    "docker", "run", "--rm", "--init", f"--name={run.container}",
+                    "--network=none", "--read-only", "--cap-drop=ALL",
+                    "--security-opt=no-new-privileges", "--tmpfs=/tmp:exec,mode=1777",
+                    "--tmpfs=/cache:exec,uid=10001,gid=0,mode=0775", *user,
+                    f"--volume={run.inputs.resolve()}:/mnt:ro", "--entrypoint=/usr/bin/timeout",
+                    run.name, "--kill-after=10", str(run.seconds + 60), *run.argv,
+                ],
+                seconds=run.seconds,
+            )  # fmt: skip
+        except CommandFailedError:
+            with suppress(CommandFailedError):  # as where this program is to end
+                runner.run(end)
+            raise
 
     @contextmanager
     def loaded(self, runner: Runner, layout: Path, name: str) -> Iterator[None]:
@@ -251,17 +271,16 @@ class Buildah:
         """
         bundle = run.work / "bundle"
         runner.act(f"write a runc bundle to {bundle}", lambda: _write_bundle(bundle, run))
-        # The container's name is also its cgroup's: runs may be concurrent.
-        name = f"vllm-forge-{hashlib.sha256(str(bundle).encode()).hexdigest()[:12]}"
         lowers = ":".join(f"lower/{number}" for number in range(len(run.lower_dirs)))
         return runner.run(
             [
                 "unshare", "--mount", "--propagation=private",
                 "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-ec",
                 f"mount -t overlay overlay -o ro,lowerdir={lowers} rootfs; "
-                f"exec runc --root=state run --bundle=. {name}",
+                f"exec runc --root=state run --bundle=. {run.container}",
             ],
             cwd=bundle,
+            seconds=run.seconds,
         )  # fmt: skip
 
     def loaded(self, *_: object) -> AbstractContextManager[None]:
