@@ -68,11 +68,9 @@ CHILD = f"""
 import sys, torch
 from pathlib import Path
 from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer
-from vllm_forge.checkpoints.quantize.calibration import calibrate_with
-from vllm_forge.checkpoints.quantize.work import Job
+from vllm_forge.checkpoints.quantize.inputs import calibrate_with, load_recipe, open_model
 from vllm_forge.checkpoints.quantize.quantizer import quantize
-from vllm_forge.checkpoints.quantize.inputs import load_recipe
-from vllm_forge.checkpoints.quantize.inputs import open_model
+from vllm_forge.checkpoints.quantize.work import Job
 torch.set_num_threads(1)
 model, output = Path(sys.argv[1]), Path(sys.argv[2])
 named = load_recipe({RECIPE!r})

@@ -40,7 +40,7 @@ from vllm_forge.checkpoints.inspect.dry_load import read_answers
 from vllm_forge.checkpoints.inspect.page import show
 from vllm_forge.checkpoints.inspect.profile import PIECES, Format, Profile, stored_as
 from vllm_forge.checkpoints.inspect.values import compare
-from vllm_forge.checkpoints.quantize.calibration import read_conversations
+from vllm_forge.checkpoints.quantize.inputs import read_conversations
 from vllm_forge.checkpoints.tensors import StoredTensor, TensorSpec
 from vllm_forge.cli import main
 from vllm_forge.errors import ForgeError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from vllm_forge.checkpoints.quantize.calibration import SHIPPED, read_conversations, tokenize
+from vllm_forge.checkpoints.quantize.inputs import SHIPPED, read_conversations, tokenize
 from vllm_forge.sources import SourceRepo
 
 if TYPE_CHECKING:

@@ -102,12 +102,12 @@ class Changed(CheckpointSource):
     def sizes(self) -> Mapping[str, int]:  # type: ignore[override]
         return self.folder.sizes
 
-    def read(self, name: str, begin: int, end: int) -> bytes:
-        data = bytearray(self.folder.read(name, begin, end))
+    def read(self, name: str, begin: int, end: int) -> bytearray:
+        data = self.folder.read(name, begin, end)
         low, high = max(begin, self.begin), min(end, self.begin + len(self.data))
         if name == self.shard and low < high:
             data[low - begin : high - begin] = self.data[low - self.begin : high - self.begin]
-        return bytes(data)
+        return data
 
 
 def _bytes(change: Callable[[NDArray[Any]], NDArray[Any]], dtype: str = "u1") -> Fault:

@@ -21,13 +21,14 @@ from vllm_forge.checkpoints.quantize.calibrate import (
     scheme_of,
     tensor_bytes,
 )
-from vllm_forge.checkpoints.quantize.calibration import (
+from vllm_forge.checkpoints.quantize.inputs import (
     SHIPPED,
     Calibration,
+    load_recipe,
+    open_model,
     read_conversations,
     tokenize,
 )
-from vllm_forge.checkpoints.quantize.inputs import load_recipe, open_model
 from vllm_forge.checkpoints.quantize.quantizer import quantize
 from vllm_forge.checkpoints.quantize.work import Job
 

@@ -10,7 +10,7 @@ import pytest
 from vllm_forge.checkpoints.errors import ModelInputError
 from vllm_forge.checkpoints.fixtures.tiny import write_tokenizer
 from vllm_forge.checkpoints.quantize.calibrate import pick_device
-from vllm_forge.checkpoints.quantize.calibration import tokenize
+from vllm_forge.checkpoints.quantize.inputs import tokenize
 from vllm_forge.checkpoints.tensors import CONFIG
 from vllm_forge.errors import UsageError
 

@@ -8,8 +8,7 @@ import datasets
 import httpx
 import pytest
 
-from vllm_forge.checkpoints.quantize.calibration import AUTO, ULTRACHAT, calibrate_with
-from vllm_forge.checkpoints.quantize.inputs import load_recipe
+from vllm_forge.checkpoints.quantize.inputs import AUTO, ULTRACHAT, calibrate_with, load_recipe
 
 if TYPE_CHECKING:
     from pathlib import Path

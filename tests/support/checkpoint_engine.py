@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.architecture import HEAVY, SLIDING
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec, write_bf16
-from vllm_forge.checkpoints.quantize.calibration import Calibration
-from vllm_forge.checkpoints.quantize.inputs import Recipe, load_recipe, open_model
+from vllm_forge.checkpoints.quantize.inputs import Calibration, Recipe, load_recipe, open_model
 from vllm_forge.checkpoints.quantize.work import LEAVES, Job
 from vllm_forge.checkpoints.tensors import DTYPE_BYTES, TensorToWrite, in_memory
 

@@ -27,8 +27,8 @@ class Files(CheckpointSource):
     def __str__(self) -> str:
         return "memory"
 
-    def read(self, name: str, begin: int, end: int) -> bytes:
-        return self.files[name][begin:end]
+    def read(self, name: str, begin: int, end: int) -> bytearray:
+        return bytearray(self.files[name][begin:end])
 
 
 def inspect_files(files: dict[str, bytes]) -> Report:

@@ -58,15 +58,11 @@ Scalar = Annotated[Any, AfterValidator(_scalar)]
 
 
 class Rules:
-    """Rules that are asked together, compiled.
-
-    Attributes:
-        literal: names, or the class of a module.
-        malformed: those that are not regular expressions; they match nothing.
-    """
+    """Rules that are asked together, compiled."""
 
     def __init__(self, rules: Iterable[str]) -> None:
-        self.literal, self.malformed = set[str](), list[str]()
+        self.literal = set[str]()  # names, or the class of a module
+        self.malformed = list[str]()  # not regular expressions; they match nothing
         self._patterns: list[re.Pattern[str]] = []
         for rule in dict.fromkeys(rules):
             if not rule.startswith(PATTERN):
@@ -166,10 +162,8 @@ class Config(_Keys):
         layers, experts = self.num_hidden_layers, self.n_routed_experts
         if layers * experts > MOST_EXPERTS:
             raise ValueError(f"{layers} layers of {experts} experts are beyond any model")
-        if len(self.compress_ratios) < layers:
-            raise ValueError(
-                f"compress_ratios has {len(self.compress_ratios)} entries for {layers} layers"
-            )
+        if (ratios := len(self.compress_ratios)) < layers:
+            raise ValueError(f"compress_ratios has {ratios} entries for {layers} layers")
         if self.dspark_target_layer_ids and self.dspark_markov_rank is None:
             raise ValueError("dspark_target_layer_ids without dspark_markov_rank")
         return self
@@ -273,7 +267,7 @@ def all_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
 
 def draft_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
     """What is called ``mtp.*``: MTP blocks, or DSpark's where the config has its target layers."""
-    yield from (dspark_tensors if has_dspark(config) else mtp_tensors)(config)
+    return (dspark_tensors if has_dspark(config) else mtp_tensors)(config)
 
 
 def has_dspark(config: Mapping[str, Any]) -> bool:

@@ -62,7 +62,7 @@ class CheckpointSource(ABC):
         return CheckpointUnreadableError(what, where=str(self), remedy=remedy)
 
     @abstractmethod
-    def read(self, name: str, begin: int, end: int) -> bytes | bytearray:
+    def read(self, name: str, begin: int, end: int) -> bytearray:
         """Bytes ``begin`` to ``end`` of a file; exactly as many, or an error."""
 
     def text(self, name: str) -> str | None:
@@ -171,7 +171,7 @@ class HubRepository(CheckpointSource):
     def __str__(self) -> str:
         return f"{self.repo}@{self.revision[:12]} at {self._endpoint}"
 
-    def read(self, name: str, begin: int, end: int) -> bytes:
+    def read(self, name: str, begin: int, end: int) -> bytearray:
         """One range request, repeated at most HUB_RETRIES times."""
         # HfFileSystem would list the repository's folders once more for each file.
         from huggingface_hub import hf_hub_url  # noqa: PLC0415
@@ -182,9 +182,9 @@ class HubRepository(CheckpointSource):
         )
 
         if begin == end:
-            return b""
+            return bytearray()
 
-        def fetch() -> bytes:
+        def fetch() -> bytearray:
             body, limit = bytearray(), time.monotonic() + HUB_LIMIT_S
             with http_stream_backoff(
                 "GET",
@@ -204,9 +204,9 @@ class HubRepository(CheckpointSource):
                         break
                     if time.monotonic() > limit:
                         raise TimeoutError(f"{name} took more than {HUB_LIMIT_S} s")
-            return bytes(body[: end - begin])
+            return body[: end - begin]
 
-        data: bytes = self._ask(fetch)
+        data: bytearray = self._ask(fetch)
         if len(data) != end - begin:
             raise self.error(f"{name}: expected {end - begin} bytes, got {len(data)}")
         return data
@@ -253,26 +253,16 @@ def find_source(name: str) -> CheckpointSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What was read of a checkpoint.
-
-    Attributes:
-        quantization_file: hf_quant_config.json, None without one.
-        names: every tensor's name -> shard, from headers, or from the index where there are none;
-            a leading "model." that vLLM does not need is left out.
-        tensors: name -> tensor; empty when only the index was found.
-        index: name -> shard as the index says; None without one.
-        total_size: bytes of all tensors as the index says.
-        missing_shards: named by the index and not found.
-    """
+    """What was read of a checkpoint; a leading "model." that vLLM does not need is left out."""
 
     source: CheckpointSource
     config: dict[str, Any]
-    quantization_file: dict[str, Any] | None
-    names: Mapping[str, str]
-    tensors: Mapping[str, StoredTensor]
-    index: Mapping[str, str] | None
-    total_size: int | None
-    missing_shards: tuple[str, ...]
+    quantization_file: dict[str, Any] | None  # hf_quant_config.json
+    names: Mapping[str, str]  # every tensor's name -> shard, from headers, or else from the index
+    tensors: Mapping[str, StoredTensor]  # by name; empty when only the index was found
+    index: Mapping[str, str] | None  # name -> shard as the index says
+    total_size: int | None  # bytes of all tensors as the index says
+    missing_shards: tuple[str, ...]  # named by the index and not found
 
     @classmethod
     def open(cls, where: CheckpointSource | Path | str) -> Self:
@@ -287,10 +277,8 @@ class Checkpoint:
         config, quantization = source.config(), source.json(QUANTIZATION_FILE)
         index = source.json(INDEX)
         weight_map = None if index is None else _weight_map(index, source)
-        if weight_map is None:
-            shards = sorted(filter(_is_loaded, source.sizes))
-        else:
-            shards = sorted(set(weight_map.values()))
+        stored = filter(_is_loaded, source.sizes)
+        shards = sorted(stored if weight_map is None else set(weight_map.values()))
         if not shards:
             raise source.error("there are no tensors")
         missing = tuple(s for s in shards if s not in source.sizes or not _is_loaded(s))

@@ -62,10 +62,9 @@ class StoredTensor(TensorSpec):
 
     def read(self) -> bytearray:
         """All of its bytes, row-major and little-endian."""
-        data = self.source.read(self.shard, self.begin, self.end)
-        return data if isinstance(data, bytearray) else bytearray(data)
+        return self.source.read(self.shard, self.begin, self.end)
 
-    def chunks(self) -> Iterator[bytes | bytearray]:
+    def chunks(self) -> Iterator[bytearray]:
         """Its bytes, a piece at a time."""
         for at in range(self.begin, self.end, CHUNK):
             yield self.source.read(self.shard, at, min(at + CHUNK, self.end))
@@ -85,13 +84,6 @@ class TensorToWrite(TensorSpec):
 
     def data(self) -> bytes:
         return b"".join(self.chunks())
-
-
-@dataclass(frozen=True, kw_only=True)
-class WrittenTensor(TensorSpec):
-    """A tensor as written, with the SHA-256 of its bytes in hex."""
-
-    sha256: str
 
 
 def copy_of(tensor: StoredTensor, name: str | None = None) -> TensorToWrite:
@@ -122,7 +114,7 @@ def parse_header(
     at = LENGTH_BYTES + len(text)
     tensors = []
     for name, row in header.items():
-        dtype, shape, (begin, end) = _fields(name, row)
+        dtype, shape, begin, end = _fields(name, row)
         tensor = StoredTensor(
             name=name, dtype=dtype, shape=shape,
             source=source, shard=shard, begin=at + begin, end=at + end,
@@ -140,7 +132,7 @@ def parse_header(
     return tensors
 
 
-def _fields(name: str, row: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+def _fields(name: str, row: Any) -> tuple[str, tuple[int, ...], int, int]:
     if not name.isprintable() or len(name) > MAX_NAME:
         limit = f"expected at most {MAX_NAME} printable characters"
         raise ValueError(f"invalid tensor name {name[:MAX_NAME]!r}: {limit}")
@@ -152,7 +144,7 @@ def _fields(name: str, row: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]
         raise ValueError(f"{name}: unknown dtype {dtype!r}, known are {', '.join(DTYPE_BYTES)}")
     if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
         raise ValueError(f"{name}: {end - begin} bytes are not {dtype} {list(shape)}")
-    return dtype, shape, (begin, end)
+    return dtype, shape, begin, end
 
 
 def _naturals(row: Any, count: int | None = None) -> bool:
@@ -164,10 +156,11 @@ def _naturals(row: Any, count: int | None = None) -> bool:
     )
 
 
-def write_shard(path: Path, tensors: Iterable[TensorToWrite]) -> list[WrittenTensor]:
+def write_shard(path: Path, tensors: Iterable[TensorToWrite]) -> dict[str, str]:
     """Write one file aside, flush it to the disk, and rename it; the same tensors, the same bytes.
 
     The widest dtypes come first, as the library has it, so that every tensor is aligned.
+    Returns the SHA-256 of each tensor's bytes, in hex, by name.
     """
     ordered = sorted(tensors, key=lambda tensor: (-DTYPE_BYTES[tensor.dtype], tensor.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -180,7 +173,7 @@ def write_shard(path: Path, tensors: Iterable[TensorToWrite]) -> list[WrittenTen
         at += tensor.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    written = []
+    sums = {}
     with atomic_path(path) as aside, aside.open("wb") as file:
         file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         for tensor in ordered:
@@ -191,13 +184,10 @@ def write_shard(path: Path, tensors: Iterable[TensorToWrite]) -> list[WrittenTen
                 size += len(chunk)
             if size != tensor.size:
                 raise ValueError(f"{tensor.name}: {size} bytes are not {tensor.size}")
-            row = WrittenTensor(
-                name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, sha256=digest.hexdigest()
-            )
-            written.append(row)
+            sums[tensor.name] = digest.hexdigest()
         file.flush()
         os.fsync(file.fileno())
-    return written
+    return sums
 
 
 def write_index(folder: Path, shards: Mapping[str, Iterable[TensorSpec]]) -> None:

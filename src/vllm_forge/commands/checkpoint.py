@@ -117,7 +117,7 @@ def quantize(project: Project, args: argparse.Namespace) -> None:
     enter(project, sys.argv[1:])
 
     from vllm_forge.checkpoints.quantize.calibrate import LayerQuantizer, pick_device
-    from vllm_forge.checkpoints.quantize.calibration import NO_DATA, calibrate_with
+    from vllm_forge.checkpoints.quantize.inputs import NO_DATA, calibrate_with
     from vllm_forge.checkpoints.quantize.work import Job
 
     engine = LayerQuantizer(source.config, recipe, pick_device(args.device))

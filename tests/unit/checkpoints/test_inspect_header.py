@@ -38,9 +38,9 @@ class Memory(CheckpointSource):
     def __str__(self) -> str:
         return "memory"
 
-    def read(self, name: str, begin: int, end: int) -> bytes:
+    def read(self, name: str, begin: int, end: int) -> bytearray:
         self.bytes_read += end - begin
-        return self.files[name][begin:end]
+        return bytearray(self.files[name][begin:end])
 
 
 def _file(header: dict[str, Any], data: bytes = b"", length: int | None = None) -> bytes:

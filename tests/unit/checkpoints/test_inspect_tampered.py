@@ -303,13 +303,13 @@ class TestDigests:
         rows = {}
         for name in (SHARD, OTHER):
             items = [copy_of(t) for t in tensors.values() if t.shard == name]
-            for row in write_shard(tmp_path / "again" / name, items):
-                shape, digest = list(row.shape), row.sha256
-                rows[row.name] = {
-                    "dtype": row.dtype,
-                    "shape": shape,
+            sums = write_shard(tmp_path / "again" / name, items)
+            for item in items:
+                rows[item.name] = {
+                    "dtype": item.dtype,
+                    "shape": list(item.shape),
                     "file": name,
-                    "sha256": digest,
+                    "sha256": sums[item.name],
                 }
         (folder / RECORD).write_text(json.dumps({"tensors": rows}))
         return folder

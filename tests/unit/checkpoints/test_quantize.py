@@ -23,11 +23,16 @@ from vllm_forge.checkpoints.architecture import all_tensors
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import QuantizedOutputError, RecipeError, ResumeError
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec
-from vllm_forge.checkpoints.quantize import calibration
+from vllm_forge.checkpoints.quantize import inputs
 from vllm_forge.checkpoints.quantize import quantizer as module
 from vllm_forge.checkpoints.quantize import work as work_module
-from vllm_forge.checkpoints.quantize.calibration import SHIPPED, read_conversations
-from vllm_forge.checkpoints.quantize.inputs import RECIPES, Recipe, load_recipe
+from vllm_forge.checkpoints.quantize.inputs import (
+    RECIPES,
+    SHIPPED,
+    Recipe,
+    load_recipe,
+    read_conversations,
+)
 from vllm_forge.checkpoints.quantize.quantizer import disk_needed, plan_parts, quantize
 from vllm_forge.checkpoints.quantize.work import check_layer
 from vllm_forge.checkpoints.tensors import in_memory, write_shard
@@ -139,7 +144,7 @@ class TestConversations:
             assert [m["role"] for m in row] == ["user", "assistant"] * (len(row) // 2)
 
     def test_a_template_is_shipped_for_models_without_one(self) -> None:
-        assert "Assistant" in vars(calibration)["TEMPLATE"].read_text(encoding="utf-8")
+        assert "Assistant" in vars(inputs)["TEMPLATE"].read_text(encoding="utf-8")
 
     def test_too_few_are_refused(self) -> None:
         with pytest.raises(RecipeError, match="asks for 768 conversations, here are 64"):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from vllm_forge.checkpoints.quantize.work import Job
-    from vllm_forge.checkpoints.tensors import TensorToWrite, WrittenTensor
+    from vllm_forge.checkpoints.tensors import TensorToWrite
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def _failing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second file of the artifact meets an error of the file system."""
     write, calls = write_shard, []
 
-    def refuse(path: Path, items: Iterable[TensorToWrite]) -> list[WrittenTensor]:
+    def refuse(path: Path, items: Iterable[TensorToWrite]) -> dict[str, str]:
         calls.append(path)
         if len(calls) == 2:
             raise OSError(number, "said the kernel", str(path))

@@ -11,15 +11,7 @@ import numpy as np
 from packaging.version import Version
 
 from vllm_forge.checkpoints.architecture import FUSION_KNOWN, LINEAR_CLASS, Group, Rules, Scheme
-from vllm_forge.checkpoints.inspect.findings import (
-    Effect,
-    Finding,
-    Scope,
-    by_scope,
-    finding,
-    scoped,
-    summarize,
-)
+from vllm_forge.checkpoints.inspect.findings import Effect, Finding, finding, scoped, summarize
 from vllm_forge.checkpoints.inspect.matching import (
     PROBES_CHANGED,
     is_pattern,
@@ -100,14 +92,13 @@ def method(profile: Profile) -> Iterator[Finding]:
     ]
     if not profile.quantization:
         if quantized:
-            yield finding(
-                "no-quantization-config",
-                f"vLLM builds everything unquantized; stored quantized: {summarize(quantized)}",
-            )
-    elif named != COMPRESSED and named not in NATIVE:
+            what = "vLLM builds everything unquantized; stored quantized"
+            yield finding("no-quantization-config", f"{what}: {summarize(quantized)}")
+        return
+    if named != COMPRESSED and named not in NATIVE:
         known = ", ".join(sorted({COMPRESSED, *NATIVE}))
         yield finding("unknown-method", f"{named!r}; known: {known}")
-    if profile.quantization and "scale_fmt" not in profile.quantization:
+    if "scale_fmt" not in profile.quantization:
         yield finding("no-scale-fmt")
 
 
@@ -128,11 +119,12 @@ def native(profile: Profile) -> Iterator[Finding]:
         for module in STORED.values()
         if profile.formats.get(f"{block}.{module}", Format.FP8_NATIVE) is not Format.FP8_NATIVE
     ]
-    for scope, names in by_scope(wrong):
-        check = "draft-format" if scope is Scope.DRAFT else "config"
-        yield finding("not-native", summarize(names), check=check, scope=scope)
+    for draft, check in ((False, "config"), (True, "draft-format")):
+        names = [name for name in wrong if name.startswith(DRAFT) is draft]
+        yield from scoped("not-native", names, check=check)
     wildcards = [rule for rule in profile.ignore if is_pattern(rule)]
     fp4 = profile.model.get("expert_dtype", "fp4") == "fp4"
+    nvfp4 = str(profile.quantization.get("moe_quant_algo") or "").upper() == "NVFP4"
     eras: list[Era] = []
     for since, before in ((FIRST, IGNORE_READ), (IGNORE_READ, None)):
         faults: dict[str, list[str]] = {}
@@ -143,12 +135,8 @@ def native(profile: Profile) -> Iterator[Finding]:
                 name in profile.ignored.literal
                 or any(fnmatch.fnmatchcase(name, rule) for rule in wildcards)
             )
-            expected = Format.FP8_NATIVE
-            if fp4:
-                nvfp4 = str(profile.quantization.get("moe_quant_algo") or "").upper() == "NVFP4"
-                modelopt = nvfp4 and not ignored
-                expected = Format.MODELOPT_NVFP4 if modelopt else Format.MXFP4_NATIVE
-            if kind not in (None, expected):
+            expected = Format.MODELOPT_NVFP4 if nvfp4 and not ignored else Format.MXFP4_NATIVE
+            if kind not in (None, expected if fp4 else Format.FP8_NATIVE):
                 fault = "draft-experts" if name.startswith(DRAFT) else "other-arguments"
                 faults.setdefault(fault, []).append(name)
         eras.append((since, before, faults))
@@ -191,18 +179,12 @@ def activations(profile: Profile) -> Iterator[Finding]:
     scaled_mm/marlin.py:46); 0.26.0 and 0.33.0 have Humming too (:379, :522), and the releases
     between were not looked at.
     """
+    static = "is_static_input_scheme becomes None, and an assert stops it"
+    marlin = "Marlin, the only one that vLLM has for it, does not take compute capability 8.9"
     for name, group in profile.groups.items():
-        if not _weights_only(group):
-            continue
-        yield finding(
-            "no-activations",
-            f"{name}: is_static_input_scheme becomes None, and an assert stops it",
-        )
-        yield finding(
-            "no-kernel",
-            f"{name}: Marlin, the only one that vLLM has for it, does not take compute "
-            "capability 8.9 and above",
-        )
+        if _weights_only(group):
+            yield finding("no-activations", f"{name}: {static}")
+            yield finding("no-kernel", f"{name}: {marlin} and above")
     yield from _repacked_wo_a(profile)
 
 
@@ -250,18 +232,13 @@ def actorder(profile: Profile) -> Iterator[Finding]:
     for name, group in profile.groups.items():
         weights = group.weights or Scheme()
         order = weights.actorder
+        what = f"{name}: actorder is {order!r}"
         if order in ORDERED and not any(n.endswith("weight_g_idx") for n in profile.names):
-            yield finding(
-                "order-not-stored",
-                f"{name}: actorder is {order!r}, and weights are read in an order that is "
-                "not stored",
-            )
+            read = "weights are read in an order that is not stored"
+            yield finding("order-not-stored", f"{what}, and {read}")
         elif order is not None and weights.type == "int":
-            yield finding(
-                "actorder",
-                f"{name}: actorder is {order!r}; with tensor parallelism every rank keeps "
-                "all scales of w2 and reads those of other groups",
-            )
+            reads = "keeps all scales of w2 and reads those of other groups"
+            yield finding("actorder", f"{what}; with tensor parallelism every rank {reads}")
 
 
 def nvfp4_scales(profile: Profile) -> Iterator[Finding]:
@@ -271,15 +248,10 @@ def nvfp4_scales(profile: Profile) -> Iterator[Finding]:
         for module, kind in profile.formats.items()
         if kind is Format.NVFP4 and "input_global_scale" not in profile.modules[module]
     ]
-    if absent and any(
-        group.input_activations is not None and is_of(group, Format.NVFP4)
-        for group in profile.groups.values()
-    ):
-        yield finding(
-            "no-input-scales",
-            "the group quantizes activations, but there is no input_global_scale of "
-            f"{summarize(absent)}",
-        )
+    groups = [group for group in profile.groups.values() if is_of(group, Format.NVFP4)]
+    if absent and any(group.input_activations is not None for group in groups):
+        what = "the group quantizes activations, but there is no input_global_scale of"
+        yield finding("no-input-scales", f"{what} {summarize(absent)}")
     if profile.formats_of[Part.EXPERTS, False][Format.NVFP4]:
         yield finding("scale-per-expert")
     if profile.formats.get("mtp.0.attn.wo_a") is Format.PLAIN:  # of a draft block in BF16
@@ -311,9 +283,8 @@ def rules(profile: Profile) -> Iterator[Finding]:
             more = f" and {len(others)} more" if others else ""
             yield finding("targets-none", f"{name}: {first}{more}")
     if stale := sorted(profile.ignored.literal - HARMLESS - known):
-        yield finding(
-            "stale-ignore", f"{len(stale)} literal entries match nothing, e.g. {stale[0]}"
-        )
+        what = f"{len(stale)} literal entries match nothing, e.g. {stale[0]}"
+        yield finding("stale-ignore", what)
 
 
 def resolution(profile: Profile) -> Iterator[Finding]:
@@ -388,7 +359,4 @@ def _over_eras(eras: list[Era], effect: Effect) -> Iterator[Finding]:
             )
 
 
-CHECKS = (
-    form, method, native, activations, actorder, nvfp4_scales, rules,
-    resolution,
-)  # fmt: skip
+CHECKS = (form, method, native, activations, actorder, nvfp4_scales, rules, resolution)

@@ -5,6 +5,7 @@ import re
 import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 
 from vllm_forge.checkpoints.inspect.findings import (
     Effect,
@@ -17,6 +18,7 @@ from vllm_forge.checkpoints.inspect.findings import (
 )
 from vllm_forge.checkpoints.inspect.profile import (
     DRAFT,
+    HALF,
     LINEAR,
     PIECES,
     Drafter,
@@ -44,22 +46,19 @@ WEIGHTS = ("weight", "weight_packed")
 def files(profile: Profile) -> Iterator[Finding]:
     """Shards, index and sizes agree, and what serving needs beside the tensors is there."""
     if missing := profile.missing_shards:
-        yield finding(
-            "missing-shards",
-            f"{len(missing)} of {len(set((profile.index or {}).values()))} shards are not "
-            f"here, e.g. {missing[0]}",
-            effect=Effect.REFUSES if profile.tensors else Effect.NOTES,
-        )
+        total = len(set((profile.index or {}).values()))
+        what = f"{len(missing)} of {total} shards are not here, e.g. {missing[0]}"
+        effect = Effect.REFUSES if profile.tensors else Effect.NOTES
+        yield finding("missing-shards", what, effect=effect)
     if profile.misplaced:
         yield finding(
             "index-differs",
             f"not where the index says, or not in it: {summarize(profile.misplaced)}; vLLM "
             "takes from the index which shards there are, and no more, other readers stop",
         )
-    if not missing and profile.tensors and profile.total_size not in (None, profile.bytes):
-        yield finding(
-            "total-size", f"it says {profile.total_size} bytes, the tensors have {profile.bytes}"
-        )
+    total_size, size = profile.total_size, profile.bytes
+    if not missing and profile.tensors and total_size not in (None, size):
+        yield finding("total-size", f"it says {total_size} bytes, the tensors have {size}")
     if profile.tensors and TOKENIZER not in profile.source.sizes:
         yield finding("no-tokenizer")
 
@@ -68,17 +67,13 @@ def drafter(profile: Profile) -> Iterator[Finding]:
     """The drafter is the one that the config promises, and complete."""
     promised, count = len(profile.draft_layers), len(profile.draft_names)
     if not promised and profile.drafter is not Drafter.NONE:
-        yield finding(
-            "unpromised-drafter",
-            f"{count} tensors are under mtp., and num_nextn_predict_layers is 0 or not there",
-        )
+        what = f"{count} tensors are under mtp., and num_nextn_predict_layers is 0 or not there"
+        yield finding("unpromised-drafter", what)
         return
     match profile.drafter:
         case Drafter.NONE if promised:
-            yield finding(
-                "no-mtp",
-                f"config.json promises {promised} draft layer(s), and no tensor is under mtp.",
-            )
+            what = f"config.json promises {promised} draft layer(s), and no tensor is under mtp."
+            yield finding("no-mtp", what)
         case Drafter.DSPARK:
             yield finding(
                 "dspark",
@@ -86,9 +81,8 @@ def drafter(profile: Profile) -> Iterator[Finding]:
                 "neither enorm nor hnorm); method=mtp would load part of them",
             )
         case Drafter.UNKNOWN:
-            yield finding(
-                "unknown-drafter", f"neither MTP nor DSpark: {summarize(profile.draft_names)}"
-            )
+            what = f"neither MTP nor DSpark: {summarize(profile.draft_names)}"
+            yield finding("unknown-drafter", what)
     if profile.drafter not in (Drafter.MTP, Drafter.DSPARK):
         return
     if absent := list(_absent(profile, profile.draft.values())):
@@ -116,7 +110,7 @@ def experts(profile: Profile) -> Iterator[Finding]:
 
 def router(profile: Profile) -> Iterator[Finding]:
     """The bias of the routers, under the name that the loader renames."""
-    wanted = {**profile.main, **(profile.draft if profile.drafter is not Drafter.NONE else {})}
+    wanted = (*profile.main, *profile.own_draft)
     tables = [n for n in wanted if n.endswith(ROUTERS) and n not in profile.names]
     if renamed := [n for n in tables if _other_name(n) in profile.names]:
         yield finding(
@@ -131,11 +125,8 @@ def others(profile: Profile) -> Iterator[Finding]:
     """Everything else that the config implies is stored, and no matrix row by row."""
     if rows := [name for name in profile.names if ROWS.search(name)]:
         yield finding("split-rows", summarize(rows))
-    wanted = [
-        tensor
-        for tensor in profile.main.values()
-        if part_of(tensor.name) is not Part.EXPERTS and not tensor.name.endswith(ROUTERS)
-    ]
+    kinds = [t for t in profile.main.values() if part_of(t.name) is not Part.EXPERTS]
+    wanted = [tensor for tensor in kinds if not tensor.name.endswith(ROUTERS)]
     if absent := list(_absent(profile, wanted)):
         yield finding("missing-tensors", _missing(absent))
 
@@ -143,10 +134,9 @@ def others(profile: Profile) -> Iterator[Finding]:
 def unknown(profile: Profile) -> Iterator[Finding]:
     """No names that no module of the model has; loaders look each of them up."""
     promised = bool(profile.draft_layers)
-    expected = [*profile.main.values(), *alias_tensors(profile.model)]
-    expected += profile.draft.values() if profile.drafter is not Drafter.NONE else []
-    known = {split(tensor.name)[0] for tensor in expected}
-    known |= {_other_name(tensor.name) for tensor in expected}
+    aliases = [tensor.name for tensor in alias_tensors(profile.model)]
+    expected = [*profile.main, *profile.own_draft, *aliases]
+    known = {split(name)[0] for name in expected} | {_other_name(name) for name in expected}
     names = [
         name
         for name in profile.names
@@ -208,16 +198,12 @@ def shapes(profile: Profile) -> Iterator[Finding]:
         lambda names: f"{summarize(names)}; a compressed-tensors group registers weight_scale",
     )
     if lists := faults["global-scale-shape"]:
-        yield finding(
-            "global-scale-shape",
-            f"shape (1,) instead of (): {summarize(lists)}; the loaders of all lines take both",
-        )
+        what = f"shape (1,) instead of (): {summarize(lists)}; the loaders of all lines take both"
+        yield finding("global-scale-shape", what)
     yield from scoped("missing-scales", faults["missing-scales"])
     if converted := faults["converted"]:
         yield finding("converted", _as_stored(profile, converted))
-    yield from scoped(
-        "wrong-scales", faults["wrong-scales"], lambda names: _as_stored(profile, names)
-    )
+    yield from scoped("wrong-scales", faults["wrong-scales"], partial(_as_stored, profile))
     if any(
         kind is Format.FP8_BLOCK and module.endswith(".attn.wo_a") and not module.startswith(DRAFT)
         for module, kind in profile.formats.items()
@@ -276,27 +262,24 @@ def single_scales(profile: Profile) -> Iterator[Finding]:
 
 def read_scalars(profile: Profile) -> dict[str, float]:
     """The values of all single FP32 scales, reading those bytes and small gaps between them."""
-    scales = [
-        (name, tensor)
+    names = {
+        tensor: name
         for name, tensor in profile.tensors.items()
-        if name.rpartition(".")[2] in SINGLE
-        and tensor.dtype == "F32"
-        and tensor.size == FLOAT_BYTES
-    ]
-    scales.sort(key=lambda item: (item[1].shard, item[1].begin))
-    runs: list[list[tuple[str, StoredTensor]]] = []
-    for name, tensor in scales:
-        first, last = (runs[-1][0][1], runs[-1][-1][1]) if runs else (tensor, tensor)
+        if name.rpartition(".")[2] in SINGLE and (tensor.dtype, tensor.size) == ("F32", FLOAT_BYTES)
+    }
+    runs: list[list[StoredTensor]] = []
+    for tensor in sorted(names, key=lambda tensor: (tensor.shard, tensor.begin)):
+        first, last = (runs[-1][0], runs[-1][-1]) if runs else (tensor, tensor)
         near = tensor.begin - last.end <= GAP and tensor.end - first.begin <= MOST_RUN
         if not runs or tensor.shard != last.shard or not near:
             runs.append([])
-        runs[-1].append((name, tensor))
+        runs[-1].append(tensor)
     scalars: dict[str, float] = {}
     for run in runs:
-        first, last = run[0][1], run[-1][1]
+        first, last = run[0], run[-1]
         data = profile.source.read(first.shard, first.begin, last.end)
-        for name, tensor in run:
-            (scalars[name],) = struct.unpack_from("<f", data, tensor.begin - first.begin)
+        for tensor in run:
+            (scalars[names[tensor]],) = struct.unpack_from("<f", data, tensor.begin - first.begin)
     return scalars
 
 
@@ -315,8 +298,8 @@ def formats(profile: Profile) -> Iterator[Finding]:
         lambda names: f"{summarize(names)}; known: {', '.join(PIECES)}",
     )
     kinds: dict[str, Counter[Format]] = defaultdict(Counter)
-    for tensor in (*profile.main.values(), *profile.draft.values()):
-        module = tensor.name.removesuffix(".weight")
+    for name in (*profile.main, *profile.draft):
+        module = name.removesuffix(".weight")
         layer, experts, _ = module.partition(".ffn.experts.")
         if experts and module in profile.formats:
             kinds[layer][profile.formats[module]] += 1
@@ -333,26 +316,20 @@ def formats(profile: Profile) -> Iterator[Finding]:
 def downcasts(profile: Profile) -> Iterator[Finding]:
     """FP32 where the model itself has FP32."""
     wide = [t.name for t in (*profile.main.values(), *profile.draft.values()) if t.dtype == "F32"]
-    rounded = [
-        name
-        for name in wide
-        if name in profile.tensors and profile.tensors[name].dtype in {"BF16", "F16"}
-    ]
-    if rounded:
+    stored = {name: profile.tensors[name].dtype for name in wide if name in profile.tensors}
+    if rounded := [name for name, dtype in stored.items() if dtype in HALF]:
         yield finding("rounded", f"{summarize(rounded)}, of {len(wide)} that the model has in FP32")
 
 
 def against_source(profile: Profile, source: Mapping[str, StoredTensor]) -> Iterator[Finding]:
     """Unquantized tensors in the source's own dtypes."""
-    narrower = []
-    for name, tensor in profile.tensors.items():
-        origin = source.get(name)
-        if (
-            origin is not None
-            and origin.shape == tensor.shape
-            and FLOATS.get(origin.dtype, 0) > FLOATS.get(tensor.dtype, 99)
-        ):
-            narrower.append(name)
+    narrower = [
+        name
+        for name, tensor in profile.tensors.items()
+        if (origin := source.get(name)) is not None
+        and origin.shape == tensor.shape
+        and FLOATS.get(origin.dtype, 0) > FLOATS.get(tensor.dtype, 99)
+    ]
     if narrower:
         there, here = source[narrower[0]].dtype, profile.tensors[narrower[0]].dtype
         yield finding("narrower", f"{summarize(narrower)}; there {there}, here {here}")
@@ -375,9 +352,9 @@ def kept_unquantized(profile: Profile) -> Iterator[Finding]:
 
 def plain_tensors(profile: Profile) -> Iterator[Finding]:
     """What is stored as it is: its shape as the config says, and numbers of the right kind."""
-    draft = profile.draft if profile.drafter is not Drafter.NONE else {}
     aliases = {tensor.name: tensor for tensor in alias_tensors(profile.model)}
-    for scope, wanted in ((Scope.TARGET, profile.main), (Scope.DRAFT, {**draft, **aliases})):
+    draft = {**profile.own_draft, **aliases}
+    for scope, wanted in ((Scope.TARGET, profile.main), (Scope.DRAFT, draft)):
         other_shapes, other_kinds = [], []
         for name, spec in wanted.items():
             tensor = profile.tensors.get(name)
@@ -402,6 +379,4 @@ def plain_tensors(profile: Profile) -> Iterator[Finding]:
 
 
 NAMES = (files, drafter, experts, router, others, unknown)
-TENSORS = (
-    shapes, single_scales, formats, downcasts, plain_tensors, kept_unquantized,
-)  # fmt: skip
+TENSORS = (shapes, single_scales, formats, downcasts, plain_tensors, kept_unquantized)

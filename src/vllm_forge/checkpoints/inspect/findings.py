@@ -99,14 +99,13 @@ def summarize(names: Iterable[str], most: int = 3) -> str:
     total = sum(map(len, groups.values()))
     rows = sorted(groups.values(), key=len, reverse=True)
     shown = [row[0] + (f" and {len(row) - 1} like it" if row[1:] else "") for row in rows[:most]]
-    if len(rows) > most:
-        shown.append("...")
+    shown += ["..."] if len(rows) > most else []
     return f"{total} tensor{'s' if total != 1 else ''}: {', '.join(shown)}"
 
 
 def scoped(
-    fault: str, names: Iterable[str], what: Callable[[list[str]], str] = summarize
+    fault: str, names: Iterable[str], what: Callable[[list[str]], str] = summarize, **changes: Any
 ) -> Iterator[Finding]:
-    """A finding for each model that has some of the tensors or modules."""
+    """A finding for each model that has some of the tensors or modules; see ``finding``."""
     for scope, own in by_scope(names):
-        yield finding(fault, what(own), scope=scope)
+        yield finding(fault, what(own), scope=scope, **changes)

@@ -57,33 +57,22 @@ class Outcome(StrEnum):
 
 
 class LineRow(FrozenModel):
-    """What a line does with a checkpoint, as records keep it.
-
-    Attributes:
-        checks: ids of the findings that count on this line.
-        why: reasons for what it does not do.
-    """
+    """What a line does with a checkpoint, as records keep it."""
 
     outcome: Outcome
-    checks: tuple[CheckId, ...]
-    why: tuple[str, ...]
+    checks: tuple[CheckId, ...]  # of the findings that count on this line
+    why: tuple[str, ...]  # reasons for what it does not do
 
 
 class LineVerdict(LineRow):
-    """What a line does with a checkpoint.
-
-    Attributes:
-        findings: which count on this line: their indices in the report.
-        handled: findings that this line copes with, and how.
-        by: who resolved the modules: a vLLM, or rules without one.
-        modules: module -> what it resolves to there, e.g. "CompressedTensorsW8A8Fp8"; numbers N.
-    """
+    """What a line does with a checkpoint."""
 
     line: str
     vllm: str
-    findings: tuple[int, ...]
-    handled: tuple[str, ...]
-    by: str
+    findings: tuple[int, ...]  # that count on this line: their indices in the report
+    handled: tuple[str, ...]  # findings that this line copes with, and how
+    by: str  # who resolved the modules: a vLLM, or rules without one
+    # Module -> what it resolves to there, e.g. "CompressedTensorsW8A8Fp8"; numbers are N.
     modules: dict[str, str]
 
 
@@ -96,34 +85,23 @@ class PartRow(FrozenModel):
 
 
 class Report(FrozenModel):
-    """Everything that an inspection says. Stable: a change of meaning changes ``schema``.
-
-    Attributes:
-        place: where it was read.
-        artifact: the manifest that it was compared with, None for none.
-        asked: that manifest was asked for, rather than the nearest one taken.
-        promised: draft layers that config.json has.
-        bytes: of all tensors; None without headers.
-        config: facts of quantization_config, see manifest.config_facts.
-        values: decoded weights against the source, where that was asked for.
-        findings: from bad to harmless.
-    """
+    """Everything that an inspection says. Stable: a change of meaning changes ``schema``."""
 
     schema_version: Literal[2] = 2
     place: str
     read: Literal["headers", "index"]
-    artifact: str | None
-    asked: bool
+    artifact: str | None  # the manifest that it was compared with
+    asked: bool  # that manifest was asked for, rather than the nearest one taken
     drafter: Drafter
-    promised: int
+    promised: int  # draft layers that config.json has
     tensors: int
     draft_tensors: int
     shards: int
-    bytes: int | None
-    config: dict[str, Any]
+    bytes: int | None  # of all tensors; None without headers
+    config: dict[str, Any]  # see manifest.config_facts
     parts: tuple[PartRow, ...]
-    values: tuple[ValueRow, ...] = ()
-    findings: tuple[Finding, ...]
+    values: tuple[ValueRow, ...] = ()  # decoded weights against the source
+    findings: tuple[Finding, ...]  # from bad to harmless
     lines: tuple[LineVerdict, ...]
 
     def line(self, name: str) -> LineVerdict:
@@ -147,9 +125,9 @@ class Report(FrozenModel):
         wrong = [row.sentence for row in self.findings if row.effect in WRONG]
         if not wrong:
             return None
+        what = f"line {line}: {verdict.outcome}, but it is not what it should be"
         return CheckpointDepartsError(
-            f"line {line}: {verdict.outcome}, but it is not what it should be\n"
-            + "\n".join(f"  - {sentence}" for sentence in wrong),
+            "\n  - ".join([what, *wrong]),
             where=self.place,
             remedy="see the remedies of the findings above",
         )
@@ -305,7 +283,7 @@ def _status(about: str, line: str, dispositions: Iterable[Disposition]) -> str:
 
 def applies(finding: Finding, vllm: str) -> bool:
     version, before = Version(vllm), finding.before
-    return version >= Version(finding.since or "0") and not (before and version >= Version(before))
+    return Version(finding.since or "0") <= version and not (before and version >= Version(before))
 
 
 def _draft(
@@ -385,17 +363,12 @@ class FindingRow(FrozenModel):
 
 
 class VariantRow(FrozenModel):
-    """One variant; findings are those about one of the lines.
-
-    Attributes:
-        artifact: the manifest that it was compared with.
-        error: class of the error that an inspection on the default line ends with.
-    """
+    """One variant; findings are those about one of the lines."""
 
     about: str
     breaks: str
-    artifact: str | None
-    error: str | None
+    artifact: str | None  # the manifest that it was compared with
+    error: str | None  # class of the error that an inspection on the default line ends with
     findings: tuple[FindingRow, ...]
     lines: dict[str, LineRow]
 

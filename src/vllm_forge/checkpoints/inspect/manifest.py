@@ -18,13 +18,7 @@ from pydantic import Field
 
 from vllm_forge.checkpoints.architecture import main_tensors
 from vllm_forge.checkpoints.inspect.checks_config import ARGUMENTS, is_of
-from vllm_forge.checkpoints.inspect.findings import (
-    NUMBER,
-    Finding,
-    by_scope,
-    finding,
-    summarize,
-)
+from vllm_forge.checkpoints.inspect.findings import NUMBER, Finding, finding, scoped, summarize
 from vllm_forge.checkpoints.inspect.profile import (
     LINEAR,
     Drafter,
@@ -59,24 +53,17 @@ class Rule(FrozenModel):
 
 
 class Manifest(FrozenModel):
-    """One artifact.
-
-    Attributes:
-        sources: where its facts are from.
-        known: what of it was seen, and what was concluded.
-        aliases: embedding and head are repeated below ``mtp.0``.
-        rules: the first that means a module gives its formats; others are plain.
-        config: facts of quantization_config, see ``config_facts``.
-        published: counts that others state, for a model of the real size.
-    """
+    """One artifact."""
 
     about: str
-    sources: tuple[str, ...] = Field(min_length=1)
-    known: str
+    sources: tuple[str, ...] = Field(min_length=1)  # where its facts are from
+    known: str  # what of it was seen, and what was concluded
     drafter: Drafter
-    aliases: bool = False
-    rules: tuple[Rule, ...] = ()
+    aliases: bool = False  # embedding and head are repeated below `mtp.0`
+    rules: tuple[Rule, ...] = ()  # the first that means a module gives its formats; else plain
+    # Facts of quantization_config, see `config_facts`.
     config: dict[str, Any] = Field(default_factory=dict)
+    # Counts that others state, for a model of the real size.
     published: dict[str, int] = Field(default_factory=dict)
 
     def formats_of(self, tensor: TensorSpec) -> tuple[Format, ...]:
@@ -146,9 +133,9 @@ def nearest(profile: Profile) -> str | None:
         known = {NUMBER.sub("N", tensor.name) for tensor in wanted}
         needed = {NUMBER.sub("N", tensor.name) for tensor in wanted if not tensor.optional}
         distance = len(needed - kinds) + len(kinds - known)
-        distances[name] = (distance, len(_differences(manifest, profile)))
-    best = min(distances, key=lambda name: (*distances[name], name))
-    return best if distances[best][0] <= MOST_FOREIGN * len(kinds) else None
+        distances[name] = (distance, len(_differences(manifest, profile)), name)
+    distance, _, best = min(distances.values())
+    return best if distance <= MOST_FOREIGN * len(kinds) else None
 
 
 def departures(profile: Profile, name: str) -> Iterator[Finding]:
@@ -168,9 +155,7 @@ def departures(profile: Profile, name: str) -> Iterator[Finding]:
             )
     foreign = [name for name in profile.names if name not in known]
     for names, title in ((absent, "tensors are missing"), (foreign, "tensors are too many")):
-        for scope, own in by_scope(names):
-            full = f"{title}, by the manifest of {name}"
-            yield finding("manifest", summarize(own), title=full, scope=scope)
+        yield from scoped("manifest", names, title=f"{title}, by the manifest of {name}")
     if wrong:
         title = f"dtypes or shapes are not those of {name}"
         yield finding("manifest", f"{len(wrong)}, e.g. {wrong[0]}", title=title)

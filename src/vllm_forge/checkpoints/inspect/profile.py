@@ -360,6 +360,11 @@ class Profile(Checkpoint):
         kind = self.drafter if self.drafter is Drafter.DSPARK else Drafter.MTP
         return {tensor.name: tensor for tensor in draft_tensors(self.model, kind)}
 
+    @property
+    def own_draft(self) -> dict[str, TensorSpec]:
+        """The same; empty where there is none."""
+        return {} if self.drafter is Drafter.NONE else self.draft
+
     @cached_property
     def modules(self) -> dict[str, dict[str, str]]:
         """Module -> suffix -> full name, of every tensor with a known suffix."""

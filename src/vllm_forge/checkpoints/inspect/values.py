@@ -41,20 +41,14 @@ Decoded = tuple[NDArray[np.float64], NDArray[np.float64]]  # values, and bounds 
 
 
 class ValueRow(FrozenModel):
-    """One part and format.
-
-    Attributes:
-        weights: how many were compared.
-        worst: largest error over its bound; at most 1. None where bytes are compared.
-        different: names of weights beyond their bound, or with other bytes.
-    """
+    """One part and format."""
 
     part: Part
     draft: bool
     format: Format
-    weights: int
-    worst: float | None
-    different: tuple[str, ...]
+    weights: int  # that were compared
+    worst: float | None  # largest error over its bound; at most 1. None where bytes are compared
+    different: tuple[str, ...]  # names of weights beyond their bound, or with other bytes
 
 
 def compare(made: Profile, source: Profile, most: int = 0) -> tuple[list[ValueRow], list[Finding]]:

@@ -45,8 +45,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
 from vllm_forge.checkpoints.architecture import MODEL_TYPE
 from vllm_forge.checkpoints.errors import QuantizedOutputError
-from vllm_forge.checkpoints.quantize.calibration import AUTO
-from vllm_forge.checkpoints.quantize.inputs import Group, Recipe
+from vllm_forge.checkpoints.quantize.inputs import AUTO, Group, Recipe
 from vllm_forge.checkpoints.quantize.work import Hidden
 from vllm_forge.checkpoints.tensors import StoredTensor, TensorToWrite
 from vllm_forge.errors import UsageError

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,29 +42,21 @@ SHOWN = 200  # characters of a path
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One file of the artifact.
-
-    Attributes:
-        aliases: further names -> whose bytes.
-        layer: number of the decoder layer that it holds; None where all passes through.
-        size: bytes of ``tensors`` in the model.
-    """
+    """One file of the artifact."""
 
     name: str
     tensors: tuple[str, ...]
-    aliases: dict[str, str]
-    layer: int | None
-    size: int
+    aliases: dict[str, str]  # further names -> whose bytes
+    layer: int | None  # the decoder layer that it holds; None where all passes through
+    size: int  # bytes of `tensors` in the model
 
 
 def quantize(job: Job, output: Path) -> bool:
     """Quantize the job's model into the folder ``output``.
 
     Ended at any moment and started again, it goes on after the last finished file, and the
-    output has the same bytes.
-
-    Returns:
-        False when an earlier run has finished, and only its work folder was left.
+    output has the same bytes. False when an earlier run has finished, and only its work folder
+    was left.
     """
     check_output(job.source.folder, output)
     work = Work.beside(output)
@@ -116,7 +108,7 @@ def plan_parts(source: Checkpoint) -> list[Part]:
     config = source.config
     groups: list[tuple[list[str], int | None]] = [([t.name for t in shared_tensors(config)], None)]
     for index in range(config["num_hidden_layers"]):
-        groups.append(([tensor.name for tensor in layer_tensors(config, index)], index))
+        groups.append(([t.name for t in layer_tensors(config, index)], index))
     taken = {name for names, _ in groups for name in names}
     drafts: list[list[str]] = []
     size = MAX_PASSED
@@ -127,19 +119,17 @@ def plan_parts(source: Checkpoint) -> list[Part]:
             size = more
         drafts[-1].append(name)
     groups += [(names, None) for names in drafts]
-    parts = [
+    last = len(groups) if drafts else 0
+    return [
         Part(
             name=f"model-{number:05}-of-{len(groups):05}.safetensors",
             tensors=tuple(names),
-            aliases={},
+            aliases=alias_names(source) if number == last else {},
             layer=layer,
             size=sum(source.tensors[name].size for name in names),
         )
         for number, (names, layer) in enumerate(groups, 1)
     ]
-    if drafts:
-        parts[-1] = replace(parts[-1], aliases=alias_names(source))
-    return parts
 
 
 def disk_needed(source: Checkpoint, recipe: Recipe, parts: Sequence[Part], tokens: int) -> int:
@@ -149,10 +139,8 @@ def disk_needed(source: Checkpoint, recipe: Recipe, parts: Sequence[Part], token
     """
     names = [name for part in parts for name in (*part.tensors, *part.aliases.values())]
     artifact = sum(
-        source.tensors[name].size
-        if recipe.group_of(name) is None
-        else math.prod(source.tensors[name].shape)
-        for name in names
+        tensor.size if recipe.group_of(name) is None else math.prod(tensor.shape)
+        for name, tensor in ((name, source.tensors[name]) for name in names)
     )
     width = source.config["hc_mult"] * source.config["hidden_size"] * STREAM_BYTES
     return artifact + int(2 * width * tokens)
@@ -161,24 +149,19 @@ def disk_needed(source: Checkpoint, recipe: Recipe, parts: Sequence[Part], token
 def forecast(source: Checkpoint, recipe: Recipe) -> str:
     """What a run would do, in words; nothing is written and no tool is needed."""
     parts = plan_parts(source)
-    counts = Counter(
-        group.scheme if (group := recipe.group_of(name)) else "as it is"
-        for part in parts
-        for name in part.tensors
-    )
-    drafts = sum(name.startswith("mtp.") for part in parts for name in part.tensors)
+    names = [name for part in parts for name in part.tensors]
+    groups = map(recipe.group_of, names)
+    schemes = Counter(group.scheme if group else "as it is" for group in groups)
+    counts = ", ".join(f"{count} {scheme}" for scheme, count in schemes.most_common())
+    drafts = sum(name.startswith("mtp.") for name in names)
     disk = disk_needed(source, recipe, parts, recipe.samples * recipe.tokens)
     largest = max(part.size for part in parts if part.layer is not None)
-    return "\n".join(
-        [
-            f"recipe {recipe.name}: {recipe.about}",
-            "tensors: "
-            + ", ".join(f"{count} {what}" for what, count in counts.most_common())
-            + f"; {drafts} of mtp.* among the last",
-            f"model: {sum(part.size for part in parts) / GB:.2f} GB; the largest layer, which is "
-            f"what memory holds beside the tools, {largest / GB:.2f} GB",
-            f"files: {len(parts)} shards; disk, at the most: {disk / GB:.2f} GB",
-        ]
+    return (
+        f"recipe {recipe.name}: {recipe.about}\n"
+        f"tensors: {counts}; {drafts} of mtp.* among the last\n"
+        f"model: {sum(part.size for part in parts) / GB:.2f} GB; the largest layer, which is "
+        f"what memory holds beside the tools, {largest / GB:.2f} GB\n"
+        f"files: {len(parts)} shards; disk, at the most: {disk / GB:.2f} GB"
     )
 
 
@@ -188,10 +171,8 @@ def check_output(source: Path, output: Path) -> None:
         here, there = source.resolve(), output.resolve()
         above = next((folder for folder in (there, *there.parents) if folder.exists()), there)
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, links in a circle
-        raise UsageError(
-            f"cannot create --output: {getattr(error, 'strerror', None) or error}",
-            where=str(output)[:SHOWN],
-        ) from None
+        what = f"cannot create --output: {getattr(error, 'strerror', None) or error}"
+        raise UsageError(what, where=str(output)[:SHOWN]) from None
     if here == there or here in there.parents or there in here.parents:
         raise UsageError(
             "--output and --model are folders in each other",
@@ -210,9 +191,8 @@ def _plan(job: Job) -> dict[str, Any]:
     try:
         stats = [(name, source.files[name].stat()) for name in source.shards]
     except OSError as error:
-        raise ModelInputError(
-            f"cannot be read: {error.strerror}", where=str(error.filename)
-        ) from None
+        what = f"cannot be read: {error.strerror}"
+        raise ModelInputError(what, where=str(error.filename)) from None
     times = [[name, each.st_size, each.st_mtime_ns] for name, each in stats]
     files = json.dumps([source.config, rows, times], sort_keys=True)
     return {

@@ -11,7 +11,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -19,15 +20,13 @@ import numpy as np
 
 from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder, read_header
 from vllm_forge.checkpoints.errors import QuantizedOutputError, ResumeError
-from vllm_forge.checkpoints.quantize.calibration import Calibration
-from vllm_forge.checkpoints.quantize.inputs import Recipe, alias_names
+from vllm_forge.checkpoints.quantize.inputs import Calibration, Recipe, alias_names
 from vllm_forge.checkpoints.tensors import (
     CONFIG,
-    DTYPE_BYTES,
     INDEX,
     StoredTensor,
+    TensorSpec,
     TensorToWrite,
-    WrittenTensor,
     write_index,
     write_shard,
 )
@@ -58,6 +57,7 @@ class Engine(Protocol):
 
     ``versions`` is what the result depends on beside the inputs; ``needs_data``: a scale is
     calibrated, without one no forward pass is needed; ``embed`` writes the first layer's input.
+    ``tokens`` are the ids of each sample.
     """
 
     @property
@@ -82,12 +82,7 @@ class Engine(Protocol):
     ) -> list[TensorToWrite]:
         """Quantize a layer: input states at ``source``, its output states to ``target``.
 
-        Args:
-            index: of the layer.
-            weights: all its tensors by upstream name.
-            tokens: ids per sample.
-            source: made by ``embed`` or by the layer before.
-            target: appears when all states are there.
+        ``weights`` are all its tensors by upstream name. ``target`` appears when all states are in.
 
         Returns the tensors of each quantized module, in upstream naming; QuantizedOutputError if a
         scale that the recipe names was not calibrated.
@@ -132,11 +127,11 @@ class Work:
                 remedy="name the folder itself, or delete the link",
             )
         if self.output.exists() and (self.artifact.exists() or not (self.folder / PLAN).exists()):
-            raise ResumeError(
-                "the output exists",
-                where=str(self.output),
-                remedy="choose another --output, or delete that one",
-            )
+            raise self._exists("the output exists")
+
+    def _exists(self, what: str) -> ResumeError:
+        remedy = "choose another --output, or delete that one"
+        return ResumeError(what, where=str(self.output), remedy=remedy)
 
     def begin(self, plan: dict[str, Any]) -> bool:
         """Start, or go on with what an earlier run of the same plan has left.
@@ -147,40 +142,28 @@ class Work:
         text = json.dumps(plan, indent=1, sort_keys=True) + "\n"
         plan = json.loads(text)
         path = self.folder / PLAN
+        refused = partial(ResumeError, where=str(self.folder))
         if self.output.exists():
             self.check()
             if path.read_text(encoding="utf-8") == text:
                 remove(self.folder)  # the last run was ended just before it would have
                 return False
-            raise ResumeError(
-                "the output exists, made by a run that differs from this one",
-                where=str(self.output),
-                remedy="choose another --output, or delete that one",
-            )
+            raise self._exists("the output exists, made by a run that differs from this one")
         if path.exists():
+            again = "delete that folder to start again"
             try:
                 earlier = parse_json(read_plain(path))
             except ValueError:
                 earlier = None
             if not isinstance(earlier, dict):
-                raise ResumeError(
-                    f"{PLAN} of an earlier run cannot be read",
-                    where=str(self.folder),
-                    remedy="delete that folder to start again",
-                )
+                raise refused(f"{PLAN} of an earlier run cannot be read", remedy=again)
             if differing := sorted(key for key in plan if earlier.get(key) != plan[key]):
-                raise ResumeError(
-                    f"an earlier run differs in {', '.join(differing)}",
-                    where=str(self.folder),
-                    remedy="delete that folder to start again, or repeat the earlier command",
-                )
+                what = f"an earlier run differs in {', '.join(differing)}"
+                raise refused(what, remedy=f"{again}, or repeat the earlier command")
         else:
             if any(self.folder.glob("[!.]*")):  # a plan that was being written is not a leftover
-                raise ResumeError(
-                    "the work folder holds something else",
-                    where=str(self.folder),
-                    remedy="look at it, then delete it or choose another --output",
-                )
+                remedy = "look at it, then delete it or choose another --output"
+                raise refused("the work folder holds something else", remedy=remedy)
             with atomic_path(path) as aside:
                 aside.write_text(text, encoding="utf-8")
         self.artifact.mkdir(exist_ok=True)
@@ -189,16 +172,17 @@ class Work:
     def done(self, name: str) -> bool:
         return (self.artifact / name).exists() and self._note(name).exists()
 
-    def write(self, name: str, items: Iterable[TensorToWrite]) -> list[WrittenTensor]:
-        """Write a file of the artifact, and note its digests."""
-        written = write_shard(self.artifact / name, items)
-        write_json(self._note(name), [asdict(row) for row in written])
-        return written
+    def write(self, name: str, items: Iterable[TensorToWrite]) -> dict[str, str]:
+        """Write a file of the artifact; note and return the SHA-256 of its tensors by name."""
+        sums = write_shard(self.artifact / name, items)
+        write_json(self._note(name), sums)
+        return sums
 
-    def written(self, name: str) -> list[WrittenTensor]:
+    def sums(self, name: str, tensors: Iterable[TensorSpec]) -> dict[str, str]:
+        """The same of a finished file, which has these tensors."""
         return read_json(
             self._note(name),
-            lambda rows: [WrittenTensor(**{**row, "shape": tuple(row["shape"])}) for row in rows],
+            lambda sums: {tensor.name: str(sums[tensor.name]) for tensor in tensors},
             ResumeError,
             what="note of a finished file",
             remedy=f"delete {self.folder} to start again",
@@ -217,10 +201,8 @@ class Work:
 class Hidden:
     """A file of hidden states.
 
-    Attributes:
-        path: the file.
-        tokens: ids of each sample; their numbers say where a sample begins.
-        token_bytes: what one token takes: streams x hidden size x 2 (BF16).
+    ``tokens`` are the ids of each sample: their numbers say where a sample begins. One token takes
+    ``token_bytes``: streams x hidden size x 2 (BF16).
     """
 
     path: Path
@@ -301,16 +283,15 @@ def _unshared(made: Sequence[TensorToWrite]) -> Iterator[str]:
             yield f"{name} is not {other}"
 
 
-def check_passed(path: Path, written: Sequence[WrittenTensor], source: Checkpoint) -> None:
+def check_passed(path: Path, sums: Mapping[str, str], source: Checkpoint) -> None:
     """Read a file of passed-through tensors back and compare with the model, byte for byte."""
     aliases = alias_names(source)
-    stored = read_header(Folder(path.parent), path.name)
-    ordered = sorted(written, key=lambda row: (-DTYPE_BYTES[row.dtype], row.name))
-    for tensor, row in zip(stored, ordered, strict=True):
-        origin = source.tensors[aliases.get(tensor.name, tensor.name)]
-        if not (tensor.name == row.name and tensor.sha256() == row.sha256 == origin.sha256()):
+    stored = {tensor.name: tensor for tensor in read_header(Folder(path.parent), path.name)}
+    for name, sha256 in sums.items():
+        origin = source.tensors[aliases.get(name, name)]
+        if name not in stored or not stored[name].sha256() == sha256 == origin.sha256():
             raise QuantizedOutputError(
-                f"{tensor.name} is not the model's",
+                f"{name} is not the model's",
                 where=str(path),
                 remedy="disk or memory are at fault, or the model was changed meanwhile",
             )
@@ -319,8 +300,8 @@ def check_passed(path: Path, written: Sequence[WrittenTensor], source: Checkpoin
 def finish_artifact(work: Work, names: Sequence[str], job: Job) -> None:
     """Write index, config.json, recipe.yaml and manifest.json; copy tokenizer and other files."""
     folder, source, recipe = work.artifact, job.source, job.recipe
-    written = {name: work.written(name) for name in names}
-    write_index(folder, written)
+    shards = {name: read_header(Folder(folder), name) for name in names}
+    write_index(folder, shards)
     ignore = recipe.ignored(source.config)
     config = {**source.config, "quantization_config": job.engine.quantization_config(ignore)}
     write_json(folder / CONFIG, config, ensure_ascii=False)
@@ -337,9 +318,10 @@ def finish_artifact(work: Work, names: Sequence[str], job: Job) -> None:
         "calibration": job.calibration.record(),
         "tools": job.engine.versions,
         "tensors": {
-            row.name: {"file": name, "dtype": row.dtype, "shape": row.shape, "sha256": row.sha256}
-            for name, file in written.items()
-            for row in file
+            t.name: {"file": name, "dtype": t.dtype, "shape": t.shape, "sha256": sums[t.name]}
+            for name, tensors in shards.items()
+            for sums in [work.sums(name, tensors)]
+            for t in tensors
         },
     }
     write_json(folder / MANIFEST, manifest, ensure_ascii=False)

@@ -140,25 +140,17 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Code:
-    """An entry of a fatbin: device code for one target.
-
-    Attributes:
-        header: where the entry's header is in the file, ``offset``: its payload; in bytes.
-        size: bytes of the payload, with its padding.
-        stored: bytes of the payload that are a compressed stream; ``size`` if not compressed.
-        unpacked: bytes when decompressed; ``size`` if not compressed.
-        module: which fatbin of the file it belongs to, counted from 0 in file order.
-    """
+    """An entry of a fatbin: device code for one target. All sizes are in bytes."""
 
     kind: Kind
     target: Target
-    header: int
-    offset: int
-    size: int
-    stored: int
-    unpacked: int
+    header: int  # where the entry's header is in the file
+    offset: int  # where its payload is
+    size: int  # of the payload, with its padding
+    stored: int  # of the payload's compressed stream; `size` if not compressed
+    unpacked: int  # when decompressed; `size` if not compressed
     compression: Compression
-    module: int
+    module: int  # which fatbin of the file it belongs to, counted from 0 in file order
     section: str
 
 
