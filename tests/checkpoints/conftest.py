@@ -54,10 +54,9 @@ def root() -> Path:
 def variant(root: Path) -> Callable[[str], Path]:
     """A tiny variant by name: made now if the cache has none."""
     from vllm_forge.checkpoints.fixtures.native import make_with_tools
-    from vllm_forge.checkpoints.fixtures.tiny import TinySpec
-    from vllm_forge.checkpoints.fixtures.variants import make_variant
+    from vllm_forge.checkpoints.fixtures.variants import cached_variant
 
-    return lambda name: make_variant(Project(root), name, TinySpec(), make_with_tools)
+    return lambda name: cached_variant(Project(root), name, make=make_with_tools)
 
 
 @pytest.fixture(scope="session")

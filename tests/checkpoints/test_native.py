@@ -14,7 +14,7 @@ from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.codecs import grouped
 from vllm_forge.checkpoints.fixtures.native import DECODER_EXPERT, EXPERT, LINEAR, make_with_tools
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec
-from vllm_forge.checkpoints.fixtures.variants import make_variant
+from vllm_forge.checkpoints.fixtures.variants import cached_variant
 from vllm_forge.checkpoints.quantize.calibrate import load_tensor
 from vllm_forge.project import Project
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def made(root: Path) -> dict[str, Mapping[str, StoredTensor]]:
     project, spec = Project(root), TinySpec()
     return {
-        name: Checkpoint.open(make_variant(project, name, spec, make_with_tools)).tensors
+        name: Checkpoint.open(cached_variant(project, name, spec, make_with_tools)).tensors
         for name in (
             "bf16",
             "card",

@@ -169,9 +169,6 @@ class Config(_Keys):
         return self
 
 
-REQUIRED = tuple(name for name, field in Config.model_fields.items() if field.is_required())
-
-
 def require_deepseek_v4(config: Mapping[str, Any], where: str) -> None:
     """Refuse the config of another model, or one that cannot be right, with its problems."""
     if (kind := config.get("model_type")) != MODEL_TYPE:

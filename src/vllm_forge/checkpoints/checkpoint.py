@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
@@ -95,7 +95,6 @@ class CheckpointSource(ABC):
         return config
 
 
-@dataclass(frozen=True)
 class Folder(CheckpointSource):
     """A local folder, or some files of it; listed once, when it is opened.
 
@@ -103,32 +102,25 @@ class Folder(CheckpointSource):
     anywhere, as they are neither shown nor copied.
     """
 
-    path: Path
-    sizes: Mapping[str, int] = field(init=False)
-    files: Mapping[str, Path] = field(init=False)  # without links
-    index_only: bool = False
-
-    def __post_init__(self) -> None:
-        files = {}
+    def __init__(self, path: Path, *, index_only: bool = False) -> None:
+        self.path = path
+        self.files: dict[str, Path] = {}  # without links
         try:
-            folder = self.path.resolve()
+            folder = path.resolve()
             inside = {folder}
             if folder.parent.name == "snapshots":
                 inside.add(folder.parents[1] / "blobs")
-            for item in self.path.iterdir():
-                if not item.is_file() or (self.index_only and item.suffix != ".json"):
+            for item in path.iterdir():
+                if not item.is_file() or (index_only and item.suffix != ".json"):
                     continue
-                files[item.name] = item.resolve()
-                if item.suffix != SUFFIX and inside.isdisjoint(files[item.name].parents):
+                self.files[item.name] = file = item.resolve()
+                if item.suffix != SUFFIX and inside.isdisjoint(file.parents):
                     what = f"{printable(item.name)} is a link to a file outside of the checkpoint"
                     raise self.error(what, "copy the file, or give the folder that it is in")
-            sizes = {name: file.stat().st_size for name, file in files.items()}
+            self.sizes = {name: file.stat().st_size for name, file in self.files.items()}
         except OSError as error:
-            raise CheckpointUnreadableError(
-                f"cannot read the folder: {error.strerror}", where=str(self)[:SHOWN]
-            ) from None
-        object.__setattr__(self, "sizes", sizes)
-        object.__setattr__(self, "files", files)
+            what = f"cannot read the folder: {error.strerror}"
+            raise CheckpointUnreadableError(what, where=str(self)[:SHOWN]) from None
 
     def __str__(self) -> str:
         return printable(str(self.path))
@@ -239,9 +231,8 @@ def find_source(name: str) -> CheckpointSource:
         if path.is_file() and path.name == INDEX:
             return Folder(path.parent, index_only=True)
     except OSError as error:  # a name that is too long, a folder on the way that is locked
-        raise CheckpointUnreadableError(
-            f"cannot read it: {error.strerror}", where=name[:SHOWN]
-        ) from None
+        what = f"cannot read it: {error.strerror}"
+        raise CheckpointUnreadableError(what, where=name[:SHOWN]) from None
     match = REPOSITORY.fullmatch(name)
     if match is None or path.exists() or name.startswith((".", "/", "~")):
         raise CheckpointUnreadableError(

@@ -128,8 +128,11 @@ def quantize(project: Project, args: argparse.Namespace) -> None:
 
 def fixtures(project: Project, args: argparse.Namespace) -> None:
     """Make tiny checkpoints in the cache."""
-    from vllm_forge.checkpoints.fixtures.tiny import TinySpec
-    from vllm_forge.checkpoints.fixtures.variants import load_variants, make_variant, variant_path
+    from vllm_forge.checkpoints.fixtures.variants import (
+        cached_variant,
+        load_variants,
+        variant_path,
+    )
     from vllm_forge.checkpoints.quantize.environment import enter
 
     names = args.names or list(load_variants())
@@ -138,7 +141,7 @@ def fixtures(project: Project, args: argparse.Namespace) -> None:
         from vllm_forge.checkpoints.fixtures.native import make_with_tools
 
         for name in names:
-            make_variant(project, name, TinySpec(), make_with_tools)
+            cached_variant(project, name, make=make_with_tools)
     for name in names:
         print(f"{name}: {variant_path(project, name)}")
 

@@ -25,7 +25,7 @@ from tests.support.layouts import (
     write_layout,
 )
 from tests.support.layouts import NVFP4 as NVFP4_GROUP
-from vllm_forge.checkpoints.architecture import REQUIRED
+from vllm_forge.checkpoints.architecture import Config
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.fixtures.variants import Change, apply_changes, load_variants
@@ -379,7 +379,9 @@ class TestFiles:
 
 
 class TestProfile:
-    @pytest.mark.parametrize("key", [key for key in REQUIRED if key != DRAFTS])
+    @pytest.mark.parametrize(
+        "key", [key for key, f in Config.model_fields.items() if f.is_required() and key != DRAFTS]
+    )
     def test_a_config_without_a_number_is_refused(
         self, key: str, layouts: Callable[[str], Path]
     ) -> None:

@@ -25,7 +25,6 @@ from vllm_forge.checkpoints.fixtures.variants import (
     downcast,
     halve_global_scales,
     load_variants,
-    make_variant,
     split_rows,
     variant_path,
 )
@@ -225,7 +224,7 @@ class TestCache:
 
         for _ in range(2):
             for name in ("redhat-no-mtp", "no-aliases"):
-                make_variant(Project(root), name, SMALL, make)
+                cached_variant(Project(root), name, SMALL, make)
         assert calls == [("card", "recipe nvfp4-fp8-mtp")]
 
     def test_the_place_depends_on_what_it_is_made_from(self, root: Path, tmp_path: Path) -> None:

@@ -11,14 +11,9 @@ import numpy as np
 from packaging.version import Version
 
 from vllm_forge.checkpoints.architecture import FUSION_KNOWN, LINEAR_CLASS, Group, Rules, Scheme
+from vllm_forge.checkpoints.inspect import matching
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, finding, scoped, summarize
-from vllm_forge.checkpoints.inspect.matching import (
-    PROBES_CHANGED,
-    is_pattern,
-    resolve,
-    resolve_experts,
-    serving_modules,
-)
+from vllm_forge.checkpoints.inspect.matching import PROBES_CHANGED
 from vllm_forge.checkpoints.inspect.profile import DRAFT, Format, Part, Profile
 
 # Since which vLLM, before which, fault (a row of checks.toml) -> modules.
@@ -122,7 +117,7 @@ def native(profile: Profile) -> Iterator[Finding]:
     for draft, check in ((False, "config"), (True, "draft-format")):
         names = [name for name in wrong if name.startswith(DRAFT) is draft]
         yield from scoped("not-native", names, check=check)
-    wildcards = [rule for rule in profile.ignore if is_pattern(rule)]
+    wildcards = [rule for rule in profile.ignore if matching.is_pattern(rule)]
     fp4 = profile.model.get("expert_dtype", "fp4") == "fp4"
     nvfp4 = str(profile.quantization.get("moe_quant_algo") or "").upper() == "NVFP4"
     eras: list[Era] = []
@@ -212,7 +207,7 @@ def _repacked_wo_a(profile: Profile) -> Iterator[Finding]:
     modules = []
     for layer, block in profile.blocks.items():
         name = f"model.layers.{layer}.attn.wo_a"
-        group = resolve(profile.groups, profile.ignored, name, FIRST)
+        group = matching.resolve(profile.groups, profile.ignored, name, FIRST)
         kind = profile.formats.get(f"{block}.attn.wo_a")
         if kind is Format.FP8_BLOCK and group is not None and _weights_only(group):
             modules.append(f"{block}.attn.wo_a.weight")
@@ -265,7 +260,7 @@ def rules(profile: Profile) -> Iterator[Finding]:
     if profile.malformed is not None:
         yield finding("malformed-rule", profile.malformed)
         return
-    known = set(serving_modules(profile.model, profile.blocks))
+    known = set(matching.serving_modules(profile.model, profile.blocks))
     stored = {*profile.modules, *(f"model.{module}" for module in profile.modules)}
     for name, group in profile.groups.items():
         idle = group.rules.literal - known - stored - {LINEAR_CLASS}
@@ -315,12 +310,13 @@ def _modules(
         if kind is not None:
             name = f"{prefix}.{module}"
             # Without a prefix of its own before 0.24.0; then no rule can match it.
-            group = resolve(groups, ignore, name, version)
+            group = matching.resolve(groups, ignore, name, version)
             yield name, kind, group, ignore.means(name, version)
     kind = profile.formats.get(f"{block}.{EXPERTS}.0.w1")
     if kind is not None:
-        resolved = resolve_experts(groups, ignore, layer, version)
-        hidden = None in resolved and bool(resolve_experts(groups, Rules(()), layer, version)[0])
+        resolved = matching.resolve_experts(groups, ignore, layer, version)
+        targeted = matching.resolve_experts(groups, Rules(()), layer, version)[0]
+        hidden = None in resolved and targeted is not None
         group = resolved[0] if all(other is resolved[0] for other in resolved) else None
         yield f"{prefix}.{EXPERTS}", kind, group, hidden
 

@@ -168,18 +168,12 @@ def inspect(
     values: int | None = None,
     digests: bool = False,
 ) -> Report:
-    """Inspect a checkpoint.
+    """Inspect a checkpoint for ``lines`` (line -> vLLM release).
 
-    Args:
-        profile: the checkpoint.
-        lines: line -> vLLM release.
-        dispositions: what was decided about each upstream change.
-        answers: line -> its vLLM's dry load, where one was made.
-        artifact: manifest to compare with; None: the nearest one.
-        source: the checkpoint that it was made from, to compare dtypes.
-        values: how many weights of each part to decode and compare with the source's; 0: all;
-            None: none.
-        digests: read all data and compare it with the SHA-256 in the checkpoint's manifest.json.
+    ``answers`` are the dry loads that were made, by line. It is compared with the manifest of
+    ``artifact`` (None: the nearest one), its dtypes with those of ``source``, so many decoded
+    ``values`` of each part (0: all) with the source's, and with ``digests`` all of its data with
+    the SHA-256 in its manifest.json.
     """
     compared = artifact or nearest(profile)
     findings = find_all(profile, compared, source, digests=digests)

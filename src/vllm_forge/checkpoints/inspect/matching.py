@@ -18,13 +18,14 @@ from typing import Any
 
 from packaging.version import Version
 
-from vllm_forge.checkpoints.architecture import FUSED, PATTERN, Group, Rules, compiled
+from vllm_forge.checkpoints.architecture import FUSED, PATTERN, SPARSE, Group, Rules, compiled
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 
 # get_moe_method probes three names of expert 0 below the experts' own name.
 OLD_PROBES, NEW_PROBES = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
 PROBES_CHANGED = Version("0.32.0")
 ATTENTION_MODULES = ("fused_wqa_wkv", "wq_b", "wo_a", "wo_b")
+INDEXER_MODULES = ("wq_b", "weights_proj", "compressor.fused_wkv_wgate")
 # A hundred times what the rules of a real artifact take on all of its names.
 LIMIT_S = 10.0
 MOST_PATTERNS = 1000  # each is tried on each name; real artifacts have ten
@@ -57,20 +58,15 @@ def serving_modules(config: Mapping[str, Any], layers: Iterable[int]) -> list[st
     """VLLM's names of the linear modules of some layers, experts under both of their names."""
     modules = []
     for layer in layers:
-        prefix = f"model.layers.{layer}"
-        modules += [f"{prefix}.attn.{module}" for module in ATTENTION_MODULES]
-        modules += [f"{prefix}.ffn.gate", f"{prefix}.ffn.shared_experts.gate_up_proj"]
-        modules += [f"{prefix}.ffn.shared_experts.down_proj"]
-        ratios = config["compress_ratios"]
-        ratio = ratios[layer] if layer < config["num_hidden_layers"] else 0
-        if ratio > 1:
-            modules += [f"{prefix}.attn.compressor.fused_wkv_wgate"]
-        if ratio == 4:  # noqa: PLR2004 - the ratio that has an indexer
-            modules += [f"{prefix}.attn.indexer.{m}" for m in ("wq_b", "weights_proj")]
-            modules += [f"{prefix}.attn.indexer.compressor.fused_wkv_wgate"]
-        if layer >= config["num_hidden_layers"]:
-            modules += [f"{prefix}.e_proj", f"{prefix}.h_proj"]
-        modules += [f"{prefix}.ffn.experts.0.{p}" for p in (*OLD_PROBES, *NEW_PROBES)]
+        draft = layer >= config["num_hidden_layers"]
+        ratio = 0 if draft else config["compress_ratios"][layer]
+        names = [f"attn.{module}" for module in ATTENTION_MODULES]
+        names += ["ffn.gate", "ffn.shared_experts.gate_up_proj", "ffn.shared_experts.down_proj"]
+        names += ["attn.compressor.fused_wkv_wgate"] if ratio > 1 else []
+        names += [f"attn.indexer.{module}" for module in INDEXER_MODULES] if ratio == SPARSE else []
+        names += ["e_proj", "h_proj"] if draft else []
+        names += [f"ffn.experts.0.{probe}" for probe in (*OLD_PROBES, *NEW_PROBES)]
+        modules += [f"model.layers.{layer}.{name}" for name in names]
     return modules
 
 
@@ -114,12 +110,7 @@ def require_termination(
 ) -> None:
     """Refuse a config with a pattern that does not terminate. Call it from the main thread.
 
-    Args:
-        targets: rules of the groups.
-        ignore: rules of the ignore list.
-        names: that all of them are matched with.
-        rest: that a target is matched with which matches none of these.
-        where: the config, for messages.
+    All rules are matched with ``names``; ``targets`` that match none of them, with ``rest``.
 
     Raises:
         CheckpointUnreadableError: a pattern is longer than MAX_LENGTH, or all of them together take

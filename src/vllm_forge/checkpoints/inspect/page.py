@@ -38,12 +38,11 @@ def show(report: Report, *, modules: bool = False) -> None:
     if not console.is_terminal:
         console = PlainConsole(width=WIDTH)
     console.print(_head(report), soft_wrap=True)
-    console.print(_parts(report))
-    if report.values:
-        console.print(_values(report))
-    if report.findings:
-        console.print(_findings(report))
-    for table in _modules(report) if modules else ():
+    tables = [_parts(report)]
+    tables += [_values(report)] if report.values else []
+    tables += [_findings(report)] if report.findings else []
+    tables += _modules(report) if modules else []
+    for table in tables:
         console.print(table)
     for verdict in report.lines:
         console.print(_sentence(verdict), soft_wrap=True)
@@ -51,12 +50,10 @@ def show(report: Report, *, modules: bool = False) -> None:
 
 def _head(report: Report) -> str:
     size = "" if report.bytes is None else f", {report.bytes / GB:.2f} GB (10^9 bytes)"
-    how = "asked for" if report.asked else "the nearest"
-    artifact = (
-        "like no known artifact"
-        if report.artifact is None
-        else f"compared with the manifest of {report.artifact} ({how})"
-    )
+    artifact = "like no known artifact"
+    if report.artifact is not None:
+        how = "asked for" if report.asked else "the nearest"
+        artifact = f"compared with the manifest of {report.artifact} ({how})"
     return (
         f"[bold]{escape(report.place)}[/]: {report.tensors} tensors in {report.shards} shards{size}"
         f"\ndrafter: {report.drafter}, {report.draft_tensors} tensors under mtp.; "

@@ -16,24 +16,10 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
-from vllm_forge.checkpoints.architecture import (
-    Group,
-    Quantization,
-    Rules,
-    dspark_tensors,
-    has_dspark,
-    main_tensors,
-    mtp_tensors,
-    require_deepseek_v4,
-)
+from vllm_forge.checkpoints import architecture
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
-from vllm_forge.checkpoints.inspect.matching import (
-    MOST_PATTERNS,
-    asked_names,
-    is_pattern,
-    require_termination,
-)
+from vllm_forge.checkpoints.inspect import matching
 from vllm_forge.checkpoints.tensors import TensorSpec
 
 DRAFT = "mtp."
@@ -110,9 +96,9 @@ def drafter_of(names: Iterable[str]) -> Drafter:
 
 def draft_tensors(config: Mapping[str, Any], drafter: Drafter) -> Iterator[TensorSpec]:
     if drafter is Drafter.MTP:
-        yield from mtp_tensors(config)
-    elif drafter is Drafter.DSPARK and has_dspark(config):
-        yield from dspark_tensors(config)
+        yield from architecture.mtp_tensors(config)
+    elif drafter is Drafter.DSPARK and architecture.has_dspark(config):
+        yield from architecture.dspark_tensors(config)
 
 
 def alias_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
@@ -141,24 +127,16 @@ class Format(StrEnum):
 
 @dataclass(frozen=True)
 class Piece:
-    """One stored tensor of a weight.
+    """One stored tensor of a weight."""
 
-    Attributes:
-        suffix: after the module's name, e.g. ``weight_scale``.
-        dtypes: safetensors names that are right; the first one is what our tools write.
-        block: rows and columns of the weight for each of its elements.
-        fixed: its shape where that does not depend on the weight's. () is a scalar; lists of one
-            element are taken too (tests/patches/test_global_scale_shape.py), and reported.
-        optional: some writers leave it out.
-        converted: dtypes that are not right, and that vLLM's copy turns into the right one without
-            a change of meaning (inspection.KEEP).
-    """
-
-    suffix: str
-    dtypes: tuple[str, ...]
-    block: tuple[int, int] = (1, 1)
+    suffix: str  # after the module's name, e.g. `weight_scale`
+    dtypes: tuple[str, ...]  # that are right; the first one is what our tools write
+    block: tuple[int, int] = (1, 1)  # rows and columns of the weight for each of its elements
+    # Its shape where that does not depend on the weight's. () is a scalar; lists of one element
+    # are taken too (tests/patches/test_global_scale_shape.py), and reported.
     fixed: tuple[int, ...] | None = None
-    optional: bool = False
+    optional: bool = False  # some writers leave it out
+    # Not right, and turned into the right one by vLLM's copy, with their meaning: inspection.KEEP.
     converted: tuple[str, ...] = ()
 
 
@@ -194,11 +172,8 @@ PIECES: dict[Format, tuple[Piece, ...]] = {
         Piece("scale", ("F8_E8M0",), (1, 32), converted=("U8",)),
     ),
 }
-SUFFIXES = {piece.suffix for pieces in PIECES.values() for piece in pieces} | {
-    "weight_scale_inv",
-    "weight_zero_point",
-    "weight_g_idx",
-}
+SUFFIXES = {"weight_scale_inv", "weight_zero_point", "weight_g_idx"}
+SUFFIXES |= {piece.suffix for pieces in PIECES.values() for piece in pieces}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,19 +233,19 @@ class Profile(Checkpoint):
     def __post_init__(self) -> None:
         """Refuse another model, and patterns that do not terminate."""
         where = f"{self.source}, config.json"
-        require_deepseek_v4(self.model, where)
+        architecture.require_deepseek_v4(self.model, where)
         targets = [rule for group in self.groups.values() for rule in group.targets or ()]
-        patterns = sum(map(is_pattern, [*self.ignore, *targets]))
-        if patterns > MOST_PATTERNS:
+        patterns = sum(map(matching.is_pattern, [*self.ignore, *targets]))
+        if patterns > matching.MOST_PATTERNS:
             raise CheckpointUnreadableError(
-                f"quantization_config has {patterns} patterns, more than {MOST_PATTERNS}",
+                f"quantization_config has {patterns} patterns, more than {matching.MOST_PATTERNS}",
                 where=where,
                 remedy="write one pattern for the modules of all layers",
             )
         if self.groups:
             names = [*self.modules, *(f"model.{module}" for module in self.modules)]
-            asked = asked_names(self.model, self.blocks)
-            require_termination(targets, self.ignore, asked, names, where)
+            asked = matching.asked_names(self.model, self.blocks)
+            matching.require_termination(targets, self.ignore, asked, names, where)
 
     @cached_property
     def model(self) -> Mapping[str, Any]:
@@ -306,8 +281,8 @@ class Profile(Checkpoint):
         return {**quantization, "quant_method": spelled}
 
     @cached_property
-    def groups(self) -> dict[str, Group]:
-        return Quantization.model_validate(self.quantization).config_groups or {}
+    def groups(self) -> dict[str, architecture.Group]:
+        return architecture.Quantization.model_validate(self.quantization).config_groups or {}
 
     @property
     def ignore(self) -> list[str]:
@@ -315,9 +290,8 @@ class Profile(Checkpoint):
         return list(self.quantization.get("ignore") or ())
 
     @cached_property
-    def ignored(self) -> Rules:
-        """The same, to be matched."""
-        return Rules(self.ignore)
+    def ignored(self) -> architecture.Rules:
+        return architecture.Rules(self.ignore)
 
     @property
     def malformed(self) -> str | None:
@@ -352,7 +326,7 @@ class Profile(Checkpoint):
     @cached_property
     def main(self) -> dict[str, TensorSpec]:
         """The unquantized model's tensors by name, drafter left out."""
-        return {tensor.name: tensor for tensor in main_tensors(self.model)}
+        return {tensor.name: tensor for tensor in architecture.main_tensors(self.model)}
 
     @cached_property
     def draft(self) -> dict[str, TensorSpec]:

@@ -13,7 +13,7 @@ Needs the environment of docker/locks/quantize.txt.
 import copy
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,12 +183,9 @@ class LayerQuantizer:
 
     def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
         """``quantization_config`` of config.json, with vLLM's module names."""
-        groups = {
-            f"group_{number}": scheme_of(group, group.serve)
-            for number, group in enumerate(self.recipe.group)
-        }
+        schemes = [scheme_of(group, group.serve) for group in self.recipe.group]
         config = QuantizationConfig(
-            config_groups=groups,
+            config_groups=_numbered(schemes),
             ignore=list(ignore),
             format=MIXED,
             quantization_status="compressed",
@@ -231,11 +228,8 @@ class LayerQuantizer:
         return int(self.config.hc_mult * self.config.hidden_size * torch.bfloat16.itemsize)
 
     def _modifier(self) -> QuantizationModifier:
-        groups = {
-            f"group_{number}": scheme_of(group, group.calibrate)
-            for number, group in enumerate(self.recipe.group)
-        }
-        return QuantizationModifier(config_groups=groups, ignore=[])
+        schemes = [scheme_of(group, group.calibrate) for group in self.recipe.group]
+        return QuantizationModifier(config_groups=_numbered(schemes), ignore=[])
 
     def _fill(self, model: OneLayer, weights: Mapping[str, StoredTensor]) -> dict[str, str]:
         """Load the weights; return upstream module name by transformers' module name."""
@@ -275,6 +269,10 @@ def scheme_of(group: Group, targets: Sequence[str]) -> QuantizationScheme:
     # Said, because inferring it takes only torch's own Linear (compressed-tensors 0.19.0,
     # compressors/base.py: COMPRESSIBLE_MODULE_TYPES), and wo_a is a subclass of it.
     return scheme.model_copy(update={"format": group.format})
+
+
+def _numbered(schemes: Iterable[QuantizationScheme]) -> dict[str, QuantizationScheme]:
+    return {f"group_{number}": scheme for number, scheme in enumerate(schemes)}
 
 
 def _item(name: str, value: torch.Tensor) -> TensorToWrite:

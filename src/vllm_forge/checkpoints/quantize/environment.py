@@ -46,13 +46,10 @@ SETTINGS = {
 }
 
 
-def python_of(project: Project) -> Path:
-    return project.root / FOLDER / "bin" / "python"
-
-
 def prepare(project: Project) -> Path:
     """Make the environment, unless it is there and current; return its interpreter."""
     folder, lock = project.root / FOLDER, project.root / LOCK
+    python = folder / "bin" / "python"
     _check_lock(project)
     patches = read_series(project.root / SERIES)
     parts = [lock.read_bytes(), sys.version.encode()]
@@ -60,24 +57,23 @@ def prepare(project: Project) -> Path:
     stamp = folder / hashlib.sha256(b"\0".join(parts)).hexdigest()
     with exclusive("tools-quantize", wait=True):
         if stamp.exists():
-            return python_of(project)
+            return python
         require_disk(folder, BYTES)
         with report("install the quantization tools"):
             _uv("venv", "--clear", f"--python={sys.executable}", str(folder))
-            python = f"--python={python_of(project)}"
-            _uv("pip", "install", python, "--require-hashes", f"--requirements={lock}")
-            _uv("pip", "install", python, "--no-deps", f"--editable={project.root}")
+            install = ("pip", "install", f"--python={python}")
+            _uv(*install, "--require-hashes", f"--requirements={lock}")
+            _uv(*install, "--no-deps", f"--editable={project.root}")
             patch_installed(next((folder / "lib").glob("python3.*/site-packages")), patches)
         stamp.touch()
-    return python_of(project)
+    return python
 
 
 def enter(project: Project, argv: list[str]) -> None:
     """Become ``python -m vllm_forge <argv>`` of the environment, unless we are it already."""
-    python = python_of(project)
     if Path(sys.prefix).resolve() == (project.root / FOLDER).resolve():
         return
-    prepare(project)
+    python = prepare(project)
     os.execve(python, [str(python), "-m", "vllm_forge", *argv], {**SETTINGS, **os.environ})  # noqa: S606
 
 

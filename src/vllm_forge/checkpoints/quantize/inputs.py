@@ -6,6 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,29 +45,23 @@ def open_model(folder: Path) -> Checkpoint:
             are missing, unknown, of the wrong shape, or of a dtype that has lost precision already.
     """
     checkpoint = Checkpoint.open(folder)
+    refused = partial(ModelInputError, where=str(folder))
     require_deepseek_v4(checkpoint.config, str(folder))
     if any(checkpoint.config.get(key) is not None for key in QUANTIZED):
-        raise ModelInputError(
-            "the model is quantized already",
-            where=str(folder),
-            remedy="start from the BF16 model: convert the published FP8 one first",
-        )
+        remedy = "start from the BF16 model: convert the published FP8 one first"
+        raise refused("the model is quantized already", remedy=remedy)
     unlisted = checkpoint.index is None and len(checkpoint.shards) > 1
     for missing in (INDEX,) if unlisted else checkpoint.missing_shards:
-        raise ModelInputError(f"missing {missing}", where=str(folder), remedy="fetch it again")
-    if checkpoint.misplaced:
-        raise ModelInputError(
-            f"{INDEX} does not match the shards: {len(checkpoint.misplaced)} tensors are not where "
-            f"it says, e.g. {checkpoint.misplaced[0]}",
-            where=str(folder),
-            remedy="fetch index and shards of the same revision",
-        )
+        raise refused(f"missing {missing}", remedy="fetch it again")
+    if names := checkpoint.misplaced:
+        where = f"{len(names)} tensors are not where it says, e.g. {names[0]}"
+        remedy = "fetch index and shards of the same revision"
+        raise refused(f"{INDEX} does not match the shards: {where}", remedy=remedy)
     if problems := list(_problems(checkpoint)):
         shown = [f"  - {problem}" for problem in problems[:SHOWN]]
         shown += [f"  and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise ModelInputError(
+        raise refused(
             "\n".join(["not the tensors that config.json describes:", *shown]),
-            where=str(folder),
             remedy="an interrupted download, or a conversion that dropped or changed tensors: "
             "make the BF16 model again",
         )
@@ -213,26 +208,24 @@ def calibrate_with(choice: str, recipe: Recipe, model: Path) -> Calibration:
 
 def read_conversations(path: Path, samples: int) -> list[Conversation]:
     """The first conversations of a JSONL file; RecipeError for too few, or another form."""
+    refused = partial(RecipeError, where=str(path)[:CHARACTERS])
     try:
         lines = read_plain(path.resolve(), MOST_BYTES).decode("utf-8").split("\n")
         rows = [parse_json(line)["messages"] for line in lines if line.strip()]
         for row in rows:
             _check(row)
     except FileNotFoundError:
-        raise RecipeError("there is no such file of conversations", where=str(path)) from None
+        raise refused("there is no such file of conversations") from None
     except OSError as error:
-        what = f"the file of conversations cannot be read: {error.strerror}"
-        raise RecipeError(what, where=str(path)[:CHARACTERS]) from None
+        raise refused(f"the file of conversations cannot be read: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RecipeError(
+        raise refused(
             f"not a file of conversations: {type(error).__name__}: {error}",
-            where=str(path),
             remedy='one JSON object per line: {"messages": [{"role": ..., "content": ...}, ...]}',
         ) from None
     if len(rows) < samples:
-        raise RecipeError(
+        raise refused(
             f"the recipe asks for {samples} conversations, here are {len(rows)}",
-            where=str(path),
             remedy="name a larger file with --data, or let ultrachat be reached",
         )
     return rows[:samples]

@@ -3,23 +3,29 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from vllm_forge.errors import suggestion
 from vllm_forge.kernels.coverage.device_code import Capability, parse_capability
-from vllm_forge.kernels.coverage.families import (
-    FINE,
-    Coverage,
-    Exemption,
-    Need,
-    SitePackages,
-    needed,
-)
-from vllm_forge.kernels.errors import ContractError, StaleExceptionError
+from vllm_forge.kernels.coverage.families import FINE, Coverage, Exemption, Need, SitePackages
+from vllm_forge.kernels.errors import ContractError, StaleExceptionError, UnknownFamilyError
 from vllm_forge.kernels.selection.model import Answer, Layers
 
+T = TypeVar("T")
 PRESET = "preset/"
 COUNTED = re.compile(r" in \d+$")  # "SchemeA in 3, SchemeB in 40", where layers differ
 NOT_MADE = Coverage(verdict="missing", codes=(), detail="it is not made for such a GPU")
+
+
+def needed(table: dict[str, T], chosen: str, what: str) -> T:
+    """The row of what vLLM chose in a table of Need; ``what`` for the message."""
+    if chosen not in table:
+        raise UnknownFamilyError(
+            f"missing row for {what} {chosen!r}{suggestion(chosen, table)}",
+            where="src/vllm_forge/kernels/coverage/families.toml, [need]",
+            remedy="add a row with the families it needs",
+        )
+    return table[chosen]
 
 
 def families_of(answer: Answer, need: Need) -> dict[str, str]:
@@ -29,12 +35,10 @@ def families_of(answer: Answer, need: Need) -> dict[str, str]:
     modules = [text for part in parts for text in part.modules.values()]
     schemes = {COUNTED.sub("", scheme) for text in modules for scheme in text.split(", ")}
     others = sorted(schemes.difference(scheme for scheme, _ in experts))
-    choices = (
-        (need.attention, answer.attention, "attention"),
-        (need.linear, answer.linear, "linear"),
-    )
+    attention, linear = answer.attention, answer.linear
     backends = [
-        *((table, choice.chosen, kind) for table, choice, kind in choices if choice is not None),
+        (need.attention, attention.chosen if attention else None, "attention"),
+        (need.linear, linear.chosen if linear else None, "linear"),
         *((need.modules, scheme, "layers with") for scheme in others),
     ]
     families = {
@@ -163,11 +167,8 @@ def line_record(
     def cell(family: str, capability: str, of_cell: Contract | None) -> dict[str, Any]:
         findings = () if of_cell is None else of_cell.findings
         finding = next((row for row in findings if row.family == family), None)
-        coverage = (
-            finding.coverage
-            if finding
-            else contents.coverage(family, parse_capability(capability), line)
-        )
+        gpu = parse_capability(capability)
+        coverage = finding.coverage if finding else contents.coverage(family, gpu, line)
         return {
             "verdict": coverage and coverage.verdict,
             "codes": list(coverage.codes) if coverage else [],

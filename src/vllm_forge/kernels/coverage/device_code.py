@@ -45,7 +45,6 @@ FAMILIES: dict[Capability, frozenset[Capability]] = {
     (12, 1): frozenset({(12, 1)}),
 }
 
-Compression: TypeAlias = Literal["", "lz4", "zstd"]
 ELF_MAGIC = b"\x7fELF\x02\x01"  # 64 bits, little endian
 NO_BYTES = (0, 8)  # SHT_NULL, SHT_NOBITS: nothing in the file
 SYMBOLS = 2  # SHT_SYMTAB
@@ -66,7 +65,7 @@ LTO = 1 << 16
 EXACT, FAMILY = 1 << 20, 1 << 21
 NEW_ABI = 1 << 24  # set for cubins from sm_100 on
 KNOWN = BITS_64 | DEBUG | LINUX | LZ4 | ZSTD | LTO | EXACT | FAMILY | NEW_ABI
-COMPRESSIONS: dict[int, Compression] = {0: "", LZ4: "lz4", ZSTD: "zstd"}
+COMPRESSIONS = {0: "", LZ4: "lz4", ZSTD: "zstd"}
 
 _FATBIN = struct.Struct("<IHHQ")
 _ENTRY = struct.Struct("<HHIQIIHHIIIQQQ")
@@ -149,8 +148,7 @@ class Code:
     size: int  # of the payload, with its padding
     stored: int  # of the payload's compressed stream; `size` if not compressed
     unpacked: int  # when decompressed; `size` if not compressed
-    compression: Compression
-    module: int  # which fatbin of the file it belongs to, counted from 0 in file order
+    compression: str  # of COMPRESSIONS
     section: str
 
 
@@ -204,16 +202,13 @@ def device_code(buffer: bytes | mmap, name: str = "") -> list[Code]:
     by the first eight bytes of a fatbin, and must be complete, else UnknownFatbinError.
     """
     codes: list[Code] = []
-    if not is_elf(buffer):
-        return codes
-    module = 0
-    for section in sorted(sections(buffer), key=lambda section: section.offset):
+    found = sections(buffer) if is_elf(buffer) else []
+    for section in sorted(found, key=lambda section: section.offset):
         if section.executable:
             continue  # code that writes a fatbin has its first bytes as constants
         scan = _Scan(buffer, section, name)
         for start, end in scan.fatbins():
-            codes += scan.entries(start, end, module)
-            module += 1
+            codes += scan.entries(start, end)
     return codes
 
 
@@ -256,7 +251,7 @@ class _Scan:
             raise self._unknown("a fatbin that is longer than its section", at)
         return end
 
-    def entries(self, start: int, end: int, module: int) -> Iterator[Code]:
+    def entries(self, start: int, end: int) -> Iterator[Code]:
         at = start + _FATBIN.size
         while at < end:
             if end - at < _ENTRY.size:
@@ -264,18 +259,16 @@ class _Scan:
             row = _ENTRY.unpack_from(self.buffer, at)
             kind, version, header, size, packed, _, _, _, arch, _, _, flags, _, unpacked = row
             if kind not in KINDS or version != _ENTRY_VERSION or header < _ENTRY.size:
-                raise self._unknown(
-                    f"an entry of kind {kind}, version {version:#x}, header {header} bytes", at
-                )
+                what = f"an entry of kind {kind}, version {version:#x}, header {header} bytes"
+                raise self._unknown(what, at)
             if flags & ~KNOWN or not flags & BITS_64 or bool(flags & LTO) != (KINDS[kind] == "lto"):
                 raise self._unknown(f"an entry with flags {flags:#x}", at)
             if at + header + size > end:
                 raise self._unknown("an entry that is longer than its fatbin", at)
             compression = COMPRESSIONS.get(flags & (LZ4 | ZSTD))
             if compression is None or bool(compression) != bool(packed) or packed > size:
-                raise self._unknown(
-                    f"an entry with flags {flags:#x} and {packed} compressed bytes", at
-                )
+                what = f"an entry with flags {flags:#x} and {packed} compressed bytes"
+                raise self._unknown(what, at)
             exact, family = bool(flags & EXACT), bool(flags & FAMILY)
             if not 10 <= arch < 1000 or (exact and family):  # noqa: PLR2004 - sm_10 to sm_999
                 raise self._unknown(f"architecture {arch} with flags {flags:#x}", at)
@@ -289,7 +282,6 @@ class _Scan:
                 stored=packed or size,
                 unpacked=unpacked if packed else size,
                 compression=compression,
-                module=module,
                 section=self.section.name,
             )
             at += header + size

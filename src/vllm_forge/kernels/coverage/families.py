@@ -8,22 +8,20 @@ from __future__ import annotations
 import hashlib
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
 from pydantic import AfterValidator, Field, model_validator
 
 from vllm_forge.host import suggestion
 from vllm_forge.kernels.coverage import library
 from vllm_forge.kernels.coverage.device_code import Capability, Kind, Target, device_code, runs_on
-from vllm_forge.kernels.errors import UnknownFamilyError
 from vllm_forge.matrix import FrozenModel
 
-T = TypeVar("T")
 DATA = files("vllm_forge.kernels.coverage") / "families.toml"
 # Best first; a family is as good as the worst of its parts. The first three need no exception.
 CoverageVerdict: TypeAlias = Literal["native", "family", "source", "ptx", "download", "missing"]
@@ -55,9 +53,8 @@ class FamilyPart(FrozenModel):
 
     def applies(self, capability: Capability, line: str) -> bool:
         """Whether it is for that GPU on that line."""
-        return (not self.majors or capability[0] in self.majors) and (
-            not self.lines or line in self.lines
-        )
+        here = not self.majors or capability[0] in self.majors
+        return here and (not self.lines or line in self.lines)
 
 
 class Kernels(FamilyPart):
@@ -220,14 +217,8 @@ class Catalogue(FrozenModel):
     def patterns_of(self, library: str) -> list[str]:
         """The patterns to look for in a library, by its path below site-packages."""
         path = PurePosixPath("/", library)
-        return sorted(
-            {
-                part.match
-                for family in self.family.values()
-                for part in family.kernels
-                if any(path.match(f"/{glob}") for glob in part.libraries)
-            }
-        )
+        parts = [part for family in self.family.values() for part in family.kernels]
+        return sorted({p.match for p in parts if any(path.match(f"/{g}") for g in p.libraries)})
 
 
 @cache
@@ -239,50 +230,30 @@ def digest() -> str:
     return hashlib.sha256(DATA.read_bytes()).hexdigest()
 
 
-def needed(table: dict[str, T], chosen: str, what: str) -> T:
-    """The row of what vLLM chose in a table of Need; ``what`` for the message."""
-    if chosen not in table:
-        raise UnknownFamilyError(
-            f"missing row for {what} {chosen!r}{suggestion(chosen, table)}",
-            where="src/vllm_forge/kernels/coverage/families.toml, [need]",
-            remedy="add a row with the families it needs",
-        )
-    return table[chosen]
-
-
 def worst(verdicts: Iterable[CoverageVerdict]) -> CoverageVerdict:
     return max(verdicts, key=VERDICTS.index)
 
 
-@dataclass(frozen=True)
 class SitePackages:
-    """The site-packages folders of an image, lowest layer first."""
+    """The site-packages folders of an image, lowest layer first; each file is read once."""
 
-    sites: tuple[Path, ...]
-    rows: Catalogue = field(default_factory=catalogue)
-    _libraries: dict[Path, library.LibraryCode] = field(default_factory=dict)
-    _files: dict[str, list[tuple[str, Path]]] = field(default_factory=dict)
-    knows: Callable[[Path, str], bool] = field(default_factory=lambda: cache(_knows))
-    cubin_target: Callable[[Path], Target | None] = field(
-        default_factory=lambda: cache(_cubin_target)
-    )
+    def __init__(self, sites: tuple[Path, ...], rows: Catalogue | None = None) -> None:
+        self.sites, self.rows = sites, rows or catalogue()
+        self.find, self.library = cache(self._find), cache(self._library)
+        self.knows, self.cubin_target = cache(_knows), cache(_cubin_target)
 
-    def find(self, glob: str) -> list[tuple[str, Path]]:
+    def _find(self, glob: str) -> list[tuple[str, Path]]:
         """Path below site-packages and real path of each file; an upper layer hides a lower one."""
-        if glob not in self._files:
-            merged = {
-                path.relative_to(site).as_posix(): path
-                for site in self.sites
-                for path in site.glob(glob)
-                if path.is_file()
-            }
-            self._files[glob] = sorted(merged.items())
-        return self._files[glob]
+        merged = {
+            path.relative_to(site).as_posix(): path
+            for site in self.sites
+            for path in site.glob(glob)
+            if path.is_file()
+        }
+        return sorted(merged.items())
 
-    def library(self, name: str, path: Path) -> library.LibraryCode:
-        if path not in self._libraries:
-            self._libraries[path] = library.library_code(path, self.rows.patterns_of(name))
-        return self._libraries[path]
+    def _library(self, name: str, path: Path) -> library.LibraryCode:
+        return library.library_code(path, self.rows.patterns_of(name))
 
     def libraries(self) -> dict[str, dict[str, Any]]:
         """Every library with device code: its size, and bytes per target, by path."""
