@@ -12,6 +12,7 @@ absurd would end in a traceback, or fill the memory. Limits are far above any mo
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from itertools import chain
 from typing import Annotated, Any, Self
 
 from packaging.version import Version
@@ -258,8 +259,7 @@ def main_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
 
 
 def all_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
-    yield from main_tensors(config)
-    yield from draft_tensors(config)
+    return chain(main_tensors(config), draft_tensors(config))
 
 
 def draft_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:

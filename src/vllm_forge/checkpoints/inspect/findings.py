@@ -85,9 +85,8 @@ def finding(fault: str, what: str = "", **changes: Any) -> Finding:
 def by_scope(names: Iterable[str]) -> Iterator[tuple[Scope, list[str]]]:
     """Stored names by the model that they belong to; a scope without names is left out."""
     names = list(names)
-    for scope in Scope:
-        own = [name for name in names if name.startswith(DRAFTS) == (scope is Scope.DRAFT)]
-        if own:
+    for scope, draft in ((Scope.TARGET, False), (Scope.DRAFT, True)):
+        if own := [name for name in names if name.startswith(DRAFTS) is draft]:
             yield scope, own
 
 

@@ -26,7 +26,7 @@ DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
     "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "F4": "float4_e2m1fn_x2",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16",
 }  # fmt: skip
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 ARGUMENTS = ("--kv-cache-dtype=fp8", "--max-model-len=4096", "--load-format=dummy")

@@ -15,7 +15,6 @@ import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +44,13 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
 from vllm_forge.checkpoints.architecture import MODEL_TYPE
 from vllm_forge.checkpoints.errors import QuantizedOutputError
+from vllm_forge.checkpoints.inspect import meta_load
 from vllm_forge.checkpoints.quantize.inputs import AUTO, Group, Recipe
 from vllm_forge.checkpoints.quantize.work import Hidden
 from vllm_forge.checkpoints.tensors import StoredTensor, TensorToWrite
 from vllm_forge.errors import UsageError
 
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I8": torch.int8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "U8": torch.uint8,
-}
+DTYPES = {name: getattr(torch, dtype) for name, dtype in meta_load.DTYPES.items()}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MIXED = "mixed-precision"
 # Said of a scale that nothing was observed for (llmcompressor, quantization/calibration.py).
@@ -83,7 +75,7 @@ class OneLayer(torch.nn.Module):  # type: ignore[misc]  # the tools have no type
         self.model.layers = torch.nn.ModuleDict({str(index): layer})
         self.config, self.index = config, index
         self.rotary = [rotary]  # in a list: not a submodule
-        self.sink: Callable[[bytes], None]
+        self.sink: Callable[[bytes], object]
 
     def forward(self, hidden_states: torch.Tensor, input_ids: torch.Tensor) -> None:
         """[1, tokens, streams, hidden] in; what comes out goes to the sink."""
@@ -111,21 +103,12 @@ class OneLayer(torch.nn.Module):  # type: ignore[misc]  # the tools have no type
         self.sink(tensor_bytes(out))
 
 
-@dataclass(frozen=True)
-class Batches:
+def _batches(hidden: Hidden, config: DeepseekV4Config) -> Iterator[dict[str, torch.Tensor]]:
     """The samples, one at a time from the disk; in place of a data loader."""
-
-    hidden: Hidden
-    config: DeepseekV4Config
-
-    def __len__(self) -> int:
-        return len(self.hidden.tokens)
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for number, row in enumerate(self.hidden.tokens):
-            states = torch.frombuffer(self.hidden.read(number), dtype=torch.bfloat16)
-            shape = (1, len(row), self.config.hc_mult, self.config.hidden_size)
-            yield {"hidden_states": states.view(shape), "input_ids": torch.tensor([list(row)])}
+    for number, row in enumerate(hidden.tokens):
+        states = torch.frombuffer(hidden.read(number), dtype=torch.bfloat16)
+        shape = (1, len(row), config.hc_mult, config.hidden_size)
+        yield {"hidden_states": states.view(shape), "input_ids": torch.tensor([list(row)])}
 
 
 def load_tensor(stored: StoredTensor) -> torch.Tensor:
@@ -200,7 +183,7 @@ class LayerQuantizer:
     def embed(self, weight: StoredTensor, tokens: Sequence[Sequence[int]], path: Path) -> None:
         """Write the first layer's input: each token's embedding, once per stream."""
         table = load_tensor(weight)
-        with Hidden.write(path, tokens, self._token_bytes) as sink:
+        with Hidden(path, tokens, self._token_bytes).write() as sink:
             for row in tokens:
                 embedded = table[torch.tensor([list(row)])]
                 streams = embedded.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
@@ -217,9 +200,9 @@ class LayerQuantizer:
         """See work.Engine."""
         model = OneLayer(self.config, index, self.rotary)
         names = self._fill(model, weights)
-        with Hidden.write(target, tokens, self._token_bytes) as sink:
+        with Hidden(target, tokens, self._token_bytes).write() as sink:
             model.sink = sink
-            batches = Batches(Hidden(source, tokens, self._token_bytes), self.config)
+            batches = _batches(Hidden(source, tokens, self._token_bytes), self.config)
             self._calibrate(model.to(self.device), batches)
         return list(self._compressed(model, names))
 
@@ -241,7 +224,7 @@ class LayerQuantizer:
         model.load_state_dict(state, strict=True, assign=True)
         return names
 
-    def _calibrate(self, model: OneLayer, batches: Batches) -> None:
+    def _calibrate(self, model: OneLayer, batches: Iterator[dict[str, torch.Tensor]]) -> None:
         with _warnings() as warnings, create_session() as session, moe_calibration_context():
             with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
                 recipe = CompressorRecipe.from_modifiers([self._modifier()])

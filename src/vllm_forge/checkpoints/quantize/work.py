@@ -19,6 +19,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder, read_header
+from vllm_forge.checkpoints.codecs.small_floats import e4m3_decode
 from vllm_forge.checkpoints.errors import QuantizedOutputError, ResumeError
 from vllm_forge.checkpoints.quantize.inputs import Calibration, Recipe, alias_names
 from vllm_forge.checkpoints.tensors import (
@@ -47,7 +48,6 @@ LEAVES: dict[str, dict[str, str]] = {
 SCALES = ("weight_scale", "weight_global_scale", "input_global_scale")
 # vLLM takes w1's for both, with a warning at most (0.26.0, compressed_tensors_moe_w4a4_nvfp4.py).
 SHARED = ("weight_global_scale", "input_global_scale")
-F8_NOT_A_NUMBER = 0x7F
 # Not part of a quantized artifact: other weights, and what describes the source as a repository.
 LEFT_OUT = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".md"}
 
@@ -219,18 +219,15 @@ class Hidden:
                 raise ResumeError(f"sample {sample} is cut off", where=str(self.path))
         return data
 
-    @classmethod
     @contextmanager
-    def write(
-        cls, path: Path, tokens: Sequence[Sequence[int]], token_bytes: int
-    ) -> Iterator[Callable[[bytes], None]]:
+    def write(self) -> Iterator[Callable[[bytes], object]]:
         """Yield what takes the states of each sample in turn; the file appears when all are in."""
-        with atomic_path(path) as aside, aside.open("wb") as file:
-            yield lambda data: (file.write(data), None)[1]
+        with atomic_path(self.path) as aside, aside.open("wb") as file:
+            yield file.write
             file.flush()
             os.fsync(file.fileno())
-            if file.tell() != sum(len(row) for row in tokens) * token_bytes:
-                raise ValueError(f"{path.name}: {file.tell()} bytes of hidden states")
+            if file.tell() != sum(len(row) for row in self.tokens) * self.token_bytes:
+                raise ValueError(f"{self.path.name}: {file.tell()} bytes of hidden states")
 
 
 def check_layer(
@@ -264,13 +261,12 @@ def _bad_scales(made: Sequence[TensorToWrite]) -> Iterator[str]:
         if item.name.rpartition(".")[2] not in SCALES:
             continue
         if item.dtype == "F8_E4M3":
-            codes = np.frombuffer(item.data(), np.uint8)
-            good = (codes > 0) & (codes < F8_NOT_A_NUMBER)
+            values = e4m3_decode(np.frombuffer(item.data(), np.uint8))
         else:
             bf16 = item.dtype == "BF16"
             words = np.frombuffer(item.data(), "<u2" if bf16 else "<u4").astype("<u4")
             values = (words << 16 if bf16 else words).view("<f4")
-            good = np.isfinite(values) & (values > 0)
+        good = np.isfinite(values) & (values > 0)
         if not good.all():
             yield f"{item.name}: {(~good).sum()} scales are zero, negative or not finite"
 
