@@ -37,7 +37,9 @@ def hub(card: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 
 def test_a_folder_is_one(card: Path) -> None:
-    assert find_source(str(card)) == Folder(card)
+    source = find_source(str(card))
+    assert isinstance(source, Folder)
+    assert (source.path, source.files) == (card, Folder(card).files)
 
 
 def test_an_index_alone_gives_names(card: Path) -> None:
