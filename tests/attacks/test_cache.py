@@ -12,7 +12,7 @@ import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,9 @@ from tests.support.project import Project, make_project
 from vllm_forge.errors import ForgeError
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images import wheel_layers
-from vllm_forge.images.layout import verify
+from vllm_forge.images.errors import ImageCheckError, LayoutError
+from vllm_forge.images.layout import read_image, read_sealed, verify, write_image, write_sealed
+from vllm_forge.images.system import SYSTEM_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -218,6 +220,57 @@ def test_record_with_other_values_is_not_read(
             path.chmod(0o644)
             path.write_bytes(path.read_bytes().replace(b"/opt/venv/bin", b"/opt/evil/bin"))
     assert fast_build(project, "alpha")[0].digest == reference.digests["alpha"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"User": "0:0"}, {"Entrypoint": ["/cache/evil"]}, {"Env": ["LD_PRELOAD=/cache/evil.so"]},
+        {"Cmd": ["--trust-remote-code"]}, {"Healthcheck": None}, {"diff_id": "0" * 64},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)  # fmt: skip
+def test_system_that_was_written_again_is_not_taken(
+    changes: dict[str, Any], reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All its hashes agree with each other, but not with docker/Dockerfile, or the layer's tar."""
+    project = copied(reference, tmp_path)
+    use(project, monkeypatch)
+    (folder,) = project.cache.glob("systems/*")
+    former = folder.rename(tmp_path / "former")
+    image = read_image(former)
+    layers, config = list(image.layers), image.config["config"]
+    if "diff_id" in changes:
+        layers[0] = replace(layers[0], blob=replace(layers[0].blob, **changes))
+    else:
+        config |= changes
+    write_image(folder, layers=layers, config=config, epoch=0, name=SYSTEM_NAME)
+    (former / "root").rename(folder / "root")
+    assert fast_build(project, "alpha")[0].digest == reference.digests["alpha"]
+
+
+def test_engine_that_changes_the_configuration_is_refused(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = reference.project.copy(tmp_path, "layers", "rootfs", "wheels")
+    use(project, monkeypatch)
+    with pytest.raises(ImageCheckError, match="User of the system image is 0:0, the Dockerfile"):
+        fast_build(project, "alpha", FastEngine(User="0:0"))
+    assert not list(project.cache.glob("systems/*"))
+
+
+def test_layer_that_no_engine_could_unpack_is_not_pushed(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record has another ``diff_id``, with the right hash of itself."""
+    project = copied(reference, tmp_path)
+    use(project, monkeypatch)
+    for path in project.cache.glob("layers/*/layer.json"):
+        write_sealed(path, read_sealed(path) | {"diff_id": "0" * 64})
+    image, _ = fast_build(project, "alpha")
+    verify(image)
+    with pytest.raises(LayoutError, match=f"the image says {'0' * 64}"):
+        verify(image, unpacked=True)
 
 
 def test_killed_worker_is_an_error_with_a_remedy(

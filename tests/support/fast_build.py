@@ -19,6 +19,7 @@ from vllm_forge.host import Runner
 from vllm_forge.images import BuildOptions, build_image, plan, resolve, wheel_layers
 from vllm_forge.images.checks import check_names
 from vllm_forge.images.engines import SystemOutput
+from vllm_forge.images.system import dockerfile_config
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
@@ -34,15 +35,6 @@ if TYPE_CHECKING:
 
 OUTSIDE = {"packages", "tree", "stack", "hygiene", "system", "wheel-files"}  # of the layers
 STATUS = b"Package: python3\nStatus: install ok installed\nVersion: 3.13.5-1\n"
-CONFIG = {
-    "Env": ["PATH=/opt/venv/bin:/usr/bin"],
-    "User": "10001:0",
-    "Entrypoint": ["vllm", "serve"],
-    "WorkingDir": "/",
-    "Volumes": {"/cache": {}},
-    "ExposedPorts": {"8000/tcp": {}},
-    "Healthcheck": {"Test": ["CMD", "/opt/venv/bin/python", "-I", "/opt/vllm-forge/health.py"]},
-}
 
 
 def write_tar(path: Path, files: Mapping[str, bytes]) -> str:
@@ -80,7 +72,9 @@ class FastEngine:
     name = "buildah"
     tools: tuple[str, ...] = ()
 
-    def __init__(self) -> None:
+    def __init__(self, **config: Any) -> None:
+        """``config``: what it says of the image beside what the Dockerfile does."""
+        self.config = config
         self.verdict: dict[str, Any] = {"passed": True, "detail": "pretended", "seconds": 0.0}
 
     def present(self) -> bool:
@@ -94,6 +88,8 @@ class FastEngine:
     ) -> None:
         del secrets, work
         runner.run(["buildah", "bud", str(plan.dockerfile)])
+        described = dockerfile_config(plan.dockerfile.read_text(), plan.build_arguments())
+        self.config = described | self.config
 
     def system_output(self, work: Path) -> SystemOutput:
         rootfs = work.parent / "unpacked.tar"
@@ -105,7 +101,7 @@ class FastEngine:
         (root / "bin").mkdir(parents=True)
         (root / "bin" / "sh").write_bytes(b"#!" * 2000)
         return SystemOutput(
-            tars=(rootfs, top), diff_ids=tuple(digests), config=dict(CONFIG), root=root
+            tars=(rootfs, top), diff_ids=tuple(digests), config=self.config, root=root
         )
 
     def loaded(self, *_: object) -> AbstractContextManager[None]:

@@ -73,7 +73,13 @@ from vllm_forge.images.store import (
     stored,
     write_layer,
 )
-from vllm_forge.images.system import System, build_system, load_system, system_folder
+from vllm_forge.images.system import (
+    System,
+    build_system,
+    load_system,
+    require_described,
+    system_folder,
+)
 from vllm_forge.images.wheel_layers import update_record, write_layers
 from vllm_forge.kernels.coverage.contract import Contract
 from vllm_forge.kernels.selection.questions import declared_device
@@ -104,7 +110,6 @@ class Candidate:
 
     image: Image
     layers: tuple[ImageLayer, ...]
-    labels: dict[str, str]
     stack: dict[str, Any]
     folders: tuple[Path, ...]
     shares: tuple[LayerShare, ...]
@@ -225,15 +230,13 @@ def write_patch_layer(plan: ImagePlan, system: System, wheel: PatchedWheel) -> P
 
 def assemble(plan: ImagePlan, wheel: PatchedWheel, patch: PatchLayer) -> Candidate:
     """Write the candidate's layout, and what the checks inside must find."""
-    cell, epoch = plan.cell, plan.cell.base.source_date_epoch
-    image_labels = labels(patch.stack, timestamp(epoch))
-    wheels = wheel_layers(plan)
+    cell, wheels = plan.cell, wheel_layers(plan)
     layers = image_layers(cell, patch, wheels)
     image = write_image(
         plan.candidate,
         layers=layers,
-        config=image_config(plan, patch, image_labels, layers),
-        epoch=epoch,
+        config=image_config(plan, patch.system.config, patch.stack, layers),
+        epoch=cell.base.source_date_epoch,
         name=plan.candidate_name,
     )
     write_inputs(plan.work / "inputs", expectation(cell, patch.stack))
@@ -242,7 +245,6 @@ def assemble(plan: ImagePlan, wheel: PatchedWheel, patch: PatchLayer) -> Candida
     return Candidate(
         image=image,
         layers=layers,
-        labels=image_labels,
         stack=patch.stack,
         folders=tuple(
             layer.files
@@ -285,17 +287,18 @@ def image_layers(
 
 
 def image_config(
-    plan: ImagePlan, patch: PatchLayer, image_labels: dict[str, str], layers: Sequence[ImageLayer]
+    plan: ImagePlan, system: dict[str, Any], stack: dict[str, Any], layers: Sequence[ImageLayer]
 ) -> dict[str, Any]:
     """The ``config`` object: the system's, with the SKU's variables, labels, and the prewarming."""
     prewarm = plan.options.prewarm
     variables = dict(sorted(plan.cell.sku.env.items())) | {BYTECODE: bytecode_place(layers)}
-    config = dict(patch.system.config)
+    config = dict(system)
     if prewarm is not None:
         variables |= dict(sorted(prewarm.environment().items()))
         config["Entrypoint"] = [SCRIPT, *config["Entrypoint"]]
     env = [*config["Env"], *(f"{name}={value}" for name, value in variables.items())]
-    return config | {"Env": env, "Labels": image_labels}
+    created = timestamp(plan.cell.base.source_date_epoch)
+    return config | {"Env": env, "Labels": labels(stack, created)}
 
 
 def bytecode_place(layers: Sequence[ImageLayer]) -> str:
@@ -344,15 +347,16 @@ def check_outside(
     plan: ImagePlan, selection: SelectionRecord | None, candidate: Candidate
 ) -> tuple[Contract | None, dict[str, Any]]:
     """What needs no running: the contract; config, labels, hashes of blobs; the layers' files."""
-    contract = None
+    system, contract = load_system(plan.system_key).config, None
+    require_described(plan, system)
+    config = image_config(plan, system, candidate.stack, candidate.layers)
     if selection is not None:
         contract = image_contract(
             plan.cell, selection, contents_of(candidate.folders, plan.cell.line.python)
         )
         contract.check()
     try:
-        prewarmed = plan.options.prewarm is not None
-        check_layout(candidate.image, candidate.labels, prewarmed=prewarmed)
+        check_layout(candidate.image, config)
     except LayoutError:
         # The cache was touched: forget what is damaged, so that the next build is whole.
         forget_damaged(layer.blob for layer in candidate.layers)

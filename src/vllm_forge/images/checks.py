@@ -14,7 +14,6 @@ from vllm_forge.host import console, parse_json, remove
 from vllm_forge.images.content import wheel_groups
 from vllm_forge.images.errors import ImageCheckError, SizeBudgetError
 from vllm_forge.images.layout import Image, verify
-from vllm_forge.images.prewarm import SCRIPT
 from vllm_forge.images.store import require_stored
 from vllm_forge.images.wheels import site_packages
 from vllm_forge.kernels.coverage.contract import Contract, contract, line_record
@@ -126,27 +125,20 @@ def judge(outputs: Sequence[str], names: frozenset[str]) -> dict[str, Any]:
     return verdicts
 
 
-def check_layout(image: Image, wanted_labels: dict[str, str], *, prewarmed: bool = False) -> None:
-    """The parts that need no running: blobs, user, entrypoint, labels, health check, volume.
+def check_layout(image: Image, config: dict[str, Any]) -> None:
+    """The parts that need no running: blobs, and the ``config`` object that was to be written.
 
     Raises:
         LayoutError: a blob does not match its digest.
         ImageCheckError: the config differs from what a build writes.
     """
     verify(image)
-    config = image.config["config"]
-    user = str(config.get("User", ""))
-    problems = []
-    if user.partition(":")[0] in {"", "0", "root"}:
-        problems.append(f"user is {user!r}")
-    if config.get("Entrypoint") != [*([SCRIPT] if prewarmed else []), "vllm", "serve"]:
-        problems.append(f"entrypoint is {config.get('Entrypoint')}")
-    if "/cache" not in (config.get("Volumes") or {}):
-        problems.append("no /cache volume")
-    if not config.get("Healthcheck"):
-        problems.append("no health check")
-    if config.get("Labels") != wanted_labels:
-        problems.append("labels are not those of this build")
+    actual = image.config["config"]
+    problems = [
+        f"{key} is {actual.get(key)}, expected {config.get(key)}"
+        for key in sorted(actual.keys() | config.keys())
+        if actual.get(key) != config.get(key)
+    ]
     if len(image.config["rootfs"]["diff_ids"]) != len(image.manifest["layers"]):
         problems.append("layers and diff_ids do not match")
     if problems:

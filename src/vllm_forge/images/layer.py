@@ -13,6 +13,7 @@ Files that are not as a wheel holds them (device code left out, see ``wheel_laye
 compressed. They go into a tar of one zstd frame, made by the zstd of the pinned ``zstandard``.
 """
 
+import gzip
 import hashlib
 import os
 import struct
@@ -54,6 +55,16 @@ class LayerBlob:
     diff_id: str
     size: int
     media_type: str = GZIP
+
+
+def plain_digest(layer: LayerBlob) -> str:
+    """The ``diff_id`` by the blob itself, hex; empty for one that cannot be unpacked."""
+    opener = gzip.open if layer.media_type == GZIP else zstandard.open
+    try:
+        with opener(layer.path, "rb") as tar:
+            return hashlib.file_digest(tar, "sha256").hexdigest()
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError):
+        return ""
 
 
 def stamp(path: Path, mode: int, crc: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_forge.host import READ_ONLY, atomic_path, link_or_copy, parse_json, read_plain
 from vllm_forge.images.errors import LayoutError
-from vllm_forge.images.layer import LayerBlob
+from vllm_forge.images.layer import LayerBlob, plain_digest
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
@@ -183,8 +183,11 @@ def _hashed(blob: Path) -> bytes:
     return content
 
 
-def verify(image: Image) -> None:
-    """Hash every blob of an image. Raises LayoutError: the SHA-256 of a blob is not its name."""
+def verify(image: Image, *, unpacked: bool = False) -> None:
+    """Hash every blob of an image; ``unpacked``: layers also without their compression.
+
+    Raises LayoutError: the SHA-256 of a blob is not its name, or not its ``diff_id``.
+    """
     digests = [image.digest, image.manifest["config"]["digest"]]
     digests += [layer["digest"] for layer in image.manifest["layers"]]
     for digest in digests:
@@ -195,6 +198,14 @@ def verify(image: Image) -> None:
                 f"blob {path.name} has sha256 {actual}",
                 where=str(path),
                 remedy="the layout was changed after the build: delete it and build again",
+            )
+    for layer in image.layers if unpacked else ():
+        if (actual := plain_digest(layer.blob)) != layer.blob.diff_id:
+            raise LayoutError(
+                f"the layer is sha256 {actual} when unpacked; the image says {layer.blob.diff_id}",
+                where=str(layer.blob.path),
+                remedy="the cache was damaged when this image was built: delete the layout, run "
+                "nox -s forge -- clean --all, and build again",
             )
 
 

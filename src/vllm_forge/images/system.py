@@ -11,17 +11,18 @@ import re
 import subprocess
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import READ_ONLY, Runner, atomic_path, cache_root, remove, which
 from vllm_forge.host.errors import CacheError
 from vllm_forge.images.engines import SystemOutput
-from vllm_forge.images.errors import BaseImageError, LayoutError
-from vllm_forge.images.layer import LayerBlob
+from vllm_forge.images.errors import BaseImageError, ImageCheckError, LayoutError
+from vllm_forge.images.layer import LayerBlob, plain_digest
 from vllm_forge.images.layout import (
     ImageLayer,
     file_digest,
@@ -63,6 +64,7 @@ SYSTEM_FORMAT = 3
 CONFIG_KEYS = frozenset(
     {"Env", "User", "Entrypoint", "WorkingDir", "Volumes", "ExposedPorts", "Healthcheck"}
 )
+NANOSECONDS = {"s": 10**9, "m": 60 * 10**9}  # engines count times in them
 SYSTEM_NAME = "localhost/vllm-forge-system:kept"
 NOTES = "io.vllm-forge.system"  # a label; not of images
 CA_BUNDLES = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/pki/tls/certs/ca-bundle.crt"))
@@ -244,7 +246,7 @@ def build_system(plan: ImagePlan, runner: Runner) -> str:
     # What of this host the Dockerfile's RUN may read.
     secrets = {} if bundle is None else {"ca": bundle}
     with runner.exclusive("system"):
-        if not refresh and _is_kept(key):
+        if not refresh and _is_kept(plan):
             return key
         if (layout := plan.base.layout) is not None:
             if refresh or not _whole(layout):
@@ -257,18 +259,77 @@ def build_system(plan: ImagePlan, runner: Runner) -> str:
         plan.engine.build_system(runner, plan, secrets, work)
         runner.act(
             f"keep the system image in {system_folder(key)}",
-            lambda: _keep(plan.engine.system_output(work), plan.base, system_folder(key)),
+            lambda: _keep(plan, plan.engine.system_output(work)),
         )
     return key
 
 
-def _is_kept(key: str) -> bool:
-    """Whether the system image of that key is there; a damaged one is made again."""
+def _is_kept(plan: ImagePlan) -> bool:
+    """Whether the system image is there; one that is damaged or was changed is made again."""
     try:
-        load_system(key)
-    except CacheError:
+        system = load_system(plan.system_key)
+        require_described(plan, system.config)
+    except (CacheError, ImageCheckError):
         return False
-    return True
+    return all(plain_digest(layer.blob) == layer.blob.diff_id for layer in system.layers)
+
+
+def require_described(plan: ImagePlan, config: Mapping[str, Any]) -> None:
+    """Compare a system's configuration with docker/Dockerfile. Raises ImageCheckError.
+
+    A registry's base may bring variables, volumes and ports of its own.
+    """
+    described = dockerfile_config(plan.dockerfile.read_text(), plan.build_arguments())
+    for key in sorted(described.keys() | config.keys()):
+        actual, expected = config.get(key), described.get(key)
+        if key in {"Env", "Volumes", "ExposedPorts"}:
+            actual, expected = sorted(actual or ()), sorted(expected or ())
+            if plan.base.layout is None:
+                actual = [row for row in actual if row in expected]
+        if actual != expected:
+            raise ImageCheckError(
+                f"{key} of the system image is {actual}, the Dockerfile says {expected}",
+                where=str(plan.dockerfile),
+                remedy="build again with --refresh-base; if it stays, the engine changes it",
+            )
+
+
+def dockerfile_config(text: str, arguments: Mapping[str, str]) -> dict[str, Any]:
+    """The ``config`` object that our Dockerfile describes, in the form that engines write."""
+    config: dict[str, Any] = {}
+    text = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
+    for row in text.splitlines():
+        word, _, rest = row.strip().partition(" ")
+        match word:
+            case "ENV":
+                config["Env"] = Template(rest).substitute(arguments).split()
+            case "USER":
+                config["User"] = rest
+            case "WORKDIR":
+                config["WorkingDir"] = rest
+            case "VOLUME":
+                config["Volumes"] = {rest: {}}
+            case "EXPOSE":
+                config["ExposedPorts"] = {f"{rest}/tcp": {}}
+            case "ENTRYPOINT":
+                config["Entrypoint"] = json.loads(rest)
+            case "HEALTHCHECK":
+                options, _, command = rest.partition(" CMD ")
+                health = dict(option[2:].split("=") for option in options.split())
+                config["Healthcheck"] = {
+                    "Test": ["CMD", *json.loads(command)], "Retries": int(health.pop("retries"))
+                } | {
+                    name.title().replace("-", ""): int(time[:-1]) * NANOSECONDS[time[-1]]
+                    for name, time in health.items()
+                }  # fmt: skip
+            case "FROM" | "ARG" | "RUN" | "":
+                pass
+            case _:
+                raise BaseImageError(
+                    f"docker/Dockerfile has {word}, whose effect on the image is not compared",
+                    remedy="compare it in images/system.py, dockerfile_config",
+                )
+    return config
 
 
 def load_system(key: str) -> System:
@@ -295,9 +356,12 @@ def _clear(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _keep(output: SystemOutput, base: BaseRef, folder: Path) -> None:
+def _keep(plan: ImagePlan, output: SystemOutput) -> None:
     """Compress the engine's layers; those of our own rootfs are taken as they are."""
-    rootfs = None if base.layout is None else read_image(base.layout).layers[0]
+    config = {key: value for key, value in output.config.items() if key in CONFIG_KEYS}
+    require_described(plan, config)
+    layout = plan.base.layout
+    rootfs = None if layout is None else read_image(layout).layers[0]
     layers = []
     for number, (tar, diff_id) in enumerate(zip(output.tars, output.diff_ids, strict=True)):
         if rootfs is not None and rootfs.blob.diff_id == diff_id:
@@ -314,9 +378,8 @@ def _keep(output: SystemOutput, base: BaseRef, folder: Path) -> None:
         "debian": _debian_packages(output.tars),
         "root_digest": "" if output.root is None else tree_digest(output.root),
     }
-    config = {key: value for key, value in output.config.items() if key in CONFIG_KEYS}
     config["Labels"] = {NOTES: json.dumps(notes)}
-    with atomic_path(folder) as aside:
+    with atomic_path(system_folder(plan.system_key)) as aside:
         write_image(aside, layers=layers, config=config, epoch=0, name=SYSTEM_NAME)
         if output.root is not None:
             output.root.rename(aside / "root")
