@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 CAPABILITIES = {"sm_90": (9, 0), "sm_100": (10, 0), "sm_103": (10, 3), "sm_120": (12, 0)}
 HOW_TO_RUN = "run it on a host with a GPU: `nox -s test-gpu -- --sku NAME`"
 TOGETHER = pytest.StashKey[Together]()
+Margin: TypeAlias = "Callable[[str, float, float], None]"
+Record: TypeAlias = "Callable[..., None]"
 PARALLEL = pytest.mark.tier("tp2", "tp4")  # of tests that use all GPUs of their tier
 
 
@@ -92,7 +94,7 @@ def why_not(item: pytest.Item) -> str:
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest) -> Callable[..., None]:
+def record(request: pytest.FixtureRequest) -> Record:
     """Add fields to the test's row of results; values must be JSON."""
 
     def add(**fields: Any) -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tests.gpu.reference.marlin_layout import bfloat16
-from tests.gpu.reference.nvfp4_moe import emulate
 from tests.gpu.tensor_parallel.shards import CELLS, Fault, cell_of, shard
+from tests.support import emulators
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def give(cell: Cell) -> NDArray[np.float64]:
-    return emulate(cell.experts, cell.rows, cell.experts_of, cell.router)
+    return emulators.nvfp4_experts(cell.experts, cell.rows, cell.experts_of, cell.router)
 
 
 def main(folder: Path, rank: int, count: int, backend: str) -> None:

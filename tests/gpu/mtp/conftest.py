@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.gpu.conftest import TOGETHER, why_not
-from tests.gpu.mtp.engines import ENGINES, Ran, missing, run
-from tests.gpu.mtp.servers import SERVERS, Served, serve
+from tests.gpu.mtp.engines import ENGINES, SERVERS, Ran, Served, missing, run, serve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from tests.gpu.mtp.engines import RanOf, ServedOf
 
 # Of a start, about, on a warm host: DeepSeek-V4 compiles, servers have two processes.
 SECONDS = {"deepseek": 200.0, "without": 80.0, "server": 90.0, "exact": 45.0}
@@ -52,7 +51,7 @@ def kernels(name: str) -> str:
 
 
 @pytest.fixture
-def ran(pytestconfig: pytest.Config) -> Callable[[str], Ran]:
+def ran(pytestconfig: pytest.Config) -> RanOf:
     """What came of an engine that the test names in its ``engines`` marker."""
 
     def get(name: str) -> Ran:
@@ -66,7 +65,7 @@ def ran(pytestconfig: pytest.Config) -> Callable[[str], Ran]:
 
 
 @pytest.fixture
-def served(pytestconfig: pytest.Config) -> Callable[[str], Served]:
+def served(pytestconfig: pytest.Config) -> ServedOf:
     """What came of a server that the test names in its ``engines`` marker."""
 
     def get(name: str) -> Served:

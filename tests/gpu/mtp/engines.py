@@ -1,4 +1,4 @@
-"""Engines of the MTP tests by name, each run in a process of its own."""
+"""Engines and HTTP servers of the MTP tests by name, each in processes of its own."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ import math
 import os
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tests.gpu.harness import limits, processes, variants
 from tests.gpu.harness.device import parallel_variables, ranks
 from tests.gpu.harness.processes import ROOT
+from tests.gpu.harness.server import Server
 from tests.gpu.harness.spec_metrics import Reading
 from tests.gpu.models import exact_mtp
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 JOB = "tests.gpu.mtp.engine_job"
 REQUESTS, COUNT = 8, 512
 VOCABULARY = 512  # of the checkpoint "card"
 LENGTHS, EACH = (2_050, 8_200, 32_800), 5  # of long prompts, and how many
+RanOf: TypeAlias = "Callable[[str], Ran]"
+ServedOf: TypeAlias = "Callable[[str], Served]"
 LOOK = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # so that a function can be sent to the worker
 
 
@@ -279,3 +283,52 @@ def distances(
     following = [*whole[1:], whole[0]]
     itself = median(map(apart, whole, other))
     return itself, median(map(apart, whole, following))
+
+
+# Servers of the exact model, each asked all that its test reads.
+K, CLIENTS = 2, 8
+COUNTS = [64, 97, 128, 200, 256, 301, 400, 512]  # clients end at different times
+ALONE = 64
+SERVE = [
+    "--max-model-len=2048", "--max-num-seqs=8", "--kv-cache-memory-bytes=268435456",
+    "--gpu-memory-utilization=0.05", "--enforce-eager", "--no-enable-prefix-caching",
+    "--attention-backend=TRITON_ATTN",
+]  # fmt: skip
+# Server -> its further arguments.
+SERVERS = {
+    "serve-mtp": [f'--speculative-config={{"method":"mtp","num_speculative_tokens":{K}}}'],
+    "serve-plain": [],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """Tokens of a request ``alone``, counters after it; of those ``together``, and after them."""
+
+    alone: list[int]
+    before: Reading | None
+    together: list[list[int]]
+    after: Reading | None
+
+
+def serve(name: str, work: Path, logs: Path) -> Served:
+    """Start a server, ask it, end it.
+
+    Raises:
+        ServerEndedError: it did not come up.
+        NotStartedError: there was no time for that.
+        OSError: it ended while it was asked.
+    """
+    model = exact_mtp.write(work / f"{name}-model", "fraction")
+    server = Server(model=model, arguments=[*SERVE, *SERVERS[name]], log=logs / f"{name}.log")
+    with server:
+        # Counters do not start at zero on a server that lives: only what is added counts.
+        alone = server.complete([200, last(0)], ALONE)
+        before = server.reading(len(alone))
+        if not SERVERS[name]:
+            return Served(alone=alone, before=before, together=[], after=None)
+        prompts = [[200 + number, last(number)] for number in range(CLIENTS)]
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            together = list(pool.map(server.complete, prompts, COUNTS))
+        after = server.reading(len(alone) + sum(COUNTS))
+    return Served(alone=alone, before=before, together=together, after=after)

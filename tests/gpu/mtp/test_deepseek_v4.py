@@ -14,9 +14,8 @@ from tests.gpu.conftest import PARALLEL
 from tests.gpu.harness.bootlog import parse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.gpu.mtp.engines import Ran
+    from tests.gpu.conftest import Record
+    from tests.gpu.mtp.engines import RanOf
 
 # FlashMLA and DeepGEMM, which DeepSeek-V4 needs: compute capability 9.0 and 10.x.
 pytestmark = [
@@ -46,9 +45,7 @@ patched = pytest.mark.parametrize(
 
 
 @patched
-def test_patched_loads_and_drafts(
-    name: str, ran: Callable[[str], Ran], record: Callable[..., None]
-) -> None:
+def test_patched_loads_and_drafts(name: str, ran: RanOf, record: Record) -> None:
     found = ran(name)
     assert not found.error, found.error
     assert found.reading is not None
@@ -65,9 +62,7 @@ def test_patched_loads_and_drafts(
 
 
 @patched
-def test_draft_block_is_bf16(
-    name: str, ran: Callable[[str], Ran], record: Callable[..., None]
-) -> None:
+def test_draft_block_is_bf16(name: str, ran: RanOf, record: Record) -> None:
     """The target's experts are FP4, the draft's are not: no parameter of it is quantized."""
     found = ran(name)
     record(dtypes=found.draft_dtypes)
@@ -81,14 +76,14 @@ def test_draft_block_is_bf16(
 @pytest.mark.parametrize(
     ("name", "error"), [pytest.param(*row, marks=pytest.mark.engines(row[0])) for row in RED]
 )
-def test_without_the_patch_it_fails(name: str, error: str, ran: Callable[[str], Ran]) -> None:
+def test_without_the_patch_it_fails(name: str, error: str, ran: RanOf) -> None:
     found = ran(name)
     assert not found.tokens
     assert error in found.error
 
 
 @pytest.mark.engines("dsv4-weights-only")
-def test_weights_only_group_answers(ran: Callable[[str], Ran]) -> None:
+def test_weights_only_group_answers(ran: RanOf) -> None:
     """The layout that patch 0001 is for: attention projections without input activations."""
     found = ran("dsv4-weights-only")
     assert not found.error, found.error
@@ -96,7 +91,7 @@ def test_weights_only_group_answers(ran: Callable[[str], Ran]) -> None:
 
 
 @pytest.mark.engines("dsv4-weights-only-wo-a")
-def test_weights_only_wo_a_is_not_cured(ran: Callable[[str], Ran]) -> None:
+def test_weights_only_wo_a_is_not_cured(ran: RanOf) -> None:
     """Repacked for weight-only kernels, wo_a is no operand of DeepGEMM's einsum; no patch helps.
 
     The series must not be praised for more than it does: such a checkpoint loads and then stops.

@@ -12,9 +12,8 @@ from tests.gpu.models import exact_mtp
 from tests.gpu.mtp.engines import COUNT, ENGINES, REQUESTS, last
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.gpu.mtp.engines import Ran
+    from tests.gpu.conftest import Margin, Record
+    from tests.gpu.mtp.engines import Ran, RanOf
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tier("server"), pytest.mark.xdist_group("mtp")]
 TRAFFIC = Traffic(requests=REQUESTS, tokens=REQUESTS * COUNT)
@@ -33,7 +32,7 @@ def engines(names: list[str]) -> list[object]:
 
 @pytest.mark.value(10, 10)
 @pytest.mark.parametrize("name", engines(["plain", *DRAFTING]))
-def test_tokens_are_the_targets(name: str, ran: Callable[[str], Ran]) -> None:
+def test_tokens_are_the_targets(name: str, ran: RanOf) -> None:
     """With any draft, and without: speculation must not change what is generated."""
     found = ran(name)
     assert not found.error, found.error
@@ -42,9 +41,7 @@ def test_tokens_are_the_targets(name: str, ran: Callable[[str], Ran]) -> None:
 
 @pytest.mark.value(10, 10)
 @pytest.mark.parametrize("name", engines(DRAFTING))
-def test_counters_are_as_computed(
-    name: str, ran: Callable[[str], Ran], margin: Callable[[str, float, float], None]
-) -> None:
+def test_counters_are_as_computed(name: str, ran: RanOf, margin: Margin) -> None:
     found = ran(name)
     assert found.reading is not None, found.error
     sums = computed(found)
@@ -63,7 +60,7 @@ def test_counters_are_as_computed(
 
 @pytest.mark.value(10, 10)
 @pytest.mark.parametrize("name", engines([name for name in DRAFTING if name != "wrong-1"]))
-def test_gate_is_green(name: str, ran: Callable[[str], Ran], record: Callable[..., None]) -> None:
+def test_gate_is_green(name: str, ran: RanOf, record: Record) -> None:
     found = ran(name)
     sums = computed(found)
     rate = sum(c.accepted for c in sums) / sum(c.draft_tokens for c in sums)
@@ -77,7 +74,7 @@ def test_gate_is_green(name: str, ran: Callable[[str], Ran], record: Callable[..
 
 @pytest.mark.value(10, 10)
 @pytest.mark.engines("token-2-graphs")
-def test_graphs_were_captured(ran: Callable[[str], Ran]) -> None:
+def test_graphs_were_captured(ran: RanOf) -> None:
     """The engine that is meant to decode by CUDA graphs does, and for whole steps of k + 1."""
     config = parse(ran("token-2-graphs").log)
     assert config.captured

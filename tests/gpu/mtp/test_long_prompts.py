@@ -14,9 +14,8 @@ import pytest
 from tests.gpu.mtp.engines import EACH, LENGTHS, distances
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.gpu.mtp.engines import Ran
+    from tests.gpu.conftest import Margin, Record
+    from tests.gpu.mtp.engines import RanOf
 
 # As test_deepseek_v4.py.
 pytestmark = [
@@ -33,7 +32,7 @@ NEAR = 0.5  # of the distance to another prompt
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_every_long_prompt_is_answered(length: int, ran: Callable[[str], Ran]) -> None:
+def test_every_long_prompt_is_answered(length: int, ran: RanOf) -> None:
     for name in ("dsv4-whole", "dsv4-chunked"):
         found = ran(name).require_answers()
         prompts = found.engine.prompts
@@ -44,10 +43,7 @@ def test_every_long_prompt_is_answered(length: int, ran: Callable[[str], Ran]) -
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_chunks_change_less_than_another_prompt(
-    length: int,
-    ran: Callable[[str], Ran],
-    margin: Callable[[str, float, float], None],
-    record: Callable[..., None],
+    length: int, ran: RanOf, margin: Margin, record: Record
 ) -> None:
     start, count = LENGTHS.index(length) * EACH, len(LENGTHS) * EACH
     whole = ran("dsv4-whole").require_answers().logprobs[start : start + EACH]

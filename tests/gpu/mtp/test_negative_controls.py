@@ -10,9 +10,7 @@ from tests.gpu.harness.gate import Band, Traffic, judge
 from tests.gpu.mtp.engines import COUNT, REQUESTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.gpu.mtp.engines import Ran
+    from tests.gpu.mtp.engines import Ran, RanOf
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,14 +27,14 @@ def problems(ran: Ran) -> str:
 
 
 @pytest.mark.engines("plain")
-def test_no_speculative_config(ran: Callable[[str], Ran]) -> None:
+def test_no_speculative_config(ran: RanOf) -> None:
     found = ran("plain")
     assert found.tokens
     assert "speculation is off" in problems(found)
 
 
 @pytest.mark.engines("wrong-1")
-def test_head_that_is_never_right(ran: Callable[[str], Ran]) -> None:
+def test_head_that_is_never_right(ran: RanOf) -> None:
     found = ran("wrong-1")
     assert found.reading is not None
     assert found.reading.drafts > 200
@@ -44,20 +42,20 @@ def test_head_that_is_never_right(ran: Callable[[str], Ran]) -> None:
 
 
 @pytest.mark.engines("zeroed")
-def test_head_of_zeros(ran: Callable[[str], Ran]) -> None:
+def test_head_of_zeros(ran: RanOf) -> None:
     """It loads, it drafts token 0 for ever, and no orbit has token 0."""
     assert "every draft was refused" in problems(ran("zeroed"))
 
 
 @pytest.mark.engines("stripped")
-def test_checkpoint_without_mtp(ran: Callable[[str], Ran]) -> None:
+def test_checkpoint_without_mtp(ran: RanOf) -> None:
     found = ran("stripped")
     assert not found.tokens
     assert "were not initialized from" in found.error
 
 
 @pytest.mark.engines("partly-stripped")
-def test_checkpoint_with_a_part_of_mtp(ran: Callable[[str], Ran]) -> None:
+def test_checkpoint_with_a_part_of_mtp(ran: RanOf) -> None:
     """The loader of unquantized models misses a tensor that no quantization method owns."""
     found = ran("partly-stripped")
     assert not found.tokens

@@ -8,13 +8,11 @@ import pytest
 
 from tests.gpu.harness.gate import Band, Traffic, judge
 from tests.gpu.models import exact_mtp
-from tests.gpu.mtp.engines import last
-from tests.gpu.mtp.servers import ALONE, CLIENTS, COUNTS, K
+from tests.gpu.mtp.engines import ALONE, CLIENTS, COUNTS, K, last
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.gpu.mtp.servers import Served
+    from tests.gpu.conftest import Margin, Record
+    from tests.gpu.mtp.engines import ServedOf
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,11 +23,7 @@ pytestmark = [
 
 
 @pytest.mark.engines("serve-mtp")
-def test_counters_of_concurrent_requests(
-    served: Callable[[str], Served],
-    margin: Callable[[str, float, float], None],
-    record: Callable[..., None],
-) -> None:
+def test_counters_of_concurrent_requests(served: ServedOf, margin: Margin, record: Record) -> None:
     found = served("serve-mtp")
     assert found.before is not None
     assert found.after is not None
@@ -50,7 +44,7 @@ def test_counters_of_concurrent_requests(
 
 
 @pytest.mark.engines("serve-plain")
-def test_server_without_speculation_exports_nothing(served: Callable[[str], Served]) -> None:
+def test_server_without_speculation_exports_nothing(served: ServedOf) -> None:
     found = served("serve-plain")
     assert found.alone == exact_mtp.orbit(last(0), ALONE)
     assert found.before is None

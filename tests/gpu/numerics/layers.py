@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tests.gpu.reference.fp8_linear import BLACKWELL, HOPPER, Accumulator
+from tests.gpu.reference.marlin_layout import bfloat16
+from vllm_forge.checkpoints.codecs import fp8_block
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
     from numpy.typing import NDArray
 
-    from tests.gpu.reference.marlin_reference import Sums
     from tests.gpu.reference.marlin_weights import Weights
     from tests.gpu.reference.nvfp4_moe import Experts
     from tests.gpu.reference.nvfp4_moe_cells import Cell
@@ -230,11 +233,6 @@ def nvfp4_linear(weights: Weights, divisor: float, *, device: str = "cuda") -> A
     return layer
 
 
-def kernel_of(layer: Any) -> Any:
-    """The kernel that vLLM selected for an FP8 linear layer."""
-    return layer.scheme.fp8_linear
-
-
 def run_linear(layer: Any, rows: NDArray[np.float64]) -> NDArray[np.float64]:
     """[M, K] to [M, N], through the layer."""
     with _torch().inference_mode():
@@ -282,15 +280,22 @@ def capability() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def accumulator() -> Any:
+def accumulator() -> Accumulator:
     """How this GPU adds products of FP8."""
-    from tests.gpu.reference.fp8_linear import BLACKWELL, HOPPER
-
     return HOPPER if capability() == (9, 0) else BLACKWELL
 
 
-def worst(result: NDArray[np.float64], reference: Sums) -> float:
-    """The largest error as a share of its bound."""
-    from tests.gpu.reference.marlin_reference import margin
+def random_rows(tokens: int, size: int) -> NDArray[np.float64]:
+    """Bfloat16 values, [tokens, size]."""
+    rng = np.random.default_rng(tokens)
+    return bfloat16(rng.standard_normal((tokens, size)).astype(np.float32))
 
-    return margin(result, reference)
+
+def fp8_weight(
+    shape: tuple[int, int], seed: int, divisor: int, *, powers_of_two: bool = False
+) -> Fp8Block:
+    """Blocks that differ in size by up to 4."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.uniform(0.5, 2, tuple(size // fp8_block.BLOCK for size in shape))
+    source = rng.standard_normal(shape) * fp8_block.spread(blocks, shape) / divisor
+    return fp8_block.encode(source, powers_of_two=powers_of_two)

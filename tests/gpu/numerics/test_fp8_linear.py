@@ -18,28 +18,23 @@ from tests.gpu.numerics.layers import (
     accumulator,
     capability,
     codes,
-    kernel_of,
+    fp8_weight,
     linear,
+    random_rows,
     run_linear,
-    worst,
 )
 from tests.gpu.numerics.selected import LINEAR
+from tests.gpu.reference import planted
 from tests.gpu.reference.fp8_linear import known, one_of_each_block, products
-from tests.gpu.reference.marlin_layout import bfloat16
-from tests.gpu.reference.planted import InResult, in_result
-from tests.gpu.reference.planted_fp8 import InBlocks, in_blocks
+from tests.gpu.reference.marlin_reference import margin as worst
 from vllm_forge.checkpoints.codecs import fp8_block
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
+    from tests.gpu.conftest import Margin, Record
     from tests.gpu.reference.marlin_reference import Sums
     from vllm_forge.checkpoints.codecs.fp8_block import Fp8Block
-
-    Margin = Callable[[str, float, float], None]
-    Record = Callable[..., None]
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel")]
 
@@ -48,7 +43,6 @@ FEW = 32  # rows from which on Hopper takes DeepGEMM's kernel
 # A rank's layers at tensor parallel 4: output, input.
 SHAPES = {"fused_wqa_wkv": (1536, 4096), "wq_b": (8192, 1024), "wo_b": (4096, 2048)}
 SMALL = (512, 1024)  # where faults are planted
-PLACES = 5
 # Kernels are compiled with their first launch, which may take longer than all the rest.
 SIZES = pytest.mark.parametrize(
     "tokens",
@@ -61,10 +55,8 @@ SIZES = pytest.mark.parametrize(
 
 @cache
 def weight_of(shape: tuple[int, int]) -> Fp8Block:
-    """Blocks that differ in size by up to 4, under float32 scales."""
-    rng = np.random.default_rng(shape[0])
-    blocks = rng.uniform(0.5, 2, tuple(size // fp8_block.BLOCK for size in shape))
-    return fp8_block.encode(rng.standard_normal(shape) * fp8_block.spread(blocks, shape) / 32)
+    """Under float32 scales."""
+    return fp8_weight(shape, shape[0], 32)
 
 
 @cache
@@ -72,9 +64,9 @@ def layer_of(name: str, shape: tuple[int, int]) -> Any:
     return linear(weight_of(shape), name=name)
 
 
-def rows_of(tokens: int, size: int) -> NDArray[np.float64]:
-    rng = np.random.default_rng(tokens)
-    return bfloat16(rng.standard_normal((tokens, size)).astype(np.float32))
+def kernel_of(layer: Any) -> Any:
+    """The kernel that vLLM selected."""
+    return layer.scheme.fp8_linear
 
 
 def uses_e8m0(layer: Any) -> bool:
@@ -114,7 +106,7 @@ def test_weights_are_loaded_bit_for_bit() -> None:
 def test_products_are_within_the_bound(margin: Margin, name: str, tokens: tuple[int, ...]) -> None:
     layer, weight = layer_of(name, SHAPES[name]), weight_of(SHAPES[name])
     for count in tokens:
-        rows = rows_of(count, SHAPES[name][1])
+        rows = random_rows(count, SHAPES[name][1])
         margin(f"{count} rows", worst(run_linear(layer, rows), reference(layer, weight, rows)), 1)
 
 
@@ -127,34 +119,31 @@ def test_every_weight_is_read(margin: Margin) -> None:
 
 @SIZES
 @pytest.mark.parametrize(
-    "fault", [InBlocks.ONE_SCALE, InBlocks.TRANSPOSED_SCALES, InBlocks.SWAPPED_ROWS]
+    "fault",
+    [planted.InBlocks.ONE_SCALE, planted.InBlocks.TRANSPOSED_SCALES, planted.InBlocks.SWAPPED_ROWS],
 )
 def test_a_fault_in_the_weight_is_noticed(
-    record: Record, fault: InBlocks, tokens: tuple[int, ...]
+    record: Record, fault: planted.InBlocks, tokens: tuple[int, ...]
 ) -> None:
     """By one row per block, and as many again for the kernel that wants more rows."""
     right, rows = weight_of(SMALL), one_of_each_block(SMALL[1])
     rows = np.tile(rows, (FEW // len(rows), 1)) if tokens[0] >= FEW else rows
     expected = reference(layer_of("wo_b", SMALL), right, rows)
     assert worst(run_linear(layer_of("wo_b", SMALL), rows), expected) <= 1
-    rng, killed = np.random.default_rng(11), 0
-    for _ in range(PLACES):
-        broken = linear(in_blocks(fault, right, rng), name="wo_b")
-        killed += worst(run_linear(broken, rows), expected) > 1
-    record(kind="planted", fault=fault.name.lower(), rows=len(rows), planted=PLACES, killed=killed)
-    assert killed == PLACES
+    rng, noticed = np.random.default_rng(11), []
+    for _ in range(planted.PLACES):
+        broken = linear(planted.in_blocks(fault, right, rng), name="wo_b")
+        noticed.append(worst(run_linear(broken, rows), expected) > 1)
+    planted.require_noticed(record, fault.name, noticed, rows=len(rows))
 
 
 @SIZES
-@pytest.mark.parametrize("fault", InResult)
+@pytest.mark.parametrize("fault", planted.InResult)
 def test_a_fault_in_the_result_is_noticed(
-    record: Record, fault: InResult, tokens: tuple[int, ...]
+    record: Record, fault: planted.InResult, tokens: tuple[int, ...]
 ) -> None:
     layer, weight = layer_of("wo_b", SMALL), weight_of(SMALL)
-    rows, rng = rows_of(tokens[0], SMALL[1]), np.random.default_rng(13)
+    rows = random_rows(tokens[0], SMALL[1])
+    results = run_linear(layer, rows), run_linear(layer, -rows[:, ::-1].copy())
     expected = reference(layer, weight, rows)
-    result, stale = run_linear(layer, rows), run_linear(layer, -rows[:, ::-1].copy())
-    assert worst(result, expected) <= 1
-    killed = sum(worst(in_result(fault, result, stale, rng), expected) > 1 for _ in range(PLACES))
-    record(kind="planted", fault=fault.name.lower(), rows=len(rows), planted=PLACES, killed=killed)
-    assert killed == PLACES
+    planted.require_result_noticed(record, fault, results, expected, 13, rows=len(rows))

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from tests.gpu.numerics.layers import values
 from tests.gpu.race.cells import DOWN, GATE_UP, Cell
 from tests.gpu.race.kit import BASE, wheel_library
+from tests.gpu.reference import planted
 from tests.gpu.reference.marlin_layout import bfloat16
 from tests.gpu.reference.marlin_reference import (
     identity,
@@ -32,7 +34,6 @@ from tests.gpu.reference.marlin_weights import (
     Weights,
     random_weights,
 )
-from tests.gpu.reference.planted import InResult, InWeights, in_result, in_weights
 from tests.gpu.reference.swiglu import activated, exceeds
 
 if TYPE_CHECKING:
@@ -40,10 +41,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from tests.gpu.conftest import Record
     from tests.gpu.race.case import Case
 
     Op = Callable[..., torch.Tensor]
-    Record = Callable[..., None]
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel")]
 
@@ -72,11 +73,6 @@ def reader(op: Op, form: WeightFormat, weights: Weights) -> Case:
         cell, form, op, weights=weights, routing=route(experts_of, EXPERTS, 64),
         inputs=[rows], spread_out=False,
     )  # fmt: skip
-
-
-def values(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    found: np.ndarray[Any, Any] = tensor.double().cpu().numpy()
-    return found
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
@@ -174,37 +170,32 @@ def test_shards_make_up_the_whole(op: Op, record: Record, form: WeightFormat, ra
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
-@pytest.mark.parametrize("fault", InWeights)
+@pytest.mark.parametrize("fault", planted.InWeights)
 def test_a_fault_in_the_weights_is_noticed(
-    op: Op, record: Record, form: WeightFormat, fault: InWeights
+    op: Op, record: Record, form: WeightFormat, fault: planted.InWeights
 ) -> None:
     right = weights_of(form, 192, 640)
     case, rng = reader(op, form, right), np.random.default_rng(17)
-    expected, places, killed = read_out(right, case.routing), 5, 0
-    for _ in range(places):
-        case.put(in_weights(fault, right, rng), spread_out=False)
-        killed += bool((values(case.launch(out=case.new_output())) != expected).any())
-    record(kind="kill", format=form.name, fault=fault.name.lower(), planted=places, killed=killed)
-    assert killed == places
+    expected, noticed = read_out(right, case.routing), []
+    for _ in range(planted.PLACES):
+        case.put(planted.in_weights(fault, right, rng), spread_out=False)
+        noticed.append(bool((values(case.launch(out=case.new_output())) != expected).any()))
+    planted.require_noticed(record, fault.name, noticed, kind="kill", format=form.name)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
-@pytest.mark.parametrize("fault", InResult)
+@pytest.mark.parametrize("fault", planted.InResult)
 def test_a_fault_in_the_result_is_noticed(
-    op: Op, record: Record, form: WeightFormat, fault: InResult
+    op: Op, record: Record, form: WeightFormat, fault: planted.InResult
 ) -> None:
     from tests.gpu.race.case import Case
 
     cell = Cell(name="result", **DOWN, tokens=16, top_k=2, hit=4, config=None)
-    case, rng = Case(cell, form, op), np.random.default_rng(19)
-    first, other = (values(case.launch(i, out=case.new_output())) for i in (0, 1))
-    assert margin(first, case.expected(0)) <= 1
-    places = 5
-    killed = sum(
-        margin(in_result(fault, first, other, rng), case.expected(0)) > 1 for _ in range(places)
+    case = Case(cell, form, op)
+    results = [values(case.launch(i, out=case.new_output())) for i in (0, 1)]
+    planted.require_result_noticed(
+        record, fault, results, case.expected(0), 19, kind="kill", format=form.name
     )
-    record(kind="kill", format=form.name, fault=fault.name.lower(), planted=places, killed=killed)
-    assert killed == places
 
 
 # --- both GEMMs with the activation between them --------------------------------------------------

@@ -11,23 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from tests.gpu.numerics.layers import nvfp4_linear, run_linear, worst
-from tests.gpu.reference import nvfp4_activations
+from tests.gpu.numerics.layers import nvfp4_linear, random_rows, run_linear
+from tests.gpu.reference import nvfp4_activations, planted
 from tests.gpu.reference import nvfp4_moe_cells as cells
-from tests.gpu.reference.marlin_layout import bfloat16
 from tests.gpu.reference.marlin_reference import Sums
+from tests.gpu.reference.marlin_reference import margin as worst
 from tests.gpu.reference.nvfp4_moe import products
-from tests.gpu.reference.planted import InResult, InWeights, in_result, in_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
+    from tests.gpu.conftest import Margin, Record
     from tests.gpu.reference.marlin_weights import Weights
-
-    Margin = Callable[[str, float, float], None]
-    Record = Callable[..., None]
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel"), pytest.mark.value(9, 3)]
 
@@ -35,24 +30,17 @@ pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel"), pytest.mark.value(9, 
 SHAPES = {"gate_up": (4096, 1024), "down": (512, 4096), "tail": (192, 384)}
 SIZE = 2.0**-9  # of the multiplier: a power of two is exact in every dtype
 DIVISOR = 256.0
-PLACES = 5
 
 
 def weights_of(shape: tuple[int, int]) -> Weights:
     return cells.weights(np.random.default_rng(shape[0]), (1, *shape), SIZE, spread=False)
 
 
-def rows_of(tokens: int, size: int) -> NDArray[np.float64]:
-    rng = np.random.default_rng(tokens)
-    return bfloat16(rng.standard_normal((tokens, size)).astype(np.float32))
-
-
 def reference(layer: Any, weights: Weights, rows: NDArray[np.float64]) -> Sums:
     low = high = rows
     if "Marlin" not in type(layer.scheme.kernel).__name__:
         low, high = nvfp4_activations.spans(rows, rows, DIVISOR)
-    known = Sums(exact=(low + high) / 2, bound=(high - low) / 2)
-    return products(weights, np.zeros(len(rows), int), known)
+    return products(weights, np.zeros(len(rows), int), Sums.between(low, high))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -60,7 +48,7 @@ def test_products_are_within_the_bound(margin: Margin, name: str) -> None:
     weights = weights_of(SHAPES[name])
     layer = nvfp4_linear(weights, DIVISOR)
     for tokens in (1, 9, 100):
-        rows = rows_of(tokens, weights.size_k)
+        rows = random_rows(tokens, weights.size_k)
         margin(f"{tokens} rows", worst(run_linear(layer, rows), reference(layer, weights, rows)), 1)
 
 
@@ -71,26 +59,23 @@ def test_every_weight_is_read(margin: Margin, name: str) -> None:
     margin("weights", worst(run_linear(layer, rows), reference(layer, weights, rows)), 1)
 
 
-@pytest.mark.parametrize("fault", [InWeights.ONE_SCALE, InWeights.TRANSPOSED_SCALES])
-def test_a_fault_in_the_weight_is_noticed(record: Record, fault: InWeights) -> None:
+@pytest.mark.parametrize(
+    "fault", [planted.InWeights.ONE_SCALE, planted.InWeights.TRANSPOSED_SCALES]
+)
+def test_a_fault_in_the_weight_is_noticed(record: Record, fault: planted.InWeights) -> None:
     right = weights_of(SHAPES["tail"])
-    rows, rng, killed = np.eye(right.size_k) * cells.READ_VALUE, np.random.default_rng(3), 0
+    rows, rng = np.eye(right.size_k) * cells.READ_VALUE, np.random.default_rng(3)
     expected = reference(nvfp4_linear(right, DIVISOR), right, rows)
-    for _ in range(PLACES):
-        broken = nvfp4_linear(in_weights(fault, right, rng), DIVISOR)
-        killed += worst(run_linear(broken, rows), expected) > 1
-    record(kind="planted", fault=fault.name.lower(), planted=PLACES, killed=killed)
-    assert killed == PLACES
+    noticed = []
+    for _ in range(planted.PLACES):
+        broken = nvfp4_linear(planted.in_weights(fault, right, rng), DIVISOR)
+        noticed.append(worst(run_linear(broken, rows), expected) > 1)
+    planted.require_noticed(record, fault.name, noticed)
 
 
-@pytest.mark.parametrize("fault", InResult)
-def test_a_fault_in_the_result_is_noticed(record: Record, fault: InResult) -> None:
+@pytest.mark.parametrize("fault", planted.InResult)
+def test_a_fault_in_the_result_is_noticed(record: Record, fault: planted.InResult) -> None:
     weights = weights_of(SHAPES["down"])
-    layer, rng = nvfp4_linear(weights, DIVISOR), np.random.default_rng(4)
-    rows = rows_of(9, weights.size_k)
-    expected = reference(layer, weights, rows)
-    result, stale = run_linear(layer, rows), run_linear(layer, rows[::-1].copy())
-    assert worst(result, expected) <= 1
-    killed = sum(worst(in_result(fault, result, stale, rng), expected) > 1 for _ in range(PLACES))
-    record(kind="planted", fault=fault.name.lower(), planted=PLACES, killed=killed)
-    assert killed == PLACES
+    layer, rows = nvfp4_linear(weights, DIVISOR), random_rows(9, weights.size_k)
+    results = run_linear(layer, rows), run_linear(layer, rows[::-1].copy())
+    planted.require_result_noticed(record, fault, results, reference(layer, weights, rows), 4)

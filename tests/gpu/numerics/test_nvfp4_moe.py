@@ -14,21 +14,18 @@ import numpy as np
 import pytest
 
 from tests.gpu.numerics.conftest import each_backend
-from tests.gpu.numerics.layers import launch, worst
+from tests.gpu.numerics.layers import launch
 from tests.gpu.numerics.selected import quantizes
 from tests.gpu.reference import nvfp4_moe_cells as cells
+from tests.gpu.reference import planted
+from tests.gpu.reference.marlin_reference import margin as worst
 from tests.gpu.reference.nvfp4_moe import expected
-from tests.gpu.reference.planted import InResult, InWeights, in_result, in_weights
 from tests.gpu.reference.swiglu import exceeds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from tests.gpu.conftest import Margin, Record
     from tests.gpu.reference.marlin_reference import Sums
     from tests.gpu.reference.nvfp4_moe_cells import Cell
-
-    Margin = Callable[[str, float, float], None]
-    Record = Callable[..., None]
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel")]
 
@@ -36,7 +33,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel")]
 # (hidden, intermediate); the second divides by none of the larger tiles along K.
 READ = ((512, 256), (768, 192))
 FAULTY = {"experts": 4, "hidden": 512, "intermediate": 256}
-PLACES = 5
 
 
 def reference(cell: Cell) -> Sums:
@@ -87,9 +83,7 @@ def test_shards_make_up_the_whole(margin: Margin, backend: str, ranks: int) -> N
         experts=4, hidden=1024, intermediate=1024, tokens=9, top_k=2, routed="even",
         quantized=quantizes(backend),
     )  # fmt: skip
-    total = np.zeros_like(cell.rows)
-    slack = np.zeros_like(total)
-    middle = np.zeros_like(total)
+    total, slack, middle = (np.zeros_like(cell.rows) for _ in range(3))
     for rank in range(ranks):
         part = replace(cell, experts=cell.experts.shard(rank, ranks))
         total += launch(part, backend)
@@ -112,18 +106,16 @@ def test_shards_make_up_the_whole(margin: Margin, backend: str, ranks: int) -> N
     ("fault", "part"), cells.FAULTS, ids=lambda value: getattr(value, "name", value)
 )
 def test_a_fault_in_the_weights_is_noticed(
-    record: Record, backend: str, fault: InWeights, part: str
+    record: Record, backend: str, fault: planted.InWeights, part: str
 ) -> None:
     build = cells.read_gate_up if part == "gate_up" else cells.read_down
-    cell, rng, killed = build(**FAULTY, quantized=quantizes(backend)), np.random.default_rng(7), 0
-    right = reference(cell)
-    for _ in range(PLACES):
-        broken = in_weights(fault, getattr(cell.experts, part), rng)
+    cell, rng = build(**FAULTY, quantized=quantizes(backend)), np.random.default_rng(7)
+    right, noticed = reference(cell), []
+    for _ in range(planted.PLACES):
+        broken = planted.in_weights(fault, getattr(cell.experts, part), rng)
         faulty = replace(cell, experts=replace(cell.experts, **dict[str, Any]({part: broken})))
-        killed += worst(launch(faulty, backend), right) > 1
-    record(kind="planted", backend=backend, fault=fault.name.lower(), part=part,
-           planted=PLACES, killed=killed)  # fmt: skip
-    assert killed == PLACES
+        noticed.append(worst(launch(faulty, backend), right) > 1)
+    planted.require_noticed(record, fault.name, noticed, backend=backend, part=part)
 
 
 @each_backend
@@ -137,15 +129,16 @@ def test_a_lost_clamp_is_noticed(record: Record, backend: str) -> None:
     right = reference(cell)
     assert worst(launch(cell, backend), right) <= 1
     lost = replace(cell, experts=replace(cell.experts, limit=1e6))
-    found = worst(launch(lost, backend), right)
-    record(kind="planted", backend=backend, fault="clamp lost", planted=1, killed=int(found > 1))
-    assert found > 1
+    noticed = [worst(launch(lost, backend), right) > 1]
+    planted.require_noticed(record, "clamp lost", noticed, backend=backend)
 
 
 @each_backend
 @pytest.mark.value(8, 3)
-@pytest.mark.parametrize("fault", InResult)
-def test_a_fault_in_the_result_is_noticed(record: Record, backend: str, fault: InResult) -> None:
+@pytest.mark.parametrize("fault", planted.InResult)
+def test_a_fault_in_the_result_is_noticed(
+    record: Record, backend: str, fault: planted.InResult
+) -> None:
     first, other = (
         cells.dense(
             experts=4, hidden=512, intermediate=256, tokens=24, top_k=2, routed="even",
@@ -153,9 +146,5 @@ def test_a_fault_in_the_result_is_noticed(record: Record, backend: str, fault: I
         )
         for seed in (1, 2)
     )  # fmt: skip
-    right, rng = reference(first), np.random.default_rng(9)
-    result, stale = launch(first, backend), launch(other, backend)
-    assert worst(result, right) <= 1
-    killed = sum(worst(in_result(fault, result, stale, rng), right) > 1 for _ in range(PLACES))
-    record(kind="planted", backend=backend, fault=fault.name.lower(), planted=PLACES, killed=killed)
-    assert killed == PLACES
+    results = launch(first, backend), launch(other, backend)
+    planted.require_result_noticed(record, fault, results, reference(first), 9, backend=backend)

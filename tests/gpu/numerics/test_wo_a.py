@@ -13,24 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from tests.gpu.numerics.layers import accumulator, bfloat16_tensor, linear, values, worst
-from tests.gpu.reference import output_projection
+from tests.gpu.numerics.layers import accumulator, bfloat16_tensor, fp8_weight, linear, values
+from tests.gpu.reference import output_projection, planted
 from tests.gpu.reference.marlin_layout import bfloat16
+from tests.gpu.reference.marlin_reference import margin as worst
 from tests.gpu.reference.output_projection import rotated_back
-from tests.gpu.reference.planted import InResult, in_result
-from tests.gpu.reference.planted_fp8 import InBlocks, in_blocks
 from vllm_forge.checkpoints.codecs import fp8_block
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
+    from tests.gpu.conftest import Margin, Record
     from tests.gpu.reference.marlin_reference import Sums
     from vllm_forge.checkpoints.codecs.fp8_block import Fp8Block
-
-    Margin = Callable[[str, float, float], None]
-    Record = Callable[..., None]
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel")]
 
@@ -39,7 +34,6 @@ GROUPS, HEADS, RANK = 2, 16, 1024
 NOPE, ROPE = 448, 64
 SHAPE = (GROUPS * RANK, HEADS // GROUPS * (NOPE + ROPE))
 POSITIONS = 4096
-PLACES = 5
 PATHS = pytest.mark.parametrize(
     "path",
     [
@@ -50,12 +44,9 @@ PATHS = pytest.mark.parametrize(
 
 
 @cache
-def fp8_weight() -> Fp8Block:
-    """Blocks that differ in size by up to 4; scales are powers of two, as none is then changed."""
-    rng = np.random.default_rng(1)
-    blocks = rng.uniform(0.5, 2, tuple(size // fp8_block.BLOCK for size in SHAPE))
-    source = rng.standard_normal(SHAPE) * fp8_block.spread(blocks, SHAPE) / 64
-    return fp8_block.encode(source, powers_of_two=True)
+def weight_of_blocks() -> Fp8Block:
+    """Scales are powers of two, as none is then changed."""
+    return fp8_weight(SHAPE, 1, 64, powers_of_two=True)
 
 
 @cache
@@ -82,14 +73,14 @@ def reference(path: str, heads: NDArray[np.float64], positions: NDArray[np.int64
     rows = rotated_back(heads, cos, sin)
     if path == "bf16":
         return output_projection.bf16(rows, bf16_weight(), GROUPS)
-    return output_projection.fp8(rows, fp8_weight().values(), GROUPS, accumulator())
+    return output_projection.fp8(rows, weight_of_blocks().values(), GROUPS, accumulator())
 
 
 @cache
 def layer_of(path: str) -> Any:
     if path == "bf16":
         return linear(bf16_weight(), name="wo_a")
-    return linear(fp8_weight(), name="wo_a", groups=GROUPS)
+    return linear(weight_of_blocks(), name="wo_a", groups=GROUPS)
 
 
 def run(
@@ -130,29 +121,27 @@ def test_products_are_within_the_bound(margin: Margin, path: str, tokens: int) -
 def test_a_lost_rotation_is_noticed(record: Record, path: str) -> None:
     heads, positions = heads_of(9)
     expected = reference(path, heads, positions)
-    found = worst(run(layer_of(path), heads, np.zeros_like(positions)), expected)
-    record(kind="planted", path=path, fault="rotation lost", planted=1, killed=int(found > 1))
-    assert found > 1
+    noticed = [worst(run(layer_of(path), heads, np.zeros_like(positions)), expected) > 1]
+    planted.require_noticed(record, "rotation lost", noticed, path=path)
 
 
 @PATHS
-@pytest.mark.parametrize("fault", InResult)
-def test_a_fault_in_the_result_is_noticed(record: Record, path: str, fault: InResult) -> None:
+@pytest.mark.parametrize("fault", planted.InResult)
+def test_a_fault_in_the_result_is_noticed(
+    record: Record, path: str, fault: planted.InResult
+) -> None:
     heads, positions = heads_of(9)
-    expected, rng = reference(path, heads, positions), np.random.default_rng(3)
-    result = run(layer_of(path), heads, positions)
-    stale = run(layer_of(path), heads[::-1].copy(), positions)
-    assert worst(result, expected) <= 1
-    killed = sum(worst(in_result(fault, result, stale, rng), expected) > 1 for _ in range(PLACES))
-    record(kind="planted", path=path, fault=fault.name.lower(), planted=PLACES, killed=killed)
-    assert killed == PLACES
+    results = [run(layer_of(path), rows, positions) for rows in (heads, heads[::-1].copy())]
+    expected = reference(path, heads, positions)
+    planted.require_result_noticed(record, fault, results, expected, 3, path=path)
 
 
 @pytest.mark.value(8, 10)
 @pytest.mark.parametrize(
-    "fault", [InBlocks.ONE_SCALE, InBlocks.TRANSPOSED_SCALES, InBlocks.SWAPPED_ROWS]
+    "fault",
+    [planted.InBlocks.ONE_SCALE, planted.InBlocks.TRANSPOSED_SCALES, planted.InBlocks.SWAPPED_ROWS],
 )
-def test_a_fault_in_the_weight_is_noticed(record: Record, fault: InBlocks) -> None:
+def test_a_fault_in_the_weight_is_noticed(record: Record, fault: planted.InBlocks) -> None:
     """By a token for each block of columns, zero but for one element of it in each group."""
     blocks = SHAPE[1] // fp8_block.BLOCK
     heads = np.zeros((blocks, GROUPS, SHAPE[1]))
@@ -161,9 +150,10 @@ def test_a_fault_in_the_weight_is_noticed(record: Record, fault: InBlocks) -> No
     positions = np.arange(blocks)
     expected = reference("fp8", heads, positions)
     assert worst(run(layer_of("fp8"), heads, positions), expected) <= 1
-    rng, killed = np.random.default_rng(4), 0
-    for _ in range(PLACES):
-        broken = linear(in_blocks(fault, fp8_weight(), rng), name="wo_a", groups=GROUPS)
-        killed += worst(run(broken, heads, positions), expected) > 1
-    record(kind="planted", fault=fault.name.lower(), planted=PLACES, killed=killed)
-    assert killed == PLACES
+    rng, noticed = np.random.default_rng(4), []
+    for _ in range(planted.PLACES):
+        broken = linear(
+            planted.in_blocks(fault, weight_of_blocks(), rng), name="wo_a", groups=GROUPS
+        )
+        noticed.append(worst(run(broken, heads, positions), expected) > 1)
+    planted.require_noticed(record, fault.name, noticed)

@@ -8,8 +8,7 @@ from tests.gpu.race import cells
 from tests.gpu.reference.power import excluded, exclusion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from tests.gpu.conftest import Record
     from tests.gpu.race.cells import Cell
     from tests.gpu.race.conftest import Bench
     from tests.gpu.race.repeat import Counts
@@ -38,9 +37,7 @@ def fields(cell: Cell, form: WeightFormat, mode: str, counts: Counts) -> dict[st
     }
 
 
-def check_repeats(
-    bench: Bench, record: Callable[..., None], cell: Cell, mode: str, form: WeightFormat
-) -> None:
+def check_repeats(bench: Bench, record: Record, cell: Cell, mode: str, form: WeightFormat) -> None:
     """Assert that a cell's first results are within their bounds, and that all others are equal."""
     from tests.gpu.race.case import shared_case
     from tests.gpu.race.repeat import Mode, repeat

@@ -128,7 +128,9 @@ class Case:
         self.put(self.weights, spread_out=spread_out)
         self.a = [to_gpu(bfloat16_bits(one), "bfloat16") for one in self.inputs]
         self.sorted_ids = to_gpu(self.routing.sorted_ids, "int32")
-        self.expert_ids = to_gpu(self._copies(spread_out), "int32")
+        ids = self.routing.expert_ids
+        copies = ids if spread_out else np.where(ids < 0, ids, ids % self.weights.experts)
+        self.expert_ids = to_gpu(copies, "int32")
         self.padded = to_gpu(np.array([self.routing.padded], np.int32), "int32")
         self.topk_weights = to_gpu(self.router, "float32")
         self.workspace = self.new_workspace()
@@ -149,10 +151,6 @@ class Case:
             multiplier = None if multiplier is None else multiplier[order].contiguous()
         self.packed, self.scales, self.multiplier = packed, scales, multiplier
 
-    def _copies(self, spread_out: bool) -> np.ndarray[Any, Any]:
-        ids = self.routing.expert_ids
-        return ids if spread_out else np.where(ids < 0, ids, ids % self.weights.experts)
-
     @staticmethod
     def new_workspace() -> torch.Tensor:
         """Locks as vLLM's experts allocate them, by a copy."""
@@ -164,12 +162,7 @@ class Case:
         return to_gpu(np.full((rows, self.cell.size_n), 0xFFFF, np.uint16), "bfloat16")
 
     def launch(
-        self,
-        which: int = 0,
-        *,
-        out: torch.Tensor | None = None,
-        workspace: torch.Tensor | None = None,
-        options: Options | None = None,
+        self, which: int = 0, *, out: torch.Tensor | None = None, options: Options | None = None
     ) -> torch.Tensor:
         """One launch on the current stream.
 
@@ -182,11 +175,10 @@ class Case:
         out = self.out if out is None else out
         self.op(
             self.a[which], out, self.packed, None, self.scales, None, self.multiplier, None, None,
-            None, self.workspace if workspace is None else workspace, self.sorted_ids,
-            self.expert_ids, self.padded, self.topk_weights, cell.block, cell.top_k, cell.router,
-            self.form.type_id, cell.tokens, cell.size_n, cell.size_k, True, chosen.atomic_add,
-            chosen.fp32_reduce, False, config.k if config else -1, config.n if config else -1,
-            per_sm if config else -1,
+            None, self.workspace, self.sorted_ids, self.expert_ids, self.padded, self.topk_weights,
+            cell.block, cell.top_k, cell.router, self.form.type_id, cell.tokens, cell.size_n,
+            cell.size_k, True, chosen.atomic_add, chosen.fp32_reduce, False,
+            config.k if config else -1, config.n if config else -1, per_sm if config else -1,
         )  # fmt: skip
         return out
 

@@ -14,6 +14,8 @@ import json
 import os
 import sys
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +23,7 @@ import torch
 
 from tests.gpu.race import case, cells
 from tests.gpu.race.case import Case, HungError, Options, load_op, multiprocessors, wait
+from tests.gpu.race.experiments import MICRO, OVERRUN
 from tests.gpu.race.kit import folder, native_library, wheel_library
 from tests.gpu.race.repeat import Budget, Counts, Repeater, Tools, micro_inputs, two_streams
 from tests.gpu.reference.marlin_kernel import c_tmp_size, reduce_end
@@ -28,14 +31,12 @@ from tests.gpu.reference.marlin_schedule import locks_used, schedule
 from tests.gpu.reference.marlin_weights import FORMATS, NVFP4, W4A16
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 BY_NAME = {form.name: form for form in FORMATS}
 HANG = 4.0  # seconds until a launch counts as hung; the rest of the GPU's work is short
-OVERRUN = 20_480  # bytes, as reported in vllm-project/vllm#36889
-MICRO = ("clean", "no_wait", "early_release", "no_reset", "lock_alias", "slot_overlap",
-         "stale_read")  # fmt: skip
+NO_ADDRESS = 2**63 - 1  # of red_zones.cu: nothing was written there
 
 
 class Zone(ctypes.Structure):
@@ -57,10 +58,9 @@ def mutant(name: str) -> dict[str, Any]:
     """What each detector says of a build of the kernel, in three partitions."""
     op, tools = op_of(name), Tools(native_library("tools"))
     seen = Seen()
-    for cell, form in (
-        (cells.CORE[0], NVFP4), (cells.DEEP, W4A16), (cells.CORE[1], NVFP4),
-    ):  # fmt: skip
-        seen.watch(lambda c=cell, f=form: seen.observe(Case(c, f, op), tools))  # type: ignore[misc]
+    for cell, form in ((cells.CORE[0], NVFP4), (cells.DEEP, W4A16), (cells.CORE[1], NVFP4)):
+        with seen.watch():
+            seen.observe(Case(cell, form, op), tools)
     return seen.row
 
 
@@ -70,9 +70,8 @@ def option(name: str) -> dict[str, Any]:
     options = Options(fp32_reduce=name != "half_reduce", atomic_add=name == "atomic_add")
     seen = Seen()
     for cell, form in ((cells.DEEP, NVFP4), (cells.CORE[0], NVFP4)):
-        seen.watch(
-            lambda c=cell, f=form: seen.observe(Case(c, f, op), tools, options)  # type: ignore[misc]
-        )
+        with seen.watch():
+            seen.observe(Case(cell, form, op), tools, options)
     return seen.row
 
 
@@ -80,15 +79,12 @@ def dirty_workspace() -> dict[str, Any]:
     """One lock that a tile in two parts uses is not zero on entry."""
     op = op_of("wheel")
     seen = Seen()
-
-    def run() -> None:
+    with seen.watch():
         made = Case(cells.CORE[0], NVFP4, op)
         launch = made.cell.launch(NVFP4, multiprocessors(), made.hit)
         lock = next(p.lock for block in schedule(launch) for p in block if p.count > 1)
         made.workspace[lock] = 1
         seen.first_launch(made)
-
-    seen.watch(run)
     return seen.row
 
 
@@ -97,12 +93,8 @@ def streams(shared: bool) -> dict[str, Any]:
     op, tools = op_of("wheel"), Tools(native_library("tools"))
     seen = Seen()
     pair = [Case(cells.ONE_TILE, form, op) for form in (NVFP4, W4A16)]
-
-    def run() -> None:
-        counted = two_streams(pair, tools, Budget(seconds=3.0), shared=shared)
-        seen.count(counted[0] + counted[1])
-
-    seen.watch(run)
+    with seen.watch():
+        seen.count("differ", two_streams(pair, tools, Budget(seconds=3.0), shared=shared))
     return seen.row
 
 
@@ -141,7 +133,7 @@ def micro(name: str) -> dict[str, Any]:
     return row
 
 
-def zones(name: str, short: int) -> dict[str, Any]:
+def zones(name: str, short: int = 0) -> dict[str, Any]:
     """Launches between red zones, in memory full of NaN.
 
     Args:
@@ -186,7 +178,7 @@ def _zoned(case: Case, library: ctypes.CDLL, short: int, row: dict[str, Any]) ->
         row["outside"] += [
             [zone.size, zone.first_outside, zone.last_outside]
             for zone in freed
-            if zone.first_outside != _NONE
+            if zone.first_outside != NO_ADDRESS
         ]
         if launch is None:
             continue
@@ -194,9 +186,6 @@ def _zoned(case: Case, library: ctypes.CDLL, short: int, row: dict[str, Any]) ->
         size = 4 * (end - short // 4) if short else size
         used = [zone.last_inside for zone in freed if zone.size == size]
         row["used"].append([cell.name, case.form.name, [u // 4 for u in used], end - 1, size // 4])
-
-
-_NONE = 2**63 - 1
 
 
 def sanitized(names: list[str]) -> dict[str, Any]:
@@ -234,10 +223,11 @@ class Seen:
             "partition": 0.0, "hung": False,
         }  # fmt: skip
 
-    def watch(self, run: Callable[[], None]) -> None:
-        """Run; if a launch does not end, or ends the context, say so and leave."""
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """If a launch does not end, or ends the context, say so and leave."""
         try:
-            run()
+            yield
         except HungError:
             self._leave("a launch does not end")
         except RuntimeError as error:
@@ -250,10 +240,11 @@ class Seen:
         print(json.dumps(self.row), flush=True)
         os._exit(0)
 
-    def count(self, counted: Counts) -> None:
-        self.row["launches"] += counted.launches
-        self.row["differ"] += counted.differ
-        self.row["dirty"] += counted.dirty
+    def count(self, key: str, counts: Counts) -> None:
+        """Add what was counted; ``key``: of the results that differ."""
+        self.row["launches"] += counts.launches
+        self.row[key] += counts.differ
+        self.row["dirty"] += counts.dirty
 
     def first_launch(
         self, case: Case, options: Options | None = None, which: int = 0
@@ -271,11 +262,7 @@ class Seen:
     def observe(self, case: Case, tools: Tools, options: Options | None = None) -> None:
         """All detectors, on a workspace that starts as zeros."""
         outs = [self.first_launch(case, options, which) for which in (0, 1)]
-        other = Options(
-            blocks_per_sm=2,
-            fp32_reduce=options.fp32_reduce if options else True,
-            atomic_add=options.atomic_add if options else False,
-        )
+        other = replace(options or Options(), blocks_per_sm=2)
         cut = case.launch(0, out=case.new_output(), options=other)
         wait(HANG)
         both = 2 * case.expected(0).bound
@@ -287,15 +274,11 @@ class Seen:
             started, steps = time.monotonic(), 0
             while steps < 3000 and time.monotonic() - started < 1.0:
                 for _ in range(100):
-                    repeater.step(steps)
+                    repeater.step()
                     steps += 1
-                counts = repeater.counts
-                if counts.differ:
+                if repeater.counts.differ:
                     break
-            counts = repeater.counts
-            self.row[key] += counts.differ
-            self.row["dirty"] += counts.dirty
-            self.row["launches"] += counts.launches
+            self.count(key, repeater.counts)
 
 
 def _worse(a: float, b: float) -> float:
@@ -303,29 +286,22 @@ def _worse(a: float, b: float) -> float:
     return 1e30 if not (np.isfinite(a) and np.isfinite(b)) else max(a, b)
 
 
+EXPERIMENTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "mutant": mutant,
+    "option": option,
+    "dirty_workspace": dirty_workspace,
+    "streams": streams,
+    "micro": micro,
+    "zones": zones,
+    "sanitized": sanitized,
+    "warm": warm,
+}
+
+
 def main() -> None:
     order = json.loads(sys.argv[1])
     case.PATIENCE = HANG
-    match order["do"]:
-        case "mutant":
-            result = mutant(order["name"])
-        case "option":
-            result = option(order["name"])
-        case "dirty_workspace":
-            result = dirty_workspace()
-        case "streams":
-            result = streams(order["shared"])
-        case "micro":
-            result = micro(order["name"])
-        case "zones":
-            result = zones(order["name"], order.get("short", 0))
-        case "sanitized":
-            result = sanitized(order["names"])
-        case "warm":
-            result = warm(order["form"])
-        case _:
-            raise SystemExit(f"no such experiment: {order}")
-    print(json.dumps(result), flush=True)
+    print(json.dumps(EXPERIMENTS[order.pop("do")](**order)), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,24 +3,38 @@
 A tool that must see a fault and does not is red. What else sees it is recorded for the table, and
 so is what sees it nowhere: two of the mutants change nothing that can be relied on to happen on a
 GPU, and are for the audit of the machine code alone.
+
+Experiments run in processes of their own, several at a time, begun before they are asked for. Each
+costs seconds of imports and little of the GPU. One that crashes or hangs is a result of its own and
+hides no other. Those of the first stage let the driver compile the wheel's kernels, which takes one
+processor a minute, while mutants, which need no compiling, already run.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from dataclasses import dataclass, field
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from enum import Enum
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.gpu.harness import limits
-from tests.gpu.race.jobs import Said, jobs, sanitizer
 from tests.gpu.race.kit import native
 from tests.gpu.race.mutants import MUTANTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+ROOT = Path(__file__).parents[3]
+AT_A_TIME = max(2, min(10, (os.cpu_count() or 2) - 2))
 OVERRUN = 20_480  # bytes, as reported in vllm-project/vllm#36889
 WARMED = ("w4a16", "nvfp4", "fp8")  # one of each file of kernels; MXFP4 is in NVFP4's
 CHECKS = ("memcheck", "initcheck", "racecheck", "synccheck")
@@ -44,24 +58,32 @@ class Tool(Enum):
     AUDIT = "SASS audit"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Control:
-    """A fault.
-
-    Attributes:
-        order: the experiment, for child.py.
-        must: tools each of which has to see it.
-        any_of: tools one of which has to see it.
-        build: the mutant, for sanitizers and the audit.
-    """
+    """A fault; ``order`` is its experiment, for child.py."""
 
     name: str
     what: str
     order: dict[str, Any]
-    must: frozenset[Tool] = frozenset()
-    any_of: frozenset[Tool] = frozenset()
-    build: str | None = None
-    clean: bool = field(default=False)
+
+    @property
+    def build(self) -> str | None:
+        """The mutant, for sanitizers and the audit."""
+        return self.name if self.order["do"] == "mutant" else None
+
+    @property
+    def must(self) -> set[Tool]:
+        """Tools each of which has to see it."""
+        return MUST.get(self.name, set())
+
+    @property
+    def any_of(self) -> frozenset[Tool]:
+        """Tools one of which has to see it."""
+        return PROTOCOL if self.name in ANY_OF else frozenset()
+
+    @property
+    def clean(self) -> bool:
+        return self.name in CLEAN
 
 
 T = Tool
@@ -79,67 +101,43 @@ MUST: dict[str, set[Tool]] = {
     "foreign_mask": {T.SYNCCHECK},
     "no_fence": {T.AUDIT},
     "weak_acquire": {T.AUDIT},
+    "half_reduce": {T.REFERENCE},
+    "atomic_add": {T.BITWISE},
+    "model_no_wait": {T.REFERENCE},
+    "model_early_release": {T.REFERENCE},
+    "model_no_reset": {T.WORKSPACE, T.WATCHDOG},
+    "model_stale_read": {T.REFERENCE},
 }
-ANY_OF = {"lock_alias": PROTOCOL}
+ANY_OF = {"lock_alias", "dirty_workspace", "shared_workspace", "model_lock_alias",
+          "model_slot_overlap"}  # fmt: skip
+CLEAN = {"clean", "own_workspaces", "model_clean"}
 # Asked, not required: what a checker was measured not to report of a fault that others must see.
 NOT_REQUIRED = {
     ("half_barrier", T.SYNCCHECK): "the launch does not end, and it had said nothing when ended",
 }
-MICRO_MUST = {
-    "no_wait": {T.REFERENCE},
-    "early_release": {T.REFERENCE},
-    "no_reset": {T.WORKSPACE, T.WATCHDOG},
-    "stale_read": {T.REFERENCE},
-}
+# Faults of the sum alone, in plain CUDA; tools.cu knows each by its place.
+MICRO = ("clean", "no_wait", "early_release", "no_reset", "lock_alias", "slot_overlap",
+         "stale_read")  # fmt: skip
 
 
 def _controls() -> Iterator[Control]:
     for mutant in MUTANTS:
-        yield Control(
-            name=mutant.name,
-            what=mutant.what,
-            order={"do": "mutant", "name": mutant.name},
-            must=frozenset(MUST.get(mutant.name, ())),
-            any_of=ANY_OF.get(mutant.name, frozenset()),
-            build=mutant.name,
-            clean=mutant.name == "clean",
-        )
-    for name, what, tool in (
-        ("half_reduce", "partial sums are kept in 16 bits (an option of the op)", T.REFERENCE),
-        ("atomic_add", "the sum is taken in any order (an option of the op)", T.BITWISE),
+        yield Control(mutant.name, mutant.what, {"do": "mutant", "name": mutant.name})
+    for name, what in (
+        ("half_reduce", "partial sums are kept in 16 bits (an option of the op)"),
+        ("atomic_add", "the sum is taken in any order (an option of the op)"),
     ):
-        order = {"do": "option", "name": name}
-        yield Control(name=name, what=what, order=order, must=frozenset({tool}))
-    yield Control(
-        name="dirty_workspace",
-        what="a lock is not zero on entry",
-        order={"do": "dirty_workspace"},
-        any_of=PROTOCOL,
-    )
-    yield Control(
-        name="shared_workspace",
-        what="two launches at a time share a workspace",
-        order={"do": "streams", "shared": True},
-        any_of=PROTOCOL,
-    )
-    yield Control(
-        name="own_workspaces",
-        what="no fault: two launches at a time, each with its own workspace",
-        order={"do": "streams", "shared": False},
-        clean=True,
-    )
-    names = ("clean", "no_wait", "early_release", "no_reset", "lock_alias", "slot_overlap")
-    for name in (*names, "stale_read"):
-        must = frozenset(MICRO_MUST.get(name, ()))
-        yield Control(
-            name=f"model_{name}",
-            what=("no fault" if name == "clean" else name.replace("_", " "))
-            + ", in a model of the sum alone",
-            order={"do": "micro", "name": name},
-            must=must,
-            any_of=frozenset() if must or name == "clean" else PROTOCOL,
-            clean=name == "clean",
-        )
+        yield Control(name, what, {"do": "option", "name": name})
+    yield Control("dirty_workspace", "a lock is not zero on entry", {"do": "dirty_workspace"})
+    for name, what, shared in (
+        ("shared_workspace", "two launches at a time share a workspace", True),
+        ("own_workspaces", "no fault: two launches at a time, each with its own workspace", False),
+    ):
+        yield Control(name, what, {"do": "streams", "shared": shared})
+    for name in MICRO:
+        fault = "no fault" if name == "clean" else name.replace("_", " ")
+        what = f"{fault}, in a model of the sum alone"
+        yield Control(f"model_{name}", what, {"do": "micro", "name": name})
 
 
 CONTROLS = {control.name: control for control in _controls()}
@@ -158,6 +156,114 @@ CHECKED = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What a process said.
+
+    Attributes:
+        row: the JSON object of its last line; empty if there is none.
+        code: exit status; None after the time-out, when it was killed.
+    """
+
+    row: dict[str, Any]
+    code: int | None
+    seconds: float
+    text: str
+
+    @property
+    def hung(self) -> bool:
+        return self.code is None or bool(self.row.get("hung"))
+
+
+def run_child(
+    order: dict[str, Any],
+    *,
+    limit: limits.Limit,
+    prefix: tuple[str, ...] = (),
+    **variables: str,
+) -> Said:
+    """Run one experiment to its end, or to its limit.
+
+    Raises:
+        NotStartedError: it was killed there, and that says nothing about it.
+    """
+    started = time.monotonic()
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "2")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(_paths())} | threads | variables
+    process = subprocess.Popen(
+        [*prefix, sys.executable, "-m", "tests.gpu.race.child", json.dumps(order)],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+    code: int | None
+    try:
+        text, _ = process.communicate(timeout=limit.seconds)
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)  # the process group that was started above
+        text, _ = process.communicate()
+        code = None
+        limit.check(" ".join(map(str, order.values())))
+    return Said(row=_last_object(text), code=code, seconds=time.monotonic() - started, text=text)
+
+
+def _paths() -> list[str]:
+    named = os.environ.get("PYTHONPATH", "")
+    return [str(ROOT), str(ROOT / "src"), *filter(None, named.split(os.pathsep))]
+
+
+def _last_object(text: str) -> dict[str, Any]:
+    for line in reversed(text.splitlines()):
+        if line.startswith("{"):
+            try:
+                found = json.loads(line)
+            except ValueError:
+                continue
+            return found if isinstance(found, dict) else {}
+    return {}
+
+
+class Jobs:
+    """The experiments of a test run, by name."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="experiment")
+        self.futures: dict[str, Future[Said]] = {}
+
+    def start(
+        self, name: str, order: dict[str, Any], *, after: tuple[str, ...] = (),
+        kind: str = "control", prefix: tuple[str, ...] = (), **variables: str,
+    ) -> None:  # fmt: skip
+        """Begin an experiment, after those named, unless it has begun; ``kind``: of its limit."""
+        if name in self.futures:
+            return
+        earlier = [self.futures[one] for one in after]
+
+        def run() -> Said:
+            for one in earlier:
+                one.result()
+            return run_child(order, limit=limits.limit(kind), prefix=prefix, **variables)
+
+        self.futures[name] = self.pool.submit(run)
+
+    def result(self, name: str) -> Said:
+        """Wait for an experiment."""
+        return self.futures[name].result()
+
+
+@cache
+def jobs() -> Jobs:
+    """Those of this process."""
+    return Jobs()
+
+
+@cache
+def sanitizer() -> Path | None:
+    """compute-sanitizer of the toolkit, or of its wheel beside torch's."""
+    place = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    return Path(place) if Path(place).is_file() else None
+
+
 def start_warming() -> tuple[str, ...]:
     """Let the driver compile the wheel's kernels; the names of those experiments."""
     for form in WARMED:
@@ -168,10 +274,10 @@ def start_warming() -> tuple[str, ...]:
 def start_all() -> None:
     """Begin what has not begun, what others wait for first."""
     warm = start_warming()
-    free = [c for c in CONTROLS.values() if c.order["do"] in {"mutant", "micro"}]
-    for control in (*free, *(c for c in CONTROLS.values() if c not in free)):
-        after = () if control in free else warm
-        jobs().start(control.name, control.order, after=after)
+    for waits in (False, True):
+        for control in CONTROLS.values():
+            if waits == (control.order["do"] not in {"mutant", "micro"}):
+                jobs().start(control.name, control.order, after=warm if waits else ())
     short = {"do": "zones", "name": "short_c_tmp", "short": OVERRUN}
     jobs().start("zones-short_c_tmp", short)
     for name, tools in CHECKED.items():
@@ -209,9 +315,8 @@ def result(name: str) -> Said:
     Raises:
         KeyError: it is not one of this machine: a program is missing.
     """
-    if name in start_warming():
-        return jobs().result(name)
-    start_all()
+    if name not in start_warming():
+        start_all()
     return jobs().result(name)
 
 

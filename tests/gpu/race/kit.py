@@ -1,14 +1,25 @@
-"""Where the code under test and the native helpers are.
+"""Where the code under test and the native helpers are, and how these are compiled.
 
-The code under test is that of the installed vLLM. Helpers are compiled from the release's source,
-once for a run of the suite, in the folder that ``VLLM_FORGE_RACE_FOLDER`` names.
+The code under test is that of the installed vLLM. Helpers (tools, an allocator, and the mutants of
+the kernel) are compiled from the release's source, once for a run of the suite, in the folder that
+``VLLM_FORGE_RACE_FOLDER`` names. Each is one nvcc process of 10 to 20 seconds; several run at a
+time, each with a time-out, and one that fails does not stop the others. What is there already, for
+the same text, is kept.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.util
+import json
 import os
+import shutil
+import subprocess
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,10 +27,17 @@ from typing import Any
 import pytest
 
 from tests.gpu.harness.device import query
-from tests.gpu.race.build import build_all, toolchain
+from tests.gpu.race import sass
+from tests.gpu.race.mutants import BY_NAME, FOLDER, Mutant, lay_out
 
 VARIABLE = "VLLM_FORGE_RACE_FOLDER"
 MOE, BASE = "_moe_C_stable_libtorch.abi3.so", "_C_stable_libtorch.abi3.so"
+NATIVE = Path(__file__).with_name("native")
+TOOLS = ("tools", "red_zones")
+TIMEOUT = 240
+TORCH_LIBRARIES = ("torch", "torch_cpu", "torch_cuda", "c10", "c10_cuda")
+# As in the release's CMakeLists.txt for _moe_C_stable_libtorch.
+DEFINES = ("-DTORCH_TARGET_VERSION=0x020B000000000000ULL", "-DUSE_CUDA")
 
 
 def folder() -> Path:
@@ -43,8 +61,7 @@ def wheel_library(name: str = MOE) -> Path:
 def native() -> dict[str, dict[str, Any]]:
     """Name -> ``path`` or ``error`` of helpers and mutants; empty where none can be built."""
     source = release_source()
-    chain = toolchain((_arch(),))
-    if chain is None or source is None or not source.is_dir():
+    if source is None or not source.is_dir() or (chain := toolchain()) is None:
         return {}
     out = folder() / "native"
     with _lock(out):
@@ -86,3 +103,114 @@ def native_library(name: str) -> Path:
         return Path(row["path"])
     reason = row.get("error", "no nvcc, or no source of the release")
     pytest.skip(f"no {name}: {reason}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toolchain:
+    """What a build uses.
+
+    Attributes:
+        nvcc: the compiler.
+        torch: the package's folder, with its headers and libraries.
+        cuda: more folders of headers.
+        arch: e.g. ``90a``.
+    """
+
+    nvcc: Path
+    torch: Path
+    cuda: tuple[Path, ...]
+    arch: str
+
+
+def toolchain() -> Toolchain | None:
+    """What this machine has; None without nvcc or torch."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    torch = Path(spec.origin).parent
+    site = torch.parent
+    places = (shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc", site / "nvidia/cu13/bin/nvcc")
+    nvcc = next((Path(place) for place in places if place and Path(place).is_file()), None)
+    if nvcc is None or not (torch / "include").is_dir():
+        return None
+    # torch_utils.h includes cuBLAS's header, which a toolkit may lack and torch's wheels bring.
+    more = [site / "nvidia" / "cu13" / "include", NATIVE / "headers"]
+    cuda = tuple(path for path in more if path.is_dir())
+    return Toolchain(nvcc=nvcc, torch=torch, cuda=cuda, arch=_arch())
+
+
+def build_all(out: Path, source: Path, chain: Toolchain) -> dict[str, dict[str, Any]]:
+    """Build what is missing.
+
+    Args:
+        out: gets ``NAME.so`` and ``build.json``.
+        source: the release's tree.
+        chain: the tools.
+
+    Returns:
+        Name -> ``library`` or ``error``, ``seconds``, ``sass`` (what the audit says of a mutant).
+    """
+    known = json.loads((out / "build.json").read_text()) if (out / "build.json").exists() else {}
+    names = [*TOOLS, *BY_NAME]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        rows = list(pool.map(lambda name: _build(name, out, source, chain, known), names))
+    result = dict(zip(names, rows, strict=True))
+    (out / "build.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _build(
+    name: str, out: Path, source: Path, chain: Toolchain, known: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    mutant = BY_NAME.get(name)
+    text = _text(name, mutant, source)
+    key = hashlib.sha256(text + chain.arch.encode()).hexdigest()
+    library = out / f"{name}.so"
+    if library.exists() and known.get(name, {}).get("key") == key:
+        return known[name]
+    started = time.monotonic()
+    try:
+        if mutant is None:
+            _compile(chain, NATIVE / f"{name}.cu", library, ["-cudart", "static"])
+        else:
+            _compile_mutant(mutant, source, chain, library)
+    except (subprocess.SubprocessError, OSError, ValueError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        return {"error": f"{type(error).__name__}: {reason[-1500:]}"}
+    seconds = round(time.monotonic() - started, 1)
+    row: dict[str, Any] = {"library": library.name, "key": key, "seconds": seconds}
+    if mutant is not None:
+        row["sass"] = sass.audit_library(library, chain.torch)
+    return row
+
+
+def _text(name: str, mutant: Mutant | None, source: Path) -> bytes:
+    if mutant is None:
+        return (NATIVE / f"{name}.cu").read_bytes()
+    parts = [repr(mutant).encode()]
+    parts += [path.read_bytes() for path in sorted((source / FOLDER).iterdir()) if path.is_file()]
+    return b"".join(parts)
+
+
+def _compile_mutant(mutant: Mutant, source: Path, chain: Toolchain, library: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=f"forge-{mutant.name}-") as scratch:
+        folder = Path(scratch)
+        includes = [folder, source / "csrc"]
+        system = [chain.torch / "include", chain.torch / "include/torch/csrc/api/include"]
+        options = ["--expt-relaxed-constexpr", "-lineinfo", *DEFINES]
+        options += [f"-I{path}" for path in includes]
+        options += [f"-isystem={path}" for path in (*system, *chain.cuda)]
+        options += ["-cudart", "static", f"-L{chain.torch / 'lib'}"]
+        options += [f"-l{name}" for name in TORCH_LIBRARIES]
+        _compile(chain, lay_out(mutant, source, folder), library, options)
+
+
+def _compile(chain: Toolchain, text: Path, library: Path, options: list[str]) -> None:
+    aside = library.with_suffix(".part")
+    target = f"-gencode=arch=compute_{chain.arch},code=sm_{chain.arch}"
+    common = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "-Xcompiler", "-w", "-w"]
+    subprocess.run(
+        [str(chain.nvcc), *common, target, *options, "-o", str(aside), str(text)],
+        check=True, capture_output=True, text=True, timeout=TIMEOUT,
+    )  # fmt: skip
+    aside.replace(library)

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 TEMPLATE, HOST = "marlin_template.h", "ops.cu"
 FOLDER = "csrc/libtorch_stable/moe/marlin_moe_wna16"
 BINDINGS = "csrc/libtorch_stable/moe/torch_bindings.cpp"
-# What of a release's source a build needs, besides torch's and CUDA's headers.
-SOURCES = (FOLDER, BINDINGS, "csrc/libtorch_stable/quantization/marlin", "csrc/core",
-           "csrc/libtorch_stable/torch_utils.h")  # fmt: skip
 REGISTRATION = "STABLE_TORCH_LIBRARY_IMPL(_moe_C, CUDA, m)"
 SCHEMA = re.compile(
     r'm\.def\(\s*((?:"[^"]*"\s*)*"moe_wna16_marlin_gemm\([^"]*"\s*(?:"[^"]*"\s*)*)\)'
@@ -34,27 +31,23 @@ END = "}\n\n}  // namespace MARLIN_NAMESPACE_NAME\n\n#endif\n"
 INSTANCES = (("kFE2M1f", "kFE4M3fn", 1), ("kU4B8", "kBFloat16", 8))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Edit:
-    """Replace the only occurrence of a text."""
-
-    file: str
-    old: str
-    new: str
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Mutant:
-    """A fault; its op is in ``torch.ops.forge_<name>``."""
+    """A fault; its op is in ``torch.ops.forge_<name>``.
+
+    Attributes:
+        edits: texts that are there once, and what replaces each.
+        file: in which.
+    """
 
     name: str
     what: str
-    edits: tuple[Edit, ...] = ()
+    edits: tuple[tuple[str, str], ...] = ()
+    file: str = TEMPLATE
 
 
 def _mutant(name: str, what: str, *edits: tuple[str, str], file: str = TEMPLATE) -> Mutant:
-    made = tuple(Edit(file=file, old=old, new=new) for old, new in edits)
-    return Mutant(name=name, what=what, edits=made)
+    return Mutant(name, what, edits, file)
 
 
 MUTANTS = (
@@ -173,15 +166,15 @@ class AnchorError(Exception):
     """The release's text is not what a mutant was written for."""
 
 
-def replace_once(text: str, edit: Edit) -> str:
-    """The text with the edit.
+def replace_once(text: str, old: str, new: str, file: str) -> str:
+    """The text of a file with an edit.
 
     Raises:
         AnchorError: what it replaces is not there exactly once.
     """
-    if (count := text.count(edit.old)) != 1:
-        raise AnchorError(f"{count} times in {edit.file}, not once: {edit.old!r}")
-    return text.replace(edit.old, edit.new)
+    if (count := text.count(old)) != 1:
+        raise AnchorError(f"{count} times in {file}, not once: {old!r}")
+    return text.replace(old, new)
 
 
 def lay_out(mutant: Mutant, source: Path, folder: Path) -> Path:
@@ -189,7 +182,7 @@ def lay_out(mutant: Mutant, source: Path, folder: Path) -> Path:
 
     Args:
         mutant: which.
-        source: the release's tree, or what of it SOURCES names.
+        source: the release's tree, or what of it suite.toml names.
         folder: an empty one.
 
     Returns:
@@ -202,11 +195,11 @@ def lay_out(mutant: Mutant, source: Path, folder: Path) -> Path:
         name: (source / FOLDER / name).read_text(encoding="utf-8")
         for name in (TEMPLATE, HOST, "kernel.h")
     }
-    for edit in mutant.edits:
-        texts[edit.file] = replace_once(texts[edit.file], edit)
+    for old, new in mutant.edits:
+        texts[mutant.file] = replace_once(texts[mutant.file], old, new, mutant.file)
     space = f"forge_{mutant.name}"
     own = REGISTRATION.replace("_moe_C", space)
-    host = replace_once(texts[HOST], Edit(file=HOST, old=REGISTRATION, new=own))
+    host = replace_once(texts[HOST], REGISTRATION, own, HOST)
     schemas = SCHEMA.findall((source / BINDINGS).read_text(encoding="utf-8"))
     if len(schemas) != 1:
         raise AnchorError(f"{len(schemas)} schemas of the op in {BINDINGS}")

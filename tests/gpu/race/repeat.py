@@ -7,9 +7,11 @@ then makes it NaN. Two inputs take turns (see Case).
 from __future__ import annotations
 
 import ctypes
+import itertools
 import time
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,30 +97,29 @@ class Repeater:
         self, case: Case, tools: Tools, *, inputs: int = 2, options: Options | None = None
     ) -> None:
         self.case, self.tools, self.options = case, tools, options
-        self.inputs = inputs
+        self.turns = itertools.cycle(range(inputs))
         self.first = [
             case.launch(which, out=case.new_output(), options=options) for which in range(inputs)
         ]
         wait()
         self.found = torch.zeros(3, dtype=torch.int64, device="cuda")
 
-    def step(self, number: int, workspace: torch.Tensor | None = None) -> None:
+    def step(self) -> None:
         """One launch and its check, on the current stream."""
-        which, locks = number % self.inputs, workspace
-        locks = self.case.workspace if locks is None else locks
-        out = self.case.launch(which, workspace=locks, options=self.options)
-        self.tools.check(out, self.first[which], locks, self.found)
+        which = next(self.turns)
+        out = self.case.launch(which, options=self.options)
+        self.tools.check(out, self.first[which], self.case.workspace, self.found)
 
     def capture(self) -> torch.cuda.CUDAGraph:
         """A graph of PER_GRAPH steps."""
         with torch.cuda.stream(stream("capture")):
-            for number in range(2):
-                self.step(number)
+            for _ in range(2):
+                self.step()
         wait()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for number in range(PER_GRAPH):
-                self.step(number)
+            for _ in range(PER_GRAPH):
+                self.step()
         return graph
 
     @property
@@ -133,11 +134,9 @@ def repeat(case: Case, tools: Tools, mode: Mode, budget: Budget) -> Counts:
     """Launch a case until the budget is spent or something was found."""
     repeater = Repeater(case, tools)
     around = _around(mode, case)
-    if mode is Mode.EAGER:
-        run, per_run = _one_by_one(repeater), 1
-    else:
-        graph = repeater.capture()
-        run, per_run = graph.replay, PER_GRAPH
+    run, per_run = repeater.step, 1
+    if mode is not Mode.EAGER:
+        run, per_run = repeater.capture().replay, PER_GRAPH
     started, done = time.monotonic(), 0
     while budget.left(started, done):
         for _ in range(max(1, PER_WAIT // per_run)):
@@ -150,27 +149,12 @@ def repeat(case: Case, tools: Tools, mode: Mode, budget: Budget) -> Counts:
     return repeater.counts
 
 
-def _one_by_one(repeater: Repeater) -> Callable[[], None]:
-    number = 0
-
-    def run() -> None:
-        nonlocal number
-        repeater.step(number)
-        number += 1
-
-    return run
-
-
-def _around(mode: Mode, case: Case) -> Callable[[], None]:
+def _around(mode: Mode, case: Case) -> Callable[[], object]:
     """What is done before each run."""
     if mode is Mode.GRAPH_L2:
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         sweep = torch.zeros(int(1.5 * cache), dtype=torch.uint8, device="cuda")
-
-        def wash() -> None:
-            sweep.add_(1)
-
-        return wash
+        return partial(sweep.add_, 1)
     if mode is Mode.GRAPH_NOISE:
         side = stream("noise")
         square = torch.full((2048, 2048), 0.01, dtype=torch.bfloat16, device="cuda")
@@ -187,11 +171,10 @@ def _around(mode: Mode, case: Case) -> Callable[[], None]:
 
 def _churn(case: Case) -> Callable[[], None]:
     """Take memory in the sizes of an op's buffers and give it back, as a larger batch does."""
-    number = 0
+    numbers = itertools.count(1)
 
     def take() -> None:
-        nonlocal number
-        number += 1
+        number = next(numbers)
         size = (1 << 16) * (1 + number % 37)
         kept = [torch.full((size,), float("nan"), device="cuda") for _ in range(3)]
         del kept
@@ -200,7 +183,7 @@ def _churn(case: Case) -> Callable[[], None]:
     return take
 
 
-def two_streams(cases: list[Case], tools: Tools, budget: Budget, *, shared: bool) -> list[Counts]:
+def two_streams(cases: list[Case], tools: Tools, budget: Budget, *, shared: bool) -> Counts:
     """Graphs of two cases on two streams at a time, with one workspace or each with its own."""
     repeaters = [Repeater(case, tools) for case in cases]
     if shared:
@@ -218,7 +201,8 @@ def two_streams(cases: list[Case], tools: Tools, budget: Budget, *, shared: bool
         counts = [repeater.counts for repeater in repeaters]
         if any(count.differ or count.dirty for count in counts):
             break
-    return [repeater.counts for repeater in repeaters]
+    first, second = (repeater.counts for repeater in repeaters)
+    return first + second
 
 
 def micro_inputs(tiles: int, parts: int, k: int, n: int) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import pytest
 from tests.gpu.race.experiments import CONTROLS, Control, Tool, audited, result, seen_by
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from tests.gpu.conftest import Record
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel"), pytest.mark.xdist_group("experiments")]
 
@@ -23,7 +23,7 @@ ELSEWHERE = {Tool.RED_ZONES, Tool.MEMCHECK, Tool.INITCHECK, Tool.RACECHECK, Tool
 
 
 @pytest.mark.parametrize("control", CONTROLS.values(), ids=CONTROLS)
-def test_a_fault_is_seen(control: Control, record: Callable[..., None]) -> None:
+def test_a_fault_is_seen(control: Control, record: Record) -> None:
     said = result(control.name)
     seen = seen_by(said)
     asked = set(AT_RUN_TIME)

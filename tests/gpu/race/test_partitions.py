@@ -14,6 +14,7 @@ from tests.gpu.reference.marlin_weights import FORMATS, WeightFormat
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tests.gpu.conftest import Record
     from tests.gpu.race.cells import Cell
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel")]
@@ -24,7 +25,7 @@ LEAST = 6  # partitions that the op must take of the twelve; the rest have too l
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 @pytest.mark.parametrize("cell", [*cells.CORE, cells.DEEP], ids=lambda cell: cell.name)
 def test_every_partition_is_within_the_bound(
-    op: Callable[..., Any], record: Callable[..., None], cell: Cell, form: WeightFormat
+    op: Callable[..., Any], record: Record, cell: Cell, form: WeightFormat
 ) -> None:
     from tests.gpu.race.case import Options, shared_case, wait
 

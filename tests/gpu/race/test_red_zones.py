@@ -9,12 +9,12 @@ import pytest
 from tests.gpu.race.experiments import OVERRUN, Tool, result
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from tests.gpu.conftest import Record
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel"), pytest.mark.xdist_group("experiments")]
 
 
-def test_nothing_outside_any_buffer(record: Callable[..., None]) -> None:
+def test_nothing_outside_any_buffer(record: Record) -> None:
     """All formats and cells, between red zones, in memory full of NaN; ``c_tmp`` included."""
     said = result("zones-wheel")
     row = said.row
@@ -38,7 +38,7 @@ def test_nothing_outside_any_buffer(record: Callable[..., None]) -> None:
         assert max(most) <= end < size, f"{name}: wrote to float {max(most)} of {size}"
 
 
-def test_an_overrun_of_20480_bytes_is_seen_to_the_byte(record: Callable[..., None]) -> None:
+def test_an_overrun_of_20480_bytes_is_seen_to_the_byte(record: Record) -> None:
     """Positive control: ``c_tmp`` is that much shorter than what the launch uses."""
     said = result("zones-short_c_tmp")
     row = said.row

@@ -31,7 +31,7 @@ from tests.gpu.race.kit import release_source
 from tests.gpu.race.mutants import BY_NAME, lay_out
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from tests.gpu.conftest import Record
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tier("kernel"), pytest.mark.xdist_group("experiments")]
 
@@ -97,7 +97,7 @@ def as_rows(found: list[Report]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("tool", CHECKS)
 @pytest.mark.parametrize("name", ["wheel", "clean"])
-def test_nothing_new(tool: str, name: str, record: Callable[..., None]) -> None:
+def test_nothing_new(tool: str, name: str, record: Record) -> None:
     found = said_of(tool, "wheel" if name == "wheel" else "builds")
     mine = [one for one in found if one.build == (WHEEL if name == "wheel" else name)]
     new = [one for one in mine if not known(tool, one)]
@@ -108,7 +108,7 @@ def test_nothing_new(tool: str, name: str, record: Callable[..., None]) -> None:
 @pytest.mark.parametrize(
     ("fault", "tool"), FAULTS, ids=lambda value: getattr(value, "value", value)
 )
-def test_a_fault_is_reported(fault: str, tool: Tool, record: Callable[..., None]) -> None:
+def test_a_fault_is_reported(fault: str, tool: Tool, record: Record) -> None:
     name = fault if fault in CHECKED else "builds"
     found = [one for one in said_of(tool.value, name) if one.build == fault]
     new = [one for one in found if not known(tool.value, one)]
@@ -126,7 +126,7 @@ def test_a_fault_is_reported(fault: str, tool: Tool, record: Callable[..., None]
 
 
 @pytest.mark.parametrize("tool", CHECKS)
-def test_what_else_is_reported(tool: str, record: Callable[..., None]) -> None:
+def test_what_else_is_reported(tool: str, record: Record) -> None:
     """For the table: no verdict, except that the checker ran."""
     found = said_of(tool, "builds")
     for build in SETS["builds"]:

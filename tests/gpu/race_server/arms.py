@@ -20,6 +20,8 @@ from tests.gpu.models.known_answers import ask_together
 from tests.gpu.race_server import stale_row
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.gpu.harness.spec_metrics import Reading
     from tests.gpu.models.four_bits import Scheme
     from tests.gpu.models.known_answers import Answer
@@ -42,6 +44,7 @@ GRAPHS = (
     '--compilation-config={"cudagraph_capture_sizes":[1,2,4,8,16,24,32,48,64],'
     '"pass_config":{"fuse_allreduce_rms":false}}'
 )
+AskedOf: TypeAlias = "Callable[[str], Asked]"
 Scores: TypeAlias = tuple[list[float], list[float]]
 # The draft model takes no attention backend from the target's arguments.
 SPECULATION = (

@@ -11,7 +11,7 @@ from tests.gpu.conftest import TOGETHER, why_not
 from tests.gpu.race_server.arms import ARMS, Asked, Fleet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from tests.gpu.race_server.arms import AskedOf
 
 SECONDS = 120  # of a start and all that is asked, about
 
@@ -37,7 +37,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.fixture
-def asked(pytestconfig: pytest.Config) -> Callable[[str], Asked]:
+def asked(pytestconfig: pytest.Config) -> AskedOf:
     """What came of an arm's server."""
 
     def get(name: str) -> Asked:

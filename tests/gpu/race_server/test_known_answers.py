@@ -14,9 +14,8 @@ from tests.gpu.race_server.arms import ARMS
 from tests.gpu.race_server.verdicts import finds_planted, is_clean, require_known
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.gpu.race_server.arms import Asked
+    from tests.gpu.conftest import Margin, Record
+    from tests.gpu.race_server.arms import AskedOf
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tier("server"), pytest.mark.xdist_group("race-server")]
 CLEAN = [
@@ -34,10 +33,7 @@ REFUSED = 0.01  # of the drafts, which are all right
 @pytest.mark.value(8, 10)
 @pytest.mark.parametrize("arm", CLEAN)
 def test_every_token_is_the_known_one(
-    arm: str,
-    asked: Callable[[str], Asked],
-    margin: Callable[[str, float, float], None],
-    record: Callable[..., None],
+    arm: str, asked: AskedOf, margin: Margin, record: Record
 ) -> None:
     verdict = require_known(asked(arm), RATE, margin, record)
     assert list(verdict.tokens) == list(ARMS[arm].levels)
@@ -48,7 +44,7 @@ def test_every_token_is_the_known_one(
 
 @pytest.mark.value(8, 10)
 @pytest.mark.parametrize("arm", CLEAN)
-def test_ran_as_asked(arm: str, asked: Callable[[str], Asked], record: Callable[..., None]) -> None:
+def test_ran_as_asked(arm: str, asked: AskedOf, record: Record) -> None:
     """Graphs where they are meant, and the experts' format; which backend, the record says."""
     config = parse(asked(arm).log)
     wanted = "NvFp4" if ARMS[arm].scheme.activations else "WNA16"
@@ -60,9 +56,7 @@ def test_ran_as_asked(arm: str, asked: Callable[[str], Asked], record: Callable[
 
 @pytest.mark.value(8, 10)
 @pytest.mark.parametrize("arm", SPECULATING)
-def test_drafts_are_taken_under_load(
-    arm: str, asked: Callable[[str], Asked], margin: Callable[[str, float, float], None]
-) -> None:
+def test_drafts_are_taken_under_load(arm: str, asked: AskedOf, margin: Margin) -> None:
     """The head proposes the known token, so that steps verify two per request."""
     reading = asked(arm).reading
     assert reading is not None
@@ -73,7 +67,7 @@ def test_drafts_are_taken_under_load(
 @pytest.mark.value(8, 10)
 @pytest.mark.parametrize("arm", SCORED)
 def test_scoring_again_is_green_and_finds_a_planted_token(
-    arm: str, asked: Callable[[str], Asked], record: Callable[..., None]
+    arm: str, asked: AskedOf, record: Record
 ) -> None:
     """The gate for models whose answers nobody knows, on one whose answers are known."""
     found = asked(arm)

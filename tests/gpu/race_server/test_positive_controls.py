@@ -10,9 +10,8 @@ from tests.gpu.race_server.arms import WRONG_EXPERT
 from tests.gpu.race_server.verdicts import blames, judge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.gpu.race_server.arms import Asked
+    from tests.gpu.conftest import Record
+    from tests.gpu.race_server.arms import AskedOf
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,9 +22,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("arm", ["wrong-expert"])
-def test_a_wrong_expert_is_found_where_it_is_met(
-    arm: str, asked: Callable[[str], Asked], record: Callable[..., None]
-) -> None:
+def test_a_wrong_expert_is_found_where_it_is_met(arm: str, asked: AskedOf, record: Record) -> None:
     answers = asked(arm).answers
     record(**judge(answers).record())
     assert blames(WRONG_EXPERT, answers)
@@ -33,7 +30,7 @@ def test_a_wrong_expert_is_found_where_it_is_met(
 
 @pytest.mark.parametrize("arm", ["stale-row"])
 def test_a_stale_row_is_found_under_concurrency_and_not_alone(
-    arm: str, asked: Callable[[str], Asked], record: Callable[..., None]
+    arm: str, asked: AskedOf, record: Record
 ) -> None:
     verdict = judge(asked(arm).answers)
     record(**verdict.record())

@@ -12,8 +12,9 @@ from tests.gpu.race_server.arms import PLANTED
 from tests.gpu.reference.power import excluded, exclusion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
+    from tests.gpu.conftest import Margin, Record
     from tests.gpu.models.known_answers import Answer
     from tests.gpu.race_server.arms import Asked, Scores
 
@@ -51,12 +52,7 @@ class Verdict:
         }
 
 
-def require_known(
-    asked: Asked,
-    rate: float,
-    margin: Callable[[str, float, float], None],
-    record: Callable[..., None],
-) -> Verdict:
+def require_known(asked: Asked, rate: float, margin: Margin, record: Record) -> Verdict:
     """Every token that an arm answered must be the known one, of enough to exclude ``rate``."""
     verdict = judge(asked.answers)
     record(seconds=asked.seconds, **verdict.record())

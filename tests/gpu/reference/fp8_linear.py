@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.gpu.reference.marlin_layout import bfloat16
 from tests.gpu.reference.marlin_reference import PER_TERM, TURNS, U_BFLOAT16, U_FLOAT32, Sums
 from vllm_forge.checkpoints.codecs.fp8_block import BLOCK
 from vllm_forge.checkpoints.codecs.small_floats import E4M3_MAX, e4m3_decode, e4m3_encode, e8m0_ceil
@@ -30,7 +29,6 @@ from vllm_forge.checkpoints.codecs.small_floats import E4M3_MAX, e4m3_decode, e4
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from vllm_forge.checkpoints.codecs.fp8_block import Fp8Block
 
 STEP = 32  # products of FP8 that one instruction adds
 APPROXIMATE = 2.0**-20
@@ -135,8 +133,7 @@ def one_of_each_block(size_k: int) -> NDArray[np.float64]:
 
 def known(rows: NDArray[np.float64], *, powers_of_two: bool) -> Sums:
     """Rows [M, K] after quantization, and how far the kernel's may differ from them."""
-    low, high = spans(rows, powers_of_two=powers_of_two)
-    return Sums(exact=(low + high) / 2, bound=(high - low) / 2)
+    return Sums.between(*spans(rows, powers_of_two=powers_of_two))
 
 
 def products(rows: Sums, weight: NDArray[np.float64], accumulator: Accumulator) -> Sums:
@@ -183,39 +180,3 @@ def plain_products(rows: Sums, weight: NDArray[np.float64]) -> Sums:
         split = np.maximum(split, np.asarray(partial))
     bound = slack + (PER_TERM * size_k + TURNS) * U_FLOAT32 * (size + slack) + U_BFLOAT16 * split
     return Sums(exact=exact, bound=bound + U_BFLOAT16 * (np.abs(exact) + bound))
-
-
-def emulate(
-    rows: NDArray[np.float64], weight: Fp8Block, accumulator: Accumulator, *, powers_of_two: bool
-) -> NDArray[np.float64]:
-    """A kernel on a CPU that cuts off as the accumulator does; [M, N]."""
-    quantized = quantize(rows, powers_of_two=powers_of_two)
-    return multiply(quantized, weight, accumulator)
-
-
-def multiply(rows: Quantized, weight: Fp8Block, accumulator: Accumulator) -> NDArray[np.float64]:
-    """The products of codes, cut off step by step, under their scales; in bfloat16, [M, N]."""
-    left, right = e4m3_decode(rows.codes), e4m3_decode(weight.codes)
-    scales = np.repeat(weight.scales, BLOCK, axis=0)[: len(right)]
-    if not accumulator.promoted:  # scales are powers of two and belong to the products
-        left, right = rows.values(), weight.values()
-    total = np.zeros((len(left), len(right)))
-    sums = np.zeros_like(total)
-    for start in range(0, right.shape[1], STEP):
-        terms = left[:, None, start : start + STEP] * right[None, :, start : start + STEP]
-        sums = _add(sums, terms, accumulator.bits)
-        if accumulator.promoted and (start + STEP) % BLOCK == 0:
-            block = start // BLOCK
-            factor = rows.scales[:, block : block + 1] * scales[:, block]
-            total = (total + sums * factor).astype(np.float32).astype(np.float64)
-            sums = np.zeros_like(sums)
-    return bfloat16((total + sums).astype(np.float32))
-
-
-def _add(sums: NDArray[np.float64], terms: NDArray[np.float64], bits: int) -> NDArray[np.float64]:
-    addends = np.concatenate([sums[..., None], terms], axis=-1)
-    largest = np.abs(addends).max(axis=-1, keepdims=True)
-    _, exponent = np.frexp(largest)
-    grid = np.ldexp(1.0, exponent - 1 - bits)
-    total: NDArray[np.float64] = (np.trunc(addends / grid) * grid).sum(axis=-1)
-    return total

@@ -112,6 +112,11 @@ class Sums:
     exact: NDArray[np.float64]
     bound: NDArray[np.float64]
 
+    @classmethod
+    def between(cls, low: NDArray[np.float64], high: NDArray[np.float64]) -> Sums:
+        """An interval, by its middle and half of its width."""
+        return cls(exact=(low + high) / 2, bound=(high - low) / 2)
+
 
 def sums(
     weights: Weights,
@@ -149,28 +154,6 @@ def sums(
     roundings = 1 if router is None else 2
     u = roundings * U_BFLOAT16 * (1 + U_BFLOAT16)
     return Sums(exact=exact, bound=sum_error + u * (np.abs(exact) + sum_error))
-
-
-def emulate(
-    weights: Weights,
-    routing: Routing,
-    activations: NDArray[np.float64],
-    router: NDArray[np.float32] | None = None,
-) -> NDArray[np.float64]:
-    """A kernel on a CPU: float32 sums, and the kernel's own roundings."""
-    flat = routing.experts_of.reshape(-1)
-    out = np.empty((flat.size, weights.size_n), np.float32)
-    for expert in np.unique(flat):
-        mine = np.flatnonzero(flat == expert)
-        rows = activations[mine // routing.top_k].astype(np.float32)
-        out[mine] = rows @ weights.values[expert].astype(np.float32)
-    factor = np.ones((flat.size, 1), np.float32)
-    if weights.multiplier is not None:
-        factor = weights.multiplier[flat][:, None]
-    if router is None:
-        return bfloat16(out * factor)
-    row = bfloat16(router.reshape(-1, 1).astype(np.float32) * factor)
-    return bfloat16((bfloat16(out) * row).astype(np.float32))
 
 
 def margin(result: NDArray[np.float64], reference: Sums) -> float:

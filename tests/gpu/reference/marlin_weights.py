@@ -8,7 +8,7 @@ the sum's rounding alone. NVFP4 and MXFP4 products are exact.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -161,10 +161,6 @@ class Weights:
         if self.multiplier is None:
             return None
         return nvfp4_global_scale(self.multiplier, nvfp4_scale_bytes(self.scale_values())[1])
-
-    def with_scales(self, scales: NDArray[np.generic]) -> Weights:
-        """The same codes under other scales."""
-        return replace(self, scales=scales)
 
 
 def random_weights(

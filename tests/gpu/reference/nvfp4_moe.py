@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tests.gpu.reference import nvfp4_activations
-from tests.gpu.reference.marlin_layout import bfloat16
 from tests.gpu.reference.marlin_reference import (
     PER_TERM,
     TURNS,
@@ -31,7 +30,7 @@ from tests.gpu.reference.marlin_reference import (
     UNDERFLOW,
     Sums,
 )
-from tests.gpu.reference.swiglu import U_SILU, swiglu
+from tests.gpu.reference.swiglu import U_SWIGLU, silu
 from vllm_forge.checkpoints.codecs.nvfp4 import pack
 
 if TYPE_CHECKING:
@@ -119,14 +118,14 @@ def expected(
     flat = experts_of.reshape(-1)
     known = Sums(exact=rows, bound=np.zeros_like(rows))
     if experts.divisors is not None:
-        known = _between(*nvfp4_activations.spans(rows, rows, experts.divisors[0]))
+        known = Sums.between(*nvfp4_activations.spans(rows, rows, experts.divisors[0]))
     known = Sums(
         exact=np.repeat(known.exact, top_k, axis=0), bound=np.repeat(known.bound, top_k, axis=0)
     )
     low, high = _activated(products(experts.gate_up, flat, known), experts.limit)
     if experts.divisors is not None:
         low, high = nvfp4_activations.spans(low, high, experts.divisors[1])
-    found = products(experts.down, flat, _between(low, high))
+    found = products(experts.down, flat, Sums.between(low, high))
     weight = router.reshape(-1, 1).astype(np.float64)
     found = _rounded(Sums(exact=found.exact * weight, bound=found.bound * np.abs(weight)), 2)
     shape = (tokens, top_k, -1)
@@ -158,38 +157,6 @@ def products(weights: Weights, flat: NDArray[np.integer], rows: Sums) -> Sums:
     return _rounded(Sums(exact=exact, bound=bound), 1)
 
 
-def emulate(
-    experts: Experts,
-    rows: NDArray[np.float64],
-    experts_of: NDArray[np.integer],
-    router: NDArray[np.float32],
-) -> NDArray[np.float64]:
-    """A backend on a CPU: float32 sums, bfloat16 between the operations; (tokens, hidden)."""
-    tokens, top_k = experts_of.shape
-    flat = experts_of.reshape(-1)
-    if experts.divisors is not None:
-        rows = nvfp4_activations.quantize(rows, experts.divisors[0]).values()
-    both = _gemm(experts.gate_up, flat, np.repeat(rows, top_k, axis=0))
-    middle = bfloat16(swiglu(both, experts.limit).astype(np.float32))
-    if experts.divisors is not None:
-        middle = nvfp4_activations.quantize(middle, experts.divisors[1]).values()
-    down = _gemm(experts.down, flat, middle) * bfloat16(router.reshape(-1, 1))
-    parts = bfloat16(down.astype(np.float32)).reshape(tokens, top_k, -1)
-    return bfloat16(parts.sum(axis=1).astype(np.float32))
-
-
-def _gemm(
-    weights: Weights, flat: NDArray[np.integer], rows: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    out = np.empty((flat.size, weights.size_n), np.float32)
-    for expert in np.unique(flat):
-        mine = np.flatnonzero(flat == expert)
-        out[mine] = rows[mine].astype(np.float32) @ weights.values[expert].astype(np.float32)
-        if weights.multiplier is not None:
-            out[mine] *= weights.multiplier[expert]
-    return bfloat16(out)
-
-
 def _activated(both: Sums, limit: float | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Where SwiGLU of an interval lies: least and most, (rows, intermediate)."""
     low, high = both.exact - both.bound, both.exact + both.bound
@@ -197,23 +164,14 @@ def _activated(both: Sums, limit: float | None) -> tuple[NDArray[np.float64], ND
     if limit is not None:
         gate_low, gate_high = np.minimum(gate_low, limit), np.minimum(gate_high, limit)
         up_low, up_high = np.clip(up_low, -limit, limit), np.clip(up_high, -limit, limit)
-    first, second = _silu(gate_low), _silu(gate_high)
+    first, second = silu(gate_low), silu(gate_high)
     most = np.maximum(first, second)
     holds_least = (gate_low < SILU_LEAST) & (gate_high > SILU_LEAST)
-    least = np.where(holds_least, _silu(np.array(SILU_LEAST)), np.minimum(first, second))
+    least = np.where(holds_least, silu(np.array(SILU_LEAST)), np.minimum(first, second))
     corners = np.stack([least * up_low, least * up_high, most * up_low, most * up_high])
     lowest, highest = corners.min(axis=0), corners.max(axis=0)
-    u = 2 * U_BFLOAT16 + U_BFLOAT16**2 + U_SILU
+    u = U_SWIGLU
     return lowest - u * np.abs(lowest) - UNDERFLOW, highest + u * np.abs(highest) + UNDERFLOW
-
-
-def _silu(gate: NDArray[np.float64]) -> NDArray[np.float64]:
-    value: NDArray[np.float64] = gate / (1 + np.exp(-gate))
-    return value
-
-
-def _between(low: NDArray[np.float64], high: NDArray[np.float64]) -> Sums:
-    return Sums(exact=(low + high) / 2, bound=(high - low) / 2)
 
 
 def _rounded(sums: Sums, times: int) -> Sums:

@@ -58,8 +58,7 @@ def fp8(rows: Sums, weight: NDArray[np.float64], groups: int, accumulator: Accum
     """
     parts = []
     for mine, matrix in _by_group(rows, weight, groups):
-        low, high = fp8_linear.spans(mine.exact, powers_of_two=True, off=mine.bound)
-        known = Sums(exact=(low + high) / 2, bound=(high - low) / 2)
+        known = Sums.between(*fp8_linear.spans(mine.exact, powers_of_two=True, off=mine.bound))
         parts.append(fp8_linear.products(known, matrix, accumulator))
     return _joined(parts)
 
@@ -71,8 +70,7 @@ def bf16(rows: Sums, weight: NDArray[np.float64], groups: int) -> Sums:
         low, high = (
             bfloat16((mine.exact + side * mine.bound).astype(np.float32)) for side in (-1, 1)
         )
-        known = Sums(exact=(low + high) / 2, bound=(high - low) / 2)
-        parts.append(fp8_linear.plain_products(known, matrix))
+        parts.append(fp8_linear.plain_products(Sums.between(low, high), matrix))
     return _joined(parts)
 
 

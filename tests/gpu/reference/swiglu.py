@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 # expf of CUDA is within 2 ulp; the sum, the division and the product add half an ulp each.
 U_SILU = 8 * 2.0**-24
+U_SWIGLU = 2 * U_BFLOAT16 + U_BFLOAT16**2 + U_SILU
 UNDERFLOW = 2.0**-120
+
+
+def silu(gate: NDArray[np.float64]) -> NDArray[np.float64]:
+    value: NDArray[np.float64] = gate / (1 + np.exp(-gate))
+    return value
 
 
 def swiglu(both: NDArray[np.float64], limit: float | None) -> NDArray[np.float64]:
@@ -30,15 +36,13 @@ def swiglu(both: NDArray[np.float64], limit: float | None) -> NDArray[np.float64
     gate, up = np.split(both, 2, axis=1)
     if limit is not None:
         gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
-    product: NDArray[np.float64] = gate / (1 + np.exp(-gate)) * up
-    return product
+    return silu(gate) * up
 
 
 def activated(both: NDArray[np.float64], limit: float | None) -> Sums:
     """What the kernel must give for bfloat16 inputs, and its bound."""
     exact = swiglu(both, limit)
-    u = 2 * U_BFLOAT16 + U_BFLOAT16**2 + U_SILU
-    return Sums(exact=exact, bound=u * np.abs(exact) + UNDERFLOW)
+    return Sums(exact=exact, bound=U_SWIGLU * np.abs(exact) + UNDERFLOW)
 
 
 def exceeds(both: NDArray[np.float64], limit: float) -> bool:

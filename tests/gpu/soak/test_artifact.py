@@ -12,10 +12,9 @@ from tests.gpu.harness.workloads import load_workloads
 from tests.gpu.soak.artifact import bands
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from _pytest.mark import ParameterSet
 
+    from tests.gpu.conftest import Record
     from tests.gpu.harness.gate import Band
     from tests.gpu.harness.server import Server
     from tests.gpu.harness.workloads import Reply
@@ -41,7 +40,7 @@ def case(band: Band, *more: int) -> ParameterSet:
 
 @pytest.mark.parametrize(("band", "together"), [case(band, c) for band, c in ASKED])
 def test_acceptance_is_within_its_band(
-    band: Band, together: int, artifact: Artifact, record: Callable[..., None]
+    band: Band, together: int, artifact: Artifact, record: Record
 ) -> None:
     k = artifact.preset.speculative_tokens
     if band.k not in {0, k}:
@@ -57,7 +56,7 @@ def test_acceptance_is_within_its_band(
 
 @pytest.mark.parametrize("band", [case(band) for band in BANDS])
 def test_no_token_of_concurrent_answers_is_impossible(
-    band: Band, artifact: Artifact, record: Callable[..., None]
+    band: Band, artifact: Artifact, record: Record
 ) -> None:
     """Scored again when the server is idle. How a text looks only asks for a look."""
     asked = ask(artifact, band, WORKLOADS[band.workload].together[-1])

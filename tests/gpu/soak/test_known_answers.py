@@ -12,9 +12,10 @@ from tests.gpu.race_server.arms import ARMS, Fleet
 from tests.gpu.race_server.verdicts import require_known
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-    from tests.gpu.race_server.arms import Asked
+    from tests.gpu.conftest import Margin, Record
+    from tests.gpu.race_server.arms import AskedOf
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +29,7 @@ TOKENS = 30_000  # per client and level: 31 clients
 
 
 @pytest.fixture(scope="module")
-def asked(pytestconfig: pytest.Config) -> Iterator[Callable[[str], Asked]]:
+def asked(pytestconfig: pytest.Config) -> Iterator[AskedOf]:
     """What came of an arm; all begin when the first is asked for, and each takes little memory."""
     together = pytestconfig.stash[TOGETHER]
     fleet = Fleet(together.work, together.logs, tokens=TOKENS)
@@ -39,9 +40,6 @@ def asked(pytestconfig: pytest.Config) -> Iterator[Callable[[str], Asked]]:
 
 @pytest.mark.parametrize("arm", CLEAN)
 def test_every_token_is_the_known_one_for_long(
-    arm: str,
-    asked: Callable[[str], Asked],
-    margin: Callable[[str, float, float], None],
-    record: Callable[..., None],
+    arm: str, asked: AskedOf, margin: Margin, record: Record
 ) -> None:
     require_known(asked(arm), RATE, margin, record)

@@ -10,8 +10,7 @@ from tests.gpu.race.bitwise import IDS, RUNS, check_repeats
 from tests.gpu.reference.marlin_weights import FORMATS, WeightFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from tests.gpu.conftest import Record
     from tests.gpu.race.cells import Cell
     from tests.gpu.race.conftest import Bench
 
@@ -21,6 +20,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.tier("soak"), pytest.mark.value(10, 1
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 @pytest.mark.parametrize(("cell", "mode"), RUNS, ids=IDS)
 def test_bits_repeat_ten_million_times(
-    bench: Bench, record: Callable[..., None], cell: Cell, mode: str, form: WeightFormat
+    bench: Bench, record: Record, cell: Cell, mode: str, form: WeightFormat
 ) -> None:
     check_repeats(bench, record, cell, mode, form)

@@ -64,8 +64,8 @@ def shard(experts: Experts, rank: int, count: int, fault: Fault) -> Experts:
     if fault is Fault.FOREIGN_SCALES and rank == 0:
         return replace(
             own,
-            gate_up=own.gate_up.with_scales(opposite.gate_up.scales),
-            down=own.down.with_scales(opposite.down.scales),
+            gate_up=replace(own.gate_up, scales=opposite.gate_up.scales),
+            down=replace(own.down, scales=opposite.down.scales),
         )
     return own
 

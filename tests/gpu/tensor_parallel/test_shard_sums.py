@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from tests.gpu.conftest import Margin, Record
+
     Read = Callable[[str], dict[str, NDArray[np.float64]]]
 
 pytestmark = [pytest.mark.gpu, PARALLEL, pytest.mark.xdist_group("shards")]
@@ -28,9 +30,7 @@ pytestmark = [pytest.mark.gpu, PARALLEL, pytest.mark.xdist_group("shards")]
 @each_backend
 @pytest.mark.value(10, 10)
 @pytest.mark.parametrize("routed", CELLS)
-def test_ranks_add_up_to_one_rank(
-    routed: str, backend: str, sums: Read, margin: Callable[[str, float, float], None]
-) -> None:
+def test_ranks_add_up_to_one_rank(routed: str, backend: str, sums: Read, margin: Margin) -> None:
     found, cell = sums(backend), cell_of(routed, backend)
     total, alone = found[f"{routed}-NONE"], found[f"{routed}-whole"]
     right = due(routed, backend, ranks())
@@ -45,7 +45,7 @@ def test_ranks_add_up_to_one_rank(
 @pytest.mark.parametrize("routed", CELLS)
 @pytest.mark.parametrize("fault", [fault for fault in Fault if fault is not Fault.NONE])
 def test_a_fault_of_a_rank_is_found(
-    fault: Fault, routed: str, backend: str, sums: Read, record: Callable[..., None]
+    fault: Fault, routed: str, backend: str, sums: Read, record: Record
 ) -> None:
     found = share(sums(backend)[f"{routed}-{fault.name}"], due(routed, backend, ranks()))
     record(share_of_bound=found)

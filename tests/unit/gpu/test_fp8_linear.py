@@ -14,7 +14,6 @@ from tests.gpu.reference.fp8_linear import (
     BLACKWELL,
     HOPPER,
     Accumulator,
-    emulate,
     group_scales,
     known,
     one_of_each_block,
@@ -25,8 +24,8 @@ from tests.gpu.reference.fp8_linear import (
 )
 from tests.gpu.reference.marlin_layout import bfloat16
 from tests.gpu.reference.marlin_reference import Sums, margin
-from tests.gpu.reference.planted import InResult, in_result
-from tests.gpu.reference.planted_fp8 import InBlocks, in_blocks
+from tests.gpu.reference.planted import InBlocks, InResult, in_blocks, in_result
+from tests.support.emulators import fp8_linear as emulate
 from vllm_forge.checkpoints.codecs import fp8_block
 from vllm_forge.checkpoints.codecs.fp8_block import Fp8Block
 

@@ -11,7 +11,6 @@ from tests.gpu.reference import marlin_layout
 from tests.gpu.reference.marlin_layout import bfloat16, pack_weights
 from tests.gpu.reference.marlin_reference import (
     Routing,
-    emulate,
     identity,
     margin,
     read_out,
@@ -30,6 +29,7 @@ from tests.gpu.reference.marlin_weights import (
     random_weights,
 )
 from tests.gpu.reference.planted import InResult, InWeights, in_result, in_weights
+from tests.support import emulators
 from vllm_forge.checkpoints.codecs.small_floats import e4m3_decode
 
 EXPERTS, N, K, TOKENS, TOP_K, BLOCK = 3, 64, 256, 16, 2, 8
@@ -54,7 +54,7 @@ def read_all() -> Routing:
 
 
 def read(weights: Weights) -> np.ndarray:
-    return emulate(weights, read_all(), np.tile(identity(K), (EXPERTS, 1)))
+    return emulators.marlin(weights, read_all(), np.tile(identity(K), (EXPERTS, 1)))
 
 
 def reads_right(weights: Weights, result: np.ndarray) -> bool:
@@ -67,7 +67,7 @@ def test_a_right_kernel_is_within_the_bound(form: WeightFormat, with_router: boo
     routing, activations, router = dense(1)
     given = router if with_router else None
     weights = weights_of(form)
-    result = emulate(weights, routing, activations, given)
+    result = emulators.marlin(weights, routing, activations, given)
     reference = sums(weights, routing, activations, given)
     assert 0.2 < margin(result, reference) <= 1
     assert np.median(reference.bound) < 0.05 * np.median(np.abs(reference.exact))
@@ -91,7 +91,7 @@ def test_a_fault_in_the_weights_is_always_noticed(form: WeightFormat, fault: InW
     for _ in range(PLACES):
         broken = in_weights(fault, weights, rng)
         assert not reads_right(weights, read(broken))
-        dense_kills += margin(emulate(broken, routing, activations), reference) > 1
+        dense_kills += margin(emulators.marlin(broken, routing, activations), reference) > 1
     everywhere = fault in {InWeights.SWAPPED_EXPERTS, InWeights.TRANSPOSED_SCALES}
     assert dense_kills == PLACES if everywhere else dense_kills > 0
 
@@ -102,8 +102,8 @@ def test_a_fault_in_the_result_is_always_noticed(form: WeightFormat, fault: InRe
     weights, rng = weights_of(form), np.random.default_rng(4)
     routing, activations, _ = dense(2)
     reference = sums(weights, routing, activations)
-    result = emulate(weights, routing, activations)
-    other = emulate(weights, routing, dense(5)[1])
+    result = emulators.marlin(weights, routing, activations)
+    other = emulators.marlin(weights, routing, dense(5)[1])
     for _ in range(PLACES):
         assert margin(in_result(fault, result, other, rng), reference) > 1
 
@@ -117,7 +117,7 @@ def test_partial_sums_in_16_bits_are_noticed() -> None:
         half[:, np.arange(K) // (K // 4) != number] = 0
     total = np.zeros((TOKENS * TOP_K, N))
     for half in halves:
-        total = bfloat16(total + emulate(weights, routing, half))
+        total = bfloat16(total + emulators.marlin(weights, routing, half))
     assert margin(total, sums(weights, routing, activations)) > 1
 
 

@@ -13,10 +13,11 @@ import pytest
 from tests.gpu.numerics import selected
 from tests.gpu.reference import nvfp4_moe_cells as cells
 from tests.gpu.reference.marlin_reference import Sums, margin
-from tests.gpu.reference.nvfp4_moe import emulate, expected
+from tests.gpu.reference.nvfp4_moe import expected
 from tests.gpu.reference.nvfp4_moe_cells import Cell
 from tests.gpu.reference.planted import InResult, InWeights, in_result, in_weights
 from tests.gpu.reference.swiglu import exceeds
+from tests.support import emulators
 from vllm_forge.checkpoints.codecs.nvfp4 import Nvfp4, unpack
 from vllm_forge.kernels.selection.questions import grid_question
 from vllm_forge.kernels.selection.record import read_selection
@@ -47,7 +48,7 @@ def reference(cell: Cell) -> Sums:
 
 
 def kernel(cell: Cell) -> np.ndarray:
-    return emulate(cell.experts, cell.rows, cell.experts_of, cell.router)
+    return emulators.nvfp4_experts(cell.experts, cell.rows, cell.experts_of, cell.router)
 
 
 @each_scheme

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from tests.gpu.reference import output_projection
-from tests.gpu.reference.fp8_linear import HOPPER, emulate
+from tests.gpu.reference.fp8_linear import HOPPER
 from tests.gpu.reference.marlin_layout import bfloat16
 from tests.gpu.reference.marlin_reference import margin
 from tests.gpu.reference.output_projection import rotated_back
-from tests.gpu.reference.planted_fp8 import InBlocks, in_blocks
+from tests.gpu.reference.planted import InBlocks, in_blocks
+from tests.support import emulators
 from vllm_forge.checkpoints.codecs import fp8_block
 
 GROUPS, HEADS, SIZE, ROPE, RANK = 2, 4, 256, 64, 128
@@ -48,7 +49,7 @@ def fp8_kernel(rows: np.ndarray, matrix: fp8_block.Fp8Block) -> np.ndarray:
         part = fp8_block.Fp8Block(codes=matrix.codes[mine], scales=matrix.scales[block])
         width = slice(group * SHAPE[1], (group + 1) * SHAPE[1])
         values = rows[:, width].astype(np.float64)
-        parts.append(emulate(values, part, HOPPER, powers_of_two=True))
+        parts.append(emulators.fp8_linear(values, part, HOPPER, powers_of_two=True))
     return np.hstack(parts)
 
 

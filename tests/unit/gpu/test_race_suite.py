@@ -13,19 +13,22 @@ import pytest
 from tests.gpu.harness.limits import COLD, DEADLINE, Limit, NotStartedError
 from tests.gpu.race import cells, experiments, sass
 from tests.gpu.race.experiments import (
+    ANY_OF,
     CHECKED,
     CHECKS,
+    CLEAN,
     CONTROLS,
     MUST,
     NOT_REQUIRED,
     SETS,
     Report,
+    Said,
     Tool,
     reports,
+    run_child,
     seen_by,
 )
-from tests.gpu.race.jobs import Said, run_child
-from tests.gpu.race.mutants import BY_NAME, MUTANTS, AnchorError, Edit, replace_once
+from tests.gpu.race.mutants import BY_NAME, MUTANTS, AnchorError, replace_once
 from tests.gpu.reference.marlin_schedule import locks_used, schedule
 from tests.gpu.reference.marlin_weights import FORMATS, NVFP4
 from tests.support.marlin_host import faults
@@ -79,7 +82,7 @@ def test_every_mutant_is_a_control_and_has_something_that_must_see_it() -> None:
     assert {control.build for control in CONTROLS.values()} - {None} == set(BY_NAME)
     for control in CONTROLS.values():
         assert control.clean != bool(control.must or control.any_of), control.name
-    assert set(MUST) <= set(BY_NAME)
+    assert {*MUST, *ANY_OF, *CLEAN} == set(CONTROLS)
     assert {name for names in SETS.values() for name in names} == {"wheel", *BY_NAME}
 
 
@@ -105,11 +108,10 @@ def test_every_tool_has_a_control() -> None:
 
 
 def test_a_text_must_be_there_once() -> None:
-    edit = Edit(file="f", old="b", new="x")
-    assert replace_once("abc", edit) == "axc"
+    assert replace_once("abc", "b", "x", "f") == "axc"
     for text in ("ac", "abb"):
         with pytest.raises(AnchorError):
-            replace_once(text, edit)
+            replace_once(text, "b", "x", "f")
 
 
 def test_no_mutant_is_another() -> None:
