@@ -6,7 +6,7 @@ them over the installed vLLM to see the error that a patch cures.
 
 What JIT compilers left there goes into kits and images. Triton, TileLang and others compile kernels
 when a model first runs; DeepSeek-V4 waits for minutes. Each keeps its results where an environment
-variable says. The runner (tests/gpu/harness/caches.py) writes a key beside them, of the stack that
+variable says. The runner (tests/gpu/harness/run.py) writes a key beside them, of the stack that
 they are for.
 """
 

@@ -8,7 +8,7 @@ those of vLLM 0.22.1 to 0.33.0; a line that is not found is absent in the result
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 # vllm/v1/engine/core.py: "Initializing a V1 LLM engine (v%s) with config: %s"
@@ -50,12 +50,8 @@ class EffectiveConfig:
         settings: of the engine's configuration line, as printed.
         moe: ``<format>: <backend>`` of each MoE backend that was taken.
         linear: ``<layer>: <kernel>``.
-        attention: attention backends.
         kv_cache: DeepSeek's KV cache format.
-        indexer: format of the indexer's cache.
-        graph_mode: CUDA graph mode of the configuration.
         graph_sizes: tokens per captured graph.
-        captured: whether graphs were captured.
         draft_params: parameters that the MTP draft model loaded.
         shared: what the draft model takes from the target.
     """
@@ -72,10 +68,6 @@ class EffectiveConfig:
     captured: bool
     draft_params: int | None
     shared: tuple[str, ...]
-
-    def record(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
 
 
 def parse(log: str) -> EffectiveConfig:

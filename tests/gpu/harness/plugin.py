@@ -1,8 +1,7 @@
 """Pytest plugin of the GPU suite: the budget, margins, and the verdict of each test.
 
 Load it with ``-p tests.gpu.harness.plugin``; ``tests/gpu/conftest.py`` says which tests are for
-which
-GPU and tier. What does not run has a reason that names what would run it.
+which GPU and tier. What does not run has a reason that names what would run it.
 """
 
 from __future__ import annotations
@@ -49,16 +48,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the most valued first; what is equal keeps its order."""
-    items.sort(key=_order)
-
-
-def _order(item: pytest.Item) -> float:
-    """Value per second, highest first."""
-    points, seconds = _value(item)
-    return -points / seconds
+    items.sort(key=lambda item: -_value(item)[0] / _value(item)[1])
 
 
 def _value(item: pytest.Item) -> tuple[float, float]:
+    """Points and seconds."""
     mark = item.get_closest_marker("value")
     points, seconds = mark.args if mark else (1.0, 1.0)
     return float(points), float(seconds)

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 from tests.gpu.harness import limits, plugin
 from tests.gpu.harness.bootlog import parse
-from tests.gpu.harness.caches import count_files, open_caches, warm_file
 from tests.gpu.harness.device import RANKS, list_gpus, require_sku
 from tests.gpu.harness.errors import (
     HarnessError,
@@ -48,6 +47,7 @@ STEERING = ("PYTEST_", "PYTHON", "FORGE_", "VLLM_FORGE_")
 # passed on and recorded.
 RECORDED = ("NCCL_", "NVSHMEM_", "TORCH_SYMM_MEM_", "CUDA_VISIBLE_DEVICES")
 RACE = "VLLM_FORGE_RACE_FOLDER"
+KEY = "caches.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +82,15 @@ def run_tier(root: Path, plan: dict[str, Any], name: str, output: Path, options:
     """Run one tier; its verdict. Writes ``<tier>.json`` and ``<tier>.xml``."""
     tier, folder = plan["tiers"][name], output / name
     (folder / BOOT_LOGS).mkdir(parents=True, exist_ok=True)
+    # The race suite runs what it compiles here; in /tmp another user could take the name.
+    race = output / "race"
+    race.mkdir(exist_ok=True)
     raw = folder / "pytest.json"
     raw.unlink(missing_ok=True)
     started = datetime.now(UTC)
     deadline = time.time() + 60 * (options.minutes or tier["minutes"])
-    warm_place = options.caches and warm_file(options.caches, name)
+    # It exists once a green run of the tier left its kernels in the caches.
+    warm_place = options.caches and options.caches / f"warm-{name}"
     warm = warm_place is not None and warm_place.exists()
     code = _pytest(
         root,
@@ -103,7 +107,7 @@ def run_tier(root: Path, plan: dict[str, Any], name: str, output: Path, options:
             "VLLM_FORGE_GPU_FOLDER": str(folder),
             "VLLM_FORGE_GPU_MATRIX": json.dumps(tier["rows"]["matrix"]),
             COMPILED: str(options.compiled),
-            RACE: str(race_folder(output)),
+            RACE: str(race),
             RANKS: str(tier["rows"]["tier"]["gpus"]),
             **options.variables,
         },
@@ -120,7 +124,7 @@ def run_tier(root: Path, plan: dict[str, Any], name: str, output: Path, options:
         "gpus": options.gpus,
         "host": host_record(),
         "configurations": {
-            path.stem: parse(path.read_text(errors="replace")).record()
+            path.stem: asdict(parse(path.read_text(errors="replace")))
             for path in sorted((folder / BOOT_LOGS).glob("*.log"))
         },
         "tests": said["tests"],
@@ -213,14 +217,38 @@ def host_variables() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(STEERING)}
 
 
-def race_folder(output: Path) -> Path:
-    """A folder of this run in which the race suite compiles its helpers.
+def open_caches(folder: Path, plan: dict[str, Any]) -> dict[str, str]:
+    """Make what is missing; variables for the processes that compile.
 
-    Not one in /tmp: its name could be taken by another user, and what is in it is run.
+    Folders, their variables and the key are the plan's. The key is of the stack that they are for:
+    most compilers would notice by themselves that a result is stale, and not all of them do.
+
+    Raises:
+        InputError: the folder is of another stack, or not of the suite.
     """
-    folder = output / "race"
+    path, key = folder / KEY, plan["caches"]["key"]
+    if folder.is_dir() and any(folder.iterdir()):
+        try:
+            recorded = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            recorded = f"{type(error).__name__}: {error}"
+        if recorded != key:
+            raise InputError(
+                f"--caches is of another stack, or not of the suite: expected {key}, "
+                f"found {recorded}",
+                where=str(path),
+                remedy="name an empty folder",
+            )
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    path.write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
+    for name in plan["caches"]["folders"]:
+        (folder / name).mkdir(exist_ok=True)
+    return {variable: str(folder / name) for name, variable in plan["caches"]["folders"].items()}
+
+
+def count_files(folder: Path) -> int:
+    """Number of compiled files; those beside the compilers' folders are the suite's."""
+    return sum(path.is_file() and path.parent != folder for path in folder.rglob("*"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

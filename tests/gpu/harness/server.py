@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tests.gpu.harness import limits, processes
-from tests.gpu.harness.spec_metrics import read_text
+from tests.gpu.harness.spec_metrics import Reading, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from tests.gpu.harness.spec_metrics import Reading
 
 POLL_S = 0.25
 GENERATED = "vllm:generation_tokens_total"

@@ -21,14 +21,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.gpu.models.exact_checkpoint import Tensor, bfloat16, hadamard, save
-from tests.gpu.models.four_bits import Projection
+from tests.gpu.models.exact_checkpoint import Projection, Scheme, Tensor, bfloat16, hadamard, save
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from tests.gpu.models.four_bits import Scheme
 
 SIZE = 1024  # of the hidden state: Marlin divides such a K among thread blocks
 TOKENS = 512  # that can be asked for, but 0; also neurons of an expert

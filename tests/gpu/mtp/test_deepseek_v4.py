@@ -10,23 +10,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.gpu.conftest import PARALLEL
+from tests.gpu.conftest import PARALLEL, Record
 from tests.gpu.harness.bootlog import parse
+from tests.gpu.mtp.conftest import DEEPSEEK, MARKS
 
 if TYPE_CHECKING:
-    from tests.gpu.conftest import Record
     from tests.gpu.mtp.engines import RanOf
 
-# FlashMLA and DeepGEMM, which DeepSeek-V4 needs: compute capability 9.0 and 10.x.
-pytestmark = [
-    pytest.mark.sm_90,
-    pytest.mark.sm_100,
-    pytest.mark.sm_103,
-    pytest.mark.gpu,
-    pytest.mark.tier("server"),
-    pytest.mark.xdist_group("mtp"),
-    pytest.mark.value(7, 10),
-]
+pytestmark = [*MARKS, *DEEPSEEK]
 RED = [
     ("dsv4-published", "has no attribute 'weight_scale"),
     ("dsv4-without-0002", "has no attribute 'weight_scale_inv'"),

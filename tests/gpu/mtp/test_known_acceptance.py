@@ -9,13 +9,14 @@ import pytest
 from tests.gpu.harness.bootlog import parse
 from tests.gpu.harness.gate import Band, Traffic, judge
 from tests.gpu.models import exact_mtp
+from tests.gpu.mtp.conftest import MARKS
 from tests.gpu.mtp.engines import COUNT, ENGINES, REQUESTS, last
 
 if TYPE_CHECKING:
     from tests.gpu.conftest import Margin, Record
     from tests.gpu.mtp.engines import Ran, RanOf
 
-pytestmark = [pytest.mark.gpu, pytest.mark.tier("server"), pytest.mark.xdist_group("mtp")]
+pytestmark = MARKS
 TRAFFIC = Traffic(requests=REQUESTS, tokens=REQUESTS * COUNT)
 DRAFTING = ["token-1", "token-2", "token-2-graphs", "hidden-1", "hidden-2", "wrong-1", "fraction-1",
             "fraction-2"]  # fmt: skip

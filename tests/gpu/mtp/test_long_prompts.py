@@ -11,23 +11,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.gpu.mtp.conftest import DEEPSEEK, MARKS
 from tests.gpu.mtp.engines import EACH, LENGTHS, distances
 
 if TYPE_CHECKING:
     from tests.gpu.conftest import Margin, Record
     from tests.gpu.mtp.engines import RanOf
 
-# As test_deepseek_v4.py.
-pytestmark = [
-    pytest.mark.sm_90,
-    pytest.mark.sm_100,
-    pytest.mark.sm_103,
-    pytest.mark.gpu,
-    pytest.mark.tier("server"),
-    pytest.mark.xdist_group("mtp"),
-    pytest.mark.value(7, 10),
-    pytest.mark.engines("dsv4-whole", "dsv4-chunked"),
-]
+pytestmark = [*MARKS, *DEEPSEEK, pytest.mark.engines("dsv4-whole", "dsv4-chunked")]
 NEAR = 0.5  # of the distance to another prompt
 
 

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from tests.gpu.harness.gate import Band, Traffic, judge
-from tests.gpu.mtp.engines import COUNT, REQUESTS
+from tests.gpu.mtp.conftest import MARKS
+from tests.gpu.mtp.engines import COUNT, REQUESTS, Ran, RanOf
 
-if TYPE_CHECKING:
-    from tests.gpu.mtp.engines import Ran, RanOf
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.tier("server"),
-    pytest.mark.xdist_group("mtp"),
-    pytest.mark.value(10, 10),
-]
+pytestmark = [*MARKS, pytest.mark.value(10, 10)]
 TRAFFIC = Traffic(requests=REQUESTS, tokens=REQUESTS * COUNT)
 BAND = Band(sku="any", workload="exact", k=1, low=0.9, high=1.0)
 

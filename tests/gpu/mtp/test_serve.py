@@ -8,18 +8,14 @@ import pytest
 
 from tests.gpu.harness.gate import Band, Traffic, judge
 from tests.gpu.models import exact_mtp
+from tests.gpu.mtp.conftest import MARKS
 from tests.gpu.mtp.engines import ALONE, CLIENTS, COUNTS, K, last
 
 if TYPE_CHECKING:
     from tests.gpu.conftest import Margin, Record
     from tests.gpu.mtp.engines import ServedOf
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.tier("server"),
-    pytest.mark.xdist_group("mtp"),
-    pytest.mark.value(9, 10),
-]
+pytestmark = [*MARKS, pytest.mark.value(9, 10)]
 
 
 @pytest.mark.engines("serve-mtp")

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tests.gpu.race.case import Options, stream, to_gpu, wait
+from tests.gpu.race.case import Case, Options, stream, to_gpu, wait
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from tests.gpu.race.case import Case
 
 PER_GRAPH = 16  # launches in a graph, even: the inputs take turns
 PER_WAIT = 64  # launches or graphs between two looks at the clock

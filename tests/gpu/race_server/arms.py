@@ -15,7 +15,7 @@ from tests.gpu.harness import variants
 from tests.gpu.harness.device import parallel_variables, ranks
 from tests.gpu.harness.server import Server
 from tests.gpu.models import exact_moe
-from tests.gpu.models.four_bits import INT4, NVFP4
+from tests.gpu.models.exact_checkpoint import INT4, NVFP4, Scheme
 from tests.gpu.models.known_answers import ask_together
 from tests.gpu.race_server import stale_row
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tests.gpu.harness.spec_metrics import Reading
-    from tests.gpu.models.four_bits import Scheme
     from tests.gpu.models.known_answers import Answer
 
 LEVELS = (1, 2, 4, 8, 16)

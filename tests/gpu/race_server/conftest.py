@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.gpu.conftest import TOGETHER, why_not
-from tests.gpu.race_server.arms import ARMS, Asked, Fleet
-
-if TYPE_CHECKING:
-    from tests.gpu.race_server.arms import AskedOf
+from tests.gpu.race_server.arms import ARMS, Asked, AskedOf, Fleet
 
 SECONDS = 120  # of a start and all that is asked, about
 

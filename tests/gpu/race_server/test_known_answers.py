@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.gpu.conftest import PARALLEL
+from tests.gpu.conftest import PARALLEL, Margin, Record
 from tests.gpu.harness.bootlog import parse
 from tests.gpu.harness.device import ranks
 from tests.gpu.models.known_answers import LENGTHS
@@ -14,7 +14,6 @@ from tests.gpu.race_server.arms import ARMS
 from tests.gpu.race_server.verdicts import finds_planted, is_clean, require_known
 
 if TYPE_CHECKING:
-    from tests.gpu.conftest import Margin, Record
     from tests.gpu.race_server.arms import AskedOf
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tier("server"), pytest.mark.xdist_group("race-server")]

@@ -70,11 +70,6 @@ class WeightFormat:
     def scale_bytes(self) -> int:
         return 2 if self.scale_type == "bfloat16" else 1
 
-    @property
-    def global_scale(self) -> bool:
-        """Whether each expert has a multiplier besides."""
-        return self.scale_type == "float8_e4m3fn"
-
 
 _FP4 = scalar_type(1, exponent=2, finite=True, nan=NO_NAN)
 W4A16 = WeightFormat(

@@ -14,7 +14,7 @@ import numpy as np
 
 from tests.gpu.reference.marlin_layout import bfloat16
 from tests.gpu.reference.marlin_reference import Sums, margin
-from tests.gpu.reference.marlin_weights import MXFP4, NVFP4
+from tests.gpu.reference.marlin_weights import MXFP4, NVFP4, Weights
 from vllm_forge.checkpoints.codecs.fp8_block import BLOCK
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tests.gpu.reference.marlin_weights import Weights
     from vllm_forge.checkpoints.codecs.fp8_block import Fp8Block
 
 PLACES = 5  # at which each fault is planted

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tests.gpu.harness.gate import Band, Traffic, Verdict, judge, load_bands
-from tests.gpu.harness.workloads import ask_all, read_prompts
+from tests.gpu.harness.workloads import Reply, Workload, ask_all, read_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from tests.gpu.harness.server import Server
     from tests.gpu.harness.spec_metrics import Reading
-    from tests.gpu.harness.workloads import Reply, Workload
 
 FIRST = "chat-code"  # asked where nothing is published for a SKU
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.gpu.harness.corruption import alarms, corrupted, impossible
 from tests.gpu.harness.workloads import load_workloads
-from tests.gpu.soak.artifact import bands
+from tests.gpu.soak.artifact import Artifact, Asked, bands
 
 if TYPE_CHECKING:
     from _pytest.mark import ParameterSet
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from tests.gpu.harness.gate import Band
     from tests.gpu.harness.server import Server
     from tests.gpu.harness.workloads import Reply
-    from tests.gpu.soak.artifact import Artifact, Asked
 
 pytestmark = [
     pytest.mark.gpu,

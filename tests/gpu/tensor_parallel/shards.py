@@ -23,12 +23,11 @@ from tests.gpu.harness.device import parallel_variables, ranks
 from tests.gpu.numerics.selected import quantizes
 from tests.gpu.reference import nvfp4_moe_cells as cells
 from tests.gpu.reference.marlin_reference import U_BFLOAT16, Sums
-from tests.gpu.reference.nvfp4_moe import expected
+from tests.gpu.reference.nvfp4_moe import Experts, expected
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tests.gpu.reference.nvfp4_moe import Experts
     from tests.gpu.reference.nvfp4_moe_cells import Cell
 
 JOB = "tests.gpu.tensor_parallel.shards"

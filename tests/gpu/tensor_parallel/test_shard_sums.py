@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.gpu.conftest import PARALLEL
+from tests.gpu.conftest import PARALLEL, Margin, Record
 from tests.gpu.harness.device import ranks
 from tests.gpu.numerics.conftest import each_backend
 from tests.gpu.reference.marlin_reference import Sums
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
-
-    from tests.gpu.conftest import Margin, Record
 
     Read = Callable[[str], dict[str, NDArray[np.float64]]]
 

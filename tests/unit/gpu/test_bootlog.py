@@ -83,4 +83,4 @@ def test_graphs_that_are_off() -> None:
 def test_an_empty_log_says_nothing() -> None:
     config = parse("")
     assert config.version is None
-    assert config.record()["moe"] == ()
+    assert config.moe == ()

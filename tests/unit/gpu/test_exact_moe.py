@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.gpu.models import exact_moe as exact
-from tests.gpu.models.four_bits import INT4, NVFP4
+from tests.gpu.models.exact_checkpoint import INT4, NVFP4
 from tests.support.moe_forward import Model, norm, read_raw
 
 if TYPE_CHECKING:

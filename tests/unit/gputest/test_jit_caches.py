@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 import zstandard
 
-from tests.gpu.harness import caches as harness
+from tests.gpu.harness import run as harness
 from tests.gpu.harness.errors import InputError
 from vllm_forge.gputest import bundle as product
 from vllm_forge.gputest.bundle import cache_key, prewarm_of, require_key
