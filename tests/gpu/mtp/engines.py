@@ -312,13 +312,7 @@ class Served:
 
 
 def serve(name: str, work: Path, logs: Path) -> Served:
-    """Start a server, ask it, end it.
-
-    Raises:
-        ServerEndedError: it did not come up.
-        NotStartedError: there was no time for that.
-        OSError: it ended while it was asked.
-    """
+    """Start a server, ask it, end it; raises what ``Server`` does."""
     model = exact_mtp.write(work / f"{name}-model", "fraction")
     server = Server(model=model, arguments=[*SERVE, *SERVERS[name]], log=logs / f"{name}.log")
     with server:

@@ -10,11 +10,10 @@ from tests.gpu.harness.bootlog import parse
 from tests.gpu.harness.gate import Band, Traffic, judge
 from tests.gpu.models import exact_mtp
 from tests.gpu.mtp.conftest import MARKS
-from tests.gpu.mtp.engines import COUNT, ENGINES, REQUESTS, last
+from tests.gpu.mtp.engines import COUNT, ENGINES, REQUESTS, Ran, RanOf, last
 
 if TYPE_CHECKING:
     from tests.gpu.conftest import Margin, Record
-    from tests.gpu.mtp.engines import Ran, RanOf
 
 pytestmark = MARKS
 TRAFFIC = Traffic(requests=REQUESTS, tokens=REQUESTS * COUNT)

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.gpu.mtp.conftest import DEEPSEEK, MARKS
-from tests.gpu.mtp.engines import EACH, LENGTHS, distances
+from tests.gpu.mtp.engines import EACH, LENGTHS, RanOf, distances
 
 if TYPE_CHECKING:
     from tests.gpu.conftest import Margin, Record
-    from tests.gpu.mtp.engines import RanOf
 
 pytestmark = [*MARKS, *DEEPSEEK, pytest.mark.engines("dsv4-whole", "dsv4-chunked")]
 NEAR = 0.5  # of the distance to another prompt

@@ -9,11 +9,10 @@ import pytest
 from tests.gpu.harness.gate import Band, Traffic, judge
 from tests.gpu.models import exact_mtp
 from tests.gpu.mtp.conftest import MARKS
-from tests.gpu.mtp.engines import ALONE, CLIENTS, COUNTS, K, last
+from tests.gpu.mtp.engines import ALONE, CLIENTS, COUNTS, K, ServedOf, last
 
 if TYPE_CHECKING:
     from tests.gpu.conftest import Margin, Record
-    from tests.gpu.mtp.engines import ServedOf
 
 pytestmark = [*MARKS, pytest.mark.value(9, 10)]
 

@@ -19,7 +19,6 @@ from tests.gpu.race.kit import BASE, wheel_library
 from tests.gpu.reference import planted
 from tests.gpu.reference.marlin_layout import bfloat16
 from tests.gpu.reference.marlin_reference import (
-    identity,
     margin,
     read_out,
     route,
@@ -68,7 +67,7 @@ def reader(op: Op, form: WeightFormat, weights: Weights) -> Case:
     cell = Cell(
         name="read", size_n=weights.size_n, size_k=k, tokens=EXPERTS * k, block=64, config=None
     )
-    rows = np.tile(identity(k), (EXPERTS, 1))
+    rows = np.tile(np.eye(k), (EXPERTS, 1))
     return Case(
         cell, form, op, weights=weights, routing=route(experts_of, EXPERTS, 64),
         inputs=[rows], spread_out=False,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tests.gpu.reference.marlin_kernel import BLOCKS_PER_SM
+from tests.gpu.reference.marlin_kernel import BLOCKS_PER_SM, ThreadConfig
 from tests.gpu.reference.marlin_layout import bfloat16, bfloat16_bits
 from tests.gpu.reference.marlin_reference import Routing, Sums, margin, sums
 from tests.gpu.reference.marlin_weights import WeightFormat, Weights, random_weights
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.gpu.race.cells import Cell
-    from tests.gpu.reference.marlin_kernel import ThreadConfig
 
 UNIQUE = 4  # experts with weights of their own; more are copies of them, elsewhere in memory
 PATIENCE = 20.0  # seconds; a launch takes microseconds

@@ -16,14 +16,13 @@ from tests.gpu.harness.device import parallel_variables, ranks
 from tests.gpu.harness.server import Server
 from tests.gpu.models import exact_moe
 from tests.gpu.models.exact_checkpoint import INT4, NVFP4, Scheme
-from tests.gpu.models.known_answers import ask_together
+from tests.gpu.models.known_answers import Answer, ask_together
 from tests.gpu.race_server import stale_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tests.gpu.harness.spec_metrics import Reading
-    from tests.gpu.models.known_answers import Answer
 
 LEVELS = (1, 2, 4, 8, 16)
 TOKENS = 1000  # per client and level
@@ -139,13 +138,7 @@ class Fleet:
         self._turn = threading.Lock()
 
     def run(self, name: str) -> Asked:
-        """Start an arm's server, ask it everything, and end it.
-
-        Raises:
-            ServerEndedError: it did not come up.
-            NotStartedError: there was no time for that.
-            OSError: it ended while it was asked.
-        """
+        """Start an arm's server, ask it everything, and end it; raises what ``Server`` does."""
         arm = ARMS[name]
         log = self.logs / f"race-{name}.log"
         variables = self._variables(name) if arm.stale_row else {}

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from tests.gpu.conftest import PARALLEL, Margin, Record
 from tests.gpu.harness.bootlog import parse
 from tests.gpu.harness.device import ranks
 from tests.gpu.models.known_answers import LENGTHS
-from tests.gpu.race_server.arms import ARMS
+from tests.gpu.race_server.arms import ARMS, AskedOf
 from tests.gpu.race_server.verdicts import finds_planted, is_clean, require_known
-
-if TYPE_CHECKING:
-    from tests.gpu.race_server.arms import AskedOf
 
 pytestmark = [pytest.mark.gpu, pytest.mark.tier("server"), pytest.mark.xdist_group("race-server")]
 CLEAN = [

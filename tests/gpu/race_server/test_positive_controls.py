@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.gpu.race_server.arms import WRONG_EXPERT
+from tests.gpu.race_server.arms import WRONG_EXPERT, AskedOf
 from tests.gpu.race_server.verdicts import blames, judge
 
 if TYPE_CHECKING:
     from tests.gpu.conftest import Record
-    from tests.gpu.race_server.arms import AskedOf
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.gpu.harness.corruption import corrupted, impossible
 from tests.gpu.models import exact_moe
-from tests.gpu.models.known_answers import mid_decode, report
+from tests.gpu.models.known_answers import Answer, mid_decode, report
 from tests.gpu.race_server.arms import PLANTED, Asked, Scores
 from tests.gpu.reference.power import excluded, exclusion
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tests.gpu.conftest import Margin, Record
-    from tests.gpu.models.known_answers import Answer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,7 +100,8 @@ def nvfp4_global_scale(scale: NDArray[np.float32], factor: float) -> NDArray[np.
 
 def bfloat16(values: NDArray[np.floating]) -> NDArray[np.float64]:
     """Round float32 values to bfloat16, ties to even; NaN stays NaN."""
-    return from_bits(bfloat16_bits(values))
+    bits = bfloat16_bits(values).astype(np.uint32) << 16
+    return bits.view(np.float32).astype(np.float64)
 
 
 def bfloat16_bits(values: NDArray[np.floating]) -> NDArray[np.uint16]:
@@ -109,8 +110,3 @@ def bfloat16_bits(values: NDArray[np.floating]) -> NDArray[np.uint16]:
     bits = single.view(np.uint32).astype(np.uint64)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(single), np.uint16(0x7FC0), rounded)
-
-
-def from_bits(bits: NDArray[np.uint16]) -> NDArray[np.float64]:
-    """The values of bfloat16 bit patterns."""
-    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)

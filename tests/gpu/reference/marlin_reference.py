@@ -164,13 +164,8 @@ def margin(result: NDArray[np.float64], reference: Sums) -> float:
     return float((error / np.maximum(reference.bound, np.finfo(np.float64).tiny)).max())
 
 
-def identity(size_k: int) -> NDArray[np.float64]:
-    """Activations that read every weight on its own: row i is 1 at i."""
-    return np.eye(size_k)
-
-
 def read_out(weights: Weights, routing: Routing) -> NDArray[np.float64]:
-    """What the kernel must give, bit for bit, for :func:`identity` and one expert per token.
+    """What the kernel must give, bit for bit, for rows of the identity and one expert per token.
 
     There is one product and no sum, so the only roundings are float32 of the product with the
     multiplier and bfloat16 of that.

@@ -135,7 +135,7 @@ def require_noticed(
     """Record how many of the planted faults were noticed; it must be all of them."""
     killed = sum(noticed)
     record(kind=kind, fault=fault.lower(), planted=len(noticed), killed=killed, **facts)
-    assert killed == len(noticed)
+    assert killed == len(noticed), f"{killed} of {len(noticed)} faults were noticed"
 
 
 def require_result_noticed(
@@ -153,6 +153,7 @@ def require_result_noticed(
         facts: for the test's row of results.
     """
     (result, other), rng = results, np.random.default_rng(seed)
-    assert margin(result, expected) <= 1
+    share = margin(result, expected)
+    assert share <= 1, f"the result is {share:.2f} of its bound"
     broken = [in_result(fault, result, other, rng) for _ in range(PLACES)]
     require_noticed(record, fault.name, [margin(b, expected) > 1 for b in broken], **facts)

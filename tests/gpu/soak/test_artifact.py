@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.gpu.harness.corruption import alarms, corrupted, impossible
-from tests.gpu.harness.workloads import load_workloads
+from tests.gpu.harness.workloads import Reply, load_workloads
 from tests.gpu.soak.artifact import Artifact, Asked, bands
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from tests.gpu.conftest import Record
     from tests.gpu.harness.gate import Band
     from tests.gpu.harness.server import Server
-    from tests.gpu.harness.workloads import Reply
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.gpu.conftest import TOGETHER, Margin, Record
-from tests.gpu.race_server.arms import ARMS, Fleet
+from tests.gpu.race_server.arms import ARMS, AskedOf, Fleet
 from tests.gpu.race_server.verdicts import require_known
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.gpu.race_server.arms import AskedOf
 
 pytestmark = [
     pytest.mark.gpu,
