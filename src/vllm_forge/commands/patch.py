@@ -107,14 +107,11 @@ def drift(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.pages.records import drift_table
     from vllm_forge.pages.registry import write_pages
     from vllm_forge.patches.drift import survey_lines, write_drift
-    from vllm_forge.patches.seed_installer import record_outcomes
 
-    repo = SourceRepo()
-    found = survey_lines(project, repo, first=args.first, last=args.last)
+    found = survey_lines(project, SourceRepo(), first=args.first, last=args.last)
     day = datetime.now(UTC).date().isoformat()
     console.print(drift_table(write_drift(project, found, day)))
-    record_outcomes(project, repo)
-    write_pages(project, "docs/generated/drift.md", "docs/generated/seed-installer.md")
+    write_pages(project, "docs/generated/drift.md")
 
 
 def install(project: Project, args: argparse.Namespace) -> None:

@@ -13,12 +13,12 @@ from vllm_forge.checkpoints.inspect.findings import ALIASES, FAULTS, label
 from vllm_forge.checkpoints.inspect.inspection import DATA, Outcome, Verdicts
 from vllm_forge.pages.markdown import table, terminal_table
 from vllm_forge.patches.drift import Answer
-from vllm_forge.patches.seed_installer import MERGED, read_outcomes
 from vllm_forge.project import Project
 
 REAL = "DeepSeek-V4-Flash"
 MB = 1_000_000
 SHOWN = 12
+MERGED = "already applied or merged"  # as the first installer prints it
 OUTCOMES = {
     Outcome.WITH_MTP: "with MTP",
     Outcome.WITH_DSPARK: "with DSpark",
@@ -141,14 +141,14 @@ def _text(verdict: dict[str, str]) -> str:
     return f"{verdict['answer']} {verdict['detail']}".strip()
 
 
-def seed_installer(project: Project) -> str:
+def seed_installer(outcomes: list[dict[str, Any]]) -> str:
     """What the edits of the first installer do to the releases of the lines."""
-    outcomes = read_outcomes(project)
-    needed = [row for row in outcomes if row.needed]
-    rows = [[str(row.change), row.release, row.prints, row.places, row.verdict] for row in outcomes]
+    needed = [row for row in outcomes if row["needed"]]
+    keys = ("release", "prints", "places", "verdict")
+    rows = [[str(row["change"]), *(row[key] for key in keys)] for row in outcomes]
     head = ["change", "vLLM", "it prints", "lines changed", "outcome"]
-    whole = sum(row.verdict == "lands" for row in needed)
-    silent = sum(row.prints == MERGED for row in needed)
+    whole = sum(row["verdict"] == "lands" for row in needed)
+    silent = sum(row["prints"] == MERGED for row in needed)
     return f"""{table(head, rows)}
 
 * needed edits: {len(needed)} of {len(outcomes)};

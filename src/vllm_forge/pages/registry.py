@@ -88,7 +88,9 @@ PAGES: dict[str, dict[str, Callable[[Project], str]]] = {
         "inspection": lambda p: p.read_json(f"{RESULTS}/inspect.json", inspection),
     },
     "docs/generated/race.md": {"race": lambda p: p.read_json("records/race.json", race)},
-    "docs/generated/seed-installer.md": {"seed-installer": seed_installer},
+    "docs/generated/seed-installer.md": {
+        "seed-installer": lambda p: p.read_json("records/seed-installer.json", seed_installer)
+    },
     "docs/generated/selection.md": {"selection": selection},
     "docs/generated/sizes.md": {"sizes": lambda p: p.read_json(f"{RESULTS}/sizes.json", sizes)},
     "docs/generated/status.md": {"status": status},

@@ -1,19 +1,22 @@
-"""What the installer that this project started from does to the releases of the lines.
+"""Apply the edits of the installer that this project started from to the releases of the lines.
+
+    python benchmarks/seed_installer.py
 
 Its edits are data here: a text to look for, its replacement, and what the installer prints when
-the text is missing. ``drift`` records the outcome in records/seed-installer.json.
+the text is missing. Writes records/seed-installer.json, and its page.
 """
+
+from __future__ import annotations
 
 import ast
 from dataclasses import asdict, dataclass
 
 from vllm_forge.host import write_json
-from vllm_forge.patches.series import read_series
+from vllm_forge.pages.records import MERGED
+from vllm_forge.pages.registry import write_pages
+from vllm_forge.patches import check_line, read_series
 from vllm_forge.project import Project
 from vllm_forge.sources import SourceRepo
-
-RECORD = "records/seed-installer.json"
-MERGED = "already applied or merged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +119,19 @@ def outcome(project: Project, repo: SourceRepo, edit: Edit, line: str) -> Outcom
     )
 
 
-def record_outcomes(project: Project, repo: SourceRepo) -> None:
+def as_row(row: Outcome) -> dict[str, object]:
+    """A row of the record."""
+    return {**asdict(row), "prints": row.prints, "verdict": row.verdict}
+
+
+def main() -> None:
+    project, repo = Project.find(), SourceRepo()
+    for line in project.matrix.line:
+        check_line(project, line, repo)  # imports its release
     rows = [outcome(project, repo, edit, line) for edit in EDITS for line in project.matrix.line]
-    write_json(project.root / RECORD, [asdict(row) for row in rows])
+    write_json(project.records / "seed-installer.json", [as_row(row) for row in rows])
+    write_pages(project, "docs/generated/seed-installer.md")
 
 
-def read_outcomes(project: Project) -> list[Outcome]:
-    outcomes: list[Outcome]
-    outcomes = project.read_json(RECORD, lambda rows: [Outcome(**row) for row in rows])
-    return outcomes
+if __name__ == "__main__":
+    main()
