@@ -10,7 +10,9 @@ number.
 import difflib
 import re
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from pydantic import ValidationError
 
 # User and password of an index's address are nobody's business in a build log.
 CREDENTIALS = re.compile(r"://[^/@\s]+@")
@@ -66,3 +68,27 @@ def suggestion(word: str, known: Iterable[str], *, least: float = 0.5, listed: b
     if near := difflib.get_close_matches(word.lstrip("-"), names, n=1, cutoff=least):
         return f" (did you mean {names[near[0]]!r}?)"
     return f" (known: {', '.join(names.values())})" if listed else ""
+
+
+def problems(error: ValidationError, model: Any = None) -> list[str]:
+    """What is wrong with a record, field by field; of a ``model``, unknown keys get suggestions."""
+    rows = []
+    for item in error.errors(include_url=False, include_input=False):
+        place = ".".join(map(str, item["loc"]))
+        if model is not None and item["type"] == "extra_forbidden":
+            *parents, key = item["loc"]
+            rows.append(f"unknown key {place}{suggestion(str(key), _fields_at(model, parents))}")
+        else:
+            rows.append(f"{place}: {item['msg']}" if place else item["msg"])
+    return rows
+
+
+def _fields_at(model: Any, loc: list[int | str]) -> list[str]:
+    current: Any = model
+    for part in loc:
+        if field := getattr(current, "model_fields", {}).get(part):
+            current = field.annotation
+        else:  # dict[Name, Record] or tuple[Record, ...]
+            arguments = getattr(current, "__args__", ())
+            current = next((arg for arg in arguments if hasattr(arg, "model_fields")), None)
+    return list(getattr(current, "model_fields", ()))

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from vllm_forge.host import read_json
+from vllm_forge.host import read_data
 from vllm_forge.matrix import ImageCell, Line, Matrix, find_root, image_cell, load
 from vllm_forge.matrix.cells import find_line
 from vllm_forge.matrix.errors import RecordFileError
@@ -40,7 +40,7 @@ class Project:
     def read_json(self, path: str, parse: Callable[[Any], Any] = lambda data: data) -> Any:
         """What ``parse`` makes of a committed JSON file, else RecordFileError."""
         remedy = f"restore it: git checkout -- {path}"
-        return read_json(self.root / path, parse, RecordFileError, what="record", remedy=remedy)
+        return read_data(self.root / path, parse, RecordFileError, what="record", remedy=remedy)
 
     def cell(self, sku: str, line: str | None = None) -> ImageCell:
         """A SKU (or arch) and a line (default: the matrix's)."""

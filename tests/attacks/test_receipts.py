@@ -39,8 +39,7 @@ from vllm_forge.errors import ForgeError
 from vllm_forge.pages.status import status
 from vllm_forge.project import Project
 from vllm_forge.receipts import FOLDER, KEYS
-from vllm_forge.receipts.envelope import DIGEST, write_receipt
-from vllm_forge.receipts.statement import VALID, make_statement
+from vllm_forge.receipts.receipt import DIGEST, VALID, make_statement, write_receipt
 from vllm_forge.receipts.verification import preset_state, read_receipts, verify_all
 
 if TYPE_CHECKING:

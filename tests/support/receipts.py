@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
-from vllm_forge.receipts.envelope import DIGEST
+from vllm_forge.receipts.receipt import DIGEST
 from vllm_forge.receipts.suite import CASES as CASES_FILE
 from vllm_forge.receipts.suite import RUNNER, read_tiers, sources_hash, suite_hash
 

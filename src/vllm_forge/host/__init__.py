@@ -14,7 +14,7 @@ from vllm_forge.host.files import exclusive as exclusive
 from vllm_forge.host.files import link_or_copy as link_or_copy
 from vllm_forge.host.files import open_plain as open_plain
 from vllm_forge.host.files import parse_json as parse_json
-from vllm_forge.host.files import read_json as read_json
+from vllm_forge.host.files import read_data as read_data
 from vllm_forge.host.files import read_plain as read_plain
 from vllm_forge.host.files import remove as remove
 from vllm_forge.host.files import require_disk as require_disk

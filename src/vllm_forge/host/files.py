@@ -11,13 +11,16 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vllm_forge.errors import ForgeError
+from pydantic import ValidationError
+
+from vllm_forge.errors import ForgeError, problems
 from vllm_forge.host.console import console
 from vllm_forge.host.errors import BusyError, DiskSpaceError, MountedError
 
@@ -111,14 +114,18 @@ def parse_json(content: bytes | str) -> Any:
     return value
 
 
-def read_json(
+def read_data(
     path: Path, parse: Callable[[Any], T], error: type[ForgeError], *, what: str, remedy: str
 ) -> T:
-    """What ``parse`` makes of a JSON file; whatever is wrong with that file is an ``error``."""
+    """What ``parse`` makes of a JSON or TOML file; whatever is wrong with it is an ``error``."""
     try:
-        return parse(parse_json(read_plain(path)))
+        content = read_plain(path)
+        is_toml = path.suffix == ".toml"
+        return parse(tomllib.loads(content.decode("utf-8")) if is_toml else parse_json(content))
     except FileNotFoundError:
         problem = f"missing {what}"
+    except ValidationError as cause:
+        problem = f"invalid {what}: " + "\n".join(problems(cause))
     except (ValueError, LookupError, TypeError, AttributeError) as cause:
         detail = str(cause) if isinstance(cause, ValueError) else repr(cause)
         problem = f"invalid {what}: {detail}"

@@ -5,11 +5,10 @@ import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
-from vllm_forge.host import suggestion
+from vllm_forge.errors import problems, suggestion
 from vllm_forge.matrix import errors
 from vllm_forge.matrix.model import Base, LayerRule, Line, Matrix, Sku
 
@@ -126,7 +125,13 @@ def load(root: Path) -> Matrix:
     try:
         matrix = Matrix.model_validate(data)
     except ValidationError as error:
-        raise _explain(error, path) from None
+        unknown = any(item["type"] == "extra_forbidden" for item in error.errors())
+        kind = errors.UnknownKeyError if unknown else errors.MatrixValueError
+        raise kind(
+            "\n  - ".join(["matrix.toml is refused:", *problems(error, Matrix)]),
+            where=str(path),
+            remedy="the allowed keys and their meaning are in matrix.schema.json",
+        ) from None
     for name, line in matrix.line.items():
         for field, given in (("lock", line.lock), ("series", line.series)):
             target = (root / given).resolve()  # through links
@@ -142,35 +147,3 @@ def load(root: Path) -> Matrix:
 def schema_text() -> str:
     """The JSON schema of matrix.toml, as committed in matrix.schema.json."""
     return json.dumps(Matrix.model_json_schema(), indent=2, sort_keys=True) + "\n"
-
-
-def _explain(
-    error: ValidationError, path: Path
-) -> errors.UnknownKeyError | errors.MatrixValueError:
-    lines = []
-    unknown = False
-    for item in error.errors(include_url=False):
-        place = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            unknown = True
-            known = _fields_at(list(item["loc"][:-1]))
-            lines.append(f"unknown key {place}{suggestion(str(item['loc'][-1]), known)}")
-        else:
-            lines.append(f"{place}: {item['msg']}" if place else item["msg"])
-    kind = errors.UnknownKeyError if unknown else errors.MatrixValueError
-    return kind(
-        "matrix.toml is refused:\n" + "\n".join(f"  - {line}" for line in lines),
-        where=str(path),
-        remedy="the allowed keys and their meaning are in matrix.schema.json",
-    )
-
-
-def _fields_at(loc: list[Any]) -> list[str]:
-    current: Any = Matrix
-    for part in loc:
-        if field := getattr(current, "model_fields", {}).get(part):
-            current = field.annotation
-        else:  # dict[Name, Record] or tuple[Record, ...]
-            arguments = getattr(current, "__args__", ())
-            current = next((arg for arg in arguments if hasattr(arg, "model_fields")), None)
-    return list(getattr(current, "model_fields", ()))

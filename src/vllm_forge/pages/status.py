@@ -7,8 +7,7 @@ from pathlib import Path
 from vllm_forge.pages.markdown import escape, table
 from vllm_forge.project import Project
 from vllm_forge.receipts import FOLDER
-from vllm_forge.receipts.envelope import Receipt
-from vllm_forge.receipts.statement import Detail
+from vllm_forge.receipts.receipt import Detail, Receipt
 from vllm_forge.receipts.suite import read_tiers
 from vllm_forge.receipts.verification import NOT_RUN, compare_kernels, read_receipts, unsigned
 

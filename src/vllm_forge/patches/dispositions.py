@@ -1,13 +1,13 @@
 """What was decided about every upstream change that users of these images are advised to apply."""
 
-import tomllib
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
-from vllm_forge.host import read_plain, suggestion
+from vllm_forge.errors import problems
+from vllm_forge.host import read_data
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.patches.errors import DispositionError
 
@@ -61,32 +61,22 @@ class _File(FrozenModel):
 
 def read_dispositions(folder: Path) -> tuple[Disposition, ...]:
     """Parse ``folder/dispositions.toml``; DispositionError if it is missing or invalid."""
-    path = folder / FILE
-    data: dict[str, Any] = {}
+    remedy = "its head says what an entry has"
+    return read_data(folder / FILE, _entries, DispositionError, what=FILE, remedy=remedy)
+
+
+def _entries(data: Any) -> tuple[Disposition, ...]:
     try:
-        data = tomllib.loads(read_plain(path).decode("utf-8"))
         return _File.model_validate(data).disposition
-    except FileNotFoundError:
-        problem = "there is no such file"
     except ValidationError as error:
-        problem = "\n".join(_said(item, data) for item in error.errors(include_url=False))
-    except ValueError as error:  # not UTF-8, not TOML
-        problem = str(error)
-    raise DispositionError(problem, where=str(path), remedy="its head says what an entry has")
+        text = "\n".join(problems(error, _File))
 
+    def name(place: re.Match[str]) -> str:
+        entry, number = data["disposition"][int(place[1])], int(place[1]) + 1
+        about = entry.get("about") if isinstance(entry, dict) else None
+        return about or f"disposition {number}"
 
-def _said(item: ErrorDetails, data: dict[str, Any]) -> str:
-    steps, message = list(item["loc"]), item["msg"]
-    match steps:
-        case ["disposition", int(number), *_]:
-            entry = data["disposition"][number]
-            about = entry.get("about") if isinstance(entry, dict) else None
-            steps[:2] = [about or f"disposition {number + 1}"]
-    place = ".".join(map(str, steps))
-    if item["type"] == "extra_forbidden":
-        known = {*Disposition.model_fields, *Decision.model_fields}
-        message = f"unknown key{suggestion(str(item['loc'][-1]), known)}"
-    return f"{place}: {message}"
+    raise ValueError(re.sub(r"\bdisposition\.(\d+)", name, text))
 
 
 def decisions(entries: tuple[Disposition, ...], line: str) -> tuple[tuple[str, Decision], ...]:

@@ -6,18 +6,17 @@ must be red on, and in another order are made by git alone: nothing here reads c
 
 import json
 import tempfile
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 from unidiff.patch import PatchSet
 
 from vllm_forge.errors import ForgeError
-from vllm_forge.host import atomic_path, cache_root, exclusive, read_plain
+from vllm_forge.host import atomic_path, cache_root, exclusive, read_data
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.patches import errors
 from vllm_forge.patches.apply import (
@@ -95,17 +94,13 @@ def series_text(folder: Path, names: list[str]) -> str:
 
 def read_tree_lock(folder: Path, line_name: str) -> TreeLock:
     """Parse ``folder/lock.toml``; LockFileError if it is missing or malformed."""
-    path = folder / "lock.toml"
-    try:
-        data = tomllib.loads(read_plain(path).decode("utf-8"))
-        return TreeLock.model_validate(data, strict=True)
-    except FileNotFoundError:
-        problem = "the series has no lock"
-    except ValidationError:
-        problem = f"not a tree lock: expected {', '.join(TreeLock.model_fields)}"
-    except ValueError as error:  # not UTF-8, not TOML
-        problem = f"not a tree lock: {error}"
-    raise LockFileError(problem, where=str(path), remedy=f"run: {COMMAND} {line_name}")
+    return read_data(
+        folder / "lock.toml",
+        lambda data: TreeLock.model_validate(data, strict=True),
+        LockFileError,
+        what="tree lock",
+        remedy=f"run: {COMMAND} {line_name}",
+    )
 
 
 def fetch_base(lock: TreeLock, version: str, repo: SourceRepo) -> str:

@@ -5,14 +5,13 @@ lists them. They run in the image's own files, without network or GPU; what need
 by both trees, and its record says so.
 """
 
-import tomllib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.table import Table
 
-from vllm_forge.host import Runner, atomic_path, console, exclusive, report, write_json
+from vllm_forge.host import Runner, atomic_path, console, exclusive, read_data, report, write_json
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.project import Project
 from vllm_forge.proofs import prove
@@ -40,11 +39,10 @@ class _Rows(FrozenModel):
 
 def read_tests(root: Path, line: str) -> list[str]:
     """Paths of a line's rows; UpstreamRowsError if a row is invalid, or none is for the line."""
-    try:
-        rows = _Rows.model_validate(tomllib.loads((root / ROWS).read_text(encoding="utf-8"))).test
-    except ValueError as error:  # of TOML, of the encoding, or a ValidationError
-        raise UpstreamRowsError(str(error), where=ROWS, remedy="correct that row") from None
-    paths = [row.path for row in rows if line in row.lines]
+    rows = read_data(
+        root / ROWS, _Rows.model_validate, UpstreamRowsError, what="rows", remedy="correct that row"
+    )
+    paths = [row.path for row in rows.test if line in row.lines]
     if not paths:
         raise UpstreamRowsError(
             f"no row is for line {line}", where=ROWS, remedy="name tests of its release"

@@ -9,18 +9,17 @@ import ast
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from vllm_forge.host import read_plain
+from vllm_forge.host import read_data
 from vllm_forge.matrix import FrozenModel, Matrix, serve_arguments
 from vllm_forge.project import Project
 from vllm_forge.receipts.errors import SuiteDescriptionError
-from vllm_forge.receipts.statement import Detail
+from vllm_forge.receipts.receipt import Detail
 
 TESTS = "tests/gpu"
 FILE = f"{TESTS}/suite.toml"
@@ -106,16 +105,11 @@ MATRIX_ROWS: dict[str, Callable[[Matrix, str], Any]] = {
 
 def read_suite(root: Path) -> Suite:
     """``tests/gpu/suite.toml``; SuiteDescriptionError if missing or malformed."""
-    path = root / FILE
-    try:
-        return Suite.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise SuiteDescriptionError(
-            f"cannot read the suite: {error}",
-            where=str(path),
-            remedy="name folders, minutes, and what of matrix.toml the tests read: "
-            + ", ".join(MATRIX_ROWS),
-        ) from None
+    rows = ", ".join(MATRIX_ROWS)
+    remedy = f"name folders, minutes, and what of matrix.toml the tests read: {rows}"
+    return read_data(
+        root / FILE, Suite.model_validate, SuiteDescriptionError, what="suite", remedy=remedy
+    )
 
 
 def read_tiers(root: Path) -> dict[str, Tier]:
@@ -246,14 +240,13 @@ def read_cases(root: Path, name: str) -> dict[str, Case]:
     Only pytest knows which cases a test with parameters has, and the verifier does without it.
     """
     path = root / CASES
-    try:
-        listed = CASE_LISTS.validate_json(read_plain(path))[name]
-    except (OSError, ValueError, KeyError) as error:
-        raise SuiteDescriptionError(
-            f"no list of the cases of tier {name}: {type(error).__name__}: {error}",
-            where=str(path),
-            remedy=LIST_CASES,
-        ) from None
+    listed = read_data(
+        path,
+        lambda data: CASE_LISTS.validate_python(data)[name],
+        SuiteDescriptionError,
+        what=f"list of the cases of tier {name}",
+        remedy=LIST_CASES,
+    )
     if listed.sources_sha256 != sources_hash(root, name):
         raise SuiteDescriptionError(
             f"tier {name} changed since its cases were listed", where=str(path), remedy=LIST_CASES

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from securesystemslib.signer import Key
 
-from vllm_forge.errors import ForgeError
+from vllm_forge.errors import ForgeError, problems
 from vllm_forge.host import parse_json, read_plain
 from vllm_forge.kernels.selection.questions import grid_question
 from vllm_forge.kernels.selection.record import read_selection
@@ -18,7 +18,6 @@ from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
 from vllm_forge.receipts import FOLDER, KEYS
-from vllm_forge.receipts.envelope import Receipt, read_keys, read_receipt, write_receipt
 from vllm_forge.receipts.errors import (
     ReceiptContradictedError,
     ReceiptExpiredError,
@@ -29,7 +28,15 @@ from vllm_forge.receipts.errors import (
     ReceiptUnreadableError,
     ResultFileError,
 )
-from vllm_forge.receipts.statement import VALID, Configuration, make_statement
+from vllm_forge.receipts.receipt import (
+    VALID,
+    Configuration,
+    Receipt,
+    make_statement,
+    read_keys,
+    read_receipt,
+    write_receipt,
+)
 from vllm_forge.receipts.suite import case_faults, read_tiers, suite_hash
 
 # Of reading a file that is not a result, or a part of one.
@@ -270,8 +277,7 @@ def make_receipt(project: Project, result_path: Path, key: Path | None) -> Path:
     except MALFORMED as error:
         why = f"{type(error).__name__}: {error}"
         if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            why = f"{error.title} {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            why = f"{error.title} {problems(error)[0]}"
         raise ResultFileError(
             f"not the result of a tier: {why}",
             where=str(result_path),

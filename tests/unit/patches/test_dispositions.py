@@ -50,7 +50,7 @@ def test_a_lines_own_decision_goes_before_the_one_for_all(tmp_path: Path) -> Non
     ("old", "new", "message"),
     [
         ("refused", "denied", "#1.on.all.status: Input should be 'carried'"),
-        ('proof = "', 'proff = "', "unknown key (did you mean 'proof'?"),
+        ('proof = "', 'proff = "', "unknown key #1.on.all.proff (did you mean 'proof'?"),
         ("refused", "carried", "carried needs patch"),
         ("refused", "retired", "retired needs landed and where"),
         ('no_preset = "magic"\n', "", "needs evidence: one of patch, where"),
@@ -75,7 +75,7 @@ def test_entry_that_is_not_a_table_is_rejected(tmp_path: Path) -> None:
 
 
 def test_no_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DispositionError, match="there is no such file"):
+    with pytest.raises(DispositionError, match=r"missing dispositions\.toml"):
         read_dispositions(tmp_path)
 
 

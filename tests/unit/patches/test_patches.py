@@ -471,7 +471,7 @@ def test_broken_tree_lock(
 
 def test_no_tree_lock(project: Project, repo: SourceRepo, series: Path) -> None:
     (series / "lock.toml").unlink()
-    with pytest.raises(LockFileError, match="has no lock") as refused:
+    with pytest.raises(LockFileError, match="missing tree lock") as refused:
         check_line(project, "9.9", repo)
     assert "patch lock" in refused.value.remedy
 

@@ -30,7 +30,6 @@ from vllm_forge.pages.status import status_text
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
 from vllm_forge.receipts import FOLDER
-from vllm_forge.receipts.envelope import DIGEST, canonical, read_receipt, write_receipt
 from vllm_forge.receipts.errors import (
     ReceiptEditedError,
     ReceiptExpiredError,
@@ -42,7 +41,15 @@ from vllm_forge.receipts.errors import (
     ResultFileError,
     SuiteDescriptionError,
 )
-from vllm_forge.receipts.statement import VALID, Statement, make_statement
+from vllm_forge.receipts.receipt import (
+    DIGEST,
+    VALID,
+    Statement,
+    canonical,
+    make_statement,
+    read_receipt,
+    write_receipt,
+)
 from vllm_forge.receipts.suite import CASES as CASES_FILE
 from vllm_forge.receipts.suite import LIST_CASES
 from vllm_forge.receipts.verification import describe, make_receipt, verify_all
@@ -387,7 +394,7 @@ def test_cases_of_another_suite_prove_nothing(project: Project, committed: Path)
     with pytest.raises(SuiteDescriptionError, match="changed since its cases were listed"):
         verify_all(project, NOW)
     (project.root / CASES_FILE).unlink()
-    with pytest.raises(SuiteDescriptionError, match="no list of the cases"):
+    with pytest.raises(SuiteDescriptionError, match="missing list of the cases"):
         verify_all(project, NOW)
 
 
@@ -453,8 +460,8 @@ def test_file_of_a_killed_writer_is_not_a_receipt(project: Project, committed: P
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"[" * 100_000, "RecursionError"),
-        (b'{"payload": "e30=", "payload": "e30="}', "duplicate name"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"payload": "e30=", "payload": "e30="}', "duplicate key"),
     ],
 )
 def test_json_that_readers_read_differently(

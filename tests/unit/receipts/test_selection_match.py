@@ -11,9 +11,8 @@ import pytest
 from tests.support.receipts import green_result, row
 from vllm_forge.kernels.errors import SelectionFileError
 from vllm_forge.matrix import load
-from vllm_forge.receipts.envelope import Receipt
 from vllm_forge.receipts.errors import ReceiptContradictedError
-from vllm_forge.receipts.statement import make_statement
+from vllm_forge.receipts.receipt import Receipt, make_statement
 from vllm_forge.receipts.verification import LAYOUTS, compare_kernels, require_selection
 
 if TYPE_CHECKING:

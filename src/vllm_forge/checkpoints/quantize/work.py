@@ -31,7 +31,7 @@ from vllm_forge.checkpoints.tensors import (
     write_index,
     write_shard,
 )
-from vllm_forge.host import atomic_path, parse_json, read_json, read_plain, remove, write_json
+from vllm_forge.host import atomic_path, parse_json, read_data, read_plain, remove, write_json
 
 PLAN, MANIFEST, RECIPE = "plan.json", "manifest.json", "recipe.yaml"
 # What compressed-tensors stores of a weight, by its name of the format: suffix -> dtype.
@@ -180,7 +180,7 @@ class Work:
 
     def sums(self, name: str, tensors: Iterable[TensorSpec]) -> dict[str, str]:
         """The same of a finished file, which has these tensors."""
-        return read_json(
+        return read_data(
             self._note(name),
             lambda sums: {tensor.name: str(sums[tensor.name]) for tensor in tensors},
             ResumeError,

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from vllm_forge.host import parse_json, read_json, remove
+from vllm_forge.host import parse_json, read_data, remove
 from vllm_forge.kernels.errors import ArtifactConfigError, SelectionFailedError
 from vllm_forge.kernels.selection.model import Answer, Device, Question
 from vllm_forge.matrix import FrozenModel, Matrix, Sku, serve_arguments
@@ -109,7 +109,7 @@ def declared_device(sku: Sku, *, count: int) -> Device:
 
 def artifact_config(name: str, folder: Path = ARTIFACTS) -> dict[str, Any]:
     """The config.json of an artifact of the matrix; ArtifactConfigError if missing or malformed."""
-    file = read_json(
+    file = read_data(
         folder / f"{name}.json",
         ArtifactFile.model_validate,
         ArtifactConfigError,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from vllm_forge.host import atomic_path, read_json
+from vllm_forge.host import atomic_path, read_data
 from vllm_forge.kernels.errors import SelectionChangedError, SelectionFileError, SelectionStaleError
 from vllm_forge.kernels.selection.model import Answer, Question
 from vllm_forge.kernels.selection.questions import (
@@ -77,7 +77,7 @@ def selection_inputs(project: Project, line_name: str) -> dict[str, Any]:
 
 def read_selection(records: Path, line_name: str) -> SelectionRecord:
     """The recorded answers of a line; SelectionFileError if missing or malformed."""
-    return read_json(
+    return read_data(
         selection_path(records, line_name),
         lambda data: SelectionRecord(
             line_name=data["line"],

@@ -1,0 +1,342 @@
+"""A receipt: the verdicts of one tier of the GPU suite in one image on GPUs of one SKU.
+
+An in-toto Statement v1 whose predicate is in-toto's Test Result v0.1, so that other tools read
+whether it passed and which tests; what it has no field for is under ``vllmForge``, which they
+ignore by in-toto's rules. Its file is a DSSE envelope around it, signed where there is a key.
+
+With a signature by a key of ``records/receipts/keys``, any change to the payload is detected.
+Without one, ``payloadSha256`` detects an accident, not a forger, who would write both: an unsigned
+receipt is as trustworthy as the commit that added it, and is shown as "unsigned" everywhere.
+The payload is canonical JSON (keys sorted, no spaces), so that one statement has one form.
+
+Sources: github.com/in-toto/attestation, spec/v1/statement.md, spec/v1/digest_set.md,
+spec/predicates/test-result.md; github.com/secure-systems-lab/dsse, envelope.md, whose readers
+ignore the field that it does not define.
+"""
+
+import base64
+import copy
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, ConfigDict, Field, ValidationError
+from securesystemslib.dsse import Envelope
+from securesystemslib.exceptions import VerificationError
+from securesystemslib.signer import CryptoSigner, Key, SSlibKey
+
+from vllm_forge.errors import problems
+from vllm_forge.host import atomic_path, parse_json, read_plain
+from vllm_forge.matrix import FrozenModel
+from vllm_forge.receipts import FOLDER, KEYS
+from vllm_forge.receipts.errors import (
+    ReceiptEditedError,
+    ReceiptIncompleteError,
+    ReceiptKeyError,
+    ReceiptUnreadableError,
+)
+
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+DIGEST = "payloadSha256"
+LARGEST = 16 << 20  # a receipt of 347 tests has 300 KB
+VALID = timedelta(days=90)  # drivers, and what we test for, change faster than releases live
+GREEN = ("passed", "other GPU")
+# What pytest-xdist appends to a test's name with --dist loadgroup (scheduler/loadscope.py).
+GROUP = re.compile(r"(?<=[\w\]])@[\w.-]+$")
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+GitTree = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+Word = Annotated[str, Field(pattern=r"^[\w.-]+$")]  # becomes a part of a file's name
+# Becomes a cell of a page's table: without what Markdown and HTML read as more than text.
+Cell = Annotated[str, Field(pattern=r"^[\w .,:;()/+=%-]+$", max_length=200)]
+Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Resource(FrozenModel):
+    """An in-toto ResourceDescriptor: a name and its DigestSet."""
+
+    name: str
+    digest: dict[Literal["sha256"], Sha256] = Field(min_length=1)
+
+
+class Source(FrozenModel):
+    """An in-toto ResourceDescriptor of a git tree."""
+
+    name: str
+    digest: dict[Literal["gitTree"], GitTree] = Field(min_length=1)
+
+
+class Gpu(FrozenModel):
+    """The GPU, without its serial numbers."""
+
+    name: Cell
+    uuid_sha256: Sha256
+    compute_capability: Word
+    driver: Cell
+    memory_mib: int
+
+
+class Margin(FrozenModel):
+    """A measured value and the bound that it is under."""
+
+    measured: Measure
+    bound: Measure
+
+
+class CaseVerdict(FrozenModel):
+    outcome: Literal["passed", "other GPU"]
+    seconds: Measure
+    margins: dict[Cell, Margin] = Field(default_factory=dict)
+    facts: dict[str, Any] = Field(default_factory=dict)
+    why: str = ""
+
+
+class Configuration(FrozenModel):
+    """An engine's boot log; see tests.gpu.harness.bootlog for all of its fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    moe: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
+    kv_cache: str | None = None
+
+
+class Detail(FrozenModel):
+    """What in-toto's predicate has no field for."""
+
+    sku: Word
+    line: Word
+    tier: Word
+    lock_sha256: Sha256
+    gpus: tuple[Gpu, ...] = Field(min_length=1)
+    host: dict[str, Any]
+    configurations: dict[str, Configuration]
+    tests: dict[str, CaseVerdict] = Field(min_length=1)
+    started: AwareDatetime
+    finished: AwareDatetime
+    expires: AwareDatetime
+
+
+class Predicate(FrozenModel):
+    """in-toto's test result; ``configuration`` is the suite."""
+
+    result: Literal["PASSED"]
+    configuration: tuple[Resource, ...] = Field(min_length=1, max_length=1)
+    passed: tuple[str, ...] = Field(alias="passedTests")
+    failed: tuple[str, ...] = Field(alias="failedTests", max_length=0)
+    detail: Detail = Field(alias="vllmForge")
+
+
+class Statement(FrozenModel):
+    kind: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
+    subject: tuple[Resource, Source]
+    predicate_type: Literal["https://in-toto.io/attestation/test-result/v0.1"] = Field(
+        alias="predicateType"
+    )
+    predicate: Predicate
+
+    @property
+    def detail(self) -> Detail:
+        return self.predicate.detail
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the image's manifest."""
+        return self.subject[0].digest["sha256"]
+
+    @property
+    def tree(self) -> str:
+        """Git tree hash of the patched vLLM source."""
+        return self.subject[1].digest["gitTree"]
+
+    @property
+    def suite(self) -> str:
+        """Hash of the tier; see receipts.suite."""
+        return self.predicate.configuration[0].digest["sha256"]
+
+    @property
+    def file_name(self) -> str:
+        """Its name in the folder of its subject."""
+        return f"{self.detail.sku}--{self.detail.line}--{self.detail.tier}.json"
+
+
+def make_statement(result: dict[str, Any]) -> Statement:
+    """The statement of what ``tests.gpu.harness.run`` wrote; ReceiptIncompleteError if red."""
+    tests = {GROUP.sub("", name): row for name, row in result["tests"].items()}
+    red = [name for name, row in tests.items() if row["outcome"] not in GREEN]
+    if red or not tests or result["exit"] != 0:
+        raise ReceiptIncompleteError(
+            f"{len(red)} of {len(tests)} tests are not green; pytest exited with {result['exit']}",
+            where=", ".join(red[:5]),
+            remedy="make receipts of green runs only; see its table",
+        )
+    plan, subject = result["plan"], result["plan"]["subject"]
+    finished = datetime.fromisoformat(result["finished"])
+    tier, suite = result["tier"], {"sha256": result["suite_sha256"]}
+    detail = {
+        "sku": plan["sku"],
+        "line": plan["line"],
+        "tier": tier,
+        "lock_sha256": plan["lock_sha256"],
+        "gpus": result["gpus"],
+        "host": result["host"],
+        "configurations": result["configurations"],
+        "tests": dict(sorted(tests.items())),
+        "started": result["started"],
+        "finished": finished,
+        "expires": (finished + VALID).astimezone(UTC),
+    }
+    return Statement.model_validate(
+        {
+            "subject": [
+                {"name": subject["name"], "digest": {"sha256": subject["sha256"]}},
+                {"name": f"vllm source, line {plan['line']}", "digest": {"gitTree": plan["tree"]}},
+            ],
+            "_type": "https://in-toto.io/Statement/v1",
+            "predicateType": "https://in-toto.io/attestation/test-result/v0.1",
+            "predicate": {
+                "result": "PASSED",
+                "configuration": [{"name": f"tests/gpu, tier {tier}", "digest": suite}],
+                "passedTests": sorted(n for n, row in tests.items() if row["outcome"] == "passed"),
+                "failedTests": [],
+                "vllmForge": detail,
+            },
+        }
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """A receipt as read; ``signed_by`` has the ids of trusted keys, none if it is unsigned."""
+
+    path: Path
+    statement: Statement
+    signed_by: tuple[str, ...]
+
+
+def canonical(statement: Statement) -> bytes:
+    data = statement.model_dump(mode="json", by_alias=True)
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def write_receipt(folder: Path, statement: Statement, key: Path | None = None) -> Path:
+    """Write ``folder/<digest>/<sku>--<line>--<tier>.json``, signed if there is a private key."""
+    envelope = Envelope(canonical(statement), PAYLOAD_TYPE, {})
+    if key is not None:
+        envelope.sign(CryptoSigner(_load_key(key, public=False)))
+    data = envelope.to_dict() | {DIGEST: hashlib.sha256(envelope.payload).hexdigest()}
+    path = folder / statement.sha256 / statement.file_name
+    with atomic_path(path) as aside:
+        aside.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return path
+
+
+def read_receipt(path: Path, keys: Sequence[Key]) -> Receipt:
+    """Read a receipt; its payload must be the one that was written, or signed.
+
+    Raises:
+        ReceiptUnreadableError: not a DSSE envelope of a receipt.
+        ReceiptEditedError: the payload does not match its digest or a signature.
+        ReceiptKeyError: signed by another key than ``keys``, the trusted ones.
+    """
+    try:
+        data: dict[str, Any] = parse_json(read_plain(path, LARGEST))
+        payload, kind = base64.b64decode(data["payload"], validate=True), data["payloadType"]
+        stated, envelope = data[DIGEST], Envelope.from_dict(copy.deepcopy(data))
+        written = envelope.to_dict() | {DIGEST: stated}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _unreadable(path, f"{type(error).__name__}: {error}") from None
+    if written != data:
+        raise _unreadable(path, "unknown fields, or base64 of another form")
+    if kind != PAYLOAD_TYPE:
+        raise _unreadable(path, f"unknown payload type {kind!r}")
+    if hashlib.sha256(payload).hexdigest() != stated:
+        raise _edited(path, "the payload does not match its digest")
+    known = {key.keyid: key for key in keys}
+    for keyid in envelope.signatures:
+        if keyid not in known:
+            raise ReceiptKeyError(
+                f"signed by key {keyid}, which is not among the trusted ones",
+                where=str(path),
+                remedy=f"if you trust the signer, add the public key to {FOLDER}/{KEYS}",
+            )
+        try:
+            envelope.verify([known[keyid]], 1)
+        except VerificationError as error:
+            raise _edited(path, f"invalid signature of key {keyid}: {error}") from None
+    try:
+        statement = Statement.model_validate_json(payload)
+    except ValidationError as error:
+        raise _unreadable(path, problems(error)[0]) from None
+    if canonical(statement) != payload:
+        raise _edited(path, "the payload is not in canonical form")
+    return Receipt(path=path, statement=statement, signed_by=tuple(sorted(envelope.signatures)))
+
+
+def read_keys(folder: Path) -> list[Key]:
+    """Public keys, ``folder/*.pem``; ReceiptKeyError if there is anything else."""
+    if not os.path.lexists(folder):
+        return []
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise _key_folder(folder, str(error)) from None
+    if folder.is_symlink():
+        raise _key_folder(folder, "it is a link")
+    if others := [path.name for path in paths if path.suffix != ".pem"]:
+        raise _key_folder(folder, f"{others[0]} is not named NAME.pem")
+    return [SSlibKey.from_crypto(_load_key(path, public=True)) for path in paths]
+
+
+def _key_folder(folder: Path, why: str) -> ReceiptKeyError:
+    return ReceiptKeyError(
+        f"cannot read the folder of trusted keys: {why}",
+        where=str(folder),
+        remedy="make it a folder with a NAME.pem for each signer and nothing else, or delete it",
+    )
+
+
+def _load_key(path: Path, *, public: bool) -> Any:
+    # Only needed where there are keys.
+    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415
+    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
+    from cryptography.hazmat.primitives.asymmetric import ed25519  # noqa: PLC0415
+
+    try:
+        if public:
+            key: Any = serialization.load_pem_public_key(read_plain(path, LARGEST))
+        else:
+            key = serialization.load_pem_private_key(path.read_bytes(), None)
+        why = f"it is a {type(key).__name__}"
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        key, why = None, str(error)
+    if not isinstance(key, ed25519.Ed25519PublicKey if public else ed25519.Ed25519PrivateKey):
+        raise ReceiptKeyError(
+            f"not an Ed25519 key: {why}",
+            where=str(path),
+            remedy="make one with: openssl genpkey -algorithm ed25519 -out key.pem; its public "
+            "half with: openssl pkey -in key.pem -pubout",
+        )
+    return key
+
+
+def _unreadable(path: Path, why: str) -> ReceiptUnreadableError:
+    return ReceiptUnreadableError(
+        f"not a receipt: {why}",
+        where=str(path),
+        remedy="remove it, if neither `gpu test` nor `gpu receipts` wrote it",
+    )
+
+
+def _edited(path: Path, why: str) -> ReceiptEditedError:
+    return ReceiptEditedError(
+        f"the receipt was edited: {why}",
+        where=str(path),
+        remedy="delete it, and run the suite again",
+    )
