@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_forge.gputest.errors import JitCacheError
-from vllm_forge.host import parse_json, read_plain
+from vllm_forge.host import read_data
 from vllm_forge.images.prewarm import Prewarm, require_plain, tree_digest
 from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import Applied, Patch, check_line, read_series, read_tree_lock
@@ -142,16 +142,14 @@ def cache_key(project: Project, cell: ImageCell, tree: str) -> dict[str, str]:
 
 def require_key(folder: Path, key: Mapping[str, str]) -> None:
     """Refuse a folder of ``test-gpu --caches`` with links, or with kernels of another stack."""
-    try:
-        recorded = parse_json(read_plain(folder / KEY))
-        different = [name for name in key if recorded[name] != key[name]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise JitCacheError(
-            f"not the caches of a run: {type(error).__name__}: {error}",
-            where=str(folder / KEY),
-            remedy="take the folder that --caches made",
-        ) from None
-    if different:
+    recorded = read_data(
+        folder / KEY,
+        lambda data: {name: data[name] for name in key},
+        JitCacheError,
+        what="key of the caches of a run",
+        remedy="take the folder that --caches made",
+    )
+    if different := [name for name in key if recorded[name] != key[name]]:
         name = different[0]
         raise JitCacheError(
             f"the caches are of another stack: {name} is {recorded[name]}, expected {key[name]}",

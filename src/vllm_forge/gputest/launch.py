@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -215,15 +214,8 @@ def unpack_tools(root: Path, bundle: Path) -> None:
 
     There its folder ``nvidia`` is not part of the Python package of that name.
     """
-    wheelhouse = Wheelhouse()
     for folder in WHEELS:
-        wheelhouse.fetch(wheels := suite_wheels(root, folder))
-        for wheel in wheels:
-            with zipfile.ZipFile(wheelhouse.verify(wheel)) as archive:
-                for member in archive.infolist():
-                    path = Path(archive.extract(member, bundle / folder))
-                    if member.external_attr >> 16 & 0o100:  # extract() leaves modes out
-                        path.chmod(0o755)
+        Wheelhouse().unpack(suite_wheels(root, folder), bundle / folder)
     for path in (SANITIZER, SANITIZER.with_name(LAUNCHER)):
         if not os.access(bundle / path, os.X_OK):
             raise LockFileError(

@@ -313,14 +313,7 @@ def write_tools(folder: Path, requirements: Path) -> None:
     """Write run_tests.py, and the wheels that come after the image's own on sys.path."""
     shutil.copyfile(SCRIPT, folder / SCRIPT.name)
     _, wheels = read_wheels(requirements, "name wheels, sorted, with hashes")
-    wheelhouse = Wheelhouse()
-    wheelhouse.fetch(wheels)
-    for wheel in wheels:
-        with zipfile.ZipFile(wheelhouse.verify(wheel)) as archive:
-            for member in archive.infolist():
-                file = Path(archive.extract(member, folder / "tools"))
-                if member.external_attr >> 16 & 0o111:  # a program
-                    file.chmod(0o755)
+    Wheelhouse().unpack(wheels, folder / "tools")
 
 
 def _run_all(jobs: Sequence[ProofJob]) -> list[tuple[ProofJob, TestRun, list[TestRun]]]:

@@ -7,6 +7,7 @@ nor one that drips can fill the disk or hold a build.
 import hashlib
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -246,6 +247,16 @@ class Wheelhouse:
             download_all(source.session, downloads)
             size = gigabytes(sum(item.size for item in downloads))
             console.print(f"  [dim]{len(downloads)} wheels downloaded, {size}[/]")
+
+    def unpack(self, wheels: Sequence[LockedWheel], folder: Path) -> None:
+        """Unpack wheels into one folder; their programs can be run."""
+        self.fetch(wheels)
+        for wheel in wheels:
+            with zipfile.ZipFile(self.verify(wheel)) as archive:
+                for member in archive.infolist():
+                    path = Path(archive.extract(member, folder))
+                    if member.external_attr >> 16 & 0o111:  # extract() leaves modes out
+                        path.chmod(0o755)
 
     def verify(self, wheel: LockedWheel) -> Path:
         """Path of a wheel whose bytes were hashed just now; see ``verified``."""

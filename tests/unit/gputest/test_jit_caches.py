@@ -82,7 +82,7 @@ def test_a_folder_without_a_valid_key_is_refused(folder: Path, content: str | No
         (folder / product.KEY).write_text(content)
     with pytest.raises(InputError, match="not of the suite"):
         harness.open_caches(folder, PLAN)
-    with pytest.raises(JitCacheError, match="not the caches of a run"):
+    with pytest.raises(JitCacheError, match="key of the caches of a run"):
         require_key(folder, KEY)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,6 +23,7 @@ from vllm_forge.host.probe import Reply
 from vllm_forge.images.prewarm import SCRIPT
 from vllm_forge.project import Project
 from vllm_forge.receipts.errors import ReceiptSubjectError
+from vllm_forge.sources import Index, Wheelhouse
 from vllm_forge.sources.errors import LockFileError
 
 if TYPE_CHECKING:
@@ -73,17 +74,17 @@ def test_the_image_finds_the_sanitizer_and_the_arguments_stay_whole(
     assert rest == args[1:]
 
 
-class Wheels:
+class Wheels(Wheelhouse):
     """A wheelhouse of files that are there."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def fetch(self, wheels: Sequence[str]) -> None:
+    def fetch(self, wheels: Sequence[Any], index: Index | None = None) -> None:
         pass
 
-    def verify(self, wheel: str) -> Path:
-        return self.folder / wheel
+    def verify(self, wheel: Any) -> Path:
+        return self.folder / str(wheel)
 
 
 def wheel(path: Path, name: str, mode: int) -> None:
