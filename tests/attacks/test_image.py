@@ -157,7 +157,7 @@ def test_images_share_no_volume_of_code(root: Path) -> None:
     project = Project(root)
     deployment = find_deployment(project.matrix, project.cell("b300"), "mtp")
     digests = [f"sha256:{number * 64}" for number in "12"]
-    commands = [container_command(project.matrix, deployment, digest=d).argv for d in digests]
+    commands = [container_command(deployment, digest=d).argv for d in digests]
     first, second = ({word for word in argv if "--volume=" in word} for argv in commands)
     assert {word.rpartition(":")[2] for word in first - second} == {"/cache"}
     assert {word.rpartition(":")[2] for word in first & second} == {"/cache/huggingface"}

@@ -8,7 +8,7 @@ from vllm_forge.commands.parsers import EVERY_LINE, LINE, Commands, command, gro
 from vllm_forge.host import Runner, console, report, write_json
 from vllm_forge.matrix import Line
 from vllm_forge.patches import Applied, check_line, read_series, update_line
-from vllm_forge.patches.errors import NotPatchedError
+from vllm_forge.patches.errors import InstalledStateError
 from vllm_forge.patches.series import export_line, fetch_base, read_tree_lock, trees_of_moved
 from vllm_forge.patches.wheel import Installer, find_python, probe
 from vllm_forge.project import Project
@@ -120,7 +120,7 @@ def install(project: Project, args: argparse.Namespace) -> None:
     python = find_python(args.python)
     target = probe(python)
     if target.site is None and args.revert:
-        raise NotPatchedError("no vLLM is installed there", where=str(python))
+        raise InstalledStateError("no vLLM is installed there", where=str(python))
     repo = SourceRepo()
     applied = check_line(project, name, repo)
     if target.site is None:

@@ -54,7 +54,7 @@ def serve(project: Project, args: argparse.Namespace) -> None:
         probe = HostProbe()
         shell.require_gpus(probe, deployment)
         engine = shell.running_engine(probe, args.engine)
-    run = shell.container_command(project.matrix, deployment, engine=engine, digest=digest)
+    run = shell.container_command(deployment, engine=engine, digest=digest)
     if args.print_only:
         print(run.text())
     else:
@@ -91,20 +91,18 @@ def _say(project: Project, deployment: Deployment, digest: str | None) -> None:
         f"  {escape(deployment.preset.note)}\n  {what}\n"
         "  without a container, in an environment with the line's patched vLLM:",
     )
-    console.print(f"{bare_command(project.matrix, deployment).text()}\n", style="dim", markup=False)
+    console.print(f"{bare_command(deployment).text()}\n", style="dim", markup=False)
 
 
 def doctor(project: Project, args: argparse.Namespace) -> None:
     """Check this host for a preset."""
-    from vllm_forge.serve.doctor import Requirement, ask_host, judge
+    from vllm_forge.serve.doctor import ask_host, judge
     from vllm_forge.serve.errors import HostUnfitError
 
     cell = project.cell(args.sku, args.line)
     preset = args.preset or next(iter(presets_of(project.matrix, cell.sku_name)), "")
     deployment = find_deployment(project.matrix, cell, preset, args.artifact)
-    lock = project.lock(cell.line_name)
-    needs = needs_of(project.matrix, lock, deployment)
-    requirement = Requirement(matrix=project.matrix, deployment=deployment, needs=needs)
+    needs = needs_of(project.lock(cell.line_name), deployment)
     probe: Probe = RecordingProbe(HostProbe(), args.save) if args.save else HostProbe()
     if args.replay:
         if not args.replay.is_dir():
@@ -113,7 +111,7 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
                 remedy="give the directory that doctor --save wrote",
             )
         probe = RecordedProbe(args.replay)
-    findings = judge(ask_host(probe), requirement)
+    findings = judge(ask_host(probe), deployment, needs)
     if args.json:
         parsers.print_json(args, [asdict(finding) for finding in findings])
     else:

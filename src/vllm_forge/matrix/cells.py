@@ -68,7 +68,7 @@ def _find_sku(matrix: Matrix, given: str) -> str:
         return name
     remedy = "SKUs: " + ", ".join(f"{sku} ({row.arch})" for sku, row in matrix.sku.items())
     if name in matrix.unsupported_sku:
-        raise errors.UnsupportedSkuError(
+        raise errors.UnsupportedCellError(
             f"{name} is not supported: {matrix.unsupported_sku[name].reason}",
             where=f"matrix.toml, unsupported_sku.{name}",
             remedy=remedy,
@@ -125,9 +125,7 @@ def load(root: Path) -> Matrix:
     try:
         matrix = Matrix.model_validate(data)
     except ValidationError as error:
-        unknown = any(item["type"] == "extra_forbidden" for item in error.errors())
-        kind = errors.UnknownKeyError if unknown else errors.MatrixValueError
-        raise kind(
+        raise errors.MatrixValueError(
             "\n  - ".join(["matrix.toml is refused:", *problems(error, Matrix)]),
             where=str(path),
             remedy="the allowed keys and their meaning are in matrix.schema.json",

@@ -9,12 +9,8 @@ class MatrixFileError(ForgeError, exit_code=REFUSED):
     """matrix.toml is missing or is not TOML."""
 
 
-class UnknownKeyError(ForgeError, exit_code=REFUSED):
-    """matrix.toml has a key that the model does not know."""
-
-
 class MatrixValueError(ForgeError, exit_code=REFUSED):
-    """A value in matrix.toml has the wrong type, or contradicts another row."""
+    """matrix.toml has an unknown key, or a value of the wrong type or against another row."""
 
 
 class UnknownSkuError(ForgeError, exit_code=REFUSED):
@@ -26,12 +22,8 @@ class UnknownLineError(ForgeError, exit_code=REFUSED):
 
 
 class UnsupportedCellError(ForgeError, exit_code=REFUSED):
-    """The line cannot serve this SKU; the row says why."""
+    """The line, or no line at all, can serve this SKU; the row says why."""
 
 
 class RecordFileError(ForgeError, exit_code=REFUSED):
     """A committed record is not JSON."""
-
-
-class UnsupportedSkuError(ForgeError, exit_code=REFUSED):
-    """A product that no line serves; its row says why."""

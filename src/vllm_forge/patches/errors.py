@@ -14,16 +14,8 @@ class DirtyTreeError(ForgeError, exit_code=REFUSED):
     """Files of the installed vLLM are not the published ones."""
 
 
-class PartlyPatchedError(ForgeError, exit_code=REFUSED):
-    """Some of the files of the series are patched and some are not."""
-
-
-class NotPatchedError(ForgeError, exit_code=REFUSED):
-    """There is nothing to revert."""
-
-
-class AlreadyPatchedError(ForgeError, exit_code=REFUSED):
-    """The installed vLLM carries this series already."""
+class InstalledStateError(ForgeError, exit_code=REFUSED):
+    """The installed vLLM is patched already or in part, or there is nothing to revert."""
 
 
 class NoEnvironmentError(ForgeError, exit_code=REFUSED):
@@ -54,12 +46,8 @@ class AppliedTwiceError(ForgeError, exit_code=RED):
     """The series has already made this change."""
 
 
-class PatchMissingError(ForgeError, exit_code=REFUSED):
-    """The series lists a patch that is not there."""
-
-
-class PatchUnlistedError(ForgeError, exit_code=REFUSED):
-    """A patch file is there that the series does not list."""
+class SeriesFileError(ForgeError, exit_code=REFUSED):
+    """The series lists a patch that is not there, or does not list one that is."""
 
 
 class WrongBaseError(ForgeError, exit_code=REFUSED):

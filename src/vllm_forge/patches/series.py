@@ -51,11 +51,11 @@ class TreeLock(FrozenModel):
 def read_series(folder: Path) -> tuple[Patch, ...]:
     """Parse ``folder/series``, whose lines that start with # are comments, and all its patches.
 
-    PatchMissingError, PatchUnlistedError or AppliedTwiceError if list and files do not agree.
+    SeriesFileError or AppliedTwiceError if list and files do not agree.
     """
     path = folder / "series"
     if not path.is_file():
-        raise errors.PatchMissingError("no series file", where=str(path))
+        raise errors.SeriesFileError("no series file", where=str(path))
     rows = path.read_text(encoding="utf-8", errors="replace").splitlines()
     names = [row.strip() for row in rows if row.strip() and not row.startswith("#")]
     for name in names:
@@ -64,14 +64,14 @@ def read_series(folder: Path) -> tuple[Patch, ...]:
                 f"{name} is listed twice", where=str(path), remedy="delete one of the lines"
             )
         if "/" in name or (folder / name).is_symlink() or not (folder / name).is_file():
-            raise errors.PatchMissingError(
+            raise errors.SeriesFileError(
                 f"the series lists {name}, which is not a file of its folder",
                 where=str(path),
                 remedy="add the file, or delete the line",
             )
     present = {file.name for file in folder.iterdir() if file.suffix in {".patch", ".diff"}}
     if unlisted := sorted(present - set(names)):
-        raise errors.PatchUnlistedError(
+        raise errors.SeriesFileError(
             f"not in the series: {', '.join(unlisted)}",
             where=str(path),
             remedy="list it where it belongs, or delete the file",

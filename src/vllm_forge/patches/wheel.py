@@ -289,14 +289,14 @@ class Installer:
         self._changed = changed_files(repo, applied)
 
     def patch(self) -> None:
-        """Apply the series; a mixture, e.g. after a kill, is a PartlyPatchedError."""
+        """Apply the series; a mixture, e.g. after a kill, is a InstalledStateError."""
         published, patched = self._state()
         if patched and not published:
-            raise errors.AlreadyPatchedError(
+            raise errors.InstalledStateError(
                 f"this vLLM is {self.version} already", where=str(self.site)
             )
         if patched:
-            raise errors.PartlyPatchedError(
+            raise errors.InstalledStateError(
                 f"{len(patched)} files are patched, {len(published)} are not",
                 where=str(self.site),
                 remedy="run this with --revert first: it restores all published files",
@@ -304,10 +304,10 @@ class Installer:
         self._replace({file.path: file.after for file in self._changed}, self.release, self.version)
 
     def revert(self) -> None:
-        """Put every file back as published, also from a mixture; else NotPatchedError."""
+        """Put every file back as published, also from a mixture; else InstalledStateError."""
         _, patched = self._state()
         if not patched:
-            raise errors.NotPatchedError(
+            raise errors.InstalledStateError(
                 f"this vLLM is {self.target.version}, as published", where=str(self.site)
             )
         originals = {file.path: file.before for file in self._changed}

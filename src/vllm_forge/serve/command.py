@@ -7,7 +7,7 @@ from typing import Literal, NoReturn
 
 from vllm_forge.host import Probe, gpu_container, which
 from vllm_forge.host.errors import ToolMissingError
-from vllm_forge.matrix import ImageCell, Matrix, serve_arguments
+from vllm_forge.matrix import ImageCell, serve_arguments
 from vllm_forge.serve.deployment import Deployment
 from vllm_forge.serve.errors import NoGpuError
 
@@ -32,12 +32,12 @@ class Command:
         return " \\\n    ".join([head, *map(shlex.quote, argv[first:])])
 
 
-def bare_command(matrix: Matrix, deployment: Deployment) -> Command:
+def bare_command(deployment: Deployment) -> Command:
     """``vllm serve`` as typed in the image, or where the line's patched vLLM is installed.
 
     The SKU's environment is part of it, which the image has set already.
     """
-    args, env = serve_arguments(matrix, deployment.preset_name)
+    args, env = serve_arguments(deployment.matrix, deployment.preset_name)
     return Command(
         argv=("vllm", "serve", deployment.artifact.repo, *args),
         env={**deployment.cell.sku.env, **env},
@@ -45,15 +45,15 @@ def bare_command(matrix: Matrix, deployment: Deployment) -> Command:
 
 
 def container_command(
-    matrix: Matrix, deployment: Deployment, *, engine: Engine = "docker", digest: str | None = None
+    deployment: Deployment, *, engine: Engine = "docker", digest: str | None = None
 ) -> Command:
     """The run of the SKU's image; its entrypoint is ``vllm serve``.
 
     All workers are in one container, so it needs a large /dev/shm of its own rather than the
     host's IPC namespace.
     """
-    args, env = serve_arguments(matrix, deployment.preset_name)
-    cell, settings = deployment.cell, matrix.container
+    args, env = serve_arguments(deployment.matrix, deployment.preset_name)
+    cell, settings = deployment.cell, deployment.matrix.container
     # Compiled kernels and bytecode: code that only the image that made it may run.
     volume = digest.partition(":")[2][:12] if digest else f"{cell.sku_name}-{cell.line_name}"
     options = [

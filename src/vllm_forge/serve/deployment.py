@@ -16,6 +16,7 @@ GIB = 1 << 30
 class Deployment:
     """A point of the matrix to serve: an image's cell, a preset and an artifact."""
 
+    matrix: Matrix
     cell: ImageCell
     preset_name: str
     preset: Preset
@@ -72,6 +73,7 @@ def find_deployment(
             what = f"preset {preset_name} does not serve artifact {name}."
         raise UnknownArtifactError(what, remedy=f"{preset_name} serves: {', '.join(served)}")
     return Deployment(
+        matrix=matrix,
         cell=cell,
         preset_name=preset_name,
         preset=matrix.preset[preset_name],
@@ -112,9 +114,10 @@ class Needs:
         return {name: "unknown" if value is None else value for name, value in asdict(self).items()}
 
 
-def needs_of(matrix: Matrix, lock: Lock, deployment: Deployment) -> Needs:
+def needs_of(lock: Lock, deployment: Deployment) -> Needs:
     """The requirements of a deployment, from the matrix and the lock; none is measured."""
-    artifact, gpus = deployment.artifact, deployment.preset.tensor_parallel
+    matrix, artifact = deployment.matrix, deployment.artifact
+    gpus = deployment.preset.tensor_parallel
     packed = sum(wheel.size for wheel in lock.wheels) + matrix.base.budget_mb * 10**6
     image = int(packed * (1 + UNPACK_RATIO))
     sizes = {}

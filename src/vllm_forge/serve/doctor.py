@@ -10,7 +10,6 @@ from packaging.version import InvalidVersion, Version
 
 from vllm_forge.host import Probe, Reply, gigabytes, parse_json
 from vllm_forge.host.gpus import GPU_QUERY, Gpu, parse_gpus
-from vllm_forge.matrix import Matrix
 from vllm_forge.serve.deployment import Deployment, Needs, presets_of
 
 NOT_INSTALLED = "not installed"
@@ -118,14 +117,12 @@ def parse_meminfo(reply: Reply) -> int | None:
 def _engine(name: str, info: dict[str, Any], devices: str) -> EngineInfo:
     if name == "podman":
         version, root = info["version"]["Version"], info["store"]["graphRoot"]
-        return EngineInfo(
-            name=name, version=version, root=root, nvidia="nvidia.com/gpu=" in devices
-        )
-    ids = [item.get("ID", "") for item in info.get("DiscoveredDevices") or []]
-    nvidia = "nvidia" in (info.get("Runtimes") or {}) or any("nvidia.com/gpu" in d for d in ids)
-    return EngineInfo(
-        name=name, version=info["ServerVersion"], root=info["DockerRootDir"], nvidia=nvidia
-    )
+        nvidia = "nvidia.com/gpu=" in devices
+    else:
+        version, root = info["ServerVersion"], info["DockerRootDir"]
+        ids = [item.get("ID", "") for item in info.get("DiscoveredDevices") or []]
+        nvidia = "nvidia" in (info.get("Runtimes") or {}) or any("nvidia.com/gpu" in d for d in ids)
+    return EngineInfo(name=name, version=version, root=root, nvidia=nvidia)
 
 
 def _df(reply: Reply, column: int) -> int | None:
@@ -164,13 +161,6 @@ class HostFinding:
     remedy: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Requirement:
-    matrix: Matrix
-    deployment: Deployment
-    needs: Needs
-
-
 def _test(
     check: str, passed: bool, seen: str, needed: str, remedy: str = "", *, failed: Level = "red"
 ) -> HostFinding:
@@ -185,17 +175,17 @@ def _at_least(check: str, size: int | None, need: int, purpose: str, remedy: str
     return _test(check, size >= need, gigabytes(size), needed, remedy)
 
 
-def check_gpus(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
+def check_gpus(host: Host, deployment: Deployment, needs: Needs) -> Iterator[HostFinding]:
     """GPUs of the image's compute capability, and enough of them."""
-    cell, count = requirement.deployment.cell, requirement.needs.gpus
-    sku = cell.sku
+    cell, count = deployment.cell, needs.gpus
+    sku, matrix = cell.sku, deployment.matrix
     if not host.gpus:
         yield _test(
             "GPU",
             False,
             f"none: {host.gpus_error}",
             f"{count} of compute capability {sku.compute_capability} ({sku.device})",
-            f"install the NVIDIA driver, at least {requirement.needs.driver}; if it is installed, "
+            f"install the NVIDIA driver, at least {needs.driver}; if it is installed, "
             "`nvidia-smi` and `dmesg | grep -i nvrm` say what it lacks",
         )
         return
@@ -205,19 +195,18 @@ def check_gpus(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
     if not fitting:
         needed = f"{sku.compute_capability}: the image's kernels are compiled for {sku.arch}"
         present = {gpu.capability for gpu in host.gpus}
-        skus = requirement.matrix.sku
-        names = [name for name, row in skus.items() if row.compute_capability in present]
+        names = [name for name, row in matrix.sku.items() if row.compute_capability in present]
         remedy = "ask for " + " or ".join(f"--sku {name}" for name in names)
         if not names:
-            remedy = "no image of this project is for these GPUs; SKUs: " + ", ".join(skus)
+            remedy = "no image of this project is for these GPUs; SKUs: " + ", ".join(matrix.sku)
         yield _test("compute capability", False, seen, needed, remedy)
         return
     yield _test("compute capability", True, seen, sku.compute_capability)
     if others := sorted({gpu.name for gpu in fitting} - {sku.device}):
         remedy = "same compute capability, another product: nothing was run on it"
         yield HostFinding("device", "unknown", ", ".join(others), sku.device, remedy)
-    rows, presets = requirement.matrix.preset, presets_of(requirement.matrix, cell.sku_name)
-    short = requirement.deployment.preset_name.removeprefix(f"{cell.sku_name}-")
+    rows, presets = matrix.preset, presets_of(matrix, cell.sku_name)
+    short = deployment.preset_name.removeprefix(f"{cell.sku_name}-")
     smaller = [n for n, name in presets.items() if rows[name].tensor_parallel <= len(fitting)]
     remedy = "choose a preset for fewer GPUs: " + ", ".join(f"--preset {name}" for name in smaller)
     if not smaller:
@@ -231,37 +220,37 @@ def check_gpus(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
     )
 
 
-def check_split(host: Host, _: Requirement) -> Iterator[HostFinding]:
+def check_split(host: Host, *_: object) -> Iterator[HostFinding]:
     """MIG slices have neither the memory nor the NVLink that a preset counts on."""
     if split := [str(gpu.index) for gpu in host.gpus if gpu.mig]:
         remedy = "nvidia-smi -mig 0, as root, with no process on the GPUs"
         yield _test("MIG", False, f"on, GPU {', '.join(split)}", "off", remedy)
 
 
-def check_memory(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
+def check_memory(host: Host, deployment: Deployment, needs: Needs) -> Iterator[HostFinding]:
     """Memory of a GPU for its part of the weights."""
-    sku = requirement.deployment.cell.sku
+    sku = deployment.cell.sku
     sizes = [gpu.memory for gpu in host.gpus if gpu.capability == sku.compute_capability]
     if not sizes:
         return
     seen = f"{gigabytes(min(sizes))} per GPU"
-    part = requirement.needs.weights_per_gpu_bytes
+    part = needs.weights_per_gpu_bytes
     if part is None:
-        yield HostFinding("GPU memory", "unknown", seen, _unknown_size(requirement))
+        yield HostFinding("GPU memory", "unknown", seen, _unknown_size(deployment))
         return
     needed = f"{gigabytes(part)} for the weights; KV cache and graphs on top"
     remedy = "use a preset with more GPUs, or a smaller artifact"
     yield _test("GPU memory", min(sizes) > part, seen, needed, remedy)
 
 
-def _unknown_size(requirement: Requirement) -> str:
-    return f"unknown: matrix.toml has no size of {requirement.deployment.artifact_name}"
+def _unknown_size(deployment: Deployment) -> str:
+    return f"unknown: matrix.toml has no size of {deployment.artifact_name}"
 
 
-def check_driver(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
+def check_driver(host: Host, deployment: Deployment, needs: Needs) -> Iterator[HostFinding]:
     """Every GPU's driver against the oldest one for the line's CUDA."""
-    cuda, floor = requirement.deployment.cell.line.cuda, requirement.needs.driver
-    needed = f"at least {floor}: CUDA {cuda} ({requirement.matrix.cuda[cuda].source})"
+    cuda, floor = deployment.cell.line.cuda, needs.driver
+    needed = f"at least {floor}: CUDA {cuda} ({deployment.matrix.cuda[cuda].source})"
     remedy = f"install a driver of branch {floor.partition('.')[0]} or later, reboot"
     for driver in sorted({gpu.driver for gpu in host.gpus}):
         try:
@@ -270,7 +259,7 @@ def check_driver(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
             yield HostFinding("driver", "unknown", driver, needed)
 
 
-def check_mixed_drivers(host: Host, _: Requirement) -> Iterator[HostFinding]:
+def check_mixed_drivers(host: Host, *_: object) -> Iterator[HostFinding]:
     """Kernel module, nvidia-smi and NVML of one release: a mix fails or is slow."""
     remedy = "install one driver release for module and libraries, reboot (or reload the module)"
     if "mismatch" in host.gpus_error:
@@ -284,7 +273,7 @@ def check_mixed_drivers(host: Host, _: Requirement) -> Iterator[HostFinding]:
         yield _test("mixed drivers", not mixed, seen, "one release", remedy)
 
 
-def check_fabric(host: Host, _: Requirement) -> Iterator[HostFinding]:
+def check_fabric(host: Host, *_: object) -> Iterator[HostFinding]:
     """GPUs behind NVSwitch need the fabric manager; without it CUDA fails with error 802."""
     if states := {gpu.fabric for gpu in host.gpus if gpu.fabric is not None}:
         remedy = "start nvidia-fabricmanager, of the driver's own release"
@@ -293,7 +282,7 @@ def check_fabric(host: Host, _: Requirement) -> Iterator[HostFinding]:
         )
 
 
-def check_engine(host: Host, _: Requirement) -> Iterator[HostFinding]:
+def check_engine(host: Host, *_: object) -> Iterator[HostFinding]:
     """An engine that hands GPUs to containers: one is enough."""
     able = any(engine.nvidia for engine in host.engines)
     failed: Level = "unknown" if able else "red"
@@ -318,9 +307,8 @@ def check_engine(host: Host, _: Requirement) -> Iterator[HostFinding]:
     yield _test("container toolkit", host.toolkit is not None, seen, needed, remedy, failed=failed)
 
 
-def check_disk(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
+def check_disk(host: Host, deployment: Deployment, needs: Needs) -> Iterator[HostFinding]:
     """Disk space for the image and, in the volume next to it, the weights."""
-    needs = requirement.needs
     if needs.disk_bytes is None:
         need, purpose = needs.image_bytes, "for the image alone; the weights' size is unknown"
     else:
@@ -330,12 +318,11 @@ def check_disk(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
     yield replace(finding, seen=f"{finding.seen} free below {host.disk_path}")
 
 
-def check_ram(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
+def check_ram(host: Host, deployment: Deployment, needs: Needs) -> Iterator[HostFinding]:
     """RAM for the shard file that the workers map; then for all of them as page cache."""
-    needs = requirement.needs
     if needs.ram_bytes is None or needs.page_cache_bytes is None:
         seen = "not read" if host.ram is None else gigabytes(host.ram)
-        yield HostFinding("RAM", "unknown", seen, _unknown_size(requirement))
+        yield HostFinding("RAM", "unknown", seen, _unknown_size(deployment))
         return
     remedy = "use a host with more RAM: pages of a shard file are read again when they do not fit"
     yield _at_least("RAM", host.ram, needs.ram_bytes, "for a shard file", remedy)
@@ -349,9 +336,9 @@ def check_ram(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
         )
 
 
-def check_shm(host: Host, requirement: Requirement) -> Iterator[HostFinding]:
+def check_shm(host: Host, deployment: Deployment, needs: Needs) -> Iterator[HostFinding]:
     """The host's /dev/shm, which a server outside a container uses; a container has its own."""
-    need = requirement.needs.shm_bytes
+    need = needs.shm_bytes
     remedy = f"mount -o remount,size={need >> 30}g /dev/shm; or serve in the container"
     purpose = "for a server outside a container"
     finding = _at_least("/dev/shm", host.shm, need, purpose, remedy)  # noqa: S108
@@ -373,5 +360,5 @@ CHECKS = (
 )
 
 
-def judge(host: Host, requirement: Requirement) -> list[HostFinding]:
-    return [finding for check in CHECKS for finding in check(host, requirement)]
+def judge(host: Host, deployment: Deployment, needs: Needs) -> list[HostFinding]:
+    return [finding for check in CHECKS for finding in check(host, deployment, needs)]

@@ -94,10 +94,10 @@ def make_plan(project: Project, cell: ImageCell) -> Plan:
                 "artifact": (artifact := deployment.artifact_name),
                 "note": deployment.preset.note,
                 "state": preset_state(project, receipts, cell, preset, artifact),
-                "command": list((run := container_command(matrix, deployment, digest=digest)).argv),
+                "command": list((run := container_command(deployment, digest=digest)).argv),
                 "shell": run.text(),
-                "bare": bare_command(matrix, deployment).text(),
-                "needs": needs_of(matrix, lock, deployment).as_json(),
+                "bare": bare_command(deployment).text(),
+                "needs": needs_of(lock, deployment).as_json(),
                 "selection": _selection(project, deployment, cell.line_name, rows),
             }
             for deployment in deployments

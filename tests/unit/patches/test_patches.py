@@ -38,8 +38,7 @@ from vllm_forge.patches.errors import (
     NonCanonicalPatchError,
     OffsetError,
     PatchHeaderError,
-    PatchMissingError,
-    PatchUnlistedError,
+    SeriesFileError,
     TreeMismatchError,
     WrongBaseError,
     WrongContextError,
@@ -349,21 +348,21 @@ def folder_for_a_patch(series: Path) -> None:
 
 
 SERIES: dict[str, tuple[Callable[[Path], object], type[ForgeError], str]] = {
-    "no-series-file": (lambda f: (f / "series").unlink(), PatchMissingError, "no series file"),
-    "listed-but-missing": (lambda f: (f / SECOND.name).unlink(), PatchMissingError, SECOND.name),
+    "no-series-file": (lambda f: (f / "series").unlink(), SeriesFileError, "no series file"),
+    "listed-but-missing": (lambda f: (f / SECOND.name).unlink(), SeriesFileError, SECOND.name),
     "listed-with-another-case": (
         lambda f: (f / "series").write_text(f"{GOOD.name}\n{SECOND.name.upper()}\n"),
-        PatchMissingError, SECOND.name.upper(),
+        SeriesFileError, SECOND.name.upper(),
     ),
     "present-but-unlisted": (
-        lambda f: (f / "series").write_text(f"{GOOD.name}\n"), PatchUnlistedError, SECOND.name,
+        lambda f: (f / "series").write_text(f"{GOOD.name}\n"), SeriesFileError, SECOND.name,
     ),
     "commented-out": (
         lambda f: (f / "series").write_text(f"{GOOD.name}\n#{SECOND.name}\n"),
-        PatchUnlistedError, SECOND.name,
+        SeriesFileError, SECOND.name,
     ),
     "unlisted-diff": (
-        lambda f: (f / "extra.diff").write_text("x"), PatchUnlistedError, "extra.diff",
+        lambda f: (f / "extra.diff").write_text("x"), SeriesFileError, "extra.diff",
     ),
     "listed-twice": (
         lambda f: (f / "series").write_text(f"{GOOD.name}\n{SECOND.name}\n{GOOD.name}\n"),
@@ -371,10 +370,10 @@ SERIES: dict[str, tuple[Callable[[Path], object], type[ForgeError], str]] = {
     ),
     "a-folder": (
         folder_for_a_patch,
-        PatchMissingError, SECOND.name,
+        SeriesFileError, SECOND.name,
     ),
     "not-utf-8": (
-        lambda f: (f / "series").write_bytes(b"\xff\n"), PatchMissingError, "\ufffd",
+        lambda f: (f / "series").write_bytes(b"\xff\n"), SeriesFileError, "\ufffd",
     ),
     "one-is-broken": (
         lambda f: shutil.copy(BROKEN / "corrupt-line.patch", f / SECOND.name),
@@ -516,4 +515,4 @@ def test_command_returns_the_code_of_a_broken_series(
     shutil.copy(root / "matrix.toml", copy)
     monkeypatch.setenv("VLLM_FORGE_ROOT", str(copy))
     (copy / load(root).line["0.26"].series / "forgotten.patch").write_text("x")
-    assert main(["patch", "check", "--line", "0.26"]) == PatchUnlistedError.exit_code
+    assert main(["patch", "check", "--line", "0.26"]) == SeriesFileError.exit_code

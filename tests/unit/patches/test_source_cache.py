@@ -17,7 +17,7 @@ from tests.support.index_server import IndexServer
 from tests.support.series import RELEASE, SDIST
 from vllm_forge.host.errors import CacheError, CommandFailedError
 from vllm_forge.patches import Applied, apply_series, check_line, read_series, read_tree_lock
-from vllm_forge.patches.errors import PatchMissingError, TreeMismatchError, WrongContextError
+from vllm_forge.patches.errors import SeriesFileError, TreeMismatchError, WrongContextError
 from vllm_forge.patches.wheel import changed_files, read_blob
 from vllm_forge.project import Project
 from vllm_forge.sources import Index, SourceRepo
@@ -175,7 +175,7 @@ def test_series_names_files_of_its_folder_only(series: Path, name: str) -> None:
     (series / "link").symlink_to(series / "../9.8/0001-x.patch")
     with (series / "series").open("a") as file:
         file.write(f"{name}\n")
-    with pytest.raises(PatchMissingError, match="not a file of its folder"):
+    with pytest.raises(SeriesFileError, match="not a file of its folder"):
         read_series(series)
 
 

@@ -48,7 +48,7 @@ from vllm_forge.proofs import prove as prove_module
 from vllm_forge.proofs.environment import LineEnvironment
 from vllm_forge.proofs.errors import ProofNotRunError, ProofRedError, UselessPatchError
 from vllm_forge.proofs.prove import SCRIPT, TestRun, judge_whole, judge_without, parse, prove
-from vllm_forge.sources import read_lock
+from vllm_forge.sources import Wheelhouse, read_lock
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -585,11 +585,8 @@ def test_container_run_gets_sources_models_and_tools(
     tree = repo.import_archive(RELEASE, write_sdist(tmp_path / "s.tar.gz", files))
     members = [Member(path="tool/run", mode=0o755), Member(path="tool/data")]
     wheel = write_wheel(tmp_path / "tool.whl", "tool", "1", members)
-    monkeypatch.setattr(
-        prove_module,
-        "Wheelhouse",
-        lambda: SimpleNamespace(fetch=lambda _wheels: None, verify=lambda _wheel: wheel),
-    )
+    monkeypatch.setattr(Wheelhouse, "fetch", lambda *_: None)
+    monkeypatch.setattr(Wheelhouse, "verify", lambda *_: wheel)
     folder = prove_module.write_inputs(ROOT, tmp_path / "inputs", repo, tree)
     source = {
         str(path.relative_to(folder / "source")): path.read_bytes()

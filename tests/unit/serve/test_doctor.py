@@ -17,7 +17,6 @@ from vllm_forge.serve.deployment import find_deployment, needs_of
 from vllm_forge.serve.doctor import (
     CHECKS,
     HostFinding,
-    Requirement,
     ask_host,
     judge,
     listed_gpus,
@@ -62,10 +61,8 @@ def diagnose(root: Path) -> Diagnose:
         cell = image_cell(matrix, sku)
         deployment = find_deployment(matrix, cell, preset, artifact)
         lock = read_lock(root, cell.line_name, cell.line, matrix.base)
-        requirement = Requirement(
-            matrix=matrix, deployment=deployment, needs=needs_of(matrix, lock, deployment)
-        )
-        return judge(ask_host(RecordedProbe(folder)), requirement)
+        host = ask_host(RecordedProbe(folder))
+        return judge(host, deployment, needs_of(lock, deployment))
 
     return run
 

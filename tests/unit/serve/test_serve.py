@@ -30,7 +30,8 @@ from vllm_forge.serve.errors import NoGpuError, UnknownArtifactError, UnknownPre
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
+    from dataclasses import replace
+from pathlib import Path
 
 DIGEST = "sha256:" + "ab" * 32
 
@@ -161,8 +162,8 @@ def test_serve_refuses_it_before_anything_else(
     assert matrix.artifact["redhat-nvfp4-fp8"].unserved[0].reason in err
 
 
-def test_docker_command(matrix: Matrix, deployment: Deployment) -> None:
-    assert words(container_command(matrix, deployment, digest=DIGEST)) == [
+def test_docker_command(deployment: Deployment) -> None:
+    assert words(container_command(deployment, digest=DIGEST)) == [
         "docker", "run", "--rm", "--gpus=4", "--ipc=private", "--shm-size=16g",
         "--ulimit=memlock=-1", "--ulimit=stack=67108864", "--publish=8000:8000",
         f"--volume=vllm-forge-{DIGEST[7:19]}:/cache",
@@ -175,15 +176,15 @@ def test_docker_command(matrix: Matrix, deployment: Deployment) -> None:
 
 def test_podman_command_names_the_devices(matrix: Matrix, root: Path) -> None:
     deployment = find_deployment(matrix, image_cell(matrix, "rtxpro6000"), "tp2-mtp")
-    argv = words(container_command(matrix, deployment, engine="podman"))
+    argv = words(container_command(deployment, engine="podman"))
     devices = [word for word in argv if word.startswith("--device=")]
     assert devices == ["--device=nvidia.com/gpu=0", "--device=nvidia.com/gpu=1"]
     assert "localhost/vllm-0.26.0-rtxpro6000:0.26" in argv  # by tag where nothing is built
     assert not any(word.startswith("--gpus") for word in argv)
 
 
-def test_bare_command_sets_what_the_image_has_set(matrix: Matrix, deployment: Deployment) -> None:
-    text = bare_command(matrix, deployment).text()
+def test_bare_command_sets_what_the_image_has_set(deployment: Deployment) -> None:
+    text = bare_command(deployment).text()
     assert text.startswith(
         "TORCH_CUDA_ARCH_LIST=10.3a vllm serve canada-quant/DeepSeek-V4-Flash-NVFP4-FP8-MTP \\\n"
     )
@@ -193,9 +194,10 @@ def test_environment_of_a_preset_goes_into_the_container(
     matrix: Matrix, deployment: Deployment
 ) -> None:
     row = deployment.preset.model_copy(update={"env": {"VLLM_A": "b c"}})
-    changed = matrix.model_copy(update={"preset": {**matrix.preset, deployment.preset_name: row}})
-    assert "--env=VLLM_A=b c" in words(container_command(changed, deployment))
-    assert bare_command(changed, deployment).env["VLLM_A"] == "b c"
+    rows = {**matrix.preset, deployment.preset_name: row}
+    changed = replace(deployment, matrix=matrix.model_copy(update={"preset": rows}))
+    assert "--env=VLLM_A=b c" in words(container_command(changed))
+    assert bare_command(changed).env["VLLM_A"] == "b c"
 
 
 @settings(max_examples=40)
