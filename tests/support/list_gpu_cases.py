@@ -17,7 +17,7 @@ import pytest
 
 from vllm_forge.host import atomic_path
 from vllm_forge.matrix import load
-from vllm_forge.receipts.suite import CASES, MATRIX_ROWS, Tier, read_tiers, sources_hash
+from vllm_forge.receipts.suite import CASES, MATRIX_ROWS, Tier, read_suite, sources_hash
 
 REPO = Path(__file__).parents[2]
 
@@ -56,7 +56,7 @@ def collect(name: str, tier: Tier) -> dict[str, dict[str, Any]]:
 def main(argv: list[str]) -> int:
     tiers: dict[str, Any] = {
         name: {"sources_sha256": sources_hash(REPO, name), "cases": collect(name, tier)}
-        for name, tier in read_tiers(REPO).items()
+        for name, tier in read_suite(REPO).tier.items()
     }
     path = Path(argv[0]) if argv else REPO / CASES
     with atomic_path(path) as aside:

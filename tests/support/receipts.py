@@ -14,7 +14,7 @@ from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
 from vllm_forge.receipts.receipt import DIGEST
 from vllm_forge.receipts.suite import CASES as CASES_FILE
-from vllm_forge.receipts.suite import RUNNER, read_tiers, sources_hash, suite_hash
+from vllm_forge.receipts.suite import RUNNER, read_suite, sources_hash, suite_hash
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,7 +90,7 @@ def list_cases(folder: Path, sources: str | None = None) -> None:
     """What ``python -m tests.support.list_gpu_cases`` would write."""
     rows = {
         name: {"sources_sha256": sources or sources_hash(folder, name), "cases": CASES}
-        for name in read_tiers(folder)
+        for name in read_suite(folder).tier
     }
     (folder / CASES_FILE).write_text(json.dumps(rows))
 

@@ -6,7 +6,7 @@ import math
 import re
 from pathlib import Path
 
-from vllm_forge.commands.parsers import LINE, SKU, Commands, command, group, option
+from vllm_forge.commands.parsers import LINE, SKU, Commands, command, directory, group, option
 from vllm_forge.errors import UsageError
 from vllm_forge.host import HostProbe, console
 from vllm_forge.project import Project
@@ -37,7 +37,7 @@ def register(choices: Commands) -> None:
     inputs = option(
         "--checkpoint", action="append", default=[], metavar="NAME=DIR", help="for the suite"
     )
-    inputs.add_argument("--workloads", type=Path, help="folder with prompts, for tier soak")
+    inputs.add_argument("--workloads", type=directory, help="folder with prompts, for tier soak")
     key = option("--key", type=Path, help="Ed25519 private key (PEM) that signs the receipt")
     one = command(gpu, "test", test, SKU, LINE, inputs, key)
     one.add_argument("--image", metavar="REF", help="in this image (default: the cell's own)")
@@ -68,11 +68,11 @@ def register(choices: Commands) -> None:
 def test(project: Project, args: argparse.Namespace) -> None:
     """Run the GPU suite and write receipts."""
     from vllm_forge.gputest.launch import run_in_image
-    from vllm_forge.receipts.suite import read_tiers
+    from vllm_forge.receipts.suite import read_suite
     from vllm_forge.receipts.verification import make_receipt
 
     cell = project.cell(args.sku, args.line)
-    tiers = read_tiers(project.root)
+    tiers = read_suite(project.root).tier
     names = args.tier or [name for name, tier in tiers.items() if not tier.on_request]
     options = [f"--tier={name}" for name in names]
     options += [f"--minutes={args.minutes}"] if args.minutes else []
@@ -126,10 +126,5 @@ def _input_folders(pairs: list[str], workloads: Path | None) -> dict[str, Path]:
             )
         folders[f"checkpoints/{name}"] = Path(folder)
     if workloads is not None:
-        if not workloads.is_dir():
-            raise UsageError(
-                f"invalid --workloads: {workloads} is not a directory",
-                remedy="give the directory with the prompts",
-            )
         folders["workloads"] = workloads
     return folders

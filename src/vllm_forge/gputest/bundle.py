@@ -10,10 +10,8 @@ variable says. The runner (tests/gpu/harness/run.py) writes a key beside them, o
 they are for.
 """
 
-import io
 import json
 import shutil
-import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from vllm_forge.patches.series import without
 from vllm_forge.patches.wheel import changed_files
 from vllm_forge.project import Project
 from vllm_forge.receipts.errors import ReceiptSubjectError
-from vllm_forge.receipts.suite import CODECS_FOLDER, TESTS, plan_tier, read_suite, read_tiers
+from vllm_forge.receipts.suite import CODECS_FOLDER, TESTS, plan_tier, read_suite
 from vllm_forge.sources import SourceRepo
 
 SOURCE, VARIANTS = "source", "variants"
@@ -68,11 +66,7 @@ def write_bundle(
     applied = check_line(project, cell.line_name, repo)
     plan = make_plan(project, cell, applied.result, image)
     copy_code(project.root, folder)
-    archive = repo.git(
-        "archive", "--format=tar", applied.base, *read_suite(project.root).release_sources
-    ).stdout
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        tar.extractall(folder / SOURCE, filter="data")
+    repo.unpack(applied.base, read_suite(project.root).release_sources, folder / SOURCE)
     _write_variants(read_series(project.root / cell.line.series), repo, applied, folder / VARIANTS)
     (folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
     return plan
@@ -111,7 +105,7 @@ def make_plan(project: Project, cell: ImageCell, tree: str, image: SuiteImage) -
         "subject": {"name": image.name, "sha256": image.digest},
         "caches": {"folders": FOLDERS, "key": cache_key(project, cell, tree)},
         "tiers": {
-            name: plan_tier(project, name, cell.sku_name) for name in read_tiers(project.root)
+            name: plan_tier(project, name, cell.sku_name) for name in read_suite(project.root).tier
         },
     }
 

@@ -4,25 +4,16 @@ import importlib
 import pkgutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import vllm_forge
 from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.host import atomic_path
 from vllm_forge.matrix import schema_text
+from vllm_forge.pages import records
 from vllm_forge.pages.errors import StalePageError
 from vllm_forge.pages.kernels import coverage, selection
 from vllm_forge.pages.markdown import put_block, table
-from vllm_forge.pages.records import (
-    checks,
-    drift,
-    inspection,
-    quantization,
-    race,
-    seed_installer,
-    sizes,
-    starts,
-    verdicts,
-)
 from vllm_forge.pages.status import status
 from vllm_forge.patches import read_series
 from vllm_forge.project import Project
@@ -74,27 +65,31 @@ def _classes(kind: type[ForgeError]) -> Iterator[type[ForgeError]]:
         yield from _classes(child)
 
 
+def _of(path: str, render: Callable[[Any], str]) -> Callable[[Project], str]:
+    return lambda project: project.read_json(path, render)
+
+
 RESULTS = "benchmarks/results"
 # Page -> name of each of its generated blocks -> the block's text. "" is the whole file.
 PAGES: dict[str, dict[str, Callable[[Project], str]]] = {
     "README.md": {"lines": lines_table, "skus": skus_table},
-    "docs/generated/checks.md": {"checks": checks},
+    "docs/generated/checks.md": {"checks": records.checks},
     "docs/generated/coverage.md": {"coverage": coverage},
-    "docs/generated/drift.md": {"drift": lambda p: p.read_json("records/drift.json", drift)},
+    "docs/generated/drift.md": {"drift": _of("records/drift.json", records.drift)},
     "docs/generated/exit-codes.md": {"exit-codes": exit_codes},
     "docs/generated/measurements.md": {
-        "starts": lambda p: p.read_json(f"{RESULTS}/first-token.json", starts),
-        "quantization": lambda p: p.read_json(f"{RESULTS}/quantize.json", quantization),
-        "inspection": lambda p: p.read_json(f"{RESULTS}/inspect.json", inspection),
+        "starts": _of(f"{RESULTS}/first-token.json", records.starts),
+        "quantization": _of(f"{RESULTS}/quantize.json", records.quantization),
+        "inspection": _of(f"{RESULTS}/inspect.json", records.inspection),
     },
-    "docs/generated/race.md": {"race": lambda p: p.read_json("records/race.json", race)},
+    "docs/generated/race.md": {"race": _of("records/race.json", records.race)},
     "docs/generated/seed-installer.md": {
-        "seed-installer": lambda p: p.read_json("records/seed-installer.json", seed_installer)
+        "seed-installer": _of("records/seed-installer.json", records.seed_installer)
     },
     "docs/generated/selection.md": {"selection": selection},
-    "docs/generated/sizes.md": {"sizes": lambda p: p.read_json(f"{RESULTS}/sizes.json", sizes)},
+    "docs/generated/sizes.md": {"sizes": _of(f"{RESULTS}/sizes.json", records.sizes)},
     "docs/generated/status.md": {"status": status},
-    "docs/generated/verdicts.md": {"verdicts": verdicts},
+    "docs/generated/verdicts.md": {"verdicts": records.verdicts},
     "matrix.schema.json": {"": lambda _: schema_text()},
 }
 

@@ -8,7 +8,7 @@ from vllm_forge.pages.markdown import escape, table
 from vllm_forge.project import Project
 from vllm_forge.receipts import FOLDER
 from vllm_forge.receipts.receipt import Detail, Receipt
-from vllm_forge.receipts.suite import read_tiers
+from vllm_forge.receipts.suite import read_suite
 from vllm_forge.receipts.verification import NOT_RUN, compare_kernels, read_receipts, unsigned
 
 
@@ -32,7 +32,7 @@ def status_text(project: Project, receipts: Sequence[Receipt]) -> str:
         detail = receipt.statement.detail
         text = f"image{unsigned(receipt)}, {detail.finished.date()}"
         links[detail.sku, detail.line, detail.tier].append(_link(text, receipt))
-    columns = [(line, tier) for line in matrix.line for tier in read_tiers(project.root)]
+    columns = [(line, tier) for line in matrix.line for tier in read_suite(project.root).tier]
     rows = [
         [
             sku,

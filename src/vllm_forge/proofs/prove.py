@@ -5,12 +5,10 @@ wheel has: the sources of its native code. Red is pytest's exit code 1, and noth
 inputs give equal records.
 """
 
-import io
 import os
 import re
 import shutil
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -297,16 +295,9 @@ def write_inputs(root: Path, folder: Path, repo: SourceRepo, base: str) -> Path:
         skip = shutil.ignore_patterns("__pycache__")
         for path in ("tests/patches", MUTANTS, "patches", *MODELS):
             shutil.copytree(root / path, aside / path, ignore=skip)
-        unpack_source(repo, base, NATIVE, aside / "source")
+        repo.unpack(base, NATIVE, aside / "source")
         write_tools(aside, root / REQUIREMENTS)
     return folder
-
-
-def unpack_source(repo: SourceRepo, tree: str, paths: Sequence[str], folder: Path) -> None:
-    """Write files of a release's source to a folder."""
-    content = repo.git("archive", "--format=zip", "-0", tree, *paths).stdout
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        archive.extractall(folder)
 
 
 def write_tools(folder: Path, requirements: Path) -> None:

@@ -59,7 +59,7 @@ def compare(project: Project, line: str, runner: Runner) -> Path:
             inputs = environment.work / "inputs"  # for both runs
             with atomic_path(inputs) as aside:
                 aside.mkdir()
-                prove.unpack_source(environment.repo, environment.applied.base, CONTENT, aside)
+                environment.repo.unpack(environment.applied.base, CONTENT, aside)
                 prove.write_tools(aside, project.root / REQUIREMENTS)
         trees = {PUBLISHED: environment.applied.base, PATCHED: environment.applied.result}
 

@@ -34,13 +34,7 @@ from securesystemslib.signer import CryptoSigner, Key, SSlibKey
 from vllm_forge.errors import problems
 from vllm_forge.host import atomic_path, parse_json, read_plain
 from vllm_forge.matrix import FrozenModel
-from vllm_forge.receipts import FOLDER, KEYS
-from vllm_forge.receipts.errors import (
-    ReceiptEditedError,
-    ReceiptIncompleteError,
-    ReceiptKeyError,
-    ReceiptUnreadableError,
-)
+from vllm_forge.receipts import FOLDER, KEYS, errors
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 DIGEST = "payloadSha256"
@@ -171,7 +165,7 @@ def make_statement(result: dict[str, Any]) -> Statement:
     tests = {GROUP.sub("", name): row for name, row in result["tests"].items()}
     red = [name for name, row in tests.items() if row["outcome"] not in GREEN]
     if red or not tests or result["exit"] != 0:
-        raise ReceiptIncompleteError(
+        raise errors.ReceiptIncompleteError(
             f"{len(red)} of {len(tests)} tests are not green; pytest exited with {result['exit']}",
             where=", ".join(red[:5]),
             remedy="make receipts of green runs only; see its table",
@@ -261,7 +255,7 @@ def read_receipt(path: Path, keys: Sequence[Key]) -> Receipt:
     known = {key.keyid: key for key in keys}
     for keyid in envelope.signatures:
         if keyid not in known:
-            raise ReceiptKeyError(
+            raise errors.ReceiptKeyError(
                 f"signed by key {keyid}, which is not among the trusted ones",
                 where=str(path),
                 remedy=f"if you trust the signer, add the public key to {FOLDER}/{KEYS}",
@@ -294,8 +288,8 @@ def read_keys(folder: Path) -> list[Key]:
     return [SSlibKey.from_crypto(_load_key(path, public=True)) for path in paths]
 
 
-def _key_folder(folder: Path, why: str) -> ReceiptKeyError:
-    return ReceiptKeyError(
+def _key_folder(folder: Path, why: str) -> errors.ReceiptKeyError:
+    return errors.ReceiptKeyError(
         f"cannot read the folder of trusted keys: {why}",
         where=str(folder),
         remedy="make it a folder with a NAME.pem for each signer and nothing else, or delete it",
@@ -317,7 +311,7 @@ def _load_key(path: Path, *, public: bool) -> Any:
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         key, why = None, str(error)
     if not isinstance(key, ed25519.Ed25519PublicKey if public else ed25519.Ed25519PrivateKey):
-        raise ReceiptKeyError(
+        raise errors.ReceiptKeyError(
             f"not an Ed25519 key: {why}",
             where=str(path),
             remedy="make one with: openssl genpkey -algorithm ed25519 -out key.pem; its public "
@@ -326,16 +320,16 @@ def _load_key(path: Path, *, public: bool) -> Any:
     return key
 
 
-def _unreadable(path: Path, why: str) -> ReceiptUnreadableError:
-    return ReceiptUnreadableError(
+def _unreadable(path: Path, why: str) -> errors.ReceiptUnreadableError:
+    return errors.ReceiptUnreadableError(
         f"not a receipt: {why}",
         where=str(path),
         remedy="remove it, if neither `gpu test` nor `gpu receipts` wrote it",
     )
 
 
-def _edited(path: Path, why: str) -> ReceiptEditedError:
-    return ReceiptEditedError(
+def _edited(path: Path, why: str) -> errors.ReceiptEditedError:
+    return errors.ReceiptEditedError(
         f"the receipt was edited: {why}",
         where=str(path),
         remedy="delete it, and run the suite again",

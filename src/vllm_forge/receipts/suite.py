@@ -112,10 +112,6 @@ def read_suite(root: Path) -> Suite:
     )
 
 
-def read_tiers(root: Path) -> dict[str, Tier]:
-    return read_suite(root).tier
-
-
 def source_files(root: Path, tier: Tier) -> list[str]:
     """Files that a tier's verdicts depend on, sorted, relative to the repository.
 
@@ -207,14 +203,14 @@ def _suite_rows(root: Path, name: str) -> dict[str, Any]:
 
 def sources_hash(root: Path, name: str) -> str:
     """SHA-256 in hex of a tier's files and rows of suite.toml, which its list of cases is of."""
-    files = _hash_files(root, source_files(root, read_tiers(root)[name]))
+    files = _hash_files(root, source_files(root, read_suite(root).tier[name]))
     return _digest({"files": files, "rows": _suite_rows(root, name)})
 
 
 def plan_tier(project: Project, name: str, sku: str) -> dict[str, Any]:
     """What the runner needs of a tier; ``rows`` and the hashes of ``files`` are what is hashed."""
     root = project.root
-    tier = read_tiers(root)[name]
+    tier = read_suite(root).tier[name]
     cases = {case: row.model_dump() for case, row in read_cases(root, name).items()}
     return {
         "folders": list(tier.folders),

@@ -17,17 +17,7 @@ from vllm_forge.kernels.selection.record import read_selection
 from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
-from vllm_forge.receipts import FOLDER, KEYS
-from vllm_forge.receipts.errors import (
-    ReceiptContradictedError,
-    ReceiptExpiredError,
-    ReceiptIncompleteError,
-    ReceiptKeyError,
-    ReceiptSubjectError,
-    ReceiptSuiteError,
-    ReceiptUnreadableError,
-    ResultFileError,
-)
+from vllm_forge.receipts import FOLDER, KEYS, errors
 from vllm_forge.receipts.receipt import (
     VALID,
     Configuration,
@@ -37,7 +27,7 @@ from vllm_forge.receipts.receipt import (
     read_receipt,
     write_receipt,
 )
-from vllm_forge.receipts.suite import case_faults, read_tiers, suite_hash
+from vllm_forge.receipts.suite import case_faults, read_suite, suite_hash
 
 # Of reading a file that is not a result, or a part of one.
 MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -49,11 +39,12 @@ NOT_RUN = "not run"
 ARTIFACTS = "soak"  # the tier whose tests serve full artifacts
 ROUNDING = timedelta(seconds=1)  # of times in results
 REMEDIES: dict[type[ForgeError], str] = {
-    ReceiptExpiredError: "run the suite again, or delete the receipt: its cell is then not run",
-    ReceiptSubjectError: "run the suite on the present one: a receipt is valid for the bytes it "
-    "tested",
-    ReceiptSuiteError: "tests or their bounds were changed since: run the suite again",
-    ReceiptIncompleteError: "run the whole tier, each test with all of its parameters",
+    errors.ReceiptExpiredError: "run the suite again, or delete the receipt: its cell is then not "
+    "run",
+    errors.ReceiptSubjectError: "run the suite on the present one: a receipt is valid for the "
+    "bytes it tested",
+    errors.ReceiptSuiteError: "tests or their bounds were changed since: run the suite again",
+    errors.ReceiptIncompleteError: "run the whole tier, each test with all of its parameters",
 }
 Fault = tuple[type[ForgeError], str]
 
@@ -131,8 +122,8 @@ def _listing(folder: Path) -> Iterator[tuple[Path, ForgeError | None]]:
     yield from ((path, None) for path in paths if not path.name.startswith(".tmp-"))
 
 
-def _foreign(path: Path, why: str) -> ReceiptUnreadableError:
-    return ReceiptUnreadableError(
+def _foreign(path: Path, why: str) -> errors.ReceiptUnreadableError:
+    return errors.ReceiptUnreadableError(
         f"not {FOLDER}/<digest>/<receipt>.json: {why}",
         where=str(path),
         remedy=f"keep nothing but receipts, each in its image's folder, and {KEYS} there",
@@ -177,7 +168,7 @@ def verify(
 ) -> None:
     """Compare one receipt with the repository; the class of the error says what differs."""
     if (keys or signed) and not receipt.signed_by:
-        raise ReceiptKeyError(
+        raise errors.ReceiptKeyError(
             "the receipt is unsigned",
             where=str(receipt.path),
             remedy="sign it where it is made: nox -s forge -- gpu receipts --result FILE --key KEY",
@@ -193,27 +184,27 @@ def _faults(project: Project, receipt: Receipt, now: datetime) -> Iterator[Fault
     last = min(detail.expires, detail.finished + VALID)
     if not detail.started <= detail.finished <= now or now >= last or detail.expires != last:
         yield (
-            ReceiptExpiredError,
+            errors.ReceiptExpiredError,
             f"the receipt is of {detail.finished.date()}, valid until {detail.expires.date()}; at "
             f"most {VALID.days} days are accepted",
         )
     for what in _other_subject(project, receipt):
-        yield ReceiptSubjectError, f"the receipt is for another subject: {what}"
+        yield errors.ReceiptSubjectError, f"the receipt is for another subject: {what}"
     suite, tier = receipt.statement.suite, detail.tier
-    if tier not in (tiers := read_tiers(project.root)):
-        yield ReceiptSuiteError, f"unknown tier {tier}: the suite has {', '.join(tiers)}"
+    if tier not in (tiers := read_suite(project.root).tier):
+        yield errors.ReceiptSuiteError, f"unknown tier {tier}: the suite has {', '.join(tiers)}"
     if suite != (current := suite_hash(project, tier, detail.sku)):
         yield (
-            ReceiptSuiteError,
+            errors.ReceiptSuiteError,
             f"the receipt was made by suite {suite[:12]}, tier {tier} is now {current[:12]}",
         )
     if len(detail.gpus) < tiers[tier].gpus:
         yield (
-            ReceiptIncompleteError,
+            errors.ReceiptIncompleteError,
             f"tier {tier} is for {tiers[tier].gpus} GPUs, the receipt is of {len(detail.gpus)}",
         )
     for what in (*_not_green(receipt), *case_faults(project.root, detail)):
-        yield ReceiptIncompleteError, f"the receipt of tier {tier} {what}"
+        yield errors.ReceiptIncompleteError, f"the receipt of tier {tier} {what}"
 
 
 def _other_subject(project: Project, receipt: Receipt) -> Iterator[str]:
@@ -278,7 +269,7 @@ def make_receipt(project: Project, result_path: Path, key: Path | None) -> Path:
         why = f"{type(error).__name__}: {error}"
         if isinstance(error, ValidationError):
             why = f"{error.title} {problems(error)[0]}"
-        raise ResultFileError(
+        raise errors.ResultFileError(
             f"not the result of a tier: {why}",
             where=str(result_path),
             remedy="take the file that the run wrote: OUTPUT/<tier>.json, whole",
@@ -341,9 +332,9 @@ def require_selection(root: Path, receipt: Receipt) -> None:
             )
 
 
-def _contradicted(receipt: Receipt, what: str) -> ReceiptContradictedError:
+def _contradicted(receipt: Receipt, what: str) -> errors.ReceiptContradictedError:
     line = receipt.statement.detail.line
-    return ReceiptContradictedError(
+    return errors.ReceiptContradictedError(
         what,
         where=str(receipt.path),
         remedy=f"record again: nox -s forge -- kernels select --record --line {line}; if it is the "

@@ -18,13 +18,7 @@ from urllib3.exceptions import HTTPError
 
 from vllm_forge.host import cache_root, console, exclusive, gigabytes, transfer_progress
 from vllm_forge.host.errors import CacheError, DiskSpaceError
-from vllm_forge.sources.errors import (
-    DistributionNotFoundError,
-    DownloadInterruptedError,
-    HashMismatchError,
-    IndexUnreachableError,
-    TruncatedFileError,
-)
+from vllm_forge.sources import errors
 from vllm_forge.sources.index import TIMEOUT_S, Index, blocks
 from vllm_forge.sources.lock import LockedWheel
 
@@ -117,7 +111,7 @@ class _Fetcher:
             if item.kept == item.size:
                 if (digest := _sha256(item.part)) != item.sha256:
                     item.part.unlink()
-                    raise HashMismatchError(
+                    raise errors.HashMismatchError(
                         f"{item.target.name}: sha256 is {digest}, the lock says {item.sha256}",
                         where=item.url,
                         remedy="do not use this file. If the index is right and the lock is old, "
@@ -127,18 +121,18 @@ class _Fetcher:
                 return
         have = item.part.stat().st_size if item.part.exists() else 0
         if last is None:
-            raise TruncatedFileError(
+            raise errors.TruncatedFileError(
                 f"{item.target.name}: the server's file ends at {have} of {item.size} bytes",
                 where=item.url,
                 remedy="the mirror holds a damaged copy; use another index",
             )
         if have == 0:
-            raise IndexUnreachableError(
+            raise errors.IndexUnreachableError(
                 f"{item.target.name} cannot be fetched: {type(last).__name__}: {last}",
                 where=item.url,
                 remedy="check the network and the proxy; finished files are kept",
             )
-        raise DownloadInterruptedError(
+        raise errors.DownloadInterruptedError(
             f"{item.target.name}: the connection broke {TRIES} times, {have} of {item.size} bytes "
             f"are kept ({type(last).__name__})",
             where=item.url,
@@ -155,7 +149,7 @@ class _Fetcher:
                 self._tick(-have)  # comes again
                 return
             if answer.status_code in GONE:
-                raise DistributionNotFoundError(
+                raise errors.DistributionNotFoundError(
                     f"the index lists {item.target.name}, its host answers {answer.status_code}",
                     where=item.url,
                     remedy="use another index: this one's list is older than its files",
@@ -170,7 +164,7 @@ class _Fetcher:
                         break
                     if have + len(block) > item.size:
                         item.part.unlink()
-                        raise TruncatedFileError(
+                        raise errors.TruncatedFileError(
                             f"{item.target.name}: the server's file is longer than {item.size} "
                             "bytes",
                             where=item.url,
@@ -201,7 +195,7 @@ def verified(path: Path, sha256: str) -> Path:
         ) from None
     if digest != sha256:
         path.unlink(missing_ok=True)
-        raise HashMismatchError(
+        raise errors.HashMismatchError(
             f"{path.name} in the cache has sha256 {digest}, the lock says {sha256}",
             where=str(path),
             remedy="it was deleted; run the same command again, which downloads it",
@@ -234,7 +228,7 @@ class Wheelhouse:
             for wheel in todo:
                 urls = [f.url for f in offered[wheel.name] if f.filename == wheel.filename]
                 if not urls:
-                    raise DistributionNotFoundError(
+                    raise errors.DistributionNotFoundError(
                         f"the index does not offer {wheel.filename}",
                         where=source.url,
                         remedy="it may have been yanked or your mirror may lack it: use another "

@@ -17,12 +17,7 @@ from uv import find_uv_bin
 
 from vllm_forge.host import atomic_path, console, read_plain
 from vllm_forge.matrix import Base, Line
-from vllm_forge.sources.errors import (
-    DistributionNotFoundError,
-    IndexUnreachableError,
-    LockFileError,
-    ResolutionError,
-)
+from vllm_forge.sources import errors
 from vllm_forge.sources.index import Index, IndexFile
 
 ENTRY = re.compile(
@@ -60,7 +55,7 @@ class Lock:
         for wheel in self.wheels:
             if wheel.name == name:
                 return wheel
-        raise LockFileError(f"the lock has no {name}", where=str(self.path))
+        raise errors.LockFileError(f"the lock has no {name}", where=str(self.path))
 
 
 def input_digest(line: Line, base: Base) -> str:
@@ -81,8 +76,8 @@ def read_lock(root: Path, line_name: str, line: Line, base: Base) -> Lock:
     path = root / line.lock
     again = f"run: nox -s lock -- --line {line_name}"
 
-    def refused(what: str) -> LockFileError:
-        return LockFileError(what, where=str(path), remedy=again)
+    def refused(what: str) -> errors.LockFileError:
+        return errors.LockFileError(what, where=str(path), remedy=again)
 
     if not path.is_file():
         raise refused(f"line {line_name} has no lock")
@@ -107,9 +102,9 @@ def read_lock(root: Path, line_name: str, line: Line, base: Base) -> Lock:
 def read_wheels(path: Path, again: str) -> tuple[str, tuple[LockedWheel, ...]]:
     """Text and entries of a file in the form of a lock, else LockFileError with ``again``."""
 
-    def refused(what: str, number: int | None = None) -> LockFileError:
+    def refused(what: str, number: int | None = None) -> errors.LockFileError:
         where = str(path) if number is None else f"{path}:{number}"
-        return LockFileError(what, where=where, remedy=again)
+        return errors.LockFileError(what, where=where, remedy=again)
 
     try:
         text = read_plain(path).decode("utf-8")
@@ -176,13 +171,13 @@ def _resolve(line: Line, base: Base, index: Index) -> list[tuple[str, str]]:
             check=False,
         )
     if done.returncode != 0 and "Failed to fetch" in done.stderr:
-        raise IndexUnreachableError(
+        raise errors.IndexUnreachableError(
             f"uv could not reach the package index:\n{done.stderr.strip()}",
             where=index.url,
             remedy="check the network, the proxy, and UV_DEFAULT_INDEX / PIP_INDEX_URL",
         )
     if done.returncode != 0:
-        raise ResolutionError(
+        raise errors.ResolutionError(
             f"uv finds no solution for vllm=={line.vllm} with torch=={line.torch}:\n"
             f"{done.stderr.strip()}",
             remedy="if a single requirement is in the way, an override with its reason in the "
@@ -228,7 +223,9 @@ def choose_wheel(
         if str(wheel_version) == version and ranks:
             ranked.setdefault(min(ranks), file)
     if not ranked:
-        raise DistributionNotFoundError(f"{name} {version} has no wheel for the image's platform")
+        raise errors.DistributionNotFoundError(
+            f"{name} {version} has no wheel for the image's platform"
+        )
     best = ranked[min(ranked)]
     sha256, size = best.pins()
     return LockedWheel(name=name, version=version, filename=best.filename, size=size, sha256=sha256)

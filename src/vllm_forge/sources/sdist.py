@@ -5,12 +5,14 @@ rules, so that the tree's hash depends on nothing but the archive's files and th
 """
 
 import gzip
+import io
 import os
 import subprocess
 import tarfile
 import tempfile
+import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -74,6 +76,12 @@ class SourceRepo:
             where=str(self.path),
             remedy="give write access and space; if it is damaged, delete it: it is made again",
         )
+
+    def unpack(self, tree: str, paths: Sequence[str], folder: Path) -> None:
+        """Write files of a tree to a folder."""
+        content = self.git("archive", "--format=zip", "-0", tree, *paths).stdout
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            archive.extractall(folder)  # noqa: S202 - a zip, made by git
 
     @contextmanager
     def mending(self) -> Iterator[None]:

@@ -22,7 +22,6 @@ from vllm_forge.receipts.suite import (
     Tier,
     plan_tier,
     read_suite,
-    read_tiers,
     source_files,
     sources_hash,
     suite_hash,
@@ -91,13 +90,13 @@ def test_tests_of_the_gpu_suite_import_nothing_of_the_project_but_the_codecs(roo
 def test_a_forbidden_import_is_refused(small: Project, code: str, message: str) -> None:
     (small.root / MTP / "helper.py").write_text(code)
     with pytest.raises(SuiteDescriptionError, match=message) as caught:
-        source_files(small.root, read_tiers(small.root)["server"])
+        source_files(small.root, read_suite(small.root).tier["server"])
     assert "helper.py" in caught.value.where
 
 
 @pytest.mark.parametrize("tier", COVERED)
 def test_a_tier_covers_what_its_verdicts_depend_on_and_no_more(root: Path, tier: str) -> None:
-    files = source_files(root, read_tiers(root)[tier])
+    files = source_files(root, read_suite(root).tier[tier])
     assert set(COVERED[tier]) <= set(files)
     assert not [name for name in files if name.startswith(tuple(ELSEWHERE[tier]))]
 
@@ -132,7 +131,7 @@ def list_cases(root: Path, count: int = 2) -> None:
     cases: dict[str, Any] = {str(number): case for number in range(count)}
     rows = {
         name: {"sources_sha256": sources_hash(root, name), "cases": cases}
-        for name in read_tiers(root)
+        for name in read_suite(root).tier
     }
     (root / CASES).parent.mkdir(exist_ok=True)
     (root / CASES).write_text(json.dumps(rows))
@@ -230,13 +229,13 @@ def test_the_runner_computes_the_same_hash(root: Path, tmp_path: Path) -> None:
     """From the plan, in what goes to a GPU host."""
     copy_code(root, tmp_path)
     project = Project(root)
-    for name in read_tiers(root):
+    for name in read_suite(root).tier:
         plan: dict[str, Any] = json.loads(json.dumps(plan_tier(project, name, "h200")))
         assert run.suite_hash(tmp_path, plan) == suite_hash(project, name, "h200")
 
 
 def test_the_suites_description_is_whole(root: Path) -> None:
-    assert {"kernel", "server", "tp2", "tp4", "soak"} == set(read_tiers(root))
+    assert {"kernel", "server", "tp2", "tp4", "soak"} == set(read_suite(root).tier)
     assert read_suite(root).release_sources
     matrix = load(root)
     presets = [MATRIX_ROWS["preset"](matrix, sku) for sku in matrix.sku]
