@@ -14,7 +14,13 @@ import pytest
 
 from vllm_forge.images import prewarm
 from vllm_forge.images.errors import ForeignFileError
-from vllm_forge.images.prewarm import Prewarm, prewarm_layer, require_plain, tree_digest
+from vllm_forge.images.prewarm import (
+    Prewarm,
+    copy_plain,
+    prewarm_layer,
+    require_plain,
+    tree_digest,
+)
 
 EPOCH = 1735689600
 
@@ -64,6 +70,36 @@ def test_other_than_plain_files_are_refused(name: str, folder: Path) -> None:
     assert str(folder) in refused.value.where
     with pytest.raises(ForeignFileError):
         prewarm_layer(of(folder, digest), EPOCH)
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS.keys() - {"link to a folder of the host"}))
+def test_kit_takes_what_is_checked(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container may change the folder of --caches between the check and the copy."""
+    monkeypatch.setattr(prewarm, "MOST", 10_000)
+    require_plain(folder)
+    ATTACKS[name](folder)
+    with pytest.raises(ForeignFileError):
+        copy_plain(folder, tmp_path / "copy")
+
+
+def test_kit_does_not_follow_a_link_to_a_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "host").mkdir()
+    (tmp_path / "host" / "secret").touch()
+    (folder / "x").symlink_to(tmp_path / "host")
+    copy_plain(folder, tmp_path / "copy")
+    assert not [*(tmp_path / "copy").rglob("secret"), *(tmp_path / "copy").glob("x")]
+
+
+def test_copy_for_a_kit_is_the_folder(folder: Path, tmp_path: Path) -> None:
+    kernel = folder / "triton" / "kernel.cubin"
+    kernel.chmod(0o750)
+    os.utime(kernel, ns=(1, 1_000_000_007))
+    copy_plain(folder, tmp_path / "copy")
+    assert tree_digest(tmp_path / "copy") == tree_digest(folder)
+    status = (tmp_path / "copy" / "triton" / "kernel.cubin").stat()
+    assert (status.st_mode & 0o777, status.st_mtime_ns) == (0o750, 1_000_000_007)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes a device: run as root")

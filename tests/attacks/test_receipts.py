@@ -41,6 +41,7 @@ from vllm_forge.project import Project
 from vllm_forge.receipts import FOLDER, KEYS
 from vllm_forge.receipts.receipt import DIGEST, VALID, make_statement, write_receipt
 from vllm_forge.receipts.verification import preset_state, read_receipts, verify_all
+from vllm_forge.serve.plan import make_plan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -190,6 +191,26 @@ def test_special_file_is_refused_without_waiting(
         with path.open("wb") as file:
             file.truncate(1 << 40)
     with pytest.raises(ForgeError, match=r"not a plain file|larger than"):
+        verify_all(project, NOW)
+
+
+@pytest.mark.parametrize("content", ["", "not a key", None])
+def test_broken_key_proves_nothing_and_stops_nothing(project: Project, content: str | None) -> None:
+    """It concerns receipts only: serve, plan and the status page show none as valid."""
+    commit(project, green_run(project, "soak", **SERVED))
+    trusted = project.root / FOLDER / KEYS / "release.pem"
+    trusted.parent.mkdir(parents=True)
+    trusted.mkdir() if content is None else trusted.write_text(content)
+    receipts = read_receipts(project, NOW, image=IMAGE)
+    assert receipts.valid == ()
+    lines = receipts.lines(project.root)
+    assert [line.partition(" is refused: ")[0] for line in lines] == [f"{FOLDER}/{KEYS}", PLACE]
+    assert all("not an Ed25519 key" in line for line in lines)
+    assert state(project) == "not run"
+    assert status(project).count("not an Ed25519 key") == 2
+    plan = make_plan(project, project.cell("h200", "0.26"))
+    assert {row["state"] for row in plan["presets"]} == {"not run"}
+    with pytest.raises(ForgeError, match="not an Ed25519 key"):
         verify_all(project, NOW)
 
 

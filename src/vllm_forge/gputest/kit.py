@@ -22,7 +22,7 @@ from vllm_forge.gputest.errors import KitError
 from vllm_forge.gputest.launch import ENVIRONMENT, SUITE, WITH_CACHES, unpack_tools
 from vllm_forge.host import atomic_path, report, require_disk, tree_bytes
 from vllm_forge.images.layout import Image, file_digest, read_image, verify
-from vllm_forge.images.prewarm import place_of
+from vllm_forge.images.prewarm import copy_plain, place_of
 from vllm_forge.matrix import ImageCell
 from vllm_forge.project import Project
 
@@ -86,7 +86,8 @@ def make_kit(
         place = place_of(key)
         if caches is not None:
             require_key(caches, key)
-            shutil.copytree(caches, content / "jit" / Path(place).name)
+            (content / "jit").mkdir()
+            copy_plain(caches, content / "jit" / Path(place).name)
         with report("write the layers as gzip"):
             write_layers(image, content / "image")
         with report("write the parts"):

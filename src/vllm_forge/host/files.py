@@ -67,11 +67,14 @@ def atomic_path(final: Path) -> Iterator[Path]:
         remove(aside)
 
 
-def open_plain(path: Path) -> io.BufferedReader:
-    """Open a file that others may have written; ValueError for a link, a FIFO or a device."""
+def open_plain(path: Path, folder: int | None = None) -> io.BufferedReader:
+    """Open a file that others may have written; ValueError for a link, a FIFO or a device.
+
+    ``folder``: descriptor of the open folder that ``path`` is relative to.
+    """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, flags)
+        descriptor = os.open(path, flags, dir_fd=folder)
     except OSError as error:
         if error.errno in {errno.ELOOP, errno.ENXIO}:  # a link; a socket
             raise ValueError("not a plain file") from None

@@ -8,13 +8,14 @@ name, not the content: the GPU suite compiles at the very same one (``place_of``
 
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.host import gigabytes
+from vllm_forge.host import gigabytes, open_plain
 from vllm_forge.images.errors import ForeignFileError
 from vllm_forge.images.layer import CHUNK, LayerBlob, ZstdLayerWriter
 from vllm_forge.images.layout import file_digest
@@ -160,6 +161,31 @@ def require_plain(folder: Path) -> list[Path]:
             f"the folder has {gigabytes(size)}, at most {gigabytes(MOST)} are taken", folder
         )
     return files
+
+
+def copy_plain(source: Path, target: Path) -> None:
+    """Copy what ``require_plain`` accepts, whatever a program does to the folder meanwhile.
+
+    Each file is opened once, and judged when it is open. Raises ForeignFileError: see there.
+    """
+    size = 0
+    for place, _, names, folder in os.fwalk(source):  # keeps folders open, and follows no link
+        below = target / Path(place).relative_to(source)
+        below.mkdir()
+        for name in names:
+            try:
+                file = open_plain(Path(name), folder)
+            except (OSError, ValueError) as error:
+                raise _foreign(f"{name} is a link or not a plain file", source) from error
+            with file, (below / name).open("xb") as copy:
+                status = os.fstat(file.fileno())
+                while (block := file.read(CHUNK)) and size <= MOST:
+                    size += copy.write(block)
+            if status.st_nlink != 1 or size > MOST:
+                raise _foreign(f"{name} has a second name or too many bytes", source)
+            (below / name).chmod(status.st_mode & 0o777)
+            os.utime(below / name, ns=(status.st_atime_ns, status.st_mtime_ns))  # compilers ask
+    require_plain(target)
 
 
 def _foreign(what: str, where: Path) -> ForeignFileError:

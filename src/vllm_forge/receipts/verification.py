@@ -73,16 +73,22 @@ def read_receipts(
     """Read and verify the committed receipts, by default each as of the end of its run.
 
     ``image``: only those of this digest, ``sha256:<hex>``; None: no image, so none. ``signed``:
-    refuse unsigned ones also where no key is trusted.
+    refuse unsigned ones also where no key is trusted. A broken trusted key refuses all.
     """
     if image is None:
         return Receipts()
-    valid, refused = [], []
-    keys = read_keys(project.root / FOLDER / KEYS)
+    valid: list[Receipt] = []
+    refused: list[tuple[Path, ForgeError]] = []
+    keys, broken, folder = [], None, project.root / FOLDER / KEYS
+    try:
+        keys = read_keys(folder)
+    except errors.ReceiptKeyError as why:
+        broken = why
+        refused.append((folder, why))
     for path, error in _entries(project.root, image.removeprefix("sha256:")):
         try:
-            if error is not None:
-                raise error
+            if fault := broken or error:
+                raise fault
             receipt = read_receipt(path, keys)
             time = now or min(receipt.statement.detail.finished, datetime.now(UTC))
             verify(project, receipt, time, keys, signed=signed)
