@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 
 from tests.support.hub_server import HubServer
 from tests.support.layouts import layout
-from tests.support.memory import inspect_files
+from tests.support.memory import Files, inspect_files
+from vllm_forge.checkpoints import checkpoint as checkpoint_module
 from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder, find_source
 from vllm_forge.checkpoints.errors import (
     CheckpointDepartsError,
@@ -33,6 +34,7 @@ from vllm_forge.checkpoints.errors import (
     CheckpointUnreadableError,
     DryLoadError,
     HubUnreachableError,
+    ModelInputError,
     RecipeError,
 )
 from vllm_forge.checkpoints.inspect.checks_tensors import read_scalars
@@ -40,6 +42,7 @@ from vllm_forge.checkpoints.inspect.dry_load import read_answers
 from vllm_forge.checkpoints.inspect.page import show
 from vllm_forge.checkpoints.inspect.profile import PIECES, Format, Profile, stored_as
 from vllm_forge.checkpoints.inspect.values import compare
+from vllm_forge.checkpoints.quantize import inputs
 from vllm_forge.checkpoints.quantize.inputs import read_conversations
 from vllm_forge.checkpoints.tensors import StoredTensor, TensorSpec
 from vllm_forge.cli import main
@@ -352,3 +355,49 @@ def test_hub_that_sends_more_than_was_asked_for_is_cut_off(
         source = find_source("owner/name")
         assert source.read("big.bin", 10, 20) == bytes(10)
         assert hub.served < 1 << 25
+
+
+TRANSFORMERS = """
+class PreTrainedTokenizerFast:
+    chat_template = "a template"
+
+    @classmethod
+    def from_pretrained(cls, model):
+        return cls()
+
+    def apply_chat_template(self, row, chat_template, tokenize):
+        {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("while True: pass", "more than 2 s of CPU time"),
+        ("return 'x' * (1 << 35)", "MemoryError"),
+        ("import os; os.abort()", "exit code -6"),
+    ],
+    ids=["endless", "endless text", "crash"],
+)
+def test_chat_template_that_does_not_end_well_is_refused(
+    body: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "transformers.py").write_text(TRANSFORMERS.format(body=body))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(inputs, "LIMIT_S", 2)
+    with pytest.raises(ModelInputError, match=message) as caught:
+        inputs.tokenize([[{"role": "user", "content": "hello"}]], 10, tmp_path)
+    assert caught.value.where == str(tmp_path)
+    assert "take tokenizer.json" in caught.value.remedy
+
+
+def test_headers_of_many_shards_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    header = b"{}".ljust(600)
+    shard = len(header).to_bytes(8, "little") + header
+    shards = {f"model-{number}.safetensors": shard for number in range(3)}
+    assert Checkpoint.open(Files({CONFIG: b"{}", **shards})).tensors == {}
+    monkeypatch.setattr(checkpoint_module, "MAX_HEADERS", 2 * len(header))
+    with pytest.raises(CheckpointUnreadableError, match="headers of all shards have more than"):
+        Checkpoint.open(Files({CONFIG: b"{}", **shards}))
+    del shards["model-2.safetensors"]
+    assert Checkpoint.open(Files({CONFIG: b"{}", **shards})).tensors == {}

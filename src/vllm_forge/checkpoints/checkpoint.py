@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError, HubUnreachableError
@@ -32,6 +33,8 @@ from vllm_forge.host import open_plain, parse_json, printable
 # Bytes of a JSON file, and of config.json: a manifest.json of 135,000 tensors has 3e7, a config
 # that ignores each of their modules 7e6.
 MAX_TEXT, MAX_CONFIG = 1 << 28, 1 << 24
+# Bytes of all headers: those of 135,000 tensors have 2e7, and take ten times that in memory.
+MAX_HEADERS = 1 << 28
 REPOSITORY = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 HUB_TIMEOUT_S = 30.0
 HUB_LIMIT_S = 600  # of a range
@@ -335,8 +338,13 @@ def plain_name(name: str) -> str:
     return plain if plain.startswith(OPTIONAL) else name
 
 
-def read_header(source: CheckpointSource, shard: str) -> list[StoredTensor]:
-    """The tensors of one shard, by position; their data is not read."""
+def read_header(
+    source: CheckpointSource, shard: str, count: Callable[[int], object] = bool
+) -> list[StoredTensor]:
+    """The tensors of one shard, by position; their data is not read.
+
+    ``count`` gets the bytes of the header before they are parsed, and may raise.
+    """
     size = source.sizes[shard]
     first = source.read(shard, 0, min(size, FIRST_READ))
     length = int.from_bytes(first[:LENGTH_BYTES], "little")
@@ -344,6 +352,7 @@ def read_header(source: CheckpointSource, shard: str) -> list[StoredTensor]:
     try:
         if not MIN_HEADER <= length <= MAX_HEADER or start > size:
             raise ValueError(f"a header of {length} bytes in a file of {size}")  # noqa: TRY301
+        count(length)
         text = first[LENGTH_BYTES:start]
         if len(text) < length:
             text += source.read(shard, LENGTH_BYTES + len(text), start)
@@ -359,8 +368,18 @@ def _is_loaded(shard: str) -> bool:
 
 
 def _headers(source: CheckpointSource, shards: list[str]) -> dict[str, StoredTensor]:
+    total, lock = 0, Lock()
+
+    def count(length: int) -> None:
+        nonlocal total
+        with lock:
+            total += length
+        if total > MAX_HEADERS:
+            what = f"the headers of all shards have more than {MAX_HEADERS} bytes"
+            raise source.error(what, "give the checkpoint of a DeepSeek V4")
+
     with ThreadPoolExecutor(READERS) as pool:
-        headers = list(pool.map(lambda shard: read_header(source, shard), shards))
+        headers = list(pool.map(lambda shard: read_header(source, shard, count), shards))
     tensors: dict[str, StoredTensor] = {}
     for tensor in (tensor for header in headers for tensor in header):
         name = plain_name(tensor.name)

@@ -3,6 +3,9 @@
 import hashlib
 import json
 import re
+import signal
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +20,7 @@ from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder
 from vllm_forge.checkpoints.errors import ModelInputError, RecipeError
 from vllm_forge.checkpoints.fixtures.tiny import TEMPLATE
 from vllm_forge.checkpoints.tensors import INDEX, TensorSpec
-from vllm_forge.host import console, parse_json, read_plain, suggestion
+from vllm_forge.host import console, parse_json, printable, read_plain, suggestion
 from vllm_forge.matrix import FrozenModel
 
 SHOWN = 5  # problems
@@ -33,6 +36,10 @@ ULTRACHAT, SPLIT = "HuggingFaceH4/ultrachat_200k", "train_sft"
 AUTO = "auto"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MOST_BYTES = 1 << 30
+RENDER = Path(__file__).with_name("render.py")
+# Of the process that renders: CPU time and bytes. 768 conversations take seconds and 1 GiB, most
+# of both for imports.
+LIMIT_S, MEMORY = 300, 1 << 34
 Conversation = list[dict[str, str]]
 
 
@@ -261,21 +268,27 @@ def tokenize(rows: Sequence[Conversation], most: int, model: Path) -> tuple[tupl
 
     ``most`` ids of each are kept; ``model`` is a folder with tokenizer and config.json.
     """
-    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
-
-    tokens: list[tuple[int, ...]] = []
-    try:
-        tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(model)
-        template = tokenizer.chat_template or TEMPLATE.read_text(encoding="utf-8")
-        for row in rows:
-            text = tokenizer.apply_chat_template(row, chat_template=template, tokenize=False)
-            tokens.append(tuple(tokenizer.encode(text, add_special_tokens=False)[:most]))
-    except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower one, templates any
+    question = {
+        "model": str(model), "template": TEMPLATE.read_text(encoding="utf-8"), "rows": rows,
+        "most": most, "limits": {"RLIMIT_CPU": LIMIT_S, "RLIMIT_DATA": MEMORY, "RLIMIT_CORE": 0},
+    }  # fmt: skip
+    argv = [sys.executable, "-P", str(RENDER)]
+    done = subprocess.run(
+        argv, input=json.dumps(question), capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0:
+        answer = json.loads(done.stdout.splitlines()[-1])
+    elif done.returncode == -signal.SIGKILL:
+        answer = {"error": f"they take more than {LIMIT_S} s of CPU time"}
+    else:
+        answer = {"error": f"exit code {done.returncode}: {done.stderr[-CHARACTERS:]}"}
+    if "error" in answer:
         raise ModelInputError(
-            f"tokenizer or chat template fail: {type(error).__name__}: {str(error)[:CHARACTERS]}",
+            f"tokenizer or chat template fail: {printable(answer['error'])}",
             where=str(model),
             remedy="take tokenizer.json, tokenizer_config.json and the template from the source",
-        ) from None
+        )
+    tokens = [tuple(ids) for ids in answer["tokens"]]
     vocabulary = Folder(model).config()["vocab_size"]
     for ids in tokens:
         if not ids or max(ids) >= vocabulary:
