@@ -208,9 +208,8 @@ class TreeIndex:
 
     def put(self, path: str, mode: str, content: bytes) -> None:
         """Add a file, or replace its content."""
-        blob = self.repo.git("hash-object", "-w", "--stdin", stdin=content)
-        entry = f"{mode},{blob.stdout.decode().strip()},{path}"
-        self.git("update-index", "--add", "--cacheinfo", entry)
+        blob = self.repo.text("hash-object", "-w", "--stdin", stdin=content)
+        self.git("update-index", "--add", "--cacheinfo", f"{mode},{blob},{path}")
 
     def tree(self) -> str:
         return self.git("write-tree").strip()

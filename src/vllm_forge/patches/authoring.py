@@ -67,8 +67,8 @@ def checkout(project: Project, line_name: str, repo: SourceRepo, target: Path) -
     commits: list[str] = []
     for tree, message in zip(trees, messages, strict=True):
         parent = ["-p", commits[-1]] if commits else []
-        made = repo.git("commit-tree", tree, *parent, stdin=message.encode(), env=IDENT)
-        commits.append(made.stdout.decode().strip())
+        made = repo.text("commit-tree", tree, *parent, stdin=message.encode(), env=IDENT)
+        commits.append(made)
     pack = repo.git("pack-objects", "--quiet", "--revs", "--stdout", stdin=commits[-1].encode())
     with atomic_path(target) as aside:
         work = SourceRepo(aside / ".git")
@@ -105,7 +105,7 @@ def export(project: Project, source: Path) -> tuple[str, tuple[apply.Patch, ...]
     a patch file, for what is not committed, or not as a patch.
     """
     work = SourceRepo(source / ".git")
-    line_name = _git(work, *CONFIG, "forge.line", check=False) if work.path.exists() else ""
+    line_name = work.text(*CONFIG, "forge.line", check=False) if work.path.exists() else ""
     if not line_name:
         raise UsageError(
             "not a patch checkout",
@@ -117,7 +117,7 @@ def export(project: Project, source: Path) -> tuple[str, tuple[apply.Patch, ...]
     lock = read_tree_lock(series, name)
     _require_clean(work, source)
     _, *commits = _commits(work, source, lock.base)
-    trees = [lock.base, *(_git(work, "rev-parse", f"{commit}^{{tree}}") for commit in commits)]
+    trees = [lock.base, *(work.text("rev-parse", f"{commit}^{{tree}}") for commit in commits)]
     steps = enumerate(zip(commits, pairwise(trees), strict=True), 1)
     patches = tuple(_patch(work, commit, number, *pair) for number, (commit, pair) in steps)
     names = [patch.name for patch in patches]
@@ -142,7 +142,7 @@ def export(project: Project, source: Path) -> tuple[str, tuple[apply.Patch, ...]
         (aside / "lock.toml").write_text(lock_text(new, name), encoding="utf-8")
         after = _digest(aside)
         # Equal to `after`: killed between the two writes below.
-        if before not in {_git(work, *CONFIG, "forge.series", check=False), after}:
+        if before not in {work.text(*CONFIG, "forge.series", check=False), after}:
             raise errors.WrongBaseError(
                 f"the series of line {name} was changed since the checkout {source}",
                 where=str(series),
@@ -211,14 +211,14 @@ def _patch(work: SourceRepo, commit: str, number: int, before: str, after: str) 
 
 def _commits(work: SourceRepo, source: Path, tree: str) -> list[str]:
     """The base commit and those after it, oldest first."""
-    actual = _git(work, "rev-parse", "--verify", "--quiet", f"{BASE}^{{tree}}", check=False)
+    actual = work.text("rev-parse", "--verify", "--quiet", f"{BASE}^{{tree}}", check=False)
     if actual != tree:
         raise errors.WrongBaseError(
             f"the checkout is of the source tree {actual or 'unknown'}, the line's is {tree}",
             where=str(source),
             remedy=AGAIN,
         )
-    rows = _git(work, "rev-list", "--reverse", "--parents", f"{BASE}..HEAD").splitlines()
+    rows = work.text("rev-list", "--reverse", "--parents", f"{BASE}..HEAD").splitlines()
     history = [row.split() for row in rows]
     if merges := [row[0] for row in history if len(row) > 2]:  # noqa: PLR2004 - itself, one parent
         raise errors.NonCanonicalPatchError(
@@ -226,7 +226,7 @@ def _commits(work: SourceRepo, source: Path, tree: str) -> list[str]:
             where=str(source),
             remedy=f"make the history linear: git rebase {BASE}",
         )
-    commits = [_git(work, "rev-parse", BASE), *(row[0] for row in history)]
+    commits = [work.text("rev-parse", BASE), *(row[0] for row in history)]
     if [row[1:] for row in history] != [[parent] for parent in commits[:-1]]:
         raise errors.WrongBaseError(
             "the branch does not start at the line's source", where=str(source), remedy=AGAIN
@@ -241,7 +241,7 @@ def _require_clean(work: SourceRepo, source: Path) -> None:
                 "a git operation is unfinished", where=str(source), remedy=f"finish it: {command}"
             )
     options = ("status", "--porcelain", "--untracked-files=all")
-    if status := _git(work, f"--work-tree={source}", *options):
+    if status := work.text(f"--work-tree={source}", *options):
         rows = status.splitlines()
         raise errors.DirtyTreeError(
             f"{len(rows)} uncommitted changes:\n" + "\n".join(rows[:5]),
@@ -255,8 +255,3 @@ def _digest(series: Path) -> str:
     files = sorted(path for path in series.iterdir() if path.is_file())
     parts = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in files]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-def _git(work: SourceRepo, *args: str, check: bool = True) -> str:
-    """What git prints; without ``check`` it is empty where git finds nothing."""
-    return work.git(*args, check=check).stdout.decode(errors="replace").strip()

@@ -172,17 +172,12 @@ def make_statement(result: dict[str, Any]) -> Statement:
         )
     plan, subject = result["plan"], result["plan"]["subject"]
     finished = datetime.fromisoformat(result["finished"])
-    tier, suite = result["tier"], {"sha256": result["suite_sha256"]}
+    suite = {"sha256": result["suite_sha256"]}
+    of_result = ("tier", "gpus", "host", "configurations", "started")
     detail = {
-        "sku": plan["sku"],
-        "line": plan["line"],
-        "tier": tier,
-        "lock_sha256": plan["lock_sha256"],
-        "gpus": result["gpus"],
-        "host": result["host"],
-        "configurations": result["configurations"],
+        **{key: plan[key] for key in ("sku", "line", "lock_sha256")},
+        **{key: result[key] for key in of_result},
         "tests": dict(sorted(tests.items())),
-        "started": result["started"],
         "finished": finished,
         "expires": (finished + VALID).astimezone(UTC),
     }
@@ -196,7 +191,7 @@ def make_statement(result: dict[str, Any]) -> Statement:
             "predicateType": "https://in-toto.io/attestation/test-result/v0.1",
             "predicate": {
                 "result": "PASSED",
-                "configuration": [{"name": f"tests/gpu, tier {tier}", "digest": suite}],
+                "configuration": [{"name": f"tests/gpu, tier {result['tier']}", "digest": suite}],
                 "passedTests": sorted(n for n, row in tests.items() if row["outcome"] == "passed"),
                 "failedTests": [],
                 "vllmForge": detail,

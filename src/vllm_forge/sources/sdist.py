@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from vllm_forge.errors import ForgeError
 from vllm_forge.host import cache_root, exclusive, remove
@@ -69,6 +69,10 @@ class SourceRepo:
             raise self.failed(args[0], done)
         return done
 
+    def text(self, *args: str, **options: Any) -> str:
+        """What git prints; without ``check`` it is empty where git finds nothing."""
+        return self.git(*args, **options).stdout.decode(errors="replace").strip()
+
     def failed(self, command: str, done: subprocess.CompletedProcess[bytes]) -> CommandFailedError:
         return CommandFailedError(
             f"git {command} exited with {done.returncode}: "
@@ -110,10 +114,8 @@ class SourceRepo:
         """Tree hash of an imported archive, None when it is not here yet."""
         if not (self.path / "HEAD").exists():
             return None
-        done = self.git(
-            "rev-parse", "--verify", "--quiet", f"refs/sdist/{ref}^{{tree}}", check=False
-        )
-        return done.stdout.decode().strip() or None
+        name = f"refs/sdist/{ref}^{{tree}}"
+        return self.text("rev-parse", "--verify", "--quiet", name, check=False) or None
 
     def import_archive(self, ref: str, archive: Path) -> str:
         """Import a .tar.gz; return the tree hash. The same archive gives the same hash.
