@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import requests
 import truststore
-from pypi_simple import PYPI_SIMPLE_ENDPOINT, ProjectPage, PyPISimple, UnsupportedRepoVersionError
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
 from urllib3.util.retry import Retry
@@ -64,8 +63,11 @@ def index_url() -> str:
     # "config list", because "config get" reads the user's file only.
     argv = (sys.executable, "-m", "pip", "config", "list")
     asked = subprocess.run(argv, capture_output=True, text=True, check=False)
-    found = PIP_INDEX.search(asked.stdout)
-    return found["url"] if found else PYPI_SIMPLE_ENDPOINT
+    if found := PIP_INDEX.search(asked.stdout):
+        return found["url"]
+    from pypi_simple import PYPI_SIMPLE_ENDPOINT  # noqa: PLC0415 - see Index.files
+
+    return PYPI_SIMPLE_ENDPOINT
 
 
 def blocks(answer: requests.Response, deadline: float) -> Iterator[bytes]:
@@ -88,15 +90,19 @@ class Index:
         )
         for scheme in ("https://", "http://"):
             self.session.mount(scheme, HTTPAdapter(CONNECTIONS, CONNECTIONS, retry))
-        self._client = PyPISimple(self.url, session=self.session)
 
     def files(self, project: str) -> list[IndexFile]:
         """All files of one project; DistributionNotFoundError, IndexUnreachableError."""
+        # Here, since it brings a parser of HTML: a third of the time in which a command starts.
+        import pypi_simple as simple  # noqa: PLC0415
+
+        client = simple.PyPISimple(self.url, session=self.session)
         try:
-            page = self._page(project)
+            answer = self._page(client.get_project_url(project), client.accept, project)
+            page = simple.ProjectPage.from_response(answer, project)
         except (requests.RequestException, HTTPError) as error:
             raise self._unusable(f"does not answer: {type(error).__name__}") from error
-        except (ValueError, RecursionError, UnsupportedRepoVersionError) as error:
+        except (ValueError, RecursionError, simple.UnsupportedRepoVersionError) as error:
             raise self._unusable(f"has no page for {project} that can be read: {error}") from error
         return [
             IndexFile(
@@ -112,12 +118,12 @@ class Index:
             for sha256 in [package.digests.get("sha256", "")]
         ]
 
-    def _page(self, project: str) -> ProjectPage:
+    def _page(self, url: str, accept: str, project: str) -> requests.Response:
         """A project's page; it ends at a size and at a time."""
         deadline, content = time.monotonic() + PAGE_S, bytearray()
         with self.session.get(
-            self._client.get_project_url(project),
-            headers={"Accept": self._client.accept, "Accept-Encoding": "identity"},
+            url,
+            headers={"Accept": accept, "Accept-Encoding": "identity"},
             stream=True,
             timeout=TIMEOUT_S,
         ) as answer:
@@ -135,7 +141,7 @@ class Index:
                 if len(content) > PAGE_BYTES:
                     raise self._unusable(f"sends more than {PAGE_BYTES} bytes for {project}")
             answer._content = bytes(content)
-        return ProjectPage.from_response(answer, project)
+        return answer
 
     def _unusable(self, what: str) -> IndexUnreachableError:
         return IndexUnreachableError(

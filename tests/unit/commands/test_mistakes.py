@@ -232,6 +232,19 @@ def test_help_is_not_a_failure(arguments: list[str], capsys: pytest.CaptureFixtu
     assert "usage: vllm-forge" in capsys.readouterr().out
 
 
+def test_help_imports_no_library_of_single_commands() -> None:
+    """Each command pays for its own: all of them together take seconds to import."""
+    own = {
+        "bs4", "cryptography", "docker", "huggingface_hub", "installer", "numpy", "pypi_simple",
+        "securesystemslib", "zstandard",
+    }  # fmt: skip
+    script = "import sys; from vllm_forge import cli; cli._parser(); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert not own & set(done.stdout.split())
+
+
 def shell(script: str, root: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
