@@ -24,8 +24,9 @@ from vllm_forge.images.layer_checks import (
     wheel_files,
 )
 from vllm_forge.images.layout import ImageLayer
+from vllm_forge.images.rootfs import SCRUB, compress
 from vllm_forge.images.store import write_layer
-from vllm_forge.images.system import SCRUB, compress, write_plain
+from vllm_forge.images.system import write_plain
 from vllm_forge.matrix import WheelFile
 from vllm_forge.project import Project
 from vllm_forge.proofs.dry_load import ARGV

@@ -133,7 +133,7 @@ def build(work: Path) -> dict[str, Any]:
         for engine in ENGINES:
             for options in (
                 f"--base {BASE}",
-                "--refresh-base --provision",
+                "--base locked --provision",
                 "--load --push localhost:5000/x:1",
                 "--push registry.example/x:1 --output elsewhere",
             ):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.cli import main
 from vllm_forge.host.console import console
-from vllm_forge.images import system
+from vllm_forge.images import rootfs
 from vllm_forge.sources import index
 
 if TYPE_CHECKING:
@@ -109,15 +109,15 @@ def environment(root: Path, cache: Path) -> Iterator[None]:
     }
     console.width = 100_000
     index.CONNECT_RETRIES = 0
-    mirrors = system.host_sources
-    system.host_sources = lambda suite: "deb https://mirror.example/debian trixie main\n"
+    mirrors = rootfs.host_sources
+    rootfs.host_sources = lambda suite: "deb https://mirror.example/debian trixie main\n"
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
         console.width, index.CONNECT_RETRIES = width, retries
-        system.host_sources = mirrors
+        rootfs.host_sources = mirrors
 
 
 def run(words: str) -> Outcome:

@@ -118,10 +118,12 @@ class FastEngine:
         runner.run(["skopeo", "copy", f"oci:{layout}", name])
 
 
-def fast_build(mini: MiniProject, sku: str, engine: FastEngine | None = None) -> tuple[Image, bool]:
+def fast_build(
+    mini: MiniProject, sku: str, engine: FastEngine | None = None, base: str = "rootfs"
+) -> tuple[Image, bool]:
     """Build a cell of the small project; the environment has its cache, see ``use``."""
     project = Project(mini.root)
-    options = BuildOptions(output=mini.root / "dist")
+    options = BuildOptions(output=mini.root / "dist", base=base)
     engine = engine or FastEngine()
     return build_image(
         resolve(project, project.cell(sku), options, cast("Engine", engine)), FastRunner()

@@ -28,13 +28,13 @@ LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
 
 def register(choices: Commands) -> None:
     base = option(
-        "--base", default="rootfs", type=lambda name: None if name == "rootfs" else name,
-        help="rootfs, or NAME@sha256:... of a registry",
+        "--base", default="rootfs", metavar="BASE",
+        help="rootfs: of locked packages, or current ones where those are gone; locked: or refuse; "
+        "current; NAME@sha256:... of a registry",
     )  # fmt: skip
     base.add_argument("--output", type=Path, help="folder for the OCI layout (default: dist)")
     one = command(choices, "build", build, SKU, LINE, JSON, base)
     one.add_argument("--engine", choices=ENGINES, help="default: the one that is installed")
-    one.add_argument("--refresh-base", action="store_true", help="make rootfs and system again")
     one.add_argument("--load", action="store_true", help="also load it into the engine's store")
     one.add_argument("--push", metavar="REF", help="also push it, e.g. registry/name:tag")
     one.add_argument("--prewarm", type=Path, help="kernels to carry: what gpu test --caches left")
@@ -65,8 +65,7 @@ def build(project: Project, args: argparse.Namespace) -> None:
     prewarm = args.prewarm and prewarm_of(project, cell, args.prewarm.resolve())
     options = images.BuildOptions(
         output=args.output or project.root / "dist",
-        base_image=args.base,
-        refresh_base=args.refresh_base,
+        base=args.base,
         prewarm=prewarm,
     )
     plan = images.resolve(project, cell, options, engine)
@@ -171,7 +170,7 @@ def why_rebuild(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.images.record import read_record
 
     cell = project.cell(args.sku, args.line)
-    options = BuildOptions(output=args.output or project.root / "dist", base_image=args.base)
+    options = BuildOptions(output=args.output or project.root / "dist", base=args.base)
     record = read_record(options.output / f"{cell.name}.json")
     engine = args.engine or (None if record is None else str(record["engine"]))
     # No engine need be here: its name is one of the inputs, and that is all.

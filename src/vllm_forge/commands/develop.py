@@ -17,6 +17,7 @@ def register(choices: Commands) -> None:
     wheels = group(choices, "wheels", help="lock, download and patch wheels")
     one = command(wheels, "lock", lock, LINE)
     one.add_argument("--tools", action="store_true", help="the quantization tools' lock instead")
+    one.add_argument("--base", action="store_true", help="the image's Debian packages instead")
     command(wheels, "fetch", fetch, LINE)
     one = command(wheels, "patched", patched, LINE)
     one.add_argument("--output", type=Path, help="folder (default: dist/wheels)")
@@ -32,10 +33,17 @@ def register(choices: Commands) -> None:
 def lock(project: Project, args: argparse.Namespace) -> None:
     """Resolve a line with uv and write its lock."""
     from vllm_forge.checkpoints.quantize.environment import make_lock as make_tool_lock
+    from vllm_forge.images.rootfs import lock_base
 
     if args.tools:
         with report("lock the quantization tools"):
             console.print(str(make_tool_lock(project)))
+        return
+    if args.base:
+        with report("lock the Debian packages"):
+            debs = lock_base(project)
+        size = sum(package.size for package in debs.packages)
+        console.print(f"{debs.path}: {len(debs.packages)} packages, {size / 1e6:.0f} MB")
         return
     name, line = project.line(args.line)
     with report(f"lock line {name}"):

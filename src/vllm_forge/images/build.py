@@ -61,9 +61,10 @@ from vllm_forge.images.layout import (
     timestamp,
     write_image,
 )
-from vllm_forge.images.plan import ImagePlan, why_rebuild
+from vllm_forge.images.plan import ImagePlan, why_rebuild, with_packages
 from vllm_forge.images.prewarm import SCRIPT, prewarm_layer, tree_digest
-from vllm_forge.images.record import keep_digest
+from vllm_forge.images.record import differences, keep_digest
+from vllm_forge.images.rootfs import CURRENT
 from vllm_forge.images.store import (
     StoredLayer,
     forget,
@@ -88,6 +89,7 @@ from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import Applied, build_wheel, check_line
 from vllm_forge.patches.wheel import PatchedWheel, python_blobs
 from vllm_forge.sources import Lock, SourceRepo, Wheelhouse
+from vllm_forge.sources.debian import read_base_lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +126,10 @@ def build_image(plan: ImagePlan, runner: Runner) -> tuple[Image, bool]:
         DiskSpaceError: before anything is written.
     """
     with exclusive(f"build-{plan.cell.name}", wait=False):
-        if not plan.options.refresh_base and (known := plan.up_to_date()):
+        if known := plan.up_to_date():
+            return known, False
+        plan = with_packages(plan)
+        if known := plan.up_to_date():  # once more on current packages
             return known, False
         with suppress(BuildRecordError):
             state = why_rebuild(plan)[0]
@@ -380,6 +385,14 @@ def accept(
     return verdicts
 
 
+def _show_other_packages(plan: ImagePlan, installed: dict[str, str]) -> None:
+    """Say which packages are not those of the lock, if there is one."""
+    lock = read_base_lock(plan.project.root, plan.cell.base)
+    locked = {package.name: package.version for package in (lock.packages if lock else ())}
+    for change in differences(locked, installed) if locked not in ({}, installed) else ():
+        console.print(f"  [yellow]base[/] {escape(change)}")
+
+
 def publish(
     plan: ImagePlan,
     candidate: Candidate,
@@ -388,6 +401,8 @@ def publish(
     seconds: float,
 ) -> None:
     """Rename the candidate to its final name, then write its record."""
+    if plan.base.label == CURRENT:
+        _show_other_packages(plan, candidate.stack["debian"])
     record: dict[str, Any] = {
         "digest": f"sha256:{candidate.image.digest}",
         "size": candidate.image.size,

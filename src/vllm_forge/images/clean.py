@@ -7,9 +7,10 @@ from pathlib import Path
 from vllm_forge.host import cache_root, exclusive, remove, tree_bytes
 from vllm_forge.images.engines import ENGINES
 from vllm_forge.images.plan import BuildOptions, resolve
-from vllm_forge.images.system import rootfs_key
+from vllm_forge.images.rootfs import rootfs_key
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
+from vllm_forge.sources.debian import read_base_lock
 
 # Small, or made again in a minute; and what earlier versions have left.
 ALWAYS = (
@@ -55,9 +56,11 @@ def _children(folder: Path) -> list[Path]:
 
 def _needed(project: Project) -> dict[str, set[str]]:
     """Folder of the cache -> names in it that a build of some line would use."""
-    folders = ("layers", "patched", "rootfs", "sdists", "systems", "wheels")
+    base, lock = project.matrix.base, read_base_lock(project.root, project.matrix.base)
+    folders = ("debs", "layers", "patched", "rootfs", "sdists", "systems", "wheels")
     needed: dict[str, set[str]] = {folder: set() for folder in folders}
-    needed["rootfs"].add(rootfs_key(project.matrix.base))
+    needed["rootfs"].update({rootfs_key(base, lock), rootfs_key(base, None)})
+    needed["debs"].update(package.sha256 for package in (lock.packages if lock else ()))
     for name, line in project.matrix.line.items():
         tree = read_tree_lock(project.root / line.series, name)
         needed["sdists"].add(tree.sha256)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.host import cache_root, require_disk
+from vllm_forge.host import cache_root, console, require_disk
 from vllm_forge.images.checks import (
     CHECK_ARGV,
     LAYER_CHECKS,
@@ -20,12 +20,21 @@ from vllm_forge.images.errors import BuildRecordError, LayoutError
 from vllm_forge.images.layout import Image, blob_times, has_name, read_image
 from vllm_forge.images.prewarm import ENTRYPOINT, Prewarm, prewarm_key
 from vllm_forge.images.record import Inputs, compare, hash_of, kept_digest, read_record
+from vllm_forge.images.rootfs import (
+    CURRENT,
+    ROOTFS,
+    BaseRef,
+    base_of,
+    fetch_packages,
+    is_whole,
+)
 from vllm_forge.images.store import layer_folder, stored
-from vllm_forge.images.system import SYSTEM_FORMAT, BaseRef, base_of, system_folder
+from vllm_forge.images.system import SYSTEM_FORMAT, is_kept, system_folder
 from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import Patch, read_series, read_tree_lock
 from vllm_forge.project import Project
 from vllm_forge.sources import UNPACK_RATIO, Lock, Wheelhouse
+from vllm_forge.sources.errors import DistributionNotFoundError, IndexUnreachableError
 
 SYSTEM_BYTES = 3 * (1 << 30)  # rootfs tar, engine's copies, exported folder
 
@@ -36,13 +45,11 @@ DRIVER_FUNCTIONS = "libcuda-functions.txt"  # beside the Dockerfile, which makes
 class BuildOptions:
     """What the command line adds to a cell.
 
-    ``base_image`` is pinned by digest, None for our own rootfs; ``refresh_base`` makes rootfs and
-    system again, for the distribution's updates.
+    ``base``: see ``base_of``.
     """
 
     output: Path
-    base_image: str | None = None
-    refresh_base: bool = False
+    base: str = ROOTFS
     prewarm: Prewarm | None = None
 
 
@@ -182,6 +189,10 @@ class ImagePlan:
             "sku": cell.sku.model_dump(mode="json"),
             "line": cell.line.model_dump(mode="json"),
             "base": cell.base.model_dump(mode="json"),
+            "debian": {
+                package.name: f"{package.version} {package.sha256}"
+                for package in (self.base.lock.packages if self.base.lock else ())
+            },
             "health": {HEALTH.name: hash_of(HEALTH.read_text())},
             "checks": {path.name: hash_of(path.read_text()) for path in (*SCRIPTS, LAYER_CHECKS)},
             "contract": contract_inputs(self.project, cell.line_name),
@@ -238,7 +249,7 @@ def resolve(project: Project, cell: ImageCell, options: BuildOptions, engine: En
         lock=lock,
         patches=read_series(project.root / cell.line.series),
         groups=wheel_groups(cell, lock),
-        base=base_of(cell.base, options.base_image),
+        base=base_of(project.root, cell.base, options.base),
     )
 
 
@@ -257,3 +268,24 @@ def why_rebuild(plan: ImagePlan) -> tuple[str, dict[str, tuple[str, ...]]]:
     if kept_digest(plan.record_path, record["inputs"]) is None:
         return "not in the cache", {}
     return ("nothing changed" if plan.up_to_date() else "changed"), {}
+
+
+def with_packages(plan: ImagePlan) -> ImagePlan:
+    """The plan with its Debian packages in the cache: those of its lock, else current ones.
+
+    Raises DistributionNotFoundError, IndexUnreachableError: some cannot be had, and it is LOCKED.
+    """
+    base, lock = plan.base, plan.base.lock
+    if lock is None or base.layout is None or is_whole(base.layout) or is_kept(plan):
+        return plan
+    try:
+        fetch_packages(plan.cell.base, lock)
+    except (DistributionNotFoundError, IndexUnreachableError) as error:
+        if plan.options.base != ROOTFS:
+            raise
+        console.print(
+            f"{error}\ngoing on with current packages: the digest differs, and no ", end=""
+        )
+        console.print("receipt of the locked image applies")
+        return replace(plan, base=base_of(plan.project.root, plan.cell.base, CURRENT))
+    return plan

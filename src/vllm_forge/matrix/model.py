@@ -145,6 +145,12 @@ class Base(FrozenModel):
     packages: tuple[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9+.-]+$")], ...] = Field(
         description="Debian packages that must be in the image"
     )
+    lock: Annotated[str, Field(pattern=r"^[\w./-]+\.txt$")] | None = Field(
+        default=None, description="lock of all Debian packages; unset: the archive's current ones"
+    )
+    snapshots: tuple[Annotated[str, Field(pattern=r"^https?://[^\s@]+$")], ...] = Field(
+        default=(), description="archives that keep old packages, by {date}; asked last"
+    )
     platform: Name = Field(description="uv's name for the wheel platform")
     source_date_epoch: Integer = Field(
         ge=0, lt=1 << 32, description="timestamp of every file that we write"

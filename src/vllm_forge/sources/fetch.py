@@ -33,12 +33,16 @@ GONE = (404, 410)
 
 @dataclass(frozen=True, kw_only=True)
 class Download:
-    """One file to fetch. ``size`` in bytes; ``sha256`` in hex; ``target`` its final path."""
+    """One file to fetch. ``size`` in bytes; ``sha256`` in hex; ``target`` its final path.
+
+    ``mirrors``: further URLs, each asked where those before it have no such file.
+    """
 
     url: str
     sha256: str
     size: int
     target: Path
+    mirrors: tuple[str, ...] = ()
 
     @property
     def part(self) -> Path:
@@ -62,11 +66,9 @@ def download_all(session: requests.Session, downloads: Sequence[Download]) -> No
     missing = sum(item.size - item.kept for item in downloads)
     with transfer_progress(f"download {len(downloads)} files", missing) as advance:
         fetcher = _Fetcher(session, advance)
+        items = sorted(downloads, key=lambda d: d.size, reverse=True)
         with ThreadPoolExecutor(PARALLEL) as pool:
-            jobs = [
-                pool.submit(fetcher.fetch, item)
-                for item in sorted(downloads, key=lambda d: d.size, reverse=True)
-            ]
+            jobs = [pool.submit(fetcher.fetch, item) for item in items]
             try:
                 done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
             except BaseException:  # Ctrl-C: the pool would wait for the last file
@@ -74,8 +76,13 @@ def download_all(session: requests.Session, downloads: Sequence[Download]) -> No
                 raise
             if any(job.exception() for job in done):
                 fetcher.stop.set()
-        for job in jobs:
-            job.result()
+        gone = [item for item, job in zip(items, jobs, strict=True) if not job.result()]
+        if gone:
+            raise errors.DistributionNotFoundError(
+                f"listed, but no host has it any more: {', '.join(i.target.name for i in gone)}",
+                where=gone[0].url,
+                remedy="use another index: this one's list is older than its files",
+            )
 
 
 class _Fetcher:
@@ -86,15 +93,20 @@ class _Fetcher:
         self._session = session
         self._tick = tick
 
-    def fetch(self, item: Download) -> None:
-        """Try until the file is complete, at most TRIES times; then check and rename it."""
+    def fetch(self, item: Download) -> bool:
+        """Try until the file is complete, at most TRIES times; then check and rename it.
+
+        False: no URL has it.
+        """
         item.target.parent.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + PATIENCE_S + item.size / SLOWEST
         last: Exception | None = None
         for _ in range(TRIES):
             try:
                 if item.kept != item.size or not item.part.exists():
-                    self._stream(item, deadline)
+                    urls = (item.url, *item.mirrors)
+                    if not any(self._stream(url, item, deadline) for url in urls):
+                        return False
             except (requests.RequestException, HTTPError) as error:
                 last = error
                 continue
@@ -106,7 +118,7 @@ class _Fetcher:
                     "files are kept",
                 ) from error
             if self.stop.is_set():
-                return
+                return True
             last = None
             if item.kept == item.size:
                 if (digest := _sha256(item.part)) != item.sha256:
@@ -118,7 +130,7 @@ class _Fetcher:
                         "make a new lock; otherwise the mirror may be compromised",
                     )
                 item.part.rename(item.target)
-                return
+                return True
         have = item.part.stat().st_size if item.part.exists() else 0
         if last is None:
             raise errors.TruncatedFileError(
@@ -139,21 +151,17 @@ class _Fetcher:
             remedy="run the same command again: it resumes where it stopped",
         )
 
-    def _stream(self, item: Download, deadline: float) -> None:
-        """Append to the part what it lacks."""
+    def _stream(self, url: str, item: Download, deadline: float) -> bool:
+        """Append to the part what it lacks; False where the URL has no file."""
         have = item.kept
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-        with self._session.get(item.url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
+        with self._session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
+            if answer.status_code in GONE:
+                return False
             if answer.status_code == HTTP_RANGE_NOT_SATISFIABLE:
                 item.part.unlink(missing_ok=True)
                 self._tick(-have)  # comes again
-                return
-            if answer.status_code in GONE:
-                raise errors.DistributionNotFoundError(
-                    f"the index lists {item.target.name}, its host answers {answer.status_code}",
-                    where=item.url,
-                    remedy="use another index: this one's list is older than its files",
-                )
+                return True
             answer.raise_for_status()
             if have and answer.status_code != HTTP_PARTIAL:  # no ranges there: all comes again
                 self._tick(-have)
@@ -167,12 +175,13 @@ class _Fetcher:
                         raise errors.TruncatedFileError(
                             f"{item.target.name}: the server's file is longer than {item.size} "
                             "bytes",
-                            where=item.url,
+                            where=url,
                             remedy="the mirror serves another file; use another index",
                         )
                     file.write(block)
                     have += len(block)
                     self._tick(len(block))
+        return True
 
 
 def _sha256(path: Path) -> str:

@@ -78,18 +78,24 @@ def blocks(answer: requests.Response, deadline: float) -> Iterator[bytes]:
             raise requests.Timeout("it comes too slowly")
 
 
+def make_session() -> requests.Session:
+    """A session that trusts what the host trusts."""
+    truststore.inject_into_ssl()
+    session = requests.Session()
+    retry = Retry(
+        total=CONNECT_RETRIES, backoff_factor=0.4, status_forcelist=(502, 503, 504), read=0
+    )
+    for scheme in ("https://", "http://"):
+        session.mount(scheme, HTTPAdapter(CONNECTIONS, CONNECTIONS, retry))
+    return session
+
+
 class Index:
-    """A simple-API index (PEP 503, 691, 700), and a session that trusts what the host trusts."""
+    """A simple-API index (PEP 503, 691, 700), and its session."""
 
     def __init__(self, url: str | None = None) -> None:
         self.url = url or index_url()
-        truststore.inject_into_ssl()
-        self.session = requests.Session()
-        retry = Retry(
-            total=CONNECT_RETRIES, backoff_factor=0.4, status_forcelist=(502, 503, 504), read=0
-        )
-        for scheme in ("https://", "http://"):
-            self.session.mount(scheme, HTTPAdapter(CONNECTIONS, CONNECTIONS, retry))
+        self.session = make_session()
 
     def files(self, project: str) -> list[IndexFile]:
         """All files of one project; DistributionNotFoundError, IndexUnreachableError."""

@@ -20,8 +20,8 @@ from vllm_forge.images.layout import (
     verify,
     write_image,
 )
+from vllm_forge.images.rootfs import compress
 from vllm_forge.images.store import write_layer
-from vllm_forge.images.system import compress
 from vllm_forge.images.wheels import Entry
 
 if TYPE_CHECKING:

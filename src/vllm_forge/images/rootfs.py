@@ -1,0 +1,316 @@
+"""The rootfs that images stand on: Debian's locked packages, unpacked by mmdebstrap.
+
+From locked packages it is a function of the checkout. Where archives have lost one, current ones
+give another rootfs, and so an image with another digest. A registry image can be the base instead.
+"""
+
+import hashlib
+import json
+import re
+import shlex
+import subprocess
+import zlib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import quote
+
+from vllm_forge.host import READ_ONLY, Runner, atomic_path, cache_root, remove, which
+from vllm_forge.images.errors import BaseImageError, LayoutError
+from vllm_forge.images.layer import LayerBlob
+from vllm_forge.images.layout import (
+    ImageLayer,
+    file_digest,
+    has_name,
+    read_image,
+    verify,
+    write_image,
+)
+from vllm_forge.matrix import Base
+from vllm_forge.project import Project
+from vllm_forge.sources.debian import (
+    BaseLock,
+    fetch_debs,
+    parse_index,
+    read_base_lock,
+    verified_debs,
+    write_base_lock,
+)
+
+PINNED = re.compile(r"\w[\w.:/-]*@sha256:[0-9a-f]{64}")
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+CHUNK = 1 << 20
+BASE_NAME = "localhost/vllm-forge-base:rootfs"
+GZIP_LEVEL = 1  # 6 makes the rootfs 10 % smaller, the image 0.4 %, and takes three times as long
+# Documentation and translations: 50 MB that nobody reads in a container; licenses stay.
+EXCLUDES = (
+    "path-exclude=/usr/share/man/*",
+    "path-exclude=/usr/share/doc/*",
+    "path-include=/usr/share/doc/*/copyright",
+    "path-exclude=/usr/share/info/*",
+    "path-exclude=/usr/share/locale/*",
+)
+SCRUB = (
+    'cd "$1" && rm -rf etc/apt/sources.list etc/apt/sources.list.d var/cache/ldconfig/aux-cache '
+    "var/cache/apt/*.bin var/log/apt var/log/dpkg.log var/log/alternatives.log "
+    "var/log/bootstrap.log && : > etc/machine-id "
+    # Bytecode differs from run to run; nobody in a container needs to become another user.
+    "&& find . -xdev -name __pycache__ -prune -exec rm -rf {} + "
+    "&& find . -xdev -type f -perm /6000 -exec chmod ug-s {} +"
+)
+# What a build stands on: locked packages, or current ones where those are gone; the same without
+# a way out; the archive's current packages; else an image of a registry.
+ROOTFS, LOCKED, CURRENT = "rootfs", "locked", "current"
+# Of what mmdebstrap installed, the rows of the archive's signed lists.
+LIST_HOOK = (
+    """chroot "$1" dpkg-query -W -f '${Package} ${Version}\\n' > INSTALLED"""
+    """ && chroot "$1" sh -c 'dpkg-query -W -f "\\${Package}=\\${Version} "'"""
+    """ | xargs chroot "$1" apt-cache show --no-all-versions > INDEX"""
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseRef:
+    """What FROM names: an OCI layout with the rootfs, or an image of a registry, by digest.
+
+    ``key`` is the hash of what it is a function of; ``label`` says in the image what it is.
+    """
+
+    key: str
+    label: str
+    layout: Path | None = None
+    lock: BaseLock | None = None
+    image: str | None = None
+
+
+def rootfs_key(base: Base, lock: BaseLock | None) -> str:
+    """Hash of everything that a rootfs is a function of, but the mirror's state without a lock."""
+    packages = sorted(base.packages)
+    fields = [base.suite, packages, base.source_date_epoch, EXCLUDES, SCRUB, GZIP_LEVEL]
+    if lock is not None:
+        fields.append([package.sha256 for package in lock.packages])
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+
+
+def base_of(root: Path, base: Base, choice: str) -> BaseRef:
+    """Our own rootfs (ROOTFS, LOCKED, CURRENT), or an image of a registry.
+
+    Raises:
+        BaseImageError: the image has no digest, and a tag may be another one tomorrow; or LOCKED,
+            and matrix.toml names no lock.
+        LockFileError: the lock cannot be read.
+    """
+    if choice in {ROOTFS, LOCKED, CURRENT}:
+        lock = None if choice == CURRENT else read_base_lock(root, base)
+        if choice == LOCKED and lock is None:
+            raise BaseImageError(
+                "base.lock of matrix.toml names no lock of Debian packages",
+                remedy="name a file there, then run: nox -s lock -- --base",
+            )
+        key = rootfs_key(base, lock)
+        return BaseRef(
+            key=key,
+            label=CURRENT if lock is None else f"sha256:{lock.digest}",
+            lock=lock,
+            layout=cache_root() / "rootfs" / key,
+        )
+    if not PINNED.fullmatch(choice):
+        raise BaseImageError(
+            f"{choice!r} is not pinned by digest",
+            remedy="give it as NAME@sha256:<64 hex>; `skopeo inspect docker://NAME` prints it",
+        )
+    return BaseRef(key=hashlib.sha256(choice.encode()).hexdigest(), label=choice, image=choice)
+
+
+def fetch_packages(base: Base, lock: BaseLock) -> None:
+    """Download locked packages from this host's mirrors, then from the snapshots of the row.
+
+    Raises DistributionNotFoundError: names what no archive has any more.
+    """
+    mirrors = dict.fromkeys(line.split()[1] for line in host_sources(base.suite).splitlines())
+    fetch_debs(lock, [*mirrors, *(url.format(date=lock.date) for url in base.snapshots)])
+
+
+def bootstrap_argv(base: Base, hook: str, target: Path) -> list[str]:
+    """Command with the packages of matrix.toml; their sources may follow."""
+    argv = ["mmdebstrap", "--quiet", "--variant=minbase", "--skip=output/dev"]
+    if KEYRING.exists():
+        argv.append(f"--keyring={KEYRING}")
+    argv += [f"--dpkgopt={rule}" for rule in EXCLUDES]
+    argv += [f"--include={','.join(base.packages)}", f"--customize-hook={hook}"]
+    return [*argv, base.suite, str(target)]
+
+
+def make_rootfs(runner: Runner, base: Base, ref: BaseRef, work: Path) -> None:
+    """Make the rootfs in ``ref.layout`` with mmdebstrap.
+
+    Raises:
+        CommandFailedError: e.g. no mirror answers.
+        DistributionNotFoundError: see ``fetch_packages``.
+    """
+    tar, layout, lock = work / "rootfs.tar", ref.layout, ref.lock
+    assert layout is not None  # noqa: S101 - no image of a registry
+    argv = bootstrap_argv(base, SCRUB, tar)
+    if lock is None:
+        sources = work / "sources.list"
+        if write_host_sources(runner, base.suite, sources):
+            argv.append(str(sources))
+    else:
+        archive = work / "debs"
+        runner.act(
+            f"fetch {len(lock.packages)} packages of {base.lock}, write an archive of them to "
+            f"{archive}",
+            lambda: _write_archive(base, lock, archive),
+        )
+        # apt compares each package with the archive's list, which is made of the lock.
+        argv.append(f"deb [trusted=yes] copy://{quote(str(archive))} ./")
+    runner.run(argv, env={"SOURCE_DATE_EPOCH": str(base.source_date_epoch)})
+    runner.act(
+        f"write the rootfs as an OCI layout to {layout}",
+        lambda: _write_layout(tar, layout, base.source_date_epoch),
+    )
+
+
+def _write_archive(base: Base, lock: BaseLock, folder: Path) -> None:
+    """An apt archive of one folder, of exactly the packages of a lock."""
+    fetch_packages(base, lock)
+    remove(folder)
+    folder.mkdir(parents=True)
+    stanzas = []
+    for package, file in zip(lock.packages, verified_debs(lock), strict=True):
+        (folder / file.name).hardlink_to(file)
+        fields = subprocess.run(
+            ["dpkg-deb", "--field", str(file)], capture_output=True, text=True, check=True
+        ).stdout
+        stanzas.append(
+            f"{fields}Filename: ./{file.name}\nSize: {package.size}\nSHA256: {package.sha256}\n"
+        )
+    packages = "\n".join(stanzas)
+    (folder / "Packages").write_text(packages)
+    digest = hashlib.sha256(packages.encode()).hexdigest()
+    date = datetime.fromtimestamp(base.source_date_epoch, UTC)
+    (folder / "Release").write_text(
+        f"Suite: {base.suite}\nCodename: {base.suite}\n"
+        f"Date: {date:%a, %d %b %Y %H:%M:%S} UTC\n"
+        f"SHA256:\n {digest} {len(packages.encode())} Packages\n"
+    )
+
+
+def lock_base(project: Project) -> BaseLock:
+    """Install the packages of matrix.toml once, and lock what that installed.
+
+    Raises:
+        BaseImageError: matrix.toml names no lock.
+        CommandFailedError: mmdebstrap failed, e.g. no mirror answers.
+    """
+    base = project.matrix.base
+    if base.lock is None:
+        raise BaseImageError(
+            "base.lock of matrix.toml names no file",
+            remedy='add e.g. lock = "docker/locks/debian-trixie.txt" to [base]',
+        )
+    date = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    with TemporaryDirectory() as folder:
+        index, installed, sources = (Path(folder, name) for name in ("index", "names", "sources"))
+        hook = LIST_HOOK.replace("INSTALLED", shlex.quote(str(installed)))
+        hook = hook.replace("INDEX", shlex.quote(str(index)))
+        argv = bootstrap_argv(base, hook, Path("/dev/null"))
+        runner = Runner()
+        if write_host_sources(runner, base.suite, sources):
+            argv.append(str(sources))
+        runner.run(argv)
+        rows = [tuple(line.split()) for line in installed.read_text().splitlines()]
+        packages = parse_index(index.read_text(), [(name, version) for name, version in rows])
+    path = project.root / base.lock
+    write_base_lock(path, base, date, packages)
+    lock = read_base_lock(project.root, base)
+    assert lock is not None  # noqa: S101 - just written
+    return lock
+
+
+def is_whole(layout: Path) -> bool:
+    """Whether a kept rootfs is there, with the bytes that were written."""
+    try:
+        image = read_image(layout)
+        verify(image)
+    except LayoutError:
+        return False
+    return has_name(image, BASE_NAME)
+
+
+def write_host_sources(runner: Runner, suite: str, path: Path) -> bool:
+    """Write this host's Debian mirrors for ``suite`` to ``path``; False where it has none.
+
+    docker/Dockerfile then finds an empty file.
+    """
+    text = host_sources(suite)
+    runner.act(
+        f"write the host's Debian mirrors, for {suite}, to {path}", lambda: _write(path, text)
+    )
+    return bool(text)
+
+
+def host_sources(suite: str) -> str:
+    """One-line apt sources of this host for another suite; empty where it is not Debian.
+
+    Without them mmdebstrap takes its own default mirrors.
+    """
+    if which("apt-get") is None or not KEYRING.exists():
+        return ""
+    rows = subprocess.run(
+        [
+            "apt-get", "indextargets", "--format", "$(ORIGIN)\t$(REPO_URI)\t$(CODENAME)",
+            "Created-By: Packages",
+        ],
+        capture_output=True, text=True, check=False,
+    ).stdout.splitlines()  # fmt: skip
+    lines = set()
+    for row in rows:
+        origin, url, codename = row.split("\t")
+        if origin.startswith("Debian") and not codename.endswith("-backports"):
+            host_suite, _, part = codename.partition("-")
+            if host_suite and part in {"", "updates", "security"}:
+                lines.add(f"deb {url} {suite}{'-' + part if part else ''} main\n")
+    return "".join(sorted(lines))
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def _write_layout(tar: Path, layout: Path, epoch: int) -> None:
+    blob = compress(tar, tar.with_suffix(".tar.gz"))
+    write_image(
+        layout,
+        layers=[ImageLayer(blob=blob, created_by="vllm-forge: rootfs")],
+        config={"Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]},
+        epoch=epoch,
+        name=BASE_NAME,
+    )
+    tar.unlink()
+
+
+def compress(tar: Path, target: Path) -> LayerBlob:
+    """Compress a plain tar into a layer blob, without a name or a time in it.
+
+    The blob is a new, read-only file: an existing ``target`` may be linked into published images.
+    """
+    plain = file_digest(tar)
+    packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31)
+    blob = hashlib.sha256()
+    with atomic_path(target) as aside:
+        with tar.open("rb") as source, aside.open("xb") as out:
+            blocks = iter(lambda: source.read(CHUNK), b"")
+            for piece in chain(map(packer.compress, blocks), (packer.flush() for _ in range(1))):
+                blob.update(piece)
+                out.write(piece)
+        aside.chmod(READ_ONLY)
+    return LayerBlob(
+        path=target,
+        digest=blob.hexdigest(),
+        diff_id=plain,
+        size=target.stat().st_size,
+    )

@@ -1,0 +1,178 @@
+"""The lock of the image's Debian packages: a row per .deb, made from the archive's signed lists."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_forge.host import atomic_path, cache_root, exclusive, read_plain
+from vllm_forge.matrix import Base
+from vllm_forge.sources.errors import DistributionNotFoundError, LockFileError
+from vllm_forge.sources.fetch import Download, download_all, verified
+from vllm_forge.sources.index import make_session
+
+AGAIN = "nox -s lock -- --base"
+ROW = re.compile(
+    r"(?P<name>[a-z0-9][a-z0-9+.-]+) (?P<version>[A-Za-z0-9.+:~-]+) (?P<architecture>[a-z0-9]+)"
+    r" (?P<sha256>[0-9a-f]{64}) (?P<size>[1-9][0-9]*)"
+    r" (?P<path>pool/(?:[A-Za-z0-9+_-][A-Za-z0-9+._~%-]*/)*[A-Za-z0-9+_-][A-Za-z0-9+._~%-]*\.deb)"
+)
+HEAD = re.compile(r"^# (?P<name>input|date): (?P<value>[0-9a-zA-Z]+)$", re.M)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebianPackage:
+    """One .deb: size in bytes, SHA-256 in hex, ``path`` below the root of its archive."""
+
+    name: str
+    version: str
+    architecture: str
+    sha256: str
+    size: int
+    path: str
+
+    @property
+    def file(self) -> Path:
+        """Where the cache has it."""
+        return cache_root() / "debs" / self.sha256 / self.path.rpartition("/")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseLock:
+    """All packages of the rootfs, sorted by name; ``digest`` is the SHA-256 of the file.
+
+    ``date``: when the archives' lists were read, as snapshot services name a state.
+    """
+
+    path: Path
+    date: str
+    packages: tuple[DebianPackage, ...]
+    digest: str
+
+
+def input_digest(base: Base) -> str:
+    """Hash of the fields of matrix.toml that the lock depends on."""
+    return hashlib.sha256(json.dumps([base.suite, sorted(base.packages)]).encode()).hexdigest()
+
+
+def read_base_lock(root: Path, base: Base) -> BaseLock | None:
+    """Parse the lock that matrix.toml names, if it names one.
+
+    Raises LockFileError: it is missing, malformed, or was made for other rows of matrix.toml.
+    """
+    if base.lock is None:
+        return None
+    path = root / base.lock
+
+    def refused(what: str, number: int | None = None) -> LockFileError:
+        where = str(path) if number is None else f"{path}:{number}"
+        return LockFileError(what, where=where, remedy=f"run: {AGAIN}")
+
+    try:
+        text = read_plain(path).decode("ascii")
+    except (OSError, ValueError) as error:
+        raise refused(f"cannot read the lock of Debian packages: {error}") from error
+    head = {match["name"]: match["value"] for match in HEAD.finditer(text)}
+    if head.get("input") != input_digest(base) or "date" not in head:
+        raise refused("the lock was not made for what matrix.toml now says of [base]")
+    packages = []
+    for number, row in enumerate(text.splitlines(), 1):
+        if row.startswith("#"):
+            continue
+        entry = ROW.fullmatch(row)
+        if entry is None:
+            raise refused(f"not a lock entry: {row[:80]}", number)
+        fields: dict[str, Any] = entry.groupdict() | {"size": int(entry["size"])}
+        packages.append(DebianPackage(**fields))
+    names = [package.name for package in packages]
+    if not names or names != sorted(set(names)):
+        raise refused("entries are missing, not sorted or not unique")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return BaseLock(path=path, date=head["date"], packages=tuple(packages), digest=digest)
+
+
+def write_base_lock(path: Path, base: Base, date: str, packages: Sequence[DebianPackage]) -> None:
+    """Write the lock; the order of ``packages`` does not matter."""
+    rows = sorted(packages, key=lambda package: package.name)
+    head = [
+        f"# Debian {base.suite}, all packages of the rootfs. Made by:",
+        f"#     {AGAIN}",
+        "# Do not edit: name, version, architecture, SHA-256, bytes, path in the archive.",
+        f"# input: {input_digest(base)}",
+        f"# date: {date}",
+    ]
+    text = [f"{p.name} {p.version} {p.architecture} {p.sha256} {p.size} {p.path}" for p in rows]
+    with atomic_path(path) as aside:
+        aside.write_text("\n".join([*head, *text]) + "\n", encoding="ascii")
+
+
+def paragraphs(text: str) -> Iterator[dict[str, str]]:
+    """Fields of each paragraph of a Debian control file, first lines only."""
+    for paragraph in text.split("\n\n"):
+        lines = paragraph.splitlines()
+        if fields := dict(line.split(": ", 1) for line in lines if re.match(r"[\w-]+: ", line)):
+            yield fields
+
+
+def parse_index(text: str, installed: Sequence[tuple[str, str]]) -> list[DebianPackage]:
+    """Rows of the archive's lists for what is installed: (name, version).
+
+    Raises DistributionNotFoundError: the lists lack one.
+    """
+    wanted = set(installed)
+    known = {}
+    for fields in paragraphs(text):
+        key = (fields.get("Package", ""), fields.get("Version", ""))
+        if key in wanted and {"Architecture", "SHA256", "Size", "Filename"} <= fields.keys():
+            known[key] = DebianPackage(
+                name=key[0],
+                version=key[1],
+                architecture=fields["Architecture"],
+                sha256=fields["SHA256"],
+                size=int(fields["Size"]),
+                path=fields["Filename"],
+            )
+    if missing := wanted - known.keys():
+        names = ", ".join(" ".join(key) for key in sorted(missing))
+        raise DistributionNotFoundError(f"the archive's lists have no {names}")
+    return list(known.values())
+
+
+def fetch_debs(lock: BaseLock, archives: Sequence[str]) -> None:
+    """Download what the cache lacks, each from the first archive that has it, always by hash.
+
+    Raises:
+        DistributionNotFoundError: names those that no archive has any more.
+        HashMismatchError: an archive serves other bytes.
+    """
+    downloads = [
+        Download(
+            url=urls[0],
+            mirrors=tuple(urls[1:]),
+            sha256=package.sha256,
+            size=package.size,
+            target=package.file,
+        )
+        for package in lock.packages
+        if not package.file.exists() or package.file.stat().st_size != package.size
+        for urls in [[f"{archive.rstrip('/')}/{package.path}" for archive in archives]]
+    ]
+    if not downloads:
+        return
+    with exclusive("debs", wait=True):
+        try:
+            download_all(make_session(), downloads)
+        except DistributionNotFoundError as error:
+            raise DistributionNotFoundError(
+                error.what,
+                where=", ".join(archives),
+                remedy=f"lock the current packages, which changes the image's digest: {AGAIN}",
+            ) from error
+
+
+def verified_debs(lock: BaseLock) -> list[Path]:
+    """Files of the lock, whose bytes were hashed just now; see ``fetch.verified``."""
+    return [verified(package.file, package.sha256) for package in lock.packages]

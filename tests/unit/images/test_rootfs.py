@@ -1,0 +1,184 @@
+"""What an image stands on: locked packages, current ones where those are gone, or a registry's."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.fast_build import fast_build, use
+from tests.support.project import Project as MiniProject
+from tests.support.project import make_project
+from vllm_forge.images import plan as plan_module
+from vllm_forge.images import rootfs
+from vllm_forge.images.errors import BaseImageError
+from vllm_forge.images.layout import Image
+from vllm_forge.images.rootfs import base_of
+from vllm_forge.project import Project
+from vllm_forge.sources.debian import DebianPackage, input_digest, write_base_lock
+from vllm_forge.sources.errors import (
+    DistributionNotFoundError,
+    HashMismatchError,
+    IndexUnreachableError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+LOCKED = DebianPackage(
+    name="python3", version="3.13.5-0", architecture="amd64", sha256="ab" * 32, size=1,
+    path="pool/main/p/python3_3.13.5-0_amd64.deb",
+)  # fmt: skip
+
+
+@pytest.fixture
+def mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MiniProject]:
+    """The small project with a lock of one package, which mmdebstrap is not asked to unpack."""
+    mini = make_project(tmp_path)
+    matrix = mini.root / "matrix.toml"
+    row = '[base]\nlock = "docker/locks/debian.txt"\n'
+    matrix.write_text(matrix.read_text().replace("[base]\n", row))
+    base = Project(mini.root).matrix.base
+    write_base_lock(mini.root / "docker/locks/debian.txt", base, "20261130T000000Z", [LOCKED])
+    use(mini, monkeypatch)
+    monkeypatch.setattr(
+        rootfs, "_write_archive", lambda *given: given[-1].mkdir(parents=True, exist_ok=True)
+    )
+    monkeypatch.setattr(plan_module, "fetch_packages", lambda *_: None)
+    yield mini
+    mini.index.close()
+
+
+@pytest.fixture
+def lose(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
+    """Let every archive answer with an error."""
+
+    def fail(error: Exception) -> None:
+        def fetch_packages(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(plan_module, "fetch_packages", fetch_packages)
+
+    return fail
+
+
+def label(image: Image) -> str:
+    return str(image.config["config"]["Labels"]["io.vllm-forge.base"])
+
+
+def test_image_says_which_packages_it_stands_on(mini: MiniProject) -> None:
+    lock = (mini.root / "docker/locks/debian.txt").read_bytes()
+    assert label(fast_build(mini, "alpha")[0]) == f"sha256:{hashlib.sha256(lock).hexdigest()}"
+    assert label(fast_build(mini, "alpha", base="current")[0]) == "current"
+
+
+def test_locked_is_the_default_and_the_same_image(mini: MiniProject) -> None:
+    digest = fast_build(mini, "alpha")[0].digest
+    image, fresh = fast_build(mini, "alpha", base="locked")
+    assert (image.digest, fresh) == (digest, False)
+
+
+@pytest.mark.parametrize("error", [DistributionNotFoundError, IndexUnreachableError])
+def test_lost_packages_give_an_image_of_current_ones(
+    mini: MiniProject,
+    lose: Callable[[Exception], None],
+    capsys: pytest.CaptureFixture[str],
+    error: type[Exception],
+) -> None:
+    locked = fast_build(mini, "alpha")[0].digest
+    (mini.root / "dist").rename(mini.root / "kept")
+    fresh = mini.copy(mini.root.parent / "fresh", "locks")
+    with pytest.MonkeyPatch.context() as patch:
+        use(fresh, patch)
+        lose(error("python3_3.13.5-0_amd64.deb is gone"))
+        image, _ = fast_build(fresh, "alpha")
+        shown = " ".join(capsys.readouterr().err.split())
+        assert "python3_3.13.5-0_amd64.deb is gone" in shown
+        assert "no receipt of the locked image applies" in shown
+        assert "changed python3: 3.13.5-0 -> 3.13.5-1" in shown
+        assert label(image) == "current"
+        assert image.digest != locked
+        assert not fast_build(fresh, "alpha")[1]
+
+
+@pytest.mark.parametrize("error", [DistributionNotFoundError, IndexUnreachableError])
+def test_locked_base_refuses_current_packages(
+    mini: MiniProject, lose: Callable[[Exception], None], error: type[Exception]
+) -> None:
+    lose(error("python3_3.13.5-0_amd64.deb is gone"))
+    with pytest.raises(error, match=r"python3_3\.13\.5-0_amd64\.deb is gone"):
+        fast_build(mini, "alpha", base="locked")
+    assert not (mini.root / "dist").exists()
+
+
+def test_other_bytes_are_refused_in_any_case(
+    mini: MiniProject, lose: Callable[[Exception], None]
+) -> None:
+    lose(HashMismatchError("python3 has another sha256"))
+    with pytest.raises(HashMismatchError):
+        fast_build(mini, "alpha")
+
+
+def test_kept_rootfs_asks_no_archive(mini: MiniProject, lose: Callable[[Exception], None]) -> None:
+    fast_build(mini, "alpha")
+    lose(DistributionNotFoundError("gone"))
+    assert label(fast_build(mini, "beta")[0]) != "current"
+
+
+def test_locked_without_a_lock_is_refused(tmp_path: Path) -> None:
+    base = Project.find().matrix.base.model_copy(update={"lock": None})
+    assert base_of(tmp_path, base, "rootfs").label == "current"
+    with pytest.raises(BaseImageError, match="names no lock of Debian packages"):
+        base_of(tmp_path, base, "locked")
+
+
+def test_changed_lock_is_another_rootfs(mini: MiniProject) -> None:
+    project = Project(mini.root)
+    base = project.matrix.base
+    first = base_of(mini.root, base, "locked").key
+    write_base_lock(mini.root / "docker/locks/debian.txt", base, "20261201T000000Z", [LOCKED])
+    assert base_of(mini.root, base, "locked").key == first
+    other = LOCKED.__class__(**{**vars(LOCKED), "sha256": "cd" * 32})
+    write_base_lock(mini.root / "docker/locks/debian.txt", base, "20261201T000000Z", [other])
+    assert base_of(mini.root, base, "locked").key != first
+    assert input_digest(base)
+
+
+def test_archive_has_what_dpkg_says_of_each_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An archive of one .deb, with a list that apt can check it by."""
+    tree = tmp_path / "tree"
+    (tree / "DEBIAN").mkdir(parents=True)
+    (tree / "DEBIAN" / "control").write_text(
+        "Package: tiny\nVersion: 1:2-3\nArchitecture: amd64\nMaintainer: nobody <n@example>\n"
+        "Essential: yes\nDescription: a package\n of two lines\n"
+    )
+    deb = tmp_path / "tiny_2-3_amd64.deb"
+    subprocess.run(["dpkg-deb", "--build", str(tree), str(deb)], check=True, capture_output=True)
+    content = deb.read_bytes()
+    package = DebianPackage(
+        name="tiny", version="1:2-3", architecture="amd64", size=len(content),
+        sha256=hashlib.sha256(content).hexdigest(), path="pool/tiny_2-3_amd64.deb",
+    )  # fmt: skip
+    monkeypatch.setenv("VLLM_FORGE_CACHE", str(tmp_path / "cache"))
+    package.file.parent.mkdir(parents=True)
+    deb.rename(package.file)
+    base = Project.find().matrix.base
+    write_base_lock(tmp_path / "lock.txt", base, "20261130T000000Z", [package])
+    lock = base_of(tmp_path, base.model_copy(update={"lock": "lock.txt"}), "locked").lock
+    assert lock is not None
+    rootfs._write_archive(base, lock, tmp_path / "archive")
+    text = (tmp_path / "archive" / "Packages").read_text()
+    assert text.startswith("Package: tiny\nVersion: 1:2-3\n")
+    assert "Essential: yes\n" in text
+    assert text.endswith(
+        f"Filename: ./tiny_2-3_amd64.deb\nSize: {len(content)}\nSHA256: {package.sha256}\n"
+    )
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    release = (tmp_path / "archive" / "Release").read_text()
+    assert f" {digest} {len(text.encode())} Packages\n" in release
+    assert "Codename: trixie\n" in release
