@@ -34,22 +34,29 @@ LOCKED = DebianPackage(
 )  # fmt: skip
 
 
-@pytest.fixture
-def mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MiniProject]:
-    """The small project with a lock of one package, which mmdebstrap is not asked to unpack."""
-    mini = make_project(tmp_path)
-    matrix = mini.root / "matrix.toml"
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MiniProject]:
+    """The small project with a lock of one package."""
+    made = make_project(tmp_path_factory.mktemp("made"))
+    matrix = made.root / "matrix.toml"
     row = '[base]\nlock = "docker/locks/debian.txt"\n'
     matrix.write_text(matrix.read_text().replace("[base]\n", row))
-    base = Project(mini.root).matrix.base
-    write_base_lock(mini.root / "docker/locks/debian.txt", base, "20261130T000000Z", [LOCKED])
+    base = Project(made.root).matrix.base
+    write_base_lock(made.root / "docker/locks/debian.txt", base, "20261130T000000Z", [LOCKED])
+    yield made
+    made.index.close()
+
+
+@pytest.fixture
+def mini(made: MiniProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MiniProject:
+    """With a cache of its own, and an mmdebstrap that is not asked to unpack."""
+    mini = made.copy(tmp_path / "mini")
     use(mini, monkeypatch)
     monkeypatch.setattr(
         rootfs, "_write_archive", lambda *given: given[-1].mkdir(parents=True, exist_ok=True)
     )
     monkeypatch.setattr(plan_module, "fetch_packages", lambda *_: None)
-    yield mini
-    mini.index.close()
+    return mini
 
 
 @pytest.fixture
