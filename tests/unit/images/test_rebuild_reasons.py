@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -51,6 +52,14 @@ def built(checkout: Path) -> Path:
     return checkout
 
 
+def other_package(checkout: Path) -> None:
+    """Lock apt with another hash."""
+    path = checkout / "docker" / "locks" / "debian-trixie.txt"
+    text, count = re.subn(r"(\napt \S+ \S+ )[0-9a-f]{8}", r"\g<1>00000000", path.read_text())
+    assert count == 1
+    path.write_text(text)
+
+
 def edit(path: str, old: str, new: str) -> Callable[[Path], None]:
     def change(checkout: Path) -> None:
         text = (checkout / path).read_text()
@@ -93,9 +102,14 @@ EDITS: dict[str, tuple[Callable[[Path], None], set[str], list[str]]] = {
         ["changed dockerfile: "],
     ),
     "the base": (
-        edit("matrix.toml", 'suite = "trixie"', 'suite = "forky"'),
-        {"system", "base"},
-        ["changed suite: trixie -> forky", "changed base: "],
+        edit("matrix.toml", "budget_mb = 240", "budget_mb = 241"),
+        {"base"},
+        ["changed budget_mb: 240 -> 241"],
+    ),
+    "a Debian package": (
+        other_package,
+        {"system", "debian"},
+        ["changed apt: ", "changed base: "],
     ),
 }
 
