@@ -49,7 +49,7 @@ def whole_model(source: Checkpoint) -> DeepseekV4ForCausalLM:
     config = DeepseekV4Config(**source.config)
     config._attn_implementation = "eager"
     config.dtype = torch.bfloat16
-    config._name_or_path = str(source.folder)
+    config._name_or_path = str(source.local.path)
     model = DeepseekV4ForCausalLM(config)
     linearize_moe(model)
     _, renamings, _ = get_linearize_load_mappings("deepseek_v4")

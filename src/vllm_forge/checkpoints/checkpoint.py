@@ -298,19 +298,14 @@ class Checkpoint:
         return {**self.config, QUANTIZATION: self.quantization_file}
 
     @property
-    def folder(self) -> Path:
+    def local(self) -> Folder:
+        """The source of a local checkpoint."""
         assert isinstance(self.source, Folder)  # noqa: S101 - only inspect takes other sources
-        return self.source.path
+        return self.source
 
     @property
     def shards(self) -> list[str]:
         return sorted(set(self.names.values()))
-
-    @property
-    def files(self) -> Mapping[str, Path]:
-        """The files of a local checkpoint, without links."""
-        assert isinstance(self.source, Folder)  # noqa: S101 - only inspect takes other sources
-        return self.source.files
 
     @property
     def bytes(self) -> int | None:

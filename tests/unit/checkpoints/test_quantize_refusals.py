@@ -90,15 +90,15 @@ def test_folders_in_each_other_are_refused(output: str, job: Job, tmp_path: Path
 
 def test_output_is_taken_unless_a_run_was_about_to_tidy_up(job: Job, tmp_path: Path) -> None:
     output, partial = tmp_path / "out", tmp_path / "out.partial"
-    check_output(job.source.folder, output)
+    check_output(job.source.local.path, output)
     output.mkdir()
     for leftovers in ([], ["artifact"], ["artifact", "plan.json"]):
         for name in leftovers:
             (partial / name).mkdir(parents=True, exist_ok=True)
         with pytest.raises(ResumeError, match="the output exists"):
-            check_output(job.source.folder, output)
+            check_output(job.source.local.path, output)
     (partial / "artifact").rmdir()
-    check_output(job.source.folder, output)
+    check_output(job.source.local.path, output)
 
 
 @pytest.mark.parametrize("name", ["", ".", "bf16/../..", "a/.."])
@@ -108,14 +108,14 @@ def test_an_output_without_a_name_of_its_own_exists(
     (tmp_path / "beside").mkdir()
     monkeypatch.chdir(tmp_path / "beside")
     with pytest.raises((ResumeError, UsageError), match=r"exists|in each other"):
-        check_output(job.source.folder, Path(name))
+        check_output(job.source.local.path, Path(name))
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300, "file/out"])
 def test_impossible_output_is_reported(name: str, job: Job, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot create --output"):
-        check_output(job.source.folder, tmp_path / name)
+        check_output(job.source.local.path, tmp_path / name)
 
 
 def test_dangling_link_as_output_is_rejected(job: Job, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_dangling_link_as_output_is_rejected(job: Job, tmp_path: Path) -> None:
 
 def test_a_model_that_goes_away_is_not_the_outputs_fault(job: Job, tmp_path: Path) -> None:
     for name in job.source.shards:
-        job.source.files[name].unlink()
+        job.source.local.files[name].unlink()
     with pytest.raises(ModelInputError, match="cannot be read: No such file"):
         quantize(job, tmp_path / "out")
 
@@ -143,7 +143,7 @@ class TestCommand:
         self, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         before = sorted(tmp_path.rglob("*"))
-        model = job.source.folder
+        model = job.source.local.path
         assert self._run(f"--model={model}", f"--output={tmp_path / 'out'}", "--dry-run") == 0
         said = capsys.readouterr().out
         # 2 layers of 4 experts x 3 and 5 attention projections.
@@ -169,9 +169,9 @@ class TestCommand:
     def test_what_can_be_refused_is_before_any_tool(
         self, what: str, code: int, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        model, output = job.source.folder, tmp_path / "out"
+        model, output = job.source.local.path, tmp_path / "out"
         index = model / "model.safetensors.index.json"
-        shard = job.source.files[job.source.shards[0]]
+        shard = job.source.local.files[job.source.shards[0]]
         match what:
             case "nowhere":
                 model = tmp_path / "nowhere"
@@ -208,10 +208,10 @@ class TestCommand:
     def test_a_model_of_another_kind_of_file_or_form_is_refused(
         self, what: str, job: Job, tmp_path: Path
     ) -> None:
-        model = job.source.folder
+        model = job.source.local.path
         index, shard = (
             model / "model.safetensors.index.json",
-            job.source.files[job.source.shards[0]],
+            job.source.local.files[job.source.shards[0]],
         )
         match what:
             case "pipe for a shard":

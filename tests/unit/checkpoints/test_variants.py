@@ -66,7 +66,7 @@ def only(change: dict[str, Any]) -> list[Change]:
 def test_every_row_changes_something_and_nothing_twice(
     name: str, card: Checkpoint, tmp_path: Path
 ) -> None:
-    before = tree_of(card.folder)
+    before = tree_of(card.local.path)
     changes = [
         # The small model has half of the experts; its w4a16 is not made here.
         change.model_copy(update={"drop": (change.drop or "").replace("[4-7]", "[23]") or None})
@@ -80,15 +80,15 @@ def test_every_row_changes_something_and_nothing_twice(
     edits_config = any(c.set_ or c.transform == "literal_ignore" for c in changes)
     assert same_tensors == edits_config
     assert (made.config == card.config) == (not edits_config)
-    assert tree_of(card.folder) == before
+    assert tree_of(card.local.path) == before
     assert not (tmp_path / "variant" / "manifest.json").exists()
 
 
 def test_files_that_stay_are_shared_and_read_only(card: Checkpoint, tmp_path: Path) -> None:
     apply_changes(card, only({"drop": r"^mtp\."}), tmp_path / "variant")
-    inodes = {card.files[name].stat().st_ino for name in card.shards}
+    inodes = {card.local.files[name].stat().st_ino for name in card.shards}
     variant = Checkpoint.open(tmp_path / "variant")
-    shared = [name for name in variant.shards if variant.files[name].stat().st_ino in inodes]
+    shared = [name for name in variant.shards if variant.local.files[name].stat().st_ino in inodes]
     assert len(shared) == len(card.shards) - 1
     assert all(path.stat().st_mode & 0o222 == 0 for path in (tmp_path / "variant").iterdir())
 

@@ -353,29 +353,28 @@ def kept_unquantized(profile: Profile) -> Iterator[Finding]:
 def plain_tensors(profile: Profile) -> Iterator[Finding]:
     """What is stored as it is: its shape as the config says, and numbers of the right kind."""
     aliases = {tensor.name: tensor for tensor in alias_tensors(profile.model)}
-    draft = {**profile.own_draft, **aliases}
-    for scope, wanted in ((Scope.TARGET, profile.main), (Scope.DRAFT, draft)):
-        other_shapes, other_kinds = [], []
-        for name, spec in wanted.items():
-            tensor = profile.tensors.get(name)
-            module = name.removesuffix(".weight")
-            if tensor is None or (
-                LINEAR.search(name) and profile.formats.get(module) is not Format.PLAIN
-            ):
-                continue
-            if tensor.shape != spec.shape:
-                other_shapes.append(name)
-            elif tensor.dtype not in (INTEGERS if spec.dtype == "I64" else FLOATS):
-                other_kinds.append(name)
-        if other_shapes:
-            first = other_shapes[0]
-            have, need = list(profile.tensors[first].shape), list(wanted[first].shape)
-            what = f"{summarize(other_shapes)}; {have}, not {need}"
-            yield finding("other-shape", what, scope=scope)
-        if other_kinds:
-            first = other_kinds[0]
-            what = f"{summarize(other_kinds)}; {profile.tensors[first].dtype}, not "
-            yield finding("other-numbers", what + wanted[first].dtype, scope=scope)
+    wanted = {**profile.main, **profile.own_draft, **aliases}
+    other_shapes, other_kinds = [], []
+    for name, spec in wanted.items():
+        tensor = profile.tensors.get(name)
+        kind = profile.formats.get(name.removesuffix(".weight"))
+        if tensor is None or (LINEAR.search(name) and kind is not Format.PLAIN):
+            continue
+        if tensor.shape != spec.shape:
+            other_shapes.append(name)
+        elif tensor.dtype not in (INTEGERS if spec.dtype == "I64" else FLOATS):
+            other_kinds.append(name)
+
+    def shape_of(names: list[str]) -> str:
+        have, need = profile.tensors[names[0]].shape, wanted[names[0]].shape
+        return f"{summarize(names)}; {list(have)}, not {list(need)}"
+
+    def dtype_of(names: list[str]) -> str:
+        have, need = profile.tensors[names[0]].dtype, wanted[names[0]].dtype
+        return f"{summarize(names)}; {have}, not {need}"
+
+    yield from scoped("other-shape", other_shapes, shape_of)
+    yield from scoped("other-numbers", other_kinds, dtype_of)
 
 
 NAMES = (files, drafter, experts, router, others, unknown)

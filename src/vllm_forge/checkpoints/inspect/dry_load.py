@@ -122,10 +122,9 @@ def read_answers(output: str, where: str, names: Sequence[str]) -> Answers:
     lines = output.strip().splitlines()
     try:
         data = parse_json(lines[-1])
-        faults = {name: row["fault"] for name, row in data["cases"].items() if "fault" in row}
-        if faults:
-            name, fault = next(iter(faults.items()))
-            raise DryLoadError(f"the dry load of {name} failed:\n{fault}", where=where)
+        for name, row in data["cases"].items():
+            if "fault" in row:
+                raise DryLoadError(f"the dry load of {name} failed:\n{row['fault']}", where=where)
         answers = Answers.model_validate(data)
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise DryLoadError(

@@ -14,7 +14,7 @@ import copy
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -225,12 +225,15 @@ class LayerQuantizer:
         return names
 
     def _calibrate(self, model: OneLayer, batches: Iterator[dict[str, torch.Tensor]]) -> None:
-        with _warnings() as warnings, create_session() as session, moe_calibration_context():
+        warnings: list[str] = []
+        handle = logger.add(lambda message: warnings.append(str(message)), level="WARNING")
+        with create_session() as session, moe_calibration_context():
             with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
                 recipe = CompressorRecipe.from_modifiers([self._modifier()])
                 session.initialize(model=model, recipe=recipe, start=-1)
             BasicPipeline()(model, batches, None)
             session.finalize()
+        logger.remove(handle)
         if unobserved := [text for text in warnings if UNOBSERVED in text]:
             raise QuantizedOutputError(
                 f"{len(unobserved)} scales were not calibrated: {unobserved[0]}",
@@ -270,13 +273,3 @@ def _item(name: str, value: torch.Tensor) -> TensorToWrite:
         shape=tuple(value.shape),
         chunks=lambda: (tensor_bytes(value),),
     )
-
-
-@contextmanager
-def _warnings() -> Iterator[list[str]]:
-    warnings: list[str] = []
-    handle = logger.add(lambda message: warnings.append(str(message)), level="WARNING")
-    try:
-        yield warnings
-    finally:
-        logger.remove(handle)

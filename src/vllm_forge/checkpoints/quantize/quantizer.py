@@ -58,7 +58,7 @@ def quantize(job: Job, output: Path) -> bool:
     output has the same bytes. False when an earlier run has finished, and only its work folder
     was left.
     """
-    check_output(job.source.folder, output)
+    check_output(job.source.local.path, output)
     work = Work.beside(output)
     parts = plan_parts(job.source)
     lock = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
@@ -189,14 +189,14 @@ def _plan(job: Job) -> dict[str, Any]:
     source = job.source
     rows = [[t.name, t.dtype, list(t.shape), t.shard, t.begin] for t in source.tensors.values()]
     try:
-        stats = [(name, source.files[name].stat()) for name in source.shards]
+        stats = [(name, source.local.files[name].stat()) for name in source.shards]
     except OSError as error:
         what = f"cannot be read: {error.strerror}"
         raise ModelInputError(what, where=str(error.filename)) from None
     times = [[name, each.st_size, each.st_mtime_ns] for name, each in stats]
     files = json.dumps([source.config, rows, times], sort_keys=True)
     return {
-        "model": str(source.folder.resolve()),
+        "model": str(source.local.path.resolve()),
         "model files": hashlib.sha256(files.encode()).hexdigest(),
         "recipe": [job.recipe.name, job.recipe.model_dump(mode="json", exclude={"name"})],
         "calibration data": job.calibration.record(),

@@ -303,7 +303,7 @@ def finish_artifact(work: Work, names: Sequence[str], job: Job) -> None:
     write_json(folder / CONFIG, config, ensure_ascii=False)
     with atomic_path(folder / RECIPE) as aside:
         aside.write_text(job.engine.recipe_yaml(), encoding="utf-8")
-    for name, path in sorted(source.files.items()):
+    for name, path in sorted(source.local.files.items()):
         kept = Path(name).suffix not in LEFT_OUT and name not in {CONFIG, INDEX, MANIFEST, RECIPE}
         if kept and not name.startswith("."):
             with atomic_path(folder / name) as aside:
