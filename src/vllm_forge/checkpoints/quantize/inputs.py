@@ -279,7 +279,7 @@ def tokenize(rows: Sequence[Conversation], most: int, model: Path) -> tuple[tupl
     if done.returncode == 0:
         answer = json.loads(done.stdout.splitlines()[-1])
     elif done.returncode == -signal.SIGKILL:
-        answer = {"error": f"they take more than {LIMIT_S} s of CPU time"}
+        answer = {"error": f"they take more than {LIMIT_S} s of CPU time, or the host's memory"}
     else:
         answer = {"error": f"exit code {done.returncode}: {done.stderr[-CHARACTERS:]}"}
     if "error" in answer:
