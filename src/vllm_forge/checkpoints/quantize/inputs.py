@@ -282,22 +282,17 @@ def tokenize(rows: Sequence[Conversation], most: int, model: Path) -> tuple[tupl
         answer = {"error": f"they take more than {LIMIT_S} s of CPU time, or the host's memory"}
     else:
         answer = {"error": f"exit code {done.returncode}: {done.stderr[-CHARACTERS:]}"}
+    refused = partial(ModelInputError, where=str(model))
     if "error" in answer:
-        raise ModelInputError(
-            f"tokenizer or chat template fail: {printable(answer['error'])}",
-            where=str(model),
-            remedy="take tokenizer.json, tokenizer_config.json and the template from the source",
-        )
-    tokens = [tuple(ids) for ids in answer["tokens"]]
-    vocabulary = Folder(model).config()["vocab_size"]
-    for ids in tokens:
-        if not ids or max(ids) >= vocabulary:
-            raise ModelInputError(
-                f"the tokenizer gives ids up to {max(ids)}, config.json has a vocabulary of "
-                f"{vocabulary}"
-                if ids
-                else "the tokenizer and its template make nothing of a conversation",
-                where=str(model),
-                remedy="take config.json and the tokenizer from the same model",
-            )
-    return tuple(tokens)
+        what = f"tokenizer or chat template fail: {printable(answer['error'])}"
+        remedy = "take tokenizer.json, tokenizer_config.json and the template from the source"
+        raise refused(what, remedy=remedy)
+    tokens, vocabulary = answer["tokens"], Folder(model).config()["vocab_size"]
+    remedy = "take config.json and the tokenizer from the same model"
+    if not all(tokens):
+        what = "the tokenizer and its template make nothing of a conversation"
+        raise refused(what, remedy=remedy)
+    if (largest := max(map(max, tokens), default=0)) >= vocabulary:
+        what = f"the tokenizer gives ids up to {largest}, config.json has a vocabulary of"
+        raise refused(f"{what} {vocabulary}", remedy=remedy)
+    return tuple(map(tuple, tokens))

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,20 +168,18 @@ def forecast(source: Checkpoint, recipe: Recipe) -> str:
 
 def check_output(source: Path, output: Path) -> None:
     """Refuse an output that is taken, or that would lie in the model, before any tool is needed."""
+    refused = partial(UsageError, where=str(output)[:SHOWN])
     try:
         here, there = source.resolve(), output.resolve()
         above = next((folder for folder in (there, *there.parents) if folder.exists()), there)
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, links in a circle
-        what = f"cannot create --output: {getattr(error, 'strerror', None) or error}"
-        raise UsageError(what, where=str(output)[:SHOWN]) from None
+        why = getattr(error, "strerror", None) or error
+        raise refused(f"cannot create --output: {why}") from None
     if here == there or here in there.parents or there in here.parents:
-        raise UsageError(
-            "--output and --model are folders in each other",
-            where=str(output),
-            remedy="choose an --output beside the model",
-        )
+        remedy = "choose an --output beside the model"
+        raise refused("--output and --model are folders in each other", remedy=remedy)
     if above != there and not above.is_dir():
-        raise UsageError(f"cannot create --output: {above} is not a directory", where=str(output))
+        raise refused(f"cannot create --output: {above} is not a directory")
     Work.beside(output).check()
 
 

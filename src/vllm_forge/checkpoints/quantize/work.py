@@ -121,16 +121,14 @@ class Work:
     def check(self) -> None:
         """Refuse an output that is there already, as far as that can be told without a plan."""
         if self.output.is_symlink() and not self.output.exists():
-            raise ResumeError(
-                "the output is a link to what is not there",
-                where=str(self.output),
-                remedy="name the folder itself, or delete the link",
-            )
+            remedy = "name the folder itself, or delete the link"
+            raise self._refused("the output is a link to what is not there", remedy)
         if self.output.exists() and (self.artifact.exists() or not (self.folder / PLAN).exists()):
-            raise self._exists("the output exists")
+            raise self._refused("the output exists")
 
-    def _exists(self, what: str) -> ResumeError:
-        remedy = "choose another --output, or delete that one"
+    def _refused(
+        self, what: str, remedy: str = "choose another --output, or delete that one"
+    ) -> ResumeError:
         return ResumeError(what, where=str(self.output), remedy=remedy)
 
     def begin(self, plan: dict[str, Any]) -> bool:
@@ -148,7 +146,7 @@ class Work:
             if path.read_text(encoding="utf-8") == text:
                 remove(self.folder)  # the last run was ended just before it would have
                 return False
-            raise self._exists("the output exists, made by a run that differs from this one")
+            raise self._refused("the output exists, made by a run that differs from this one")
         if path.exists():
             again = "delete that folder to start again"
             try:
