@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from vllm_forge.host import atomic_path, cache_root, exclusive, read_plain
+from vllm_forge.host import atomic_path, cache_root, exclusive
 from vllm_forge.matrix import Base
 from vllm_forge.sources.errors import DistributionNotFoundError, LockFileError
 from vllm_forge.sources.fetch import Download, download_all, verified
 from vllm_forge.sources.index import make_session
+from vllm_forge.sources.lock import read_rows
 
 AGAIN = "nox -s lock -- --base"
 ROW = re.compile(
@@ -65,33 +65,21 @@ def read_base_lock(root: Path, base: Base) -> BaseLock | None:
     """
     if base.lock is None:
         return None
-    path = root / base.lock
-
-    def refused(what: str, number: int | None = None) -> LockFileError:
-        where = str(path) if number is None else f"{path}:{number}"
-        return LockFileError(what, where=where, remedy=f"run: {AGAIN}")
-
-    try:
-        text = read_plain(path).decode("ascii")
-    except (OSError, ValueError) as error:
-        raise refused(f"cannot read the lock of Debian packages: {error}") from error
+    path, again = root / base.lock, f"run: {AGAIN}"
+    text, rows = read_rows(path, ROW, again)
     head = {match["name"]: match["value"] for match in HEAD.finditer(text)}
     if head.get("input") != input_digest(base) or "date" not in head:
-        raise refused("the lock was not made for what matrix.toml now says of [base]")
-    packages = []
-    for number, row in enumerate(text.splitlines(), 1):
-        if row.startswith("#"):
-            continue
-        entry = ROW.fullmatch(row)
-        if entry is None:
-            raise refused(f"not a lock entry: {row[:80]}", number)
-        fields: dict[str, Any] = entry.groupdict() | {"size": int(entry["size"])}
-        packages.append(DebianPackage(**fields))
-    names = [package.name for package in packages]
-    if not names or names != sorted(set(names)):
-        raise refused("entries are missing, not sorted or not unique")
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return BaseLock(path=path, date=head["date"], packages=tuple(packages), digest=digest)
+        raise LockFileError(
+            "the lock was not made for what matrix.toml now says of [base]",
+            where=str(path),
+            remedy=again,
+        )
+    return BaseLock(
+        path=path,
+        date=head["date"],
+        packages=tuple(DebianPackage(**row) for row in rows),
+        digest=hashlib.sha256(text.encode()).hexdigest(),
+    )
 
 
 def write_base_lock(path: Path, base: Base, date: str, packages: Sequence[DebianPackage]) -> None:

@@ -101,6 +101,12 @@ def read_lock(root: Path, line_name: str, line: Line, base: Base) -> Lock:
 
 def read_wheels(path: Path, again: str) -> tuple[str, tuple[LockedWheel, ...]]:
     """Text and entries of a file in the form of a lock, else LockFileError with ``again``."""
+    text, rows = read_rows(path, ENTRY, again)
+    return text, tuple(LockedWheel(**row) for row in rows)
+
+
+def read_rows(path: Path, row: re.Pattern[str], again: str) -> tuple[str, list[dict[str, Any]]]:
+    """Text of a lock, and the groups of each row: sorted by ``name``, which is unique."""
 
     def refused(what: str, number: int | None = None) -> errors.LockFileError:
         where = str(path) if number is None else f"{path}:{number}"
@@ -108,23 +114,22 @@ def read_wheels(path: Path, again: str) -> tuple[str, tuple[LockedWheel, ...]]:
 
     try:
         text = read_plain(path).decode("utf-8")
-    except ValueError as error:
-        raise refused(str(error)) from None
+    except (OSError, ValueError) as error:
+        raise refused(f"cannot read the lock: {error}") from None
     if "\r" in text:
         raise refused("the lock has CRLF line ends")
-    wheels = []
-    for number, row in enumerate(text.splitlines(), 1):
-        if not row or row.startswith("#"):
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line or line.startswith("#"):
             continue
-        entry = ENTRY.match(row)
+        entry = row.fullmatch(line)
         if entry is None:
-            raise refused(f"not a lock entry: {row[:80]}", number)
-        fields: dict[str, Any] = entry.groupdict() | {"size": int(entry["size"])}
-        wheels.append(LockedWheel(**fields))
-    names = [wheel.name for wheel in wheels]
+            raise refused(f"not a lock entry: {line[:80]}", number)
+        rows.append(entry.groupdict() | {"size": int(entry["size"])})
+    names = [entry["name"] for entry in rows]
     if names != sorted(set(names)):
         raise refused("entries are not sorted or not unique")
-    return text, tuple(wheels)
+    return text, rows
 
 
 def make_lock(root: Path, line_name: str, line: Line, base: Base, index: Index) -> Lock:

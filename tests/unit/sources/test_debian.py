@@ -114,8 +114,7 @@ def test_matrix_without_a_lock_has_none(base: Base, tmp_path: Path) -> None:
         ("amd64 ", "amd64  ", "not a lock entry"),
         ("pool/main/l/", "pool/main/../", "not a lock entry"),
         ("pool/main/l/", "/pool/main/l/", "not a lock entry"),
-        ("\nlibc6", "\n\nlibc6", "not a lock entry"),
-        ("\n", "\r\n", "not"),
+        ("\n", "\r\n", "CRLF"),
     ],
 )
 def test_edited_lock_is_refused(
@@ -130,7 +129,7 @@ def test_edited_lock_is_refused(
 
 
 def test_missing_lock_is_refused(base: Base, tmp_path: Path) -> None:
-    with pytest.raises(LockFileError, match="cannot read the lock of Debian packages"):
+    with pytest.raises(LockFileError, match="cannot read the lock"):
         read_base_lock(tmp_path, base)
 
 
