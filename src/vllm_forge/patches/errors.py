@@ -6,16 +6,12 @@ REFUSED = 40
 RED = 41
 
 
-class InstalledVersionError(ForgeError, exit_code=REFUSED):
-    """The virtual environment holds another vLLM than the line's."""
-
-
 class DirtyTreeError(ForgeError, exit_code=REFUSED):
     """Files of the installed vLLM are not the published ones."""
 
 
 class InstalledStateError(ForgeError, exit_code=REFUSED):
-    """The installed vLLM is patched already or in part, or there is nothing to revert."""
+    """The installed vLLM is another release, patched already or in part, or as published."""
 
 
 class NoEnvironmentError(ForgeError, exit_code=REFUSED):

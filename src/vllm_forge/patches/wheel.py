@@ -316,7 +316,7 @@ class Installer:
     def _state(self) -> tuple[list[str], list[str]]:
         """Files of the series, and metadata, that are as published and as patched."""
         if self.target.version not in {self.release, self.version}:
-            raise errors.InstalledVersionError(
+            raise errors.InstalledStateError(
                 f"vLLM {self.target.version} is installed, this series is for {self.release}",
                 where=str(self.site),
                 remedy=f"install vllm=={self.release}, or choose another --line",
