@@ -6,7 +6,7 @@ import math
 import re
 from pathlib import Path
 
-from vllm_forge.commands.parsers import LINE, SKU, Commands, command, directory, group, option
+from vllm_forge.commands.parsers import LINE, SKU, Commands, command, group, option
 from vllm_forge.errors import UsageError
 from vllm_forge.host import HostProbe, console
 from vllm_forge.project import Project
@@ -37,7 +37,7 @@ def register(choices: Commands) -> None:
     inputs = option(
         "--checkpoint", action="append", default=[], metavar="NAME=DIR", help="for the suite"
     )
-    inputs.add_argument("--workloads", type=directory, help="folder with prompts, for tier soak")
+    inputs.add_argument("--workloads", type=Path, help="folder with prompts, for tier soak")
     key = option("--key", type=Path, help="Ed25519 private key (PEM) that signs the receipt")
     one = command(gpu, "test", test, SKU, LINE, inputs, key)
     one.add_argument("--image", metavar="REF", help="in this image (default: the cell's own)")
@@ -126,5 +126,10 @@ def _input_folders(pairs: list[str], workloads: Path | None) -> dict[str, Path]:
             )
         folders[f"checkpoints/{name}"] = Path(folder)
     if workloads is not None:
+        if not workloads.is_dir():
+            raise UsageError(
+                f"invalid --workloads: {workloads} is not a directory",
+                remedy="give the directory with the prompts",
+            )
         folders["workloads"] = workloads
     return folders

@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from vllm_forge.errors import UsageError
@@ -59,13 +58,6 @@ def option(*names: str, **settings: Any) -> Parser:
     parent = Parser(add_help=False)
     parent.add_argument(*names, **settings)
     return parent
-
-
-def directory(text: str) -> Path:
-    """The type of an option for a directory that exists."""
-    if not (path := Path(text)).is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is not a directory")
-    return path
 
 
 SKU = option("--sku", action=_Sku, help="SKU or arch of matrix.toml, e.g. b300 or sm120")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vllm_forge.commands import parsers
 from vllm_forge.commands.parsers import EVERY_LINE, JSON, LINE, SKU, command, option
+from vllm_forge.errors import UsageError
 from vllm_forge.host import HostProbe, PlainConsole, Probe, RecordedProbe, RecordingProbe, console
 from vllm_forge.project import Project
 from vllm_forge.serve.deployment import Deployment, find_deployment, needs_of, presets_of
@@ -34,9 +35,7 @@ def register(choices: parsers.Commands) -> None:
     one.add_argument("--preset", help="default: the SKU's first")
     source = one.add_mutually_exclusive_group()
     source.add_argument("--save", type=Path, metavar="DIR", help="keep what the host's tools said")
-    source.add_argument(
-        "--replay", type=parsers.directory, metavar="DIR", help="judge what --save kept"
-    )
+    source.add_argument("--replay", type=Path, metavar="DIR", help="judge what --save kept")
     command(choices, "lint", lint, EVERY_LINE)
 
 
@@ -106,6 +105,11 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
     needs = needs_of(project.lock(cell.line_name), deployment)
     probe: Probe = RecordingProbe(HostProbe(), args.save) if args.save else HostProbe()
     if args.replay:
+        if not args.replay.is_dir():
+            raise UsageError(
+                f"invalid --replay: {args.replay} is not a directory",
+                remedy="give the directory that doctor --save wrote",
+            )
         probe = RecordedProbe(args.replay)
     findings = judge(ask_host(probe), deployment, needs)
     if args.json:
