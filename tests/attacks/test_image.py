@@ -66,7 +66,7 @@ def member(
 
 def layer(folder: Path, name: str, *members: tarfile.TarInfo) -> ImageLayer:
     tar = tar_of(folder / f"{name}.tar", *members)
-    return ImageLayer(blob=compress(tar, tar.with_suffix(".gz")), created_by=f"vllm-forge: {name}")
+    return ImageLayer(blob=compress(tar, tar.with_suffix(".gz")), name=name)
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,13 @@ done or printed. What is finished is kept under a key of its inputs, so a killed
 where it was, and a changed patch rebuilds one small layer.
 """
 
-import hashlib
 import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from vllm_forge.host import (
 )
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images.checks import (
-    LayerShare,
     check_layout,
     check_names,
     check_sizes,
@@ -56,6 +54,7 @@ from vllm_forge.images.layout import (
     Image,
     ImageLayer,
     blob_times,
+    hash_of,
     read_image,
     set_name,
     timestamp,
@@ -93,29 +92,25 @@ from vllm_forge.sources.debian import read_base_lock
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchLayer:
-    """Changed files, metadata and stack.json (``stack``), on a system; above it the ``prewarm``."""
-
-    system: System
-    stack: dict[str, Any]
-    layer: StoredLayer
-    prewarm: StoredLayer | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """An image that is complete and not checked; all layers are lowest first.
+    """An image that is complete and not checked.
 
-    ``folders``: unpacked layers that vllm-forge wrote; ``stack``: its stack.json; ``blobs``: hashes
-    of vLLM's Python files in the patched tree.
+    Attributes:
+        written: name and layer of what is above the system, lowest first, empty ones included.
+        stack: its stack.json.
+        blobs: hashes of vLLM's Python files in the patched tree.
     """
 
     image: Image
-    layers: tuple[ImageLayer, ...]
+    system: System
+    written: list[tuple[str, StoredLayer]]
     stack: dict[str, Any]
-    folders: tuple[Path, ...]
-    shares: tuple[LayerShare, ...]
     blobs: dict[str, str]
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Unpacked layers that vllm-forge wrote, lowest first."""
+        return tuple(layer.files for _, layer in self.written)
 
 
 def build_image(plan: ImagePlan, runner: Runner) -> tuple[Image, bool]:
@@ -155,12 +150,9 @@ def build_steps(plan: ImagePlan, runner: Runner) -> None:
             lambda: write_layers(cell, plan.groups, lambda: make_wheel(plan)),
         )
         system_key = system_job.result()
-    patch = runner.act(
-        "write the layer of the patches",
-        lambda: write_patch_layer(plan, load_system(system_key), wheel()),
-    )
     candidate = runner.act(
-        f"assemble the image in {plan.work}", lambda: assemble(plan, wheel(), patch())
+        f"assemble the image in {plan.work}",
+        lambda: assemble(plan, load_system(system_key), wheel()),
     )
     with (
         report("check the image inside"),
@@ -207,88 +199,57 @@ def patched_wheel(
         return build_wheel(repo, applied, path, cell.line.vllm, cache_root() / "patched" / key)
 
 
-def write_patch_layer(plan: ImagePlan, system: System, wheel: PatchedWheel) -> PatchLayer:
-    """The last, small layer, and above it the kernels that the plan brings.
-
-    Changed files, metadata, stack.json, the health check; RECORD has the hashes of slim libraries.
-    """
-    cell, prewarm = plan.cell, plan.options.prewarm
+def assemble(plan: ImagePlan, system: System, wheel: PatchedWheel) -> Candidate:
+    """Write the upper layers, the candidate's layout, and what the checks inside must find."""
+    cell, prewarm, written = plan.cell, plan.options.prewarm, wheel_layers(plan)
     epoch = cell.base.source_date_epoch
-    removed = {path: row for _, layer in wheel_layers(plan) for path, row in layer.removed.items()}
+    removed = {path: row for _, layer in written for path, row in layer.removed.items()}
     slim = {path: row for path, row in sorted(removed.items()) if row["bytes"]}
     stack = stack_record(plan, wheel, system, slim)
-    published = plan.lock.find(VLLM)
-    entries = [health_entry(), stack_entry(stack)]
-    for entry in patch_entries(Wheelhouse().path(published), wheel.path, cell.line.python):
-        content = entry.content
-        if content is not None and entry.path.endswith(".dist-info/RECORD"):
-            content = update_record(content, entry.path, slim)
-        entries.append(replace(entry, content=content))
-    entries.sort(key=lambda entry: entry.path)
-    return PatchLayer(
-        system=system,
-        stack=stack,
-        layer=write_layer(patch_key(cell, published, stack), entries, epoch),
-        prewarm=None if prewarm is None else prewarm_layer(prewarm, epoch),
-    )
-
-
-def assemble(plan: ImagePlan, wheel: PatchedWheel, patch: PatchLayer) -> Candidate:
-    """Write the candidate's layout, and what the checks inside must find."""
-    cell, wheels = plan.cell, wheel_layers(plan)
-    layers = image_layers(cell, patch, wheels)
+    patch = write_patch_layer(plan, wheel, stack)
+    written.append((cell.line.series, patch))
+    if prewarm is not None:
+        written.append(("compiled kernels", prewarm_layer(prewarm, epoch)))
+    layers = [
+        *system.layers,
+        *(ImageLayer(blob=row.blob, name=name) for name, row in written if not row.empty),
+    ]
+    config = image_config(plan, system.config, stack, layers)
     image = write_image(
-        plan.candidate,
-        layers=layers,
-        config=image_config(plan, patch.system.config, patch.stack, layers),
-        epoch=cell.base.source_date_epoch,
-        name=plan.candidate_name,
+        plan.candidate, layers=layers, config=config, epoch=epoch, name=plan.candidate_name
     )
-    write_inputs(plan.work / "inputs", expectation(cell, patch.stack))
+    write_inputs(plan.work / "inputs", expectation(cell, stack))
     remove(plan.patch_files)
-    plan.patch_files.symlink_to(patch.layer.files)
-    return Candidate(
-        image=image,
-        layers=layers,
-        stack=patch.stack,
-        folders=tuple(
-            layer.files
-            for layer in (*(layer for _, layer in wheels), patch.layer, patch.prewarm)
-            if layer is not None
-        ),
-        blobs=python_blobs(SourceRepo(), wheel.tree),
-        shares=tuple(
-            LayerShare(
-                name=layer.created_by.removeprefix("vllm-forge: "),
-                size=layer.blob.size,
-                system=number < len(patch.system.layers),
-            )
-            for number, layer in enumerate(layers)
-        ),
-    )
+    plan.patch_files.symlink_to(patch.files)
+    blobs = python_blobs(SourceRepo(), wheel.tree)
+    return Candidate(image=image, system=system, written=written, stack=stack, blobs=blobs)
 
 
 def wheel_layers(plan: ImagePlan) -> list[tuple[str, StoredLayer]]:
     """Name and layer of all groups, lowest first; written by now, empty ones included."""
-    layers = []
+    of_lock, layers = f"of {plan.cell.line.lock}", []
     for group in plan.groups:
-        layers.append((f"{group.name} wheels", require_stored(group.key)))
+        layers.append((f"{group.name} wheels {of_lock}", require_stored(group.key)))
         if group.slim_key is not None:
-            name = f"{group.name} libraries for {plan.cell.sku.arch}"
+            name = f"{group.name} libraries for {plan.cell.sku.arch} {of_lock}"
             layers.append((name, require_stored(group.slim_key)))
     return layers
 
 
-def image_layers(
-    cell: ImageCell, patch: PatchLayer, wheels: Sequence[tuple[str, StoredLayer]]
-) -> tuple[ImageLayer, ...]:
-    """All layers of an image with the line that its history shows, lowest first."""
-    named = [(f"{name} of {cell.line.lock}", layer) for name, layer in wheels if not layer.empty]
-    named.append((cell.line.series, patch.layer))
-    if patch.prewarm is not None:
-        named.append(("compiled kernels", patch.prewarm))
-    own = [ImageLayer(blob=layer.blob, created_by=f"vllm-forge: {name}") for name, layer in named]
-    return (*patch.system.layers, *own)
+def write_patch_layer(plan: ImagePlan, wheel: PatchedWheel, stack: dict[str, Any]) -> StoredLayer:
+    """Changed files, metadata, stack.json, the health check.
+
+    RECORD has the hashes of slim libraries.
+    """
+    cell, published = plan.cell, plan.lock.find(VLLM)
+    entries = [health_entry(), stack_entry(stack)]
+    for entry in patch_entries(Wheelhouse().path(published), wheel.path, cell.line.python):
+        content = entry.content
+        if content is not None and entry.path.endswith(".dist-info/RECORD"):
+            content = update_record(content, entry.path, stack["slim"])
+        entries.append(replace(entry, content=content))
+    entries.sort(key=lambda entry: entry.path)
+    return write_layer(patch_key(cell, published, stack), entries, cell.base.source_date_epoch)
 
 
 def image_config(
@@ -312,8 +273,7 @@ def bytecode_place(layers: Sequence[ImageLayer]) -> str:
     Separate for each image. All sources have one time, and Python asks only for time and size: two
     images that share a volume would run each other's code.
     """
-    digests = [layer.blob.diff_id for layer in layers]
-    return f"/cache/python/{hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]}"
+    return f"/cache/python/{hash_of([layer.blob.diff_id for layer in layers])[:16]}"
 
 
 def expectation(cell: ImageCell, stack: dict[str, Any]) -> dict[str, Any]:
@@ -352,19 +312,20 @@ def check_outside(
     plan: ImagePlan, selection: SelectionRecord | None, candidate: Candidate
 ) -> tuple[Contract | None, dict[str, Any]]:
     """What needs no running: the contract; config, labels, hashes of blobs; the layers' files."""
-    system, contract = load_system(plan.system_key).config, None
-    require_described(plan, system)
-    config = image_config(plan, system, candidate.stack, candidate.layers)
+    system, image, contract = candidate.system, candidate.image, None
+    require_described(plan, system.config)
     if selection is not None:
         contract = image_contract(
             plan.cell, selection, contents_of(candidate.folders, plan.cell.line.python)
         )
         contract.check()
     try:
-        check_layout(candidate.image, config)
+        config = image_config(plan, system.config, candidate.stack, image.layers)
+        check_layout(image, config)
     except LayoutError:
         # The cache was touched: forget what is damaged, so that the next build is whole.
-        forget_damaged(layer.blob for layer in candidate.layers)
+        forget_damaged(layer.blob for layer in system.layers)
+        forget_damaged(layer.blob for _, layer in candidate.written)
         raise
     return contract, judge_layers(plan, candidate)
 
@@ -381,7 +342,10 @@ def accept(
     verdicts = judge([json.dumps(layers), *outputs], check_names(compiler=compiler))
     for note in contract.notes if contract is not None else ():
         console.print(f"  [yellow]contract[/] {escape(note)}")
-    check_sizes(candidate.shares, plan.cell.line.budget_mb, plan.cell.base.budget_mb)
+    check_sizes(
+        candidate.image.layers, len(candidate.system.layers),
+        plan.cell.line.budget_mb, plan.cell.base.budget_mb,
+    )  # fmt: skip
     return verdicts
 
 
@@ -403,6 +367,7 @@ def publish(
     """Rename the candidate to its final name, then write its record."""
     if plan.base.label == CURRENT:
         _show_other_packages(plan, candidate.stack["debian"])
+    systems = len(candidate.system.layers)
     record: dict[str, Any] = {
         "digest": f"sha256:{candidate.image.digest}",
         "size": candidate.image.size,
@@ -411,7 +376,10 @@ def publish(
         "engine": plan.engine.name,
         "inputs": plan.inputs(),
         "stack": candidate.stack,
-        "layers": [asdict(share) for share in candidate.shares],
+        "layers": [
+            {"name": layer.name, "size": layer.blob.size, "system": number < systems}
+            for number, layer in enumerate(candidate.image.layers)
+        ],
         "checks": verdicts,
         "contract": contract.record() if contract is not None else None,
         "blobs": blob_times(candidate.image),

@@ -4,7 +4,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from rich.table import Table
 from vllm_forge.host import console, parse_json, remove
 from vllm_forge.images.content import wheel_groups
 from vllm_forge.images.errors import ImageCheckError, SizeBudgetError
-from vllm_forge.images.layout import Image, verify
+from vllm_forge.images.layout import Image, ImageLayer, verify
 from vllm_forge.images.store import require_stored
 from vllm_forge.images.wheels import site_packages
 from vllm_forge.kernels.coverage.contract import Contract, contract, line_record
@@ -44,15 +43,6 @@ CHECKS = frozenset({
 })  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerShare:
-    """A layer's name and compressed bytes, for the size table; ``system``: rootfs or Dockerfile."""
-
-    name: str
-    size: int
-    system: bool
-
-
 def write_inputs(folder: Path, expect: dict[str, Any]) -> None:
     """The scripts and what they must find, in a folder that any user can read."""
     remove(folder)
@@ -79,14 +69,9 @@ def check_names(*, compiler: bool) -> frozenset[str]:
 
 
 def judge(outputs: Sequence[str], names: frozenset[str]) -> dict[str, Any]:
-    """Read the verdicts that the runs of image_checks.py printed.
+    """Read the verdicts ``names``, each of which must be there once, of the runs' last lines.
 
-    Args:
-        outputs: what each run printed; its last line counts.
-        names: of the verdicts, each of which must be there once.
-
-    Raises:
-        ImageCheckError: one is red, missing, unknown or there twice.
+    Raises ImageCheckError: one is red, missing, unknown or there twice.
     """
     verdicts: dict[str, Any] = {}
     for output in outputs:
@@ -128,9 +113,7 @@ def judge(outputs: Sequence[str], names: frozenset[str]) -> dict[str, Any]:
 def check_layout(image: Image, config: dict[str, Any]) -> None:
     """The parts that need no running: blobs, and the ``config`` object that was to be written.
 
-    Raises:
-        LayoutError: a blob does not match its digest.
-        ImageCheckError: the config differs from what a build writes.
+    Raises LayoutError, ImageCheckError: a blob is not its digest's; the config differs.
     """
     verify(image)
     actual = image.config["config"]
@@ -145,21 +128,20 @@ def check_layout(image: Image, config: dict[str, Any]) -> None:
         raise ImageCheckError("; ".join(problems), where=str(image.path))
 
 
-def check_sizes(shares: Sequence[LayerShare], budget_mb: int, base_budget_mb: int) -> None:
-    """Print each layer's share; refuse an image over its budget.
+def check_sizes(
+    layers: Sequence[ImageLayer], systems: int, budget_mb: int, base_budget_mb: int
+) -> None:
+    """Print each layer's share. Raises SizeBudgetError: an image is over its budget.
 
-    What is below the wheels has a budget of its own.
-
-    Raises:
-        SizeBudgetError: with both numbers.
+    The ``systems`` lowest layers have a budget of their own.
     """
-    total = sum(share.size for share in shares)
+    sizes = [layer.blob.size for layer in layers]
+    total, base = sum(sizes), sum(sizes[:systems])
     table = Table("layer", "MB", "share", title="compressed size")
-    for share in shares:
-        table.add_row(share.name, f"{share.size / MB:.1f}", f"{100 * share.size / total:.1f} %")
+    for layer, size in zip(layers, sizes, strict=True):
+        table.add_row(layer.name, f"{size / MB:.1f}", f"{100 * size / total:.1f} %")
     table.add_row("all", f"{total / MB:.1f}", f"budget {budget_mb} MB", style="bold")
     console.print(table)
-    base = sum(share.size for share in shares if share.system)
     for name, size, budget in (("image", total, budget_mb), ("system", base, base_budget_mb)):
         if size > budget * MB:
             raise SizeBudgetError(
@@ -195,12 +177,7 @@ def contents_of(folders: Sequence[Path], python: str) -> SitePackages:
 
 
 def image_contract(cell: ImageCell, recorded: SelectionRecord, contents: SitePackages) -> Contract:
-    """Compare what vLLM selects for the presets of a SKU with an image's files.
-
-    Raises:
-        UnknownFamilyError: no row has the kernels of a backend that vLLM selects.
-        UnknownFatbinError: a library's device code has an unknown layout.
-    """
+    """Compare what vLLM selects for a SKU's presets with an image's files; see ``contract``."""
     return contract(
         contents,
         cell=cell.name,

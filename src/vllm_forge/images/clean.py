@@ -24,11 +24,8 @@ LOCKS = ("prove", "selection", "inspect", "upstream")
 def clean(project: Project, *, everything: bool) -> int:
     """Delete what no line needs, or everything, downloads included; return the bytes freed.
 
-    Images in dist/ are not touched: their blobs are links of their own.
-
-    Raises:
-        BusyError: a build or a proof is running.
-        LockFileError: a line's lock cannot be read, so what it needs is not known.
+    Images in dist/ are not touched: their blobs are links of their own. Raises BusyError: a build
+    or a proof is running; LockFileError: what a line needs is not known.
     """
     cache, matrix = cache_root(), project.matrix
     builds = [

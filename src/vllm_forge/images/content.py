@@ -5,11 +5,12 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.images.layout import hash_of
 from vllm_forge.images.wheels import Entry, merge, site_packages, wheel_entries
 from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import PatchedWheel
@@ -53,7 +54,11 @@ def wheel_groups(cell: ImageCell, lock: Lock) -> tuple[WheelGroup, ...]:
         name: [] for name in (*(r.name for r in cell.layers), VLLM)
     }
     for wheel in lock.wheels:
-        rules = (rule.name for rule in cell.layers if _matches(wheel.name, rule.match))
+        rules = (
+            rule.name
+            for rule in cell.layers
+            if any(fnmatch.fnmatchcase(wheel.name, pattern) for pattern in rule.match)
+        )
         members[VLLM if wheel.name == VLLM else next(rules)].append(wheel)
     with_code = {rule.name for rule in cell.layers if rule.code} | {VLLM}
     return tuple(
@@ -61,10 +66,6 @@ def wheel_groups(cell: ImageCell, lock: Lock) -> tuple[WheelGroup, ...]:
         for name, wheels in members.items()
         if wheels
     )
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def group_entries(name: str, paths: Sequence[Path], python: str) -> list[Entry]:
@@ -178,7 +179,7 @@ def patch_key(cell: ImageCell, published: LockedWheel, record: dict[str, Any]) -
     """Key of the last layer."""
     health = hashlib.sha256(HEALTH.read_bytes()).hexdigest()
     fields = [FORMAT, cell.base.source_date_epoch, published.sha256, record, health]
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return hash_of(fields, sort_keys=True)
 
 
 def _changes_with_series(path: str) -> bool:
@@ -194,10 +195,6 @@ def _group(cell: ImageCell, name: str, wheels: Sequence[LockedWheel], *, code: b
         name == VLLM,
         [wheel.sha256 for wheel in wheels],
     ]
-    key = _digest([*fields, "code apart"] if code else fields)
-    slim_key = _digest([SLIM_FORMAT, key, cell.sku.compute_capability]) if code else None
+    key = hash_of([*fields, "code apart"] if code else fields)
+    slim_key = hash_of([SLIM_FORMAT, key, cell.sku.compute_capability]) if code else None
     return WheelGroup(name=name, wheels=tuple(wheels), key=key, slim_key=slim_key)
-
-
-def _digest(fields: Sequence[object]) -> str:
-    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()

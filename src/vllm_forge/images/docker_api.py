@@ -49,10 +49,8 @@ def require_version(text: str, oldest: tuple[int, int], engine: str) -> None:
 def check_daemon() -> None:
     """Require a daemon that buildx can build with and that loads OCI layouts.
 
-    Raises:
-        EngineUnreachableError: it does not answer.
-        EngineTooOldError: it is older than docker 25.
-        EngineSetupError: it is podman, or it has the classic image store.
+    Raises EngineUnreachableError, EngineTooOldError, or, for podman and the classic image store,
+    EngineSetupError.
     """
     with _client() as client:
         version, info = client.version(), client.info()

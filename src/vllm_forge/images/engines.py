@@ -62,12 +62,10 @@ class ContainerRun:
     """A command to run in an image: no network, read-only root, no capabilities, image's user.
 
     Attributes:
-        layout: the image's OCI layout, for engines that load it.
-        name: what the layout's index calls it.
+        layout: the image's, loaded as ``name`` by engines that do so.
         lower_dirs: unpacked layers, highest first, for engines that mount.
         config: ``config`` object of the image, for engines that mount; None: the layout's.
         inputs: folder that is mounted at /mnt.
-        argv: the command.
         user: ``uid:gid``; empty: the image's.
         seconds: after which it is ended: code of the image may run for ever.
         work: folder for the engine's own files; no two runs at a time share one.

@@ -80,10 +80,8 @@ def stamp(path: Path, mode: int, crc: int) -> None:
 class TarWriter(ABC):
     """A tar, entry by entry, and a copy of its files; a subclass compresses the tar's bytes.
 
-    Args:
-        folder: the tar goes there under the name of its type, the copy to ``files``, which has the
-            folders already.
-        epoch: modification time of every entry of the tar, Unix seconds.
+    In ``folder``, the tar gets the name of its type; ``files``, the copy, has the folders already.
+    ``epoch`` is the modification time of every entry of the tar, Unix seconds.
     """
 
     media_type = ""

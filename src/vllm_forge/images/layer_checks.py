@@ -16,7 +16,7 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -68,7 +68,6 @@ def system_files(layers: Sequence[ImageLayer]) -> dict[str, SystemFile]:
     """Path -> entry of the image that these layers, lowest first, make; whiteouts are applied."""
     files: dict[str, SystemFile] = {}
     for layer in layers:
-        name = layer.created_by.removeprefix("vllm-forge: ")
         with tarfile.open(layer.blob.path, "r:gz") as tar:
             for info in tar:
                 path = posixpath.normpath(info.name).lstrip("/")
@@ -83,7 +82,7 @@ def system_files(layers: Sequence[ImageLayer]) -> dict[str, SystemFile]:
                 key = info.isreg() and path.endswith(KEY_FILES)
                 content = tar.extractfile(info) if key else None
                 private = content is not None and bool(PRIVATE_KEY.search(content.read()))
-                files[path] = SystemFile(layer=name, info=info, private_key=private)
+                files[path] = SystemFile(layer=layer.name, info=info, private_key=private)
     files.pop(".", None)
     return files
 
@@ -114,12 +113,9 @@ def is_bytecode(path: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFiles:
-    """An image's files by origin.
+    """An image's files by origin: ``system`` made by others, ``folders`` unpacked, lowest first.
 
-    Attributes:
-        system: of the layers that an engine or mmdebstrap made.
-        folders: unpacked layers that vllm-forge wrote, lowest first.
-        python: of the environment, e.g. ``3.13``.
+    ``python`` is the version of the environment, e.g. ``3.13``.
     """
 
     system: Mapping[str, SystemFile]
@@ -193,10 +189,7 @@ def packages(files: ImageFiles, expected: Mapping[str, str]) -> str:
 def tree(files: ImageFiles, blobs: Mapping[str, str], changed: Mapping[str, str]) -> str:
     """Every Python file of vLLM is the one in the patched source tree.
 
-    Args:
-        files: of the image.
-        blobs: path -> git blob hash, of the tree's Python files.
-        changed: paths of the patched files.
+    ``blobs``: path -> git blob hash of the tree's; ``changed``: paths of the patched ones.
     """
     seen = 0
     for path, blob in blobs.items():
@@ -258,13 +251,11 @@ def wheel_files(
 ) -> str:
     """Each file of the wheels has one owner, lies where it may, and hides none of another's.
 
-    Args:
-        files: of the image.
-        blobs: vLLM's Python files by the source tree.
-        rows: exceptions of this line; one that nothing needs is refused.
-        wheel_path: locked distribution -> its wheel.
+    ``rows``: exceptions of this line, of which one that nothing needs is refused; ``wheel_path``:
+    locked distribution -> its wheel.
     """
-    problems, used, judge = [], set(), _WheelJudge(files, blobs, wheel_path)
+    problems, used = [], set()
+    judge = _WheelJudge(files=files, blobs=blobs, wheel_path=wheel_path)
     for path in files.written:
         owners, below = files.owners.get(path, []), files.inside(path)
         row = next(
@@ -281,33 +272,32 @@ def wheel_files(
     return f"{len(files.written)} files, {len(rows)} exceptions"
 
 
+@dataclass(frozen=True, kw_only=True)
 class _WheelJudge:
-    """What is wrong with a path of the written layers."""
+    """What is wrong with a path of the written layers; see ``wheel_files``."""
 
-    def __init__(
-        self,
-        files: ImageFiles,
-        blobs: Mapping[str, str],
-        wheel_path: Callable[[str], Path | None],
-    ) -> None:
-        self._files = files
-        self._sources = {*blobs, GENERATED}
-        self._wheel_path = wheel_path
-        self._entries: dict[str, dict[str, Entry]] = {}
-        self._folders: dict[str, str] = {}
-        self._programs = {
-            posixpath.basename(path) for path in files.system if posixpath.dirname(path) in PROGRAMS
-        }
+    files: ImageFiles
+    blobs: Mapping[str, str]
+    wheel_path: Callable[[str], Path | None]
+    entries: dict[str, dict[str, Entry]] = field(default_factory=dict)  # of wheels that were read
+    folders: dict[str, str] = field(default_factory=dict)  # what hides them
+
+    @cached_property
+    def programs(self) -> set[str]:
+        """Names of the system's programs."""
+        paths = map(posixpath.split, self.files.system)
+        return {name for folder, name in paths if folder in PROGRAMS}
 
     def problem(self, path: str, owners: Sequence[str]) -> str:
         """Why a file may not be there; empty if it may."""
-        files = self._files
+        files = self.files
         below, name = files.inside(path), posixpath.basename(path)
         top = below.partition("/")[0]
         in_vllm = top == VLLM
         own = path.startswith(OWN) or files.written[path].is_symlink()
-        other = f"{files.site}/{CUDA_PROGRAMS}/{name}"  # a folder of PATH after the environment's
-        hidden = name in self._programs or name.startswith(DRIVER_PROGRAMS)
+        on_path = (f"{VENV}/bin", f"{files.site}/{CUDA_PROGRAMS}")  # before the system's
+        other = f"{on_path[1]}/{name}"
+        hidden = name in self.programs or name.startswith(DRIVER_PROGRAMS)
         hidden = hidden or (other != path and other in files.written)
         starts = top.partition(".")[0] in START_MODULES or (
             top == below and top.endswith(START_FILES)
@@ -315,48 +305,45 @@ class _WheelJudge:
         problems = {
             "file that no RECORD lists": not owners and not own,
             "bytecode": is_bytecode(path) or "/__pycache__/" in path,
-            "program that hides another": hidden and self._on_path(path),
+            "program that hides another": hidden and posixpath.dirname(path) in on_path,
             "file that runs when Python starts": starts,
             "file in the metadata of another wheel": top.endswith(".dist-info")
             and owners != [distribution(top)],
             "file in the package vllm": in_vllm and owners != [VLLM],
             "module that the source tree lacks": in_vllm
             and below.endswith(".py")
-            and below not in self._sources,
+            and below not in self.blobs
+            and below != GENERATED,
             "file with different content": len(owners) > 1 and self._differ(path, owners),
         }
         return self._hides(path) or next((why for why, bad in problems.items() if bad), "")
 
-    def _on_path(self, path: str) -> bool:
-        folders = (f"{VENV}/bin", f"{self._files.site}/{CUDA_PROGRAMS}")
-        return posixpath.dirname(path) in folders
-
     def _hides(self, path: str) -> str:
-        system = self._files.system
+        system = self.files.system
         if path in system:
             return f"file that hides one of {system[path].layer}"
         folder = posixpath.dirname(path)
-        if folder not in self._folders:
+        if folder not in self.folders:
             why, parent = "", folder
             while parent and not why:
                 entry = system.get(parent)
                 if entry is not None and not entry.info.isdir():
                     why = f"file that replaces /{parent} of {entry.layer}"
-                elif parent in self._files.written:
+                elif parent in self.files.written:
                     why = f"file below another file, /{parent}"
                 parent = posixpath.dirname(parent)
-            self._folders[folder] = why
-        return self._folders[folder]
+            self.folders[folder] = why
+        return self.folders[folder]
 
     def _differ(self, path: str, owners: Sequence[str]) -> bool:
         """Compare the wheels: a RECORD may have another hash than its file."""
         contents = set()
         for owner in owners:
-            if owner not in self._entries:
-                wheel = self._wheel_path(owner)
-                rows = wheel_entries(wheel, self._files.python) if wheel is not None else []
-                self._entries[owner] = {entry.path: entry for entry in rows}
-            if (entry := self._entries[owner].get(path)) is None:
+            if owner not in self.entries:
+                wheel = self.wheel_path(owner)
+                rows = wheel_entries(wheel, self.files.python) if wheel is not None else []
+                self.entries[owner] = {entry.path: entry for entry in rows}
+            if (entry := self.entries[owner].get(path)) is None:
                 return True
             contents.add(_digest(entry))
         return len(contents) > 1
@@ -377,24 +364,26 @@ def _refuse(problems: Sequence[str]) -> None:
         raise AssertionError("\n  ".join(problems[:SHOWN]) + more)
 
 
-def check_layers(
-    files: ImageFiles,
-    record: dict[str, Any],
-    blobs: Mapping[str, str],
-    rows: Sequence[WheelFile],
-    wheel_path: Callable[[str], Path | None],
-) -> dict[str, dict[str, Any]]:
-    """All checks; name -> ``passed``, ``detail`` and ``seconds``, as those inside print it.
+def judge_layers(plan: ImagePlan, candidate: Candidate) -> dict[str, dict[str, Any]]:
+    """All checks of an image that is complete.
 
-    ``record`` is stack.json; see ``tree`` and ``wheel_files`` for the others.
+    Name -> ``passed``, ``detail`` and ``seconds``, as those inside print it.
     """
+    record, blobs = candidate.stack, candidate.blobs
+    files = ImageFiles(
+        system=system_files(candidate.system.layers),
+        folders=candidate.folders,
+        python=plan.cell.line.python,
+    )
+    rows = [r for r in plan.project.matrix.wheel_file if plan.cell.line_name in r.lines]
+    paths = {wheel.name: Wheelhouse().path(wheel) for wheel in plan.lock.wheels}
     checks: dict[str, Callable[[], str]] = {
         "packages": lambda: packages(files, record["packages"]),
         "tree": lambda: tree(files, blobs, record["changed_files"]),
         "stack": lambda: stack(files, record),
         "hygiene": lambda: hygiene(files),
         "system": lambda: system(files),
-        "wheel-files": lambda: wheel_files(files, blobs, rows, wheel_path),
+        "wheel-files": lambda: wheel_files(files, blobs, rows, paths.get),
     }
     verdicts = {}
     for name, check in checks.items():
@@ -406,17 +395,3 @@ def check_layers(
         seconds = round(time.monotonic() - start, 2)
         verdicts[name] = {"passed": passed, "detail": detail, "seconds": seconds}
     return verdicts
-
-
-def judge_layers(plan: ImagePlan, candidate: Candidate) -> dict[str, dict[str, Any]]:
-    """Check the layers of an image that is complete; see ``check_layers``."""
-    shares = zip(candidate.layers, candidate.shares, strict=True)
-    system = system_files([layer for layer, share in shares if share.system])
-    paths = {wheel.name: Wheelhouse().path(wheel) for wheel in plan.lock.wheels}
-    return check_layers(
-        ImageFiles(system=system, folders=candidate.folders, python=plan.cell.line.python),
-        candidate.stack,
-        candidate.blobs,
-        [r for r in plan.project.matrix.wheel_file if plan.cell.line_name in r.lines],
-        paths.get,
-    )

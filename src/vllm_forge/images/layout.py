@@ -17,15 +17,16 @@ CONFIG = "application/vnd.oci.image.config.v1+json"
 # The tag, as skopeo reads it; and the full name, as `docker load` does.
 REF_NAME = "org.opencontainers.image.ref.name"
 IMAGE_NAME = "io.containerd.image.name"
+AUTHOR = "vllm-forge: "  # begins a layer's line in the history
 VERSION = b'{"imageLayoutVersion":"1.0.0"}'
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLayer:
-    """A blob of an image, and its line in the image's history."""
+    """A blob of an image, and what the image's history calls it."""
 
     blob: LayerBlob
-    created_by: str
+    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class Image:
                     size=row["size"],
                     media_type=row["mediaType"],
                 ),
-                created_by=entry["created_by"],
+                name=entry["created_by"].removeprefix(AUTHOR),
             )
             for row, diff_id, entry in zip(self.manifest["layers"], diff_ids, history, strict=True)
         )
@@ -86,7 +87,9 @@ def write_image(
         "architecture": "amd64",
         "config": config,
         "created": created,
-        "history": [{"created": created, "created_by": layer.created_by} for layer in layers],
+        "history": [
+            {"created": created, "created_by": f"{AUTHOR}{layer.name}"} for layer in layers
+        ],
         "os": "linux",
         "rootfs": {
             "diff_ids": [f"sha256:{layer.blob.diff_id}" for layer in layers],
@@ -226,6 +229,11 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if record.pop("seal") != hashlib.sha256(_canonical(record)).hexdigest():
         raise ValueError("the record was changed after it was written")
     return record
+
+
+def hash_of(value: object, *, sort_keys: bool = False) -> str:
+    """SHA-256 of a JSON value, hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=sort_keys).encode()).hexdigest()
 
 
 def hex_digest(digest: str) -> str:

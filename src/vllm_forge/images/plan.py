@@ -1,7 +1,6 @@
 """What would be built, and why: a cell's inputs resolved, without network, engine or a write."""
 
-import hashlib
-import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from vllm_forge.images.checks import (
 from vllm_forge.images.content import CONFIG_FORMAT, FORMAT, HEALTH, WheelGroup, wheel_groups
 from vllm_forge.images.engines import ContainerRun, Engine
 from vllm_forge.images.errors import BuildRecordError, LayoutError
-from vllm_forge.images.layout import Image, blob_times, has_name, read_image
+from vllm_forge.images.layout import Image, blob_times, has_name, hash_of, read_image
 from vllm_forge.images.prewarm import ENTRYPOINT, Prewarm, prewarm_key
-from vllm_forge.images.record import Inputs, compare, hash_of, kept_digest, read_record
+from vllm_forge.images.record import Inputs, compare, kept_digest, read_record
 from vllm_forge.images.rootfs import (
     CURRENT,
     ROOTFS,
@@ -103,11 +102,9 @@ class ImagePlan:
 
     def checks_inside(self) -> tuple[ContainerRun, ContainerRun]:
         """The runs of the checks inside the candidate, known before it exists (dry run)."""
-        keys = [key for group in self.groups for key in group.keys]
-        if self.options.prewarm is None:
-            compiled = []
-        else:
-            compiled = [prewarm_key(self.options.prewarm, self.cell.base.source_date_epoch)]
+        keys, prewarm = [key for group in self.groups for key in group.keys], self.options.prewarm
+        epoch = self.cell.base.source_date_epoch
+        compiled = [] if prewarm is None else [prewarm_key(prewarm, epoch)]
         run = ContainerRun(
             layout=self.candidate,
             name=self.candidate_name,
@@ -154,8 +151,7 @@ class ImagePlan:
     @property
     def system_key(self) -> str:
         """Hash of everything that the system image is a function of."""
-        fields = [*self.system_parts().values()]
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        return hash_of([*self.system_parts().values()], sort_keys=True)
 
     @property
     def python_key(self) -> str:
@@ -164,8 +160,7 @@ class ImagePlan:
         Patches are left out. An image with other ones may read that bytecode, as Python compares
         the size and the time of a source, which is its CRC-32 there.
         """
-        fields = [self.system_key, *(group.key for group in self.groups)]
-        return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+        return hash_of([self.system_key, *(group.key for group in self.groups)])
 
     def inputs(self) -> Inputs:
         """All that the image is a function of."""
@@ -205,20 +200,10 @@ class ImagePlan:
 
     def up_to_date(self) -> Image | None:
         """The finished image, when it was made from the same inputs and is complete."""
-        try:
-            record = read_record(self.record_path)
-            image = read_image(self.target)
-        except (BuildRecordError, LayoutError):
-            return None
-        same = (
-            record is not None
-            and not compare(record["inputs"], self.inputs())
-            and record["digest"] == f"sha256:{image.digest}"
-            and record["digest"] == kept_digest(self.record_path, record["inputs"])
-            and record["blobs"] == blob_times(image)
-            and has_name(image, self.name)
-        )
-        return image if same else None
+        with suppress(BuildRecordError):
+            if why_rebuild(self)[0] == "nothing changed":
+                return read_image(self.target)
+        return None
 
     def require_disk(self) -> None:
         """Room for what is still to be downloaded and written.
@@ -260,14 +245,22 @@ def why_rebuild(plan: ImagePlan) -> tuple[str, dict[str, tuple[str, ...]]]:
     which has no digest of a build of them; or ``changed``: the image differs from its records, or
     one of its files was touched. Then input that differs -> a sentence per part that changed.
     """
-    record = read_record(plan.record_path)
-    if record is None:
+    if (record := read_record(plan.record_path)) is None:
         return "never built", {}
     if changes := compare(record["inputs"], plan.inputs()):
         return "inputs changed", changes
-    if kept_digest(plan.record_path, record["inputs"]) is None:
+    if (kept := kept_digest(plan.record_path, record["inputs"])) is None:
         return "not in the cache", {}
-    return ("nothing changed" if plan.up_to_date() else "changed"), {}
+    try:
+        image = read_image(plan.target)
+    except LayoutError:
+        return "changed", {}
+    same = (
+        record["digest"] == kept == f"sha256:{image.digest}"
+        and record["blobs"] == blob_times(image)
+        and has_name(image, plan.name)
+    )
+    return ("nothing changed" if same else "changed"), {}
 
 
 def with_packages(plan: ImagePlan) -> ImagePlan:

@@ -6,8 +6,6 @@ ninja keep absolute paths in their caches and miss what has moved, so the place 
 name, not the content: the GPU suite compiles at the very same one (``place_of``).
 """
 
-import hashlib
-import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -18,7 +16,7 @@ from typing import Any
 from vllm_forge.host import gigabytes, open_plain
 from vllm_forge.images.errors import ForeignFileError
 from vllm_forge.images.layer import CHUNK, LayerBlob, ZstdLayerWriter
-from vllm_forge.images.layout import file_digest
+from vllm_forge.images.layout import file_digest, hash_of
 from vllm_forge.images.store import StoredLayer, keep_layer, make_folders
 
 FORMAT = 2
@@ -63,8 +61,7 @@ exec "$@"
 
 def place_of(key: Mapping[str, str]) -> str:
     """Where kernels of a stack (``gputest.bundle.cache_key``) are in a container at all times."""
-    digest = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()
-    return f"/cache/jit/{digest[:16]}"
+    return f"/cache/jit/{hash_of(dict(key), sort_keys=True)[:16]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,18 +89,13 @@ class Prewarm:
 
     def record(self) -> dict[str, Any]:
         """For stack.json."""
-        return {"sha256": self.digest, "key": dict(self.key), "bytes": self.size}
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(path.stat().st_size for path in require_plain(self.folder))
+        size = sum(path.stat().st_size for path in require_plain(self.folder))
+        return {"sha256": self.digest, "key": dict(self.key), "bytes": size}
 
 
 def prewarm_key(prewarm: Prewarm, epoch: int) -> str:
     """Key of ``prewarm_layer``."""
-    fields = [FORMAT, epoch, prewarm.digest, ENTRYPOINT]
-    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+    return hash_of([FORMAT, epoch, prewarm.digest, ENTRYPOINT])
 
 
 def prewarm_layer(prewarm: Prewarm, epoch: int) -> StoredLayer:
@@ -140,10 +132,9 @@ def _blocks(path: Path) -> Iterator[bytes]:
 def require_plain(folder: Path) -> list[Path]:
     """All files of a folder that code of a container wrote, sorted.
 
-    Raises:
-        ForeignFileError: a link, FIFO, device, socket, a file with a second name, a name with
-            control characters, or more than MOST bytes: such a folder could bring files of the
-            host into an image, or hold the build.
+    Raises ForeignFileError: a link, FIFO, device, socket, a file with a second name, a name with
+    control characters, or more than MOST bytes: such a folder could bring files of the host into an
+    image, or hold the build.
     """
     files, size = [], 0
     for path in sorted(folder.rglob("*")):
@@ -208,4 +199,4 @@ def tree_digest(folder: Path) -> str:
             content = file_digest(path)
         if content:
             rows.append((path.relative_to(folder).as_posix(), bool(mode & 0o111), content))
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return hash_of(rows)

@@ -4,14 +4,13 @@ Who may write ``dist/`` could swap an image together with its record. So the cac
 under the hash of the cell's name and inputs, and an image counts as built only where both agree.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from vllm_forge.host import atomic_path, cache_root, console, parse_json, read_plain
 from vllm_forge.images.errors import BuildRecordError
-from vllm_forge.images.layout import read_sealed, write_sealed
+from vllm_forge.images.layout import hash_of, read_sealed, write_sealed
 
 SHORT = 12
 HEX = set("0123456789abcdef")
@@ -82,11 +81,6 @@ def built_digest(path: Path) -> str | None:
             remedy="the record was changed after the build: delete it and build again",
         )
     return kept
-
-
-def hash_of(part: object) -> str:
-    """SHA-256 of a JSON value, hex; the order of keys counts."""
-    return hashlib.sha256(json.dumps(part).encode()).hexdigest()
 
 
 def compare(old: Inputs, new: Inputs) -> dict[str, tuple[str, ...]]:

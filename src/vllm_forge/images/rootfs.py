@@ -5,14 +5,12 @@ give another rootfs, and so an image with another digest. A registry image can b
 """
 
 import hashlib
-import json
 import re
 import shlex
 import subprocess
 import zlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import quote
@@ -24,6 +22,7 @@ from vllm_forge.images.layout import (
     ImageLayer,
     file_digest,
     has_name,
+    hash_of,
     read_image,
     verify,
     write_image,
@@ -91,7 +90,7 @@ def rootfs_key(base: Base, lock: BaseLock | None) -> str:
     fields = [base.suite, packages, base.source_date_epoch, EXCLUDES, SCRUB, GZIP_LEVEL]
     if lock is not None:
         fields.append([package.sha256 for package in lock.packages])
-    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+    return hash_of(fields)
 
 
 def base_of(root: Path, base: Base, choice: str) -> BaseRef:
@@ -285,7 +284,7 @@ def _write_layout(tar: Path, layout: Path, epoch: int) -> None:
     blob = compress(tar, tar.with_suffix(".tar.gz"))
     write_image(
         layout,
-        layers=[ImageLayer(blob=blob, created_by="vllm-forge: rootfs")],
+        layers=[ImageLayer(blob=blob, name="rootfs")],
         config={"Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]},
         epoch=epoch,
         name=BASE_NAME,
@@ -298,19 +297,16 @@ def compress(tar: Path, target: Path) -> LayerBlob:
 
     The blob is a new, read-only file: an existing ``target`` may be linked into published images.
     """
-    plain = file_digest(tar)
     packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31)
-    blob = hashlib.sha256()
     with atomic_path(target) as aside:
-        with tar.open("rb") as source, aside.open("xb") as out:
-            blocks = iter(lambda: source.read(CHUNK), b"")
-            for piece in chain(map(packer.compress, blocks), (packer.flush() for _ in range(1))):
-                blob.update(piece)
-                out.write(piece)
+        with tar.open("rb") as source, aside.open("xb") as blob:
+            while block := source.read(CHUNK):
+                blob.write(packer.compress(block))
+            blob.write(packer.flush())
         aside.chmod(READ_ONLY)
     return LayerBlob(
         path=target,
-        digest=blob.hexdigest(),
-        diff_id=plain,
+        digest=file_digest(target),
+        diff_id=file_digest(tar),
         size=target.stat().st_size,
     )

@@ -122,10 +122,8 @@ def write_layer(
     ``key`` is the hash of all that it is a function of, ``epoch`` the time of all entries, Unix
     seconds; ``code_apart``: files with device code are left out, and unpacked to ``code``.
 
-    Raises:
-        HashMismatchError: a wheel's member does not inflate to what the zip says.
-        WheelError: a member is not what RECORD says.
-        UnknownFatbinError: a library's device code has an unknown layout.
+    Raises HashMismatchError, WheelError, UnknownFatbinError: a member is not what the zip or RECORD
+    says; or a library's device code has an unknown layout.
     """
 
     def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:

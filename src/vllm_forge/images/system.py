@@ -5,7 +5,6 @@ The base is our own rootfs, or a registry image pinned by digest.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import tarfile
@@ -20,7 +19,7 @@ from vllm_forge.host.errors import CacheError
 from vllm_forge.images.engines import SystemOutput
 from vllm_forge.images.errors import BaseImageError, ImageCheckError, LayoutError
 from vllm_forge.images.layer import plain_digest
-from vllm_forge.images.layout import ImageLayer, has_name, read_image, write_image
+from vllm_forge.images.layout import ImageLayer, has_name, hash_of, read_image, write_image
 from vllm_forge.images.prewarm import tree_digest
 from vllm_forge.images.rootfs import compress, is_whole, make_rootfs, write_host_sources
 from vllm_forge.sources.debian import paragraphs
@@ -58,7 +57,7 @@ class System:
     def digest(self) -> str:
         """SHA-256 over the layers and the config, hex."""
         parts = [layer.blob.digest for layer in self.layers]
-        return hashlib.sha256(json.dumps([parts, self.config], sort_keys=True).encode()).hexdigest()
+        return hash_of([parts, self.config], sort_keys=True)
 
 
 def system_folder(key: str) -> Path:
@@ -203,7 +202,7 @@ def _keep(plan: ImagePlan, output: SystemOutput) -> None:
         write_plain(tar, plain)
         blob = compress(plain, plain.with_suffix(".tar.gz"))
         plain.unlink()
-        layers.append(ImageLayer(blob=blob, created_by=f"vllm-forge: {source}"))
+        layers.append(ImageLayer(blob=blob, name=source))
     notes = {
         "debian": _debian_packages(output.tars),
         "root_digest": "" if output.root is None else tree_digest(output.root),

@@ -11,9 +11,9 @@ what changed, are a layer of the SKU's own.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,37 +95,20 @@ def _write_group(group: WheelGroup, cell: ImageCell, *, slim: bool) -> None:
         write_slim_layer(slim_key, whole, (major, minor), epoch)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """Foreign code of one library.
-
-    Attributes:
-        ranges: (offset, size) of what becomes zeros, ascending, not overlapping.
-        targets: what it was compiled for, e.g. ``cubin 80`` -> bytes.
-    """
-
-    ranges: tuple[tuple[int, int], ...]
-    targets: dict[str, int]
-
-    @property
-    def size(self) -> int:
-        """Bytes that become zeros."""
-        return sum(size for _, size in self.ranges)
-
-
-def cut(content: bytes | mmap, name: str, capability: tuple[int, int]) -> Cut:
+def cut(
+    content: bytes | mmap, name: str, capability: tuple[int, int]
+) -> tuple[list[tuple[int, int]], dict[str, int]]:
     """What of a library cannot run on a compute capability.
 
-    Raises UnknownFatbinError: it has some in an unknown layout.
+    Returns (offset, size) of each part, ascending, not overlapping; and what it was compiled for,
+    e.g. ``cubin 80`` -> bytes. Raises UnknownFatbinError: some is in an unknown layout.
     """
-    targets: dict[str, int] = {}
-    ranges = []
-    for code in device_code(content, name):
-        if not runs_on(code.target, code.kind, capability):
-            target = f"{code.kind} {code.target}"
-            targets[target] = targets.get(target, 0) + code.size
-            ranges.append((code.offset, code.size))
-    return Cut(ranges=tuple(sorted(ranges)), targets=dict(sorted(targets.items())))
+    codes = device_code(content, name)
+    foreign = [code for code in codes if not runs_on(code.target, code.kind, capability)]
+    targets = Counter[str]()
+    for code in foreign:
+        targets[f"{code.kind} {code.target}"] += code.size
+    return sorted((code.offset, code.size) for code in foreign), dict(sorted(targets.items()))
 
 
 def pieces(content: bytes | mmap, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
@@ -177,17 +160,17 @@ def _add(
     """Add one library; return what it lacks."""
     digest = hashlib.sha256()
     with mapped(source) as content:
-        foreign = cut(content, source.name, capability)
+        ranges, targets = cut(content, source.name, capability)
 
         def hashed() -> Iterator[bytes]:
-            for piece in pieces(content, foreign.ranges):
+            for piece in pieces(content, ranges):
                 digest.update(piece)
                 yield piece
 
         layer.stream(name, len(content), source.stat().st_mode & 0o777, hashed())
     return {
-        "bytes": foreign.size,
-        "targets": foreign.targets,
+        "bytes": sum(targets.values()),
+        "targets": targets,
         "sha256": record_hash(digest.digest()),
     }
 

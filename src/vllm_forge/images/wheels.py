@@ -57,15 +57,10 @@ UNREADABLE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One file or link to be in the image; exactly one of the three sources is set.
+    """One file or link to be in the image, its path relative to the root.
 
-    Attributes:
-        path: relative to the root.
-        mode: permission bits.
-        content: its bytes, or
-        member: the member of the zip ``archive`` that holds them, or
-        link: the target of a symbolic link.
-        recorded: hash that ``member`` must have, ``sha256=...``; empty if RECORD has none.
+    It has one of: ``content``; a ``member`` of the zip ``archive``, with the hash ``recorded``
+    (``sha256=...``, empty if RECORD has none); ``link``, the target of a symbolic link.
     """
 
     path: str

@@ -67,7 +67,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
         writer.directory("work")
         writer.data("work/data", b"data" * 1000)
         upper = writer.close()
-    layers = [ImageLayer(blob=blob, created_by="test") for blob in (lower, upper)]
+    layers = [ImageLayer(blob=blob, name="test") for blob in (lower, upper)]
     yield write_image(
         work / "layout", layers=layers, config=CONFIG, epoch=EPOCH, name="localhost/test:1"
     )

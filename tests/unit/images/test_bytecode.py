@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def layer(diff_id: str) -> ImageLayer:
     blob = LayerBlob(path=Path(), digest="d", diff_id=diff_id, size=1)
-    return ImageLayer(blob=blob, created_by="x")
+    return ImageLayer(blob=blob, name="x")
 
 
 def test_bytecode_folder_depends_on_all_layers() -> None:

@@ -38,9 +38,7 @@ def layers() -> list[ImageLayer]:
     made = []
     for name in ("lower", "upper"):
         entries = [Entry(path=f"{name}/file", content=name.encode() * 500)]
-        made.append(
-            ImageLayer(blob=write_layer(name, entries, EPOCH).blob, created_by=f"by {name}")
-        )
+        made.append(ImageLayer(blob=write_layer(name, entries, EPOCH).blob, name=name))
     return made
 
 
@@ -98,7 +96,10 @@ def test_layout_follows_the_image_spec(image: Image, layers: list[ImageLayer]) -
     assert config["config"] == CONFIG
     assert config["created"] == "2025-01-01T00:00:00Z"
     assert config["rootfs"]["diff_ids"] == [f"sha256:{layer.blob.diff_id}" for layer in layers]
-    assert [item["created_by"] for item in config["history"]] == ["by lower", "by upper"]
+    assert [item["created_by"] for item in config["history"]] == [
+        "vllm-forge: lower",
+        "vllm-forge: upper",
+    ]
     for path in (image.path / "blobs" / "sha256").iterdir():
         assert file_digest(path) == hashlib.sha256(path.read_bytes()).hexdigest() == path.name
     assert image.size == config_path.stat().st_size + sum(layer.blob.size for layer in layers)
