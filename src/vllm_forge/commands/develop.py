@@ -8,9 +8,8 @@ from pathlib import Path
 
 from vllm_forge.commands.parsers import LINE, Commands, command, group
 from vllm_forge.host import atomic_path, console, report
-from vllm_forge.patches import check_line
 from vllm_forge.project import Project
-from vllm_forge.sources import SourceRepo, Wheelhouse, make_lock
+from vllm_forge.sources import Wheelhouse, make_lock
 
 
 def register(choices: Commands) -> None:
@@ -65,13 +64,8 @@ def patched(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.images import patched_wheel
 
     name, line = project.line(args.line)
-    repo, wheelhouse = SourceRepo(), Wheelhouse()
-    locked = project.lock(name)
-    applied = check_line(project, name, repo)
-    wheelhouse.fetch([locked.find("vllm")])
-    cell = project.cell(line.skus[0], name)
     with report(f"patch the wheel of line {name}"):
-        wheel = patched_wheel(cell, locked, applied, repo, wheelhouse)
+        wheel = patched_wheel(project, project.cell(line.skus[0], name))
         target = (args.output or project.root / "dist" / "wheels") / wheel.path.name
         with atomic_path(target) as aside:
             shutil.copyfile(wheel.path, aside)

@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vllm_forge.host.console import console
 from vllm_forge.host.errors import CommandFailedError, CommandLimitError, ToolMissingError
@@ -233,14 +233,7 @@ class Runner:
 class RecordingRunner(Runner):
     """The dry run: the same calls, printed to stdout, nothing done."""
 
-    def run(
-        self,
-        argv: Sequence[str],
-        *,
-        env: Mapping[str, str] | None = None,
-        cwd: Path | None = None,
-        seconds: float = DAY_S,
-    ) -> str:
+    def run(self, argv: Sequence[str], **_: Any) -> str:
         self.commands.append(list(argv))
         self._line(shlex.join(argv))
         return ""

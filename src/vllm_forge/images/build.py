@@ -85,9 +85,10 @@ from vllm_forge.kernels.coverage.contract import Contract
 from vllm_forge.kernels.selection.questions import declared_device
 from vllm_forge.kernels.selection.record import SelectionRecord
 from vllm_forge.matrix import ImageCell
-from vllm_forge.patches import Applied, build_wheel, check_line
+from vllm_forge.patches import build_wheel, check_line
 from vllm_forge.patches.wheel import PatchedWheel, python_blobs
-from vllm_forge.sources import Lock, SourceRepo, Wheelhouse
+from vllm_forge.project import Project
+from vllm_forge.sources import SourceRepo, Wheelhouse
 from vllm_forge.sources.debian import read_base_lock
 
 
@@ -147,7 +148,7 @@ def build_steps(plan: ImagePlan, runner: Runner) -> None:
         wheel = runner.act(
             f"fetch {len(plan.lock.wheels)} wheels of {cell.line.lock}, write "
             f"{len(plan.groups)} layers, apply the series, write the patched wheel",
-            lambda: write_layers(cell, plan.groups, lambda: make_wheel(plan)),
+            lambda: write_layers(cell, plan.groups, lambda: patched_wheel(plan.project, cell)),
         )
         system_key = system_job.result()
     candidate = runner.act(
@@ -180,23 +181,16 @@ def build_steps(plan: ImagePlan, runner: Runner) -> None:
     )
 
 
-def make_wheel(plan: ImagePlan) -> PatchedWheel:
-    """Apply the series; write the line's patched wheel."""
-    repo, cell = SourceRepo(), plan.cell
+def patched_wheel(project: Project, cell: ImageCell) -> PatchedWheel:
+    """Apply the series; write the line's one patched wheel, in the cache."""
+    repo, wheelhouse = SourceRepo(), Wheelhouse()
+    published = project.lock(cell.line_name).find(VLLM)
     with repo.mending():
-        applied = check_line(plan.project, cell.line_name, repo)
-        return patched_wheel(cell, plan.lock, applied, repo, Wheelhouse())
-
-
-def patched_wheel(
-    cell: ImageCell, lock: Lock, applied: Applied, repo: SourceRepo, wheelhouse: Wheelhouse
-) -> PatchedWheel:
-    """The line's one wheel, in the cache."""
-    published = lock.find(VLLM)
-    key = f"{published.sha256}-{applied.result}"
-    path = wheelhouse.verify(published)
-    with exclusive(f"patched-{key}", wait=True):  # two SKUs of a line may be built at once
-        return build_wheel(repo, applied, path, cell.line.vllm, cache_root() / "patched" / key)
+        applied = check_line(project, cell.line_name, repo)
+        wheelhouse.fetch([published])
+        key, path = f"{published.sha256}-{applied.result}", wheelhouse.verify(published)
+        with exclusive(f"patched-{key}", wait=True):  # two SKUs of a line may be built at once
+            return build_wheel(repo, applied, path, cell.line.vllm, cache_root() / "patched" / key)
 
 
 def assemble(plan: ImagePlan, system: System, wheel: PatchedWheel) -> Candidate:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -163,13 +164,9 @@ def read_image(path: Path) -> Image:
         manifest = parse_json(_hashed(blobs / digest))
         config = parse_json(_hashed(blobs / hex_digest(manifest["config"]["digest"])))
         for layer in manifest["layers"]:
-            size = (blobs / hex_digest(layer["digest"])).stat().st_size
-            if size != layer["size"]:
-                raise LayoutError(
-                    f"blob {layer['digest']} has {size} bytes, not {layer['size']}",
-                    where=str(path),
-                    remedy="delete the layout and build again",
-                )
+            blob, size = blobs / hex_digest(layer["digest"]), layer["size"]
+            if (actual := blob.stat().st_size) != size:
+                raise ValueError(f"{blob.name} has {actual} bytes, not {size}")  # noqa: TRY301
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise LayoutError(
             f"not an OCI layout with one image: {error}",
@@ -202,14 +199,16 @@ def verify(image: Image, *, unpacked: bool = False) -> None:
                 where=str(path),
                 remedy="the layout was changed after the build: delete it and build again",
             )
-    for layer in image.layers if unpacked else ():
-        if (actual := plain_digest(layer.blob)) != layer.blob.diff_id:
-            raise LayoutError(
-                f"the layer is sha256 {actual} when unpacked; the image says {layer.blob.diff_id}",
-                where=str(layer.blob.path),
-                remedy="the cache was damaged when this image was built: delete the layout, run "
-                "nox -s forge -- clean --all, and build again",
-            )
+    blobs = [layer.blob for layer in image.layers] if unpacked else []
+    with ThreadPoolExecutor() as pool:
+        for blob, actual in zip(blobs, pool.map(plain_digest, blobs), strict=True):
+            if actual != blob.diff_id:
+                raise LayoutError(
+                    f"the layer is sha256 {actual} when unpacked; the image says {blob.diff_id}",
+                    where=str(blob.path),
+                    remedy="the cache was damaged when this image was built: delete the layout, "
+                    "run nox -s forge -- clean --all, and build again",
+                )
 
 
 def write_sealed(path: Path, record: dict[str, Any]) -> None:
