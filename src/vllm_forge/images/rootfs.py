@@ -1,4 +1,4 @@
-"""The rootfs that images stand on: Debian's locked packages, unpacked by mmdebstrap.
+"""The rootfs at the bottom of images: Debian's locked packages, unpacked by mmdebstrap.
 
 From locked packages it is a function of the checkout. Where archives have lost one, current ones
 give another rootfs, and so an image with another digest. A registry image can be the base instead.
@@ -59,7 +59,7 @@ SCRUB = (
     "&& find . -xdev -name __pycache__ -prune -exec rm -rf {} + "
     "&& find . -xdev -type f -perm /6000 -exec chmod ug-s {} +"
 )
-# What a build stands on: locked packages, or current ones where those are gone; the same without
+# Base of a build: locked packages, or current ones where those are gone; the same without
 # a way out; the archive's current packages; else an image of a registry.
 ROOTFS, LOCKED, CURRENT = "rootfs", "locked", "current"
 # Of what mmdebstrap installed, the rows of the archive's signed lists.
