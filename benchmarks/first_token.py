@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = "benchmarks/results/first-token.json"
 ENGINE = "dsv4"
-TEST = "tests/gpu/mtp/test_deepseek_v4.py::test_patched_loads_and_drafts"
+TEST = "tests/gpu/mtp/test_deepseek_v4.py::test_patched_loads_and_drafts[dsv4]"
 TIME = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:INFO|WARNING) (\d\d-\d\d \d\d:\d\d:\d\d)")
 # What ends each stage; the first one begins with the process.
 STAGES = {
@@ -85,11 +85,13 @@ def row(label: str, folder: Path) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    """Write the result of the given runs."""
+    """Write the result of the given runs; rows with other labels stay."""
     pairs = [argument.partition("=") for argument in arguments]
     if not pairs or not all(folder for _, _, folder in pairs):
         sys.exit(__doc__)
-    result = {"rows": [row(label, Path(folder)) for label, _, folder in pairs]}
+    rows = {kept["start"]: kept for kept in json.loads((ROOT / RESULT).read_text())["rows"]}
+    rows |= {label: row(label, Path(folder)) for label, _, folder in pairs}
+    result = {"rows": list(rows.values())}
     with atomic_path(ROOT / RESULT) as aside:
         aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     write_pages(Project(ROOT), "docs/generated/measurements.md")
