@@ -19,9 +19,12 @@ import pytest
 import zstandard
 
 from tests.image.conftest import engines
+from tests.support.index_server import serve_folder
 from tests.support.project import CODE, LIBRARY, PATCHED, VLLM, Project, make_project
 from vllm_forge.host.files import mounted_below
 from vllm_forge.images.layout import Image, read_image, verify
+from vllm_forge.project import Project as ForgeProject
+from vllm_forge.sources.debian import read_base_lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -226,13 +229,30 @@ def test_dry_run_prints_the_commands_of_the_real_run(project: Project, tmp_path:
 
 @pytest.mark.parametrize("engine", engines() or ["none"])
 def test_two_builds_give_one_digest(project: Project, tmp_path: Path, engine: str) -> None:
-    """From nothing, twice: rootfs, system, layers and patches all made again."""
-    digests = set()
-    for number in ("first", "second"):
-        fresh = project.copy(tmp_path / number)
-        fresh.run("build", "alpha", "--engine", engine)
-        digests.add(image(fresh).digest)
-    assert len(digests) == 1
+    """From nothing, twice, of locked Debian packages: mirrors have them, then only a snapshot."""
+    first = project.copy(tmp_path / "first")
+    matrix = first.root / "matrix.toml"
+    row = '[base]\nlock = "docker/locks/debian.txt"\n'
+    matrix.write_text(matrix.read_text().replace("[base]\n", row))
+    first.run("wheels", "lock", "--base")
+    first.run("build", "alpha", "--engine", engine, "--base", "locked")
+    lock = read_base_lock(first.root, ForgeProject(first.root).matrix.base)
+    assert lock is not None
+    for package in lock.packages:
+        (file,) = (first.cache / "debs" / package.sha256).iterdir()
+        path = tmp_path / "snapshot" / lock.date / package.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.hardlink_to(file)
+    no_mirrors = tmp_path / "apt.conf"
+    no_mirrors.write_text('Dir::Etc::SourceList "/dev/null";\nDir::Etc::SourceParts "/dev/null";\n')
+    second = first.copy(tmp_path / "second")
+    matrix = second.root / "matrix.toml"
+    with serve_folder(tmp_path / "snapshot") as url:
+        row = f'[base]\nsnapshots = ["{url}{{date}}"]\n'
+        matrix.write_text(matrix.read_text().replace("[base]\n", row))
+        options = ("--engine", engine, "--base", "locked")
+        second.run("build", "alpha", *options, APT_CONFIG=str(no_mirrors))
+    assert image(first).digest == image(second).digest
 
 
 def test_push_and_pull_by_digest(built: Project, registry: str, tmp_path: Path) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import threading
 from contextlib import contextmanager
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.index_server import refusing_port
+from tests.support.index_server import refusing_port, serve_folder
 from vllm_forge.project import Project
 from vllm_forge.sources.debian import (
     BaseLock,
@@ -74,25 +71,13 @@ def lock(base: Base, tmp_path: Path) -> BaseLock:
 @contextmanager
 def archive(folder: Path, *names: str) -> Iterator[str]:
     """An archive on 127.0.0.1 that has these packages."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir()
     for name in names:
         path = folder / package(name).path
         path.parent.mkdir(parents=True)
         path.write_bytes(CONTENT[name])
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *args: object) -> None:
-            del format, args
-
-    handler = functools.partial(Quiet, directory=str(folder))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/"
-        finally:
-            server.shutdown()
-            thread.join()
+    with serve_folder(folder) as url:
+        yield url
 
 
 def test_lock_reads_what_was_written(lock: BaseLock) -> None:
