@@ -27,7 +27,7 @@ from vllm_forge.images.layout import ImageLayer
 from vllm_forge.images.rootfs import SCRUB, compress
 from vllm_forge.images.store import write_layer
 from vllm_forge.images.system import write_plain
-from vllm_forge.matrix import WheelFile
+from vllm_forge.matrix.model import WheelFile
 from vllm_forge.project import Project
 from vllm_forge.proofs.dry_load import ARGV
 from vllm_forge.proofs.environment import PYTHON

@@ -8,8 +8,9 @@ from typing import Any
 
 from vllm_forge.gputest.bundle import SuiteImage, write_bundle
 from vllm_forge.gputest.errors import RED, SuiteRedError, SuiteUndecidedError, WrongGpuError
-from vllm_forge.host import Probe, gpu_container, parse_json, run_container
+from vllm_forge.host import Probe, gpu_container, parse_json
 from vllm_forge.host.gpus import GPU_QUERY
+from vllm_forge.host.run import run_container
 from vllm_forge.images.docker_api import inspect_image
 from vllm_forge.images.errors import EngineTooOldError, EngineUnreachableError
 from vllm_forge.images.layout import hex_digest, read_image

@@ -1,33 +1,21 @@
 """The machine we run on: commands, files, locks, disk, the console."""
 
-from vllm_forge.errors import suggestion as suggestion
-from vllm_forge.host.console import PlainConsole as PlainConsole
-from vllm_forge.host.console import console as console
-from vllm_forge.host.console import gigabytes as gigabytes
-from vllm_forge.host.console import printable as printable
-from vllm_forge.host.console import report as report
-from vllm_forge.host.console import transfer_progress as transfer_progress
-from vllm_forge.host.files import READ_ONLY as READ_ONLY
-from vllm_forge.host.files import atomic_path as atomic_path
-from vllm_forge.host.files import cache_root as cache_root
-from vllm_forge.host.files import exclusive as exclusive
-from vllm_forge.host.files import link_or_copy as link_or_copy
-from vllm_forge.host.files import open_plain as open_plain
-from vllm_forge.host.files import parse_json as parse_json
-from vllm_forge.host.files import read_data as read_data
-from vllm_forge.host.files import read_plain as read_plain
-from vllm_forge.host.files import remove as remove
-from vllm_forge.host.files import require_disk as require_disk
-from vllm_forge.host.files import tree_bytes as tree_bytes
-from vllm_forge.host.files import write_json as write_json
-from vllm_forge.host.probe import HostProbe as HostProbe
-from vllm_forge.host.probe import Probe as Probe
-from vllm_forge.host.probe import RecordedProbe as RecordedProbe
-from vllm_forge.host.probe import RecordingProbe as RecordingProbe
-from vllm_forge.host.probe import Reply as Reply
-from vllm_forge.host.run import RecordingRunner as RecordingRunner
-from vllm_forge.host.run import Runner as Runner
-from vllm_forge.host.run import gpu_container as gpu_container
-from vllm_forge.host.run import run_container as run_container
-from vllm_forge.host.run import which as which
-from vllm_forge.host.run import worker_pool as worker_pool
+from vllm_forge.errors import suggestion
+from vllm_forge.host.console import PlainConsole, console, gigabytes, printable, report
+from vllm_forge.host.files import (
+    READ_ONLY,
+    atomic_path,
+    cache_root,
+    exclusive,
+    link_or_copy,
+    open_plain,
+    parse_json,
+    read_data,
+    read_plain,
+    remove,
+    require_disk,
+    tree_bytes,
+    write_json,
+)
+from vllm_forge.host.probe import HostProbe, Probe, RecordedProbe, RecordingProbe, Reply
+from vllm_forge.host.run import RecordingRunner, Runner, gpu_container, which, worker_pool

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_forge.images.content import STACK, VLLM, stack_entry
 from vllm_forge.images.layout import ImageLayer
 from vllm_forge.images.wheels import VENV, Entry, site_packages, wheel_entries
-from vllm_forge.matrix import WheelFile
+from vllm_forge.matrix.model import WheelFile
 from vllm_forge.patches.wheel import GENERATED
 from vllm_forge.sources import Wheelhouse
 

@@ -32,8 +32,9 @@ from vllm_forge.images.system import SYSTEM_FORMAT, is_kept, system_folder
 from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import Patch, read_series, read_tree_lock
 from vllm_forge.project import Project
-from vllm_forge.sources import UNPACK_RATIO, Lock, Wheelhouse
+from vllm_forge.sources import Lock, Wheelhouse
 from vllm_forge.sources.errors import DistributionNotFoundError, IndexUnreachableError
+from vllm_forge.sources.lock import UNPACK_RATIO
 
 SYSTEM_BYTES = 3 * (1 << 30)  # rootfs tar, engine's copies, exported folder
 

@@ -9,7 +9,7 @@ from typing import Any
 import vllm_forge
 from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.host import atomic_path
-from vllm_forge.matrix import schema_text
+from vllm_forge.matrix.cells import schema_text
 from vllm_forge.pages import records
 from vllm_forge.pages.errors import StalePageError
 from vllm_forge.pages.kernels import coverage, selection

@@ -6,7 +6,8 @@ from vllm_forge.host import suggestion
 from vllm_forge.matrix import Artifact, ImageCell, Matrix, Preset
 from vllm_forge.matrix.errors import UnsupportedCellError
 from vllm_forge.serve.errors import UnknownArtifactError, UnknownPresetError
-from vllm_forge.sources import UNPACK_RATIO, Lock
+from vllm_forge.sources import Lock
+from vllm_forge.sources.lock import UNPACK_RATIO
 
 GB = 10**9
 GIB = 1 << 30

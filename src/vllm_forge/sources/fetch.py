@@ -16,7 +16,8 @@ from pathlib import Path
 import requests
 from urllib3.exceptions import HTTPError
 
-from vllm_forge.host import cache_root, console, exclusive, gigabytes, transfer_progress
+from vllm_forge.host import cache_root, console, exclusive, gigabytes
+from vllm_forge.host.console import transfer_progress
 from vllm_forge.host.errors import CacheError, DiskSpaceError
 from vllm_forge.sources import errors
 from vllm_forge.sources.index import TIMEOUT_S, Index, blocks

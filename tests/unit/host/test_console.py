@@ -6,8 +6,7 @@ import time
 
 import pytest
 
-from vllm_forge.host import transfer_progress
-from vllm_forge.host.console import progress_line
+from vllm_forge.host.console import progress_line, transfer_progress
 
 
 def test_progress_line_has_bytes_speed_and_remaining_time() -> None:

@@ -11,7 +11,8 @@ import pydantic
 import pytest
 
 from vllm_forge.cli import main
-from vllm_forge.matrix import Matrix, image_cell, load, schema_text
+from vllm_forge.matrix import Matrix, image_cell, load
+from vllm_forge.matrix.cells import schema_text
 from vllm_forge.matrix.errors import (
     MatrixFileError,
     MatrixValueError,
