@@ -20,7 +20,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.fast_build import FastEngine, fast_build, use
+from tests.support.fast_build import FastEngine, fast_build, lock_packages, tiny_deb, use
+from tests.support.index_server import serve_folder
 from tests.support.project import Project, make_project
 from vllm_forge.errors import ForgeError
 from vllm_forge.host.errors import CommandFailedError
@@ -62,6 +63,7 @@ KINDS = (
     Kind(pattern=r"systems/\w+/(index\.json|oci-layout|blobs/.+)"),
     Kind(pattern=r"systems/\w+/root/.+", mended=False),
     Kind(pattern=r"rootfs/.+", absent=("systems",)),
+    Kind(pattern=r"debs/\w+/.+\.deb", absent=("rootfs", "systems")),
     Kind(pattern=r"wheels/\w+/.+\.whl", absent=("layers",)),
     Kind(pattern=r"sdists/\w+/.+\.tar\.gz", absent=("sources.git",)),
     Kind(pattern=r"sources\.git/(config|refs/.+)"),
@@ -92,13 +94,17 @@ class Reference:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
     project = make_project(tmp_path_factory.mktemp("cache"))
-    with pytest.MonkeyPatch.context() as patch:
+    archive = tmp_path_factory.mktemp("archive")
+    package = tiny_deb(archive)
+    with serve_folder(archive) as snapshot, pytest.MonkeyPatch.context() as patch:
+        lock_packages(project, package, snapshot)
         use(project, patch)
         digests = {"alpha": fast_build(project, "alpha")[0].digest}
         other = project.copy(tmp_path_factory.mktemp("other"))
         use(other, patch)
         digests["beta"] = fast_build(other, "beta")[0].digest
-    yield Reference(project=project, digests=digests)
+        patch.undo()
+        yield Reference(project=project, digests=digests)
     project.index.close()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import subprocess
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -16,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm_forge.host import Runner
-from vllm_forge.images import BuildOptions, build_image, plan, resolve, wheel_layers
+from vllm_forge.images import BuildOptions, build_image, plan, resolve, rootfs, wheel_layers
 from vllm_forge.images.checks import check_names
 from vllm_forge.images.engines import SystemOutput
 from vllm_forge.images.system import dockerfile_config
 from vllm_forge.project import Project
+from vllm_forge.sources.debian import DebianPackage, write_base_lock
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -122,9 +124,38 @@ def fast_build(
     )
 
 
+def tiny_deb(archive: Path) -> DebianPackage:
+    """Build a package of no files into an archive."""
+    tree = archive / "tree" / "DEBIAN"
+    tree.mkdir(parents=True)
+    (tree / "control").write_text(
+        "Package: tiny\nVersion: 1:2-3\nArchitecture: amd64\nMaintainer: nobody <n@example>\n"
+        "Essential: yes\nDescription: a package\n of two lines\n"
+    )
+    deb = archive / "pool" / "tiny_2-3_amd64.deb"
+    deb.parent.mkdir()
+    argv = ["dpkg-deb", "--build", str(tree.parent), str(deb)]
+    subprocess.run(argv, check=True, capture_output=True)
+    content = deb.read_bytes()
+    return DebianPackage(
+        name="tiny", version="1:2-3", architecture="amd64", size=len(content),
+        sha256=hashlib.sha256(content).hexdigest(), path="pool/tiny_2-3_amd64.deb",
+    )  # fmt: skip
+
+
+def lock_packages(mini: MiniProject, package: DebianPackage, snapshot: str) -> None:
+    """Let the small project lock one package, which a snapshot has."""
+    matrix = mini.root / "matrix.toml"
+    rows = f'[base]\nlock = "docker/locks/debian.txt"\nsnapshots = ["{snapshot}"]\n'
+    matrix.write_text(matrix.read_text().replace("[base]\n", rows))
+    base = Project(mini.root).matrix.base
+    write_base_lock(mini.root / "docker/locks/debian.txt", base, "20261130T000000Z", [package])
+
+
 def use(mini: MiniProject, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make ``fast_build`` use a project's cache and index, and threads instead of processes."""
     for name in ("VLLM_FORGE_CACHE", "VLLM_FORGE_ROOT", "UV_DEFAULT_INDEX", "no_proxy"):
         monkeypatch.setenv(name, mini.environment[name])
     monkeypatch.setattr(plan, "SYSTEM_BYTES", 0)
+    monkeypatch.setattr(rootfs, "host_sources", lambda _: "")  # Debian packages of snapshots only
     monkeypatch.setattr(wheel_layers, "worker_pool", lambda *_: ThreadPoolExecutor(2))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.fast_build import fast_build, use
+from tests.support.fast_build import fast_build, lock_packages, tiny_deb, use
 from tests.support.project import Project as MiniProject
 from tests.support.project import make_project
 from vllm_forge.images import plan as plan_module
@@ -38,11 +37,7 @@ LOCKED = DebianPackage(
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MiniProject]:
     """The small project with a lock of one package."""
     made = make_project(tmp_path_factory.mktemp("made"))
-    matrix = made.root / "matrix.toml"
-    row = '[base]\nlock = "docker/locks/debian.txt"\n'
-    matrix.write_text(matrix.read_text().replace("[base]\n", row))
-    base = Project(made.root).matrix.base
-    write_base_lock(made.root / "docker/locks/debian.txt", base, "20261130T000000Z", [LOCKED])
+    lock_packages(made, LOCKED, "http://127.0.0.1:1")
     yield made
     made.index.close()
 
@@ -158,22 +153,10 @@ def test_archive_has_what_dpkg_says_of_each_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An archive of one .deb, with a list that apt can check it by."""
-    tree = tmp_path / "tree"
-    (tree / "DEBIAN").mkdir(parents=True)
-    (tree / "DEBIAN" / "control").write_text(
-        "Package: tiny\nVersion: 1:2-3\nArchitecture: amd64\nMaintainer: nobody <n@example>\n"
-        "Essential: yes\nDescription: a package\n of two lines\n"
-    )
-    deb = tmp_path / "tiny_2-3_amd64.deb"
-    subprocess.run(["dpkg-deb", "--build", str(tree), str(deb)], check=True, capture_output=True)
-    content = deb.read_bytes()
-    package = DebianPackage(
-        name="tiny", version="1:2-3", architecture="amd64", size=len(content),
-        sha256=hashlib.sha256(content).hexdigest(), path="pool/tiny_2-3_amd64.deb",
-    )  # fmt: skip
+    package = tiny_deb(tmp_path / "built")
     monkeypatch.setenv("VLLM_FORGE_CACHE", str(tmp_path / "cache"))
     package.file.parent.mkdir(parents=True)
-    deb.rename(package.file)
+    (tmp_path / "built" / package.path).rename(package.file)
     base = Project.find().matrix.base
     write_base_lock(tmp_path / "lock.txt", base, "20261130T000000Z", [package])
     lock = base_of(tmp_path, base.model_copy(update={"lock": "lock.txt"}), "locked").lock
@@ -183,7 +166,7 @@ def test_archive_has_what_dpkg_says_of_each_package(
     assert text.startswith("Package: tiny\nVersion: 1:2-3\n")
     assert "Essential: yes\n" in text
     assert text.endswith(
-        f"Filename: ./tiny_2-3_amd64.deb\nSize: {len(content)}\nSHA256: {package.sha256}\n"
+        f"Filename: ./tiny_2-3_amd64.deb\nSize: {package.size}\nSHA256: {package.sha256}\n"
     )
     digest = hashlib.sha256(text.encode()).hexdigest()
     release = (tmp_path / "archive" / "Release").read_text()
