@@ -14,8 +14,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 
 from vllm_forge.checkpoints.architecture import draft_tensors
-from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder, read_header
+from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder
 from vllm_forge.checkpoints.quantize.environment import SERIES
+from vllm_forge.checkpoints.tensors import read_header
 from vllm_forge.patches import read_series
 
 # Loads a model with the modeling file given as text, in place of the installed one.

@@ -18,16 +18,7 @@ from threading import Lock
 from typing import Any, Self
 
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError, HubUnreachableError
-from vllm_forge.checkpoints.tensors import (
-    CONFIG,
-    INDEX,
-    LENGTH_BYTES,
-    MAX_HEADER,
-    MAX_NAME,
-    MIN_HEADER,
-    StoredTensor,
-    parse_header,
-)
+from vllm_forge.checkpoints.tensors import CONFIG, INDEX, MAX_NAME, StoredTensor, read_header
 from vllm_forge.host import open_plain, parse_json, printable
 
 # Bytes of a JSON file, and of config.json: a manifest.json of 135,000 tensors has 3e7, a config
@@ -41,7 +32,6 @@ HUB_LIMIT_S = 600  # of a range
 HUB_RETRIES = 2  # of a range, after a lost connection, a 429 or a 5xx
 SHOWN = 200  # characters of a name that the user gave
 READERS = 16  # range requests at a time
-FIRST_READ = 1 << 20  # holds most headers: one request instead of two
 SUFFIX = ".safetensors"
 OPTIONAL = ("layers.", "embed.", "norm.", "hc_head")  # after "model."
 QUANTIZATION = "quantization_config"
@@ -331,31 +321,6 @@ def plain_name(name: str) -> str:
     """
     plain = name.removeprefix("model.")
     return plain if plain.startswith(OPTIONAL) else name
-
-
-def read_header(
-    source: CheckpointSource, shard: str, count: Callable[[int], None] | None = None
-) -> list[StoredTensor]:
-    """The tensors of one shard, by position; their data is not read.
-
-    ``count`` gets the bytes of the header before they are parsed, and may raise.
-    """
-    size = source.sizes[shard]
-    first = source.read(shard, 0, min(size, FIRST_READ))
-    length = int.from_bytes(first[:LENGTH_BYTES], "little")
-    start = LENGTH_BYTES + length
-    try:
-        if not MIN_HEADER <= length <= MAX_HEADER or start > size:
-            raise ValueError(f"a header of {length} bytes in a file of {size}")  # noqa: TRY301
-        if count is not None:
-            count(length)
-        text = first[LENGTH_BYTES:start]
-        if len(text) < length:
-            text += source.read(shard, LENGTH_BYTES + len(text), start)
-        return parse_header(text, size, source, shard)
-    except ValueError as error:
-        remedy = "an interrupted download or copy: fetch that file again"
-        raise source.error(f"{shard} is not a whole safetensors file: {error}", remedy) from None
 
 
 def _is_loaded(shard: str) -> bool:

@@ -6,21 +6,18 @@ believed. A tensor that passes through keeps its bytes and is never in memory as
 library's own writer wants every tensor of a file in memory at once, which is 13 GB per layer.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
 import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import atomic_path, parse_json, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
-
     from vllm_forge.checkpoints.checkpoint import CheckpointSource
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -29,6 +26,7 @@ MIN_HEADER, MAX_HEADER = 2, 100_000_000  # "{}"; what the library accepts
 MAX_NUMBER = 1 << 63
 MAX_NAME = 200  # characters; the longest of any artifact have 60
 CHUNK = 1 << 24
+FIRST_READ = 1 << 20  # holds most headers: one request instead of two
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2,
     "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
@@ -55,7 +53,7 @@ class StoredTensor(TensorSpec):
     Reading raises what ``source.read`` does.
     """
 
-    source: CheckpointSource = field(compare=False, repr=False)
+    source: "CheckpointSource" = field(compare=False, repr=False)
     shard: str
     begin: int
     end: int
@@ -97,13 +95,37 @@ def in_memory(name: str, dtype: str, shape: Sequence[int], data: bytes) -> Tenso
     return TensorToWrite(name=name, dtype=dtype, shape=tuple(shape), chunks=lambda: (data,))
 
 
+def read_header(
+    source: "CheckpointSource", shard: str, count: Callable[[int], None] | None = None
+) -> list[StoredTensor]:
+    """The tensors of one shard, by position; their data is not read.
+
+    ``count`` gets the bytes of the header before they are parsed, and may raise.
+    """
+    size = source.sizes[shard]
+    first = source.read(shard, 0, min(size, FIRST_READ))
+    length = int.from_bytes(first[:LENGTH_BYTES], "little")
+    start = LENGTH_BYTES + length
+    try:
+        if not MIN_HEADER <= length <= MAX_HEADER or start > size:
+            raise ValueError(f"a header of {length} bytes in a file of {size}")  # noqa: TRY301
+        if count is not None:
+            count(length)
+        text = first[LENGTH_BYTES:start]
+        if len(text) < length:
+            text += source.read(shard, LENGTH_BYTES + len(text), start)
+        return parse_header(text, size, source, shard)
+    except ValueError as error:
+        remedy = "an interrupted download or copy: fetch that file again"
+        raise source.error(f"{shard} is not a whole safetensors file: {error}", remedy) from None
+
+
 def parse_header(
-    text: bytes | bytearray, size: int, source: CheckpointSource, shard: str
+    text: bytes | bytearray, size: int, source: "CheckpointSource", shard: str
 ) -> list[StoredTensor]:
     """The tensors of a safetensors header (without its length) of a file of ``size`` bytes.
 
-    Raises:
-        ValueError: not a header, or tensors that are not side by side until the end of the file.
+    ValueError: not a header, or tensors that are not side by side until the end of the file.
     """
     header = parse_json(bytes(text))
     if not isinstance(header, dict):

@@ -1,11 +1,9 @@
 """Serve a preset, or print how; plan a cell, check a host, lint all presets."""
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vllm_forge.commands import parsers
 from vllm_forge.commands.parsers import EVERY_LINE, JSON, LINE, SKU, command, option
@@ -13,9 +11,6 @@ from vllm_forge.errors import UsageError
 from vllm_forge.host import HostProbe, PlainConsole, Probe, RecordedProbe, RecordingProbe, console
 from vllm_forge.project import Project
 from vllm_forge.serve.deployment import Deployment, find_deployment, needs_of, presets_of
-
-if TYPE_CHECKING:
-    from vllm_forge.serve.doctor import HostFinding
 
 PLAN_WIDTH = 120
 
@@ -96,7 +91,7 @@ def _say(project: Project, deployment: Deployment, digest: str | None) -> None:
 
 def doctor(project: Project, args: argparse.Namespace) -> None:
     """Check this host for a preset."""
-    from vllm_forge.serve.doctor import ask_host, judge
+    from vllm_forge.serve.doctor import ask_host, judge, page
     from vllm_forge.serve.errors import HostUnfitError
 
     cell = project.cell(args.sku, args.line)
@@ -115,7 +110,9 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
     if args.json:
         parsers.print_json(args, [asdict(finding) for finding in findings])
     else:
-        _print(findings)
+        out = PlainConsole(soft_wrap=True)
+        for text in page(findings):
+            out.print(text)
     red = [finding.check for finding in findings if finding.level == "red"]
     if red:
         raise HostUnfitError(
@@ -123,23 +120,6 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
             f"{cell.line_name}): {', '.join(dict.fromkeys(red))}",
             remedy="each red line above has its own",
         )
-
-
-def _print(findings: Sequence["HostFinding"]) -> None:
-    from rich.text import Text
-
-    colours = {"ok": "green", "unknown": "yellow", "red": "bold red"}
-    out = PlainConsole(soft_wrap=True)
-    for finding in findings:
-        line = Text(f"{finding.level:8}", style=colours[finding.level])
-        line.append(f"{finding.check}: {finding.seen}", style="default")
-        if finding.level == "ok":
-            line.append(f"  (needed: {finding.needed})", style="dim")
-        else:
-            line.append(f"\n        needed: {finding.needed}", style="default")
-        if finding.remedy:
-            line.append(f"\n        remedy: {finding.remedy}", style="default")
-        out.print(line)
 
 
 def plan(project: Project, args: argparse.Namespace) -> None:

@@ -25,17 +25,9 @@ from vllm_forge.patches import errors
 from vllm_forge.sources import SourceRepo
 
 FIELDS = (
-    "Description",
-    "Origin",
-    "Bug",
-    "Forwarded",
-    "Applied-Upstream",
-    "Author",
-    "Last-Update",
-    "Skus",
-    "Proves",
-    "Drop-When",
-)
+    "Description", "Origin", "Bug", "Forwarded", "Applied-Upstream", "Author", "Last-Update",
+    "Skus", "Proves", "Drop-When",
+)  # fmt: skip
 SEPARATOR = "---\n"
 FORMS = {
     "Proves": (re.compile(r"^tests/[\w/]+\.py::\w+$"), "a test id, e.g. tests/a/test_b.py::test_c"),

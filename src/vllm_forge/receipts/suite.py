@@ -35,21 +35,13 @@ LIST_CASES = "run: python -m tests.support.list_gpu_cases"
 
 
 class Tier(FrozenModel):
-    """A part of the suite that is run and receipted as one.
+    """A part of the suite that is run and receipted as one."""
 
-    Attributes:
-        folders: of its tests, relative to the repository.
-        minutes: how long it may take.
-        matrix: what of matrix.toml its tests read, see MATRIX_ROWS.
-        gpus: how many it needs.
-        on_request: it runs only where it is named.
-    """
-
-    folders: tuple[str, ...]
-    minutes: int
-    matrix: tuple[Literal["sku", "preset"], ...] = ()
+    folders: tuple[str, ...]  # of its tests, relative to the repository
+    minutes: int  # that it may take
+    matrix: tuple[Literal["sku", "preset"], ...] = ()  # what its tests read, see MATRIX_ROWS
     gpus: int = 1
-    on_request: bool = False
+    on_request: bool = False  # it runs only where it is named
 
 
 class Suite(FrozenModel):
@@ -60,17 +52,11 @@ class Suite(FrozenModel):
 
 
 class Case(FrozenModel):
-    """One test with its parameters.
+    """One test with its parameters."""
 
-    Attributes:
-        archs: markers of the GPUs that it is for; none: all.
-        engines: engines that it reads, each of which leaves a boot log.
-        margins: it records measured values with their bounds.
-    """
-
-    archs: tuple[str, ...]
-    engines: tuple[str, ...]
-    margins: bool
+    archs: tuple[str, ...]  # markers of the GPUs that it is for; none: all
+    engines: tuple[str, ...]  # that it reads; each leaves a boot log
+    margins: bool  # it records measured values with their bounds
 
 
 class CaseList(FrozenModel):

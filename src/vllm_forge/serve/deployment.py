@@ -85,30 +85,18 @@ def find_deployment(
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """A host's requirements. Sizes in bytes; None if the matrix has no size of the artifact.
-
-    Attributes:
-        image_bytes: room for the image in the engine's store, packed and unpacked.
-        weights_bytes: the checkpoint's files.
-        weights_per_gpu_bytes: the files divided by the GPUs; what is not sharded comes on top.
-        memory_per_gpu_bytes: as the SKU's vendor states it.
-        ram_bytes: one shard file, which the workers map while they read it.
-        page_cache_bytes: RAM that holds all files, so that the disk is read once and not once
-            per worker.
-        shm_bytes: /dev/shm of the container.
-        driver: oldest driver of the line's CUDA.
-    """
+    """A host's requirements. Sizes in bytes; None if the matrix has no size of the artifact."""
 
     gpus: int
-    image_bytes: int
-    weights_bytes: int | None = None
+    image_bytes: int  # in the engine's store, packed and unpacked
+    weights_bytes: int | None = None  # the checkpoint's files
     disk_bytes: int | None = None
-    weights_per_gpu_bytes: int | None = None
-    memory_per_gpu_bytes: int
-    ram_bytes: int | None = None
-    page_cache_bytes: int | None = None
-    shm_bytes: int
-    driver: str
+    weights_per_gpu_bytes: int | None = None  # of the files; what is not sharded comes on top
+    memory_per_gpu_bytes: int  # as the SKU's vendor states it
+    ram_bytes: int | None = None  # one shard file, which the workers map while they read it
+    page_cache_bytes: int | None = None  # for all files: the disk is read once, not once per worker
+    shm_bytes: int  # /dev/shm of the container
+    driver: str  # oldest one of the line's CUDA
 
     def as_json(self) -> dict[str, int | str]:
         """The fields, "unknown" for None."""

@@ -2,11 +2,12 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from packaging.version import InvalidVersion, Version
+from rich.text import Text
 
 from vllm_forge.host import Probe, Reply, gigabytes, parse_json
 from vllm_forge.host.gpus import GPU_QUERY, Gpu, parse_gpus
@@ -28,27 +29,18 @@ class EngineInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """The answers of the host's tools.
-
-    Attributes:
-        gpus: as nvidia-smi lists them; ``gpus_error`` is its output if it lists none.
-        versions: driver and user space, as ``nvidia-smi --version`` says.
-        toolkit: version of the NVIDIA container toolkit, None if it is not installed.
-        engines: those that answer; ``engine_errors`` has the output of the others.
-        disk_free: bytes below ``disk_path``, where the first engine keeps its images.
-        ram, shm: bytes in total.
-    """
+    """The answers of the host's tools; sizes in bytes."""
 
     gpus: tuple[Gpu, ...]
-    gpus_error: str
-    versions: dict[str, str]
-    toolkit: str | None
-    engines: tuple[EngineInfo, ...]
-    engine_errors: dict[str, str]
-    disk_path: str
+    gpus_error: str  # nvidia-smi's output if it lists none
+    versions: dict[str, str]  # of driver and user space, as nvidia-smi --version says
+    toolkit: str | None  # version of the NVIDIA container toolkit, None if it is not installed
+    engines: tuple[EngineInfo, ...]  # those that answer
+    engine_errors: dict[str, str]  # output of the others
+    disk_path: str  # where the first engine keeps its images
     disk_free: int | None
-    ram: int | None
-    shm: int | None
+    ram: int | None  # in total
+    shm: int | None  # in total
 
 
 def ask_host(probe: Probe) -> Host:
@@ -347,18 +339,25 @@ def check_shm(host: Host, deployment: Deployment, needs: Needs) -> Iterator[Host
 
 
 CHECKS = (
-    check_gpus,
-    check_split,
-    check_memory,
-    check_driver,
-    check_mixed_drivers,
-    check_fabric,
-    check_engine,
-    check_disk,
-    check_ram,
-    check_shm,
-)
+    check_gpus, check_split, check_memory, check_driver, check_mixed_drivers, check_fabric,
+    check_engine, check_disk, check_ram, check_shm,
+)  # fmt: skip
 
 
 def judge(host: Host, deployment: Deployment, needs: Needs) -> list[HostFinding]:
     return [finding for check in CHECKS for finding in check(host, deployment, needs)]
+
+
+def page(findings: Iterable[HostFinding]) -> Iterator[Text]:
+    """The report for a terminal."""
+    colours = {"ok": "green", "unknown": "yellow", "red": "bold red"}
+    for finding in findings:
+        line = Text(f"{finding.level:8}", style=colours[finding.level])
+        line.append(f"{finding.check}: {finding.seen}", style="default")
+        if finding.level == "ok":
+            line.append(f"  (needed: {finding.needed})", style="dim")
+        else:
+            line.append(f"\n        needed: {finding.needed}", style="default")
+        if finding.remedy:
+            line.append(f"\n        remedy: {finding.remedy}", style="default")
+        yield line

@@ -34,22 +34,16 @@ Problems: TypeAlias = Iterator[tuple[str, str]]  # of a case, each with its reme
 
 @dataclass(frozen=True, kw_only=True)
 class LintCase:
-    """A preset with one of its artifacts on one line, and the answers about it.
-
-    Attributes:
-        answer: of the line's vLLM, with the line's series applied.
-        published: variable -> the answer of the release as published, to the same question
-            with that retired variable set.
-        config: the artifact's config.json.
-    """
+    """A preset with one of its artifacts on one line, and the answers about it."""
 
     matrix: Matrix
     preset_name: str
     artifact_name: str
     line_name: str
-    answer: Answer
+    answer: Answer  # of the line's vLLM, with the line's series applied
+    # Retired variable -> the answer of the release as published, where that is set.
     published: Mapping[str, Answer]
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # the artifact's config.json
 
     @property
     def preset(self) -> Preset:
@@ -252,16 +246,9 @@ def divisible(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 RULES: tuple[Callable[[LintCase], Problems], ...] = (
-    served,
-    known_variables,
-    retired_variables,
-    graphs_cover_decode,
-    drafter_takes_k,
-    kv_cache_fits,
-    experts_are_served,
-    experts_are_built_as_stored,
-    tensor_parallel_divides,
-)
+    served, known_variables, retired_variables, graphs_cover_decode, drafter_takes_k, kv_cache_fits,
+    experts_are_served, experts_are_built_as_stored, tensor_parallel_divides,
+)  # fmt: skip
 
 
 def judge(case: LintCase) -> list[LintFinding]:

@@ -18,11 +18,18 @@ from vllm_forge.checkpoints.architecture import (
     dspark_tensors,
     mtp_tensors,
 )
-from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder, read_header
+from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError, ModelInputError
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec, write_bf16
 from vllm_forge.checkpoints.quantize.inputs import alias_names, open_model
-from vllm_forge.checkpoints.tensors import DTYPE_BYTES, INDEX, copy_of, in_memory, write_shard
+from vllm_forge.checkpoints.tensors import (
+    DTYPE_BYTES,
+    INDEX,
+    copy_of,
+    in_memory,
+    read_header,
+    write_shard,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path

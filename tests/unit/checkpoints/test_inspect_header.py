@@ -13,16 +13,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from tests.support.layouts import layout
-from vllm_forge.checkpoints.checkpoint import (
-    FIRST_READ,
-    Checkpoint,
-    CheckpointSource,
-    Folder,
-    read_header,
-)
+from vllm_forge.checkpoints.checkpoint import Checkpoint, CheckpointSource, Folder
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.inspect.checks_tensors import read_scalars
 from vllm_forge.checkpoints.inspect.profile import Profile
+from vllm_forge.checkpoints.tensors import FIRST_READ, read_header
 
 NAME = "model.safetensors"
 

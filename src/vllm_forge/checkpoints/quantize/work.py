@@ -18,7 +18,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder, read_header
+from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder
 from vllm_forge.checkpoints.codecs.small_floats import e4m3_decode
 from vllm_forge.checkpoints.errors import QuantizedOutputError, ResumeError
 from vllm_forge.checkpoints.quantize.inputs import Calibration, Recipe, alias_names
@@ -28,6 +28,7 @@ from vllm_forge.checkpoints.tensors import (
     StoredTensor,
     TensorSpec,
     TensorToWrite,
+    read_header,
     write_index,
     write_shard,
 )
