@@ -173,11 +173,8 @@ class Config(_Keys):
 def require_deepseek_v4(config: Mapping[str, Any], where: str) -> None:
     """Refuse the config of another model, or one that cannot be right, with its problems."""
     if (kind := config.get("model_type")) != MODEL_TYPE:
-        raise CheckpointUnreadableError(
-            f"model_type is {kind!r}, not {MODEL_TYPE!r}",
-            where=where,
-            remedy="give a DeepSeek V4 checkpoint",
-        )
+        what = f"model_type is {kind!r}, not {MODEL_TYPE!r}"
+        raise CheckpointUnreadableError(what, where=where, remedy="give a DeepSeek V4 checkpoint")
     try:
         Config.model_validate(dict(config))
     except ValidationError as error:
@@ -186,11 +183,9 @@ def require_deepseek_v4(config: Mapping[str, Any], where: str) -> None:
             for row in error.errors(include_url=False, include_input=False)
         ]
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise CheckpointUnreadableError(
-            f"invalid config.json: {'; '.join(problems[:SHOWN])}{more}",
-            where=where,
-            remedy="take it from the source model",
-        ) from None
+        what = f"invalid config.json: {'; '.join(problems[:SHOWN])}{more}"
+        remedy = "take it from the source model"
+        raise CheckpointUnreadableError(what, where=where, remedy=remedy) from None
 
 
 def shared_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:

@@ -228,10 +228,8 @@ def find_source(name: str) -> CheckpointSource:
         raise CheckpointUnreadableError(what, where=name[:SHOWN]) from None
     match = REPOSITORY.fullmatch(name)
     if match is None or path.exists() or name.startswith((".", "/", "~")):
-        raise CheckpointUnreadableError(
-            f"{name[:SHOWN]} is not a directory, a {INDEX}, or a Hub repository (owner/name)",
-            remedy="check the path, or give one of those",
-        )
+        what = f"{name[:SHOWN]} is not a directory, a {INDEX}, or a Hub repository (owner/name)"
+        raise CheckpointUnreadableError(what, remedy="check the path, or give one of those")
     return HubRepository(match["repo"], match["revision"])
 
 

@@ -33,10 +33,8 @@ def find_line(matrix: Matrix, name: str | None) -> tuple[str, Line]:
     """The row of a line; None means the default one. UnknownLineError has the nearest name."""
     wanted = matrix.default_line if name is None else name
     if wanted not in matrix.line:
-        raise errors.UnknownLineError(
-            f"unknown line {wanted!r}{suggestion(wanted, matrix.line)}",
-            remedy="lines: " + ", ".join(matrix.line),
-        )
+        what = f"unknown line {wanted!r}{suggestion(wanted, matrix.line)}"
+        raise errors.UnknownLineError(what, remedy="lines: " + ", ".join(matrix.line))
     return wanted, matrix.line[wanted]
 
 
@@ -68,18 +66,14 @@ def _find_sku(matrix: Matrix, given: str) -> str:
         return name
     remedy = "SKUs: " + ", ".join(f"{sku} ({row.arch})" for sku, row in matrix.sku.items())
     if name in matrix.unsupported_sku:
-        raise errors.UnsupportedCellError(
-            f"{name} is not supported: {matrix.unsupported_sku[name].reason}",
-            where=f"matrix.toml, unsupported_sku.{name}",
-            remedy=remedy,
-        )
+        what = f"{name} is not supported: {matrix.unsupported_sku[name].reason}"
+        where = f"matrix.toml, unsupported_sku.{name}"
+        raise errors.UnsupportedCellError(what, where=where, remedy=remedy)
     arch = name.replace("_", "")
     of_arch = [sku for sku, row in matrix.sku.items() if row.arch.replace("_", "") == arch]
     if len(of_arch) > 1:
-        raise errors.UnknownSkuError(
-            f"{given!r} is the arch of more than one SKU: {', '.join(of_arch)}",
-            remedy="ask for one of them by its name",
-        )
+        what = f"{given!r} is the arch of more than one SKU: {', '.join(of_arch)}"
+        raise errors.UnknownSkuError(what, remedy="ask for one of them by its name")
     if not of_arch:
         known = [*matrix.sku, *(row.arch for row in matrix.sku.values())]
         raise errors.UnknownSkuError(
@@ -104,11 +98,8 @@ def find_root() -> Path:
     for folder in (start, *start.parents):
         if (folder / "matrix.toml").is_file():
             return folder
-    raise errors.MatrixFileError(
-        "no matrix.toml here or above",
-        where=str(start),
-        remedy="run inside a checkout of vllm-forge, or set VLLM_FORGE_ROOT",
-    )
+    remedy = "run inside a checkout of vllm-forge, or set VLLM_FORGE_ROOT"
+    raise errors.MatrixFileError("no matrix.toml here or above", where=str(start), remedy=remedy)
 
 
 def load(root: Path) -> Matrix:
@@ -125,20 +116,16 @@ def load(root: Path) -> Matrix:
     try:
         matrix = Matrix.model_validate(data)
     except ValidationError as error:
-        raise errors.MatrixValueError(
-            "\n  - ".join(["matrix.toml is refused:", *problems(error, Matrix)]),
-            where=str(path),
-            remedy="the allowed keys and their meaning are in matrix.schema.json",
-        ) from None
+        what = "\n  - ".join(["matrix.toml is refused:", *problems(error, Matrix)])
+        remedy = "the allowed keys and their meaning are in matrix.schema.json"
+        raise errors.MatrixValueError(what, where=str(path), remedy=remedy) from None
     for name, line in matrix.line.items():
         for field, given in (("lock", line.lock), ("series", line.series)):
             target = (root / given).resolve()  # through links
             if not target.is_relative_to(root.resolve()):
-                raise errors.MatrixValueError(
-                    f"line.{name}.{field} is outside the checkout: {target}",
-                    where=str(path),
-                    remedy="give a path below the folder of matrix.toml, without links out of it",
-                )
+                what = f"line.{name}.{field} is outside the checkout: {target}"
+                remedy = "give a path below the folder of matrix.toml, without links out of it"
+                raise errors.MatrixValueError(what, where=str(path), remedy=remedy)
     return matrix
 
 

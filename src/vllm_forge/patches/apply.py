@@ -82,11 +82,9 @@ def read_patch(path: Path) -> Patch:
     _require_lf(text, str(path))
     head, separator, diff = text.partition("\n" + SEPARATOR)
     if not separator or not (diff.startswith("diff --git ") or not diff.strip()):
-        raise errors.PatchHeaderError(
-            "expected a header, a line with --- and then the diff",
-            where=str(path),
-            remedy="see docs/develop/patches.md for the form",
-        )
+        what = "expected a header, a line with --- and then the diff"
+        remedy = "see docs/develop/patches.md for the form"
+        raise errors.PatchHeaderError(what, where=str(path), remedy=remedy)
     return parse_patch(path, parse_fields(head, str(path)), diff, str(path))
 
 
@@ -96,17 +94,12 @@ def parse_patch(path: Path, fields: dict[str, str], diff: str, where: str) -> Pa
     try:
         parsed = PatchSet(diff)
     except UnidiffParseError as error:
-        raise errors.CorruptPatchError(
-            f"cannot parse a hunk: {error}",
-            where=where,
-            remedy="the counts in @@ do not match its lines: export the change again with git",
-        ) from None
+        what = f"cannot parse a hunk: {error}"
+        remedy = "the counts in @@ do not match its lines: export the change again with git"
+        raise errors.CorruptPatchError(what, where=where, remedy=remedy) from None
     if not any(len(file) for file in parsed):
-        raise errors.EmptyPatchError(
-            "the patch has no hunk",
-            where=where,
-            remedy="export the change again, or delete the file and its line in the series",
-        )
+        remedy = "export the change again, or delete the file and its line in the series"
+        raise errors.EmptyPatchError("the patch has no hunk", where=where, remedy=remedy)
     files = tuple(file.path for file in parsed)
     return Patch(path=path, fields=fields, diff=diff, files=files)
 
@@ -146,11 +139,9 @@ def parse_fields(head: str, where: str, *, ordered: bool = True) -> dict[str, st
     if missing := [name for name in FIELDS if name not in fields]:
         raise errors.PatchHeaderError(f"missing: {', '.join(missing)}", where=where)
     if ordered and list(fields) != list(FIELDS):
-        raise errors.NonCanonicalPatchError(
-            "header fields are out of order",
-            where=where,
-            remedy="the order is: " + ", ".join(FIELDS),
-        )
+        what = "header fields are out of order"
+        remedy = "the order is: " + ", ".join(FIELDS)
+        raise errors.NonCanonicalPatchError(what, where=where, remedy=remedy)
     for name, (form, expected) in FORMS.items():
         if not form.match(fields[name]):
             raise errors.PatchHeaderError(
@@ -161,11 +152,8 @@ def parse_fields(head: str, where: str, *, ordered: bool = True) -> dict[str, st
 
 def _require_lf(text: str, where: str) -> None:
     if "\r\n" in text:
-        raise errors.LineEndingError(
-            "the patch has CRLF line ends",
-            where=where,
-            remedy="write it with LF; check your editor and git's autocrlf",
-        )
+        remedy = "write it with LF; check your editor and git's autocrlf"
+        raise errors.LineEndingError("the patch has CRLF line ends", where=where, remedy=remedy)
 
 
 @dataclass(frozen=True)
@@ -270,11 +258,9 @@ def _require_canonical(repo: SourceRepo, patch: Patch, before: str, after: str) 
     if patch.diff != expected:
         rows = zip_longest(patch.diff.splitlines(), expected.splitlines())
         differ = (number for number, (row, canonical) in enumerate(rows, 1) if row != canonical)
-        raise errors.NonCanonicalPatchError(
-            f"the diff is not in canonical form from its line {next(differ, 'last')} on",
-            where=str(patch.path),
-            remedy="run: vllm-forge patch lock --export",
-        )
+        what = f"the diff is not in canonical form from its line {next(differ, 'last')} on"
+        remedy = "run: vllm-forge patch lock --export"
+        raise errors.NonCanonicalPatchError(what, where=str(patch.path), remedy=remedy)
 
 
 def _refusal(
@@ -285,11 +271,9 @@ def _refusal(
     first = next((line for line in lines if "while searching for" not in line), stderr.strip())
     where = str(patch.path)
     if CORRUPT.search(stderr):
-        return errors.CorruptPatchError(
-            f"git cannot read the patch: {first}",
-            where=where,
-            remedy="export the change again with git",
-        )
+        what = f"git cannot read the patch: {first}"
+        remedy = "export the change again with git"
+        return errors.CorruptPatchError(what, where=where, remedy=remedy)
     if EMPTY.search(stderr):
         return errors.EmptyPatchError("git finds no hunk in the patch", where=where)
     if index.reverses(patch):
@@ -301,11 +285,8 @@ def _refusal(
                     remedy="drop it: delete the file and its line in the series, and record it as "
                     "retired in dispositions.toml",
                 )
-        return errors.AppliedTwiceError(
-            f"{patch.name}: an earlier patch of the series makes this change",
-            where=where,
-            remedy="delete one of the two",
-        )
+        what = f"{patch.name}: an earlier patch of the series makes this change"
+        return errors.AppliedTwiceError(what, where=where, remedy="delete one of the two")
     place = FAILED.search(stderr) or ABSENT.search(stderr)
     target = ":".join(place.groups()) if place else ", ".join(patch.files)
     return errors.WrongContextError(

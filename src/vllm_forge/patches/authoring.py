@@ -107,11 +107,8 @@ def export(project: Project, source: Path) -> tuple[str, tuple[apply.Patch, ...]
     work = SourceRepo(source / ".git")
     line_name = work.text(*CONFIG, "forge.line", check=False) if work.path.exists() else ""
     if not line_name:
-        raise UsageError(
-            "not a patch checkout",
-            where=str(source),
-            remedy="make one: nox -s forge -- patch checkout --line LINE DIR",
-        )
+        remedy = "make one: nox -s forge -- patch checkout --line LINE DIR"
+        raise UsageError("not a patch checkout", where=str(source), remedy=remedy)
     name, line = project.line(line_name)
     series = project.root / line.series
     lock = read_tree_lock(series, name)
@@ -122,11 +119,9 @@ def export(project: Project, source: Path) -> tuple[str, tuple[apply.Patch, ...]
     patches = tuple(_patch(work, commit, number, *pair) for number, (commit, pair) in steps)
     names = [patch.name for patch in patches]
     if doubled := sorted({item for item in names if names.count(item) > 1}):
-        raise errors.PatchHeaderError(
-            f"more than one commit is {PATCH}: {', '.join(doubled)}",
-            where=str(source),
-            remedy="change the trailer of one with git rebase -i, or squash the two",
-        )
+        what = f"more than one commit is {PATCH}: {', '.join(doubled)}"
+        remedy = "change the trailer of one with git rebase -i, or squash the two"
+        raise errors.PatchHeaderError(what, where=str(source), remedy=remedy)
     applied = apply.apply_series(work, lock.base, patches)
     if applied.trees != tuple(trees[1:]):
         raise errors.NonCanonicalPatchError(
@@ -143,11 +138,8 @@ def export(project: Project, source: Path) -> tuple[str, tuple[apply.Patch, ...]
         after = _digest(aside)
         # Equal to `after`: killed between the two writes below.
         if before not in {work.text(*CONFIG, "forge.series", check=False), after}:
-            raise errors.WrongBaseError(
-                f"the series of line {name} was changed since the checkout {source}",
-                where=str(series),
-                remedy=AGAIN,
-            )
+            what = f"the series of line {name} was changed since the checkout {source}"
+            raise errors.WrongBaseError(what, where=str(series), remedy=AGAIN)
     work.git("config", "forge.series", after)
     return name, read_series(series)
 
@@ -158,11 +150,9 @@ def _message(patch: apply.Patch) -> str:
     message = "\n\n".join(filter(None, [first, body, apply.header_text(trailers)]))
     # read_patch accepts more than a message keeps, e.g. a description that starts with a blank.
     if _fields(message, str(patch.path)) != (patch.fields, patch.name):
-        raise errors.PatchHeaderError(
-            "cannot write the header as a commit message",
-            where=str(patch.path),
-            remedy="remove blank lines and trailing spaces from the header",
-        )
+        what = "cannot write the header as a commit message"
+        remedy = "remove blank lines and trailing spaces from the header"
+        raise errors.PatchHeaderError(what, where=str(patch.path), remedy=remedy)
     return message
 
 
@@ -194,18 +184,13 @@ def _patch(work: SourceRepo, commit: str, number: int, before: str, after: str) 
         slug = re.sub(r"[^a-z0-9]+", "-", subject.lower()).strip("-")[:50].rstrip("-")
         name = f"{number:04d}-{slug}.patch"
     if not FILE_NAME.match(name):
-        raise errors.PatchHeaderError(
-            f"invalid {PATCH}: {name!r}",
-            where=where,
-            remedy="give a file name that ends in .patch, or remove the trailer",
-        )
+        remedy = "give a file name that ends in .patch, or remove the trailer"
+        raise errors.PatchHeaderError(f"invalid {PATCH}: {name!r}", where=where, remedy=remedy)
     diff = apply.canonical_diff(work, before, after)
     if "\ufffd" in diff:
-        raise errors.NonCanonicalPatchError(
-            "the changed code is not UTF-8",
-            where=where,
-            remedy="change other lines, or other files",
-        )
+        what = "the changed code is not UTF-8"
+        remedy = "change other lines, or other files"
+        raise errors.NonCanonicalPatchError(what, where=where, remedy=remedy)
     return apply.parse_patch(Path(name), fields, diff, where)
 
 
@@ -213,19 +198,14 @@ def _commits(work: SourceRepo, source: Path, tree: str) -> list[str]:
     """The base commit and those after it, oldest first."""
     actual = work.text("rev-parse", "--verify", "--quiet", f"{BASE}^{{tree}}", check=False)
     if actual != tree:
-        raise errors.WrongBaseError(
-            f"the checkout is of the source tree {actual or 'unknown'}, the line's is {tree}",
-            where=str(source),
-            remedy=AGAIN,
-        )
+        what = f"the checkout is of the source tree {actual or 'unknown'}, the line's is {tree}"
+        raise errors.WrongBaseError(what, where=str(source), remedy=AGAIN)
     rows = work.text("rev-list", "--reverse", "--parents", f"{BASE}..HEAD").splitlines()
     history = [row.split() for row in rows]
     if merges := [row[0] for row in history if len(row) > 2]:  # noqa: PLR2004 - itself, one parent
-        raise errors.NonCanonicalPatchError(
-            f"commit {merges[0][:12]} is a merge",
-            where=str(source),
-            remedy=f"make the history linear: git rebase {BASE}",
-        )
+        what = f"commit {merges[0][:12]} is a merge"
+        remedy = f"make the history linear: git rebase {BASE}"
+        raise errors.NonCanonicalPatchError(what, where=str(source), remedy=remedy)
     commits = [work.text("rev-parse", BASE), *(row[0] for row in history)]
     if [row[1:] for row in history] != [[parent] for parent in commits[:-1]]:
         raise errors.WrongBaseError(
@@ -243,11 +223,9 @@ def _require_clean(work: SourceRepo, source: Path) -> None:
     options = ("status", "--porcelain", "--untracked-files=all")
     if status := work.text(f"--work-tree={source}", *options):
         rows = status.splitlines()
-        raise errors.DirtyTreeError(
-            f"{len(rows)} uncommitted changes:\n" + "\n".join(rows[:5]),
-            where=str(source),
-            remedy="commit or stash them; delete files that do not belong to a patch",
-        )
+        what = f"{len(rows)} uncommitted changes:\n" + "\n".join(rows[:5])
+        remedy = "commit or stash them; delete files that do not belong to a patch"
+        raise errors.DirtyTreeError(what, where=str(source), remedy=remedy)
 
 
 def _digest(series: Path) -> str:

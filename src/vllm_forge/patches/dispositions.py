@@ -85,10 +85,8 @@ def decisions(entries: tuple[Disposition, ...], line: str) -> tuple[tuple[str, D
     for entry in entries:
         decision = entry.on.get(line) or entry.on.get(ALL)
         if decision is None:
-            raise DispositionError(
-                f"nothing is decided for line {line}",
-                where=f"{FILE}: {entry.about}",
-                remedy=f'add [disposition.on."{line}"], or [disposition.on.{ALL}]',
-            )
+            what = f"nothing is decided for line {line}"
+            remedy = f'add [disposition.on."{line}"], or [disposition.on.{ALL}]'
+            raise DispositionError(what, where=f"{FILE}: {entry.about}", remedy=remedy)
         rows.append((entry.about, decision))
     return tuple(rows)

@@ -133,11 +133,9 @@ def releases_between(index: Index, first: str, last: str | None) -> list[Release
         releases[version] = Release(version=str(version), date=date, archive=archive)
     for end in (low, high):
         if end is not None and end not in releases:
-            raise DistributionNotFoundError(
-                f"the index offers no source archive of a final release {end}",
-                where=index.url,
-                remedy="choose a release that is there and was not yanked",
-            )
+            what = f"the index offers no source archive of a final release {end}"
+            remedy = "choose a release that is there and was not yanked"
+            raise DistributionNotFoundError(what, where=index.url, remedy=remedy)
     return [releases[version] for version in sorted(releases)]
 
 

@@ -64,18 +64,14 @@ def read_series(folder: Path) -> tuple[Patch, ...]:
                 f"{name} is listed twice", where=str(path), remedy="delete one of the lines"
             )
         if "/" in name or (folder / name).is_symlink() or not (folder / name).is_file():
-            raise errors.SeriesFileError(
-                f"the series lists {name}, which is not a file of its folder",
-                where=str(path),
-                remedy="add the file, or delete the line",
-            )
+            what = f"the series lists {name}, which is not a file of its folder"
+            remedy = "add the file, or delete the line"
+            raise errors.SeriesFileError(what, where=str(path), remedy=remedy)
     present = {file.name for file in folder.iterdir() if file.suffix in {".patch", ".diff"}}
     if unlisted := sorted(present - set(names)):
-        raise errors.SeriesFileError(
-            f"not in the series: {', '.join(unlisted)}",
-            where=str(path),
-            remedy="list it where it belongs, or delete the file",
-        )
+        what = f"not in the series: {', '.join(unlisted)}"
+        remedy = "list it where it belongs, or delete the file"
+        raise errors.SeriesFileError(what, where=str(path), remedy=remedy)
     return tuple(read_patch(folder / name) for name in names)
 
 
@@ -131,11 +127,9 @@ def check_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
         base = fetch_base(lock, line.vllm, repo)
         applied = apply_series(repo, base, patches)
     if applied.result != lock.result:
-        raise errors.TreeMismatchError(
-            f"the series gives tree {applied.result}, the lock says {lock.result}",
-            where=str(folder / "lock.toml"),
-            remedy=f"if the change is meant, run: {COMMAND} {line_name}",
-        )
+        what = f"the series gives tree {applied.result}, the lock says {lock.result}"
+        remedy = f"if the change is meant, run: {COMMAND} {line_name}"
+        raise errors.TreeMismatchError(what, where=str(folder / "lock.toml"), remedy=remedy)
     return applied
 
 
@@ -208,11 +202,9 @@ def without(repo: SourceRepo, applied: Applied, patches: Sequence[Patch], index:
         return Variant(left_out=patch, tree=tree, way=OTHERS)
     if (tree := _taken_out(repo, applied, patch, index)) is not None:
         return Variant(left_out=patch, tree=tree, way=TAKEN_OUT)
-    raise errors.InseparablePatchError(
-        f"{patch.name} can neither be left out nor be taken out: later patches build on it",
-        where=str(patch.path),
-        remedy="make one patch of those that cannot do without each other",
-    )
+    what = f"{patch.name} can neither be left out nor be taken out: later patches build on it"
+    remedy = "make one patch of those that cannot do without each other"
+    raise errors.InseparablePatchError(what, where=str(patch.path), remedy=remedy)
 
 
 def require_idempotent(repo: SourceRepo, applied: Applied, patches: Sequence[Patch]) -> None:

@@ -125,27 +125,21 @@ def build_wheel(
     target = folder / published.name.replace(f"-{release}-", f"-{version}-", 1)
     with zipfile.ZipFile(published) as source, published.open("rb") as raw:
         if twice := [path for path, n in Counter(source.namelist()).items() if n > 1]:
-            raise errors.WheelSourceError(
-                f"duplicate members: {', '.join(twice[:3])}",
-                where=str(published),
-                remedy="lock another release of vLLM",
-            )
+            what = f"duplicate members: {', '.join(twice[:3])}"
+            remedy = "lock another release of vLLM"
+            raise errors.WheelSourceError(what, where=str(published), remedy=remedy)
         _require_source(repo, applied.base, source, published)
         old_info, new_info = f"vllm-{release}.dist-info", f"vllm-{version}.dist-info"
         record = f"{old_info}/RECORD"
         members = set(source.namelist())
         if lost := sorted({GENERATED, f"{old_info}/METADATA", record} - members):
-            raise errors.WheelSourceError(
-                f"the wheel has no {', '.join(lost)}, where its version is",
-                where=str(published),
-                remedy="unsupported wheel layout; support it in patches/wheel.py",
-            )
+            what = f"the wheel has no {', '.join(lost)}, where its version is"
+            remedy = "unsupported wheel layout; support it in patches/wheel.py"
+            raise errors.WheelSourceError(what, where=str(published), remedy=remedy)
         if absent := sorted({file.path for file in changed} - members):
-            raise errors.WheelSourceError(
-                f"the series changes files that the wheel does not ship: {', '.join(absent)}",
-                where=str(published),
-                remedy="such a change has no effect on what is installed: drop it from the patch",
-            )
+            what = f"the series changes files that the wheel does not ship: {', '.join(absent)}"
+            remedy = "such a change has no effect on what is installed: drop it from the patch"
+            raise errors.WheelSourceError(what, where=str(published), remedy=remedy)
         replaced = {file.path: read_blob(repo, file.after) for file in changed}
         replaced[GENERATED] = stamp_version(source.read(GENERATED), release, version, published)
         replaced[f"{old_info}/METADATA"] = replace_once(
@@ -248,11 +242,9 @@ def find_python(given: Path | None) -> Path:
             remedy="activate one, or name its interpreter with --python",
         )
     if not (python.parent.parent / "pyvenv.cfg").exists():
-        raise errors.NoEnvironmentError(
-            "not a virtual environment; a system's Python is not ours to change",
-            where=str(python),
-            remedy="make one: python3 -m venv DIR",
-        )
+        what = "not a virtual environment; a system's Python is not ours to change"
+        remedy = "make one: python3 -m venv DIR"
+        raise errors.NoEnvironmentError(what, where=str(python), remedy=remedy)
     return python
 
 
@@ -267,11 +259,9 @@ def probe(python: Path) -> Installed:
             f"the interpreter does not run: {done.stderr.strip()[-300:]}", where=str(python)
         ) from None
     if target.editable:
-        raise errors.DirtyTreeError(
-            "vLLM is installed from a source tree (editable)",
-            where=str(target.site),
-            remedy="apply patches/vllm/<line>/*.patch to that tree with git am or git apply",
-        )
+        what = "vLLM is installed from a source tree (editable)"
+        remedy = "apply patches/vllm/<line>/*.patch to that tree with git am or git apply"
+        raise errors.DirtyTreeError(what, where=str(target.site), remedy=remedy)
     return target
 
 
@@ -296,11 +286,9 @@ class Installer:
                 f"this vLLM is {self.version} already", where=str(self.site)
             )
         if patched:
-            raise errors.InstalledStateError(
-                f"{len(patched)} files are patched, {len(published)} are not",
-                where=str(self.site),
-                remedy="run this with --revert first: it restores all published files",
-            )
+            what = f"{len(patched)} files are patched, {len(published)} are not"
+            remedy = "run this with --revert first: it restores all published files"
+            raise errors.InstalledStateError(what, where=str(self.site), remedy=remedy)
         self._replace({file.path: file.after for file in self._changed}, self.release, self.version)
 
     def revert(self) -> None:
@@ -316,11 +304,9 @@ class Installer:
     def _state(self) -> tuple[list[str], list[str]]:
         """Files of the series, and metadata, that are as published and as patched."""
         if self.target.version not in {self.release, self.version}:
-            raise errors.InstalledStateError(
-                f"vLLM {self.target.version} is installed, this series is for {self.release}",
-                where=str(self.site),
-                remedy=f"install vllm=={self.release}, or choose another --line",
-            )
+            what = f"vLLM {self.target.version} is installed, this series is for {self.release}"
+            remedy = f"install vllm=={self.release}, or choose another --line"
+            raise errors.InstalledStateError(what, where=str(self.site), remedy=remedy)
         published: list[str] = []
         patched: list[str] = []
         foreign: list[str] = []
@@ -339,11 +325,9 @@ class Installer:
             (patched if self.version.encode() in content else published).append(path)
         if foreign:
             shown = ", ".join(foreign[:5]) + (" ..." if len(foreign) > 5 else "")  # noqa: PLR2004
-            raise errors.DirtyTreeError(
-                f"{len(foreign)} files are neither as published nor as patched: {shown}",
-                where=str(self.site),
-                remedy=f"reinstall vllm=={self.release}, then run this again",
-            )
+            what = f"{len(foreign)} files are neither as published nor as patched: {shown}"
+            remedy = f"reinstall vllm=={self.release}, then run this again"
+            raise errors.DirtyTreeError(what, where=str(self.site), remedy=remedy)
         return published, patched
 
     def _replace(self, blobs: dict[str, str], old: str, new: str) -> None:
@@ -396,11 +380,9 @@ def patch_installed(site: Path, patches: Sequence[Patch]) -> list[Path]:
             for path in sorted({path for patch in patches for path in patch.files}):
                 installed = site / path.removeprefix(PREFIX)
                 if not (path.startswith(PREFIX) and installed.is_file()):
-                    raise errors.WrongBaseError(
-                        f"the series changes {path}, which is not installed",
-                        where=str(site),
-                        remedy="the patch is for another release: see the series' folder",
-                    )
+                    what = f"the series changes {path}, which is not installed"
+                    remedy = "the patch is for another release: see the series' folder"
+                    raise errors.WrongBaseError(what, where=str(site), remedy=remedy)
                 index.put(path, "100644", installed.read_bytes())
             base = index.tree()
         result = apply_series(repo, base, patches).result

@@ -64,11 +64,9 @@ def dry_loads(
     if resolve_by == "rules" or (resolve_by == "auto" and not profile.tensors):
         return {}
     if not profile.tensors:
-        raise UsageError(
-            "a dry load needs headers, and only the index is at hand",
-            where=str(profile.source),
-            remedy="fetch the shards, or leave out --resolve vllm",
-        )
+        what = "a dry load needs headers, and only the index is at hand"
+        remedy = "fetch the shards, or leave out --resolve vllm"
+        raise UsageError(what, where=str(profile.source), remedy=remedy)
     answers = {}
     for name in names:
         if resolve_by == "auto" and (why := ready(project, name)):

@@ -91,10 +91,8 @@ def open_line(project: Project, line_name: str, runner: Runner, kind: str) -> Li
     ``kind``: folder of the cache; the caller holds the lock of this kind and line.
     """
     if os.geteuid() != 0:
-        raise EngineSetupError(
-            "proofs run on an overlay of the image's layers, which only root may mount",
-            remedy="run it as root, e.g. in a container of its own",
-        )
+        what = "proofs run on an overlay of the image's layers, which only root may mount"
+        raise EngineSetupError(what, remedy="run it as root, e.g. in a container of its own")
     repo = SourceRepo()
     applied = check_line(project, line_name, repo)
     plan = image_plan(project, line_name)
@@ -102,11 +100,9 @@ def open_line(project: Project, line_name: str, runner: Runner, kind: str) -> Li
     system = load_system(images.build_system(plan, runner))
     images.write_layers(plan.cell, plan.groups, lambda: None, slim=False)
     if system.root is None:
-        raise CacheError(
-            "the kept system has no unpacked root",
-            where=str(cache_root() / "systems"),
-            remedy="delete that folder and run again",
-        )
+        what = "the kept system has no unpacked root"
+        remedy = "delete that folder and run again"
+        raise CacheError(what, where=str(cache_root() / "systems"), remedy=remedy)
     stored = [require_stored(group.key) for group in reversed(plan.groups)]
     layers = [folder for layer in stored for folder in (layer.files, layer.code)]
     work = cache_root() / kind / line_name

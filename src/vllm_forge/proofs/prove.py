@@ -101,11 +101,9 @@ def judge_whole(line: str, patches: Sequence[Patch], run: TestRun) -> Iterator[F
     """All contract tests on the whole series: none is red, and every proof ran."""
     if run.exit == RED:
         red = [name for name, outcome in run.tests.items() if outcome == "failed"]
-        yield ProofRedError(
-            f"line {line}: {len(red)} contract tests are red with the whole series: {run.why}",
-            where="\n          ".join(red[:10]),
-            remedy="correct the patch, or dispositions.toml where it contradicts the series",
-        )
+        what = f"line {line}: {len(red)} contract tests are red with the whole series: {run.why}"
+        remedy = "correct the patch, or dispositions.toml where it contradicts the series"
+        yield ProofRedError(what, where="\n          ".join(red[:10]), remedy=remedy)
     elif run.exit != GREEN:
         yield not_run(f"line {line}, whole series", run)
         return
@@ -154,20 +152,15 @@ def judge_without(line: str, variant: Variant, run: TestRun) -> ForgeError | Non
     return None
 
 
-def _no_proof(line: str, patch: Patch, what: str) -> ProofNotRunError:
-    return ProofNotRunError(
-        f"line {line}: the proof of {patch.name} {what}",
-        where=f"{patch.path}: Proves: {patch.proves}",
-        remedy="name a test that passes with the patch and fails without it, on this line",
-    )
+def _no_proof(line: str, patch: Patch, fault: str) -> ProofNotRunError:
+    what = f"line {line}: the proof of {patch.name} {fault}"
+    remedy = "name a test that passes with the patch and fails without it, on this line"
+    return ProofNotRunError(what, where=f"{patch.path}: Proves: {patch.proves}", remedy=remedy)
 
 
-def not_run(what: str, run: TestRun) -> ProofNotRunError:
-    return ProofNotRunError(
-        f"{what}: pytest exited with {run.exit}, which is neither green (0) nor red (1)",
-        where=run.why,
-        remedy=run.tail,
-    )
+def not_run(name: str, run: TestRun) -> ProofNotRunError:
+    what = f"{name}: pytest exited with {run.exit}, which is neither green (0) nor red (1)"
+    return ProofNotRunError(what, where=run.why, remedy=run.tail)
 
 
 def show(job: ProofJob, whole: TestRun, runs: Sequence[TestRun]) -> None:

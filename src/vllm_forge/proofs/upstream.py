@@ -101,18 +101,14 @@ def judge(
         pairs = [tuple(run.tests.get(name, "missing") for run in (published, patched))
                  for name in names]  # fmt: skip
         if not any(before == "passed" for before, _ in pairs):
-            raise ProofNotRunError(
-                f"line {line}: nothing in it passes as published: {dict(Counter(pairs))}",
-                where=f"{ROWS}: {path}",
-                remedy="take the line out of its row",
-            )
+            what = f"line {line}: nothing in it passes as published: {dict(Counter(pairs))}"
+            remedy = "take the line out of its row"
+            raise ProofNotRunError(what, where=f"{ROWS}: {path}", remedy=remedy)
         if lost := [name for name, (before, after) in zip(names, pairs, strict=True)
                     if before == "passed" != after]:  # fmt: skip
-            raise RegressionError(
-                f"line {line}: {len(lost)} of vLLM's tests pass as published, not as patched",
-                where="\n          ".join(lost[:10]),
-                remedy=f"correct the patch; its message: {patched.why}",
-            )
+            what = f"line {line}: {len(lost)} of vLLM's tests pass as published, not as patched"
+            remedy = f"correct the patch; its message: {patched.why}"
+            raise RegressionError(what, where="\n          ".join(lost[:10]), remedy=remedy)
         counts = Counter(before if before == after else f"{before}, then {after}"
                          for before, after in pairs)  # fmt: skip
         rows[path] = dict(sorted(counts.items()))

@@ -250,11 +250,9 @@ def read_receipt(path: Path, keys: Sequence[Key]) -> Receipt:
     known = {key.keyid: key for key in keys}
     for keyid in envelope.signatures:
         if keyid not in known:
-            raise errors.ReceiptKeyError(
-                f"signed by key {keyid}, which is not among the trusted ones",
-                where=str(path),
-                remedy=f"if you trust the signer, add the public key to {FOLDER}/{KEYS}",
-            )
+            what = f"signed by key {keyid}, which is not among the trusted ones"
+            remedy = f"if you trust the signer, add the public key to {FOLDER}/{KEYS}"
+            raise errors.ReceiptKeyError(what, where=str(path), remedy=remedy)
         try:
             envelope.verify([known[keyid]], 1)
         except VerificationError as error:
@@ -284,11 +282,9 @@ def read_keys(folder: Path) -> list[Key]:
 
 
 def _key_folder(folder: Path, why: str) -> errors.ReceiptKeyError:
-    return errors.ReceiptKeyError(
-        f"cannot read the folder of trusted keys: {why}",
-        where=str(folder),
-        remedy="make it a folder with a NAME.pem for each signer and nothing else, or delete it",
-    )
+    what = f"cannot read the folder of trusted keys: {why}"
+    remedy = "make it a folder with a NAME.pem for each signer and nothing else, or delete it"
+    return errors.ReceiptKeyError(what, where=str(folder), remedy=remedy)
 
 
 def _load_key(path: Path, *, public: bool) -> Any:
@@ -316,16 +312,11 @@ def _load_key(path: Path, *, public: bool) -> Any:
 
 
 def _unreadable(path: Path, why: str) -> errors.ReceiptUnreadableError:
-    return errors.ReceiptUnreadableError(
-        f"not a receipt: {why}",
-        where=str(path),
-        remedy="remove it, if neither `gpu test` nor `gpu receipts` wrote it",
-    )
+    remedy = "remove it, if neither `gpu test` nor `gpu receipts` wrote it"
+    return errors.ReceiptUnreadableError(f"not a receipt: {why}", where=str(path), remedy=remedy)
 
 
 def _edited(path: Path, why: str) -> errors.ReceiptEditedError:
-    return errors.ReceiptEditedError(
-        f"the receipt was edited: {why}",
-        where=str(path),
-        remedy="delete it, and run the suite again",
-    )
+    what = f"the receipt was edited: {why}"
+    remedy = "delete it, and run the suite again"
+    return errors.ReceiptEditedError(what, where=str(path), remedy=remedy)

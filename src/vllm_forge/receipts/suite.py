@@ -167,11 +167,9 @@ def _module(root: Path, importer: Path, name: str) -> Iterator[Path]:
         base = root / ("src" if name.startswith("vllm_forge") else "") / name.replace(".", "/")
         yield from filter(Path.is_file, (base.with_suffix(".py"), base / "__init__.py"))
     else:
-        raise SuiteDescriptionError(
-            f"tests/gpu must not import {name}",
-            where=str(importer),
-            remedy=f"a GPU host has tests/gpu and {CODECS}: import nothing else of the project",
-        )
+        what = f"tests/gpu must not import {name}"
+        remedy = f"a GPU host has tests/gpu and {CODECS}: import nothing else of the project"
+        raise SuiteDescriptionError(what, where=str(importer), remedy=remedy)
 
 
 def _digest(data: Any) -> str:

@@ -129,11 +129,9 @@ def _listing(folder: Path) -> Iterator[tuple[Path, ForgeError | None]]:
 
 
 def _foreign(path: Path, why: str) -> errors.ReceiptUnreadableError:
-    return errors.ReceiptUnreadableError(
-        f"not {FOLDER}/<digest>/<receipt>.json: {why}",
-        where=str(path),
-        remedy=f"keep nothing but receipts, each in its image's folder, and {KEYS} there",
-    )
+    what = f"not {FOLDER}/<digest>/<receipt>.json: {why}"
+    remedy = f"keep nothing but receipts, each in its image's folder, and {KEYS} there"
+    return errors.ReceiptUnreadableError(what, where=str(path), remedy=remedy)
 
 
 def verify_all(
@@ -174,11 +172,9 @@ def verify(
 ) -> None:
     """Compare one receipt with the repository; the class of the error says what differs."""
     if (keys or signed) and not receipt.signed_by:
-        raise errors.ReceiptKeyError(
-            "the receipt is unsigned",
-            where=str(receipt.path),
-            remedy="sign it where it is made: nox -s forge -- gpu receipts --result FILE --key KEY",
-        )
+        what = "the receipt is unsigned"
+        remedy = "sign it where it is made: nox -s forge -- gpu receipts --result FILE --key KEY"
+        raise errors.ReceiptKeyError(what, where=str(receipt.path), remedy=remedy)
     for kind, what in _faults(project, receipt, now):
         raise kind(what, where=str(receipt.path), remedy=REMEDIES[kind])
     require_selection(project.root, receipt)
@@ -275,11 +271,9 @@ def make_receipt(project: Project, result_path: Path, key: Path | None) -> Path:
         why = f"{type(error).__name__}: {error}"
         if isinstance(error, ValidationError):
             why = f"{error.title} {problems(error)[0]}"
-        raise errors.ResultFileError(
-            f"not the result of a tier: {why}",
-            where=str(result_path),
-            remedy="take the file that the run wrote: OUTPUT/<tier>.json, whole",
-        ) from None
+        what = f"not the result of a tier: {why}"
+        remedy = "take the file that the run wrote: OUTPUT/<tier>.json, whole"
+        raise errors.ResultFileError(what, where=str(result_path), remedy=remedy) from None
     keys = read_keys(project.root / FOLDER / KEYS)
     with tempfile.TemporaryDirectory() as work:
         try:

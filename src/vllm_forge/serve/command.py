@@ -76,10 +76,8 @@ def running_engine(probe: Probe, engine: Engine | None) -> Engine:
     for name in engines:
         if probe.ask(name, [name, "info"]).code == 0:
             return name
-    raise NoGpuError(
-        f"no container engine answers: asked {' and '.join(engines)}",
-        remedy="start one; or take the command of --print elsewhere",
-    )
+    what = f"no container engine answers: asked {' and '.join(engines)}"
+    raise NoGpuError(what, remedy="start one; or take the command of --print elsewhere")
 
 
 def require_gpus(probe: Probe, deployment: Deployment) -> None:
@@ -88,14 +86,12 @@ def require_gpus(probe: Probe, deployment: Deployment) -> None:
     count = 0 if reply.code else sum(line.startswith("GPU ") for line in reply.text.splitlines())
     need = deployment.preset.tensor_parallel
     if count < need:
-        raise NoGpuError(
-            f"preset {deployment.preset_name} needs {need} GPUs, this host has {count or 'none'}",
-            where="nvidia-smi -L",
-            remedy=(
-                f"nox -s doctor -- --sku {deployment.cell.sku_name} says what is missing; "
-                "--print prints the command for another host"
-            ),
+        what = f"preset {deployment.preset_name} needs {need} GPUs, this host has {count or 'none'}"
+        remedy = (
+            f"nox -s doctor -- --sku {deployment.cell.sku_name} says what is missing; "
+            "--print prints the command for another host"
         )
+        raise NoGpuError(what, where="nvidia-smi -L", remedy=remedy)
 
 
 def become(command: Command) -> NoReturn:

@@ -55,10 +55,8 @@ def find_preset(matrix: Matrix, sku: str, name: str) -> str:
         return known[name]
     if name in known.values():
         return name
-    raise UnknownPresetError(
-        f"unknown preset {name!r} of {sku}{suggestion(name, known)}",
-        remedy=f"presets of {sku}: {', '.join(known) or 'none'}",
-    )
+    what = f"unknown preset {name!r} of {sku}{suggestion(name, known)}"
+    raise UnknownPresetError(what, remedy=f"presets of {sku}: {', '.join(known) or 'none'}")
 
 
 def find_deployment(

@@ -290,8 +290,6 @@ def lint_line(project: Project, line_name: str) -> list[LintFinding]:
 
 def require_clean(findings: Sequence[LintFinding]) -> None:
     if findings:
-        raise PresetLintError(
-            f"{len(findings)} findings:\n" + "\n".join(finding.text() for finding in findings),
-            where="matrix.toml, [preset]",
-            remedy="fix the rows as each finding says",
-        )
+        what = f"{len(findings)} findings:\n" + "\n".join(finding.text() for finding in findings)
+        remedy = "fix the rows as each finding says"
+        raise PresetLintError(what, where="matrix.toml, [preset]", remedy=remedy)

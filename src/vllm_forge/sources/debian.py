@@ -69,11 +69,8 @@ def read_base_lock(root: Path, base: Base) -> BaseLock | None:
     text, rows = read_rows(path, ROW, again)
     head = {match["name"]: match["value"] for match in HEAD.finditer(text)}
     if head.get("input") != input_digest(base) or "date" not in head:
-        raise LockFileError(
-            "the lock was not made for what matrix.toml now says of [base]",
-            where=str(path),
-            remedy=again,
-        )
+        what = "the lock was not made for what matrix.toml now says of [base]"
+        raise LockFileError(what, where=str(path), remedy=again)
     return BaseLock(
         path=path,
         date=head["date"],
@@ -154,11 +151,9 @@ def fetch_debs(lock: BaseLock, archives: Sequence[str]) -> None:
         try:
             download_all(make_session(), downloads)
         except DistributionNotFoundError as error:
-            raise DistributionNotFoundError(
-                error.what,
-                where=", ".join(archives),
-                remedy=f"lock the current packages, which changes the image's digest: {AGAIN}",
-            ) from error
+            where = ", ".join(archives)
+            remedy = f"lock the current packages, which changes the image's digest: {AGAIN}"
+            raise DistributionNotFoundError(error.what, where=where, remedy=remedy) from error
 
 
 def verified_debs(lock: BaseLock) -> list[Path]:

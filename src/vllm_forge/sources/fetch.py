@@ -79,11 +79,9 @@ def download_all(session: requests.Session, downloads: Sequence[Download]) -> No
                 fetcher.stop.set()
         gone = [item for item, job in zip(items, jobs, strict=True) if not job.result()]
         if gone:
-            raise errors.DistributionNotFoundError(
-                f"listed, but no host has it any more: {', '.join(i.target.name for i in gone)}",
-                where=gone[0].url,
-                remedy="use another index: this one's list is older than its files",
-            )
+            what = f"listed, but no host has it any more: {', '.join(i.target.name for i in gone)}"
+            remedy = "use another index: this one's list is older than its files"
+            raise errors.DistributionNotFoundError(what, where=gone[0].url, remedy=remedy)
 
 
 class _Fetcher:
@@ -134,17 +132,13 @@ class _Fetcher:
                 return True
         have = item.part.stat().st_size if item.part.exists() else 0
         if last is None:
-            raise errors.TruncatedFileError(
-                f"{item.target.name}: the server's file ends at {have} of {item.size} bytes",
-                where=item.url,
-                remedy="the mirror holds a damaged copy; use another index",
-            )
+            what = f"{item.target.name}: the server's file ends at {have} of {item.size} bytes"
+            remedy = "the mirror holds a damaged copy; use another index"
+            raise errors.TruncatedFileError(what, where=item.url, remedy=remedy)
         if have == 0:
-            raise errors.IndexUnreachableError(
-                f"{item.target.name} cannot be fetched: {type(last).__name__}: {last}",
-                where=item.url,
-                remedy="check the network and the proxy; finished files are kept",
-            )
+            what = f"{item.target.name} cannot be fetched: {type(last).__name__}: {last}"
+            remedy = "check the network and the proxy; finished files are kept"
+            raise errors.IndexUnreachableError(what, where=item.url, remedy=remedy)
         raise errors.DownloadInterruptedError(
             f"{item.target.name}: the connection broke {TRIES} times, {have} of {item.size} bytes "
             f"are kept ({type(last).__name__})",
@@ -198,18 +192,14 @@ def verified(path: Path, sha256: str) -> Path:
     try:
         digest = _sha256(path)
     except FileNotFoundError:
-        raise CacheError(
-            f"{path.name} was deleted from the cache",
-            where=str(path),
-            remedy="run the same command again, which downloads it",
-        ) from None
+        what = f"{path.name} was deleted from the cache"
+        remedy = "run the same command again, which downloads it"
+        raise CacheError(what, where=str(path), remedy=remedy) from None
     if digest != sha256:
         path.unlink(missing_ok=True)
-        raise errors.HashMismatchError(
-            f"{path.name} in the cache has sha256 {digest}, the lock says {sha256}",
-            where=str(path),
-            remedy="it was deleted; run the same command again, which downloads it",
-        )
+        what = f"{path.name} in the cache has sha256 {digest}, the lock says {sha256}"
+        remedy = "it was deleted; run the same command again, which downloads it"
+        raise errors.HashMismatchError(what, where=str(path), remedy=remedy)
     return path
 
 

@@ -46,11 +46,9 @@ class IndexFile:
     def pins(self) -> tuple[str, int]:
         """Hash and size; DistributionNotFoundError where the index does not say them."""
         if self.sha256 is None or self.size is None:
-            raise DistributionNotFoundError(
-                f"the index gives no sha256 or no size for {self.filename}",
-                where=self.url,
-                remedy="use an index with the JSON simple API (PEP 691, PEP 700)",
-            )
+            what = f"the index gives no sha256 or no size for {self.filename}"
+            remedy = "use an index with the JSON simple API (PEP 691, PEP 700)"
+            raise DistributionNotFoundError(what, where=self.url, remedy=remedy)
         return self.sha256, self.size
 
 
@@ -134,11 +132,9 @@ class Index:
             timeout=TIMEOUT_S,
         ) as answer:
             if answer.status_code == requests.codes.not_found:
-                raise DistributionNotFoundError(
-                    f"the index has no project {project!r}",
-                    where=self.url,
-                    remedy="check UV_DEFAULT_INDEX / PIP_INDEX_URL: a mirror may lack it",
-                )
+                what = f"the index has no project {project!r}"
+                remedy = "check UV_DEFAULT_INDEX / PIP_INDEX_URL: a mirror may lack it"
+                raise DistributionNotFoundError(what, where=self.url, remedy=remedy)
             answer.raise_for_status()
             if not answer.url.startswith("https:") and self.url.startswith("https:"):
                 raise self._unusable("redirects to an address without TLS")

@@ -176,11 +176,9 @@ def _resolve(line: Line, base: Base, index: Index) -> list[tuple[str, str]]:
             check=False,
         )
     if done.returncode != 0 and "Failed to fetch" in done.stderr:
-        raise errors.IndexUnreachableError(
-            f"uv could not reach the package index:\n{done.stderr.strip()}",
-            where=index.url,
-            remedy="check the network, the proxy, and UV_DEFAULT_INDEX / PIP_INDEX_URL",
-        )
+        what = f"uv could not reach the package index:\n{done.stderr.strip()}"
+        remedy = "check the network, the proxy, and UV_DEFAULT_INDEX / PIP_INDEX_URL"
+        raise errors.IndexUnreachableError(what, where=index.url, remedy=remedy)
     if done.returncode != 0:
         raise errors.ResolutionError(
             f"uv finds no solution for vllm=={line.vllm} with torch=={line.torch}:\n"

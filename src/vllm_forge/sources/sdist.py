@@ -100,11 +100,9 @@ class SourceRepo:
                 raise
             with exclusive("sources-git", wait=True):
                 remove(self.path)
-            raise CacheError(
-                "the repository of source archives was damaged",
-                where=str(self.path),
-                remedy="it was deleted; run the same command again, which imports them again",
-            ) from error
+            what = "the repository of source archives was damaged"
+            remedy = "it was deleted; run the same command again, which imports them again"
+            raise CacheError(what, where=str(self.path), remedy=remedy) from error
 
     def forget(self, ref: str) -> None:
         """Let the next ``import_archive`` import again."""

@@ -117,19 +117,16 @@ class Report(FrozenModel):
             served |= {Outcome.WITHOUT, Outcome.WITH_DSPARK}
         if verdict.outcome not in served:
             waive = "" if without_mtp else "; --without-mtp if serving without it is enough"
-            return CheckpointRefusedError(
-                "\n  - ".join([f"line {line}: {verdict.outcome}", *verdict.why]),
-                where=self.place,
-                remedy=f"see the remedies of the findings above{waive}",
-            )
+            what = "\n  - ".join([f"line {line}: {verdict.outcome}", *verdict.why])
+            remedy = f"see the remedies of the findings above{waive}"
+            return CheckpointRefusedError(what, where=self.place, remedy=remedy)
         wrong = [row.sentence for row in self.findings if row.effect in WRONG]
         if not wrong:
             return None
         what = f"line {line}: {verdict.outcome}, but it is not what it should be"
+        remedy = "see the remedies of the findings above"
         return CheckpointDepartsError(
-            "\n  - ".join([what, *wrong]),
-            where=self.place,
-            remedy="see the remedies of the findings above",
+            "\n  - ".join([what, *wrong]), where=self.place, remedy=remedy
         )
 
 
@@ -266,11 +263,8 @@ def judge(
 def _status(about: str, line: str, dispositions: Iterable[Disposition]) -> str:
     entries = tuple(entry for entry in dispositions if entry.about == about)
     if not entries:
-        raise DispositionError(
-            f"missing disposition of {about}",
-            where=FILE,
-            remedy=f'add a [[disposition]] with about = "{about}"',
-        )
+        remedy = f'add a [[disposition]] with about = "{about}"'
+        raise DispositionError(f"missing disposition of {about}", where=FILE, remedy=remedy)
     ((_, decision),) = decisions(entries, line)
     return decision.status
 

@@ -109,11 +109,9 @@ def named(name: str) -> Manifest:
     """One manifest; UsageError if it is unknown."""
     known = manifests()
     if name not in known:
-        raise UsageError(
-            f"unknown manifest {name!r}{suggestion(name, known)}",
-            where=str(FOLDER),
-            remedy="name one of those, or leave it out: the nearest one is taken",
-        )
+        what = f"unknown manifest {name!r}{suggestion(name, known)}"
+        remedy = "name one of those, or leave it out: the nearest one is taken"
+        raise UsageError(what, where=str(FOLDER), remedy=remedy)
     return known[name]
 
 
@@ -197,11 +195,9 @@ def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Findi
     text = profile.source.text(RECORD)
     if text is None or not profile.tensors:
         if digests:
-            raise UsageError(
-                f"--digests needs {RECORD}, which the checkpoint does not have",
-                where=str(profile.source),
-                remedy="leave it out, or compare with the model: --source PLACE --values 0",
-            )
+            what = f"--digests needs {RECORD}, which the checkpoint does not have"
+            remedy = "leave it out, or compare with the model: --source PLACE --values 0"
+            raise UsageError(what, where=str(profile.source), remedy=remedy)
         return
     try:
         rows: dict[str, Any] = parse_json(text)["tensors"]

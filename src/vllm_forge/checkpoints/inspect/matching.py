@@ -136,9 +136,7 @@ def require_termination(
         raise _refused(what, rule, where) from None
 
 
-def _refused(what: str, rule: str, where: str) -> CheckpointUnreadableError:
-    return CheckpointUnreadableError(
-        f"quantization_config has a pattern {what}: {rule[:500]}",
-        where=where,
-        remedy="write it without a repetition of repetitions",
-    )
+def _refused(fault: str, rule: str, where: str) -> CheckpointUnreadableError:
+    what = f"quantization_config has a pattern {fault}: {rule[:500]}"
+    remedy = "write it without a repetition of repetitions"
+    return CheckpointUnreadableError(what, where=where, remedy=remedy)

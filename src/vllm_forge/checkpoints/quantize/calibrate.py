@@ -235,10 +235,8 @@ class LayerQuantizer:
             session.finalize()
         logger.remove(handle)
         if unobserved := [text for text in warnings if UNOBSERVED in text]:
-            raise QuantizedOutputError(
-                f"{len(unobserved)} scales were not calibrated: {unobserved[0]}",
-                where=f"layer {model.index}",
-            )
+            what = f"{len(unobserved)} scales were not calibrated: {unobserved[0]}"
+            raise QuantizedOutputError(what, where=f"layer {model.index}")
 
     def _compressed(self, model: OneLayer, names: Mapping[str, str]) -> Iterator[TensorToWrite]:
         for name, module in model.named_modules():

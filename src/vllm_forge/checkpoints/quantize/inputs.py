@@ -153,11 +153,8 @@ def load_recipe(name: str, path: Path = RECIPES) -> Recipe:
     except (tomllib.TOMLDecodeError, KeyError) as error:
         raise RecipeError(f"not a file of recipes: {error}", where=str(path)) from None
     if name not in rows:
-        raise RecipeError(
-            f"unknown recipe {name!r}{suggestion(name, rows)}",
-            where=str(path),
-            remedy="add a row, or name one of those",
-        )
+        what = f"unknown recipe {name!r}{suggestion(name, rows)}"
+        raise RecipeError(what, where=str(path), remedy="add a row, or name one of those")
     row = rows[name]
     try:
         while "extends" in row:
@@ -231,10 +228,8 @@ def read_conversations(path: Path, samples: int) -> list[Conversation]:
             remedy='one JSON object per line: {"messages": [{"role": ..., "content": ...}, ...]}',
         ) from None
     if len(rows) < samples:
-        raise refused(
-            f"the recipe asks for {samples} conversations, here are {len(rows)}",
-            remedy="name a larger file with --data, or let ultrachat be reached",
-        )
+        what = f"the recipe asks for {samples} conversations, here are {len(rows)}"
+        raise refused(what, remedy="name a larger file with --data, or let ultrachat be reached")
     return rows[:samples]
 
 

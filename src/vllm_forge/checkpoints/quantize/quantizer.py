@@ -92,16 +92,12 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise DiskSpaceError(
-                f"{error.strerror}: the run was ended",
-                where=str(folder),
-                remedy="free some space and give the same command again: finished files are kept",
-            ) from None
-        raise UsageError(
-            f"cannot write: {error.strerror}",
-            where=str(error.filename or folder),
-            remedy="choose an --output that can be written",
-        ) from None
+            what = f"{error.strerror}: the run was ended"
+            remedy = "free some space and give the same command again: finished files are kept"
+            raise DiskSpaceError(what, where=str(folder), remedy=remedy) from None
+        what = f"cannot write: {error.strerror}"
+        remedy = "choose an --output that can be written"
+        raise UsageError(what, where=str(error.filename or folder), remedy=remedy) from None
 
 
 def plan_parts(source: Checkpoint) -> list[Part]:

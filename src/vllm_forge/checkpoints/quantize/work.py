@@ -285,11 +285,8 @@ def check_passed(path: Path, sums: Mapping[str, str], source: Checkpoint) -> Non
     for name, sha256 in sums.items():
         origin = source.tensors[aliases.get(name, name)]
         if name not in stored or not stored[name].sha256() == sha256 == origin.sha256():
-            raise QuantizedOutputError(
-                f"{name} is not the model's",
-                where=str(path),
-                remedy="disk or memory are at fault, or the model was changed meanwhile",
-            )
+            remedy = "disk or memory are at fault, or the model was changed meanwhile"
+            raise QuantizedOutputError(f"{name} is not the model's", where=str(path), remedy=remedy)
 
 
 def finish_artifact(work: Work, names: Sequence[str], job: Job) -> None:
