@@ -25,7 +25,7 @@ from tests.support.index_server import serve_folder
 from tests.support.project import Project, make_project
 from vllm_forge.errors import ForgeError
 from vllm_forge.host.errors import CommandFailedError
-from vllm_forge.images import wheel_layers
+from vllm_forge.images import store
 from vllm_forge.images.errors import ImageCheckError, LayoutError
 from vllm_forge.images.layout import read_image, read_sealed, verify, write_image, write_sealed
 from vllm_forge.images.system import SYSTEM_NAME
@@ -292,6 +292,6 @@ def test_killed_worker_is_an_error_with_a_remedy(
 
     project = reference.project.copy(tmp_path, "systems")
     use(project, monkeypatch)
-    monkeypatch.setattr(wheel_layers, "worker_pool", lambda *_: Killed())
+    monkeypatch.setattr(store, "worker_pool", lambda *_: Killed())
     with pytest.raises(CommandFailedError, match="a process that writes layers was killed"):
         fast_build(project, "alpha")

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from vllm_forge.errors import ForgeError
-from vllm_forge.gputest.bundle import KEY, require_key
 from vllm_forge.gputest.errors import JitCacheError
+from vllm_forge.gputest.launch import KEY, require_key
 from vllm_forge.host import RecordedProbe, read_plain
 from vllm_forge.host.errors import RecordingError
 from vllm_forge.images.errors import BuildRecordError, LayoutError

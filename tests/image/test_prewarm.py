@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.gpu.harness.run import open_caches
-from vllm_forge.gputest import bundle as product
+from vllm_forge.gputest import launch as product
 from vllm_forge.images.layer import ZSTD
 from vllm_forge.images.layout import read_image
 from vllm_forge.images.prewarm import SCRIPT, place_of

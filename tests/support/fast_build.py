@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm_forge.host import Runner
-from vllm_forge.images import BuildOptions, build_image, plan, resolve, rootfs, wheel_layers
+from vllm_forge.images import BuildOptions, build_image, plan, resolve, rootfs, store
 from vllm_forge.images.checks import check_names
 from vllm_forge.images.engines import SystemOutput
 from vllm_forge.images.system import dockerfile_config
@@ -158,4 +158,4 @@ def use(mini: MiniProject, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, mini.environment[name])
     monkeypatch.setattr(plan, "SYSTEM_BYTES", 0)
     monkeypatch.setattr(rootfs, "host_sources", lambda _: "")  # Debian packages of snapshots only
-    monkeypatch.setattr(wheel_layers, "worker_pool", lambda *_: ThreadPoolExecutor(2))
+    monkeypatch.setattr(store, "worker_pool", lambda *_: ThreadPoolExecutor(2))

@@ -51,7 +51,7 @@ def register(choices: Commands) -> None:
 def build(project: Project, args: argparse.Namespace) -> None:
     """Build one image."""
     from vllm_forge import images
-    from vllm_forge.gputest.bundle import prewarm_of
+    from vllm_forge.gputest.launch import prewarm_of
 
     cell = project.cell(args.sku, args.line)
     if args.push:

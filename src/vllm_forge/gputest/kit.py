@@ -17,9 +17,8 @@ from typing import IO, Any, cast
 import zstandard
 
 from vllm_forge.errors import UsageError
-from vllm_forge.gputest.bundle import SuiteImage, require_key, write_bundle
+from vllm_forge.gputest import launch
 from vllm_forge.gputest.errors import KitError
-from vllm_forge.gputest.launch import ENVIRONMENT, SUITE, WITH_CACHES, unpack_tools
 from vllm_forge.host import atomic_path, report, require_disk, tree_bytes
 from vllm_forge.images.layout import Image, file_digest, read_image, verify
 from vllm_forge.images.prewarm import copy_plain, place_of
@@ -77,15 +76,15 @@ def make_kit(
         content = aside.with_name(f"content of {aside.name}")  # removed with it in any case
         content.mkdir()
         bundle, labels = content / "bundle", image.config["config"].get("Labels") or {}
-        tested = SuiteImage(name=cell.name, digest=image.digest, labels=labels)
-        plan = write_bundle(project, cell, tested, bundle)
-        unpack_tools(project.root, bundle)
+        tested = launch.SuiteImage(name=cell.name, digest=image.digest, labels=labels)
+        plan = launch.write_bundle(project, cell, tested, bundle)
+        launch.unpack_tools(project.root, bundle)
         for place, folder in inputs.items():
             shutil.copytree(folder, bundle / place)
         key = plan["caches"]["key"]
         place = place_of(key)
         if caches is not None:
-            require_key(caches, key)
+            launch.require_key(caches, key)
             (content / "jit").mkdir()
             copy_plain(caches, content / "jit" / Path(place).name)
         with report("write the layers as gzip"):
@@ -99,9 +98,9 @@ def make_kit(
                 "line": cell.line_name,
                 # What comes before and after the runner's arguments.
                 "suite": {
-                    "argv": ["/bin/sh", "-c", WITH_CACHES, "sh", *SUITE],
+                    "argv": ["/bin/sh", "-c", launch.WITH_CACHES, "sh", *launch.SUITE],
                     "last": [f"--caches={place}"],
-                    "env": ENVIRONMENT,
+                    "env": launch.ENVIRONMENT,
                 },
                 "parts": write_parts(content, aside, max_part),
             }

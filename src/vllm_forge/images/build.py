@@ -71,7 +71,9 @@ from vllm_forge.images.store import (
     intact,
     require_stored,
     stored,
+    update_record,
     write_layer,
+    write_layers,
 )
 from vllm_forge.images.system import (
     System,
@@ -80,7 +82,6 @@ from vllm_forge.images.system import (
     require_described,
     system_folder,
 )
-from vllm_forge.images.wheel_layers import update_record, write_layers
 from vllm_forge.kernels.coverage.contract import Contract
 from vllm_forge.kernels.selection.questions import declared_device
 from vllm_forge.kernels.selection.record import SelectionRecord

@@ -9,7 +9,7 @@ The same trick carries eStargz, which every registry and runtime reads. Nothing 
 so a layer is written at the speed of hashing, and its digest depends on the lock alone: not
 on a compressor, its version, its threads, or the host.
 
-Files that are not as a wheel holds them (device code left out, see ``wheel_layers``) must be
+Files that are not as a wheel holds them (device code left out, see ``store``) must be
 compressed. They go into a tar of one zstd frame, made by the zstd of the pinned ``zstandard``.
 """
 

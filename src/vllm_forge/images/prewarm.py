@@ -60,7 +60,7 @@ exec "$@"
 
 
 def place_of(key: Mapping[str, str]) -> str:
-    """Where kernels of a stack (``gputest.bundle.cache_key``) are in a container at all times."""
+    """Where kernels of a stack (``gputest.launch.cache_key``) are in a container at all times."""
     return f"/cache/jit/{hash_of(dict(key), sort_keys=True)[:16]}"
 
 

@@ -10,7 +10,7 @@ from packaging.version import InvalidVersion, Version
 from rich.text import Text
 
 from vllm_forge.host import Probe, Reply, gigabytes, parse_json
-from vllm_forge.host.gpus import GPU_QUERY, Gpu, parse_gpus
+from vllm_forge.host.probe import GPU_QUERY, Gpu, parse_gpus
 from vllm_forge.serve.deployment import Deployment, Needs, presets_of
 
 NOT_INSTALLED = "not installed"

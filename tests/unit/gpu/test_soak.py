@@ -18,7 +18,7 @@ from tests.gpu.harness.errors import InputError
 from tests.gpu.harness.gate import load_bands
 from tests.gpu.harness.workloads import CHAT, RANDOM, ask_all, load_workloads, read_prompts
 from tests.gpu.soak.artifact import Preset, bands, choose
-from vllm_forge.gputest.bundle import copy_code
+from vllm_forge.gputest.launch import copy_code
 from vllm_forge.matrix import load
 from vllm_forge.receipts.suite import MATRIX_ROWS
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from vllm_forge.gputest import launch as product
-from vllm_forge.gputest.bundle import SuiteImage
+from vllm_forge.gputest.launch import SuiteImage
 from vllm_forge.host.probe import Reply
 from vllm_forge.images.errors import EngineUnreachableError, LayoutError
 from vllm_forge.images.layout import write_image

@@ -15,9 +15,9 @@ import zstandard
 
 from tests.gpu.harness import run as harness
 from tests.gpu.harness.errors import InputError
-from vllm_forge.gputest import bundle as product
-from vllm_forge.gputest.bundle import cache_key, prewarm_of, require_key
+from vllm_forge.gputest import launch as product
 from vllm_forge.gputest.errors import JitCacheError
+from vllm_forge.gputest.launch import cache_key, prewarm_of, require_key
 from vllm_forge.images.errors import ForeignFileError
 from vllm_forge.images.prewarm import (
     BAKED,

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from vllm_forge.errors import UsageError
-from vllm_forge.gputest.bundle import require_key
 from vllm_forge.gputest.kit import (
     HOST,
     RUN,
@@ -24,6 +23,7 @@ from vllm_forge.gputest.kit import (
     write_layers,
     write_parts,
 )
+from vllm_forge.gputest.launch import require_key
 from vllm_forge.images.layer import ZstdLayerWriter
 from vllm_forge.images.layout import Image, ImageLayer, write_image
 from vllm_forge.images.store import write_layer

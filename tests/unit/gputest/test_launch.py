@@ -11,10 +11,11 @@ import pytest
 
 from tests.support.wheels import Member, write_wheel
 from vllm_forge.gputest import launch as gpu
-from vllm_forge.gputest.bundle import SuiteImage, make_plan
 from vllm_forge.gputest.errors import SuiteRedError, SuiteUndecidedError, WrongGpuError
 from vllm_forge.gputest.launch import (
+    SuiteImage,
     container_command,
+    make_plan,
     require_green,
     require_sku,
     unpack_tools,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_forge.host.gpus import GPU_QUERY, parse_gpus
+from vllm_forge.host.probe import GPU_QUERY, parse_gpus
 
 ROW = "3, NVIDIA H200, 9.0, 580.159.04, 143771"
 REST = "Disabled, N/A, N/A"

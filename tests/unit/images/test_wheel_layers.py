@@ -23,11 +23,14 @@ from vllm_forge.images.layer import ZSTD
 from vllm_forge.images.store import (
     LEAST,
     StoredLayer,
+    cut,
     may_hold_code,
+    pieces,
     stored,
+    update_record,
     write_layer,
+    write_slim_layer,
 )
-from vllm_forge.images.wheel_layers import cut, pieces, update_record, write_slim_layer
 from vllm_forge.images.wheels import site_packages, wheel_entries
 from vllm_forge.kernels.coverage.device_code import device_code, runs_on
 from vllm_forge.kernels.coverage.library import library_code

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.gpu.harness import run
-from vllm_forge.gputest.bundle import copy_code
+from vllm_forge.gputest.launch import copy_code
 from vllm_forge.matrix import load
 from vllm_forge.project import Project
 from vllm_forge.receipts.errors import SuiteDescriptionError

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_forge.cli import main
 from vllm_forge.host import HostProbe, RecordedProbe, RecordingProbe, Reply
-from vllm_forge.host.gpus import GPU_QUERY
+from vllm_forge.host.probe import GPU_QUERY
 from vllm_forge.matrix import image_cell, load
 from vllm_forge.serve import doctor as checks
 from vllm_forge.serve.deployment import find_deployment, needs_of
