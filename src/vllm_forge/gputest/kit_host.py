@@ -10,7 +10,7 @@
                                   pack what `go` compiled into OUTPUT/caches.tar.gz.000 and so on,
                                   each of at most so many megabytes (default: 61)
 
-Stands alone on Python's standard library, tar, gzip and mount. Needs root. Works in
+Stands alone on Python's standard library, tar, gzip, split and mount. Needs root. Works in
 FORGE_KIT_WORK (default: the user's cache folder), which must belong to the user alone.
 
 What runs is the image: its manifest, configuration and the content of every layer are verified from
@@ -86,7 +86,6 @@ def read_manifest() -> dict[str, Any]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(CHUNK):
@@ -217,25 +216,16 @@ def unpack_layer(path: Path, diff_id: str, root: Path) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """One command in an image.
+    """One command in an image."""
 
-    Attributes:
-        root: the image's files.
-        uid: user and group.
-        env: the image's variables, see ``variables``.
-        binds: target in the image -> source on the host.
-        read_only: targets of ``binds`` that are mounted read-only.
-        writable: mount the image's root writable, for debugging: what runs then is not the image.
-    """
-
-    root: Path
+    root: Path  # the image's files
     argv: Sequence[str]
-    uid: int
-    env: dict[str, str]
-    binds: dict[str, Path]
-    read_only: frozenset[str] = frozenset()
+    uid: int  # user and group
+    env: dict[str, str]  # see ``variables``
+    binds: dict[str, Path]  # target in the image -> source on the host
+    read_only: frozenset[str] = frozenset()  # of the targets
     cwd: str = "/"
-    writable: bool = False
+    writable: bool = False  # the root, for debugging: what runs then is not the image
 
 
 def mount(*arguments: str) -> None:
@@ -364,21 +354,15 @@ def pack_caches(work: Path, output: Path, limit: int) -> None:
     output.mkdir(parents=True, exist_ok=True)
     for old in output.glob("caches.tar.gz.*"):
         old.unlink()
-    argv = ["tar", "--create", "--gzip", f"--directory={folder}", "jit"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE) as tar:
-        assert tar.stdout is not None  # noqa: S101
-        number, left = 0, 0
-        with contextlib.ExitStack() as stack:
-            while block := tar.stdout.read(min(left or limit, CHUNK)):
-                if not left:
-                    stack.close()
-                    path = output / f"caches.tar.gz.{number:03}"
-                    part = stack.enter_context(path.open("wb"))
-                    number, left = number + 1, limit
-                part.write(block)
-                left -= len(block)
+    pack = ["tar", "--create", "--gzip", f"--directory={folder}", "jit"]
+    cut = ["split", f"--bytes={limit}", "--numeric-suffixes", "--suffix-length=3", "-"]
+    with subprocess.Popen(pack, stdout=subprocess.PIPE) as tar:
+        split = subprocess.run([*cut, f"{output}/caches.tar.gz."], stdin=tar.stdout, check=False)
+    if split.returncode:
+        fail(f"cannot write into {output}: split exited with {split.returncode}")
     if tar.returncode:
         fail(f"cannot pack {folder / 'jit'}: tar exited with {tar.returncode}; end all runs")
+    number = len(list(output.glob("caches.tar.gz.*")))
     print(f"{number} parts of compiled kernels in {output}", flush=True)
 
 

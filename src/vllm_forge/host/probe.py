@@ -43,8 +43,6 @@ class Probe(Protocol):
 
 
 class HostProbe:
-    """This machine."""
-
     def ask(self, name: str, argv: Sequence[str]) -> Reply:
         del name
         program = which(argv[0])

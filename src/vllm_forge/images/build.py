@@ -95,19 +95,14 @@ from vllm_forge.sources.debian import read_base_lock
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """An image that is complete and not checked.
-
-    Attributes:
-        written: name and layer of what is above the system, lowest first, empty ones included.
-        stack: its stack.json.
-        blobs: hashes of vLLM's Python files in the patched tree.
-    """
+    """An image that is complete and not checked."""
 
     image: Image
     system: System
+    # Name and layer of what is above the system, lowest first, empty ones included.
     written: list[tuple[str, StoredLayer]]
-    stack: dict[str, Any]
-    blobs: dict[str, str]
+    stack: dict[str, Any]  # its stack.json
+    blobs: dict[str, str]  # hashes of vLLM's Python files in the patched tree
 
     @property
     def folders(self) -> tuple[Path, ...]:

@@ -147,18 +147,15 @@ def stack_record(
 
 
 def stack_entry(record: dict[str, Any]) -> Entry:
-    """stack.json as a file of the image."""
     content = json.dumps(record, indent=1, sort_keys=True) + "\n"
     return Entry(path=STACK, content=content.encode())
 
 
 def health_entry() -> Entry:
-    """The health check as a file of the image."""
     return Entry(path=f"opt/vllm-forge/{HEALTH.name}", content=HEALTH.read_bytes())
 
 
 def labels(record: dict[str, Any], created: str) -> dict[str, str]:
-    """OCI labels of an image, from its stack record."""
     return {
         "io.vllm-forge.sku": record["sku"],
         "io.vllm-forge.arch": record["arch"],
@@ -176,7 +173,6 @@ def labels(record: dict[str, Any], created: str) -> dict[str, str]:
 
 
 def patch_key(cell: ImageCell, published: LockedWheel, record: dict[str, Any]) -> str:
-    """Key of the last layer."""
     health = hashlib.sha256(HEALTH.read_bytes()).hexdigest()
     fields = [FORMAT, cell.base.source_date_epoch, published.sha256, record, health]
     return hash_of(fields, sort_keys=True)

@@ -59,29 +59,21 @@ def _read_output(blobs: Path, manifest: dict[str, Any], root: Path | None) -> Sy
 
 @dataclass(frozen=True, kw_only=True)
 class ContainerRun:
-    """A command to run in an image: no network, read-only root, no capabilities, image's user.
-
-    Attributes:
-        layout: the image's, loaded as ``name`` by engines that do so.
-        lower_dirs: unpacked layers, highest first, for engines that mount.
-        config: ``config`` object of the image, for engines that mount; None: the layout's.
-        inputs: folder that is mounted at /mnt.
-        user: ``uid:gid``; empty: the image's.
-        seconds: after which it is ended: code of the image may run for ever.
-        work: folder for the engine's own files; no two runs at a time share one.
-        bytecode: folder that keeps compiled Python between runs, for engines that mount. Code of
-            the image writes it, so images of other packages have another one.
-    """
+    """A command to run in an image: no network, read-only root, no capabilities, image's user."""
 
     layout: Path
-    name: str
+    name: str  # that the layout is loaded as, by engines that do so
+    # For engines that mount: unpacked layers, highest first; the image's ``config`` object, None
+    # for the layout's.
     lower_dirs: tuple[Path, ...]
     config: Mapping[str, Any] | None = None
-    inputs: Path
+    inputs: Path  # folder that is mounted at /mnt
     argv: tuple[str, ...]
-    user: str = ""
-    seconds: int = 3600
-    work: Path
+    user: str = ""  # ``uid:gid``; empty: the image's
+    seconds: int = 3600  # after which it is ended: code of the image may run for ever
+    work: Path  # for the engine's own files; no two runs at a time share it
+    # For engines that mount: keeps compiled Python between runs. Code of the image writes it, so
+    # images of other packages have another one.
     bytecode: Path
 
     @property
@@ -143,17 +135,13 @@ class Buildx:
         )  # fmt: skip
 
     def system_output(self, work: Path) -> SystemOutput:
-        """Parse the OCI layout."""
-        blobs = work / "image" / "blobs" / "sha256"
-        index = parse_json(read_plain(work / "image" / "index.json"))
-        digest = hex_digest(index["manifests"][0]["digest"])
-        manifest = parse_json(read_plain(blobs / digest))
-        for layer in manifest["layers"]:
+        image = read_image(work / "image")
+        for layer in image.manifest["layers"]:
             if not layer["mediaType"].endswith(".tar"):
                 raise LayoutError(
                     f"buildx left a compressed layer: {layer['mediaType']}", where=str(work)
                 )
-        return _read_output(blobs, manifest, None)
+        return _read_output(image.path / "blobs" / "sha256", image.manifest, None)
 
     def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
         """``docker run`` of an image that is ``loaded``, with as few rights as there are.
@@ -203,7 +191,6 @@ class Buildah:
     tools = ("buildah", "runc", "skopeo", "unshare")
 
     def present(self) -> bool:
-        """All tools are installed."""
         return all(which(tool) is not None for tool in self.tools)
 
     def check(self, runner: Runner) -> None:

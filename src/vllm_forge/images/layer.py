@@ -102,11 +102,9 @@ class TarWriter(ABC):
         self._file.close()
 
     def directory(self, path: str, mode: int = 0o755) -> None:
-        """Add a folder."""
         self._header(path + "/", tarfile.DIRTYPE, mode=mode)
 
     def symlink(self, path: str, target: str) -> None:
-        """Add a symbolic link."""
         self._header(path, tarfile.SYMTYPE, mode=0o777, target=target)
         (self._files / path).symlink_to(target)
 
@@ -120,7 +118,6 @@ class TarWriter(ABC):
         self._pad(len(content))
 
     def close(self) -> LayerBlob:
-        """Write the end of the archive."""
         self._tar(bytes(2 * BLOCK))
         self._end()
         self._file.close()

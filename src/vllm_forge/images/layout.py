@@ -103,17 +103,16 @@ def write_image(
         for layer in layers:
             if not (blob := blobs / layer.blob.digest).exists():  # it does: two equal layers
                 link_or_copy(layer.blob.path, blob)
-        config_digest, config_size = _put(blobs, image_config)
         manifest = {
             "schemaVersion": 2,
             "mediaType": MANIFEST,
-            "config": _descriptor(CONFIG, config_digest, config_size),
+            "config": _put(blobs, CONFIG, image_config),
             "layers": [
                 _descriptor(layer.blob.media_type, layer.blob.digest, layer.blob.size)
                 for layer in layers
             ],
         }
-        digest, _ = _put(blobs, manifest)
+        digest = hex_digest(_put(blobs, MANIFEST, manifest)["digest"])
         (aside / "oci-layout").write_bytes(VERSION)
         (aside / "index.json").write_bytes(_index(digest, manifest, name))
     return Image(path=target, digest=digest, config=image_config, manifest=manifest)
@@ -255,13 +254,13 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _put(blobs: Path, value: dict[str, Any]) -> tuple[str, int]:
+def _put(blobs: Path, media_type: str, value: dict[str, Any]) -> dict[str, Any]:
     content = _canonical(value)
     digest = hashlib.sha256(content).hexdigest()
     path = blobs / digest
     path.write_bytes(content)
     path.chmod(READ_ONLY)
-    return digest, len(content)
+    return _descriptor(media_type, digest, len(content))
 
 
 def _canonical(value: dict[str, Any]) -> bytes:

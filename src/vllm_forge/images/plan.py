@@ -68,7 +68,6 @@ class ImagePlan:
 
     @property
     def target(self) -> Path:
-        """The layout's final name."""
         return self.options.output / self.cell.name
 
     @property
@@ -78,7 +77,6 @@ class ImagePlan:
 
     @property
     def record_path(self) -> Path:
-        """The record of the build, in the folder of the layout."""
         return self.options.output / f"{self.cell.name}.json"
 
     @property
@@ -131,7 +129,6 @@ class ImagePlan:
         return self.project.root / "docker" / "Dockerfile"
 
     def build_arguments(self) -> dict[str, str]:
-        """Build arguments of docker/Dockerfile."""
         return {
             "PACKAGES": " ".join(sorted(self.cell.base.packages)),
             "PYTHON": self.cell.line.python,

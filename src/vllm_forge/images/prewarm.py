@@ -79,11 +79,9 @@ class Prewarm:
 
     @property
     def place(self) -> str:
-        """Where they are in a running container."""
         return place_of(self.key)
 
     def environment(self) -> dict[str, str]:
-        """Variables of the image."""
         folders = {name: f"{self.place}/{folder}" for name, folder in self.variables.items()}
         return folders | {PLACE: self.place, CONTENT: self.digest}
 
@@ -94,7 +92,6 @@ class Prewarm:
 
 
 def prewarm_key(prewarm: Prewarm, epoch: int) -> str:
-    """Key of ``prewarm_layer``."""
     return hash_of([FORMAT, epoch, prewarm.digest, ENTRYPOINT])
 
 

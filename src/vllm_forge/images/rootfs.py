@@ -153,9 +153,7 @@ def make_rootfs(runner: Runner, base: Base, ref: BaseRef, work: Path) -> None:
     assert layout is not None  # noqa: S101 - no image of a registry
     argv = bootstrap_argv(base, SCRUB, tar)
     if lock is None:
-        sources = work / "sources.list"
-        if write_host_sources(runner, base.suite, sources):
-            argv.append(str(sources))
+        argv += write_host_sources(runner, base.suite, work / "sources.list")
     else:
         archive = work / "debs"
         runner.act(
@@ -212,13 +210,11 @@ def lock_base(project: Project) -> BaseLock:
         )
     date = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     with TemporaryDirectory() as folder:
-        index, installed, sources = (Path(folder, name) for name in ("index", "names", "sources"))
+        index, installed = Path(folder, "index"), Path(folder, "names")
         hook = LIST_HOOK.replace("INSTALLED", shlex.quote(str(installed)))
         hook = hook.replace("INDEX", shlex.quote(str(index)))
-        argv = bootstrap_argv(base, hook, Path("/dev/null"))
-        runner = Runner()
-        if write_host_sources(runner, base.suite, sources):
-            argv.append(str(sources))
+        argv, runner = bootstrap_argv(base, hook, Path("/dev/null")), Runner()
+        argv += write_host_sources(runner, base.suite, Path(folder, "sources"))
         runner.run(argv)
         rows = [tuple(line.split()) for line in installed.read_text().splitlines()]
         packages = parse_index(index.read_text(), [(name, version) for name, version in rows])
@@ -239,16 +235,19 @@ def is_whole(layout: Path) -> bool:
     return has_name(image, BASE_NAME)
 
 
-def write_host_sources(runner: Runner, suite: str, path: Path) -> bool:
-    """Write this host's Debian mirrors for ``suite`` to ``path``; False where it has none.
+def write_host_sources(runner: Runner, suite: str, path: Path) -> list[str]:
+    """Write this host's Debian mirrors for ``suite`` to ``path``; return mmdebstrap's argument.
 
-    docker/Dockerfile then finds an empty file.
+    Where the host has none, that is no argument, and docker/Dockerfile finds an empty file.
     """
     text = host_sources(suite)
-    runner.act(
-        f"write the host's Debian mirrors, for {suite}, to {path}", lambda: _write(path, text)
-    )
-    return bool(text)
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    runner.act(f"write the host's Debian mirrors, for {suite}, to {path}", write)
+    return [str(path)] if text else []
 
 
 def host_sources(suite: str) -> str:
@@ -273,11 +272,6 @@ def host_sources(suite: str) -> str:
             if host_suite and part in {"", "updates", "security"}:
                 lines.add(f"deb {url} {suite}{'-' + part if part else ''} main\n")
     return "".join(sorted(lines))
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
 
 
 def _write_layout(tar: Path, layout: Path, epoch: int) -> None:

@@ -76,7 +76,6 @@ class StoredLayer:
 
 
 def layer_folder(key: str) -> Path:
-    """Where the layer of that key is, or will be."""
     return cache_root() / "layers" / key
 
 

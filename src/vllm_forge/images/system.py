@@ -61,7 +61,6 @@ class System:
 
 
 def system_folder(key: str) -> Path:
-    """Where the system image of that key is kept."""
     return cache_root() / "systems" / key
 
 
@@ -239,16 +238,12 @@ def _debian_packages(tars: Sequence[Path]) -> dict[str, str]:
                 if member.name.removeprefix("./") == "var/lib/dpkg/status":
                     file = tar.extractfile(member)
                     assert file is not None  # noqa: S101 - it is a regular file
-                    return _parse_status(file.read().decode())
+                    return {
+                        fields["Package"]: fields["Version"]
+                        for fields in paragraphs(file.read().decode())
+                        if fields.get("Status", "").endswith(" installed")
+                    }
     raise BaseImageError(
         "the base is not a Debian system: it has no dpkg status file",
         remedy="use --base rootfs, or a Debian image",
     )
-
-
-def _parse_status(text: str) -> dict[str, str]:
-    return {
-        fields["Package"]: fields["Version"]
-        for fields in paragraphs(text)
-        if fields.get("Status", "").endswith(" installed")
-    }

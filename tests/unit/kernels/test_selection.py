@@ -150,12 +150,12 @@ class TestArtifacts:
         [
             (None, "missing config.json of artifact one"),
             ("{", "invalid config.json of artifact"),
-            ('{"config": {}}', "sources\n  Field required"),
-            ('{"sources": ["a"]}', "config\n  Field required"),
-            ('{"sources": [], "config": {}}', "sources\n  Tuple should have at least 1 item"),
+            ('{"config": {}}', "sources: Field required"),
+            ('{"sources": ["a"]}', "config: Field required"),
+            ('{"sources": [], "config": {}}', "sources: Tuple should have at least 1 item"),
             (
                 '{"sources": ["a"], "config": {}, "confg": {}}',
-                "confg\n  Extra inputs are not permitted",
+                "confg: Extra inputs are not permitted",
             ),
         ],
     )

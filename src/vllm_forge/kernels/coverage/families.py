@@ -52,7 +52,6 @@ class FamilyPart(FrozenModel):
     lines: tuple[str, ...] = ()  # (): all
 
     def applies(self, capability: Capability, line: str) -> bool:
-        """Whether it is for that GPU on that line."""
         here = not self.majors or capability[0] in self.majors
         return here and (not self.lines or line in self.lines)
 
@@ -95,20 +94,20 @@ class Libraries(FamilyPart):
     paths: tuple[str, ...] = Field(min_length=1)  # globs; each matches a file
 
     def coverage(self, contents: SitePackages, capability: Capability) -> Coverage:
-        results: list[tuple[CoverageVerdict, str]] = []
-        missing: list[str] = []
-        for glob in self.paths:
-            files = contents.find(glob)
-            if not files:
-                results.append(("missing", ""))
-                missing.append(f"no {glob}")
-            for name, path in files:
-                results.append(best(tuple(contents.library(name, path).code), capability))
-                if results[-1][0] == "missing":
-                    missing.append(f"{name} has no code for it")
-        codes = tuple(dict.fromkeys(code for _, code in results if code))
+        files = {glob: contents.find(glob) for glob in self.paths}
+        ways = {
+            name: best(tuple(contents.library(name, path).code), capability)
+            for rows in files.values()
+            for name, path in rows
+        }
+        missing = [f"no {glob}" for glob, rows in files.items() if not rows]
+        missing += [f"{name} has no code for it" for name, (_, code) in ways.items() if not code]
+        verdict: CoverageVerdict = "missing"
+        if not missing:
+            verdict = worst(row for row, _ in ways.values())
+        codes = tuple(dict.fromkeys(code for _, code in ways.values() if code))
         detail = "; ".join(missing) or f"the libraries have {', '.join(codes)}"
-        return Coverage(verdict=worst(row[0] for row in results), codes=codes, detail=detail)
+        return Coverage(verdict=verdict, codes=codes, detail=detail)
 
 
 class Sources(FamilyPart):
@@ -165,8 +164,6 @@ class Family(FrozenModel):
 
 
 class Compiler(FrozenModel):
-    """A compiler of the image."""
-
     files: tuple[str, ...]  # globs; each matches a file
     targets: str  # glob; one of the files names the targets it compiles for
 

@@ -63,8 +63,6 @@ class KernelGroup(FrozenModel):
 
 
 class LibraryCode(FrozenModel):
-    """The device code of a library."""
-
     code: dict[str, int]  # cubin 120f -> bytes of all such payloads, as they are in the file
     patterns: dict[str, tuple[KernelGroup, ...]]  # by what they were compiled for
 

@@ -51,7 +51,6 @@ class ArtifactFile(FrozenModel):
 
 
 def preset_question(preset_name: str, artifact_name: str) -> str:
-    """Name of the question that a preset asks for an artifact."""
     return f"preset/{preset_name}/{artifact_name}"
 
 
