@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SKUS = ("beta", "alpha")  # the next SKU first: it is cut from what alpha has left
-FLIPS = 20
+FLIPS = 14
 EMPTY_LAYER = 18  # bytes of a frame without files, which is left out of images
 
 
