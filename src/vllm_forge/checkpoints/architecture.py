@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.tensors import TensorSpec
+from vllm_forge.errors import problems
 from vllm_forge.host import printable
 
 MODEL_TYPE = "deepseek_v4"
@@ -178,12 +179,9 @@ def require_deepseek_v4(config: Mapping[str, Any], where: str) -> None:
     try:
         Config.model_validate(dict(config))
     except ValidationError as error:
-        problems = [
-            printable(": ".join([".".join(map(str, row["loc"])), row["msg"]][not row["loc"] :]))
-            for row in error.errors(include_url=False, include_input=False)
-        ]
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        what = f"invalid config.json: {'; '.join(problems[:SHOWN])}{more}"
+        rows = [printable(row) for row in problems(error)]
+        more = f"; and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+        what = f"invalid config.json: {'; '.join(rows[:SHOWN])}{more}"
         remedy = "take it from the source model"
         raise CheckpointUnreadableError(what, where=where, remedy=remedy) from None
 

@@ -113,8 +113,7 @@ def _require_reference(text: str) -> str:
 def _push(runner: Runner, target: Path, reference: str, digest: str | None) -> None:
     """Copy the very bytes of the layout to a registry.
 
-    Raises:
-        CommandFailedError: the registry has another manifest than ``digest``, hex; None: a dry run.
+    CommandFailedError: it has another manifest than ``digest``, hex; None: a dry run.
     """
     host, slash, _ = reference.partition("/")  # without a slash it is a name and a tag
     plain = ["--dest-tls-verify=false"] if slash and PORT.sub("", host) in LOOPBACK else []
@@ -126,11 +125,9 @@ def _push(runner: Runner, target: Path, reference: str, digest: str | None) -> N
         ]
     )  # fmt: skip
     if digest is not None and (actual := pushed.read_text().strip()) != f"sha256:{digest}":
-        raise CommandFailedError(
-            f"the registry has {actual}, the image is sha256:{digest}",
-            where=reference,
-            remedy="do not use what was pushed: the registry or skopeo changed it",
-        )
+        what = f"the registry has {actual}, the image is sha256:{digest}"
+        remedy = "do not use what was pushed: the registry or skopeo changed it"
+        raise CommandFailedError(what, where=reference, remedy=remedy)
 
 
 def _next_command(project: Project, cell: ImageCell, args: argparse.Namespace) -> str:

@@ -68,10 +68,8 @@ def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
     if args.manifest is not None:
         named(args.manifest)  # reject a mistyped name before anything is read
     if args.values is not None and (args.values < 0 or args.source is None):
-        raise UsageError(
-            "invalid --values: expected a number from 0 on, and --source",
-            remedy="give --source, the checkpoint to compare with",
-        )
+        what = "invalid --values: expected a number from 0 on, and --source"
+        raise UsageError(what, remedy="give --source, the checkpoint to compare with")
     profile = Profile.open(args.place)
     source = None if args.source is None else Profile.open(args.source)
     report = inspect(

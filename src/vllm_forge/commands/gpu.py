@@ -119,17 +119,12 @@ def _input_folders(pairs: list[str], workloads: Path | None) -> dict[str, Path]:
     for pair in pairs:
         name, _, folder = pair.partition("=")
         if not NAME.fullmatch(name) or not folder or not Path(folder).is_dir():
-            raise UsageError(
-                f"invalid --checkpoint {pair!r}: expected NAME=DIR",
-                where=folder,
-                remedy="give a name and an existing directory",
-            )
+            what = f"invalid --checkpoint {pair!r}: expected NAME=DIR"
+            raise UsageError(what, where=folder, remedy="give a name and an existing directory")
         folders[f"checkpoints/{name}"] = Path(folder)
     if workloads is not None:
         if not workloads.is_dir():
-            raise UsageError(
-                f"invalid --workloads: {workloads} is not a directory",
-                remedy="give the directory with the prompts",
-            )
+            what = f"invalid --workloads: {workloads} is not a directory"
+            raise UsageError(what, remedy="give the directory with the prompts")
         folders["workloads"] = workloads
     return folders

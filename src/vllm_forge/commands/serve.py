@@ -101,10 +101,8 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
     probe: Probe = RecordingProbe(HostProbe(), args.save) if args.save else HostProbe()
     if args.replay:
         if not args.replay.is_dir():
-            raise UsageError(
-                f"invalid --replay: {args.replay} is not a directory",
-                remedy="give the directory that doctor --save wrote",
-            )
+            what = f"invalid --replay: {args.replay} is not a directory"
+            raise UsageError(what, remedy="give the directory that doctor --save wrote")
         probe = RecordedProbe(args.replay)
     findings = judge(ask_host(probe), deployment, needs)
     if args.json:

@@ -118,8 +118,5 @@ def write_pages(project: Project, *paths: str) -> list[str]:
 def check_pages(project: Project, *paths: str) -> None:
     """Raise StalePageError if some of these pages (default: all) differ from the records."""
     if stale := [path for path, _ in _stale(project, paths)]:
-        raise StalePageError(
-            f"{len(stale)} generated pages are out of date",
-            where=", ".join(stale),
-            remedy="run: nox -s docs",
-        )
+        what = f"{len(stale)} generated pages are out of date"
+        raise StalePageError(what, where=", ".join(stale), remedy="run: nox -s docs")

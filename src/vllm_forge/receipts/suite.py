@@ -104,9 +104,8 @@ def source_files(root: Path, tier: Tier) -> list[str]:
     Those of its folders, the runner, and all that they import or name: modules in strings
     (plugins, ``python -m``), and files and folders of data beside a module.
 
-    Raises:
-        SuiteDescriptionError: a folder is missing, a file is not Python, or it imports what a GPU
-            host does not get.
+    SuiteDescriptionError: a folder is missing, a file is not Python, or it imports what a GPU host
+    does not get.
     """
     queue = [root / RUNNER]
     for folder in tier.folders:

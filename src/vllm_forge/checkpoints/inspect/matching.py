@@ -111,10 +111,8 @@ def require_termination(
     """Refuse a config with a pattern that does not terminate. Call it from the main thread.
 
     All rules are matched with ``names``; ``targets`` that match none of them, with ``rest``.
-
-    Raises:
-        CheckpointUnreadableError: a pattern is longer than MAX_LENGTH, or all of them together take
-            more than LIMIT_S of CPU time.
+    CheckpointUnreadableError: a pattern is longer than MAX_LENGTH, or all of them together take
+    more than LIMIT_S of CPU time.
     """
     rules = dict.fromkeys(ignore, False) | dict.fromkeys(targets, True)
     names, rest, rule = list(names), list(rest), ""

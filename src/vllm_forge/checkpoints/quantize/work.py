@@ -234,9 +234,8 @@ def check_layer(
 ) -> None:
     """Compare the tensors that the tools made of a layer's with what the recipe says.
 
-    Raises:
-        QuantizedOutputError: a tensor is missing, or unknown, or of another dtype; a scale is zero
-            or not finite; w1 and w3 of an expert have different global scales.
+    QuantizedOutputError: a tensor is missing, or unknown, or of another dtype; a scale is zero or
+    not finite; w1 and w3 of an expert have different global scales.
     """
     expected = {}
     for name in stored:
