@@ -112,18 +112,15 @@ class RecordingProbe:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A row of nvidia-smi, memory in bytes.
-
-    ``fabric`` is the state of its NVLink fabric, None where it has none.
-    """
+    """A row of nvidia-smi."""
 
     index: int
     name: str
     capability: str
     driver: str
-    memory: int
+    memory: int  # bytes
     mig: bool
-    fabric: str | None
+    fabric: str | None  # state of its NVLink fabric; None where it has none
 
 
 def parse_gpus(text: str) -> tuple[Gpu, ...]:

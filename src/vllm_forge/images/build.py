@@ -28,16 +28,7 @@ from vllm_forge.host import (
     report,
 )
 from vllm_forge.host.errors import CommandFailedError
-from vllm_forge.images.checks import (
-    check_layout,
-    check_names,
-    check_sizes,
-    contents_of,
-    image_contract,
-    judge,
-    recorded_selection,
-    write_inputs,
-)
+from vllm_forge.images import checks, layout, store
 from vllm_forge.images.content import (
     VLLM,
     health_entry,
@@ -50,31 +41,12 @@ from vllm_forge.images.content import (
 from vllm_forge.images.engines import BYTECODE
 from vllm_forge.images.errors import BuildRecordError, ImageCheckError, LayoutError
 from vllm_forge.images.layer_checks import judge_layers
-from vllm_forge.images.layout import (
-    Image,
-    ImageLayer,
-    blob_times,
-    hash_of,
-    read_image,
-    set_name,
-    timestamp,
-    write_image,
-)
+from vllm_forge.images.layout import ImageLayer
 from vllm_forge.images.plan import ImagePlan, why_rebuild, with_packages
 from vllm_forge.images.prewarm import SCRIPT, prewarm_layer, tree_digest
 from vllm_forge.images.record import differences, keep_digest
 from vllm_forge.images.rootfs import CURRENT
-from vllm_forge.images.store import (
-    StoredLayer,
-    forget,
-    forget_damaged,
-    intact,
-    require_stored,
-    stored,
-    update_record,
-    write_layer,
-    write_layers,
-)
+from vllm_forge.images.store import StoredLayer
 from vllm_forge.images.system import (
     System,
     build_system,
@@ -97,7 +69,7 @@ from vllm_forge.sources.debian import read_base_lock
 class Candidate:
     """An image that is complete and not checked."""
 
-    image: Image
+    image: layout.Image
     system: System
     # Name and layer of what is above the system, lowest first, empty ones included.
     written: list[tuple[str, StoredLayer]]
@@ -110,7 +82,7 @@ class Candidate:
         return tuple(layer.files for _, layer in self.written)
 
 
-def build_image(plan: ImagePlan, runner: Runner) -> tuple[Image, bool]:
+def build_image(plan: ImagePlan, runner: Runner) -> tuple[layout.Image, bool]:
     """Build and check a cell's image, unless it is there; also whether anything had to be done.
 
     Raises:
@@ -129,7 +101,7 @@ def build_image(plan: ImagePlan, runner: Runner) -> tuple[Image, bool]:
                 console.print(f"{plan.target}: {state}; it is built again", markup=False)
         plan.require_disk()
         build_steps(plan, runner)
-        return read_image(plan.target), True
+        return layout.read_image(plan.target), True
 
 
 def build_steps(plan: ImagePlan, runner: Runner) -> None:
@@ -137,14 +109,17 @@ def build_steps(plan: ImagePlan, runner: Runner) -> None:
     cell, engine, started = plan.cell, plan.engine, time.monotonic()
     engine.check(runner)
     selection = runner.act(
-        f"read what vLLM selects on {cell.sku_name}", lambda: recorded_selection(plan.project, cell)
+        f"read what vLLM selects on {cell.sku_name}",
+        lambda: checks.recorded_selection(plan.project, cell),
     )
     with ThreadPoolExecutor(1) as pool:
         system_job = pool.submit(build_system, plan, runner)
         wheel = runner.act(
             f"fetch {len(plan.lock.wheels)} wheels of {cell.line.lock}, write "
             f"{len(plan.groups)} layers, apply the series, write the patched wheel",
-            lambda: write_layers(cell, plan.groups, lambda: patched_wheel(plan.project, cell)),
+            lambda: store.write_layers(
+                cell, plan.groups, lambda: patched_wheel(plan.project, cell)
+            ),
         )
         system_key = system_job.result()
     candidate = runner.act(
@@ -205,10 +180,10 @@ def assemble(plan: ImagePlan, system: System, wheel: PatchedWheel) -> Candidate:
         *(ImageLayer(blob=row.blob, name=name) for name, row in written if not row.empty),
     ]
     config = image_config(plan, system.config, stack, layers)
-    image = write_image(
+    image = layout.write_image(
         plan.candidate, layers=layers, config=config, epoch=epoch, name=plan.candidate_name
     )
-    write_inputs(plan.work / "inputs", expectation(cell, stack))
+    checks.write_inputs(plan.work / "inputs", expectation(cell, stack))
     remove(plan.patch_files)
     plan.patch_files.symlink_to(patch.files)
     blobs = python_blobs(SourceRepo(), wheel.tree)
@@ -219,10 +194,10 @@ def wheel_layers(plan: ImagePlan) -> list[tuple[str, StoredLayer]]:
     """Name and layer of all groups, lowest first; written by now, empty ones included."""
     of_lock, layers = f"of {plan.cell.line.lock}", []
     for group in plan.groups:
-        layers.append((f"{group.name} wheels {of_lock}", require_stored(group.key)))
+        layers.append((f"{group.name} wheels {of_lock}", store.require_stored(group.key)))
         if group.slim_key is not None:
             name = f"{group.name} libraries for {plan.cell.sku.arch} {of_lock}"
-            layers.append((name, require_stored(group.slim_key)))
+            layers.append((name, store.require_stored(group.slim_key)))
     return layers
 
 
@@ -236,10 +211,12 @@ def write_patch_layer(plan: ImagePlan, wheel: PatchedWheel, stack: dict[str, Any
     for entry in patch_entries(Wheelhouse().path(published), wheel.path, cell.line.python):
         content = entry.content
         if content is not None and entry.path.endswith(".dist-info/RECORD"):
-            content = update_record(content, entry.path, stack["slim"])
+            content = store.update_record(content, entry.path, stack["slim"])
         entries.append(replace(entry, content=content))
     entries.sort(key=lambda entry: entry.path)
-    return write_layer(patch_key(cell, published, stack), entries, cell.base.source_date_epoch)
+    return store.write_layer(
+        patch_key(cell, published, stack), entries, cell.base.source_date_epoch
+    )
 
 
 def image_config(
@@ -253,7 +230,7 @@ def image_config(
         variables |= dict(sorted(prewarm.environment().items()))
         config["Entrypoint"] = [SCRIPT, *config["Entrypoint"]]
     env = [*config["Env"], *(f"{name}={value}" for name, value in variables.items())]
-    created = timestamp(plan.cell.base.source_date_epoch)
+    created = layout.timestamp(plan.cell.base.source_date_epoch)
     return config | {"Env": env, "Labels": labels(stack, created)}
 
 
@@ -263,7 +240,7 @@ def bytecode_place(layers: Sequence[ImageLayer]) -> str:
     Separate for each image. All sources have one time, and Python asks only for time and size: two
     images that share a volume would run each other's code.
     """
-    return f"/cache/python/{hash_of([layer.blob.diff_id for layer in layers])[:16]}"
+    return f"/cache/python/{layout.hash_of([layer.blob.diff_id for layer in layers])[:16]}"
 
 
 def expectation(cell: ImageCell, stack: dict[str, Any]) -> dict[str, Any]:
@@ -290,11 +267,11 @@ def _forgetting_damage(plan: ImagePlan) -> Iterator[None]:
         remove(cache_root() / "bytecode")
         system = load_system(plan.system_key)
         if system.root is not None and tree_digest(system.root) != system.root_digest:
-            forget(system_folder(plan.system_key))
+            store.forget(system_folder(plan.system_key))
         for path in plan.checks_inside()[0].lower_dirs[:-1]:
-            layer = stored(path.resolve().parent.name)
-            if layer is not None and not intact(layer):
-                forget(layer.files.parent)
+            layer = store.stored(path.resolve().parent.name)
+            if layer is not None and not store.intact(layer):
+                store.forget(layer.files.parent)
         raise
 
 
@@ -305,17 +282,17 @@ def check_outside(
     system, image, contract = candidate.system, candidate.image, None
     require_described(plan, system.config)
     if selection is not None:
-        contract = image_contract(
-            plan.cell, selection, contents_of(candidate.folders, plan.cell.line.python)
+        contract = checks.image_contract(
+            plan.cell, selection, checks.contents_of(candidate.folders, plan.cell.line.python)
         )
         contract.check()
     try:
         config = image_config(plan, system.config, candidate.stack, image.layers)
-        check_layout(image, config)
+        checks.check_layout(image, config)
     except LayoutError:
         # The cache was touched: forget what is damaged, so that the next build is whole.
-        forget_damaged(layer.blob for layer in system.layers)
-        forget_damaged(layer.blob for _, layer in candidate.written)
+        store.forget_damaged(layer.blob for layer in system.layers)
+        store.forget_damaged(layer.blob for _, layer in candidate.written)
         raise
     return contract, judge_layers(plan, candidate)
 
@@ -329,10 +306,10 @@ def accept(
 ) -> dict[str, Any]:
     """Read and return all verdicts. Raises ImageCheckError, SizeBudgetError: a check failed."""
     compiler = "nvidia-cuda-nvcc" in candidate.stack["packages"]
-    verdicts = judge([json.dumps(layers), *outputs], check_names(compiler=compiler))
+    verdicts = checks.judge([json.dumps(layers), *outputs], checks.check_names(compiler=compiler))
     for note in contract.notes if contract is not None else ():
         console.print(f"  [yellow]contract[/] {escape(note)}")
-    check_sizes(
+    checks.check_sizes(
         candidate.image.layers, len(candidate.system.layers),
         plan.cell.line.budget_mb, plan.cell.base.budget_mb,
     )  # fmt: skip
@@ -372,12 +349,12 @@ def publish(
         ],
         "checks": verdicts,
         "contract": contract.record() if contract is not None else None,
-        "blobs": blob_times(candidate.image),
+        "blobs": layout.blob_times(candidate.image),
     }
     plan.record_path.unlink(missing_ok=True)
     keep_digest(plan.record_path, record["inputs"], record["digest"])
     with atomic_path(plan.target) as aside:
         shutil.move(candidate.image.path, aside)
-        set_name(replace(candidate.image, path=aside), plan.name)
+        layout.set_name(replace(candidate.image, path=aside), plan.name)
     with atomic_path(plan.record_path) as aside:
         aside.write_text(json.dumps(record, indent=1) + "\n")  # the order of inputs counts

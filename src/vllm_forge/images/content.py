@@ -32,15 +32,12 @@ VLLM = "vllm"
 
 @dataclass(frozen=True, kw_only=True)
 class WheelGroup:
-    """Wheels of one layer, in the order of the lock, and the key under which it is kept.
-
-    ``slim_key`` is that of the SKU's layer of libraries, None for a group without device code.
-    """
+    """Wheels of one layer, in the order of the lock, and the key under which it is kept."""
 
     name: str
     wheels: tuple[LockedWheel, ...]
     key: str
-    slim_key: str | None = None
+    slim_key: str | None = None  # of the SKU's layer of libraries; None without device code
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -35,15 +35,12 @@ INSTALL = f"apt-get install --no-install-recommends {' '.join(PACKAGES)}"
 
 @dataclass(frozen=True, kw_only=True)
 class SystemOutput:
-    """What an engine built: plain tars, lowest first, and the config of the image.
-
-    ``root``: the image's files in a folder, None for engines that run images themselves.
-    """
+    """What an engine built: plain tars, lowest first, and the config of the image."""
 
     tars: tuple[Path, ...]
     diff_ids: tuple[str, ...]
     config: dict[str, Any]
-    root: Path | None
+    root: Path | None  # the image's files in a folder; None for engines that run images themselves
 
 
 def _read_output(blobs: Path, manifest: dict[str, Any], root: Path | None) -> SystemOutput:

@@ -44,16 +44,12 @@ ZSTD_LEVEL = 3
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBlob:
-    """A finished layer: a compressed tar.
-
-    ``digest``, which a manifest names, is the SHA-256 of the file, ``diff_id``, which a config
-    names, that of the tar inside, both hex; ``size``: bytes of the file.
-    """
+    """A finished layer: a compressed tar."""
 
     path: Path
-    digest: str
-    diff_id: str
-    size: int
+    digest: str  # SHA-256 of the file, hex, which a manifest names
+    diff_id: str  # that of the tar inside, which a config names
+    size: int  # bytes of the file
     media_type: str = GZIP
 
 

@@ -6,27 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_forge.host import cache_root, console, require_disk
-from vllm_forge.images.checks import (
-    CHECK_ARGV,
-    LAYER_CHECKS,
-    SCRIPTS,
-    any_user,
-    contract_inputs,
-)
+from vllm_forge.images.checks import CHECK_ARGV, LAYER_CHECKS, SCRIPTS, any_user, contract_inputs
 from vllm_forge.images.content import CONFIG_FORMAT, FORMAT, HEALTH, WheelGroup, wheel_groups
 from vllm_forge.images.engines import ContainerRun, Engine
 from vllm_forge.images.errors import BuildRecordError, LayoutError
 from vllm_forge.images.layout import Image, blob_times, has_name, hash_of, read_image
 from vllm_forge.images.prewarm import ENTRYPOINT, Prewarm, prewarm_key
 from vllm_forge.images.record import Inputs, compare, kept_digest, read_record
-from vllm_forge.images.rootfs import (
-    CURRENT,
-    ROOTFS,
-    BaseRef,
-    base_of,
-    fetch_packages,
-    is_whole,
-)
+from vllm_forge.images.rootfs import CURRENT, ROOTFS, BaseRef, base_of, fetch_packages, is_whole
 from vllm_forge.images.store import layer_folder, stored
 from vllm_forge.images.system import SYSTEM_FORMAT, is_kept, system_folder
 from vllm_forge.matrix import ImageCell
@@ -43,13 +30,10 @@ DRIVER_FUNCTIONS = "libcuda-functions.txt"  # beside the Dockerfile, which makes
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """What the command line adds to a cell.
-
-    ``base``: see ``base_of``.
-    """
+    """What the command line adds to a cell."""
 
     output: Path
-    base: str = ROOTFS
+    base: str = ROOTFS  # see ``base_of``
     prewarm: Prewarm | None = None
 
 

@@ -66,16 +66,12 @@ def place_of(key: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Prewarm:
-    """Caches that a run of the same stack (``key``) left in a folder.
-
-    ``variables``: environment variable of a compiler -> its folder's name; ``digest``: see
-    ``tree_digest``.
-    """
+    """Caches that a run of the same stack (``key``) left in a folder."""
 
     folder: Path
-    variables: Mapping[str, str]
+    variables: Mapping[str, str]  # environment variable of a compiler -> its folder's name
     key: Mapping[str, str]
-    digest: str
+    digest: str  # see ``tree_digest``
 
     @property
     def place(self) -> str:

@@ -72,13 +72,10 @@ LIST_HOOK = (
 
 @dataclass(frozen=True, kw_only=True)
 class BaseRef:
-    """What FROM names: an OCI layout with the rootfs, or an image of a registry, by digest.
+    """What FROM names: an OCI layout with the rootfs, or an image of a registry, by digest."""
 
-    ``key`` is the hash of what it is a function of; ``label`` says in the image what it is.
-    """
-
-    key: str
-    label: str
+    key: str  # hash of what it is a function of
+    label: str  # says in the image what it is
     layout: Path | None = None
     lock: BaseLock | None = None
     image: str | None = None

@@ -59,15 +59,12 @@ RECORDS = "opt/venv/lib/python*/site-packages/*.dist-info/RECORD"
 
 @dataclass(frozen=True, kw_only=True)
 class StoredLayer:
-    """A layer in the store: its blob and the two folders.
-
-    ``removed``: what a slim layer lacks, see ``write_slim_layer``.
-    """
+    """A layer in the store: its blob and the two folders."""
 
     blob: LayerBlob
     files: Path
     code: Path
-    removed: dict[str, Any]
+    removed: dict[str, Any]  # what a slim layer lacks, see ``write_slim_layer``
 
     @property
     def empty(self) -> bool:

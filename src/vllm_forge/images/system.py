@@ -41,17 +41,13 @@ CA_BUNDLES = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/pki/tls/cer
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """A finished system image: layers (lowest first), config, and Debian's package -> version.
+    """A finished system image."""
 
-    ``root`` has its files unpacked, with that ``tree_digest``; None when the engine runs images
-    itself.
-    """
-
-    layers: tuple[ImageLayer, ...]
+    layers: tuple[ImageLayer, ...]  # lowest first
     config: dict[str, Any]
-    debian: dict[str, str]
-    root: Path | None
-    root_digest: str
+    debian: dict[str, str]  # Debian's package -> version
+    root: Path | None  # its files, unpacked; None when the engine runs images itself
+    root_digest: str  # see ``tree_digest``
 
     @property
     def digest(self) -> str:

@@ -31,13 +31,10 @@ FINE: tuple[CoverageVerdict, ...] = ("native", "family", "source")
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """A family, or a part of one, on a GPU.
-
-    ``codes``: what it runs as, e.g. ``100f``, ``80 PTX``, ``nvcc``; empty if it is missing.
-    """
+    """A family, or a part of one, on a GPU."""
 
     verdict: CoverageVerdict
-    codes: tuple[str, ...]
+    codes: tuple[str, ...]  # what it runs as, e.g. 100f, 80 PTX, nvcc; empty if it is missing
     detail: str
 
 

@@ -120,12 +120,10 @@ class Engine(FrozenModel):
 
 
 class Refusal(FrozenModel):
-    """vLLM does not serve this.
+    """vLLM does not serve this."""
 
-    ``config``: it refuses to make a configuration or a model of them; ``device``: no attention or
-    kernels for it; ``failed``: this project's code raised inside, a bug to fix.
-    """
-
+    # config: it refuses to make a configuration or a model of them; device: no attention or
+    # kernels for it; failed: this project's code raised inside, a bug to fix.
     kind: Literal["arguments", "config", "device", "failed"]
     message: str
 

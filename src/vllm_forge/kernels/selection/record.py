@@ -32,18 +32,14 @@ Rows = tuple[tuple[Question, Answer], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionRecord:
-    """A line's file.
-
-    ``inputs`` (name -> hash) and the questions determine the answers. ``rows`` are of the line with
-    its series, ``published`` of its release as published.
-    """
+    """A line's file."""
 
     line_name: str
     vllm: str
     made: str
-    inputs: dict[str, Any]
-    rows: Rows
-    published: Rows = ()
+    inputs: dict[str, Any]  # name -> hash; they and the questions determine the answers
+    rows: Rows  # of the line with its series
+    published: Rows = ()  # of its release as published
 
     @property
     def answers(self) -> dict[str, Answer]:
