@@ -20,13 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.gputest.errors import (
-    RED,
-    JitCacheError,
-    SuiteRedError,
-    SuiteUndecidedError,
-    WrongGpuError,
-)
+from vllm_forge.gputest import errors
 from vllm_forge.host import Probe, gpu_container, parse_json, read_data
 from vllm_forge.host.probe import GPU_QUERY
 from vllm_forge.host.run import run_container
@@ -172,13 +166,13 @@ def require_key(folder: Path, key: Mapping[str, str]) -> None:
     recorded = read_data(
         folder / KEY,
         lambda data: {name: data[name] for name in key},
-        JitCacheError,
+        errors.JitCacheError,
         what="key of the caches of a run",
         remedy="take the folder that --caches made",
     )
     if different := [name for name in key if recorded[name] != key[name]]:
         name = different[0]
-        raise JitCacheError(
+        raise errors.JitCacheError(
             f"the caches are of another stack: {name} is {recorded[name]}, expected {key[name]}",
             where=str(folder / KEY),
             remedy="run the suite with an empty --caches folder",
@@ -212,7 +206,7 @@ def require_sku(probe: Probe, cell: ImageCell) -> None:
     """
     gpus, message = listed_gpus(probe.ask("nvidia-smi", GPU_QUERY))
     if not gpus:
-        raise WrongGpuError(
+        raise errors.WrongGpuError(
             f"no GPU to test: {message}",
             where="nvidia-smi",
             remedy="run this on a host of the SKU; make a kit for a host without network: "
@@ -221,7 +215,7 @@ def require_sku(probe: Probe, cell: ImageCell) -> None:
     sku = cell.sku
     for gpu in gpus:
         if gpu.capability != sku.compute_capability or not gpu.name.startswith(sku.device):
-            raise WrongGpuError(
+            raise errors.WrongGpuError(
                 f"{cell.sku_name} is {sku.device} with compute capability "
                 f"{sku.compute_capability}; this host has {gpu.name} with {gpu.capability}",
                 remedy="run on a host of the SKU",
@@ -387,7 +381,7 @@ def unpack_tools(root: Path, bundle: Path) -> None:
 def require_green(code: int, output: Path) -> None:
     """Raise SuiteRedError or SuiteUndecidedError by the exit code of the runner."""
     if code != 0:
-        kind = SuiteRedError if code == RED else SuiteUndecidedError
+        kind = errors.SuiteRedError if code == errors.RED else errors.SuiteUndecidedError
         raise kind(
             f"the suite exited with {code}",
             where=str(output),

@@ -122,10 +122,6 @@ def gpu_container(
     return [engine, "run", "--rm", *devices, *options, image, *command]
 
 
-def _ending(code: int) -> str:
-    return f"exited with {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
-
-
 @contextlib.contextmanager
 def worker_pool(workers: int | None = None, nice: int = 0) -> Iterator[ProcessPoolExecutor]:
     """A pool of processes; they end with this one, and at once where it is interrupted."""
@@ -208,9 +204,10 @@ class Runner:
                 where=shlex.join(argv),
                 remedy="see its output above for what it waits for or repeats, then run this again",
             )
-        if process.returncode != 0:
+        if (code := process.returncode) != 0:
+            by = f"exited with {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
             raise CommandFailedError(
-                f"{argv[0]} {_ending(process.returncode)}\n{tail}",
+                f"{argv[0]} {by}\n{tail}",
                 where=shlex.join(argv),
                 remedy="see its output above; run the command by hand to see all of it",
             )

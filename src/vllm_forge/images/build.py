@@ -85,9 +85,7 @@ class Candidate:
 def build_image(plan: ImagePlan, runner: Runner) -> tuple[layout.Image, bool]:
     """Build and check a cell's image, unless it is there; also whether anything had to be done.
 
-    Raises:
-        BusyError: this cell is being built by another process.
-        DiskSpaceError: before anything is written.
+    Raises BusyError: another process builds this cell; DiskSpaceError: before anything is written.
     """
     with exclusive(f"build-{plan.cell.name}", wait=False):
         if known := plan.up_to_date():

@@ -154,8 +154,7 @@ def check_sizes(
 def recorded_selection(project: Project, cell: ImageCell) -> SelectionRecord | None:
     """What the line's vLLM selects on a SKU; None for a SKU that no preset serves on.
 
-    Raises:
-        SelectionFileError, SelectionStaleError: it is not known for this lock and series.
+    Raises SelectionFileError, SelectionStaleError: it is not known for this lock and series.
     """
     if not any(preset.sku == cell.sku_name for preset in project.matrix.preset.values()):
         return None

@@ -204,8 +204,7 @@ class ImagePlan:
 def resolve(project: Project, cell: ImageCell, options: BuildOptions, engine: Engine) -> ImagePlan:
     """Read everything that an image of this cell is a function of.
 
-    Raises:
-        LockFileError, BaseImageError, and what read_series raises.
+    Raises LockFileError, BaseImageError, and what read_series raises.
     """
     lock = project.lock(cell.line_name)
     return ImagePlan(

@@ -29,14 +29,7 @@ from vllm_forge.images.layout import (
 )
 from vllm_forge.matrix import Base
 from vllm_forge.project import Project
-from vllm_forge.sources.debian import (
-    BaseLock,
-    fetch_debs,
-    parse_index,
-    read_base_lock,
-    verified_debs,
-    write_base_lock,
-)
+from vllm_forge.sources import debian
 
 PINNED = re.compile(r"\w[\w.:/-]*@sha256:[0-9a-f]{64}")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -77,11 +70,11 @@ class BaseRef:
     key: str  # hash of what it is a function of
     label: str  # says in the image what it is
     layout: Path | None = None
-    lock: BaseLock | None = None
+    lock: debian.BaseLock | None = None
     image: str | None = None
 
 
-def rootfs_key(base: Base, lock: BaseLock | None) -> str:
+def rootfs_key(base: Base, lock: debian.BaseLock | None) -> str:
     """Hash of everything that a rootfs is a function of, but the mirror's state without a lock."""
     packages = sorted(base.packages)
     fields = [base.suite, packages, base.source_date_epoch, EXCLUDES, SCRUB, GZIP_LEVEL]
@@ -99,7 +92,7 @@ def base_of(root: Path, base: Base, choice: str) -> BaseRef:
         LockFileError: the lock cannot be read.
     """
     if choice in {ROOTFS, LOCKED, CURRENT}:
-        lock = None if choice == CURRENT else read_base_lock(root, base)
+        lock = None if choice == CURRENT else debian.read_base_lock(root, base)
         if choice == LOCKED and lock is None:
             raise BaseImageError(
                 "base.lock of matrix.toml names no lock of Debian packages",
@@ -120,13 +113,13 @@ def base_of(root: Path, base: Base, choice: str) -> BaseRef:
     return BaseRef(key=hashlib.sha256(choice.encode()).hexdigest(), label=choice, image=choice)
 
 
-def fetch_packages(base: Base, lock: BaseLock) -> None:
+def fetch_packages(base: Base, lock: debian.BaseLock) -> None:
     """Download locked packages from this host's mirrors, then from the snapshots of the row.
 
     Raises DistributionNotFoundError: names what no archive has any more.
     """
     mirrors = dict.fromkeys(line.split()[1] for line in host_sources(base.suite).splitlines())
-    fetch_debs(lock, [*mirrors, *(url.format(date=lock.date) for url in base.snapshots)])
+    debian.fetch_debs(lock, [*mirrors, *(url.format(date=lock.date) for url in base.snapshots)])
 
 
 def bootstrap_argv(base: Base, hook: str, target: Path) -> list[str]:
@@ -142,9 +135,7 @@ def bootstrap_argv(base: Base, hook: str, target: Path) -> list[str]:
 def make_rootfs(runner: Runner, base: Base, ref: BaseRef, work: Path) -> None:
     """Make the rootfs in ``ref.layout`` with mmdebstrap.
 
-    Raises:
-        CommandFailedError: e.g. no mirror answers.
-        DistributionNotFoundError: see ``fetch_packages``.
+    Raises CommandFailedError: e.g. no mirror answers; DistributionNotFoundError: a package is gone.
     """
     tar, layout, lock = work / "rootfs.tar", ref.layout, ref.lock
     assert layout is not None  # noqa: S101 - no image of a registry
@@ -167,13 +158,13 @@ def make_rootfs(runner: Runner, base: Base, ref: BaseRef, work: Path) -> None:
     )
 
 
-def _write_archive(base: Base, lock: BaseLock, folder: Path) -> None:
+def _write_archive(base: Base, lock: debian.BaseLock, folder: Path) -> None:
     """An apt archive of one folder, of exactly the packages of a lock."""
     fetch_packages(base, lock)
     remove(folder)
     folder.mkdir(parents=True)
     stanzas = []
-    for package, file in zip(lock.packages, verified_debs(lock), strict=True):
+    for package, file in zip(lock.packages, debian.verified_debs(lock), strict=True):
         (folder / file.name).hardlink_to(file)
         fields = subprocess.run(
             ["dpkg-deb", "--field", str(file)], capture_output=True, text=True, check=True
@@ -192,12 +183,10 @@ def _write_archive(base: Base, lock: BaseLock, folder: Path) -> None:
     )
 
 
-def lock_base(project: Project) -> BaseLock:
+def lock_base(project: Project) -> debian.BaseLock:
     """Install the packages of matrix.toml once, and lock what that installed.
 
-    Raises:
-        BaseImageError: matrix.toml names no lock.
-        CommandFailedError: mmdebstrap failed, e.g. no mirror answers.
+    Raises BaseImageError: matrix.toml names no lock; CommandFailedError: e.g. no mirror answers.
     """
     base = project.matrix.base
     if base.lock is None:
@@ -214,10 +203,12 @@ def lock_base(project: Project) -> BaseLock:
         argv += write_host_sources(runner, base.suite, Path(folder, "sources"))
         runner.run(argv)
         rows = [tuple(line.split()) for line in installed.read_text().splitlines()]
-        packages = parse_index(index.read_text(), [(name, version) for name, version in rows])
+        packages = debian.parse_index(
+            index.read_text(), [(name, version) for name, version in rows]
+        )
     path = project.root / base.lock
-    write_base_lock(path, base, date, packages)
-    lock = read_base_lock(project.root, base)
+    debian.write_base_lock(path, base, date, packages)
+    lock = debian.read_base_lock(project.root, base)
     assert lock is not None  # noqa: S101 - just written
     return lock
 

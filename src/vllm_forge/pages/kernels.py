@@ -6,8 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from vllm_forge.kernels.coverage.families import FINE, Catalogue, catalogue
-from vllm_forge.kernels.selection.model import Answer, Choice, Draft
-from vllm_forge.kernels.selection.questions import GRID_ARGUMENTS
+from vllm_forge.kernels.selection.questions import GRID_ARGUMENTS, Answer, Choice, Draft
 from vllm_forge.kernels.selection.record import (
     Rows,
     SelectionRecord,

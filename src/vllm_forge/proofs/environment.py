@@ -22,7 +22,7 @@ from vllm_forge.images.store import require_stored
 from vllm_forge.images.system import load_system
 from vllm_forge.images.wheels import site_packages
 from vllm_forge.kernels.selection import questions as asking
-from vllm_forge.kernels.selection.model import Question
+from vllm_forge.kernels.selection.questions import Question
 from vllm_forge.kernels.selection.record import Rows, SelectionRecord, selection_inputs
 from vllm_forge.patches import Applied, check_line
 from vllm_forge.patches.wheel import GENERATED, changed_files, read_blob

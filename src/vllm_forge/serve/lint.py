@@ -8,8 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from vllm_forge.kernels.selection.model import Answer
-from vllm_forge.kernels.selection.questions import artifact_config, grid_question, preset_question
+from vllm_forge.kernels.selection.questions import (
+    Answer,
+    artifact_config,
+    grid_question,
+    preset_question,
+)
 from vllm_forge.kernels.selection.record import SelectionRecord, require_fresh
 from vllm_forge.matrix import Matrix, Preset, serve_arguments
 from vllm_forge.project import Project

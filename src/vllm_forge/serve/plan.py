@@ -14,8 +14,7 @@ from rich.text import Text
 from vllm_forge.host import gigabytes
 from vllm_forge.images.record import built_digest
 from vllm_forge.kernels.coverage.families import FINE
-from vllm_forge.kernels.selection.model import Answer, Choice
-from vllm_forge.kernels.selection.questions import preset_question
+from vllm_forge.kernels.selection.questions import Answer, Choice, preset_question
 from vllm_forge.kernels.selection.record import Rows, read_selection, selection_path
 from vllm_forge.matrix import ImageCell, serve_arguments
 from vllm_forge.patches import read_series, read_tree_lock

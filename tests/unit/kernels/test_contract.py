@@ -36,7 +36,7 @@ from vllm_forge.kernels.errors import (
     UnknownFamilyError,
     UnknownFatbinError,
 )
-from vllm_forge.kernels.selection.model import Answer, Choice, Moe, Refusal
+from vllm_forge.kernels.selection.questions import Answer, Choice, Moe, Refusal
 from vllm_forge.kernels.selection.record import read_selection
 from vllm_forge.matrix import load
 from vllm_forge.pages.kernels import coverage_table, render_coverage

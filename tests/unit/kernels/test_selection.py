@@ -21,10 +21,12 @@ from vllm_forge.kernels.errors import (
     SelectionStaleError,
 )
 from vllm_forge.kernels.selection import record as record_module
-from vllm_forge.kernels.selection.model import Answer, Device, Question
 from vllm_forge.kernels.selection.questions import (
     INSIDE,
     QUESTIONS,
+    Answer,
+    Device,
+    Question,
     artifact_config,
     config_hash,
     grid_question,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vllm_forge.cli import main
 from vllm_forge.kernels.errors import SelectionStaleError
-from vllm_forge.kernels.selection.model import (
+from vllm_forge.kernels.selection.questions import (
     Answer,
     Choice,
     CudaGraphs,
@@ -23,8 +23,9 @@ from vllm_forge.kernels.selection.model import (
     KvCache,
     Moe,
     Refusal,
+    artifact_config,
+    grid_question,
 )
-from vllm_forge.kernels.selection.questions import artifact_config, grid_question
 from vllm_forge.kernels.selection.record import read_selection, selection_inputs, write_selection
 from vllm_forge.matrix import load
 from vllm_forge.matrix.model import Unserved

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from vllm_forge.cli import main
-from vllm_forge.kernels.selection.model import Moe
+from vllm_forge.kernels.selection.questions import Moe
 from vllm_forge.kernels.selection.record import read_selection, write_selection
 from vllm_forge.matrix import load
 from vllm_forge.matrix.errors import UnsupportedCellError

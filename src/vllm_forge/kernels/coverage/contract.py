@@ -9,7 +9,7 @@ from vllm_forge.errors import suggestion
 from vllm_forge.kernels.coverage.device_code import Capability, parse_capability
 from vllm_forge.kernels.coverage.families import FINE, Coverage, Exemption, Need, SitePackages
 from vllm_forge.kernels.errors import ContractError, StaleExceptionError, UnknownFamilyError
-from vllm_forge.kernels.selection.model import Answer, Layers
+from vllm_forge.kernels.selection.questions import Answer, Layers
 
 T = TypeVar("T")
 PRESET = "preset/"

@@ -9,8 +9,9 @@ from typing import Any, Self
 
 from vllm_forge.host import atomic_path, read_data
 from vllm_forge.kernels.errors import SelectionChangedError, SelectionFileError, SelectionStaleError
-from vllm_forge.kernels.selection.model import Answer, Question
 from vllm_forge.kernels.selection.questions import (
+    Answer,
+    Question,
     config_hash,
     grid_questions,
     inside_hash,
