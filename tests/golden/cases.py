@@ -54,11 +54,14 @@ LOADS: dict[str, dict[str, Any]] = {
 
 
 def linked_checkout(folder: Path) -> Path:
-    """A checkout in ``folder`` that is this one; by links, but for what may not be linked."""
+    """A checkout in ``folder`` that is this one, without receipts, which come and go.
+
+    By links, but for what may not be linked.
+    """
     folder.mkdir(parents=True)
     for name in READ:
         if name in {"docker", "patches", "records"}:
-            shutil.copytree(ROOT / name, folder / name)
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("receipts"))
         else:
             (folder / name).symlink_to(ROOT / name)
     return folder
