@@ -15,8 +15,9 @@ from vllm_forge.sources import Wheelhouse, make_lock
 def register(choices: Commands) -> None:
     wheels = group(choices, "wheels", help="lock, download and patch wheels")
     one = command(wheels, "lock", lock, LINE)
-    one.add_argument("--tools", action="store_true", help="the quantization tools' lock instead")
-    one.add_argument("--base", action="store_true", help="the image's Debian packages instead")
+    other = one.add_mutually_exclusive_group()
+    other.add_argument("--tools", action="store_true", help="the quantization tools' lock instead")
+    other.add_argument("--base", action="store_true", help="the image's Debian packages instead")
     command(wheels, "fetch", fetch, LINE)
     one = command(wheels, "patched", patched, LINE)
     one.add_argument("--output", type=Path, help="folder (default: dist/wheels)")
