@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from vllm_forge.images.engines import Buildx
 from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layout import (
     Image,
@@ -245,3 +247,20 @@ def test_broken_layout_is_rejected(name: str, image: Image) -> None:
 def test_missing_layout_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(LayoutError):
         read_image(tmp_path / "none")
+
+
+def test_docker_output_is_read_as_plain_tars(tmp_path: Path, layers: list[ImageLayer]) -> None:
+    """As buildx exports it: one image of plain tars."""
+    plain = "application/vnd.oci.image.layer.v1.tar"
+    tars = [
+        dataclasses.replace(row, blob=dataclasses.replace(row.blob, media_type=plain))
+        for row in layers
+    ]
+    write(tmp_path / "image", tars)
+    output = Buildx().system_output(tmp_path)
+    assert [file_digest(tar) for tar in output.tars] == [row.blob.digest for row in layers]
+    assert output.diff_ids == tuple(row.blob.diff_id for row in layers)
+    assert (output.config, output.root) == (CONFIG, None)
+    write(tmp_path / "image", layers)
+    with pytest.raises(LayoutError, match="buildx left a compressed layer"):
+        Buildx().system_output(tmp_path)
