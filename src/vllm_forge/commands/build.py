@@ -37,13 +37,17 @@ def register(choices: Commands) -> None:
     one.add_argument("--engine", choices=ENGINES, help="default: the one that is installed")
     one.add_argument("--load", action="store_true", help="also load it into the engine's store")
     one.add_argument("--push", metavar="REF", help="also push it, e.g. registry/name:tag")
+    one.add_argument(
+        "--archive", type=Path, metavar="FILE",
+        help="also write it to one file: .tar, or .sqsh for enroot and Apptainer",
+    )  # fmt: skip
     one.add_argument("--prewarm", type=Path, help="kernels to carry: what gpu test --caches left")
     one.add_argument("--provision", action="store_true", help="install missing build tools (apt)")
     one.add_argument("--dry-run", action="store_true", help="print the commands, do nothing")
     one = command(choices, "why-rebuild", why_rebuild, SKU, LINE, JSON, base)
     one.add_argument("--engine", choices=ENGINES, help="default: that of the last build")
     one = command(choices, "provision", provision)
-    one.add_argument("--registry", action="store_true", help="also docker-registry, for the tests")
+    one.add_argument("--registry", action="store_true", help="also what the tests need")
     one = command(choices, "clean", clean)
     one.add_argument("--all", action="store_true", help="everything, downloads included")
 
@@ -52,10 +56,13 @@ def build(project: Project, args: argparse.Namespace) -> None:
     """Build one image."""
     from vllm_forge import images
     from vllm_forge.gputest.launch import prewarm_of
+    from vllm_forge.images.archive import require_kind, write_archive
 
     cell = project.cell(args.sku, args.line)
     if args.push:
         _require_reference(args.push)
+    if args.archive:
+        require_kind(args.archive)
     runner = RecordingRunner() if args.dry_run else Runner()
     if args.provision:
         images.provision(runner)
@@ -73,13 +80,15 @@ def build(project: Project, args: argparse.Namespace) -> None:
         images.build_steps(plan, runner)
     else:
         image, fresh = images.build_image(plan, runner)
-        if args.load or args.push:
+        if args.load or args.push or args.archive:
             # A registry takes layers that no engine could unpack; --load unpacks them itself.
             images.verify(image, unpacked=bool(args.push))
     if args.load:
         engine.load(runner, plan.target, plan.name)
     if args.push:
         _push(runner, plan.target, args.push, None if args.dry_run else image.digest)
+    if args.archive:
+        write_archive(runner, plan.target, plan.name, args.archive, cell.base.source_date_epoch)
     if args.dry_run:
         return
     console.print(

@@ -29,7 +29,8 @@ SYSTEM_NAME = "localhost/vllm-forge-system"
 # Where Python keeps what it compiles.
 BYTECODE = "PYTHONPYCACHEPREFIX"
 PACKAGES = ("buildah", "runc", "skopeo", "mmdebstrap")
-REGISTRY = "docker-registry"
+# Tool -> its package: of the tests, and of `--archive` for a squashfs.
+MORE = {"docker-registry": "docker-registry", "mksquashfs": "squashfs-tools"}
 INSTALL = f"apt-get install --no-install-recommends {' '.join(PACKAGES)}"
 
 
@@ -382,12 +383,12 @@ def choose_engine(name: str | None, *, dry_run: bool = False) -> Engine:
 
 
 def provision(runner: Runner, *, registry: bool = False) -> None:
-    """apt-get install what is missing of the tools; ``registry``: also one that tests push to.
+    """apt-get install what is missing of the tools; ``registry``: also what the tests need.
 
     Raises ProvisionError: not root, not a Debian-like host, or apt failed.
     """
-    tools = [*PACKAGES, *([REGISTRY] if registry else [])]
-    missing = [tool for tool in tools if which(tool) is None]
+    tools = dict(zip(PACKAGES, PACKAGES, strict=True)) | (MORE if registry else {})
+    missing = [package for tool, package in tools.items() if which(tool) is None]
     if not missing:
         return
     if which("apt-get") is None or os.geteuid() != 0:

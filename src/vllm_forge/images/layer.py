@@ -15,6 +15,7 @@ compressed. They go into a tar of one zstd frame, made by the zstd of the pinned
 
 import gzip
 import hashlib
+import io
 import os
 import struct
 import tarfile
@@ -24,7 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Self, cast
 
 import zstandard
 
@@ -53,11 +54,16 @@ class LayerBlob:
     media_type: str = GZIP
 
 
+def plain_tar(layer: LayerBlob) -> io.BufferedIOBase:
+    """The tar inside, to be read once."""
+    opener = gzip.open if layer.media_type == GZIP else zstandard.open
+    return cast("io.BufferedIOBase", opener(layer.path, "rb"))
+
+
 def plain_digest(layer: LayerBlob) -> str:
     """The ``diff_id`` by the blob itself, hex; empty for one that cannot be unpacked."""
-    opener = gzip.open if layer.media_type == GZIP else zstandard.open
     try:
-        with opener(layer.path, "rb") as tar:
+        with plain_tar(layer) as tar:
             return hashlib.file_digest(tar, "sha256").hexdigest()
     except (OSError, EOFError, zlib.error, zstandard.ZstdError):
         return ""

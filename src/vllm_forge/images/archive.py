@@ -1,0 +1,172 @@
+"""An image as one file, for hosts without a registry.
+
+A tar is what `docker save` writes since version 25: the OCI layout, and beside it the list of
+layers that older stores of docker read (https://github.com/moby/moby, image/tarexport). A squashfs,
+which enroot and Apptainer run, has all layers as one file system, and the files by which enroot
+starts an image (https://github.com/NVIDIA/enroot, doc/image-format.md).
+"""
+
+import io
+import json
+import posixpath
+import shlex
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from vllm_forge.errors import UsageError
+from vllm_forge.host import Runner, which
+from vllm_forge.host.errors import CommandFailedError, ToolMissingError
+from vllm_forge.images.errors import LayoutError
+from vllm_forge.images.layer import LayerBlob, plain_tar
+from vllm_forge.images.layer_checks import OPAQUE, WHITEOUT
+from vllm_forge.images.layout import Image, read_image
+
+KINDS = (".tar", ".sqsh", ".squashfs")
+# sqfstar would do, but Debian 12's takes no -X options.
+MKSQUASHFS = ("mksquashfs", "-", "FILE", "-tar", "-noappend", "-quiet", "-no-progress",
+              "-comp", "zstd", "-Xcompression-level", "3", "-mkfs-time")  # fmt: skip
+
+
+def require_kind(path: Path) -> None:
+    """Raise UsageError if the name of a file does not say what it shall become."""
+    if not path.name.endswith(KINDS):
+        raise UsageError(
+            f"invalid --archive {path.name!r}: expected a name that ends in {', '.join(KINDS)}"
+        )
+
+
+def write_archive(runner: Runner, layout: Path, name: str, target: Path, epoch: int) -> None:
+    """Write the image of a layout to one file, which replaces an older one when it is complete.
+
+    Raises:
+        ToolMissingError: this host cannot make a squashfs.
+        CommandFailedError: mksquashfs failed.
+    """
+    aside = target.with_name(f".{target.name}.new")
+    argv = [str(aside) if word == "FILE" else word for word in (*MKSQUASHFS, str(epoch))]
+    runner.run(["rm", "--force", str(aside)])
+    if target.name.endswith(".tar"):
+        what = f"write {layout} as a tar to {aside}"
+        runner.act(what, lambda: _write_tar(read_image(layout), name, aside, epoch))
+    else:
+        what = f"write all layers of {layout} as one tar to: {shlex.join(argv)}"
+        runner.act(what, lambda: _write_squashfs(read_image(layout), argv))
+    runner.run(["mv", "--force", str(aside), str(target)])
+
+
+def _write_tar(image: Image, name: str, target: Path, epoch: int) -> None:
+    blobs = [f"blobs/sha256/{layer.blob.digest}" for layer in image.layers]
+    config = "blobs/" + image.manifest["config"]["digest"].replace(":", "/")
+    listing = [{"Config": config, "RepoTags": [name], "Layers": blobs}]
+    with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as tar:
+        for path in sorted(image.path.rglob("*")):
+            info = tarfile.TarInfo(str(path.relative_to(image.path)))
+            info.mtime, info.mode = epoch, 0o755 if path.is_dir() else 0o644
+            if path.is_dir():
+                info.type = tarfile.DIRTYPE
+                tar.addfile(info)
+            else:
+                info.size = path.stat().st_size
+                with path.open("rb") as file:
+                    tar.addfile(info, file)
+        content = json.dumps(listing).encode()
+        tar.addfile(_entry("manifest.json", content, epoch), io.BytesIO(content))
+
+
+def _entry(path: str, content: bytes, epoch: int) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(path)
+    info.size, info.mtime = len(content), epoch
+    return info
+
+
+def _write_squashfs(image: Image, argv: list[str]) -> None:
+    if which(argv[0]) is None:
+        raise ToolMissingError(
+            f"{argv[0]} is not installed; a squashfs needs it",
+            remedy="on Debian or Ubuntu, as root: apt-get install squashfs-tools",
+        )
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=errors, bufsize=0) as process,
+    ):
+        assert process.stdin is not None  # noqa: S101
+        # If it ends early, its exit code and its words say why.
+        with process.stdin, suppress(BrokenPipeError):
+            write_merged(image, process.stdin, int(argv[-1]))
+        if process.wait():
+            errors.seek(0)
+            raise CommandFailedError(
+                f"{argv[0]} exited with {process.returncode}: {errors.read().decode()[-2000:]}",
+                where=shlex.join(argv),
+            )
+
+
+def write_merged(image: Image, out: IO[bytes], epoch: int) -> None:
+    """Write one tar of an image's files, folders first. Same image, same bytes.
+
+    Raises LayoutError: a hard link leads to a file that a higher layer replaces.
+    """
+    blobs = [layer.blob for layer in image.layers]
+    owners = _owners(blobs)
+    added = enroot_files(image.config["config"])
+    with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:
+        for path in sorted(path for path, (_, info) in owners.items() if info.isdir()):
+            tar.addfile(owners[path][1])
+        for number, blob in enumerate(blobs):
+            for path, info, layer in _members(blob):
+                if owners.get(path, (None,))[0] != number or info.isdir() or path in added:
+                    continue
+                if info.islnk() and owners[_path(info.linkname)][0] != number:
+                    raise LayoutError(
+                        f"/{path} is a hard link to a file that a higher layer replaces",
+                        where=str(image.path),
+                    )
+                tar.addfile(info, layer.extractfile(info) if info.isreg() else None)
+        for path, content in sorted(added.items()):
+            tar.addfile(_entry(path, content, epoch), io.BytesIO(content))
+
+
+def enroot_files(config: dict[str, Any]) -> dict[str, bytes]:
+    """Files by which enroot starts an image; ``config``: the ``config`` object of the image."""
+    folder = config["WorkingDir"]
+    mounts = [
+        f"${{ENROOT_ROOTFS}}{path} {path} none x-create=dir,bind,rw,nosuid,nodev"
+        for path in sorted(config["Volumes"])
+    ]
+    start = [f"cd {shlex.quote(folder)} || exit 1", f'exec {shlex.join(config["Entrypoint"])} "$@"']
+    files = {"etc/rc": start, "etc/fstab": mounts, "etc/environment": config["Env"]}
+    return {path: "".join(f"{line}\n" for line in lines).encode() for path, lines in files.items()}
+
+
+def _owners(blobs: list[LayerBlob]) -> dict[str, tuple[int, tarfile.TarInfo]]:
+    """Path -> number of the layer that has it in the image, and its entry there."""
+    owners: dict[str, tuple[int, tarfile.TarInfo]] = {}
+    for number, blob in enumerate(blobs):
+        for path, info, _ in _members(blob):
+            folder, _, base = path.rpartition("/")
+            if base == OPAQUE or base.startswith(WHITEOUT):
+                hidden = folder if base == OPAQUE else path.replace(WHITEOUT, "", 1)
+                below = [p for p, (n, _) in owners.items() if n < number]
+                for other in [p for p in below if p.startswith(f"{hidden}/")]:
+                    del owners[other]
+                if base != OPAQUE:
+                    owners.pop(hidden, None)
+            else:
+                owners[path] = (number, info)
+    return owners
+
+
+def _members(blob: LayerBlob) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
+    """Path, entry, and the tar that has its content, in the order of the layer."""
+    with plain_tar(blob) as stream, tarfile.open(fileobj=stream, mode="r|") as layer:
+        for info in layer:
+            yield _path(info.name), info, layer
+
+
+def _path(name: str) -> str:
+    return posixpath.normpath(name).lstrip("/")
