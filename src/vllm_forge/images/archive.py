@@ -63,17 +63,16 @@ def _write_tar(image: Image, name: str, target: Path, epoch: int) -> None:
     blobs = [f"blobs/sha256/{layer.blob.digest}" for layer in image.layers]
     config = "blobs/" + image.manifest["config"]["digest"].replace(":", "/")
     listing = [{"Config": config, "RepoTags": [name], "Layers": blobs}]
+
+    def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
+        info.uid = info.gid = 0
+        info.uname = info.gname = ""
+        info.mtime, info.mode = epoch, 0o755 if info.isdir() else 0o644
+        return info
+
     with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as tar:
-        for path in sorted(image.path.rglob("*")):
-            info = tarfile.TarInfo(str(path.relative_to(image.path)))
-            info.mtime, info.mode = epoch, 0o755 if path.is_dir() else 0o644
-            if path.is_dir():
-                info.type = tarfile.DIRTYPE
-                tar.addfile(info)
-            else:
-                info.size = path.stat().st_size
-                with path.open("rb") as file:
-                    tar.addfile(info, file)
+        for path in sorted(image.path.iterdir()):
+            tar.add(path, path.name, filter=plain)
         content = json.dumps(listing).encode()
         tar.addfile(_entry("manifest.json", content, epoch), io.BytesIO(content))
 
@@ -86,10 +85,8 @@ def _entry(path: str, content: bytes, epoch: int) -> tarfile.TarInfo:
 
 def _write_squashfs(image: Image, argv: list[str]) -> None:
     if which(argv[0]) is None:
-        raise ToolMissingError(
-            f"{argv[0]} is not installed; a squashfs needs it",
-            remedy="on Debian or Ubuntu, as root: apt-get install squashfs-tools",
-        )
+        remedy = "on Debian or Ubuntu, as root: apt-get install squashfs-tools"
+        raise ToolMissingError(f"{argv[0]} is not installed; a squashfs needs it", remedy=remedy)
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=errors, bufsize=0) as process,
@@ -100,10 +97,8 @@ def _write_squashfs(image: Image, argv: list[str]) -> None:
             write_merged(image, process.stdin, int(argv[-1]))
         if process.wait():
             errors.seek(0)
-            raise CommandFailedError(
-                f"{argv[0]} exited with {process.returncode}: {errors.read().decode()[-2000:]}",
-                where=shlex.join(argv),
-            )
+            what = f"{argv[0]} exited with {process.returncode}: {errors.read().decode()[-2000:]}"
+            raise CommandFailedError(what, where=shlex.join(argv))
 
 
 def write_merged(image: Image, out: IO[bytes], epoch: int) -> None:
@@ -121,11 +116,9 @@ def write_merged(image: Image, out: IO[bytes], epoch: int) -> None:
             for path, info, layer in _members(blob):
                 if owners.get(path, (None,))[0] != number or info.isdir() or path in added:
                     continue
-                if info.islnk() and owners[_path(info.linkname)][0] != number:
-                    raise LayoutError(
-                        f"/{path} is a hard link to a file that a higher layer replaces",
-                        where=str(image.path),
-                    )
+                if info.islnk() and owners.get(_path(info.linkname), (None,))[0] != number:
+                    what = f"/{path} is a hard link to a file that a higher layer replaces"
+                    raise LayoutError(what, where=str(image.path))
                 tar.addfile(info, layer.extractfile(info) if info.isreg() else None)
         for path, content in sorted(added.items()):
             tar.addfile(_entry(path, content, epoch), io.BytesIO(content))
@@ -151,11 +144,10 @@ def _owners(blobs: list[LayerBlob]) -> dict[str, tuple[int, tarfile.TarInfo]]:
             folder, _, base = path.rpartition("/")
             if base == OPAQUE or base.startswith(WHITEOUT):
                 hidden = folder if base == OPAQUE else path.replace(WHITEOUT, "", 1)
-                below = [p for p, (n, _) in owners.items() if n < number]
-                for other in [p for p in below if p.startswith(f"{hidden}/")]:
-                    del owners[other]
-                if base != OPAQUE:
-                    owners.pop(hidden, None)
+                below = [path for path, (layer, _) in owners.items() if layer < number]
+                for other in below:
+                    if other.startswith(f"{hidden}/") or (other == hidden and base != OPAQUE):
+                        del owners[other]
             else:
                 owners[path] = (number, info)
     return owners

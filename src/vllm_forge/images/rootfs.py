@@ -226,7 +226,7 @@ def is_whole(layout: Path) -> bool:
 def write_host_sources(runner: Runner, suite: str, path: Path) -> list[str]:
     """Write this host's Debian mirrors for ``suite`` to ``path``; return mmdebstrap's argument.
 
-    Where the host has none, that is no argument, and docker/Dockerfile finds an empty file.
+    Where the host has none, the list is empty, and docker/Dockerfile finds an empty file.
     """
     text = host_sources(suite)
 
