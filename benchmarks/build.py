@@ -36,8 +36,7 @@ from vllm_forge.project import Project
 LAYERS = """
 import sys
 from pathlib import Path
-from vllm_forge.images import BuildOptions, choose_engine, resolve, write_layers
-from vllm_forge.images.build import make_wheel
+from vllm_forge.images import BuildOptions, choose_engine, patched_wheel, resolve, write_layers
 from vllm_forge.project import Project
 
 if __name__ == "__main__":
@@ -45,7 +44,7 @@ if __name__ == "__main__":
     engine = choose_engine("buildah", dry_run=True)
     options = BuildOptions(output=Path("unused"))
     plan = resolve(project, project.cell(*sys.argv[1:]), options, engine)
-    write_layers(plan.cell, plan.groups, lambda: make_wheel(plan))
+    write_layers(plan.cell, plan.groups, lambda: patched_wheel(plan.project, plan.cell))
 """
 
 

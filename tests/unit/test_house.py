@@ -131,3 +131,19 @@ def test_tests_do_not_import_tests() -> None:
     for path in (REPO / "tests").rglob("*.py"):
         match = pattern.search(path.read_text())
         assert match is None, f"{path.relative_to(REPO)}: {match[0]}"
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
+def test_programs_in_texts_import_what_exists(path: Path) -> None:
+    """Of benchmarks: mypy does not look into strings."""
+    for module, names in re.findall(
+        r"^from (vllm_forge[\w.]*) import (.+)$", path.read_text(), re.M
+    ):
+        place = Path("src", *module.split("."))
+        source = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        defined: set[str] = set()
+        for node in ast.parse(source.read_text()).body:
+            defined.add(getattr(node, "name", ""))
+            defined |= {alias.asname or alias.name for alias in getattr(node, "names", ())}
+            defined |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+        assert {name.strip() for name in names.split(",")} <= defined, f"{path}: {module}"
