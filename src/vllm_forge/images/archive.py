@@ -92,10 +92,11 @@ def _write_squashfs(image: Image, argv: list[str]) -> None:
         subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=errors, bufsize=0) as process,
     ):
         assert process.stdin is not None  # noqa: S101
-        # If it ends early, its exit code and its words say why.
-        with process.stdin, suppress(BrokenPipeError):
+        read = False
+        with process.stdin, suppress(BrokenPipeError):  # then it ended early, whatever it says
             write_merged(image, process.stdin, int(argv[-1]))
-        if process.wait():
+            read = True
+        if process.wait() or not read:
             errors.seek(0)
             what = f"{argv[0]} exited with {process.returncode}: {errors.read().decode()[-2000:]}"
             raise CommandFailedError(what, where=shlex.join(argv))

@@ -68,7 +68,7 @@ def read_base_lock(root: Path, base: Base) -> BaseLock | None:
     path, again = root / base.lock, f"run: {AGAIN}"
     text, rows = read_rows(path, ROW, again)
     head = {match["name"]: match["value"] for match in HEAD.finditer(text)}
-    if head.get("input") != input_digest(base) or "date" not in head:
+    if head.get("input") != input_digest(base) or "date" not in head or not rows:
         what = "the lock was not made for what matrix.toml now says of [base]"
         raise LockFileError(what, where=str(path), remedy=again)
     return BaseLock(

@@ -164,6 +164,18 @@ def test_failed_squashfs_keeps_the_older_one(built: Image, tmp_path: Path) -> No
     assert target.read_bytes() == b"older"
 
 
+def test_tool_that_does_not_read_all_has_failed(
+    built: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it exits with 0 and has written a file."""
+    target = tmp_path / "x.sqsh"
+    target.write_bytes(b"older")
+    monkeypatch.setattr(archive, "MKSQUASHFS", ("sh", "-c", 'echo cut > "$0"', "FILE"))
+    with pytest.raises(CommandFailedError, match="sh exited with 0"):
+        write_archive(Runner(), built.path, NAME, target, EPOCH)
+    assert target.read_bytes() == b"older"
+
+
 def test_squashfs_without_its_tool_is_refused(
     built: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

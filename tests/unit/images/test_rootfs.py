@@ -1,4 +1,4 @@
-"""What an image stands on: locked packages, current ones where those are gone, or a registry's."""
+"""The base of images: locked packages, current ones where those are gone, or a registry image."""
 
 from __future__ import annotations
 

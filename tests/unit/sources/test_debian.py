@@ -113,6 +113,12 @@ def test_edited_lock_is_refused(
     assert "nox -s lock -- --base" in caught.value.remedy
 
 
+def test_lock_without_packages_is_refused(base: Base, tmp_path: Path) -> None:
+    write_base_lock(tmp_path / "debian.txt", base, DATE, [])
+    with pytest.raises(LockFileError, match="was not made for"):
+        read_base_lock(tmp_path, base)
+
+
 def test_missing_lock_is_refused(base: Base, tmp_path: Path) -> None:
     with pytest.raises(LockFileError, match="cannot read the lock"):
         read_base_lock(tmp_path, base)

@@ -219,7 +219,7 @@ def read_conversations(path: Path, samples: int) -> list[Conversation]:
         for row in rows:
             _check(row)
     except FileNotFoundError:
-        raise refused("there is no such file of conversations") from None
+        raise refused("the file of conversations does not exist") from None
     except OSError as error:
         raise refused(f"the file of conversations cannot be read: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
