@@ -181,7 +181,7 @@ class TestConversations:
             read_conversations(tmp_path / name, 1)
 
     def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(RecipeError, match="no such file"):
+        with pytest.raises(RecipeError, match="conversations does not exist"):
             read_conversations(tmp_path / "x.jsonl", 1)
 
 
