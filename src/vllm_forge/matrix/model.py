@@ -211,6 +211,34 @@ class Preset(FrozenModel):
     note: str = Field(min_length=20, description="where its values come from; printed with it")
 
 
+Stage = Literal["dev", "candidate", "release"]
+
+
+class ReleasePolicy(FrozenModel):
+    """What an image needs before a registry gives it a name of a stage."""
+
+    statements: tuple[Literal["provenance", "sbom", "vex"], ...] = Field(
+        default=(), description="signed and attached to the image"
+    )
+    builders: Integer = Field(
+        default=1, ge=1, description="independent signers of provenance for the one digest"
+    )
+    committed: Flag = Field(
+        default=False, description="a checkout without changes, and locked Debian packages"
+    )
+    proofs: Flag = Field(default=False, description="each patch is proven on this series and lock")
+    upstream: Flag = Field(default=False, description="vLLM's own tests, without a regression")
+    kernels: Flag = Field(
+        default=False, description="recorded kernel selection and coverage of this series and lock"
+    )
+    tiers: tuple[Name, ...] = Field(
+        default=(), description="of the GPU suite, each with a signed receipt of this digest"
+    )
+    max_age_days: Integer | None = Field(
+        default=None, ge=1, description="of builds and receipts when the name is given"
+    )
+
+
 class Matrix(FrozenModel):
     """All of matrix.toml."""
 
@@ -229,6 +257,9 @@ class Matrix(FrozenModel):
     line: dict[Name, Line]
     artifact: dict[Name, Artifact]
     preset: dict[Name, Preset]
+    release: dict[Stage, ReleasePolicy] = Field(
+        default_factory=dict, description="stage -> what it needs; an unlisted stage is refused"
+    )
 
     @model_validator(mode="after")
     def _rows_agree(self) -> Self:

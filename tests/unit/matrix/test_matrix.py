@@ -89,6 +89,7 @@ ROWS: dict[str, list[str | int]] = {
     "Preset": ["preset", "b300-mtp"],
     "Cuda": ["cuda", "13.0"],
     "Container": ["container"],
+    "ReleasePolicy": ["release", "release"],
     "UnsupportedSku": ["unsupported_sku", "gb300"],
     "RetiredVariable": ["retired", "VLLM_TEST_FORCE_FP8_MARLIN"],
 }
@@ -158,6 +159,9 @@ REFUSED: dict[str, tuple[Callable[[Data], None], list[str]]] = {
     "capability-form": (put("sku", "b300", "compute_capability", "10"), ["compute_capability"]),
     "python-form": (put(*LINE, "python", "2.7"), ["line.0.26.python", "pattern"]),
     "row-name": (put("sku", "B 300", {}), ["sku", "pattern"]),
+    "unknown-stage": (put("release", "final", {}), ["release.final", "'dev', 'candidate'"]),
+    "unknown-statement": (put("release", "dev", "statements", ["spdx"]), ["'vex'"]),
+    "no-builder": (put("release", "release", "builders", 0), ["release.release.builders"]),
     "unknown-choice": (put("artifact", "nvidia-nvfp4", "experts", "int3"), ["nvfp4", "w4a16"]),
     "negative-tokens": (put("preset", "b300-mtp", "speculative_tokens", -1), ["greater than"]),
     "short-reason": (put(*LINE, "constraints", 0, "reason", "because"), ["constraints.0.reason"]),
