@@ -1,0 +1,298 @@
+"""What an image still lacks for a stage: rows [release.*] of matrix.toml against the records.
+
+The gate reads the checkout and its records; what is attached to an image in a registry is judged
+in ``evidence``, by the code that a stranger runs, too.
+"""
+
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from vllm_forge.errors import ForgeError, suggestion
+from vllm_forge.kernels.coverage.families import FINE
+from vllm_forge.kernels.coverage.families import digest as families_digest
+from vllm_forge.kernels.selection.record import require_fresh
+from vllm_forge.matrix import FrozenModel, ImageCell
+from vllm_forge.matrix.errors import RecordFileError
+from vllm_forge.matrix.model import Name, ReleasePolicy, Stage
+from vllm_forge.patches import read_series, read_tree_lock
+from vllm_forge.project import Project
+from vllm_forge.receipts.receipt import Receipt
+from vllm_forge.receipts.suite import read_suite
+from vllm_forge.receipts.verification import read_receipts
+from vllm_forge.release import errors
+
+PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
+
+
+class Waiver(FrozenModel):
+    """The decision to release without a receipt of a tier; valid until the end of a day, UTC."""
+
+    tier: Name
+    until: date
+    reason: Annotated[str, Field(pattern=PRINTABLE, min_length=10, max_length=500)]
+
+    def expired(self, now: datetime) -> bool:
+        return now.astimezone(UTC).date() > self.until
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something that is missing."""
+
+    what: str
+    where: str
+    remedy: str
+
+    @classmethod
+    def of(cls, error: ForgeError) -> "Finding":
+        return cls(what=error.what, where=error.where, remedy=error.remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """A cell at a stage; ``digest``: ``sha256:<hex>`` of its image, None before it is built."""
+
+    project: Project
+    cell: ImageCell
+    stage: Stage
+    policy: ReleasePolicy
+    digest: str | None
+    now: datetime
+    waivers: tuple[Waiver, ...] = ()
+
+    @property
+    def oldest(self) -> datetime | None:
+        """Time before which a build or a receipt is too old for this stage."""
+        days = self.policy.max_age_days
+        return None if days is None else self.now - timedelta(days=days)
+
+    def findings(self) -> list[Finding]:
+        """All that the checkout lacks."""
+        checks = (
+            (True, _for_development),
+            (self.policy.committed, _uncommitted),
+            (self.policy.proofs, _unproven),
+            (self.policy.upstream, _regressed),
+            (self.policy.kernels, _kernels_unknown),
+            (True, _untested),
+        )
+        rows: list[Finding] = []
+        for required, check in checks:
+            try:
+                rows += check(self) if required else ()
+            except ForgeError as error:
+                rows.append(Finding.of(error))
+        return rows
+
+    def require(self, findings: Sequence[Finding]) -> None:
+        """Raise GateRefusedError with what is missing, if anything is."""
+        if findings:
+            rows = "".join(
+                f"\n  - {row.what}\n    where:  {row.where}\n    remedy: {row.remedy}"
+                for row in findings
+            )
+            what = f"{self.cell.name} lacks {len(findings)} for stage {self.stage}:{rows}"
+            raise errors.GateRefusedError(
+                what,
+                where=f"matrix.toml, release.{self.stage}",
+                remedy="supply what is missing; each has its own remedy",
+            )
+
+    def receipts(self) -> dict[str, Receipt]:
+        """Tier -> the committed receipt of this image, signed and valid now."""
+        rows = read_receipts(self.project, self.now, image=self.digest, signed=True).valid
+        return {
+            row.statement.detail.tier: row
+            for row in rows
+            if (row.statement.detail.sku, row.statement.detail.line)
+            == (self.cell.sku_name, self.cell.line_name)
+        }
+
+    def report(self, findings: Sequence[Finding]) -> dict[str, Any]:
+        """The JSON document of a decision."""
+        return {
+            "cell": self.cell.name,
+            "stage": self.stage,
+            "digest": self.digest,
+            "missing": [asdict(row) for row in findings],
+            "waivers": [row.model_dump(mode="json") for row in self.waivers],
+        }
+
+
+def policy_of(project: Project, stage: Stage) -> ReleasePolicy:
+    """The row of a stage; UnknownStageError if matrix.toml has none."""
+    rows = project.matrix.release
+    if stage not in rows:
+        what = f"stage {stage} has no policy: matrix.toml has {', '.join(rows) or 'none'}"
+        remedy = f"add a table [release.{stage}]"
+        raise errors.UnknownStageError(what, where=str(project.root), remedy=remedy)
+    return rows[stage]
+
+
+def make_waivers(
+    tiers: Sequence[str], until: date | None, reason: str | None, policy: ReleasePolicy
+) -> tuple[Waiver, ...]:
+    """Waivers of the command line: tiers, an end and a reason, or none of them."""
+    if not (bool(tiers) == (until is not None) == (reason is not None)):
+        what = "incomplete waiver: --waive, --until and --reason belong together"
+        raise errors.WaiverError(what, remedy="give all three, or none")
+    if until is None or reason is None:
+        return ()
+    for tier in tiers:
+        if tier not in policy.tiers:
+            what = f"invalid --waive {tier!r}: this stage does not require it"
+            remedy = f"tiers: {', '.join(policy.tiers) or 'none'}"
+            raise errors.WaiverError(what + suggestion(tier, policy.tiers), remedy=remedy)
+    try:
+        return tuple(Waiver(tier=tier, until=until, reason=reason) for tier in dict.fromkeys(tiers))
+    except ValueError:
+        what = "invalid --reason: expected 10 to 500 characters in one line"
+        raise errors.WaiverError(what, remedy="say why, for whoever reads the release") from None
+
+
+def head_commit(root: Path) -> tuple[str | None, list[str]]:
+    """The commit of a checkout, None where git has none; and the files that differ from it."""
+    outputs = []
+    for command in (["rev-parse", "--verify", "HEAD^{commit}"], ["status", "--porcelain"]):
+        argv = ["git", "-C", str(root), *command]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            return None, []
+        outputs.append(done.stdout)
+    return outputs[0].strip(), [row[3:] for row in outputs[1].splitlines()]
+
+
+def _for_development(gate: Gate) -> Iterator[Finding]:
+    if gate.stage == "release" and gate.cell.sku.development:
+        yield Finding(
+            what=f"{gate.cell.sku_name} is a SKU for development, which is never released for",
+            where=f"matrix.toml, sku.{gate.cell.sku_name}.development",
+            remedy="stop at stage candidate",
+        )
+
+
+def _uncommitted(gate: Gate) -> Iterator[Finding]:
+    commit, changed = head_commit(gate.project.root)
+    if commit is None:
+        what, remedy = "the checkout has no commit", "release from a git checkout with a commit"
+    elif changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        what = f"the checkout differs from commit {commit[:12]}: {', '.join(changed[:3])}{more}"
+        remedy = "commit them, or remove them: git status"
+    else:
+        return
+    yield Finding(what=what, where=str(gate.project.root), remedy=remedy)
+
+
+def _unproven(gate: Gate) -> Iterator[Finding]:
+    """The record of proofs is only written when all are red without and green with their patch."""
+    project, name, line = gate.project, gate.cell.line_name, gate.cell.line
+    path = f"records/proofs/{name}.json"
+    record = project.read_json(
+        path,
+        lambda data: (
+            data["trees"]["result"],
+            data["environment"]["lock_sha256"],
+            [row["name"] for row in data["patches"] if row["with"].get("passed")],
+        ),
+    )
+    tree = read_tree_lock(project.root / line.series, name).result
+    patches = [patch.name for patch in read_series(project.root / line.series)]
+    if record != (tree, project.lock(name).digest, patches):
+        what = f"the patches of line {name} are not proven on the present series and lock"
+        yield Finding(what=what, where=path, remedy=f"as root: nox -s prove -- --line {name}")
+
+
+def _regressed(gate: Gate) -> Iterator[Finding]:
+    project, name, line = gate.project, gate.cell.line_name, gate.cell.line
+    path = f"records/upstream/{name}.json"
+    trees, files = project.read_json(path, lambda data: (data["trees"], dict(data["files"])))
+    remedy = f"as root: nox -s forge -- patch upstream --line {name}"
+    lock = read_tree_lock(project.root / line.series, name)
+    if trees != {"published": lock.base, "patched": lock.result}:
+        what = f"vLLM's own tests were not run on the present series of line {name}"
+        yield Finding(what=what, where=path, remedy=remedy)
+    for file, counts in files.items():
+        if lost := [outcome for outcome in counts if outcome.startswith("passed, then ")]:
+            what = f"tests of {file} pass as published, not as patched: {lost[0]}"
+            yield Finding(what=what, where=path, remedy="correct the patch, then " + remedy)
+
+
+def _kernels_unknown(gate: Gate) -> Iterator[Finding]:
+    project, name, sku = gate.project, gate.cell.line_name, gate.cell.sku_name
+    try:
+        require_fresh(project, name)
+    except ForgeError as error:
+        yield Finding.of(error)
+    path = f"records/coverage/{name}.json"
+    inputs, cells = project.read_json(
+        path,
+        lambda data: (
+            (data["lock"], data["families"]),
+            {family: row[sku] for family, row in data["coverage"].items()},
+        ),
+    )
+    remedy = f"nox -s forge -- kernels coverage --record --line {name}"
+    if inputs != (project.lock(name).digest, families_digest()):
+        what = f"kernel coverage of line {name} was recorded of other packages"
+        yield Finding(what=what, where=path, remedy=remedy)
+    for family, cell in cells.items():
+        accepted = cell["needed_by"] is None or cell["exception"] is not None
+        if not accepted and cell["verdict"] not in FINE:
+            what = f"kernels of {family} are {cell['verdict']} on {sku}: {cell['detail']}"
+            yield Finding(what=what, where=path, remedy="use packages that have them")
+
+
+def _untested(gate: Gate) -> Iterator[Finding]:
+    """Tiers without a receipt of this digest that is signed, valid and recent, and not waived."""
+    waivers = {row.tier: row for row in gate.waivers}
+    missing = {tier: row for tier in gate.policy.tiers if (row := _receipt_fault(gate, tier))}
+    for tier, finding in missing.items():
+        if tier not in waivers:
+            yield finding
+        elif waivers[tier].expired(gate.now):
+            yield Finding(
+                what=f"the waiver of tier {tier} expired at the end of {waivers[tier].until}",
+                where="--until",
+                remedy="run the tier, or decide again with a later date",
+            )
+    for tier in waivers.keys() - missing.keys():
+        yield Finding(
+            what=f"the waiver of tier {tier} is not needed: its receipt is valid",
+            where=f"--waive {tier}",
+            remedy="leave it out, so that nobody reads that the tier was not run",
+        )
+
+
+def _receipt_fault(gate: Gate, tier: str) -> Finding | None:
+    cell, (sku, line) = gate.cell, (gate.cell.sku_name, gate.cell.line_name)
+    if tier not in (known := read_suite(gate.project.root).tier):
+        what = f"matrix.toml requires tier {tier!r}, which the suite does not have"
+        raise RecordFileError(what + suggestion(tier, known), where=f"release.{gate.stage}.tiers")
+    remedy = (
+        f"on a host with that GPU: nox -s test-gpu -- --sku {sku} --line {line} --tier {tier} "
+        f"--key KEY; or decide without it: --waive {tier} --until DATE --reason TEXT"
+    )
+    image = gate.digest or "an image that is not built here"
+    where = f"records/receipts/{(gate.digest or 'sha256:<digest>')[7:]}/{sku}--{line}--{tier}.json"
+    if (receipt := gate.receipts().get(tier)) is not None:
+        finished = receipt.statement.detail.finished
+        if gate.oldest is None or finished >= gate.oldest:
+            return None
+        what = (
+            f"the receipt of tier {tier} is of {finished.date()}; stage {gate.stage} takes none "
+            f"older than {gate.policy.max_age_days} days"
+        )
+        return Finding(what=what, where=where, remedy=remedy)
+    refused = read_receipts(gate.project, gate.now, image=gate.digest, signed=True).refused
+    for path, error in refused:
+        if path.name == Path(where).name:
+            return Finding.of(error)
+    what = f"missing receipt of tier {tier} on {cell.sku.device} ({sku}) for {image}"
+    return Finding(what=what, where=where, remedy=remedy)
