@@ -11,7 +11,6 @@ import copy
 import hashlib
 import json
 import os
-import subprocess
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from hypothesis import strategies as st
 from tests.gpu.harness import run
 from tests.gpu.harness.errors import InputError
 from tests.gpu.harness.identity import identity
+from tests.support.keys import key_pair, trust
 from tests.support.receipts import (
     FILE,
     IDENTITY,
@@ -30,7 +30,6 @@ from tests.support.receipts import (
     NOW,
     SERVED,
     body,
-    ed25519_pair,
     edit,
     green_run,
     small_project,
@@ -38,10 +37,12 @@ from tests.support.receipts import (
 from vllm_forge.errors import ForgeError
 from vllm_forge.pages.status import status
 from vllm_forge.project import Project
-from vllm_forge.receipts import FOLDER, KEYS
+from vllm_forge.receipts import FOLDER
 from vllm_forge.receipts.receipt import DIGEST, VALID, make_statement, write_receipt
 from vllm_forge.receipts.verification import preset_state, read_receipts, verify_all
 from vllm_forge.serve.plan import make_plan
+from vllm_forge.signing import FOLDER as KEYS
+from vllm_forge.signing import load_private
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,7 +57,9 @@ def project(root: Path, tmp_path: Path) -> Project:
 
 
 def commit(project: Project, result: dict[str, Any], key: Path | None = None) -> Path:
-    return write_receipt(project.root / FOLDER, make_statement(result), key)
+    return write_receipt(
+        project.root / FOLDER, make_statement(result), load_private(key) if key else None
+    )
 
 
 def state(project: Project, *, sku: str = "h200", line: str = "0.26", image: str = IMAGE) -> str:
@@ -147,10 +150,8 @@ def test_refused_receipt_is_reported_and_proves_nothing(project: Project) -> Non
 
 
 def test_signature_that_was_removed_is_missed(project: Project, tmp_path: Path) -> None:
-    private, public = ed25519_pair(tmp_path)
-    trusted = project.root / FOLDER / KEYS / "release.pem"
-    trusted.parent.mkdir(parents=True)
-    trusted.write_bytes(public.read_bytes())
+    private, public = key_pair(tmp_path)
+    trust(project.root, public)
     path = commit(project, green_run(project, "soak", **SERVED), private)
     assert state(project) == f"receipts: {PLACE}"
     data = json.loads(path.read_text())
@@ -173,20 +174,22 @@ def test_link_out_of_the_repository_is_refused(project: Project, tmp_path: Path,
     assert state(project) == "not run"
 
 
-@pytest.mark.parametrize("place", [PLACE, f"{FOLDER}/{KEYS}/release.pem"])
+@pytest.mark.parametrize("place", [PLACE, f"{KEYS}/release.pem", f"{KEYS}/keyring.toml"])
 @pytest.mark.parametrize("kind", ["fifo", "folder", "huge", "link"])
 def test_special_file_is_refused_without_waiting(
     project: Project, tmp_path: Path, place: str, kind: str
 ) -> None:
+    _, public = key_pair(tmp_path)
+    trust(project.root, public)
     path = project.root / place
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
     if kind == "fifo":
         os.mkfifo(path)
     elif kind == "folder":
         path.mkdir()
     elif kind == "link":
-        (tmp_path / "target").write_bytes(ed25519_pair(tmp_path)[1].read_bytes())
-        path.symlink_to(tmp_path / "target")
+        path.symlink_to(public)
     else:
         with path.open("wb") as file:
             file.truncate(1 << 40)
@@ -198,28 +201,32 @@ def test_special_file_is_refused_without_waiting(
 def test_broken_key_proves_nothing_and_stops_nothing(project: Project, content: str | None) -> None:
     """It concerns receipts only: serve, plan and the status page show none as valid."""
     commit(project, green_run(project, "soak", **SERVED))
-    trusted = project.root / FOLDER / KEYS / "release.pem"
-    trusted.parent.mkdir(parents=True)
-    trusted.mkdir() if content is None else trusted.write_text(content)
+    trusted = trust(project.root, (content or "").encode())
+    if content is None:
+        trusted.unlink()
+        trusted.mkdir()
     receipts = read_receipts(project, NOW, image=IMAGE)
     assert receipts.valid == ()
     lines = receipts.lines(project.root)
-    assert [line.partition(" is refused: ")[0] for line in lines] == [f"{FOLDER}/{KEYS}", PLACE]
-    assert all("not an Ed25519 key" in line for line in lines)
+    assert [line.partition(" is refused: ")[0] for line in lines] == [KEYS, PLACE]
+    assert all("not a public key" in line for line in lines)
     assert state(project) == "not run"
-    assert status(project).count("not an Ed25519 key") == 2
+    assert status(project).count("not a public key") == 2
     plan = make_plan(project, project.cell("h200", "0.26"))
     assert {row["state"] for row in plan["presets"]} == {"not run"}
-    with pytest.raises(ForgeError, match="not an Ed25519 key"):
+    with pytest.raises(ForgeError, match="not a public key"):
         verify_all(project, NOW)
 
 
 @pytest.mark.parametrize("name", ["release.pub", "README.md", ".release.pem.swp"])
-def test_unknown_file_among_the_keys_is_reported(project: Project, name: str) -> None:
-    (project.root / FOLDER / KEYS).mkdir(parents=True)
-    (project.root / FOLDER / KEYS / name).write_text("")
-    with pytest.raises(ForgeError, match=f"{name} is not named NAME.pem"):
+def test_unknown_file_among_the_keys_is_reported(
+    project: Project, tmp_path: Path, name: str
+) -> None:
+    trust(project.root, key_pair(tmp_path)[1])
+    (project.root / KEYS / name).write_text("")
+    with pytest.raises(ForgeError, match="unknown file") as caught:
         verify_all(project, NOW)
+    assert caught.value.where.endswith(name)
 
 
 Envelopes = tuple[dict[str, Any], dict[str, Any]]  # of a trusted signer, and of a stranger
@@ -255,10 +262,9 @@ def renamed(envelope: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 def test_foreign_signature_is_refused(project: Project, tmp_path: Path, name: str) -> None:
     envelopes = []
     for signer in ("trusted", "stranger"):
-        (tmp_path / signer).mkdir()
-        private, public = ed25519_pair(tmp_path / signer)
+        private, public = key_pair(tmp_path / signer)
         if signer == "trusted":
-            trust(project, public.read_bytes())
+            trust(project.root, public)
         result = green_run(project, "soak", **SERVED)
         result["tests"][f"{FILE}::test_one"]["why"] = signer
         path = commit(project, result, private)
@@ -271,23 +277,15 @@ def test_foreign_signature_is_refused(project: Project, tmp_path: Path, name: st
         verify_all(project, NOW)
 
 
-def trust(project: Project, pem: bytes) -> None:
-    (project.root / FOLDER / KEYS).mkdir(parents=True, exist_ok=True)
-    (project.root / FOLDER / KEYS / "release.pem").write_bytes(pem)
-
-
 def test_key_of_another_kind_is_not_trusted(project: Project, tmp_path: Path) -> None:
-    private, _ = ed25519_pair(tmp_path)
+    private, public = key_pair(tmp_path)
     commit(project, green_run(project, "soak", **SERVED), private)
+    trusted = trust(project.root, public)
     pems = [private.read_bytes()]
-    for options in (["RSA"], ["EC", "-pkeyopt", "ec_paramgen_curve:P-256"]):
-        argv = ["openssl", "genpkey", "-algorithm", *options]
-        made = subprocess.run(argv, check=True, capture_output=True).stdout
-        argv = ["openssl", "pkey", "-pubout"]
-        pems.append(subprocess.run(argv, input=made, check=True, capture_output=True).stdout)
+    pems += [key_pair(tmp_path / kind, kind)[1].read_bytes() for kind in ("rsa", "p384")]
     for pem in pems:
-        trust(project, pem)
-        with pytest.raises(ForgeError, match="not an Ed25519 key"):
+        trusted.write_bytes(pem)
+        with pytest.raises(ForgeError, match=r"not a public key|not an Ed25519 or P-256 key"):
             verify_all(project, NOW)
 
 
@@ -458,12 +456,10 @@ def change_structure(draw: Callable[[Any], Any], document: Any, path: tuple[Any,
 @pytest.mark.parametrize("forger", ["careless", "careful", "without the key"])
 def test_structural_edits_are_refused(project: Project, tmp_path: Path, forger: str) -> None:
     """A careful forger writes the payload's digest, too; a trusted key is what stops any edit."""
-    private, public = ed25519_pair(tmp_path)
+    private, public = key_pair(tmp_path)
     key = private if forger == "without the key" else None
     if key is not None:
-        trusted = project.root / FOLDER / KEYS / "release.pem"
-        trusted.parent.mkdir(parents=True)
-        trusted.write_bytes(public.read_bytes())
+        trust(project.root, public)
     path = commit(project, green_run(project, "soak", **SERVED), key)
     whole = path.read_text()
     payload = json.loads(base64.b64decode(json.loads(whole)["payload"]))

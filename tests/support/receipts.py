@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import shutil
-import subprocess
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -161,17 +160,6 @@ def green_result(
         "configurations": {"plain": {"moe": []}},
         "tests": tests,
     }
-
-
-def ed25519_pair(folder: Path) -> tuple[Path, Path]:
-    """A private and a public key as openssl's command makes them."""
-    private, public = folder / "key.pem", folder / "public.pem"
-    for command in (
-        ["genpkey", "-algorithm", "ed25519", "-out", private],
-        ["pkey", "-in", private, "-pubout", "-out", public],
-    ):
-        subprocess.run(["openssl", *map(str, command)], check=True, capture_output=True)
-    return private, public
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any], *, consistent: bool) -> None:

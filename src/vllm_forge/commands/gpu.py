@@ -38,7 +38,7 @@ def register(choices: Commands) -> None:
         "--checkpoint", action="append", default=[], metavar="NAME=DIR", help="for the suite"
     )
     inputs.add_argument("--workloads", type=Path, help="folder with prompts, for tier soak")
-    key = option("--key", type=Path, help="Ed25519 private key (PEM) that signs the receipt")
+    key = option("--key", type=Path, help="private key (PEM) that signs the receipt")
     one = command(gpu, "test", test, SKU, LINE, inputs, key)
     one.add_argument("--image", metavar="REF", help="in this image (default: the cell's own)")
     one.add_argument(

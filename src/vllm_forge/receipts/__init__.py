@@ -1,4 +1,3 @@
 """Receipts of the GPU suite: made, kept in ``records/receipts``, and verified on any host."""
 
 FOLDER = "records/receipts"
-KEYS = "keys"  # in it: NAME.pem of each signer who is trusted

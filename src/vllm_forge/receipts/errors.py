@@ -40,7 +40,7 @@ class ResultFileError(ForgeError, exit_code=REFUSED):
 
 
 class ReceiptKeyError(ForgeError, exit_code=REFUSED):
-    """A key is not an Ed25519 key, or a receipt lacks the signature that is asked for."""
+    """A receipt lacks the signature that is asked for."""
 
 
 class ReceiptContradictedError(ForgeError, exit_code=RED):

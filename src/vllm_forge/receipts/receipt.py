@@ -4,7 +4,7 @@ An in-toto Statement v1 whose predicate is in-toto's Test Result v0.1, so that o
 whether it passed and which tests; what it has no field for is under ``vllmForge``, which they
 ignore by in-toto's rules. Its file is a DSSE envelope around it, signed where there is a key.
 
-With a signature by a key of ``records/receipts/keys``, any change to the payload is detected.
+With a signature by a key of the keyring (``signing``), any change to the payload is detected.
 Without one, ``payloadSha256`` detects an accident, not a forger, who would write both: an unsigned
 receipt is as trustworthy as the commit that added it, and is shown as "unsigned" everywhere.
 The payload is canonical JSON (keys sorted, no spaces), so that one statement has one form.
@@ -18,9 +18,8 @@ import base64
 import copy
 import hashlib
 import json
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,15 +27,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, ConfigDict, Field, ValidationError
 from securesystemslib.dsse import Envelope
-from securesystemslib.exceptions import VerificationError
-from securesystemslib.signer import CryptoSigner, Key, SSlibKey
+from securesystemslib.signer import Signature
 
 from vllm_forge.errors import problems
-from vllm_forge.host import atomic_path, parse_json, read_plain
+from vllm_forge.host import atomic_path, parse_json, printable, read_plain
 from vllm_forge.matrix import FrozenModel
-from vllm_forge.receipts import FOLDER, KEYS, errors
+from vllm_forge.receipts import errors
+from vllm_forge.signing import FOLDER as KEYS
+from vllm_forge.signing import PAYLOAD_TYPE, Keyring, PrivateKey, TrustedKey, canonical
+from vllm_forge.signing.errors import UnknownSignerError
 
-PAYLOAD_TYPE = "application/vnd.in-toto+json"
 DIGEST = "payloadSha256"
 LARGEST = 16 << 20  # a receipt of 347 tests has 300 KB
 VALID = timedelta(days=90)  # drivers, and what we test for, change faster than releases live
@@ -155,6 +155,11 @@ class Statement(FrozenModel):
         return self.predicate.configuration[0].digest["sha256"]
 
     @property
+    def content(self) -> bytes:
+        """Canonical bytes: what is signed."""
+        return canonical(self.model_dump(mode="json", by_alias=True))
+
+    @property
     def file_name(self) -> str:
         """Its name in the folder of its subject."""
         return f"{self.detail.sku}--{self.detail.line}--{self.detail.tier}.json"
@@ -202,23 +207,23 @@ def make_statement(result: dict[str, Any]) -> Statement:
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """A receipt as read; ``signed_by`` has the ids of trusted keys, none if it is unsigned."""
+    """A receipt as read; ``signatures`` are those of trusted keys, none if it is unsigned."""
 
     path: Path
     statement: Statement
-    signed_by: tuple[str, ...]
+    signatures: tuple[tuple[TrustedKey, bytes], ...]
+
+    @property
+    def signed_by(self) -> tuple[TrustedKey, ...]:
+        return tuple(key for key, _ in self.signatures)
 
 
-def canonical(statement: Statement) -> bytes:
-    data = statement.model_dump(mode="json", by_alias=True)
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
-
-
-def write_receipt(folder: Path, statement: Statement, key: Path | None = None) -> Path:
+def write_receipt(folder: Path, statement: Statement, key: PrivateKey | None = None) -> Path:
     """Write ``folder/<digest>/<sku>--<line>--<tier>.json``, signed if there is a private key."""
-    envelope = Envelope(canonical(statement), PAYLOAD_TYPE, {})
+    envelope = Envelope(statement.content, PAYLOAD_TYPE, {})
     if key is not None:
-        envelope.sign(CryptoSigner(_load_key(key, public=False)))
+        signature = Signature(key.public.id, key.sign(envelope.pae()).hex())
+        envelope.signatures[signature.keyid] = signature
     data = envelope.to_dict() | {DIGEST: hashlib.sha256(envelope.payload).hexdigest()}
     path = folder / statement.sha256 / statement.file_name
     with atomic_path(path) as aside:
@@ -226,13 +231,13 @@ def write_receipt(folder: Path, statement: Statement, key: Path | None = None) -
     return path
 
 
-def read_receipt(path: Path, keys: Sequence[Key]) -> Receipt:
+def read_receipt(path: Path, keys: Keyring) -> Receipt:
     """Read a receipt; its payload must be the one that was written, or signed.
 
     Raises:
         ReceiptUnreadableError: not a DSSE envelope of a receipt.
-        ReceiptEditedError: the payload does not match its digest or a signature.
-        ReceiptKeyError: signed by another key than ``keys``, the trusted ones.
+        ReceiptEditedError: the payload does not match its digest.
+        UnknownSignerError, SignatureInvalidError: see ``signing``.
     """
     try:
         data: dict[str, Any] = parse_json(read_plain(path, LARGEST))
@@ -247,68 +252,29 @@ def read_receipt(path: Path, keys: Sequence[Key]) -> Receipt:
         raise _unreadable(path, f"unknown payload type {kind!r}")
     if hashlib.sha256(payload).hexdigest() != stated:
         raise _edited(path, "the payload does not match its digest")
-    known = {key.keyid: key for key in keys}
-    for keyid in envelope.signatures:
-        if keyid not in known:
-            what = f"signed by key {keyid}, which is not among the trusted ones"
-            remedy = f"if you trust the signer, add the public key to {FOLDER}/{KEYS}"
-            raise errors.ReceiptKeyError(what, where=str(path), remedy=remedy)
-        try:
-            envelope.verify([known[keyid]], 1)
-        except VerificationError as error:
-            raise _edited(path, f"invalid signature of key {keyid}: {error}") from None
+    signatures = tuple(_signatures(path, envelope, keys))
     try:
         statement = Statement.model_validate_json(payload)
     except ValidationError as error:
         raise _unreadable(path, problems(error)[0]) from None
-    if canonical(statement) != payload:
+    if statement.content != payload:
         raise _edited(path, "the payload is not in canonical form")
-    return Receipt(path=path, statement=statement, signed_by=tuple(sorted(envelope.signatures)))
+    return Receipt(path=path, statement=statement, signatures=signatures)
 
 
-def read_keys(folder: Path) -> list[Key]:
-    """Public keys, ``folder/*.pem``; ReceiptKeyError if there is anything else."""
-    if not os.path.lexists(folder):
-        return []
-    try:
-        paths = sorted(folder.iterdir())
-    except OSError as error:
-        raise _key_folder(folder, str(error)) from None
-    if folder.is_symlink():
-        raise _key_folder(folder, "it is a link")
-    if others := [path.name for path in paths if path.suffix != ".pem"]:
-        raise _key_folder(folder, f"{others[0]} is not named NAME.pem")
-    return [SSlibKey.from_crypto(_load_key(path, public=True)) for path in paths]
-
-
-def _key_folder(folder: Path, why: str) -> errors.ReceiptKeyError:
-    what = f"cannot read the folder of trusted keys: {why}"
-    remedy = "make it a folder with a NAME.pem for each signer and nothing else, or delete it"
-    return errors.ReceiptKeyError(what, where=str(folder), remedy=remedy)
-
-
-def _load_key(path: Path, *, public: bool) -> Any:
-    # Only needed where there are keys.
-    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415
-    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
-    from cryptography.hazmat.primitives.asymmetric import ed25519  # noqa: PLC0415
-
-    try:
-        if public:
-            key: Any = serialization.load_pem_public_key(read_plain(path, LARGEST))
-        else:
-            key = serialization.load_pem_private_key(path.read_bytes(), None)
-        why = f"it is a {type(key).__name__}"
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        key, why = None, str(error)
-    if not isinstance(key, ed25519.Ed25519PublicKey if public else ed25519.Ed25519PrivateKey):
-        raise errors.ReceiptKeyError(
-            f"not an Ed25519 key: {why}",
-            where=str(path),
-            remedy="make one with: openssl genpkey -algorithm ed25519 -out key.pem; its public "
-            "half with: openssl pkey -in key.pem -pubout",
-        )
-    return key
+def _signatures(
+    path: Path, envelope: Envelope, keys: Keyring
+) -> Iterator[tuple[TrustedKey, bytes]]:
+    for keyid, row in sorted(envelope.signatures.items()):
+        if (key := keys.find(keyid=keyid)) is None:
+            raise UnknownSignerError(
+                f"signed by key {printable(keyid)}, which is not among the trusted ones",
+                where=str(path),
+                remedy=f"if you trust the signer, add the public key to {KEYS}",
+            )
+        signature = bytes.fromhex(row.signature)
+        key.verify(signature, envelope.pae(), str(path))
+        yield key, signature
 
 
 def _unreadable(path: Path, why: str) -> errors.ReceiptUnreadableError:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from securesystemslib.signer import Key
 
 from vllm_forge.errors import ForgeError, problems
 from vllm_forge.host import parse_json, read_plain
@@ -17,17 +16,19 @@ from vllm_forge.kernels.selection.record import read_selection
 from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
-from vllm_forge.receipts import FOLDER, KEYS, errors
+from vllm_forge.receipts import FOLDER, errors
 from vllm_forge.receipts.receipt import (
     VALID,
     Configuration,
     Receipt,
     make_statement,
-    read_keys,
     read_receipt,
     write_receipt,
 )
 from vllm_forge.receipts.suite import case_faults, read_suite, suite_hash
+from vllm_forge.signing import FOLDER as KEYS
+from vllm_forge.signing import Keyring, load_private, read_keyring
+from vllm_forge.signing.errors import KeyFileError, KeyringError
 
 # Of reading a file that is not a result, or a part of one.
 MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -79,12 +80,12 @@ def read_receipts(
         return Receipts()
     valid: list[Receipt] = []
     refused: list[tuple[Path, ForgeError]] = []
-    keys, broken, folder = [], None, project.root / FOLDER / KEYS
+    keys, broken = Keyring(), None
     try:
-        keys = read_keys(folder)
-    except errors.ReceiptKeyError as why:
+        keys = read_keyring(project.root)
+    except (KeyringError, KeyFileError) as why:
         broken = why
-        refused.append((folder, why))
+        refused.append((project.root / KEYS, why))
     for path, error in _entries(project.root, image.removeprefix("sha256:")):
         try:
             if fault := broken or error:
@@ -92,6 +93,7 @@ def read_receipts(
             receipt = read_receipt(path, keys)
             time = now or min(receipt.statement.detail.finished, datetime.now(UTC))
             verify(project, receipt, time, keys, signed=signed)
+            require_keys(receipt, now)
         except ForgeError as why:
             refused.append((path, why))
         else:
@@ -107,7 +109,7 @@ def _entries(root: Path, image: str) -> Iterator[tuple[Path, ForgeError | None]]
     for folder, fault in _listing(root / FOLDER):
         if fault is not None:
             yield folder, fault
-        elif folder.name != KEYS and image in ("", folder.name):
+        elif image in ("", folder.name):
             for path, error in _listing(folder):
                 wrong = error is None and path.suffix != ".json"
                 yield path, _foreign(path, "not a receipt") if wrong else error
@@ -130,7 +132,7 @@ def _listing(folder: Path) -> Iterator[tuple[Path, ForgeError | None]]:
 
 def _foreign(path: Path, why: str) -> errors.ReceiptUnreadableError:
     what = f"not {FOLDER}/<digest>/<receipt>.json: {why}"
-    remedy = f"keep nothing but receipts, each in its image's folder, and {KEYS} there"
+    remedy = "keep nothing but receipts there, each in its image's folder"
     return errors.ReceiptUnreadableError(what, where=str(path), remedy=remedy)
 
 
@@ -168,16 +170,26 @@ def preset_state(
 
 
 def verify(
-    project: Project, receipt: Receipt, now: datetime, keys: Sequence[Key], *, signed: bool = False
+    project: Project, receipt: Receipt, now: datetime, keys: Keyring, *, signed: bool = False
 ) -> None:
     """Compare one receipt with the repository; the class of the error says what differs."""
-    if (keys or signed) and not receipt.signed_by:
+    if (keys.has("receipts") or signed) and not receipt.signed_by:
         what = "the receipt is unsigned"
         remedy = "sign it where it is made: nox -s forge -- gpu receipts --result FILE --key KEY"
         raise errors.ReceiptKeyError(what, where=str(receipt.path), remedy=remedy)
     for kind, what in _faults(project, receipt, now):
         raise kind(what, where=str(receipt.path), remedy=REMEDIES[kind])
     require_selection(project.root, receipt)
+
+
+def require_keys(receipt: Receipt, now: datetime | None) -> None:
+    """Raise unless each signer may sign receipts now; see ``signing.keys.TrustedKey.require``.
+
+    Without ``now``: as of the end of the run, which may be signed later with a younger key.
+    """
+    for key in receipt.signed_by:
+        time = now or max(receipt.statement.detail.finished, key.valid_from)
+        key.require("receipts", time, str(receipt.path))
 
 
 def _faults(project: Project, receipt: Receipt, now: datetime) -> Iterator[Fault]:
@@ -249,7 +261,8 @@ def describe(receipts: Sequence[Receipt]) -> str:
     rows = []
     for receipt in receipts:
         detail, statement = receipt.statement.detail, receipt.statement
-        seal = f"signed by {', '.join(receipt.signed_by)}" if receipt.signed_by else "unsigned"
+        names = ", ".join(key.name for key in receipt.signed_by)
+        seal = f"signed by {names}" if names else "unsigned"
         rows.append(
             f"{detail.sku}  line {detail.line}  tier {detail.tier}  "
             f"sha256:{statement.sha256[:12]}  {len(statement.predicate.passed)} tests  "
@@ -261,7 +274,7 @@ def describe(receipts: Sequence[Receipt]) -> str:
 def make_receipt(project: Project, result_path: Path, key: Path | None) -> Path:
     """Make the receipt of ``OUTPUT/<tier>.json``; write it only if it is valid here and now.
 
-    It is unsigned without ``key``, an Ed25519 private key in PEM. ResultFileError: not a
+    It is unsigned without ``key``, a private key in PEM. ResultFileError: not a
     result; for other errors see ``verify``.
     """
     try:
@@ -274,16 +287,19 @@ def make_receipt(project: Project, result_path: Path, key: Path | None) -> Path:
         what = f"not the result of a tier: {why}"
         remedy = "take the file that the run wrote: OUTPUT/<tier>.json, whole"
         raise errors.ResultFileError(what, where=str(result_path), remedy=remedy) from None
-    keys = read_keys(project.root / FOLDER / KEYS)
+    keys = read_keyring(project.root)
+    private = None if key is None else load_private(key)
     with tempfile.TemporaryDirectory() as work:
         try:
-            draft = write_receipt(Path(work), statement, key)
-            verify(project, read_receipt(draft, keys), datetime.now(UTC), keys)
+            draft = write_receipt(Path(work), statement, private)
+            receipt, now = read_receipt(draft, keys), datetime.now(UTC)
+            verify(project, receipt, now, keys)
+            require_keys(receipt, now)
         except ForgeError as error:
             if error.where.startswith(work):  # gone when it is read
                 error.where = str(result_path)
             raise
-    return write_receipt(project.root / FOLDER, statement, key)
+    return write_receipt(project.root / FOLDER, statement, private)
 
 
 def compare_kernels(root: Path, receipt: Receipt) -> list[tuple[str, str, str]]:

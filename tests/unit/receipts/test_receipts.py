@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support.keys import key_pair, trust
 from tests.support.receipts import (
     FILE,
     NOW,
     SUITE,
     TESTS,
     body,
-    ed25519_pair,
     edit,
     green_run,
     list_cases,
@@ -45,27 +45,25 @@ from vllm_forge.receipts.receipt import (
     DIGEST,
     VALID,
     Statement,
-    canonical,
     make_statement,
     read_receipt,
     write_receipt,
 )
 from vllm_forge.receipts.suite import CASES as CASES_FILE
 from vllm_forge.receipts.suite import LIST_CASES
-from vllm_forge.receipts.verification import describe, make_receipt, verify_all
+from vllm_forge.receipts.verification import describe, make_receipt, read_receipts, verify_all
+from vllm_forge.signing import Keyring, load_private
+from vllm_forge.signing.errors import (
+    KeyExpiredError,
+    KeyFileError,
+    KeyRoleError,
+    SignatureInvalidError,
+    UnknownSignerError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-
-# An elliptic curve that the library has not.
-SM2 = """\
------BEGIN PUBLIC KEY-----
-MFkwEwYHKoZIzj0CAQYIKoEcz1UBgi0DQgAE76DgD3ZabJEZSene5u9oGx+6CfEf
-hlFenQZMloMBk5c1/+N6SmlbDTIQWkEXK+405wSWiYDc0EfOcGw5PG8N0g==
------END PUBLIC KEY-----
-"""
 
 
 @pytest.fixture
@@ -87,13 +85,13 @@ def committed(project: Project, result: dict[str, Any]) -> Path:
 
 
 def place(project: Project, statement: Statement, key: Path | None = None) -> Path:
-    return write_receipt(project.root / FOLDER, statement, key)
+    return write_receipt(project.root / FOLDER, statement, load_private(key) if key else None)
 
 
 @pytest.fixture
 def keys(tmp_path: Path) -> tuple[Path, Path]:
     """An Ed25519 pair, private and public."""
-    return ed25519_pair(tmp_path)
+    return key_pair(tmp_path)
 
 
 def faster(payload: dict[str, Any]) -> None:
@@ -147,13 +145,11 @@ def test_a_forger_is_seen_by_the_signature_only(
     edit(place(project, make_statement(result)), faster, consistent=True)
     assert verify_all(project, NOW)[0].signed_by == ()
 
-    trusted = project.root / FOLDER / "keys"
-    trusted.mkdir()
-    (trusted / "release.pem").write_bytes(public.read_bytes())
+    trust(project.root, public)
     path = place(project, make_statement(result), private)
     assert len(verify_all(project, NOW, signed=True)[0].signed_by) == 1
     edit(path, faster, consistent=True)
-    with pytest.raises(ReceiptEditedError, match="signature"):
+    with pytest.raises(SignatureInvalidError, match="signature"):
         verify_all(project, NOW)
 
 
@@ -161,7 +157,7 @@ def test_an_unknown_signer_is_refused(
     project: Project, result: dict[str, Any], keys: tuple[Path, Path]
 ) -> None:
     place(project, make_statement(result), keys[0])
-    with pytest.raises(ReceiptKeyError, match="not among the trusted"):
+    with pytest.raises(UnknownSignerError, match="not among the trusted"):
         verify_all(project, NOW)
 
 
@@ -173,22 +169,42 @@ def test_unsigned_is_refused_where_signatures_are_asked_for(
         verify_all(project, NOW, signed=True)
 
 
-def test_a_key_of_another_kind_is_refused(
-    project: Project, result: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize("kind", ["ed25519", "p256"])
+def test_key_of_either_kind_signs(
+    project: Project, result: dict[str, Any], tmp_path: Path, kind: str
 ) -> None:
-    private = tmp_path / "rsa.pem"
-    subprocess.run(
-        ["openssl", "genpkey", "-algorithm", "RSA", "-out", str(private)],
-        check=True,
-        capture_output=True,
-    )
-    with pytest.raises(ReceiptKeyError, match="RSA"):
-        write_receipt(project.root / FOLDER, make_statement(result), private)
-    trusted = project.root / FOLDER / "keys"
-    trusted.mkdir(parents=True)
-    (trusted / "no.pem").write_text("no key")
-    with pytest.raises(ReceiptKeyError, match="not an Ed25519 key"):
+    private, public = key_pair(tmp_path, kind)
+    trust(project.root, public, "hardware")
+    place(project, make_statement(result), private)
+    assert "signed by hardware" in describe(verify_all(project, NOW, signed=True))
+
+
+def test_key_without_the_role_signs_no_receipt(
+    project: Project, result: dict[str, Any], keys: tuple[Path, Path]
+) -> None:
+    """And an unsigned one stays valid where no key may sign receipts."""
+    trust(project.root, keys[1], roles='["release"]')
+    path = place(project, make_statement(result))
+    assert len(verify_all(project, NOW)) == 1
+    place(project, make_statement(result), keys[0])
+    with pytest.raises(KeyRoleError, match="may sign release, not receipts") as caught:
         verify_all(project, NOW)
+    assert caught.value.where == str(path)
+
+
+def test_key_may_be_younger_than_the_run(
+    project: Project, result: dict[str, Any], keys: tuple[Path, Path]
+) -> None:
+    """A receipt may be signed after it was committed; not with a key that had expired by then."""
+    place(project, make_statement(result), keys[0])
+    tomorrow = (NOW + timedelta(days=1)).date()
+    trust(project.root, keys[1], valid_from=str(tomorrow))
+    assert len(read_receipts(project).valid) == 1
+    with pytest.raises(KeyExpiredError):
+        verify_all(project, NOW)
+    (project.root / "records/keys/keyring.toml").unlink()
+    trust(project.root, keys[1], valid_until=str((NOW - timedelta(days=1)).date()))
+    assert read_receipts(project).valid == ()
 
 
 @pytest.mark.parametrize("days", [-1, 91])
@@ -440,10 +456,6 @@ def test_a_link_is_refused(project: Project, committed: Path, tmp_path: Path, wh
 def test_invalid_folders(project: Project) -> None:
     (project.root / FOLDER).mkdir()
     assert verify_all(project, NOW) == ()
-    (project.root / FOLDER / "keys").write_text("")
-    with pytest.raises(ReceiptKeyError, match="cannot read the folder"):
-        verify_all(project, NOW)
-    (project.root / FOLDER / "keys").unlink()
     (project.root / FOLDER).rmdir()
     (project.root / FOLDER).write_text("")
     with pytest.raises(ReceiptUnreadableError, match="Not a directory"):
@@ -469,13 +481,6 @@ def test_json_that_readers_read_differently(
 ) -> None:
     committed.write_bytes(content)
     with pytest.raises(ReceiptUnreadableError, match=said):
-        verify_all(project, NOW)
-
-
-def test_a_key_of_a_kind_that_nobody_supports(project: Project) -> None:
-    (project.root / FOLDER / "keys").mkdir(parents=True)
-    (project.root / FOLDER / "keys" / "sm2.pem").write_text(SM2)
-    with pytest.raises(ReceiptKeyError, match="not supported"):
         verify_all(project, NOW)
 
 
@@ -564,13 +569,15 @@ class TestMakeReceipt:
         self, project: Project, result: dict[str, Any], tmp_path: Path, keys: tuple[Path, Path]
     ) -> None:
         path = self.write(tmp_path / "out", result)
-        for key, said in ((keys[1], "not an Ed25519 key"), (keys[0], "not among the trusted")):
-            with pytest.raises(ReceiptKeyError, match=said):
+        refused = {
+            keys[1]: (KeyFileError, "not a private key"),
+            keys[0]: (UnknownSignerError, "not among the trusted"),
+        }
+        for key, (kind, said) in refused.items():
+            with pytest.raises(kind, match=said):
                 make_receipt(project, path, key)
             assert not (project.root / FOLDER).exists()
-        trusted = project.root / FOLDER / "keys"
-        trusted.mkdir(parents=True)
-        (trusted / "release.pem").write_bytes(keys[1].read_bytes())
+        trust(project.root, keys[1])
         make_receipt(project, path, keys[0])
 
 
@@ -586,4 +593,4 @@ def test_status_shows_receipts_and_what_was_not_run(project: Project, committed:
 
 
 def test_a_receipt_reads_back(committed: Path, result: dict[str, Any]) -> None:
-    assert canonical(read_receipt(committed, []).statement) == canonical(make_statement(result))
+    assert read_receipt(committed, Keyring()).statement.content == make_statement(result).content

@@ -30,7 +30,7 @@ def receipt(root: Path, tmp_path: Path) -> Receipt:
             "kv_cache": "fp8_ds_mla",
         }
     }
-    return Receipt(path=tmp_path / "x.json", statement=make_statement(result), signed_by=())
+    return Receipt(path=tmp_path / "x.json", statement=make_statement(result), signatures=())
 
 
 @pytest.fixture

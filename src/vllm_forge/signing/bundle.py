@@ -1,0 +1,191 @@
+"""Sigstore bundles v0.3 around an in-toto statement: what cosign and @sigstore/verify read.
+
+Written: a DSSE envelope signed by a key, named by its hint; no log entry and no time, for there is
+no service in between. Read: those, and keyless ones, whose certificate and log entries
+sigstore-python judges (``signing.keyless``).
+
+Sources: github.com/sigstore/protobuf-specs, protos/sigstore_bundle.proto;
+github.com/secure-systems-lab/dsse, protocol.md.
+"""
+
+import base64
+import json
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from securesystemslib.dsse import Envelope
+
+from vllm_forge.errors import problems
+from vllm_forge.host import parse_json
+from vllm_forge.matrix import FrozenModel
+from vllm_forge.signing import errors
+from vllm_forge.signing.keys import Keyring, PrivateKey, Role, TrustedKey
+
+MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+LARGEST = 64 << 20  # the SBOM of a full image is about 3 MB
+
+
+class _PublicKey(FrozenModel):
+    hint: str = Field(min_length=1, max_length=200)
+
+
+class _Material(FrozenModel):
+    public_key: _PublicKey | None = Field(alias="publicKey", default=None)
+    certificate: dict[str, str] | None = None
+    log_entries: tuple[dict[str, Any], ...] = Field(alias="tlogEntries", default=())
+    timestamps: dict[str, Any] = Field(alias="timestampVerificationData", default_factory=dict)
+
+
+class _Signature(FrozenModel):
+    sig: str
+    keyid: str = ""  # says nothing that the hint does not
+
+
+class _Envelope(FrozenModel):
+    payload: str
+    payload_type: Literal["application/vnd.in-toto+json"] = Field(alias="payloadType")
+    signatures: tuple[_Signature] = Field()
+
+
+class _Document(FrozenModel):
+    media_type: Literal["application/vnd.dev.sigstore.bundle.v0.3+json"] = Field(alias="mediaType")
+    material: _Material = Field(alias="verificationMaterial")
+    envelope: _Envelope = Field(alias="dsseEnvelope")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A bundle as read; nothing of it is verified. ``hint`` is None where it is keyless."""
+
+    content: bytes = field(repr=False)
+    where: str
+    statement: bytes = field(repr=False)
+    signature: bytes = field(repr=False)
+    hint: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """A statement whose signature holds; ``signer`` is a key's name, or an identity."""
+
+    statement: dict[str, Any]
+    content: bytes = field(repr=False)  # the statement's bytes
+    signer: str
+    key_id: str = ""  # none: keyless
+
+    @property
+    def predicate_type(self) -> str:
+        return str(self.statement["predicateType"])
+
+
+def canonical(data: object) -> bytes:
+    """JSON with sorted keys and without spaces, in ASCII: one form for one value."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def pae(payload: bytes) -> bytes:
+    """The bytes that are signed: DSSE's encoding of payload and type."""
+    encoded: bytes = Envelope(payload, PAYLOAD_TYPE, {}).pae()
+    return encoded
+
+
+def sign(statement: bytes, key: PrivateKey) -> bytes:
+    """A bundle of this statement; the same bytes each time."""
+    return wrap(statement, key.sign(pae(statement)), key.public)
+
+
+def wrap(statement: bytes, signature: bytes, key: TrustedKey) -> bytes:
+    """A bundle of a statement that this key has signed."""
+    envelope = {
+        "payload": base64.b64encode(statement).decode(),
+        "payloadType": PAYLOAD_TYPE,
+        "signatures": [{"sig": base64.b64encode(signature).decode()}],
+    }
+    material = {"publicKey": {"hint": key.hint}, "tlogEntries": []}
+    return canonical(
+        {"mediaType": MEDIA_TYPE, "verificationMaterial": material, "dsseEnvelope": envelope}
+    )
+
+
+def read(content: bytes, where: str = "") -> Bundle:
+    """Parse a bundle; BundleError. ``where`` is its file or address, for messages."""
+    if len(content) > LARGEST:
+        raise _invalid(where, f"larger than {LARGEST} bytes")
+    try:
+        document = _Document.model_validate(parse_json(content))
+        statement = _decode(document.envelope.payload)
+        signature = _decode(document.envelope.signatures[0].sig)
+    except ValidationError as error:
+        raise _invalid(where, problems(error)[0]) from None
+    except ValueError as error:
+        raise _invalid(where, str(error)) from None
+    material = document.material
+    if (material.public_key is None) == (material.certificate is None):
+        raise _invalid(where, "expected either the hint of a key or a certificate")
+    return Bundle(
+        content=content,
+        where=where,
+        statement=statement,
+        signature=signature,
+        hint=None if material.public_key is None else material.public_key.hint,
+    )
+
+
+def verify(bundle: Bundle, keys: Keyring, *, role: Role, now: datetime) -> Verified:
+    """The statement of a bundle that one of ``keys`` signed, and may sign for ``role`` now.
+
+    Raises:
+        UnknownSignerError: signed by another key, or keyless.
+        SignatureInvalidError: statement or signature were changed.
+        KeyRevokedError, KeyRoleError, KeyExpiredError: the key does not count.
+        BundleError: signed, but not an in-toto statement.
+    """
+    key = None if bundle.hint is None else keys.find(hint=bundle.hint)
+    if key is None:
+        signer = "keyless" if bundle.hint is None else f"by the key with hint {bundle.hint}"
+        raise errors.UnknownSignerError(
+            f"signed {signer}, which is not trusted",
+            where=bundle.where,
+            remedy="if you trust the signer, give the public key with --key, or the exact "
+            "--identity and --issuer of a keyless one",
+        )
+    key.verify(bundle.signature, pae(bundle.statement), bundle.where)
+    key.require(role, now, bundle.where)
+    return Verified(
+        statement=parse_statement(bundle),
+        content=bundle.statement,
+        signer=key.name,
+        key_id=key.id,
+    )
+
+
+def parse_statement(bundle: Bundle) -> dict[str, Any]:
+    """The in-toto statement v1 in a bundle whose signature was verified; BundleError."""
+    try:
+        statement = parse_json(bundle.statement)
+    except ValueError as error:
+        raise _invalid(bundle.where, f"its payload is not JSON: {error}") from None
+    fields = {"_type", "subject", "predicateType", "predicate"}
+    if not isinstance(statement, dict) or statement.get("_type") != STATEMENT_TYPE:
+        raise _invalid(bundle.where, f"its payload is not a statement of type {STATEMENT_TYPE}")
+    if differing := fields ^ statement.keys():
+        raise _invalid(bundle.where, f"its statement lacks or adds {', '.join(sorted(differing))}")
+    return statement
+
+
+def _decode(text: str) -> bytes:
+    """Base64 in the one form that encoding gives."""
+    content = base64.b64decode(text, validate=True)
+    if base64.b64encode(content).decode() != text:
+        raise ValueError("base64 of another form")
+    return content
+
+
+def _invalid(where: str, why: str) -> errors.BundleError:
+    what = f"not a Sigstore bundle with one signed in-toto statement: {why}"
+    remedy = "get the file again from where it was published"
+    return errors.BundleError(what, where=where, remedy=remedy)

@@ -1,0 +1,66 @@
+"""Keyless signatures: exact identities only, and what sigstore-python refuses."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.keys import key_pair
+from vllm_forge.release.statements import PROVENANCE, Statement, Subject
+from vllm_forge.signing import Bundle, load_private, read, sign
+from vllm_forge.signing.errors import (
+    IdentityError,
+    KeylessError,
+    SignatureInvalidError,
+    UnknownSignerError,
+)
+from vllm_forge.signing.keyless import sign_keyless, verify_keyless
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WHO = "https://ci.example/project/release@main"
+ISSUER = "https://tokens.ci.example"
+STATEMENT = Statement(
+    subject=(Subject(name="image", digest={"sha256": "5" * 64}),),
+    predicate_type=PROVENANCE,
+    predicate={},
+)
+
+
+@pytest.fixture
+def keyless(tmp_path: Path) -> Bundle:
+    """A bundle with a certificate that nobody issued."""
+    data = json.loads(sign(STATEMENT.content, load_private(key_pair(tmp_path)[0])))
+    certificate = {"rawBytes": base64.b64encode(b"certificate").decode()}
+    data["verificationMaterial"] = {"certificate": certificate, "tlogEntries": []}
+    return read(json.dumps(data).encode())
+
+
+@pytest.mark.parametrize(
+    ("identity", "issuer"),
+    [("", ISSUER), (WHO, ""), (".*", ISSUER), (f"^{WHO}$", ISSUER), (WHO, "https://(a|b)")],
+)
+def test_pattern_is_not_an_identity(keyless: Bundle, identity: str, issuer: str) -> None:
+    with pytest.raises(IdentityError, match="expected the exact"):
+        verify_keyless(keyless, identity=identity, issuer=issuer)
+
+
+def test_certificate_that_nobody_issued_is_refused(keyless: Bundle) -> None:
+    with pytest.raises(SignatureInvalidError, match="keyless signature does not hold"):
+        verify_keyless(keyless, identity=WHO, issuer=ISSUER)
+
+
+def test_bundle_of_a_key_is_not_keyless(tmp_path: Path) -> None:
+    bundle = read(sign(STATEMENT.content, load_private(key_pair(tmp_path)[0])))
+    with pytest.raises(UnknownSignerError, match="not by an identity"):
+        verify_keyless(bundle, identity=WHO, issuer=ISSUER)
+
+
+def test_host_without_identity_does_not_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sigstore.oidc.detect_credential", lambda: None)
+    with pytest.raises(KeylessError, match="no identity to sign with"):
+        sign_keyless(STATEMENT.content)
