@@ -144,11 +144,11 @@ def has_name(image: Image, name: str) -> bool:
 
 
 def _index(digest: str, manifest: dict[str, Any], name: str) -> bytes:
-    entry = _descriptor(MANIFEST, digest, len(_canonical(manifest))) | {
+    entry = _descriptor(MANIFEST, digest, len(canonical(manifest))) | {
         "annotations": {REF_NAME: name.rpartition(":")[2], IMAGE_NAME: name},
         "platform": {"architecture": "amd64", "os": "linux"},
     }
-    return _canonical({"schemaVersion": 2, "manifests": [entry]})
+    return canonical({"schemaVersion": 2, "manifests": [entry]})
 
 
 def read_image(path: Path) -> Image:
@@ -212,7 +212,7 @@ def verify(image: Image, *, unpacked: bool = False) -> None:
 
 def write_sealed(path: Path, record: dict[str, Any]) -> None:
     """Write a record of the cache, with a hash of itself."""
-    sealed = {"seal": hashlib.sha256(_canonical(record)).hexdigest(), **record}
+    sealed = {"seal": hashlib.sha256(canonical(record)).hexdigest(), **record}
     path.write_text(json.dumps(sealed, indent=1) + "\n")
 
 
@@ -224,7 +224,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     record = parse_json(read_plain(path))
     if not isinstance(record, dict) or "seal" not in record:
         raise ValueError("the record has no hash of itself")
-    if record.pop("seal") != hashlib.sha256(_canonical(record)).hexdigest():
+    if record.pop("seal") != hashlib.sha256(canonical(record)).hexdigest():
         raise ValueError("the record was changed after it was written")
     return record
 
@@ -255,7 +255,7 @@ def file_digest(path: Path) -> str:
 
 
 def _put(blobs: Path, media_type: str, value: dict[str, Any]) -> dict[str, Any]:
-    content = _canonical(value)
+    content = canonical(value)
     digest = hashlib.sha256(content).hexdigest()
     path = blobs / digest
     path.write_bytes(content)
@@ -263,5 +263,6 @@ def _put(blobs: Path, media_type: str, value: dict[str, Any]) -> dict[str, Any]:
     return _descriptor(media_type, digest, len(content))
 
 
-def _canonical(value: dict[str, Any]) -> bytes:
+def canonical(value: object) -> bytes:
+    """The one JSON form of a value: keys sorted, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

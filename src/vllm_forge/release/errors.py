@@ -18,3 +18,23 @@ class WaiverError(ForgeError, exit_code=REFUSED):
 
 class UnknownStageError(ForgeError, exit_code=REFUSED):
     """matrix.toml has no policy for a stage."""
+
+
+class ManifestMissingError(ForgeError, exit_code=REFUSED):
+    """The registry has no manifest under that tag or digest."""
+
+
+class MirrorError(ForgeError, exit_code=REFUSED):
+    """An image cannot be copied from or to what was named."""
+
+
+class RegistryContentError(ForgeError, exit_code=RED):
+    """A registry's bytes are not what their digest, size or type says."""
+
+
+class RegistryAuthError(ForgeError, exit_code=FAULT):
+    """The registry refuses the stored login, or there is none."""
+
+
+class RegistryUnreachableError(ForgeError, exit_code=FAULT):
+    """The registry does not answer, or not as a registry must."""

@@ -1,0 +1,347 @@
+"""A repository of an OCI registry: manifests, blobs and tags, each checked against its digest.
+
+Follows distribution-spec v1.1 (github.com/opencontainers/distribution-spec/blob/v1.1.1/spec.md).
+What a registry says of its content is compared, never believed: a digest is computed of the bytes.
+"""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urljoin
+
+import requests
+from urllib3.exceptions import HTTPError
+
+from vllm_forge.errors import ForgeError, UsageError
+from vllm_forge.host import parse_json
+from vllm_forge.images.layout import MANIFEST, file_digest
+from vllm_forge.release.credentials import LOGIN
+from vllm_forge.release.errors import (
+    ManifestMissingError,
+    RegistryAuthError,
+    RegistryContentError,
+    RegistryUnreachableError,
+)
+from vllm_forge.release.transport import RegistrySession, body
+from vllm_forge.sources import Download, download_all
+from vllm_forge.sources import errors as sources_errors
+from vllm_forge.sources.index import TIMEOUT_S
+
+INDEX = "application/vnd.oci.image.index.v1+json"
+DOCKER = "application/vnd.docker.distribution.manifest"
+ACCEPTED = f"{MANIFEST}, {INDEX}, {DOCKER}.v2+json, {DOCKER}.list.v2+json"
+MANIFEST_BYTES = 4 << 20  # the spec's bound
+MOST_PAGES = 200
+READ_TRIES = 3
+SHOWN = 300  # characters of a reference, or of a registry's error
+LONGEST = 512  # characters of a reference
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+REFERENCE = re.compile(
+    r"""(?P<registry>([A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*
+        |\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?)
+    /(?P<repository>[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*)
+    (:(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}))?(@(?P<digest>sha256:[0-9a-f]{64}))?""",
+    re.VERBOSE,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """``HOST[:PORT]/NAME[:TAG][@sha256:HEX]``: an image in a registry."""
+
+    registry: str
+    repository: str
+    tag: str | None = None
+    digest: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a reference; UsageError, without what stands before an ``@`` in it.
+
+        A user and a password are refused: every user of the host reads command lines.
+        """
+        match = REFERENCE.fullmatch(text) if len(text) <= LONGEST else None
+        if match is not None and re.search(r"[.:]|^localhost$", match["registry"]):
+            return cls(**match.groupdict())
+        raise UsageError(
+            f"invalid image reference {text.rpartition('@')[2][:SHOWN]!r}: "
+            "expected HOST[:PORT]/NAME[:TAG][@sha256:DIGEST]",
+            remedy="write the host, e.g. docker.io/NAME for Docker Hub; for a registry that asks "
+            "for a password, run: skopeo login HOST",
+        )
+
+    def at(self, digest: str) -> Self:
+        """The same repository at a digest."""
+        return replace(self, tag=None, digest=digest)
+
+    def __str__(self) -> str:
+        tag, digest = self.tag and f":{self.tag}", self.digest and f"@{self.digest}"
+        return f"{self.registry}/{self.repository}{tag or ''}{digest or ''}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A manifest or index as its bytes; ``digest`` is computed of them."""
+
+    media_type: str
+    content: bytes
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.content)
+
+
+class Repository:
+    """One repository of a registry. ``ca``: a PEM file of further certificate authorities.
+
+    Every method raises RegistryAuthError, RegistryUnreachableError, and RegistryContentError for
+    bytes that are not what was asked for.
+    """
+
+    def __init__(self, reference: Reference, *, ca: Path | None = None) -> None:
+        self.reference = replace(reference, tag=None, digest=None)
+        self.ca = ca
+        self.session = RegistrySession(reference.registry, reference.repository, ca)
+        self._url = f"{self.session.base}/v2/{reference.repository}"
+
+    def resolve(self, name: str) -> str | None:
+        """The digest of what a tag names; None if there is no such tag (or digest)."""
+        manifest = self.find(name)
+        return None if manifest is None else manifest.digest
+
+    def manifest(self, name: str) -> Manifest:
+        """A manifest by digest or tag; ManifestMissingError."""
+        if manifest := self.find(name):
+            return manifest
+        raise ManifestMissingError(
+            f"{name} not found in the registry",
+            where=str(self.reference),
+            remedy="check name and tag; a private repository may look missing without a login: "
+            + LOGIN,
+        )
+
+    def find(self, name: str) -> Manifest | None:
+        """A manifest by digest or tag; None if there is none."""
+        url = f"{self._url}/manifests/{name}"
+        answer = self._read(url, MANIFEST_BYTES, {"Accept": ACCEPTED})
+        if answer is None:
+            return None
+        content, headers = answer
+        digest = digest_of(content)
+        said = headers.get("Docker-Content-Digest", digest)
+        if said != digest or (DIGEST.fullmatch(name) and name != digest):
+            said = name if said == digest else said
+            raise self._lie(f"a manifest said to be {said[:SHOWN]} is {digest}", url)
+        media_type = headers.get("Content-Type", "").partition(";")[0]
+        try:
+            document = parse_json(content)
+            if document.get("mediaType", media_type) != media_type:
+                raise ValueError(f"calls itself {document['mediaType']!r}")  # noqa: TRY301
+            if "manifests" in document and {"layers", "config"} & document.keys():
+                raise ValueError("is an index and an image at once")  # noqa: TRY301
+        except (ValueError, AttributeError) as error:
+            raise self._lie(f"a manifest of type {media_type!r} is invalid: {error}", url) from None
+        return Manifest(media_type=media_type, content=content)
+
+    def has_blob(self, digest: str) -> bool:
+        with self._ask("HEAD", f"{self._url}/blobs/{digest}", (200, 404)) as answer:
+            return bool(answer.status_code == requests.codes.ok)
+
+    def blob(self, digest: str, limit: int) -> bytes:
+        """The bytes of a blob of at most ``limit`` bytes."""
+        url = f"{self._url}/blobs/{digest}"
+        answer = self._read(url, limit)
+        if answer is None:
+            raise self._lie(f"blob {digest} is missing, and a manifest lists it", url)
+        if (actual := digest_of(answer[0])) != digest:
+            raise self._lie(f"blob {digest} is sha256:{actual}", url)
+        return answer[0]
+
+    def check_blob(self, digest: str, size: int) -> None:
+        """Hash a blob without keeping it; it must have exactly ``size`` bytes."""
+        url, have, hashed = f"{self._url}/blobs/{digest}", 0, hashlib.sha256()
+        with self._ask("GET", url, (200, 404)) as answer:
+            if answer.status_code == requests.codes.not_found:
+                raise self._lie(f"blob {digest} is missing, and a manifest lists it", url)
+            for block in body(answer, size):
+                hashed.update(block)
+                have += len(block)
+        if have != size or f"sha256:{hashed.hexdigest()}" != digest:
+            raise self._lie(f"blob {digest} of {size} bytes is sha256:{hashed.hexdigest()}", url)
+
+    def stream_blobs(self, blobs: Sequence[tuple[str, int]], folder: Path) -> None:
+        """Download blobs, given as digest and size, to files named by their hex.
+
+        Each appears when its hash is right; what is unfinished is resumed by the next call.
+        """
+        downloads = [
+            Download(
+                url=f"{self._url}/blobs/{digest}",
+                sha256=digest.removeprefix("sha256:"),
+                size=size,
+                target=folder / digest.removeprefix("sha256:"),
+            )
+            for digest, size in blobs
+        ]
+        for item in downloads:
+            if item.target.exists() and file_digest(item.target) != item.sha256:
+                item.target.unlink()
+        try:
+            download_all(self.session, [item for item in downloads if not item.target.exists()])
+        except (
+            sources_errors.HashMismatchError,
+            sources_errors.TruncatedFileError,
+            sources_errors.DistributionNotFoundError,
+        ) as error:
+            raise self._lie(
+                f"a blob is not what its manifest says: {error.what}", error.where
+            ) from None
+        except (
+            sources_errors.IndexUnreachableError,
+            sources_errors.DownloadInterruptedError,
+        ) as error:
+            what = re.sub(r"\?\S+", "", error.what)  # a redirect's address has tokens
+            remedy = "check the network; run the same command again, which resumes"
+            raise RegistryUnreachableError(what, where=error.where, remedy=remedy) from None
+
+    def put_blob(self, content: bytes | Path) -> str:
+        """Upload bytes or a file, unless the registry has them; returns the digest."""
+        if isinstance(content, bytes):
+            digest = digest_of(content)
+        else:
+            digest = f"sha256:{file_digest(content)}"
+        if self.has_blob(digest):
+            return digest
+        with self._ask("POST", f"{self._url}/blobs/uploads/", (202,), data=b"") as answer:
+            place = self.session.follow(answer, answer.headers.get("Location", ""))
+        url = f"{place}{'&' if '?' in place else '?'}digest={digest}"
+        headers = {"Content-Type": "application/octet-stream"}
+        if isinstance(content, bytes):
+            with self._ask("PUT", url, (201,), headers, data=content):
+                return digest
+        with content.open("rb") as file, self._ask("PUT", url, (201,), headers, data=file):
+            return digest
+
+    def put_manifest(self, content: bytes, media_type: str, tag: str | None = None) -> str:
+        """Upload a manifest under a tag, or by digest; returns the digest."""
+        digest = digest_of(content)
+        url = f"{self._url}/manifests/{tag or digest}"
+        with self._ask("PUT", url, (201,), {"Content-Type": media_type}, data=content) as answer:
+            said = answer.headers.get("Docker-Content-Digest", digest)
+        if said != digest:
+            raise self._lie(f"it stored {digest} as {said[:SHOWN]}", url)
+        return digest
+
+    def set_tag(self, tag: str, digest: str) -> None:
+        """Let a tag name a manifest of this repository, and read it back."""
+        manifest = self.manifest(digest)
+        self.put_manifest(manifest.content, manifest.media_type, tag)
+        if (actual := self.resolve(tag)) != digest:
+            raise RegistryContentError(
+                f"tag {tag} was set to {digest} and resolves to {actual}",
+                where=str(self.reference),
+                remedy="someone else moved it at the same time: see who, then run this again",
+            )
+
+    def tags(self) -> tuple[str, ...]:
+        """All tags; none of a repository that does not exist."""
+        pages = self.pages("tags/list", "tags")
+        return tuple(tag for tag in pages or () if isinstance(tag, str))
+
+    def pages(self, path: str, key: str) -> list[Any] | None:
+        """A list of the API, all its pages; None where the registry has none (404)."""
+        rows: list[Any] = []
+        url = first = f"{self._url}/{path}"
+        for _ in range(MOST_PAGES):
+            answer = self._read(url, MANIFEST_BYTES)
+            if answer is None and url == first:
+                return None
+            try:
+                page = parse_json(answer[0])[key] or [] if answer else {}  # null: of no rows
+                if not isinstance(page, list):
+                    raise TypeError(key)  # noqa: TRY301
+            except (ValueError, LookupError, TypeError):
+                raise self._lie(f"{path} is not a list of {key}", url) from None
+            rows += page
+            links = requests.utils.parse_header_links(answer[1].get("Link", "") if answer else "")
+            following = [row["url"] for row in links if row.get("rel") == "next"]
+            if not following:
+                return rows
+            url = urljoin(url, following[0])
+            if not self.session.is_own(url):
+                raise self._lie(f"{path} goes on at another host", url)
+        raise self._lie(f"{path} has more than {MOST_PAGES} pages", url)
+
+    def _read(
+        self, url: str, limit: int, headers: dict[str, str] | None = None
+    ) -> tuple[bytes, requests.structures.CaseInsensitiveDict[str]] | None:
+        """Body and headers; None for 404. A cut connection is tried again."""
+        for left in itertools.count(READ_TRIES - 1, -1):
+            with self._ask("GET", url, (200, 404), headers or {}) as answer:
+                if answer.status_code == requests.codes.not_found:
+                    return None
+                try:
+                    return b"".join(body(answer, limit)), answer.headers
+                except (requests.RequestException, HTTPError):
+                    if not left:
+                        raise
+        return None
+
+    @contextmanager
+    def _ask(
+        self,
+        method: str,
+        url: str,
+        expected: tuple[int, ...],
+        headers: dict[str, str] | None = None,
+        data: Any = None,
+    ) -> Iterator[requests.Response]:
+        sent = {"Accept-Encoding": "identity"} | (headers or {})
+        try:
+            with self.session.request(
+                method, url, headers=sent, data=data, stream=True, timeout=TIMEOUT_S
+            ) as answer:
+                if answer.status_code not in expected:
+                    raise self._unexpected(method, answer)
+                yield answer
+        except requests.exceptions.SSLError:
+            what = "the registry's TLS certificate is not trusted"
+            remedy = "give its certificate authority with --ca FILE, or install it on this host"
+            raise RegistryUnreachableError(what, where=self.session.base, remedy=remedy) from None
+        except (requests.RequestException, HTTPError) as error:
+            what = (
+                f"the registry does not answer: {type(error).__name__}"  # str: has tokens in URLs
+            )
+            remedy = "check the network and the proxy; run the same command again, which goes on"
+            raise RegistryUnreachableError(what, where=self.session.base, remedy=remedy) from None
+
+    def _unexpected(self, method: str, answer: requests.Response) -> ForgeError:
+        status, place = answer.status_code, answer.url.partition("?")[0]
+        try:
+            row = parse_json(next(body(answer, MANIFEST_BYTES), b"{}"))["errors"][0]
+            detail = f": {row.get('code')}: {row.get('message')}"[:SHOWN]
+        except (ForgeError, ValueError, LookupError, TypeError, AttributeError):
+            detail = ""
+        what = f"the registry answers {status} to {method}{detail}"
+        if status in {requests.codes.unauthorized, requests.codes.forbidden}:
+            remedy = f"check that the login may do this; to log in, {LOGIN}"
+            return RegistryAuthError(what, where=place, remedy=remedy)
+        remedy = "see what it says; run the same command again, which goes on where it stopped"
+        return RegistryUnreachableError(what, where=place, remedy=remedy)
+
+    def _lie(self, what: str, url: str) -> RegistryContentError:
+        return RegistryContentError(
+            what,
+            where=url.partition("?")[0],
+            remedy="do not use it: the registry, or who sits between, changed or lost it",
+        )
+
+
+def digest_of(content: bytes) -> str:
+    """``sha256:<hex>`` of bytes."""
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"

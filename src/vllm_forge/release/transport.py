@@ -1,0 +1,196 @@
+"""Requests to one registry: TLS, login, redirects and repetitions.
+
+The login goes to the registry itself, and to the token service that the registry names: who can
+name it there could as well ask for the password. It goes nowhere without TLS, except to this host,
+and never along with a redirect: registries keep blobs at other hosts.
+"""
+
+import io
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import requests
+import truststore
+from requests.adapters import HTTPAdapter
+from requests.utils import parse_dict_header
+from urllib3 import BaseHTTPResponse
+from urllib3.util.retry import Retry
+
+from vllm_forge.errors import UsageError
+from vllm_forge.host import parse_json
+from vllm_forge.release.credentials import LOGIN, Credentials, stored_credentials
+from vllm_forge.release.errors import RegistryAuthError, RegistryContentError
+from vllm_forge.sources.fetch import SLOWEST
+from vllm_forge.sources.index import CONNECTIONS, blocks
+
+RETRIES = 4
+BACKOFF_S = 0.4
+LONGEST_WAIT_S = 30  # whatever Retry-After says
+REPEATED = (429, 500, 502, 503, 504)
+MOST_REDIRECTS = 5
+TOKEN_BYTES = 1 << 20
+PATIENCE_S = 120  # for an answer, beside what its bytes may take
+LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
+
+
+class _Retry(Retry):
+    def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
+        asked = super().get_retry_after(response)
+        return None if asked is None else min(asked, LONGEST_WAIT_S)
+
+
+class RegistrySession(requests.Session):
+    """A session for one repository. ``ca``: a PEM file of further certificate authorities.
+
+    Without one, exactly localhost, 127.0.0.1 and [::1] are spoken to without TLS.
+    """
+
+    def __init__(self, registry: str, repository: str, ca: Path | None) -> None:
+        super().__init__()
+        if ca is not None and not ca.is_file():
+            raise UsageError(f"invalid --ca {str(ca)!r}: expected a PEM file")
+        truststore.inject_into_ssl()
+        host = "registry-1.docker.io" if registry == "docker.io" else registry
+        self.base = f"{'http' if ca is None and is_loopback(registry) else 'https'}://{host}"
+        self._repository = (registry, repository)
+        self._ca = ca
+        self._authorization = ""
+        retry = _Retry(
+            total=RETRIES, backoff_factor=BACKOFF_S, status_forcelist=REPEATED,
+            allowed_methods=None, raise_on_status=False,
+        )  # fmt: skip
+        for scheme in ("https://", "http://"):
+            self.mount(scheme, HTTPAdapter(CONNECTIONS, CONNECTIONS, retry))
+
+    def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+        """Send, answer one challenge, follow the redirects of GET and HEAD.
+
+        Raises RegistryAuthError, RegistryContentError and what ``requests`` raises.
+        """
+        options["allow_redirects"] = False
+        if self._ca is not None:
+            options["verify"] = str(self._ca)
+        for _ in range(MOST_REDIRECTS):
+            answer = self._send(request, options)
+            if answer.status_code == requests.codes.unauthorized and self._is_own(request):
+                challenge = answer.headers.get("WWW-Authenticate", "")
+                answer.close()
+                self._authorization = self._answer(challenge, options)
+                answer = self._send(request, options)
+            if not answer.is_redirect or request.method not in {"GET", "HEAD"}:
+                return answer
+            answer.close()
+            request = request.copy()
+            request.prepare_url(self.follow(answer, answer.headers["Location"]), None)
+            options["proxies"] = self._proxies(request, options)
+        raise requests.TooManyRedirects(f"more than {MOST_REDIRECTS}")
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """None: ``send`` follows; requests would read the body of the redirect, however long."""
+        del resp
+
+    def follow(self, answer: requests.Response, location: str) -> str:
+        """The absolute URL of a Location or Link; RegistryContentError if it gives up TLS."""
+        url = urljoin(answer.url, location)
+        if urlsplit(url).scheme not in {"https", urlsplit(self.base).scheme}:
+            what = "the registry redirects to an address without TLS"
+            remedy = "do not use it; behind a proxy it must be set up with its own external address"
+            raise RegistryContentError(what, where=self.base, remedy=remedy)
+        return url
+
+    def is_own(self, url: str) -> bool:
+        """Whether a URL is of the registry itself."""
+        return urlsplit(url)[:2] == urlsplit(self.base)[:2]
+
+    def _is_own(self, request: requests.PreparedRequest) -> bool:
+        return self.is_own(request.url or "")
+
+    def _send(
+        self, request: requests.PreparedRequest, options: dict[str, Any]
+    ) -> requests.Response:
+        request.headers.pop("Authorization", None)  # also that of a .netrc
+        if self._authorization and self._is_own(request):
+            request.headers["Authorization"] = self._authorization
+        if isinstance(request.body, io.IOBase):
+            request.body.seek(0)
+        return super().send(request, **options)
+
+    def _proxies(
+        self, request: requests.PreparedRequest, options: dict[str, Any]
+    ) -> dict[str, str]:
+        proxies: dict[str, str] = self.rebuild_proxies(  # type: ignore[no-untyped-call]
+            request, options.get("proxies")
+        )
+        return proxies
+
+    def _answer(self, challenge: str, options: dict[str, Any]) -> str:
+        """The header that a challenge asks for (RFC 9110 §11; distribution's token spec)."""
+        scheme, _, rest = challenge.partition(" ")
+        stored = stored_credentials(*self._repository)
+        if scheme.lower() == "bearer":
+            return "Bearer " + self._token(rest, stored, options)
+        if scheme.lower() != "basic":
+            raise self._refused(f"asks for an unknown kind of login: {scheme[:40]!r}")
+        if stored is None:
+            raise self._refused("asks for a login, and none is stored")
+        return stored.basic
+
+    def _token(self, rest: str, stored: Credentials | None, options: dict[str, Any]) -> str:
+        challenge = parse_dict_header(rest)  # type: ignore[no-untyped-call]
+        realm = str(challenge.get("realm"))
+        if urlsplit(realm).scheme not in {"https", urlsplit(self.base).scheme}:
+            raise self._refused("names a token service without TLS")
+        fields: dict[str, str] = {
+            key: str(challenge[key]) for key in ("service", "scope") if key in challenge
+        }
+        if stored and not stored.user:
+            fields |= {"grant_type": "refresh_token", "client_id": "vllm-forge"}
+            fields |= {"refresh_token": stored.secret}
+            asked = requests.Request("POST", realm, data=fields)
+        else:
+            headers = {"Authorization": stored.basic} if stored else {}
+            asked = requests.Request("GET", realm, params=fields, headers=headers)
+        request = asked.prepare()
+        options = {**options, "stream": True, "proxies": self._proxies(request, options)}
+        with super().send(request, **options) as answer:
+            if answer.status_code != requests.codes.ok:
+                raise self._refused(f"gives no token: its token service says {answer.status_code}")
+            content = b"".join(body(answer, TOKEN_BYTES))
+        try:
+            document = parse_json(content)
+            token = document.get("token") or document["access_token"]
+            if not (isinstance(token, str) and token.isascii() and token.isprintable()):
+                raise ValueError("token")  # noqa: TRY301
+        except (ValueError, LookupError, AttributeError):
+            raise self._refused("gives no token: its token service sends something else") from None
+        return token
+
+    def _refused(self, what: str) -> RegistryAuthError:
+        return RegistryAuthError(f"the registry {what}", where=self.base, remedy=LOGIN)
+
+
+def is_loopback(registry: str) -> bool:
+    """Whether ``HOST[:PORT]`` is exactly this host."""
+    host, _, port = registry.rpartition(":")
+    return (host if port.isdecimal() else registry) in LOOPBACK
+
+
+def body(answer: requests.Response, limit: int) -> Iterator[bytes]:
+    """An answer's bytes as they come, at most ``limit`` and within a time.
+
+    Raises RegistryContentError: there are more; requests.ConnectionError: it ends too early.
+    """
+    deadline, have = time.monotonic() + PATIENCE_S + limit / SLOWEST, 0
+    for block in blocks(answer, deadline):
+        have += len(block)
+        if have > limit:
+            what = f"the registry sends more than {limit} bytes"
+            remedy = "do not use what it sends: it is not what was asked for"
+            raise RegistryContentError(what, where=answer.url.partition("?")[0], remedy=remedy)
+        yield block
+    length = answer.headers.get("Content-Length", "")
+    if length.isdecimal() and have < int(length):
+        raise requests.ConnectionError(f"it ends at {have} of {length} bytes")
