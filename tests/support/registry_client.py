@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 from tests.support.registry_server import digest_of
-from vllm_forge.images.layout import CONFIG, MANIFEST, canonical
+from vllm_forge.host import canonical
+from vllm_forge.images.layout import CONFIG, MANIFEST
 from vllm_forge.release.registry import Repository
 
 NAME = "forge/vllm"

@@ -6,6 +6,7 @@ from vllm_forge.host.files import (
     READ_ONLY,
     atomic_path,
     cache_root,
+    canonical,
     exclusive,
     link_or_copy,
     open_plain,

@@ -117,6 +117,11 @@ def parse_json(content: bytes | str) -> Any:
     return value
 
 
+def canonical(value: object) -> bytes:
+    """A JSON value in its one form: keys sorted, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
 def read_data(
     path: Path, parse: Callable[[Any], T], error: type[ForgeError], *, what: str, remedy: str
 ) -> T:

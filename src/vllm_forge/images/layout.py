@@ -9,7 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.host import READ_ONLY, atomic_path, link_or_copy, parse_json, read_plain
+from vllm_forge.host import (
+    READ_ONLY,
+    atomic_path,
+    canonical,
+    link_or_copy,
+    parse_json,
+    read_plain,
+)
 from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layer import LayerBlob, plain_digest
 
@@ -261,8 +268,3 @@ def _put(blobs: Path, media_type: str, value: dict[str, Any]) -> dict[str, Any]:
     path.write_bytes(content)
     path.chmod(READ_ONLY)
     return _descriptor(media_type, digest, len(content))
-
-
-def canonical(value: object) -> bytes:
-    """The one JSON form of a value: keys sorted, no spaces."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

@@ -30,11 +30,11 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.signer import Signature
 
 from vllm_forge.errors import problems
-from vllm_forge.host import atomic_path, parse_json, printable, read_plain
+from vllm_forge.host import atomic_path, canonical, parse_json, printable, read_plain
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.receipts import errors
 from vllm_forge.signing import FOLDER as KEYS
-from vllm_forge.signing import PAYLOAD_TYPE, Keyring, PrivateKey, TrustedKey, canonical
+from vllm_forge.signing import PAYLOAD_TYPE, Keyring, PrivateKey, TrustedKey
 from vllm_forge.signing.errors import UnknownSignerError
 
 DIGEST = "payloadSha256"

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from vllm_forge.host import parse_json
-from vllm_forge.images.layout import MANIFEST, canonical
+from vllm_forge.host import canonical, parse_json
+from vllm_forge.images.layout import MANIFEST
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.release.errors import RegistryContentError, RegistryUnreachableError
 from vllm_forge.release.registry import DIGEST, INDEX, Manifest, Repository, digest_of

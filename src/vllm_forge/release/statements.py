@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from vllm_forge.host import canonical
 from vllm_forge.matrix import FrozenModel
-from vllm_forge.signing import canonical
 
 SBOM = "https://cyclonedx.org/bom"
 PROVENANCE = "https://slsa.dev/provenance/v1"

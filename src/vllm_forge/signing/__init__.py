@@ -4,7 +4,6 @@ from vllm_forge.signing.bundle import (
     PAYLOAD_TYPE,
     Bundle,
     Verified,
-    canonical,
     pae,
     read,
     sign,

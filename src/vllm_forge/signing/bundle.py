@@ -9,7 +9,6 @@ github.com/secure-systems-lab/dsse, protocol.md.
 """
 
 import base64
-import json
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from pydantic import Field, ValidationError
 from securesystemslib.dsse import Envelope
 
 from vllm_forge.errors import problems
-from vllm_forge.host import parse_json
+from vllm_forge.host import canonical, parse_json
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.signing import errors
 from vllm_forge.signing.keys import Keyring, PrivateKey, Role, TrustedKey
@@ -80,11 +79,6 @@ class Verified:
     @property
     def predicate_type(self) -> str:
         return str(self.statement["predicateType"])
-
-
-def canonical(data: object) -> bytes:
-    """JSON with sorted keys and without spaces, in ASCII: one form for one value."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
 def pae(payload: bytes) -> bytes:
