@@ -78,7 +78,7 @@ def drafter(profile: Profile) -> Iterator[Finding]:
             yield finding(
                 "dspark",
                 f"mtp. holds {count} tensors of a DSpark drafter (it has a markov_head, and "
-                "neither enorm nor hnorm); method=mtp would load part of them",
+                "neither enorm nor hnorm); method=mtp cannot load them",
             )
         case Drafter.UNKNOWN:
             what = f"neither MTP nor DSpark: {summarize(profile.draft_names)}"
