@@ -114,7 +114,7 @@ def write_merged(image: Image, out: IO[bytes], epoch: int) -> None:
         for path in sorted(path for path, (_, info) in owners.items() if info.isdir()):
             tar.addfile(owners[path][1])
         for number, blob in enumerate(blobs):
-            for path, info, layer in _members(blob):
+            for path, info, layer in members(blob):
                 if owners.get(path, (None,))[0] != number or info.isdir() or path in added:
                     continue
                 if info.islnk() and owners.get(_path(info.linkname), (None,))[0] != number:
@@ -141,7 +141,7 @@ def _owners(blobs: list[LayerBlob]) -> dict[str, tuple[int, tarfile.TarInfo]]:
     """Path -> number of the layer that has it in the image, and its entry there."""
     owners: dict[str, tuple[int, tarfile.TarInfo]] = {}
     for number, blob in enumerate(blobs):
-        for path, info, _ in _members(blob):
+        for path, info, _ in members(blob):
             folder, _, base = path.rpartition("/")
             if base == OPAQUE or base.startswith(WHITEOUT):
                 hidden = folder if base == OPAQUE else path.replace(WHITEOUT, "", 1)
@@ -154,7 +154,7 @@ def _owners(blobs: list[LayerBlob]) -> dict[str, tuple[int, tarfile.TarInfo]]:
     return owners
 
 
-def _members(blob: LayerBlob) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
+def members(blob: LayerBlob) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
     """Path, entry, and the tar that has its content, in the order of the layer."""
     with plain_tar(blob) as stream, tarfile.open(fileobj=stream, mode="r|") as layer:
         for info in layer:

@@ -38,3 +38,15 @@ class RegistryAuthError(ForgeError, exit_code=FAULT):
 
 class RegistryUnreachableError(ForgeError, exit_code=FAULT):
     """The registry does not answer, or not as a registry must."""
+
+
+class SbomError(ForgeError, exit_code=REFUSED):
+    """The SBOM of an image cannot be made, or read."""
+
+
+class ProvenanceError(ForgeError, exit_code=REFUSED):
+    """A build cannot be attested: what it was built from, or who built it, is not known."""
+
+
+class VexError(ForgeError, exit_code=REFUSED):
+    """records/vex.toml is invalid, or names what an image does not have."""

@@ -1,0 +1,217 @@
+"""Components of an SBOM, by cyclonedx-python-lib; imported only where an SBOM is written."""
+
+import base64
+import hashlib
+import json
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from cyclonedx.exception import CycloneDxException
+from cyclonedx.model import AttachedText, Encoding, HashAlgorithm, HashType, Property, XsUri
+from cyclonedx.model.bom import Bom, BomMetaData
+from cyclonedx.model.component import (
+    Component,
+    ComponentType,
+    Diff,
+    Patch,
+    PatchClassification,
+    Pedigree,
+)
+from cyclonedx.model.dependency import Dependency
+from cyclonedx.model.issue import IssueClassification, IssueType
+from cyclonedx.model.license import LicenseExpression
+from cyclonedx.model.tool import ToolRepository
+from cyclonedx.output import make_outputter
+from cyclonedx.schema import OutputFormat, SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+from packageurl import PackageURL
+
+import vllm_forge
+from vllm_forge import patches
+from vllm_forge.host import parse_json
+from vllm_forge.release.contents import WheelContents
+from vllm_forge.release.errors import SbomError
+from vllm_forge.sources import LockedWheel
+from vllm_forge.sources.debian import DebianPackage
+
+VERSION = SchemaVersion.V1_6
+# Properties: where a distribution is vendored; path and hash of an SBOM inside a wheel.
+VENDORED, EMBEDDED = "vllm-forge:vendored", "vllm-forge:sbom"
+# By the first word of a patch's Origin (DEP 3).
+ORIGINS = {"upstream": PatchClassification.CHERRY_PICK, "backport": PatchClassification.BACKPORT}
+
+
+def document(
+    root: Component, components: Iterable[Component], digest: str, epoch: int
+) -> dict[str, Any]:
+    """The SBOM as JSON, valid by the strict schema; its serial number is made of ``digest``."""
+    tool = Component(
+        name="vllm-forge", version=vllm_forge.__version__, type=ComponentType.APPLICATION,
+        bom_ref="vllm-forge",
+    )  # fmt: skip
+    rows = list(components)
+    bom = Bom(
+        components=rows,
+        dependencies=[
+            Dependency(root.bom_ref, [Dependency(row.bom_ref) for row in rows]),
+            *(Dependency(row.bom_ref) for row in rows),
+        ],
+        serial_number=uuid.uuid5(uuid.NAMESPACE_URL, digest),
+        metadata=BomMetaData(
+            component=root,
+            timestamp=datetime.fromtimestamp(epoch, UTC),
+            tools=ToolRepository(components=[tool]),
+        ),
+    )
+    text = make_outputter(bom, OutputFormat.JSON, VERSION).output_as_string()
+    if error := JsonStrictValidator(VERSION).validate_str(text):
+        what = f"the SBOM is not valid CycloneDX {VERSION.to_version()}: {error}"
+        raise SbomError(what, where=root.name, remedy="report it, with the SBOM inside the wheel")
+    result: dict[str, Any] = json.loads(text)
+    return result
+
+
+def image_component(name: str, digest: str, properties: dict[str, str]) -> Component:
+    purl = PackageURL("oci", None, name, digest, {"arch": "amd64"})
+    rows = [Property(name=key, value=value) for key, value in properties.items()]
+    return _component(name, digest, purl, type=ComponentType.CONTAINER, properties=rows)
+
+
+def wheel_component(wheel: LockedWheel, contents: WheelContents) -> Component:
+    """A wheel as published, with what it declares and vendors nested in it."""
+    purl = PackageURL("pypi", None, wheel.name, wheel.version)
+    return _component(
+        wheel.name,
+        wheel.version,
+        purl,
+        sha256=wheel.sha256,
+        licenses=[LicenseExpression(contents.license)] if contents.license else (),
+        properties=[
+            Property(name=EMBEDDED, value=f"{path} {hashlib.sha256(text.encode()).hexdigest()}")
+            for path, text in contents.sboms.items()
+        ],
+        components=_nested(wheel, purl, contents),
+    )
+
+
+def patched_component(
+    published: Component, version: str, tree: str, folder: str, series: Sequence[patches.Patch]
+) -> Component:
+    """The patched vLLM: its ancestor is the published wheel, for which advisories are written.
+
+    ``folder``: that of the series in the checkout.
+    """
+    names = ", ".join(patch.name for patch in series)
+    pedigree = Pedigree(
+        ancestors=[published],
+        patches=[_patch(folder, patch) for patch in series],
+        notes=f"patches, in this order, give git tree {tree}: {names}",
+    )
+    purl = PackageURL("pypi", None, published.name, version)
+    return _component(
+        published.name, version, purl, pedigree=pedigree, licenses=published.licenses,
+        properties=published.properties,
+    )  # fmt: skip
+
+
+def debian_component(name: str, version: str, release: str, row: DebianPackage | None) -> Component:
+    """A Debian package; its hash is that of the .deb, where a lock has it."""
+    qualifiers = {"distro": f"debian-{release.partition('.')[0]}"} if release else {}
+    if row is not None:
+        source = row.path.split("/")[-2]  # security advisories name the source package
+        qualifiers |= {"arch": row.architecture} | ({"upstream": source} if source != name else {})
+    purl = PackageURL("deb", "debian", name, version, qualifiers)
+    return _component(name, version, purl, sha256=row.sha256 if row is not None else "")
+
+
+def system_component(release: str) -> Component:
+    """The distribution by which scanners choose their advisories."""
+    return Component(
+        name="debian", version=release, type=ComponentType.OPERATING_SYSTEM, bom_ref="debian"
+    )
+
+
+def file_component(name: str, sha256: str) -> Component:
+    return Component(
+        name=name, type=ComponentType.FILE, bom_ref=name,
+        hashes=[HashType(alg=HashAlgorithm.SHA_256, content=sha256)],
+    )  # fmt: skip
+
+
+def _component(
+    name: str,
+    version: str,
+    purl: PackageURL,
+    *,
+    type: ComponentType = ComponentType.LIBRARY,
+    sha256: str = "",
+    **fields: Any,
+) -> Component:
+    hashes = [HashType(alg=HashAlgorithm.SHA_256, content=sha256)] if sha256 else []
+    return Component(
+        name=name, version=version, purl=purl, bom_ref=str(purl), type=type, hashes=hashes, **fields
+    )
+
+
+def _patch(folder: str, patch: patches.Patch) -> Patch:
+    bug = patch.fields["Bug"]
+    issue = IssueType(
+        type=IssueClassification.DEFECT, id=bug, name=patch.summary, references=[XsUri(bug)]
+    )
+    text = base64.b64encode(patch.diff.encode()).decode()
+    return Patch(
+        type=ORIGINS.get(patch.fields["Origin"].partition(",")[0], PatchClassification.UNOFFICIAL),
+        diff=Diff(
+            text=AttachedText(content=text, content_type="text/x-diff", encoding=Encoding.BASE_64),
+            url=XsUri(f"{folder}/{patch.name}"),
+        ),
+        resolves=[issue] if "://" in bug else (),
+    )
+
+
+def _nested(wheel: LockedWheel, own: PackageURL, contents: WheelContents) -> list[Component]:
+    """Components of a wheel's SBOMs, each once, and its vendored distributions."""
+    nested: dict[tuple[str, str, str], Component] = {}
+    for path, text in contents.sboms.items():
+        for item in _embedded(wheel, path, text):
+            purl = item.purl
+            if purl is not None and not purl.subpath and (purl.type, purl.name, purl.version) == (
+                own.type, own.name, own.version,
+            ):  # fmt: skip
+                continue  # auditwheel lists the wheel itself
+            key = (item.name, item.version or "", str(purl or ""))
+            nested[key] = Component(
+                name=item.name, version=item.version, group=item.group, type=item.type, purl=purl,
+                hashes=item.hashes, licenses=item.licenses,
+                bom_ref=f"{own}#{purl or f'{item.name}@{item.version}'}",
+            )  # fmt: skip
+    vendored = [
+        _component(
+            row.name, row.version, PackageURL("pypi", None, row.name, row.version),
+            properties=[Property(name=VENDORED, value=row.path)],
+        )
+        for row in contents.vendored
+    ]  # fmt: skip
+    for item in vendored:
+        item.bom_ref.value = f"{own}#{item.purl}"
+    return [*nested.values(), *vendored]
+
+
+def _embedded(wheel: LockedWheel, path: str, text: str) -> Iterator[Component]:
+    """All components of an SBOM inside a wheel, nested ones too."""
+    try:
+        document = parse_json(text)
+        if document["bomFormat"] != "CycloneDX":  # the library would read it as an empty one
+            raise ValueError(f"its format is {document['bomFormat']}")  # noqa: TRY301
+        bom = Bom.from_json(document)  # type: ignore[attr-defined]
+    except (ValueError, LookupError, TypeError, AttributeError, CycloneDxException) as error:
+        what = f"cannot read the SBOM {path} of {wheel.filename}: {error}"
+        remedy = "only CycloneDX JSON is supported: support its form in release/components.py"
+        raise SbomError(what, where=wheel.filename, remedy=remedy) from None
+    pending = list(bom.components)
+    while pending:
+        item = pending.pop()
+        pending += item.components
+        yield item

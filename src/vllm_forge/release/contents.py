@@ -1,0 +1,161 @@
+"""What an SBOM lists beyond the lock: SBOMs inside wheels (PEP 770), vendored distributions.
+
+Read from wheels, to write the SBOM; and from an image's layers, to compare it with what ships.
+"""
+
+import email.parser
+import hashlib
+import re
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from packaging.utils import canonicalize_name
+from pydantic import Field
+
+from vllm_forge.host import atomic_path, cache_root
+from vllm_forge.images.archive import members
+from vllm_forge.images.layer import LayerBlob
+from vllm_forge.images.layer_checks import OPAQUE, WHITEOUT
+from vllm_forge.images.layout import hash_of, read_sealed, write_sealed
+from vllm_forge.matrix import FrozenModel
+from vllm_forge.release.errors import SbomError
+from vllm_forge.sources import Lock, LockedWheel, Wheelhouse
+from vllm_forge.sources.debian import paragraphs
+
+FORMAT = 1  # raise when WheelContents has other fields
+LARGEST = 16 << 20  # bytes of a file of metadata; the largest SBOM has 0.4 MB
+METADATA = re.compile(r"(?:^|/)[^/]+\.dist-info/METADATA$")
+EMBEDDED = re.compile(r"(?:^|/)[^/]+\.dist-info/sboms/.*[^/]$")
+SITE = re.compile(r"^opt/venv/lib/python[\d.]+/site-packages/")
+STATUS = "var/lib/dpkg/status"
+
+
+class Distribution(FrozenModel):
+    """What METADATA says; ``path`` of its folder, relative to site-packages."""
+
+    name: str
+    version: str
+    path: str
+
+
+class WheelContents(FrozenModel):
+    """Of one wheel. ``sboms``: path relative to site-packages -> content."""
+
+    license: str | None = None  # a licence expression (PEP 639)
+    sboms: dict[str, str] = Field(default_factory=dict)
+    vendored: tuple[Distribution, ...] = ()
+
+
+def wheel_contents(lock: Lock) -> dict[str, WheelContents]:
+    """Name of each locked wheel -> its contents; kept in the cache, for all are hashed first.
+
+    Raises:
+        SbomError: a wheel's metadata does not match the lock, or cannot be read.
+        HashMismatchError: a wheel in the cache is not the locked one.
+    """
+    path = cache_root() / "contents" / f"{hash_of([FORMAT, lock.digest])}.json"
+    try:
+        rows = read_sealed(path)
+        return {name: WheelContents.model_validate(row) for name, row in rows.items()}
+    except (OSError, ValueError):
+        pass  # never read before, or damaged: written again
+    Wheelhouse().fetch(lock.wheels)
+    with ThreadPoolExecutor() as pool:
+        contents = dict(
+            zip((wheel.name for wheel in lock.wheels), pool.map(_read, lock.wheels), strict=True)
+        )
+    with atomic_path(path) as aside:
+        write_sealed(aside, {name: row.model_dump(mode="json") for name, row in contents.items()})
+    return contents
+
+
+def _read(wheel: LockedWheel) -> WheelContents:
+    path = Wheelhouse().verify(wheel)
+    sboms, vendored, licenses = {}, [], None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                place = re.sub(r"^[^/]+\.data/(?:pure|plat)lib/", "", member.filename)
+                is_sbom = bool(EMBEDDED.search(place))
+                if not is_sbom and not METADATA.search(place):
+                    continue
+                if member.file_size > LARGEST:
+                    raise ValueError(f"{place} has {member.file_size} bytes")  # noqa: TRY301
+                text = archive.read(member).decode("utf-8")
+                if is_sbom:
+                    sboms[place] = text
+                elif place.count("/") > 1:
+                    vendored.append(_distribution(text, place)[0])
+                else:
+                    own, licenses = _distribution(text, place)
+                    if (own.name, own.version) != (wheel.name, wheel.version):
+                        raise ValueError(f"it says {own.name} {own.version}")  # noqa: TRY301
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+        what = f"cannot read what {wheel.filename} has: {error}"
+        remedy = "ask its authors; until then, lock another version"
+        raise SbomError(what, where=str(path), remedy=remedy) from None
+    return WheelContents(license=licenses, sboms=sboms, vendored=tuple(vendored))
+
+
+def _distribution(text: str, path: str) -> tuple[Distribution, str | None]:
+    """A distribution, and its licence expression if it has one."""
+    fields = email.parser.HeaderParser().parsestr(text)
+    name, version = fields["Name"], fields["Version"]
+    if not name or not version:
+        raise ValueError(f"{path} has no Name or Version")
+    row = Distribution(
+        name=canonicalize_name(name), version=str(version), path=path.rpartition("/")[0]
+    )
+    return row, fields["License-Expression"]
+
+
+@dataclass(kw_only=True)
+class ImageContents:
+    """Read from the bytes of an image, to compare with its SBOM: each a table of what is there."""
+
+    python: dict[str, str] = field(default_factory=dict)
+    debian: dict[str, str] = field(default_factory=dict)
+    vendored: dict[str, str] = field(default_factory=dict)  # path -> name and version
+    sboms: dict[str, str] = field(default_factory=dict)  # path -> SHA-256, hex
+
+
+def image_contents(layers: Sequence[LayerBlob]) -> ImageContents:
+    """Read all layers, lowest first: about a minute for a full image; SbomError."""
+    files: dict[str, bytes] = {}
+    for layer in layers:
+        for path, info, tar in members(layer):
+            folder, _, base = path.rpartition("/")
+            if base == OPAQUE or base.startswith(WHITEOUT):
+                hidden = folder if base == OPAQUE else path.replace(WHITEOUT, "", 1)
+                for gone in [p for p in files if p == hidden or p.startswith(f"{hidden}/")]:
+                    del files[gone]
+            elif METADATA.search(path) or EMBEDDED.search(path) or path == STATUS:
+                file = tar.extractfile(info) if info.isreg() else None
+                if file is None or info.size > LARGEST:
+                    what = f"/{path} is not a file of at most {LARGEST} bytes"
+                    raise SbomError(what, where=str(layer.path), remedy="build the image again")
+                files[path] = file.read()
+    contents = ImageContents()
+    for path, content in files.items():
+        _add(contents, path, content)
+    return contents
+
+
+def _add(contents: ImageContents, path: str, content: bytes) -> None:
+    place = SITE.sub("", path)
+    if path == STATUS:
+        contents.debian = {
+            fields["Package"]: fields["Version"]
+            for fields in paragraphs(content.decode(errors="replace"))
+            if fields.get("Status", "").endswith(" installed")
+        }
+    elif EMBEDDED.search(path):
+        contents.sboms[place] = hashlib.sha256(content).hexdigest()
+    else:
+        row, _ = _distribution(content.decode(errors="replace"), place)
+        if place.count("/") == 1 and place != path:
+            contents.python[row.name] = row.version
+        else:
+            contents.vendored[row.path] = f"{row.name} {row.version}"

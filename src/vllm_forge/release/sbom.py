@@ -1,0 +1,172 @@
+"""The SBOM of an image: CycloneDX 1.6, the same bytes each time.
+
+Made of the lock, the wheels, the Debian lock and the series; equal to the image's stack.json.
+Two things that scanners of images do not find: components that wheels declare in SBOMs of their own
+(PEP 770: crates, libraries), nested in the wheel; and that this vLLM is a patched release: an
+advisory names the release, so it is an ancestor in the pedigree, beside the patches.
+
+Source: cyclonedx.org/docs/1.6/json.
+"""
+
+import base64
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from vllm_forge.images.layer import LayerBlob
+from vllm_forge.images.layout import Image
+from vllm_forge.images.record import differences
+from vllm_forge.matrix import ImageCell
+from vllm_forge.patches import read_series
+from vllm_forge.project import Project
+from vllm_forge.release.contents import image_contents, wheel_contents
+from vllm_forge.release.errors import SbomError
+from vllm_forge.sources.debian import read_base_lock
+
+VLLM = "vllm"
+Document = dict[str, Any]
+
+
+def make_sbom(project: Project, cell: ImageCell, image: Image, record: dict[str, Any]) -> Document:
+    """The CycloneDX document of an image that was built here; ``record``: ``dist/<cell>.json``.
+
+    Raises:
+        SbomError: the image was not built from this checkout's lock and series, or an SBOM inside a
+            wheel cannot be read.
+        HashMismatchError: a wheel in the cache is not the locked one.
+    """
+    from vllm_forge.release import components  # noqa: PLC0415 - loads cyclonedx-python-lib
+
+    digest, stack, lock = f"sha256:{image.digest}", record["stack"], project.lock(cell.line_name)
+    series = read_series(project.root / cell.line.series)
+    _require_same("image", digest, record["digest"])
+    _require_same("lock", lock.digest, stack["lock"]["sha256"])
+    _require_same("series", [patch.name for patch in series], [p["name"] for p in stack["series"]])
+    contents = wheel_contents(lock)
+    wheels = {wheel.name: components.wheel_component(wheel, contents[wheel.name])
+              for wheel in lock.wheels}  # fmt: skip
+    patched = components.patched_component(
+        wheels[VLLM], stack["vllm"], stack["tree"], cell.line.series, series
+    )
+    debian = read_base_lock(project.root, cell.base)
+    locked = debian is not None and stack["base"]["packages"] == f"sha256:{debian.digest}"
+    rows = {row.name: row for row in debian.packages} if debian is not None and locked else {}
+    release = stack["debian"].get("base-files", "").partition("+")[0]  # e.g. 13.8
+    labels = image.config["config"]["Labels"]
+    document = components.document(
+        components.image_component(cell.name, digest, labels),
+        [
+            *(wheels | {VLLM: patched}).values(),
+            *(
+                components.debian_component(name, version, release, rows.get(name))
+                for name, version in stack["debian"].items()
+            ),
+            *([components.system_component(release)] if release else []),
+            *(
+                [components.file_component("prewarm", stack["prewarm"]["sha256"])]
+                if "prewarm" in stack
+                else []
+            ),
+        ],
+        digest,
+        cell.base.source_date_epoch,
+    )
+    _require_same("list of packages", packages_of(document), (stack["packages"], stack["debian"]))
+    return document
+
+
+def packages_of(document: Document) -> tuple[dict[str, str], dict[str, str]]:
+    """Name -> version of the image's own Python and Debian packages, without nested components.
+
+    SbomError: not an SBOM as ``make_sbom`` writes it.
+    """
+    python: dict[str, str] = {}
+    debian: dict[str, str] = {}
+    tables = {"pkg:pypi/": python, "pkg:deb/debian/": debian}
+    try:
+        if (document["bomFormat"], document["specVersion"]) != ("CycloneDX", "1.6"):
+            raise ValueError("it is not CycloneDX 1.6")  # noqa: TRY301
+        for row in document["components"]:
+            name, version, purl = str(row["name"]), row.get("version"), str(row.get("purl", ""))
+            table = next((t for start, t in tables.items() if purl.startswith(start)), None)
+            if table is None:
+                continue
+            if name in table:
+                raise ValueError(f"{name} is listed twice")  # noqa: TRY301
+            table[name] = str(version)
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        what = f"invalid SBOM: {error!r}"
+        remedy = "get the SBOM that was made with the image"
+        raise SbomError(what, remedy=remedy) from None
+    return python, debian
+
+
+def diff(old: Document, new: Document) -> list[str]:
+    """What was added, removed or changed, a sentence each: packages, their parts, patches."""
+    rows: list[str] = []
+    for before, after in zip(_tables(old), _tables(new), strict=True):
+        rows += differences(before, after) if before != after else ()
+    return rows
+
+
+def compare_contents(document: Document, layers: Sequence[LayerBlob]) -> list[str]:
+    """Differences between an SBOM and the bytes of an image, none if it is right.
+
+    Unpacks all layers, lowest first, which takes about a minute for a full image.
+    """
+    contents, (python, debian) = image_contents(layers), packages_of(document)
+    vendored, sboms = {}, {}
+    for row, nested in _components(document):
+        for key, value in _properties(row):
+            if key == "vllm-forge:vendored":
+                vendored[value] = f"{row['name']} {row['version']}"
+            elif key == "vllm-forge:sbom" and not nested:
+                path, _, digest = value.rpartition(" ")
+                sboms[path] = digest
+    pairs = (
+        (python, contents.python), (debian, contents.debian), (vendored, contents.vendored),
+        (sboms, contents.sboms),
+    )  # fmt: skip
+    rows: list[str] = []
+    for stated, actual in pairs:
+        rows += differences(stated, actual) if stated != actual else ()
+    return rows
+
+
+def _tables(document: Document) -> tuple[dict[str, str], ...]:
+    """Own packages, parts of packages, and patches: name -> version and hash."""
+    packages_of(document)
+    own: dict[str, str] = {}
+    parts: dict[str, set[str]] = {}
+    patches = {}
+    for row, inside in _components(document):
+        digest = next((item["content"] for item in row.get("hashes", ())), "")
+        if inside:
+            parts.setdefault(f"{row['name']} in {inside}", set()).add(str(row.get("version", "")))
+        elif row.get("purl"):
+            own[row["name"]] = f"{row['version']} {digest}".strip()
+        for patch in row.get("pedigree", {}).get("patches", ()):
+            content = base64.b64decode(patch["diff"]["text"]["content"])
+            patches[f"patch {patch['diff']['url']}"] = hashlib.sha256(content).hexdigest()
+    return own, {name: " ".join(sorted(versions)) for name, versions in parts.items()}, patches
+
+
+def _components(document: Document) -> Iterator[tuple[Document, str]]:
+    """Each component with the name of the one that it is nested in, empty for own ones."""
+    for row in document["components"]:
+        yield row, ""
+        for nested in row.get("components", ()):
+            yield nested, row["name"]
+
+
+def _properties(row: Document) -> Iterator[tuple[str, str]]:
+    return ((item["name"], item["value"]) for item in row.get("properties", ()))
+
+
+def _require_same(what: str, expected: object, actual: object) -> None:
+    if expected != actual:
+        raise SbomError(
+            f"the image has another {what} than this checkout and its record",
+            where="make_sbom",
+            remedy="build it again, then make its SBOM",
+        )
