@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from securesystemslib.dsse import Envelope
 
 from vllm_forge.errors import problems
-from vllm_forge.host import canonical, parse_json
+from vllm_forge.host import canonical, parse_json, printable
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.signing import errors
 from vllm_forge.signing.keys import Keyring, PrivateKey, Role, TrustedKey
@@ -29,7 +29,7 @@ LARGEST = 64 << 20  # the SBOM of a full image is about 3 MB
 
 
 class _PublicKey(FrozenModel):
-    hint: str = Field(min_length=1, max_length=200)
+    hint: str = Field(pattern=r"^[!-~]{1,200}$")  # what a message may show
 
 
 class _Material(FrozenModel):
@@ -180,6 +180,6 @@ def _decode(text: str) -> bytes:
 
 
 def _invalid(where: str, why: str) -> errors.BundleError:
-    what = f"not a Sigstore bundle with one signed in-toto statement: {why}"
+    what = f"not a Sigstore bundle with one signed in-toto statement: {printable(why)}"
     remedy = "get the file again from where it was published"
     return errors.BundleError(what, where=where, remedy=remedy)
