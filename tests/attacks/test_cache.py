@@ -25,13 +25,14 @@ from tests.support.index_server import serve_folder
 from tests.support.project import Project, make_project
 from vllm_forge.errors import ForgeError
 from vllm_forge.host.errors import CommandFailedError
+from vllm_forge.host.files import read_sealed, write_sealed
 from vllm_forge.images import store
 from vllm_forge.images.errors import ImageCheckError, LayoutError
-from vllm_forge.images.layout import read_image, read_sealed, verify, write_image, write_sealed
+from vllm_forge.images.layout import read_image, verify, write_image
 from vllm_forge.images.system import SYSTEM_NAME
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 SKUS = ("beta", "alpha")  # the next SKU first: it is cut from what alpha has left
 FLIPS = 14
@@ -168,6 +169,101 @@ def test_changed_byte_is_mended_or_refused(
     names = [name for name in files(reference.project) if kind_of(name) == kind]
     for number, name in enumerate({names[0], names[-1]}):
         survive(reference, tmp_path / str(number), name, 0.5)
+
+
+def mode(path: Path, _: Path) -> None:
+    path.chmod(0o666)
+
+
+def empty(path: Path, _: Path) -> None:
+    path.chmod(0o644)
+    path.write_bytes(b"")
+
+
+def link(path: Path, elsewhere: Path) -> None:
+    """To a changed copy."""
+    shutil.move(path, elsewhere)
+    flip(elsewhere, 0.5)
+    path.symlink_to(elsewhere)
+
+
+def second_name(path: Path, elsewhere: Path) -> None:
+    os.link(path, elsewhere)
+
+
+def fifo(path: Path, _: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(path: Path, _: Path) -> None:
+    path.unlink()
+    (path / "x").mkdir(parents=True)
+
+
+def gone(path: Path, _: Path) -> None:
+    path.unlink()
+
+
+UNPACKED = (KINDS[2], KINDS[3])
+DOWNLOADED = (KINDS[8], KINDS[9], KINDS[10])
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        *(
+            (kind, change)
+            for kind in UNPACKED
+            for change in (mode, empty, link, fifo, folder, gone)
+        ),
+        *((kind, change) for kind in DOWNLOADED for change in (link, fifo, folder)),
+        (KINDS[11], fifo),  # git's
+        (KINDS[14], folder),  # digests of images
+    ],
+    ids=lambda item: getattr(item, "pattern", None),
+)
+def test_file_of_another_kind_is_mended_or_refused(
+    kind: Kind, change: Callable[[Path, Path], None], reference: Reference, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What slim layers are made of, and downloads: neither waited for nor shipped."""
+    project = copied(reference, tmp_path)
+    use(project, monkeypatch)
+    for number, name in enumerate(files(project)):
+        if kind_of(name) == kind:
+            change(project.cache / name, tmp_path / f"elsewhere-{number}")
+    for other in kind.absent:
+        shutil.rmtree(project.cache / other)
+    for sku in SKUS:
+        for _ in range(3):
+            try:
+                image, _ = fast_build(project, sku)
+                break
+            except ForgeError as error:
+                refusal = error
+        else:
+            raise refusal
+        assert image.digest == reference.digests[sku]
+
+
+@pytest.mark.parametrize("change", [link, second_name, fifo, folder])
+def test_foreign_part_of_a_download_is_not_written_through(
+    change: Callable[[Path, Path], None], reference: Reference, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Nothing is written through it."""
+    project = copied(reference, tmp_path)
+    use(project, monkeypatch)
+    shutil.rmtree(project.cache / "layers")
+    (wheel,) = project.cache.glob("wheels/*/vllm-*.whl")
+    part, elsewhere = wheel.with_name(f"{wheel.name}.part"), tmp_path / "elsewhere"
+    part.write_bytes(wheel.read_bytes()[:100])
+    wheel.unlink()
+    change(part, elsewhere)
+    before = elsewhere.read_bytes() if elsewhere.exists() else b""
+    assert fast_build(project, "alpha")[0].digest == reference.digests["alpha"]
+    assert not before or elsewhere.read_bytes() == before
 
 
 @settings(

@@ -101,6 +101,13 @@ def test_path_above_the_checkout_is_refused(copied: Path, given: str) -> None:
         load(copied)
 
 
+def test_base_lock_above_the_checkout_is_refused(copied: Path) -> None:
+    text = (copied / "matrix.toml").read_text()
+    (copied / "matrix.toml").write_text(text.replace("docker/locks/debian", "../debian"))
+    with pytest.raises(MatrixValueError, match=r"base\.lock is outside the checkout"):
+        load(copied)
+
+
 @pytest.mark.parametrize(
     "name", ["docker/locks/0.26.txt", "docker", "patches/vllm/0.26", "patches"]
 )

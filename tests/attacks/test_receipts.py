@@ -338,6 +338,11 @@ def markup(data: dict[str, Any]) -> None:
     body(data)["gpus"][0]["name"] += " [x](https://evil.example)"
 
 
+def configuration(data: dict[str, Any]) -> dict[str, Any]:
+    suite: dict[str, Any] = data["predicate"]["configuration"][0]
+    return suite
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -347,6 +352,11 @@ def markup(data: dict[str, Any]) -> None:
         (markup, "gpus.0.name"),
         (lambda data: body(data).update(lock_sha256="0" * 64), "lock 0+, the line now has"),
         (lambda data: body(data).update(kind="environment"), "kind"),
+        (lambda data: body(data).update(finished="9999-12-31T23:59:59Z"), "finished"),
+        (lambda data: body(data).update(started="0001-01-01T00:00:00Z"), "the receipt is of"),
+        (lambda data: body(data)["gpus"][0].update(memory_mib=-1), "memory_mib"),
+        (lambda data: data["subject"][1].update(name="vllm source, line 0.33"), "line 0.33"),
+        (lambda data: configuration(data).update(name="tests/gpu, tier server"), "tier server"),
     ],
 )
 def test_implausible_receipt_is_refused(
@@ -374,6 +384,29 @@ def test_error_text_of_a_receipt_is_escaped_on_the_page(project: Project) -> Non
     path.write_text(json.dumps(data))
     page = status(project)
     assert "\\[x\\](https://evil.example)\\<b\\>" in page
+
+
+@pytest.mark.parametrize("place", ["key", "field", "test", "file", "bytes"])
+def test_text_of_a_receipt_is_one_printable_line(project: Project, place: str) -> None:
+    """It neither moves the cursor nor looks like another line of ``serve`` and ``plan``."""
+    evil = "x\x1b[2J\u202e\nreceipts: all, signed"
+    path = commit(project, green_run(project, "soak", **SERVED))
+    data = json.loads(path.read_text())
+    if place == "key":
+        path.write_text(json.dumps(data | {"signatures": [{"keyid": evil, "sig": "eA=="}]}))
+    elif place == "field":
+        edit(path, lambda data: data["predicate"].update({evil: 1}), consistent=True)
+    elif place == "test":
+        tests = body_of(path)["tests"] | {evil: body_of(path)["tests"][f"{FILE}::test_one"]}
+        edit(path, lambda data: body(data).update(tests=tests), consistent=True)
+    else:
+        name = b"x\xff.json" if place == "bytes" else f"{evil}.json".encode()
+        path.rename(os.fsdecode(os.fsencode(path.parent) + b"/" + name))
+    (line,) = read_receipts(project, NOW).lines(project.root)
+    assert "is refused" in line
+    assert line.isprintable()
+    status(project).encode()
+    assert "\x1b" not in status(project)
 
 
 def test_identity_is_of_the_bytes_and_not_of_the_name(tmp_path: Path) -> None:

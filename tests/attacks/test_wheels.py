@@ -17,7 +17,7 @@ import pytest
 from tests.support.wheels import Member, write_wheel
 from vllm_forge.images import store
 from vllm_forge.images.store import write_layer
-from vllm_forge.images.wheels import PUBLISHED_WRONG, wheel_entries
+from vllm_forge.images.wheels import PUBLISHED_WRONG, merge, wheel_entries
 from vllm_forge.sources import SourceRepo, sdist
 from vllm_forge.sources.errors import SdistError, WheelError
 from vllm_forge.sources.wheel_format import record_row
@@ -49,11 +49,19 @@ def rewritten(folder: Path, change: dict[str, bytes | None]) -> Path:
     [
         "/etc/passwd", "../outside.py", "tiny/../../outside.py", "tiny/a\nb.py", "tiny/a\x1b[2J.py",
         "tiny\\b.py", "other-1.0.dist-info/METADATA", "tiny-1.0.data/scripts/../../x",
-        "tiny-1.0.data/unknown/x.py", "tiny/\u202egnp.py",
+        "tiny-1.0.data/unknown/x.py", "tiny/\u202egnp.py", f"{'x' * 256}.py", "x/" * 600 + "x.py",
     ],
+    ids=lambda name: repr(name[:30]),
 )  # fmt: skip
 def test_member_name_is_refused(name: str, tmp_path: Path) -> None:
     refuse(wheel(tmp_path, Member(path=name, content=b"x")))
+
+
+def test_file_below_another_file_is_refused(tmp_path: Path) -> None:
+    """Of one wheel, or of two."""
+    path = wheel(tmp_path, Member(path="tiny.py/a/x.py", content=b"x"))
+    with pytest.raises(WheelError, match=r"tiny\.py/a/x\.py is below another file"):
+        merge([wheel_entries(path, PYTHON)])
 
 
 @pytest.mark.parametrize(

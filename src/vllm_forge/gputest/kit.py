@@ -20,7 +20,8 @@ from vllm_forge.errors import UsageError
 from vllm_forge.gputest import launch
 from vllm_forge.gputest.errors import KitError
 from vllm_forge.host import atomic_path, report, require_disk, tree_bytes
-from vllm_forge.images.layout import Image, file_digest, read_image, verify
+from vllm_forge.host.files import file_digest
+from vllm_forge.images.layout import Image, read_image, verify
 from vllm_forge.images.prewarm import copy_plain, place_of
 from vllm_forge.matrix import ImageCell
 from vllm_forge.project import Project

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import glob
+import hashlib
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from pydantic import ValidationError
 
 from vllm_forge.errors import ForgeError, problems
 from vllm_forge.host.console import console
-from vllm_forge.host.errors import BusyError, DiskSpaceError, MountedError
+from vllm_forge.host.errors import BusyError, CacheError, DiskSpaceError, MountedError
 
 T = TypeVar("T")
 SHOWN = 200  # characters of a key
@@ -38,9 +39,12 @@ def cache_root() -> Path:
 
     ``VLLM_FORGE_CACHE`` if set, else ``$XDG_CACHE_HOME/vllm-forge``.
     """
-    if chosen := os.environ.get("VLLM_FORGE_CACHE"):
-        return Path(chosen).expanduser().resolve()
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        if chosen := os.environ.get("VLLM_FORGE_CACHE"):
+            return Path(chosen).expanduser().resolve()
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # a user without a home, or unknown
+        raise CacheError(str(error), remedy="set VLLM_FORGE_CACHE to a folder") from None
     return base / "vllm-forge"
 
 
@@ -92,6 +96,12 @@ def read_plain(path: Path, most: int = MOST_BYTES) -> bytes:
     if len(content) > most:
         raise ValueError(f"larger than {most} bytes")
     return content
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a plain file, hex; see ``open_plain``."""
+    with open_plain(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_json(content: bytes | str) -> Any:
@@ -147,6 +157,25 @@ def write_json(path: Path, data: object, *, indent: int = 1, ensure_ascii: bool 
         aside.write_text(text + "\n", encoding="utf-8")
 
 
+def write_sealed(path: Path, record: dict[str, Any]) -> None:
+    """Write a record of the cache, with a hash of itself."""
+    if path.is_dir():  # rename(2) replaces no folder
+        remove(path)
+    write_json(path, {"seal": hashlib.sha256(canonical(record)).hexdigest(), **record})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what ``write_sealed`` wrote.
+
+    Raises OSError, ValueError: it is missing, or not what was written.
+    """
+    record: dict[str, Any] = parse_json(read_plain(path))
+    seal = record.pop("seal", "") if isinstance(record, dict) else ""
+    if seal != hashlib.sha256(canonical(record)).hexdigest():
+        raise ValueError("the record was changed after it was written")
+    return record
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Make ``target`` a hard link to a file, or a copy where they are on different file systems."""
     try:
@@ -173,6 +202,17 @@ def remove(path: Path) -> None:
                 remedy="end what uses it, or unmount it as root; a killed build leaves such mounts",
             )
     shutil.rmtree(path)
+
+
+def walk_plain(folder: Path, below: str = "") -> Iterator[str]:
+    """Relative paths of all files and links; ValueError for a FIFO, a socket or a device."""
+    for entry in list(os.scandir(folder)):
+        if entry.is_dir(follow_symlinks=False):
+            yield from walk_plain(Path(entry), f"{below}{entry.name}/")
+        elif entry.is_symlink() or entry.is_file(follow_symlinks=False):
+            yield f"{below}{entry.name}"
+        else:
+            raise ValueError(f"not a plain file: {entry.path}")
 
 
 def tree_bytes(path: Path) -> int:

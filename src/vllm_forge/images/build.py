@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from vllm_forge.errors import ForgeError
 from vllm_forge.host import (
     RecordingRunner,
     Runner,
@@ -27,7 +28,6 @@ from vllm_forge.host import (
     remove,
     report,
 )
-from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images import checks, layout, store
 from vllm_forge.images.content import (
     VLLM,
@@ -39,7 +39,7 @@ from vllm_forge.images.content import (
     stack_record,
 )
 from vllm_forge.images.engines import BYTECODE
-from vllm_forge.images.errors import BuildRecordError, ImageCheckError, LayoutError
+from vllm_forge.images.errors import BuildRecordError, LayoutError
 from vllm_forge.images.layer_checks import judge_layers
 from vllm_forge.images.layout import ImageLayer
 from vllm_forge.images.plan import ImagePlan, why_rebuild, with_packages
@@ -261,7 +261,7 @@ def _forgetting_damage(plan: ImagePlan) -> Iterator[None]:
     """
     try:
         yield
-    except (ImageCheckError, CommandFailedError):
+    except ForgeError:
         remove(cache_root() / "bytecode")
         system = load_system(plan.system_key)
         if system.root is not None and tree_digest(system.root) != system.root_digest:

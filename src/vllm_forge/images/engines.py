@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import subprocess
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.errors import UsageError
 from vllm_forge.host import Runner, cache_root, parse_json, read_plain, remove, suggestion, which
-from vllm_forge.host.errors import CommandFailedError
+from vllm_forge.host.errors import CacheError, CommandFailedError
+from vllm_forge.host.files import walk_plain
 from vllm_forge.images.docker_api import OLDEST_BUILDX, answers, check_daemon, require_version
 from vllm_forge.images.errors import EngineMissingError, LayoutError, ProvisionError
 from vllm_forge.images.layout import hex_digest, read_image
@@ -299,6 +301,10 @@ def _write_bundle(bundle: Path, run: ContainerRun) -> None:
     (bundle / "lower").mkdir(parents=True)
     (bundle / "rootfs").mkdir()
     for number, lower in enumerate(run.lower_dirs):
+        try:
+            deque(walk_plain(lower), 0)  # a FIFO would hold the run
+        except ValueError as error:
+            raise CacheError(str(error), where=str(lower), remedy="build again") from None
         (bundle / "lower" / str(number)).symlink_to(lower.resolve(strict=True))
     (bundle / "config.json").write_text(json.dumps(_runtime_config(run), indent=1))
 

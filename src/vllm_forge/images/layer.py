@@ -223,15 +223,17 @@ class ZstdLayerWriter(TarWriter):
     def stream(self, path: str, size: int, mode: int, pieces: Iterable[bytes]) -> None:
         """Add a file of ``size`` bytes, piece by piece; zeros are holes in the copy."""
         self._header(path, tarfile.REGTYPE, mode=mode, size=size)
+        crc = 0
         with (self._files / path).open("xb", buffering=0) as copy:
             for piece in pieces:
                 self._tar(piece)
+                crc = zlib.crc32(piece, crc)
                 if piece[0] or piece != bytes(len(piece)):
                     copy.write(piece)
                 else:
                     copy.seek(len(piece), 1)
             copy.truncate(size)
-        (self._files / path).chmod(mode)
+        stamp(self._files / path, mode, crc)
         self._pad(size)
 
     def _tar(self, content: bytes) -> None:

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import os
 import posixpath
 import re
 import stat
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.host.files import read_plain, walk_plain
 from vllm_forge.images.content import STACK, VLLM, stack_entry
 from vllm_forge.images.layout import ImageLayer
 from vllm_forge.images.wheels import VENV, Entry, site_packages, wheel_entries
@@ -129,7 +129,7 @@ class ImageFiles:
     @cached_property
     def written(self) -> dict[str, Path]:
         """Path -> file or link of the highest layer that has it."""
-        return {path: folder / path for folder in self.folders for path in _walk(folder)}
+        return {path: folder / path for folder in self.folders for path in walk_plain(folder)}
 
     @cached_property
     def owners(self) -> dict[str, list[str]]:
@@ -138,8 +138,8 @@ class ImageFiles:
         for path, file in self.written.items():
             if path.endswith(".dist-info/RECORD") and path.count("/") == self.site.count("/") + 2:
                 owner = distribution(path.split("/")[-2])
-                with file.open(encoding="utf-8", newline="") as rows:
-                    recorded = {self._target(row[0]) for row in csv.reader(rows) if row}
+                rows = read_plain(file).decode().splitlines()
+                recorded = {self._target(row[0]) for row in csv.reader(rows) if row}
                 for target in recorded | {path}:
                     owners.setdefault(target, []).append(owner)
         return owners
@@ -152,16 +152,6 @@ class ImageFiles:
     def inside(self, path: str) -> str:
         """The path below site-packages; empty for one that is elsewhere."""
         return path[len(self.site) + 1 :] if path.startswith(f"{self.site}/") else ""
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    start = len(str(folder)) + 1
-    for parent, folders, files in os.walk(folder):
-        for name in files:
-            yield f"{parent}/{name}"[start:]
-        for name in folders:
-            if os.path.islink(path := f"{parent}/{name}"):  # noqa: PTH114 - 50,000 of them
-                yield path[start:]
 
 
 def distribution(info: str) -> str:
@@ -177,7 +167,7 @@ def packages(files: ImageFiles, expected: Mapping[str, str]) -> str:
         if folder.endswith(".egg-info"):
             installed.add((folder, "egg-info"))
         if folder.endswith(".dist-info") and rest == "METADATA":
-            head = file.read_text(encoding="utf-8").partition("\n\n")[0]
+            head = read_plain(file).decode().partition("\n\n")[0]
             fields = dict(re.findall(r"^(Name|Version): *(.*?)\r?$", head, re.MULTILINE))
             name = re.sub(r"[-_.]+", "-", fields.get("Name", folder)).lower()
             installed.add((name, fields.get("Version", "")))
@@ -200,7 +190,7 @@ def tree(files: ImageFiles, blobs: Mapping[str, str], changed: Mapping[str, str]
             if path in changed:
                 raise AssertionError(f"a patched file is not installed: {path}")
             continue  # a file of the source tree that the wheel does not ship
-        content = file.read_bytes()
+        content = read_plain(file)
         name = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
         if name.hexdigest() != blob:
             raise AssertionError(f"{path} differs from the patched tree")
@@ -213,7 +203,7 @@ def tree(files: ImageFiles, blobs: Mapping[str, str], changed: Mapping[str, str]
 def stack(files: ImageFiles, record: dict[str, Any]) -> str:
     """stack.json is the record of this build."""
     file, content = files.written.get(STACK), stack_entry(record).content
-    if file is None or file.read_bytes() != content:
+    if file is None or read_plain(file) != content:
         raise AssertionError(f"/{STACK} is not the record of this build")
     return str(record["tree"])
 
@@ -222,7 +212,7 @@ def hygiene(files: ImageFiles) -> str:
     """No repositories, credentials, caches of installers, or weights."""
     keys = [path for path, file in files.system.items() if file.private_key]
     for path, file in files.written.items():
-        if path.endswith(KEY_FILES) and PRIVATE_KEY.search(file.read_bytes()):
+        if path.endswith(KEY_FILES) and PRIVATE_KEY.search(read_plain(file)):
             keys.append(path)
     bad = [f"private key: /{path}" for path in keys]
     plain = [path for path, file in files.system.items() if not file.info.isdir()]

@@ -9,14 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.host import (
-    READ_ONLY,
-    atomic_path,
-    canonical,
-    link_or_copy,
-    parse_json,
-    read_plain,
-)
+from vllm_forge.host import READ_ONLY, atomic_path, canonical, link_or_copy, parse_json, read_plain
+from vllm_forge.host.files import file_digest
 from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layer import LayerBlob, plain_digest
 
@@ -198,7 +192,10 @@ def verify(image: Image, *, unpacked: bool = False) -> None:
     digests += [layer["digest"] for layer in image.manifest["layers"]]
     for digest in digests:
         path = image.blob(digest)
-        actual = file_digest(path) if path.exists() else "of nothing: the file is missing"
+        try:
+            actual = file_digest(path)
+        except (OSError, ValueError) as error:
+            actual = f"of nothing: {error}"
         if actual != path.name:
             raise LayoutError(
                 f"blob {path.name} has sha256 {actual}",
@@ -215,25 +212,6 @@ def verify(image: Image, *, unpacked: bool = False) -> None:
                     remedy="the cache was damaged when this image was built: delete the layout, "
                     "run nox -s forge -- clean --all, and build again",
                 )
-
-
-def write_sealed(path: Path, record: dict[str, Any]) -> None:
-    """Write a record of the cache, with a hash of itself."""
-    sealed = {"seal": hashlib.sha256(canonical(record)).hexdigest(), **record}
-    path.write_text(json.dumps(sealed, indent=1) + "\n")
-
-
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Read what ``write_sealed`` wrote.
-
-    Raises OSError, ValueError: it is missing, or not what was written.
-    """
-    record = parse_json(read_plain(path))
-    if not isinstance(record, dict) or "seal" not in record:
-        raise ValueError("the record has no hash of itself")
-    if record.pop("seal") != hashlib.sha256(canonical(record)).hexdigest():
-        raise ValueError("the record was changed after it was written")
-    return record
 
 
 def hash_of(value: object, *, sort_keys: bool = False) -> str:
@@ -253,12 +231,6 @@ def blob_times(image: Image) -> dict[str, int]:
     """
     digests = [str(layer["digest"]) for layer in image.manifest["layers"]]
     return {digest: image.blob(digest).stat().st_mtime_ns for digest in digests}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _put(blobs: Path, media_type: str, value: dict[str, Any]) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_forge.host import gigabytes, open_plain
+from vllm_forge.host.files import file_digest
 from vllm_forge.images.errors import ForeignFileError
 from vllm_forge.images.layer import CHUNK, LayerBlob, ZstdLayerWriter
-from vllm_forge.images.layout import file_digest, hash_of
+from vllm_forge.images.layout import hash_of
 from vllm_forge.images.store import StoredLayer, keep_layer, make_folders
 
 FORMAT = 2

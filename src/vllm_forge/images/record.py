@@ -8,9 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.host import atomic_path, cache_root, console, parse_json, read_plain
+from vllm_forge.host import cache_root, console, parse_json, read_plain
+from vllm_forge.host.files import read_sealed, write_sealed
 from vllm_forge.images.errors import BuildRecordError
-from vllm_forge.images.layout import hash_of, read_sealed, write_sealed
+from vllm_forge.images.layout import hash_of
 
 SHORT = 12
 HEX = set("0123456789abcdef")
@@ -48,8 +49,7 @@ def _kept(path: Path, inputs: Inputs) -> Path:
 
 def keep_digest(path: Path, inputs: Inputs, digest: str) -> None:
     """Write the digest, ``sha256:<hex>``, of the image that was built from these inputs."""
-    with atomic_path(_kept(path, inputs)) as aside:
-        write_sealed(aside, {"digest": digest})
+    write_sealed(_kept(path, inputs), {"digest": digest})
 
 
 def kept_digest(path: Path, inputs: Inputs) -> str | None:

@@ -16,11 +16,11 @@ from tempfile import TemporaryDirectory
 from urllib.parse import quote
 
 from vllm_forge.host import READ_ONLY, Runner, atomic_path, cache_root, remove, which
+from vllm_forge.host.files import file_digest
 from vllm_forge.images.errors import BaseImageError, LayoutError
 from vllm_forge.images.layer import LayerBlob
 from vllm_forge.images.layout import (
     ImageLayer,
-    file_digest,
     has_name,
     hash_of,
     read_image,

@@ -3,7 +3,7 @@
 A stored layer is a folder ``layers/<key>/`` with the blob, ``layer.json``, ``files/``, and
 ``code/``, where files with device code are put aside for slimming; renamed into place when
 complete. Nothing of it is believed: the record has a hash of itself, the blob is hashed when an
-image is assembled, and the time of an unpacked file is its CRC-32.
+image is assembled, and the record has a hash over unpacked files.
 
 The layers of wheels are written by worker processes while the next wheels download. What a SKU
 cannot run is not in its image: device code for other architectures.
@@ -17,12 +17,14 @@ what changed, are a layer of the SKU's own.
 """
 
 import hashlib
+import re
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from mmap import mmap
 from pathlib import Path
@@ -30,6 +32,7 @@ from typing import Any, TypeVar
 
 from vllm_forge.host import atomic_path, cache_root, console, exclusive, remove, worker_pool
 from vllm_forge.host.errors import CacheError, CommandFailedError
+from vllm_forge.host.files import file_digest, read_sealed, walk_plain, write_sealed
 from vllm_forge.images.content import WheelGroup, group_entries
 from vllm_forge.images.layer import (
     CHUNK,
@@ -39,7 +42,7 @@ from vllm_forge.images.layer import (
     ZstdLayerWriter,
     stamp,
 )
-from vllm_forge.images.layout import file_digest, read_sealed, write_sealed
+from vllm_forge.images.layout import hash_of
 from vllm_forge.images.wheels import Entry
 from vllm_forge.kernels.coverage.device_code import device_code, runs_on
 from vllm_forge.kernels.coverage.library import mapped
@@ -55,6 +58,7 @@ NICE = 10  # the rootfs is made meanwhile
 LEAST = 1 << 20
 LARGE = 4 << 20  # members from here on are inflated ahead of their turn
 RECORDS = "opt/venv/lib/python*/site-packages/*.dist-info/RECORD"
+SLIMMED = r"code/.+|files/.+\.dist-info/RECORD"  # what a slim layer is made of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,7 @@ class StoredLayer:
     files: Path
     code: Path
     removed: dict[str, Any]  # what a slim layer lacks, see ``write_slim_layer``
+    unpacked: dict[str, str]  # pattern -> hash of such files, see ``intact``
 
     @property
     def empty(self) -> bool:
@@ -81,7 +86,7 @@ def stored(key: str) -> StoredLayer | None:
     folder = layer_folder(key)
     try:
         record = read_sealed(folder / "layer.json")
-        removed = record.pop("removed")
+        removed, unpacked = record.pop("removed"), record.pop("unpacked", {})
         blob = LayerBlob(path=folder / FILE_NAMES[record["media_type"]], **record)
         whole = blob.path.stat().st_size == blob.size
     except (OSError, ValueError, KeyError, TypeError):
@@ -89,7 +94,7 @@ def stored(key: str) -> StoredLayer | None:
     files, code = folder / "files", folder / "code"
     if not (whole and files.is_dir() and code.is_dir()):
         return None
-    return StoredLayer(blob=blob, files=files, code=code, removed=removed)
+    return StoredLayer(blob=blob, files=files, code=code, removed=removed, unpacked=unpacked)
 
 
 def require_stored(key: str) -> StoredLayer:
@@ -106,20 +111,28 @@ def require_stored(key: str) -> StoredLayer:
     return layer
 
 
-def intact(layer: StoredLayer, pattern: str = "**/*") -> bool:
-    """Whether its code, and the files of ``pattern``, have the bytes that were unpacked."""
-    for path in (*layer.code.rglob("*"), *layer.files.glob(pattern)):
-        if path.is_symlink() or not path.is_file() or not path.stat().st_size:
-            continue
-        row = layer.removed.get(path.relative_to(layer.files).as_posix()) if layer.removed else None
-        if row is not None:
-            same = record_hash(bytes.fromhex(file_digest(path))) == row["sha256"]
-        else:
-            with mapped(path) as content:
-                same = zlib.crc32(content) == int(path.stat().st_mtime)
-        if not same:
-            return False
-    return True
+def _unpacked(folder: Path, pattern: str, crc: Callable[[Path], int]) -> str:
+    """Hash of unpacked files: modes, targets of links, CRC-32; ValueError for another kind."""
+    names = (*walk_plain(folder / "code", "code/"), *walk_plain(folder / "files", "files/"))
+    paths = {name: folder / name for name in names if re.fullmatch(pattern, name)}
+    rows = {
+        name: [path.lstat().st_mode, str(path.readlink()) if path.is_symlink() else crc(path)]
+        for name, path in paths.items()
+    }
+    return hash_of(rows, sort_keys=True)
+
+
+def intact(layer: StoredLayer, pattern: str = ".+") -> bool:
+    """Whether its unpacked files, ``files/...`` and ``code/...``, are all as they were written."""
+
+    def crc(path: Path) -> int:
+        with mapped(path) as content:
+            return zlib.crc32(content)
+
+    try:
+        return _unpacked(layer.files.parent, pattern, crc) == layer.unpacked.get(pattern)
+    except (OSError, ValueError):
+        return False
 
 
 def forget(folder: Path) -> None:
@@ -130,8 +143,11 @@ def forget(folder: Path) -> None:
 
 def forget_damaged(blobs: Iterable[LayerBlob]) -> None:
     """Delete the kept layers and systems whose blob is not what its digest says."""
-    damaged = [blob.path for blob in blobs if file_digest(blob.path) != blob.digest]
-    for kind, key in {path.relative_to(cache_root()).parts[:2] for path in damaged}:
+    for blob in blobs:
+        with suppress(OSError, ValueError):
+            if file_digest(blob.path) == blob.digest:
+                continue
+        kind, key = blob.path.relative_to(cache_root()).parts[:2]
         forget(cache_root() / kind / key)
 
 
@@ -167,7 +183,11 @@ def keep_layer(key: str, write: Callable[[Path], tuple[LayerBlob, dict[str, Any]
                 (folder / name).mkdir(parents=True)
                 (folder / name).chmod(0o755)
             blob, removed = write(folder)
-            record = asdict(blob) | {"removed": removed}
+            unpacked = {
+                pattern: _unpacked(folder, pattern, lambda path: int(path.stat().st_mtime))
+                for pattern in (".+", SLIMMED)
+            }  # see `stamp`
+            record = asdict(blob) | {"removed": removed, "unpacked": unpacked}
             del record["path"]
             write_sealed(folder / "layer.json", record)
     return require_stored(key)
@@ -326,7 +346,7 @@ def _write_group(group: WheelGroup, cell: ImageCell, *, slim: bool) -> None:
     slim_key = group.slim_key if slim else None
     cuts = slim_key is not None and stored(slim_key) is None
     whole = stored(group.key)
-    if whole is not None and cuts and not intact(whole, RECORDS):
+    if whole is not None and cuts and not intact(whole, SLIMMED):
         forget(layer_folder(group.key))
         whole = None
     if whole is None:

@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import PathLike, fsencode, fspath
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 import installer
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 VENV = "opt/venv"
 INSTALLER = b"vllm-forge\n"
+LONGEST, PART = 1000, 255  # bytes of a member's name, and of a part of it
 # Hash in RECORD -> that of the file, where a wheel as published has a wrong one: the libraries of
 # pynvvideocodec 2.0.4 were changed after its RECORD was written.
 PUBLISHED_WRONG = {
@@ -109,8 +110,18 @@ def merge(groups: Iterable[list[Entry]]) -> list[Entry]:
     """One list, sorted by path; of two entries for one path the later one wins.
 
     Wheels that differ there are refused once the image is complete, see layer_checks.
+
+    Raises WheelError: one is a file where another has a folder.
     """
+    folders: set[str] = set()
     by_path = {entry.path: entry for group in groups for entry in group}
+    for path, entry in by_path.items():
+        parent = posixpath.dirname(path)
+        while parent and parent not in folders:
+            if parent in by_path:
+                raise WheelError(f"{path} is below another file", where=str(entry.archive or ""))
+            folders.add(parent)
+            parent = posixpath.dirname(parent)
     return [by_path[path] for path in sorted(by_path)]
 
 
@@ -141,6 +152,8 @@ class _LazyWheel(WheelFile):
     def get_contents(self) -> Iterator[WheelContentElement]:
         names = self._zipfile.namelist()
         for name in names:
+            if len(fsencode(name)) > LONGEST or max(map(len, fsencode(name).split(b"/"))) > PART:
+                raise ValueError(f"too long a member name: {name[:PART]}")
             if not name.isprintable() or name.startswith("/") or "\\" in name:
                 raise ValueError(f"invalid member name {name!r}")
         listed = list(parse_record_file(self.read_dist_info("RECORD").splitlines()))

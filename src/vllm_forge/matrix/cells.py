@@ -119,13 +119,15 @@ def load(root: Path) -> Matrix:
         what = "\n  - ".join(["matrix.toml is refused:", *problems(error, Matrix)])
         remedy = "the allowed keys and their meaning are in matrix.schema.json"
         raise errors.MatrixValueError(what, where=str(path), remedy=remedy) from None
+    places = {"base.lock": matrix.base.lock or ""}
     for name, line in matrix.line.items():
-        for field, given in (("lock", line.lock), ("series", line.series)):
-            target = (root / given).resolve()  # through links
-            if not target.is_relative_to(root.resolve()):
-                what = f"line.{name}.{field} is outside the checkout: {target}"
-                remedy = "give a path below the folder of matrix.toml, without links out of it"
-                raise errors.MatrixValueError(what, where=str(path), remedy=remedy)
+        places |= {f"line.{name}.lock": line.lock, f"line.{name}.series": line.series}
+    for field, given in places.items():
+        target = (root / given).resolve()  # through links
+        if not target.is_relative_to(root.resolve()):
+            what = f"{field} is outside the checkout: {target}"
+            remedy = "give a path below the folder of matrix.toml, without links out of it"
+            raise errors.MatrixValueError(what, where=str(path), remedy=remedy)
     return matrix
 
 

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_forge.host import printable
 from vllm_forge.pages.markdown import escape, table
 from vllm_forge.project import Project
 from vllm_forge.receipts import FOLDER
@@ -18,7 +19,7 @@ def status(project: Project) -> str:
     if not receipts.refused:
         return text
     refused = [
-        f"* {escape(str(path.relative_to(project.root)))}: {escape(error.what)}"
+        f"* {escape(printable(f'{path.relative_to(project.root)}: {error.what}'))}"
         for path, error in receipts.refused
     ]
     return "\n".join([text, "\nRefused:\n", *refused])

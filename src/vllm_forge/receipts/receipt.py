@@ -40,6 +40,7 @@ from vllm_forge.signing.errors import UnknownSignerError
 DIGEST = "payloadSha256"
 LARGEST = 16 << 20  # a receipt of 347 tests has 300 KB
 VALID = timedelta(days=90)  # drivers, and what we test for, change faster than releases live
+SOURCE_NAME, SUITE_NAME = "vllm source, line {}", "tests/gpu, tier {}"
 GREEN = ("passed", "other GPU")
 # What pytest-xdist appends to a test's name with --dist loadgroup (scheduler/loadscope.py).
 GROUP = re.compile(r"(?<=[\w\]])@[\w.-]+$")
@@ -50,6 +51,8 @@ Word = Annotated[str, Field(pattern=r"^[\w.-]+$")]  # becomes a part of a file's
 # Becomes a cell of a page's table: without what Markdown and HTML read as more than text.
 Cell = Annotated[str, Field(pattern=r"^[\w .,:;()/+=%-]+$", max_length=200)]
 Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Of a year to which days can be added.
+Time = Annotated[AwareDatetime, Field(lt=datetime(2200, 1, 1, tzinfo=UTC))]
 
 
 class Resource(FrozenModel):
@@ -73,7 +76,7 @@ class Gpu(FrozenModel):
     uuid_sha256: Sha256
     compute_capability: Word
     driver: Cell
-    memory_mib: int
+    memory_mib: int = Field(gt=0)
 
 
 class Margin(FrozenModel):
@@ -113,7 +116,7 @@ class Detail(FrozenModel):
     configurations: dict[str, Configuration]
     tests: dict[str, CaseVerdict] = Field(min_length=1)
     started: AwareDatetime
-    finished: AwareDatetime
+    finished: Time
     expires: AwareDatetime
 
 
@@ -190,13 +193,13 @@ def make_statement(result: dict[str, Any]) -> Statement:
         {
             "subject": [
                 {"name": subject["name"], "digest": {"sha256": subject["sha256"]}},
-                {"name": f"vllm source, line {plan['line']}", "digest": {"gitTree": plan["tree"]}},
+                {"name": SOURCE_NAME.format(plan["line"]), "digest": {"gitTree": plan["tree"]}},
             ],
             "_type": "https://in-toto.io/Statement/v1",
             "predicateType": "https://in-toto.io/attestation/test-result/v0.1",
             "predicate": {
                 "result": "PASSED",
-                "configuration": [{"name": f"tests/gpu, tier {result['tier']}", "digest": suite}],
+                "configuration": [{"name": SUITE_NAME.format(result["tier"]), "digest": suite}],
                 "passedTests": sorted(n for n, row in tests.items() if row["outcome"] == "passed"),
                 "failedTests": [],
                 "vllmForge": detail,

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vllm_forge.errors import ForgeError, problems
-from vllm_forge.host import parse_json, read_plain
+from vllm_forge.host import parse_json, printable, read_plain
 from vllm_forge.kernels.selection.questions import grid_question
 from vllm_forge.kernels.selection.record import read_selection
 from vllm_forge.matrix import ImageCell
@@ -18,6 +18,8 @@ from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
 from vllm_forge.receipts import FOLDER, errors
 from vllm_forge.receipts.receipt import (
+    SOURCE_NAME,
+    SUITE_NAME,
     VALID,
     Configuration,
     Receipt,
@@ -31,7 +33,7 @@ from vllm_forge.signing import Keyring, load_private, read_keyring
 from vllm_forge.signing.errors import KeyFileError, KeyringError
 
 # Of reading a file that is not a result, or a part of one.
-MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
 # Engine of tests/gpu/mtp -> the artifact in whose layout its tiny checkpoint is.
 LAYOUTS = {"dsv4": "flash-nvfp4-fp8-mtp"}
 UNQUANTIZED = "Unquantized"
@@ -60,7 +62,7 @@ class Receipts:
     def lines(self, root: Path) -> list[str]:
         valid = [f"{row.path.relative_to(root)}{unsigned(row)}" for row in self.valid]
         refused = [f"{path.relative_to(root)} is refused: {e.what}" for path, e in self.refused]
-        return valid + refused
+        return [printable(line).replace("\n", "\\n") for line in valid + refused]
 
 
 def unsigned(receipt: Receipt) -> str:
@@ -196,7 +198,8 @@ def _faults(project: Project, receipt: Receipt, now: datetime) -> Iterator[Fault
     """Each check relies on those before it."""
     detail = receipt.statement.detail
     last = min(detail.expires, detail.finished + VALID)
-    if not detail.started <= detail.finished <= now or now >= last or detail.expires != last:
+    in_order = detail.started <= detail.finished <= now < last == detail.expires
+    if not in_order or detail.finished - detail.started > VALID:
         yield (
             errors.ReceiptExpiredError,
             f"the receipt is of {detail.finished.date()}, valid until {detail.expires.date()}; at "
@@ -230,6 +233,9 @@ def _other_subject(project: Project, receipt: Receipt) -> Iterator[str]:
         yield f"{detail.sku} or line {detail.line} is not defined in matrix.toml"
     if detail.sku in matrix.line[detail.line].unsupported:
         yield f"line {detail.line} does not support {detail.sku}"
+    sources = [statement.subject[1].name, statement.predicate.configuration[0].name]
+    if sources != [SOURCE_NAME.format(detail.line), SUITE_NAME.format(detail.tier)]:
+        yield f"it is named {', '.join(sources)}"
     sku = matrix.sku[detail.sku]
     for gpu in detail.gpus:
         if gpu.compute_capability != sku.compute_capability or not gpu.name.startswith(sku.device):

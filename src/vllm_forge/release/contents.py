@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from packaging.utils import canonicalize_name
 from pydantic import Field
 
-from vllm_forge.host import atomic_path, cache_root
+from vllm_forge.host import cache_root
+from vllm_forge.host.files import read_sealed, write_sealed
 from vllm_forge.images.archive import members
 from vllm_forge.images.layer import LayerBlob
 from vllm_forge.images.layer_checks import OPAQUE, WHITEOUT
-from vllm_forge.images.layout import hash_of, read_sealed, write_sealed
+from vllm_forge.images.layout import hash_of
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.release.errors import SbomError
 from vllm_forge.sources import Lock, LockedWheel, Wheelhouse
@@ -66,8 +67,7 @@ def wheel_contents(lock: Lock) -> dict[str, WheelContents]:
         contents = dict(
             zip((wheel.name for wheel in lock.wheels), pool.map(_read, lock.wheels), strict=True)
         )
-    with atomic_path(path) as aside:
-        write_sealed(aside, {name: row.model_dump(mode="json") for name, row in contents.items()})
+    write_sealed(path, {name: row.model_dump(mode="json") for name, row in contents.items()})
     return contents
 
 

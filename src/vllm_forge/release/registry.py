@@ -19,7 +19,8 @@ from urllib3.exceptions import HTTPError
 
 from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.host import parse_json
-from vllm_forge.images.layout import MANIFEST, file_digest
+from vllm_forge.host.files import file_digest
+from vllm_forge.images.layout import MANIFEST
 from vllm_forge.release.credentials import LOGIN
 from vllm_forge.release.errors import (
     ManifestMissingError,

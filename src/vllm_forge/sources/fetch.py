@@ -4,7 +4,6 @@ A download ends one byte after the size that its lock says, and at a time: neith
 nor one that drips can fill the disk or hold a build.
 """
 
-import hashlib
 import threading
 import time
 import zipfile
@@ -16,9 +15,10 @@ from pathlib import Path
 import requests
 from urllib3.exceptions import HTTPError
 
-from vllm_forge.host import cache_root, console, exclusive, gigabytes
+from vllm_forge.host import cache_root, console, exclusive, gigabytes, remove
 from vllm_forge.host.console import transfer_progress
 from vllm_forge.host.errors import CacheError, DiskSpaceError
+from vllm_forge.host.files import file_digest
 from vllm_forge.sources import errors
 from vllm_forge.sources.index import TIMEOUT_S, Index, blocks
 from vllm_forge.sources.lock import LockedWheel
@@ -98,6 +98,9 @@ class _Fetcher:
         False: no URL has it.
         """
         item.target.parent.mkdir(parents=True, exist_ok=True)
+        part = item.part
+        if part.is_symlink() or not part.is_file() or part.stat().st_nlink > 1:
+            remove(part)  # writing would go elsewhere, or wait for a reader
         deadline = time.monotonic() + PATIENCE_S + item.size / SLOWEST
         last: Exception | None = None
         for _ in range(TRIES):
@@ -120,7 +123,7 @@ class _Fetcher:
                 return True
             last = None
             if item.kept == item.size:
-                if (digest := _sha256(item.part)) != item.sha256:
+                if (digest := file_digest(item.part)) != item.sha256:
                     item.part.unlink()
                     raise errors.HashMismatchError(
                         f"{item.target.name}: sha256 is {digest}, the lock says {item.sha256}",
@@ -128,6 +131,7 @@ class _Fetcher:
                         remedy="do not use this file. If the index is right and the lock is old, "
                         "make a new lock; otherwise the mirror may be compromised",
                     )
+                remove(item.target)  # of another kind
                 item.part.rename(item.target)
                 return True
         have = item.part.stat().st_size if item.part.exists() else 0
@@ -179,24 +183,21 @@ class _Fetcher:
         return True
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def verified(path: Path, sha256: str) -> Path:
     """A file of the cache whose bytes were hashed just now.
 
     HashMismatchError, and it is deleted, if it is damaged; CacheError if it is missing.
     """
     try:
-        digest = _sha256(path)
+        digest = file_digest(path)
+    except ValueError as error:
+        digest = f"of nothing: {error}"
     except FileNotFoundError:
         what = f"{path.name} was deleted from the cache"
         remedy = "run the same command again, which downloads it"
         raise CacheError(what, where=str(path), remedy=remedy) from None
     if digest != sha256:
-        path.unlink(missing_ok=True)
+        remove(path)
         what = f"{path.name} in the cache has sha256 {digest}, the lock says {sha256}"
         remedy = "it was deleted; run the same command again, which downloads it"
         raise errors.HashMismatchError(what, where=str(path), remedy=remedy)

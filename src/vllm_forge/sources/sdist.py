@@ -12,6 +12,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,7 @@ from typing import IO, Any
 from vllm_forge.errors import ForgeError
 from vllm_forge.host import cache_root, exclusive, remove
 from vllm_forge.host.errors import CacheError, CommandFailedError
+from vllm_forge.host.files import walk_plain
 from vllm_forge.sources.errors import SdistError
 
 UNREADABLE = (
@@ -90,6 +92,12 @@ class SourceRepo:
     @contextmanager
     def mending(self) -> Iterator[None]:
         """Where a step fails and git fsck finds damage: delete the repository, CacheError."""
+        try:
+            deque(walk_plain(self.path), 0)
+        except FileNotFoundError:
+            pass
+        except ValueError:  # git would wait for what opens a FIFO
+            remove(self.path)
         try:
             yield
         except ForgeError as error:

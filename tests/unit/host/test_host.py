@@ -26,6 +26,7 @@ from vllm_forge.host import (
 )
 from vllm_forge.host.errors import (
     BusyError,
+    CacheError,
     CommandFailedError,
     DiskSpaceError,
     ToolMissingError,
@@ -186,6 +187,9 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert cache_root() == tmp_path / "xdg" / "vllm-forge"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_root() == tmp_path / "home" / ".cache" / "vllm-forge"
+    monkeypatch.setenv("VLLM_FORGE_CACHE", "~no-such-user/forge")
+    with pytest.raises(CacheError, match="home directory"):
+        cache_root()
 
 
 # --- exclusive -----------------------------------------------------------------------------------

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from vllm_forge.host.files import file_digest
 from vllm_forge.images.engines import Buildx
 from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layout import (
     Image,
     ImageLayer,
-    file_digest,
     has_name,
     read_image,
     set_name,

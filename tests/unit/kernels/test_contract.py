@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -367,13 +369,31 @@ def test_other_patterns_get_another_record(tmp_path: Path) -> None:
     assert library_code(path).patterns == {}
 
 
-def test_truncated_cache_record_is_rewritten(tmp_path: Path, cache: Path) -> None:
+def truncate(record: Path) -> None:
+    record.write_text(record.read_text()[:20])
+
+
+def claim(record: Path) -> None:
+    record.write_text(re.sub("(80|90|100)", "75", record.read_text()))
+
+
+def folder(record: Path) -> None:
+    record.unlink()
+    record.mkdir()
+
+
+@pytest.mark.parametrize("change", [truncate, claim, folder])
+def test_changed_cache_record_is_rewritten(
+    change: Callable[[Path], None], tmp_path: Path, cache: Path
+) -> None:
+    """A contract may not be green by what a record of the cache claims."""
     path = tmp_path / "lib.so"
     path.write_bytes(made.kernel_library(NATIVE))
     whole = library_code(path)
-    for record in (cache / "coverage").rglob("*.json"):
-        record.write_text(record.read_text()[:20])
-    assert library_code(path) == whole
+    for record in list((cache / "coverage").rglob("*.json")):
+        change(record)
+    for _ in range(2):
+        assert library_code(path) == whole
 
 
 def test_unreadable_library_is_an_error_and_not_cached(tmp_path: Path, cache: Path) -> None:

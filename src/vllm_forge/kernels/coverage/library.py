@@ -20,7 +20,8 @@ from pathlib import Path
 
 import zstandard
 
-from vllm_forge.host import cache_root, exclusive, parse_json, read_plain, write_json
+from vllm_forge.host import cache_root, exclusive
+from vllm_forge.host.files import file_digest, read_sealed, write_sealed
 from vllm_forge.kernels.coverage.device_code import (
     Code,
     Kind,
@@ -147,23 +148,22 @@ def library_code(path: Path, patterns: Sequence[str] = ()) -> LibraryCode:
         return known
     with exclusive("coverage", wait=True):
         stamp = _stamp(path)  # from before it is read
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        write_json(_stamp_path(path), {"stamp": stamp, "sha256": sha256})
+        sha256 = file_digest(path.resolve())
+        write_sealed(_stamp_path(path), {"stamp": stamp, "sha256": sha256})
         if (known := _known(path, rules)) is None:
             known = _read(path, patterns)
-            write_json(_record_path(sha256, rules), known.model_dump())
+            write_sealed(_record_path(sha256, rules), known.model_dump(mode="json"))
         return known
 
 
 def _known(path: Path, rules: str) -> LibraryCode | None:
     """The cached record of a file that is unchanged since it was hashed."""
     try:
-        stamp = parse_json(read_plain(_stamp_path(path)))
+        stamp = read_sealed(_stamp_path(path))
         if stamp["stamp"] != _stamp(path):
             return None
-        return LibraryCode.model_validate_json(read_plain(_record_path(stamp["sha256"], rules)))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return LibraryCode.model_validate(read_sealed(_record_path(stamp["sha256"], rules)))
+    except (OSError, ValueError, KeyError):
         return None
 
 
