@@ -8,9 +8,9 @@ from vllm_forge.host import printable
 from vllm_forge.pages.markdown import escape, table
 from vllm_forge.project import Project
 from vllm_forge.receipts import FOLDER
-from vllm_forge.receipts.receipt import Detail, Receipt
+from vllm_forge.receipts.receipt import Receipt, closest_margin
 from vllm_forge.receipts.suite import read_suite
-from vllm_forge.receipts.verification import NOT_RUN, compare_kernels, read_receipts, unsigned
+from vllm_forge.receipts.verification import NOT_RUN, compare_kernels, read_receipts, seal
 
 
 def status(project: Project) -> str:
@@ -31,7 +31,7 @@ def status_text(project: Project, receipts: Sequence[Receipt]) -> str:
     links = defaultdict(list)
     for receipt in receipts:
         detail = receipt.statement.detail
-        text = f"image{unsigned(receipt)}, {detail.finished.date()}"
+        text = f"image, {escape(seal(receipt))}, {detail.finished.date()}"
         links[detail.sku, detail.line, detail.tier].append(_link(text, receipt))
     columns = [(line, tier) for line in matrix.line for tier in read_suite(project.root).tier]
     rows = [
@@ -67,7 +67,7 @@ def _evidence(root: Path, receipts: Sequence[Receipt]) -> str:
                 detail.gpus[0].driver,
                 len(receipt.statement.predicate.passed),
                 f"{(detail.finished - detail.started).total_seconds():.0f} s",
-                _closest(detail),
+                closest_margin(detail),
             ]
         )
         if selected := [f"{part} {ran}" for part, _, ran in compare_kernels(root, receipt)]:
@@ -77,17 +77,3 @@ def _evidence(root: Path, receipts: Sequence[Receipt]) -> str:
         return text
     head = "What vLLM selected on the GPU is what the [kernel selection](selection.md) records:"
     return f"{text}\n{head}\n\n{table(['receipt', 'kernels'], kernels)}\n"
-
-
-def _closest(detail: Detail) -> str:
-    """The test that came nearest to its bound."""
-    shares = [
-        (pair.measured / pair.bound, f"{name.rpartition('::')[2]}, {what}")
-        for name, test in detail.tests.items()
-        for what, pair in test.margins.items()
-        if pair.bound > 0
-    ]
-    if not shares:
-        return "-"
-    share, name = max(shares)
-    return f"{share:.0%} of its bound: {name}"

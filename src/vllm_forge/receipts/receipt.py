@@ -19,7 +19,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -34,7 +34,7 @@ from vllm_forge.host import atomic_path, canonical, parse_json, printable, read_
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.receipts import errors
 from vllm_forge.signing import FOLDER as KEYS
-from vllm_forge.signing import PAYLOAD_TYPE, Keyring, PrivateKey, TrustedKey
+from vllm_forge.signing import PAYLOAD_TYPE, Keyring, PrivateKey, TrustedKey, pae
 from vllm_forge.signing.errors import UnknownSignerError
 
 DIGEST = "payloadSha256"
@@ -208,6 +208,20 @@ def make_statement(result: dict[str, Any]) -> Statement:
     )
 
 
+def closest_margin(detail: Detail) -> str:
+    """The test that came nearest to its bound."""
+    shares = [
+        (pair.measured / pair.bound, f"{name.rpartition('::')[2]}, {what}")
+        for name, test in detail.tests.items()
+        for what, pair in test.margins.items()
+        if pair.bound > 0
+    ]
+    if not shares:
+        return "-"
+    share, name = max(shares)
+    return f"{share:.0%} of its bound: {name}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
     """A receipt as read; ``signatures`` are those of trusted keys, none if it is unsigned."""
@@ -223,15 +237,21 @@ class Receipt:
 
 def write_receipt(folder: Path, statement: Statement, key: PrivateKey | None = None) -> Path:
     """Write ``folder/<digest>/<sku>--<line>--<tier>.json``, signed if there is a private key."""
-    envelope = Envelope(statement.content, PAYLOAD_TYPE, {})
-    if key is not None:
-        signature = Signature(key.public.id, key.sign(envelope.pae()).hex())
-        envelope.signatures[signature.keyid] = signature
-    data = envelope.to_dict() | {DIGEST: hashlib.sha256(envelope.payload).hexdigest()}
     path = folder / statement.sha256 / statement.file_name
+    signed = () if key is None else ((key.public, key.sign(pae(statement.content))),)
+    store_receipt(path, statement, signed)
+    return path
+
+
+def store_receipt(
+    path: Path, statement: Statement, signatures: Sequence[tuple[TrustedKey, bytes]]
+) -> None:
+    """Write a receipt with these signatures, which must be of its statement."""
+    rows = {key.id: Signature(key.id, signature.hex()) for key, signature in signatures}
+    envelope = Envelope(statement.content, PAYLOAD_TYPE, rows)
+    data = envelope.to_dict() | {DIGEST: hashlib.sha256(envelope.payload).hexdigest()}
     with atomic_path(path) as aside:
         aside.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return path
 
 
 def read_receipt(path: Path, keys: Keyring) -> Receipt:

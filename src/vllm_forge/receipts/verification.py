@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vllm_forge.errors import ForgeError, problems
-from vllm_forge.host import parse_json, printable, read_plain
+from vllm_forge.host import console, parse_json, printable, read_plain
 from vllm_forge.kernels.selection.questions import grid_question
 from vllm_forge.kernels.selection.record import read_selection
 from vllm_forge.matrix import ImageCell
@@ -68,6 +68,12 @@ class Receipts:
 def unsigned(receipt: Receipt) -> str:
     """What every list of receipts says of one without signature."""
     return "" if receipt.signed_by else ", unsigned"
+
+
+def seal(receipt: Receipt) -> str:
+    """Who vouches for a receipt."""
+    owners = (f"{key.name}, {key.row.owner}" if key.row else key.name for key in receipt.signed_by)
+    return f"signed by {'; '.join(owners)}" if receipt.signed_by else "unsigned"
 
 
 def read_receipts(
@@ -267,12 +273,10 @@ def describe(receipts: Sequence[Receipt]) -> str:
     rows = []
     for receipt in receipts:
         detail, statement = receipt.statement.detail, receipt.statement
-        names = ", ".join(key.name for key in receipt.signed_by)
-        seal = f"signed by {names}" if names else "unsigned"
         rows.append(
             f"{detail.sku}  line {detail.line}  tier {detail.tier}  "
             f"sha256:{statement.sha256[:12]}  {len(statement.predicate.passed)} tests  "
-            f"until {detail.expires.date()}  {seal}"
+            f"until {detail.expires.date()}  {seal(receipt)}"
         )
     return "\n".join(rows) or "no receipts: nothing was run"
 
@@ -280,8 +284,9 @@ def describe(receipts: Sequence[Receipt]) -> str:
 def make_receipt(project: Project, result_path: Path, key: Path | None) -> Path:
     """Make the receipt of ``OUTPUT/<tier>.json``; write it only if it is valid here and now.
 
-    It is unsigned without ``key``, a private key in PEM. ResultFileError: not a
-    result; for other errors see ``verify``.
+    It is unsigned without ``key``, a private key in PEM. With a key that is not in the keyring it
+    is written beside the result, to be handed over, see ``handover``.
+    ResultFileError: not a result; for other errors see ``verify``.
     """
     try:
         result: dict[str, Any] = parse_json(read_plain(result_path))
@@ -293,8 +298,12 @@ def make_receipt(project: Project, result_path: Path, key: Path | None) -> Path:
         what = f"not the result of a tier: {why}"
         remedy = "take the file that the run wrote: OUTPUT/<tier>.json, whole"
         raise errors.ResultFileError(what, where=str(result_path), remedy=remedy) from None
-    keys = read_keyring(project.root)
+    keys, folder = read_keyring(project.root), project.root / FOLDER
     private = None if key is None else load_private(key)
+    foreign = private is not None and keys.find(keyid=private.public.id) is None
+    if private is not None and foreign:
+        keys = Keyring(keys=(private.public, *keys.keys))
+        folder = result_path.absolute().parent / "receipts"
     with tempfile.TemporaryDirectory() as work:
         try:
             draft = write_receipt(Path(work), statement, private)
@@ -305,7 +314,14 @@ def make_receipt(project: Project, result_path: Path, key: Path | None) -> Path:
             if error.where.startswith(work):  # gone when it is read
                 error.where = str(result_path)
             raise
-    return write_receipt(project.root / FOLDER, statement, private)
+    path = write_receipt(folder, statement, private)
+    if foreign:
+        console.print(
+            f"{path} is signed with a key that is not in {KEYS}. Send it with the public key: "
+            "`receipts accept` verifies it, and puts it among the records.",
+            markup=False,
+        )
+    return path
 
 
 def compare_kernels(root: Path, receipt: Receipt) -> list[tuple[str, str, str]]:
