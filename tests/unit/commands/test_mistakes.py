@@ -235,14 +235,23 @@ def test_help_is_not_a_failure(arguments: list[str], capsys: pytest.CaptureFixtu
 def test_help_imports_no_library_of_single_commands() -> None:
     """Each command pays for its own: all of them together take seconds to import."""
     own = {
-        "bs4", "cryptography", "docker", "huggingface_hub", "installer", "numpy", "pypi_simple",
-        "securesystemslib", "zstandard",
+        "bs4", "cryptography", "cyclonedx", "docker", "huggingface_hub", "installer", "numpy",
+        "packageurl", "pypi_simple", "securesystemslib", "sigstore", "zstandard",
     }  # fmt: skip
     script = "import sys; from vllm_forge import cli; cli._parser(); print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert not own & set(done.stdout.split())
+
+
+def test_signatures_with_keys_need_no_library_of_keyless_ones() -> None:
+    """And reading an SBOM none of writing one: sigstore and cyclonedx take a second to import."""
+    script = "import sys, vllm_forge.receipts.handover, vllm_forge.release.vex; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert not {"sigstore", "cyclonedx"} & set(done.stdout.split())
 
 
 def shell(script: str, root: Path) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,6 +20,7 @@ from vllm_forge.signing.errors import (
 from vllm_forge.signing.keyless import sign_keyless, verify_keyless
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 WHO = "https://ci.example/project/release@main"
@@ -58,6 +59,57 @@ def test_bundle_of_a_key_is_not_keyless(tmp_path: Path) -> None:
     bundle = read(sign(STATEMENT.content, load_private(key_pair(tmp_path)[0])))
     with pytest.raises(UnknownSignerError, match="not by an identity"):
         verify_keyless(bundle, identity=WHO, issuer=ISSUER)
+
+
+class FakeVerifier:
+    """In place of sigstore-python: keeps what it was asked, and gives one answer."""
+
+    def __init__(self, kind: str, payload: bytes) -> None:
+        self.answer = (kind, payload)
+        self.policies: list[Any] = []
+
+    def verify_dsse(self, _: object, policy: object) -> tuple[str, bytes]:
+        self.policies.append(policy)
+        return self.answer
+
+
+@pytest.fixture
+def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bytes], FakeVerifier]:
+    """Let sigstore-python answer with this type and payload."""
+
+    def set_answer(kind: str, payload: bytes) -> FakeVerifier:
+        verifier = FakeVerifier(kind, payload)
+        monkeypatch.setattr("sigstore.verify.Verifier.production", lambda **_: verifier)
+        monkeypatch.setattr("sigstore.models.Bundle.from_json", lambda content: content)
+        return verifier
+
+    return set_answer
+
+
+def test_exact_identity_and_issuer_are_asked_for(
+    keyless: Bundle, answer: Callable[[str, bytes], FakeVerifier]
+) -> None:
+    verifier = answer("application/vnd.in-toto+json", STATEMENT.content)
+    verified = verify_keyless(keyless, identity=WHO, issuer=ISSUER)
+    assert verified.content == STATEMENT.content
+    assert (verified.signer, verified.key_id) == (f"{WHO} ({ISSUER})", "")
+    (policy,) = verifier.policies
+    assert (policy._identity, policy._issuer._value) == (WHO, ISSUER)
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload"),
+    [
+        ("application/json", STATEMENT.content),
+        ("application/vnd.in-toto+json", STATEMENT.content + b" "),
+    ],
+)
+def test_other_payload_than_the_bundle_s_is_refused(
+    keyless: Bundle, answer: Callable[[str, bytes], FakeVerifier], kind: str, payload: bytes
+) -> None:
+    answer(kind, payload)
+    with pytest.raises(SignatureInvalidError, match="another payload was signed"):
+        verify_keyless(keyless, identity=WHO, issuer=ISSUER)
 
 
 def test_host_without_identity_does_not_sign(monkeypatch: pytest.MonkeyPatch) -> None:
