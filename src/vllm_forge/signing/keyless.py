@@ -37,7 +37,7 @@ def verify_keyless(bundle: Bundle, *, identity: str, issuer: str) -> Verified:
     if bundle.hint is not None:
         what = f"signed by the key with hint {bundle.hint}, not by an identity"
         raise errors.UnknownSignerError(what, where=bundle.where, remedy="give its --key")
-    # That it works offline is no warning here.
+    # It would warn that it is offline, which is what we asked for.
     logging.getLogger("sigstore").setLevel(logging.ERROR)
     exact = policy.Identity(identity=identity, issuer=issuer)
     try:
