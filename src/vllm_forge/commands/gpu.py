@@ -42,7 +42,7 @@ def register(choices: Commands) -> None:
     one = command(gpu, "test", test, SKU, LINE, inputs, key)
     one.add_argument("--image", metavar="REF", help="in this image (default: the cell's own)")
     one.add_argument(
-        "--tier", action="append", choices=["kernel", "server", "tp2", "tp4", "soak"],
+        "--tier", action="append", choices=["kernel", "server", "upstream", "tp2", "tp4", "soak"],
         help="repeatable (default: kernel and server)",
     )  # fmt: skip
     one.add_argument("--minutes", type=_positive, help="budget per tier (default: the suite's)")
@@ -56,7 +56,7 @@ def register(choices: Commands) -> None:
     one = command(gpu, "kit", kit, SKU, LINE, inputs)
     one.add_argument("--output", type=Path, required=True, help="folder that will be made")
     one.add_argument("--image", type=Path, help="OCI layout (default: dist/<cell>)")
-    one.add_argument("--max-part", default="62MB", help="largest part, e.g. 62MB (10^6 bytes)")
+    one.add_argument("--max-part", type=_positive, default=62, help="in megabytes (62)")
     one.add_argument("--caches", type=Path, help="JIT caches of an earlier run of the same stack")
 
     one = command(gpu, "receipts", receipts, key)
@@ -90,12 +90,12 @@ def test(project: Project, args: argparse.Namespace) -> None:
 
 def kit(project: Project, args: argparse.Namespace) -> None:
     """Write the suite for a GPU host offline."""
-    from vllm_forge.gputest.kit import make_kit, parse_size
+    from vllm_forge.gputest.kit import make_kit
 
     cell = project.cell(args.sku, args.line)
     make_kit(
         project, cell, args.image or project.root / "dist" / cell.name, args.output,
-        max_part=parse_size(args.max_part), caches=args.caches,
+        max_part=math.ceil(args.max_part * 1e6), caches=args.caches,
         inputs=_input_folders(args.checkpoint, args.workloads),
     )  # fmt: skip
     print(args.output)

@@ -6,7 +6,6 @@ them, verifies the image from its digest down, and runs the suite in it.
 
 import gzip
 import json
-import re
 import shutil
 import subprocess
 import tarfile
@@ -16,7 +15,6 @@ from typing import IO, Any, cast
 
 import zstandard
 
-from vllm_forge.errors import UsageError
 from vllm_forge.gputest import launch
 from vllm_forge.gputest.errors import KitError
 from vllm_forge.host import atomic_path, report, require_disk, tree_bytes
@@ -27,24 +25,12 @@ from vllm_forge.matrix import ImageCell
 from vllm_forge.project import Project
 
 HOST = Path(__file__).with_name("kit_host.py")
-SIZE = re.compile(r"(?P<number>\d+)\s*(?P<unit>MB|MiB|GB|GiB)")
-UNITS = {"MB": 10**6, "MiB": 1 << 20, "GB": 10**9, "GiB": 1 << 30}
 CHUNK = 1 << 22
 RUN = """#!/bin/sh
 # sh run.sh take           keep the parts beside this file; once for each batch of parts
 # sh run.sh go OUTPUT      verify, unpack, run the suite in the image; see kit.py
 exec python3 "$(dirname "$0")/kit.py" "$@"
 """
-
-
-def parse_size(text: str) -> int:
-    """Bytes of e.g. ``62MB``."""
-    match = SIZE.fullmatch(text)
-    if match is None or int(match["number"]) == 0:
-        raise UsageError(
-            f"invalid size {text!r}: expected e.g. 62MB", remedy=f"units: {', '.join(UNITS)}"
-        )
-    return int(match["number"]) * UNITS[match["unit"]]
 
 
 def make_kit(
@@ -79,7 +65,6 @@ def make_kit(
         bundle, labels = content / "bundle", image.config["config"].get("Labels") or {}
         tested = launch.SuiteImage(name=cell.name, digest=image.digest, labels=labels)
         plan = launch.write_bundle(project, cell, tested, bundle)
-        launch.unpack_tools(project.root, bundle)
         for place, folder in inputs.items():
             shutil.copytree(folder, bundle / place)
         key = plan["caches"]["key"]

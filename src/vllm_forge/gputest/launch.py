@@ -1,7 +1,8 @@
 """Run the GPU suite inside an image with the GPUs of this host.
 
 What goes to a GPU host beside the packages is the suite, its plan, and the sources it needs.
-``source/`` has what the race suite's positive controls are compiled from. ``variants/<name>/`` has
+``source/`` has what the race suite's positive controls are compiled from, ``upstream/`` vLLM's own
+tests. ``variants/<name>/`` has
 the Python files that the series changes, as published and with one patch left out: a test lays
 them over the installed vLLM to see the error that a patch cures.
 
@@ -33,6 +34,7 @@ from vllm_forge.patches import Applied, Patch, check_line, read_series, read_tre
 from vllm_forge.patches.series import without
 from vllm_forge.patches.wheel import changed_files
 from vllm_forge.project import Project
+from vllm_forge.proofs.upstream import CONTENT, UPSTREAM_REQUIREMENTS
 from vllm_forge.receipts.errors import ReceiptSubjectError
 from vllm_forge.receipts.suite import CODECS_FOLDER, TESTS, plan_tier, read_suite
 from vllm_forge.serve.doctor import listed_gpus
@@ -58,6 +60,7 @@ FOLDERS = {
 RUN = ("-m", "tests.gpu.harness.run")
 WHEELS = {
     "tools": "tests/gpu/requirements.txt", "sanitizer": "tests/gpu/requirements-image.txt",
+    "upstream/tools": UPSTREAM_REQUIREMENTS,
 }  # fmt: skip
 # In an image: the command without its options, and what is set for it.
 SUITE = ("/opt/venv/bin/python", *RUN, "/forge/plan.json", "/output")
@@ -94,8 +97,10 @@ def write_bundle(
     plan = make_plan(project, cell, applied.result, image)
     copy_code(project.root, folder)
     repo.unpack(applied.base, read_suite(project.root).release_sources, folder / SOURCE)
+    repo.unpack(applied.base, CONTENT, folder / "upstream")
     _write_variants(read_series(project.root / cell.line.series), repo, applied, folder / VARIANTS)
     (folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+    unpack_tools(project.root, folder)
     return plan
 
 
@@ -145,10 +150,7 @@ def _write_variants(
         trees[f"without-{patch.name[:4]}"] = without(repo, applied, patches, number).tree
     paths = [file.path for file in changed_files(repo, applied)]
     for name, tree in trees.items():
-        for path in paths:
-            target = folder / name / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(repo.git("cat-file", "blob", f"{tree}:{path}").stdout)
+        repo.unpack(tree, paths, folder / name)
 
 
 def cache_key(project: Project, cell: ImageCell, tree: str) -> dict[str, str]:
@@ -314,7 +316,6 @@ def run_in_image(
     with tempfile.TemporaryDirectory() as work:
         bundle = Path(work) / "bundle"
         plan = write_bundle(project, cell, image, bundle)
-        unpack_tools(project.root, bundle)
         for place in inputs:  # the bundle is mounted read-only: no engine could make them
             (bundle / place).mkdir(parents=True)
         output.mkdir(parents=True, exist_ok=True)

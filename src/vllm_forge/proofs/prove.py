@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from rich.markup import escape
 from rich.table import Table
 
@@ -36,7 +36,7 @@ ALL_TESTS = "tests/patches"
 WHOLE = "whole"
 # Reported first if there are several problems.
 FIRST = (UselessPatchError, ProofNotRunError)
-SCRIPT = Path(__file__).with_name("run_tests.py")
+SCRIPT = Path("tests/gpu/upstream/run_tests.py")
 REQUIREMENTS = "tests/patches/requirements.txt"
 # Sources of the release's native code, and the GPUs that it is built for.
 NATIVE = ("CMakeLists.txt", "cmake", "csrc", ".buildkite/release-pipeline.yaml")
@@ -56,12 +56,16 @@ CHANGING = re.compile(r"\b0x[0-9a-f]+\b|/(?:tmp|opt|mnt|srv)/\S+")
 
 
 class TestRun(FrozenModel):
-    """A pytest run inside: exit code, each test's outcome, message of the first red test."""
+    """A pytest run inside: exit code, each test's outcome, message of the first red test.
+
+    ``reasons``: of each test that has not passed.
+    """
 
     __test__: ClassVar[bool] = False  # not a test, whatever its name
 
     exit: int
     tests: dict[str, str]
+    reasons: dict[str, str] = Field(default_factory=dict)
     why: str
     tail: str
 
@@ -289,14 +293,14 @@ def write_inputs(root: Path, folder: Path, repo: SourceRepo, base: str) -> Path:
         for path in ("tests/patches", MUTANTS, "patches", *MODELS):
             shutil.copytree(root / path, aside / path, ignore=skip)
         repo.unpack(base, NATIVE, aside / "source")
-        write_tools(aside, root / REQUIREMENTS)
+        write_tools(aside, root, REQUIREMENTS)
     return folder
 
 
-def write_tools(folder: Path, requirements: Path) -> None:
+def write_tools(folder: Path, root: Path, requirements: str) -> None:
     """Write run_tests.py, and the wheels that come after the image's own on sys.path."""
-    shutil.copyfile(SCRIPT, folder / SCRIPT.name)
-    _, wheels = read_wheels(requirements, "name wheels, sorted, with hashes")
+    shutil.copyfile(root / SCRIPT, folder / SCRIPT.name)
+    _, wheels = read_wheels(root / requirements, "name wheels, sorted, with hashes")
     Wheelhouse().unpack(wheels, folder / "tools")
 
 
@@ -320,7 +324,7 @@ def _run(job: ProofJob, variant: Variant | None, threads: str) -> TestRun:
     if variant is not None:
         name, tree, test = variant.left_out.path.stem, variant.tree, variant.left_out.proves
     start = time.monotonic()
-    argv = (PYTHON, f"/mnt/{SCRIPT.name}", job.line_name, threads, test)
+    argv = (PYTHON, f"/mnt/{SCRIPT.name}", "/mnt", job.line_name, threads, test)
     output = job.environment.run(name, tree, job.inputs, argv)
     run = parse(output, f"line {job.line_name}, {name}")
     what = name if variant is None else f"without {name}"

@@ -9,45 +9,30 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rich.table import Table
+from pydantic import TypeAdapter
 
 from vllm_forge.host import Runner, atomic_path, console, exclusive, read_data, report, write_json
-from vllm_forge.matrix import FrozenModel
 from vllm_forge.project import Project
 from vllm_forge.proofs import prove
 from vllm_forge.proofs.environment import PYTHON, open_line
 from vllm_forge.proofs.errors import ProofNotRunError, RegressionError, UpstreamRowsError
 
 ROWS = "tests/patches/upstream.toml"
-REQUIREMENTS = "tests/patches/requirements-upstream.txt"
+UPSTREAM_REQUIREMENTS = "tests/patches/requirements-upstream.txt"
 CONTENT = ("tests", "pyproject.toml")  # of the release's source
 LIMIT = 1200  # seconds for one tree; a test that waits for a network must not stop the run
 PUBLISHED, PATCHED = "published", "patched"
 
 
-class UpstreamTest(FrozenModel):
-    """A row: a file of the release's tests, what it is about, the lines whose release has it."""
-
-    path: str
-    about: str
-    lines: tuple[str, ...]
-
-
-class _Rows(FrozenModel):
-    test: tuple[UpstreamTest, ...]
-
-
 def read_tests(root: Path, line: str) -> list[str]:
-    """Paths of a line's rows; UpstreamRowsError if a row is invalid, or none is for the line."""
-    rows = read_data(
-        root / ROWS, _Rows.model_validate, UpstreamRowsError, what="rows", remedy="correct that row"
+    """Paths of a line's tests; UpstreamRowsError if the file is invalid, or has none for it."""
+    return read_data(
+        root / ROWS,
+        lambda data: TypeAdapter(dict[str, list[str]]).validate_python(data)[line],
+        UpstreamRowsError,
+        what=f"list of vLLM's tests for line {line}",
+        remedy="name files of its release's tests",
     )
-    paths = [row.path for row in rows.test if line in row.lines]
-    if not paths:
-        raise UpstreamRowsError(
-            f"no row is for line {line}", where=ROWS, remedy="name tests of its release"
-        )
-    return paths
 
 
 def compare(project: Project, line: str, runner: Runner) -> Path:
@@ -60,23 +45,20 @@ def compare(project: Project, line: str, runner: Runner) -> Path:
             with atomic_path(inputs) as aside:
                 aside.mkdir()
                 environment.repo.unpack(environment.applied.base, CONTENT, aside)
-                prove.write_tools(aside, project.root / REQUIREMENTS)
+                prove.write_tools(aside, project.root, UPSTREAM_REQUIREMENTS)
         trees = {PUBLISHED: environment.applied.base, PATCHED: environment.applied.result}
 
         def run(name: str) -> prove.TestRun:
             script = f"/mnt/{prove.SCRIPT.name}"
-            argv = ("/usr/bin/timeout", str(LIMIT), PYTHON, script, line, "1", *paths)
+            argv = ("/usr/bin/timeout", str(LIMIT), PYTHON, script, "/mnt", line, "1", *paths)
             return prove.parse(environment.run(name, trees[name], inputs, argv), name)
 
         with ThreadPoolExecutor(len(trees)) as pool:
             published, patched = pool.map(run, trees)
     rows = judge(line, paths, published, patched)
-    table = Table(title=f"line {line}: vLLM's own tests, as published and as patched")
-    for column in ("file", "outcomes"):
-        table.add_column(column, overflow="fold")
     for file, counts in rows.items():
-        table.add_row(file, ", ".join(f"{count} {name}" for name, count in counts.items()))
-    console.print(table)
+        said = ", ".join(f"{count} {name}" for name, count in counts.items())
+        console.print(f"  {file}: {said}", markup=False)
     path = project.records / "upstream" / f"{line}.json"
     vllm = environment.plan.cell.line.vllm
     write_json(path, {"line": line, "vllm": vllm, "trees": trees, "files": rows})
@@ -93,23 +75,18 @@ def judge(
     for name, run in ((PUBLISHED, published), (PATCHED, patched)):
         if run.exit not in {prove.GREEN, prove.RED}:
             raise prove.not_run(f"line {line}, {name}", run)
-    rows: dict[str, dict[str, int]] = {}
-    for path in paths:
-        names = sorted(
-            name for name in {**published.tests, **patched.tests} if name.startswith(f"{path}::")
-        )
-        pairs = [tuple(run.tests.get(name, "missing") for run in (published, patched))
-                 for name in names]  # fmt: skip
-        if not any(before == "passed" for before, _ in pairs):
-            what = f"line {line}: nothing in it passes as published: {dict(Counter(pairs))}"
-            remedy = "take the line out of its row"
-            raise ProofNotRunError(what, where=f"{ROWS}: {path}", remedy=remedy)
-        if lost := [name for name, (before, after) in zip(names, pairs, strict=True)
-                    if before == "passed" != after]:  # fmt: skip
-            what = f"line {line}: {len(lost)} of vLLM's tests pass as published, not as patched"
-            remedy = f"correct the patch; its message: {patched.why}"
-            raise RegressionError(what, where="\n          ".join(lost[:10]), remedy=remedy)
-        counts = Counter(before if before == after else f"{before}, then {after}"
-                         for before, after in pairs)  # fmt: skip
-        rows[path] = dict(sorted(counts.items()))
-    return rows
+    before, after = published.tests, patched.tests
+    if lost := [name for name in before if before[name] == "passed" != after.get(name)]:
+        what = f"line {line}: {len(lost)} of vLLM's tests pass as published, not as patched"
+        remedy = f"correct the patch; its message: {patched.why}"
+        raise RegressionError(what, where="\n          ".join(lost[:10]), remedy=remedy)
+    rows: dict[str, Counter[str]] = {path: Counter() for path in paths}
+    for name in before | after:
+        old, new = (outcomes.get(name, "missing") for outcomes in (before, after))
+        counts = rows.setdefault(name.partition("::")[0], Counter())
+        counts[old if old == new else f"{old}, then {new}"] += 1
+    if idle := [path for path, counts in rows.items() if not counts["passed"]]:
+        what = f"line {line}: nothing in it passes as published: {dict(rows[idle[0]])}"
+        remedy = "take it out of the line's list"
+        raise ProofNotRunError(what, where=f"{ROWS}: {idle[0]}", remedy=remedy)
+    return {path: dict(sorted(counts.items())) for path, counts in rows.items()}

@@ -100,9 +100,9 @@ MISTAKES: dict[str, tuple[list[str], type[ForgeError], list[str]]] = {
     "no minutes": ([*TEST, "--minutes=0"], UsageError, ["--minutes", "'0'", "greater than 0"]),
     "infinite minutes": ([*TEST, "--minutes=inf"], UsageError, ["--minutes", "'inf'"]),
     "not a size": (
-        ["gpu", "kit", "h200", "--output=x", "--max-part=9"],
+        ["gpu", "kit", "h200", "--output=x", "--max-part=62MB"],
         UsageError,
-        ["'9'", "62MB"],
+        ["'62MB'", "a number"],
     ),
     "not a number of processes": (
         [*TEST, "-n0"],

@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vllm_forge.errors import UsageError
 from vllm_forge.gputest.kit import (
     HOST,
     RUN,
-    parse_size,
     write_layers,
     write_parts,
 )
@@ -370,19 +368,6 @@ def test_host_side_stands_alone() -> None:
     )
     assert (done.returncode, "usage" in done.stderr) == (1, True)
     assert "vllm_forge" not in HOST.read_text()
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("62MB", 62_000_000), ("1 GiB", 1 << 30), ("15MiB", 15 << 20)]
-)
-def test_sizes_have_units(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["62", "0MB", "MB", "1.5GB", "62mb", "-1MB"])
-def test_invalid_sizes_are_rejected(text: str) -> None:
-    with pytest.raises(UsageError, match="invalid size"):
-        parse_size(text)
 
 
 def test_no_part_is_larger_than_asked(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def wheel(path: Path, name: str, mode: int) -> None:
 
 def test_programs_of_tools_can_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "Wheelhouse", lambda: Wheels(tmp_path))
-    wheels = {"tools": ["a.whl"], "sanitizer": ["b.whl", "c.whl"]}
+    wheels = {"tools": ["a.whl"], "upstream/tools": [], "sanitizer": ["b.whl", "c.whl"]}
     monkeypatch.setattr(gpu, "suite_wheels", lambda _, folder: wheels[folder])
     wheel(tmp_path / "a.whl", "pytest/__init__.py", 0o644)
     program = gpu.SANITIZER.relative_to("sanitizer")
@@ -123,7 +123,7 @@ def test_an_incomplete_sanitizer_is_refused(
 ) -> None:
     """Else its tests would fail on the GPU, minutes after its start (wheels of CUDA 13.0-13.4)."""
     monkeypatch.setattr(gpu, "Wheelhouse", lambda: Wheels(tmp_path))
-    monkeypatch.setattr(gpu, "suite_wheels", lambda _, folder: ["b.whl"] * (folder != "tools"))
+    monkeypatch.setattr(gpu, "suite_wheels", lambda _, folder: ["b.whl"] * (folder == "sanitizer"))
     wheel(tmp_path / "b.whl", name, 0o755)
     with pytest.raises(LockFileError, match=f"have no nvidia/cu13/compute-sanitizer/{missing}"):
         unpack_tools(tmp_path, tmp_path / "bundle")

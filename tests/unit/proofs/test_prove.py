@@ -372,11 +372,11 @@ def test_teardown(late): print("noise on stdout")
 
 
 def run_inside(folder: Path, content: str) -> TestRun:
-    (folder / SCRIPT.name).write_bytes(SCRIPT.read_bytes())
+    (folder / SCRIPT.name).write_bytes((ROOT / SCRIPT).read_bytes())
     (folder / "test_it.py").write_text(content)
     environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     done = subprocess.run(
-        [sys.executable, SCRIPT.name, "9.9", "1", "test_it.py"],
+        [sys.executable, SCRIPT.name, str(folder), "9.9", "1", "test_it.py"],
         cwd=folder,
         env=environ,
         capture_output=True,
@@ -538,8 +538,8 @@ def test_whole_runs_all_tests_and_a_variant_its_proof(
     prove_it(one_line, run(0, it="passed"), run(1, it="failed"))
     runs = sorted(one_line[1].runs, key=lambda item: item.name, reverse=True)
     assert [item.argv[2:] for item in runs] == [
-        ("9.9", runs[0].argv[3], "tests/patches"),
-        ("9.9", runs[0].argv[3], PROOF),
+        ("/mnt", "9.9", runs[0].argv[4], "tests/patches"),
+        ("/mnt", "9.9", runs[0].argv[4], PROOF),
     ]
     assert len({item.work for item in runs}) == 2
 

@@ -72,9 +72,9 @@ def test_rows_name_lines_of_the_matrix(root: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('[[test]]\npath = "a"\nabout = "b"\nline = ["1"]\n', "test.0.line"),
-        ('[[test]]\npath = "a"\nabout = "b"\nlines = ["2"]\n', "no row is for line 1"),
-        ("[[test]\n", "Expected"),
+        ('"1" = [["a"]]\n', "valid string"),
+        ('"2" = ["a"]\n', "list of vLLM's tests for line 1"),
+        ("[test\n", "Expected"),
     ],
 )
 def test_invalid_rows_are_refused(tmp_path: Path, text: str, words: str) -> None:

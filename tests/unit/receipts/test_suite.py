@@ -235,7 +235,7 @@ def test_the_runner_computes_the_same_hash(root: Path, tmp_path: Path) -> None:
 
 
 def test_the_suites_description_is_whole(root: Path) -> None:
-    assert {"kernel", "server", "tp2", "tp4", "soak"} == set(read_suite(root).tier)
+    assert {"kernel", "server", "upstream", "tp2", "tp4", "soak"} == set(read_suite(root).tier)
     assert read_suite(root).release_sources
     matrix = load(root)
     presets = [MATRIX_ROWS["preset"](matrix, sku) for sku in matrix.sku]
