@@ -82,6 +82,32 @@ def test_changed_bit_is_refused_by_verify(data: st.DataObject, built: Project) -
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "blobs/sha256/" + "0" * 64, "fifo", "link"])
+def test_file_of_others_in_a_layout_is_refused(name: str, built: Project) -> None:
+    """A tar of the layout would carry it: some engines take the first manifest.json of a tar."""
+    path = built.root / "dist" / CELL / name
+    if name == "fifo":
+        os.mkfifo(path)
+    elif name == "link":
+        path.symlink_to("/etc/passwd")
+    else:
+        path.write_text("[]")
+    try:
+        with pytest.raises(LayoutError, match=f"{name} is not of its image"):
+            verify(read_image(built.root / "dist" / CELL))
+    finally:
+        path.unlink()
+
+
+def test_fifo_in_place_of_the_version_is_not_waited_for(built: Project) -> None:
+    path = built.root / "dist" / CELL / "oci-layout"
+    path.unlink()
+    os.mkfifo(path)
+    image, fresh = fast_build(built, "alpha")
+    assert fresh
+    verify(image)
+
+
 def test_changed_image_is_built_again(built: Project, capsys: pytest.CaptureFixture[str]) -> None:
     """A byte of each file: of the index, the layout's version, manifest, config and layers."""
     good = {path: path.read_bytes() for path in files(built)}

@@ -137,9 +137,9 @@ def set_name(image: Image, name: str) -> None:
 def has_name(image: Image, name: str) -> bool:
     """Whether the files around the blobs are those of an image with that name."""
     try:
-        index = (image.path / "index.json").read_bytes()
-        version = (image.path / "oci-layout").read_bytes()
-    except OSError:
+        index = read_plain(image.path / "index.json")
+        version = read_plain(image.path / "oci-layout")
+    except (OSError, ValueError):
         return False
     return version == VERSION and index == _index(image.digest, image.manifest, name)
 
@@ -186,7 +186,8 @@ def _hashed(blob: Path) -> bytes:
 def verify(image: Image, *, unpacked: bool = False) -> None:
     """Hash every blob of an image; ``unpacked``: layers also without their compression.
 
-    Raises LayoutError: the SHA-256 of a blob is not its name, or not its ``diff_id``.
+    Raises LayoutError: the SHA-256 of a blob is not its name, or not its ``diff_id``; or there are
+    other files, which a tar of the layout would carry.
     """
     digests = [image.digest, image.manifest["config"]["digest"]]
     digests += [layer["digest"] for layer in image.manifest["layers"]]
@@ -202,6 +203,11 @@ def verify(image: Image, *, unpacked: bool = False) -> None:
                 where=str(path),
                 remedy="the layout was changed after the build: delete it and build again",
             )
+    known = {"index.json", "oci-layout", *(f"blobs/sha256/{hex_digest(name)}" for name in digests)}
+    paths = [path for path in image.path.rglob("*") if path.is_symlink() or not path.is_dir()]
+    if others := sorted({path.relative_to(image.path).as_posix() for path in paths} - known):
+        remedy = "delete the layout and build again"
+        raise LayoutError(f"{others[0]} is not of its image", where=str(image.path), remedy=remedy)
     blobs = [layer.blob for layer in image.layers] if unpacked else []
     with ThreadPoolExecutor() as pool:
         for blob, actual in zip(blobs, pool.map(plain_digest, blobs), strict=True):
