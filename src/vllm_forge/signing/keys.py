@@ -34,8 +34,8 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=64)]
 Line = Annotated[str, Field(pattern=r"^[\w .,:;@()/+-]+$", max_length=200)]
 
 MAKE = (
-    "make a key with: (umask 077; openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 "
-    "-out key.pem); its public half with: openssl pkey -in key.pem -pubout -out NAME.pem"
+    "make a key with: openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out key.pem; "
+    "its public half with: openssl pkey -in key.pem -pubout -out NAME.pem"
 )
 
 
@@ -221,7 +221,7 @@ def read_keyring(root: Path) -> Keyring:
         raise _keyring(folder, f"cannot read it: {error}") from None
     if link := next((path for path in (folder, folder.parent) if path.is_symlink()), None):
         raise _keyring(link, "it is a link")
-    remedy = f"write {FOLDER}/{TABLE} as docs/operate/verify.md shows"
+    remedy = f"write {FOLDER}/{TABLE} as docs/develop/keys.md shows"
     table = read_data(
         folder / TABLE, KeyTable.model_validate, errors.KeyringError,
         what="table of trusted keys", remedy=remedy,
