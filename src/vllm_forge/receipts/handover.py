@@ -122,7 +122,7 @@ def _show(who: str, receipt: Receipt) -> None:
         f"  vLLM tree {statement.tree}, lock sha256:{detail.lock_sha256}",
         f"  suite {statement.suite}",
         f"  {len(statement.predicate.passed)} tests passed, on {gpus}",
-        f"  closest to its bound: {closest_margin(detail)}",
+        f"  closest margin: {closest_margin(detail)}",
         f"  ran until {detail.finished}, valid until {detail.expires}",
     ]
     console.print("\n".join(rows), markup=False)
