@@ -199,9 +199,15 @@ def make_provenance(
     identity.
 
     Raises:
-        ProvenanceError: the checkout is not a commit, or no identity is known.
+        ProvenanceError: the checkout is not a commit, or not what was built; or no identity is known.
     """
     stack = record["stack"]
+    tree = read_tree_lock(project.root / cell.line.series, cell.line_name).result
+    expected = (f"sha256:{image.digest}", project.lock(cell.line_name).digest, tree)
+    if expected != (record["digest"], stack["lock"]["sha256"], stack["tree"]):
+        what = "the image was not built from this checkout's lock and series"
+        remedy = "build it again, then attest it"
+        raise ProvenanceError(what, where=str(image.path), remedy=remedy)
     label = stack["base"]["packages"]
     base = {CURRENT: CURRENT}.get(label, LOCKED if label.startswith("sha256:") else label)
     newest = max(record["blobs"].values()) // 10**9

@@ -168,6 +168,23 @@ def test_changed_checkout_is_not_attested(built: Built, key: PrivateKey) -> None
         path.unlink()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.update(digest="sha256:" + "0" * 64),
+        lambda record: record["stack"].update(tree="0" * 40),
+        lambda record: record["stack"]["lock"].update(sha256="0" * 64),
+    ],
+)
+def test_image_of_another_checkout_is_not_attested(
+    built: Built, key: PrivateKey, change: Callable[[dict[str, Any]], object]
+) -> None:
+    record = copy.deepcopy(built.record)
+    change(record)
+    with pytest.raises(ProvenanceError, match="not built from this checkout"):
+        make(built, key, record)
+
+
 def test_checkout_without_commit_is_not_attested(
     built: Built, key: PrivateKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
