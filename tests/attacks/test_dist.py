@@ -18,9 +18,7 @@ from tests.support.fast_build import FastEngine, FastRunner, fast_build, use
 from tests.support.project import Project, make_project
 from vllm_forge.cli import main
 from vllm_forge.commands import build as command
-from vllm_forge.errors import ForgeError, UsageError
-from vllm_forge.host import RecordingRunner
-from vllm_forge.host.errors import CommandFailedError
+from vllm_forge.errors import ForgeError
 from vllm_forge.images import Image, read_image, verify
 from vllm_forge.images.errors import BuildRecordError, LayoutError
 from vllm_forge.images.layout import IMAGE_NAME, blob_times, set_name
@@ -223,60 +221,6 @@ def test_all_bytes_are_hashed_before_they_leave(
     assert main(["build", "alpha", option]) == LayoutError.exit_code
     assert not [argv for argv in runner.commands if argv[0] == "skopeo"]
     replaced(path, content)
-
-
-class Registry(FastRunner):
-    """Pretends to push, and says what it has."""
-
-    digest = "sha256:" + "0" * 64
-
-    def run(self, argv: Any, **_: Any) -> str:
-        (file,) = [word.partition("=")[2] for word in argv if word.startswith("--digestfile=")]
-        Path(file).write_text(self.digest + "\n")
-        return ""
-
-
-def test_pushed_digest_is_compared(tmp_path: Path) -> None:
-    command._push(Registry(), tmp_path / "image", "registry.example/x:1", "0" * 64)
-    with pytest.raises(CommandFailedError, match="the registry has sha256:0000"):
-        command._push(Registry(), tmp_path / "image", "registry.example/x:1", "1" * 64)
-
-
-@pytest.mark.parametrize(
-    ("host", "plain"),
-    [
-        ("localhost", True), ("localhost:5000", True), ("127.0.0.1:5000", True),
-        ("[::1]:5000", True), ("localhost.evil.example", False), ("127.0.0.1.evil.example", False),
-        ("127.0.0.10:5000", False), ("localhost-x:1", False), ("xlocalhost", False),
-        ("registry.example:443", False),
-    ],
-)  # fmt: skip
-def test_tls_is_off_for_this_host_only(host: str, plain: bool, tmp_path: Path) -> None:
-    runner = RecordingRunner()
-    reference = command._require_reference(f"{host}/vllm:1")
-    command._push(runner, tmp_path / "image", reference, None)
-    assert ("--dest-tls-verify=false" in runner.commands[0]) == plain
-
-
-def test_name_and_tag_without_a_host_are_not_this_host(tmp_path: Path) -> None:
-    """``localhost:5000`` is the image "localhost" of the default registry."""
-    runner = RecordingRunner()
-    command._push(runner, tmp_path / "image", command._require_reference("localhost:5000"), None)
-    assert "--dest-tls-verify=false" not in runner.commands[0]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "user:s3cret@localhost:5000/x:1", "https://registry.example/x", "-x", "", "x y", "x\n",
-        "registry.example/x@sha256:" + "0" * 64, "registry.example/X:1", "r.example/x:1 --all",
-        "localhost:5000#.evil.example/x", "docker://x/y",
-    ],
-)  # fmt: skip
-def test_invalid_reference_is_refused_before_the_build(text: str) -> None:
-    with pytest.raises(UsageError) as refused:
-        command._require_reference(text)
-    assert "s3cret" not in str(refused.value)
 
 
 def test_record_that_is_damaged_means_built_again(built: Project) -> None:

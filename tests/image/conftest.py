@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.docker_registry import docker_registry
 from tests.support.project import Project, make_project
 
 HOW = "run `nox -s test -- --provision` as root on Debian, which installs it"
@@ -35,6 +33,13 @@ def require_engine() -> None:
     missing = [tool for tool in ("mmdebstrap", "skopeo") if shutil.which(tool) is None]
     if not engines() or missing:
         pytest.skip(f"no container engine ({', '.join(missing) or 'buildah or docker'}): {HOW}")
+
+
+def require_registry() -> None:
+    """Skip, saying what would run it."""
+    missing = [tool for tool in ("docker-registry", "skopeo") if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"no {', '.join(missing)}: {HOW}")
 
 
 @pytest.fixture(scope="session")
@@ -64,30 +69,6 @@ def sibling(built: Project, tmp_path: Path) -> Project:
 @pytest.fixture(scope="session")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """host:port of a docker-registry."""
-    if shutil.which("docker-registry") is None:
-        pytest.skip(f"no docker-registry: {HOW}")
-    folder = tmp_path_factory.mktemp("registry")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    config = folder / "config.yml"
-    config.write_text(
-        "version: 0.1\nlog: {level: error}\n"
-        f"storage: {{filesystem: {{rootdirectory: {folder}/data}}}}\n"
-        f'http: {{addr: "127.0.0.1:{port}"}}\n'
-    )
-    server = subprocess.Popen(
-        ["docker-registry", "serve", str(config)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 30
-    while True:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        assert server.poll() is None, "docker-registry ended"
-        assert time.monotonic() < deadline, "docker-registry does not listen"
-    yield f"127.0.0.1:{port}"
-    server.terminate()
-    server.wait()
+    require_registry()
+    with docker_registry(tmp_path_factory.mktemp("registry")) as running:
+        yield running.host

@@ -24,6 +24,7 @@ from tests.support.project import CODE, LIBRARY, PATCHED, VLLM, Project, make_pr
 from vllm_forge.host.files import mounted_below
 from vllm_forge.images.layout import Image, read_image, verify
 from vllm_forge.project import Project as ForgeProject
+from vllm_forge.release.registry import Reference, Repository
 from vllm_forge.sources.debian import read_base_lock
 
 if TYPE_CHECKING:
@@ -259,8 +260,7 @@ def test_push_and_pull_by_digest(built: Project, registry: str, tmp_path: Path) 
     reference = f"{registry}/vllm:alpha"
     built.run("build", "alpha", "--push", reference)
     digest = f"sha256:{image(built).digest}"
-    pushed = (built.root / "dist" / f"{ALPHA}.pushed").read_text().strip()
-    assert pushed == digest
+    assert Repository(Reference.parse(reference)).resolve("alpha") == digest
     subprocess.run(
         [
             "skopeo", "copy", "--quiet", "--src-tls-verify=false",

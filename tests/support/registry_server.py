@@ -84,6 +84,7 @@ class RegistryServer:
         self.requests: list[Request] = []
         self.uploads: dict[str, bytes] = {}
         self.tokens: dict[str, str] = {}  # to the scope it is for
+        self.sent = 0  # bytes of endless bodies
         self.lock = threading.RLock()
         self._http = _Http(("127.0.0.1", 0), _Handler)
         self._http.registry = self
@@ -211,6 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             while True:
                 self.wfile.write(bytes(PIECE))
+                self.registry.sent += PIECE
         if "Content-Length" not in answer.headers:
             self.send_header("Content-Length", str(len(content)))
         self.end_headers()

@@ -3,27 +3,22 @@
 import argparse
 import json
 import os
-import re
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from vllm_forge.commands.parsers import JSON, LINE, SKU, Commands, command, option, print_json
 from vllm_forge.errors import UsageError
 from vllm_forge.host import RecordingRunner, Runner, console, gigabytes, which
-from vllm_forge.host.errors import CommandFailedError, ToolMissingError
+from vllm_forge.host.errors import ToolMissingError
 from vllm_forge.matrix import ImageCell
 from vllm_forge.project import Project
 from vllm_forge.serve.deployment import presets_of
 
+if TYPE_CHECKING:
+    from vllm_forge.release.registry import Reference
+
 ENGINES = ("docker", "buildah")
-# Without a user: a password in it would be in the process list and in logs.
-REFERENCE = re.compile(
-    r"(([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9a-fA-F:]+\])(:[0-9]+)?/)?"
-    r"[a-z0-9]+([._/-]+[a-z0-9]+)*(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?"
-)
-PORT = re.compile(r":[0-9]+$")
-LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
 
 
 def register(choices: Commands) -> None:
@@ -36,7 +31,7 @@ def register(choices: Commands) -> None:
     one = command(choices, "build", build, SKU, LINE, JSON, base)
     one.add_argument("--engine", choices=ENGINES, help="default: the one that is installed")
     one.add_argument("--load", action="store_true", help="also load it into the engine's store")
-    one.add_argument("--push", metavar="REF", help="also push it, e.g. registry/name:tag")
+    one.add_argument("--push", metavar="REF", help="also push it, e.g. HOST/NAME:TAG")
     one.add_argument(
         "--archive", type=Path, metavar="FILE",
         help="also write it to one file: .tar, or .sqsh for enroot and Apptainer",
@@ -59,8 +54,7 @@ def build(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.images.archive import require_kind, write_archive
 
     cell = project.cell(args.sku, args.line)
-    if args.push:
-        _require_reference(args.push)
+    reference = args.push and _push_target(args.push)
     if args.archive:
         require_kind(args.archive)
     runner = RecordingRunner() if args.dry_run else Runner()
@@ -86,7 +80,7 @@ def build(project: Project, args: argparse.Namespace) -> None:
     if args.load:
         engine.load(runner, plan.target, plan.name)
     if args.push:
-        _push(runner, plan.target, args.push, None if args.dry_run else image.digest)
+        _push(runner, plan.target, reference, "DIGEST" if args.dry_run else image.digest)
     if args.archive:
         write_archive(runner, plan.target, plan.name, args.archive, cell.base.source_date_epoch)
     if args.dry_run:
@@ -95,6 +89,8 @@ def build(project: Project, args: argparse.Namespace) -> None:
         f"[bold green]{'built' if fresh else 'up to date'}[/] {image.path}\n"
         f"  sha256:{image.digest}  {image.size / 1e6:.0f} MB"
     )
+    if args.push:
+        console.print(f"  pushed {reference.at(f'sha256:{image.digest}')}", markup=False)
     document = {"image": str(image.path), "digest": f"sha256:{image.digest}", "built": fresh}
     print_json(args, json.dumps(document))
     console.print(f"next: {_next_command(project, cell, args)}", markup=False)
@@ -109,34 +105,24 @@ def _as_namespace_root() -> NoReturn:
     os.execv(buildah, argv)  # noqa: S606
 
 
-def _require_reference(text: str) -> str:
-    """A reference to push to, without credentials: every user of the host reads command lines."""
-    if REFERENCE.fullmatch(text) is None:
-        raise UsageError(
-            f"invalid --push {text.rpartition('@')[2]!r}: expected [HOST[:PORT]/]NAME[:TAG]",
-            remedy="for a registry that asks for a password, run: skopeo login HOST",
-        )
-    return text
+def _push_target(text: str) -> "Reference":
+    from vllm_forge.release.registry import Reference
+
+    reference = Reference.parse(text)
+    if reference.digest is not None:
+        raise UsageError(f"invalid --push {reference}: expected HOST[:PORT]/NAME[:TAG]")
+    return reference
 
 
-def _push(runner: Runner, target: Path, reference: str, digest: str | None) -> None:
-    """Copy the very bytes of the layout to a registry.
+def _push(runner: Runner, layout: Path, reference: "Reference", digest: str) -> None:
+    """Copy the very bytes of a layout to a registry; only then does the tag name them."""
+    from vllm_forge.release.push import push_layout
+    from vllm_forge.release.registry import Repository
 
-    CommandFailedError: it has another manifest than ``digest``, hex; None: a dry run.
-    """
-    host, slash, _ = reference.partition("/")  # without a slash it is a name and a tag
-    plain = ["--dest-tls-verify=false"] if slash and PORT.sub("", host) in LOOPBACK else []
-    pushed = target.with_name(f"{target.name}.pushed")
-    runner.run(
-        [
-            "skopeo", "copy", "--quiet", "--all", *plain,
-            f"--digestfile={pushed}", f"oci:{target}", f"docker://{reference}",
-        ]
-    )  # fmt: skip
-    if digest is not None and (actual := pushed.read_text().strip()) != f"sha256:{digest}":
-        what = f"the registry has {actual}, the image is sha256:{digest}"
-        remedy = "do not use what was pushed: the registry or skopeo changed it"
-        raise CommandFailedError(what, where=reference, remedy=remedy)
+    digest, tag = f"sha256:{digest}", reference.tag
+    push_layout(runner, layout, reference, digest)
+    if tag is not None:
+        runner.act(f"set tag {tag}", lambda: Repository(reference).set_tag(tag, digest))
 
 
 def _next_command(project: Project, cell: ImageCell, args: argparse.Namespace) -> str:

@@ -115,7 +115,7 @@ def write_image(
         }
         digest = hex_digest(_put(blobs, MANIFEST, manifest)["digest"])
         (aside / "oci-layout").write_bytes(VERSION)
-        (aside / "index.json").write_bytes(_index(digest, manifest, name))
+        (aside / "index.json").write_bytes(_index(digest, len(canonical(manifest)), name))
     return Image(path=target, digest=digest, config=image_config, manifest=manifest)
 
 
@@ -131,7 +131,7 @@ def timestamp(epoch: int) -> str:
 def set_name(image: Image, name: str) -> None:
     """Write another ``repository:tag`` into a layout's index; digests stay."""
     with atomic_path(image.path / "index.json") as aside:
-        aside.write_bytes(_index(image.digest, image.manifest, name))
+        aside.write_bytes(_index(image.digest, _manifest_bytes(image), name))
 
 
 def has_name(image: Image, name: str) -> bool:
@@ -139,13 +139,18 @@ def has_name(image: Image, name: str) -> bool:
     try:
         index = read_plain(image.path / "index.json")
         version = read_plain(image.path / "oci-layout")
+        size = _manifest_bytes(image)
     except (OSError, ValueError):
         return False
-    return version == VERSION and index == _index(image.digest, image.manifest, name)
+    return version == VERSION and index == _index(image.digest, size, name)
 
 
-def _index(digest: str, manifest: dict[str, Any], name: str) -> bytes:
-    entry = _descriptor(MANIFEST, digest, len(canonical(manifest))) | {
+def _manifest_bytes(image: Image) -> int:
+    return image.blob(image.digest).stat().st_size
+
+
+def _index(digest: str, size: int, name: str) -> bytes:
+    entry = _descriptor(MANIFEST, digest, size) | {
         "annotations": {REF_NAME: name.rpartition(":")[2], IMAGE_NAME: name},
         "platform": {"architecture": "amd64", "os": "linux"},
     }

@@ -11,18 +11,24 @@ manifests as garbage.
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from vllm_forge.host import canonical, parse_json
 from vllm_forge.images.layout import MANIFEST
-from vllm_forge.matrix import FrozenModel
 from vllm_forge.release.errors import RegistryContentError, RegistryUnreachableError
-from vllm_forge.release.registry import DIGEST, INDEX, Manifest, Repository, digest_of
+from vllm_forge.release.registry import (
+    DIGEST,
+    INDEX,
+    Blobs,
+    Descriptor,
+    Manifest,
+    Repository,
+    digest_of,
+)
+from vllm_forge.signing.bundle import LARGEST, MEDIA_TYPE
 
-BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
-BUNDLE_BYTES = 64 << 20  # a bundle with an SBOM has about 3 MB
 EMPTY = "application/vnd.oci.empty.v1+json"
 CONTENT = "dev.sigstore.bundle.content"
 PREDICATE = "dev.sigstore.bundle.predicateType"
@@ -31,24 +37,10 @@ TRIES = 20
 OWN_TAG_HEX = 32  # of a manifest's digest, in its own tag
 
 
-class Descriptor(FrozenModel):
-    """An OCI descriptor; others' fields are ignored."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    mediaType: str
-    digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-    size: Annotated[int, Field(strict=True, ge=0)]
-
-
-class Artifact(FrozenModel):
+class Artifact(Blobs):
     """A manifest with a subject."""
 
-    model_config = ConfigDict(extra="ignore")
-
     artifactType: str = ""
-    config: Descriptor
-    layers: tuple[Descriptor, ...]
     subject: Descriptor
     annotations: dict[str, str] = Field(default_factory=dict)
 
@@ -66,10 +58,10 @@ class Referrer:
 
     def bundle(self, repository: Repository) -> bytes:
         """The Sigstore bundle; RegistryContentError if the manifest has not exactly one layer."""
-        if len(layers := self.artifact.layers) != 1 or layers[0].size > BUNDLE_BYTES:
+        if len(layers := self.artifact.layers) != 1 or layers[0].size > LARGEST:
             raise RegistryContentError(
                 f"{self.manifest.digest} is not a bundle: expected one layer of at most "
-                f"{BUNDLE_BYTES} bytes",
+                f"{LARGEST} bytes",
                 where=str(repository.reference),
                 remedy="see who attached it",
             )
@@ -101,12 +93,12 @@ def attach(repository: Repository, subject: Manifest, bundle: bytes, predicate_t
     The same bundle gives the same manifest, so attaching it again changes nothing. The form is
     that of cosign 3 (github.com/sigstore/cosign, specs/BUNDLE_SPEC.md), without its time.
     """
-    layer = _descriptor(BUNDLE, bundle)
+    layer = _descriptor(MEDIA_TYPE, bundle)
     title = f"{layer['digest'].replace(':', '-')}.sigstore.json"
     document = {
         "schemaVersion": 2,
         "mediaType": MANIFEST,
-        "artifactType": BUNDLE,
+        "artifactType": MEDIA_TYPE,
         "config": _descriptor(EMPTY, b"{}"),
         "layers": [layer | {"annotations": {"org.opencontainers.image.title": title}}],
         "subject": _descriptor(subject.media_type, subject.content),
@@ -157,7 +149,7 @@ def _fallback(repository: Repository, digest: str) -> list[Any]:
     if (manifest := repository.find(tag)) is None:
         return []
     rows = parse_json(manifest.content).get("manifests")
-    if manifest.media_type != INDEX or not isinstance(rows, list):
+    if not isinstance(rows, list):
         raise RegistryContentError(
             f"tag {tag} is not a list of what is attached to {digest}",
             where=str(repository.reference),

@@ -11,16 +11,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 from urllib.parse import urljoin
 
 import requests
+from pydantic import ConfigDict, Field
 from urllib3.exceptions import HTTPError
 
 from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.host import parse_json
 from vllm_forge.host.files import file_digest
 from vllm_forge.images.layout import MANIFEST
+from vllm_forge.matrix import FrozenModel
 from vllm_forge.release.credentials import LOGIN
 from vllm_forge.release.errors import (
     ManifestMissingError,
@@ -85,6 +87,25 @@ class Reference:
         return f"{self.registry}/{self.repository}{tag or ''}{digest or ''}"
 
 
+class Descriptor(FrozenModel):
+    """What an OCI manifest says of a blob or manifest; other fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    mediaType: str
+    digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+    size: Annotated[int, Field(strict=True, ge=0)]
+
+
+class Blobs(FrozenModel):
+    """The blobs of an image's manifest; other fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    config: Descriptor
+    layers: tuple[Descriptor, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """A manifest or index as its bytes; ``digest`` is computed of them."""
@@ -95,6 +116,11 @@ class Manifest:
     @property
     def digest(self) -> str:
         return digest_of(self.content)
+
+    def blobs(self) -> tuple[Descriptor, ...]:
+        """Config and layers of an image, each once; ValueError for what is not one."""
+        blobs = Blobs.model_validate(parse_json(self.content))
+        return tuple({row.digest: row for row in (blobs.config, *blobs.layers)}.values())
 
 
 class Repository:
@@ -175,19 +201,19 @@ class Repository:
         if have != size or f"sha256:{hashed.hexdigest()}" != digest:
             raise self._lie(f"blob {digest} of {size} bytes is sha256:{hashed.hexdigest()}", url)
 
-    def stream_blobs(self, blobs: Sequence[tuple[str, int]], folder: Path) -> None:
-        """Download blobs, given as digest and size, to files named by their hex.
+    def stream_blobs(self, blobs: Sequence[Descriptor], folder: Path) -> None:
+        """Download blobs to files named by the hex of their digest.
 
         Each appears when its hash is right; what is unfinished is resumed by the next call.
         """
         downloads = [
             Download(
-                url=f"{self._url}/blobs/{digest}",
-                sha256=digest.removeprefix("sha256:"),
-                size=size,
-                target=folder / digest.removeprefix("sha256:"),
+                url=f"{self._url}/blobs/{blob.digest}",
+                sha256=blob.digest.removeprefix("sha256:"),
+                size=blob.size,
+                target=folder / blob.digest.removeprefix("sha256:"),
             )
-            for digest, size in blobs
+            for blob in blobs
         ]
         for item in downloads:
             if item.target.exists() and file_digest(item.target) != item.sha256:
@@ -315,9 +341,8 @@ class Repository:
             remedy = "give its certificate authority with --ca FILE, or install it on this host"
             raise RegistryUnreachableError(what, where=self.session.base, remedy=remedy) from None
         except (requests.RequestException, HTTPError) as error:
-            what = (
-                f"the registry does not answer: {type(error).__name__}"  # str: has tokens in URLs
-            )
+            # Without the error's text, which has URLs with tokens.
+            what = f"the registry does not answer: {type(error).__name__}"
             remedy = "check the network and the proxy; run the same command again, which goes on"
             raise RegistryUnreachableError(what, where=self.session.base, remedy=remedy) from None
 

@@ -5,7 +5,6 @@ name it there could as well ask for the password. It goes nowhere without TLS, e
 and never along with a redirect: registries keep blobs at other hosts.
 """
 
-import io
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,57 +12,39 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import requests
-import truststore
-from requests.adapters import HTTPAdapter
 from requests.utils import parse_dict_header
-from urllib3 import BaseHTTPResponse
-from urllib3.util.retry import Retry
 
 from vllm_forge.errors import UsageError
 from vllm_forge.host import parse_json
 from vllm_forge.release.credentials import LOGIN, Credentials, stored_credentials
 from vllm_forge.release.errors import RegistryAuthError, RegistryContentError
 from vllm_forge.sources.fetch import SLOWEST
-from vllm_forge.sources.index import CONNECTIONS, blocks
+from vllm_forge.sources.index import PatientSession, blocks
 
-RETRIES = 4
-BACKOFF_S = 0.4
-LONGEST_WAIT_S = 30  # whatever Retry-After says
-REPEATED = (429, 500, 502, 503, 504)
 MOST_REDIRECTS = 5
 TOKEN_BYTES = 1 << 20
 PATIENCE_S = 120  # for an answer, beside what its bytes may take
 LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
 
 
-class _Retry(Retry):
-    def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
-        asked = super().get_retry_after(response)
-        return None if asked is None else min(asked, LONGEST_WAIT_S)
-
-
-class RegistrySession(requests.Session):
+class RegistrySession(PatientSession):
     """A session for one repository. ``ca``: a PEM file of further certificate authorities.
 
     Without one, exactly localhost, 127.0.0.1 and [::1] are spoken to without TLS.
     """
 
+    repeated = (429, 500, 502, 503, 504)
+    broken_reads = None
+
     def __init__(self, registry: str, repository: str, ca: Path | None) -> None:
         super().__init__()
         if ca is not None and not ca.is_file():
             raise UsageError(f"invalid --ca {str(ca)!r}: expected a PEM file")
-        truststore.inject_into_ssl()
         host = "registry-1.docker.io" if registry == "docker.io" else registry
         self.base = f"{'http' if ca is None and is_loopback(registry) else 'https'}://{host}"
         self._repository = (registry, repository)
         self._ca = ca
         self._authorization = ""
-        retry = _Retry(
-            total=RETRIES, backoff_factor=BACKOFF_S, status_forcelist=REPEATED,
-            allowed_methods=None, raise_on_status=False,
-        )  # fmt: skip
-        for scheme in ("https://", "http://"):
-            self.mount(scheme, HTTPAdapter(CONNECTIONS, CONNECTIONS, retry))
 
     def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
         """Send, answer one challenge, follow the redirects of GET and HEAD.
@@ -114,8 +95,6 @@ class RegistrySession(requests.Session):
         request.headers.pop("Authorization", None)  # also that of a .netrc
         if self._authorization and self._is_own(request):
             request.headers["Authorization"] = self._authorization
-        if isinstance(request.body, io.IOBase):
-            request.body.seek(0)
         return super().send(request, **options)
 
     def _proxies(
@@ -181,7 +160,7 @@ def is_loopback(registry: str) -> bool:
 def body(answer: requests.Response, limit: int) -> Iterator[bytes]:
     """An answer's bytes as they come, at most ``limit`` and within a time.
 
-    Raises RegistryContentError: there are more; requests.ConnectionError: it ends too early.
+    Raises RegistryContentError: there are more; urllib3's HTTPError: it ends too early.
     """
     deadline, have = time.monotonic() + PATIENCE_S + limit / SLOWEST, 0
     for block in blocks(answer, deadline):
@@ -191,6 +170,3 @@ def body(answer: requests.Response, limit: int) -> Iterator[bytes]:
             remedy = "do not use what it sends: it is not what was asked for"
             raise RegistryContentError(what, where=answer.url.partition("?")[0], remedy=remedy)
         yield block
-    length = answer.headers.get("Content-Length", "")
-    if length.isdecimal() and have < int(length):
-        raise requests.ConnectionError(f"it ends at {have} of {length} bytes")

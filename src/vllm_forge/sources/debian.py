@@ -11,7 +11,7 @@ from vllm_forge.host import atomic_path, cache_root, exclusive
 from vllm_forge.matrix import Base
 from vllm_forge.sources.errors import DistributionNotFoundError, LockFileError
 from vllm_forge.sources.fetch import Download, download_all, verified
-from vllm_forge.sources.index import make_session
+from vllm_forge.sources.index import PatientSession
 from vllm_forge.sources.lock import read_rows
 
 AGAIN = "nox -s lock -- --base"
@@ -149,7 +149,7 @@ def fetch_debs(lock: BaseLock, archives: Sequence[str]) -> None:
         return
     with exclusive("debs", wait=True):
         try:
-            download_all(make_session(), downloads)
+            download_all(PatientSession(), downloads)
         except DistributionNotFoundError as error:
             where = ", ".join(archives)
             remedy = f"lock the current packages, which changes the image's digest: {AGAIN}"

@@ -1,5 +1,7 @@
 """The package index: which files a project has, with URL, size and SHA-256."""
 
+import io
+import itertools
 import os
 import re
 import subprocess
@@ -8,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import requests
 import truststore
@@ -19,6 +22,8 @@ from vllm_forge.sources.errors import DistributionNotFoundError, IndexUnreachabl
 
 CONNECTIONS = 16
 CONNECT_RETRIES = 4
+BACKOFF_S = 0.4
+LONGEST_WAIT_S = 30  # whatever Retry-After says
 TIMEOUT_S = (15, 60)  # to connect; between two reads
 CHUNK = 1 << 20
 PAGE_BYTES = 64 << 20  # the largest known page of a project has 3 MB
@@ -76,16 +81,38 @@ def blocks(answer: requests.Response, deadline: float) -> Iterator[bytes]:
             raise requests.Timeout("it comes too slowly")
 
 
-def make_session() -> requests.Session:
-    """A session that trusts what the host trusts."""
-    truststore.inject_into_ssl()
-    session = requests.Session()
-    retry = Retry(
-        total=CONNECT_RETRIES, backoff_factor=0.4, status_forcelist=(502, 503, 504), read=0
-    )
-    for scheme in ("https://", "http://"):
-        session.mount(scheme, HTTPAdapter(CONNECTIONS, CONNECTIONS, retry))
-    return session
+class PatientSession(requests.Session):
+    """A session that trusts what the host trusts, and repeats what fails for now.
+
+    urllib3 would repeat too, but it reads an answer to its end before that, and waits for as long
+    as Retry-After says. Requests must be made with ``stream=True``.
+    """
+
+    repeated: tuple[int, ...] = (429, 502, 503, 504)
+    broken_reads: int | None = 0  # how often a request is repeated that got no answer; None: as all
+
+    def __init__(self) -> None:
+        super().__init__()
+        truststore.inject_into_ssl()
+        retry = Retry(
+            total=CONNECT_RETRIES, read=self.broken_reads, backoff_factor=BACKOFF_S,
+            allowed_methods=None, respect_retry_after_header=False,
+        )  # fmt: skip
+        for scheme in ("https://", "http://"):
+            self.mount(scheme, HTTPAdapter(CONNECTIONS, CONNECTIONS, retry))
+
+    def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+        for tried in itertools.count():
+            if isinstance(request.body, io.IOBase):
+                request.body.seek(0)
+            answer = super().send(request, **options)
+            if answer.status_code not in self.repeated or tried >= CONNECT_RETRIES:
+                break
+            answer.close()
+            asked = answer.headers.get("Retry-After", "")[:9]
+            wait = int(asked) if asked.isdecimal() else BACKOFF_S * 2**tried
+            time.sleep(min(wait, LONGEST_WAIT_S))
+        return answer
 
 
 class Index:
@@ -93,7 +120,7 @@ class Index:
 
     def __init__(self, url: str | None = None) -> None:
         self.url = url or index_url()
-        self.session = make_session()
+        self.session = PatientSession()
 
     def files(self, project: str) -> list[IndexFile]:
         """All files of one project; DistributionNotFoundError, IndexUnreachableError."""

@@ -13,8 +13,9 @@ from tests.support.registry_server import INDEX, RegistryServer, digest_of
 from vllm_forge.images.layout import MANIFEST
 from vllm_forge.release import referrers as module
 from vllm_forge.release.errors import RegistryContentError, RegistryUnreachableError
-from vllm_forge.release.referrers import BUNDLE, attach, referrers
+from vllm_forge.release.referrers import attach, referrers
 from vllm_forge.release.registry import Manifest, Reference, Repository
+from vllm_forge.signing.bundle import MEDIA_TYPE
 
 PROVENANCE, SBOM = "https://slsa.dev/provenance/v1", "https://cyclonedx.org/bom"
 
@@ -61,7 +62,7 @@ def test_bundles_are_attached_and_listed(registry: RegistryServer, repository: R
     found = referrers(repository, subject.digest)
     assert [row.manifest.digest for row in found] == [first, second]
     assert [row.bundle(repository) for row in found] == [b"{1}", b"{2}"]
-    assert {row.artifact_type for row in found} == {BUNDLE}
+    assert {row.artifact_type for row in found} == {MEDIA_TYPE}
     assert found[0].artifact.annotations["dev.sigstore.bundle.predicateType"] == PROVENANCE
     assert found[0].artifact.subject.digest == subject.digest
     assert not [tag for _, tag in registry.tags if tag != "dev" and registry.referrers_api]
@@ -87,7 +88,7 @@ def test_index_has_what_readers_filter_by(plain: RegistryServer) -> None:
     subject = subject_of(repository)
     digest = attach(repository, subject, b"{1}", PROVENANCE)
     (row,) = index_of(plain, subject)
-    assert (row["digest"], row["mediaType"], row["artifactType"]) == (digest, MANIFEST, BUNDLE)
+    assert (row["digest"], row["mediaType"], row["artifactType"]) == (digest, MANIFEST, MEDIA_TYPE)
     assert row["size"] == len(plain.manifests[NAME, digest][1])
     assert row["annotations"] == {
         "dev.sigstore.bundle.content": "dsse-envelope",
@@ -193,7 +194,7 @@ def test_type_of_an_entry_is_read_from_the_manifest(plain: RegistryServer) -> No
     digest = attach(repository, subject, b"{1}", PROVENANCE)
     write_index(plain, subject, [{"digest": digest, "artifactType": "x/y", "annotations": {}}])
     (row,) = referrers(repository, subject.digest)
-    assert row.artifact_type == BUNDLE
+    assert row.artifact_type == MEDIA_TYPE
     assert row.artifact.annotations["dev.sigstore.bundle.predicateType"] == PROVENANCE
 
 
@@ -206,6 +207,28 @@ def test_entry_whose_manifest_is_gone_is_dropped(plain: RegistryServer) -> None:
     assert [row["digest"] for row in index_of(plain, subject)] == [digest]
     assert attach(repository, subject, b"{1}", PROVENANCE) == gone
     assert [row["digest"] for row in index_of(plain, subject)] == [digest, gone]
+
+
+def test_misnamed_tag_keeps_no_writer_busy(plain: RegistryServer) -> None:
+    """Whoever may push may set a tag that looks like that of a manifest which the index lacks."""
+    repository = open_repository(plain)
+    subject = subject_of(repository)
+    first = attach(repository, subject, b"{1}", PROVENANCE)
+    tag = subject.digest.replace(":", "-")
+    plain.tags |= {(NAME, f"{tag}.{'0' * 32}"): first, (NAME, f"{tag}.{'1' * 32}"): subject.digest}
+    second = attach(repository, subject, b"{2}", SBOM)
+    assert [row["digest"] for row in index_of(plain, subject)] == [first, second]
+
+
+def test_number_of_referrers_has_a_bound(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = subject_of(repository)
+    for content in (b"{1}", b"{2}"):
+        attach(repository, subject, content, SBOM)
+    monkeypatch.setattr(module, "MOST", 1)
+    with pytest.raises(RegistryContentError, match="more than 1 manifests are attached"):
+        referrers(repository, subject.digest)
 
 
 def test_tag_that_is_not_a_list_is_refused(plain: RegistryServer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import stat
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +23,8 @@ from vllm_forge.release.errors import (
     RegistryContentError,
     RegistryUnreachableError,
 )
-from vllm_forge.release.registry import Reference, Repository
-from vllm_forge.release.transport import LONGEST_WAIT_S
+from vllm_forge.release.registry import Descriptor, Reference, Repository
+from vllm_forge.sources import index
 
 
 @pytest.mark.parametrize(
@@ -69,9 +70,10 @@ def test_blob_is_uploaded_once_and_read(registry: RegistryServer, repository: Re
     assert len(registry.asked("POST", ".*")) == 1
 
 
-def test_file_is_uploaded(repository: Repository, tmp_path: Path) -> None:
+def test_file_is_uploaded(registry: RegistryServer, repository: Repository, tmp_path: Path) -> None:
     path = tmp_path / "blob"
     path.write_bytes(bytes(1 << 20))
+    registry.plant("PUT", ".*", status=503)  # all of it is sent again
     digest = repository.put_blob(path)
     repository.check_blob(digest, 1 << 20)
 
@@ -227,11 +229,12 @@ def test_retry_after_is_obeyed_up_to_a_bound(
     registry: RegistryServer, repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("urllib3.util.retry.time", SimpleNamespace(sleep=waits.append))
+    clock = SimpleNamespace(sleep=waits.append, monotonic=time.monotonic)
+    monkeypatch.setattr(index, "time", clock)
     for asked in ("2", "86400"):
         registry.plant("GET", ".*/manifests/dev", status=429, headers={"Retry-After": asked})
     assert repository.resolve("dev") is None
-    assert waits == [2, LONGEST_WAIT_S]
+    assert waits == [2, index.LONGEST_WAIT_S]
 
 
 def test_what_the_registry_says_is_reported(
@@ -259,13 +262,15 @@ def test_blobs_are_downloaded_and_resumed(
     registry: RegistryServer, repository: Repository, tmp_path: Path
 ) -> None:
     content = [bytes([number]) * (3 << 20) for number in range(3)]
-    rows = [(repository.put_blob(blob), len(blob)) for blob in content]
-    damaged, unfinished = (tmp_path / digest.removeprefix("sha256:") for digest, _ in rows[:2])
+    rows = [
+        Descriptor(mediaType="x/y", digest=repository.put_blob(blob), size=len(blob))
+        for blob in content
+    ]
+    names = [row.digest.removeprefix("sha256:") for row in rows]
+    damaged, unfinished = (tmp_path / name for name in names[:2])
     damaged.write_bytes(b"x")
     unfinished.with_name(f"{unfinished.name}.part").write_bytes(content[1][: 1 << 20])
-    registry.plant("GET", f".*/blobs/{rows[2][0]}", status=500, times=2)
+    registry.plant("GET", f".*/blobs/{rows[2].digest}", status=500, times=2)
     repository.stream_blobs(rows, tmp_path)
     assert [path.read_bytes() for path in (damaged, unfinished)] == content[:2]
-    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {
-        digest.removeprefix("sha256:") for digest, _ in rows
-    }
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == set(names)

@@ -1,0 +1,224 @@
+"""Copies of an image with what is attached to it, which other tools leave behind.
+
+From a registry to another, or to a folder for a host without network, and from there to a registry.
+A folder is an OCI layout ``NAME``, with the bundles beside it in ``NAME.attest``. All bytes are
+checked against their digest; a copy that was interrupted goes on where it stopped; a tag is set
+last.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from vllm_forge.errors import UsageError, problems
+from vllm_forge.host import (
+    READ_ONLY,
+    Runner,
+    atomic_path,
+    cache_root,
+    console,
+    exclusive,
+    parse_json,
+    read_plain,
+    require_disk,
+    tree_bytes,
+)
+from vllm_forge.images import Image, read_image, verify
+from vllm_forge.images.layout import MANIFEST, VERSION, set_name
+from vllm_forge.release.errors import MirrorError
+from vllm_forge.release.push import copy, push_layout, tls_options
+from vllm_forge.release.referrers import Referrer, attach, put_referrer, referrers
+from vllm_forge.release.registry import Descriptor, Manifest, Reference, Repository
+from vllm_forge.release.statements import Statement
+from vllm_forge.signing.bundle import LARGEST, MEDIA_TYPE, read
+
+SUFFIX = ".sigstore.json"
+NAME_CHARACTERS = 60  # of a predicate type, in a bundle's file name
+
+
+def mirror(
+    source: Reference | Path, target: Reference | Path, runner: Runner, *, ca: Path | None = None
+) -> str:
+    """Copy an image with what is attached to it; returns its digest, which stays the same.
+
+    ``ca``: PEM file of further certificate authorities, for both registries. A target's tag is set
+    where it has one. Left out are referrers of referrers and, in a folder, what is not a bundle.
+    """
+    if isinstance(target, Reference) and target.digest:
+        raise UsageError(f"invalid target {target}: expected a name, with or without a tag")
+    if isinstance(source, Path):
+        if isinstance(target, Path):
+            raise UsageError("cannot mirror a folder to a folder: copy both with cp -a")
+        return _upload(source, target, runner, ca)
+    if source.digest is None and source.tag is None:
+        raise UsageError(f"invalid source {source}: expected a tag or a digest")
+    repository = Repository(source, ca=ca)
+    manifest = repository.manifest(source.digest or source.tag or "")
+    attached = referrers(repository, manifest.digest)
+    if isinstance(target, Path):
+        _download(repository, manifest, attached, target, str(source))
+    else:
+        with (
+            tls_options("src", source, ca) as source_options,
+            tls_options("dest", target, ca) as target_options,
+        ):
+            places = (f"docker://{place.at(manifest.digest)}" for place in (source, target))
+            copy(runner, source_options + target_options, *places)
+        destination = Repository(target, ca=ca)
+        destination.manifest(manifest.digest)
+        for referrer in attached:
+            _copy_referrer(repository, destination, referrer)
+        _finish(destination, target, manifest.digest, len(attached))
+    return manifest.digest
+
+
+def bundles_of(layout: Path) -> dict[Path, bytes]:
+    """The bundles beside a layout, by file; MirrorError where one is not a plain file."""
+    contents = {}
+    for path in sorted(_attest(layout).glob(f"*{SUFFIX}")):
+        try:
+            contents[path] = read_plain(path, LARGEST)
+        except ValueError as error:
+            raise MirrorError(
+                f"cannot read a bundle: {error}", where=str(path), remedy="see who wrote it"
+            ) from None
+    return contents
+
+
+def _attest(layout: Path) -> Path:
+    return layout.with_name(f"{layout.name}.attest")
+
+
+def _finish(destination: Repository, target: Reference, digest: str, count: int) -> None:
+    if target.tag:
+        destination.set_tag(target.tag, digest)
+    console.print(f"  {digest} and {count} attached manifests: {target}", markup=False)
+
+
+def _copy_referrer(source: Repository, target: Repository, referrer: Referrer) -> None:
+    folder = cache_root() / "mirror"
+    with exclusive("mirror", wait=True):
+        missing = [blob for blob in referrer.manifest.blobs() if not target.has_blob(blob.digest)]
+        require_disk(folder, sum(blob.size for blob in missing))
+        source.stream_blobs(missing, folder)
+        for blob in missing:
+            path = folder / blob.digest.removeprefix("sha256:")
+            target.put_blob(path)
+            path.unlink()
+    put_referrer(target, referrer.manifest.content)
+
+
+def _upload(layout: Path, target: Reference, runner: Runner, ca: Path | None) -> str:
+    image, bundles = read_image(layout), bundles_of(layout)
+    verify(image)
+    types = {path: _predicate_type(path, content) for path, content in bundles.items()}
+    digest = f"sha256:{image.digest}"
+    push_layout(runner, layout, target, digest, ca=ca)
+    destination = Repository(target, ca=ca)
+    subject = destination.manifest(digest)
+    for path, content in bundles.items():
+        attach(destination, subject, content, types[path])
+    _finish(destination, target, digest, len(bundles))
+    return digest
+
+
+def _predicate_type(path: Path, content: bytes) -> str:
+    try:
+        statement = Statement.model_validate(parse_json(read(content, str(path)).statement))
+    except ValueError as error:
+        what = f"not a bundle of an in-toto statement: {_detail(error)}"
+        raise MirrorError(what, where=str(path), remedy="see who wrote it") from None
+    return statement.predicate_type
+
+
+def _download(
+    repository: Repository,
+    manifest: Manifest,
+    attached: tuple[Referrer, ...],
+    target: Path,
+    name: str,
+) -> None:
+    """Write the layout; its bundles first, so that a finished layout has them."""
+    with exclusive(f"mirror-{hashlib.sha256(bytes(target.resolve())).hexdigest()[:16]}", wait=True):
+        blobs = _blobs(repository, manifest)
+        if target.exists():
+            image = read_image(target)
+            if f"sha256:{image.digest}" != manifest.digest:
+                raise MirrorError(
+                    f"the folder holds another image: sha256:{image.digest}",
+                    where=str(target),
+                    remedy=f"give another folder for {manifest.digest}, or delete this one",
+                )
+            verify(image)
+        bundles = [row for row in attached if row.artifact_type == MEDIA_TYPE]
+        kept = set(bundles_of(target).values())
+        for row in bundles:
+            if (content := row.bundle(repository)) not in kept:
+                with atomic_path(_attest(target) / _file_name(row)) as aside:
+                    aside.write_bytes(content)
+        if not target.exists():
+            _write_layout(repository, manifest, blobs, target, name)
+    left = len(attached) - len(bundles)
+    console.print(
+        f"  {manifest.digest} and {len(bundles)} bundles: {target}"
+        + (f"; {left} attached manifests are not bundles and were left out" if left else ""),
+        markup=False,
+    )
+
+
+def _blobs(repository: Repository, manifest: Manifest) -> tuple[Descriptor, ...]:
+    try:
+        if manifest.media_type != MANIFEST:
+            raise ValueError(f"it is of type {manifest.media_type}")  # noqa: TRY301
+        return manifest.blobs()
+    except ValueError as error:
+        raise MirrorError(
+            f"{manifest.digest} is not an OCI image: {_detail(error)}",
+            where=str(repository.reference),
+            remedy="give the digest of one platform's manifest",
+        ) from None
+
+
+def _write_layout(
+    repository: Repository,
+    manifest: Manifest,
+    blobs: tuple[Descriptor, ...],
+    target: Path,
+    name: str,
+) -> None:
+    """Download to ``NAME.partial``, which the next call resumes, and rename that."""
+    partial = target.with_name(f"{target.name}.partial")
+    folder = partial / "blobs" / "sha256"
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {blob.digest.removeprefix("sha256:") for blob in blobs}
+    for path in folder.iterdir():
+        if path.name.removesuffix(".part") not in wanted:
+            path.unlink()
+    require_disk(partial, sum(blob.size for blob in blobs) - tree_bytes(folder))
+    repository.stream_blobs(blobs, folder)
+    image = Image(
+        path=partial,
+        digest=manifest.digest.removeprefix("sha256:"),
+        config={},
+        manifest=parse_json(manifest.content),
+    )
+    image.blob(manifest.digest).write_bytes(manifest.content)
+    for path in folder.iterdir():
+        path.chmod(READ_ONLY)
+    (partial / "oci-layout").write_bytes(VERSION)
+    set_name(image, name)
+    read_image(partial)
+    partial.rename(target)
+
+
+def _detail(error: ValueError) -> str:
+    return problems(error)[0] if isinstance(error, ValidationError) else str(error)
+
+
+def _file_name(referrer: Referrer) -> str:
+    """Of the predicate type that the manifest names, and its digest."""
+    kind = referrer.artifact.annotations.get("dev.sigstore.bundle.predicateType", "bundle")
+    word = re.sub(r"[^a-z0-9.]+", "-", kind.removeprefix("https://").lower())
+    return f"{word[:NAME_CHARACTERS].strip('.-')}-{referrer.manifest.digest[7:19]}{SUFFIX}"
