@@ -31,14 +31,12 @@ from packageurl import PackageURL
 import vllm_forge
 from vllm_forge import patches
 from vllm_forge.host import parse_json
-from vllm_forge.release.contents import WheelContents
+from vllm_forge.release.contents import EMBEDDED, VENDORED, WheelContents
 from vllm_forge.release.errors import SbomError
 from vllm_forge.sources import LockedWheel
 from vllm_forge.sources.debian import DebianPackage
 
 VERSION = SchemaVersion.V1_6
-# Properties: where a distribution is vendored; path and hash of an SBOM inside a wheel.
-VENDORED, EMBEDDED = "vllm-forge:vendored", "vllm-forge:sbom"
 # By the first word of a patch's Origin (DEP 3).
 ORIGINS = {"upstream": PatchClassification.CHERRY_PICK, "backport": PatchClassification.BACKPORT}
 

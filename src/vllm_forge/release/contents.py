@@ -1,6 +1,7 @@
-"""What an SBOM lists beyond the lock: SBOMs inside wheels (PEP 770), vendored distributions.
+"""What an image has: what its record says, what its wheels say, and what its layers say.
 
-Read from wheels, to write the SBOM; and from an image's layers, to compare it with what ships.
+Wheels have SBOMs of their own (PEP 770) and vendored distributions, which no lock lists. They are
+read from wheels, to write the SBOM, and from the layers, to compare it with what ships.
 """
 
 import email.parser
@@ -10,6 +11,7 @@ import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from packaging.utils import canonicalize_name
 from pydantic import Field
@@ -17,19 +19,24 @@ from pydantic import Field
 from vllm_forge.host import cache_root
 from vllm_forge.host.files import read_sealed, write_sealed
 from vllm_forge.images.archive import members
+from vllm_forge.images.errors import BuildRecordError
 from vllm_forge.images.layer import LayerBlob
 from vllm_forge.images.layer_checks import OPAQUE, WHITEOUT
-from vllm_forge.images.layout import hash_of
-from vllm_forge.matrix import FrozenModel
+from vllm_forge.images.layout import Image, hash_of
+from vllm_forge.matrix import FrozenModel, ImageCell
+from vllm_forge.patches import read_tree_lock
+from vllm_forge.project import Project
 from vllm_forge.release.errors import SbomError
 from vllm_forge.sources import Lock, LockedWheel, Wheelhouse
-from vllm_forge.sources.debian import paragraphs
+from vllm_forge.sources.debian import DebianPackage, paragraphs, read_base_lock
 
 FORMAT = 1  # raise when WheelContents has other fields
 LARGEST = 16 << 20  # bytes of a file of metadata; the largest SBOM has 0.4 MB
 METADATA = re.compile(r"(?:^|/)[^/]+\.dist-info/METADATA$")
-EMBEDDED = re.compile(r"(?:^|/)[^/]+\.dist-info/sboms/.*[^/]$")
+SBOMS = re.compile(r"(?:^|/)[^/]+\.dist-info/sboms/.*[^/]$")
 SITE = re.compile(r"^opt/venv/lib/python[\d.]+/site-packages/")
+# Properties of components: where a distribution is vendored; path and hash of an SBOM in a wheel.
+VENDORED, EMBEDDED = "vllm-forge:vendored", "vllm-forge:sbom"
 STATUS = "var/lib/dpkg/status"
 
 
@@ -78,7 +85,7 @@ def _read(wheel: LockedWheel) -> WheelContents:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 place = re.sub(r"^[^/]+\.data/(?:pure|plat)lib/", "", member.filename)
-                is_sbom = bool(EMBEDDED.search(place))
+                is_sbom = bool(SBOMS.search(place))
                 if not is_sbom and not METADATA.search(place):
                     continue
                 if member.file_size > LARGEST:
@@ -111,6 +118,34 @@ def _distribution(text: str, path: str) -> tuple[Distribution, str | None]:
     return row, fields["License-Expression"]
 
 
+def require_own_image(
+    project: Project, cell: ImageCell, image: Image, record: dict[str, Any]
+) -> None:
+    """BuildRecordError unless this checkout's lock and series gave the image of a record."""
+    stack, folder = record["stack"], project.root / cell.line.series
+    rows = {
+        "digest": (f"sha256:{image.digest}", record["digest"]),
+        "lock": (project.lock(cell.line_name).digest, stack["lock"]["sha256"]),
+        "tree": (read_tree_lock(folder, cell.line_name).result, stack["tree"]),
+    }
+    if other := [f"{name} {b}, not {a}" for name, (a, b) in rows.items() if a != b]:
+        raise BuildRecordError(
+            f"the record of the image is not of this checkout: {'; '.join(other)}",
+            where=str(image.path),
+            remedy="build the image again",
+        )
+
+
+def locked_debs(
+    project: Project, cell: ImageCell, stack: dict[str, Any]
+) -> tuple[DebianPackage, ...]:
+    """The locked Debian packages of an image; none where it was built from current ones."""
+    lock = read_base_lock(project.root, cell.base)
+    if lock is None or stack["base"]["packages"] != f"sha256:{lock.digest}":
+        return ()
+    return lock.packages
+
+
 @dataclass(kw_only=True)
 class ImageContents:
     """Read from the bytes of an image, to compare with its SBOM: each a table of what is there."""
@@ -131,7 +166,7 @@ def image_contents(layers: Sequence[LayerBlob]) -> ImageContents:
                 hidden = folder if base == OPAQUE else path.replace(WHITEOUT, "", 1)
                 for gone in [p for p in files if p == hidden or p.startswith(f"{hidden}/")]:
                     del files[gone]
-            elif METADATA.search(path) or EMBEDDED.search(path) or path == STATUS:
+            elif METADATA.search(path) or SBOMS.search(path) or path == STATUS:
                 file = tar.extractfile(info) if info.isreg() else None
                 if file is None or info.size > LARGEST:
                     what = f"/{path} is not a file of at most {LARGEST} bytes"
@@ -151,7 +186,7 @@ def _add(contents: ImageContents, path: str, content: bytes) -> None:
             for fields in paragraphs(content.decode(errors="replace"))
             if fields.get("Status", "").endswith(" installed")
         }
-    elif EMBEDDED.search(path):
+    elif SBOMS.search(path):
         contents.sboms[place] = hashlib.sha256(content).hexdigest()
     else:
         row, _ = _distribution(content.decode(errors="replace"), place)

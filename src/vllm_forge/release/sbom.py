@@ -19,9 +19,15 @@ from vllm_forge.images.record import differences
 from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import read_series
 from vllm_forge.project import Project
-from vllm_forge.release.contents import image_contents, wheel_contents
+from vllm_forge.release.contents import (
+    EMBEDDED,
+    VENDORED,
+    image_contents,
+    locked_debs,
+    require_own_image,
+    wheel_contents,
+)
 from vllm_forge.release.errors import SbomError
-from vllm_forge.sources.debian import read_base_lock
 
 VLLM = "vllm"
 Document = dict[str, Any]
@@ -31,47 +37,39 @@ def make_sbom(project: Project, cell: ImageCell, image: Image, record: dict[str,
     """The CycloneDX document of an image that was built here; ``record``: ``dist/<cell>.json``.
 
     Raises:
-        SbomError: the image was not built from this checkout's lock and series, or an SBOM inside a
-            wheel cannot be read.
+        BuildRecordError: see ``require_own_image``.
+        SbomError: an SBOM inside a wheel cannot be read.
         HashMismatchError: a wheel in the cache is not the locked one.
     """
     from vllm_forge.release import components  # noqa: PLC0415 - loads cyclonedx-python-lib
 
+    require_own_image(project, cell, image, record)
     digest, stack, lock = f"sha256:{image.digest}", record["stack"], project.lock(cell.line_name)
-    series = read_series(project.root / cell.line.series)
-    _require_same("image", digest, record["digest"])
-    _require_same("lock", lock.digest, stack["lock"]["sha256"])
-    _require_same("series", [patch.name for patch in series], [p["name"] for p in stack["series"]])
     contents = wheel_contents(lock)
-    wheels = {wheel.name: components.wheel_component(wheel, contents[wheel.name])
-              for wheel in lock.wheels}  # fmt: skip
-    patched = components.patched_component(
-        wheels[VLLM], stack["vllm"], stack["tree"], cell.line.series, series
-    )
-    debian = read_base_lock(project.root, cell.base)
-    locked = debian is not None and stack["base"]["packages"] == f"sha256:{debian.digest}"
-    rows = {row.name: row for row in debian.packages} if debian is not None and locked else {}
+    wheels = {row.name: components.wheel_component(row, contents[row.name]) for row in lock.wheels}
+    wheels[VLLM] = components.patched_component(
+        wheels[VLLM], stack["vllm"], stack["tree"], cell.line.series,
+        read_series(project.root / cell.line.series),
+    )  # fmt: skip
+    debs = {row.name: row for row in locked_debs(project, cell, stack)}
     release = stack["debian"].get("base-files", "").partition("+")[0]  # e.g. 13.8
-    labels = image.config["config"]["Labels"]
-    document = components.document(
-        components.image_component(cell.name, digest, labels),
-        [
-            *(wheels | {VLLM: patched}).values(),
-            *(
-                components.debian_component(name, version, release, rows.get(name))
-                for name, version in stack["debian"].items()
-            ),
-            *([components.system_component(release)] if release else []),
-            *(
-                [components.file_component("prewarm", stack["prewarm"]["sha256"])]
-                if "prewarm" in stack
-                else []
-            ),
-        ],
-        digest,
-        cell.base.source_date_epoch,
-    )
-    _require_same("list of packages", packages_of(document), (stack["packages"], stack["debian"]))
+    rows = [
+        *wheels.values(),
+        *(
+            components.debian_component(name, version, release, debs.get(name))
+            for name, version in stack["debian"].items()
+        ),
+    ]
+    if release:
+        rows.append(components.system_component(release))
+    if "prewarm" in stack:
+        rows.append(components.file_component("prewarm", stack["prewarm"]["sha256"]))
+    root = components.image_component(cell.name, digest, image.config["config"]["Labels"])
+    document = components.document(root, rows, digest, cell.base.source_date_epoch)
+    if packages_of(document) != (stack["packages"], stack["debian"]):
+        what = "the SBOM has other packages than the image's stack.json"
+        remedy = "build the image again; if it is the same, report it"
+        raise SbomError(what, where=str(image.path), remedy=remedy)
     return document
 
 
@@ -118,9 +116,9 @@ def compare_contents(document: Document, layers: Sequence[LayerBlob]) -> list[st
     vendored, sboms = {}, {}
     for row, nested in _components(document):
         for key, value in _properties(row):
-            if key == "vllm-forge:vendored":
+            if key == VENDORED:
                 vendored[value] = f"{row['name']} {row['version']}"
-            elif key == "vllm-forge:sbom" and not nested:
+            elif key == EMBEDDED and not nested:
                 path, _, digest = value.rpartition(" ")
                 sboms[path] = digest
     pairs = (
@@ -161,12 +159,3 @@ def _components(document: Document) -> Iterator[tuple[Document, str]]:
 
 def _properties(row: Document) -> Iterator[tuple[str, str]]:
     return ((item["name"], item["value"]) for item in row.get("properties", ()))
-
-
-def _require_same(what: str, expected: object, actual: object) -> None:
-    if expected != actual:
-        raise SbomError(
-            f"the image has another {what} than this checkout and its record",
-            where="make_sbom",
-            remedy="build it again, then make its SBOM",
-        )

@@ -29,10 +29,10 @@ from vllm_forge.patches import read_series, read_tree_lock
 from vllm_forge.project import Project
 from vllm_forge.receipts.errors import ReceiptKeyError
 from vllm_forge.receipts.receipt import Receipt
+from vllm_forge.release.contents import locked_debs, require_own_image
 from vllm_forge.release.errors import ProvenanceError
 from vllm_forge.release.gate import head_commit
 from vllm_forge.signing import PrivateKey, wrap
-from vllm_forge.sources.debian import read_base_lock
 
 SBOM = "https://cyclonedx.org/bom"
 PROVENANCE = "https://slsa.dev/provenance/v1"
@@ -199,15 +199,11 @@ def make_provenance(
     identity.
 
     Raises:
-        ProvenanceError: the checkout is not a commit, or not what was built; or no identity is known.
+        ProvenanceError: the checkout is not a commit, or no identity is known.
+        BuildRecordError: see ``require_own_image``.
     """
     stack = record["stack"]
-    tree = read_tree_lock(project.root / cell.line.series, cell.line_name).result
-    expected = (f"sha256:{image.digest}", project.lock(cell.line_name).digest, tree)
-    if expected != (record["digest"], stack["lock"]["sha256"], stack["tree"]):
-        what = "the image was not built from this checkout's lock and series"
-        remedy = "build it again, then attest it"
-        raise ProvenanceError(what, where=str(image.path), remedy=remedy)
+    require_own_image(project, cell, image, record)
     label = stack["base"]["packages"]
     base = {CURRENT: CURRENT}.get(label, LOCKED if label.startswith("sha256:") else label)
     newest = max(record["blobs"].values()) // 10**9
@@ -263,11 +259,9 @@ def _dependencies(project: Project, cell: ImageCell, stack: dict[str, Any]) -> I
     for wheel in project.lock(cell.line_name).wheels:
         package = PackageURL("pypi", None, wheel.name, wheel.version)
         yield Dependency(name=wheel.filename, uri=str(package), digest={"sha256": wheel.sha256})
-    debian = read_base_lock(project.root, cell.base)
-    if debian is not None and stack["base"]["packages"] == f"sha256:{debian.digest}":
-        for row in debian.packages:
-            package = PackageURL("deb", "debian", row.name, row.version, {"arch": row.architecture})
-            yield Dependency(name=row.path, uri=str(package), digest={"sha256": row.sha256})
+    for row in locked_debs(project, cell, stack):
+        package = PackageURL("deb", "debian", row.name, row.version, {"arch": row.architecture})
+        yield Dependency(name=row.path, uri=str(package), digest={"sha256": row.sha256})
     yield Dependency(
         name="system layers", digest={"sha256": stack["base"]["system"].removeprefix("sha256:")}
     )

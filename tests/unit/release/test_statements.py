@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from tests.support.built import Built, built_image, commit_all
 from tests.support.fast_build import use
 from tests.support.keys import key_pair
+from vllm_forge.images.errors import BuildRecordError
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.release import statements
 from vllm_forge.release.errors import ProvenanceError
@@ -181,7 +182,7 @@ def test_image_of_another_checkout_is_not_attested(
 ) -> None:
     record = copy.deepcopy(built.record)
     change(record)
-    with pytest.raises(ProvenanceError, match="not built from this checkout"):
+    with pytest.raises(BuildRecordError, match="not of this checkout"):
         make(built, key, record)
 
 
