@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -111,6 +112,23 @@ def test_dripping_page_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     sender = Sender(HEAD.format(kind=JSON, more=""), b" ", pause=0.05)
     with sender.running(), pytest.raises(IndexUnreachableError, match="does not answer: Timeout"):
         Index(sender.url).files("x")
+
+
+@pytest.mark.parametrize("status", ["302 Found", "503 Busy", "429 Slow"])
+def test_endless_answer_that_is_not_the_file_is_cut_off(
+    status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A redirect is followed, and a busy server asked again, without its body."""
+    monkeypatch.setattr(index, "CONNECT_RETRIES", 1)
+    waits: list[float] = []
+    clock = SimpleNamespace(sleep=waits.append, monotonic=time.monotonic)
+    monkeypatch.setattr(index, "time", clock)
+    head = f"HTTP/1.1 {status}\r\nLocation: /y.whl\r\nRetry-After: 86400\r\n\r\n"
+    sender = Sender(head, bytes(1 << 16))
+    with sender.running(), pytest.raises(IndexUnreachableError, match="cannot be fetched"):
+        get(sender, tmp_path / "x.whl", 869)
+    assert sender.sent < 64 * MOST  # of five tries, each with redirects or repetitions
+    assert set(waits) <= {index.LONGEST_WAIT_S}
 
 
 @pytest.mark.parametrize(

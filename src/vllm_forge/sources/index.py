@@ -114,6 +114,13 @@ class PatientSession(requests.Session):
             time.sleep(min(wait, LONGEST_WAIT_S))
         return answer
 
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """Where a redirect leads; its body is not read, which requests would do to its end."""
+        if (target := super().get_redirect_target(resp)) is not None:
+            resp._content = b""
+            resp.close()
+        return target
+
 
 class Index:
     """A simple-API index (PEP 503, 691, 700), and its session."""
