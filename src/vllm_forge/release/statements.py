@@ -204,8 +204,7 @@ def make_provenance(
     """
     stack = record["stack"]
     require_own_image(project, cell, image, record)
-    label = stack["base"]["packages"]
-    base = {CURRENT: CURRENT}.get(label, LOCKED if label.startswith("sha256:") else label)
+    stack = record["stack"]
     newest = max(record["blobs"].values()) // 10**9
     provenance = Provenance(
         definition=Definition(
@@ -213,11 +212,7 @@ def make_provenance(
             external=External(
                 sku=cell.sku_name,
                 line=cell.line_name,
-                options=BuildOptions(
-                    base=base,
-                    engine=record["engine"],
-                    prewarm=stack.get("prewarm", {}).get("sha256"),
-                ),
+                options=_options(record),
             ),
             dependencies=tuple(_dependencies(project, cell, stack)),
         ),
@@ -232,6 +227,15 @@ def make_provenance(
     )
     predicate = provenance.model_dump(mode="json", by_alias=True, exclude_none=True)
     return image_statement(cell, image, PROVENANCE, predicate)
+
+
+def _options(record: dict[str, Any]) -> BuildOptions:
+    stack, label = record["stack"], record["stack"]["base"]["packages"]
+    return BuildOptions(
+        base={CURRENT: CURRENT}.get(label, LOCKED if label.startswith("sha256:") else label),
+        engine=record["engine"],
+        prewarm=stack.get("prewarm", {}).get("sha256"),
+    )
 
 
 def _dependencies(project: Project, cell: ImageCell, stack: dict[str, Any]) -> Iterator[Dependency]:
