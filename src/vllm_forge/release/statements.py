@@ -202,9 +202,7 @@ def make_provenance(
         ProvenanceError: the checkout is not a commit, or no identity is known.
         BuildRecordError: see ``require_own_image``.
     """
-    stack = record["stack"]
     require_own_image(project, cell, image, record)
-    stack = record["stack"]
     newest = max(record["blobs"].values()) // 10**9
     provenance = Provenance(
         definition=Definition(
@@ -214,7 +212,7 @@ def make_provenance(
                 line=cell.line_name,
                 options=_options(record),
             ),
-            dependencies=tuple(_dependencies(project, cell, stack)),
+            dependencies=tuple(_dependencies(project, cell, record["stack"])),
         ),
         run=Run(
             builder=Builder(
