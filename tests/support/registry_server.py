@@ -85,6 +85,7 @@ class RegistryServer:
         self.uploads: dict[str, bytes] = {}
         self.tokens: dict[str, str] = {}  # to the scope it is for
         self.sent = 0  # bytes of endless bodies
+        self.connections = 0
         self.lock = threading.RLock()
         self._http = _Http(("127.0.0.1", 0), _Handler)
         self._http.registry = self
@@ -135,6 +136,10 @@ def digest_of(content: bytes) -> str:
 class _Http(ThreadingHTTPServer):
     daemon_threads = True
     registry: RegistryServer
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.registry.connections += 1
+        super().process_request(request, client_address)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that went away is what many tests are about."""

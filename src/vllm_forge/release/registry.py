@@ -7,8 +7,9 @@ What a registry says of its content is compared, never believed: a digest is com
 import hashlib
 import itertools
 import re
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -30,10 +31,10 @@ from vllm_forge.release.errors import (
     RegistryContentError,
     RegistryUnreachableError,
 )
-from vllm_forge.release.transport import RegistrySession, body
+from vllm_forge.release.transport import PATIENCE_S, RegistrySession, body
 from vllm_forge.sources import Download, download_all
 from vllm_forge.sources import errors as sources_errors
-from vllm_forge.sources.index import TIMEOUT_S
+from vllm_forge.sources.index import TIMEOUT_S, blocks
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 DOCKER = "application/vnd.docker.distribution.manifest"
@@ -336,6 +337,9 @@ class Repository:
                 if answer.status_code not in expected:
                     raise self._unexpected(method, answer)
                 yield answer
+                # What is left of a short body: a connection with some of it cannot be used again.
+                with suppress(requests.RequestException, HTTPError):
+                    list(itertools.islice(blocks(answer, time.monotonic() + PATIENCE_S), 2))
         except requests.exceptions.SSLError:
             what = "the registry's TLS certificate is not trusted"
             remedy = "give its certificate authority with --ca FILE, or install it on this host"

@@ -68,6 +68,17 @@ def test_bundles_are_attached_and_listed(registry: RegistryServer, repository: R
     assert not [tag for _, tag in registry.tags if tag != "dev" and registry.referrers_api]
 
 
+def test_one_connection_serves_all_requests(
+    registry: RegistryServer, repository: Repository
+) -> None:
+    """A TLS handshake for each would take most of the time."""
+    subject = subject_of(repository)
+    attach(repository, subject, b"{1}", PROVENANCE)
+    repository.set_tag("1.0", subject.digest)
+    assert len(referrers(repository, subject.digest)) == 1
+    assert registry.connections == 1
+
+
 def test_attaching_again_changes_nothing(registry: RegistryServer, repository: Repository) -> None:
     subject = subject_of(repository)
     first = attach(repository, subject, b"{1}", PROVENANCE)
