@@ -110,11 +110,14 @@ def _signals() -> Iterator[None]:
 
 
 def _access_error(error: OSError) -> FileAccessError | None:
-    """What the system refuses of a file; None for an error of no file, which is a bug."""
+    """What the system refuses of a file; None for an error of no file, which is a bug.
+
+    ENOENT without a file: the working directory was deleted.
+    """
     what, where = error.strerror or str(error), error.filename2 or error.filename
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         _, where, what = error.args[0][-1]  # of copytree: (source, target, reason) of each file
-    elif error.filename is None and error.errno != errno.ENOSPC:
+    elif error.filename is None and error.errno not in {errno.ENOSPC, errno.ENOENT}:
         return None
     return FileAccessError(
         what,

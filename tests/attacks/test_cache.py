@@ -24,6 +24,7 @@ from tests.support.fast_build import FastEngine, fast_build, lock_packages, tiny
 from tests.support.index_server import serve_folder
 from tests.support.project import Project, make_project
 from vllm_forge.errors import ForgeError
+from vllm_forge.host import exclusive
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.host.files import read_sealed, write_sealed
 from vllm_forge.images import store
@@ -264,6 +265,24 @@ def test_foreign_part_of_a_download_is_not_written_through(
     before = elsewhere.read_bytes() if elsewhere.exists() else b""
     assert fast_build(project, "alpha")[0].digest == reference.digests["alpha"]
     assert not before or elsewhere.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["link", "second name", "fifo", "folder"])
+def test_lock_is_written_to_no_other_file(kind: str, cache: Path, tmp_path: Path) -> None:
+    path, other = cache / "locks" / "x.lock", tmp_path / "other"
+    path.parent.mkdir()
+    other.write_text("precious")
+    if kind == "link":
+        path.symlink_to(other)
+    elif kind == "second name":
+        os.link(other, path)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with exclusive("x", wait=False):
+        assert path.read_text() == str(os.getpid())
+    assert other.read_text() == "precious"
 
 
 @settings(

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from vllm_forge.matrix import Matrix, load
-from vllm_forge.matrix.errors import MatrixValueError
+from vllm_forge.matrix.errors import MatrixFileError, MatrixValueError
 
 Data = dict[str, Any]
 
@@ -98,6 +98,14 @@ def test_path_above_the_checkout_is_refused(copied: Path, given: str) -> None:
     text = (copied / "matrix.toml").read_text()
     (copied / "matrix.toml").write_text(text.replace("docker/locks/0.26.txt", given))
     with pytest.raises(MatrixValueError, match=r"line\.0\.26\.lock is outside the checkout"):
+        load(copied)
+
+
+@pytest.mark.parametrize("content", ["huge", b"\xff", b"x"])
+def test_file_that_is_not_a_matrix_is_refused(copied: Path, content: bytes | str) -> None:
+    with (copied / "matrix.toml").open("wb") as file:
+        file.truncate(1 << 40) if isinstance(content, str) else file.write(content)
+    with pytest.raises(MatrixFileError):
         load(copied)
 
 

@@ -51,7 +51,7 @@ class Sender:
             try:
                 client.recv(1 << 16)
                 client.sendall(self._head)
-                while True:
+                while self._piece:
                     client.sendall(self._piece)
                     self.sent += len(self._piece)
                     time.sleep(self._pause)
@@ -98,6 +98,28 @@ def test_dripping_file_ends_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
     with sender.running(), pytest.raises(DownloadInterruptedError, match="bytes are kept"):
         get(sender, tmp_path / "x.whl", 1 << 16)
     assert time.monotonic() - start < 10
+
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+@pytest.mark.parametrize(("head", "piece"), [("", CONTINUE), ("HTTP/1.1 200", b"x")])
+def test_answer_without_a_body_ends_at_a_time(
+    head: str, piece: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "HEADERS_S", 0.2)
+    sender = Sender(head, piece, pause=0.02)
+    with sender.running():
+        with pytest.raises(IndexUnreachableError):
+            get(sender, tmp_path / "x.whl", size=1000)
+        with pytest.raises(IndexUnreachableError):
+            Index(sender.url).files("tiny")
+
+
+def test_redirect_to_no_address_is_an_error_of_the_network(tmp_path: Path) -> None:
+    sender = Sender("HTTP/1.1 302 F\r\nLocation: http://[::\r\nContent-Length: 0\r\n\r\n", b"")
+    with sender.running(), pytest.raises(IndexUnreachableError, match="Invalid IPv6"):
+        get(sender, tmp_path / "x.whl", size=1000)
 
 
 def test_endless_page_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,24 @@ def test_reader_that_has_gone_is_reported(root: Path, arguments: list[str]) -> N
     assert err.splitlines()[-1] == "stdout was closed: the output is incomplete (SIGPIPE)"
 
 
+def test_working_directory_that_is_gone_is_reported(root: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            "sh",
+            "-c",
+            'cd "$1"; rmdir "$1"; exec "$0" -m vllm_forge plan h200',
+            sys.executable,
+            tmp_path,
+        ],
+        env=os.environ | {"PYTHONPATH": str(root / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 33
+    assert "FileAccessError" in done.stderr
+
+
 def test_full_disk_behind_stdout_is_reported(root: Path) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(

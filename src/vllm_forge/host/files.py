@@ -215,6 +215,12 @@ def walk_plain(folder: Path, below: str = "") -> Iterator[str]:
             raise ValueError(f"not a plain file: {entry.path}")
 
 
+def remove_foreign(path: Path) -> None:
+    """Delete what is not a plain file of one name: a write would go elsewhere, or wait."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_nlink > 1:
+        remove(path)
+
+
 def tree_bytes(path: Path) -> int:
     """Bytes on disk below a path, as the file system counts them."""
     if path.is_symlink() or not path.is_dir():
@@ -231,6 +237,7 @@ def exclusive(name: str, *, wait: bool) -> Iterator[None]:
     folder = cache_root() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.lock"
+    remove_foreign(path)
     with path.open("a+", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from vllm_forge.errors import problems, suggestion
+from vllm_forge.host import read_plain
 from vllm_forge.matrix import errors
 from vllm_forge.matrix.model import Base, LayerRule, Line, Matrix, Sku
 
@@ -106,10 +107,10 @@ def load(root: Path) -> Matrix:
     """Parse ``root/matrix.toml``; one error has all that is wrong."""
     path = root / "matrix.toml"
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(read_plain(path).decode())
     except FileNotFoundError:
         raise errors.MatrixFileError("matrix.toml does not exist", where=str(path)) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise errors.MatrixFileError(
             f"not TOML in UTF-8: {error}", where=str(path), remedy="correct the line that it names"
         ) from None

@@ -18,7 +18,7 @@ from urllib3.exceptions import HTTPError
 from vllm_forge.host import cache_root, console, exclusive, gigabytes, remove
 from vllm_forge.host.console import transfer_progress
 from vllm_forge.host.errors import CacheError, DiskSpaceError
-from vllm_forge.host.files import file_digest
+from vllm_forge.host.files import file_digest, remove_foreign
 from vllm_forge.sources import errors
 from vllm_forge.sources.index import TIMEOUT_S, Index, blocks
 from vllm_forge.sources.lock import LockedWheel
@@ -98,9 +98,7 @@ class _Fetcher:
         False: no URL has it.
         """
         item.target.parent.mkdir(parents=True, exist_ok=True)
-        part = item.part
-        if part.is_symlink() or not part.is_file() or part.stat().st_nlink > 1:
-            remove(part)  # writing would go elsewhere, or wait for a reader
+        remove_foreign(item.part)
         deadline = time.monotonic() + PATIENCE_S + item.size / SLOWEST
         last: Exception | None = None
         for _ in range(TRIES):
@@ -109,7 +107,7 @@ class _Fetcher:
                     urls = (item.url, *item.mirrors)
                     if not any(self._stream(url, item, deadline) for url in urls):
                         return False
-            except (requests.RequestException, HTTPError) as error:
+            except (requests.RequestException, HTTPError, ValueError) as error:
                 last = error
                 continue
             except OSError as error:  # not the network's: urllib3 wraps those

@@ -4,8 +4,10 @@ import io
 import itertools
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,7 @@ CONNECT_RETRIES = 4
 BACKOFF_S = 0.4
 LONGEST_WAIT_S = 30  # whatever Retry-After says
 TIMEOUT_S = (15, 60)  # to connect; between two reads
+HEADERS_S = 60
 CHUNK = 1 << 20
 PAGE_BYTES = 64 << 20  # the largest known page of a project has 3 MB
 PAGE_S = 120
@@ -81,6 +84,29 @@ def blocks(answer: requests.Response, deadline: float) -> Iterator[bytes]:
             raise requests.Timeout("it comes too slowly")
 
 
+class _InTime:
+    """Of a connection whose headers drip, or that says 100 Continue for ever: ends it."""
+
+    sock: socket.socket
+
+    def getresponse(self) -> Any:
+        timer = threading.Timer(HEADERS_S, self.sock.shutdown, [socket.SHUT_RDWR])
+        timer.daemon = True
+        timer.start()
+        try:
+            return super().getresponse()  # type: ignore[misc]
+        finally:
+            timer.cancel()
+
+
+class _Adapter(HTTPAdapter):
+    def get_connection_with_tls_context(self, *args: Any, **options: Any) -> Any:
+        pool: Any = super().get_connection_with_tls_context(*args, **options)
+        if not issubclass(pool.ConnectionCls, _InTime):
+            pool.ConnectionCls = type("Connection", (_InTime, pool.ConnectionCls), {})
+        return pool
+
+
 class PatientSession(requests.Session):
     """A session that trusts what the host trusts, and repeats what fails for now.
 
@@ -99,7 +125,7 @@ class PatientSession(requests.Session):
             allowed_methods=None, respect_retry_after_header=False,
         )  # fmt: skip
         for scheme in ("https://", "http://"):
-            self.mount(scheme, HTTPAdapter(CONNECTIONS, CONNECTIONS, retry))
+            self.mount(scheme, _Adapter(CONNECTIONS, CONNECTIONS, retry))
 
     def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
         for tried in itertools.count():
