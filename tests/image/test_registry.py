@@ -24,13 +24,13 @@ from vllm_forge.release.errors import RegistryAuthError, RegistryUnreachableErro
 from vllm_forge.release.mirror import bundles_of, mirror
 from vllm_forge.release.push import push_layout
 from vllm_forge.release.referrers import attach, referrers
-from vllm_forge.release.registry import INDEX, Reference, Repository
+from vllm_forge.release.registry import Reference, Repository
 from vllm_forge.signing.bundle import MEDIA_TYPE
 
 pytestmark = pytest.mark.engine
 
 PROVENANCE, SBOM = "https://slsa.dev/provenance/v1", "https://cyclonedx.org/bom"
-ORAS = "put oras of Debian forky (apt-get download oras/forky; dpkg-deb -x) on PATH"
+ORAS = "no oras: put that of Debian forky's oras_1*.deb on PATH"
 
 
 @pytest.fixture(autouse=True)
@@ -175,19 +175,20 @@ def test_attached_bundles_outlive_garbage_collection(public: DockerRegistry, lay
 
 
 def test_image_is_copied_to_another_registry(
-    private: DockerRegistry, public: DockerRegistry, certificates: Certificates, layout: Image
+    private: DockerRegistry, certificates: Certificates, layout: Image
 ) -> None:
-    source = Reference.parse(f"{public.host}/forge/vllm:1.0")
-    release(layout, source)
-    with RegistryServer().running() as conforming:
+    """Both with TLS; one has an index of what is attached, the other lists it itself."""
+    ca = certificates.authority
+    source = Reference.parse(f"{private.host}/forge/vllm:1.0")
+    release(layout, source, ca)
+    with RegistryServer(tls=certificates).running() as conforming:
         middle = Reference.parse(f"{conforming.host}/mirror/vllm:1.0")
-        digest = mirror(source, middle, Runner())
-        assert contents(Repository(middle), digest) == both_bundles(digest)
-        assert Repository(middle).resolve("1.0") == digest == f"sha256:{layout.digest}"
-        with docker_registry(private.folder / "last") as last:
-            target = Reference.parse(f"{last.host}/forge/vllm:1.0")
-            assert mirror(middle, target, Runner()) == digest
-            assert contents(Repository(target), digest) == both_bundles(digest)
+        digest = mirror(source, middle, Runner(), ca=ca)
+        assert contents(Repository(middle, ca=ca), digest) == both_bundles(digest)
+        assert Repository(middle, ca=ca).resolve("1.0") == digest == f"sha256:{layout.digest}"
+        target = Reference.parse(f"{private.host}/forge/again:1.0")
+        assert mirror(middle, target, Runner(), ca=ca) == digest
+        assert contents(Repository(target, ca=ca), digest) == both_bundles(digest)
 
 
 def test_image_goes_through_a_folder_to_another_registry(
@@ -254,7 +255,7 @@ def test_oras_discovers_the_bundles(
     api: bool, public: DockerRegistry, layout: Image, tmp_path: Path
 ) -> None:
     if which("oras") is None:
-        pytest.skip(f"no oras: {ORAS}")
+        pytest.skip(ORAS)
     with RegistryServer(referrers_api=api).running() as conforming:
         host = conforming.host if api else public.host
         release(layout, Reference.parse(f"{host}/forge/vllm"))
@@ -271,4 +272,3 @@ def test_oras_discovers_the_bundles(
         (path,) = (tmp_path / "pulled").iterdir()
         assert path.read_bytes() in both_bundles(f"sha256:{layout.digest}")
         assert path.name.endswith(".sigstore.json")
-        assert INDEX

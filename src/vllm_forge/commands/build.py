@@ -89,8 +89,6 @@ def build(project: Project, args: argparse.Namespace) -> None:
         f"[bold green]{'built' if fresh else 'up to date'}[/] {image.path}\n"
         f"  sha256:{image.digest}  {image.size / 1e6:.0f} MB"
     )
-    if args.push:
-        console.print(f"  pushed {reference.at(f'sha256:{image.digest}')}", markup=False)
     document = {"image": str(image.path), "digest": f"sha256:{image.digest}", "built": fresh}
     print_json(args, json.dumps(document))
     console.print(f"next: {_next_command(project, cell, args)}", markup=False)
