@@ -17,6 +17,7 @@ from tests.support.registry_client import LOGIN, NAME, push_image, store_login
 from tests.support.registry_server import RegistryServer, digest_of
 from vllm_forge.errors import UsageError
 from vllm_forge.images.layout import MANIFEST
+from vllm_forge.release.credentials import stored_credentials
 from vllm_forge.release.errors import (
     ManifestMissingError,
     RegistryAuthError,
@@ -179,6 +180,26 @@ def test_credential_helper_is_asked(
         helper.write_text("#!/bin/sh\necho 'the keychain is locked'; exit 1\n")
         with pytest.raises(RegistryAuthError, match="the keychain is locked"):
             repository.resolve("dev")
+
+
+def test_stored_identity_token_is_used(home: Path) -> None:
+    with RegistryServer(login=LOGIN, bearer=True).running() as registry:
+        row = {"identitytoken": base64.b64encode(LOGIN[1].encode()).decode(), "auth": "cm9ib3Q6"}
+        (home / ".docker").mkdir()
+        logins = {"auths": {registry.host: row}}
+        (home / ".docker" / "config.json").write_text(json.dumps(logins))
+        assert Repository(Reference.parse(f"{registry.host}/{NAME}")).resolve("dev") is None
+
+
+def test_login_of_docker_hub_goes_by_its_old_name(home: Path) -> None:
+    store_login(home / "secret.json", "https://index.docker.io/v1/")
+    (home / ".docker").mkdir()
+    (home / ".docker" / "config.json").symlink_to(home / "secret.json")  # as Kubernetes mounts it
+    stored = stored_credentials("docker.io", "vllm/vllm")
+    assert stored is not None
+    assert (stored.user, stored.secret) == LOGIN
+    assert LOGIN[1] not in repr(stored)
+    assert stored_credentials("registry.example", "vllm/vllm") is None
 
 
 def test_invalid_file_of_logins_is_refused(home: Path, repository: Repository) -> None:
