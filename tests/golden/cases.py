@@ -62,6 +62,8 @@ def linked_checkout(folder: Path) -> Path:
     for name in READ:
         if name in {"docker", "patches", "records"}:
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("receipts"))
+        elif (ROOT / name).is_file():
+            shutil.copy(ROOT / name, folder)
         else:
             (folder / name).symlink_to(ROOT / name)
     return folder
