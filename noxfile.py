@@ -111,6 +111,8 @@ menu(
 )
 menu("lock", "Resolve a line with uv and write its hash-pinned lock.", "wheels", "lock")
 menu("test-gpu", "Run the GPU suite on this host and write receipts.", "gpu", "test")
+menu("release", "Build, sign, push and verify an image, then name it.", "release")
+menu("verify", "Verify an image: bytes, statements, who signed them.", "verify")
 menu("docs", "Write all generated pages from the records, or --check them.", "docs")
 menu("bench", "Measure; `nox -s bench` alone lists what.", "bench")
 menu("forge", "Run any command of vllm-forge, e.g. `nox -s forge -- kernels select`.")

@@ -62,7 +62,7 @@ def build(project: Project, args: argparse.Namespace) -> None:
         images.provision(runner)
     engine = images.choose_engine(args.engine, dry_run=args.dry_run)
     if engine.name == "buildah" and os.geteuid() != 0 and not args.dry_run:
-        _as_namespace_root()
+        as_namespace_root()
     prewarm = args.prewarm and prewarm_of(project, cell, args.prewarm.resolve())
     options = images.BuildOptions(
         output=args.output or project.root / "dist",
@@ -94,7 +94,7 @@ def build(project: Project, args: argparse.Namespace) -> None:
     console.print(f"next: {_next_command(project, cell, args)}", markup=False)
 
 
-def _as_namespace_root() -> NoReturn:
+def as_namespace_root() -> NoReturn:
     """Go on as root of a user namespace; buildah maps the user's subordinate ids."""
     buildah = which("buildah")
     if buildah is None:
@@ -148,7 +148,7 @@ def clean(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.images.clean import clean as clean_cache
 
     if os.geteuid() != 0 and which("buildah") is not None:
-        _as_namespace_root()  # system images hold files of mapped users
+        as_namespace_root()  # system images hold files of mapped users
     freed = clean_cache(project, everything=args.all)
     console.print(f"{gigabytes(freed)} freed")
 

@@ -50,3 +50,47 @@ class ProvenanceError(ForgeError, exit_code=REFUSED):
 
 class VexError(ForgeError, exit_code=REFUSED):
     """records/vex.toml is invalid, or names what an image does not have."""
+
+
+class TagTakenError(ForgeError, exit_code=RED):
+    """A tag that never moves names another image."""
+
+
+class StatementMissingError(ForgeError, exit_code=RED):
+    """A statement that a stage requires is not attached to an image."""
+
+
+class StatementSubjectError(ForgeError, exit_code=RED):
+    """A statement is about another image."""
+
+
+class StatementKindError(ForgeError, exit_code=RED):
+    """A statement is of another type than the place says where it was found."""
+
+
+class StatementDuplicateError(ForgeError, exit_code=RED):
+    """Statements of which there must be one differ."""
+
+
+class StatementContentError(ForgeError, exit_code=RED):
+    """A signed statement has unknown fields, or values that no image of this project has."""
+
+
+class StatementExpiredError(ForgeError, exit_code=UNDECIDED):
+    """A receipt, a waiver or a build is too old, or in the future."""
+
+
+class DecisionError(ForgeError, exit_code=RED):
+    """The gate's decision is for another stage or tag, or on other statements."""
+
+
+class ImageContentError(ForgeError, exit_code=RED):
+    """An image is not what its labels or its statements say."""
+
+
+class RebuildDiffersError(ForgeError, exit_code=RED):
+    """A build of the commit gave another image."""
+
+
+class CommitMissingError(ForgeError, exit_code=REFUSED):
+    """The checkout does not have the commit that is to be built."""

@@ -27,6 +27,7 @@ from vllm_forge.receipts.suite import read_suite
 from vllm_forge.receipts.verification import read_receipts
 from vllm_forge.release import errors
 
+NAMED = 3  # files of a list
 PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
 
 
@@ -56,7 +57,10 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """A cell at a stage; ``digest``: ``sha256:<hex>`` of its image, None before it is built."""
+    """A cell at a stage; ``digest``: ``sha256:<hex>`` of its image.
+
+    None before it is built: then a receipt of any image of the cell may be the one that is needed.
+    """
 
     project: Project
     cell: ImageCell
@@ -97,7 +101,10 @@ class Gate:
                 f"\n  - {row.what}\n    where:  {row.where}\n    remedy: {row.remedy}"
                 for row in findings
             )
-            what = f"{self.cell.name} lacks {len(findings)} for stage {self.stage}:{rows}"
+            count = len(findings)
+            what = (
+                f"{self.cell.name}: {count} requirements of stage {self.stage} are not met:{rows}"
+            )
             raise errors.GateRefusedError(
                 what,
                 where=f"matrix.toml, release.{self.stage}",
@@ -106,7 +113,7 @@ class Gate:
 
     def receipts(self) -> dict[str, Receipt]:
         """Tier -> the committed receipt of this image, signed and valid now."""
-        rows = read_receipts(self.project, self.now, image=self.digest, signed=True).valid
+        rows = read_receipts(self.project, self.now, image=self.digest or "", signed=True).valid
         return {
             row.statement.detail.tier: row
             for row in rows
@@ -182,8 +189,9 @@ def _uncommitted(gate: Gate) -> Iterator[Finding]:
     if commit is None:
         what, remedy = "the checkout has no commit", "release from a git checkout with a commit"
     elif changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        what = f"the checkout differs from commit {commit[:12]}: {', '.join(changed[:3])}{more}"
+        more = [f"and {len(changed) - NAMED} more"] if len(changed) > NAMED else []
+        names = ", ".join(changed[:NAMED] + more)
+        what = f"the checkout differs from commit {commit[:12]}: {names}"
         remedy = "commit them, or remove them: git status"
     else:
         return
@@ -290,7 +298,7 @@ def _receipt_fault(gate: Gate, tier: str) -> Finding | None:
             f"older than {gate.policy.max_age_days} days"
         )
         return Finding(what=what, where=where, remedy=remedy)
-    refused = read_receipts(gate.project, gate.now, image=gate.digest, signed=True).refused
+    refused = read_receipts(gate.project, gate.now, image=gate.digest or "", signed=True).refused
     for path, error in refused:
         if path.name == Path(where).name:
             return Finding.of(error)

@@ -7,7 +7,6 @@ last.
 """
 
 import hashlib
-import re
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -28,6 +27,7 @@ from vllm_forge.host import (
 from vllm_forge.images import Image, read_image, verify
 from vllm_forge.images.layout import MANIFEST, VERSION, set_name
 from vllm_forge.release.errors import MirrorError
+from vllm_forge.release.evidence import bundle_name
 from vllm_forge.release.push import copy, push_layout, tls_options
 from vllm_forge.release.referrers import Referrer, attach, put_referrer, referrers
 from vllm_forge.release.registry import Descriptor, Manifest, Reference, Repository
@@ -35,7 +35,6 @@ from vllm_forge.release.statements import Statement
 from vllm_forge.signing.bundle import LARGEST, MEDIA_TYPE, read
 
 SUFFIX = ".sigstore.json"
-NAME_CHARACTERS = 60  # of a predicate type, in a bundle's file name
 
 
 def mirror(
@@ -156,7 +155,7 @@ def _download(
         kept = set(bundles_of(target).values())
         for row in bundles:
             if (content := row.bundle(repository)) not in kept:
-                with atomic_path(_attest(target) / _file_name(row)) as aside:
+                with atomic_path(_file(_attest(target), content)) as aside:
                     aside.write_bytes(content)
         if not target.exists():
             _write_layout(repository, manifest, blobs, target, name)
@@ -217,8 +216,9 @@ def _detail(error: ValueError) -> str:
     return problems(error)[0] if isinstance(error, ValidationError) else str(error)
 
 
-def _file_name(referrer: Referrer) -> str:
-    """Of the predicate type that the manifest names, and its digest."""
-    kind = referrer.artifact.annotations.get("dev.sigstore.bundle.predicateType", "bundle")
-    word = re.sub(r"[^a-z0-9.]+", "-", kind.removeprefix("https://").lower())
-    return f"{word[:NAME_CHARACTERS].strip('.-')}-{referrer.manifest.digest[7:19]}{SUFFIX}"
+def _file(folder: Path, content: bytes) -> Path:
+    """Where a bundle goes: ``<kind>.sigstore.json``; with a part of its hash if that is taken."""
+    path = folder / f"{bundle_name(content)}{SUFFIX}"
+    if not path.exists():
+        return path
+    return folder / f"{bundle_name(content)}-{hashlib.sha256(content).hexdigest()[:12]}{SUFFIX}"

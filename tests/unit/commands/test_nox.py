@@ -106,6 +106,11 @@ SESSIONS = {
     "forge": (["forge", "--", "kernels", "select"], ["kernels", "select"]),
     "lock": (["lock", "--", "--line", "0.33"], ["wheels", "lock", "--line", "0.33"]),
     "docs": (["docs", "--", "--check"], ["docs", "--check"]),
+    "release": (
+        ["release", "--", "--sku", "b300", "--stage", "release"],
+        ["release", "--sku", "b300", "--stage", "release"],
+    ),
+    "verify": (["verify", "--", "host/name:tag"], ["verify", "host/name:tag"]),
 }
 
 

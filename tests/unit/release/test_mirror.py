@@ -50,8 +50,7 @@ def test_image_and_bundles_are_copied_to_a_folder(source: Reference, tmp_path: P
     bundles = bundles_of(target)
     assert set(bundles.values()) == {bundle_of(digest, kind) for kind in (PROVENANCE, SBOM)}
     names = sorted(path.name for path in bundles)
-    assert names[0].startswith("cyclonedx.org-bom-")
-    assert names[1].startswith("slsa.dev-provenance-v1-")
+    assert names == ["provenance.sigstore.json", "sbom.sigstore.json"]
     assert sorted(path.name for path in target.parent.iterdir()) == ["vllm", "vllm.attest"]
     assert download(source, target) == digest
     assert bundles_of(target) == bundles
@@ -68,9 +67,8 @@ def test_what_is_attached_later_is_added(
         attach(repository, repository.manifest(digest), bundle_of(digest, kind), kind)
     download(source, target)
     names = {path.name for path in bundles_of(target)}
-    assert len(names) == 4
-    assert "own.sigstore.json" in names
-    assert [name for name in names if name.startswith("example.com-later-..-x-y-")]
+    kinds = ("bundle", "own", "provenance", "sbom")
+    assert names == {f"{kind}.sigstore.json" for kind in kinds}
 
 
 def test_killed_copy_goes_on_where_it_stopped(

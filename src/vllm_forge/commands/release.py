@@ -1,0 +1,295 @@
+"""Release images, verify them, and what comes with them."""
+
+import argparse
+import os
+from dataclasses import replace
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_forge.commands.build import ENGINES, as_namespace_root
+from vllm_forge.commands.parsers import (
+    JSON,
+    LINE,
+    SKU,
+    Commands,
+    command,
+    group,
+    option,
+    print_json,
+)
+from vllm_forge.errors import UsageError
+from vllm_forge.host import RecordingRunner, Runner, console
+from vllm_forge.project import Project
+
+if TYPE_CHECKING:
+    from vllm_forge.release.evidence import Trust
+    from vllm_forge.release.published import Published
+    from vllm_forge.release.registry import Reference
+    from vllm_forge.release.verify import Report, Verification
+    from vllm_forge.signing import Keyring, PrivateKey
+
+STAGES = ("dev", "candidate", "release")
+TARGET = "HOST/NAME[:TAG][@DIGEST] of a registry, or the folder of an OCI layout"
+
+
+def _date(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        what = f"invalid value {text!r}: expected a date, e.g. 2027-01-31"
+        raise argparse.ArgumentTypeError(what) from None
+
+
+def register(choices: Commands) -> None:
+    ca = option("--ca", type=Path, metavar="FILE", help="PEM of a registry's own authority")
+    identity = option("--identity", help="exact identity that signs, without a key")
+    identity.add_argument("--issuer", help="exact issuer of that identity")
+    trust = option(
+        "--key", action="append", default=[], type=Path, metavar="FILE",
+        help="public key (PEM) to trust, beside those of records/keys; repeatable",
+    )  # fmt: skip
+    stage = option("--stage", choices=STAGES, default="release", help="default: release")
+    target = option("target", metavar="IMAGE", help=TARGET)
+
+    one = command(choices, "release", release, SKU, LINE, JSON, ca, identity)
+    one.add_argument("--stage", choices=STAGES, required=True, help="row [release.*] to meet")
+    one.add_argument("--registry", metavar="HOST/NAME", help="without it, only say what is missing")
+    one.add_argument("--key", type=Path, metavar="FILE", help="private key (PEM) that signs")
+    one.add_argument(
+        "--waive", action="append", default=[], metavar="TIER", help="release without its receipt"
+    )
+    one.add_argument("--until", type=_date, metavar="DATE", help="last day of the waiver")
+    one.add_argument("--reason", metavar="TEXT", help="why, for who reads the release")
+    one.add_argument("--engine", choices=ENGINES, help="default: the one that is installed")
+    one.add_argument("--output", type=Path, help="folder for the OCI layout (default: dist)")
+    one.add_argument("--dry-run", action="store_true", help="print the commands, do nothing")
+
+    one = command(choices, "verify", verify, target, JSON, ca, identity, trust, stage)
+    one.add_argument("--offline", action="store_true", help="use no network: IMAGE is a folder")
+    one.add_argument("--deep", action="store_true", help="also hash all bytes of its layers")
+    one.add_argument("--rebuild", action="store_true", help="also build its commit, and compare")
+
+    one = command(choices, "notes", notes, target, ca, identity, trust, stage)
+    one.add_argument("--since", metavar="IMAGE", help="default: the release before")
+    one = command(choices, "sbom", sbom, target, ca, identity, trust)
+    one.add_argument("--diff", metavar="IMAGE", help="print what changed since this one")
+    one = command(choices, "mirror", mirror, target, ca)
+    one.add_argument("to", metavar="TO", help="registry, or folder that will be made")
+
+    receipts = group(choices, "receipts", help="sign receipts, and accept those of others")
+    one = command(receipts, "sign", sign)
+    one.add_argument("receipt", type=Path, help="committed file without a signature")
+    one.add_argument("--key", type=Path, required=True, help="private key (PEM) that signs")
+    one = command(receipts, "accept", accept, trust)
+    one.add_argument("receipt", type=Path, help="signed file of whoever ran the suite")
+
+
+def release(project: Project, args: argparse.Namespace) -> None:
+    """Build, attest, push and verify an image, then name it."""
+    from vllm_forge import images
+    from vllm_forge.images.record import built_digest
+    from vllm_forge.release import gate as gates
+    from vllm_forge.release.pipeline import Job
+    from vllm_forge.release.pipeline import release as run
+    from vllm_forge.release.verify import describe
+
+    cell, policy = project.cell(args.sku, args.line), gates.policy_of(project, args.stage)
+    output = args.output or project.root / "dist"
+    gate = gates.Gate(
+        project=project, cell=cell, stage=args.stage, policy=policy, now=datetime.now(UTC),
+        digest=built_digest(output / f"{cell.name}.json"),
+        waivers=gates.make_waivers(args.waive, args.until, args.reason, policy),
+    )  # fmt: skip
+    if args.registry is None:
+        findings = gate.findings()
+        if args.json:
+            print_json(args, gate.report(findings))
+        gate.require(findings)
+        console.print(f"{cell.name}: nothing is missing for stage {args.stage}, as far as known")
+        console.print("next: the same command with --registry HOST/NAME", markup=False)
+        return
+    if args.key and not policy.statements:
+        what = f"--key, and stage {args.stage} signs nothing"
+        raise UsageError(what, remedy="leave it out, or choose another --stage")
+    key, trust = _signer(project, args)
+    runner = RecordingRunner() if args.dry_run else Runner()
+    engine = images.choose_engine(args.engine, dry_run=args.dry_run)
+    if engine.name == "buildah" and os.geteuid() != 0 and not args.dry_run:
+        as_namespace_root()
+    job = Job(
+        gate=gate, reference=_repository(args.registry), engine=engine, output=output,
+        key=key, trust=trust, ca=args.ca,
+    )  # fmt: skip
+    outcome = run(job, runner)
+    if outcome is not None:
+        console.print(describe(outcome.report), markup=False)
+        tags = list(outcome.names.all)
+        print_json(args, {"image": str(job.reference), "digest": outcome.digest, "tags": tags})
+
+
+def verify(project: Project, args: argparse.Namespace) -> None:
+    """Verify an image of a registry or a folder: bytes, statements, who signed them."""
+    from vllm_forge.release.rebuild import rebuild
+
+    if args.offline and args.rebuild:
+        raise UsageError("--rebuild downloads what is not in the cache", remedy="drop --offline")
+    verification = _verification(project, args, args.target)
+    report = verification.run(deep=args.deep)
+    if not args.rebuild:
+        report.not_checked.append("that its commit gives this digest: --rebuild")
+    elif not report.findings:  # the commit is of a statement that holds
+        provenance = verification.provenances[0]
+        report.not_checked += rebuild(project, verification.published, provenance, Runner())
+    _answer(args, report)
+
+
+def notes(project: Project, args: argparse.Namespace) -> None:
+    """Print the notes of a release, made of data only."""
+    from vllm_forge.pages.notes import make_notes
+    from vllm_forge.release.registry import Reference
+    from vllm_forge.release.tags import previous_release
+
+    verification = _verification(project, args, args.target)
+    for error in verification.run().findings:
+        raise error
+    place = _place(args.target)
+    before = args.since
+    if not before and isinstance(place, Reference) and place.tag:
+        tag = previous_release(place.tag)
+        before = tag and str(replace(place, tag=tag, digest=None))
+    earlier = _verification(project, args, before) if before else None
+    if earlier is not None:
+        earlier.run()  # what is wrong with it is for `verify` to say
+    print(make_notes(project, verification, earlier))
+
+
+def sbom(project: Project, args: argparse.Namespace) -> None:
+    """Print the SBOM of an image, or how it differs from another."""
+    from vllm_forge.release.sbom import diff
+
+    documents = [_sbom(project, args, target) for target in (args.target, args.diff) if target]
+    if args.diff:
+        print("\n".join(diff(documents[1], documents[0])) or "no differences")
+    else:
+        print_json(args, documents[0])
+
+
+def mirror(_: Project, args: argparse.Namespace) -> None:
+    """Copy an image with all that is attached to it, to a registry or a folder."""
+    from vllm_forge.release.mirror import mirror as copy
+
+    print(copy(_place(args.target), _place(args.to), Runner(), ca=args.ca))
+
+
+def sign(project: Project, args: argparse.Namespace) -> None:
+    """Sign a receipt that was written without a key, after verifying it."""
+    from vllm_forge.receipts.handover import sign_receipt
+    from vllm_forge.signing import load_private
+
+    print(sign_receipt(project, args.receipt, load_private(args.key)))
+
+
+def accept(project: Project, args: argparse.Namespace) -> None:
+    """Verify a signed receipt of others, and put it among the committed ones."""
+    from vllm_forge.receipts.handover import accept_receipt
+    from vllm_forge.receipts.verification import describe
+
+    receipt = accept_receipt(project, args.receipt, _keyring(project, args.key))
+    console.print(describe([receipt]), markup=False)
+    print(receipt.path.relative_to(project.root))
+
+
+def _keyring(project: Project, paths: list[Path]) -> "Keyring":
+    from vllm_forge.signing import read_keyring
+
+    keys = read_keyring(project.root)
+    for path in paths:
+        keys = keys.including(path)
+    return keys
+
+
+def _identity(args: argparse.Namespace) -> tuple[str, str] | None:
+    if (args.identity is None) != (args.issuer is None):
+        raise UsageError("--identity and --issuer belong together", remedy="give both, or neither")
+    return None if args.identity is None else (args.identity, args.issuer)
+
+
+def _signer(project: Project, args: argparse.Namespace) -> "tuple[PrivateKey | None, Trust]":
+    """The key that signs, if there is one; and who is trusted when all is read back."""
+    from vllm_forge.release.evidence import Trust
+    from vllm_forge.signing import Keyring, load_private
+
+    keys, identity = _keyring(project, []), _identity(args)
+    if args.key is None:
+        return None, Trust(keys=keys, identity=identity)
+    key = load_private(args.key)
+    if keys.find(keyid=key.public.id) is None:
+        console.print(f"{args.key} is not in records/keys: others must name its public half, --key")
+        keys = Keyring(keys=(key.public, *keys.keys))
+    return key, Trust(keys=keys, identity=identity)
+
+
+def _repository(text: str) -> "Reference":
+    from vllm_forge.release.registry import Reference
+
+    reference = Reference.parse(text)
+    if reference.tag or reference.digest:
+        what = f"invalid --registry {reference}: the release chooses the tag"
+        raise UsageError(what, remedy="give HOST/NAME only")
+    return reference
+
+
+def _place(text: str) -> "Reference | Path":
+    from vllm_forge.release.registry import Reference
+
+    path = Path(text)
+    is_folder = path.is_dir() or text.startswith((".", "/"))
+    return path if is_folder else Reference.parse(text)
+
+
+def _open(args: argparse.Namespace, text: str) -> "Published":
+    from vllm_forge.release.published import from_layout, from_registry
+
+    place = _place(text)
+    if isinstance(place, Path):
+        return from_layout(place)
+    if getattr(args, "offline", False):
+        what, remedy = "--offline, and the image is in a registry", "give the folder of a mirror"
+        raise UsageError(what, where=str(place), remedy=remedy)
+    return from_registry(place, args.ca)
+
+
+def _verification(project: Project, args: argparse.Namespace, text: str) -> "Verification":
+    from vllm_forge.release.evidence import Trust
+    from vllm_forge.release.gate import policy_of
+    from vllm_forge.release.verify import Verification
+
+    trust = Trust(keys=_keyring(project, args.key), identity=_identity(args))
+    return Verification(
+        published=_open(args, text), policy=policy_of(project, args.stage), stage=args.stage,
+        trust=trust, now=datetime.now(UTC),
+    )  # fmt: skip
+
+
+def _sbom(project: Project, args: argparse.Namespace, text: str) -> dict[str, Any]:
+    from vllm_forge.release.evidence import Trust, gather
+
+    published = _open(args, text)
+    trust = Trust(keys=_keyring(project, args.key), identity=_identity(args))
+    evidence = gather(published.attached, published.digest, trust, datetime.now(UTC))
+    document: dict[str, Any] = evidence.only("sbom").statement["predicate"]
+    return document
+
+
+def _answer(args: argparse.Namespace, report: "Report") -> None:
+    from vllm_forge.release.verify import describe
+
+    if args.json:
+        print_json(args, report.document())
+    else:
+        print(describe(report))
+    for error in report.findings[1:]:
+        console.print(f"{type(error).__name__}: {error}", markup=False)
+    for error in report.findings[:1]:
+        raise error

@@ -1,0 +1,190 @@
+"""The statements about an image: whose signatures hold, and what a stage still lacks.
+
+A statement counts if a trusted signer made it for this image. One that does not count is refused
+with its reason, and hides none that does: whoever may write to a registry can add to an image what
+they like. What a stage requires and nobody signed is missing, and absence fails.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import NamedTuple
+
+from pydantic import ValidationError
+
+from vllm_forge.errors import ForgeError, problems
+from vllm_forge.host import parse_json, printable
+from vllm_forge.release import errors
+from vllm_forge.release.published import Attached
+from vllm_forge.release.statements import PROVENANCE, SBOM, TEST_RESULT, VEX, VSA, Statement
+from vllm_forge.signing import Keyring, Role, Verified, bundle
+from vllm_forge.signing.keyless import verify_keyless
+
+RECEIPT, DECISION = "receipt", "decision"
+
+
+class Kind(NamedTuple):
+    """What a predicate type is called here, and the role of keys that may sign it."""
+
+    name: str
+    role: Role
+
+
+KINDS = {
+    SBOM: Kind("sbom", "builder"),
+    PROVENANCE: Kind("provenance", "builder"),
+    TEST_RESULT: Kind(RECEIPT, "receipts"),
+    VEX: Kind("vex", "vex"),
+    VSA: Kind(DECISION, "release"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trust:
+    """Who may sign: keys, each for its roles; and perhaps one identity of one issuer, for all."""
+
+    keys: Keyring
+    identity: tuple[str, str] | None = None  # exact identity and issuer
+
+    def verify(self, content: bundle.Bundle, role: Role, now: datetime) -> Verified:
+        if self.identity is not None and content.hint is None:
+            identity, issuer = self.identity
+            return verify_keyless(content, identity=identity, issuer=issuer)
+        return bundle.verify(content, self.keys, role=role, now=now)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """A statement that does not count; ``name`` as that of ``Evidence.named``."""
+
+    name: str
+    error: ForgeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What is attached to an image.
+
+    ``named``: name -> different statements, each with all who signed it. The name is the kind, or
+    ``receipt-<tier>``. ``unrelated``: predicate types that nothing here reads.
+    """
+
+    named: dict[str, dict[bytes, list[Verified]]] = field(default_factory=dict)
+    refused: tuple[Refused, ...] = ()
+    unrelated: tuple[str, ...] = ()
+
+    def signed(self, name: str) -> list[Verified]:
+        """One of each different statement."""
+        return [rows[0] for rows in self.named.get(name, {}).values()]
+
+    def signers(self, name: str) -> list[Verified]:
+        """Every signature of a statement of this name."""
+        return [row for rows in self.named.get(name, {}).values() for row in rows]
+
+    def require(self, name: str) -> None:
+        """Raise why there is no statement of this name: the reason of one that is refused."""
+        if not self.named.get(name):
+            for row in self.refused:
+                if row.name == name:
+                    raise row.error
+            what, remedy = f"missing {name}: nothing of it is attached", "have it attached, signed"
+            raise errors.StatementMissingError(what, remedy=remedy)
+
+    def only(self, name: str) -> Verified:
+        """The one statement of this name; StatementDuplicateError, and see ``require``."""
+        self.require(name)
+        if len(rows := self.signed(name)) > 1:
+            signers = ", ".join(row.signer for row in rows)
+            what = f"{len(rows)} different statements of {name} are attached, signed by {signers}"
+            remedy = "find out which is right, and delete the other"
+            raise errors.StatementDuplicateError(what, remedy=remedy)
+        return rows[0]
+
+
+def gather(attached: Sequence[Attached], digest: str, trust: Trust, now: datetime) -> Evidence:
+    """Verify the signature, subject and type of each bundle that is attached to an image."""
+    named: dict[str, dict[bytes, list[Verified]]] = {}
+    refused: list[Refused] = []
+    unrelated: set[str] = set()
+    for item in attached:
+        name = KINDS[item.stated].name if item.stated in KINDS else item.stated
+        try:
+            if item.error is not None:
+                raise item.error
+            content = bundle.read(item.content, item.where)
+            predicate_type, name = _peek(content.statement, name)
+            if predicate_type not in KINDS:
+                unrelated.add(predicate_type)
+                continue
+            verified = trust.verify(content, KINDS[predicate_type].role, now)
+            _require_place(verified, name, item)
+            _require_subject(verified, digest, item.where)
+        except ForgeError as error:
+            refused.append(Refused(name=name, error=_named(error, name)))
+        else:
+            named.setdefault(name, {}).setdefault(verified.content, []).append(verified)
+    return Evidence(named=named, refused=tuple(refused), unrelated=tuple(sorted(unrelated)))
+
+
+def _peek(statement: bytes, name: str) -> tuple[str, str]:
+    """Predicate type and name of a statement whose signature was not verified yet."""
+    try:
+        document = parse_json(statement)
+        predicate_type = str(document["predicateType"])
+        if predicate_type == TEST_RESULT:
+            return predicate_type, f"{RECEIPT}-{document['predicate']['vllmForge']['tier']}"
+    except (ValueError, LookupError, TypeError) as error:
+        what = f"not a statement: {error!r}"
+        raise errors.StatementContentError(what, remedy="get it again") from None
+    return predicate_type, KINDS[predicate_type].name if predicate_type in KINDS else name
+
+
+def bundle_name(content: bytes) -> str:
+    """Name for the file of a bundle, of which nothing was verified."""
+    try:
+        name = _peek(bundle.read(content).statement, "bundle")[1]
+    except ForgeError:
+        name = "bundle"
+    return name if re.fullmatch(r"[a-z0-9-]{1,60}", name) else "bundle"
+
+
+def _require_place(verified: Verified, name: str, item: Attached) -> None:
+    """A provenance may be ``provenance-<key>``; other names, and annotations, are exact."""
+    if item.stated not in {verified.predicate_type, name} and not item.stated.startswith(
+        f"{name}-"
+    ):
+        raise errors.StatementKindError(
+            f"it is said to be {printable(item.stated)!r}, and its statement is of type "
+            f"{verified.predicate_type}",
+            where=item.where,
+            remedy="somebody swapped two statements, or their names: get them again",
+        )
+
+
+def _require_subject(verified: Verified, digest: str, where: str) -> None:
+    try:
+        statement = Statement.model_validate(verified.statement)
+    except ValidationError as error:
+        what = f"signed by {verified.signer}, and not a statement: {problems(error)[0]}"
+        raise errors.StatementContentError(what, where=where, remedy="get it again") from None
+    if not statement.has_subject(digest):
+        named = ", ".join(f"{k}:{v}" for row in statement.subject for k, v in row.digest.items())
+        raise errors.StatementSubjectError(
+            f"it is about another image: {printable(named)}, not {digest}",
+            where=where,
+            remedy="somebody moved it here: get the statements of this image",
+        )
+
+
+def _named(error: ForgeError, name: str) -> ForgeError:
+    """The error, saying first which statement it is about."""
+    error.what = f"{printable(name)}: {error.what}"
+    error.args = (error.what,)
+    return error
+
+
+def content_of(row: Verified) -> str:
+    """SHA-256 of a statement, hex: a decision names it by that."""
+    return hashlib.sha256(row.content).hexdigest()

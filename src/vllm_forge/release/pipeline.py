@@ -1,0 +1,250 @@
+"""From a cell to a name: build, push by digest, attach, read back, verify, decide, name.
+
+A name is given last, to an image that was read from the registry and passed. Each step leaves what
+it did in the registry and does it only if it is not there: whatever ends a release, running the
+command again goes on where it stopped.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import vllm_forge
+from vllm_forge import images
+from vllm_forge.host import RecordingRunner, Runner
+from vllm_forge.images.engines import Engine
+from vllm_forge.images.record import read_record
+from vllm_forge.images.rootfs import LOCKED, ROOTFS
+from vllm_forge.project import Project
+from vllm_forge.release.decision import (
+    SLSA_VERSION,
+    VERIFIER,
+    Decision,
+    Detail,
+    Resource,
+    Verifier,
+    policy_of_stage,
+)
+from vllm_forge.release.evidence import DECISION, RECEIPT, Evidence, Trust, content_of
+from vllm_forge.release.gate import Finding, Gate
+from vllm_forge.release.published import from_registry
+from vllm_forge.release.push import push_layout
+from vllm_forge.release.referrers import attach
+from vllm_forge.release.registry import Reference, Repository
+from vllm_forge.release.sbom import make_sbom
+from vllm_forge.release.statements import (
+    SBOM,
+    TEST_RESULT,
+    VSA,
+    Statement,
+    image_statement,
+    make_provenance,
+    receipt_bundle,
+)
+from vllm_forge.release.tags import Names, choose_names, forms, require_free
+from vllm_forge.release.verify import Report, Verification, resource
+from vllm_forge.release.vex import make_vex
+from vllm_forge.signing import PrivateKey, Verified, sign
+from vllm_forge.signing.keyless import sign_keyless
+
+UNSIGNED = Finding(
+    what="no key signs the statements that this stage requires",
+    where="--key",
+    remedy="give a private key with --key, or --identity and --issuer where this host has them",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A release: ``gate`` has cell, stage, policy and waivers; ``reference`` has no tag.
+
+    ``key``: None to sign as the ambient identity that ``trust`` names, or not at all.
+    """
+
+    gate: Gate
+    reference: Reference
+    engine: Engine
+    output: Path
+    trust: Trust
+    key: PrivateKey | None = None
+    ca: Path | None = None
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+
+    @property
+    def project(self) -> Project:
+        return self.gate.project
+
+    @property
+    def signs(self) -> bool:
+        return self.key is not None or self.trust.identity is not None
+
+    def sign(self, statement: Statement) -> bytes:
+        """A bundle, signed with the key or as this host's identity."""
+        if self.key is not None:
+            return sign(statement.content, self.key)
+        return sign_keyless(statement.content)
+
+    def signed(self, row: Verified) -> bool:
+        """Whether this job's signer signed it."""
+        return row.key_id == ("" if self.key is None else self.key.public.id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A finished release."""
+
+    digest: str
+    names: Names
+    report: Report
+
+
+def release(job: Job, runner: Runner) -> Outcome | None:
+    """Release a cell; None for a dry run.
+
+    Raises:
+        GateRefusedError: something is missing, and nothing was named.
+        TagTakenError: another image got the name meanwhile.
+    """
+    gate, policy = job.gate, job.gate.policy
+    gate.require(gate.findings() if job.signs or not policy.statements else [UNSIGNED])
+    base = LOCKED if policy.committed else ROOTFS
+    plan = images.resolve(
+        job.project, gate.cell, images.BuildOptions(output=job.output, base=base), job.engine
+    )
+    cell = gate.cell
+    with runner.exclusive(f"release-{cell.name}"):
+        if isinstance(runner, RecordingRunner):
+            options = ["--line", cell.line_name, "--base", base, "--output", str(job.output)]
+            runner.run(["nox", "-s", "forge", "--", "build", cell.sku_name, *options])
+        built = runner.act("hash every blob of the image", lambda: _build(job, plan, runner))
+        digest = "sha256:DIGEST" if isinstance(runner, RecordingRunner) else str(built().digest)
+        push_layout(runner, plan.target, job.reference, digest, ca=job.ca)
+        runner.act(
+            f"sign and attach: {', '.join(policy.statements) or 'nothing'}",
+            lambda: _attach(job, built()),
+        )
+        checked = runner.act(
+            f"read all of it from {job.reference}, and verify what stage {gate.stage} requires",
+            lambda: _check(job, built(), decided=False),
+        )
+        decided = runner.act(
+            "choose the tags; sign and attach the decision; read and verify all again",
+            lambda: _decide(job, built(), checked()),
+        )
+        outcome = runner.act(
+            f"let the tags name the image: {', '.join(forms(cell, gate.stage))}",
+            lambda: _name(job, *decided()),
+        )
+        return None if isinstance(runner, RecordingRunner) else outcome()
+
+
+def _build(job: Job, plan: images.ImagePlan, runner: Runner) -> Gate:
+    """Build the image unless it is there, hash its blobs, and judge the checkout for its digest."""
+    image, _ = images.build_image(plan, runner)
+    images.verify(image, unpacked=True)  # a registry takes layers that no engine could unpack
+    gate = replace(job.gate, digest=f"sha256:{image.digest}", now=job.clock())
+    gate.require(gate.findings())
+    return gate
+
+
+def _attach(job: Job, gate: Gate) -> None:
+    """Attach what is not attached yet; statements that trusted signers attached are kept."""
+    if not gate.policy.statements:
+        return
+    repository = Repository(job.reference, ca=job.ca)
+    evidence = _verification(job, gate, decided=False).gather()
+    subject = repository.manifest(str(gate.digest))
+    for predicate_type, bundle in _bundles(job, gate, evidence):
+        attach(repository, subject, bundle, predicate_type)
+
+
+def _bundles(job: Job, gate: Gate, evidence: Evidence) -> Iterator[tuple[str, bytes]]:
+    """Predicate type and bundle of what an image lacks."""
+    image = images.read_image(job.output / gate.cell.name)
+    record = read_record(job.output / f"{gate.cell.name}.json") or {}
+    if not evidence.signed("sbom"):
+        document = make_sbom(job.project, gate.cell, image, record)
+        yield SBOM, job.sign(image_statement(gate.cell, image, SBOM, document))
+    if not any(map(job.signed, evidence.signers("provenance"))):
+        statement = make_provenance(job.project, gate.cell, image, record, job.key)
+        yield statement.predicate_type, job.sign(statement)
+    vex = make_vex(job.project, gate.cell, image, record)
+    if vex is not None and vex.content not in evidence.named.get("vex", {}):
+        yield vex.predicate_type, job.sign(vex)
+    for tier, receipt in gate.receipts().items():
+        if receipt.statement.content not in evidence.named.get(f"{RECEIPT}-{tier}", {}):
+            yield TEST_RESULT, receipt_bundle(receipt)
+
+
+def _verification(job: Job, gate: Gate, *, decided: bool) -> Verification:
+    """Of what the registry has: nothing of it is taken from this host."""
+    return Verification(
+        published=from_registry(job.reference.at(str(gate.digest)), job.ca),
+        policy=gate.policy,
+        stage=gate.stage,
+        trust=job.trust,
+        now=job.clock(),
+        waivers=None if decided else gate.waivers,
+    )
+
+
+def _check(job: Job, gate: Gate, *, decided: bool) -> Verification:
+    verification = _verification(job, gate, decided=decided)
+    gate.require([Finding.of(error) for error in verification.run(deep=False).findings])
+    return verification
+
+
+def _decide(job: Job, gate: Gate, checked: Verification) -> tuple[Gate, Names, Report]:
+    """Attach a decision, unless one that holds gives these names; verify as a stranger does."""
+    digest, repository = str(gate.digest), Repository(job.reference, ca=job.ca)
+    names = choose_names(gate.cell, gate.stage, digest, repository.tags(), repository.resolve)
+    if names.fixed:
+        require_free(names.fixed, digest, repository.resolve(names.fixed))
+    if not gate.policy.statements:
+        return gate, names, checked.report
+    current = _verification(job, gate, decided=True)
+    report, decided = current.run(), current.decided
+    if (
+        decided is not None
+        and not report.findings
+        and decided.detail.waivers == gate.waivers
+        and set(names.all) <= set(decided.detail.tags)
+    ):
+        return gate, names, report
+    evidence = checked.evidence
+    provenances = evidence.signers("provenance")
+    level = 2 if provenances and not any(row.key_id for row in provenances) else 1  # hosted, or not
+    decision = Decision(
+        verifier=Verifier(id=VERIFIER, version={"vllm-forge": vllm_forge.__version__}),
+        time=job.clock(),
+        resource=resource(checked.stack, digest),
+        policy=policy_of_stage(gate.stage, gate.policy),
+        inputs=tuple(
+            Resource(uri=name, digest={"sha256": content_of(row)})
+            for name in sorted(evidence.named.keys() - {DECISION})
+            for row in evidence.signed(name)
+        ),
+        result="PASSED",
+        levels=(f"SLSA_BUILD_LEVEL_{level}",),
+        slsa_version=SLSA_VERSION,
+        detail=Detail(stage=gate.stage, tags=names.all, waivers=gate.waivers),
+    )
+    image = images.read_image(job.output / gate.cell.name)
+    predicate = decision.model_dump(mode="json", by_alias=True)
+    statement = image_statement(gate.cell, image, VSA, predicate)
+    subject = repository.manifest(digest)
+    attach(repository, subject, job.sign(statement), statement.predicate_type)
+    return gate, names, _check(job, gate, decided=True).report
+
+
+def _name(job: Job, gate: Gate, names: Names, report: Report) -> Outcome:
+    """Set the tags, each unless it is set; the one that moves is the last."""
+    digest, repository = str(gate.digest), Repository(job.reference, ca=job.ca)
+    for tag in names.all:
+        current = repository.resolve(tag)
+        if tag == names.fixed:
+            require_free(tag, digest, current)
+        if current != digest:
+            repository.set_tag(tag, digest)  # and reads it back
+    return Outcome(digest=digest, names=names, report=report)

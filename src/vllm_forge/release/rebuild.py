@@ -1,0 +1,113 @@
+"""Build the commit that a provenance names, and compare: the strongest check there is."""
+
+import hashlib
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from vllm_forge.host import Runner
+from vllm_forge.images.layer import LayerBlob, plain_tar
+from vllm_forge.images.layout import Image, ImageLayer, read_image
+from vllm_forge.images.record import differences
+from vllm_forge.project import Project
+from vllm_forge.release.errors import CommitMissingError, RebuildDiffersError
+from vllm_forge.release.published import Published
+from vllm_forge.release.statements import Provenance
+from vllm_forge.release.verify import work_folder
+
+CHUNK = 1 << 20
+SHOWN = 20  # files of a layer
+PREWARM = "compiled kernels"
+
+
+def rebuild(
+    project: Project, published: Published, provenance: Provenance, runner: Runner
+) -> list[str]:
+    """Build in a temporary clone; return what could not be compared.
+
+    Raises:
+        CommitMissingError: the checkout does not have the commit.
+        RebuildDiffersError: it gives another image; layers and files that differ are listed.
+        CommandFailedError: it does not build.
+    """
+    require_commit(project.root, provenance.commit)
+    with work_folder() as work:
+        clone, output = work / "clone", work / "dist"
+        runner.run(["git", "clone", "--quiet", "--no-checkout", str(project.root), str(clone)])
+        runner.run(["git", "-C", str(clone), "checkout", "--quiet", provenance.commit])
+        options = [f"--{name}={value}" for name, value in sorted(provenance.build_options.items())]
+        runner.run(
+            [
+                sys.executable, "-m", "vllm_forge", "build", provenance.external.sku,
+                "--line", provenance.external.line, "--output", str(output), *options,
+            ],
+            env={"PYTHONPATH": str(clone / "src"), "VLLM_FORGE_ROOT": str(clone)},
+        )  # fmt: skip
+        (layout,) = (path for path in output.iterdir() if path.is_dir())
+        return compare(published, read_image(layout), work)
+
+
+def require_commit(root: Path, commit: str) -> None:
+    argv = ["git", "-C", str(root), "cat-file", "-e", f"{commit}^{{commit}}"]
+    if subprocess.run(argv, capture_output=True, check=False).returncode != 0:
+        what = f"commit {commit}, which the provenance names, is not in this checkout"
+        remedy = "run in a checkout of the project, after: git fetch --all"
+        raise CommitMissingError(what, where=str(root), remedy=remedy)
+
+
+def compare(published: Published, built: Image, work: Path) -> list[str]:
+    """Nothing, if the digests are equal; else what was not compared, or RebuildDiffersError."""
+    if published.digest == f"sha256:{built.digest}":
+        return []
+    rows, skipped = [], []
+    layers = list(published.image.layers)
+    if layers and layers[-1].name == PREWARM and len(layers) == len(built.layers) + 1:
+        layers.pop()
+        skipped.append(f"layer not rebuilt: {PREWARM}, whose set of kernels is not here")
+    if len(layers) != len(built.layers):
+        rows.append(f"{len(layers)} layers are published, {len(built.layers)} were built")
+    for published_layer, built_layer in zip(layers, built.layers, strict=False):
+        if published_layer.blob.diff_id != built_layer.blob.diff_id:
+            rows += _differing_files(published, published_layer, built_layer, work)
+    if not rows and not skipped:
+        config = differences(published.image.config["config"], built.config["config"])
+        rows = [f"configuration: {row}" for row in config]
+    if rows:
+        what = f"the commit gives sha256:{built.digest} here:\n  " + "\n  ".join(rows)
+        remedy = "ask who released it to build it again; do not use it until the digests agree"
+        raise RebuildDiffersError(what, where=published.where, remedy=remedy)
+    return skipped
+
+
+def _differing_files(
+    published: Published, theirs: ImageLayer, ours: ImageLayer, work: Path
+) -> Iterator[str]:
+    yield f"layer {theirs.name}: sha256:{theirs.blob.digest}, here sha256:{ours.blob.digest}"
+    (fetched,) = published.fetch([theirs], work)
+    before = _files(fetched.blob)
+    rows = differences(before, _files(ours.blob))
+    yield from (f"  {row}" for row in rows[:SHOWN])
+    if len(rows) > SHOWN:
+        yield f"  and {len(rows) - SHOWN} more"
+
+
+def _files(blob: LayerBlob) -> dict[str, str]:
+    """Path -> all that a layer says of it."""
+    rows = {}
+    with plain_tar(blob) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+        for info in tar:
+            file = tar.extractfile(info) if info.isreg() else None
+            digest = _hash(file) if file else info.linkname
+            kind, owner = info.type.decode(errors="replace"), f"{info.uid}:{info.gid}"
+            rows[info.name] = f"{kind} {info.mode:o} {owner} {info.mtime:.0f} {digest}"
+    return rows
+
+
+def _hash(file: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(CHUNK):
+        digest.update(block)
+    return digest.hexdigest()

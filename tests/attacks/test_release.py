@@ -1,0 +1,326 @@
+"""Boundary: what is attached to an image. Whoever may write to a registry may change it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.fast_build import use
+from tests.support.keys import REVOKED, key_pair, trust
+from tests.support.project import make_project
+from tests.support.registry_server import RegistryServer
+from tests.support.release import CELL, ReleaseRunner, Releases, add_receipt, releasable
+from vllm_forge.host import canonical
+from vllm_forge.images.layout import read_image, write_image
+from vllm_forge.project import Project
+from vllm_forge.release import errors
+from vllm_forge.release.evidence import Trust
+from vllm_forge.release.gate import policy_of
+from vllm_forge.release.pipeline import release
+from vllm_forge.release.published import SUFFIX, attest_folder, from_layout, from_registry
+from vllm_forge.release.registry import Reference
+from vllm_forge.release.statements import PROVENANCE, SBOM, TEST_RESULT, VSA
+from vllm_forge.release.verify import Report, Verification
+from vllm_forge.signing import errors as signing
+from vllm_forge.signing import load_private, read, read_keyring, sign
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from vllm_forge.errors import ForgeError
+
+KINDS = {SBOM: "sbom", PROVENANCE: "provenance", TEST_RESULT: "receipt-server", VSA: "decision"}
+NAMES = list(KINDS.values())
+OTHER = "sha256:" + "7" * 64
+PARAMETERS = "buildDefinition.externalParameters"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Released:
+    """A released image as a folder, the checkout that made it, and its keys."""
+
+    root: Path
+    layout: Path
+    keys: dict[str, Path]
+
+    def bundle(self, name: str) -> Path:
+        return attest_folder(self.layout) / f"{name}{SUFFIX}"
+
+    def statement(self, name: str) -> dict[str, Any]:
+        statement: dict[str, Any] = json.loads(read(self.bundle(name).read_bytes()).statement)
+        return statement
+
+    def put(self, name: str, statement: dict[str, Any], key: Path | str) -> None:
+        """Sign a statement with a key, of the release by its name or of a file."""
+        path = self.keys[key] if isinstance(key, str) else key
+        self.bundle(name).write_bytes(sign(canonical(statement), load_private(path)))
+
+    def change(self, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
+        """Change a statement, and sign it as before."""
+        statement = self.statement(name)
+        change(statement)
+        self.put(name, statement, "lab" if name.startswith("receipt") else "release")
+
+    def verify(self, now: datetime | None = None, *, deep: bool = False) -> Report:
+        return Verification(
+            published=from_layout(self.layout),
+            policy=policy_of(Project(self.root), "release"),
+            stage="release",
+            trust=Trust(keys=read_keyring(self.root)),
+            now=now or datetime.now(UTC),
+        ).run(deep=deep)
+
+    def finding(self, kind: type[ForgeError], **options: Any) -> str:
+        """The message of the finding of this class."""
+        report = self.verify(**options)
+        found = [row.what for row in report.findings if type(row) is kind]
+        assert found, [f"{type(row).__name__}: {row}" for row in report.findings]
+        return found[0]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Released]:
+    """Alpha, released."""
+    folder = tmp_path_factory.mktemp("release")
+    with ExitStack() as stack:
+        mini = make_project(folder / "mini")
+        stack.callback(mini.index.close)
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        use(mini, patch)
+        server = stack.enter_context(RegistryServer().running())
+        keys = stack.enter_context(releasable(mini, folder))
+        releases = Releases(mini, keys, Reference.parse(f"{server.host}/forge/vllm"))
+        candidate = release(releases.job("dev"), ReleaseRunner())
+        assert candidate is not None
+        add_receipt(mini, candidate.digest, keys["lab"])
+        assert release(releases.job("release"), ReleaseRunner()) is not None
+        layout = mini.root / "dist" / CELL
+        attest_folder(layout).mkdir()
+        released = Released(root=mini.root, layout=layout, keys=keys)
+        for item in from_registry(releases.reference.at(candidate.digest)).attached:
+            released.bundle(KINDS[item.stated]).write_bytes(item.content)
+    yield released
+
+
+@pytest.fixture
+def released(original: Released, tmp_path: Path) -> Released:
+    """A copy to change."""
+    root = tmp_path / "checkout"
+    shutil.copytree(original.root / "records", root / "records")
+    shutil.copy(original.root / "matrix.toml", root)
+    for path in (original.layout, attest_folder(original.layout)):
+        shutil.copytree(path, root / "dist" / path.name)
+    return Released(root=root, layout=root / "dist" / CELL, keys=original.keys)
+
+
+def test_released_image_holds(released: Released) -> None:
+    report = released.verify(deep=True)
+    assert report.findings == []
+    assert [row["tier"] for row in report.receipts] == ["server"]
+    assert report.decision["tags"] == ["0.1.0-forge.1-alpha", "mini-alpha"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_deleted_statement_is_missing(released: Released, name: str) -> None:
+    released.bundle(name).unlink()
+    assert f"missing {name}" in released.finding(errors.StatementMissingError)
+
+
+def test_all_deleted_are_missing(released: Released) -> None:
+    shutil.rmtree(attest_folder(released.layout))
+    findings = released.verify().findings
+    assert {f"missing {name}: nothing of it is attached" for name in NAMES} == {
+        row.what for row in findings
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_edited_statement_is_refused(released: Released, name: str) -> None:
+    path = released.bundle(name)
+    document = json.loads(path.read_text())
+    statement = released.statement(name)
+    statement["predicate"]["edited"] = True
+    payload = base64.b64encode(canonical(statement)).decode()
+    document["dsseEnvelope"]["payload"] = payload
+    path.write_bytes(canonical(document))
+    assert f"{name}: invalid signature" in released.finding(signing.SignatureInvalidError)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_statement_of_an_unknown_key_is_refused(
+    released: Released, name: str, tmp_path: Path
+) -> None:
+    private, _ = key_pair(tmp_path / "stranger", "p256")
+    released.put(name, released.statement(name), private)
+    assert "which is not trusted" in released.finding(signing.UnknownSignerError)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_statement_of_a_key_with_another_role_is_refused(released: Released, name: str) -> None:
+    key = "release" if name.startswith("receipt") else "lab"
+    released.put(name, released.statement(name), key)
+    assert f"{name}: key {key} may sign" in released.finding(signing.KeyRoleError)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_statement_of_another_image_is_refused(released: Released, name: str) -> None:
+    released.change(name, lambda s: s["subject"][0]["digest"].update(sha256=OTHER[7:]))
+    what = released.finding(errors.StatementSubjectError)
+    assert f"{name}: it is about another image: sha256:{OTHER[7:]}" in what
+
+
+@pytest.mark.parametrize("name", ["sbom", "provenance", "decision"])
+def test_swapped_statement_is_refused(released: Released, name: str) -> None:
+    one, other = released.bundle(name), released.bundle("receipt-server")
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    what = released.finding(errors.StatementKindError)
+    assert what.startswith(f"{name}: it is said to be 'receipt-server', and its statement is of")
+
+
+@pytest.mark.parametrize("name", ["sbom", "provenance"])
+def test_second_statement_of_a_kind_is_refused(released: Released, name: str) -> None:
+    statement = released.statement(name)
+    if name == "sbom":
+        statement["predicate"]["serialNumber"] = "urn:uuid:0"
+    else:
+        statement["predicate"]["runDetails"]["metadata"]["finishedOn"] = "2026-11-30T00:00:00Z"
+    released.put(f"{name}-other", statement, "release")
+    assert f"different statements of {name}" in released.finding(errors.StatementDuplicateError)
+
+
+def test_two_decisions_of_one_time_are_refused(released: Released) -> None:
+    statement = released.statement("decision")
+    statement["predicate"]["vllmForge"]["tags"] = ["0.1.0-forge.7-alpha"]
+    released.put("decision-other", statement, "release")
+    assert "two different decisions" in released.finding(errors.StatementDuplicateError)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_and_foreign_statements_hide_nothing(
+    released: Released, name: str, tmp_path: Path
+) -> None:
+    shutil.copy(released.bundle(name), released.bundle(f"{name}-copy"))
+    private, _ = key_pair(tmp_path / "stranger", "p256")
+    released.put(f"{name}-foreign", released.statement(name), private)
+    unknown = released.statement(name) | {"predicateType": "https://example.invalid/v1"}
+    released.put("unknown", unknown, private)
+    released.bundle("rubbish").write_bytes(b"{")
+    report = released.verify()
+    assert report.findings == []
+    text = "\n".join(report.not_counted)
+    assert "which is not trusted" in text
+    assert "rubbish: not a Sigstore bundle" in text
+    assert "unknown predicate type: https://example.invalid/v1" in text
+
+
+def set_at(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of one field of a predicate."""
+
+    def change(statement: dict[str, Any]) -> None:
+        place = statement["predicate"]
+        *parents, last = path.split(".")
+        for part in parents:
+            place = place[int(part) if part.isdecimal() else part]
+        place[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "kind", "what"),
+    [
+        ("provenance", set_at(f"{PARAMETERS}.features", "x"),
+         errors.StatementContentError, "unknown key buildDefinition.externalParameters.features"),
+        ("provenance", set_at(f"{PARAMETERS}.sku", "beta"), errors.ImageContentError, "sku"),
+        ("provenance", set_at("buildDefinition.resolvedDependencies", []),
+         errors.ImageContentError, "tree"),
+        ("sbom", set_at("components", []), errors.ImageContentError, "other Python packages"),
+        ("decision", set_at("verificationResult", "FAILED"), errors.StatementContentError, "PASS"),
+        ("decision", set_at("exceptions", []), errors.StatementContentError, "unknown key excep"),
+        ("decision", set_at("vllmForge.stage", "candidate"), errors.DecisionError, "one for: cand"),
+        ("decision", set_at("inputAttestations", []), errors.DecisionError, "rely on any prov"),
+        ("decision", set_at("resourceUri", "pkg:oci/x"), errors.DecisionError, "about pkg:oci/x"),
+        ("decision", set_at("timeVerified", "2190-01-01T00:00:00Z"),
+         errors.StatementExpiredError, "the decision is of 2190"),
+        ("receipt-server", set_at("vllmForge.sku", "beta"), errors.DecisionError, "not attached"),
+        ("receipt-server", set_at("result", "FAILED"), errors.DecisionError, "not attached"),
+    ],
+)  # fmt: skip
+def test_statement_that_contradicts_is_refused(
+    released: Released, name: str, change: Any, kind: type[ForgeError], what: str
+) -> None:
+    """Signed by the right key: a builder that was broken into, or a mistake."""
+    released.change(name, change)
+    assert what in released.finding(kind)
+
+
+def test_receipt_of_another_cell_is_refused(released: Released) -> None:
+    """Also where the decision relies on it."""
+    released.change("receipt-server", set_at("vllmForge.sku", "beta"))
+    digest = hashlib.sha256(read(released.bundle("receipt-server").read_bytes()).statement)
+    rows = released.statement("decision")["predicate"]["inputAttestations"]
+    for row in rows:
+        if row["uri"] == "receipt-server":
+            row["digest"] = {"sha256": digest.hexdigest()}
+    released.change("decision", set_at("inputAttestations", rows))
+    what = released.finding(errors.ImageContentError)
+    assert "its receipt of tier server is of another image: changed sku" in what
+
+
+def test_expired_receipt_is_refused(released: Released) -> None:
+    now = datetime.now(UTC) + timedelta(days=90)
+    assert "receipt-server: expired on" in released.finding(errors.StatementExpiredError, now=now)
+
+
+def test_clock_in_the_past_is_refused(released: Released) -> None:
+    now = datetime.now(UTC) - timedelta(days=1)
+    what = released.finding(errors.StatementExpiredError, now=now)
+    assert what.startswith("the decision is of ")
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        (REVOKED, signing.KeyRevokedError),
+        ({"valid_until": "2020-01-02"}, signing.KeyExpiredError),
+        ({"valid_from": "2199-01-02"}, signing.KeyExpiredError),
+    ],
+)
+def test_key_that_does_not_count_makes_its_statements_missing(
+    released: Released, row: dict[str, str], kind: type[ForgeError]
+) -> None:
+    folder = released.root / "records" / "keys"
+    public = (folder / "release.pem").read_bytes()
+    (folder / "keyring.toml").unlink()
+    trust(released.root, (folder / "lab.pem").read_bytes(), "lab")
+    trust(released.root, public, "release", **row)
+    (folder / "second.pem").unlink()
+    report = released.verify()
+    assert {type(error) for error in report.findings} == {kind}
+
+
+def test_changed_image_has_no_statements(released: Released) -> None:
+    """Another configuration, with every digest of the layout in order."""
+    image = read_image(released.layout)
+    config = image.config["config"] | {"User": "0:0"}
+    write_image(released.layout, layers=image.layers, config=config, epoch=1735689600, name="x:y")
+    findings = {type(error) for error in released.verify().findings}
+    assert findings == {errors.StatementSubjectError}
+
+
+@pytest.mark.parametrize("stage", ["candidate", "dev"])
+def test_other_stage_is_named(released: Released, stage: str) -> None:
+    released.change("decision", set_at("vllmForge.stage", stage))
+    what = released.finding(errors.DecisionError)
+    assert what == f"no decision releases it as release; there is one for: {stage}"

@@ -1,0 +1,315 @@
+"""A release of the small project, from its build to its names."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.fast_build import fast_build, use
+from tests.support.project import Project as MiniProject
+from tests.support.project import make_project
+from tests.support.release import (
+    ReleaseRunner,
+    Releases,
+    add_receipt,
+    commit,
+    releasable,
+    write_records,
+)
+from vllm_forge.host import RecordingRunner
+from vllm_forge.project import Project
+from vllm_forge.release import statements
+from vllm_forge.release.errors import (
+    DecisionError,
+    GateRefusedError,
+    RegistryUnreachableError,
+    StatementExpiredError,
+    TagTakenError,
+)
+from vllm_forge.release.gate import Waiver
+from vllm_forge.release.pipeline import Outcome, release
+from vllm_forge.release.published import from_registry
+from vllm_forge.release.registry import Reference, Repository
+from vllm_forge.release.tags import Names
+from vllm_forge.release.verify import Report, Verification, describe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.support.registry_server import RegistryServer
+    from vllm_forge.matrix.model import Stage
+
+REASON = "the lab has no such GPU before January"
+STEPS = ["sign and attach: prov", "read all of it", "choose the tags", "let the tags name"]
+
+
+@pytest.fixture(scope="module")
+def prepared(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[MiniProject, dict[str, Path]]]:
+    """The small project, with alpha in dist/."""
+    folder = tmp_path_factory.mktemp("prepared")
+    with ExitStack() as stack:
+        mini = make_project(folder / "mini")
+        stack.callback(mini.index.close)
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        use(mini, patch)
+        keys = stack.enter_context(releasable(mini, folder))
+        fast_build(mini, "alpha", base="locked")
+        yield mini, keys
+
+
+@pytest.fixture
+def releases(
+    prepared: tuple[MiniProject, dict[str, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    registry: RegistryServer,
+) -> Releases:
+    """A copy of its checkout, and an empty registry."""
+    mini, keys = prepared
+    copy = MiniProject(root=tmp_path / "checkout", cache=mini.cache, index=mini.index)
+    shutil.copytree(mini.root, copy.root)
+    use(copy, monkeypatch)
+    return Releases(copy, keys, Reference.parse(f"{registry.host}/forge/vllm"))
+
+
+def run(releases: Releases, stage: Stage, **changes: Any) -> Outcome:
+    outcome = release(releases.job(stage, **changes), ReleaseRunner())
+    assert outcome is not None
+    return outcome
+
+
+def verified(releases: Releases, name: str, stage: Stage = "release", **changes: Any) -> Report:
+    """What a stranger gets of a tag or digest."""
+    job = releases.job(stage)
+    settings: dict[str, Any] = {"now": datetime.now(UTC), **changes}
+    reference = Reference.parse(f"{releases.reference}{name}")
+    return Verification(
+        published=from_registry(reference), policy=job.gate.policy, stage=stage, trust=job.trust,
+        **settings,
+    ).run()  # fmt: skip
+
+
+def new_image(releases: Releases) -> str:
+    """Build another image of alpha, for another commit."""
+    releases.mini.patch("bool(args and not args.dynamic)")
+    write_records(Project(releases.mini.root))
+    commit(releases.mini.root)
+    return run(releases, "dev", key=None).digest
+
+
+def test_stages_follow_each_other(releases: Releases, repository: Repository) -> None:
+    dev = run(releases, "dev", key=None)
+    assert dev.names.all == ("mini-alpha-dev",)
+    candidate = run(releases, "candidate")
+    assert candidate.names.all == ("0.1.0-forge.1-alpha-rc1",)
+    add_receipt(releases.mini, dev.digest, releases.keys["lab"])
+    last = run(releases, "release")
+    assert last.names.all == ("0.1.0-forge.1-alpha", "mini-alpha")
+    names = [*dev.names.all, *candidate.names.all, *last.names.all]
+    assert {repository.resolve(tag) for tag in names} == {dev.digest}
+    report = verified(releases, ":0.1.0-forge.1-alpha")
+    assert report.findings == []
+    assert [row["signer"] for row in report.builders] == ["release"]
+
+
+def test_release_without_a_receipt_names_nothing(
+    releases: Releases, repository: Repository
+) -> None:
+    run(releases, "candidate")
+    before = set(repository.tags())
+    with pytest.raises(GateRefusedError, match="missing receipt of tier server on NVIDIA Alpha"):
+        run(releases, "release")
+    assert set(repository.tags()) == before
+
+
+def test_unsigned_receipt_does_not_count(releases: Releases) -> None:
+    add_receipt(releases.mini, run(releases, "dev", key=None).digest, None)
+    with pytest.raises(GateRefusedError, match="the receipt is unsigned"):
+        run(releases, "release")
+
+
+def test_old_receipt_does_not_count(releases: Releases) -> None:
+    digest = run(releases, "dev", key=None).digest
+    finished = datetime.now(UTC) - timedelta(days=61)
+    add_receipt(releases.mini, digest, releases.keys["lab"], finished)
+    with pytest.raises(GateRefusedError, match="takes none older than 60 days"):
+        run(releases, "release")
+
+
+def test_waiver_is_in_the_decision(releases: Releases) -> None:
+    today = datetime.now(UTC).date()
+    waivers = (Waiver(tier="server", until=today, reason=REASON),)
+    run(releases, "release", waivers=waivers)
+    report = verified(releases, ":mini-alpha")
+    assert report.findings == []
+    assert f"released without tier server, until {today}: {REASON}" in describe(report)
+    (error,) = verified(releases, ":mini-alpha", now=datetime.now(UTC) + timedelta(days=1)).findings
+    assert isinstance(error, StatementExpiredError)
+    assert f"released without tier server, by a waiver that expired: {today}" in error.what
+
+
+def test_second_run_changes_nothing(releases: Releases, registry: RegistryServer) -> None:
+    first = run(releases, "candidate")
+    manifests, tags = dict(registry.manifests), dict(registry.tags)
+    second = run(releases, "candidate")
+    assert second.names == first.names
+    assert (registry.manifests, registry.tags) == (manifests, tags)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_stopped_release_has_no_name_and_goes_on(
+    releases: Releases, repository: Repository, step: str
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        release(releases.job("candidate"), ReleaseRunner(stop=step))
+    assert not [tag for tag in repository.tags() if "alpha" in tag]
+    assert run(releases, "candidate").names.fixed == "0.1.0-forge.1-alpha-rc1"
+    report = verified(releases, ":0.1.0-forge.1-alpha-rc1", "candidate")
+    assert report.findings == []
+    assert report.not_counted == []
+
+
+def test_candidates_and_releases_are_counted(releases: Releases) -> None:
+    first = run(releases, "candidate")
+    add_receipt(releases.mini, first.digest, releases.keys["lab"])
+    run(releases, "release")
+    other = new_image(releases)
+    assert other != first.digest
+    assert run(releases, "candidate").names.fixed == "0.1.0-forge.2-alpha-rc1"
+    add_receipt(releases.mini, other, releases.keys["lab"])
+    assert run(releases, "release").names.fixed == "0.1.0-forge.2-alpha"
+
+
+def test_older_release_does_not_take_the_moving_tag_back(
+    releases: Releases, repository: Repository, prepared: tuple[MiniProject, dict[str, Path]],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    waivers = (Waiver(tier="server", until=datetime.now(UTC).date(), reason=REASON),)
+    old = run(releases, "release", waivers=waivers)
+    shutil.copytree(releases.mini.root, tmp_path / "old")
+    new = new_image(releases)
+    run(releases, "release", waivers=waivers)
+    assert repository.resolve("mini-alpha") == new
+    before = MiniProject(
+        root=tmp_path / "old", cache=releases.mini.cache, index=releases.mini.index
+    )
+    use(before, monkeypatch)
+    again = run(replace(releases, mini=before), "release", waivers=waivers)
+    assert (again.digest, again.names) == (old.digest, Names(fixed="0.1.0-forge.1-alpha"))
+    assert repository.resolve("mini-alpha") == new
+
+
+def test_tag_that_was_taken_meanwhile_is_refused(
+    releases: Releases, registry: RegistryServer, repository: Repository
+) -> None:
+    """Another host gives the name between our decision and our tag."""
+    other = repository.put_manifest(b'{"mediaType":"x"}', "x")
+    name = "0.1.0-forge.1-alpha-rc1"
+
+    def take() -> None:
+        registry.tags[releases.reference.repository, name] = other
+
+    registry.plant("GET", f".*/manifests/{name}", before=take, times=2)
+    with pytest.raises(TagTakenError, match=f"{name} is {other} already, and never moves"):
+        run(releases, "candidate")
+    assert repository.resolve(name) == other
+    assert run(releases, "candidate").names.fixed == "0.1.0-forge.1-alpha-rc2"
+
+
+def test_registry_that_fails_half_way_leaves_no_name(
+    releases: Releases, registry: RegistryServer, repository: Repository
+) -> None:
+    registry.plant("PUT", ".*/manifests/.*", status=500, times=99)
+    with pytest.raises(RegistryUnreachableError):
+        run(releases, "candidate")
+    registry.faults.clear()
+    assert repository.tags() == ()
+    assert run(releases, "candidate").names.fixed == "0.1.0-forge.1-alpha-rc1"
+
+
+def test_uncommitted_change_is_refused_before_a_build(releases: Releases) -> None:
+    (releases.mini.root / "patches" / "new").touch()
+    with pytest.raises(GateRefusedError, match="differs from commit"):
+        run(releases, "candidate")
+
+
+def test_stage_with_statements_needs_a_key(releases: Releases) -> None:
+    with pytest.raises(GateRefusedError, match="no key signs"):
+        run(releases, "candidate", key=None)
+
+
+def test_dry_run_asks_and_writes_nothing(
+    releases: Releases, registry: RegistryServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert release(releases.job("candidate"), RecordingRunner()) is None
+    assert registry.requests == []
+    lines = capsys.readouterr().out.splitlines()
+    commands = [line.split()[0] for line in lines if not line.startswith("#")]
+    assert commands == ["nox", "skopeo"]
+    assert lines[-1] == "# let the tags name the image: 0.1.0-forge.<n>-alpha-rc<n>"
+
+
+def test_second_builder_adds_its_provenance(
+    releases: Releases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Repository
+) -> None:
+    """With a key that may sign nothing else, on another machine."""
+    matrix = releases.mini.root / "matrix.toml"
+    matrix.write_text(matrix.read_text().replace("builders = 1", "builders = 2"))
+    commit(releases.mini.root)
+    digest = run(releases, "candidate").digest
+    add_receipt(releases.mini, digest, releases.keys["lab"])
+    wanted = "provenance of 2 independent builders is required, and 1 signed it: release"
+    with pytest.raises(GateRefusedError, match=wanted):
+        run(releases, "release")
+    monkeypatch.setattr(statements, "MACHINE_ID", tmp_path / "machine-id")
+    (tmp_path / "machine-id").write_text("another machine\n")
+    before = set(repository.tags())
+    assert run(releases, "candidate", key="second").names.fixed == "0.1.0-forge.1-alpha-rc1"
+    assert {tag for tag in set(repository.tags()) - before if "alpha" in tag} == set()
+    run(releases, "release")
+    report = verified(releases, ":mini-alpha")
+    assert report.findings == []
+    assert {row["signer"] for row in report.builders} == {"release", "second"}
+
+
+def test_two_keys_on_one_machine_are_one_builder(releases: Releases) -> None:
+    matrix = releases.mini.root / "matrix.toml"
+    matrix.write_text(matrix.read_text().replace("builders = 1", "builders = 2"))
+    commit(releases.mini.root)
+    digest = run(releases, "candidate").digest
+    add_receipt(releases.mini, digest, releases.keys["lab"])
+    run(releases, "candidate", key="second")
+    with pytest.raises(GateRefusedError, match="and 1 signed it: release, second"):
+        run(releases, "release")
+
+
+def test_tag_that_moves_while_it_is_verified_changes_nothing(
+    releases: Releases, registry: RegistryServer, repository: Repository
+) -> None:
+    waivers = (Waiver(tier="server", until=datetime.now(UTC).date(), reason=REASON),)
+    digest = run(releases, "release", waivers=waivers).digest
+    other = repository.put_manifest(b'{"mediaType":"x"}', "x")
+    place = (releases.reference.repository, "mini-alpha")
+    registry.plant("GET", ".*/blobs/.*", before=lambda: registry.tags.update({place: other}))
+    report = verified(releases, ":mini-alpha")
+    assert repository.resolve("mini-alpha") == other
+    assert (report.digest, report.findings) == (digest, [])
+
+
+def test_tag_of_another_release_is_refused(releases: Releases, repository: Repository) -> None:
+    """An older image under a newer name: everything about it is signed."""
+    waivers = (Waiver(tier="server", until=datetime.now(UTC).date(), reason=REASON),)
+    repository.set_tag("0.1.0-forge.9-alpha", run(releases, "release", waivers=waivers).digest)
+    (error,) = verified(releases, ":0.1.0-forge.9-alpha").findings
+    assert isinstance(error, DecisionError)
+    assert (
+        "tag 0.1.0-forge.9-alpha is not of this image, which is 0.1.0-forge.1-alpha" in error.what
+    )
