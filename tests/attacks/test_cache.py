@@ -220,6 +220,7 @@ DOWNLOADED = (KINDS[8], KINDS[9], KINDS[10])
         ),
         *((kind, change) for kind in DOWNLOADED for change in (link, fifo, folder)),
         (KINDS[11], fifo),  # git's
+        (KINDS[13], folder),
         (KINDS[14], folder),  # digests of images
     ],
     ids=lambda item: getattr(item, "pattern", None),

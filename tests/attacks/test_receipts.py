@@ -357,6 +357,7 @@ def configuration(data: dict[str, Any]) -> dict[str, Any]:
         (lambda data: body(data)["gpus"][0].update(memory_mib=-1), "memory_mib"),
         (lambda data: data["subject"][1].update(name="vllm source, line 0.33"), "line 0.33"),
         (lambda data: configuration(data).update(name="tests/gpu, tier server"), "tier server"),
+        (lambda data: data["subject"][0].update(name="x\x1b[2J"), "subject.0.name"),
     ],
 )
 def test_implausible_receipt_is_refused(
@@ -543,6 +544,10 @@ def test_edits_of_the_envelope_are_refused(project: Project) -> None:
             path.write_text(json.dumps(envelope))
             assert read_receipts(project, NOW).valid == ()
         path.write_text(json.dumps({name: v for name, v in whole.items() if name != place[0]}))
+        assert read_receipts(project, NOW).valid == ()
+    row = {"keyid": "x", "sig": "eA=="}
+    for rows in ([row | {"keyid": 1}], [row, row | {"keyid": 1}], [row | {"sig": 1}], [row, 1]):
+        path.write_text(json.dumps(whole | {"signatures": rows}))
         assert read_receipts(project, NOW).valid == ()
     path.write_text(json.dumps(whole | {"more": 1}))
     assert read_receipts(project, NOW).valid == ()

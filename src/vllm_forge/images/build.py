@@ -28,6 +28,7 @@ from vllm_forge.host import (
     remove,
     report,
 )
+from vllm_forge.host.files import remove_foreign
 from vllm_forge.images import checks, layout, store
 from vllm_forge.images.content import (
     VLLM,
@@ -158,8 +159,11 @@ def patched_wheel(project: Project, cell: ImageCell) -> PatchedWheel:
         applied = check_line(project, cell.line_name, repo)
         wheelhouse.fetch([published])
         key, path = f"{published.sha256}-{applied.result}", wheelhouse.verify(published)
+        folder = cache_root() / "patched" / key
         with exclusive(f"patched-{key}", wait=True):  # two SKUs of a line may be built at once
-            return build_wheel(repo, applied, path, cell.line.vllm, cache_root() / "patched" / key)
+            for other in folder.glob("*"):
+                remove_foreign(other)
+            return build_wheel(repo, applied, path, cell.line.vllm, folder)
 
 
 def assemble(plan: ImagePlan, system: System, wheel: PatchedWheel) -> Candidate:

@@ -32,6 +32,7 @@ from securesystemslib.signer import Signature
 from vllm_forge.errors import problems
 from vllm_forge.host import atomic_path, canonical, parse_json, printable, read_plain
 from vllm_forge.matrix import FrozenModel
+from vllm_forge.matrix.model import Text
 from vllm_forge.receipts import errors
 from vllm_forge.signing import FOLDER as KEYS
 from vllm_forge.signing import PAYLOAD_TYPE, Keyring, PrivateKey, TrustedKey, pae
@@ -58,14 +59,14 @@ Time = Annotated[AwareDatetime, Field(lt=datetime(2200, 1, 1, tzinfo=UTC))]
 class Resource(FrozenModel):
     """An in-toto ResourceDescriptor: a name and its DigestSet."""
 
-    name: str
+    name: Text
     digest: dict[Literal["sha256"], Sha256] = Field(min_length=1)
 
 
 class Source(FrozenModel):
     """An in-toto ResourceDescriptor of a git tree."""
 
-    name: str
+    name: Text
     digest: dict[Literal["gitTree"], GitTree] = Field(min_length=1)
 
 
@@ -267,6 +268,7 @@ def read_receipt(path: Path, keys: Keyring) -> Receipt:
         payload, kind = base64.b64decode(data["payload"], validate=True), data["payloadType"]
         stated, envelope = data[DIGEST], Envelope.from_dict(copy.deepcopy(data))
         written = envelope.to_dict() | {DIGEST: stated}
+        "".join(envelope.signatures)  # their ids are text
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise _unreadable(path, f"{type(error).__name__}: {error}") from None
     if written != data:
