@@ -37,8 +37,8 @@ INLINE = re.compile(r"`((?:nox|python3 -m nox) -[^`]+)`")
 LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
 # Programs of others, whose options are not checked.
 OTHERS = {
-    "cosign", "curl", "docker", "git", "grep", "openssl", "oras", "pip", "pre-commit", "sh",
-    "skopeo", "tar",
+    "buildkite-agent", "cosign", "curl", "docker", "git", "grep", "openssl", "oras", "pip",
+    "pre-commit", "sh", "skopeo", "tar",
 }  # fmt: skip
 SCRIPTS = {"scripts/install_vllm_with_patches.sh": ["install"]}
 ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")

@@ -25,6 +25,8 @@ def register(choices: Commands) -> None:
     one = command(choices, "docs", docs)
     one.add_argument("--check", action="store_true", help="compare only; fail if one differs")
     command(choices, "schema", schema)
+    ci = group(choices, "ci", help="print the pipeline of a CI service")
+    command(ci, "buildkite", buildkite)
     bench = group(choices, "bench", help="measure; results go to records/bench")
     one = command(bench, "build", bench_build, LINE)
     one.add_argument("--scratch", type=Path, help="parent of its folder (default: /var/tmp)")
@@ -89,6 +91,13 @@ def schema(project: Project, _: argparse.Namespace) -> None:
     from vllm_forge.pages.registry import write_pages
 
     write_pages(project, "matrix.schema.json")
+
+
+def buildkite(project: Project, _: argparse.Namespace) -> None:
+    """Print the pipeline for `buildkite-agent pipeline upload`."""
+    from vllm_forge.pages.ci import buildkite as pipeline
+
+    print(pipeline(project), end="")
 
 
 def bench_build(project: Project, args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import vllm_forge
 from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.host import atomic_path
 from vllm_forge.matrix.cells import schema_text
-from vllm_forge.pages import records
+from vllm_forge.pages import ci, records
 from vllm_forge.pages.errors import StalePageError
 from vllm_forge.pages.kernels import coverage, selection
 from vllm_forge.pages.markdown import put_block, table
@@ -72,6 +72,8 @@ def _of(path: str, render: Callable[[Any], str]) -> Callable[[Project], str]:
 RESULTS = "benchmarks/results"
 # Page -> name of each of its generated blocks -> the block's text. "" is the whole file.
 PAGES: dict[str, dict[str, Callable[[Project], str]]] = {
+    f"{ci.WORKFLOWS}/ci.yml": {"": ci.github_ci},
+    f"{ci.WORKFLOWS}/release.yml": {"": ci.github_release},
     "README.md": {"lines": lines_table, "skus": skus_table},
     "docs/generated/checks.md": {"checks": records.checks},
     "docs/generated/coverage.md": {"coverage": coverage},
