@@ -8,12 +8,10 @@ starts an image (https://github.com/NVIDIA/enroot, doc/image-format.md).
 
 import io
 import json
-import posixpath
 import shlex
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -22,8 +20,7 @@ from vllm_forge.errors import UsageError
 from vllm_forge.host import Runner, which
 from vllm_forge.host.errors import CommandFailedError, ToolMissingError
 from vllm_forge.images.errors import LayoutError
-from vllm_forge.images.layer import LayerBlob, plain_tar
-from vllm_forge.images.layer_checks import OPAQUE, WHITEOUT
+from vllm_forge.images.layer import members, overlay, plain_path
 from vllm_forge.images.layout import Image, read_image
 
 KINDS = (".tar", ".sqsh", ".squashfs")
@@ -108,7 +105,7 @@ def write_merged(image: Image, out: IO[bytes], epoch: int) -> None:
     Raises LayoutError: a hard link leads to a file that a higher layer replaces.
     """
     blobs = [layer.blob for layer in image.layers]
-    owners = _owners(blobs)
+    owners = overlay(blobs, lambda _path, info, _tar: info)
     added = enroot_files(image.config["config"])
     with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:
         for path in sorted(path for path, (_, info) in owners.items() if info.isdir()):
@@ -117,7 +114,7 @@ def write_merged(image: Image, out: IO[bytes], epoch: int) -> None:
             for path, info, layer in members(blob):
                 if owners.get(path, (None,))[0] != number or info.isdir() or path in added:
                     continue
-                if info.islnk() and owners.get(_path(info.linkname), (None,))[0] != number:
+                if info.islnk() and owners.get(plain_path(info.linkname), (None,))[0] != number:
                     what = f"/{path} is a hard link to a file that a higher layer replaces"
                     raise LayoutError(what, where=str(image.path))
                 tar.addfile(info, layer.extractfile(info) if info.isreg() else None)
@@ -135,31 +132,3 @@ def enroot_files(config: dict[str, Any]) -> dict[str, bytes]:
     start = [f"cd {shlex.quote(folder)} || exit 1", f'exec {shlex.join(config["Entrypoint"])} "$@"']
     files = {"etc/rc": start, "etc/fstab": mounts, "etc/environment": config["Env"]}
     return {path: "".join(f"{line}\n" for line in lines).encode() for path, lines in files.items()}
-
-
-def _owners(blobs: list[LayerBlob]) -> dict[str, tuple[int, tarfile.TarInfo]]:
-    """Path -> number of the layer that has it in the image, and its entry there."""
-    owners: dict[str, tuple[int, tarfile.TarInfo]] = {}
-    for number, blob in enumerate(blobs):
-        for path, info, _ in members(blob):
-            folder, _, base = path.rpartition("/")
-            if base == OPAQUE or base.startswith(WHITEOUT):
-                hidden = folder if base == OPAQUE else path.replace(WHITEOUT, "", 1)
-                below = [path for path, (layer, _) in owners.items() if layer < number]
-                for other in below:
-                    if other.startswith(f"{hidden}/") or (other == hidden and base != OPAQUE):
-                        del owners[other]
-            else:
-                owners[path] = (number, info)
-    return owners
-
-
-def members(blob: LayerBlob) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
-    """Path, entry, and the tar that has its content, in the order of the layer."""
-    with plain_tar(blob) as stream, tarfile.open(fileobj=stream, mode="r|") as layer:
-        for info in layer:
-            yield _path(info.name), info, layer
-
-
-def _path(name: str) -> str:
-    return posixpath.normpath(name).lstrip("/")

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host.files import read_plain, walk_plain
 from vllm_forge.images.content import STACK, VLLM, stack_entry
+from vllm_forge.images.layer import overlay
 from vllm_forge.images.layout import ImageLayer
 from vllm_forge.images.wheels import VENV, Entry, site_packages, wheel_entries
 from vllm_forge.matrix.model import WheelFile
@@ -44,7 +45,6 @@ START_FILES = (".pth", ".egg-link", "._pth", ".start")
 START_MODULES = frozenset({"sitecustomize", "usercustomize"})
 # Of libarchive and GNU tar; tar knows no other way to carry extended attributes.
 XATTRS = ("SCHILY.xattr.", "LIBARCHIVE.xattr.")
-WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"
 FORBIDDEN_NAMES = frozenset({".git", ".netrc", ".pypirc", ".docker", ".ssh", "id_rsa", ".aws"})
 # Must be empty: the volume, installers' caches, secrets of the build.
 EMPTY = ("cache/", "root/.cache/", "var/cache/pip/", "run/secrets/")
@@ -66,25 +66,19 @@ class SystemFile:
 
 def system_files(layers: Sequence[ImageLayer]) -> dict[str, SystemFile]:
     """Path -> entry of the image that these layers, lowest first, make; whiteouts are applied."""
-    files: dict[str, SystemFile] = {}
-    for layer in layers:
-        with tarfile.open(layer.blob.path, "r:gz") as tar:
-            for info in tar:
-                path = posixpath.normpath(info.name).lstrip("/")
-                folder, _, base = path.rpartition("/")
-                if base.startswith(WHITEOUT):
-                    hidden = folder if base == OPAQUE else path.replace(WHITEOUT, "", 1)
-                    gone = [p for p in files if p == hidden or p.startswith(f"{hidden}/")]
-                    for other in gone:
-                        if base != OPAQUE or other != hidden:
-                            del files[other]
-                    continue
-                key = info.isreg() and path.endswith(KEY_FILES)
-                content = tar.extractfile(info) if key else None
-                private = content is not None and bool(PRIVATE_KEY.search(content.read()))
-                files[path] = SystemFile(layer=layer.name, info=info, private_key=private)
-    files.pop(".", None)
-    return files
+
+    def read(
+        path: str, info: tarfile.TarInfo, tar: tarfile.TarFile
+    ) -> tuple[tarfile.TarInfo, bool]:
+        key = info.isreg() and path.endswith(KEY_FILES)
+        content = tar.extractfile(info) if key else None
+        return info, content is not None and bool(PRIVATE_KEY.search(content.read()))
+
+    return {
+        path: SystemFile(layer=layers[number].name, info=info, private_key=private)
+        for path, (number, (info, private)) in overlay([row.blob for row in layers], read).items()
+        if path != "."
+    }
 
 
 def system_problems(files: Mapping[str, SystemFile]) -> list[str]:

@@ -7,10 +7,10 @@ read from wheels, to write the SBOM, and from the layers, to compare it with wha
 import email.parser
 import hashlib
 import re
+import tarfile
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 from packaging.utils import canonicalize_name
@@ -18,10 +18,8 @@ from pydantic import Field
 
 from vllm_forge.host import cache_root
 from vllm_forge.host.files import read_sealed, write_sealed
-from vllm_forge.images.archive import members
 from vllm_forge.images.errors import BuildRecordError
-from vllm_forge.images.layer import LayerBlob
-from vllm_forge.images.layer_checks import OPAQUE, WHITEOUT
+from vllm_forge.images.layer import LayerBlob, overlay
 from vllm_forge.images.layout import Image, hash_of
 from vllm_forge.matrix import FrozenModel, ImageCell
 from vllm_forge.patches import read_tree_lock
@@ -146,51 +144,38 @@ def locked_debs(
     return lock.packages
 
 
-@dataclass(kw_only=True)
-class ImageContents:
-    """Read from the bytes of an image, to compare with its SBOM: each a table of what is there."""
+def image_contents(layers: Sequence[LayerBlob]) -> tuple[dict[str, str], ...]:
+    """What the bytes of an image have, of which its SBOM says the same.
 
-    python: dict[str, str] = field(default_factory=dict)
-    debian: dict[str, str] = field(default_factory=dict)
-    vendored: dict[str, str] = field(default_factory=dict)  # path -> name and version
-    sboms: dict[str, str] = field(default_factory=dict)  # path -> SHA-256, hex
+    Versions of Python and of Debian packages by name, names and versions of vendored distributions
+    by path, hashes of SBOMs (SHA-256, hex) by path. Reads all layers, given lowest first: about a
+    minute for a full image. SbomError: one of these is not a file, or too large.
+    """
 
+    def read(path: str, info: tarfile.TarInfo, tar: tarfile.TarFile) -> bytes | None:
+        if not (METADATA.search(path) or SBOMS.search(path) or path == STATUS):
+            return None
+        file = tar.extractfile(info) if info.isreg() else None
+        if file is None or info.size > LARGEST:
+            what = f"/{path} is not a file of at most {LARGEST} bytes"
+            raise SbomError(what, remedy="build the image again")
+        return file.read()
 
-def image_contents(layers: Sequence[LayerBlob]) -> ImageContents:
-    """Read all layers, lowest first: about a minute for a full image; SbomError."""
-    files: dict[str, bytes] = {}
-    for layer in layers:
-        for path, info, tar in members(layer):
-            folder, _, base = path.rpartition("/")
-            if base == OPAQUE or base.startswith(WHITEOUT):
-                hidden = folder if base == OPAQUE else path.replace(WHITEOUT, "", 1)
-                for gone in [p for p in files if p == hidden or p.startswith(f"{hidden}/")]:
-                    del files[gone]
-            elif METADATA.search(path) or SBOMS.search(path) or path == STATUS:
-                file = tar.extractfile(info) if info.isreg() else None
-                if file is None or info.size > LARGEST:
-                    what = f"/{path} is not a file of at most {LARGEST} bytes"
-                    raise SbomError(what, where=str(layer.path), remedy="build the image again")
-                files[path] = file.read()
-    contents = ImageContents()
-    for path, content in files.items():
-        _add(contents, path, content)
-    return contents
-
-
-def _add(contents: ImageContents, path: str, content: bytes) -> None:
-    place = SITE.sub("", path)
-    if path == STATUS:
-        contents.debian = {
-            fields["Package"]: fields["Version"]
-            for fields in paragraphs(content.decode(errors="replace"))
-            if fields.get("Status", "").endswith(" installed")
-        }
-    elif SBOMS.search(path):
-        contents.sboms[place] = hashlib.sha256(content).hexdigest()
-    else:
-        row, _ = _distribution(content.decode(errors="replace"), place)
-        if place.count("/") == 1 and place != path:
-            contents.python[row.name] = row.version
+    python, debian, vendored, sboms = {}, {}, {}, {}
+    for path, (_, content) in overlay(layers, read).items():
+        place, text = SITE.sub("", path), content.decode(errors="replace")
+        if path == STATUS:
+            debian = {
+                fields["Package"]: fields["Version"]
+                for fields in paragraphs(text)
+                if fields.get("Status", "").endswith(" installed")
+            }
+        elif SBOMS.search(path):
+            sboms[place] = hashlib.sha256(content).hexdigest()
         else:
-            contents.vendored[row.path] = f"{row.name} {row.version}"
+            row, _ = _distribution(text, place)
+            if place.count("/") == 1 and place != path:
+                python[row.name] = row.version
+            else:
+                vendored[row.path] = f"{row.name} {row.version}"
+    return python, debian, vendored, sboms

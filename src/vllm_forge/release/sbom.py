@@ -31,6 +31,7 @@ from vllm_forge.release.errors import SbomError
 
 VLLM = "vllm"
 Document = dict[str, Any]
+Tables = tuple[dict[str, str], ...]
 
 
 def make_sbom(project: Project, cell: ImageCell, image: Image, record: dict[str, Any]) -> Document:
@@ -93,18 +94,14 @@ def packages_of(document: Document) -> tuple[dict[str, str], dict[str, str]]:
                 raise ValueError(f"{name} is listed twice")  # noqa: TRY301
             table[name] = str(version)
     except (LookupError, ValueError, TypeError, AttributeError) as error:
-        what = f"invalid SBOM: {error!r}"
         remedy = "get the SBOM that was made with the image"
-        raise SbomError(what, remedy=remedy) from None
+        raise SbomError(f"invalid SBOM: {error!r}", remedy=remedy) from None
     return python, debian
 
 
 def diff(old: Document, new: Document) -> list[str]:
     """What was added, removed or changed, a sentence each: packages, their parts, patches."""
-    rows: list[str] = []
-    for before, after in zip(_tables(old), _tables(new), strict=True):
-        rows += differences(before, after) if before != after else ()
-    return rows
+    return _compare(_tables(old), _tables(new))
 
 
 def compare_contents(document: Document, layers: Sequence[LayerBlob]) -> list[str]:
@@ -112,26 +109,25 @@ def compare_contents(document: Document, layers: Sequence[LayerBlob]) -> list[st
 
     Unpacks all layers, lowest first, which takes about a minute for a full image.
     """
-    contents, (python, debian) = image_contents(layers), packages_of(document)
-    vendored, sboms = {}, {}
+    python, debian = packages_of(document)
+    vendored: dict[str, str] = {}
+    sboms: dict[str, str] = {}
     for row, nested in _components(document):
-        for key, value in _properties(row):
-            if key == VENDORED:
-                vendored[value] = f"{row['name']} {row['version']}"
-            elif key == EMBEDDED and not nested:
-                path, _, digest = value.rpartition(" ")
+        for item in row.get("properties", ()):
+            if item["name"] == VENDORED:
+                vendored[item["value"]] = f"{row['name']} {row['version']}"
+            elif item["name"] == EMBEDDED and not nested:
+                path, _, digest = item["value"].rpartition(" ")
                 sboms[path] = digest
-    pairs = (
-        (python, contents.python), (debian, contents.debian), (vendored, contents.vendored),
-        (sboms, contents.sboms),
-    )  # fmt: skip
-    rows: list[str] = []
-    for stated, actual in pairs:
-        rows += differences(stated, actual) if stated != actual else ()
-    return rows
+    return _compare((python, debian, vendored, sboms), image_contents(layers))
 
 
-def _tables(document: Document) -> tuple[dict[str, str], ...]:
+def _compare(old: Tables, new: Tables) -> list[str]:
+    pairs = zip(old, new, strict=True)
+    return [row for a, b in pairs if a != b for row in differences(a, b)]
+
+
+def _tables(document: Document) -> Tables:
     """Own packages, parts of packages, and patches: name -> version and hash."""
     packages_of(document)
     own: dict[str, str] = {}
@@ -155,7 +151,3 @@ def _components(document: Document) -> Iterator[tuple[Document, str]]:
         yield row, ""
         for nested in row.get("components", ()):
             yield nested, row["name"]
-
-
-def _properties(row: Document) -> Iterator[tuple[str, str]]:
-    return ((item["name"], item["value"]) for item in row.get("properties", ()))

@@ -90,16 +90,21 @@ def test_higher_layers_replace_and_delete(tmp_path: Path) -> None:
             member("a", **folder), member("a/kept", b"1"), member("a/replaced", b"1"),
             member("a/deleted", b"1"), member("b", **folder), member("b/deleted", b"1"),
             member("c", **folder), member("c/deleted", b"1"), member("etc/fstab", b"old"),
+            member("d.wh.", **folder), member("d.wh./deleted", b"1"), member("e", b"1"),
         ],
         [
             member("a", **{**folder, "mode": 0o700}), member("a/replaced", b"2"),
             member("a/.wh.deleted"), member(".wh.b"), member("c/.wh..wh..opq"),
-            member("c/new", b"2"),
+            member("c/new", b"2"), member("d.wh./.wh.deleted"), member("e", b"2"),
+            member(".wh.e"),
         ],
     )  # fmt: skip
     files = merged(image)
     own = {path: content for path, content in files.items() if not path.startswith("etc/")}
-    assert own == {"a": None, "c": None, "a/kept": b"1", "a/replaced": b"2", "c/new": b"2"}
+    assert own == {
+        "a": None, "c": None, "d.wh.": None, "a/kept": b"1", "a/replaced": b"2", "c/new": b"2",
+        "e": b"2",
+    }  # fmt: skip
     assert files["etc/fstab"] != b"old"
 
 

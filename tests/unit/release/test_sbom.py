@@ -249,6 +249,14 @@ SITE = "opt/venv/lib/python3.13/site-packages"
     ("files", "said"),
     [
         ({f"{SITE}/extra-1.dist-info/METADATA": b"Name: extra\nVersion: 1\n"}, "added extra: 1"),
+        (
+            {
+                f"{SITE}/extra-1.dist-info/METADATA": b"Name: extra\nVersion: 1\n",
+                f"{SITE}/.wh.extra-1.dist-info": b"",  # of lower layers
+                f"{SITE}/extra-1.dist-info/.wh..wh..opq": b"",
+            },
+            "added extra: 1",
+        ),
         ({f"{SITE}/.wh.torch-2.0.0.dist-info": b""}, "removed torch: 2.0.0"),
         ({f"{SITE}/sixlike/_vendor/.wh..wh..opq": b""}, f"removed {VENDORED}: tiny-lib 1.2"),
         (
