@@ -83,6 +83,11 @@ def problems(error: ValidationError, model: Any = None) -> list[str]:
     return rows
 
 
+def first_problem(error: ValueError) -> str:
+    """What a ValueError says, also where it is one of a record with several problems."""
+    return problems(error)[0] if isinstance(error, ValidationError) else str(error)
+
+
 def _fields_at(model: Any, loc: list[int | str]) -> list[str]:
     current: Any = model
     for part in loc:

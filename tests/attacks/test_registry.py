@@ -101,7 +101,6 @@ def test_blob_that_is_not_its_digest_is_refused(
     blob = Descriptor(mediaType="x/y", digest=digest, size=size)
     for read in (
         lambda: repository.blob(digest, size),
-        lambda: repository.check_blob(digest, size),
         lambda: repository.stream_blobs([blob], tmp_path / "blobs"),
     ):
         registry.plant("GET", ".*/blobs/.*", change=change, times=10)
@@ -111,18 +110,20 @@ def test_blob_that_is_not_its_digest_is_refused(
     assert [path for path in (tmp_path / "blobs").iterdir() if path.suffix != ".part"] == []
 
 
-def test_blob_of_another_size_than_its_manifest_says_is_refused(repository: Repository) -> None:
+def test_blob_of_another_size_than_its_manifest_says_is_refused(
+    repository: Repository, tmp_path: Path
+) -> None:
     digest = repository.put_blob(bytes(100))
     for size in (99, 101):
+        blob = Descriptor(mediaType="x/y", digest=digest, size=size)
         with pytest.raises(RegistryContentError):
-            repository.check_blob(digest, size)
+            repository.stream_blobs([blob], tmp_path)
 
 
 def test_missing_blob_is_refused(repository: Repository, tmp_path: Path) -> None:
     blob = Descriptor(mediaType="x/y", digest=f"sha256:{'0' * 64}", size=3)
     for read in (
         lambda: repository.blob(blob.digest, 3),
-        lambda: repository.check_blob(blob.digest, 3),
         lambda: repository.stream_blobs([blob], tmp_path),
     ):
         with pytest.raises(RegistryContentError):

@@ -89,7 +89,7 @@ def both_bundles(digest: str) -> set[bytes]:
 
 
 def test_image_is_pushed_and_read_with_tls_and_login(
-    private: DockerRegistry, certificates: Certificates, layout: Image
+    private: DockerRegistry, certificates: Certificates, layout: Image, tmp_path: Path
 ) -> None:
     runner = Runner()
     digest = f"sha256:{layout.digest}"
@@ -99,8 +99,7 @@ def test_image_is_pushed_and_read_with_tls_and_login(
     repository = Repository(reference, ca=ca)
     assert repository.tags() == ()
     manifest = repository.manifest(digest)
-    for blob in manifest.blobs():
-        repository.check_blob(blob.digest, blob.size)
+    repository.stream_blobs(manifest.blobs(), tmp_path)
     repository.set_tag("1.0", digest)
     assert repository.resolve("1.0") == digest
     assert repository.tags() == ("1.0",)

@@ -6,12 +6,9 @@ checked against their digest; a copy that was interrupted goes on where it stopp
 last.
 """
 
-import hashlib
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from vllm_forge.errors import UsageError, problems
+from vllm_forge.errors import UsageError, first_problem
 from vllm_forge.host import (
     READ_ONLY,
     Runner,
@@ -25,16 +22,14 @@ from vllm_forge.host import (
     tree_bytes,
 )
 from vllm_forge.images import Image, read_image, verify
-from vllm_forge.images.layout import MANIFEST, VERSION, set_name
+from vllm_forge.images.layout import VERSION, hash_of, set_name
 from vllm_forge.release.errors import MirrorError
 from vllm_forge.release.evidence import bundle_name
+from vllm_forge.release.published import SUFFIX, attest_folder
 from vllm_forge.release.push import copy, push_layout, tls_options
 from vllm_forge.release.referrers import Referrer, attach, put_referrer, referrers
-from vllm_forge.release.registry import Descriptor, Manifest, Reference, Repository
-from vllm_forge.release.statements import Statement
-from vllm_forge.signing.bundle import LARGEST, MEDIA_TYPE, read
-
-SUFFIX = ".sigstore.json"
+from vllm_forge.release.registry import Descriptor, Manifest, Reference, Repository, digest_of
+from vllm_forge.signing.bundle import LARGEST, MEDIA_TYPE, parse_statement, read
 
 
 def mirror(
@@ -76,7 +71,7 @@ def mirror(
 def bundles_of(layout: Path) -> dict[Path, bytes]:
     """The bundles beside a layout, by file; MirrorError where one is not a plain file."""
     contents = {}
-    for path in sorted(_attest(layout).glob(f"*{SUFFIX}")):
+    for path in sorted(attest_folder(layout).glob(f"*{SUFFIX}")):
         try:
             contents[path] = read_plain(path, LARGEST)
         except ValueError as error:
@@ -84,10 +79,6 @@ def bundles_of(layout: Path) -> dict[Path, bytes]:
                 f"cannot read a bundle: {error}", where=str(path), remedy="see who wrote it"
             ) from None
     return contents
-
-
-def _attest(layout: Path) -> Path:
-    return layout.with_name(f"{layout.name}.attest")
 
 
 def _finish(destination: Repository, target: Reference, digest: str, count: int) -> None:
@@ -112,24 +103,15 @@ def _copy_referrer(source: Repository, target: Repository, referrer: Referrer) -
 def _upload(layout: Path, target: Reference, runner: Runner, ca: Path | None) -> str:
     image, bundles = read_image(layout), bundles_of(layout)
     verify(image)
-    types = {path: _predicate_type(path, content) for path, content in bundles.items()}
+    statements = [parse_statement(read(bundle, str(path))) for path, bundle in bundles.items()]
     digest = f"sha256:{image.digest}"
     push_layout(runner, layout, target, digest, ca=ca)
     destination = Repository(target, ca=ca)
     subject = destination.manifest(digest)
-    for path, content in bundles.items():
-        attach(destination, subject, content, types[path])
+    for bundle, statement in zip(bundles.values(), statements, strict=True):
+        attach(destination, subject, bundle, str(statement["predicateType"]))
     _finish(destination, target, digest, len(bundles))
     return digest
-
-
-def _predicate_type(path: Path, content: bytes) -> str:
-    try:
-        statement = Statement.model_validate(parse_json(read(content, str(path)).statement))
-    except ValueError as error:
-        what = f"not a bundle of an in-toto statement: {_detail(error)}"
-        raise MirrorError(what, where=str(path), remedy="see who wrote it") from None
-    return statement.predicate_type
 
 
 def _download(
@@ -140,7 +122,7 @@ def _download(
     name: str,
 ) -> None:
     """Write the layout; its bundles first, so that a finished layout has them."""
-    with exclusive(f"mirror-{hashlib.sha256(bytes(target.resolve())).hexdigest()[:16]}", wait=True):
+    with exclusive(f"mirror-{hash_of(str(target.resolve()))[:16]}", wait=True):
         blobs = _blobs(repository, manifest)
         if target.exists():
             image = read_image(target)
@@ -155,7 +137,7 @@ def _download(
         kept = set(bundles_of(target).values())
         for row in bundles:
             if (content := row.bundle(repository)) not in kept:
-                with atomic_path(_file(_attest(target), content)) as aside:
+                with atomic_path(_file(attest_folder(target), content)) as aside:
                     aside.write_bytes(content)
         if not target.exists():
             _write_layout(repository, manifest, blobs, target, name)
@@ -169,12 +151,10 @@ def _download(
 
 def _blobs(repository: Repository, manifest: Manifest) -> tuple[Descriptor, ...]:
     try:
-        if manifest.media_type != MANIFEST:
-            raise ValueError(f"it is of type {manifest.media_type}")  # noqa: TRY301
         return manifest.blobs()
     except ValueError as error:
         raise MirrorError(
-            f"{manifest.digest} is not an OCI image: {_detail(error)}",
+            f"{manifest.digest} is not an OCI image: {first_problem(error)}",
             where=str(repository.reference),
             remedy="give the digest of one platform's manifest",
         ) from None
@@ -212,13 +192,9 @@ def _write_layout(
     partial.rename(target)
 
 
-def _detail(error: ValueError) -> str:
-    return problems(error)[0] if isinstance(error, ValidationError) else str(error)
-
-
 def _file(folder: Path, content: bytes) -> Path:
     """Where a bundle goes: ``<kind>.sigstore.json``; with a part of its hash if that is taken."""
-    path = folder / f"{bundle_name(content)}{SUFFIX}"
-    if not path.exists():
-        return path
-    return folder / f"{bundle_name(content)}-{hashlib.sha256(content).hexdigest()[:12]}{SUFFIX}"
+    name = bundle_name(content)
+    if (folder / f"{name}{SUFFIX}").exists():
+        name += f"-{digest_of(content).removeprefix('sha256:')[:12]}"
+    return folder / f"{name}{SUFFIX}"

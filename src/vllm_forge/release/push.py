@@ -1,6 +1,6 @@
 """Copy images with skopeo: the very bytes, by digest, so that no tag names them yet.
 
-skopeo finds logins itself (release/credentials.py reads the same files), so that no password is in
+skopeo finds logins itself (release/transport.py reads the same files), so that no password is in
 an argument, which every user of the host could read.
 """
 

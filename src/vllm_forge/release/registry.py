@@ -5,6 +5,7 @@ What a registry says of its content is compared, never believed: a digest is com
 """
 
 import hashlib
+import io
 import itertools
 import re
 import time
@@ -24,14 +25,13 @@ from vllm_forge.host import parse_json
 from vllm_forge.host.files import file_digest
 from vllm_forge.images.layout import MANIFEST
 from vllm_forge.matrix import FrozenModel
-from vllm_forge.release.credentials import LOGIN
 from vllm_forge.release.errors import (
     ManifestMissingError,
     RegistryAuthError,
     RegistryContentError,
     RegistryUnreachableError,
 )
-from vllm_forge.release.transport import PATIENCE_S, RegistrySession, body
+from vllm_forge.release.transport import LOGIN, PATIENCE_S, RegistrySession, body
 from vllm_forge.sources import Download, download_all
 from vllm_forge.sources import errors as sources_errors
 from vllm_forge.sources.index import TIMEOUT_S, blocks
@@ -44,6 +44,12 @@ MOST_PAGES = 200
 READ_TRIES = 3
 SHOWN = 300  # characters of a reference, or of a registry's error
 LONGEST = 512  # characters of a reference
+# Of a download: the registry has other bytes; it has not sent them.
+OTHER_FILE = (
+    sources_errors.HashMismatchError, sources_errors.TruncatedFileError,
+    sources_errors.DistributionNotFoundError,
+)  # fmt: skip
+NO_FILE = (sources_errors.IndexUnreachableError, sources_errors.DownloadInterruptedError)
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 REFERENCE = re.compile(
     r"""(?P<registry>([A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*
@@ -120,6 +126,8 @@ class Manifest:
 
     def blobs(self) -> tuple[Descriptor, ...]:
         """Config and layers of an image, each once; ValueError for what is not one."""
+        if self.media_type != MANIFEST:
+            raise ValueError(f"it is of type {self.media_type}")
         blobs = Blobs.model_validate(parse_json(self.content))
         return tuple({row.digest: row for row in (blobs.config, *blobs.layers)}.values())
 
@@ -183,24 +191,11 @@ class Repository:
     def blob(self, digest: str, limit: int) -> bytes:
         """The bytes of a blob of at most ``limit`` bytes."""
         url = f"{self._url}/blobs/{digest}"
-        answer = self._read(url, limit)
-        if answer is None:
+        if (answer := self._read(url, limit)) is None:
             raise self._lie(f"blob {digest} is missing, and a manifest lists it", url)
         if (actual := digest_of(answer[0])) != digest:
-            raise self._lie(f"blob {digest} is sha256:{actual}", url)
+            raise self._lie(f"blob {digest} is {actual}", url)
         return answer[0]
-
-    def check_blob(self, digest: str, size: int) -> None:
-        """Hash a blob without keeping it; it must have exactly ``size`` bytes."""
-        url, have, hashed = f"{self._url}/blobs/{digest}", 0, hashlib.sha256()
-        with self._ask("GET", url, (200, 404)) as answer:
-            if answer.status_code == requests.codes.not_found:
-                raise self._lie(f"blob {digest} is missing, and a manifest lists it", url)
-            for block in body(answer, size):
-                hashed.update(block)
-                have += len(block)
-        if have != size or f"sha256:{hashed.hexdigest()}" != digest:
-            raise self._lie(f"blob {digest} of {size} bytes is sha256:{hashed.hexdigest()}", url)
 
     def stream_blobs(self, blobs: Sequence[Descriptor], folder: Path) -> None:
         """Download blobs to files named by the hex of their digest.
@@ -221,39 +216,27 @@ class Repository:
                 item.target.unlink()
         try:
             download_all(self.session, [item for item in downloads if not item.target.exists()])
-        except (
-            sources_errors.HashMismatchError,
-            sources_errors.TruncatedFileError,
-            sources_errors.DistributionNotFoundError,
-        ) as error:
-            raise self._lie(
-                f"a blob is not what its manifest says: {error.what}", error.where
-            ) from None
-        except (
-            sources_errors.IndexUnreachableError,
-            sources_errors.DownloadInterruptedError,
-        ) as error:
+        except OTHER_FILE as error:
+            what = f"a blob is not what its manifest says: {error.what}"
+            raise self._lie(what, error.where) from None
+        except NO_FILE as error:
             what = re.sub(r"\?\S+", "", error.what)  # a redirect's address has tokens
             remedy = "check the network; run the same command again, which resumes"
             raise RegistryUnreachableError(what, where=error.where, remedy=remedy) from None
 
     def put_blob(self, content: bytes | Path) -> str:
         """Upload bytes or a file, unless the registry has them; returns the digest."""
-        if isinstance(content, bytes):
-            digest = digest_of(content)
-        else:
-            digest = f"sha256:{file_digest(content)}"
-        if self.has_blob(digest):
-            return digest
-        with self._ask("POST", f"{self._url}/blobs/uploads/", (202,), data=b"") as answer:
-            place = self.session.follow(answer, answer.headers.get("Location", ""))
-        url = f"{place}{'&' if '?' in place else '?'}digest={digest}"
-        headers = {"Content-Type": "application/octet-stream"}
-        if isinstance(content, bytes):
-            with self._ask("PUT", url, (201,), headers, data=content):
+        with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+            digest = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+            file.seek(0)
+            if self.has_blob(digest):
                 return digest
-        with content.open("rb") as file, self._ask("PUT", url, (201,), headers, data=file):
-            return digest
+            with self._ask("POST", f"{self._url}/blobs/uploads/", (202,), data=b"") as answer:
+                place = self.session.follow(answer, answer.headers.get("Location", ""))
+            url = f"{place}{'&' if '?' in place else '?'}digest={digest}"
+            headers = {"Content-Type": "application/octet-stream"}
+            with self._ask("PUT", url, (201,), headers, data=file):
+                return digest
 
     def put_manifest(self, content: bytes, media_type: str, tag: str | None = None) -> str:
         """Upload a manifest under a tag, or by digest; returns the digest."""

@@ -8,7 +8,6 @@ Sources: github.com/in-toto/attestation, spec/v1/statement.md; slsa.dev/spec/v1.
 github.com/openvex/spec, OPENVEX-SPEC.md.
 """
 
-import hashlib
 import hmac
 import os
 import re
@@ -22,6 +21,7 @@ from pydantic import AwareDatetime, ConfigDict, Field
 
 import vllm_forge
 from vllm_forge.host import canonical
+from vllm_forge.host.files import file_digest
 from vllm_forge.images.layout import Image
 from vllm_forge.images.rootfs import CURRENT, LOCKED
 from vllm_forge.matrix import FrozenModel, ImageCell
@@ -55,10 +55,12 @@ class Subject(FrozenModel):
     digest: dict[str, str] = Field(min_length=1)
 
 
-class Statement(FrozenModel):
-    """An in-toto statement v1; ``predicate`` is as its type has it."""
-
+class _Record(FrozenModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Statement(_Record):
+    """An in-toto statement v1; ``predicate`` is as its type has it."""
 
     kind: Literal["https://in-toto.io/Statement/v1"] = Field(
         alias="_type", default="https://in-toto.io/Statement/v1"
@@ -84,10 +86,6 @@ def image_statement(
     """A statement about an image, by its manifest."""
     subject = Subject(name=cell.name, digest={"sha256": image.digest})
     return Statement(subject=(subject,), predicate_type=kind, predicate=predicate)
-
-
-class _Record(FrozenModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
 class BuildOptions(_Record):
@@ -255,8 +253,8 @@ def _dependencies(project: Project, cell: ImageCell, stack: dict[str, Any]) -> I
     release = str(PackageURL("pypi", None, "vllm", cell.line.vllm, {"file_name": tree.sdist}))
     yield Dependency(name=SOURCE, uri=release, digest={"sha256": tree.sha256, "gitTree": tree.base})
     for patch in read_series(folder):
-        digest = hashlib.sha256(patch.path.read_bytes()).hexdigest()
-        yield Dependency(name=f"{cell.line.series}/{patch.name}", digest={"sha256": digest})
+        digest = {"sha256": file_digest(patch.path)}
+        yield Dependency(name=f"{cell.line.series}/{patch.name}", digest=digest)
     yield Dependency(name=PATCHED, digest={"gitTree": stack["tree"]})
     for wheel in project.lock(cell.line_name).wheels:
         package = PackageURL("pypi", None, wheel.name, wheel.version)
@@ -296,7 +294,7 @@ def _machine() -> str | None:
         value = MACHINE_ID.read_bytes().strip()
     except OSError:
         return None
-    return hmac.new(value, b"vllm-forge provenance", hashlib.sha256).hexdigest() if value else None
+    return hmac.new(value, b"vllm-forge provenance", "sha256").hexdigest() if value else None
 
 
 def receipt_bundle(receipt: Receipt) -> bytes:

@@ -1,22 +1,30 @@
 """Requests to one registry: TLS, login, redirects and repetitions.
 
-The login goes to the registry itself, and to the token service that the registry names: who can
-name it there could as well ask for the password. It goes nowhere without TLS, except to this host,
-and never along with a redirect: registries keep blobs at other hosts.
+Logins are read where ``skopeo login`` and ``docker login`` leave them, in the files that skopeo
+reads and in its order, so that both use the same one (containers-auth.json(5);
+docs.docker.com/reference/cli/docker/login).
+
+A login goes to the registry itself, and to the token service that the registry names: who can name
+it there could as well ask for the password. It goes nowhere without TLS, except to this host, and
+never along with a redirect: registries keep blobs at other hosts.
 """
 
+import base64
+import os
+import re
+import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import requests
-from requests.utils import parse_dict_header
+from requests.utils import parse_dict_header, resolve_proxies
 
 from vllm_forge.errors import UsageError
-from vllm_forge.host import parse_json
-from vllm_forge.release.credentials import LOGIN, Credentials, stored_credentials
+from vllm_forge.host import parse_json, read_data, which
 from vllm_forge.release.errors import RegistryAuthError, RegistryContentError
 from vllm_forge.sources.fetch import SLOWEST
 from vllm_forge.sources.index import PatientSession, blocks
@@ -25,6 +33,93 @@ MOST_REDIRECTS = 5
 TOKEN_BYTES = 1 << 20
 PATIENCE_S = 120  # for an answer, beside what its bytes may take
 LOOPBACK = {"localhost", "127.0.0.1", "[::1]"}
+DOCKER_HUB = "https://index.docker.io/v1/"  # what docker calls docker.io in its files
+HELPER = re.compile(r"[A-Za-z0-9._-]+")
+HELPER_S = 60
+NOT_STORED = "credentials not found"  # how helpers begin their answer for an unknown server
+TOKEN_USER = "<token>"  # noqa: S105 - in a helper's answer: the secret is an identity token
+LOGIN = "run: skopeo login HOST   or: docker login HOST"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credentials:
+    """A login; without a ``user``, the secret is an identity token (OAuth2's refresh token)."""
+
+    user: str
+    secret: str = field(repr=False)
+
+    @property
+    def basic(self) -> str:
+        """The value of a header ``Authorization``."""
+        return "Basic " + base64.b64encode(f"{self.user}:{self.secret}".encode()).decode()
+
+
+def stored_credentials(registry: str, repository: str) -> Credentials | None:
+    """The login for a repository, of the first file that has one."""
+    for path in filter(Path.exists, _files()):
+        found = read_data(
+            path.resolve(),  # Kubernetes mounts such files as links
+            lambda config: _login(config, registry, repository),
+            RegistryAuthError,
+            what="file of registry logins",
+            remedy=f"repair or delete it, then {LOGIN}",
+        )
+        if found is not None:
+            return found
+    return None
+
+
+def _files() -> Iterator[Path]:
+    if chosen := os.environ.get("REGISTRY_AUTH_FILE"):
+        yield Path(chosen)
+        return
+    if chosen := os.environ.get("DOCKER_CONFIG"):
+        yield Path(chosen) / "config.json"
+        return
+    runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/containers/{os.getuid()}"
+    yield Path(runtime) / "containers" / "auth.json"
+    config = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    yield Path(config) / "containers" / "auth.json"
+    yield Path.home() / ".docker" / "config.json"
+
+
+def _login(config: dict[str, Any], registry: str, repository: str) -> Credentials | None:
+    parts = [registry, *repository.split("/")]
+    names = ["/".join(parts[:end]) for end in range(len(parts), 0, -1)]  # the longest wins
+    server = DOCKER_HUB if registry == "docker.io" else registry
+    for name in [*names, f"https://{registry}", server]:
+        if helper := config.get("credHelpers", {}).get(name):
+            return _ask(helper, server)
+        row = config.get("auths", {}).get(name, {})
+        if token := row.get("identitytoken"):
+            return Credentials(user="", secret=token)
+        if packed := row.get("auth"):
+            user, _, secret = base64.b64decode(packed, validate=True).decode().partition(":")
+            return Credentials(user=user, secret=secret.strip("\0"))
+    if helper := config.get("credsStore"):
+        return _ask(helper, server)
+    return None
+
+
+def _ask(helper: str, server: str) -> Credentials | None:
+    """Ask a credential helper; None where it knows no login for the server."""
+    program = which(f"docker-credential-{helper}") if HELPER.fullmatch(helper) else None
+    if program is None:
+        raise ValueError(f"credential helper docker-credential-{helper} not found")
+    try:
+        done = subprocess.run(
+            [program, "get"], input=server, capture_output=True, text=True, check=False,
+            timeout=HELPER_S, start_new_session=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{program} does not answer within {HELPER_S} s") from None
+    if done.returncode != 0:
+        if done.stdout.startswith(NOT_STORED):
+            return None
+        raise ValueError(f"{program} exited with {done.returncode}: {done.stdout[:200].strip()}")
+    answer = parse_json(done.stdout)
+    user = answer["Username"]
+    return Credentials(user="" if user == TOKEN_USER else user, secret=answer["Secret"])
 
 
 class RegistrySession(PatientSession):
@@ -56,7 +151,7 @@ class RegistrySession(PatientSession):
             options["verify"] = str(self._ca)
         for _ in range(MOST_REDIRECTS):
             answer = self._send(request, options)
-            if answer.status_code == requests.codes.unauthorized and self._is_own(request):
+            if answer.status_code == requests.codes.unauthorized and self.is_own(request.url):
                 challenge = answer.headers.get("WWW-Authenticate", "")
                 answer.close()
                 self._authorization = self._answer(challenge, options)
@@ -66,7 +161,7 @@ class RegistrySession(PatientSession):
             answer.close()
             request = request.copy()
             request.prepare_url(self.follow(answer, answer.headers["Location"]), None)
-            options["proxies"] = self._proxies(request, options)
+            options["proxies"] = resolve_proxies(request, options.get("proxies"))
         raise requests.TooManyRedirects(f"more than {MOST_REDIRECTS}")
 
     def get_redirect_target(self, resp: requests.Response) -> None:
@@ -82,28 +177,17 @@ class RegistrySession(PatientSession):
             raise RegistryContentError(what, where=self.base, remedy=remedy)
         return url
 
-    def is_own(self, url: str) -> bool:
+    def is_own(self, url: str | None) -> bool:
         """Whether a URL is of the registry itself."""
-        return urlsplit(url)[:2] == urlsplit(self.base)[:2]
-
-    def _is_own(self, request: requests.PreparedRequest) -> bool:
-        return self.is_own(request.url or "")
+        return urlsplit(url or "")[:2] == urlsplit(self.base)[:2]
 
     def _send(
         self, request: requests.PreparedRequest, options: dict[str, Any]
     ) -> requests.Response:
         request.headers.pop("Authorization", None)  # also that of a .netrc
-        if self._authorization and self._is_own(request):
+        if self._authorization and self.is_own(request.url):
             request.headers["Authorization"] = self._authorization
         return super().send(request, **options)
-
-    def _proxies(
-        self, request: requests.PreparedRequest, options: dict[str, Any]
-    ) -> dict[str, str]:
-        proxies: dict[str, str] = self.rebuild_proxies(  # type: ignore[no-untyped-call]
-            request, options.get("proxies")
-        )
-        return proxies
 
     def _answer(self, challenge: str, options: dict[str, Any]) -> str:
         """The header that a challenge asks for (RFC 9110 §11; distribution's token spec)."""
@@ -133,7 +217,7 @@ class RegistrySession(PatientSession):
             headers = {"Authorization": stored.basic} if stored else {}
             asked = requests.Request("GET", realm, params=fields, headers=headers)
         request = asked.prepare()
-        options = {**options, "stream": True, "proxies": self._proxies(request, options)}
+        options = options | {"proxies": resolve_proxies(request, options.get("proxies"))}
         with super().send(request, **options) as answer:
             if answer.status_code != requests.codes.ok:
                 raise self._refused(f"gives no token: its token service says {answer.status_code}")

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 from securesystemslib.dsse import Envelope
 
-from vllm_forge.errors import problems
+from vllm_forge.errors import first_problem
 from vllm_forge.host import canonical, parse_json, printable
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.signing import errors
@@ -113,10 +113,8 @@ def read(content: bytes, where: str = "") -> Bundle:
         document = _Document.model_validate(parse_json(content))
         statement = _decode(document.envelope.payload)
         signature = _decode(document.envelope.signatures[0].sig)
-    except ValidationError as error:
-        raise _invalid(where, problems(error)[0]) from None
     except ValueError as error:
-        raise _invalid(where, str(error)) from None
+        raise _invalid(where, first_problem(error)) from None
     material = document.material
     if (material.public_key is None) == (material.certificate is None):
         raise _invalid(where, "expected either the hint of a key or a certificate")

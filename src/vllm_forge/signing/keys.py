@@ -16,6 +16,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
 from pydantic import Field, model_validator
 from securesystemslib.exceptions import UnverifiedSignatureError, VerificationError
 from securesystemslib.signer import Key, Signature, SSlibKey
@@ -156,9 +165,6 @@ class PrivateKey:
 
     def sign(self, data: bytes) -> bytes:
         """The signature, in DER for ECDSA: the same bytes each time (RFC 6979)."""
-        from cryptography.hazmat.primitives import hashes  # noqa: PLC0415
-        from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
-
         if isinstance(self.private, ec.EllipticCurvePrivateKey):
             algorithm = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
             return self.private.sign(data, algorithm)
@@ -168,14 +174,11 @@ class PrivateKey:
 
 def load_private(path: Path) -> PrivateKey:
     """Read an unencrypted private key in PEM that only its owner may read; else KeyFileError."""
-    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415
-    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
-
     try:
         # A link is usual where a secret is mounted; what it leads to must be a plain file.
         with open_plain(path.resolve(strict=True)) as file:
             mode, content = os.fstat(file.fileno()).st_mode, file.read(MOST_BYTES)
-        private: Any = serialization.load_pem_private_key(content, None)
+        private: Any = load_pem_private_key(content, None)
     except TypeError:
         remedy = "decrypt it into a file of mode 600: openssl pkey -in key.pem -out plain.pem"
         raise _key_file(path, "the private key is encrypted", remedy) from None
@@ -187,22 +190,16 @@ def load_private(path: Path) -> PrivateKey:
             f"other users may read or write the private key (mode {mode & 0o777:o})",
             "make another key, for this one may have been read; keep it with: chmod 600",
         )
-    _require_kind(path, private)
-    public = _trusted(path.name, private.public_key())
-    return PrivateKey(public=public, private=private)
+    return PrivateKey(public=_trusted(path, private.public_key()), private=private)
 
 
 def read_public(path: Path, name: str = "", row: KeyRow | None = None) -> TrustedKey:
     """Read a public key in PEM; KeyFileError."""
-    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415
-    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
-
     try:
-        public = serialization.load_pem_public_key(read_plain(path, MOST_BYTES))
+        public = load_pem_public_key(read_plain(path, MOST_BYTES))
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise _key_file(path, f"not a public key: {_reason(error)}") from None
-    _require_kind(path, public)
-    return _trusted(name or path.name, public, row)
+    return _trusted(path, public, name, row)
 
 
 def read_keyring(root: Path) -> Keyring:
@@ -236,24 +233,17 @@ def read_keyring(root: Path) -> Keyring:
     return Keyring(keys=keys)
 
 
-def _trusted(name: str, public: Any, row: KeyRow | None = None) -> TrustedKey:
-    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
-
-    spki = public.public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+def _trusted(path: Path, public: Any, name: str = "", row: KeyRow | None = None) -> TrustedKey:
+    curve = getattr(public, "curve", None)
+    if not isinstance(public, ed25519.Ed25519PublicKey) and not isinstance(curve, ec.SECP256R1):
+        kind = curve.name if curve else type(public).__name__.removesuffix("PublicKey")
+        raise _key_file(path, f"not an Ed25519 or P-256 key: it is a {kind} key")
+    return TrustedKey(
+        name=name or path.name,
+        public=SSlibKey.from_crypto(public),
+        spki=public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo),
+        row=row,
     )
-    return TrustedKey(name=name, public=SSlibKey.from_crypto(public), spki=spki, row=row)
-
-
-def _require_kind(path: Path, key: Any) -> None:
-    from cryptography.hazmat.primitives.asymmetric import ec, ed25519  # noqa: PLC0415
-
-    if isinstance(key, ed25519.Ed25519PublicKey | ed25519.Ed25519PrivateKey):
-        return
-    curve = getattr(key, "curve", None)
-    if not isinstance(curve, ec.SECP256R1):
-        kind = curve.name if curve else type(key).__name__.replace("Key", " key").strip("_")
-        raise _key_file(path, f"not an Ed25519 or P-256 key: it is a {kind}")
 
 
 def _reason(error: Exception) -> str:

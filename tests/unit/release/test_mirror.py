@@ -23,6 +23,7 @@ from vllm_forge.release.errors import MirrorError, RegistryContentError, Registr
 from vllm_forge.release.mirror import bundles_of, mirror
 from vllm_forge.release.referrers import attach, put_referrer
 from vllm_forge.release.registry import DOCKER, INDEX, Reference, Repository
+from vllm_forge.signing.errors import BundleError
 
 PROVENANCE, SBOM = "https://slsa.dev/provenance/v1", "https://cyclonedx.org/bom"
 LAYERS = [bytes([number]) * (2 << 20) for number in range(4)]
@@ -244,5 +245,5 @@ def test_file_that_is_not_a_bundle_is_refused_before_the_push(tmp_path: Path) ->
     bundle["dsseEnvelope"]["payload"] = "e30="
     path = tmp_path / "vllm.attest" / "x.sigstore.json"
     path.write_text(json.dumps(bundle))
-    with pytest.raises(MirrorError, match="not a bundle of an in-toto statement"):
+    with pytest.raises(BundleError, match="its payload is not a statement of type"):
         mirror(tmp_path / "vllm", Reference.parse("registry.example/x:1"), Runner())

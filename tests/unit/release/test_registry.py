@@ -17,7 +17,6 @@ from tests.support.registry_client import LOGIN, NAME, push_image, store_login
 from tests.support.registry_server import RegistryServer, digest_of
 from vllm_forge.errors import UsageError
 from vllm_forge.images.layout import MANIFEST
-from vllm_forge.release.credentials import stored_credentials
 from vllm_forge.release.errors import (
     ManifestMissingError,
     RegistryAuthError,
@@ -25,6 +24,7 @@ from vllm_forge.release.errors import (
     RegistryUnreachableError,
 )
 from vllm_forge.release.registry import Descriptor, Reference, Repository
+from vllm_forge.release.transport import stored_credentials
 from vllm_forge.sources import index
 
 
@@ -76,7 +76,7 @@ def test_file_is_uploaded(registry: RegistryServer, repository: Repository, tmp_
     path.write_bytes(bytes(1 << 20))
     registry.plant("PUT", ".*", status=503)  # all of it is sent again
     digest = repository.put_blob(path)
-    repository.check_blob(digest, 1 << 20)
+    assert repository.blob(digest, 1 << 20) == bytes(1 << 20)
 
 
 def test_manifest_is_found_by_tag_and_digest(repository: Repository) -> None:
