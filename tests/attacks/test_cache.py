@@ -6,6 +6,7 @@ or it refuses and the one after that gives it: nothing damaged ships, nothing st
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -20,7 +21,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.fast_build import FastEngine, fast_build, lock_packages, tiny_deb, use
+from tests.support.fast_build import (
+    FastEngine,
+    fast_build,
+    lock_packages,
+    need_kernels,
+    tiny_deb,
+)
+from tests.support.fast_build import use as use_project
+from tests.support.flashinfer import flashinfer, serve_archive
 from tests.support.index_server import serve_folder
 from tests.support.project import Project, make_project
 from vllm_forge.errors import ForgeError
@@ -35,6 +44,7 @@ from vllm_forge.images.system import SYSTEM_NAME
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+build = functools.partial(fast_build, kernels=True)  # all kinds of files
 SKUS = ("beta", "alpha")  # the next SKU first: it is cut from what alpha has left
 FLIPS = 14
 EMPTY_LAYER = 18  # bytes of a frame without files, which is left out of images
@@ -67,6 +77,7 @@ KINDS = (
     Kind(pattern=r"rootfs/.+", absent=("systems",)),
     Kind(pattern=r"debs/\w+/.+\.deb", absent=("rootfs", "systems")),
     Kind(pattern=r"wheels/\w+/.+\.whl", absent=("layers",)),
+    Kind(pattern=r"cubins/\w+/.+", absent=("layers",)),
     Kind(pattern=r"sdists/\w+/.+\.tar\.gz", absent=("sources.git",)),
     Kind(pattern=r"sources\.git/(config|refs/.+)"),
     Kind(pattern=r"sources\.git/(HEAD|objects/.+)", mended=False),  # of those that are read
@@ -95,19 +106,25 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
-    project = make_project(tmp_path_factory.mktemp("cache"))
+    project = make_project(tmp_path_factory.mktemp("cache"), flashinfer=flashinfer())
+    serve_archive(project.index)
     archive = tmp_path_factory.mktemp("archive")
     package = tiny_deb(archive)
     with serve_folder(archive) as snapshot, pytest.MonkeyPatch.context() as patch:
         lock_packages(project, package, snapshot)
         use(project, patch)
-        digests = {"alpha": fast_build(project, "alpha")[0].digest}
+        digests = {"alpha": build(project, "alpha")[0].digest}
         other = project.copy(tmp_path_factory.mktemp("other"))
         use(other, patch)
-        digests["beta"] = fast_build(other, "beta")[0].digest
+        digests["beta"] = build(other, "beta")[0].digest
         patch.undo()
         yield Reference(project=project, digests=digests)
     project.index.close()
+
+
+def use(project: Project, patch: pytest.MonkeyPatch) -> None:
+    use_project(project, patch)
+    need_kernels(project, patch)
 
 
 def files(project: Project) -> list[str]:
@@ -146,9 +163,9 @@ def survive(reference: Reference, folder: Path, name: str, where: float, bit: in
         changed = flip(project.cache / name, where, bit)
         for sku in SKUS:
             try:
-                image, _ = fast_build(project, sku)
+                image, _ = build(project, sku)
             except ForgeError:
-                image, _ = fast_build(project, sku)
+                image, _ = build(project, sku)
             verify(image)
             assert image.digest == reference.digests[sku]
         path = project.cache / name
@@ -240,7 +257,7 @@ def test_file_of_another_kind_is_mended_or_refused(
     for sku in SKUS:
         for _ in range(3):
             try:
-                image, _ = fast_build(project, sku)
+                image, _ = build(project, sku)
                 break
             except ForgeError as error:
                 refusal = error
@@ -264,7 +281,7 @@ def test_foreign_part_of_a_download_is_not_written_through(
     wheel.unlink()
     change(part, elsewhere)
     before = elsewhere.read_bytes() if elsewhere.exists() else b""
-    assert fast_build(project, "alpha")[0].digest == reference.digests["alpha"]
+    assert build(project, "alpha")[0].digest == reference.digests["alpha"]
     assert not before or elsewhere.read_bytes() == before
 
 
@@ -317,12 +334,12 @@ def test_failed_check_forgets_what_it_looked_at(
     red = FastEngine()
     red.verdict = {"passed": False, "detail": "died", "seconds": 0.0}
     with pytest.raises(ForgeError, match="checks failed"):
-        fast_build(project, "alpha", red)
+        build(project, "alpha", red)
     assert not path.exists()
     assert not bytecode.exists()
     kept = [folder.name for folder in (project.cache / "layers").iterdir()]
     assert len(kept) >= 4, "what is whole stays"
-    assert fast_build(project, "alpha")[0].digest == reference.digests["alpha"]
+    assert build(project, "alpha")[0].digest == reference.digests["alpha"]
 
 
 @pytest.mark.parametrize("seal", ["kept", "", None])
@@ -341,7 +358,7 @@ def test_record_with_other_values_is_not_read(
         if b"/opt/venv/bin" in path.read_bytes():
             path.chmod(0o644)
             path.write_bytes(path.read_bytes().replace(b"/opt/venv/bin", b"/opt/evil/bin"))
-    assert fast_build(project, "alpha")[0].digest == reference.digests["alpha"]
+    assert build(project, "alpha")[0].digest == reference.digests["alpha"]
 
 
 @pytest.mark.parametrize(
@@ -368,7 +385,7 @@ def test_system_that_was_written_again_is_not_taken(
         config |= changes
     write_image(folder, layers=layers, config=config, epoch=0, name=SYSTEM_NAME)
     (former / "root").rename(folder / "root")
-    assert fast_build(project, "alpha")[0].digest == reference.digests["alpha"]
+    assert build(project, "alpha")[0].digest == reference.digests["alpha"]
 
 
 def test_engine_that_changes_the_configuration_is_refused(
@@ -377,7 +394,7 @@ def test_engine_that_changes_the_configuration_is_refused(
     project = reference.project.copy(tmp_path, "layers", "rootfs", "wheels")
     use(project, monkeypatch)
     with pytest.raises(ImageCheckError, match="User of the system image is 0:0, the Dockerfile"):
-        fast_build(project, "alpha", FastEngine(User="0:0"))
+        build(project, "alpha", FastEngine(User="0:0"))
     assert not list(project.cache.glob("systems/*"))
 
 
@@ -389,7 +406,7 @@ def test_layer_that_no_engine_could_unpack_is_not_pushed(
     use(project, monkeypatch)
     for path in project.cache.glob("layers/*/layer.json"):
         write_sealed(path, read_sealed(path) | {"diff_id": "0" * 64})
-    image, _ = fast_build(project, "alpha")
+    image, _ = build(project, "alpha")
     verify(image)
     with pytest.raises(LayoutError, match=f"the image says {'0' * 64}"):
         verify(image, unpacked=True)
@@ -410,4 +427,4 @@ def test_killed_worker_is_an_error_with_a_remedy(
     use(project, monkeypatch)
     monkeypatch.setattr(store, "worker_pool", lambda *_: Killed())
     with pytest.raises(CommandFailedError, match="a process that writes layers was killed"):
-        fast_build(project, "alpha")
+        build(project, "alpha")

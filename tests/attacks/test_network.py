@@ -76,27 +76,32 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "CONNECT_RETRIES", 0)
 
 
-def get(sender: Sender, target: Path, size: int) -> None:
-    item = Download(url=f"{sender.url}x.whl", sha256="0" * 64, size=size, target=target)
+def get(sender: Sender, target: Path, size: int, *, exact: bool = True) -> None:
+    url = f"{sender.url}x.whl"
+    item = Download(url=url, sha256="0" * 64, size=size, target=target, exact=exact)
     download_all(Index(sender.url).session, [item])
 
 
+@pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("more", ["", "Content-Length: 99999999999\r\n"])
-def test_endless_file_ends_after_its_size(more: str, tmp_path: Path) -> None:
+def test_endless_file_ends_after_its_size(more: str, exact: bool, tmp_path: Path) -> None:
     sender = Sender(HEAD.format(kind="application/octet-stream", more=more), bytes(1 << 16))
     with sender.running(), pytest.raises(TruncatedFileError, match="longer than 869 bytes"):
-        get(sender, tmp_path / "x.whl", 869)
+        get(sender, tmp_path / "x.whl", 869, exact=exact)
     assert list(tmp_path.iterdir()) == []
     assert sender.sent < 8 * MOST  # what the kernel's buffers hold
 
 
-def test_dripping_file_ends_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("exact", [True, False])
+def test_dripping_file_ends_at_a_time(
+    exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fetch, "PATIENCE_S", 0.3)
     monkeypatch.setattr(fetch, "SLOWEST", 1 << 20)
     sender = Sender(HEAD.format(kind="application/octet-stream", more=""), b"x", pause=0.05)
     start = time.monotonic()
     with sender.running(), pytest.raises(DownloadInterruptedError, match="bytes are kept"):
-        get(sender, tmp_path / "x.whl", 1 << 16)
+        get(sender, tmp_path / "x.whl", 1 << 16, exact=exact)
     assert time.monotonic() - start < 10
 
 

@@ -16,12 +16,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from tests.support.flashinfer import GLOB
 from vllm_forge.host import Runner
 from vllm_forge.images import BuildOptions, build_image, plan, resolve, rootfs, store
 from vllm_forge.images.checks import check_names
 from vllm_forge.images.engines import SystemOutput
+from vllm_forge.images.plan import ImagePlan
 from vllm_forge.images.system import dockerfile_config
 from vllm_forge.project import Project
+from vllm_forge.sources import cubins
 from vllm_forge.sources.debian import DebianPackage, write_base_lock
 
 if TYPE_CHECKING:
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
     from tests.support.project import Project as MiniProject
     from vllm_forge.images.engines import ContainerRun, Engine
     from vllm_forge.images.layout import Image
-    from vllm_forge.images.plan import ImagePlan
 
 OUTSIDE = {"packages", "tree", "stack", "hygiene", "system", "wheel-files"}  # of the layers
 STATUS = b"Package: python3\nStatus: install ok installed\nVersion: 3.13.5-1\n"
@@ -113,11 +115,16 @@ class FastEngine:
 
 
 def fast_build(
-    mini: MiniProject, sku: str, engine: FastEngine | None = None, base: str = "rootfs"
+    mini: MiniProject,
+    sku: str,
+    engine: FastEngine | None = None,
+    base: str = "rootfs",
+    *,
+    kernels: bool = False,
 ) -> tuple[Image, bool]:
     """Build a cell of the small project; the environment has its cache, see ``use``."""
     project = Project(mini.root)
-    options = BuildOptions(output=mini.root / "dist", base=base)
+    options = BuildOptions(output=mini.root / "dist", base=base, kernels=kernels)
     engine = engine or FastEngine()
     return build_image(
         resolve(project, project.cell(sku), options, cast("Engine", engine)), FastRunner()
@@ -150,6 +157,12 @@ def lock_packages(mini: MiniProject, package: DebianPackage, snapshot: str) -> N
     matrix.write_text(matrix.read_text().replace("[base]\n", rows))
     base = Project(mini.root).matrix.base
     write_base_lock(mini.root / "docker/locks/debian.txt", base, "20261130T000000Z", [package])
+
+
+def need_kernels(mini: MiniProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a preset of each SKU need the archive that the project's index serves."""
+    monkeypatch.setenv(cubins.MIRROR, f"{mini.index.base}/files/")
+    monkeypatch.setattr(ImagePlan, "downloads", {"generated": GLOB})
 
 
 def use(mini: MiniProject, monkeypatch: pytest.MonkeyPatch) -> None:

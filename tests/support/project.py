@@ -213,11 +213,15 @@ class Project:
 
 
 def make_project(
-    folder: Path, files: dict[str, str] | None = None, more: dict[str, bytes] | None = None
+    folder: Path,
+    files: dict[str, str] | None = None,
+    more: dict[str, bytes] | None = None,
+    flashinfer: dict[str, bytes] | None = None,
 ) -> Project:
     """A locked and patched project in ``folder``.
 
-    ``files`` replace those of the tiny vllm; another wheel also has ``more``.
+    ``files`` replace those of the tiny vllm; another wheel also has ``more``; one more wheel is of
+    the files of a ``flashinfer``.
     """
     root = folder / "checkout"
     (root / "docker" / "locks").mkdir(parents=True)
@@ -234,11 +238,18 @@ def make_project(
     packages = (
         ("torch", "2.0.0", torch, ()),
         ("sixlike", "1.0", {"sixlike.py": b"x = 1\n" * 1000} | (more or {}), ()),
-        ("vllm", RELEASE, source, ("torch", "sixlike")),
+        (
+            "vllm",
+            RELEASE,
+            source,
+            ("torch", "sixlike", *(["flashinfer-python"] * bool(flashinfer))),
+        ),
+        *([("flashinfer-python", "0.1", flashinfer, ())] if flashinfer else []),
     )
     for name, version, contents, requires in packages:
         path = write_wheel(
-            folder / "packages" / f"{name}-{version}-py3-none-any.whl", name, version,
+            folder / "packages" / f"{name.replace('-', '_')}-{version}-py3-none-any.whl",
+            name.replace("-", "_"), version,
             [Member(path=file, content=content) for file, content in contents.items()],
             entry_points="[console_scripts]\nvllm = vllm.entrypoints.cli:main\n"
             if name == "vllm"

@@ -26,11 +26,14 @@ hypothesis.settings.register_profile("explore", database=None, deadline=None, ma
 hypothesis.settings.load_profile("fixed")
 
 
+HOST_SETTINGS = ("UV_", "PIP_", "GIT_", "VLLM_FORGE_", "FLASHINFER_")
+
+
 @pytest.fixture(autouse=True)
 def clean_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of this test's own, and none of the host's settings for indexes, proxies and git."""
     for name in list(os.environ):
-        if name.startswith(("UV_", "PIP_", "GIT_", "VLLM_FORGE_")) or "proxy" in name.lower():
+        if name.startswith(HOST_SETTINGS) or "proxy" in name.lower():
             monkeypatch.delenv(name)
     monkeypatch.setenv("VLLM_FORGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)

@@ -28,6 +28,10 @@ def register(choices: Commands) -> None:
         "current; NAME@sha256:... of a registry",
     )  # fmt: skip
     base.add_argument("--output", type=Path, help="folder for the OCI layout (default: dist)")
+    base.add_argument(
+        "--kernels", action="store_true",
+        help="carry the kernel archives that FlashInfer downloads at the first start otherwise",
+    )  # fmt: skip
     one = command(choices, "build", build, SKU, LINE, JSON, base)
     one.add_argument("--engine", choices=ENGINES, help="default: the one that is installed")
     one.add_argument("--load", action="store_true", help="also load it into the engine's store")
@@ -68,6 +72,7 @@ def build(project: Project, args: argparse.Namespace) -> None:
         output=args.output or project.root / "dist",
         base=args.base,
         prewarm=prewarm,
+        kernels=args.kernels,
     )
     plan = images.resolve(project, cell, options, engine)
     if args.dry_run:
@@ -160,7 +165,9 @@ def why_rebuild(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.images.record import read_record
 
     cell = project.cell(args.sku, args.line)
-    options = BuildOptions(output=args.output or project.root / "dist", base=args.base)
+    options = BuildOptions(
+        output=args.output or project.root / "dist", base=args.base, kernels=args.kernels
+    )
     record = read_record(options.output / f"{cell.name}.json")
     engine = args.engine or (None if record is None else str(record["engine"]))
     # No engine need be here: its name is one of the inputs, and that is all.

@@ -71,11 +71,14 @@ def _say(project: Project, deployment: Deployment, digest: str | None) -> None:
 
     from vllm_forge.receipts.verification import preset_state, read_receipts
     from vllm_forge.serve.command import bare_command, build_command
+    from vllm_forge.serve.plan import first_start
 
     build = build_command(deployment.cell)
     what = f"its image is not built here: {build}"
     if digest is not None:
         what = f"image {digest}; if the engine lacks it: {build}"
+    if network := first_start(project, deployment.cell):
+        what += f"\n  {network}"
     receipts = read_receipts(project, datetime.now(UTC), image=digest)
     for line in replace(receipts, valid=()).lines(project.root):
         console.print(line, markup=False)
@@ -91,8 +94,9 @@ def _say(project: Project, deployment: Deployment, digest: str | None) -> None:
 
 def doctor(project: Project, args: argparse.Namespace) -> None:
     """Check this host for a preset."""
-    from vllm_forge.serve.doctor import ask_host, judge, page
+    from vllm_forge.serve.doctor import HostFinding, ask_host, judge, page
     from vllm_forge.serve.errors import HostUnfitError
+    from vllm_forge.serve.plan import first_start
 
     cell = project.cell(args.sku, args.line)
     preset = args.preset or next(iter(presets_of(project.matrix, cell.sku_name)), "")
@@ -105,6 +109,9 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
             raise UsageError(what, remedy="give the directory that doctor --save wrote")
         probe = RecordedProbe(args.replay)
     findings = judge(ask_host(probe), deployment, needs)
+    if network := first_start(project, cell):
+        needed = "NVIDIA's server, or a mirror of it in FLASHINFER_CUBINS_REPOSITORY"
+        findings.append(HostFinding("network", "unknown", f"the image {network}", needed))
     if args.json:
         parsers.print_json(args, [asdict(finding) for finding in findings])
     else:

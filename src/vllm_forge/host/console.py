@@ -51,8 +51,8 @@ def gigabytes(size: int) -> str:
 def transfer_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show bytes, speed and remaining time: a bar in a terminal, else a line now and then.
 
-    Yields a function to call, from any thread, with the bytes since its last call; bytes that must
-    be transferred again are negative.
+    ``total`` is 0 where it is unknown. Yields a function to call, from any thread, with the bytes
+    since its last call; bytes that must be transferred again are negative.
     """
     if console.is_terminal:
         columns = (
@@ -61,7 +61,7 @@ def transfer_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
             progress.TimeRemainingColumn(),
         )  # fmt: skip
         with progress.Progress(*columns, console=console) as bar:
-            task = bar.add_task(what, total=total)
+            task = bar.add_task(what, total=total or None)
             yield lambda size: bar.advance(task, size)
     else:
         start = shown = time.monotonic()
@@ -82,8 +82,9 @@ def transfer_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def progress_line(what: str, done: int, total: int, seconds: float) -> str:
     speed = done / seconds
-    left = f", {(total - done) / speed:.0f} s left" if speed > 0 else ""
-    return f"  {what}: {done / 1e9:.1f} of {gigabytes(total)}, {speed / 1e6:.1f} MB/s{left}"
+    left = f", {(total - done) / speed:.0f} s left" if speed > 0 and total else ""
+    size = f"{done / 1e9:.1f} of {gigabytes(total)}" if total else gigabytes(done)
+    return f"  {what}: {size}, {speed / 1e6:.1f} MB/s{left}"
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from vllm_forge.host import (
     report,
 )
 from vllm_forge.host.files import remove_foreign
-from vllm_forge.images import checks, layout, store
+from vllm_forge.images import checks, cubins, layout, store
 from vllm_forge.images.content import (
     VLLM,
     health_entry,
@@ -56,6 +56,8 @@ from vllm_forge.images.system import (
     system_folder,
 )
 from vllm_forge.kernels.coverage.contract import Contract
+from vllm_forge.kernels.coverage.families import AT_START
+from vllm_forge.kernels.errors import ContractError
 from vllm_forge.kernels.selection.questions import declared_device
 from vllm_forge.kernels.selection.record import SelectionRecord
 from vllm_forge.matrix import ImageCell
@@ -121,6 +123,9 @@ def build_steps(plan: ImagePlan, runner: Runner) -> None:
             ),
         )
         system_key = system_job.result()
+    if plan.carries:
+        what = f"fetch FlashInfer's kernel archives: {', '.join(plan.downloads)}"
+        runner.act(what, lambda: cubins.kernel_layer(plan))
     candidate = runner.act(
         f"assemble the image in {plan.work}",
         lambda: assemble(plan, load_system(system_key), wheel()),
@@ -173,6 +178,9 @@ def assemble(plan: ImagePlan, system: System, wheel: PatchedWheel) -> Candidate:
     removed = {path: row for _, layer in written for path, row in layer.removed.items()}
     slim = {path: row for path, row in sorted(removed.items()) if row["bytes"]}
     stack = stack_record(plan, wheel, system, slim)
+    if plan.carries:
+        archives, stack["kernels"] = cubins.kernel_layer(plan)
+        written.append(("kernel archives", archives))
     patch = write_patch_layer(plan, wheel, stack)
     written.append((cell.line.series, patch))
     if prewarm is not None:
@@ -231,9 +239,15 @@ def image_config(
     if prewarm is not None:
         variables |= dict(sorted(prewarm.environment().items()))
         config["Entrypoint"] = [SCRIPT, *config["Entrypoint"]]
+    more = {}
+    if plan.carries:
+        variables |= cubins.ENVIRONMENT
+        more["io.vllm-forge.kernels"] = " ".join(stack["kernels"])
+    elif plan.downloads:
+        more["io.vllm-forge.network"] = f"{AT_START}: {' '.join(plan.downloads)}"
     env = [*config["Env"], *(f"{name}={value}" for name, value in variables.items())]
     created = layout.timestamp(plan.cell.base.source_date_epoch)
-    return config | {"Env": env, "Labels": labels(stack, created)}
+    return config | {"Env": env, "Labels": labels(stack, created) | more}
 
 
 def bytecode_place(layers: Sequence[ImageLayer]) -> str:
@@ -254,6 +268,7 @@ def expectation(cell: ImageCell, stack: dict[str, Any]) -> dict[str, Any]:
         "compiler": "nvidia-cuda-nvcc" in stack["packages"],
         "device": declared_device(cell.sku, count=1).model_dump(),
         "unimportable": list(cell.line.unimportable),
+        "kernels": list(stack.get("kernels", ())),
     }
 
 
@@ -288,6 +303,13 @@ def check_outside(
             plan.cell, selection, checks.contents_of(candidate.folders, plan.cell.line.python)
         )
         contract.check()
+        if contract.downloads != set(() if plan.carries else plan.downloads):
+            raise ContractError(
+                "other kernels than recorded are downloaded at the first start: "
+                f"{', '.join(sorted(contract.downloads)) or 'none'}",
+                where=f"{checks.COVERAGE}/{plan.cell.line_name}.json",
+                remedy="run: nox -s forge -- kernels coverage --record",
+            )
     try:
         config = image_config(plan, system.config, candidate.stack, image.layers)
         checks.check_layout(image, config)

@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from vllm_forge.host import console, parse_json, remove
+from vllm_forge.images import cubins
 from vllm_forge.images.content import wheel_groups
 from vllm_forge.images.errors import ImageCheckError, SizeBudgetError
 from vllm_forge.images.layout import Image, ImageLayer, verify
@@ -38,7 +39,7 @@ ANY_UID = 1000770000  # without a name, as OpenShift gives one
 COMPILER_CHECKS = frozenset({"compiler", "driver-link", "nvrtc"})
 CHECKS = frozenset({
     "packages", "tree", "stack", "hygiene", "system", "wheel-files", "sandbox", "working-directory",
-    "imports", "quantization", "vllm-help", "vllm-version", "vllm-serve-help",
+    "imports", "quantization", "kernels", "vllm-help", "vllm-version", "vllm-serve-help",
     "vllm-bench-serve-help", "vllm-bench-serve", "any-user-sandbox", "any-user-imports",
 })  # fmt: skip
 
@@ -162,6 +163,16 @@ def recorded_selection(project: Project, cell: ImageCell) -> SelectionRecord | N
     return recorded.of_device(cell.sku.device)
 
 
+def recorded_downloads(project: Project, cell: ImageCell) -> list[str]:
+    """Kernel families that FlashInfer downloads for a SKU's presets, by the coverage of record."""
+    path = COVERAGE / f"{cell.line_name}.json"
+    if not (project.root / path).is_file():
+        return []
+    families = project.read_json(str(path), lambda data: data["coverage"])
+    rows = {name: cells.get(cell.sku_name) for name, cells in families.items()}
+    return [name for name, r in rows.items() if r and r["needed_by"] and r["verdict"] == "download"]
+
+
 def contract_inputs(project: Project, line_name: str) -> dict[str, str]:
     """Hashes of what the kernel contract is a function of, apart from the image."""
     path = selection_path(project.records, line_name)
@@ -170,9 +181,11 @@ def contract_inputs(project: Project, line_name: str) -> dict[str, str]:
 
 
 def contents_of(folders: Sequence[Path], python: str) -> SitePackages:
-    """The environment of unpacked layers, lowest first."""
-    sites = [folder / site_packages(python) for folder in folders]
-    return SitePackages(tuple(site for site in sites if site.is_dir()))
+    """The environment of unpacked layers, lowest first, and the kernel archives that they carry."""
+    sites = [folder / place for folder in folders for place in (site_packages(python), cubins.SITE)]
+    contents = SitePackages(tuple(site for site in sites if site.is_dir()))
+    contents.carried = any(site.match(cubins.SITE) for site in contents.sites)
+    return contents
 
 
 def image_contract(cell: ImageCell, recorded: SelectionRecord, contents: SitePackages) -> Contract:

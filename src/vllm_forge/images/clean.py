@@ -14,8 +14,9 @@ from vllm_forge.sources.debian import read_base_lock
 
 # Small, or made again in a minute; and what earlier versions have left.
 ALWAYS = (
-    "work", "bytecode", "buildah", "checkpoints", "coverage", "inspect", "mirror", "proofs",
-    "selection", "toolkit", "upstream", "uv", "census", "installer", "installers", "oracle",
+    "work", "bytecode", "buildah", "checkpoints", "contents", "coverage", "inspect", "mirror",
+    "proofs", "selection", "toolkit", "upstream", "uv", "census", "installer", "installers",
+    "oracle",
 )  # fmt: skip
 # Of work that must not lose its files; a line's name follows.
 LOCKS = ("prove", "selection", "inspect", "upstream")
@@ -68,4 +69,4 @@ def _needed(project: Project) -> dict[str, set[str]]:
             needed["layers"].update(key for group in plan.groups for key in group.keys)
         needed["wheels"].update(wheel.sha256 for wheel in plan.lock.wheels)
         needed["patched"].add(f"{plan.lock.find('vllm').sha256}-{tree.result}")
-    return needed
+    return needed | {"cubins": needed["wheels"]}  # of a locked FlashInfer

@@ -83,7 +83,7 @@ TOKENIZER: dict[str, dict[str, Any]] = {
     "config.json": {"model_type": "llama"},
 }  # fmt: skip
 BENCH_PROMPTS, BENCH_TOKENS = 2, 4
-VLLM_CHECKS = ("imports", "quantization", "vllm-help", "vllm-bench-serve", *COMMANDS)
+VLLM_CHECKS = ("imports", "quantization", "kernels", "vllm-help", "vllm-bench-serve", *COMMANDS)
 DIED = {"passed": False, "detail": "died", "seconds": 0.0}
 PR_SET_DUMPABLE = 4  # prctl(2): 0 hides this process's memory and files from others of its user
 PLANTED = ("json", "urllib", "multiprocessing")
@@ -124,6 +124,17 @@ def quantization(expect: dict[str, Any]) -> str:
     return f"{len(names) - len(failed)} modules"
 
 
+def run_in(folder: str, *argv: str) -> None:
+    """Run a program in a folder, which is also its place for temporary files; it must succeed."""
+    done = subprocess.run(
+        argv, capture_output=True, text=True, check=False, cwd=folder,
+        env={**os.environ, "TMPDIR": folder},
+    )  # fmt: skip
+    if done.returncode != 0:
+        output = (done.stdout + done.stderr).strip()
+        raise AssertionError(f"exit {done.returncode} of {' '.join(argv)[:200]}: {output}")
+
+
 def compiler(expect: dict[str, Any]) -> str:
     """The image's nvcc compiles and links a kernel for its SKU, as the JIT compilers do."""
     arch = expect["arch"]
@@ -131,18 +142,11 @@ def compiler(expect: dict[str, Any]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "add.cu"), Path(folder, "add")
         source.write_text(KERNEL)
-        done = subprocess.run(
-            [
-                str(home / "bin" / "nvcc"), f"-arch={arch}", "-cudart=shared",
-                f"-L{home}/lib64", f"-Xlinker=-rpath={home}/lib64", "-o", str(binary), str(source),
-            ],
-            capture_output=True, text=True, check=False, env={**os.environ, "TMPDIR": folder},
+        run_in(
+            folder, str(home / "bin" / "nvcc"), f"-arch={arch}", "-cudart=shared",
+            f"-L{home}/lib64", f"-Xlinker=-rpath={home}/lib64", "-o", str(binary), str(source),
         )  # fmt: skip
-        if done.returncode != 0:
-            raise AssertionError((done.stdout + done.stderr).strip())
-        ran = subprocess.run([str(binary)], check=False).returncode
-        if ran != 0:
-            raise AssertionError(f"the linked program exits with {ran}")
+        run_in(folder, str(binary))
     return f"{arch} compiled and linked"
 
 
@@ -173,14 +177,9 @@ def driver_link(expect: dict[str, Any]) -> str:
             f"'import ctypes, sys; sys.exit(ctypes.CDLL(\"./{name}.so\").probe() != {{code}})'"
             for name, line in LINKERS.items()
         }
-        for name, line in commands.items():
-            done = subprocess.run(
-                ["/bin/sh", "-c", line.format(cuda=os.environ["CUDA_HOME"], code=NO_DEVICE)],
-                capture_output=True, text=True, check=False, cwd=folder,
-                env={**os.environ, "TMPDIR": folder},
-            )  # fmt: skip
-            if done.returncode != 0:
-                raise AssertionError(f"{name}: {(done.stdout + done.stderr).strip()}")
+        for line in commands.values():
+            script = line.format(cuda=os.environ["CUDA_HOME"], code=NO_DEVICE)
+            run_in(folder, "/bin/sh", "-c", script)
     return ", ".join(LINKERS)
 
 
@@ -241,6 +240,37 @@ def bench_serve(expect: dict[str, Any]) -> str:
     return f"{counts[0]} answers, {counts[1]} tokens"
 
 
+def kernels(expect: dict[str, Any]) -> str:
+    """FlashInfer finds each file of the carried archives, also to compile, and asks no server."""
+    if not expect["kernels"]:
+        return "none carried"
+    artifacts, loader, core = (
+        importlib.import_module(f"flashinfer.{name}")
+        for name in ("artifacts", "jit.cubin_loader", "jit.core")
+    )
+
+    def refuse(source: str, *_: object, **__: object) -> None:
+        raise AssertionError(f"FlashInfer downloads {source}")
+
+    vars(loader)["download_file"] = refuse
+    os.environ["FLASHINFER_CUDA_ARCH_LIST"] = expect["device"]["compute_capability"]
+    core.current_compilation_context.__init__()  # the declared driver cannot be initialized
+    files, users = 0, dict[str, Any]()
+    for name in expect["kernels"]:
+        path, pin = (getattr(row, name) for row in (artifacts.ArtifactPath, artifacts.CheckSumHash))
+        rows = loader.get_artifact(f"{path}/checksums.txt", pin).decode().splitlines()
+        files += sum(bool(loader.get_artifact(f"{path}/{row[66:]}", row[:64])) for row in rows)
+        for module in [row for key, row in sys.modules.items() if key.startswith("flashinfer.jit")]:
+            for key, row in vars(module).items():
+                if name in getattr(getattr(row, "__code__", None), "co_names", ()):
+                    users[key] = row
+    for function in users.values():
+        function()  # writes what a compiler gets, and links to the archive's headers
+    if not files or not users:
+        raise AssertionError("FlashInfer has no use for them")
+    return f"{files} files; {', '.join(sorted(users))}"
+
+
 @contextlib.contextmanager
 def fake_server() -> Iterator[str]:
     """A server that streams completions; its URL."""
@@ -294,11 +324,7 @@ def working_directory(expect: dict[str, Any]) -> str:
             text = "raise SystemExit('imported from the working directory')\n"
             Path(folder, f"{name}.py").write_text(text)
         for argv in STARTS:
-            done = subprocess.run(
-                [sys.executable, *argv], cwd=folder, capture_output=True, text=True, check=False
-            )
-            if done.returncode != 0:
-                raise AssertionError(f"python {argv[0]}: {done.stderr.strip()}")
+            run_in(folder, sys.executable, *argv)
     return f"{len(STARTS)} ways to start Python"
 
 
@@ -379,6 +405,7 @@ def as_vllm(expect: dict[str, Any]) -> dict[str, Verdict]:
     verdicts["vllm-help"] = _verdict(command("--help"), expect)
     started = {name: _forked(command(*argv), expect) for name, argv in COMMANDS.items()}
     started["vllm-bench-serve"] = _forked(bench_serve, expect)
+    started["kernels"] = _forked(kernels, expect)
     verdicts["quantization"] = _verdict(quantization, expect)
     return verdicts | {name: wait() for name, wait in started.items()}
 

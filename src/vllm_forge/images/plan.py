@@ -2,10 +2,12 @@
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vllm_forge.host import cache_root, console, require_disk
+from vllm_forge.images import checks, cubins
 from vllm_forge.images.checks import CHECK_ARGV, LAYER_CHECKS, SCRIPTS, any_user, contract_inputs
 from vllm_forge.images.content import CONFIG_FORMAT, FORMAT, HEALTH, WheelGroup, wheel_groups
 from vllm_forge.images.engines import ContainerRun, Engine
@@ -16,6 +18,7 @@ from vllm_forge.images.record import Inputs, compare, kept_digest, read_record
 from vllm_forge.images.rootfs import CURRENT, ROOTFS, BaseRef, base_of, fetch_packages, is_whole
 from vllm_forge.images.store import layer_folder, stored
 from vllm_forge.images.system import SYSTEM_FORMAT, is_kept, system_folder
+from vllm_forge.kernels.coverage.families import catalogue
 from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import Patch, read_series, read_tree_lock
 from vllm_forge.project import Project
@@ -35,6 +38,7 @@ class BuildOptions:
     output: Path
     base: str = ROOTFS  # see ``base_of``
     prewarm: Prewarm | None = None
+    kernels: bool = False  # carry the kernel archives that FlashInfer would download
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +87,23 @@ class ImagePlan:
         """A link to the unpacked patch layer, whose key is known only when it was written."""
         return self.work / "patch-layer"
 
+    @cached_property
+    def downloads(self) -> dict[str, str]:
+        """Kernel families that FlashInfer downloads for the SKU's presets -> glob of files."""
+        names = checks.recorded_downloads(self.project, self.cell)
+        return {name: catalogue().family[name].cubins[0].files for name in names}
+
+    @property
+    def carries(self) -> bool:
+        """Whether kernel archives are part of the image: asked for, and needed."""
+        return self.options.kernels and bool(self.downloads)
+
     def checks_inside(self) -> tuple[ContainerRun, ContainerRun]:
         """The runs of the checks inside the candidate, known before it exists (dry run)."""
         keys, prewarm = [key for group in self.groups for key in group.keys], self.options.prewarm
         epoch = self.cell.base.source_date_epoch
         compiled = [] if prewarm is None else [prewarm_key(prewarm, epoch)]
+        keys += [cubins.kernel_key(self)] if self.carries else []
         run = ContainerRun(
             layout=self.candidate,
             name=self.candidate_name,
@@ -178,6 +194,8 @@ class ImagePlan:
             parts["prewarm"] = {
                 "sha256": prewarm.digest, "place": prewarm.place, "script": hash_of(ENTRYPOINT),
             }  # fmt: skip
+        if self.options.kernels:
+            parts["kernels"] = {"format": cubins.FORMAT}
         return parts
 
     def up_to_date(self) -> Image | None:

@@ -83,6 +83,12 @@ def built_digest(path: Path) -> str | None:
     return kept
 
 
+def carries_kernels(path: Path) -> bool:
+    """Whether the image of a record was built here, with the kernel archives that it needs."""
+    record = read_record(path) or {"inputs": {}}
+    return "kernels" in record["inputs"] and built_digest(path) is not None
+
+
 def compare(old: Inputs, new: Inputs) -> dict[str, tuple[str, ...]]:
     """Inputs that changed, in the order of a build, with a sentence per part; order counts."""
     return {

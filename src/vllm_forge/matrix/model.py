@@ -231,6 +231,11 @@ class ReleasePolicy(FrozenModel):
     kernels: Flag = Field(
         default=False, description="recorded kernel selection and coverage of this series and lock"
     )
+    archives: Literal["carried", "network"] | None = Field(
+        default=None,
+        description="which variant of an image whose presets need kernel archives: it carries them "
+        "(build --kernels), or FlashInfer downloads them at the first start; null: either",
+    )
     tiers: tuple[Name, ...] = Field(
         default=(), description="of the GPU suite, each with a signed receipt of this digest"
     )

@@ -14,7 +14,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from vllm_forge.errors import ForgeError, suggestion
-from vllm_forge.kernels.coverage.families import FINE
+from vllm_forge.images.checks import recorded_downloads
+from vllm_forge.images.record import carries_kernels
+from vllm_forge.kernels.coverage.families import AT_START, FINE
 from vllm_forge.kernels.coverage.families import digest as families_digest
 from vllm_forge.kernels.selection.record import require_fresh
 from vllm_forge.matrix import FrozenModel, ImageCell
@@ -84,6 +86,7 @@ class Gate:
             (self.policy.proofs, _unproven),
             (self.policy.upstream, _regressed),
             (self.policy.kernels, _kernels_unknown),
+            (self.policy.archives is not None, _other_variant),
             (True, _untested),
         )
         rows: list[Finding] = []
@@ -255,6 +258,20 @@ def _kernels_unknown(gate: Gate) -> Iterator[Finding]:
         if not accepted and cell["verdict"] not in FINE:
             what = f"kernels of {family} are {cell['verdict']} on {sku}: {cell['detail']}"
             yield Finding(what=what, where=path, remedy="use packages that have them")
+
+
+def _other_variant(gate: Gate) -> Iterator[Finding]:
+    """An image with kernel archives where the row says without, or the other way round."""
+    names = recorded_downloads(gate.project, gate.cell) if gate.digest else []
+    carried = carries_kernels(gate.project.root / "dist" / f"{gate.cell.name}.json")
+    if names and carried != (gate.policy.archives == "carried"):
+        has = "carries kernel archives" if carried else f"{AT_START} ({', '.join(names)})"
+        option = "without" if carried else "with"
+        yield Finding(
+            what=f"the image {has}; archives of stage {gate.stage} are {gate.policy.archives}",
+            where=f"matrix.toml, release.{gate.stage}.archives",
+            remedy=f"build it {option} --kernels",
+        )
 
 
 def _untested(gate: Gate) -> Iterator[Finding]:

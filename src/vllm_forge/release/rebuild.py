@@ -39,6 +39,7 @@ def rebuild(
         runner.run(["git", "clone", "--quiet", "--no-checkout", str(project.root), str(clone)])
         runner.run(["git", "-C", str(clone), "checkout", "--quiet", provenance.commit])
         options = [f"--{name}={value}" for name, value in sorted(provenance.build_options.items())]
+        options += ["--kernels"] if provenance.external.options.kernels else []
         runner.run(
             [
                 sys.executable, "-m", "vllm_forge", "build", provenance.external.sku,

@@ -65,6 +65,8 @@ def make_sbom(project: Project, cell: ImageCell, image: Image, record: dict[str,
         rows.append(components.system_component(release))
     if "prewarm" in stack:
         rows.append(components.file_component("prewarm", stack["prewarm"]["sha256"]))
+    for name, sha256 in stack.get("kernels", {}).items():
+        rows.append(components.file_component(f"kernel archive {name}", sha256))
     root = components.image_component(cell.name, digest, image.config["config"]["Labels"])
     document = components.document(root, rows, digest, cell.base.source_date_epoch)
     if packages_of(document) != (stack["packages"], stack["debian"]):

@@ -94,6 +94,7 @@ class BuildOptions(_Record):
     base: str
     engine: str
     prewarm: str | None = None
+    kernels: bool = False
 
 
 class External(_Record):
@@ -200,7 +201,9 @@ def make_provenance(
         ProvenanceError: the checkout is not a commit, or no identity is known.
         BuildRecordError: see ``require_own_image``.
     """
+    stack = record["stack"]
     require_own_image(project, cell, image, record)
+    stack = record["stack"]
     newest = max(record["blobs"].values()) // 10**9
     provenance = Provenance(
         definition=Definition(
@@ -210,7 +213,7 @@ def make_provenance(
                 line=cell.line_name,
                 options=_options(record),
             ),
-            dependencies=tuple(_dependencies(project, cell, record["stack"])),
+            dependencies=tuple(_dependencies(project, cell, stack)),
         ),
         run=Run(
             builder=Builder(
@@ -231,6 +234,7 @@ def _options(record: dict[str, Any]) -> BuildOptions:
         base={CURRENT: CURRENT}.get(label, LOCKED if label.startswith("sha256:") else label),
         engine=record["engine"],
         prewarm=stack.get("prewarm", {}).get("sha256"),
+        kernels="kernels" in stack,
     )
 
 
@@ -259,6 +263,8 @@ def _dependencies(project: Project, cell: ImageCell, stack: dict[str, Any]) -> I
     for wheel in project.lock(cell.line_name).wheels:
         package = PackageURL("pypi", None, wheel.name, wheel.version)
         yield Dependency(name=wheel.filename, uri=str(package), digest={"sha256": wheel.sha256})
+    for name, sha256 in stack.get("kernels", {}).items():
+        yield Dependency(name=f"kernel archive {name}", digest={"sha256": sha256})
     for row in locked_debs(project, cell, stack):
         package = PackageURL("deb", "debian", row.name, row.version, {"arch": row.architecture})
         yield Dependency(name=row.path, uri=str(package), digest={"sha256": row.sha256})

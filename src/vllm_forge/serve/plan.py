@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_forge.host import gigabytes
-from vllm_forge.images.record import built_digest
-from vllm_forge.kernels.coverage.families import FINE
+from vllm_forge.images.checks import recorded_downloads
+from vllm_forge.images.record import built_digest, carries_kernels
+from vllm_forge.kernels.coverage.families import AT_START, FINE
 from vllm_forge.kernels.selection.questions import Answer, Choice, preset_question
 from vllm_forge.kernels.selection.record import Rows, read_selection, selection_path
 from vllm_forge.matrix import ImageCell, serve_arguments
@@ -78,6 +79,7 @@ def make_plan(project: Project, cell: ImageCell) -> Plan:
             "digest": "not built here" if digest is None else digest,
             "build": build_command(cell),
             "receipts": receipts.lines(project.root),
+            "network": first_start(project, cell) or NONE,
         },
         # Of the SKU's first preset and artifact.
         "lines": {
@@ -158,6 +160,14 @@ def _contract(project: Project, cell: ImageCell, lock: Lock) -> Plan:
     return dict(project.read_json(name, lambda record: _covered(record, name, cell, lock)))
 
 
+def first_start(project: Project, cell: ImageCell) -> str:
+    """What is to be said of the first start of a cell's image; empty if it needs no network."""
+    if carries_kernels(project.root / "dist" / f"{cell.name}.json"):
+        return ""
+    names = ", ".join(recorded_downloads(project, cell))
+    return f"{AT_START}: {names}; or build with --kernels" if names else ""
+
+
 def _covered(record: dict[str, Any], name: str, cell: ImageCell, lock: Lock) -> Plan:
     if record["lock"] != lock.digest:
         return {"state": f"{UNKNOWN}: {name} is of another lock", "families": {}}
@@ -205,6 +215,7 @@ def page(plan: Plan) -> Iterator[RenderableType]:
                    f"{series['tree'][:12]}"),
         *(("", f"{patch['name']}: {patch['summary']}") for patch in series["patches"]),
         ("image", f"{image['digest']}; {image['build']}"),
+        ("network", image["network"]),
         ("receipts", ", ".join(image["receipts"]) or "none: nothing was run"),
     ]  # fmt: skip
     yield _grid(rows)

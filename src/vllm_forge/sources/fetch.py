@@ -36,6 +36,7 @@ GONE = (404, 410)
 class Download:
     """One file to fetch. ``size`` in bytes; ``sha256`` in hex; ``target`` its final path.
 
+    Unless its size is ``exact``, it may be smaller, and is not resumed.
     ``mirrors``: further URLs, each asked where those before it have no such file.
     """
 
@@ -44,6 +45,7 @@ class Download:
     size: int
     target: Path
     mirrors: tuple[str, ...] = ()
+    exact: bool = True
 
     @property
     def part(self) -> Path:
@@ -54,7 +56,7 @@ class Download:
     def kept(self) -> int:
         """Bytes of an earlier run; a file that is too long is thrown away."""
         have = self.part.stat().st_size if self.part.exists() else 0
-        return have if have <= self.size else 0
+        return have if self.exact and have <= self.size else 0
 
 
 def download_all(session: requests.Session, downloads: Sequence[Download]) -> None:
@@ -64,7 +66,7 @@ def download_all(session: requests.Session, downloads: Sequence[Download]) -> No
     by the next call. An error of ``sources.errors`` says what keeps a file from coming, or
     DiskSpaceError from being written.
     """
-    missing = sum(item.size - item.kept for item in downloads)
+    missing = sum(item.size - item.kept for item in downloads if item.exact)
     with transfer_progress(f"download {len(downloads)} files", missing) as advance:
         fetcher = _Fetcher(session, advance)
         items = sorted(downloads, key=lambda d: d.size, reverse=True)
@@ -120,7 +122,7 @@ class _Fetcher:
             if self.stop.is_set():
                 return True
             last = None
-            if item.kept == item.size:
+            if not item.exact or item.kept == item.size:
                 if (digest := file_digest(item.part)) != item.sha256:
                     item.part.unlink()
                     raise errors.HashMismatchError(

@@ -16,8 +16,8 @@ from vllm_forge.images.plan import BuildOptions, resolve
 from vllm_forge.project import Project
 
 KEPT = {
-    "debs", "images", "layers", "locks", "patched", "rootfs", "sdists", "sources.git", "systems",
-    "wheels",
+    "cubins", "debs", "images", "layers", "locks", "patched", "rootfs", "sdists", "sources.git",
+    "systems", "wheels",
 }  # fmt: skip
 
 
@@ -38,6 +38,7 @@ def test_needed_files_stay_and_leftovers_go(checkout: Path, tmp_path: Path) -> N
     needed = [cache / "layers" / key for group in plan.groups for key in group.keys]
     needed += [cache / "systems" / plan.system_key, cache / "rootfs" / plan.base.key]
     needed += [cache / "wheels" / wheel.sha256 for wheel in plan.lock.wheels]
+    needed.append(cache / "cubins" / plan.lock.find("flashinfer-python").sha256)
     assert plan.base.lock is not None
     needed += [cache / "debs" / package.sha256 for package in plan.base.lock.packages]
     needed += [cache / "sources.git", cache / "images"]  # digests of builds: small

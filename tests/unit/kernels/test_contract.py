@@ -139,8 +139,12 @@ def selects(
 def check(
     site: Path, gpu: tuple[int, int], *chosen: Answer, exceptions: tuple[Any, ...] = ()
 ) -> Contract:
+    return of_cell(SitePackages((site,), rows(*exceptions)), gpu, *chosen)
+
+
+def of_cell(contents: SitePackages, gpu: tuple[int, int], *chosen: Answer) -> Contract:
     return contract(
-        SitePackages((site,), rows(*exceptions)),
+        contents,
         cell="cell",
         line="0.1",
         capability=gpu,
@@ -243,6 +247,33 @@ def test_cubins_there_for_another_gpu_or_to_download(tmp_path: Path) -> None:
     (tmp_path / "gen/loader.py").unlink()
     with pytest.raises(ContractError, match="cubins: missing"):
         check(tmp_path, B300, gen).check()
+
+
+DOWNLOAD = EXCEPTION | {"family": "cubins", "verdict": "download"}
+
+
+def test_carried_archives_need_no_exception(tmp_path: Path) -> None:
+    """That of the packages alone stays in the rows; an image that lacks the files is still red."""
+    gen = selects(experts=("Nvfp4", "GEN"))
+    (image(tmp_path / "site") / "cubins/a.cubin").rename(tmp_path / "a.cubin")
+    plain = check(tmp_path / "site", B300, gen, exceptions=(DOWNLOAD,))
+    plain.check()
+    assert plain.downloads == {"cubins"}
+    sites = (tmp_path / "site", tmp_path / "kernels")
+    contents = SitePackages(sites, rows(DOWNLOAD))
+    contents.carried = True
+    with pytest.raises(ContractError, match="cubins: download"):
+        of_cell(contents, B300, gen).check()
+    (tmp_path / "kernels" / "cubins").mkdir(parents=True)
+    (tmp_path / "a.cubin").rename(tmp_path / "kernels/cubins/b.cubin")
+    contents = SitePackages(sites, rows(DOWNLOAD))
+    contents.carried = True
+    found = of_cell(contents, B300, gen)
+    found.check()
+    assert found.downloads == set()
+    contents = SitePackages(sites, rows(DOWNLOAD))
+    with pytest.raises(StaleExceptionError, match=r"cubins \(download\)"):
+        of_cell(contents, B300, gen).check()
 
 
 def test_each_library_must_have_code(tmp_path: Path) -> None:

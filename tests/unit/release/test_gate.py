@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from vllm_forge.images.record import keep_digest
 from vllm_forge.project import Project
 from vllm_forge.release.errors import GateRefusedError, UnknownStageError, WaiverError
 from vllm_forge.release.gate import Gate, Waiver, make_waivers, policy_of
@@ -88,6 +89,31 @@ def test_candidate_and_dev_lack_nothing(project: Project) -> None:
         row = gate(project, stage=stage)
         assert whats(row) == []
         row.require([])
+
+
+@pytest.mark.parametrize(("archives", "carried"), [("network", False), ("carried", True)])
+def test_variant_that_the_row_names_is_required(
+    archives: str, carried: bool, project: Project, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """Only for a SKU whose presets need kernel archives; by what the build left in the cache."""
+    del cache
+    matrix = project.root / "matrix.toml"
+    text = matrix.read_text()
+    assert text.count('archives = "network"') == 2
+    matrix.write_text(text.replace('archives = "network"', f'archives = "{archives}"'))
+    git(project.root, "commit", "-qa", "--allow-empty", "-m", "row")
+    project, digest = Project(project.root), f"sha256:{'7' * 64}"
+    for has in (carried, not carried):
+        path = project.root / "dist" / "vllm-0.26.0-b300.json"
+        path.parent.mkdir(exist_ok=True)
+        inputs: dict[str, Any] = {"kernels": {}} if has else {}
+        record = {"digest": digest, "blobs": {}, "engine": "buildah", "inputs": inputs}
+        path.write_text(json.dumps(record))
+        keep_digest(path, inputs, digest)
+        found = whats(gate(project, stage="candidate", digest=digest))
+        words = "carries kernel archives" if has else "needs network at first start"
+        assert [words in what for what in found] == ([] if has == carried else [True])
+    assert whats(gate(project, stage="candidate", sku="h200", digest=digest)) == []
 
 
 def test_stage_without_a_row_is_refused(project: Project) -> None:

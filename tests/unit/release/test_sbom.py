@@ -136,6 +136,13 @@ def test_debian_package_has_the_hash_of_its_deb(built: Built) -> None:
     assert "hashes" not in component(make(other, record), "g++")
 
 
+def test_kernel_archives_are_listed(built: Built) -> None:
+    record = copy.deepcopy(built.record)
+    record["stack"]["kernels"] = {"TRTLLM_GEN_BMM": "ef" * 32}
+    row = component(make(built, record), "kernel archive TRTLLM_GEN_BMM")
+    assert row["hashes"][0]["content"] == "ef" * 32
+
+
 def test_prewarm_set_is_listed(built: Built) -> None:
     record = copy.deepcopy(built.record)
     record["stack"]["prewarm"] = {"sha256": "ef" * 32}

@@ -133,6 +133,16 @@ def test_provenance_names_the_base_as_build_takes_it(
     assert parsed(make(built, key, record)).build_options["base"] == base
 
 
+def test_kernel_archives_are_a_parameter_and_dependencies(built: Built, key: PrivateKey) -> None:
+    record = copy.deepcopy(built.record)
+    assert not parsed(make(built, key, record)).external.options.kernels
+    record["stack"]["kernels"] = {"TRTLLM_GEN_BMM": "8" * 64}
+    provenance = parsed(make(built, key, record))
+    assert provenance.external.options.kernels
+    rows = {row.name: row.digest for row in provenance.definition.dependencies}
+    assert rows["kernel archive TRTLLM_GEN_BMM"] == {"sha256": "8" * 64}
+
+
 def test_prewarm_set_is_a_parameter_and_not_rebuilt(built: Built, key: PrivateKey) -> None:
     record = copy.deepcopy(built.record)
     record["stack"]["prewarm"] = {"sha256": "8" * 64}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from vllm_forge.cli import main
+from vllm_forge.images.record import keep_digest
 from vllm_forge.kernels.selection.questions import Moe
 from vllm_forge.kernels.selection.record import read_selection, write_selection
 from vllm_forge.matrix import load
@@ -234,6 +235,38 @@ def test_contract(
     path.write_text(json.dumps({"lock": "of before", "coverage": found}))
     state = plan("--sku=b300", "--line=0.26")["contract"]["state"]
     assert state == "unknown: records/coverage/0.26.json is of another lock"
+
+
+def test_first_start_without_network_is_said_of_the_image_that_needs_it(
+    checkout: Path, root: Path, plan: Callable[..., Plan], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the coverage of record; an image that was built with its archives needs none."""
+    shutil.copytree(root / "records", checkout / "records")
+    needs = "needs network at first start: trtllm_gen_moe; or build with --kernels"
+    assert plan("--sku=b300")["image"]["network"] == needs
+    assert plan("--sku=b300", "--line=0.22")["image"]["network"] == "none"
+    assert plan("--sku=rtxpro6000")["image"]["network"] == "none"
+    serve = ["serve", "--sku=b300", "--preset=mtp", "--print"]
+    doctor = ["doctor", "--sku=b300", "--json"]
+
+    def said(argv: list[str]) -> str:
+        main(argv)
+        return "".join(capsys.readouterr()).replace("\n", " ")
+
+    assert needs in said(serve)
+    assert needs in said(doctor)
+    record = {
+        "digest": f"sha256:{'3' * 64}", "blobs": {}, "engine": "buildah",
+        "inputs": {"kernels": {"format": 1}},
+    }  # fmt: skip
+    path = checkout / "dist" / "vllm-0.26.0-b300.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(record))
+    assert plan("--sku=b300")["image"]["network"] == needs, "the cache knows no such build"
+    keep_digest(path, {"kernels": {"format": 1}}, f"sha256:{'3' * 64}")
+    assert plan("--sku=b300")["image"]["network"] == "none"
+    assert needs not in said(serve)
+    assert needs not in said(doctor)
 
 
 def test_equal_files_give_equal_bytes(root: Path) -> None:

@@ -25,6 +25,7 @@ from vllm_forge.matrix import FrozenModel
 DATA = files("vllm_forge.kernels.coverage") / "families.toml"
 # Best first; a family is as good as the worst of its parts. The first three need no exception.
 CoverageVerdict: TypeAlias = Literal["native", "family", "source", "ptx", "download", "missing"]
+AT_START = "needs network at first start"  # what "download" means for an image
 VERDICTS: tuple[CoverageVerdict, ...] = ("native", "family", "source", "ptx", "download", "missing")
 FINE: tuple[CoverageVerdict, ...] = ("native", "family", "source")
 
@@ -230,6 +231,8 @@ def worst(verdicts: Iterable[CoverageVerdict]) -> CoverageVerdict:
 
 class SitePackages:
     """The site-packages folders of an image, lowest layer first; each file is read once."""
+
+    carried = False  # whether FlashInfer's archives are in one of the folders
 
     def __init__(self, sites: tuple[Path, ...], rows: Catalogue | None = None) -> None:
         self.sites, self.rows = sites, rows or catalogue()
