@@ -112,7 +112,9 @@ def load(root: Path) -> Matrix:
         raise errors.MatrixFileError("matrix.toml does not exist", where=str(path)) from None
     except ValueError as error:
         raise errors.MatrixFileError(
-            f"cannot read it as TOML in UTF-8: {error}", where=str(path), remedy="correct the line that it names"
+            f"cannot read it as TOML in UTF-8: {error}",
+            where=str(path),
+            remedy="correct the line that it names",
         ) from None
     try:
         matrix = Matrix.model_validate(data)
