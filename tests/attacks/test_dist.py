@@ -144,7 +144,8 @@ def swap(project: Project) -> Image:
     index: dict[str, Any] = json.loads((folder / "index.json").read_text())
     index["manifests"][0] |= put(manifest)
     replaced(folder / "index.json", json.dumps(index).encode())
-    set_name(read_image(folder), index["manifests"][0]["annotations"][IMAGE_NAME])
+    name = index["manifests"][0]["annotations"][IMAGE_NAME]
+    set_name(folder, read_image(folder).digest, name)
     assert read_image(folder).config["config"]["User"] == "0:0"
     return image
 

@@ -49,11 +49,9 @@ def make_kit(
     or prompts. ``caches``: what JIT compilers made in an earlier run of the same stack.
     """
     if output.exists() or output.is_symlink():
-        raise KitError(
-            "--output exists already",
-            where=str(output),
-            remedy="choose another --output, or delete it",
-        )
+        what = "--output exists already"
+        remedy = "choose another --output, or delete it"
+        raise KitError(what, where=str(output), remedy=remedy)
     image = read_image(layout)
     with report("verify the image"):
         verify(image)

@@ -121,11 +121,9 @@ def make_plan(project: Project, cell: ImageCell, tree: str, image: SuiteImage) -
     }  # fmt: skip
     for name, value in expected.items():
         if (actual := image.labels.get(f"io.vllm-forge.{name}")) != value:
-            raise ReceiptSubjectError(
-                f"the image's {name} is {actual}, expected {value}",
-                where=image.name,
-                remedy=f"build {cell.name} again, or name the right --sku, --line and --image",
-            )
+            what = f"the image's {name} is {actual}, expected {value}"
+            remedy = f"build {cell.name} again, or name the right --sku, --line and --image"
+            raise ReceiptSubjectError(what, where=image.name, remedy=remedy)
     return {
         "sku": cell.sku_name,
         "device": cell.sku.device,
@@ -174,11 +172,9 @@ def require_key(folder: Path, key: Mapping[str, str]) -> None:
     )
     if different := [name for name in key if recorded[name] != key[name]]:
         name = different[0]
-        raise errors.JitCacheError(
-            f"the caches are of another stack: {name} is {recorded[name]}, expected {key[name]}",
-            where=str(folder / KEY),
-            remedy="run the suite with an empty --caches folder",
-        )
+        what = f"the caches are of another stack: {name} is {recorded[name]}, expected {key[name]}"
+        remedy = "run the suite with an empty --caches folder"
+        raise errors.JitCacheError(what, where=str(folder / KEY), remedy=remedy)
     require_plain(folder)  # a link would bring files of this host into an image or a kit
 
 
@@ -247,11 +243,9 @@ def find_image(probe: Probe, name: str, layout: Path) -> tuple[str, SuiteImage]:
             return "podman", SuiteImage(name=name, digest=digest, labels=_labels(image))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             podman = f"unexpected answer: {error!r}"
-    raise NoGpuError(
-        f"no container engine has {name}",
-        where=f"{docker}; podman: {podman}",
-        remedy="build it with --load, or name it with --image",
-    )
+    what = f"no container engine has {name}"
+    remedy = "build it with --load, or name it with --image"
+    raise NoGpuError(what, where=f"{docker}; podman: {podman}", remedy=remedy)
 
 
 def _labels(image: dict[str, Any]) -> dict[str, str]:
@@ -278,11 +272,9 @@ def _manifest(image: dict[str, Any], name: str, layout: Path) -> str:
         built = read_image(layout)
         if stored in {built.digest, hex_digest(built.manifest["config"]["digest"])}:
             return built.digest
-    raise ReceiptSubjectError(
-        f"docker reports only the configuration sha256:{stored}; the manifest digest is unknown",
-        where=name,
-        remedy=f"pull it from a registry, or have the build that it was loaded from in {layout}",
-    )
+    what = f"docker reports only the configuration sha256:{stored}; the manifest digest is unknown"
+    remedy = f"pull it from a registry, or have the build that it was loaded from in {layout}"
+    raise ReceiptSubjectError(what, where=name, remedy=remedy)
 
 
 def _is_of(entry: str, name: str) -> bool:
@@ -372,19 +364,15 @@ def unpack_tools(root: Path, bundle: Path) -> None:
         Wheelhouse().unpack(suite_wheels(root, folder), bundle / folder)
     for path in (SANITIZER, SANITIZER.with_name(LAUNCHER)):
         if not os.access(bundle / path, os.X_OK):
-            raise LockFileError(
-                f"these wheels have no {path.relative_to('sanitizer')}",
-                where=WHEELS["sanitizer"],
-                remedy="name a wheel of nvidia-cuda-sanitizer-api that has it",
-            )
+            what = f"these wheels have no {path.relative_to('sanitizer')}"
+            remedy = "name a wheel of nvidia-cuda-sanitizer-api that has it"
+            raise LockFileError(what, where=WHEELS["sanitizer"], remedy=remedy)
 
 
 def require_green(code: int, output: Path) -> None:
     """Raise SuiteRedError or SuiteUndecidedError by the exit code of the runner."""
     if code != 0:
         kind = errors.SuiteRedError if code == errors.RED else errors.SuiteUndecidedError
-        raise kind(
-            f"the suite exited with {code}",
-            where=str(output),
-            remedy="see its output above, and the results in that folder",
-        )
+        what = f"the suite exited with {code}"
+        remedy = "see its output above, and the results in that folder"
+        raise kind(what, where=str(output), remedy=remedy)

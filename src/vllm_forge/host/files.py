@@ -196,11 +196,9 @@ def remove(path: Path) -> None:
     for point in mounted_below(path):  # deleting would go through a mount, or stop halfway at one
         done = subprocess.run(["umount", str(point)], capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise MountedError(
-                f"cannot unmount a file system: {done.stderr.strip()}",
-                where=str(point),
-                remedy="end what uses it, or unmount it as root; a killed build leaves such mounts",
-            )
+            what = f"cannot unmount a file system: {done.stderr.strip()}"
+            remedy = "end what uses it, or unmount it as root; a killed build leaves such mounts"
+            raise MountedError(what, where=str(point), remedy=remedy)
     shutil.rmtree(path)
 
 
@@ -245,11 +243,9 @@ def exclusive(name: str, *, wait: bool) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             if not wait:
-                raise BusyError(
-                    f"{name} is being worked on by process {holder}",
-                    where=str(path),
-                    remedy="wait until it ends, or end it",
-                ) from None
+                what = f"{name} is being worked on by process {holder}"
+                remedy = "wait until it ends, or end it"
+                raise BusyError(what, where=str(path), remedy=remedy) from None
             console.print(f"  waiting for process {holder}, which works on {name}", style="dim")
             fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
@@ -268,11 +264,9 @@ def free_bytes(path: Path) -> int:
 def require_disk(path: Path, need: int) -> None:
     """DiskSpaceError, before the first byte, unless ``need`` bytes can be written below a path."""
     if need > (free := free_bytes(path)):
-        raise DiskSpaceError(
-            f"about {need / GIB:.1f} GiB are needed and {free / GIB:.1f} GiB are free",
-            where=str(path),
-            remedy="free some space, or set VLLM_FORGE_CACHE / --output to a larger disk",
-        )
+        what = f"about {need / GIB:.1f} GiB are needed and {free / GIB:.1f} GiB are free"
+        remedy = "free some space, or set VLLM_FORGE_CACHE / --output to a larger disk"
+        raise DiskSpaceError(what, where=str(path), remedy=remedy)
 
 
 def mounted_below(folder: Path, table: str | None = None) -> list[Path]:

@@ -83,11 +83,9 @@ class RecordedProbe:
             if text is None:
                 return Reply(code=NOT_FOUND, text=f"{argv[0]}: not found\n")
         except ValueError as error:
-            raise RecordingError(
-                f"not a recorded reply: {error}",
-                where=str(path),
-                remedy="record the host again: nox -s doctor -- SKU --save DIR",
-            ) from None
+            what = f"not a recorded reply: {error}"
+            remedy = "record the host again: nox -s doctor -- SKU --save DIR"
+            raise RecordingError(what, where=str(path), remedy=remedy) from None
         return Reply(code=code, text=text)
 
 

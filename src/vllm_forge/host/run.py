@@ -169,11 +169,9 @@ class Runner:
         console.print(f"  $ {shlex.join(argv)}", style="dim", markup=False)
         program = which(argv[0])
         if program is None:
-            raise ToolMissingError(
-                f"{argv[0]} is not installed",
-                where=shlex.join(argv),
-                remedy="install it, or let the build do so with --provision",
-            )
+            what = f"{argv[0]} is not installed"
+            remedy = "install it, or let the build do so with --provision"
+            raise ToolMissingError(what, where=shlex.join(argv), remedy=remedy)
         with _starting:
             if stopping.is_set():
                 raise CommandFailedError(f"{argv[0]} was not started", where="interrupted")
@@ -199,18 +197,14 @@ class Runner:
             _running.discard(process)
         tail = "\n".join((stdout + stderr).strip().splitlines()[-TAIL_LINES:])
         if limit:
-            raise CommandLimitError(
-                f"{argv[0]} was ended, because it {limit}\n{tail}",
-                where=shlex.join(argv),
-                remedy="see its output above for what it waits for or repeats, then run this again",
-            )
+            what = f"{argv[0]} was ended, because it {limit}\n{tail}"
+            remedy = "see its output above for what it waits for or repeats, then run this again"
+            raise CommandLimitError(what, where=shlex.join(argv), remedy=remedy)
         if (code := process.returncode) != 0:
             by = f"exited with {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
-            raise CommandFailedError(
-                f"{argv[0]} {by}\n{tail}",
-                where=shlex.join(argv),
-                remedy="see its output above; run the command by hand to see all of it",
-            )
+            what = f"{argv[0]} {by}\n{tail}"
+            remedy = "see its output above; run the command by hand to see all of it"
+            raise CommandFailedError(what, where=shlex.join(argv), remedy=remedy)
         return stdout
 
     def act(self, what: str, action: Callable[[], T]) -> Callable[[], T]:

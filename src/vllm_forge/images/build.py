@@ -379,6 +379,6 @@ def publish(
     keep_digest(plan.record_path, record["inputs"], record["digest"])
     with atomic_path(plan.target) as aside:
         shutil.move(candidate.image.path, aside)
-        layout.set_name(replace(candidate.image, path=aside), plan.name)
+        layout.set_name(aside, candidate.image.digest, plan.name)
     with atomic_path(plan.record_path) as aside:
         aside.write_text(json.dumps(record, indent=1) + "\n")  # the order of inputs counts

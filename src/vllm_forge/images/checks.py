@@ -103,11 +103,9 @@ def judge(outputs: Sequence[str], names: frozenset[str]) -> dict[str, Any]:
         console.print(f"  {mark} {name}: {verdict['detail']} [dim]({verdict['seconds']} s)[/]")
     if failed := [name for name, verdict in verdicts.items() if verdict["passed"] is not True]:
         details = "\n".join(f"  {name}: {verdicts[name]['detail']}" for name in failed)
-        raise ImageCheckError(
-            f"{len(failed)} of {len(verdicts)} checks failed:\n{details}",
-            where="inside the image",
-            remedy="the image was not published; its layers are kept, so a rebuild is quick",
-        )
+        what = f"{len(failed)} of {len(verdicts)} checks failed:\n{details}"
+        remedy = "the image was not published; its layers are kept, so a rebuild is quick"
+        raise ImageCheckError(what, where="inside the image", remedy=remedy)
     return verdicts
 
 
@@ -145,11 +143,9 @@ def check_sizes(
     console.print(table)
     for name, size, budget in (("image", total, budget_mb), ("system", base, base_budget_mb)):
         if size > budget * MB:
-            raise SizeBudgetError(
-                f"the {name} has {size / MB:.0f} MB, its budget is {budget} MB",
-                where="matrix.toml, budget_mb",
-                remedy="see the table for what grew; raise the budget there if that is intended",
-            )
+            what = f"the {name} has {size / MB:.0f} MB, its budget is {budget} MB"
+            remedy = "see the table for what grew; raise the budget there if that is intended"
+            raise SizeBudgetError(what, where="matrix.toml, budget_mb", remedy=remedy)
 
 
 def recorded_selection(project: Project, cell: ImageCell) -> SelectionRecord | None:

@@ -56,11 +56,9 @@ def check_daemon() -> None:
         version, info = client.version(), client.info()
     names = [component.get("Name", "") for component in version.get("Components") or ()]
     if any("Podman" in name for name in names):
-        raise EngineSetupError(
-            "the docker engine needs docker; podman answers at its address",
-            where=_address(),
-            remedy="unset DOCKER_HOST or choose another docker context, or choose --engine buildah",
-        )
+        what = "the docker engine needs docker; podman answers at its address"
+        remedy = "unset DOCKER_HOST or choose another docker context, or choose --engine buildah"
+        raise EngineSetupError(what, where=_address(), remedy=remedy)
     require_version(str(version.get("Version", "")), OLDEST_DOCKER, "docker")
     status = dict(row[:2] for row in info.get("DriverStatus") or ())
     if SNAPSHOTTER not in str(status.get("driver-type", "")):
@@ -111,17 +109,13 @@ def _client() -> Iterator[DockerClient]:
         finally:
             client.close()
     except docker.errors.InvalidVersion as error:
-        raise EngineTooOldError(
-            f"the docker daemon is too old: {error}",
-            where=address,
-            remedy=f"upgrade docker to {OLDEST_DOCKER[0]} or newer, or choose --engine buildah",
-        ) from error
+        what = f"the docker daemon is too old: {error}"
+        remedy = f"upgrade docker to {OLDEST_DOCKER[0]} or newer, or choose --engine buildah"
+        raise EngineTooOldError(what, where=address, remedy=remedy) from error
     except (docker.errors.DockerException, requests.RequestException) as error:
-        raise EngineUnreachableError(
-            f"the docker daemon does not answer: {error}",
-            where=address,
-            remedy="see `docker version` and the daemon's log, or choose --engine buildah",
-        ) from error
+        what = f"the docker daemon does not answer: {error}"
+        remedy = "see `docker version` and the daemon's log, or choose --engine buildah"
+        raise EngineUnreachableError(what, where=address, remedy=remedy) from error
 
 
 def _address() -> str:
@@ -140,11 +134,9 @@ def _require_socket(address: str) -> None:
             probe.settimeout(TIMEOUT_S)
             probe.connect(address.removeprefix("unix://"))
     except PermissionError as error:
-        raise EngineUnreachableError(
-            "permission denied on the docker socket",
-            where=address,
-            remedy="run as root or as a member of the group docker, or choose --engine buildah",
-        ) from error
+        what = "permission denied on the docker socket"
+        remedy = "run as root or as a member of the group docker, or choose --engine buildah"
+        raise EngineUnreachableError(what, where=address, remedy=remedy) from error
     except OSError as error:
         raise EngineUnreachableError(
             f"the docker daemon is not running: {error.strerror or error}",

@@ -381,10 +381,9 @@ def choose_engine(name: str | None, *, dry_run: bool = False) -> Engine:
     engine = ENGINES[name or Buildah.name]()
     missing = [] if dry_run else [tool for tool in engine.tools if which(tool) is None]
     if missing:
-        raise EngineMissingError(
-            f"{missing[0]} is not installed; the {engine.name} engine needs it",
-            remedy=f"run: {INSTALL}   or build with --provision",
-        )
+        what = f"{missing[0]} is not installed; the {engine.name} engine needs it"
+        remedy = f"run: {INSTALL}   or build with --provision"
+        raise EngineMissingError(what, remedy=remedy)
     return engine
 
 
@@ -398,18 +397,15 @@ def provision(runner: Runner, *, registry: bool = False) -> None:
     if not missing:
         return
     if which("apt-get") is None or os.geteuid() != 0:
-        raise ProvisionError(
-            f"missing: {', '.join(missing)}; --provision needs root and apt-get",
-            remedy=f"on Debian or Ubuntu, as root: {INSTALL}",
-        )
+        what = f"missing: {', '.join(missing)}; --provision needs root and apt-get"
+        remedy = f"on Debian or Ubuntu, as root: {INSTALL}"
+        raise ProvisionError(what, remedy=remedy)
     env = {"DEBIAN_FRONTEND": "noninteractive"}
     install = ["apt-get", "-qq", "install", "--yes", "--no-install-recommends", *missing]
     try:
         runner.run(["apt-get", "-qq", "update"], env=env)
         runner.run(install, env=env)
     except CommandFailedError as error:
-        raise ProvisionError(
-            f"apt-get could not install {', '.join(missing)}:\n{error.what}",
-            where=error.where,
-            remedy="check the host's apt sources",
-        ) from error
+        what = f"apt-get could not install {', '.join(missing)}:\n{error.what}"
+        remedy = "check the host's apt sources"
+        raise ProvisionError(what, where=error.where, remedy=remedy) from error

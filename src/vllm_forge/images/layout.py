@@ -114,8 +114,7 @@ def write_image(
             ],
         }
         digest = hex_digest(_put(blobs, MANIFEST, manifest)["digest"])
-        (aside / "oci-layout").write_bytes(VERSION)
-        (aside / "index.json").write_bytes(_index(digest, len(canonical(manifest)), name))
+        set_name(aside, digest, name)
     return Image(path=target, digest=digest, config=image_config, manifest=manifest)
 
 
@@ -128,33 +127,33 @@ def timestamp(epoch: int) -> str:
     return datetime.fromtimestamp(epoch, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def set_name(image: Image, name: str) -> None:
-    """Write another ``repository:tag`` into a layout's index; digests stay."""
-    with atomic_path(image.path / "index.json") as aside:
-        aside.write_bytes(_index(image.digest, _manifest_bytes(image), name))
+def set_name(layout: Path, digest: str, name: str) -> None:
+    """Write the files around the blobs of an image, given by its manifest's SHA-256 in hex.
+
+    ``name``: its ``repository:tag``, which may become another one; digests stay.
+    """
+    for file, content in _around(layout, digest, name).items():
+        with atomic_path(layout / file) as aside:
+            aside.write_bytes(content)
 
 
 def has_name(image: Image, name: str) -> bool:
     """Whether the files around the blobs are those of an image with that name."""
     try:
-        index = read_plain(image.path / "index.json")
-        version = read_plain(image.path / "oci-layout")
-        size = _manifest_bytes(image)
+        files = _around(image.path, image.digest, name)
+        return all(read_plain(image.path / file) == files[file] for file in files)
     except (OSError, ValueError):
         return False
-    return version == VERSION and index == _index(image.digest, size, name)
 
 
-def _manifest_bytes(image: Image) -> int:
-    return image.blob(image.digest).stat().st_size
-
-
-def _index(digest: str, size: int, name: str) -> bytes:
+def _around(layout: Path, digest: str, name: str) -> dict[str, bytes]:
+    size = (layout / "blobs" / "sha256" / digest).stat().st_size
     entry = _descriptor(MANIFEST, digest, size) | {
         "annotations": {REF_NAME: name.rpartition(":")[2], IMAGE_NAME: name},
         "platform": {"architecture": "amd64", "os": "linux"},
     }
-    return canonical({"schemaVersion": 2, "manifests": [entry]})
+    index = canonical({"schemaVersion": 2, "manifests": [entry]})
+    return {"oci-layout": VERSION, "index.json": index}
 
 
 def read_image(path: Path) -> Image:
@@ -173,11 +172,9 @@ def read_image(path: Path) -> Image:
             if (actual := blob.stat().st_size) != size:
                 raise ValueError(f"{blob.name} has {actual} bytes, not {size}")  # noqa: TRY301
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise LayoutError(
-            f"not an OCI layout with one image: {error}",
-            where=str(path),
-            remedy="delete it and build again",
-        ) from error
+        what = f"not an OCI layout with one image: {error}"
+        remedy = "delete it and build again"
+        raise LayoutError(what, where=str(path), remedy=remedy) from error
     return Image(path=path, digest=digest, config=config, manifest=manifest)
 
 
@@ -203,11 +200,9 @@ def verify(image: Image, *, unpacked: bool = False) -> None:
         except (OSError, ValueError) as error:
             actual = f"of nothing: {error}"
         if actual != path.name:
-            raise LayoutError(
-                f"blob {path.name} has sha256 {actual}",
-                where=str(path),
-                remedy="the layout was changed after the build: delete it and build again",
-            )
+            what = f"blob {path.name} has sha256 {actual}"
+            remedy = "the layout was changed after the build: delete it and build again"
+            raise LayoutError(what, where=str(path), remedy=remedy)
     known = {"index.json", "oci-layout", *(f"blobs/sha256/{hex_digest(name)}" for name in digests)}
     paths = [path for path in image.path.rglob("*") if path.is_symlink() or not path.is_dir()]
     if others := sorted({path.relative_to(image.path).as_posix() for path in paths} - known):

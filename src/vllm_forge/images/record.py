@@ -35,11 +35,9 @@ def read_record(path: Path) -> dict[str, Any] | None:
     tables = isinstance(inputs, dict) and all(isinstance(row, dict) for row in inputs.values())
     if tables and {"digest", "blobs", "engine"} <= record.keys():
         return dict(record)
-    raise BuildRecordError(
-        f"not the record of a build: {problem}",
-        where=str(path),
-        remedy="delete it; the next build writes it again",
-    )
+    what = f"not the record of a build: {problem}"
+    remedy = "delete it; the next build writes it again"
+    raise BuildRecordError(what, where=str(path), remedy=remedy)
 
 
 def _kept(path: Path, inputs: Inputs) -> Path:
@@ -75,11 +73,9 @@ def built_digest(path: Path) -> str | None:
             markup=False,
         )
     elif kept != digest:
-        raise BuildRecordError(
-            f"the record has {digest}, the build gave {kept}",
-            where=str(path),
-            remedy="the record was changed after the build: delete it and build again",
-        )
+        what = f"the record has {digest}, the build gave {kept}"
+        remedy = "the record was changed after the build: delete it and build again"
+        raise BuildRecordError(what, where=str(path), remedy=remedy)
     return kept
 
 

@@ -94,10 +94,9 @@ def base_of(root: Path, base: Base, choice: str) -> BaseRef:
     if choice in {ROOTFS, LOCKED, CURRENT}:
         lock = None if choice == CURRENT else debian.read_base_lock(root, base)
         if choice == LOCKED and lock is None:
-            raise BaseImageError(
-                "base.lock of matrix.toml names no lock of Debian packages",
-                remedy="name a file there, then run: nox -s lock -- --base",
-            )
+            what = "base.lock of matrix.toml names no lock of Debian packages"
+            remedy = "name a file there, then run: nox -s lock -- --base"
+            raise BaseImageError(what, remedy=remedy)
         key = rootfs_key(base, lock)
         return BaseRef(
             key=key,
@@ -106,10 +105,9 @@ def base_of(root: Path, base: Base, choice: str) -> BaseRef:
             layout=cache_root() / "rootfs" / key,
         )
     if not PINNED.fullmatch(choice):
-        raise BaseImageError(
-            f"{choice!r} is not pinned by digest",
-            remedy="give it as NAME@sha256:<64 hex>; `skopeo inspect docker://NAME` prints it",
-        )
+        what = f"{choice!r} is not pinned by digest"
+        remedy = "give it as NAME@sha256:<64 hex>; `skopeo inspect docker://NAME` prints it"
+        raise BaseImageError(what, remedy=remedy)
     return BaseRef(key=hashlib.sha256(choice.encode()).hexdigest(), label=choice, image=choice)
 
 
@@ -190,10 +188,9 @@ def lock_base(project: Project) -> debian.BaseLock:
     """
     base = project.matrix.base
     if base.lock is None:
-        raise BaseImageError(
-            "base.lock of matrix.toml names no file",
-            remedy='add e.g. lock = "docker/locks/debian-trixie.txt" to [base]',
-        )
+        what = "base.lock of matrix.toml names no file"
+        remedy = 'add e.g. lock = "docker/locks/debian-trixie.txt" to [base]'
+        raise BaseImageError(what, remedy=remedy)
     date = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     with TemporaryDirectory() as folder:
         index, installed = Path(folder, "index"), Path(folder, "names")

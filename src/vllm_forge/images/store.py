@@ -103,11 +103,9 @@ def require_stored(key: str) -> StoredLayer:
     Raises CacheError: it was not written, or was deleted or damaged meanwhile.
     """
     if (layer := stored(key)) is None:
-        raise CacheError(
-            "a layer that was written has been deleted or damaged",
-            where=str(layer_folder(key)),
-            remedy="do not clean the cache while a build runs; build again",
-        )
+        what = "a layer that was written has been deleted or damaged"
+        remedy = "do not clean the cache while a build runs; build again"
+        raise CacheError(what, where=str(layer_folder(key)), remedy=remedy)
     return layer
 
 
@@ -293,11 +291,9 @@ def _inflate(entry: Entry, target: Path) -> None:
     # Bytes behind the stream would enter the layer where a reader expects a gzip member.
     whole = plain is None or (plain.eof and not plain.unused_data)
     if fault or not whole or (crc, size) != (member.CRC, member.file_size):
-        raise HashMismatchError(
-            f"{member.filename} does not inflate to what the wheel's directory says{fault}",
-            where=str(entry.archive),
-            remedy="delete that wheel from the cache and build again",
-        )
+        what = f"{member.filename} does not inflate to what the wheel's directory says{fault}"
+        remedy = "delete that wheel from the cache and build again"
+        raise HashMismatchError(what, where=str(entry.archive), remedy=remedy)
     if entry.recorded not in ("", f"sha256={record_hash(digest.digest())}"):
         raise WheelError(
             f"{member.filename} has sha256={record_hash(digest.digest())}, RECORD says "

@@ -111,11 +111,9 @@ def require_described(plan: ImagePlan, config: Mapping[str, Any]) -> None:
             if plan.base.layout is None:
                 actual = [row for row in actual if row in expected]
         if actual != expected:
-            raise ImageCheckError(
-                f"{key} of the system image is {actual}, the Dockerfile says {expected}",
-                where=str(plan.dockerfile),
-                remedy="build with another --engine: this one changes it",
-            )
+            what = f"{key} of the system image is {actual}, the Dockerfile says {expected}"
+            remedy = "build with another --engine: this one changes it"
+            raise ImageCheckError(what, where=str(plan.dockerfile), remedy=remedy)
 
 
 def dockerfile_config(text: str, arguments: Mapping[str, str]) -> dict[str, Any]:
@@ -149,10 +147,9 @@ def dockerfile_config(text: str, arguments: Mapping[str, str]) -> dict[str, Any]
             case "FROM" | "ARG" | "RUN" | "":
                 pass
             case _:
-                raise BaseImageError(
-                    f"docker/Dockerfile has {word}, whose effect on the image is not compared",
-                    remedy="compare it in images/system.py, dockerfile_config",
-                )
+                what = f"docker/Dockerfile has {word}, whose effect on the image is not compared"
+                remedy = "compare it in images/system.py, dockerfile_config"
+                raise BaseImageError(what, remedy=remedy)
     return config
 
 
@@ -166,11 +163,9 @@ def load_system(key: str) -> System:
         if not has_name(image, SYSTEM_NAME):
             raise ValueError("the files around its blobs were changed")  # noqa: TRY301
     except (LayoutError, LookupError, ValueError, TypeError) as error:
-        raise CacheError(
-            f"not a kept system image: {error}",
-            where=str(folder),
-            remedy="delete that folder and build again",
-        ) from error
+        what = f"not a kept system image: {error}"
+        remedy = "delete that folder and build again"
+        raise CacheError(what, where=str(folder), remedy=remedy) from error
     root = folder / "root" if (folder / "root").exists() else None
     return System(layers=image.layers, config=config, root=root, **notes)
 
@@ -239,7 +234,6 @@ def _debian_packages(tars: Sequence[Path]) -> dict[str, str]:
                         for fields in paragraphs(file.read().decode())
                         if fields.get("Status", "").endswith(" installed")
                     }
-    raise BaseImageError(
-        "the base is not a Debian system: it has no dpkg status file",
-        remedy="use --base rootfs, or a Debian image",
-    )
+    what = "the base is not a Debian system: it has no dpkg status file"
+    remedy = "use --base rootfs, or a Debian image"
+    raise BaseImageError(what, remedy=remedy)

@@ -98,11 +98,9 @@ def wheel_entries(path: Path, python: str) -> list[Entry]:
             installer.install(wheel, collector, {"INSTALLER": INSTALLER})
     except UNREADABLE as error:
         # Not the error itself: some of installer's cannot be sent from a worker process.
-        raise WheelError(
-            f"{path.name} cannot be installed: {type(error).__name__}: {error}",
-            where=str(path),
-            remedy="do not use this wheel; lock another version, or build one that is valid",
-        ) from None
+        what = f"{path.name} cannot be installed: {type(error).__name__}: {error}"
+        remedy = "do not use this wheel; lock another version, or build one that is valid"
+        raise WheelError(what, where=str(path), remedy=remedy) from None
     return collector.entries
 
 

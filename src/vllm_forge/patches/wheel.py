@@ -237,10 +237,9 @@ def find_python(given: Path | None) -> Path:
     active = os.environ.get("VIRTUAL_ENV")
     python = given or (Path(active) / "bin" / "python" if active else None)
     if python is None or not python.exists():
-        raise errors.NoEnvironmentError(
-            "no virtual environment" if python is None else f"{python} does not exist",
-            remedy="activate one, or name its interpreter with --python",
-        )
+        what = "no virtual environment" if python is None else f"{python} does not exist"
+        remedy = "activate one, or name its interpreter with --python"
+        raise errors.NoEnvironmentError(what, remedy=remedy)
     if not (python.parent.parent / "pyvenv.cfg").exists():
         what = "not a virtual environment; a system's Python is not ours to change"
         remedy = "make one: python3 -m venv DIR"

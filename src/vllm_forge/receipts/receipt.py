@@ -292,11 +292,9 @@ def _signatures(
 ) -> Iterator[tuple[TrustedKey, bytes]]:
     for keyid, row in sorted(envelope.signatures.items()):
         if (key := keys.find(keyid=keyid)) is None:
-            raise UnknownSignerError(
-                f"signed by key {printable(keyid)}, which is not among the trusted ones",
-                where=str(path),
-                remedy=f"if you trust the signer, add the public key to {KEYS}",
-            )
+            what = f"signed by key {printable(keyid)}, which is not among the trusted ones"
+            remedy = f"if you trust the signer, add the public key to {KEYS}"
+            raise UnknownSignerError(what, where=str(path), remedy=remedy)
         signature = bytes.fromhex(row.signature)
         key.verify(signature, envelope.pae(), str(path))
         yield key, signature

@@ -45,10 +45,7 @@ def document(
     root: Component, components: Iterable[Component], digest: str, epoch: int
 ) -> dict[str, Any]:
     """The SBOM as JSON, valid by the strict schema; its serial number is made of ``digest``."""
-    tool = Component(
-        name="vllm-forge", version=vllm_forge.__version__, type=ComponentType.APPLICATION,
-        bom_ref="vllm-forge",
-    )  # fmt: skip
+    tool = _component("vllm-forge", vllm_forge.__version__, type=ComponentType.APPLICATION)
     rows = list(components)
     bom = Bom(
         components=rows,
@@ -126,30 +123,26 @@ def debian_component(name: str, version: str, release: str, row: DebianPackage |
 
 def system_component(release: str) -> Component:
     """The distribution by which scanners choose their advisories."""
-    return Component(
-        name="debian", version=release, type=ComponentType.OPERATING_SYSTEM, bom_ref="debian"
-    )
+    return _component("debian", release, type=ComponentType.OPERATING_SYSTEM)
 
 
 def file_component(name: str, sha256: str) -> Component:
-    return Component(
-        name=name, type=ComponentType.FILE, bom_ref=name,
-        hashes=[HashType(alg=HashAlgorithm.SHA_256, content=sha256)],
-    )  # fmt: skip
+    return _component(name, type=ComponentType.FILE, sha256=sha256)
 
 
 def _component(
     name: str,
-    version: str,
-    purl: PackageURL,
+    version: str | None = None,
+    purl: PackageURL | None = None,
     *,
     type: ComponentType = ComponentType.LIBRARY,
     sha256: str = "",
     **fields: Any,
 ) -> Component:
     hashes = [HashType(alg=HashAlgorithm.SHA_256, content=sha256)] if sha256 else []
+    ref = str(purl or name)
     return Component(
-        name=name, version=version, purl=purl, bom_ref=str(purl), type=type, hashes=hashes, **fields
+        name=name, version=version, purl=purl, bom_ref=ref, type=type, hashes=hashes, **fields
     )
 
 

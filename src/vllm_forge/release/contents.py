@@ -127,11 +127,9 @@ def require_own_image(
         "tree": (read_tree_lock(folder, cell.line_name).result, stack["tree"]),
     }
     if other := [f"{name} {b}, not {a}" for name, (a, b) in rows.items() if a != b]:
-        raise BuildRecordError(
-            f"the record of the image is not of this checkout: {'; '.join(other)}",
-            where=str(image.path),
-            remedy="build the image again",
-        )
+        what = f"the record of the image is not of this checkout: {'; '.join(other)}"
+        remedy = "build the image again"
+        raise BuildRecordError(what, where=str(image.path), remedy=remedy)
 
 
 def locked_debs(

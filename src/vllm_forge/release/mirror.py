@@ -16,13 +16,12 @@ from vllm_forge.host import (
     cache_root,
     console,
     exclusive,
-    parse_json,
     read_plain,
     require_disk,
     tree_bytes,
 )
-from vllm_forge.images import Image, read_image, verify
-from vllm_forge.images.layout import VERSION, hash_of, set_name
+from vllm_forge.images import read_image, verify
+from vllm_forge.images.layout import hash_of, set_name
 from vllm_forge.release.errors import MirrorError
 from vllm_forge.release.evidence import bundle_name
 from vllm_forge.release.published import SUFFIX, attest_folder
@@ -123,15 +122,18 @@ def _download(
 ) -> None:
     """Write the layout; its bundles first, so that a finished layout has them."""
     with exclusive(f"mirror-{hash_of(str(target.resolve()))[:16]}", wait=True):
-        blobs = _blobs(repository, manifest)
+        try:
+            blobs = manifest.blobs()
+        except ValueError as error:
+            what = f"{manifest.digest} is not an OCI image: {first_problem(error)}"
+            remedy = "give the digest of one platform's manifest"
+            raise MirrorError(what, where=str(repository.reference), remedy=remedy) from None
         if target.exists():
             image = read_image(target)
             if f"sha256:{image.digest}" != manifest.digest:
-                raise MirrorError(
-                    f"the folder holds another image: sha256:{image.digest}",
-                    where=str(target),
-                    remedy=f"give another folder for {manifest.digest}, or delete this one",
-                )
+                what = f"the folder holds another image: sha256:{image.digest}"
+                remedy = f"give another folder for {manifest.digest}, or delete this one"
+                raise MirrorError(what, where=str(target), remedy=remedy)
             verify(image)
         bundles = [row for row in attached if row.artifact_type == MEDIA_TYPE]
         kept = set(bundles_of(target).values())
@@ -147,17 +149,6 @@ def _download(
         + (f"; {left} attached manifests are not bundles and were left out" if left else ""),
         markup=False,
     )
-
-
-def _blobs(repository: Repository, manifest: Manifest) -> tuple[Descriptor, ...]:
-    try:
-        return manifest.blobs()
-    except ValueError as error:
-        raise MirrorError(
-            f"{manifest.digest} is not an OCI image: {first_problem(error)}",
-            where=str(repository.reference),
-            remedy="give the digest of one platform's manifest",
-        ) from None
 
 
 def _write_layout(
@@ -177,17 +168,11 @@ def _write_layout(
             path.unlink()
     require_disk(partial, sum(blob.size for blob in blobs) - tree_bytes(folder))
     repository.stream_blobs(blobs, folder)
-    image = Image(
-        path=partial,
-        digest=manifest.digest.removeprefix("sha256:"),
-        config={},
-        manifest=parse_json(manifest.content),
-    )
-    image.blob(manifest.digest).write_bytes(manifest.content)
+    digest = manifest.digest.removeprefix("sha256:")
+    (folder / digest).write_bytes(manifest.content)
     for path in folder.iterdir():
         path.chmod(READ_ONLY)
-    (partial / "oci-layout").write_bytes(VERSION)
-    set_name(image, name)
+    set_name(partial, digest, name)
     read_image(partial)
     partial.rename(target)
 

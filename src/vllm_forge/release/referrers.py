@@ -79,11 +79,9 @@ def referrers(repository: Repository, digest: str) -> tuple[Referrer, ...]:
     rows += [] if listed else _missing(repository, digest, rows)
     names = list(filter(None, dict.fromkeys(map(_digest, rows))))
     if len(names) > MOST:
-        raise RegistryContentError(
-            f"more than {MOST} manifests are attached to {digest}",
-            where=str(repository.reference),
-            remedy="see who attaches them, and delete what is not needed",
-        )
+        what = f"more than {MOST} manifests are attached to {digest}"
+        remedy = "see who attaches them, and delete what is not needed"
+        raise RegistryContentError(what, where=str(repository.reference), remedy=remedy)
     return tuple(filter(None, (_referrer(repository, name, digest) for name in names)))
 
 

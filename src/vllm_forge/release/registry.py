@@ -253,11 +253,9 @@ class Repository:
         manifest = self.manifest(digest)
         self.put_manifest(manifest.content, manifest.media_type, tag)
         if (actual := self.resolve(tag)) != digest:
-            raise RegistryContentError(
-                f"tag {tag} was set to {digest} and resolves to {actual}",
-                where=str(self.reference),
-                remedy="someone else moved it at the same time: see who, then run this again",
-            )
+            what = f"tag {tag} was set to {digest} and resolves to {actual}"
+            remedy = "someone else moved it at the same time: see who, then run this again"
+            raise RegistryContentError(what, where=str(self.reference), remedy=remedy)
 
     def tags(self) -> tuple[str, ...]:
         """All tags; none of a repository that does not exist."""

@@ -287,10 +287,9 @@ def _workflow() -> str:
     """The workflow that runs this, as the certificate of its identity has it."""
     server, workflow = (os.environ.get(f"GITHUB_{name}") for name in ("SERVER_URL", "WORKFLOW_REF"))
     if not server or not workflow:
-        raise ProvenanceError(
-            "the builder has no id: there is no key, and this is not a job of GitHub Actions",
-            remedy="give a private key with --key",
-        )
+        what = "the builder has no id: there is no key, and this is not a job of GitHub Actions"
+        remedy = "give a private key with --key"
+        raise ProvenanceError(what, remedy=remedy)
     return f"{server}/{workflow}"
 
 

@@ -61,10 +61,9 @@ def sign_keyless(statement: bytes) -> bytes:
 
     try:
         if (token := detect_credential()) is None:
-            raise errors.KeylessError(
-                "this host has no identity to sign with",
-                remedy="sign with --key, or in a CI job that may request an identity token",
-            )
+            what = "this host has no identity to sign with"
+            remedy = "sign with --key, or in a CI job that may request an identity token"
+            raise errors.KeylessError(what, remedy=remedy)
         context = SigningContext.from_trust_config(ClientTrustConfig.production())
         with context.signer(IdentityToken(token)) as signer:
             return signer.sign_dsse(Statement(statement)).to_json().encode()

@@ -114,7 +114,7 @@ def test_same_layers_same_digest(image: Image, layers: list[ImageLayer], tmp_pat
 
 def test_another_name_is_the_same_image(image: Image) -> None:
     assert has_name(image, NAME)
-    set_name(image, "localhost/other:2.0")
+    set_name(image.path, image.digest, "localhost/other:2.0")
     assert has_name(image, "localhost/other:2.0")
     assert not has_name(image, NAME)
     assert read_image(image.path) == image

@@ -127,10 +127,9 @@ def pick_device(choice: str) -> str:
     try:
         torch.zeros(1, device=choice).cpu()  # "meta" has no numbers to give back
     except (RuntimeError, AssertionError) as error:  # unknown, not there, or not built for it
-        raise UsageError(
-            f"--device {choice}: {str(error).splitlines()[0]}",
-            remedy="name one that torch finds on this host, e.g. cpu or cuda:0",
-        ) from None
+        what = f"--device {choice}: {str(error).splitlines()[0]}"
+        remedy = "name one that torch finds on this host, e.g. cpu or cuda:0"
+        raise UsageError(what, remedy=remedy) from None
     return choice
 
 

@@ -223,10 +223,9 @@ def read_conversations(path: Path, samples: int) -> list[Conversation]:
     except OSError as error:
         raise refused(f"the file of conversations cannot be read: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise refused(
-            f"not a file of conversations: {type(error).__name__}: {error}",
-            remedy='one JSON object per line: {"messages": [{"role": ..., "content": ...}, ...]}',
-        ) from None
+        what = f"not a file of conversations: {type(error).__name__}: {error}"
+        remedy = 'one JSON object per line: {"messages": [{"role": ..., "content": ...}, ...]}'
+        raise refused(what, remedy=remedy) from None
     if len(rows) < samples:
         what = f"the recipe asks for {samples} conversations, here are {len(rows)}"
         raise refused(what, remedy="name a larger file with --data, or let ultrachat be reached")

@@ -295,11 +295,9 @@ def read_answers(output: str, questions: Iterable[Question], where: str) -> tupl
             row.pop("imported", None)
         answers = tuple(Answer.model_validate(row) for row in rows)
     except (IndexError, ValueError, TypeError, AttributeError, ValidationError) as error:
-        raise SelectionFailedError(
-            f"the questions printed no answers: {str(error)[:TAIL]}",
-            where=where,
-            remedy=output[-TAIL:],
-        ) from None
+        what = f"the questions printed no answers: {str(error)[:TAIL]}"
+        remedy = output[-TAIL:]
+        raise SelectionFailedError(what, where=where, remedy=remedy) from None
     if [answer.name for answer in answers] != names:
         raise SelectionFailedError(
             f"{len(answers)} answers to {len(names)} questions, or in another order", where=where
@@ -310,9 +308,7 @@ def read_answers(output: str, questions: Iterable[Question], where: str) -> tupl
         if answer.refused is not None and answer.refused.kind == "failed"
     ]
     if failed:
-        raise SelectionFailedError(
-            f"{len(failed)} of {len(answers)} questions failed:{''.join(failed)}",
-            where=where,
-            remedy=f"fix {INSIDE}: this vLLM may have changed its interfaces",
-        )
+        what = f"{len(failed)} of {len(answers)} questions failed:{''.join(failed)}"
+        remedy = f"fix {INSIDE}: this vLLM may have changed its interfaces"
+        raise SelectionFailedError(what, where=where, remedy=remedy)
     return answers
