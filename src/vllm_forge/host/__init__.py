@@ -8,6 +8,7 @@ from vllm_forge.host.files import (
     cache_root,
     canonical,
     exclusive,
+    hash_of,
     link_or_copy,
     open_plain,
     parse_json,

@@ -132,6 +132,11 @@ def canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
+def hash_of(value: object, *, sort_keys: bool = False) -> str:
+    """SHA-256 of a JSON value, hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=sort_keys).encode()).hexdigest()
+
+
 def read_data(
     path: Path, parse: Callable[[Any], T], error: type[ForgeError], *, what: str, remedy: str
 ) -> T:

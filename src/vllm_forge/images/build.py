@@ -25,6 +25,7 @@ from vllm_forge.host import (
     cache_root,
     console,
     exclusive,
+    hash_of,
     remove,
     report,
 )
@@ -256,7 +257,7 @@ def bytecode_place(layers: Sequence[ImageLayer]) -> str:
     Separate for each image. All sources have one time, and Python asks only for time and size: two
     images that share a volume would run each other's code.
     """
-    return f"/cache/python/{layout.hash_of([layer.blob.diff_id for layer in layers])[:16]}"
+    return f"/cache/python/{hash_of([layer.blob.diff_id for layer in layers])[:16]}"
 
 
 def expectation(cell: ImageCell, stack: dict[str, Any]) -> dict[str, Any]:

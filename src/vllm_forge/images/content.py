@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.images.layout import hash_of
+from vllm_forge.host import hash_of
 from vllm_forge.images.wheels import Entry, merge, site_packages, wheel_entries
 from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import PatchedWheel

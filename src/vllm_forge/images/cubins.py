@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.host import hash_of
 from vllm_forge.images.layer import LayerBlob, ZstdLayerWriter
-from vllm_forge.images.layout import hash_of
 from vllm_forge.images.store import StoredLayer, keep_layer, make_folders
 from vllm_forge.sources import verified
 from vllm_forge.sources.cubins import read_archives

@@ -1,7 +1,6 @@
 """OCI image layouts on disk: read, checked, written (image-spec v1.1, image-layout.md)."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -218,11 +217,6 @@ def verify(image: Image, *, unpacked: bool = False) -> None:
                     remedy="the cache was damaged when this image was built: delete the layout, "
                     "run nox -s forge -- clean --all, and build again",
                 )
-
-
-def hash_of(value: object, *, sort_keys: bool = False) -> str:
-    """SHA-256 of a JSON value, hex."""
-    return hashlib.sha256(json.dumps(value, sort_keys=sort_keys).encode()).hexdigest()
 
 
 def hex_digest(digest: str) -> str:

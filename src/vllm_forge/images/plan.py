@@ -6,13 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.host import cache_root, console, require_disk
+from vllm_forge.host import cache_root, console, hash_of, require_disk
 from vllm_forge.images import checks, cubins
 from vllm_forge.images.checks import CHECK_ARGV, LAYER_CHECKS, SCRIPTS, any_user, contract_inputs
 from vllm_forge.images.content import CONFIG_FORMAT, FORMAT, HEALTH, WheelGroup, wheel_groups
 from vllm_forge.images.engines import ContainerRun, Engine
 from vllm_forge.images.errors import BuildRecordError, LayoutError
-from vllm_forge.images.layout import Image, blob_times, has_name, hash_of, read_image
+from vllm_forge.images.layout import Image, blob_times, has_name, read_image
 from vllm_forge.images.prewarm import ENTRYPOINT, Prewarm, prewarm_key
 from vllm_forge.images.record import Inputs, compare, kept_digest, read_record
 from vllm_forge.images.rootfs import CURRENT, ROOTFS, BaseRef, base_of, fetch_packages, is_whole

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.host import gigabytes, open_plain
+from vllm_forge.host import gigabytes, hash_of, open_plain
 from vllm_forge.host.files import file_digest
 from vllm_forge.images.errors import ForeignFileError
 from vllm_forge.images.layer import CHUNK, LayerBlob, ZstdLayerWriter
-from vllm_forge.images.layout import hash_of
 from vllm_forge.images.store import StoredLayer, keep_layer, make_folders
 
 FORMAT = 2
@@ -174,11 +173,8 @@ def copy_plain(source: Path, target: Path) -> None:
 
 
 def _foreign(what: str, where: Path) -> ForeignFileError:
-    return ForeignFileError(
-        what,
-        where=str(where),
-        remedy="do not use this folder; run the suite with an empty --caches",
-    )
+    remedy = "do not use this folder; run the suite with an empty --caches"
+    return ForeignFileError(what, where=str(where), remedy=remedy)
 
 
 def tree_digest(folder: Path) -> str:

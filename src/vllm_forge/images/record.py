@@ -8,10 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.host import cache_root, console, parse_json, read_plain
+from vllm_forge.host import cache_root, console, hash_of, parse_json, read_plain
 from vllm_forge.host.files import read_sealed, write_sealed
 from vllm_forge.images.errors import BuildRecordError
-from vllm_forge.images.layout import hash_of
 
 SHORT = 12
 HEX = set("0123456789abcdef")

@@ -15,14 +15,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import quote
 
-from vllm_forge.host import READ_ONLY, Runner, atomic_path, cache_root, remove, which
+from vllm_forge.host import READ_ONLY, Runner, atomic_path, cache_root, hash_of, remove, which
 from vllm_forge.host.files import file_digest
 from vllm_forge.images.errors import BaseImageError, LayoutError
 from vllm_forge.images.layer import LayerBlob
 from vllm_forge.images.layout import (
     ImageLayer,
     has_name,
-    hash_of,
     read_image,
     verify,
     write_image,

@@ -30,7 +30,15 @@ from mmap import mmap
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vllm_forge.host import atomic_path, cache_root, console, exclusive, remove, worker_pool
+from vllm_forge.host import (
+    atomic_path,
+    cache_root,
+    console,
+    exclusive,
+    hash_of,
+    remove,
+    worker_pool,
+)
 from vllm_forge.host.errors import CacheError, CommandFailedError
 from vllm_forge.host.files import file_digest, read_sealed, walk_plain, write_sealed
 from vllm_forge.images.content import WheelGroup, group_entries
@@ -42,7 +50,6 @@ from vllm_forge.images.layer import (
     ZstdLayerWriter,
     stamp,
 )
-from vllm_forge.images.layout import hash_of
 from vllm_forge.images.wheels import Entry
 from vllm_forge.kernels.coverage.device_code import device_code, runs_on
 from vllm_forge.kernels.coverage.library import mapped

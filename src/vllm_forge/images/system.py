@@ -14,15 +14,15 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.host import Runner, atomic_path, cache_root, remove
+from vllm_forge.host import Runner, atomic_path, cache_root, hash_of, remove
 from vllm_forge.host.errors import CacheError
 from vllm_forge.images.engines import SystemOutput
 from vllm_forge.images.errors import BaseImageError, ImageCheckError, LayoutError
 from vllm_forge.images.layer import plain_digest
-from vllm_forge.images.layout import ImageLayer, has_name, hash_of, read_image, write_image
+from vllm_forge.images.layout import ImageLayer, has_name, read_image, write_image
 from vllm_forge.images.prewarm import tree_digest
 from vllm_forge.images.rootfs import compress, is_whole, make_rootfs, write_host_sources
-from vllm_forge.sources.debian import paragraphs
+from vllm_forge.sources.debian import installed_packages
 
 if TYPE_CHECKING:
     from vllm_forge.images.plan import ImagePlan
@@ -229,11 +229,7 @@ def _debian_packages(tars: Sequence[Path]) -> dict[str, str]:
                 if member.name.removeprefix("./") == "var/lib/dpkg/status":
                     file = tar.extractfile(member)
                     assert file is not None  # noqa: S101 - it is a regular file
-                    return {
-                        fields["Package"]: fields["Version"]
-                        for fields in paragraphs(file.read().decode())
-                        if fields.get("Status", "").endswith(" installed")
-                    }
+                    return installed_packages(file.read().decode())
     what = "the base is not a Debian system: it has no dpkg status file"
     remedy = "use --base rootfs, or a Debian image"
     raise BaseImageError(what, remedy=remedy)

@@ -7,7 +7,6 @@ another suite, and a new test of another tier is not.
 
 import ast
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from vllm_forge.host import read_data
+from vllm_forge.host import hash_of, read_data
 from vllm_forge.matrix import FrozenModel, Matrix, serve_arguments
 from vllm_forge.project import Project
 from vllm_forge.receipts.errors import SuiteDescriptionError
@@ -171,10 +170,6 @@ def _module(root: Path, importer: Path, name: str) -> Iterator[Path]:
         raise SuiteDescriptionError(what, where=str(importer), remedy=remedy)
 
 
-def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
 def _hash_files(root: Path, names: list[str]) -> dict[str, str]:
     return {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in names}
 
@@ -187,7 +182,7 @@ def _suite_rows(root: Path, name: str) -> dict[str, Any]:
 def sources_hash(root: Path, name: str) -> str:
     """SHA-256 in hex of a tier's files and rows of suite.toml, which its list of cases is of."""
     files = _hash_files(root, source_files(root, read_suite(root).tier[name]))
-    return _digest({"files": files, "rows": _suite_rows(root, name)})
+    return hash_of({"files": files, "rows": _suite_rows(root, name)}, sort_keys=True)
 
 
 def plan_tier(project: Project, name: str, sku: str) -> dict[str, Any]:
@@ -201,7 +196,7 @@ def plan_tier(project: Project, name: str, sku: str) -> dict[str, Any]:
         "files": source_files(root, tier),
         "rows": {
             **_suite_rows(root, name),
-            "cases": _digest(cases),
+            "cases": hash_of(cases, sort_keys=True),
             "matrix": {row: MATRIX_ROWS[row](project.matrix, sku) for row in tier.matrix},
         },
     }
@@ -210,7 +205,8 @@ def plan_tier(project: Project, name: str, sku: str) -> dict[str, Any]:
 def suite_hash(project: Project, name: str, sku: str) -> str:
     """SHA-256 in hex of what a tier's verdicts on a SKU depend on; the runner computes the same."""
     tier = plan_tier(project, name, sku)
-    return _digest({"files": _hash_files(project.root, tier["files"]), "rows": tier["rows"]})
+    files = _hash_files(project.root, tier["files"])
+    return hash_of({"files": files, "rows": tier["rows"]}, sort_keys=True)
 
 
 def read_cases(root: Path, name: str) -> dict[str, Case]:

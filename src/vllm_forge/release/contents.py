@@ -16,17 +16,17 @@ from typing import Any
 from packaging.utils import canonicalize_name
 from pydantic import Field
 
-from vllm_forge.host import cache_root
+from vllm_forge.host import cache_root, hash_of
 from vllm_forge.host.files import read_sealed, write_sealed
 from vllm_forge.images.errors import BuildRecordError
 from vllm_forge.images.layer import LayerBlob, overlay
-from vllm_forge.images.layout import Image, hash_of
+from vllm_forge.images.layout import Image
 from vllm_forge.matrix import FrozenModel, ImageCell
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
 from vllm_forge.release.errors import SbomError
 from vllm_forge.sources import Lock, LockedWheel, Wheelhouse
-from vllm_forge.sources.debian import DebianPackage, paragraphs, read_base_lock
+from vllm_forge.sources.debian import DebianPackage, installed_packages, read_base_lock
 
 FORMAT = 1  # raise when WheelContents has other fields
 LARGEST = 16 << 20  # bytes of a file of metadata; the largest SBOM has 0.4 MB
@@ -163,11 +163,7 @@ def image_contents(layers: Sequence[LayerBlob]) -> tuple[dict[str, str], ...]:
     for path, (_, content) in overlay(layers, read).items():
         place, text = SITE.sub("", path), content.decode(errors="replace")
         if path == STATUS:
-            debian = {
-                fields["Package"]: fields["Version"]
-                for fields in paragraphs(text)
-                if fields.get("Status", "").endswith(" installed")
-            }
+            debian = installed_packages(text)
         elif SBOMS.search(path):
             sboms[place] = hashlib.sha256(content).hexdigest()
         else:

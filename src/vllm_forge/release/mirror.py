@@ -16,12 +16,13 @@ from vllm_forge.host import (
     cache_root,
     console,
     exclusive,
+    hash_of,
     read_plain,
     require_disk,
     tree_bytes,
 )
 from vllm_forge.images import read_image, verify
-from vllm_forge.images.layout import hash_of, set_name
+from vllm_forge.images.layout import set_name
 from vllm_forge.release.errors import MirrorError
 from vllm_forge.release.evidence import bundle_name
 from vllm_forge.release.published import SUFFIX, attest_folder

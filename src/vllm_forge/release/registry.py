@@ -346,11 +346,8 @@ class Repository:
         return RegistryUnreachableError(what, where=place, remedy=remedy)
 
     def _lie(self, what: str, url: str) -> RegistryContentError:
-        return RegistryContentError(
-            what,
-            where=url.partition("?")[0],
-            remedy="do not use it: the registry, or who sits between, changed or lost it",
-        )
+        remedy = "do not use it: the registry, or who sits between, changed or lost it"
+        return RegistryContentError(what, where=url.partition("?")[0], remedy=remedy)
 
 
 def digest_of(content: bytes) -> str:

@@ -133,8 +133,6 @@ def _time(day: date) -> str:
 
 
 def _stale(row: Row, what: str) -> VexError:
-    return VexError(
-        f"the row of {row.vulnerability} names {what}",
-        where=FILE,
-        remedy="change the row for the present packages, or delete it",
-    )
+    what = f"the row of {row.vulnerability} names {what}"
+    remedy = "change the row for the present packages, or delete it"
+    return VexError(what, where=FILE, remedy=remedy)

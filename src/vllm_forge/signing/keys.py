@@ -87,10 +87,6 @@ class TrustedKey:
         return str(self.public.keyid)
 
     @property
-    def revoked(self) -> bool:
-        return self.row is not None and self.row.revoked is not None
-
-    @property
     def valid_from(self) -> datetime:
         first = date.min if self.row is None else self.row.valid_from
         return datetime.combine(first, time.min, UTC)
@@ -151,7 +147,8 @@ class Keyring:
     def including(self, path: Path) -> "Keyring":
         """With the public key of a file, trusted for everything unless it is revoked here."""
         key = read_public(path)
-        if (own := self.find(keyid=key.id)) is not None and own.revoked:
+        own = self.find(keyid=key.id)
+        if own and own.row and own.row.revoked:
             return self
         return Keyring(keys=(key, *(other for other in self.keys if other is not own)))
 

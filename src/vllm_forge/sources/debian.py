@@ -1,13 +1,12 @@
 """The lock of the image's Debian packages: a row per .deb, made from the archive's signed lists."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_forge.host import atomic_path, cache_root, exclusive
+from vllm_forge.host import atomic_path, cache_root, exclusive, hash_of
 from vllm_forge.matrix import Base
 from vllm_forge.sources.errors import DistributionNotFoundError, LockFileError
 from vllm_forge.sources.fetch import Download, download_all, verified
@@ -55,7 +54,7 @@ class BaseLock:
 
 def input_digest(base: Base) -> str:
     """Hash of the fields of matrix.toml that the lock depends on."""
-    return hashlib.sha256(json.dumps([base.suite, sorted(base.packages)]).encode()).hexdigest()
+    return hash_of([base.suite, sorted(base.packages)])
 
 
 def read_base_lock(root: Path, base: Base) -> BaseLock | None:
@@ -100,6 +99,15 @@ def paragraphs(text: str) -> Iterator[dict[str, str]]:
         lines = paragraph.splitlines()
         if fields := dict(line.split(": ", 1) for line in lines if re.match(r"[\w-]+: ", line)):
             yield fields
+
+
+def installed_packages(status: str) -> dict[str, str]:
+    """Package -> version, of dpkg's status file."""
+    return {
+        fields["Package"]: fields["Version"]
+        for fields in paragraphs(status)
+        if fields.get("Status", "").endswith(" installed")
+    }
 
 
 def parse_index(text: str, installed: Sequence[tuple[str, str]]) -> list[DebianPackage]:

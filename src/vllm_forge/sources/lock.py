@@ -1,7 +1,6 @@
 """Locks: one line of text per wheel, made by uv, narrowed to the image's platform."""
 
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -15,7 +14,7 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 from rich.markup import escape
 from uv import find_uv_bin
 
-from vllm_forge.host import atomic_path, console, read_plain
+from vllm_forge.host import atomic_path, console, hash_of, read_plain
 from vllm_forge.matrix import Base, Line
 from vllm_forge.sources import errors
 from vllm_forge.sources.index import Index, IndexFile
@@ -68,7 +67,7 @@ def input_digest(line: Line, base: Base) -> str:
         "constraints": [item.requirement for item in line.constraints],
         "overrides": [item.requirement for item in line.overrides],
     }
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return hash_of(fields, sort_keys=True)
 
 
 def read_lock(root: Path, line_name: str, line: Line, base: Base) -> Lock:

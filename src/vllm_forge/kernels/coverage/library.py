@@ -8,7 +8,6 @@ Reading the names in a library costs a second or two; looking them up in the cac
 """
 
 import hashlib
-import json
 import mmap
 import re
 import struct
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import zstandard
 
-from vllm_forge.host import cache_root, exclusive
+from vllm_forge.host import cache_root, exclusive, hash_of
 from vllm_forge.host.files import file_digest, read_sealed, write_sealed
 from vllm_forge.kernels.coverage.device_code import (
     Code,
@@ -143,7 +142,7 @@ def library_code(path: Path, patterns: Sequence[str] = ()) -> LibraryCode:
 
     ``patterns``: regular expressions to count kernels by, searched for in mangled names.
     """
-    rules = hashlib.sha256(json.dumps([FORMAT, sorted(patterns)]).encode()).hexdigest()
+    rules = hash_of([FORMAT, sorted(patterns)])
     if (known := _known(path, rules)) is not None:
         return known
     with exclusive("coverage", wait=True):

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from vllm_forge.host import parse_json, read_data, remove
+from vllm_forge.host import hash_of, parse_json, read_data, remove
 from vllm_forge.kernels.errors import ArtifactConfigError, SelectionFailedError
 from vllm_forge.matrix import FrozenModel, Matrix, Sku, serve_arguments
 
@@ -254,8 +254,7 @@ def artifact_config(name: str, folder: Path = ARTIFACTS) -> dict[str, Any]:
 
 
 def config_hash(name: str, folder: Path = ARTIFACTS) -> str:
-    text = json.dumps(artifact_config(name, folder), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hash_of(artifact_config(name, folder), sort_keys=True)
 
 
 def inside_hash() -> str:
