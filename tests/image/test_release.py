@@ -194,7 +194,7 @@ def run(block: str, work: Path, environment: dict[str, str], code: int = 0) -> N
     done = subprocess.run(
         argv, cwd=work, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == code, f"{block}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == code, f"{block}\n{done.stdout[-999:]}\n{done.stderr[-2999:]}"
 
 
 def start_over(shop: Shop, work: Path, home: Path) -> str:

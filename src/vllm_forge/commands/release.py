@@ -244,7 +244,7 @@ def _place(text: str) -> "Reference | Path":
     from vllm_forge.release.registry import Reference
 
     path = Path(text)
-    is_folder = path.is_dir() or text.startswith((".", "/"))
+    is_folder = path.is_dir() or text.startswith((".", "/")) or "/" not in text
     return path if is_folder else Reference.parse(text)
 
 

@@ -89,6 +89,7 @@ def _patches(stack: dict[str, Any]) -> list[str]:
 def _changes(project: Project, after: Verification, before: Verification) -> list[str]:
     old, new = read_stack(before.published), after.stack
     parts = {
+        "vLLM": tuple({key: x[key] for key in ("vllm", "tree")} for x in (old, new)),
         "Python packages": (old["packages"], new["packages"]),
         "Debian packages": (old["debian"], new["debian"]),
         "Patches": tuple({row["name"]: row["summary"] for row in x["series"]} for x in (old, new)),
@@ -125,7 +126,7 @@ def _selection(project: Project, stack: dict[str, Any], commits: list[str]) -> l
 
 def _listed(what: str, rows: list[str] | None) -> list[str]:
     if rows is None:
-        return [f"* {what}: not compared, the commits of both are not here"]
+        return [f"* {what}: not compared, its record of both commits is not here"]
     more = [f"  * and {len(rows) - MOST} more"] if len(rows) > MOST else []
     lines = [f"  * {escape(row)}" for row in rows[:MOST]]
-    return [f"* {what}: {len(rows) or 'no'} changes", *lines, *more]
+    return [f"* {what}: {len(rows) or 'nothing'} changed", *lines, *more]

@@ -13,7 +13,6 @@ from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 from pydantic import ValidationError
 
@@ -319,8 +318,8 @@ def parse(model: type[Model], name: str, row: Verified) -> Model:
 
 
 def resource(stack: dict[str, Any], digest: str) -> str:
-    """Package URL of an image, whatever registry has it."""
-    return f"pkg:oci/vllm-{stack.get('vllm_release')}-{stack.get('sku')}@{quote(digest, safe='')}"
+    """Package URL of an image, as its SBOM has it: whatever registry it is in."""
+    return f"pkg:oci/vllm-{stack['vllm_release']}-{stack['sku']}@{digest}?arch=amd64"
 
 
 @contextmanager

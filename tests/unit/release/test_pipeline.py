@@ -18,10 +18,12 @@ from tests.support.release import (
     Releases,
     add_receipt,
     commit,
+    git,
     releasable,
     write_records,
 )
 from vllm_forge.host import RecordingRunner
+from vllm_forge.pages.notes import make_notes
 from vllm_forge.project import Project
 from vllm_forge.release import statements
 from vllm_forge.release.errors import (
@@ -86,15 +88,22 @@ def run(releases: Releases, stage: Stage, **changes: Any) -> Outcome:
     return outcome
 
 
-def verified(releases: Releases, name: str, stage: Stage = "release", **changes: Any) -> Report:
-    """What a stranger gets of a tag or digest."""
+def verification(
+    releases: Releases, name: str, stage: Stage = "release", **changes: Any
+) -> Verification:
+    """Of a tag or digest, by a stranger."""
     job = releases.job(stage)
     settings: dict[str, Any] = {"now": datetime.now(UTC), **changes}
     reference = Reference.parse(f"{releases.reference}{name}")
     return Verification(
         published=from_registry(reference), policy=job.gate.policy, stage=stage, trust=job.trust,
         **settings,
-    ).run()  # fmt: skip
+    )  # fmt: skip
+
+
+def verified(releases: Releases, name: str, stage: Stage = "release", **changes: Any) -> Report:
+    """What a stranger gets of a tag or digest."""
+    return verification(releases, name, stage, **changes).run()
 
 
 def new_image(releases: Releases) -> str:
@@ -313,3 +322,35 @@ def test_tag_of_another_release_is_refused(releases: Releases, repository: Repos
     assert (
         "tag 0.1.0-forge.9-alpha is not of this image, which is 0.1.0-forge.1-alpha" in error.what
     )
+
+
+def test_notes_have_what_changed_and_what_was_waived(releases: Releases) -> None:
+    until = datetime.now(UTC).date()
+    waivers = (Waiver(tier="server", until=until, reason=REASON),)
+    run(releases, "release", waivers=waivers)
+    old = git(releases.mini.root, "rev-parse", "HEAD").strip()
+    new_image(releases)
+    run(releases, "release", waivers=waivers)
+    after, before = (verification(releases, f":0.1.0-forge.{number}-alpha") for number in (2, 1))
+    for each in (after, before):
+        assert each.run().findings == []
+    project = Project(releases.mini.root)
+    text = make_notes(project, after, before)
+    assert f"**Released without tier server** (until {until}): {REASON}" in text
+    assert "Nothing was run on a GPU." in text
+    assert "## Changes since 0.1.0-forge.1-alpha" in text
+    assert "* vLLM: 2 changed" in text
+    assert "* Debian packages: nothing changed" in text
+    assert "* Kernel selection: not compared" in text
+    assert "Changes since" not in make_notes(project, after, None)
+    assert before.provenances[0].commit == old
+
+
+def test_notes_have_the_receipts(releases: Releases) -> None:
+    digest = run(releases, "dev", key=None).digest
+    add_receipt(releases.mini, digest, releases.keys["lab"])
+    run(releases, "release")
+    after = verification(releases, ":mini-alpha")
+    after.run()
+    text = make_notes(Project(releases.mini.root), after, None)
+    assert "| server | 1 x NVIDIA Alpha | 580.159.04 | 3 | 6% of its bound: test_one, dr" in text
