@@ -146,6 +146,7 @@ def test_rebuild_gives_the_same_digest(shop: Shop) -> None:
     shop.project.run(*shop.argv("release"))
     report = shop.verified(f"{shop.registry}/vllm:{RELEASE}", "--rebuild")
     assert report["verified"]
+    assert report["rebuilt"]
 
 
 def test_documented_commands_do_what_the_pages_say(shop: Shop, tmp_path: Path) -> None:

@@ -139,8 +139,10 @@ def verify(project: Project, args: argparse.Namespace) -> None:
     if not args.rebuild:
         report.not_checked.append("that its commit gives this digest: --rebuild")
     elif not report.findings:  # the commit is of a statement that holds
-        provenance = verification.provenances[0]
-        report.not_checked += rebuild(project, verification.published, provenance, Runner())
+        verification.evidence.require("provenance")
+        provenance, published = verification.provenances[0], verification.published
+        left = rebuild(project, published, provenance, Runner())
+        report.rebuilt, report.not_checked = not left, report.not_checked + left
     _answer(args, report)
 
 

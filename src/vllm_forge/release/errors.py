@@ -24,6 +24,10 @@ class ManifestMissingError(ForgeError, exit_code=REFUSED):
     """The registry has no manifest under that tag or digest."""
 
 
+class BundleFileError(ForgeError, exit_code=REFUSED):
+    """A file beside an image, named as a bundle, cannot be read."""
+
+
 class MirrorError(ForgeError, exit_code=REFUSED):
     """An image cannot be copied from or to what was named."""
 

@@ -17,7 +17,6 @@ from vllm_forge.host import (
     console,
     exclusive,
     hash_of,
-    read_plain,
     require_disk,
     tree_bytes,
 )
@@ -25,11 +24,11 @@ from vllm_forge.images import read_image, verify
 from vllm_forge.images.layout import set_name
 from vllm_forge.release.errors import MirrorError
 from vllm_forge.release.evidence import bundle_name
-from vllm_forge.release.published import SUFFIX, attest_folder
+from vllm_forge.release.published import SUFFIX, attest_folder, read_bundles
 from vllm_forge.release.push import copy, push_layout, tls_options
 from vllm_forge.release.referrers import Referrer, attach, put_referrer, referrers
 from vllm_forge.release.registry import Descriptor, Manifest, Reference, Repository, digest_of
-from vllm_forge.signing.bundle import LARGEST, MEDIA_TYPE, parse_statement, read
+from vllm_forge.signing.bundle import MEDIA_TYPE, parse_statement, read
 
 
 def mirror(
@@ -69,15 +68,12 @@ def mirror(
 
 
 def bundles_of(layout: Path) -> dict[Path, bytes]:
-    """The bundles beside a layout, by file; MirrorError where one is not a plain file."""
+    """The bundles beside a layout, by file; BundleFileError where one is not a plain file."""
     contents = {}
-    for path in sorted(attest_folder(layout).glob(f"*{SUFFIX}")):
-        try:
-            contents[path] = read_plain(path, LARGEST)
-        except ValueError as error:
-            raise MirrorError(
-                f"cannot read a bundle: {error}", where=str(path), remedy="see who wrote it"
-            ) from None
+    for row in read_bundles(attest_folder(layout)):
+        if row.error is not None:
+            raise row.error
+        contents[Path(row.where)] = row.content
     return contents
 
 

@@ -16,7 +16,6 @@ from vllm_forge.host import RecordingRunner, Runner
 from vllm_forge.images.engines import Engine
 from vllm_forge.images.record import read_record
 from vllm_forge.images.rootfs import LOCKED, ROOTFS
-from vllm_forge.project import Project
 from vllm_forge.release.decision import (
     SLSA_VERSION,
     VERIFIER,
@@ -72,10 +71,6 @@ class Job:
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
 
     @property
-    def project(self) -> Project:
-        return self.gate.project
-
-    @property
     def signs(self) -> bool:
         return self.key is not None or self.trust.identity is not None
 
@@ -108,17 +103,15 @@ def release(job: Job, runner: Runner) -> Outcome | None:
     """
     gate, policy = job.gate, job.gate.policy
     gate.require(gate.findings() if job.signs or not policy.statements else [UNSIGNED])
-    base = LOCKED if policy.committed else ROOTFS
-    plan = images.resolve(
-        job.project, gate.cell, images.BuildOptions(output=job.output, base=base), job.engine
-    )
-    cell = gate.cell
+    cell, dry = gate.cell, isinstance(runner, RecordingRunner)
+    options = images.BuildOptions(output=job.output, base=LOCKED if policy.committed else ROOTFS)
+    plan = images.resolve(gate.project, cell, options, job.engine)
     with runner.exclusive(f"release-{cell.name}"):
-        if isinstance(runner, RecordingRunner):
-            options = ["--line", cell.line_name, "--base", base, "--output", str(job.output)]
-            runner.run(["nox", "-s", "forge", "--", "build", cell.sku_name, *options])
+        if dry:
+            words = ["--line", cell.line_name, "--base", options.base, "--output", str(job.output)]
+            runner.run(["nox", "-s", "forge", "--", "build", cell.sku_name, *words])
         built = runner.act("hash every blob of the image", lambda: _build(job, plan, runner))
-        digest = "sha256:DIGEST" if isinstance(runner, RecordingRunner) else str(built().digest)
+        digest = "sha256:DIGEST" if dry else str(built().digest)
         push_layout(runner, plan.target, job.reference, digest, ca=job.ca)
         runner.act(
             f"sign and attach: {', '.join(policy.statements) or 'nothing'}",
@@ -136,7 +129,7 @@ def release(job: Job, runner: Runner) -> Outcome | None:
             f"let the tags name the image: {', '.join(forms(cell, gate.stage))}",
             lambda: _name(job, *decided()),
         )
-        return None if isinstance(runner, RecordingRunner) else outcome()
+        return None if dry else outcome()
 
 
 def _build(job: Job, plan: images.ImagePlan, runner: Runner) -> Gate:
@@ -164,12 +157,12 @@ def _bundles(job: Job, gate: Gate, evidence: Evidence) -> Iterator[tuple[str, by
     image = images.read_image(job.output / gate.cell.name)
     record = read_record(job.output / f"{gate.cell.name}.json") or {}
     if not evidence.signed("sbom"):
-        document = make_sbom(job.project, gate.cell, image, record)
+        document = make_sbom(gate.project, gate.cell, image, record)
         yield SBOM, job.sign(image_statement(gate.cell, image, SBOM, document))
     if not any(map(job.signed, evidence.signers("provenance"))):
-        statement = make_provenance(job.project, gate.cell, image, record, job.key)
+        statement = make_provenance(gate.project, gate.cell, image, record, job.key)
         yield statement.predicate_type, job.sign(statement)
-    vex = make_vex(job.project, gate.cell, image, record)
+    vex = make_vex(gate.project, gate.cell, image, record)
     if vex is not None and vex.content not in evidence.named.get("vex", {}):
         yield vex.predicate_type, job.sign(vex)
     for tier, receipt in gate.receipts().items():

@@ -13,7 +13,7 @@ from vllm_forge.host import parse_json, read_plain
 from vllm_forge.host.files import file_digest
 from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layout import MANIFEST, Image, ImageLayer, read_image
-from vllm_forge.release.errors import RegistryContentError, StatementMissingError
+from vllm_forge.release.errors import BundleFileError, RegistryContentError
 from vllm_forge.release.referrers import PREDICATE, referrers
 from vllm_forge.release.registry import Manifest, Reference, Repository
 from vllm_forge.signing.bundle import LARGEST, MEDIA_TYPE
@@ -174,6 +174,6 @@ def read_bundles(folder: Path) -> Iterator[Attached]:
         try:
             yield Attached(where=str(path), stated=stated, content=read_plain(path, LARGEST))
         except (OSError, ValueError) as error:
-            what, remedy = f"cannot read it: {error}", "get the file again"
-            fault = StatementMissingError(what, where=str(path), remedy=remedy)
+            what, remedy = f"cannot read a bundle: {error}", "see who wrote it, and get it again"
+            fault = BundleFileError(what, where=str(path), remedy=remedy)
             yield Attached(where=str(path), stated=stated, error=fault)

@@ -55,6 +55,7 @@ class Report:
     packages: dict[str, int] = field(default_factory=dict)
     receipts: list[dict[str, Any]] = field(default_factory=list)
     decision: dict[str, Any] = field(default_factory=dict)
+    rebuilt: bool = False
     findings: list[ForgeError] = field(default_factory=list)
     not_counted: list[str] = field(default_factory=list)
     not_checked: list[str] = field(default_factory=list)
@@ -387,6 +388,7 @@ def describe(report: Report) -> str:
         for waiver in decision["waivers"]:
             text = "released without tier {tier}, until {until}: {reason}"
             rows.append(("waived", text.format(**waiver)))
+    rows += [("rebuilt", "its commit gives this digest here")] if report.rebuilt else []
     rows += [("ignored", text) for text in report.not_counted]
     rows += [("not checked", text) for text in report.not_checked]
     verdict = "refused" if report.findings else f"holds for stage {report.stage}"

@@ -19,7 +19,12 @@ from vllm_forge.host.errors import DiskSpaceError
 from vllm_forge.images import read_image, verify
 from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layout import MANIFEST
-from vllm_forge.release.errors import MirrorError, RegistryContentError, RegistryUnreachableError
+from vllm_forge.release.errors import (
+    BundleFileError,
+    MirrorError,
+    RegistryContentError,
+    RegistryUnreachableError,
+)
 from vllm_forge.release.mirror import bundles_of, mirror
 from vllm_forge.release.referrers import attach, put_referrer
 from vllm_forge.release.registry import DOCKER, INDEX, Reference, Repository
@@ -220,7 +225,7 @@ def test_link_among_the_bundles_is_refused(source: Reference, tmp_path: Path) ->
     target = tmp_path / "vllm"
     download(source, target)
     (tmp_path / "vllm.attest" / "x.sigstore.json").symlink_to("/etc/passwd")
-    with pytest.raises(MirrorError, match="not a plain file"):
+    with pytest.raises(BundleFileError, match="not a plain file"):
         bundles_of(target)
 
 
