@@ -283,6 +283,14 @@ def test_expired_receipt_is_refused(released: Released) -> None:
     assert "receipt-server: expired on" in released.finding(errors.StatementExpiredError, now=now)
 
 
+def test_decision_on_old_evidence_is_refused(released: Released) -> None:
+    """Nothing has expired yet, but the policy takes only what is newer."""
+    time = datetime.now(UTC) + timedelta(days=61)
+    released.change("decision", set_at("timeVerified", time.isoformat()))
+    what = released.finding(errors.StatementExpiredError, now=time)
+    assert "more than 60 days before the decision" in what
+
+
 def test_clock_in_the_past_is_refused(released: Released) -> None:
     now = datetime.now(UTC) - timedelta(days=1)
     what = released.finding(errors.StatementExpiredError, now=now)

@@ -137,6 +137,15 @@ def test_mirrored_folder_is_verified_offline(shop: Shop, tmp_path: Path) -> None
     assert shop.verified(back)["verified"]
 
 
+def test_candidate_is_not_taken_for_a_release(shop: Shop) -> None:
+    shop.project.run(*shop.argv("candidate", "early"))
+    report = shop.verified(f"{shop.registry}/early:{CANDIDATE}", code=111)
+    assert not report["verified"]
+    finding = report["findings"][0]
+    assert finding["class"] == "DecisionError"
+    assert finding["what"].endswith("there is one for: candidate")
+
+
 def test_offline_refuses_a_registry(shop: Shop) -> None:
     image = f"{shop.registry}/vllm:{RELEASE}"
     assert shop.project.run("verify", image, "--offline", code=2)

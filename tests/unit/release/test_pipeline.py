@@ -216,21 +216,35 @@ def test_older_release_does_not_take_the_moving_tag_back(
     assert repository.resolve("mini-alpha") == new
 
 
+@pytest.mark.parametrize("moment", [1, 2])
 def test_tag_that_was_taken_meanwhile_is_refused(
-    releases: Releases, registry: RegistryServer, repository: Repository
+    releases: Releases, registry: RegistryServer, repository: Repository, moment: int
 ) -> None:
-    """Another host gives the name between our decision and our tag."""
+    """Another host takes the name before we decide on it, or between decision and tag."""
     other = repository.put_manifest(b'{"mediaType":"x"}', "x")
     name = "0.1.0-forge.1-alpha-rc1"
+    asked: list[str] = []
 
     def take() -> None:
-        registry.tags[releases.reference.repository, name] = other
+        asked.append(name)
+        if len(asked) == moment:
+            registry.tags[releases.reference.repository, name] = other
 
-    registry.plant("GET", f".*/manifests/{name}", before=take, times=2)
+    registry.plant("GET", f".*/manifests/{name}", before=take, times=9)
     with pytest.raises(TagTakenError, match=f"{name} is {other} already, and never moves"):
         run(releases, "candidate")
     assert repository.resolve(name) == other
     assert run(releases, "candidate").names.fixed == "0.1.0-forge.1-alpha-rc2"
+
+
+def test_receipt_of_another_image_does_not_count(
+    releases: Releases, registry: RegistryServer
+) -> None:
+    """It lets the build begin, as the digest is not known before; nothing is pushed."""
+    add_receipt(releases.mini, f"sha256:{'7' * 64}", releases.keys["lab"])
+    with pytest.raises(GateRefusedError, match=r"missing receipt of tier server .* for sha256:"):
+        run(releases, "release")
+    assert registry.manifests == {}
 
 
 def test_registry_that_fails_half_way_leaves_no_name(
