@@ -22,7 +22,7 @@ from vllm_forge.receipts.receipt import make_statement, write_receipt
 from vllm_forge.receipts.suite import CASES, RUNNER, suite_hash
 from vllm_forge.release.evidence import Trust
 from vllm_forge.release.gate import Gate, Waiver, policy_of
-from vllm_forge.release.pipeline import Job
+from vllm_forge.release.pipeline import Job, plan_of
 from vllm_forge.release.registry import Reference, Repository
 from vllm_forge.signing import load_private, read_keyring
 
@@ -222,8 +222,8 @@ class Releases:
             policy=policy_of(project, stage), now=datetime.now(UTC), waivers=waivers,
         )  # fmt: skip
         settings: dict[str, Any] = {
-            "reference": self.reference, "engine": cast("Engine", self.engine),
-            "output": self.mini.root / "dist", "trust": Trust(keys=read_keyring(self.mini.root)),
+            "reference": self.reference, "trust": Trust(keys=read_keyring(self.mini.root)),
+            "plan": plan_of(gate, self.mini.root / "dist", cast("Engine", self.engine)),
             "key": None if key is None else load_private(self.keys[key]), **changes,
         }  # fmt: skip
         return Job(gate=gate, **settings)

@@ -73,6 +73,7 @@ def register(choices: Commands) -> None:
     one = command(choices, "notes", notes, target, ca, identity, trust, stage)
     one.add_argument("--since", metavar="IMAGE", help="default: the release before")
     one = command(choices, "sbom", sbom, target, ca, identity, trust)
+    one.set_defaults(stage="release")
     one.add_argument("--diff", metavar="IMAGE", help="print what changed since this one")
     one = command(choices, "mirror", mirror, target, ca)
     one.add_argument("to", metavar="TO", help="registry, or folder that will be made")
@@ -88,19 +89,24 @@ def register(choices: Commands) -> None:
 def release(project: Project, args: argparse.Namespace) -> None:
     """Build, attest, push and verify an image, then name it."""
     from vllm_forge import images
-    from vllm_forge.images.record import built_digest
     from vllm_forge.release import gate as gates
-    from vllm_forge.release.pipeline import Job
+    from vllm_forge.release.pipeline import Job, plan_of
     from vllm_forge.release.pipeline import release as run
     from vllm_forge.release.verify import describe
 
     cell, policy = project.cell(args.sku, args.line), gates.policy_of(project, args.stage)
-    output = args.output or project.root / "dist"
+    if args.key and not policy.statements:
+        what = f"--key, and stage {args.stage} signs nothing"
+        raise UsageError(what, remedy="leave it out, or choose another --stage")
     gate = gates.Gate(
         project=project, cell=cell, stage=args.stage, policy=policy, now=datetime.now(UTC),
-        digest=built_digest(output / f"{cell.name}.json"),
-        waivers=gates.make_waivers(args.waive, args.until, args.reason, policy),
+        digest=None, waivers=gates.make_waivers(args.waive, args.until, args.reason, policy),
     )  # fmt: skip
+    dry = args.dry_run or args.registry is None
+    engine = images.choose_engine(args.engine, dry_run=dry)
+    plan = plan_of(gate, args.output or project.root / "dist", engine)
+    if (image := plan.up_to_date()) is not None:
+        gate = replace(gate, digest=f"sha256:{image.digest}")
     if args.registry is None:
         findings = gate.findings()
         if args.json:
@@ -109,18 +115,13 @@ def release(project: Project, args: argparse.Namespace) -> None:
         console.print(f"{cell.name}: nothing is missing for stage {args.stage}, as far as known")
         console.print("next: the same command with --registry HOST/NAME", markup=False)
         return
-    if args.key and not policy.statements:
-        what = f"--key, and stage {args.stage} signs nothing"
-        raise UsageError(what, remedy="leave it out, or choose another --stage")
     key, trust = _signer(project, args)
-    runner = RecordingRunner() if args.dry_run else Runner()
-    engine = images.choose_engine(args.engine, dry_run=args.dry_run)
-    if engine.name == "buildah" and os.geteuid() != 0 and not args.dry_run:
+    if engine.name == "buildah" and os.geteuid() != 0 and not dry:
         as_namespace_root()
     job = Job(
-        gate=gate, reference=_repository(args.registry), engine=engine, output=output,
-        key=key, trust=trust, ca=args.ca,
-    )  # fmt: skip
+        gate=gate, plan=plan, reference=_repository(args.registry), key=key, trust=trust, ca=args.ca
+    )
+    runner = RecordingRunner() if dry else Runner()
     outcome = run(job, runner)
     if outcome is not None:
         console.print(describe(outcome.report), markup=False)
@@ -170,11 +171,15 @@ def sbom(project: Project, args: argparse.Namespace) -> None:
     """Print the SBOM of an image, or how it differs from another."""
     from vllm_forge.release.sbom import diff
 
-    documents = [_sbom(project, args, target) for target in (args.target, args.diff) if target]
+    def read(text: str) -> dict[str, Any]:
+        evidence = _verification(project, args, text).gather()
+        document: dict[str, Any] = evidence.only("sbom").statement["predicate"]
+        return document
+
     if args.diff:
-        print("\n".join(diff(documents[1], documents[0])) or "no differences")
+        print("\n".join(diff(read(args.diff), read(args.target))) or "no differences")
     else:
-        print_json(args, documents[0])
+        print_json(args, read(args.target))
 
 
 def mirror(_: Project, args: argparse.Namespace) -> None:
@@ -272,16 +277,6 @@ def _verification(project: Project, args: argparse.Namespace, text: str) -> "Ver
         published=_open(args, text), policy=policy_of(project, args.stage), stage=args.stage,
         trust=trust, now=datetime.now(UTC),
     )  # fmt: skip
-
-
-def _sbom(project: Project, args: argparse.Namespace, text: str) -> dict[str, Any]:
-    from vllm_forge.release.evidence import Trust, gather
-
-    published = _open(args, text)
-    trust = Trust(keys=_keyring(project, args.key), identity=_identity(args))
-    evidence = gather(published.attached, published.digest, trust, datetime.now(UTC))
-    document: dict[str, Any] = evidence.only("sbom").statement["predicate"]
-    return document
 
 
 def _answer(args: argparse.Namespace, report: "Report") -> None:

@@ -12,6 +12,10 @@ class GateRefusedError(ForgeError, exit_code=RED):
     """An image lacks what its stage requires."""
 
 
+class RequirementError(ForgeError, exit_code=RED):
+    """A requirement of a stage is not met."""
+
+
 class WaiverError(ForgeError, exit_code=REFUSED):
     """A waiver is incomplete, has expired, or is for a tier that needs none."""
 

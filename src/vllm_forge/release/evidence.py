@@ -56,23 +56,16 @@ class Trust:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refused:
-    """A statement that does not count; ``name`` as that of ``Evidence.named``."""
-
-    name: str
-    error: ForgeError
-
-
-@dataclass(frozen=True, kw_only=True)
 class Evidence:
     """What is attached to an image.
 
     ``named``: name -> different statements, each with all who signed it. The name is the kind, or
-    ``receipt-<tier>``. ``unrelated``: predicate types that nothing here reads.
+    ``receipt-<tier>``. ``refused``: name and reason of those that do not count. ``unrelated``:
+    predicate types that nothing here reads.
     """
 
     named: dict[str, dict[bytes, list[Verified]]] = field(default_factory=dict)
-    refused: tuple[Refused, ...] = ()
+    refused: tuple[tuple[str, ForgeError], ...] = ()
     unrelated: tuple[str, ...] = ()
 
     def signed(self, name: str) -> list[Verified]:
@@ -86,9 +79,9 @@ class Evidence:
     def require(self, name: str) -> None:
         """Raise why there is no statement of this name: the reason of one that is refused."""
         if not self.named.get(name):
-            for row in self.refused:
-                if row.name == name:
-                    raise row.error
+            for refused, error in self.refused:
+                if refused == name:
+                    raise error
             what, remedy = f"missing {name}: nothing of it is attached", "have it attached, signed"
             raise errors.StatementMissingError(what, remedy=remedy)
 
@@ -106,7 +99,7 @@ class Evidence:
 def gather(attached: Sequence[Attached], digest: str, trust: Trust, now: datetime) -> Evidence:
     """Verify the signature, subject and type of each bundle that is attached to an image."""
     named: dict[str, dict[bytes, list[Verified]]] = {}
-    refused: list[Refused] = []
+    refused: list[tuple[str, ForgeError]] = []
     unrelated: set[str] = set()
     for item in attached:
         name = KINDS[item.stated].name if item.stated in KINDS else item.stated
@@ -122,7 +115,8 @@ def gather(attached: Sequence[Attached], digest: str, trust: Trust, now: datetim
             _require_place(verified, name, item)
             _require_subject(verified, digest, item.where)
         except ForgeError as error:
-            refused.append(Refused(name=name, error=_named(error, name)))
+            error.what = f"{printable(name)}: {error.what}"
+            refused.append((name, error))
         else:
             named.setdefault(name, {}).setdefault(verified.content, []).append(verified)
     return Evidence(named=named, refused=tuple(refused), unrelated=tuple(sorted(unrelated)))
@@ -176,13 +170,6 @@ def _require_subject(verified: Verified, digest: str, where: str) -> None:
             where=where,
             remedy="somebody moved it here: get the statements of this image",
         )
-
-
-def _named(error: ForgeError, name: str) -> ForgeError:
-    """The error, saying first which statement it is about."""
-    error.what = f"{printable(name)}: {error.what}"
-    error.args = (error.what,)
-    return error
 
 
 def content_of(row: Verified) -> str:

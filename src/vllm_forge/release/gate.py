@@ -6,7 +6,7 @@ in ``evidence``, by the code that a stranger runs, too.
 
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from vllm_forge.errors import ForgeError, suggestion
-from vllm_forge.images.checks import recorded_downloads
-from vllm_forge.images.record import carries_kernels
-from vllm_forge.kernels.coverage.families import AT_START, FINE
+from vllm_forge.kernels.coverage.families import FINE
 from vllm_forge.kernels.coverage.families import digest as families_digest
 from vllm_forge.kernels.selection.record import require_fresh
 from vllm_forge.matrix import FrozenModel, ImageCell
@@ -27,7 +25,12 @@ from vllm_forge.project import Project
 from vllm_forge.receipts.receipt import Receipt
 from vllm_forge.receipts.suite import read_suite
 from vllm_forge.receipts.verification import read_receipts
-from vllm_forge.release import errors
+from vllm_forge.release.errors import (
+    GateRefusedError,
+    RequirementError,
+    UnknownStageError,
+    WaiverError,
+)
 
 NAMED = 3  # files of a list
 PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
@@ -42,19 +45,6 @@ class Waiver(FrozenModel):
 
     def expired(self, now: datetime) -> bool:
         return now.astimezone(UTC).date() > self.until
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """Something that is missing."""
-
-    what: str
-    where: str
-    remedy: str
-
-    @classmethod
-    def of(cls, error: ForgeError) -> "Finding":
-        return cls(what=error.what, where=error.where, remedy=error.remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +68,7 @@ class Gate:
         days = self.policy.max_age_days
         return None if days is None else self.now - timedelta(days=days)
 
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[ForgeError]:
         """All that the checkout lacks."""
         checks = (
             (True, _for_development),
@@ -86,18 +76,17 @@ class Gate:
             (self.policy.proofs, _unproven),
             (self.policy.upstream, _regressed),
             (self.policy.kernels, _kernels_unknown),
-            (self.policy.archives is not None, _other_variant),
             (True, _untested),
         )
-        rows: list[Finding] = []
+        rows: list[ForgeError] = []
         for required, check in checks:
             try:
                 rows += check(self) if required else ()
             except ForgeError as error:
-                rows.append(Finding.of(error))
+                rows.append(error)
         return rows
 
-    def require(self, findings: Sequence[Finding]) -> None:
+    def require(self, findings: Sequence[ForgeError]) -> None:
         """Raise GateRefusedError with what is missing, if anything is."""
         if findings:
             rows = "".join(
@@ -108,7 +97,7 @@ class Gate:
             what = (
                 f"{self.cell.name}: {count} requirements of stage {self.stage} are not met:{rows}"
             )
-            raise errors.GateRefusedError(
+            raise GateRefusedError(
                 what,
                 where=f"matrix.toml, release.{self.stage}",
                 remedy="supply what is missing; each has its own remedy",
@@ -124,15 +113,13 @@ class Gate:
             == (self.cell.sku_name, self.cell.line_name)
         }
 
-    def report(self, findings: Sequence[Finding]) -> dict[str, Any]:
-        """The JSON document of a decision."""
+    def report(self, findings: Sequence[ForgeError]) -> dict[str, Any]:
+        """The JSON document of what is missing."""
         return {
-            "cell": self.cell.name,
-            "stage": self.stage,
-            "digest": self.digest,
-            "missing": [asdict(row) for row in findings],
+            "cell": self.cell.name, "stage": self.stage, "digest": self.digest,
+            "missing": [row.as_dict() for row in findings],
             "waivers": [row.model_dump(mode="json") for row in self.waivers],
-        }
+        }  # fmt: skip
 
 
 def policy_of(project: Project, stage: Stage) -> ReleasePolicy:
@@ -141,7 +128,7 @@ def policy_of(project: Project, stage: Stage) -> ReleasePolicy:
     if stage not in rows:
         what = f"stage {stage} has no policy: matrix.toml has {', '.join(rows) or 'none'}"
         remedy = f"add a table [release.{stage}]"
-        raise errors.UnknownStageError(what, where=str(project.root), remedy=remedy)
+        raise UnknownStageError(what, where=str(project.root), remedy=remedy)
     return rows[stage]
 
 
@@ -151,19 +138,19 @@ def make_waivers(
     """Waivers of the command line: tiers, an end and a reason, or none of them."""
     if not (bool(tiers) == (until is not None) == (reason is not None)):
         what = "incomplete waiver: --waive, --until and --reason belong together"
-        raise errors.WaiverError(what, remedy="give all three, or none")
+        raise WaiverError(what, remedy="give all three, or none")
     if until is None or reason is None:
         return ()
     for tier in tiers:
         if tier not in policy.tiers:
             what = f"invalid --waive {tier!r}: this stage does not require it"
             remedy = f"tiers: {', '.join(policy.tiers) or 'none'}"
-            raise errors.WaiverError(what + suggestion(tier, policy.tiers), remedy=remedy)
+            raise WaiverError(what + suggestion(tier, policy.tiers), remedy=remedy)
     try:
         return tuple(Waiver(tier=tier, until=until, reason=reason) for tier in dict.fromkeys(tiers))
     except ValueError:
         what = "invalid --reason: expected 10 to 500 characters in one line"
-        raise errors.WaiverError(what, remedy="say why, for whoever reads the release") from None
+        raise WaiverError(what, remedy="say why, for whoever reads the release") from None
 
 
 def head_commit(root: Path) -> tuple[str | None, list[str]]:
@@ -178,16 +165,16 @@ def head_commit(root: Path) -> tuple[str | None, list[str]]:
     return outputs[0].strip(), [row[3:] for row in outputs[1].splitlines()]
 
 
-def _for_development(gate: Gate) -> Iterator[Finding]:
+def _for_development(gate: Gate) -> Iterator[ForgeError]:
     if gate.stage == "release" and gate.cell.sku.development:
-        yield Finding(
-            what=f"{gate.cell.sku_name} is a SKU for development, which is never released for",
+        yield RequirementError(
+            f"{gate.cell.sku_name} is a SKU for development, which is never released for",
             where=f"matrix.toml, sku.{gate.cell.sku_name}.development",
             remedy="stop at stage candidate",
         )
 
 
-def _uncommitted(gate: Gate) -> Iterator[Finding]:
+def _uncommitted(gate: Gate) -> Iterator[ForgeError]:
     commit, changed = head_commit(gate.project.root)
     if commit is None:
         what, remedy = "the checkout has no commit", "release from a git checkout with a commit"
@@ -198,10 +185,10 @@ def _uncommitted(gate: Gate) -> Iterator[Finding]:
         remedy = "commit them, or remove them: git status"
     else:
         return
-    yield Finding(what=what, where=str(gate.project.root), remedy=remedy)
+    yield RequirementError(what, where=str(gate.project.root), remedy=remedy)
 
 
-def _unproven(gate: Gate) -> Iterator[Finding]:
+def _unproven(gate: Gate) -> Iterator[ForgeError]:
     """The record of proofs is only written when all are red without and green with their patch."""
     project, name, line = gate.project, gate.cell.line_name, gate.cell.line
     path = f"records/proofs/{name}.json"
@@ -217,10 +204,10 @@ def _unproven(gate: Gate) -> Iterator[Finding]:
     patches = [patch.name for patch in read_series(project.root / line.series)]
     if record != (tree, project.lock(name).digest, patches):
         what = f"the patches of line {name} are not proven on the present series and lock"
-        yield Finding(what=what, where=path, remedy=f"as root: nox -s prove -- --line {name}")
+        yield RequirementError(what, where=path, remedy=f"as root: nox -s prove -- --line {name}")
 
 
-def _regressed(gate: Gate) -> Iterator[Finding]:
+def _regressed(gate: Gate) -> Iterator[ForgeError]:
     project, name, line = gate.project, gate.cell.line_name, gate.cell.line
     path = f"records/upstream/{name}.json"
     trees, files = project.read_json(path, lambda data: (data["trees"], dict(data["files"])))
@@ -228,19 +215,19 @@ def _regressed(gate: Gate) -> Iterator[Finding]:
     lock = read_tree_lock(project.root / line.series, name)
     if trees != {"published": lock.base, "patched": lock.result}:
         what = f"vLLM's own tests were not run on the present series of line {name}"
-        yield Finding(what=what, where=path, remedy=remedy)
+        yield RequirementError(what, where=path, remedy=remedy)
     for file, counts in files.items():
         if lost := [outcome for outcome in counts if outcome.startswith("passed, then ")]:
             what = f"tests of {file} pass as published, not as patched: {lost[0]}"
-            yield Finding(what=what, where=path, remedy="correct the patch, then " + remedy)
+            yield RequirementError(what, where=path, remedy="correct the patch, then " + remedy)
 
 
-def _kernels_unknown(gate: Gate) -> Iterator[Finding]:
+def _kernels_unknown(gate: Gate) -> Iterator[ForgeError]:
     project, name, sku = gate.project, gate.cell.line_name, gate.cell.sku_name
     try:
         require_fresh(project, name)
     except ForgeError as error:
-        yield Finding.of(error)
+        yield error
     path = f"records/coverage/{name}.json"
     inputs, cells = project.read_json(
         path,
@@ -252,29 +239,15 @@ def _kernels_unknown(gate: Gate) -> Iterator[Finding]:
     remedy = f"nox -s forge -- kernels coverage --record --line {name}"
     if inputs != (project.lock(name).digest, families_digest()):
         what = f"kernel coverage of line {name} was recorded of other packages"
-        yield Finding(what=what, where=path, remedy=remedy)
+        yield RequirementError(what, where=path, remedy=remedy)
     for family, cell in cells.items():
         accepted = cell["needed_by"] is None or cell["exception"] is not None
         if not accepted and cell["verdict"] not in FINE:
             what = f"kernels of {family} are {cell['verdict']} on {sku}: {cell['detail']}"
-            yield Finding(what=what, where=path, remedy="use packages that have them")
+            yield RequirementError(what, where=path, remedy="use packages that have them")
 
 
-def _other_variant(gate: Gate) -> Iterator[Finding]:
-    """An image with kernel archives where the row says without, or the other way round."""
-    names = recorded_downloads(gate.project, gate.cell) if gate.digest else []
-    carried = carries_kernels(gate.project.root / "dist" / f"{gate.cell.name}.json")
-    if names and carried != (gate.policy.archives == "carried"):
-        has = "carries kernel archives" if carried else f"{AT_START} ({', '.join(names)})"
-        option = "without" if carried else "with"
-        yield Finding(
-            what=f"the image {has}; archives of stage {gate.stage} are {gate.policy.archives}",
-            where=f"matrix.toml, release.{gate.stage}.archives",
-            remedy=f"build it {option} --kernels",
-        )
-
-
-def _untested(gate: Gate) -> Iterator[Finding]:
+def _untested(gate: Gate) -> Iterator[ForgeError]:
     """Tiers without a receipt of this digest that is signed, valid and recent, and not waived."""
     waivers = {row.tier: row for row in gate.waivers}
     missing = {tier: row for tier in gate.policy.tiers if (row := _receipt_fault(gate, tier))}
@@ -282,20 +255,20 @@ def _untested(gate: Gate) -> Iterator[Finding]:
         if tier not in waivers:
             yield finding
         elif waivers[tier].expired(gate.now):
-            yield Finding(
-                what=f"the waiver of tier {tier} expired at the end of {waivers[tier].until}",
+            yield RequirementError(
+                f"the waiver of tier {tier} expired at the end of {waivers[tier].until}",
                 where="--until",
                 remedy="run the tier, or decide again with a later date",
             )
-    for tier in waivers.keys() - missing.keys():
-        yield Finding(
-            what=f"the waiver of tier {tier} is not needed: its receipt is valid",
+    for tier in waivers.keys() - missing.keys() if gate.digest else ():
+        yield RequirementError(
+            f"the waiver of tier {tier} is not needed: its receipt is valid",
             where=f"--waive {tier}",
             remedy="leave it out, so that nobody reads that the tier was not run",
         )
 
 
-def _receipt_fault(gate: Gate, tier: str) -> Finding | None:
+def _receipt_fault(gate: Gate, tier: str) -> ForgeError | None:
     cell, (sku, line) = gate.cell, (gate.cell.sku_name, gate.cell.line_name)
     if tier not in (known := read_suite(gate.project.root).tier):
         what = f"matrix.toml requires tier {tier!r}, which the suite does not have"
@@ -314,10 +287,10 @@ def _receipt_fault(gate: Gate, tier: str) -> Finding | None:
             f"the receipt of tier {tier} is of {finished.date()}; stage {gate.stage} takes none "
             f"older than {gate.policy.max_age_days} days"
         )
-        return Finding(what=what, where=where, remedy=remedy)
+        return RequirementError(what, where=where, remedy=remedy)
     refused = read_receipts(gate.project, gate.now, image=gate.digest or "", signed=True).refused
     for path, error in refused:
         if path.name == Path(where).name:
-            return Finding.of(error)
+            return error
     what = f"missing receipt of tier {tier} on {cell.sku.device} ({sku}) for {image}"
-    return Finding(what=what, where=where, remedy=remedy)
+    return RequirementError(what, where=where, remedy=remedy)

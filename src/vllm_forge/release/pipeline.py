@@ -25,8 +25,9 @@ from vllm_forge.release.decision import (
     Verifier,
     policy_of_stage,
 )
+from vllm_forge.release.errors import RequirementError
 from vllm_forge.release.evidence import DECISION, RECEIPT, Evidence, Trust, content_of
-from vllm_forge.release.gate import Finding, Gate
+from vllm_forge.release.gate import Gate
 from vllm_forge.release.published import from_registry
 from vllm_forge.release.push import push_layout
 from vllm_forge.release.referrers import attach
@@ -47,8 +48,8 @@ from vllm_forge.release.vex import make_vex
 from vllm_forge.signing import PrivateKey, Verified, sign
 from vllm_forge.signing.keyless import sign_keyless
 
-UNSIGNED = Finding(
-    what="no key signs the statements that this stage requires",
+UNSIGNED = RequirementError(
+    "no key signs the statements that this stage requires",
     where="--key",
     remedy="give a private key with --key, or --identity and --issuer where this host has them",
 )
@@ -62,9 +63,8 @@ class Job:
     """
 
     gate: Gate
+    plan: images.ImagePlan
     reference: Reference
-    engine: Engine
-    output: Path
     trust: Trust
     key: PrivateKey | None = None
     ca: Path | None = None
@@ -103,14 +103,14 @@ def release(job: Job, runner: Runner) -> Outcome | None:
     """
     gate, policy = job.gate, job.gate.policy
     gate.require(gate.findings() if job.signs or not policy.statements else [UNSIGNED])
-    cell, dry = gate.cell, isinstance(runner, RecordingRunner)
-    options = images.BuildOptions(output=job.output, base=LOCKED if policy.committed else ROOTFS)
-    plan = images.resolve(gate.project, cell, options, job.engine)
+    cell, plan, dry = gate.cell, job.plan, isinstance(runner, RecordingRunner)
     with runner.exclusive(f"release-{cell.name}"):
         if dry:
-            words = ["--line", cell.line_name, "--base", options.base, "--output", str(job.output)]
+            words = [f"--line={cell.line_name}", f"--base={plan.options.base}"]
+            words += [f"--engine={plan.engine.name}", f"--output={plan.options.output}"]
+            words += ["--kernels"] if plan.options.kernels else []
             runner.run(["nox", "-s", "forge", "--", "build", cell.sku_name, *words])
-        built = runner.act("hash every blob of the image", lambda: _build(job, plan, runner))
+        built = runner.act("hash every blob of the image", lambda: _build(job, runner))
         digest = "sha256:DIGEST" if dry else str(built().digest)
         push_layout(runner, plan.target, job.reference, digest, ca=job.ca)
         runner.act(
@@ -132,9 +132,20 @@ def release(job: Job, runner: Runner) -> Outcome | None:
         return None if dry else outcome()
 
 
-def _build(job: Job, plan: images.ImagePlan, runner: Runner) -> Gate:
+def plan_of(gate: Gate, output: Path, engine: Engine) -> images.ImagePlan:
+    """How the image of a cell is built at a stage, to a folder: in the variant of its policy."""
+    policy = gate.policy
+    options = images.BuildOptions(
+        output=output,
+        base=LOCKED if policy.committed else ROOTFS,
+        kernels=policy.archives == "carried",
+    )
+    return images.resolve(gate.project, gate.cell, options, engine)
+
+
+def _build(job: Job, runner: Runner) -> Gate:
     """Build the image unless it is there, hash its blobs, and judge the checkout for its digest."""
-    image, _ = images.build_image(plan, runner)
+    image, _ = images.build_image(job.plan, runner)
     images.verify(image, unpacked=True)  # a registry takes layers that no engine could unpack
     gate = replace(job.gate, digest=f"sha256:{image.digest}", now=job.clock())
     gate.require(gate.findings())
@@ -154,8 +165,8 @@ def _attach(job: Job, gate: Gate) -> None:
 
 def _bundles(job: Job, gate: Gate, evidence: Evidence) -> Iterator[tuple[str, bytes]]:
     """Predicate type and bundle of what an image lacks."""
-    image = images.read_image(job.output / gate.cell.name)
-    record = read_record(job.output / f"{gate.cell.name}.json") or {}
+    image = images.read_image(job.plan.target)
+    record = read_record(job.plan.record_path) or {}
     if not evidence.signed("sbom"):
         document = make_sbom(gate.project, gate.cell, image, record)
         yield SBOM, job.sign(image_statement(gate.cell, image, SBOM, document))
@@ -184,7 +195,7 @@ def _verification(job: Job, gate: Gate, *, decided: bool) -> Verification:
 
 def _check(job: Job, gate: Gate, *, decided: bool) -> Verification:
     verification = _verification(job, gate, decided=decided)
-    gate.require([Finding.of(error) for error in verification.run(deep=False).findings])
+    gate.require(verification.run().findings)
     return verification
 
 
@@ -223,7 +234,7 @@ def _decide(job: Job, gate: Gate, checked: Verification) -> tuple[Gate, Names, R
         slsa_version=SLSA_VERSION,
         detail=Detail(stage=gate.stage, tags=names.all, waivers=gate.waivers),
     )
-    image = images.read_image(job.output / gate.cell.name)
+    image = images.read_image(job.plan.target)
     predicate = decision.model_dump(mode="json", by_alias=True)
     statement = image_statement(gate.cell, image, VSA, predicate)
     subject = repository.manifest(digest)

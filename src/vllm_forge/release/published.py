@@ -3,10 +3,10 @@
 Everything is read by digest: a tag is resolved once, and what it names later does not matter.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from vllm_forge.errors import ForgeError
 from vllm_forge.host import parse_json, read_plain
@@ -15,7 +15,7 @@ from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layout import MANIFEST, Image, ImageLayer, read_image
 from vllm_forge.release.errors import BundleFileError, RegistryContentError
 from vllm_forge.release.referrers import PREDICATE, referrers
-from vllm_forge.release.registry import Manifest, Reference, Repository
+from vllm_forge.release.registry import Reference, Repository
 from vllm_forge.signing.bundle import LARGEST, MEDIA_TYPE
 
 SUFFIX = ".sigstore.json"
@@ -35,25 +35,19 @@ class Attached:
     error: ForgeError | None = None
 
 
-class Blobs(Protocol):
-    """Where the layers of an image are."""
-
-    def fetch(self, layers: Sequence[ImageLayer], work: Path) -> Path:
-        """Folder with ``blobs/sha256``: ``work``, or where they are; their hashes are right."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Published:
     """An image: manifest and configuration are what their digests say.
 
-    ``image``: its layers are files only after ``fetch``; ``tag``: by which it was asked for.
+    ``image``: its layers are files only after ``fetch``; ``tag``: by which it was asked for;
+    ``download``: where layers are not on this host, puts them into a folder.
     """
 
     where: str
     tag: str | None
     image: Image
     attached: tuple[Attached, ...]
-    blobs: Blobs
+    download: Callable[[Sequence[ImageLayer], Path], None] | None = None
 
     @property
     def digest(self) -> str:
@@ -65,39 +59,20 @@ class Published:
         return labels
 
     def fetch(self, layers: Sequence[ImageLayer], work: Path) -> tuple[ImageLayer, ...]:
-        """These layers as files, below ``work`` where they are not on this host."""
-        path = self.blobs.fetch(layers, work)
+        """These layers as files, below ``work`` where they are not on this host; LayoutError."""
+        image = self.image
+        if self.download is not None:
+            image = replace(image, path=work)
+            image.blob("").mkdir(parents=True, exist_ok=True)
+            self.download(layers, image.blob(""))
         names = {layer.blob.digest for layer in layers}
-        fetched = replace(self.image, path=path).layers
-        return tuple(layer for layer in fetched if layer.blob.digest in names)
-
-
-@dataclass(frozen=True)
-class _InRegistry:
-    repository: Repository
-    manifest: Manifest
-
-    def fetch(self, layers: Sequence[ImageLayer], work: Path) -> Path:
-        folder = work / "blobs" / "sha256"
-        folder.mkdir(parents=True, exist_ok=True)
-        names = {f"sha256:{layer.blob.digest}" for layer in layers}
-        blobs = [blob for blob in self.manifest.blobs() if blob.digest in names]
-        self.repository.stream_blobs(blobs, folder)
-        return work
-
-
-@dataclass(frozen=True)
-class _InLayout:
-    image: Image
-
-    def fetch(self, layers: Sequence[ImageLayer], work: Path) -> Path:
-        del work
-        for layer in layers:
+        fetched = tuple(layer for layer in image.layers if layer.blob.digest in names)
+        for layer in fetched:
             if (actual := file_digest(layer.blob.path)) != layer.blob.digest:
                 what = f"blob {layer.blob.digest} has sha256 {actual}"
                 remedy = "get the folder again from where it was published"
                 raise LayoutError(what, where=str(layer.blob.path), remedy=remedy)
-        return self.image.path
+        return fetched
 
 
 def from_registry(reference: Reference, ca: Path | None = None) -> Published:
@@ -117,8 +92,14 @@ def from_registry(reference: Reference, ca: Path | None = None) -> Published:
         what = f"not an image of vllm-forge: {error!r}"
         remedy = "give the reference of an image that vllm-forge released"
         raise RegistryContentError(what, where=str(where), remedy=remedy) from None
+    blobs = {blob.digest: blob for blob in found.blobs()}
+
+    def download(layers: Sequence[ImageLayer], folder: Path) -> None:
+        rows = [blobs[f"sha256:{layer.blob.digest}"] for layer in layers]
+        repository.stream_blobs(rows, folder)
+
     return Published(
-        where=str(where), tag=reference.tag, image=image, blobs=_InRegistry(repository, found),
+        where=str(where), tag=reference.tag, image=image, download=download,
         attached=tuple(_attached(repository, found.digest)),
     )  # fmt: skip
 
@@ -144,7 +125,7 @@ def from_layout(path: Path) -> Published:
         what, remedy = f"not an image of vllm-forge: {error!r}", "give the folder of a mirror"
         raise LayoutError(what, where=str(path), remedy=remedy) from None
     return Published(
-        where=f"{path}@sha256:{image.digest}", tag=None, image=image, blobs=_InLayout(image),
+        where=f"{path}@sha256:{image.digest}", tag=None, image=image,
         attached=tuple(read_bundles(attest_folder(path))),
     )  # fmt: skip
 

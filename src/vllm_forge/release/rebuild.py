@@ -6,7 +6,6 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from vllm_forge.host import Runner
 from vllm_forge.images.layer import LayerBlob, plain_tar
@@ -18,7 +17,6 @@ from vllm_forge.release.published import Published
 from vllm_forge.release.statements import Provenance
 from vllm_forge.release.verify import work_folder
 
-CHUNK = 1 << 20
 SHOWN = 20  # files of a layer
 PREWARM = "compiled kernels"
 
@@ -101,14 +99,9 @@ def _files(blob: LayerBlob) -> dict[str, str]:
     with plain_tar(blob) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
         for info in tar:
             file = tar.extractfile(info) if info.isreg() else None
-            digest = _hash(file) if file else info.linkname
+            digest = info.linkname
+            if file is not None:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
             kind, owner = info.type.decode(errors="replace"), f"{info.uid}:{info.gid}"
             rows[info.name] = f"{kind} {info.mode:o} {owner} {info.mtime:.0f} {digest}"
     return rows
-
-
-def _hash(file: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(CHUNK):
-        digest.update(block)
-    return digest.hexdigest()

@@ -32,30 +32,10 @@ class Names:
         return tuple(filter(None, (self.fixed, self.moving)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Numbered:
-    """A tag that never moves; ``candidate`` is None for a release."""
-
-    tag: str
-    release: int
-    candidate: int | None
-
-
 def forms(cell: ImageCell, stage: Stage) -> list[str]:
     """The tags of a stage before they are counted, for a dry run."""
     names = choose_names(cell, stage, "", (), lambda _: None).all
     return [re.sub(r"(forge\.|rc)1\b", r"\1<n>", name) for name in names]
-
-
-def numbered(cell: ImageCell, tags: tuple[str, ...]) -> list[Numbered]:
-    """The tags that never move, of this vLLM and SKU."""
-    rows = []
-    for tag in tags:
-        match = NUMBERED.fullmatch(tag)
-        if match and (match["vllm"], match["sku"]) == (cell.line.vllm, cell.sku_name):
-            candidate = match["m"] and int(match["m"])
-            rows.append(Numbered(tag=tag, release=int(match["n"]), candidate=candidate or None))
-    return rows
 
 
 def previous_release(tag: str) -> str | None:
@@ -76,16 +56,18 @@ def choose_names(
     """The tags of an image ``sha256:<hex>`` at a stage; ``resolve``: a tag's digest now."""
     if stage == "dev":
         return Names(moving=f"{cell.line_name}-{cell.sku_name}-dev")
-    rows = numbered(cell, tags)
-    released = {row.release: row.tag for row in rows if row.candidate is None}
+    matches = filter(None, map(NUMBERED.fullmatch, tags))
+    own = [m for m in matches if (m["vllm"], m["sku"]) == (cell.line.vllm, cell.sku_name)]
+    released = {int(match["n"]): match[0] for match in own if not match["m"]}
     following = max(released, default=0) + 1
     prefix, suffix = f"{cell.line.vllm}-forge.", f"-{cell.sku_name}"
     if stage == "candidate":
-        for row in rows:
-            if row.candidate is not None and resolve(row.tag) == digest:
-                return Names(fixed=row.tag)
-        number = max((row.candidate or 0 for row in rows if row.release == following), default=0)
-        return Names(fixed=f"{prefix}{following}{suffix}-rc{number + 1}")
+        candidates = [match for match in own if match["m"]]
+        for match in candidates:
+            if resolve(match[0]) == digest:
+                return Names(fixed=match[0])
+        numbers = [int(match["m"]) for match in candidates if int(match["n"]) == following]
+        return Names(fixed=f"{prefix}{following}{suffix}-rc{max(numbers, default=0) + 1}")
     for number, tag in released.items():
         if resolve(tag) == digest:
             following = number

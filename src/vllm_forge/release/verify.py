@@ -294,7 +294,7 @@ class Verification:
 
     def _notes(self, *, deep: bool) -> None:
         report, decided = self.report, self.decided
-        report.not_counted = [str(row.error).replace("\n", ";") for row in self.evidence.refused]
+        report.not_counted = [str(row).replace("\n", ";") for _, row in self.evidence.refused]
         report.not_counted += [f"unknown predicate type: {row}" for row in self.evidence.unrelated]
         if not deep:
             report.not_checked.append("bytes of the layers: --deep")

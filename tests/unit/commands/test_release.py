@@ -71,7 +71,7 @@ def test_dry_run_prints_commands_and_the_form_of_the_tags(
     assert main([*argv, "--registry", "localhost:1/forge", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     commands = [line for line in lines if not line.startswith("#")]
-    assert commands[0].startswith("nox -s forge -- build b300 --line 0.26 --base locked")
+    assert commands[0].startswith("nox -s forge -- build b300 --line=0.26 --base=locked")
     assert commands[1].startswith("skopeo copy ")
     assert lines[-1].endswith("0.26.0-forge.<n>-b300, 0.26-b300")
 

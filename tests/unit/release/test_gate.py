@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from datetime import UTC, date, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from vllm_forge.images.record import keep_digest
+from tests.support.fast_build import FastEngine
 from vllm_forge.project import Project
 from vllm_forge.release.errors import GateRefusedError, UnknownStageError, WaiverError
 from vllm_forge.release.gate import Gate, Waiver, make_waivers, policy_of
+from vllm_forge.release.pipeline import plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from vllm_forge.images.engines import Engine
     from vllm_forge.matrix.model import Stage
 
 NOW = datetime(2026, 11, 30, 12, tzinfo=UTC)
@@ -91,29 +94,14 @@ def test_candidate_and_dev_lack_nothing(project: Project) -> None:
         row.require([])
 
 
-@pytest.mark.parametrize(("archives", "carried"), [("network", False), ("carried", True)])
-def test_variant_that_the_row_names_is_required(
-    archives: str, carried: bool, project: Project, monkeypatch: pytest.MonkeyPatch, cache: Path
+@pytest.mark.parametrize(("archives", "kernels"), [("network", False), ("carried", True)])
+def test_variant_that_the_row_names_is_built(
+    project: Project, tmp_path: Path, archives: str, kernels: bool
 ) -> None:
-    """Only for a SKU whose presets need kernel archives; by what the build left in the cache."""
-    del cache
-    matrix = project.root / "matrix.toml"
-    text = matrix.read_text()
-    assert text.count('archives = "network"') == 2
-    matrix.write_text(text.replace('archives = "network"', f'archives = "{archives}"'))
-    git(project.root, "commit", "-qa", "--allow-empty", "-m", "row")
-    project, digest = Project(project.root), f"sha256:{'7' * 64}"
-    for has in (carried, not carried):
-        path = project.root / "dist" / "vllm-0.26.0-b300.json"
-        path.parent.mkdir(exist_ok=True)
-        inputs: dict[str, Any] = {"kernels": {}} if has else {}
-        record = {"digest": digest, "blobs": {}, "engine": "buildah", "inputs": inputs}
-        path.write_text(json.dumps(record))
-        keep_digest(path, inputs, digest)
-        found = whats(gate(project, stage="candidate", digest=digest))
-        words = "carries kernel archives" if has else "needs network at first start"
-        assert [words in what for what in found] == ([] if has == carried else [True])
-    assert whats(gate(project, stage="candidate", sku="h200", digest=digest)) == []
+    row = gate(project, stage="candidate")
+    row = replace(row, policy=row.policy.model_copy(update={"archives": archives}))
+    options = plan_of(row, tmp_path, cast("Engine", FastEngine())).options
+    assert (options.kernels, options.base) == (kernels, "locked")
 
 
 def test_stage_without_a_row_is_refused(project: Project) -> None:

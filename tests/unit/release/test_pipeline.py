@@ -165,6 +165,15 @@ def test_waiver_is_in_the_decision(releases: Releases) -> None:
     assert f"released without tier server, by a waiver that expired: {today}" in error.what
 
 
+def test_waiver_that_is_not_needed_is_refused(releases: Releases) -> None:
+    """Of an image that is built, as only then its receipts are known."""
+    digest = run(releases, "dev", key=None).digest
+    add_receipt(releases.mini, digest, releases.keys["lab"])
+    waivers = (Waiver(tier="server", until=datetime.now(UTC).date(), reason=REASON),)
+    with pytest.raises(GateRefusedError, match="the waiver of tier server is not needed"):
+        run(releases, "release", waivers=waivers)
+
+
 def test_second_run_changes_nothing(releases: Releases, registry: RegistryServer) -> None:
     first = run(releases, "candidate")
     manifests, tags = dict(registry.manifests), dict(registry.tags)
