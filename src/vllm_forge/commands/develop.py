@@ -25,6 +25,8 @@ def register(choices: Commands) -> None:
     one = command(choices, "docs", docs)
     one.add_argument("--check", action="store_true", help="compare only; fail if one differs")
     command(choices, "schema", schema)
+    one = command(choices, "report", report_page)
+    one.add_argument("--output", type=Path, help="file (default: dist/report.html)")
     ci = group(choices, "ci", help="print the pipeline of a CI service")
     command(ci, "buildkite", buildkite)
     bench = group(choices, "bench", help="measure; results go to records/bench")
@@ -91,6 +93,16 @@ def schema(project: Project, _: argparse.Namespace) -> None:
     from vllm_forge.pages.registry import write_pages
 
     write_pages(project, "matrix.schema.json")
+
+
+def report_page(project: Project, args: argparse.Namespace) -> None:
+    """Write what is proven, of all records, as one HTML file."""
+    from vllm_forge.pages.report import report as render
+
+    target = args.output or project.root / "dist" / "report.html"
+    with atomic_path(target) as aside:
+        aside.write_text(render(project), encoding="utf-8")
+    print(target)
 
 
 def buildkite(project: Project, _: argparse.Namespace) -> None:

@@ -26,8 +26,13 @@ REASON_COLUMNS = ("SKU", "artifact", "taken", "passed over")
 
 
 def selection(project: Project) -> str:
+    return render_selection(selections(project))
+
+
+def selections(project: Project) -> list[SelectionRecord]:
+    """The record of each line that has one."""
     names = [name for name in project.matrix.line if selection_path(project.records, name).exists()]
-    return render_selection([read_selection(project.records, name) for name in names])
+    return [read_selection(project.records, name) for name in names]
 
 
 def render_selection(lines: Sequence[SelectionRecord]) -> str:
@@ -38,11 +43,6 @@ def render_selection(lines: Sequence[SelectionRecord]) -> str:
         others = [row for row in _grid_rows(recorded.published) if row not in grid]
         with_ = dict.fromkeys(name for row in grid for name in row if name.startswith("with "))
         columns = (*GRID_COLUMNS, *with_, *MORE_COLUMNS)
-        presets = [
-            {"preset": name, "artifact": artifact} | _cells(answer)
-            for (kind, name, artifact, *_), answer in _places(recorded.rows)
-            if kind == "preset"
-        ]
         parts += [
             f"\n## Line {line}: every SKU with every artifact\n",
             f"At `{' '.join(GRID_ARGUMENTS)}`, with MTP where the artifact has it. vLLM {vllm}, "
@@ -52,12 +52,21 @@ def render_selection(lines: Sequence[SelectionRecord]) -> str:
             "The rows in which the release without the line's series answers otherwise.\n",
             _markdown(columns, others),
             f"\n## Line {line}: presets\n",
-            _markdown(PRESET_COLUMNS, presets),
+            _markdown(PRESET_COLUMNS, preset_rows(recorded)),
             f"\n## Line {line}: why not another backend\n",
             "What vLLM said of the candidates for the routed experts that it passed over.\n",
             _markdown(REASON_COLUMNS, _reasons(recorded.rows)),
         ]
     return "\n".join(parts).strip("\n")
+
+
+def preset_rows(recorded: SelectionRecord) -> list[dict[str, str]]:
+    """PRESET_COLUMNS of each preset with each of its artifacts."""
+    return [
+        {"preset": name, "artifact": artifact} | _cells(answer)
+        for (kind, name, artifact, *_), answer in _places(recorded.rows)
+        if kind == "preset"
+    ]
 
 
 def selection_table(recorded: SelectionRecord) -> Table:
@@ -149,9 +158,13 @@ def _markdown(columns: Sequence[str], rows: Iterable[dict[str, str]]) -> str:
 
 
 def coverage(project: Project) -> str:
+    return render_coverage(coverages(project), catalogue())
+
+
+def coverages(project: Project) -> list[Mapping[str, Any]]:
+    """The record of each line that has one."""
     paths = [f"records/coverage/{name}.json" for name in project.matrix.line]
-    records = [project.read_json(path, _record) for path in paths if (project.root / path).exists()]
-    return render_coverage(records, catalogue())
+    return [project.read_json(path, _record) for path in paths if (project.root / path).exists()]
 
 
 def _record(record: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -186,7 +199,7 @@ def coverage_table(record: Mapping[str, Any], rows: Catalogue) -> str:
         *(
             [
                 name,
-                *(_codes(cells[sku]).replace("\\*", "*").replace("**", "") for sku in skus),
+                *(plain_codes(cells[sku]) for sku in skus),
             ]
             for name, cells in record["coverage"].items()
         ),
@@ -197,6 +210,11 @@ def coverage_table(record: Mapping[str, Any], rows: Catalogue) -> str:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         lines.append("  ".join(cells).rstrip())
     return "\n".join([*lines, *_problems(record, rows)]).rstrip() + "\n"
+
+
+def plain_codes(cell: Mapping[str, Any]) -> str:
+    """What a family runs as on a SKU, as text."""
+    return _codes(cell).replace("\\*", "*").replace("**", "")
 
 
 def _codes(cell: Mapping[str, Any]) -> str:

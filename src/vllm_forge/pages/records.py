@@ -100,7 +100,7 @@ def first_change(patch: dict[str, Any]) -> dict[str, str] | None:
 
 
 def drift(data: dict[str, Any]) -> str:
-    lines = [f"Written on {data['made']} by `{data['command']}`.\n", table(*_summary(data))]
+    lines = [f"Written on {data['made']} by `{data['command']}`.\n", table(*drift_summary(data))]
     for change in data["changes"]:
         lines += ["", f"## {change['name']}", "", f"{change['summary']}. <{change['bug']}>", ""]
         rows, runs = [], []
@@ -119,10 +119,11 @@ def drift(data: dict[str, Any]) -> str:
 
 def drift_table(data: dict[str, Any]) -> Table:
     """The first table of the page, for a terminal."""
-    return terminal_table(*_summary(data))
+    return terminal_table(*drift_summary(data))
 
 
-def _summary(data: dict[str, Any]) -> tuple[list[str], Iterator[list[str]]]:
+def drift_summary(data: dict[str, Any]) -> tuple[list[str], Iterator[list[str]]]:
+    """Releases by changes."""
     changes = data["changes"]
 
     def cell(change: dict[str, Any], release: str) -> str:
