@@ -142,8 +142,7 @@ def releases_between(index: Index, first: str, last: str | None) -> list[Release
 def fetch_releases(index: Index, releases: Sequence[Release], repo: SourceRepo) -> None:
     """Download the archives that are neither imported nor in the cache, side by side."""
     absent = [release.archive for release in releases if repo.tree(release.version) is None]
-    if missing := [archive for archive in absent if not archive.target.exists()]:
-        download_all(index.session, missing)
+    download_all(index.session, absent)
 
 
 def survey_lines(

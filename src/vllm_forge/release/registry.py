@@ -22,7 +22,6 @@ from urllib3.exceptions import HTTPError
 
 from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.host import parse_json
-from vllm_forge.host.files import file_digest
 from vllm_forge.images.layout import MANIFEST
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.release.errors import (
@@ -211,11 +210,8 @@ class Repository:
             )
             for blob in blobs
         ]
-        for item in downloads:
-            if item.target.exists() and file_digest(item.target) != item.sha256:
-                item.target.unlink()
         try:
-            download_all(self.session, [item for item in downloads if not item.target.exists()])
+            download_all(self.session, downloads)
         except OTHER_FILE as error:
             what = f"a blob is not what its manifest says: {error.what}"
             raise self._lie(what, error.where) from None

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_forge.host import cache_root, exclusive
-from vllm_forge.host.errors import CacheError
 from vllm_forge.sources import errors
-from vllm_forge.sources.fetch import Download, Wheelhouse, download_all, verified
+from vllm_forge.sources.fetch import Download, Wheelhouse, download_all
 from vllm_forge.sources.index import PatientSession
 from vllm_forge.sources.lock import LockedWheel
 
@@ -60,7 +59,6 @@ class Archive:
                 target=self.folder / path,
             )
             for path, sha256 in hashes.items()
-            if not _is_kept(self.folder / path, sha256)
         ]  # fmt: skip
         try:
             download_all(PatientSession(), downloads)
@@ -68,14 +66,6 @@ class Archive:
             error.remedy = f"name a mirror in {MIRROR}, or build without --kernels: FlashInfer "
             error.remedy += "then downloads them at the first start"
             raise
-
-
-def _is_kept(path: Path, sha256: str) -> bool:
-    try:
-        verified(path, sha256)
-    except (CacheError, errors.HashMismatchError):  # missing; or damaged, and deleted by now
-        return False
-    return True
 
 
 def read_archives(wheel: LockedWheel) -> list[Archive]:

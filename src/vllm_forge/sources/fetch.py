@@ -58,14 +58,24 @@ class Download:
         have = self.part.stat().st_size if self.part.exists() else 0
         return have if self.exact and have <= self.size else 0
 
+    def is_done(self) -> bool:
+        """Whether the target is there, with its hash; a damaged one is deleted."""
+        try:
+            verified(self.target, self.sha256)
+        except (CacheError, errors.HashMismatchError):
+            return False
+        return True
+
 
 def download_all(session: requests.Session, downloads: Sequence[Download]) -> None:
-    """Fetch all, largest first; each appears under its name only when its hash is right.
+    """Fetch what is not there, largest first; each appears only when its hash is right.
 
     What arrived of an unfinished file stays beside its target as ``.part`` and is resumed
     by the next call. An error of ``sources.errors`` says what keeps a file from coming, or
     DiskSpaceError from being written.
     """
+    if not (downloads := [item for item in downloads if not item.is_done()]):
+        return
     missing = sum(item.size - item.kept for item in downloads if item.exact)
     with transfer_progress(f"download {len(downloads)} files", missing) as advance:
         fetcher = _Fetcher(session, advance)
