@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from vllm_forge.commands import MODULES
-from vllm_forge.commands.parsers import Parser, parse
+from vllm_forge.commands.parsers import Parser, Version, parse
 from vllm_forge.errors import ForgeError
 from vllm_forge.host import console, printable
 from vllm_forge.host.errors import FileAccessError
@@ -32,6 +32,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="vllm-forge", description="Build and prove patched vLLM images.", epilog=CODES
     )
+    parser.add_argument("--version", action=Version, nargs=0, help="print version and commit")
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in MODULES:
         module.register(choices)
@@ -66,7 +67,10 @@ def _run(argv: Sequence[str]) -> int:
     try:
         args = parse(_parser(), argv)
         try:
-            args.call(Project.find(), args)
+            project = Project.find()
+            if not args.packaged:
+                project.require_checkout(args.parser.prog)
+            args.call(project, args)
             sys.stdout.flush()
         except Exception:
             as_json = as_json and not args.answered

@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from vllm_forge.host import read_data
 from vllm_forge.matrix import ImageCell, Line, Matrix, find_root, image_cell, load
-from vllm_forge.matrix.cells import find_line
-from vllm_forge.matrix.errors import RecordFileError
+from vllm_forge.matrix.cells import PACKAGED, find_line
+from vllm_forge.matrix.errors import CheckoutMissingError, RecordFileError
 from vllm_forge.sources import Index, Lock, read_lock
 
 
@@ -22,6 +22,13 @@ class Project:
     @classmethod
     def find(cls) -> Self:
         return cls(find_root())
+
+    def require_checkout(self, command: str) -> None:
+        """Raise unless this is a checkout: nothing is written to the data of a wheel."""
+        if self.root == PACKAGED:
+            what = f"{command} needs a checkout of vllm-forge, and there is none here"
+            remedy = "run it inside a checkout, or set VLLM_FORGE_ROOT to one"
+            raise CheckoutMissingError(what, where=str(Path.cwd()), remedy=remedy)
 
     @cached_property
     def matrix(self) -> Matrix:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import tomllib
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from vllm_forge.matrix import Matrix, load
+from vllm_forge.matrix import Matrix, find_root, load
 from vllm_forge.matrix.errors import MatrixFileError, MatrixValueError
 
 Data = dict[str, Any]
@@ -129,3 +130,29 @@ def test_link_out_of_the_checkout_is_refused(copied: Path, name: str, tmp_path: 
 def test_link_to_the_checkout_itself_is_followed(copied: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(copied)
     assert load(tmp_path / "link").line
+
+
+@pytest.mark.parametrize("place", ["folder", "matrix.toml"])
+def test_checkout_of_another_user_does_not_hide_the_data_of_a_wheel(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Such as /tmp/matrix.toml, with keys that `verify` would trust."""
+    data, planted, work = tmp_path / "data", tmp_path / "tmp", tmp_path / "tmp" / "work"
+    for folder in (data, planted, work):
+        folder.mkdir()
+    shutil.copy(root / "matrix.toml", data)
+    monkeypatch.setattr("vllm_forge.matrix.cells.PACKAGED", data)
+    monkeypatch.delenv("VLLM_FORGE_ROOT", raising=False)
+    monkeypatch.chdir(work)
+    assert find_root() == data
+    shutil.copy(root / "matrix.toml", planted)
+    assert find_root() == planted
+    if os.geteuid() == 0:
+        os.chown(planted if place == "folder" else planted / "matrix.toml", 4711, 4711)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(MatrixFileError, match="another user") as caught:
+        find_root()
+    assert "VLLM_FORGE_ROOT" in caught.value.remedy
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(planted))
+    assert find_root() == planted

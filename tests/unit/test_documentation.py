@@ -38,7 +38,7 @@ LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
 # Programs of others, whose options are not checked.
 OTHERS = {
     "buildkite-agent", "cosign", "curl", "docker", "git", "grep", "openssl", "oras", "pip",
-    "pre-commit", "sh", "skopeo", "tar",
+    "pre-commit", "sh", "skopeo", "tar", "uv",
 }  # fmt: skip
 SCRIPTS = {"scripts/install_vllm_with_patches.sh": ["install"]}
 ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
@@ -114,6 +114,8 @@ def forge_commands(words: list[str], monkeypatch: pytest.MonkeyPatch) -> list[li
         AssertionError: it is not a command that exists.
     """
     program, *rest = words
+    if program == "uvx":  # --from WHEEL vllm-forge ...
+        return [words[words.index("vllm-forge") + 1 :]]
     if program in OTHERS or words[:4] == ["python3", "-m", "pip", "install"]:
         return []
     if program == "bash" or program.startswith((".nox/", "scripts/")):
@@ -148,7 +150,7 @@ def test_documented_command_parses(
     page: str, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for argv in forge_commands(words, monkeypatch):
-        if "--help" not in argv:
+        if not {"--help", "--version"} & set(argv):
             parse(cli._parser(), argv)
 
 

@@ -12,7 +12,7 @@ from vllm_forge.project import Project
 
 def register(choices: Commands) -> None:
     checkpoint = group(choices, "checkpoint", help="inspect, quantize and make checkpoints")
-    one = command(checkpoint, "inspect", inspect_checkpoint, EVERY_LINE, JSON)
+    one = command(checkpoint, "inspect", inspect_checkpoint, EVERY_LINE, JSON, packaged=True)
     one.add_argument(
         "place", help="a folder, a model.safetensors.index.json, or owner/name[@revision]"
     )

@@ -3,10 +3,13 @@
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
+import vllm_forge
 from vllm_forge.errors import UsageError
 from vllm_forge.host import suggestion
+from vllm_forge.matrix.cells import PACKAGED
 from vllm_forge.project import Project
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -45,6 +48,21 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"invalid choice {value!r}{hint}")
 
 
+class Version(argparse.Action):
+    """Print the version and the commit: a wheel has it in its data, a checkout in git."""
+
+    def __call__(self, *_: Any) -> NoReturn:
+        from vllm_forge.release.gate import head_commit
+
+        if PACKAGED.is_dir():
+            commit = (PACKAGED / "COMMIT").read_text(encoding="utf-8").strip()
+        else:
+            head, changed = head_commit(Path(vllm_forge.__file__).parents[2])
+            commit = (head or "unknown") + (" with changes" if changed else "")
+        print(f"vllm-forge {vllm_forge.__version__}, commit {commit}")
+        raise SystemExit
+
+
 class _Sku(argparse.Action):
     """Two places for one value; another one is kept as ``surplus``, for ``parse`` to reject."""
 
@@ -74,13 +92,17 @@ def command(
     name: str,
     call: Callable[[Project, argparse.Namespace], None],
     *parents: Parser,
+    packaged: bool = False,
 ) -> Parser:
-    """Add a command, described by the docstring of the function that runs it."""
+    """Add a command, described by the docstring of the function that runs it.
+
+    ``packaged``: it needs no checkout, the data of a wheel do.
+    """
     text = " ".join((call.__doc__ or "").split())
     parser = choices.add_parser(
         name, help=text[:1].lower() + text[1:].rstrip("."), description=text, parents=parents
     )
-    parser.set_defaults(call=call, parser=parser, answered=False)
+    parser.set_defaults(call=call, parser=parser, answered=False, packaged=packaged)
     return parser
 
 
@@ -92,7 +114,7 @@ def group(choices: Commands, name: str, *, help: str) -> Commands:
     def missing(_: Project, args: argparse.Namespace) -> None:
         args.parser.error(f"missing COMMAND: expected one of {', '.join(commands.choices)}")
 
-    parser.set_defaults(call=missing, parser=parser, answered=False)
+    parser.set_defaults(call=missing, parser=parser, answered=False, packaged=True)
     return commands
 
 

@@ -33,7 +33,7 @@ def register(choices: Commands) -> None:
     one.add_argument("--from", dest="first", default=OLDEST, help=f"oldest release ({OLDEST})")
     one.add_argument("--to", dest="last", help="newest release (default: the index's)")
 
-    one = command(choices, "install", install, LINE)
+    one = command(choices, "install", install, LINE, packaged=True)
     one.add_argument("--python", type=Path, help="its interpreter (default: the active one's)")
     one.add_argument("--revert", action="store_true", help="restore every published file")
 

@@ -65,17 +65,18 @@ def register(choices: Commands) -> None:
     one.add_argument("--output", type=Path, help="folder for the OCI layout (default: dist)")
     one.add_argument("--dry-run", action="store_true", help="print the commands, do nothing")
 
-    one = command(choices, "verify", verify, target, JSON, ca, identity, trust, stage)
+    checked = (target, JSON, ca, identity, trust, stage)
+    one = command(choices, "verify", verify, *checked, packaged=True)
     one.add_argument("--offline", action="store_true", help="use no network: IMAGE is a folder")
     one.add_argument("--deep", action="store_true", help="also hash all bytes of its layers")
     one.add_argument("--rebuild", action="store_true", help="also build its commit, and compare")
 
-    one = command(choices, "notes", notes, target, ca, identity, trust, stage)
+    one = command(choices, "notes", notes, target, ca, identity, trust, stage, packaged=True)
     one.add_argument("--since", metavar="IMAGE", help="default: the release before")
-    one = command(choices, "sbom", sbom, target, ca, identity, trust)
+    one = command(choices, "sbom", sbom, target, ca, identity, trust, packaged=True)
     one.set_defaults(stage="release")
     one.add_argument("--diff", metavar="IMAGE", help="print what changed since this one")
-    one = command(choices, "mirror", mirror, target, ca)
+    one = command(choices, "mirror", mirror, target, ca, packaged=True)
     one.add_argument("to", metavar="TO", help="registry, or folder that will be made")
 
     receipts = group(choices, "receipts", help="sign receipts, and accept those of others")
@@ -135,6 +136,8 @@ def verify(project: Project, args: argparse.Namespace) -> None:
 
     if args.offline and args.rebuild:
         raise UsageError("--rebuild downloads what is not in the cache", remedy="drop --offline")
+    if args.rebuild:
+        project.require_checkout("verify --rebuild")
     verification = _verification(project, args, args.target)
     report = verification.run(deep=args.deep)
     if not args.rebuild:

@@ -17,7 +17,7 @@ PLAN_WIDTH = 120
 
 def register(choices: parsers.Commands) -> None:
     artifact = option("--artifact", help="default: the preset's first")
-    one = command(choices, "serve", serve, SKU, LINE, artifact)
+    one = command(choices, "serve", serve, SKU, LINE, artifact, packaged=True)
     one.remedy = (
         "vLLM's options are those of the preset; to add others, append them to the command that "
         "--print prints, or add a [preset] row to matrix.toml"
@@ -25,8 +25,8 @@ def register(choices: parsers.Commands) -> None:
     one.add_argument("--preset", required=True, help="e.g. mtp, plain, tp2-mtp")
     one.add_argument("--engine", choices=["docker", "podman"], help="default: the one that answers")
     one.add_argument("--print", dest="print_only", action="store_true", help="only print it")
-    command(choices, "plan", plan, SKU, LINE, JSON)
-    one = command(choices, "doctor", doctor, SKU, LINE, JSON, artifact)
+    command(choices, "plan", plan, SKU, LINE, JSON, packaged=True)
+    one = command(choices, "doctor", doctor, SKU, LINE, JSON, artifact, packaged=True)
     one.add_argument("--preset", help="default: the SKU's first")
     source = one.add_mutually_exclusive_group()
     source.add_argument("--save", type=Path, metavar="DIR", help="keep what the host's tools said")

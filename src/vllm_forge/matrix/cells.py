@@ -13,6 +13,9 @@ from vllm_forge.host import read_plain
 from vllm_forge.matrix import errors
 from vllm_forge.matrix.model import Base, LayerRule, Line, Matrix, Sku
 
+# What a wheel has of the checkout that it was built from, see scripts/hatch_build.py.
+PACKAGED = Path(__file__).resolve().parents[1] / "data"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageCell:
@@ -94,11 +97,24 @@ def serve_arguments(matrix: Matrix, preset_name: str) -> tuple[list[str], dict[s
 
 
 def find_root() -> Path:
-    """Folder that holds matrix.toml: ``VLLM_FORGE_ROOT``, the working directory or a parent."""
-    start = Path(os.environ.get("VLLM_FORGE_ROOT") or Path.cwd()).resolve()
+    """Folder that holds matrix.toml: ``VLLM_FORGE_ROOT``, the working directory or a parent.
+
+    Where there is none, an installed wheel has its data. Its user relies on the keys in them, so it
+    takes no checkout that another user may have put above the working directory.
+    """
+    given = os.environ.get("VLLM_FORGE_ROOT")
+    start = Path(given or Path.cwd()).resolve()
+    packaged = not given and (PACKAGED / "matrix.toml").is_file()
     for folder in (start, *start.parents):
-        if (folder / "matrix.toml").is_file():
+        if (path := folder / "matrix.toml").is_file():
+            owners = {folder.stat().st_uid, path.stat().st_uid}
+            if packaged and not owners <= {0, os.geteuid()}:
+                what = "matrix.toml, in the working directory or above, is of another user"
+                remedy = "run in another folder; to use that checkout, set VLLM_FORGE_ROOT"
+                raise errors.MatrixFileError(what, where=str(path), remedy=remedy)
             return folder
+    if packaged:
+        return PACKAGED
     remedy = "run inside a checkout of vllm-forge, or set VLLM_FORGE_ROOT"
     raise errors.MatrixFileError("no matrix.toml here or above", where=str(start), remedy=remedy)
 

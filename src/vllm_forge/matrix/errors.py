@@ -9,6 +9,10 @@ class MatrixFileError(ForgeError, exit_code=REFUSED):
     """matrix.toml is missing or is not TOML."""
 
 
+class CheckoutMissingError(ForgeError, exit_code=REFUSED):
+    """The command needs a checkout, and an installed wheel has only its data."""
+
+
 class MatrixValueError(ForgeError, exit_code=REFUSED):
     """matrix.toml has an unknown key, or a value of the wrong type or against another row."""
 
