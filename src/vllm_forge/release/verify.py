@@ -3,6 +3,7 @@
 Everything that a stage requires must be there and hold; what was not checked is said.
 """
 
+import re
 import tarfile
 import tempfile
 import zlib
@@ -30,13 +31,14 @@ from vllm_forge.release.evidence import DECISION, RECEIPT, Evidence, Trust, cont
 from vllm_forge.release.gate import Waiver
 from vllm_forge.release.published import Published
 from vllm_forge.release.sbom import compare_contents, packages_of
-from vllm_forge.release.statements import Provenance
+from vllm_forge.release.statements import BUILDER, Provenance
 from vllm_forge.release.tags import NUMBERED
 from vllm_forge.signing import Verified
 
 LAYER_BYTES = 64 << 20  # of a layer that may hold stack.json; that of a series has 1 MB or less
 PLAIN_BYTES = 256 << 20
 SHOWN = 5  # differences
+COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 NEEDED = {"compute_capability", "debian", "packages", "series", "vllm_release"}
 AHEAD = timedelta(minutes=5)  # that the clock of a signer may be
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
@@ -178,6 +180,12 @@ class Verification:
     def _provenance(self, row: Verified) -> Provenance:
         """Of this image; unknown parameters are refused."""
         made = parse(Provenance, "provenance", row)
+        builder = f"{BUILDER}/{row.key_id}" if row.key_id else row.signer.partition(" (")[0]
+        if made.builder_id != builder or not COMMIT.fullmatch(made.commit):
+            named = f"builder {made.builder_id}, commit {made.commit!r}"
+            what = f"provenance: {named}, signed by {builder}"
+            remedy = "a builder signs for itself, and names a commit: ask who signed it"
+            raise errors.StatementContentError(what, remedy=remedy)
         self._about("provenance", sku=made.external.sku, line=made.external.line, tree=made.tree)
         self.provenances.append(made)
         self.report.builders.append(
