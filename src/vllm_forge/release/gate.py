@@ -93,9 +93,9 @@ class Gate:
                 f"\n  - {row.what}\n    where:  {row.where}\n    remedy: {row.remedy}"
                 for row in findings
             )
-            count = len(findings)
+            number = len(findings)
             what = (
-                f"{self.cell.name}: {count} requirements of stage {self.stage} are not met:{rows}"
+                f"{self.cell.name} is not ready for stage {self.stage}; missing ({number}):{rows}"
             )
             raise GateRefusedError(
                 what,

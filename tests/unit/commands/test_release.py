@@ -41,7 +41,16 @@ def test_blackwell_release_is_refused_with_what_is_missing(
     for tier in ("kernel", "server"):
         assert f"missing receipt of tier {tier} on NVIDIA B300 SXM6 AC (b300)" in text
         assert f"nox -s test-gpu -- --sku b300 --line 0.26 --tier {tier} --key KEY" in text
-    assert text.count("missing ") == 2
+    assert "missing (2):" in text
+
+
+@pytest.mark.usefixtures("committed")
+def test_missing_key_is_listed_with_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["release", "b300", "--stage", "release", "--registry", "localhost:1/forge/vllm"]
+    assert main(argv) == 111
+    text = capsys.readouterr().err
+    assert "missing (3):\n  - no key signs the statements" in text
+    assert "missing receipt of tier server" in text
 
 
 @pytest.mark.usefixtures("committed")

@@ -78,7 +78,7 @@ def test_blackwell_lacks_only_its_receipts(project: Project) -> None:
         for tier in ("kernel", "server")
     ]
     text = str(refused.value)
-    assert "vllm-0.26.0-b300: 2 requirements of stage release are not met:" in text
+    assert "vllm-0.26.0-b300 is not ready for stage release; missing (2):" in text
     assert "nox -s test-gpu -- --sku b300 --line 0.26 --tier kernel --key KEY" in text
 
 
