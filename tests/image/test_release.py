@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from tests.support.project import Project
 
-pytestmark = pytest.mark.engine
+# Its builds are its own: another worker than that of the other engine tests.
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("release")]
 
 CANDIDATE, RELEASE, LINE = "0.1.0-forge.1-alpha-rc1", "0.1.0-forge.1-alpha", "mini-alpha"
 MOMENTS = ["sign and attach", "read all of it", "choose the tags", "let the tags"]
