@@ -411,7 +411,8 @@ def main(arguments: list[str]) -> int:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                fail(f"another call works in {work}: wait for it, or set FORGE_KIT_WORK")
+                print(f"waiting for another call, which unpacks in {work}", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             if arguments[0] != "exec":
                 take(manifest, work)
             if arguments[0] == "take":
