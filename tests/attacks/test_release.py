@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     from vllm_forge.errors import ForgeError
 
+pytestmark = pytest.mark.xdist_group("evidence")  # one worker builds what its fixtures have
+
 KINDS = {SBOM: "sbom", PROVENANCE: "provenance", TEST_RESULT: "receipt-server", VSA: "decision"}
 NAMES = list(KINDS.values())
 OTHER = "sha256:" + "7" * 64

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
     Env = Mapping[str, str]
 
+pytestmark = pytest.mark.xdist_group("wheel")  # one worker builds what its fixtures have
+
 NAME = f"vllm_forge-{__version__}-py3-none-any.whl"
 DATA = "vllm_forge/data/"
 HOST = str(REPO / "tests/fixtures/doctor")

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from tests.support.registry_server import RegistryServer
     from vllm_forge.matrix.model import Stage
 
+pytestmark = pytest.mark.xdist_group("pipeline")  # one worker builds what its fixtures have
+
 REASON = "the lab has no such GPU before January"
 STEPS = ["sign and attach: prov", "read all of it", "choose the tags", "let the tags name"]
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from vllm_forge.images.layout import Image
 
+pytestmark = pytest.mark.xdist_group("rebuild")  # one worker builds what its fixtures have
+
 EPOCH = 1735689600
 
 

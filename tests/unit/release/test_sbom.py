@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.xdist_group("sbom")  # one worker builds what its fixtures have
+
 
 @pytest.fixture(scope="module")
 def module_built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.xdist_group("statements")  # one worker builds what its fixtures have
+
 DIGEST = "5" * 64
 
 

@@ -15,6 +15,8 @@ from vllm_forge.release.vex import FILE, make_vex
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.xdist_group("vex")  # one worker builds what its fixtures have
+
 HEAD = 'author = "A Person"\nversion = 3\n'
 ROW = """
 [[statement]]
