@@ -14,6 +14,7 @@ import vllm_forge
 from vllm_forge import images
 from vllm_forge.host import RecordingRunner, Runner
 from vllm_forge.images.engines import Engine
+from vllm_forge.images.errors import BuildRecordError
 from vllm_forge.images.record import read_record
 from vllm_forge.images.rootfs import LOCKED, ROOTFS
 from vllm_forge.release.decision import (
@@ -167,7 +168,9 @@ def _attach(job: Job, gate: Gate) -> None:
 def _bundles(job: Job, gate: Gate, evidence: Evidence) -> Iterator[tuple[str, bytes]]:
     """Predicate type and bundle of what an image lacks."""
     image = images.read_image(job.plan.target)
-    record = read_record(job.plan.record_path) or {}
+    if (record := read_record(job.plan.record_path)) is None:
+        what, remedy = "the record of the build is gone", "run the same command again"
+        raise BuildRecordError(what, where=str(job.plan.record_path), remedy=remedy)
     if not evidence.signed("sbom"):
         document = make_sbom(gate.project, gate.cell, image, record)
         yield SBOM, job.sign(image_statement(gate.cell, image, SBOM, document))

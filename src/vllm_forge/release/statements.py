@@ -201,7 +201,6 @@ def make_provenance(
         ProvenanceError: the checkout is not a commit, or no identity is known.
         BuildRecordError: see ``require_own_image``.
     """
-    stack = record["stack"]
     require_own_image(project, cell, image, record)
     stack = record["stack"]
     newest = max(record["blobs"].values()) // 10**9

@@ -32,7 +32,6 @@ from vllm_forge.release.gate import Waiver
 from vllm_forge.release.published import Published
 from vllm_forge.release.sbom import compare_contents, packages_of
 from vllm_forge.release.statements import BUILDER, Provenance
-from vllm_forge.release.tags import NUMBERED
 from vllm_forge.signing import Verified
 
 LAYER_BYTES = 64 << 20  # of a layer that may hold stack.json; that of a series has 1 MB or less
@@ -285,8 +284,8 @@ class Verification:
             yield f"it does not rely on any {name}"
         if decision.resource != resource(self.stack, self.published.digest):
             yield f"it is about {decision.resource}"
-        tag = self.published.tag or ""
-        if NUMBERED.fullmatch(tag) and tag not in decision.detail.tags:
+        tag = self.published.tag
+        if tag is not None and tag not in decision.detail.tags:
             yield f"tag {tag} is not of this image, which is {', '.join(decision.detail.tags)}"
 
     def _require_recent(self, what: str, finished: datetime) -> None:

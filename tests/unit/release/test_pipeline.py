@@ -338,15 +338,16 @@ def test_tag_that_moves_while_it_is_verified_changes_nothing(
     assert (report.digest, report.findings) == (digest, [])
 
 
-def test_tag_of_another_release_is_refused(releases: Releases, repository: Repository) -> None:
-    """An older image under a newer name: everything about it is signed."""
+@pytest.mark.parametrize("tag", ["0.1.0-forge.9-alpha", "mini-beta", "latest"])
+def test_tag_of_another_release_is_refused(
+    releases: Releases, repository: Repository, tag: str
+) -> None:
+    """An older image under a newer name, or that of another SKU: everything about it is signed."""
     waivers = (Waiver(tier="server", until=datetime.now(UTC).date(), reason=REASON),)
-    repository.set_tag("0.1.0-forge.9-alpha", run(releases, "release", waivers=waivers).digest)
-    (error,) = verified(releases, ":0.1.0-forge.9-alpha").findings
+    repository.set_tag(tag, run(releases, "release", waivers=waivers).digest)
+    (error,) = verified(releases, f":{tag}").findings
     assert isinstance(error, DecisionError)
-    assert (
-        "tag 0.1.0-forge.9-alpha is not of this image, which is 0.1.0-forge.1-alpha" in error.what
-    )
+    assert f"tag {tag} is not of this image, which is 0.1.0-forge.1-alpha" in error.what
 
 
 def test_notes_have_what_changed_and_what_was_waived(releases: Releases) -> None:
