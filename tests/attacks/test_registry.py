@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.certificates import make_certificates
-from tests.support.registry_client import LOGIN, NAME, push_image, store_login
+from tests.support.registry_client import LOGIN, NAME, empty_home, push_image, store_login
 from tests.support.registry_server import RegistryServer, digest_of
 from vllm_forge.commands import build as command
 from vllm_forge.errors import ForgeError, UsageError
@@ -29,7 +29,6 @@ from vllm_forge.release.errors import (
 from vllm_forge.release.push import push_layout
 from vllm_forge.release.referrers import attach, referrers
 from vllm_forge.release.registry import Descriptor, Reference, Repository
-from vllm_forge.sources import index
 
 MOST = 1 << 24  # bytes that an endless answer may have sent: what the kernel's buffers hold
 SBOM = "https://cyclonedx.org/bom"
@@ -37,16 +36,7 @@ SBOM = "https://cyclonedx.org/bom"
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home; requests are repeated at once."""
-    for name in ("REGISTRY_AUTH_FILE", "DOCKER_CONFIG", "XDG_CONFIG_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    folder = tmp_path / "home"
-    folder.mkdir()
-    monkeypatch.setenv("HOME", str(folder))
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder / "run"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(index, "BACKOFF_S", 0)
-    return folder
+    return empty_home(tmp_path / "home", monkeypatch)
 
 
 @pytest.fixture

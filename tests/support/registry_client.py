@@ -7,10 +7,13 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import random
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
 
 from tests.support.registry_server import digest_of
 from vllm_forge.host import canonical
@@ -19,9 +22,24 @@ from vllm_forge.images.layout import CONFIG, MANIFEST, Image, ImageLayer, write_
 from vllm_forge.release.registry import Repository
 from vllm_forge.release.statements import Statement, Subject
 from vllm_forge.signing.bundle import MEDIA_TYPE, PAYLOAD_TYPE
+from vllm_forge.sources import index
 
 NAME = "forge/vllm"
 LOGIN = ("robot", "s3cret")
+
+
+def empty_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without a stored login or a proxy; requests are repeated at once."""
+    for name in ("REGISTRY_AUTH_FILE", "DOCKER_CONFIG", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    folder.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder / "run"))
+    monkeypatch.setattr(index, "BACKOFF_S", 0)
+    return folder
 
 
 def push_image(

@@ -42,6 +42,18 @@ if TYPE_CHECKING:
 PLACE = f"{IMAGE}/h200--0.26--server.json"
 
 
+# Rows of the keyring with which a signature does not count; None: no row.
+of_untrusted_keys = pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ({"roles": '["release"]'}, KeyRoleError),
+        ({"valid_until": "2020-01-02"}, KeyExpiredError),
+        (REVOKED, KeyRevokedError),
+        (None, UnknownSignerError),
+    ],
+)
+
+
 @dataclass(frozen=True)
 class Lab:
     """Whoever has the hardware: their key, and what they hand over."""
@@ -114,15 +126,7 @@ class TestSign:
         with pytest.raises(ReceiptKeyError, match="unsigned"):
             receipt_bundle(receipt)
 
-    @pytest.mark.parametrize(
-        ("row", "error"),
-        [
-            ({"roles": '["release"]'}, KeyRoleError),
-            ({"valid_until": "2020-01-02"}, KeyExpiredError),
-            (REVOKED, KeyRevokedError),
-            (None, UnknownSignerError),
-        ],
-    )
+    @of_untrusted_keys
     def test_key_that_would_be_refused_does_not_sign(
         self, project: Project, lab: Lab, row: dict[str, str] | None, error: type[ForgeError]
     ) -> None:
@@ -209,15 +213,7 @@ class TestAccept:
             accept_receipt(project, lab.file, keys)
         assert not (project.root / FOLDER).exists()
 
-    @pytest.mark.parametrize(
-        ("row", "error"),
-        [
-            ({"roles": '["release"]'}, KeyRoleError),
-            ({"valid_until": "2020-01-02"}, KeyExpiredError),
-            (REVOKED, KeyRevokedError),
-            (None, UnknownSignerError),
-        ],
-    )
+    @of_untrusted_keys
     def test_signer_who_does_not_count_is_refused(
         self, project: Project, lab: Lab, row: dict[str, str] | None, error: type[ForgeError]
     ) -> None:
