@@ -12,6 +12,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ SURROGATES = re.compile(r"\\u[dD][89a-fA-F]")  # JSON writes some characters as 
 MOST_BYTES = 1 << 26  # of a record; the largest is about 2 MB
 GIB = 1 << 30
 MOUNT_TABLE = Path("/proc/self/mountinfo")
+ORPHANS_S = 30  # in which what a killed command started has ended
 READ_ONLY = 0o444  # mode of blobs: images share them by hard links
 
 
@@ -193,7 +195,8 @@ def link_or_copy(source: Path, target: Path) -> None:
 def remove(path: Path) -> None:
     """Delete a file or a folder with all it holds, unmounting what is mounted in it.
 
-    MountedError if that is in use, or the user may not.
+    MountedError if that is in use, or the user may not. OSError if something goes on writing there:
+    what a command started that was killed may do so for a moment, until the kernel ends it, too.
     """
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
@@ -204,7 +207,13 @@ def remove(path: Path) -> None:
             what = f"cannot unmount a file system: {done.stderr.strip()}"
             remedy = "end what uses it, or unmount it as root; a killed build leaves such mounts"
             raise MountedError(what, where=str(point), remedy=remedy)
-    shutil.rmtree(path)
+    end = time.monotonic() + ORPHANS_S
+    while path.exists():
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.ENOENT} or time.monotonic() >= end:
+                raise
 
 
 def walk_plain(folder: Path, below: str = "") -> Iterator[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from vllm_forge.host import remove
+from vllm_forge.host import files, remove
 from vllm_forge.host.errors import MountedError
 from vllm_forge.host.files import mounted_below
 
@@ -58,3 +60,31 @@ def test_what_is_in_use_is_named_and_nothing_is_deleted(mounted: Path) -> None:
 
 def test_missing_path_is_accepted(tmp_path: Path) -> None:
     remove(tmp_path / "missing")
+
+
+@pytest.fixture
+def orphan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which something of a killed build writes, until it ends after two attempts."""
+    (tmp_path / "store" / "bin").mkdir(parents=True)
+    attempts, delete = iter(range(2)), shutil.rmtree
+
+    def rmtree(path: Path) -> None:
+        if next(attempts, None) is not None:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", "bin")
+        delete(path)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    return tmp_path / "store"
+
+
+def test_folder_that_orphans_still_write_to_is_removed(orphan: Path) -> None:
+    remove(orphan)
+    assert not orphan.exists()
+
+
+def test_folder_that_is_written_to_for_too_long_is_an_error(
+    orphan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "ORPHANS_S", 0)
+    with pytest.raises(OSError, match="Directory not empty"):
+        remove(orphan)
