@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vllm_forge.signing import Keyring, PrivateKey
 
 STAGES = ("dev", "candidate", "release")
-TARGET = "HOST/NAME[:TAG][@DIGEST] of a registry, or the folder of an OCI layout"
+TARGET = "HOST/NAME:TAG or HOST/NAME@DIGEST of a registry, or the folder of an OCI layout"
 
 
 def _date(text: str) -> date:

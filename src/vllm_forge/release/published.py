@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.errors import ForgeError
+from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.host import parse_json, read_plain
 from vllm_forge.host.files import file_digest
 from vllm_forge.images.errors import LayoutError
@@ -78,10 +78,14 @@ class Published:
 def from_registry(reference: Reference, ca: Path | None = None) -> Published:
     """Read an image of a registry; its tag, if it has one, is resolved here and never again.
 
-    Raises ManifestMissingError, RegistryContentError, and what ``Repository`` raises.
+    Raises UsageError: neither tag nor digest, and no release is called "latest";
+    ManifestMissingError, RegistryContentError, and what ``Repository`` raises.
     """
+    if (name := reference.digest or reference.tag) is None:
+        what, remedy = "the image has neither a tag nor a digest", "give HOST/NAME:TAG or @DIGEST"
+        raise UsageError(what, where=str(reference), remedy=remedy)
     repository = Repository(reference, ca=ca)
-    found = repository.manifest(reference.digest or reference.tag or "latest")
+    found = repository.manifest(name)
     where = reference.at(found.digest)
     try:
         if found.media_type != MANIFEST:

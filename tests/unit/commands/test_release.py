@@ -116,6 +116,7 @@ def test_invalid_release_is_refused(
         (["verify", "user:password@localhost:1/x"], 2, "invalid image reference 'localhost:1/x'"),
         (["verify", "localhost:1/x:tag", "--key", "none"], 100, "not a public key"),
         (["verify", "localhost:1/x:tag", "--identity", "x"], 2, "belong together"),
+        (["verify", "localhost:1/x"], 2, "neither a tag nor a digest"),
         (["verify", "localhost:1/x:tag"], 113, "the registry does not answer"),
         (["notes", "localhost:1/x:tag"], 113, "the registry does not answer"),
         (["sbom", "localhost:1/x:tag"], 113, "the registry does not answer"),
