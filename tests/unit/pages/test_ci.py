@@ -36,8 +36,8 @@ def valid(schema: str, path: Path) -> bool:
 
 def findings(folder: Path) -> set[str]:
     """Names of zizmor's findings, of any severity."""
-    argv = [str(BIN / "zizmor"), "--offline", "--no-config", "--format=plain", str(folder)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    argv = [str(BIN / "zizmor"), "--offline", "--no-config", "--format=plain", "--color=never"]
+    done = subprocess.run([*argv, str(folder)], capture_output=True, text=True, check=False)
     assert "completed" in done.stderr, done.stderr
     heads = (line.partition("]")[0] for line in done.stdout.splitlines() if "]: " in line[:60])
     found = {head.partition("[")[2] for head in heads}
