@@ -257,6 +257,8 @@ def set_at(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("decision", set_at("vllmForge.stage", "candidate"), errors.DecisionError, "one for: cand"),
         ("decision", set_at("inputAttestations", []), errors.DecisionError, "rely on any prov"),
         ("decision", set_at("resourceUri", "pkg:oci/x"), errors.DecisionError, "about pkg:oci/x"),
+        ("decision", set_at("verifiedLevels", ["SLSA_BUILD_LEVEL_2"]), errors.DecisionError,
+         "claims SLSA_BUILD_LEVEL_2; the signatures of its provenance prove level 1"),
         ("decision", set_at("timeVerified", "2190-01-01T00:00:00Z"),
          errors.StatementExpiredError, "the decision is of 2190"),
         ("receipt-server", set_at("vllmForge.sku", "beta"), errors.DecisionError, "not attached"),

@@ -16,6 +16,7 @@ from vllm_forge.release.gate import Waiver
 
 VERIFIER = "https://vllm-forge.dev/gate"
 SLSA_VERSION = "1.2"
+LEVEL = "SLSA_BUILD_LEVEL_"
 
 
 class Resource(FrozenModel):

@@ -172,6 +172,11 @@ def _require_subject(verified: Verified, digest: str, where: str) -> None:
         )
 
 
+def slsa_level(provenances: Sequence[Verified]) -> int:
+    """SLSA build level that these signatures of provenance prove; level 2 needs hosted builders."""
+    return 2 if provenances and all(row.hosted for row in provenances) else 1
+
+
 def content_of(row: Verified) -> str:
     """SHA-256 of a statement, hex: a decision names it by that."""
     return hashlib.sha256(row.content).hexdigest()

@@ -18,6 +18,7 @@ from vllm_forge.images.errors import BuildRecordError
 from vllm_forge.images.record import read_record
 from vllm_forge.images.rootfs import LOCKED, ROOTFS
 from vllm_forge.release.decision import (
+    LEVEL,
     SLSA_VERSION,
     VERIFIER,
     Decision,
@@ -27,7 +28,7 @@ from vllm_forge.release.decision import (
     policy_of_stage,
 )
 from vllm_forge.release.errors import RequirementError
-from vllm_forge.release.evidence import DECISION, RECEIPT, Evidence, Trust, content_of
+from vllm_forge.release.evidence import DECISION, RECEIPT, Evidence, Trust, content_of, slsa_level
 from vllm_forge.release.gate import Gate
 from vllm_forge.release.published import from_registry
 from vllm_forge.release.push import push_layout
@@ -221,8 +222,6 @@ def _decide(job: Job, gate: Gate, checked: Verification) -> tuple[Gate, Names, R
     ):
         return gate, names, report
     evidence = checked.evidence
-    provenances = evidence.signers("provenance")
-    level = 2 if provenances and not any(row.key_id for row in provenances) else 1  # hosted, or not
     decision = Decision(
         verifier=Verifier(id=VERIFIER, version={"vllm-forge": vllm_forge.__version__}),
         time=job.clock(),
@@ -234,7 +233,7 @@ def _decide(job: Job, gate: Gate, checked: Verification) -> tuple[Gate, Names, R
             for row in evidence.signed(name)
         ),
         result="PASSED",
-        levels=(f"SLSA_BUILD_LEVEL_{level}",),
+        levels=(f"{LEVEL}{slsa_level(evidence.signers('provenance'))}",),
         slsa_version=SLSA_VERSION,
         detail=Detail(stage=gate.stage, tags=names.all, waivers=gate.waivers),
     )

@@ -2,7 +2,8 @@
 
 ``builder.id`` of a provenance claims no more than its signature does. With a key it is the key: the
 owner says that they built the image (SLSA build level 1). In a job of GitHub Actions that signs as
-itself it is the workflow, as its certificate has it (level 2). Nothing here claims level 3.
+itself it is the workflow, as its certificate has it: level 2 if the certificate says that GitHub
+runs the runner, else 1. Nothing here claims level 3.
 
 Sources: github.com/in-toto/attestation, spec/v1/statement.md; slsa.dev/spec/v1.2/build-provenance;
 github.com/openvex/spec, OPENVEX-SPEC.md.

@@ -26,8 +26,16 @@ from vllm_forge.matrix.model import ReleasePolicy, Stage
 from vllm_forge.receipts.receipt import Statement as Receipt
 from vllm_forge.receipts.receipt import closest_margin
 from vllm_forge.release import errors
-from vllm_forge.release.decision import Decision, policy_of_stage
-from vllm_forge.release.evidence import DECISION, RECEIPT, Evidence, Trust, content_of, gather
+from vllm_forge.release.decision import LEVEL, Decision, policy_of_stage
+from vllm_forge.release.evidence import (
+    DECISION,
+    RECEIPT,
+    Evidence,
+    Trust,
+    content_of,
+    gather,
+    slsa_level,
+)
 from vllm_forge.release.gate import Waiver
 from vllm_forge.release.published import Published
 from vllm_forge.release.sbom import compare_contents, packages_of
@@ -191,6 +199,7 @@ class Verification:
             {
                 "builder": made.builder_id, "signer": row.signer, "source": made.source,
                 "commit": made.commit, "finished": made.finished.isoformat(),
+                "level": str(slsa_level([row])),
             }
         )  # fmt: skip
         self._require_recent("the build", made.finished)
@@ -284,6 +293,11 @@ class Verification:
             yield f"it does not rely on any {name}"
         if decision.resource != resource(self.stack, self.published.digest):
             yield f"it is about {decision.resource}"
+        signers = self.evidence.signers("provenance")
+        level = slsa_level([row for row in signers if content_of(row) in decision.statements])
+        proven = {f"{LEVEL}{number}" for number in range(level + 1)}
+        if claimed := sorted(set(decision.levels) - proven):
+            yield f"it claims {claimed[0]}; the signatures of its provenance prove level {level}"
         tag = self.published.tag
         if tag is not None and tag not in decision.detail.tags:
             yield f"tag {tag} is not of this image, which is {', '.join(decision.detail.tags)}"
@@ -384,7 +398,7 @@ def describe(report: Report) -> str:
     for row in report.builders:
         source = f" of {row['source']}" if row["source"] else ""
         text = f"{row['builder']}, commit {row['commit']}{source}, signed by {row['signer']}"
-        rows.append(("built by", text))
+        rows.append(("built by", f"{text}, SLSA build level {row['level']}"))
     for row in report.receipts:
         text = "tier {tier}: {tests} tests on {count} x {gpu}, driver {driver}, until {expires}, "
         rows.append(("proven", (text + "signed by {signer}").format(**row)))

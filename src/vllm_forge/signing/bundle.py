@@ -69,12 +69,16 @@ class Bundle:
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """A statement whose signature holds; ``signer`` is a key's name, or an identity."""
+    """A statement whose signature holds; ``signer`` is a key's name, or an identity.
+
+    ``hosted``: by its certificate it was signed on a runner of the platform, not on one's own.
+    """
 
     statement: dict[str, Any]
     content: bytes = field(repr=False)  # the statement's bytes
     signer: str
     key_id: str = ""  # none: keyless
+    hosted: bool = False
 
     @property
     def predicate_type(self) -> str:

@@ -22,6 +22,7 @@ from tests.support.release import (
     releasable,
     write_records,
 )
+from tests.support.sigstore_services import IDENTITY, ISSUER, sigstore_services
 from vllm_forge.host import RecordingRunner
 from vllm_forge.pages.notes import make_notes
 from vllm_forge.project import Project
@@ -33,12 +34,14 @@ from vllm_forge.release.errors import (
     StatementExpiredError,
     TagTakenError,
 )
+from vllm_forge.release.evidence import Trust
 from vllm_forge.release.gate import Waiver
 from vllm_forge.release.pipeline import Outcome, release
 from vllm_forge.release.published import from_registry
 from vllm_forge.release.registry import Reference, Repository
 from vllm_forge.release.tags import Names
 from vllm_forge.release.verify import Report, Verification, describe
+from vllm_forge.signing import Keyring
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,11 +98,10 @@ def verification(
 ) -> Verification:
     """Of a tag or digest, by a stranger."""
     job = releases.job(stage)
-    settings: dict[str, Any] = {"now": datetime.now(UTC), **changes}
+    settings: dict[str, Any] = {"now": datetime.now(UTC), "trust": job.trust, **changes}
     reference = Reference.parse(f"{releases.reference}{name}")
     return Verification(
-        published=from_registry(reference), policy=job.gate.policy, stage=stage, trust=job.trust,
-        **settings,
+        published=from_registry(reference), policy=job.gate.policy, stage=stage, **settings,
     )  # fmt: skip
 
 
@@ -323,6 +325,22 @@ def test_two_keys_on_one_machine_are_one_builder(releases: Releases) -> None:
     run(releases, "candidate", key="second")
     with pytest.raises(GateRefusedError, match="and 1 signed it: release, second"):
         run(releases, "release")
+
+
+@pytest.mark.parametrize(("runner", "level"), [("github-hosted", "2"), ("self-hosted", "1")])
+def test_level_is_what_the_certificate_says_of_the_runner(
+    releases: Releases, monkeypatch: pytest.MonkeyPatch, runner: str, level: str
+) -> None:
+    """A candidate of a CI job without a key, and what a stranger reads of it."""
+    trust = Trust(keys=Keyring(), identity=(IDENTITY, ISSUER))
+    with sigstore_services(monkeypatch) as services:
+        services.runner = runner
+        tag = run(releases, "candidate", key=None, trust=trust).names.fixed
+        report = verified(releases, f":{tag}", "candidate", trust=trust)
+    assert report.findings == []
+    assert [(row["builder"], row["level"]) for row in report.builders] == [(IDENTITY, level)]
+    assert report.decision["levels"] == [f"SLSA_BUILD_LEVEL_{level}"]
+    assert f"SLSA build level {level}" in describe(report)
 
 
 def test_tag_that_moves_while_it_is_verified_changes_nothing(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.keys import key_pair
+from tests.support.sigstore_services import IDENTITY, Sigstore, sigstore_services
+from tests.support.sigstore_services import ISSUER as GITHUB
 from vllm_forge.release.statements import PROVENANCE, Statement, Subject
 from vllm_forge.signing import Bundle, load_private, read, sign
 from vllm_forge.signing.errors import (
@@ -20,7 +22,7 @@ from vllm_forge.signing.errors import (
 from vllm_forge.signing.keyless import sign_keyless, verify_keyless
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 WHO = "https://ci.example/project/release@main"
@@ -116,3 +118,54 @@ def test_host_without_identity_does_not_sign(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("sigstore.oidc.detect_credential", lambda: None)
     with pytest.raises(KeylessError, match="no identity to sign with"):
         sign_keyless(STATEMENT.content)
+
+
+@pytest.fixture
+def services(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sigstore]:
+    with sigstore_services(monkeypatch) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("runner", "hosted"), [("github-hosted", True), ("self-hosted", False), (None, False)]
+)
+def test_statement_of_a_job_holds_and_names_its_runner(
+    services: Sigstore, runner: str | None, *, hosted: bool
+) -> None:
+    """Signed with a token, a certificate and a log entry; verified by sigstore-python itself."""
+    services.runner = runner
+    bundle = read(sign_keyless(STATEMENT.content))
+    verified = verify_keyless(bundle, identity=IDENTITY, issuer=GITHUB)
+    assert (verified.content, verified.key_id) == (STATEMENT.content, "")
+    assert verified.hosted == hosted
+
+
+@pytest.mark.parametrize(
+    ("identity", "issuer"), [(f"{IDENTITY}2", GITHUB), (IDENTITY, f"{GITHUB}.example")]
+)
+def test_statement_of_another_job_is_refused(
+    services: Sigstore, identity: str, issuer: str
+) -> None:
+    bundle = read(sign_keyless(STATEMENT.content))
+    with pytest.raises(SignatureInvalidError, match="not match"):
+        verify_keyless(bundle, identity=identity, issuer=issuer)
+    services.runner = "self-hosted"  # another certificate for the same identity
+    other = json.loads(sign_keyless(STATEMENT.content))
+    mixed = json.loads(bundle.content)
+    mixed["verificationMaterial"]["certificate"] = other["verificationMaterial"]["certificate"]
+    with pytest.raises(SignatureInvalidError):
+        verify_keyless(read(json.dumps(mixed).encode()), identity=IDENTITY, issuer=GITHUB)
+
+
+@pytest.mark.parametrize("path", ["/signingCert", "/log/entries"])
+def test_failing_service_gives_no_signature(services: Sigstore, path: str) -> None:
+    services.status[path] = 500
+    with pytest.raises(KeylessError, match=r"cannot sign as this host's identity: \S"):
+        sign_keyless(STATEMENT.content)
+
+
+def test_service_of_another_trust_root_is_refused(services: Sigstore) -> None:
+    bundle = read(sign_keyless(STATEMENT.content))
+    services.rekor = Sigstore().rekor
+    with pytest.raises(SignatureInvalidError, match="invalid log entry"):
+        verify_keyless(bundle, identity=IDENTITY, issuer=GITHUB)
