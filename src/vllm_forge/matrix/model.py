@@ -1,6 +1,7 @@
 """The shape of matrix.toml."""
 
 import re
+from datetime import date
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -265,6 +266,11 @@ class Matrix(FrozenModel):
     release: dict[Stage, ReleasePolicy] = Field(
         default_factory=dict, description="stage -> what it needs; an unlisted stage is refused"
     )
+    # Not in Line, whose rows are inputs of images.
+    support: dict[Name, date] = Field(
+        default_factory=dict,
+        description="line -> last day on which it gets fixes; an unlisted line: not stated",
+    )
 
     @model_validator(mode="after")
     def _rows_agree(self) -> Self:
@@ -284,9 +290,14 @@ class Matrix(FrozenModel):
         for row in self.wheel_file:
             self._require(f"wheel_file {row.path}", "line", *row.lines)
         self._presets_agree()
+        self._require("support", "line", *self.support)
         if not self.layers or self.layers[-1].match != ("*",):
             raise ValueError('layers: the last one must match ["*"]')
         return self
+
+    def support_end(self, line: str) -> str:
+        """The last day of support, as notes and report say it."""
+        return str(self.support.get(line, "not stated"))
 
     def _presets_agree(self) -> None:
         for name, artifact in self.artifact.items():

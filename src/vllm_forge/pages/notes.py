@@ -32,11 +32,9 @@ def make_notes(project: Project, verified: Verification, before: Verification | 
         lines += _changes(project, verified, before)
     lines += ["## Built by", "", table(["builder", "commit", "signed by"], (
         (row["builder"], row["commit"], row["signer"]) for row in report.builders))]  # fmt: skip
-    supported = ", ".join(project.matrix.line)
-    lines += [
-        "",
-        f"Lines of the project now: {supported}. A line is kept while it is listed there.",
-    ]
+    end, supported = project.matrix.support_end(cell.line_name), ", ".join(project.matrix.line)
+    lines += ["", "## Support", "", f"End of support for line {cell.line_name}: {end}.", "",
+              f"Lines of the project now: {supported}."]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -59,7 +59,8 @@ def report(project: Project) -> str:
         counts=Counter(state.word for state in grid.values()),
         grid=[
             Table(
-                f"Line {name}, vLLM {line.vllm}: SKU by tier",
+                f"Line {name}, vLLM {line.vllm}: SKU by tier. "
+                f"End of support: {project.matrix.support_end(name)}",
                 ["SKU", *columns],
                 [
                     [Cell(sku), *(_state(grid[sku, name, tier]) for tier in columns)]

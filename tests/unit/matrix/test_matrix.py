@@ -208,6 +208,8 @@ REFUSED: dict[str, tuple[Callable[[Data], None], list[str]]] = {
         ["artifact.nvidia-nvfp4.unserved.0.reason"],
     ),
     "cuda-without-driver": (put(*LINE, "cuda", "13.9"), ["line.0.26", "cuda.'13.9'"]),
+    "support-of-no-line": (put("support", "0.27", "2027-06-30"), ["support: no", "line.'0.27'"]),
+    "support-until-no-day": (put("support", "0.26", "next year"), ["support.0.26", "valid date"]),
     "no-last-layer": (put("layers", -1, "match", ["t*"]), ["layers", "*"]),
     "no-layers": (put("layers", []), ["layers"]),
 }

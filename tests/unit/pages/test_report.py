@@ -82,7 +82,7 @@ def test_page_has_all_parts(page: str) -> None:
     assert levels[0] == 1 and all(b - a <= 1 for a, b in pairwise(levels))
     assert parsed.tags["table"] == parsed.tags["caption"] == parsed.tags["section"]
     for caption in (
-        "Line 0.22, vLLM 0.22.1: SKU by tier",
+        "Line 0.22, vLLM 0.22.1: SKU by tier. End of support: not stated",
         "How each tier ran",
         "Line 0.33, vLLM 0.33.0: patches",
         "Line 0.26, vLLM 0.26.0: device code",

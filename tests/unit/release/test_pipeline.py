@@ -397,4 +397,9 @@ def test_notes_have_the_receipts(releases: Releases) -> None:
     after = verification(releases, ":mini-alpha")
     after.run()
     text = make_notes(Project(releases.mini.root), after, None)
+    assert "End of support for line mini: not stated.\n" in text
+    matrix = releases.mini.root / "matrix.toml"
+    matrix.write_text(f"{matrix.read_text()}\n[support]\nmini = 2199-12-31\n")
+    stated = make_notes(Project(releases.mini.root), after, None)
+    assert "End of support for line mini: 2199-12-31.\n" in stated
     assert "| server | 1 x NVIDIA Alpha | 580.159.04 | 3 | 6% of its bound: test_one, dr" in text
