@@ -93,6 +93,8 @@ def _fields_at(model: Any, loc: list[int | str]) -> list[str]:
     for part in loc:
         if field := getattr(current, "model_fields", {}).get(part):
             current = field.annotation
+            if type(None) in (options := getattr(current, "__args__", ())):  # Record | None
+                current = next(option for option in options if option is not type(None))
         else:  # dict[Name, Record] or tuple[Record, ...]
             arguments = getattr(current, "__args__", ())
             current = next((arg for arg in arguments if hasattr(arg, "model_fields")), None)

@@ -94,8 +94,9 @@ def _say(project: Project, deployment: Deployment, digest: str | None) -> None:
 
 def doctor(project: Project, args: argparse.Namespace) -> None:
     """Check this host for a preset."""
-    from vllm_forge.serve.doctor import HostFinding, ask_host, judge, page
+    from vllm_forge.serve.doctor import ask_host, judge, page
     from vllm_forge.serve.errors import HostUnfitError
+    from vllm_forge.serve.machine import HostFinding
     from vllm_forge.serve.plan import first_start
 
     cell = project.cell(args.sku, args.line)

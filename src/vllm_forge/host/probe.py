@@ -1,5 +1,6 @@
 """Questions to the machine whose failure is an answer too; from life or from a recording."""
 
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -15,12 +16,16 @@ TIMEOUT_S = 30
 MOST_REPLY, MOST_CODE = 1 << 24, 16  # bytes; docker info has about 20 KB
 # What shells say for a command that does not exist, and timeout(1) for one that hangs.
 NOT_FOUND, TIMED_OUT = 127, 124
-NOT_APPLICABLE = {"N/A", "[N/A]", "[Not Supported]"}
+NOT_APPLICABLE = {"N/A", "[N/A]", "Not Supported", "[Not Supported]"}
 # Names of nvidia-smi --help-query-gpu, in the order of Gpu. fabric.*: since driver 525.
 FIELDS = (
     "index,name,compute_cap,driver_version,memory.total,mig.mode.current,fabric.state,fabric.status"
 )
 GPU_QUERY = ("nvidia-smi", f"--query-gpu={FIELDS}", "--format=csv,noheader,nounits")
+# A question of its own: a driver that does not know one of these refuses all of them.
+HEALTH_FIELDS = (
+    "index,ecc.errors.uncorrected.volatile.total,retired_pages.pending,gpu_recovery_action"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,27 +121,39 @@ class Gpu:
     name: str
     capability: str
     driver: str
-    memory: int  # bytes
+    memory: int | None  # bytes; None where the driver gives no number, as with unified memory
     mig: bool
     fabric: str | None  # state of its NVLink fabric; None where it has none
+    fault: str = ""  # a field and the error that stands in its place
 
 
 def parse_gpus(text: str) -> tuple[Gpu, ...]:
-    """The rows that GPU_QUERY printed; ValueError if they are not such."""
-    gpus = []
+    """The rows that GPU_QUERY printed; ValueError if they have other columns.
+
+    A GPU that does not answer has an error in the place of a value, as ``[Unknown Error]`` or
+    ``[GPU is lost]``.
+    """
+    gpus: list[Gpu] = []
     for row in filter(str.strip, text.splitlines()):
-        columns = map(str.strip, row.split(","))
+        columns = [column.strip() for column in row.split(",")]
         index, name, capability, driver, memory, mig, state, status = columns
         fabric = "ready" if (state, status) == ("Completed", "Success") else f"{state}, {status}"
+        size = re.fullmatch(r"[0-9]{1,9}", memory)
+        errors = [
+            f"{field} is {value}"
+            for field, value in zip(FIELDS.split(","), columns, strict=True)
+            if value.startswith("[") and value not in NOT_APPLICABLE
+        ]
         gpus.append(
             Gpu(
-                index=int(index),
+                index=int(index) if re.fullmatch(r"[0-9]{1,4}", index) else len(gpus),
                 name=name,
                 capability=capability,
                 driver=driver,
-                memory=int(memory) << 20,
+                memory=int(memory) << 20 if size else None,
                 mig=mig == "Enabled",
-                fabric=None if state in NOT_APPLICABLE else fabric,
+                fabric=None if state in NOT_APPLICABLE or state.startswith("[") else fabric,
+                fault=errors[0] if errors else "",
             )
         )
     return tuple(gpus)

@@ -1,4 +1,13 @@
 """matrix.toml, parsed once into frozen records."""
 
 from vllm_forge.matrix.cells import ImageCell, find_root, image_cell, load, serve_arguments
-from vllm_forge.matrix.model import Artifact, Base, FrozenModel, Line, Matrix, Preset, Sku
+from vllm_forge.matrix.model import (
+    Artifact,
+    Base,
+    FrozenModel,
+    KernelModules,
+    Line,
+    Matrix,
+    Preset,
+    Sku,
+)

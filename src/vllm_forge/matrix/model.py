@@ -98,6 +98,15 @@ class Cuda(FrozenModel):
     source: str = Field(description="where NVIDIA says so")
 
 
+class KernelModules(FrozenModel):
+    """Which flavour of NVIDIA's kernel modules drives a GPU."""
+
+    open_from: Annotated[str, Field(pattern=r"^\d+\.\d$")] = Field(
+        description="compute capability from which only the open modules do"
+    )
+    source: str = Field(description="where NVIDIA says so")
+
+
 class Container(FrozenModel):
     """What a container that serves needs, beyond its GPUs."""
 
@@ -253,6 +262,7 @@ class Matrix(FrozenModel):
     base: Base
     container: Container
     cuda: dict[str, Cuda]
+    kernel_modules: KernelModules | None = None
     retired: dict[VariableName, RetiredVariable] = Field(
         default_factory=dict, description="environment variable -> what to write instead"
     )

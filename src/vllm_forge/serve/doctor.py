@@ -2,16 +2,18 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 from rich.text import Text
 
-from vllm_forge.host import Probe, Reply, gigabytes, parse_json
+from vllm_forge.host import Probe, Reply, gigabytes, parse_json, printable
 from vllm_forge.host.probe import GPU_QUERY, Gpu, parse_gpus
+from vllm_forge.serve import machine
 from vllm_forge.serve.deployment import Deployment, Needs, presets_of
+from vllm_forge.serve.machine import HostFinding, Level, judged, one_line
 
 NOT_INSTALLED = "not installed"
 DF = ("df", "--block-size=1", "--output=target,size,avail")
@@ -25,6 +27,8 @@ class EngineInfo:
     version: str
     root: str
     nvidia: bool
+    cgroups: str = ""  # docker's cgroup driver
+    discovers: bool = False  # docker lists CDI devices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,7 @@ class Host:
     disk_free: int | None
     ram: int | None  # in total
     shm: int | None  # in total
+    machine: Mapping[str, Reply]  # by question, see machine.QUESTIONS
 
 
 def ask_host(probe: Probe) -> Host:
@@ -61,7 +66,7 @@ def ask_host(probe: Probe) -> Host:
         except ValueError:
             info = None
         if not isinstance(info, dict):
-            errors[name] = NOT_INSTALLED if reply.missing else _one_line(reply)
+            errors[name] = NOT_INSTALLED if reply.missing else one_line(reply)
             continue
         try:
             engines.append(_engine(name, info, devices))
@@ -79,6 +84,7 @@ def ask_host(probe: Probe) -> Host:
         disk_free=_df(probe.ask("df", [*DF, path]), -1),
         ram=parse_meminfo(probe.ask("meminfo", ["cat", "/proc/meminfo"])),
         shm=_df(probe.ask("df-shm", [*DF, "/dev/shm"]), -2),  # noqa: S108
+        machine=machine.ask_machine(probe),
     )
 
 
@@ -91,7 +97,7 @@ def listed_gpus(reply: Reply) -> tuple[tuple[Gpu, ...], str]:
         gpus = () if reply.code else parse_gpus(rows)
     except ValueError:
         gpus = ()
-    return gpus, "" if gpus else _one_line(reply)
+    return gpus, "" if gpus else one_line(reply)
 
 
 def parse_versions(reply: Reply) -> dict[str, str]:
@@ -102,19 +108,25 @@ def parse_versions(reply: Reply) -> dict[str, str]:
 
 def parse_meminfo(reply: Reply) -> int | None:
     """Bytes of RAM; the file counts in KiB."""
-    match = re.search(r"^MemTotal:\s+(\d+) kB$", reply.text, re.M)
+    match = re.search(r"^MemTotal:\s+([0-9]{1,15}) kB$", reply.text, re.M)
     return None if match is None else int(match[1]) * 1024
 
 
 def _engine(name: str, info: dict[str, Any], devices: str) -> EngineInfo:
     if name == "podman":
         version, root = info["version"]["Version"], info["store"]["graphRoot"]
-        nvidia = "nvidia.com/gpu=" in devices
+        nvidia, discovers = "nvidia.com/gpu=" in devices, True
     else:
         version, root = info["ServerVersion"], info["DockerRootDir"]
         ids = [item.get("ID", "") for item in info.get("DiscoveredDevices") or []]
-        nvidia = "nvidia" in (info.get("Runtimes") or {}) or any("nvidia.com/gpu" in d for d in ids)
-    return EngineInfo(name=name, version=version, root=root, nvidia=nvidia)
+        discovers = any("nvidia.com/gpu" in device for device in ids)
+        nvidia = discovers or "nvidia" in (info.get("Runtimes") or {})
+    if not (isinstance(root, str) and root.startswith("/") and isinstance(version, str)):
+        raise TypeError(f"version {version!r}, data folder {root!r}")
+    return EngineInfo(
+        name=name, version=version, root=root, nvidia=nvidia, discovers=discovers,
+        cgroups=str(info.get("CgroupDriver")),
+    )  # fmt: skip
 
 
 def _df(reply: Reply, column: int) -> int | None:
@@ -127,14 +139,8 @@ def _df(reply: Reply, column: int) -> int | None:
         return None
 
 
-def _one_line(reply: Reply) -> str:
-    lines = [line.strip() for line in reply.text.splitlines() if line.strip()]
-    return "; ".join(lines) if lines else f"exit {reply.code} without a word"
-
-
 # --- checks ---
 
-Level = Literal["ok", "unknown", "red"]
 # Engine -> the command that lets it give GPUs to containers.
 CONFIGURE = {
     "docker": "nvidia-ctk runtime configure --runtime=docker && systemctl restart docker",
@@ -142,29 +148,12 @@ CONFIGURE = {
 }
 
 
-@dataclass(frozen=True)
-class HostFinding:
-    """One line of the report. A check that cannot be judged is ``unknown``, and does not fail."""
-
-    check: str
-    level: Level
-    seen: str
-    needed: str
-    remedy: str = ""
-
-
-def _test(
-    check: str, passed: bool, seen: str, needed: str, remedy: str = "", *, failed: Level = "red"
-) -> HostFinding:
-    return HostFinding(check, "ok" if passed else failed, seen, needed, "" if passed else remedy)
-
-
 def _at_least(check: str, size: int | None, need: int, purpose: str, remedy: str) -> HostFinding:
     """Whether a size is at least ``need`` bytes; red if it cannot be read."""
     needed = f"{gigabytes(need)} {purpose}"
     if size is None:
-        return _test(check, False, "cannot be read", needed, "run where df and /proc are readable")
-    return _test(check, size >= need, gigabytes(size), needed, remedy)
+        return judged(check, False, "cannot be read", needed, "run where df and /proc are readable")
+    return judged(check, size >= need, gigabytes(size), needed, remedy)
 
 
 def check_gpus(host: Host, deployment: Deployment, needs: Needs) -> Iterator[HostFinding]:
@@ -172,7 +161,7 @@ def check_gpus(host: Host, deployment: Deployment, needs: Needs) -> Iterator[Hos
     cell, count = deployment.cell, needs.gpus
     sku, matrix = cell.sku, deployment.matrix
     if not host.gpus:
-        yield _test(
+        yield judged(
             "GPU",
             False,
             f"none: {host.gpus_error}",
@@ -191,9 +180,9 @@ def check_gpus(host: Host, deployment: Deployment, needs: Needs) -> Iterator[Hos
         remedy = "ask for " + " or ".join(f"--sku {name}" for name in names)
         if not names:
             remedy = "no image of this project is for these GPUs; SKUs: " + ", ".join(matrix.sku)
-        yield _test("compute capability", False, seen, needed, remedy)
+        yield judged("compute capability", False, seen, needed, remedy)
         return
-    yield _test("compute capability", True, seen, sku.compute_capability)
+    yield judged("compute capability", True, seen, sku.compute_capability)
     if others := sorted({gpu.name for gpu in fitting} - {sku.device}):
         remedy = "same compute capability, another product: nothing was run on it"
         yield HostFinding("device", "unknown", ", ".join(others), sku.device, remedy)
@@ -203,7 +192,7 @@ def check_gpus(host: Host, deployment: Deployment, needs: Needs) -> Iterator[Hos
     remedy = "choose a preset for fewer GPUs: " + ", ".join(f"--preset {name}" for name in smaller)
     if not smaller:
         remedy = "use a host with more GPUs: no preset of this SKU is for fewer"
-    yield _test(
+    yield judged(
         "GPU count",
         len(fitting) >= count,
         str(len(fitting)),
@@ -216,13 +205,17 @@ def check_split(host: Host, *_: object) -> Iterator[HostFinding]:
     """MIG slices have neither the memory nor the NVLink that a preset counts on."""
     if split := [str(gpu.index) for gpu in host.gpus if gpu.mig]:
         remedy = "nvidia-smi -mig 0, as root, with no process on the GPUs"
-        yield _test("MIG", False, f"on, GPU {', '.join(split)}", "off", remedy)
+        yield judged("MIG", False, f"on, GPU {', '.join(split)}", "off", remedy)
 
 
 def check_memory(host: Host, deployment: Deployment, needs: Needs) -> Iterator[HostFinding]:
     """Memory of a GPU for its part of the weights."""
     sku = deployment.cell.sku
-    sizes = [gpu.memory for gpu in host.gpus if gpu.capability == sku.compute_capability]
+    fitting = [gpu for gpu in host.gpus if gpu.capability == sku.compute_capability]
+    sizes = [gpu.memory for gpu in fitting if gpu.memory is not None]
+    if len(sizes) < len(fitting):
+        seen = f"not given by the driver for {len(fitting) - len(sizes)} of {len(fitting)} GPUs"
+        yield HostFinding("GPU memory", "unknown", seen, "a number per GPU")
     if not sizes:
         return
     seen = f"{gigabytes(min(sizes))} per GPU"
@@ -232,7 +225,7 @@ def check_memory(host: Host, deployment: Deployment, needs: Needs) -> Iterator[H
         return
     needed = f"{gigabytes(part)} for the weights; KV cache and graphs on top"
     remedy = "use a preset with more GPUs, or a smaller artifact"
-    yield _test("GPU memory", min(sizes) > part, seen, needed, remedy)
+    yield judged("GPU memory", min(sizes) > part, seen, needed, remedy)
 
 
 def _unknown_size(deployment: Deployment) -> str:
@@ -246,8 +239,8 @@ def check_driver(host: Host, deployment: Deployment, needs: Needs) -> Iterator[H
     remedy = f"install a driver of branch {floor.partition('.')[0]} or later, reboot"
     for driver in sorted({gpu.driver for gpu in host.gpus}):
         try:
-            yield _test("driver", Version(driver) >= Version(floor), driver, needed, remedy)
-        except InvalidVersion:
+            yield judged("driver", Version(driver) >= Version(floor), driver, needed, remedy)
+        except ValueError:  # not a version, or one of too many digits
             yield HostFinding("driver", "unknown", driver, needed)
 
 
@@ -255,21 +248,21 @@ def check_mixed_drivers(host: Host, *_: object) -> Iterator[HostFinding]:
     """Kernel module, nvidia-smi and NVML of one release: a mix fails or is slow."""
     remedy = "install one driver release for module and libraries, reboot (or reload the module)"
     if "mismatch" in host.gpus_error:
-        yield _test("mixed drivers", False, host.gpus_error, "one release", remedy)
+        yield judged("mixed drivers", False, host.gpus_error, "one release", remedy)
     elif host.gpus and host.versions:
         versions = {gpu.driver for gpu in host.gpus} | set(host.versions.values())
         # NVML says major.minor only: 580.95 for 580.95.05.
         longest = max(versions, key=len)
         mixed = any(v != longest and not longest.startswith(f"{v}.") for v in versions)
         seen = ", ".join(f"{name} {value}" for name, value in sorted(host.versions.items()))
-        yield _test("mixed drivers", not mixed, seen, "one release", remedy)
+        yield judged("mixed drivers", not mixed, seen, "one release", remedy)
 
 
 def check_fabric(host: Host, *_: object) -> Iterator[HostFinding]:
     """GPUs behind NVSwitch need the fabric manager; without it CUDA fails with error 802."""
     if states := {gpu.fabric for gpu in host.gpus if gpu.fabric is not None}:
         remedy = "start nvidia-fabricmanager, of the driver's own release"
-        yield _test(
+        yield judged(
             "NVLink fabric", states == {"ready"}, ", ".join(sorted(states)), "ready", remedy
         )
 
@@ -284,19 +277,19 @@ def check_engine(host: Host, *_: object) -> Iterator[HostFinding]:
         if not engine.nvidia:
             seen += ", which does not know the GPUs"
         remedy = CONFIGURE[engine.name]
-        yield _test("container engine", engine.nvidia, seen, needed, remedy, failed=failed)
+        yield judged("container engine", engine.nvidia, seen, needed, remedy, failed=failed)
     if not host.engines:
         for name, output in host.engine_errors.items():
             if output != NOT_INSTALLED:
                 remedy = f"start {name}, or use an account that may talk to it"
-                yield _test("container engine", False, f"{name}: {output}", needed, remedy)
+                yield judged("container engine", False, f"{name}: {output}", needed, remedy)
         if set(host.engine_errors.values()) == {NOT_INSTALLED}:
             seen = "neither docker nor podman is installed"
             remedy = "install one of them and nvidia-container-toolkit"
-            yield _test("container engine", False, seen, needed, remedy)
+            yield judged("container engine", False, seen, needed, remedy)
     remedy = "install nvidia-container-toolkit from NVIDIA's package repository"
     seen = host.toolkit or "nvidia-ctk is not installed"
-    yield _test("container toolkit", host.toolkit is not None, seen, needed, remedy, failed=failed)
+    yield judged("container toolkit", host.toolkit is not None, seen, needed, remedy, failed=failed)
 
 
 def check_disk(host: Host, deployment: Deployment, needs: Needs) -> Iterator[HostFinding]:
@@ -338,9 +331,27 @@ def check_shm(host: Host, deployment: Deployment, needs: Needs) -> Iterator[Host
     yield replace(finding, level="unknown") if finding.level == "red" and able else finding
 
 
+def check_machine(host: Host, deployment: Deployment, needs: Needs) -> Iterator[HostFinding]:
+    """Processor, kernel modules, health of the GPUs and what connects them."""
+    replies, matrix = host.machine, deployment.matrix
+    yield from machine.processor(replies, matrix.base.platform)
+    capability = deployment.cell.sku.compute_capability
+    if host.gpus or not replies["nvidia-module"].code:
+        yield from machine.kernel_modules(
+            replies["nvidia-module"], capability, matrix.kernel_modules
+        )
+    yield from machine.health(host.gpus, host.gpus_error, replies["nvidia-smi-health"])
+    if host.gpus:
+        count = min(needs.gpus, len(host.gpus))
+        yield from machine.gpu_links(replies, count, deployment.preset.env)
+    for engine in host.engines:
+        if engine.name == "docker" and engine.nvidia and host.toolkit:
+            yield from machine.gpu_injection(replies, engine.cgroups, discovers=engine.discovers)
+
+
 CHECKS = (
     check_gpus, check_split, check_memory, check_driver, check_mixed_drivers, check_fabric,
-    check_engine, check_disk, check_ram, check_shm,
+    check_machine, check_engine, check_disk, check_ram, check_shm,
 )  # fmt: skip
 
 
@@ -353,7 +364,7 @@ def page(findings: Iterable[HostFinding]) -> Iterator[Text]:
     colours = {"ok": "green", "unknown": "yellow", "red": "bold red"}
     for finding in findings:
         line = Text(f"{finding.level:8}", style=colours[finding.level])
-        line.append(f"{finding.check}: {finding.seen}", style="default")
+        line.append(f"{finding.check}: {printable(finding.seen)}", style="default")
         if finding.level == "ok":
             line.append(f"  (needed: {finding.needed})", style="dim")
         else:

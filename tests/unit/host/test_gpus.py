@@ -32,9 +32,22 @@ def test_fabric_is_ready_only_after_success(state: str, fabric: str | None) -> N
     assert (gpu.mig, gpu.fabric) == (True, fabric)
 
 
-@pytest.mark.parametrize(
-    "row", ["No devices were found", f"{ROW}, {REST}, more", f"{ROW} MiB, {REST}"]
-)
-def test_unknown_row_is_rejected(row: str) -> None:
-    with pytest.raises(ValueError, match=r"unpack|int"):
+@pytest.mark.parametrize("row", ["No devices were found", f"{ROW}, {REST}, more"])
+def test_row_of_other_columns_is_rejected(row: str) -> None:
+    with pytest.raises(ValueError, match="unpack"):
         parse_gpus(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        (f"{ROW}, {REST}".replace("143771", "[N/A]"), ""),  # unified memory
+        (f"{ROW}, {REST}".replace("143771", "143771 MiB"), ""),
+        (f"{ROW}, {REST}".replace("143771", "[Unknown Error]"), "memory.total is [Unknown Error]"),
+        (f"{ROW}, [GPU is lost], {REST[10:]}", "mig.mode.current is [GPU is lost]"),
+    ],
+)
+def test_text_in_place_of_a_value_is_kept_as_a_fault(row: str, fault: str) -> None:
+    (gpu,) = parse_gpus(row)
+    assert gpu.fault == fault
+    assert gpu.memory in (None, 143771 << 20)

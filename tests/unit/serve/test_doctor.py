@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,60 +10,23 @@ import pytest
 from vllm_forge.cli import main
 from vllm_forge.host import HostProbe, RecordedProbe, RecordingProbe, Reply
 from vllm_forge.host.probe import GPU_QUERY
-from vllm_forge.matrix import image_cell, load
 from vllm_forge.serve import doctor as checks
-from vllm_forge.serve.deployment import find_deployment, needs_of
 from vllm_forge.serve.doctor import (
     CHECKS,
-    HostFinding,
     ask_host,
-    judge,
     listed_gpus,
     parse_meminfo,
     parse_versions,
 )
-from vllm_forge.sources import read_lock
+from vllm_forge.serve.machine import QUESTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from vllm_forge.serve.machine import HostFinding
+
     Diagnose = Callable[..., list[HostFinding]]
-
-
-@pytest.fixture
-def recorded(root: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a recording, with some replies replaced (None: the program is not there)."""
-
-    def copy(name: str, **replies: str | None) -> Path:
-        folder = tmp_path / f"host-{len(list(tmp_path.iterdir()))}"
-        shutil.copytree(root / "tests" / "fixtures" / "doctor" / name, folder)
-        for question, text in replies.items():
-            path = folder / f"{question.replace('_', '-')}.txt"
-            if text is None:
-                path.unlink()
-            else:
-                path.write_text(text)
-        return folder
-
-    return copy
-
-
-@pytest.fixture
-def diagnose(root: Path) -> Diagnose:
-    """Judge a recording."""
-
-    def run(
-        folder: Path, sku: str, preset: str = "mtp", artifact: str | None = None
-    ) -> list[HostFinding]:
-        matrix = load(root)
-        cell = image_cell(matrix, sku)
-        deployment = find_deployment(matrix, cell, preset, artifact)
-        lock = read_lock(root, cell.line_name, cell.line, matrix.base)
-        host = ask_host(RecordedProbe(folder))
-        return judge(host, deployment, needs_of(lock, deployment))
-
-    return run
 
 
 def levels(findings: list[HostFinding]) -> dict[str, str]:
@@ -255,6 +217,7 @@ def test_questions_change_nothing() -> None:
         GPU_QUERY[:2], ("nvidia-smi", "--version"), ("nvidia-ctk", "--version"),
         ("nvidia-ctk", "cdi"),
         ("docker", "info"), ("podman", "info"), ("df",), ("cat", "/proc/meminfo"),
+        *(tuple(argv[:2]) for argv in QUESTIONS.values()),
     }  # fmt: skip
 
 
