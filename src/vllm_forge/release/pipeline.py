@@ -12,6 +12,7 @@ from pathlib import Path
 
 import vllm_forge
 from vllm_forge import images
+from vllm_forge.errors import ForgeError
 from vllm_forge.host import RecordingRunner, Runner
 from vllm_forge.images.engines import Engine
 from vllm_forge.images.errors import BuildRecordError
@@ -76,6 +77,20 @@ class Job:
     def signs(self) -> bool:
         return self.key is not None or self.trust.identity is not None
 
+    def findings(self) -> list[ForgeError]:
+        """Why nothing that this job signs would count, before anything is built."""
+        if not self.gate.policy.statements:
+            return []
+        if not self.signs:
+            return [UNSIGNED]
+        key = self.key and self.trust.keys.find(keyid=self.key.public.id)
+        try:
+            if key is not None:
+                key.require(None, self.clock(), "--key")
+        except ForgeError as error:
+            return [error]
+        return []
+
     def sign(self, statement: Statement) -> bytes:
         """A bundle, signed with the key or as this host's identity."""
         if self.key is not None:
@@ -104,8 +119,7 @@ def release(job: Job, runner: Runner) -> Outcome | None:
         TagTakenError: another image got the name meanwhile.
     """
     gate, policy = job.gate, job.gate.policy
-    unsigned = [] if job.signs or not policy.statements else [UNSIGNED]
-    gate.require([*unsigned, *gate.findings()])
+    gate.require([*job.findings(), *gate.findings()])
     cell, plan, dry = gate.cell, job.plan, isinstance(runner, RecordingRunner)
     with runner.exclusive(f"release-{cell.name}"):
         if dry:

@@ -107,15 +107,15 @@ class TrustedKey:
                 "was edited after it was signed",
             ) from None
 
-    def require(self, role: Role, now: datetime, where: str) -> None:
-        """Raise unless this key may sign for ``role`` and is valid ``now``."""
+    def require(self, role: Role | None, now: datetime, where: str) -> None:
+        """Raise unless this key may sign for ``role`` (None: for any) and is valid ``now``."""
         if (row := self.row) is None:
             return
         if row.revoked is not None:
             what = f"key {self.name} was revoked on {row.revoked.date}: {row.revoked.reason}"
             remedy = "have the statement signed with a key that is valid"
             raise errors.KeyRevokedError(what, where=where, remedy=remedy)
-        if role not in row.roles:
+        if role is not None and role not in row.roles:
             what = f"key {self.name} may sign {', '.join(row.roles)}, not {role}"
             remedy = f"have the statement signed with a key that has role {role}"
             raise errors.KeyRoleError(what, where=where, remedy=remedy)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ import pytest
 
 from tests.support.keys import REVOKED, key_pair, trust
 from tests.support.receipts import FILE, IMAGE, NOW, body, edit, green_run, small_project
+from vllm_forge.cli import main
 from vllm_forge.errors import ForgeError
 from vllm_forge.pages.status import status
 from vllm_forge.project import Project
@@ -277,3 +280,41 @@ class TestAccept:
         with pytest.raises(ReceiptSubjectError, match="another receipt is already at"):
             accept(project, lab)
         assert path.read_bytes() == before
+
+
+def test_documented_commands_make_a_key_sign_and_accept(
+    root: Path, project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Word for word of docs/develop/keys.md, but for its words in capitals and its dates."""
+    page = (root / "docs/develop/keys.md").read_text()
+    make = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)[0]
+    row, revoked = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    spans = [" ".join(span.split()) for span in re.findall(r"`(receipts [^`]*)`", page)]
+    sign, accept = (
+        next(s for s in spans if s.startswith(f"receipts {w} ")) for w in ("sign", "accept")
+    )
+
+    keys, lab = project.root / "records/keys", tmp_path / "lab"
+    for folder in (keys, lab):
+        folder.mkdir(parents=True)
+    subprocess.run(["bash", "-euc", make], cwd=lab, check=True, capture_output=True)
+    shutil.copy(lab / "NAME.pem", keys / "lab.pem")
+    row = re.sub(r"= 20\d\d", "= 2020", row, count=1).replace("= 2027", "= 2199")
+    (keys / "keyring.toml").write_text(row.replace("NAME", "lab"))
+    handed_over = write_receipt(
+        lab, make_statement(green_run(project)), load_private(lab / "key.pem")
+    )
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(project.root))
+    monkeypatch.chdir(lab)
+
+    def forge(text: str, path: Path) -> int:
+        return main([str(path) if word in {"RECEIPT", "FILE"} else word for word in text.split()])
+
+    assert forge(sign, commit(project)) == 0
+    (receipt,) = verify_all(project, signed=True)
+    receipt.path.unlink()
+    assert forge(accept, handed_over) == 0
+    assert [key.name for key in verify_all(project, signed=True)[0].signed_by] == ["lab"]
+    (keys / "keyring.toml").write_text(row.replace("NAME", "lab") + revoked)
+    with pytest.raises(KeyRevokedError, match="stolen laptop"):
+        verify_all(project, signed=True)

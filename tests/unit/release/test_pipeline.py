@@ -23,6 +23,7 @@ from tests.support.release import (
     write_records,
 )
 from tests.support.sigstore_services import IDENTITY, ISSUER, sigstore_services
+from vllm_forge.errors import ForgeError
 from vllm_forge.host import RecordingRunner
 from vllm_forge.pages.notes import make_notes
 from vllm_forge.project import Project
@@ -30,6 +31,8 @@ from vllm_forge.release import statements
 from vllm_forge.release.errors import (
     DecisionError,
     GateRefusedError,
+    RegistryAuthError,
+    RegistryContentError,
     RegistryUnreachableError,
     StatementExpiredError,
     TagTakenError,
@@ -260,15 +263,71 @@ def test_receipt_of_another_image_does_not_count(
     assert registry.manifests == {}
 
 
+# What the registry does half-way -> the error, and what it says.
+FAULTS: dict[str, tuple[dict[str, Any], type[ForgeError], str]] = {
+    "500": (
+        {"method": "PUT", "path": ".*/manifests/.*", "status": 500},
+        RegistryUnreachableError, "answers 500 to PUT",
+    ),
+    "429": (
+        {"method": "POST", "path": ".*/uploads/", "status": 429},
+        RegistryUnreachableError, "answers 429 to POST",
+    ),
+    "401": (
+        {"method": "GET", "path": ".*/manifests/.*", "status": 401,
+         "headers": {"WWW-Authenticate": 'Basic realm="x"'}},
+        RegistryAuthError, "asks for a login",
+    ),
+    "down": (
+        {"method": "GET", "path": ".*/manifests/.*", "cut": 9},
+        RegistryUnreachableError, "does not answer",
+    ),
+    "lie": (
+        {"method": "GET", "path": ".*/manifests/sha256:.*", "change": lambda body: body + b" "},
+        RegistryContentError, "a manifest said to be sha256:",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
 def test_registry_that_fails_half_way_leaves_no_name(
-    releases: Releases, registry: RegistryServer, repository: Repository
+    releases: Releases, registry: RegistryServer, repository: Repository, name: str
 ) -> None:
-    registry.plant("PUT", ".*/manifests/.*", status=500, times=99)
-    with pytest.raises(RegistryUnreachableError):
+    """Each failure by its own message; the same command then goes on."""
+    fault, error, what = FAULTS[name]
+    registry.plant(**fault, times=-1)
+    with pytest.raises(error, match=what):
         run(releases, "candidate")
     registry.faults.clear()
     assert repository.tags() == ()
     assert run(releases, "candidate").names.fixed == "0.1.0-forge.1-alpha-rc1"
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ("revoked = {date = 2026-02-03, reason = 'lost'}", "key release was revoked on 2026-02-03"),
+        ("valid_until = 2020-01-02", "key release is valid from 2020-01-01 to 2020-01-02"),
+    ],
+)
+def test_key_that_does_not_count_is_refused_before_a_build(
+    releases: Releases, registry: RegistryServer, row: str, what: str
+) -> None:
+    table = releases.mini.root / "records/keys/keyring.toml"
+    head, _, rest = table.read_text().partition("valid_until = 2199-12-31")
+    valid = "" if row.startswith("valid") else "valid_until = 2199-12-31\n"
+    table.write_text(f"{head}{valid}{row}{rest}")
+    commit(releases.mini.root)
+    with pytest.raises(GateRefusedError, match=what):
+        run(releases, "candidate")
+    assert registry.requests == []
+
+
+def test_clock_in_the_past_names_nothing(releases: Releases, repository: Repository) -> None:
+    past = datetime.now(UTC) - timedelta(days=2)
+    with pytest.raises(GateRefusedError, match=r"the build ended at .*, and it is .* here"):
+        run(releases, "candidate", clock=lambda: past)
+    assert repository.tags() == ()
 
 
 def test_uncommitted_change_is_refused_before_a_build(releases: Releases) -> None:

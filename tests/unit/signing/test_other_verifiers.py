@@ -28,11 +28,13 @@ from vllm_forge.signing import load_private, sign
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SCRIPT = Path(__file__).parents[2] / "support" / "verify_bundle.cjs"
+ROOT = Path(__file__).parents[3]
+SCRIPT = ROOT / "tests/support/verify_bundle.cjs"
 IMAGE = b"the manifest of an image\n"
 HOW = {
     "cosign": "no cosign: put that of Debian forky's cosign_3*.deb on PATH",
     "oras": "no oras: put that of Debian forky's oras_1*.deb on PATH",
+    "skopeo": "no skopeo: apt-get install skopeo",
     "node": "no @sigstore/verify: npm install @sigstore/verify @sigstore/bundle, and set NODE_PATH "
     "to its node_modules",
 }
@@ -143,3 +145,37 @@ def test_cosign_and_oras_find_what_is_attached(tmp_path: Path, *, referrers_api:
         assert codes[1] != 0  # a statement about another image
         shown = run(tmp_path, "oras", "discover", "--plain-http", reference.at(digests[0]))
         assert "application/vnd.dev.sigstore.bundle.v0.3+json" in shown.stdout
+
+
+def others() -> dict[str, str]:
+    """Tool -> its command of docs/operate/verify.md, which is that of keys.md, too."""
+    page = (ROOT / "docs/operate/verify.md").read_text()
+    block = page.partition("## With other tools")[2].partition("```sh\n")[2].partition("```")[0]
+    return {line.split()[0]: line for line in block.splitlines()}
+
+
+@pytest.mark.parametrize("tool", others())
+def test_documented_command_of_another_tool_runs(tmp_path: Path, tool: str) -> None:
+    """Word for word; a registry without TLS must be called localhost."""
+    require(tool)
+    private, public = key_pair(tmp_path, "p256")
+    public.rename(tmp_path / "release.pem")
+    with RegistryServer(referrers_api=True).running() as registry:
+        host = registry.host.replace("127.0.0.1", "localhost")
+        repository = Repository(Reference.parse(f"{host}/forge/vllm"))
+        digest = push_image(repository)
+        about = Subject(name="image", digest={"sha256": digest.removeprefix("sha256:")})
+        signed = Statement(subject=(about,), predicate_type=PROVENANCE, predicate={"x": 1})
+        bundle = sign(signed.content, load_private(private))
+        attach(repository, repository.manifest(digest), bundle, PROVENANCE)
+        insecure = tmp_path / ".config/containers/registries.conf"  # of skopeo
+        insecure.parent.mkdir(parents=True)
+        insecure.write_text(f'[[registry]]\nlocation = "{host}"\ninsecure = true\n')
+        environment = os.environ | {
+            "IMAGE": str(repository.reference.at(digest)), "HOME": str(tmp_path),
+        }  # fmt: skip
+        done = subprocess.run(
+            ["bash", "-euc", others()[tool]], cwd=tmp_path, env=environment, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
