@@ -83,10 +83,9 @@ class Job:
             return []
         if not self.signs:
             return [UNSIGNED]
-        key = self.key and self.trust.keys.find(keyid=self.key.public.id)
         try:
-            if key is not None:
-                key.require(None, self.clock(), "--key")
+            if self.key and (row := self.trust.keys.find(keyid=self.key.public.id)):
+                row.require(None, self.clock(), "--key")
         except ForgeError as error:
             return [error]
         return []
