@@ -2,21 +2,17 @@
 
     .nox/vllm-forge/bin/python benchmarks/inspect_checkpoint.py [--scratch DIR] [--dry-load]
 
-Writes checkpoints with the headers of real artifacts and holes in place of their data: a file
-system keeps no bytes for a hole, so 181 GB take 30 MB. Global scales are ones. Each inspection is a
-process of its own. With --dry-load (as root, with the lines' layers in the cache) each line's
-vLLM also loads them.
+Makes rehearsals of artifacts (`checkpoint fixtures full`). Each inspection is a process of its own.
+With --dry-load (as root, with the lines' layers in the cache) each line's vLLM also loads them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -25,67 +21,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.checkpoints.inspect.manifest import named
-from vllm_forge.checkpoints.tensors import DTYPE_BYTES
+from vllm_forge.checkpoints.fixtures.full import make_recipe, write_full
 from vllm_forge.host import atomic_path
+from vllm_forge.kernels.selection.questions import artifact_config
 from vllm_forge.matrix import load
 from vllm_forge.pages.registry import write_pages
 from vllm_forge.project import Project
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = "benchmarks/results/inspect.json"
-CONFIGS = ROOT / "src/vllm_forge/kernels/selection/artifacts"
+# That of the last one is not published.
 SHARDS = {"flash-nvfp4-fp8-mtp": 35, "flash-w4a16-fp8-mtp": 4, "nvidia-nvfp4": 35}
-ONE = struct.pack("<f", 1.0)
-SCALARS = ("_global_scale", "weight_scale_2", "input_scale")
-
-
-def config_of(artifact: str) -> dict[str, Any]:
-    """config.json as far as it is known."""
-    row: dict[str, Any] = json.loads((CONFIGS / f"{artifact}.json").read_text())
-    base: dict[str, Any] = {} if "base" not in row else config_of(row["base"])
-    base |= row["config"]
-    return base
-
-
-def write_sparse(folder: Path, artifact: str) -> int:
-    """An artifact with holes for data; returns its bytes."""
-    folder.mkdir()
-    config = config_of(artifact)
-    (folder / "config.json").write_text(json.dumps(config))
-    wanted = sorted(named(artifact).wanted(config), key=lambda want: want.name)
-    count = SHARDS[artifact]
-    size = -(-len(wanted) // count)
-    index: dict[str, str] = {}
-    total = 0
-    for number in range(count):
-        rows = wanted[number * size : (number + 1) * size]
-        rows.sort(key=lambda want: (-DTYPE_BYTES[want.dtypes[0]], want.name))
-        name = f"model-{number + 1:05}-of-{count:05}.safetensors"
-        header, at, ones = {}, 0, []
-        for want in rows:
-            end = at + math.prod(want.shape) * DTYPE_BYTES[want.dtypes[0]]
-            header[want.name] = {
-                "dtype": want.dtypes[0],
-                "shape": list(want.shape),
-                "data_offsets": [at, end],
-            }
-            if want.name.endswith(SCALARS):
-                ones.append(at)
-            index[want.name] = name
-            at = end
-        text = json.dumps(header).encode()
-        with (folder / name).open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            start = file.tell()
-            for place in ones:
-                file.seek(start + place)
-                file.write(ONE)
-            file.truncate(start + at)
-        total += at
-    map_ = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(map_))
-    return total
 
 
 def inspect(folder: Path, *options: str) -> tuple[float, dict[str, Any]]:
@@ -106,12 +52,13 @@ def inspect(folder: Path, *options: str) -> tuple[float, dict[str, Any]]:
 def measure(artifact: str, scratch: Path, *, dry_load: bool) -> dict[str, Any]:
     """One artifact."""
     folder = scratch / artifact
-    size = write_sparse(folder, artifact)
+    recipe = make_recipe(artifact, artifact_config(artifact), SHARDS[artifact])
+    write_full(recipe, folder)
     seconds, report = inspect(folder, "--resolve=rules")
     result: dict[str, Any] = {
         "tensors": report["tensors"],
         "shards": report["shards"],
-        "bytes": size,
+        "bytes": report["bytes"],
         "headers_s": round(seconds, 1),
         "dry_load_s": {},
         "outcomes": {},

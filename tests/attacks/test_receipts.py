@@ -23,6 +23,7 @@ from tests.gpu.harness import run
 from tests.gpu.harness.errors import InputError
 from tests.gpu.harness.identity import identity
 from tests.support.keys import key_pair, trust
+from tests.support.layouts import layout_config
 from tests.support.receipts import (
     FILE,
     IDENTITY,
@@ -34,6 +35,8 @@ from tests.support.receipts import (
     green_run,
     small_project,
 )
+from vllm_forge.checkpoints.fixtures.full import make_recipe, write_full
+from vllm_forge.checkpoints.fixtures.sparse import MARK, SIGN
 from vllm_forge.errors import ForgeError
 from vllm_forge.pages.status import status
 from vllm_forge.project import Project
@@ -98,6 +101,29 @@ def test_preset_is_green_only_by_its_own_proof(
     commit(project, green_run(project, tier, **facts))
     assert len(read_receipts(project, NOW).valid) == 1
     assert state(project, **where) == "not run"
+
+
+def test_rehearsal_that_a_soak_run_served_is_not_the_artifact(
+    project: Project, tmp_path: Path
+) -> None:
+    """Nothing can pin it as the artifact by mistake; without its sign its config.json differs."""
+    folder = tmp_path / SERVED["artifact"]
+    write_full(make_recipe(SERVED["artifact"], layout_config("card"), 2), folder)
+    with pytest.raises(InputError, match="this-is-a-rehearsal"):
+        identity(folder)
+    (folder / SIGN).rmdir()
+    rehearsed = identity(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config[MARK]
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    matrix = project.root / "matrix.toml"
+    matrix.write_text(matrix.read_text().replace(IDENTITY, identity(folder)))
+    pinned = Project(project.root)
+    commit(pinned, green_run(pinned, "soak", **SERVED | {"identity": rehearsed}))
+    assert len(read_receipts(pinned, NOW).valid) == 1
+    assert state(pinned) == "not run"
+    commit(pinned, green_run(pinned, "soak", **SERVED | {"identity": identity(folder)}))
+    assert state(pinned) == f"receipts: {PLACE}, unsigned"
 
 
 def test_artifact_whose_bytes_nobody_pinned_is_never_green(project: Project) -> None:

@@ -40,6 +40,14 @@ class CheckpointUnreadableError(ForgeError, exit_code=REFUSED):
     """Not a checkpoint of DeepSeek-V4, or a file of it is missing, cut off, malformed or absurd."""
 
 
+class RehearsalError(ForgeError, exit_code=REFUSED):
+    """A full-size fixture needs what is not recorded of its artifact, or its folder exists."""
+
+
+class NotSparseError(ForgeError, exit_code=FAULT):
+    """The file system stores holes, so a full-size fixture would take the artifact's size."""
+
+
 class HubUnreachableError(ForgeError, exit_code=FAULT):
     """The model hub does not answer, or does not give this repository."""
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_forge.host import atomic_path, parse_json, write_json
 
@@ -44,6 +44,9 @@ class TensorSpec:
     @property
     def size(self) -> int:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+Spec = TypeVar("Spec", bound=TensorSpec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,11 +181,10 @@ def _naturals(row: Any, count: int | None = None) -> bool:
     )
 
 
-def write_shard(path: Path, tensors: Iterable[TensorToWrite]) -> dict[str, str]:
-    """Write one file aside, flush it to the disk, and rename it; the same tensors, the same bytes.
+def encode_header(tensors: Iterable[Spec]) -> tuple[list[Spec], bytes]:
+    """The tensors of a file in their order, and its header without the length.
 
     The widest dtypes come first, as the library has it, so that every tensor is aligned.
-    Returns the SHA-256 of each tensor's bytes, in hex, by name.
     """
     ordered = sorted(tensors, key=lambda tensor: (-DTYPE_BYTES[tensor.dtype], tensor.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -194,7 +196,15 @@ def write_shard(path: Path, tensors: Iterable[TensorToWrite]) -> dict[str, str]:
         }  # fmt: skip
         at += tensor.size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    return ordered, text + b" " * (-len(text) % 8)
+
+
+def write_shard(path: Path, tensors: Iterable[TensorToWrite]) -> dict[str, str]:
+    """Write one file aside, flush it to the disk, and rename it; the same tensors, the same bytes.
+
+    Returns the SHA-256 of each tensor's bytes, in hex, by name.
+    """
+    ordered, text = encode_header(tensors)
     sums = {}
     with atomic_path(path) as aside, aside.open("wb") as file:
         file.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)

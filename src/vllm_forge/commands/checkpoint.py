@@ -6,8 +6,10 @@ from pathlib import Path
 
 from vllm_forge.commands.parsers import EVERY_LINE, JSON, Commands, command, group, print_json
 from vllm_forge.errors import UsageError
-from vllm_forge.host import Runner
+from vllm_forge.host import Runner, suggestion
 from vllm_forge.project import Project
+
+FULL = "full"  # beside the names of variants
 
 
 def register(choices: Commands) -> None:
@@ -49,7 +51,18 @@ def register(choices: Commands) -> None:
     )
 
     one = command(checkpoint, "fixtures", fixtures)
-    one.add_argument("names", nargs="*", metavar="VARIANT", help="default: all of variants.toml")
+    one.add_argument(
+        "names", nargs="*", metavar="VARIANT",
+        help=f"default: all of variants.toml; {FULL}: of an artifact's size, see --artifact",
+    )  # fmt: skip
+    one.add_argument(
+        "--artifact", nargs=2, metavar=("NAME", "DIR"),
+        help=f"with {FULL}: make a rehearsal of an artifact, which has holes for weights",
+    )  # fmt: skip
+    one.add_argument(
+        "--recipe", action="store_true",
+        help=f"with {FULL}: make its recipe, for a host where `python3 DIR/sparse.py` follows it",
+    )  # fmt: skip
     command(checkpoint, "verify", verify)
     command(checkpoint, "tools", tools)
 
@@ -125,7 +138,11 @@ def quantize(project: Project, args: argparse.Namespace) -> None:
 
 
 def fixtures(project: Project, args: argparse.Namespace) -> None:
-    """Make tiny checkpoints in the cache."""
+    """Make tiny checkpoints in the cache, or one of an artifact's size."""
+    if args.artifact is not None or args.recipe or FULL in args.names:
+        _full(project, args)
+        return
+
     from vllm_forge.checkpoints.fixtures.variants import (
         cached_variant,
         load_variants,
@@ -142,6 +159,28 @@ def fixtures(project: Project, args: argparse.Namespace) -> None:
             cached_variant(project, name, make=make_with_tools)
     for name in names:
         print(f"{name}: {variant_path(project, name)}")
+
+
+def _full(project: Project, args: argparse.Namespace) -> None:
+    from vllm_forge.checkpoints.fixtures.full import (
+        make_recipe,
+        shards_of,
+        write_full,
+        write_recipe,
+    )
+    from vllm_forge.kernels.selection.questions import artifact_config
+    from vllm_forge.serve.errors import UnknownArtifactError
+
+    if args.names != [FULL] or args.artifact is None:
+        what = f"expected: fixtures {FULL} --artifact NAME DIR [--recipe]"
+        raise UsageError(what, remedy="give an artifact, and a directory that will be made")
+    name, folder = args.artifact[0], Path(args.artifact[1])
+    if (artifact := project.matrix.artifact.get(name)) is None:
+        what = f"unknown artifact {name!r}{suggestion(name, project.matrix.artifact)}"
+        raise UnknownArtifactError(what, remedy="give an artifact of matrix.toml")
+    recipe = make_recipe(name, artifact_config(name), shards_of(name, artifact))
+    (write_recipe if args.recipe else write_full)(recipe, folder)
+    print(folder)
 
 
 def tools(project: Project, _: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
+from vllm_forge.checkpoints.fixtures.sparse import MARK
 from vllm_forge.checkpoints.inspect.findings import (
     Effect,
     Finding,
@@ -32,6 +33,7 @@ from vllm_forge.checkpoints.inspect.profile import (
     stored_as,
 )
 from vllm_forge.checkpoints.tensors import StoredTensor, TensorSpec
+from vllm_forge.host import printable
 
 ROWS = re.compile(r"ffn\.shared_experts\.(down_proj|w2)\.\d+(\.|$)")
 ROUTERS = (".gate.bias", ".gate.tid2eid")
@@ -39,12 +41,15 @@ ROUTERS = (".gate.bias", ".gate.tid2eid")
 # ROTARY_EMBEDS_UNUSED_WEIGHTS).
 SKIPPED = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 TOKENIZER = "tokenizer.json"
+SHOWN = 80  # characters of a mark
 # A matrix is stored if one of these suffixes is.
 WEIGHTS = ("weight", "weight_packed")
 
 
 def files(profile: Profile) -> Iterator[Finding]:
     """Shards, index and sizes agree, and what serving needs beside the tensors is there."""
+    if mark := profile.config.get(MARK):
+        yield finding("rehearsal", f"of {printable(str(mark))[:SHOWN]}")
     if missing := profile.missing_shards:
         total = len(set((profile.index or {}).values()))
         what = f"{len(missing)} of {total} shards are not here, e.g. {missing[0]}"

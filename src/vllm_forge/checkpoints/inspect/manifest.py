@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import Field
 
 from vllm_forge.checkpoints.architecture import main_tensors
+from vllm_forge.checkpoints.fixtures.sparse import MARK
 from vllm_forge.checkpoints.inspect.checks_config import ARGUMENTS, is_of
 from vllm_forge.checkpoints.inspect.findings import NUMBER, Finding, finding, scoped, summarize
 from vllm_forge.checkpoints.inspect.profile import (
@@ -200,7 +201,9 @@ def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Findi
             raise UsageError(what, where=str(profile.source), remedy=remedy)
         return
     try:
-        rows: dict[str, Any] = parse_json(text)["tensors"]
+        record = parse_json(text)
+        rows: dict[str, Any] = record["tensors"]
+        marks = (record.get(MARK), profile.config.get(MARK))
         recorded = {
             name: (row["dtype"], tuple(row["shape"]), row["file"]) for name, row in rows.items()
         }
@@ -209,6 +212,9 @@ def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Findi
         what = f"{type(error).__name__}: {error}"
         yield finding("record", what, title=f"{RECORD} cannot be read")
         return
+    if marks[0] != marks[1]:
+        title = f"{RECORD} and config.json differ on whether it is a rehearsal"
+        yield finding("record", f"{MARK} is not the same in both", title=title)
     stored = {n: (e.dtype, e.shape, e.shard) for n, e in profile.tensors.items()}
     both = sorted(recorded.keys() & stored.keys())
     changed = [name for name in both if recorded[name] != stored[name]]
