@@ -45,7 +45,7 @@ class RehearsalError(ForgeError, exit_code=REFUSED):
 
 
 class NotSparseError(ForgeError, exit_code=FAULT):
-    """The file system stores holes, so a full-size fixture would take the artifact's size."""
+    """The file system keeps no holes, so a full-size fixture would take the artifact's size."""
 
 
 class HubUnreachableError(ForgeError, exit_code=FAULT):

@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +40,6 @@ from vllm_forge.serve.errors import UnknownArtifactError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from vllm_forge.checkpoints.tensors import StoredTensor
 
@@ -254,8 +255,16 @@ def test_file_system_without_holes_is_refused(
     monkeypatch.setattr(sparse, "allocated", lambda path: path.stat().st_size)
     code = command("full", "--artifact", ARTIFACT, tmp_path / "made")
     assert code == NotSparseError.exit_code
-    assert "does not keep holes: a hole of 67108864 bytes takes" in capsys.readouterr().err
+    assert "does not keep holes: a hole of 67108864 bytes" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not os.path.ismount("/dev/shm"), reason="run it where /dev/shm is tmpfs")
+def test_tmpfs_which_allocates_what_is_read_is_refused() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        with pytest.raises(NotSparseError, match="once read, takes 67108864 bytes"):
+            full.write_full(hole(), Path(folder) / "made")
+        assert list(Path(folder).iterdir()) == []
 
 
 @pytest.mark.parametrize("size", [100, -1])
