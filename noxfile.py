@@ -34,7 +34,8 @@ def tool(session: nox.Session, name: str, extras: str = "") -> str:
 
     An environment per session would install the project a dozen times, and asking an installer
     on every call costs more than most commands; so a stamp says for which pyproject.toml the
-    environment was made. ``extras`` (for tests and linters) have one of their own.
+    environment was made. ``extras`` (for tests and linters) have one of their own; without them,
+    it is for every command.
     """
     folder = ROOT / ".nox" / ("develop" if extras else "vllm-forge")
     stamp = folder / hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
@@ -49,7 +50,7 @@ def tool(session: nox.Session, name: str, extras: str = "") -> str:
             )  # fmt: skip
             session.run(
                 str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet",
-                "--editable", f"{ROOT}{extras}", stdout=sys.stderr,
+                "--editable", f"{ROOT}{extras or '[bench]'}", stdout=sys.stderr,
             )  # fmt: skip
             stamp.touch()
     return str(folder / "bin" / name)

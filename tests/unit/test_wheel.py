@@ -79,6 +79,7 @@ REFUSED = {
     "docs": [],
     "schema": [],
     "bench build": [],
+    "bench claims": [],
     "ci buildkite": [],
     "report": [],
     "verify": ["./image", "--rebuild"],

@@ -3,8 +3,8 @@
 Imports inside functions are lazy on purpose: a command pays for its own libraries only.
 """
 
-from vllm_forge.commands import build, checkpoint, develop, gpu, patch, release, serve
+from vllm_forge.commands import bench, build, checkpoint, develop, gpu, patch, release, serve
 
-MODULES = (build, serve, patch, checkpoint, gpu, release, develop)
+MODULES = (build, serve, patch, checkpoint, gpu, release, bench, develop)
 
 __all__ = ["MODULES"]

@@ -1,9 +1,7 @@
-"""Locks, downloads and patched wheels; generated pages and benchmarks."""
+"""Locks, downloads and patched wheels; generated pages."""
 
 import argparse
-import os
 import shutil
-import sys
 from pathlib import Path
 
 from vllm_forge.commands.parsers import LINE, Commands, command, group
@@ -29,9 +27,6 @@ def register(choices: Commands) -> None:
     one.add_argument("--output", type=Path, help="file (default: dist/report.html)")
     ci = group(choices, "ci", help="print the pipeline of a CI service")
     command(ci, "buildkite", buildkite)
-    bench = group(choices, "bench", help="measure; results go to records/bench")
-    one = command(bench, "build", bench_build, LINE)
-    one.add_argument("--scratch", type=Path, help="parent of its folder (default: /var/tmp)")
 
 
 def lock(project: Project, args: argparse.Namespace) -> None:
@@ -110,11 +105,3 @@ def buildkite(project: Project, _: argparse.Namespace) -> None:
     from vllm_forge.pages.ci import buildkite as pipeline
 
     print(pipeline(project), end="")
-
-
-def bench_build(project: Project, args: argparse.Namespace) -> None:
-    """Time a full build and its parts."""
-    argv = [sys.executable, str(project.root / "benchmarks" / "build.py")]
-    argv += [f"--line={args.line}"] if args.line else []
-    argv += [f"--scratch={args.scratch}"] if args.scratch else []
-    os.execv(sys.executable, argv)  # noqa: S606

@@ -11,6 +11,7 @@ from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.host import atomic_path
 from vllm_forge.matrix.cells import schema_text
 from vllm_forge.pages import ci, records
+from vllm_forge.pages.claims import claims
 from vllm_forge.pages.errors import StalePageError
 from vllm_forge.pages.kernels import coverage, selection
 from vllm_forge.pages.markdown import put_block, table
@@ -76,6 +77,7 @@ PAGES: dict[str, dict[str, Callable[[Project], str]]] = {
     f"{ci.WORKFLOWS}/release.yml": {"": ci.github_release},
     "README.md": {"lines": lines_table, "skus": skus_table},
     "docs/generated/checks.md": {"checks": records.checks},
+    "docs/generated/claims.md": {"claims": claims},
     "docs/generated/coverage.md": {"coverage": coverage},
     "docs/generated/drift.md": {"drift": _of("records/drift.json", records.drift)},
     "docs/generated/exit-codes.md": {"exit-codes": exit_codes},

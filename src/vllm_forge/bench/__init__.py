@@ -1,0 +1,1 @@
+"""Measure and judge: claims of others, results of servers, and what a judgment needs."""

@@ -1,0 +1,20 @@
+"""Benchmarks: results, what they are compared by, and the verdict."""
+
+from vllm_forge.errors import ForgeError
+
+REFUSED = 120
+RED = 121
+UNDECIDED = 122
+FAULT = 123
+
+
+class ClaimsFileError(ForgeError, exit_code=REFUSED):
+    """claims.toml, or a file with raw results that it names, cannot be used."""
+
+
+class LibraryMissingError(ForgeError, exit_code=FAULT):
+    """A library that only benchmarks need is not installed."""
+
+
+class ClaimsStaleError(ForgeError, exit_code=UNDECIDED):
+    """The verdicts on claims were computed from other rows than those of claims.toml."""

@@ -1,0 +1,196 @@
+"""Tests and intervals for shares, for rates of servers, and for acceptance.
+
+A test of a margin gives two one-sided p-values. ``passes`` is for the hypothesis that the loss is
+the margin or more; ``fails`` for the hypothesis that it is the margin or less. A small one rejects
+its hypothesis; with too little data both are large, and nothing is decided.
+
+Sources: McNemar, Psychometrika 12 (1947); Tango, Stat. Med. 17 (1998) 891; Newcombe, Stat. Med. 17
+(1998) 873; Agresti and Min, Stat. Med. 24 (2005) 729; Holm, Scand. J. Stat. 6 (1979) 65.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import optimize, stats
+
+LEVEL = 0.95
+ALPHA = 1 - LEVEL
+EDGE = 1e-9
+MOST_STARTS = 16  # 2^16 patterns of signs are enumerated in a moment
+
+
+class Interval(NamedTuple):
+    """An estimate, and a confidence interval of level ``LEVEL``."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Margin(NamedTuple):
+    """A test of a margin; ``units``: how many independent ones the interval is of."""
+
+    difference: Interval
+    passes: float
+    fails: float
+    units: int
+
+
+class Bounds(NamedTuple):
+    """McNemar's p over all pairings that two totals allow.
+
+    ``limit``: the most opposite flips with which p is below ``ALPHA``; None if it never is.
+    """
+
+    best: float
+    worst: float
+    limit: int | None
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Exact two-sided p for discordant pairs."""
+    flips = only_first + only_second
+    return float(stats.binomtest(only_first, flips).pvalue) if flips else 1.0
+
+
+def mcnemar_bounds(first: int, second: int, of: int) -> Bounds:
+    """For two totals of the same items, without knowing which items.
+
+    The difference is fixed; what can vary is how many items flipped the other way. p grows with
+    that number, so its bounds are at the least and at the most.
+    """
+    gap = abs(first - second)
+    most = min(first, second, of - max(first, second))
+    values = [mcnemar(gap + flips, flips) for flips in range(most + 1)]
+    below = [flips for flips, p in enumerate(values) if p < ALPHA]
+    return Bounds(values[0], values[-1], max(below, default=None))
+
+
+def share(right: int, of: int) -> Interval:
+    """Wilson's interval of a share."""
+    found = stats.binomtest(right, of).proportion_ci(LEVEL, method="wilson")
+    return Interval(right / of, float(found.low), float(found.high))
+
+
+def share_difference(first: tuple[int, int], second: tuple[int, int]) -> Interval:
+    """Newcombe's interval for two independent shares; each is (right, of)."""
+    a, b = share(*first), share(*second)
+    low = math.hypot(a.value - a.low, b.high - b.value)
+    high = math.hypot(a.high - a.value, b.value - b.low)
+    value = a.value - b.value
+    return Interval(value, value - low, value + high)
+
+
+def fisher(first: tuple[int, int], second: tuple[int, int]) -> float:
+    """Exact p for two independent shares."""
+    rows = [[right, of - right] for right, of in (first, second)]
+    return float(stats.fisher_exact(rows).pvalue)
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Adjusted p-values, in the order of ``values``."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    adjusted, largest = [0.0] * len(values), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def tango(gained: Any, lost: Any, of: Any, difference: Any) -> Any:
+    """Tango's score statistic for a paired difference of shares, (gained - lost) / of.
+
+    Standard normal if ``difference`` is the true one. Numbers, or arrays of them.
+    """
+    b, c = np.asarray(gained, float), np.asarray(lost, float)
+    linear = (2 * of - b + c) * difference - b - c
+    root = np.sqrt(linear**2 + 8 * of * c * difference * (1 - difference))
+    variance = of * ((root - linear) / (2 * of) + difference * (1 - difference))
+    excess = b - c - of * difference
+    return np.where(excess == 0, 0.0, excess / np.sqrt(np.maximum(variance, 1e-300)))
+
+
+def paired_shares(gained: int, lost: int, of: int, margin: float) -> Margin:
+    """A candidate against a reference on the same items, each answered once; exact for 0 flips."""
+    value = (gained - lost) / of
+    score = float(tango(gained, lost, of, -margin))
+
+    def bound(end: float, sign: int) -> float:
+        z = sign * stats.norm.ppf((1 + LEVEL) / 2)
+        inside = end * (1 - EDGE)
+        if abs(value - end) < EDGE or (tango(gained, lost, of, inside) - z) * sign < 0:
+            return end
+        return float(optimize.brentq(lambda d: tango(gained, lost, of, d) - z, inside, value))
+
+    interval = Interval(value, bound(-1, 1), bound(1, -1))
+    return Margin(interval, float(stats.norm.sf(score)), float(stats.norm.cdf(score)), of)
+
+
+def clustered(differences: Sequence[float], margin: float) -> Margin:
+    """Mean difference of items, or families of them, each an average of repeats; -1 to 1.
+
+    Student's t with the two pseudo-items of Agresti and Min: without them, items that do not differ
+    would have an interval of no width, however few they are.
+    """
+    rows = np.asarray(differences, float)
+    of = len(rows) + 2
+    value = float(rows.sum()) / of
+    error = math.sqrt(float((rows**2).sum()) + 1 - of * value**2) / of
+    return _student(value, error, len(rows), margin)
+
+
+def acceptance(
+    candidate: Sequence[tuple[float, float]],
+    reference: Sequence[tuple[float, float]],
+    margin: float,
+) -> Margin:
+    """Accepted of drafted tokens; each prompt is (accepted, drafted) in both arms.
+
+    The ratio estimator with the prompt as its unit: drafts of a prompt are not independent. The
+    error is at least that of one draft, so that equal arms have an interval, too.
+    """
+    arms = [np.asarray(rows, float) for rows in (candidate, reference)]
+    rates = [float(arm[:, 0].sum() / arm[:, 1].sum()) for arm in arms]
+    residuals = [
+        (arm[:, 0] - rate * arm[:, 1]) / arm[:, 1].mean()
+        for arm, rate in zip(arms, rates, strict=True)
+    ]
+    prompts = len(candidate)
+    spread = float((residuals[0] - residuals[1]).std(ddof=1)) / math.sqrt(prompts)
+    error = max(spread, 1 / float(arms[1][:, 1].sum()))
+    return _student(rates[0] - rates[1], error, prompts, margin)
+
+
+def speed(candidate: Sequence[float], reference: Sequence[float], margin: float) -> Margin:
+    """Rates of servers, a pair for each pair of starts; ``margin`` is a share of the reference.
+
+    Student's t on the log ratios; each p is the larger one of that and of a test that counts
+    patterns of signs, which assumes no distribution and needs five pairs to decide anything.
+    """
+    logs = np.log(np.asarray(candidate, float) / np.asarray(reference, float))
+    pairs, limit = len(logs), math.log1p(-margin)
+    error = max(float(logs.std(ddof=1)) / math.sqrt(pairs), 1e-12)
+    test = _student(float(logs.mean()), error, pairs, -limit)
+    flips = [_sign_flip(sign * (logs - limit)) for sign in (1, -1)]
+    ends = Interval(*(math.expm1(end) for end in test.difference))
+    return Margin(ends, max(test.passes, flips[0]), max(test.fails, flips[1]), pairs)
+
+
+def _sign_flip(values: Any) -> float:
+    """One-sided p for a mean above 0, from all patterns of signs."""
+    if len(values) > MOST_STARTS:
+        raise ValueError(f"more than {MOST_STARTS} pairs of starts")
+    patterns = np.array(list(itertools.product((1, -1), repeat=len(values))))
+    sums = patterns @ np.abs(values)
+    return float((sums >= values.sum() - 1e-12).mean())
+
+
+def _student(value: float, error: float, units: int, margin: float) -> Margin:
+    freedom = units - 1
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
+    score = (value + margin) / error
+    passes, fails = float(stats.t.sf(score, freedom)), float(stats.t.cdf(score, freedom))
+    return Margin(Interval(value, value - reach, value + reach), passes, fails, units)

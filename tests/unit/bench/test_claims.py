@@ -1,0 +1,244 @@
+"""Verdicts on published figures: sound ones are not called wrong, planted faults are found."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_forge.bench.claims import CLAIMS, Derived, Share, parse_claims, read_claims
+from vllm_forge.bench.errors import ClaimsFileError, ClaimsStaleError, LibraryMissingError
+from vllm_forge.bench.plots import forest
+from vllm_forge.bench.verdicts import Word, judge, verdicts
+from vllm_forge.cli import main
+from vllm_forge.pages.claims import CHART, PAGE, RECORD
+from vllm_forge.pages.registry import check_pages
+from vllm_forge.project import Project
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ARMS = {"a": {"weights": "x", "tp": "4"}, "b": {"weights": "y", "tp": "4"}, "c": {"tp": "8"}}
+BATCH = {"tokens": 1000, "requests": 8, "seconds": 10, "rate": 100, "slots": 8}
+# What arithmetic alone refutes (one figure each is wrong), and the one difference that is shown.
+CONTRADICTED = {
+    "gsm8k-strict-bf16", "gsm8k-strict-bf16-mtp", "aime-scored", "aime-inflated", "tp8-slower",
+    "peak", "sweep-c1-right", "sweep-c4-right", "sweep-c4-speed", "sweep-c8-minute",
+    "sweep-c8-collapse", "acceptance-random", "smaller", "size",
+}  # fmt: skip
+DETAILS = {
+    "gsm8k-strict-bf16": "McNemar p 2e-12 to 0.0032 over all pairings, Fisher 0.0023",
+    "ifeval-strict-redhat": "at most 28 opposite flips",
+    "ifeval-loose-redhat": "not significant after Holm's correction",
+    "ifeval-rtx": "the arms also differ in speculation",
+    "humaneval-redhat-answers": "flips 9 v 6",
+    "aime-wall": "tokens/s 3.29, per request 1.84; slots are busy 0.75 v 0.42",
+    "tp8-slower": "17.76; 21.6 % is how much more the second is: percent of the other",
+    "rtx-tp2-1": "104.8 tok/s with each TTFT at the median",
+    "sweep-c1-right": "scored as right: at least 2",
+    "sweep-c2-speed": "tokens/s 1.78",
+    "sweep-c4-speed": "tokens/s 3.08; caps differ: 13000 v 10000 tokens; right and stopped within "
+    "10000 tokens: 20 v 20",
+    "sweep-c8-collapse": "23.68",
+    "acceptance-bf16": "mean difference 1.10 [0.42, 1.79], paired t p 0.015",
+    "acceptance-rtx": "spread 3.45 x binomial (p 0.004)",
+}
+
+
+def rows(*claims: dict[str, Any]) -> dict[str, Any]:
+    base = {"says": "", "at": "", "group": "quality"}
+    listed = [{**base, "id": f"c{place}", **claim} for place, claim in enumerate(claims)]
+    return {"card": "x", "revision": "1", "license": "MIT", "arm": ARMS, "raw": {}, "claim": listed}
+
+
+def word(claim: dict[str, Any]) -> Word:
+    (verdict,) = verdicts(parse_claims(rows(claim)), {})
+    return verdict.word
+
+
+def comparison(first: int, second: int, of: int, claims: str, **settings: Any) -> dict[str, Any]:
+    shares = {"first": {"arm": "a", "right": first, "of": of},
+              "second": {"arm": "b", "right": second, "of": of}}  # fmt: skip
+    return {"kind": "comparison", "claims": claims, "varies": ["weights"], **shares, **settings}
+
+
+def derived(value: str, rule: str, *of: str, **settings: Any) -> dict[str, Any]:
+    return {"kind": "derived", "value": value, "rule": rule, "of": of, **settings}
+
+
+def batches(value: str, seconds: float, rate: float) -> dict[str, Any]:
+    return {"kind": "makespan", "value": value, "first": BATCH,
+            "second": {**BATCH, "seconds": seconds, "rate": rate}}  # fmt: skip
+
+
+SOUND = [
+    (comparison(950, 900, 1000, "higher"), Word.HOLDS),
+    (comparison(900, 950, 1000, "lower"), Word.HOLDS),
+    (comparison(950, 949, 1000, "equal"), Word.UNDECIDED),
+    (comparison(95, 90, 100, "higher"), Word.UNDECIDED),
+    (comparison(950, 900, 1000, "higher", flips=[60, 10]), Word.HOLDS),
+    (derived("2.13", "ratio", "278.68", "131.06"), Word.CONSISTENT),
+    (derived("1.56", "ratio", "1577.20", "1007.78"), Word.CONSISTENT),  # 1.565, cut
+    (derived("17.8", "less-by", "1297.03", "1577.20"), Word.CONSISTENT),
+    (derived("2.0", "ratio", "2", "1", starts=5), Word.CONSISTENT),
+    (derived("2.0", "ratio", "2", "1", starts=1), Word.UNDECIDED),
+    ({"kind": "range", "values": ["1/2", "0.4"], "low": 0.4, "high": 50}, Word.CONSISTENT),
+    ({"kind": "order", "larger": "3", "smaller": "2"}, Word.CONSISTENT),
+    (
+        {"kind": "scored", "share": {"arm": "a", "of": 30, "right": 20}, "stopped": 20},
+        Word.CONSISTENT,
+    ),
+    (batches("1.00", 10, 100), Word.CONSISTENT),
+]
+UNSOUND = [
+    comparison(900, 950, 1000, "equal"),
+    comparison(900, 950, 1000, "higher"),  # the wrong direction
+    comparison(950, 900, 1000, "equal", flips=[60, 10]),
+    {"kind": "single", "share": {"arm": "a", "of": 30, "value": "0.85"}},  # 25/30 and 26/30 miss it
+    derived("2.23", "ratio", "278.68", "131.06"),
+    derived("21.6", "less-by", "1297.03", "1577.20"),
+    derived("12", "ratio", "450/4", "38/8"),
+    {"kind": "range", "values": ["0.5", "0.7"], "low": 0.4, "high": 0.6},
+    {"kind": "order", "larger": "2", "smaller": "3"},
+    {"kind": "scored", "share": {"arm": "a", "of": 30, "right": 24}, "stopped": 22},
+    batches("1.20", 10, 100),
+    {"kind": "cold-start", "value": "90.0", "tokens": 1000, "seconds": 10, "requests": 4,
+     "mean_ttft": 0.2, "median_ttft": 0.2},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def record(request: pytest.FixtureRequest) -> dict[str, Any]:
+    found: dict[str, Any] = judge(request.config.rootpath)
+    return found
+
+
+@pytest.fixture
+def checkout(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What `bench claims` reads, and the page that it writes into."""
+    shutil.copytree(root / "records/bench", tmp_path / "records/bench")
+    for name in ("matrix.toml", PAGE):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, tmp_path / name)
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("claim", "expected"), SOUND)
+def test_sound_figure_is_not_contradicted(claim: dict[str, Any], expected: Word) -> None:
+    assert word(claim) is expected
+
+
+@pytest.mark.parametrize("claim", UNSOUND)
+def test_unsound_figure_is_contradicted(claim: dict[str, Any]) -> None:
+    assert word(claim) is Word.CONTRADICTED
+
+
+def test_a_difference_of_incomparable_arms_does_not_hold() -> None:
+    claim = comparison(950, 900, 1000, "higher")
+    claim["second"]["arm"] = "c"
+    assert word(claim) is Word.UNDECIDED
+
+
+@given(st.integers(1, 5000), st.floats(0, 1), st.integers(3, 5), st.booleans())
+def test_a_share_printed_rounded_or_cut_has_a_count(
+    of: int, part: float, digits: int, cut: bool
+) -> None:
+    right = round(part * of)
+    scale = 10**digits
+    printed = (math.floor if cut else round)(right / of * scale)
+    value = f"{printed // scale}.{printed % scale:0{digits}}"
+    found = Share(arm="a", of=of, value=value).count()
+    assert found is not None
+    assert abs(found - right) <= of / scale + 1
+
+
+def test_card_has_the_known_faults(record: dict[str, Any]) -> None:
+    by_id = {row["id"]: row for row in record["verdicts"]}
+    found = {name for name, row in by_id.items() if row["word"] == "contradicted"}
+    assert found == CONTRADICTED
+    assert [name for name, row in by_id.items() if row["word"] == "holds"] == ["corrupted"]
+    for name, text in DETAILS.items():
+        assert text in by_id[name]["detail"], name
+
+
+def test_every_verdict_names_its_method_and_n(record: dict[str, Any]) -> None:
+    assert all(row["method"] and row["n"] for row in record["verdicts"])
+
+
+def test_sizes_are_those_of_the_measurement(root: Path) -> None:
+    real = json.loads((root / "benchmarks/results/quantize.json").read_text())["DeepSeek-V4-Flash"]
+    claims = {row.id: row.of for row in read_claims(root).claim if isinstance(row, Derived)}
+    assert claims["size"] == (f"{real['artifact_bytes'] / 1e9:.1f}",)
+    assert claims["size-bf16"] == (f"{real['model_bytes'] / 1e9:.0f}",)
+
+
+def test_command_writes_what_is_committed(
+    checkout: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (RECORD, CHART):
+        (checkout / name).unlink()
+    page = (checkout / PAGE).read_text()
+    (checkout / PAGE).write_text(page.replace("Fisher", "fisher"))
+    assert main(["bench", "claims"]) == 0
+    assert PAGE in capsys.readouterr().out
+    for name in (RECORD, CHART, PAGE):
+        assert (checkout / name).read_bytes() == (root / name).read_bytes(), (
+            "nox -s bench -- claims"
+        )
+
+
+def test_chart_has_no_date(record: dict[str, Any]) -> None:
+    chart = forest(record)
+    assert b"dc:date" not in chart
+    assert b"gsm8k-strict-bf16 " in chart
+
+
+def test_changed_rows_make_the_page_stale(checkout: Path) -> None:
+    with (checkout / CLAIMS).open("a") as file:
+        file.write("# changed\n")
+    with pytest.raises(ClaimsStaleError):
+        check_pages(Project(checkout), PAGE)
+
+
+def test_changed_raw_results_are_refused(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkout / "records/bench/card/cardb_aime30_c1_thinking.json"
+    path.write_text(path.read_text().replace('"max_tokens": 13000', '"max_tokens": 10000'))
+    assert main(["bench", "claims"]) == ClaimsFileError.exit_code
+    assert "SHA-256 does not match" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"),
+    [
+        ({"kind": "single", "share": {"arm": "z", "of": 1, "right": 1}}, "unknown z"),
+        ({"kind": "speedup", "value": "1", "base": "x", "run": "y"}, "unknown x, y"),
+        (derived("1e3", "ratio", "1", "2"), "not a number as it is printed"),
+        (derived("1", "ratio", "1/0"), "not a number or a fraction"),
+    ],
+)
+def test_invalid_rows_are_refused(claim: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_claims(rows(claim))
+
+
+def test_duplicate_claims_are_refused() -> None:
+    claim = derived("1", "ratio", "1", "1") | {"id": "same"}
+    with pytest.raises(ValueError, match="duplicate claim same"):
+        parse_claims(rows(claim, claim))
+
+
+def test_missing_library_is_named(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["bench", "claims"]) == LibraryMissingError.exit_code
+    assert "vllm-forge[bench]" in capsys.readouterr().err
