@@ -70,6 +70,7 @@ def register(choices: Commands) -> None:
     one.add_argument("--offline", action="store_true", help="use no network: IMAGE is a folder")
     one.add_argument("--deep", action="store_true", help="also hash all bytes of its layers")
     one.add_argument("--rebuild", action="store_true", help="also build its commit, and compare")
+    one.add_argument("--osv", type=Path, metavar="FILE", help="OSV's PyPI/all.zip, to look up in")
 
     one = command(choices, "notes", notes, target, ca, identity, trust, stage, packaged=True)
     one.add_argument("--since", metavar="IMAGE", help="default: the release before")
@@ -139,7 +140,7 @@ def verify(project: Project, args: argparse.Namespace) -> None:
     if args.rebuild:
         project.require_checkout("verify --rebuild")
     verification = _verification(project, args, args.target)
-    report = verification.run(deep=args.deep)
+    report = verification.run(deep=args.deep, export=args.osv)
     if not args.rebuild:
         report.not_checked.append("that its commit gives this digest: --rebuild")
     elif not report.findings:  # the commit is of a statement that holds

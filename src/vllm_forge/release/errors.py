@@ -60,6 +60,10 @@ class VexError(ForgeError, exit_code=REFUSED):
     """records/vex.toml is invalid, or names what an image does not have."""
 
 
+class OsvError(ForgeError, exit_code=REFUSED):
+    """A file is not an export of OSV."""
+
+
 class TagTakenError(ForgeError, exit_code=RED):
     """A tag that never moves names another image."""
 

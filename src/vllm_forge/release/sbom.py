@@ -114,7 +114,7 @@ def compare_contents(document: Document, layers: Sequence[LayerBlob]) -> list[st
     python, debian = packages_of(document)
     vendored: dict[str, str] = {}
     sboms: dict[str, str] = {}
-    for row, nested in _components(document):
+    for row, nested in components_of(document):
         for item in row.get("properties", ()):
             if item["name"] == VENDORED:
                 vendored[item["value"]] = f"{row['name']} {row['version']}"
@@ -135,7 +135,7 @@ def _tables(document: Document) -> Tables:
     own: dict[str, str] = {}
     parts: dict[str, set[str]] = {}
     patches = {}
-    for row, inside in _components(document):
+    for row, inside in components_of(document):
         digest = next((item["content"] for item in row.get("hashes", ())), "")
         if inside:
             parts.setdefault(f"{row['name']} in {inside}", set()).add(str(row.get("version", "")))
@@ -147,7 +147,7 @@ def _tables(document: Document) -> Tables:
     return own, {name: " ".join(sorted(versions)) for name, versions in parts.items()}, patches
 
 
-def _components(document: Document) -> Iterator[tuple[Document, str]]:
+def components_of(document: Document) -> Iterator[tuple[Document, str]]:
     """Each component with the name of the one that it is nested in, empty for own ones."""
     for row in document["components"]:
         yield row, ""

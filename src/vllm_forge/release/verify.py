@@ -64,6 +64,7 @@ class Report:
     packages: dict[str, int] = field(default_factory=dict)
     receipts: list[dict[str, Any]] = field(default_factory=list)
     decision: dict[str, Any] = field(default_factory=dict)
+    vulnerabilities: list[dict[str, Any]] = field(default_factory=list)
     rebuilt: bool = False
     findings: list[ForgeError] = field(default_factory=list)
     not_counted: list[str] = field(default_factory=list)
@@ -92,8 +93,11 @@ class Verification:
     provenances: list[Provenance] = field(default_factory=list)
     decided: Decision | None = None
 
-    def run(self, *, deep: bool = False) -> Report:
-        """All checks; without a stack.json none of those that compare with it."""
+    def run(self, *, deep: bool = False, export: Path | None = None) -> Report:
+        """All checks; without a stack.json none of those that compare with it.
+
+        ``export``: of OSV, in which the packages of the SBOM are looked up.
+        """
         published, self.evidence = self.published, self.gather()
         self.report = Report(where=published.where, digest=published.digest, stage=self.stage)
         self._try(self._image)
@@ -108,8 +112,11 @@ class Verification:
         checks += [partial(self._receipt, tier) for tier in self.policy.tiers]
         checks += [partial(self.evidence.require, "vex")] if "vex" in self.policy.statements else []
         checks += [self._bytes] if deep else []
+        checks += [partial(self._known, export)] if export else []
         for check in checks if self.stack else ():
             self._try(check)
+        if export is None:
+            self.report.not_checked.append("known vulnerabilities: --osv")
         self._notes(deep=deep)
         return self.report
 
@@ -160,6 +167,14 @@ class Verification:
                 document = self.evidence.only("sbom").statement["predicate"]
                 rows = compare_contents(document, [layer.blob for layer in layers])
                 self._same("its files are not those of its sbom", {}, dict.fromkeys(rows, ""))
+
+    def _known(self, export: Path) -> None:
+        """Known vulnerabilities, of which none is a finding."""
+        from vllm_forge.release.osv import find  # noqa: PLC0415 - loads packageurl
+
+        known, left = find(self.evidence.only("sbom").statement["predicate"], export)
+        self.report.vulnerabilities = [row._asdict() for row in known]
+        self.report.not_checked += [f"known vulnerabilities of {row}" for row in left]
 
     def _builders(self) -> None:
         """Independent builders have other ids, signers and machines."""
@@ -319,7 +334,6 @@ class Verification:
         report.not_counted += [f"unknown predicate type: {row}" for row in self.evidence.unrelated]
         if not deep:
             report.not_checked.append("bytes of the layers: --deep")
-        report.not_checked.append("known vulnerabilities: no database of them is read")
         current = policy_of_stage(self.stage, self.policy)
         if decided is not None and decided.policy != current:
             report.not_checked.append(
@@ -409,6 +423,10 @@ def describe(report: Report) -> str:
         for waiver in decision["waivers"]:
             text = "released without tier {tier}, until {until}: {reason}"
             rows.append(("waived", text.format(**waiver)))
+    for row in report.vulnerabilities:
+        fixed = ", ".join(row["fixed"]) or "no version that is known"
+        text = f"{row['package']} {row['version']}: {', '.join(row['ids'])}, fixed in {fixed}"
+        rows.append(("vulnerable", text))
     rows += [("rebuilt", "its commit gives this digest here")] if report.rebuilt else []
     rows += [("ignored", text) for text in report.not_counted]
     rows += [("not checked", text) for text in report.not_checked]

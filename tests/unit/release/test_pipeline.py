@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.fast_build import fast_build, use
+from tests.support.osv import export, record, since
 from tests.support.project import Project as MiniProject
 from tests.support.project import make_project
 from tests.support.release import (
@@ -134,6 +135,22 @@ def test_stages_follow_each_other(releases: Releases, repository: Repository) ->
     report = verified(releases, ":0.1.0-forge.1-alpha")
     assert report.findings == []
     assert [row["signer"] for row in report.builders] == ["release"]
+
+
+def test_known_vulnerabilities_are_listed_by_an_export(releases: Releases, tmp_path: Path) -> None:
+    """They are no finding: whether an image is forged is another question."""
+    tag = run(releases, "candidate").names.fixed
+    blind = verified(releases, f":{tag}", "candidate")
+    assert "known vulnerabilities: --osv" in blind.not_checked
+    row = record("vllm", *since("0", fixed="0.1.1"), aliases=["CVE-2026-1"])
+    path = export(tmp_path, row, record("vllm", *since("0"), id="X-2"))
+    report = verification(releases, f":{tag}", "candidate").run(export=path)
+    assert report.findings == []
+    text = describe(report)
+    assert ": X-1, CVE-2026-1, fixed in 0.1.1" in text
+    assert ": X-2, fixed in no version that is known" in text
+    assert [row["ids"] for row in report.vulnerabilities] == [("X-1", "CVE-2026-1"), ("X-2",)]
+    assert any("packages of type deb" in row for row in report.not_checked)
 
 
 def test_release_without_a_receipt_names_nothing(
