@@ -83,6 +83,7 @@ class Comparison(_Claim):
     second: Share | None = Field(default=None, description="none: it was not measured")
     varies: tuple[str, ...]
     same_items: bool = True
+    suite: Name | None = Field(default=None, description="of bench/suites.toml, to be run again")
     flips: tuple[Count, Count] | None = None
 
 
@@ -95,6 +96,7 @@ class Derived(_Claim):
     of: tuple[Quantity, ...]
     unit: float | None = Field(default=None, gt=0, description="default: of the last digit")
     starts: Count | None = None
+    arms: tuple[Name, ...] = ()
 
 
 class Range(_Claim):
@@ -180,6 +182,13 @@ class Speedup(_Claim):
     run: Name
 
 
+class Served(FrozenModel):
+    """How an arm is served: rows of matrix.toml."""
+
+    preset: Name
+    artifact: Name
+
+
 class Raw(FrozenModel):
     """A committed file, as its authors published it."""
 
@@ -210,6 +219,7 @@ class ClaimsFile(FrozenModel):
     revision: Text
     license: Text = Field(description="of the raw results")
     arm: dict[Name, dict[str, Text]]
+    serve: dict[Name, Served] = Field(default_factory=dict)
     raw: dict[Name, Raw]
     claim: tuple[Claim, ...]
 
@@ -257,6 +267,7 @@ def parse_claims(data: Any) -> ClaimsFile:
     for row in claims.claim:
         shares = [getattr(row, field, None) for field in ("share", "first", "second")]
         arms = {share.arm for share in shares if isinstance(share, Share)}
+        arms |= set(getattr(row, "arms", ()))
         runs = {row.base, row.run} if isinstance(row, Speedup) else set()
         if unknown := (arms - set(claims.arm)) | (runs - set(claims.raw)):
             raise ValueError(f"claim {row.id}: unknown {', '.join(sorted(unknown))}")

@@ -18,3 +18,19 @@ class LibraryMissingError(ForgeError, exit_code=FAULT):
 
 class ClaimsStaleError(ForgeError, exit_code=UNDECIDED):
     """The verdicts on claims were computed from other rows than those of claims.toml."""
+
+
+class ResultFileError(ForgeError, exit_code=REFUSED):
+    """A result cannot be read, or its rows are not those that it was written with."""
+
+
+class InvalidResultError(ForgeError, exit_code=REFUSED):
+    """A result, or a comparison, has a fault that makes a verdict worthless."""
+
+
+class GateFailedError(ForgeError, exit_code=RED):
+    """A candidate is worse than the reference by more than a gate's margin."""
+
+
+class GateUndecidedError(ForgeError, exit_code=UNDECIDED):
+    """The results cannot decide a gate."""

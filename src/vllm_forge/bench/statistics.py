@@ -167,16 +167,19 @@ def acceptance(
 def speed(candidate: Sequence[float], reference: Sequence[float], margin: float) -> Margin:
     """Rates of servers, a pair for each pair of starts; ``margin`` is a share of the reference.
 
-    Student's t on the log ratios; each p is the larger one of that and of a test that counts
-    patterns of signs, which assumes no distribution and needs five pairs to decide anything.
+    Student's t on the log ratios. Its p counts only where a test that counts patterns of signs
+    agrees, which assumes no distribution and needs five pairs to decide anything.
     """
     logs = np.log(np.asarray(candidate, float) / np.asarray(reference, float))
     pairs, limit = len(logs), math.log1p(-margin)
     error = max(float(logs.std(ddof=1)) / math.sqrt(pairs), 1e-12)
     test = _student(float(logs.mean()), error, pairs, -limit)
-    flips = [_sign_flip(sign * (logs - limit)) for sign in (1, -1)]
-    ends = Interval(*(math.expm1(end) for end in test.difference))
-    return Margin(ends, max(test.passes, flips[0]), max(test.fails, flips[1]), pairs)
+    checks = [_sign_flip(sign * (logs - limit)) for sign in (1, -1)]
+    passes, fails = (
+        p if check < ALPHA else max(p, check)
+        for p, check in zip((test.passes, test.fails), checks, strict=True)
+    )
+    return Margin(Interval(*(math.expm1(e) for e in test.difference)), passes, fails, pairs)
 
 
 def _sign_flip(values: Any) -> float:

@@ -6,23 +6,38 @@ import os
 import sys
 from pathlib import Path
 
-from vllm_forge.commands.parsers import JSON, LINE, Commands, command, group, print_json
+from vllm_forge.commands.parsers import JSON, LINE, Commands, command, group, positive, print_json
+from vllm_forge.host import PlainConsole, console, suggestion
 from vllm_forge.project import Project
 
-LIBRARIES = ("scipy", "matplotlib")
+CARD_HEAD = ["figure", "arms", "needs", "minutes", "state"]
+PLAN_HEAD = ["gate", "margin", "of", "needs", "minutes", ""]
 
 
 def register(choices: Commands) -> None:
-    bench = group(choices, "bench", help="judge published figures; time a build")
+    bench = group(choices, "bench", help="compare images; judge published figures; time a build")
     command(bench, "claims", claims, JSON)
+    one = command(bench, "plan", plan, JSON, packaged=True)
+    one.add_argument("--card", action="store_true", help="what the card's undecided figures need")
+    for name, text in (("start", "a server's start"), ("run", "one measured window")):
+        one.add_argument(f"--{name}-seconds", type=positive, help=f"of {text}, for the minutes")
+    one.add_argument(
+        "--noise", type=positive, action="append", metavar="SHARE",
+        help="by which a start varies, e.g. 0.03; repeatable",
+    )  # fmt: skip
+    one = command(bench, "gate", gate, JSON, packaged=True)
+    one.add_argument("reference", type=Path, help="record of the arm to compare with")
+    one.add_argument("candidate", type=Path, help="record of the arm to judge")
+    one.add_argument("--repeat", type=Path, help="the reference, measured again: the noise floor")
+    one.add_argument("--gate", action="append", help="of matrix.toml, repeatable (default: all)")
     one = command(bench, "build", build, LINE)
     one.add_argument("--scratch", type=Path, help="parent of its folder (default: /var/tmp)")
 
 
-def _require_libraries() -> None:
+def _require(*libraries: str) -> None:
     from vllm_forge.bench.errors import LibraryMissingError
 
-    if missing := [name for name in LIBRARIES if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in libraries if importlib.util.find_spec(name) is None]:
         what = f"missing {', '.join(missing)}, which only benchmarks need"
         remedy = "install vllm-forge with its extra: pip install 'vllm-forge[bench]'"
         raise LibraryMissingError(what, where=sys.prefix, remedy=remedy)
@@ -30,10 +45,10 @@ def _require_libraries() -> None:
 
 def claims(project: Project, args: argparse.Namespace) -> None:
     """Judge the figures of a published model card; write the record, its chart and its page."""
-    _require_libraries()
+    _require("scipy", "matplotlib")
     from vllm_forge.bench.plots import forest
     from vllm_forge.bench.verdicts import judge
-    from vllm_forge.host import PlainConsole, atomic_path, write_json
+    from vllm_forge.host import atomic_path, write_json
     from vllm_forge.pages.claims import CHART, PAGE, RECORD, claims_table, summary
     from vllm_forge.pages.registry import write_pages
 
@@ -47,6 +62,60 @@ def claims(project: Project, args: argparse.Namespace) -> None:
         return
     PlainConsole().print(claims_table(record))
     print(f"{summary(record)}: {PAGE}")
+
+
+def plan(project: Project, args: argparse.Namespace) -> None:
+    """Say how many items, prompts and server starts the gates need, and what they cannot decide."""
+    _require("scipy")
+    from vllm_forge.bench import plan as plans
+    from vllm_forge.bench.claims import read_claims
+    from vllm_forge.pages.claims import RECORD
+
+    timing = plans.Timing(args.start_seconds, args.run_seconds)
+    suites = plans.read_suites()
+    if args.card:
+        head, record = CARD_HEAD, project.read_json(RECORD)
+        figures = read_claims(project.root)
+        rows = list(plans.card_plan(figures, record, project.matrix, suites, timing))
+    else:
+        head, noises = PLAN_HEAD, args.noise or plans.NOISES
+        rows = [
+            row
+            for name, one in project.matrix.gate.items()
+            for row in plans.gate_plan(name, one, suites, timing, noises)
+        ]
+    _print_rows(args, head, rows)
+
+
+def gate(project: Project, args: argparse.Namespace) -> None:
+    """Compare two results: pass (exit 0), fail (121) or undecided (122)."""
+    _require("scipy")
+    from vllm_forge.bench.gate import gate as compare
+    from vllm_forge.bench.gate import require_pass
+    from vllm_forge.bench.results import read_arm
+
+    gates = project.matrix.gate
+    for name in args.gate or ():
+        if name not in gates:
+            args.parser.error(f"unknown gate {name!r}{suggestion(name, gates)}")
+    chosen = {name: row for name, row in gates.items() if name in (args.gate or gates)}
+    paths = [path for path in (args.reference, args.candidate, args.repeat) if path is not None]
+    arms = [read_arm(path) for path in paths]
+    outcomes = compare(chosen, *arms)
+    for name, arm in zip(("reference", "candidate"), arms, strict=False):
+        console.print(f"{name}: image {arm.result.server.image}", markup=False)
+    rows = [[row.gate, f"{100 * row.margin:g} %", row.word, row.reason] for row in outcomes]
+    _print_rows(args, ["gate", "margin", "verdict", "why"], rows)
+    require_pass(outcomes)
+
+
+def _print_rows(args: argparse.Namespace, head: list[str], rows: list[list[str]]) -> None:
+    from vllm_forge.pages.markdown import terminal_table
+
+    if args.json:
+        print_json(args, [dict(zip(head, row, strict=True)) for row in rows])
+    else:
+        PlainConsole().print(terminal_table(head, rows), markup=False)
 
 
 def build(project: Project, args: argparse.Namespace) -> None:

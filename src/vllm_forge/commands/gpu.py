@@ -1,26 +1,17 @@
 """The GPU suite, its kits and its receipts."""
 
 import argparse
-import contextlib
 import math
 import re
 from pathlib import Path
 
-from vllm_forge.commands.parsers import LINE, SKU, Commands, command, group, option
+from vllm_forge.commands.parsers import LINE, SKU, Commands, command, group, option, positive
 from vllm_forge.errors import UsageError
 from vllm_forge.host import HostProbe, console
 from vllm_forge.project import Project
 
 RESULTS = "gpu-results"
 NAME = re.compile(r"\w[\w.-]*")
-
-
-def _positive(text: str) -> float:
-    """A time; nan would be none, and 0 the default."""
-    with contextlib.suppress(ValueError):
-        if 0 < (number := float(text)) < math.inf:
-            return number
-    raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a number greater than 0")
 
 
 def _workers(text: str) -> str:
@@ -45,7 +36,7 @@ def register(choices: Commands) -> None:
         "--tier", action="append", choices=["kernel", "server", "upstream", "tp2", "tp4", "soak"],
         help="repeatable (default: kernel and server)",
     )  # fmt: skip
-    one.add_argument("--minutes", type=_positive, help="budget per tier (default: the suite's)")
+    one.add_argument("--minutes", type=positive, help="budget per tier (default: the suite's)")
     one.add_argument(
         "-n", dest="workers", type=_workers, help="processes: a number, or auto (one a GPU)"
     )
@@ -56,7 +47,7 @@ def register(choices: Commands) -> None:
     one = command(gpu, "kit", kit, SKU, LINE, inputs)
     one.add_argument("--output", type=Path, required=True, help="folder that will be made")
     one.add_argument("--image", type=Path, help="OCI layout (default: dist/<cell>)")
-    one.add_argument("--max-part", type=_positive, default=62, help="in megabytes (62)")
+    one.add_argument("--max-part", type=positive, default=62, help="in megabytes (62)")
     one.add_argument("--caches", type=Path, help="JIT caches of an earlier run of the same stack")
 
     one = command(gpu, "receipts", receipts, key)

@@ -1,7 +1,9 @@
 """The parser of the command line, and the options that mean the same in every command."""
 
 import argparse
+import contextlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -116,6 +118,14 @@ def group(choices: Commands, name: str, *, help: str) -> Commands:
 
     parser.set_defaults(call=missing, parser=parser, answered=False, packaged=True)
     return commands
+
+
+def positive(text: str) -> float:
+    """A number for an option; nan would be none, and 0 the default."""
+    with contextlib.suppress(ValueError):
+        if 0 < (number := float(text)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a number greater than 0")
 
 
 def print_json(args: argparse.Namespace, document: object) -> None:

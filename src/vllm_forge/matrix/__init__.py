@@ -5,6 +5,7 @@ from vllm_forge.matrix.model import (
     Artifact,
     Base,
     FrozenModel,
+    Gate,
     KernelModules,
     Line,
     Matrix,

@@ -221,6 +221,24 @@ class Preset(FrozenModel):
     note: str = Field(min_length=20, description="where its values come from; printed with it")
 
 
+class Gate(FrozenModel):
+    """What an image may lose against another one in a benchmark."""
+
+    measure: Literal["score", "throughput", "acceptance"]
+    score: Name | None = Field(default=None, description="scorer, for measure score")
+    margin: float = Field(
+        gt=0,
+        lt=1,
+        description="largest loss: a share of all items, of the rate, of all drafted tokens",
+    )
+
+    @model_validator(mode="after")
+    def _names_its_score(self) -> Self:
+        if (self.measure == "score") != (self.score is not None):
+            raise ValueError("score: a scorer for measure score, and for no other")
+        return self
+
+
 Stage = Literal["dev", "candidate", "release"]
 
 
@@ -275,6 +293,9 @@ class Matrix(FrozenModel):
     preset: dict[Name, Preset]
     release: dict[Stage, ReleasePolicy] = Field(
         default_factory=dict, description="stage -> what it needs; an unlisted stage is refused"
+    )
+    gate: dict[Name, Gate] = Field(
+        default_factory=dict, description="what `bench gate` compares, and how much may be lost"
     )
     # Not in Line, whose rows are inputs of images.
     support: dict[Name, date] = Field(

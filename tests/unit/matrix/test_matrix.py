@@ -91,6 +91,7 @@ ROWS: dict[str, list[str | int]] = {
     "KernelModules": ["kernel_modules"],
     "Container": ["container"],
     "ReleasePolicy": ["release", "release"],
+    "Gate": ["gate", "strict"],
     "UnsupportedSku": ["unsupported_sku", "gb300"],
     "RetiredVariable": ["retired", "VLLM_TEST_FORCE_FP8_MARLIN"],
 }

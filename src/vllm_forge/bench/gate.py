@@ -1,0 +1,184 @@
+"""pass, undecided or fail of a candidate against a reference, by the gates of matrix.toml."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from vllm_forge.bench import statistics
+from vllm_forge.bench.errors import GateFailedError, GateUndecidedError, InvalidResultError
+from vllm_forge.bench.results import Arm, Row
+from vllm_forge.bench.statistics import ALPHA, Margin
+from vllm_forge.bench.validity import require_comparable, require_valid
+from vllm_forge.matrix.model import Gate
+
+LEAST_PROMPTS = 20  # below, the ratio estimator's t is not to be trusted
+
+
+class Word(StrEnum):
+    PASS = "pass"  # noqa: S105
+    UNDECIDED = "undecided"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A gate's verdict; ``test`` is None where nothing could be computed."""
+
+    gate: str
+    margin: float
+    word: Word
+    reason: str
+    test: Margin | None = None
+
+
+def gate(
+    gates: Mapping[str, Gate], reference: Arm, candidate: Arm, repeat: Arm | None = None
+) -> list[Outcome]:
+    """An outcome for each gate that the results have data for; InvalidResultError.
+
+    ``repeat``: the reference measured again, the noise floor of answers.
+    """
+    arms = [arm for arm in (reference, candidate, repeat) if arm is not None]
+    require_valid(*arms)
+    for arm in arms[1:]:
+        require_comparable(reference, arm)
+    outcomes = [
+        _judge(name, row, reference, candidate, repeat)
+        for name, row in gates.items()
+        if _has_data(row, reference) and _has_data(row, candidate)
+    ]
+    if not outcomes:
+        raise InvalidResultError(
+            "the results have data for none of the gates",
+            where=f"{reference.path}, {candidate.path}",
+            remedy=f"measure a workload with scores or drafts; gates: {', '.join(gates)}",
+        )
+    return _corrected(outcomes)
+
+
+def require_pass(outcomes: Iterable[Outcome]) -> None:
+    """GateFailedError if one gate fails, else GateUndecidedError if one is undecided."""
+    rows = list(outcomes)
+    for word, error in ((Word.FAIL, GateFailedError), (Word.UNDECIDED, GateUndecidedError)):
+        if hit := [row for row in rows if row.word is word]:
+            raise error(
+                f"{word}: " + "; ".join(f"{row.gate} ({row.reason})" for row in hit),
+                remedy="`bench plan` says how much data a margin needs",
+            )
+
+
+def _has_data(row: Gate, arm: Arm) -> bool:
+    if row.measure == "score":
+        return any(row.score in answer.scores for answer in arm.rows)
+    if row.measure == "acceptance":
+        return any(answer.drafted for answer in arm.rows)
+    return len(arm.result.starts) > 1
+
+
+def _judge(name: str, row: Gate, reference: Arm, candidate: Arm, repeat: Arm | None) -> Outcome:
+    outcome = Outcome(gate=name, margin=row.margin, word=Word.UNDECIDED, reason="")
+    if row.measure == "score":
+        return _answers(outcome, row.score or "", reference, candidate, repeat)
+    if row.measure == "throughput":
+        test = statistics.speed(_rates(candidate), _rates(reference), row.margin)
+        return _decided(outcome, test, "pairs of starts")
+    ours, theirs = _drafts(candidate), _drafts(reference)
+    prompts = [item for item in ours if ours[item][1] and theirs[item][1]]
+    if len(prompts) < LEAST_PROMPTS:
+        return replace(outcome, reason=f"{len(prompts)} prompts, {LEAST_PROMPTS} are needed")
+    sums = [[arm[item] for item in prompts] for arm in (ours, theirs)]
+    return _decided(outcome, statistics.acceptance(sums[0], sums[1], row.margin), "prompts")
+
+
+def _answers(
+    outcome: Outcome, score: str, reference: Arm, candidate: Arm, repeat: Arm | None
+) -> Outcome:
+    """Pass also needs the noise floor, and truncated answers at their worst."""
+    margin = outcome.margin
+    found = _decided(outcome, _test(score, reference, candidate, margin), "items")
+    if found.word is not Word.PASS:
+        return found
+    if repeat is None:
+        reason = f"{found.reason}; no noise floor: measure the reference again, --repeat"
+        return replace(found, word=Word.UNDECIDED, reason=reason)
+    floor = _test(score, reference, repeat, margin)
+    if floor.passes >= ALPHA:
+        value = 100 * floor.difference.value
+        reason = f"{found.reason}; the reference differs from itself by {value:.2f} pp"
+        return replace(found, word=Word.UNDECIDED, reason=reason)
+    worst = _test(score, reference, candidate, margin, worst=True)
+    if worst.passes >= ALPHA:
+        value = 100 * worst.difference.value
+        reason = f"{found.reason}; {value:.2f} pp if truncated answers are counted at their worst"
+        return replace(found, word=Word.UNDECIDED, reason=reason)
+    return found
+
+
+def _test(
+    score: str, reference: Arm, candidate: Arm, margin: float, *, worst: bool = False
+) -> Margin:
+    """Paired by item: each answered once, or the mean of its answers; families are clusters."""
+    ours = _means(candidate.rows, score, truncated=0.0 if worst else None)
+    theirs = _means(reference.rows, score, truncated=1.0 if worst else None)
+    differences = {item: ours[item] - theirs[item] for item in ours}
+    families: defaultdict[str, list[float]] = defaultdict(list)
+    for row in {row.item: row for row in candidate.rows}.values():
+        families[row.family or row.item].append(differences[row.item])
+    once = len(candidate.rows) == len(reference.rows) == len(families)
+    if once:
+        gained = sum(value > 0 for value in differences.values())
+        lost = sum(value < 0 for value in differences.values())
+        return statistics.paired_shares(gained, lost, len(differences), margin)
+    return statistics.clustered([math.fsum(f) / len(f) for f in families.values()], margin)
+
+
+def _means(rows: Sequence[Row], score: str, *, truncated: float | None) -> dict[str, float]:
+    answers: defaultdict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        right = float(row.scores.get(score, False))
+        cut = truncated is not None and row.finish == "length"
+        answers[row.item].append(truncated if cut and truncated is not None else right)
+    return {item: math.fsum(values) / len(values) for item, values in answers.items()}
+
+
+def _rates(arm: Arm) -> list[float]:
+    """Tokens a second of each start, in the order in which they were run."""
+    starts = sorted(enumerate(arm.result.starts), key=lambda item: item[1].order)
+    return [
+        sum(row.output_tokens for row in arm.of_start(index)) / start.seconds
+        for index, start in starts
+    ]
+
+
+def _drafts(arm: Arm) -> dict[str, tuple[float, float]]:
+    """(accepted, drafted) of each prompt, over all starts."""
+    sums: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0])
+    for row in arm.rows:
+        sums[row.item][0] += row.accepted
+        sums[row.item][1] += row.drafted
+    return {item: (accepted, drafted) for item, (accepted, drafted) in sums.items()}
+
+
+def _decided(outcome: Outcome, test: Margin, unit: str) -> Outcome:
+    word = Word.UNDECIDED
+    if test.passes < ALPHA:
+        word = Word.PASS
+    elif test.fails < ALPHA:
+        word = Word.FAIL
+    value, low, high = (100 * end for end in test.difference)
+    reason = f"{value:+.2f} % [{low:+.2f}, {high:+.2f}], {test.units} {unit}"
+    return replace(outcome, word=word, test=test, reason=reason)
+
+
+def _corrected(outcomes: list[Outcome]) -> list[Outcome]:
+    """Correct fails after Holm: one of many gates fails by chance.
+
+    Passes need no correction, because all gates must pass.
+    """
+    adjusted = statistics.holm([row.test.fails if row.test else 1.0 for row in outcomes])
+    return [
+        replace(row, word=Word.UNDECIDED) if row.word is Word.FAIL and p >= ALPHA else row
+        for row, p in zip(outcomes, adjusted, strict=True)
+    ]

@@ -1,0 +1,178 @@
+"""A result of a benchmark, format ``bench/1``: a record of one arm, and a row for each answer.
+
+The record is JSON and names its rows, gzipped JSONL beside it, by their hash. It is of one image:
+``server.image`` is the digest.
+"""
+
+import gzip
+import hashlib
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from vllm_forge.bench.errors import ResultFileError
+from vllm_forge.host import atomic_path, canonical, parse_json, read_data, read_plain, write_json
+from vllm_forge.matrix import FrozenModel
+from vllm_forge.matrix.model import Name, Text
+
+LARGEST_ROWS = 256 << 20  # bytes, unpacked; a row has about 200
+REMEDY = "give the record that `bench serve` wrote, with its rows beside it"
+
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+Count = Annotated[int, Field(ge=0, strict=True)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Conditions(FrozenModel):
+    """What must be equal in arms that are compared."""
+
+    workload: Name
+    prompts_sha256: Hash
+    template_sha256: Hash
+    tokenizer_sha256: Hash
+    thinking: bool
+    temperature: float = Field(ge=0)
+    max_tokens: int = Field(gt=0)
+    ignore_eos: bool = Field(description="each answer then has max_tokens")
+    concurrency: int = Field(gt=0)
+    prefix_cache: bool
+
+
+class Server(FrozenModel):
+    """What was measured."""
+
+    image: Digest
+    tree: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    lock_sha256: Hash
+    artifact: Text
+    argv: tuple[Text, ...]
+    gpu: Text
+    gpus: int = Field(gt=0)
+    driver: Text
+
+
+class Counters(FrozenModel):
+    """vLLM's metrics at one moment."""
+
+    drafts: Count
+    draft_tokens: Count
+    accepted: Count
+    prefix_hits: Count
+
+
+class Start(FrozenModel):
+    """One start of the server, and its measured window; ``order``: among those of all arms."""
+
+    order: Count
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    before: Counters
+    after: Counters
+    new_files: tuple[Text, ...] = Field(description="of JIT caches, that appeared in the window")
+    headroom: float = Field(description="rate of this client against a null server, over the rate")
+
+
+class RowsFile(FrozenModel):
+    """Rows of a record: a file in its folder."""
+
+    file: FileName
+    sha256: Hash
+    count: Count
+
+
+class Result(FrozenModel):
+    """One arm."""
+
+    format: Literal["bench/1"]
+    arm: Name
+    session: Text = Field(description="one name for all arms that were run in turns")
+    conditions: Conditions
+    server: Server
+    starts: tuple[Start, ...] = Field(min_length=1)
+    rows: RowsFile
+
+
+class Row(FrozenModel):
+    """One answer. ``family``: items that are not independent share it."""
+
+    start: Count = Field(description="index into the record's starts")
+    item: Text
+    family: Text = ""
+    repeat: Count = 0
+    finish: Literal["stop", "length", "error"]
+    output_tokens: Count
+    seconds: Seconds
+    ttft: Seconds | None = None
+    scores: dict[Name, bool] = Field(default_factory=dict, description="by scorer")
+    drafted: Count = 0
+    accepted: Count = 0
+
+    @model_validator(mode="after")
+    def _drafts_agree(self) -> Self:
+        if self.accepted > self.drafted:
+            raise ValueError("more tokens were accepted than drafted")
+        return self
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A result with its rows."""
+
+    path: Path
+    result: Result
+    rows: tuple[Row, ...]
+
+    def of_start(self, index: int) -> list[Row]:
+        return [row for row in self.rows if row.start == index]
+
+
+def read_arm(path: Path) -> Arm:
+    """A record and its rows, whose hash is compared; ResultFileError."""
+    result: Result = read_data(
+        path, Result.model_validate, ResultFileError, what="result", remedy=REMEDY
+    )
+    rows_path = path.with_name(result.rows.file)
+    try:
+        packed = read_plain(rows_path)
+        problem = _problem(result.rows, packed)
+        rows = () if problem else _parse_rows(packed)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        problem, rows = f"{error}", ()
+    if not problem and len(rows) != result.rows.count:
+        problem = f"expected {result.rows.count} rows, found {len(rows)}"
+    if not problem and any(row.start >= len(result.starts) for row in rows):
+        problem = "a row is of a start that the record does not have"
+    if problem:
+        what = f"invalid rows of a result: {problem}"
+        raise ResultFileError(what, where=str(rows_path), remedy=REMEDY)
+    return Arm(path, result, rows)
+
+
+def write_arm(path: Path, record: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Write the rows, then the record, which names them; the same bytes for the same rows."""
+    lines = b"".join(canonical(row.model_dump(mode="json")) + b"\n" for row in rows)
+    packed = gzip.compress(lines, mtime=0)
+    target = path.with_suffix(".jsonl.gz")
+    entry = {"file": target.name, "sha256": hashlib.sha256(packed).hexdigest(), "count": len(rows)}
+    result = Result.model_validate({**record, "format": "bench/1", "rows": entry})
+    with atomic_path(target) as aside:
+        aside.write_bytes(packed)
+    write_json(path, result.model_dump(mode="json"))
+
+
+def _problem(entry: RowsFile, packed: bytes) -> str:
+    matches = hashlib.sha256(packed).hexdigest() == entry.sha256
+    return "" if matches else "SHA-256 does not match the record"
+
+
+def _parse_rows(packed: bytes) -> tuple[Row, ...]:
+    unpacker = zlib.decompressobj(wbits=31)
+    content = unpacker.decompress(packed, LARGEST_ROWS)
+    if unpacker.unconsumed_tail or unpacker.unused_data or not unpacker.eof:
+        raise ValueError(f"not one gzip member of at most {LARGEST_ROWS} bytes")
+    return tuple(Row.model_validate(parse_json(line)) for line in content.splitlines())

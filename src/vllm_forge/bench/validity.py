@@ -1,0 +1,125 @@
+"""Reasons to refuse a result, or a comparison: each would make a verdict on it worthless."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from vllm_forge.bench.errors import InvalidResultError
+from vllm_forge.bench.results import Arm, Counters, Row, Start
+
+HEADROOM = 10.0  # a slower client would be what is measured
+SHOWN = 3
+
+
+def require_valid(*arms: Arm) -> None:
+    """InvalidResultError for the first arm with faults, with all of them."""
+    for arm in arms:
+        if found := list(faults(arm)):
+            raise InvalidResultError(
+                "invalid result: " + "; ".join(found),
+                where=str(arm.path),
+                remedy="repeat the measurement without these faults",
+            )
+
+
+def require_comparable(reference: Arm, candidate: Arm) -> None:
+    """InvalidResultError unless the arms differ only in what they serve."""
+    if found := list(differences(reference, candidate)):
+        raise InvalidResultError(
+            "arms cannot be compared: " + "; ".join(found),
+            where=f"{reference.path}, {candidate.path}",
+            remedy="measure both arms in one session, with the same conditions",
+        )
+
+
+def faults(arm: Arm) -> Iterator[str]:
+    """What is wrong with one arm."""
+    conditions = arm.result.conditions
+    if failed := [row.item for row in arm.rows if row.finish == "error"]:
+        yield f"{len(failed)} failed requests ({_some(failed)})"
+    if conditions.ignore_eos:
+        short = [
+            row.item
+            for row in arm.rows
+            if row.finish != "error" and row.output_tokens < conditions.max_tokens
+        ]
+        if short:
+            yield f"{len(short)} answers below {conditions.max_tokens} tokens ({_some(short)})"
+    right = [row.item for row in arm.rows if row.finish == "length" and any(row.scores.values())]
+    if right and not conditions.ignore_eos:
+        yield f"{len(right)} truncated answers scored as right ({_some(right)})"
+    keys = {index: Counter((row.item, row.repeat) for row in arm.of_start(index))
+            for index in range(len(arm.result.starts))}  # fmt: skip
+    if any(count > 1 for counter in keys.values() for count in counter.values()):
+        yield "an item was answered twice in one start"
+    if any(set(counter) != set(keys[0]) for counter in keys.values()):
+        yield "the starts answered different items"
+    for index, start in enumerate(arm.result.starts):
+        rows = arm.of_start(index)
+        yield from (f"start {index}: {text}" for text in _start_faults(start, rows, arm))
+
+
+def _start_faults(start: Start, rows: list[Row], arm: Arm) -> Iterator[str]:
+    before, after = start.before, start.after
+    back = [name for name in Counters.model_fields if getattr(after, name) < getattr(before, name)]
+    if back:
+        yield f"counters went backwards: {', '.join(back)}"
+    if not arm.result.conditions.prefix_cache and after.prefix_hits > before.prefix_hits:
+        hits = after.prefix_hits - before.prefix_hits
+        yield f"{hits} prefix-cache hits, which the conditions do not declare"
+    if start.new_files:
+        yield f"{len(start.new_files)} files were compiled in the window ({_some(start.new_files)})"
+    if start.headroom < HEADROOM:
+        yield f"client headroom {start.headroom:.1f} is below {HEADROOM:g}"
+    accepted = sum(row.accepted for row in rows)
+    drafted = sum(row.drafted for row in rows)
+    drafts, counted = after.drafts - before.drafts, after.accepted - before.accepted
+    if not back and rows:
+        # The last draft of an answer may be cut off at its end.
+        depth = (after.draft_tokens - before.draft_tokens) / drafts if drafts else 0
+        most = accepted + depth * len(rows)
+        if not accepted <= counted <= most or drafted > after.draft_tokens - before.draft_tokens:
+            yield f"tokens explain {accepted} to {most:.0f} accepted drafts, counted are {counted}"
+
+
+def differences(reference: Arm, candidate: Arm) -> Iterator[str]:
+    """What two arms must have in common and do not."""
+    pairs: list[tuple[str, Mapping[str, object], Mapping[str, object]]] = [
+        (
+            name,
+            getattr(reference.result, name).model_dump(),
+            getattr(candidate.result, name).model_dump(),
+        )
+        for name in ("conditions", "server")
+    ]
+    for name, first, second in pairs:
+        keys = ("gpu", "gpus", "driver") if name == "server" else tuple(first)
+        for key in keys:
+            if first[key] != second[key]:
+                yield f"{key}: {first[key]!r} against {second[key]!r}"
+    if reference.result.session != candidate.result.session:
+        yield "they are of different sessions"
+    if {_key(row) for row in reference.rows} != {_key(row) for row in candidate.rows}:
+        yield "they answered different items"
+    yield from _order(reference, candidate)
+
+
+def _order(reference: Arm, candidate: Arm) -> Iterator[str]:
+    """Starts in turns, ABBA or ABAB: what drifts over time must not be one arm's."""
+    orders = [[start.order for start in arm.result.starts] for arm in (reference, candidate)]
+    if len(orders[0]) != len(orders[1]):
+        yield f"{len(orders[0])} starts against {len(orders[1])}"
+    elif len(orders[0]) > 1:
+        ranks = {order: rank // 2 for rank, order in enumerate(sorted(orders[0] + orders[1]))}
+        blocks = [[ranks[order] for order in sorted(arm)] for arm in orders]
+        expected = list(range(len(orders[0])))
+        if blocks != [expected, expected]:
+            yield "their starts were not in turns"
+
+
+def _key(row: Row) -> tuple[str, int]:
+    return row.item, row.repeat
+
+
+def _some(names: list[str] | tuple[str, ...]) -> str:
+    more = ", ..." if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

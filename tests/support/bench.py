@@ -1,0 +1,94 @@
+"""Results of benchmarks with planted truths."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm_forge.bench.results import Row, write_arm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+HASH = "0" * 64
+SECONDS = 60.0
+DEPTH = 2  # drafted tokens a step
+CONDITIONS = {
+    "workload": "chat-code", "prompts_sha256": HASH, "template_sha256": HASH,
+    "tokenizer_sha256": HASH, "thinking": False, "temperature": 0.0, "max_tokens": 512,
+    "ignore_eos": False, "concurrency": 8, "prefix_cache": False,
+}  # fmt: skip
+SERVER = {
+    "tree": "1" * 40, "lock_sha256": HASH, "artifact": "tiny", "argv": ["vllm", "serve"],
+    "gpu": "a GPU", "gpus": 1, "driver": "580.1",
+}  # fmt: skip
+IDLE = {"drafts": 0, "draft_tokens": 0, "accepted": 0, "prefix_hits": 0}
+
+
+def rows_of(
+    seed: int,
+    *,
+    items: int = 400,
+    starts: int = 1,
+    right: float = 0.95,
+    strict: float = 1.0,
+    flips: float = 0.005,
+    speed: float = 1.0,
+    acceptance: float = 0.8,
+) -> list[Row]:
+    """Answers whose truth is fixed by item; ``flips``: a run's own noise; the rest are shares.
+
+    ``strict``: share of right answers in the right form.
+    """
+    truth = np.random.default_rng(7)
+    known, form = truth.random(items), truth.random(items)
+    rate = truth.beta(20, 5, size=items)
+    noise = np.random.default_rng(seed)
+    rows = []
+    for start in range(starts):
+        pace = speed * np.exp(noise.normal(0, 0.003))
+        for item in range(items):
+            flexible = bool(known[item] < right) ^ bool(noise.random() < flips)
+            drafted = DEPTH * int(noise.integers(40, 80))
+            chance = np.clip(rate[item] * acceptance / 0.8, 0, 1)
+            scores = {"flexible": flexible, "strict": flexible and bool(form[item] < strict)}
+            rows.append(
+                Row(
+                    start=start, item=f"q{item}", finish="stop", seconds=1.0, ttft=0.1,
+                    output_tokens=round(200 * pace), scores=scores, drafted=drafted,
+                    accepted=int(noise.binomial(drafted, chance)),
+                )
+            )  # fmt: skip
+    return rows
+
+
+def write_result(
+    path: Path,
+    rows: Sequence[Row],
+    *,
+    orders: Sequence[int] = (0,),
+    edit: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> Path:
+    """A valid record of these rows, after ``edit``; counters are those of the rows."""
+    starts = []
+    for index, order in enumerate(orders):
+        own = [row for row in rows if row.start == index]
+        drafted = sum(row.drafted for row in own)
+        after = {
+            "drafts": drafted // DEPTH, "draft_tokens": drafted,
+            "accepted": sum(row.accepted for row in own), "prefix_hits": 0,
+        }  # fmt: skip
+        starts.append(
+            {"order": order, "seconds": SECONDS, "before": dict(IDLE), "after": after,
+             "new_files": [], "headroom": 50.0}
+        )  # fmt: skip
+    record = {
+        "arm": path.stem, "session": "s1", "conditions": dict(CONDITIONS), "starts": starts,
+        "server": {**SERVER, "image": "sha256:" + "2" * 64},
+    }  # fmt: skip
+    edit(record)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_arm(path, record, rows)
+    return path

@@ -1,0 +1,310 @@
+"""Equal arms pass, planted regressions fail, too little data is undecided, faults are refused."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.bench import rows_of, write_result
+from vllm_forge.bench.errors import (
+    GateFailedError,
+    GateUndecidedError,
+    InvalidResultError,
+    ResultFileError,
+)
+from vllm_forge.bench.gate import Word, gate
+from vllm_forge.bench.results import Row, read_arm
+from vllm_forge.cli import main
+from vllm_forge.matrix import Gate
+from vllm_forge.project import Project
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+ITEMS = 1500
+A, B = (0, 3, 4, 7, 8), (1, 2, 5, 6, 9)  # ABBA
+STRICT = Gate(measure="score", score="strict", margin=0.01)
+
+
+@pytest.fixture
+def matrix(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    return root
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Answers of one artifact, twice."""
+    folder = tmp_path_factory.mktemp("answers")
+    return (
+        write_result(folder / "reference.json", rows_of(1, items=ITEMS)),
+        write_result(folder / "again.json", rows_of(2, items=ITEMS)),
+    )
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five starts of one server."""
+    rows = rows_of(1, items=100, starts=5)
+    return write_result(tmp_path_factory.mktemp("serve") / "a.json", rows, orders=A)
+
+
+def words(answer: list[dict[str, Any]]) -> dict[str, str]:
+    return {row["gate"]: row["verdict"] for row in answer}
+
+
+def compare(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, dict[str, str]]:
+    code = main(["bench", "gate", "--json", *map(str, argv)])
+    text = capsys.readouterr().out
+    answer, _ = json.JSONDecoder().raw_decode(text)
+    return code, words(answer)
+
+
+def test_equal_answers_pass(
+    matrix: Path, reference: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, again = reference
+    candidate = write_result(tmp_path / "b.json", rows_of(3, items=ITEMS))
+    code, found = compare(capsys, first, candidate, f"--repeat={again}")
+    assert code == 0
+    assert {found["strict"], found["flexible"]} == {"pass"}
+
+
+@pytest.mark.parametrize(
+    ("regression", "failing"),
+    [({"right": 0.93}, {"strict", "flexible"}), ({"strict": 0.97}, {"strict"})],
+    ids=["answer", "form"],
+)
+@pytest.mark.usefixtures("matrix")
+def test_planted_loss_of_answers_fails(
+    regression: dict[str, Any], failing: set[str], reference: tuple[Path, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    candidate = write_result(tmp_path / "b.json", rows_of(3, items=ITEMS, **regression))
+    code, found = compare(capsys, reference[0], candidate, f"--repeat={reference[1]}")
+    assert code == GateFailedError.exit_code
+    assert {name for name, word in found.items() if word == "fail"} == failing
+
+
+@pytest.mark.parametrize(
+    ("regression", "failing"),
+    [({}, set()), ({"speed": 0.95}, {"throughput"}), ({"acceptance": 0.78}, {"acceptance"})],
+    ids=["equal", "throughput", "acceptance"],
+)
+@pytest.mark.usefixtures("matrix")
+def test_server_with_a_planted_loss_fails(
+    regression: dict[str, Any], failing: set[str], served: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    rows = rows_of(9, items=100, starts=5, **regression)
+    candidate = write_result(tmp_path / "b.json", rows, orders=B)
+    gates = ("--gate=throughput", "--gate=acceptance")
+    code, found = compare(capsys, served, candidate, *gates)
+    assert code == (GateFailedError.exit_code if failing else 0), found
+    assert {name for name, word in found.items() if word == "fail"} == failing
+
+
+def test_little_data_is_undecided(
+    matrix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [
+        write_result(
+            tmp_path / f"{seed}.json", rows_of(seed, items=10, starts=4, flips=0), orders=o
+        )
+        for seed, o in ((1, A[:4]), (2, B[:4]))
+    ]
+    code, found = compare(capsys, *paths, f"--repeat={paths[0]}")
+    assert code == GateUndecidedError.exit_code
+    assert set(found.values()) == {"undecided"}
+    assert set(found) == {"strict", "flexible", "throughput", "acceptance"}
+
+
+def test_without_a_noise_floor_is_undecided(reference: tuple[Path, Path]) -> None:
+    arms = [read_arm(path) for path in reference]
+    (outcome,) = gate({"strict": STRICT}, *arms)
+    assert outcome.word is Word.UNDECIDED
+    assert "no noise floor" in outcome.reason
+
+
+def test_reference_that_differs_from_itself_is_undecided(
+    reference: tuple[Path, Path], tmp_path: Path
+) -> None:
+    worse = write_result(tmp_path / "again.json", rows_of(2, items=ITEMS, right=0.9))
+    arms = [read_arm(path) for path in (*reference, worse)]
+    (outcome,) = gate({"strict": STRICT}, *arms)
+    assert outcome.word is Word.UNDECIDED
+    assert "differs from itself by -" in outcome.reason
+
+
+def test_truncation_that_could_hide_a_loss_is_undecided(
+    reference: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Wrong answers of the reference may have been right, had they not been cut off."""
+
+    def cut(row: Row) -> Row:
+        return row if row.scores["flexible"] else row.model_copy(update={"finish": "length"})
+
+    rows = [[cut(row) for row in rows_of(seed, items=ITEMS)] for seed in (1, 2, 3)]
+    arms = [read_arm(write_result(tmp_path / f"{n}.json", own)) for n, own in enumerate(rows)]
+    (outcome,) = gate({"strict": STRICT}, *arms)
+    assert outcome.word is Word.UNDECIDED
+    assert "at their worst" in outcome.reason
+
+
+def test_repeats_of_items_are_averaged(tmp_path: Path) -> None:
+    arms = []
+    for seed in (1, 2, 3):
+        rows = [
+            row.model_copy(update={"repeat": repeat})
+            for repeat in range(3)
+            for row in rows_of(10 * seed + repeat, items=300)
+        ]
+        arms.append(read_arm(write_result(tmp_path / f"{seed}.json", rows)))
+    (outcome,) = gate({"strict": STRICT.model_copy(update={"margin": 0.02})}, *arms)
+    assert outcome.test is not None
+    assert outcome.test.units == 300
+    assert outcome.word is Word.PASS
+
+
+def test_families_are_clusters(tmp_path: Path) -> None:
+    arms = []
+    for seed in (1, 2):
+        rows = [
+            row.model_copy(update={"family": f"f{number // 4}"})
+            for number, row in enumerate(rows_of(seed, items=400))
+        ]
+        arms.append(read_arm(write_result(tmp_path / f"{seed}.json", rows)))
+    (outcome,) = gate({"strict": STRICT}, *arms)
+    assert outcome.test is not None
+    assert outcome.test.units == 100
+
+
+def edited(**updates: object) -> Callable[[list[Row]], list[Row]]:
+    return lambda rows: [rows[0].model_copy(update=updates), *rows[1:]]
+
+
+def keep(rows: list[Row]) -> list[Row]:
+    return rows
+
+
+def start(**updates: object) -> Callable[[dict[str, Any]], None]:
+    return lambda record: record["starts"][0].update(updates)
+
+
+def counter(moment: str, **updates: int) -> Callable[[dict[str, Any]], None]:
+    return lambda record: record["starts"][0][moment].update(updates)
+
+
+def condition(**updates: object) -> Callable[[dict[str, Any]], None]:
+    return lambda record: record["conditions"].update(updates)
+
+
+FAULTS: dict[str, tuple[Any, Any, str]] = {
+    "failed": (edited(finish="error"), keep, "1 failed requests (q0)"),
+    "truncated-right": (
+        edited(finish="length", scores={"strict": True}), keep, "truncated answers scored as right"
+    ),
+    "short": (keep, condition(ignore_eos=True), "answers below 512 tokens"),
+    "twice": (edited(item="q1"), keep, "an item was answered twice"),
+    "counters": (keep, counter("before", drafts=10**6), "counters went backwards: drafts"),
+    "prefix": (keep, counter("after", prefix_hits=5), "5 prefix-cache hits"),
+    "jit": (keep, start(new_files=["triton/a.cubin"]), "1 files were compiled in the window"),
+    "client": (keep, start(headroom=4.0), "client headroom 4.0 is below 10"),
+    "unexplained": (keep, counter("after", accepted=10**6), "accepted drafts, counted are 1000000"),
+    "cap": (keep, condition(max_tokens=256), "max_tokens: 512 against 256"),
+    "template": (keep, condition(template_sha256="1" * 64), "template_sha256"),
+    "driver": (keep, lambda record: record["server"].update(driver="590"), "driver: '580.1'"),
+    "session": (keep, lambda record: record.update(session="s2"), "different sessions"),
+    "items": (edited(item="other"), keep, "different items"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_fault_is_refused(
+    name: str, matrix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, edit, message = FAULTS[name]
+    first = write_result(tmp_path / "a.json", rows_of(1, items=30))
+    rows = change(rows_of(2, items=30))
+    candidate = write_result(
+        tmp_path / "b.json", rows, edit=(lambda _: None) if edit is keep else edit
+    )
+    assert main(["bench", "gate", str(first), str(candidate)]) == InvalidResultError.exit_code
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("orders", "message"),
+    [((5, 6, 7, 8, 9), "not in turns"), ((1, 2), "5 starts against 2")],
+)
+def test_arms_that_were_not_run_in_turns_are_refused(
+    orders: tuple[int, ...], message: str, tmp_path: Path
+) -> None:
+    first, second = (
+        read_arm(write_result(tmp_path / f"{n}.json", rows_of(n, items=5, starts=len(o)), orders=o))
+        for n, o in enumerate([(0, 1, 2, 3, 4), orders])
+    )
+    with pytest.raises(InvalidResultError, match=message):
+        gate({"strict": STRICT}, first, second)
+
+
+def test_results_without_scores_have_nothing_to_judge(tmp_path: Path) -> None:
+    rows = [row.model_copy(update={"scores": {}}) for row in rows_of(1, items=5)]
+    arms = [read_arm(write_result(tmp_path / f"{n}.json", rows)) for n in range(2)]
+    with pytest.raises(InvalidResultError, match="none of the gates"):
+        gate({"strict": STRICT}, *arms)
+
+
+@pytest.mark.parametrize("fault", ["changed", "not-gzip", "two-members", "count", "start", "key"])
+def test_damaged_result_is_refused(fault: str, tmp_path: Path) -> None:
+    path = write_result(tmp_path / "a.json", rows_of(1, items=5))
+    record, rows = json.loads(path.read_text()), tmp_path / "a.jsonl.gz"
+    if fault == "changed":
+        rows.write_bytes(gzip.compress(gzip.decompress(rows.read_bytes())[:-10]))
+    elif fault in {"not-gzip", "two-members", "start"}:
+        text = gzip.decompress(rows.read_bytes()).replace(b'"start":0', b'"start":3')
+        forms = {
+            "not-gzip": text,
+            "two-members": rows.read_bytes() * 2,
+            "start": gzip.compress(text),
+        }
+        rows.write_bytes(forms[fault])
+        record["rows"]["sha256"] = hashlib.sha256(forms[fault]).hexdigest()
+    elif fault == "count":
+        record["rows"]["count"] = 4
+    else:
+        record["rowz"] = 1
+    path.write_text(json.dumps(record))
+    with pytest.raises(ResultFileError):
+        read_arm(path)
+
+
+def test_result_has_the_same_bytes_each_time(tmp_path: Path) -> None:
+    paths = [write_result(tmp_path / n / "a.json", rows_of(1, items=5)) for n in ("x", "y")]
+    for suffix in (".json", ".jsonl.gz"):
+        assert len({path.with_suffix(suffix).read_bytes() for path in paths}) == 1
+
+
+def test_unknown_gate_is_suggested(
+    matrix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "gate", "a.json", "b.json", "--gate=strickt"]) == 2
+    assert "did you mean 'strict'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("row", [{"measure": "score"}, {"measure": "throughput", "score": "x"}])
+def test_gate_names_its_score(row: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="score"):
+        Gate.model_validate({**row, "margin": 0.01})
+
+
+def test_gates_of_the_matrix_have_the_margins_of_the_page(root: Path) -> None:
+    page = (root / "docs/operate/bench.md").read_text()
+    for name, row in Project(root).matrix.gate.items():
+        assert f"| `{name}` |" in page
+        assert f"| {100 * row.margin:g} " in page
