@@ -113,9 +113,14 @@ def release(project: Project, args: argparse.Namespace) -> None:
         findings = gate.findings()
         if args.json:
             print_json(args, gate.report(findings))
+        if policy.statements:
+            console.print(
+                f"judged by this checkout only; with --registry HOST/NAME, stage {args.stage} also "
+                f"asks for: signed {', '.join(policy.statements)} (--key), independent builders: "
+                f"{policy.builders}", markup=False,
+            )  # fmt: skip
         gate.require(findings)
         console.print(f"{cell.name}: nothing is missing for stage {args.stage}, as far as known")
-        console.print("next: the same command with --registry HOST/NAME", markup=False)
         return
     key, trust = _signer(project, args)
     if engine.name == "buildah" and os.geteuid() != 0 and not dry:

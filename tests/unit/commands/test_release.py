@@ -42,6 +42,10 @@ def test_blackwell_release_is_refused_with_what_is_missing(
         assert f"missing receipt of tier {tier} on NVIDIA B300 SXM6 AC (b300)" in text
         assert f"nox -s test-gpu -- --sku b300 --line 0.26 --tier {tier} --key KEY" in text
     assert "missing (2):" in text
+    assert (
+        "stage release also asks for: signed provenance, sbom (--key), independent builders: 2"
+        in text
+    )
 
 
 @pytest.mark.usefixtures("committed")
