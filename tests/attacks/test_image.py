@@ -31,7 +31,7 @@ from vllm_forge.matrix.model import WheelFile
 from vllm_forge.project import Project
 from vllm_forge.proofs.dry_load import ARGV
 from vllm_forge.proofs.environment import PYTHON
-from vllm_forge.serve.command import container_command
+from vllm_forge.serve.command import ServeOptions, container_command, service_of
 from vllm_forge.serve.deployment import find_deployment
 
 if TYPE_CHECKING:
@@ -158,7 +158,8 @@ def test_images_share_no_volume_of_code(root: Path) -> None:
     project = Project(root)
     deployment = find_deployment(project.matrix, project.cell("b300"), "mtp")
     digests = [f"sha256:{number * 64}" for number in "12"]
-    commands = [container_command(deployment, digest=d).argv for d in digests]
+    services = [service_of(deployment, ServeOptions(), digest=d) for d in digests]
+    commands = [container_command(service).argv for service in services]
     first, second = ({word for word in argv if "--volume=" in word} for argv in commands)
     assert {word.rpartition(":")[2] for word in first - second} == {"/cache"}
     assert {word.rpartition(":")[2] for word in first & second} == {"/cache/huggingface"}

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -136,8 +137,17 @@ def print_json(args: argparse.Namespace, document: object) -> None:
 
 
 def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse arguments; UsageError, with a suggestion, of the command that was named."""
-    args, extra = parser.parse_known_args(argv)
+    """Parse arguments; UsageError, with a suggestion, of the command that was named.
+
+    What stands after ``--`` is vLLM's, for commands that have ``vllm_flags``.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)
+    args, extra = parser.parse_known_args(words[:end])
+    if "vllm_flags" in args:
+        args.vllm_flags = tuple(words[end + 1 :])
+    else:
+        extra += words[end:]
     surplus = [args.surplus] if "surplus" in args else []
     if extra or any(item.startswith("-") for item in surplus):
         args.parser.reject([*surplus, *extra])

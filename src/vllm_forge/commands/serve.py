@@ -1,32 +1,63 @@
 """Serve a preset, or print how; plan a cell, check a host, lint all presets."""
 
 import argparse
+import re
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_forge.commands import parsers
 from vllm_forge.commands.parsers import EVERY_LINE, JSON, LINE, SKU, command, option
 from vllm_forge.errors import UsageError
-from vllm_forge.host import HostProbe, PlainConsole, Probe, RecordedProbe, RecordingProbe, console
+from vllm_forge.host import (
+    HostProbe,
+    PlainConsole,
+    Probe,
+    RecordedProbe,
+    RecordingProbe,
+    Runner,
+    console,
+)
 from vllm_forge.project import Project
-from vllm_forge.serve.deployment import Deployment, find_deployment, needs_of, presets_of
+from vllm_forge.serve.deployment import (
+    KEY,
+    Deployment,
+    find_deployment,
+    needs_of,
+    presets_of,
+    recorded_rows,
+)
+
+if TYPE_CHECKING:
+    import vllm_forge.serve.command as shell
 
 PLAN_WIDTH = 120
+MOST_PORT = 65535
+NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
+IMAGE = re.compile(r"[a-zA-Z0-9][\w./:@-]{0,300}")
+GPU_IDS = re.compile(r"(\d{1,3}|GPU-[0-9a-f-]{36})(,(\d{1,3}|GPU-[0-9a-f-]{36}))*")
+VARIABLE = re.compile(r"[A-Za-z_]\w*(=[^\x00-\x1f\x7f]*)?", re.ASCII)
 
 
 def register(choices: parsers.Commands) -> None:
     artifact = option("--artifact", help="default: the preset's first")
     one = command(choices, "serve", serve, SKU, LINE, artifact, packaged=True)
-    one.remedy = (
-        "vLLM's options are those of the preset; to add others, append them to the command that "
-        "--print prints, or add a [preset] row to matrix.toml"
-    )
+    one.remedy = "put flags of vLLM after --, e.g.: serve … -- --max-model-len=131072"
+    one.set_defaults(vllm_flags=())
     one.add_argument("--preset", required=True, help="e.g. mtp, plain, tp2-mtp")
     one.add_argument("--engine", choices=["docker", "podman"], help="default: the one that answers")
-    one.add_argument("--print", dest="print_only", action="store_true", help="only print it")
+    shown = one.add_mutually_exclusive_group()
+    shown.add_argument("--print", dest="print_only", action="store_true", help="only print it")
+    for form, what in (("compose", "a compose file"), ("systemd", "a unit of systemd"),
+                       ("k8s", "a Deployment for Kubernetes")):  # fmt: skip
+        shown.add_argument(
+            f"--{form}", dest="form", action="store_const", const=form, help=f"print {what} instead"
+        )
+    _container_options(one)
     command(choices, "plan", plan, SKU, LINE, JSON, packaged=True)
     one = command(choices, "doctor", doctor, SKU, LINE, JSON, artifact, packaged=True)
+    one.set_defaults(vllm_flags=())
     one.add_argument("--preset", help="default: the SKU's first")
     source = one.add_mutually_exclusive_group()
     source.add_argument("--save", type=Path, metavar="DIR", help="keep what the host's tools said")
@@ -34,23 +65,91 @@ def register(choices: parsers.Commands) -> None:
     command(choices, "lint", lint, EVERY_LINE)
 
 
+def _container_options(one: parsers.Parser) -> None:
+    one.add_argument("--model", type=Path, metavar="DIR", help="folder with the artifact's files")
+    one.add_argument("--image", metavar="REF", help="default: the cell's image, by its digest")
+    one.add_argument("--port", type=int, help="of the host (default: 8000)")
+    one.add_argument("--name", help="of the container (default: vllm-PRESET)")
+    one.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]",
+                     help="variable of the server; without a value: this shell's")  # fmt: skip
+    one.add_argument("--api-key-file", type=Path, metavar="PATH", help="file with the API key")
+    one.add_argument("--detach", action="store_true", help="in the background, started again")
+    one.add_argument("--replica", type=int, default=1, metavar="N",
+                     help="the Nth server of this host: next GPUs, next port")  # fmt: skip
+    one.add_argument("--gpu-ids", metavar="ID,ID", help="default: the first that fit")
+    one.add_argument("--ask", action="store_true",
+                     help="ask the image's vLLM where no record covers the flags")  # fmt: skip
+
+
+def _options(args: argparse.Namespace) -> "shell.ServeOptions":
+    from vllm_forge.serve.command import ServeOptions
+
+    for name, value in (("port", args.port), ("replica", args.replica)):
+        if value is not None and not 1 <= value <= MOST_PORT:
+            raise UsageError(f"invalid --{name} {value}: expected 1 to {MOST_PORT}")
+    patterns = {"name": NAME, "image": IMAGE, "gpu_ids": GPU_IDS}
+    for name, pattern in patterns.items():
+        value = getattr(args, name)
+        if value is not None and not pattern.fullmatch(value):
+            option_name = f"--{name.replace('_', '-')}"
+            raise UsageError(f"invalid {option_name} {value!r}: expected {pattern.pattern}")
+    return ServeOptions(
+        image=args.image,
+        port=args.port,
+        name=args.name,
+        key=None if args.api_key_file is None else args.api_key_file.resolve(),
+        detach=args.detach,
+        replica=args.replica,
+        gpu_ids=tuple((args.gpu_ids or "").split(",")) if args.gpu_ids else (),
+    )
+
+
 def serve(project: Project, args: argparse.Namespace) -> None:
-    """Serve a preset in its image."""
+    """Serve a preset in its image; flags of vLLM follow after --."""
     import vllm_forge.serve.command as shell
     from vllm_forge.images.record import built_digest
+    from vllm_forge.serve import judge
+    from vllm_forge.serve.flags import refuse_ours
+    from vllm_forge.serve.render import FORMS
 
+    refuse_ours(args.vllm_flags)
+    options = _options(args)
+    for variable in args.env:
+        if not VARIABLE.fullmatch(variable) or variable.startswith(f"{KEY}="):
+            what = f"invalid --env {variable.partition('=')[0]!r}: expected NAME or NAME=VALUE"
+            raise UsageError(what, remedy="give a key by --api-key-file")
     cell = project.cell(args.sku, args.line)
-    deployment = find_deployment(project.matrix, cell, args.preset, args.artifact)
+    deployment = replace(
+        find_deployment(project.matrix, cell, args.preset, args.artifact),
+        flags=args.vllm_flags,
+        env=tuple(args.env),
+        model=None if args.model is None else args.model.resolve(),
+    )
     deployment.require_served()
-    digest = built_digest(project.root / "dist" / f"{cell.name}.json")
-    _say(project, deployment, digest)
+    if deployment.model is not None:
+        judge.require_model(deployment)
+    printed = args.print_only or args.form is not None
     engine: shell.Engine = args.engine or "docker"
-    if not args.print_only:
+    if not printed:
         probe = HostProbe()
-        shell.require_gpus(probe, deployment)
+        if not options.gpu_ids:
+            chosen = shell.choose_gpus(probe, deployment, options.replica)
+            options = replace(options, gpu_ids=chosen)
         engine = shell.running_engine(probe, args.engine)
-    run = shell.container_command(deployment, engine=engine, digest=digest)
-    if args.print_only:
+    digest = built_digest(project.root / "dist" / f"{cell.name}.json")
+    service = shell.service_of(deployment, options, digest=digest)
+    rows = recorded_rows(project, cell.line_name)
+    verdict = judge.recorded(deployment, rows)
+    if verdict.answer is None and (args.ask or not printed):
+        verdict = judge.ask(Runner(), deployment, service.image)
+    judge.require_served(deployment, verdict.answer, deployment.memory(rows))
+    _say(project, deployment, digest)
+    if verdict.answer is None:
+        console.print(f"NOT JUDGED: {verdict.source}; --ask asks the image's vLLM", markup=False)
+    run = shell.container_command(service, engine=engine)
+    if args.form is not None:
+        print(FORMS[args.form](service, engine), end="")
+    elif printed:
         print(run.text())
     else:
         shell.become(run)
@@ -101,8 +200,10 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
 
     cell = project.cell(args.sku, args.line)
     preset = args.preset or next(iter(presets_of(project.matrix, cell.sku_name)), "")
-    deployment = find_deployment(project.matrix, cell, preset, args.artifact)
-    needs = needs_of(project.lock(cell.line_name), deployment)
+    found = find_deployment(project.matrix, cell, preset, args.artifact)
+    deployment = replace(found, flags=args.vllm_flags)
+    rows = recorded_rows(project, cell.line_name)
+    needs = needs_of(project.lock(cell.line_name), deployment, rows)
     probe: Probe = RecordingProbe(HostProbe(), args.save) if args.save else HostProbe()
     if args.replay:
         if not args.replay.is_dir():

@@ -349,8 +349,9 @@ def container_command(
         script, last = WITH_CACHES, [f"--caches={place}"]
     env = [f"--env={name}={value}" for name, value in ENVIRONMENT.items()]
     options = [
-        *nets, "--ipc=private", "--shm-size=16g", "--user=0", f"--volume={bundle}:/forge:ro",
-        f"--volume={output}:/output", *volumes, *env, "--workdir=/forge", "--entrypoint=/bin/sh",
+        "--rm", *nets, "--ipc=private", "--shm-size=16g", "--user=0",
+        f"--volume={bundle}:/forge:ro", f"--volume={output}:/output", *volumes, *env,
+        "--workdir=/forge", "--entrypoint=/bin/sh",
     ]  # fmt: skip
     return gpu_container(engine, None, options, image, ["-c", script, "sh", *SUITE, *args, *last])
 

@@ -109,17 +109,27 @@ def which(tool: str) -> str | None:
 
 
 def gpu_container(
-    engine: str, gpus: int | None, options: Sequence[str], image: str, command: Sequence[str]
+    engine: str,
+    gpus: int | Sequence[str] | None,
+    options: Sequence[str],
+    image: str,
+    command: Sequence[str],
 ) -> list[str]:
-    """Docker's or podman's ``run``; ``gpus``: None for all; ``command``: for the entrypoint."""
+    """Docker's or podman's ``run``; ``command``: for the entrypoint.
+
+    ``gpus``: their number, ids (index or UUID), or None for all.
+    """
     # Docker counts GPUs itself; podman takes the names of the container device interface.
     if engine == "docker":
-        devices = [f"--gpus={'all' if gpus is None else gpus}"]
+        chosen = "all" if gpus is None else str(gpus)
+        if isinstance(gpus, Sequence):
+            chosen = f'"device={",".join(gpus)}"'  # a row of CSV: the quotes are docker's
+        devices = [f"--gpus={chosen}"]
     else:
-        names = ["all"] if gpus is None else range(gpus)
+        names = ["all"] if gpus is None else range(gpus) if isinstance(gpus, int) else gpus
         # SELinux hosts refuse the device nodes to a labelled container.
         devices = [*(f"--device=nvidia.com/gpu={name}" for name in names), UNLABELLED]
-    return [engine, "run", "--rm", *devices, *options, image, *command]
+    return [engine, "run", *devices, *options, image, *command]
 
 
 @contextlib.contextmanager

@@ -61,6 +61,13 @@ class Sku(FrozenModel):
     )
 
 
+class GpuMemory(FrozenModel):
+    """What the driver of a SKU reports, where that is not what the vendor states."""
+
+    mib: Integer = Field(ge=1, description="memory.total of nvidia-smi, 2^20 bytes")
+    source: str = Field(min_length=10, description="where that was seen")
+
+
 class UnsupportedSku(FrozenModel):
     """A product that is asked for and that no line serves."""
 
@@ -288,6 +295,9 @@ class Matrix(FrozenModel):
     wheel_file: tuple[WheelFile, ...] = ()
     sku: dict[Name, Sku]
     unsupported_sku: dict[Name, UnsupportedSku] = Field(default_factory=dict)
+    gpu_memory: dict[Name, GpuMemory] = Field(
+        default_factory=dict, description="SKU -> what its driver reports; else sku.memory_gb"
+    )
     line: dict[Name, Line]
     artifact: dict[Name, Artifact]
     preset: dict[Name, Preset]
@@ -320,6 +330,7 @@ class Matrix(FrozenModel):
                 )
         for row in self.wheel_file:
             self._require(f"wheel_file {row.path}", "line", *row.lines)
+        self._require("gpu_memory", "sku", *self.gpu_memory)
         self._presets_agree()
         self._require("support", "line", *self.support)
         if not self.layers or self.layers[-1].match != ("*",):
@@ -345,6 +356,11 @@ class Matrix(FrozenModel):
                         raise ValueError(
                             f"preset.{name}: speculative_tokens, and {each} has no MTP block"
                         )
+
+    def memory_of(self, sku_name: str) -> int:
+        """Bytes of a GPU, as its driver reports them or its vendor states."""
+        row = self.gpu_memory.get(sku_name)
+        return self.sku[sku_name].memory_gb * 10**9 if row is None else row.mib << 20
 
     def _require(self, place: str, table: str, *names: str) -> None:
         for name in names:

@@ -1,35 +1,88 @@
-"""From a deployment to one command line, for a container engine or a plain shell, and its start."""
+"""From a deployment to a server's container, and to a command line or its start."""
 
 import os
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NoReturn
 
-from vllm_forge.host import Probe, gpu_container, which
+from vllm_forge.errors import UsageError
+from vllm_forge.host import Probe, gpu_container, read_plain, which
 from vllm_forge.host.errors import ToolMissingError
+from vllm_forge.host.probe import GPU_QUERY, Gpu
 from vllm_forge.matrix import ImageCell, serve_arguments
-from vllm_forge.serve.deployment import Deployment
+from vllm_forge.serve import flags
+from vllm_forge.serve.deployment import KEY, Deployment
+from vllm_forge.serve.doctor import fitting_gpus, listed_gpus
 from vllm_forge.serve.errors import NoGpuError
 
 Engine = Literal["docker", "podman"]
 ENGINES: tuple[Engine, ...] = ("docker", "podman")
 DOWNLOADS = "vllm-forge-downloads"  # the hub's, shared by all images: weights, no code
+MODEL = "/model"  # where a local folder is mounted
+MOST_KEY = 4096  # bytes
+# Of docker/Dockerfile: podman ignores the health check of an OCI image
+# (https://github.com/containers/podman/issues/18904).
+HEALTH = ("python -I /opt/vllm-forge/health.py", "30m")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A program with its arguments, and what is set in its environment."""
+    """A program with its arguments, and what is set in its environment.
+
+    ``secrets``: variable -> file with its value, which no command line shows.
+    """
 
     argv: tuple[str, ...]
     env: dict[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, Path] = field(default_factory=dict)
 
     def text(self) -> str:
         """The command for a POSIX shell, one option a line."""
         start = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.env.items())]
+        start += [f'{name}="$(cat {shlex.quote(str(p))})"' for name, p in self.secrets.items()]
         argv = self.argv
         first = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
         head = " ".join([*start, shlex.join(argv[:first])])
         return " \\\n    ".join([head, *map(shlex.quote, argv[first:])])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """What a user says of the container."""
+
+    image: str | None = None
+    port: int | None = None
+    name: str | None = None
+    key: Path | None = None  # file with the API key
+    detach: bool = False
+    replica: int = 1
+    gpu_ids: tuple[str, ...] = ()  # empty: the engine's choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """A server's container, in the words of no engine."""
+
+    title: str
+    name: str
+    image: str
+    command: tuple[str, ...]
+    gpus: int
+    gpu_ids: tuple[str, ...]  # empty: the engine's choice
+    port: int  # of the host
+    inner_port: int
+    shm_gb: int
+    ulimits: tuple[str, ...]
+    volumes: tuple[str, ...]  # source:target[:ro]
+    env: tuple[str, ...]
+    key: Path | None
+    detach: bool
+
+    @property
+    def secrets(self) -> dict[str, Path]:
+        return {} if self.key is None else {KEY: self.key}
 
 
 def bare_command(deployment: Deployment) -> Command:
@@ -37,37 +90,83 @@ def bare_command(deployment: Deployment) -> Command:
 
     The SKU's environment is part of it, which the image has set already.
     """
-    args, env = serve_arguments(deployment.matrix, deployment.preset_name)
     return Command(
-        argv=("vllm", "serve", deployment.artifact.repo, *args),
-        env={**deployment.cell.sku.env, **env},
+        argv=("vllm", "serve", *_model(deployment, str(deployment.model)), *deployment.arguments),
+        env={**deployment.cell.sku.env, **deployment.environment},
     )
 
 
-def container_command(
-    deployment: Deployment, *, engine: Engine = "docker", digest: str | None = None
-) -> Command:
-    """The run of the SKU's image; its entrypoint is ``vllm serve``.
+def _model(deployment: Deployment, folder: str) -> list[str]:
+    """The model's argument; a folder is served under the artifact's name, as clients ask for it."""
+    repo = deployment.artifact.repo
+    if deployment.model is None:
+        return [repo]
+    named = flags.NAME in flags.values(deployment.arguments)
+    return [folder, *([] if named else [f"{flags.NAME}={repo}"])]
 
-    All workers are in one container, so it needs a large /dev/shm of its own rather than the
-    host's IPC namespace.
+
+def service_of(
+    deployment: Deployment, options: ServeOptions, *, digest: str | None = None
+) -> Service:
+    """The container of a deployment.
+
+    All workers are in one, so it needs a large /dev/shm of its own rather than the host's IPC
+    namespace. Replica N takes the Nth share of the GPUs and the Nth port from the first one's;
+    volumes are shared: one holds weights, the other code that this very image compiled.
     """
-    args, env = serve_arguments(deployment.matrix, deployment.preset_name)
     cell, settings = deployment.cell, deployment.matrix.container
+    gpus, number = deployment.spread.gpus, options.replica
+    ids = options.gpu_ids
+    if not ids and number > 1:
+        ids = tuple(str(index) for index in range((number - 1) * gpus, number * gpus))
+    if ids and len(ids) != gpus:
+        what = f"{len(ids)} GPUs are given, and {deployment.preset_name} needs {gpus}"
+        raise UsageError(what, remedy=f"give {gpus} to --gpu-ids: {deployment.spread.text}")
     # Compiled kernels and bytecode: code that only the image that made it may run.
     volume = digest.partition(":")[2][:12] if digest else f"{cell.sku_name}-{cell.line_name}"
-    options = [
-        "--ipc=private", f"--shm-size={settings.shm_gb}g",
-        *(f"--ulimit={limit}" for limit in settings.ulimits),
-        f"--publish={settings.port}:{settings.port}",
-        f"--volume=vllm-forge-{volume}:/cache",
-        f"--volume={DOWNLOADS}:/cache/huggingface",
-        *(f"--env={name}={value}" for name, value in sorted(env.items())),
-    ]  # fmt: skip
-    command = [deployment.artifact.repo, f"--port={settings.port}", *args]
     image = f"localhost/{cell.name}" + (f"@{digest}" if digest else f":{cell.line_name}")
-    gpus = deployment.preset.tensor_parallel
-    return Command(argv=tuple(gpu_container(engine, gpus, options, image, command)))
+    name = options.name or f"vllm-{deployment.preset_name}"
+    _, variables = serve_arguments(deployment.matrix, deployment.preset_name)
+    preset = [f"{name}={value}" for name, value in sorted(variables.items())]
+    mounts = [] if deployment.model is None else [f"{deployment.model}:{MODEL}:ro"]
+    return Service(
+        title=f"{deployment.preset_name}, {deployment.artifact_name}, line {cell.line_name}",
+        name=name if number == 1 else f"{name}-{number}",
+        image=options.image or image,
+        command=(*_model(deployment, MODEL), f"--port={settings.port}", *deployment.arguments),
+        gpus=gpus,
+        gpu_ids=ids,
+        port=(options.port or settings.port) + (0 if options.port else number - 1),
+        inner_port=settings.port,
+        shm_gb=settings.shm_gb,
+        ulimits=settings.ulimits,
+        volumes=(f"vllm-forge-{volume}:/cache", f"{DOWNLOADS}:/cache/huggingface", *mounts),
+        env=(*preset, *deployment.env),
+        key=options.key,
+        detach=options.detach,
+    )
+
+
+def container_command(service: Service, *, engine: Engine = "docker") -> Command:
+    """The run of the container; the image's entrypoint is ``vllm serve``."""
+    health = []
+    if engine == "podman":
+        command, start = HEALTH
+        health = [f"--health-cmd={command}", "--health-interval=30s", "--health-timeout=5s",
+                  f"--health-start-period={start}"]  # fmt: skip
+    kept = ["--detach", "--restart=unless-stopped"] if service.detach else ["--rm"]
+    options = [
+        *kept, f"--name={service.name}", "--init",
+        "--ipc=private", f"--shm-size={service.shm_gb}g",
+        *(f"--ulimit={limit}" for limit in service.ulimits),
+        f"--publish={service.port}:{service.inner_port}",
+        *(f"--volume={volume}" for volume in service.volumes),
+        *health,
+        *(f"--env={variable}" for variable in (*service.env, *service.secrets)),
+    ]  # fmt: skip
+    gpus = service.gpu_ids or service.gpus
+    argv = gpu_container(engine, gpus, options, service.image, service.command)
+    return Command(argv=tuple(argv), secrets=service.secrets)
 
 
 def running_engine(probe: Probe, engine: Engine | None) -> Engine:
@@ -80,18 +179,26 @@ def running_engine(probe: Probe, engine: Engine | None) -> Engine:
     raise NoGpuError(what, remedy="start one; or take the command of --print elsewhere")
 
 
-def require_gpus(probe: Probe, deployment: Deployment) -> None:
-    """Raise NoGpuError if the host has fewer GPUs than a replica of the preset needs."""
-    reply = probe.ask("nvidia-smi-list", ["nvidia-smi", "-L"])
-    count = 0 if reply.code else sum(line.startswith("GPU ") for line in reply.text.splitlines())
-    need = deployment.preset.tensor_parallel
-    if count < need:
-        what = f"preset {deployment.preset_name} needs {need} GPUs, this host has {count or 'none'}"
+def choose_gpus(probe: Probe, deployment: Deployment, replica: int) -> tuple[str, ...]:
+    """The GPUs of this host that a replica takes; empty where the engine's own choice is the same.
+
+    For a number, an engine takes the first ones, whatever they are. NoGpuError if the
+    host has too few for this replica and those before it.
+    """
+    gpus, error = listed_gpus(probe.ask("nvidia-smi", GPU_QUERY))
+    fitting: Sequence[Gpu] = fitting_gpus(gpus, deployment)
+    need = deployment.spread.gpus
+    if len(fitting) < need * replica:
+        sku = deployment.cell.sku
+        what = f"preset {deployment.preset_name} needs {need * replica} GPUs of compute capability "
+        what += f"{sku.compute_capability}, this host has {len(fitting) or 'none'}"
         remedy = (
             f"nox -s doctor -- --sku {deployment.cell.sku_name} says what is missing; "
             "--print prints the command for another host"
         )
-        raise NoGpuError(what, where="nvidia-smi -L", remedy=remedy)
+        raise NoGpuError(what, where=error or "nvidia-smi", remedy=remedy)
+    chosen = tuple(str(gpu.index) for gpu in fitting[need * (replica - 1) : need * replica])
+    return () if chosen == tuple(map(str, range(need))) else chosen
 
 
 def become(command: Command) -> NoReturn:
@@ -99,7 +206,20 @@ def become(command: Command) -> NoReturn:
     program = which(command.argv[0])
     if program is None:
         raise ToolMissingError(f"{command.argv[0]} is not installed", where=command.text())
-    os.execve(program, list(command.argv), {**os.environ, **command.env})  # noqa: S606
+    secrets = {name: read_key(path) for name, path in command.secrets.items()}
+    os.execve(program, list(command.argv), {**os.environ, **command.env, **secrets})  # noqa: S606
+
+
+def read_key(path: Path) -> str:
+    """An API key: the one line of a file."""
+    try:
+        key = read_plain(path, MOST_KEY).decode().strip()
+    except ValueError:
+        key = ""
+    if not key or not key.isprintable() or " " in key:
+        what = f"invalid --api-key-file {path}: expected one line with a key"
+        raise UsageError(what, remedy="write one, e.g. with: openssl rand -hex 32")
+    return key
 
 
 def build_command(cell: ImageCell) -> str:

@@ -1,16 +1,24 @@
 """A preset with an artifact on a cell: found by their names, and what a host needs to serve it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 from vllm_forge.host import suggestion
-from vllm_forge.matrix import Artifact, ImageCell, Matrix, Preset
+from vllm_forge.kernels.selection.questions import Answer, grid_question, preset_question
+from vllm_forge.kernels.selection.record import Rows, read_selection, selection_path
+from vllm_forge.matrix import Artifact, ImageCell, Matrix, Preset, serve_arguments
 from vllm_forge.matrix.errors import UnsupportedCellError
+from vllm_forge.project import Project
+from vllm_forge.serve import flags
 from vllm_forge.serve.errors import UnknownArtifactError, UnknownPresetError
+from vllm_forge.serve.flags import Parallel
+from vllm_forge.serve.memory import Memory, memory_of, stored_sizes
 from vllm_forge.sources import Lock
 from vllm_forge.sources.lock import UNPACK_RATIO
 
 GB = 10**9
 GIB = 1 << 30
+KEY = "VLLM_API_KEY"  # 0.22.1, 0.26.0 and 0.33.0, vllm/envs.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +31,59 @@ class Deployment:
     preset: Preset
     artifact_name: str
     artifact: Artifact
+    flags: tuple[str, ...] = ()  # of vLLM, after those of the preset
+    env: tuple[str, ...] = ()  # NAME=VALUE, or NAME for the value of the caller
+    model: Path | None = None  # folder with the artifact; None: vLLM downloads it
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of ``vllm serve``, after the model."""
+        return [*serve_arguments(self.matrix, self.preset_name)[0], *self.flags]
+
+    @property
+    def own_environment(self) -> dict[str, str]:
+        """The variables of vLLM among those that the user sets; "" for a value of the caller."""
+        pairs = (text.partition("=")[::2] for text in self.env)
+        return {name: value for name, value in pairs if name.startswith("VLLM_") and name != KEY}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What vLLM's choices may depend on."""
+        return {**serve_arguments(self.matrix, self.preset_name)[1], **self.own_environment}
+
+    @property
+    def spread(self) -> Parallel:
+        """How it is spread over GPUs; MultiNodeError if one host is not enough."""
+        return flags.parallel(self.arguments)
+
+    def answer(self, rows: Rows) -> Answer | None:
+        """The recorded answer; None if the preset was not asked as it is now, without own flags.
+
+        Lint checks whether the record belongs to the current series and lock.
+        """
+        name = preset_question(self.preset_name, self.artifact_name)
+        environment = {**self.cell.sku.env, **self.environment}
+        asked = (name, tuple(self.arguments), environment)
+        return next((a for q, a in rows if (q.name, q.arguments, q.environment) == asked), None)
+
+    def nearest_answer(self, rows: Rows) -> Answer | None:
+        """The recorded answer, or that of the same artifact on the same SKU with other flags."""
+        named = {question.name: answer for question, answer in rows}
+        return (
+            self.answer(rows)
+            or named.get(preset_question(self.preset_name, self.artifact_name))
+            or named.get(grid_question(self.cell.sku_name, self.artifact_name))
+        )
+
+    def memory(self, rows: Rows) -> Memory | None:
+        """Memory of one of its GPUs; None if nothing says how large the artifact is."""
+        return memory_of(
+            artifact=self.artifact_name,
+            words=self.arguments,
+            release=self.cell.line.vllm,
+            total=self.matrix.memory_of(self.cell.sku_name),
+            answer=self.nearest_answer(rows),
+        )
 
     def why_not(self, line: str) -> str | None:
         """Why a line does not serve this; None if it does."""
@@ -81,48 +142,57 @@ def find_deployment(
     )
 
 
+def recorded_rows(project: Project, line_name: str) -> Rows:
+    """The recorded answers of a line; none where there is no record."""
+    if not selection_path(project.records, line_name).is_file():
+        return ()
+    return read_selection(project.records, line_name).rows
+
+
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """A host's requirements. Sizes in bytes; None if the matrix has no size of the artifact."""
+    """A host's requirements. Sizes in bytes; None if nothing says how large the artifact is."""
 
     gpus: int
     image_bytes: int  # in the engine's store, packed and unpacked
     weights_bytes: int | None = None  # the checkpoint's files
     disk_bytes: int | None = None
-    weights_per_gpu_bytes: int | None = None  # of the files; what is not sharded comes on top
-    memory_per_gpu_bytes: int  # as the SKU's vendor states it
+    memory: Memory | None = None  # of a GPU of the SKU
     ram_bytes: int | None = None  # one shard file, which the workers map while they read it
     page_cache_bytes: int | None = None  # for all files: the disk is read once, not once per worker
     shm_bytes: int  # /dev/shm of the container
     driver: str  # oldest one of the line's CUDA
 
     def as_json(self) -> dict[str, int | str]:
-        """The fields, "unknown" for None."""
-        return {name: "unknown" if value is None else value for name, value in asdict(self).items()}
+        """The fields, those of the memory among them, "unknown" for None."""
+        memory = self.memory
+        rows: dict[str, int | str | None] = {
+            row.name: getattr(self, row.name) for row in fields(self) if row.name != "memory"
+        }
+        for name in ("total", "requested", "weights", "kv_cache"):
+            rows[f"{name}_per_gpu_bytes"] = getattr(memory, name, None)
+        rows["longest_context"] = None if memory is None else memory.longest
+        rows["memory"] = None if memory is None else memory.text
+        return {name: "unknown" if value is None else value for name, value in rows.items()}
 
 
-def needs_of(lock: Lock, deployment: Deployment) -> Needs:
-    """The requirements of a deployment, from the matrix and the lock; none is measured."""
-    matrix, artifact = deployment.matrix, deployment.artifact
-    gpus = deployment.preset.tensor_parallel
+def needs_of(lock: Lock, deployment: Deployment, rows: Rows = ()) -> Needs:
+    """The requirements of a deployment, from matrix, lock, manifest and recorded answers."""
+    matrix, cell, artifact = deployment.matrix, deployment.cell, deployment.artifact
     packed = sum(wheel.size for wheel in lock.wheels) + matrix.base.budget_mb * 10**6
     image = int(packed * (1 + UNPACK_RATIO))
-    sizes = {}
-    if artifact.size_gb is not None:
-        weights = artifact.size_gb * GB
-        sizes = {
-            "weights_bytes": weights,
-            "disk_bytes": image + weights,
-            "weights_per_gpu_bytes": weights // gpus,
-            "page_cache_bytes": weights,
-        }
-        if artifact.shards is not None:
-            sizes["ram_bytes"] = weights // artifact.shards
+    stored = stored_sizes(deployment.artifact_name)
+    weights = None if artifact.size_gb is None else artifact.size_gb * GB
+    if stored is not None:
+        weights = sum(stored.values())
     return Needs(
-        gpus=gpus,
+        gpus=deployment.spread.gpus,
         image_bytes=image,
-        memory_per_gpu_bytes=deployment.cell.sku.memory_gb * GB,
+        weights_bytes=weights,
+        disk_bytes=None if weights is None else image + weights,
+        memory=deployment.memory(rows),
+        ram_bytes=weights // artifact.shards if weights and artifact.shards else None,
+        page_cache_bytes=weights,
         shm_bytes=matrix.container.shm_gb * GIB,
-        driver=matrix.cuda[deployment.cell.line.cuda].driver,
-        **sizes,
+        driver=matrix.cuda[cell.line.cuda].driver,
     )

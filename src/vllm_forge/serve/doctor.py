@@ -12,10 +12,11 @@ from rich.text import Text
 from vllm_forge.host import Probe, Reply, gigabytes, parse_json, printable
 from vllm_forge.host.probe import GPU_QUERY, Gpu, parse_gpus
 from vllm_forge.serve import machine
-from vllm_forge.serve.deployment import Deployment, Needs, presets_of
+from vllm_forge.serve.deployment import Deployment, Needs, find_deployment, presets_of
 from vllm_forge.serve.machine import HostFinding, Level, judged, one_line
 
 NOT_INSTALLED = "not installed"
+USED_QUERY = ("nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits")
 DF = ("df", "--block-size=1", "--output=target,size,avail")
 
 
@@ -46,6 +47,7 @@ class Host:
     ram: int | None  # in total
     shm: int | None  # in total
     machine: Mapping[str, Reply]  # by question, see machine.QUESTIONS
+    used: dict[int, int]  # GPU's index -> bytes in use, where nvidia-smi knows
 
 
 def ask_host(probe: Probe) -> Host:
@@ -85,6 +87,7 @@ def ask_host(probe: Probe) -> Host:
         ram=parse_meminfo(probe.ask("meminfo", ["cat", "/proc/meminfo"])),
         shm=_df(probe.ask("df-shm", [*DF, "/dev/shm"]), -2),  # noqa: S108
         machine=machine.ask_machine(probe),
+        used=parse_used(probe.ask("nvidia-smi-used", USED_QUERY)),
     )
 
 
@@ -104,6 +107,12 @@ def parse_versions(reply: Reply) -> dict[str, str]:
     """``{"NVIDIA-SMI": ..., "NVML": ..., "DRIVER": ...}``; empty if it does not answer."""
     pairs = re.findall(r"^(NVIDIA-SMI|NVML|DRIVER) version\s*:\s*(\S+)$", reply.text, re.M)
     return {} if reply.code else dict(pairs)
+
+
+def parse_used(reply: Reply) -> dict[int, int]:
+    """Bytes in use by GPU, without rows that have an error instead."""
+    rows = re.findall(r"^(\d{1,4}), (\d{1,9})$", reply.text, re.M)
+    return {} if reply.code else {int(index): int(mib) << 20 for index, mib in rows}
 
 
 def parse_meminfo(reply: Reply) -> int | None:
@@ -170,7 +179,7 @@ def check_gpus(host: Host, deployment: Deployment, needs: Needs) -> Iterator[Hos
             "`nvidia-smi` and `dmesg | grep -i nvrm` say what it lacks",
         )
         return
-    fitting = [gpu for gpu in host.gpus if gpu.capability == sku.compute_capability]
+    fitting = fitting_gpus(host.gpus, deployment)
     kinds = Counter(f"{gpu.name} ({gpu.capability})" for gpu in host.gpus)
     seen = ", ".join(f"{number} x {kind}" for kind, number in sorted(kinds.items()))
     if not fitting:
@@ -186,9 +195,13 @@ def check_gpus(host: Host, deployment: Deployment, needs: Needs) -> Iterator[Hos
     if others := sorted({gpu.name for gpu in fitting} - {sku.device}):
         remedy = "same compute capability, another product: nothing was run on it"
         yield HostFinding("device", "unknown", ", ".join(others), sku.device, remedy)
-    rows, presets = matrix.preset, presets_of(matrix, cell.sku_name)
+    presets = presets_of(matrix, cell.sku_name)
     short = deployment.preset_name.removeprefix(f"{cell.sku_name}-")
-    smaller = [n for n, name in presets.items() if rows[name].tensor_parallel <= len(fitting)]
+    smaller = [
+        short
+        for short, name in presets.items()
+        if find_deployment(matrix, cell, name).spread.gpus <= len(fitting)
+    ]
     remedy = "choose a preset for fewer GPUs: " + ", ".join(f"--preset {name}" for name in smaller)
     if not smaller:
         remedy = "use a host with more GPUs: no preset of this SKU is for fewer"
@@ -196,9 +209,15 @@ def check_gpus(host: Host, deployment: Deployment, needs: Needs) -> Iterator[Hos
         "GPU count",
         len(fitting) >= count,
         str(len(fitting)),
-        f"{count}: preset {short} has --tensor-parallel-size={count}",
+        f"{count}: preset {short} has {deployment.spread.text}",
         remedy,
     )
+
+
+def fitting_gpus(gpus: Iterable[Gpu], deployment: Deployment) -> list[Gpu]:
+    """The GPUs that the image has kernels for."""
+    capability = deployment.cell.sku.compute_capability
+    return [gpu for gpu in gpus if gpu.capability == capability]
 
 
 def check_split(host: Host, *_: object) -> Iterator[HostFinding]:
@@ -209,23 +228,28 @@ def check_split(host: Host, *_: object) -> Iterator[HostFinding]:
 
 
 def check_memory(host: Host, deployment: Deployment, needs: Needs) -> Iterator[HostFinding]:
-    """Memory of a GPU for its part of the weights."""
-    sku = deployment.cell.sku
-    fitting = [gpu for gpu in host.gpus if gpu.capability == sku.compute_capability]
-    sizes = [gpu.memory for gpu in fitting if gpu.memory is not None]
+    """Memory of a GPU for weights and KV cache, and what others use of it already."""
+    fitting = fitting_gpus(host.gpus, deployment)
+    sizes = {gpu.index: gpu.memory for gpu in fitting if gpu.memory is not None}
     if len(sizes) < len(fitting):
         seen = f"not given by the driver for {len(fitting) - len(sizes)} of {len(fitting)} GPUs"
         yield HostFinding("GPU memory", "unknown", seen, "a number per GPU")
     if not sizes:
         return
-    seen = f"{gigabytes(min(sizes))} per GPU"
-    part = needs.weights_per_gpu_bytes
-    if part is None:
-        yield HostFinding("GPU memory", "unknown", seen, _unknown_size(deployment))
+    smallest = min(sizes.values())
+    if needs.memory is None:
+        seen, needed = f"{gigabytes(smallest)} per GPU", _unknown_size(deployment)
+        yield HostFinding("GPU memory", "unknown", seen, needed)
         return
-    needed = f"{gigabytes(part)} for the weights; KV cache and graphs on top"
-    remedy = "use a preset with more GPUs, or a smaller artifact"
-    yield judged("GPU memory", min(sizes) > part, seen, needed, remedy)
+    memory = replace(needs.memory, total=smallest)
+    yield HostFinding("GPU memory", memory.verdict, memory.seen, memory.needed, memory.remedy)
+    part = memory.utilization
+    full = [index for index, size in sizes.items() if host.used.get(index, 0) > size * (1 - part)]
+    if full and len(sizes) - len(full) < needs.gpus:
+        seen = ", ".join(f"GPU {index} {gigabytes(host.used[index])}" for index in full)
+        needed = f"less than {1 - part:.2f} of it: vLLM takes {part:g} (--gpu-memory-utilization)"
+        remedy = "end what uses them (nvidia-smi lists processes), or lower the utilization"
+        yield judged("GPU memory in use", False, seen, needed, remedy)
 
 
 def _unknown_size(deployment: Deployment) -> str:
@@ -305,6 +329,9 @@ def check_disk(host: Host, deployment: Deployment, needs: Needs) -> Iterator[Hos
 
 def check_ram(host: Host, deployment: Deployment, needs: Needs) -> Iterator[HostFinding]:
     """RAM for the shard file that the workers map; then for all of them as page cache."""
+    if needs.page_cache_bytes is not None and (host.ram or 0) >= needs.page_cache_bytes:
+        yield _at_least("RAM", host.ram, needs.page_cache_bytes, "for all files", "")
+        return
     if needs.ram_bytes is None or needs.page_cache_bytes is None:
         seen = "not read" if host.ram is None else gigabytes(host.ram)
         yield HostFinding("RAM", "unknown", seen, _unknown_size(deployment))

@@ -4,6 +4,7 @@ from vllm_forge.errors import ForgeError
 
 REFUSED = 80
 RED = 81
+UNDECIDED = 82
 FAULT = 83
 
 
@@ -25,3 +26,15 @@ class HostUnfitError(ForgeError, exit_code=RED):
 
 class NoGpuError(ForgeError, exit_code=FAULT):
     """A server was asked for where there is no GPU, or no engine that gives it to a container."""
+
+
+class MultiNodeError(ForgeError, exit_code=REFUSED):
+    """Flags of vLLM that spread one server over several hosts or process groups."""
+
+
+class NotJudgedError(ForgeError, exit_code=UNDECIDED):
+    """No record covers the flags, and the image's vLLM cannot be asked about them."""
+
+
+class ModelFolderError(ForgeError, exit_code=RED):
+    """A local folder does not hold the artifact that it is to be served as."""

@@ -15,14 +15,27 @@ from vllm_forge.host import gigabytes
 from vllm_forge.images.checks import recorded_downloads
 from vllm_forge.images.record import built_digest, carries_kernels
 from vllm_forge.kernels.coverage.families import AT_START, FINE
-from vllm_forge.kernels.selection.questions import Answer, Choice, preset_question
-from vllm_forge.kernels.selection.record import Rows, read_selection, selection_path
-from vllm_forge.matrix import ImageCell, serve_arguments
+from vllm_forge.kernels.selection.questions import Answer, Choice
+from vllm_forge.kernels.selection.record import Rows
+from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import read_series, read_tree_lock
 from vllm_forge.project import Project
 from vllm_forge.receipts.verification import preset_state, read_receipts
-from vllm_forge.serve.command import bare_command, build_command, container_command
-from vllm_forge.serve.deployment import Deployment, find_deployment, needs_of, presets_of
+from vllm_forge.serve.command import (
+    Command,
+    ServeOptions,
+    bare_command,
+    build_command,
+    container_command,
+    service_of,
+)
+from vllm_forge.serve.deployment import (
+    Deployment,
+    find_deployment,
+    needs_of,
+    presets_of,
+    recorded_rows,
+)
 from vllm_forge.sources import Lock
 
 Plan = dict[str, Any]
@@ -31,7 +44,7 @@ SELECTED = (
     "attention", "experts", "clamp", "linear", "draft", "graphs", "kv_cache_dtype", "block_size",
 )  # fmt: skip
 # Raise when a key changes its name or meaning.
-FORMAT = 1
+FORMAT = 2
 
 
 def make_plan(project: Project, cell: ImageCell) -> Plan:
@@ -39,12 +52,7 @@ def make_plan(project: Project, cell: ImageCell) -> Plan:
     lock = project.lock(cell.line_name)
     digest = built_digest(project.root / "dist" / f"{cell.name}.json")
     receipts = read_receipts(project, datetime.now(UTC), image=digest)
-    answers = {
-        name: read_selection(project.records, name).rows
-        if selection_path(project.records, name).is_file()
-        else ()
-        for name in matrix.line
-    }
+    answers = {name: recorded_rows(project, name) for name in matrix.line}
     deployments = [
         find_deployment(matrix, cell, name, artifact)
         for name in presets_of(matrix, cell.sku_name).values()
@@ -95,15 +103,20 @@ def make_plan(project: Project, cell: ImageCell) -> Plan:
                 "artifact": (artifact := deployment.artifact_name),
                 "note": deployment.preset.note,
                 "state": preset_state(project, receipts, cell, preset, artifact),
-                "command": list((run := container_command(deployment, digest=digest)).argv),
+                "command": list((run := run_command(deployment, digest)).argv),
                 "shell": run.text(),
                 "bare": bare_command(deployment).text(),
-                "needs": needs_of(lock, deployment).as_json(),
+                "needs": needs_of(lock, deployment, rows).as_json(),
                 "selection": _selection(project, deployment, cell.line_name, rows),
             }
             for deployment in deployments
         ],
     }
+
+
+def run_command(deployment: Deployment, digest: str | None) -> Command:
+    """Docker's run of a deployment, without options of a user's own."""
+    return container_command(service_of(deployment, ServeOptions(), digest=digest))
 
 
 def _refused(reason: str) -> Plan:
@@ -115,7 +128,7 @@ def _selection(project: Project, deployment: Deployment, line: str, rows: Rows) 
     unsupported = project.matrix.line[line].unsupported.get(deployment.cell.sku_name)
     if (reason := unsupported or deployment.why_not(line)) is not None:
         return _refused(reason)
-    answer = _answer(project, deployment, rows)
+    answer = deployment.answer(rows)
     if answer is None:
         return {"refused": None} | dict.fromkeys(SELECTED, UNKNOWN)
     if answer.refused is not None:
@@ -183,17 +196,6 @@ def _covered(record: dict[str, Any], name: str, cell: ImageCell, lock: Lock) -> 
         if row["verdict"] not in FINE and row["exception"] is None
     ]
     return {"state": f"broken: {', '.join(broken)}" if broken else "holds", "families": families}
-
-
-def _answer(project: Project, deployment: Deployment, rows: Rows) -> Answer | None:
-    """The recorded answer; None if the preset was not asked as it is now.
-
-    Lint checks whether the record belongs to the current series and lock.
-    """
-    arguments, environment = serve_arguments(project.matrix, deployment.preset_name)
-    name = preset_question(deployment.preset_name, deployment.artifact_name)
-    asked = (name, tuple(arguments), {**deployment.cell.sku.env, **environment})
-    return next((a for q, a in rows if (q.name, q.arguments, q.environment) == asked), None)
 
 
 def page(plan: Plan) -> Iterator[RenderableType]:
@@ -273,8 +275,9 @@ def _needs(row: Plan) -> Iterator[RenderableType]:
     yield _grid(
         [
             ("note", row["note"]),
-            ("GPUs", f"{needs['gpus']}; weights {_size(needs['weights_per_gpu_bytes'])} of "
-                     f"{_size(needs['memory_per_gpu_bytes'])} each; driver {needs['driver']}"),
+            ("GPUs", f"{needs['gpus']}; driver {needs['driver']}"),
+            ("GPU memory", f"{needs['memory']}"),
+            ("context", f"at most {needs['longest_context']} tokens"),
             ("disk", f"{_size(needs['disk_bytes'])}: image {_size(needs['image_bytes'])}, weights "
                      f"{_size(needs['weights_bytes'])}"),
             ("RAM", f"{_size(needs['ram_bytes'])} at least; {_size(needs['page_cache_bytes'])} to "

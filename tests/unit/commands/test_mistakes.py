@@ -55,20 +55,16 @@ MISTAKES: dict[str, tuple[list[str], type[ForgeError], list[str]]] = {
     ),
     "one argument too many": (["plan", "b300", "b200"], UsageError, ["'b200'"]),
     "argument that ends in a colon": (["build", "b300", "x: "], UsageError, ["'x: '"]),
-    "port of vLLM": (
-        [*SERVE, "--port", "8080"],
-        UsageError,
-        ["--port", "--print", "!did you mean"],
-    ),
     "option of vLLM": (
         [*SERVE, "--max-model-len=8192"],
         UsageError,
-        ["--max-model-len", "--print", "!did you mean"],
+        ["--max-model-len", "after --", "!did you mean"],
     ),
-    "option of vLLM after --": (
-        [*SERVE, "--", "--max-model-len", "8192"],
+    "port of vLLM after --": ([*SERVE, "--", "--port", "8080"], UsageError, ["before --"]),
+    "option of vLLM in plan": (
+        ["plan", "b300", "--", "--enforce-eager"],
         UsageError,
-        ["--max-model-len", "--print", "!did you mean"],
+        ["--enforce"],
     ),
     "no preset": (["serve", "b300"], UsageError, ["--preset"]),
     "mistyped preset": (

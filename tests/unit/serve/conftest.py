@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vllm_forge.host import RecordedProbe
+from vllm_forge.kernels.selection.record import read_selection
 from vllm_forge.matrix import image_cell, load
 from vllm_forge.serve.deployment import find_deployment, needs_of
 from vllm_forge.serve.doctor import ask_host, judge
@@ -52,6 +53,7 @@ def diagnose(root: Path) -> Diagnose:
         deployment = find_deployment(matrix, cell, preset, artifact)
         lock = read_lock(root, cell.line_name, cell.line, matrix.base)
         host = ask_host(RecordedProbe(folder))
-        return judge(host, deployment, needs_of(lock, deployment))
+        rows = read_selection(root / "records", cell.line_name).rows
+        return judge(host, deployment, needs_of(lock, deployment, rows))
 
     return run

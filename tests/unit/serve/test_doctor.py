@@ -13,6 +13,7 @@ from vllm_forge.host.probe import GPU_QUERY
 from vllm_forge.serve import doctor as checks
 from vllm_forge.serve.doctor import (
     CHECKS,
+    USED_QUERY,
     ask_host,
     listed_gpus,
     parse_meminfo,
@@ -177,11 +178,26 @@ def test_a_container_has_its_own_shared_memory(
     assert levels(found)["/dev/shm"] == "unknown"
 
 
-def test_unknown_artifact_size_is_shown(recorded: Callable[..., Path], diagnose: Diagnose) -> None:
+def test_size_of_an_artifact_is_that_of_its_manifest(
+    recorded: Callable[..., Path], diagnose: Diagnose
+) -> None:
     found = diagnose(recorded("b300"), "b300", "plain", "redhat-nvfp4-fp8")
-    assert levels(found)["GPU memory"] == levels(found)["RAM"] == "unknown"
+    assert levels(found)["GPU memory"] == levels(found)["RAM"] == "ok"
     (disk,) = [f for f in found if f.check == "disk"]
-    assert "unknown" in disk.needed
+    assert "178.4 GB for image and weights" in disk.needed
+
+
+def test_memory_that_others_use_is_red(recorded: Callable[..., Path], diagnose: Diagnose) -> None:
+    """As vLLM refuses it: free memory below --gpu-memory-utilization (v1/worker/utils.py)."""
+    used = "".join(f"{index}, {60000 if index < 5 else 4}\n" for index in range(8))
+    (busy,) = [f for f in diagnose(recorded("b300", nvidia_smi_used=used), "b300")
+               if f.check == "GPU memory in use"]  # fmt: skip
+    assert busy.level == "red"
+    assert "GPU 4 62.9 GB" in busy.seen
+    enough = used.replace("4, 60000", "4, 4")  # four others are free
+    assert "GPU memory in use" not in levels(
+        diagnose(recorded("b300", nvidia_smi_used=enough), "b300")
+    )
 
 
 def test_nvidia_smi_errors_are_shown() -> None:
@@ -214,7 +230,7 @@ def test_questions_change_nothing() -> None:
     ask_host(Listener())
     programs = {tuple(argv[:2]) if argv[0] != "df" else ("df",) for argv in asked}
     assert programs == {
-        GPU_QUERY[:2], ("nvidia-smi", "--version"), ("nvidia-ctk", "--version"),
+        GPU_QUERY[:2], USED_QUERY[:2], ("nvidia-smi", "--version"), ("nvidia-ctk", "--version"),
         ("nvidia-ctk", "cdi"),
         ("docker", "info"), ("podman", "info"), ("df",), ("cat", "/proc/meminfo"),
         *(tuple(argv[:2]) for argv in QUESTIONS.values()),

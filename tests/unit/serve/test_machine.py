@@ -86,7 +86,7 @@ def test_fault_of_the_machine_is_found_with_its_remedy(
 
 
 def test_good_host_without_nvlink_is_green(recorded: Recorded, diagnose: Diagnose) -> None:
-    found = diagnose(recorded("rtxpro6000"), "rtxpro6000", "tp2-mtp")
+    found = diagnose(recorded("rtxpro6000"), "rtxpro6000", "tp4-mtp")
     assert {finding.level for finding in found} == {"ok"}
     assert {"IOMMU", "PCIe ACS", "GPU links"} <= {finding.check for finding in found}
 

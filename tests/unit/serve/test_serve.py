@@ -6,13 +6,14 @@ import json
 import shlex
 import subprocess
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_forge.cli import main
+from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.host import Reply
 from vllm_forge.images.errors import BuildRecordError
 from vllm_forge.images.record import keep_digest
@@ -20,11 +21,15 @@ from vllm_forge.matrix import Matrix, image_cell, load, serve_arguments
 from vllm_forge.matrix.errors import UnsupportedCellError
 from vllm_forge.serve.command import (
     Command,
+    ServeOptions,
     bare_command,
+    become,
     build_command,
+    choose_gpus,
     container_command,
-    require_gpus,
+    read_key,
     running_engine,
+    service_of,
 )
 from vllm_forge.serve.deployment import Deployment, find_deployment, find_preset, presets_of
 from vllm_forge.serve.errors import NoGpuError, UnknownArtifactError, UnknownPresetError
@@ -32,6 +37,8 @@ from vllm_forge.serve.errors import NoGpuError, UnknownArtifactError, UnknownPre
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from dataclasses import replace
+
+    from vllm_forge.serve.command import Engine
 from pathlib import Path
 
 DIGEST = "sha256:" + "ab" * 32
@@ -45,6 +52,13 @@ def matrix(root: Path) -> Matrix:
 @pytest.fixture
 def deployment(matrix: Matrix, root: Path) -> Deployment:
     return find_deployment(matrix, image_cell(matrix, "b300"), "mtp")
+
+
+def run(
+    deployment: Deployment, *, digest: str | None = None, engine: Engine = "docker", **options: Any
+) -> Command:
+    service = service_of(deployment, ServeOptions(**options), digest=digest)
+    return container_command(service, engine=engine)
 
 
 def words(command: Command) -> list[str]:
@@ -164,8 +178,9 @@ def test_serve_refuses_it_before_anything_else(
 
 
 def test_docker_command(deployment: Deployment) -> None:
-    assert words(container_command(deployment, digest=DIGEST)) == [
-        "docker", "run", "--rm", "--gpus=4", "--ipc=private", "--shm-size=16g",
+    assert words(run(deployment, digest=DIGEST)) == [
+        "docker", "run", "--gpus=4", "--rm", "--name=vllm-b300-mtp", "--init", "--ipc=private",
+        "--shm-size=16g",
         "--ulimit=memlock=-1", "--ulimit=stack=67108864", "--publish=8000:8000",
         f"--volume=vllm-forge-{DIGEST[7:19]}:/cache",
         "--volume=vllm-forge-downloads:/cache/huggingface", f"localhost/vllm-0.26.0-b300@{DIGEST}",
@@ -177,7 +192,7 @@ def test_docker_command(deployment: Deployment) -> None:
 
 def test_podman_command_names_the_devices(matrix: Matrix, root: Path) -> None:
     deployment = find_deployment(matrix, image_cell(matrix, "rtxpro6000"), "tp2-mtp")
-    argv = words(container_command(deployment, engine="podman"))
+    argv = words(run(deployment, engine="podman"))
     devices = [word for word in argv if word.startswith("--device=")]
     assert devices == ["--device=nvidia.com/gpu=0", "--device=nvidia.com/gpu=1"]
     assert "localhost/vllm-0.26.0-rtxpro6000:0.26" in argv  # by tag where nothing is built
@@ -197,7 +212,7 @@ def test_environment_of_a_preset_goes_into_the_container(
     row = deployment.preset.model_copy(update={"env": {"VLLM_A": "b c"}})
     rows = {**matrix.preset, deployment.preset_name: row}
     changed = replace(deployment, matrix=matrix.model_copy(update={"preset": rows}))
-    assert "--env=VLLM_A=b c" in words(container_command(changed))
+    assert "--env=VLLM_A=b c" in words(run(changed))
     assert bare_command(changed).env["VLLM_A"] == "b c"
 
 
@@ -239,22 +254,150 @@ def test_the_engine_that_answers_is_taken() -> None:
         running_engine(Said(docker=Reply(code=1, text="no daemon")), None)
 
 
+def listing(*names: str) -> Reply:
+    """What nvidia-smi says of GPUs: "b300" or the name of another one."""
+    rows = [
+        f"{index}, NVIDIA B300 SXM6 AC, 10.3, 595.58.03, 275040, Disabled, Completed, Success"
+        if name == "b300"
+        else f"{index}, {name}, 8.9, 595.58.03, 24564, Disabled, N/A, N/A"
+        for index, name in enumerate(names)
+    ]
+    return Reply(code=0, text="\n".join(rows) + "\n")
+
+
 @pytest.mark.parametrize("count", [0, 3, 4, 8])
 def test_as_many_gpus_as_the_preset_needs(count: int, deployment: Deployment) -> None:
-    listing = "".join(f"GPU {n}: NVIDIA B300 SXM6 AC (UUID: GPU-{n})\n" for n in range(count))
-    probe = Said(nvidia_smi_list=Reply(code=0, text=listing))
+    probe = Said(nvidia_smi=listing(*["b300"] * count))
     if count >= 4:
-        require_gpus(probe, deployment)
+        assert choose_gpus(probe, deployment, 1) == ()
         return
     with pytest.raises(NoGpuError, match="needs 4 GPUs") as refused:
-        require_gpus(probe, deployment)
+        choose_gpus(probe, deployment, 1)
     assert "nox -s doctor -- --sku b300" in refused.value.remedy
 
 
+def test_gpus_are_pinned_where_the_first_ones_do_not_fit(deployment: Deployment) -> None:
+    """Docker takes the first ones that there are, fitting or not."""
+    probe = Said(nvidia_smi=listing("GeForce RTX 4090", *["b300"] * 8))
+    assert choose_gpus(probe, deployment, 1) == ("1", "2", "3", "4")
+    assert choose_gpus(probe, deployment, 2) == ("5", "6", "7", "8")
+    with pytest.raises(NoGpuError, match="needs 12 GPUs of compute capability"):
+        choose_gpus(probe, deployment, 3)
+
+
 def test_failed_gpu_listing_counts_as_no_gpu(deployment: Deployment) -> None:
-    listing = "GPU 0: NVIDIA B300 SXM6 AC\n" * 4
+    failed = Reply(code=10, text=listing(*["b300"] * 4).text)
     with pytest.raises(NoGpuError, match="has none"):
-        require_gpus(Said(nvidia_smi_list=Reply(code=10, text=listing)), deployment)
+        choose_gpus(Said(nvidia_smi=failed), deployment, 1)
+
+
+def test_parallel_sizes_decide_the_gpus(deployment: Deployment) -> None:
+    """One GPU a rank of data parallelism, https://github.com/vllm-project/vllm/issues/51454."""
+    flags = ("--tensor-parallel-size=1", "--data-parallel-size=4", "--enable-expert-parallel")
+    argv = words(run(replace(deployment, flags=flags)))
+    assert "--gpus=4" in argv
+    assert argv[-3:] == list(flags)
+    eight = replace(deployment, flags=("-dp", "2"))
+    assert "--gpus=8" in words(run(eight))
+    with pytest.raises(NoGpuError, match="needs 8 GPUs"):
+        choose_gpus(Said(nvidia_smi=listing(*["b300"] * 4)), eight, 1)
+
+
+def test_second_replica_has_other_gpus_port_and_name(deployment: Deployment) -> None:
+    one, two = (words(run(deployment, digest=DIGEST, replica=number)) for number in (1, 2))
+    assert {"--gpus=4", "--publish=8000:8000", "--name=vllm-b300-mtp"} <= set(one)
+    changed = {'--gpus="device=4,5,6,7"', "--publish=8001:8000", "--name=vllm-b300-mtp-2"}
+    assert set(two) - set(one) == changed, "and the volumes are the same"
+    podman = words(run(deployment, engine="podman", replica=2))
+    devices = [word[-1] for word in podman if word.startswith("--device=nvidia.com/gpu=")]
+    assert devices == ["4", "5", "6", "7"]
+
+
+def test_given_gpus_are_pinned_and_counted(deployment: Deployment) -> None:
+    assert '--gpus="device=0,2,4,6"' in words(run(deployment, gpu_ids=("0", "2", "4", "6")))
+    with pytest.raises(UsageError, match="2 GPUs are given, and b300-mtp needs 4"):
+        run(deployment, gpu_ids=("0", "2"))
+
+
+def test_options_of_the_container(deployment: Deployment, tmp_path: Path) -> None:
+    changed = replace(deployment, env=("HF_TOKEN", "NCCL_DEBUG=INFO"), model=tmp_path)
+    key = tmp_path / "a key"
+    command = run(changed, port=9000, image="registry.example/vllm@" + DIGEST, name="blue",
+                  key=key, detach=True)  # fmt: skip
+    argv = words(command)
+    assert argv[0] == f"VLLM_API_KEY=$(cat '{key}')"
+    assert "--rm" not in argv
+    wanted = {
+        "--detach", "--restart=unless-stopped", "--name=blue", "--publish=9000:8000",
+        "--env=HF_TOKEN", "--env=NCCL_DEBUG=INFO", "--env=VLLM_API_KEY",
+        f"--volume={tmp_path}:/model:ro",
+    }  # fmt: skip
+    assert wanted <= set(argv)
+    image = argv.index("registry.example/vllm@" + DIGEST)
+    name = "--served-model-name=canada-quant/DeepSeek-V4-Flash-NVFP4-FP8-MTP"
+    assert argv[image + 1 : image + 4] == ["/model", name, "--port=8000"]
+    mine = replace(changed, flags=("--served-model-name", "deepseek-v4"))
+    assert name not in words(run(mine))
+
+
+def test_podman_has_the_health_check_of_the_image(deployment: Deployment, root: Path) -> None:
+    """It ignores that of an OCI image; the command and times are those of docker/Dockerfile."""
+    argv = words(run(deployment, engine="podman"))
+    assert "--health-cmd=python -I /opt/vllm-forge/health.py" in argv
+    dockerfile = (root / "docker" / "Dockerfile").read_text()
+    assert '["python", "-I", "/opt/vllm-forge/health.py"]' in dockerfile
+    for name, value in (("interval", "30s"), ("timeout", "5s"), ("start-period", "30m")):
+        assert f"--health-{name}={value}" in argv
+        assert f"--{name}={value}" in dockerfile
+    assert not any("health" in word for word in words(run(deployment)))
+
+
+def test_api_key_goes_through_the_environment_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "key"
+    path.write_text("s3cret\n")
+    became: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr("vllm_forge.serve.command.which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr("os.execve", lambda _, argv, env: became.append((argv, env)))
+    become(Command(argv=("docker", "run", "--env=VLLM_API_KEY"), secrets={"VLLM_API_KEY": path}))
+    ((argv, env),) = became
+    assert env["VLLM_API_KEY"] == "s3cret"
+    assert not any("s3cret" in word for word in argv)
+    for content in ("", "\n", "two words", "a\x1b[2Jb", "x" * 5000, "a\nb"):
+        path.write_text(content)
+        with pytest.raises(ForgeError, match="key"):
+            read_key(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port=0"], "--port 0"), (["--port=65536"], "--port 65536"),
+        (["--replica=0"], "--replica 0"), (["--name=-x"], "--name"), (["--image=-v"], "--image"),
+        (["--gpu-ids=0,,1"], "--gpu-ids"), (["--env=A B"], "--env"), (["--env==x"], "--env"),
+        (["--env=VLLM_API_KEY=s3cret"], "--api-key-file"), (["--", "--port=1"], "--port after --"),
+        (["--print", "--k8s"], "not allowed with"),
+    ],
+)  # fmt: skip
+def test_invalid_options_are_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--sku=b300", "--preset=mtp", "--print", *options]) == 2
+    out, err = capsys.readouterr()
+    assert (out, message in err) == ("", True)
+    assert "s3cret" not in err
+
+
+def test_flags_of_vllm_are_for_serve_and_doctor_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--sku=b300", "--", "--max-model-len=1"]) == 2
+    assert "--max-model-len" in capsys.readouterr().err
+    argv = ["doctor", "--sku=rtxpro6000", "--preset=tp2-mtp", "--json",
+            "--replay=tests/fixtures/doctor/rtxpro6000"]  # fmt: skip
+    for flags, level in (((), "unknown"), (("--", "--gpu-memory-utilization=0.85"), "red")):
+        main([*argv, *flags])
+        rows = json.JSONDecoder().raw_decode(capsys.readouterr().out)[0]
+        assert [row["level"] for row in rows if row["check"] == "GPU memory"] == [level]
 
 
 def test_print_has_only_the_command_on_stdout(
@@ -295,8 +438,7 @@ def test_serving_without_a_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_serving_becomes_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its signals and its exit code are those of docker: the process is replaced."""
-    four = "".join(f"GPU {n}: NVIDIA B300 SXM6 AC\n" for n in range(4))
-    probe = Said(docker=YES, nvidia_smi_list=Reply(code=0, text=four))
+    probe = Said(docker=YES, nvidia_smi=listing(*["b300"] * 4))
     monkeypatch.setattr("vllm_forge.commands.serve.HostProbe", lambda: probe)
     monkeypatch.setattr("vllm_forge.serve.command.which", lambda name: f"/bin/{name}")
     became: list[tuple[str, list[str]]] = []
@@ -304,7 +446,7 @@ def test_serving_becomes_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["serve", "--sku=b300", "--preset=plain", "--artifact=redhat-nvfp4-fp8"]) == 0
     ((path, argv),) = became
     assert path == "/bin/docker"
-    assert argv[:3] == ["docker", "run", "--rm"]
+    assert argv[:4] == ["docker", "run", "--gpus=4", "--rm"]
     assert "RedHatAI/DeepSeek-V4-Flash-NVFP4-FP8" in argv
 
 

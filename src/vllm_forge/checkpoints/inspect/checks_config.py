@@ -7,7 +7,6 @@ import fnmatch
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 from packaging.version import Version
 
 from vllm_forge.checkpoints.architecture import FUSION_KNOWN, LINEAR_CLASS, Group, Rules, Scheme
@@ -146,6 +145,8 @@ def _native_scales(profile: Profile) -> Iterator[Finding]:
     Beside MXFP4 experts the linear layers' scales are E8M0, beside FP8 experts FP32
     (0.33.0, models/deepseek_v4/quant_config.py, `is_scale_e8m0`).
     """
+    import numpy as np  # noqa: PLC0415 - `plan` imports this module for manifests alone
+
     rounded = []
     for module, kind in profile.formats.items():
         scale = profile.tensors.get(f"{module}.scale")

@@ -1,0 +1,149 @@
+"""Flags of ``vllm serve`` that decide more than vLLM's own behaviour: GPUs, memory, ports.
+
+Names and short forms: vLLM 0.26.0, vllm/engine/arg_utils.py:976-1102 (0.22.1 and 0.33.0 alike).
+Its parser takes underscores for dashes, and the start of a name where it is the only one.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_forge.errors import UsageError
+from vllm_forge.serve.errors import MultiNodeError
+
+SHORT = {
+    "-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size",
+    "-dp": "--data-parallel-size", "-pcp": "--prefill-context-parallel-size",
+    "-ep": "--enable-expert-parallel", "-n": "--nnodes", "-r": "--node-rank",
+    "-dpl": "--data-parallel-size-local", "-dpa": "--data-parallel-address",
+    "-dpp": "--data-parallel-rpc-port", "-dpn": "--data-parallel-rank",
+    "-dpr": "--data-parallel-start-rank", "-dph": "--data-parallel-hybrid-lb",
+    "-dpe": "--data-parallel-external-lb", "-dpm": "--data-parallel-multi-port-external-lb",
+}  # fmt: skip
+LENGTH, UTILIZATION = "--max-model-len", "--gpu-memory-utilization"
+SPECULATION, NAME = "--speculative-config", "--served-model-name"
+# One server of several hosts, or one of several processes that share a model.
+MULTI_NODE = (
+    "--nnodes", "--node-rank", "--master-addr", "--master-port", "--headless",
+    "--data-parallel-address", "--data-parallel-rpc-port", "--data-parallel-rank",
+    "--data-parallel-start-rank", "--data-parallel-hybrid-lb", "--data-parallel-external-lb",
+    "--data-parallel-multi-port-external-lb",
+)  # fmt: skip
+# What would contradict the container around vLLM, or show a key in the list of processes.
+OURS = {
+    "--port": "give --port before --",
+    "--api-key": "give --api-key-file before --: arguments are seen by every user of the host",
+    "--config": "give its flags themselves: a file cannot be judged",
+    "--uds": "leave it out: the container publishes a port",
+    "--model": "give --model or --artifact before --",
+}
+WATCHED = {*SHORT.values(), *MULTI_NODE, *OURS, LENGTH, UTILIZATION, SPECULATION, NAME,
+           "--max-num-batched-tokens", "--no-async-scheduling", "--kv-cache-dtype",
+           "--block-size"}  # fmt: skip
+
+
+def values(words: Sequence[str]) -> dict[str, str]:
+    """The last value of each flag, by its long name; "" for a flag without one."""
+    found: dict[str, str] = {}
+    name = ""
+    for word in words:
+        if not word.startswith("-"):
+            if name:
+                found[name] = f"{found[name]} {word}".strip()
+            continue
+        given, _, value = word.partition("=")
+        name = _long_name(given)
+        found[name] = value
+    return found
+
+
+def _long_name(given: str) -> str:
+    if given in SHORT or not given.startswith("--"):
+        return SHORT.get(given, given)
+    name = given.replace("_", "-")
+    near = [known for known in WATCHED if known.startswith(name)]
+    return near[0] if name not in WATCHED and len(near) == 1 else name
+
+
+def number(found: dict[str, str], name: str, default: int = 1) -> int:
+    """The value of a flag that counts something."""
+    text = found.get(name)
+    if text is None:
+        return default
+    try:
+        if (count := int(text)) >= 1:
+            return count
+    except ValueError:
+        pass
+    raise UsageError(f"invalid {name} {text!r}: expected a number of at least 1")
+
+
+def share(found: dict[str, str], default: float) -> float:
+    """The part of a GPU's memory that vLLM may use."""
+    text = found.get(UTILIZATION)
+    try:
+        part = default if text is None else float(text)
+    except ValueError:
+        part = math.nan
+    if not 0 < part <= 1:
+        what = f"invalid {UTILIZATION} {text!r}: expected a number above 0, at most 1"
+        raise UsageError(what)
+    return part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How one server is spread over GPUs; all sizes multiply but that of expert parallelism.
+
+    vLLM 0.26.0, vllm/config/parallel.py:531 (world_size_across_dp): TP x PP x PCP x DP.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    data: int = 1
+    experts: bool = False
+
+    @property
+    def gpus(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def text(self) -> str:
+        """The sizes as flags, for messages."""
+        sizes = {"tensor": self.tensor, "pipeline": self.pipeline,
+                 "prefill-context": self.context, "data": self.data}  # fmt: skip
+        flags = [f"--{name}-parallel-size={size}" for name, size in sizes.items() if size > 1]
+        return " x ".join(flags) or "one GPU"
+
+
+def parallel(words: Sequence[str]) -> Parallel:
+    """The sizes that arguments of ``vllm serve`` give; MultiNodeError if one host is not enough."""
+    found = values(words)
+    sizes = {
+        field: number(found, f"--{name}-parallel-size")
+        for field, name in (("tensor", "tensor"), ("pipeline", "pipeline"), ("data", "data"),
+                            ("context", "prefill-context"))
+    }  # fmt: skip
+    local = number(found, "--data-parallel-size-local", sizes["data"])
+    spread = [name for name in MULTI_NODE if name in found]
+    if found.get("--nnodes") == "1":
+        spread.remove("--nnodes")
+    if local != sizes["data"]:
+        spread.append("--data-parallel-size-local")
+    if spread:
+        what = f"one server on several hosts is not supported: {', '.join(spread)}"
+        remedy = "take the flag out; for more capacity start a server on each host, or --replica N"
+        raise MultiNodeError(what, remedy=remedy)
+    return Parallel(**sizes, experts="--enable-expert-parallel" in found)
+
+
+def refuse_ours(words: Sequence[str]) -> None:
+    """Refuse flags that serve sets itself."""
+    found = values(words)
+    for name, remedy in OURS.items():
+        if name in found:
+            raise UsageError(f"{name} after -- is set by serve itself", remedy=remedy)
+    if words and not words[0].startswith("-"):
+        what = f"unexpected argument {words[0]!r} after --: expected flags of vllm serve"
+        raise UsageError(what, remedy="the model is given by --artifact or --model")

@@ -1,0 +1,140 @@
+"""Whether a deployment serves, with flags of its own: by recorded answers, else by asking vLLM.
+
+The image's own vLLM answers, in a container without network, GPU and rights: no root is needed.
+"""
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vllm_forge.checkpoints.architecture import Config
+from vllm_forge.checkpoints.inspect.manifest import departures, manifests
+from vllm_forge.checkpoints.inspect.profile import Profile
+from vllm_forge.errors import UsageError
+from vllm_forge.host import Runner
+from vllm_forge.host.errors import CommandFailedError, CommandLimitError, ToolMissingError
+from vllm_forge.images.engines import Buildx, ContainerRun
+from vllm_forge.kernels.selection import questions as asking
+from vllm_forge.kernels.selection.questions import Answer, Question, artifact_config
+from vllm_forge.kernels.selection.record import Rows
+from vllm_forge.serve import flags
+from vllm_forge.serve.deployment import Deployment
+from vllm_forge.serve.errors import (
+    HostUnfitError,
+    ModelFolderError,
+    NotJudgedError,
+    PresetLintError,
+)
+from vllm_forge.serve.lint import LintCase, judge
+from vllm_forge.serve.memory import Memory
+
+SECONDS = 60
+# They change no kernel; their values are checked here.
+COVERED = {flags.LENGTH, flags.UTILIZATION, flags.NAME}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer, and where it is from; no answer if nobody asked vLLM about this."""
+
+    answer: Answer | None
+    source: str
+
+
+def recorded(deployment: Deployment, rows: Rows) -> Judged:
+    """By the record, where that covers the flags: for a shorter context it does."""
+    found = flags.values(deployment.flags)
+    answer = deployment.answer(rows)
+    if answer is None and found.keys() <= COVERED:
+        answer = replace(deployment, flags=()).answer(rows)
+        engine = None if answer is None else answer.engine
+        longest = 0 if engine is None else engine.max_model_len
+        if flags.number(found, flags.LENGTH) > longest:
+            answer = None
+    given = [*deployment.flags, *deployment.own_environment]
+    what = " ".join(given) or f"preset {deployment.preset_name}"
+    line = deployment.cell.line_name
+    return Judged(answer, f"no recorded answer of line {line} covers {what}")
+
+
+def ask(runner: Runner, deployment: Deployment, image: str) -> Judged:
+    """By the image's vLLM, for the declared SKU; NotJudgedError if it cannot be asked."""
+    sku = deployment.cell.sku
+    question = Question(
+        name=asking.preset_question(deployment.preset_name, deployment.artifact_name),
+        device=asking.declared_device(sku, count=asking.GPUS),
+        artifact=deployment.artifact_name,
+        arguments=tuple(deployment.arguments),
+        environment={**sku.env, **deployment.environment},
+    )
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        asking.write_inputs(work / "inputs", [question])
+        run = ContainerRun(
+            layout=work, name=image, lower_dirs=(), inputs=work / "inputs", argv=asking.ARGV,
+            seconds=SECONDS, work=work, bytecode=work,
+        )  # fmt: skip
+        try:
+            output = Buildx().run_in_image(runner, run)
+        except (CommandFailedError, CommandLimitError, ToolMissingError) as error:
+            what = f"the image's vLLM did not answer, so nobody knows whether this serves:\n{error}"
+            remedy = "load the image into docker; or record the preset: docs/operate/serve.md"
+            raise NotJudgedError(what, where=image, remedy=remedy) from None
+    (answer,) = asking.read_answers(output, [question], image)
+    return Judged(answer, f"asked the vLLM of {image}")
+
+
+def require_model(deployment: Deployment) -> None:
+    """Raise ModelFolderError unless the local folder is the artifact, by its manifest.
+
+    By the model's sizes, and by names, dtypes and shapes of all tensors, as inspect compares them.
+    """
+    name, folder = deployment.artifact_name, deployment.model
+    if folder is None or not folder.is_dir() or ":" in str(folder):
+        what = f"invalid --model {folder}: expected a folder, without a colon in its path"
+        raise UsageError(what)
+    if name not in manifests():
+        what = f"nothing says what {name} holds: it has no manifest"
+        raise ModelFolderError(what, where=str(folder), remedy="name another --artifact")
+    profile, wanted = Profile.open(folder), artifact_config(name)
+    wrong = [
+        f"{key} is {profile.model.get(key)}, not {wanted[key]}"
+        for key in sorted(Config.model_fields.keys() & wanted.keys() - {"quantization_config"})
+        if profile.model.get(key) != wanted[key]
+    ]
+    wrong = wrong or [f"{row.title}: {row.what}" for row in departures(profile, name)]
+    if wrong:
+        what = f"this is not {name}:\n  " + "\n  ".join(wrong)
+        remedy = f"name its --artifact; or see: inspect-checkpoint {folder}"
+        raise ModelFolderError(what, where=str(folder), remedy=remedy)
+
+
+def require_served(deployment: Deployment, answer: Answer | None, memory: Memory | None) -> None:
+    """Raise PresetLintError or HostUnfitError if it does not start, or does badly."""
+    if memory is not None and memory.verdict == "red":
+        what = f"{deployment.preset_name} does not fit into its GPUs: {memory.needed}"
+        raise HostUnfitError(what, where=memory.seen, remedy=memory.remedy)
+    if answer is None:
+        return
+    name = deployment.preset_name
+    row = deployment.preset.model_copy(
+        update={
+            "flags": (*deployment.preset.flags, *deployment.flags),
+            "tensor_parallel": deployment.spread.tensor,
+            "env": deployment.environment,
+        }
+    )
+    matrix = deployment.matrix
+    case = LintCase(
+        matrix=matrix.model_copy(update={"preset": {**matrix.preset, name: row}}),
+        preset_name=name,
+        artifact_name=deployment.artifact_name,
+        line_name=deployment.cell.line_name,
+        answer=answer,
+        published={},
+        config=artifact_config(deployment.artifact_name),
+    )
+    if findings := judge(case):
+        what = f"{len(findings)} findings:\n" + "\n".join(finding.text() for finding in findings)
+        remedy = "change the flags, or the row of matrix.toml, as each finding says"
+        raise PresetLintError(what, where=" ".join(deployment.arguments), remedy=remedy)

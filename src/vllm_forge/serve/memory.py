@@ -1,0 +1,272 @@
+"""GPU memory of a deployment as vLLM shares it out: weights of a rank, KV cache, what is left.
+
+Weights are those of the artifact's manifest; the KV cache is what vLLM asks for one request of
+``--max-model-len`` tokens, without which it does not start. Both are known. Activations, NCCL and
+CUDA graphs are not: they depend on kernels, and are measured by vLLM itself. Bytes throughout.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from packaging.version import Version
+
+from vllm_forge.checkpoints.tensors import DTYPE_BYTES
+from vllm_forge.kernels.selection.questions import Answer, KvCache, artifact_config
+from vllm_forge.serve import flags
+from vllm_forge.serve.flags import Parallel
+from vllm_forge.serve.machine import Level
+
+GIB = 1 << 30
+# What tensor parallelism splits; each rank holds the rest. fused_wqa_wkv and the compressor have
+# disable_tp, the indexer and the draft's projections are ReplicatedLinear (vLLM 0.26.0,
+# models/deepseek_v4/attention.py:203-235, 700-712; compressor.py:260; nvidia/mtp.py:89-103;
+# nvidia/model.py:109, 998, 1407; 0.22.1 and 0.33.0 alike).
+SPLIT = re.compile(
+    r"(layers|mtp)\.\d+\.(attn\.(wq_b|wo_a|wo_b|attn_sink)|ffn\.shared_experts)(\..*)?"
+    r"|(embed|head)\.weight"
+)
+PER_EXPERT = re.compile(r"\.ffn\.(experts\.|gate\.(weight|bias)$)")
+EXPERTS, COPIES = "experts", "copies"
+LAYERS, DRAFT, EMBEDDING = "layers", "mtp", "embed"
+# A window's blocks are freed after the steps in flight from here on (0.26.0, config/vllm.py:525;
+# 0.22.1, v1/kv_cache_interface.py:464 counts one step), and a block is as large as the widest group
+# of layers (0.33.0, v1/core/kv_cache_planning.py:574; before, v1/core/kv_cache_utils.py:1857, every
+# group has the layers of the fullest one).
+IN_FLIGHT, WIDEST = Version("0.26"), Version("0.33")
+# Seen beside weights and KV cache, by subtraction: a start with 5.3 GiB or less (RTX PRO 6000, TP2,
+# --max-num-batched-tokens=2048: the model card's), failures with 8.3 (2048 tokens, sm89#54) and
+# 11.5 (16384 tokens, vllm#44376).
+OVERHEAD = 12 * GIB
+
+Sizes = Mapping[tuple[str, str], int]
+
+
+@cache
+def stored_sizes(artifact: str) -> Sizes | None:
+    """Bytes of an artifact's tensors, by the part of the model and by what splits them over GPUs.
+
+    None without a manifest of that name. The model of one expert is asked, for all are alike.
+    """
+    from vllm_forge.checkpoints.inspect.manifest import manifests  # noqa: PLC0415 - takes 0.1 s
+    from vllm_forge.checkpoints.inspect.profile import alias_tensors  # noqa: PLC0415
+
+    if (manifest := manifests().get(artifact)) is None:
+        return None
+    config = artifact_config(artifact)
+    copies = {tensor.name for tensor in alias_tensors(config)}
+    sizes = Counter[tuple[str, str]]()
+    for tensor in manifest.wanted({**config, "n_routed_experts": 1}):
+        kind = COPIES if tensor.name in copies else "whole"
+        size = math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtypes[0]]
+        if PER_EXPERT.search(tensor.name):
+            size *= int(config["n_routed_experts"])
+        if ".ffn.experts." in tensor.name:
+            kind = EXPERTS
+        elif SPLIT.fullmatch(tensor.name):
+            kind = "split"
+        sizes[tensor.name.partition(".")[0], kind] += size
+    return sizes
+
+
+def weights_per_rank(artifact: str, spread: Parallel, *, drafting: bool) -> int | None:
+    """Bytes of weights on the fullest GPU; None without a manifest.
+
+    Experts are divided over all ranks of TP and DP, with expert parallelism (whole experts) or
+    without (fused_moe/config.py, flatten_tp_across_dp_and_pcp). Embedding and head are once in the
+    first and last pipeline stage, and the draft layer in the last. Copies of them are not kept.
+    """
+    sizes = stored_sizes(artifact)
+    if sizes is None:
+        return None
+    ranks = {"split": spread.tensor, EXPERTS: spread.tensor * spread.data * spread.context}
+    layers = int(artifact_config(artifact)["num_hidden_layers"])
+    parts = Counter[str]()
+    for (part, kind), size in sizes.items():
+        if kind != COPIES and (drafting or part != DRAFT):
+            parts[part] += math.ceil(size / ranks.get(kind, 1))
+    inner = parts.pop(LAYERS) * math.ceil(layers / spread.pipeline) // layers
+    first = parts.pop(EMBEDDING)
+    last = parts.total()
+    return inner + (first + last if spread.pipeline == 1 else max(first, last))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvPool:
+    """The KV cache of one GPU: ``groups`` of layers have blocks of their own from a common pool.
+
+    vLLM 0.26.0, v1/core/kv_cache_utils.py:1525-1893 (groups, and bytes of a request).
+    """
+
+    block_bytes: int  # a block in all its layers
+    groups: tuple[tuple[int, int | None, int], ...]  # tokens of a block, window, number of groups
+    in_flight: int  # tokens that are scheduled and not yet freed
+
+    def bytes_of(self, tokens: int) -> int:
+        """What a request of so many tokens needs at most."""
+        blocks = 0
+        for size, window, count in self.groups:
+            if window is None:
+                blocks += count * math.ceil(tokens / size)
+            else:
+                kept = min(window - 1 + self.in_flight, tokens)
+                blocks += count * (math.ceil(kept / size) + 1)
+        return blocks * self.block_bytes
+
+    def longest(self, available: int, most: int) -> int:
+        """The longest request, of at most ``most`` tokens, that fits into so many bytes; or 0."""
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.bytes_of(middle) <= available:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+
+def kv_pool(rows: Sequence[KvCache], release: Version, spread: Parallel, in_flight: int) -> KvPool:
+    """The pool of a model whose layers have these KV caches."""
+    layers: dict[tuple[int, int | None], Counter[int]] = {}
+    for row in rows:
+        count = math.ceil(row.layers / spread.pipeline)
+        layers.setdefault((row.block_size, row.window), Counter())[row.page_bytes] += count
+    counts = {key: max(pages.values()) for key, pages in layers.items()}
+    full = [key for key in layers if key[1] is None]
+    least = max(counts[key] for key in full)
+    # _approximate_gcd: the layers of a group for which all groups together are padded least.
+    span = range(least, max(counts.values()) + 1)
+    size = min(span, key=lambda n: (sum(-count % n for count in counts.values()), -n))
+    groups = {key: math.ceil(count / size) for key, count in counts.items()}
+    if release >= WIDEST:
+        block = max(
+            sum(page * math.ceil(count / groups[key]) for page, count in pages.items())
+            for key, pages in layers.items()
+        )
+    else:
+        widest = max(math.ceil(count / groups[key]) for key, count in counts.items())
+        block = widest * sum(page for key in full for page in layers[key])
+    parts = tuple((tokens, window, groups[tokens, window]) for tokens, window in layers)
+    return KvPool(block_bytes=block, groups=parts, in_flight=in_flight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """One GPU of a deployment. ``pool`` is None if no recorded answer says what its KV cache is."""
+
+    total: int  # as the driver counts it
+    utilization: float
+    weights: int
+    max_model_len: int | None
+    limit: int  # tokens of the model's longest context
+    pool: KvPool | None
+
+    @property
+    def requested(self) -> int:
+        """What vLLM takes for itself: it refuses to start if less is free.
+
+        vLLM 0.26.0, v1/worker/utils.py:430 (0.22.1:408, 0.33.0:724).
+        """
+        return math.ceil(self.total * self.utilization)
+
+    @property
+    def kv_cache(self) -> int | None:
+        """For one request of the longest context."""
+        if self.pool is None or self.max_model_len is None:
+            return None
+        return self.pool.bytes_of(self.max_model_len)
+
+    @property
+    def left(self) -> int:
+        """For activations, NCCL and CUDA graphs; negative if it cannot start."""
+        return self.requested - self.weights - (self.kv_cache or 0)
+
+    @property
+    def longest(self) -> int | None:
+        """No longer context can fit; None if it is not known."""
+        available = self.requested - self.weights
+        return None if self.pool is None else self.pool.longest(available, self.limit)
+
+    @property
+    def verdict(self) -> Level:
+        """Red: it cannot start."""
+        if self.left <= 0:
+            return "red"
+        return "ok" if self.left >= OVERHEAD and self.kv_cache is not None else "unknown"
+
+    @property
+    def seen(self) -> str:
+        part = f"of which {self.utilization:g} is {_gib(self.requested)}"
+        return f"{_gib(self.total)} per GPU, {part}"
+
+    @property
+    def needed(self) -> str:
+        """The parts, and what remains for those that nobody measured."""
+        kv = "a KV cache of unknown size (vLLM was not asked about these flags)"
+        if self.kv_cache is not None:
+            kv = f"{_gib(self.kv_cache)} of KV cache for {self.max_model_len} tokens"
+        text = f"{_gib(self.weights)} for the weights, {kv}"
+        if self.left <= 0:
+            return f"{text}, and more for activations and CUDA graphs"
+        text += f"; {_gib(self.left)} are left for activations and CUDA graphs"
+        return f"{text}, for which public runs took 5 to 12 GiB" if self.verdict != "ok" else text
+
+    @property
+    def text(self) -> str:
+        return f"{self.verdict}: {self.seen}; {self.needed}"
+
+    @property
+    def remedy(self) -> str:
+        """What to change; empty if it fits."""
+        if self.verdict == "ok":
+            return ""
+        choices = []
+        if self.left <= 0:
+            least = math.ceil((self.requested - self.left) / max(self.total, 1) * 100 + 1) / 100
+            if least <= 0.97:  # noqa: PLR2004 - the driver and NCCL need the rest
+                choices.append(f"{flags.UTILIZATION} of at least {least:g}")
+            if self.longest and self.longest < (self.max_model_len or 0):
+                choices.append(f"{flags.LENGTH} below {self.longest}")
+        else:
+            choices.append(f"if it does not start: a smaller {flags.LENGTH} or batch")
+        return "; or ".join([*choices, "a preset with more GPUs", "a smaller artifact"])
+
+
+def memory_of(
+    *, artifact: str, words: Sequence[str], release: str, total: int, answer: Answer | None
+) -> Memory | None:
+    """Memory of one GPU under these arguments of ``vllm serve``; None without a manifest.
+
+    ``answer``: of the line's vLLM about the artifact, if possible with these arguments. What they
+    say of lengths and memory comes first, the answer's values are the defaults.
+    """
+    spread, found, version = flags.parallel(words), flags.values(words), Version(release)
+    weights = weights_per_rank(artifact, spread, drafting=flags.SPECULATION in found)
+    if weights is None:
+        return None
+    engine = None if answer is None else answer.engine
+    pool = length = None
+    if answer is not None and engine is not None and answer.kv_cache:
+        length = flags.number(found, flags.LENGTH, engine.max_model_len)
+        tokens = flags.number(found, "--max-num-batched-tokens", engine.max_num_batched_tokens)
+        steps = spread.pipeline
+        if "--no-async-scheduling" not in found:  # the default is with it
+            steps = {"v2": steps + 1, "v1": max(steps, 2)}[engine.model_runner]
+        in_flight = tokens * (steps if version >= IN_FLIGHT else 1)
+        pool = kv_pool(answer.kv_cache, version, spread, in_flight)
+    default = 0.92 if engine is None else engine.gpu_memory_utilization  # 0.26.0, config/cache.py
+    return Memory(
+        total=total,
+        utilization=flags.share(found, default),
+        weights=weights,
+        max_model_len=length,
+        limit=int(artifact_config(artifact)["max_position_embeddings"]),
+        pool=pool,
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"

@@ -1,0 +1,171 @@
+"""Flags of a user's own: judged by recorded answers, else by the image's vLLM, else not at all."""
+
+from __future__ import annotations
+
+import json
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.support.layouts import layout
+from vllm_forge.cli import main
+from vllm_forge.host import Runner
+from vllm_forge.kernels.errors import SelectionFailedError
+from vllm_forge.kernels.selection.questions import Refusal
+from vllm_forge.kernels.selection.record import read_selection, write_selection
+from vllm_forge.matrix import image_cell, load
+from vllm_forge.serve import judge
+from vllm_forge.serve.deployment import Deployment, find_deployment
+from vllm_forge.serve.errors import (
+    HostUnfitError,
+    ModelFolderError,
+    NotJudgedError,
+    PresetLintError,
+)
+
+ROOT = Path(__file__).parents[3]
+MATRIX = load(ROOT)
+RECORD = read_selection(ROOT / "records", "0.26")
+QUESTION = "preset/rtxpro6000-tp2-mtp/flash-nvfp4-fp8-mtp"
+ANSWER = RECORD.answers[QUESTION]
+
+
+def deployment(*flags: str, env: tuple[str, ...] = ()) -> Deployment:
+    found = find_deployment(MATRIX, image_cell(MATRIX, "rtxpro6000", "0.26"), "tp2-mtp")
+    return replace(found, flags=flags, env=env)
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "covered"),
+    [
+        ((), (), True),
+        (("--max-model-len=65536",), (), True),
+        (("--max-model-len", "65536", "--served-model-name=a"), (), True),
+        (("--gpu-memory-utilization=0.93",), (), True),
+        ((), ("HF_TOKEN", "NCCL_DEBUG=INFO", "VLLM_API_KEY"), True),
+        (("--max-model-len=262144",), (), False),  # longer than vLLM was asked about
+        (("--max-num-seqs=4",), (), False),
+        (("--enforce-eager",), (), False),
+        ((), ("VLLM_USE_BREAKABLE_CUDAGRAPH=0",), False),
+        ((), ("VLLM_USE_BREAKABLE_CUDAGRAPH",), False),
+    ],
+)
+def test_recorded_answers_cover_what_changes_no_kernel(
+    flags: tuple[str, ...], env: tuple[str, ...], covered: bool
+) -> None:
+    verdict = judge.recorded(deployment(*flags, env=env), RECORD.rows)
+    assert (verdict.answer is not None) is covered
+    assert all(word in verdict.source for word in flags)
+
+
+def test_print_says_that_nobody_judged_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["serve", "--sku=rtxpro6000", "--preset=tp2-mtp", "--print"]
+    assert main([*argv, "--", "--max-num-seqs=4"]) == 0
+    out, err = capsys.readouterr()
+    assert "NOT JUDGED: no recorded answer of line 0.26 covers --max-num-seqs=4" in err
+    assert "--max-num-seqs=4" in out
+    assert main([*argv, "--", "--max-model-len=65536"]) == 0
+    assert "NOT JUDGED" not in capsys.readouterr().err
+
+
+def test_print_refuses_what_vllm_refused(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = Refusal(kind="config", message="AssertionError: only supports fp8 kv-cache, got auto")
+    rows = tuple(
+        (q, a.model_copy(update={"refused": refused}) if q.name == QUESTION else a)
+        for q, a in RECORD.rows
+    )
+    write_selection(checkout / "records", replace(RECORD, rows=rows))
+    argv = ["serve", "--sku=rtxpro6000", "--preset=tp2-mtp", "--print"]
+    assert main(argv) == PresetLintError.exit_code
+    out, err = capsys.readouterr()
+    assert (out, "only supports fp8 kv-cache, got auto" in err) == ("", True)
+
+
+def test_print_refuses_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["serve", "--sku=rtxpro6000", "--preset=tp2-mtp", "--print", "--"]
+    assert main([*argv, "--gpu-memory-utilization=0.85"]) == HostUnfitError.exit_code
+    out, err = capsys.readouterr()
+    assert (out, "84.2 GiB for the weights" in err) == ("", True)
+
+
+@pytest.fixture
+def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program called docker that prints the file beside it; its arguments are kept."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program = folder / "docker"
+    inputs = "sed -n 's|^--volume=\\(.*\\):/mnt:ro|\\1|p'"
+    program.write_text(
+        f'#!/bin/sh\n[ "$1" = run ] || exit 0\nprintf "%s\\n" "$@" > {folder}/arguments\n'
+        f"cp -r $({inputs} {folder}/arguments) {folder}/in\ncat {folder}/answer\n"
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    return folder
+
+
+def test_image_is_asked_one_question_without_network_and_rights(docker: Path) -> None:
+    wanted = ANSWER.model_dump(mode="json")
+    (docker / "answer").write_text(json.dumps([wanted]))
+    asked = deployment("--max-num-seqs=4")
+    verdict = judge.ask(Runner(), asked, "localhost/vllm:x")
+    assert verdict.answer == ANSWER
+    arguments = (docker / "arguments").read_text().splitlines()
+    assert {"--network=none", "--cap-drop=ALL", "--read-only", "localhost/vllm:x"} <= set(arguments)
+    (question,) = json.loads((docker / "in" / "questions.json").read_text())["questions"]
+    assert question["arguments"][-1] == "--max-num-seqs=4"
+    assert question["device"]["name"] == MATRIX.sku["rtxpro6000"].device
+
+
+@pytest.mark.parametrize("answer", [None, "no answer\n"])
+def test_image_that_does_not_answer_is_undecided(answer: str | None, docker: Path) -> None:
+    if answer is not None:
+        (docker / "answer").write_text(answer)
+    with pytest.raises(NotJudgedError if answer is None else SelectionFailedError):
+        judge.ask(Runner(), deployment("--max-num-seqs=4"), "localhost/vllm:x")
+
+
+def test_without_engine_nothing_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vllm_forge.host.run.which", lambda _: None)
+    argv = ["serve", "--sku=rtxpro6000", "--preset=tp2-mtp", "--print", "--ask"]
+    assert main([*argv, "--", "--max-num-seqs=4"]) == NotJudgedError.exit_code
+    assert capsys.readouterr().out == ""
+    assert main(argv) == 0, "a preset is covered by the record"
+
+
+def test_findings_of_an_answer_refuse_the_start() -> None:
+    """Lint's rules hold for a user's flags as for a preset's."""
+    graphs = ANSWER.cuda_graphs
+    assert graphs is not None
+    engine = ANSWER.engine
+    assert engine is not None
+    eager = ANSWER.model_copy(update={"engine": engine.model_copy(update={"max_num_seqs": 512})})
+    asked = deployment("--max-num-seqs=512")
+    with pytest.raises(PresetLintError, match="512 x 2 = 1024"):
+        judge.require_served(asked, eager, None)
+    with pytest.raises(PresetLintError, match="is not divided by --tensor-parallel-size=3"):
+        judge.require_served(deployment("-tp", "3"), ANSWER, None)
+    judge.require_served(deployment(), ANSWER, asked.memory(RECORD.rows))
+
+
+def test_model_folder_must_hold_the_artifact(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By sizes, names, dtypes and shapes; a folder's name says nothing."""
+    folder = layout(tmp_path, "card")
+    argv = ["serve", "--sku=rtxpro6000", "--preset=tp2-mtp", "--print", f"--model={folder}"]
+    assert main(argv) == ModelFolderError.exit_code
+    assert "num_hidden_layers is 3, not 43" in capsys.readouterr().err
+    tiny = json.loads((folder / "config.json").read_text())
+    monkeypatch.setattr("vllm_forge.serve.judge.artifact_config", lambda _: tiny)
+    assert main(argv) == 0
+    assert f"--volume={folder}:/model:ro" in capsys.readouterr().out
+    assert main([*argv, "--artifact=flash-w4a16-fp8-mtp"]) == ModelFolderError.exit_code
+    assert "this is not flash-w4a16-fp8-mtp" in capsys.readouterr().err
+    assert main([*argv[:-1], f"--model={tmp_path / 'none'}"]) == 2

@@ -1,0 +1,175 @@
+"""Compose file, unit and Deployment of a server, by the schemas and programs of those who read."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vllm_forge.cli import main
+from vllm_forge.matrix import image_cell, load
+from vllm_forge.serve.command import ServeOptions, Service, container_command, service_of
+from vllm_forge.serve.deployment import find_deployment
+from vllm_forge.serve.render import FORMS, compose, kubernetes, systemd
+
+ROOT = Path(__file__).parents[3]
+MATRIX = load(ROOT)
+ODD = "--served-model-name=50% of $HOME, $(id) \"and\" 'more' \\ x"
+
+
+def service(*flags: str, env: tuple[str, ...] = (), **options: Any) -> Service:
+    found = find_deployment(MATRIX, image_cell(MATRIX, "b300"), "mtp")
+    return service_of(replace(found, flags=flags, env=env), ServeOptions(**options))
+
+
+def test_compose_file_follows_the_schema_of_compose(tmp_path: Path) -> None:
+    made = service(ODD, env=("HF_TOKEN", "A=b $c"), key=Path("/etc/key"), replica=2)
+    text = compose(made, "docker")
+    document = yaml.safe_load(text)
+    path = tmp_path / "compose.yaml"
+    path.write_text(text)
+    argv = [sys.executable, "-m", "check_jsonschema", "--builtin-schema=vendor.compose-spec"]
+    done = subprocess.run([*argv, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    row = document["services"]["vllm"]
+    assert [word.replace("$$", "$") for word in row["command"]] == list(made.command)
+    (device,) = row["deploy"]["resources"]["reservations"]["devices"]
+    assert device["device_ids"] == ["4", "5", "6", "7"]
+    assert "count" not in device
+    assert row["environment"] == ["HF_TOKEN", "A=b $$c", "VLLM_API_KEY"]
+    assert set(document["volumes"]) == {v.partition(":")[0] for v in row["volumes"]}
+    assert 'VLLM_API_KEY="$(cat /etc/key)" docker compose up' in text
+
+
+def test_compose_takes_any_gpus_by_number() -> None:
+    document = yaml.safe_load(compose(service(), "docker"))
+    row = document["services"]["vllm"]
+    (device,) = row["deploy"]["resources"]["reservations"]["devices"]
+    assert device["count"] == 4
+    assert (row["ports"], row["ulimits"]["memlock"], row["init"]) == (["8000:8000"], -1, True)
+
+
+def started(unit: str) -> list[str]:
+    """The words that ExecStart's shell runs, as systemd unquotes them (systemd.syntax(7))."""
+    (line,) = re.findall(r"^ExecStart=/bin/sh -c (.*)$", unit, re.M)
+    script = json.loads(line.replace("%%", "%").replace("$$", "$"))
+    return shlex.split(script)
+
+
+@pytest.mark.parametrize("engine", ["docker", "podman"])
+def test_unit_runs_the_printed_command(engine: Any) -> None:
+    made = service(ODD)
+    argv = started(systemd(made, engine))
+    assert argv == ["exec", *container_command(made, engine=engine).argv]
+    detached = systemd(replace(made, detach=True), engine)
+    assert "--rm" in started(detached), "systemd starts it again, the engine must not"
+
+
+def test_unit_reads_the_key_when_it_starts(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text("s3cret")
+    unit = systemd(service(key=path), "docker")
+    assert "s3cret" not in unit
+    assert f"LoadCredential=VLLM_API_KEY:{path}" in unit
+    (assignment, *argv) = started(unit)
+    assert assignment == "VLLM_API_KEY=$(cat $CREDENTIALS_DIRECTORY/VLLM_API_KEY)"
+    assert argv[0] == "exec"
+    assert "--env=VLLM_API_KEY" in argv
+
+
+@pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="needs systemd-analyze: apt-get install systemd"
+)
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    unit = tmp_path / "vllm.service"
+    unit.write_text(systemd(service(ODD, key=tmp_path / "key"), "docker"))
+    argv = ["systemd-analyze", "verify", "--man=no", str(unit)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert "vllm.service" not in done.stderr, done.stderr
+
+
+def test_deployment_of_kubernetes() -> None:
+    """Its parts name each other."""
+    made = service(ODD, env=("HF_TOKEN", "A=b"), key=Path("/etc/key"))
+    text = kubernetes(made, "docker")
+    document = yaml.safe_load(text)
+    template = document["spec"]["template"]
+    assert document["spec"]["selector"]["matchLabels"] == template["metadata"]["labels"]
+    (container,) = template["spec"]["containers"]
+    assert [word.replace("$$(", "$(") for word in container["args"]] == list(made.command)
+    assert container["resources"] == {"limits": {"nvidia.com/gpu": 4}}
+    volumes = {volume["name"] for volume in template["spec"]["volumes"]}
+    assert volumes == {mount["name"] for mount in container["volumeMounts"]}
+    assert container["volumeMounts"][0]["mountPath"] == "/dev/shm"
+    names = {row["name"]: row for row in container["env"]}
+    assert names["A"]["value"] == "b"
+    for name, key in (("HF_TOKEN", "HF_TOKEN"), ("VLLM_API_KEY", "key")):
+        assert names[name]["valueFrom"]["secretKeyRef"]["key"] == key
+    port = container["startupProbe"]["httpGet"]["port"]
+    assert port == container["ports"][0]["containerPort"] == 8000
+    assert "kubectl create secret generic vllm-api-key --from-file=key=/etc/key" in text
+
+
+@pytest.mark.skipif(
+    shutil.which("kubectl") is None, reason="needs kubectl: apt-get install kubernetes-client"
+)
+def test_kubectl_knows_every_field_of_the_deployment(tmp_path: Path) -> None:
+    """It reads the file as its own type, and writes what it understood; nothing is lost."""
+    path = tmp_path / "vllm.yaml"
+    path.write_text(kubernetes(service(env=("HF_TOKEN",), key=Path("/etc/key")), "docker"))
+    argv = [
+        "kubectl",
+        "set",
+        "image",
+        "--local",
+        "--filename",
+        str(path),
+        "vllm=other",
+        "-o",
+        "json",
+    ]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+
+    def lost(ours: Any, theirs: Any, place: str = "") -> list[str]:
+        if isinstance(ours, dict):
+            theirs = theirs if isinstance(theirs, dict) else {}
+            return [x for k in ours for x in lost(ours[k], theirs.get(k), f"{place}.{k}")]
+        if isinstance(ours, list):
+            pairs = zip(ours, theirs or [None] * len(ours), strict=True)
+            return [x for a, b in pairs for x in lost(a, b, f"{place}[]")]
+        return [] if str(ours) == str(theirs) or ours is False else [place]
+
+    assert lost(yaml.safe_load(path.read_text()), json.loads(done.stdout)) == [
+        ".spec.template.spec.containers[].image"
+    ]
+
+
+def test_model_folder_is_mounted_read_only(tmp_path: Path) -> None:
+    found = find_deployment(MATRIX, image_cell(MATRIX, "b300"), "mtp")
+    made = service_of(replace(found, model=tmp_path), ServeOptions())
+    assert (
+        f"{tmp_path}:/model:ro"
+        in yaml.safe_load(compose(made, "docker"))["services"]["vllm"]["volumes"]
+    )
+    spec = yaml.safe_load(kubernetes(made, "docker"))["spec"]["template"]["spec"]
+    assert {"name": "model", "mountPath": "/model", "readOnly": True} in spec["containers"][0][
+        "volumeMounts"
+    ]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_are_printed_alone_on_stdout(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--sku=b300", "--preset=mtp", f"--{form}", "--port=9000"]) == 0
+    out = capsys.readouterr().out
+    assert "canada-quant/DeepSeek-V4-Flash-NVFP4-FP8-MTP" in out
+    if form != "systemd":
+        assert isinstance(yaml.safe_load(out), dict)
