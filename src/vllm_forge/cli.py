@@ -125,7 +125,7 @@ def _access_error(error: OSError) -> FileAccessError | None:
         return None
     return FileAccessError(
         what,
-        where=str(where or ""),
+        where=where or "",
         remedy="give a path that can be read or written, on a disk with space left",
     )
 

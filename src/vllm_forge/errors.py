@@ -31,10 +31,10 @@ class ForgeError(Exception):
         if exit_code is not None:
             cls.exit_code = exit_code
 
-    def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
+    def __init__(self, what: str, *, where: object = "", remedy: str = "") -> None:
         super().__init__(what)
         self.what = what
-        self.where = where
+        self.where = str(where)
         self.remedy = remedy
 
     def __str__(self) -> str:

@@ -28,7 +28,7 @@ class Project:
         if self.root == PACKAGED:
             what = f"{command} needs a checkout of vllm-forge, and there is none here"
             remedy = "run it inside a checkout, or set VLLM_FORGE_ROOT to one"
-            raise CheckoutMissingError(what, where=str(Path.cwd()), remedy=remedy)
+            raise CheckoutMissingError(what, where=Path.cwd(), remedy=remedy)
 
     @cached_property
     def matrix(self) -> Matrix:

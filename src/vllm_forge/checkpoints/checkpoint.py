@@ -51,8 +51,7 @@ class CheckpointSource(ABC):
     sizes: Mapping[str, int]
 
     def error(self, what: str, remedy: str = "") -> CheckpointUnreadableError:
-        """An error in this place."""
-        return CheckpointUnreadableError(what, where=str(self), remedy=remedy)
+        return CheckpointUnreadableError(what, where=self, remedy=remedy)
 
     @abstractmethod
     def read(self, name: str, begin: int, end: int) -> bytearray:
@@ -287,7 +286,6 @@ class Checkpoint:
 
     @property
     def local(self) -> Folder:
-        """The source of a local checkpoint."""
         assert isinstance(self.source, Folder)  # noqa: S101 - only inspect takes other sources
         return self.source
 

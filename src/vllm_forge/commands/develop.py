@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from vllm_forge.commands.parsers import LINE, Commands, command, group
-from vllm_forge.host import atomic_path, console, report
+from vllm_forge.host import atomic_path, console, report, write_whole
 from vllm_forge.project import Project
 from vllm_forge.sources import Wheelhouse, make_lock
 
@@ -95,8 +95,7 @@ def report_page(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.pages.report import report as render
 
     target = args.output or project.root / "dist" / "report.html"
-    with atomic_path(target) as aside:
-        aside.write_text(render(project), encoding="utf-8")
+    write_whole(target, render(project))
     print(target)
 
 

@@ -37,9 +37,8 @@ class Parser(argparse.ArgumentParser):
         name = options[0].partition("=")[0] if options else ""
         what = f"unknown option {name}" if name else f"unexpected argument {arguments[0]!r}"
         hint = suggestion(name, self._option_string_actions, least=NEAR, listed=False)
-        raise UsageError(
-            what + hint, where=self.prog, remedy=Parser.remedy if hint else self.remedy
-        )
+        what = what + hint
+        raise UsageError(what, where=self.prog, remedy=Parser.remedy if hint else self.remedy)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

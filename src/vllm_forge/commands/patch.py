@@ -104,13 +104,14 @@ def upstream(project: Project, args: argparse.Namespace) -> None:
 
 def drift(project: Project, args: argparse.Namespace) -> None:
     """Record what each vLLM release does to each patch."""
-    from vllm_forge.pages.records import drift_table
+    from vllm_forge.pages.markdown import terminal_table
+    from vllm_forge.pages.records import drift_summary
     from vllm_forge.pages.registry import write_pages
     from vllm_forge.patches.drift import survey_lines, write_drift
 
     found = survey_lines(project, SourceRepo(), first=args.first, last=args.last)
     day = datetime.now(UTC).date().isoformat()
-    console.print(drift_table(write_drift(project, found, day)))
+    console.print(terminal_table(*drift_summary(write_drift(project, found, day))))
     write_pages(project, "docs/generated/drift.md")
 
 
@@ -120,7 +121,7 @@ def install(project: Project, args: argparse.Namespace) -> None:
     python = find_python(args.python)
     target = probe(python)
     if target.site is None and args.revert:
-        raise InstalledStateError("no vLLM is installed there", where=str(python))
+        raise InstalledStateError("no vLLM is installed there", where=python)
     repo = SourceRepo()
     applied = check_line(project, name, repo)
     if target.site is None:

@@ -272,7 +272,7 @@ def _open(args: argparse.Namespace, text: str) -> "Published":
         return from_layout(place)
     if getattr(args, "offline", False):
         what, remedy = "--offline, and the image is in a registry", "give the folder of a mirror"
-        raise UsageError(what, where=str(place), remedy=remedy)
+        raise UsageError(what, where=place, remedy=remedy)
     return from_registry(place, args.ca)
 
 

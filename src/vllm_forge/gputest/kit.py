@@ -49,9 +49,8 @@ def make_kit(
     or prompts. ``caches``: what JIT compilers made in an earlier run of the same stack.
     """
     if output.exists() or output.is_symlink():
-        what = "--output exists already"
         remedy = "choose another --output, or delete it"
-        raise KitError(what, where=str(output), remedy=remedy)
+        raise KitError("--output exists already", where=output, remedy=remedy)
     image = read_image(layout)
     with report("verify the image"):
         verify(image)

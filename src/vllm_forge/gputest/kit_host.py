@@ -69,9 +69,6 @@ def work_folder() -> Path:
     return folder.resolve()
 
 
-# --- parts ------------------------------------------------------------------------------------
-
-
 def read_manifest() -> dict[str, Any]:
     try:
         manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
@@ -159,9 +156,6 @@ def fresh(folder: Path) -> Path:
     return folder
 
 
-# --- the image --------------------------------------------------------------------------------
-
-
 def verified(path: Path, digest: str) -> bytes:
     """Content of a file with that SHA-256."""
     data = path.read_bytes()
@@ -209,9 +203,6 @@ def unpack_layer(path: Path, diff_id: str, root: Path) -> None:
         fail(f"cannot unpack {path.name}: gzip exited with {packed.returncode}")
     if f"sha256:{digest.hexdigest()}" != diff_id:
         fail(f"layer {path.name} does not have {diff_id}: copy the kit again")
-
-
-# --- running ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def require_key(folder: Path, key: Mapping[str, str]) -> None:
         name = different[0]
         what = f"the caches are of another stack: {name} is {recorded[name]}, expected {key[name]}"
         remedy = "run the suite with an empty --caches folder"
-        raise errors.JitCacheError(what, where=str(folder / KEY), remedy=remedy)
+        raise errors.JitCacheError(what, where=folder / KEY, remedy=remedy)
     require_plain(folder)  # a link would bring files of this host into an image or a kit
 
 
@@ -374,6 +374,5 @@ def require_green(code: int, output: Path) -> None:
     """Raise SuiteRedError or SuiteUndecidedError by the exit code of the runner."""
     if code != 0:
         kind = errors.SuiteRedError if code == errors.RED else errors.SuiteUndecidedError
-        what = f"the suite exited with {code}"
         remedy = "see its output above, and the results in that folder"
-        raise kind(what, where=str(output), remedy=remedy)
+        raise kind(f"the suite exited with {code}", where=output, remedy=remedy)

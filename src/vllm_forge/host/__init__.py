@@ -18,6 +18,7 @@ from vllm_forge.host.files import (
     require_disk,
     tree_bytes,
     write_json,
+    write_whole,
 )
 from vllm_forge.host.probe import HostProbe, Probe, RecordedProbe, RecordingProbe, Reply
 from vllm_forge.host.run import RecordingRunner, Runner, gpu_container, which, worker_pool

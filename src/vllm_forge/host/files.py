@@ -154,14 +154,18 @@ def read_data(
     except (ValueError, LookupError, TypeError, AttributeError) as cause:
         detail = str(cause) if isinstance(cause, ValueError) else repr(cause)
         problem = f"invalid {what}: {detail}"
-    raise error(problem, where=str(path), remedy=remedy)
+    raise error(problem, where=path, remedy=remedy)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, which appears by one rename; text is UTF-8."""
+    with atomic_path(path) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, data: object, *, indent: int = 1, ensure_ascii: bool = True) -> None:
     """Write a record; a newline at the end."""
-    text = json.dumps(data, indent=indent, ensure_ascii=ensure_ascii)
-    with atomic_path(path) as aside:
-        aside.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(data, indent=indent, ensure_ascii=ensure_ascii) + "\n")
 
 
 def write_sealed(path: Path, record: dict[str, Any]) -> None:
@@ -206,7 +210,7 @@ def remove(path: Path) -> None:
         if done.returncode != 0:
             what = f"cannot unmount a file system: {done.stderr.strip()}"
             remedy = "end what uses it, or unmount it as root; a killed build leaves such mounts"
-            raise MountedError(what, where=str(point), remedy=remedy)
+            raise MountedError(what, where=point, remedy=remedy)
     end = time.monotonic() + ORPHANS_S
     while path.exists():
         try:
@@ -258,8 +262,7 @@ def exclusive(name: str, *, wait: bool) -> Iterator[None]:
             holder = file.read().strip() or "unknown"
             if not wait:
                 what = f"{name} is being worked on by process {holder}"
-                remedy = "wait until it ends, or end it"
-                raise BusyError(what, where=str(path), remedy=remedy) from None
+                raise BusyError(what, where=path, remedy="wait until it ends, or end it") from None
             console.print(f"  waiting for process {holder}, which works on {name}", style="dim")
             fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
@@ -280,7 +283,7 @@ def require_disk(path: Path, need: int) -> None:
     if need > (free := free_bytes(path)):
         what = f"about {need / GIB:.1f} GiB are needed and {free / GIB:.1f} GiB are free"
         remedy = "free some space, or set VLLM_FORGE_CACHE / --output to a larger disk"
-        raise DiskSpaceError(what, where=str(path), remedy=remedy)
+        raise DiskSpaceError(what, where=path, remedy=remedy)
 
 
 def mounted_below(folder: Path, table: str | None = None) -> list[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vllm_forge.host.errors import RecordingError
-from vllm_forge.host.files import atomic_path, read_plain
+from vllm_forge.host.files import read_plain, write_whole
 from vllm_forge.host.run import which
 
 TIMEOUT_S = 30
@@ -41,8 +41,6 @@ class Reply:
 
 
 class Probe(Protocol):
-    """Asks the host."""
-
     def ask(self, name: str, argv: Sequence[str]) -> Reply:
         """Run ``argv``; ``name`` says which question it is, for recordings."""
 
@@ -90,7 +88,7 @@ class RecordedProbe:
         except ValueError as error:
             what = f"not a recorded reply: {error}"
             remedy = "record the host again: nox -s doctor -- SKU --save DIR"
-            raise RecordingError(what, where=str(path), remedy=remedy) from None
+            raise RecordingError(what, where=path, remedy=remedy) from None
         return Reply(code=code, text=text)
 
 
@@ -108,15 +106,12 @@ class RecordingProbe:
             path = self.folder / f"{name}.{suffix}"
             path.unlink(missing_ok=True)
             if text is not None and not reply.missing:
-                with atomic_path(path) as aside:
-                    aside.write_text(text, encoding="utf-8")
+                write_whole(path, text)
         return reply
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A row of nvidia-smi."""
-
     index: int
     name: str
     capability: str

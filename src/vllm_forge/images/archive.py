@@ -32,9 +32,8 @@ MKSQUASHFS = ("mksquashfs", "-", "FILE", "-tar", "-noappend", "-quiet", "-no-pro
 def require_kind(path: Path) -> None:
     """Raise UsageError if the name of a file does not say what it shall become."""
     if not path.name.endswith(KINDS):
-        raise UsageError(
-            f"invalid --archive {path.name!r}: expected a name that ends in {', '.join(KINDS)}"
-        )
+        what = f"invalid --archive {path.name!r}: expected a name that ends in {', '.join(KINDS)}"
+        raise UsageError(what)
 
 
 def write_archive(runner: Runner, layout: Path, name: str, target: Path, epoch: int) -> None:
@@ -116,7 +115,7 @@ def write_merged(image: Image, out: IO[bytes], epoch: int) -> None:
                     continue
                 if info.islnk() and owners.get(plain_path(info.linkname), (None,))[0] != number:
                     what = f"/{path} is a hard link to a file that a higher layer replaces"
-                    raise LayoutError(what, where=str(image.path))
+                    raise LayoutError(what, where=image.path)
                 tar.addfile(info, layer.extractfile(info) if info.isreg() else None)
         for path, content in sorted(added.items()):
             tar.addfile(_entry(path, content, epoch), io.BytesIO(content))

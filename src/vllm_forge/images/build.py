@@ -17,23 +17,13 @@ from typing import Any
 
 from rich.markup import escape
 
+from vllm_forge import host
 from vllm_forge.errors import ForgeError
-from vllm_forge.host import (
-    RecordingRunner,
-    Runner,
-    atomic_path,
-    cache_root,
-    console,
-    exclusive,
-    hash_of,
-    remove,
-    report,
-)
 from vllm_forge.host.files import remove_foreign
 from vllm_forge.images import checks, cubins, layout, store
 from vllm_forge.images.content import (
+    HEALTH,
     VLLM,
-    health_entry,
     labels,
     patch_entries,
     patch_key,
@@ -56,6 +46,7 @@ from vllm_forge.images.system import (
     require_described,
     system_folder,
 )
+from vllm_forge.images.wheels import Entry
 from vllm_forge.kernels.coverage.contract import Contract
 from vllm_forge.kernels.coverage.families import AT_START
 from vllm_forge.kernels.errors import ContractError
@@ -86,12 +77,12 @@ class Candidate:
         return tuple(layer.files for _, layer in self.written)
 
 
-def build_image(plan: ImagePlan, runner: Runner) -> tuple[layout.Image, bool]:
+def build_image(plan: ImagePlan, runner: host.Runner) -> tuple[layout.Image, bool]:
     """Build and check a cell's image, unless it is there; also whether anything had to be done.
 
     Raises BusyError: another process builds this cell; DiskSpaceError: before anything is written.
     """
-    with exclusive(f"build-{plan.cell.name}", wait=False):
+    with host.exclusive(f"build-{plan.cell.name}", wait=False):
         if known := plan.up_to_date():
             return known, False
         plan = with_packages(plan)
@@ -100,13 +91,13 @@ def build_image(plan: ImagePlan, runner: Runner) -> tuple[layout.Image, bool]:
         with suppress(BuildRecordError):
             state = why_rebuild(plan)[0]
             if state in {"changed", "not in the cache"}:
-                console.print(f"{plan.target}: {state}; it is built again", markup=False)
+                host.console.print(f"{plan.target}: {state}; it is built again", markup=False)
         plan.require_disk()
         build_steps(plan, runner)
         return layout.read_image(plan.target), True
 
 
-def build_steps(plan: ImagePlan, runner: Runner) -> None:
+def build_steps(plan: ImagePlan, runner: host.Runner) -> None:
     """All steps, in order; the system image is built while the wheel layers are written."""
     cell, engine, started = plan.cell, plan.engine, time.monotonic()
     engine.check(runner)
@@ -132,14 +123,14 @@ def build_steps(plan: ImagePlan, runner: Runner) -> None:
         lambda: assemble(plan, load_system(system_key), wheel()),
     )
     with (
-        report("check the image inside"),
+        host.report("check the image inside"),
         _forgetting_damage(plan),
         ThreadPoolExecutor(1) as pool,
         engine.loaded(runner, plan.candidate, plan.candidate_name),
     ):
         as_image_user, as_any_user = plan.checks_inside()
         inside = pool.submit(engine.run_in_image, runner, as_image_user)
-        if isinstance(runner, RecordingRunner):
+        if isinstance(runner, host.RecordingRunner):
             inside.result()  # so that its command is printed first
         # Beside it, on another core. Its error counts first: it deletes damaged layers of the runs.
         judged = runner.act(
@@ -165,8 +156,8 @@ def patched_wheel(project: Project, cell: ImageCell) -> PatchedWheel:
         applied = check_line(project, cell.line_name, repo)
         wheelhouse.fetch([published])
         key, path = f"{published.sha256}-{applied.result}", wheelhouse.verify(published)
-        folder = cache_root() / "patched" / key
-        with exclusive(f"patched-{key}", wait=True):  # two SKUs of a line may be built at once
+        folder = host.cache_root() / "patched" / key
+        with host.exclusive(f"patched-{key}", wait=True):  # two SKUs of a line may be built at once
             for other in folder.glob("*"):
                 remove_foreign(other)
             return build_wheel(repo, applied, path, cell.line.vllm, folder)
@@ -195,7 +186,7 @@ def assemble(plan: ImagePlan, system: System, wheel: PatchedWheel) -> Candidate:
         plan.candidate, layers=layers, config=config, epoch=epoch, name=plan.candidate_name
     )
     checks.write_inputs(plan.work / "inputs", expectation(cell, stack))
-    remove(plan.patch_files)
+    host.remove(plan.patch_files)
     plan.patch_files.symlink_to(patch.files)
     blobs = python_blobs(SourceRepo(), wheel.tree)
     return Candidate(image=image, system=system, written=written, stack=stack, blobs=blobs)
@@ -218,7 +209,8 @@ def write_patch_layer(plan: ImagePlan, wheel: PatchedWheel, stack: dict[str, Any
     RECORD has the hashes of slim libraries.
     """
     cell, published = plan.cell, plan.lock.find(VLLM)
-    entries = [health_entry(), stack_entry(stack)]
+    health = Entry(path=f"opt/vllm-forge/{HEALTH.name}", content=HEALTH.read_bytes())
+    entries = [health, stack_entry(stack)]
     for entry in patch_entries(Wheelhouse().path(published), wheel.path, cell.line.python):
         content = entry.content
         if content is not None and entry.path.endswith(".dist-info/RECORD"):
@@ -257,7 +249,7 @@ def bytecode_place(layers: Sequence[ImageLayer]) -> str:
     Separate for each image. All sources have one time, and Python asks only for time and size: two
     images that share a volume would run each other's code.
     """
-    return f"/cache/python/{hash_of([layer.blob.diff_id for layer in layers])[:16]}"
+    return f"/cache/python/{host.hash_of([layer.blob.diff_id for layer in layers])[:16]}"
 
 
 def expectation(cell: ImageCell, stack: dict[str, Any]) -> dict[str, Any]:
@@ -282,7 +274,7 @@ def _forgetting_damage(plan: ImagePlan) -> Iterator[None]:
     try:
         yield
     except ForgeError:
-        remove(cache_root() / "bytecode")
+        host.remove(host.cache_root() / "bytecode")
         system = load_system(plan.system_key)
         if system.root is not None and tree_digest(system.root) != system.root_digest:
             store.forget(system_folder(plan.system_key))
@@ -333,7 +325,7 @@ def accept(
     compiler = "nvidia-cuda-nvcc" in candidate.stack["packages"]
     verdicts = checks.judge([json.dumps(layers), *outputs], checks.check_names(compiler=compiler))
     for note in contract.notes if contract is not None else ():
-        console.print(f"  [yellow]contract[/] {escape(note)}")
+        host.console.print(f"  [yellow]contract[/] {escape(note)}")
     checks.check_sizes(
         candidate.image.layers, len(candidate.system.layers),
         plan.cell.line.budget_mb, plan.cell.base.budget_mb,
@@ -346,7 +338,7 @@ def _show_other_packages(plan: ImagePlan, installed: dict[str, str]) -> None:
     lock = read_base_lock(plan.project.root, plan.cell.base)
     locked = {package.name: package.version for package in (lock.packages if lock else ())}
     for change in differences(locked, installed) if locked not in ({}, installed) else ():
-        console.print(f"  [yellow]base[/] {escape(change)}")
+        host.console.print(f"  [yellow]base[/] {escape(change)}")
 
 
 def publish(
@@ -378,8 +370,7 @@ def publish(
     }
     plan.record_path.unlink(missing_ok=True)
     keep_digest(plan.record_path, record["inputs"], record["digest"])
-    with atomic_path(plan.target) as aside:
+    with host.atomic_path(plan.target) as aside:
         shutil.move(candidate.image.path, aside)
         layout.set_name(aside, candidate.image.digest, plan.name)
-    with atomic_path(plan.record_path) as aside:
-        aside.write_text(json.dumps(record, indent=1) + "\n")  # the order of inputs counts
+    host.write_json(plan.record_path, record)  # the order of inputs counts

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def judge(outputs: Sequence[str], names: frozenset[str]) -> dict[str, Any]:
 
     Raises ImageCheckError: one is red, missing, unknown or there twice.
     """
+    refused = partial(ImageCheckError, where="inside the image")
     verdicts: dict[str, Any] = {}
     for output in outputs:
         try:
@@ -84,17 +86,12 @@ def judge(outputs: Sequence[str], names: frozenset[str]) -> dict[str, Any]:
                 for name, row in rows.items()
             }
         except (IndexError, ValueError, LookupError, TypeError, AttributeError):
-            raise ImageCheckError(
-                "the checks printed no verdicts", where="inside the image", remedy=output[-2000:]
-            ) from None
+            raise refused("the checks printed no verdicts", remedy=output[-2000:]) from None
         if twice:
-            raise ImageCheckError(
-                f"duplicate verdicts: {', '.join(twice)}", where="inside the image"
-            )
+            raise refused(f"duplicate verdicts: {', '.join(twice)}")
     if wrong := sorted(verdicts.keys() ^ names):
-        raise ImageCheckError(
+        raise refused(
             f"missing or unknown verdicts: {', '.join(wrong)}",
-            where="inside the image",
             remedy="a program of the image ended the checks or wrote into their output; look at "
             "its .pth files and sitecustomize",
         )
@@ -105,7 +102,7 @@ def judge(outputs: Sequence[str], names: frozenset[str]) -> dict[str, Any]:
         details = "\n".join(f"  {name}: {verdicts[name]['detail']}" for name in failed)
         what = f"{len(failed)} of {len(verdicts)} checks failed:\n{details}"
         remedy = "the image was not published; its layers are kept, so a rebuild is quick"
-        raise ImageCheckError(what, where="inside the image", remedy=remedy)
+        raise refused(what, remedy=remedy)
     return verdicts
 
 
@@ -124,7 +121,7 @@ def check_layout(image: Image, config: dict[str, Any]) -> None:
     if len(image.config["rootfs"]["diff_ids"]) != len(image.manifest["layers"]):
         problems.append("layers and diff_ids do not match")
     if problems:
-        raise ImageCheckError("; ".join(problems), where=str(image.path))
+        raise ImageCheckError("; ".join(problems), where=image.path)
 
 
 def check_sizes(

@@ -14,6 +14,7 @@ from vllm_forge.host import hash_of
 from vllm_forge.images.wheels import Entry, merge, site_packages, wheel_entries
 from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import PatchedWheel
+from vllm_forge.patches.wheel import GENERATED
 from vllm_forge.sources import Lock, LockedWheel
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def group_entries(name: str, paths: Sequence[Path], python: str) -> list[Entry]:
     """
     entries = merge(wheel_entries(path, python) for path in paths)
     if name == VLLM:
-        return [entry for entry in entries if not _changes_with_series(entry.path)]
+        start, version = (f"{site_packages(python)}/{name}" for name in ("vllm-", GENERATED))
+        return [e for e in entries if not e.path.startswith(start) and e.path != version]
     return entries + cuda_links(entries)
 
 
@@ -148,10 +150,6 @@ def stack_entry(record: dict[str, Any]) -> Entry:
     return Entry(path=STACK, content=content.encode())
 
 
-def health_entry() -> Entry:
-    return Entry(path=f"opt/vllm-forge/{HEALTH.name}", content=HEALTH.read_bytes())
-
-
 def labels(record: dict[str, Any], created: str) -> dict[str, str]:
     return {
         "io.vllm-forge.sku": record["sku"],
@@ -173,11 +171,6 @@ def patch_key(cell: ImageCell, published: LockedWheel, record: dict[str, Any]) -
     health = hashlib.sha256(HEALTH.read_bytes()).hexdigest()
     fields = [FORMAT, cell.base.source_date_epoch, published.sha256, record, health]
     return hash_of(fields, sort_keys=True)
-
-
-def _changes_with_series(path: str) -> bool:
-    _, _, inside = path.partition("/site-packages/")
-    return bool(inside) and (inside.startswith("vllm-") or inside == "vllm/_version.py")
 
 
 def _group(cell: ImageCell, name: str, wheels: Sequence[LockedWheel], *, code: bool) -> WheelGroup:

@@ -138,9 +138,8 @@ class Buildx:
         image = read_image(work / "image")
         for layer in image.manifest["layers"]:
             if not layer["mediaType"].endswith(".tar"):
-                raise LayoutError(
-                    f"buildx left a compressed layer: {layer['mediaType']}", where=str(work)
-                )
+                what = f"buildx left a compressed layer: {layer['mediaType']}"
+                raise LayoutError(what, where=work)
         return _read_output(image.path / "blobs" / "sha256", image.manifest, None)
 
     def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
@@ -304,7 +303,7 @@ def _write_bundle(bundle: Path, run: ContainerRun) -> None:
         try:
             deque(walk_plain(lower), 0)  # a FIFO would hold the run
         except ValueError as error:
-            raise CacheError(str(error), where=str(lower), remedy="build again") from None
+            raise CacheError(str(error), where=lower, remedy="build again") from None
         (bundle / "lower" / str(number)).symlink_to(lower.resolve(strict=True))
     (bundle / "config.json").write_text(json.dumps(_runtime_config(run), indent=1))
 
@@ -382,8 +381,7 @@ def choose_engine(name: str | None, *, dry_run: bool = False) -> Engine:
     missing = [] if dry_run else [tool for tool in engine.tools if which(tool) is None]
     if missing:
         what = f"{missing[0]} is not installed; the {engine.name} engine needs it"
-        remedy = f"run: {INSTALL}   or build with --provision"
-        raise EngineMissingError(what, remedy=remedy)
+        raise EngineMissingError(what, remedy=f"run: {INSTALL}   or build with --provision")
     return engine
 
 
@@ -398,8 +396,7 @@ def provision(runner: Runner, *, registry: bool = False) -> None:
         return
     if which("apt-get") is None or os.geteuid() != 0:
         what = f"missing: {', '.join(missing)}; --provision needs root and apt-get"
-        remedy = f"on Debian or Ubuntu, as root: {INSTALL}"
-        raise ProvisionError(what, remedy=remedy)
+        raise ProvisionError(what, remedy=f"on Debian or Ubuntu, as root: {INSTALL}")
     env = {"DEBIAN_FRONTEND": "noninteractive"}
     install = ["apt-get", "-qq", "install", "--yes", "--no-install-recommends", *missing]
     try:

@@ -27,7 +27,7 @@ from vllm_forge.images.layer import overlay
 from vllm_forge.images.layout import ImageLayer
 from vllm_forge.images.wheels import VENV, Entry, site_packages, wheel_entries
 from vllm_forge.matrix.model import WheelFile
-from vllm_forge.patches.wheel import GENERATED
+from vllm_forge.patches.wheel import GENERATED, blob_hash
 from vllm_forge.sources import Wheelhouse
 
 if TYPE_CHECKING:
@@ -184,9 +184,7 @@ def tree(files: ImageFiles, blobs: Mapping[str, str], changed: Mapping[str, str]
             if path in changed:
                 raise AssertionError(f"a patched file is not installed: {path}")
             continue  # a file of the source tree that the wheel does not ship
-        content = read_plain(file)
-        name = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
-        if name.hexdigest() != blob:
+        if blob_hash(read_plain(file)) != blob:
             raise AssertionError(f"{path} differs from the patched tree")
         seen += 1
     if missing := sorted(set(changed) - set(blobs)):

@@ -172,8 +172,7 @@ def read_image(path: Path) -> Image:
                 raise ValueError(f"{blob.name} has {actual} bytes, not {size}")  # noqa: TRY301
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         what = f"not an OCI layout with one image: {error}"
-        remedy = "delete it and build again"
-        raise LayoutError(what, where=str(path), remedy=remedy) from error
+        raise LayoutError(what, where=path, remedy="delete it and build again") from error
     return Image(path=path, digest=digest, config=config, manifest=manifest)
 
 
@@ -199,21 +198,20 @@ def verify(image: Image, *, unpacked: bool = False) -> None:
         except (OSError, ValueError) as error:
             actual = f"of nothing: {error}"
         if actual != path.name:
-            what = f"blob {path.name} has sha256 {actual}"
             remedy = "the layout was changed after the build: delete it and build again"
-            raise LayoutError(what, where=str(path), remedy=remedy)
+            raise LayoutError(f"blob {path.name} has sha256 {actual}", where=path, remedy=remedy)
     known = {"index.json", "oci-layout", *(f"blobs/sha256/{hex_digest(name)}" for name in digests)}
     paths = [path for path in image.path.rglob("*") if path.is_symlink() or not path.is_dir()]
     if others := sorted({path.relative_to(image.path).as_posix() for path in paths} - known):
         remedy = "delete the layout and build again"
-        raise LayoutError(f"{others[0]} is not of its image", where=str(image.path), remedy=remedy)
+        raise LayoutError(f"{others[0]} is not of its image", where=image.path, remedy=remedy)
     blobs = [layer.blob for layer in image.layers] if unpacked else []
     with ThreadPoolExecutor() as pool:
         for blob, actual in zip(blobs, pool.map(plain_digest, blobs), strict=True):
             if actual != blob.diff_id:
                 raise LayoutError(
                     f"the layer is sha256 {actual} when unpacked; the image says {blob.diff_id}",
-                    where=str(blob.path),
+                    where=blob.path,
                     remedy="the cache was damaged when this image was built: delete the layout, "
                     "run nox -s forge -- clean --all, and build again",
                 )

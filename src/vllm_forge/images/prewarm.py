@@ -174,7 +174,7 @@ def copy_plain(source: Path, target: Path) -> None:
 
 def _foreign(what: str, where: Path) -> ForeignFileError:
     remedy = "do not use this folder; run the suite with an empty --caches"
-    return ForeignFileError(what, where=str(where), remedy=remedy)
+    return ForeignFileError(what, where=where, remedy=remedy)
 
 
 def tree_digest(folder: Path) -> str:

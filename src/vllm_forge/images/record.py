@@ -34,9 +34,8 @@ def read_record(path: Path) -> dict[str, Any] | None:
     tables = isinstance(inputs, dict) and all(isinstance(row, dict) for row in inputs.values())
     if tables and {"digest", "blobs", "engine"} <= record.keys():
         return dict(record)
-    what = f"not the record of a build: {problem}"
     remedy = "delete it; the next build writes it again"
-    raise BuildRecordError(what, where=str(path), remedy=remedy)
+    raise BuildRecordError(f"not the record of a build: {problem}", where=path, remedy=remedy)
 
 
 def _kept(path: Path, inputs: Inputs) -> Path:
@@ -74,7 +73,7 @@ def built_digest(path: Path) -> str | None:
     elif kept != digest:
         what = f"the record has {digest}, the build gave {kept}"
         remedy = "the record was changed after the build: delete it and build again"
-        raise BuildRecordError(what, where=str(path), remedy=remedy)
+        raise BuildRecordError(what, where=path, remedy=remedy)
     return kept
 
 

@@ -94,8 +94,7 @@ def base_of(root: Path, base: Base, choice: str) -> BaseRef:
         lock = None if choice == CURRENT else debian.read_base_lock(root, base)
         if choice == LOCKED and lock is None:
             what = "base.lock of matrix.toml names no lock of Debian packages"
-            remedy = "name a file there, then run: nox -s lock -- --base"
-            raise BaseImageError(what, remedy=remedy)
+            raise BaseImageError(what, remedy="name a file there, then run: nox -s lock -- --base")
         key = rootfs_key(base, lock)
         return BaseRef(
             key=key,
@@ -104,9 +103,8 @@ def base_of(root: Path, base: Base, choice: str) -> BaseRef:
             layout=cache_root() / "rootfs" / key,
         )
     if not PINNED.fullmatch(choice):
-        what = f"{choice!r} is not pinned by digest"
         remedy = "give it as NAME@sha256:<64 hex>; `skopeo inspect docker://NAME` prints it"
-        raise BaseImageError(what, remedy=remedy)
+        raise BaseImageError(f"{choice!r} is not pinned by digest", remedy=remedy)
     return BaseRef(key=hashlib.sha256(choice.encode()).hexdigest(), label=choice, image=choice)
 
 
@@ -187,9 +185,8 @@ def lock_base(project: Project) -> debian.BaseLock:
     """
     base = project.matrix.base
     if base.lock is None:
-        what = "base.lock of matrix.toml names no file"
         remedy = 'add e.g. lock = "docker/locks/debian-trixie.txt" to [base]'
-        raise BaseImageError(what, remedy=remedy)
+        raise BaseImageError("base.lock of matrix.toml names no file", remedy=remedy)
     date = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     with TemporaryDirectory() as folder:
         index, installed = Path(folder, "index"), Path(folder, "names")

@@ -30,15 +30,7 @@ from mmap import mmap
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vllm_forge.host import (
-    atomic_path,
-    cache_root,
-    console,
-    exclusive,
-    hash_of,
-    remove,
-    worker_pool,
-)
+from vllm_forge import host
 from vllm_forge.host.errors import CacheError, CommandFailedError
 from vllm_forge.host.files import file_digest, read_sealed, walk_plain, write_sealed
 from vllm_forge.images.content import WheelGroup, group_entries
@@ -85,7 +77,7 @@ class StoredLayer:
 
 
 def layer_folder(key: str) -> Path:
-    return cache_root() / "layers" / key
+    return host.cache_root() / "layers" / key
 
 
 def stored(key: str) -> StoredLayer | None:
@@ -112,7 +104,7 @@ def require_stored(key: str) -> StoredLayer:
     if (layer := stored(key)) is None:
         what = "a layer that was written has been deleted or damaged"
         remedy = "do not clean the cache while a build runs; build again"
-        raise CacheError(what, where=str(layer_folder(key)), remedy=remedy)
+        raise CacheError(what, where=layer_folder(key), remedy=remedy)
     return layer
 
 
@@ -124,7 +116,7 @@ def _unpacked(folder: Path, pattern: str, crc: Callable[[Path], int]) -> str:
         name: [path.lstat().st_mode, str(path.readlink()) if path.is_symlink() else crc(path)]
         for name, path in paths.items()
     }
-    return hash_of(rows, sort_keys=True)
+    return host.hash_of(rows, sort_keys=True)
 
 
 def intact(layer: StoredLayer, pattern: str = ".+") -> bool:
@@ -142,8 +134,8 @@ def intact(layer: StoredLayer, pattern: str = ".+") -> bool:
 
 def forget(folder: Path) -> None:
     """Delete a damaged part of the cache, so that the next build makes it again."""
-    console.print(f"  deleted: {folder} is damaged", style="dim", markup=False)
-    remove(folder)
+    host.console.print(f"  deleted: {folder} is damaged", style="dim", markup=False)
+    host.remove(folder)
 
 
 def forget_damaged(blobs: Iterable[LayerBlob]) -> None:
@@ -152,8 +144,8 @@ def forget_damaged(blobs: Iterable[LayerBlob]) -> None:
         with suppress(OSError, ValueError):
             if file_digest(blob.path) == blob.digest:
                 continue
-        kind, key = blob.path.relative_to(cache_root()).parts[:2]
-        forget(cache_root() / kind / key)
+        kind, key = blob.path.relative_to(host.cache_root()).parts[:2]
+        forget(host.cache_root() / kind / key)
 
 
 def write_layer(
@@ -180,10 +172,10 @@ def keep_layer(key: str, write: Callable[[Path], tuple[LayerBlob, dict[str, Any]
 
     ``write`` makes the blob in a folder, unpacks to its ``files``, and returns what it removed.
     """
-    with exclusive(f"layer-{key}", wait=True):
+    with host.exclusive(f"layer-{key}", wait=True):
         if (known := stored(key)) is not None:
             return known
-        with atomic_path(layer_folder(key)) as folder:
+        with host.atomic_path(layer_folder(key)) as folder:
             for name in ("files", "code"):
                 (folder / name).mkdir(parents=True)
                 (folder / name).chmod(0o755)
@@ -269,7 +261,7 @@ def _raw(entry: Entry) -> Iterator[memoryview]:
         while left:
             block = file.read(min(CHUNK, left))
             if not block:
-                raise HashMismatchError("the wheel ends early", where=str(entry.archive))
+                raise HashMismatchError("the wheel ends early", where=entry.archive)
             left -= len(block)
             yield memoryview(block)
 
@@ -300,12 +292,12 @@ def _inflate(entry: Entry, target: Path) -> None:
     if fault or not whole or (crc, size) != (member.CRC, member.file_size):
         what = f"{member.filename} does not inflate to what the wheel's directory says{fault}"
         remedy = "delete that wheel from the cache and build again"
-        raise HashMismatchError(what, where=str(entry.archive), remedy=remedy)
+        raise HashMismatchError(what, where=entry.archive, remedy=remedy)
     if entry.recorded not in ("", f"sha256={record_hash(digest.digest())}"):
         raise WheelError(
             f"{member.filename} has sha256={record_hash(digest.digest())}, RECORD says "
             f"{entry.recorded}",
-            where=str(entry.archive),
+            where=entry.archive,
             remedy="lock another version; if it is a slip of the publisher, add the two hashes to "
             "images/wheels.py, PUBLISHED_WRONG",
         )
@@ -324,7 +316,7 @@ def write_layers(
     processes write the layers. ``slim``: also the SKU's layers of libraries.
     """
     wheelhouse = Wheelhouse()
-    with worker_pool(WORKERS, NICE) as pool:
+    with host.worker_pool(WORKERS, NICE) as pool:
         jobs = []
         for group in groups:
             wheelhouse.fetch(group.wheels)

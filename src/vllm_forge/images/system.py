@@ -41,8 +41,6 @@ CA_BUNDLES = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/pki/tls/cer
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """A finished system image."""
-
     layers: tuple[ImageLayer, ...]  # lowest first
     config: dict[str, Any]
     debian: dict[str, str]  # Debian's package -> version
@@ -113,7 +111,7 @@ def require_described(plan: ImagePlan, config: Mapping[str, Any]) -> None:
         if actual != expected:
             what = f"{key} of the system image is {actual}, the Dockerfile says {expected}"
             remedy = "build with another --engine: this one changes it"
-            raise ImageCheckError(what, where=str(plan.dockerfile), remedy=remedy)
+            raise ImageCheckError(what, where=plan.dockerfile, remedy=remedy)
 
 
 def dockerfile_config(text: str, arguments: Mapping[str, str]) -> dict[str, Any]:
@@ -164,8 +162,7 @@ def load_system(key: str) -> System:
             raise ValueError("the files around its blobs were changed")  # noqa: TRY301
     except (LayoutError, LookupError, ValueError, TypeError) as error:
         what = f"not a kept system image: {error}"
-        remedy = "delete that folder and build again"
-        raise CacheError(what, where=str(folder), remedy=remedy) from error
+        raise CacheError(what, where=folder, remedy="delete that folder and build again") from error
     root = folder / "root" if (folder / "root").exists() else None
     return System(layers=image.layers, config=config, root=root, **notes)
 
@@ -231,5 +228,4 @@ def _debian_packages(tars: Sequence[Path]) -> dict[str, str]:
                     assert file is not None  # noqa: S101 - it is a regular file
                     return installed_packages(file.read().decode())
     what = "the base is not a Debian system: it has no dpkg status file"
-    remedy = "use --base rootfs, or a Debian image"
-    raise BaseImageError(what, remedy=remedy)
+    raise BaseImageError(what, remedy="use --base rootfs, or a Debian image")

@@ -100,7 +100,7 @@ def wheel_entries(path: Path, python: str) -> list[Entry]:
         # Not the error itself: some of installer's cannot be sent from a worker process.
         what = f"{path.name} cannot be installed: {type(error).__name__}: {error}"
         remedy = "do not use this wheel; lock another version, or build one that is valid"
-        raise WheelError(what, where=str(path), remedy=remedy) from None
+        raise WheelError(what, where=path, remedy=remedy) from None
     return collector.entries
 
 
@@ -117,7 +117,7 @@ def merge(groups: Iterable[list[Entry]]) -> list[Entry]:
         parent = posixpath.dirname(path)
         while parent and parent not in folders:
             if parent in by_path:
-                raise WheelError(f"{path} is below another file", where=str(entry.archive or ""))
+                raise WheelError(f"{path} is below another file", where=entry.archive or "")
             folders.add(parent)
             parent = posixpath.dirname(parent)
     return [by_path[path] for path in sorted(by_path)]
@@ -235,9 +235,7 @@ class _Collector(WheelDestination):
         folder = self._folders[scheme]
         target = posixpath.normpath(posixpath.join(folder, path))
         if not target.startswith(f"{folder}/"):  # pip refuses it as well
-            raise WheelError(
-                f"the wheel writes outside of {folder}: {path}", where=str(self._archive)
-            )
+            raise WheelError(f"the wheel writes outside of {folder}: {path}", where=self._archive)
         return target
 
     def _record_prefix(self, scheme: str) -> str | None:

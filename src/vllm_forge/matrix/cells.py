@@ -80,9 +80,8 @@ def _find_sku(matrix: Matrix, given: str) -> str:
         raise errors.UnknownSkuError(what, remedy="ask for one of them by its name")
     if not of_arch:
         known = [*matrix.sku, *(row.arch for row in matrix.sku.values())]
-        raise errors.UnknownSkuError(
-            f"unknown SKU {given!r}{suggestion(name, known)}", remedy=remedy
-        )
+        what = f"unknown SKU {given!r}{suggestion(name, known)}"
+        raise errors.UnknownSkuError(what, remedy=remedy)
     return of_arch[0]
 
 
@@ -111,12 +110,12 @@ def find_root() -> Path:
             if packaged and not owners <= {0, os.geteuid()}:
                 what = "matrix.toml, in the working directory or above, is of another user"
                 remedy = "run in another folder; to use that checkout, set VLLM_FORGE_ROOT"
-                raise errors.MatrixFileError(what, where=str(path), remedy=remedy)
+                raise errors.MatrixFileError(what, where=path, remedy=remedy)
             return folder
     if packaged:
         return PACKAGED
     remedy = "run inside a checkout of vllm-forge, or set VLLM_FORGE_ROOT"
-    raise errors.MatrixFileError("no matrix.toml here or above", where=str(start), remedy=remedy)
+    raise errors.MatrixFileError("no matrix.toml here or above", where=start, remedy=remedy)
 
 
 def load(root: Path) -> Matrix:
@@ -125,11 +124,11 @@ def load(root: Path) -> Matrix:
     try:
         data = tomllib.loads(read_plain(path).decode())
     except FileNotFoundError:
-        raise errors.MatrixFileError("matrix.toml does not exist", where=str(path)) from None
+        raise errors.MatrixFileError("matrix.toml does not exist", where=path) from None
     except ValueError as error:
         raise errors.MatrixFileError(
             f"cannot read it as TOML in UTF-8: {error}",
-            where=str(path),
+            where=path,
             remedy="correct the line that it names",
         ) from None
     try:
@@ -137,7 +136,7 @@ def load(root: Path) -> Matrix:
     except ValidationError as error:
         what = "\n  - ".join(["matrix.toml is refused:", *problems(error, Matrix)])
         remedy = "the allowed keys and their meaning are in matrix.schema.json"
-        raise errors.MatrixValueError(what, where=str(path), remedy=remedy) from None
+        raise errors.MatrixValueError(what, where=path, remedy=remedy) from None
     places = {"base.lock": matrix.base.lock or ""}
     for name, line in matrix.line.items():
         places |= {f"line.{name}.lock": line.lock, f"line.{name}.series": line.series}
@@ -146,7 +145,7 @@ def load(root: Path) -> Matrix:
         if not target.is_relative_to(root.resolve()):
             what = f"{field} is outside the checkout: {target}"
             remedy = "give a path below the folder of matrix.toml, without links out of it"
-            raise errors.MatrixValueError(what, where=str(path), remedy=remedy)
+            raise errors.MatrixValueError(what, where=path, remedy=remedy)
     return matrix
 
 

@@ -63,7 +63,7 @@ def _workflow(project: Project, document: Any) -> str:
     if len(pins) != 1:
         what = f"expected one pin actions/checkout@COMMIT # vX.Y.Z, found {len(pins)}"
         remedy = "restore the file with git checkout, or pin the action by its full commit"
-        raise UsageError(what, where=str(path), remedy=remedy)
+        raise UsageError(what, where=path, remedy=remedy)
     pin = pins.pop()
     uses = pin.partition(" ")[0]
     for job in document["jobs"].values():

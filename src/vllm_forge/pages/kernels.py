@@ -194,21 +194,14 @@ def render_coverage(records: Sequence[Mapping[str, Any]], rows: Catalogue) -> st
 def coverage_table(record: Mapping[str, Any], rows: Catalogue) -> str:
     """The table of one line with short names, and what is missing, as plain text."""
     skus = record["skus"]
-    grid = [
-        ["family", *(f"{name} {arch}" for name, arch in skus.items())],
-        *(
-            [
-                name,
-                *(plain_codes(cells[sku]) for sku in skus),
-            ]
-            for name, cells in record["coverage"].items()
-        ),
-    ]
+    grid = [["family", *(f"{name} {arch}" for name, arch in skus.items())]]
+    for name, cells in record["coverage"].items():
+        grid.append([name, *(plain_codes(cells[sku]) for sku in skus)])
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     lines = [f"line {record['line']}, vLLM {record['vllm']}"]
     for row in grid:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join(cells).rstrip())
+        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join(padded).rstrip())
     return "\n".join([*lines, *_problems(record, rows)]).rstrip() + "\n"
 
 

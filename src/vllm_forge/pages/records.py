@@ -7,11 +7,10 @@ from itertools import groupby
 from typing import Any
 
 from packaging.version import Version
-from rich.table import Table
 
 from vllm_forge.checkpoints.inspect.findings import ALIASES, FAULTS, label
 from vllm_forge.checkpoints.inspect.inspection import DATA, Outcome, Verdicts
-from vllm_forge.pages.markdown import table, terminal_table
+from vllm_forge.pages.markdown import table
 from vllm_forge.patches.drift import Answer
 from vllm_forge.project import Project
 
@@ -29,23 +28,14 @@ OUTCOMES = {
 
 
 def checks(_: Project) -> str:
-    """The checks, sorted by name."""
     cells = []
     for row in sorted(FAULTS.values(), key=lambda row: row["check"]):
-        check, effect = row["check"], row["effect"]
         on = [f"{key} {row[key]}" for key in ("since", "before") if key in row]
         on += [f"without {row['handled_by']}"] if "handled_by" in row else []
         on += ["the first forward pass"] if row.get("in_forward") else []
-        cells.append(
-            [
-                f"`{check}`",
-                ALIASES.get(check, ""),
-                row["title"],
-                f"{effect}, draft" if row.get("scope") == "draft" else effect,
-                ", ".join(on),
-                row.get("remedy", ""),
-            ]
-        )
+        named = [f"`{row['check']}`", ALIASES.get(row["check"], ""), row["title"]]
+        effect = row["effect"] + (", draft" if row.get("scope") == "draft" else "")
+        cells.append([*named, effect, ", ".join(on), row.get("remedy", "")])
     head = ["check", "number", "fault", "effect", "on", "remedy"]
     return table(head, cells)
 
@@ -117,11 +107,6 @@ def drift(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def drift_table(data: dict[str, Any]) -> Table:
-    """The first table of the page, for a terminal."""
-    return terminal_table(*drift_summary(data))
-
-
 def drift_summary(data: dict[str, Any]) -> tuple[list[str], Iterator[list[str]]]:
     """Releases by changes."""
     changes = data["changes"]
@@ -159,40 +144,25 @@ def seed_installer(outcomes: list[dict[str, Any]]) -> str:
 
 def starts(result: dict[str, Any]) -> str:
     """One row per start; stages in the order of the log."""
-    rows = result["rows"]
-    stages = list(dict.fromkeys(name for row in rows for name in row["stages"]))
-    return table(
-        ["start", "GPU, line", "first token", *stages],
-        (
-            [
-                row["start"],
-                f"{row['gpu']}, {row['line']}",
-                row["ended"] or f"{row['first_token']:.1f} s",
-                *(f"{row['stages'][n]:.0f} s" if n in row["stages"] else "" for n in stages),
-            ]
-            for row in rows
-        ),
-    )
+    stages = list(dict.fromkeys(name for row in result["rows"] for name in row["stages"]))
+    cells = []
+    for row in result["rows"]:
+        seconds = [f"{row['stages'][n]:.0f} s" if n in row["stages"] else "" for n in stages]
+        first = row["ended"] or f"{row['first_token']:.1f} s"
+        cells.append([row["start"], f"{row['gpu']}, {row['line']}", first, *seconds])
+    return table(["start", "GPU, line", "first token", *stages], cells)
 
 
 def quantization(result: dict[str, Any]) -> str:
     """Time and memory by the size of the model, and what the real model would need."""
     machine, real = result["machine"], result[REAL]
-    cases = table(
-        ["model", "size, GB", "layers", "largest layer, MB", "CPU, s", "peak memory, GB"],
-        (
-            [
-                name,
-                f"{row['model_bytes'] / 1e9:.2f}",
-                row["layers"],
-                f"{row['largest_layer_bytes'] / 1e6:.0f}",
-                f"{row['cpu_s']:.0f}",
-                f"{row['peak_bytes'] / 1e9:.2f}",
-            ]
-            for name, row in result["cases"].items()
-        ),
-    )
-    return f"""{cases}
+    cells = []
+    for name, row in result["cases"].items():
+        size, peak = (f"{row[key] / 1e9:.2f}" for key in ("model_bytes", "peak_bytes"))
+        layer, seconds = f"{row['largest_layer_bytes'] / 1e6:.0f}", f"{row['cpu_s']:.0f}"
+        cells.append([name, size, row["layers"], layer, seconds, peak])
+    head = ["model", "size, GB", "layers", "largest layer, MB", "CPU, s", "peak memory, GB"]
+    return f"""{table(head, cells)}
 
 {result["date"]}, recipe {result["recipe"]} with {result["samples"]} conversations, \
 {result["threads"]} thread, {machine["cpus"]} CPUs, Python {machine["python"]}.
@@ -207,21 +177,13 @@ def quantization(result: dict[str, Any]) -> str:
 def inspection(result: dict[str, Any]) -> str:
     """Wall time of inspections at the real sizes."""
     machine = result["machine"]
-    artifacts = table(
-        ["artifact's layout", "tensors", "shards", "size, GB", "headers, s", "dry loads, s"],
-        (
-            [
-                name,
-                row["tensors"],
-                row["shards"],
-                f"{row['bytes'] / 1e9:.1f}",
-                f"{row['headers_s']:.1f}",
-                ", ".join(f"{line} {seconds:.0f}" for line, seconds in row["dry_load_s"].items()),
-            ]
-            for name, row in result["artifacts"].items()
-        ),
-    )
-    return f"""{artifacts}
+    cells = []
+    for name, row in result["artifacts"].items():
+        size, headers = f"{row['bytes'] / 1e9:.1f}", f"{row['headers_s']:.1f}"
+        loads = ", ".join(f"{line} {seconds:.0f}" for line, seconds in row["dry_load_s"].items())
+        cells.append([name, row["tensors"], row["shards"], size, headers, loads])
+    head = ["artifact's layout", "tensors", "shards", "size, GB", "headers, s", "dry loads, s"]
+    return f"""{table(head, cells)}
 
 {result["date"]}, {machine["cpus"]} CPUs, Python {machine["python"]}. {result["load"]}"""
 

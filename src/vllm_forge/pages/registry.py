@@ -8,7 +8,7 @@ from typing import Any
 
 import vllm_forge
 from vllm_forge.errors import ForgeError, UsageError
-from vllm_forge.host import atomic_path
+from vllm_forge.host import write_whole
 from vllm_forge.matrix.cells import schema_text
 from vllm_forge.pages import ci, records
 from vllm_forge.pages.claims import claims
@@ -47,7 +47,6 @@ def skus_table(project: Project) -> str:
 
 
 def exit_codes(_: Project) -> str:
-    """docs/generated/exit-codes.md."""
     for module in pkgutil.walk_packages(vllm_forge.__path__, "vllm_forge."):
         if module.name.endswith(".errors"):
             importlib.import_module(module.name)
@@ -113,8 +112,7 @@ def write_pages(project: Project, *paths: str) -> list[str]:
     """Write these pages (default: all); returns those that changed."""
     changed = []
     for path, text in _stale(project, paths):
-        with atomic_path(project.root / path) as aside:
-            aside.write_text(text, encoding="utf-8")
+        write_whole(project.root / path, text)
         changed.append(path)
     return changed
 

@@ -42,7 +42,6 @@ class Table(NamedTuple):
 
 
 def report(project: Project) -> str:
-    """The page."""
     folder = Path(__file__).parent
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, finalize=_printable,

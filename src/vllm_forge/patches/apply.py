@@ -78,13 +78,13 @@ def read_patch(path: Path) -> Patch:
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise errors.CorruptPatchError(f"not UTF-8: {error}", where=str(path)) from None
+        raise errors.CorruptPatchError(f"not UTF-8: {error}", where=path) from None
     _require_lf(text, str(path))
     head, separator, diff = text.partition("\n" + SEPARATOR)
     if not separator or not (diff.startswith("diff --git ") or not diff.strip()):
         what = "expected a header, a line with --- and then the diff"
         remedy = "see docs/develop/patches.md for the form"
-        raise errors.PatchHeaderError(what, where=str(path), remedy=remedy)
+        raise errors.PatchHeaderError(what, where=path, remedy=remedy)
     return parse_patch(path, parse_fields(head, str(path)), diff, str(path))
 
 
@@ -105,7 +105,6 @@ def parse_patch(path: Path, fields: dict[str, str], diff: str, where: str) -> Pa
 
 
 def patch_text(patch: Patch) -> str:
-    """The content of the patch's file."""
     return header_text(patch.fields) + SEPARATOR + patch.diff
 
 
@@ -126,13 +125,11 @@ def parse_fields(head: str, where: str, *, ordered: bool = True) -> dict[str, st
             continue
         name, colon, value = line.partition(": ")
         if not colon or not value.strip():
-            raise errors.PatchHeaderError(
-                f"invalid header line {line!r}: expected NAME: TEXT", where=at
-            )
+            what = f"invalid header line {line!r}: expected NAME: TEXT"
+            raise errors.PatchHeaderError(what, where=at)
         if name not in FIELDS:
-            raise errors.PatchHeaderError(
-                f"unknown field {name!r}", where=at, remedy="fields: " + ", ".join(FIELDS)
-            )
+            what = f"unknown field {name!r}"
+            raise errors.PatchHeaderError(what, where=at, remedy="fields: " + ", ".join(FIELDS))
         if name in fields:
             raise errors.PatchHeaderError(f"duplicate field {name}", where=at)
         fields[last := name] = value
@@ -144,9 +141,8 @@ def parse_fields(head: str, where: str, *, ordered: bool = True) -> dict[str, st
         raise errors.NonCanonicalPatchError(what, where=where, remedy=remedy)
     for name, (form, expected) in FORMS.items():
         if not form.match(fields[name]):
-            raise errors.PatchHeaderError(
-                f"invalid {name} {fields[name]!r}: expected {expected}", where=where
-            )
+            what = f"invalid {name} {fields[name]!r}: expected {expected}"
+            raise errors.PatchHeaderError(what, where=where)
     return {name: fields[name] for name in FIELDS}
 
 
@@ -260,7 +256,7 @@ def _require_canonical(repo: SourceRepo, patch: Patch, before: str, after: str) 
         differ = (number for number, (row, canonical) in enumerate(rows, 1) if row != canonical)
         what = f"the diff is not in canonical form from its line {next(differ, 'last')} on"
         remedy = "run: vllm-forge patch lock --export"
-        raise errors.NonCanonicalPatchError(what, where=str(patch.path), remedy=remedy)
+        raise errors.NonCanonicalPatchError(what, where=patch.path, remedy=remedy)
 
 
 def _refusal(

@@ -57,7 +57,7 @@ def checkout(project: Project, line_name: str, repo: SourceRepo, target: Path) -
     number of patches. On an error ``target`` is not created.
     """
     if target.exists() or target.is_symlink():
-        raise UsageError("the directory exists", where=str(target), remedy="give a new path")
+        raise UsageError("the directory exists", where=target, remedy="give a new path")
     name, line = project.line(line_name)
     series = project.root / line.series
     patches = read_series(series)
@@ -108,7 +108,7 @@ def export(project: Project, source: Path) -> tuple[str, tuple[apply.Patch, ...]
     line_name = work.text(*CONFIG, "forge.line", check=False) if work.path.exists() else ""
     if not line_name:
         remedy = "make one: nox -s forge -- patch checkout --line LINE DIR"
-        raise UsageError("not a patch checkout", where=str(source), remedy=remedy)
+        raise UsageError("not a patch checkout", where=source, remedy=remedy)
     name, line = project.line(line_name)
     series = project.root / line.series
     lock = read_tree_lock(series, name)
@@ -121,12 +121,11 @@ def export(project: Project, source: Path) -> tuple[str, tuple[apply.Patch, ...]
     if doubled := sorted({item for item in names if names.count(item) > 1}):
         what = f"more than one commit is {PATCH}: {', '.join(doubled)}"
         remedy = "change the trailer of one with git rebase -i, or squash the two"
-        raise errors.PatchHeaderError(what, where=str(source), remedy=remedy)
+        raise errors.PatchHeaderError(what, where=source, remedy=remedy)
     applied = apply.apply_series(work, lock.base, patches)
     if applied.trees != tuple(trees[1:]):
-        raise errors.NonCanonicalPatchError(
-            "the patches do not give the trees of the commits", where=str(source)
-        )
+        what = "the patches do not give the trees of the commits"
+        raise errors.NonCanonicalPatchError(what, where=source)
     before = _digest(series)
     with atomic_path(series) as aside:
         shutil.copytree(series, aside, ignore=shutil.ignore_patterns("*.patch"))
@@ -139,7 +138,7 @@ def export(project: Project, source: Path) -> tuple[str, tuple[apply.Patch, ...]
         # Equal to `after`: killed between the two writes below.
         if before not in {work.text(*CONFIG, "forge.series", check=False), after}:
             what = f"the series of line {name} was changed since the checkout {source}"
-            raise errors.WrongBaseError(what, where=str(series), remedy=AGAIN)
+            raise errors.WrongBaseError(what, where=series, remedy=AGAIN)
     work.git("config", "forge.series", after)
     return name, read_series(series)
 
@@ -152,7 +151,7 @@ def _message(patch: apply.Patch) -> str:
     if _fields(message, str(patch.path)) != (patch.fields, patch.name):
         what = "cannot write the header as a commit message"
         remedy = "remove blank lines and trailing spaces from the header"
-        raise errors.PatchHeaderError(what, where=str(patch.path), remedy=remedy)
+        raise errors.PatchHeaderError(what, where=patch.path, remedy=remedy)
     return message
 
 
@@ -176,9 +175,8 @@ def _patch(work: SourceRepo, commit: str, number: int, before: str, after: str) 
     subject = message.partition("\n")[0]
     where = f"commit {commit[:12]} ({subject})"
     if before == after:
-        raise errors.EmptyPatchError(
-            "the commit changes nothing", where=where, remedy="drop it with git rebase -i"
-        )
+        what = "the commit changes nothing"
+        raise errors.EmptyPatchError(what, where=where, remedy="drop it with git rebase -i")
     fields, name = _fields(message, where)
     if name is None:
         slug = re.sub(r"[^a-z0-9]+", "-", subject.lower()).strip("-")[:50].rstrip("-")
@@ -199,33 +197,31 @@ def _commits(work: SourceRepo, source: Path, tree: str) -> list[str]:
     actual = work.text("rev-parse", "--verify", "--quiet", f"{BASE}^{{tree}}", check=False)
     if actual != tree:
         what = f"the checkout is of the source tree {actual or 'unknown'}, the line's is {tree}"
-        raise errors.WrongBaseError(what, where=str(source), remedy=AGAIN)
+        raise errors.WrongBaseError(what, where=source, remedy=AGAIN)
     rows = work.text("rev-list", "--reverse", "--parents", f"{BASE}..HEAD").splitlines()
     history = [row.split() for row in rows]
     if merges := [row[0] for row in history if len(row) > 2]:  # noqa: PLR2004 - itself, one parent
         what = f"commit {merges[0][:12]} is a merge"
         remedy = f"make the history linear: git rebase {BASE}"
-        raise errors.NonCanonicalPatchError(what, where=str(source), remedy=remedy)
+        raise errors.NonCanonicalPatchError(what, where=source, remedy=remedy)
     commits = [work.text("rev-parse", BASE), *(row[0] for row in history)]
     if [row[1:] for row in history] != [[parent] for parent in commits[:-1]]:
-        raise errors.WrongBaseError(
-            "the branch does not start at the line's source", where=str(source), remedy=AGAIN
-        )
+        what = "the branch does not start at the line's source"
+        raise errors.WrongBaseError(what, where=source, remedy=AGAIN)
     return commits
 
 
 def _require_clean(work: SourceRepo, source: Path) -> None:
     for state, command in UNFINISHED.items():
         if (work.path / state).exists():
-            raise errors.DirtyTreeError(
-                "a git operation is unfinished", where=str(source), remedy=f"finish it: {command}"
-            )
+            what = "a git operation is unfinished"
+            raise errors.DirtyTreeError(what, where=source, remedy=f"finish it: {command}")
     options = ("status", "--porcelain", "--untracked-files=all")
     if status := work.text(f"--work-tree={source}", *options):
         rows = status.splitlines()
         what = f"{len(rows)} uncommitted changes:\n" + "\n".join(rows[:5])
         remedy = "commit or stash them; delete files that do not belong to a patch"
-        raise errors.DirtyTreeError(what, where=str(source), remedy=remedy)
+        raise errors.DirtyTreeError(what, where=source, remedy=remedy)
 
 
 def _digest(series: Path) -> str:

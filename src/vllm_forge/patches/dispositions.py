@@ -44,8 +44,6 @@ class Decision(FrozenModel):
 
 
 class Disposition(FrozenModel):
-    """About one change."""
-
     model_config = ConfigDict(str_min_length=1)
 
     about: str

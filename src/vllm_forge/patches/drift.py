@@ -113,9 +113,8 @@ def releases_between(index: Index, first: str, last: str | None) -> list[Release
         low = Version(first)
         high = None if last is None else Version(last)
     except InvalidVersion as error:
-        raise UsageError(
-            f"not a version: {error}", remedy="e.g. --from 0.22.1 --to 0.33.0"
-        ) from None
+        what = f"not a version: {error}"
+        raise UsageError(what, remedy="e.g. --from 0.22.1 --to 0.33.0") from None
     if high is not None and low > high:
         raise UsageError(f"{first} is newer than {last}", remedy="--from OLDER --to NEWER")
     releases: dict[Version, Release] = {}

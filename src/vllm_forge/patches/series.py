@@ -16,19 +16,10 @@ from pydantic import Field
 from unidiff.patch import PatchSet
 
 from vllm_forge.errors import ForgeError
-from vllm_forge.host import atomic_path, cache_root, exclusive, read_data
+from vllm_forge.host import cache_root, exclusive, read_data, write_whole
 from vllm_forge.matrix import FrozenModel
-from vllm_forge.patches import errors
-from vllm_forge.patches.apply import (
-    MOVED,
-    Applied,
-    Patch,
-    apply_series,
-    canonical_diff,
-    patch_text,
-    read_patch,
-    tree_index,
-)
+from vllm_forge.patches import apply, errors
+from vllm_forge.patches.apply import Applied, Patch
 from vllm_forge.project import Project
 from vllm_forge.sources import Download, Index, IndexFile, SourceRepo, download_all, verified
 from vllm_forge.sources.errors import DistributionNotFoundError, LockFileError
@@ -55,24 +46,23 @@ def read_series(folder: Path) -> tuple[Patch, ...]:
     """
     path = folder / "series"
     if not path.is_file():
-        raise errors.SeriesFileError("no series file", where=str(path))
+        raise errors.SeriesFileError("no series file", where=path)
     rows = path.read_text(encoding="utf-8", errors="replace").splitlines()
     names = [row.strip() for row in rows if row.strip() and not row.startswith("#")]
     for name in names:
         if names.count(name) > 1:
-            raise errors.AppliedTwiceError(
-                f"{name} is listed twice", where=str(path), remedy="delete one of the lines"
-            )
+            what = f"{name} is listed twice"
+            raise errors.AppliedTwiceError(what, where=path, remedy="delete one of the lines")
         if "/" in name or (folder / name).is_symlink() or not (folder / name).is_file():
             what = f"the series lists {name}, which is not a file of its folder"
             remedy = "add the file, or delete the line"
-            raise errors.SeriesFileError(what, where=str(path), remedy=remedy)
+            raise errors.SeriesFileError(what, where=path, remedy=remedy)
     present = {file.name for file in folder.iterdir() if file.suffix in {".patch", ".diff"}}
     if unlisted := sorted(present - set(names)):
         what = f"not in the series: {', '.join(unlisted)}"
         remedy = "list it where it belongs, or delete the file"
-        raise errors.SeriesFileError(what, where=str(path), remedy=remedy)
-    return tuple(read_patch(folder / name) for name in names)
+        raise errors.SeriesFileError(what, where=path, remedy=remedy)
+    return tuple(apply.read_patch(folder / name) for name in names)
 
 
 def series_text(folder: Path, names: list[str]) -> str:
@@ -110,7 +100,7 @@ def fetch_base(lock: TreeLock, version: str, repo: SourceRepo) -> str:
     if tree != lock.base:
         raise errors.WrongBaseError(
             f"the source tree of vLLM {version} is {tree}, the series is for {lock.base}",
-            where=str(repo.path),
+            where=repo.path,
             remedy="the release may have been published again: look at what changed before you "
             "make a new lock",
         )
@@ -125,11 +115,11 @@ def check_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
     lock = read_tree_lock(folder, line_name)
     with repo.mending():
         base = fetch_base(lock, line.vllm, repo)
-        applied = apply_series(repo, base, patches)
+        applied = apply.apply_series(repo, base, patches)
     if applied.result != lock.result:
         what = f"the series gives tree {applied.result}, the lock says {lock.result}"
         remedy = f"if the change is meant, run: {COMMAND} {line_name}"
-        raise errors.TreeMismatchError(what, where=str(folder / "lock.toml"), remedy=remedy)
+        raise errors.TreeMismatchError(what, where=folder / "lock.toml", remedy=remedy)
     return applied
 
 
@@ -142,15 +132,13 @@ def update_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
     sha256, size = _offered(index, sdist).pins()
     draft = TreeLock(sdist=sdist, size=size, sha256=sha256, base="", result="")
     base = repo.import_archive(line.vllm, _archive(draft, index))
-    applied = apply_series(repo, base, patches)
-    with atomic_path(folder / "lock.toml") as aside:
-        lock = draft.model_copy(update={"base": applied.base, "result": applied.result})
-        aside.write_text(lock_text(lock, line_name), encoding="utf-8")
+    applied = apply.apply_series(repo, base, patches)
+    lock = draft.model_copy(update={"base": applied.base, "result": applied.result})
+    write_whole(folder / "lock.toml", lock_text(lock, line_name))
     return applied
 
 
 def lock_text(lock: TreeLock, line_name: str) -> str:
-    """The content of lock.toml."""
     # JSON's strings and numbers are TOML's.
     rows = (f"{name} = {json.dumps(value)}\n" for name, value in lock)
     return f"# Made by: {COMMAND} {line_name}\n" + "".join(rows)
@@ -160,9 +148,8 @@ def export_line(folder: Path, repo: SourceRepo, trees: list[str]) -> None:
     """Rewrite each patch's diff in canonical form, from the trees before and after it."""
     patches = read_series(folder)
     for patch, before, after in zip(patches, trees[:-1], trees[1:], strict=True):
-        with atomic_path(patch.path) as aside:
-            canonical = replace(patch, diff=canonical_diff(repo, before, after))
-            aside.write_text(patch_text(canonical), encoding="utf-8")
+        canonical = replace(patch, diff=apply.canonical_diff(repo, before, after))
+        write_whole(patch.path, apply.patch_text(canonical))
 
 
 def _archive(lock: TreeLock, index: Index | None = None) -> Path:
@@ -204,12 +191,12 @@ def without(repo: SourceRepo, applied: Applied, patches: Sequence[Patch], index:
         return Variant(left_out=patch, tree=tree, way=TAKEN_OUT)
     what = f"{patch.name} can neither be left out nor be taken out: later patches build on it"
     remedy = "make one patch of those that cannot do without each other"
-    raise errors.InseparablePatchError(what, where=str(patch.path), remedy=remedy)
+    raise errors.InseparablePatchError(what, where=patch.path, remedy=remedy)
 
 
 def require_idempotent(repo: SourceRepo, applied: Applied, patches: Sequence[Patch]) -> None:
     """SeriesOrderError if a second run gives other trees, or a patch goes onto its own result."""
-    again = apply_series(repo, applied.base, patches)
+    again = apply.apply_series(repo, applied.base, patches)
     if again != applied:
         raise errors.SeriesOrderError(
             f"applied twice to the same source, the series gave {applied.result}, then "
@@ -218,7 +205,7 @@ def require_idempotent(repo: SourceRepo, applied: Applied, patches: Sequence[Pat
         )
     for patch, tree in zip(patches, applied.trees, strict=True):
         try:
-            apply_series(repo, tree, [patch])
+            apply.apply_series(repo, tree, [patch])
         except errors.AlreadyUpstreamError:
             continue
         except ForgeError as error:
@@ -228,7 +215,7 @@ def require_idempotent(repo: SourceRepo, applied: Applied, patches: Sequence[Pat
         raise errors.SeriesOrderError(
             f"{patch.name} {outcome} on its own result, where it must be refused as "
             f"{errors.AlreadyUpstreamError.__name__}",
-            where=str(patch.path),
+            where=patch.path,
             remedy="its hunks fit in more than one place: give them context that fits in one",
         )
 
@@ -249,7 +236,7 @@ def pairs(repo: SourceRepo, applied: Applied, patches: Sequence[Patch]) -> list[
                 f"{first.name} and {second.name} "
                 + ("give another tree" if tree else "do not apply")
                 + " in the other order",
-                where=str(first.path.parent),
+                where=first.path.parent,
                 remedy="make one patch of the two, or see which lines they share",
             )
         rows.append({"first": first.name, "second": second.name, "commutes": same})
@@ -262,15 +249,15 @@ def trees_of_moved(repo: SourceRepo, base: str, patches: Sequence[Patch]) -> lis
     for patch in patches:
         after = apply_one(repo, trees[-1], patch, moved=True)
         # Refused: the strict way says best why.
-        trees.append(after or apply_series(repo, trees[-1], [patch]).result)
+        trees.append(after or apply.apply_series(repo, trees[-1], [patch]).result)
     return trees
 
 
 def apply_one(repo: SourceRepo, tree: str, patch: Patch, *, moved: bool = False) -> str | None:
     """The tree after one patch, None where git refuses it; ``moved`` allows an offset."""
-    with tree_index(repo, tree) as index:
+    with apply.tree_index(repo, tree) as index:
         done = index.apply(patch)
-        offset = MOVED.search(done.stderr.decode(errors="replace"))
+        offset = apply.MOVED.search(done.stderr.decode(errors="replace"))
         return index.tree() if done.returncode == 0 and (moved or not offset) else None
 
 
@@ -281,7 +268,7 @@ def _taken_out(repo: SourceRepo, applied: Applied, patch: Patch, number: int) ->
     """
     trees = (applied.result, applied.trees[number], applied.before(number))
     with (
-        tree_index(repo, applied.result) as index,
+        apply.tree_index(repo, applied.result) as index,
         tempfile.TemporaryDirectory(prefix="vllm-forge-merge-") as folder,
     ):
         files = [Path(folder) / name for name in ("whole", "with", "without")]

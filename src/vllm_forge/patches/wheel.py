@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_forge.host import atomic_path
+from vllm_forge.host import atomic_path, write_whole
 from vllm_forge.host.errors import CacheError
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.patches import errors
@@ -84,9 +84,8 @@ def read_blob(repo: SourceRepo, digest: str) -> bytes:
     """The content of a blob; git checks its compression, but not its hash."""
     content = repo.git("cat-file", "blob", digest).stdout
     if blob_hash(content) != digest:
-        raise CacheError(
-            f"blob {digest} has other content", where=str(repo.path), remedy="delete the repository"
-        )
+        what = f"blob {digest} has other content"
+        raise CacheError(what, where=repo.path, remedy="delete the repository")
     return content
 
 
@@ -127,7 +126,7 @@ def build_wheel(
         if twice := [path for path, n in Counter(source.namelist()).items() if n > 1]:
             what = f"duplicate members: {', '.join(twice[:3])}"
             remedy = "lock another release of vLLM"
-            raise errors.WheelSourceError(what, where=str(published), remedy=remedy)
+            raise errors.WheelSourceError(what, where=published, remedy=remedy)
         _require_source(repo, applied.base, source, published)
         old_info, new_info = f"vllm-{release}.dist-info", f"vllm-{version}.dist-info"
         record = f"{old_info}/RECORD"
@@ -135,11 +134,11 @@ def build_wheel(
         if lost := sorted({GENERATED, f"{old_info}/METADATA", record} - members):
             what = f"the wheel has no {', '.join(lost)}, where its version is"
             remedy = "unsupported wheel layout; support it in patches/wheel.py"
-            raise errors.WheelSourceError(what, where=str(published), remedy=remedy)
+            raise errors.WheelSourceError(what, where=published, remedy=remedy)
         if absent := sorted({file.path for file in changed} - members):
             what = f"the series changes files that the wheel does not ship: {', '.join(absent)}"
             remedy = "such a change has no effect on what is installed: drop it from the patch"
-            raise errors.WheelSourceError(what, where=str(published), remedy=remedy)
+            raise errors.WheelSourceError(what, where=published, remedy=remedy)
         replaced = {file.path: read_blob(repo, file.after) for file in changed}
         replaced[GENERATED] = stamp_version(source.read(GENERATED), release, version, published)
         replaced[f"{old_info}/METADATA"] = replace_once(
@@ -168,7 +167,7 @@ def _require_source(repo: SourceRepo, base: str, wheel: zipfile.ZipFile, publish
         if path != GENERATED and path in blobs and blob_hash(wheel.read(path)) != blobs[path]:
             raise errors.WheelSourceError(
                 f"{path} in the wheel is not the file of the source archive",
-                where=str(published),
+                where=published,
                 remedy="the patches are proven against the source; do not build from this wheel "
                 "before you know why they differ",
             )
@@ -177,9 +176,8 @@ def _require_source(repo: SourceRepo, base: str, wheel: zipfile.ZipFile, publish
 def replace_once(content: bytes, old: str, new: str, where: Path) -> bytes:
     """Replace text that must occur exactly once, else WheelSourceError."""
     if (count := content.count(old.encode())) != 1:
-        raise errors.WheelSourceError(
-            f"{old.strip()!r} occurs {count} times, not once", where=str(where)
-        )
+        what = f"{old.strip()!r} occurs {count} times, not once"
+        raise errors.WheelSourceError(what, where=where)
     return content.replace(old.encode(), new.encode())
 
 
@@ -242,8 +240,7 @@ def find_python(given: Path | None) -> Path:
         raise errors.NoEnvironmentError(what, remedy=remedy)
     if not (python.parent.parent / "pyvenv.cfg").exists():
         what = "not a virtual environment; a system's Python is not ours to change"
-        remedy = "make one: python3 -m venv DIR"
-        raise errors.NoEnvironmentError(what, where=str(python), remedy=remedy)
+        raise errors.NoEnvironmentError(what, where=python, remedy="make one: python3 -m venv DIR")
     return python
 
 
@@ -254,13 +251,12 @@ def probe(python: Path) -> Installed:
     try:  # a .pth may print before it
         target = Installed.model_validate_json(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):
-        raise errors.NoEnvironmentError(
-            f"the interpreter does not run: {done.stderr.strip()[-300:]}", where=str(python)
-        ) from None
+        what = f"the interpreter does not run: {done.stderr.strip()[-300:]}"
+        raise errors.NoEnvironmentError(what, where=python) from None
     if target.editable:
         what = "vLLM is installed from a source tree (editable)"
         remedy = "apply patches/vllm/<line>/*.patch to that tree with git am or git apply"
-        raise errors.DirtyTreeError(what, where=str(target.site), remedy=remedy)
+        raise errors.DirtyTreeError(what, where=target.site, remedy=remedy)
     return target
 
 
@@ -281,22 +277,20 @@ class Installer:
         """Apply the series; a mixture, e.g. after a kill, is a InstalledStateError."""
         published, patched = self._state()
         if patched and not published:
-            raise errors.InstalledStateError(
-                f"this vLLM is {self.version} already", where=str(self.site)
-            )
+            what = f"this vLLM is {self.version} already"
+            raise errors.InstalledStateError(what, where=self.site)
         if patched:
             what = f"{len(patched)} files are patched, {len(published)} are not"
             remedy = "run this with --revert first: it restores all published files"
-            raise errors.InstalledStateError(what, where=str(self.site), remedy=remedy)
+            raise errors.InstalledStateError(what, where=self.site, remedy=remedy)
         self._replace({file.path: file.after for file in self._changed}, self.release, self.version)
 
     def revert(self) -> None:
         """Put every file back as published, also from a mixture; else InstalledStateError."""
         _, patched = self._state()
         if not patched:
-            raise errors.InstalledStateError(
-                f"this vLLM is {self.target.version}, as published", where=str(self.site)
-            )
+            what = f"this vLLM is {self.target.version}, as published"
+            raise errors.InstalledStateError(what, where=self.site)
         originals = {file.path: file.before for file in self._changed}
         self._replace(originals, self.version, self.release)
 
@@ -305,7 +299,7 @@ class Installer:
         if self.target.version not in {self.release, self.version}:
             what = f"vLLM {self.target.version} is installed, this series is for {self.release}"
             remedy = f"install vllm=={self.release}, or choose another --line"
-            raise errors.InstalledStateError(what, where=str(self.site), remedy=remedy)
+            raise errors.InstalledStateError(what, where=self.site, remedy=remedy)
         published: list[str] = []
         patched: list[str] = []
         foreign: list[str] = []
@@ -326,7 +320,7 @@ class Installer:
             shown = ", ".join(foreign[:5]) + (" ..." if len(foreign) > 5 else "")  # noqa: PLR2004
             what = f"{len(foreign)} files are neither as published nor as patched: {shown}"
             remedy = f"reinstall vllm=={self.release}, then run this again"
-            raise errors.DirtyTreeError(what, where=str(self.site), remedy=remedy)
+            raise errors.DirtyTreeError(what, where=self.site, remedy=remedy)
         return published, patched
 
     def _replace(self, blobs: dict[str, str], old: str, new: str) -> None:
@@ -381,7 +375,7 @@ def patch_installed(site: Path, patches: Sequence[Patch]) -> list[Path]:
                 if not (path.startswith(PREFIX) and installed.is_file()):
                     what = f"the series changes {path}, which is not installed"
                     remedy = "the patch is for another release: see the series' folder"
-                    raise errors.WrongBaseError(what, where=str(site), remedy=remedy)
+                    raise errors.WrongBaseError(what, where=site, remedy=remedy)
                 index.put(path, "100644", installed.read_bytes())
             base = index.tree()
         result = apply_series(repo, base, patches).result
@@ -391,6 +385,5 @@ def patch_installed(site: Path, patches: Sequence[Patch]) -> list[Path]:
             for path in filter(None, listing.split("\0"))
         }
     for path, content in changed.items():
-        with atomic_path(site / path) as aside:
-            aside.write_bytes(content)
+        write_whole(site / path, content)
     return [site / path for path in changed]

@@ -10,7 +10,7 @@ from vllm_forge.checkpoints.inspect import dry_load as loading
 from vllm_forge.checkpoints.inspect.inspection import DATA, Verdicts, inspect, variant_row
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.errors import ForgeError, UsageError
-from vllm_forge.host import Runner, atomic_path, console, exclusive, report, which
+from vllm_forge.host import Runner, console, exclusive, report, which, write_whole
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images.store import stored
 from vllm_forge.patches import read_dispositions
@@ -66,7 +66,7 @@ def dry_loads(
     if not profile.tensors:
         what = "a dry load needs headers, and only the index is at hand"
         remedy = "fetch the shards, or leave out --resolve vllm"
-        raise UsageError(what, where=str(profile.source), remedy=remedy)
+        raise UsageError(what, where=profile.source, remedy=remedy)
     answers = {}
     for name in names:
         if resolve_by == "auto" and (why := ready(project, name)):
@@ -89,7 +89,6 @@ def record_verdicts(project: Project, runner: Runner) -> Path:
         inspection = inspect(profile, releases, dispositions, cases)
         rows[name] = variant_row(variants[name], inspection, matrix.default_line)
     device = matrix.sku[matrix.line[matrix.default_line].skus[0]].device
-    with atomic_path(project.root / DATA) as aside:
-        verdicts = Verdicts(vllm=releases, device=device, variants=rows)
-        aside.write_text(verdicts.text(), encoding="utf-8")
+    verdicts = Verdicts(vllm=releases, device=device, variants=rows)
+    write_whole(project.root / DATA, verdicts.text())
     return project.root / DATA

@@ -102,7 +102,7 @@ def open_line(project: Project, line_name: str, runner: Runner, kind: str) -> Li
     if system.root is None:
         what = "the kept system has no unpacked root"
         remedy = "delete that folder and run again"
-        raise CacheError(what, where=str(cache_root() / "systems"), remedy=remedy)
+        raise CacheError(what, where=cache_root() / "systems", remedy=remedy)
     stored = [require_stored(group.key) for group in reversed(plan.groups)]
     layers = [folder for layer in stored for folder in (layer.files, layer.code)]
     work = cache_root() / kind / line_name

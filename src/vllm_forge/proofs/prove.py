@@ -95,9 +95,8 @@ def parse(output: str, where: str) -> TestRun:
     try:
         run = TestRun.model_validate_json(output.strip().splitlines()[-1])
     except (IndexError, ValidationError):
-        raise ProofNotRunError(
-            "the tests printed no verdict", where=where, remedy=output[-2000:]
-        ) from None
+        what = "the tests printed no verdict"
+        raise ProofNotRunError(what, where=where, remedy=output[-2000:]) from None
     return run.model_copy(update={"why": CHANGING.sub("...", run.why)[:WHY_CHARS]})
 
 
@@ -168,7 +167,6 @@ def not_run(name: str, run: TestRun) -> ProofNotRunError:
 
 
 def show(job: ProofJob, whole: TestRun, runs: Sequence[TestRun]) -> None:
-    """Print the table of a line."""
     table = Table(title=f"line {job.line_name}, vLLM {job.environment.plan.cell.line.vllm}")
     for column in ("patch", "without it", "with the series", "why it is red"):
         table.add_column(column, overflow="fold")

@@ -43,16 +43,16 @@ def sign_receipt(project: Project, path: Path, key: PrivateKey) -> Path:
     path, keys, now = path.absolute(), read_keyring(project.root), datetime.now(UTC)
     if (trusted := keys.find(keyid=key.public.id)) is None:
         what = f"key {key.public.id} is not in the keyring: what it signs would be refused"
-        raise UnknownSignerError(what, where=str(path), remedy=_add_key(now))
+        raise UnknownSignerError(what, where=path, remedy=_add_key(now))
     trusted.require("receipts", now, str(path))
     if path.parents[1] != project.root / FOLDER:
         what = f"the receipt is not in {FOLDER}/<digest>"
         remedy = "sign a committed one; those of others are accepted with: receipts accept FILE"
-        raise errors.ReceiptKeyError(what, where=str(path), remedy=remedy)
+        raise errors.ReceiptKeyError(what, where=path, remedy=remedy)
     receipt = read_receipt(path, keys)
     if receipt.signed_by:
         what = f"the receipt is signed already, by {receipt.signed_by[0].name}"
-        raise errors.ReceiptKeyError(what, where=str(path), remedy="keep it as it is")
+        raise errors.ReceiptKeyError(what, where=path, remedy="keep it as it is")
     verify(project, receipt, now, Keyring())  # it is unsigned as yet
     _show(f"{trusted.name} signs", receipt)
     return write_receipt(project.root / FOLDER, receipt.statement, key)
@@ -84,7 +84,7 @@ def accept_receipt(project: Project, path: Path, keys: Keyring) -> Receipt:
     console.print("  not checked: that the run was honest" + ("" if compared else f"; {BUILD}"))
     if any(key.row is None for key in receipt.signed_by):
         what = "every check passed, but the signer is not in the keyring"
-        raise errors.ReceiptKeyError(what, where=str(path), remedy=_add_key(now))
+        raise errors.ReceiptKeyError(what, where=path, remedy=_add_key(now))
     _store(placed, path, keys)
     return placed
 
@@ -97,7 +97,7 @@ def _require_built(project: Project, receipt: Receipt) -> bool:
     if built not in (None, f"sha256:{receipt.statement.sha256}"):
         what = f"the receipt is for sha256:{receipt.statement.sha256}, built here is {built}"
         remedy = "ask which commit its image was built from; build that one, and compare"
-        raise errors.ReceiptSubjectError(what, where=str(receipt.path), remedy=remedy)
+        raise errors.ReceiptSubjectError(what, where=receipt.path, remedy=remedy)
     return built is not None
 
 
@@ -108,7 +108,7 @@ def _store(receipt: Receipt, path: Path, keys: Keyring) -> None:
         if (present.statement, present.signatures) != (receipt.statement, receipt.signatures):
             what = f"another receipt is already at {receipt.path}"
             remedy = "compare them; to replace the old one, delete it first"
-            raise errors.ReceiptSubjectError(what, where=str(path), remedy=remedy)
+            raise errors.ReceiptSubjectError(what, where=path, remedy=remedy)
     store_receipt(receipt.path, receipt.statement, receipt.signatures)
 
 

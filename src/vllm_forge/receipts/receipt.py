@@ -30,7 +30,7 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.signer import Signature
 
 from vllm_forge.errors import problems
-from vllm_forge.host import atomic_path, canonical, parse_json, printable, read_plain
+from vllm_forge.host import canonical, parse_json, printable, read_plain, write_whole
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.matrix.model import Text
 from vllm_forge.receipts import errors
@@ -251,8 +251,7 @@ def store_receipt(
     rows = {key.id: Signature(key.id, signature.hex()) for key, signature in signatures}
     envelope = Envelope(statement.content, PAYLOAD_TYPE, rows)
     data = envelope.to_dict() | {DIGEST: hashlib.sha256(envelope.payload).hexdigest()}
-    with atomic_path(path) as aside:
-        aside.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(data, indent=1, sort_keys=True) + "\n")
 
 
 def read_receipt(path: Path, keys: Keyring) -> Receipt:
@@ -294,7 +293,7 @@ def _signatures(
         if (key := keys.find(keyid=keyid)) is None:
             what = f"signed by key {printable(keyid)}, which is not among the trusted ones"
             remedy = f"if you trust the signer, add the public key to {KEYS}"
-            raise UnknownSignerError(what, where=str(path), remedy=remedy)
+            raise UnknownSignerError(what, where=path, remedy=remedy)
         signature = bytes.fromhex(row.signature)
         key.verify(signature, envelope.pae(), str(path))
         yield key, signature
@@ -302,10 +301,9 @@ def _signatures(
 
 def _unreadable(path: Path, why: str) -> errors.ReceiptUnreadableError:
     remedy = "remove it, if neither `gpu test` nor `gpu receipts` wrote it"
-    return errors.ReceiptUnreadableError(f"not a receipt: {why}", where=str(path), remedy=remedy)
+    return errors.ReceiptUnreadableError(f"not a receipt: {why}", where=path, remedy=remedy)
 
 
 def _edited(path: Path, why: str) -> errors.ReceiptEditedError:
-    what = f"the receipt was edited: {why}"
     remedy = "delete it, and run the suite again"
-    return errors.ReceiptEditedError(what, where=str(path), remedy=remedy)
+    return errors.ReceiptEditedError(f"the receipt was edited: {why}", where=path, remedy=remedy)

@@ -109,7 +109,7 @@ def source_files(root: Path, tier: Tier) -> list[str]:
     queue = [root / RUNNER]
     for folder in tier.folders:
         if not (root / folder).is_dir():
-            raise SuiteDescriptionError(f"{folder} is not a directory", where=str(root / FILE))
+            raise SuiteDescriptionError(f"{folder} is not a directory", where=root / FILE)
         queue += _files(root / folder)
     known: set[Path] = set()
     while queue:
@@ -129,7 +129,7 @@ def _named(root: Path, path: Path) -> Iterator[Path]:
     try:
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     except (OSError, ValueError, SyntaxError) as error:
-        raise SuiteDescriptionError(f"cannot read a test: {error}", where=str(path)) from None
+        raise SuiteDescriptionError(f"cannot read a test: {error}", where=path) from None
     names: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -138,7 +138,7 @@ def _named(root: Path, path: Path) -> Iterator[Path]:
             module = node.module or ""
             names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
             if node.level:
-                raise SuiteDescriptionError(f"relative import of {module}", where=str(path))
+                raise SuiteDescriptionError(f"relative import of {module}", where=path)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             names |= {node.value} if DOTTED.fullmatch(node.value) else set()
             if FILE_NAME.fullmatch(node.value):
@@ -167,7 +167,7 @@ def _module(root: Path, importer: Path, name: str) -> Iterator[Path]:
     else:
         what = f"tests/gpu must not import {name}"
         remedy = f"a GPU host has tests/gpu and {CODECS}: import nothing else of the project"
-        raise SuiteDescriptionError(what, where=str(importer), remedy=remedy)
+        raise SuiteDescriptionError(what, where=importer, remedy=remedy)
 
 
 def _hash_files(root: Path, names: list[str]) -> dict[str, str]:
@@ -223,9 +223,8 @@ def read_cases(root: Path, name: str) -> dict[str, Case]:
         remedy=LIST_CASES,
     )
     if listed.sources_sha256 != sources_hash(root, name):
-        raise SuiteDescriptionError(
-            f"tier {name} changed since its cases were listed", where=str(path), remedy=LIST_CASES
-        )
+        what = f"tier {name} changed since its cases were listed"
+        raise SuiteDescriptionError(what, where=path, remedy=LIST_CASES)
     return listed.cases
 
 

@@ -141,7 +141,7 @@ def _listing(folder: Path) -> Iterator[tuple[Path, ForgeError | None]]:
 def _foreign(path: Path, why: str) -> errors.ReceiptUnreadableError:
     what = f"not {FOLDER}/<digest>/<receipt>.json: {why}"
     remedy = "keep nothing but receipts there, each in its image's folder"
-    return errors.ReceiptUnreadableError(what, where=str(path), remedy=remedy)
+    return errors.ReceiptUnreadableError(what, where=path, remedy=remedy)
 
 
 def verify_all(
@@ -182,11 +182,10 @@ def verify(
 ) -> None:
     """Compare one receipt with the repository; the class of the error says what differs."""
     if (keys.has("receipts") or signed) and not receipt.signed_by:
-        what = "the receipt is unsigned"
         remedy = "sign it where it is made: nox -s forge -- gpu receipts --result FILE --key KEY"
-        raise errors.ReceiptKeyError(what, where=str(receipt.path), remedy=remedy)
+        raise errors.ReceiptKeyError("the receipt is unsigned", where=receipt.path, remedy=remedy)
     for kind, what in _faults(project, receipt, now):
-        raise kind(what, where=str(receipt.path), remedy=REMEDIES[kind])
+        raise kind(what, where=receipt.path, remedy=REMEDIES[kind])
     require_selection(project.root, receipt)
 
 
@@ -297,7 +296,7 @@ def make_receipt(project: Project, result_path: Path, key: Path | None) -> Path:
             why = f"{error.title} {problems(error)[0]}"
         what = f"not the result of a tier: {why}"
         remedy = "take the file that the run wrote: OUTPUT/<tier>.json, whole"
-        raise errors.ResultFileError(what, where=str(result_path), remedy=remedy) from None
+        raise errors.ResultFileError(what, where=result_path, remedy=remedy) from None
     keys, folder = read_keyring(project.root), project.root / FOLDER
     private = None if key is None else load_private(key)
     foreign = private is not None and keys.find(keyid=private.public.id) is None
@@ -374,7 +373,7 @@ def _contradicted(receipt: Receipt, what: str) -> errors.ReceiptContradictedErro
     line = receipt.statement.detail.line
     return errors.ReceiptContradictedError(
         what,
-        where=str(receipt.path),
+        where=receipt.path,
         remedy=f"record again: nox -s forge -- kernels select --record --line {line}; if it is the "
         "same, the selection assumes other properties of this GPU than it has",
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_forge.host import atomic_path, cache_root, exclusive, hash_of
+from vllm_forge.host import cache_root, exclusive, hash_of, write_whole
 from vllm_forge.matrix import Base
 from vllm_forge.sources.errors import DistributionNotFoundError, LockFileError
 from vllm_forge.sources.fetch import Download, download_all, verified
@@ -35,7 +35,6 @@ class DebianPackage:
 
     @property
     def file(self) -> Path:
-        """Where the cache has it."""
         return cache_root() / "debs" / self.sha256 / self.path.rpartition("/")[2]
 
 
@@ -69,7 +68,7 @@ def read_base_lock(root: Path, base: Base) -> BaseLock | None:
     head = {match["name"]: match["value"] for match in HEAD.finditer(text)}
     if head.get("input") != input_digest(base) or "date" not in head or not rows:
         what = "the lock was not made for what matrix.toml now says of [base]"
-        raise LockFileError(what, where=str(path), remedy=again)
+        raise LockFileError(what, where=path, remedy=again)
     return BaseLock(
         path=path,
         date=head["date"],
@@ -89,8 +88,7 @@ def write_base_lock(path: Path, base: Base, date: str, packages: Sequence[Debian
         f"# date: {date}",
     ]
     text = [f"{p.name} {p.version} {p.architecture} {p.sha256} {p.size} {p.path}" for p in rows]
-    with atomic_path(path) as aside:
-        aside.write_text("\n".join([*head, *text]) + "\n", encoding="ascii")
+    write_whole(path, "\n".join([*head, *text]) + "\n")
 
 
 def paragraphs(text: str) -> Iterator[dict[str, str]]:

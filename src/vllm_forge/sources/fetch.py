@@ -49,7 +49,6 @@ class Download:
 
     @property
     def part(self) -> Path:
-        """Where an unfinished file is."""
         return self.target.with_name(self.target.name + ".part")
 
     @property
@@ -125,7 +124,7 @@ class _Fetcher:
             except OSError as error:  # not the network's: urllib3 wraps those
                 raise DiskSpaceError(
                     f"{item.part.name} cannot be written: {error}",
-                    where=str(item.part.parent),
+                    where=item.part.parent,
                     remedy="free some space, or set VLLM_FORGE_CACHE to another disk; finished "
                     "files are kept",
                 ) from error
@@ -205,12 +204,12 @@ def verified(path: Path, sha256: str) -> Path:
     except FileNotFoundError:
         what = f"{path.name} was deleted from the cache"
         remedy = "run the same command again, which downloads it"
-        raise CacheError(what, where=str(path), remedy=remedy) from None
+        raise CacheError(what, where=path, remedy=remedy) from None
     if digest != sha256:
         remove(path)
         what = f"{path.name} in the cache has sha256 {digest}, the lock says {sha256}"
         remedy = "it was deleted; run the same command again, which downloads it"
-        raise errors.HashMismatchError(what, where=str(path), remedy=remedy)
+        raise errors.HashMismatchError(what, where=path, remedy=remedy)
     return path
 
 
@@ -218,7 +217,6 @@ class Wheelhouse:
     """Downloaded wheels: folder ``wheels/<sha256>/<filename>`` of the cache."""
 
     def path(self, wheel: LockedWheel) -> Path:
-        """Where the wheel is, or will be."""
         return cache_root() / "wheels" / wheel.sha256 / wheel.filename
 
     def missing(self, wheels: Sequence[LockedWheel]) -> list[LockedWheel]:

@@ -14,7 +14,7 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 from rich.markup import escape
 from uv import find_uv_bin
 
-from vllm_forge.host import atomic_path, console, hash_of, read_plain
+from vllm_forge.host import console, hash_of, read_plain, write_whole
 from vllm_forge.matrix import Base, Line
 from vllm_forge.sources import errors
 from vllm_forge.sources.index import Index, IndexFile
@@ -24,7 +24,7 @@ ENTRY = re.compile(
     r"  # (?P<filename>[A-Za-z0-9_][A-Za-z0-9_.+!~-]*\.whl) (?P<size>\d+)$"
 )
 TOTAL = re.compile(r"^# total: (?P<count>\d+) wheels, (?P<bytes>\d+) bytes$", re.M)
-INPUT = re.compile(r"^# input: (?P<digest>[0-9a-f]{64})$", re.M)
+INPUT_DIGEST = re.compile(r"^# input: (?P<digest>[0-9a-f]{64})$", re.M)
 # A wheel's files take this much more room unpacked than packed (2.1 for the 0.26 lock).
 UNPACK_RATIO = 2.5
 RESOLVED = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^\s\\;]+)", re.M)
@@ -54,7 +54,7 @@ class Lock:
         for wheel in self.wheels:
             if wheel.name == name:
                 return wheel
-        raise errors.LockFileError(f"the lock has no {name}", where=str(self.path))
+        raise errors.LockFileError(f"the lock has no {name}", where=self.path)
 
 
 def input_digest(line: Line, base: Base) -> str:
@@ -76,12 +76,12 @@ def read_lock(root: Path, line_name: str, line: Line, base: Base) -> Lock:
     again = f"run: nox -s lock -- --line {line_name}"
 
     def refused(what: str) -> errors.LockFileError:
-        return errors.LockFileError(what, where=str(path), remedy=again)
+        return errors.LockFileError(what, where=path, remedy=again)
 
     if not path.is_file():
         raise refused(f"line {line_name} has no lock")
     text, wheels = read_wheels(path, again)
-    stated = INPUT.search(text)
+    stated = INPUT_DIGEST.search(text)
     if stated is None or stated["digest"] != input_digest(line, base):
         raise refused(f"the lock was not made for what matrix.toml now says of line {line_name}")
     total = TOTAL.search(text)
@@ -143,9 +143,7 @@ def make_lock(root: Path, line_name: str, line: Line, base: Base, index: Index) 
     offered = index.files_of(name for name, _ in resolved)
     tags = wheel_tags(line, base)
     wheels = [choose_wheel(name, version, offered[name], tags) for name, version in resolved]
-    path = root / line.lock
-    with atomic_path(path) as aside:
-        aside.write_text(_text(line_name, line, base, wheels), encoding="utf-8")
+    write_whole(root / line.lock, _text(line_name, line, base, wheels))
     return read_lock(root, line_name, line, base)
 
 
@@ -225,9 +223,8 @@ def choose_wheel(
         if str(wheel_version) == version and ranks:
             ranked.setdefault(min(ranks), file)
     if not ranked:
-        raise errors.DistributionNotFoundError(
-            f"{name} {version} has no wheel for the image's platform"
-        )
+        what = f"{name} {version} has no wheel for the image's platform"
+        raise errors.DistributionNotFoundError(what)
     best = ranked[min(ranked)]
     sha256, size = best.pins()
     return LockedWheel(name=name, version=version, filename=best.filename, size=size, sha256=sha256)

@@ -79,7 +79,7 @@ class SourceRepo:
         return CommandFailedError(
             f"git {command} exited with {done.returncode}: "
             f"{done.stderr.decode(errors='replace').strip()}",
-            where=str(self.path),
+            where=self.path,
             remedy="give write access and space; if it is damaged, delete it: it is made again",
         )
 
@@ -110,7 +110,7 @@ class SourceRepo:
                 remove(self.path)
             what = "the repository of source archives was damaged"
             remedy = "it was deleted; run the same command again, which imports them again"
-            raise CacheError(what, where=str(self.path), remedy=remedy) from error
+            raise CacheError(what, where=self.path, remedy=remedy) from error
 
     def forget(self, ref: str) -> None:
         """Let the next ``import_archive`` import again."""
@@ -139,9 +139,8 @@ class SourceRepo:
                     stream.seek(0)
                     done = self.git("fast-import", "--quiet", stream=stream, check=False)
             except UNREADABLE as error:
-                raise SdistError(
-                    f"not a readable source archive: {error}", where=str(archive)
-                ) from error
+                what = f"not a readable source archive: {error}"
+                raise SdistError(what, where=archive) from error
             finally:  # remove what a killed or refused import has left
                 for pattern in ("objects/pack/tmp_*", "fast_import_crash_*"):
                     for path in self.path.glob(pattern):
@@ -149,7 +148,7 @@ class SourceRepo:
             complaint = done.stderr.decode(errors="replace").strip()
             tree = self.tree(ref)
             if complaint or done.returncode != 0 or tree is None:
-                raise SdistError(f"git fast-import: {complaint or 'it failed'}", where=str(archive))
+                raise SdistError(f"git fast-import: {complaint or 'it failed'}", where=archive)
             return tree
 
 
@@ -157,7 +156,7 @@ def _feed(out: IO[bytes], ref: str, archive: Path) -> None:
     """Write the archive as a fast-import stream, its top folder removed."""
 
     def refused(what: str) -> SdistError:
-        return SdistError(what, where=str(archive))
+        return SdistError(what, where=archive)
 
     # "done": a stream that ends early, e.g. because we were killed, makes no ref.
     out.write(

@@ -198,7 +198,7 @@ class TestOrder:
     ) -> None:
         series.add(a=text(_5="five\n"))
         applied = series.applied()
-        monkeypatch.setattr("vllm_forge.patches.series.apply_series", lambda *_arguments: applied)
+        monkeypatch.setattr("vllm_forge.patches.apply.apply_series", lambda *_arguments: applied)
         with pytest.raises(SeriesOrderError, match="applied again on its own result"):
             require_idempotent(repo, applied, series.patches)
 

@@ -16,13 +16,8 @@ from vllm_forge.matrix import FrozenModel, Sku
 SCRIPT = Path(__file__).with_name("meta_load.py")
 PROGRAM = "dry_load.py"  # its name where it is mounted
 INSIDE = Path(vllm_forge.kernels.selection.inside.__file__).parent
-# What serves each drafter; MTP is tried on a DSpark drafter too, to say what it does with one.
-METHODS = {
-    Drafter.NONE: (),
-    Drafter.MTP: ("mtp",),
-    Drafter.DSPARK: ("mtp", "dspark"),
-    Drafter.UNKNOWN: ("mtp",),
-}
+# What serves a drafter, else MTP; which is tried on DSpark's too, to say what it does with one.
+METHODS = {Drafter.NONE: (), Drafter.DSPARK: ("mtp", "dspark")}
 
 
 class Stop(FrozenModel):
@@ -56,8 +51,6 @@ class Unread(FrozenModel):
 
 
 class Resolved(FrozenModel):
-    """What vLLM made of a module."""
-
     module: str = Field(description="numbers are N")
     method: str
     scheme: str
@@ -82,8 +75,6 @@ class Answer(FrozenModel):
 
 
 class Answers(FrozenModel):
-    """What one vLLM does with each checkpoint of a request."""
-
     vllm: str
     cases: dict[str, Answer]
 
@@ -101,7 +92,7 @@ def write_request(folder: Path, profiles: Mapping[str, Profile], sku: Sku) -> No
         for number, (name, profile) in enumerate(profiles.items()):
             rows = [[entry.name, entry.dtype, entry.shape] for entry in profile.tensors.values()]
             (aside / f"tensors-{number}.json").write_text(json.dumps(rows))
-            methods = METHODS[profile.drafter] if profile.draft_layers else ()
+            methods = METHODS.get(profile.drafter, ("mtp",)) if profile.draft_layers else ()
             cases.append(
                 {
                     "name": name, "config": dict(profile.served),
@@ -127,9 +118,8 @@ def read_answers(output: str, where: str, names: Sequence[str]) -> Answers:
                 raise DryLoadError(f"the dry load of {name} failed:\n{row['fault']}", where=where)
         answers = Answers.model_validate(data)
     except (LookupError, ValueError, TypeError, AttributeError) as error:
-        raise DryLoadError(
-            f"vLLM gave no answer: {type(error).__name__}", where=where, remedy=output[-2000:]
-        ) from None
+        what = f"vLLM gave no answer: {type(error).__name__}"
+        raise DryLoadError(what, where=where, remedy=output[-2000:]) from None
     if missing := sorted(set(names) - set(answers.cases)):
         raise DryLoadError(f"vLLM gave no answer for {', '.join(missing)}", where=where)
     return answers

@@ -65,8 +65,6 @@ class LineRow(FrozenModel):
 
 
 class LineVerdict(LineRow):
-    """What a line does with a checkpoint."""
-
     line: str
     vllm: str
     findings: tuple[int, ...]  # that count on this line: their indices in the report
@@ -115,19 +113,15 @@ class Report(FrozenModel):
         served = {Outcome.WITH_MTP}
         if without_mtp or not self.promised:
             served |= {Outcome.WITHOUT, Outcome.WITH_DSPARK}
+        what, remedy = f"line {line}: {verdict.outcome}", "see the remedies of the findings above"
         if verdict.outcome not in served:
             waive = "" if without_mtp else "; --without-mtp if serving without it is enough"
-            what = "\n  - ".join([f"line {line}: {verdict.outcome}", *verdict.why])
-            remedy = f"see the remedies of the findings above{waive}"
-            return CheckpointRefusedError(what, where=self.place, remedy=remedy)
-        wrong = [row.sentence for row in self.findings if row.effect in WRONG]
-        if not wrong:
+            what = "\n  - ".join([what, *verdict.why])
+            return CheckpointRefusedError(what, where=self.place, remedy=remedy + waive)
+        if not (wrong := [row.sentence for row in self.findings if row.effect in WRONG]):
             return None
-        what = f"line {line}: {verdict.outcome}, but it is not what it should be"
-        remedy = "see the remedies of the findings above"
-        return CheckpointDepartsError(
-            "\n  - ".join([what, *wrong]), where=self.place, remedy=remedy
-        )
+        what = "\n  - ".join([f"{what}, but it is not what it should be", *wrong])
+        return CheckpointDepartsError(what, where=self.place, remedy=remedy)
 
 
 def find_all(
@@ -373,7 +367,6 @@ class Verdicts(FrozenModel):
 
 
 def variant_row(variant: Variant, report: Report, default_line: str) -> VariantRow:
-    """What an inspection found in a variant."""
     rows: dict[tuple[str, str], FindingRow] = {}
     for index, finding in enumerate(report.findings):
         if not any(applies(finding, verdict.vllm) for verdict in report.lines):

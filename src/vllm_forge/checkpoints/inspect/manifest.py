@@ -54,8 +54,6 @@ class Rule(FrozenModel):
 
 
 class Manifest(FrozenModel):
-    """One artifact."""
-
     about: str
     sources: tuple[str, ...] = Field(min_length=1)  # where its facts are from
     known: str  # what of it was seen, and what was concluded
@@ -99,7 +97,6 @@ class Manifest(FrozenModel):
 
 @cache
 def manifests() -> Mapping[str, Manifest]:
-    """All manifests by artifact name."""
     return {
         path.stem: Manifest.model_validate_json(path.read_text(encoding="utf-8"))
         for path in sorted(FOLDER.glob("*.json"))
@@ -112,7 +109,7 @@ def named(name: str) -> Manifest:
     if name not in known:
         what = f"unknown manifest {name!r}{suggestion(name, known)}"
         remedy = "name one of those, or leave it out: the nearest one is taken"
-        raise UsageError(what, where=str(FOLDER), remedy=remedy)
+        raise UsageError(what, where=FOLDER, remedy=remedy)
     return known[name]
 
 
@@ -198,7 +195,7 @@ def against_record(profile: Profile, *, digests: bool = False) -> Iterator[Findi
         if digests:
             what = f"--digests needs {RECORD}, which the checkpoint does not have"
             remedy = "leave it out, or compare with the model: --source PLACE --values 0"
-            raise UsageError(what, where=str(profile.source), remedy=remedy)
+            raise UsageError(what, where=profile.source, remedy=remedy)
         return
     try:
         record = parse_json(text)

@@ -41,8 +41,6 @@ Decoded = tuple[NDArray[np.float64], NDArray[np.float64]]  # values, and bounds 
 
 
 class ValueRow(FrozenModel):
-    """One part and format."""
-
     part: Part
     draft: bool
     format: Format

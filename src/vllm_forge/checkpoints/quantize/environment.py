@@ -6,7 +6,6 @@ serves each Python from 3.11 on. It is made in the checkout's ``.nox`` by uv, wi
 
 import hashlib
 import os
-import re
 import sys
 import tomllib
 from functools import partial
@@ -17,13 +16,14 @@ from packaging.utils import canonicalize_name
 from uv import find_uv_bin
 
 from vllm_forge.checkpoints.errors import ToolEnvironmentError
-from vllm_forge.host import Runner, atomic_path, exclusive, report, require_disk
+from vllm_forge.host import Runner, exclusive, report, require_disk, write_whole
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.patches import read_series
 from vllm_forge.patches.wheel import patch_installed
 from vllm_forge.project import Project
 from vllm_forge.sources.errors import LockFileError
 from vllm_forge.sources.index import index_url
+from vllm_forge.sources.lock import INPUT_DIGEST, RESOLVED
 
 INPUT = Path("docker/locks/quantize.in")
 LOCK = Path("docker/locks/quantize.txt")
@@ -31,8 +31,6 @@ SERIES = Path("patches/transformers/5.17")
 FOLDER = Path(".nox/quantize")
 COMMAND = "nox -s lock -- --tools"
 OLDEST_PYTHON = "3.11"
-LOCKED = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)==(?P<version>[^\s\\;]+)", re.M)
-STATED = re.compile(r"^# input: (?P<digest>[0-9a-f]{64})$", re.M)
 BYTES = 6_000_000_000  # installed; with uv's cache on the same disk most of it is shared
 # Their progress bars and hints are not our commands' output; what they warn of is looked at.
 # Threads that spin while they wait cost a factor of ten where cores are shared.
@@ -90,8 +88,7 @@ def make_lock(project: Project) -> Path:
         f"# Do not edit: change {INPUT.name} and make it again.",
         f"# input: {_digest(project)}",
     ]
-    with atomic_path(project.root / LOCK) as aside:
-        aside.write_text("\n".join([*header, text]), encoding="utf-8")
+    write_whole(project.root / LOCK, "\n".join([*header, text]))
     return project.root / LOCK
 
 
@@ -101,14 +98,14 @@ def _digest(project: Project) -> str:
 
 def _check_lock(project: Project) -> None:
     path = project.root / LOCK
-    refused = partial(LockFileError, where=str(path), remedy=f"run: {COMMAND}")
+    refused = partial(LockFileError, where=path, remedy=f"run: {COMMAND}")
     if not path.is_file():
         raise refused("the quantization tools have no lock")
     text = path.read_text(encoding="utf-8")
-    stated = STATED.search(text)
+    stated = INPUT_DIGEST.search(text)
     if stated is None or stated["digest"] != _digest(project):
         raise refused(f"the lock was not made for what {INPUT.name} now says")
-    locked = {canonicalize_name(row["name"]): row["version"] for row in LOCKED.finditer(text)}
+    locked = {canonicalize_name(row["name"]): row["version"] for row in RESOLVED.finditer(text)}
     pyproject = tomllib.loads((project.root / "pyproject.toml").read_text(encoding="utf-8"))
     for need in map(Requirement, pyproject["project"]["dependencies"]):
         version = locked.get(canonicalize_name(need.name))

@@ -52,7 +52,7 @@ def open_model(folder: Path) -> Checkpoint:
             are missing, unknown, of the wrong shape, or of a dtype that has lost precision already.
     """
     checkpoint = Checkpoint.open(folder)
-    refused = partial(ModelInputError, where=str(folder))
+    refused = partial(ModelInputError, where=folder)
     require_deepseek_v4(checkpoint.config, str(folder))
     if any(checkpoint.config.get(key) is not None for key in QUANTIZED):
         remedy = "start from the BF16 model: convert the published FP8 one first"
@@ -151,17 +151,17 @@ def load_recipe(name: str, path: Path = RECIPES) -> Recipe:
     try:
         rows = tomllib.loads(path.read_text(encoding="utf-8"))["recipe"]
     except (tomllib.TOMLDecodeError, KeyError) as error:
-        raise RecipeError(f"not a file of recipes: {error}", where=str(path)) from None
+        raise RecipeError(f"not a file of recipes: {error}", where=path) from None
     if name not in rows:
         what = f"unknown recipe {name!r}{suggestion(name, rows)}"
-        raise RecipeError(what, where=str(path), remedy="add a row, or name one of those")
+        raise RecipeError(what, where=path, remedy="add a row, or name one of those")
     row = rows[name]
     try:
         while "extends" in row:
             row = {**rows[row.pop("extends")], **row}
         return Recipe.model_validate({"name": name, **row})
     except (ValidationError, KeyError) as error:
-        raise RecipeError(f"recipe {name}: {error}", where=str(path)) from None
+        raise RecipeError(f"recipe {name}: {error}", where=path) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +276,7 @@ def tokenize(rows: Sequence[Conversation], most: int, model: Path) -> tuple[tupl
         answer = {"error": f"they take more than {LIMIT_S} s of CPU time, or the host's memory"}
     else:
         answer = {"error": f"exit code {done.returncode}: {done.stderr[-CHARACTERS:]}"}
-    refused = partial(ModelInputError, where=str(model))
+    refused = partial(ModelInputError, where=model)
     if "error" in answer:
         what = f"tokenizer or chat template fail: {printable(answer['error'])}"
         remedy = "take tokenizer.json, tokenizer_config.json and the template from the source"

@@ -43,8 +43,6 @@ SHOWN = 200  # characters of a path
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One file of the artifact."""
-
     name: str
     tensors: tuple[str, ...]
     aliases: dict[str, str]  # further names -> whose bytes
@@ -94,10 +92,10 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             what = f"{error.strerror}: the run was ended"
             remedy = "free some space and give the same command again: finished files are kept"
-            raise DiskSpaceError(what, where=str(folder), remedy=remedy) from None
+            raise DiskSpaceError(what, where=folder, remedy=remedy) from None
         what = f"cannot write: {error.strerror}"
         remedy = "choose an --output that can be written"
-        raise UsageError(what, where=str(error.filename or folder), remedy=remedy) from None
+        raise UsageError(what, where=error.filename or folder, remedy=remedy) from None
 
 
 def plan_parts(source: Checkpoint) -> list[Part]:
@@ -186,8 +184,7 @@ def _plan(job: Job) -> dict[str, Any]:
     try:
         stats = [(name, source.local.files[name].stat()) for name in source.shards]
     except OSError as error:
-        what = f"cannot be read: {error.strerror}"
-        raise ModelInputError(what, where=str(error.filename)) from None
+        raise ModelInputError(f"cannot be read: {error.strerror}", where=error.filename) from None
     times = [[name, each.st_size, each.st_mtime_ns] for name, each in stats]
     files = json.dumps([source.config, rows, times], sort_keys=True)
     return {

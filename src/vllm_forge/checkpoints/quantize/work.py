@@ -18,6 +18,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from vllm_forge import host
 from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder
 from vllm_forge.checkpoints.codecs.small_floats import e4m3_decode
 from vllm_forge.checkpoints.errors import QuantizedOutputError, ResumeError
@@ -92,8 +93,6 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """All inputs of a quantization."""
-
     source: Checkpoint
     recipe: Recipe
     calibration: Calibration
@@ -130,7 +129,7 @@ class Work:
     def _refused(
         self, what: str, remedy: str = "choose another --output, or delete that one"
     ) -> ResumeError:
-        return ResumeError(what, where=str(self.output), remedy=remedy)
+        return ResumeError(what, where=self.output, remedy=remedy)
 
     def begin(self, plan: dict[str, Any]) -> bool:
         """Start, or go on with what an earlier run of the same plan has left.
@@ -141,7 +140,7 @@ class Work:
         text = json.dumps(plan, indent=1, sort_keys=True) + "\n"
         plan = json.loads(text)
         path = self.folder / PLAN
-        refused = partial(ResumeError, where=str(self.folder))
+        refused = partial(ResumeError, where=self.folder)
         if self.output.exists():
             self.check()
             if path.read_text(encoding="utf-8") == text:
@@ -163,8 +162,7 @@ class Work:
             if any(self.folder.glob("[!.]*")):  # a plan that was being written is not a leftover
                 remedy = "look at it, then delete it or choose another --output"
                 raise refused("the work folder holds something else", remedy=remedy)
-            with atomic_path(path) as aside:
-                aside.write_text(text, encoding="utf-8")
+            host.write_whole(path, text)
         self.artifact.mkdir(exist_ok=True)
         return True
 
@@ -215,7 +213,7 @@ class Hidden:
         with self.path.open("rb") as file:
             file.seek(start)
             if file.readinto(data) != len(data):
-                raise ResumeError(f"sample {sample} is cut off", where=str(self.path))
+                raise ResumeError(f"sample {sample} is cut off", where=self.path)
         return data
 
     @contextmanager
@@ -285,7 +283,7 @@ def check_passed(path: Path, sums: Mapping[str, str], source: Checkpoint) -> Non
         origin = source.tensors[aliases.get(name, name)]
         if name not in stored or not stored[name].sha256() == sha256 == origin.sha256():
             remedy = "disk or memory are at fault, or the model was changed meanwhile"
-            raise QuantizedOutputError(f"{name} is not the model's", where=str(path), remedy=remedy)
+            raise QuantizedOutputError(f"{name} is not the model's", where=path, remedy=remedy)
 
 
 def finish_artifact(work: Work, names: Sequence[str], job: Job) -> None:
@@ -296,8 +294,7 @@ def finish_artifact(work: Work, names: Sequence[str], job: Job) -> None:
     ignore = recipe.ignored(source.config)
     config = {**source.config, "quantization_config": job.engine.quantization_config(ignore)}
     write_json(folder / CONFIG, config, ensure_ascii=False)
-    with atomic_path(folder / RECIPE) as aside:
-        aside.write_text(job.engine.recipe_yaml(), encoding="utf-8")
+    host.write_whole(folder / RECIPE, job.engine.recipe_yaml())
     for name, path in sorted(source.local.files.items()):
         kept = Path(name).suffix not in LEFT_OUT and name not in {CONFIG, INDEX, MANIFEST, RECIPE}
         if kept and not name.startswith("."):

@@ -87,9 +87,8 @@ class Target:
         """Read e.g. ``sm_100a``, ``compute_80``, ``120f`` or ``10.3a``."""
         match = _NAME.fullmatch(text)
         if match is None:
-            raise UnknownTargetError(
-                f"invalid CUDA target {text!r}", remedy="use e.g. sm_100a, 120f or 9.0a"
-            )
+            what = f"invalid CUDA target {text!r}"
+            raise UnknownTargetError(what, remedy="use e.g. sm_100a, 120f or 9.0a")
         return cls(int(match[1]), int(match[2]), cast("Suffix", match[3]))
 
     def __str__(self) -> str:
