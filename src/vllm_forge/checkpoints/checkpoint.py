@@ -43,9 +43,8 @@ QUANTIZATION_FILE = "hf_quant_config.json"
 class CheckpointSource(ABC):
     """A checkpoint's files. ``sizes``: file name -> bytes.
 
-    Raises, from all methods:
-        CheckpointUnreadableError: a file is missing, shorter, too large, malformed or foreign.
-        HubUnreachableError: the hub stopped answering.
+    All methods raise CheckpointUnreadableError: a file is missing, shorter, too large, malformed
+    or foreign; HubUnreachableError: the hub stopped answering.
     """
 
     sizes: Mapping[str, int]

@@ -5,7 +5,7 @@
     kit.py go OUTPUT [ARG]...     take, unpack, then run the suite in the image as root
     kit.py exec [OPTION]... -- COMMAND [ARG]...
                                   run a command in the image: --uid N (default: the image's user),
-                                  --env NAME=VALUE, --bind SOURCE:TARGET, --writable
+                                  --env NAME=VALUE, --bind SOURCE:TARGET
     kit.py caches OUTPUT [--max-part MB]
                                   pack what `go` compiled into OUTPUT/caches.tar.gz.000 and so on,
                                   each of at most so many megabytes (default: 61)
@@ -216,7 +216,6 @@ class Run:
     binds: dict[str, Path]  # target in the image -> source on the host
     read_only: frozenset[str] = frozenset()  # of the targets
     cwd: str = "/"
-    writable: bool = False  # the root, for debugging: what runs then is not the image
 
 
 def mount(*arguments: str) -> None:
@@ -265,8 +264,7 @@ def mount_all(run: Run) -> None:
         mount("--bind", str(source), f"{root}{target}")
         if target in run.read_only:
             mount("-o", "remount,bind,ro", f"{root}{target}")
-    if not run.writable:
-        mount("-o", "remount,bind,ro", str(root))
+    mount("-o", "remount,bind,ro", str(root))
 
 
 def unshare(flags: int) -> None:
@@ -363,7 +361,6 @@ def exec_run(root: Path, config: dict[str, Any], work: Path, arguments: list[str
     parser.add_argument("--uid", type=int, default=int(user))
     parser.add_argument("--env", action="append", default=[])
     parser.add_argument("--bind", action="append", default=[])
-    parser.add_argument("--writable", action="store_true")
     parser.add_argument("argv", nargs="+")
     args = parser.parse_args(arguments)
     binds = {"/cache": volume(work, args.uid)}
@@ -377,7 +374,6 @@ def exec_run(root: Path, config: dict[str, Any], work: Path, arguments: list[str
         env=variables(config, env),
         binds=binds,
         cwd=str(config.get("WorkingDir") or "/"),
-        writable=args.writable,
     )
 
 

@@ -2,9 +2,8 @@
 
 What goes to a GPU host beside the packages is the suite, its plan, and the sources it needs.
 ``source/`` has what the race suite's positive controls are compiled from, ``upstream/`` vLLM's own
-tests. ``variants/<name>/`` has
-the Python files that the series changes, as published and with one patch left out: a test lays
-them over the installed vLLM to see the error that a patch cures.
+tests. ``variants/<name>/`` has the Python files that the series changes, as published and with one
+patch left out: a test lays them over the installed vLLM to see the error that a patch cures.
 
 What JIT compilers left there goes into kits and images. Triton, TileLang and others compile kernels
 when a model first runs; DeepSeek-V4 waits for minutes. Each keeps its results where an environment

@@ -170,10 +170,8 @@ class Runner:
     ) -> str:
         """Run ``argv``, at most so many seconds; return its stdout.
 
-        Raises:
-            ToolMissingError: the program is not installed.
-            CommandFailedError: its exit code is not 0; the message has its output.
-            CommandLimitError: it ran longer, or printed more than MOST_BYTES.
+        Raises ToolMissingError; CommandFailedError: its exit code is not 0, the message has its
+        output; CommandLimitError: it ran longer, or printed more than MOST_BYTES.
         """
         self.commands.append(list(argv))
         console.print(f"  $ {shlex.join(argv)}", style="dim", markup=False)

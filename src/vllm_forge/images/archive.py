@@ -39,9 +39,7 @@ def require_kind(path: Path) -> None:
 def write_archive(runner: Runner, layout: Path, name: str, target: Path, epoch: int) -> None:
     """Write the image of a layout to one file, which replaces an older one when it is complete.
 
-    Raises:
-        ToolMissingError: this host cannot make a squashfs.
-        CommandFailedError: mksquashfs failed.
+    Raises ToolMissingError: this host cannot make a squashfs; CommandFailedError: it failed.
     """
     aside = target.with_name(f".{target.name}.new")
     argv = [str(aside) if word == "FILE" else word for word in (*MKSQUASHFS, str(epoch))]

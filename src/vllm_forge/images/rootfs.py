@@ -85,10 +85,8 @@ def rootfs_key(base: Base, lock: debian.BaseLock | None) -> str:
 def base_of(root: Path, base: Base, choice: str) -> BaseRef:
     """Our own rootfs (ROOTFS, LOCKED, CURRENT), or an image of a registry.
 
-    Raises:
-        BaseImageError: the image has no digest, and a tag may be another one tomorrow; or LOCKED,
-            and matrix.toml names no lock.
-        LockFileError: the lock cannot be read.
+    Raises BaseImageError: the image has no digest, and a tag may be another one tomorrow; or
+    LOCKED, and matrix.toml names no lock. LockFileError: the lock cannot be read.
     """
     if choice in {ROOTFS, LOCKED, CURRENT}:
         lock = None if choice == CURRENT else debian.read_base_lock(root, base)
@@ -195,10 +193,8 @@ def lock_base(project: Project) -> debian.BaseLock:
         argv, runner = bootstrap_argv(base, hook, Path("/dev/null")), Runner()
         argv += write_host_sources(runner, base.suite, Path(folder, "sources"))
         runner.run(argv)
-        rows = [tuple(line.split()) for line in installed.read_text().splitlines()]
-        packages = debian.parse_index(
-            index.read_text(), [(name, version) for name, version in rows]
-        )
+        rows = [line.split() for line in installed.read_text().splitlines()]
+        packages = debian.parse_index(index.read_text(), {(name, v) for name, v in rows})
     path = project.root / base.lock
     debian.write_base_lock(path, base, date, packages)
     lock = debian.read_base_lock(project.root, base)

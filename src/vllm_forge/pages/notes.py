@@ -23,10 +23,12 @@ def make_notes(project: Project, verified: Verification, before: Verification | 
     report, stack = verified.report, verified.stack
     cell = project.cell(stack["sku"], stack["line"])
     tags = ", ".join(report.decision["tags"]) if report.decision else report.stage
+    rows = [(row["name"], escape(row["summary"]), row["bug"]) for row in stack["series"]]
+    patches = table(["patch", "what", "bug"], rows) if rows else "None."
     lines = [
         f"# vLLM {stack['vllm']} for {cell.sku.device}: {tags}", "", f"`{report.where}`", "",
         *_waived(report), *_runs_on(project, cell, report.digest), *_proven(report),
-        *_does_not_run(project, cell), *_patches(stack),
+        *_does_not_run(project, cell), "## Patches", "", patches, "",
     ]  # fmt: skip
     if before is not None:
         lines += _changes(project, verified, before)
@@ -77,11 +79,6 @@ def _does_not_run(project: Project, cell: ImageCell) -> list[str]:
             if line in row.lines:
                 rows.append(f"* {name}{drafting}: {escape(row.reason)}")
     return [f"## Does not run on line {line}", "", *(rows or ["Nothing is known."]), ""]
-
-
-def _patches(stack: dict[str, Any]) -> list[str]:
-    rows = [(row["name"], escape(row["summary"]), row["bug"]) for row in stack["series"]]
-    return ["## Patches", "", table(["patch", "what", "bug"], rows) if rows else "None.", ""]
 
 
 def _changes(project: Project, after: Verification, before: Verification) -> list[str]:

@@ -35,10 +35,8 @@ BUILD = "that this commit gives this image: build it here, and accept again"
 def sign_receipt(project: Project, path: Path, key: PrivateKey) -> Path:
     """Sign a committed receipt in its place, after verifying it and saying what is signed.
 
-    Raises:
-        UnknownSignerError: the key is not in the keyring; what it signed would be refused.
-        ReceiptKeyError: the receipt is not among the committed ones, or signed already.
-        And what ``read_receipt`` and ``verify`` raise.
+    Raises UnknownSignerError: the key is not in the keyring; ReceiptKeyError: the receipt is not
+    among the committed ones, or signed already; and what ``read_receipt`` and ``verify`` raise.
     """
     path, keys, now = path.absolute(), read_keyring(project.root), datetime.now(UTC)
     if (trusted := keys.find(keyid=key.public.id)) is None:
@@ -64,10 +62,9 @@ def accept_receipt(project: Project, path: Path, keys: Keyring) -> Receipt:
     ``keys``: the keyring, perhaps with keys that are trusted in this call. Only a signer who is in
     the keyring is accepted; for others all is checked, and nothing written.
 
-    Raises:
-        ReceiptKeyError: unsigned, or the signer is not in the keyring.
-        ReceiptSubjectError: another image was built here, or another receipt is in its place.
-        And what ``read_receipt``, ``verify`` and ``require_keys`` raise.
+    Raises ReceiptKeyError: unsigned, or the signer is not in the keyring; ReceiptSubjectError:
+    another image was built here, or another receipt is in its place; and what ``read_receipt``,
+    ``verify`` and ``require_keys`` raise.
     """
     now, receipt = datetime.now(UTC), read_receipt(path, keys)
     target = project.root / FOLDER / receipt.statement.sha256 / receipt.statement.file_name

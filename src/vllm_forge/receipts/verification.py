@@ -216,15 +216,11 @@ def _faults(project: Project, receipt: Receipt, now: datetime) -> Iterator[Fault
     if tier not in (tiers := read_suite(project.root).tier):
         yield errors.ReceiptSuiteError, f"unknown tier {tier}: the suite has {', '.join(tiers)}"
     if suite != (current := suite_hash(project, tier, detail.sku)):
-        yield (
-            errors.ReceiptSuiteError,
-            f"the receipt was made by suite {suite[:12]}, tier {tier} is now {current[:12]}",
-        )
+        what = f"the receipt was made by suite {suite[:12]}, tier {tier} is now {current[:12]}"
+        yield errors.ReceiptSuiteError, what
     if len(detail.gpus) < tiers[tier].gpus:
-        yield (
-            errors.ReceiptIncompleteError,
-            f"tier {tier} is for {tiers[tier].gpus} GPUs, the receipt is of {len(detail.gpus)}",
-        )
+        what = f"tier {tier} is for {tiers[tier].gpus} GPUs, the receipt is of {len(detail.gpus)}"
+        yield errors.ReceiptIncompleteError, what
     for what in (*_not_green(receipt), *case_faults(project.root, detail)):
         yield errors.ReceiptIncompleteError, f"the receipt of tier {tier} {what}"
 
@@ -338,10 +334,8 @@ def compare_kernels(root: Path, receipt: Receipt) -> list[tuple[str, str, str]]:
         if answer is None:
             raise _contradicted(receipt, f"engine {engine} ran, and {name} is not recorded")
         if answer.refused is not None:
-            raise _contradicted(
-                receipt,
-                f"engine {engine} ran, and is recorded as: {answer.refused.message}",
-            )
+            what = f"engine {engine} ran, and is recorded as: {answer.refused.message}"
+            raise _contradicted(receipt, what)
         ran = _ran(detail.configurations[engine])
         draft = answer.draft.moe if answer.draft is not None else None
         recorded = {
@@ -364,9 +358,8 @@ def require_selection(root: Path, receipt: Receipt) -> None:
     sku = receipt.statement.detail.sku
     for part, recorded, ran in compare_kernels(root, receipt):
         if recorded != ran:
-            raise _contradicted(
-                receipt, f"for {part} vLLM took {ran} on {sku}; recorded is {recorded}"
-            )
+            what = f"for {part} vLLM took {ran} on {sku}; recorded is {recorded}"
+            raise _contradicted(receipt, what)
 
 
 def _contradicted(receipt: Receipt, what: str) -> errors.ReceiptContradictedError:

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,12 +108,11 @@ def installed_packages(status: str) -> dict[str, str]:
     }
 
 
-def parse_index(text: str, installed: Sequence[tuple[str, str]]) -> list[DebianPackage]:
+def parse_index(text: str, wanted: Set[tuple[str, str]]) -> list[DebianPackage]:
     """Rows of the archive's lists for what is installed: (name, version).
 
     Raises DistributionNotFoundError: the lists lack one.
     """
-    wanted = set(installed)
     known = {}
     for fields in paragraphs(text):
         key = (fields.get("Package", ""), fields.get("Version", ""))
@@ -135,9 +134,8 @@ def parse_index(text: str, installed: Sequence[tuple[str, str]]) -> list[DebianP
 def fetch_debs(lock: BaseLock, archives: Sequence[str]) -> None:
     """Download what the cache lacks, each from the first archive that has it, always by hash.
 
-    Raises:
-        DistributionNotFoundError: names those that no archive has any more.
-        HashMismatchError: an archive serves other bytes.
+    Raises DistributionNotFoundError: names those that no archive has any more. HashMismatchError:
+    an archive serves other bytes.
     """
     downloads = [
         Download(

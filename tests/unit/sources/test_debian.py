@@ -218,10 +218,10 @@ SHA256: aa
 
 
 def test_index_gives_the_installed_version() -> None:
-    (row,) = parse_index(LISTS, [("libc6", "2.41-12")])
+    (row,) = parse_index(LISTS, {("libc6", "2.41-12")})
     assert (row.path, row.size, row.sha256) == ("pool/old.deb", 1, "aa")
 
 
 def test_index_without_an_installed_version_is_refused() -> None:
     with pytest.raises(DistributionNotFoundError, match=r"no libc6 2\.41-11"):
-        parse_index(LISTS, [("libc6", "2.41-11")])
+        parse_index(LISTS, {("libc6", "2.41-11")})

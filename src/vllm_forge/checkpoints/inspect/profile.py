@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_forge.checkpoints import architecture
 from vllm_forge.checkpoints.checkpoint import Checkpoint
@@ -22,6 +22,7 @@ from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.inspect import matching
 from vllm_forge.checkpoints.tensors import TensorSpec
 
+T = TypeVar("T")
 DRAFT = "mtp."
 BLOCK = re.compile(r"^(?:layers|mtp)\.\d+\.")
 # Matrices that a quantizer may take; every other tensor is stored as it is.
@@ -29,6 +30,8 @@ LINEAR = re.compile(
     r"\.(w1|w2|w3|wq_a|wq_b|wkv|wo_a|wo_b|wgate|weights_proj|e_proj|h_proj|main_proj)\.weight$"
 )
 HALF = ("BF16", "F16")
+# Of embedding and head, which some artifacts repeat: name -> whose bytes.
+ALIASES = {"mtp.0.emb.tok_emb.weight": "embed.weight", "mtp.0.head.weight": "head.weight"}
 
 
 class Part(StrEnum):
@@ -108,7 +111,7 @@ def alias_tensors(config: Mapping[str, Any]) -> Iterator[TensorSpec]:
     (tests/patches/test_draft_shares_embeddings.py), so they are optional.
     """
     shape = (config["vocab_size"], config["hidden_size"])
-    for name in ("mtp.0.emb.tok_emb.weight", "mtp.0.head.weight"):
+    for name in ALIASES:
         yield TensorSpec(name=name, dtype="BF16", shape=shape)
 
 
@@ -362,15 +365,16 @@ class Profile(Checkpoint):
     @cached_property
     def formats_of(self) -> Mapping[tuple[Part, bool], Counter[Format]]:
         """Part and whether it is the drafter's -> how often which format, over linear layers."""
-        counted: dict[tuple[Part, bool], Counter[Format]] = defaultdict(Counter)
-        for module, kind in self.formats.items():
-            counted[part_of(f"{module}.weight"), module.startswith(DRAFT)][kind] += 1
-        return counted
+        return _counted((f"{module}.weight", kind) for module, kind in self.formats.items())
 
     @cached_property
-    def dtypes(self) -> dict[tuple[Part, bool], Counter[str]]:
+    def dtypes(self) -> Mapping[tuple[Part, bool], Counter[str]]:
         """Part and whether it is the drafter's -> dtype -> tensors."""
-        counted: dict[tuple[Part, bool], Counter[str]] = defaultdict(Counter)
-        for name, entry in self.tensors.items():
-            counted[part_of(name), name.startswith(DRAFT)][entry.dtype] += 1
-        return dict(counted)
+        return _counted((name, entry.dtype) for name, entry in self.tensors.items())
+
+
+def _counted(rows: Iterable[tuple[str, T]]) -> Mapping[tuple[Part, bool], Counter[T]]:
+    counted: dict[tuple[Part, bool], Counter[T]] = defaultdict(Counter)
+    for name, kind in rows:
+        counted[part_of(name), name.startswith(DRAFT)][kind] += 1
+    return counted

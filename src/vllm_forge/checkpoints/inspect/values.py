@@ -18,6 +18,7 @@ from vllm_forge.checkpoints.codecs import fp8_block, grouped, nvfp4
 from vllm_forge.checkpoints.codecs.small_floats import e8m0_decode
 from vllm_forge.checkpoints.inspect.findings import Finding, Scope, finding, summarize
 from vllm_forge.checkpoints.inspect.profile import (
+    ALIASES,
     DRAFT,
     PIECES,
     Format,
@@ -31,7 +32,6 @@ from vllm_forge.matrix import FrozenModel
 
 MATRIX = 2  # dimensions
 FLOATS = {"BF16", "F16", "F32"}
-ALIASES = {"mtp.0.emb.tok_emb.weight": "embed.weight", "mtp.0.head.weight": "head.weight"}
 NUMPY = {
     "F32": "<f4", "F16": "<f2", "I32": "<i4", "U8": "u1", "I8": "i1", "F8_E4M3": "u1",
     "F8_E8M0": "u1",

@@ -46,10 +46,9 @@ Conversation = list[dict[str, str]]
 def open_model(folder: Path) -> Checkpoint:
     """Open the model and compare it with what its config implies.
 
-    Raises:
-        CheckpointUnreadableError: another model, or a file of it is missing or malformed.
-        ModelInputError: a quantized one, shards that are not those of the index, or tensors that
-            are missing, unknown, of the wrong shape, or of a dtype that has lost precision already.
+    Raises CheckpointUnreadableError: another model, or a file of it is missing or malformed.
+    ModelInputError: a quantized one, shards that are not those of the index, or tensors that are
+    missing, unknown, of the wrong shape, or of a dtype that has lost precision already.
     """
     checkpoint = Checkpoint.open(folder)
     refused = partial(ModelInputError, where=folder)
