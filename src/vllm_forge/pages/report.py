@@ -82,6 +82,10 @@ def _printable(value: Any) -> Any:
     return value if isinstance(value, Markup) else printable(str(value))
 
 
+def _link(url: str) -> str:
+    return url if url.startswith("https://") else ""
+
+
 def _anchor(receipt: Receipt) -> str:
     return f"r-{receipt.path.parent.name[:12]}-{receipt.path.stem}".replace(".", "-")
 
@@ -114,8 +118,7 @@ def _patches(project: Project) -> Iterator[Table]:
         why = {row["name"]: row["without"]["why"] for row in record["patches"] if current}
         rows = []
         for patch in read_series(project.root / line.series):
-            bug = patch.fields["Bug"]
-            summary = Cell(patch.summary, href=bug if bug.startswith("https://") else "")
+            summary = Cell(patch.summary, href=_link(patch.fields["Bug"]))
             result = Cell("not proven", "missing", "no record of the present series and lock")
             if patch.name in why:
                 result = Cell("proven", "proven", f"without it: {why[patch.name]}")
