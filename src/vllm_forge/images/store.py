@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vllm_forge import host
+from vllm_forge.host import worker_pool
 from vllm_forge.host.errors import CacheError, CommandFailedError
 from vllm_forge.host.files import file_digest, read_sealed, walk_plain, write_sealed
 from vllm_forge.images.content import WheelGroup, group_entries
@@ -316,7 +317,7 @@ def write_layers(
     processes write the layers. ``slim``: also the SKU's layers of libraries.
     """
     wheelhouse = Wheelhouse()
-    with host.worker_pool(WORKERS, NICE) as pool:
+    with worker_pool(WORKERS, NICE) as pool:
         jobs = []
         for group in groups:
             wheelhouse.fetch(group.wheels)
