@@ -14,6 +14,7 @@ from tests.support.project import Project, make_project
 HOW = "run `nox -s test -- --provision` as root on Debian, which installs it"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Engine tests share builds: one worker runs them all but those with a group of their own."""
     for item in items:

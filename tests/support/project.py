@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.fatbins import entry, fatbin, library
 from tests.support.index_server import IndexServer, Served
 from tests.support.trees import write_sdist
 from tests.support.wheels import Member, write_wheel
+from vllm_forge.cli import main
 from vllm_forge.patches import authoring
 from vllm_forge.project import Project as ForgeProject
 from vllm_forge.sources import SourceRepo
@@ -178,6 +181,14 @@ class Project:
         assert process.returncode == code, f"exit {process.returncode}, wanted {code}\n{out}\n{err}"
         return subprocess.CompletedProcess(args, process.returncode, out, err)
 
+    def call(self, *args: str) -> None:
+        """Run one vllm-forge command in this process; it must succeed."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("VLLM_FORGE_ROOT", "VLLM_FORGE_CACHE", "UV_DEFAULT_INDEX",
+                         "UV_CACHE_DIR", "no_proxy"):  # fmt: skip
+                patch.setenv(name, self.environment[name])
+            assert main(args) == 0, args
+
     def copy(self, folder: Path, *kept: str) -> Project:
         """This project in ``folder``, without images and with only the ``kept`` caches."""
         made = Project(root=folder / "checkout", cache=folder / "cache", index=self.index)
@@ -195,11 +206,11 @@ class Project:
         """Make the one patch of the series change the flag's line to ``replacement``."""
         series = self.root / "patches" / "vllm" / "mini"
         if series.exists():
-            self.run("patch", "check", "--line", "mini")
+            self.call("patch", "check", "--line", "mini")
         else:
             series.mkdir(parents=True)
             (series / "series").touch()
-            self.run("patch", "lock", "--line", "mini")
+            self.call("patch", "lock", "--line", "mini")
         checkout = ForgeProject(self.root)
         work = self.root.parent / "authoring"
         authoring.checkout(checkout, "mini", SourceRepo(self.cache / "sources.git"), work)
@@ -264,6 +275,6 @@ def make_project(
     )
     index.add("vllm", archive.name, Served(content=archive.read_bytes()))
     project = Project(root=root, cache=folder / "cache", index=index)
-    project.run("wheels", "lock", "--line", "mini")
+    project.call("wheels", "lock", "--line", "mini")
     project.patch("args is not None and not args.dynamic")
     return project

@@ -9,6 +9,7 @@ import ast
 import hashlib
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,33 +128,39 @@ def _files(folder: Path) -> list[Path]:
 def _named(root: Path, path: Path) -> Iterator[Path]:
     """What one module imports or names; pytest imports the conftest.py above a test."""
     try:
-        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        names, files = _mentioned(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError) as error:
         raise SuiteDescriptionError(f"cannot read a test: {error}", where=path) from None
-    names: set[str] = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
-            if node.level:
-                raise SuiteDescriptionError(f"relative import of {module}", where=path)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            names |= {node.value} if DOTTED.fullmatch(node.value) else set()
-            if FILE_NAME.fullmatch(node.value):
-                yield from _data(path.parent / node.value)
     for name in sorted(names):
         yield from _module(root, path, name)
+    for name in files:
+        yield from _data(path.parent / name)
     above = ("__init__.py", "conftest.py") if path.name.startswith("test_") else ("__init__.py",)
     for parent in path.parents:
         if any(parent.is_relative_to(root / folder) for folder in (TESTS, CODECS_FOLDER)):
             yield from filter(Path.is_file, map(parent.joinpath, above))
 
 
+@cache  # tiers share files, and a receipt is compared with the files of its tier more than once
+def _mentioned(source: str) -> tuple[set[str], set[str]]:
+    """Modules that a source imports or names in a string, and strings that may name a file."""
+    names, files = set[str](), set[str]()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise ValueError(f"relative import of {node.module}")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names |= {node.value} if DOTTED.fullmatch(node.value) else set()
+            files |= {node.value} if FILE_NAME.fullmatch(node.value) else set()
+    return names, files
+
+
 def _data(path: Path) -> Iterator[Path]:
     """A file, or the files of a folder without Python: else it is named for another reason."""
-    files = [path] if path.is_file() else _files(path)
+    files = [path] if path.is_file() else _files(path) if path.is_dir() else []
     if path.is_file() or not any(file.suffix == ".py" for file in files):
         yield from files
 

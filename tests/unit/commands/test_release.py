@@ -129,7 +129,7 @@ def test_invalid_release_is_refused(
         (["receipts", "sign", "none", "--key", "none"], 100, "not a private key"),
     ],
 )
-@pytest.mark.usefixtures("committed")
+@pytest.mark.usefixtures("committed", "no_retries")
 def test_invalid_image_is_refused(
     capsys: pytest.CaptureFixture[str], argv: list[str], code: int, what: str
 ) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from datetime import UTC, date, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -19,7 +20,6 @@ from vllm_forge.release.pipeline import plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from vllm_forge.images.engines import Engine
     from vllm_forge.matrix.model import Stage
@@ -41,10 +41,10 @@ def git(folder: Path, *argv: str) -> None:
     subprocess.run(["git", "-C", str(folder), *user, *argv], check=True, capture_output=True)
 
 
-@pytest.fixture
-def project(root: Path, tmp_path: Path) -> Project:
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A committed copy of what the gate reads."""
-    copy = tmp_path / "checkout"
+    copy, root = tmp_path_factory.mktemp("gate") / "checkout", Path(__file__).parents[3]
     for name in ("docker", "patches", "records", "tests/gpu", "src/vllm_forge/checkpoints/codecs"):
         shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("matrix.toml", ".gitignore"):
@@ -52,7 +52,14 @@ def project(root: Path, tmp_path: Path) -> Project:
     git(copy, "init", "-q")
     git(copy, "add", "--all")
     git(copy, "commit", "-qm", "all")
-    return Project(copy)
+    return copy
+
+
+@pytest.fixture
+def project(committed: Path, tmp_path: Path) -> Project:
+    """A clone of it, to change."""
+    git(committed, "clone", "-q", ".", str(tmp_path / "checkout"))
+    return Project(tmp_path / "checkout")
 
 
 def edit(project: Project, path: str, change: Callable[[Any], None]) -> None:

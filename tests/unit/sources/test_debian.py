@@ -164,6 +164,7 @@ def test_all_packages_that_are_gone_are_named(lock: BaseLock, tmp_path: Path) ->
     assert "nox -s lock -- --base" in caught.value.remedy
 
 
+@pytest.mark.usefixtures("no_retries")
 def test_unreachable_archive_is_not_one_that_lost_a_package(lock: BaseLock) -> None:
     with (
         refusing_port() as port,
