@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,6 +70,18 @@ def commit(root: Path) -> str:
     git(root, "add", "--all")
     git(root, "commit", "-qm", "all", "--allow-empty")
     return git(root, "rev-parse", "HEAD").strip()
+
+
+def committed_checkout(folder: Path) -> Path:
+    """A committed copy of what the gate of this project's own releases reads."""
+    root = Path(__file__).parents[2]
+    for name in ("docker", "patches", "records", "tests/gpu", "src/vllm_forge/checkpoints/codecs"):
+        shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("matrix.toml", "pyproject.toml", ".gitignore"):
+        shutil.copy(root / name, folder)
+    git(folder, "init", "-q")
+    commit(folder)
+    return folder
 
 
 @contextmanager

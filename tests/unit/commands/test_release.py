@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.keys import key_pair
-from tests.support.release import git
+from tests.support.release import committed_checkout
 from vllm_forge.cli import main
 
 if TYPE_CHECKING:
@@ -19,15 +18,15 @@ WAIVER = ["--waive", "kernel", "--waive", "server", "--until", "2199-12-31"]
 REASON = ["--reason", "no such GPU in the lab before spring"]
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return committed_checkout(tmp_path_factory.mktemp("release") / "checkout")
+
+
 @pytest.fixture
-def committed(checkout: Path, root: Path) -> Path:
-    """The checkout with its records, as a commit."""
-    for name in ("records", "tests/gpu", "src/vllm_forge/checkpoints/codecs"):
-        shutil.copytree(root / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
-    git(checkout, "init", "-q")
-    git(checkout, "add", "--all")
-    git(checkout, "commit", "-qm", "all")
-    return checkout
+def committed(template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A committed checkout, which no test here changes."""
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(template))
 
 
 @pytest.mark.usefixtures("committed")

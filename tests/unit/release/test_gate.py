@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -13,13 +12,14 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from tests.support.fast_build import FastEngine
+from tests.support.release import committed_checkout, git
 from vllm_forge.project import Project
 from vllm_forge.release.errors import GateRefusedError, UnknownStageError, WaiverError
 from vllm_forge.release.gate import Gate, Waiver, make_waivers, policy_of
 from vllm_forge.release.pipeline import plan_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from vllm_forge.images.engines import Engine
     from vllm_forge.matrix.model import Stage
@@ -36,30 +36,18 @@ def gate(project: Project, stage: Stage = "release", sku: str = "b300", **change
     )  # fmt: skip
 
 
-def git(folder: Path, *argv: str) -> None:
-    user = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
-    subprocess.run(["git", "-C", str(folder), *user, *argv], check=True, capture_output=True)
-
-
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A committed copy of what the gate reads."""
-    copy, root = tmp_path_factory.mktemp("gate") / "checkout", Path(__file__).parents[3]
-    for name in ("docker", "patches", "records", "tests/gpu", "src/vllm_forge/checkpoints/codecs"):
-        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("matrix.toml", ".gitignore"):
-        shutil.copy(root / name, copy)
-    git(copy, "init", "-q")
-    git(copy, "add", "--all")
-    git(copy, "commit", "-qm", "all")
-    return copy
+    return committed_checkout(tmp_path_factory.mktemp("gate") / "checkout")
 
 
 @pytest.fixture
-def project(committed: Path, tmp_path: Path) -> Project:
-    """A clone of it, to change."""
-    git(committed, "clone", "-q", ".", str(tmp_path / "checkout"))
-    return Project(tmp_path / "checkout")
+def project(committed: Path) -> Iterator[Project]:
+    """It, to change: what a test does to it ends with the test."""
+    start = git(committed, "rev-parse", "HEAD").strip()
+    yield Project(committed)
+    git(committed, "reset", "-q", "--hard", start)
+    git(committed, "clean", "-qfd")
 
 
 def edit(project: Project, path: str, change: Callable[[Any], None]) -> None:
@@ -192,9 +180,10 @@ def test_uncommitted_changes_are_named(project: Project) -> None:
     assert what.endswith(": docker/new")
 
 
-def test_checkout_without_a_commit_is_refused(project: Project) -> None:
-    shutil.rmtree(project.root / ".git")
-    assert whats(gate(project, stage="candidate")) == ["the checkout has no commit"]
+def test_checkout_without_a_commit_is_refused(project: Project, tmp_path: Path) -> None:
+    skip = shutil.ignore_patterns(".git")
+    copy = Project(shutil.copytree(project.root, tmp_path / "copy", ignore=skip))
+    assert whats(gate(copy, stage="candidate")) == ["the checkout has no commit"]
 
 
 def test_waived_tier_is_not_missing(project: Project) -> None:
