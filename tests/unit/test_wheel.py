@@ -68,6 +68,7 @@ REFUSED = {
     "checkpoint verify": [],
     "checkpoint tools": [],
     "gpu test": ["b300"],
+    "gpu rehearse": ["b300"],
     "gpu kit": ["b300", "--output=o"],
     "gpu receipts": ["--update"],
     "release": ["b300", "--stage=dev"],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vllm_forge.commands.parsers import EVERY_LINE, JSON, Commands, command, group, print_json
 from vllm_forge.errors import UsageError
-from vllm_forge.host import Runner, suggestion
+from vllm_forge.host import Runner
 from vllm_forge.project import Project
 
 FULL = "full"  # beside the names of variants
@@ -162,24 +162,13 @@ def fixtures(project: Project, args: argparse.Namespace) -> None:
 
 
 def _full(project: Project, args: argparse.Namespace) -> None:
-    from vllm_forge.checkpoints.fixtures.full import (
-        make_recipe,
-        shards_of,
-        write_full,
-        write_recipe,
-    )
-    from vllm_forge.kernels.selection.questions import artifact_config
-    from vllm_forge.serve.errors import UnknownArtifactError
+    from vllm_forge.checkpoints.fixtures.full import recipe_of, write_full, write_recipe
 
     if args.names != [FULL] or args.artifact is None:
         what = f"expected: fixtures {FULL} --artifact NAME DIR [--recipe]"
         raise UsageError(what, remedy="give an artifact, and a directory that will be made")
     name, folder = args.artifact[0], Path(args.artifact[1])
-    if (artifact := project.matrix.artifact.get(name)) is None:
-        what = f"unknown artifact {name!r}{suggestion(name, project.matrix.artifact)}"
-        raise UnknownArtifactError(what, remedy="give an artifact of matrix.toml")
-    recipe = make_recipe(name, artifact_config(name), shards_of(name, artifact))
-    (write_recipe if args.recipe else write_full)(recipe, folder)
+    (write_recipe if args.recipe else write_full)(recipe_of(project.matrix, name), folder)
     print(folder)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import tempfile
 from pathlib import Path
 
 from vllm_forge.commands.parsers import LINE, SKU, Commands, command, group, option, positive
@@ -10,7 +11,7 @@ from vllm_forge.errors import UsageError
 from vllm_forge.host import HostProbe, console
 from vllm_forge.project import Project
 
-RESULTS = "gpu-results"
+RESULTS, REHEARSAL = "gpu-results", "rehearsal"
 NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -30,19 +31,23 @@ def register(choices: Commands) -> None:
     )
     inputs.add_argument("--workloads", type=Path, help="folder with prompts, for tier soak")
     key = option("--key", type=Path, help="private key (PEM) that signs the receipt")
-    one = command(gpu, "test", test, SKU, LINE, inputs, key)
-    one.add_argument("--image", metavar="REF", help="in this image (default: the cell's own)")
+    runs = option("--image", metavar="REF", help="in this image (default: the cell's own)")
+    runs.add_argument("--minutes", type=positive, help="budget per tier (default: the suite's)")
+    runs.add_argument("--caches", type=Path, help="folder for what JIT compilers make")
+    runs.add_argument("--network", action="store_true", help="let the image reach the network")
+    runs.add_argument("--output", type=Path, help=f"folder for results (default: dist/{RESULTS})")
+    one = command(gpu, "test", test, SKU, LINE, inputs, runs, key)
     one.add_argument(
-        "--tier", action="append", choices=["kernel", "server", "upstream", "tp2", "tp4", "soak"],
+        "--tier", action="append",
+        choices=["kernel", "server", "upstream", "tp2", "tp4", "soak", REHEARSAL],
         help="repeatable (default: kernel and server)",
     )  # fmt: skip
-    one.add_argument("--minutes", type=positive, help="budget per tier (default: the suite's)")
     one.add_argument(
         "-n", dest="workers", type=_workers, help="processes: a number, or auto (one a GPU)"
     )
-    one.add_argument("--caches", type=Path, help="folder for what JIT compilers make")
-    one.add_argument("--network", action="store_true", help="let the image reach the network")
-    one.add_argument("--output", type=Path, help=f"folder for results (default: dist/{RESULTS})")
+
+    one = command(gpu, "rehearse", rehearse, SKU, LINE, runs, key)
+    one.add_argument("--artifact", help="of matrix.toml (default: the first of the SKU's presets)")
 
     one = command(gpu, "kit", kit, SKU, LINE, inputs)
     one.add_argument("--output", type=Path, required=True, help="folder that will be made")
@@ -77,6 +82,21 @@ def test(project: Project, args: argparse.Namespace) -> None:
     )  # fmt: skip
     for name in names:
         print(make_receipt(project, output / f"{name}.json", args.key))
+
+
+def rehearse(project: Project, args: argparse.Namespace) -> None:
+    """Serve a checkpoint of an artifact's size, without its weights, and measure."""
+    from vllm_forge.checkpoints.fixtures.full import recipe_of, write_recipe
+
+    cell = project.cell(args.sku, args.line)
+    served = [row for row in project.matrix.preset.values() if row.sku == cell.sku_name]
+    name = args.artifact or next((row.artifacts[0] for row in served), "")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / name
+        write_recipe(recipe_of(project.matrix, name), folder)
+        args.tier, args.workers, args.workloads = [REHEARSAL], None, None
+        args.checkpoint = [f"{name}={folder}"]
+        test(project, args)
 
 
 def kit(project: Project, args: argparse.Namespace) -> None:

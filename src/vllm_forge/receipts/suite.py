@@ -44,11 +44,16 @@ class Tier(FrozenModel):
     on_request: bool = False  # it runs only where it is named
 
 
-class Suite(FrozenModel):
+class MoreTiers(FrozenModel):
+    """``suite.toml`` in a folder of the suite."""
+
+    tier: dict[str, Tier]
+
+
+class Suite(MoreTiers):
     """``tests/gpu/suite.toml``; ``release_sources`` are paths in vLLM's source."""
 
     release_sources: tuple[str, ...]
-    tier: dict[str, Tier]
 
 
 class Case(FrozenModel):
@@ -90,12 +95,23 @@ MATRIX_ROWS: dict[str, Callable[[Matrix, str], Any]] = {
 
 
 def read_suite(root: Path) -> Suite:
-    """``tests/gpu/suite.toml``; SuiteDescriptionError if missing or malformed."""
+    """``tests/gpu/suite.toml``, with further tiers of the suite.toml in a folder beside it.
+
+    SuiteDescriptionError: one is missing or malformed, or a tier has two rows.
+    """
     rows = ", ".join(MATRIX_ROWS)
     remedy = f"name folders, minutes, and what of matrix.toml the tests read: {rows}"
-    return read_data(
+    suite = read_data(
         root / FILE, Suite.model_validate, SuiteDescriptionError, what="suite", remedy=remedy
     )
+    for path in sorted((root / TESTS).glob(f"*/{Path(FILE).name}")):
+        more = read_data(
+            path, MoreTiers.model_validate, SuiteDescriptionError, what="tiers", remedy=remedy
+        ).tier
+        if both := sorted(more.keys() & suite.tier.keys()):
+            raise SuiteDescriptionError(f"duplicate tier {both[0]}", where=str(path), remedy=remedy)
+        suite = suite.model_copy(update={"tier": suite.tier | more})
+    return suite
 
 
 def source_files(root: Path, tier: Tier) -> list[str]:

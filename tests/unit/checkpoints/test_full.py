@@ -35,8 +35,6 @@ from vllm_forge.cli import main
 from vllm_forge.errors import UsageError
 from vllm_forge.host import files, tree_bytes
 from vllm_forge.host.errors import DiskSpaceError
-from vllm_forge.kernels.selection import questions
-from vllm_forge.serve.errors import UnknownArtifactError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,7 +72,7 @@ def _here(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """``checkpoint fixtures``, with a small config in place of the artifacts' own."""
-    monkeypatch.setattr(questions, "artifact_config", lambda _: layout_config("card"))
+    monkeypatch.setattr(full, "artifact_config", lambda _: layout_config("card"))
     return lambda *args: main(["checkpoint", "fixtures", *map(str, args)])
 
 
@@ -304,7 +302,7 @@ def test_mistyped_artifact_is_suggested(
     tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = command("full", "--artifact", ARTIFACT[:-1], tmp_path / "made")
-    assert code == UnknownArtifactError.exit_code
+    assert code == RehearsalError.exit_code
     assert f"(did you mean '{ARTIFACT}'?)" in capsys.readouterr().err
 
 

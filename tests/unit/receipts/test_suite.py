@@ -235,8 +235,28 @@ def test_the_runner_computes_the_same_hash(root: Path, tmp_path: Path) -> None:
 
 
 def test_the_suites_description_is_whole(root: Path) -> None:
-    assert {"kernel", "server", "upstream", "tp2", "tp4", "soak"} == set(read_suite(root).tier)
+    assert {"kernel", "server", "upstream", "tp2", "tp4", "soak", "rehearsal"} == set(
+        read_suite(root).tier
+    )
     assert read_suite(root).release_sources
     matrix = load(root)
     presets = [MATRIX_ROWS["preset"](matrix, sku) for sku in matrix.sku]
     assert any(row["speculative_tokens"] for rows in presets for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [("server", "duplicate tier server"), ("Kernel]", "invalid tiers")],
+    ids=["duplicate", "malformed"],
+)
+def test_tiers_of_a_folder_are_added_and_checked(small: Project, name: str, error: str) -> None:
+    path = small.root / "tests/gpu/mtp/suite.toml"
+    row = '[tier.{}]\nfolders = ["tests/gpu/mtp"]\nminutes = 1\n'
+    before = suite_hash(small, "server", "b300")
+    path.write_text(row.format("other"))
+    assert {"server", "other"} < set(read_suite(small.root).tier)
+    path.unlink()
+    assert suite_hash(small, "server", "b300") == before
+    path.write_text(row.format(name))
+    with pytest.raises(SuiteDescriptionError, match=error):
+        read_suite(small.root)
