@@ -55,6 +55,9 @@ def register(choices: Commands) -> None:
     one.add_argument("--max-part", type=positive, default=62, help="in megabytes (62)")
     one.add_argument("--caches", type=Path, help="JIT caches of an earlier run of the same stack")
 
+    one = command(gpu, "prewarm", prewarm, SKU, LINE)
+    one.add_argument("caches", type=Path, help="folder that --caches left of a green run")
+
     one = command(gpu, "receipts", receipts, key)
     one.add_argument("--result", action="append", default=[], type=Path, help="make one of this")
     one.add_argument("--signed", action="store_true", help="refuse unsigned ones")
@@ -110,6 +113,13 @@ def kit(project: Project, args: argparse.Namespace) -> None:
         inputs=_input_folders(args.checkpoint, args.workloads),
     )  # fmt: skip
     print(args.output)
+
+
+def prewarm(project: Project, args: argparse.Namespace) -> None:
+    """Lock the compiled kernels that a released image carries."""
+    from vllm_forge.gputest.launch import lock_prewarm
+
+    print(lock_prewarm(project, project.cell(args.sku, args.line), args.caches))
 
 
 def receipts(project: Project, args: argparse.Namespace) -> None:

@@ -62,6 +62,7 @@ def register(choices: Commands) -> None:
     one.add_argument("--until", type=_date, metavar="DATE", help="last day of the waiver")
     one.add_argument("--reason", metavar="TEXT", help="why, for who reads the release")
     one.add_argument("--engine", choices=ENGINES, help="default: the one that is installed")
+    one.add_argument("--prewarm", type=Path, metavar="DIR", help="compiled kernels to carry")
     one.add_argument("--output", type=Path, help="folder for the OCI layout (default: dist)")
     one.add_argument("--dry-run", action="store_true", help="print the commands, do nothing")
 
@@ -91,6 +92,7 @@ def register(choices: Commands) -> None:
 def release(project: Project, args: argparse.Namespace) -> None:
     """Build, attest, push and verify an image, then name it."""
     from vllm_forge import images
+    from vllm_forge.gputest.launch import prewarm_of
     from vllm_forge.release import gate as gates
     from vllm_forge.release.pipeline import Job, plan_of
     from vllm_forge.release.pipeline import release as run
@@ -100,13 +102,15 @@ def release(project: Project, args: argparse.Namespace) -> None:
     if args.key and not policy.statements:
         what = f"--key, and stage {args.stage} signs nothing"
         raise UsageError(what, remedy="leave it out, or choose another --stage")
+    prewarm = args.prewarm and prewarm_of(project, cell, args.prewarm.resolve())
     gate = gates.Gate(
         project=project, cell=cell, stage=args.stage, policy=policy, now=datetime.now(UTC),
         digest=None, waivers=gates.make_waivers(args.waive, args.until, args.reason, policy),
+        prewarm=None if prewarm is None else prewarm.digest,
     )  # fmt: skip
     dry = args.dry_run or args.registry is None
     engine = images.choose_engine(args.engine, dry_run=dry)
-    plan = plan_of(gate, args.output or project.root / "dist", engine)
+    plan = plan_of(gate, args.output or project.root / "dist", engine, prewarm)
     if (image := plan.up_to_date()) is not None:
         gate = replace(gate, digest=f"sha256:{image.digest}")
     if args.registry is None:

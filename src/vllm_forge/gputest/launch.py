@@ -22,12 +22,21 @@ from typing import Any
 
 from vllm_forge.gputest import errors
 from vllm_forge.host import Probe, gpu_container, parse_json, read_data
+from vllm_forge.host.files import write_json
 from vllm_forge.host.probe import GPU_QUERY
 from vllm_forge.host.run import run_container
 from vllm_forge.images.docker_api import inspect_image
 from vllm_forge.images.errors import EngineTooOldError, EngineUnreachableError
 from vllm_forge.images.layout import hex_digest, read_image
-from vllm_forge.images.prewarm import SCRIPT, Prewarm, place_of, require_plain, tree_digest
+from vllm_forge.images.prewarm import (
+    SCRIPT,
+    Prewarm,
+    PrewarmLock,
+    place_of,
+    prewarm_lock,
+    require_plain,
+    tree_digest,
+)
 from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import Applied, Patch, check_line, read_series, read_tree_lock
 from vllm_forge.patches.series import without
@@ -36,6 +45,7 @@ from vllm_forge.project import Project
 from vllm_forge.proofs.upstream import CONTENT, UPSTREAM_REQUIREMENTS
 from vllm_forge.receipts.errors import ReceiptSubjectError
 from vllm_forge.receipts.suite import CODECS_FOLDER, TESTS, plan_tier, read_suite
+from vllm_forge.receipts.verification import read_receipts
 from vllm_forge.serve.doctor import listed_gpus
 from vllm_forge.serve.errors import NoGpuError
 from vllm_forge.sources import LockedWheel, SourceRepo, Wheelhouse, read_wheels
@@ -44,6 +54,7 @@ from vllm_forge.sources.errors import LockFileError
 SOURCE, VARIANTS = "source", "variants"
 PUBLISHED = "published"
 KEY = "caches.json"
+WARM = "warm-"  # and a tier: a green run of it left its kernels (tests/gpu/harness/run.py)
 # Folder -> the variable that names it.
 FOLDERS = {
     "vllm": "VLLM_CACHE_ROOT",
@@ -188,6 +199,37 @@ def prewarm_of(project: Project, cell: ImageCell, folder: Path) -> Prewarm:
         key=key,
         digest=tree_digest(folder),
     )
+
+
+def lock_prewarm(project: Project, cell: ImageCell, folder: Path) -> Path:
+    """Write the lock of the kernels in ``folder``, for releases that carry them; its path.
+
+    Raises JitCacheError: no tier was green with these caches, or its receipt is not committed.
+    """
+    prewarm = prewarm_of(project, cell, folder)
+    tiers = sorted(path.name.removeprefix(WARM) for path in folder.glob(f"{WARM}*"))
+    images = {
+        detail.tier: row.statement.sha256
+        for row in read_receipts(project).valid
+        if (detail := row.statement.detail).sku == cell.sku_name and detail.line == cell.line_name
+    }
+    made_by = {images.get(tier) for tier in tiers}
+    if len(made_by) != 1 or None in made_by:
+        lacking = [tier for tier in tiers if tier not in images]
+        what = (
+            "no tier was green with these caches" if not tiers else "the caches are of two images"
+        )
+        if lacking:
+            what = f"no receipt of tier {', '.join(lacking)}, whose run compiled these kernels"
+        remedy = "run a tier with --caches until it is green, and commit its receipt"
+        raise errors.JitCacheError(what, where=str(folder), remedy=remedy)
+    lock = PrewarmLock(
+        sha256=prewarm.digest, bytes=prewarm.size, key=dict(prewarm.key),
+        image=f"sha256:{made_by.pop()}", tiers=tuple(tiers),
+    )  # fmt: skip
+    path, _ = prewarm_lock(project.root, cell)
+    write_json(path, lock.model_dump(mode="json"))
+    return path
 
 
 def suite_wheels(root: Path, folder: str) -> list[LockedWheel]:

@@ -7,17 +7,20 @@ name, not the content: the GPU suite compiles at the very same one (``place_of``
 """
 
 import os
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal, cast
 
-from vllm_forge.host import gigabytes, hash_of, open_plain
+from vllm_forge.host import gigabytes, hash_of, open_plain, read_data
 from vllm_forge.host.files import file_digest
 from vllm_forge.images.errors import ForeignFileError
-from vllm_forge.images.layer import CHUNK, LayerBlob, ZstdLayerWriter
+from vllm_forge.images.layer import CHUNK, LayerBlob, ZstdLayerWriter, members
 from vllm_forge.images.store import StoredLayer, keep_layer, make_folders
+from vllm_forge.matrix import FrozenModel, ImageCell
+from vllm_forge.matrix.errors import RecordFileError
 
 FORMAT = 2
 MOST = 32 << 30  # bytes of a folder; the largest that was seen has 1.5 GB
@@ -81,10 +84,40 @@ class Prewarm:
         folders = {name: f"{self.place}/{folder}" for name, folder in self.variables.items()}
         return folders | {PLACE: self.place, CONTENT: self.digest}
 
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in require_plain(self.folder))
+
     def record(self) -> dict[str, Any]:
         """For stack.json."""
-        size = sum(path.stat().st_size for path in require_plain(self.folder))
-        return {"sha256": self.digest, "key": dict(self.key), "bytes": size}
+        return {"sha256": self.digest, "key": dict(self.key), "bytes": self.size}
+
+
+class PrewarmLock(FrozenModel):
+    """``records/prewarm/<SKU>--<line>.json``: the kernels that a released image may carry.
+
+    A commit does not determine the set, so it names its hash. ``image``: digest of the
+    image in which a run of ``tiers`` compiled it; the receipts of these tiers name it, too.
+    """
+
+    schema_version: Literal[1] = 1
+    sha256: str
+    bytes: int
+    key: dict[str, str]
+    image: str
+    tiers: tuple[str, ...]
+
+
+def prewarm_lock(root: Path, cell: ImageCell) -> tuple[Path, PrewarmLock | None]:
+    """Path of a cell's lock, and what it says, if it is there; RecordFileError: it is broken."""
+    path = root / "records" / "prewarm" / f"{cell.sku_name}--{cell.line_name}.json"
+    if not path.exists():
+        return path, None
+    remedy = f"write it again: nox -s forge -- gpu prewarm {cell.sku_name} FOLDER"
+    return path, read_data(
+        path, PrewarmLock.model_validate, RecordFileError, what="prewarm lock", remedy=remedy
+    )
 
 
 def prewarm_key(prewarm: Prewarm, epoch: int) -> str:
@@ -114,6 +147,18 @@ def prewarm_layer(prewarm: Prewarm, epoch: int) -> StoredLayer:
             return layer.close(), {}
 
     return keep_layer(prewarm_key(prewarm, epoch), write)
+
+
+def unpack_prewarm(blob: LayerBlob, folder: Path) -> None:
+    """Write the kernels of a ``prewarm_layer`` to a folder, as they were before."""
+    for name, info, tar in members(blob):
+        if name.startswith(f"{BAKED[1:]}/") and info.isreg():
+            file = cast("IO[bytes]", tar.extractfile(info))
+            path = folder / name.removeprefix(f"{BAKED[1:]}/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("xb") as copy:
+                shutil.copyfileobj(file, copy)
+            path.chmod(info.mode & 0o777)
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from vllm_forge.errors import ForgeError, suggestion
+from vllm_forge.images.prewarm import prewarm_lock
 from vllm_forge.kernels.coverage.families import FINE
 from vllm_forge.kernels.coverage.families import digest as families_digest
 from vllm_forge.kernels.selection.record import require_fresh
@@ -61,6 +62,7 @@ class Gate:
     digest: str | None
     now: datetime
     waivers: tuple[Waiver, ...] = ()
+    prewarm: str | None = None  # hash of the compiled kernels that the image carries
 
     @property
     def oldest(self) -> datetime | None:
@@ -73,6 +75,7 @@ class Gate:
         checks = (
             (True, _for_development),
             (self.policy.committed, _uncommitted),
+            (self.policy.committed, _unlocked),
             (self.policy.proofs, _unproven),
             (self.policy.upstream, _regressed),
             (self.policy.kernels, _kernels_unknown),
@@ -186,6 +189,15 @@ def _uncommitted(gate: Gate) -> Iterator[ForgeError]:
     else:
         return
     yield RequirementError(what, where=str(gate.project.root), remedy=remedy)
+
+
+def _unlocked(gate: Gate) -> Iterator[ForgeError]:
+    path, lock = prewarm_lock(gate.project.root, gate.cell)
+    if gate.prewarm is not None and (lock is None or lock.sha256 != gate.prewarm):
+        locked = f"the lock is of {lock.sha256[:12]}" if lock else "there is no lock"
+        what = f"the compiled kernels {gate.prewarm[:12]} are not locked: {locked}"
+        remedy = f"nox -s forge -- gpu prewarm {gate.cell.sku_name} FOLDER, and commit the lock"
+        yield RequirementError(what, where=str(path), remedy=remedy)
 
 
 def _unproven(gate: Gate) -> Iterator[ForgeError]:

@@ -16,6 +16,7 @@ from vllm_forge.errors import ForgeError
 from vllm_forge.host import RecordingRunner, Runner
 from vllm_forge.images.engines import Engine
 from vllm_forge.images.errors import BuildRecordError
+from vllm_forge.images.prewarm import Prewarm
 from vllm_forge.images.record import read_record
 from vllm_forge.images.rootfs import LOCKED, ROOTFS
 from vllm_forge.release.decision import (
@@ -125,6 +126,8 @@ def release(job: Job, runner: Runner) -> Outcome | None:
             words = [f"--line={cell.line_name}", f"--base={plan.options.base}"]
             words += [f"--engine={plan.engine.name}", f"--output={plan.options.output}"]
             words += ["--kernels"] if plan.options.kernels else []
+            if (prewarm := plan.options.prewarm) is not None:
+                words.append(f"--prewarm={prewarm.folder}")
             runner.run(["nox", "-s", "forge", "--", "build", cell.sku_name, *words])
         built = runner.act("hash every blob of the image", lambda: _build(job, runner))
         digest = "sha256:DIGEST" if dry else str(built().digest)
@@ -148,13 +151,16 @@ def release(job: Job, runner: Runner) -> Outcome | None:
         return None if dry else outcome()
 
 
-def plan_of(gate: Gate, output: Path, engine: Engine) -> images.ImagePlan:
+def plan_of(
+    gate: Gate, output: Path, engine: Engine, prewarm: Prewarm | None = None
+) -> images.ImagePlan:
     """How the image of a cell is built at a stage, to a folder: in the variant of its policy."""
     policy = gate.policy
     options = images.BuildOptions(
         output=output,
         base=LOCKED if policy.committed else ROOTFS,
         kernels=policy.archives == "carried",
+        prewarm=prewarm,
     )
     return images.resolve(gate.project, gate.cell, options, engine)
 

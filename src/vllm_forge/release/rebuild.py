@@ -10,11 +10,12 @@ from pathlib import Path
 from vllm_forge.host import Runner
 from vllm_forge.images.layer import LayerBlob, plain_tar
 from vllm_forge.images.layout import Image, ImageLayer, read_image
+from vllm_forge.images.prewarm import prewarm_lock, unpack_prewarm
 from vllm_forge.images.record import differences
 from vllm_forge.project import Project
 from vllm_forge.release.errors import CommitMissingError, RebuildDiffersError
 from vllm_forge.release.published import Published
-from vllm_forge.release.statements import Provenance
+from vllm_forge.release.statements import External, Provenance
 from vllm_forge.release.verify import work_folder
 
 SHOWN = 20  # files of a layer
@@ -38,6 +39,7 @@ def rebuild(
         runner.run(["git", "-C", str(clone), "checkout", "--quiet", provenance.commit])
         options = [f"--{name}={value}" for name, value in sorted(provenance.build_options.items())]
         options += ["--kernels"] if provenance.external.options.kernels else []
+        options += prewarm_option(published, provenance.external, Project(clone), work)
         runner.run(
             [
                 sys.executable, "-m", "vllm_forge", "build", provenance.external.sku,
@@ -47,6 +49,19 @@ def rebuild(
         )  # fmt: skip
         (layout,) = (path for path in output.iterdir() if path.is_dir())
         return compare(published, read_image(layout), work)
+
+
+def prewarm_option(
+    published: Published, external: External, project: Project, work: Path
+) -> list[str]:
+    """Bring the image's own compiled kernels to the build, if its commit has their hash."""
+    _, lock = prewarm_lock(project.root, project.cell(external.sku, external.line))
+    if lock is None or lock.sha256 != external.options.prewarm:
+        return []
+    folder = work / "prewarm"
+    (layer,) = published.fetch(published.image.layers[-1:], work)
+    unpack_prewarm(layer.blob, folder)  # of another hash, stack.json differs, and so the image
+    return [f"--prewarm={folder}"]
 
 
 def require_commit(root: Path, commit: str) -> None:
@@ -65,7 +80,7 @@ def compare(published: Published, built: Image, work: Path) -> list[str]:
     layers = list(published.image.layers)
     if layers and layers[-1].name == PREWARM and len(layers) == len(built.layers) + 1:
         layers.pop()
-        skipped.append(f"layer not rebuilt: {PREWARM}, whose set of kernels is not here")
+        skipped.append(f"layer not rebuilt: {PREWARM}, of which the commit has no lock")
     if len(layers) != len(built.layers):
         rows.append(f"{len(layers)} layers are published, {len(built.layers)} were built")
     for published_layer, built_layer in zip(layers, built.layers, strict=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -15,9 +16,10 @@ import zstandard
 
 from tests.gpu.harness import run as harness
 from tests.gpu.harness.errors import InputError
+from tests.support.receipts import IMAGE, green_run, small_project
 from vllm_forge.gputest import launch as product
 from vllm_forge.gputest.errors import JitCacheError
-from vllm_forge.gputest.launch import cache_key, prewarm_of, require_key
+from vllm_forge.gputest.launch import cache_key, lock_prewarm, prewarm_of, require_key
 from vllm_forge.images.errors import ForeignFileError
 from vllm_forge.images.prewarm import (
     BAKED,
@@ -28,10 +30,14 @@ from vllm_forge.images.prewarm import (
     Prewarm,
     place_of,
     prewarm_layer,
+    prewarm_lock,
     tree_digest,
+    unpack_prewarm,
 )
+from vllm_forge.matrix.errors import RecordFileError
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
+from vllm_forge.receipts.verification import make_receipt
 from vllm_forge.sources import read_lock
 
 if TYPE_CHECKING:
@@ -107,6 +113,64 @@ def test_an_image_carries_the_kernels_of_its_own_stack_only(root: Path, tmp_path
 
 
 @pytest.fixture
+def project(root: Path, tmp_path: Path) -> Project:
+    """A small suite, and a receipt of its tier server."""
+    project = small_project(root, tmp_path / "project")
+    result = tmp_path / "server.json"
+    result.write_text(json.dumps(green_run(project)))
+    make_receipt(project, result, None)
+    return project
+
+
+def left_by(project: Project, folder: Path, *tiers: str) -> Path:
+    """Caches that green runs of tiers left."""
+    cell = project.cell("h200", "0.26")
+    tree = read_tree_lock(project.root / cell.line.series, "0.26").result
+    plan = {"caches": {"folders": product.FOLDERS, "key": cache_key(project, cell, tree)}}
+    harness.open_caches(folder, plan)
+    (folder / "triton" / "kernel.cubin").write_bytes(b"code")
+    for tier in tiers:
+        (folder / f"warm-{tier}").touch()
+    return folder
+
+
+def test_lock_names_the_image_of_the_receipt(project: Project, tmp_path: Path) -> None:
+    cell, folder = project.cell("h200", "0.26"), left_by(project, tmp_path / "left", "server")
+    assert prewarm_lock(project.root, cell)[1] is None
+    path = lock_prewarm(project, cell, folder)
+    assert path == project.root / "records" / "prewarm" / "h200--0.26.json"
+    _, lock = prewarm_lock(project.root, cell)
+    assert lock is not None
+    assert (lock.image, lock.tiers) == (f"sha256:{IMAGE}", ("server",))
+    assert (lock.sha256, lock.bytes > 4) == (prewarm_of(project, cell, folder).digest, True)
+
+
+@pytest.mark.parametrize(
+    ("tiers", "words"),
+    [
+        ((), "no tier was green with these caches"),
+        (("kernel", "server"), "no receipt of tier ker"),
+    ],
+)
+def test_kernels_of_a_run_without_receipt_are_not_locked(
+    project: Project, tmp_path: Path, tiers: tuple[str, ...], words: str
+) -> None:
+    folder = left_by(project, tmp_path / "left", *tiers)
+    with pytest.raises(JitCacheError, match=words):
+        lock_prewarm(project, project.cell("h200", "0.26"), folder)
+    assert not (project.root / "records" / "prewarm").exists()
+
+
+def test_broken_lock_is_refused(project: Project) -> None:
+    cell = project.cell("h200", "0.26")
+    path, _ = prewarm_lock(project.root, cell)
+    path.parent.mkdir()
+    path.write_text("{}")
+    with pytest.raises(RecordFileError, match="invalid prewarm lock"):
+        prewarm_lock(project.root, cell)
+
+
+@pytest.fixture
 def prewarm(folder: Path) -> Prewarm:
     return Prewarm(
         folder=folder,
@@ -149,6 +213,14 @@ def test_the_layer_is_compressed_and_the_same_each_time(prewarm: Prewarm, tmp_pa
     first = stored.blob.digest
     shutil.rmtree(tmp_path / "store")
     assert prewarm_layer(prewarm, 1_700_000_000).blob.digest == first
+
+
+@pytest.mark.usefixtures("cache")
+def test_layer_gives_the_set_back(prewarm: Prewarm, tmp_path: Path) -> None:
+    (prewarm.folder / "triton" / "k" / "launcher.so").touch(mode=0o755)
+    prewarm = replace(prewarm, digest=tree_digest(prewarm.folder))
+    unpack_prewarm(prewarm_layer(prewarm, 1_700_000_000).blob, tmp_path / "again")
+    assert tree_digest(tmp_path / "again") == prewarm.digest
 
 
 def test_kernels_serve_where_they_were_compiled(prewarm: Prewarm) -> None:

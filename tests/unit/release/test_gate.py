@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.fast_build import FastEngine
 from tests.support.release import committed_checkout, git
+from vllm_forge.images.prewarm import PrewarmLock, prewarm_lock
 from vllm_forge.project import Project
 from vllm_forge.release.errors import GateRefusedError, UnknownStageError, WaiverError
 from vllm_forge.release.gate import Gate, Waiver, make_waivers, policy_of
@@ -87,6 +88,21 @@ def test_candidate_and_dev_lack_nothing(project: Project) -> None:
         row = gate(project, stage=stage)
         assert whats(row) == []
         row.require([])
+
+
+@pytest.mark.parametrize("stage", ["dev", "candidate"])
+def test_compiled_kernels_are_locked_by_the_commit(project: Project, stage: Stage) -> None:
+    row = gate(project, stage=stage, prewarm="7" * 64)
+    refused = [] if stage == "dev" else ["the compiled kernels 777777777777 are not locked: "]
+    assert whats(row) == [what + "there is no lock" for what in refused]
+    path, _ = prewarm_lock(project.root, row.cell)
+    for digest, left in {"8" * 64: refused, "7" * 64: []}.items():
+        lock = PrewarmLock(sha256=digest, bytes=1, key={}, image="sha256:1", tiers=("server",))
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(lock.model_dump_json())
+        git(project.root, "add", "--all")
+        git(project.root, "commit", "-qm", "lock")
+        assert whats(row) == [what + "the lock is of 888888888888" for what in left]
 
 
 @pytest.mark.parametrize(("archives", "kernels"), [("network", False), ("carried", True)])

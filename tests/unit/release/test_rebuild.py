@@ -9,10 +9,14 @@ import pytest
 from tests.support.built import Built, built_image
 from tests.support.fast_build import fast_build, use
 from tests.support.project import PATCHED
+from vllm_forge.host.files import write_json
 from vllm_forge.images.layout import ImageLayer, write_image
+from vllm_forge.images.prewarm import Prewarm, prewarm_layer, prewarm_lock, tree_digest
+from vllm_forge.project import Project
 from vllm_forge.release.errors import CommitMissingError, RebuildDiffersError
 from vllm_forge.release.published import from_layout
-from vllm_forge.release.rebuild import compare, require_commit
+from vllm_forge.release.rebuild import compare, prewarm_option, require_commit
+from vllm_forge.release.statements import BuildOptions, External
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,8 +81,39 @@ def test_layer_of_compiled_kernels_is_not_compared(built: Built, tmp_path: Path)
     kernels = ImageLayer(blob=last.blob, name="compiled kernels")
     published = again(built, tmp_path / "x", (*built.image.layers, kernels))
     assert compare(from_layout(published.path), built.image, tmp_path) == [
-        "layer not rebuilt: compiled kernels, whose set of kernels is not here"
+        "layer not rebuilt: compiled kernels, of which the commit has no lock"
     ]
+
+
+def baked(built: Built, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
+    """The image with a layer of one compiled kernel, and the hash of the set."""
+    use(built.mini, monkeypatch)
+    kernels = folder / "kernels"
+    kernels.mkdir()
+    (kernels / "k.cubin").write_bytes(b"code")
+    prewarm = Prewarm(folder=kernels, variables={}, key={}, digest=tree_digest(kernels))
+    layer = ImageLayer(blob=prewarm_layer(prewarm, EPOCH).blob, name="compiled kernels")
+    return again(built, folder / "x", (*built.image.layers, layer)).path, prewarm.digest
+
+
+@pytest.mark.parametrize("lock", ["same", "other", "none"])
+def test_locked_kernels_are_built_in_again(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lock: str
+) -> None:
+    path, digest = baked(built, tmp_path, monkeypatch)
+    project = Project(built.mini.copy(tmp_path / "clone").root)
+    if lock != "none":
+        locked = {"same": digest, "other": "7" * 64}[lock]
+        write_json(
+            prewarm_lock(project.root, built.cell)[0],
+            {"sha256": locked, "bytes": 4, "key": {}, "image": "sha256:1", "tiers": []},
+        )
+    options = BuildOptions(base="locked", engine="buildah", prewarm=digest)
+    external = External(sku="alpha", line=built.cell.line_name, options=options)
+    option = prewarm_option(from_layout(path), external, project, tmp_path)
+    assert option == ([f"--prewarm={tmp_path / 'prewarm'}"] if lock == "same" else [])
+    if option:
+        assert tree_digest(tmp_path / "prewarm") == digest
 
 
 def test_commit_that_is_not_here_is_refused(built: Built) -> None:
