@@ -1,6 +1,6 @@
 """Times a full build and its parts, in one run, on this machine.
 
-    nox -s bench -- build [--line 0.26] [--scratch DIR]
+    nox -s bench -- build [--line 0.26] [--scratch DIR] [--rounds 3] [--baseline COMMIT]
 
 Each figure is the wall time of one command with a cache of its own, after a sync, so that no
 stage pays for the writes of the one before. Prints a table and writes it, with what it ran on,
@@ -8,16 +8,21 @@ to benchmarks/results/. Needs about 30 GB below --scratch, an engine, and a netw
 
 ``download`` and ``layers`` are the floor: the wheels of the lock fetched into an empty cache,
 and the wheel layers written from them. ``cold`` is the whole build from an empty cache:
-rootfs, system image, wheels, layers, patched wheel, checks.
+rootfs, system image, wheels, layers, patched wheel, checks. Floor and cold take turns, ``rounds``
+times. With ``--baseline``, an older commit's code writes the layers: then slower layers do not
+lower the ratio. ``cold, one core``: once, on one CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import platform
+import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -49,13 +54,14 @@ if __name__ == "__main__":
 
 
 class Bench:
-    """One run: commands timed one after the other."""
+    """One run: commands timed one after the other. ``seconds``: stage -> of each round."""
 
     def __init__(self, project: Project, scratch: Path, line: str, skus: list[str]) -> None:
         self.scratch = scratch
         self.line = line
         self.skus = skus
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, list[float]] = {}
+        self.load = round(os.getloadavg()[0], 1)
         self.root = scratch / "checkout"
         self.root.mkdir()
         for name in ("docker", "patches", "records"):
@@ -63,28 +69,38 @@ class Bench:
                 shutil.copytree(project.root / name, self.root / name)
         shutil.copy(project.root / "matrix.toml", self.root)
 
-    def time(self, name: str, cache: str, *argv: str) -> str:
-        """Run one command and note its seconds; returns its stdout."""
+    def time(
+        self, name: str, cache: str, *argv: str, source: Path | None = None, cores: str = ""
+    ) -> str:
+        """Run Python once and note its seconds; returns its stdout.
+
+        ``source``: checkout whose code and rows it uses; default: this code, the copied rows.
+        """
         os.sync()
         env = {
             **os.environ,
             "VLLM_FORGE_CACHE": str(self.scratch / cache),
-            "VLLM_FORGE_ROOT": str(self.root),
+            "VLLM_FORGE_ROOT": str(source or self.root),
         }
+        if source is not None:
+            env["PYTHONPATH"] = str(source / "src")
+        bound = ["taskset", "--cpu-list", cores] if cores else []
         start = time.monotonic()
         done = subprocess.run(
-            [sys.executable, *argv], env=env, check=False, stdout=subprocess.PIPE, text=True
-        )
+            [*bound, sys.executable, *argv],
+            env=env, check=False, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
         if done.returncode:
             sys.exit(f"{name} failed with exit code {done.returncode}: see its output above")
-        self.seconds[name] = round(time.monotonic() - start, 1)
+        self.seconds.setdefault(name, []).append(round(time.monotonic() - start, 1))
         return done.stdout
 
-    def build(self, name: str, cache: str, sku: str) -> dict[str, Any]:
-        """Time one build; returns its result line."""
-        out = self.time(name, cache, "-m", "vllm_forge", "build", sku, "--line", self.line)
-        result: dict[str, Any] = json.loads(out.strip().splitlines()[-1])
-        return result
+    def build(self, name: str, cache: str, sku: str, cores: str = "") -> str:
+        """Time one build; returns the digest."""
+        words = ("build", sku, "--line", self.line)
+        out = self.time(name, cache, "-m", "vllm_forge", *words, cores=cores)
+        digest: str = json.loads(out.strip().splitlines()[-1])["digest"]
+        return digest
 
     def change_a_patch(self, series: str) -> None:
         """Drop the last patch of the copied series, and lock that.
@@ -104,57 +120,83 @@ class Bench:
             data["inputs"]["series"] = lock["result"]
             record.write_text(json.dumps(data))
 
-    def run(self, series: str) -> dict[str, str]:
-        """All stages; returns the digests of the images."""
+    def floor(self, baseline: Path | None) -> None:
+        """Time what every build has to do at least, with an empty cache."""
         self.time("download", "floor", "-m", "vllm_forge", "wheels", "fetch", "--line", self.line)
         script = self.scratch / "layers.py"
-        script.write_text(LAYERS)
-        self.time("layers", "floor", str(script), self.skus[0], self.line)
+        script.write_text(LAYERS if baseline is None else layers_script(baseline))
+        self.time("layers", "floor", str(script), self.skus[0], self.line, source=baseline)
         shutil.rmtree(self.scratch / "floor")
-        digests = {self.skus[0]: self.build("cold", "cold", self.skus[0])["digest"]}
-        self.build("no-op", "cold", self.skus[0])
+
+    def run(self, series: str, rounds: int, baseline: Path | None) -> dict[str, str]:
+        """All stages; returns the digests of the images."""
+        first = self.skus[0]
+        self.build("cold, one core", "one", first, cores="0")
+        shutil.rmtree(self.scratch / "one")
+        for number in range(rounds):
+            if number:
+                shutil.rmtree(self.scratch / "cold")
+            self.floor(baseline)
+            digests = {first: self.build("cold", "cold", first)}
+        for _ in range(rounds):
+            self.build("no-op", "cold", first)
         for sku in self.skus[1:]:
-            digests[sku] = self.build(f"next SKU: {sku}", "cold", sku)["digest"]
+            digests[sku] = self.build(f"next SKU: {sku}", "cold", sku)
         self.change_a_patch(series)
-        self.build("patch-only", "cold", self.skus[0])
+        self.build("patch-only", "cold", first)
         return digests
 
 
-def report(bench: Bench, digests: dict[str, str]) -> dict[str, Any]:
+def extract(root: Path, commit: str, folder: Path) -> Path:
+    """The files of a commit of this repository."""
+    folder.mkdir()
+    archive = folder.with_suffix(".tar")
+    done = subprocess.run(
+        ["git", "-C", str(root), "archive", f"--output={archive}", commit], check=False
+    )
+    if done.returncode:
+        sys.exit(f"cannot read commit {commit}: see git's output above; a shallow clone lacks it")
+    shutil.unpack_archive(archive, folder, filter="data")
+    return folder
+
+
+def layers_script(source: Path) -> str:
+    """The constant LAYERS of a checkout's own edition of this file."""
+    for node in ast.parse((source / "benchmarks" / "build.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS":
+            return str(ast.literal_eval(node.value))
+    sys.exit(f"{source} has no benchmark that writes layers")
+
+
+def report(bench: Bench, digests: dict[str, str], command: str) -> dict[str, Any]:
     """Print the table; return what goes into the result file."""
-    seconds = bench.seconds
-    floor = seconds["download"] + seconds["layers"]
-    table = Table("stage", "s", "ratio", "goal", title=f"line {bench.line}")
-    goals = {
-        "cold": (seconds["cold"] / floor, "<= 1.5 x (download + layers)"),
-        "no-op": (seconds["no-op"], "<= 2 s"),
-        "patch-only": (seconds["patch-only"], "<= 15 s"),
+    seconds = {name: statistics.median(values) for name, values in bench.seconds.items()}
+    cold, floor = seconds["cold"], seconds["download"] + seconds["layers"]
+    ratios = {
+        "cold / (download + layers)": (cold / floor, 1.3),
+        "cold, one core / cold": (seconds["cold, one core"] / cold, None),
+        **{f"{sku} / cold": (seconds[f"next SKU: {sku}"] / cold, 0.1) for sku in bench.skus[1:]},
     }
-    for sku in bench.skus[1:]:
-        name = f"next SKU: {sku}"
-        goals[name] = (seconds[name] / seconds["cold"], "<= 0.2 x cold")
+    table = Table("stage", "s, median", "s, each", title=f"line {bench.line}")
     for name, value in seconds.items():
-        ratio, goal = goals.get(name, (None, ""))
-        shown = f"{ratio:.2f}" if ratio is not None and "x" in goal else ""
-        table.add_row(name, f"{value:.1f}", shown, goal)
-    Console().print(table)
+        table.add_row(name, f"{value:.1f}", " ".join(map(str, bench.seconds[name])))
+    goals = Table("ratio", "value", "goal")
+    for name, (value, goal) in ratios.items():
+        goals.add_row(name, f"{value:.2f}", "" if goal is None else f"<= {goal}")
+    goals.add_row("no-op, s", f"{seconds['no-op']:.1f}", "<= 0.6")
+    Console().print(table, goals)
     return {
-        "command": "nox -s bench -- build --line " + bench.line,
+        "command": command,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": {
             "cpus": os.cpu_count(),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
             "kernel": platform.release().partition("-")[0],
             "python": platform.python_version(),
+            "load_before": bench.load,
         },
-        "seconds": seconds,
-        "ratios": {
-            "cold / (download + layers)": round(seconds["cold"] / floor, 2),
-            **{
-                f"{sku} / cold": round(seconds[f"next SKU: {sku}"] / seconds["cold"], 2)
-                for sku in bench.skus[1:]
-            },
-        },
+        "seconds": bench.seconds,
+        "ratios": {name: round(value, 2) for name, (value, _) in ratios.items()},
         "digests": digests,
     }
 
@@ -164,6 +206,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--line")
     parser.add_argument("--scratch", type=Path, help="default: a folder below /var/tmp")
+    parser.add_argument("--rounds", type=int, default=3, help="of floor and cold (3)")
+    parser.add_argument("--baseline", metavar="COMMIT", help="whose code writes the floor's layers")
     args = parser.parse_args()
     project = Project.find()
     line_name, line = project.line(args.line)
@@ -171,7 +215,11 @@ def main() -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         bench = Bench(project, Path(folder), line_name, list(line.skus[:3]))
-        result = report(bench, bench.run(line.series))
+        baseline = args.baseline and extract(project.root, args.baseline, Path(folder) / "baseline")
+        digests = bench.run(line.series, args.rounds, baseline)
+        result = report(
+            bench, digests, shlex.join(["nox", "-s", "bench", "--", "build", *sys.argv[1:]])
+        )
     path = project.root / "benchmarks" / "results" / f"build-{line_name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
