@@ -81,6 +81,18 @@ REFUSED = {
     "schema": [],
     "bench build": [],
     "bench claims": [],
+    "bench serve": [
+        "b300",
+        "--preset=p",
+        "--arm=a",
+        "--session=s",
+        "--url=u",
+        "--workload=w",
+        "--checkpoint=c",
+        "--caches=c",
+        "--output=o",
+        "--order=0",
+    ],
     "ci buildkite": [],
     "report": [],
     "verify": ["./image", "--rebuild"],
@@ -217,6 +229,7 @@ def test_wheel_says_which_commit_it_is_of(installed: Installed, built: Path) -> 
         (["doctor", "b300", "--replay", f"{HOST}/b300"], 0),
         (["doctor", "b200", "--replay", f"{HOST}/no-gpu", "--json"], 81),
         (["verify", "./nowhere", "--offline"], 60),
+        (["bench", "plan", "--card", "--json"], 0),
     ],
     ids=lambda value: " ".join(value[:4]) if isinstance(value, list) else "",
 )
@@ -302,7 +315,7 @@ def test_every_other_command_runs_from_the_wheel() -> None:
     assert {name for name, runs in commands.items() if not runs} == REFUSED.keys() - {"verify"}
     assert {name for name, runs in commands.items() if runs} == {
         "serve", "plan", "doctor", "install", "checkpoint inspect", "verify", "notes", "sbom",
-        "mirror",
+        "mirror", "bench gate", "bench plan",
     }  # fmt: skip
 
 

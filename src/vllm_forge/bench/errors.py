@@ -34,3 +34,15 @@ class GateFailedError(ForgeError, exit_code=RED):
 
 class GateUndecidedError(ForgeError, exit_code=UNDECIDED):
     """The results cannot decide a gate."""
+
+
+class WorkloadFileError(ForgeError, exit_code=REFUSED):
+    """A file of prompts cannot be read, or names an item twice."""
+
+
+class ServerUnreachableError(ForgeError, exit_code=FAULT):
+    """The server that is to be measured does not answer."""
+
+
+class ArmUnknownError(ForgeError, exit_code=REFUSED):
+    """A result cannot be bound to an image and a GPU: one of them is not known here."""

@@ -7,7 +7,7 @@ The record is JSON and names its rows, gzipped JSONL beside it, by their hash. I
 import gzip
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -153,13 +153,22 @@ def read_arm(path: Path) -> Arm:
     return Arm(path, result, rows)
 
 
-def write_arm(path: Path, record: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Write the rows, then the record, which names them; the same bytes for the same rows."""
+def write_arm(
+    path: Path,
+    record: dict[str, Any],
+    rows: Sequence[Row],
+    check: Callable[[Arm], None] = lambda arm: None,
+) -> None:
+    """Write the rows, then the record, which names them; the same bytes for the same rows.
+
+    Nothing is written if ``check`` raises.
+    """
     lines = b"".join(canonical(row.model_dump(mode="json")) + b"\n" for row in rows)
     packed = gzip.compress(lines, mtime=0)
     target = path.with_suffix(".jsonl.gz")
     entry = {"file": target.name, "sha256": hashlib.sha256(packed).hexdigest(), "count": len(rows)}
     result = Result.model_validate({**record, "format": "bench/1", "rows": entry})
+    check(Arm(path, result, tuple(rows)))
     with atomic_path(target) as aside:
         aside.write_bytes(packed)
     write_json(path, result.model_dump(mode="json"))

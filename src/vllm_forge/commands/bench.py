@@ -6,7 +6,17 @@ import os
 import sys
 from pathlib import Path
 
-from vllm_forge.commands.parsers import JSON, LINE, Commands, command, group, positive, print_json
+from vllm_forge.commands.parsers import (
+    JSON,
+    LINE,
+    SKU,
+    Commands,
+    command,
+    count,
+    group,
+    positive,
+    print_json,
+)
 from vllm_forge.host import PlainConsole, console, suggestion
 from vllm_forge.project import Project
 
@@ -25,6 +35,35 @@ def register(choices: Commands) -> None:
         "--noise", type=positive, action="append", metavar="SHARE",
         help="by which a start varies, e.g. 0.03; repeatable",
     )  # fmt: skip
+    one = command(bench, "serve", serve, SKU, LINE)
+    for name, text in (
+        ("preset", "that the server was started with"),
+        ("arm", "name of what is measured"),
+        ("session", "one name for all arms that are run in turns"),
+        ("url", "http://HOST:PORT"),
+    ):
+        one.add_argument(f"--{name}", required=True, help=text)
+    one.add_argument("--artifact", help="default: the preset's first")
+    for name, text in (
+        ("workload", "prompts: JSONL with item, and prompt or messages"),
+        ("checkpoint", "folder of the served model: its tokenizer and template are hashed"),
+        ("output", "record, to which this start is added"),
+    ):
+        one.add_argument(f"--{name}", type=Path, required=True, help=text)
+    one.add_argument("--caches", type=Path, action="append", required=True, metavar="DIR",
+                     help="the server's /cache, to see what it compiles; repeatable")  # fmt: skip
+    one.add_argument(
+        "--order", type=count, required=True, help="among the starts of all arms: 0, 1"
+    )
+    one.add_argument("--warm", type=count, default=8, help="prompts that only warm up (8)")
+    one.add_argument("--concurrency", type=count, default=8, help="requests at a time (8)")
+    one.add_argument("--max-tokens", type=count, default=512, help="of an answer (512)")
+    for name, text in (
+        ("ignore-eos", "each answer has --max-tokens"),
+        ("thinking", "ask for reasoning"),
+        ("prefix-cache", "hits of the prefix cache are wanted"),
+    ):
+        one.add_argument(f"--{name}", action="store_true", help=text)
     one = command(bench, "gate", gate, JSON, packaged=True)
     one.add_argument("reference", type=Path, help="record of the arm to compare with")
     one.add_argument("candidate", type=Path, help="record of the arm to judge")
@@ -85,6 +124,26 @@ def plan(project: Project, args: argparse.Namespace) -> None:
             for row in plans.gate_plan(name, one, suites, timing, noises)
         ]
     _print_rows(args, head, rows)
+
+
+def serve(project: Project, args: argparse.Namespace) -> None:
+    """Measure one start of a server that is up, and add it to a record."""
+    _require("scipy", "aiohttp")
+    from vllm_forge.bench import measure
+    from vllm_forge.bench.arms import arm_of
+    from vllm_forge.host import HostProbe
+
+    prompts, prompts_sha256 = measure.read_workload(args.workload)
+    deployment, arm = arm_of(project, HostProbe(), args, prompts_sha256)
+    if not args.warm < len(prompts):
+        args.parser.error(f"invalid --warm {args.warm}: the workload has {len(prompts)} prompts")
+    start, rows = measure.measure(
+        args.url.rstrip("/"), deployment.artifact.repo, arm, prompts, warm=args.warm,
+        order=args.order, caches=args.caches,
+    )  # fmt: skip
+    measure.add_start(args.output, arm, start, rows)
+    tokens = sum(row.output_tokens for row in rows)
+    print(f"{args.output}: start {args.order}, {tokens / start.seconds:.1f} tok/s")
 
 
 def gate(project: Project, args: argparse.Namespace) -> None:

@@ -128,6 +128,13 @@ def positive(text: str) -> float:
     raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a number greater than 0")
 
 
+def count(text: str) -> int:
+    """A whole number for an option."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a whole number")
+    return int(text)
+
+
 def print_json(args: argparse.Namespace, document: object) -> None:
     """Print the one JSON document of a command; text is printed as it is."""
     text = document if isinstance(document, str) else json.dumps(document, indent=1, sort_keys=True)

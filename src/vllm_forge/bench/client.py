@@ -1,0 +1,161 @@
+"""Requests to a server at a fixed concurrency, with the tokens of each streamed chunk counted.
+
+A chunk is a step of the engine, so an answer of t tokens in s chunks had s - 1 drafts after its
+first token, of which t - s tokens were accepted. `vllm bench serve` counts chunks as tokens, and
+exits with 0 if every request failed.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import aiohttp
+
+from vllm_forge.bench.errors import ServerUnreachableError
+from vllm_forge.bench.results import Conditions, Counters
+
+LARGEST_LINE = 16 << 20  # the first chunk may have the prompt's tokens
+TIMEOUT_S = 1800.0  # for one answer
+METRICS_S = 60.0
+REMEDY = "start the server, and give its address: --url http://HOST:PORT"
+# vllm/v1/spec_decode/metrics.py:229 and vllm/v1/metrics/loggers.py:596 of 0.26.0; Prometheus
+# appends _total to counters.
+METRICS = {
+    "drafts": "vllm:spec_decode_num_drafts_total",
+    "draft_tokens": "vllm:spec_decode_num_draft_tokens_total",
+    "accepted": "vllm:spec_decode_num_accepted_tokens_total",
+    "prefix_hits": "vllm:prefix_cache_hits_total",
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An item; ``content`` is a text, or the messages of a chat."""
+
+    item: str
+    content: str | list[dict[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What came of a request; ``steps``: chunks with tokens."""
+
+    item: str
+    finish: Literal["stop", "length", "error"]
+    tokens: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    ttft: float | None = None
+
+
+def read_counters(url: str) -> Counters:
+    """The server's metrics, 0 for what it does not count; ServerUnreachableError."""
+    return asyncio.run(_counters(url))
+
+
+def ask_all(
+    url: str, model: str, prompts: Sequence[Prompt], conditions: Conditions,
+    advance: Callable[[int], None] = lambda _: None,
+) -> tuple[float, list[Answer]]:  # fmt: skip
+    """Wall time, and an answer for each prompt, failed ones included."""
+    return asyncio.run(_ask_all(url, model, prompts, conditions, advance))
+
+
+async def _counters(url: str) -> Counters:
+    timeout = aiohttp.ClientTimeout(total=METRICS_S)
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.get(f"{url}/metrics") as reply,
+        ):
+            reply.raise_for_status()
+            return _parse_counters(await reply.text())
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        what = f"cannot read the server's metrics: {error!r}"
+        raise ServerUnreachableError(what, where=url, remedy=REMEDY) from None
+
+
+def _parse_counters(text: str) -> Counters:
+    """Sums over engines and models; ValueError for what is not a count."""
+    sums = dict.fromkeys(METRICS.values(), 0.0)
+    for line in text.splitlines():
+        name = line.partition("{")[0].partition(" ")[0]
+        if name in sums:
+            sums[name] += float(line.rpartition(" ")[2])
+    return Counters.model_validate({key: int(sums[name]) for key, name in METRICS.items()})
+
+
+async def _ask_all(
+    url: str, model: str, prompts: Sequence[Prompt], conditions: Conditions,
+    advance: Callable[[int], None],
+) -> tuple[float, list[Answer]]:  # fmt: skip
+    waiting = iter(prompts)
+    answers: list[Answer] = []
+
+    async def work(session: aiohttp.ClientSession) -> None:
+        for prompt in waiting:
+            answers.append(await _ask(session, url, _body(model, prompt, conditions), prompt))
+            advance(len(answers))
+
+    connector = aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    async with aiohttp.ClientSession(
+        connector=connector, timeout=timeout, read_bufsize=LARGEST_LINE
+    ) as session:
+        begin = time.perf_counter()
+        await asyncio.gather(*(work(session) for _ in range(conditions.concurrency)))
+        return time.perf_counter() - begin, answers
+
+
+def _body(model: str, prompt: Prompt, conditions: Conditions) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "model": model,
+        "max_tokens": conditions.max_tokens,
+        "temperature": conditions.temperature,
+        "ignore_eos": conditions.ignore_eos,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+    }
+    if isinstance(prompt.content, str):
+        return {**body, "prompt": prompt.content}
+    thinking = {"thinking": conditions.thinking}
+    return {**body, "messages": prompt.content, "chat_template_kwargs": thinking}
+
+
+async def _ask(
+    session: aiohttp.ClientSession, url: str, body: dict[str, Any], prompt: Prompt
+) -> Answer:
+    """Stream one answer; whatever goes wrong is an answer with finish "error"."""
+    path = "completions" if "prompt" in body else "chat/completions"
+    begin = time.perf_counter()
+    tokens = steps = 0
+    ttft, finish, usage = None, None, None
+    try:
+        async with session.post(f"{url}/v1/{path}", json=body) as reply:
+            reply.raise_for_status()
+            async for line in reply.content:
+                if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
+                    continue
+                chunk = json.loads(line.removeprefix(b"data: "))
+                usage = (chunk.get("usage") or {}).get("completion_tokens", usage)
+                for choice in chunk["choices"]:
+                    if count := len(choice.get("token_ids") or ()):
+                        ttft = ttft if ttft is not None else time.perf_counter() - begin
+                        tokens, steps = tokens + count, steps + 1
+                    finish = choice.get("finish_reason") or finish
+    except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError, AttributeError):
+        finish = "error"
+    if finish not in {"stop", "length"} or usage != tokens:
+        return Answer(item=prompt.item, finish="error")
+    return Answer(
+        item=prompt.item,
+        finish="stop" if finish == "stop" else "length",
+        tokens=tokens,
+        steps=steps,
+        seconds=time.perf_counter() - begin,
+        ttft=ttft,
+    )

@@ -1,0 +1,138 @@
+"""One start of a server, measured: warm-up, window, counters, caches, the client's headroom."""
+
+import hashlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_forge.bench.client import Answer, Prompt, ask_all, read_counters
+from vllm_forge.bench.errors import InvalidResultError, WorkloadFileError
+from vllm_forge.bench.results import Arm, Counters, Row, Start, read_arm, write_arm
+from vllm_forge.bench.validity import require_valid
+from vllm_forge.host import console, parse_json, printable, read_plain
+from vllm_forge.host.console import PROGRESS_S
+
+SELF_TEST = 4  # requests for each slot, in the test of the client
+
+
+def read_workload(path: Path) -> tuple[list[Prompt], str]:
+    """Prompts of JSONL (``item``, and ``prompt`` or ``messages``), and the file's hash."""
+    try:
+        content = read_plain(path)
+        prompts = [_prompt(parse_json(line)) for line in content.splitlines() if line.strip()]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        problem = f"{error!r}"
+    else:
+        if prompts and len({prompt.item for prompt in prompts}) == len(prompts):
+            return prompts, hashlib.sha256(content).hexdigest()
+        problem = "two rows have one item" if prompts else "it is empty"
+    what = f"invalid workload: {problem}"
+    remedy = 'give JSONL with {"item": NAME, "prompt": TEXT} or "messages" in each line'
+    raise WorkloadFileError(what, where=str(path), remedy=remedy)
+
+
+def _prompt(row: Any) -> Prompt:
+    content = row["messages"] if "messages" in row else row["prompt"]
+    if not isinstance(content, str) and not all(isinstance(m["content"], str) for m in content):
+        raise ValueError("a message without text")
+    return Prompt(printable(row["item"]), content)
+
+
+def client_rate(arm: dict[str, Any], prompts: Sequence[Prompt]) -> float:
+    """Tokens a second of this client against a server that answers at once."""
+    argv = [sys.executable, "-m", "vllm_forge.bench.null_server"]  # ends with its standard input
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        port = process.stdout.readline().strip() if process.stdout else ""
+        conditions = arm["conditions"]
+        some = prompts[: SELF_TEST * conditions.concurrency]
+        seconds, answers = ask_all(f"http://127.0.0.1:{port}", "null", some, conditions)
+    return sum(answer.tokens for answer in answers) / seconds
+
+
+def measure(
+    url: str, model: str, arm: dict[str, Any], prompts: Sequence[Prompt], *, warm: int,
+    order: int, caches: Sequence[Path], client: Callable[..., float] | None = None,
+) -> tuple[Start, list[Row]]:  # fmt: skip
+    """Warm up with the first ``warm`` prompts, which are not measured, then ask the others.
+
+    A prompt that is both warmed up and measured would hit the prefix cache.
+    """
+    conditions = arm["conditions"]
+    ask_all(url, model, prompts[:warm], conditions)
+    measured = prompts[warm:]
+    files, before = _files(caches), read_counters(url)
+    seconds, answers = ask_all(url, model, measured, conditions, _progress(len(measured)))
+    after = read_counters(url)
+    rate = sum(answer.tokens for answer in answers) / seconds
+    start = Start(
+        order=order,
+        seconds=seconds,
+        before=before,
+        after=after,
+        new_files=tuple(printable(name) for name in sorted(_files(caches) - files)),
+        headroom=(client or client_rate)(arm, measured) / rate if rate else 0.0,
+    )
+    return start, [_row(answer, before, after) for answer in answers]
+
+
+def add_start(path: Path, arm: dict[str, Any], start: Start, rows: Sequence[Row]) -> None:
+    """Add a start to a record, or make it; InvalidResultError, and nothing written, for faults."""
+    starts, kept = [start], list(rows)
+    if path.exists():
+        old = read_arm(path)
+        _require_same(old, arm)
+        starts = [*old.result.starts, start]
+        number = len(old.result.starts)
+        kept = [*old.rows, *(row.model_copy(update={"start": number}) for row in rows)]
+    record = {**arm, "starts": starts}
+    write_arm(path, record, kept, check=require_valid)
+
+
+def _require_same(old: Arm, arm: dict[str, Any]) -> None:
+    for key, value in arm.items():
+        if getattr(old.result, key) != value:
+            raise InvalidResultError(
+                f"the record is of another {key}",
+                where=str(old.path),
+                remedy="measure all starts of a record alike, or give another --output",
+            )
+
+
+def _row(answer: Answer, before: Counters, after: Counters) -> Row:
+    drafts = after.drafts - before.drafts
+    depth = (after.draft_tokens - before.draft_tokens) // drafts if drafts > 0 else 0
+    accepted = answer.tokens - answer.steps if depth else 0
+    return Row(
+        start=0,
+        item=answer.item,
+        finish=answer.finish,
+        output_tokens=answer.tokens,
+        seconds=answer.seconds,
+        ttft=answer.ttft,
+        # A chunk of several steps has more tokens than its drafts: validity compares the counters.
+        drafted=max(depth * max(answer.steps - 1, 0), accepted),
+        accepted=accepted,
+    )
+
+
+def _files(folders: Sequence[Path]) -> set[str]:
+    return {str(path) for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+def _progress(total: int) -> Callable[[int], None]:
+    begin = shown = time.monotonic()
+
+    def advance(done: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown >= PROGRESS_S:
+            shown = now
+            left = (total - done) * (now - begin) / done
+            console.print(f"  {done} of {total} requests, {left:.0f} s left", style="dim")
+
+    return advance

@@ -1,0 +1,106 @@
+"""A server that speaks vLLM's streaming completions and metrics, with planted faults."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from vllm_forge.bench.null_server import chunk, usage
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+DEPTH = 2  # drafted tokens a step
+METRICS = """# HELP vllm:spec_decode_num_drafts_total of a fake
+vllm:spec_decode_num_drafts_total{{engine="0"}} {drafts:.1f}
+vllm:spec_decode_num_draft_tokens_total{{engine="0"}} {draft_tokens:.1f}
+vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {accepted:.1f}
+vllm:prefix_cache_hits_total{{engine="0"}} {prefix_hits:.1f}
+"""
+
+
+@dataclass
+class BenchServer:
+    """Each step gives one token and one accepted draft. ``seen``: the bodies of all requests."""
+
+    fault: str = ""
+    cache: Path | None = None
+    seen: list[dict[str, Any]] = field(default_factory=list)
+    url: str = ""
+
+    def __post_init__(self) -> None:
+        names = ("drafts", "draft_tokens", "accepted", "prefix_hits")
+        self.counts = dict.fromkeys(names, 1000 if self.fault == "reset" else 0)
+        self._loop = asyncio.new_event_loop()
+        self._ready, self._stop = threading.Event(), asyncio.Event()
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),))
+
+    def __enter__(self) -> BenchServer:
+        self._thread.start()
+        self._ready.wait()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+        self._loop.close()
+
+    async def _serve(self) -> None:
+        app = web.Application()
+        app.router.add_get("/metrics", self._metrics)
+        for path in ("/v1/completions", "/v1/chat/completions"):
+            app.router.add_post(path, self._answer)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        self._ready.set()
+        await self._stop.wait()
+        await runner.cleanup()
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        text = METRICS.format(**self.counts)
+        if self.fault == "reset":  # as if the server had been restarted since
+            self.counts = dict.fromkeys(self.counts, 0)
+        return web.Response(text=text)
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.seen.append(body)
+        if self.fault == "failed" and len(self.seen) % 3 == 0:
+            return web.Response(status=500)
+        reply = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await reply.prepare(request)
+        most = body["max_tokens"] - (2 if self.fault == "short" else 0)
+        tokens, steps = 1, 0
+        await reply.write(chunk([0]))
+        while tokens < most:
+            count = min(2, most - tokens)
+            tokens, steps = tokens + count, steps + 1
+            last = "length" if tokens == most else None
+            if self.fault != "merged":
+                await reply.write(chunk(list(range(count)), last))
+        if self.fault == "merged":  # several steps in one chunk, as a slow client gets them
+            await reply.write(chunk(list(range(most - 1)), "length"))
+        self._count(steps)
+        if self.fault == "cut":
+            request.transport.abort()  # type: ignore[union-attr]
+            return reply
+        await reply.write(usage(tokens - (1 if self.fault == "usage" else 0)))
+        return reply
+
+    def _count(self, steps: int) -> None:
+        self.counts["drafts"] += steps
+        self.counts["draft_tokens"] += DEPTH * steps
+        self.counts["accepted"] += steps
+        self.counts["prefix_hits"] += self.fault == "prefix"
+        if self.fault == "jit" and self.cache is not None:
+            (self.cache / f"{len(self.seen)}.cubin").touch()

@@ -1,0 +1,241 @@
+"""A start is measured through a fake server; each fault of it is refused, and nothing is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.bench import CONDITIONS, SERVER
+from tests.support.bench_server import BenchServer
+from vllm_forge import host
+from vllm_forge.bench import arms
+from vllm_forge.bench.client import Prompt, read_counters
+from vllm_forge.bench.errors import (
+    ArmUnknownError,
+    InvalidResultError,
+    ServerUnreachableError,
+    WorkloadFileError,
+)
+from vllm_forge.bench.measure import add_start, client_rate, measure, read_workload
+from vllm_forge.bench.results import Conditions, Server, read_arm
+from vllm_forge.cli import main
+from vllm_forge.errors import UsageError
+from vllm_forge.host import Reply
+from vllm_forge.project import Project
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+GPUS = "0, NVIDIA B300, 10.3, 580.1, 288000, Disabled, Completed, Success\n"
+TOKENS = 8
+PROMPTS = [Prompt(f"q{number}", f"text {number}") for number in range(6)]
+WARM = 2
+FAULTS = {
+    "failed": "failed requests",
+    "cut": "failed requests",
+    "usage": "failed requests",
+    "short": "4 answers below 8 tokens",
+    "prefix": "4 prefix-cache hits",
+    "reset": "counters went backwards: drafts, draft_tokens, accepted, prefix_hits",
+    "jit": "4 files were compiled in the window",
+    "merged": "accepted drafts, counted are",
+}
+
+
+class StubProbe:
+    """Answers each question with one text."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def ask(self, name: str, argv: Sequence[str]) -> Reply:
+        return Reply(code=0, text=self.text)
+
+
+def arm(**conditions: object) -> dict[str, Any]:
+    values = {
+        **CONDITIONS,
+        "max_tokens": TOKENS,
+        "ignore_eos": True,
+        "concurrency": 2,
+        **conditions,
+    }
+    server = {**SERVER, "image": "sha256:" + "2" * 64}
+    return {"arm": "a", "session": "s", "conditions": Conditions.model_validate(values),
+            "server": Server.model_validate(server)}  # fmt: skip
+
+
+def run(server: BenchServer, path: Path, *, order: int = 0, rate: float = 1e12) -> None:
+    """Measure a start and add it; ``rate``: what the client does against a null server."""
+    start, rows = measure(
+        server.url, "model", arm(), PROMPTS, warm=WARM, order=order, caches=[path.parent / "cache"],
+        client=lambda *_: rate,
+    )  # fmt: skip
+    add_start(path, arm(), start, rows)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    (tmp_path / "cache").mkdir()
+    return tmp_path / "a.json"
+
+
+def test_start_is_measured_with_its_counters(output: Path) -> None:
+    with BenchServer() as server:
+        run(server, output)
+    found = read_arm(output)
+    assert sorted(row.item for row in found.rows) == ["q2", "q3", "q4", "q5"]
+    assert {(row.output_tokens, row.finish, row.drafted, row.accepted) for row in found.rows} == {
+        (TOKENS, "length", 8, 3)
+    }
+    (start,) = found.result.starts
+    assert start.before.drafts == 4 * WARM
+    assert start.after.drafts == 4 * len(PROMPTS)
+    assert start.seconds > 0
+    assert all(row.ttft is not None and 0 < row.ttft <= row.seconds for row in found.rows)
+
+
+def test_request_asks_for_token_ids_and_usage(output: Path) -> None:
+    with BenchServer() as server:
+        run(server, output)
+    body = server.seen[0]
+    assert body["return_token_ids"] is True
+    assert body["stream_options"] == {"include_usage": True}
+    assert (body["max_tokens"], body["ignore_eos"], body["temperature"]) == (TOKENS, True, 0.0)
+
+
+def test_starts_are_added_to_the_record(output: Path) -> None:
+    with BenchServer() as server:
+        run(server, output, order=0)
+        run(server, output, order=3)
+    found = read_arm(output)
+    assert [start.order for start in found.result.starts] == [0, 3]
+    assert [len(found.of_start(index)) for index in (0, 1)] == [4, 4]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_of_the_server_is_refused(fault: str, output: Path) -> None:
+    with (
+        BenchServer(fault, cache=output.parent / "cache") as server,
+        pytest.raises(InvalidResultError, match=FAULTS[fault]),
+    ):
+        run(server, output)
+    assert not output.exists()
+    assert not output.with_suffix(".jsonl.gz").exists()
+
+
+@pytest.fixture
+def command(root: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """`bench serve` of a cell that is built, on a host with its GPUs; without --url."""
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    monkeypatch.setattr(arms, "built_digest", lambda path: "sha256:" + "3" * 64)
+    monkeypatch.setattr(host, "HostProbe", lambda: StubProbe(GPUS))
+    monkeypatch.setattr("vllm_forge.bench.measure.client_rate", lambda *_: 1e12)
+    workload = output.parent / "texts.jsonl"
+    workload.write_text(
+        "\n".join(json.dumps({"item": p.item, "prompt": p.content}) for p in PROMPTS)
+    )
+    (output.parent / "tokenizer.json").write_text("{}")
+    return ["bench", "serve", "b300", "--preset=mtp", "--arm=mtp", "--session=s", "--order=0",
+            f"--workload={workload}", f"--checkpoint={output.parent}", f"--output={output}",
+            f"--caches={output.parent / 'cache'}", "--concurrency=2", f"--max-tokens={TOKENS}",
+            "--ignore-eos"]  # fmt: skip
+
+
+def test_command_binds_the_result_to_image_model_and_gpu(
+    command: list[str], output: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with BenchServer() as server:
+        assert main([*command, f"--url={server.url}/", f"--warm={WARM}"]) == 0
+    assert "start 0, " in capsys.readouterr().out
+    assert server.seen[0]["model"] == Project(root).matrix.artifact["flash-nvfp4-fp8-mtp"].repo
+    found = read_arm(output).result
+    assert found.server.image == "sha256:" + "3" * 64
+    assert found.server.argv[:2] == ("vllm", "serve")
+    assert (found.server.gpu, found.server.gpus, found.server.driver) == ("NVIDIA B300", 4, "580.1")
+    assert found.conditions.workload == "texts"
+    assert found.conditions.tokenizer_sha256 == hashlib.sha256(b"{}").hexdigest()
+    assert found.conditions.template_sha256 == arms.NONE
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [("image is not built", ("built_digest", lambda _: None)),
+     ("no GPU is listed", ("listed_gpus", lambda _: ((), "nothing")))],
+)  # fmt: skip
+def test_unknown_image_or_gpu_is_refused(
+    name: str, answer: tuple[str, object], command: list[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(arms, *answer)
+    assert main([*command, "--url=http://127.0.0.1:9"]) == ArmUnknownError.exit_code
+    assert name in capsys.readouterr().err
+
+
+def test_warm_up_of_all_prompts_is_a_usage_error(command: list[str]) -> None:
+    assert main([*command, "--url=http://127.0.0.1:9", "--warm=6"]) == UsageError.exit_code
+
+
+def test_slow_client_is_refused(output: Path) -> None:
+    with BenchServer() as server, pytest.raises(InvalidResultError, match="client headroom"):
+        run(server, output, rate=1.0)
+
+
+def test_refused_start_leaves_the_record_as_it_was(output: Path) -> None:
+    with BenchServer() as server:
+        run(server, output)
+        before = output.read_bytes()
+        server.fault = "failed"
+        with pytest.raises(InvalidResultError):
+            run(server, output, order=1)
+    assert output.read_bytes() == before
+    assert len(read_arm(output).rows) == 4
+
+
+def test_start_of_other_conditions_is_not_added(output: Path) -> None:
+    with BenchServer() as server:
+        run(server, output)
+        start, rows = measure(server.url, "m", arm(), PROMPTS, warm=WARM, order=1, caches=[],
+                              client=lambda *_: 1e12)  # fmt: skip
+    with pytest.raises(InvalidResultError, match="another conditions"):
+        add_start(output, arm(concurrency=4), start, rows)
+
+
+def test_client_is_tested_against_a_null_server() -> None:
+    assert client_rate(arm(), PROMPTS) > 0
+
+
+def test_server_that_does_not_answer_is_named() -> None:
+    with pytest.raises(ServerUnreachableError, match="metrics"):
+        read_counters("http://127.0.0.1:9")
+
+
+def test_workload_has_texts_and_chats(tmp_path: Path) -> None:
+    path = tmp_path / "w.jsonl"
+    chat = [{"role": "user", "content": "hi"}]
+    rows = [{"item": "a", "prompt": "text"}, {"item": "b", "messages": chat}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    prompts, digest = read_workload(path)
+    assert prompts == [Prompt("a", "text"), Prompt("b", chat)]
+    assert len(digest) == 64
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "it is empty"),
+        ('{"item": "a", "prompt": "x"}\n{"item": "a", "prompt": "y"}', "two rows have one item"),
+        ('{"item": "a"}', "prompt"),
+        ('{"item": "a", "messages": [{"content": 1}]}', "a message without text"),
+        ("[", "Expecting value"),
+    ],
+)
+def test_invalid_workload_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.jsonl"
+    path.write_text(text)
+    with pytest.raises(WorkloadFileError, match=message):
+        read_workload(path)
