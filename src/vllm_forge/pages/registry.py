@@ -15,6 +15,7 @@ from vllm_forge.pages.claims import claims
 from vllm_forge.pages.errors import StalePageError
 from vllm_forge.pages.kernels import coverage, selection
 from vllm_forge.pages.markdown import put_block, table
+from vllm_forge.pages.rehearsal import rehearsals
 from vllm_forge.pages.status import status
 from vllm_forge.patches import read_series
 from vllm_forge.project import Project
@@ -86,6 +87,7 @@ PAGES: dict[str, dict[str, Callable[[Project], str]]] = {
         "inspection": _of(f"{RESULTS}/inspect.json", records.inspection),
     },
     "docs/generated/race.md": {"race": _of("records/race.json", records.race)},
+    "docs/generated/rehearsal.md": {"rehearsal": rehearsals},
     "docs/generated/seed-installer.md": {
         "seed-installer": _of("records/seed-installer.json", records.seed_installer)
     },

@@ -1,0 +1,62 @@
+"""The page of rehearsals: what was foretold beside what valid receipts of the tier measured."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from vllm_forge.pages import rehearsal
+from vllm_forge.project import Project
+from vllm_forge.receipts.verification import Receipts
+from vllm_forge.serve.memory import GIB, KvPool, Memory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SERVED = {"preset": "h200-mtp", "rehearsal": "flash-nvfp4-fp8-mtp"}
+START = {"weights_gib": [92.58], "kv_cache_gib": [21.0], "concurrency": [2.0], "ready_s": 301.5}
+MEMORY = Memory(
+    total=100 * GIB, utilization=0.9, weights=50 * GIB, max_model_len=10, limit=10,
+    pool=KvPool(block_bytes=GIB, groups=((1, None, 1),), in_flight=0),
+)  # fmt: skip
+
+
+def receipt(tier: str, *rows: dict[str, Any]) -> Any:
+    tests = {str(at): SimpleNamespace(facts=facts) for at, facts in enumerate(rows)}
+    detail = SimpleNamespace(sku="h200", line="0.26", tier=tier, tests=tests)
+    return SimpleNamespace(statement=SimpleNamespace(detail=detail))
+
+
+def page(root: Path, monkeypatch: pytest.MonkeyPatch, *receipts: Any) -> str:
+    monkeypatch.setattr(rehearsal, "read_receipts", lambda _: Receipts(valid=receipts))
+    return rehearsal.rehearsals(Project(root))
+
+
+def test_measured_values_are_compared(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = {"together": 4, "tokens_per_s": 77.5}
+    compiled = {"compiled": {"triton": 3, "vllm": 4}}
+    rows: Any = ({}, SERVED | START | compiled, SERVED | speed)
+    text = page(root, monkeypatch, receipt("soak", SERVED), receipt("rehearsal", *rows))
+    place = "| h200 | 0.26 | h200-mtp | flash-nvfp4-fp8-mtp |"
+    assert text.count(place) == 4
+    assert f"{place} weights, GiB | 84.16 | 92.58 | +10.0% |" in text
+    last = next(line for line in text.splitlines() if line.startswith(f"{place} 301.5"))
+    assert last.split(" | ")[-5:] == ["unknown", "77.5", "unknown", "unknown", "7 |"]
+
+
+def test_without_a_receipt_nothing_is_measured(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = page(root, monkeypatch, receipt("soak", SERVED)).splitlines()[2:]
+    assert {row.split(" | ")[6] for row in rows} == {"not run"}
+    assert any(row.startswith("| h200 | 0.26 | h200-plain | flash-nvfp4") for row in rows)
+    # Nobody recorded how many shards it has, so that it cannot be rehearsed.
+    assert not any("redhat" in row for row in rows)
+
+
+def test_memory_is_compared_part_by_part() -> None:
+    facts = {"weights_gib": [55.0], "kv_cache_gib": [24.0], "concurrency": [2.0]}
+    assert [row[1:] for row in rehearsal.compare(MEMORY, facts)] == [
+        ["50.00", "55.00", "+10.0%"], ["10.00", "12.00", "+20.0%"], ["30.00", "11.00", ""],
+    ]  # fmt: skip
+    assert [row[1:] for row in rehearsal.compare(None, {})] == [["unknown", "not run", ""]] * 3
