@@ -27,7 +27,10 @@ def register(choices: Commands) -> None:
         "--digests", action="store_true",
         help="also read all tensors and compare them with the SHA-256 in its manifest.json",
     )  # fmt: skip
-    one.add_argument("--manifest", help="the artifact that it must be (default: the nearest)")
+    one.add_argument(
+        "--manifest",
+        help="the artifact that it must be (default: that of its repository, else the one it fits)",
+    )
     one.add_argument(
         "--resolve", choices=("auto", "vllm", "rules"), default="auto",
         help="who says what modules resolve to: the line's vLLM in a dry load (auto: if its layers "
@@ -63,14 +66,15 @@ def register(choices: Commands) -> None:
         "--recipe", action="store_true",
         help=f"with {FULL}: make its recipe, for a host where `python3 DIR/sparse.py` follows it",
     )  # fmt: skip
-    command(checkpoint, "verify", verify)
+    one = command(checkpoint, "verify", verify)
+    one.add_argument("names", nargs="*", metavar="VARIANT", help="keep the record of the others")
     command(checkpoint, "tools", tools)
 
 
 def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
     """Show what a checkpoint is, and what each line does with it."""
     from vllm_forge.checkpoints.inspect.inspection import inspect
-    from vllm_forge.checkpoints.inspect.manifest import named
+    from vllm_forge.checkpoints.inspect.manifest import named, published_as
     from vllm_forge.checkpoints.inspect.page import show
     from vllm_forge.checkpoints.inspect.profile import Profile
     from vllm_forge.patches import read_dispositions
@@ -90,7 +94,7 @@ def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
         {name: project.matrix.line[name].vllm for name in names},
         read_dispositions(project.root / DISPOSITIONS),
         dry_loads(project, names, profile, args.resolve, Runner()),
-        artifact=args.manifest,
+        artifact=args.manifest or published_as(project.matrix.artifact, args.place),
         source=source,
         values=args.values,
         digests=args.digests,
@@ -103,12 +107,12 @@ def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
         raise error
 
 
-def verify(project: Project, _: argparse.Namespace) -> None:
-    """Let every line's vLLM load every tiny checkpoint, and record the verdicts."""
+def verify(project: Project, args: argparse.Namespace) -> None:
+    """Let every line's vLLM load the tiny checkpoints, and record the verdicts."""
     from vllm_forge.pages.registry import write_pages
     from vllm_forge.proofs.dry_load import record_verdicts
 
-    print(record_verdicts(project, Runner()))
+    print(record_verdicts(project, Runner(), args.names))
     write_pages(project, "docs/generated/verdicts.md")
 
 

@@ -90,7 +90,10 @@ def serve_arguments(matrix: Matrix, preset_name: str) -> tuple[list[str], dict[s
     preset = matrix.preset[preset_name]
     args = [f"--tensor-parallel-size={preset.tensor_parallel}", *preset.flags]
     if preset.speculative_tokens:
-        drafter = {"method": "mtp", "num_speculative_tokens": preset.speculative_tokens}
+        drafter = {
+            "method": preset.speculative_method,
+            "num_speculative_tokens": preset.speculative_tokens,
+        }
         args.append(f"--speculative-config={json.dumps(drafter, separators=(',', ':'))}")
     return args, dict(preset.env)
 

@@ -196,6 +196,16 @@ class Artifact(FrozenModel):
     mtp: Literal["bf16", "fp8", "mxfp4", "none"] = Field(
         description="as the draft layer's experts are stored"
     )
+    drafter: Literal["mtp", "dspark"] = Field(default="mtp", description="what is stored as mtp.*")
+    block: Integer | None = Field(
+        default=None, description="tokens that a DSpark drafter drafts at once: dspark_block_size"
+    )
+    unasked: str | None = Field(
+        default=None,
+        min_length=20,
+        description="what is not known of its config.json, so that no vLLM is asked and no preset "
+        "may serve it",
+    )
     size_gb: Integer | None = Field(default=None, description="10^9 bytes; unset: not known")
     shards: Integer | None = Field(default=None, description="safetensors files; unset: not known")
     identity: str | None = Field(
@@ -220,7 +230,10 @@ class Preset(FrozenModel):
     sku: Name
     artifacts: tuple[Name, ...] = Field(min_length=1, description="the first is the default")
     tensor_parallel: Integer = Field(ge=1, description="GPUs that one replica is spread over")
-    speculative_tokens: Integer = Field(default=0, ge=0, description="k of MTP; 0 = off")
+    speculative_tokens: Integer = Field(
+        default=0, ge=0, description="drafted tokens, k; 0 = off; of DSpark the artifact's block"
+    )
+    speculative_method: Literal["mtp", "dspark"] = "mtp"
     flags: tuple[Annotated[str, Field(pattern=r"^--[a-z][^\x00-\x1f\x7f]*$")], ...] = Field(
         default=(), description="of `vllm serve`, each with its value in one word: --name=value"
     )
@@ -350,12 +363,24 @@ class Matrix(FrozenModel):
             self._require(f"preset.{name}", "artifact", *preset.artifacts)
             if not name.startswith(f"{preset.sku}-"):
                 raise ValueError(f"preset.{name}: the name must start with {preset.sku}-")
-            if preset.speculative_tokens:
-                for each in preset.artifacts:
-                    if self.artifact[each].mtp == "none":
-                        raise ValueError(
-                            f"preset.{name}: speculative_tokens, and {each} has no MTP block"
-                        )
+            for each in preset.artifacts:
+                if problem := self._not_for(preset, self.artifact[each]):
+                    raise ValueError(f"preset.{name}: {each} {problem}")
+
+    @staticmethod
+    def _not_for(preset: Preset, artifact: Artifact) -> str:
+        """Why a preset cannot name an artifact, "" if it can."""
+        drafted, method = preset.speculative_tokens, preset.speculative_method
+        if artifact.unasked is not None:
+            return f"is not served: {artifact.unasked}"
+        if drafted and artifact.mtp == "none":
+            return "has no MTP block, and the preset has speculative_tokens"
+        if drafted and method != artifact.drafter:
+            return f"has a drafter for method {artifact.drafter}, not {method}"
+        # vLLM asks for a block or more (0.26.0, config/speculative.py:1004), or nothing (0.33.0).
+        if drafted and method == "dspark" and drafted != artifact.block:
+            return f"drafts blocks of {artifact.block} tokens, not {drafted}: few would be accepted"
+        return ""
 
     def memory_of(self, sku_name: str) -> int:
         """Bytes of a GPU, as its driver reports them or its vendor states."""

@@ -74,6 +74,8 @@ def _does_not_run(project: Project, cell: ImageCell) -> list[str]:
     matrix, line = project.matrix, cell.line_name
     rows = [f"* {sku}: {escape(reason)}" for sku, reason in cell.line.unsupported.items()]
     for name, artifact in matrix.artifact.items():
+        if artifact.unasked is not None:
+            rows.append(f"* {name}: {escape(artifact.unasked)}")
         for row in artifact.unserved:
             drafting = " with speculative decoding" if row.drafting else ""
             if line in row.lines:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.layouts import layout
+from tests.support.layouts import layout, nvfp4a16
 from vllm_forge.checkpoints.errors import (
     CheckpointDepartsError,
     CheckpointRefusedError,
@@ -52,7 +52,9 @@ def _run(folder: Path, *options: str) -> int:
         ("card", ["--line", "0.33"], 0),
         ("bf16", [], 0),
         ("partial-mtp", [], REFUSED),
-        ("partial-mtp", ["--without-mtp"], DEPARTS),
+        ("partial-mtp", ["--without-mtp"], 0),
+        ("no-aliases", [], 0),
+        ("no-aliases", ["--manifest", "flash-nvfp4-fp8-mtp"], DEPARTS),
         ("redhat-no-mtp", [], REFUSED),
         ("redhat-no-mtp", ["--without-mtp"], 0),
         ("dspark", [], REFUSED),
@@ -84,8 +86,9 @@ def test_json_is_the_whole_report(
     assert _run(layouts("card"), "--json") == 0
     report = _report(capsys)
     assert list(report) == [
-        "schema_version", "place", "read", "artifact", "asked", "drafter", "promised", "tensors",
-        "draft_tensors", "shards", "bytes", "config", "parts", "values", "findings", "lines",
+        "schema_version", "place", "read", "artifact", "asked", "resembles", "drafter", "promised",
+        "tensors", "draft_tensors", "shards", "bytes", "config", "parts", "values", "findings",
+        "lines",
     ]  # fmt: skip
     assert (report["schema_version"], report["artifact"]) == (2, "flash-nvfp4-fp8-mtp")
     assert [line["line"] for line in report["lines"]] == ["0.22", "0.26", "0.33"]
@@ -94,6 +97,33 @@ def test_json_is_the_whole_report(
         "part": "experts", "draft": False, "tensors": 288, "formats": {"nvfp4": 72},
         "dtypes": {"F32": 144, "F8_E4M3": 72, "U8": 72},
     }  # fmt: skip
+
+
+def test_third_partys_checkpoint_is_compared_with_no_manifest(
+    layouts: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(layouts("no-aliases")) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "not one of matrix.toml's artifacts; compared with none; checked: files" in out
+    assert "most like flash-nvfp4-fp8-mtp: --manifest flash-nvfp4-fp8-mtp compares" in out
+    assert "by the manifest of" not in out
+
+
+def test_weights_only_nvfp4_serves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(nvfp4a16(tmp_path / "layouts", tmp_path / "a16")) == 0
+    out = capsys.readouterr().out
+    assert out.count("serves without MTP") == 3
+    assert "scale per expert" not in out
+
+
+def test_folder_of_the_hubs_cache_is_its_repositorys_artifact(
+    layouts: Callable[[str], Path], tmp_path: Path
+) -> None:
+    repo = "models--canada-quant--DeepSeek-V4-Flash-NVFP4-FP8-MTP"
+    folder = tmp_path / repo / "snapshots" / "0123"
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(layouts("no-aliases"))
+    assert _run(folder) == DEPARTS
 
 
 def test_the_page_says_a_sentence_per_line(

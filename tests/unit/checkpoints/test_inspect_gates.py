@@ -21,6 +21,7 @@ from tests.support.layouts import (
     compressed,
     layout,
     layout_config,
+    nvfp4a16,
     profile_of,
     write_layout,
 )
@@ -33,7 +34,7 @@ from vllm_forge.checkpoints.inspect.checks_config import activations
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, check_id, summarize
 from vllm_forge.checkpoints.inspect.inspection import applies, find_all
 from vllm_forge.checkpoints.inspect.manifest import nearest
-from vllm_forge.checkpoints.inspect.profile import Format
+from vllm_forge.checkpoints.inspect.profile import Drafter, Format
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -156,6 +157,43 @@ def test_a_quantized_compressor_is_named(layouts: Callable[[str], Path], tmp_pat
     assert found.effect is REFUSES
     assert "layers.1.attn.compressor.wkv" in found.what
     assert not _named(_find(layouts("card")), "G23")
+
+
+def test_weights_only_nvfp4_has_no_scale_to_miss(tmp_path: Path) -> None:
+    profile = profile_of(nvfp4a16(tmp_path / "layouts", tmp_path / "a16"))
+    assert {finding.check for finding in find_all(profile)} <= {"block-scale-name"}
+    assert profile.drafter is Drafter.NONE
+
+
+def test_dspark_says_how_many_tokens_to_draft(
+    layouts: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (found,) = _named(_find(layouts("dspark")), "other-drafter")
+    assert "K = the checkpoint's block size, which config.json lacks" in found.remedy
+    changed = _broken(layouts("dspark"), tmp_path / "block", set={"dspark_block_size": "5"})
+    (found,) = _named(changed, "other-drafter")
+    assert '"num_speculative_tokens": K' in found.remedy
+    assert "K = 5: what is drafted beyond a block" in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (r"^layers\.(\d+)\.attn\.wq_a", r"model.layers.\1.self_attn.q_a_proj"),
+        (r"^layers\.(\d+)\.ffn\.experts\.", r"model.layers.\1.mlp.switch_mlp."),
+        (r"^embed\.", "model.embed_tokens."),
+        (r"^head\.", "lm_head."),
+        (r"^layers\.(\d+)\.attn_norm\.", r"model.layers.\1.input_layernorm."),
+    ],
+)
+def test_names_of_other_libraries_are_called_so(
+    ours: str, theirs: str, layouts: Callable[[str], Path], tmp_path: Path
+) -> None:
+    changed = _broken(layouts("card"), tmp_path / "names", rename=[ours, theirs])
+    by = {finding.title: finding for finding in _named(changed, "names")}
+    found = by["names of another library, transformers or MLX"]
+    assert (found.effect, "save_pretrained" in found.remedy) == (REFUSES, True)
+    assert "tensors that the model does not have" not in by
 
 
 class TestWeightsOnly:

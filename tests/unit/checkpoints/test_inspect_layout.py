@@ -22,15 +22,15 @@ from vllm_forge.checkpoints.inspect.profile import (
 )
 from vllm_forge.checkpoints.tensors import DTYPE_BYTES
 from vllm_forge.errors import UsageError
+from vllm_forge.kernels.selection.questions import artifact_config
 
 ARTIFACTS = Path(__file__).parents[3] / "src/vllm_forge/kernels/selection/artifacts"
 FLASH: dict[str, Any] = json.loads((ARTIFACTS / "deepseek-v4-flash.json").read_text())["config"]
-DSPARK = FLASH | {"dspark_markov_rank": 256, "dspark_target_layer_ids": [20, 30, 41]}
+DSPARK = artifact_config("deepseek-v4-flash-0731")
 
 
 def _names(artifact: str) -> Counter[str]:
-    drafter = named(artifact).drafter
-    config = DSPARK if drafter is Drafter.DSPARK else FLASH
+    config = artifact_config(artifact) if (ARTIFACTS / f"{artifact}.json").exists() else FLASH
     return Counter(want.name for want in named(artifact).wanted(config))
 
 

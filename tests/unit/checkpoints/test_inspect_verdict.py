@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.layouts import layout, profile_of
+from tests.support.layouts import layout, nvfp4a16, profile_of
 from vllm_forge.checkpoints.errors import DryLoadError
 from vllm_forge.checkpoints.inspect.dry_load import (
     METHODS,
@@ -194,6 +194,15 @@ class TestDryLoad:
         ):
             answer = Answer(target=_load(short=target), drafts={"mtp": _load(short=draft)})
             assert _judge(card, answer=answer).outcome is outcome
+
+    def test_scales_of_unquantized_inputs_need_no_values(
+        self, card: Profile, tmp_path: Path
+    ) -> None:
+        row = {"parameter": "x.experts.w13_input_global_scale", "count": 3, "filled": 0, "of": 16}
+        answer = Answer(target=_load(short=[row]), drafts={"mtp": _load()})
+        assert _judge(card, answer=answer).outcome is Outcome.NOT
+        weights_only = profile_of(nvfp4a16(tmp_path / "layouts", tmp_path / "a16"))
+        assert _judge(weights_only, answer=answer).outcome is Outcome.WITHOUT
 
     def test_a_dspark_drafter_serves_as_one(self, dspark: Profile) -> None:
         told = _finding(scope=Scope.DRAFT).model_copy(update={"check": "other-drafter"})

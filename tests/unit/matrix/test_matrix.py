@@ -149,6 +149,22 @@ def put(*path_and_value: Any) -> Callable[[Data], None]:
 
 
 LINE = ("line", "0.26")
+
+
+def dspark(**fields: Any) -> Callable[[Data], None]:
+    """A preset for the artifact with a DSpark drafter, with some fields changed."""
+    row = {
+        "sku": "b300", "artifacts": ["deepseek-v4-flash-0731"], "tensor_parallel": 4,
+        "speculative_tokens": 5, "speculative_method": "dspark", "note": "a preset of this test",
+    }  # fmt: skip
+
+    def change(data: Data) -> None:
+        data["artifact"]["deepseek-v4-flash-0731"].pop("unasked", None)
+        data["preset"]["b300-dspark"] = row | fields
+
+    return change
+
+
 REFUSED: dict[str, tuple[Callable[[Data], None], list[str]]] = {
     "text-for-number": (put("sku", "b300", "memory_gb", "many"), ["sku.b300.memory_gb", "integer"]),
     "digits-in-quotes": (put("sku", "b300", "memory_gb", "288"), ["sku.b300.memory_gb", "integer"]),
@@ -197,6 +213,18 @@ REFUSED: dict[str, tuple[Callable[[Data], None], list[str]]] = {
     "drafts-without-mtp": (
         put("preset", "b300-mtp", "artifacts", ["redhat-nvfp4-fp8"]),
         ["preset.b300-mtp", "redhat-nvfp4-fp8 has no MTP"],
+    ),
+    "preset-of-unknown-config": (
+        put("preset", "b300-plain", "artifacts", ["flash-w4a16-fp8"]),
+        ["preset.b300-plain", "flash-w4a16-fp8 is not served: its config.json is not published"],
+    ),
+    "k-beyond-the-block": (
+        dspark(speculative_tokens=7),
+        ["preset.b300-dspark", "drafts blocks of 5 tokens, not 7"],
+    ),
+    "other-drafter": (
+        dspark(speculative_method="mtp"),
+        ["preset.b300-dspark", "has a drafter for method dspark, not mtp"],
     ),
     "unserved-on-no-line": (
         put("artifact", "nvidia-nvfp4", "unserved", 0, "lines", ["0.22", "0.27"]),

@@ -13,7 +13,7 @@ from vllm_forge.checkpoints.architecture import FUSION_KNOWN, LINEAR_CLASS, Grou
 from vllm_forge.checkpoints.inspect import matching
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, finding, scoped, summarize
 from vllm_forge.checkpoints.inspect.matching import PROBES_CHANGED
-from vllm_forge.checkpoints.inspect.profile import DRAFT, Format, Part, Profile
+from vllm_forge.checkpoints.inspect.profile import DRAFT, Format, Profile
 
 # Since which vLLM, before which, fault (a row of checks.toml) -> modules.
 Era = tuple[Version, Version | None, Mapping[str, list[str]]]
@@ -237,6 +237,12 @@ def actorder(profile: Profile) -> Iterator[Finding]:
             yield finding("actorder", f"{what}; with tensor parallelism every rank {reads}")
 
 
+def weights_only_experts(profile: Profile) -> bool:
+    """Whether NVFP4 weights run with unquantized activations (NVFP4A16)."""
+    groups = [group for group in profile.groups.values() if is_of(group, Format.NVFP4)]
+    return bool(groups) and all(group.input_activations is None for group in groups)
+
+
 def nvfp4_scales(profile: Profile) -> Iterator[Finding]:
     """What NVFP4 experts ask of a vLLM, and what their group asks of them."""
     absent = [
@@ -248,7 +254,8 @@ def nvfp4_scales(profile: Profile) -> Iterator[Finding]:
     if absent and any(group.input_activations is not None for group in groups):
         what = "the group quantizes activations, but there is no input_global_scale of"
         yield finding("no-input-scales", f"{what} {summarize(absent)}")
-    if profile.formats_of[Part.EXPERTS, False][Format.NVFP4]:
+    scales = (name for name in profile.names if name.endswith(".input_global_scale"))
+    if next(scales, None) is not None:
         yield finding("scale-per-expert")
     if profile.formats.get("mtp.0.attn.wo_a") is Format.PLAIN:  # of a draft block in BF16
         yield finding("bf16-wo_a")

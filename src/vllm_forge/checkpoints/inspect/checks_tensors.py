@@ -36,6 +36,10 @@ from vllm_forge.checkpoints.tensors import StoredTensor, TensorSpec
 from vllm_forge.host import printable
 
 ROWS = re.compile(r"ffn\.shared_experts\.(down_proj|w2)\.\d+(\.|$)")
+# Modules as transformers (in memory, and before 5.x in files) and MLX name them.
+FOREIGN = re.compile(
+    r"\.(self_attn|mlp|switch_mlp)\.|_layernorm\.|^(model\.)?(embed_tokens|lm_head|model\.norm)\."
+)
 ROUTERS = (".gate.bias", ".gate.tid2eid")
 # Buffers that older writers saved, and that vLLM skips (model_executor/models/utils.py,
 # ROTARY_EMBEDS_UNUSED_WEIGHTS).
@@ -80,10 +84,14 @@ def drafter(profile: Profile) -> Iterator[Finding]:
             what = f"config.json promises {promised} draft layer(s), and no tensor is under mtp."
             yield finding("no-mtp", what)
         case Drafter.DSPARK:
+            block = profile.model.get("dspark_block_size")
+            k = "the checkpoint's block size, which config.json lacks" if block is None else block
             yield finding(
                 "dspark",
                 f"mtp. holds {count} tensors of a DSpark drafter (it has a markov_head, and "
                 "neither enorm nor hnorm); method=mtp cannot load them",
+                remedy='serve it with {"method": "dspark", "num_speculative_tokens": K} on a line '
+                f"that has it, K = {k}: what is drafted beyond a block is hardly accepted",
             )
         case Drafter.UNKNOWN:
             what = f"neither MTP nor DSpark: {summarize(profile.draft_names)}"
@@ -149,6 +157,9 @@ def unknown(profile: Profile) -> Iterator[Finding]:
     ]
     if profile.drafter is Drafter.UNKNOWN or not promised:  # `drafter` reports these
         names = [name for name in names if not name.startswith(DRAFT)]
+    foreign = [name for name in names if FOREIGN.search(name)]
+    yield from scoped("foreign-names", foreign)
+    names = sorted(set(names) - set(foreign), key=names.index) if foreign else names
     numbers = tuple(f"layers.{number}." for number in profile.draft_layers)
     for scope, own in by_scope(names):
         misnamed = scope is Scope.DRAFT or bool(numbers and own[0].startswith(numbers))

@@ -9,6 +9,7 @@ from packaging.version import Version
 from vllm_forge.checkpoints.errors import CheckpointDepartsError, CheckpointRefusedError
 from vllm_forge.checkpoints.fixtures.variants import Variant
 from vllm_forge.checkpoints.inspect import checks_config, checks_tensors
+from vllm_forge.checkpoints.inspect.checks_config import weights_only_experts
 from vllm_forge.checkpoints.inspect.dry_load import Answer, Load
 from vllm_forge.checkpoints.inspect.findings import CheckId, Effect, Finding, Scope, label
 from vllm_forge.checkpoints.inspect.manifest import (
@@ -39,6 +40,10 @@ PADDED = ("attn_sink",)
 # emptied after loading unless actorder is "group"), and the shapes of packed weights.
 VOID = ("_g_idx", "_g_idx_sort_indices", "_weight_shape")
 NOT_READ = ("weight_shape",)
+# Of NVFP4 experts whose group has weights alone: vLLM makes these parameters, and takes a backend
+# without activation scales (compressed_tensors_moe.py:140 and fused_moe/oracle/nvfp4.py:478 in
+# 0.22.1; :193 and :481 in 0.26.0; :159 and :554 in 0.33.0).
+INPUT_SCALES = ("_input_global_scale",)
 # The draft model gets these from the target after loading.
 SHARED = (".embed_tokens.weight", ".shared_head.head.weight", "lm_head.weight")
 SCALES = ("scale", "scale_inv", "scale_2", "zero_point")
@@ -89,7 +94,8 @@ class Report(FrozenModel):
     place: str
     read: Literal["headers", "index"]
     artifact: str | None  # the manifest that it was compared with
-    asked: bool  # that manifest was asked for, rather than the nearest one taken
+    asked: bool  # that manifest was asked for, rather than found to be its own
+    resembles: str | None = None  # the nearest manifest, from which it departs: not compared
     drafter: Drafter
     promised: int  # draft layers that config.json has
     tensors: int
@@ -162,11 +168,14 @@ def inspect(
     """Inspect a checkpoint for ``lines`` (line -> vLLM release).
 
     ``answers`` are the dry loads that were made, by line. It is compared with the manifest of
-    ``artifact`` (None: the nearest one), its dtypes with those of ``source``, so many decoded
+    ``artifact`` (None: the one that it fits), its dtypes with those of ``source``, so many decoded
     ``values`` of each part (0: all) with the source's, and with ``digests`` all of its data with
-    the SHA-256 in its manifest.json.
+    the SHA-256 in its manifest.json. A checkpoint that fits none is somebody else's: no fault.
     """
-    compared = artifact or nearest(profile)
+    compared, resembles = artifact, None
+    if artifact is None and (like := nearest(profile)) is not None:
+        fits = next(departures(profile, like), None) is None
+        compared, resembles = (like, None) if fits else (None, like)
     findings = find_all(profile, compared, source, digests=digests)
     rows: list[ValueRow] = []
     if source is not None and values is not None:
@@ -177,6 +186,7 @@ def inspect(
         read="headers" if profile.tensors else "index",
         artifact=compared,
         asked=artifact is not None,
+        resembles=resembles,
         drafter=profile.drafter,
         promised=len(profile.draft_layers),
         tensors=len(profile.names),
@@ -232,8 +242,10 @@ def judge(
                 handled.append(f"{label(finding.check)}: {finding.title}: {COPES[status]}")
                 continue
         counted[index] = finding
-    target = list(_problems(counted.values(), Scope.TARGET, answer.target if answer else None))
-    draft, outcome = _draft(profile, counted.values(), answer)
+    idle = VOID + (INPUT_SCALES if weights_only_experts(profile) else ())
+    load = answer.target if answer else None
+    target = list(_problems(counted.values(), Scope.TARGET, load, idle))
+    draft, outcome = _draft(profile, counted.values(), answer, idle)
     if target:
         outcome = Outcome.NOT
     elif not profile.tensors:
@@ -269,28 +281,31 @@ def applies(finding: Finding, vllm: str) -> bool:
 
 
 def _draft(
-    profile: Profile, counted: Collection[Finding], answer: Answer | None
+    profile: Profile, counted: Collection[Finding], answer: Answer | None, idle: tuple[str, ...]
 ) -> tuple[list[str], Outcome]:
     """Reasons against the drafter, and the best that is left."""
     if not profile.draft_layers or profile.drafter is Drafter.NONE:
-        return list(_problems(counted, Scope.DRAFT, None)), Outcome.WITHOUT
+        return list(_problems(counted, Scope.DRAFT, None, idle)), Outcome.WITHOUT
     loads = answer.drafts if answer else {}
-    reasons = list(_problems(counted, Scope.DRAFT, loads.get("mtp")))
+    reasons = list(_problems(counted, Scope.DRAFT, loads.get("mtp"), idle))
     if profile.drafter is Drafter.DSPARK and (load := loads.get("dspark")) is not None:
-        other = list(_load_problems(load, draft=True))
+        other = list(_load_problems(load, idle, draft=True))
         if not other:
             return reasons, Outcome.WITH_DSPARK
         reasons += [f"as DSpark: {reason}" for reason in other]
     return reasons, Outcome.WITHOUT if reasons else Outcome.WITH_MTP
 
 
-def _problems(counted: Iterable[Finding], scope: Scope, load: Load | None) -> Iterator[str]:
+def _problems(
+    counted: Iterable[Finding], scope: Scope, load: Load | None, idle: tuple[str, ...]
+) -> Iterator[str]:
     """Why one model does not serve. vLLM's own errors come first, and decide.
 
     A prediction that it refuses is a reason only where it was not asked, or where the fault shows
     after loading: in the forward pass, or when an upstream change is named.
     """
-    observed = list(_load_problems(load, draft=scope is Scope.DRAFT)) if load is not None else []
+    draft = scope is Scope.DRAFT
+    observed = list(_load_problems(load, idle, draft=draft)) if load is not None else []
     yield from observed
     for finding in counted:
         if finding.scope is not scope or not finding.effect.breaks:
@@ -302,14 +317,15 @@ def _problems(counted: Iterable[Finding], scope: Scope, load: Load | None) -> It
             yield finding.sentence
 
 
-def _load_problems(load: Load, *, draft: bool) -> Iterator[str]:
+def _load_problems(load: Load, idle: tuple[str, ...], *, draft: bool) -> Iterator[str]:
+    """What a dry load shows; ``idle``: ends of parameters that vLLM makes and does not use."""
     if load.error is not None:
         at = f" at {load.error.tensor}" if load.error.tensor else ""
         yield f"vLLM stops{at}: {load.error.message}"
     for row in load.short:
         if row.filled and row.parameter.endswith(PADDED):
             continue
-        if not row.filled and row.parameter.endswith((*VOID, *(SHARED if draft else ()))):
+        if not row.filled and row.parameter.endswith((*idle, *(SHARED if draft else ()))):
             continue
         more = f" and {row.count - 1} like it" if row.count > 1 else ""
         elements = f"{row.filled} of {row.of} elements"

@@ -33,7 +33,7 @@ from vllm_forge.checkpoints.inspect.profile import (
 from vllm_forge.checkpoints.tensors import TensorSpec
 from vllm_forge.errors import UsageError
 from vllm_forge.host import parse_json, suggestion
-from vllm_forge.matrix import FrozenModel
+from vllm_forge.matrix import Artifact, FrozenModel
 
 FOLDER = Path(__file__).with_name("manifests")
 # A checkpoint that differs in more kinds of names is another artifact, not a faulty one.
@@ -132,6 +132,14 @@ def nearest(profile: Profile) -> str | None:
         distances[name] = (distance, len(_differences(manifest, profile)), name)
     distance, _, best = min(distances.values())
     return best if distance <= MOST_FOREIGN * len(kinds) else None
+
+
+def published_as(artifacts: Mapping[str, Artifact], place: str) -> str | None:
+    """The artifact whose repository a place is, on the hub or in the hub's cache."""
+    known = {artifact.repo.lower(): name for name, artifact in artifacts.items()}
+    parts = [part.removeprefix("models--").replace("--", "/") for part in Path(place).parts]
+    found = (known.get(part.lower()) for part in (place.partition("@")[0], *parts))
+    return next((name for name in found if name in manifests()), None)
 
 
 def departures(profile: Profile, name: str) -> Iterator[Finding]:

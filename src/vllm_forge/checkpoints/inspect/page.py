@@ -11,6 +11,8 @@ from vllm_forge.host import PlainConsole, printable
 
 GB = 10**9
 WIDTH = 160  # where nobody says how wide it is
+# What is judged of every checkpoint, whoever made it.
+CHECKED = "files, config.json, the names, dtypes and shapes that it implies, scales, each line"
 STYLES = {
     Effect.REFUSES: "bold red",
     Effect.CORRUPTS: "bold red",
@@ -50,10 +52,12 @@ def show(report: Report, *, modules: bool = False) -> None:
 
 def _head(report: Report) -> str:
     size = "" if report.bytes is None else f", {report.bytes / GB:.2f} GB (10^9 bytes)"
-    artifact = "like no known artifact"
+    artifact = f"not one of matrix.toml's artifacts; compared with none; checked: {CHECKED}"
     if report.artifact is not None:
-        how = "asked for" if report.asked else "the nearest"
+        how = "asked for" if report.asked else "all of it fits"
         artifact = f"compared with the manifest of {report.artifact} ({how})"
+    elif report.resembles is not None:
+        artifact += f"; most like {report.resembles}: --manifest {report.resembles} compares"
     return (
         f"[bold]{escape(report.place)}[/]: {report.tensors} tensors in {report.shards} shards{size}"
         f"\ndrafter: {report.drafter}, {report.draft_tensors} tensors under mtp.; "

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from vllm_forge.host import hash_of, parse_json, read_data, remove
 from vllm_forge.kernels.errors import ArtifactConfigError, SelectionFailedError
-from vllm_forge.matrix import FrozenModel, Matrix, Sku, serve_arguments
+from vllm_forge.matrix import Artifact, FrozenModel, Matrix, Sku, serve_arguments
 
 # ffn.experts up to 0.22.1, ffn.experts.routed_experts later.
 EXPERTS = re.compile(r"\.ffn\.experts(\.routed_experts)?$")
@@ -29,7 +29,7 @@ EXPERTS = re.compile(r"\.ffn\.experts(\.routed_experts)?$")
 GPUS = 8
 # Fits every SKU and divides every artifact: the grid is about kernels, not about memory.
 GRID_ARGUMENTS = ("--tensor-parallel-size=4", "--kv-cache-dtype=fp8")
-DRAFTER = '--speculative-config={"method":"mtp","num_speculative_tokens":1}'
+DRAFTER = '--speculative-config={{"method":"{0}","num_speculative_tokens":{1}}}'
 ARTIFACTS = Path(__file__).with_name("artifacts")
 INSIDE = Path(__file__).with_name("inside")
 # The stub driver, also used by an image's checks; it imports only the standard library.
@@ -221,13 +221,18 @@ def grid_questions(matrix: Matrix) -> tuple[Question, ...]:
             name=grid_question(sku_name, artifact_name, variable),
             device=declared_device(sku, count=GPUS),
             artifact=artifact_name,
-            arguments=(*GRID_ARGUMENTS, *([] if artifact.mtp == "none" else [DRAFTER])),
+            arguments=(*GRID_ARGUMENTS, *_drafter(artifact)),
             environment={**sku.env, **({variable: "1"} if variable else {})},
         )
         for sku_name, sku in matrix.sku.items()
         for artifact_name, artifact in matrix.artifact.items()
+        if artifact.unasked is None
         for variable in ("", *matrix.retired)
     )
+
+
+def _drafter(artifact: Artifact) -> list[str]:
+    return [] if artifact.mtp == "none" else [DRAFTER.format(artifact.drafter, artifact.block or 1)]
 
 
 def declared_device(sku: Sku, *, count: int) -> Device:

@@ -68,7 +68,11 @@ def selection_inputs(project: Project, line_name: str) -> dict[str, Any]:
         "release": tree.base,
         "series": tree.result,
         "questions": inside_hash(),
-        "artifacts": {name: config_hash(name) for name in project.matrix.artifact},
+        "artifacts": {
+            name: config_hash(name)
+            for name, artifact in project.matrix.artifact.items()
+            if artifact.unasked is None
+        },
     }
 
 
