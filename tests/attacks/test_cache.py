@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from tests.support.fast_build import (
     FastEngine,
+    FastRunner,
     fast_build,
     lock_packages,
     need_kernels,
@@ -32,14 +33,23 @@ from tests.support.fast_build import use as use_project
 from tests.support.flashinfer import flashinfer, serve_archive
 from tests.support.index_server import serve_folder
 from tests.support.project import Project, make_project
+from vllm_forge import images
 from vllm_forge.errors import ForgeError
 from vllm_forge.host import exclusive
-from vllm_forge.host.errors import CommandFailedError
+from vllm_forge.host.errors import CacheError, CommandFailedError
 from vllm_forge.host.files import read_sealed, write_sealed
-from vllm_forge.images import store
+from vllm_forge.images import checks, wheel_layers
+from vllm_forge.images.checks import line_coverage
 from vllm_forge.images.errors import ImageCheckError, LayoutError
 from vllm_forge.images.layout import read_image, verify, write_image
 from vllm_forge.images.system import SYSTEM_NAME
+from vllm_forge.project import Project as ForgeProject
+from vllm_forge.proofs import dry_load as loading
+from vllm_forge.proofs import environment, upstream
+from vllm_forge.proofs.dry_load import dry_load, ready
+from vllm_forge.proofs.environment import ask_line
+from vllm_forge.proofs.prove import prove
+from vllm_forge.proofs.upstream import compare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -66,14 +76,14 @@ class Kind:
 
 
 KINDS = (
-    Kind(pattern=r"layers/\w+/layer\.json"),
+    Kind(pattern=r"layers/\w+/(layer|checked)\.json"),
     Kind(pattern=r"layers/\w+/layer\.tar\.(gz|zst)"),
     Kind(pattern=r"layers/\w+/code/.+"),
     Kind(pattern=r"layers/\w+/files/.+torch[^/]+\.dist-info/RECORD"),
-    # Only looked at, by the checks; see test_failed_check_forgets_what_it_looked_at.
-    Kind(pattern=r"layers/\w+/files/.+", mended=False),
+    Kind(pattern=r"layers/\w+/files/.+"),
     Kind(pattern=r"systems/\w+/(index\.json|oci-layout|blobs/.+)"),
-    Kind(pattern=r"systems/\w+/root/.+", mended=False),
+    Kind(pattern=r"systems/\w+/root/.+"),
+    Kind(pattern=r"bytecode/.+"),
     Kind(pattern=r"rootfs/.+", absent=("systems",)),
     Kind(pattern=r"debs/\w+/.+\.deb", absent=("rootfs", "systems")),
     Kind(pattern=r"wheels/\w+/.+\.whl", absent=("layers",)),
@@ -169,9 +179,7 @@ def survive(reference: Reference, folder: Path, name: str, where: float, bit: in
             verify(image)
             assert image.digest == reference.digests[sku]
         path = project.cache / name
-        of_a_slim_layer = (project.cache / Path(*Path(name).parts[:2]) / "layer.tar.zst").exists()
-        unread = of_a_slim_layer and "/files/" in name
-        if kind.mended and not unread and len(changed) > EMPTY_LAYER:
+        if kind.mended and len(changed) > EMPTY_LAYER:
             assert not path.exists() or path.read_bytes() != changed
 
 
@@ -388,6 +396,58 @@ def test_system_that_was_written_again_is_not_taken(
     assert build(project, "alpha")[0].digest == reference.digests["alpha"]
 
 
+class OpenedError(Exception):
+    """A command has come to where it uses unpacked files."""
+
+
+def used(*_: object) -> Any:
+    raise OpenedError
+
+
+def inspect_by_vllm(project: ForgeProject) -> None:
+    """As ``--resolve auto`` does, where nothing has to be written for that."""
+    if "layers are not in the cache" in (why := ready(project, "mini")):
+        raise CacheError(why)
+    used()
+
+
+COMMANDS: dict[str, Callable[[ForgeProject], object]] = {
+    "patch prove": lambda project: prove(project, ["mini"], FastRunner()),
+    "patch upstream": lambda project: compare(project, "mini", FastRunner()),
+    "kernels select": lambda project: ask_line(project, "mini", FastRunner()),
+    "kernels coverage": lambda project: line_coverage(project, "mini"),
+    "checkpoint verify": lambda project: dry_load(project, "mini", {}, FastRunner()),
+    "checkpoint inspect": inspect_by_vllm,
+}
+LAYERS = ("layers/*/code/**/libtiny_cuda.so", "layers/*/files/**/sixlike.py")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_damaged_layer_is_not_used(
+    command: str, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What else reads unpacked files, or runs them, heals them or refuses; each time."""
+    project = copied(reference, tmp_path)
+    use(project, monkeypatch)
+    monkeypatch.setattr(environment, "kept_bytecode", used)
+    monkeypatch.setattr(checks, "contents_of", used)
+    monkeypatch.setattr(upstream, "read_tests", lambda *_: [])
+    monkeypatch.setattr(images, "choose_engine", lambda *_: FastEngine())
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr(loading, "which", str)
+    run = functools.partial(COMMANDS[command], ForgeProject(project.root))
+    opens_system = command not in {"kernels coverage", "checkpoint inspect"}
+    for pattern in (*LAYERS, "systems/*/root/bin/sh") if opens_system else LAYERS:
+        with pytest.raises(OpenedError):
+            run()
+        (path,) = project.cache.glob(pattern)
+        changed = flip(path, 0.5)
+        with pytest.raises((OpenedError, CacheError)):
+            run()
+        assert not path.exists() or path.read_bytes() != changed
+        build(project, "alpha")
+
+
 def test_engine_that_changes_the_configuration_is_refused(
     reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,6 +485,6 @@ def test_killed_worker_is_an_error_with_a_remedy(
 
     project = reference.project.copy(tmp_path, "systems")
     use(project, monkeypatch)
-    monkeypatch.setattr(store, "worker_pool", lambda *_: Killed())
+    monkeypatch.setattr(wheel_layers, "worker_pool", lambda *_: Killed())
     with pytest.raises(CommandFailedError, match="a process that writes layers was killed"):
         build(project, "alpha")

@@ -114,6 +114,18 @@ def test_modules_are_short() -> None:
     assert not long, f"split by idea: {long}"
 
 
+def test_unpacked_layers_are_opened_by_the_store_alone() -> None:
+    """``StoredLayer`` compares its files before it names them; nothing goes around that."""
+    makers = re.compile(r"\bStoredLayer\(|\blayer_folder\(|cache_root\(\) / \"layers\"")
+    found = {
+        str(path.relative_to(SOURCE))
+        for path in SOURCE.rglob("*.py")
+        if makers.search(path.read_text())
+    }
+    # The plan names what the checks of a build will mount, after that build has opened it.
+    assert found == {"images/store.py", "images/wheel_layers.py", "images/plan.py"}
+
+
 def test_no_index_host_is_named() -> None:
     """Packages come from the index that a host is set up for."""
     tracked = subprocess.run(

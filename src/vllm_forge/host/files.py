@@ -106,6 +106,15 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def inode(status: os.stat_result) -> list[int]:
+    """A file's identity, mode, size and times, as in git's index.
+
+    The change time cannot be set back, so a file that was written to has another one.
+    """
+    times = [status.st_mtime_ns, status.st_ctime_ns]
+    return [status.st_dev, status.st_ino, status.st_mode, status.st_size, *times]
+
+
 def parse_json(content: bytes | str) -> Any:
     """A JSON document; bytes are UTF-8, as every other reader of these files has it.
 

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from vllm_forge import host
 from vllm_forge.errors import ForgeError
 from vllm_forge.host.files import remove_foreign
 from vllm_forge.images import checks, cubins, layout, store
+from vllm_forge.images.bytecode import kept_bytecode
 from vllm_forge.images.content import (
     HEALTH,
     VLLM,
@@ -35,7 +36,7 @@ from vllm_forge.images.errors import BuildRecordError, LayoutError
 from vllm_forge.images.layer_checks import judge_layers
 from vllm_forge.images.layout import ImageLayer
 from vllm_forge.images.plan import ImagePlan, why_rebuild, with_packages
-from vllm_forge.images.prewarm import SCRIPT, prewarm_layer, tree_digest
+from vllm_forge.images.prewarm import SCRIPT, prewarm_layer
 from vllm_forge.images.record import differences, keep_digest
 from vllm_forge.images.rootfs import CURRENT
 from vllm_forge.images.store import StoredLayer
@@ -46,6 +47,7 @@ from vllm_forge.images.system import (
     require_described,
     system_folder,
 )
+from vllm_forge.images.wheel_layers import update_record, write_layers
 from vllm_forge.images.wheels import Entry
 from vllm_forge.kernels.coverage.contract import Contract
 from vllm_forge.kernels.coverage.families import AT_START
@@ -110,9 +112,7 @@ def build_steps(plan: ImagePlan, runner: host.Runner) -> None:
         wheel = runner.act(
             f"fetch {len(plan.lock.wheels)} wheels of {cell.line.lock}, write "
             f"{len(plan.groups)} layers, apply the series, write the patched wheel",
-            lambda: store.write_layers(
-                cell, plan.groups, lambda: patched_wheel(plan.project, cell)
-            ),
+            lambda: write_layers(cell, plan.groups, lambda: patched_wheel(plan.project, cell)),
         )
         system_key = system_job.result()
     if plan.carries:
@@ -122,15 +122,19 @@ def build_steps(plan: ImagePlan, runner: host.Runner) -> None:
         f"assemble the image in {plan.work}",
         lambda: assemble(plan, load_system(system_key), wheel()),
     )
+    dry, (as_image_user, as_any_user) = (
+        isinstance(runner, host.RecordingRunner),
+        plan.checks_inside(),
+    )
     with (
         host.report("check the image inside"),
         _forgetting_damage(plan),
+        nullcontext() if dry else kept_bytecode(as_image_user.bytecode),
         ThreadPoolExecutor(1) as pool,
         engine.loaded(runner, plan.candidate, plan.candidate_name),
     ):
-        as_image_user, as_any_user = plan.checks_inside()
         inside = pool.submit(engine.run_in_image, runner, as_image_user)
-        if isinstance(runner, host.RecordingRunner):
+        if dry:
             inside.result()  # so that its command is printed first
         # Beside it, on another core. Its error counts first: it deletes damaged layers of the runs.
         judged = runner.act(
@@ -214,7 +218,7 @@ def write_patch_layer(plan: ImagePlan, wheel: PatchedWheel, stack: dict[str, Any
     for entry in patch_entries(Wheelhouse().path(published), wheel.path, cell.line.python):
         content = entry.content
         if content is not None and entry.path.endswith(".dist-info/RECORD"):
-            content = store.update_record(content, entry.path, stack["slim"])
+            content = update_record(content, entry.path, stack["slim"])
         entries.append(replace(entry, content=content))
     entries.sort(key=lambda entry: entry.path)
     return store.write_layer(
@@ -276,12 +280,12 @@ def _forgetting_damage(plan: ImagePlan) -> Iterator[None]:
     except ForgeError:
         host.remove(host.cache_root() / "bytecode")
         system = load_system(plan.system_key)
-        if system.root is not None and tree_digest(system.root) != system.root_digest:
+        if not system.root_is_whole:
             store.forget(system_folder(plan.system_key))
         for path in plan.checks_inside()[0].lower_dirs[:-1]:
             layer = store.stored(path.resolve().parent.name)
             if layer is not None and not store.intact(layer):
-                store.forget(layer.files.parent)
+                store.forget(layer.folder)
         raise
 
 

@@ -3,73 +3,71 @@
 A stored layer is a folder ``layers/<key>/`` with the blob, ``layer.json``, ``files/``, and
 ``code/``, where files with device code are put aside for slimming; renamed into place when
 complete. Nothing of it is believed: the record has a hash of itself, the blob is hashed when an
-image is assembled, and the record has a hash over unpacked files.
-
-The layers of wheels are written by worker processes while the next wheels download. What a SKU
-cannot run is not in its image: device code for other architectures.
-
-A CUDA library holds its kernels once per architecture. The driver loads the code that runs on
-the GPU it finds and never reads the rest (CUDA C++ Programming Guide, "Application
-Compatibility"; kernel coverage says what runs where). So in the SKU's copy of a library the bytes
-of foreign code are zeros: headers, offsets and host code stay, nothing is relinked, and the zeros
-compress away. Code in PTX stays where the SKU could compile it. The copies, and the RECORD rows of
-what changed, are a layer of the SKU's own.
+image is assembled, and unpacked files are compared with the record before they are used: by their
+content, when one of them was touched since that was done last.
 """
 
 import hashlib
+import os
 import re
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from mmap import mmap
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from vllm_forge import host
-from vllm_forge.host import worker_pool
-from vllm_forge.host.errors import CacheError, CommandFailedError
-from vllm_forge.host.files import file_digest, read_sealed, walk_plain, write_sealed
-from vllm_forge.images.content import WheelGroup, group_entries
+from vllm_forge.host.errors import CacheError
+from vllm_forge.host.files import file_digest, inode, read_sealed, walk_plain, write_sealed
 from vllm_forge.images.layer import (
     CHUNK,
     FILE_NAMES,
     LayerBlob,
     LayerWriter,
-    ZstdLayerWriter,
     stamp,
 )
 from vllm_forge.images.wheels import Entry
-from vllm_forge.kernels.coverage.device_code import device_code, runs_on
+from vllm_forge.kernels.coverage.device_code import device_code
 from vllm_forge.kernels.coverage.library import mapped
-from vllm_forge.matrix import ImageCell
-from vllm_forge.sources import Wheelhouse
 from vllm_forge.sources.errors import HashMismatchError, WheelError
-from vllm_forge.sources.wheel_format import record_hash, rewrite_record, seek_to_data
+from vllm_forge.sources.wheel_format import record_hash, seek_to_data
 
-T = TypeVar("T")
-WORKERS = 2
-NICE = 10  # the rootfs is made meanwhile
 # Smaller libraries have too little device code to be worth a copy per SKU.
 LEAST = 1 << 20
 LARGE = 4 << 20  # members from here on are inflated ahead of their turn
-RECORDS = "opt/venv/lib/python*/site-packages/*.dist-info/RECORD"
+UNPACKED = ("files", "code")
+CHECKED = "checked.json"  # what the file system said of unpacked files when they were compared
 SLIMMED = r"code/.+|files/.+\.dist-info/RECORD"  # what a slim layer is made of
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredLayer:
-    """A layer in the store: its blob and the two folders."""
+    """A layer in the store: its blob, and two folders; CacheError for one that is damaged."""
 
     blob: LayerBlob
-    files: Path
-    code: Path
+    folder: Path
     removed: dict[str, Any]  # what a slim layer lacks, see ``write_slim_layer``
     unpacked: dict[str, str]  # pattern -> hash of such files, see ``intact``
+
+    @cached_property
+    def files(self) -> Path:
+        """What the blob has, unpacked."""
+        return self._checked / "files"
+
+    @cached_property
+    def code(self) -> Path:
+        """Files with device code that were put aside for slimming."""
+        return self._checked / "code"
+
+    @cached_property
+    def _checked(self) -> Path:
+        if usable(self.folder.name) is None:
+            raise _gone(self.folder)
+        return self.folder
 
     @property
     def empty(self) -> bool:
@@ -82,7 +80,10 @@ def layer_folder(key: str) -> Path:
 
 
 def stored(key: str) -> StoredLayer | None:
-    """The layer of that key; None when it was not written yet, or is damaged and must be again."""
+    """The layer of that key; None when it was not written yet, or is damaged and must be again.
+
+    Of its unpacked files only that they are there: see ``usable``.
+    """
     folder = layer_folder(key)
     try:
         record = read_sealed(folder / "layer.json")
@@ -91,10 +92,36 @@ def stored(key: str) -> StoredLayer | None:
         whole = blob.path.stat().st_size == blob.size
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    files, code = folder / "files", folder / "code"
-    if not (whole and files.is_dir() and code.is_dir()):
+    if not (whole and (folder / "files").is_dir() and (folder / "code").is_dir()):
         return None
-    return StoredLayer(blob=blob, files=files, code=code, removed=removed, unpacked=unpacked)
+    return StoredLayer(blob=blob, folder=folder, removed=removed, unpacked=unpacked)
+
+
+def usable(key: str) -> StoredLayer | None:
+    """The layer of that key, whose unpacked files are as they were written.
+
+    One that is damaged is deleted. They are read when the file system says that one was touched
+    since: the time of a change (ctime) cannot be set back, so this finds what programs do.
+    """
+    if (layer := stored(key)) is None:
+        return None
+    with suppress(OSError, ValueError):  # of a damaged layer
+        now = {"unpacked": layer.unpacked, "inodes": _inodes(layer.folder)}
+        with suppress(OSError, ValueError):
+            if read_sealed(layer.folder / CHECKED) == now:
+                return layer
+        if intact(layer):
+            write_sealed(layer.folder / CHECKED, now)
+            return layer
+    forget(layer.folder)
+    return None
+
+
+def _inodes(folder: Path) -> str:
+    """Hash of what the file system says of unpacked files; ValueError for another kind."""
+    names = (f"{place}/{name}" for place in UNPACKED for name in walk_plain(folder / place))
+    rows = {name: inode(os.lstat(f"{folder}/{name}")) for name in names}
+    return host.hash_of(rows, sort_keys=True)
 
 
 def require_stored(key: str) -> StoredLayer:
@@ -103,15 +130,19 @@ def require_stored(key: str) -> StoredLayer:
     Raises CacheError: it was not written, or was deleted or damaged meanwhile.
     """
     if (layer := stored(key)) is None:
-        what = "a layer that was written has been deleted or damaged"
-        remedy = "do not clean the cache while a build runs; build again"
-        raise CacheError(what, where=layer_folder(key), remedy=remedy)
+        raise _gone(layer_folder(key))
     return layer
+
+
+def _gone(folder: Path) -> CacheError:
+    what = "a layer that was written has been deleted or damaged"
+    remedy = "do not clean the cache while a build runs; build again"
+    return CacheError(what, where=folder, remedy=remedy)
 
 
 def _unpacked(folder: Path, pattern: str, crc: Callable[[Path], int]) -> str:
     """Hash of unpacked files: modes, targets of links, CRC-32; ValueError for another kind."""
-    names = (*walk_plain(folder / "code", "code/"), *walk_plain(folder / "files", "files/"))
+    names = [name for place in UNPACKED for name in walk_plain(folder / place, f"{place}/")]
     paths = {name: folder / name for name in names if re.fullmatch(pattern, name)}
     rows = {
         name: [path.lstat().st_mode, str(path.readlink()) if path.is_symlink() else crc(path)]
@@ -128,7 +159,7 @@ def intact(layer: StoredLayer, pattern: str = ".+") -> bool:
             return zlib.crc32(content)
 
     try:
-        return _unpacked(layer.files.parent, pattern, crc) == layer.unpacked.get(pattern)
+        return _unpacked(layer.folder, pattern, crc) == layer.unpacked.get(pattern)
     except (OSError, ValueError):
         return False
 
@@ -174,10 +205,10 @@ def keep_layer(key: str, write: Callable[[Path], tuple[LayerBlob, dict[str, Any]
     ``write`` makes the blob in a folder, unpacks to its ``files``, and returns what it removed.
     """
     with host.exclusive(f"layer-{key}", wait=True):
-        if (known := stored(key)) is not None:
+        if (known := usable(key)) is not None:
             return known
         with host.atomic_path(layer_folder(key)) as folder:
-            for name in ("files", "code"):
+            for name in UNPACKED:
                 (folder / name).mkdir(parents=True)
                 (folder / name).chmod(0o755)
             blob, removed = write(folder)
@@ -188,6 +219,7 @@ def keep_layer(key: str, write: Callable[[Path], tuple[LayerBlob, dict[str, Any]
             record = asdict(blob) | {"removed": removed, "unpacked": unpacked}
             del record["path"]
             write_sealed(folder / "layer.json", record)
+            write_sealed(folder / CHECKED, {"unpacked": unpacked, "inodes": _inodes(folder)})
     return require_stored(key)
 
 
@@ -302,147 +334,3 @@ def _inflate(entry: Entry, target: Path) -> None:
             remedy="lock another version; if it is a slip of the publisher, add the two hashes to "
             "images/wheels.py, PUBLISHED_WRONG",
         )
-
-
-def write_layers(
-    cell: ImageCell,
-    groups: Sequence[WheelGroup],
-    meanwhile: Callable[[], T],
-    *,
-    slim: bool = True,
-) -> T:
-    """Download the wheels of ``groups``, lowest layer first, and write what is not there yet.
-
-    Returns what ``meanwhile`` does, which is called when all wheels are fetched, while worker
-    processes write the layers. ``slim``: also the SKU's layers of libraries.
-    """
-    wheelhouse = Wheelhouse()
-    with worker_pool(WORKERS, NICE) as pool:
-        jobs = []
-        for group in groups:
-            wheelhouse.fetch(group.wheels)
-            if any(stored(key) is None for key in group.keys[: 2 if slim else 1]):
-                jobs.append(pool.submit(_write_group, group, cell, slim=slim))
-        result = meanwhile()
-        try:
-            for job in jobs:
-                job.result()
-        except BrokenProcessPool as error:
-            raise CommandFailedError(
-                "a process that writes layers was killed",
-                where="the worker processes of this build",
-                remedy="it may have run out of memory: free some, and build again",
-            ) from error
-    return result
-
-
-def _write_group(group: WheelGroup, cell: ImageCell, *, slim: bool) -> None:
-    """Worker process: write a layer of verified wheels, and the SKU's of its libraries."""
-    epoch = cell.base.source_date_epoch
-    slim_key = group.slim_key if slim else None
-    cuts = slim_key is not None and stored(slim_key) is None
-    whole = stored(group.key)
-    if whole is not None and cuts and not intact(whole, SLIMMED):
-        forget(layer_folder(group.key))
-        whole = None
-    if whole is None:
-        paths = [Wheelhouse().verify(wheel) for wheel in group.wheels]
-        entries = group_entries(group.name, paths, cell.line.python)
-        whole = write_layer(group.key, entries, epoch, code_apart=group.slim_key is not None)
-    if slim_key is not None:
-        major, minor = (int(part) for part in cell.sku.compute_capability.split("."))
-        write_slim_layer(slim_key, whole, (major, minor), epoch)
-
-
-def cut(
-    content: bytes | mmap, name: str, capability: tuple[int, int]
-) -> tuple[list[tuple[int, int]], dict[str, int]]:
-    """What of a library cannot run on a compute capability.
-
-    Returns (offset, size) of each part, ascending, not overlapping; and what it was compiled for,
-    e.g. ``cubin 80`` -> bytes. Raises UnknownFatbinError: some is in an unknown layout.
-    """
-    codes = device_code(content, name)
-    foreign = [code for code in codes if not runs_on(code.target, code.kind, capability)]
-    targets = Counter[str]()
-    for code in foreign:
-        targets[f"{code.kind} {code.target}"] += code.size
-    return sorted((code.offset, code.size) for code in foreign), dict(sorted(targets.items()))
-
-
-def pieces(content: bytes | mmap, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-    """A library's bytes in order, with zeros for ``ranges``; no piece has both."""
-    position = 0
-    for start, size in [*ranges, (len(content), 0)]:
-        for at in range(position, start, CHUNK):
-            yield content[at : min(at + CHUNK, start)]
-        for at in range(0, size, CHUNK):
-            yield bytes(min(CHUNK, size - at))
-        position = start + size
-
-
-def write_slim_layer(
-    key: str, whole: StoredLayer, capability: tuple[int, int], epoch: int
-) -> StoredLayer:
-    """Write a SKU's libraries of the group's layer ``whole``, which is ``intact``, under a key.
-
-    ``capability`` is the SKU's (major, minor), ``epoch`` the time of all entries, Unix seconds.
-    """
-
-    def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:
-        files = folder / "files"
-        removed: dict[str, Any] = {}
-        paths = (path for path in whole.code.rglob("*") if path.is_file())
-        libraries = sorted(path.relative_to(whole.code).as_posix() for path in paths)
-        records = sorted(whole.files.glob(RECORDS)) if libraries else []
-        with ZstdLayerWriter(folder, epoch) as layer:
-            for parent in make_folders(files, libraries):
-                layer.directory(parent)
-            for name in libraries:
-                removed[name] = _add_library(layer, whole.code / name, name, capability)
-            for path in records:
-                name = path.relative_to(whole.files).as_posix()
-                old = path.read_bytes()
-                new = update_record(old, name, removed)
-                if new != old:
-                    for parent in make_folders(files, [name])[-1:]:
-                        layer.directory(parent)
-                    layer.data(name, new)
-            return layer.close(), removed
-
-    return keep_layer(key, write)
-
-
-def _add_library(
-    layer: ZstdLayerWriter, source: Path, name: str, capability: tuple[int, int]
-) -> dict[str, Any]:
-    """Add one library; return what it lacks."""
-    digest = hashlib.sha256()
-    with mapped(source) as content:
-        ranges, targets = cut(content, source.name, capability)
-
-        def hashed() -> Iterator[bytes]:
-            for piece in pieces(content, ranges):
-                digest.update(piece)
-                yield piece
-
-        layer.stream(name, len(content), source.stat().st_mode & 0o777, hashed())
-    return {
-        "bytes": sum(targets.values()),
-        "targets": targets,
-        "sha256": record_hash(digest.digest()),
-    }
-
-
-def update_record(content: bytes, name: str, removed: Mapping[str, Any]) -> bytes:
-    """A RECORD whose rows of slimmed libraries have the hashes of what is in the image.
-
-    ``name`` is its path in the image, ``removed`` that of ``write_slim_layer``'s layer.
-    """
-    site = name.rsplit("/", 2)[0]
-
-    def change(path: str, digest: str, size: str) -> tuple[str, str, str]:
-        slim = removed.get(f"{site}/{path}")
-        return path, f"sha256={slim['sha256']}" if slim and slim["bytes"] else digest, size
-
-    return rewrite_record(content, change)

@@ -53,6 +53,11 @@ class System:
         parts = [layer.blob.digest for layer in self.layers]
         return hash_of([parts, self.config], sort_keys=True)
 
+    @property
+    def root_is_whole(self) -> bool:
+        """Whether its unpacked files, if it has some, are as the engine gave them."""
+        return self.root is None or tree_digest(self.root) == self.root_digest
+
 
 def system_folder(key: str) -> Path:
     return cache_root() / "systems" / key
@@ -93,7 +98,8 @@ def is_kept(plan: ImagePlan) -> bool:
         require_described(plan, system.config)
     except (CacheError, ImageCheckError):
         return False
-    return all(plain_digest(layer.blob) == layer.blob.diff_id for layer in system.layers)
+    blobs = (layer.blob for layer in system.layers)
+    return system.root_is_whole and all(plain_digest(blob) == blob.diff_id for blob in blobs)
 
 
 def require_described(plan: ImagePlan, config: Mapping[str, Any]) -> None:

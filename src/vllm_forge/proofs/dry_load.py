@@ -19,7 +19,7 @@ from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.host import Runner, console, exclusive, report, which, write_whole
 from vllm_forge.host.errors import CommandFailedError
-from vllm_forge.images.store import stored
+from vllm_forge.images.store import usable
 from vllm_forge.patches import read_dispositions
 from vllm_forge.project import Project
 from vllm_forge.proofs.environment import PYTHON, image_plan, open_line
@@ -38,7 +38,7 @@ def ready(project: Project, line_name: str) -> str:
     if absent := [tool for tool in TOOLS if which(tool) is None]:
         return f"{', '.join(absent)} not installed"
     try:
-        missing = sum(stored(each.key) is None for each in image_plan(project, line_name).groups)
+        missing = sum(usable(each.key) is None for each in image_plan(project, line_name).groups)
     except ForgeError as error:
         return error.what
     return f"{missing} of the line's layers are not in the cache" if missing else ""
@@ -49,8 +49,11 @@ def dry_load(
 ) -> loading.Answers:
     """Let a line's vLLM, with its series, load checkpoints without data, on its first SKU."""
     where = f"line {line_name}"
-    with exclusive(f"inspect-{line_name}", wait=True), report(f"dry load on {where}"):
-        environment = open_line(project, line_name, runner, "inspect")
+    with (
+        exclusive(f"inspect-{line_name}", wait=True),
+        report(f"dry load on {where}"),
+        open_line(project, line_name, runner, "inspect") as environment,
+    ):
         inputs = environment.work / "inputs"
         loading.write_request(inputs, profiles, environment.plan.cell.sku)
         tree = environment.applied.result

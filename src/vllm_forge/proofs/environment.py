@@ -6,7 +6,8 @@ mounted above the layers. Nothing is copied or installed.
 
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from vllm_forge import images
 from vllm_forge.host import Runner, cache_root, exclusive, remove, report
 from vllm_forge.host.errors import CacheError
+from vllm_forge.images.bytecode import kept_bytecode
 from vllm_forge.images.content import VLLM
 from vllm_forge.images.engines import ContainerRun
 from vllm_forge.images.errors import EngineSetupError
@@ -48,6 +50,10 @@ class LineEnvironment:
     work: Path
     runner: Runner
 
+    @property
+    def bytecode(self) -> Path:
+        return self.work / "bytecode"
+
     def run(self, name: str, tree: str, inputs: Path, argv: tuple[str, ...]) -> str:
         """Run a command on a tree of the source, with /mnt: inputs; returns its stdout."""
         run = ContainerRun(
@@ -58,7 +64,7 @@ class LineEnvironment:
             inputs=inputs,
             argv=argv,
             work=self.work / name,
-            bytecode=self.work / "bytecode",
+            bytecode=self.bytecode,
         )
         return self.plan.engine.run_in_image(self.runner, run)
 
@@ -85,10 +91,14 @@ def image_plan(project: Project, line_name: str) -> images.ImagePlan:
     return images.resolve(project, cell, options, images.choose_engine(ENGINE))
 
 
-def open_line(project: Project, line_name: str, runner: Runner, kind: str) -> LineEnvironment:
-    """The line's environment; builds what is missing in the cache. EngineSetupError if not root.
+@contextmanager
+def open_line(
+    project: Project, line_name: str, runner: Runner, kind: str
+) -> Iterator[LineEnvironment]:
+    """The line's environment; builds what is missing or damaged in the cache.
 
-    ``kind``: folder of the cache; the caller holds the lock of this kind and line.
+    ``kind``: folder of the cache; the caller holds the lock of this kind and line. Raises
+    EngineSetupError: the user is not root.
     """
     if os.geteuid() != 0:
         what = "proofs run on an overlay of the image's layers, which only root may mount"
@@ -106,7 +116,7 @@ def open_line(project: Project, line_name: str, runner: Runner, kind: str) -> Li
     stored = [require_stored(group.key) for group in reversed(plan.groups)]
     layers = [folder for layer in stored for folder in (layer.files, layer.code)]
     work = cache_root() / kind / line_name
-    return LineEnvironment(
+    environment = LineEnvironment(
         plan=plan,
         repo=repo,
         applied=applied,
@@ -115,6 +125,8 @@ def open_line(project: Project, line_name: str, runner: Runner, kind: str) -> Li
         work=work,
         runner=runner,
     )
+    with kept_bytecode(environment.bytecode):
+        yield environment
 
 
 def _metadata(plan: images.ImagePlan, folder: Path) -> Path:
@@ -132,8 +144,10 @@ def _metadata(plan: images.ImagePlan, folder: Path) -> Path:
 def ask_line(project: Project, line_name: str, runner: Runner) -> SelectionRecord:
     """Ask all questions of a line with its series, and of its release as published."""
     vllm = project.matrix.line[line_name].vllm
-    with exclusive(f"selection-{line_name}", wait=False):
-        environment = open_line(project, line_name, runner, "selection")
+    with (
+        exclusive(f"selection-{line_name}", wait=False),
+        open_line(project, line_name, runner, "selection") as environment,
+    ):
 
         def ask(name: str, tree: str, title: str, questions: Sequence[Question]) -> Rows:
             inputs = environment.work / name / "inputs"

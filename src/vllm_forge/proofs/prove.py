@@ -237,7 +237,7 @@ def prove(project: Project, names: Sequence[str], runner: Runner) -> None:
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(exclusive(f"prove-{name}", wait=False))
-        jobs = [_prepare(project, name, runner) for name in names]
+        jobs = [_prepare(project, name, runner, stack) for name in names]
         proofs = _run_all(jobs)
     problems: list[ForgeError] = []
     for job, whole, runs in proofs:
@@ -259,12 +259,12 @@ def prove(project: Project, names: Sequence[str], runner: Runner) -> None:
         raise problems[0]
 
 
-def _prepare(project: Project, name: str, runner: Runner) -> ProofJob:
+def _prepare(project: Project, name: str, runner: Runner, stack: ExitStack) -> ProofJob:
     """Everything but the tests, which take the time."""
     series = project.root / project.matrix.line[name].series
     with report(f"trees and environment of line {name}"):
         patches = read_series(series)
-        environment = open_line(project, name, runner, "proofs")
+        environment = stack.enter_context(open_line(project, name, runner, "proofs"))
         repo, applied = environment.repo, environment.applied
         require_idempotent(repo, applied, patches)
         return ProofJob(

@@ -7,6 +7,7 @@ by both trees, and its record says so.
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -38,9 +39,10 @@ def read_tests(root: Path, line: str) -> list[str]:
 def compare(project: Project, line: str, runner: Runner) -> Path:
     """Run a line's rows on both trees; returns the record that was written, or see ``judge``."""
     paths = read_tests(project.root, line)
-    with exclusive(f"upstream-{line}", wait=False):
+    with ExitStack() as stack:
+        stack.enter_context(exclusive(f"upstream-{line}", wait=False))
         with report(f"trees and environment of line {line}"):
-            environment = open_line(project, line, runner, "upstream")
+            environment = stack.enter_context(open_line(project, line, runner, "upstream"))
             inputs = environment.work / "inputs"  # for both runs
             with atomic_path(inputs) as aside:
                 aside.mkdir()

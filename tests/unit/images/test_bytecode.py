@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from vllm_forge.images.build import bytecode_place
+from vllm_forge.images.bytecode import kept_bytecode
 from vllm_forge.images.engines import BYTECODE, Buildah, ContainerRun, _runtime_config
 from vllm_forge.images.layer import LayerBlob
 from vllm_forge.images.layout import ImageLayer
@@ -17,7 +20,7 @@ from vllm_forge.images.plan import BuildOptions, resolve
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
-    import pytest
+    from collections.abc import Callable
 
 
 def layer(diff_id: str) -> ImageLayer:
@@ -96,3 +99,59 @@ def test_checks_of_other_packages_have_another_bytecode_folder(
     assert len(set(folders)) == 3  # the SKUs of a line have the same Python files
     assert folders[2] == folders[4]
     assert all(folder.parent.name == "bytecode" for folder in folders)
+
+
+def run_once(folder: Path) -> bool:
+    """Use a folder as runs do; whether it had the bytecode of an earlier one."""
+    with kept_bytecode(folder):
+        path = folder / "site" / "module.pyc"
+        known = path.is_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"bytecode")
+    return known
+
+
+def test_bytecode_is_used_again_as_it_was_left(tmp_path: Path) -> None:
+    assert [run_once(tmp_path / "x") for _ in range(3)] == [False, True, True]
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "byte": lambda folder: (folder / "site/module.pyc").write_bytes(b"bytecodf"),
+    "more": lambda folder: (folder / "site/other.pyc").write_bytes(b""),
+    "link": lambda folder: (folder / "site/other.pyc").symlink_to("module.pyc"),
+    "fifo": lambda folder: os.mkfifo(folder / "site/other.pyc"),
+    "no seal": lambda folder: folder.with_name("x.json").unlink(),
+    "seal": lambda folder: folder.with_name("x.json").write_text('{"files": ""}'),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_bytecode_is_not_run(change: str, tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    run_once(folder)
+    CHANGES[change](folder)
+    assert [run_once(folder), run_once(folder)] == [False, True]
+
+
+def test_bytecode_of_a_killed_run_is_not_run(tmp_path: Path) -> None:
+    """Nothing says that it is whole."""
+    folder = tmp_path / "x"
+    run_once(folder)
+    (folder / "half.pyc").write_bytes(b"")
+    assert not run_once(folder)
+    assert not (folder / "half.pyc").exists()
+
+
+def test_fifo_that_a_run_leaves_does_not_hold_the_next_one(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    with kept_bytecode(folder):
+        folder.mkdir()
+        os.mkfifo(folder / "module.pyc")
+    assert not run_once(folder)
+
+
+def test_unused_bytecode_leaves_no_record(tmp_path: Path) -> None:
+    """As with an engine that keeps none."""
+    with kept_bytecode(tmp_path / "x"):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -20,17 +20,8 @@ from tests.support.fatbins import entry as code
 from tests.support.fatbins import fatbin, library
 from tests.support.wheels import Member, write_wheel
 from vllm_forge.images.layer import ZSTD
-from vllm_forge.images.store import (
-    LEAST,
-    StoredLayer,
-    cut,
-    may_hold_code,
-    pieces,
-    stored,
-    update_record,
-    write_layer,
-    write_slim_layer,
-)
+from vllm_forge.images.store import LEAST, StoredLayer, may_hold_code, stored, write_layer
+from vllm_forge.images.wheel_layers import cut, pieces, update_record, write_slim_layer
 from vllm_forge.images.wheels import site_packages, wheel_entries
 from vllm_forge.kernels.coverage.device_code import device_code, runs_on
 from vllm_forge.kernels.coverage.library import library_code

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -485,7 +486,7 @@ def one_line(
         runner=RecordingRunner(),
     )
     replacements: dict[str, Any] = {
-        "open_line": lambda *_: line_environment,
+        "open_line": lambda *_: nullcontext(line_environment),
         "write_inputs": lambda *_: tmp_path / "in",
         "read_series": lambda _folder: tuple(series.patches),
     }
@@ -624,11 +625,11 @@ def test_file_time_encodes_its_content(
 ) -> None:
     """Compiled code is kept by path, size and time: equal only where the content is."""
     series.add(a=text(_5="FIVE\n"))
-    line_environment = cast("Any", prove_module).open_line(*[None] * 4)
     times = []
-    for tree in (*series.applied().trees, series.applied().trees[0]):
-        folder = line_environment.write_tree(tree, "one")
-        times.append(next(folder.rglob("a.py")).stat().st_mtime)
+    with cast("Any", prove_module).open_line(*[None] * 4) as line_environment:
+        for tree in (*series.applied().trees, series.applied().trees[0]):
+            folder = line_environment.write_tree(tree, "one")
+            times.append(next(folder.rglob("a.py")).stat().st_mtime)
     assert times[0] == times[2] != times[1]
 
 

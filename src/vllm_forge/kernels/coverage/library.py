@@ -20,7 +20,7 @@ from pathlib import Path
 import zstandard
 
 from vllm_forge.host import cache_root, exclusive, hash_of
-from vllm_forge.host.files import file_digest, read_sealed, write_sealed
+from vllm_forge.host.files import file_digest, inode, read_sealed, write_sealed
 from vllm_forge.kernels.coverage.device_code import (
     Code,
     Kind,
@@ -146,7 +146,7 @@ def library_code(path: Path, patterns: Sequence[str] = ()) -> LibraryCode:
     if (known := _known(path, rules)) is not None:
         return known
     with exclusive("coverage", wait=True):
-        stamp = _stamp(path)  # from before it is read
+        stamp = inode(path.stat())  # from before it is read
         sha256 = file_digest(path.resolve())
         write_sealed(_stamp_path(path), {"stamp": stamp, "sha256": sha256})
         if (known := _known(path, rules)) is None:
@@ -159,7 +159,7 @@ def _known(path: Path, rules: str) -> LibraryCode | None:
     """The cached record of a file that is unchanged since it was hashed."""
     try:
         stamp = read_sealed(_stamp_path(path))
-        if stamp["stamp"] != _stamp(path):
+        if stamp["stamp"] != inode(path.stat()):
             return None
         return LibraryCode.model_validate(read_sealed(_record_path(stamp["sha256"], rules)))
     except (OSError, ValueError, KeyError):
@@ -173,15 +173,6 @@ def _record_path(sha256: str, rules: str) -> Path:
 def _stamp_path(path: Path) -> Path:
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
     return cache_root() / "coverage" / "files" / f"{name}.json"
-
-
-def _stamp(path: Path) -> list[int]:
-    """The inode's identity, size and times, as in git's index.
-
-    The change time cannot be set back, so a file that was written to is read again.
-    """
-    stat = path.stat()
-    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _read(path: Path, patterns: Sequence[str]) -> LibraryCode:
