@@ -149,13 +149,14 @@ def fixtures(project: Project, args: argparse.Namespace) -> None:
 
     from vllm_forge.checkpoints.fixtures.variants import (
         cached_variant,
+        is_whole,
         load_variants,
         variant_path,
     )
     from vllm_forge.checkpoints.quantize.environment import enter
 
     names = args.names or list(load_variants())
-    if not all(variant_path(project, name).exists() for name in names):
+    if not all(is_whole(variant_path(project, name)) for name in names):
         enter(project, sys.argv[1:])
         from vllm_forge.checkpoints.fixtures.native import make_with_tools
 

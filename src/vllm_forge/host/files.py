@@ -115,6 +115,12 @@ def inode(status: os.stat_result) -> list[int]:
     return [status.st_dev, status.st_ino, status.st_mode, status.st_size, *times]
 
 
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over names and contents of a folder's files; ValueError if one is not plain."""
+    rows = {name: file_digest(folder / name) for name in walk_plain(folder)}
+    return hash_of(rows, sort_keys=True)
+
+
 def parse_json(content: bytes | str) -> Any:
     """A JSON document; bytes are UTF-8, as every other reader of these files has it.
 

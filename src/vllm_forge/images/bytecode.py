@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vllm_forge.host import hash_of, remove
-from vllm_forge.host.files import file_digest, read_sealed, walk_plain, write_sealed
+from vllm_forge.host import remove
+from vllm_forge.host.files import folder_digest, read_sealed, write_sealed
 
 
 @contextmanager
@@ -20,20 +20,12 @@ def kept_bytecode(folder: Path) -> Iterator[None]:
     """
     seal, kept = folder.with_name(f"{folder.name}.json"), False
     with suppress(OSError, ValueError):  # of a first run; of a damaged seal
-        kept = read_sealed(seal) == {"files": _digest(folder) or "unknown"}
+        kept = read_sealed(seal) == {"files": folder_digest(folder)}
     if not kept:
         remove(folder)
     try:
         yield
     finally:
-        if folder.is_dir():
-            write_sealed(seal, {"files": _digest(folder)})
-
-
-def _digest(folder: Path) -> str:
-    """Hash of a folder's files; empty if it has something else, or is missing."""
-    try:
-        rows = {name: file_digest(folder / name) for name in walk_plain(folder)}
-    except (OSError, ValueError):
-        return ""
-    return hash_of(rows, sort_keys=True)
+        seal.unlink(missing_ok=True)
+        with suppress(OSError, ValueError):  # no run took place; or it left no plain files
+            write_sealed(seal, {"files": folder_digest(folder)})

@@ -24,12 +24,14 @@ from vllm_forge.checkpoints.fixtures.variants import (
     cached_variant,
     downcast,
     halve_global_scales,
+    is_whole,
     load_variants,
     split_rows,
     variant_path,
 )
 from vllm_forge.checkpoints.quantize.quantizer import quantize
 from vllm_forge.checkpoints.tensors import in_memory
+from vllm_forge.host.files import folder_digest
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
@@ -226,6 +228,25 @@ class TestCache:
             for name in ("redhat-no-mtp", "no-aliases"):
                 cached_variant(Project(root), name, SMALL, make)
         assert calls == [("card", "recipe nvfp4-fp8-mtp")]
+
+    @pytest.mark.parametrize("damage", ["byte", "file", "more", "seal"])
+    def test_one_that_was_changed_is_made_again(self, root: Path, cache: Path, damage: str) -> None:
+        """Of all that ``checkpoint verify`` lets vLLM load, and records."""
+        path = cached_variant(Project(root), BF16, SMALL)
+        before = folder_digest(path)
+        config, seal = path / "config.json", path.with_name(f"{path.name}.json")
+        match damage:
+            case "byte":
+                config.write_bytes(config.read_bytes().replace(b"1", b"2", 1))
+            case "file":
+                config.unlink()
+            case "more":
+                (path / "adapter.json").touch()
+            case _:
+                seal.write_text("{}")
+        assert not is_whole(path)
+        assert folder_digest(cached_variant(Project(root), BF16, SMALL)) == before
+        assert is_whole(path)
 
     def test_the_place_depends_on_what_it_is_made_from(self, root: Path, tmp_path: Path) -> None:
         other = tmp_path / "root"
