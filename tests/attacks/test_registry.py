@@ -6,6 +6,7 @@ except on exactly this host; no tag names what was not read back.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from vllm_forge.commands import build as command
 from vllm_forge.errors import ForgeError, UsageError
 from vllm_forge.host import RecordingRunner
 from vllm_forge.images.layout import MANIFEST
+from vllm_forge.project import Project
 from vllm_forge.release import transport
 from vllm_forge.release.errors import (
     ManifestMissingError,
@@ -29,6 +31,7 @@ from vllm_forge.release.errors import (
 from vllm_forge.release.push import push_layout
 from vllm_forge.release.referrers import attach, referrers
 from vllm_forge.release.registry import Descriptor, Reference, Repository
+from vllm_forge.release.tags import choose_names
 
 MOST = 1 << 24  # bytes that an endless answer may have sent: what the kernel's buffers hold
 SBOM = "https://cyclonedx.org/bom"
@@ -184,6 +187,19 @@ def test_list_that_is_not_one_is_refused(
     registry.plant("GET", ".*/tags/list", status=200, content=content)
     with pytest.raises(RegistryContentError, match="is not a list of tags"):
         repository.tags()
+
+
+def test_what_cannot_be_a_tag_is_left_out_of_a_list(
+    registry: RegistryServer, repository: Repository, root: Path
+) -> None:
+    """Python reads no number of so many digits, and tags are counted."""
+    cell = Project(root).cell("b300")
+    number = f"{cell.line.vllm}-forge.{'9' * 5000}-{cell.sku_name}"
+    names = [number, f"{number}-rc{'9' * 5000}", "a b", "a\x1b[31m", "../a", "", "\u0661", 7, "dev"]
+    content = json.dumps({"tags": names}).encode()
+    registry.plant("GET", ".*/tags/list", status=200, content=content)
+    assert (tags := repository.tags()) == ("dev",)
+    assert choose_names(cell, "release", "", tags, repository.resolve).fixed
 
 
 def test_list_that_goes_on_elsewhere_is_refused(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
+import io
 import json
 import shutil
+import tarfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -20,9 +23,12 @@ from tests.support.project import make_project
 from tests.support.registry_server import RegistryServer
 from tests.support.release import CELL, ReleaseRunner, Releases, add_receipt, releasable
 from vllm_forge.host import canonical
-from vllm_forge.images.layout import read_image, write_image
+from vllm_forge.images.errors import LayoutError
+from vllm_forge.images.layer import LayerBlob
+from vllm_forge.images.layout import ImageLayer, read_image, write_image
+from vllm_forge.matrix.model import ReleasePolicy
 from vllm_forge.project import Project
-from vllm_forge.release import errors
+from vllm_forge.release import errors, verify
 from vllm_forge.release.evidence import Trust
 from vllm_forge.release.gate import policy_of
 from vllm_forge.release.pipeline import release
@@ -333,6 +339,74 @@ def test_changed_image_has_no_statements(released: Released) -> None:
     write_image(released.layout, layers=image.layers, config=config, epoch=1735689600, name="x:y")
     findings = {type(error) for error in released.verify().findings}
     assert findings == {errors.StatementSubjectError}
+
+
+def with_layer(released: Released, content: bytes, count: int = 1) -> None:
+    """Put ``content`` on the image, ``count`` times, as its highest layers."""
+    image = read_image(released.layout)
+    path = released.root / "top.tar.gz"
+    path.write_bytes(gzip.compress(content))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    blob = LayerBlob(path=path, digest=digest, diff_id="0" * 64, size=path.stat().st_size)
+    layers = [*image.layers, *[ImageLayer(blob=blob, name="top")] * count]
+    config = image.config["config"]
+    write_image(released.layout, layers=layers, config=config, epoch=1735689600, name="x:y")
+
+
+def headers_of(size: int) -> bytes:
+    """A tar whose first entry has an extended header of ``size`` bytes."""
+    info = tarfile.TarInfo("x")
+    info.pax_headers = {"comment": "x" * size}
+    return info.tobuf(tarfile.PAX_FORMAT)
+
+
+class Counted(io.BytesIO):
+    """Counts what is read of all of them."""
+
+    total = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        content = super().read(size)
+        Counted.total += len(content)
+        return content
+
+
+TARS: dict[str, Callable[[], bytes]] = {
+    "header": lambda: headers_of(4 << 20),
+    "empty": bytes,
+    "cut": lambda: headers_of(9)[:700],
+}
+
+
+@pytest.mark.parametrize("tar", TARS)
+def test_layer_of_a_stranger_is_read_in_part(
+    released: Released, tar: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few bytes of gzip can be any number of bytes, and Python keeps a header in memory."""
+    with_layer(released, TARS[tar]())
+    monkeypatch.setattr(verify, "PLAIN_BYTES", 1 << 20)
+    monkeypatch.setattr(verify, "plain_tar", lambda _: Counted(TARS[tar]()))
+    Counted.total = 0
+    findings = {type(error) for error in released.verify().findings}
+    assert findings == {errors.ImageContentError}
+    assert Counted.total <= len(read_image(released.layout).layers) << 20
+
+
+def test_image_of_more_layers_than_docker_runs_is_refused(released: Released) -> None:
+    """Each could be one to fetch, in search of a stack.json."""
+    with_layer(released, b"", 120)
+    with pytest.raises(LayoutError, match="more than 125 layers"):
+        released.verify()
+
+
+def test_stage_without_signatures_says_so(released: Released) -> None:
+    shutil.rmtree(attest_folder(released.layout))
+    report = Verification(
+        published=from_layout(released.layout), policy=ReleasePolicy(), stage="dev",
+        trust=Trust(keys=read_keyring(released.root)), now=datetime.now(UTC),
+    ).run()  # fmt: skip
+    assert report.findings == []
+    assert "not checked  who made it: stage dev requires no signature" in verify.describe(report)
 
 
 @pytest.mark.parametrize("stage", ["candidate", "dev"])

@@ -62,8 +62,8 @@ def _runs_on(project: Project, cell: ImageCell, digest: str) -> list[str]:
 
 def _proven(report: Report) -> list[str]:
     rows = [
-        (row["tier"], f"{row['count']} x {row['gpu']}", row["driver"], row["tests"], row["margin"],
-         row["expires"][:10], row["signer"])
+        (row["tier"], f"{row['count']} x {row['gpu']}", row["driver"], row["tests"],
+         escape(row["margin"]), row["expires"][:10], row["signer"])
         for row in report.receipts
     ]  # fmt: skip
     head = ["tier", "GPUs", "driver", "tests", "closest margin", "until", "signed by"]

@@ -20,6 +20,7 @@ from vllm_forge.signing.bundle import LARGEST, MEDIA_TYPE
 
 SUFFIX = ".sigstore.json"
 CONFIG_BYTES = 8 << 20
+MOST_LAYERS = 125  # maxLayerDepth of docker (github.com/moby/moby, layer/layer_store.go)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +145,8 @@ def _image(digest: str, manifest: Any, config: Any, path: Path) -> Image:
         raise TypeError("a label is not text")
     if not all(isinstance(layer.blob.size, int) for layer in image.layers):
         raise TypeError("the size of a layer is not a number")
+    if len(image.layers) > MOST_LAYERS:
+        raise ValueError(f"more than {MOST_LAYERS} layers")
     return image
 
 

@@ -84,7 +84,7 @@ def compare(published: Published, built: Image, work: Path) -> list[str]:
     if len(layers) != len(built.layers):
         rows.append(f"{len(layers)} layers are published, {len(built.layers)} were built")
     for published_layer, built_layer in zip(layers, built.layers, strict=False):
-        if published_layer.blob.diff_id != built_layer.blob.diff_id:
+        if published_layer.blob.digest != built_layer.blob.digest:  # a diff_id is only said
             rows += _differing_files(published, published_layer, built_layer, work)
     if not rows and not skipped:
         config = differences(published.image.config["config"], built.config["config"])

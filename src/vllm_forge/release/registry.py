@@ -50,6 +50,7 @@ OTHER_FILE = (
 )  # fmt: skip
 NO_FILE = (sources_errors.IndexUnreachableError, sources_errors.DownloadInterruptedError)
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 REFERENCE = re.compile(
     r"""(?P<registry>([A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*
         |\[[0-9a-fA-F:]+\])(:[0-9]{1,5})?)
@@ -254,9 +255,9 @@ class Repository:
             raise RegistryContentError(what, where=str(self.reference), remedy=remedy)
 
     def tags(self) -> tuple[str, ...]:
-        """All tags; none of a repository that does not exist."""
+        """All tags; none of a repository that does not exist. What cannot be one is left out."""
         pages = self.pages("tags/list", "tags")
-        return tuple(tag for tag in pages or () if isinstance(tag, str))
+        return tuple(tag for tag in pages or () if isinstance(tag, str) and TAG.fullmatch(tag))
 
     def pages(self, path: str, key: str) -> list[Any] | None:
         """A list of the API, all its pages; None where the registry has none (404)."""

@@ -3,6 +3,7 @@
 Everything that a stage requires must be there and hold; what was not checked is said.
 """
 
+import io
 import re
 import tarfile
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
+from zstandard import ZstdError
 
 from vllm_forge.errors import ForgeError, problems
 from vllm_forge.host import cache_root, canonical, parse_json, printable
@@ -44,11 +46,13 @@ from vllm_forge.signing import Verified
 
 LAYER_BYTES = 64 << 20  # of a layer that may hold stack.json; that of a series has 1 MB or less
 PLAIN_BYTES = 256 << 20
+STACK_BYTES = 1 << 20  # that of a full image has 25 kB
 SHOWN = 5  # differences
 COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 NEEDED = {"compute_capability", "debian", "packages", "series", "vllm_release"}
 AHEAD = timedelta(minutes=5)  # that the clock of a signer may be
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
+UNREADABLE = (OSError, EOFError, zlib.error, ZstdError, tarfile.TarError, *MALFORMED)
 Model = TypeVar("Model", Decision, Provenance, Receipt)
 
 
@@ -165,7 +169,10 @@ class Verification:
             layers = self.published.fetch(self.published.image.layers, work)
             if self.evidence.named.get("sbom"):
                 document = self.evidence.only("sbom").statement["predicate"]
-                rows = compare_contents(document, [layer.blob for layer in layers])
+                try:
+                    rows = compare_contents(document, [layer.blob for layer in layers])
+                except UNREADABLE as error:
+                    rows = [f"cannot read them: {type(error).__name__}: {error}"]
                 self._same("its files are not those of its sbom", {}, dict.fromkeys(rows, ""))
 
     def _known(self, export: Path) -> None:
@@ -332,6 +339,8 @@ class Verification:
         report, decided = self.report, self.decided
         report.not_counted = [str(row).replace("\n", ";") for _, row in self.evidence.refused]
         report.not_counted += [f"unknown predicate type: {row}" for row in self.evidence.unrelated]
+        if not self.policy.statements:
+            report.not_checked.append(f"who made it: stage {self.stage} requires no signature")
         if not deep:
             report.not_checked.append("bytes of the layers: --deep")
         current = policy_of_stage(self.stage, self.policy)
@@ -379,9 +388,13 @@ def read_stack(published: Published) -> dict[str, Any]:
                         labels(stack, "")  # has what they are made of
                         if missing := NEEDED - stack.keys():
                             raise LookupError(f"it lacks {', '.join(sorted(missing))}")
+                        if not all(
+                            isinstance(stack[name], dict) for name in ("debian", "packages")
+                        ):
+                            raise TypeError("its packages are not a table")
                         return stack
         why = "no layer has it"
-    except (OSError, EOFError, zlib.error, tarfile.TarError, *MALFORMED) as error:
+    except UNREADABLE as error:
         why = printable(f"{type(error).__name__}: {error}")
     what = f"cannot read /{STACK}: {why}"
     remedy = "give an image that vllm-forge built"
@@ -389,10 +402,12 @@ def read_stack(published: Published) -> dict[str, Any]:
 
 
 def _member(blob: LayerBlob, name: str) -> bytes | None:
-    """A file of a layer, of whose tar PLAIN_BYTES are read."""
-    with plain_tar(blob) as plain, tarfile.open(fileobj=plain, mode="r|") as tar:
+    """A small file of a layer, of whose tar PLAIN_BYTES are read: a header can be of any size."""
+    with plain_tar(blob) as plain:
+        start = io.BytesIO(plain.read(PLAIN_BYTES))
+    with tarfile.open(fileobj=start, mode="r:") as tar:
         for info in tar:
-            if info.name == name and info.isreg() and info.size <= PLAIN_BYTES:
+            if info.name == name and info.isreg() and info.size <= STACK_BYTES:
                 file = tar.extractfile(info)
                 return None if file is None else file.read()
             if info.offset_data + info.size > PLAIN_BYTES:

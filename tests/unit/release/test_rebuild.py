@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -114,6 +117,23 @@ def test_locked_kernels_are_built_in_again(
     assert option == ([f"--prewarm={tmp_path / 'prewarm'}"] if lock == "same" else [])
     if option:
         assert tree_digest(tmp_path / "prewarm") == digest
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_layer_of_other_bytes_is_not_taken_for_equal(
+    built: Built, tmp_path: Path, *, kernels: bool
+) -> None:
+    """Its ``diff_id`` is what the published configuration says: that of the layer built here."""
+    first, *others = built.image.layers
+    evil = tmp_path / "evil.tar.gz"
+    evil.write_bytes(gzip.compress(bytes(10240)))
+    digest = hashlib.sha256(evil.read_bytes()).hexdigest()
+    blob = replace(first.blob, path=evil, digest=digest, size=evil.stat().st_size)
+    layers = [ImageLayer(blob=blob, name=first.name), *others]
+    layers += [ImageLayer(blob=others[-1].blob, name="compiled kernels")] if kernels else []
+    published = again(built, tmp_path / "x", tuple(layers))
+    with pytest.raises(RebuildDiffersError, match=f"layer rootfs: sha256:{digest}"):
+        compare(from_layout(published.path), built.image, tmp_path)
 
 
 def test_commit_that_is_not_here_is_refused(built: Built) -> None:
