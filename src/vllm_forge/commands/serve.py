@@ -1,22 +1,22 @@
 """Serve a preset, or print how; plan a cell, check a host, lint all presets."""
 
 import argparse
-import re
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from vllm_forge.commands import parsers
 from vllm_forge.commands.parsers import EVERY_LINE, JSON, LINE, SKU, command, option
-from vllm_forge.errors import UsageError
+from vllm_forge.errors import UsageError, problems
 from vllm_forge.host import (
     HostProbe,
     PlainConsole,
     Probe,
     RecordedProbe,
     RecordingProbe,
-    Runner,
     console,
 )
 from vllm_forge.project import Project
@@ -33,11 +33,6 @@ if TYPE_CHECKING:
     import vllm_forge.serve.command as shell
 
 PLAN_WIDTH = 120
-MOST_PORT = 65535
-NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
-IMAGE = re.compile(r"[a-zA-Z0-9][\w./:@-]{0,300}")
-GPU_IDS = re.compile(r"(\d{1,3}|GPU-[0-9a-f-]{36})(,(\d{1,3}|GPU-[0-9a-f-]{36}))*")
-VARIABLE = re.compile(r"[A-Za-z_]\w*(=[^\x00-\x1f\x7f]*)?", re.ASCII)
 
 
 def register(choices: parsers.Commands) -> None:
@@ -84,24 +79,16 @@ def _container_options(one: parsers.Parser) -> None:
 def _options(args: argparse.Namespace) -> "shell.ServeOptions":
     from vllm_forge.serve.command import ServeOptions
 
-    for name, value in (("port", args.port), ("replica", args.replica)):
-        if value is not None and not 1 <= value <= MOST_PORT:
-            raise UsageError(f"invalid --{name} {value}: expected 1 to {MOST_PORT}")
-    patterns = {"name": NAME, "image": IMAGE, "gpu_ids": GPU_IDS}
-    for name, pattern in patterns.items():
-        value = getattr(args, name)
-        if value is not None and not pattern.fullmatch(value):
-            option_name = f"--{name.replace('_', '-')}"
-            raise UsageError(f"invalid {option_name} {value!r}: expected {pattern.pattern}")
-    return ServeOptions(
-        image=args.image,
-        port=args.port,
-        name=args.name,
-        key=None if args.api_key_file is None else args.api_key_file.resolve(),
-        detach=args.detach,
-        replica=args.replica,
-        gpu_ids=tuple((args.gpu_ids or "").split(",")) if args.gpu_ids else (),
-    )
+    key = args.api_key_file and args.api_key_file.resolve()
+    named = {name: getattr(args, name) for name in ("image", "port", "name", "detach", "replica")}
+    ids = args.gpu_ids.split(",") if args.gpu_ids else ()
+    if secret := [text for text in args.env if text.startswith(f"{KEY}=")]:
+        args.parser.error(f"invalid --env {secret[0].partition('=')[0]}: give --api-key-file")
+    try:
+        return ServeOptions.model_validate({**named, "key": key, "gpu_ids": ids, "env": args.env})
+    except ValidationError as error:
+        rows = "; ".join(f"--{row}" for row in problems(error)).replace("gpu_ids", "gpu-ids")
+        raise UsageError(f"invalid {rows}") from None
 
 
 def serve(project: Project, args: argparse.Namespace) -> None:
@@ -110,20 +97,16 @@ def serve(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.images.record import built_digest
     from vllm_forge.serve import judge
     from vllm_forge.serve.flags import refuse_ours
-    from vllm_forge.serve.render import FORMS
+    from vllm_forge.serve.render import render
 
     refuse_ours(args.vllm_flags)
     options = _options(args)
-    for variable in args.env:
-        if not VARIABLE.fullmatch(variable) or variable.startswith(f"{KEY}="):
-            what = f"invalid --env {variable.partition('=')[0]!r}: expected NAME or NAME=VALUE"
-            raise UsageError(what, remedy="give a key by --api-key-file")
     cell = project.cell(args.sku, args.line)
     deployment = replace(
         find_deployment(project.matrix, cell, args.preset, args.artifact),
         flags=args.vllm_flags,
-        env=tuple(args.env),
-        model=None if args.model is None else args.model.resolve(),
+        env=options.env,
+        model=args.model and args.model.resolve(),
     )
     deployment.require_served()
     if deployment.model is not None:
@@ -134,22 +117,20 @@ def serve(project: Project, args: argparse.Namespace) -> None:
         probe = HostProbe()
         if not options.gpu_ids:
             chosen = shell.choose_gpus(probe, deployment, options.replica)
-            options = replace(options, gpu_ids=chosen)
+            options = options.model_copy(update={"gpu_ids": chosen})
         engine = shell.running_engine(probe, args.engine)
     digest = built_digest(project.root / "dist" / f"{cell.name}.json")
     service = shell.service_of(deployment, options, digest=digest)
-    rows = recorded_rows(project, cell.line_name)
-    verdict = judge.recorded(deployment, rows)
-    if verdict.answer is None and (args.ask or not printed):
-        verdict = judge.ask(Runner(), deployment, service.image)
-    judge.require_served(deployment, verdict.answer, deployment.memory(rows))
+    image = str(service.image) if args.ask or not printed else None
+    doubt = judge.require_served(deployment, recorded_rows(project, cell.line_name), image)
     _say(project, deployment, digest)
-    if verdict.answer is None:
-        console.print(f"NOT JUDGED: {verdict.source}; --ask asks the image's vLLM", markup=False)
-    run = shell.container_command(service, engine=engine)
+    if doubt:
+        console.print(f"NOT JUDGED: {doubt}; --ask asks the image's vLLM", markup=False)
     if args.form is not None:
-        print(FORMS[args.form](service, engine), end="")
-    elif printed:
+        print(render(args.form, service, engine), end="")
+        return
+    run = shell.container_command(service, engine=engine)
+    if printed:
         print(run.text())
     else:
         shell.become(run)

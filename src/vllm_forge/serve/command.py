@@ -5,13 +5,16 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
+
+from pydantic import Field
 
 from vllm_forge.errors import UsageError
 from vllm_forge.host import Probe, gpu_container, read_plain, which
 from vllm_forge.host.errors import ToolMissingError
 from vllm_forge.host.probe import GPU_QUERY, Gpu
-from vllm_forge.matrix import ImageCell, serve_arguments
+from vllm_forge.matrix import FrozenModel, ImageCell, serve_arguments
+from vllm_forge.matrix.model import Container
 from vllm_forge.serve import flags
 from vllm_forge.serve.deployment import KEY, Deployment
 from vllm_forge.serve.doctor import fitting_gpus, listed_gpus
@@ -22,9 +25,11 @@ ENGINES: tuple[Engine, ...] = ("docker", "podman")
 DOWNLOADS = "vllm-forge-downloads"  # the hub's, shared by all images: weights, no code
 MODEL = "/model"  # where a local folder is mounted
 MOST_KEY = 4096  # bytes
+VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*(=[^\x00-\x1f\x7f]*)?$"
 # Of docker/Dockerfile: podman ignores the health check of an OCI image
 # (https://github.com/containers/podman/issues/18904).
-HEALTH = ("python -I /opt/vllm-forge/health.py", "30m")
+HEALTH = ("--health-cmd=python -I /opt/vllm-forge/health.py", "--health-interval=30s",
+          "--health-timeout=5s", "--health-start-period=30m")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,37 +53,27 @@ class Command:
         return " \\\n    ".join([head, *map(shlex.quote, argv[first:])])
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServeOptions:
-    """What a user says of the container."""
+class ServeOptions(FrozenModel):
+    """What a user says of the container; None: see `service_of`."""
 
-    image: str | None = None
-    port: int | None = None
-    name: str | None = None
+    image: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_./:@-]*$")] | None = None
+    port: int | None = Field(default=None, ge=1, le=65535)  # of the host
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}$")] | None = None
     key: Path | None = None  # file with the API key
     detach: bool = False
-    replica: int = 1
-    gpu_ids: tuple[str, ...] = ()  # empty: the engine's choice
+    replica: int = Field(default=1, ge=1, le=64)
+    gpu_ids: tuple[Annotated[str, Field(pattern=r"^([0-9]{1,3}|GPU-[0-9a-f-]{36})$")], ...] = ()
+    env: tuple[Annotated[str, Field(pattern=VARIABLE)], ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Service:
-    """A server's container, in the words of no engine."""
+class Service(ServeOptions):
+    """A server's container, in the words of no engine. Without ``gpu_ids``, the engine chooses."""
 
     title: str
-    name: str
-    image: str
     command: tuple[str, ...]
     gpus: int
-    gpu_ids: tuple[str, ...]  # empty: the engine's choice
-    port: int  # of the host
-    inner_port: int
-    shm_gb: int
-    ulimits: tuple[str, ...]
+    settings: Container
     volumes: tuple[str, ...]  # source:target[:ro]
-    env: tuple[str, ...]
-    key: Path | None
-    detach: bool
 
     @property
     def secrets(self) -> dict[str, Path]:
@@ -129,43 +124,37 @@ def service_of(
     _, variables = serve_arguments(deployment.matrix, deployment.preset_name)
     preset = [f"{name}={value}" for name, value in sorted(variables.items())]
     mounts = [] if deployment.model is None else [f"{deployment.model}:{MODEL}:ro"]
+    chosen = {
+        "image": options.image or image,
+        "name": name if number == 1 else f"{name}-{number}",
+        "port": options.port or settings.port + number - 1,
+        "gpu_ids": ids,
+        "env": (*preset, *deployment.env),
+    }
     return Service(
+        **{**dict(options), **chosen},
         title=f"{deployment.preset_name}, {deployment.artifact_name}, line {cell.line_name}",
-        name=name if number == 1 else f"{name}-{number}",
-        image=options.image or image,
         command=(*_model(deployment, MODEL), f"--port={settings.port}", *deployment.arguments),
         gpus=gpus,
-        gpu_ids=ids,
-        port=(options.port or settings.port) + (0 if options.port else number - 1),
-        inner_port=settings.port,
-        shm_gb=settings.shm_gb,
-        ulimits=settings.ulimits,
+        settings=settings,
         volumes=(f"vllm-forge-{volume}:/cache", f"{DOWNLOADS}:/cache/huggingface", *mounts),
-        env=(*preset, *deployment.env),
-        key=options.key,
-        detach=options.detach,
     )
 
 
 def container_command(service: Service, *, engine: Engine = "docker") -> Command:
     """The run of the container; the image's entrypoint is ``vllm serve``."""
-    health = []
-    if engine == "podman":
-        command, start = HEALTH
-        health = [f"--health-cmd={command}", "--health-interval=30s", "--health-timeout=5s",
-                  f"--health-start-period={start}"]  # fmt: skip
-    kept = ["--detach", "--restart=unless-stopped"] if service.detach else ["--rm"]
+    settings = service.settings
     options = [
-        *kept, f"--name={service.name}", "--init",
-        "--ipc=private", f"--shm-size={service.shm_gb}g",
-        *(f"--ulimit={limit}" for limit in service.ulimits),
-        f"--publish={service.port}:{service.inner_port}",
+        *(["--detach", "--restart=unless-stopped"] if service.detach else ["--rm"]),
+        f"--name={service.name}", "--init", "--ipc=private", f"--shm-size={settings.shm_gb}g",
+        *(f"--ulimit={limit}" for limit in settings.ulimits),
+        f"--publish={service.port}:{settings.port}",
         *(f"--volume={volume}" for volume in service.volumes),
-        *health,
+        *(HEALTH if engine == "podman" else ()),
         *(f"--env={variable}" for variable in (*service.env, *service.secrets)),
     ]  # fmt: skip
     gpus = service.gpu_ids or service.gpus
-    argv = gpu_container(engine, gpus, options, service.image, service.command)
+    argv = gpu_container(engine, gpus, options, str(service.image), service.command)
     return Command(argv=tuple(argv), secrets=service.secrets)
 
 

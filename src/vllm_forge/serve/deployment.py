@@ -1,5 +1,6 @@
 """A preset with an artifact on a cell: found by their names, and what a host needs to serve it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -67,22 +68,30 @@ class Deployment:
         return next((a for q, a in rows if (q.name, q.arguments, q.environment) == asked), None)
 
     def nearest_answer(self, rows: Rows) -> Answer | None:
-        """The recorded answer, or that of the same artifact on the same SKU with other flags."""
-        named = {question.name: answer for question, answer in rows}
+        """The recorded answer, or one with other flags and the same KV cache, on the same SKU."""
+
+        def cache(words: Sequence[str]) -> list[str | None]:
+            return [flags.values(words).get(name) for name in flags.KV_CACHE]
+
+        wanted = cache(self.arguments)
+        near = {q.name: answer for q, answer in rows if cache(q.arguments) == wanted}
         return (
             self.answer(rows)
-            or named.get(preset_question(self.preset_name, self.artifact_name))
-            or named.get(grid_question(self.cell.sku_name, self.artifact_name))
+            or near.get(preset_question(self.preset_name, self.artifact_name))
+            or near.get(grid_question(self.cell.sku_name, self.artifact_name))
         )
 
-    def memory(self, rows: Rows) -> Memory | None:
-        """Memory of one of its GPUs; None if nothing says how large the artifact is."""
+    def memory(self, rows: Rows, answer: Answer | None = None) -> Memory | None:
+        """Memory of one of its GPUs, by vLLM's answer or the nearest recorded one.
+
+        None if nothing says how large the artifact is.
+        """
         return memory_of(
             artifact=self.artifact_name,
             words=self.arguments,
             release=self.cell.line.vllm,
             total=self.matrix.memory_of(self.cell.sku_name),
-            answer=self.nearest_answer(rows),
+            answer=answer or self.nearest_answer(rows),
         )
 
     def why_not(self, line: str) -> str | None:

@@ -4,8 +4,8 @@ Names and short forms: vLLM 0.26.0, vllm/engine/arg_utils.py:976-1102 (0.22.1 an
 Its parser takes underscores for dashes, and the start of a name where it is the only one.
 """
 
-import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_forge.errors import UsageError
@@ -20,26 +20,31 @@ SHORT = {
     "-dpr": "--data-parallel-start-rank", "-dph": "--data-parallel-hybrid-lb",
     "-dpe": "--data-parallel-external-lb", "-dpm": "--data-parallel-multi-port-external-lb",
 }  # fmt: skip
+SIZES = {
+    "tensor": "tensor-parallel-size", "pipeline": "pipeline-parallel-size",
+    "context": "prefill-context-parallel-size", "data": "data-parallel-size",
+}  # fmt: skip
 LENGTH, UTILIZATION = "--max-model-len", "--gpu-memory-utilization"
 SPECULATION, NAME = "--speculative-config", "--served-model-name"
+KV_CACHE = ("--kv-cache-dtype", "--block-size")
 # One server of several hosts, or one of several processes that share a model.
 MULTI_NODE = (
     "--nnodes", "--node-rank", "--master-addr", "--master-port", "--headless",
-    "--data-parallel-address", "--data-parallel-rpc-port", "--data-parallel-rank",
-    "--data-parallel-start-rank", "--data-parallel-hybrid-lb", "--data-parallel-external-lb",
-    "--data-parallel-multi-port-external-lb",
+    *(f"--data-parallel-{name}" for name in (
+        "address", "rpc-port", "rank", "start-rank", "hybrid-lb", "external-lb",
+        "multi-port-external-lb")),
 )  # fmt: skip
 # What would contradict the container around vLLM, or show a key in the list of processes.
 OURS = {
-    "--port": "give --port before --",
+    "--port": "give --port before --", "--model": "give --model or --artifact before --",
     "--api-key": "give --api-key-file before --: arguments are seen by every user of the host",
     "--config": "give its flags themselves: a file cannot be judged",
     "--uds": "leave it out: the container publishes a port",
-    "--model": "give --model or --artifact before --",
-}
-WATCHED = {*SHORT.values(), *MULTI_NODE, *OURS, LENGTH, UTILIZATION, SPECULATION, NAME,
-           "--max-num-batched-tokens", "--no-async-scheduling", "--kv-cache-dtype",
-           "--block-size"}  # fmt: skip
+}  # fmt: skip
+WATCHED = {*SHORT.values(), *MULTI_NODE, *OURS, *KV_CACHE, LENGTH, UTILIZATION, SPECULATION, NAME,
+           "--max-num-batched-tokens", "--no-async-scheduling"}  # fmt: skip
+# As vLLM's parser takes lengths: 128k is decimal, 128K binary.
+UNITS = {"k": 10**3, "m": 10**6, "K": 1 << 10, "M": 1 << 20, "": 1}
 
 
 def values(words: Sequence[str]) -> dict[str, str]:
@@ -65,30 +70,21 @@ def _long_name(given: str) -> str:
     return near[0] if name not in WATCHED and len(near) == 1 else name
 
 
-def number(found: dict[str, str], name: str, default: int = 1) -> int:
+def number(found: Mapping[str, str], name: str, default: int = 1) -> int:
     """The value of a flag that counts something."""
-    text = found.get(name)
-    if text is None:
-        return default
-    try:
-        if (count := int(text)) >= 1:
-            return count
-    except ValueError:
-        pass
+    text = found.get(name, str(default))
+    digits = text.rstrip("kmKM")
+    if re.fullmatch(r"[0-9]{1,9}", digits) and text[len(digits) :] in UNITS and int(digits):
+        return int(digits) * UNITS[text[len(digits) :]]
     raise UsageError(f"invalid {name} {text!r}: expected a number of at least 1")
 
 
-def share(found: dict[str, str], default: float) -> float:
+def share(found: Mapping[str, str], default: float) -> float:
     """The part of a GPU's memory that vLLM may use."""
-    text = found.get(UTILIZATION)
-    try:
-        part = default if text is None else float(text)
-    except ValueError:
-        part = math.nan
-    if not 0 < part <= 1:
-        what = f"invalid {UTILIZATION} {text!r}: expected a number above 0, at most 1"
-        raise UsageError(what)
-    return part
+    text = found.get(UTILIZATION, str(default))
+    if re.fullmatch(r"[0-9]*\.?[0-9]+", text) and 0 < float(text) <= 1:
+        return float(text)
+    raise UsageError(f"invalid {UTILIZATION} {text!r}: expected a number above 0, at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,20 +107,14 @@ class Parallel:
     @property
     def text(self) -> str:
         """The sizes as flags, for messages."""
-        sizes = {"tensor": self.tensor, "pipeline": self.pipeline,
-                 "prefill-context": self.context, "data": self.data}  # fmt: skip
-        flags = [f"--{name}-parallel-size={size}" for name, size in sizes.items() if size > 1]
+        flags = [f"--{SIZES[n]}={size}" for n in SIZES if (size := getattr(self, n)) > 1]
         return " x ".join(flags) or "one GPU"
 
 
 def parallel(words: Sequence[str]) -> Parallel:
     """The sizes that arguments of ``vllm serve`` give; MultiNodeError if one host is not enough."""
     found = values(words)
-    sizes = {
-        field: number(found, f"--{name}-parallel-size")
-        for field, name in (("tensor", "tensor"), ("pipeline", "pipeline"), ("data", "data"),
-                            ("context", "prefill-context"))
-    }  # fmt: skip
+    sizes = {field: number(found, f"--{name}") for field, name in SIZES.items()}
     local = number(found, "--data-parallel-size-local", sizes["data"])
     spread = [name for name in MULTI_NODE if name in found]
     if found.get("--nnodes") == "1":

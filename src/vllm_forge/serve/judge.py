@@ -4,7 +4,7 @@ The image's own vLLM answers, in a container without network, GPU and rights: no
 """
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from vllm_forge.checkpoints.architecture import Config
@@ -26,38 +26,25 @@ from vllm_forge.serve.errors import (
     PresetLintError,
 )
 from vllm_forge.serve.lint import LintCase, judge
-from vllm_forge.serve.memory import Memory
 
 SECONDS = 60
 # They change no kernel; their values are checked here.
 COVERED = {flags.LENGTH, flags.UTILIZATION, flags.NAME}
 
 
-@dataclass(frozen=True)
-class Judged:
-    """An answer, and where it is from; no answer if nobody asked vLLM about this."""
-
-    answer: Answer | None
-    source: str
-
-
-def recorded(deployment: Deployment, rows: Rows) -> Judged:
-    """By the record, where that covers the flags: for a shorter context it does."""
+def recorded(deployment: Deployment, rows: Rows) -> Answer | None:
+    """The recorded answer, where it covers the flags: for a shorter context it does."""
     found = flags.values(deployment.flags)
     answer = deployment.answer(rows)
     if answer is None and found.keys() <= COVERED:
         answer = replace(deployment, flags=()).answer(rows)
         engine = None if answer is None else answer.engine
-        longest = 0 if engine is None else engine.max_model_len
-        if flags.number(found, flags.LENGTH) > longest:
-            answer = None
-    given = [*deployment.flags, *deployment.own_environment]
-    what = " ".join(given) or f"preset {deployment.preset_name}"
-    line = deployment.cell.line_name
-    return Judged(answer, f"no recorded answer of line {line} covers {what}")
+        if flags.number(found, flags.LENGTH) > (engine.max_model_len if engine else 0):
+            return None
+    return answer
 
 
-def ask(runner: Runner, deployment: Deployment, image: str) -> Judged:
+def ask(runner: Runner, deployment: Deployment, image: str) -> Answer:
     """By the image's vLLM, for the declared SKU; NotJudgedError if it cannot be asked."""
     sku = deployment.cell.sku
     question = Question(
@@ -81,7 +68,7 @@ def ask(runner: Runner, deployment: Deployment, image: str) -> Judged:
             remedy = "load the image into docker; or record the preset: docs/operate/serve.md"
             raise NotJudgedError(what, where=image, remedy=remedy) from None
     (answer,) = asking.read_answers(output, [question], image)
-    return Judged(answer, f"asked the vLLM of {image}")
+    return answer
 
 
 def require_model(deployment: Deployment) -> None:
@@ -105,17 +92,31 @@ def require_model(deployment: Deployment) -> None:
     wrong = wrong or [f"{row.title}: {row.what}" for row in departures(profile, name)]
     if wrong:
         what = f"this is not {name}:\n  " + "\n  ".join(wrong)
-        remedy = f"name its --artifact; or see: inspect-checkpoint {folder}"
+        remedy = f"name its --artifact; or see: checkpoint inspect {folder}"
         raise ModelFolderError(what, where=str(folder), remedy=remedy)
 
 
-def require_served(deployment: Deployment, answer: Answer | None, memory: Memory | None) -> None:
-    """Raise PresetLintError or HostUnfitError if it does not start, or does badly."""
+def require_served(deployment: Deployment, rows: Rows, image: str | None) -> str:
+    """Raise PresetLintError or HostUnfitError if it does not start, or does badly.
+
+    Returns why that is not known: ``image`` is None, so it was not asked, and no record covers it.
+    """
+    answer = recorded(deployment, rows)
+    if answer is None and image is not None:
+        answer = ask(Runner(), deployment, image)
+    memory = deployment.memory(rows, answer)
     if memory is not None and memory.verdict == "red":
         what = f"{deployment.preset_name} does not fit into its GPUs: {memory.needed}"
         raise HostUnfitError(what, where=memory.seen, remedy=memory.remedy)
-    if answer is None:
-        return
+    if answer is not None:
+        _require_clean(deployment, answer)
+        return ""
+    given = " ".join([*deployment.flags, *deployment.own_environment])
+    preset = f"preset {deployment.preset_name}"
+    return f"no recorded answer of line {deployment.cell.line_name} covers {given or preset}"
+
+
+def _require_clean(deployment: Deployment, answer: Answer) -> None:
     name = deployment.preset_name
     row = deployment.preset.model_copy(
         update={

@@ -5,6 +5,7 @@ Weights are those of the artifact's manifest; the KV cache is what vLLM asks for
 CUDA graphs are not: they depend on kernels, and are measured by vLLM itself. Bytes throughout.
 """
 
+import bisect
 import math
 import re
 from collections import Counter
@@ -41,6 +42,7 @@ IN_FLIGHT, WIDEST = Version("0.26"), Version("0.33")
 # --max-num-batched-tokens=2048: the model card's), failures with 8.3 (2048 tokens, sm89#54) and
 # 11.5 (16384 tokens, vllm#44376).
 OVERHEAD = 12 * GIB
+MOST_UTILIZATION = 0.97  # the driver and NCCL need the rest
 
 Sizes = Mapping[tuple[str, str], int]
 
@@ -109,23 +111,14 @@ class KvPool:
         """What a request of so many tokens needs at most."""
         blocks = 0
         for size, window, count in self.groups:
-            if window is None:
-                blocks += count * math.ceil(tokens / size)
-            else:
-                kept = min(window - 1 + self.in_flight, tokens)
-                blocks += count * (math.ceil(kept / size) + 1)
+            kept = tokens if window is None else min(window - 1 + self.in_flight, tokens)
+            blocks += count * (math.ceil(kept / size) + (window is not None))
         return blocks * self.block_bytes
 
     def longest(self, available: int, most: int) -> int:
         """The longest request, of at most ``most`` tokens, that fits into so many bytes; or 0."""
-        low, high = 0, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.bytes_of(middle) <= available:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        lengths = range(1, most + 1)
+        return bisect.bisect_right(lengths, available, key=self.bytes_of)
 
 
 def kv_pool(rows: Sequence[KvCache], release: Version, spread: Parallel, in_flight: int) -> KvPool:
@@ -199,8 +192,8 @@ class Memory:
 
     @property
     def seen(self) -> str:
-        part = f"of which {self.utilization:g} is {_gib(self.requested)}"
-        return f"{_gib(self.total)} per GPU, {part}"
+        part = f"{self.utilization:g} is {_gib(self.requested)}"
+        return f"{_gib(self.total)} per GPU, of which {part}"
 
     @property
     def needed(self) -> str:
@@ -223,16 +216,15 @@ class Memory:
         """What to change; empty if it fits."""
         if self.verdict == "ok":
             return ""
-        choices = []
-        if self.left <= 0:
-            least = math.ceil((self.requested - self.left) / max(self.total, 1) * 100 + 1) / 100
-            if least <= 0.97:  # noqa: PLR2004 - the driver and NCCL need the rest
-                choices.append(f"{flags.UTILIZATION} of at least {least:g}")
-            if self.longest and self.longest < (self.max_model_len or 0):
-                choices.append(f"{flags.LENGTH} below {self.longest}")
-        else:
-            choices.append(f"if it does not start: a smaller {flags.LENGTH} or batch")
-        return "; or ".join([*choices, "a preset with more GPUs", "a smaller artifact"])
+        choices = ["a preset with more GPUs", "a smaller artifact"]
+        if self.left > 0:
+            return "; or ".join([f"if it does not start: a smaller {flags.LENGTH}", *choices])
+        if self.longest:
+            choices.insert(0, f"{flags.LENGTH} below {self.longest}")
+        least = math.ceil((self.requested - self.left) / max(self.total, 1) * 100 + 1) / 100
+        if least <= MOST_UTILIZATION:
+            choices.insert(0, f"{flags.UTILIZATION} of at least {least:g}")
+        return "; or ".join(choices)
 
 
 def memory_of(

@@ -55,9 +55,10 @@ def deployment(*flags: str, env: tuple[str, ...] = ()) -> Deployment:
 def test_recorded_answers_cover_what_changes_no_kernel(
     flags: tuple[str, ...], env: tuple[str, ...], covered: bool
 ) -> None:
-    verdict = judge.recorded(deployment(*flags, env=env), RECORD.rows)
-    assert (verdict.answer is not None) is covered
-    assert all(word in verdict.source for word in flags)
+    asked = deployment(*flags, env=env)
+    assert (judge.recorded(asked, RECORD.rows) is not None) is covered
+    doubt = judge.require_served(asked, RECORD.rows, None)
+    assert doubt == "" if covered else all(word.partition("=")[0] in doubt for word in flags + env)
 
 
 def test_print_says_that_nobody_judged_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,8 +113,7 @@ def test_image_is_asked_one_question_without_network_and_rights(docker: Path) ->
     wanted = ANSWER.model_dump(mode="json")
     (docker / "answer").write_text(json.dumps([wanted]))
     asked = deployment("--max-num-seqs=4")
-    verdict = judge.ask(Runner(), asked, "localhost/vllm:x")
-    assert verdict.answer == ANSWER
+    assert judge.ask(Runner(), asked, "localhost/vllm:x") == ANSWER
     arguments = (docker / "arguments").read_text().splitlines()
     assert {"--network=none", "--cap-drop=ALL", "--read-only", "localhost/vllm:x"} <= set(arguments)
     (question,) = json.loads((docker / "in" / "questions.json").read_text())["questions"]
@@ -148,10 +148,10 @@ def test_findings_of_an_answer_refuse_the_start() -> None:
     eager = ANSWER.model_copy(update={"engine": engine.model_copy(update={"max_num_seqs": 512})})
     asked = deployment("--max-num-seqs=512")
     with pytest.raises(PresetLintError, match="512 x 2 = 1024"):
-        judge.require_served(asked, eager, None)
+        judge._require_clean(asked, eager)
     with pytest.raises(PresetLintError, match="is not divided by --tensor-parallel-size=3"):
-        judge.require_served(deployment("-tp", "3"), ANSWER, None)
-    judge.require_served(deployment(), ANSWER, asked.memory(RECORD.rows))
+        judge._require_clean(deployment("-tp", "3"), ANSWER)
+    judge._require_clean(deployment(), ANSWER)
 
 
 def test_model_folder_must_hold_the_artifact(

@@ -10,7 +10,7 @@ from packaging.version import Version
 
 from vllm_forge.errors import UsageError
 from vllm_forge.kernels.selection.questions import KvCache
-from vllm_forge.kernels.selection.record import read_selection
+from vllm_forge.kernels.selection.record import Rows, read_selection
 from vllm_forge.matrix import image_cell, load
 from vllm_forge.serve.deployment import Deployment, find_deployment
 from vllm_forge.serve.flags import Parallel
@@ -76,11 +76,16 @@ def test_experts_are_divided_over_all_ranks_of_data_parallelism() -> None:
 
 
 def test_pipeline_stages_have_their_layers_and_one_end() -> None:
-    one = weights_per_rank(CARD, Parallel(), drafting=True)
-    two = weights_per_rank(CARD, Parallel(pipeline=2), drafting=True)
-    assert one is not None
-    assert two is not None
-    assert 0.5 < two / one < 0.56  # 22 of 43 layers, head and draft layer
+    sizes = stored_sizes(CARD)
+    assert sizes is not None
+    ends = {part: size for (part, kind), size in sizes.items() if kind != "copies"}
+    parts = {
+        p: sum(s for (q, k), s in sizes.items() if (p, k != "copies") == (q, True)) for p in ends
+    }
+    last = sum(size for part, size in parts.items() if part not in {"layers", "embed"})
+    assert last > parts["embed"]  # head and draft layer
+    expected = parts["layers"] * 22 / 43 + last
+    assert weights_per_rank(CARD, Parallel(pipeline=2), drafting=True) == pytest.approx(expected)
 
 
 def test_draft_layer_is_loaded_with_speculation_only() -> None:
@@ -139,8 +144,12 @@ def deployment(preset: str, *flags: str, sku: str = "rtxpro6000") -> Deployment:
     return replace(found, flags=flags)
 
 
+def memory_by(rows: Rows, asked: Deployment) -> Memory | None:
+    return asked.memory(rows)
+
+
 def memory(preset: str, *flags: str, sku: str = "rtxpro6000") -> Memory:
-    found = deployment(preset, *flags, sku=sku).memory(RECORD.rows)
+    found = memory_by(RECORD.rows, deployment(preset, *flags, sku=sku))
     assert found is not None
     return found
 
@@ -174,12 +183,25 @@ def test_every_preset_has_a_figure() -> None:
     for name, preset in MATRIX.preset.items():
         cell = image_cell(MATRIX, preset.sku, "0.26")
         for artifact in preset.artifacts:
-            found = find_deployment(MATRIX, cell, name, artifact).memory(RECORD.rows)
+            found = memory_by(RECORD.rows, find_deployment(MATRIX, cell, name, artifact))
             if stored_sizes(artifact) is None:
                 continue
             assert found is not None
             assert found.kv_cache is not None, (name, artifact)
             assert found.verdict != "red", (name, artifact, found.needed)
+
+
+def test_kv_cache_of_another_type_is_unknown() -> None:
+    """The recorded ones are of fp8, and vLLM was not asked about another one."""
+    assert memory("tp2-mtp").kv_cache == memory("tp2-mtp", "--kv-cache-dtype=fp8").kv_cache
+    for flag in ("--kv-cache-dtype=auto", "--block-size=64"):
+        found = memory("tp2-mtp", flag)
+        assert (found.kv_cache, found.verdict) == (None, "unknown")
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("128k", 128000), ("128K", 131072), ("1m", 10**6)])
+def test_length_with_a_unit(text: str, tokens: int) -> None:
+    assert memory("tp4-mtp", f"--max-model-len={text}").max_model_len == tokens
 
 
 def test_preset_that_was_never_asked_is_judged_by_its_weights() -> None:

@@ -19,7 +19,7 @@ from vllm_forge.cli import main
 from vllm_forge.matrix import image_cell, load
 from vllm_forge.serve.command import ServeOptions, Service, container_command, service_of
 from vllm_forge.serve.deployment import find_deployment
-from vllm_forge.serve.render import FORMS, compose, kubernetes, systemd
+from vllm_forge.serve.render import FORMS, render
 
 ROOT = Path(__file__).parents[3]
 MATRIX = load(ROOT)
@@ -33,7 +33,7 @@ def service(*flags: str, env: tuple[str, ...] = (), **options: Any) -> Service:
 
 def test_compose_file_follows_the_schema_of_compose(tmp_path: Path) -> None:
     made = service(ODD, env=("HF_TOKEN", "A=b $c"), key=Path("/etc/key"), replica=2)
-    text = compose(made, "docker")
+    text = render("compose", made, "docker")
     document = yaml.safe_load(text)
     path = tmp_path / "compose.yaml"
     path.write_text(text)
@@ -51,7 +51,7 @@ def test_compose_file_follows_the_schema_of_compose(tmp_path: Path) -> None:
 
 
 def test_compose_takes_any_gpus_by_number() -> None:
-    document = yaml.safe_load(compose(service(), "docker"))
+    document = yaml.safe_load(render("compose", service(), "docker"))
     row = document["services"]["vllm"]
     (device,) = row["deploy"]["resources"]["reservations"]["devices"]
     assert device["count"] == 4
@@ -68,16 +68,16 @@ def started(unit: str) -> list[str]:
 @pytest.mark.parametrize("engine", ["docker", "podman"])
 def test_unit_runs_the_printed_command(engine: Any) -> None:
     made = service(ODD)
-    argv = started(systemd(made, engine))
+    argv = started(render("systemd", made, engine))
     assert argv == ["exec", *container_command(made, engine=engine).argv]
-    detached = systemd(replace(made, detach=True), engine)
+    detached = render("systemd", made.model_copy(update={"detach": True}), engine)
     assert "--rm" in started(detached), "systemd starts it again, the engine must not"
 
 
 def test_unit_reads_the_key_when_it_starts(tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.write_text("s3cret")
-    unit = systemd(service(key=path), "docker")
+    unit = render("systemd", service(key=path), "docker")
     assert "s3cret" not in unit
     assert f"LoadCredential=VLLM_API_KEY:{path}" in unit
     (assignment, *argv) = started(unit)
@@ -91,7 +91,7 @@ def test_unit_reads_the_key_when_it_starts(tmp_path: Path) -> None:
 )
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     unit = tmp_path / "vllm.service"
-    unit.write_text(systemd(service(ODD, key=tmp_path / "key"), "docker"))
+    unit.write_text(render("systemd", service(ODD, key=tmp_path / "key"), "docker"))
     argv = ["systemd-analyze", "verify", "--man=no", str(unit)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert "vllm.service" not in done.stderr, done.stderr
@@ -100,7 +100,7 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
 def test_deployment_of_kubernetes() -> None:
     """Its parts name each other."""
     made = service(ODD, env=("HF_TOKEN", "A=b"), key=Path("/etc/key"))
-    text = kubernetes(made, "docker")
+    text = render("k8s", made, "docker")
     document = yaml.safe_load(text)
     template = document["spec"]["template"]
     assert document["spec"]["selector"]["matchLabels"] == template["metadata"]["labels"]
@@ -125,7 +125,7 @@ def test_deployment_of_kubernetes() -> None:
 def test_kubectl_knows_every_field_of_the_deployment(tmp_path: Path) -> None:
     """It reads the file as its own type, and writes what it understood; nothing is lost."""
     path = tmp_path / "vllm.yaml"
-    path.write_text(kubernetes(service(env=("HF_TOKEN",), key=Path("/etc/key")), "docker"))
+    path.write_text(render("k8s", service(env=("HF_TOKEN",), key=Path("/etc/key")), "docker"))
     argv = [
         "kubectl",
         "set",
@@ -158,12 +158,12 @@ def test_model_folder_is_mounted_read_only(tmp_path: Path) -> None:
     made = service_of(replace(found, model=tmp_path), ServeOptions())
     assert (
         f"{tmp_path}:/model:ro"
-        in yaml.safe_load(compose(made, "docker"))["services"]["vllm"]["volumes"]
+        in yaml.safe_load(render("compose", made, "docker"))["services"]["vllm"]["volumes"]
     )
-    spec = yaml.safe_load(kubernetes(made, "docker"))["spec"]["template"]["spec"]
-    assert {"name": "model", "mountPath": "/model", "readOnly": True} in spec["containers"][0][
-        "volumeMounts"
-    ]
+    spec = yaml.safe_load(render("k8s", made, "docker"))["spec"]["template"]["spec"]
+    (mount,) = (m for m in spec["containers"][0]["volumeMounts"] if m["mountPath"] == "/model")
+    (volume,) = (volume for volume in spec["volumes"] if volume["name"] == mount["name"])
+    assert (mount["readOnly"], volume["hostPath"]["path"]) == (True, str(tmp_path))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -377,8 +377,8 @@ def test_api_key_goes_through_the_environment_alone(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--port=0"], "--port 0"), (["--port=65536"], "--port 65536"),
-        (["--replica=0"], "--replica 0"), (["--name=-x"], "--name"), (["--image=-v"], "--image"),
+        (["--port=0"], "--port:"), (["--port=65536"], "--port:"),
+        (["--replica=0"], "--replica:"), (["--name=-x"], "--name"), (["--image=-v"], "--image"),
         (["--gpu-ids=0,,1"], "--gpu-ids"), (["--env=A B"], "--env"), (["--env==x"], "--env"),
         (["--env=VLLM_API_KEY=s3cret"], "--api-key-file"), (["--", "--port=1"], "--port after --"),
         (["--print", "--k8s"], "not allowed with"),
