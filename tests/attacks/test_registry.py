@@ -28,7 +28,7 @@ from vllm_forge.release.errors import (
     RegistryContentError,
     RegistryUnreachableError,
 )
-from vllm_forge.release.push import push_layout
+from vllm_forge.release.mirror import push_layout
 from vllm_forge.release.referrers import attach, referrers
 from vllm_forge.release.registry import Descriptor, Reference, Repository
 from vllm_forge.release.tags import choose_names

@@ -21,8 +21,7 @@ from vllm_forge.host import Runner, which
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images import Image, read_image, verify
 from vllm_forge.release.errors import RegistryAuthError, RegistryUnreachableError
-from vllm_forge.release.mirror import bundles_of, mirror
-from vllm_forge.release.push import push_layout
+from vllm_forge.release.mirror import bundles_of, mirror, push_layout
 from vllm_forge.release.referrers import attach, referrers
 from vllm_forge.release.registry import Reference, Repository
 from vllm_forge.signing.bundle import MEDIA_TYPE

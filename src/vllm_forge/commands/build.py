@@ -119,7 +119,7 @@ def _push_target(text: str) -> "Reference":
 
 def _push(runner: Runner, layout: Path, reference: "Reference", digest: str) -> None:
     """Copy the very bytes of a layout to a registry; only then does the tag name them."""
-    from vllm_forge.release.push import push_layout
+    from vllm_forge.release.mirror import push_layout
     from vllm_forge.release.registry import Repository
 
     digest, tag = f"sha256:{digest}", reference.tag

@@ -54,7 +54,7 @@ class Version(argparse.Action):
     """Print the version and the commit: a wheel has it in its data, a checkout in git."""
 
     def __call__(self, *_: Any) -> NoReturn:
-        from vllm_forge.release.gate import head_commit
+        from vllm_forge.host import head_commit
 
         if PACKAGED.is_dir():
             commit = (PACKAGED / "COMMIT").read_text(encoding="utf-8").strip()

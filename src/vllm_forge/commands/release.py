@@ -229,25 +229,27 @@ def _keyring(project: Project, paths: list[Path]) -> "Keyring":
     return keys
 
 
-def _identity(args: argparse.Namespace) -> tuple[str, str] | None:
+def _trust(project: Project, args: argparse.Namespace, public: list[Path]) -> "Trust":
+    from vllm_forge.release.evidence import Trust
+
     if (args.identity is None) != (args.issuer is None):
         raise UsageError("--identity and --issuer belong together", remedy="give both, or neither")
-    return None if args.identity is None else (args.identity, args.issuer)
+    identity = None if args.identity is None else (args.identity, args.issuer)
+    return Trust(keys=_keyring(project, public), identity=identity)
 
 
 def _signer(project: Project, args: argparse.Namespace) -> "tuple[PrivateKey | None, Trust]":
     """The key that signs, if there is one; and who is trusted when all is read back."""
-    from vllm_forge.release.evidence import Trust
     from vllm_forge.signing import Keyring, load_private
 
-    keys, identity = _keyring(project, []), _identity(args)
+    trust = _trust(project, args, [])
     if args.key is None:
-        return None, Trust(keys=keys, identity=identity)
+        return None, trust
     key = load_private(args.key)
-    if keys.find(keyid=key.public.id) is None:
+    if trust.keys.find(keyid=key.public.id) is None:
         console.print(f"{args.key} is not in records/keys: others must name its public half, --key")
-        keys = Keyring(keys=(key.public, *keys.keys))
-    return key, Trust(keys=keys, identity=identity)
+        trust = replace(trust, keys=Keyring(keys=(key.public, *trust.keys.keys)))
+    return key, trust
 
 
 def _repository(text: str) -> "Reference":
@@ -281,11 +283,10 @@ def _open(args: argparse.Namespace, text: str) -> "Published":
 
 
 def _verification(project: Project, args: argparse.Namespace, text: str) -> "Verification":
-    from vllm_forge.release.evidence import Trust
     from vllm_forge.release.gate import policy_of
     from vllm_forge.release.verify import Verification
 
-    trust = Trust(keys=_keyring(project, args.key), identity=_identity(args))
+    trust = _trust(project, args, args.key)
     return Verification(
         published=_open(args, text), policy=policy_of(project, args.stage), stage=args.stage,
         trust=trust, now=datetime.now(UTC),

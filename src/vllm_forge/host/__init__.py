@@ -21,4 +21,12 @@ from vllm_forge.host.files import (
     write_whole,
 )
 from vllm_forge.host.probe import HostProbe, Probe, RecordedProbe, RecordingProbe, Reply
-from vllm_forge.host.run import RecordingRunner, Runner, gpu_container, which, worker_pool
+from vllm_forge.host.run import (
+    RecordingRunner,
+    Runner,
+    git,
+    gpu_container,
+    head_commit,
+    which,
+    worker_pool,
+)

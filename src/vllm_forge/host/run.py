@@ -108,6 +108,22 @@ def which(tool: str) -> str | None:
     return shutil.which(tool, path=f"{path}:/usr/sbin:/sbin")
 
 
+def git(root: Path, *argv: str) -> str | None:
+    """What a git command prints of a checkout; None where it fails."""
+    command = ["git", "-C", str(root), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else None
+
+
+def head_commit(root: Path) -> tuple[str | None, list[str]]:
+    """The commit of a checkout, None where git has none; and the files that differ from it."""
+    commit = git(root, "rev-parse", "--verify", "HEAD^{commit}")
+    status = git(root, "status", "--porcelain")
+    if commit is None or status is None:
+        return None, []
+    return commit.strip(), [row[3:] for row in status.splitlines()]
+
+
 def gpu_container(
     engine: str,
     gpus: int | Sequence[str] | None,

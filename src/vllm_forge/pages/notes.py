@@ -1,11 +1,11 @@
 """Notes of a release, in Markdown: made of its statements and of the checkout, nothing by hand."""
 
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vllm_forge.host import git
 from vllm_forge.images.record import differences
 from vllm_forge.kernels.selection.record import differences as leaves
 from vllm_forge.kernels.selection.record import read_selection, selection_path
@@ -104,14 +104,12 @@ def _selection(project: Project, stack: dict[str, Any], commits: list[str]) -> l
     answers: list[dict[str, Any]] = []
     for commit in commits:
         path = f"records/selection/{stack['line']}.json"
-        argv = ["git", "-C", str(project.root), "show", f"{commit}:{path}"]
-        shown = subprocess.run(argv, capture_output=True, check=False)
-        if shown.returncode != 0:
+        if (shown := git(project.root, "show", f"{commit}:{path}")) is None:
             return None
         with tempfile.TemporaryDirectory() as records:
             copy = selection_path(Path(records), stack["line"])
             copy.parent.mkdir()
-            copy.write_bytes(shown.stdout)
+            copy.write_text(shown)
             recorded = read_selection(Path(records), stack["line"])
         device = project.matrix.sku[stack["sku"]].device
         rows = recorded.of_device(device).answers

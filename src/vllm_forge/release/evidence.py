@@ -82,8 +82,11 @@ class Evidence:
             for refused, error in self.refused:
                 if refused == name:
                     raise error
-            what, remedy = f"missing {name}: nothing of it is attached", "have it attached, signed"
-            raise errors.StatementMissingError(what, remedy=remedy)
+            raise errors.StatementMissingError(
+                f"missing {name}: nothing of it is attached",
+                remedy="of a copy, get what is attached, too: vllm-forge mirror; your own image "
+                "gets it by: nox -s release -- --sku SKU --stage candidate --registry HOST/NAME",
+            )
 
     def only(self, name: str) -> Verified:
         """The one statement of this name; StatementDuplicateError, and see ``require``."""

@@ -4,7 +4,6 @@ The gate reads the checkout and its records; what is attached to an image in a r
 in ``evidence``, by the code that a stranger runs, too.
 """
 
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from vllm_forge.errors import ForgeError, suggestion
+from vllm_forge.host import head_commit
 from vllm_forge.images.prewarm import prewarm_lock
 from vllm_forge.kernels.coverage.families import FINE
 from vllm_forge.kernels.coverage.families import digest as families_digest
@@ -154,18 +154,6 @@ def make_waivers(
     except ValueError:
         what = "invalid --reason: expected 10 to 500 characters in one line"
         raise WaiverError(what, remedy="say why, for whoever reads the release") from None
-
-
-def head_commit(root: Path) -> tuple[str | None, list[str]]:
-    """The commit of a checkout, None where git has none; and the files that differ from it."""
-    outputs = []
-    for command in (["rev-parse", "--verify", "HEAD^{commit}"], ["status", "--porcelain"]):
-        argv = ["git", "-C", str(root), *command]
-        done = subprocess.run(argv, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            return None, []
-        outputs.append(done.stdout)
-    return outputs[0].strip(), [row[3:] for row in outputs[1].splitlines()]
 
 
 def _for_development(gate: Gate) -> Iterator[ForgeError]:

@@ -4,8 +4,16 @@ From a registry to another, or to a folder for a host without network, and from 
 A folder is an OCI layout ``NAME``, with the bundles beside it in ``NAME.attest``. All bytes are
 checked against their digest; a copy that was interrupted goes on where it stopped; a tag is set
 last.
+
+skopeo copies images: the very bytes, by digest, so that no tag names them yet. It finds logins
+itself (release/transport.py reads the same files), so that no password is in an argument, which
+every user of the host could read.
 """
 
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vllm_forge.errors import UsageError, first_problem
@@ -25,10 +33,43 @@ from vllm_forge.images.layout import set_name
 from vllm_forge.release.errors import MirrorError
 from vllm_forge.release.evidence import bundle_name
 from vllm_forge.release.published import SUFFIX, attest_folder, read_bundles
-from vllm_forge.release.push import copy, push_layout, tls_options
 from vllm_forge.release.referrers import Referrer, attach, put_referrer, referrers
 from vllm_forge.release.registry import Descriptor, Manifest, Reference, Repository, digest_of
+from vllm_forge.release.transport import is_loopback
 from vllm_forge.signing.bundle import MEDIA_TYPE, parse_statement, read
+
+
+def push_layout(
+    runner: Runner, layout: Path, reference: Reference, digest: str, *, ca: Path | None = None
+) -> None:
+    """Copy the one image of an OCI layout to a repository, and read its manifest back.
+
+    Raises CommandFailedError: skopeo failed, also where the layout has another digest.
+    """
+    with tls_options("dest", reference, ca) as options:
+        copy(runner, options, f"oci:{layout}", f"docker://{reference.at(digest)}")
+    runner.act("read it back", lambda: Repository(reference, ca=ca).manifest(digest))
+
+
+def copy(runner: Runner, options: list[str], source: str, target: str) -> None:
+    """Let skopeo copy an image; what the target has already is not sent again."""
+    runner.run(
+        [
+            "skopeo", "copy", "--quiet", "--all", "--preserve-digests", "--retry-times=3",
+            *options, source, target,
+        ]
+    )  # fmt: skip
+
+
+@contextmanager
+def tls_options(side: str, reference: Reference, ca: Path | None) -> Iterator[list[str]]:
+    """Options of skopeo for one side, ``src`` or ``dest``; see RegistrySession for the rule."""
+    if ca is None:
+        yield [f"--{side}-tls-verify=false"] if is_loopback(reference.registry) else []
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copyfile(ca, Path(folder, "ca.crt"))  # the suffix says what it is
+        yield [f"--{side}-cert-dir={folder}"]
 
 
 def mirror(

@@ -32,8 +32,8 @@ from vllm_forge.release.decision import (
 from vllm_forge.release.errors import RequirementError
 from vllm_forge.release.evidence import DECISION, RECEIPT, Evidence, Trust, content_of, slsa_level
 from vllm_forge.release.gate import Gate
+from vllm_forge.release.mirror import push_layout
 from vllm_forge.release.published import from_registry
-from vllm_forge.release.push import push_layout
 from vllm_forge.release.referrers import attach
 from vllm_forge.release.registry import Reference, Repository
 from vllm_forge.release.sbom import make_sbom
@@ -44,11 +44,11 @@ from vllm_forge.release.statements import (
     Statement,
     image_statement,
     make_provenance,
+    make_vex,
     receipt_bundle,
 )
 from vllm_forge.release.tags import Names, choose_names, forms, require_free
 from vllm_forge.release.verify import Report, Verification, resource
-from vllm_forge.release.vex import make_vex
 from vllm_forge.signing import PrivateKey, Verified, sign
 from vllm_forge.signing.keyless import sign_keyless
 

@@ -1,14 +1,12 @@
 """Build the commit that a provenance names, and compare: the strongest check there is."""
 
 import hashlib
-import subprocess
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from vllm_forge.host import Runner
-from vllm_forge.images.layer import LayerBlob, plain_tar
+from vllm_forge.host import Runner, git
+from vllm_forge.images.layer import LayerBlob, members
 from vllm_forge.images.layout import Image, ImageLayer, read_image
 from vllm_forge.images.prewarm import prewarm_lock, unpack_prewarm
 from vllm_forge.images.record import differences
@@ -37,13 +35,14 @@ def rebuild(
         clone, output = work / "clone", work / "dist"
         runner.run(["git", "clone", "--quiet", "--no-checkout", str(project.root), str(clone)])
         runner.run(["git", "-C", str(clone), "checkout", "--quiet", provenance.commit])
-        options = [f"--{name}={value}" for name, value in sorted(provenance.build_options.items())]
-        options += ["--kernels"] if provenance.external.options.kernels else []
-        options += prewarm_option(published, provenance.external, Project(clone), work)
+        external, options = provenance.external, provenance.external.options
+        flags = [f"--base={options.base}", f"--engine={options.engine}"]
+        flags += ["--kernels"] if options.kernels else []
+        flags += prewarm_option(published, external, Project(clone), work)
         runner.run(
             [
-                sys.executable, "-m", "vllm_forge", "build", provenance.external.sku,
-                "--line", provenance.external.line, "--output", str(output), *options,
+                sys.executable, "-m", "vllm_forge", "build", external.sku,
+                "--line", external.line, "--output", str(output), *flags,
             ],
             env={"PYTHONPATH": str(clone / "src"), "VLLM_FORGE_ROOT": str(clone)},
         )  # fmt: skip
@@ -65,8 +64,7 @@ def prewarm_option(
 
 
 def require_commit(root: Path, commit: str) -> None:
-    argv = ["git", "-C", str(root), "cat-file", "-e", f"{commit}^{{commit}}"]
-    if subprocess.run(argv, capture_output=True, check=False).returncode != 0:
+    if git(root, "cat-file", "-e", f"{commit}^{{commit}}") is None:
         what = f"commit {commit}, which the provenance names, is not in this checkout"
         remedy = "run in a checkout of the project, after: git fetch --all"
         raise CommitMissingError(what, where=str(root), remedy=remedy)
@@ -111,12 +109,11 @@ def _differing_files(
 def _files(blob: LayerBlob) -> dict[str, str]:
     """Path -> all that a layer says of it."""
     rows = {}
-    with plain_tar(blob) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-        for info in tar:
-            file = tar.extractfile(info) if info.isreg() else None
-            digest = info.linkname
-            if file is not None:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-            kind, owner = info.type.decode(errors="replace"), f"{info.uid}:{info.gid}"
-            rows[info.name] = f"{kind} {info.mode:o} {owner} {info.mtime:.0f} {digest}"
+    for path, info, tar in members(blob):
+        file = tar.extractfile(info) if info.isreg() else None
+        digest = info.linkname
+        if file is not None:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        kind, owner = info.type.decode(errors="replace"), f"{info.uid}:{info.gid}"
+        rows[path] = f"{kind} {info.mode:o} {owner} {info.mtime:.0f} {digest}"
     return rows

@@ -5,23 +5,26 @@ owner says that they built the image (SLSA build level 1). In a job of GitHub Ac
 itself it is the workflow, as its certificate has it: level 2 if the certificate says that GitHub
 runs the runner, else 1. Nothing here claims level 3.
 
+OpenVEX, what known vulnerabilities mean for an image, is made of hand-kept ``records/vex.toml``.
+Its rows name packages by purl, which must be in the image's SBOM as they are written: a row that
+outlived its package says nothing, and is refused.
+
 Sources: github.com/in-toto/attestation, spec/v1/statement.md; slsa.dev/spec/v1.2/build-provenance;
-github.com/openvex/spec, OPENVEX-SPEC.md.
+github.com/openvex/spec, OPENVEX-SPEC.md v0.2.0.
 """
 
 import hmac
 import os
 import re
-import subprocess
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, ConfigDict, Field
+from pydantic import AwareDatetime, ConfigDict, Field, model_validator
 
 import vllm_forge
-from vllm_forge.host import canonical
+from vllm_forge.host import canonical, git, head_commit, read_data
 from vllm_forge.host.files import file_digest
 from vllm_forge.images.layout import Image
 from vllm_forge.images.rootfs import CURRENT, LOCKED
@@ -31,8 +34,8 @@ from vllm_forge.project import Project
 from vllm_forge.receipts.errors import ReceiptKeyError
 from vllm_forge.receipts.receipt import Receipt
 from vllm_forge.release.contents import locked_debs, require_own_image
-from vllm_forge.release.errors import ProvenanceError
-from vllm_forge.release.gate import head_commit
+from vllm_forge.release.errors import ProvenanceError, VexError
+from vllm_forge.release.sbom import Document, make_sbom
 from vllm_forge.signing import PrivateKey, wrap
 
 SBOM = "https://cyclonedx.org/bom"
@@ -44,6 +47,8 @@ VSA = "https://slsa.dev/verification_summary/v1"
 BUILD_TYPE = "https://vllm-forge.dev/build/image/v1"
 BUILDER = "https://vllm-forge.dev/builder/key"
 FORGE, SOURCE, PATCHED = "vllm-forge", "vllm source", "vllm source, patched"
+VEX_FILE = "records/vex.toml"
+Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]+$", max_length=1000)]
 MACHINE_ID = Path("/etc/machine-id")
 SCP = re.compile(r"^(?:[^@/]+@)?(?P<host>[^:/]+):(?P<path>[^/].*)$")  # git@host:path
 URL = re.compile(r"^(?P<scheme>https?|ssh|git)://(?:[^@/]*@)?(?P<rest>[^/].*)$")
@@ -148,12 +153,6 @@ class Provenance(_Record):
     @property
     def external(self) -> External:
         return self.definition.external
-
-    @property
-    def build_options(self) -> dict[str, str]:
-        """Options by which ``build`` makes it again; a prewarm set is not among them."""
-        options = self.external.options
-        return {"base": options.base, "engine": options.engine}
 
     @property
     def builder_id(self) -> str:
@@ -275,8 +274,7 @@ def _dependencies(project: Project, cell: ImageCell, stack: dict[str, Any]) -> I
 
 def remote_uri(root: Path) -> str:
     """URL of the remote ``origin``, without credentials; empty where it has none or is a path."""
-    argv = ["git", "-C", str(root), "remote", "get-url", "origin"]
-    address = subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip()
+    address = (git(root, "remote", "get-url", "origin") or "").strip()
     if match := URL.match(address):
         return f"{match['scheme']}://{match['rest']}"
     match = SCP.match(address)
@@ -311,3 +309,116 @@ def receipt_bundle(receipt: Receipt) -> bytes:
         return wrap(receipt.statement.content, signature, key)
     what, remedy = "an unsigned receipt cannot be attached", "sign it: receipts sign RECEIPT --key"
     raise ReceiptKeyError(what, where=str(receipt.path), remedy=remedy)
+
+
+class VexRow(FrozenModel):
+    """``[[statement]]``: a vulnerability in packages of the images of some lines."""
+
+    vulnerability: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.:-]+$")]
+    packages: tuple[Annotated[str, Field(pattern=r"^pkg:[^\s]+$")], ...] = Field(min_length=1)
+    lines: tuple[str, ...] = Field(min_length=1)
+    status: Literal["not_affected", "affected", "fixed", "under_investigation"]
+    justification: (
+        Literal[
+            "component_not_present",
+            "vulnerable_code_not_present",
+            "vulnerable_code_not_in_execute_path",
+            "vulnerable_code_cannot_be_controlled_by_adversary",
+            "inline_mitigations_already_exist",
+        ]
+        | None
+    ) = None
+    impact: Text | None = None
+    action: Text | None = None
+    date: date
+
+    @model_validator(mode="after")
+    def _says_why(self) -> Self:
+        if self.status == "not_affected" and self.justification is None:
+            raise ValueError("status not_affected needs a justification")
+        if self.status == "affected" and self.action is None:
+            raise ValueError("status affected needs an action")
+        return self
+
+
+class _VexTable(FrozenModel):
+    author: Text
+    version: int = Field(ge=1)  # raised with every change
+    statement: tuple[VexRow, ...] = Field(min_length=1)
+
+
+def make_vex(
+    project: Project, cell: ImageCell, image: Image, record: dict[str, Any]
+) -> Statement | None:
+    """The OpenVEX statement of an image; None where no row is about its line.
+
+    Raises:
+        VexError: the file is invalid, or a row names a line or package that is not there.
+        SbomError: see ``make_sbom``.
+    """
+    path = project.root / VEX_FILE
+    if not os.path.lexists(path):
+        return None
+    file = read_data(
+        path, _VexTable.model_validate, VexError, what="table of vulnerabilities",
+        remedy="correct it; the fields are those of VexRow in release/statements.py",
+    )  # fmt: skip
+    for row in file.statement:
+        if unknown := sorted(set(row.lines) - set(project.matrix.line)):
+            raise _stale(row, f"line {unknown[0]}, which is not defined in matrix.toml")
+    rows = [row for row in file.statement if cell.line_name in row.lines]
+    if not rows:
+        return None
+    document = make_sbom(project, cell, image, record)
+    known = set(_purls(document["components"]))
+    for row in rows:
+        if missing := [purl for purl in row.packages if purl not in known]:
+            raise _stale(row, f"{missing[0]}, which the SBOM of {cell.name} does not have")
+    product = document["metadata"]["component"]["purl"]
+    predicate = {
+        "@context": VEX,
+        "@id": f"https://vllm-forge.dev/vex/sha256-{image.digest}",
+        "author": file.author,
+        "timestamp": _midnight(max(row.date for row in rows)),
+        "version": file.version,
+        "statements": [_vex_row(row, product, image.digest) for row in rows],
+    }
+    return image_statement(cell, image, VEX, predicate)
+
+
+def _vex_row(row: VexRow, product: str, digest: str) -> dict[str, Any]:
+    fields = {
+        "vulnerability": {"name": row.vulnerability},
+        "timestamp": _midnight(row.date),
+        "products": [
+            {
+                "@id": product,
+                "hashes": {"sha-256": digest},
+                "subcomponents": [{"@id": purl} for purl in row.packages],
+            }
+        ],
+        "status": row.status,
+        "justification": row.justification,
+        "impact_statement": row.impact,
+        "action_statement": row.action,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _purls(components: list[Document]) -> Iterator[str]:
+    """Of components, those nested in them, and the releases that they were patched from."""
+    for row in components:
+        if "purl" in row:
+            yield row["purl"]
+        yield from _purls(row.get("components", []))
+        yield from _purls(row.get("pedigree", {}).get("ancestors", []))
+
+
+def _midnight(day: date) -> str:
+    return datetime.combine(day, time.min, UTC).isoformat()
+
+
+def _stale(row: VexRow, what: str) -> VexError:
+    what = f"the row of {row.vulnerability} names {what}"
+    remedy = "change the row for the present packages, or delete it"
+    return VexError(what, where=VEX_FILE, remedy=remedy)

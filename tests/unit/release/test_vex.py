@@ -9,8 +9,8 @@ import pytest
 from tests.support.built import Built, built_image
 from tests.support.fast_build import use
 from vllm_forge.release.errors import VexError
-from vllm_forge.release.statements import VEX, Statement
-from vllm_forge.release.vex import FILE, make_vex
+from vllm_forge.release.statements import VEX, Statement, make_vex
+from vllm_forge.release.statements import VEX_FILE as FILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
