@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from vllm_forge.host import Runner
     from vllm_forge.images.engines import ContainerRun
 
+pytestmark = pytest.mark.xdist_group("cache")  # one worker builds what its fixtures have
+
 build = functools.partial(fast_build, kernels=True)  # all kinds of files
 SKUS = ("beta", "alpha")  # the next SKU first: it is cut from what alpha has left
 FLIPS = 14

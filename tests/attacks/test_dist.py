@@ -27,6 +27,8 @@ from vllm_forge.images.record import built_digest, keep_digest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.xdist_group("dist")  # one worker builds what its fixtures have
+
 CELL = "vllm-0.1.0-alpha"
 FLIPS = 200
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.layouts import layout
@@ -252,7 +252,6 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
     return own + [place for key in keys for place in _places(value[key])]
 
 
-@settings(max_examples=300)
 @given(data=st.data(), value=JSON)
 def test_any_value_in_a_config_gives_a_verdict(
     data: st.DataObject, value: Any, card: dict[str, bytes]
@@ -264,7 +263,6 @@ def test_any_value_in_a_config_gives_a_verdict(
     assert code in {SERVES, REFUSED, DEPARTS, UNREADABLE}
 
 
-@settings(max_examples=200)
 @given(data=st.data(), value=JSON)
 def test_no_header_passes_that_says_something_else(
     data: st.DataObject, value: Any, card: dict[str, bytes]
@@ -279,7 +277,6 @@ def test_no_header_passes_that_says_something_else(
     assert code in ({SERVES} if header == before else {REFUSED, DEPARTS, UNREADABLE})
 
 
-@settings(max_examples=200)
 @given(data=st.data(), name=st.sampled_from([CONFIG, INDEX, SHARD]), byte=st.binary(max_size=3))
 def test_any_bytes_give_a_verdict(
     data: st.DataObject, name: str, byte: bytes, card: dict[str, bytes]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+pytestmark = pytest.mark.xdist_group("exact-moe")  # one worker builds what its fixtures have
+
 ASKED = np.arange(1, exact.TOKENS)
 RIGHT = np.array([exact.following(int(token)) for token in ASKED])
 SCHEMES = {"nvfp4": NVFP4, "int4": INT4}

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+pytestmark = pytest.mark.xdist_group("exact-mtp")  # one worker builds what its fixtures have
+
 LAST = 5
 
 

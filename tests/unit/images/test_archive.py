@@ -26,6 +26,8 @@ from vllm_forge.images.rootfs import compress
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.xdist_group("archive")  # one worker builds what its fixtures have
+
 squashfs = pytest.mark.skipif(
     shutil.which("mksquashfs") is None, reason="no mksquashfs: run nox -s test -- --provision"
 )

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.xdist_group("cubins")  # one worker builds what its fixtures have
+
 NAME = "vllm-0.1.0-alpha"
 
 

@@ -27,6 +27,8 @@ from vllm_forge.sources.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+pytestmark = pytest.mark.xdist_group("rootfs")  # one worker builds what its fixtures have
+
 LOCKED = DebianPackage(
     name="python3", version="3.13.5-0", architecture="amd64", sha256="ab" * 32, size=1,
     path="pool/main/p/python3_3.13.5-0_amd64.deb",

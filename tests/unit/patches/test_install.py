@@ -17,6 +17,8 @@ from tests.support.project import PATCHED, REPO, Project, make_project
 from vllm_forge.patches.errors import NoEnvironmentError
 from vllm_forge.patches.wheel import probe
 
+pytestmark = pytest.mark.xdist_group("install")  # one worker builds what its fixtures have
+
 SCRIPT = "install_vllm_with_patches.sh"
 
 
