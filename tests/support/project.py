@@ -6,11 +6,13 @@ builds it; only the packages are small.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,13 +183,16 @@ class Project:
         assert process.returncode == code, f"exit {process.returncode}, wanted {code}\n{out}\n{err}"
         return subprocess.CompletedProcess(args, process.returncode, out, err)
 
-    def call(self, *args: str) -> None:
-        """Run one vllm-forge command in this process; it must succeed."""
-        with pytest.MonkeyPatch.context() as patch:
+    def call(self, *args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """The same in this process: no second of its own for imports."""
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             for name in ("VLLM_FORGE_ROOT", "VLLM_FORGE_CACHE", "UV_DEFAULT_INDEX",
                          "UV_CACHE_DIR", "no_proxy"):  # fmt: skip
                 patch.setenv(name, self.environment[name])
-            assert main(args) == 0, args
+            done = main(args)
+        assert done == code, f"exit {done}, wanted {code}\n{out.getvalue()}\n{err.getvalue()}"
+        return subprocess.CompletedProcess(args, done, out.getvalue(), err.getvalue())
 
     def copy(self, folder: Path, *kept: str) -> Project:
         """This project in ``folder``, without images and with only the ``kept`` caches."""

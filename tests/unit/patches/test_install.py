@@ -80,28 +80,28 @@ def version(python: Path) -> str:
 
 def test_patch_and_revert_give_back_every_byte(project: Project, installed: Path) -> None:
     before = snapshot(installed)
-    project.run("install", f"--python={installed}")
+    project.call("install", f"--python={installed}")
     ours = version(installed).split()
     assert ours[0] == ours[1]
     assert ours[0].startswith("0.1.0+forge.")
     assert "is not None" in (site(installed) / PATCHED).read_text()
     assert f"vllm=={ours[0]}" in pip(project, installed, "freeze")
-    project.run("install", f"--python={installed}", "--revert")
+    project.call("install", f"--python={installed}", "--revert")
     assert version(installed) == "0.1.0 0.1.0"
     assert snapshot(installed) == before
 
 
 def test_patched_environment_can_be_uninstalled(project: Project, installed: Path) -> None:
     """RECORD and metadata agree after the change."""
-    project.run("install", f"--python={installed}")
+    project.call("install", f"--python={installed}")
     pip(project, installed, "check")
     pip(project, installed, "uninstall", "vllm")
     assert not [path for path in snapshot(installed) if path.startswith("vllm")]
 
 
 def test_it_equals_the_patched_wheel(project: Project, installed: Path, tmp_path: Path) -> None:
-    out = project.run("wheels", "patched", "--output", str(tmp_path)).stdout.strip()
-    project.run("install", f"--python={installed}")
+    out = project.call("wheels", "patched", "--output", str(tmp_path)).stdout.strip()
+    project.call("install", f"--python={installed}")
     by_installer = {p: h for p, h in snapshot(installed).items() if p.startswith("vllm/")}
     pip(project, installed, "install", "--no-deps", "--reinstall", out)
     by_wheel = {p: h for p, h in snapshot(installed).items() if p.startswith("vllm/")}
@@ -112,7 +112,7 @@ def test_package_cache_is_left_as_it_is(project: Project, python: Path) -> None:
     """uv hard-links from its cache: writing through such a link would change every environment."""
     pip(project, python, "install", "vllm==0.1.0", link="hardlink")
     before = snapshot(python)
-    project.run("install", f"--python={python}")
+    project.call("install", f"--python={python}")
     ours = version(python).split()[0]
     pip(project, python, "uninstall", "vllm")
     pip(project, python, "install", "vllm==0.1.0", "--offline", link="hardlink")
@@ -121,21 +121,21 @@ def test_package_cache_is_left_as_it_is(project: Project, python: Path) -> None:
 
 
 def test_installs_the_release_first(project: Project, python: Path) -> None:
-    done = project.run("install", f"--python={python}")
+    done = project.call("install", f"--python={python}")
     assert "the lock is for Python 3.13" in done.stderr or sys.version_info[:2] == (3, 13)
     assert version(python).startswith("0.1.0+forge.")
 
 
 def test_twice_is_an_error(project: Project, installed: Path) -> None:
-    project.run("install", f"--python={installed}")
+    project.call("install", f"--python={installed}")
     before = snapshot(installed)
-    project.run("install", f"--python={installed}", code=40)
+    project.call("install", f"--python={installed}", code=40)
     assert snapshot(installed) == before
 
 
 def test_revert_of_the_published_one_is_an_error(project: Project, installed: Path) -> None:
     before = snapshot(installed)
-    project.run("install", f"--python={installed}", "--revert", code=40)
+    project.call("install", f"--python={installed}", "--revert", code=40)
     assert snapshot(installed) == before
 
 
@@ -145,7 +145,7 @@ def test_dirty_tree_is_refused_and_untouched(project: Project, installed: Path, 
     with (site(installed) / path).open("a") as file:
         file.write("# edited by hand\n")
     before = snapshot(installed)
-    done = project.run("install", f"--python={installed}", code=40)
+    done = project.call("install", f"--python={installed}", code=40)
     assert path in done.stderr
     assert snapshot(installed) == before
 
@@ -156,13 +156,13 @@ def test_partly_patched_is_refused_and_revert_makes_it_whole(
     """What a kill -9 between the renames leaves."""
     pristine = snapshot(installed)
     published = (site(installed) / PATCHED).read_bytes()
-    project.run("install", f"--python={installed}")
+    project.call("install", f"--python={installed}")
     (site(installed) / PATCHED).write_bytes(published)
     before = snapshot(installed)
-    done = project.run("install", f"--python={installed}", code=40)
+    done = project.call("install", f"--python={installed}", code=40)
     assert "--revert" in done.stderr
     assert snapshot(installed) == before
-    project.run("install", f"--python={installed}", "--revert")
+    project.call("install", f"--python={installed}", "--revert")
     assert snapshot(installed) == pristine
 
 
@@ -171,7 +171,7 @@ def test_another_release_is_refused(project: Project, installed: Path) -> None:
     text = (info / "METADATA").read_text()
     (info / "METADATA").write_text(text.replace("Version: 0.1.0", "Version: 0.0.9"))
     info.rename(info.with_name("vllm-0.0.9.dist-info"))
-    done = project.run("install", f"--python={installed}", code=40)
+    done = project.call("install", f"--python={installed}", code=40)
     assert "0.0.9 is installed" in done.stderr
 
 
@@ -186,9 +186,9 @@ def test_files_that_cannot_be_written_change_nothing(project: Project, installed
 
 
 def test_no_environment(project: Project, tmp_path: Path) -> None:
-    project.run("install", f"--python={tmp_path}/bin/python", code=40)
+    project.call("install", f"--python={tmp_path}/bin/python", code=40)
     real = os.path.realpath(sys.executable)
-    done = project.run("install", f"--python={real}", code=40)
+    done = project.call("install", f"--python={real}", code=40)
     assert "not a virtual environment" in done.stderr
 
 
@@ -202,7 +202,7 @@ def test_editable_install_is_refused(project: Project, python: Path, tmp_path: P
     (info / "direct_url.json").write_text(
         f'{{"url": "file://{source}", "dir_info": {{"editable": true}}}}'
     )
-    project.run("install", f"--python={python}", code=40)
+    project.call("install", f"--python={python}", code=40)
 
 
 PYTHON = """#!/bin/bash
