@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec
-from vllm_forge.checkpoints.fixtures.variants import Change, apply_changes, load_variants
+from vllm_forge.checkpoints.fixtures.variants import apply_changes, load_variants
 from vllm_forge.checkpoints.inspect.manifest import named
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.checkpoints.tensors import in_memory, write_index, write_shard
@@ -123,26 +123,6 @@ def layout(cache: Path, variant: str) -> Path:
     row = load_variants()[variant]
     parent = layout(cache, row.parent)
     apply_changes(Checkpoint.open(parent), row.change, folder)
-    return folder
-
-
-# NVFP4 weights alone, as pruned models are published: no activation scales, no drafter.
-NVFP4A16 = (
-    {"drop": r"\.input_global_scale$"},
-    {"drop": r"^mtp\."},
-    {
-        "set": {
-            "num_nextn_predict_layers": "0",
-            "quantization_config.config_groups.group_1.input_activations": "null",
-        }
-    },
-)
-
-
-def nvfp4a16(cache: Path, folder: Path) -> Path:
-    """The card without what quantized activations need; ``cache`` is that of ``layout``."""
-    changes = [Change.model_validate(change) for change in NVFP4A16]
-    apply_changes(Checkpoint.open(layout(cache, "card")), changes, folder)
     return folder
 
 

@@ -13,6 +13,7 @@ from vllm_forge.matrix.cells import schema_text
 from vllm_forge.pages import ci, records
 from vllm_forge.pages.claims import claims
 from vllm_forge.pages.errors import StalePageError
+from vllm_forge.pages.faults import known_faults
 from vllm_forge.pages.kernels import coverage, selection
 from vllm_forge.pages.markdown import put_block, table
 from vllm_forge.pages.rehearsal import rehearsals
@@ -81,6 +82,7 @@ PAGES: dict[str, dict[str, Callable[[Project], str]]] = {
     "docs/generated/coverage.md": {"coverage": coverage},
     "docs/generated/drift.md": {"drift": _of("records/drift.json", records.drift)},
     "docs/generated/exit-codes.md": {"exit-codes": exit_codes},
+    "docs/generated/known-faults.md": {"faults": known_faults},
     "docs/generated/measurements.md": {
         "starts": _of(f"{RESULTS}/first-token.json", records.starts),
         "quantization": _of(f"{RESULTS}/quantize.json", records.quantization),

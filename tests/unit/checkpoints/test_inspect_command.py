@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.layouts import layout, nvfp4a16
+from tests.support.layouts import layout
 from vllm_forge.checkpoints.errors import (
     CheckpointDepartsError,
     CheckpointRefusedError,
@@ -109,8 +109,10 @@ def test_third_partys_checkpoint_is_compared_with_no_manifest(
     assert "by the manifest of" not in out
 
 
-def test_weights_only_nvfp4_serves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _run(nvfp4a16(tmp_path / "layouts", tmp_path / "a16")) == 0
+def test_weights_only_nvfp4_serves(
+    layouts: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(layouts("nvfp4a16-no-mtp")) == 0
     out = capsys.readouterr().out
     assert out.count("serves without MTP") == 3
     assert "scale per expert" not in out

