@@ -11,6 +11,7 @@ from vllm_forge.commands.parsers import (
     LINE,
     SKU,
     Commands,
+    Parser,
     command,
     count,
     group,
@@ -35,7 +36,17 @@ def register(choices: Commands) -> None:
         "--noise", type=positive, action="append", metavar="SHARE",
         help="by which a start varies, e.g. 0.03; repeatable",
     )  # fmt: skip
-    one = command(bench, "serve", serve, SKU, LINE)
+    _serve_options(command(bench, "serve", serve, SKU, LINE))
+    one = command(bench, "gate", gate, JSON, packaged=True)
+    one.add_argument("reference", type=Path, help="record of the arm to compare with")
+    one.add_argument("candidate", type=Path, help="record of the arm to judge")
+    one.add_argument("--repeat", type=Path, help="the reference, measured again: the noise floor")
+    one.add_argument("--gate", action="append", help="of matrix.toml, repeatable (default: all)")
+    one = command(bench, "build", build, LINE)
+    one.add_argument("--scratch", type=Path, help="parent of its folder (default: /var/tmp)")
+
+
+def _serve_options(one: Parser) -> None:
     for name, text in (
         ("preset", "that the server was started with"),
         ("arm", "name of what is measured"),
@@ -64,13 +75,6 @@ def register(choices: Commands) -> None:
         ("prefix-cache", "hits of the prefix cache are wanted"),
     ):
         one.add_argument(f"--{name}", action="store_true", help=text)
-    one = command(bench, "gate", gate, JSON, packaged=True)
-    one.add_argument("reference", type=Path, help="record of the arm to compare with")
-    one.add_argument("candidate", type=Path, help="record of the arm to judge")
-    one.add_argument("--repeat", type=Path, help="the reference, measured again: the noise floor")
-    one.add_argument("--gate", action="append", help="of matrix.toml, repeatable (default: all)")
-    one = command(bench, "build", build, LINE)
-    one.add_argument("--scratch", type=Path, help="parent of its folder (default: /var/tmp)")
 
 
 def _require(*libraries: str) -> None:

@@ -19,7 +19,7 @@ GROUPS = {
     "speed": "Throughput",
     "sweep": "Concurrency sweep",
     "acceptance": "Acceptance",
-    "size": "Sizes",
+    "size": "Checkpoint",
 }
 
 

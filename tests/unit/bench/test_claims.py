@@ -6,6 +6,8 @@ import importlib.util
 import json
 import math
 import shutil
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +18,9 @@ from vllm_forge.bench.claims import CLAIMS, Derived, Share, parse_claims, read_c
 from vllm_forge.bench.errors import ClaimsFileError, ClaimsStaleError, LibraryMissingError
 from vllm_forge.bench.plots import forest
 from vllm_forge.bench.verdicts import Word, judge, verdicts
+from vllm_forge.checkpoints.architecture import mtp_tensors
 from vllm_forge.cli import main
+from vllm_forge.kernels.selection.questions import artifact_config
 from vllm_forge.pages.claims import CHART, PAGE, RECORD
 from vllm_forge.pages.registry import check_pages
 from vllm_forge.project import Project
@@ -30,7 +34,7 @@ BATCH = {"tokens": 1000, "requests": 8, "seconds": 10, "rate": 100, "slots": 8}
 CONTRADICTED = {
     "gsm8k-strict-bf16", "gsm8k-strict-bf16-mtp", "aime-scored", "aime-inflated", "tp8-slower",
     "peak", "sweep-c1-right", "sweep-c4-right", "sweep-c4-speed", "sweep-c8-minute",
-    "sweep-c8-collapse", "acceptance-random", "smaller", "size",
+    "sweep-c8-collapse", "acceptance-random", "smaller", "size", "mtp-bf16",
 }  # fmt: skip
 DETAILS = {
     "gsm8k-strict-bf16": "McNemar p 2e-12 to 0.0032 over all pairings, Fisher 0.0023",
@@ -179,6 +183,17 @@ def test_sizes_are_those_of_the_measurement(root: Path) -> None:
     assert claims["size-bf16"] == (f"{real['model_bytes'] / 1e9:.0f}",)
 
 
+def test_counts_are_those_of_the_model(root: Path) -> None:
+    config = artifact_config("deepseek-v4-flash")
+    tensors = list(mtp_tensors(config))
+    keys = len(tensors) + 2  # embedding and head
+    wide = sum(tensor.dtype == "F32" for tensor in tensors)
+    claims = {row.id: row.of for row in read_claims(root).claim if isinstance(row, Derived)}
+    assert claims["mtp-keys"] == (str(keys),)
+    assert claims["mtp-bf16"] == (str(keys - wide),)
+    assert claims["layers"] == (str(config["num_hidden_layers"]),)
+
+
 def test_command_writes_what_is_committed(
     checkout: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,6 +249,12 @@ def test_duplicate_claims_are_refused() -> None:
     claim = derived("1", "ratio", "1", "1") | {"id": "same"}
     with pytest.raises(ValueError, match="duplicate claim same"):
         parse_claims(rows(claim, claim))
+
+
+def test_other_commands_do_not_load_the_libraries() -> None:
+    code = "import sys, vllm_forge.cli, vllm_forge.pages.registry; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, stdout=-1, text=True).stdout
+    assert not {"scipy", "matplotlib", "aiohttp"} & set(loaded.split())
 
 
 def test_missing_library_is_named(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.bench import rows_of, write_result
+from vllm_forge.bench.claims import read_claims, read_run
 from vllm_forge.bench.errors import (
     GateFailedError,
     GateUndecidedError,
@@ -251,6 +252,23 @@ def test_arms_that_were_not_run_in_turns_are_refused(
     )
     with pytest.raises(InvalidResultError, match=message):
         gate({"strict": STRICT}, first, second)
+
+
+def test_published_sweep_has_unequal_caps(root: Path, tmp_path: Path) -> None:
+    """The card's c=1 against c=4, which differ in more than their concurrency."""
+    claims = read_claims(root)
+    arms = []
+    for name in ("aime-c1", "aime-c4"):
+        run = read_run(root, claims.raw[name])
+        rows = [
+            Row(start=0, item=item, finish="stop" if row.stopped else "length", seconds=1.0,
+                output_tokens=row.tokens, scores={"strict": row.right and row.stopped})
+            for item, row in run.answers.items()
+        ]  # fmt: skip
+        path = write_result(tmp_path / f"{name}.json", rows, edit=condition(max_tokens=run.cap))
+        arms.append(read_arm(path))
+    with pytest.raises(InvalidResultError, match="max_tokens: 13000 against 10000"):
+        gate({"strict": STRICT}, *arms)
 
 
 def test_results_without_scores_have_nothing_to_judge(tmp_path: Path) -> None:
