@@ -98,10 +98,7 @@ class SuiteImage:
 def write_bundle(
     project: Project, cell: ImageCell, image: SuiteImage, folder: Path
 ) -> dict[str, Any]:
-    """Fill ``folder``, which must not exist; returns the plan, which is in its plan.json.
-
-    ReceiptSubjectError: the image is of another SKU, line, lock or tree.
-    """
+    """Fill ``folder``, which must not exist, for an image of the cell; returns its plan.json."""
     repo = SourceRepo()
     applied = check_line(project, cell.line_name, repo)
     plan = make_plan(project, cell, applied.result, image)

@@ -37,10 +37,7 @@ READ_ONLY = 0o444  # mode of blobs: images share them by hard links
 
 
 def cache_root() -> Path:
-    """Folder for downloads, layers and unpacked trees.
-
-    ``VLLM_FORGE_CACHE`` if set, else ``$XDG_CACHE_HOME/vllm-forge``.
-    """
+    """``VLLM_FORGE_CACHE``, else ``$XDG_CACHE_HOME/vllm-forge``: downloads, layers and trees."""
     try:
         if chosen := os.environ.get("VLLM_FORGE_CACHE"):
             return Path(chosen).expanduser().resolve()
@@ -191,10 +188,7 @@ def write_sealed(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Read what ``write_sealed`` wrote.
-
-    Raises OSError, ValueError: it is missing, or not what was written.
-    """
+    """Read what ``write_sealed`` wrote; OSError, ValueError if it is missing, or was changed."""
     record: dict[str, Any] = parse_json(read_plain(path))
     seal = record.pop("seal", "") if isinstance(record, dict) else ""
     if seal != hashlib.sha256(canonical(record)).hexdigest():

@@ -37,10 +37,7 @@ def require_kind(path: Path) -> None:
 
 
 def write_archive(runner: Runner, layout: Path, name: str, target: Path, epoch: int) -> None:
-    """Write the image of a layout to one file, which replaces an older one when it is complete.
-
-    Raises ToolMissingError: this host cannot make a squashfs; CommandFailedError: it failed.
-    """
+    """Write a layout's image to one file, which replaces an older one when it is complete."""
     aside = target.with_name(f".{target.name}.new")
     argv = [str(aside) if word == "FILE" else word for word in (*MKSQUASHFS, str(epoch))]
     runner.run(["rm", "--force", str(aside)])

@@ -107,10 +107,7 @@ def judge(outputs: Sequence[str], names: frozenset[str]) -> dict[str, Any]:
 
 
 def check_layout(image: Image, config: dict[str, Any]) -> None:
-    """The parts that need no running: blobs, and the ``config`` object that was to be written.
-
-    Raises LayoutError, ImageCheckError: a blob is not its digest's; the config differs.
-    """
+    """Check blobs and the expected ``config`` object; raises LayoutError or ImageCheckError."""
     verify(image)
     actual = image.config["config"]
     problems = [
@@ -127,10 +124,7 @@ def check_layout(image: Image, config: dict[str, Any]) -> None:
 def check_sizes(
     layers: Sequence[ImageLayer], systems: int, budget_mb: int, base_budget_mb: int
 ) -> None:
-    """Print each layer's share. Raises SizeBudgetError: an image is over its budget.
-
-    The ``systems`` lowest layers have a budget of their own.
-    """
+    """Print each layer's share; SizeBudgetError if the image or its ``systems`` lowest are over."""
     sizes = [layer.blob.size for layer in layers]
     total, base = sum(sizes), sum(sizes[:systems])
     table = Table("layer", "MB", "share", title="compressed size")
@@ -146,10 +140,7 @@ def check_sizes(
 
 
 def recorded_selection(project: Project, cell: ImageCell) -> SelectionRecord | None:
-    """What the line's vLLM selects on a SKU; None for a SKU that no preset serves on.
-
-    Raises SelectionFileError, SelectionStaleError: it is not known for this lock and series.
-    """
+    """What the line's vLLM selects on a SKU, see ``require_fresh``; None if no preset serves."""
     if not any(preset.sku == cell.sku_name for preset in project.matrix.preset.values()):
         return None
     recorded = require_fresh(project, cell.line_name)

@@ -110,10 +110,7 @@ def cuda_links(entries: Sequence[Entry]) -> list[Entry]:
 def stack_record(
     plan: ImagePlan, wheel: PatchedWheel, system: System, slim: dict[str, Any]
 ) -> dict[str, Any]:
-    """The content of /opt/vllm-forge/stack.json: what this image is made of.
-
-    ``slim``: library -> foreign device code that it lacks.
-    """
+    """The content of stack.json; ``slim``: library -> foreign device code that it lacks."""
     cell, lock, prewarm = plan.cell, plan.lock, plan.options.prewarm
     packages = {item.name: item.version for item in lock.wheels} | {VLLM: wheel.version}
     return {

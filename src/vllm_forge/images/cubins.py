@@ -33,10 +33,7 @@ def kernel_key(plan: ImagePlan) -> str:
 
 
 def kernel_layer(plan: ImagePlan) -> tuple[StoredLayer, dict[str, str]]:
-    """The layer of the archives that the presets need; and name -> SHA-256 of their lists.
-
-    Raises WheelError: the locked FlashInfer pins no archive of such files.
-    """
+    """The layer of archives that presets need; name -> SHA-256 of their lists; or WheelError."""
     known, carried = read_archives(wheel := plan.lock.find(FLASHINFER)), []
     for family, glob in plan.downloads.items():
         place = f"{SITE}/{glob.rpartition('/')[0]}"

@@ -33,10 +33,7 @@ SNAPSHOTTER = "io.containerd.snapshotter"
 
 
 def require_version(text: str, oldest: tuple[int, int], engine: str) -> None:
-    """Raise when an engine is older than the Dockerfile is tested with.
-
-    Raises EngineTooOldError: also when its version cannot be read.
-    """
+    """EngineTooOldError if an engine is older than the Dockerfile is tested with, or unknown."""
     version = re.search(r"(\d+)\.(\d+)", text)
     if version is None or (int(version[1]), int(version[2])) < oldest:
         raise EngineTooOldError(
@@ -80,10 +77,7 @@ def answers() -> bool:
 
 
 def inspect_image(name: str) -> dict[str, Any] | None:
-    """What the daemon knows of an image (``GET /images/NAME/json``); None if it has none.
-
-    Raises EngineUnreachableError, EngineTooOldError: see ``check_daemon``.
-    """
+    """What the daemon says of an image (``GET /images/NAME/json``); None if it has none."""
     from docker.errors import ImageNotFound  # noqa: PLC0415
 
     with _client() as client:

@@ -363,10 +363,7 @@ ENGINES: dict[str, type[Engine]] = {"docker": Buildx, "buildah": Buildah}
 
 
 def choose_engine(name: str | None, *, dry_run: bool = False) -> Engine:
-    """The engine of that name, or the first that is installed; a dry run needs none installed.
-
-    Raises UsageError, or EngineMissingError with the line that installs one.
-    """
+    """The engine of that name, else the first that is installed; a dry run needs none."""
     if name is not None and name not in ENGINES:
         raise UsageError(f"unknown engine {name!r}{suggestion(name, ENGINES)}")
     if name is None:
@@ -386,10 +383,7 @@ def choose_engine(name: str | None, *, dry_run: bool = False) -> Engine:
 
 
 def provision(runner: Runner, *, registry: bool = False) -> None:
-    """apt-get install what is missing of the tools; ``registry``: also what the tests need.
-
-    Raises ProvisionError: not root, not a Debian-like host, or apt failed.
-    """
+    """Install missing tools by apt-get, as root; ``registry``: also what the tests need."""
     tools = dict(zip(PACKAGES, PACKAGES, strict=True)) | (MORE if registry else {})
     missing = [package for tool, package in tools.items() if which(tool) is None]
     if not missing:

@@ -347,10 +347,7 @@ def _refuse(problems: Sequence[str]) -> None:
 
 
 def judge_layers(plan: ImagePlan, candidate: Candidate) -> dict[str, dict[str, Any]]:
-    """All checks of an image that is complete.
-
-    Name -> ``passed``, ``detail`` and ``seconds``, as those inside print it.
-    """
+    """All checks of a complete image: name -> verdict, as those inside print it."""
     record, blobs = candidate.stack, candidate.blobs
     files = ImageFiles(
         system=system_files(candidate.system.layers),

@@ -206,10 +206,7 @@ class ImagePlan:
         return None
 
     def require_disk(self) -> None:
-        """Room for what is still to be downloaded and written.
-
-        Raises DiskSpaceError: there is less.
-        """
+        """DiskSpaceError unless there is room for what is still to be downloaded and written."""
         fetch = sum(wheel.size for wheel in Wheelhouse().missing(self.lock.wheels))
         write = sum(
             int(sum(wheel.size for wheel in group.wheels) * (1 + UNPACK_RATIO))
@@ -220,10 +217,7 @@ class ImagePlan:
 
 
 def resolve(project: Project, cell: ImageCell, options: BuildOptions, engine: Engine) -> ImagePlan:
-    """Read everything that an image of this cell is a function of.
-
-    Raises LockFileError, BaseImageError, and what read_series raises.
-    """
+    """Read all that an image of this cell is a function of."""
     lock = project.lock(cell.line_name)
     return ImagePlan(
         project=project,

@@ -125,10 +125,7 @@ def prewarm_key(prewarm: Prewarm, epoch: int) -> str:
 
 
 def prewarm_layer(prewarm: Prewarm, epoch: int) -> StoredLayer:
-    """The layer of what JIT compilers made, and the entrypoint's script; one zstd frame.
-
-    All entries have the modification time ``epoch``, Unix seconds.
-    """
+    """The layer of what JIT compilers made, with the entrypoint's script; times are ``epoch``."""
     files = {
         f"{BAKED}/{path.relative_to(prewarm.folder).as_posix()}"[1:]: path
         for path in require_plain(prewarm.folder)

@@ -18,10 +18,7 @@ Inputs = dict[str, dict[str, Any]]  # input -> its parts, each a value or a hash
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The record that a build left; None where there is none.
-
-    Raises BuildRecordError: the file is not a record of a build.
-    """
+    """The record that a build left, None where there is none; BuildRecordError if it is not one."""
     try:
         record = parse_json(read_plain(path))
     except FileNotFoundError:

@@ -107,10 +107,7 @@ def base_of(root: Path, base: Base, choice: str) -> BaseRef:
 
 
 def fetch_packages(base: Base, lock: debian.BaseLock) -> None:
-    """Download locked packages from this host's mirrors, then from the snapshots of the row.
-
-    Raises DistributionNotFoundError: names what no archive has any more.
-    """
+    """Download locked packages from this host's mirrors, then from the row's snapshots."""
     mirrors = dict.fromkeys(line.split()[1] for line in host_sources(base.suite).splitlines())
     debian.fetch_debs(lock, [*mirrors, *(url.format(date=lock.date) for url in base.snapshots)])
 
@@ -177,10 +174,7 @@ def _write_archive(base: Base, lock: debian.BaseLock, folder: Path) -> None:
 
 
 def lock_base(project: Project) -> debian.BaseLock:
-    """Install the packages of matrix.toml once, and lock what that installed.
-
-    Raises BaseImageError: matrix.toml names no lock; CommandFailedError: e.g. no mirror answers.
-    """
+    """Install the packages of matrix.toml once, and lock what that installed."""
     base = project.matrix.base
     if base.lock is None:
         remedy = 'add e.g. lock = "docker/locks/debian-trixie.txt" to [base]'

@@ -125,10 +125,7 @@ def _inodes(folder: Path) -> str:
 
 
 def require_stored(key: str) -> StoredLayer:
-    """The layer of that key.
-
-    Raises CacheError: it was not written, or was deleted or damaged meanwhile.
-    """
+    """The layer of that key; CacheError if it was not written, or deleted or damaged meanwhile."""
     if (layer := stored(key)) is None:
         raise _gone(layer_folder(key))
     return layer

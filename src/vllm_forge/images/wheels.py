@@ -88,10 +88,7 @@ def site_packages(python: str) -> str:
 
 
 def wheel_entries(path: Path, python: str) -> list[Entry]:
-    """What installing one wheel into the environment of a Python (``3.13``) puts where.
-
-    Raises WheelError: no installer should take it.
-    """
+    """What installing a wheel for a Python (``3.13``) puts where; or WheelError."""
     try:
         with _LazyWheel.open(path) as wheel:
             collector = _Collector(path, python)

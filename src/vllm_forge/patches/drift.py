@@ -105,10 +105,7 @@ Hunks: TypeAlias = dict[tuple[str, int], dict[bytes, int]]
 
 
 def releases_between(index: Index, first: str, last: str | None) -> list[Release]:
-    """Final releases on the index that were not yanked, oldest first, both ends included.
-
-    ``last`` is None for the newest on the index.
-    """
+    """Final releases that were not yanked, oldest first, both ends included; None: the newest."""
     try:
         low = Version(first)
         high = None if last is None else Version(last)

@@ -40,10 +40,7 @@ class TreeLock(FrozenModel):
 
 
 def read_series(folder: Path) -> tuple[Patch, ...]:
-    """Parse ``folder/series``, whose lines that start with # are comments, and all its patches.
-
-    SeriesFileError or AppliedTwiceError if list and files do not agree.
-    """
+    """Parse ``folder/series`` and its patches; SeriesFileError or AppliedTwiceError."""
     path = folder / "series"
     if not path.is_file():
         raise errors.SeriesFileError("no series file", where=path)

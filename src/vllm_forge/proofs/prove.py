@@ -56,10 +56,7 @@ CHANGING = re.compile(r"\b0x[0-9a-f]+\b|/(?:tmp|opt|mnt|srv)/\S+")
 
 
 class TestRun(FrozenModel):
-    """A pytest run inside: exit code, each test's outcome, message of the first red test.
-
-    ``reasons``: of each test that has not passed.
-    """
+    """A pytest run inside: exit code, outcomes, reasons of what did not pass, first red message."""
 
     __test__: ClassVar[bool] = False  # not a test, whatever its name
 

@@ -37,10 +37,7 @@ class Archive:
     folder: Path  # of the cache, for its files
 
     def fetch(self) -> dict[str, str]:
-        """Download what the cache lacks or has damaged; return path -> SHA-256 of all files.
-
-        Raises what ``download_all`` does; WheelError: its list has an unknown form.
-        """
+        """Download what the cache lacks; path -> SHA-256. WheelError for a list of unknown form."""
         hashes = {LIST: self.sha256}
         with exclusive("cubins", wait=True):
             self._download(hashes)

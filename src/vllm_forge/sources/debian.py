@@ -57,10 +57,7 @@ def input_digest(base: Base) -> str:
 
 
 def read_base_lock(root: Path, base: Base) -> BaseLock | None:
-    """Parse the lock that matrix.toml names, if it names one.
-
-    Raises LockFileError: it is missing, malformed, or was made for other rows of matrix.toml.
-    """
+    """The lock that matrix.toml names, if any; LockFileError also if it is of other rows."""
     if base.lock is None:
         return None
     path, again = root / base.lock, f"run: {AGAIN}"
@@ -109,10 +106,7 @@ def installed_packages(status: str) -> dict[str, str]:
 
 
 def parse_index(text: str, wanted: Set[tuple[str, str]]) -> list[DebianPackage]:
-    """Rows of the archive's lists for what is installed: (name, version).
-
-    Raises DistributionNotFoundError: the lists lack one.
-    """
+    """Rows of the lists for (name, version) that are installed, or DistributionNotFoundError."""
     known = {}
     for fields in paragraphs(text):
         key = (fields.get("Package", ""), fields.get("Version", ""))
@@ -132,11 +126,7 @@ def parse_index(text: str, wanted: Set[tuple[str, str]]) -> list[DebianPackage]:
 
 
 def fetch_debs(lock: BaseLock, archives: Sequence[str]) -> None:
-    """Download what the cache lacks, each from the first archive that has it, always by hash.
-
-    Raises DistributionNotFoundError: names those that no archive has any more. HashMismatchError:
-    an archive serves other bytes.
-    """
+    """Download what the cache lacks, each by hash from the first archive that has it."""
     downloads = [
         Download(
             url=urls[0],

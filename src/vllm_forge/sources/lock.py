@@ -132,10 +132,7 @@ def read_rows(path: Path, row: re.Pattern[str], again: str) -> tuple[str, list[d
 
 
 def make_lock(root: Path, line_name: str, line: Line, base: Base, index: Index) -> Lock:
-    """Resolve a line with uv and write its lock; the reasons of its overrides are printed.
-
-    ResolutionError says why uv finds no solution; see ``choose_wheel``.
-    """
+    """Resolve a line with uv and write its lock; the reasons of overrides are printed."""
     for kind, items in (("constraint", line.constraints), ("override", line.overrides)):
         for item in items:
             console.print(f"[yellow]{kind}[/] {escape(f'{item.requirement}: {item.reason}')}")

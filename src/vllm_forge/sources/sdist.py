@@ -124,10 +124,7 @@ class SourceRepo:
         return self.text("rev-parse", "--verify", "--quiet", name, check=False) or None
 
     def import_archive(self, ref: str, archive: Path) -> str:
-        """Import a .tar.gz; return the tree hash. The same archive gives the same hash.
-
-        Raises SdistError: not a tar archive, or not one folder at its top, or a path leaves it.
-        """
+        """Import a .tar.gz, or SdistError; the same archive gives the same tree hash."""
         with exclusive("sources-git", wait=True):
             if (known := self.tree(ref)) is not None:
                 return known
