@@ -1,6 +1,7 @@
 """Serve a preset, or print how; plan a cell, check a host, lint all presets."""
 
 import argparse
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +33,7 @@ from vllm_forge.serve.deployment import (
 if TYPE_CHECKING:
     import vllm_forge.serve.command as shell
 
-PLAN_WIDTH = 120
+PLAN_WIDTH = 130
 
 
 def register(choices: parsers.Commands) -> None:
@@ -96,6 +97,7 @@ def serve(project: Project, args: argparse.Namespace) -> None:
     import vllm_forge.serve.command as shell
     from vllm_forge.images.record import built_digest
     from vllm_forge.serve import judge
+    from vllm_forge.serve.errors import NoGpuError
     from vllm_forge.serve.flags import refuse_ours
     from vllm_forge.serve.render import render
 
@@ -113,11 +115,12 @@ def serve(project: Project, args: argparse.Namespace) -> None:
         judge.require_model(deployment)
     printed = args.print_only or args.form is not None
     engine: shell.Engine = args.engine or "docker"
-    if not printed:
-        probe = HostProbe()
-        if not options.gpu_ids:
+    probe = HostProbe()
+    if not options.gpu_ids:
+        with suppress(*([NoGpuError] if printed else [])):  # a command may be for another host
             chosen = shell.choose_gpus(probe, deployment, options.replica)
             options = options.model_copy(update={"gpu_ids": chosen})
+    if not printed:
         engine = shell.running_engine(probe, args.engine)
     digest = built_digest(project.root / "dist" / f"{cell.name}.json")
     service = shell.service_of(deployment, options, digest=digest)

@@ -158,6 +158,11 @@ def container_command(service: Service, *, engine: Engine = "docker") -> Command
     return Command(argv=tuple(argv), secrets=service.secrets)
 
 
+def plain_command(deployment: Deployment, digest: str | None) -> Command:
+    """Docker's run without options of a user's own."""
+    return container_command(service_of(deployment, ServeOptions(), digest=digest))
+
+
 def running_engine(probe: Probe, engine: Engine | None) -> Engine:
     """The given engine, or the first one that answers; if none does, NoGpuError."""
     engines = ENGINES if engine is None else (engine,)

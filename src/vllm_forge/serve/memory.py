@@ -200,7 +200,8 @@ class Memory:
         """The parts, and what remains for those that nobody measured."""
         kv = "a KV cache of unknown size (vLLM was not asked about these flags)"
         if self.kv_cache is not None:
-            kv = f"{_gib(self.kv_cache)} of KV cache for {self.max_model_len} tokens"
+            kv = f"{_gib(self.kv_cache)} of KV cache for {self.max_model_len} tokens "
+            kv += f"(at most {self.longest} fit)"
         text = f"{_gib(self.weights)} for the weights, {kv}"
         if self.left <= 0:
             return f"{text}, and more for activations and CUDA graphs"

@@ -21,14 +21,7 @@ from vllm_forge.matrix import ImageCell
 from vllm_forge.patches import read_series, read_tree_lock
 from vllm_forge.project import Project
 from vllm_forge.receipts.verification import preset_state, read_receipts
-from vllm_forge.serve.command import (
-    Command,
-    ServeOptions,
-    bare_command,
-    build_command,
-    container_command,
-    service_of,
-)
+from vllm_forge.serve.command import bare_command, build_command, plain_command
 from vllm_forge.serve.deployment import (
     Deployment,
     find_deployment,
@@ -103,7 +96,7 @@ def make_plan(project: Project, cell: ImageCell) -> Plan:
                 "artifact": (artifact := deployment.artifact_name),
                 "note": deployment.preset.note,
                 "state": preset_state(project, receipts, cell, preset, artifact),
-                "command": list((run := run_command(deployment, digest)).argv),
+                "command": list((run := plain_command(deployment, digest)).argv),
                 "shell": run.text(),
                 "bare": bare_command(deployment).text(),
                 "needs": needs_of(lock, deployment, rows).as_json(),
@@ -112,11 +105,6 @@ def make_plan(project: Project, cell: ImageCell) -> Plan:
             for deployment in deployments
         ],
     }
-
-
-def run_command(deployment: Deployment, digest: str | None) -> Command:
-    """Docker's run of a deployment, without options of a user's own."""
-    return container_command(service_of(deployment, ServeOptions(), digest=digest))
 
 
 def _refused(reason: str) -> Plan:
@@ -245,7 +233,9 @@ def _lines(lines: Plan) -> Table:
 
 
 def _presets(presets: list[Plan]) -> Table:
-    table = _table("preset", "artifact", "GPUs", "experts", "clamp", "draft", "graphs", "state")
+    table = _table(
+        "preset", "artifact", "GPUs", "memory", "experts", "clamp", "draft", "graphs", "state"
+    )  # fmt: skip
     for row in presets:
         choice = row["selection"]
         if choice.get("refused"):
@@ -256,9 +246,9 @@ def _presets(presets: list[Plan]) -> Table:
                 sign, eager = (">=", "") if graphs["covers"] else ("<", ": eager")
                 graphs = f"{graphs['largest']} {sign} {graphs['needed']}{eager}"
             words = [choice["experts"], choice["clamp"], choice["draft"], graphs]
-        table.add_row(
-            row["preset"], row["artifact"], str(row["needs"]["gpus"]), *words, row["state"]
-        )
+        memory = row["needs"]["memory"].partition(":")[0]
+        gpus = str(row["needs"]["gpus"])
+        table.add_row(row["preset"], row["artifact"], gpus, memory, *words, row["state"])
     return table
 
 
@@ -277,7 +267,6 @@ def _needs(row: Plan) -> Iterator[RenderableType]:
             ("note", row["note"]),
             ("GPUs", f"{needs['gpus']}; driver {needs['driver']}"),
             ("GPU memory", f"{needs['memory']}"),
-            ("context", f"at most {needs['longest_context']} tokens"),
             ("disk", f"{_size(needs['disk_bytes'])}: image {_size(needs['image_bytes'])}, weights "
                      f"{_size(needs['weights_bytes'])}"),
             ("RAM", f"{_size(needs['ram_bytes'])} at least; {_size(needs['page_cache_bytes'])} to "

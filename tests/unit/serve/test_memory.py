@@ -160,6 +160,7 @@ def test_published_start_on_two_gpus_is_not_red() -> None:
     assert found.verdict == "unknown"
     assert 4 < found.left / GIB < 5
     assert "84.2 GiB for the weights, 2.2 GiB of KV cache for 131072 tokens" in found.needed
+    assert f"(at most {found.longest} fit)" in found.needed
 
 
 def test_low_utilization_is_red_with_a_remedy() -> None:

@@ -289,6 +289,21 @@ def test_gpus_are_pinned_where_the_first_ones_do_not_fit(deployment: Deployment)
         choose_gpus(probe, deployment, 3)
 
 
+def test_print_pins_gpus_on_a_mixed_host_and_needs_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["serve", "--sku=b300", "--preset=mtp", "--print"]
+    for names, wanted in (
+        (["GeForce RTX 4090", *["b300"] * 4], "'--gpus=\"device=1,2,3,4\"'"),
+        (["b300"] * 8, "--gpus=4"),
+        (["GeForce RTX 4090"], "--gpus=4"),  # for another host
+    ):
+        probe = Said(nvidia_smi=listing(*names))
+        monkeypatch.setattr("vllm_forge.commands.serve.HostProbe", lambda probe=probe: probe)
+        assert main(argv) == 0
+        assert f"\n    {wanted} \\\n" in capsys.readouterr().out
+
+
 def test_failed_gpu_listing_counts_as_no_gpu(deployment: Deployment) -> None:
     failed = Reply(code=10, text=listing(*["b300"] * 4).text)
     with pytest.raises(NoGpuError, match="has none"):
