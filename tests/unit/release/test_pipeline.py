@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from contextlib import ExitStack
 from dataclasses import replace
@@ -28,7 +29,7 @@ from vllm_forge.errors import ForgeError
 from vllm_forge.host import RecordingRunner
 from vllm_forge.pages.notes import make_notes
 from vllm_forge.project import Project
-from vllm_forge.release import statements
+from vllm_forge.release import sbom, statements
 from vllm_forge.release.errors import (
     DecisionError,
     GateRefusedError,
@@ -338,6 +339,21 @@ def test_key_that_does_not_count_is_refused_before_a_build(
     with pytest.raises(GateRefusedError, match=what):
         run(releases, "candidate")
     assert registry.requests == []
+
+
+def test_full_disk_names_nothing_and_goes_on(
+    releases: Releases, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the SBOM would be made: the image is pushed, and nothing is signed."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(sbom, "wheel_contents", full)
+        run(releases, "candidate")
+    assert repository.tags() == ()
+    assert run(releases, "candidate").names.fixed == "0.1.0-forge.1-alpha-rc1"
 
 
 def test_clock_in_the_past_names_nothing(releases: Releases, repository: Repository) -> None:
