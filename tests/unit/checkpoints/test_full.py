@@ -184,6 +184,18 @@ def test_holes_take_no_disk(tmp_path: Path) -> None:
     assert record["tensors"]["a"]["sha256"] == hashlib.sha256(bytes(BIG)).hexdigest()
 
 
+def test_draft_projections_are_drawn(rehearsal: Callable[[str], Path]) -> None:
+    """Else the draft layer's hidden state is zero, and every draft the same token."""
+    tensors = Checkpoint.open(rehearsal("card")).tensors
+    assert all(numbers(tensors[f"mtp.0.{name}_proj.weight"]).all() for name in "eh")
+
+
+def test_more_bytes_than_a_tensor_has_are_rejected(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a: 2 bytes are more than 1"):
+        full.write_full(hole(1) | {"drawn": {"a": "0000"}}, tmp_path / "made")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_disk_needed_is_at_least_what_is_taken(rehearsal: Callable[[str], Path]) -> None:
     assert full.disk_needed(recipe_of("card")) >= tree_bytes(rehearsal("card"))
 

@@ -168,7 +168,9 @@ def test_faults_are_red_where_they_belong(code: Path, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("values", [[math.nan] * 2, [-1.0, -1.5]], ids=["not finite", "not twice"])
+@pytest.mark.parametrize(
+    "values", [[math.nan] * 3, [-1.0, -1.5, -1.0]], ids=["not finite", "not twice"]
+)
 def test_answers_that_change_are_red(values: list[float]) -> None:
     def post(_: str, body: dict[str, Any]) -> dict[str, Any]:
         choice = {"token_ids": [body["prompt"][0]], "logprobs": {"token_logprobs": [values.pop()]}}
