@@ -80,10 +80,9 @@ def write_result(
             "drafts": drafted // DEPTH, "draft_tokens": drafted,
             "accepted": sum(row.accepted for row in own), "prefix_hits": 0,
         }  # fmt: skip
-        starts.append(
-            {"order": order, "seconds": SECONDS, "before": dict(IDLE), "after": after,
-             "new_files": [], "headroom": 50.0}
-        )  # fmt: skip
+        window = {"seconds": SECONDS, "before": dict(IDLE), "after": after, "new_files": [],
+                  "headroom": 50.0}  # fmt: skip
+        starts.append({"order": order, "window": window})
     record = {
         "arm": path.stem, "session": "s1", "conditions": dict(CONDITIONS), "starts": starts,
         "server": {**SERVER, "image": "sha256:" + "2" * 64},

@@ -81,6 +81,16 @@ REFUSED = {
     "schema": [],
     "bench build": [],
     "bench claims": [],
+    "bench import": [
+        "b300",
+        "--preset=p",
+        "--arm=a",
+        "--session=s",
+        "--workload=w",
+        "--checkpoint=c",
+        "--output=o",
+        "--answers=a",
+    ],
     "bench serve": [
         "b300",
         "--preset=p",

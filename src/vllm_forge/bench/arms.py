@@ -5,12 +5,16 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from vllm_forge.bench.errors import ArmUnknownError
 from vllm_forge.bench.results import Conditions, Server
+from vllm_forge.errors import UsageError
 from vllm_forge.host import Probe
 from vllm_forge.host.files import file_digest
 from vllm_forge.host.probe import GPU_QUERY
 from vllm_forge.images.record import built_digest
+from vllm_forge.matrix.model import Name
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
 from vllm_forge.serve.command import bare_command
@@ -47,7 +51,7 @@ def arm_of(
         driver=gpus[0].driver or "unknown",
     )
     conditions = Conditions(
-        workload=args.workload.stem,
+        workload=_name("--workload", args.workload.stem),
         prompts_sha256=prompts_sha256,
         template_sha256=_hash(args.checkpoint / TEMPLATE),
         tokenizer_sha256=_hash(args.checkpoint / TOKENIZER),
@@ -58,8 +62,16 @@ def arm_of(
         concurrency=args.concurrency,
         prefix_cache=args.prefix_cache,
     )
-    fields = {"arm": args.arm, "session": args.session}
+    fields = {"arm": _name("--arm", args.arm), "session": _name("--session", args.session)}
     return deployment, {**fields, "conditions": conditions, "server": server}
+
+
+def _name(option: str, text: str) -> str:
+    try:
+        return TypeAdapter(Name).validate_python(text)
+    except ValidationError:
+        what = f"invalid {option} {text!r}: expected lower-case letters, digits, '.', '_' and '-'"
+        raise UsageError(what, remedy="give another name") from None
 
 
 def _hash(path: Path) -> str:

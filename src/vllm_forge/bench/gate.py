@@ -74,7 +74,7 @@ def _has_data(row: Gate, arm: Arm) -> bool:
         return any(row.score in answer.scores for answer in arm.rows)
     if row.measure == "acceptance":
         return any(answer.drafted for answer in arm.rows)
-    return len(arm.result.starts) > 1
+    return len(arm.result.starts) > 1 and all(start.window for start in arm.result.starts)
 
 
 def _judge(name: str, row: Gate, reference: Arm, candidate: Arm, repeat: Arm | None) -> Outcome:
@@ -147,8 +147,9 @@ def _rates(arm: Arm) -> list[float]:
     """Tokens a second of each start, in the order in which they were run."""
     starts = sorted(enumerate(arm.result.starts), key=lambda item: item[1].order)
     return [
-        sum(row.output_tokens for row in arm.of_start(index)) / start.seconds
+        sum(row.output_tokens for row in arm.of_start(index)) / start.window.seconds
         for index, start in starts
+        if start.window
     ]
 
 

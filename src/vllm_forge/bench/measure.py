@@ -4,14 +4,24 @@ import hashlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_forge.bench.client import Answer, Prompt, ask_all, read_counters
 from vllm_forge.bench.errors import InvalidResultError, WorkloadFileError
-from vllm_forge.bench.results import Arm, Counters, Row, Start, read_arm, write_arm
+from vllm_forge.bench.results import (
+    LARGEST_ROWS,
+    Arm,
+    Counters,
+    Row,
+    Start,
+    Window,
+    read_arm,
+    write_arm,
+)
 from vllm_forge.bench.validity import require_valid
+from vllm_forge.errors import first_problem
 from vllm_forge.host import console, parse_json, printable, read_plain
 from vllm_forge.host.console import PROGRESS_S
 
@@ -39,6 +49,23 @@ def _prompt(row: Any) -> Prompt:
     if not isinstance(content, str) and not all(isinstance(m["content"], str) for m in content):
         raise ValueError("a message without text")
     return Prompt(printable(row["item"]), content)
+
+
+def read_answers(path: Path, items: Collection[str]) -> list[Row]:
+    """Scored answers of another harness, JSONL of `Row`; WorkloadFileError if items are unknown."""
+    try:
+        lines = read_plain(path, LARGEST_ROWS).splitlines()
+        rows = [Row.model_validate(parse_json(line)) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        problem = first_problem(error) if isinstance(error, ValueError) else f"{error!r}"
+    else:
+        unknown = sorted({row.item for row in rows} - set(items))
+        if rows and not unknown and not any(row.start for row in rows):
+            return rows
+        problem = f"items that the workload lacks: {unknown[:3]}" if unknown else "expected start 0"
+    what = f"invalid answers: {problem}"
+    remedy = 'give JSONL with "item", "finish", "output_tokens", "seconds", "scores" in each line'
+    raise WorkloadFileError(what, where=str(path), remedy=remedy)
 
 
 def client_rate(arm: dict[str, Any], prompts: Sequence[Prompt]) -> float:
@@ -69,15 +96,14 @@ def measure(
     seconds, answers = ask_all(url, model, measured, conditions, _progress(len(measured)))
     after = read_counters(url)
     rate = sum(answer.tokens for answer in answers) / seconds
-    start = Start(
-        order=order,
+    window = Window(
         seconds=seconds,
         before=before,
         after=after,
         new_files=tuple(printable(name) for name in sorted(_files(caches) - files)),
         headroom=(client or client_rate)(arm, measured) / rate if rate else 0.0,
     )
-    return start, [_row(answer, before, after) for answer in answers]
+    return Start(order=order, window=window), [_row(answer, before, after) for answer in answers]
 
 
 def add_start(path: Path, arm: dict[str, Any], start: Start, rows: Sequence[Row]) -> None:

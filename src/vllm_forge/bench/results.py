@@ -66,15 +66,21 @@ class Counters(FrozenModel):
     prefix_hits: Count
 
 
-class Start(FrozenModel):
-    """One start of the server, and its measured window; ``order``: among those of all arms."""
+class Window(FrozenModel):
+    """What was measured around the answers of a start."""
 
-    order: Count
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     before: Counters
     after: Counters
     new_files: tuple[Text, ...] = Field(description="of JIT caches, that appeared in the window")
     headroom: float = Field(description="rate of this client against a null server, over the rate")
+
+
+class Start(FrozenModel):
+    """One start of the server; ``order``: among those of all arms."""
+
+    order: Count
+    window: Window | None = Field(default=None, description="none: only the answers are known")
 
 
 class RowsFile(FrozenModel):

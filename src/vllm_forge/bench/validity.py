@@ -59,17 +59,19 @@ def faults(arm: Arm) -> Iterator[str]:
 
 
 def _start_faults(start: Start, rows: list[Row], arm: Arm) -> Iterator[str]:
-    before, after = start.before, start.after
+    if start.window is None:
+        return
+    before, after = start.window.before, start.window.after
     back = [name for name in Counters.model_fields if getattr(after, name) < getattr(before, name)]
     if back:
         yield f"counters went backwards: {', '.join(back)}"
     if not arm.result.conditions.prefix_cache and after.prefix_hits > before.prefix_hits:
         hits = after.prefix_hits - before.prefix_hits
         yield f"{hits} prefix-cache hits, which the conditions do not declare"
-    if start.new_files:
-        yield f"{len(start.new_files)} files were compiled in the window ({_some(start.new_files)})"
-    if start.headroom < HEADROOM:
-        yield f"client headroom {start.headroom:.1f} is below {HEADROOM:g}"
+    if files := start.window.new_files:
+        yield f"{len(files)} files were compiled in the window ({_some(files)})"
+    if start.window.headroom < HEADROOM:
+        yield f"client headroom {start.window.headroom:.1f} is below {HEADROOM:g}"
     accepted = sum(row.accepted for row in rows)
     drafted = sum(row.drafted for row in rows)
     drafts, counted = after.drafts - before.drafts, after.accepted - before.accepted

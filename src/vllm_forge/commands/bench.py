@@ -16,6 +16,7 @@ from vllm_forge.commands.parsers import (
     count,
     group,
     positive,
+    positive_count,
     print_json,
 )
 from vllm_forge.host import PlainConsole, console, suggestion
@@ -36,7 +37,16 @@ def register(choices: Commands) -> None:
         "--noise", type=positive, action="append", metavar="SHARE",
         help="by which a start varies, e.g. 0.03; repeatable",
     )  # fmt: skip
-    _serve_options(command(bench, "serve", serve, SKU, LINE))
+    one = command(bench, "serve", serve, SKU, LINE)
+    _arm_options(one)
+    one.add_argument("--url", required=True, help="http://HOST:PORT")
+    one.add_argument("--caches", type=Path, action="append", required=True, metavar="DIR",
+                     help="the server's /cache, to see what it compiles; repeatable")  # fmt: skip
+    one.add_argument("--order", type=count, required=True, help="among all arms' starts: 0, 1, ...")
+    one.add_argument("--warm", type=count, default=8, help="prompts that only warm up (8)")
+    one = command(bench, "import", import_answers, SKU, LINE)
+    _arm_options(one)
+    one.add_argument("--answers", type=Path, required=True, help="JSONL, see docs/operate/bench.md")
     one = command(bench, "gate", gate, JSON, packaged=True)
     one.add_argument("reference", type=Path, help="record of the arm to compare with")
     one.add_argument("candidate", type=Path, help="record of the arm to judge")
@@ -46,29 +56,23 @@ def register(choices: Commands) -> None:
     one.add_argument("--scratch", type=Path, help="parent of its folder (default: /var/tmp)")
 
 
-def _serve_options(one: Parser) -> None:
+def _arm_options(one: Parser) -> None:
+    """What is measured, and under which conditions."""
     for name, text in (
         ("preset", "that the server was started with"),
         ("arm", "name of what is measured"),
         ("session", "one name for all arms that are run in turns"),
-        ("url", "http://HOST:PORT"),
     ):
         one.add_argument(f"--{name}", required=True, help=text)
     one.add_argument("--artifact", help="default: the preset's first")
     for name, text in (
         ("workload", "prompts: JSONL with item, and prompt or messages"),
         ("checkpoint", "folder of the served model: its tokenizer and template are hashed"),
-        ("output", "record, to which this start is added"),
+        ("output", "the record"),
     ):
         one.add_argument(f"--{name}", type=Path, required=True, help=text)
-    one.add_argument("--caches", type=Path, action="append", required=True, metavar="DIR",
-                     help="the server's /cache, to see what it compiles; repeatable")  # fmt: skip
-    one.add_argument(
-        "--order", type=count, required=True, help="among the starts of all arms: 0, 1"
-    )
-    one.add_argument("--warm", type=count, default=8, help="prompts that only warm up (8)")
-    one.add_argument("--concurrency", type=count, default=8, help="requests at a time (8)")
-    one.add_argument("--max-tokens", type=count, default=512, help="of an answer (512)")
+    one.add_argument("--concurrency", type=positive_count, default=8, help="requests at a time (8)")
+    one.add_argument("--max-tokens", type=positive_count, default=512, help="of an answer (512)")
     for name, text in (
         ("ignore-eos", "each answer has --max-tokens"),
         ("thinking", "ask for reasoning"),
@@ -147,7 +151,24 @@ def serve(project: Project, args: argparse.Namespace) -> None:
     )  # fmt: skip
     measure.add_start(args.output, arm, start, rows)
     tokens = sum(row.output_tokens for row in rows)
-    print(f"{args.output}: start {args.order}, {tokens / start.seconds:.1f} tok/s")
+    seconds = start.window.seconds if start.window else 0
+    print(f"{args.output}: start {args.order}, {tokens} tokens in {seconds:.1f} s")
+
+
+def import_answers(project: Project, args: argparse.Namespace) -> None:
+    """Make a record of scored answers of another harness, to be judged by `bench gate`."""
+    _require("scipy", "aiohttp")
+    from vllm_forge.bench import measure
+    from vllm_forge.bench.arms import arm_of
+    from vllm_forge.bench.results import Start, write_arm
+    from vllm_forge.bench.validity import require_valid
+    from vllm_forge.host import HostProbe
+
+    prompts, prompts_sha256 = measure.read_workload(args.workload)
+    rows = measure.read_answers(args.answers, {prompt.item for prompt in prompts})
+    _, arm = arm_of(project, HostProbe(), args, prompts_sha256)
+    write_arm(args.output, {**arm, "starts": [Start(order=0)]}, rows, check=require_valid)
+    print(f"{args.output}: {len(rows)} answers")
 
 
 def gate(project: Project, args: argparse.Namespace) -> None:

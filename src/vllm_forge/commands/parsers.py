@@ -128,11 +128,16 @@ def positive(text: str) -> float:
     raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a number greater than 0")
 
 
-def count(text: str) -> int:
+def count(text: str, least: int = 0) -> int:
     """A whole number for an option."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a whole number")
+    if not text.isascii() or not text.isdecimal() or int(text) < least:
+        what = f"invalid value {text!r}: expected a whole number from {least}"
+        raise argparse.ArgumentTypeError(what)
     return int(text)
+
+
+def positive_count(text: str) -> int:
+    return count(text, least=1)
 
 
 def print_json(args: argparse.Namespace, document: object) -> None:

@@ -194,11 +194,11 @@ def keep(rows: list[Row]) -> list[Row]:
 
 
 def start(**updates: object) -> Callable[[dict[str, Any]], None]:
-    return lambda record: record["starts"][0].update(updates)
+    return lambda record: record["starts"][0]["window"].update(updates)
 
 
 def counter(moment: str, **updates: int) -> Callable[[dict[str, Any]], None]:
-    return lambda record: record["starts"][0][moment].update(updates)
+    return lambda record: record["starts"][0]["window"][moment].update(updates)
 
 
 def condition(**updates: object) -> Callable[[dict[str, Any]], None]:

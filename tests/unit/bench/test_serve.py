@@ -15,6 +15,7 @@ from vllm_forge.bench import arms
 from vllm_forge.bench.client import Prompt, read_counters
 from vllm_forge.bench.errors import (
     ArmUnknownError,
+    GateUndecidedError,
     InvalidResultError,
     ServerUnreachableError,
     WorkloadFileError,
@@ -93,9 +94,10 @@ def test_start_is_measured_with_its_counters(output: Path) -> None:
         (TOKENS, "length", 8, 3)
     }
     (start,) = found.result.starts
-    assert start.before.drafts == 4 * WARM
-    assert start.after.drafts == 4 * len(PROMPTS)
-    assert start.seconds > 0
+    assert start.window is not None
+    assert start.window.before.drafts == 4 * WARM
+    assert start.window.after.drafts == 4 * len(PROMPTS)
+    assert start.window.seconds > 0
     assert all(row.ttft is not None and 0 < row.ttft <= row.seconds for row in found.rows)
 
 
@@ -174,6 +176,62 @@ def test_unknown_image_or_gpu_is_refused(
     monkeypatch.setattr(arms, *answer)
     assert main([*command, "--url=http://127.0.0.1:9"]) == ArmUnknownError.exit_code
     assert name in capsys.readouterr().err
+
+
+def answers(path: Path, **changes: object) -> Path:
+    rows = [
+        {"start": 0, "item": prompt.item, "finish": "stop", "output_tokens": 5, "seconds": 1.0,
+         "scores": {"strict": True}, **changes}
+        for prompt in PROMPTS
+    ]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def importing(command: list[str], path: Path) -> list[str]:
+    options = [
+        item for item in command[2:] if not item.startswith(("--order", "--caches", "--ign"))
+    ]
+    return ["bench", "import", *options, f"--answers={path}"]
+
+
+def test_answers_of_another_harness_can_be_judged(
+    command: list[str], output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = answers(output.parent / "answers.jsonl")
+    assert main(importing(command, path)) == 0
+    assert read_arm(output).result.starts[0].window is None
+    assert main(["bench", "gate", str(output), str(output)]) == GateUndecidedError.exit_code
+    assert "strict" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"item": "other"}, "items that the workload lacks: ['other']"), ({"start": 1}, "start 0"),
+     ({"finish": "maybe"}, "finish"), ({"accepted": 1}, "more tokens were accepted")],
+)  # fmt: skip
+def test_invalid_answers_are_refused(
+    changes: dict[str, object], message: str, command: list[str], output: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    path = answers(output.parent / "answers.jsonl", **changes)
+    assert main(importing(command, path)) == WorkloadFileError.exit_code
+    assert message in capsys.readouterr().err
+
+
+def test_truncated_answers_scored_as_right_are_not_imported(
+    command: list[str], output: Path
+) -> None:
+    path = answers(output.parent / "answers.jsonl", finish="length")
+    assert main(importing(command, path)) == InvalidResultError.exit_code
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "option", ["--arm=A B", "--concurrency=0", "--max-tokens=x", "--session=\n"]
+)
+def test_invalid_options_are_usage_errors(option: str, command: list[str]) -> None:
+    assert main([*command, "--url=http://127.0.0.1:9", option]) == UsageError.exit_code
 
 
 def test_warm_up_of_all_prompts_is_a_usage_error(command: list[str]) -> None:

@@ -64,7 +64,8 @@ def test_balanced_flips_of_many_items_pass() -> None:
 
 def test_items_without_a_difference_have_an_interval() -> None:
     found = statistics.clustered([0.0] * 30, 0.01)
-    assert found.difference.high - found.difference.low > 0.1
+    reach = stats.t.ppf((1 + LEVEL) / 2, 29) / 32  # Agresti and Min: two items more, one flip
+    assert found.difference == pytest.approx((0, -reach, reach))
     assert found.passes > ALPHA
 
 
@@ -144,7 +145,8 @@ def test_acceptance_is_clustered_by_prompt(rng: np.random.Generator) -> None:
 def test_equal_acceptance_has_an_interval() -> None:
     rows = [(50.0, 100.0)] * 40
     found = statistics.acceptance(rows, rows, 0.02)
-    assert found.difference.low < 0 < found.difference.high
+    reach = stats.t.ppf((1 + LEVEL) / 2, 39) / 4000  # of one draft
+    assert found.difference == pytest.approx((0, -reach, reach))
     assert found.passes < ALPHA
 
 
