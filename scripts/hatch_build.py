@@ -29,6 +29,7 @@ class DataHook(BuildHookInterface):
             return
         include[str(commit)] = f"vllm_forge/data/{COMMIT}"
         build_data["extra_metadata"][str(commit)] = COMMIT
+        require_committed(root, self.config["data"])
         for name in self.config["data"]:
             include[str(root / name)] = f"vllm_forge/data/{name}"
             for path in (root / name).rglob("*"):
@@ -38,6 +39,17 @@ class DataHook(BuildHookInterface):
     def finalize(self, *_: Any) -> None:
         if hasattr(self, "work"):
             self.work.cleanup()
+
+
+def require_committed(root: Path, names: list[str]) -> None:
+    """Refuse files that git ignores: COMMIT would say that they are of the commit."""
+    if not (root / ".git").exists():
+        return
+    argv = ["git", "-C", str(root), "status", "--porcelain", "--ignored", "--", *names]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    rows = [row[3:] for row in done.stdout.splitlines() if row.startswith("!! ")]
+    if ignored := [row for row in rows if not row.endswith("__pycache__/")]:
+        raise SystemExit(f"{ignored[0]} is not of the commit, as git ignores it: remove it")
 
 
 def commit_of(root: Path) -> str:

@@ -6,6 +6,7 @@ Their text is text: no element, no attribute, no link but to https, no script, n
 from __future__ import annotations
 
 import json
+import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ import pytest
 from tests.support.keys import key_pair, trust
 from tests.support.receipts import body, edit
 from tests.support.report import Page, checkout, decide
-from vllm_forge.pages.report import CHARTS, _link, report
+from vllm_forge.matrix.errors import RecordFileError
+from vllm_forge.pages.report import CHARTS, _charts, _link, report
 from vllm_forge.pages.status import RELEASES
 from vllm_forge.receipts import FOLDER
 from vllm_forge.release.gate import Waiver
@@ -149,6 +151,23 @@ def test_control_characters_are_shown_as_escapes(project: Project) -> None:
     text = report(project)
     assert "a\\x1b[2J\\u202eb\\x00" in text
     assert all(mark.isprintable() or mark == "\n" for mark in text)
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder", "huge"])
+def test_chart_that_is_not_one_is_named(project: Project, kind: str) -> None:
+    path = project.root / CHARTS / "more.svg"
+    match kind:
+        case "link":
+            path.symlink_to("/etc/passwd")
+        case "fifo":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case _:
+            path.write_bytes(bytes((1 << 20) + 1))
+    with pytest.raises(RecordFileError, match="cannot read a chart") as refused:
+        list(_charts(project.root))
+    assert refused.value.where == str(path)
 
 
 def test_decision_that_is_a_link_is_refused(project: Project, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from tests.support.project import Project as MiniProject
 from tests.support.registry_server import RegistryServer
 from tests.support.release import ReleaseRunner, Releases, git, releasable
 from vllm_forge import __version__, cli
-from vllm_forge.host import Runner
+from vllm_forge.host import Runner, remove
 from vllm_forge.host.files import file_digest
 from vllm_forge.release.mirror import mirror
 from vllm_forge.release.pipeline import release
@@ -410,18 +410,23 @@ def test_vllm_of_an_environment_is_patched_from_the_wheel(shop: Shop, tmp_path: 
     assert "as published" in shop.installed.run("install", wheel, "--revert", env=env)[0]
 
 
-@pytest.mark.parametrize("kind", ["key", "link"])
-def test_wheel_with_a_private_key_or_a_link_is_not_built(shop: Shop, kind: str) -> None:
-    path = shop.mini.root / "records" / "keys" / "lab-key.pem"
+@pytest.mark.parametrize("kind", ["key", "link", "ignored"])
+def test_wheel_with_a_file_that_is_not_data_is_not_built(shop: Shop, kind: str) -> None:
+    """A file that git ignores would be in a wheel whose COMMIT says that nothing was changed."""
+    path, why = shop.mini.root / "records" / "keys" / "lab-key.pem", "is a link or a private key"
     if kind == "key":
         path.write_text("-----BEGIN PRIVATE KEY-----\nAAAA\n")
-    else:
+    elif kind == "link":
         path.symlink_to("/etc/hostname")
+    else:
+        path, why = shop.mini.root / "records" / "dist", "records/dist/ is not of the commit"
+        (path / "x").mkdir(parents=True)
+        (path / "x" / "more.json").touch()
     try:
-        with pytest.raises(AssertionError, match="is a link or a private key"):
+        with pytest.raises(AssertionError, match=why):
             build(shop.mini.root, shop.image.parent / "refused", "--wheel")
     finally:
-        path.unlink()
+        remove(path)
 
 
 def test_wheel_of_changed_files_says_so(shop: Shop, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from vllm_forge.host import printable, read_plain
 from vllm_forge.kernels.coverage.families import catalogue
+from vllm_forge.matrix.errors import RecordFileError
 from vllm_forge.pages import kernels, records, status
 from vllm_forge.patches import read_series, read_tree_lock
 from vllm_forge.project import Project
@@ -168,5 +169,11 @@ def _drift(data: dict[str, Any]) -> Table:
 def _charts(root: Path) -> Iterator[tuple[str, str]]:
     """Name and data URL of each chart: as an image, an SVG runs no script and loads nothing."""
     for path in sorted((root / CHARTS).rglob("*.svg")):
-        content = base64.b64encode(read_plain(path, LARGEST_CHART)).decode()
+        try:
+            content = base64.b64encode(read_plain(path, LARGEST_CHART)).decode()
+        except (OSError, ValueError) as error:
+            remedy = "make it again, or delete it"
+            raise RecordFileError(
+                f"cannot read a chart: {error}", where=path, remedy=remedy
+            ) from None
         yield path.relative_to(root / CHARTS).as_posix(), f"data:image/svg+xml;base64,{content}"
