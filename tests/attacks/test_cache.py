@@ -43,6 +43,7 @@ from vllm_forge.images.checks import line_coverage
 from vllm_forge.images.errors import ImageCheckError, LayoutError
 from vllm_forge.images.layout import read_image, verify, write_image
 from vllm_forge.images.system import SYSTEM_NAME
+from vllm_forge.kernels.coverage.library import library_code
 from vllm_forge.project import Project as ForgeProject
 from vllm_forge.proofs import dry_load as loading
 from vllm_forge.proofs import environment, upstream
@@ -50,6 +51,7 @@ from vllm_forge.proofs.dry_load import dry_load, ready
 from vllm_forge.proofs.environment import ask_line
 from vllm_forge.proofs.prove import prove
 from vllm_forge.proofs.upstream import compare
+from vllm_forge.release.contents import wheel_contents
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -62,6 +64,7 @@ pytestmark = pytest.mark.xdist_group("cache")  # one worker builds what its fixt
 build = functools.partial(fast_build, kernels=True)  # all kinds of files
 SKUS = ("beta", "alpha")  # the next SKU first: it is cut from what alpha has left
 FLIPS = 14
+LAYERS = ("layers/*/code/**/libtiny_cuda.so", "layers/*/files/**/sixlike.py")
 EMPTY_LAYER = 18  # bytes of a frame without files, which is left out of images
 
 
@@ -191,6 +194,44 @@ def survive(reference: Reference, folder: Path, name: str, where: float, bit: in
 def test_every_kind_of_file_is_known(reference: Reference) -> None:
     kinds = {kind_of(name).pattern for name in files(reference.project)}
     assert kinds == {kind.pattern for kind in KINDS}
+
+
+# Folders that the builds of this file do not use.
+ELSEWHERE = {
+    "buildah": "the engine's own, emptied before each use",
+    "checkpoints": "tests/unit/checkpoints/test_variants.py",
+    "contents": "test_damaged_record_is_made_again",
+    "coverage": "test_damaged_record_is_made_again",
+    "mirror": "by download_all, as wheels",
+}  # those of proofs, selections and dry loads: bytecode, and what each run writes again
+
+
+def test_every_folder_of_the_cache_has_an_answer(root: Path) -> None:
+    """A new one: say in KINDS or ELSEWHERE what finds a changed byte."""
+    named = re.compile(r'cache_root\(\) / "([\w.]+)"')
+    sources = (root / "src").rglob("*.py")
+    found = {name for path in sources for name in named.findall(path.read_text())}
+    kinds = {kind.pattern.partition("/")[0].replace("\\", "") for kind in KINDS}
+    assert found == (kinds - {"uv"}) | ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize("place", ["coverage/*.json", "coverage/files/*.json", "contents/*.json"])
+def test_damaged_record_is_made_again(
+    place: str, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what was read in libraries and wheels."""
+    project = copied(reference, tmp_path)
+    use(project, monkeypatch)
+    (library,) = project.cache.glob(LAYERS[0])
+
+    def ask() -> object:
+        return library_code(library), wheel_contents(ForgeProject(project.root).lock("mini"))
+
+    answer = ask()
+    (path,) = project.cache.glob(place)
+    changed = flip(path, 0.5)
+    assert ask() == answer
+    assert path.read_bytes() != changed
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.pattern)
@@ -429,7 +470,6 @@ COMMANDS: dict[str, Callable[[ForgeProject], object]] = {
     "checkpoint verify": lambda project: dry_load(project, "mini", {}, FastRunner()),
     "checkpoint inspect": inspect_by_vllm,
 }
-LAYERS = ("layers/*/code/**/libtiny_cuda.so", "layers/*/files/**/sixlike.py")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
