@@ -129,8 +129,8 @@ def test_hostile_text_is_text(
              "code", "ul", "li", "strong", "nav", "a", "main", "span", "section", "table",
              "caption", "thead", "tbody", "tr", "th", "td", "small", "figure",
              "figcaption"}  # fmt: skip
-    assert page.tags.keys() - usual <= ({"img"} if attack is chart else set())
-    assert page.tags["img"] == (attack is chart)
+    assert page.tags.keys() - usual <= {"img"}
+    assert page.tags["img"] == len(list((project.root / CHARTS).rglob("*.svg")))
     assert not {name for name in page.attributes if name.startswith("on") or name == "style"}
     assert page.tags["table"] == page.tags["section"] == page.tags["caption"]
 
