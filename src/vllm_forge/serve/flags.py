@@ -14,7 +14,7 @@ from vllm_forge.serve.errors import MultiNodeError
 SHORT = {
     "-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size",
     "-dp": "--data-parallel-size", "-pcp": "--prefill-context-parallel-size",
-    "-ep": "--enable-expert-parallel", "-n": "--nnodes", "-r": "--node-rank",
+    "-n": "--nnodes", "-r": "--node-rank",
     "-dpl": "--data-parallel-size-local", "-dpa": "--data-parallel-address",
     "-dpp": "--data-parallel-rpc-port", "-dpn": "--data-parallel-rank",
     "-dpr": "--data-parallel-start-rank", "-dph": "--data-parallel-hybrid-lb",
@@ -89,7 +89,7 @@ def share(found: Mapping[str, str], default: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How one server is spread over GPUs; all sizes multiply but that of expert parallelism.
+    """How one server is spread over GPUs. Expert parallelism has no size: it uses the others'.
 
     vLLM 0.26.0, vllm/config/parallel.py:531 (world_size_across_dp): TP x PP x PCP x DP.
     """
@@ -98,7 +98,6 @@ class Parallel:
     pipeline: int = 1
     context: int = 1
     data: int = 1
-    experts: bool = False
 
     @property
     def gpus(self) -> int:
@@ -125,7 +124,7 @@ def parallel(words: Sequence[str]) -> Parallel:
         what = f"one server on several hosts is not supported: {', '.join(spread)}"
         remedy = "take the flag out; for more capacity start a server on each host, or --replica N"
         raise MultiNodeError(what, remedy=remedy)
-    return Parallel(**sizes, experts="--enable-expert-parallel" in found)
+    return Parallel(**sizes)
 
 
 def refuse_ours(words: Sequence[str]) -> None:

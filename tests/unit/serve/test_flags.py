@@ -15,7 +15,7 @@ from vllm_forge.serve.flags import Parallel, parallel, refuse_ours, values
         ([], Parallel(), 1),
         (["--tensor-parallel-size=4"], Parallel(tensor=4), 4),
         (["--tensor-parallel-size=4", "-tp", "2"], Parallel(tensor=2), 2),
-        (["-tp=1", "--data-parallel-size", "4", "-ep"], Parallel(data=4, experts=True), 4),
+        (["-tp=1", "--data-parallel-size", "4", "-ep"], Parallel(data=4), 4),
         (
             ["--tensor_parallel_size=2", "-pp", "2", "-dp=2"],
             Parallel(tensor=2, pipeline=2, data=2),

@@ -64,15 +64,13 @@ def test_weights_of_a_rank(artifact: str, total: float, two: float, four: float)
 
 
 def test_experts_are_divided_over_all_ranks_of_data_parallelism() -> None:
-    """With and without expert parallelism; the rest is whole in each of them."""
+    """With and without expert parallelism, alike; the rest is whole in each of them."""
     sizes = stored_sizes(CARD)
     assert sizes is not None
     experts = sum(size for (_, kind), size in sizes.items() if kind == "experts")
     whole = sum(sizes.values()) - sizes["mtp", "copies"]
-    for expert in (True, False):
-        spread = Parallel(data=4, experts=expert)
-        weights = weights_per_rank(CARD, spread, drafting=True)
-        assert weights == pytest.approx(whole - experts + experts / 4, abs=8)
+    weights = weights_per_rank(CARD, Parallel(data=4), drafting=True)
+    assert weights == pytest.approx(whole - experts + experts / 4, abs=8)
 
 
 def test_pipeline_stages_have_their_layers_and_one_end() -> None:

@@ -7,13 +7,14 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import check_jsonschema
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from vllm_forge.cli import main
 from vllm_forge.matrix import image_cell, load
@@ -37,9 +38,9 @@ def test_compose_file_follows_the_schema_of_compose(tmp_path: Path) -> None:
     document = yaml.safe_load(text)
     path = tmp_path / "compose.yaml"
     path.write_text(text)
-    argv = [sys.executable, "-m", "check_jsonschema", "--builtin-schema=vendor.compose-spec"]
-    done = subprocess.run([*argv, str(path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    argv = ["--builtin-schema=vendor.compose-spec", str(path)]
+    done = CliRunner().invoke(check_jsonschema.main, argv)
+    assert done.exit_code == 0, done.output
     row = document["services"]["vllm"]
     assert [word.replace("$$", "$") for word in row["command"]] == list(made.command)
     (device,) = row["deploy"]["resources"]["reservations"]["devices"]
