@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -29,13 +30,24 @@ hypothesis.settings.load_profile("fixed")
 HOST_SETTINGS = ("UV_", "PIP_", "GIT_", "VLLM_FORGE_", "FLASHINFER_")
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Names for the caches of tests without a folder, which hardly any of them writes to."""
+    folder = tmp_path_factory.mktemp("caches")
+    return (folder / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def clean_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def clean_host(
+    request: pytest.FixtureRequest, caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A cache of this test's own, and none of the host's settings for indexes, proxies and git."""
     for name in list(os.environ):
         if name.startswith(HOST_SETTINGS) or "proxy" in name.lower():
             monkeypatch.delenv(name)
-    monkeypatch.setenv("VLLM_FORGE_CACHE", str(tmp_path / "cache"))
+    own = "tmp_path" in request.fixturenames  # a folder for each test takes longer than most tests
+    cache = request.getfixturevalue("tmp_path") / "cache" if own else next(caches)
+    monkeypatch.setenv("VLLM_FORGE_CACHE", str(cache))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
     monkeypatch.setenv("COLUMNS", "200")

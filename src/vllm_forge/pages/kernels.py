@@ -164,12 +164,13 @@ def coverage(project: Project) -> str:
 def coverages(project: Project) -> list[Mapping[str, Any]]:
     """The record of each line that has one."""
     paths = [f"records/coverage/{name}.json" for name in project.matrix.line]
-    return [project.read_json(path, _record) for path in paths if (project.root / path).exists()]
-
-
-def _record(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    render_coverage([record], catalogue())  # a fault of the record is an error that names its file
-    return record
+    rows = catalogue()
+    # Rendered once here: a fault of the record is an error that names its file.
+    return [
+        project.read_json(path, lambda record: render_coverage([record], rows) and record)
+        for path in paths
+        if (project.root / path).exists()
+    ]
 
 
 def render_coverage(records: Sequence[Mapping[str, Any]], rows: Catalogue) -> str:

@@ -4,7 +4,7 @@ import math
 import re
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from vllm_forge.checkpoints.fixtures.sparse import MARK
@@ -381,16 +381,12 @@ def plain_tensors(profile: Profile) -> Iterator[Finding]:
         elif tensor.dtype not in (INTEGERS if spec.dtype == "I64" else FLOATS):
             other_kinds.append(name)
 
-    def shape_of(names: list[str]) -> str:
-        have, need = profile.tensors[names[0]].shape, wanted[names[0]].shape
-        return f"{summarize(names)}; {list(have)}, not {list(need)}"
-
-    def dtype_of(names: list[str]) -> str:
-        have, need = profile.tensors[names[0]].dtype, wanted[names[0]].dtype
+    def compared(of: Callable[[TensorSpec], object], names: list[str]) -> str:
+        have, need = of(profile.tensors[names[0]]), of(wanted[names[0]])
         return f"{summarize(names)}; {have}, not {need}"
 
-    yield from scoped("other-shape", other_shapes, shape_of)
-    yield from scoped("other-numbers", other_kinds, dtype_of)
+    yield from scoped("other-shape", other_shapes, partial(compared, lambda t: list(t.shape)))
+    yield from scoped("other-numbers", other_kinds, partial(compared, lambda t: t.dtype))
 
 
 NAMES = (files, drafter, experts, router, others, unknown)
