@@ -64,6 +64,11 @@ def rows_of(
     return rows
 
 
+def condition(**updates: object) -> Callable[[dict[str, Any]], None]:
+    """An edit of a record: other conditions."""
+    return lambda record: record["conditions"].update(updates)
+
+
 def write_result(
     path: Path,
     rows: Sequence[Row],

@@ -325,7 +325,7 @@ def test_every_other_command_runs_from_the_wheel() -> None:
     assert {name for name, runs in commands.items() if not runs} == REFUSED.keys() - {"verify"}
     assert {name for name, runs in commands.items() if runs} == {
         "serve", "plan", "doctor", "install", "checkpoint inspect", "verify", "notes", "sbom",
-        "mirror", "bench gate", "bench plan",
+        "mirror", "bench gate", "bench plan", "bench report",
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from vllm_forge.bench import statistics
 from vllm_forge.bench.errors import GateFailedError, GateUndecidedError, InvalidResultError
@@ -31,6 +32,14 @@ class Outcome:
     word: Word
     reason: str
     test: Margin | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        row = {"gate": self.gate, "margin": self.margin, "verdict": self.word, "why": self.reason}
+        if self.test is None:
+            return {**row, "difference": None, "interval": None}
+        value, *interval = self.test.difference
+        ps = {"p_loss_of_margin": self.test.passes, "p_loss_within_margin": self.test.fails}
+        return {**row, **ps, "difference": value, "interval": interval, "units": self.test.units}
 
 
 def gate(

@@ -11,7 +11,8 @@ from pydantic import Field
 from scipy import stats
 
 from vllm_forge.bench.claims import ClaimsFile, Comparison, Derived
-from vllm_forge.bench.statistics import ALPHA, LEVEL, MOST_STARTS
+from vllm_forge.bench.results import MOST_STARTS
+from vllm_forge.bench.statistics import ALPHA, LEVEL
 from vllm_forge.bench.verdicts import Word
 from vllm_forge.matrix import FrozenModel, Matrix
 from vllm_forge.matrix.model import Gate, Name

@@ -19,6 +19,7 @@ from vllm_forge.host import atomic_path, canonical, parse_json, read_data, read_
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.matrix.model import Name, Text
 
+MOST_STARTS = 16  # 2^16 patterns of signs are enumerated in a moment
 LARGEST_ROWS = 256 << 20  # bytes, unpacked; a row has about 200
 REMEDY = "give the record that `bench serve` wrote, with its rows beside it"
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from vllm_forge.bench.errors import InvalidResultError
-from vllm_forge.bench.results import Arm, Counters, Row, Start
+from vllm_forge.bench.results import MOST_STARTS, Arm, Counters, Row, Start
 
 HEADROOM = 10.0  # a slower client would be what is measured
 SHOWN = 3
@@ -61,6 +61,8 @@ def faults(arm: Arm) -> Iterator[str]:
 def _start_faults(start: Start, rows: list[Row], arm: Arm) -> Iterator[str]:
     if start.window is None:
         return
+    if not any(row.output_tokens for row in rows):
+        yield "no tokens"
     before, after = start.window.before, start.window.after
     back = [name for name in Counters.model_fields if getattr(after, name) < getattr(before, name)]
     if back:
@@ -108,7 +110,9 @@ def differences(reference: Arm, candidate: Arm) -> Iterator[str]:
 def _order(reference: Arm, candidate: Arm) -> Iterator[str]:
     """Starts in turns, ABBA or ABAB: what drifts over time must not be one arm's."""
     orders = [[start.order for start in arm.result.starts] for arm in (reference, candidate)]
-    if len(orders[0]) != len(orders[1]):
+    if max(map(len, orders)) > MOST_STARTS:
+        yield f"more than {MOST_STARTS} starts"
+    elif len(orders[0]) != len(orders[1]):
         yield f"{len(orders[0])} starts against {len(orders[1])}"
     elif len(orders[0]) > 1:
         ranks = {order: rank // 2 for rank, order in enumerate(sorted(orders[0] + orders[1]))}

@@ -23,7 +23,7 @@ from vllm_forge.host import PlainConsole, console, suggestion
 from vllm_forge.project import Project
 
 CARD_HEAD = ["figure", "arms", "needs", "minutes", "state"]
-PLAN_HEAD = ["gate", "margin", "of", "needs", "minutes", ""]
+PLAN_HEAD = ["gate", "margin", "of", "needs", "minutes", "decides"]
 
 
 def register(choices: Commands) -> None:
@@ -52,6 +52,9 @@ def register(choices: Commands) -> None:
     one.add_argument("candidate", type=Path, help="record of the arm to judge")
     one.add_argument("--repeat", type=Path, help="the reference, measured again: the noise floor")
     one.add_argument("--gate", action="append", help="of matrix.toml, repeatable (default: all)")
+    one = command(bench, "report", report_results, packaged=True)
+    one.add_argument("results", type=Path, nargs="+", metavar="RECORD", help="of one or more arms")
+    one.add_argument("--output", type=Path, required=True, help="folder that is written")
     one = command(bench, "build", build, LINE)
     one.add_argument("--scratch", type=Path, help="parent of its folder (default: /var/tmp)")
 
@@ -117,6 +120,7 @@ def plan(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.bench import plan as plans
     from vllm_forge.bench.claims import read_claims
     from vllm_forge.pages.claims import RECORD
+    from vllm_forge.pages.markdown import terminal_table
 
     timing = plans.Timing(args.start_seconds, args.run_seconds)
     suites = plans.read_suites()
@@ -131,7 +135,10 @@ def plan(project: Project, args: argparse.Namespace) -> None:
             for name, one in project.matrix.gate.items()
             for row in plans.gate_plan(name, one, suites, timing, noises)
         ]
-    _print_rows(args, head, rows)
+    if args.json:
+        print_json(args, [dict(zip(head, row, strict=True)) for row in rows])
+    else:
+        PlainConsole().print(terminal_table(head, rows))
 
 
 def serve(project: Project, args: argparse.Namespace) -> None:
@@ -177,6 +184,7 @@ def gate(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.bench.gate import gate as compare
     from vllm_forge.bench.gate import require_pass
     from vllm_forge.bench.results import read_arm
+    from vllm_forge.pages.markdown import terminal_table
 
     gates = project.matrix.gate
     for name in args.gate or ():
@@ -186,20 +194,41 @@ def gate(project: Project, args: argparse.Namespace) -> None:
     paths = [path for path in (args.reference, args.candidate, args.repeat) if path is not None]
     arms = [read_arm(path) for path in paths]
     outcomes = compare(chosen, *arms)
-    for name, arm in zip(("reference", "candidate"), arms, strict=False):
-        console.print(f"{name}: image {arm.result.server.image}", markup=False)
-    rows = [[row.gate, f"{100 * row.margin:g} %", row.word, row.reason] for row in outcomes]
-    _print_rows(args, ["gate", "margin", "verdict", "why"], rows)
+    names = dict(zip(("reference", "candidate", "repeat"), arms, strict=False))
+    if args.json:
+        images = {name: {"image": arm.result.server.image} for name, arm in names.items()}
+        print_json(args, {"arms": images, "gates": [row.as_json() for row in outcomes]})
+    else:
+        for name, arm in names.items():
+            console.print(f"{name}: image {arm.result.server.image}", markup=False)
+        rows = [[row.gate, f"{100 * row.margin:g} %", row.word, row.reason] for row in outcomes]
+        PlainConsole().print(terminal_table(["gate", "margin", "verdict", "why"], rows))
     require_pass(outcomes)
 
 
-def _print_rows(args: argparse.Namespace, head: list[str], rows: list[list[str]]) -> None:
-    from vllm_forge.pages.markdown import terminal_table
+def report_results(_: Project, args: argparse.Namespace) -> None:
+    """Write a table and charts of results, as Markdown and SVG; it compares nothing."""
+    _require("scipy", "matplotlib")
+    from vllm_forge.bench import plots
+    from vllm_forge.bench.results import read_arm
+    from vllm_forge.bench.summary import HEAD, summarize
+    from vllm_forge.bench.validity import require_valid
+    from vllm_forge.host import atomic_path
+    from vllm_forge.pages.markdown import escape, table
 
-    if args.json:
-        print_json(args, [dict(zip(head, row, strict=True)) for row in rows])
-    else:
-        PlainConsole().print(terminal_table(head, rows), markup=False)
+    arms = [read_arm(path) for path in args.results]
+    require_valid(*arms)
+    summaries = [summarize(arm) for arm in arms]
+    charts = {"starts": plots.starts(arms, summaries), "pareto": plots.pareto(summaries),
+              "first-tokens": plots.first_tokens(arms, summaries)}  # fmt: skip
+    rows = table(HEAD, [list(map(escape, row.cells())) for row in summaries])
+    with atomic_path(args.output) as folder:
+        folder.mkdir()
+        for name, chart in charts.items():
+            (folder / f"{name}.svg").write_bytes(chart)
+        images = "\n".join(f"![{name}]({name}.svg)" for name in charts)
+        (folder / "report.md").write_text(f"# Results\n\n{rows}\n\n{images}\n", encoding="utf-8")
+    print(args.output / "report.md")
 
 
 def build(project: Project, args: argparse.Namespace) -> None:

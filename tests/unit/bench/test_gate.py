@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.bench import rows_of, write_result
+from tests.support.bench import condition, rows_of, write_result
 from vllm_forge.bench.claims import read_claims, read_run
 from vllm_forge.bench.errors import (
     GateFailedError,
@@ -55,15 +55,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_result(tmp_path_factory.mktemp("serve") / "a.json", rows, orders=A)
 
 
-def words(answer: list[dict[str, Any]]) -> dict[str, str]:
-    return {row["gate"]: row["verdict"] for row in answer}
-
-
 def compare(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, dict[str, str]]:
     code = main(["bench", "gate", "--json", *map(str, argv)])
     text = capsys.readouterr().out
     answer, _ = json.JSONDecoder().raw_decode(text)
-    return code, words(answer)
+    assert {name: row["image"] for name, row in answer["arms"].items()}.keys() >= {"reference"}
+    for row in answer["gates"]:
+        assert not row["interval"] or row["interval"][0] <= row["difference"] <= row["interval"][1]
+    return code, {row["gate"]: row["verdict"] for row in answer["gates"]}
 
 
 def test_equal_answers_pass(
@@ -72,7 +71,7 @@ def test_equal_answers_pass(
     first, again = reference
     candidate = write_result(tmp_path / "b.json", rows_of(3, items=ITEMS))
     code, found = compare(capsys, first, candidate, f"--repeat={again}")
-    assert code == 0
+    assert code == 0, found
     assert {found["strict"], found["flexible"]} == {"pass"}
 
 
@@ -108,6 +107,24 @@ def test_server_with_a_planted_loss_fails(
     code, found = compare(capsys, served, candidate, *gates)
     assert code == (GateFailedError.exit_code if failing else 0), found
     assert {name for name, word in found.items() if word == "fail"} == failing
+
+
+def test_starts_are_paired_by_the_order_in_which_they_were_run(tmp_path: Path) -> None:
+    """A host slows down by 2 % from one pair to the next; a record lists its starts backwards."""
+
+    def drift(record: dict[str, Any]) -> None:
+        for one in record["starts"]:
+            one["window"]["seconds"] *= 1.02 ** (one["order"] // 2)
+
+    rows = rows_of(1, items=30, starts=5)
+    level = [row.model_copy(update={"output_tokens": 200}) for row in rows]
+    arms = [
+        read_arm(write_result(tmp_path / f"{n}.json", level, orders=orders, edit=drift))
+        for n, orders in enumerate((A, B[::-1]))
+    ]
+    rate = Gate(measure="throughput", margin=0.02)
+    (outcome,) = gate({"throughput": rate}, *arms)
+    assert outcome.word is Word.PASS
 
 
 def test_little_data_is_undecided(
@@ -201,10 +218,6 @@ def counter(moment: str, **updates: int) -> Callable[[dict[str, Any]], None]:
     return lambda record: record["starts"][0]["window"][moment].update(updates)
 
 
-def condition(**updates: object) -> Callable[[dict[str, Any]], None]:
-    return lambda record: record["conditions"].update(updates)
-
-
 FAULTS: dict[str, tuple[Any, Any, str]] = {
     "failed": (edited(finish="error"), keep, "1 failed requests (q0)"),
     "truncated-right": (
@@ -214,6 +227,11 @@ FAULTS: dict[str, tuple[Any, Any, str]] = {
     "twice": (edited(item="q1"), keep, "an item was answered twice"),
     "counters": (keep, counter("before", drafts=10**6), "counters went backwards: drafts"),
     "prefix": (keep, counter("after", prefix_hits=5), "5 prefix-cache hits"),
+    "silent": (
+        lambda rows: [row.model_copy(update={"output_tokens": 0}) for row in rows],
+        keep,
+        "no tokens",
+    ),
     "jit": (keep, start(new_files=["triton/a.cubin"]), "1 files were compiled in the window"),
     "client": (keep, start(headroom=4.0), "client headroom 4.0 is below 10"),
     "unexplained": (keep, counter("after", accepted=10**6), "accepted drafts, counted are 1000000"),
@@ -241,7 +259,11 @@ def test_planted_fault_is_refused(
 
 @pytest.mark.parametrize(
     ("orders", "message"),
-    [((5, 6, 7, 8, 9), "not in turns"), ((1, 2), "5 starts against 2")],
+    [
+        ((5, 6, 7, 8, 9), "not in turns"),
+        ((1, 2), "5 starts against 2"),
+        (tuple(range(5, 22)), "more than 16 starts"),
+    ],
 )
 def test_arms_that_were_not_run_in_turns_are_refused(
     orders: tuple[int, ...], message: str, tmp_path: Path

@@ -56,9 +56,9 @@ def test_plan_says_what_cannot_be_decided(
     found = rows(root, monkeypatch, capsys, "--noise=0.1", "--noise=0.004", "--start-seconds=60",
                  "--run-seconds=30")  # fmt: skip
     by_place = {(row["gate"], row["of"].partition(",")[0]): row for row in found}
-    assert by_place["strict", "mmlu-pro"][""] == "decidable"
-    assert "cannot be decided; decidable from 2.0 pp" in by_place["strict", "gsm8k"][""]
-    assert by_place["throughput", "a start varies by 10 %"][""] == "cannot be decided"
+    assert by_place["strict", "mmlu-pro"]["decides"] == "decidable"
+    assert "cannot be decided; decidable from 2.0 pp" in by_place["strict", "gsm8k"]["decides"]
+    assert by_place["throughput", "a start varies by 10 %"]["decides"] == "cannot be decided"
     assert by_place["throughput", "a start varies by 0.4 %"]["minutes"] == "15"
     assert by_place["acceptance", "drafts by prompt"]["needs"] == "unknown"
 
