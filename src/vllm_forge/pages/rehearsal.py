@@ -1,10 +1,13 @@
 """What a rehearsal measured, beside what ``plan`` and ``doctor`` foretold of its memory."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
+from pydantic import BaseModel, Field, ValidationError
+
+from vllm_forge.errors import problems
 from vllm_forge.pages.markdown import table
 from vllm_forge.project import Project
+from vllm_forge.receipts.errors import ReceiptUnreadableError
 from vllm_forge.receipts.receipt import Receipt
 from vllm_forge.receipts.suite import read_suite
 from vllm_forge.receipts.verification import NOT_RUN, read_receipts
@@ -14,7 +17,28 @@ from vllm_forge.serve.memory import GIB, Memory
 TIER = "rehearsal"  # of the GPU suite
 UNKNOWN = "unknown"
 Place = tuple[str, str, str, str]  # SKU, line, preset, artifact
-Facts = Mapping[str, Any]  # of tests/gpu/rehearsal
+
+
+class Facts(BaseModel):
+    """What tests of tests/gpu/rehearsal recorded; lists are of a log, its first value first."""
+
+    preset: str
+    rehearsal: str  # the artifact
+    weights_gib: tuple[float, ...] = ()
+    kv_cache_gib: tuple[float, ...] = ()
+    concurrency: tuple[float, ...] = ()
+    load_s: tuple[float, ...] = ()
+    capture_s: tuple[float, ...] = ()
+    graphs_gib: tuple[float, ...] = ()
+    init_s: tuple[float, ...] = ()
+    ready_s: float | None = None
+    first_token_s: float | None = None
+    acceptance: float | None = None
+    together: int = 0
+    tokens_per_s: float | None = None
+    compiled: dict[str, int] = Field(default_factory=dict)
+
+
 # Column -> fact.
 TIMES = {
     "healthy, s": "ready_s",
@@ -23,12 +47,9 @@ TIMES = {
     "graphs, GiB": "graphs_gib",
     "engine's start, s": "init_s",
     "first token, s": "first_token_s",
-    "tokens/s of 1 client": "1 clients",
-    "of 4": "4 clients",
-    "of 16": "16 clients",
     "acceptance (declared)": "acceptance",
-    "compiled files": "compiled",
 }
+CLIENTS = (1, 4, 16)
 
 
 def rehearsals(project: Project) -> str:
@@ -38,26 +59,32 @@ def rehearsals(project: Project) -> str:
     rows = [
         [*place, *row]
         for place in runs or _rehearsable(project)
-        for row in compare(_memory(project, place), runs.get(place, {}))
-    ]
-    times = [
-        [*place, *(_first(facts, key) for key in TIMES.values())] for place, facts in runs.items()
+        for row in compare(_memory(project, place), runs.get(place, ()))
     ]
     text = table(head, rows)
-    return f"{text}\n\n{table([*head[:4], *TIMES], times)}" if times else text
+    speeds = [f"tokens/s of {count}" for count in CLIENTS]
+    columns = [*head[:4], *TIMES, *speeds, "compiled files"]
+    times = [[*place, *_times(facts)] for place, facts in runs.items()]
+    return f"{text}\n\n{table(columns, times)}" if times else text
 
 
-def measured(receipts: Sequence[Receipt]) -> dict[Place, dict[str, Any]]:
-    """What valid receipts of the tier say of each deployment that was served."""
-    runs: dict[Place, dict[str, Any]] = {}
+def measured(receipts: Sequence[Receipt]) -> dict[Place, list[Facts]]:
+    """What valid receipts of the tier say of each deployment that was served.
+
+    ReceiptUnreadableError: facts that no test of the tier records.
+    """
+    runs: dict[Place, list[Facts]] = {}
     for receipt in receipts:
         detail = receipt.statement.detail
-        for test in detail.tests.values() if detail.tier == TIER else ():
-            if not {"preset", TIER} <= test.facts.keys():
-                continue
-            place = (detail.sku, detail.line, test.facts["preset"], test.facts[TIER])
-            speed = {f"{test.facts.get('together')} clients": test.facts.get("tokens_per_s")}
-            runs.setdefault(place, {}).update({**test.facts, **speed})
+        for name, test in detail.tests.items() if detail.tier == TIER else ():
+            try:
+                facts = Facts.model_validate(test.facts)
+            except ValidationError as error:
+                what = f"invalid facts of {name}: {'; '.join(problems(error))}"
+                remedy = "run the tier again, or delete the receipt"
+                raise ReceiptUnreadableError(what, where=str(receipt.path), remedy=remedy) from None
+            place = (detail.sku, detail.line, facts.preset, facts.rehearsal)
+            runs.setdefault(place, []).append(facts)
     return runs
 
 
@@ -77,11 +104,10 @@ def _memory(project: Project, place: Place) -> Memory | None:
     return deployment.memory(recorded_rows(project, line))
 
 
-def compare(memory: Memory | None, facts: Facts) -> Iterator[list[str]]:
+def compare(memory: Memory | None, rows: Sequence[Facts]) -> Iterator[list[str]]:
     """What, foretold, measured and difference; measured is what vLLM's first rank logs."""
     weights, cache, requests = (
-        float(facts[name][0]) if name in facts else None
-        for name in ("weights_gib", "kv_cache_gib", "concurrency")
+        _first(rows, name) for name in ("weights_gib", "kv_cache_gib", "concurrency")
     )
     request = cache / requests if cache is not None and requests else None
     kv = None if memory is None else _gib(memory.kv_cache)
@@ -105,9 +131,19 @@ def _row(what: str, foretold: float | None, found: float | None) -> list[str]:
     return [what, shown, f"{found:.2f}", f"{found / foretold - 1:+.1%}" if foretold else ""]
 
 
-def _first(facts: Facts, key: str) -> str:
-    """A value for a table: of a log its first one, of files by compiler their number."""
-    value = facts.get(key, UNKNOWN)
-    if isinstance(value, dict):
-        return str(sum(value.values()))
-    return str(value[0] if isinstance(value, list | tuple) else value)
+def _times(rows: Sequence[Facts]) -> Iterator[str]:
+    values = [_first(rows, name) for name in TIMES.values()]
+    speeds = {facts.together: facts.tokens_per_s for facts in rows}
+    yield from (_shown(value) for value in [*values, *map(speeds.get, CLIENTS)])
+    yield str(sum(sum(facts.compiled.values()) for facts in rows))
+
+
+def _first(rows: Sequence[Facts], name: str) -> float | None:
+    """The first value of a fact that a test recorded."""
+    values = (getattr(facts, name) for facts in rows)
+    value = next((value for value in values if value not in (None, ())), None)
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _shown(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.4g}"

@@ -9,6 +9,7 @@ import pytest
 
 from vllm_forge.pages import rehearsal
 from vllm_forge.project import Project
+from vllm_forge.receipts.errors import ReceiptUnreadableError
 from vllm_forge.receipts.verification import Receipts
 from vllm_forge.serve.memory import GIB, KvPool, Memory
 
@@ -26,7 +27,7 @@ MEMORY = Memory(
 def receipt(tier: str, *rows: dict[str, Any]) -> Any:
     tests = {str(at): SimpleNamespace(facts=facts) for at, facts in enumerate(rows)}
     detail = SimpleNamespace(sku="h200", line="0.26", tier=tier, tests=tests)
-    return SimpleNamespace(statement=SimpleNamespace(detail=detail))
+    return SimpleNamespace(statement=SimpleNamespace(detail=detail), path="receipt.json")
 
 
 def page(root: Path, monkeypatch: pytest.MonkeyPatch, *receipts: Any) -> str:
@@ -37,13 +38,13 @@ def page(root: Path, monkeypatch: pytest.MonkeyPatch, *receipts: Any) -> str:
 def test_measured_values_are_compared(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speed = {"together": 4, "tokens_per_s": 77.5}
     compiled = {"compiled": {"triton": 3, "vllm": 4}}
-    rows: Any = ({}, SERVED | START | compiled, SERVED | speed)
-    text = page(root, monkeypatch, receipt("soak", SERVED), receipt("rehearsal", *rows))
+    rows = (SERVED | speed, SERVED | START | compiled)
+    text = page(root, monkeypatch, receipt("soak", {}), receipt("rehearsal", *rows))
     place = "| h200 | 0.26 | h200-mtp | flash-nvfp4-fp8-mtp |"
     assert text.count(place) == 4
     assert f"{place} weights, GiB | 84.16 | 92.58 | +10.0% |" in text
     last = next(line for line in text.splitlines() if line.startswith(f"{place} 301.5"))
-    assert last.split(" | ")[-5:] == ["unknown", "77.5", "unknown", "unknown", "7 |"]
+    assert last.split(" | ")[-4:] == ["unknown", "77.5", "unknown", "7 |"]
 
 
 def test_without_a_receipt_nothing_is_measured(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,8 +56,19 @@ def test_without_a_receipt_nothing_is_measured(root: Path, monkeypatch: pytest.M
 
 
 def test_memory_is_compared_part_by_part() -> None:
-    facts = {"weights_gib": [55.0], "kv_cache_gib": [24.0], "concurrency": [2.0]}
-    assert [row[1:] for row in rehearsal.compare(MEMORY, facts)] == [
+    start = {"weights_gib": [55.0], "kv_cache_gib": [24.0], "concurrency": [2.0]}
+    facts = rehearsal.Facts.model_validate(SERVED | start)
+    assert [row[1:] for row in rehearsal.compare(MEMORY, [facts])] == [
         ["50.00", "55.00", "+10.0%"], ["10.00", "12.00", "+20.0%"], ["30.00", "11.00", ""],
     ]  # fmt: skip
-    assert [row[1:] for row in rehearsal.compare(None, {})] == [["unknown", "not run", ""]] * 3
+    assert [row[1:] for row in rehearsal.compare(None, [])] == [["unknown", "not run", ""]] * 3
+
+
+@pytest.mark.parametrize(
+    "facts", [{}, SERVED | {"weights_gib": ["<b>"]}, SERVED | {"ready_s": "soon"}], ids=str
+)
+def test_facts_of_no_test_are_refused(
+    facts: dict[str, Any], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ReceiptUnreadableError, match="invalid facts of 0"):
+        page(root, monkeypatch, receipt("rehearsal", facts))
