@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support.osv import export, record, since
 from tests.support.project import REPO
 from tests.support.release import commit, green_alpha, prepare
 from vllm_forge.project import Project as ForgeProject
@@ -187,6 +188,8 @@ def test_documented_commands_do_what_the_pages_say(shop: Shop, tmp_path: Path) -
         if "receipts sign" in block:
             shutil.copy(home / "unsigned.json", work / receipt)
             commit(work)
+        if "--osv" in block:
+            export(work, record("vllm", *since("0")))
         run(block, work, environment)
 
 

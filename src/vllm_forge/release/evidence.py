@@ -84,8 +84,8 @@ class Evidence:
                     raise error
             raise errors.StatementMissingError(
                 f"missing {name}: nothing of it is attached",
-                remedy="of a copy, get what is attached, too: vllm-forge mirror; your own image "
-                "gets it by: nox -s release -- --sku SKU --stage candidate --registry HOST/NAME",
+                remedy="copy images with `vllm-forge mirror`, which keeps what is attached; to "
+                "attach it, release the image: nox -s release -- --help",
             )
 
     def only(self, name: str) -> Verified:

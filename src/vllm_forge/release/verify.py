@@ -439,9 +439,9 @@ def describe(report: Report) -> str:
             text = "released without tier {tier}, until {until}: {reason}"
             rows.append(("waived", text.format(**waiver)))
     for row in report.vulnerabilities:
-        fixed = ", ".join(row["fixed"]) or "no version that is known"
-        text = f"{row['package']} {row['version']}: {', '.join(row['ids'])}, fixed in {fixed}"
-        rows.append(("vulnerable", text))
+        fixed = f"fixed in {', '.join(row['fixed'])}" if row["fixed"] else "no fixed version known"
+        what = f"{row['package']} {row['version']}: {', '.join(row['ids'])}, {fixed}"
+        rows.append(("vulnerable", what))
     rows += [("rebuilt", "its commit gives this digest here")] if report.rebuilt else []
     rows += [("ignored", text) for text in report.not_counted]
     rows += [("not checked", text) for text in report.not_checked]
