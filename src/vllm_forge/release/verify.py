@@ -116,11 +116,13 @@ class Verification:
         checks += [partial(self._receipt, tier) for tier in self.policy.tiers]
         checks += [partial(self.evidence.require, "vex")] if "vex" in self.policy.statements else []
         checks += [self._bytes] if deep else []
-        checks += [partial(self._known, export)] if export else []
         for check in checks if self.stack else ():
             self._try(check)
-        if export is None:
-            self.report.not_checked.append("known vulnerabilities: --osv")
+        if export is not None and self.report.packages:
+            self._known(export)
+        else:
+            why = "--osv" if export is None else "there is no SBOM that holds"
+            self.report.not_checked.append(f"known vulnerabilities: {why}")
         self._notes(deep=deep)
         return self.report
 
@@ -176,7 +178,7 @@ class Verification:
                 self._same("its files are not those of its sbom", {}, dict.fromkeys(rows, ""))
 
     def _known(self, export: Path) -> None:
-        """Known vulnerabilities, of which none is a finding."""
+        """Known vulnerabilities, of which none is a finding; OsvError."""
         from vllm_forge.release.osv import find  # noqa: PLC0415 - loads packageurl
 
         known, left = find(self.evidence.only("sbom").statement["predicate"], export)

@@ -33,6 +33,7 @@ from vllm_forge.release import sbom, statements
 from vllm_forge.release.errors import (
     DecisionError,
     GateRefusedError,
+    OsvError,
     RegistryAuthError,
     RegistryContentError,
     RegistryUnreachableError,
@@ -151,6 +152,9 @@ def test_known_vulnerabilities_are_listed_by_an_export(releases: Releases, tmp_p
     assert ": X-1, CVE-2026-1, fixed in 0.1.1" in text
     assert ": X-2, no fixed version known" in text
     assert [row["ids"] for row in report.vulnerabilities] == [("X-1", "CVE-2026-1"), ("X-2",)]
+    path.write_bytes(b"")
+    with pytest.raises(OsvError):  # of the file, not of the image
+        verification(releases, f":{tag}", "candidate").run(export=path)
     assert any("packages of type deb" in row for row in report.not_checked)
 
 
