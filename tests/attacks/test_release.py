@@ -28,14 +28,14 @@ from vllm_forge.images.layer import LayerBlob
 from vllm_forge.images.layout import ImageLayer, read_image, write_image
 from vllm_forge.matrix.model import ReleasePolicy
 from vllm_forge.project import Project
-from vllm_forge.release import errors, verify
+from vllm_forge.release import errors, published
 from vllm_forge.release.evidence import Trust
 from vllm_forge.release.gate import policy_of
 from vllm_forge.release.pipeline import release
 from vllm_forge.release.published import SUFFIX, attest_folder, from_layout, from_registry
 from vllm_forge.release.registry import Reference
 from vllm_forge.release.statements import PROVENANCE, SBOM, TEST_RESULT, VSA
-from vllm_forge.release.verify import Report, Verification
+from vllm_forge.release.verify import Report, Verification, describe
 from vllm_forge.signing import errors as signing
 from vllm_forge.signing import load_private, read, read_keyring, sign
 
@@ -384,8 +384,8 @@ def test_layer_of_a_stranger_is_read_in_part(
 ) -> None:
     """Few bytes of gzip can be any number of bytes, and Python keeps a header in memory."""
     with_layer(released, TARS[tar]())
-    monkeypatch.setattr(verify, "PLAIN_BYTES", 1 << 20)
-    monkeypatch.setattr(verify, "plain_tar", lambda _: Counted(TARS[tar]()))
+    monkeypatch.setattr(published, "PLAIN_BYTES", 1 << 20)
+    monkeypatch.setattr(published, "plain_tar", lambda _: Counted(TARS[tar]()))
     Counted.total = 0
     findings = {type(error) for error in released.verify().findings}
     assert findings == {errors.ImageContentError}
@@ -406,7 +406,7 @@ def test_stage_without_signatures_says_so(released: Released) -> None:
         trust=Trust(keys=read_keyring(released.root)), now=datetime.now(UTC),
     ).run()  # fmt: skip
     assert report.findings == []
-    assert "not checked  who made it: stage dev requires no signature" in verify.describe(report)
+    assert "not checked  who made it: stage dev requires no signature" in describe(report)
 
 
 @pytest.mark.parametrize("stage", ["candidate", "dev"])

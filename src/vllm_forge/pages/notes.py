@@ -13,7 +13,8 @@ from vllm_forge.matrix import ImageCell
 from vllm_forge.pages.markdown import escape, table
 from vllm_forge.project import Project
 from vllm_forge.receipts.verification import preset_state, read_receipts
-from vllm_forge.release.verify import Report, Verification, read_stack
+from vllm_forge.release.published import read_stack
+from vllm_forge.release.verify import Report, Verification
 
 MOST = 40  # differences of one kind
 

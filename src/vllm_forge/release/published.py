@@ -3,23 +3,38 @@
 Everything is read by digest: a tag is resolved once, and what it names later does not matter.
 """
 
+import io
+import tarfile
+import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from zstandard import ZstdError
+
 from vllm_forge.errors import ForgeError, UsageError
-from vllm_forge.host import parse_json, read_plain
+from vllm_forge.host import cache_root, parse_json, printable, read_plain
 from vllm_forge.host.files import file_digest
+from vllm_forge.images.content import STACK, labels
 from vllm_forge.images.errors import LayoutError
+from vllm_forge.images.layer import GZIP, LayerBlob, plain_tar
 from vllm_forge.images.layout import MANIFEST, Image, ImageLayer, read_image
-from vllm_forge.release.errors import BundleFileError, RegistryContentError
+from vllm_forge.release.errors import BundleFileError, ImageContentError, RegistryContentError
 from vllm_forge.release.referrers import PREDICATE, referrers
 from vllm_forge.release.registry import Reference, Repository
 from vllm_forge.signing.bundle import LARGEST, MEDIA_TYPE
 
 SUFFIX = ".sigstore.json"
 CONFIG_BYTES = 8 << 20
+LAYER_BYTES = 64 << 20  # of a layer that may hold stack.json; that of a series has 1 MB or less
+PLAIN_BYTES = 256 << 20
+STACK_BYTES = 1 << 20  # that of a full image has 25 kB
+NEEDED = {"compute_capability", "debian", "packages", "series", "vllm_release"}
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
+UNREADABLE = (OSError, EOFError, zlib.error, ZstdError, tarfile.TarError, *MALFORMED)
 MOST_LAYERS = 125  # maxLayerDepth of docker (github.com/moby/moby, layer/layer_store.go)
 
 
@@ -90,10 +105,10 @@ def from_registry(reference: Reference, ca: Path | None = None) -> Published:
     where = reference.at(found.digest)
     try:
         if found.media_type != MANIFEST:
-            raise ValueError(f"its type is {found.media_type}")  # noqa: TRY301
+            raise ValueError(f"its type is {found.media_type}")
         config = parse_json(repository.blob(found.blobs()[0].digest, CONFIG_BYTES))
         image = _image(found.digest, parse_json(found.content), config, Path())
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except MALFORMED as error:
         what = f"not an image of vllm-forge: {error!r}"
         remedy = "give the reference of an image that vllm-forge released"
         raise RegistryContentError(what, where=str(where), remedy=remedy) from None
@@ -126,7 +141,7 @@ def from_layout(path: Path) -> Published:
     image = read_image(path)
     try:
         image = _image(f"sha256:{image.digest}", image.manifest, image.config, path)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except MALFORMED as error:
         what, remedy = f"not an image of vllm-forge: {error!r}", "give the folder of a mirror"
         raise LayoutError(what, where=str(path), remedy=remedy) from None
     return Published(
@@ -165,3 +180,51 @@ def read_bundles(folder: Path) -> Iterator[Attached]:
             what, remedy = f"cannot read a bundle: {error}", "see who wrote it, and get it again"
             fault = BundleFileError(what, where=str(path), remedy=remedy)
             yield Attached(where=str(path), stated=stated, error=fault)
+
+
+@contextmanager
+def work_folder() -> Iterator[Path]:
+    """A folder of the cache, for layers that are not on this host."""
+    parent = cache_root() / "work"
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="verify-", dir=parent) as work:
+        yield Path(work)
+
+
+def read_stack(published: Published) -> dict[str, Any]:
+    """stack.json of an image: of the highest of its layers that has it; ImageContentError."""
+    try:
+        with work_folder() as work:
+            for layer in reversed(published.image.layers):
+                if layer.blob.media_type == GZIP and layer.blob.size <= LAYER_BYTES:
+                    (fetched,) = published.fetch([layer], work)
+                    if (content := _member(fetched.blob, STACK)) is not None:
+                        stack: dict[str, Any] = parse_json(content)
+                        labels(stack, "")  # has what they are made of
+                        if missing := NEEDED - stack.keys():
+                            raise LookupError(f"it lacks {', '.join(sorted(missing))}")
+                        if not all(
+                            isinstance(stack[name], dict) for name in ("debian", "packages")
+                        ):
+                            raise TypeError("its packages are not a table")
+                        return stack
+        why = "no layer has it"
+    except UNREADABLE as error:
+        why = printable(f"{type(error).__name__}: {error}")
+    what = f"cannot read /{STACK}: {why}"
+    remedy = "give an image that vllm-forge built"
+    raise ImageContentError(what, where=published.where, remedy=remedy)
+
+
+def _member(blob: LayerBlob, name: str) -> bytes | None:
+    """A small file of a layer, of whose tar PLAIN_BYTES are read: a header can be of any size."""
+    with plain_tar(blob) as plain:
+        start = io.BytesIO(plain.read(PLAIN_BYTES))
+    with tarfile.open(fileobj=start, mode="r:") as tar:
+        for info in tar:
+            if info.name == name and info.isreg() and info.size <= STACK_BYTES:
+                file = tar.extractfile(info)
+                return None if file is None else file.read()
+            if info.offset_data + info.size > PLAIN_BYTES:
+                break
+    return None

@@ -12,9 +12,8 @@ from vllm_forge.images.prewarm import prewarm_lock, unpack_prewarm
 from vllm_forge.images.record import differences
 from vllm_forge.project import Project
 from vllm_forge.release.errors import CommitMissingError, RebuildDiffersError
-from vllm_forge.release.published import Published
+from vllm_forge.release.published import Published, work_folder
 from vllm_forge.release.statements import External, Provenance
-from vllm_forge.release.verify import work_folder
 
 SHOWN = 20  # files of a layer
 PREWARM = "compiled kernels"

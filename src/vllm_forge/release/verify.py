@@ -3,13 +3,8 @@
 Everything that a stage requires must be there and hold; what was not checked is said.
 """
 
-import io
 import re
-import tarfile
-import tempfile
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
@@ -17,12 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from zstandard import ZstdError
 
 from vllm_forge.errors import ForgeError, problems
-from vllm_forge.host import cache_root, canonical, parse_json, printable
-from vllm_forge.images.content import STACK, labels
-from vllm_forge.images.layer import GZIP, LayerBlob, plain_tar
+from vllm_forge.host import canonical, printable
+from vllm_forge.images.content import labels
 from vllm_forge.images.record import differences
 from vllm_forge.matrix.model import ReleasePolicy, Stage
 from vllm_forge.receipts.receipt import Statement as Receipt
@@ -39,20 +32,14 @@ from vllm_forge.release.evidence import (
     slsa_level,
 )
 from vllm_forge.release.gate import Waiver
-from vllm_forge.release.published import Published
+from vllm_forge.release.published import UNREADABLE, Published, read_stack, work_folder
 from vllm_forge.release.sbom import compare_contents, packages_of
 from vllm_forge.release.statements import BUILDER, Provenance
 from vllm_forge.signing import Verified
 
-LAYER_BYTES = 64 << 20  # of a layer that may hold stack.json; that of a series has 1 MB or less
-PLAIN_BYTES = 256 << 20
-STACK_BYTES = 1 << 20  # that of a full image has 25 kB
 SHOWN = 5  # differences
 COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-NEEDED = {"compute_capability", "debian", "packages", "series", "vllm_release"}
 AHEAD = timedelta(minutes=5)  # that the clock of a signer may be
-MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
-UNREADABLE = (OSError, EOFError, zlib.error, ZstdError, tarfile.TarError, *MALFORMED)
 Model = TypeVar("Model", Decision, Provenance, Receipt)
 
 
@@ -367,54 +354,6 @@ def parse(model: type[Model], name: str, row: Verified) -> Model:
 def resource(stack: dict[str, Any], digest: str) -> str:
     """Package URL of an image, as its SBOM has it: whatever registry it is in."""
     return f"pkg:oci/vllm-{stack['vllm_release']}-{stack['sku']}@{digest}?arch=amd64"
-
-
-@contextmanager
-def work_folder() -> Iterator[Path]:
-    """A folder of the cache, for layers that are not on this host."""
-    parent = cache_root() / "work"
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="verify-", dir=parent) as work:
-        yield Path(work)
-
-
-def read_stack(published: Published) -> dict[str, Any]:
-    """stack.json of an image: of the highest of its layers that has it; ImageContentError."""
-    try:
-        with work_folder() as work:
-            for layer in reversed(published.image.layers):
-                if layer.blob.media_type == GZIP and layer.blob.size <= LAYER_BYTES:
-                    (fetched,) = published.fetch([layer], work)
-                    if (content := _member(fetched.blob, STACK)) is not None:
-                        stack: dict[str, Any] = parse_json(content)
-                        labels(stack, "")  # has what they are made of
-                        if missing := NEEDED - stack.keys():
-                            raise LookupError(f"it lacks {', '.join(sorted(missing))}")
-                        if not all(
-                            isinstance(stack[name], dict) for name in ("debian", "packages")
-                        ):
-                            raise TypeError("its packages are not a table")
-                        return stack
-        why = "no layer has it"
-    except UNREADABLE as error:
-        why = printable(f"{type(error).__name__}: {error}")
-    what = f"cannot read /{STACK}: {why}"
-    remedy = "give an image that vllm-forge built"
-    raise errors.ImageContentError(what, where=published.where, remedy=remedy)
-
-
-def _member(blob: LayerBlob, name: str) -> bytes | None:
-    """A small file of a layer, of whose tar PLAIN_BYTES are read: a header can be of any size."""
-    with plain_tar(blob) as plain:
-        start = io.BytesIO(plain.read(PLAIN_BYTES))
-    with tarfile.open(fileobj=start, mode="r:") as tar:
-        for info in tar:
-            if info.name == name and info.isreg() and info.size <= STACK_BYTES:
-                file = tar.extractfile(info)
-                return None if file is None else file.read()
-            if info.offset_data + info.size > PLAIN_BYTES:
-                break
-    return None
 
 
 def describe(report: Report) -> str:
