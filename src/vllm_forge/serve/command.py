@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NoReturn
 from pydantic import Field
 
 from vllm_forge.errors import UsageError
-from vllm_forge.host import Probe, gpu_container, read_plain, which
+from vllm_forge.host import Probe, gpu_container, hash_of, read_plain, which
 from vllm_forge.host.errors import ToolMissingError
 from vllm_forge.host.probe import GPU_QUERY, Gpu
 from vllm_forge.matrix import FrozenModel, ImageCell, serve_arguments
@@ -117,15 +117,18 @@ def service_of(
     if ids and len(ids) != gpus:
         what = f"{len(ids)} GPUs are given, and {deployment.preset_name} needs {gpus}"
         raise UsageError(what, remedy=f"give {gpus} to --gpu-ids: {deployment.spread.text}")
-    # Compiled kernels and bytecode: code that only the image that made it may run.
-    volume = digest.partition(":")[2][:12] if digest else f"{cell.sku_name}-{cell.line_name}"
     image = f"localhost/{cell.name}" + (f"@{digest}" if digest else f":{cell.line_name}")
+    image = options.image or image
+    # Compiled kernels and bytecode: code that only the image that made it may run.
+    volume = image.partition("@sha256:")[2][:12] or f"{cell.sku_name}-{cell.line_name}"
+    if options.image and "@sha256:" not in image:
+        volume = hash_of(image)[:12]
     name = options.name or f"vllm-{deployment.preset_name}"
     _, variables = serve_arguments(deployment.matrix, deployment.preset_name)
     preset = [f"{name}={value}" for name, value in sorted(variables.items())]
     mounts = [] if deployment.model is None else [f"{deployment.model}:{MODEL}:ro"]
     chosen = {
-        "image": options.image or image,
+        "image": image,
         "name": name if number == 1 else f"{name}-{number}",
         "port": options.port or settings.port + number - 1,
         "gpu_ids": ids,

@@ -39,8 +39,8 @@ LAYERS, DRAFT, EMBEDDING = "layers", "mtp", "embed"
 # group has the layers of the fullest one).
 IN_FLIGHT, WIDEST = Version("0.26"), Version("0.33")
 # Seen beside weights and KV cache, by subtraction: a start with 5.3 GiB or less (RTX PRO 6000, TP2,
-# --max-num-batched-tokens=2048: the model card's), failures with 8.3 (2048 tokens, sm89#54) and
-# 11.5 (16384 tokens, vllm#44376).
+# --max-num-batched-tokens=2048: the model card's), failures with 8.3 (2048 tokens,
+# yhfgyyf/vllm-deepseek-v4-sm89#54) and 11.5 (16384 tokens, vllm-project/vllm#44376).
 OVERHEAD = 12 * GIB
 MOST_UTILIZATION = 0.97  # the driver and NCCL need the rest
 

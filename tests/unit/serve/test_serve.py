@@ -359,6 +359,15 @@ def test_options_of_the_container(deployment: Deployment, tmp_path: Path) -> Non
     assert name not in words(run(mine))
 
 
+def test_an_image_of_ones_own_has_its_own_volume_of_code(deployment: Deployment) -> None:
+    """Else it would run what another image compiled."""
+    images = (None, "a/b:1", "a/b:2", "a/b@sha256:" + "12" * 32, "c/d@sha256:" + "34" * 32)
+    volumes = [run(deployment, image=image).argv for image in images]
+    code = {word for argv in volumes for word in argv if word.endswith(":/cache")}
+    assert len(code) == len(images)
+    assert "--volume=vllm-forge-121212121212:/cache" in code
+
+
 def test_podman_has_the_health_check_of_the_image(deployment: Deployment, root: Path) -> None:
     """It ignores that of an OCI image; the command and times are those of docker/Dockerfile."""
     argv = words(run(deployment, engine="podman"))
