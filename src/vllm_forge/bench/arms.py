@@ -47,7 +47,7 @@ def arm_of(
         artifact=deployment.artifact_name,
         argv=bare_command(deployment).argv,
         gpu=gpus[0].name,
-        gpus=deployment.preset.tensor_parallel,
+        gpus=deployment.spread.gpus,
         driver=gpus[0].driver or "unknown",
     )
     conditions = Conditions(

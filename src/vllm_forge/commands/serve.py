@@ -96,9 +96,9 @@ def serve(project: Project, args: argparse.Namespace) -> None:
     """Serve a preset in its image; flags of vLLM follow after --."""
     import vllm_forge.serve.command as shell
     from vllm_forge.images.record import built_digest
+    from vllm_forge.matrix.flags import refuse_ours
     from vllm_forge.serve import judge
     from vllm_forge.serve.errors import NoGpuError
-    from vllm_forge.serve.flags import refuse_ours
     from vllm_forge.serve.render import render
 
     refuse_ours(args.vllm_flags)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from vllm_forge.errors import problems, suggestion
 from vllm_forge.host import read_plain
 from vllm_forge.matrix import errors
+from vllm_forge.matrix.flags import parallel
 from vllm_forge.matrix.model import Base, LayerRule, Line, Matrix, Sku
 
 # What a wheel has of the checkout that it was built from, see scripts/hatch_build.py.
@@ -96,6 +97,11 @@ def serve_arguments(matrix: Matrix, preset_name: str) -> tuple[list[str], dict[s
         }
         args.append(f"--speculative-config={json.dumps(drafter, separators=(',', ':'))}")
     return args, dict(preset.env)
+
+
+def gpus_of(matrix: Matrix, preset_name: str) -> int:
+    """How many GPUs a server of a preset has, by all its parallel sizes."""
+    return parallel(serve_arguments(matrix, preset_name)[0]).gpus
 
 
 def find_root() -> Path:

@@ -29,5 +29,9 @@ class UnsupportedCellError(ForgeError, exit_code=REFUSED):
     """The line, or no line at all, can serve this SKU; the row says why."""
 
 
+class MultiNodeError(ForgeError, exit_code=REFUSED):
+    """Flags of vLLM that spread one server over several hosts or process groups."""
+
+
 class RecordFileError(ForgeError, exit_code=REFUSED):
     """A committed record is not JSON."""

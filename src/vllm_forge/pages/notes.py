@@ -9,7 +9,7 @@ from vllm_forge.host import git
 from vllm_forge.images.record import differences
 from vllm_forge.kernels.selection.record import differences as leaves
 from vllm_forge.kernels.selection.record import read_selection, selection_path
-from vllm_forge.matrix import ImageCell
+from vllm_forge.matrix import ImageCell, gpus_of
 from vllm_forge.pages.markdown import escape, table
 from vllm_forge.project import Project
 from vllm_forge.receipts.verification import preset_state, read_receipts
@@ -55,7 +55,7 @@ def _runs_on(project: Project, cell: ImageCell, digest: str) -> list[str]:
             drafting = preset.speculative_tokens > 0
             if matrix.artifact[artifact].why_not(cell.line_name, drafting=drafting) is None:
                 state = preset_state(project, receipts, cell, name, artifact)
-                rows.append((name, preset.tensor_parallel, artifact, state))
+                rows.append((name, gpus_of(matrix, name), artifact, state))
     driver = matrix.cuda[cell.line.cuda].driver
     head = f"{cell.sku.device}, NVIDIA driver {driver} or newer."
     return ["## Runs on", "", head, "", table(["preset", "GPUs", "artifact", "state"], rows), ""]

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pydantic import BaseModel, Field, ValidationError
 
 from vllm_forge.errors import problems
+from vllm_forge.matrix import gpus_of
 from vllm_forge.pages.markdown import table
 from vllm_forge.project import Project
 from vllm_forge.receipts.errors import ReceiptUnreadableError
@@ -93,7 +94,7 @@ def _rehearsable(project: Project) -> Iterator[Place]:
     matrix, line = project.matrix, project.matrix.default_line
     gpus = read_suite(project.root).tier[TIER].gpus
     for name, preset in matrix.preset.items():
-        for artifact in preset.artifacts if preset.tensor_parallel == gpus else ():
+        for artifact in preset.artifacts if gpus_of(matrix, name) == gpus else ():
             if matrix.artifact[artifact].shards is not None:
                 yield preset.sku, line, name, artifact
 

@@ -13,7 +13,7 @@ from vllm_forge.errors import ForgeError, problems
 from vllm_forge.host import console, parse_json, printable, read_plain
 from vllm_forge.kernels.selection.questions import grid_question
 from vllm_forge.kernels.selection.record import read_selection
-from vllm_forge.matrix import ImageCell
+from vllm_forge.matrix import ImageCell, gpus_of
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
 from vllm_forge.receipts import FOLDER, errors
@@ -168,7 +168,7 @@ def preset_state(
         for receipt in receipts.valid
         if (detail := receipt.statement.detail).tier == ARTIFACTS
         and (detail.sku, detail.line) == (cell.sku_name, cell.line_name)
-        and len(detail.gpus) >= project.matrix.preset[preset].tensor_parallel
+        and len(detail.gpus) >= gpus_of(project.matrix, preset)
         and any(
             test.outcome == "passed" and facts <= test.facts.items()
             for test in detail.tests.values()

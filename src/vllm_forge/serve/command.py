@@ -13,9 +13,8 @@ from vllm_forge.errors import UsageError
 from vllm_forge.host import Probe, gpu_container, hash_of, read_plain, which
 from vllm_forge.host.errors import ToolMissingError
 from vllm_forge.host.probe import GPU_QUERY, Gpu
-from vllm_forge.matrix import FrozenModel, ImageCell, serve_arguments
+from vllm_forge.matrix import FrozenModel, ImageCell, flags, serve_arguments
 from vllm_forge.matrix.model import Container
-from vllm_forge.serve import flags
 from vllm_forge.serve.deployment import KEY, Deployment
 from vllm_forge.serve.doctor import fitting_gpus, listed_gpus
 from vllm_forge.serve.errors import NoGpuError

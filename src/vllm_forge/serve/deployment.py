@@ -7,12 +7,11 @@ from pathlib import Path
 from vllm_forge.host import suggestion
 from vllm_forge.kernels.selection.questions import Answer, grid_question, preset_question
 from vllm_forge.kernels.selection.record import Rows, read_selection, selection_path
-from vllm_forge.matrix import Artifact, ImageCell, Matrix, Preset, serve_arguments
+from vllm_forge.matrix import Artifact, ImageCell, Matrix, Preset, flags, serve_arguments
 from vllm_forge.matrix.errors import UnsupportedCellError
+from vllm_forge.matrix.flags import Parallel
 from vllm_forge.project import Project
-from vllm_forge.serve import flags
 from vllm_forge.serve.errors import UnknownArtifactError, UnknownPresetError
-from vllm_forge.serve.flags import Parallel
 from vllm_forge.serve.memory import Memory, memory_of, stored_sizes
 from vllm_forge.sources import Lock
 from vllm_forge.sources.lock import UNPACK_RATIO

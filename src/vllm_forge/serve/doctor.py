@@ -11,8 +11,9 @@ from rich.text import Text
 
 from vllm_forge.host import Probe, Reply, gigabytes, parse_json, printable
 from vllm_forge.host.probe import GPU_QUERY, Gpu, parse_gpus
+from vllm_forge.matrix import gpus_of
 from vllm_forge.serve import machine
-from vllm_forge.serve.deployment import Deployment, Needs, find_deployment, presets_of
+from vllm_forge.serve.deployment import Deployment, Needs, presets_of
 from vllm_forge.serve.machine import HostFinding, Level, judged, one_line
 
 NOT_INSTALLED = "not installed"
@@ -200,11 +201,7 @@ def check_gpus(host: Host, deployment: Deployment, needs: Needs) -> Iterator[Hos
         yield HostFinding("device", "unknown", ", ".join(others), sku.device, remedy)
     presets = presets_of(matrix, cell.sku_name)
     short = deployment.preset_name.removeprefix(f"{cell.sku_name}-")
-    smaller = [
-        short
-        for short, name in presets.items()
-        if find_deployment(matrix, cell, name).spread.gpus <= len(fitting)
-    ]
+    smaller = [short for short, name in presets.items() if gpus_of(matrix, name) <= len(fitting)]
     remedy = "choose a preset for fewer GPUs: " + ", ".join(f"--preset {name}" for name in smaller)
     if not smaller:
         remedy = "use a host with more GPUs: no preset of this SKU is for fewer"

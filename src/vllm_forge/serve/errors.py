@@ -28,10 +28,6 @@ class NoGpuError(ForgeError, exit_code=FAULT):
     """A server was asked for where there is no GPU, or no engine that gives it to a container."""
 
 
-class MultiNodeError(ForgeError, exit_code=REFUSED):
-    """Flags of vLLM that spread one server over several hosts or process groups."""
-
-
 class NotJudgedError(ForgeError, exit_code=UNDECIDED):
     """No record covers the flags, and the image's vLLM cannot be asked about them."""
 

@@ -17,7 +17,7 @@ from vllm_forge.images.engines import Buildx, ContainerRun
 from vllm_forge.kernels.selection import questions as asking
 from vllm_forge.kernels.selection.questions import Answer, Question, artifact_config
 from vllm_forge.kernels.selection.record import Rows
-from vllm_forge.serve import flags
+from vllm_forge.matrix import flags
 from vllm_forge.serve.deployment import Deployment
 from vllm_forge.serve.errors import (
     HostUnfitError,

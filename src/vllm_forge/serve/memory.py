@@ -17,8 +17,8 @@ from packaging.version import Version
 
 from vllm_forge.checkpoints.tensors import DTYPE_BYTES
 from vllm_forge.kernels.selection.questions import Answer, KvCache, artifact_config
-from vllm_forge.serve import flags
-from vllm_forge.serve.flags import Parallel
+from vllm_forge.matrix import flags
+from vllm_forge.matrix.flags import Parallel
 from vllm_forge.serve.machine import Level
 
 GIB = 1 << 30

@@ -12,8 +12,8 @@ from vllm_forge.errors import UsageError
 from vllm_forge.kernels.selection.questions import KvCache
 from vllm_forge.kernels.selection.record import Rows, read_selection
 from vllm_forge.matrix import image_cell, load
+from vllm_forge.matrix.flags import Parallel
 from vllm_forge.serve.deployment import Deployment, find_deployment
-from vllm_forge.serve.flags import Parallel
 from vllm_forge.serve.memory import (
     GIB,
     KvPool,

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from vllm_forge.errors import UsageError
-from vllm_forge.serve.errors import MultiNodeError
-from vllm_forge.serve.flags import Parallel, parallel, refuse_ours, values
+from vllm_forge.matrix import gpus_of, load
+from vllm_forge.matrix.errors import MultiNodeError
+from vllm_forge.matrix.flags import Parallel, parallel, refuse_ours, values
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize(
@@ -74,3 +80,12 @@ def test_what_serve_sets_itself_is_refused(words: list[str], remedy: str) -> Non
         refuse_ours(words)
     assert remedy in refused.value.remedy
     refuse_ours(["--max-model-len=1"])
+
+
+def test_gpus_of_a_preset_are_all_of_its_sizes(root: Path) -> None:
+    matrix = load(root)
+    assert gpus_of(matrix, "b300-mtp") == 4
+    row = matrix.preset["b300-mtp"]
+    wide = row.model_copy(update={"flags": (*row.flags, "--data-parallel-size=2")})
+    rows = {**matrix.preset, "b300-mtp": wide}
+    assert gpus_of(matrix.model_copy(update={"preset": rows}), "b300-mtp") == 8

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_forge.errors import UsageError
-from vllm_forge.serve.errors import MultiNodeError
+from vllm_forge.matrix.errors import MultiNodeError
 
 SHORT = {
     "-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size",
