@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 
 import zstandard
 
+from vllm_forge.checkpoints.fixtures.sparse import SIGN
 from vllm_forge.gputest import launch
 from vllm_forge.gputest.errors import KitError
 from vllm_forge.host import atomic_path, report, require_disk, tree_bytes
@@ -51,6 +52,10 @@ def make_kit(
     if output.exists() or output.is_symlink():
         remedy = "choose another --output, or delete it"
         raise KitError("--output exists already", where=output, remedy=remedy)
+    for folder in inputs.values():
+        if (folder / SIGN).exists():
+            remedy = "give its recipe: checkpoint fixtures full --artifact NAME DIR --recipe"
+            raise KitError("a copy of a rehearsal stores its holes", where=folder, remedy=remedy)
     image = read_image(layout)
     with report("verify the image"):
         verify(image)

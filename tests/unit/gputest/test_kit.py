@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from vllm_forge.checkpoints.fixtures.sparse import SIGN
+from vllm_forge.gputest.errors import KitError
 from vllm_forge.gputest.kit import (
     HOST,
     RUN,
+    make_kit,
     write_layers,
     write_parts,
 )
@@ -26,6 +29,7 @@ from vllm_forge.images.layer import ZstdLayerWriter
 from vllm_forge.images.layout import Image, ImageLayer, write_image
 from vllm_forge.images.store import write_layer
 from vllm_forge.images.wheels import Entry
+from vllm_forge.project import Project
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -387,3 +391,14 @@ def test_no_part_is_larger_than_asked(tmp_path: Path) -> None:
     (tmp_path / "joined.tar").write_bytes(joined)
     subprocess.run(["tar", "-xf", tmp_path / "joined.tar", "-C", tmp_path], check=True)
     assert (tmp_path / "file").read_bytes() == (content / "file").read_bytes()
+
+
+def test_rehearsal_that_would_be_copied_is_refused(root: Path, tmp_path: Path) -> None:
+    project, model = Project(root), tmp_path / "model"
+    (model / SIGN).mkdir(parents=True)
+    with pytest.raises(KitError, match="stores its holes"):
+        make_kit(
+            project, project.cell("h200"), tmp_path / "layout", tmp_path / "kit", max_part=1,
+            inputs={"checkpoints/card": model},
+        )  # fmt: skip
+    assert not (tmp_path / "kit").exists()
