@@ -128,7 +128,7 @@ def runs_on(target: Target, kind: Kind, capability: Capability) -> bool:
     return capability >= target.capability
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Section:
     name: str
     executable: bool
@@ -169,12 +169,7 @@ def _text(buffer: bytes | mmap, offset: int) -> str:
 def sections(buffer: bytes | mmap) -> list[Section]:
     rows, names = _section_rows(buffer)
     return [
-        Section(
-            name=_text(buffer, rows[names][4] + row[0]),
-            executable=bool(row[2] & EXECUTABLE),
-            offset=row[4],
-            size=row[5],
-        )
+        Section(_text(buffer, rows[names][4] + row[0]), bool(row[2] & EXECUTABLE), row[4], row[5])
         for row in rows
         if row[1] not in NO_BYTES
     ]
