@@ -11,6 +11,7 @@ import io
 import json
 import subprocess
 import tarfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 OUTSIDE = {"packages", "tree", "stack", "hygiene", "system", "wheel-files"}  # of the layers
 COMPILED = b"bytecode of the checks"
+WRITING = threading.Lock()
 STATUS = b"Package: python3\nStatus: install ok installed\nVersion: 3.13.5-1\n"
 
 
@@ -108,7 +110,7 @@ class FastEngine:
         del runner
         kept = run.bytecode / "module.pyc"
         assert not kept.exists() or kept.read_bytes() == COMPILED, "code that nobody wrote was run"
-        with atomic_path(kept) as aside:
+        with WRITING, atomic_path(kept) as aside:  # both runs write it at a time
             aside.write_bytes(COMPILED)
         any_user = run.argv[-1] == "user"
         inside = check_names(compiler=False) - OUTSIDE
