@@ -106,7 +106,8 @@ def _answers(
 ) -> Outcome:
     """Pass also needs the noise floor, and truncated answers at their worst."""
     margin = outcome.margin
-    found = _decided(outcome, _test(score, reference, candidate, margin), "items")
+    unit = f"items{_lost(score, reference, candidate)}"
+    found = _decided(outcome, _test(score, reference, candidate, margin), unit)
     if found.word is not Word.PASS:
         return found
     if repeat is None:
@@ -123,6 +124,19 @@ def _answers(
         reason = f"{found.reason}; {value:.2f} pp if truncated answers are counted at their worst"
         return replace(found, word=Word.UNDECIDED, reason=reason)
     return found
+
+
+def _lost(score: str, reference: Arm, candidate: Arm) -> str:
+    """How answers were lost: only their form is wrong (another scorer accepts them), or cut off."""
+    right = {(row.item, row.repeat) for row in reference.rows if row.scores.get(score)}
+    lost = [
+        row
+        for row in candidate.rows
+        if (row.item, row.repeat) in right and not row.scores.get(score)
+    ]
+    form = sum(any(row.scores.values()) for row in lost)
+    cut = sum(row.finish == "length" for row in lost)
+    return f"; lost {len(lost)}: {form} by form, {cut} truncated" if lost else ""
 
 
 def _test(

@@ -91,6 +91,21 @@ def test_planted_loss_of_answers_fails(
     assert {name for name, word in found.items() if word == "fail"} == failing
 
 
+def test_lost_answers_are_counted_by_cause(reference: tuple[Path, Path], tmp_path: Path) -> None:
+    rows = rows_of(1, items=ITEMS)
+    right = [number for number, row in enumerate(rows) if row.scores["strict"]]
+    form, cut = right[:30], right[30:35]
+    for number in form:
+        rows[number] = rows[number].model_copy(
+            update={"scores": {"strict": False, "flexible": True}}
+        )
+    for number in cut:
+        rows[number] = rows[number].model_copy(update={"scores": {}, "finish": "length"})
+    candidate = read_arm(write_result(tmp_path / "b.json", rows))
+    (outcome,) = gate({"strict": STRICT}, read_arm(reference[0]), candidate)
+    assert "lost 35: 30 by form, 5 truncated" in outcome.reason
+
+
 @pytest.mark.parametrize(
     ("regression", "failing"),
     [({}, set()), ({"speed": 0.95}, {"throughput"}), ({"acceptance": 0.78}, {"acceptance"})],
@@ -293,6 +308,14 @@ def test_published_sweep_has_unequal_caps(root: Path, tmp_path: Path) -> None:
         gate({"strict": STRICT}, *arms)
 
 
+def test_starts_with_different_items_are_refused(tmp_path: Path) -> None:
+    rows = rows_of(1, items=5, starts=2)
+    rows[-1] = rows[-1].model_copy(update={"item": "other"})
+    arm = read_arm(write_result(tmp_path / "a.json", rows, orders=(0, 3)))
+    with pytest.raises(InvalidResultError, match="the starts answered different items"):
+        gate({"strict": STRICT}, arm, arm)
+
+
 def test_results_without_scores_have_nothing_to_judge(tmp_path: Path) -> None:
     rows = [row.model_copy(update={"scores": {}}) for row in rows_of(1, items=5)]
     arms = [read_arm(write_result(tmp_path / f"{n}.json", rows)) for n in range(2)]
@@ -305,7 +328,8 @@ def test_damaged_result_is_refused(fault: str, tmp_path: Path) -> None:
     path = write_result(tmp_path / "a.json", rows_of(1, items=5))
     record, rows = json.loads(path.read_text()), tmp_path / "a.jsonl.gz"
     if fault == "changed":
-        rows.write_bytes(gzip.compress(gzip.decompress(rows.read_bytes())[:-10]))
+        text = gzip.decompress(rows.read_bytes()).replace(b'"seconds":1.0', b'"seconds":2.0')
+        rows.write_bytes(gzip.compress(text))
     elif fault in {"not-gzip", "two-members", "start"}:
         text = gzip.decompress(rows.read_bytes()).replace(b'"start":0', b'"start":3')
         forms = {
