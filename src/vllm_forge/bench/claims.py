@@ -70,6 +70,13 @@ class Single(_Claim):
     share: Share
 
 
+class Bare(_Claim):
+    """A figure that was published without a count, or with one start, and follows from nothing."""
+
+    kind: Literal["bare"]
+    value: Printed
+
+
 class Comparison(_Claim):
     """Two shares; ``varies`` are the properties of the arms that the words are about.
 
@@ -199,6 +206,7 @@ class Raw(FrozenModel):
 
 Claim = Annotated[
     Single
+    | Bare
     | Comparison
     | Derived
     | Range

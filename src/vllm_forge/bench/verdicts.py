@@ -13,6 +13,7 @@ from scipy import stats
 from vllm_forge.bench import statistics
 from vllm_forge.bench.claims import (
     CLAIMS,
+    Bare,
     ClaimsFile,
     ColdStart,
     Comparison,
@@ -192,6 +193,11 @@ def _single(row: Single) -> Verdict:
     )
 
 
+def _bare(_: Bare) -> Verdict:
+    detail = "neither a count nor repeats were published"
+    return Verdict(word=Word.UNDECIDED, method="none", n="1", detail=detail)
+
+
 def _derived(row: Derived) -> Verdict:
     operands = [number(quantity) for quantity in row.of]
     name, rule = RULES[row.rule]
@@ -303,6 +309,7 @@ def _speedup(row: Speedup, base: RawRun, run: RawRun) -> Verdict:
 
 _JUDGES: Mapping[type, Callable[[Any], Verdict]] = {
     Single: _single,
+    Bare: _bare,
     Derived: _derived,
     Range: _range,
     Series: _series,

@@ -35,6 +35,7 @@ CONTRADICTED = {
     "gsm8k-strict-bf16", "gsm8k-strict-bf16-mtp", "aime-scored", "aime-inflated", "tp8-slower",
     "peak", "sweep-c1-right", "sweep-c4-right", "sweep-c4-speed", "sweep-c8-minute",
     "sweep-c8-collapse", "acceptance-random", "smaller", "size", "mtp-bf16",
+    "decode-range",
 }  # fmt: skip
 DETAILS = {
     "gsm8k-strict-bf16": "McNemar p 2e-12 to 0.0032 over all pairings, Fisher 0.0023",
@@ -99,6 +100,7 @@ SOUND = [
         Word.CONSISTENT,
     ),
     (batches("1.00", 10, 100), Word.CONSISTENT),
+    ({"kind": "bare", "value": "81.60"}, Word.UNDECIDED),
 ]
 UNSOUND = [
     comparison(900, 950, 1000, "equal"),
