@@ -15,6 +15,7 @@ import pytest
 
 from vllm_forge import cli
 from vllm_forge.commands.parsers import parse
+from vllm_forge.matrix import load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -235,6 +236,24 @@ def test_every_page_is_in_the_index() -> None:
     linked = {(index.parent / link).resolve() for link in LINK.findall(index.read_text())}
     pages = {path for path in PAGES if path.is_relative_to(ROOT / "docs")} - {index}
     assert pages <= linked
+
+
+def test_page_says_what_a_chat_does_on_each_line() -> None:
+    """Case 20 of the field reports."""
+    page = (ROOT / "docs/operate/serve.md").read_text(encoding="utf-8")
+    shown = {
+        line: (words, place)
+        for lines, words, place in re.findall(r"^\| ([\d., ]+) \| (.*?) \| `(.*?)` \|$", page, re.M)
+        for line in lines.split(", ")
+    }
+    assert shown == {
+        name: (
+            "thinks" if line.chat.thinking else "does not think",
+            ":".join(line.chat.source.split(":")[:2]),
+        )
+        for name, line in load(ROOT).line.items()
+        if line.chat is not None
+    }
 
 
 def test_issue_template_asks_for_a_saved_doctor_report() -> None:

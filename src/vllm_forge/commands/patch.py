@@ -155,6 +155,12 @@ def _install_release(lock_path: Path, line: Line, python_version: str, python: P
 def select(project: Project, args: argparse.Namespace) -> None:
     """Ask each line's vLLM which kernels it selects (as root), and compare with the record."""
     from vllm_forge.kernels.selection.record import require_fresh, require_same, write_selection
+    from vllm_forge.kernels.selection.stops import (
+        find_stops,
+        require_cited,
+        require_same_stops,
+        write_stops,
+    )
     from vllm_forge.pages.kernels import selection_table
     from vllm_forge.pages.registry import write_pages
     from vllm_forge.proofs.environment import ask_line
@@ -166,14 +172,21 @@ def select(project: Project, args: argparse.Namespace) -> None:
     for name in names:
         selection = ask_line(project, name, Runner())
         console.print(selection_table(selection))
+        repo, tree = SourceRepo(), selection.inputs["series"]
+        if (chat := project.matrix.line[name].chat) is not None:
+            require_cited(repo, tree, chat.source)
+        stops = find_stops(repo, tree)
         if args.record:
             print(write_selection(project.records, selection))
-            write_pages(project, "docs/generated/selection.md")
+            print(write_stops(project.records, name, stops))
+            write_pages(project, "docs/generated/selection.md", "docs/generated/late-stops.md")
             continue
+        require_same_stops(project.records, name, stops)
         recorded = require_fresh(project, name)
-        require_same(recorded, [answer for _, answer in selection.rows])
+        rows = (*selection.rows, *selection.probes)
+        require_same(recorded, [answer for _, answer in rows])
         require_same(recorded, [answer for _, answer in selection.published], published=True)
-        print(f"line {name}: {len(selection.rows) + len(selection.published)} answers as recorded")
+        print(f"line {name}: {len(rows) + len(selection.published)} answers as recorded")
 
 
 def coverage(project: Project, args: argparse.Namespace) -> None:

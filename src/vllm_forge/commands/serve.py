@@ -97,12 +97,15 @@ def serve(project: Project, args: argparse.Namespace) -> None:
     import vllm_forge.serve.command as shell
     from vllm_forge.images.record import built_digest
     from vllm_forge.matrix.flags import refuse_ours
-    from vllm_forge.serve import judge
+    from vllm_forge.serve import judge, variables
     from vllm_forge.serve.errors import NoGpuError
     from vllm_forge.serve.render import render
 
     refuse_ours(args.vllm_flags)
     options = _options(args)
+    for variable in args.env:
+        if text := variables.doubt(variable.partition("=")[0]):
+            console.print(text, markup=False)
     cell = project.cell(args.sku, args.line)
     deployment = replace(
         find_deployment(project.matrix, cell, args.preset, args.artifact),
@@ -144,7 +147,11 @@ def lint(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.serve.lint import lint_line, require_clean
 
     names = project.lines(args.line)
-    require_clean([finding for name in names for finding in lint_line(project, name)])
+    linted = {name: lint_line(project, name) for name in names}
+    for name, (_, notes) in linted.items():
+        for note in notes:
+            console.print(f"line {name}, {note}", markup=False)
+    require_clean([finding for findings, _ in linted.values() for finding in findings])
     print(f"{len(project.matrix.preset)} presets, lines {', '.join(names)}: no findings")
 
 
@@ -154,6 +161,7 @@ def _say(project: Project, deployment: Deployment, digest: str | None) -> None:
 
     from vllm_forge.receipts.verification import preset_state, read_receipts
     from vllm_forge.serve.command import bare_command, build_command
+    from vllm_forge.serve.notes import chat_note, issue_notes
     from vllm_forge.serve.plan import first_start
 
     build = build_command(deployment.cell)
@@ -162,6 +170,9 @@ def _say(project: Project, deployment: Deployment, digest: str | None) -> None:
         what = f"image {digest}; if the engine lacks it: {build}"
     if network := first_start(project, deployment.cell):
         what += f"\n  {network}"
+    what += f"\n  a chat {chat_note(deployment.cell) or 'behaves in a way that is unknown'}"
+    for issue in issue_notes(project, deployment.cell):
+        what += f"\n  undecided here: {issue['about']}: {issue['title']}"
     receipts = read_receipts(project, datetime.now(UTC), image=digest)
     for line in replace(receipts, valid=()).lines(project.root):
         console.print(line, markup=False)
@@ -169,7 +180,7 @@ def _say(project: Project, deployment: Deployment, digest: str | None) -> None:
     state = preset_state(project, receipts, deployment.cell, preset, artifact)
     console.print(
         f"[bold]{preset}[/], {artifact}, line {deployment.cell.line_name}: [bold]{state}[/]\n"
-        f"  {escape(deployment.preset.note)}\n  {what}\n"
+        f"  {escape(deployment.preset.note)}\n  {escape(what)}\n"
         "  without a container, in an environment with the line's patched vLLM:",
     )
     console.print(f"{bare_command(deployment).text()}\n", style="dim", markup=False)
@@ -180,6 +191,7 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.serve.doctor import ask_host, judge, page
     from vllm_forge.serve.errors import HostUnfitError
     from vllm_forge.serve.machine import HostFinding
+    from vllm_forge.serve.notes import issue_notes
     from vllm_forge.serve.plan import first_start
 
     cell = project.cell(args.sku, args.line)
@@ -198,6 +210,11 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
     if network := first_start(project, cell):
         needed = "NVIDIA's server, or a mirror of it in FLASHINFER_CUBINS_REPOSITORY"
         findings.append(HostFinding("network", "unknown", f"the image {network}", needed))
+    for issue in issue_notes(project, cell):
+        needed = f"none: {issue['settled_by']} would settle it"
+        findings.append(
+            HostFinding("open issue", "unknown", f"{issue['about']}: {issue['title']}", needed)
+        )
     if args.json:
         parsers.print_json(args, [asdict(finding) for finding in findings])
     else:

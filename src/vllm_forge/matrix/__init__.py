@@ -3,6 +3,7 @@
 from vllm_forge.matrix.cells import (
     ImageCell,
     find_root,
+    flag_name,
     gpus_of,
     image_cell,
     load,

@@ -86,8 +86,13 @@ def _find_sku(matrix: Matrix, given: str) -> str:
     return of_arch[0]
 
 
-def serve_arguments(matrix: Matrix, preset_name: str) -> tuple[list[str], dict[str, str]]:
-    """What a preset adds to ``vllm serve MODEL``: arguments, each in one word, and environment."""
+def serve_arguments(
+    matrix: Matrix, preset_name: str, line_name: str | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """What a preset adds to ``vllm serve MODEL``: arguments, each in one word, and environment.
+
+    With a line also its parsers, each unless the preset sets it.
+    """
     preset = matrix.preset[preset_name]
     args = [f"--tensor-parallel-size={preset.tensor_parallel}", *preset.flags]
     if preset.speculative_tokens:
@@ -96,12 +101,21 @@ def serve_arguments(matrix: Matrix, preset_name: str) -> tuple[list[str], dict[s
             "num_speculative_tokens": preset.speculative_tokens,
         }
         args.append(f"--speculative-config={json.dumps(drafter, separators=(',', ':'))}")
+    chat = None if line_name is None else matrix.line[line_name].chat
+    given = {flag_name(flag) for flag in preset.flags}
+    args += [flag for flag in chat.flags if flag_name(flag) not in given] if chat else []
     return args, dict(preset.env)
 
 
 def gpus_of(matrix: Matrix, preset_name: str) -> int:
     """How many GPUs a server of a preset has, by all its parallel sizes."""
     return parallel(serve_arguments(matrix, preset_name)[0]).gpus
+
+
+def flag_name(flag: str) -> str:
+    """The option that a word sets, as ``vllm serve`` reads it: --no_x=1 and --x are --x."""
+    name = flag.partition("=")[0].replace("_", "-")
+    return f"--{name.removeprefix('--no-').removeprefix('--')}"
 
 
 def find_root() -> Path:

@@ -74,6 +74,18 @@ class UnsupportedSku(FrozenModel):
     reason: str = Field(min_length=20, description="printed when it is asked for")
 
 
+class Chat(FrozenModel):
+    """What a line's vLLM makes of a chat with this model."""
+
+    flags: tuple[Annotated[str, Field(pattern=r"^--[a-z][^\x00-\x1f\x7f]*$")], ...] = Field(
+        description="parsers of tool calls and reasoning, added to presets that do not set them"
+    )
+    thinking: Flag = Field(description="whether a request that says nothing of it thinks")
+    source: Annotated[str, Field(pattern=r"^vllm/\S+:\d+: .+$")] = Field(
+        description="PATH:LINE: TEXT of the release that decides it"
+    )
+
+
 class Line(FrozenModel):
     """A pinned vLLM release with its lock, patches and toolchain."""
 
@@ -91,6 +103,7 @@ class Line(FrozenModel):
     unsupported: dict[Name, str] = Field(
         default_factory=dict, description="SKU -> why this line cannot serve it"
     )
+    chat: Chat | None = None
     budget_mb: Integer = Field(description="compressed size of the image, 10^6 bytes, at most")
     unimportable: dict[str, str] = Field(
         default_factory=dict,

@@ -1,5 +1,6 @@
-"""docs/generated/coverage.md and selection.md, and both tables of a line."""
+"""docs/generated/coverage.md, selection.md and late-stops.md, and tables of a line."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,10 +14,12 @@ from vllm_forge.kernels.selection.record import (
     read_selection,
     selection_path,
 )
-from vllm_forge.pages.markdown import table, terminal_table
+from vllm_forge.kernels.selection.stops import read_scopes, read_stops, stops_path
+from vllm_forge.pages.markdown import escape, table, terminal_table
 from vllm_forge.project import Project
 
 NONE = "-"
+UNSHOWN = ("internal", "elsewhere")  # of the late stops: only counted
 GRID_COLUMNS = ("SKU", "artifact", "experts", "clamp")
 MORE_COLUMNS = ("linear", "attention", "draft", "refused")
 PRESET_COLUMNS = (
@@ -27,6 +30,29 @@ REASON_COLUMNS = ("SKU", "artifact", "taken", "passed over")
 
 def selection(project: Project) -> str:
     return render_selection(selections(project))
+
+
+def late_stops(project: Project) -> str:
+    """docs/generated/late-stops.md: what covers the stops, and those that are not internal."""
+    covers = read_scopes().cover
+    parts = []
+    for name, line in project.matrix.line.items():
+        if not stops_path(project.records, name).exists():
+            continue
+        stops = read_stops(project.records, name)
+        counts = Counter(stop.cover for stop in stops)
+        shown = [
+            [f"`{stop.where}`", escape(stop.text), stop.cover]
+            for stop in stops
+            if stop.cover not in UNSHOWN
+        ]
+        parts += [
+            f"\n## Line {name}: vLLM {line.vllm}\n",
+            table(["cover", "places", "is"], [[c, counts[c], text] for c, text in covers.items()]),
+            "",
+            table(["place", "statement", "cover"], shown),
+        ]
+    return "\n".join(parts).strip("\n")
 
 
 def selections(project: Project) -> list[SelectionRecord]:

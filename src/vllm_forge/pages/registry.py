@@ -14,7 +14,7 @@ from vllm_forge.pages import ci, records
 from vllm_forge.pages.claims import claims
 from vllm_forge.pages.errors import StalePageError
 from vllm_forge.pages.faults import known_faults
-from vllm_forge.pages.kernels import coverage, selection
+from vllm_forge.pages.kernels import coverage, late_stops, selection
 from vllm_forge.pages.markdown import put_block, table
 from vllm_forge.pages.rehearsal import rehearsals
 from vllm_forge.pages.status import status
@@ -88,6 +88,7 @@ PAGES: dict[str, dict[str, Callable[[Project], str]]] = {
         "quantization": _of(f"{RESULTS}/quantize.json", records.quantization),
         "inspection": _of(f"{RESULTS}/inspect.json", records.inspection),
     },
+    "docs/generated/late-stops.md": {"late-stops": late_stops},
     "docs/generated/race.md": {"race": _of("records/race.json", records.race)},
     "docs/generated/rehearsal.md": {"rehearsal": rehearsals},
     "docs/generated/seed-installer.md": {

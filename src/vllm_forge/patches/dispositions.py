@@ -32,6 +32,7 @@ class Decision(FrozenModel):
     not_served: str | None = None
     no_preset: str | None = None
     undecided: str | None = None
+    skus: tuple[str, ...] = ()  # that an undecided change is about; (): all of the line
 
     @model_validator(mode="after")
     def _evidence(self) -> Self:
@@ -40,6 +41,8 @@ class Decision(FrozenModel):
             raise ValueError(f"{self.status} needs {' and '.join(missing)}")
         if all(getattr(self, name) is None for name in GROUNDS):
             raise ValueError(f"needs evidence: one of {', '.join(GROUNDS)}")
+        if self.skus and self.undecided is None:
+            raise ValueError("skus is for what is undecided")
         return self
 
 
@@ -88,3 +91,15 @@ def decisions(entries: tuple[Disposition, ...], line: str) -> tuple[tuple[str, D
             raise DispositionError(what, where=f"{FILE}: {entry.about}", remedy=remedy)
         rows.append((entry.about, decision))
     return tuple(rows)
+
+
+def known_issues(
+    entries: tuple[Disposition, ...], line: str, sku: str
+) -> tuple[tuple[Disposition, Decision], ...]:
+    """Entries that are undecided on a line, as far as they are about a SKU."""
+    rows = ((entry, entry.on.get(line) or entry.on.get(ALL)) for entry in entries)
+    return tuple(
+        (entry, decision)
+        for entry, decision in rows
+        if decision and decision.undecided and (not decision.skus or sku in decision.skus)
+    )

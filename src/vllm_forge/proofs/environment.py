@@ -159,11 +159,14 @@ def ask_line(project: Project, line_name: str, runner: Runner) -> SelectionRecor
 
         applied, title = environment.applied, f"vLLM {vllm} as published"
         asked = asking.line_questions(project.matrix, line_name)
+        probes = asking.probe_questions(project.matrix, line_name)
+        rows = ask("patched", applied.result, f"line {line_name}", (*asked, *probes))
         return SelectionRecord(
             line_name=line_name,
             vllm=vllm,
             made=datetime.now(UTC).date().isoformat(),
             inputs=selection_inputs(project, line_name),
-            rows=ask("patched", applied.result, f"line {line_name}", asked),
+            rows=rows[: len(asked)],
+            probes=rows[len(asked) :],
             published=ask("published", applied.base, title, asking.grid_questions(project.matrix)),
         )

@@ -38,7 +38,8 @@ class Deployment:
     @property
     def arguments(self) -> list[str]:
         """Of ``vllm serve``, after the model."""
-        return [*serve_arguments(self.matrix, self.preset_name)[0], *self.flags]
+        preset, _ = serve_arguments(self.matrix, self.preset_name, self.cell.line_name)
+        return [*preset, *self.flags]
 
     @property
     def own_environment(self) -> dict[str, str]:

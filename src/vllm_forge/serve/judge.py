@@ -25,7 +25,7 @@ from vllm_forge.serve.errors import (
     NotJudgedError,
     PresetLintError,
 )
-from vllm_forge.serve.lint import LintCase, judge
+from vllm_forge.serve.rules import LintCase, judge
 
 SECONDS = 60
 # They change no kernel; their values are checked here.

@@ -1,268 +1,17 @@
 """Lint of presets, by what a line's own vLLM answers: each preset with each artifact.
 
 The facts are the recorded kernel selection's: vLLM's argument parser, its environment variables,
-the configuration that it resolves. No rule knows what a release does.
+the configuration that it resolves.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
 
-from vllm_forge.kernels.selection.questions import (
-    Answer,
-    artifact_config,
-    grid_question,
-    preset_question,
-)
+from vllm_forge.kernels.selection.questions import artifact_config, grid_question, preset_question
 from vllm_forge.kernels.selection.record import SelectionRecord, require_fresh
-from vllm_forge.matrix import Matrix, Preset, serve_arguments
+from vllm_forge.matrix import Matrix
 from vllm_forge.project import Project
 from vllm_forge.serve.errors import PresetLintError
-
-# How experts are stored -> part of the name of the class that builds them so.
-SCHEMES = {
-    "bf16": "unquantized", "fp8": "fp8", "mxfp4": "mxfp4", "nvfp4": "nvfp4", "w4a16": "wna16",
-}  # fmt: skip
-# Kind of refusal -> what vLLM does, and the remedy.
-REFUSALS = {
-    "arguments": ("its parser refuses the arguments", "correct flags in {row}"),
-    "config": ("it refuses the configuration", "correct flags in {row}"),
-    "device": (
-        "it has no kernels for this",
-        "take the artifact out of {row}; or the SKU out of line.{line}.skus",
-    ),
-    "failed": ("the question failed", "fix src/vllm_forge/kernels/selection/inside"),
-}
-Problems: TypeAlias = Iterator[tuple[str, str]]  # of a case, each with its remedy
-
-
-@dataclass(frozen=True, kw_only=True)
-class LintCase:
-    """A preset with one of its artifacts on one line, and the answers about it."""
-
-    matrix: Matrix
-    preset_name: str
-    artifact_name: str
-    line_name: str
-    answer: Answer  # of the line's vLLM, with the line's series applied
-    # Retired variable -> the answer of the release as published, where that is set.
-    published: Mapping[str, Answer]
-    config: Mapping[str, Any]  # the artifact's config.json
-
-    @property
-    def preset(self) -> Preset:
-        return self.matrix.preset[self.preset_name]
-
-    @property
-    def release(self) -> str:
-        """The line's vLLM in messages."""
-        return f"vLLM {self.matrix.line[self.line_name].vllm}"
-
-
-@dataclass(frozen=True)
-class LintFinding:
-    """A problem of a preset with an artifact on a line, and its remedy."""
-
-    case: LintCase
-    what: str
-    remedy: str
-
-    def text(self) -> str:
-        case = self.case
-        return (
-            f"preset {case.preset_name}, {case.artifact_name}, line {case.line_name}: {self.what}\n"
-            f"    remedy: {self.remedy}"
-        )
-
-
-def served(case: LintCase) -> Problems:
-    """The line's vLLM accepts the arguments and makes a configuration of them."""
-    if (refused := case.answer.refused) is not None:
-        what, remedy = REFUSALS[refused.kind]
-        yield (
-            f"{case.release}: {what}: {refused.message}",
-            remedy.format(row=f"matrix.toml, preset.{case.preset_name}", line=case.line_name),
-        )
-
-
-def known_variables(case: LintCase) -> Problems:
-    """Every variable is known to this vLLM."""
-    for name in sorted(case.preset.env):
-        if name.startswith("VLLM_") and name not in case.answer.unknown_environment:
-            continue
-        retired = case.matrix.retired.get(name)
-        more, remedy = "", f"take it out of preset.{case.preset_name}.env, or correct its name"
-        if retired is not None:
-            more, remedy = f" any more ({retired.source})", f"use instead: {retired.replacement}"
-        what = f"{case.release} has no variable {name}{more}: setting it has no effect"
-        yield what, remedy
-
-
-def retired_variables(case: LintCase) -> Problems:
-    """A retired variable that loses the clamp in the release as published is an error."""
-    for name in sorted(case.preset.env.keys() & case.matrix.retired.keys()):
-        retired = case.matrix.retired[name]
-        answer = case.published.get(name)
-        if answer and (moe := answer.moe) and moe.clamp == "lost":
-            yield (
-                f"{name} takes {moe.chosen} for the experts, and {case.release} as published does "
-                "not hand it swiglu_limit: the clamp is lost, results are wrong",
-                f"use instead: {retired.replacement}",
-            )
-
-
-def graphs_cover_decode(case: LintCase) -> Problems:
-    """The largest captured size holds a full decode batch: max_num_seqs x (k + 1) tokens.
-
-    A larger batch runs eager, an order of magnitude slower, and nothing says so:
-    https://github.com/vllm-project/vllm/pull/50488.
-    """
-    graphs, engine = case.answer.cuda_graphs, case.answer.engine
-    if graphs is None or engine is None:
-        return
-    per_sequence = case.preset.speculative_tokens + 1
-    needed = engine.max_num_seqs * per_sequence
-    largest = max(graphs.sizes, default=0)
-    if largest < needed:
-        yield (
-            f"CUDA graphs ({graphs.mode}) are captured up to {largest} tokens, and a full decode "
-            f"batch has {engine.max_num_seqs} x {per_sequence} = {needed}: it runs eager",
-            f"--max-num-seqs={max(largest // per_sequence, 1)}, or --cudagraph-capture-sizes with "
-            f"multiples of {per_sequence} up to {needed}",
-        )
-
-
-def drafter_takes_k(case: LintCase) -> Problems:
-    """The draft layer is there, and drafts as many tokens as the preset says."""
-    if case.answer.refused is not None:
-        return
-    tokens, draft = case.preset.speculative_tokens, case.answer.draft
-    drafted = 0 if draft is None else draft.speculative_tokens
-    layers = case.config.get("num_nextn_predict_layers", 0)
-    if drafted != tokens:
-        what = f"the preset drafts {tokens} tokens, and {case.release} {drafted}"
-    elif tokens and (not layers or (tokens > layers and tokens % layers)):
-        what = f"k = {tokens}, and the drafter has {layers} layers: k must be a multiple"
-    else:
-        return
-    yield what, f"correct speculative_tokens in preset.{case.preset_name}"
-
-
-def kv_cache_fits(case: LintCase) -> Problems:
-    """The KV cache has the dtype and the block that were asked for, and attention takes them."""
-    engine, attention = case.answer.engine, case.answer.attention
-    dtype, block = _value(case, "--kv-cache-dtype="), _value(case, "--block-size=")
-    if engine is not None and dtype and not engine.kv_cache_dtype.startswith(dtype):
-        yield (
-            f"the preset asks for a KV cache in {dtype}, and {case.release} stores "
-            f"{engine.kv_cache_dtype}",
-            f"correct --kv-cache-dtype in preset.{case.preset_name}",
-        )
-    if engine is not None and block and str(engine.block_size) != block:
-        yield (
-            f"the preset asks for blocks of {block} tokens, and {case.release} takes "
-            f"{engine.block_size}",
-            f"correct --block-size in preset.{case.preset_name}",
-        )
-    if empty := [row for row in case.answer.kv_cache if row.page_bytes <= 0]:
-        yield (
-            f"a block of {empty[0].block_size} tokens is too small: {sum(r.layers for r in empty)} "
-            "layers, which keep a token of many, get blocks of 0 bytes",
-            f"take --block-size out of preset.{case.preset_name}, or raise it",
-        )
-    if attention is not None and attention.chosen is None:
-        yield (
-            f"{case.release} has no attention for KV dtype and block size: {attention.error}",
-            f"correct --kv-cache-dtype or --block-size in preset.{case.preset_name}",
-        )
-
-
-def experts_are_served(case: LintCase) -> Problems:
-    """A backend takes the experts, and it clamps where the model says so."""
-    moe = case.answer.moe
-    if moe is None:
-        return
-    if moe.chosen is None:
-        yield (
-            f"{case.release} has no backend for the experts: {moe.error}",
-            "take the artifact out of the preset, or the SKU out of the line",
-        )
-    elif moe.clamp == "lost":
-        yield (
-            f"{case.release} takes {moe.chosen} without swiglu_limit: results are wrong",
-            "choose another --moe-backend",
-        )
-
-
-def experts_are_built_as_stored(case: LintCase) -> Problems:
-    """The experts' scheme is the checkpoint's; exceptions are rows [artifact.*.unserved]."""
-    if case.answer.refused is not None:
-        return
-    artifact, draft = case.matrix.artifact[case.artifact_name], case.answer.draft
-    pairs: list[tuple[str, str, str | None]] = [
-        ("experts", artifact.experts, case.answer.experts_scheme)
-    ]
-    if draft is not None and artifact.mtp in SCHEMES:
-        pairs.append(("draft experts", artifact.mtp, draft.experts_scheme))
-    wrong = [
-        f"{what} are stored as {stored} and built as {scheme}"
-        for what, stored, scheme in pairs
-        if scheme is not None and SCHEMES[stored] not in scheme.lower()
-    ]
-    row = f"artifact.{case.artifact_name}.unserved"
-    reason = artifact.why_not(case.line_name, drafting=draft is not None)
-    if wrong and reason is None:
-        yield (
-            f"{case.release}: {'; '.join(wrong)}",
-            f"take the artifact out of preset.{case.preset_name}, or say in {row} why not",
-        )
-    elif reason is not None and not wrong:
-        yield f"{row} says that it is not served, but it is", f"delete the row {row}"
-
-
-def tensor_parallel_divides(case: LintCase) -> Problems:
-    """Heads, output groups and the experts' quantization groups split evenly over the GPUs.
-
-    vLLM asserts the heads (models/deepseek_v4/attention.py, ``n_heads % tp_size``) and floors
-    the output groups (``n_groups // tp_size``) silently.
-    """
-    parts = case.preset.tensor_parallel
-    for name, count in divisible(case.config).items():
-        if count % parts:
-            yield (
-                f"{name} = {count} is not divided by --tensor-parallel-size={parts}",
-                f"choose another tensor_parallel in preset.{case.preset_name}",
-            )
-
-
-def divisible(config: Mapping[str, Any]) -> dict[str, int]:
-    """Counts that a tensor-parallel split must divide, by name, of a DeepSeek V4 config.json."""
-    counts = {
-        name: int(config[name]) for name in ("num_attention_heads", "o_groups") if name in config
-    }
-    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
-    for group in groups:
-        width = (group.get("weights") or {}).get("group_size")
-        if any("experts" in target for target in group.get("targets", ())) and width:
-            size = config["moe_intermediate_size"]
-            counts[f"moe_intermediate_size / group_size {width}"] = size // width
-    return counts
-
-
-RULES: tuple[Callable[[LintCase], Problems], ...] = (
-    served, known_variables, retired_variables, graphs_cover_decode, drafter_takes_k, kv_cache_fits,
-    experts_are_served, experts_are_built_as_stored, tensor_parallel_divides,
-)  # fmt: skip
-
-
-def judge(case: LintCase) -> list[LintFinding]:
-    return [LintFinding(case, what, remedy) for rule in RULES for what, remedy in rule(case)]
-
-
-def _value(case: LintCase, flag: str) -> str:
-    """The last value that the preset gives to a flag; "" if none."""
-    words, _ = serve_arguments(case.matrix, case.preset_name)
-    return next((w.removeprefix(flag) for w in reversed(words) if w.startswith(flag)), "")
+from vllm_forge.serve.rules import LintCase, LintFinding, judge, notes
 
 
 def cases(matrix: Matrix, recorded: SelectionRecord) -> Iterator[LintCase]:
@@ -287,9 +36,11 @@ def cases(matrix: Matrix, recorded: SelectionRecord) -> Iterator[LintCase]:
             )
 
 
-def lint_line(project: Project, line_name: str) -> list[LintFinding]:
-    recorded = require_fresh(project, line_name)
-    return [finding for case in cases(project.matrix, recorded) for finding in judge(case)]
+def lint_line(project: Project, line_name: str) -> tuple[list[LintFinding], list[str]]:
+    """Findings, and notes on what is doubtful and no fault."""
+    found = list(cases(project.matrix, require_fresh(project, line_name)))
+    texts = dict.fromkeys(note for case in found for note in notes(case))
+    return [finding for case in found for finding in judge(case)], list(texts)
 
 
 def require_clean(findings: Sequence[LintFinding]) -> None:

@@ -29,6 +29,7 @@ from vllm_forge.serve.deployment import (
     presets_of,
     recorded_rows,
 )
+from vllm_forge.serve.notes import chat_note, issue_notes
 from vllm_forge.sources import Lock
 
 Plan = dict[str, Any]
@@ -82,6 +83,8 @@ def make_plan(project: Project, cell: ImageCell) -> Plan:
             "receipts": receipts.lines(project.root),
             "network": first_start(project, cell) or NONE,
         },
+        "chat": chat_note(cell) or UNKNOWN,
+        "known_issues": issue_notes(project, cell),
         # Of the SKU's first preset and artifact.
         "lines": {
             name: _selection(project, deployments[0], name, answers[name])
@@ -146,6 +149,7 @@ def _graphs(answer: Answer) -> Plan | str:
     largest = max(graphs.sizes, default=0)
     return {
         "mode": graphs.mode,
+        "piecewise": graphs.piecewise,
         "sizes": list(graphs.sizes),
         "largest": largest,
         "needed": graphs.needed,
@@ -207,6 +211,8 @@ def page(plan: Plan) -> Iterator[RenderableType]:
         ("image", f"{image['digest']}; {image['build']}"),
         ("network", image["network"]),
         ("receipts", ", ".join(image["receipts"]) or "none: nothing was run"),
+        ("chat", plan["chat"]),
+        *(("undecided", f"{issue['about']}: {issue['title']}") for issue in plan["known_issues"]),
     ]  # fmt: skip
     yield _grid(rows)
     yield Text("\nLines, for the first preset and artifact of this SKU", style="bold")
@@ -244,6 +250,7 @@ def _presets(presets: list[Plan]) -> Table:
             graphs = choice["graphs"]
             if isinstance(graphs, dict):
                 sign, eager = (">=", "") if graphs["covers"] else ("<", ": eager")
+                eager += "" if graphs["piecewise"] else "; prefill eager"
                 graphs = f"{graphs['largest']} {sign} {graphs['needed']}{eager}"
             words = [choice["experts"], choice["clamp"], choice["draft"], graphs]
         memory = row["needs"]["memory"].partition(":")[0]

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from vllm_forge.kernels.selection.inside import experts, facts, main, serving
+from vllm_forge.kernels.selection.inside import experts, facts, main, serving, startup
 from vllm_forge.kernels.selection.inside.building import SelectionCall
 from vllm_forge.kernels.selection.inside.device import DeclaredDevice
 from vllm_forge.kernels.selection.inside.driver import Device
@@ -262,6 +262,80 @@ def test_torch_error_is_not_attributed_to_vllm(tmp_path: Path, package: str, the
     assert serving.raised_in_vllm(caught.value) is theirs
 
 
+def test_similar_names_are_those_of_this_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    envs = ModuleType("vllm.envs")
+    envs.environment_variables = {"VLLM_USE_DEEP_GEMM": None, "VLLM_PORT": None}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.envs", envs)
+    asked = dict.fromkeys(["VLLM_PORT", "VLLM_USE_DEEPGEMM", "VLMM_USE_DEEP_GEMM", "NCCL_NET"], "1")
+    assert serving.similar_names(asked) == {
+        "VLLM_USE_DEEPGEMM": "VLLM_USE_DEEP_GEMM",
+        "VLMM_USE_DEEP_GEMM": "VLLM_USE_DEEP_GEMM",
+    }
+
+
+# --- after loading --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("assert False, 'only sm_10x'", "AssertionError: only sm_10x (vllm/v1/code.py:1)"),
+        (
+            "assert (1, 2) == (1,)",
+            "AssertionError: (vllm/v1/code.py:1: assert (1, 2) == (1,))",
+        ),
+    ],
+)
+def test_late_stop_has_vllms_words_and_its_place(
+    statement: str, words: str, tmp_path: Path
+) -> None:
+    place = tmp_path / "site-packages" / "vllm" / "v1" / "code.py"
+    place.parent.mkdir(parents=True)
+    place.write_text(statement)
+    with pytest.raises(serving.Refusal) as caught, startup.refused_late():
+        exec(compile(statement, str(place), "exec"))  # noqa: S102 - its file name is the point
+    assert (caught.value.kind, str(caught.value)) == ("start", words)
+
+
+def test_own_error_is_not_a_late_stop() -> None:
+    with pytest.raises(ValueError, match="invalid literal"), startup.refused_late():
+        int("x")
+
+
+@pytest.mark.parametrize(("breakable", "compiled", "captures"), [
+    (True, None, True), (False, False, True), (False, True, False), (False, None, False),
+])  # fmt: skip
+def test_pieces_are_those_that_are_captured(
+    breakable: bool, compiled: bool | None, captures: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``compiled``: do_not_compile of a compiled module; None: the model has none."""
+
+    class Compiled:
+        do_not_compile = compiled
+
+    envs, wrapper = ModuleType("vllm.envs"), ModuleType("vllm.compilation.wrapper")
+    envs.VLLM_USE_BREAKABLE_CUDAGRAPH = breakable  # type: ignore[attr-defined]
+    wrapper.TorchCompileWithNoGuardsWrapper = Compiled  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, envs.__name__, envs)
+    monkeypatch.setitem(sys.modules, wrapper.__name__, wrapper)
+    modules = [SimpleNamespace(), *([] if compiled is None else [Compiled()])]
+    assert facts._captures_pieces(SimpleNamespace(modules=lambda: modules)) is captures
+
+
+@pytest.mark.parametrize(("end", "thinking"), [("<think>", True), ("</think>", False)])
+def test_chat_is_rendered_by_vllms_own_code(
+    end: str, thinking: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = ModuleType("vllm.tokenizers.registry")
+    tokenizer = SimpleNamespace(apply_chat_template=lambda *_, **__: f"<User>1<Assistant>{end}")
+    registry.cached_tokenizer_from_config = lambda _: tokenizer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, registry.__name__, registry)
+    config = SimpleNamespace(model_config=SimpleNamespace(tokenizer_mode="deepseek_v4"))
+    assert facts.chat_facts(config) == {"tokenizer_mode": "deepseek_v4", "thinking": thinking}
+    config.model_config.tokenizer_mode = "hf"
+    assert facts.chat_facts(config) is None
+
+
 # --- experts --------------------------------------------------------------------------------------
 
 
@@ -323,6 +397,22 @@ class Method:
     def get_fused_moe_quant_config(self, layer: Any) -> Any:
         assert layer.w13_weight_scale_2
         return SimpleNamespace(gemm1_clamp_limit=self.limit)
+
+
+class GatedMegaMoEExperts:
+    """Experts without a quantization method."""
+
+
+def test_mega_moe_is_not_silence() -> None:
+    """Case 5: no selection and no quantization method, and experts all the same."""
+    parts = {"model.layers.0.ffn": SimpleNamespace(swiglu_limit=10.0)}
+    parts["model.layers.0.ffn.experts"] = GatedMegaMoEExperts()  # type: ignore[assignment]
+    model = SimpleNamespace(named_modules=parts.items)
+    moe = experts.moe_facts(model, [], serving.Log())
+    assert moe is not None
+    assert (moe["chosen"], moe["kernel"]) == ("DEEP_GEMM_MEGA_MOE", "GatedMegaMoEExperts")
+    assert (moe["limit"], moe["clamp"]) == (10.0, "reaches")
+    assert facts.module_schemes(model) == {"model.layers.*.ffn.experts": "GatedMegaMoEExperts"}
 
 
 @pytest.mark.usefixtures("_fake_vllm")

@@ -88,6 +88,7 @@ ROWS: dict[str, list[str | int]] = {
     "Unserved": ["artifact", "nvidia-nvfp4", "unserved", 0],
     "Preset": ["preset", "b300-mtp"],
     "Cuda": ["cuda", "13.0"],
+    "Chat": ["line", "0.26", "chat"],
     "GpuMemory": ["gpu_memory", "h200"],
     "KernelModules": ["kernel_modules"],
     "Container": ["container"],

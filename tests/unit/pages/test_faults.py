@@ -13,7 +13,7 @@ from vllm_forge.pages.errors import FaultsFileError
 from vllm_forge.pages.faults import CHECKED_BY, FILE, Fault, known_faults, read_faults
 from vllm_forge.patches import read_dispositions
 from vllm_forge.project import Project
-from vllm_forge.serve.lint import RULES
+from vllm_forge.serve.rules import RULES
 
 ROOT = Path(__file__).parents[3]
 FAULTS = read_faults(Project(ROOT))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vllm_forge.matrix import load
-from vllm_forge.patches import decisions, read_dispositions, read_series
+from vllm_forge.patches import decisions, known_issues, read_dispositions, read_series
 from vllm_forge.patches.errors import DispositionError
 
 REPO = Path(__file__).parents[3]
@@ -54,6 +54,7 @@ def test_a_lines_own_decision_goes_before_the_one_for_all(tmp_path: Path) -> Non
         ("refused", "carried", "carried needs patch"),
         ("refused", "retired", "retired needs landed and where"),
         ('no_preset = "magic"\n', "", "needs evidence: one of patch, where"),
+        ('proof = "', 'skus = ["b300"]\nproof = "', "skus is for what is undecided"),
         ("It does harm.", "", "reason: String should have at least 1 character"),
         ("schema_version = 1", "schema_version = 2", "schema_version: Input should be 1"),
         ('about = "#1"\n', "", "disposition 1.about: Field required"),
@@ -113,6 +114,23 @@ def test_a_sku_that_is_said_not_to_be_served_is_not(line: str) -> None:
         if decision.not_served is not None:
             assert decision.not_served in MATRIX.sku, about
             assert decision.not_served not in MATRIX.line[line].skus, about
+
+
+def test_open_issues_are_about_known_skus() -> None:
+    rows = [decision for entry in COMMITTED for decision in entry.on.values()]
+    assert {sku for decision in rows for sku in decision.skus} <= set(MATRIX.sku)
+
+
+def test_an_open_issue_is_known_to_its_sku_alone(tmp_path: Path) -> None:
+    open_issue = 'status = "not-applicable"\nundecided = "a GPU"\nskus = ["b300"]\n'
+    read(tmp_path, GOOD + f'[disposition.on."0.33"]\nreason = "?"\n{open_issue}')
+    entries = read_dispositions(tmp_path)
+    known = {
+        (line, sku): [entry.about for entry, _ in known_issues(entries, line, sku)]
+        for line in ("0.26", "0.33")
+        for sku in ("b200", "b300")
+    }
+    assert {place for place, about in known.items() if about} == {("0.33", "b300")}
 
 
 def test_no_preset_asks_for_what_none_is_said_to() -> None:

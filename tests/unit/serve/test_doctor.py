@@ -259,6 +259,17 @@ def test_exit_code(name: str, code: int, root: Path, capsys: pytest.CaptureFixtu
     assert {finding["level"] for finding in findings} <= {"ok", "unknown", "red"}
 
 
+def test_open_issue_is_said_and_does_not_fail(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = root / "tests" / "fixtures" / "doctor" / "b300"
+    assert main(["doctor", "--sku=b300", f"--replay={folder}", "--json"]) == 0
+    rows = [row for row in json.loads(capsys.readouterr().out) if row["check"] == "open issue"]
+    assert [row["level"] for row in rows] == ["unknown"]
+    assert "vllm-project/vllm#46796" in rows[0]["seen"]
+    assert "would settle it" in rows[0]["needed"]
+
+
 def test_every_check_is_in_the_list() -> None:
     named = {value for name, value in vars(checks).items() if name.startswith("check_")}
     assert named == set(CHECKS)

@@ -16,6 +16,7 @@ from vllm_forge.cli import main
 from vllm_forge.kernels.errors import SelectionStaleError
 from vllm_forge.kernels.selection.questions import (
     Answer,
+    Chat,
     Choice,
     CudaGraphs,
     Draft,
@@ -30,21 +31,22 @@ from vllm_forge.kernels.selection.record import read_selection, selection_inputs
 from vllm_forge.matrix import load
 from vllm_forge.matrix.model import Unserved
 from vllm_forge.project import Project
-from vllm_forge.serve import lint
+from vllm_forge.serve import rules as rules_module
 from vllm_forge.serve.errors import PresetLintError
-from vllm_forge.serve.lint import (
+from vllm_forge.serve.lint import cases, lint_line
+from vllm_forge.serve.rules import (
     RULES,
     LintCase,
     LintFinding,
-    cases,
     divisible,
     experts_are_built_as_stored,
     graphs_cover_decode,
     judge,
     known_variables,
-    lint_line,
+    notes,
     retired_variables,
 )
+from vllm_forge.serve.variables import doubt, places
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,6 +65,8 @@ CONFIG = {
     },
 }
 MARLIN = "VLLM_TEST_FORCE_FP8_MARLIN"
+UNQUANTIZED, NVFP4 = "UnquantizedFusedMoEMethod", "CompressedTensorsW4A4Nvfp4MoEMethod"
+EXPERTS, DRAFT_EXPERTS = "layers.*.ffn.experts", "mtp.*.ffn.experts"
 
 
 def answer(**changed: Any) -> Answer:
@@ -73,9 +77,19 @@ def answer(**changed: Any) -> Answer:
         "cuda_graphs": graphs(3, 384, 512 - 2),
         "attention": Choice(chosen="FLASHMLA_SPARSE"),
         "moe": Moe(chosen="FLASHINFER_TRTLLM", clamp="reaches", limit=10.0),
-        "draft": Draft(architecture="DeepSeekV4MTPModel", speculative_tokens=2, modules={}),
+        "draft": drafting(2),
+        "modules": {EXPERTS: NVFP4},
+        "chat": Chat(tokenizer_mode="deepseek_v4", thinking=False),
     }
     return Answer(**(fields | changed))
+
+
+def drafting(tokens: int) -> Draft:
+    return Draft(
+        architecture="DeepSeekV4MTPModel",
+        speculative_tokens=tokens,
+        modules={DRAFT_EXPERTS: UNQUANTIZED},
+    )
 
 
 def engine(**changed: Any) -> Engine:
@@ -149,6 +163,7 @@ def test_a_preset_without_a_fault_has_no_finding(case: Callable[..., LintCase]) 
         ("arguments", "parser refuses"),
         ("config", "refuses the configuration"),
         ("device", "no kernels"),
+        ("start", "stops after it has loaded the weights"),
         ("failed", "question failed"),
     ],
 )
@@ -168,8 +183,66 @@ def test_an_invented_variable_is_a_finding(case: Callable[..., LintCase]) -> Non
     assert "no variable VLLM_MAKE_IT_FAST" in finding.what
 
 
-def test_a_variable_that_is_not_vllms_is_a_finding(case: Callable[..., LintCase]) -> None:
-    assert "VLMM_USE_V1" in only(judge(case(env={"VLMM_USE_V1": "1"}))).what
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NCCL_P2P_DISABLE", "NCCL_IB_ECE_ENABLE", "PYTORCH_CUDA_ALLOC_CONF", "OMP_NUM_THREADS",
+        "FLASHINFER_DISABLE_VERSION_CHECK", "FLASHINFER_CUBIN_DIR", "HF_HUB_OFFLINE",
+        "TORCH_NCCL_NAN_CHECK", "DG_JIT_DEBUG", "CUDA_DEVICE_ORDER", "https_proxy",
+    ],
+)  # fmt: skip
+def test_variables_of_other_libraries_are_accepted(
+    name: str, case: Callable[..., LintCase]
+) -> None:
+    """Case 8 of the field reports, and its siblings of case 3."""
+    item = case(env={name: "1"})
+    assert (judge(item), notes(item)) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("NCCL_P2P_DISBALE", "NCCL_P2P_DISABLE"),
+        ("PYTORCH_CUDA_ALLOC_CONFIG", "PYTORCH_CUDA_ALLOC_CONF"),
+        ("HF_HUB_OFLINE", "HF_HUB_OFFLINE"),
+    ],
+)
+def test_near_miss_of_a_known_variable_is_a_note(
+    name: str, near: str, case: Callable[..., LintCase]
+) -> None:
+    item = case(env={name: "1"})
+    assert judge(item) == []
+    assert notes(item) == [f"preset b300-mtp: unknown variable {name} (did you mean {near!r}?)"]
+
+
+def test_misspelt_prefix_of_vllm_is_a_note(case: Callable[..., LintCase]) -> None:
+    item = case(
+        answer(similar={"VLMM_USE_DEEP_GEMM": "VLLM_USE_DEEP_GEMM"}),
+        env={"VLMM_USE_DEEP_GEMM": "1"},
+    )
+    assert judge(item) == []
+    (note,) = notes(item)
+    assert "did you mean 'VLLM_USE_DEEP_GEMM'?" in note
+
+
+def test_variable_of_nobody_is_a_note(case: Callable[..., LintCase]) -> None:
+    item = case(env={"MY_OWN": "1"})
+    assert judge(item) == []
+    assert notes(item) == [
+        "preset b300-mtp: unknown variable MY_OWN: no library of the image is known to read it"
+    ]
+
+
+def test_listed_variables_are_beyond_doubt() -> None:
+    assert [name for name in places() if doubt(name)] == []
+
+
+def test_near_miss_of_a_vllm_variable_is_a_finding_with_its_name(
+    case: Callable[..., LintCase],
+) -> None:
+    name = "VLLM_USE_DEEPGEMM"
+    said = answer(unknown_environment=(name,), similar={name: "VLLM_USE_DEEP_GEMM"})
+    assert "(did you mean 'VLLM_USE_DEEP_GEMM'?)" in only(judge(case(said, env={name: "1"}))).what
 
 
 def test_known_variable_has_no_finding(case: Callable[..., LintCase]) -> None:
@@ -177,7 +250,9 @@ def test_known_variable_has_no_finding(case: Callable[..., LintCase]) -> None:
 
 
 def test_force_marlin_where_it_is_gone_names_the_replacement(case: Callable[..., LintCase]) -> None:
-    said = answer(unknown_environment=(MARLIN,))
+    said = answer(
+        unknown_environment=(MARLIN,), chat=Chat(tokenizer_mode="deepseek_v4", thinking=True)
+    )
     finding = only(judge(case(said, line="0.33", env={MARLIN: "1"})))
     assert "vLLM 0.33.0 has no variable" in finding.what
     assert "52182" in finding.what
@@ -214,7 +289,7 @@ def test_the_pcie_collapse(case: Callable[..., LintCase]) -> None:
     said = answer(
         engine=engine(max_num_seqs=8),
         cuda_graphs=graphs(2, 4, 8),
-        draft=Draft(architecture="DeepSeekV4MTPModel", speculative_tokens=1, modules={}),
+        draft=drafting(1),
     )
     finding = only(judge(case(said, speculative_tokens=1)))
     assert "up to 8 tokens" in finding.what
@@ -222,9 +297,120 @@ def test_the_pcie_collapse(case: Callable[..., LintCase]) -> None:
     assert "--max-num-seqs=4" in finding.remedy
 
 
-def test_no_graphs_at_all(case: Callable[..., LintCase]) -> None:
-    eager = CudaGraphs(mode="NONE", sizes=(), capture_sizes=(), needed=384, covers=False)
-    assert "(NONE) are captured up to 0 tokens" in only(judge(case(answer(cuda_graphs=eager)))).what
+EAGER = CudaGraphs(mode="NONE", sizes=(), capture_sizes=(), needed=384, covers=False)
+
+
+def test_enforce_eager_has_its_own_remedy(case: Callable[..., LintCase]) -> None:
+    """Case 6."""
+    flags = ("--kv-cache-dtype=fp8", "--enforce-eager")
+    finding = only(judge(case(answer(cuda_graphs=EAGER), flags=flags)))
+    assert "every batch runs eager" in finding.what
+    assert finding.remedy == "take --enforce-eager out of preset.b300-mtp"
+
+
+def test_graphs_that_something_else_turns_off_are_a_finding(case: Callable[..., LintCase]) -> None:
+    assert "turns them off" in only(judge(case(answer(cuda_graphs=EAGER)))).remedy
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "FULL_DECODE_ONLY"])
+def test_breakable_graphs_off_are_a_finding(mode: str, case: Callable[..., LintCase]) -> None:
+    """Case 7: model runner v1 keeps the mode, v2 overrides it; prefill runs eager with both."""
+    off = graphs(3, 384).model_copy(
+        update={"asked": "FULL_AND_PIECEWISE", "mode": mode, "piecewise": False}
+    )
+    variable = {"VLLM_USE_BREAKABLE_CUDAGRAPH": "0"}
+    finding = only(judge(case(answer(cuda_graphs=off), env=variable)))
+    assert "no piecewise CUDA graph is captured" in finding.what
+    assert "VLLM_USE_BREAKABLE_CUDAGRAPH" in finding.remedy
+
+
+def test_mode_that_attention_does_not_take_is_a_finding(case: Callable[..., LintCase]) -> None:
+    """--compilation-config={"cudagraph_mode":"FULL"} on any line."""
+    full = graphs(3, 384).model_copy(
+        update={"asked": "FULL", "mode": "FULL_DECODE_ONLY", "piecewise": False}
+    )
+    assert "mode FULL, and vLLM 0.26.0 runs FULL_DECODE_ONLY" in (
+        only(judge(case(answer(cuda_graphs=full)))).what
+    )
+
+
+def test_mode_without_pieces_that_was_asked_for_is_accepted(case: Callable[..., LintCase]) -> None:
+    mode = "FULL_DECODE_ONLY"
+    decode = graphs(3, 384).model_copy(update={"asked": mode, "mode": mode, "piecewise": False})
+    assert judge(case(answer(cuda_graphs=decode))) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("moe", "its experts are unknown"),
+        ("attention", "its attention are unknown"),
+        ("cuda_graphs", "its CUDA graphs are unknown"),
+        ("engine", "its settings are unknown"),
+    ],
+)
+def test_answer_without_a_part_is_a_finding(
+    part: str, words: str, case: Callable[..., LintCase]
+) -> None:
+    """Case 5: silence is no consent."""
+    assert words in only(judge(case(answer(**{part: None})))).what
+
+
+def test_mega_moe_does_not_take_nvfp4(case: Callable[..., LintCase]) -> None:
+    """Case 5: its parameters are those of MXFP4 (0.26.0, nvidia/model.py:195)."""
+    said = answer(
+        modules={EXPERTS: "DeepseekV4MegaMoEExperts"},
+        moe=Moe(chosen="DEEP_GEMM_MEGA_MOE", clamp="reaches", limit=10.0),
+    )
+    finding = only(judge(case(said)))
+    assert "stored as nvfp4 and built as DeepseekV4MegaMoEExperts" in finding.what
+    assert of_artifact(case(said), experts="mxfp4") == []
+
+
+def test_backend_that_is_passed_over_is_a_finding(case: Callable[..., LintCase]) -> None:
+    flags = ("--kv-cache-dtype=fp8", "--moe-backend=flashinfer_cutlass")
+    finding = only(judge(case(flags=flags)))
+    assert "asks for --moe-backend=flashinfer_cutlass, and vLLM 0.26.0 takes FLASHINFER_TRTLLM" in (
+        finding.what
+    )
+    for taken in ("--moe-backend=flashinfer_trtllm", "--moe-backend=auto"):
+        assert judge(case(flags=("--kv-cache-dtype=fp8", taken))) == []
+
+
+def test_limit_that_nobody_followed_is_a_finding(case: Callable[..., LintCase]) -> None:
+    said = answer(moe=Moe(chosen="NEW_BACKEND", clamp="none"))
+    limited = CONFIG | {"swiglu_limit": 10.0}
+    assert "gets swiglu_limit is unknown" in only(judge(case(said, config=limited))).what
+    assert judge(case(said)) == []
+
+
+@pytest.mark.parametrize("flag", ["--tool-call-parser=hermes", "--reasoning_parser=deepseek_r1"])
+def test_parser_of_another_model_is_a_note(flag: str, case: Callable[..., LintCase]) -> None:
+    """Case 19: vLLM takes any name that it knows, and the user may have a reason."""
+    item = case(flags=("--kv-cache-dtype=fp8", flag))
+    assert judge(item) == []
+    (note,) = notes(item)
+    assert f"{flag} replaces --" in note
+    assert "which vLLM 0.26.0 has for this model" in note
+
+
+def test_own_words_for_the_lines_parsers_are_accepted(case: Callable[..., LintCase]) -> None:
+    own = ("--tool-call-parser=deepseek_v4", "--no-enable-auto-tool-choice")
+    item = case(flags=("--kv-cache-dtype=fp8", *own))
+    assert (judge(item), notes(item)) == ([], [])
+
+
+def test_other_thinking_than_the_row_says_is_a_finding(case: Callable[..., LintCase]) -> None:
+    """Case 20: 0.33 thinks by default, earlier lines do not."""
+    thinks = answer(chat=Chat(tokenizer_mode="deepseek_v4", thinking=True))
+    assert judge(case(thinks, line="0.33")) == []
+    assert "line.0.26.chat says that a chat does not think" in only(judge(case(thinks))).what
+
+
+def test_chat_without_this_models_renderer_is_a_finding(case: Callable[..., LintCase]) -> None:
+    flags = ("--kv-cache-dtype=fp8", "--tokenizer-mode=hf")
+    finding = only(judge(case(answer(chat=None), flags=flags)))
+    assert "does not render chats with its own code" in finding.what
 
 
 @given(st.integers(1, 64), st.integers(0, 3), st.lists(st.integers(1, 80), max_size=6, unique=True))
@@ -257,7 +443,7 @@ def test_k_that_the_drafter_does_not_take(case: Callable[..., LintCase]) -> None
     two = CONFIG | {"num_nextn_predict_layers": 2}
     said = answer(
         cuda_graphs=graphs(4, 512),
-        draft=Draft(architecture="DeepSeekV4MTPModel", speculative_tokens=3, modules={}),
+        draft=drafting(3),
     )
     assert "must be a multiple" in only(judge(case(said, config=two, speculative_tokens=3))).what
     none = CONFIG | {"num_nextn_predict_layers": 0}
@@ -294,8 +480,6 @@ def test_unsupported_block_size_is_a_finding(case: Callable[..., LintCase]) -> N
     assert "block_size 16 not supported" in only(judge(case(said))).what
 
 
-UNQUANTIZED, NVFP4 = "UnquantizedFusedMoEMethod", "CompressedTensorsW4A4Nvfp4MoEMethod"
-EXPERTS, DRAFT_EXPERTS = "layers.*.ffn.experts", "mtp.*.ffn.experts"
 NOT_ON_026 = Unserved(lines=("0.26",), reason="this line builds its experts as something else")
 
 
@@ -402,7 +586,7 @@ def test_divisible_counts() -> None:
 def test_every_rule_is_in_the_list() -> None:
     rules = {
         function
-        for function in vars(lint).values()
+        for function in vars(rules_module).values()
         if inspect.isgeneratorfunction(function)
         and list(inspect.signature(function).parameters) == ["case"]
     }
@@ -416,7 +600,7 @@ LINES = tuple(load(ROOT).line)
 
 @pytest.mark.parametrize("line", LINES)
 def test_committed_presets_have_no_finding(line: str, root: Path) -> None:
-    assert [finding.text() for finding in lint_line(Project(root), line)] == []
+    assert lint_line(Project(root), line) == ([], [])
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,35 @@ def test_a_line_that_does_not_serve_the_first_preset_says_so(
     assert lines["0.26"]["refused"] is None
 
 
+@pytest.mark.parametrize(
+    ("line", "words"), [("0.26", "does not think unless"), ("0.33", "thinks unless")]
+)
+def test_plan_says_what_a_chat_does(line: str, words: str, plan: Callable[..., Plan]) -> None:
+    """Case 20."""
+    made = plan("--sku=b300", f"--line={line}")
+    assert made["chat"].startswith(words)
+    assert f"vLLM {MATRIX.line[line].vllm}, vllm/tokenizers/deepseek_v4.py:" in made["chat"]
+
+
+@pytest.mark.parametrize(
+    ("line", "sku", "issues"),
+    [
+        ("0.26", "b300", {"#46796"}),
+        ("0.33", "b300", {"#46796"}),
+        ("0.26", "rtxpro6000", {"#48052", "#52938", "#12"}),
+        ("0.26", "b200", set()),
+        ("0.26", "h200", set()),
+    ],
+)
+def test_plan_names_open_issues(
+    line: str, sku: str, issues: set[str], plan: Callable[..., Plan]
+) -> None:
+    """Cases 21 and 22."""
+    made = plan(f"--sku={sku}", f"--line={line}")
+    assert {f"#{row['about'].partition('#')[2]}" for row in made["known_issues"]} == issues
+    assert all(row["settled_by"] for row in made["known_issues"])
+
+
 def test_pins_series_and_needs(plan: Callable[..., Plan]) -> None:
     made = plan("--sku=b300", "--line=0.26")
     assert made["pins"]["packages"]["torch"] == MATRIX.line["0.26"].torch

@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -32,15 +33,18 @@ from vllm_forge.serve.command import (
     service_of,
 )
 from vllm_forge.serve.deployment import Deployment, find_deployment, find_preset, presets_of
-from vllm_forge.serve.errors import NoGpuError, UnknownArtifactError, UnknownPresetError
+from vllm_forge.serve.errors import (
+    NoGpuError,
+    UnknownArtifactError,
+    UnknownPresetError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from dataclasses import replace
 
     from vllm_forge.serve.command import Engine
-from pathlib import Path
 
+ROOT = Path(__file__).parents[3]
 DIGEST = "sha256:" + "ab" * 32
 
 
@@ -117,6 +121,32 @@ def test_arguments_of_a_preset(matrix: Matrix) -> None:
     assert not any("speculative" in arg for arg in serve_arguments(matrix, "b300-plain")[0])
 
 
+@pytest.mark.parametrize("line", load(ROOT).line)
+def test_a_line_adds_its_parsers(line: str, matrix: Matrix) -> None:
+    """Case 19: without them a request with tools is refused with status 400."""
+    added = serve_arguments(matrix, "b300-mtp", line)[0][-3:]
+    assert added == [
+        "--enable-auto-tool-choice", "--tool-call-parser=deepseek_v4",
+        "--reasoning-parser=deepseek_v4",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("own", "left"),
+    [
+        ("--tool-call-parser=hermes", ["--enable-auto-tool-choice", "--reasoning-parser"]),
+        ("--reasoning_parser=deepseek_r1", ["--enable-auto-tool-choice", "--tool-call-parser"]),
+        ("--no-enable-auto-tool-choice", ["--tool-call-parser", "--reasoning-parser"]),
+    ],
+)
+def test_a_preset_keeps_its_own_parser(own: str, left: list[str], matrix: Matrix) -> None:
+    preset = matrix.preset["b300-plain"].model_copy(update={"flags": (own,)})
+    changed = matrix.model_copy(update={"preset": {"b300-plain": preset}})
+    args, _ = serve_arguments(changed, "b300-plain", "0.26")
+    assert args[1] == own
+    assert [arg.partition("=")[0] for arg in args[2:]] == left
+
+
 def test_b200_has_the_presets_of_b300(matrix: Matrix) -> None:
     for short in ("mtp", "plain"):
         assert serve_arguments(matrix, f"b200-{short}") == serve_arguments(matrix, f"b300-{short}")
@@ -191,6 +221,8 @@ def test_docker_command(deployment: Deployment) -> None:
         "canada-quant/DeepSeek-V4-Flash-NVFP4-FP8-MTP", "--port=8000",
         "--tensor-parallel-size=4", "--kv-cache-dtype=fp8", "--max-num-seqs=128",
         '--speculative-config={"method":"mtp","num_speculative_tokens":2}',
+        "--enable-auto-tool-choice", "--tool-call-parser=deepseek_v4",
+        "--reasoning-parser=deepseek_v4",
     ]  # fmt: skip
 
 
@@ -437,12 +469,36 @@ def test_print_has_only_the_command_on_stdout(
     assert "vllm-0.33.0-b300" in out
     assert "not run" in err
     assert "TORCH_CUDA_ARCH_LIST=10.3a vllm serve" in err
+    assert "a chat thinks unless a request has" in err
+    assert "vllm/tokenizers/deepseek_v4.py:31" in err
+    assert "undecided here: vllm-project/vllm#46796" in err
+
+
+PRINT = ["serve", "--sku=b300", "--preset=mtp", "--line=0.26", "--print"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [
+        ("NCCL_P2P_DISBALE=1", "unknown variable NCCL_P2P_DISBALE (did you mean"),
+        ("NCCL_P2P_DISABLE=1", ""),
+    ],
+)
+def test_doubtful_variable_is_said(
+    variable: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*PRINT, f"--env={variable}"]) == 0
+    err = capsys.readouterr().err
+    assert words in err
+    assert ("unknown variable" in err) == bool(words)
 
 
 def test_print_shows_how_to_build_a_missing_image(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "matrix.toml").write_text((root / "matrix.toml").read_text())
+    for name in ("matrix.toml", "patches/vllm/dispositions.toml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text((root / name).read_text())
     monkeypatch.setenv("VLLM_FORGE_ROOT", str(tmp_path))
     argv = ["serve", "--sku=b300", "--preset=mtp", "--line=0.26", "--print"]
     assert main(argv) == 0

@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import shutil
+import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,9 +30,11 @@ EXPERTS = re.compile(r"\.ffn\.experts(\.routed_experts)?$")
 GPUS = 8
 # Fits every SKU and divides every artifact: the grid is about kernels, not about memory.
 GRID_ARGUMENTS = ("--tensor-parallel-size=4", "--kv-cache-dtype=fp8")
+PROBE_ARGUMENTS = (*GRID_ARGUMENTS, "--max-num-seqs=128")
 DRAFTER = '--speculative-config={{"method":"{0}","num_speculative_tokens":{1}}}'
 ARTIFACTS = Path(__file__).with_name("artifacts")
 INSIDE = Path(__file__).with_name("inside")
+PROBES = Path(__file__).with_name("probes.toml")
 # The stub driver, also used by an image's checks; it imports only the standard library.
 DRIVER = INSIDE / "driver.py"
 QUESTIONS = "questions.json"
@@ -125,7 +128,10 @@ class KvCache(FrozenModel):
 class CudaGraphs(FrozenModel):
     """The sizes that vLLM resolves from flags, k and the scheduler's limits."""
 
+    asked: str = ""  # mode before the attention backends were asked
     mode: str  # e.g. FULL_AND_PIECEWISE
+    # Batches with prefill run in graphs; False also where the mode says so and nothing is captured.
+    piecewise: bool = True
     sizes: tuple[int, ...]  # tokens of the graphs that decode batches run in, ascending
     # --cudagraph-capture-sizes after all of vLLM's defaults and roundings.
     capture_sizes: tuple[int, ...]
@@ -150,12 +156,20 @@ class Engine(FrozenModel):
     model_runner: Literal["v1", "v2"]
 
 
+class Chat(FrozenModel):
+    """A chat request that sets nothing."""
+
+    tokenizer_mode: str
+    thinking: bool  # the prompt opens a block of reasoning
+
+
 class Refusal(FrozenModel):
     """vLLM does not serve this."""
 
     # config: it refuses to make a configuration or a model of them; device: no attention or
-    # kernels for it; failed: this project's code raised inside, a bug to fix.
-    kind: Literal["arguments", "config", "device", "failed"]
+    # kernels for it; start: it stops after the weights are loaded; failed: this project's code
+    # raised inside, a bug to fix.
+    kind: Literal["arguments", "config", "device", "start", "failed"]
     message: str
 
 
@@ -166,13 +180,24 @@ class Answer(Layers):
     refused: Refusal | None = None
     # VLLM_* variables that this vLLM does not have: no effect.
     unknown_environment: tuple[str, ...] = ()
+    similar: dict[str, str] = Field(default_factory=dict)  # unknown variable -> nearest known one
     warnings: tuple[str, ...] = ()  # what vLLM warned of while it made its configuration
     engine: Engine | None = None
     cuda_graphs: CudaGraphs | None = None
     kv_cache: tuple[KvCache, ...] = ()
+    chat: Chat | None = None  # None: rendered by the checkpoint's own template
     attention: Choice | None = None
     linear: Choice | None = None  # FP8-block linear layers
     draft: Draft | None = None
+
+
+class Probe(FrozenModel):
+    """A row of probes.toml."""
+
+    sku: str
+    artifact: str = "flash-nvfp4-fp8-mtp"
+    arguments: tuple[str, ...] = ()  # with PROBE_ARGUMENTS
+    environment: dict[str, str] = Field(default_factory=dict)
 
 
 class ArtifactFile(FrozenModel):
@@ -199,7 +224,7 @@ def line_questions(matrix: Matrix, line_name: str) -> tuple[Question, ...]:
     for name, preset in matrix.preset.items():
         if preset.sku not in matrix.line[line_name].skus:
             continue
-        arguments, environment = serve_arguments(matrix, name)
+        arguments, environment = serve_arguments(matrix, name, line_name)
         sku = matrix.sku[preset.sku]
         questions += [
             Question(
@@ -233,6 +258,23 @@ def grid_questions(matrix: Matrix) -> tuple[Question, ...]:
 
 def _drafter(artifact: Artifact) -> list[str]:
     return [] if artifact.mtp == "none" else [DRAFTER.format(artifact.drafter, artifact.block or 1)]
+
+
+def probe_questions(matrix: Matrix, line_name: str) -> tuple[Question, ...]:
+    """Deployments of public reports, on SKUs that the line serves."""
+    rows = tomllib.loads(PROBES.read_text(encoding="utf-8"))["probe"]
+    probes = {name: Probe.model_validate(row) for name, row in rows.items()}
+    return tuple(
+        Question(
+            name=f"probe/{name}",
+            device=declared_device(matrix.sku[probe.sku], count=GPUS),
+            artifact=probe.artifact,
+            arguments=(*PROBE_ARGUMENTS, *probe.arguments),
+            environment={**matrix.sku[probe.sku].env, **probe.environment},
+        )
+        for name, probe in probes.items()
+        if probe.sku in matrix.line[line_name].skus
+    )
 
 
 def declared_device(sku: Sku, *, count: int) -> Device:

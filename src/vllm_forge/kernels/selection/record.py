@@ -16,6 +16,7 @@ from vllm_forge.kernels.selection.questions import (
     grid_questions,
     inside_hash,
     line_questions,
+    probe_questions,
 )
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
@@ -41,10 +42,11 @@ class SelectionRecord:
     inputs: dict[str, Any]  # name -> hash; they and the questions determine the answers
     rows: Rows  # of the line with its series
     published: Rows = ()  # of its release as published
+    probes: Rows = ()  # of the line, to deployments that no preset has
 
     @property
     def answers(self) -> dict[str, Answer]:
-        return {question.name: answer for question, answer in self.rows}
+        return {question.name: answer for question, answer in (*self.rows, *self.probes)}
 
     @property
     def published_answers(self) -> dict[str, Answer]:
@@ -53,7 +55,7 @@ class SelectionRecord:
     def of_device(self, name: str) -> Self:
         """The rows for one device, without those of the release as published."""
         rows = tuple(row for row in self.rows if row[0].device.name == name)
-        return replace(self, rows=rows, published=())
+        return replace(self, rows=rows, published=(), probes=())
 
 
 def selection_path(records: Path, line_name: str) -> Path:
@@ -87,6 +89,7 @@ def read_selection(records: Path, line_name: str) -> SelectionRecord:
             inputs=data["inputs"],
             rows=_load(data["rows"], data["shared"]),
             published=_load(data["published"], data["shared"]),
+            probes=_load(data["probes"], data["shared"]),
         ),
         SelectionFileError,
         what=f"kernel selection of line {line_name}",
@@ -104,6 +107,7 @@ def write_selection(records: Path, recorded: SelectionRecord) -> Path:
         "inputs": recorded.inputs,
         "rows": [_dump(row, shared) for row in recorded.rows],
         "published": [_dump(row, shared) for row in recorded.published],
+        "probes": [_dump(row, shared) for row in recorded.probes],
         "shared": shared,
     }
     text = json.dumps(data, indent=1, sort_keys=True)
@@ -122,6 +126,7 @@ def require_fresh(project: Project, line_name: str) -> SelectionRecord:
     for part, rows, questions in (
         ("", recorded.rows, line_questions(project.matrix, line_name)),
         (" as published", recorded.published, grid_questions(project.matrix)),
+        ("", recorded.probes, probe_questions(project.matrix, line_name)),
     ):
         before = {question.name: question for question, _ in rows}
         after = {question.name: question for question in questions}

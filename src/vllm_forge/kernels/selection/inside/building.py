@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from .serving import Log
 
+ATTENTION_LAYER = "vllm.model_executor.layers.attention_layer_base"
 SELECTORS = ("select_", "_moe_backend")
 
 
@@ -43,6 +44,7 @@ class ModelBuild:
 
     model: Any = None
     draft: Any = None
+    draft_layers: frozenset[str] = frozenset()  # names of its layers with attention or a KV cache
     selections: list[SelectionCall] = field(default_factory=list)
     draft_selections: list[SelectionCall] = field(default_factory=list)
     refusal: Refusal | None = None
@@ -52,7 +54,7 @@ def build_models(config: Any, log: Log) -> ModelBuild:
     """The model and, where speculation is on, the draft model of a VllmConfig."""
     _use_groups(config)
     build = ModelBuild()
-    with _recorded(log) as calls, _on_meta(config.model_config.dtype):
+    with _recorded(log) as calls, on_meta(config.model_config.dtype):
         loader: Any = importlib.import_module("vllm.model_executor.model_loader.utils")
         loader.record_metadata_for_reloading = lambda _model: None  # takes long, selects nothing
         try:
@@ -62,9 +64,17 @@ def build_models(config: Any, log: Log) -> ModelBuild:
                 build.selections, calls[:] = [*calls], []
             if config.speculative_config is not None:
                 forget_once()
+                layers = config.compilation_config.static_forward_context
+                before = set(layers)
                 build.draft = loader.initialize_model(
                     vllm_config=_draft_config(config),
                     model_config=config.speculative_config.draft_model_config,
+                )
+                base: Any = importlib.import_module(ATTENTION_LAYER)
+                build.draft_layers = frozenset(
+                    name
+                    for name in layers.keys() - before
+                    if isinstance(layers[name], base.AttentionLayerBase)
                 )
         except Exception as error:
             if not raised_in_vllm(error):
@@ -112,11 +122,12 @@ def _draft_config(config: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _on_meta(dtype: Any) -> Iterator[None]:
+def on_meta(dtype: Any) -> Iterator[None]:
     """Create tensors without data, also those for "cuda"."""
     torch = importlib.import_module("torch")
     utils = importlib.import_module("vllm.utils.torch_utils")
     _map_experts_on_cpu(torch)
+    torch.accelerator.current_device_index = lambda: 0  # the rank that is built
 
     class CudaIsMeta(torch.overrides.TorchFunctionMode):  # type: ignore[misc,name-defined]
         def __torch_function__(

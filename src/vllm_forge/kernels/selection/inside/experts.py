@@ -10,6 +10,7 @@ import sys
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from .facts import MEGA_MOE
 from .serving import explain, forget_once
 
 if TYPE_CHECKING:
@@ -42,13 +43,29 @@ def moe_facts(model: Any, selections: list[SelectionCall], log: Log) -> Facts | 
     elif layers:
         facts = _by_method(layers[0].quant_method)
     else:
-        return None
+        return _mega_moe(model)
     if layers:
         wanted = getattr(layers[0], "swiglu_limit", None)
         facts["limit"] = _limit_at_kernel(layers[0])
         if wanted is not None:
             facts["clamp"] = "reaches" if facts["limit"] == wanted else "lost"
     return facts
+
+
+def _mega_moe(model: Any) -> Facts | None:
+    """Experts that no selection chose, as --moe-backend=deep_gemm_mega_moe builds them.
+
+    The layer above hands its swiglu_limit to each call: models/deepseek_v4/nvidia/model.py:628 of
+    0.22.1 and :718 of 0.26.0; since then the experts have it (:390 of 0.33.0).
+    """
+    modules = dict(model.named_modules()) if model is not None else {}
+    for name, module in modules.items():
+        if type(module).__name__.endswith(MEGA_MOE):
+            limit = getattr(modules[name.rpartition(".")[0]], "swiglu_limit", None)
+            facts = {"chosen": "DEEP_GEMM_MEGA_MOE", "kernel": type(module).__name__}
+            clamp = "none" if limit is None else "reaches"
+            return facts | {"error": None, "rejected": [], "limit": limit, "clamp": clamp}
+    return None
 
 
 def _routed_experts(model: Any) -> Iterable[Any]:

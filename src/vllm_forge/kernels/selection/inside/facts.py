@@ -8,6 +8,9 @@ import re
 from collections import Counter
 from typing import Any
 
+# Name of classes of experts that load and run by themselves, without a quantization method.
+MEGA_MOE = "MegaMoEExperts"
+RENDERED = ("deepseek_v4",)  # tokenizer modes whose template is code of vLLM
 LAYER = re.compile(r"\.\d+\.")
 
 Facts = dict[str, Any]
@@ -97,6 +100,8 @@ def module_schemes(model: Any) -> dict[str, str]:
     schemes: dict[str, Counter[str]] = {}
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
+        if method is None and type(module).__name__.endswith(MEGA_MOE):
+            method = module
         if method is None or not name:
             continue
         scheme = getattr(module, "scheme", None)
@@ -129,11 +134,14 @@ def graph_facts(config: Any, model: Any) -> Facts:
     compilation = config.compilation_config
     speculative = config.speculative_config
     query = 1 + (speculative.num_speculative_tokens if speculative is not None else 0)
+    asked = compilation.cudagraph_mode
     mode = _resolve_mode(config, model, query)
     decode = _decode_sizes(config, mode, query)
     needed = config.scheduler_config.max_num_seqs * query
     return {
+        "asked": getattr(asked, "name", "NONE"),
         "mode": mode.name,
+        "piecewise": mode.has_piecewise_cudagraphs() and _captures_pieces(model),
         "sizes": decode,
         "capture_sizes": list(compilation.cudagraph_capture_sizes or []),
         "needed": needed,
@@ -166,11 +174,18 @@ def _resolve_mode(config: Any, model: Any, query: int) -> Any:
 
 
 def _captures_pieces(model: Any) -> bool:
+    """0.33.0, v1/worker/gpu/cudagraph_utils.py:141, has_compiled_submodule.
+
+    Before it, model runner v1 keeps a piecewise mode for a model without pieces, whose mixed
+    batches then run eager (0.26.0, v1/worker/gpu_model_runner.py:5394).
+    """
     if importlib.import_module("vllm.envs").VLLM_USE_BREAKABLE_CUDAGRAPH:
         return True
-    utils = importlib.import_module("vllm.v1.worker.gpu.cudagraph_utils")
-    has_compiled = getattr(utils, "has_compiled_submodule", None)
-    return bool(has_compiled is None or has_compiled(model))
+    compiled = importlib.import_module("vllm.compilation.wrapper").TorchCompileWithNoGuardsWrapper
+    return any(
+        isinstance(module, compiled) and not getattr(module, "do_not_compile", True)
+        for module in model.modules()
+    )
 
 
 def _decode_sizes(config: Any, mode: Any, query: int) -> list[int]:
@@ -205,3 +220,14 @@ def engine_facts(config: Any) -> Facts:
         "prefix_caching": bool(cache.enable_prefix_caching),
         "model_runner": "v2" if config.use_v2_model_runner else "v1",
     }
+
+
+def chat_facts(config: Any) -> Facts | None:
+    """How a chat is rendered that asks for nothing; None without a renderer for this model."""
+    mode = config.model_config.tokenizer_mode
+    if mode not in RENDERED:
+        return None
+    registry: Any = importlib.import_module("vllm.tokenizers.registry")
+    tokenizer = registry.cached_tokenizer_from_config(config.model_config)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False)
+    return {"tokenizer_mode": mode, "thinking": str(text).rstrip().endswith("<think>")}

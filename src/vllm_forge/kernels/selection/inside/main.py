@@ -32,6 +32,7 @@ from .serving import (
     attach_log,
     clean,
     make_config,
+    similar_names,
     unknown_environment,
 )
 
@@ -233,10 +234,12 @@ def _answer(question: Facts, folder: Path) -> Facts:
 
 
 def _fill(answer: Facts, question: Facts, folder: Path) -> None:
-    from . import building, experts, facts  # noqa: PLC0415 - after the world's imports
+    # After the world's imports.
+    from . import building, experts, facts, startup  # noqa: PLC0415
 
     log = attach_log()
     answer["unknown_environment"] = unknown_environment(question["environment"])
+    answer["similar"] = similar_names(question["environment"])
     os.environ.update(question["environment"])
     with log.listen() as lines:
         config = make_config(str(folder / question["artifact"]), question["arguments"])
@@ -262,6 +265,10 @@ def _fill(answer: Facts, question: Facts, folder: Path) -> None:
         platform.update_block_size_for_backend(config)
         answer["engine"] = facts.engine_facts(config)
         answer["kv_cache"] = facts.kv_facts(config)
-        answer["cuda_graphs"] = facts.graph_facts(config, models.model)
+        answer["chat"] = facts.chat_facts(config)
+        with startup.refused_late(), log.listen() as lines:
+            answer["cuda_graphs"] = facts.graph_facts(config, models.model)
+        answer["warnings"] += [text for level, text in lines if level >= WARNING]
+        startup.check_startup(config, models)
     if answer["attention"] is not None and answer["attention"]["error"]:
         raise Refusal("device", answer["attention"]["error"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import io
 import logging
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 PREFIX = "VLLM_"
+MORE = "For further information"  # pydantic's last line
+SIMILAR = 0.85  # of difflib's 1.0
 MOST_CHARS = 600
 # Differs from run to run, or from machine to machine.
 CHANGING = re.compile(r"\b0x[0-9a-f]+\b|/tmp/[\w./-]+|\bpid=\d+")
@@ -92,6 +95,17 @@ def unknown_environment(environment: dict[str, str]) -> list[str]:
     return sorted(name for name in environment if name.startswith(PREFIX) and name not in known)
 
 
+def similar_names(environment: dict[str, str]) -> dict[str, str]:
+    """Variable that is unknown to this release -> its variable with the nearest name."""
+    known = importlib.import_module("vllm.envs").environment_variables
+    nearest = {
+        name: difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR)
+        for name in sorted(environment)
+        if name not in known
+    }
+    return {name: names[0] for name, names in nearest.items() if names}
+
+
 def make_config(model: str, arguments: Sequence[str]) -> Any:
     """The VllmConfig of ``vllm serve MODEL ARGUMENTS``.
 
@@ -110,7 +124,8 @@ def make_config(model: str, arguments: Sequence[str]) -> Any:
             _validate_server(serve, parsed)
             engine_args = engine.AsyncEngineArgs.from_cli_args(parsed)
     except SystemExit:
-        lines = [line for line in stderr.getvalue().splitlines() if line.strip()]
+        lines = [line for line in stderr.getvalue().splitlines() if line.strip(". ")]
+        lines = [line for line in lines if not line.lstrip().startswith(MORE)] or lines
         raise Refusal("arguments", clean(lines[-1] if lines else "no message")) from None
     except Exception as error:
         if not raised_in_vllm(error):
