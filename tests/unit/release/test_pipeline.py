@@ -498,4 +498,4 @@ def test_notes_have_the_receipts(releases: Releases) -> None:
     matrix.write_text(f"{matrix.read_text()}\n[support]\nmini = 2199-12-31\n")
     stated = make_notes(Project(releases.mini.root), after, None)
     assert "End of support for line mini: 2199-12-31.\n" in stated
-    assert "| server | 1 x NVIDIA Alpha | 580.159.04 | 3 | 6% of its bound: test_one, dr" in text
+    assert "| server | 1 x NVIDIA Alpha | 580.159.04 | 3 | 6% of its bound: test\\_one, dr" in text
