@@ -72,7 +72,9 @@ class LintFinding:
 
 def served(case: LintCase) -> Problems:
     """The line's vLLM accepts the arguments and makes a configuration of them."""
-    if (refused := case.answer.refused) is not None:
+    artifact = case.matrix.artifact[case.artifact_name]
+    known = artifact.why_not(case.line_name, drafting=case.preset.speculative_tokens > 0)
+    if (refused := case.answer.refused) is not None and known is None:
         what, remedy = REFUSALS[refused.kind]
         yield (
             f"{case.release}: {what}: {refused.message}",
@@ -179,6 +181,11 @@ def drafter_takes_k(case: LintCase) -> Problems:
     layers = case.config.get("num_nextn_predict_layers", 0)
     if drafted != tokens:
         what = f"the preset drafts {tokens} tokens, and {case.release} {drafted}"
+    elif draft is not None and "DSpark" in draft.architecture:
+        # 0.26.0 asks for a block or more (config/speculative.py:1016), 0.33.0 for nothing.
+        if tokens == (block := case.config.get("dspark_block_size")):
+            return
+        what = f"k = {tokens}, and DSpark drafts blocks of {block}: other k are hardly accepted"
     elif tokens and (not layers or (tokens > layers and tokens % layers)):
         what = f"k = {tokens}, and the drafter has {layers} layers: k must be a multiple"
     else:

@@ -450,6 +450,27 @@ def test_k_that_the_drafter_does_not_take(case: Callable[..., LintCase]) -> None
     assert "the drafter has 0 layers" in only(judge(case(config=none))).what
 
 
+@pytest.mark.parametrize("block", [5, 3, None])
+def test_dspark_drafts_whole_blocks(case: Callable[..., LintCase], block: int | None) -> None:
+    draft = drafting(5).model_copy(update={"architecture": "DSparkDraftModel"})
+    said = answer(cuda_graphs=graphs(6, 768), draft=draft)
+    config = CONFIG | {"dspark_block_size": block, "num_nextn_predict_layers": 3}
+    findings = judge(case(said, config=config, speculative_tokens=5))
+    expected = [] if block == 5 else [f"k = 5, and DSpark drafts blocks of {block}"]
+    assert [finding.what.partition(":")[0] for finding in findings] == expected
+
+
+def test_refusal_that_a_row_explains_passes(case: Callable[..., LintCase]) -> None:
+    refused = answer(refused=Refusal(kind="config", message="unknown method"), draft=None)
+    assert "unknown method" in only(judge(case(refused))).what
+    row = Unserved(lines=("0.26",), drafting=True, reason="this line has no such method")
+    item = case(refused)
+    artifact = item.matrix.artifact[item.artifact_name].model_copy(update={"unserved": (row,)})
+    artifacts = {**item.matrix.artifact, item.artifact_name: artifact}
+    matrix = item.matrix.model_copy(update={"artifact": artifacts})
+    assert judge(replace(item, matrix=matrix)) == []
+
+
 def test_other_kv_cache_dtype_is_a_finding(case: Callable[..., LintCase]) -> None:
     said = answer(engine=engine(kv_cache_dtype="bfloat16"))
     assert (
