@@ -1,9 +1,10 @@
 """A ``vllm serve`` without a model, for tier rehearsal: each token follows from the one before.
 
-Written as ``vllm/entrypoints/cli/main.py`` where a test wants one; standard library only.
+Written as ``vllm/entrypoints/cli/main.py`` where a test wants one.
 ``faults`` in the config.json of the model: ``context`` (answers depend on the whole prompt),
 ``leak`` (a client that goes keeps its place), ``immortal`` (it survives its worker), ``silent`` (of
-its start), ``rejects`` (fewer drafts are accepted than declared).
+its start), ``rejects`` (fewer drafts are accepted than declared), ``unlikely`` (other log
+probabilities).
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
 
+from tests.gpu.rehearsal.expected import ROWS, Expected
+
 CONFIG: dict[str, Any] = json.loads((Path(sys.argv[2]) / "config.json").read_text())
+EXPECTED = Expected(Path(sys.argv[2]))
 FAULTS: list[str] = CONFIG["faults"]
 SPECULATIVE = [word for word in sys.argv if word.startswith("--speculative-config=")]
 COUNTS = {"generated": 0, "drafts": 0, "accepted": 0, "running": 0}
@@ -33,15 +38,20 @@ INFO [core.py:348] init engine (profile, create kv cache, warmup model) took 125
 """
 
 
-def after(prompt: list[int]) -> int:
-    seed = sum(prompt) if "context" in FAULTS else prompt[-1]
-    return (seed * 5 + 3) % 8192
+@cache
+def follow(token: int) -> tuple[int, float]:
+    """The most likely token after another, and its log probability."""
+    values = EXPECTED.log_probabilities(token)
+    return int(values.argmax()), float(values.max())
 
 
 def answer(body: dict[str, Any]) -> dict[str, Any]:
-    tokens: list[int] = []
-    for _ in range(body["max_tokens"]):
-        tokens.append(after([*body["prompt"], *tokens]))
+    prompt, value = body["prompt"], 0.0
+    tokens = [prompt[0]]
+    if body["max_tokens"] == 1:  # else it only matters that they come again
+        tokens[0], value = follow(sum(prompt) % ROWS if "context" in FAULTS else prompt[-1])
+    while len(tokens) < body["max_tokens"]:
+        tokens.append((tokens[-1] * 5 + 3) % ROWS)
     with LOCK:
         COUNTS["generated"] += len(tokens)
         if SPECULATIVE:
@@ -49,7 +59,7 @@ def answer(body: dict[str, Any]) -> dict[str, Any]:
             rate = config["synthetic_acceptance_rates"][0] - 0.2 * ("rejects" in FAULTS)
             COUNTS["drafts"] += len(tokens)
             COUNTS["accepted"] = round(rate * COUNTS["drafts"])
-    logprobs = {"token_logprobs": [-tokens[0] / 8192]}
+    logprobs = {"token_logprobs": [value - 0.2 * ("unlikely" in FAULTS)]}
     return {"choices": [{"token_ids": tokens, "logprobs": logprobs}]}
 
 

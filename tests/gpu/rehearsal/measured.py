@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.gpu.harness.device import query
+from tests.gpu.rehearsal.expected import ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +45,7 @@ WORKER = re.compile(r"\(Worker\w* pid=(\d+)\)")
 RUNNING = "vllm:num_requests_running"
 CACHES = "VLLM_CACHE_ROOT"  # beside the other compilers' folders, see harness.run
 SEED = 20261130
-IDS = range(1000, 8192)  # drawn rows of the embedding
+IDS = range(1000, ROWS)
 PROMPT, ANSWER = 256, 128  # tokens
 ROUNDS = 2  # answers that each client waits for
 FIRST_TOKENS = 5

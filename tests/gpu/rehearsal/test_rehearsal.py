@@ -18,6 +18,7 @@ import pytest
 
 from tests.gpu.rehearsal import measured
 from tests.gpu.rehearsal.conftest import RATE
+from tests.gpu.rehearsal.expected import Expected
 
 if TYPE_CHECKING:
     from tests.gpu.conftest import Margin, Record
@@ -32,6 +33,8 @@ pytestmark = [
 # What the log of every line has; the rest is recorded where it is said.
 SAID = {"load_s", "weights_gib", "concurrency", "init_s"}
 ASKED = 8  # prompts
+# Of a log probability: logits of about 4 and streams in BF16, 86 mixes, eps of the final norm.
+ROUNDED = 0.1
 SIGMAS = 5
 
 
@@ -68,6 +71,21 @@ def test_next_token_follows_from_the_last_one_alone(
         shifts.append(abs(one[1] - two[1]))
         assert one[0] == two[0] or shifts[-1] <= measured.SHIFT
     margin("log probability", max(shifts), measured.SHIFT)
+
+
+def test_answers_are_those_of_embedding_and_head(
+    served: Served, margin: Margin, record: Record
+) -> None:
+    """The token that comes has the log probability that it should, and no other a higher one."""
+    record(**served.facts)
+    expected = Expected(served.server.model)
+    shifts = []
+    for prompt in measured.prompts(ASKED):
+        token, value = measured.best(served.server, prompt)
+        should = expected.log_probabilities(prompt[-1])
+        assert token < len(should), f"token {token} has no row in the head"
+        shifts += [abs(value - should[token]), should.max() - should[token]]
+    margin("log probability", max(shifts), ROUNDED)
 
 
 def test_first_token_is_measured(served: Served, record: Record) -> None:

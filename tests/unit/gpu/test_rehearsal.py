@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import os
@@ -13,14 +12,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.gpu.harness import device, plugin
 from tests.gpu.harness.limits import NotStartedError
 from tests.gpu.rehearsal import checkpoint, measured
+from tests.gpu.rehearsal.expected import ROWS, Expected
 from tests.support.layouts import layout_config
+from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import RehearsalError
-from vllm_forge.checkpoints.fixtures import full, sparse
+from vllm_forge.checkpoints.fixtures import full
 from vllm_forge.cli import main
 from vllm_forge.gputest import launch
 from vllm_forge.gputest.launch import copy_code
@@ -31,6 +33,7 @@ from vllm_forge.receipts.suite import MATRIX_ROWS
 SUPPORT = Path(__file__).parents[2] / "support"
 SKU = "h200"
 PRESETS = MATRIX_ROWS["preset"](load(SUPPORT.parents[1]), SKU)
+ARTIFACT = PRESETS[0]["artifacts"][0]
 Rows = dict[str, dict[str, Any]]
 PLUGIN = """
 import tests.gpu.conftest as suite
@@ -57,6 +60,25 @@ def test_declared_rates_are_those_of_whole_drafts() -> None:
         "synthetic_acceptance_rates": [0.5, 0.25],
     }  # fmt: skip
     assert measured.synthetic(preset[:1], 0.5) == preset[:1]
+
+
+def test_expected_answers_are_those_of_a_plain_computation(tmp_path: Path) -> None:
+    assert ROWS == full.ROWS
+    checkpoint.make(write_recipe(tmp_path / "recipe"), tmp_path / "made")
+    expected = Expected(tmp_path / "made")
+    tensors = Checkpoint.open(tmp_path / "made").tensors
+    rows = {}
+    for name in ("embed", "norm", "head"):
+        data = np.frombuffer(tensors[f"{name}.weight"].read(), "<u2").astype("<u4") << np.uint32(16)
+        rows[name] = data.view("<f4").reshape(tensors[f"{name}.weight"].shape).astype(float)
+    hidden = rows["embed"][1234]
+    logits = rows["head"] @ (hidden / np.sqrt((hidden**2).mean()) * rows["norm"])
+    assert len(logits) == ROWS + 64
+    likely = logits - np.log(np.exp(logits).sum())
+    assert np.allclose(expected.log_probabilities(1234), likely[:ROWS], atol=1e-5)
+    # What is tested of a server can be told apart: the second is less likely by more than that.
+    best = [np.sort(expected.log_probabilities(token))[-2:] for token in range(1000, 1040)]
+    assert np.median([second - first for first, second in best]) > 0.1
 
 
 def test_compiled_files_are_counted_by_compiler(
@@ -91,22 +113,17 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_recipe(folder: Path, *faults: str) -> Path:
-    folder.mkdir(parents=True)
-    shutil.copyfile(sparse.__file__, folder / "sparse.py")
-    row = {"t": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}}
-    recipe = {
-        "mark": "x", "seed": 1, "experts": 1, "drawn": {},
-        "texts": {"config.json": json.dumps({"faults": faults})},
-        "shards": {"model.safetensors": json.dumps(row)},
-    }  # fmt: skip
-    (folder / sparse.RECIPE).write_bytes(gzip.compress(json.dumps(recipe).encode()))
+    """Of a small model with as many tokens as a prompt may have, and some more."""
+    config = layout_config("card") | {"vocab_size": ROWS + 64, "faults": faults}
+    full.write_recipe(full.make_recipe(ARTIFACT, config, 1), folder)
     return folder
 
 
 def run(code: Path, output: Path, *faults: str) -> Rows:
     """Run the tier's tests; name -> its row."""
     shutil.rmtree(code / "checkpoints", ignore_errors=True)
-    write_recipe(code / "checkpoints" / PRESETS[0]["artifacts"][0], *faults)
+    (code / "checkpoints").mkdir()
+    write_recipe(code / "checkpoints" / ARTIFACT, *faults)
     results = output / "results.json"
     done = subprocess.run(
         [
@@ -152,7 +169,7 @@ def test_sound_server_is_green_and_measured(code: Path, tmp_path: Path) -> None:
 
 
 def test_faults_are_red_where_they_belong(code: Path, tmp_path: Path) -> None:
-    rows = run(code, tmp_path, "silent", "context", "leak", "immortal", "rejects")
+    rows = run(code, tmp_path, "silent", "context", "leak", "immortal", "rejects", "unlikely")
     found = {name for name, row in rows.items() if row["outcome"] == "failed"}
     assert found == {
         "test_drafts_are_accepted_at_the_declared_rate[mtp]",
@@ -160,7 +177,8 @@ def test_faults_are_red_where_they_belong(code: Path, tmp_path: Path) -> None:
             f"test_{name}[{kind}]"
             for kind in ("plain", "mtp")
             for name in (
-                "start_is_measured", "next_token_follows_from_the_last_one_alone",
+                "start_is_measured", "answers_are_those_of_embedding_and_head",
+                "next_token_follows_from_the_last_one_alone",
                 "client_that_vanishes_frees_its_place",
                 "killed_worker_ends_the_server_with_its_reason",
             )
@@ -184,14 +202,14 @@ def test_answers_that_change_are_red(values: list[float]) -> None:
 
 def test_missing_recipe_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_FORGE_GPU_MATRIX", json.dumps({"preset": PRESETS}))
-    with pytest.raises(pytest.skip.Exception, match=f"one of {PRESETS[0]['artifacts'][0]}"):
+    with pytest.raises(pytest.skip.Exception, match=f"one of {ARTIFACT}"):
         checkpoint.find_recipe()
 
 
 def test_checkpoint_that_cannot_be_made_is_undecided(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe")
     checkpoint.make(recipe, tmp_path / "made")
-    assert (tmp_path / "made/model.safetensors").exists()
+    assert len(list((tmp_path / "made").glob("model-*"))) == 1
     with pytest.raises(NotStartedError, match=r"was not made: .* exists already"):
         checkpoint.make(recipe, tmp_path / "made")
 
@@ -210,10 +228,9 @@ def test_command_brings_the_recipe_of_the_first_artifact(
     monkeypatch.setattr(launch, "run_in_image", run_in_image)
     monkeypatch.setattr(verification, "make_receipt", lambda _, result, key: (result.name, key))
     assert main(["gpu", "rehearse", SKU, "--minutes=30", "--output=x"]) == 0
-    artifact = PRESETS[0]["artifacts"][0]
     assert seen == {
         "args": ["--tier=rehearsal", "--minutes=30.0"], "output": "x",
-        "files": {f"checkpoints/{artifact}": [checkpoint.RECIPE, checkpoint.PROGRAM]},
+        "files": {f"checkpoints/{ARTIFACT}": [checkpoint.RECIPE, checkpoint.PROGRAM]},
     }  # fmt: skip
     assert capsys.readouterr().out == "('rehearsal.json', None)\n"
     assert main(["gpu", "rehearse", SKU, "--artifact=flash"]) == RehearsalError.exit_code
