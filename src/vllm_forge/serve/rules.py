@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 
 from vllm_forge.kernels.selection.questions import Answer
 from vllm_forge.matrix import Matrix, Preset, flag_name, serve_arguments
+from vllm_forge.matrix.flags import parallel
+from vllm_forge.serve.memory import memory_of
 from vllm_forge.serve.variables import PREFIX, doubt
 
 # How experts are stored -> parts of the names of the classes that build them so. The experts of
@@ -309,15 +311,32 @@ def tensor_parallel_divides(case: LintCase) -> Problems:
     """Heads, output groups and the experts' quantization groups split evenly over the GPUs.
 
     vLLM asserts the heads (models/deepseek_v4/attention.py, ``n_heads % tp_size``) and floors
-    the output groups (``n_groups // tp_size``) silently.
+    the output groups (``n_groups // tp_size``) silently. Experts are split over all ranks
+    (fused_moe/config.py, flatten_tp_across_dp_and_pcp), or kept whole by expert parallelism.
     """
-    parts = case.preset.tensor_parallel
+    words, _ = serve_arguments(case.matrix, case.preset_name)
+    spread = parallel(words)
+    ranks = 1 if "--enable-expert-parallel" in words else spread.gpus // spread.pipeline
     for name, count in divisible(case.config).items():
-        if count % parts:
+        if count % (ranks if name.startswith("moe") else spread.tensor):
             yield (
-                f"{name} = {count} is not divided by --tensor-parallel-size={parts}",
-                f"choose another tensor_parallel in preset.{case.preset_name}",
+                f"{name} = {count} is not divided by {spread.text}",
+                f"choose other parallel sizes in preset.{case.preset_name}",
             )
+
+
+def memory_suffices(case: LintCase) -> Problems:
+    """Weights and the KV cache of one request fit into the SKU's GPUs."""
+    words, _ = serve_arguments(case.matrix, case.preset_name)
+    memory = memory_of(
+        artifact=case.artifact_name,
+        words=words,
+        release=case.matrix.line[case.line_name].vllm,
+        total=case.matrix.memory_of(case.preset.sku),
+        answer=case.answer,
+    )
+    if memory is not None and memory.verdict == "red":
+        yield f"{memory.seen}; needed are {memory.needed}", memory.remedy
 
 
 def divisible(config: Mapping[str, Any]) -> dict[str, int]:
@@ -338,7 +357,7 @@ RULES: tuple[Callable[[LintCase], Problems], ...] = (
     served, answer_is_complete, known_variables, retired_variables, graphs_are_on,
     graphs_cover_decode, drafter_takes_k, kv_cache_fits, experts_are_served,
     experts_are_built_as_stored, backend_is_the_one_asked_for, chat_is_the_lines,
-    tensor_parallel_divides,
+    tensor_parallel_divides, memory_suffices,
 )  # fmt: skip
 
 

@@ -64,6 +64,7 @@ CONFIG = {
         }
     },
 }
+DP = ("--data-parallel-size=3", "--max-num-seqs=128")
 MARLIN = "VLLM_TEST_FORCE_FP8_MARLIN"
 UNQUANTIZED, NVFP4 = "UnquantizedFusedMoEMethod", "CompressedTensorsW4A4Nvfp4MoEMethod"
 EXPERTS, DRAFT_EXPERTS = "layers.*.ffn.experts", "mtp.*.ffn.experts"
@@ -594,6 +595,22 @@ def test_tensor_parallel_that_does_not(case: Callable[..., LintCase]) -> None:
         "o_groups",
         "moe_intermediate_size / group_size 16",
     }
+
+
+def test_experts_are_split_over_all_ranks_without_expert_parallelism(
+    case: Callable[..., LintCase],
+) -> None:
+    """128 groups on 3 ranks of data parallelism: the heads are whole on each of them."""
+    flags = (*DP, "--kv-cache-dtype=fp8")
+    found = judge(case(tensor_parallel=1, flags=flags))
+    assert only(found).what.startswith("moe_intermediate_size / group_size 16 = 128 is not divided")
+    assert judge(case(tensor_parallel=1, flags=(*flags, "--enable-expert-parallel"))) == []
+
+
+def test_weights_that_do_not_fit_are_a_finding(case: Callable[..., LintCase]) -> None:
+    finding = only(judge(case(flags=("--gpu-memory-utilization=0.15", "--kv-cache-dtype=fp8"))))
+    assert "42.8 GiB for the weights" in finding.what
+    assert finding.remedy.startswith("--gpu-memory-utilization of at least 0.1")
 
 
 def test_divisible_counts() -> None:
