@@ -14,6 +14,7 @@ from unidiff.patch import PatchSet
 from vllm_forge.host import cache_root
 from vllm_forge.matrix import load
 from vllm_forge.patches import apply_series, read_series, read_tree_lock
+from vllm_forge.patches.apply import TreeIndex, tree_index
 from vllm_forge.patches.errors import (
     AlreadyUpstreamError,
     AppliedTwiceError,
@@ -51,37 +52,32 @@ def tree_before(repo: SourceRepo, line: str, number: int) -> str:
     return apply_series(repo, base, earlier).result
 
 
-def with_line_changed(repo: SourceRepo, tree: str, path: str, number: int, index: Path) -> str:
-    """The tree with one line of one file changed (``number`` counts from 1)."""
-    lines = repo.git("cat-file", "blob", f"{tree}:{path}").stdout.split(b"\n")
-    lines[number - 1] += b"  # changed"
-    blob = repo.git("hash-object", "-w", "--stdin", stdin=b"\n".join(lines)).stdout.decode()
-    env = {"GIT_INDEX_FILE": str(index)}
-    repo.git("read-tree", tree, env=env)
-    repo.git("update-index", "--cacheinfo", f"100644,{blob.strip()},{path}", env=env)
-    return repo.git("write-tree", env=env).stdout.decode().strip()
+def with_line_changed(index: TreeIndex, path: str, lines: list[bytes], number: int) -> str:
+    """The index's tree with one line of one file changed (``number`` counts from 1)."""
+    changed = [*lines]
+    changed[number - 1] += b"  # changed"
+    index.put(path, "100644", b"\n".join(changed))
+    return index.tree()
 
 
 @pytest.mark.parametrize(("line", "number"), CASES)
-def test_every_target_line_matters(
-    repo: SourceRepo, tmp_path: Path, line: str, number: int
-) -> None:
+def test_every_target_line_matters(repo: SourceRepo, line: str, number: int) -> None:
     """A change of any line that a hunk shows or removes is a WrongContextError at its file."""
     patch = read_series(ROOT / MATRIX.line[line].series)[number]
     tree = tree_before(repo, line, number)
     seen = 0
-    for file in PatchSet(patch.diff):
-        for hunk in file:
-            for row in hunk:
-                if row.source_line_no is None:
-                    continue
+    with tree_index(repo, tree) as index:
+        for file in PatchSet(patch.diff):
+            content = repo.git("cat-file", "blob", f"{tree}:{file.path}").stdout
+            for row in (row for hunk in file for row in hunk if row.source_line_no is not None):
                 changed = with_line_changed(
-                    repo, tree, file.path, row.source_line_no, tmp_path / "index"
+                    index, file.path, content.split(b"\n"), row.source_line_no
                 )
                 with pytest.raises(WrongContextError) as refused:
                     apply_series(repo, changed, [patch])
                 assert file.path in refused.value.where
                 seen += 1
+            index.put(file.path, "100644", content)
     assert seen >= 6
 
 
