@@ -69,10 +69,9 @@ def test_every_target_line_matters(repo: SourceRepo, line: str, number: int) -> 
     with tree_index(repo, tree) as index:
         for file in PatchSet(patch.diff):
             content = repo.git("cat-file", "blob", f"{tree}:{file.path}").stdout
-            for row in (row for hunk in file for row in hunk if row.source_line_no is not None):
-                changed = with_line_changed(
-                    index, file.path, content.split(b"\n"), row.source_line_no
-                )
+            rows = [row.source_line_no for hunk in file for row in hunk]
+            for row in (row for row in rows if row is not None):
+                changed = with_line_changed(index, file.path, content.split(b"\n"), row)
                 with pytest.raises(WrongContextError) as refused:
                     apply_series(repo, changed, [patch])
                 assert file.path in refused.value.where
