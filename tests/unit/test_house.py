@@ -116,14 +116,17 @@ def test_modules_are_short() -> None:
 
 def test_unpacked_layers_are_opened_by_the_store_alone() -> None:
     """``StoredLayer`` compares its files before it names them; nothing goes around that."""
-    makers = re.compile(r"\bStoredLayer\(|\blayer_folder\(|cache_root\(\) / \"layers\"")
-    found = {
-        str(path.relative_to(SOURCE))
-        for path in SOURCE.rglob("*.py")
-        if makers.search(path.read_text())
-    }
+
+    def using(pattern: str) -> set[str]:
+        paths = SOURCE.rglob("*.py")
+        return {str(p.relative_to(SOURCE)) for p in paths if re.search(pattern, p.read_text())}
+
     # The plan names what the checks of a build will mount, after that build has opened it.
-    assert found == {"images/store.py", "images/wheel_layers.py", "images/plan.py"}
+    makers = r"\bStoredLayer\(|\blayer_folder\(|cache_root\(\) / \"layers\""
+    assert using(makers) == {"images/store.py", "images/wheel_layers.py", "images/plan.py"}
+    # After write_layers, which has compared them.
+    written = {"images/store.py", "images/build.py", "proofs/environment.py"}
+    assert using(r"\bchecked=True") == written
 
 
 def test_no_index_host_is_named() -> None:

@@ -118,6 +118,12 @@ def folder_digest(folder: Path) -> str:
     return hash_of(rows, sort_keys=True)
 
 
+def folder_stamp(folder: Path) -> str:
+    """Hash of what the file system says of a folder's files; ValueError if one is not plain."""
+    rows = {name: inode(os.lstat(f"{folder}/{name}")) for name in walk_plain(folder)}
+    return hash_of(rows, sort_keys=True)
+
+
 def parse_json(content: bytes | str) -> Any:
     """A JSON document; bytes are UTF-8, as every other reader of these files has it.
 

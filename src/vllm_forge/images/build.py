@@ -200,10 +200,12 @@ def wheel_layers(plan: ImagePlan) -> list[tuple[str, StoredLayer]]:
     """Name and layer of all groups, lowest first; written by now, empty ones included."""
     of_lock, layers = f"of {plan.cell.line.lock}", []
     for group in plan.groups:
-        layers.append((f"{group.name} wheels {of_lock}", store.require_stored(group.key)))
+        layers.append(
+            (f"{group.name} wheels {of_lock}", store.require_stored(group.key, checked=True))
+        )
         if group.slim_key is not None:
             name = f"{group.name} libraries for {plan.cell.sku.arch} {of_lock}"
-            layers.append((name, store.require_stored(group.slim_key)))
+            layers.append((name, store.require_stored(group.slim_key, checked=True)))
     return layers
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vllm_forge.host import remove
-from vllm_forge.host.files import folder_digest, read_sealed, write_sealed
+from vllm_forge.host.files import folder_stamp, read_sealed, write_sealed
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def kept_bytecode(folder: Path) -> Iterator[None]:
     """
     seal, kept = folder.with_name(f"{folder.name}.json"), False
     with suppress(OSError, ValueError):  # of a first run; of a damaged seal
-        kept = read_sealed(seal) == {"files": folder_digest(folder)}
+        kept = read_sealed(seal) == {"files": folder_stamp(folder)}
     if not kept:
         remove(folder)
     try:
@@ -28,4 +28,4 @@ def kept_bytecode(folder: Path) -> Iterator[None]:
     finally:
         seal.unlink(missing_ok=True)
         with suppress(OSError, ValueError):  # no run took place; or it left no plain files
-            write_sealed(seal, {"files": folder_digest(folder)})
+            write_sealed(seal, {"files": folder_stamp(folder)})

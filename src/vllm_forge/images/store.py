@@ -8,7 +8,6 @@ content, when one of them was touched since that was done last.
 """
 
 import hashlib
-import os
 import re
 import zipfile
 import zlib
@@ -22,7 +21,7 @@ from typing import Any
 
 from vllm_forge import host
 from vllm_forge.host.errors import CacheError
-from vllm_forge.host.files import file_digest, inode, read_sealed, walk_plain, write_sealed
+from vllm_forge.host.files import file_digest, folder_stamp, read_sealed, walk_plain, write_sealed
 from vllm_forge.images.layer import (
     CHUNK,
     FILE_NAMES,
@@ -106,28 +105,34 @@ def usable(key: str) -> StoredLayer | None:
     if (layer := stored(key)) is None:
         return None
     with suppress(OSError, ValueError):  # of a damaged layer
-        now = {"unpacked": layer.unpacked, "inodes": _inodes(layer.folder)}
+        now = _stamps(layer.folder, layer.unpacked)
         with suppress(OSError, ValueError):
             if read_sealed(layer.folder / CHECKED) == now:
-                return layer
+                return _as_checked(layer)
         if intact(layer):
             write_sealed(layer.folder / CHECKED, now)
-            return layer
+            return _as_checked(layer)
     forget(layer.folder)
     return None
 
 
-def _inodes(folder: Path) -> str:
-    """Hash of what the file system says of unpacked files; ValueError for another kind."""
-    names = (f"{place}/{name}" for place in UNPACKED for name in walk_plain(folder / place))
-    rows = {name: inode(os.lstat(f"{folder}/{name}")) for name in names}
-    return host.hash_of(rows, sort_keys=True)
+def _stamps(folder: Path, unpacked: dict[str, str]) -> dict[str, Any]:
+    """What the file system says of unpacked files that are as a record has them."""
+    return {"unpacked": unpacked} | {place: folder_stamp(folder / place) for place in UNPACKED}
 
 
-def require_stored(key: str) -> StoredLayer:
-    """The layer of that key; CacheError if it was not written, or deleted or damaged meanwhile."""
+def require_stored(key: str, *, checked: bool = False) -> StoredLayer:
+    """The layer of that key; CacheError if it was not written, or deleted or damaged meanwhile.
+
+    ``checked``: ``usable`` was asked, or it was written, just now.
+    """
     if (layer := stored(key)) is None:
         raise _gone(layer_folder(key))
+    return _as_checked(layer) if checked else layer
+
+
+def _as_checked(layer: StoredLayer) -> StoredLayer:
+    vars(layer)["_checked"] = layer.folder  # the cached property
     return layer
 
 
@@ -216,8 +221,8 @@ def keep_layer(key: str, write: Callable[[Path], tuple[LayerBlob, dict[str, Any]
             record = asdict(blob) | {"removed": removed, "unpacked": unpacked}
             del record["path"]
             write_sealed(folder / "layer.json", record)
-            write_sealed(folder / CHECKED, {"unpacked": unpacked, "inodes": _inodes(folder)})
-    return require_stored(key)
+            write_sealed(folder / CHECKED, _stamps(folder, unpacked))
+    return require_stored(key, checked=True)
 
 
 def may_hold_code(path: str, size: int) -> bool:

@@ -113,7 +113,7 @@ def open_line(
         what = "the kept system has no unpacked root"
         remedy = "delete that folder and run again"
         raise CacheError(what, where=cache_root() / "systems", remedy=remedy)
-    stored = [require_stored(group.key) for group in reversed(plan.groups)]
+    stored = [require_stored(group.key, checked=True) for group in reversed(plan.groups)]
     layers = [folder for layer in stored for folder in (layer.files, layer.code)]
     work = cache_root() / kind / line_name
     environment = LineEnvironment(
