@@ -11,7 +11,7 @@ from vllm_forge.project import Project
 from vllm_forge.receipts.errors import ReceiptUnreadableError
 from vllm_forge.receipts.receipt import Receipt
 from vllm_forge.receipts.suite import read_suite
-from vllm_forge.receipts.verification import NOT_RUN, read_receipts
+from vllm_forge.receipts.verification import NOT_RUN, read_receipts, seal
 from vllm_forge.serve.deployment import find_deployment, recorded_rows
 from vllm_forge.serve.memory import GIB, Memory
 
@@ -55,7 +55,8 @@ CLIENTS = (1, 4, 16)
 
 def rehearsals(project: Project) -> str:
     """Memory of each deployment that was rehearsed, or that can be; then times and speed."""
-    runs = measured(read_receipts(project).valid)
+    receipts = [row for row in read_receipts(project).valid if row.statement.detail.tier == TIER]
+    runs = measured(receipts)
     head = ["SKU", "line", "preset", "artifact", "per GPU", "foretold", "measured", "difference"]
     rows = [
         [*place, *row]
@@ -66,18 +67,19 @@ def rehearsals(project: Project) -> str:
     speeds = [f"tokens/s of {count}" for count in CLIENTS]
     columns = [*head[:4], *TIMES, *speeds, "compiled files"]
     times = [[*place, *_times(facts)] for place, facts in runs.items()]
-    return f"{text}\n\n{table(columns, times)}" if times else text
+    vouched = table(["receipt", "vouched for"], [[row.path.name, seal(row)] for row in receipts])
+    return "\n\n".join([text, table(columns, times), vouched]) if times else text
 
 
 def measured(receipts: Sequence[Receipt]) -> dict[Place, list[Facts]]:
-    """What valid receipts of the tier say of each deployment that was served.
+    """What receipts of the tier say of each deployment that was served.
 
     ReceiptUnreadableError: facts that no test of the tier records.
     """
     runs: dict[Place, list[Facts]] = {}
     for receipt in receipts:
         detail = receipt.statement.detail
-        for name, test in detail.tests.items() if detail.tier == TIER else ():
+        for name, test in detail.tests.items():
             try:
                 facts = Facts.model_validate(test.facts)
             except ValidationError as error:

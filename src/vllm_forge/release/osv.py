@@ -9,6 +9,7 @@ Sources: github.com/ossf/osv-schema, docs/schema.md, "Evaluation"; google.github
 """
 
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,10 @@ from vllm_forge.release.sbom import Document, components_of
 
 ECOSYSTEM, PURL_TYPE = "PyPI", "pypi"
 LARGEST = 16 << 20  # bytes of a record
-MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError)
+# RuntimeError: a member is encrypted, or compressed in another way.
+MALFORMED = (
+    OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, zlib.error,
+)  # fmt: skip
 
 
 class Vulnerability(NamedTuple):

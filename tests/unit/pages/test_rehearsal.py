@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -12,9 +13,6 @@ from vllm_forge.project import Project
 from vllm_forge.receipts.errors import ReceiptUnreadableError
 from vllm_forge.receipts.verification import Receipts
 from vllm_forge.serve.memory import GIB, KvPool, Memory
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SERVED = {"preset": "h200-mtp", "rehearsal": "flash-nvfp4-fp8-mtp"}
 START = {"weights_gib": [92.58], "kv_cache_gib": [21.0], "concurrency": [2.0], "ready_s": 301.5}
@@ -27,7 +25,8 @@ MEMORY = Memory(
 def receipt(tier: str, *rows: dict[str, Any]) -> Any:
     tests = {str(at): SimpleNamespace(facts=facts) for at, facts in enumerate(rows)}
     detail = SimpleNamespace(sku="h200", line="0.26", tier=tier, tests=tests)
-    return SimpleNamespace(statement=SimpleNamespace(detail=detail), path="receipt.json")
+    statement = SimpleNamespace(detail=detail)
+    return SimpleNamespace(statement=statement, path=Path("receipt.json"), signed_by=())
 
 
 def page(root: Path, monkeypatch: pytest.MonkeyPatch, *receipts: Any) -> str:
@@ -43,6 +42,7 @@ def test_measured_values_are_compared(root: Path, monkeypatch: pytest.MonkeyPatc
     place = "| h200 | 0.26 | h200-mtp | flash-nvfp4-fp8-mtp |"
     assert text.count(place) == 4
     assert f"{place} weights, GiB | 84.16 | 92.58 | +10.0% |" in text
+    assert text.endswith("| receipt | vouched for |\n|---|---|\n| receipt.json | unsigned |")
     last = next(line for line in text.splitlines() if line.startswith(f"{place} 301.5"))
     assert last.split(" | ")[-4:] == ["unknown", "77.5", "unknown", "7 |"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -85,6 +87,22 @@ def test_file_that_is_not_an_export_is_refused(tmp_path: Path, content: Any) -> 
         path.write_bytes(content)
     else:
         export(tmp_path, content)
+    with pytest.raises(OsvError, match="not an export of OSV"):
+        find(DOCUMENT, path)
+
+
+@pytest.mark.parametrize("fault", ["encrypted", "damaged"])
+def test_record_that_cannot_be_unpacked_is_refused(tmp_path: Path, fault: str) -> None:
+    path = tmp_path / "all.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.json", json.dumps(record("torch")))
+    content = bytearray(path.read_bytes())
+    if fault == "encrypted":
+        content[6] |= 1
+        content[content.index(b"PK\x01\x02") + 8] |= 1
+    else:
+        content[36] ^= 0xFF  # the first byte of its deflate stream
+    path.write_bytes(content)
     with pytest.raises(OsvError, match="not an export of OSV"):
         find(DOCUMENT, path)
 
