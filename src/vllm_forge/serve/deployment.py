@@ -73,13 +73,12 @@ class Deployment:
         def cache(words: Sequence[str]) -> list[str | None]:
             return [flags.values(words).get(name) for name in flags.KV_CACHE]
 
+        if (answer := self.answer(rows)) is not None:
+            return answer
         wanted = cache(self.arguments)
         near = {q.name: answer for q, answer in rows if cache(q.arguments) == wanted}
-        return (
-            self.answer(rows)
-            or near.get(preset_question(self.preset_name, self.artifact_name))
-            or near.get(grid_question(self.cell.sku_name, self.artifact_name))
-        )
+        other = near.get(grid_question(self.cell.sku_name, self.artifact_name))
+        return near.get(preset_question(self.preset_name, self.artifact_name), other)
 
     def memory(self, rows: Rows, answer: Answer | None = None) -> Memory | None:
         """Memory of one of its GPUs, by vLLM's answer or the nearest recorded one.
