@@ -70,6 +70,7 @@ REFUSED = {
     "gpu test": ["b300"],
     "gpu rehearse": ["b300"],
     "gpu kit": ["b300", "--output=o"],
+    "gpu prewarm": ["b300", "caches"],
     "gpu receipts": ["--update"],
     "release": ["b300", "--stage=dev"],
     "receipts sign": ["r", "--key=k"],
