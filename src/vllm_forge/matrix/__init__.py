@@ -3,7 +3,6 @@
 from vllm_forge.matrix.cells import (
     ImageCell,
     find_root,
-    flag_name,
     gpus_of,
     image_cell,
     load,

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from vllm_forge.errors import problems, suggestion
 from vllm_forge.host import read_plain
 from vllm_forge.matrix import errors
-from vllm_forge.matrix.flags import parallel
+from vllm_forge.matrix.flags import parallel, values
 from vllm_forge.matrix.model import Base, LayerRule, Line, Matrix, Sku
 
 # What a wheel has of the checkout that it was built from, see scripts/hatch_build.py.
@@ -102,20 +102,14 @@ def serve_arguments(
         }
         args.append(f"--speculative-config={json.dumps(drafter, separators=(',', ':'))}")
     chat = None if line_name is None else matrix.line[line_name].chat
-    given = {flag_name(flag) for flag in preset.flags}
-    args += [flag for flag in chat.flags if flag_name(flag) not in given] if chat else []
+    given = {name.replace("--no-", "--") for name in values(preset.flags)}
+    args += [flag for flag in chat.flags if flag.partition("=")[0] not in given] if chat else []
     return args, dict(preset.env)
 
 
 def gpus_of(matrix: Matrix, preset_name: str) -> int:
     """How many GPUs a server of a preset has, by all its parallel sizes."""
     return parallel(serve_arguments(matrix, preset_name)[0]).gpus
-
-
-def flag_name(flag: str) -> str:
-    """The option that a word sets, as ``vllm serve`` reads it: --no_x=1 and --x are --x."""
-    name = flag.partition("=")[0].replace("_", "-")
-    return f"--{name.removeprefix('--no-').removeprefix('--')}"
 
 
 def find_root() -> Path:

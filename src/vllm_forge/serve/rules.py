@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from vllm_forge.kernels.selection.questions import Answer
-from vllm_forge.matrix import Matrix, Preset, flag_name, serve_arguments
-from vllm_forge.matrix.flags import parallel
+from vllm_forge.matrix import Matrix, Preset, serve_arguments
+from vllm_forge.matrix.flags import KV_CACHE, parallel, values
 from vllm_forge.serve.memory import memory_of
 from vllm_forge.serve.variables import PREFIX, doubt
 
@@ -134,7 +134,7 @@ def graphs_are_on(case: LintCase) -> Problems:
     if graphs is None:
         return
     if graphs.mode == "NONE":
-        eager = any(flag_name(flag) == "--enforce-eager" for flag in case.preset.flags)
+        eager = "--enforce-eager" in values(case.preset.flags)
         yield (
             "CUDA graphs are off: every batch runs eager",
             f"take {'--enforce-eager' if eager else 'what turns them off'} out of {row}",
@@ -198,7 +198,7 @@ def drafter_takes_k(case: LintCase) -> Problems:
 def kv_cache_fits(case: LintCase) -> Problems:
     """The KV cache has the dtype and the block that were asked for, and attention takes them."""
     engine, attention = case.answer.engine, case.answer.attention
-    dtype, block = _value(case, "--kv-cache-dtype="), _value(case, "--block-size=")
+    dtype, block = (_value(case, name) for name in KV_CACHE)
     if engine is not None and not engine.kv_cache_dtype.startswith(dtype.removeprefix("auto")):
         yield (
             f"the preset asks for a KV cache in {dtype}, and {case.release} stores "
@@ -274,7 +274,7 @@ def experts_are_built_as_stored(case: LintCase) -> Problems:
 
 def backend_is_the_one_asked_for(case: LintCase) -> Problems:
     """--moe-backend is not passed over silently."""
-    asked, moe = _value(case, "--moe-backend="), case.answer.moe
+    asked, moe = _value(case, "--moe-backend"), case.answer.moe
     if asked in {"", "auto"} or moe is None or moe.chosen is None:
         return
     if asked.upper() not in moe.chosen:
@@ -381,16 +381,14 @@ def notes(case: LintCase) -> list[str]:
 def _other_parsers(case: LintCase) -> list[str]:
     """Parsers that replace the line's: vLLM takes any name that it knows, or of a plugin."""
     chat = case.matrix.line[case.line_name].chat
-    line = {flag_name(flag): flag for flag in chat.flags if "=" in flag} if chat else {}
+    line, own = values(chat.flags if chat else ()), values(case.preset.flags)
     return [
-        f"{flag} replaces {line[flag_name(flag)]}, which {case.release} has for this model"
-        for flag in case.preset.flags
-        if flag_name(flag) in line
-        and flag.partition("=")[2] != line[flag_name(flag)].partition("=")[2]
+        f"{name}={own[name]} replaces {right}, which {case.release} has for this model"
+        for name, right in line.items()
+        if right and own.get(name, right) != right
     ]
 
 
-def _value(case: LintCase, flag: str) -> str:
+def _value(case: LintCase, name: str) -> str:
     """The last value that the preset gives to a flag; "" if none."""
-    words, _ = serve_arguments(case.matrix, case.preset_name)
-    return next((w.removeprefix(flag) for w in reversed(words) if w.startswith(flag)), "")
+    return values(serve_arguments(case.matrix, case.preset_name)[0]).get(name, "")
