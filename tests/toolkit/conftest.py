@@ -19,7 +19,7 @@ import pytest
 from vllm_forge.errors import ForgeError
 from vllm_forge.host import atomic_path, cache_root, exclusive
 from vllm_forge.images.content import wheel_groups
-from vllm_forge.images.store import stored
+from vllm_forge.images.store import usable
 from vllm_forge.images.wheels import site_packages
 from vllm_forge.matrix import image_cell, load
 from vllm_forge.sources import LockedWheel, Wheelhouse, read_lock, read_wheels
@@ -147,7 +147,7 @@ def line_sites(name: str) -> tuple[Path, ...]:
     cell = image_cell(matrix, line.skus[0], name)
     try:
         lock = read_lock(ROOT, name, line, matrix.base)
-        layers = [stored(group.key) for group in wheel_groups(cell, lock)]
+        layers = [usable(group.key) for group in wheel_groups(cell, lock)]
     except ForgeError as error:
         pytest.skip(f"with a current lock of line {name} this would run: {error.what}")
     if None in layers:
