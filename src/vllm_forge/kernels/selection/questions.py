@@ -15,6 +15,7 @@ import re
 import shutil
 import tomllib
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -287,15 +288,20 @@ def declared_device(sku: Sku, *, count: int) -> Device:
     )
 
 
-def artifact_config(name: str, folder: Path = ARTIFACTS) -> dict[str, Any]:
-    """The config.json of an artifact of the matrix; ArtifactConfigError if missing or malformed."""
-    file = read_data(
-        folder / f"{name}.json",
+@cache
+def _artifact_file(path: Path) -> ArtifactFile:
+    return read_data(
+        path,
         ArtifactFile.model_validate,
         ArtifactConfigError,
-        what=f"config.json of artifact {name}",
+        what=f"config.json of artifact {path.stem}",
         remedy="write the artifact's config.json and its sources",
     )
+
+
+def artifact_config(name: str, folder: Path = ARTIFACTS) -> dict[str, Any]:
+    """The config.json of an artifact of the matrix; ArtifactConfigError if missing or malformed."""
+    file = _artifact_file(folder / f"{name}.json")
     base = {} if file.base is None else artifact_config(file.base, folder)
     return base | file.config
 
