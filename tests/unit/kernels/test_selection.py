@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,8 +158,9 @@ class TestArtifacts:
         )
         assert artifact_config("one", tmp_path) == {"x": 1, "y": 2, "z": 3}
         before = config_hash("one", tmp_path)
-        (tmp_path / "base.json").write_text('{"sources": ["a"], "config": {"x": 9, "y": 1}}')
-        assert config_hash("one", tmp_path) != before
+        other = shutil.copytree(tmp_path, tmp_path / "other")
+        (other / "base.json").write_text('{"sources": ["a"], "config": {"x": 9, "y": 1}}')
+        assert config_hash("one", other) != before
 
     @pytest.mark.parametrize(
         ("text", "words"),
