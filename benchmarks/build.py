@@ -217,9 +217,9 @@ def main() -> None:
         bench = Bench(project, Path(folder), line_name, list(line.skus[:3]))
         baseline = args.baseline and extract(project.root, args.baseline, Path(folder) / "baseline")
         digests = bench.run(line.series, args.rounds, baseline)
-        result = report(
-            bench, digests, shlex.join(["nox", "-s", "bench", "--", "build", *sys.argv[1:]])
-        )
+        words = [f"--line={line_name}", f"--rounds={args.rounds}"]
+        words += [f"--baseline={args.baseline}"] if args.baseline else []
+        result = report(bench, digests, shlex.join(["nox", "-s", "bench", "--", "build", *words]))
     path = project.root / "benchmarks" / "results" / f"build-{line_name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -57,6 +57,8 @@ def register(choices: Commands) -> None:
     one.add_argument("--output", type=Path, required=True, help="folder that is written")
     one = command(bench, "build", build, LINE)
     one.add_argument("--scratch", type=Path, help="parent of its folder (default: /var/tmp)")
+    one.add_argument("--rounds", type=positive_count, help="of builds and their floor (3)")
+    one.add_argument("--baseline", metavar="COMMIT", help="whose code writes the floor's layers")
 
 
 def _arm_options(one: Parser) -> None:
@@ -234,6 +236,7 @@ def report_results(_: Project, args: argparse.Namespace) -> None:
 def build(project: Project, args: argparse.Namespace) -> None:
     """Time a full build and its parts."""
     argv = [sys.executable, str(project.root / "benchmarks" / "build.py")]
-    argv += [f"--line={args.line}"] if args.line else []
-    argv += [f"--scratch={args.scratch}"] if args.scratch else []
+    for name in ("line", "scratch", "rounds", "baseline"):
+        value = getattr(args, name)
+        argv += [f"--{name}={value}"] if value else []
     os.execv(sys.executable, argv)  # noqa: S606

@@ -1,6 +1,7 @@
 """Blocks made of records/ and of benchmarks/results."""
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -172,6 +173,22 @@ def quantization(result: dict[str, Any]) -> str:
 {real["peak_bytes_per_layer_byte"]:.2f} bytes to the peak, hence \
 {real["peak_bytes"] / 1e9:.0f} GB of memory; an artifact of \
 {real["artifact_bytes"] / 1e9:.1f} GB ({real["artifact_bytes"] / 2**30:.1f} GiB)."""
+
+
+def builds(result: dict[str, Any]) -> str:
+    """Seconds of the stages of a build, and what they come to."""
+    machine = result["machine"]
+    stages = [
+        [name, f"{statistics.median(seconds):.1f}", ", ".join(map(str, seconds))]
+        for name, seconds in result["seconds"].items()
+    ]
+    ratios = [[name, f"{value:.2f}"] for name, value in result["ratios"].items()]
+    return f"""{table(["stage", "median, s", "each, s"], stages)}
+
+{table(["ratio", "of medians"], ratios)}
+
+{result["date"]}, `{result["command"]}`, {machine["cpus"]} CPUs, Python {machine["python"]}. \
+The machine's load was {machine["load_before"]} before it began."""
 
 
 def inspection(result: dict[str, Any]) -> str:

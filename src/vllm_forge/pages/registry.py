@@ -84,6 +84,7 @@ PAGES: dict[str, dict[str, Callable[[Project], str]]] = {
     "docs/generated/exit-codes.md": {"exit-codes": exit_codes},
     "docs/generated/known-faults.md": {"faults": known_faults},
     "docs/generated/measurements.md": {
+        "builds": _of(f"{RESULTS}/build-0.26.json", records.builds),
         "starts": _of(f"{RESULTS}/first-token.json", records.starts),
         "quantization": _of(f"{RESULTS}/quantize.json", records.quantization),
         "inspection": _of(f"{RESULTS}/inspect.json", records.inspection),
