@@ -21,7 +21,7 @@ from tests.support.fast_build import use
 from tests.support.keys import REVOKED, key_pair, trust
 from tests.support.project import make_project
 from tests.support.registry_server import RegistryServer
-from tests.support.release import CELL, ReleaseRunner, Releases, add_receipt, releasable
+from tests.support.release import CELL, ReleaseRunner, Releases, add_receipt, commit, releasable
 from vllm_forge.host import canonical
 from vllm_forge.images.errors import LayoutError
 from vllm_forge.images.layer import LayerBlob
@@ -34,7 +34,7 @@ from vllm_forge.release.gate import policy_of
 from vllm_forge.release.pipeline import release
 from vllm_forge.release.published import SUFFIX, attest_folder, from_layout, from_registry
 from vllm_forge.release.registry import Reference
-from vllm_forge.release.statements import PROVENANCE, SBOM, TEST_RESULT, VSA
+from vllm_forge.release.statements import PROVENANCE, SBOM, TEST_RESULT, VEX, VEX_FILE, VSA
 from vllm_forge.release.verify import Report, Verification, describe
 from vllm_forge.signing import errors as signing
 from vllm_forge.signing import load_private, read, read_keyring, sign
@@ -46,8 +46,23 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.xdist_group("evidence")  # one worker builds what its fixtures have
 
-KINDS = {SBOM: "sbom", PROVENANCE: "provenance", TEST_RESULT: "receipt-server", VSA: "decision"}
+KINDS = {
+    SBOM: "sbom", PROVENANCE: "provenance", TEST_RESULT: "receipt-server", VSA: "decision",
+    VEX: "vex",
+}  # fmt: skip
 NAMES = list(KINDS.values())
+ROWS = """
+author = "A Person"
+version = 1
+[[statement]]
+vulnerability = "CVE-2026-0001"
+packages = ["pkg:pypi/sixlike@1.0"]
+lines = ["mini"]
+status = "not_affected"
+justification = "vulnerable_code_not_in_execute_path"
+impact = "nothing calls it"
+date = 2026-11-30
+"""
 OTHER = "sha256:" + "7" * 64
 PARAMETERS = "buildDefinition.externalParameters"
 
@@ -94,6 +109,16 @@ class Released:
         assert found, [f"{type(row).__name__}: {row}" for row in report.findings]
         return found[0]
 
+    def refusal(self, name: str, kind: type[ForgeError]) -> str:
+        """Why a statement does not count.
+
+        No stage requires VEX: then the finding is that the decision relies on what does not count.
+        """
+        if name != "vex":
+            return self.finding(kind)
+        assert "relies on a vex of" in self.finding(errors.DecisionError)
+        return "\n".join(self.verify().not_counted)
+
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Released]:
@@ -106,6 +131,8 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Released]:
         use(mini, patch)
         server = stack.enter_context(RegistryServer().running())
         keys = stack.enter_context(releasable(mini, folder))
+        (mini.root / VEX_FILE).write_text(ROWS)
+        commit(mini.root)
         releases = Releases(mini, keys, Reference.parse(f"{server.host}/forge/vllm"))
         candidate = release(releases.job("dev"), ReleaseRunner())
         assert candidate is not None
@@ -140,13 +167,14 @@ def test_released_image_holds(released: Released) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_deleted_statement_is_missing(released: Released, name: str) -> None:
     released.bundle(name).unlink()
-    assert f"missing {name}" in released.finding(errors.StatementMissingError)
+    refusal = released.refusal(name, errors.StatementMissingError)
+    assert refusal == ("" if name == "vex" else f"missing {name}: nothing of it is attached")
 
 
 def test_all_deleted_are_missing(released: Released) -> None:
     shutil.rmtree(attest_folder(released.layout))
     findings = released.verify().findings
-    assert {f"missing {name}: nothing of it is attached" for name in NAMES} == {
+    assert {f"missing {name}: nothing of it is attached" for name in NAMES if name != "vex"} == {
         row.what for row in findings
     }
 
@@ -160,7 +188,7 @@ def test_edited_statement_is_refused(released: Released, name: str) -> None:
     payload = base64.b64encode(canonical(statement)).decode()
     document["dsseEnvelope"]["payload"] = payload
     path.write_bytes(canonical(document))
-    assert f"{name}: invalid signature" in released.finding(signing.SignatureInvalidError)
+    assert f"{name}: invalid signature" in released.refusal(name, signing.SignatureInvalidError)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -169,20 +197,20 @@ def test_statement_of_an_unknown_key_is_refused(
 ) -> None:
     private, _ = key_pair(tmp_path / "stranger", "p256")
     released.put(name, released.statement(name), private)
-    assert "which is not trusted" in released.finding(signing.UnknownSignerError)
+    assert "which is not trusted" in released.refusal(name, signing.UnknownSignerError)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_statement_of_a_key_with_another_role_is_refused(released: Released, name: str) -> None:
     key = "release" if name.startswith("receipt") else "lab"
     released.put(name, released.statement(name), key)
-    assert f"{name}: key {key} may sign" in released.finding(signing.KeyRoleError)
+    assert f"{name}: key {key} may sign" in released.refusal(name, signing.KeyRoleError)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_statement_of_another_image_is_refused(released: Released, name: str) -> None:
     released.change(name, lambda s: s["subject"][0]["digest"].update(sha256=OTHER[7:]))
-    what = released.finding(errors.StatementSubjectError)
+    what = released.refusal(name, errors.StatementSubjectError)
     assert f"{name}: it is about another image: sha256:{OTHER[7:]}" in what
 
 

@@ -53,7 +53,7 @@ upstream = true
 tiers = ["server"]
 max_age_days = 60
 """
-ROLES = {"release": '["release", "builder"]', "lab": '["receipts"]', "second": '["builder"]'}
+ROLES = {"release": '["release", "builder", "vex"]', "lab": '["receipts"]', "second": '["builder"]'}
 
 
 def git(folder: Path, *argv: str) -> str:
