@@ -79,13 +79,19 @@ async def _counters(url: str) -> Counters:
 
 
 def _parse_counters(text: str) -> Counters:
-    """Sums over engines and models; ValueError for what is not a count."""
-    sums = dict.fromkeys(METRICS.values(), 0.0)
+    """Sums over engines and models; ValueError for what is not a count, or is missing.
+
+    A server that does not draft has no counters of drafts; it has all others.
+    """
+    sums: dict[str, float] = {}
     for line in text.splitlines():
         name = line.partition("{")[0].partition(" ")[0]
-        if name in sums:
-            sums[name] += float(line.rpartition(" ")[2])
-    return Counters.model_validate({key: int(sums[name]) for key, name in METRICS.items()})
+        if name in METRICS.values():
+            sums[name] = sums.get(name, 0.0) + float(line.rpartition(" ")[2])
+    missing = set(METRICS.values()) - sums.keys()
+    if missing and sums.keys() != {METRICS["prefix_hits"]}:
+        raise ValueError(f"no {', '.join(sorted(missing))}")
+    return Counters.model_validate({key: int(sums.get(n, 0)) for key, n in METRICS.items()})
 
 
 async def _ask_all(

@@ -45,7 +45,9 @@ class Outcome:
 def gate(
     gates: Mapping[str, Gate], reference: Arm, candidate: Arm, repeat: Arm | None = None
 ) -> list[Outcome]:
-    """An outcome for each gate that the results have data for; InvalidResultError.
+    """An outcome for each gate that a result has data for; InvalidResultError.
+
+    One for which another result has none is undecided.
 
     ``repeat``: the reference measured again, the noise floor of answers.
     """
@@ -56,7 +58,7 @@ def gate(
     outcomes = [
         _judge(name, row, reference, candidate, repeat)
         for name, row in gates.items()
-        if _has_data(row, reference) and _has_data(row, candidate)
+        if any(_has_data(row, arm) for arm in arms)
     ]
     if not outcomes:
         raise InvalidResultError(
@@ -88,6 +90,9 @@ def _has_data(row: Gate, arm: Arm) -> bool:
 
 def _judge(name: str, row: Gate, reference: Arm, candidate: Arm, repeat: Arm | None) -> Outcome:
     outcome = Outcome(gate=name, margin=row.margin, word=Word.UNDECIDED, reason="")
+    for arm in (reference, candidate):
+        if not _has_data(row, arm):
+            return replace(outcome, reason=f"{arm.path} has no data for it")
     if row.measure == "score":
         return _answers(outcome, row.score or "", reference, candidate, repeat)
     if row.measure == "throughput":

@@ -47,6 +47,10 @@ def faults(arm: Arm) -> Iterator[str]:
     right = [row.item for row in arm.rows if row.finish == "length" and any(row.scores.values())]
     if right and not conditions.ignore_eos:
         yield f"{len(right)} truncated answers scored as right ({_some(right)})"
+    for score in sorted({name for row in arm.rows for name in row.scores}):
+        bare = [row.item for row in arm.rows if row.finish == "stop" and score not in row.scores]
+        if bare:
+            yield f"{len(bare)} answers without the score {score} ({_some(bare)})"
     keys = {index: Counter((row.item, row.repeat) for row in arm.of_start(index))
             for index in range(len(arm.result.starts))}  # fmt: skip
     if any(count > 1 for counter in keys.values() for count in counter.values()):

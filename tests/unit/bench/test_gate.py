@@ -238,6 +238,7 @@ FAULTS: dict[str, tuple[Any, Any, str]] = {
     "truncated-right": (
         edited(finish="length", scores={"strict": True}), keep, "truncated answers scored as right"
     ),
+    "unscored": (edited(scores={}), keep, "1 answers without the score flexible (q0)"),
     "short": (keep, condition(ignore_eos=True), "answers below 512 tokens"),
     "twice": (edited(item="q1"), keep, "an item was answered twice"),
     "counters": (keep, counter("before", drafts=10**6), "counters went backwards: drafts"),
@@ -314,6 +315,17 @@ def test_starts_with_different_items_are_refused(tmp_path: Path) -> None:
     arm = read_arm(write_result(tmp_path / "a.json", rows, orders=(0, 3)))
     with pytest.raises(InvalidResultError, match="the starts answered different items"):
         gate({"strict": STRICT}, arm, arm)
+
+
+def test_gate_without_data_of_one_result_is_undecided(
+    reference: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not passed over: the candidate's answers may not have been scored at all."""
+    rows = [row.model_copy(update={"scores": {}}) for row in rows_of(3, items=ITEMS)]
+    candidate = write_result(tmp_path / "b.json", rows)
+    code, found = compare(capsys, reference[0], candidate)
+    assert code == GateUndecidedError.exit_code
+    assert {found["strict"], found["flexible"]} == {"undecided"}
 
 
 def test_results_without_scores_have_nothing_to_judge(tmp_path: Path) -> None:

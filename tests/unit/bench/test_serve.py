@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support import bench_server
 from tests.support.bench import CONDITIONS, SERVER
 from tests.support.bench_server import BenchServer
 from vllm_forge import host
@@ -270,6 +271,15 @@ def test_client_is_tested_against_a_null_server() -> None:
 def test_server_that_does_not_answer_is_named() -> None:
     with pytest.raises(ServerUnreachableError, match="metrics"):
         read_counters("http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("name", ["prefix_cache_hits", "spec_decode_num_accepted_tokens"])
+def test_missing_counter_is_not_a_zero(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = bench_server.METRICS.splitlines(keepends=True)
+    kept = "".join(line for line in lines if name not in line)
+    monkeypatch.setattr(bench_server, "METRICS", kept)
+    with BenchServer() as server, pytest.raises(ServerUnreachableError, match=f"no vllm:{name}"):
+        read_counters(server.url)
 
 
 def test_workload_has_texts_and_chats(tmp_path: Path) -> None:
