@@ -32,7 +32,9 @@ SYSTEM_NAME = "localhost/vllm-forge-system"
 BYTECODE = "PYTHONPYCACHEPREFIX"
 PACKAGES = ("buildah", "runc", "skopeo", "mmdebstrap")
 # Tool -> its package: of the tests, and of `--archive` for a squashfs.
-MORE = {"docker-registry": "docker-registry", "mksquashfs": "squashfs-tools"}
+MORE = {
+    "docker-registry": "docker-registry", "mksquashfs": "squashfs-tools", "nix": "nix-bin",
+}  # fmt: skip
 INSTALL = f"apt-get install --no-install-recommends {' '.join(PACKAGES)}"
 
 
