@@ -18,8 +18,8 @@ SOURCE = REPO / "src" / "vllm_forge"
 # A room may import those before it.
 ROOMS = [
     "errors", "host", "matrix", "sources", "project", "patches", "kernels", "images", "checkpoints",
-    "signing", "receipts", "serve", "bench", "proofs", "gputest", "release", "pages", "commands",
-    "cli", "__main__",
+    "signing", "receipts", "serve", "bench", "proofs", "gputest", "dispatch", "release", "pages",
+    "commands", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -380,18 +380,21 @@ def container_command(
     """
     nets = [] if network else ["--network=none"]
     volumes = [f"--volume={path.resolve()}:/forge/{at}:ro" for at, path in (inputs or {}).items()]
-    script, last = IN_IMAGE, []
-    if caches is not None:
-        folder, place = caches
-        volumes.append(f"--volume={folder.resolve()}:{place}")
-        script, last = WITH_CACHES, [f"--caches={place}"]
+    volumes += [f"--volume={caches[0].resolve()}:{caches[1]}"] if caches else []
+    program, *command = suite_command(args, caches and caches[1])
     env = [f"--env={name}={value}" for name, value in ENVIRONMENT.items()]
     options = [
         "--rm", *nets, "--ipc=private", "--shm-size=16g", "--user=0",
         f"--volume={bundle}:/forge:ro", f"--volume={output}:/output", *volumes, *env,
-        "--workdir=/forge", "--entrypoint=/bin/sh",
+        "--workdir=/forge", f"--entrypoint={program}",
     ]  # fmt: skip
-    return gpu_container(engine, None, options, image, ["-c", script, "sh", *SUITE, *args, *last])
+    return gpu_container(engine, None, options, image, command)
+
+
+def suite_command(args: Sequence[str], caches: str | None) -> list[str]:
+    """The suite's command in an image; ``args`` are the runner's, ``caches`` a place there."""
+    script, last = (IN_IMAGE, []) if caches is None else (WITH_CACHES, [f"--caches={caches}"])
+    return ["/bin/sh", "-c", script, "sh", *SUITE, *args, *last]
 
 
 def unpack_tools(root: Path, bundle: Path) -> None:

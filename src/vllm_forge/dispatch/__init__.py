@@ -1,0 +1,1 @@
+"""Runs work in images on the nodes of a cluster, and collects what it wrote."""
