@@ -24,7 +24,8 @@ SERVER = {
     "tree": "1" * 40, "lock_sha256": HASH, "artifact": "tiny", "argv": ["vllm", "serve"],
     "gpu": "a GPU", "gpus": 1, "driver": "580.1",
 }  # fmt: skip
-IDLE = {"drafts": 0, "draft_tokens": 0, "accepted": 0, "prefix_hits": 0}
+IDLE = {"drafts": 0, "draft_tokens": 0, "accepted": 0, "per_position": (0, 0), "prefix_hits": 0,
+        "tokens": 0}  # fmt: skip
 
 
 def rows_of(
@@ -53,12 +54,13 @@ def rows_of(
             flexible = bool(known[item] < right) ^ bool(noise.random() < flips)
             drafted = DEPTH * int(noise.integers(40, 80))
             chance = np.clip(rate[item] * acceptance / 0.8, 0, 1)
+            accepted = int(noise.binomial(drafted, chance))
             scores = {"flexible": flexible, "strict": flexible and bool(form[item] < strict)}
             rows.append(
                 Row(
                     start=start, item=f"q{item}", finish="stop", seconds=1.0, ttft=0.1,
                     output_tokens=round(200 * pace), scores=scores, drafted=drafted,
-                    accepted=int(noise.binomial(drafted, chance)),
+                    accepted=accepted, positions=(accepted - accepted // 2, accepted // 2),
                 )
             )  # fmt: skip
     return rows
@@ -84,6 +86,8 @@ def write_result(
         after = {
             "drafts": drafted // DEPTH, "draft_tokens": drafted,
             "accepted": sum(row.accepted for row in own), "prefix_hits": 0,
+            "per_position": tuple(map(sum, zip(*(row.positions for row in own), strict=True))),
+            "tokens": sum(row.output_tokens for row in own),
         }  # fmt: skip
         window = {"seconds": SECONDS, "before": dict(IDLE), "after": after, "new_files": [],
                   "headroom": 50.0}  # fmt: skip

@@ -20,7 +20,10 @@ METRICS = """# HELP vllm:spec_decode_num_drafts_total of a fake
 vllm:spec_decode_num_drafts_total{{engine="0"}} {drafts:.1f}
 vllm:spec_decode_num_draft_tokens_total{{engine="0"}} {draft_tokens:.1f}
 vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {accepted:.1f}
+vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="0"}} {first:.1f}
+vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="1"}} 0.0
 vllm:prefix_cache_hits_total{{engine="0"}} {prefix_hits:.1f}
+vllm:generation_tokens_total{{engine="0"}} {tokens:.1f}
 """
 
 
@@ -34,7 +37,7 @@ class BenchServer:
     url: str = ""
 
     def __post_init__(self) -> None:
-        names = ("drafts", "draft_tokens", "accepted", "prefix_hits")
+        names = ("drafts", "draft_tokens", "accepted", "first", "prefix_hits", "tokens")
         self.counts = dict.fromkeys(names, 1000 if self.fault == "reset" else 0)
         self._loop = asyncio.new_event_loop()
         self._ready, self._stop = threading.Event(), asyncio.Event()
@@ -90,17 +93,19 @@ class BenchServer:
                 await reply.write(chunk(list(range(count)), last))
         if self.fault == "merged":  # several steps in one chunk, as a slow client gets them
             await reply.write(chunk(list(range(most - 1)), "length"))
-        self._count(steps)
+        self._count(steps, tokens)
         if self.fault == "cut":
             request.transport.abort()  # type: ignore[union-attr]
             return reply
         await reply.write(usage(tokens - (1 if self.fault == "usage" else 0)))
         return reply
 
-    def _count(self, steps: int) -> None:
+    def _count(self, steps: int, tokens: int) -> None:
         self.counts["drafts"] += steps
         self.counts["draft_tokens"] += DEPTH * steps
         self.counts["accepted"] += steps
+        self.counts["first"] += steps - (self.fault == "positions")
+        self.counts["tokens"] += tokens + (self.fault == "others")
         self.counts["prefix_hits"] += self.fault == "prefix"
         if self.fault == "jit" and self.cache is not None:
             (self.cache / f"{len(self.seen)}.cubin").touch()

@@ -7,53 +7,69 @@ exits with 0 if every request failed.
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import aiohttp
 
 from vllm_forge.bench.errors import ServerUnreachableError
-from vllm_forge.bench.results import Conditions, Counters
+from vllm_forge.bench.results import Conditions, Counters, Drafts
 
 LARGEST_LINE = 16 << 20  # the first chunk may have the prompt's tokens
 TIMEOUT_S = 1800.0  # for one answer
 METRICS_S = 60.0
 REMEDY = "start the server, and give its address: --url http://HOST:PORT"
-# vllm/v1/spec_decode/metrics.py:229 and vllm/v1/metrics/loggers.py:596 of 0.26.0; Prometheus
-# appends _total to counters.
+# vllm/v1/spec_decode/metrics.py:229-255 and vllm/v1/metrics/loggers.py:596, 705 of 0.26.0;
+# Prometheus appends _total to counters.
 METRICS = {
     "drafts": "vllm:spec_decode_num_drafts_total",
     "draft_tokens": "vllm:spec_decode_num_draft_tokens_total",
     "accepted": "vllm:spec_decode_num_accepted_tokens_total",
     "prefix_hits": "vllm:prefix_cache_hits_total",
+    "tokens": "vllm:generation_tokens_total",
 }
+PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+POSITION = re.compile(r'position="(\d{1,3})"')
+DRAFTING = {"drafts", "draft_tokens", "accepted"}  # a server that does not draft has none of them
+COUNTED_S = 30.0  # in which a step is counted whose answer was sent
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """An item; ``content`` is a text, or the messages of a chat."""
+    """An item; ``content`` is a text, token ids, or the messages of a chat.
+
+    ``predicted``: by the number of drafted tokens.
+    """
 
     item: str
-    content: str | list[dict[str, str]]
+    content: str | list[int] | list[dict[str, str]]
+    predicted: dict[int, Drafts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came of a request; ``steps``: chunks with tokens."""
+    """What came of a request; ``chunks``: tokens of each chunk that has some."""
 
     item: str
     finish: Literal["stop", "length", "error"]
-    tokens: int = 0
-    steps: int = 0
+    chunks: tuple[int, ...] = ()
     seconds: float = 0.0
     ttft: float | None = None
 
+    @property
+    def tokens(self) -> int:
+        return sum(self.chunks)
 
-def read_counters(url: str) -> Counters:
-    """The server's metrics, 0 for what it does not count; ServerUnreachableError."""
-    return asyncio.run(_counters(url))
+
+def read_counters(url: str, before: int = 0, tokens: int = 0) -> Counters:
+    """The server's metrics, once so many ``tokens`` more are counted; ServerUnreachableError.
+
+    An answer may be sent before the step that made it is counted. Drafts are 0 where none is made.
+    """
+    return asyncio.run(_counted(url, before, tokens))
 
 
 def ask_all(
@@ -62,6 +78,15 @@ def ask_all(
 ) -> tuple[float, list[Answer]]:  # fmt: skip
     """Wall time, and an answer for each prompt, failed ones included."""
     return asyncio.run(_ask_all(url, model, prompts, conditions, advance))
+
+
+async def _counted(url: str, before: int, tokens: int) -> Counters:
+    end = time.monotonic() + COUNTED_S
+    counters = await _counters(url)
+    while before <= counters.tokens < before + tokens and time.monotonic() < end:
+        await asyncio.sleep(0.1)
+        counters = await _counters(url)
+    return counters
 
 
 async def _counters(url: str) -> Counters:
@@ -84,14 +109,25 @@ def _parse_counters(text: str) -> Counters:
     A server that does not draft has no counters of drafts; it has all others.
     """
     sums: dict[str, float] = {}
+    positions: dict[int, float] = {}
     for line in text.splitlines():
         name = line.partition("{")[0].partition(" ")[0]
         if name in METRICS.values():
             sums[name] = sums.get(name, 0.0) + float(line.rpartition(" ")[2])
-    missing = set(METRICS.values()) - sums.keys()
-    if missing and sums.keys() != {METRICS["prefix_hits"]}:
+        elif name == PER_POSITION and (place := POSITION.search(line)):
+            at = int(place[1])
+            positions[at] = positions.get(at, 0.0) + float(line.rpartition(" ")[2])
+    drafting = {METRICS[key] for key in DRAFTING}
+    missing = METRICS.values() - sums.keys()
+    if drafting <= missing and not positions:
+        missing -= drafting
+    elif sorted(positions) != list(range(len(positions))) or not positions:
+        missing.add(PER_POSITION)
+    if missing:
         raise ValueError(f"no {', '.join(sorted(missing))}")
-    return Counters.model_validate({key: int(sums.get(n, 0)) for key, n in METRICS.items()})
+    counts = {key: int(sums.get(name, 0)) for key, name in METRICS.items()}
+    per_position = tuple(int(positions[place]) for place in sorted(positions))
+    return Counters.model_validate({**counts, "per_position": per_position})
 
 
 async def _ask_all(
@@ -126,7 +162,7 @@ def _body(model: str, prompt: Prompt, conditions: Conditions) -> dict[str, Any]:
         "stream_options": {"include_usage": True},
         "return_token_ids": True,
     }
-    if isinstance(prompt.content, str):
+    if isinstance(prompt.content, str) or isinstance(prompt.content[0], int):
         return {**body, "prompt": prompt.content}
     thinking = {"thinking": conditions.thinking}
     return {**body, "messages": prompt.content, "chat_template_kwargs": thinking}
@@ -138,7 +174,7 @@ async def _ask(
     """Stream one answer; whatever goes wrong is an answer with finish "error"."""
     path = "completions" if "prompt" in body else "chat/completions"
     begin = time.perf_counter()
-    tokens = steps = 0
+    chunks: list[int] = []
     ttft, finish, usage = None, None, None
     try:
         async with session.post(f"{url}/v1/{path}", json=body) as reply:
@@ -151,17 +187,16 @@ async def _ask(
                 for choice in chunk["choices"]:
                     if count := len(choice.get("token_ids") or ()):
                         ttft = ttft if ttft is not None else time.perf_counter() - begin
-                        tokens, steps = tokens + count, steps + 1
+                        chunks.append(count)
                     finish = choice.get("finish_reason") or finish
     except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError, AttributeError):
         finish = "error"
-    if finish not in {"stop", "length"} or usage != tokens:
+    if finish not in {"stop", "length"} or usage != sum(chunks):
         return Answer(item=prompt.item, finish="error")
     return Answer(
         item=prompt.item,
         finish="stop" if finish == "stop" else "length",
-        tokens=tokens,
-        steps=steps,
+        chunks=tuple(chunks),
         seconds=time.perf_counter() - begin,
         ttft=ttft,
     )

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import zip_longest
 from typing import Any
 
 from vllm_forge.bench import statistics
@@ -85,6 +86,8 @@ def _has_data(row: Gate, arm: Arm) -> bool:
         return any(row.score in answer.scores for answer in arm.rows)
     if row.measure == "acceptance":
         return any(answer.drafted for answer in arm.rows)
+    if row.measure == "positions":
+        return any(answer.positions for answer in arm.rows)
     return len(arm.result.starts) > 1 and all(start.window for start in arm.result.starts)
 
 
@@ -99,11 +102,33 @@ def _judge(name: str, row: Gate, reference: Arm, candidate: Arm, repeat: Arm | N
         test = statistics.speed(_rates(candidate), _rates(reference), row.margin)
         return _decided(outcome, test, "pairs of starts")
     ours, theirs = _drafts(candidate), _drafts(reference)
-    prompts = [item for item in ours if ours[item][1] and theirs[item][1]]
+    prompts = [item for item in ours if ours[item].drafted and theirs[item].drafted]
     if len(prompts) < LEAST_PROMPTS:
         return replace(outcome, reason=f"{len(prompts)} prompts, {LEAST_PROMPTS} are needed")
     sums = [[arm[item] for item in prompts] for arm in (ours, theirs)]
-    return _decided(outcome, statistics.acceptance(sums[0], sums[1], row.margin), "prompts")
+    if row.measure == "positions":
+        return _each_position(outcome, *sums)
+    pairs = [[(one.accepted, one.drafted) for one in arm] for arm in sums]
+    return _decided(outcome, statistics.acceptance(pairs[0], pairs[1], row.margin), "prompts")
+
+
+def _each_position(outcome: Outcome, ours: list["Sums"], theirs: list["Sums"]) -> Outcome:
+    """All must pass; one that fails is corrected for how many there are."""
+    depths = {len(one.positions) for one in (*ours, *theirs)}
+    if len(depths) > 1:
+        return replace(outcome, reason=f"drafts of {sorted(depths)} tokens")
+    depth = depths.pop()
+    tests = []
+    for place in range(depth):
+        arms = [
+            [(one.positions[place], one.drafted / depth) for one in arm] for arm in (ours, theirs)
+        ]
+        tests.append(statistics.acceptance(arms[0], arms[1], outcome.margin))
+    worst = max(tests, key=lambda test: test.passes)
+    fails = min(1.0, len(tests) * min(test.fails for test in tests))
+    values = ", ".join(f"{100 * test.difference.value:+.2f}" for test in tests)
+    unit = f"prompts; by position {values} %"
+    return _decided(outcome, worst._replace(fails=fails), unit)
 
 
 def _answers(
@@ -181,13 +206,24 @@ def _rates(arm: Arm) -> list[float]:
     ]
 
 
-def _drafts(arm: Arm) -> dict[str, tuple[float, float]]:
-    """(accepted, drafted) of each prompt, over all starts."""
-    sums: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0])
+@dataclass
+class Sums:
+    """Of a prompt, over all starts."""
+
+    accepted: int = 0
+    drafted: int = 0
+    positions: tuple[int, ...] = ()
+
+
+def _drafts(arm: Arm) -> dict[str, Sums]:
+    sums: defaultdict[str, Sums] = defaultdict(Sums)
     for row in arm.rows:
-        sums[row.item][0] += row.accepted
-        sums[row.item][1] += row.drafted
-    return {item: (accepted, drafted) for item, (accepted, drafted) in sums.items()}
+        one = sums[row.item]
+        one.accepted += row.accepted
+        one.drafted += row.drafted
+        places = zip_longest(one.positions, row.positions, fillvalue=0)
+        one.positions = tuple(map(sum, places))
+    return sums
 
 
 def _decided(outcome: Outcome, test: Margin, unit: str) -> Outcome:

@@ -14,6 +14,7 @@ from vllm_forge.bench.results import (
     LARGEST_ROWS,
     Arm,
     Counters,
+    Drafts,
     Row,
     Start,
     Window,
@@ -24,6 +25,7 @@ from vllm_forge.bench.validity import require_valid
 from vllm_forge.errors import first_problem
 from vllm_forge.host import console, parse_json, printable, read_plain
 from vllm_forge.host.console import PROGRESS_S
+from vllm_forge.matrix import flags
 
 SELF_TEST = 4  # requests for each slot, in the test of the client
 
@@ -46,9 +48,26 @@ def read_workload(path: Path) -> tuple[list[Prompt], str]:
 
 def _prompt(row: Any) -> Prompt:
     content = row["messages"] if "messages" in row else row["prompt"]
-    if not isinstance(content, str) and not all(isinstance(m["content"], str) for m in content):
+    if not content:
+        raise ValueError("an empty prompt")
+    ids = all(isinstance(token, int) for token in content)
+    chat = not ids and not isinstance(content, str)
+    if chat and not all(isinstance(message["content"], str) for message in content):
         raise ValueError("a message without text")
-    return Prompt(printable(row["item"]), content)
+    predicted = {int(k): Drafts.model_validate(d) for k, d in row.get("predicted", {}).items()}
+    return Prompt(printable(row["item"]), content, predicted)
+
+
+def _predicted(prompts: Sequence[Prompt], argv: Sequence[str]) -> Drafts | None:
+    """The sum over prompts, for as many drafted tokens as the server's arguments say."""
+    config = flags.values(argv).get(flags.SPECULATION)
+    k = parse_json(config)["num_speculative_tokens"] if config else 0
+    rows = [prompt.predicted.get(k) for prompt in prompts]
+    known = [row for row in rows if row is not None]
+    if not known or len(known) < len(rows):
+        return None
+    places = zip(*(row.per_position for row in known), strict=True)
+    return Drafts(drafts=sum(row.drafts for row in known), per_position=tuple(map(sum, places)))
 
 
 def read_answers(path: Path, items: Collection[str]) -> list[Row]:
@@ -94,7 +113,7 @@ def measure(
     measured = prompts[warm:]
     files, before = _files(caches), read_counters(url)
     seconds, answers = ask_all(url, model, measured, conditions, _progress(len(measured)))
-    after = read_counters(url)
+    after = read_counters(url, before.tokens, sum(answer.tokens for answer in answers))
     rate = sum(answer.tokens for answer in answers) / seconds
     window = Window(
         seconds=seconds,
@@ -102,6 +121,7 @@ def measure(
         after=after,
         new_files=tuple(printable(name) for name in sorted(_files(caches) - files)),
         headroom=(client or client_rate)(arm, measured) / rate if rate else 0.0,
+        predicted=_predicted(measured, arm["server"].argv),
     )
     return Start(order=order, window=window), [_row(answer, before, after) for answer in answers]
 
@@ -132,7 +152,8 @@ def _require_same(old: Arm, arm: dict[str, Any]) -> None:
 def _row(answer: Answer, before: Counters, after: Counters) -> Row:
     drafts = after.drafts - before.drafts
     depth = (after.draft_tokens - before.draft_tokens) // drafts if drafts > 0 else 0
-    accepted = answer.tokens - answer.steps if depth else 0
+    steps = answer.chunks[1:]  # the first token is the prompt's
+    accepted = answer.tokens - len(answer.chunks) if depth else 0
     return Row(
         start=0,
         item=answer.item,
@@ -141,8 +162,9 @@ def _row(answer: Answer, before: Counters, after: Counters) -> Row:
         seconds=answer.seconds,
         ttft=answer.ttft,
         # A chunk of several steps has more tokens than its drafts: validity compares the counters.
-        drafted=max(depth * max(answer.steps - 1, 0), accepted),
+        drafted=max(depth * len(steps), accepted),
         accepted=accepted,
+        positions=tuple(sum(size > place + 1 for size in steps) for place in range(depth)),
     )
 
 

@@ -98,7 +98,7 @@ def gate_plan(
             minutes = timing.minutes(pairs) if pairs else "-"
             words = "decidable" if pairs else "cannot be decided"
             yield [name, margin, f"a start varies by {100 * noise:g} %", needed, minutes, words]
-    elif gate.measure == "acceptance":
+    elif gate.measure in {"acceptance", "positions"}:
         text = "the spread over prompts is unknown until an A/A was run"
         yield [name, margin, "drafts by prompt", "unknown", "unknown", text]
     else:

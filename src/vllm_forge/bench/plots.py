@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from vllm_forge.bench.results import Arm
 from vllm_forge.bench.summary import Summary
@@ -86,6 +87,22 @@ def pareto(summaries: Sequence[Summary]) -> bytes:
                 axes.annotate(f"c={row.concurrency}", (user, row.rate / row.gpus))
         axes.set_xlabel("tokens/s of a user (1 / median TPOT)")
         axes.set_ylabel("tokens/s of a GPU")
+
+    return _svg(draw, height=4)
+
+
+def positions(summaries: Sequence[Summary]) -> bytes:
+    """Share of drafts whose token at a position is accepted; one line for each result."""
+
+    def draw(axes: Axes) -> None:
+        for summary in summaries:
+            places = range(1, len(summary.positions) + 1)
+            shares = [100 * share for share in summary.positions]
+            axes.plot(places, shares, marker="o", label=summary.name)
+        axes.set_xlabel("position in the draft")
+        axes.set_ylabel("accepted, % of drafts")
+        axes.set_ylim(0, 100)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return _svg(draw, height=4)
 

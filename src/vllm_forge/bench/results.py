@@ -6,6 +6,7 @@ The record is JSON and names its rows, gzipped JSONL beside it, by their hash. I
 
 import gzip
 import hashlib
+import itertools
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,28 @@ class Counters(FrozenModel):
     drafts: Count
     draft_tokens: Count
     accepted: Count
+    per_position: tuple[Count, ...] = Field(
+        default=(), description="accepted, by position within a draft; none without drafts"
+    )
     prefix_hits: Count
+    tokens: Count = Field(description="generated")
+
+    def since(self, before: "Counters") -> dict[str, Any]:
+        """What was counted after ``before``; negative where a counter was reset."""
+        change = {
+            name: getattr(self, name) - getattr(before, name)
+            for name in Counters.model_fields
+            if name != "per_position"
+        }
+        pairs = itertools.zip_longest(self.per_position, before.per_position, fillvalue=0)
+        return {**change, "per_position": tuple(now - then for now, then in pairs)}
+
+
+class Drafts(FrozenModel):
+    """What a workload predicts of a model whose acceptance is known exactly."""
+
+    drafts: Count
+    per_position: tuple[Count, ...] = Field(min_length=1)
 
 
 class Window(FrozenModel):
@@ -75,6 +97,7 @@ class Window(FrozenModel):
     after: Counters
     new_files: tuple[Text, ...] = Field(description="of JIT caches, that appeared in the window")
     headroom: float = Field(description="rate of this client against a null server, over the rate")
+    predicted: Drafts | None = Field(default=None, description="by the workload, of all answers")
 
 
 class Start(FrozenModel):
@@ -118,6 +141,7 @@ class Row(FrozenModel):
     scores: dict[Name, bool] = Field(default_factory=dict, description="by scorer")
     drafted: Count = 0
     accepted: Count = 0
+    positions: tuple[Count, ...] = Field(default=(), description="accepted, by position in a draft")
 
     @model_validator(mode="after")
     def _drafts_agree(self) -> Self:

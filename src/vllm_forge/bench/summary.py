@@ -2,6 +2,7 @@
 
 import statistics
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from vllm_forge.bench.results import Arm
 
@@ -14,6 +15,7 @@ HEAD = [
     "TTFT, s",
     "TPOT, ms",
     "accepted",
+    "by position",
 ]
 
 
@@ -33,6 +35,7 @@ class Summary:
     ttft: float | None
     tpot: float | None
     acceptance: float | None
+    positions: tuple[float, ...] = ()  # accepted of all drafts, by position
 
     @property
     def name(self) -> str:
@@ -50,7 +53,14 @@ class Summary:
             (self.tpot, ".2f", 1000), (self.acceptance, ".2%", 1),
         )  # fmt: skip
         texts = ["not run" if x is None else f"{x * scale:{form}}" for x, form, scale in values]
-        return [self.name, self.image.removeprefix("sha256:")[:12], str(self.starts), *texts]
+        places = " / ".join(f"{share:.2%}" for share in self.positions) or "not run"
+        return [
+            self.name,
+            self.image.removeprefix("sha256:")[:12],
+            str(self.starts),
+            *texts,
+            places,
+        ]
 
 
 def summarize(arm: Arm) -> Summary:
@@ -67,8 +77,11 @@ def summarize(arm: Arm) -> Summary:
         for row in arm.rows
         if row.ttft is not None and row.output_tokens > 1
     ]
-    drafted = sum(window.after.draft_tokens - window.before.draft_tokens for _, window in windows)
-    accepted = sum(window.after.accepted - window.before.accepted for _, window in windows)
+    changes = [window.after.since(window.before) for _, window in windows]
+    drafts, drafted, accepted = (
+        sum(change[name] for change in changes) for name in ("drafts", "draft_tokens", "accepted")
+    )
+    places = zip_longest(*(change["per_position"] for change in changes), fillvalue=0)
     return Summary(
         arm=result.arm,
         image=result.server.image,
@@ -79,4 +92,5 @@ def summarize(arm: Arm) -> Summary:
         ttft=statistics.median(ttfts) if ttfts else None,
         tpot=statistics.median(tpots) if tpots else None,
         acceptance=accepted / drafted if drafted else None,
+        positions=tuple(sum(counts) / drafts for counts in places) if drafts else (),
     )

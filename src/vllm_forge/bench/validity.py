@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from vllm_forge.bench.errors import InvalidResultError
-from vllm_forge.bench.results import MOST_STARTS, Arm, Counters, Row, Start
+from vllm_forge.bench.results import MOST_STARTS, Arm, Row, Start, Window
 
 HEADROOM = 10.0  # a slower client would be what is measured
 SHOWN = 3
@@ -68,25 +69,47 @@ def _start_faults(start: Start, rows: list[Row], arm: Arm) -> Iterator[str]:
     if not any(row.output_tokens for row in rows):
         yield "no tokens"
     before, after = start.window.before, start.window.after
-    back = [name for name in Counters.model_fields if getattr(after, name) < getattr(before, name)]
+    change = after.since(before)
+    back = [name for name, count in change.items() if _least(count) < 0]
     if back:
         yield f"counters went backwards: {', '.join(back)}"
     if not arm.result.conditions.prefix_cache and after.prefix_hits > before.prefix_hits:
-        hits = after.prefix_hits - before.prefix_hits
-        yield f"{hits} prefix-cache hits, which the conditions do not declare"
+        yield f"{change['prefix_hits']} prefix-cache hits, which the conditions do not declare"
     if files := start.window.new_files:
         yield f"{len(files)} files were compiled in the window ({_some(files)})"
     if start.window.headroom < HEADROOM:
         yield f"client headroom {start.window.headroom:.1f} is below {HEADROOM:g}"
-    accepted = sum(row.accepted for row in rows)
-    drafted = sum(row.drafted for row in rows)
-    drafts, counted = after.drafts - before.drafts, after.accepted - before.accepted
     if not back and rows:
-        # The last draft of an answer may be cut off at its end.
-        depth = (after.draft_tokens - before.draft_tokens) / drafts if drafts else 0
-        most = accepted + depth * len(rows)
-        if not accepted <= counted <= most or drafted > after.draft_tokens - before.draft_tokens:
-            yield f"tokens explain {accepted} to {most:.0f} accepted drafts, counted are {counted}"
+        yield from _draft_faults(start.window, change, rows)
+
+
+def _draft_faults(window: Window, change: Mapping[str, Any], rows: list[Row]) -> Iterator[str]:
+    """Counters against tokens, and against what is predicted of a model that is known exactly."""
+    tokens = sum(row.output_tokens for row in rows)
+    if change["tokens"] != tokens and not any(row.finish == "error" for row in rows):
+        yield f"{tokens} tokens were answered, {change['tokens']} counted: other requests ran"
+    drafts, counted = change["drafts"], change["accepted"]
+    accepted, drafted = sum(row.accepted for row in rows), sum(row.drafted for row in rows)
+    # The last draft of an answer may be cut off at its end.
+    depth = change["draft_tokens"] / drafts if drafts else 0
+    most = accepted + depth * len(rows)
+    if not accepted <= counted <= most or drafted > change["draft_tokens"]:
+        yield f"tokens explain {accepted} to {most:.0f} accepted drafts, counted are {counted}"
+    for place, count in enumerate(change["per_position"]):
+        own = sum(row.positions[place] for row in rows if place < len(row.positions))
+        if not own <= count <= (most := own + len(rows)):
+            yield f"tokens explain {own} to {most} at position {place}, counted are {count}"
+    if drafts and sum(change["per_position"]) != counted:
+        yield f"positions add up to {sum(change['per_position'])}, accepted are {counted}"
+    if known := window.predicted:
+        expected = (known.drafts, len(known.per_position) * known.drafts, *known.per_position)
+        actual = (drafts, change["draft_tokens"], *change["per_position"])
+        if expected != actual:
+            yield f"drafts, drafted, by position: {actual} counted, {expected} predicted"
+
+
+def _least(count: Any) -> int:
+    return min(count, default=0) if isinstance(count, tuple) else int(count)
 
 
 def differences(reference: Arm, candidate: Arm) -> Iterator[str]:

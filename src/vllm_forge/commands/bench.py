@@ -222,7 +222,8 @@ def report_results(_: Project, args: argparse.Namespace) -> None:
     require_valid(*arms)
     summaries = [summarize(arm) for arm in arms]
     charts = {"starts": plots.starts(arms, summaries), "pareto": plots.pareto(summaries),
-              "first-tokens": plots.first_tokens(arms, summaries)}  # fmt: skip
+              "first-tokens": plots.first_tokens(arms, summaries),
+              "positions": plots.positions(summaries)}  # fmt: skip
     rows = table(HEAD, [list(map(escape, row.cells())) for row in summaries])
     with atomic_path(args.output) as folder:
         folder.mkdir()

@@ -257,12 +257,12 @@ class Preset(FrozenModel):
 class Gate(FrozenModel):
     """What an image may lose against another one in a benchmark."""
 
-    measure: Literal["score", "throughput", "acceptance"]
+    measure: Literal["score", "throughput", "acceptance", "positions"]
     score: Name | None = Field(default=None, description="scorer, for measure score")
     margin: float = Field(
         gt=0,
         lt=1,
-        description="largest loss: a share of all items, of the rate, of all drafted tokens",
+        description="largest loss: a share of items, of the rate, of drafted tokens, of drafts",
     )
 
     @model_validator(mode="after")

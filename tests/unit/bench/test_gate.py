@@ -108,7 +108,11 @@ def test_lost_answers_are_counted_by_cause(reference: tuple[Path, Path], tmp_pat
 
 @pytest.mark.parametrize(
     ("regression", "failing"),
-    [({}, set()), ({"speed": 0.95}, {"throughput"}), ({"acceptance": 0.78}, {"acceptance"})],
+    [
+        ({}, set()),
+        ({"speed": 0.95}, {"throughput"}),
+        ({"acceptance": 0.76}, {"acceptance", "positions"}),
+    ],
     ids=["equal", "throughput", "acceptance"],
 )
 @pytest.mark.usefixtures("matrix")
@@ -118,7 +122,7 @@ def test_server_with_a_planted_loss_fails(
 ) -> None:  # fmt: skip
     rows = rows_of(9, items=100, starts=5, **regression)
     candidate = write_result(tmp_path / "b.json", rows, orders=B)
-    gates = ("--gate=throughput", "--gate=acceptance")
+    gates = ("--gate=throughput", "--gate=acceptance", "--gate=positions")
     code, found = compare(capsys, served, candidate, *gates)
     assert code == (GateFailedError.exit_code if failing else 0), found
     assert {name for name, word in found.items() if word == "fail"} == failing
@@ -154,7 +158,7 @@ def test_little_data_is_undecided(
     code, found = compare(capsys, *paths, f"--repeat={paths[0]}")
     assert code == GateUndecidedError.exit_code
     assert set(found.values()) == {"undecided"}
-    assert set(found) == {"strict", "flexible", "throughput", "acceptance"}
+    assert set(found) == {"strict", "flexible", "throughput", "acceptance", "positions"}
 
 
 def test_without_a_noise_floor_is_undecided(reference: tuple[Path, Path]) -> None:

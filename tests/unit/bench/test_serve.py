@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,7 +23,7 @@ from vllm_forge.bench.errors import (
     WorkloadFileError,
 )
 from vllm_forge.bench.measure import add_start, client_rate, measure, read_workload
-from vllm_forge.bench.results import Conditions, Server, read_arm
+from vllm_forge.bench.results import Conditions, Drafts, Server, read_arm
 from vllm_forge.cli import main
 from vllm_forge.errors import UsageError
 from vllm_forge.host import Reply
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 GPUS = "0, NVIDIA B300, 10.3, 580.1, 288000, Disabled, Completed, Success\n"
 TOKENS = 8
 PROMPTS = [Prompt(f"q{number}", f"text {number}") for number in range(6)]
+PREDICTED = Drafts(drafts=4, per_position=(4, 0))  # by the fake server, of one answer
 WARM = 2
 FAULTS = {
     "failed": "failed requests",
@@ -45,6 +47,8 @@ FAULTS = {
     "reset": "counters went backwards: drafts, draft_tokens, accepted, prefix_hits",
     "jit": "4 files were compiled in the window",
     "merged": "accepted drafts, counted are",
+    "positions": "at position 0, counted are|positions add up to",
+    "others": "32 tokens were answered, 36 counted: other requests",
 }
 
 
@@ -66,15 +70,19 @@ def arm(**conditions: object) -> dict[str, Any]:
         "concurrency": 2,
         **conditions,
     }
-    server = {**SERVER, "image": "sha256:" + "2" * 64}
+    argv = ["vllm", "serve", '--speculative-config={"num_speculative_tokens": 2}']
+    server = {**SERVER, "image": "sha256:" + "2" * 64, "argv": argv}
     return {"arm": "a", "session": "s", "conditions": Conditions.model_validate(values),
             "server": Server.model_validate(server)}  # fmt: skip
 
 
-def run(server: BenchServer, path: Path, *, order: int = 0, rate: float = 1e12) -> None:
+def run(
+    server: BenchServer, path: Path, *, order: int = 0, rate: float = 1e12,
+    prompts: Sequence[Prompt] = PROMPTS,
+) -> None:  # fmt: skip
     """Measure a start and add it; ``rate``: what the client does against a null server."""
     start, rows = measure(
-        server.url, "model", arm(), PROMPTS, warm=WARM, order=order, caches=[path.parent / "cache"],
+        server.url, "model", arm(), prompts, warm=WARM, order=order, caches=[path.parent / "cache"],
         client=lambda *_: rate,
     )  # fmt: skip
     add_start(path, arm(), start, rows)
@@ -129,6 +137,23 @@ def test_fault_of_the_server_is_refused(fault: str, output: Path) -> None:
         run(server, output)
     assert not output.exists()
     assert not output.with_suffix(".jsonl.gz").exists()
+
+
+@pytest.mark.parametrize("off", [0, 1])
+def test_counters_are_compared_with_the_prediction(off: int, output: Path) -> None:
+    """To the last draft: the workload knows what the model accepts."""
+    predicted = [PREDICTED] * 5 + [PREDICTED.model_copy(update={"drafts": 4 + off})]
+    prompts = [replace(p, predicted={2: row}) for p, row in zip(PROMPTS, predicted, strict=True)]
+    with BenchServer() as server:
+        if off:
+            with pytest.raises(InvalidResultError, match=r"\(16, 32, 16, 0\) counted, \(17, 34,"):
+                run(server, output, prompts=prompts)
+            return
+        run(server, output, prompts=prompts)
+    (start,) = read_arm(output).result.starts
+    assert start.window is not None
+    assert start.window.predicted == Drafts(drafts=16, per_position=(16, 0))
+    assert start.window.after.since(start.window.before)["per_position"] == (16, 0)
 
 
 @pytest.fixture
@@ -285,10 +310,12 @@ def test_missing_counter_is_not_a_zero(name: str, monkeypatch: pytest.MonkeyPatc
 def test_workload_has_texts_and_chats(tmp_path: Path) -> None:
     path = tmp_path / "w.jsonl"
     chat = [{"role": "user", "content": "hi"}]
-    rows = [{"item": "a", "prompt": "text"}, {"item": "b", "messages": chat}]
+    rows: list[dict[str, Any]] = [{"item": "a", "prompt": "text"}, {"item": "b", "messages": chat}]
+    predicted = {"2": PREDICTED.model_dump(mode="json")}
+    rows.append({"item": "c", "prompt": [7, 8], "predicted": predicted})
     path.write_text("\n".join(map(json.dumps, rows)))
     prompts, digest = read_workload(path)
-    assert prompts == [Prompt("a", "text"), Prompt("b", chat)]
+    assert prompts == [Prompt("a", "text"), Prompt("b", chat), Prompt("c", [7, 8], {2: PREDICTED})]
     assert len(digest) == 64
 
 
@@ -298,6 +325,8 @@ def test_workload_has_texts_and_chats(tmp_path: Path) -> None:
         ("", "it is empty"),
         ('{"item": "a", "prompt": "x"}\n{"item": "a", "prompt": "y"}', "two rows have one item"),
         ('{"item": "a"}', "prompt"),
+        ('{"item": "a", "prompt": []}', "an empty prompt"),
+        ('{"item": "a", "prompt": [1], "predicted": {"1": {"drafts": 1}}}', "per_position"),
         ('{"item": "a", "messages": [{"content": 1}]}', "a message without text"),
         ("[", "Expecting value"),
     ],
