@@ -51,18 +51,6 @@ STORED = {
     "h_proj": "h_proj",
 }
 EXPERTS = "ffn.experts"
-UNQUANTIZED = "vLLM builds these modules unquantized"
-# Why vLLM does not take the modules of a fault that depends on its version.
-WHY = {
-    "no-target": UNQUANTIZED,
-    "broad-ignore": UNQUANTIZED,
-    "draft-not-ignored": "the draft model takes the target's quantization",
-    "draft-not-described": "vLLM builds it as its config says",
-    "draft-experts": "vLLM gives all layers the format of moe_quant_algo, and since 0.33.0 reads "
-    "in ignore which are left in MXFP4",
-    "not-quantized": "vLLM builds these modules quantized",
-    "other-arguments": "bits, type or strategy differ",
-}
 
 
 def form(profile: Profile) -> Iterator[Finding]:
@@ -71,7 +59,7 @@ def form(profile: Profile) -> Iterator[Finding]:
     if not named:
         yield finding("no-architecture")
     elif named != ARCHITECTURES:
-        yield finding("other-architecture", f"{str(named)[:SHOWN]!r}, not {ARCHITECTURES}")
+        yield finding("other-architecture", str(named)[:SHOWN], ARCHITECTURES)
     if "compress_ratios" not in profile.served:
         yield finding("layer-types")
 
@@ -86,12 +74,10 @@ def method(profile: Profile) -> Iterator[Finding]:
     ]
     if not profile.quantization:
         if quantized:
-            what = "vLLM builds everything unquantized; stored quantized"
-            yield finding("no-quantization-config", f"{what}: {summarize(quantized)}")
+            yield finding("no-quantization-config", summarize(quantized))
         return
     if named != COMPRESSED and named not in NATIVE:
-        known = ", ".join(sorted({COMPRESSED, *NATIVE}))
-        yield finding("unknown-method", f"{named!r}; known: {known}")
+        yield finding("unknown-method", named, ", ".join(sorted({COMPRESSED, *NATIVE})))
     if "scale_fmt" not in profile.quantization:
         yield finding("no-scale-fmt")
 
@@ -158,13 +144,7 @@ def _native_scales(profile: Profile) -> Iterator[Finding]:
             (np.frombuffer(chunk, "<u4") & SIGN_AND_MANTISSA).any() for chunk in scale.chunks()
         ):
             rounded.append(f"{module}.scale")
-    yield from scoped(
-        "not-powers-of-two",
-        rounded,
-        lambda names: (
-            f"{summarize(names)}; vLLM keeps scales as E8M0 beside MXFP4 experts, and rounds these"
-        ),
-    )
+    yield from scoped("not-powers-of-two", rounded)
 
 
 def activations(profile: Profile) -> Iterator[Finding]:
@@ -175,12 +155,10 @@ def activations(profile: Profile) -> Iterator[Finding]:
     scaled_mm/marlin.py:46); 0.26.0 and 0.33.0 have Humming too (:379, :522), and the releases
     between were not looked at.
     """
-    static = "is_static_input_scheme becomes None, and an assert stops it"
-    marlin = "Marlin, the only one that vLLM has for it, does not take compute capability 8.9"
     for name, group in profile.groups.items():
         if _weights_only(group):
-            yield finding("no-activations", f"{name}: {static}")
-            yield finding("no-kernel", f"{name}: {marlin} and above")
+            yield finding("no-activations", name)
+            yield finding("no-kernel", name)
     yield from _repacked_wo_a(profile)
 
 
@@ -212,15 +190,7 @@ def _repacked_wo_a(profile: Profile) -> Iterator[Finding]:
         kind = profile.formats.get(f"{block}.attn.wo_a")
         if kind is Format.FP8_BLOCK and group is not None and _weights_only(group):
             modules.append(f"{block}.attn.wo_a.weight")
-    yield from scoped(
-        "repacked-wo_a",
-        modules,
-        lambda names: (
-            "its group has no input_activations, so that a weight-only kernel repacks it to "
-            "int32 after loading; the first forward pass hands that to DeepGEMM's fp8_einsum, "
-            f"since 0.30.0 to torch.bmm, and stops: {summarize(names)}"
-        ),
-    )
+    yield from scoped("repacked-wo_a", modules)
 
 
 def actorder(profile: Profile) -> Iterator[Finding]:
@@ -228,13 +198,10 @@ def actorder(profile: Profile) -> Iterator[Finding]:
     for name, group in profile.groups.items():
         weights = group.weights or Scheme()
         order = weights.actorder
-        what = f"{name}: actorder is {order!r}"
         if order in ORDERED and not any(n.endswith("weight_g_idx") for n in profile.names):
-            read = "weights are read in an order that is not stored"
-            yield finding("order-not-stored", f"{what}, and {read}")
+            yield finding("order-not-stored", name, order)
         elif order is not None and weights.type == "int":
-            reads = "keeps all scales of w2 and reads those of other groups"
-            yield finding("actorder", f"{what}; with tensor parallelism every rank {reads}")
+            yield finding("actorder", name, order)
 
 
 def weights_only_experts(profile: Profile) -> bool:
@@ -252,8 +219,7 @@ def nvfp4_scales(profile: Profile) -> Iterator[Finding]:
     ]
     groups = [group for group in profile.groups.values() if is_of(group, Format.NVFP4)]
     if absent and any(group.input_activations is not None for group in groups):
-        what = "the group quantizes activations, but there is no input_global_scale of"
-        yield finding("no-input-scales", f"{what} {summarize(absent)}")
+        yield finding("no-input-scales", summarize(absent))
     scales = (name for name in profile.names if name.endswith(".input_global_scale"))
     if next(scales, None) is not None:
         yield finding("scale-per-expert")
@@ -286,8 +252,7 @@ def rules(profile: Profile) -> Iterator[Finding]:
             more = f" and {len(others)} more" if others else ""
             yield finding("targets-none", f"{name}: {first}{more}")
     if stale := sorted(profile.ignored.literal - HARMLESS - known):
-        what = f"{len(stale)} literal entries match nothing, e.g. {stale[0]}"
-        yield finding("stale-ignore", what)
+        yield finding("stale-ignore", len(stale), stale[0])
 
 
 def resolution(profile: Profile) -> Iterator[Finding]:
@@ -356,7 +321,7 @@ def _over_eras(eras: list[Era], effect: Effect) -> Iterator[Finding]:
         for since, before, names in runs:
             yield finding(
                 fault,
-                f"{WHY[fault]}: {summarize(f'{name}.weight' for name in names)}",
+                summarize(f"{name}.weight" for name in names),
                 effect=effect,
                 since="" if since == FIRST else str(since),
                 before="" if before is None else str(before),

@@ -53,21 +53,16 @@ WEIGHTS = ("weight", "weight_packed")
 def files(profile: Profile) -> Iterator[Finding]:
     """Shards, index and sizes agree, and what serving needs beside the tensors is there."""
     if mark := profile.config.get(MARK):
-        yield finding("rehearsal", f"of {printable(str(mark))[:SHOWN]}")
+        yield finding("rehearsal", printable(str(mark))[:SHOWN])
     if missing := profile.missing_shards:
         total = len(set((profile.index or {}).values()))
-        what = f"{len(missing)} of {total} shards are not here, e.g. {missing[0]}"
         effect = Effect.REFUSES if profile.tensors else Effect.NOTES
-        yield finding("missing-shards", what, effect=effect)
+        yield finding("missing-shards", len(missing), total, missing[0], effect=effect)
     if profile.misplaced:
-        yield finding(
-            "index-differs",
-            f"not where the index says, or not in it: {summarize(profile.misplaced)}; vLLM "
-            "takes from the index which shards there are, and no more, other readers stop",
-        )
+        yield finding("index-differs", summarize(profile.misplaced))
     total_size, size = profile.total_size, profile.bytes
     if not missing and profile.tensors and total_size not in (None, size):
-        yield finding("total-size", f"it says {total_size} bytes, the tensors have {size}")
+        yield finding("total-size", total_size, size)
     if profile.tensors and TOKENIZER not in profile.source.sizes:
         yield finding("no-tokenizer")
 
@@ -76,35 +71,27 @@ def drafter(profile: Profile) -> Iterator[Finding]:
     """The drafter is the one that the config promises, and complete."""
     promised, count = len(profile.draft_layers), len(profile.draft_names)
     if not promised and profile.drafter is not Drafter.NONE:
-        what = f"{count} tensors are under mtp., and num_nextn_predict_layers is 0 or not there"
-        yield finding("unpromised-drafter", what)
+        yield finding("unpromised-drafter", count)
         return
     match profile.drafter:
         case Drafter.NONE if promised:
-            what = f"config.json promises {promised} draft layer(s), and no tensor is under mtp."
-            yield finding("no-mtp", what)
+            yield finding("no-mtp", promised)
         case Drafter.DSPARK:
             block = profile.model.get("dspark_block_size")
             k = "the checkpoint's block size, which config.json lacks" if block is None else block
             yield finding(
                 "dspark",
-                f"mtp. holds {count} tensors of a DSpark drafter (it has a markov_head, and "
-                "neither enorm nor hnorm); method=mtp cannot load them",
+                count,
                 remedy='serve it with {"method": "dspark", "num_speculative_tokens": K} on a line '
                 f"that has it, K = {k}: what is drafted beyond a block is hardly accepted",
             )
         case Drafter.UNKNOWN:
-            what = f"neither MTP nor DSpark: {summarize(profile.draft_names)}"
-            yield finding("unknown-drafter", what)
+            yield finding("unknown-drafter", summarize(profile.draft_names))
     if profile.drafter not in (Drafter.MTP, Drafter.DSPARK):
         return
     if absent := list(_absent(profile, profile.draft.values())):
-        is_mtp = profile.drafter is Drafter.MTP
-        yield finding(
-            "incomplete-drafter",
-            f"missing {summarize(absent)}, of {len(profile.draft)} that its config has",
-            check="missing-mtp" if is_mtp else "other-drafter",
-        )
+        check = "missing-mtp" if profile.drafter is Drafter.MTP else "other-drafter"
+        yield finding("incomplete-drafter", summarize(absent), len(profile.draft), check=check)
     aliases = [tensor.name for tensor in alias_tensors(profile.model)]
     if profile.drafter is Drafter.MTP and not profile.names.keys() >= set(aliases):
         yield finding("no-aliases")
@@ -114,11 +101,8 @@ def experts(profile: Profile) -> Iterator[Finding]:
     """Every projection of every expert of every layer."""
     wanted = [t for t in profile.main.values() if part_of(t.name) is Part.EXPERTS]
     if absent := list(_absent(profile, wanted)):
-        yield finding(
-            "missing-experts",
-            f"{len(wanted) - len(absent)} of {len(wanted)} (layers x experts x 3) weights are "
-            f"there; missing {summarize(absent)}",
-        )
+        here = len(wanted) - len(absent)
+        yield finding("missing-experts", here, len(wanted), summarize(absent))
 
 
 def router(profile: Profile) -> Iterator[Finding]:
@@ -126,12 +110,8 @@ def router(profile: Profile) -> Iterator[Finding]:
     wanted = (*profile.main, *profile.own_draft)
     tables = [n for n in wanted if n.endswith(ROUTERS) and n not in profile.names]
     if renamed := [n for n in tables if _other_name(n) in profile.names]:
-        yield finding(
-            "renamed-router-bias",
-            f"{summarize(map(_other_name, renamed))}; loaders rename DeepSeek's gate.bias to it, "
-            "so it fits, too",
-        )
-    yield from scoped("missing-router-bias", sorted(set(tables) - set(renamed)), _missing)
+        yield finding("renamed-router-bias", summarize(map(_other_name, renamed)))
+    yield from scoped("missing-router-bias", sorted(set(tables) - set(renamed)))
 
 
 def others(profile: Profile) -> Iterator[Finding]:
@@ -141,7 +121,7 @@ def others(profile: Profile) -> Iterator[Finding]:
     kinds = [t for t in profile.main.values() if part_of(t.name) is not Part.EXPERTS]
     wanted = [tensor for tensor in kinds if not tensor.name.endswith(ROUTERS)]
     if absent := list(_absent(profile, wanted)):
-        yield finding("missing-tensors", _missing(absent))
+        yield finding("missing-tensors", summarize(absent))
 
 
 def unknown(profile: Profile) -> Iterator[Finding]:
@@ -166,10 +146,6 @@ def unknown(profile: Profile) -> Iterator[Finding]:
         hint = "loaders look for the draft layer under mtp.0, without a model. in front"
         remedy = {"remedy": hint} if misnamed and not profile.draft_names else {}
         yield finding("unknown-tensors", summarize(own), scope=scope, **remedy)
-
-
-def _missing(names: list[str]) -> str:
-    return f"missing {summarize(names)}"
 
 
 def _absent(profile: Profile, wanted: Iterable[TensorSpec]) -> Iterator[str]:
@@ -208,14 +184,9 @@ def shapes(profile: Profile) -> Iterator[Finding]:
             for required in stored_as(tensor, kind):
                 fault, name = _fault(profile, required)
                 faults[fault].append(name)
-    yield from scoped(
-        "scale-inv",
-        faults["scale-inv"],
-        lambda names: f"{summarize(names)}; a compressed-tensors group registers weight_scale",
-    )
+    yield from scoped("scale-inv", faults["scale-inv"])
     if lists := faults["global-scale-shape"]:
-        what = f"shape (1,) instead of (): {summarize(lists)}; the loaders of all lines take both"
-        yield finding("global-scale-shape", what)
+        yield finding("global-scale-shape", summarize(lists))
     yield from scoped("missing-scales", faults["missing-scales"])
     if converted := faults["converted"]:
         yield finding("converted", _as_stored(profile, converted))
@@ -334,7 +305,7 @@ def downcasts(profile: Profile) -> Iterator[Finding]:
     wide = [t.name for t in (*profile.main.values(), *profile.draft.values()) if t.dtype == "F32"]
     stored = {name: profile.tensors[name].dtype for name in wide if name in profile.tensors}
     if rounded := [name for name, dtype in stored.items() if dtype in HALF]:
-        yield finding("rounded", f"{summarize(rounded)}, of {len(wide)} that the model has in FP32")
+        yield finding("rounded", summarize(rounded), len(wide))
 
 
 def against_source(profile: Profile, source: Mapping[str, StoredTensor]) -> Iterator[Finding]:
@@ -348,7 +319,7 @@ def against_source(profile: Profile, source: Mapping[str, StoredTensor]) -> Iter
     ]
     if narrower:
         there, here = source[narrower[0]].dtype, profile.tensors[narrower[0]].dtype
-        yield finding("narrower", f"{summarize(narrower)}; there {there}, here {here}")
+        yield finding("narrower", summarize(narrower), there, here)
 
 
 def kept_unquantized(profile: Profile) -> Iterator[Finding]:
@@ -359,11 +330,7 @@ def kept_unquantized(profile: Profile) -> Iterator[Finding]:
         inside = part is Part.COMPRESSOR or (part is Part.INDEXER and not module.endswith(".wq_b"))
         if inside and kind is not Format.PLAIN:
             quantized.append(module)
-    yield from scoped(
-        "quantized-compressor",
-        quantized,
-        lambda names: f"{summarize(names)}; vLLM builds these modules unquantized",
-    )
+    yield from scoped("quantized-compressor", quantized)
 
 
 def plain_tensors(profile: Profile) -> Iterator[Finding]:

@@ -77,9 +77,13 @@ class Finding(FrozenModel):
         return f"{label(self.check)}: {self.title}: {self.what}"
 
 
-def finding(fault: str, what: str = "", **changes: Any) -> Finding:
-    """A finding of a row of checks.toml; ``what`` and ``changes`` replace fields of the row."""
-    return Finding.model_validate(FAULTS[fault] | ({"what": what} if what else {}) | changes)
+def finding(fault: str, *found: object, **changes: Any) -> Finding:
+    """A finding of a row of checks.toml, whose ``what`` has a place for each thing ``found``.
+
+    ``changes`` replace other fields of the row.
+    """
+    row = FAULTS[fault]
+    return Finding.model_validate(row | {"what": row.get("what", "{}").format(*found)} | changes)
 
 
 def by_scope(names: Iterable[str]) -> Iterator[tuple[Scope, list[str]]]:
@@ -103,8 +107,8 @@ def summarize(names: Iterable[str], most: int = 3) -> str:
 
 
 def scoped(
-    fault: str, names: Iterable[str], what: Callable[[list[str]], str] = summarize, **changes: Any
+    fault: str, names: Iterable[str], found: Callable[[list[str]], str] = summarize, **changes: Any
 ) -> Iterator[Finding]:
     """A finding for each model that has some of the tensors or modules; see ``finding``."""
     for scope, own in by_scope(names):
-        yield finding(fault, what(own), scope=scope, **changes)
+        yield finding(fault, found(own), scope=scope, **changes)
