@@ -46,3 +46,7 @@ class ServerUnreachableError(ForgeError, exit_code=FAULT):
 
 class ArmUnknownError(ForgeError, exit_code=REFUSED):
     """A result cannot be bound to an image and a GPU: one of them is not known here."""
+
+
+class SandboxError(ForgeError, exit_code=FAULT):
+    """Code of an answer cannot be isolated on this host, so it is not executed."""
