@@ -34,6 +34,11 @@ def register(choices: Commands) -> None:
     )  # fmt: skip
     one = command(choices, "build", build, SKU, LINE, JSON, base)
     one.add_argument("--engine", choices=ENGINES, help="default: the one that is installed")
+    one.add_argument(
+        "--builder", metavar="BUILDER",
+        help="BuildKit that builds what needs RUN: tcp://HOST:PORT, kube-pod://POD, or the name of "
+        "a builder of docker buildx; no daemon is needed here",
+    )  # fmt: skip
     one.add_argument("--load", action="store_true", help="also load it into the engine's store")
     one.add_argument("--push", metavar="REF", help="also push it, e.g. HOST/NAME:TAG")
     one.add_argument(
@@ -64,8 +69,10 @@ def build(project: Project, args: argparse.Namespace) -> None:
     runner = RecordingRunner() if args.dry_run else Runner()
     if args.provision:
         images.provision(runner)
-    engine = images.choose_engine(args.engine, dry_run=args.dry_run)
-    if engine.name == "buildah" and os.geteuid() != 0 and not args.dry_run:
+    if args.builder is not None and args.engine is not None:
+        raise UsageError("--builder and --engine exclude each other")
+    engine = images.choose_engine(args.engine, dry_run=args.dry_run, builder=args.builder or "")
+    if engine.name != "docker" and os.geteuid() != 0 and not args.dry_run:
         as_namespace_root()
     prewarm = args.prewarm and prewarm_of(project, cell, args.prewarm.resolve())
     options = images.BuildOptions(

@@ -20,8 +20,15 @@ from vllm_forge.host import Runner, cache_root, parse_json, read_plain, remove, 
 from vllm_forge.host.errors import CacheError, CommandFailedError
 from vllm_forge.host.files import walk_plain
 from vllm_forge.images.docker_api import OLDEST_BUILDX, answers, check_daemon, require_version
-from vllm_forge.images.errors import EngineMissingError, LayoutError, ProvisionError
+from vllm_forge.images.errors import EngineMissingError, LayoutError
 from vllm_forge.images.layout import hex_digest, read_image
+from vllm_forge.images.remote import (
+    check_builder,
+    remote_builder,
+    require_builder,
+    unpack_layers,
+)
+from vllm_forge.images.tools import INSTALL
 
 if TYPE_CHECKING:
     from vllm_forge.images.plan import ImagePlan
@@ -30,12 +37,6 @@ OLDEST_BUILDAH = (1, 28)
 SYSTEM_NAME = "localhost/vllm-forge-system"
 # Where Python keeps what it compiles.
 BYTECODE = "PYTHONPYCACHEPREFIX"
-PACKAGES = ("buildah", "runc", "skopeo", "mmdebstrap")
-# Tool -> its package: of the tests, and of `--archive` for a squashfs.
-MORE = {
-    "docker-registry": "docker-registry", "mksquashfs": "squashfs-tools", "nix": "nix-bin",
-}  # fmt: skip
-INSTALL = f"apt-get install --no-install-recommends {' '.join(PACKAGES)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,45 @@ def _build_options(plan: ImagePlan, secrets: Mapping[str, Path]) -> list[str]:
     ]
 
 
+def _run_buildx(
+    runner: Runner,
+    plan: ImagePlan,
+    secrets: Mapping[str, Path],
+    work: Path,
+    *options: str,
+    env: Mapping[str, str] | None = None,
+) -> None:
+    """One ``docker buildx build`` into an OCI layout of plain tars.
+
+    Not pushed from here: rewrite-timestamp and unpacking exclude each other on the
+    docker driver. Provenance is ours to state, and would change the digest.
+    """
+    base = [f"--build-arg=BASE={plan.base.image or 'base'}"]
+    if plan.base.layout is not None:
+        base.append(f"--build-context=base=oci-layout://{plan.base.layout}:rootfs")
+    output = (
+        f"type=oci,tar=false,dest={work / 'image'},rewrite-timestamp=true,"
+        "compression=uncompressed,force-compression=true"
+    )
+    runner.run(
+        [
+            "docker", "buildx", "build", "--quiet", "--no-cache", *options,
+            "--provenance=false", f"--file={plan.dockerfile}", *base,
+            *_build_options(plan, secrets), f"--output={output}", str(plan.dockerfile.parent),
+        ],
+        env={"SOURCE_DATE_EPOCH": str(plan.cell.base.source_date_epoch), **(env or {})},
+    )  # fmt: skip
+
+
+def _buildx_output(work: Path, root: Path | None) -> SystemOutput:
+    image = read_image(work / "image")
+    for layer in image.manifest["layers"]:
+        if not layer["mediaType"].endswith(".tar"):
+            what = f"buildx left a compressed layer: {layer['mediaType']}"
+            raise LayoutError(what, where=work)
+    return _read_output(image.path / "blobs" / "sha256", image.manifest, root)
+
+
 class Buildx:
     """The docker engine: buildx builds, the daemon runs; see docker_api.py for the SDK."""
 
@@ -108,6 +148,10 @@ class Buildx:
     def check(self, runner: Runner) -> None:
         """A daemon that answers, with containerd's image store, and the plugin."""
         runner.act("check the docker daemon's version and image store", check_daemon)
+        self.check_plugin(runner)
+
+    @staticmethod
+    def check_plugin(runner: Runner) -> None:
         if plugin := runner.run(["docker", "buildx", "version"]):
             version = re.search(r"v?(\d+\.\d+\.\d+)", plugin)
             require_version(version[1] if version else "", OLDEST_BUILDX, "docker buildx")
@@ -115,34 +159,11 @@ class Buildx:
     def build_system(
         self, runner: Runner, plan: ImagePlan, secrets: Mapping[str, Path], work: Path
     ) -> None:
-        """One ``docker buildx build`` into an OCI layout of plain tars.
-
-        Not pushed from here: rewrite-timestamp and unpacking exclude each other on the
-        docker driver. Provenance is ours to state, and would change the digest.
-        """
-        base = [f"--build-arg=BASE={plan.base.image or 'base'}"]
-        if plan.base.layout is not None:
-            base.append(f"--build-context=base=oci-layout://{plan.base.layout}:rootfs")
-        output = (
-            f"type=oci,tar=false,dest={work / 'image'},rewrite-timestamp=true,"
-            "compression=uncompressed,force-compression=true"
-        )
-        runner.run(
-            [
-                "docker", "buildx", "build", "--quiet", "--no-cache", "--network=host",
-                "--provenance=false", f"--file={plan.dockerfile}", *base,
-                *_build_options(plan, secrets), f"--output={output}", str(plan.dockerfile.parent),
-            ],
-            env={"SOURCE_DATE_EPOCH": str(plan.cell.base.source_date_epoch)},
-        )  # fmt: skip
+        """Build with the daemon's BuildKit."""
+        _run_buildx(runner, plan, secrets, work, "--network=host")
 
     def system_output(self, work: Path) -> SystemOutput:
-        image = read_image(work / "image")
-        for layer in image.manifest["layers"]:
-            if not layer["mediaType"].endswith(".tar"):
-                what = f"buildx left a compressed layer: {layer['mediaType']}"
-                raise LayoutError(what, where=work)
-        return _read_output(image.path / "blobs" / "sha256", image.manifest, None)
+        return _buildx_output(work, None)
 
     def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
         """``docker run`` of an image that is ``loaded``, with as few rights as there are.
@@ -189,7 +210,7 @@ class Buildah:
     """The daemonless engine: buildah builds, runc runs, skopeo copies (Debian 12 and newer)."""
 
     name = "buildah"
-    tools = ("buildah", "runc", "skopeo", "unshare")
+    tools: tuple[str, ...] = ("buildah", "runc", "skopeo", "unshare")
 
     def present(self) -> bool:
         return all(which(tool) is not None for tool in self.tools)
@@ -278,6 +299,50 @@ class Buildah:
         runner.run(["skopeo", "copy", "--quiet", f"oci:{layout}", f"containers-storage:{name}"])
 
 
+class BuildKit(Buildah):
+    """A BuildKit daemon elsewhere builds what needs RUN; what runs in the image is runc's, here.
+
+    ``builder``: an address, or the name of a builder that ``docker buildx create`` made. Rootfs,
+    context and secrets go there, and the system's layers come back, over buildx's one connection.
+    """
+
+    name = "buildkit"
+    tools: tuple[str, ...] = ("docker", "runc", "unshare")
+
+    def __init__(self, builder: str = "") -> None:
+        self.builder = builder
+
+    def present(self) -> bool:
+        """Never the default."""
+        return False
+
+    def check(self, runner: Runner) -> None:
+        """A plugin that is new enough, and a daemon that answers."""
+        Buildx.check_plugin(runner)
+        with remote_builder(runner, self.builder) as (name, env):
+            check_builder(runner, name, env)
+
+    def build_system(
+        self, runner: Runner, plan: ImagePlan, secrets: Mapping[str, Path], work: Path
+    ) -> None:
+        """Build there: without network, unless a registry's base may lack packages.
+
+        Only the daemon's own network, as that of its host is a right that it may not give. An
+        exported folder would have lost its owners, so the layers are unpacked here.
+        """
+        network = [] if plan.base.layout is None else ["--network=none"]
+        with remote_builder(runner, self.builder) as (name, env):
+            _run_buildx(runner, plan, secrets, work, f"--builder={name}", *network, env=env)
+        root = work / "root"
+        runner.act(
+            f"unpack the layers to {root}",
+            lambda: unpack_layers(_buildx_output(work, None).tars, root),
+        )
+
+    def system_output(self, work: Path) -> SystemOutput:
+        return _buildx_output(work, work / "root")
+
+
 def _write_config(folder: Path) -> None:
     """Storage and limits of our own.
 
@@ -361,11 +426,17 @@ def _runtime_config(run: ContainerRun) -> dict[str, Any]:
 
 
 Engine = Buildx | Buildah
-ENGINES: dict[str, type[Engine]] = {"docker": Buildx, "buildah": Buildah}
+ENGINES: dict[str, type[Engine]] = {"docker": Buildx, "buildah": Buildah, "buildkit": BuildKit}
 
 
-def choose_engine(name: str | None, *, dry_run: bool = False) -> Engine:
-    """The engine of that name, else the first that is installed; a dry run needs none."""
+def choose_engine(name: str | None, *, dry_run: bool = False, builder: str = "") -> Engine:
+    """The engine of that name, else the first that is installed; a dry run needs none.
+
+    ``builder``: of a remote BuildKit, see there.
+    """
+    if builder:
+        require_builder(builder)
+        name = BuildKit.name
     if name is not None and name not in ENGINES:
         raise UsageError(f"unknown engine {name!r}{suggestion(name, ENGINES)}")
     if name is None:
@@ -376,29 +447,9 @@ def choose_engine(name: str | None, *, dry_run: bool = False) -> Engine:
                 "buildah",
                 remedy=f"run: {INSTALL}   or build with --provision, which does that",
             )
-    engine = ENGINES[name or Buildah.name]()
+    engine = BuildKit(builder) if builder else ENGINES[name or Buildah.name]()
     missing = [] if dry_run else [tool for tool in engine.tools if which(tool) is None]
     if missing:
         what = f"{missing[0]} is not installed; the {engine.name} engine needs it"
         raise EngineMissingError(what, remedy=f"run: {INSTALL}   or build with --provision")
     return engine
-
-
-def provision(runner: Runner, *, registry: bool = False) -> None:
-    """Install missing tools by apt-get, as root; ``registry``: also what the tests need."""
-    tools = dict(zip(PACKAGES, PACKAGES, strict=True)) | (MORE if registry else {})
-    missing = [package for tool, package in tools.items() if which(tool) is None]
-    if not missing:
-        return
-    if which("apt-get") is None or os.geteuid() != 0:
-        what = f"missing: {', '.join(missing)}; --provision needs root and apt-get"
-        raise ProvisionError(what, remedy=f"on Debian or Ubuntu, as root: {INSTALL}")
-    env = {"DEBIAN_FRONTEND": "noninteractive"}
-    install = ["apt-get", "-qq", "install", "--yes", "--no-install-recommends", *missing]
-    try:
-        runner.run(["apt-get", "-qq", "update"], env=env)
-        runner.run(install, env=env)
-    except CommandFailedError as error:
-        what = f"apt-get could not install {', '.join(missing)}:\n{error.what}"
-        remedy = "check the host's apt sources"
-        raise ProvisionError(what, where=error.where, remedy=remedy) from error

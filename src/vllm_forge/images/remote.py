@@ -1,0 +1,101 @@
+"""A BuildKit daemon elsewhere, by buildx: its address, its version, the layers it sends back."""
+
+import re
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from vllm_forge.errors import UsageError
+from vllm_forge.host import Runner, hash_of, remove
+from vllm_forge.host.errors import CommandFailedError
+from vllm_forge.images.docker_api import require_version
+from vllm_forge.images.errors import EngineUnreachableError, LayoutError
+from vllm_forge.images.layer import OPAQUE, WHITEOUT, plain_path
+
+# Schemes of buildx's remote driver (docker/buildx, driver/remote, and BuildKit's connhelpers).
+SCHEMES = ("tcp", "kube-pod", "unix", "docker-container", "podman-container", "ssh")
+ADDRESS = re.compile(rf"(?:{'|'.join(SCHEMES)})://[\w.~:/?&=@%\[\]-]+", re.ASCII)
+NAME = re.compile(r"[A-Za-z][\w.-]*", re.ASCII)  # docker/buildx, store/util.go
+OLDEST_BUILDKIT = (0, 13)  # the first that knows rewrite-timestamp; an older one ignores it
+UNKNOWN = "v0.0.0"  # of Debian's dockerd
+ANSWER_S = 60
+
+
+def require_builder(text: str) -> None:
+    """UsageError unless it is an address or a name."""
+    if not ADDRESS.fullmatch(text) and not NAME.fullmatch(text):
+        what = f"invalid --builder {text!r}: expected an address ({'://, '.join(SCHEMES)}://)"
+        raise UsageError(f"{what} or the name of a builder of docker buildx")
+
+
+@contextmanager
+def remote_builder(runner: Runner, builder: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Name of a builder for buildx, and environment with which it is known.
+
+    One for an address is made in a folder of its own, so that none of the user's is changed.
+    """
+    if "://" not in builder:
+        yield builder, {}
+        return
+    name = f"vllm-forge-{hash_of(builder)[:12]}"
+    with tempfile.TemporaryDirectory() as folder:
+        env = {"BUILDX_CONFIG": folder}
+        runner.run(
+            ["docker", "buildx", "create", f"--name={name}", "--driver=remote", builder], env=env
+        )
+        yield name, env
+
+
+def check_builder(runner: Runner, name: str, env: Mapping[str, str]) -> None:
+    """Raises EngineUnreachableError: no BuildKit answers; EngineTooOldError."""
+    argv = ["docker", "buildx", "inspect", "--bootstrap", name]
+    try:
+        answer = runner.run(argv, env=env, seconds=ANSWER_S)
+    except CommandFailedError as error:
+        remedy = "check its address and that BuildKit runs there. TLS: docker buildx create "
+        remedy += "--driver remote --driver-opt cacert=..,cert=..,key=.. --name NAME tcp://.., "
+        remedy += "then --builder NAME"
+        raise EngineUnreachableError(error.what, where=error.where, remedy=remedy) from error
+    version = re.search(r"^BuildKit(?: version)?:\s*(\S+)", answer, re.MULTILINE)
+    if version is not None and not version[1].startswith(UNKNOWN):
+        require_version(version[1], OLDEST_BUILDKIT, "BuildKit")
+
+
+def unpack_layers(tars: Sequence[Path], root: Path) -> None:
+    """Unpack plain layers, lowest first, with owners and modes, into a new folder.
+
+    Raises LayoutError: a whiteout leads out of it.
+    """
+    root.mkdir()
+    for tar in tars:
+        for name in _names(tar):
+            folder, _, base = plain_path(name).rpartition("/")
+            if base.startswith(WHITEOUT):
+                _white_out(root, root / folder, base)
+        # GNU tar refuses `..`, and makes links that lead out when all files are written.
+        argv = ["tar", "--extract", f"--file={tar}", f"--directory={root}", "--numeric-owner"]
+        argv.append(f"--exclude={WHITEOUT}*")
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise LayoutError(f"tar cannot unpack it: {done.stderr.strip()[-500:]}", where=tar)
+
+
+def _names(tar: Path) -> list[str]:
+    try:
+        with tarfile.open(tar, "r:") as layer:
+            return layer.getnames()
+    except tarfile.TarError as error:
+        raise LayoutError(f"not a plain tar: {error}", where=tar) from error
+
+
+def _white_out(root: Path, folder: Path, base: str) -> None:
+    """Delete what a whiteout in a folder names."""
+    if not folder.resolve().is_relative_to(root.resolve()):
+        raise LayoutError(f"{folder / base} leads out of the image", where=root)
+    if not folder.is_dir():
+        return
+    for path in list(folder.iterdir()) if base == OPAQUE else [folder / base[len(WHITEOUT) :]]:
+        remove(path)
