@@ -1,10 +1,19 @@
-"""Components of an SBOM, by cyclonedx-python-lib; imported only where an SBOM is written."""
+"""Make the SBOM of an image, by cyclonedx-python-lib; imported only where one is written.
+
+CycloneDX 1.6, the same bytes each time, of the lock, the wheels, the Debian lock and the series;
+equal to the image's stack.json. Two things that scanners of images do not find: components that
+wheels declare in SBOMs of their own (PEP 770: crates, libraries), nested in the wheel; and that
+this vLLM is a patched release: an advisory names the release, so it is an ancestor in the pedigree,
+beside the patches.
+
+Source: cyclonedx.org/docs/1.6/json.
+"""
 
 import base64
 import hashlib
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,24 +38,69 @@ from cyclonedx.validation.json import JsonStrictValidator
 from packageurl import PackageURL
 
 import vllm_forge
-from vllm_forge import patches
 from vllm_forge.host import parse_json
+from vllm_forge.images.layout import Image
+from vllm_forge.matrix import ImageCell
+from vllm_forge.patches import apply, read_series
+from vllm_forge.project import Project
+from vllm_forge.release import contents as reading
 from vllm_forge.release.contents import EMBEDDED, VENDORED, WheelContents
 from vllm_forge.release.errors import SbomError
+from vllm_forge.release.sbom import Document, packages_of
 from vllm_forge.sources import LockedWheel
 from vllm_forge.sources.debian import DebianPackage
 
+VLLM = "vllm"
 VERSION = SchemaVersion.V1_6
 # By the first word of a patch's Origin (DEP 3).
 ORIGINS = {"upstream": PatchClassification.CHERRY_PICK, "backport": PatchClassification.BACKPORT}
 
 
-def document(
-    root: Component, components: Iterable[Component], digest: str, epoch: int
-) -> dict[str, Any]:
-    """The SBOM as JSON, valid by the strict schema; its serial number is made of ``digest``."""
+def make_sbom(project: Project, cell: ImageCell, image: Image, record: dict[str, Any]) -> Document:
+    """The CycloneDX document of an image that was built here; ``record``: ``dist/<cell>.json``.
+
+    Raises:
+        BuildRecordError: see ``require_own_image``.
+        SbomError: an SBOM inside a wheel cannot be read.
+        HashMismatchError: a wheel in the cache is not the locked one.
+    """
+    reading.require_own_image(project, cell, image, record)
+    stack, lock = record["stack"], project.lock(cell.line_name)
+    contents = reading.wheel_contents(lock)
+    wheels = {row.name: wheel_component(row, contents[row.name]) for row in lock.wheels}
+    wheels[VLLM] = _patched_component(
+        wheels[VLLM], stack["vllm"], stack["tree"], cell.line.series,
+        read_series(project.root / cell.line.series),
+    )  # fmt: skip
+    debs = {row.name: row for row in reading.locked_debs(project, cell, stack)}
+    release = stack["debian"].get("base-files", "").partition("+")[0]  # e.g. 13.8
+    rows = list(wheels.values())
+    for name, version in stack["debian"].items():
+        rows.append(_debian_component(name, version, release, debs.get(name)))
+    if release:  # the distribution by which scanners choose their advisories
+        rows.append(_component("debian", release, type=ComponentType.OPERATING_SYSTEM))
+    files = {f"kernel archive {name}": sha for name, sha in stack.get("kernels", {}).items()}
+    if "prewarm" in stack:
+        files = {"prewarm": stack["prewarm"]["sha256"], **files}
+    for name, sha256 in files.items():
+        rows.append(_component(name, type=ComponentType.FILE, sha256=sha256))
+    document = _document(cell, image, rows)
+    if packages_of(document) != (stack["packages"], stack["debian"]):
+        what = "the SBOM has other packages than the image's stack.json"
+        remedy = "build the image again; if it is the same, report it"
+        raise SbomError(what, where=str(image.path), remedy=remedy)
+    return document
+
+
+def _document(cell: ImageCell, image: Image, rows: Sequence[Component]) -> Document:
+    """The SBOM as JSON, valid by the strict schema; its serial number is made of the digest."""
+    digest, labels = f"sha256:{image.digest}", image.config["config"]["Labels"]
+    root = _component(
+        cell.name, digest, PackageURL("oci", None, cell.name, digest, {"arch": "amd64"}),
+        type=ComponentType.CONTAINER,
+        properties=[Property(name=name, value=value) for name, value in labels.items()],
+    )  # fmt: skip
     tool = _component("vllm-forge", vllm_forge.__version__, type=ComponentType.APPLICATION)
-    rows = list(components)
     bom = Bom(
         components=rows,
         dependencies=[
@@ -56,22 +110,16 @@ def document(
         serial_number=uuid.uuid5(uuid.NAMESPACE_URL, digest),
         metadata=BomMetaData(
             component=root,
-            timestamp=datetime.fromtimestamp(epoch, UTC),
+            timestamp=datetime.fromtimestamp(cell.base.source_date_epoch, UTC),
             tools=ToolRepository(components=[tool]),
         ),
     )
     text = make_outputter(bom, OutputFormat.JSON, VERSION).output_as_string()
     if error := JsonStrictValidator(VERSION).validate_str(text):
         what = f"the SBOM is not valid CycloneDX {VERSION.to_version()}: {error}"
-        raise SbomError(what, where=root.name, remedy="report it, with the SBOM inside the wheel")
-    result: dict[str, Any] = json.loads(text)
-    return result
-
-
-def image_component(name: str, digest: str, properties: dict[str, str]) -> Component:
-    purl = PackageURL("oci", None, name, digest, {"arch": "amd64"})
-    rows = [Property(name=key, value=value) for key, value in properties.items()]
-    return _component(name, digest, purl, type=ComponentType.CONTAINER, properties=rows)
+        raise SbomError(what, where=cell.name, remedy="report it, with the SBOM inside the wheel")
+    document: Document = json.loads(text)
+    return document
 
 
 def wheel_component(wheel: LockedWheel, contents: WheelContents) -> Component:
@@ -91,8 +139,8 @@ def wheel_component(wheel: LockedWheel, contents: WheelContents) -> Component:
     )
 
 
-def patched_component(
-    published: Component, version: str, tree: str, folder: str, series: Sequence[patches.Patch]
+def _patched_component(
+    published: Component, version: str, tree: str, folder: str, series: Sequence[apply.Patch]
 ) -> Component:
     """The patched vLLM: its ancestor is the published wheel, for which advisories are written.
 
@@ -111,7 +159,9 @@ def patched_component(
     )  # fmt: skip
 
 
-def debian_component(name: str, version: str, release: str, row: DebianPackage | None) -> Component:
+def _debian_component(
+    name: str, version: str, release: str, row: DebianPackage | None
+) -> Component:
     """A Debian package; its hash is that of the .deb, where a lock has it."""
     qualifiers = {"distro": f"debian-{release.partition('.')[0]}"} if release else {}
     if row is not None:
@@ -119,15 +169,6 @@ def debian_component(name: str, version: str, release: str, row: DebianPackage |
         qualifiers |= {"arch": row.architecture} | ({"upstream": source} if source != name else {})
     purl = PackageURL("deb", "debian", name, version, qualifiers)
     return _component(name, version, purl, sha256=row.sha256 if row is not None else "")
-
-
-def system_component(release: str) -> Component:
-    """The distribution by which scanners choose their advisories."""
-    return _component("debian", release, type=ComponentType.OPERATING_SYSTEM)
-
-
-def file_component(name: str, sha256: str) -> Component:
-    return _component(name, type=ComponentType.FILE, sha256=sha256)
 
 
 def _component(
@@ -139,14 +180,13 @@ def _component(
     sha256: str = "",
     **fields: Any,
 ) -> Component:
+    """A component whose reference, if none is given, is its package URL or name."""
+    fields.setdefault("bom_ref", str(purl or name))
     hashes = [HashType(alg=HashAlgorithm.SHA_256, content=sha256)] if sha256 else []
-    ref = str(purl or name)
-    return Component(
-        name=name, version=version, purl=purl, bom_ref=ref, type=type, hashes=hashes, **fields
-    )
+    return Component(name=name, version=version, purl=purl, type=type, hashes=hashes, **fields)
 
 
-def _patch(folder: str, patch: patches.Patch) -> Patch:
+def _patch(folder: str, patch: apply.Patch) -> Patch:
     bug = patch.fields["Bug"]
     issue = IssueType(
         type=IssueClassification.DEFECT, id=bug, name=patch.summary, references=[XsUri(bug)]
@@ -178,15 +218,12 @@ def _nested(wheel: LockedWheel, own: PackageURL, contents: WheelContents) -> lis
                 hashes=item.hashes, licenses=item.licenses,
                 bom_ref=f"{own}#{purl or f'{item.name}@{item.version}'}",
             )  # fmt: skip
-    vendored = [
-        _component(
-            row.name, row.version, PackageURL("pypi", None, row.name, row.version),
-            properties=[Property(name=VENDORED, value=row.path)],
-        )
-        for row in contents.vendored
-    ]  # fmt: skip
-    for item in vendored:
-        item.bom_ref.value = f"{own}#{item.purl}"
+    vendored = []
+    for row in contents.vendored:
+        purl = PackageURL("pypi", None, row.name, row.version)
+        where = [Property(name=VENDORED, value=row.path)]
+        item = _component(row.name, row.version, purl, bom_ref=f"{own}#{purl}", properties=where)
+        vendored.append(item)
     return [*nested.values(), *vendored]
 
 

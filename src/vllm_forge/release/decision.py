@@ -5,14 +5,17 @@ the tiers that were waived. Source: https://slsa.dev/spec/v1.2/verification_summ
 """
 
 import hashlib
-from typing import Literal
+from datetime import datetime
+from typing import Any, Literal
 
 from pydantic import AwareDatetime, ConfigDict, Field
 
+import vllm_forge
 from vllm_forge.host import canonical
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.matrix.model import ReleasePolicy, Stage
-from vllm_forge.release.gate import Waiver
+from vllm_forge.release.evidence import DECISION, Evidence, content_of, slsa_level
+from vllm_forge.release.gate import Gate, Waiver
 
 VERIFIER = "https://vllm-forge.dev/gate"
 SLSA_VERSION = "1.2"
@@ -62,6 +65,32 @@ class Decision(FrozenModel):
     def statements(self) -> set[str]:
         """Hashes of the statements that it relies on."""
         return {row.sha256 for row in self.inputs}
+
+
+def make_decision(
+    gate: Gate, tags: tuple[str, ...], time: datetime, evidence: Evidence, stack: dict[str, Any]
+) -> Decision:
+    """The decision on an image that passed: on all statements that count, but earlier decisions."""
+    return Decision(
+        verifier=Verifier(id=VERIFIER, version={"vllm-forge": vllm_forge.__version__}),
+        time=time,
+        resource=resource(stack, str(gate.digest)),
+        policy=policy_of_stage(gate.stage, gate.policy),
+        inputs=tuple(
+            Resource(uri=name, digest={"sha256": content_of(row)})
+            for name in sorted(evidence.named.keys() - {DECISION})
+            for row in evidence.signed(name)
+        ),
+        result="PASSED",
+        levels=(f"{LEVEL}{slsa_level(evidence.signers('provenance'))}",),
+        slsa_version=SLSA_VERSION,
+        detail=Detail(stage=gate.stage, tags=tags, waivers=gate.waivers),
+    )
+
+
+def resource(stack: dict[str, Any], digest: str) -> str:
+    """Package URL of an image, as its SBOM has it: whatever registry it is in."""
+    return f"pkg:oci/vllm-{stack['vllm_release']}-{stack['sku']}@{digest}?arch=amd64"
 
 
 def policy_of_stage(stage: Stage, policy: ReleasePolicy) -> Resource:

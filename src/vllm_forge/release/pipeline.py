@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import vllm_forge
 from vllm_forge import images
 from vllm_forge.errors import ForgeError
 from vllm_forge.host import RecordingRunner, Runner
@@ -19,24 +18,14 @@ from vllm_forge.images.errors import BuildRecordError
 from vllm_forge.images.prewarm import Prewarm
 from vllm_forge.images.record import read_record
 from vllm_forge.images.rootfs import LOCKED, ROOTFS
-from vllm_forge.release.decision import (
-    LEVEL,
-    SLSA_VERSION,
-    VERIFIER,
-    Decision,
-    Detail,
-    Resource,
-    Verifier,
-    policy_of_stage,
-)
+from vllm_forge.release.decision import make_decision
 from vllm_forge.release.errors import RequirementError
-from vllm_forge.release.evidence import DECISION, RECEIPT, Evidence, Trust, content_of, slsa_level
+from vllm_forge.release.evidence import RECEIPT, Evidence, Trust
 from vllm_forge.release.gate import Gate
 from vllm_forge.release.mirror import push_layout
 from vllm_forge.release.published import from_registry
 from vllm_forge.release.referrers import attach
 from vllm_forge.release.registry import Reference, Repository
-from vllm_forge.release.sbom import make_sbom
 from vllm_forge.release.statements import (
     SBOM,
     TEST_RESULT,
@@ -48,7 +37,7 @@ from vllm_forge.release.statements import (
     receipt_bundle,
 )
 from vllm_forge.release.tags import Names, choose_names, forms, require_free
-from vllm_forge.release.verify import Report, Verification, resource
+from vllm_forge.release.verify import Report, Verification
 from vllm_forge.signing import PrivateKey, Verified, sign
 from vllm_forge.signing.keyless import sign_keyless
 
@@ -187,6 +176,8 @@ def _attach(job: Job, gate: Gate) -> None:
 
 def _bundles(job: Job, gate: Gate, evidence: Evidence) -> Iterator[tuple[str, bytes]]:
     """Predicate type and bundle of what an image lacks."""
+    from vllm_forge.release.components import make_sbom  # noqa: PLC0415 - loads cyclonedx
+
     image = images.read_image(job.plan.target)
     if (record := read_record(job.plan.record_path)) is None:
         what, remedy = "the record of the build is gone", "run the same command again"
@@ -240,22 +231,7 @@ def _decide(job: Job, gate: Gate, checked: Verification) -> tuple[Gate, Names, R
         and set(names.all) <= set(decided.detail.tags)
     ):
         return gate, names, report
-    evidence = checked.evidence
-    decision = Decision(
-        verifier=Verifier(id=VERIFIER, version={"vllm-forge": vllm_forge.__version__}),
-        time=job.clock(),
-        resource=resource(checked.stack, digest),
-        policy=policy_of_stage(gate.stage, gate.policy),
-        inputs=tuple(
-            Resource(uri=name, digest={"sha256": content_of(row)})
-            for name in sorted(evidence.named.keys() - {DECISION})
-            for row in evidence.signed(name)
-        ),
-        result="PASSED",
-        levels=(f"{LEVEL}{slsa_level(evidence.signers('provenance'))}",),
-        slsa_version=SLSA_VERSION,
-        detail=Detail(stage=gate.stage, tags=names.all, waivers=gate.waivers),
-    )
+    decision = make_decision(gate, names.all, job.clock(), checked.evidence, checked.stack)
     image = images.read_image(job.plan.target)
     predicate = decision.model_dump(mode="json", by_alias=True)
     statement = image_statement(gate.cell, image, VSA, predicate)

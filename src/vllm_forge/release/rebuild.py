@@ -34,9 +34,9 @@ def rebuild(
         clone, output = work / "clone", work / "dist"
         runner.run(["git", "clone", "--quiet", "--no-checkout", str(project.root), str(clone)])
         runner.run(["git", "-C", str(clone), "checkout", "--quiet", provenance.commit])
-        external, options = provenance.external, provenance.external.options
-        flags = [f"--base={options.base}", f"--engine={options.engine}"]
-        flags += ["--kernels"] if options.kernels else []
+        external = provenance.definition.external
+        flags = [f"--base={external.options.base}", f"--engine={external.options.engine}"]
+        flags += ["--kernels"] if external.options.kernels else []
         flags += prewarm_option(published, external, Project(clone), work)
         runner.run(
             [

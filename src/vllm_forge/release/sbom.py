@@ -1,12 +1,4 @@
-"""The SBOM of an image: CycloneDX 1.6, the same bytes each time.
-
-Made of the lock, the wheels, the Debian lock and the series; equal to the image's stack.json.
-Two things that scanners of images do not find: components that wheels declare in SBOMs of their own
-(PEP 770: crates, libraries), nested in the wheel; and that this vLLM is a patched release: an
-advisory names the release, so it is an ancestor in the pedigree, beside the patches.
-
-Source: cyclonedx.org/docs/1.6/json.
-"""
+"""Read SBOMs of images and compare them; ``components`` makes them."""
 
 import base64
 import hashlib
@@ -14,66 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vllm_forge.images.layer import LayerBlob
-from vllm_forge.images.layout import Image
 from vllm_forge.images.record import differences
-from vllm_forge.matrix import ImageCell
-from vllm_forge.patches import read_series
-from vllm_forge.project import Project
-from vllm_forge.release.contents import (
-    EMBEDDED,
-    VENDORED,
-    image_contents,
-    locked_debs,
-    require_own_image,
-    wheel_contents,
-)
+from vllm_forge.release.contents import EMBEDDED, VENDORED, image_contents
 from vllm_forge.release.errors import SbomError
 
-VLLM = "vllm"
 Document = dict[str, Any]
 Tables = tuple[dict[str, str], ...]
-
-
-def make_sbom(project: Project, cell: ImageCell, image: Image, record: dict[str, Any]) -> Document:
-    """The CycloneDX document of an image that was built here; ``record``: ``dist/<cell>.json``.
-
-    Raises:
-        BuildRecordError: see ``require_own_image``.
-        SbomError: an SBOM inside a wheel cannot be read.
-        HashMismatchError: a wheel in the cache is not the locked one.
-    """
-    from vllm_forge.release import components  # noqa: PLC0415 - loads cyclonedx-python-lib
-
-    require_own_image(project, cell, image, record)
-    digest, stack, lock = f"sha256:{image.digest}", record["stack"], project.lock(cell.line_name)
-    contents = wheel_contents(lock)
-    wheels = {row.name: components.wheel_component(row, contents[row.name]) for row in lock.wheels}
-    wheels[VLLM] = components.patched_component(
-        wheels[VLLM], stack["vllm"], stack["tree"], cell.line.series,
-        read_series(project.root / cell.line.series),
-    )  # fmt: skip
-    debs = {row.name: row for row in locked_debs(project, cell, stack)}
-    release = stack["debian"].get("base-files", "").partition("+")[0]  # e.g. 13.8
-    rows = [
-        *wheels.values(),
-        *(
-            components.debian_component(name, version, release, debs.get(name))
-            for name, version in stack["debian"].items()
-        ),
-    ]
-    if release:
-        rows.append(components.system_component(release))
-    if "prewarm" in stack:
-        rows.append(components.file_component("prewarm", stack["prewarm"]["sha256"]))
-    for name, sha256 in stack.get("kernels", {}).items():
-        rows.append(components.file_component(f"kernel archive {name}", sha256))
-    root = components.image_component(cell.name, digest, image.config["config"]["Labels"])
-    document = components.document(root, rows, digest, cell.base.source_date_epoch)
-    if packages_of(document) != (stack["packages"], stack["debian"]):
-        what = "the SBOM has other packages than the image's stack.json"
-        remedy = "build the image again; if it is the same, report it"
-        raise SbomError(what, where=str(image.path), remedy=remedy)
-    return document
 
 
 def packages_of(document: Document) -> tuple[dict[str, str], dict[str, str]]:

@@ -35,7 +35,7 @@ from vllm_forge.receipts.errors import ReceiptKeyError
 from vllm_forge.receipts.receipt import Receipt
 from vllm_forge.release.contents import locked_debs, require_own_image
 from vllm_forge.release.errors import ProvenanceError, VexError
-from vllm_forge.release.sbom import Document, make_sbom
+from vllm_forge.release.sbom import Document
 from vllm_forge.signing import PrivateKey, wrap
 
 SBOM = "https://cyclonedx.org/bom"
@@ -149,18 +149,6 @@ class Provenance(_Record):
 
     definition: Definition = Field(alias="buildDefinition")
     run: Run = Field(alias="runDetails")
-
-    @property
-    def external(self) -> External:
-        return self.definition.external
-
-    @property
-    def builder_id(self) -> str:
-        return self.run.builder.id
-
-    @property
-    def finished(self) -> datetime:
-        return self.run.metadata.finished
 
     @property
     def commit(self) -> str:
@@ -356,6 +344,8 @@ def make_vex(
         VexError: the file is invalid, or a row names a line or package that is not there.
         SbomError: see ``make_sbom``.
     """
+    from vllm_forge.release.components import make_sbom  # noqa: PLC0415 - loads cyclonedx
+
     path = project.root / VEX_FILE
     if not os.path.lexists(path):
         return None

@@ -21,7 +21,7 @@ from vllm_forge.matrix.model import ReleasePolicy, Stage
 from vllm_forge.receipts.receipt import Statement as Receipt
 from vllm_forge.receipts.receipt import closest_margin
 from vllm_forge.release import errors
-from vllm_forge.release.decision import LEVEL, Decision, policy_of_stage
+from vllm_forge.release.decision import LEVEL, Decision, policy_of_stage, resource
 from vllm_forge.release.evidence import (
     DECISION,
     RECEIPT,
@@ -180,7 +180,7 @@ class Verification:
             for row in rows:
                 provenance = self._provenance(row)
                 machine = provenance.run.builder.machine or row.signer
-                builder = (provenance.builder_id, row.signer, machine)
+                builder = (provenance.run.builder.id, row.signer, machine)
                 if seen.setdefault(builder, content) != content:
                     what = f"two different statements of provenance by {row.signer}, of one builder"
                     remedy = "find out which is right, and delete the other"
@@ -199,21 +199,26 @@ class Verification:
         """Of this image; unknown parameters are refused."""
         made = parse(Provenance, "provenance", row)
         builder = f"{BUILDER}/{row.key_id}" if row.key_id else row.signer.partition(" (")[0]
-        if made.builder_id != builder or not COMMIT.fullmatch(made.commit):
-            named = f"builder {made.builder_id}, commit {made.commit!r}"
+        if made.run.builder.id != builder or not COMMIT.fullmatch(made.commit):
+            named = f"builder {made.run.builder.id}, commit {made.commit!r}"
             what = f"provenance: {named}, signed by {builder}"
             remedy = "a builder signs for itself, and names a commit: ask who signed it"
             raise errors.StatementContentError(what, remedy=remedy)
-        self._about("provenance", sku=made.external.sku, line=made.external.line, tree=made.tree)
+        self._about(
+            "provenance",
+            sku=made.definition.external.sku,
+            line=made.definition.external.line,
+            tree=made.tree,
+        )
         self.provenances.append(made)
         self.report.builders.append(
             {
-                "builder": made.builder_id, "signer": row.signer, "source": made.source,
-                "commit": made.commit, "finished": made.finished.isoformat(),
+                "builder": made.run.builder.id, "signer": row.signer, "source": made.source,
+                "commit": made.commit, "finished": made.run.metadata.finished.isoformat(),
                 "level": str(slsa_level([row])),
             }
         )  # fmt: skip
-        self._require_recent("the build", made.finished)
+        self._require_recent("the build", made.run.metadata.finished)
         return made
 
     def _receipt(self, tier: str) -> None:
@@ -349,11 +354,6 @@ def parse(model: type[Model], name: str, row: Verified) -> Model:
         what = f"{name}: signed by {row.signer}: {problems(error, model)[0]}"
         remedy = "an unknown field may change what is meant: verify with a newer vllm-forge"
         raise errors.StatementContentError(what, remedy=remedy) from None
-
-
-def resource(stack: dict[str, Any], digest: str) -> str:
-    """Package URL of an image, as its SBOM has it: whatever registry it is in."""
-    return f"pkg:oci/vllm-{stack['vllm_release']}-{stack['sku']}@{digest}?arch=amd64"
 
 
 def describe(report: Report) -> str:

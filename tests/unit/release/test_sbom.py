@@ -27,9 +27,10 @@ from vllm_forge.images.errors import BuildRecordError
 from vllm_forge.images.layer import LayerBlob
 from vllm_forge.patches import read_series
 from vllm_forge.release import contents
+from vllm_forge.release.components import make_sbom
 from vllm_forge.release.contents import WheelContents
 from vllm_forge.release.errors import SbomError
-from vllm_forge.release.sbom import compare_contents, diff, make_sbom, packages_of
+from vllm_forge.release.sbom import compare_contents, diff, packages_of
 from vllm_forge.sources import Lock, LockedWheel, Wheelhouse
 from vllm_forge.sources.debian import DebianPackage, write_base_lock
 from vllm_forge.sources.errors import HashMismatchError

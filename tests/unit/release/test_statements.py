@@ -94,16 +94,19 @@ def test_provenance_says_what_was_built(
     statement = make(built, key)
     provenance = parsed(statement)
     assert statement.has_subject(f"sha256:{built.image.digest}")
-    assert (provenance.external.sku, provenance.external.line) == ("alpha", "mini")
-    options = provenance.external.options
+    assert (provenance.definition.external.sku, provenance.definition.external.line) == (
+        "alpha",
+        "mini",
+    )
+    options = provenance.definition.external.options
     assert (options.base, options.engine) == ("current", "buildah")
     assert (provenance.commit, provenance.source) == (committed[1], "")
     tree = read_tree_lock(built.mini.root / "patches/vllm/mini", "mini")
     assert provenance.tree == tree.result
-    assert provenance.builder_id.endswith(f"/key/{key.public.id}")
+    assert provenance.run.builder.id.endswith(f"/key/{key.public.id}")
     newest = max(built.record["blobs"].values()) / 1e9
-    assert 0 <= newest - provenance.finished.timestamp() < 1
-    assert provenance.finished.tzinfo == UTC
+    assert 0 <= newest - provenance.run.metadata.finished.timestamp() < 1
+    assert provenance.run.metadata.finished.tzinfo == UTC
 
 
 def test_provenance_lists_every_input_by_hash(built: Built, key: PrivateKey) -> None:
@@ -133,15 +136,15 @@ def test_provenance_names_the_base_as_build_takes_it(
 ) -> None:
     record = copy.deepcopy(built.record)
     record["stack"]["base"]["packages"] = label
-    assert parsed(make(built, key, record)).external.options.base == base
+    assert parsed(make(built, key, record)).definition.external.options.base == base
 
 
 def test_kernel_archives_are_a_parameter_and_dependencies(built: Built, key: PrivateKey) -> None:
     record = copy.deepcopy(built.record)
-    assert not parsed(make(built, key, record)).external.options.kernels
+    assert not parsed(make(built, key, record)).definition.external.options.kernels
     record["stack"]["kernels"] = {"TRTLLM_GEN_BMM": "8" * 64}
     provenance = parsed(make(built, key, record))
-    assert provenance.external.options.kernels
+    assert provenance.definition.external.options.kernels
     rows = {row.name: row.digest for row in provenance.definition.dependencies}
     assert rows["kernel archive TRTLLM_GEN_BMM"] == {"sha256": "8" * 64}
 
@@ -150,7 +153,7 @@ def test_prewarm_set_is_a_parameter(built: Built, key: PrivateKey) -> None:
     record = copy.deepcopy(built.record)
     record["stack"]["prewarm"] = {"sha256": "8" * 64}
     provenance = parsed(make(built, key, record))
-    assert provenance.external.options.prewarm == "8" * 64
+    assert provenance.definition.external.options.prewarm == "8" * 64
 
 
 @pytest.mark.parametrize(
@@ -212,7 +215,7 @@ def test_job_of_hosted_ci_is_named_by_its_workflow(
     monkeypatch.setenv("GITHUB_SERVER_URL", "https://ci.example")
     monkeypatch.setenv("GITHUB_WORKFLOW_REF", "o/r/.github/workflows/x.yml@refs/heads/main")
     identity = "https://ci.example/o/r/.github/workflows/x.yml@refs/heads/main"
-    assert parsed(make(built, None)).builder_id == identity
+    assert parsed(make(built, None)).run.builder.id == identity
 
 
 def test_builder_without_key_or_workflow_is_refused(
