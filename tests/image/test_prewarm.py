@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.gpu.harness.run import open_caches
-from vllm_forge.gputest import launch as product
 from vllm_forge.images.layer import ZSTD
 from vllm_forge.images.layout import read_image
-from vllm_forge.images.prewarm import SCRIPT, place_of
+from vllm_forge.images.prewarm import FOLDERS, SCRIPT, place_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +30,7 @@ def compiled(built: Project, folder: Path, **other: str) -> Path:
         "kind": "image",
         "stack": stack["lock"]["sha256"],
     }
-    plan = {"caches": {"key": key | other, "folders": product.FOLDERS}}
+    plan = {"caches": {"key": key | other, "folders": FOLDERS}}
     open_caches(folder, plan)
     (folder / "triton" / "kernel.cubin").write_bytes(b"compiled for 10.0")
     return folder

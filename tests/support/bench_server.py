@@ -1,10 +1,16 @@
-"""A server that speaks vLLM's streaming completions and metrics, with planted faults."""
+"""A server that speaks vLLM's streaming completions and metrics, with planted faults.
+
+Run as a program: PORT [FAULT [CACHE]]. It then is a server of a session, until it is ended.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import signal
+import sys
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -12,7 +18,6 @@ from aiohttp import web
 from vllm_forge.bench.null_server import chunk, usage
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from types import TracebackType
 
 DEPTH = 2  # drafted tokens a step
@@ -35,6 +40,7 @@ class BenchServer:
     cache: Path | None = None
     seen: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
+    port: int = 0
 
     def __post_init__(self) -> None:
         names = ("drafts", "draft_tokens", "accepted", "first", "prefix_hits", "tokens")
@@ -59,15 +65,19 @@ class BenchServer:
     async def _serve(self) -> None:
         app = web.Application()
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/health", self._health)
         for path in ("/v1/completions", "/v1/chat/completions"):
             app.router.add_post(path, self._answer)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        await web.TCPSite(runner, "127.0.0.1", self.port).start()
         self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         self._ready.set()
         await self._stop.wait()
         await runner.cleanup()
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response()
 
     async def _metrics(self, _: web.Request) -> web.Response:
         text = METRICS.format(**self.counts)
@@ -108,4 +118,19 @@ class BenchServer:
         self.counts["tokens"] += tokens + (self.fault == "others")
         self.counts["prefix_hits"] += self.fault == "prefix"
         if self.fault == "jit" and self.cache is not None:
+            self.cache.mkdir(exist_ok=True)
             (self.cache / f"{len(self.seen)}.cubin").touch()
+
+
+def main(port: str, fault: str = "", cache: str = "") -> None:
+    if fault == "dead":
+        raise SystemExit("no model here")
+    if fault == "cold":  # compiles when it starts, unless it did before
+        Path(cache).mkdir(exist_ok=True)
+        (Path(cache) / "kernel.cubin").touch()
+    with BenchServer(fault, cache=Path(cache) if cache else None, port=int(port)):
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,23 +1,45 @@
-"""What an arm is: the image, model and GPUs that are served, and the conditions."""
+"""What an arm is: image, model, GPUs and conditions; and a session's plan on this host."""
 
 import argparse
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from vllm_forge.bench.errors import ArmUnknownError
+from vllm_forge.bench.errors import ArmUnknownError, SessionFileError
+from vllm_forge.bench.measure import read_workload
 from vllm_forge.bench.results import Conditions, Server
+from vllm_forge.bench.session import (
+    UNKNOWN,
+    ArmRow,
+    Launch,
+    Plan,
+    Session,
+    conditions_of,
+    make_plan,
+    read_session,
+)
 from vllm_forge.errors import UsageError
-from vllm_forge.host import Probe
+from vllm_forge.host import Probe, read_plain
 from vllm_forge.host.files import file_digest
 from vllm_forge.host.probe import GPU_QUERY
+from vllm_forge.images.prewarm import FOLDERS
 from vllm_forge.images.record import built_digest
+from vllm_forge.matrix import ImageCell, flags
 from vllm_forge.matrix.model import Name
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
-from vllm_forge.serve.command import bare_command
+from vllm_forge.serve.command import (
+    Engine,
+    ServeOptions,
+    bare_command,
+    choose_gpus,
+    container_command,
+    running_engine,
+    service_of,
+)
 from vllm_forge.serve.deployment import Deployment, find_deployment
 from vllm_forge.serve.doctor import listed_gpus
 
@@ -31,19 +53,13 @@ def arm_of(
     """The deployment, and a record's fields; ArmUnknownError if the image or GPUs are unknown."""
     cell = project.cell(args.sku, args.line)
     deployment = find_deployment(project.matrix, cell, args.preset, args.artifact)
-    path = project.root / "dist" / f"{cell.name}.json"
-    if (digest := built_digest(path)) is None:
-        remedy = "build it here: a result is of one image digest"
-        raise ArmUnknownError("the cell's image is not built", where=str(path), remedy=remedy)
+    subject = _subject(project, cell)
     gpus, message = listed_gpus(probe.ask("nvidia-smi", GPU_QUERY))
     if not gpus:
         remedy = "run this on the host that serves"
         raise ArmUnknownError(f"no GPU is listed: {message}", where="nvidia-smi", remedy=remedy)
-    _, line = project.line(cell.line_name)
     server = Server(
-        image=digest,
-        tree=read_tree_lock(project.root / line.series, cell.line_name).result,
-        lock_sha256=file_digest(project.root / line.lock),
+        **subject,
         artifact=deployment.artifact_name,
         argv=bare_command(deployment).argv,
         gpu=gpus[0].name,
@@ -64,6 +80,82 @@ def arm_of(
     )
     fields = {"arm": _name("--arm", args.arm), "session": _name("--session", args.session)}
     return deployment, {**fields, "conditions": conditions, "server": server}
+
+
+def plan_of(
+    project: Project, probe: Probe, cell: ImageCell, path: Path, *, caches: Path,
+    engine: Engine | None,
+) -> tuple[Plan, bytes]:  # fmt: skip
+    """The plan of a session's file on this host, and the content of its workload.
+
+    Servers keep what they compile in ``caches``.
+    """
+    session = read_session(path)
+    workload = path.with_name(session.workload)
+    _, prompts = read_workload(workload)
+    subject, checkpoint = _subject(project, cell), path.parent / session.checkpoint
+    arms = {}
+    for name, row in session.arm.items():
+        if row.preset is None:
+            arms[name] = command_launch(row, subject, str(caches), path)
+        else:
+            deployment = find_deployment(project.matrix, cell, row.preset, row.artifact)
+            arms[name] = _container(
+                probe, deployment, session, name, caches=caches, subject=subject, engine=engine
+            )
+    conditions = conditions_of(
+        session, prompts=prompts, template=_hash(checkpoint / TEMPLATE),
+        tokenizer=_hash(checkpoint / TOKENIZER),
+    )  # fmt: skip
+    return make_plan(session, arms, conditions, (str(caches),)), read_plain(workload)
+
+
+def _container(
+    probe: Probe, deployment: Deployment, session: Session, arm: str, *, caches: Path,
+    subject: dict[str, str], engine: Engine | None,
+) -> Launch:  # fmt: skip
+    """A server's container as `serve` starts it, with ``caches`` as its cache."""
+    name, chosen = f"vllm-forge-bench-{arm}", running_engine(probe, engine)
+    env = tuple(f"{key}={value}" for key, value in session.arm[arm].env.items())
+    deployment = replace(deployment, env=env)
+    gpu_ids = choose_gpus(probe, deployment, 1)
+    options = ServeOptions(port=session.port, name=name, gpu_ids=gpu_ids)
+    service = service_of(deployment, options, digest=subject["image"])
+    volumes = [f"{caches}:/cache" if v.endswith(":/cache") else v for v in service.volumes]
+    command = container_command(service.model_copy(update={"volumes": volumes}), engine=chosen)
+    server = Server(
+        **subject, artifact=deployment.artifact_name, argv=bare_command(deployment).argv,
+        gpu=UNKNOWN, gpus=deployment.spread.gpus, driver=UNKNOWN,
+    )  # fmt: skip
+    repo = deployment.artifact.repo
+    remove = (chosen, "rm", "--force", name)
+    return Launch(argv=command.argv, env=command.env, remove=remove, model=repo, server=server)
+
+
+def command_launch(row: ArmRow, subject: dict[str, str], caches: str, path: Path) -> Launch:
+    """A command whose compilers keep their kernels in ``caches``; SessionFileError."""
+    variables = {variable: f"{caches}/{name}" for name, variable in FOLDERS.items()}
+    if own := sorted(variables.keys() & row.env.keys()):
+        remedy = "leave it out: what the server compiles is watched there"
+        raise SessionFileError(f"{own[0]} is set by bench", where=path, remedy=remedy)
+    server = Server(
+        **subject, artifact=row.artifact or row.model, argv=row.command, gpu=UNKNOWN,
+        gpus=flags.parallel(row.command).gpus, driver=UNKNOWN,
+    )  # fmt: skip
+    return Launch(argv=row.command, env={**variables, **row.env}, model=row.model, server=server)
+
+
+def _subject(project: Project, cell: ImageCell) -> dict[str, str]:
+    """The image that was built here, and what it was made of; ArmUnknownError."""
+    path = project.root / "dist" / f"{cell.name}.json"
+    if (digest := built_digest(path)) is None:
+        remedy = "build it here: a result is of one image digest"
+        raise ArmUnknownError("the cell's image is not built", where=str(path), remedy=remedy)
+    return {
+        "image": digest,
+        "tree": read_tree_lock(project.root / cell.line.series, cell.line_name).result,
+        "lock_sha256": file_digest(project.root / cell.line.lock),
+    }
 
 
 def _name(option: str, text: str) -> str:

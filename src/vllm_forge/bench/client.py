@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any, Literal
 
 import aiohttp
@@ -21,6 +22,7 @@ from vllm_forge.bench.results import Conditions, Counters, Drafts
 LARGEST_LINE = 16 << 20  # the first chunk may have the prompt's tokens
 TIMEOUT_S = 1800.0  # for one answer
 METRICS_S = 60.0
+HEALTH_S = 5.0
 REMEDY = "start the server, and give its address: --url http://HOST:PORT"
 # vllm/v1/spec_decode/metrics.py:229-255 and vllm/v1/metrics/loggers.py:596, 705 of 0.26.0;
 # Prometheus appends _total to counters.
@@ -72,12 +74,28 @@ def read_counters(url: str, before: int = 0, tokens: int = 0) -> Counters:
     return asyncio.run(_counted(url, before, tokens))
 
 
+def is_healthy(url: str) -> bool:
+    return asyncio.run(_is_healthy(url))
+
+
 def ask_all(
     url: str, model: str, prompts: Sequence[Prompt], conditions: Conditions,
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[float, list[Answer]]:  # fmt: skip
     """Wall time, and an answer for each prompt, failed ones included."""
     return asyncio.run(_ask_all(url, model, prompts, conditions, advance))
+
+
+async def _is_healthy(url: str) -> bool:
+    timeout = aiohttp.ClientTimeout(total=HEALTH_S)
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.get(f"{url}/health") as reply,
+        ):
+            return reply.status == HTTPStatus.OK
+    except (aiohttp.ClientError, TimeoutError):
+        return False
 
 
 async def _counted(url: str, before: int, tokens: int) -> Counters:

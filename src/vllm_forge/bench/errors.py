@@ -50,3 +50,15 @@ class ArmUnknownError(ForgeError, exit_code=REFUSED):
 
 class SandboxError(ForgeError, exit_code=FAULT):
     """Code of an answer cannot be isolated on this host, so it is not executed."""
+
+
+class SessionFileError(ForgeError, exit_code=REFUSED):
+    """A session or its plan cannot be used, or belongs to other results."""
+
+
+class ServerStartError(ForgeError, exit_code=FAULT):
+    """A server that a session starts ended, or did not answer in time."""
+
+
+class StartFailedError(ForgeError, exit_code=UNDECIDED):
+    """A start of a session failed in an earlier run, and is not repeated unasked."""

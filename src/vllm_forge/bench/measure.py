@@ -168,6 +168,12 @@ def _row(answer: Answer, before: Counters, after: Counters) -> Row:
     )
 
 
+def count_compiled(caches: Sequence[Path]) -> int:
+    """Files of JIT compilers; those beside the compilers' folders are of others."""
+    names = _files(caches)
+    return sum(Path(name).parent not in caches for name in names)
+
+
 def _files(folders: Sequence[Path]) -> set[str]:
     return {str(path) for folder in folders for path in folder.rglob("*") if path.is_file()}
 

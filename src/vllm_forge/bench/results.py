@@ -105,6 +105,9 @@ class Start(FrozenModel):
 
     order: Count
     window: Window | None = Field(default=None, description="none: only the answers are known")
+    ready_s: Seconds | None = Field(default=None, description="none: started by another program")
+    cached: Count | None = Field(default=None, description="compiled files before the start")
+    compiled: Count | None = Field(default=None, description="files that the start added to them")
 
 
 class RowsFile(FrozenModel):
@@ -194,15 +197,21 @@ def write_arm(
 
     Nothing is written if ``check`` raises.
     """
+    arm, packed = make_arm(path, record, rows)
+    check(arm)
+    with atomic_path(path.with_name(arm.result.rows.file)) as aside:
+        aside.write_bytes(packed)
+    write_json(path, arm.result.model_dump(mode="json"))
+
+
+def make_arm(path: Path, record: dict[str, Any], rows: Sequence[Row]) -> tuple[Arm, bytes]:
+    """A result as `write_arm` would write it to ``path``, and the packed rows."""
     lines = b"".join(canonical(row.model_dump(mode="json")) + b"\n" for row in rows)
     packed = gzip.compress(lines, mtime=0)
     target = path.with_suffix(".jsonl.gz")
     entry = {"file": target.name, "sha256": hashlib.sha256(packed).hexdigest(), "count": len(rows)}
     result = Result.model_validate({**record, "format": "bench/1", "rows": entry})
-    check(Arm(path, result, tuple(rows)))
-    with atomic_path(target) as aside:
-        aside.write_bytes(packed)
-    write_json(path, result.model_dump(mode="json"))
+    return Arm(path, result, tuple(rows)), packed
 
 
 def _problem(entry: RowsFile, packed: bytes) -> str:

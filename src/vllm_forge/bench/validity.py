@@ -60,6 +60,8 @@ def faults(arm: Arm) -> Iterator[str]:
         yield "the starts answered different items"
     for index, start in enumerate(arm.result.starts):
         rows = arm.of_start(index)
+        if start.cached == 0 and start.compiled:
+            yield f"start {index}: the caches were cold: it compiled {start.compiled} files"
         yield from (f"start {index}: {text}" for text in _start_faults(start, rows, arm))
 
 

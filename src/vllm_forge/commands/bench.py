@@ -44,6 +44,13 @@ def register(choices: Commands) -> None:
                      help="the server's /cache, to see what it compiles; repeatable")  # fmt: skip
     one.add_argument("--order", type=count, required=True, help="among all arms' starts: 0, 1, ...")
     one.add_argument("--warm", type=count, default=8, help="prompts that only warm up (8)")
+    one = command(bench, "run", run, SKU, LINE)
+    one.add_argument("session", type=Path, help="TOML, see docs/operate/bench-sessions.md")
+    one.add_argument("--caches", type=Path, required=True, metavar="DIR",
+                     help="where servers keep what they compile, /cache of containers")  # fmt: skip
+    one.add_argument("--output", type=Path, required=True, help="folder of records; goes on there")
+    one.add_argument("--engine", choices=["docker", "podman"], help="default: the one that answers")
+    one.add_argument("--retry", action="store_true", help="repeat starts that failed before")
     one = command(bench, "import", import_answers, SKU, LINE)
     _arm_options(one)
     one.add_argument("--answers", type=Path, required=True, help="JSONL, see docs/operate/bench.md")
@@ -162,6 +169,24 @@ def serve(project: Project, args: argparse.Namespace) -> None:
     tokens = sum(row.output_tokens for row in rows)
     seconds = start.window.seconds if start.window else 0
     print(f"{args.output}: start {args.order}, {tokens} tokens in {seconds:.1f} s")
+
+
+def run(project: Project, args: argparse.Namespace) -> None:
+    """Start the servers of a session in turns, and measure each; go on after the last start."""
+    _require("scipy", "aiohttp")
+    from vllm_forge.bench.arms import plan_of
+    from vllm_forge.bench.session import write_plan
+    from vllm_forge.bench.turns import run_plan
+    from vllm_forge.host import HostProbe
+
+    cell, caches = project.cell(args.sku, args.line), args.caches.resolve()
+    plan, workload = plan_of(
+        project, HostProbe(), cell, args.session, caches=caches, engine=args.engine
+    )
+    write_plan(plan, args.output, workload)
+    run_plan(args.output, args.output, retry=args.retry)
+    for path in sorted(args.output.glob("*-c*.json")):
+        print(path)
 
 
 def import_answers(project: Project, args: argparse.Namespace) -> None:

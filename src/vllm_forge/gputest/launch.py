@@ -29,6 +29,7 @@ from vllm_forge.images.docker_api import inspect_image
 from vllm_forge.images.errors import EngineTooOldError, EngineUnreachableError
 from vllm_forge.images.layout import hex_digest, read_image
 from vllm_forge.images.prewarm import (
+    FOLDERS,
     SCRIPT,
     Prewarm,
     PrewarmLock,
@@ -55,18 +56,6 @@ SOURCE, VARIANTS = "source", "variants"
 PUBLISHED = "published"
 KEY = "caches.json"
 WARM = "warm-"  # and a tier: a green run of it left its kernels (tests/gpu/harness/run.py)
-# Folder -> the variable that names it.
-FOLDERS = {
-    "vllm": "VLLM_CACHE_ROOT",
-    "triton": "TRITON_CACHE_DIR",
-    "inductor": "TORCHINDUCTOR_CACHE_DIR",
-    "deep_gemm": "DG_JIT_CACHE_DIR",
-    "flashinfer": "FLASHINFER_WORKSPACE_BASE",
-    "tilelang": "TILELANG_CACHE_DIR",
-    "cute": "CUTE_DSL_CACHE_DIR",
-    "cuda": "CUDA_CACHE_PATH",
-    "trtllm": "TRTLLM_DG_CACHE_DIR",
-}
 RUN = ("-m", "tests.gpu.harness.run")
 WHEELS = {
     "tools": "tests/gpu/requirements.txt", "sanitizer": "tests/gpu/requirements-image.txt",

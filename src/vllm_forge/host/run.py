@@ -102,6 +102,36 @@ def run_container(argv: Sequence[str]) -> int:
             raise
 
 
+@contextlib.contextmanager
+def background(
+    argv: Sequence[str], *, env: Mapping[str, str], log: Path
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run a command beside this program, its output in ``log``; it ends with the block.
+
+    With it ends all that it started, also where this program is killed. ToolMissingError.
+    """
+    if (program := which(argv[0])) is None:
+        raise ToolMissingError(f"{argv[0]} is not installed", where=shlex.join(argv))
+    with _starting, log.open("wb") as out:
+        if stopping.is_set():
+            raise CommandFailedError(f"{argv[0]} was not started", where="interrupted")
+        process = subprocess.Popen(
+            # SIGTERM: an engine's client passes it on to its container.
+            ["setpriv", "--pdeathsig", "TERM", program, *argv[1:]],
+            env={**os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        _running.add(process)
+    try:
+        yield process
+    finally:
+        _end(process)
+        _running.discard(process)
+
+
 def which(tool: str) -> str | None:
     """Path of a tool, also in the sbin folders that a plain user's PATH lacks."""
     path = os.environ.get("PATH", os.defpath)

@@ -26,6 +26,18 @@ FORMAT = 2
 MOST = 32 << 30  # bytes of a folder; the largest that was seen has 1.5 GB
 BAKED = "/opt/vllm-forge/jit"
 SCRIPT = "/opt/vllm-forge/prewarmed"
+# Folder of a compiler -> the variable that names it.
+FOLDERS = {
+    "vllm": "VLLM_CACHE_ROOT",
+    "triton": "TRITON_CACHE_DIR",
+    "inductor": "TORCHINDUCTOR_CACHE_DIR",
+    "deep_gemm": "DG_JIT_CACHE_DIR",
+    "flashinfer": "FLASHINFER_WORKSPACE_BASE",
+    "tilelang": "TILELANG_CACHE_DIR",
+    "cute": "CUTE_DSL_CACHE_DIR",
+    "cuda": "CUDA_CACHE_PATH",
+    "trtllm": "TRTLLM_DG_CACHE_DIR",
+}
 PLACE, CONTENT = "VLLM_FORGE_JIT", "VLLM_FORGE_JIT_SHA256"
 ENTRYPOINT = f"""#!/bin/sh
 # The first start of a volume copies the kernels there; what is compiled later joins them.

@@ -25,6 +25,7 @@ from vllm_forge.images.prewarm import (
     BAKED,
     CONTENT,
     ENTRYPOINT,
+    FOLDERS,
     PLACE,
     SCRIPT,
     Prewarm,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 KEY = {"compute_capability": "9.0", "tree": "7c43", "kind": "image", "stack": "10cc"}
-PLAN = {"caches": {"folders": product.FOLDERS, "key": KEY}}
+PLAN = {"caches": {"folders": FOLDERS, "key": KEY}}
 
 
 @pytest.fixture
@@ -67,8 +68,8 @@ def test_caches_are_keyed_by_the_lock(root: Path) -> None:
 def test_each_compiler_has_a_folder(folder: Path) -> None:
     variables = harness.open_caches(folder, PLAN)
     assert variables["TRITON_CACHE_DIR"] == str(folder / "triton")
-    assert set(variables) == set(product.FOLDERS.values())
-    assert all((folder / name).is_dir() for name in product.FOLDERS)
+    assert set(variables) == set(FOLDERS.values())
+    assert all((folder / name).is_dir() for name in FOLDERS)
     assert harness.count_files(folder) == 1
 
 
@@ -105,7 +106,7 @@ def test_an_image_carries_the_kernels_of_its_own_stack_only(root: Path, tmp_path
     tree = read_tree_lock(root / cell.line.series, "0.26").result
     key = cache_key(Project(root), cell, tree)
     for name, stack in {"own": {}, "environment": {"kind": "environment"}}.items():
-        plan = {"caches": {"folders": product.FOLDERS, "key": key | stack}}
+        plan = {"caches": {"folders": FOLDERS, "key": key | stack}}
         harness.open_caches(tmp_path / name, plan)
     assert prewarm_of(Project(root), cell, tmp_path / "own").key == key
     with pytest.raises(JitCacheError, match="kind is environment"):
@@ -126,7 +127,7 @@ def left_by(project: Project, folder: Path, *tiers: str) -> Path:
     """Caches that green runs of tiers left."""
     cell = project.cell("h200", "0.26")
     tree = read_tree_lock(project.root / cell.line.series, "0.26").result
-    plan = {"caches": {"folders": product.FOLDERS, "key": cache_key(project, cell, tree)}}
+    plan = {"caches": {"folders": FOLDERS, "key": cache_key(project, cell, tree)}}
     harness.open_caches(folder, plan)
     (folder / "triton" / "kernel.cubin").write_bytes(b"code")
     for tier in tiers:
@@ -174,7 +175,7 @@ def test_broken_lock_is_refused(project: Project) -> None:
 def prewarm(folder: Path) -> Prewarm:
     return Prewarm(
         folder=folder,
-        variables={variable: name for name, variable in product.FOLDERS.items()},
+        variables={variable: name for name, variable in FOLDERS.items()},
         key=KEY,
         digest=tree_digest(folder),
     )

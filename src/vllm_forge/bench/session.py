@@ -1,0 +1,172 @@
+"""A session: arms whose servers are started in turns, and the plan that it becomes on a host.
+
+A user writes the session as TOML. The plan is JSON, complete and literal: every start in its
+order, every command; what runs it needs neither matrix.toml nor a container engine.
+"""
+
+import hashlib
+import random
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from vllm_forge.bench.errors import SessionFileError
+from vllm_forge.bench.results import MOST_STARTS, Conditions, Count, FileName, Seconds, Server
+from vllm_forge.host import read_data, write_json
+from vllm_forge.matrix import FrozenModel
+from vllm_forge.matrix.model import Name, Text
+
+PLAN = "plan.json"
+UNKNOWN = "unknown"  # of the GPU, until the plan is run
+Words = tuple[Text, ...]
+Variables = dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Text]
+
+
+class ArmRow(FrozenModel):
+    """What is started: a preset's container as `serve` does it, or a command."""
+
+    preset: Name | None = None
+    artifact: Name | None = Field(default=None, description="default: the preset's first")
+    command: Words = Field(default=(), description="a server on the session's port")
+    model: Text = Field(default="", description="with command: name that requests ask for")
+    env: Variables = Field(default_factory=dict)
+
+
+class Session(FrozenModel):
+    """What a user writes."""
+
+    session: Name
+    order: Literal["abba", "random"] = "abba"
+    seed: int = Field(default=0, description="of order random: each block is shuffled")
+    starts: int = Field(ge=1, le=MOST_STARTS, description="of each arm")
+    workload: FileName = Field(description="prompts, beside this file")
+    checkpoint: Text = Field(description="folder; its tokenizer and chat template are hashed")
+    warm: Count = Field(default=8, description="prompts of each concurrency that only warm up")
+    concurrency: tuple[Annotated[int, Field(gt=0)], ...] = Field(min_length=1)
+    max_tokens: int = Field(gt=0)
+    ignore_eos: bool = False
+    thinking: bool = False
+    prefix_cache: bool = False
+    port: int = Field(default=8000, ge=1, le=65535)
+    ready_minutes: float = Field(default=30, gt=0, description="that a start may take")
+    arm: dict[Name, ArmRow] = Field(min_length=1)
+
+
+class Launch(FrozenModel):
+    """How an arm's server is started, and ended where its process is only an engine's client."""
+
+    argv: Words = Field(min_length=1)
+    env: Variables = Field(default_factory=dict)
+    remove: Words = ()
+    model: Text
+    server: Server
+
+
+class Plan(FrozenModel):
+    """A session as it is run; ``turns`` has the arm of each start."""
+
+    format: Literal["bench-plan/1"] = "bench-plan/1"
+    session: Name
+    turns: tuple[Name, ...]
+    arms: dict[Name, Launch]
+    conditions: tuple[Conditions, ...] = Field(min_length=1)
+    workload: FileName
+    warm: Count
+    port: int
+    ready_s: Seconds
+    caches: Words = Field(description="where the servers keep what they compile")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def read_session(path: Path) -> Session:
+    """A session of TOML; SessionFileError."""
+    remedy = "see docs/operate/bench-sessions.md for the keys"
+    session: Session = read_data(
+        path, Session.model_validate, SessionFileError, what="session", remedy=remedy
+    )
+    for name, row in session.arm.items():
+        if (row.preset is None) == (not row.command) or bool(row.command) != bool(row.model):
+            what = f"invalid arm {name}: expected a preset, or a command and its model"
+            raise SessionFileError(what, where=path, remedy=remedy)
+    return session
+
+
+def turns_of(session: Session) -> tuple[Name, ...]:
+    """The arm of each start: ABBA, or blocks in random order; drift then affects all alike."""
+    names, source = list(session.arm), random.Random(session.seed)  # noqa: S311 - not a secret
+    turns: list[Name] = []
+    for block in range(session.starts):
+        if session.order == "random":
+            turns += source.sample(names, len(names))
+        else:
+            turns += reversed(names) if block % 2 else names
+    return tuple(turns)
+
+
+def conditions_of(
+    session: Session, *, prompts: str, template: str, tokenizer: str
+) -> tuple[Conditions, ...]:
+    """One for each concurrency; the hashes are SHA-256."""
+    return tuple(
+        Conditions(
+            workload=Path(session.workload).stem,
+            prompts_sha256=prompts,
+            template_sha256=template,
+            tokenizer_sha256=tokenizer,
+            thinking=session.thinking,
+            temperature=0.0,
+            max_tokens=session.max_tokens,
+            ignore_eos=session.ignore_eos,
+            concurrency=concurrency,
+            prefix_cache=session.prefix_cache,
+        )
+        for concurrency in session.concurrency
+    )
+
+
+def make_plan(
+    session: Session, arms: dict[str, Launch], conditions: tuple[Conditions, ...],
+    caches: tuple[str, ...],
+) -> Plan:  # fmt: skip
+    return Plan(
+        session=session.session,
+        turns=turns_of(session),
+        arms=arms,
+        conditions=conditions,
+        workload=session.workload,
+        warm=session.warm,
+        port=session.port,
+        ready_s=60 * session.ready_minutes,
+        caches=caches,
+    )
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan in a folder, with its workload beside it; SessionFileError."""
+    remedy = "make the plan again"
+    plan: Plan = read_data(
+        folder / PLAN, Plan.model_validate, SessionFileError, what="plan", remedy=remedy
+    )
+    if unknown := set(plan.turns) - plan.arms.keys():
+        what = f"invalid plan: no arm {sorted(unknown)[0]}"
+        raise SessionFileError(what, where=folder / PLAN, remedy=remedy)
+    return plan
+
+
+def write_plan(plan: Plan, folder: Path, workload: bytes) -> None:
+    """Write a plan and its prompts; SessionFileError if the folder has another plan."""
+    if (folder / PLAN).exists() and read_plan(folder) != plan:
+        what = "the folder has the results of another plan"
+        remedy = "give another --output, or the session, image and options that it was begun with"
+        raise SessionFileError(what, where=folder, remedy=remedy)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / plan.workload).write_bytes(workload)
+    write_json(folder / PLAN, plan.model_dump(mode="json"))

@@ -1,0 +1,278 @@
+"""Run a plan: a fresh server for each start, measured, ended; resumable by start.
+
+    python -m vllm_forge.bench.turns FOLDER OUTPUT [--retry]
+
+FOLDER has plan.json and the prompts. It needs what an image has: aiohttp, pydantic, rich.
+"""
+
+import argparse
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from vllm_forge.bench.client import Prompt, is_healthy
+from vllm_forge.bench.errors import (
+    ArmUnknownError,
+    ServerStartError,
+    SessionFileError,
+    StartFailedError,
+)
+from vllm_forge.bench.measure import add_start, count_compiled, measure, read_workload
+from vllm_forge.bench.results import Count, Row, Seconds, Start, make_arm, read_arm
+from vllm_forge.bench.session import UNKNOWN, Launch, Plan, read_plan
+from vllm_forge.bench.validity import require_valid
+from vllm_forge.errors import ForgeError
+from vllm_forge.host import HostProbe, Probe, console, printable, read_data, write_json
+from vllm_forge.host.probe import GPU_QUERY, Gpu, parse_gpus
+from vllm_forge.host.run import background
+from vllm_forge.matrix import FrozenModel
+from vllm_forge.matrix.model import Name
+
+JOURNAL, LOGS = "session.json", "logs"
+POLL_S = 0.5
+TAIL = 2000  # characters of a log that a message shows
+
+
+class Attempt(FrozenModel):
+    """A start that was begun. One that is still "running" in the file was interrupted."""
+
+    order: Count
+    arm: Name
+    state: Literal["running", "done", "failed", "interrupted"]
+    began: str
+    seconds: Seconds = 0
+    error: str = ""
+
+
+class Journal(FrozenModel):
+    """All attempts of a plan."""
+
+    format: Literal["bench-session/1"] = "bench-session/1"
+    plan_sha256: str
+    attempts: tuple[Attempt, ...] = Field(default=())
+
+    def state(self, order: int) -> Attempt | None:
+        """The last attempt of a start."""
+        return next((row for row in reversed(self.attempts) if row.order == order), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What all starts of a run have; ``client``: see `measure`."""
+
+    plan: Plan
+    output: Path
+    parts: Sequence[list[Prompt]]  # of each concurrency
+    gpu: Gpu
+    client: Callable[..., float] | None
+
+    def start(self, order: int) -> None:
+        """One start at every concurrency; its rows are kept only if all are valid."""
+        plan, name = self.plan, self.plan.turns[order]
+        caches = [Path(cache) for cache in plan.caches]
+        cached = count_compiled(caches)
+        log = self.output / LOGS / f"{order:02}-{name}.log"
+        with serving(plan.arms[name], plan, log) as ready_s:
+            cells = [self._measure(order, place) for place in range(len(plan.conditions))]
+        compiled = count_compiled(caches) - cached
+        facts = {"ready_s": ready_s, "cached": cached, "compiled": max(0, compiled)}
+        cells = [(arm, start.model_copy(update=facts), rows) for arm, start, rows in cells]
+        paths = [record_path(self.output, name, one.concurrency) for one in plan.conditions]
+        for path, (arm, start, rows) in zip(paths, cells, strict=True):
+            require_valid(make_arm(path, {**arm, "starts": [start]}, rows)[0])
+        for path, (arm, start, rows) in zip(paths, cells, strict=True):
+            # A run that was ended between two records has the start in the first one already.
+            known = read_arm(path).result.starts if path.exists() else ()
+            if order not in {row.order for row in known}:
+                add_start(path, arm, start, rows)
+
+    def _measure(self, order: int, place: int) -> tuple[dict[str, Any], Start, list[Row]]:
+        plan, name = self.plan, self.plan.turns[order]
+        launch, conditions = plan.arms[name], plan.conditions[place]
+        known = {"gpu": self.gpu.name, "driver": self.gpu.driver or UNKNOWN}
+        server = launch.server.model_copy(update=known)
+        arm = {"arm": name, "session": plan.session, "conditions": conditions, "server": server}
+        start, rows = measure(
+            plan.url, launch.model, arm, self.parts[place], warm=plan.warm, order=order,
+            caches=[Path(cache) for cache in plan.caches], client=self.client,
+        )  # fmt: skip
+        return arm, start, rows
+
+
+def run_plan(folder: Path, output: Path, *, retry: bool = False, probe: Probe | None = None,
+             client: Callable[..., float] | None = None) -> None:  # fmt: skip
+    """Do what is left of a plan. A start that fails is written down, and ends the run.
+
+    ``retry``: repeat starts that failed before; else StartFailedError. ``client``: see `measure`.
+    """
+    plan = read_plan(folder)
+    prompts, digest = read_workload(folder / plan.workload)
+    if digest != plan.conditions[0].prompts_sha256:
+        what = "the prompts are not those of the plan"
+        remedy = "restore them, or make the plan again"
+        raise SessionFileError(what, where=folder / plan.workload, remedy=remedy)
+    journal = _read_journal(output / JOURNAL, plan)
+    _require_no_failure(journal, output, retry=retry)
+    gpu = _gpu(probe or HostProbe())
+    run = Run(plan=plan, output=output, parts=_parts(plan, prompts, folder), gpu=gpu, client=client)
+    (output / LOGS).mkdir(parents=True, exist_ok=True)
+    for order, name in enumerate(plan.turns):
+        if (last := journal.state(order)) is not None and last.state == "done":
+            continue
+        with _attempt(journal, output / JOURNAL, order, name) as finish:
+            run.start(order)
+        journal = finish()
+        _say(journal, plan, order)
+
+
+def record_path(output: Path, arm: str, concurrency: int) -> Path:
+    return output / f"{arm}-c{concurrency}.json"
+
+
+def _parts(plan: Plan, prompts: list[Prompt], folder: Path) -> list[list[Prompt]]:
+    """Prompts of each concurrency: no prompt is asked twice, which would hit the prefix cache."""
+    size = len(prompts) // len(plan.conditions)
+    if size <= plan.warm:
+        what = f"{len(prompts)} prompts are too few: {plan.warm} warm up each concurrency"
+        remedy = "give more prompts, or a smaller warm"
+        raise SessionFileError(what, where=folder / plan.workload, remedy=remedy)
+    return [prompts[size * place : size * (place + 1)] for place in range(len(plan.conditions))]
+
+
+def _gpu(probe: Probe) -> Gpu:
+    reply = probe.ask("nvidia-smi", GPU_QUERY)
+    try:
+        return parse_gpus(reply.text if reply.code == 0 else "")[0]
+    except (ValueError, LookupError):
+        what = f"no GPU is listed: {printable(reply.text).strip()}"
+        remedy = "run this on the host that serves"
+        raise ArmUnknownError(what, where="nvidia-smi", remedy=remedy) from None
+
+
+def _read_journal(path: Path, plan: Plan) -> Journal:
+    if not path.exists():
+        return Journal(plan_sha256=plan.digest)
+    remedy = "give another output folder"
+    journal: Journal = read_data(
+        path, Journal.model_validate, SessionFileError, what="list of starts", remedy=remedy
+    )
+    if journal.plan_sha256 != plan.digest:
+        what = "the folder has the results of another plan"
+        raise SessionFileError(what, where=path, remedy=remedy)
+    return journal.model_copy(
+        update={
+            "attempts": tuple(
+                row.model_copy(update={"state": "interrupted"}) if row.state == "running" else row
+                for row in journal.attempts
+            )
+        }
+    )
+
+
+def _require_no_failure(journal: Journal, output: Path, *, retry: bool) -> None:
+    orders = sorted({row.order for row in journal.attempts})
+    failed = [row for order in orders if (row := journal.state(order)) and row.state == "failed"]
+    if failed and not retry:
+        raise StartFailedError(
+            f"start {failed[0].order} of arm {failed[0].arm} failed before: {failed[0].error}",
+            where=output / JOURNAL,
+            remedy="remove the cause and add --retry; the failed attempt stays in the file",
+        )
+
+
+@contextmanager
+def _attempt(
+    journal: Journal, path: Path, order: int, name: str
+) -> Iterator[Callable[[], Journal]]:
+    """Write down that a start was begun, and how it ended."""
+    begin = time.monotonic()
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    row = Attempt(order=order, arm=name, state="running", began=began)
+
+    def keep(state: str, error: str = "") -> Journal:
+        seconds = round(time.monotonic() - begin, 1)
+        last = row.model_copy(update={"state": state, "seconds": seconds, "error": error})
+        known = journal.model_copy(update={"attempts": (*journal.attempts, last)})
+        write_json(path, known.model_dump(mode="json"))
+        return known
+
+    keep("running")
+    try:
+        yield lambda: keep("done")
+    except ForgeError as error:
+        keep("failed", printable(f"{type(error).__name__}: {error.what}"))
+        raise
+    except KeyboardInterrupt:
+        keep("interrupted")
+        raise
+
+
+@contextmanager
+def serving(launch: Launch, plan: Plan, log: Path) -> Iterator[float]:
+    """A fresh server that answers; yields the seconds until it did. ServerStartError."""
+    with socket.socket() as place:
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            place.bind(("127.0.0.1", plan.port))
+        except OSError:
+            what, remedy = f"port {plan.port} is in use", "end the server that has it"
+            raise ServerStartError(what, where=plan.url, remedy=remedy) from None
+    try:
+        with background(launch.argv, env=launch.env, log=log) as process:
+            yield _wait(process, plan, log)
+    finally:
+        if launch.remove:  # a client that was killed leaves its container behind
+            subprocess.run(launch.remove, capture_output=True, check=False)
+
+
+def _wait(process: "subprocess.Popen[bytes]", plan: Plan, log: Path) -> float:
+    begin = time.monotonic()
+    while not is_healthy(plan.url):
+        seconds = time.monotonic() - begin
+        problem = f"no answer in {plan.ready_s:g} s" if seconds > plan.ready_s else ""
+        if (code := process.poll()) is not None:
+            problem = f"it ended with {code}"
+        if problem:
+            tail = printable(log.read_text(encoding="utf-8", errors="replace")[-TAIL:]).strip()
+            what = f"the server did not start: {problem}\n{tail}"
+            raise ServerStartError(what, where=log, remedy="see the end of its log above")
+        time.sleep(POLL_S)
+    return round(time.monotonic() - begin, 1)
+
+
+def _say(journal: Journal, plan: Plan, order: int) -> None:
+    done = [row for row in journal.attempts if row.state == "done"]
+    left = (len(plan.turns) - len(done)) * statistics.fmean(row.seconds for row in done)
+    text = f"start {order + 1} of {len(plan.turns)}, arm {done[-1].arm}: {done[-1].seconds:.0f} s"
+    console.print(f"{text}; about {left / 60:.1f} min left", markup=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("vllm_forge.bench.turns", allow_abbrev=False)
+    parser.add_argument("folder", type=Path, help="has plan.json and the prompts")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--retry", action="store_true", help="repeat starts that failed")
+    args = parser.parse_args(argv)
+    # The first process of a PID namespace ignores signals without a handler.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run_plan(args.folder, args.output, retry=args.retry)
+    except ForgeError as error:
+        print(f"{type(error).__name__} (exit {error.exit_code})\n{error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
