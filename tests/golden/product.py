@@ -191,8 +191,7 @@ def lint(root: Path, line: str, changes: dict[str, Any]) -> dict[str, list[str]]
     """Findings on each preset and artifact of a line, after ``changes`` to each preset's row."""
     from vllm_forge.kernels.selection.record import read_selection
     from vllm_forge.matrix import load
-    from vllm_forge.serve.lint import cases
-    from vllm_forge.serve.rules import judge
+    from vllm_forge.serve.rules import cases, judge
 
     matrix = load(root)
     rows = {name: row.model_copy(update=changes) for name, row in matrix.preset.items()}

@@ -144,7 +144,7 @@ def serve(project: Project, args: argparse.Namespace) -> None:
 
 def lint(project: Project, args: argparse.Namespace) -> None:
     """Check every preset against what each line's vLLM says."""
-    from vllm_forge.serve.lint import lint_line, require_clean
+    from vllm_forge.serve.rules import lint_line, require_clean
 
     names = project.lines(args.line)
     linted = {name: lint_line(project, name) for name in names}
@@ -161,8 +161,7 @@ def _say(project: Project, deployment: Deployment, digest: str | None) -> None:
 
     from vllm_forge.receipts.verification import preset_state, read_receipts
     from vllm_forge.serve.command import bare_command, build_command
-    from vllm_forge.serve.notes import chat_note, issue_notes
-    from vllm_forge.serve.plan import first_start
+    from vllm_forge.serve.plan import chat_note, first_start, issue_notes
 
     build = build_command(deployment.cell)
     what = f"its image is not built here: {build}"
@@ -191,8 +190,7 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.serve.doctor import ask_host, judge, page
     from vllm_forge.serve.errors import HostUnfitError
     from vllm_forge.serve.machine import HostFinding
-    from vllm_forge.serve.notes import issue_notes
-    from vllm_forge.serve.plan import first_start
+    from vllm_forge.serve.plan import first_start, issue_notes
 
     cell = project.cell(args.sku, args.line)
     preset = args.preset or next(iter(presets_of(project.matrix, cell.sku_name)), "")

@@ -19,13 +19,8 @@ from vllm_forge.kernels.selection.questions import Answer, Question, artifact_co
 from vllm_forge.kernels.selection.record import Rows
 from vllm_forge.matrix import flags
 from vllm_forge.serve.deployment import Deployment
-from vllm_forge.serve.errors import (
-    HostUnfitError,
-    ModelFolderError,
-    NotJudgedError,
-    PresetLintError,
-)
-from vllm_forge.serve.rules import LintCase, judge
+from vllm_forge.serve.errors import HostUnfitError, ModelFolderError, NotJudgedError
+from vllm_forge.serve.rules import LintCase, judge, require_clean
 
 SECONDS = 60
 # They change no kernel; their values are checked here.
@@ -135,7 +130,5 @@ def _require_clean(deployment: Deployment, answer: Answer) -> None:
         published={},
         config=artifact_config(deployment.artifact_name),
     )
-    if findings := judge(case):
-        what = f"{len(findings)} findings:\n" + "\n".join(finding.text() for finding in findings)
-        remedy = "change the flags, or the row of matrix.toml, as each finding says"
-        raise PresetLintError(what, where=" ".join(deployment.arguments), remedy=remedy)
+    remedy = "change the flags, or the row of matrix.toml, as each finding says"
+    require_clean(judge(case), " ".join(deployment.arguments), remedy)

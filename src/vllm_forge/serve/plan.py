@@ -18,7 +18,7 @@ from vllm_forge.kernels.coverage.families import AT_START, FINE
 from vllm_forge.kernels.selection.questions import Answer, Choice
 from vllm_forge.kernels.selection.record import Rows
 from vllm_forge.matrix import ImageCell
-from vllm_forge.patches import read_series, read_tree_lock
+from vllm_forge.patches import known_issues, read_dispositions, read_series, read_tree_lock
 from vllm_forge.project import Project
 from vllm_forge.receipts.verification import preset_state, read_receipts
 from vllm_forge.serve.command import bare_command, build_command, plain_command
@@ -29,7 +29,6 @@ from vllm_forge.serve.deployment import (
     presets_of,
     recorded_rows,
 )
-from vllm_forge.serve.notes import chat_note, issue_notes
 from vllm_forge.sources import Lock
 
 Plan = dict[str, Any]
@@ -171,6 +170,28 @@ def first_start(project: Project, cell: ImageCell) -> str:
         return ""
     names = ", ".join(recorded_downloads(project, cell))
     return f"{AT_START}: {names}; or build with --kernels" if names else ""
+
+
+def chat_note(cell: ImageCell) -> str:
+    """What a chat request gets that sets nothing; "" where the line's row does not say."""
+    chat = cell.line.chat
+    if chat is None:
+        return ""
+    does, other = ("thinks", "false") if chat.thinking else ("does not think", "true")
+    place = ":".join(chat.source.split(":")[:2])
+    return (
+        f"{does} unless a request has "
+        f'"chat_template_kwargs": {{"thinking": {other}}} (vLLM {cell.line.vllm}, {place})'
+    )
+
+
+def issue_notes(project: Project, cell: ImageCell) -> list[dict[str, str]]:
+    """Reports from elsewhere that nobody has settled on this line and SKU."""
+    entries = read_dispositions(project.root / "patches" / "vllm")
+    return [
+        {"about": entry.about, "title": entry.title, "settled_by": decision.undecided or ""}
+        for entry, decision in known_issues(entries, cell.line_name, cell.sku_name)
+    ]
 
 
 def _covered(record: dict[str, Any], name: str, cell: ImageCell, lock: Lock) -> Plan:

@@ -1,15 +1,24 @@
-"""What is asked of a preset with an artifact, by a line's answer: one function a rule.
+"""Lint of presets: what is asked of each with each artifact, one function a rule.
 
-No rule knows what a release does: the line's vLLM said it (kernels/selection).
+No rule knows what a release does: the line's vLLM said it, its argument parser, its environment
+variables and the configuration that it resolves (kernels/selection).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from vllm_forge.kernels.selection.questions import Answer
+from vllm_forge.kernels.selection.questions import (
+    Answer,
+    artifact_config,
+    grid_question,
+    preset_question,
+)
+from vllm_forge.kernels.selection.record import SelectionRecord, require_fresh
 from vllm_forge.matrix import Matrix, Preset, serve_arguments
 from vllm_forge.matrix.flags import KV_CACHE, parallel, values
+from vllm_forge.project import Project
+from vllm_forge.serve.errors import PresetLintError
 from vllm_forge.serve.memory import memory_of
 from vllm_forge.serve.variables import PREFIX, doubt
 
@@ -392,3 +401,42 @@ def _other_parsers(case: LintCase) -> list[str]:
 def _value(case: LintCase, name: str) -> str:
     """The last value that the preset gives to a flag; "" if none."""
     return values(serve_arguments(case.matrix, case.preset_name)[0]).get(name, "")
+
+
+def cases(matrix: Matrix, recorded: SelectionRecord) -> Iterator[LintCase]:
+    """All cases of a line, in the matrix's order."""
+    line = matrix.line[recorded.line_name]
+    answers, published = recorded.answers, recorded.published_answers
+    for name, preset in matrix.preset.items():
+        if preset.sku not in line.skus:
+            continue
+        for artifact in preset.artifacts:
+            yield LintCase(
+                matrix=matrix,
+                preset_name=name,
+                artifact_name=artifact,
+                line_name=recorded.line_name,
+                answer=answers[preset_question(name, artifact)],
+                published={
+                    variable: published[grid_question(preset.sku, artifact, variable)]
+                    for variable in matrix.retired
+                },
+                config=artifact_config(artifact),
+            )
+
+
+def lint_line(project: Project, line_name: str) -> tuple[list[LintFinding], list[str]]:
+    """Findings, and notes on what is doubtful and no fault."""
+    found = list(cases(project.matrix, require_fresh(project, line_name)))
+    texts = dict.fromkeys(note for case in found for note in notes(case))
+    return [finding for case in found for finding in judge(case)], list(texts)
+
+
+def require_clean(
+    findings: Sequence[LintFinding],
+    where: str = "matrix.toml, [preset]",
+    remedy: str = "fix the rows as each finding says",
+) -> None:
+    if findings:
+        what = f"{len(findings)} findings:\n" + "\n".join(finding.text() for finding in findings)
+        raise PresetLintError(what, where=where, remedy=remedy)

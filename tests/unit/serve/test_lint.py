@@ -33,16 +33,17 @@ from vllm_forge.matrix.model import Unserved
 from vllm_forge.project import Project
 from vllm_forge.serve import rules as rules_module
 from vllm_forge.serve.errors import PresetLintError
-from vllm_forge.serve.lint import cases, lint_line
 from vllm_forge.serve.rules import (
     RULES,
     LintCase,
     LintFinding,
+    cases,
     divisible,
     experts_are_built_as_stored,
     graphs_cover_decode,
     judge,
     known_variables,
+    lint_line,
     notes,
     retired_variables,
 )
