@@ -190,14 +190,14 @@ def image_keys(root: Path, sku: str, line: str, engine: str) -> dict[str, str]:
 def lint(root: Path, line: str, changes: dict[str, Any]) -> dict[str, list[str]]:
     """Findings on each preset and artifact of a line, after ``changes`` to each preset's row."""
     from vllm_forge.kernels.selection.record import read_selection
-    from vllm_forge.matrix import load
+    from vllm_forge.project import Project
     from vllm_forge.serve.rules import cases, judge
 
-    matrix = load(root)
-    rows = {name: row.model_copy(update=changes) for name, row in matrix.preset.items()}
-    changed = matrix.model_copy(update={"preset": rows})
+    project = Project(root)
+    rows = {name: row.model_copy(update=changes) for name, row in project.matrix.preset.items()}
+    vars(project)["matrix"] = project.matrix.model_copy(update={"preset": rows})
     found: dict[str, list[str]] = {}
-    for case in cases(changed, read_selection(root / "records", line)):
+    for case in cases(project, read_selection(root / "records", line)):
         key = f"{case.preset_name} {case.artifact_name}"
         found[key] = [finding.what for finding in judge(case)]
     return found

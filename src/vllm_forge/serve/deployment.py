@@ -57,7 +57,7 @@ class Deployment:
         """How it is spread over GPUs; MultiNodeError if one host is not enough."""
         return flags.parallel(self.arguments)
 
-    def answer(self, rows: Rows) -> Answer | None:
+    def recorded(self, rows: Rows) -> Answer | None:
         """The recorded answer; None if the preset was not asked as it is now, without own flags.
 
         Lint checks whether the record belongs to the current series and lock.
@@ -73,7 +73,7 @@ class Deployment:
         def cache(words: Sequence[str]) -> list[str | None]:
             return [flags.values(words).get(name) for name in flags.KV_CACHE]
 
-        if (answer := self.answer(rows)) is not None:
+        if (answer := self.recorded(rows)) is not None:
             return answer
         wanted = cache(self.arguments)
         near = {q.name: answer for q, answer in rows if cache(q.arguments) == wanted}

@@ -30,9 +30,9 @@ COVERED = {flags.LENGTH, flags.UTILIZATION, flags.NAME}
 def recorded(deployment: Deployment, rows: Rows) -> Answer | None:
     """The recorded answer, where it covers the flags: for a shorter context it does."""
     found = flags.values(deployment.flags)
-    answer = deployment.answer(rows)
+    answer = deployment.recorded(rows)
     if answer is None and found.keys() <= COVERED:
-        answer = replace(deployment, flags=()).answer(rows)
+        answer = replace(deployment, flags=()).recorded(rows)
         engine = None if answer is None else answer.engine
         if flags.number(found, flags.LENGTH) > (engine.max_model_len if engine else 0):
             return None
@@ -112,23 +112,7 @@ def require_served(deployment: Deployment, rows: Rows, image: str | None) -> str
 
 
 def _require_clean(deployment: Deployment, answer: Answer) -> None:
-    name = deployment.preset_name
-    row = deployment.preset.model_copy(
-        update={
-            "flags": (*deployment.preset.flags, *deployment.flags),
-            "tensor_parallel": deployment.spread.tensor,
-            "env": deployment.environment,
-        }
-    )
-    matrix = deployment.matrix
-    case = LintCase(
-        matrix=matrix.model_copy(update={"preset": {**matrix.preset, name: row}}),
-        preset_name=name,
-        artifact_name=deployment.artifact_name,
-        line_name=deployment.cell.line_name,
-        answer=answer,
-        published={},
-        config=artifact_config(deployment.artifact_name),
-    )
+    config = artifact_config(deployment.artifact_name)
+    case = LintCase(**vars(deployment), answer=answer, published={}, config=config)
     remedy = "change the flags, or the row of matrix.toml, as each finding says"
     require_clean(judge(case), " ".join(deployment.arguments), remedy)

@@ -118,7 +118,7 @@ def _selection(project: Project, deployment: Deployment, line: str, rows: Rows) 
     unsupported = project.matrix.line[line].unsupported.get(deployment.cell.sku_name)
     if (reason := unsupported or deployment.why_not(line)) is not None:
         return _refused(reason)
-    answer = deployment.answer(rows)
+    answer = deployment.recorded(rows)
     if answer is None:
         return {"refused": None} | dict.fromkeys(SELECTED, UNKNOWN)
     if answer.refused is not None:

@@ -15,11 +15,10 @@ from vllm_forge.kernels.selection.questions import (
     preset_question,
 )
 from vllm_forge.kernels.selection.record import SelectionRecord, require_fresh
-from vllm_forge.matrix import Matrix, Preset, serve_arguments
-from vllm_forge.matrix.flags import KV_CACHE, parallel, values
+from vllm_forge.matrix.flags import KV_CACHE, values
 from vllm_forge.project import Project
+from vllm_forge.serve.deployment import Deployment, find_deployment
 from vllm_forge.serve.errors import PresetLintError
-from vllm_forge.serve.memory import memory_of
 from vllm_forge.serve.variables import PREFIX, doubt
 
 # How experts are stored -> parts of the names of the classes that build them so. The experts of
@@ -43,26 +42,18 @@ Problems: TypeAlias = Iterator[tuple[str, str]]  # of a case, each with its reme
 
 
 @dataclass(frozen=True, kw_only=True)
-class LintCase:
-    """A preset with one of its artifacts on one line, and the answers about it."""
+class LintCase(Deployment):
+    """A deployment, and the answers about it."""
 
-    matrix: Matrix
-    preset_name: str
-    artifact_name: str
-    line_name: str
     answer: Answer  # of the line's vLLM, with the line's series applied
     # Retired variable -> the answer of the release as published, where that is set.
     published: Mapping[str, Answer]
     config: Mapping[str, Any]  # the artifact's config.json
 
     @property
-    def preset(self) -> Preset:
-        return self.matrix.preset[self.preset_name]
-
-    @property
     def release(self) -> str:
         """The line's vLLM in messages."""
-        return f"vLLM {self.matrix.line[self.line_name].vllm}"
+        return f"vLLM {self.cell.line.vllm}"
 
 
 @dataclass(frozen=True)
@@ -76,20 +67,19 @@ class LintFinding:
     def text(self) -> str:
         case = self.case
         return (
-            f"preset {case.preset_name}, {case.artifact_name}, line {case.line_name}: {self.what}\n"
+            f"preset {case.preset_name}, {case.artifact_name}, line {case.cell.line_name}: "
+            f"{self.what}\n"
             f"    remedy: {self.remedy}"
         )
 
 
 def served(case: LintCase) -> Problems:
     """The line's vLLM accepts the arguments and makes a configuration of them."""
-    artifact = case.matrix.artifact[case.artifact_name]
-    known = artifact.why_not(case.line_name, drafting=case.preset.speculative_tokens > 0)
-    if (refused := case.answer.refused) is not None and known is None:
+    if (refused := case.answer.refused) is not None and case.why_not(case.cell.line_name) is None:
         what, remedy = REFUSALS[refused.kind]
         yield (
             f"{case.release}: {what}: {refused.message}",
-            remedy.format(row=f"matrix.toml, preset.{case.preset_name}", line=case.line_name),
+            remedy.format(row=f"matrix.toml, preset.{case.preset_name}", line=case.cell.line_name),
         )
 
 
@@ -111,7 +101,7 @@ def answer_is_complete(case: LintCase) -> Problems:
 
 def known_variables(case: LintCase) -> Problems:
     """Every variable of vLLM's is known to this vLLM; those of others: see ``notes``."""
-    for name in sorted(case.preset.env):
+    for name in sorted(case.environment):
         if not name.startswith(PREFIX) or name not in case.answer.unknown_environment:
             continue
         retired, near = case.matrix.retired.get(name), case.answer.similar.get(name)
@@ -126,7 +116,7 @@ def known_variables(case: LintCase) -> Problems:
 
 def retired_variables(case: LintCase) -> Problems:
     """A retired variable that loses the clamp in the release as published is an error."""
-    for name in sorted(case.preset.env.keys() & case.matrix.retired.keys()):
+    for name in sorted(case.environment.keys() & case.matrix.retired.keys()):
         retired = case.matrix.retired[name]
         answer = case.published.get(name)
         if answer and (moe := answer.moe) and moe.clamp == "lost":
@@ -143,7 +133,7 @@ def graphs_are_on(case: LintCase) -> Problems:
     if graphs is None:
         return
     if graphs.mode == "NONE":
-        eager = "--enforce-eager" in values(case.preset.flags)
+        eager = "--enforce-eager" in values(case.arguments)
         yield (
             "CUDA graphs are off: every batch runs eager",
             f"take {'--enforce-eager' if eager else 'what turns them off'} out of {row}",
@@ -259,7 +249,7 @@ def experts_are_built_as_stored(case: LintCase) -> Problems:
     """The experts' scheme is the checkpoint's; exceptions are rows [artifact.*.unserved]."""
     if case.answer.refused is not None:
         return
-    artifact, draft = case.matrix.artifact[case.artifact_name], case.answer.draft
+    artifact, draft = case.artifact, case.answer.draft
     pairs: list[tuple[str, str, str | None]] = [
         ("experts", artifact.experts, case.answer.experts_scheme)
     ]
@@ -271,7 +261,7 @@ def experts_are_built_as_stored(case: LintCase) -> Problems:
         if not any(part in (scheme or "").lower() for part in SCHEMES[stored])
     ]
     row = f"artifact.{case.artifact_name}.unserved"
-    reason = artifact.why_not(case.line_name, drafting=draft is not None)
+    reason = artifact.why_not(case.cell.line_name, drafting=draft is not None)
     if wrong and reason is None:
         yield (
             f"{case.release}: {'; '.join(wrong)}",
@@ -289,14 +279,14 @@ def backend_is_the_one_asked_for(case: LintCase) -> Problems:
     if asked.upper() not in moe.chosen:
         yield (
             f"it asks for --moe-backend={asked}, and {case.release} takes {moe.chosen}, as {asked} "
-            f"does not take {case.matrix.artifact[case.artifact_name].experts} experts",
+            f"does not take {case.artifact.experts} experts",
             f"take --moe-backend out of preset.{case.preset_name}, or the artifact",
         )
 
 
 def chat_is_the_lines(case: LintCase) -> Problems:
     """The renderer is this model's, and line.*.chat says what the release does."""
-    chat, said = case.matrix.line[case.line_name].chat, case.answer.chat
+    chat, said, row = case.cell.line.chat, case.answer.chat, f"line.{case.cell.line_name}.chat"
     if chat is None or case.answer.refused is not None:
         return
     if said is None:
@@ -306,9 +296,9 @@ def chat_is_the_lines(case: LintCase) -> Problems:
         )
     elif said.thinking != chat.thinking:
         yield (
-            f"line.{case.line_name}.chat says that a chat {_thinks(chat.thinking)} by default, and "
-            f"with {case.release} it {_thinks(said.thinking)}",
-            f"correct line.{case.line_name}.chat.thinking",
+            f"{row} says that a chat {_thinks(chat.thinking)} by default, and with {case.release} "
+            f"it {_thinks(said.thinking)}",
+            f"correct {row}.thinking",
         )
 
 
@@ -323,9 +313,8 @@ def tensor_parallel_divides(case: LintCase) -> Problems:
     the output groups (``n_groups // tp_size``) silently. Experts are split over all ranks
     (fused_moe/config.py, flatten_tp_across_dp_and_pcp), or kept whole by expert parallelism.
     """
-    words, _ = serve_arguments(case.matrix, case.preset_name)
-    spread = parallel(words)
-    ranks = 1 if "--enable-expert-parallel" in words else spread.gpus // spread.pipeline
+    spread, whole = case.spread, "--enable-expert-parallel" in case.arguments
+    ranks = 1 if whole else spread.gpus // spread.pipeline
     for name, count in divisible(case.config).items():
         if count % (ranks if name.startswith("moe") else spread.tensor):
             yield (
@@ -336,14 +325,7 @@ def tensor_parallel_divides(case: LintCase) -> Problems:
 
 def memory_suffices(case: LintCase) -> Problems:
     """Weights and the KV cache of one request fit into the SKU's GPUs."""
-    words, _ = serve_arguments(case.matrix, case.preset_name)
-    memory = memory_of(
-        artifact=case.artifact_name,
-        words=words,
-        release=case.matrix.line[case.line_name].vllm,
-        total=case.matrix.memory_of(case.preset.sku),
-        answer=case.answer,
-    )
+    memory = case.memory((), case.answer)
     if memory is not None and memory.verdict == "red":
         yield f"{memory.seen}; needed are {memory.needed}", memory.remedy
 
@@ -381,7 +363,7 @@ def notes(case: LintCase) -> list[str]:
         f"unknown variable {name} (did you mean {near[name]!r}?)"
         if name in near and not name.startswith(PREFIX)
         else doubt(name)
-        for name in sorted(case.preset.env)
+        for name in sorted(case.environment)
     ]
     texts += _other_parsers(case)
     return [f"preset {case.preset_name}: {text}" for text in texts if text]
@@ -389,8 +371,8 @@ def notes(case: LintCase) -> list[str]:
 
 def _other_parsers(case: LintCase) -> list[str]:
     """Parsers that replace the line's: vLLM takes any name that it knows, or of a plugin."""
-    chat = case.matrix.line[case.line_name].chat
-    line, own = values(chat.flags if chat else ()), values(case.preset.flags)
+    chat = case.cell.line.chat
+    line, own = values(chat.flags if chat else ()), values(case.arguments)
     return [
         f"{name}={own[name]} replaces {right}, which {case.release} has for this model"
         for name, right in line.items()
@@ -399,23 +381,21 @@ def _other_parsers(case: LintCase) -> list[str]:
 
 
 def _value(case: LintCase, name: str) -> str:
-    """The last value that the preset gives to a flag; "" if none."""
-    return values(serve_arguments(case.matrix, case.preset_name)[0]).get(name, "")
+    """The last value of a flag; "" if none."""
+    return values(case.arguments).get(name, "")
 
 
-def cases(matrix: Matrix, recorded: SelectionRecord) -> Iterator[LintCase]:
+def cases(project: Project, recorded: SelectionRecord) -> Iterator[LintCase]:
     """All cases of a line, in the matrix's order."""
-    line = matrix.line[recorded.line_name]
+    matrix = project.matrix
     answers, published = recorded.answers, recorded.published_answers
     for name, preset in matrix.preset.items():
-        if preset.sku not in line.skus:
+        if preset.sku not in matrix.line[recorded.line_name].skus:
             continue
+        cell = project.cell(preset.sku, recorded.line_name)
         for artifact in preset.artifacts:
             yield LintCase(
-                matrix=matrix,
-                preset_name=name,
-                artifact_name=artifact,
-                line_name=recorded.line_name,
+                **vars(find_deployment(matrix, cell, name, artifact)),
                 answer=answers[preset_question(name, artifact)],
                 published={
                     variable: published[grid_question(preset.sku, artifact, variable)]
@@ -427,7 +407,7 @@ def cases(matrix: Matrix, recorded: SelectionRecord) -> Iterator[LintCase]:
 
 def lint_line(project: Project, line_name: str) -> tuple[list[LintFinding], list[str]]:
     """Findings, and notes on what is doubtful and no fault."""
-    found = list(cases(project.matrix, require_fresh(project, line_name)))
+    found = list(cases(project, require_fresh(project, line_name)))
     texts = dict.fromkeys(note for case in found for note in notes(case))
     return [finding for case in found for finding in judge(case)], list(texts)
 

@@ -12,8 +12,9 @@ import pytest
 
 from vllm_forge.kernels.selection.questions import artifact_config, probe_questions
 from vllm_forge.kernels.selection.record import SelectionRecord, read_selection
-from vllm_forge.matrix import load
+from vllm_forge.matrix import image_cell, load
 from vllm_forge.matrix.model import Preset
+from vllm_forge.serve.deployment import find_deployment
 from vllm_forge.serve.rules import LintCase, judge, notes
 
 ROOT = Path(__file__).parents[3]
@@ -85,11 +86,10 @@ def case(probe: str, line: str) -> LintCase:
         env=dict(own),
         note="a deployment of a public report",
     )
+    matrix = MATRIX.model_copy(update={"preset": {"probe": preset}})
+    cell = image_cell(matrix, sku, line)
     return LintCase(
-        matrix=MATRIX.model_copy(update={"preset": {"probe": preset}}),
-        preset_name="probe",
-        artifact_name=question.artifact,
-        line_name=line,
+        **vars(find_deployment(matrix, cell, "probe", question.artifact)),
         answer=recorded.answers[question.name],
         published={},
         config=artifact_config(question.artifact),

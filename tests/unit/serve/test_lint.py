@@ -28,10 +28,11 @@ from vllm_forge.kernels.selection.questions import (
     grid_question,
 )
 from vllm_forge.kernels.selection.record import read_selection, selection_inputs, write_selection
-from vllm_forge.matrix import load
+from vllm_forge.matrix import image_cell, load
 from vllm_forge.matrix.model import Unserved
 from vllm_forge.project import Project
 from vllm_forge.serve import rules as rules_module
+from vllm_forge.serve.deployment import find_deployment
 from vllm_forge.serve.errors import PresetLintError
 from vllm_forge.serve.rules import (
     RULES,
@@ -118,6 +119,15 @@ def graphs(*sizes: int) -> CudaGraphs:
     )
 
 
+def changed_preset(line: str, **row: Any) -> dict[str, Any]:
+    """The fields of b300-mtp's deployment on a line, with some of the preset's row changed."""
+    matrix = load(ROOT)
+    preset = matrix.preset["b300-mtp"].model_copy(update=row)
+    changed = matrix.model_copy(update={"preset": {**matrix.preset, "b300-mtp": preset}})
+    cell = image_cell(changed, "b300", line)
+    return vars(find_deployment(changed, cell, "b300-mtp", "flash-nvfp4-fp8-mtp"))
+
+
 @pytest.fixture
 def case(root: Path) -> Callable[..., LintCase]:
     """b300-mtp on the default line, with some of the preset's row and of the facts changed."""
@@ -130,13 +140,8 @@ def case(root: Path) -> Callable[..., LintCase]:
         line: str = "0.26",
         **row: Any,
     ) -> LintCase:
-        matrix = load(root)
-        preset = matrix.preset["b300-mtp"].model_copy(update=row)
         return LintCase(
-            matrix=matrix.model_copy(update={"preset": {**matrix.preset, "b300-mtp": preset}}),
-            preset_name="b300-mtp",
-            artifact_name="flash-nvfp4-fp8-mtp",
-            line_name=line,
+            **changed_preset(line, **row),
             answer=said or answer(),
             published=published or {},
             config=CONFIG if config is None else config,
@@ -417,17 +422,12 @@ def test_chat_without_this_models_renderer_is_a_finding(case: Callable[..., Lint
 @given(st.integers(1, 64), st.integers(0, 3), st.lists(st.integers(1, 80), max_size=6, unique=True))
 def test_coverage_is_arithmetic(seqs: int, k: int, counts: list[int]) -> None:
     """Multiples of k + 1 cover a batch exactly when the largest is max_num_seqs x (k + 1)."""
-    matrix = load(ROOT)
-    row = matrix.preset["b300-mtp"].model_copy(update={"speculative_tokens": k})
     said = answer(
         engine=engine(max_num_seqs=seqs),
         cuda_graphs=graphs(*sorted(count * (k + 1) for count in counts)),
     )
     item = LintCase(
-        matrix=matrix.model_copy(update={"preset": {"b300-mtp": row}}),
-        preset_name="b300-mtp",
-        artifact_name="flash-nvfp4-fp8-mtp",
-        line_name="0.26",
+        **changed_preset("0.26", speculative_tokens=k),
         answer=said,
         published={},
         config=CONFIG,
@@ -466,10 +466,8 @@ def test_refusal_that_a_row_explains_passes(case: Callable[..., LintCase]) -> No
     assert "unknown method" in only(judge(case(refused))).what
     row = Unserved(lines=("0.26",), drafting=True, reason="this line has no such method")
     item = case(refused)
-    artifact = item.matrix.artifact[item.artifact_name].model_copy(update={"unserved": (row,)})
-    artifacts = {**item.matrix.artifact, item.artifact_name: artifact}
-    matrix = item.matrix.model_copy(update={"artifact": artifacts})
-    assert judge(replace(item, matrix=matrix)) == []
+    artifact = item.artifact.model_copy(update={"unserved": (row,)})
+    assert judge(replace(item, artifact=artifact)) == []
 
 
 def test_other_kv_cache_dtype_is_a_finding(case: Callable[..., LintCase]) -> None:
@@ -519,9 +517,7 @@ def built(experts: str, draft_experts: str | None) -> Answer:
 
 def of_artifact(case: LintCase, **row: Any) -> list[LintFinding]:
     """The rule's findings, with some of the artifact's row changed."""
-    name, matrix = case.artifact_name, case.matrix
-    artifacts = {**matrix.artifact, name: matrix.artifact[name].model_copy(update=row)}
-    changed = replace(case, matrix=matrix.model_copy(update={"artifact": artifacts}))
+    changed = replace(case, artifact=case.artifact.model_copy(update=row))
     return [LintFinding(changed, *row) for row in experts_are_built_as_stored(changed)]
 
 
@@ -649,13 +645,16 @@ def test_without_its_row_an_artifact_is_a_finding(
     artifact: str, lines: set[str], root: Path
 ) -> None:
     """The rows of the committed matrix are those that the committed facts ask for."""
-    matrix = load(root)
+    project = Project(root)
+    matrix = project.matrix
     bare = matrix.artifact[artifact].model_copy(update={"unserved": ()})
-    changed = matrix.model_copy(update={"artifact": {**matrix.artifact, artifact: bare}})
+    vars(project)["matrix"] = matrix.model_copy(
+        update={"artifact": {**matrix.artifact, artifact: bare}}
+    )
     found = {
-        case.line_name: case.artifact_name
+        line: case.artifact_name
         for line in LINES
-        for case in cases(changed, read_selection(root / "records", line))
+        for case in cases(project, read_selection(root / "records", line))
         if list(experts_are_built_as_stored(case))
     }
     assert found == dict.fromkeys(lines, artifact)
@@ -666,7 +665,7 @@ def test_every_preset_of_the_line_is_judged(line: str, root: Path) -> None:
     matrix = load(root)
     judged = [
         (c.preset_name, c.artifact_name)
-        for c in cases(matrix, read_selection(root / "records", line))
+        for c in cases(Project(root), read_selection(root / "records", line))
     ]
     assert judged == [
         (name, artifact)
@@ -678,21 +677,17 @@ def test_every_preset_of_the_line_is_judged(line: str, root: Path) -> None:
 
 def test_retired_variables_are_judged_by_the_published_release(root: Path) -> None:
     recorded = read_selection(root / "records", "0.22")
-    for case in cases(load(root), recorded):
+    for case in cases(Project(root), recorded):
         question = grid_question(case.preset.sku, case.artifact_name, MARLIN)
         assert case.published == {MARLIN: recorded.published_answers[question]}
 
 
 def forced(root: Path, line: str) -> LintCase:
     """The default preset with the variable of the published commands, by the committed facts."""
-    recorded, matrix = read_selection(root / "records", line), load(root)
+    recorded = read_selection(root / "records", line)
     question = grid_question("b300", "flash-nvfp4-fp8-mtp", MARLIN)
-    row = matrix.preset["b300-mtp"].model_copy(update={"env": {MARLIN: "1"}})
     return LintCase(
-        matrix=matrix.model_copy(update={"preset": {"b300-mtp": row}}),
-        preset_name="b300-mtp",
-        artifact_name="flash-nvfp4-fp8-mtp",
-        line_name=line,
+        **changed_preset(line, env={MARLIN: "1"}),
         answer=recorded.answers[question],
         published={MARLIN: recorded.published_answers[question]},
         config=artifact_config("flash-nvfp4-fp8-mtp"),
