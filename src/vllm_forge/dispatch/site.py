@@ -49,6 +49,29 @@ class Slurm(FrozenModel):
     sku: dict[Name, SlurmSku] = Field(min_length=1)
 
 
+# Names and label values of Kubernetes (apimachinery, util/validation).
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?$")]
+LowerName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+
+
+class KubernetesSku(FrozenModel):
+    """Nodes with the GPUs of a SKU."""
+
+    product: Label = Field(description="their label nvidia.com/gpu.product (GPU feature discovery)")
+    gpus: Integer = Field(ge=1, description="of one node")
+    queue: Label | None = Field(default=None, description="a LocalQueue of Kueue")
+
+
+class Kubernetes(FrozenModel):
+    """What `dispatch --to kubernetes` needs; `registry` too."""
+
+    namespace: LowerName = "default"
+    claim: LowerName = Field(
+        description="PersistentVolumeClaim, ReadWriteMany, with the folder storage.root"
+    )
+    sku: dict[Name, KubernetesSku] = Field(min_length=1)
+
+
 class Site(FrozenModel):
     """All of site.toml."""
 
@@ -72,6 +95,7 @@ class Site(FrozenModel):
         default=20, ge=1, description="that a job may take beyond its work: to stage and unpack"
     )
     slurm: Slurm | None = None
+    kubernetes: Kubernetes | None = None
 
 
 def read_site(path: Path, matrix: Matrix) -> Site:
@@ -84,7 +108,7 @@ def read_site(path: Path, matrix: Matrix) -> Site:
             raise ValueError("\n  - ".join(["", *problems(error, Site)])) from None
         rows: dict[str, tuple[str, Iterable[str]]] = {}
         rows |= {f"checkpoints.{name}": (name, matrix.artifact) for name in site.checkpoints}
-        for table in ("slurm",):
+        for table in ("slurm", "kubernetes"):
             cluster = getattr(site, table)
             skus = cluster.sku if cluster else ()
             rows |= {f"{table}.sku.{name}": (name, matrix.sku) for name in skus}

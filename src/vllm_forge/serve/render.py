@@ -22,11 +22,17 @@ def render(form: str, service: Service, engine: Engine) -> str:
     script = f"exec {shlex.join(run.argv)}"
     for name in service.secrets:  # a credential, systemd 247
         script = f'{name}="$(cat "$CREDENTIALS_DIRECTORY/{name}")" {script}'
+    template = Path(__file__).with_name("forms") / FORMS[form]
+    return fill(template, s=service, engine=engine, script=script)
+
+
+def fill(template: Path, **values: object) -> str:
+    """A file of YAML or of systemd, filled; it writes each value as ``json`` or ``quote``."""
     templates = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("forms")),
+        loader=FileSystemLoader(template.parent),
         undefined=StrictUndefined,
         autoescape=False,  # noqa: S701 - no HTML: each value goes through json or quote
         keep_trailing_newline=True,
     )
     templates.filters |= {"json": partial(json.dumps, ensure_ascii=False), "quote": shlex.quote}
-    return templates.get_template(FORMS[form]).render(s=service, engine=engine, script=script)
+    return templates.get_template(template.name).render(**values)
