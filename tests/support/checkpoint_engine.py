@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.checkpoints.architecture import HEAVY, SLIDING
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec, write_bf16
+from vllm_forge.checkpoints.inspect.profile import stored_as
 from vllm_forge.checkpoints.quantize.inputs import Calibration, Recipe, load_recipe, open_model
-from vllm_forge.checkpoints.quantize.work import LEAVES, Job
-from vllm_forge.checkpoints.tensors import DTYPE_BYTES, TensorToWrite, in_memory
+from vllm_forge.checkpoints.quantize.work import FORMATS, Hidden, Job
+from vllm_forge.checkpoints.tensors import TensorToWrite, in_memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,20 +51,16 @@ class FakeEngine:
     def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]:
         return {"quant_method": "compressed-tensors", "ignore": list(ignore)}
 
-    def embed(self, weight: StoredTensor, tokens: Sequence[Sequence[int]], path: Path) -> None:
-        path.write_bytes(hashlib.sha256(weight.read() + repr(tokens).encode()).digest())
+    def embed(self, weight: StoredTensor, states: Hidden) -> None:
+        digest = hashlib.sha256(weight.read() + repr(states.tokens).encode()).digest()
+        states.path.write_bytes(digest)
 
     def layer(
-        self,
-        index: int,
-        weights: Mapping[str, StoredTensor],
-        tokens: Sequence[Sequence[int]],
-        source: Path,
-        target: Path,
+        self, index: int, weights: Mapping[str, StoredTensor], source: Hidden, target: Hidden
     ) -> list[TensorToWrite]:
         self.layers.append(index)
-        state = source.read_bytes()
-        target.write_bytes(hashlib.sha256(state + bytes([index])).digest())
+        state = source.path.read_bytes()
+        target.path.write_bytes(hashlib.sha256(state + bytes([index])).digest())
         return [
             item for name, stored in weights.items() for item in self.items(name, stored, state)
         ]
@@ -74,13 +70,12 @@ class FakeEngine:
         group = self.recipe.group_of(name)
         if group is None:
             return []
-        module, made = name.removesuffix(".weight"), []
-        for leaf, dtype in LEAVES[group.format].items():
-            shape = () if leaf.endswith("global_scale") else stored.shape
-            size = math.prod(shape) * DTYPE_BYTES[dtype]
-            seed = hashlib.sha256(state + f"{module}.{leaf}".encode()).digest()
-            data = ONE * (size // 4) if dtype == "F32" else bytes([1 + seed[0] % 100]) * size
-            made.append(in_memory(f"{module}.{leaf}", dtype, shape, data))
+        made = []
+        for piece in stored_as(stored, FORMATS[group.format]):
+            seed = hashlib.sha256(state + piece.name.encode()).digest()
+            single = bytes([1 + seed[0] % 100]) * piece.size
+            data = ONE * (piece.size // 4) if piece.dtype == "F32" else single
+            made.append(in_memory(piece.name, piece.dtype, piece.shape, data))
         return made
 
 

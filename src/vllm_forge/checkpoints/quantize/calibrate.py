@@ -15,7 +15,6 @@ import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
-from pathlib import Path
 from typing import Any
 
 import compressed_tensors
@@ -179,35 +178,25 @@ class LayerQuantizer:
             "scale_fmt": self.recipe.scale_fmt,
         }
 
-    def embed(self, weight: StoredTensor, tokens: Sequence[Sequence[int]], path: Path) -> None:
+    def embed(self, weight: StoredTensor, states: Hidden) -> None:
         """Write the first layer's input: each token's embedding, once per stream."""
         table = load_tensor(weight)
-        with Hidden(path, tokens, self._token_bytes).write() as sink:
-            for row in tokens:
+        with states.write() as sink:
+            for row in states.tokens:
                 embedded = table[torch.tensor([list(row)])]
                 streams = embedded.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1)
                 sink(tensor_bytes(streams))
 
     def layer(
-        self,
-        index: int,
-        weights: Mapping[str, StoredTensor],
-        tokens: Sequence[Sequence[int]],
-        source: Path,
-        target: Path,
+        self, index: int, weights: Mapping[str, StoredTensor], source: Hidden, target: Hidden
     ) -> list[TensorToWrite]:
         """See work.Engine."""
         model = OneLayer(self.config, index, self.rotary)
         names = self._fill(model, weights)
-        with Hidden(target, tokens, self._token_bytes).write() as sink:
+        with target.write() as sink:
             model.sink = sink
-            batches = _batches(Hidden(source, tokens, self._token_bytes), self.config)
-            self._calibrate(model.to(self.device), batches)
+            self._calibrate(model.to(self.device), _batches(source, self.config))
         return list(self._compressed(model, names))
-
-    @property
-    def _token_bytes(self) -> int:
-        return int(self.config.hc_mult * self.config.hidden_size * torch.bfloat16.itemsize)
 
     def _modifier(self) -> QuantizationModifier:
         schemes = [scheme_of(group, group.calibrate) for group in self.recipe.group]

@@ -28,6 +28,7 @@ from vllm_forge.checkpoints.quantize.work import (
     check_layer,
     check_passed,
     finish_artifact,
+    token_bytes,
 )
 from vllm_forge.checkpoints.tensors import copy_of
 from vllm_forge.errors import UsageError
@@ -36,7 +37,6 @@ from vllm_forge.host.console import progress_line
 from vllm_forge.host.errors import DiskSpaceError
 
 MAX_PASSED = 5_000_000_000  # bytes of passed-through tensors per file
-STREAM_BYTES = 2  # of one hidden value
 GB = 10**9
 SHOWN = 200  # characters of a path
 
@@ -137,8 +137,7 @@ def disk_needed(source: Checkpoint, recipe: Recipe, parts: Sequence[Part], token
         tensor.size if recipe.group_of(name) is None else math.prod(tensor.shape)
         for name, tensor in ((name, source.tensors[name]) for name in names)
     )
-    width = source.config["hc_mult"] * source.config["hidden_size"] * STREAM_BYTES
-    return artifact + int(2 * width * tokens)
+    return artifact + 2 * token_bytes(source.config) * tokens
 
 
 def forecast(source: Checkpoint, recipe: Recipe) -> str:
@@ -206,10 +205,10 @@ def _make(work: Work, part: Part, job: Job) -> None:
         written = work.write(part.name, items)
         check_passed(work.artifact / part.name, written, source)
         return
-    index, tokens = part.layer, job.calibration.tokens
-    if index == 0:
-        job.engine.embed(source.tensors["embed.weight"], tokens, work.hidden(0))
-    made = job.engine.layer(index, stored, tokens, work.hidden(index), work.hidden(index + 1))
+    states, after = (work.hidden(index, job) for index in (part.layer, part.layer + 1))
+    if part.layer == 0:
+        job.engine.embed(source.tensors["embed.weight"], states)
+    made = job.engine.layer(part.layer, stored, states, after)
     check_layer(made, stored, recipe)
     work.write(part.name, [*items, *made])
-    remove(work.hidden(index))
+    remove(states.path)

@@ -22,6 +22,7 @@ from vllm_forge import host
 from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder
 from vllm_forge.checkpoints.codecs.small_floats import e4m3_decode
 from vllm_forge.checkpoints.errors import QuantizedOutputError, ResumeError
+from vllm_forge.checkpoints.inspect.profile import Format, stored_as
 from vllm_forge.checkpoints.quantize.inputs import Calibration, Recipe, alias_names
 from vllm_forge.checkpoints.tensors import (
     CONFIG,
@@ -36,16 +37,11 @@ from vllm_forge.checkpoints.tensors import (
 from vllm_forge.host import atomic_path, parse_json, read_data, read_plain, remove, write_json
 
 PLAN, MANIFEST, RECIPE = "plan.json", "manifest.json", "recipe.yaml"
-# What compressed-tensors stores of a weight, by its name of the format: suffix -> dtype.
-LEAVES: dict[str, dict[str, str]] = {
-    "float-quantized": {"weight": "F8_E4M3", "weight_scale": "F32"},
-    "nvfp4-pack-quantized": {
-        "weight_packed": "U8",
-        "weight_scale": "F8_E4M3",
-        "weight_global_scale": "F32",
-        "input_global_scale": "F32",
-    },
-    "pack-quantized": {"weight_packed": "I32", "weight_scale": "BF16", "weight_shape": "I64"},
+# By compressed-tensors' names.
+FORMATS = {
+    "float-quantized": Format.FP8_BLOCK,
+    "nvfp4-pack-quantized": Format.NVFP4,
+    "pack-quantized": Format.W4A16,
 }
 SCALES = ("weight_scale", "weight_global_scale", "input_global_scale")
 # vLLM takes w1's for both, with a warning at most (0.26.0, compressed_tensors_moe_w4a4_nvfp4.py).
@@ -59,7 +55,6 @@ class Engine(Protocol):
 
     ``versions`` is what the result depends on beside the inputs; ``needs_data``: a scale is
     calibrated, without one no forward pass is needed; ``embed`` writes the first layer's input.
-    ``tokens`` are the ids of each sample.
     """
 
     @property
@@ -72,15 +67,10 @@ class Engine(Protocol):
 
     def quantization_config(self, ignore: Sequence[str]) -> dict[str, Any]: ...
 
-    def embed(self, weight: StoredTensor, tokens: Sequence[Sequence[int]], path: Path) -> None: ...
+    def embed(self, weight: StoredTensor, states: "Hidden") -> None: ...
 
     def layer(
-        self,
-        index: int,
-        weights: Mapping[str, StoredTensor],
-        tokens: Sequence[Sequence[int]],
-        source: Path,
-        target: Path,
+        self, index: int, weights: Mapping[str, StoredTensor], source: "Hidden", target: "Hidden"
     ) -> list[TensorToWrite]:
         """Quantize a layer: input states at ``source``, its output states to ``target``.
 
@@ -115,8 +105,13 @@ class Work:
     def artifact(self) -> Path:
         return self.folder / "artifact"
 
-    def hidden(self, layer: int) -> Path:
-        return self.folder / f"hidden-{layer:05}.bin"
+    def hidden(self, layer: int, job: Job) -> "Hidden":
+        """The states that a layer takes."""
+        return Hidden(
+            path=self.folder / f"hidden-{layer:05}.bin",
+            tokens=job.calibration.tokens,
+            token_bytes=token_bytes(job.source.config),
+        )
 
     def check(self) -> None:
         """Refuse an output that is there already, as far as that can be told without a plan."""
@@ -194,12 +189,16 @@ class Work:
         return self.folder / "notes" / f"{name}.json"
 
 
-@dataclass(frozen=True)
+def token_bytes(config: Mapping[str, Any]) -> int:
+    """Bytes of a token's hidden states: streams x hidden size x 2 (BF16)."""
+    return int(config["hc_mult"] * config["hidden_size"] * 2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Hidden:
     """A file of hidden states.
 
-    ``tokens`` are the ids of each sample: their numbers say where a sample begins. One token takes
-    ``token_bytes``: streams x hidden size x 2 (BF16).
+    ``tokens`` are the ids of each sample: their numbers say where a sample begins.
     """
 
     path: Path
@@ -235,11 +234,12 @@ def check_layer(
     QuantizedOutputError: a tensor is missing, or unknown, or of another dtype; a scale is zero or
     not finite; w1 and w3 of an expert have different global scales.
     """
-    expected = {}
-    for name in stored:
-        if (group := recipe.group_of(name)) is not None:
-            module = name.removesuffix(".weight")
-            expected.update({f"{module}.{leaf}": d for leaf, d in LEAVES[group.format].items()})
+    expected = {
+        required.name: required.dtype
+        for name, tensor in stored.items()
+        if (group := recipe.group_of(name)) is not None
+        for required in stored_as(tensor, FORMATS[group.format])
+    }
     found = {item.name: item.dtype for item in made}
     if wrong := sorted(expected.items() ^ found.items()):
         name, dtype = wrong[0]
