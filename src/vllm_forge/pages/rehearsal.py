@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pydantic import BaseModel, Field, ValidationError
 
 from vllm_forge.errors import problems
+from vllm_forge.host.files import GIB
 from vllm_forge.matrix import gpus_of
 from vllm_forge.pages.markdown import table
 from vllm_forge.project import Project
@@ -13,7 +14,7 @@ from vllm_forge.receipts.receipt import Receipt
 from vllm_forge.receipts.suite import read_suite
 from vllm_forge.receipts.verification import NOT_RUN, read_receipts, seal
 from vllm_forge.serve.deployment import find_deployment, recorded_rows
-from vllm_forge.serve.memory import GIB, Memory
+from vllm_forge.serve.memory import Memory
 
 TIER = "rehearsal"  # of the GPU suite
 UNKNOWN = "unknown"

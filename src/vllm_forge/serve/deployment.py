@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from vllm_forge.host import suggestion
+from vllm_forge.host.files import GIB
 from vllm_forge.kernels.selection.questions import Answer, grid_question, preset_question
 from vllm_forge.kernels.selection.record import Rows, read_selection, selection_path
 from vllm_forge.matrix import Artifact, ImageCell, Matrix, Preset, flags, serve_arguments
@@ -16,8 +17,6 @@ from vllm_forge.serve.memory import Memory, memory_of, stored_sizes
 from vllm_forge.sources import Lock
 from vllm_forge.sources.lock import UNPACK_RATIO
 
-GB = 10**9
-GIB = 1 << 30
 KEY = "VLLM_API_KEY"  # 0.22.1, 0.26.0 and 0.33.0, vllm/envs.py
 
 
@@ -190,7 +189,7 @@ def needs_of(lock: Lock, deployment: Deployment, rows: Rows = ()) -> Needs:
     packed = sum(wheel.size for wheel in lock.wheels) + matrix.base.budget_mb * 10**6
     image = int(packed * (1 + UNPACK_RATIO))
     stored = stored_sizes(deployment.artifact_name)
-    weights = None if artifact.size_gb is None else artifact.size_gb * GB
+    weights = None if artifact.size_gb is None else artifact.size_gb * 10**9
     if stored is not None:
         weights = sum(stored.values())
     return Needs(

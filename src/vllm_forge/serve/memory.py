@@ -16,12 +16,12 @@ from functools import cache
 from packaging.version import Version
 
 from vllm_forge.checkpoints.tensors import DTYPE_BYTES
+from vllm_forge.host.files import GIB
 from vllm_forge.kernels.selection.questions import Answer, KvCache, artifact_config
 from vllm_forge.matrix import flags
 from vllm_forge.matrix.flags import Parallel
 from vllm_forge.serve.machine import Level
 
-GIB = 1 << 30
 # What tensor parallelism splits; each rank holds the rest. fused_wqa_wkv and the compressor have
 # disable_tp, the indexer and the draft's projections are ReplicatedLinear (vLLM 0.26.0,
 # models/deepseek_v4/attention.py:203-235, 700-712; compressor.py:260; nvidia/mtp.py:89-103;

@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,7 @@ def read_lock(root: Path, line_name: str, line: Line, base: Base) -> Lock:
     """Parse a lock; LockFileError if missing, malformed, hand-edited, or older than the row."""
     path = root / line.lock
     again = f"run: nox -s lock -- --line {line_name}"
-
-    def refused(what: str) -> errors.LockFileError:
-        return errors.LockFileError(what, where=path, remedy=again)
-
+    refused = partial(errors.LockFileError, where=path, remedy=again)
     if not path.is_file():
         raise refused(f"line {line_name} has no lock")
     text, wheels = read_wheels(path, again)
@@ -106,11 +104,7 @@ def read_wheels(path: Path, again: str) -> tuple[str, tuple[LockedWheel, ...]]:
 
 def read_rows(path: Path, row: re.Pattern[str], again: str) -> tuple[str, list[dict[str, Any]]]:
     """Text of a lock, and the groups of each row: sorted by ``name``, which is unique."""
-
-    def refused(what: str, number: int | None = None) -> errors.LockFileError:
-        where = str(path) if number is None else f"{path}:{number}"
-        return errors.LockFileError(what, where=where, remedy=again)
-
+    refused = partial(errors.LockFileError, where=path, remedy=again)
     try:
         text = read_plain(path).decode("utf-8")
     except (OSError, ValueError) as error:
@@ -123,7 +117,7 @@ def read_rows(path: Path, row: re.Pattern[str], again: str) -> tuple[str, list[d
             continue
         entry = row.fullmatch(line)
         if entry is None:
-            raise refused(f"not a lock entry: {line[:80]}", number)
+            raise refused(f"not a lock entry: {line[:80]}", where=f"{path}:{number}")
         rows.append(entry.groupdict() | {"size": int(entry["size"])})
     names = [entry["name"] for entry in rows]
     if names != sorted(set(names)):

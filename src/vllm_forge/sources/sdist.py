@@ -15,6 +15,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -151,10 +152,7 @@ class SourceRepo:
 
 def _feed(out: IO[bytes], ref: str, archive: Path) -> None:
     """Write the archive as a fast-import stream, its top folder removed."""
-
-    def refused(what: str) -> SdistError:
-        return SdistError(what, where=archive)
-
+    refused = partial(SdistError, where=archive)
     # "done": a stream that ends early, e.g. because we were killed, makes no ref.
     out.write(
         f"feature done\ncommit refs/sdist/{ref}\ncommitter {EPOCH_IDENT}\ndata 0\n\n".encode()

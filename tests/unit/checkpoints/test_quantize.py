@@ -125,7 +125,7 @@ class TestRecipes:
         [
             ("samples = 768", "samples = 0", "samples"),
             ("samples = 64", "sample = 64", "sample"),
-            ("seed = 42", "seed = ", "not a file of recipes"),
+            ("seed = 42", "seed = ", "invalid recipe"),
             ('extends = "nvfp4-fp8-mtp"', 'extends = "none"', "'none'"),
         ],
     )

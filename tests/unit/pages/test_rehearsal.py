@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from vllm_forge.host.files import GIB
 from vllm_forge.pages import rehearsal
 from vllm_forge.project import Project
 from vllm_forge.receipts.errors import ReceiptUnreadableError
 from vllm_forge.receipts.verification import Receipts
-from vllm_forge.serve.memory import GIB, KvPool, Memory
+from vllm_forge.serve.memory import KvPool, Memory
 
 SERVED = {"preset": "h200-mtp", "rehearsal": "flash-nvfp4-fp8-mtp"}
 START = {"weights_gib": [92.58], "kv_cache_gib": [21.0], "concurrency": [2.0], "ready_s": 301.5}

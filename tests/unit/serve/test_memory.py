@@ -9,13 +9,13 @@ import pytest
 from packaging.version import Version
 
 from vllm_forge.errors import UsageError
+from vllm_forge.host.files import GIB
 from vllm_forge.kernels.selection.questions import KvCache
 from vllm_forge.kernels.selection.record import Rows, read_selection
 from vllm_forge.matrix import image_cell, load
 from vllm_forge.matrix.flags import Parallel
 from vllm_forge.serve.deployment import Deployment, find_deployment
 from vllm_forge.serve.memory import (
-    GIB,
     KvPool,
     Memory,
     kv_pool,

@@ -6,21 +6,20 @@ import re
 import signal
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from vllm_forge.checkpoints.architecture import all_tensors, has_dspark, require_deepseek_v4
 from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder
 from vllm_forge.checkpoints.errors import ModelInputError, RecipeError
 from vllm_forge.checkpoints.fixtures.tiny import TEMPLATE
 from vllm_forge.checkpoints.tensors import INDEX, TensorSpec
-from vllm_forge.host import console, parse_json, printable, read_plain, suggestion
+from vllm_forge.host import console, parse_json, printable, read_data, read_plain, suggestion
 from vllm_forge.matrix import FrozenModel
 
 SHOWN = 5  # problems
@@ -147,20 +146,18 @@ class Recipe(FrozenModel):
 
 def load_recipe(name: str, path: Path = RECIPES) -> Recipe:
     """One row of the recipes, on top of those that it extends; RecipeError for another."""
-    try:
-        rows = tomllib.loads(path.read_text(encoding="utf-8"))["recipe"]
-    except (tomllib.TOMLDecodeError, KeyError) as error:
-        raise RecipeError(f"not a file of recipes: {error}", where=path) from None
-    if name not in rows:
-        what = f"unknown recipe {name!r}{suggestion(name, rows)}"
-        raise RecipeError(what, where=path, remedy="add a row, or name one of those")
-    row = rows[name]
-    try:
+
+    def parse(data: Any) -> Recipe:
+        rows = data["recipe"]
+        if name not in rows:
+            what = f"unknown recipe {name!r}{suggestion(name, rows)}"
+            raise RecipeError(what, where=path, remedy="add a row, or name one of those")
+        row = rows[name]
         while "extends" in row:
             row = {**rows[row.pop("extends")], **row}
         return Recipe.model_validate({"name": name, **row})
-    except (ValidationError, KeyError) as error:
-        raise RecipeError(f"recipe {name}: {error}", where=path) from None
+
+    return read_data(path, parse, RecipeError, what=f"recipe {name}", remedy="correct its row")
 
 
 @dataclass(frozen=True, kw_only=True)
