@@ -15,7 +15,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import quote
 
-from vllm_forge.host import READ_ONLY, Runner, atomic_path, cache_root, hash_of, remove, which
+from vllm_forge.host import (
+    READ_ONLY,
+    Runner,
+    atomic_path,
+    cache_root,
+    hash_of,
+    link_or_copy,
+    remove,
+    which,
+)
 from vllm_forge.host.files import file_digest
 from vllm_forge.images.errors import BaseImageError, LayoutError
 from vllm_forge.images.layer import LayerBlob
@@ -155,7 +164,7 @@ def _write_archive(base: Base, lock: debian.BaseLock, folder: Path) -> None:
     folder.mkdir(parents=True)
     stanzas = []
     for package, file in zip(lock.packages, debian.verified_debs(lock), strict=True):
-        (folder / file.name).hardlink_to(file)
+        link_or_copy(file, folder / file.name)
         fields = subprocess.run(
             ["dpkg-deb", "--field", str(file)], capture_output=True, text=True, check=True
         ).stdout

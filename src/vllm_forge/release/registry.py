@@ -208,6 +208,7 @@ class Repository:
                 sha256=blob.digest.removeprefix("sha256:"),
                 size=blob.size,
                 target=folder / blob.digest.removeprefix("sha256:"),
+                shared=False,
             )
             for blob in blobs
         ]

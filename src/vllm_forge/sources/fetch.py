@@ -22,6 +22,7 @@ from vllm_forge.host.files import file_digest, remove_foreign
 from vllm_forge.sources import errors
 from vllm_forge.sources.index import TIMEOUT_S, Index, blocks
 from vllm_forge.sources.lock import LockedWheel
+from vllm_forge.sources.shared import give, take
 
 PARALLEL = 8
 TRIES = 5
@@ -38,6 +39,7 @@ class Download:
 
     Unless its size is ``exact``, it may be smaller, and is not resumed.
     ``mirrors``: further URLs, each asked where those before it have no such file.
+    ``shared``: taken from the folder that hosts share, and put there (``shared``).
     """
 
     url: str
@@ -46,6 +48,7 @@ class Download:
     target: Path
     mirrors: tuple[str, ...] = ()
     exact: bool = True
+    shared: bool = True
 
     @property
     def part(self) -> Path:
@@ -110,6 +113,10 @@ class _Fetcher:
         """
         item.target.parent.mkdir(parents=True, exist_ok=True)
         remove_foreign(item.part)
+        if item.shared and take(item.sha256, item.target):
+            self._tick(item.size - item.kept if item.exact else 0)
+            item.part.unlink(missing_ok=True)
+            return True
         deadline = time.monotonic() + PATIENCE_S + item.size / SLOWEST
         last: Exception | None = None
         for _ in range(TRIES):
@@ -142,6 +149,8 @@ class _Fetcher:
                     )
                 remove(item.target)  # of another kind
                 item.part.rename(item.target)
+                if item.shared:
+                    give(item.target, item.sha256)
                 return True
         have = item.part.stat().st_size if item.part.exists() else 0
         if last is None:
@@ -230,7 +239,8 @@ class Wheelhouse:
             return
         source = index or Index()
         with exclusive("wheelhouse", wait=True):
-            if not (todo := self.missing(wheels)):
+            todo = [w for w in self.missing(wheels) if not take(w.sha256, self.path(w))]
+            if not todo:
                 return
             offered = source.files_of(wheel.name for wheel in todo)
             downloads = []
