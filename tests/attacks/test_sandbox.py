@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.isolation import require_isolation
 from vllm_forge.bench import sandbox
 from vllm_forge.bench.errors import SandboxError, WorkloadFileError
-from vllm_forge.bench.sandbox import CodeTask, Limits, Verdict, judge, require_sandbox
+from vllm_forge.bench.sandbox import CodeTask, Limits, Verdict, judge
 from vllm_forge.host import which
 
 SECRET = "the-expected-value"  # noqa: S105
@@ -116,13 +116,7 @@ def f(): return seen
 
 @pytest.fixture(autouse=True, scope="module")
 def isolation() -> None:
-    """A host that isolates programs."""
-    if shutil.which("unshare") is None:
-        pytest.skip("no unshare: install util-linux")
-    try:
-        require_sandbox()
-    except SandboxError as error:
-        pytest.skip(f"{error}: run these tests as root")
+    require_isolation()
 
 
 def verdict(program: str, expected: str, limits: Limits | None = None) -> Verdict:

@@ -92,6 +92,17 @@ REFUSED = {
         "--output=o",
         "--answers=a",
     ],
+    "bench quality": [
+        "b300",
+        "--preset=p",
+        "--arm=a",
+        "--session=s",
+        "--url=u",
+        "--workload=w",
+        "--checkpoint=c",
+        "--output=o",
+    ],
+    "bench run": ["b300", "session.toml", "--caches=c", "--output=o"],
     "bench serve": [
         "b300",
         "--preset=p",
@@ -326,7 +337,7 @@ def test_every_other_command_runs_from_the_wheel() -> None:
     assert {name for name, runs in commands.items() if not runs} == REFUSED.keys() - {"verify"}
     assert {name for name, runs in commands.items() if runs} == {
         "serve", "plan", "doctor", "install", "checkpoint inspect", "verify", "notes", "sbom",
-        "mirror", "bench gate", "bench plan", "bench report",
+        "mirror", "bench gate", "bench plan", "bench report", "bench workload",
     }  # fmt: skip
 
 

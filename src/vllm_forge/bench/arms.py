@@ -67,7 +67,7 @@ def arm_of(
         driver=gpus[0].driver or "unknown",
     )
     conditions = Conditions(
-        workload=_name("--workload", args.workload.stem),
+        workload=_name("--workload", Path(args.workload).stem),
         prompts_sha256=prompts_sha256,
         template_sha256=_hash(args.checkpoint / TEMPLATE),
         tokenizer_sha256=_hash(args.checkpoint / TOKENIZER),

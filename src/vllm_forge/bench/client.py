@@ -49,6 +49,7 @@ class Prompt:
     item: str
     content: str | list[int] | list[dict[str, str]]
     predicted: dict[int, Drafts] = field(default_factory=dict)
+    repeat: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,10 @@ class Answer:
     """What came of a request; ``chunks``: tokens of each chunk that has some."""
 
     item: str
+    repeat: int = 0
     finish: Literal["stop", "length", "error"]
+    text: str = ""
+    reasoning: str = ""
     chunks: tuple[int, ...] = ()
     seconds: float = 0.0
     ttft: float | None = None
@@ -80,10 +84,10 @@ def is_healthy(url: str) -> bool:
 
 def ask_all(
     url: str, model: str, prompts: Sequence[Prompt], conditions: Conditions,
-    advance: Callable[[int], None] = lambda _: None,
+    keep: Callable[[Answer], None] = lambda _: None,
 ) -> tuple[float, list[Answer]]:  # fmt: skip
-    """Wall time, and an answer for each prompt, failed ones included."""
-    return asyncio.run(_ask_all(url, model, prompts, conditions, advance))
+    """Wall time, and an answer for each prompt, failed ones included; ``keep`` gets each."""
+    return asyncio.run(_ask_all(url, model, prompts, conditions, keep))
 
 
 async def _is_healthy(url: str) -> bool:
@@ -150,7 +154,7 @@ def _parse_counters(text: str) -> Counters:
 
 async def _ask_all(
     url: str, model: str, prompts: Sequence[Prompt], conditions: Conditions,
-    advance: Callable[[int], None],
+    keep: Callable[[Answer], None],
 ) -> tuple[float, list[Answer]]:  # fmt: skip
     waiting = iter(prompts)
     answers: list[Answer] = []
@@ -158,7 +162,7 @@ async def _ask_all(
     async def work(session: aiohttp.ClientSession) -> None:
         for prompt in waiting:
             answers.append(await _ask(session, url, _body(model, prompt, conditions), prompt))
-            advance(len(answers))
+            keep(answers[-1])
 
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
@@ -175,6 +179,7 @@ def _body(model: str, prompt: Prompt, conditions: Conditions) -> dict[str, Any]:
         "model": model,
         "max_tokens": conditions.max_tokens,
         "temperature": conditions.temperature,
+        "top_p": conditions.top_p,
         "ignore_eos": conditions.ignore_eos,
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -193,6 +198,7 @@ async def _ask(
     path = "completions" if "prompt" in body else "chat/completions"
     begin = time.perf_counter()
     chunks: list[int] = []
+    texts: dict[str, list[str]] = {"text": [], "reasoning": []}
     ttft, finish, usage = None, None, None
     try:
         async with session.post(f"{url}/v1/{path}", json=body) as reply:
@@ -206,14 +212,20 @@ async def _ask(
                     if count := len(choice.get("token_ids") or ()):
                         ttft = ttft if ttft is not None else time.perf_counter() - begin
                         chunks.append(count)
+                    # vllm/entrypoints/openai/engine/protocol.py:393 of 0.26.0
+                    delta = choice.get("delta") or {}
+                    texts["text"].append(choice.get("text") or delta.get("content") or "")
+                    texts["reasoning"].append(delta.get("reasoning") or "")
                     finish = choice.get("finish_reason") or finish
     except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError, AttributeError):
         finish = "error"
     if finish not in {"stop", "length"} or usage != sum(chunks):
-        return Answer(item=prompt.item, finish="error")
+        return Answer(item=prompt.item, repeat=prompt.repeat, finish="error")
     return Answer(
         item=prompt.item,
+        repeat=prompt.repeat,
         finish="stop" if finish == "stop" else "length",
+        **{name: "".join(parts) for name, parts in texts.items()},
         chunks=tuple(chunks),
         seconds=time.perf_counter() - begin,
         ttft=ttft,

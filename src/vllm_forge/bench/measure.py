@@ -112,7 +112,7 @@ def measure(
     ask_all(url, model, prompts[:warm], conditions)
     measured = prompts[warm:]
     files, before = _files(caches), read_counters(url)
-    seconds, answers = ask_all(url, model, measured, conditions, _progress(len(measured)))
+    seconds, answers = ask_all(url, model, measured, conditions, progress(len(measured)))
     after = read_counters(url, before.tokens, sum(answer.tokens for answer in answers))
     rate = sum(answer.tokens for answer in answers) / seconds
     window = Window(
@@ -131,7 +131,7 @@ def add_start(path: Path, arm: dict[str, Any], start: Start, rows: Sequence[Row]
     starts, kept = [start], list(rows)
     if path.exists():
         old = read_arm(path)
-        _require_same(old, arm)
+        require_same(old, arm)
         starts = [*old.result.starts, start]
         number = len(old.result.starts)
         kept = [*old.rows, *(row.model_copy(update={"start": number}) for row in rows)]
@@ -139,7 +139,8 @@ def add_start(path: Path, arm: dict[str, Any], start: Start, rows: Sequence[Row]
     write_arm(path, record, kept, check=require_valid)
 
 
-def _require_same(old: Arm, arm: dict[str, Any]) -> None:
+def require_same(old: Arm, arm: dict[str, Any]) -> None:
+    """InvalidResultError unless a record's fields are those of an arm."""
     for key, value in arm.items():
         if getattr(old.result, key) != value:
             raise InvalidResultError(
@@ -178,15 +179,18 @@ def _files(folders: Sequence[Path]) -> set[str]:
     return {str(path) for folder in folders for path in folder.rglob("*") if path.is_file()}
 
 
-def _progress(total: int) -> Callable[[int], None]:
+def progress(total: int, unit: str = "requests") -> Callable[[object], None]:
+    """A function to call after each: it shows what is done, and the time left, now and then."""
     begin = shown = time.monotonic()
+    done = 0
 
-    def advance(done: int) -> None:
-        nonlocal shown
+    def advance(_: object) -> None:
+        nonlocal shown, done
+        done += 1
         now = time.monotonic()
         if now - shown >= PROGRESS_S:
             shown = now
             left = (total - done) * (now - begin) / done
-            console.print(f"  {done} of {total} requests, {left:.0f} s left", style="dim")
+            console.print(f"  {done} of {total} {unit}, {left:.0f} s left", style="dim")
 
     return advance

@@ -40,6 +40,7 @@ class Conditions(FrozenModel):
     tokenizer_sha256: Hash
     thinking: bool
     temperature: float = Field(ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     max_tokens: int = Field(gt=0)
     ignore_eos: bool = Field(description="each answer then has max_tokens")
     concurrency: int = Field(gt=0)
@@ -142,6 +143,8 @@ class Row(FrozenModel):
     seconds: Seconds
     ttft: Seconds | None = None
     scores: dict[Name, bool] = Field(default_factory=dict, description="by scorer")
+    fault: str = Field(default="", description="why it is not right by the strictest scorer")
+    answer_sha256: Hash | None = Field(default=None, description="of the answer, kept beside this")
     drafted: Count = 0
     accepted: Count = 0
     positions: tuple[Count, ...] = Field(default=(), description="accepted, by position in a draft")

@@ -45,6 +45,11 @@ def faults(arm: Arm) -> Iterator[str]:
         ]
         if short:
             yield f"{len(short)} answers below {conditions.max_tokens} tokens ({_some(short)})"
+    else:
+        cut = [row for row in arm.rows if row.finish == "length"]
+        early = [row.item for row in cut if row.output_tokens < conditions.max_tokens]
+        if early:  # by the server's --max-model-len
+            yield f"{len(early)} answers cut below {conditions.max_tokens} tokens ({_some(early)})"
     right = [row.item for row in arm.rows if row.finish == "length" and any(row.scores.values())]
     if right and not conditions.ignore_eos:
         yield f"{len(right)} truncated answers scored as right ({_some(right)})"

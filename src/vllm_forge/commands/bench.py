@@ -2,9 +2,11 @@
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_forge.commands.parsers import (
     JSON,
@@ -21,6 +23,9 @@ from vllm_forge.commands.parsers import (
 )
 from vllm_forge.host import PlainConsole, console, suggestion
 from vllm_forge.project import Project
+
+if TYPE_CHECKING:
+    from vllm_forge.bench.workloads import Loaded
 
 CARD_HEAD = ["figure", "arms", "needs", "minutes", "state"]
 PLAN_HEAD = ["gate", "margin", "of", "needs", "minutes", "decides"]
@@ -51,6 +56,16 @@ def register(choices: Commands) -> None:
     one.add_argument("--output", type=Path, required=True, help="folder of records; goes on there")
     one.add_argument("--engine", choices=["docker", "podman"], help="default: the one that answers")
     one.add_argument("--retry", action="store_true", help="repeat starts that failed before")
+    one = command(bench, "quality", quality, SKU, LINE)
+    _record_options(one)
+    one.add_argument("--url", required=True, help="http://HOST:PORT")
+    one.add_argument("--order", type=count, default=0, help="among all arms' starts (0)")
+    _workload_options(one)
+    # Of `arms.arm_of`; the workload has its own.
+    one.set_defaults(max_tokens=1, ignore_eos=False, thinking=False, prefix_cache=True)
+    one = command(bench, "workload", workload, packaged=True)
+    _workload_options(one)
+    one.add_argument("--output", type=Path, required=True, help="prompts, for `bench serve`")
     one = command(bench, "import", import_answers, SKU, LINE)
     _arm_options(one)
     one.add_argument("--answers", type=Path, required=True, help="JSONL, see docs/operate/bench.md")
@@ -68,8 +83,19 @@ def register(choices: Commands) -> None:
     one.add_argument("--baseline", metavar="COMMIT", help="whose code writes the floor's layers")
 
 
-def _arm_options(one: Parser) -> None:
-    """What is measured, and under which conditions."""
+def _workload_options(one: Parser) -> None:
+    """What is asked."""
+    one.add_argument(
+        "--workload", required=True, help="chat-code, aime, ...: docs/operate/bench.md"
+    )
+    one.add_argument("--workloads", type=Path, metavar="TOML", help="rows of your own")
+    one.add_argument("--data", type=Path, help="JSONL that the workload ships without")
+    one.add_argument("--sha256", metavar="HASH", help="that --data must have")
+    one.add_argument("--license", help="of --data, kept with the answers")
+
+
+def _record_options(one: Parser) -> None:
+    """What is measured, and where it is written."""
     for name, text in (
         ("preset", "that the server was started with"),
         ("arm", "name of what is measured"),
@@ -78,12 +104,18 @@ def _arm_options(one: Parser) -> None:
         one.add_argument(f"--{name}", required=True, help=text)
     one.add_argument("--artifact", help="default: the preset's first")
     for name, text in (
-        ("workload", "prompts: JSONL with item, and prompt or messages"),
         ("checkpoint", "folder of the served model: its tokenizer and template are hashed"),
         ("output", "the record"),
     ):
         one.add_argument(f"--{name}", type=Path, required=True, help=text)
     one.add_argument("--concurrency", type=positive_count, default=8, help="requests at a time (8)")
+
+
+def _arm_options(one: Parser) -> None:
+    """What is measured, and under which conditions."""
+    _record_options(one)
+    text = "prompts: JSONL with item, and prompt or messages"
+    one.add_argument("--workload", type=Path, required=True, help=text)
     one.add_argument("--max-tokens", type=positive_count, default=512, help="of an answer (512)")
     for name, text in (
         ("ignore-eos", "each answer has --max-tokens"),
@@ -187,6 +219,53 @@ def run(project: Project, args: argparse.Namespace) -> None:
     run_plan(args.output, args.output, retry=args.retry)
     for path in sorted(args.output.glob("*-c*.json")):
         print(path)
+
+
+def _load(args: argparse.Namespace) -> "Loaded":
+    """The workload of `_workload_options`."""
+    from vllm_forge.bench import workloads
+
+    source = None
+    if args.data is not None:
+        if not args.sha256 or not args.license:
+            args.parser.error("--data needs --sha256 and --license")
+        source = workloads.Source(args.data, args.sha256, args.license)
+    return workloads.load(args.workload, source, args.workloads or workloads.ROWS)
+
+
+def quality(project: Project, args: argparse.Namespace) -> None:
+    """Ask a server that is up the questions of a workload, and score the answers."""
+    _require("scipy", "aiohttp")
+    from vllm_forge.bench.arms import arm_of
+    from vllm_forge.bench.quality import measure_quality, summary
+    from vllm_forge.host import HostProbe
+
+    loaded = _load(args)
+    if loaded.row.scorer == "none":
+        args.parser.error(f"workload {loaded.name} has no right answers: use `bench serve`")
+    deployment, _ = arm_of(project, HostProbe(), args, loaded.digest)
+    rows = measure_quality(
+        args.url.rstrip("/"), deployment.artifact.repo, loaded,
+        lambda: loaded.asked(arm_of(project, HostProbe(), args, loaded.digest)[1]), args.output,
+        order=args.order,
+    )  # fmt: skip
+    print(f"{args.output}: start {args.order}: {summary(rows)}")
+
+
+def workload(_: Project, args: argparse.Namespace) -> None:
+    """Write the prompts of a workload, for `bench serve`."""
+    _require("scipy", "aiohttp")
+    from vllm_forge.bench.workloads import lines
+    from vllm_forge.host.files import write_whole
+
+    loaded = _load(args)
+    write_whole(args.output, lines(loaded))
+    ignore = " --ignore-eos" if loaded.row.random else ""
+    print(f"{args.output}: bench serve --max-tokens={loaded.row.max_tokens}{ignore}")
+    if loaded.row.random is not None:
+        length = loaded.row.random.acceptance_length
+        synthetic = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": length}
+        print(f"add to the server's --speculative-config: {json.dumps(synthetic)}")
 
 
 def import_answers(project: Project, args: argparse.Namespace) -> None:

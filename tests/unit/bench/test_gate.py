@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.bench import condition, rows_of, write_result
+from tests.support.bench import CONDITIONS, condition, rows_of, write_result
 from vllm_forge.bench.claims import read_claims, read_run
 from vllm_forge.bench.errors import (
     GateFailedError,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ITEMS = 1500
+CUT = {"finish": "length", "output_tokens": CONDITIONS["max_tokens"]}
 A, B = (0, 3, 4, 7, 8), (1, 2, 5, 6, 9)  # ABBA
 STRICT = Gate(measure="score", score="strict", margin=0.01)
 
@@ -100,7 +101,7 @@ def test_lost_answers_are_counted_by_cause(reference: tuple[Path, Path], tmp_pat
             update={"scores": {"strict": False, "flexible": True}}
         )
     for number in cut:
-        rows[number] = rows[number].model_copy(update={"scores": {}, "finish": "length"})
+        rows[number] = rows[number].model_copy(update={"scores": {}, **CUT})
     candidate = read_arm(write_result(tmp_path / "b.json", rows))
     (outcome,) = gate({"strict": STRICT}, read_arm(reference[0]), candidate)
     assert "lost 35: 30 by form, 5 truncated" in outcome.reason
@@ -184,7 +185,7 @@ def test_truncation_that_could_hide_a_loss_is_undecided(
     """Wrong answers of the reference may have been right, had they not been cut off."""
 
     def cut(row: Row) -> Row:
-        return row if row.scores["flexible"] else row.model_copy(update={"finish": "length"})
+        return row if row.scores["flexible"] else row.model_copy(update=CUT)
 
     rows = [[cut(row) for row in rows_of(seed, items=ITEMS)] for seed in (1, 2, 3)]
     arms = [read_arm(write_result(tmp_path / f"{n}.json", own)) for n, own in enumerate(rows)]

