@@ -113,19 +113,25 @@ def compare(memory: Memory | None, rows: Sequence[Facts]) -> Iterator[list[str]]
     weights, cache, requests = (
         _first(rows, name) for name in ("weights_gib", "kv_cache_gib", "concurrency")
     )
-    request = cache / requests if cache is not None and requests else None
-    kv = None if memory is None else _gib(memory.kv_cache)
     yield _row("weights, GiB", None if memory is None else _gib(memory.weights), weights)
-    yield _row("KV cache of the longest request, GiB", kv, request)
+    yield _row("longest requests at once", _requests(memory, cache), requests)
     rest = None
     if memory is not None and weights is not None and cache is not None:
         rest = memory.requested / GIB - weights - cache
-    left = None if memory is None or kv is None else _gib(memory.left)
+    left = None if memory is None or memory.kv_cache is None else _gib(memory.left)
     yield [*_row("left for all else, GiB; taken by it", left, rest)[:3], ""]
 
 
-def _gib(size: int | None) -> float | None:
-    return None if size is None else size / GIB
+def _requests(memory: Memory | None, cache: float | None) -> float | None:
+    """Of the KV cache that a start measured; before one, of all that is left beside weights."""
+    if memory is None or memory.pool is None or memory.max_model_len is None:
+        return None
+    available = memory.requested - memory.weights if cache is None else round(cache * GIB)
+    return memory.pool.requests(available, memory.max_model_len)
+
+
+def _gib(size: int) -> float:
+    return size / GIB
 
 
 def _row(what: str, foretold: float | None, found: float | None) -> list[str]:

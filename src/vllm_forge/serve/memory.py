@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 
 from packaging.version import Version
@@ -34,13 +35,16 @@ PER_EXPERT = re.compile(r"\.ffn\.(experts\.|gate\.(weight|bias)$)")
 EXPERTS, COPIES = "experts", "copies"
 LAYERS, DRAFT, EMBEDDING = "layers", "mtp", "embed"
 # A window's blocks are freed after the steps in flight from here on (0.26.0, config/vllm.py:525;
-# 0.22.1, v1/kv_cache_interface.py:464 counts one step), and a block is as large as the widest group
-# of layers (0.33.0, v1/core/kv_cache_planning.py:574; before, v1/core/kv_cache_utils.py:1857, every
-# group has the layers of the fullest one).
-IN_FLIGHT, WIDEST = Version("0.26"), Version("0.33")
+# 0.22.1, v1/kv_cache_interface.py:464 counts one step), and a block is stored without the padding
+# that is counted before the start (0.26.0, v1/core/kv_cache_utils.py:1303).
+IN_FLIGHT = PACKED = Version("0.26")
+# A block is as large as the widest group of layers (0.33.0, v1/core/kv_cache_planning.py:574;
+# before, v1/core/kv_cache_utils.py:1857, every group has the layers of the fullest one).
+WIDEST = Version("0.33")
 # Seen beside weights and KV cache, by subtraction: a start with 5.3 GiB or less (RTX PRO 6000, TP2,
 # --max-num-batched-tokens=2048: the model card's), failures with 8.3 (2048 tokens,
-# yhfgyyf/vllm-deepseek-v4-sm89#54) and 11.5 (16384 tokens, vllm-project/vllm#44376).
+# yhfgyyf/vllm-deepseek-v4-sm89#54) and 11.5 (16384 tokens, vllm-project/vllm#44376). An H200 in a
+# rehearsal at TP2 took 5.4 (8192 tokens): activations 3.4, graphs 1.3, 0.3 not of torch.
 OVERHEAD = 12 * GIB
 MOST_UTILIZATION = 0.97  # the driver and NCCL need the rest
 
@@ -97,23 +101,45 @@ def weights_per_rank(artifact: str, spread: Parallel, *, drafting: bool) -> int 
 
 
 @dataclass(frozen=True, kw_only=True)
+class Group:
+    """Groups of layers with KV caches alike."""
+
+    tokens: int  # of a block
+    window: int | None
+    count: int  # groups
+    share: Fraction  # of the pool's block that a block in all these groups counts as
+
+    def blocks(self, tokens: int, in_flight: int) -> int:
+        """Of a request of so many tokens, in one group."""
+        if self.window is None:
+            return math.ceil(tokens / self.tokens)
+        return math.ceil(min(self.window - 1 + in_flight, tokens) / self.tokens) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class KvPool:
     """The KV cache of one GPU: ``groups`` of layers have blocks of their own from a common pool.
 
     vLLM 0.26.0, v1/core/kv_cache_utils.py:1525-1893 (groups, and bytes of a request).
     """
 
-    block_bytes: int  # a block in all its layers
-    groups: tuple[tuple[int, int | None, int], ...]  # tokens of a block, window, number of groups
+    block_bytes: int  # a block in all its layers, as counted before the start
+    stored_bytes: int  # the same, as the pool stores it
+    groups: tuple[Group, ...]
     in_flight: int  # tokens that are scheduled and not yet freed
 
     def bytes_of(self, tokens: int) -> int:
         """What a request of so many tokens needs at most."""
-        blocks = 0
-        for size, window, count in self.groups:
-            kept = tokens if window is None else min(window - 1 + self.in_flight, tokens)
-            blocks += count * (math.ceil(kept / size) + (window is not None))
+        blocks = sum(group.count * group.blocks(tokens, self.in_flight) for group in self.groups)
         return blocks * self.block_bytes
+
+    def requests(self, available: int, tokens: int) -> float:
+        """How many requests of so many tokens fit: the "maximum concurrency" of vLLM's log.
+
+        0.26.0, v1/core/kv_cache_utils.py:937; 0.33.0:1061.
+        """
+        blocks = sum(group.share * group.blocks(tokens, self.in_flight) for group in self.groups)
+        return available // self.stored_bytes / math.ceil(blocks)
 
     def longest(self, available: int, most: int) -> int:
         """The longest request, of at most ``most`` tokens, that fits into so many bytes; or 0."""
@@ -123,27 +149,42 @@ class KvPool:
 
 def kv_pool(rows: Sequence[KvCache], release: Version, spread: Parallel, in_flight: int) -> KvPool:
     """The pool of a model whose layers have these KV caches."""
+    full = [row.page_bytes for row in rows if row.window is None]
     layers: dict[tuple[int, int | None], Counter[int]] = {}
     for row in rows:
+        page = row.page_bytes
+        if release < WIDEST:  # padded to a page of the layers without a window
+            page = min(size for size in full if size >= page)
         count = math.ceil(row.layers / spread.pipeline)
-        layers.setdefault((row.block_size, row.window), Counter())[row.page_bytes] += count
+        layers.setdefault((row.block_size, row.window), Counter())[page] += count
     counts = {key: max(pages.values()) for key, pages in layers.items()}
-    full = [key for key in layers if key[1] is None]
-    least = max(counts[key] for key in full)
+    least = max(counts[key] for key in layers if key[1] is None)
     # _approximate_gcd: the layers of a group for which all groups together are padded least.
     span = range(least, max(counts.values()) + 1)
     size = min(span, key=lambda n: (sum(-count % n for count in counts.values()), -n))
-    groups = {key: math.ceil(count / size) for key, count in counts.items()}
+    number = {key: math.ceil(count / size) for key, count in counts.items()}
+    widest = Counter[int]()  # page size -> layers that have it in the group with most of them
+    for key, pages in layers.items():
+        widest |= Counter({page: math.ceil(count / number[key]) for page, count in pages.items()})
+    block = stored = sum(page * count for page, count in widest.items())
+    total = {
+        key: sum(page * count for page, count in pages.items()) for key, pages in layers.items()
+    }
     if release >= WIDEST:
-        block = max(
-            sum(page * math.ceil(count / groups[key]) for page, count in pages.items())
+        block = stored = max(
+            sum(page * math.ceil(count / number[key]) for page, count in pages.items())
             for key, pages in layers.items()
         )
+        share = {key: Fraction(number[key]) for key in layers}
     else:
-        widest = max(math.ceil(count / groups[key]) for key, count in counts.items())
-        block = widest * sum(page for key in full for page in layers[key])
-    parts = tuple((tokens, window, groups[tokens, window]) for tokens, window in layers)
-    return KvPool(block_bytes=block, groups=parts, in_flight=in_flight)
+        block = max(widest.values()) * sum(widest)
+        stored = stored if release >= PACKED else block
+        first = next(total[key] for key in layers if key[1] is None)
+        share = {key: Fraction(total[key], first) for key in layers}
+    groups = tuple(
+        Group(tokens=key[0], window=key[1], count=number[key], share=share[key]) for key in layers
+    )
+    return KvPool(block_bytes=block, stored_bytes=stored, groups=groups, in_flight=in_flight)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,6 +94,29 @@ def test_compiled_files_are_counted_by_compiler(
     assert measured.compiled_files() == {"triton": 1, "vllm": 1}
 
 
+def test_speed_is_that_of_an_attempt_that_compiles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one is not counted; a file that comes later makes another one not count."""
+    asked: list[tuple[int, ...]] = []
+
+    def complete(prompt: list[int], tokens: int) -> list[int]:
+        if len(asked) < files:
+            (tmp_path / "tilelang" / str(len(asked))).touch()
+        asked.append(tuple(prompt))
+        return [1] * tokens
+
+    (tmp_path / "tilelang").mkdir()
+    monkeypatch.setenv(measured.CACHES, str(tmp_path / "vllm"))
+    server: Any = SimpleNamespace(complete=complete)
+    files = 2 * measured.ROUNDS + 1
+    assert measured.speed(server, 1)["not_counted"] == 3
+    assert len(asked) == len(set(asked)) == 4 * measured.ROUNDS
+    files = 10_000
+    with pytest.raises(AssertionError, match="compiled in 8 attempts of 1 clients"):
+        measured.speed(server, 1)
+
+
 @pytest.fixture(scope="module")
 def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the suite runs from, with a vLLM that has no model and a driver without a GPU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +14,16 @@ from vllm_forge.pages import rehearsal
 from vllm_forge.project import Project
 from vllm_forge.receipts.errors import ReceiptUnreadableError
 from vllm_forge.receipts.verification import Receipts
-from vllm_forge.serve.memory import KvPool, Memory
+from vllm_forge.serve.memory import Group, KvPool, Memory
 
 SERVED = {"preset": "h200-mtp", "rehearsal": "flash-nvfp4-fp8-mtp"}
 START = {"weights_gib": [92.58], "kv_cache_gib": [21.0], "concurrency": [2.0], "ready_s": 301.5}
 MEMORY = Memory(
     total=100 * GIB, utilization=0.9, weights=50 * GIB, max_model_len=10, limit=10,
-    pool=KvPool(block_bytes=GIB, groups=((1, None, 1),), in_flight=0),
+    pool=KvPool(
+        block_bytes=GIB, stored_bytes=GIB, in_flight=0,
+        groups=(Group(tokens=1, window=None, count=1, share=Fraction(1)),),
+    ),
 )  # fmt: skip
 
 
@@ -60,8 +64,10 @@ def test_memory_is_compared_part_by_part() -> None:
     start = {"weights_gib": [55.0], "kv_cache_gib": [24.0], "concurrency": [2.0]}
     facts = rehearsal.Facts.model_validate(SERVED | start)
     assert [row[1:] for row in rehearsal.compare(MEMORY, [facts])] == [
-        ["50.00", "55.00", "+10.0%"], ["10.00", "12.00", "+20.0%"], ["30.00", "11.00", ""],
+        ["50.00", "55.00", "+10.0%"], ["2.40", "2.00", "-16.7%"], ["30.00", "11.00", ""],
     ]  # fmt: skip
+    before = list(rehearsal.compare(MEMORY, []))[1]
+    assert before[1:] == ["4.00", "not run", ""]  # of the 40 GiB beside the weights
     assert [row[1:] for row in rehearsal.compare(None, [])] == [["unknown", "not run", ""]] * 3
 
 

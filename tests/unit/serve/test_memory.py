@@ -120,6 +120,26 @@ def test_report_of_too_little_kv_cache_on_four_gpus() -> None:
     assert kv.longest(round(0.296 * GIB), 131072) == 720
 
 
+def test_requests_that_a_rehearsal_held() -> None:
+    """Two H200, vLLM 0.26.0, twice 8192 tokens in flight: 44.46 GiB are 4,808,600 tokens.
+
+    The log rounds to 10 MiB; one block more or less is 0.0001 of a request.
+    """
+    kv, length = pool("0.26.0", 2 * 8192), 1 << 20
+    assert kv.stored_bytes == 20 * 1728 + 22 * 37440 + 21 * 8640
+    assert kv.requests(round(44.46 * GIB), length) * length == pytest.approx(4_808_600, rel=2e-4)
+    padded = replace(kv, stored_bytes=kv.block_bytes)
+    assert padded.requests(round(44.46 * GIB), length) * length < 4_760_000
+
+
+def test_requests_of_lines_that_count_otherwise() -> None:
+    """0.22.1 stores the padding too; 0.33.0 counts a block of every group whole."""
+    old, new = pool("0.22.1", 8192), pool("0.33.0", 2 * 8192)
+    assert old.stored_bytes == old.block_bytes
+    blocks = 4096 + 4099 + 2 * 259 + 2065
+    assert new.requests(blocks * new.stored_bytes, 1 << 20) == 1
+
+
 def test_blocks_of_each_line() -> None:
     """0.26.0 counts two steps in flight, 0.33.0 the bytes of the widest group."""
     assert pool("0.26.0", 4096).block_bytes == 22 * (1728 + 37440 + 8640)
