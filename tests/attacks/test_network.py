@@ -19,10 +19,12 @@ import pytest
 from vllm_forge.errors import ForgeError
 from vllm_forge.sources import Download, Index, download_all, fetch, index
 from vllm_forge.sources.errors import (
+    DistributionNotFoundError,
     DownloadInterruptedError,
     IndexUnreachableError,
     TruncatedFileError,
 )
+from vllm_forge.sources.index import pins
 
 HEAD = "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: {kind}\r\n{more}\r\n"
 JSON = "application/vnd.pypi.simple.v1+json"
@@ -182,7 +184,9 @@ def test_names_and_hashes_that_are_paths_are_not_taken() -> None:
     with sender.running():
         taken = Index(sender.url).files("x")
     assert {file.filename for file in taken} == {good["filename"]}
-    assert [file.sha256 for file in taken] == [None, "a" * 64]
+    with pytest.raises(DistributionNotFoundError, match="no sha256"):
+        pins(taken[0])
+    assert pins(taken[1]) == ("a" * 64, 1)
 
 
 def test_index_without_tls_behind_one_with_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from vllm_forge.patches.wheel import python_blobs
 from vllm_forge.project import Project
 from vllm_forge.sources import Download, Index, SourceRepo, download_all, verified
 from vllm_forge.sources.errors import DistributionNotFoundError
+from vllm_forge.sources.index import pins
 
 DATA = Path("records/drift.json")
 NUMBER = re.compile(r"^\d+-")
@@ -120,12 +121,12 @@ def releases_between(index: Index, first: str, last: str | None) -> list[Release
             _, version = parse_sdist_filename(file.filename)
         except InvalidSdistFilename:
             continue
-        if file.yanked or version.is_prerelease or version < low or (high and version > high):
+        if file.is_yanked or version.is_prerelease or version < low or (high and version > high):
             continue
-        sha256, size = file.pins()
+        sha256, size = pins(file)
         target = cache_root() / "sdists" / sha256 / file.filename
         archive = Download(url=file.url, sha256=sha256, size=size, target=target)
-        date = file.uploaded or "unknown"
+        date = str(file.upload_time.date()) if file.upload_time else "unknown"
         releases[version] = Release(version=str(version), date=date, archive=archive)
     for end in (low, high):
         if end is not None and end not in releases:

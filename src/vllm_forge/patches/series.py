@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 from unidiff.patch import PatchSet
@@ -21,8 +21,12 @@ from vllm_forge.matrix import FrozenModel
 from vllm_forge.patches import apply, errors
 from vllm_forge.patches.apply import Applied, Patch
 from vllm_forge.project import Project
-from vllm_forge.sources import Download, Index, IndexFile, SourceRepo, download_all, verified
+from vllm_forge.sources import Download, Index, SourceRepo, download_all, verified
 from vllm_forge.sources.errors import DistributionNotFoundError, LockFileError
+from vllm_forge.sources.index import pins
+
+if TYPE_CHECKING:
+    from pypi_simple import DistributionPackage
 
 COMMAND = "nox -s forge -- patch lock --line"
 OTHERS = "the others applied"
@@ -126,7 +130,7 @@ def update_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
     folder = project.root / line.series
     patches = read_series(folder)
     sdist = f"vllm-{line.vllm}.tar.gz"
-    sha256, size = _offered(index, sdist).pins()
+    sha256, size = pins(_offered(index, sdist))
     draft = TreeLock(sdist=sdist, size=size, sha256=sha256, base="", result="")
     base = repo.import_archive(line.vllm, _archive(draft, index))
     applied = apply.apply_series(repo, base, patches)
@@ -160,7 +164,7 @@ def _archive(lock: TreeLock, index: Index | None = None) -> Path:
         return verified(archive, lock.sha256)
 
 
-def _offered(index: Index, sdist: str) -> IndexFile:
+def _offered(index: Index, sdist: str) -> "DistributionPackage":
     for file in index.files("vllm"):
         if file.filename == sdist:
             return file

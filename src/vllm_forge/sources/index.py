@@ -11,8 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import requests
 import truststore
@@ -21,6 +20,9 @@ from urllib3.exceptions import HTTPError
 from urllib3.util.retry import Retry
 
 from vllm_forge.sources.errors import DistributionNotFoundError, IndexUnreachableError
+
+if TYPE_CHECKING:
+    from pypi_simple import DistributionPackage
 
 CONNECTIONS = 16
 CONNECT_RETRIES = 4
@@ -37,27 +39,14 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 PIP_INDEX = re.compile(r"^global\.index-url=(?P<quote>['\"])(?P<url>.+)(?P=quote)$", re.M)
 
 
-@dataclass(frozen=True, kw_only=True)
-class IndexFile:
-    """A file that the index offers; None where the index does not say.
-
-    ``sha256`` in hex, ``size`` in bytes; ``uploaded`` is the day, YYYY-MM-DD.
-    """
-
-    filename: str
-    url: str
-    sha256: str | None
-    size: int | None
-    yanked: bool = False
-    uploaded: str | None = None
-
-    def pins(self) -> tuple[str, int]:
-        """Hash and size; DistributionNotFoundError where the index does not say them."""
-        if self.sha256 is None or self.size is None:
-            what = f"the index gives no sha256 or no size for {self.filename}"
-            remedy = "use an index with the JSON simple API (PEP 691, PEP 700)"
-            raise DistributionNotFoundError(what, where=self.url, remedy=remedy)
-        return self.sha256, self.size
+def pins(file: "DistributionPackage") -> tuple[str, int]:
+    """SHA-256 in hex and size; DistributionNotFoundError where the index does not say them."""
+    sha256 = file.digests.get("sha256", "")
+    if not SHA256.fullmatch(sha256) or file.size is None:
+        what = f"the index gives no sha256 or no size for {file.filename}"
+        remedy = "use an index with the JSON simple API (PEP 691, PEP 700)"
+        raise DistributionNotFoundError(what, where=file.url, remedy=remedy)
+    return sha256, file.size
 
 
 def index_url() -> str:
@@ -155,7 +144,7 @@ class Index:
         self.url = url or index_url()
         self.session = PatientSession()
 
-    def files(self, project: str) -> list[IndexFile]:
+    def files(self, project: str) -> list["DistributionPackage"]:
         """All files of one project; DistributionNotFoundError, IndexUnreachableError."""
         # Here, since it brings a parser of HTML: a third of the time in which a command starts.
         import pypi_simple as simple  # noqa: PLC0415
@@ -168,19 +157,7 @@ class Index:
             raise self._unusable(f"does not answer: {type(error).__name__}") from error
         except (ValueError, RecursionError, simple.UnsupportedRepoVersionError) as error:
             raise self._unusable(f"has no page for {project} that can be read: {error}") from error
-        return [
-            IndexFile(
-                filename=package.filename,
-                url=package.url,
-                sha256=sha256 if SHA256.fullmatch(sha256) else None,
-                size=package.size,
-                yanked=package.is_yanked,
-                uploaded=str(package.upload_time.date()) if package.upload_time else None,
-            )
-            for package in page.packages
-            if FILENAME.fullmatch(package.filename)
-            for sha256 in [package.digests.get("sha256", "")]
-        ]
+        return [file for file in page.packages if FILENAME.fullmatch(file.filename)]
 
     def _page(self, url: str, accept: str, project: str) -> requests.Response:
         """A project's page; it ends at a size and at a time."""
@@ -213,7 +190,7 @@ class Index:
             "what was already fetched is kept",
         )
 
-    def files_of(self, projects: Iterable[str]) -> dict[str, list[IndexFile]]:
+    def files_of(self, projects: Iterable[str]) -> dict[str, list["DistributionPackage"]]:
         """The files of many projects, asked side by side."""
         names = sorted(set(projects))
         with ThreadPoolExecutor(CONNECTIONS) as pool:

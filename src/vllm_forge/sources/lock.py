@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
@@ -18,7 +18,10 @@ from uv import find_uv_bin
 from vllm_forge.host import console, hash_of, read_plain, write_whole
 from vllm_forge.matrix import Base, Line
 from vllm_forge.sources import errors
-from vllm_forge.sources.index import Index, IndexFile
+from vllm_forge.sources.index import Index, pins
+
+if TYPE_CHECKING:
+    from pypi_simple import DistributionPackage
 
 ENTRY = re.compile(
     r"^(?P<name>[a-z0-9-]+)==(?P<version>\S+) --hash=sha256:(?P<sha256>[0-9a-f]{64})"
@@ -201,10 +204,10 @@ def wheel_tags(line: Line, base: Base) -> dict[Tag, int]:
 
 
 def choose_wheel(
-    name: str, version: str, files: list[IndexFile], tags: dict[Tag, int]
+    name: str, version: str, files: list["DistributionPackage"], tags: dict[Tag, int]
 ) -> LockedWheel:
     """The best file of a release, whose hash and size are known; else DistributionNotFoundError."""
-    ranked: dict[int, IndexFile] = {}
+    ranked: dict[int, DistributionPackage] = {}
     for file in files:
         try:
             _, wheel_version, _, wheel_tags = parse_wheel_filename(file.filename)
@@ -217,7 +220,7 @@ def choose_wheel(
         what = f"{name} {version} has no wheel for the image's platform"
         raise errors.DistributionNotFoundError(what)
     best = ranked[min(ranked)]
-    sha256, size = best.pins()
+    sha256, size = pins(best)
     return LockedWheel(name=name, version=version, filename=best.filename, size=size, sha256=sha256)
 
 

@@ -283,7 +283,7 @@ def test_yanked_releases_are_left_out(server: IndexServer, monkeypatch: pytest.M
     index = Index(server.url)
     files = index.files("vllm")
     yanked = [
-        file if "1.9.1" not in file.filename else type(file)(**{**vars_of(file), "yanked": True})
+        file if "1.9.1" not in file.filename else type(file)(**{**vars_of(file), "is_yanked": True})
         for file in files
     ]
     monkeypatch.setattr(index, "files", lambda _project: yanked)

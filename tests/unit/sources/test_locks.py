@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 from packaging.utils import canonicalize_name, parse_wheel_filename
+from pypi_simple import DistributionPackage
 
 from tests.support.index_server import IndexServer, Served, refusing_port
 from vllm_forge.matrix import Base, Line, load
-from vllm_forge.sources import Index, IndexFile, lock, make_lock, read_lock
+from vllm_forge.sources import Index, lock, make_lock, read_lock
 from vllm_forge.sources.errors import (
     DistributionNotFoundError,
     IndexUnreachableError,
@@ -304,8 +305,15 @@ CHOICES: dict[str, tuple[list[str], str | None]] = {
 }
 
 
-def offer(*names: str, sha256: str | None = HEX, size: int | None = 9) -> list[IndexFile]:
-    return [IndexFile(filename=name, url="", sha256=sha256, size=size) for name in names]
+def offer(*names: str, sha256: str | None = HEX, size: int | None = 9) -> list[DistributionPackage]:
+    digests = {} if sha256 is None else {"sha256": sha256}
+    return [
+        DistributionPackage(
+            filename=name, url="", project=None, version=None, package_type=None, digests=digests,
+            requires_python=None, has_sig=None, size=size,
+        )
+        for name in names
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHOICES)
