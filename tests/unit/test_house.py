@@ -102,7 +102,7 @@ def test_series_names_real_skus_and_real_tests(name: str) -> None:
 def test_schema_is_current() -> None:
     from vllm_forge.matrix.cells import schema_text
 
-    assert (REPO / "matrix.schema.json").read_text() == schema_text(), "run: nox -s forge -- schema"
+    assert (REPO / "matrix.schema.json").read_text() == schema_text(), "run: nox -s docs"
 
 
 def test_modules_are_short() -> None:

@@ -79,7 +79,6 @@ REFUSED = {
     "wheels fetch": [],
     "wheels patched": [],
     "docs": [],
-    "schema": [],
     "bench build": [],
     "bench claims": [],
     "bench import": [

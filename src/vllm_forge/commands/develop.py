@@ -22,7 +22,6 @@ def register(choices: Commands) -> None:
 
     one = command(choices, "docs", docs)
     one.add_argument("--check", action="store_true", help="compare only; fail if one differs")
-    command(choices, "schema", schema)
     one = command(choices, "report", report_page)
     one.add_argument("--output", type=Path, help="file (default: dist/report.html)")
     ci = group(choices, "ci", help="print the pipeline of a CI service")
@@ -81,13 +80,6 @@ def docs(project: Project, args: argparse.Namespace) -> None:
         return
     for path in write_pages(project):
         print(path)
-
-
-def schema(project: Project, _: argparse.Namespace) -> None:
-    """Write matrix.schema.json."""
-    from vllm_forge.pages.registry import write_pages
-
-    write_pages(project, "matrix.schema.json")
 
 
 def report_page(project: Project, args: argparse.Namespace) -> None:
