@@ -90,22 +90,19 @@ def _add_waivers(project: Project, grid: Grid) -> Iterator[tuple[Path, ForgeErro
 
 
 def status(project: Project) -> str:
+    """The page: SKU by line and tier, how each tier ran, and what is refused."""
     receipts = read_receipts(project)
     grid, refused = make_grid(project, receipts)
-    lines = [status_text(project, grid, receipts.valid)]
+    columns = list(dict.fromkeys(place[1:] for place in grid))
+    cells = (
+        [sku, *(_cell(grid[(sku, *column)]) for column in columns)] for sku in project.matrix.sku
+    )
+    shown = table(["SKU", *(", ".join(column) for column in columns)], cells)
+    lines = [(shown + "\n" + _evidence(project.root, receipts.valid)).rstrip()]
     if refused:
         rows = (f"{path.relative_to(project.root)}: {error.what}" for path, error in refused)
         lines += ["\nRefused:\n", *(f"* {escape(printable(row))}" for row in rows)]
     return "\n".join(lines)
-
-
-def status_text(project: Project, grid: Grid, receipts: Sequence[Receipt]) -> str:
-    """The page: SKU by line and tier, then how each tier ran."""
-    columns = list(dict.fromkeys(place[1:] for place in grid))
-    skus = project.matrix.sku
-    rows = ([sku, *(_cell(grid[(sku, *column)]) for column in columns)] for sku in skus)
-    shown = table(["SKU", *(", ".join(column) for column in columns)], rows)
-    return (shown + "\n" + _evidence(project.root, receipts)).rstrip()
 
 
 def _cell(state: TierState) -> str:

@@ -41,12 +41,6 @@ from vllm_forge.release.verify import Report, Verification
 from vllm_forge.signing import PrivateKey, Verified, sign
 from vllm_forge.signing.keyless import sign_keyless
 
-UNSIGNED = RequirementError(
-    "no key signs the statements that this stage requires",
-    where="--key",
-    remedy="give a private key with --key, or --identity and --issuer where this host has them",
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -63,16 +57,19 @@ class Job:
     ca: Path | None = None
     clock: Callable[[], datetime] = lambda: datetime.now(UTC)
 
-    @property
-    def signs(self) -> bool:
-        return self.key is not None or self.trust.identity is not None
-
     def findings(self) -> list[ForgeError]:
         """Why nothing that this job signs would count, before anything is built."""
         if not self.gate.policy.statements:
             return []
-        if not self.signs:
-            return [UNSIGNED]
+        if self.key is None and self.trust.identity is None:
+            return [
+                RequirementError(
+                    "no key signs the statements that this stage requires",
+                    where="--key",
+                    remedy="give a private key with --key, or --identity and --issuer where this "
+                    "host has them",
+                )
+            ]
         try:
             if self.key and (row := self.trust.keys.find(keyid=self.key.public.id)):
                 row.require(None, self.clock(), "--key")
