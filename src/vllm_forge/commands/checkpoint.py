@@ -4,9 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from vllm_forge.checkpoints.quantize.environment import enter, prepare
 from vllm_forge.commands.parsers import EVERY_LINE, JSON, Commands, command, group, print_json
 from vllm_forge.errors import UsageError
 from vllm_forge.host import Runner
+from vllm_forge.patches import read_dispositions
 from vllm_forge.project import Project
 
 FULL = "full"  # beside the names of variants
@@ -77,7 +79,6 @@ def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.checkpoints.inspect.manifest import named, published_as
     from vllm_forge.checkpoints.inspect.page import show
     from vllm_forge.checkpoints.inspect.profile import Profile
-    from vllm_forge.patches import read_dispositions
     from vllm_forge.proofs.dry_load import DISPOSITIONS, dry_loads
 
     line, _ = project.line(args.line)
@@ -118,7 +119,6 @@ def verify(project: Project, args: argparse.Namespace) -> None:
 
 def quantize(project: Project, args: argparse.Namespace) -> None:
     """Quantize a BF16 DeepSeek-V4 by a recipe."""
-    from vllm_forge.checkpoints.quantize.environment import enter
     from vllm_forge.checkpoints.quantize.inputs import load_recipe, open_model
     from vllm_forge.checkpoints.quantize.quantizer import check_output, forecast
     from vllm_forge.checkpoints.quantize.quantizer import quantize as run
@@ -153,7 +153,6 @@ def fixtures(project: Project, args: argparse.Namespace) -> None:
         load_variants,
         variant_path,
     )
-    from vllm_forge.checkpoints.quantize.environment import enter
 
     names = args.names or list(load_variants())
     if not all(is_whole(variant_path(project, name)) for name in names):
@@ -179,6 +178,4 @@ def _full(project: Project, args: argparse.Namespace) -> None:
 
 def tools(project: Project, _: argparse.Namespace) -> None:
     """Install the quantization tools, print their Python."""
-    from vllm_forge.checkpoints.quantize.environment import prepare
-
     print(prepare(project))

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import vllm_forge
 from vllm_forge.errors import UsageError
-from vllm_forge.host import suggestion
+from vllm_forge.host import head_commit, suggestion
 from vllm_forge.matrix.cells import PACKAGED
 from vllm_forge.project import Project
 
@@ -37,8 +37,8 @@ class Parser(argparse.ArgumentParser):
         name = options[0].partition("=")[0] if options else ""
         what = f"unknown option {name}" if name else f"unexpected argument {arguments[0]!r}"
         hint = suggestion(name, self._option_string_actions, least=NEAR, listed=False)
-        what = what + hint
-        raise UsageError(what, where=self.prog, remedy=Parser.remedy if hint else self.remedy)
+        remedy = Parser.remedy if hint else self.remedy
+        raise UsageError(what + hint, where=self.prog, remedy=remedy)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -54,8 +54,6 @@ class Version(argparse.Action):
     """Print the version and the commit: a wheel has it in its data, a checkout in git."""
 
     def __call__(self, *_: Any) -> NoReturn:
-        from vllm_forge.host import head_commit
-
         if PACKAGED.is_dir():
             commit = (PACKAGED / "COMMIT").read_text(encoding="utf-8").strip()
         else:

@@ -6,8 +6,12 @@ from pathlib import Path
 
 from vllm_forge.commands.parsers import EVERY_LINE, LINE, Commands, command, group
 from vllm_forge.host import Runner, console, report, write_json
+from vllm_forge.kernels.selection import record as selections
+from vllm_forge.kernels.selection import stops as late_stops
 from vllm_forge.matrix import Line
-from vllm_forge.patches import Applied, check_line, read_series, update_line
+from vllm_forge.pages.markdown import terminal_table
+from vllm_forge.patches import Applied, authoring, check_line, read_series, update_line
+from vllm_forge.patches.drift import survey_lines, write_drift
 from vllm_forge.patches.errors import InstalledStateError
 from vllm_forge.patches.series import export_line, fetch_base, read_tree_lock, trees_of_moved
 from vllm_forge.patches.wheel import Installer, find_python, probe
@@ -72,19 +76,15 @@ def _print_series(project: Project, name: str, applied: Applied | None = None) -
 
 def checkout(project: Project, args: argparse.Namespace) -> None:
     """Make a git branch of a line's patches."""
-    from vllm_forge.patches.authoring import BASE
-    from vllm_forge.patches.authoring import checkout as checkout_line
-
-    count = checkout_line(project, project.line(args.line)[0], SourceRepo(), args.directory)
-    print(f"{args.directory}: {count} patches on {BASE}")
+    name, _ = project.line(args.line)
+    count = authoring.checkout(project, name, SourceRepo(), args.directory)
+    print(f"{args.directory}: {count} patches on {authoring.BASE}")
     console.print("edit them with git (commit, rebase -i), then run: patch export", style="dim")
 
 
 def export(project: Project, args: argparse.Namespace) -> None:
     """Write a line's series from a branch that patch checkout made."""
-    from vllm_forge.patches.authoring import export as export_branch
-
-    _print_series(project, export_branch(project, args.directory)[0])
+    _print_series(project, authoring.export(project, args.directory)[0])
 
 
 def prove(project: Project, args: argparse.Namespace) -> None:
@@ -104,10 +104,8 @@ def upstream(project: Project, args: argparse.Namespace) -> None:
 
 def drift(project: Project, args: argparse.Namespace) -> None:
     """Record what each vLLM release does to each patch."""
-    from vllm_forge.pages.markdown import terminal_table
     from vllm_forge.pages.records import drift_summary
     from vllm_forge.pages.registry import write_pages
-    from vllm_forge.patches.drift import survey_lines, write_drift
 
     found = survey_lines(project, SourceRepo(), first=args.first, last=args.last)
     day = datetime.now(UTC).date().isoformat()
@@ -154,13 +152,6 @@ def _install_release(lock_path: Path, line: Line, python_version: str, python: P
 
 def select(project: Project, args: argparse.Namespace) -> None:
     """Ask each line's vLLM which kernels it selects (as root), and compare with the record."""
-    from vllm_forge.kernels.selection.record import require_fresh, require_same, write_selection
-    from vllm_forge.kernels.selection.stops import (
-        find_stops,
-        require_cited,
-        require_same_stops,
-        write_stops,
-    )
     from vllm_forge.pages.kernels import selection_table
     from vllm_forge.pages.registry import write_pages
     from vllm_forge.proofs.environment import ask_line
@@ -168,25 +159,26 @@ def select(project: Project, args: argparse.Namespace) -> None:
     names = project.lines(args.line)
     if not args.record:
         for name in names:  # before the first is asked, which takes a minute
-            require_fresh(project, name)
+            selections.require_fresh(project, name)
     for name in names:
         selection = ask_line(project, name, Runner())
         console.print(selection_table(selection))
         repo, tree = SourceRepo(), selection.inputs["series"]
         if (chat := project.matrix.line[name].chat) is not None:
-            require_cited(repo, tree, chat.source)
-        stops = find_stops(repo, tree)
+            late_stops.require_cited(repo, tree, chat.source)
+        stops = late_stops.find_stops(repo, tree)
         if args.record:
-            print(write_selection(project.records, selection))
-            print(write_stops(project.records, name, stops))
+            print(selections.write_selection(project.records, selection))
+            print(late_stops.write_stops(project.records, name, stops))
             write_pages(project, "docs/generated/selection.md", "docs/generated/late-stops.md")
             continue
-        require_same_stops(project.records, name, stops)
-        recorded = require_fresh(project, name)
-        rows = (*selection.rows, *selection.probes)
-        require_same(recorded, [answer for _, answer in rows])
-        require_same(recorded, [answer for _, answer in selection.published], published=True)
-        print(f"line {name}: {len(rows) + len(selection.published)} answers as recorded")
+        late_stops.require_same_stops(project.records, name, stops)
+        recorded = selections.require_fresh(project, name)
+        answers = [answer for _, answer in (*selection.rows, *selection.probes)]
+        published = [answer for _, answer in selection.published]
+        selections.require_same(recorded, answers)
+        selections.require_same(recorded, published, published=True)
+        print(f"line {name}: {len(answers) + len(published)} answers as recorded")
 
 
 def coverage(project: Project, args: argparse.Namespace) -> None:
