@@ -153,8 +153,8 @@ def kv_pool(rows: Sequence[KvCache], release: Version, spread: Parallel, in_flig
     layers: dict[tuple[int, int | None], Counter[int]] = {}
     for row in rows:
         page = row.page_bytes
-        if release < WIDEST:  # padded to a page of the layers without a window
-            page = min(size for size in full if size >= page)
+        if release < WIDEST:  # padded to a page of the layers without a window, or refused
+            page = min((size for size in full if size >= page), default=page)
         count = math.ceil(row.layers / spread.pipeline)
         layers.setdefault((row.block_size, row.window), Counter())[page] += count
     counts = {key: max(pages.values()) for key, pages in layers.items()}
