@@ -56,6 +56,9 @@ CHEATS = {
         "AssertionError",
     ),
     "nests deeply": ("def f():\n    x = []\n    for _ in range(9000): x = [x]\n    return x", ""),
+    "raises a name of its own": (
+        "def f(): raise type('right\\n\\x1b[2J' * 99, (Exception,), {})", "right \\x1b[2Jright",
+    ),
     "returns a large result": ("def f(): return 'x' * (1 << 21)", "too large"),
     "has no function": ("g = 1", "KeyError"),
     "is not Python": ("def f(:", "SyntaxError"),
@@ -131,6 +134,7 @@ def test_only_a_right_result_is_right(name: str) -> None:
     found = verdict(program, SECRET)
     assert found.right == (name == "right")
     assert why in found.why
+    assert len(found.why) <= sandbox.MOST_REASON
 
 
 @pytest.mark.parametrize("name", DENIED)
@@ -186,7 +190,10 @@ def test_program_reaches_no_network() -> None:
 
 ENDLESS = {
     "loop": ("def f():\n    while True: pass", Limits(cpu_seconds=1)),
-    "loop before the call": ("while True: pass", Limits(cpu_seconds=1)),
+    "fork bomb": (
+        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+        Limits(cpu_seconds=1),
+    ),
     "output": ("def f():\n    while True: print('x' * 65536)", Limits(cpu_seconds=1)),
     "messages": (
         "import os\ndef f():\n    while True: os.write(FD, b'1' * 65536)", Limits(cpu_seconds=1)

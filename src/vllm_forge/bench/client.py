@@ -219,12 +219,13 @@ async def _ask(
                     finish = choice.get("finish_reason") or finish
     except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError, AttributeError):
         finish = "error"
-    if finish not in {"stop", "length"} or usage != sum(chunks):
+    # A model may call a tool that it was not offered: a finished answer without a text.
+    if finish not in {"stop", "length", "tool_calls"} or usage != sum(chunks):
         return Answer(item=prompt.item, repeat=prompt.repeat, finish="error")
     return Answer(
         item=prompt.item,
         repeat=prompt.repeat,
-        finish="stop" if finish == "stop" else "length",
+        finish="length" if finish == "length" else "stop",
         **{name: "".join(parts) for name, parts in texts.items()},
         chunks=tuple(chunks),
         seconds=time.perf_counter() - begin,

@@ -1,7 +1,7 @@
 """Execution of answers with code, only isolated; without isolation refused.
 
 Candidate and checker are a sandbox each: new namespaces (user, mount, PID, network, IPC, UTS), user
-nobody without capabilities, a read-only root with Python alone, no /proc, /dev or /tmp, and
+nobody without capabilities, a read-only root with /usr and Python, no /proc, /dev or /tmp, and
 resource limits. They share two pipes. Only the checker has the tests, so what a candidate prints,
 patches or exits with is not a verdict.
 """
@@ -28,6 +28,7 @@ from vllm_forge.host import parse_json, printable, which
 HERE = Path(__file__).resolve().parent
 NAMESPACES = ("--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child=KILL")
 MOST_VERDICT = 1 << 16
+MOST_REASON = 100  # characters
 GRACE_S = 10.0
 REMEDY = (
     "run this as root, or allow user namespaces (sysctl user.max_user_namespaces, "
@@ -101,7 +102,8 @@ def judge(task: CodeTask, limits: Limits = Limits()) -> Verdict:
     if "fault" in reply:
         what = f"invalid test of {task.entry}: {printable(reply['fault'])}"
         raise WorkloadFileError(what, remedy="correct the data of the workload")
-    return Verdict(right=reply["right"], why=printable(reply.get("why", "")))
+    why = " ".join(printable(reply.get("why", "")).split())  # a name that the program chose
+    return Verdict(right=reply["right"], why=why[:MOST_REASON])
 
 
 @contextmanager
@@ -164,8 +166,8 @@ def _argv(role: str, root: str, pipes: Sequence[str], limits: Limits) -> list[st
     isolated = [python, "-I", "-S", "-B", "-X", "utf8"]
     return [
         str(tools["setpriv"]), "--pdeathsig", "KILL", str(tools["unshare"]), *own, *NAMESPACES,
-        *isolated, str(HERE / "sandbox_init.py"), root, sys.base_prefix, limits.as_json(),
-        *isolated, "-c", program, role, *pipes,
+        *isolated, str(HERE / "sandbox_init.py"), root, os.path.realpath(sys.base_prefix),
+        limits.as_json(), *isolated, "-c", program, role, *pipes,
     ]  # fmt: skip
 
 

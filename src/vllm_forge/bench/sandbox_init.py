@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 NOBODY = 65534
-LIBRARIES = ("usr", "lib", "lib64")  # the dynamic loader, libc, and a Python of the distribution
+# The dynamic loader, libc, and a Python of the distribution; of Nix, all of these.
+LIBRARIES = ("usr", "lib", "lib64", "nix/store")
 ROOT_BYTES = 1 << 20
 STARTED = "started\n"
 MS_BIND, MS_REC, MNT_DETACH = 4096, 16384, 2  # mount(2), umount2(2)
@@ -48,7 +49,7 @@ def build_root(root: Path, python: Path) -> None:
             (root / name).symlink_to(source.readlink())
         elif source.is_dir():
             bind(source, root / name)
-    if not python.is_relative_to("/usr"):
+    if not (root / python.relative_to("/")).exists():
         bind(python, root / python.relative_to("/"))
     attributes = (ctypes.c_uint64 * 4)(READ_ONLY_NOSUID_NODEV, 0, 0, 0)
     size = ctypes.c_size_t(ctypes.sizeof(attributes))

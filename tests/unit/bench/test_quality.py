@@ -164,7 +164,7 @@ FAULTS: dict[str, tuple[Callable[[str], Reply], str]] = {
         lambda question: Reply(f"hm</think>{right(question).text}"),
         "thinking is False, but the answers say True",
     ),
-    "tools": (lambda question: replace(right(question), finish="tool_calls"), "8 failed requests"),
+    "ended": (lambda question: replace(right(question), finish="abort"), "8 failed requests"),
 }  # fmt: skip
 
 
