@@ -86,7 +86,7 @@ def register(choices: Commands) -> None:
 def _workload_options(one: Parser) -> None:
     """What is asked."""
     one.add_argument(
-        "--workload", required=True, help="chat-code, aime, ...: docs/operate/bench.md"
+        "--workload", required=True, help="chat-code, aime, ...: docs/operate/bench-quality.md"
     )
     one.add_argument("--workloads", type=Path, metavar="TOML", help="rows of your own")
     one.add_argument("--data", type=Path, help="JSONL that the workload ships without")
