@@ -1,11 +1,13 @@
 """A server that speaks vLLM's streaming completions and metrics, with planted faults.
 
-Run as a program: PORT [FAULT [CACHE]]. It then is a server of a session, until it is ended.
+Run as a program: PORT [FAULT [CACHE]], or as `vllm serve MODEL`. It then is a server of a session,
+until it is ended.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import sys
 import threading
@@ -15,18 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
+from tests.gpu.models import exact_mtp
 from vllm_forge.bench.null_server import chunk, usage
 
 if TYPE_CHECKING:
     from types import TracebackType
 
 DEPTH = 2  # drafted tokens a step
+PI, PROPOSALS = exact_mtp.permutation(), exact_mtp.proposals("fraction")
 METRICS = """# HELP vllm:spec_decode_num_drafts_total of a fake
 vllm:spec_decode_num_drafts_total{{engine="0"}} {drafts:.1f}
 vllm:spec_decode_num_draft_tokens_total{{engine="0"}} {draft_tokens:.1f}
 vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {accepted:.1f}
 vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="0"}} {first:.1f}
-vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="1"}} 0.0
+vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="1"}} {second:.1f}
 vllm:prefix_cache_hits_total{{engine="0"}} {prefix_hits:.1f}
 vllm:generation_tokens_total{{engine="0"}} {tokens:.1f}
 """
@@ -34,16 +38,21 @@ vllm:generation_tokens_total{{engine="0"}} {tokens:.1f}
 
 @dataclass
 class BenchServer:
-    """Each step gives one token and one accepted draft. ``seen``: the bodies of all requests."""
+    """Each step gives one token and one accepted draft. ``seen``: the bodies of all requests.
+
+    ``depth`` 0: no drafts. ``exact``: those of the model that is known exactly.
+    """
 
     fault: str = ""
     cache: Path | None = None
     seen: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
     port: int = 0
+    depth: int = DEPTH
+    exact: bool = False
 
     def __post_init__(self) -> None:
-        names = ("drafts", "draft_tokens", "accepted", "first", "prefix_hits", "tokens")
+        names = ("drafts", "draft_tokens", "accepted", "first", "second", "prefix_hits", "tokens")
         self.counts = dict.fromkeys(names, 1000 if self.fault == "reset" else 0)
         self._loop = asyncio.new_event_loop()
         self._ready, self._stop = threading.Event(), asyncio.Event()
@@ -80,7 +89,8 @@ class BenchServer:
         return web.Response()
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        text = METRICS.format(**self.counts)
+        rows = METRICS.format(**self.counts).splitlines(keepends=True)
+        text = "".join(row for row in rows if self.depth or "spec_decode" not in row)
         if self.fault == "reset":  # as if the server had been restarted since
             self.counts = dict.fromkeys(self.counts, 0)
         return web.Response(text=text)
@@ -93,28 +103,39 @@ class BenchServer:
         reply = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await reply.prepare(request)
         most = body["max_tokens"] - (2 if self.fault == "short" else 0)
-        tokens, steps = 1, 0
-        await reply.write(chunk([0]))
+        tokens, taken = 1, list[int]()
+        await reply.write(chunk([0], "length" if most == 1 else None))
         while tokens < most:
-            count = min(2, most - tokens)
-            tokens, steps = tokens + count, steps + 1
+            taken.append(self._taken(body["prompt"], tokens))
+            count = min(1 + taken[-1], most - tokens)
+            tokens += count
             last = "length" if tokens == most else None
             if self.fault != "merged":
                 await reply.write(chunk(list(range(count)), last))
         if self.fault == "merged":  # several steps in one chunk, as a slow client gets them
             await reply.write(chunk(list(range(most - 1)), "length"))
-        self._count(steps, tokens)
+        self._count(taken, tokens)
         if self.fault == "cut":
             request.transport.abort()  # type: ignore[union-attr]
             return reply
         await reply.write(usage(tokens - (1 if self.fault == "usage" else 0)))
         return reply
 
-    def _count(self, steps: int, tokens: int) -> None:
-        self.counts["drafts"] += steps
-        self.counts["draft_tokens"] += DEPTH * steps
-        self.counts["accepted"] += steps
-        self.counts["first"] += steps - (self.fault == "positions")
+    def _taken(self, prompt: Any, made: int) -> int:
+        """Drafts that a step accepts after so many tokens."""
+        if not self.exact:
+            return min(1, self.depth)
+        token, taken = exact_mtp.orbit(prompt[-1], made)[-1], 0
+        while taken < self.depth and PROPOSALS[token] == PI[token]:
+            token, taken = PI[token], taken + 1
+        return taken
+
+    def _count(self, taken: list[int], tokens: int) -> None:
+        self.counts["drafts"] += len(taken)
+        self.counts["draft_tokens"] += self.depth * len(taken)
+        self.counts["accepted"] += sum(taken)
+        self.counts["first"] += sum(map(bool, taken)) - (self.fault == "positions")
+        self.counts["second"] += sum(count > 1 for count in taken)
         self.counts["tokens"] += tokens + (self.fault == "others")
         self.counts["prefix_hits"] += self.fault == "prefix"
         if self.fault == "jit" and self.cache is not None:
@@ -132,5 +153,15 @@ def main(port: str, fault: str = "", cache: str = "") -> None:
         signal.pause()
 
 
+def serve(model: str, *options: str) -> None:
+    """As `vllm serve`."""
+    given = dict(option.removeprefix("--").partition("=")[::2] for option in options)
+    config = json.loads(given.get("speculative-config", "{}"))
+    depth = config.get("num_speculative_tokens", 0)
+    exact = Path(model).name == "exact"
+    with BenchServer(port=int(given["port"]), depth=depth, exact=exact):
+        signal.pause()
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve(*sys.argv[2:]) if sys.argv[1] == "serve" else main(*sys.argv[1:])

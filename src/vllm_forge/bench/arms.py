@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,24 +91,47 @@ def plan_of(
 
     Servers keep what they compile in ``caches``.
     """
-    session = read_session(path)
-    workload = path.with_name(session.workload)
-    _, prompts = read_workload(workload)
-    subject, checkpoint = _subject(project, cell), path.parent / session.checkpoint
+    session, subject = read_session(path), _subject(project, cell)
     arms = {}
     for name, row in session.arm.items():
         if row.preset is None:
-            arms[name] = command_launch(row, subject, str(caches), path)
+            arms[name] = _command(row, subject, str(caches), path)
         else:
             deployment = find_deployment(project.matrix, cell, row.preset, row.artifact)
             arms[name] = _container(
                 probe, deployment, session, name, caches=caches, subject=subject, engine=engine
             )
+    return _plan(session, path, arms, path.parent / session.checkpoint, str(caches))
+
+
+def carried_plan(
+    path: Path, subject: dict[str, str], checkpoints: Mapping[str, Path], caches: str
+) -> tuple[Plan, bytes]:
+    """The plan of a session that a kit carries; ``checkpoints``: by name.
+
+    SessionFileError: an arm needs a container engine, or the kit lacks the checkpoint.
+    """
+    session = read_session(path)
+    presets = [name for name, row in session.arm.items() if row.preset is not None]
+    if presets or session.checkpoint not in checkpoints:
+        what = f"arm {presets[0]} needs a container engine" if presets else ""
+        remedy = "give its command" if presets else f"add --checkpoint {session.checkpoint}=DIR"
+        what = what or f"the kit has no checkpoint {session.checkpoint}"
+        raise SessionFileError(what, where=path, remedy=remedy)
+    arms = {name: _command(row, subject, caches, path) for name, row in session.arm.items()}
+    return _plan(session, path, arms, checkpoints[session.checkpoint], caches)
+
+
+def _plan(
+    session: Session, path: Path, arms: dict[str, Launch], checkpoint: Path, caches: str
+) -> tuple[Plan, bytes]:
+    workload = path.with_name(session.workload)
+    _, prompts = read_workload(workload)
     conditions = conditions_of(
         session, prompts=prompts, template=_hash(checkpoint / TEMPLATE),
         tokenizer=_hash(checkpoint / TOKENIZER),
     )  # fmt: skip
-    return make_plan(session, arms, conditions, (str(caches),)), read_plain(workload)
+    return make_plan(session, arms, conditions, (caches,)), read_plain(workload)
 
 
 def _container(
@@ -132,7 +156,7 @@ def _container(
     return Launch(argv=command.argv, env=command.env, remove=remove, model=repo, server=server)
 
 
-def command_launch(row: ArmRow, subject: dict[str, str], caches: str, path: Path) -> Launch:
+def _command(row: ArmRow, subject: dict[str, str], caches: str, path: Path) -> Launch:
     """A command whose compilers keep their kernels in ``caches``; SessionFileError."""
     variables = {variable: f"{caches}/{name}" for name, variable in FOLDERS.items()}
     if own := sorted(variables.keys() & row.env.keys()):

@@ -1,8 +1,9 @@
 """Run a plan: a fresh server for each start, measured, ended; resumable by start.
 
-    python -m vllm_forge.bench.turns FOLDER OUTPUT [--retry]
+    python -m vllm_forge.bench.turns FOLDER OUTPUT [NAME]... [--retry]
 
-FOLDER has plan.json and the prompts. It needs what an image has: aiohttp, pydantic, rich.
+FOLDER has a folder with plan.json and prompts for each session. What an image has is enough:
+aiohttp, pydantic, rich.
 """
 
 import argparse
@@ -81,6 +82,9 @@ class Run:
         """One start at every concurrency; its rows are kept only if all are valid."""
         plan, name = self.plan, self.plan.turns[order]
         caches = [Path(cache) for cache in plan.caches]
+        for place in plan.arms[name].env.values():  # not every compiler makes its folder
+            if any(Path(place).is_relative_to(cache) for cache in caches):
+                Path(place).mkdir(parents=True, exist_ok=True)
         cached = count_compiled(caches)
         log = self.output / LOGS / f"{order:02}-{name}.log"
         with serving(plan.arms[name], plan, log) as ready_s:
@@ -260,14 +264,16 @@ def _say(journal: Journal, plan: Plan, order: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("vllm_forge.bench.turns", allow_abbrev=False)
-    parser.add_argument("folder", type=Path, help="has plan.json and the prompts")
+    parser.add_argument("folder", type=Path, help="has a folder with plan.json for each session")
     parser.add_argument("output", type=Path)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of sessions (default: all)")
     parser.add_argument("--retry", action="store_true", help="repeat starts that failed")
     args = parser.parse_args(argv)
     # The first process of a PID namespace ignores signals without a handler.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        run_plan(args.folder, args.output, retry=args.retry)
+        for name in args.names or sorted(path.name for path in args.folder.iterdir()):
+            run_plan(args.folder / name, args.output / name, retry=args.retry)
     except ForgeError as error:
         print(f"{type(error).__name__} (exit {error.exit_code})\n{error}", file=sys.stderr)
         return error.exit_code

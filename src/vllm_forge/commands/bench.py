@@ -125,7 +125,7 @@ def _arm_options(one: Parser) -> None:
         one.add_argument(f"--{name}", action="store_true", help=text)
 
 
-def _require(*libraries: str) -> None:
+def require_libraries(*libraries: str) -> None:
     from vllm_forge.bench.errors import LibraryMissingError
 
     if missing := [name for name in libraries if importlib.util.find_spec(name) is None]:
@@ -136,7 +136,7 @@ def _require(*libraries: str) -> None:
 
 def claims(project: Project, args: argparse.Namespace) -> None:
     """Judge the figures of a published model card; write the record, its chart and its page."""
-    _require("scipy", "matplotlib")
+    require_libraries("scipy", "matplotlib")
     from vllm_forge.bench.plots import forest
     from vllm_forge.bench.verdicts import judge
     from vllm_forge.host import atomic_path, write_json
@@ -157,7 +157,7 @@ def claims(project: Project, args: argparse.Namespace) -> None:
 
 def plan(project: Project, args: argparse.Namespace) -> None:
     """Say how many items, prompts and server starts the gates need, and what they cannot decide."""
-    _require("scipy")
+    require_libraries("scipy")
     from vllm_forge.bench import plan as plans
     from vllm_forge.bench.claims import read_claims
     from vllm_forge.pages.claims import RECORD
@@ -184,7 +184,7 @@ def plan(project: Project, args: argparse.Namespace) -> None:
 
 def serve(project: Project, args: argparse.Namespace) -> None:
     """Measure one start of a server that is up, and add it to a record."""
-    _require("scipy", "aiohttp")
+    require_libraries("scipy", "aiohttp")
     from vllm_forge.bench import measure
     from vllm_forge.bench.arms import arm_of
     from vllm_forge.host import HostProbe
@@ -205,7 +205,7 @@ def serve(project: Project, args: argparse.Namespace) -> None:
 
 def run(project: Project, args: argparse.Namespace) -> None:
     """Start the servers of a session in turns, and measure each; go on after the last start."""
-    _require("scipy", "aiohttp")
+    require_libraries("scipy", "aiohttp")
     from vllm_forge.bench.arms import plan_of
     from vllm_forge.bench.session import write_plan
     from vllm_forge.bench.turns import run_plan
@@ -235,7 +235,7 @@ def _load(args: argparse.Namespace) -> "Loaded":
 
 def quality(project: Project, args: argparse.Namespace) -> None:
     """Ask a server that is up the questions of a workload, and score the answers."""
-    _require("scipy", "aiohttp")
+    require_libraries("scipy", "aiohttp")
     from vllm_forge.bench.arms import arm_of
     from vllm_forge.bench.quality import measure_quality, summary
     from vllm_forge.host import HostProbe
@@ -254,7 +254,7 @@ def quality(project: Project, args: argparse.Namespace) -> None:
 
 def workload(_: Project, args: argparse.Namespace) -> None:
     """Write the prompts of a workload, for `bench serve`."""
-    _require("scipy", "aiohttp")
+    require_libraries("scipy", "aiohttp")
     from vllm_forge.bench.workloads import lines
     from vllm_forge.host.files import write_whole
 
@@ -270,7 +270,7 @@ def workload(_: Project, args: argparse.Namespace) -> None:
 
 def import_answers(project: Project, args: argparse.Namespace) -> None:
     """Make a record of scored answers of another harness, to be judged by `bench gate`."""
-    _require("scipy", "aiohttp")
+    require_libraries("scipy", "aiohttp")
     from vllm_forge.bench import measure
     from vllm_forge.bench.arms import arm_of
     from vllm_forge.bench.results import Start, write_arm
@@ -286,7 +286,7 @@ def import_answers(project: Project, args: argparse.Namespace) -> None:
 
 def gate(project: Project, args: argparse.Namespace) -> None:
     """Compare two results: pass (exit 0), fail (121) or undecided (122)."""
-    _require("scipy")
+    require_libraries("scipy")
     from vllm_forge.bench.gate import gate as compare
     from vllm_forge.bench.gate import require_pass
     from vllm_forge.bench.results import read_arm
@@ -314,7 +314,7 @@ def gate(project: Project, args: argparse.Namespace) -> None:
 
 def report_results(_: Project, args: argparse.Namespace) -> None:
     """Write a table and charts of results, as Markdown and SVG; it compares nothing."""
-    _require("scipy", "matplotlib")
+    require_libraries("scipy", "matplotlib")
     from vllm_forge.bench import plots
     from vllm_forge.bench.results import read_arm
     from vllm_forge.bench.summary import HEAD, summarize

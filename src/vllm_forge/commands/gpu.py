@@ -4,8 +4,12 @@ import argparse
 import math
 import re
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from vllm_forge.commands.bench import require_libraries
 from vllm_forge.commands.parsers import LINE, SKU, Commands, command, group, option, positive
 from vllm_forge.errors import UsageError
 from vllm_forge.host import HostProbe, console
@@ -54,6 +58,8 @@ def register(choices: Commands) -> None:
     one.add_argument("--image", type=Path, help="OCI layout (default: dist/<cell>)")
     one.add_argument("--max-part", type=positive, default=62, help="in megabytes (62)")
     one.add_argument("--caches", type=Path, help="JIT caches of an earlier run of the same stack")
+    one.add_argument("--session", type=Path, action="append", default=[], metavar="TOML",
+                     help="of benchmarks, for `sh run.sh bench`; repeatable")  # fmt: skip
 
     one = command(gpu, "prewarm", prewarm, SKU, LINE)
     one.add_argument("caches", type=Path, help="folder that --caches left of a green run")
@@ -106,11 +112,19 @@ def kit(project: Project, args: argparse.Namespace) -> None:
     """Write the suite for a GPU host offline."""
     from vllm_forge.gputest.kit import make_kit
 
+    inputs = _input_folders(args.checkpoint, args.workloads)
+    add: Callable[[Path, dict[str, Any]], None] | None = None
+    if args.session:
+        require_libraries("aiohttp")
+        from vllm_forge.gputest.sessions import write_sessions
+
+        add = partial(write_sessions, root=project.root, paths=args.session, inputs=inputs)
+
     cell = project.cell(args.sku, args.line)
     make_kit(
         project, cell, args.image or project.root / "dist" / cell.name, args.output,
         max_part=math.ceil(args.max_part * 1e6), caches=args.caches,
-        inputs=_input_folders(args.checkpoint, args.workloads),
+        inputs=inputs, add=add,
     )  # fmt: skip
     print(args.output)
 

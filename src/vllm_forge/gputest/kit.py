@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, cast
@@ -25,11 +26,15 @@ from vllm_forge.images.prewarm import copy_plain, place_of
 from vllm_forge.matrix import ImageCell
 from vllm_forge.project import Project
 
+# What is compiled is of the stack of caches.json, for the suite and for later kits.
+KEEP_KEY = 'mkdir -p "$1" && { [ -e "$1/$2" ] || cp "/forge/$2" "$1"; } && shift 2 && exec "$@"'
+TURNS = ("/opt/venv/bin/python", "-m", "vllm_forge.bench.turns", "/forge/bench", "/output")
 HOST = Path(__file__).with_name("kit_host.py")
 CHUNK = 1 << 22
 RUN = """#!/bin/sh
 # sh run.sh take           keep the parts beside this file; once for each batch of parts
 # sh run.sh go OUTPUT      verify, unpack, run the suite in the image; see kit.py
+# sh run.sh bench OUTPUT   the same for the sessions of benchmarks that the kit has
 exec python3 "$(dirname "$0")/kit.py" "$@"
 """
 
@@ -43,11 +48,13 @@ def make_kit(
     max_part: int,
     inputs: dict[str, Path],
     caches: Path | None = None,
+    add: Callable[[Path, dict[str, Any]], None] | None = None,
 ) -> None:
     """Write a kit of an image's ``layout`` to ``output``, which must not exist.
 
     ``max_part``: bytes of the largest part. ``inputs``: place in the bundle -> folder with models
     or prompts. ``caches``: what JIT compilers made in an earlier run of the same stack.
+    ``add``: puts more into the bundle of a plan, see `sessions`.
     """
     if output.exists() or output.is_symlink():
         remedy = "choose another --output, or delete it"
@@ -75,6 +82,8 @@ def make_kit(
             launch.require_key(caches, key)
             (content / "jit").mkdir()
             copy_plain(caches, content / "jit" / Path(place).name)
+        if add is not None:
+            add(bundle, plan)
         with report("write the layers as gzip"):
             write_layers(image, content / "image")
         with report("write the parts"):
@@ -88,6 +97,11 @@ def make_kit(
                 "suite": {
                     "argv": ["/bin/sh", "-c", launch.WITH_CACHES, "sh", *launch.SUITE],
                     "last": [f"--caches={place}"],
+                    "env": launch.ENVIRONMENT,
+                },
+                "bench": {
+                    "argv": ["/bin/sh", "-c", KEEP_KEY, "sh", place, launch.KEY, *TURNS],
+                    "last": [],
                     "env": launch.ENVIRONMENT,
                 },
                 "parts": write_parts(content, aside, max_part),

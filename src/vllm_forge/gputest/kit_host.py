@@ -3,6 +3,8 @@
     kit.py take                   keep the parts beside this file; once for each batch of parts
     kit.py unpack                 verify and join the parts, verify and unpack the image
     kit.py go OUTPUT [ARG]...     take, unpack, then run the suite in the image as root
+    kit.py bench OUTPUT [ARG]...  the same for the sessions of benchmarks that the kit has:
+                                  [NAME]... [--retry]
     kit.py exec [OPTION]... -- COMMAND [ARG]...
                                   run a command in the image: --uid N (default: the image's user),
                                   --env NAME=VALUE, --bind SOURCE:TARGET
@@ -378,8 +380,8 @@ def exec_run(root: Path, config: dict[str, Any], work: Path, arguments: list[str
 
 
 def main(arguments: list[str]) -> int:
-    commands = (["take"], ["unpack"], ["go"], ["exec"], ["caches"])
-    if arguments[:1] not in commands or arguments in (["go"], ["caches"]):
+    commands = (["take"], ["unpack"], ["go"], ["bench"], ["exec"], ["caches"])
+    if arguments[:1] not in commands or arguments in (["go"], ["bench"], ["caches"]):
         fail(f"usage:\n{__doc__}")
     if arguments[0] == "caches":
         parser = argparse.ArgumentParser("kit.py caches", usage=__doc__, allow_abbrev=False)
@@ -411,9 +413,12 @@ def main(arguments: list[str]) -> int:
             print(f"image {digest} unpacked after {time.monotonic() - start:.0f} s", flush=True)
             if arguments[0] == "unpack":
                 return 0
-            if arguments[0] == "go":
+            if arguments[0] in {"go", "bench"}:
+                suite = manifest["suite" if arguments[0] == "go" else "bench"]
+                if arguments[0] == "bench" and not (folder / "bundle" / "bench").is_dir():
+                    fail("this kit has no sessions: make it with --session")
                 bring_caches(folder, cache := volume(work, 0))
-                output, suite = Path(arguments[1]).resolve(), manifest["suite"]
+                output = Path(arguments[1]).resolve()
                 output.mkdir(parents=True, exist_ok=True)
                 run = Run(
                     root=root,

@@ -243,18 +243,22 @@ def test_plan_is_run_as_a_program_until_it_is_ended(
     plan = json.loads((folder / PLAN).read_text())
     fifo = tmp_path / "began"
     os.mkfifo(fifo)
+    began = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     plan["arms"]["a"]["argv"] = ["sh", "-c", "echo $$ > $0; exec sleep 600", str(fifo)]
     write_json(folder / PLAN, plan)
-    command = [sys.executable, "-m", "vllm_forge.bench.turns", str(folder), str(tmp_path / "out")]
+    command = [sys.executable, "-m", "vllm_forge.bench.turns", str(tmp_path),
+               str(tmp_path / "out"), folder.name]  # fmt: skip
     env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}",
            "PYTHONPATH": os.pathsep.join(sys.path)}  # fmt: skip
     with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as process:
-        server = int(fifo.read_text())
+        select.select([began], [], [], 60)
+        server = int(os.read(began, 9))
         process.send_signal(signal.SIGTERM)
     assert process.returncode
     with pytest.raises(ProcessLookupError):
         os.kill(server, 0)
-    assert attempts(tmp_path / "out") == [(0, "a", "interrupted")]
+    os.close(began)
+    assert attempts(tmp_path / "out" / folder.name) == [(0, "a", "interrupted")]
 
 
 def test_host_without_gpu_is_refused(planned: Callable[..., Path]) -> None:

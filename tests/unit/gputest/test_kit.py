@@ -94,6 +94,7 @@ def folder(image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
             "last": ["--caches=/cache/jit/abc"],
             "env": {"MORE": "more"},
         },
+        "bench": {"argv": ["/bin/sh", "-c", 'echo turns "$@"', "sh"], "last": [], "env": {}},
         "parts": write_parts(content, target, 1 << 20),
     }
     (target / "manifest.json").write_text(json.dumps(manifest))
@@ -160,6 +161,21 @@ def test_compiled_kernels_are_packed_in_parts_for_the_next_kit(
 def test_a_part_of_caches_has_a_size(folder: Path, tmp_path: Path, size: str) -> None:
     code = 2 if size == "x" else 1
     assert "--max-part" in call(folder, "caches", str(tmp_path), f"--max-part={size}", code=code)
+
+
+@ROOT_ONLY
+@pytest.mark.parametrize("sessions", [True, False])
+def test_sessions_of_benchmarks_run_in_the_image(
+    sessions: bool, folder: Path, tmp_path: Path
+) -> None:
+    content = tmp_path / "content"
+    if sessions:
+        (content / "bundle" / "bench").mkdir()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["parts"] = write_parts(content, folder, 1 << 20)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    output = call(folder, "bench", str(tmp_path / "out"), "tiny", "--retry", code=not sessions)
+    assert ("turns tiny --retry" if sessions else "make it with --session") in output
 
 
 @ROOT_ONLY
