@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO, Self, TypeVar, cast
 
 import zstandard
+from isal import isal_zlib
 
 from vllm_forge.host import READ_ONLY
 
@@ -119,6 +120,13 @@ def stamp(path: Path, mode: int, crc: int) -> None:
     os.utime(path, (crc, crc))
 
 
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """A file's bytes."""
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(CHUNK):
+            yield block
+
+
 class TarWriter(ABC):
     """A tar, entry by entry, and a copy of its files; a subclass compresses the tar's bytes.
 
@@ -154,7 +162,7 @@ class TarWriter(ABC):
         """Add a file from memory, stored."""
         copy = self._files / path
         copy.write_bytes(content)
-        stamp(copy, mode, zlib.crc32(content))
+        stamp(copy, mode, isal_zlib.crc32(content))
         self._header(path, tarfile.REGTYPE, mode=mode, size=len(content))
         self._tar(content)
         self._pad(len(content))
@@ -194,7 +202,7 @@ class TarWriter(ABC):
     def _pad(self, size: int) -> None:
         self._tar(bytes(-size % BLOCK))
 
-    def _write(self, content: bytes | memoryview) -> None:
+    def _write(self, content: bytes) -> None:
         self._blob.update(content)
         self._file.write(content)
         self._size += len(content)
@@ -210,27 +218,31 @@ class LayerWriter(TarWriter):
         self._pending = bytearray()  # tar bytes that are not in a member yet
 
     def member(
-        self, path: str, mode: int, info: zipfile.ZipInfo, raw: Iterable[memoryview]
+        self,
+        path: str,
+        mode: int,
+        info: zipfile.ZipInfo,
+        raw: Iterable[bytes],
+        plain: Iterable[bytes],
     ) -> None:
-        """Add a wheel's member, whose plain bytes are in the copy, checked, already.
+        """Add a wheel's member, which is in the copy, checked, already.
 
-        ``raw`` is what the wheel has of it: the deflate stream, or the plain bytes.
+        ``raw`` is what the wheel has of it, the deflate stream or the plain bytes; ``plain`` those.
         """
-        copy, size = self._files / path, info.file_size
-        self._header(path, tarfile.REGTYPE, mode=mode, size=size)
+        self._header(path, tarfile.REGTYPE, mode=mode, size=info.file_size)
         if info.compress_type == zipfile.ZIP_DEFLATED:
             self._end()
             self._write(GZIP_HEADER)
             for piece in raw:
                 self._write(piece)
-            self._write(struct.pack("<II", info.CRC, size & 0xFFFFFFFF))
-            with copy.open("rb", buffering=0) as file:
-                while block := file.read(CHUNK):
-                    self._diff.update(block)
+            self._write(struct.pack("<II", info.CRC, info.file_size & 0xFFFFFFFF))
+            for block in plain:
+                self._diff.update(block)
         else:
-            self._tar(copy.read_bytes())
-        self._pad(size)
-        stamp(copy, mode, info.CRC)
+            for block in plain:
+                self._tar(block)
+        self._pad(info.file_size)
+        stamp(self._files / path, mode, info.CRC)
 
     def _tar(self, content: bytes) -> None:
         self._diff.update(content)
@@ -248,7 +260,7 @@ class LayerWriter(TarWriter):
             final = start + STORED_MAX >= len(content)
             self._write(struct.pack("<BHH", final, len(piece), len(piece) ^ 0xFFFF))
             self._write(piece)
-        self._write(struct.pack("<II", zlib.crc32(content), len(content) & 0xFFFFFFFF))
+        self._write(struct.pack("<II", isal_zlib.crc32(content), len(content) & 0xFFFFFFFF))
 
 
 class ZstdLayerWriter(TarWriter):
@@ -267,7 +279,7 @@ class ZstdLayerWriter(TarWriter):
         with (self._files / path).open("xb", buffering=0) as copy:
             for piece in pieces:
                 self._tar(piece)
-                crc = zlib.crc32(piece, crc)
+                crc = isal_zlib.crc32(piece, crc)
                 if piece[0] or piece != bytes(len(piece)):
                     copy.write(piece)
                 else:

@@ -9,7 +9,7 @@ name, not the content: the GPU suite compiles at the very same one (``place_of``
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
@@ -17,7 +17,7 @@ from typing import IO, Any, Literal, cast
 from vllm_forge.host import gigabytes, hash_of, open_plain, read_data
 from vllm_forge.host.files import file_digest
 from vllm_forge.images.errors import ForeignFileError
-from vllm_forge.images.layer import CHUNK, LayerBlob, ZstdLayerWriter, members
+from vllm_forge.images.layer import CHUNK, LayerBlob, ZstdLayerWriter, members, read_blocks
 from vllm_forge.images.store import StoredLayer, keep_layer, make_folders
 from vllm_forge.matrix import FrozenModel, ImageCell
 from vllm_forge.matrix.errors import RecordFileError
@@ -149,7 +149,7 @@ def prewarm_layer(prewarm: Prewarm, epoch: int) -> StoredLayer:
                 layer.directory(parent)
             for name, path in sorted(files.items()):
                 mode = 0o755 if path.stat().st_mode & 0o111 else 0o644
-                layer.stream(name, path.stat().st_size, mode, _blocks(path))
+                layer.stream(name, path.stat().st_size, mode, read_blocks(path))
             layer.data(SCRIPT[1:], ENTRYPOINT.encode(), 0o755)
             if tree_digest(folder / "files" / BAKED[1:]) != prewarm.digest:
                 raise _foreign("the folder changed while it was read", prewarm.folder)
@@ -168,12 +168,6 @@ def unpack_prewarm(blob: LayerBlob, folder: Path) -> None:
             with path.open("xb") as copy:
                 shutil.copyfileobj(file, copy)
             path.chmod(info.mode & 0o777)
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            yield block
 
 
 def require_plain(folder: Path) -> list[Path]:

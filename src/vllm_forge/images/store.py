@@ -10,14 +10,15 @@ content, when one of them was touched since that was done last.
 import hashlib
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from isal import isal_zlib
 
 from vllm_forge import host
 from vllm_forge.host.errors import CacheError
@@ -27,9 +28,10 @@ from vllm_forge.images.layer import (
     FILE_NAMES,
     LayerBlob,
     LayerWriter,
+    read_blocks,
     stamp,
 )
-from vllm_forge.images.wheels import Entry
+from vllm_forge.images.wheels import Entry, folders_of
 from vllm_forge.kernels.coverage.device_code import device_code
 from vllm_forge.kernels.coverage.library import mapped
 from vllm_forge.sources.errors import HashMismatchError, WheelError
@@ -37,7 +39,7 @@ from vllm_forge.sources.wheel_format import record_hash, seek_to_data
 
 # Smaller libraries have too little device code to be worth a copy per SKU.
 LEAST = 1 << 20
-LARGE = 4 << 20  # members from here on are inflated ahead of their turn
+LARGE = 4 << 20  # members from here on are inflated ahead of their turn; smaller ones in memory
 UNPACKED = ("files", "code")
 CHECKED = "checked.json"  # what the file system said of unpacked files when they were compared
 SLIMMED = r"code/.+|files/.+\.dist-info/RECORD"  # what a slim layer is made of
@@ -158,7 +160,7 @@ def intact(layer: StoredLayer, pattern: str = ".+") -> bool:
 
     def crc(path: Path) -> int:
         with mapped(path) as content:
-            return zlib.crc32(content)
+            return isal_zlib.crc32(content)
 
     try:
         return _unpacked(layer.folder, pattern, crc) == layer.unpacked.get(pattern)
@@ -195,8 +197,8 @@ def write_layer(
     """
 
     def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:
-        inside = _put_code_apart(entries, folder / "code") if code_apart else entries
-        return _write(folder, inside, epoch), {}
+        code = _put_code_apart(entries, folder) if code_apart else set()
+        return _write(folder, [entry for entry in entries if entry.path not in code], epoch), {}
 
     return keep_layer(key, write)
 
@@ -230,27 +232,28 @@ def may_hold_code(path: str, size: int) -> bool:
     return size >= LEAST and ".so" in path.rpartition("/")[2]
 
 
-def _put_code_apart(entries: Sequence[Entry], target: Path) -> list[Entry]:
-    """Unpack the libraries with device code to ``target``; return the other entries."""
-    others = []
+def _put_code_apart(entries: Sequence[Entry], folder: Path) -> set[str]:
+    """Unpack large libraries to ``files``, or to ``code`` those with device code; return these."""
+    apart = set()
     for entry in entries:
         if entry.member is not None and may_hold_code(entry.path, entry.member.file_size):
-            path = target / entry.path
-            make_folders(target, [entry.path])
-            _inflate(entry, path)
-            with mapped(path) as content:
-                has_code = bool(device_code(content, path.name))
+            files, code = (folder / place / entry.path for place in UNPACKED)
+            make_folders(folder / "code", [entry.path])
+            _unpack(entry, code)
+            with mapped(code) as content:
+                has_code = bool(device_code(content, code.name))
             if has_code:
-                stamp(path, entry.mode, entry.member.CRC)
-                continue
-            path.unlink()
-        others.append(entry)
-    return others
+                stamp(code, entry.mode, entry.member.CRC)
+                apart.add(entry.path)
+            else:
+                make_folders(folder / "files", [entry.path])
+                code.rename(files)
+    return apart
 
 
 def make_folders(target: Path, paths: Iterable[str]) -> list[str]:
     """Make the parent folders of ``paths`` below ``target``; return them, parents first."""
-    folders = sorted({parent.as_posix() for path in paths for parent in Path(path).parents[:-1]})
+    folders = sorted(folders_of(paths))
     for folder in folders:
         (target / folder).mkdir(exist_ok=True)
         (target / folder).chmod(0o755)  # whatever the umask: the checks run as another user
@@ -259,38 +262,43 @@ def make_folders(target: Path, paths: Iterable[str]) -> list[str]:
 
 def _write(folder: Path, entries: Sequence[Entry], epoch: int) -> LayerBlob:
     files = folder / "files"
+    parents = make_folders(files, [entry.path for entry in entries])[::-1]
     with LayerWriter(folder, epoch) as layer, ThreadPoolExecutor(1) as ahead:
-        parents = make_folders(files, [entry.path for entry in entries])[::-1]
-        large: dict[str, Future[None]] = {
-            entry.path: ahead.submit(_inflate, entry, files / entry.path)
+        jobs = {
+            entry.path: ahead.submit(_unpack, entry, files / entry.path)
             for entry in entries
             if entry.member is not None and entry.member.file_size >= LARGE
+            if not (files / entry.path).exists()  # a library without device code
         }
         for entry in entries:
             while parents and parents[-1] < entry.path:
                 layer.directory(parents.pop())
-            if (job := large.pop(entry.path, None)) is not None:
+            if (job := jobs.pop(entry.path, None)) is not None:
                 job.result()
-            _add(layer, entry, None if job else files / entry.path)
+            _add(layer, entry, files / entry.path)
         return layer.close()
 
 
-def _add(layer: LayerWriter, entry: Entry, target: Path | None) -> None:
-    """Add one entry, of a wheel's member inflated to ``target`` unless that was done."""
+def _add(layer: LayerWriter, entry: Entry, target: Path) -> None:
+    """Add one entry; of a wheel's member inflated to ``target``, unless that was done."""
     if entry.link is not None:
         layer.symlink(entry.path, entry.link)
     elif entry.content is not None:
         layer.data(entry.path, entry.content, entry.mode)
-    elif entry.member is not None:
-        if target is not None:
-            _inflate(entry, target)
-        layer.member(entry.path, entry.mode, entry.member, _raw(entry))
+    elif (member := entry.member) is not None and target.exists():
+        layer.member(entry.path, entry.mode, member, _raw(entry), read_blocks(target))
+    elif member is not None:
+        raw = list(_raw(entry))
+        plain = list(_inflated(entry, raw))
+        with target.open("xb", buffering=0) as out:
+            out.writelines(plain)
+        layer.member(entry.path, entry.mode, member, raw, plain)
 
 
-def _raw(entry: Entry) -> Iterator[memoryview]:
+def _raw(entry: Entry) -> Iterator[bytes]:
     """A member's bytes as they are in the zip."""
     assert entry.archive is not None and entry.member is not None  # noqa: S101
-    with entry.archive.open("rb") as file:
+    with entry.archive.open("rb", buffering=0) as file:
         seek_to_data(file, entry.member)
         left = entry.member.compress_size
         while left:
@@ -298,32 +306,32 @@ def _raw(entry: Entry) -> Iterator[memoryview]:
             if not block:
                 raise HashMismatchError("the wheel ends early", where=entry.archive)
             left -= len(block)
-            yield memoryview(block)
+            yield block
 
 
-def _inflate(entry: Entry, target: Path) -> None:
-    """Write a member's plain bytes to ``target``; check size, CRC, and its hash in RECORD."""
+def _unpack(entry: Entry, target: Path) -> None:
+    with target.open("xb", buffering=0) as out:
+        out.writelines(_inflated(entry, _raw(entry)))
+
+
+def _inflated(entry: Entry, raw: Iterable[bytes]) -> Iterator[bytes]:
+    """A member's plain bytes; checks size, CRC, and its hash in RECORD at the end."""
     member = entry.member
     assert member is not None  # noqa: S101 - only members come here
-    plain = zlib.decompressobj(-15) if member.compress_type == zipfile.ZIP_DEFLATED else None
+    inflate = isal_zlib.decompressobj(-15) if member.compress_type == zipfile.ZIP_DEFLATED else None
     crc, size, digest = 0, 0, hashlib.sha256()
     fault = ""
     try:
-        with target.open("xb", buffering=0) as out:
-            for piece in _raw(entry):
-                block = plain.decompress(piece) if plain else bytes(piece)
-                crc = zlib.crc32(block, crc)
-                digest.update(block)
-                size += len(block)
-                out.write(block)
-            if plain and (rest := plain.flush()):
-                crc, size = zlib.crc32(rest, crc), size + len(rest)
-                digest.update(rest)
-                out.write(rest)
-    except zlib.error as error:
+        for piece in raw:
+            block = inflate.decompress(piece) if inflate else piece
+            crc = isal_zlib.crc32(block, crc)
+            digest.update(block)
+            size += len(block)
+            yield block
+    except isal_zlib.error as error:  # type: ignore[misc] # its stub has an instance
         fault = f": {error}"
     # Bytes behind the stream would enter the layer where a reader expects a gzip member.
-    whole = plain is None or (plain.eof and not plain.unused_data)
+    whole = inflate is None or (inflate.eof and not inflate.unused_data)
     if fault or not whole or (crc, size) != (member.CRC, member.file_size):
         what = f"{member.filename} does not inflate to what the wheel's directory says{fault}"
         remedy = "delete that wheel from the cache and build again"

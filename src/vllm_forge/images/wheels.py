@@ -108,16 +108,22 @@ def merge(groups: Iterable[list[Entry]]) -> list[Entry]:
 
     Raises WheelError: one is a file where another has a folder.
     """
-    folders: set[str] = set()
     by_path = {entry.path: entry for group in groups for entry in group}
-    for path, entry in by_path.items():
+    for folder in folders_of(by_path) & by_path.keys():
+        path = next(path for path in by_path if path.startswith(f"{folder}/"))
+        raise WheelError(f"{path} is below another file", where=by_path[path].archive or "")
+    return [by_path[path] for path in sorted(by_path)]
+
+
+def folders_of(paths: Iterable[str]) -> set[str]:
+    """All parent folders of relative paths."""
+    folders: set[str] = set()
+    for path in paths:
         parent = posixpath.dirname(path)
         while parent and parent not in folders:
-            if parent in by_path:
-                raise WheelError(f"{path} is below another file", where=entry.archive or "")
             folders.add(parent)
             parent = posixpath.dirname(parent)
-    return [by_path[path] for path in sorted(by_path)]
+    return folders
 
 
 class _Member(io.RawIOBase):

@@ -19,15 +19,17 @@ from hypothesis import strategies as st
 from tests.support.fatbins import entry as code
 from tests.support.fatbins import fatbin, library
 from tests.support.wheels import Member, write_wheel
+from vllm_forge.images import store
 from vllm_forge.images.layer import ZSTD
 from vllm_forge.images.store import LEAST, StoredLayer, may_hold_code, stored, write_layer
 from vllm_forge.images.wheel_layers import cut, pieces, update_record, write_slim_layer
-from vllm_forge.images.wheels import site_packages, wheel_entries
+from vllm_forge.images.wheels import Entry, site_packages, wheel_entries
 from vllm_forge.kernels.coverage.device_code import device_code, runs_on
 from vllm_forge.kernels.coverage.library import library_code
 from vllm_forge.kernels.errors import UnknownFatbinError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 EPOCH = 1735689600
@@ -143,6 +145,25 @@ def test_only_large_shared_libraries_are_looked_into() -> None:
 
 
 # --- the group's layer, without the libraries ----------------------------------------------------
+
+
+def test_each_member_is_inflated_once(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those too that are looked into and have no device code, which were inflated twice."""
+    inflated, inflate = [], store._inflated
+
+    def noted(entry: Entry, raw: Iterable[bytes]) -> Iterator[bytes]:
+        inflated.append(entry.path)
+        return inflate(entry, raw)
+
+    monkeypatch.setattr(store, "_inflated", noted)
+    layer: StoredLayer = request.getfixturevalue("whole")
+    members = [f"{SITE}/tiny/{name}" for name in ("__init__.py", "libhost.so", "data.so.bin")]
+    assert {*members, LIBRARY} <= set(inflated)
+    assert len(inflated) == len(set(inflated))
+    assert (layer.files / f"{SITE}/tiny/libhost.so").read_bytes() == library() + bytes(LEAST)
+    assert not (layer.code / f"{SITE}/tiny/libhost.so").exists()
 
 
 def test_libraries_with_code_are_apart(whole: StoredLayer) -> None:
