@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 from unidiff.patch import PatchSet
@@ -22,11 +22,8 @@ from vllm_forge.patches import apply, errors
 from vllm_forge.patches.apply import Applied, Patch
 from vllm_forge.project import Project
 from vllm_forge.sources import Download, Index, SourceRepo, download_all, verified
-from vllm_forge.sources.errors import DistributionNotFoundError, LockFileError
+from vllm_forge.sources.errors import LockFileError
 from vllm_forge.sources.index import pins
-
-if TYPE_CHECKING:
-    from pypi_simple import DistributionPackage
 
 COMMAND = "nox -s forge -- patch lock --line"
 OTHERS = "the others applied"
@@ -130,7 +127,7 @@ def update_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
     folder = project.root / line.series
     patches = read_series(folder)
     sdist = f"vllm-{line.vllm}.tar.gz"
-    sha256, size = pins(_offered(index, sdist))
+    sha256, size = pins(index.find("vllm", sdist))
     draft = TreeLock(sdist=sdist, size=size, sha256=sha256, base="", result="")
     base = repo.import_archive(line.vllm, _archive(draft, index))
     applied = apply.apply_series(repo, base, patches)
@@ -158,17 +155,10 @@ def _archive(lock: TreeLock, index: Index | None = None) -> Path:
     with exclusive("sdists", wait=True):  # two cells of a line may be built at once
         if not archive.exists():
             index = index or Index()
-            url = _offered(index, lock.sdist).url
+            url = index.find("vllm", lock.sdist).url
             item = Download(url=url, sha256=lock.sha256, size=lock.size, target=archive)
             download_all(index.session, [item])
         return verified(archive, lock.sha256)
-
-
-def _offered(index: Index, sdist: str) -> "DistributionPackage":
-    for file in index.files("vllm"):
-        if file.filename == sdist:
-            return file
-    raise DistributionNotFoundError(f"the index does not offer {sdist}", where=index.url)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from vllm_forge.host.console import transfer_progress
 from vllm_forge.host.errors import CacheError, DiskSpaceError
 from vllm_forge.host.files import file_digest, remove_foreign
 from vllm_forge.sources import errors
-from vllm_forge.sources.index import TIMEOUT_S, Index, blocks
+from vllm_forge.sources.index import CONNECTIONS, TIMEOUT_S, Index, blocks
 from vllm_forge.sources.lock import LockedWheel
 from vllm_forge.sources.shared import give, take
 
@@ -242,21 +242,12 @@ class Wheelhouse:
             todo = [w for w in self.missing(wheels) if not take(w.sha256, self.path(w))]
             if not todo:
                 return
-            offered = source.files_of(wheel.name for wheel in todo)
-            downloads = []
-            for wheel in todo:
-                urls = [f.url for f in offered[wheel.name] if f.filename == wheel.filename]
-                if not urls:
-                    raise errors.DistributionNotFoundError(
-                        f"the index does not offer {wheel.filename}",
-                        where=source.url,
-                        remedy="it may have been yanked or your mirror may lack it: use another "
-                        "index, or make a new lock",
-                    )
-                target = self.path(wheel)
-                downloads.append(
-                    Download(url=urls[0], sha256=wheel.sha256, size=wheel.size, target=target)
-                )
+            with ThreadPoolExecutor(CONNECTIONS) as pool:
+                files = list(pool.map(lambda wheel: source.find(wheel.name, wheel.filename), todo))
+            downloads = [
+                Download(url=file.url, sha256=w.sha256, size=w.size, target=self.path(w))
+                for w, file in zip(todo, files, strict=True)
+            ]
             download_all(source.session, downloads)
             size = gigabytes(sum(item.size for item in downloads))
             console.print(f"  [dim]{len(downloads)} wheels downloaded, {size}[/]")

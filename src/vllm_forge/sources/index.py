@@ -24,6 +24,7 @@ from vllm_forge.sources.errors import DistributionNotFoundError, IndexUnreachabl
 if TYPE_CHECKING:
     from pypi_simple import DistributionPackage
 
+CHECK_INDEX = "check the network, the proxy, and UV_DEFAULT_INDEX / PIP_INDEX_URL"
 CONNECTIONS = 16
 CONNECT_RETRIES = 4
 BACKOFF_S = 0.4
@@ -159,6 +160,15 @@ class Index:
             raise self._unusable(f"has no page for {project} that can be read: {error}") from error
         return [file for file in page.packages if FILENAME.fullmatch(file.filename)]
 
+    def find(self, project: str, filename: str) -> "DistributionPackage":
+        """One file of a project; errors as ``files``."""
+        for file in self.files(project):
+            if file.filename == filename:
+                return file
+        what = f"the index does not offer {filename}"
+        remedy = "it may have been yanked or your mirror may lack it: use another index, or make a "
+        raise DistributionNotFoundError(what, where=self.url, remedy=f"{remedy}new lock")
+
     def _page(self, url: str, accept: str, project: str) -> requests.Response:
         """A project's page; it ends at a size and at a time."""
         deadline, content = time.monotonic() + PAGE_S, bytearray()
@@ -186,8 +196,7 @@ class Index:
         return IndexUnreachableError(
             f"the package index {what}",
             where=self.url,
-            remedy="check the network, the proxy, and UV_DEFAULT_INDEX / PIP_INDEX_URL; "
-            "what was already fetched is kept",
+            remedy=f"{CHECK_INDEX}; what was already fetched is kept",
         )
 
     def files_of(self, projects: Iterable[str]) -> dict[str, list["DistributionPackage"]]:

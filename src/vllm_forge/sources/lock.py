@@ -18,7 +18,7 @@ from uv import find_uv_bin
 from vllm_forge.host import console, hash_of, read_plain, write_whole
 from vllm_forge.matrix import Base, Line
 from vllm_forge.sources import errors
-from vllm_forge.sources.index import Index, pins
+from vllm_forge.sources.index import CHECK_INDEX, Index, pins
 
 if TYPE_CHECKING:
     from pypi_simple import DistributionPackage
@@ -168,8 +168,7 @@ def _resolve(line: Line, base: Base, index: Index) -> list[tuple[str, str]]:
         )
     if done.returncode != 0 and "Failed to fetch" in done.stderr:
         what = f"uv could not reach the package index:\n{done.stderr.strip()}"
-        remedy = "check the network, the proxy, and UV_DEFAULT_INDEX / PIP_INDEX_URL"
-        raise errors.IndexUnreachableError(what, where=index.url, remedy=remedy)
+        raise errors.IndexUnreachableError(what, where=index.url, remedy=CHECK_INDEX)
     if done.returncode != 0:
         raise errors.ResolutionError(
             f"uv finds no solution for vllm=={line.vllm} with torch=={line.torch}:\n"

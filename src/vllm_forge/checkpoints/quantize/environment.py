@@ -22,7 +22,7 @@ from vllm_forge.patches import read_series
 from vllm_forge.patches.wheel import patch_installed
 from vllm_forge.project import Project
 from vllm_forge.sources.errors import LockFileError
-from vllm_forge.sources.index import index_url
+from vllm_forge.sources.index import CHECK_INDEX, index_url
 from vllm_forge.sources.lock import INPUT_DIGEST, RESOLVED
 
 INPUT = Path("docker/locks/quantize.in")
@@ -119,9 +119,5 @@ def _uv(*arguments: str, cwd: Path | None = None) -> str:
     try:
         return Runner().run([find_uv_bin(), *arguments], cwd=cwd, env=settings)
     except CommandFailedError as error:
-        raise ToolEnvironmentError(
-            error.what,
-            where=error.where,
-            remedy="check the network, the proxy, and UV_DEFAULT_INDEX / PIP_INDEX_URL; a file "
-            "whose hash differs is not the one that was locked",
-        ) from None
+        remedy = f"{CHECK_INDEX}; a file whose hash differs is not the one that was locked"
+        raise ToolEnvironmentError(error.what, where=error.where, remedy=remedy) from None
