@@ -90,3 +90,24 @@ def test_published_solutions_are_right(number: int) -> None:
     solution = json.loads(lines[number])["canonical_solution"]
     block = f"```python\n{item.prompt}{solution}\n```"
     assert score(loaded.row, item, "stop", block) == Score(strict=True, flexible=True)
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "counted", "right"), [(1, 24, 22), (2, 23, 23), (4, 21, 20)]
+)
+def test_published_answers_are_scored(
+    root: Path, concurrency: int, counted: int, right: int
+) -> None:
+    """The ends of answers to AIME 2024; their own scorer counts truncated ones as right."""
+    path = root / f"records/bench/card/cardb_aime30_c{concurrency}_thinking.json"
+    rows = json.loads(path.read_text())["results"]
+    found = [
+        score(ROWS["aime"], Item(row["id"], "", answer=str(row["expected"])), row["finish"],
+              row["gen_tail"])
+        for row in rows
+    ]  # fmt: skip
+    assert sum(row["correct"] for row in rows) == counted
+    assert [one.flexible for one in found] == [
+        row["correct"] and row["finish"] == "stop" for row in rows
+    ]
+    assert sum(one.flexible for one in found) == right
