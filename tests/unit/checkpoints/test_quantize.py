@@ -36,7 +36,7 @@ from vllm_forge.checkpoints.quantize.inputs import (
 from vllm_forge.checkpoints.quantize.quantizer import disk_needed, plan_parts, quantize
 from vllm_forge.checkpoints.quantize.work import check_layer
 from vllm_forge.checkpoints.tensors import in_memory, write_shard
-from vllm_forge.host import exclusive
+from vllm_forge.host import exclusive, hash_of
 from vllm_forge.host.errors import BusyError, DiskSpaceError
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ class TestResume:
         assert [p.name for p in (tmp_path / "out.partial").iterdir()] == ["thesis.txt"]
 
     def test_two_runs_do_not_write_one_output(self, job: Job, tmp_path: Path) -> None:
-        digest = hashlib.sha256(str((tmp_path / "out").resolve()).encode()).hexdigest()[:16]
+        digest = hash_of(str((tmp_path / "out").resolve()))[:16]
         with exclusive(f"quantize-{digest}", wait=False), pytest.raises(BusyError):
             quantize(job, tmp_path / "out")
 

@@ -7,15 +7,14 @@ from pathlib import Path
 
 from pydantic import Field
 
-import vllm_forge.kernels.selection.inside
 from vllm_forge.checkpoints.errors import DryLoadError
 from vllm_forge.checkpoints.inspect.profile import Drafter, Profile
 from vllm_forge.host import atomic_path, parse_json
+from vllm_forge.kernels.selection.questions import INSIDE, declared_device
 from vllm_forge.matrix import FrozenModel, Sku
 
 SCRIPT = Path(__file__).with_name("meta_load.py")
 PROGRAM = "dry_load.py"  # its name where it is mounted
-INSIDE = Path(vllm_forge.kernels.selection.inside.__file__).parent
 # What serves a drafter, else MTP; which is tried on DSpark's too, to say what it does with one.
 METHODS = {Drafter.NONE: (), Drafter.DSPARK: ("mtp", "dspark")}
 
@@ -99,10 +98,7 @@ def write_request(folder: Path, profiles: Mapping[str, Profile], sku: Sku) -> No
                     "tensors": f"tensors-{number}.json", "methods": methods,
                 }
             )  # fmt: skip
-        device = {
-            "name": sku.device, "compute_capability": sku.compute_capability,
-            "memory_bytes": sku.memory_gb * 10**9, "count": 1,
-        }  # fmt: skip
+        device = declared_device(sku, count=1).model_dump(mode="json")
         (aside / "request.json").write_text(json.dumps({"device": device, "cases": cases}))
         for path in (aside, *aside.rglob("*")):
             path.chmod(0o755)

@@ -18,6 +18,7 @@ from uv import find_uv_bin
 from vllm_forge.checkpoints.errors import ToolEnvironmentError
 from vllm_forge.host import Runner, exclusive, report, require_disk, write_whole
 from vllm_forge.host.errors import CommandFailedError
+from vllm_forge.host.files import file_digest
 from vllm_forge.patches import read_series
 from vllm_forge.patches.wheel import patch_installed
 from vllm_forge.project import Project
@@ -86,14 +87,10 @@ def make_lock(project: Project) -> Path:
         "# The quantization tools, for every Python from 3.11 on. Made by:",
         f"#     {COMMAND}",
         f"# Do not edit: change {INPUT.name} and make it again.",
-        f"# input: {_digest(project)}",
+        f"# input: {file_digest(project.root / INPUT)}",
     ]
     write_whole(project.root / LOCK, "\n".join([*header, text]))
     return project.root / LOCK
-
-
-def _digest(project: Project) -> str:
-    return hashlib.sha256((project.root / INPUT).read_bytes()).hexdigest()
 
 
 def _check_lock(project: Project) -> None:
@@ -103,7 +100,7 @@ def _check_lock(project: Project) -> None:
         raise refused("the quantization tools have no lock")
     text = path.read_text(encoding="utf-8")
     stated = INPUT_DIGEST.search(text)
-    if stated is None or stated["digest"] != _digest(project):
+    if stated is None or stated["digest"] != file_digest(project.root / INPUT):
         raise refused(f"the lock was not made for what {INPUT.name} now says")
     locked = {canonicalize_name(row["name"]): row["version"] for row in RESOLVED.finditer(text)}
     pyproject = tomllib.loads((project.root / "pyproject.toml").read_text(encoding="utf-8"))

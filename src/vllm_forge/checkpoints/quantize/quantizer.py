@@ -6,8 +6,6 @@ recipe names go through llm-compressor, a layer at a time: see calibrate.py.
 """
 
 import errno
-import hashlib
-import json
 import math
 import time
 from collections import Counter
@@ -32,7 +30,7 @@ from vllm_forge.checkpoints.quantize.work import (
 )
 from vllm_forge.checkpoints.tensors import copy_of
 from vllm_forge.errors import UsageError
-from vllm_forge.host import console, exclusive, remove, require_disk
+from vllm_forge.host import console, exclusive, hash_of, remove, require_disk
 from vllm_forge.host.console import progress_line
 from vllm_forge.host.errors import DiskSpaceError
 
@@ -60,7 +58,7 @@ def quantize(job: Job, output: Path) -> bool:
     check_output(job.source.local.path, output)
     work = Work.beside(output)
     parts = plan_parts(job.source)
-    lock = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
+    lock = hash_of(str(output.resolve()))[:16]
     with exclusive(f"quantize-{lock}", wait=False), _disk_errors(work.folder):
         if not work.folder.exists():
             tokens = sum(len(row) for row in job.calibration.tokens)
@@ -185,10 +183,9 @@ def _plan(job: Job) -> dict[str, Any]:
     except OSError as error:
         raise ModelInputError(f"cannot be read: {error.strerror}", where=error.filename) from None
     times = [[name, each.st_size, each.st_mtime_ns] for name, each in stats]
-    files = json.dumps([source.config, rows, times], sort_keys=True)
     return {
         "model": str(source.local.path.resolve()),
-        "model files": hashlib.sha256(files.encode()).hexdigest(),
+        "model files": hash_of([source.config, rows, times], sort_keys=True),
         "recipe": [job.recipe.name, job.recipe.model_dump(mode="json", exclude={"name"})],
         "calibration data": job.calibration.record(),
         "tools": job.engine.versions,
