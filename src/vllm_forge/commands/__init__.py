@@ -3,8 +3,18 @@
 Imports inside functions are lazy on purpose: a command pays for its own libraries only.
 """
 
-from vllm_forge.commands import bench, build, checkpoint, develop, gpu, patch, release, serve
+from vllm_forge.commands import (
+    bench,
+    build,
+    checkpoint,
+    develop,
+    dispatch,
+    gpu,
+    patch,
+    release,
+    serve,
+)
 
-MODULES = (build, serve, patch, checkpoint, gpu, release, bench, develop)
+MODULES = (build, serve, patch, checkpoint, gpu, dispatch, release, bench, develop)
 
 __all__ = ["MODULES"]

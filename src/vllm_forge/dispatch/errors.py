@@ -30,3 +30,7 @@ class JobsUndecidedError(ForgeError, exit_code=UNDECIDED):
 
 class SchedulerError(ForgeError, exit_code=FAULT):
     """The scheduler does not answer, or refused a job."""
+
+
+class JobsFaultError(ForgeError, exit_code=FAULT):
+    """A node could not run a job."""

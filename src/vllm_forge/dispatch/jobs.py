@@ -58,6 +58,7 @@ class Work(FrozenModel):
     artifacts: tuple[str, ...]
     exclusive: bool = False
     weights: bool = False  # it serves full artifacts
+    on_request: bool = False  # it runs only where it is named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,7 @@ def suite_works(project: Project) -> dict[str, Work]:
         name: Work(
             name=name, arguments=(f"--tier={name}",), gpus=tier.gpus, minutes=tier.minutes,
             artifacts=(f"{name}.json", f"{name}.xml"), weights="preset" in tier.matrix,
+            on_request=tier.on_request,
         )
         for name, tier in read_suite(project.root).tier.items()
     }  # fmt: skip

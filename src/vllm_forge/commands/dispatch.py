@@ -1,0 +1,159 @@
+"""Work on a cluster: send it, ask for it, collect it."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_forge.commands.parsers import JSON, Commands, command, option, print_json
+from vllm_forge.errors import ForgeError, suggestion
+from vllm_forge.host import HostProbe, PlainConsole, console, printable
+from vllm_forge.matrix import ImageCell
+from vllm_forge.matrix.errors import UnsupportedCellError
+from vllm_forge.project import Project
+
+if TYPE_CHECKING:
+    from vllm_forge.dispatch.jobs import Work
+    from vllm_forge.dispatch.results import Outcome
+    from vllm_forge.dispatch.runs import RunRecord
+
+
+def _names(text: str) -> list[str]:
+    """Names with commas between them."""
+    names = text.split(",")
+    if not all(names) or len(set(names)) != len(names):
+        what = f"invalid value {text!r}: expected different names with commas between them"
+        raise argparse.ArgumentTypeError(what)
+    return names
+
+
+def register(choices: Commands) -> None:
+    key = option("--key", type=Path, help="private key (PEM) that signs the receipts")
+    one = command(choices, "dispatch", dispatch, JSON, key)
+    one.add_argument("--to", choices=["slurm"], help="scheduler of the cluster")
+    one.add_argument("--skus", type=_names, help="SKUs of matrix.toml, e.g. b300,rtxpro6000")
+    one.add_argument("--tiers", type=_names, help="of the GPU suite (default: kernel,server)")
+    one.add_argument("--lines", type=_names, help="vLLM lines (default: that of matrix.toml)")
+    one.add_argument("--site", type=Path, help="the cluster (default: site.toml)")
+    one.add_argument("--wait", action="store_true", help="until all jobs ended, then collect")
+    actions = one.add_subparsers(dest="dispatch_command", metavar="COMMAND")
+    run = option("run", nargs="?", metavar="RUN", help="default: the latest")
+    command(actions, "status", status, JSON, run)
+    one = command(actions, "collect", collect, JSON, key, run)
+    one.add_argument("--wait", action="store_true", help="until all jobs ended")
+
+
+def dispatch(project: Project, args: argparse.Namespace) -> None:
+    """Run tiers of the GPU suite on the nodes of a cluster, in the images that were built here."""
+    from vllm_forge.dispatch import runs, slurm
+    from vllm_forge.dispatch.jobs import cell_image, job_specs
+    from vllm_forge.dispatch.runtimes import find_runtime
+    from vllm_forge.dispatch.site import NAME, read_site
+
+    if missing := [name for name in ("to", "skus") if getattr(args, name) is None]:
+        args.parser.error(f"missing --{missing[0]}")
+    site = read_site(args.site or project.root / NAME, project.matrix)
+    find_runtime(site)
+    works = _works(project, args)
+    images = {cell.name: (cell, runs.built_image(project, cell)) for cell in _cells(project, args)}
+    cells = [cell_image(project, cell, f"sha256:{image.digest}") for cell, image in images.values()]
+    run, ask = runs.new_run(), slurm.asking(HostProbe())
+    specs = job_specs(cells, works, site, run)
+    batches = slurm.batches(specs, site, run)
+    slurm.require_cluster(specs, site, ask)
+    folder = runs.stage(project, site, specs, images, run)
+    record = runs.RunRecord(
+        run=run, scheduler=args.to, storage=site.storage.root, specs=specs, attempts={}
+    )
+    runs.write_record(project, record)
+    record = slurm.send(batches, folder, ask, record)
+    runs.write_record(project, record)
+    console.print(f"sent {len(specs)} jobs as run {run}", markup=False)
+    if args.wait:
+        _collect(project, args, record)
+    else:
+        print_json(args, record.model_dump(mode="json")) if args.json else print(run)
+
+
+def _works(project: Project, args: argparse.Namespace) -> list["Work"]:
+    from vllm_forge.dispatch.jobs import suite_works
+
+    known = suite_works(project)
+    names = args.tiers or [name for name, work in known.items() if not work.on_request]
+    for name in names:
+        if name not in known:
+            args.parser.error(f"unknown tier {name!r} in --tiers{suggestion(name, known)}")
+    return [known[name] for name in names]
+
+
+def _cells(project: Project, args: argparse.Namespace) -> list[ImageCell]:
+    """SKUs x lines, without pairs that a line does not support; those are listed as not run."""
+    cells, refused = [], None
+    for sku in args.skus:
+        for line in args.lines or [None]:
+            try:
+                cells.append(project.cell(sku, line))
+            except UnsupportedCellError as error:
+                refused = error
+                console.print(f"not run: {error.what}", markup=False)
+    if refused is not None and not cells:
+        raise refused
+    return cells
+
+
+def status(project: Project, args: argparse.Namespace) -> None:
+    """Say of each job of a run whether it waits, runs, or ended, and how."""
+    from vllm_forge.dispatch.runs import read_record
+
+    record = read_record(project, args.run)
+    _show(args, record, _outcomes(project, record), [])
+
+
+def collect(project: Project, args: argparse.Namespace) -> None:
+    """Verify what the jobs of a run wrote, and make receipts of what is green."""
+    from vllm_forge.dispatch.runs import read_record
+
+    _collect(project, args, read_record(project, args.run))
+
+
+def _outcomes(project: Project, record: "RunRecord") -> list["Outcome"]:
+    from vllm_forge.dispatch import runs, slurm
+
+    states = slurm.states(record.run, slurm.asking(HostProbe()))
+    return runs.outcomes(project, record, slurm.ENDED, states)
+
+
+def _collect(project: Project, args: argparse.Namespace, record: "RunRecord") -> None:
+    from vllm_forge.dispatch import runs
+    from vllm_forge.dispatch.results import GREEN, REFUSED, require_green
+    from vllm_forge.receipts.verification import make_receipt
+
+    rows = _outcomes(project, record)
+    if args.wait:
+        rows = runs.wait(lambda: _outcomes(project, record))
+    receipts = []
+    specs = {spec.name: spec for spec in record.specs}
+    for number, row in enumerate(rows):
+        if row.verdict == GREEN:
+            result = runs.local_folder(project, record, row.name) / f"{specs[row.name].work}.json"
+            try:
+                receipts.append(make_receipt(project, result, args.key))
+            except ForgeError as error:
+                rows[number] = row.model_copy(update={"verdict": REFUSED, "why": error.what})
+    _show(args, record, rows, receipts)
+    require_green(record.run, rows)
+
+
+def _show(
+    args: argparse.Namespace, record: "RunRecord", rows: list["Outcome"], receipts: list[Path]
+) -> None:
+    from vllm_forge.pages.markdown import terminal_table
+
+    if args.json:
+        listed = [str(path) for path in receipts]
+        jobs = [row.model_dump() for row in rows]
+        print_json(args, {"run": record.run, "jobs": jobs, "receipts": listed})
+        return
+    table = [[row.name, row.verdict, printable(row.why)] for row in rows]
+    PlainConsole().print(terminal_table(["job", "verdict", "where, or why"], table))
+    for path in receipts:
+        print(path)

@@ -1,0 +1,180 @@
+"""Slurm: batches of jobs as array scripts, what the cluster must have for them, and their states.
+
+Every version since 20.11 has the options and formats used here. Results do not come from Slurm: a
+cluster without accounting forgets ended jobs after MinJobAge (slurm.conf), so it is only asked
+which jobs it still has, and why others ended.
+"""
+
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_forge.dispatch.errors import ClusterMismatchError, SchedulerError, SiteFileError
+from vllm_forge.dispatch.jobs import RUNS, JobSpec
+from vllm_forge.dispatch.runs import RunRecord
+from vllm_forge.dispatch.site import Site, Slurm, SlurmSku
+from vllm_forge.errors import suggestion
+from vllm_forge.host import Probe, printable, write_whole
+
+TERM_S = 60  # from SIGTERM to the end of a job's time, in which the suite writes what it has
+GPUS = re.compile(r"\bgpu:([\w.-]+):(\d+)")
+TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+# As squeue(1) says of jobs that will not run again; one that it does not list has ended, too.
+ENDED = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+    "PREEMPTED", "REVOKED", "TIMEOUT",
+}  # fmt: skip
+Ask = Callable[[Sequence[str]], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Jobs that ask for the same: one array."""
+
+    specs: tuple[JobSpec, ...]
+    script: str
+
+
+def job_name(run: str) -> str:
+    return f"forge-{run}"
+
+
+def batches(specs: Sequence[JobSpec], site: Site, run: str) -> list[Batch]:
+    """Arrays of jobs; SiteFileError: a SKU has no row."""
+    folder = Path(site.storage.root) / RUNS / run
+    groups: dict[tuple[object, ...], list[JobSpec]] = {}
+    for spec in specs:
+        key = (spec.sku, spec.gpus, spec.minutes, spec.exclusive)
+        groups.setdefault(key, []).append(spec)
+    return [
+        Batch(specs=tuple(group), script=_script(group, site, run, folder))
+        for group in groups.values()
+    ]
+
+
+def _row(site: Site, sku: str) -> tuple[Slurm, SlurmSku]:
+    if site.slurm is None or sku not in site.slurm.sku:
+        what = f"missing slurm.sku.{sku}: partition and gres of this SKU"
+        raise SiteFileError(what, remedy="add the row, or leave the SKU out of --skus")
+    return site.slurm, site.slurm.sku[sku]
+
+
+def _script(specs: Sequence[JobSpec], site: Site, run: str, folder: Path) -> str:
+    """A job array: its index chooses the job by name.
+
+    The user's variables stay behind. The batch step, which is the node's program, is sent SIGTERM
+    before the time is over.
+    """
+    first = specs[0]
+    slurm, row = _row(site, first.sku)
+    options = [
+        f"--job-name={job_name(run)}", f"--array=0-{len(specs) - 1}", "--no-requeue",
+        f"--partition={row.partition}", f"--gres=gpu:{row.gres}:{first.gpus}", "--nodes=1",
+        "--ntasks=1", f"--time={first.minutes}", f"--signal=B:TERM@{TERM_S}",
+        "--export=HOME,PATH,USER", f"--output={folder}/logs/%A_%a.log",
+        *([f"--account={slurm.account}"] if slurm.account else []),
+        *(["--exclusive"] if first.exclusive else []),
+        *slurm.options, *row.options,
+    ]  # fmt: skip
+    head = "".join(f"#SBATCH {option}\n" for option in options)
+    names = " ".join(spec.name for spec in specs)
+    return f"""#!/bin/bash
+{head}
+names=({names})
+exec python3 {folder}/node.py {folder} "${{names[SLURM_ARRAY_TASK_ID]}}" \\
+    --attempt "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}" \\
+    --restarts "${{SLURM_RESTART_COUNT:-0}}" \\
+    --cuda "${{CUDA_VISIBLE_DEVICES:-}}" --gpus "${{SLURM_JOB_GPUS:-}}"
+"""
+
+
+def asking(probe: Probe) -> Ask:
+    """Slurm's own programs; SchedulerError has what they print."""
+
+    def ask(argv: Sequence[str]) -> str:
+        reply = probe.ask(argv[0], argv)
+        if reply.code != 0:
+            what = f"{argv[0]} exited with {reply.code}: {printable(reply.text.strip())}"
+            remedy = "see whether the controller is up: scontrol ping"
+            raise SchedulerError(what, where=shlex.join(argv), remedy=remedy)
+        return reply.text
+
+    return ask
+
+
+def require_cluster(specs: Sequence[JobSpec], site: Site, ask: Ask) -> None:
+    """Raise ClusterMismatchError, with the site's row, for what no node of the cluster has."""
+    nodes = [row.split("|") for row in ask(["sinfo", "-h", "-o", "%R|%G|%l"]).splitlines()]
+    for spec in specs:
+        _, row = _row(site, spec.sku)
+        where = f"slurm.sku.{spec.sku}"
+
+        def refuse(what: str, remedy: str, where: str = where) -> ClusterMismatchError:
+            return ClusterMismatchError(f"{where}.{what}", remedy=remedy)
+
+        own = [node for node in nodes if node[0] == row.partition]
+        if not own:
+            hint = suggestion(row.partition, {node[0] for node in nodes})
+            raise refuse(f"partition: no partition {row.partition!r}{hint}", "see: sinfo")
+        has: dict[str, int] = {}
+        for kind, count in GPUS.findall(",".join(node[1] for node in own)):
+            has[kind] = max(int(count), has.get(kind, 0))
+        if row.gres not in has:
+            listed = ", ".join(f"gpu:{kind}" for kind in sorted(has)) or "no typed GPUs"
+            what = f"gres: partition {row.partition} has no gpu:{row.gres}; it has {listed}"
+            raise refuse(what, "name the type that gres.conf has: sinfo -o '%P %G'")
+        if spec.gpus > has[row.gres]:
+            what = f"gres: {spec.name} needs {spec.gpus} GPUs of one node"
+            what = f"{what}; those of {row.partition} have {has[row.gres]}"
+            raise refuse(what, "leave that work out of --tiers, or name another partition")
+        if spec.minutes > (longest := max(_minutes(node[2]) for node in own)):
+            what = f"partition: {spec.name} may take {spec.minutes} minutes"
+            what = f"{what}; {row.partition} allows {longest:g}"
+            raise refuse(what, "name a partition that allows more")
+
+
+def _minutes(text: str) -> float:
+    """Slurm's [days-]hours:minutes:seconds, or minutes:seconds."""
+    if not (match := TIME.fullmatch(text)):
+        return float("inf")  # "infinite", "n/a"
+    days, *parts = match.groups()
+    hours, minutes, seconds = parts if days or parts[2] else (None, *parts[:2])
+    total = [int(part or 0) for part in (days, hours, minutes, seconds)]
+    return 1440 * total[0] + 60 * total[1] + total[2] + total[3] / 60
+
+
+def send(batches: Sequence[Batch], folder: Path, ask: Ask, record: RunRecord) -> RunRecord:
+    """Send arrays, all or none; the record with what Slurm calls their jobs.
+
+    Each is tried first without sending it. If one is refused all the same, the others are
+    cancelled, by name: an answer may have been lost.
+    """
+    paths = [folder / f"batch-{number}.sh" for number in range(len(batches))]
+    attempts: dict[str, str] = {}
+    for path, batch in zip(paths, batches, strict=True):
+        write_whole(path, batch.script)
+        try:
+            ask(["sbatch", "--test-only", str(path)])
+        except SchedulerError as error:
+            what = f"the cluster refuses jobs of {batch.specs[0].sku}: {error.what}"
+            remedy = f"correct slurm.sku.{batch.specs[0].sku} of the site file, or its options"
+            raise ClusterMismatchError(what, where=error.where, remedy=remedy) from None
+    try:
+        for path, batch in zip(paths, batches, strict=True):
+            job = ask(["sbatch", "--parsable", str(path)]).strip().partition(";")[0]
+            attempts |= {spec.name: f"{job}_{index}" for index, spec in enumerate(batch.specs)}
+    except SchedulerError:
+        with suppress(SchedulerError):
+            ask(["scancel", f"--jobname={job_name(record.run)}"])
+        raise
+    return record.model_copy(update={"attempts": attempts})
+
+
+def states(run: str, ask: Ask) -> dict[str, str]:
+    """Attempt (job id and index) -> Slurm's word for its state, of all that it still knows."""
+    argv = ["squeue", "-h", "--array", "--states=all", f"--name={job_name(run)}"]
+    rows = ask([*argv, "--format=%F_%K|%T"]).splitlines()
+    return {attempt: state for attempt, _, state in (row.partition("|") for row in rows)}
