@@ -101,6 +101,10 @@ class Lab:
         assert isinstance(document, dict)
         return document
 
+    def jobs(self) -> set[str]:
+        """All jobs that the cluster knows."""
+        return set(self.cluster.run("squeue", "-h", "--states=all", "-o", "%A").split())
+
     def started(self, record: RunRecord, *jobs: str) -> None:
         """Wait until the suites of these jobs run."""
         for job in jobs:

@@ -39,6 +39,7 @@ echo "$tier of $sku is $told on GPUs $NVIDIA_VISIBLE_DEVICES"
 case $told in
 green) answer 0 ;;
 red) answer 1; exit 91 ;;
+held) : > /output/started; while [ ! -e /output/go ]; do sleep 0.1; done; answer 0 ;;
 slow) : > /output/started; trap 'answer 1; exit 92' TERM; while :; do sleep 1; done ;;
 stuck) printf '{"half' > "/output/$tier.json"; : > /output/started; trap '' TERM
     while :; do sleep 1; done ;;
@@ -52,7 +53,9 @@ def make_project(folder: Path) -> Project:
     """The small project of receipts, with a tier kernel."""
     project = small_project(REPO, folder)
     with (folder / "tests/gpu/suite.toml").open("a") as file:
-        file.write('[tier.kernel]\nfolders = ["tests/gpu/mtp"]\nminutes = 1\n')
+        for name, gpus in {"kernel": 1, "tp8": 8}.items():
+            file.write(f'[tier.{name}]\nfolders = ["tests/gpu/mtp"]\nminutes = 1\n')
+            file.write(f"gpus = {gpus}\non_request = {str(gpus > 1).lower()}\n")
     list_cases(folder)
     return project
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
 TOOLS = ("slurmctld", "slurmd", "sbatch", "munged", "runc", "mksquashfs", "unsquashfs", "busybox")
 GPUS = 4  # of each node
@@ -61,6 +62,13 @@ def until(what: str, condition: Callable[[], bool], seconds: float = 90) -> None
         time.sleep(0.1)
 
 
+def _comm(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return ""
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -92,6 +100,42 @@ class Cluster:
         process.kill()
         process.wait()
 
+    def lose_node(self, name: str) -> None:
+        """End a node's daemon and all that it started, as a power cut does."""
+        self._kill({self.processes[name].pid}, f"SLURMD_NODENAME={name}")
+        self.processes.pop(name).wait()
+
+    def _kill(self, also: set[int], *variables: str) -> None:
+        """Kill ``also``, this cluster's processes with these variables, and all below them."""
+        marks = {f"\0{text}\0".encode() for text in (*variables, f"SLURM_CONF={self.conf}")}
+        parents, jobs = dict[int, int](), set[int]()
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it ended meanwhile
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                parents[int(folder.name)] = int(fields[1])
+                environment = b"\0" + (folder / "environ").read_bytes()
+                if all(text in environment for text in marks):
+                    jobs.add(int(folder.name))
+        # What Slurm runs a job under is no child of the daemon, which may be started again.
+        above = {parents[pid] for pid in jobs}
+        steps = {pid for pid in above if _comm(pid).startswith("slurmstepd")}
+        lost = also | jobs | steps
+        while more := {pid for pid, parent in parents.items() if parent in lost} - lost:
+            lost |= more
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # none sees another end
+            for pid in lost:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def end(self) -> None:
+        """End the daemons, and jobs that a failed test left."""
+        for process in self.processes.values():
+            process.terminate()
+        for process in self.processes.values():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+        self._kill({process.pid for process in self.processes.values() if process.poll() is None})
+
     def start_controller(self) -> None:
         self.start("slurmctld", ["/usr/sbin/slurmctld", "-D"])
 
@@ -101,12 +145,30 @@ class Cluster:
         assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}\n{self.logs()}"
         return done.stdout
 
-    def answers(self) -> bool:
+    def answers(self, *argv: str) -> bool:
+        """Whether scontrol succeeds, by default in reaching the controller."""
         env = os.environ | {"SLURM_CONF": str(self.conf)}
-        return not subprocess.run(["scontrol", "ping"], env=env, capture_output=True).returncode
+        command = ["scontrol", *(argv or ["ping"])]
+        return not subprocess.run(command, env=env, capture_output=True, check=False).returncode
 
-    def idle(self) -> bool:
-        return {"idle"} == set(self.run("sinfo", "-h", "-N", "-o", "%t").split())
+    def restart_node(self, node: str) -> None:
+        """Start a node's daemon again, which registers it, and give it work."""
+        self.start(node, ["/usr/sbin/slurmd", "-D", "-N", node])
+        change = ("update", f"nodename={node}", "state=resume")
+        until(f"{node} can be resumed", lambda: self.answers(*change))
+        until(f"{node} is back", lambda: self.states(node) <= {"idle", "mix", "alloc"})
+
+    def save(self, job: str) -> None:
+        """Have the controller write all that it knows; it does so some seconds after a change."""
+        self.run("scontrol", "update", "nodename=rtx-2", "weight=2")
+        self.run("scontrol", "update", f"jobid={job}", "comment=changed")
+        now = time.time_ns()
+        paths = [self.folder / "state" / name for name in ("job_state", "node_state")]
+        until("the state is saved", lambda: all(p.stat().st_mtime_ns > now for p in paths))
+
+    def states(self, nodes: str = ",".join(NODES)) -> set[str]:
+        """Slurm's words for the states of nodes."""
+        return set(self.run("sinfo", "-h", "-N", "-o", "%t", f"--nodes={nodes}").split())
 
     def logs(self) -> str:
         paths = sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out")])
@@ -146,10 +208,9 @@ def slurm(folder: Path) -> Iterator[Cluster]:
     key.chmod(0o400)
     _write_conf(cluster)
     with ExitStack() as stack:
-        stack.callback(_end, cluster)
-        files = {"key-file": key, "socket": folder / "munge.socket", "pid-file": folder / "munge.pid",
-                 "log-file": folder / "munge.log", "seed-file": folder / "munge.seed"}  # fmt: skip
-        options = [f"--{name}={path}" for name, path in files.items()]
+        stack.callback(cluster.end)
+        options = [f"--{kind}-file={folder}/munge.{kind}" for kind in ("key", "pid", "log", "seed")]
+        options += [f"--socket={folder}/munge.socket"]
         cluster.start("munged", ["/usr/sbin/munged", "--foreground", "--force", *options])
         until("munge", (folder / "munge.socket").exists)
         cluster.start_controller()
@@ -157,16 +218,5 @@ def slurm(folder: Path) -> Iterator[Cluster]:
             (folder / f"spool-{name}").mkdir()
             cluster.start(name, ["/usr/sbin/slurmd", "-D", "-N", name])
         until("the controller answers", cluster.answers)
-        until("all nodes are idle", cluster.idle)
+        until("all nodes are idle", lambda: cluster.states() == {"idle"})
         yield cluster
-
-
-def _end(cluster: Cluster) -> None:
-    for process in cluster.processes.values():
-        process.terminate()
-    for process in cluster.processes.values():
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()

@@ -115,8 +115,9 @@ def run_job(run: Path, job: dict[str, Any], known: dict[str, str]) -> int:
     scratch = scratch_folder(job["scratch"])
     for folder in job["folders"]:
         Path(folder).mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="job-", dir=scratch))
-    known |= {"WORK": str(work), "SCRATCH": str(scratch), "IMAGE": stage(run, job, scratch)}
+    known |= {"SCRATCH": str(scratch), "IMAGE": stage(run, job, scratch)}
+    known["WORK"] = tempfile.mkdtemp(prefix="job-", dir=scratch)
+    work = Path(known["WORK"])
     try:
         for name, text in job["files"].items():
             (work / name).write_text(fill(text, known), encoding="utf-8")
