@@ -69,11 +69,11 @@ class Lab:
     def storage(self) -> Path:
         return self.folder / "storage"
 
-    def site(self, *, scratch: Path | None = None, **told: str) -> Path:
+    def site(self, told: dict[str, str] | None = None, *, scratch: Path | None = None) -> Path:
         """A site file; ``told``: <SKU>_<tier> -> how it shall end."""
         self.calls.append(1)
         path = self.folder / f"site-{len(self.calls)}.toml"
-        env = "\n".join(f'FAKE_{name} = "{word}"' for name, word in told.items())
+        env = "\n".join(f'FAKE_{name} = "{word}"' for name, word in (told or {}).items())
         scratch = scratch or self.folder / "scratch"
         path.write_text(SITE.format(storage=self.storage, scratch=scratch, env=env))
         return path

@@ -46,11 +46,11 @@ class Faults:
     """One run with a fault for most of its jobs, and what was collected of it."""
 
     def __init__(self, lab: Lab) -> None:
-        site = lab.site(
-            b300_kernel="slow", b300_server="red", rtxpro6000_kernel="stuck",
-            rtxpro6000_server="stuck", rtxpro6000_tp2="slow",
-        )  # fmt: skip
-        self.lab, self.record = lab, lab.send(site, *BOTH)
+        told = {
+            "b300_kernel": "slow", "b300_server": "red", "rtxpro6000_kernel": "stuck",
+            "rtxpro6000_server": "stuck", "rtxpro6000_tp2": "slow",
+        }  # fmt: skip
+        self.lab, self.record = lab, lab.send(lab.site(told), *BOTH)
         rtx = [f"rtxpro6000-0.26-{tier}" for tier in ("kernel", "server", "tp2")]
         lab.started(self.record, "b300-0.26-kernel", *rtx)
         kernel, *late = (self.record.attempts[name] for name in rtx)
@@ -125,7 +125,7 @@ def test_collecting_again_changes_nothing(lab: Lab, faults: Faults) -> None:
 def test_restarted_controller_loses_nothing(lab: Lab) -> None:
     """It is killed while jobs run and others wait; those that run end while it is away."""
     cluster, tiers = lab.cluster, ("kernel", "server", "tp2")
-    site = lab.site(**{f"b300_{tier}": "held" for tier in tiers})
+    site = lab.site({f"b300_{tier}": "held" for tier in tiers})
     with site.open("a") as file:  # of the last SKU
         file.write('options = ["--hold"]\n')
     record = lab.send(site, *BOTH)

@@ -72,6 +72,8 @@ REFUSED = {
     "gpu kit": ["b300", "--output=o"],
     "gpu prewarm": ["b300", "caches"],
     "gpu receipts": ["--update"],
+    "dispatch status": [],
+    "dispatch collect": [],
     "release": ["b300", "--stage=dev"],
     "receipts sign": ["r", "--key=k"],
     "receipts accept": ["r"],

@@ -10,6 +10,8 @@ PACKAGES = ("buildah", "runc", "skopeo", "mmdebstrap")
 # Tool -> its package: of the tests, and of `--archive` for a squashfs.
 MORE = {
     "docker-registry": "docker-registry", "mksquashfs": "squashfs-tools", "nix": "nix-bin",
+    "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge",
+    "busybox": "busybox-static",
 }  # fmt: skip
 INSTALL = f"apt-get install --no-install-recommends {' '.join(PACKAGES)}"
 
