@@ -92,6 +92,7 @@ KINDS = (
     Kind(pattern=r"systems/\w+/(index\.json|oci-layout|blobs/.+)"),
     Kind(pattern=r"systems/\w+/root/.+"),
     Kind(pattern=r"bytecode/.+"),
+    Kind(pattern=r"facts/\w+\.json"),
     Kind(pattern=r"rootfs/.+", absent=("systems",)),
     Kind(pattern=r"debs/\w+/.+\.deb", absent=("rootfs", "systems")),
     Kind(pattern=r"wheels/\w+/.+\.whl", absent=("layers",)),

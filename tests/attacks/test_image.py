@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 import tarfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.support.wheels import Member, record_row, write_wheel
 from vllm_forge.checkpoints.inspect.dry_load import PROGRAM
-from vllm_forge.images import image_checks
+from vllm_forge.images import image_checks, layer_checks
 from vllm_forge.images.content import group_entries
+from vllm_forge.images.layer import overlay
 from vllm_forge.images.layer_checks import (
     ImageFiles,
     hygiene,
@@ -118,6 +120,52 @@ def test_an_upper_layer_may_cure_a_lower_one(tmp_path: Path) -> None:
     assert files.keys() == {"usr/bin/su"}
     assert system_problems(files) == []
     assert len(system_problems(system_files([lower]))) == 4
+
+
+def forge(path: Path, good: dict[str, Any], seal: str) -> None:
+    """Let a recorded result be that of another layer."""
+    record = json.loads(path.read_text())
+    record["result"] = good["result"]
+    if seal == "of another record":
+        record = good
+    elif seal != "kept":
+        record["seal"] = seal
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("seal", ["kept", "", "0" * 64, "of another record"])
+def test_forged_result_of_a_check_is_not_taken(tmp_path: Path, seal: str) -> None:
+    system_files([layer(tmp_path, "good", member("usr/bin/su", 0o755))])
+    (good,) = (tmp_path / "cache" / "facts").iterdir()
+    bad = layer(tmp_path, "bad", member("usr/bin/su", 0o4755))
+    system_files([bad])
+    (forged,) = set(good.parent.iterdir()) - {good}
+    before = forged.read_text()
+    forge(forged, json.loads(good.read_text()), seal)
+    assert len(system_problems(system_files([bad]))) == 1
+    assert forged.read_text() == before, "it is written again"
+
+
+@pytest.mark.parametrize("same", ["layers and program", "layers", "program"])
+def test_layers_are_read_again_by_another_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: str
+) -> None:
+    first = layer(tmp_path, "rootfs", member("etc/x"))
+    other = layer(tmp_path, "other", member("etc/x", 0o600))
+    before = system_files([first])
+    read = []
+
+    def noted(*arguments: Any) -> Any:
+        read.append(arguments)
+        return overlay(*arguments)
+
+    monkeypatch.setattr(layer_checks, "overlay", noted)
+    if same == "layers":
+        monkeypatch.setattr(layer_checks, "_program", lambda: "another one")
+    after = system_files([other if same == "program" else first])
+    assert len(read) == (same != "layers and program")
+    modes = [{path: file.info.mode for path, file in files.items()} for files in (before, after)]
+    assert (modes[0] == modes[1]) == (same != "program")
 
 
 def test_system_layer_does_not_depend_on_who_built_it(tmp_path: Path) -> None:

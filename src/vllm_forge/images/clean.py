@@ -14,9 +14,9 @@ from vllm_forge.sources.debian import read_base_lock
 
 # Small, or made again in a minute; and what earlier versions have left.
 ALWAYS = (
-    "work", "bytecode", "buildah", "checkpoints", "contents", "coverage", "inspect", "mirror",
-    "proofs", "selection", "toolkit", "upstream", "uv", "census", "installer", "installers",
-    "oracle",
+    "work", "bytecode", "buildah", "checkpoints", "contents", "coverage", "facts", "inspect",
+    "mirror", "proofs", "selection", "toolkit", "upstream", "uv", "census", "installer",
+    "installers", "oracle",
 )  # fmt: skip
 # Of work that must not lose its files; a line's name follows.
 LOCKS = ("prove", "selection", "inspect", "upstream")

@@ -21,10 +21,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.host import hash_of
 from vllm_forge.host.files import read_plain, walk_plain
+from vllm_forge.images import layer
 from vllm_forge.images.content import STACK, VLLM, stack_entry
 from vllm_forge.images.layer import overlay
 from vllm_forge.images.layout import ImageLayer
+from vllm_forge.images.record import recall
 from vllm_forge.images.wheels import VENV, Entry, site_packages, wheel_entries
 from vllm_forge.matrix.model import WheelFile
 from vllm_forge.patches.wheel import GENERATED, blob_hash
@@ -65,20 +68,34 @@ class SystemFile:
 
 
 def system_files(layers: Sequence[ImageLayer]) -> dict[str, SystemFile]:
-    """Path -> entry of the image that these layers, lowest first, make; whiteouts are applied."""
+    """Path -> entry of the image that these layers, lowest first, make; whiteouts are applied.
 
-    def read(
-        path: str, info: tarfile.TarInfo, tar: tarfile.TarFile
-    ) -> tuple[tarfile.TarInfo, bool]:
+    Read once for the same blobs, whose digests the caller has compared.
+    """
+    blobs = [row.blob for row in layers]
+
+    def read(path: str, info: tarfile.TarInfo, tar: tarfile.TarFile) -> list[Any]:
         key = info.isreg() and path.endswith(KEY_FILES)
         content = tar.extractfile(info) if key else None
-        return info, content is not None and bool(PRIVATE_KEY.search(content.read()))
+        private = content is not None and bool(PRIVATE_KEY.search(content.read()))
+        return [info.mode, info.type.decode("latin-1"), info.pax_headers, private]
 
-    return {
-        path: SystemFile(layer=layers[number].name, info=info, private_key=private)
-        for path, (number, (info, private)) in overlay([row.blob for row in layers], read).items()
-        if path != "."
-    }
+    def rows() -> dict[str, list[Any]]:
+        return {path: [number, *row] for path, (number, row) in overlay(blobs, read).items()}
+
+    files = {}
+    for path, row in recall([_program(), *(blob.digest for blob in blobs)], rows).items():
+        number, mode, kind, headers, private = row
+        info = tarfile.TarInfo(path)
+        info.mode, info.type, info.pax_headers = mode, kind.encode("latin-1"), headers
+        if path != ".":
+            files[path] = SystemFile(layer=layers[number].name, info=info, private_key=private)
+    return files
+
+
+def _program() -> str:
+    """Hash of the code that reads layers: another one reads them again."""
+    return hash_of([Path(file).read_text() for file in (__file__, layer.__file__)])
 
 
 def system_problems(files: Mapping[str, SystemFile]) -> list[str]:

@@ -5,13 +5,16 @@ under the hash of the cell's name and inputs, and an image counts as built only 
 """
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_forge.host import cache_root, console, hash_of, parse_json, read_plain
 from vllm_forge.host.files import read_sealed, write_sealed
 from vllm_forge.images.errors import BuildRecordError
 
+T = TypeVar("T")
 SHORT = 12
 HEX = set("0123456789abcdef")
 Inputs = dict[str, dict[str, Any]]  # input -> its parts, each a value or a hash
@@ -72,6 +75,23 @@ def built_digest(path: Path) -> str | None:
         remedy = "the record was changed after the build: delete it and build again"
         raise BuildRecordError(what, where=path, remedy=remedy)
     return kept
+
+
+def recall(inputs: list[Any], make: Callable[[], T]) -> T:
+    """What ``make`` gives for ``inputs``, from the cache where it was made of them before.
+
+    Both are JSON values, and ``inputs`` has everything that the result is a function of: hashes of
+    files that were hashed just now, and of the code that reads them. What is empty is not kept.
+    """
+    path = cache_root() / "facts" / f"{hash_of(inputs)}.json"
+    with suppress(OSError, ValueError, LookupError):
+        record = read_sealed(path)
+        if record["inputs"] == inputs:
+            known: T = record["result"]
+            return known
+    if result := make():
+        write_sealed(path, {"inputs": inputs, "result": result})
+    return result
 
 
 def carries_kernels(path: Path) -> bool:

@@ -9,6 +9,7 @@ import json
 import re
 import tarfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import Runner, atomic_path, cache_root, hash_of, remove
 from vllm_forge.host.errors import CacheError
+from vllm_forge.host.files import file_digest
 from vllm_forge.images.engines import SystemOutput
 from vllm_forge.images.errors import BaseImageError, ImageCheckError, LayoutError
-from vllm_forge.images.layer import plain_digest
+from vllm_forge.images.layer import LayerBlob, plain_digest
 from vllm_forge.images.layout import ImageLayer, has_name, read_image, write_image
 from vllm_forge.images.prewarm import tree_digest
+from vllm_forge.images.record import recall
 from vllm_forge.images.rootfs import compress, is_whole, make_rootfs, write_host_sources
 from vllm_forge.sources.debian import installed_packages
 
@@ -99,7 +102,15 @@ def is_kept(plan: ImagePlan) -> bool:
     except (CacheError, ImageCheckError):
         return False
     blobs = (layer.blob for layer in system.layers)
-    return system.root_is_whole and all(plain_digest(blob) == blob.diff_id for blob in blobs)
+    return system.root_is_whole and all(_diff_id(blob) == blob.diff_id for blob in blobs)
+
+
+def _diff_id(blob: LayerBlob) -> str:
+    """See ``plain_digest``; empty also if the blob is not what its digest says."""
+    with suppress(OSError, ValueError):
+        if file_digest(blob.path) == blob.digest:
+            return recall(["diff_id", blob.digest], lambda: plain_digest(blob))
+    return ""
 
 
 def require_described(plan: ImagePlan, config: Mapping[str, Any]) -> None:
