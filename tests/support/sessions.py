@@ -48,9 +48,14 @@ def lines(rows: Iterable[dict[str, object]]) -> bytes:
     return "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows).encode()
 
 
+def write_exact(folder: Path) -> Path:
+    """The checkpoint."""
+    return exact_mtp.write(folder, VARIANT)
+
+
 WORKLOADS = {"tiny.jsonl": tiny, "exact.jsonl": exact}
 
 if __name__ == "__main__":
     for name, make in WORKLOADS.items():
         (FOLDER / name).write_bytes(make())
-    exact_mtp.write(Path(sys.argv[1]), VARIANT)
+    write_exact(Path(sys.argv[1]))

@@ -62,3 +62,7 @@ class ServerStartError(ForgeError, exit_code=FAULT):
 
 class StartFailedError(ForgeError, exit_code=UNDECIDED):
     """A start of a session failed in an earlier run, and is not repeated unasked."""
+
+
+class CrossCheckFailedError(ForgeError, exit_code=RED):
+    """Another tool's figures of a cell differ by more than server starts do."""

@@ -77,6 +77,15 @@ def register(choices: Commands) -> None:
     one = command(bench, "report", report_results, packaged=True)
     one.add_argument("results", type=Path, nargs="+", metavar="RECORD", help="of one or more arms")
     one.add_argument("--output", type=Path, required=True, help="folder that is written")
+    one = command(bench, "export", export, packaged=True)
+    one.add_argument("result", type=Path, metavar="RECORD", help="of one arm")
+    one.add_argument("--format", choices=["vllm", "pytorch"], required=True,
+                     help="of `vllm bench serve`, or PyTorch's benchmark records")  # fmt: skip
+    one.add_argument("--start", type=count, default=0, help="of the record, for vllm: 0, 1, ...")
+    one = command(bench, "crosscheck", crosscheck, JSON, packaged=True)
+    one.add_argument("result", type=Path, metavar="RECORD", help="of one arm")
+    one.add_argument("other", type=Path, help="JSON of `vllm bench serve` or `guidellm run`")
+    one.add_argument("--output", type=Path, help="file for the rows")
     one = command(bench, "build", build, LINE)
     one.add_argument("--scratch", type=Path, help="parent of its folder (default: /var/tmp)")
     one.add_argument("--rounds", type=positive_count, help="of builds and their floor (3)")
@@ -336,6 +345,51 @@ def report_results(_: Project, args: argparse.Namespace) -> None:
         images = "\n".join(f"![{name}]({name}.svg)" for name in charts)
         (folder / "report.md").write_text(f"# Results\n\n{rows}\n\n{images}\n", encoding="utf-8")
     print(args.output / "report.md")
+
+
+def export(_: Project, args: argparse.Namespace) -> None:
+    """Print a result in the form of another tool, as JSON."""
+    require_libraries("scipy")
+    from vllm_forge.bench.exchange import pytorch_records, vllm_document
+    from vllm_forge.bench.results import read_arm
+    from vllm_forge.bench.validity import require_valid
+
+    arm = read_arm(args.result)
+    require_valid(arm)
+    if args.start >= len(arm.result.starts):
+        args.parser.error(
+            f"invalid --start {args.start}: the record has {len(arm.result.starts)} starts"
+        )
+    vllm = args.format == "vllm"
+    print(json.dumps(vllm_document(arm, args.start) if vllm else pytorch_records(arm), indent=1))
+
+
+def crosscheck(_: Project, args: argparse.Namespace) -> None:
+    """Compare a result with what another tool measured of the same server and prompts."""
+    require_libraries("scipy")
+    from vllm_forge.bench import exchange
+    from vllm_forge.bench.results import read_arm
+    from vllm_forge.bench.validity import require_valid
+    from vllm_forge.host import write_json
+    from vllm_forge.pages.markdown import terminal_table
+
+    arm = read_arm(args.result)
+    require_valid(arm)
+    record = exchange.crosscheck(arm, args.other)
+    if args.output:
+        write_json(args.output, record)
+    if args.json:
+        print_json(args, record)
+    else:
+        words = {True: "yes", False: "no", None: "unknown"}
+        rows = [
+            [row["figure"], *(f"{row[key]:.6g}" for key in ("own", "other", "difference")),
+             "unknown" if row["bound"] is None else f"{row['bound']:.3g}", words[row["agrees"]]]
+            for row in record["rows"]
+        ]  # fmt: skip
+        head = ["figure", "record", record["tool"], "difference", "bound", "agrees"]
+        PlainConsole().print(terminal_table(head, rows))
+    exchange.require_agreement(record)
 
 
 def build(project: Project, args: argparse.Namespace) -> None:

@@ -1,0 +1,272 @@
+"""Results for and from other tools: `vllm bench serve`, PyTorch's benchmark records, GuideLLM.
+
+Figures have the names that `vllm bench serve` writes (0.26.0, vllm/benchmarks/serve.py:1194-1290).
+GuideLLM's "time per output token" has the first one in it, so TPOT is taken from its inter-token
+latency.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from vllm_forge.bench.errors import (
+    CrossCheckFailedError,
+    GateUndecidedError,
+    InvalidResultError,
+    ResultFileError,
+)
+from vllm_forge.bench.results import Arm, Row, Window
+from vllm_forge.bench.statistics import LEVEL
+from vllm_forge.host import read_data
+from vllm_forge.host.files import file_digest
+
+RATE, LENGTH = "output_throughput", "mean_output_tokens"
+ACCEPTANCE, POSITIONS = "spec_decode_acceptance_rate", "spec_decode_per_position_acceptance_rates"
+TTFT, TPOT = "mean_ttft_ms", "mean_tpot_ms"
+ROUNDING = 1e-9  # relative, of figures that must be equal
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What another tool says of one cell."""
+
+    tool: str
+    concurrency: int | None
+    answers: int
+    failed: int
+    figures: Figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A figure of both; ``bound``: of their difference, None if one start says nothing of it."""
+
+    figure: str
+    own: float
+    other: float
+    bound: float | None
+
+    @property
+    def difference(self) -> float:
+        return self.other - self.own
+
+    @property
+    def agrees(self) -> bool | None:
+        if self.bound is None:
+            return None
+        return abs(self.difference) <= self.bound + ROUNDING * abs(self.own)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "difference": self.difference, "agrees": self.agrees}
+
+
+def vllm_document(arm: Arm, index: int) -> dict[str, Any]:
+    """A start as `vllm bench serve` writes it; what was not measured is left out."""
+    rows, conditions = arm.of_start(index), arm.result.conditions
+    window = _window(arm, index)
+    finished = [row for row in rows if row.finish != "error"]
+    tokens = sum(row.output_tokens for row in rows)
+    return {
+        "backend": "openai",
+        "label": arm.result.arm,
+        "model_id": arm.result.server.artifact,
+        "image": arm.result.server.image,
+        "num_prompts": len(rows),
+        "request_rate": "inf",
+        "max_concurrency": conditions.concurrency,
+        "duration": window.seconds,
+        "completed": len(finished),
+        "failed": len(rows) - len(finished),
+        "total_output_tokens": tokens,
+        "request_throughput": len(finished) / window.seconds,
+        "output_lens": [row.output_tokens for row in rows],
+        "ttfts": [row.ttft for row in rows],
+        **_figures(rows, window),
+    }
+
+
+def pytorch_records(arm: Arm) -> list[dict[str, Any]]:
+    """A record for each figure, with a value for each start (vllm/benchmarks/lib/utils.py:41)."""
+    runs = [
+        _figures(arm.of_start(index), _window(arm, index))
+        for index in range(len(arm.result.starts))
+    ]
+    result = arm.result
+    extra = {"args": list(result.server.argv), "image": result.server.image,
+             "conditions": result.conditions.model_dump(mode="json")}  # fmt: skip
+    return [
+        {
+            "benchmark": {"name": "vLLM benchmark", "extra_info": extra},
+            "model": {"name": result.server.artifact},
+            "metric": {"name": name, "benchmark_values": [run[name] for run in runs],
+                       "extra_info": {"arm": result.arm, "gpu": result.server.gpu}},
+        }
+        for name, value in runs[0].items()
+        if not isinstance(value, list)
+    ]  # fmt: skip
+
+
+def read_run(path: Path) -> Run:
+    """One cell of `vllm bench serve` or GuideLLM, by its JSON; ResultFileError."""
+    remedy = "give the JSON of `vllm bench serve --save-result`, or of `guidellm run`"
+    run: Run = read_data(
+        path, _parse, ResultFileError, what="result of another tool", remedy=remedy
+    )
+    return run
+
+
+def crosscheck(arm: Arm, path: Path) -> dict[str, Any]:
+    """Rows of both figures, their difference and its bound; InvalidResultError: other conditions.
+
+    The other tool's run is one more start: the bound is the prediction interval of one, from the
+    starts of the record.
+    """
+    run = read_run(path)
+    _require_same(arm, run, path)
+    starts = [
+        _flat(_figures(arm.of_start(index), _window(arm, index)))
+        for index in range(len(arm.result.starts))
+    ]
+    checks = [
+        _check(name, [start[name] for start in starts], value)
+        for name, value in run.figures.items()
+        if name in starts[0]
+    ]
+    return {
+        "tool": run.tool,
+        "image": arm.result.server.image,
+        "files": {str(one.name): file_digest(one) for one in (arm.path, path)},
+        "rows": [check.as_json() for check in checks],
+    }
+
+
+def require_agreement(record: Mapping[str, Any]) -> None:
+    """CrossCheckFailedError, or GateUndecidedError where no bound is known."""
+    names = {word: [row["figure"] for row in record["rows"] if row["agrees"] is word]
+             for word in (False, None)}  # fmt: skip
+    if names[False]:
+        what = f"{record['tool']} and the record differ: {', '.join(names[False])}"
+        remedy = "check that both asked the same prompts of the same server"
+        raise CrossCheckFailedError(what, remedy=remedy)
+    if names[None] or not record["rows"]:
+        what = "one start says nothing of how much starts differ"
+        raise GateUndecidedError(what, remedy="measure the record with two or more starts")
+
+
+def _window(arm: Arm, index: int) -> Window:
+    if (window := arm.result.starts[index].window) is None:
+        what = f"start {index} has answers only: its time was not measured"
+        raise InvalidResultError(what, where=arm.path, remedy="measure it by `bench serve`")
+    return window
+
+
+def _figures(rows: list[Row], window: Window) -> dict[str, Any]:
+    tpots = [
+        1000 * (row.seconds - row.ttft) / (row.output_tokens - 1)
+        for row in rows
+        if row.ttft is not None and row.output_tokens > 1
+    ]
+    figures: dict[str, Any] = {
+        RATE: sum(row.output_tokens for row in rows) / window.seconds,
+        LENGTH: sum(row.output_tokens for row in rows) / len(rows),
+        **_distribution("ttft_ms", [1000 * row.ttft for row in rows if row.ttft is not None]),
+        **_distribution("tpot_ms", tpots),
+        **_distribution("e2el_ms", [1000 * row.seconds for row in rows]),
+    }
+    change = window.after.since(window.before)
+    if drafts := change["drafts"]:
+        figures |= {
+            ACCEPTANCE: change["accepted"] / change["draft_tokens"] * 100,
+            "spec_decode_acceptance_length": 1 + change["accepted"] / drafts,
+            "spec_decode_num_drafts": drafts,
+            "spec_decode_draft_tokens": change["draft_tokens"],
+            "spec_decode_accepted_tokens": change["accepted"],
+            POSITIONS: [count / drafts for count in change["per_position"]],
+        }
+    return figures
+
+
+def _distribution(name: str, values: list[float]) -> Figures:
+    if not values:
+        return {}
+    numbers = np.asarray(values)
+    return {
+        f"mean_{name}": float(numbers.mean()),
+        f"median_{name}": float(np.median(numbers)),
+        f"std_{name}": float(numbers.std()),
+        f"p99_{name}": float(np.percentile(numbers, 99)),
+    }
+
+
+def _flat(figures: Mapping[str, Any]) -> Figures:
+    """The rates by position, each by its own name."""
+    places = enumerate(figures.get(POSITIONS, ()))
+    rates = {f"acceptance_at_position_{place}": rate for place, rate in places}
+    return {k: v for k, v in figures.items() if not isinstance(v, list)} | rates
+
+
+def _parse(document: Mapping[str, Any]) -> Run:
+    return _guidellm(document) if "benchmarks" in document else _vllm(document)
+
+
+def _vllm(document: Mapping[str, Any]) -> Run:
+    names = (RATE, TTFT, TPOT, ACCEPTANCE, POSITIONS)
+    known = {name: document[name] for name in names if name in document}
+    answers = int(document["completed"])
+    length = document["total_output_tokens"] / max(1, answers)
+    return Run(
+        tool="vllm bench serve",
+        concurrency=document["max_concurrency"],
+        answers=answers,
+        failed=int(document["failed"]),
+        figures={LENGTH: length, **_flat(known)},
+    )
+
+
+def _guidellm(document: Mapping[str, Any]) -> Run:
+    (benchmark,) = document["benchmarks"]
+    metrics, totals = benchmark["metrics"], benchmark["metrics"]["request_totals"]
+    asked = benchmark["requests"]["successful"]
+    latencies = [row["inter_token_latency_ms"] for row in asked if row["output_tokens"] > 1]
+    tokens = [row["output_tokens"] for row in asked]
+    return Run(
+        tool=f"guidellm {document['metadata']['guidellm_version']}",
+        concurrency=benchmark["config"]["strategy"].get("streams"),
+        answers=int(totals["successful"]),
+        failed=int(totals["errored"]) + int(totals["incomplete"]),
+        figures={
+            LENGTH: math.fsum(tokens) / len(tokens),
+            RATE: metrics["output_tokens_per_second"]["successful"]["mean"],
+            TTFT: metrics["time_to_first_token_ms"]["successful"]["mean"],
+            TPOT: math.fsum(latencies) / len(latencies),
+        },
+    )
+
+
+def _require_same(arm: Arm, run: Run, path: Path) -> None:
+    def faults() -> Iterator[str]:
+        conditions, answers = arm.result.conditions, len(arm.of_start(0))
+        if run.failed:
+            yield f"{run.failed} requests of {run.tool} failed"
+        if run.concurrency != conditions.concurrency:
+            yield f"concurrency {run.concurrency} against {conditions.concurrency}"
+        if run.answers != answers:
+            yield f"{run.answers} answers against {answers}"
+
+    if found := list(faults()):
+        remedy = "ask the measured prompts once, at the record's concurrency"
+        raise InvalidResultError("; ".join(found), where=f"{arm.path}, {path}", remedy=remedy)
+
+
+def _check(name: str, starts: list[float], other: float) -> Check:
+    own, bound = math.fsum(starts) / len(starts), None
+    if len(starts) > 1:
+        reach = float(stats.t.ppf((1 + LEVEL) / 2, len(starts) - 1))
+        bound = reach * float(np.std(starts, ddof=1)) * math.sqrt(1 + 1 / len(starts))
+    return Check(figure=name, own=own, other=float(other), bound=bound)
