@@ -80,6 +80,7 @@ REFUSED = {
     "wheels lock": [],
     "wheels fetch": [],
     "wheels patched": [],
+    "dispatch build": ["--plan"],
     "docs": [],
     "bench build": [],
     "bench claims": [],

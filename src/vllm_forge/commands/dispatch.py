@@ -1,20 +1,29 @@
 """Work on a cluster: send it, ask for it, collect it."""
 
 import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_forge.commands.parsers import JSON, Commands, command, option, print_json
 from vllm_forge.errors import ForgeError, suggestion
-from vllm_forge.host import HostProbe, PlainConsole, console, printable
+from vllm_forge.host import HostProbe, PlainConsole, Runner, console, printable, write_whole
 from vllm_forge.matrix import ImageCell
 from vllm_forge.matrix.errors import UnsupportedCellError
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
-    from vllm_forge.dispatch.jobs import Work
+    from vllm_forge.dispatch.builds import LineBuild
+    from vllm_forge.dispatch.jobs import JobSpec, Work
     from vllm_forge.dispatch.results import Outcome
     from vllm_forge.dispatch.runs import RunRecord
+    from vllm_forge.dispatch.site import Site
+
+    Send = Callable[[Path, RunRecord], RunRecord]
+
+
+SCHEDULERS = ("slurm", "kubernetes")
 
 
 def _names(text: str) -> list[str]:
@@ -29,7 +38,7 @@ def _names(text: str) -> list[str]:
 def register(choices: Commands) -> None:
     key = option("--key", type=Path, help="private key (PEM) that signs the receipts")
     one = command(choices, "dispatch", dispatch, JSON, key)
-    one.add_argument("--to", choices=["slurm"], help="scheduler of the cluster")
+    one.add_argument("--to", choices=SCHEDULERS, help="scheduler of the cluster")
     one.add_argument("--skus", type=_names, help="SKUs of matrix.toml, e.g. b300,rtxpro6000")
     one.add_argument("--tiers", type=_names, help="of the GPU suite (default: kernel,server)")
     one.add_argument("--lines", type=_names, help="vLLM lines (default: that of matrix.toml)")
@@ -40,38 +49,78 @@ def register(choices: Commands) -> None:
     command(actions, "status", status, JSON, run)
     one = command(actions, "collect", collect, JSON, key, run)
     one.add_argument("--wait", action="store_true", help="until all jobs ended")
+    one = command(actions, "build", build, JSON)
+    one.add_argument("--skus", type=_names, help="SKUs of matrix.toml (default: all)")
+    one.add_argument("--lines", type=_names, help="vLLM lines (default: all)")
+    one.add_argument("--site", type=Path, help="the cluster (default: site.toml)")
+    one.add_argument("--plan", action="store_true", help="only print time and bytes by nodes")
 
 
 def dispatch(project: Project, args: argparse.Namespace) -> None:
     """Run tiers of the GPU suite on the nodes of a cluster, in the images that were built here."""
-    from vllm_forge.dispatch import runs, slurm
+    from vllm_forge.dispatch import runs
     from vllm_forge.dispatch.jobs import cell_image, job_specs
-    from vllm_forge.dispatch.runtimes import find_runtime
-    from vllm_forge.dispatch.site import NAME, read_site
+    from vllm_forge.dispatch.runtimes import POD, find_runtime
 
     if missing := [name for name in ("to", "skus") if getattr(args, name) is None]:
         args.parser.error(f"missing --{missing[0]}")
-    site = read_site(args.site or project.root / NAME, project.matrix)
+    site = _site(project, args)
+    if args.to == "kubernetes":
+        site = site.model_copy(update={"runtime": POD})
     find_runtime(site)
     works = _works(project, args)
     images = {cell.name: (cell, runs.built_image(project, cell)) for cell in _cells(project, args)}
     cells = [cell_image(project, cell, f"sha256:{image.digest}") for cell, image in images.values()]
-    run, ask = runs.new_run(), slurm.asking(HostProbe())
+    run = runs.new_run()
     specs = job_specs(cells, works, site, run)
-    batches = slurm.batches(specs, site, run)
-    slurm.require_cluster(specs, site, ask)
+    send = (_to_slurm if args.to == "slurm" else _to_kubernetes)(specs, site, run)
     folder = runs.stage(project, site, specs, images, run)
     record = runs.RunRecord(
         run=run, scheduler=args.to, storage=site.storage.root, specs=specs, attempts={}
     )
     runs.write_record(project, record)
-    record = slurm.send(batches, folder, ask, record)
+    record = send(folder, record)
     runs.write_record(project, record)
-    console.print(f"sent {len(specs)} jobs as run {run}", markup=False)
     if args.wait:
         _collect(project, args, record)
     else:
         print_json(args, record.model_dump(mode="json")) if args.json else print(run)
+
+
+def _site(project: Project, args: argparse.Namespace) -> "Site":
+    from vllm_forge.dispatch.site import NAME, read_site
+
+    return read_site(args.site or project.root / NAME, project.matrix)
+
+
+def _to_slurm(specs: Sequence["JobSpec"], site: "Site", run: str) -> "Send":
+    """Check that the cluster has what the jobs need; what sends them."""
+    from vllm_forge.dispatch import slurm
+
+    ask, batches = slurm.asking(HostProbe()), slurm.batches(specs, site, run)
+    slurm.require_cluster(specs, site, ask)
+
+    def send(folder: Path, record: "RunRecord") -> "RunRecord":
+        sent = slurm.send(batches, folder, ask, record)
+        console.print(f"sent {len(specs)} jobs as run {run}", markup=False)
+        return sent
+
+    return send
+
+
+def _to_kubernetes(specs: Sequence["JobSpec"], site: "Site", run: str) -> "Send":
+    """Make the manifests; what writes them. They are for kubectl to send."""
+    from vllm_forge.dispatch import kubernetes
+
+    texts = kubernetes.manifests(specs, site, run)
+
+    def write(folder: Path, record: "RunRecord") -> "RunRecord":
+        for name, text in texts.items():
+            write_whole(folder / "manifests" / name, text)
+        console.print(f"run: kubectl apply -f {folder / 'manifests'}", markup=False)
+        return record
+
+    return write
 
 
 def _works(project: Project, args: argparse.Namespace) -> list["Work"]:
@@ -116,8 +165,10 @@ def collect(project: Project, args: argparse.Namespace) -> None:
 
 
 def _outcomes(project: Project, record: "RunRecord") -> list["Outcome"]:
-    from vllm_forge.dispatch import runs, slurm
+    from vllm_forge.dispatch import kubernetes, runs, slurm
 
+    if record.scheduler == "kubernetes":
+        return kubernetes.outcomes(project, record)
     states = slurm.states(record.run, slurm.asking(HostProbe()))
     return runs.outcomes(project, record, slurm.ENDED, states)
 
@@ -141,6 +192,42 @@ def _collect(project: Project, args: argparse.Namespace, record: "RunRecord") ->
                 rows[number] = row.model_copy(update={"verdict": REFUSED, "why": error.what})
     _show(args, record, rows, receipts)
     require_green(record.run, rows)
+
+
+def build(project: Project, args: argparse.Namespace) -> None:
+    """Build images on nodes of the cluster, a job for each line, and wait for them."""
+    from vllm_forge.dispatch import builds
+    from vllm_forge.dispatch.runs import new_run
+
+    matrix = project.matrix
+    args.skus, args.lines = args.skus or list(matrix.sku), args.lines or list(matrix.line)
+    lines = builds.longest_first(builds.line_builds(project, _cells(project, args)))
+    if args.plan:
+        _show_forecasts(project, args, lines)
+        return
+    site, run = _site(project, args), new_run()
+    text = builds.script(project, lines, site, run)
+    builds.fill_folder(project, lines, Path(site.storage.root) / builds.SHARED)
+    rows = builds.send(text, lines, site, run, Runner())
+    print_json(args, rows) if args.json else print("\n".join(rows))
+
+
+def _show_forecasts(project: Project, args: argparse.Namespace, lines: list["LineBuild"]) -> None:
+    from vllm_forge.dispatch.builds import forecast, measured_rates
+    from vllm_forge.pages.markdown import terminal_table
+
+    rates = measured_rates(project)
+    rows = [forecast(lines, rates, nodes) for nodes in range(1, len(lines) + 1)]
+    if args.json:
+        print_json(args, [asdict(row) for row in rows])
+        return
+    head = ["nodes", "minutes", "downloaded, GB", "copied to nodes, GB"]
+    cells = [
+        [str(row.nodes), f"{row.seconds / 60:.1f}", f"{row.downloaded / 1e9:.1f}",
+         f"{row.copied / 1e9:.1f}"]
+        for row in rows
+    ]  # fmt: skip
+    PlainConsole().print(terminal_table(head, cells))
 
 
 def _show(

@@ -11,7 +11,11 @@ from typing import Any
 
 from vllm_forge.dispatch.errors import ClusterMismatchError, SiteFileError
 from vllm_forge.dispatch.jobs import RUNS, JobSpec
+from vllm_forge.dispatch.results import REFUSED, Marker, Outcome, judge
+from vllm_forge.dispatch.runs import RunRecord, local_folder
 from vllm_forge.dispatch.site import Kubernetes, KubernetesSku, Site
+from vllm_forge.host import parse_json, read_plain
+from vllm_forge.project import Project
 from vllm_forge.serve.render import fill
 
 TEMPLATE = Path(__file__).with_name("job.yaml")
@@ -96,3 +100,30 @@ def _job(name: str, group: Sequence[JobSpec], row: KubernetesSku, site: Site) ->
         shm_gb=first.shm_gb,
         volumes=tuple(volumes),
     )
+
+
+def outcomes(project: Project, record: RunRecord) -> list[Outcome]:
+    """The verdict on each job, by the markers that pods have left; no cluster is asked.
+
+    A pod that met a fault does not count: its index is started again. Two that ended without one
+    are refused, as there is no telling which of them counts.
+    """
+    rows = []
+    for spec in record.specs:
+        results = record.folder / "results" / spec.name
+        ended = [path.stem for path in sorted(results.glob("*.done")) if not _is_fault(path)]
+        if len(ended) > 1:
+            why = f"two pods of it ended: {', '.join(ended)}"
+            rows.append(Outcome(name=spec.name, verdict=REFUSED, why=why))
+            continue
+        (attempt,) = ended or [""]
+        state = None if ended else f"see: kubectl get pods -l vllm-forge/run={record.run}"
+        rows.append(judge(spec, attempt, results, state, local_folder(project, record, spec.name)))
+    return rows
+
+
+def _is_fault(marker: Path) -> bool:
+    try:
+        return bool(Marker.model_validate(parse_json(read_plain(marker))).fault)
+    except ValueError:
+        return False  # `judge` says what is wrong with it

@@ -52,6 +52,7 @@ _OPTIONS = (
     "--rm", "--name=forge-@ATTEMPT@", "--network=none", "--ipc=private", "--shm-size={shm}g",
     "--user=0", "--workdir={workdir}", "--entrypoint=",
 )  # fmt: skip
+POD = "pod"
 _RUNC = ("runc", "--root", "@WORK@/state")
 RUNTIMES: dict[str, Runtime] = {
     "docker": Runtime(
@@ -105,6 +106,10 @@ RUNTIMES: dict[str, Runtime] = {
         image=(),
         cleanup=((*_RUNC, "delete", "--force", "forge-@ATTEMPT@"),),
         bundle=True,
+    ),
+    # The node's program runs in a pod of the image, which has the volumes already.
+    POD: Runtime(
+        source="registry", prepare=(("ln", "--symbolic", "@OUTPUT@", OUTPUT),), head=(), image=(),
     ),
     "kit": Runtime(
         source="kit",
@@ -172,7 +177,7 @@ def node_job(spec: JobSpec, site: Site, config: Mapping[str, Any]) -> dict[str, 
 
 def _volumes(row: Runtime, volumes: tuple[Volume, ...]) -> list[str]:
     words = []
-    for volume in volumes:
+    for volume in volumes if row.volume else ():
         *first, last = row.volume
         last = last.format(source=volume.source, target=volume.target)
         words += [*first, last + (row.read_only if volume.read_only else "")]

@@ -41,12 +41,20 @@ class SlurmSku(FrozenModel):
     options: tuple[Option, ...] = Field(default=(), description="further ones of sbatch")
 
 
+class SlurmBuild(FrozenModel):
+    """Where images are built; no GPU is needed."""
+
+    partition: Word
+    options: tuple[Option, ...] = Field(default=(), description="further ones of sbatch")
+
+
 class Slurm(FrozenModel):
     """What `dispatch --to slurm` needs."""
 
     account: Word | None = None
     options: tuple[Option, ...] = Field(default=(), description="further ones of sbatch")
     sku: dict[Name, SlurmSku] = Field(min_length=1)
+    build: SlurmBuild | None = None
 
 
 # Names and label values of Kubernetes (apimachinery, util/validation).

@@ -7,5 +7,11 @@ from vllm_forge.patches.dispositions import (
     known_issues,
     read_dispositions,
 )
-from vllm_forge.patches.series import check_line, read_series, read_tree_lock, update_line
+from vllm_forge.patches.series import (
+    check_line,
+    fetch_archive,
+    read_series,
+    read_tree_lock,
+    update_line,
+)
 from vllm_forge.patches.wheel import PatchedWheel, build_wheel

@@ -24,6 +24,7 @@ from vllm_forge.project import Project
 from vllm_forge.sources import Download, Index, SourceRepo, download_all, verified
 from vllm_forge.sources.errors import LockFileError
 from vllm_forge.sources.index import pins
+from vllm_forge.sources.shared import take
 
 COMMAND = "nox -s forge -- patch lock --line"
 OTHERS = "the others applied"
@@ -94,7 +95,7 @@ def fetch_base(lock: TreeLock, version: str, repo: SourceRepo) -> str:
         repo.forget(version)
         tree = None
     if tree is None:
-        tree = repo.import_archive(version, _archive(lock))
+        tree = repo.import_archive(version, fetch_archive(lock))
     if tree != lock.base:
         raise errors.WrongBaseError(
             f"the source tree of vLLM {version} is {tree}, the series is for {lock.base}",
@@ -129,7 +130,7 @@ def update_line(project: Project, line_name: str, repo: SourceRepo) -> Applied:
     sdist = f"vllm-{line.vllm}.tar.gz"
     sha256, size = pins(index.find("vllm", sdist))
     draft = TreeLock(sdist=sdist, size=size, sha256=sha256, base="", result="")
-    base = repo.import_archive(line.vllm, _archive(draft, index))
+    base = repo.import_archive(line.vllm, fetch_archive(draft, index))
     applied = apply.apply_series(repo, base, patches)
     lock = draft.model_copy(update={"base": applied.base, "result": applied.result})
     write_whole(folder / "lock.toml", lock_text(lock, line_name))
@@ -150,10 +151,11 @@ def export_line(folder: Path, repo: SourceRepo, trees: list[str]) -> None:
         write_whole(patch.path, apply.patch_text(canonical))
 
 
-def _archive(lock: TreeLock, index: Index | None = None) -> Path:
+def fetch_archive(lock: TreeLock, index: Index | None = None) -> Path:
+    """The line's source archive, in the cache, hashed just now."""
     archive = cache_root() / "sdists" / lock.sha256 / lock.sdist
     with exclusive("sdists", wait=True):  # two cells of a line may be built at once
-        if not archive.exists():
+        if not archive.exists() and not take(lock.sha256, archive):
             index = index or Index()
             url = index.find("vllm", lock.sdist).url
             item = Download(url=url, sha256=lock.sha256, size=lock.size, target=archive)

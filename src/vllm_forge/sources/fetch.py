@@ -22,7 +22,7 @@ from vllm_forge.host.files import file_digest, remove_foreign
 from vllm_forge.sources import errors
 from vllm_forge.sources.index import CONNECTIONS, TIMEOUT_S, Index, blocks
 from vllm_forge.sources.lock import LockedWheel
-from vllm_forge.sources.shared import give, take
+from vllm_forge.sources.shared import give, shared_folder, take
 
 PARALLEL = 8
 TRIES = 5
@@ -150,7 +150,7 @@ class _Fetcher:
                 remove(item.target)  # of another kind
                 item.part.rename(item.target)
                 if item.shared:
-                    give(item.target, item.sha256)
+                    give(item.target, item.sha256, shared_folder())
                 return True
         have = item.part.stat().st_size if item.part.exists() else 0
         if last is None:

@@ -65,9 +65,9 @@ def take(sha256: str, target: Path) -> bool:
     return True
 
 
-def give(path: Path, sha256: str) -> None:
-    """Have a file, which was hashed just now, in the shared folder; failing that is only said."""
-    if (folder := shared_folder()) is None:
+def give(path: Path, sha256: str, folder: Path | None) -> None:
+    """Have a file, which was hashed just now, in a shared folder; failing that is only said."""
+    if folder is None:
         return
     place = _place(folder, sha256)
     try:

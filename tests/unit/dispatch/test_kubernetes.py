@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,10 @@ from tests.support.kubernetes import rule_problems, schema_problems
 from tests.support.site import SITE, make_site
 from vllm_forge.dispatch.errors import ClusterMismatchError, SiteFileError
 from vllm_forge.dispatch.jobs import cell_image, job_specs, suite_works
-from vllm_forge.dispatch.kubernetes import CODES, manifests
+from vllm_forge.dispatch.kubernetes import CODES, manifests, outcomes
+from vllm_forge.dispatch.runs import RunRecord
+from vllm_forge.dispatch.runtimes import POD as POD_RUNTIME
+from vllm_forge.dispatch.runtimes import node_job
 from vllm_forge.gputest.errors import SuiteRedError, SuiteUndecidedError
 from vllm_forge.project import Project
 
@@ -197,3 +201,64 @@ def test_what_the_site_lacks_is_named(tmp_path: Path) -> None:
     site = cluster(tmp_path, row, CLUSTER)
     with pytest.raises(SiteFileError, match="missing registry"):
         manifests(specs(site, "kernel"), site, RUN)
+
+
+def test_pod_runs_the_command_where_its_volumes_are(tmp_path: Path) -> None:
+    site = cluster(tmp_path).model_copy(update={"runtime": POD_RUNTIME})
+    (spec, *_) = specs(site, "kernel")
+    job = node_job(spec, site, {})
+    variables = [f"{name}={value}" for name, value in spec.environment.items()]
+    assert job["argv"] == ["/usr/bin/env", *variables, *spec.command]
+    assert job["prepare"] == [["ln", "--symbolic", "@OUTPUT@", "/output"]]
+
+
+@pytest.fixture
+def sent(tmp_path: Path) -> RunRecord:
+    """A run of one job, of which no pod has ended."""
+    site = cluster(tmp_path)
+    (spec, *_) = specs(site, "kernel")
+    return RunRecord(
+        run=RUN, scheduler="kubernetes", storage=str(tmp_path), specs=(spec,), attempts={}
+    )
+
+
+def leave(record: RunRecord, pod: str, fault: str = "", code: int | None = 91) -> None:
+    """The marker of a pod that ended."""
+    (spec,) = record.specs
+    marker = {
+        "job": spec.name, "image": spec.image, "attempt": pod, "restarts": 0, "node": "n1",
+        "exit": code, "fault": fault, "files": {},
+    }  # fmt: skip
+    path = record.folder / "results" / spec.name / f"{pod}.done"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(marker))
+
+
+def verdict(record: RunRecord, tmp_path: Path) -> tuple[str, str]:
+    (row,) = outcomes(Project(tmp_path), record)
+    return row.verdict, row.why
+
+
+def test_job_without_a_marker_waits(sent: RunRecord, tmp_path: Path) -> None:
+    assert verdict(sent, tmp_path) == ("waiting", f"see: kubectl get pods -l vllm-forge/run={RUN}")
+    leave(sent, "pod-1", fault="OSError: no space left", code=None)
+    assert verdict(sent, tmp_path)[0] == "waiting"  # its index is started again
+
+
+def test_pod_after_a_fault_counts(sent: RunRecord, tmp_path: Path) -> None:
+    leave(sent, "pod-1", fault="OSError: no space left", code=None)
+    leave(sent, "pod-2")
+    assert verdict(sent, tmp_path) == ("red", "n1: exit code 91")
+
+
+def test_two_verdicts_on_one_job_are_refused(sent: RunRecord, tmp_path: Path) -> None:
+    leave(sent, "pod-1", code=0)
+    leave(sent, "pod-2")
+    assert verdict(sent, tmp_path) == ("refused", "two pods of it ended: pod-1, pod-2")
+
+
+def test_damaged_marker_is_refused(sent: RunRecord, tmp_path: Path) -> None:
+    leave(sent, "pod-1")
+    (marker,) = sent.folder.glob("results/*/pod-1.done")
+    marker.write_text("{")
+    assert verdict(sent, tmp_path)[0] == "refused"

@@ -124,7 +124,7 @@ def test_hosts_that_write_at_once_leave_one_file(shared: Path, tmp_path: Path) -
 
     def host() -> None:
         start.wait()
-        give(source, digest)
+        give(source, digest, shared)
 
     hosts = [threading.Thread(target=host) for _ in range(4)]
     for thread in hosts:
