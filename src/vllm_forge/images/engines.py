@@ -27,6 +27,7 @@ from vllm_forge.images.remote import (
     remote_builder,
     require_builder,
     unpack_layers,
+    warn_of_plain_tcp,
 )
 from vllm_forge.images.tools import INSTALL
 
@@ -319,6 +320,7 @@ class BuildKit(Buildah):
     def check(self, runner: Runner) -> None:
         """A plugin that is new enough, and a daemon that answers."""
         Buildx.check_plugin(runner)
+        warn_of_plain_tcp(self.builder)
         with remote_builder(runner, self.builder) as (name, env):
             check_builder(runner, name, env)
 

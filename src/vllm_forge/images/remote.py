@@ -1,5 +1,7 @@
 """A BuildKit daemon elsewhere, by buildx: its address, its version, the layers it sends back."""
 
+import os
+import posixpath
 import re
 import subprocess
 import tarfile
@@ -9,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vllm_forge.errors import UsageError
-from vllm_forge.host import Runner, hash_of, remove
+from vllm_forge.host import Runner, console, hash_of, remove
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images.docker_api import require_version
 from vllm_forge.images.errors import EngineUnreachableError, LayoutError
@@ -18,10 +20,16 @@ from vllm_forge.images.layer import OPAQUE, WHITEOUT, plain_path
 # Schemes of buildx's remote driver (docker/buildx, driver/remote, and BuildKit's connhelpers).
 SCHEMES = ("tcp", "kube-pod", "unix", "docker-container", "podman-container", "ssh")
 ADDRESS = re.compile(rf"(?:{'|'.join(SCHEMES)})://[\w.~:/?&=@%\[\]-]+", re.ASCII)
+PASSWORD = re.compile(r"[a-z-]+://[^/@]*:[^/@]*@")
+LOOPBACK = re.compile(r"tcp://(localhost|127\.[\d.]+|\[::1\])(:\d+)?")
 NAME = re.compile(r"[A-Za-z][\w.-]*", re.ASCII)  # docker/buildx, store/util.go
 OLDEST_BUILDKIT = (0, 13)  # the first that knows rewrite-timestamp; an older one ignores it
 UNKNOWN = "v0.0.0"  # of Debian's dockerd
 ANSWER_S = 60
+REMEDY_TLS = (
+    "for TLS: docker buildx create --driver remote --driver-opt cacert=..,cert=..,key=.. "
+    "--name NAME tcp://.., then --builder NAME"
+)
 
 
 def require_builder(text: str) -> None:
@@ -29,6 +37,8 @@ def require_builder(text: str) -> None:
     if not ADDRESS.fullmatch(text) and not NAME.fullmatch(text):
         what = f"invalid --builder {text!r}: expected an address ({'://, '.join(SCHEMES)}://)"
         raise UsageError(f"{what} or the name of a builder of docker buildx")
+    if PASSWORD.match(text):  # every user of the host reads command lines
+        raise UsageError("invalid --builder: its address has a password", remedy=REMEDY_TLS)
 
 
 @contextmanager
@@ -49,15 +59,20 @@ def remote_builder(runner: Runner, builder: str) -> Iterator[tuple[str, dict[str
         yield name, env
 
 
+def warn_of_plain_tcp(builder: str) -> None:
+    """Say what an address without TLS means, unless it is of this host."""
+    if builder.startswith("tcp://") and not LOOPBACK.fullmatch(builder):
+        what = f"warning: {builder} has no TLS: who is on the network can change the system layers"
+        console.print(f"{what}; {REMEDY_TLS}", markup=False)
+
+
 def check_builder(runner: Runner, name: str, env: Mapping[str, str]) -> None:
     """Raises EngineUnreachableError: no BuildKit answers; EngineTooOldError."""
     argv = ["docker", "buildx", "inspect", "--bootstrap", name]
     try:
         answer = runner.run(argv, env=env, seconds=ANSWER_S)
     except CommandFailedError as error:
-        remedy = "check its address and that BuildKit runs there. TLS: docker buildx create "
-        remedy += "--driver remote --driver-opt cacert=..,cert=..,key=.. --name NAME tcp://.., "
-        remedy += "then --builder NAME"
+        remedy = f"check its address and that BuildKit runs there; {REMEDY_TLS}"
         raise EngineUnreachableError(error.what, where=error.where, remedy=remedy) from error
     version = re.search(r"^BuildKit(?: version)?:\s*(\S+)", answer, re.MULTILINE)
     if version is not None and not version[1].startswith(UNKNOWN):
@@ -67,14 +82,16 @@ def check_builder(runner: Runner, name: str, env: Mapping[str, str]) -> None:
 def unpack_layers(tars: Sequence[Path], root: Path) -> None:
     """Unpack plain layers, lowest first, with owners and modes, into a new folder.
 
-    Raises LayoutError: a whiteout leads out of it.
+    Raises LayoutError: a file or a whiteout leads out of it.
     """
     root.mkdir()
     for tar in tars:
-        for name in _names(tar):
-            folder, _, base = plain_path(name).rpartition("/")
+        members = _members(tar)
+        _require_inside(root, members)
+        for member in members:
+            folder, _, base = plain_path(member.name).rpartition("/")
             if base.startswith(WHITEOUT):
-                _white_out(root, root / folder, base)
+                _white_out(root / folder, base)
         # GNU tar refuses `..`, and makes links that lead out when all files are written.
         argv = ["tar", "--extract", f"--file={tar}", f"--directory={root}", "--numeric-owner"]
         argv.append(f"--exclude={WHITEOUT}*")
@@ -83,18 +100,28 @@ def unpack_layers(tars: Sequence[Path], root: Path) -> None:
             raise LayoutError(f"tar cannot unpack it: {done.stderr.strip()[-500:]}", where=tar)
 
 
-def _names(tar: Path) -> list[str]:
+def _members(tar: Path) -> list[tarfile.TarInfo]:
     try:
         with tarfile.open(tar, "r:") as layer:
-            return layer.getnames()
+            return layer.getmembers()
     except tarfile.TarError as error:
         raise LayoutError(f"not a plain tar: {error}", where=tar) from error
 
 
-def _white_out(root: Path, folder: Path, base: str) -> None:
+def _require_inside(root: Path, members: Sequence[tarfile.TarInfo]) -> None:
+    """Raise LayoutError for a file or a whiteout behind a lower layer's link that leads out."""
+    paths = {plain_path(member.name) for member in members if member.isdir()}
+    for member in members:
+        names = [member.name, member.linkname] if member.islnk() else [member.name]
+        paths |= {posixpath.dirname(plain_path(name)) for name in names}
+    top = root.resolve()
+    for path in paths:
+        if "\0" in path or not Path(os.path.realpath(top / path)).is_relative_to(top):
+            raise LayoutError(f"{path} leads out of the image", where=root)
+
+
+def _white_out(folder: Path, base: str) -> None:
     """Delete what a whiteout in a folder names."""
-    if not folder.resolve().is_relative_to(root.resolve()):
-        raise LayoutError(f"{folder / base} leads out of the image", where=root)
     if not folder.is_dir():
         return
     for path in list(folder.iterdir()) if base == OPAQUE else [folder / base[len(WHITEOUT) :]]:

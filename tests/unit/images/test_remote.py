@@ -176,9 +176,42 @@ def test_invalid_builder_is_refused(builder: str) -> None:
         require_builder(builder)
 
 
+def test_password_of_a_builder_is_refused_and_not_shown() -> None:
+    with pytest.raises(UsageError, match="has a password") as caught:
+        require_builder("ssh://me:hunter2@host")
+    assert "hunter2" not in str(caught.value)
+    require_builder("ssh://me@host:22")
+
+
+@pytest.mark.parametrize(
+    ("builder", "warned"),
+    [("tcp://builder:1", True), ("tcp://127.0.0.1.evil:1", True), ("tcp://127.0.0.1:1", False),
+     ("tcp://[::1]:1", False), ("ssh://h", False), ("mine", False)],
+)  # fmt: skip
+def test_address_without_tls_is_warned_of(
+    docker: Path, capsys: pytest.CaptureFixture[str], builder: str, warned: bool
+) -> None:
+    assert docker
+    BuildKit(builder).check(Runner())
+    assert ("has no TLS" in " ".join(capsys.readouterr().err.split())) is warned
+
+
 HOSTILE: dict[str, list[Any]] = {
     "whiteout through a link": [
         special("out", tarfile.SYMTYPE, "{outside}"), None, ("out/.wh.kept", b""),
+    ],
+    "file through a link of a lower layer": [
+        special("out", tarfile.SYMTYPE, "{outside}"), None, ("out/kept", b"theirs"),
+    ],
+    "folder through a link of a lower layer": [
+        special("out", tarfile.SYMTYPE, "../outside"), None, special("out/new/", tarfile.DIRTYPE),
+    ],
+    "hard link through a link of a lower layer": [
+        special("out", tarfile.SYMTYPE, "{outside}"), None,
+        special("stolen", tarfile.LNKTYPE, "out/kept"),
+    ],
+    "file behind links in a circle": [
+        special("a", tarfile.SYMTYPE, "b"), special("b", tarfile.SYMTYPE, "a"), None, ("a/x", b""),
     ],
     "opaque folder above": [("../outside/.wh..wh..opq", b"")],
     "hard link to a file outside": [special("stolen", tarfile.LNKTYPE, "../outside/kept")],
@@ -206,3 +239,4 @@ def test_layers_of_a_hostile_daemon_reach_nothing_outside(case: str, tmp_path: P
         unpack_layers(tars, tmp_path / "root")
     assert (outside / "kept").read_text() == "mine"
     assert (outside / "kept").stat().st_nlink == 1
+    assert len(list(outside.iterdir())) == 1
