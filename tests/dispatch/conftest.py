@@ -17,6 +17,7 @@ from tests.support.slurm import Cluster, missing_tools, slurm, until
 from vllm_forge.cli import main
 from vllm_forge.dispatch import runs
 from vllm_forge.dispatch.runs import RunRecord, read_record
+from vllm_forge.gputest import launch
 from vllm_forge.host import parse_json
 
 if TYPE_CHECKING:
@@ -133,5 +134,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         patch.setenv("VLLM_FORGE_CACHE", str(folder / "cache"))
         patch.setenv("COLUMNS", "300")
         patch.setattr(runs, "write_bundle", write_bundle)
+        patch.setattr(launch, "write_bundle", write_bundle)  # of kits
         patch.setattr(runs, "POLL_S", 0.2)
         yield Lab(cluster=cluster, project=project, folder=folder, key=private)

@@ -37,7 +37,7 @@ LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
 # Programs of others, whose options are not checked.
 OTHERS = {
     "buildkite-agent", "cosign", "curl", "docker", "git", "grep", "kubectl", "openssl", "oras",
-    "pip", "pre-commit", "sh", "skopeo", "tar", "uv",
+    "pip", "pre-commit", "sh", "sinfo", "skopeo", "tar", "uv",
 }  # fmt: skip
 SCRIPTS = {"scripts/install_vllm_with_patches.sh": ["install"]}
 ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
