@@ -110,6 +110,22 @@ def call(argv: list[str]) -> None:
         raise Fault(f"{argv[0]} exited with {done.returncode}: {done.stdout[-TAIL:].strip()}")
 
 
+def wait_for(argv: list[str]) -> int:
+    """Run a command, and pass SIGTERM on to it; its exit code."""
+    asked, started = list[bool](), list["subprocess.Popen[bytes]"]()
+
+    def pass_on(*_: object) -> None:
+        asked.append(True)
+        for process in started:
+            process.send_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, pass_on)
+    started.append(subprocess.Popen(argv, stdin=subprocess.DEVNULL))
+    if asked:  # while it was started
+        started[0].send_signal(signal.SIGTERM)
+    return started[0].wait()
+
+
 def run_job(run: Path, job: dict[str, Any], known: dict[str, str]) -> int:
     """Run the job's command; SIGTERM is passed on, so that it can write what it has so far."""
     scratch = scratch_folder(job["scratch"])
@@ -123,9 +139,7 @@ def run_job(run: Path, job: dict[str, Any], known: dict[str, str]) -> int:
             (work / name).write_text(fill(text, known), encoding="utf-8")
         for argv in job["prepare"]:
             call(words(argv, known))
-        process = subprocess.Popen(words(job["argv"], known), stdin=subprocess.DEVNULL)
-        signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
-        return process.wait()
+        return wait_for(words(job["argv"], known))
     finally:
         for argv in job["cleanup"]:
             subprocess.run(words(argv, known), capture_output=True, check=False)

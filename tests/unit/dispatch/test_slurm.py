@@ -1,0 +1,151 @@
+"""Scripts of Slurm, and what is asked of a cluster before one is sent."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.site import make_site
+from vllm_forge.dispatch import slurm
+from vllm_forge.dispatch.errors import ClusterMismatchError, SchedulerError, SiteFileError
+from vllm_forge.dispatch.jobs import cell_image, job_specs, suite_works
+from vllm_forge.dispatch.runs import RunRecord
+from vllm_forge.host import Reply
+from vllm_forge.project import Project
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from vllm_forge.dispatch.jobs import JobSpec
+    from vllm_forge.dispatch.site import Site
+
+NODES = "b300|gpu:b300:8(S:0-1)|1-00:00:00\nrtxpro6000|gpu:rtxpro6000:2,shard:4|30:00\n"
+
+
+class Cluster:
+    """Slurm's programs: what they print, and what they were asked."""
+
+    def __init__(self, **replies: Reply) -> None:
+        self.replies = {"sinfo": Reply(code=0, text=NODES)} | replies
+        self.asked: list[list[str]] = []
+
+    def ask(self, name: str, argv: Sequence[str]) -> Reply:
+        self.asked.append(list(argv))
+        return self.replies.get(name, Reply(code=0, text="7\n"))
+
+
+def make(
+    root: Path, folder: Path, *tiers: str, old: str = "", new: str = ""
+) -> tuple[Site, tuple[JobSpec, ...]]:
+    project = Project(root)
+    site = make_site(folder, project, old, new)
+    images = [
+        cell_image(project, project.cell(sku, "0.26"), "sha256:" + "d1" * 32)
+        for sku in ("b300", "rtxpro6000")
+    ]
+    works = suite_works(project)
+    return site, job_specs(images, [works[name] for name in tiers], site, "r1")
+
+
+def test_script_is_an_array_that_is_never_requeued(root: Path, tmp_path: Path) -> None:
+    site, specs = make(root, tmp_path, "kernel", "server", "tp2")
+    made = slurm.batches(specs, site, "r1")
+    assert sum(len(batch.specs) for batch in made) == 6
+    for batch in made:
+        first, lines = batch.specs[0], batch.script.splitlines()
+        assert f"#SBATCH --partition={first.sku}" in lines
+        assert f"#SBATCH --gres=gpu:{first.sku}:{first.gpus}" in lines
+        assert f"#SBATCH --array=0-{len(batch.specs) - 1}" in lines
+        assert {"#SBATCH --no-requeue", "#SBATCH --account=lab"} <= set(lines)
+        assert f"#SBATCH --time={first.minutes}" in lines
+        assert len({(spec.sku, spec.gpus, spec.minutes) for spec in batch.specs}) == 1
+        subprocess.run(["bash", "-n"], input=batch.script, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "tiers", "said"),
+    [
+        ('partition = "b300"', 'partition = "b30"', ["kernel"],
+         "slurm.sku.b300.partition: no partition 'b30' (did you mean 'b300'?)"),
+        ('gres = "b300"', 'gres = "b200"', ["kernel"],
+         "slurm.sku.b300.gres: partition b300 has no gpu:b200; it has gpu:b300"),
+        ("", "", ["tp4"],
+         "slurm.sku.rtxpro6000.gres: rtxpro6000-0.26-tp4 needs 4 GPUs of one node; those of "
+         "rtxpro6000 have 2"),
+        ("", "", ["soak"],
+         "slurm.sku.rtxpro6000.partition: rtxpro6000-0.26-soak may take 260 minutes; rtxpro6000 "
+         "allows 30"),
+    ],
+)  # fmt: skip
+def test_what_the_cluster_lacks_is_named_by_its_row(
+    root: Path, tmp_path: Path, *, old: str, new: str, tiers: list[str], said: str
+) -> None:
+    site, specs = make(root, tmp_path, *tiers, old=old, new=new)
+    with pytest.raises(ClusterMismatchError) as caught:
+        slurm.require_cluster(specs, site, slurm.asking(Cluster()))
+    assert caught.value.what == said
+
+
+def test_untyped_gpus_are_refused(root: Path, tmp_path: Path) -> None:
+    site, specs = make(root, tmp_path, "kernel")
+    cluster = Cluster(sinfo=Reply(code=0, text="b300|gpu:8|infinite\n"))
+    with pytest.raises(ClusterMismatchError, match="it has no typed GPUs"):
+        slurm.require_cluster(specs[:1], site, slurm.asking(cluster))
+
+
+def test_missing_row_of_a_sku_is_named(root: Path, tmp_path: Path) -> None:
+    row = '[slurm.sku.rtxpro6000]\npartition = "rtxpro6000"\ngres = "rtxpro6000"\n'
+    site, specs = make(root, tmp_path, "kernel", old=row, new="")
+    with pytest.raises(SiteFileError, match=r"missing slurm\.sku\.rtxpro6000"):
+        slurm.batches(specs, site, "r1")
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("30:00", 30), ("1:00:00", 60), ("2-00:00:00", 2880), ("0:30", 0.5), ("infinite", 1e9)],
+)
+def test_times_of_partitions(text: str, minutes: float) -> None:
+    assert min(slurm._minutes(text), 1e9) == minutes
+
+
+def test_attempts_are_job_and_index(root: Path, tmp_path: Path) -> None:
+    site, specs = make(root, tmp_path, "kernel", "server")
+    record = slurm.send(slurm.batches(specs, site, "r1"), tmp_path, _ask(), _record(specs))
+    assert record.attempts["b300-0.26-kernel"] == "7_0"
+
+
+def _ask(**replies: Reply) -> Any:
+    return slurm.asking(Cluster(**replies))
+
+
+def _record(specs: tuple[JobSpec, ...]) -> RunRecord:
+    return RunRecord(run="r1", scheduler="slurm", storage="/s", specs=specs, attempts={})
+
+
+def test_failed_submission_cancels_what_was_sent(root: Path, tmp_path: Path) -> None:
+    """By the run's name: the answer of one that was accepted may have been lost."""
+    site, specs = make(root, tmp_path, "kernel")
+
+    class Dying(Cluster):
+        def ask(self, name: str, argv: Sequence[str]) -> Reply:
+            sent = [words for words in self.asked if words[:2] == ["sbatch", "--parsable"]]
+            reply = super().ask(name, argv)
+            second = argv[:2] == ["sbatch", "--parsable"] and len(sent) == 1
+            return Reply(code=1, text="Socket timed out") if second else reply
+
+    cluster = Dying()
+    with pytest.raises(SchedulerError, match="Socket timed out"):
+        slurm.send(
+            slurm.batches(specs, site, "r1"), tmp_path, slurm.asking(cluster), _record(specs)
+        )
+    assert cluster.asked[-1] == ["scancel", "--jobname=forge-r1"]
+
+
+def test_states_are_by_attempt() -> None:
+    reply = Reply(code=0, text="7_0|RUNNING\n7_1|NODE_FAIL\n")
+    assert slurm.states("r1", _ask(squeue=reply)) == {"7_0": "RUNNING", "7_1": "NODE_FAIL"}
+    with pytest.raises(SchedulerError, match="exited with 1"):
+        slurm.states("r1", _ask(squeue=Reply(code=1, text="Unable to contact slurm controller")))
