@@ -177,7 +177,7 @@ def test_full_disk_of_a_node_is_a_fault(lab: Lab, tmp_path: Path) -> None:
     assert document["receipts"] == []
 
 
-def test_kit_runs_where_there_is_no_engine(lab: Lab) -> None:
+def test_kit_runs_without_an_engine(lab: Lab) -> None:
     site = lab.site()
     site.write_text(site.read_text().replace('runtime = "runc"', 'runtime = "kit"'))
     document = lab.collect(lab.send(site, "--skus=b300", "--tiers=kernel").run, f"--key={lab.key}")
