@@ -16,6 +16,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from tests.support.kubernetes import schema_problems
 from vllm_forge.cli import main
 from vllm_forge.matrix import image_cell, load
 from vllm_forge.serve.command import ServeOptions, Service, container_command, service_of
@@ -103,6 +104,7 @@ def test_deployment_of_kubernetes() -> None:
     made = service(ODD, env=("HF_TOKEN", "A=b"), key=Path("/etc/key"))
     text = render("k8s", made, "docker")
     document = yaml.safe_load(text)
+    assert schema_problems(document) == []
     template = document["spec"]["template"]
     assert document["spec"]["selector"]["matchLabels"] == template["metadata"]["labels"]
     (container,) = template["spec"]["containers"]
