@@ -66,3 +66,7 @@ class StartFailedError(ForgeError, exit_code=UNDECIDED):
 
 class CrossCheckFailedError(ForgeError, exit_code=RED):
     """Another tool's figures of a cell differ by more than server starts do."""
+
+
+class ResultSignatureError(ForgeError, exit_code=REFUSED):
+    """A result must be signed and is not, or its signature is of another one."""

@@ -73,10 +73,23 @@ def register(choices: Commands) -> None:
     one.add_argument("reference", type=Path, help="record of the arm to compare with")
     one.add_argument("candidate", type=Path, help="record of the arm to judge")
     one.add_argument("--repeat", type=Path, help="the reference, measured again: the noise floor")
+    one.add_argument("--signed", action="store_true", help="refuse results without a signature")
     one.add_argument("--gate", action="append", help="of matrix.toml, repeatable (default: all)")
     one = command(bench, "report", report_results, packaged=True)
     one.add_argument("results", type=Path, nargs="+", metavar="RECORD", help="of one or more arms")
     one.add_argument("--output", type=Path, required=True, help="folder that is written")
+    _register_exchange(bench)
+    one = command(bench, "build", build, LINE)
+    one.add_argument("--scratch", type=Path, help="parent of its folder (default: /var/tmp)")
+    one.add_argument("--rounds", type=positive_count, help="of builds and their floor (3)")
+    one.add_argument("--baseline", metavar="COMMIT", help="whose code writes the floor's layers")
+
+
+def _register_exchange(bench: Commands) -> None:
+    """Results for others, and of other tools."""
+    one = command(bench, "sign", sign, packaged=True)
+    one.add_argument("result", type=Path, metavar="RECORD", help="of one arm")
+    one.add_argument("--key", type=Path, required=True, help="private key (PEM) that signs")
     one = command(bench, "export", export, packaged=True)
     one.add_argument("result", type=Path, metavar="RECORD", help="of one arm")
     one.add_argument("--format", choices=["vllm", "pytorch"], required=True,
@@ -86,10 +99,6 @@ def register(choices: Commands) -> None:
     one.add_argument("result", type=Path, metavar="RECORD", help="of one arm")
     one.add_argument("other", type=Path, help="JSON of `vllm bench serve` or `guidellm run`")
     one.add_argument("--output", type=Path, help="file for the rows")
-    one = command(bench, "build", build, LINE)
-    one.add_argument("--scratch", type=Path, help="parent of its folder (default: /var/tmp)")
-    one.add_argument("--rounds", type=positive_count, help="of builds and their floor (3)")
-    one.add_argument("--baseline", metavar="COMMIT", help="whose code writes the floor's layers")
 
 
 def _workload_options(one: Parser) -> None:
@@ -308,6 +317,13 @@ def gate(project: Project, args: argparse.Namespace) -> None:
     chosen = {name: row for name, row in gates.items() if name in (args.gate or gates)}
     paths = [path for path in (args.reference, args.candidate, args.repeat) if path is not None]
     arms = [read_arm(path) for path in paths]
+    if args.signed:
+        from vllm_forge.bench.signed import require_signed
+        from vllm_forge.signing import read_keyring
+
+        for arm in arms:
+            signer = require_signed(arm, read_keyring(project.root))
+            console.print(f"{arm.path}: signed by {signer}", markup=False)
     outcomes = compare(chosen, *arms)
     names = dict(zip(("reference", "candidate", "repeat"), arms, strict=False))
     if args.json:
@@ -345,6 +361,19 @@ def report_results(_: Project, args: argparse.Namespace) -> None:
         images = "\n".join(f"![{name}]({name}.svg)" for name in charts)
         (folder / "report.md").write_text(f"# Results\n\n{rows}\n\n{images}\n", encoding="utf-8")
     print(args.output / "report.md")
+
+
+def sign(_: Project, args: argparse.Namespace) -> None:
+    """Sign a result; its signature is a Sigstore bundle beside it."""
+    require_libraries("scipy")
+    from vllm_forge.bench.results import read_arm
+    from vllm_forge.bench.signed import sign_result
+    from vllm_forge.bench.validity import require_valid
+    from vllm_forge.signing import load_private
+
+    arm = read_arm(args.result)
+    require_valid(arm)
+    print(sign_result(arm, load_private(args.key)))
 
 
 def export(_: Project, args: argparse.Namespace) -> None:

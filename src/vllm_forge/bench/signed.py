@@ -1,0 +1,56 @@
+"""Signed results: a Sigstore bundle beside a record, about the image that was measured.
+
+The statement's subjects are the image and the record; the record names its rows by their hash.
+"""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from vllm_forge.bench.errors import ResultSignatureError
+from vllm_forge.bench.results import Arm, Result
+from vllm_forge.host import canonical, read_plain, write_whole
+from vllm_forge.host.files import file_digest
+from vllm_forge.signing import Keyring, PrivateKey, Role, read, sign, verify
+from vllm_forge.signing.bundle import LARGEST, STATEMENT_TYPE
+
+PREDICATE_TYPE = "https://vllm-forge.dev/bench/v1"
+SUFFIX = ".sigstore.json"
+ROLE: Role = "receipts"  # of keys: evidence about an image
+
+
+def sign_result(arm: Arm, key: PrivateKey) -> Path:
+    """Write the bundle of a record; its path."""
+    path = arm.path.with_suffix(SUFFIX)
+    write_whole(path, sign(_statement(arm.path, arm.result), key))
+    return path
+
+
+def require_signed(arm: Arm, keys: Keyring) -> str:
+    """The name of the key that signed a record.
+
+    ResultSignatureError: it is unsigned, or the signature is of another record; and what
+    `signing.verify` raises.
+    """
+    path = arm.path.with_suffix(SUFFIX)
+    try:
+        bundle = read(read_plain(path, LARGEST), str(path))
+    except OSError:
+        remedy = "sign it: nox -s bench -- sign RECORD --key key.pem"
+        raise ResultSignatureError("the result is unsigned", where=path, remedy=remedy) from None
+    verified = verify(bundle, keys, role=ROLE, now=datetime.now(UTC))
+    if verified.content != _statement(arm.path, arm.result):
+        what, remedy = "the signature is of another result", "get record and signature again"
+        raise ResultSignatureError(what, where=path, remedy=remedy)
+    return verified.signer
+
+
+def _statement(path: Path, result: Result) -> bytes:
+    image = result.server.image.removeprefix("sha256:")
+    return canonical({
+        "_type": STATEMENT_TYPE,
+        "subject": [{"name": "image", "digest": {"sha256": image}},
+                    {"name": path.name, "digest": {"sha256": file_digest(path)}}],
+        "predicateType": PREDICATE_TYPE,
+        "predicate": {"arm": result.arm, "session": result.session, "gpu": result.server.gpu,
+                      "starts": len(result.starts)},
+    })  # fmt: skip
