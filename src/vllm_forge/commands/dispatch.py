@@ -167,6 +167,8 @@ def collect(project: Project, args: argparse.Namespace) -> None:
 def _outcomes(project: Project, record: "RunRecord") -> list["Outcome"]:
     from vllm_forge.dispatch import kubernetes, runs, slurm
 
+    if record.folder.exists():
+        runs.require_own(record.folder)
     if record.scheduler == "kubernetes":
         return kubernetes.outcomes(project, record)
     states = slurm.states(record.run, slurm.asking(HostProbe()))

@@ -14,7 +14,9 @@ from statistics import fmean, median
 from typing import Any
 
 from vllm_forge.dispatch.errors import JobsFaultError, SiteFileError
+from vllm_forge.dispatch.runs import make_own
 from vllm_forge.dispatch.site import Site
+from vllm_forge.dispatch.slurm import head_of
 from vllm_forge.host import Runner, printable, read_data, write_whole
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images.rootfs import fetch_packages
@@ -148,9 +150,8 @@ def script(project: Project, lines: Sequence[LineBuild], site: Site, run: str) -
         f"--job-name=forge-build-{run}", f"--array=0-{len(lines) - 1}", "--no-requeue",
         f"--partition={row.partition}", "--nodes=1", "--ntasks=1", "--export=HOME,PATH,USER",
         f"--output={folder}/%A_%a.log", *([f"--account={slurm.account}"] if slurm.account else []),
-        *slurm.options, *row.options,
     ]  # fmt: skip
-    head = "".join(f"#SBATCH {option}\n" for option in options)
+    head = head_of(options, (*slurm.options, *row.options))
     variables = {
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "VLLM_FORGE_ROOT": str(project.root),
@@ -186,6 +187,7 @@ def send(text: str, lines: Sequence[LineBuild], site: Site, run: str, runner: Ru
 
     JobsFaultError: some were not built, or sbatch failed; the message has its output.
     """
+    make_own(Path(site.storage.root) / BUILDS)
     folder = Path(site.storage.root) / BUILDS / run
     write_whole(folder / "builds.sh", text)
     fault = ""

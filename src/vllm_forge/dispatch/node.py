@@ -172,6 +172,7 @@ def main() -> int:
     if not NAME.fullmatch(args.attempt):
         parser.error(f"invalid --attempt {args.attempt!r}")
     signal.signal(signal.SIGTERM, stop)
+    os.umask(0o022)  # no other user changes a result
     job = json.loads((args.run / "jobs.json").read_text(encoding="utf-8"))[args.name]
     # Started again: the first start may have left half a result, and is not to be replaced.
     attempt = f"{args.attempt}-r{args.restarts}" if args.restarts else args.attempt
@@ -189,7 +190,7 @@ def main() -> int:
             known = {"ATTEMPT": args.attempt, "CUDA": args.cuda, "GPUS": args.gpus}
             code = record["exit"] = run_job(args.run, job, known | {"OUTPUT": str(output)})
     except (OSError, ValueError, LookupError, Fault) as error:
-        record["fault"] = f"{type(error).__name__}: {error}"
+        record["fault"] = f"{type(error).__name__}: {error}"[: 2 * TAIL]
         print(f"node.py: {record['fault']}", file=sys.stderr)
     files = [output / name for name in job["artifacts"]]
     record["files"] = {path.name: hash_file(path) for path in files if path.is_file()}

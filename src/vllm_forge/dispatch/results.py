@@ -10,8 +10,10 @@ from pydantic import Field
 from vllm_forge.dispatch.errors import JobsFaultError, JobsRedError, JobsUndecidedError
 from vllm_forge.dispatch.jobs import JobSpec
 from vllm_forge.errors import first_problem
-from vllm_forge.host import atomic_path, parse_json, read_plain
+from vllm_forge.host import atomic_path, exclusive, parse_json, read_plain
+from vllm_forge.host.files import file_digest, walk_plain
 from vllm_forge.matrix import FrozenModel
+from vllm_forge.matrix.model import Integer
 from vllm_forge.receipts.receipt import Sha256
 
 GREEN, RED, UNDECIDED, REFUSED, FAULT, WAITING = (
@@ -21,18 +23,20 @@ GREEN, RED, UNDECIDED, REFUSED, FAULT, WAITING = (
 MEANINGS = {0: REFUSED, 1: RED, 2: UNDECIDED, 3: FAULT}
 CODES = range(10, 124)
 FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+Short = Annotated[str, Field(max_length=300)]
+LARGEST_MARKER = 1 << 20
 
 
 class Marker(FrozenModel):
     """``ATTEMPT.done``, which the node writes last (``node.seal``)."""
 
-    job: str
-    image: str
-    attempt: str
-    restarts: int
-    node: str
-    exit: int | None
-    fault: str
+    job: Short
+    image: Short
+    attempt: Short
+    restarts: Integer
+    node: Short
+    exit: Annotated[int, Field(strict=True, ge=-255, le=255)] | None
+    fault: str = Field(max_length=5000)
     files: dict[FileName, Sha256]
 
 
@@ -50,36 +54,42 @@ def judge(spec: JobSpec, attempt: str, results: Path, state: str | None, local: 
     ``results``: folder of the job on storage, which others can write to. ``state``: the scheduler's
     word, where the job has not ended.
     """
-    names = _listing(results)
-    if f"{attempt}.done" not in names:
-        verdict, why = UNDECIDED, "no result: the job ended without one"
-        if restarted := sorted(name for name in names if name.startswith(f"{attempt}-r")):
-            verdict, why = REFUSED, f"it was requeued while it ran: {restarted[0]}"
-        elif state is not None:
-            verdict, why = WAITING, state
-        elif attempt in names:
-            why = "half a result: the job ended before it was complete"
-        return Outcome(name=spec.name, verdict=verdict, why=why)
     try:
+        names = _listing(results)
+        if f"{attempt}.done" not in names:
+            verdict, why = _without_marker(names, attempt, state)
+            return Outcome(name=spec.name, verdict=verdict, why=why)
         marker = _read_marker(spec, attempt, results)
         _copy(marker.files, results / attempt, local)
         verdict, why = _verdict(spec, marker)
         if verdict == GREEN:
             _require_subject(spec, local / f"{spec.work}.json")
-    except (OSError, ValueError) as error:
-        verdict, why = (
-            REFUSED,
-            first_problem(error) if isinstance(error, ValueError) else str(error),
-        )
+    except ValueError as error:
+        verdict, why = REFUSED, first_problem(error)
+    except OSError as error:  # a full disk here, or storage that does not answer
+        verdict, why = FAULT, f"this host cannot copy the result, collect again: {error}"
     return Outcome(name=spec.name, verdict=verdict, why=why)
 
 
+def _without_marker(names: set[str], attempt: str, state: str | None) -> tuple[str, str]:
+    if restarted := sorted(name for name in names if name.startswith(f"{attempt}-r")):
+        return REFUSED, f"it was requeued while it ran: {restarted[0]}"
+    if state is not None:
+        return WAITING, state
+    if attempt in names:
+        return UNDECIDED, "half a result: the job ended before it was complete"
+    return UNDECIDED, "no result: the job ended without one"
+
+
 def _read_marker(spec: JobSpec, attempt: str, results: Path) -> Marker:
-    marker = Marker.model_validate(parse_json(read_plain(results / f"{attempt}.done")))
+    content = read_plain(results / f"{attempt}.done", LARGEST_MARKER)
+    marker = Marker.model_validate(parse_json(content))
     expected = {"job": spec.name, "image": spec.image, "attempt": attempt, "restarts": 0}
     for field, value in expected.items():
         if (actual := getattr(marker, field)) != value:
             raise ValueError(f"the marker is of {field} {actual}, expected {value}")
+    if unknown := sorted(marker.files.keys() - set(spec.artifacts)):
+        raise ValueError(f"the marker lists {unknown[0]}, which the job does not write")
     return marker
 
 
@@ -115,11 +125,31 @@ def _listing(folder: Path) -> set[str]:
 
 
 def _copy(files: Mapping[str, str], source: Path, target: Path) -> None:
-    """Copy files that have these hashes, all or none; ValueError names one that has not."""
+    """Copy files that have these hashes, all or none; ValueError names one that has not.
+
+    Those that are here already stay: another command may read them.
+    """
+    with exclusive(f"dispatch-{target.parent.name}", wait=True):
+        if not _has(target, files):
+            _replace(files, source, target)
+
+
+def _has(folder: Path, files: Mapping[str, str]) -> bool:
+    try:
+        return {name: file_digest(folder / name) for name in walk_plain(folder)} == files
+    except (OSError, ValueError):
+        return False
+
+
+def _replace(files: Mapping[str, str], source: Path, target: Path) -> None:
     with atomic_path(target) as aside:
         aside.mkdir()
         for name, digest in files.items():
-            content = read_plain(source / name)
+            try:
+                content = read_plain(source / name)
+            except FileNotFoundError:
+                what = f"missing {name}, which the marker lists; storage may show it later"
+                raise ValueError(f"{what}: collect again") from None
             if hashlib.sha256(content).hexdigest() != digest:
                 raise ValueError(f"{name} was changed after the job ended")
             (aside / name).write_bytes(content)

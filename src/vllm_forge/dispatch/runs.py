@@ -1,14 +1,16 @@
 """A run: jobs that were sent together. What this host relies on of it is in dist/dispatch/RUN."""
 
+import os
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from vllm_forge.dispatch.errors import RunFolderError, SchedulerError
-from vllm_forge.dispatch.jobs import BUNDLE, IMAGES, RUNS, JobSpec
+from vllm_forge.dispatch.jobs import BUNDLE, CACHES, IMAGES, RUNS, JobSpec
 from vllm_forge.dispatch.results import UNDECIDED, WAITING, Outcome, judge
 from vllm_forge.dispatch.runtimes import find_runtime, node_job
 from vllm_forge.dispatch.site import Site
@@ -94,6 +96,8 @@ def stage(
     if not root.is_dir():
         what = "storage.root is not a directory of this host"
         raise RunFolderError(what, where=root, remedy="make it, or mount it here as on the nodes")
+    for name in (RUNS, IMAGES, *((CACHES,) if site.storage.caches else ())):
+        make_own(root / name)
     folder = root / RUNS / run
     (folder / "logs").mkdir(parents=True)
     archives = {}
@@ -114,6 +118,26 @@ def stage(
         jobs[spec.name] = job | {"archive": archives[spec.cell]}
     write_json(folder / "jobs.json", jobs)
     return folder
+
+
+def make_own(folder: Path) -> None:
+    """Make a folder of storage unless it is there. What is in it is run as this user, and believed.
+
+    RunFolderError if another user may write to it.
+    """
+    os.umask(os.umask(0o022) | 0o022)  # of this program from here on
+    folder.mkdir(exist_ok=True)
+    require_own(folder)
+
+
+def require_own(folder: Path) -> None:
+    """Raise RunFolderError for a folder of storage that another user may write to."""
+    status = folder.lstat()
+    own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    if not own or status.st_mode & 0o022:
+        what = "the folder is a link, of another user, or can be written by others"
+        remedy = "set storage.root to a folder of your own; for an older one: chmod -R go-w"
+        raise RunFolderError(what, where=folder, remedy=remedy)
 
 
 def bring_image(project: Project, site: Site, cell: ImageCell, image: Image) -> str | None:

@@ -21,6 +21,7 @@ from vllm_forge.host import Probe, printable, write_whole
 
 TERM_S = 60  # from SIGTERM to the end of a job's time, in which the suite writes what it has
 GPUS = re.compile(r"\bgpu:([\w.-]+):(\d+)")
+JOB = re.compile(r"\d{1,20}", re.ASCII)
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 # As squeue(1) says of jobs that will not run again; one that it does not list has ended, too.
 ENDED = {
@@ -77,9 +78,8 @@ def _script(specs: Sequence[JobSpec], site: Site, run: str, folder: Path) -> str
         "--export=HOME,PATH,USER", f"--output={folder}/logs/%A_%a.log",
         *([f"--account={slurm.account}"] if slurm.account else []),
         *(["--exclusive"] if first.exclusive else []),
-        *slurm.options, *row.options,
     ]  # fmt: skip
-    head = "".join(f"#SBATCH {option}\n" for option in options)
+    head = head_of(options, (*slurm.options, *row.options))
     names = " ".join(spec.name for spec in specs)
     return f"""#!/bin/bash
 {head}
@@ -89,6 +89,16 @@ exec python3 {folder}/node.py {folder} "${{names[SLURM_ARRAY_TASK_ID]}}" \\
     --restarts "${{SLURM_RESTART_COUNT:-0}}" \\
     --cuda "${{CUDA_VISIBLE_DEVICES:-}}" --gpus "${{SLURM_JOB_GPUS:-}}"
 """
+
+
+def head_of(own: Sequence[str], further: Sequence[str]) -> str:
+    """Lines of a script for sbatch. SiteFileError: a further option replaces one of our own."""
+    taken = {option.partition("=")[0] for option in own} | {"--requeue", "--wrap"}
+    for option in further:
+        if (name := option.partition("=")[0]) in taken:
+            what = f"options: {name} is set by dispatch itself"
+            raise SiteFileError(what, remedy="remove it from the options of the site file")
+    return "".join(f"#SBATCH {option}\n" for option in (*own, *further))
 
 
 def asking(probe: Probe) -> Ask:
@@ -164,13 +174,21 @@ def send(batches: Sequence[Batch], folder: Path, ask: Ask, record: RunRecord) ->
             raise ClusterMismatchError(what, where=error.where, remedy=remedy) from None
     try:
         for path, batch in zip(paths, batches, strict=True):
-            job = ask(["sbatch", "--parsable", str(path)]).strip().partition(";")[0]
+            job = _job_id(ask(["sbatch", "--parsable", str(path)]).strip(), path)
             attempts |= {spec.name: f"{job}_{index}" for index, spec in enumerate(batch.specs)}
     except SchedulerError:
         with suppress(SchedulerError):
             ask(["scancel", f"--jobname={job_name(record.run)}"])
         raise
     return record.model_copy(update={"attempts": attempts})
+
+
+def _job_id(text: str, path: Path) -> str:
+    job = text.partition(";")[0]
+    if not JOB.fullmatch(job):
+        what = f"sbatch printed no job id: {printable(text[:200])}"
+        raise SchedulerError(what, where=path, remedy="see what its plugins print")
+    return job
 
 
 def states(run: str, ask: Ask) -> dict[str, str]:
