@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import getpass
 import importlib
 import importlib.util
@@ -403,6 +404,7 @@ def as_vllm(expect: dict[str, Any]) -> dict[str, Verdict]:
     # In this process, so that the others have its modules already: in a child of its own, the
     # quantization modules take three times as long, on a core that the other checks need.
     verdicts["vllm-help"] = _verdict(command("--help"), expect)
+    gc.freeze()  # or each child would copy the pages of all objects when it collects
     started = {name: _forked(command(*argv), expect) for name, argv in COMMANDS.items()}
     started["vllm-bench-serve"] = _forked(bench_serve, expect)
     started["kernels"] = _forked(kernels, expect)
@@ -433,6 +435,7 @@ def main(run: str, folder: str = "") -> None:
     """
     expect = json.loads((INPUTS / "expect.json").read_text())
     if folder:
+        gc.disable()  # a fifth of an import; what is imported stays
         if expect["compiler"]:
             load_driver().load_stubs(Path(folder))
         rows = as_vllm(expect) if run == "vllm" else {"any-user-imports": _verdict(imports, expect)}
