@@ -17,6 +17,8 @@ from vllm_forge.serve.deployment import Deployment, Needs, presets_of
 from vllm_forge.serve.machine import HostFinding, Level, judged, one_line
 
 NOT_INSTALLED = "not installed"
+# What docker 28 prints before the reason, where no daemon answers: what its client knows.
+CLIENT = re.compile(r"\A\{.*\}\n")
 USED_QUERY = ("nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits")
 DF = ("df", "--block-size=1", "--output=target,size,avail")
 
@@ -70,7 +72,8 @@ def ask_host(probe: Probe) -> Host:
         except ValueError:
             info = None
         if not isinstance(info, dict):
-            errors[name] = NOT_INSTALLED if reply.missing else one_line(reply)
+            reason = replace(reply, text=CLIENT.sub("", reply.text))
+            errors[name] = NOT_INSTALLED if reply.missing else one_line(reason)
             continue
         try:
             engines.append(_engine(name, info, devices))

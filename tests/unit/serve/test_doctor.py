@@ -150,6 +150,17 @@ def test_driver_that_was_upgraded_without_a_reboot(
     assert "start docker" in engine.remedy
 
 
+def test_stopped_docker_is_reported_without_its_json(
+    recorded: Callable[..., Path], diagnose: Diagnose
+) -> None:
+    """docker 28.2.2 without a daemon: exit 1, JSON of its client, and then the reason."""
+    reason = "Cannot connect to the Docker daemon at unix:///var/run/docker.sock."
+    folder = recorded("b300", docker=f'{{"ID":"","ClientInfo":{{"Version":"28.2.2"}}}}\n{reason}\n')
+    (folder / "docker.code").write_text("1")
+    (engine,) = [item for item in diagnose(folder, "b300") if item.check == "container engine"]
+    assert engine.seen == f"docker: {reason}"
+
+
 @pytest.mark.parametrize("reply", ["{", "[]", "WARNING: no daemon"])
 def test_an_engine_reply_that_is_not_json_is_shown(
     recorded: Callable[..., Path], diagnose: Diagnose, reply: str
