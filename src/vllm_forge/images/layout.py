@@ -171,6 +171,9 @@ def read_image(path: Path) -> Image:
             if (actual := blob.stat().st_size) != size:
                 raise ValueError(f"{blob.name} has {actual} bytes, not {size}")  # noqa: TRY301
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        if not path.exists():
+            remedy = "build it, or correct the folder; an image of a registry is HOST/NAME:TAG"
+            raise LayoutError("image not found", where=path, remedy=remedy) from error
         what = f"not an OCI layout with one image: {error}"
         raise LayoutError(what, where=path, remedy="delete it and build again") from error
     return Image(path=path, digest=digest, config=config, manifest=manifest)

@@ -115,7 +115,7 @@ def test_invalid_release_is_refused(
     [
         (["verify", "localhost:1/x:tag", "--offline"], 2, "--offline, and the image is in a reg"),
         (["verify", ".", "--offline", "--rebuild"], 2, "--rebuild downloads"),
-        (["verify", "./nowhere"], 60, "not an OCI layout"),
+        (["verify", "./nowhere"], 60, "image not found"),
         (["verify", "user:password@localhost:1/x"], 2, "invalid image reference 'localhost:1/x'"),
         (["verify", "localhost:1/x:tag", "--key", "none"], 100, "not a public key"),
         (["verify", "localhost:1/x:tag", "--identity", "x"], 2, "belong together"),
@@ -123,7 +123,7 @@ def test_invalid_release_is_refused(
         (["verify", "localhost:1/x:tag"], 113, "the registry does not answer"),
         (["notes", "localhost:1/x:tag"], 113, "the registry does not answer"),
         (["sbom", "localhost:1/x:tag"], 113, "the registry does not answer"),
-        (["mirror", "./nowhere", "localhost:1/x"], 60, "not an OCI layout"),
+        (["mirror", "./nowhere", "localhost:1/x"], 60, "image not found"),
         (["receipts", "accept", "none"], 100, "none"),
         (["receipts", "sign", "none", "--key", "none"], 100, "not a private key"),
     ],
