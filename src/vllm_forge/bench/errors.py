@@ -7,6 +7,9 @@ RED = 121
 UNDECIDED = 122
 FAULT = 123
 
+# The project is on no index: a name there would be somebody else's package.
+EXTRA = "use nox -s bench, which installs them; or in a checkout: pip install --editable '.[bench]'"
+
 
 class ClaimsFileError(ForgeError, exit_code=REFUSED):
     """claims.toml, or a file with raw results that it names, cannot be used."""

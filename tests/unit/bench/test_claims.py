@@ -264,4 +264,6 @@ def test_missing_library_is_named(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["bench", "claims"]) == LibraryMissingError.exit_code
-    assert "vllm-forge[bench]" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "missing scipy, matplotlib" in message
+    assert "pip install --editable '.[bench]'" in message, "of a checkout: no index has the project"
