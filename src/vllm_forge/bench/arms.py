@@ -173,8 +173,11 @@ def _subject(project: Project, cell: ImageCell) -> dict[str, str]:
     """The image that was built here, and what it was made of; ArmUnknownError."""
     path = project.root / "dist" / f"{cell.name}.json"
     if (digest := built_digest(path)) is None:
-        remedy = "build it here: a result is of one image digest"
-        raise ArmUnknownError("the cell's image is not built", where=str(path), remedy=remedy)
+        remedy = (
+            "a result is of one image digest; build it here: "
+            f"nox -s forge -- build {cell.sku_name} --line {cell.line_name}"
+        )
+        raise ArmUnknownError(f"{cell.name} is not built", where=str(path), remedy=remedy)
     return {
         "image": digest,
         "tree": read_tree_lock(project.root / cell.line.series, cell.line_name).result,

@@ -121,7 +121,7 @@ async def _counters(url: str) -> Counters:
             reply.raise_for_status()
             return _parse_counters(await reply.text())
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-        what = f"cannot read the server's metrics: {error!r}"
+        what = f"cannot read the server's metrics: {str(error) or repr(error)}"
         raise ServerUnreachableError(what, where=url, remedy=REMEDY) from None
 
 

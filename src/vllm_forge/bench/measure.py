@@ -32,9 +32,15 @@ SELF_TEST = 4  # requests for each slot, in the test of the client
 
 def read_workload(path: Path) -> tuple[list[Prompt], str]:
     """Prompts of JSONL (``item``, and ``prompt`` or ``messages``), and the file's hash."""
+    prompts, where = [], str(path)
     try:
         content = read_plain(path)
-        prompts = [_prompt(parse_json(line)) for line in content.splitlines() if line.strip()]
+        for number, line in enumerate(content.splitlines(), 1):
+            where = f"{path}:{number}"
+            if line.strip():
+                prompts.append(_prompt(parse_json(line)))
+    except FileNotFoundError:
+        problem = "file not found"
     except (OSError, ValueError, LookupError, TypeError) as error:
         problem = f"{error!r}"
     else:
@@ -43,7 +49,7 @@ def read_workload(path: Path) -> tuple[list[Prompt], str]:
         problem = "two rows have one item" if prompts else "it is empty"
     what = f"invalid workload: {problem}"
     remedy = 'give JSONL with {"item": NAME, "prompt": TEXT} or "messages" in each line'
-    raise WorkloadFileError(what, where=str(path), remedy=remedy)
+    raise WorkloadFileError(what, where=where, remedy=remedy)
 
 
 def _prompt(row: Any) -> Prompt:

@@ -192,7 +192,7 @@ def test_command_binds_the_result_to_image_model_and_gpu(
 
 @pytest.mark.parametrize(
     ("name", "answer"),
-    [("image is not built", ("built_digest", lambda _: None)),
+    [("b300 is not built", ("built_digest", lambda _: None)),
      ("no GPU is listed", ("listed_gpus", lambda _: ((), "nothing")))],
 )  # fmt: skip
 def test_unknown_image_or_gpu_is_refused(
