@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_forge.commands.parsers import JSON, Commands, command, option, print_json
 from vllm_forge.errors import ForgeError, suggestion
@@ -35,6 +35,16 @@ def _names(text: str) -> list[str]:
     return names
 
 
+class _Actions(argparse._SubParsersAction):  # type: ignore[type-arg]
+    """Actions that refuse options before them: the defaults of their own would replace those."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, *rest: Any, **kinds: Any) -> None:
+        for option in parser._actions:
+            if getattr(namespace, option.dest, option.default) != option.default:
+                parser.error(f"{option.option_strings[0]} before {values[0]}: write it after")
+        super().__call__(parser, namespace, values, *rest, **kinds)
+
+
 def register(choices: Commands) -> None:
     key = option("--key", type=Path, help="private key (PEM) that signs the receipts")
     one = command(choices, "dispatch", dispatch, JSON, key)
@@ -44,7 +54,7 @@ def register(choices: Commands) -> None:
     one.add_argument("--lines", type=_names, help="vLLM lines (default: that of matrix.toml)")
     one.add_argument("--site", type=Path, help="the cluster (default: site.toml)")
     one.add_argument("--wait", action="store_true", help="until all jobs ended, then collect")
-    actions = one.add_subparsers(dest="dispatch_command", metavar="COMMAND")
+    actions = one.add_subparsers(dest="dispatch_command", metavar="COMMAND", action=_Actions)
     run = option("run", nargs="?", metavar="RUN", help="default: the latest")
     command(actions, "status", status, JSON, run)
     one = command(actions, "collect", collect, JSON, key, run)

@@ -66,7 +66,8 @@ def read_record(project: Project, run: str | None) -> RunRecord:
     runs = sorted(path.parent.name for path in folder.glob("*/run.json"))
     if not runs or run not in (None, *runs):
         what = f"unknown run {run}{suggestion(run, runs)}" if run and runs else "no run was sent"
-        raise RunFolderError(what, where=folder, remedy="runs are known where they were sent from")
+        remedy = "run this in the checkout that sent the run, or send one: dispatch --to SCHEDULER"
+        raise RunFolderError(what, where=folder, remedy=remedy)
     path = folder / (run or runs[-1]) / "run.json"
     remedy = "restore it; without it, results cannot be told from what others wrote"
     return read_data(path, RunRecord.model_validate, RunFolderError, what="run", remedy=remedy)

@@ -125,7 +125,7 @@ def read_site(path: Path, matrix: Matrix) -> Site:
                 raise ValueError(f"{row}: not in matrix.toml{suggestion(name, known)}")
         return site
 
-    remedy = "correct it; the keys and their meaning are in site.schema.json"
+    remedy = "write it as docs/operate/cluster.md shows; site.schema.json has all keys"
     return read_data(path, parse, SiteFileError, what="site file", remedy=remedy)
 
 
