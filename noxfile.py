@@ -115,8 +115,8 @@ menu("test-gpu", "Run the GPU suite on this host and write receipts.", "gpu", "t
 menu("release", "Build, sign, push and verify an image, then name it.", "release")
 menu("verify", "Verify an image: bytes, statements, who signed them.", "verify")
 menu("docs", "Write all generated pages from the records, or --check them.", "docs")
-menu("bench", "Measure; `nox -s bench` alone lists what.", "bench")
-menu("forge", "Run any command of vllm-forge, e.g. `nox -s forge -- kernels select`.")
+menu("bench", "Measure and compare: run, quality, workload, gate, ...; alone lists all.", "bench")
+menu("forge", "Run any other command: dispatch, gpu, kernels, ...; -- --help lists all.")
 
 
 @nox.session

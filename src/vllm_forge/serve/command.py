@@ -115,7 +115,7 @@ def service_of(
         ids = tuple(str(index) for index in range((number - 1) * gpus, number * gpus))
     if ids and len(ids) != gpus:
         what = f"{len(ids)} GPUs are given, and {deployment.preset_name} needs {gpus}"
-        raise UsageError(what, remedy=f"give {gpus} to --gpu-ids: {deployment.spread.text}")
+        raise UsageError(what, remedy=f"list {gpus} GPUs in --gpu-ids: {deployment.spread.text}")
     image = f"localhost/{cell.name}" + (f"@{digest}" if digest else f":{cell.line_name}")
     image = options.image or image
     # Compiled kernels and bytecode: code that only the image that made it may run.

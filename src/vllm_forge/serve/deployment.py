@@ -135,7 +135,7 @@ def find_deployment(
     served = matrix.preset[preset_name].artifacts
     name = served[0] if artifact is None else artifact
     if name not in served:
-        what = f"unknown artifact {name!r}{suggestion(name, matrix.artifact)}"
+        what = f"unknown artifact {name!r}{suggestion(name, served, listed=False)}"
         if name in matrix.artifact:
             what = f"preset {preset_name} does not serve artifact {name}."
         raise UnknownArtifactError(what, remedy=f"{preset_name} serves: {', '.join(served)}")

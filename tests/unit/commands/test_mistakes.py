@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from vllm_forge.bench.errors import WorkloadFileError
 from vllm_forge.cli import main
 from vllm_forge.commands.parsers import Parser
+from vllm_forge.dispatch.errors import SiteFileError
 from vllm_forge.errors import ForgeError, UsageError
-from vllm_forge.images.errors import BaseImageError
+from vllm_forge.images.errors import BaseImageError, LayoutError
 from vllm_forge.matrix.errors import UnknownLineError, UnknownSkuError
-from vllm_forge.serve.errors import UnknownPresetError
+from vllm_forge.serve.errors import UnknownArtifactError, UnknownPresetError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,6 +73,51 @@ MISTAKES: dict[str, tuple[list[str], type[ForgeError], list[str]]] = {
         ["serve", "b300", "--preset=mpt", "--print"],
         UnknownPresetError,
         ["mpt", "'mtp'"],
+    ),
+    "artifact of another name": (
+        [*SERVE, "--print", "--artifact=flash-w4a16-fp8-mtq"],
+        UnknownArtifactError,
+        ["did you mean 'flash-w4a16-fp8-mtp'?", "b300-mtp serves"],
+    ),
+    "artifact that the preset does not serve": (
+        [*SERVE, "--print", "--artifact=flash-w4a16-fp8"],
+        UnknownArtifactError,
+        ["b300-mtp does not serve artifact flash-w4a16-fp8", "!did you mean"],
+    ),
+    "too few GPUs": (
+        [*SERVE, "--print", "--gpu-ids=4,5"],
+        UsageError,
+        ["2 GPUs are given", "list 4 GPUs in --gpu-ids"],
+    ),
+    "prompts that are not there": (
+        [
+            "bench", "serve", "b300", "--preset=mtp", "--arm=a", "--session=s", "--order=0",
+            "--url=http://127.0.0.1:9", "--workload=/nonexistent", "--checkpoint=x",
+            "--caches=x", "--output=x",
+        ],
+        WorkloadFileError,
+        ["file not found", "/nonexistent", "!Error("],
+    ),
+    "workload that is mistyped": (
+        ["bench", "workload", "--workload=randm", "--output=x"],
+        UsageError,
+        ["did you mean 'random'?"],
+    ),
+    "option before an action that would ignore it": (
+        ["dispatch", "--key=key.pem", "collect"],
+        UsageError,
+        ["--key before collect: write it after"],
+    ),
+    "cluster without SKUs": (["dispatch", "--to=slurm"], UsageError, ["missing --skus"]),
+    "site file that is not there": (
+        ["dispatch", "--to=slurm", "--skus=b300", "--site=/nonexistent.toml"],
+        SiteFileError,
+        ["missing site file", "/nonexistent.toml", "docs/operate/cluster.md"],
+    ),
+    "folder without an image": (
+        ["verify", "./nonexistent", "--offline"],
+        LayoutError,
+        ["image not found", "nonexistent", "HOST/NAME:TAG"],
     ),
     "unknown engine to serve": ([*SERVE, "--engine=lxc"], UsageError, ["'lxc'", "docker, podman"]),
     "unknown engine to build": (
