@@ -39,9 +39,9 @@ class _Actions(argparse._SubParsersAction):  # type: ignore[type-arg]
     """Actions that refuse options before them: the defaults of their own would replace those."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, *rest: Any, **kinds: Any) -> None:
-        for option in parser._actions:
-            if getattr(namespace, option.dest, option.default) != option.default:
-                parser.error(f"{option.option_strings[0]} before {values[0]}: write it after")
+        for one in parser._actions:
+            if getattr(namespace, one.dest, one.default) != one.default:
+                parser.error(f"{one.option_strings[0]} before {values[0]}: write it after")
         super().__call__(parser, namespace, values, *rest, **kinds)
 
 
