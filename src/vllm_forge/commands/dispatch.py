@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.commands.parsers import JSON, Commands, command, option, print_json
+from vllm_forge.commands.parsers import JSON, Commands, command, option, positive_count, print_json
 from vllm_forge.errors import ForgeError, suggestion
 from vllm_forge.host import HostProbe, PlainConsole, Runner, console, printable, write_whole
 from vllm_forge.matrix import ImageCell
@@ -51,6 +51,8 @@ def register(choices: Commands) -> None:
     one.add_argument("--to", choices=SCHEDULERS, help="scheduler of the cluster")
     one.add_argument("--skus", type=_names, help="SKUs of matrix.toml, e.g. b300,rtxpro6000")
     one.add_argument("--tiers", type=_names, help="of the GPU suite (default: kernel,server)")
+    one.add_argument("--sessions", type=_names, help="files with sessions of benchmarks")
+    one.add_argument("--minutes", type=positive_count, help="that each of --sessions may take")
     one.add_argument("--lines", type=_names, help="vLLM lines (default: that of matrix.toml)")
     one.add_argument("--site", type=Path, help="the cluster (default: site.toml)")
     one.add_argument("--wait", action="store_true", help="until all jobs ended, then collect")
@@ -67,7 +69,7 @@ def register(choices: Commands) -> None:
 
 
 def dispatch(project: Project, args: argparse.Namespace) -> None:
-    """Run tiers of the GPU suite on the nodes of a cluster, in the images that were built here."""
+    """Run tiers of the GPU suite, or benchmarks, in images on the nodes of a cluster."""
     from vllm_forge.dispatch import runs
     from vllm_forge.dispatch.jobs import cell_image, job_specs
     from vllm_forge.dispatch.runtimes import POD, find_runtime
@@ -84,7 +86,8 @@ def dispatch(project: Project, args: argparse.Namespace) -> None:
     run = runs.new_run()
     specs = job_specs(cells, works, site, run)
     send = (_to_slurm if args.to == "slurm" else _to_kubernetes)(specs, site, run)
-    folder = runs.stage(project, site, specs, images, run)
+    paths = [work.session for work in works if work.session]
+    folder = runs.stage(project, site, specs, images, run, sessions=paths)
     record = runs.RunRecord(
         run=run, scheduler=args.to, storage=site.storage.root, specs=specs, attempts={}
     )
@@ -134,14 +137,18 @@ def _to_kubernetes(specs: Sequence["JobSpec"], site: "Site", run: str) -> "Send"
 
 
 def _works(project: Project, args: argparse.Namespace) -> list["Work"]:
-    from vllm_forge.dispatch.jobs import suite_works
+    from vllm_forge.dispatch.jobs import session_work, suite_works
 
+    if (args.sessions is None) != (args.minutes is None):
+        args.parser.error("--sessions and --minutes belong together: give both, or none")
+    sessions = [session_work(Path(path), args.minutes) for path in args.sessions or ()]
     known = suite_works(project)
-    names = args.tiers or [name for name, work in known.items() if not work.on_request]
+    default = [] if sessions else [row.name for row in known.values() if not row.on_request]
+    names = args.tiers or default
     for name in names:
         if name not in known:
             args.parser.error(f"unknown tier {name!r} in --tiers{suggestion(name, known)}")
-    return [known[name] for name in names]
+    return [*(known[name] for name in names), *sessions]
 
 
 def _cells(project: Project, args: argparse.Namespace) -> list[ImageCell]:
@@ -196,7 +203,7 @@ def _collect(project: Project, args: argparse.Namespace, record: "RunRecord") ->
     receipts = []
     specs = {spec.name: spec for spec in record.specs}
     for number, row in enumerate(rows):
-        if row.verdict == GREEN:
+        if row.verdict == GREEN and not specs[row.name].session:
             result = runs.local_folder(project, record, row.name) / f"{specs[row.name].work}.json"
             try:
                 receipts.append(make_receipt(project, result, args.key))

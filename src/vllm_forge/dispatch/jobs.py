@@ -6,16 +6,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from vllm_forge.bench.session import read_session
+from vllm_forge.bench.turns import record_path
 from vllm_forge.dispatch.site import Site
+from vllm_forge.gputest.kit import session_command
 from vllm_forge.gputest.launch import ENVIRONMENT, cache_key, suite_command
 from vllm_forge.images.prewarm import place_of
 from vllm_forge.matrix import FrozenModel, ImageCell
+from vllm_forge.matrix.flags import parallel
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
 from vllm_forge.receipts.suite import read_suite
 
 BUNDLE, OUTPUT = "/forge", "/output"  # in the image
+RECORD = (".json", ".jsonl.gz")  # a result of a benchmark, and its rows (bench.results)
 RUNS, IMAGES, CACHES = "runs", "images", "caches"  # below the site's storage.root
 
 
@@ -46,19 +52,20 @@ class JobSpec(FrozenModel):
     shm_gb: int
     volumes: tuple[Volume, ...]  # besides the job's own output folder, at OUTPUT
     artifacts: tuple[str, ...]  # files below OUTPUT that must come back
+    session: bool = False  # of a benchmark: records come back, and no receipt is made of them
 
 
 class Work(FrozenModel):
-    """What is run in each image: a tier of the GPU suite, or a benchmark."""
+    """What is run in each image: a tier of the GPU suite, or a session of a benchmark."""
 
     name: str
-    arguments: tuple[str, ...]  # of the suite's runner
     gpus: int
     minutes: int
     artifacts: tuple[str, ...]
     exclusive: bool = False
     weights: bool = False  # it serves full artifacts
     on_request: bool = False  # it runs only where it is named
+    session: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +89,27 @@ def suite_works(project: Project) -> dict[str, Work]:
     """The tiers of the GPU suite by their names."""
     return {
         name: Work(
-            name=name, arguments=(f"--tier={name}",), gpus=tier.gpus, minutes=tier.minutes,
+            name=name, gpus=tier.gpus, minutes=tier.minutes, on_request=tier.on_request,
             artifacts=(f"{name}.json", f"{name}.xml"), weights="preset" in tier.matrix,
-            on_request=tier.on_request,
         )
         for name, tier in read_suite(project.root).tier.items()
     }  # fmt: skip
+
+
+def session_work(path: Path, minutes: int) -> Work:
+    """A session of a benchmark, on a node of its own; SessionFileError: it cannot be read."""
+    session = read_session(path)
+    records = [
+        record_path(Path(session.session), arm, concurrency)
+        for arm in session.arm
+        for concurrency in session.concurrency
+    ]
+    files = [f"{record.with_suffix(suffix)}" for record in records for suffix in RECORD]
+    gpus = max(parallel(row.command).gpus for row in session.arm.values())
+    return Work(
+        name=session.session, gpus=gpus, minutes=minutes, artifacts=tuple(files), exclusive=True,
+        weights=True, session=path,
+    )  # fmt: skip
 
 
 def job_specs(
@@ -100,7 +122,11 @@ def job_specs(
 def _job(image: CellImage, work: Work, site: Site, run: str) -> JobSpec:
     cell, storage = image.cell, site.storage
     volumes = [Volume(source=f"{storage.root}/{RUNS}/{run}/{cell.name}", target=BUNDLE)]
-    place = image.cache if storage.caches else None
+    place = image.cache if storage.caches or work.session else None
+    if work.session:  # a start that compiles is refused, so its caches are kept
+        command = session_command(image.cache, work.name)
+    else:
+        command = suite_command([f"--tier={work.name}"], place)
     if place is not None:
         # One folder for each work: compilers of two jobs do not write into one.
         source = f"{storage.root}/{CACHES}/{cell.name}/{work.name}"
@@ -119,7 +145,7 @@ def _job(image: CellImage, work: Work, site: Site, run: str) -> JobSpec:
         cell=cell.name,
         image=image.digest,
         reference=f"{site.registry}@{image.digest}" if site.registry else None,
-        command=tuple(suite_command(work.arguments, place)),
+        command=tuple(command),
         environment=ENVIRONMENT | site.env,
         workdir=BUNDLE,
         gpus=work.gpus,
@@ -128,4 +154,5 @@ def _job(image: CellImage, work: Work, site: Site, run: str) -> JobSpec:
         shm_gb=image.shm_gb,
         volumes=tuple(volumes),
         artifacts=work.artifacts,
+        session=work.session is not None,
     )

@@ -192,8 +192,8 @@ def main() -> int:
     except (OSError, ValueError, LookupError, Fault) as error:
         record["fault"] = f"{type(error).__name__}: {error}"[: 2 * TAIL]
         print(f"node.py: {record['fault']}", file=sys.stderr)
-    files = [output / name for name in job["artifacts"]]
-    record["files"] = {path.name: hash_file(path) for path in files if path.is_file()}
+    files = {name: output / name for name in job["artifacts"]}
+    record["files"] = {name: hash_file(path) for name, path in files.items() if path.is_file()}
     output.parent.mkdir(parents=True, exist_ok=True)
     seal(output.with_name(f"{attempt}.done"), record)
     return code

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from vllm_forge.bench.errors import ResultFileError
+from vllm_forge.bench.results import read_arm
 from vllm_forge.dispatch.errors import JobsFaultError, JobsRedError, JobsUndecidedError
 from vllm_forge.dispatch.jobs import JobSpec
 from vllm_forge.errors import first_problem
@@ -22,7 +24,7 @@ GREEN, RED, UNDECIDED, REFUSED, FAULT, WAITING = (
 # By the last digit of an exit code of this project.
 MEANINGS = {0: REFUSED, 1: RED, 2: UNDECIDED, 3: FAULT}
 CODES = range(10, 124)
-FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$")]
 Short = Annotated[str, Field(max_length=300)]
 LARGEST_MARKER = 1 << 20
 
@@ -63,7 +65,8 @@ def judge(spec: JobSpec, attempt: str, results: Path, state: str | None, local: 
         _copy(marker.files, results / attempt, local)
         verdict, why = _verdict(spec, marker)
         if verdict == GREEN:
-            _require_subject(spec, local / f"{spec.work}.json")
+            require = _require_image if spec.session else _require_subject
+            require(spec, local)
     except ValueError as error:
         verdict, why = REFUSED, first_problem(error)
     except OSError as error:  # a full disk here, or storage that does not answer
@@ -104,8 +107,21 @@ def _verdict(spec: JobSpec, marker: Marker) -> tuple[str, str]:
     return GREEN, marker.node
 
 
-def _require_subject(spec: JobSpec, path: Path) -> None:
+def _require_image(spec: JobSpec, local: Path) -> None:
+    """Raise ValueError unless each record of a session is whole, and of the job's image."""
+    for name in spec.artifacts:
+        if name.endswith(".json"):
+            try:
+                image = read_arm(local / name).result.server.image
+            except ResultFileError as error:
+                raise ValueError(f"{name}: {error.what}") from None
+            if image != spec.image:
+                raise ValueError(f"{name} is of image {image}, not of the job's")
+
+
+def _require_subject(spec: JobSpec, local: Path) -> None:
     """Raise ValueError unless the result of a tier is of the job's image and cell."""
+    path = local / f"{spec.work}.json"
     try:
         result = parse_json(read_plain(path))
         plan = result["plan"]
@@ -152,6 +168,7 @@ def _replace(files: Mapping[str, str], source: Path, target: Path) -> None:
                 raise ValueError(f"{what}: collect again") from None
             if hashlib.sha256(content).hexdigest() != digest:
                 raise ValueError(f"{name} was changed after the job ended")
+            (aside / name).parent.mkdir(exist_ok=True)
             (aside / name).write_bytes(content)
 
 

@@ -17,6 +17,7 @@ from vllm_forge.dispatch.site import Site
 from vllm_forge.errors import suggestion
 from vllm_forge.gputest.kit import make_kit
 from vllm_forge.gputest.launch import SuiteImage, write_bundle
+from vllm_forge.gputest.sessions import write_sessions
 from vllm_forge.host import Runner, console, read_data, report, write_json, write_whole
 from vllm_forge.host.files import file_digest
 from vllm_forge.images.archive import write_archive
@@ -88,16 +89,18 @@ def stage(
     specs: Sequence[JobSpec],
     images: Mapping[str, tuple[ImageCell, Image]],
     run: str,
+    *,
+    sessions: Sequence[Path] = (),
 ) -> Path:
     """Write a run's folder on storage, and its images there unless they are; returns it.
 
-    ``images``: name of a cell -> the cell and its image.
+    ``images``: name of a cell -> the cell and its image. ``sessions``: of benchmarks.
     """
     root = Path(site.storage.root)
     if not root.is_dir():
         what = "storage.root is not a directory of this host"
         raise RunFolderError(what, where=root, remedy="make it, or mount it here as on the nodes")
-    for name in (RUNS, IMAGES, *((CACHES,) if site.storage.caches else ())):
+    for name in (RUNS, IMAGES, *((CACHES,) if site.storage.caches or sessions else ())):
         make_own(root / name)
     folder = root / RUNS / run
     (folder / "logs").mkdir(parents=True)
@@ -105,7 +108,12 @@ def stage(
     for name, (cell, image) in images.items():
         tested = SuiteImage(name=name, digest=image.digest, labels=image.config["config"]["Labels"])
         with report(f"write the suite for {name}"):
-            write_bundle(project, cell, tested, folder / name)
+            plan = write_bundle(project, cell, tested, folder / name)
+            if sessions:
+                weights = {row: Path(place) for row, place in site.checkpoints.items()}
+                write_sessions(
+                    folder / name, plan, root=project.root, paths=sessions, inputs=weights
+                )
         archives[name] = bring_image(project, site, cell, image)
     for spec in specs:
         for volume in spec.volumes:  # the bundle is mounted read-only: no runtime could make these

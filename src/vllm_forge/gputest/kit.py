@@ -100,7 +100,7 @@ def make_kit(
                     "env": launch.ENVIRONMENT,
                 },
                 "bench": {
-                    "argv": ["/bin/sh", "-c", KEEP_KEY, "sh", place, launch.KEY, *TURNS],
+                    "argv": session_command(place),
                     "last": [],
                     "env": launch.ENVIRONMENT,
                 },
@@ -109,6 +109,11 @@ def make_kit(
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
             (aside / "run.sh").write_text(RUN)
             shutil.copyfile(HOST, aside / "kit.py")
+
+
+def session_command(place: str, *names: str) -> list[str]:
+    """Run sessions of benchmarks in an image that has their bundle; ``names``: default all."""
+    return ["/bin/sh", "-c", KEEP_KEY, "sh", place, launch.KEY, *TURNS, *names]
 
 
 def write_layers(image: Image, folder: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.site import make_site
 from vllm_forge.dispatch import jobs
-from vllm_forge.dispatch.jobs import Volume, cell_image, job_specs, suite_works
+from vllm_forge.dispatch.jobs import Volume, cell_image, job_specs, session_work, suite_works
 from vllm_forge.gputest.launch import WITH_CACHES, container_command
 from vllm_forge.project import Project
 
@@ -74,3 +74,17 @@ def test_only_tiers_of_full_artifacts_get_weights(root: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("word", ["slurm", "sbatch", "partition", "gres", "kubernetes", "pod"])
 def test_jobs_have_no_words_of_a_scheduler(word: str) -> None:
     assert not any(word in name for name in jobs.JobSpec.model_fields)
+
+
+def test_session_of_a_benchmark_has_a_node_of_its_own(root: Path, tmp_path: Path) -> None:
+    """Its records must come back, it serves full artifacts, and its compilers' results are kept."""
+    project = Project(root)
+    work = session_work(root / "benchmarks/sessions/tiny-mtp.toml", 30)
+    image = cell_image(project, project.cell("b300", "0.26"), DIGEST)
+    (spec,) = job_specs([image], [work], make_site(tmp_path, project), "r1")
+    assert (spec.exclusive, spec.session, spec.gpus, spec.minutes) == (True, True, 1, 50)
+    assert {"tiny-mtp/mtp-c8.json", "tiny-mtp/mtp-c8.jsonl.gz"} < set(spec.artifacts)
+    assert spec.command[-3:] == ("/forge/bench", "/output", "tiny-mtp")
+    assert [row.target for row in spec.volumes] == [
+        "/forge", image.cache, "/forge/checkpoints/flash-nvfp4-fp8-mtp",
+    ]  # fmt: skip

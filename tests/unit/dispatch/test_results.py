@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support.bench import rows_of, write_result
+from vllm_forge.bench.results import read_arm
 from vllm_forge.dispatch.errors import JobsFaultError, JobsRedError, JobsUndecidedError
 from vllm_forge.dispatch.jobs import JobSpec
 from vllm_forge.dispatch.results import Outcome, judge, require_green
+from vllm_forge.host.files import file_digest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,6 +23,7 @@ SPEC = JobSpec(
     name="b300-0.26-kernel", sku="b300", line="0.26", work="kernel", cell="c",
     image=f"sha256:{HEX}", reference=None, command=("true",), environment={}, workdir="/",
     gpus=1, minutes=1, exclusive=False, shm_gb=1, volumes=(), artifacts=("kernel.json",),
+    session=False,
 )  # fmt: skip
 
 
@@ -135,3 +139,19 @@ def test_the_worst_verdict_is_the_exit_code() -> None:
     for count, kind in ((2, JobsFaultError), (3, JobsUndecidedError), (4, JobsRedError)):
         with pytest.raises(kind, match=rows[count - 1].name):
             require_green("r", rows[:count])
+
+
+@pytest.mark.parametrize(
+    ("image", "verdict"), [("sha256:" + "2" * 64, "green"), (SPEC.image, "refused")]
+)
+def test_records_of_a_session_are_of_the_image(job: Job, image: str, verdict: str) -> None:
+    names = ("tiny/mtp-c8.json", "tiny/mtp-c8.jsonl.gz")
+    (job.output / "tiny").mkdir()
+    write_result(job.output / names[0], rows_of(1, items=3))
+    spec = SPEC.model_copy(update={"image": image, "session": True, "artifacts": names})
+    hashes = {name: file_digest(job.output / name) for name in names}
+    marker = job.marker | {"image": image, "files": hashes}
+    (job.folder / "7_0.done").write_text(json.dumps(marker))
+    outcome = judge(spec, "7_0", job.folder, None, job.local)
+    assert outcome.verdict == verdict, outcome.why
+    assert read_arm(job.local / names[0]).rows
