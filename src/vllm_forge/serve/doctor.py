@@ -97,15 +97,17 @@ def ask_host(probe: Probe) -> Host:
 
 
 def listed_gpus(reply: Reply) -> tuple[tuple[Gpu, ...], str]:
-    """The GPUs; and nvidia-smi's output if it lists none."""
+    """The GPUs; and what nvidia-smi says of lost ones, or all of its output if it lists none."""
     if reply.missing:
         return (), "nvidia-smi is not installed"
-    rows = "\n".join(line for line in reply.text.splitlines() if "," in line)  # no warnings
+    lines = reply.text.splitlines()
+    rows = "\n".join(line for line in lines if "," in line)  # no warnings
     try:
         gpus = () if reply.code else parse_gpus(rows)
     except ValueError:
         gpus = ()
-    return gpus, "" if gpus else one_line(reply)
+    lost = "; ".join(line.strip() for line in lines if machine.LOST.search(line))
+    return gpus, lost if gpus else one_line(reply)
 
 
 def parse_versions(reply: Reply) -> dict[str, str]:

@@ -39,6 +39,8 @@ HOOK_REFUSES = "https://github.com/dstackai/dstack/issues/2306"
 NO_PEERS = ("NCCL_P2P_DISABLE", "1")
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}  # Go's names, as podman has them
 MOST_SHOWN = 300  # characters of an answer
+# What nvidia-smi says of a GPU in a line between the rows of the others.
+LOST = re.compile(r"^[^,]*(unable to determine the device handle|is lost|requires reset)", re.I)
 OPTIONAL = ("nvidia-smi", "lspci")  # programs that may not be installed
 
 Level = Literal["ok", "unknown", "red"]
@@ -125,8 +127,7 @@ def health(gpus: Sequence[Gpu], error: str, reply: Reply) -> Iterator[HostFindin
     """No GPU that is lost, counts uncorrectable memory errors or waits for a reset."""
     needed = f"no lost GPU, no uncorrectable memory error, no pending reset ({XID_GUIDE})"
     faults = [f"GPU {gpu.index}: {gpu.fault}" for gpu in gpus if gpu.fault]
-    if re.search(r"unable to determine the device handle|is lost|requires reset", error, re.I):
-        faults.append(error)
+    faults += [line for line in (error, *reply.text.splitlines()) if LOST.search(line)]
     fields = HEALTH_FIELDS.split(",")
     rows = [row.split(",") for row in reply.text.splitlines() if row.count(",") == len(fields) - 1]
     for number, row in enumerate(rows):

@@ -52,6 +52,14 @@ FAULTS: dict[str, tuple[dict[str, str | None], str, str, str, str]] = {
         "red", "GPU 1: memory.total is [Unknown Error]", "xid",
     ),
     "lost": ({"nvidia_smi": LOST}, "GPU health", "red", "device handle", "reboot"),
+    "lost beside others": (
+        {"nvidia_smi": ROW.format(0, 97887) + LOST + ROW.format(1, 97887)}, "GPU health", "red",
+        "device handle", "reboot",
+    ),
+    "lost among health": (
+        {"nvidia_smi_health": "0, 0, [N/A], None\n1, 0, [N/A], None\n" + LOST}, "GPU health",
+        "red", "device handle", "reboot",
+    ),
     "old driver": (
         {"nvidia_smi_health": 'Field "gpu_recovery_action" is not a valid field to query.\n'},
         "GPU health", "unknown", "not a valid field", "",
