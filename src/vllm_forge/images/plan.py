@@ -1,5 +1,6 @@
 """What would be built, and why: a cell's inputs resolved, without network, engine or a write."""
 
+import platform
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,7 +12,7 @@ from vllm_forge.images import checks, cubins
 from vllm_forge.images.checks import CHECK_ARGV, LAYER_CHECKS, SCRIPTS, any_user, contract_inputs
 from vllm_forge.images.content import CONFIG_FORMAT, FORMAT, HEALTH, WheelGroup, wheel_groups
 from vllm_forge.images.engines import ContainerRun, Engine
-from vllm_forge.images.errors import BuildRecordError, LayoutError
+from vllm_forge.images.errors import BuildRecordError, EngineSetupError, LayoutError
 from vllm_forge.images.layout import Image, blob_times, has_name, read_image
 from vllm_forge.images.prewarm import ENTRYPOINT, Prewarm, prewarm_key
 from vllm_forge.images.record import Inputs, compare, kept_digest, read_record
@@ -214,6 +215,14 @@ class ImagePlan:
             if stored(group.key) is None
         )
         require_disk(cache_root(), fetch + write + SYSTEM_BYTES)
+
+
+def require_processor() -> None:
+    """EngineSetupError on another host than x86_64: wheels, packages and checks are for that."""
+    if (machine := platform.machine()) != "x86_64":
+        what = f"images are built on x86_64, and this host is {machine}"
+        remedy = "build on an x86_64 host, and move the image: docs/operate/build.md"
+        raise EngineSetupError(what, remedy=remedy)
 
 
 def resolve(project: Project, cell: ImageCell, options: BuildOptions, engine: Engine) -> ImagePlan:

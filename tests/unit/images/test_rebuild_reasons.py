@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_forge.cli import main
-from vllm_forge.images import BuildOptions, choose_engine, resolve
-from vllm_forge.images.errors import BuildRecordError
+from vllm_forge.host import Runner
+from vllm_forge.images import BuildOptions, build_image, choose_engine, resolve
+from vllm_forge.images.errors import BuildRecordError, EngineSetupError
 from vllm_forge.images.layout import blob_times, write_image
 from vllm_forge.images.plan import why_rebuild
 from vllm_forge.images.record import compare, differences, keep_digest
@@ -33,6 +34,15 @@ def plan_of(checkout: Path, engine: str = "buildah") -> ImagePlan:
     return resolve(
         project, project.cell("b300", "0.26"), options, choose_engine(engine, dry_run=True)
     )
+
+
+def test_build_on_another_processor_is_refused(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is downloaded: packages and checks are for x86_64."""
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    with pytest.raises(EngineSetupError, match="built on x86_64, and this host is aarch64"):
+        build_image(plan_of(checkout), Runner())
 
 
 @pytest.fixture
