@@ -128,7 +128,7 @@ def serve(project: Project, args: argparse.Namespace) -> None:
     digest = built_digest(project.root / "dist" / f"{cell.name}.json")
     service = shell.service_of(deployment, options, digest=digest)
     image = str(service.image) if args.ask or not printed else None
-    doubt = judge.require_served(deployment, recorded_rows(project, cell.line_name), image)
+    doubt = judge.require_served(deployment, recorded_rows(project, cell.line_name), image, engine)
     _say(project, deployment, digest)
     if doubt:
         console.print(f"NOT JUDGED: {doubt}; --ask asks the image's vLLM", markup=False)
@@ -196,6 +196,7 @@ def doctor(project: Project, args: argparse.Namespace) -> None:
     preset = args.preset or next(iter(presets_of(project.matrix, cell.sku_name)), "")
     found = find_deployment(project.matrix, cell, preset, args.artifact)
     deployment = replace(found, flags=args.vllm_flags)
+    deployment.require_served()
     rows = recorded_rows(project, cell.line_name)
     needs = needs_of(project.lock(cell.line_name), deployment, rows)
     probe: Probe = RecordingProbe(HostProbe(), args.save) if args.save else HostProbe()

@@ -19,6 +19,7 @@ from vllm_forge.errors import UsageError
 from vllm_forge.host import Runner, cache_root, parse_json, read_plain, remove, suggestion, which
 from vllm_forge.host.errors import CacheError, CommandFailedError
 from vllm_forge.host.files import walk_plain
+from vllm_forge.host.run import UNLABELLED
 from vllm_forge.images.docker_api import OLDEST_BUILDX, answers, check_daemon, require_version
 from vllm_forge.images.errors import EngineMissingError, LayoutError
 from vllm_forge.images.layout import hex_digest, read_image
@@ -79,6 +80,8 @@ class ContainerRun:
     # For engines that mount: keeps compiled Python between runs. Code of the image writes it, so
     # images of other packages have another one.
     bytecode: Path
+    volume: str = ""  # docker's, which keeps /cache between runs; empty: nothing is kept
+    client: str = "docker"  # or podman, which takes the same options
 
     @property
     def container(self) -> str:
@@ -172,16 +175,20 @@ class Buildx:
         A container outlives its client where that is killed. So it has a name, by which this run or
         the next one removes it, an init process that hears SIGTERM, and a time limit of its own.
         """
-        user = [f"--user={run.user}"] if run.user else []
-        end = ["docker", "rm", "--force", run.container]
+        client, user = run.client, [f"--user={run.user}"] if run.user else []
+        user += [UNLABELLED] if client == "podman" else []
+        cache = "--tmpfs=/cache:exec,uid=10001,gid=0,mode=0775"
+        if run.volume:  # docker fills a new one from the image, with its owner
+            cache = f"--volume={run.volume}:/cache"
+        end = [client, "rm", "--force", run.container]
         runner.run(end)
         try:
             return runner.run(
                 [
-                    "docker", "run", "--rm", "--init", f"--name={run.container}",
+                    client, "run", "--rm", "--init", f"--name={run.container}",
                     "--network=none", "--read-only", "--cap-drop=ALL",
                     "--security-opt=no-new-privileges", "--tmpfs=/tmp:exec,mode=1777",
-                    "--tmpfs=/cache:exec,uid=10001,gid=0,mode=0775", *user,
+                    cache, *user,
                     f"--volume={run.inputs.resolve()}:/mnt:ro", "--entrypoint=/usr/bin/timeout",
                     run.name, "--kill-after=10", str(run.seconds + 60), *run.argv,
                 ],

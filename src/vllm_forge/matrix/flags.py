@@ -4,6 +4,7 @@ Names and short forms: vLLM 0.26.0, vllm/engine/arg_utils.py:976-1102 (0.22.1 an
 Its parser takes underscores for dashes, and the start of a name where it is the only one.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ SHORT = {
     "-dpp": "--data-parallel-rpc-port", "-dpn": "--data-parallel-rank",
     "-dpr": "--data-parallel-start-rank", "-dph": "--data-parallel-hybrid-lb",
     "-dpe": "--data-parallel-external-lb", "-dpm": "--data-parallel-multi-port-external-lb",
+    "-sc": "--speculative-config",
 }  # fmt: skip
 SIZES = {
     "tensor": "tensor-parallel-size", "pipeline": "pipeline-parallel-size",
@@ -26,6 +28,10 @@ SIZES = {
 }  # fmt: skip
 LENGTH, UTILIZATION = "--max-model-len", "--gpu-memory-utilization"
 SPECULATION, NAME = "--speculative-config", "--served-model-name"
+# The method and the number of drafted tokens, where they are given by themselves (ibid., 1750).
+METHOD, TOKENS = "--spec-method", "--spec-tokens"
+# Method -> what is stored as mtp.*; others draft without it. config/speculative.py:686.
+DRAFTERS = {"mtp": "mtp", "deepseek_mtp": "mtp", "dspark": "dspark"}
 KV_CACHE = ("--kv-cache-dtype", "--block-size")
 # One server of several hosts, or one of several processes that share a model.
 MULTI_NODE = (
@@ -34,15 +40,19 @@ MULTI_NODE = (
         "address", "rpc-port", "rank", "start-rank", "hybrid-lb", "external-lb",
         "multi-port-external-lb")),
 )  # fmt: skip
+# With them, weights or KV cache are not where or as large as memory.py counts them.
+ELSEWHERE = ("--cpu-offload-gb", "--offload-backend", "--kv-cache-memory-bytes",
+             "--num-gpu-blocks-override", "--enable-eplb", "--hf-overrides")  # fmt: skip
 # What would contradict the container around vLLM, or show a key in the list of processes.
 OURS = {
     "--port": "give --port before --", "--model": "give --model or --artifact before --",
     "--api-key": "give --api-key-file before --: arguments are seen by every user of the host",
     "--config": "give its flags themselves: a file cannot be judged",
     "--uds": "leave it out: the container publishes a port",
+    "--host": "leave it out: the container's addresses are its own, and --port publishes them",
 }  # fmt: skip
-WATCHED = {*SHORT.values(), *MULTI_NODE, *OURS, *KV_CACHE, LENGTH, UTILIZATION, SPECULATION, NAME,
-           "--max-num-batched-tokens", "--no-async-scheduling"}  # fmt: skip
+WATCHED = {*SHORT.values(), *MULTI_NODE, *OURS, *KV_CACHE, *ELSEWHERE, LENGTH, UTILIZATION, NAME,
+           METHOD, TOKENS, "--max-num-batched-tokens", "--no-async-scheduling"}  # fmt: skip
 # As vLLM's parser takes lengths: 128k is decimal, 128K binary.
 UNITS = {"k": 10**3, "m": 10**6, "K": 1 << 10, "M": 1 << 20, "": 1}
 
@@ -77,6 +87,39 @@ def number(found: Mapping[str, str], name: str, default: int = 1) -> int:
     if re.fullmatch(r"[0-9]{1,9}", digits) and text[len(digits) :] in UNITS and int(digits):
         return int(digits) * UNITS[text[len(digits) :]]
     raise UsageError(f"invalid {name} {text!r}: expected a number of at least 1")
+
+
+def length(found: Mapping[str, str], default: int) -> int | None:
+    """The longest context; None where vLLM takes as much as fits (0.26.0, argparse_utils.py:75)."""
+    return None if found.get(LENGTH) in {"auto", "-1"} else number(found, LENGTH, default)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafter:
+    """The checkpoint's own draft layer, switched on. ``tokens``: 0 if they are not given."""
+
+    method: str  # mtp, dspark
+    tokens: int
+
+
+def drafter(words: Sequence[str]) -> Drafter | None:
+    """What drafts under these arguments; None if nothing does, or not a layer of the checkpoint."""
+    found = values(words)
+    try:
+        config = json.loads(found.get(SPECULATION) or "{}")
+        config = {name.replace("-", "_"): value for name, value in config.items()}
+    except (ValueError, AttributeError):
+        what = f"invalid {SPECULATION} {found[SPECULATION]!r}: expected an object in JSON"
+        raise UsageError(what) from None
+    parts = {"method": METHOD, "num_speculative_tokens": TOKENS}
+    method, tokens = (
+        found.get(flag) or found.get(f"{SPECULATION}.{name.replace('_', '-')}") or config.get(name)
+        for name, flag in parts.items()
+    )
+    if method not in DRAFTERS:
+        return None
+    stated = str(tokens or 0)
+    return Drafter(method=DRAFTERS[method], tokens=int(stated) if stated.isdecimal() else 0)
 
 
 def share(found: Mapping[str, str], default: float) -> float:

@@ -194,6 +194,7 @@ class Unserved(FrozenModel):
     """Lines that do not serve an artifact. Lint fails when a row is not so, or is missing."""
 
     lines: tuple[Name, ...] = Field(min_length=1)
+    skus: tuple[Name, ...] = Field(default=(), description="only these; empty: all")
     drafting: Flag = Field(default=False, description="only with speculative decoding")
     reason: str = Field(min_length=20)
 
@@ -229,12 +230,23 @@ class Artifact(FrozenModel):
     )
     unserved: tuple[Unserved, ...] = ()
 
-    def why_not(self, line: str, *, drafting: bool) -> str | None:
+    def why_not(self, line: str, sku: str, *, drafting: bool) -> str | None:
         """Why a line does not serve it, with or without speculative decoding; None if it does."""
         for row in self.unserved:
-            if line in row.lines and (drafting or not row.drafting):
+            if line in row.lines and sku in (row.skus or (sku,)) and (drafting or not row.drafting):
                 return row.reason
         return None
+
+    def why_not_drafted(self, method: str, tokens: int) -> str:
+        """Why its drafter does not draft like that, "" if it does."""
+        if self.mtp == "none":
+            return "has no MTP block"
+        if method != self.drafter:
+            return f"has a drafter for method {self.drafter}, not {method}"
+        # vLLM asks for a block or more (0.26.0, config/speculative.py:1004), or nothing (0.33.0).
+        if method == "dspark" and tokens != self.block:
+            return f"drafts blocks of {self.block} tokens, not {tokens}: few would be accepted"
+        return ""
 
 
 class Preset(FrozenModel):
@@ -371,6 +383,7 @@ class Matrix(FrozenModel):
         for name, artifact in self.artifact.items():
             for unserved in artifact.unserved:
                 self._require(f"artifact.{name}.unserved", "line", *unserved.lines)
+                self._require(f"artifact.{name}.unserved", "sku", *unserved.skus)
         for name, preset in self.preset.items():
             self._require(f"preset.{name}", "sku", preset.sku)
             self._require(f"preset.{name}", "artifact", *preset.artifacts)
@@ -383,17 +396,10 @@ class Matrix(FrozenModel):
     @staticmethod
     def _not_for(preset: Preset, artifact: Artifact) -> str:
         """Why a preset cannot name an artifact, "" if it can."""
-        drafted, method = preset.speculative_tokens, preset.speculative_method
         if artifact.unasked is not None:
             return f"is not served: {artifact.unasked}"
-        if drafted and artifact.mtp == "none":
-            return "has no MTP block, and the preset has speculative_tokens"
-        if drafted and method != artifact.drafter:
-            return f"has a drafter for method {artifact.drafter}, not {method}"
-        # vLLM asks for a block or more (0.26.0, config/speculative.py:1004), or nothing (0.33.0).
-        if drafted and method == "dspark" and drafted != artifact.block:
-            return f"drafts blocks of {artifact.block} tokens, not {drafted}: few would be accepted"
-        return ""
+        drafted = preset.speculative_tokens
+        return artifact.why_not_drafted(preset.speculative_method, drafted) if drafted else ""
 
     def memory_of(self, sku_name: str) -> int:
         """Bytes of a GPU, as its driver reports them or its vendor states."""

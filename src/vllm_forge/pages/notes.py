@@ -52,8 +52,8 @@ def _runs_on(project: Project, cell: ImageCell, digest: str) -> list[str]:
     rows = []
     for name, preset in matrix.preset.items():
         for artifact in preset.artifacts if preset.sku == cell.sku_name else ():
-            drafting = preset.speculative_tokens > 0
-            if matrix.artifact[artifact].why_not(cell.line_name, drafting=drafting) is None:
+            row, drafting = matrix.artifact[artifact], preset.speculative_tokens > 0
+            if row.why_not(cell.line_name, cell.sku_name, drafting=drafting) is None:
                 state = preset_state(project, receipts, cell, name, artifact)
                 rows.append((name, gpus_of(matrix, name), artifact, state))
     driver = matrix.cuda[cell.line.cuda].driver
@@ -78,9 +78,10 @@ def _does_not_run(project: Project, cell: ImageCell) -> list[str]:
         if artifact.unasked is not None:
             rows.append(f"* {name}: {escape(artifact.unasked)}")
         for row in artifact.unserved:
-            drafting = " with speculative decoding" if row.drafting else ""
+            where = f" on {', '.join(row.skus)}" if row.skus else ""
+            where += " with speculative decoding" if row.drafting else ""
             if line in row.lines:
-                rows.append(f"* {name}{drafting}: {escape(row.reason)}")
+                rows.append(f"* {name}{where}: {escape(row.reason)}")
     return [f"## Does not run on line {line}", "", *(rows or ["Nothing is known."]), ""]
 
 

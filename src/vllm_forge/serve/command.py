@@ -5,9 +5,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vllm_forge.errors import UsageError
 from vllm_forge.host import Probe, gpu_container, hash_of, read_plain, which
@@ -24,6 +24,7 @@ ENGINES: tuple[Engine, ...] = ("docker", "podman")
 DOWNLOADS = "vllm-forge-downloads"  # the hub's, shared by all images: weights, no code
 MODEL = "/model"  # where a local folder is mounted
 MOST_KEY = 4096  # bytes
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 VARIABLE = r"^[A-Za-z_][A-Za-z0-9_]*(=[^\x00-\x1f\x7f]*)?$"
 # Of docker/Dockerfile: podman ignores the health check of an OCI image
 # (https://github.com/containers/podman/issues/18904).
@@ -63,6 +64,15 @@ class ServeOptions(FrozenModel):
     replica: int = Field(default=1, ge=1, le=64)
     gpu_ids: tuple[Annotated[str, Field(pattern=r"^([0-9]{1,3}|GPU-[0-9a-f-]{36})$")], ...] = ()
     env: tuple[Annotated[str, Field(pattern=VARIABLE)], ...] = ()
+
+    @model_validator(mode="after")
+    def _gpus_are_chosen_once(self) -> Self:
+        if len(set(self.gpu_ids)) < len(self.gpu_ids):
+            raise ValueError("gpu-ids: a GPU is given twice")
+        # In the container the chosen GPUs are numbered from 0.
+        if names := {text.partition("=")[0] for text in self.env} & set(VISIBLE):
+            raise ValueError(f"env {min(names)}: choose GPUs by --gpu-ids")
+        return self
 
 
 class Service(ServeOptions):

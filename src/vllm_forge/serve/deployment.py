@@ -10,7 +10,7 @@ from vllm_forge.kernels.selection.questions import Answer, grid_question, preset
 from vllm_forge.kernels.selection.record import Rows, read_selection, selection_path
 from vllm_forge.matrix import Artifact, ImageCell, Matrix, Preset, flags, serve_arguments
 from vllm_forge.matrix.errors import UnsupportedCellError
-from vllm_forge.matrix.flags import Parallel
+from vllm_forge.matrix.flags import Drafter, Parallel
 from vllm_forge.project import Project
 from vllm_forge.serve.errors import UnknownArtifactError, UnknownPresetError
 from vllm_forge.serve.memory import Memory, memory_of, stored_sizes
@@ -92,9 +92,21 @@ class Deployment:
             answer=answer or self.nearest_answer(rows),
         )
 
+    @property
+    def drafter(self) -> Drafter | None:
+        """What the arguments switch on, a user's last."""
+        return flags.drafter(self.arguments)
+
+    @property
+    def other_drafter(self) -> str:
+        """Why the artifact does not draft as the arguments say; "" if it does."""
+        asked = self.drafter
+        return "" if asked is None else self.artifact.why_not_drafted(asked.method, asked.tokens)
+
     def why_not(self, line: str) -> str | None:
         """Why a line does not serve this; None if it does."""
-        return self.artifact.why_not(line, drafting=self.preset.speculative_tokens > 0)
+        drafting = self.drafter is not None
+        return self.artifact.why_not(line, self.cell.sku_name, drafting=drafting)
 
     def require_served(self) -> None:
         """Raise UnsupportedCellError if the cell's line does not serve this."""
@@ -104,6 +116,12 @@ class Deployment:
                 f"{self.preset_name}: {reason}",
                 where=f"matrix.toml, artifact.{self.artifact_name}.unserved",
                 remedy="choose another --line, --artifact or --preset",
+            )
+        if self.other_drafter:
+            raise UnsupportedCellError(
+                f"{self.artifact_name} {self.other_drafter}",
+                where=" ".join(self.arguments),
+                remedy=f"correct {flags.SPECULATION}, or choose another --artifact",
             )
 
 
@@ -137,7 +155,9 @@ def find_deployment(
     if name not in served:
         what = f"unknown artifact {name!r}{suggestion(name, served, listed=False)}"
         if name in matrix.artifact:
-            what = f"preset {preset_name} does not serve artifact {name}."
+            others = [key for key, row in matrix.preset.items() if name in row.artifacts]
+            what = f"preset {preset_name} does not serve artifact {name}. Those that do: "
+            what += ", ".join(others) or "none"
         raise UnknownArtifactError(what, remedy=f"{preset_name} serves: {', '.join(served)}")
     return Deployment(
         matrix=matrix,

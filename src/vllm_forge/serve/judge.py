@@ -11,7 +11,7 @@ from vllm_forge.checkpoints.architecture import Config
 from vllm_forge.checkpoints.inspect.manifest import departures, manifests
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.errors import UsageError
-from vllm_forge.host import Runner
+from vllm_forge.host import Runner, hash_of
 from vllm_forge.host.errors import CommandFailedError, CommandLimitError, ToolMissingError
 from vllm_forge.images.engines import Buildx, ContainerRun
 from vllm_forge.kernels.selection import questions as asking
@@ -34,13 +34,17 @@ def recorded(deployment: Deployment, rows: Rows) -> Answer | None:
     if answer is None and found.keys() <= COVERED:
         answer = replace(deployment, flags=()).recorded(rows)
         engine = None if answer is None else answer.engine
-        if flags.number(found, flags.LENGTH) > (engine.max_model_len if engine else 0):
+        length = flags.length(found, 1)
+        if length is None or length > (engine.max_model_len if engine else 0):
             return None
     return answer
 
 
-def ask(runner: Runner, deployment: Deployment, image: str) -> Answer:
-    """By the image's vLLM, for the declared SKU; NotJudgedError if it cannot be asked."""
+def ask(runner: Runner, deployment: Deployment, image: str, engine: str) -> Answer:
+    """By vLLM in docker's or podman's image, for the declared SKU; or NotJudgedError.
+
+    A volume of the questions' own keeps what Python compiled: two thirds of a first question.
+    """
     sku = deployment.cell.sku
     question = Question(
         name=asking.preset_question(deployment.preset_name, deployment.artifact_name),
@@ -55,12 +59,13 @@ def ask(runner: Runner, deployment: Deployment, image: str) -> Answer:
         run = ContainerRun(
             layout=work, name=image, lower_dirs=(), inputs=work / "inputs", argv=asking.ARGV,
             seconds=SECONDS, work=work, bytecode=work,
+            volume=f"vllm-forge-asked-{hash_of(image)[:12]}", client=engine,
         )  # fmt: skip
         try:
             output = Buildx().run_in_image(runner, run)
         except (CommandFailedError, CommandLimitError, ToolMissingError) as error:
             what = f"the image's vLLM did not answer, so nobody knows whether this serves:\n{error}"
-            remedy = "load the image into docker; or record the preset: docs/operate/serve.md"
+            remedy = f"load the image into {engine}; or record the preset: docs/operate/serve.md"
             raise NotJudgedError(what, where=image, remedy=remedy) from None
     (answer,) = asking.read_answers(output, [question], image)
     return answer
@@ -91,14 +96,14 @@ def require_model(deployment: Deployment) -> None:
         raise ModelFolderError(what, where=str(folder), remedy=remedy)
 
 
-def require_served(deployment: Deployment, rows: Rows, image: str | None) -> str:
+def require_served(deployment: Deployment, rows: Rows, image: str | None, engine: str) -> str:
     """Raise PresetLintError or HostUnfitError if it does not start, or does badly.
 
     Returns why that is not known: ``image`` is None, so it was not asked, and no record covers it.
     """
     answer = recorded(deployment, rows)
     if answer is None and image is not None:
-        answer = ask(Runner(), deployment, image)
+        answer = ask(Runner(), deployment, image, engine)
     memory = deployment.memory(rows, answer)
     if memory is not None and memory.verdict == "red":
         what = f"{deployment.preset_name} does not fit into its GPUs: {memory.needed}"

@@ -240,7 +240,9 @@ class Memory:
     def needed(self) -> str:
         """The parts, and what remains for those that nobody measured."""
         kv = "a KV cache of unknown size (vLLM was not asked about these flags)"
-        if self.kv_cache is not None:
+        if self.pool is not None and self.max_model_len is None:
+            kv = f"a KV cache for as many tokens as fit (at most {self.longest})"
+        elif self.kv_cache is not None:
             kv = f"{_gib(self.kv_cache)} of KV cache for {self.max_model_len} tokens "
             kv += f"(at most {self.longest} fit)"
         text = f"{_gib(self.weights)} for the weights, {kv}"
@@ -272,19 +274,21 @@ class Memory:
 def memory_of(
     *, artifact: str, words: Sequence[str], release: str, total: int, answer: Answer | None
 ) -> Memory | None:
-    """Memory of one GPU under these arguments of ``vllm serve``; None without a manifest.
+    """Memory of one GPU under these arguments of ``vllm serve``.
+
+    None without a manifest, and where a flag moves weights or sets the KV cache's size.
 
     ``answer``: of the line's vLLM about the artifact, if possible with these arguments. What they
     say of lengths and memory comes first, the answer's values are the defaults.
     """
     spread, found, version = flags.parallel(words), flags.values(words), Version(release)
-    weights = weights_per_rank(artifact, spread, drafting=flags.SPECULATION in found)
-    if weights is None:
+    weights = weights_per_rank(artifact, spread, drafting=flags.drafter(words) is not None)
+    if weights is None or any(name in found for name in flags.ELSEWHERE):
         return None
     engine = None if answer is None else answer.engine
     pool = length = None
     if answer is not None and engine is not None and answer.kv_cache:
-        length = flags.number(found, flags.LENGTH, engine.max_model_len)
+        length = flags.length(found, engine.max_model_len)
         tokens = flags.number(found, "--max-num-batched-tokens", engine.max_num_batched_tokens)
         steps = spread.pipeline
         if "--no-async-scheduling" not in found:  # the default is with it

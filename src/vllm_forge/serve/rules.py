@@ -161,7 +161,7 @@ def graphs_cover_decode(case: LintCase) -> Problems:
     graphs, engine = case.answer.cuda_graphs, case.answer.engine
     if graphs is None or engine is None or graphs.mode == "NONE":
         return
-    per_sequence = case.preset.speculative_tokens + 1
+    per_sequence = (0 if case.drafter is None else case.drafter.tokens) + 1
     needed = engine.max_num_seqs * per_sequence
     largest = max(graphs.sizes, default=0)
     if largest < needed:
@@ -177,16 +177,16 @@ def drafter_takes_k(case: LintCase) -> Problems:
     """The draft layer is there, and drafts as many tokens as the preset says."""
     if case.answer.refused is not None:
         return
-    tokens, draft = case.preset.speculative_tokens, case.answer.draft
+    asked, draft = case.drafter, case.answer.draft
+    tokens = 0 if asked is None else asked.tokens
     drafted = 0 if draft is None else draft.speculative_tokens
     layers = case.config.get("num_nextn_predict_layers", 0)
     if drafted != tokens:
         what = f"the preset drafts {tokens} tokens, and {case.release} {drafted}"
-    elif draft is not None and "DSpark" in draft.architecture:
-        # 0.26.0 asks for a block or more (config/speculative.py:1016), 0.33.0 for nothing.
-        if tokens == (block := case.config.get("dspark_block_size")):
-            return
-        what = f"k = {tokens}, and DSpark drafts blocks of {block}: other k are hardly accepted"
+    elif case.other_drafter:
+        what = f"{case.artifact_name} {case.other_drafter}"
+    elif asked is not None and asked.method == "dspark":
+        return  # it has blocks, and builds other layers than the config says
     elif tokens and (not layers or (tokens > layers and tokens % layers)):
         what = f"k = {tokens}, and the drafter has {layers} layers: k must be a multiple"
     else:
@@ -247,7 +247,7 @@ def experts_are_served(case: LintCase) -> Problems:
 
 def experts_are_built_as_stored(case: LintCase) -> Problems:
     """The experts' scheme is the checkpoint's; exceptions are rows [artifact.*.unserved]."""
-    if case.answer.refused is not None:
+    if case.answer.refused is not None or case.other_drafter:
         return
     artifact, draft = case.artifact, case.answer.draft
     pairs: list[tuple[str, str, str | None]] = [
@@ -261,7 +261,8 @@ def experts_are_built_as_stored(case: LintCase) -> Problems:
         if not any(part in (scheme or "").lower() for part in SCHEMES[stored])
     ]
     row = f"artifact.{case.artifact_name}.unserved"
-    reason = artifact.why_not(case.cell.line_name, drafting=draft is not None)
+    cell = case.cell
+    reason = artifact.why_not(cell.line_name, cell.sku_name, drafting=draft is not None)
     if wrong and reason is None:
         yield (
             f"{case.release}: {'; '.join(wrong)}",

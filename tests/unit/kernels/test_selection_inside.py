@@ -511,3 +511,37 @@ def test_schemes_are_grouped_by_module() -> None:
         "model.layers.*.wo_a": "B",
         "model.layers.*.wo_b": "A in 1, B in 1",
     }
+
+
+@pytest.mark.parametrize(
+    ("heads", "width", "family", "words"),
+    [
+        (16, 128, True, ""),
+        (16, 256, True, "16 heads and 256 indices"),  # vllm-project/vllm#50720
+        (32, 256, True, "32 heads and 256 indices"),
+        (16, 256, False, ""),  # other attention
+        (16, 0, True, ""),  # nothing drafts in blocks
+    ],
+)
+def test_draft_without_a_sparse_kernel_stops_after_loading(
+    heads: int, width: int, family: bool, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As FlashInfer 0.6.14 has them."""
+    table = {(n, k) for n in (8, 16, 32, 64, 128) for k in (128, 512, 1024)}
+    platform = SimpleNamespace(is_device_capability_family=lambda number: family and number == 120)
+    stubs = {
+        "vllm.platforms": SimpleNamespace(current_platform=platform),
+        startup.SPARSE_SM120: SimpleNamespace(_DECODE_DSV4_DISPATCH=table),
+    }
+    for name, module in stubs.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    builder = SimpleNamespace(noncausal_index_width=width) if width else object()
+    groups = [[SimpleNamespace(metadata_builders=[builder])], []]
+    layers = [SimpleNamespace(padded_heads=heads), object()]
+    build: Any = SimpleNamespace(draft=SimpleNamespace(modules=lambda: layers))
+    if not words:
+        startup._check_sparse_kernels(groups, build)
+        return
+    with pytest.raises(serving.Refusal, match=words) as caught, startup.refused_late():
+        startup._check_sparse_kernels(groups, build)
+    assert caught.value.kind == "start"

@@ -9,7 +9,7 @@ import pytest
 from vllm_forge.errors import UsageError
 from vllm_forge.matrix import gpus_of, load
 from vllm_forge.matrix.errors import MultiNodeError
-from vllm_forge.matrix.flags import Parallel, parallel, refuse_ours, values
+from vllm_forge.matrix.flags import Drafter, Parallel, drafter, parallel, refuse_ours, values
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,6 +35,41 @@ if TYPE_CHECKING:
 def test_all_sizes_multiply(words: list[str], spread: Parallel, gpus: int) -> None:
     assert parallel(words) == spread
     assert parallel(words).gpus == gpus
+
+
+MTP, DSPARK = Drafter(method="mtp", tokens=2), Drafter(method="dspark", tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ([], None),
+        (['--speculative-config={"method":"mtp","num_speculative_tokens":2}'], MTP),
+        (["-sc", '{"method":"deepseek_mtp","num-speculative-tokens":2}'], MTP),
+        (["--spec-method=dspark", "--spec-tokens", "5"], DSPARK),
+        (['--spec-method=dspark', '--speculative_config={"num_speculative_tokens":5}'], DSPARK),
+        (
+            ["--speculative-config.method=dspark", "--speculative_config.num_speculative_tokens=5"],
+            DSPARK,
+        ),
+        (["--speculative-c={}", "--spec-method=mtp"], Drafter(method="mtp", tokens=0)),
+        (['-sc={"method":"mtp","num_speculative_tokens":"two"}'], Drafter(method="mtp", tokens=0)),
+        (['-sc={"method":"ngram","num_speculative_tokens":2}'], None),
+        (
+            ['-sc={"method":"dspark","num_speculative_tokens":5}',
+             '-sc={"method":"mtp","num_speculative_tokens":2}'],
+            MTP,
+        ),
+    ],
+)  # fmt: skip
+def test_drafter_is_found_in_every_form(words: list[str], found: Drafter | None) -> None:
+    assert drafter(words) == found
+
+
+@pytest.mark.parametrize("text", ["mtp", "[1]", '{"method":', "3"])
+def test_invalid_speculation_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="expected an object in JSON"):
+        drafter([f"--speculative-config={text}"])
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,10 @@ REFUSED: dict[str, tuple[Callable[[Data], None], list[str]]] = {
         put("artifact", "nvidia-nvfp4", "unserved", 0, "lines", ["0.22", "0.27"]),
         ["artifact.nvidia-nvfp4.unserved", "line.'0.27'"],
     ),
+    "unserved-on-no-sku": (
+        put("artifact", "nvidia-nvfp4", "unserved", 0, "skus", ["b400"]),
+        ["artifact.nvidia-nvfp4.unserved", "sku.b400"],
+    ),
     "unserved-nowhere": (
         put("artifact", "nvidia-nvfp4", "unserved", 0, "lines", []),
         ["artifact.nvidia-nvfp4.unserved.0.lines"],
@@ -305,11 +309,11 @@ def test_records_are_frozen(kind: str, root: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "drafting", "expected"),
     [
+        ("0.33", False, "only not on this one SKU"),
         ("0.22", True, "never, with a draft or without"),
         ("0.22", False, "never, with a draft or without"),
         ("0.26", True, "only without a draft layer"),
         ("0.26", False, None),
-        ("0.33", True, None),
     ],
 )
 def test_why_an_artifact_is_not_served(
@@ -318,9 +322,11 @@ def test_why_an_artifact_is_not_served(
     data["artifact"]["nvidia-nvfp4"]["unserved"] = [
         {"lines": ["0.26"], "drafting": True, "reason": "only without a draft layer"},
         {"lines": ["0.22"], "reason": "never, with a draft or without"},
+        {"lines": ["0.33"], "skus": ["b300"], "reason": "only not on this one SKU"},
+        {"lines": ["0.26"], "skus": ["b200"], "reason": "only not on another SKU"},
     ]
     row = loads(data).artifact["nvidia-nvfp4"]
-    assert row.why_not(line, drafting=drafting) == expected
+    assert row.why_not(line, "b300", drafting=drafting) == expected
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from vllm_forge.kernels.errors import SelectionFailedError
 from vllm_forge.kernels.selection.questions import Refusal
 from vllm_forge.kernels.selection.record import read_selection, write_selection
 from vllm_forge.matrix import image_cell, load
+from vllm_forge.matrix.errors import UnsupportedCellError
 from vllm_forge.serve import judge
 from vllm_forge.serve.deployment import Deployment, find_deployment
 from vllm_forge.serve.errors import (
@@ -46,6 +47,7 @@ def deployment(*flags: str, env: tuple[str, ...] = ()) -> Deployment:
         (("--gpu-memory-utilization=0.93",), (), True),
         ((), ("HF_TOKEN", "NCCL_DEBUG=INFO", "VLLM_API_KEY"), True),
         (("--max-model-len=262144",), (), False),  # longer than vLLM was asked about
+        (("--max-model-len=auto",), (), False),
         (("--max-num-seqs=4",), (), False),
         (("--enforce-eager",), (), False),
         ((), ("VLLM_USE_BREAKABLE_CUDAGRAPH=0",), False),
@@ -57,7 +59,7 @@ def test_recorded_answers_cover_what_changes_no_kernel(
 ) -> None:
     asked = deployment(*flags, env=env)
     assert (judge.recorded(asked, RECORD.rows) is not None) is covered
-    doubt = judge.require_served(asked, RECORD.rows, None)
+    doubt = judge.require_served(asked, RECORD.rows, None, "docker")
     assert doubt == "" if covered else all(word.partition("=")[0] in doubt for word in flags + env)
 
 
@@ -93,29 +95,78 @@ def test_print_refuses_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> 
     assert (out, "84.2 GiB for the weights" in err) == ("", True)
 
 
+def speculation(method: str, tokens: int) -> str:
+    return f'--speculative-config={{"method":"{method}","num_speculative_tokens":{tokens}}}'
+
+
+@pytest.mark.parametrize(
+    ("where", "flags", "words"),
+    [
+        # A row [artifact.*.unserved] with drafting holds for a user's drafter too.
+        ("b300 plain nvidia-nvfp4", [speculation("mtp", 1)], "would be read as something else"),
+        ("b300 pro pro-nvfp4-fp8-mtp", ["--spec-method=mtp", "--spec-tokens=1"], "stored"),
+        ("rtxpro6000 tp4-plain deepseek-v4-flash-0731", [speculation("dspark", 5)], "256 indices"),
+        # And so does what a preset may say of its drafter.
+        ("b300 plain redhat-nvfp4-fp8", ["-sc", '{"method":"mtp"}'], "has no MTP block"),
+        ("b300 dspark deepseek-v4-flash-0731", [speculation("dspark", 7)], "5 tokens, not 7"),
+        ("b300 dspark deepseek-v4-flash-0731", [speculation("mtp", 1)], "dspark, not mtp"),
+        ("b300 mtp flash-nvfp4-fp8-mtp", [speculation("dspark", 5)], "mtp, not dspark"),
+    ],
+)
+def test_drafter_of_a_user_is_refused_as_a_presets(
+    where: str, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sku, preset, artifact = where.split()
+    argv = ["serve", "--sku", sku, "--preset", preset, "--artifact", artifact, "--print", "--"]
+    assert main([*argv, *flags]) == UnsupportedCellError.exit_code
+    out, err = capsys.readouterr()
+    assert (out, words in err) == ("", True)
+
+
+def test_other_k_of_a_user_is_not_a_finding() -> None:
+    draft, graphs = ANSWER.draft, ANSWER.cuda_graphs
+    assert draft is not None
+    assert graphs is not None
+    three = ANSWER.model_copy(
+        update={
+            "draft": draft.model_copy(update={"speculative_tokens": 3}),
+            "cuda_graphs": graphs.model_copy(update={"sizes": (32,)}),
+        }
+    )
+    judge._require_clean(deployment(speculation("mtp", 3)), three)
+    with pytest.raises(PresetLintError, match=r"the preset drafts 2 tokens, and vLLM 0\.26\.0 3"):
+        judge._require_clean(deployment(speculation("mtp", 2)), three)
+
+
 @pytest.fixture
 def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A program called docker that prints the file beside it; its arguments are kept."""
+    """Programs docker and podman that print the file beside them; their arguments are kept."""
     folder = tmp_path / "bin"
     folder.mkdir()
     program = folder / "docker"
     inputs = "sed -n 's|^--volume=\\(.*\\):/mnt:ro|\\1|p'"
     program.write_text(
-        f'#!/bin/sh\n[ "$1" = run ] || exit 0\nprintf "%s\\n" "$@" > {folder}/arguments\n'
+        f'#!/bin/sh\n[ "$1" = run ] || exit 0\nprintf "%s\\n" "$0" "$@" > {folder}/arguments\n'
         f"cp -r $({inputs} {folder}/arguments) {folder}/in\ncat {folder}/answer\n"
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    (folder / "podman").symlink_to(program)
     monkeypatch.setenv("PATH", str(folder), prepend=":")
     return folder
 
 
-def test_image_is_asked_one_question_without_network_and_rights(docker: Path) -> None:
+@pytest.mark.parametrize("engine", ["docker", "podman"])
+def test_image_is_asked_one_question_without_network_and_rights(engine: str, docker: Path) -> None:
     wanted = ANSWER.model_dump(mode="json")
     (docker / "answer").write_text(json.dumps([wanted]))
     asked = deployment("--max-num-seqs=4")
-    assert judge.ask(Runner(), asked, "localhost/vllm:x") == ANSWER
-    arguments = (docker / "arguments").read_text().splitlines()
+    assert judge.ask(Runner(), asked, "localhost/vllm:x", engine) == ANSWER
+    program, *arguments = (docker / "arguments").read_text().splitlines()
+    assert Path(program).name == engine
+    assert ("--security-opt=label=disable" in arguments) is (engine == "podman")
     assert {"--network=none", "--cap-drop=ALL", "--read-only", "localhost/vllm:x"} <= set(arguments)
+    (volume,) = (word for word in arguments if word.endswith(":/cache"))
+    assert volume.startswith("--volume=vllm-forge-asked-"), "a server's volume is not its own"
     (question,) = json.loads((docker / "in" / "questions.json").read_text())["questions"]
     assert question["arguments"][-1] == "--max-num-seqs=4"
     assert question["device"]["name"] == MATRIX.sku["rtxpro6000"].device
@@ -126,7 +177,7 @@ def test_image_that_does_not_answer_is_undecided(answer: str | None, docker: Pat
     if answer is not None:
         (docker / "answer").write_text(answer)
     with pytest.raises(NotJudgedError if answer is None else SelectionFailedError):
-        judge.ask(Runner(), deployment("--max-num-seqs=4"), "localhost/vllm:x")
+        judge.ask(Runner(), deployment("--max-num-seqs=4"), "localhost/vllm:x", "docker")
 
 
 def test_without_engine_nothing_is_judged(

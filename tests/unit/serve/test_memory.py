@@ -49,6 +49,7 @@ def tp(size: int) -> Parallel:
         ("flash-w4a16-fp8-mtp", 168.3, 83.9, 42.7),
         ("redhat-nvfp4-fp8", 164.2, 82.8, 42.0),
         ("nvidia-nvfp4", 168.3, 84.8, 43.1),
+        ("deepseek-v4-flash-0731", 166.9, 84.2, 42.9),
     ],
 )
 def test_weights_of_a_rank(artifact: str, total: float, two: float, four: float) -> None:
@@ -84,6 +85,19 @@ def test_pipeline_stages_have_their_layers_and_one_end() -> None:
     assert last > parts["embed"]  # head and draft layer
     expected = parts["layers"] * 22 / 43 + last
     assert weights_per_rank(CARD, Parallel(pipeline=2), drafting=True) == pytest.approx(expected)
+
+
+def test_v4_pro_fits_eight_gpus_alone() -> None:
+    """913 GB, as published: too much for two GPUs of 288 GB."""
+    name = "pro-nvfp4-fp8-mtp"
+    sizes = stored_sizes(name)
+    assert sizes is not None
+    assert round(sum(sizes.values()) / 1e9) == MATRIX.artifact[name].size_gb == 913
+    weights = weights_per_rank(name, tp(8), drafting=False)
+    assert weights is not None
+    assert round(weights / 1e9, 1) == 115.5
+    assert memory("pro", sku="b300").verdict == "ok"
+    assert memory("pro", "-tp", "2", sku="b300").verdict == "red"
 
 
 def test_draft_layer_is_loaded_with_speculation_only() -> None:
@@ -195,6 +209,24 @@ def test_context_that_cannot_fit_is_red_with_the_longest() -> None:
     assert found.longest is not None
     assert f"--max-model-len below {found.longest}" in found.remedy
     assert 131072 < found.longest < 1048576
+
+
+@pytest.mark.parametrize("value", ["auto", "-1"])
+def test_context_of_vllms_choice_is_what_fits(value: str) -> None:
+    found = memory("tp2-mtp", f"--max-model-len={value}")
+    assert (found.max_model_len, found.verdict) == (None, "unknown")
+    assert f"as many tokens as fit (at most {found.longest})" in found.needed
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--cpu-offload-gb=20", "--cpu_offload_gb=20", "--kv-cache-memory-bytes=4000000000",
+     "--num-gpu-blocks-override=100", "--offload-backend=prefetch", "--enable-eplb"],
+)  # fmt: skip
+def test_memory_that_flags_move_is_not_judged(flag: str) -> None:
+    """Weights on the host, or a KV cache of a size of its own: no red for what may start."""
+    found = deployment("tp2-mtp", flag, "--gpu-memory-utilization=0.5")
+    assert found.memory(RECORD.rows) is None
 
 
 def test_every_preset_has_a_figure() -> None:

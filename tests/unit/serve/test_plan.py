@@ -49,7 +49,9 @@ def plan(capsys: pytest.CaptureFixture[str]) -> Callable[..., Plan]:
 def why_not(row: Plan, line: str) -> str | None:
     """What the matrix says of a row of the plan's presets."""
     drafting = MATRIX.preset[row["preset"]].speculative_tokens > 0
-    return MATRIX.artifact[row["artifact"]].why_not(line, drafting=drafting)
+    return MATRIX.artifact[row["artifact"]].why_not(
+        line, MATRIX.preset[row["preset"]].sku, drafting=drafting
+    )
 
 
 def test_b300_selects_native_fp4_without_forcing_anything(plan: Callable[..., Plan]) -> None:
@@ -63,6 +65,9 @@ def test_b300_selects_native_fp4_without_forcing_anything(plan: Callable[..., Pl
         assert row["state"] == "not run"
 
 
+NATIVE = {"nvfp4": "FLASHINFER_CUTLASS", "w4a16": "MARLIN", "mxfp4": "DEEPGEMM_MXFP4"}
+
+
 @pytest.mark.parametrize("line", ["0.26", "0.33"])
 def test_rtxpro6000_selects_cutlass(line: str, plan: Callable[..., Plan]) -> None:
     made = plan("--sku=rtxpro6000", f"--line={line}")
@@ -70,8 +75,8 @@ def test_rtxpro6000_selects_cutlass(line: str, plan: Callable[..., Plan]) -> Non
     for row in made["presets"]:
         if why_not(row, line) is not None:
             continue
-        nvfp4 = MATRIX.artifact[row["artifact"]].experts == "nvfp4"
-        assert row["selection"]["experts"] == ("FLASHINFER_CUTLASS" if nvfp4 else "MARLIN")
+        stored = MATRIX.artifact[row["artifact"]].experts
+        assert row["selection"]["experts"] == NATIVE[stored]
 
 
 def test_rtxpro6000_is_refused_on_the_line_that_cannot(

@@ -77,7 +77,7 @@ def test_the_issue_names_these_presets(matrix: Matrix) -> None:
         assert {s: (p.tensor_parallel, p.speculative_tokens) for s, p in rows.items()} == {
             "mtp": (4, 2),
             "plain": (4, 0),
-        }
+        } | ({"dspark": (4, 5), "pro": (8, 0)} if sku == "b300" else {})
     for parallel in (2, 4):
         row = matrix.preset[f"rtxpro6000-tp{parallel}-mtp"]
         assert (row.tensor_parallel, row.speculative_tokens) == (parallel, 1)
@@ -86,12 +86,19 @@ def test_the_issue_names_these_presets(matrix: Matrix) -> None:
     assert matrix.sku["h200"].development
 
 
+# SKU -> artifacts without a preset, as no text gives the values: V4-Pro is published for 8 x B300
+# alone; and nobody published a run of 0731 on a B200. Presets of h200 are what receipts vouch for.
+PRO, DSPARK = "pro-nvfp4-fp8-mtp", "deepseek-v4-flash-0731"
+WITHOUT = {"b200": {PRO, DSPARK}, "h200": {PRO, DSPARK}, "rtxpro6000": {PRO}}
+
+
 def test_every_artifact_has_a_preset_on_every_sku(matrix: Matrix) -> None:
     for sku in matrix.sku:
         served = {
             a for name in presets_of(matrix, sku).values() for a in matrix.preset[name].artifacts
         }
-        assert served == {name for name, row in matrix.artifact.items() if row.unasked is None}
+        asked = {name for name, row in matrix.artifact.items() if row.unasked is None}
+        assert served == asked - WITHOUT.get(sku, set())
 
 
 def test_an_artifact_with_mtp_can_be_served_with_it(matrix: Matrix) -> None:
@@ -105,7 +112,8 @@ def test_an_artifact_with_mtp_can_be_served_with_it(matrix: Matrix) -> None:
         assert drafted == {
             name
             for name, row in matrix.artifact.items()
-            if row.mtp != "none" and row.unasked is None
+            if row.mtp != "none" and row.unasked is None and name not in WITHOUT.get(sku, ())
+            if any(row.why_not(line, sku, drafting=True) is None for line in matrix.line)
         }
 
 
@@ -167,7 +175,7 @@ def test_preset_by_short_or_full_name(asked: str, matrix: Matrix) -> None:
         ("b300", "mpt", "did you mean 'mtp'"),
         ("rtxpro6000", "tp3-mtp", "did you mean 'tp"),
         ("b300", "b200-mtp", "mtp"),
-        ("b300", "", "known: mtp, plain"),
+        ("b300", "", "known: dspark, mtp, plain, pro"),
     ],
 )
 def test_unknown_preset(sku: str, asked: str, words: str, matrix: Matrix) -> None:
@@ -437,6 +445,9 @@ def test_api_key_goes_through_the_environment_alone(
         (["--replica=0"], "--replica:"), (["--name=-x"], "--name"), (["--image=-v"], "--image"),
         (["--gpu-ids=0,,1"], "--gpu-ids"), (["--env=A B"], "--env"), (["--env==x"], "--env"),
         (["--env=VLLM_API_KEY=s3cret"], "--api-key-file"), (["--", "--port=1"], "--port after --"),
+        (["--gpu-ids=0,1,1,2"], "given twice"), (["--", "--host=127.0.0.1"], "--host after --"),
+        (["--env=CUDA_VISIBLE_DEVICES=4"], "choose GPUs by --gpu-ids"),
+        (["--env=NVIDIA_VISIBLE_DEVICES"], "choose GPUs by --gpu-ids"),
         (["--print", "--k8s"], "not allowed with"),
     ],
 )  # fmt: skip
@@ -447,6 +458,15 @@ def test_invalid_options_are_refused(
     out, err = capsys.readouterr()
     assert (out, message in err) == ("", True)
     assert "s3cret" not in err
+
+
+def test_doctor_refuses_what_no_host_serves(capsys: pytest.CaptureFixture[str]) -> None:
+    """As serve: no host is fit for what the line does not serve."""
+    argv = ["doctor", "--sku=rtxpro6000", "--replay=tests/fixtures/doctor/rtxpro6000"]
+    assert main([*argv, "--preset=tp4-dspark", "--line=0.26"]) == UnsupportedCellError.exit_code
+    out, err = capsys.readouterr()
+    assert (out, "vllm-project/vllm#50720" in err) == ("", True)
+    assert main([*argv, "--preset=tp4-dspark", "--line=0.33"]) == 0
 
 
 def test_flags_of_vllm_are_for_serve_and_doctor_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from vllm_forge.project import Project
 
 COMMAND = "nox -s forge -- kernels select --record --line"
 MOST_SHOWN = 40
+MOST_NAMED = 5  # in one line
 # A list of plain values in one line: there are many numbers.
 PLAIN_LIST = re.compile(r"\[\s+([^\[\]{}]*?)\s+\]")
 
@@ -134,7 +135,7 @@ def require_fresh(project: Project, line_name: str) -> SelectionRecord:
     if changed:
         raise SelectionStaleError(
             f"line {line_name}: inputs changed since kernel selection was recorded on "
-            f"{recorded.made}: {_some(changed, ', ')}",
+            f"{recorded.made}: {_some(changed, ', ', MOST_NAMED)}",
             where=str(selection_path(project.records, line_name)),
             remedy=f"run: {COMMAND} {line_name}   and review the changes before you commit them",
         )
@@ -204,6 +205,6 @@ def _dump(row: tuple[Question, Answer], shared: Mapping[str, list[Any]]) -> dict
     return {"question": question, "answer": answer}
 
 
-def _some(items: list[str], separator: str) -> str:
-    more = len(items) - MOST_SHOWN
-    return separator.join(items[:MOST_SHOWN] + [f"and {more} more"] * (more > 0))
+def _some(items: list[str], separator: str, most: int = MOST_SHOWN) -> str:
+    more = len(items) - most
+    return separator.join(items[:most] + [f"and {more} more"] * (more > 0))

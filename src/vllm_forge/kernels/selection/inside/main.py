@@ -42,6 +42,9 @@ WARNING = 30  # logging.WARNING
 ALWAYS = {
     "HF_HUB_OFFLINE": "1",
     "HOME": "/tmp",  # noqa: S108 - the container's own
+    # humming/utils/nvrtc.py:106, humming/ops/utils.py:132 (0.1.10): importing it starts two more
+    # Pythons, which import torch to compile kernels that nothing here launches.
+    "HUMMING_DISABLE_PARALLEL_BUILD": "1",
     "OMP_NUM_THREADS": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "VLLM_CONFIGURE_LOGGING": "0",

@@ -2,13 +2,14 @@
 
 Its own code, in its order: the experts' check of the device, groups of the KV cache, block sizes
 and metadata builders of the attention backends, also of the draft, and the scheduler. Kernels are
-not run and memory is not measured: patches/vllm/late-stops.toml lists what that leaves out.
+not run and memory is not measured: late_stops.toml lists what that leaves out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import traceback
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ ENOUGH = 1 << 46
 PLANS_GROUPS = "get_global_kv_cache_groups"
 # The block pool has an object for each block.
 FEW_BLOCKS = 64
+DRAFT_LAYERS = "draft_layer_names"
+SM120 = 120
+SPARSE_SM120 = "flashinfer.mla._sparse_mla_sm120"
 
 
 def check_startup(config: Any, build: ModelBuild) -> None:
@@ -35,10 +39,8 @@ def check_startup(config: Any, build: ModelBuild) -> None:
             if model is not None:
                 _check_experts(model)
         cache = _kv_cache(config)
-        if config.use_v2_model_runner:
-            _prepare_attention_v2(config, cache, build)
-        else:
-            _prepare_attention_v1(config, cache, build)
+        prepare = _prepare_attention_v2 if config.use_v2_model_runner else _prepare_attention_v1
+        _check_sparse_kernels(prepare(config, cache, build), build)
         _make_scheduler(config, cache)
 
 
@@ -108,18 +110,23 @@ def _kv_cache_specs(config: Any) -> Any:
     return runner.GPUModelRunner.get_kv_cache_spec(stand_in)
 
 
-def _prepare_attention_v2(config: Any, cache: Any, build: ModelBuild) -> None:
-    """v1/worker/gpu/model_runner.py, initialize_kv_cache."""
+def _prepare_attention_v2(config: Any, cache: Any, build: ModelBuild) -> Any:
+    """v1/worker/gpu/model_runner.py, initialize_kv_cache; returns the groups of layers."""
     utils: Any = importlib.import_module("vllm.v1.worker.gpu.attn_utils")
     device = importlib.import_module("torch").device("meta")
     cp_utils: Any = importlib.import_module("vllm.v1.worker.cp_utils")
     names = {name for group in cache.kv_cache_groups for name in group.layer_names}
-    draft = {"draft_layer_names": names & build.draft_layers} if build.draft is not None else {}
-    utils.init_attn_backend(cache, config, device, **draft)
+    if DRAFT_LAYERS not in inspect.signature(utils.init_attn_backend).parameters:  # 0.26.0
+        groups, *_ = utils.init_attn_backend(cache, config, device)
+        cp_utils.check_attention_cp_compatibility(config)
+        return groups
+    draft = {DRAFT_LAYERS: names & build.draft_layers} if build.draft is not None else {}
+    groups, *_ = utils.init_attn_backend(cache, config, device, **draft)
     cp_utils.check_attention_cp_compatibility(config, names - build.draft_layers)
+    return groups
 
 
-def _prepare_attention_v1(config: Any, cache: Any, build: ModelBuild) -> None:
+def _prepare_attention_v1(config: Any, cache: Any, build: ModelBuild) -> Any:
     """v1/worker/gpu_model_runner.py, initialize_kv_cache; the graphs' mode is asked elsewhere."""
     runner: Any = importlib.import_module("vllm.v1.worker.gpu_model_runner")
     device = importlib.import_module("torch").device("meta")
@@ -137,7 +144,7 @@ def _prepare_attention_v1(config: Any, cache: Any, build: ModelBuild) -> None:
     sizes = runner.prepare_kernel_block_sizes(cache, stand_in.attn_groups)
     runner.GPUModelRunner.initialize_metadata_builders(stand_in, cache, sizes)
     if build.draft is None:
-        return
+        return stand_in.attn_groups
     proposer: Any = importlib.import_module("vllm.v1.spec_decode.llm_base_proposer")
     kind = proposer.SpecDecodeBaseProposer
     cached = {name for group in cache.kv_cache_groups for name in group.layer_names}
@@ -148,6 +155,25 @@ def _prepare_attention_v1(config: Any, cache: Any, build: ModelBuild) -> None:
         draft, cache
     )
     kind.initialize_attn_backend(draft, cache, sizes)
+    return stand_in.attn_groups
+
+
+def _check_sparse_kernels(groups: Any, build: ModelBuild) -> None:
+    """A DSpark draft needs sparse decode kernels of its own width, which FlashInfer may lack.
+
+    vLLM 0.33.0 asks in its constructor (nvidia/flashinfer_sparse.py:662). 0.26.0 is stopped by a
+    check of the kernel's in its warmup, after loading: vllm#50720.
+    """
+    builders = (item for row in groups for group in row for item in group.metadata_builders)
+    width = max((getattr(item, "noncausal_index_width", 0) for item in builders), default=0)
+    platform: Any = importlib.import_module("vllm.platforms").current_platform
+    if not width or not platform.is_device_capability_family(SM120):
+        return
+    kernels = importlib.import_module(SPARSE_SM120)._DECODE_DSV4_DISPATCH
+    heads = {item.padded_heads for item in build.draft.modules() if hasattr(item, "padded_heads")}
+    if missing := sorted(number for number in heads if (number, width) not in kernels):
+        what = f"FlashInfer has no sparse decode kernel for {missing[0]} heads and {width} indices"
+        raise Refusal("start", f"draft: {what} ({SPARSE_SM120}._DECODE_DSV4_DISPATCH)")
 
 
 def _make_scheduler(config: Any, cache: Any) -> None:
