@@ -8,7 +8,9 @@ content, when one of them was touched since that was done last.
 """
 
 import hashlib
+import os
 import re
+import stat
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -144,28 +146,36 @@ def _gone(folder: Path) -> CacheError:
     return CacheError(what, where=folder, remedy=remedy)
 
 
-def _unpacked(folder: Path, pattern: str, crc: Callable[[Path], int]) -> str:
-    """Hash of unpacked files: modes, targets of links, CRC-32; ValueError for another kind."""
-    names = [name for place in UNPACKED for name in walk_plain(folder / place, f"{place}/")]
-    paths = {name: folder / name for name in names if re.fullmatch(pattern, name)}
-    rows = {
-        name: [path.lstat().st_mode, str(path.readlink()) if path.is_symlink() else crc(path)]
-        for name, path in paths.items()
-    }
-    return host.hash_of(rows, sort_keys=True)
+def _rows(
+    folder: Path, pattern: str, crc: Callable[[str, os.stat_result], int]
+) -> dict[str, list[Any]]:
+    """Mode of each unpacked file, and its CRC-32 or link's target; ValueError for another kind."""
+    rows = {}
+    for name in (name for place in UNPACKED for name in walk_plain(folder / place, f"{place}/")):
+        if re.fullmatch(pattern, name):
+            path = f"{folder}/{name}"
+            status = os.lstat(path)
+            link = stat.S_ISLNK(status.st_mode)
+            rows[name] = [status.st_mode, str(Path(path).readlink()) if link else crc(path, status)]
+    return rows
 
 
 def intact(layer: StoredLayer, pattern: str = ".+") -> bool:
     """Whether its unpacked files, ``files/...`` and ``code/...``, are all as they were written."""
 
-    def crc(path: Path) -> int:
-        with mapped(path) as content:
+    def crc(path: str, _: os.stat_result) -> int:
+        with mapped(Path(path)) as content:
             return isal_zlib.crc32(content)
 
     try:
-        return _unpacked(layer.folder, pattern, crc) == layer.unpacked.get(pattern)
+        return _hashed(_rows(layer.folder, pattern, crc), pattern) == layer.unpacked.get(pattern)
     except (OSError, ValueError):
         return False
+
+
+def _hashed(rows: dict[str, list[Any]], pattern: str) -> str:
+    rows = {name: row for name, row in rows.items() if re.fullmatch(pattern, name)}
+    return host.hash_of(rows, sort_keys=True)
 
 
 def forget(folder: Path) -> None:
@@ -216,10 +226,8 @@ def keep_layer(key: str, write: Callable[[Path], tuple[LayerBlob, dict[str, Any]
                 (folder / name).mkdir(parents=True)
                 (folder / name).chmod(0o755)
             blob, removed = write(folder)
-            unpacked = {
-                pattern: _unpacked(folder, pattern, lambda path: int(path.stat().st_mtime))
-                for pattern in (".+", SLIMMED)
-            }  # see `stamp`
+            rows = _rows(folder, ".+", lambda _, status: int(status.st_mtime))  # see `stamp`
+            unpacked = {pattern: _hashed(rows, pattern) for pattern in (".+", SLIMMED)}
             record = asdict(blob) | {"removed": removed, "unpacked": unpacked}
             del record["path"]
             write_sealed(folder / "layer.json", record)

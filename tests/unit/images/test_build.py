@@ -1,0 +1,108 @@
+"""Checks of one image side by side: each of them that is red keeps it from its name."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.fast_build import FastEngine, fast_build, use
+from tests.support.project import Project, make_project
+from vllm_forge.errors import ForgeError
+from vllm_forge.host.errors import CommandFailedError
+from vllm_forge.images import layer_checks
+from vllm_forge.images.errors import LayoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vllm_forge.host import Runner
+    from vllm_forge.images.engines import ContainerRun
+
+CELL = "vllm-0.1.0-alpha"
+LONGEST_S = 60
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    project = make_project(tmp_path_factory.mktemp("mini"))
+    yield project
+    project.index.close()
+
+
+@pytest.fixture(autouse=True)
+def _used(mini: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(mini, monkeypatch)
+
+
+class Meeting(FastEngine):
+    """Its checks as the image's user end after those outside have begun, and the other way round.
+
+    Attributes:
+        red: the run inside that has a red verdict.
+        killed: the run inside that is killed.
+    """
+
+    def __init__(self, red: str = "", killed: str = "") -> None:
+        super().__init__()
+        self.red, self.killed = red, killed
+        self.meeting = threading.Barrier(2, timeout=LONGEST_S)
+        self.ended: list[str] = []
+
+    def outside(self, *_: object) -> str:
+        self.meeting.wait()
+        return "met"
+
+    def run_in_image(self, runner: Runner, run: ContainerRun) -> str:
+        which = run.argv[-1]
+        if which == "image":
+            self.meeting.wait()
+        self.ended.append(which)
+        if which == self.killed:
+            raise CommandFailedError("it was killed")
+        verdicts: dict[str, Any] = json.loads(super().run_in_image(runner, run))
+        if which == self.red:
+            verdicts[min(verdicts)] = {"passed": False, "detail": "planted", "seconds": 0.0}
+        return json.dumps(verdicts)
+
+
+def red(*_: object) -> str:
+    raise AssertionError("planted")
+
+
+def damaged(*_: object) -> None:
+    raise LayoutError("planted")
+
+
+@pytest.mark.parametrize("fault", ["image", "user", "image killed", "outside", "layout"])
+def test_each_check_counts_though_they_overlap(
+    fault: str, mini: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    which, _, killed = fault.partition(" ")
+    engine = Meeting(**{"killed" if killed else "red": which})
+    monkeypatch.setattr(layer_checks, "stack", engine.outside)
+    if fault == "outside":
+        monkeypatch.setattr(layer_checks, "hygiene", red)
+    if fault == "layout":
+        monkeypatch.setattr(layer_checks, "stack", damaged)
+        engine.meeting = threading.Barrier(1)
+    with pytest.raises(ForgeError, match=r"planted|killed"):
+        fast_build(mini, "alpha", engine)
+    assert "image" in engine.ended, "what runs inside ends before the build does"
+    dist = mini.root / "dist"
+    assert not (dist / CELL).exists()
+    assert not (dist / f"{CELL}.json").exists()
+    assert not list(dist.glob(".tmp-*"))
+
+
+def test_image_gets_its_name_when_all_are_green(
+    mini: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Meeting()
+    monkeypatch.setattr(layer_checks, "stack", engine.outside)
+    image, built = fast_build(mini, "alpha", engine)
+    assert built
+    assert (mini.root / "dist" / CELL) == image.path
+    assert sorted(engine.ended) == ["image", "user"]
