@@ -20,6 +20,9 @@ from vllm_forge.bench.errors import ServerUnreachableError
 from vllm_forge.bench.results import Conditions, Counters, Drafts
 
 LARGEST_LINE = 16 << 20  # the first chunk may have the prompt's tokens
+LARGEST_ANSWER = 64 << 20
+LARGEST_METRICS = 16 << 20
+LARGEST_COUNT = 1 << 53  # up to which a float has every integer
 TIMEOUT_S = 1800.0  # for one answer
 METRICS_S = 60.0
 HEALTH_S = 5.0
@@ -95,7 +98,7 @@ async def _is_healthy(url: str) -> bool:
     try:
         async with (
             aiohttp.ClientSession(timeout=timeout) as session,
-            session.get(f"{url}/health") as reply,
+            session.get(f"{url}/health", allow_redirects=False) as reply,
         ):
             return reply.status == HTTPStatus.OK
     except (aiohttp.ClientError, TimeoutError):
@@ -116,13 +119,22 @@ async def _counters(url: str) -> Counters:
     try:
         async with (
             aiohttp.ClientSession(timeout=timeout) as session,
-            session.get(f"{url}/metrics") as reply,
+            session.get(f"{url}/metrics", allow_redirects=False) as reply,
         ):
-            reply.raise_for_status()
-            return _parse_counters(await reply.text())
+            _require_ok(reply)
+            return _parse_counters(await _text(reply))
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         what = f"cannot read the server's metrics: {str(error) or repr(error)}"
         raise ServerUnreachableError(what, where=url, remedy=REMEDY) from None
+
+
+async def _text(reply: aiohttp.ClientResponse) -> str:
+    content = bytearray()
+    async for block in reply.content.iter_any():
+        content += block
+        if len(content) > LARGEST_METRICS:
+            raise ValueError(f"more than {LARGEST_METRICS} bytes")
+    return content.decode()
 
 
 def _parse_counters(text: str) -> Counters:
@@ -130,15 +142,15 @@ def _parse_counters(text: str) -> Counters:
 
     A server that does not draft has no counters of drafts; it has all others.
     """
-    sums: dict[str, float] = {}
-    positions: dict[int, float] = {}
+    sums: dict[str, int] = {}
+    positions: dict[int, int] = {}
     for line in text.splitlines():
         name = line.partition("{")[0].partition(" ")[0]
         if name in METRICS.values():
-            sums[name] = sums.get(name, 0.0) + float(line.rpartition(" ")[2])
+            sums[name] = sums.get(name, 0) + _count(line.rpartition(" ")[2])
         elif name == PER_POSITION and (place := POSITION.search(line)):
             at = int(place[1])
-            positions[at] = positions.get(at, 0.0) + float(line.rpartition(" ")[2])
+            positions[at] = positions.get(at, 0) + _count(line.rpartition(" ")[2])
     drafting = {METRICS[key] for key in DRAFTING}
     missing = METRICS.values() - sums.keys()
     if drafting <= missing and not positions:
@@ -147,9 +159,15 @@ def _parse_counters(text: str) -> Counters:
         missing.add(PER_POSITION)
     if missing:
         raise ValueError(f"no {', '.join(sorted(missing))}")
-    counts = {key: int(sums.get(name, 0)) for key, name in METRICS.items()}
-    per_position = tuple(int(positions[place]) for place in sorted(positions))
+    counts = {key: sums.get(name, 0) for key, name in METRICS.items()}
+    per_position = tuple(positions[place] for place in sorted(positions))
     return Counters.model_validate({**counts, "per_position": per_position})
+
+
+def _count(text: str) -> int:
+    if not 0 <= (value := float(text)) <= LARGEST_COUNT or not value.is_integer():
+        raise ValueError(f"not a count: {text[:40]!r}")
+    return int(value)
 
 
 async def _ask_all(
@@ -191,43 +209,76 @@ def _body(model: str, prompt: Prompt, conditions: Conditions) -> dict[str, Any]:
     return {**body, "messages": prompt.content, "chat_template_kwargs": thinking}
 
 
+@dataclass
+class _Stream:
+    """A streamed answer as far as it came."""
+
+    begin: float
+    most: int  # tokens
+    size: int = 0  # bytes
+    tokens: int = 0
+    chunks: list[int] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    ttft: float | None = None
+    finish: str | None = None
+    usage: int | None = None
+
+    def add(self, line: bytes) -> None:
+        """Add a line. ValueError, TypeError and others: it is not what was asked for."""
+        self.size += len(line)
+        if self.size > LARGEST_ANSWER:
+            raise ValueError(f"more than {LARGEST_ANSWER} bytes")
+        if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
+            return
+        chunk = json.loads(line.removeprefix(b"data: "))
+        self.usage = (chunk.get("usage") or {}).get("completion_tokens", self.usage)
+        for choice in chunk["choices"]:
+            if count := len(choice.get("token_ids") or ()):
+                self.ttft = self.ttft or time.perf_counter() - self.begin
+                self.chunks.append(count)
+                self.tokens += count
+            # vllm/entrypoints/openai/engine/protocol.py:393 of 0.26.0
+            delta = choice.get("delta") or {}
+            self.text.append(choice.get("text") or delta.get("content") or "")
+            self.reasoning.append(delta.get("reasoning") or "")
+            self.finish = choice.get("finish_reason") or self.finish
+        if self.tokens > self.most:
+            raise ValueError(f"more than {self.most} tokens")
+
+    def answer(self, prompt: Prompt) -> Answer:
+        """The whole answer; ValueError, TypeError if it is incomplete."""
+        # A model may call a tool that it was not offered: a finished answer without a text.
+        if self.finish not in {"stop", "length", "tool_calls"} or self.usage != self.tokens:
+            raise ValueError("half an answer")
+        text, reasoning = "".join(self.text), "".join(self.reasoning)
+        (text + reasoning).encode()  # raises for half a surrogate pair
+        return Answer(
+            item=prompt.item, repeat=prompt.repeat,
+            finish="length" if self.finish == "length" else "stop",
+            text=text, reasoning=reasoning, chunks=tuple(self.chunks),
+            seconds=time.perf_counter() - self.begin, ttft=self.ttft,
+        )  # fmt: skip
+
+
 async def _ask(
     session: aiohttp.ClientSession, url: str, body: dict[str, Any], prompt: Prompt
 ) -> Answer:
     """Stream one answer; whatever goes wrong is an answer with finish "error"."""
     path = "completions" if "prompt" in body else "chat/completions"
-    begin = time.perf_counter()
-    chunks: list[int] = []
-    texts: dict[str, list[str]] = {"text": [], "reasoning": []}
-    ttft, finish, usage = None, None, None
+    stream = _Stream(begin=time.perf_counter(), most=body["max_tokens"])
     try:
-        async with session.post(f"{url}/v1/{path}", json=body) as reply:
-            reply.raise_for_status()
+        async with session.post(f"{url}/v1/{path}", json=body, allow_redirects=False) as reply:
+            _require_ok(reply)
             async for line in reply.content:
-                if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
-                    continue
-                chunk = json.loads(line.removeprefix(b"data: "))
-                usage = (chunk.get("usage") or {}).get("completion_tokens", usage)
-                for choice in chunk["choices"]:
-                    if count := len(choice.get("token_ids") or ()):
-                        ttft = ttft if ttft is not None else time.perf_counter() - begin
-                        chunks.append(count)
-                    # vllm/entrypoints/openai/engine/protocol.py:393 of 0.26.0
-                    delta = choice.get("delta") or {}
-                    texts["text"].append(choice.get("text") or delta.get("content") or "")
-                    texts["reasoning"].append(delta.get("reasoning") or "")
-                    finish = choice.get("finish_reason") or finish
-    except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError, AttributeError):
-        finish = "error"
-    # A model may call a tool that it was not offered: a finished answer without a text.
-    if finish not in {"stop", "length", "tool_calls"} or usage != sum(chunks):
+                stream.add(line)
+        return stream.answer(prompt)
+    except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError, AttributeError,
+            RecursionError):  # fmt: skip
         return Answer(item=prompt.item, repeat=prompt.repeat, finish="error")
-    return Answer(
-        item=prompt.item,
-        repeat=prompt.repeat,
-        finish="length" if finish == "length" else "stop",
-        **{name: "".join(parts) for name, parts in texts.items()},
-        chunks=tuple(chunks),
-        seconds=time.perf_counter() - begin,
-        ttft=ttft,
-    )
+
+
+def _require_ok(reply: aiohttp.ClientResponse) -> None:
+    """ValueError also for a redirection: another host would be measured."""
+    if reply.status != HTTPStatus.OK:
+        raise ValueError(f"the server answered with status {reply.status}")

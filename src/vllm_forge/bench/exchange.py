@@ -22,13 +22,14 @@ from vllm_forge.bench.errors import (
 )
 from vllm_forge.bench.results import Arm, Row, Window
 from vllm_forge.bench.statistics import LEVEL
-from vllm_forge.host import read_data
+from vllm_forge.host import printable, read_data
 from vllm_forge.host.files import file_digest
 
 RATE, LENGTH = "output_throughput", "mean_output_tokens"
 ACCEPTANCE, POSITIONS = "spec_decode_acceptance_rate", "spec_decode_per_position_acceptance_rates"
 TTFT, TPOT = "mean_ttft_ms", "mean_tpot_ms"
 ROUNDING = 1e-9  # relative, of figures that must be equal
+LARGEST = 1e15  # of a figure
 Figures = dict[str, float]
 
 
@@ -212,7 +213,13 @@ def _flat(figures: Mapping[str, Any]) -> Figures:
 
 
 def _parse(document: Mapping[str, Any]) -> Run:
-    return _guidellm(document) if "benchmarks" in document else _vllm(document)
+    run = _guidellm(document) if "benchmarks" in document else _vllm(document)
+    if missing := [name for name in (RATE, TTFT, TPOT) if name not in run.figures]:
+        raise ValueError(f"no number {missing[0]}")
+    for name, value in run.figures.items():
+        if not 0 <= value <= LARGEST:
+            raise ValueError(f"{name} is not a number of 0 to {LARGEST:g}")
+    return run
 
 
 def _vllm(document: Mapping[str, Any]) -> Run:
@@ -236,7 +243,7 @@ def _guidellm(document: Mapping[str, Any]) -> Run:
     latencies = [row["inter_token_latency_ms"] for row in asked if row["output_tokens"] > 1]
     tokens = [row["output_tokens"] for row in asked]
     return Run(
-        tool=f"guidellm {document['metadata']['guidellm_version']}",
+        tool=printable(f"guidellm {document['metadata']['guidellm_version']}"[:40]),
         concurrency=benchmark["config"]["strategy"].get("streams"),
         answers=int(totals["successful"]),
         failed=int(totals["errored"]) + int(totals["incomplete"]),

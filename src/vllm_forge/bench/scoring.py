@@ -12,7 +12,9 @@ from vllm_forge.bench.sandbox import CodeTask, judge
 from vllm_forge.bench.workloads import Item, Workload
 
 THOUGHT = "</think>"  # what follows it is the answer, where the server parses no reasoning
-FENCE = re.compile(r"^ {0,3}```([^\n`]*)\n(.*?)^ {0,3}```[ \t]*$", re.MULTILINE | re.DOTALL)
+OPEN = re.compile(r"^ {0,3}```([^\n`]*)\n", re.MULTILINE)
+CLOSE = re.compile(r"^ {0,3}```[ \t]*$", re.MULTILINE)
+MOST_REASON = 200  # characters
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 PYTHON = {"python", "py", "python3"}
@@ -37,14 +39,14 @@ def score(row: Workload, item: Item, finish: str, text: str) -> Score:
 def _verdict(right: bool, form: str, why: str) -> Score:
     """``form``: what is wrong with the form; ``why``: what is wrong with the answer."""
     if not right:
-        return Score(strict=False, flexible=False, fault=f"answer: {why}")
+        return Score(strict=False, flexible=False, fault=f"answer: {why[:MOST_REASON]}")
     return Score(strict=not form, flexible=True, fault=f"form: {form}" if form else "")
 
 
 def _code(_: Workload, item: Item, text: str) -> Score:
     """Strict: one closed block of Python. Flexible: the first with the function, or the text."""
     defines = re.compile(rf"^(?:async )?def {re.escape(item.entry)}\b", re.MULTILINE)
-    blocks = [(match[1].strip().lower(), match[2]) for match in FENCE.finditer(text)]
+    blocks, beside = _blocks(text)
     program = next((code for _, code in blocks if defines.search(code)), None)
     form = ""
     if program is None:
@@ -55,10 +57,20 @@ def _code(_: Workload, item: Item, text: str) -> Score:
         form = f"{len(blocks)} blocks"
     elif blocks[0][0] not in PYTHON:
         form = "a block that does not say Python"
-    elif FENCE.sub("", text).strip():
+    elif beside.strip():
         form = "text beside the block"
     found = judge(CodeTask(prompt=item.prompt, program=program, test=item.test, entry=item.entry))
     return _verdict(found.right, form, found.why)
+
+
+def _blocks(text: str) -> tuple[list[tuple[str, str]], str]:
+    """Closed blocks, each its language and content; and the text beside them."""
+    blocks, beside, at = [], [], 0
+    while (begin := OPEN.search(text, at)) and (end := CLOSE.search(text, begin.end())):
+        blocks.append((begin[1].strip().lower(), text[begin.end() : end.start()]))
+        beside.append(text[at : begin.start()])
+        at = end.end()
+    return blocks, "".join([*beside, text[at:]])
 
 
 def _number(row: Workload, item: Item, text: str) -> Score:

@@ -35,6 +35,7 @@ from vllm_forge.bench.session import UNKNOWN, Launch, Plan, read_plan
 from vllm_forge.bench.validity import require_valid
 from vllm_forge.errors import ForgeError
 from vllm_forge.host import HostProbe, Probe, console, printable, read_data, write_json
+from vllm_forge.host.errors import FileAccessError
 from vllm_forge.host.probe import GPU_QUERY, Gpu, parse_gpus
 from vllm_forge.host.run import background
 from vllm_forge.matrix import FrozenModel
@@ -101,6 +102,16 @@ class Run:
             if order not in {row.order for row in known}:
                 add_start(path, arm, start, rows)
 
+    def require_kept(self, order: int) -> None:
+        """SessionFileError unless the records have a start that is done."""
+        for one in self.plan.conditions:
+            path = record_path(self.output, self.plan.turns[order], one.concurrency)
+            known = read_arm(path).result.starts if path.exists() else ()
+            if order not in {row.order for row in known}:
+                what = f"start {order} is done, but its record does not have it"
+                remedy = "restore the record, or give another output folder"
+                raise SessionFileError(what, where=path, remedy=remedy)
+
     def _measure(self, order: int, place: int) -> tuple[dict[str, Any], Start, list[Row]]:
         plan, name = self.plan, self.plan.turns[order]
         launch, conditions = plan.arms[name], plan.conditions[place]
@@ -133,6 +144,7 @@ def run_plan(folder: Path, output: Path, *, retry: bool = False, probe: Probe | 
     (output / LOGS).mkdir(parents=True, exist_ok=True)
     for order, name in enumerate(plan.turns):
         if (last := journal.state(order)) is not None and last.state == "done":
+            run.require_kept(order)
             continue
         with _attempt(journal, output / JOURNAL, order, name) as finish:
             run.start(order)
@@ -277,6 +289,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ForgeError as error:
         print(f"{type(error).__name__} (exit {error.exit_code})\n{error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # no folder, or a full disk
+        print(printable(f"cannot read or write a file: {error}"), file=sys.stderr)
+        return FileAccessError.exit_code
     return 0
 
 

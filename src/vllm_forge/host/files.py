@@ -169,7 +169,7 @@ def read_data(
         problem = f"missing {what}"
     except ValidationError as cause:
         problem = f"invalid {what}: " + "\n".join(problems(cause))
-    except (ValueError, LookupError, TypeError, AttributeError) as cause:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as cause:
         detail = str(cause) if isinstance(cause, ValueError) else repr(cause)
         problem = f"invalid {what}: {detail}"
     raise error(problem, where=path, remedy=remedy)

@@ -25,7 +25,15 @@ from vllm_forge.bench.errors import (
     StartFailedError,
 )
 from vllm_forge.bench.results import read_arm
-from vllm_forge.bench.session import PLAN, Launch, Plan, Session, conditions_of, turns_of
+from vllm_forge.bench.session import (
+    PLAN,
+    Launch,
+    Plan,
+    Session,
+    conditions_of,
+    read_plan,
+    turns_of,
+)
 from vllm_forge.bench.turns import JOURNAL, record_path, run_plan
 from vllm_forge.cli import main
 from vllm_forge.host import Reply, write_json
@@ -372,3 +380,16 @@ def test_invalid_session_is_refused(
     command = ["bench", "run", "b300", str(session), f"--caches={tmp_path}", f"--output={tmp_path}"]
     assert main(command) == SessionFileError.exit_code
     assert message in capsys.readouterr().err
+
+
+def test_start_that_is_done_without_a_record_is_refused(planned: Callable[..., Path]) -> None:
+    """A list of starts that was edited, or a record that was deleted, measures nothing."""
+    folder = planned()
+    output, plan = folder.parent / "output", read_plan(folder)
+    rows = [
+        {"order": order, "arm": arm, "state": "done", "began": "now"}
+        for order, arm in enumerate(plan.turns)
+    ]
+    write_json(output / JOURNAL, {"plan_sha256": plan.digest, "attempts": rows})
+    with pytest.raises(SessionFileError, match="start 0 is done, but its record does not have it"):
+        run(folder)
