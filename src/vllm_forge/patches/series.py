@@ -155,7 +155,7 @@ def fetch_archive(lock: TreeLock, index: Index | None = None) -> Path:
     """The line's source archive, in the cache, hashed just now."""
     archive = cache_root() / "sdists" / lock.sha256 / lock.sdist
     with exclusive("sdists", wait=True):  # two cells of a line may be built at once
-        if not archive.exists() and not take(lock.sha256, archive):
+        if not archive.exists() and not take(lock.sha256, lock.size, archive):
             index = index or Index()
             url = index.find("vllm", lock.sdist).url
             item = Download(url=url, sha256=lock.sha256, size=lock.size, target=archive)

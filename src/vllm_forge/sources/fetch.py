@@ -113,7 +113,7 @@ class _Fetcher:
         """
         item.target.parent.mkdir(parents=True, exist_ok=True)
         remove_foreign(item.part)
-        if item.shared and take(item.sha256, item.target):
+        if item.shared and take(item.sha256, item.size, item.target):
             self._tick(item.size - item.kept if item.exact else 0)
             item.part.unlink(missing_ok=True)
             return True
@@ -239,7 +239,7 @@ class Wheelhouse:
             return
         source = index or Index()
         with exclusive("wheelhouse", wait=True):
-            todo = [w for w in self.missing(wheels) if not take(w.sha256, self.path(w))]
+            todo = [w for w in self.missing(wheels) if not take(w.sha256, w.size, self.path(w))]
             if not todo:
                 return
             with ThreadPoolExecutor(CONNECTIONS) as pool:

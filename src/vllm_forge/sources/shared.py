@@ -37,10 +37,10 @@ def _place(folder: Path, sha256: str) -> Path:
     return folder / "downloads" / sha256[:2] / sha256
 
 
-def take(sha256: str, target: Path) -> bool:
+def take(sha256: str, most: int, target: Path) -> bool:
     """Copy a file from the shared folder, if it is there; ``target`` appears by one rename.
 
-    One that has other bytes than its name says is deleted there.
+    One that has other bytes than its name says, or more than ``most``, is deleted there.
     """
     if (folder := shared_folder()) is None or not sha256:
         return False
@@ -48,6 +48,8 @@ def take(sha256: str, target: Path) -> bool:
     try:
         with open_plain(place) as source, atomic_path(target) as aside, aside.open("xb") as copy:
             while block := source.read(CHUNK):
+                if source.tell() > most:
+                    raise ValueError("too long")  # noqa: TRY301
                 digest.update(block)
                 copy.write(block)
             if digest.hexdigest() != sha256:
@@ -55,8 +57,8 @@ def take(sha256: str, target: Path) -> bool:
     except FileNotFoundError:
         return False
     except ValueError:
-        console.print(f"  deleted: {place} is damaged", style="dim", markup=False)
-        with suppress(OSError):  # read-only there, or another host was first
+        console.print(f"  not taken: {place} is damaged", style="dim", markup=False)
+        with suppress(OSError):  # a folder, read-only there, or another host was first
             place.unlink()
         return False
     except OSError as error:  # a stale handle, a server that is gone: the index has it too
@@ -92,7 +94,7 @@ def _write(source: Path, place: Path) -> None:
                 shutil.copyfileobj(file, copy, CHUNK)
             copy.flush()
             os.fsync(copy.fileno())
-            aside.chmod(READ_ONLY)
+            os.fchmod(copy.fileno(), READ_ONLY)  # not by its name, which may be another file's now
             aside.rename(place)
         except BaseException:
             aside.unlink(missing_ok=True)

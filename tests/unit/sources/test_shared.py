@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,7 +134,7 @@ def test_hosts_that_write_at_once_leave_one_file(shared: Path, tmp_path: Path) -
         thread.join()
     (stored,) = files(shared)
     assert stored.read_bytes() == CONTENT
-    assert take(digest, tmp_path / "taken")
+    assert take(digest, len(CONTENT), tmp_path / "taken")
 
 
 def test_folder_that_cannot_be_written_does_not_stop_a_build(
@@ -162,3 +163,52 @@ def test_blobs_of_a_registry_are_not_shared(
     )  # fmt: skip
     download_all(Index(server.url).session, [item])
     assert files(shared) == []
+
+
+def test_file_that_is_too_long_does_not_fill_the_disk(
+    shared: Path, fetch: Callable[[str], Path], tmp_path: Path, wheel: LockedWheel
+) -> None:
+    fetch("one")
+    (stored,) = files(shared)
+    stored.chmod(0o644)
+    os.truncate(stored, 1 << 40)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 22, before[1]))
+    try:
+        assert not take(wheel.sha256, wheel.size, tmp_path / "two" / NAME)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert files(shared) == [], "it was read until the disk was full, and kept"
+    assert list((tmp_path / "two").iterdir()) == []
+
+
+def test_folder_in_place_of_a_file_is_not_taken(
+    shared: Path, fetch: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fetch("one")
+    (stored,) = files(shared)
+    stored.unlink()
+    stored.mkdir()
+    fetch("two")
+    assert "not taken" in capsys.readouterr().err
+
+
+def test_file_of_this_user_keeps_its_mode(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user puts a link in place of the file that is being written."""
+    source, mine = tmp_path / "source", tmp_path / "mine"
+    source.write_bytes(CONTENT)
+    mine.write_text("private")
+    mine.chmod(0o600)
+
+    def swap(_: int) -> None:
+        (aside,) = files(shared)
+        aside.unlink()
+        aside.symlink_to(mine)
+
+    monkeypatch.setattr(os, "fsync", swap)
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    give(source, digest, shared)
+    assert mine.stat().st_mode & 0o777 == 0o600
+    assert not take(digest, len(CONTENT), tmp_path / "taken")
