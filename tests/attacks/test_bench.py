@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import web
 
-from tests.support.bench import CONDITIONS
+from tests.support.bench import CONDITIONS, rows_of, write_result
 from tests.support.bench_server import BenchServer
-from vllm_forge.bench import client, turns
+from vllm_forge.bench import client, results, turns
 from vllm_forge.bench.client import METRICS, PER_POSITION, Answer, Prompt, ask_all, read_counters
 from vllm_forge.bench.errors import ResultFileError, ServerUnreachableError
 from vllm_forge.bench.exchange import read_run
-from vllm_forge.bench.results import Conditions
+from vllm_forge.bench.results import Conditions, read_arm, write_arm
 from vllm_forge.bench.scoring import score
 from vllm_forge.bench.workloads import Item, read_workloads
 
@@ -196,3 +198,19 @@ def test_missing_folder_of_plans_is_named(
 ) -> None:
     assert turns.main([str(tmp_path / "none"), str(tmp_path)]) == 33
     assert "No such file" in capsys.readouterr().err
+
+
+def test_full_disk_loses_no_earlier_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are written, the record is not: it would be of other rows."""
+    path = write_result(tmp_path / "a.json", rows_of(1, items=3))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    arm = read_arm(path).result
+
+    def full(path: Path, *_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(results, "write_json", full)
+    fields = {name: getattr(arm, name) for name in ("arm", "session", "conditions", "server")}
+    with pytest.raises(OSError, match="No space left"):
+        write_arm(path, {**fields, "starts": arm.starts}, rows_of(2, items=3))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

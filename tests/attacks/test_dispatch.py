@@ -12,14 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support.bench import rows_of, write_result
 from tests.support.site import make_site
+from vllm_forge.bench.results import read_arm
 from vllm_forge.dispatch import results
-from vllm_forge.dispatch.errors import RunFolderError, SchedulerError, SiteFileError
+from vllm_forge.dispatch.errors import (
+    ClusterMismatchError,
+    RunFolderError,
+    SchedulerError,
+    SiteFileError,
+)
 from vllm_forge.dispatch.jobs import JobSpec
 from vllm_forge.dispatch.results import Outcome, judge
 from vllm_forge.dispatch.runs import RunRecord, make_own, require_own
-from vllm_forge.dispatch.slurm import batches, send
+from vllm_forge.dispatch.slurm import batches, require_cluster, send
 from vllm_forge.host import read_plain
+from vllm_forge.host.files import file_digest
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
@@ -173,6 +181,29 @@ def test_changed_copy_here_is_replaced(storage: Storage) -> None:
     (storage.local / "kernel.json").write_text("{}")
     assert storage.judge().verdict == "green"
     assert (storage.local / "kernel.json").read_bytes() == CONTENT
+
+
+def test_invalid_record_of_a_session_is_not_green(storage: Storage) -> None:
+    """Its hash is right, but a request of it failed."""
+    names, output = ("a.json", "a.jsonl.gz"), storage.results / "7_0"
+    rows = rows_of(1, items=3)
+    write_result(output / names[0], [*rows[:2], rows[2].model_copy(update={"finish": "error"})])
+    image = read_arm(output / names[0]).result.server.image
+    files = {name: file_digest(output / name) for name in names}
+    storage.mark(files=files, image=image)
+    spec = SPEC.model_copy(update={"image": image, "session": True, "artifacts": names})
+    outcome = judge(spec, "7_0", storage.results, None, storage.local)
+    assert outcome.verdict == "refused"
+    assert "1 failed requests" in outcome.why
+
+
+@pytest.mark.parametrize(
+    "printed", ["", "b300", "b300|", "b300|gpu:b300:x|1", "\0|||||", "x" * 9999]
+)
+def test_hostile_list_of_nodes_is_a_mismatch(tmp_path: Path, printed: str) -> None:
+    site = make_site(tmp_path, Project(REPO))
+    with pytest.raises(ClusterMismatchError):
+        require_cluster([SPEC], site, lambda _: printed)
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])

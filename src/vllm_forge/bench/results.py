@@ -196,15 +196,15 @@ def write_arm(
     rows: Sequence[Row],
     check: Callable[[Arm], None] = lambda arm: None,
 ) -> None:
-    """Write the rows, then the record, which names them; the same bytes for the same rows.
+    """Write the rows, and the record, which names them; the same bytes for the same rows.
 
-    Nothing is written if ``check`` raises.
+    Nothing is written if ``check`` raises, or if the disk has no space for both.
     """
     arm, packed = make_arm(path, record, rows)
     check(arm)
     with atomic_path(path.with_name(arm.result.rows.file)) as aside:
         aside.write_bytes(packed)
-    write_json(path, arm.result.model_dump(mode="json"))
+        write_json(path, arm.result.model_dump(mode="json"))
 
 
 def make_arm(path: Path, record: dict[str, Any], rows: Sequence[Row]) -> tuple[Arm, bytes]:

@@ -43,7 +43,7 @@ from vllm_forge.matrix.model import Name
 
 JOURNAL, LOGS = "session.json", "logs"
 POLL_S = 0.5
-TAIL = 2000  # characters of a log that a message shows
+TAIL = 2000  # bytes of a log that a message shows
 
 
 class Attempt(FrozenModel):
@@ -260,11 +260,17 @@ def _wait(process: "subprocess.Popen[bytes]", plan: Plan, log: Path) -> float:
         if (code := process.poll()) is not None:
             problem = f"it ended with {code}"
         if problem:
-            tail = printable(log.read_text(encoding="utf-8", errors="replace")[-TAIL:]).strip()
+            tail = printable(_end_of(log)).strip()
             what = f"the server did not start: {problem}\n{tail}"
             raise ServerStartError(what, where=log, remedy="see the end of its log above")
         time.sleep(POLL_S)
     return round(time.monotonic() - begin, 1)
+
+
+def _end_of(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - TAIL))
+        return file.read(TAIL).decode(errors="replace")
 
 
 def _say(journal: Journal, plan: Plan, order: int) -> None:

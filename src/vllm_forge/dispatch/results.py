@@ -7,8 +7,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from vllm_forge.bench.errors import ResultFileError
+from vllm_forge.bench.errors import InvalidResultError, ResultFileError
 from vllm_forge.bench.results import read_arm
+from vllm_forge.bench.validity import require_valid
 from vllm_forge.dispatch.errors import JobsFaultError, JobsRedError, JobsUndecidedError
 from vllm_forge.dispatch.jobs import JobSpec
 from vllm_forge.errors import first_problem
@@ -108,14 +109,15 @@ def _verdict(spec: JobSpec, marker: Marker) -> tuple[str, str]:
 
 
 def _require_image(spec: JobSpec, local: Path) -> None:
-    """Raise ValueError unless each record of a session is whole, and of the job's image."""
+    """Raise ValueError unless each record of a session is valid, and of the job's image."""
     for name in spec.artifacts:
         if name.endswith(".json"):
             try:
-                image = read_arm(local / name).result.server.image
-            except ResultFileError as error:
+                arm = read_arm(local / name)
+                require_valid(arm)
+            except (ResultFileError, InvalidResultError) as error:
                 raise ValueError(f"{name}: {error.what}") from None
-            if image != spec.image:
+            if (image := arm.result.server.image) != spec.image:
                 raise ValueError(f"{name} is of image {image}, not of the job's")
 
 

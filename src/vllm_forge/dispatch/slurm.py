@@ -117,7 +117,8 @@ def asking(probe: Probe) -> Ask:
 
 def require_cluster(specs: Sequence[JobSpec], site: Site, ask: Ask) -> None:
     """Raise ClusterMismatchError, with the site's row, for what no node of the cluster has."""
-    nodes = [row.split("|") for row in ask(["sinfo", "-h", "-o", "%R|%G|%l"]).splitlines()]
+    rows = ask(["sinfo", "-h", "-o", "%R|%G|%l"]).splitlines()
+    nodes = [[*row.split("|"), "", ""][:3] for row in rows]
     for spec in specs:
         _, row = _row(site, spec.sku)
         where = f"slurm.sku.{spec.sku}"
