@@ -226,7 +226,7 @@ def run(project: Project, args: argparse.Namespace) -> None:
     require_libraries("scipy", "aiohttp")
     from vllm_forge.bench.arms import plan_of
     from vllm_forge.bench.session import write_plan
-    from vllm_forge.bench.turns import run_plan
+    from vllm_forge.bench.turns import record_path, run_plan
     from vllm_forge.host import HostProbe
 
     cell, caches = project.cell(args.sku, args.line), args.caches.resolve()
@@ -235,8 +235,9 @@ def run(project: Project, args: argparse.Namespace) -> None:
     )
     write_plan(plan, args.output, workload)
     run_plan(args.output, args.output, retry=args.retry)
-    for path in sorted(args.output.glob("*-c*.json")):
-        print(path)
+    for name in plan.arms:
+        for conditions in plan.conditions:
+            print(record_path(args.output, name, conditions.concurrency))
 
 
 def _load(args: argparse.Namespace) -> "Loaded":
