@@ -33,6 +33,13 @@ class ArmRow(FrozenModel):
     env: Variables = Field(default_factory=dict)
 
 
+class Crosscheck(FrozenModel):
+    """Another tool, which measures an arm's last start after us, for `bench crosscheck`."""
+
+    arm: Name
+    command: Words = Field(min_length=1, description="{output}: folder for its result")
+
+
 class Session(FrozenModel):
     """What a user writes."""
 
@@ -51,6 +58,7 @@ class Session(FrozenModel):
     port: int = Field(default=8000, ge=1, le=65535)
     ready_minutes: float = Field(default=30, gt=0, description="that a start may take")
     arm: dict[Name, ArmRow] = Field(min_length=1)
+    crosscheck: Crosscheck | None = None
 
 
 class Launch(FrozenModel):
@@ -76,6 +84,7 @@ class Plan(FrozenModel):
     port: int
     ready_s: Seconds
     caches: Words = Field(description="where the servers keep what they compile")
+    crosscheck: Crosscheck | None = None
 
     @property
     def url(self) -> str:
@@ -92,6 +101,9 @@ def read_session(path: Path) -> Session:
     session: Session = read_data(
         path, Session.model_validate, SessionFileError, what="session", remedy=remedy
     )
+    if session.crosscheck is not None and session.crosscheck.arm not in session.arm:
+        what = f"crosscheck: no arm {session.crosscheck.arm}"
+        raise SessionFileError(what, where=path, remedy=remedy)
     for name, row in session.arm.items():
         if (row.preset is None) == (not row.command) or bool(row.command) != bool(row.model):
             what = f"invalid arm {name}: expected a preset, or a command and its model"
@@ -146,6 +158,7 @@ def make_plan(
         port=session.port,
         ready_s=60 * session.ready_minutes,
         caches=caches,
+        crosscheck=session.crosscheck,
     )
 
 

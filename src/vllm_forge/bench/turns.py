@@ -37,12 +37,13 @@ from vllm_forge.errors import ForgeError
 from vllm_forge.host import HostProbe, Probe, console, printable, read_data, write_json
 from vllm_forge.host.errors import FileAccessError
 from vllm_forge.host.probe import GPU_QUERY, Gpu, parse_gpus
-from vllm_forge.host.run import background
+from vllm_forge.host.run import Runner, background
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.matrix.model import Name
 
 JOURNAL, LOGS = "session.json", "logs"
 POLL_S = 0.5
+CROSSCHECK_S = 600.0
 TAIL = 2000  # bytes of a log that a message shows
 
 
@@ -90,6 +91,8 @@ class Run:
         log = self.output / LOGS / f"{order:02}-{name}.log"
         with serving(plan.arms[name], plan, log) as ready_s:
             cells = [self._measure(order, place) for place in range(len(plan.conditions))]
+            if name not in plan.turns[order + 1 :]:
+                self._crosscheck(name)
         compiled = count_compiled(caches) - cached
         facts = {"ready_s": ready_s, "cached": cached, "compiled": max(0, compiled)}
         cells = [(arm, start.model_copy(update=facts), rows) for arm, start, rows in cells]
@@ -111,6 +114,17 @@ class Run:
                 what = f"start {order} is done, but its record does not have it"
                 remedy = "restore the record, or give another output folder"
                 raise SessionFileError(what, where=path, remedy=remedy)
+
+    def _crosscheck(self, name: str) -> None:
+        """Run the other tool; what it cannot do costs its result, not ours."""
+        tool = self.plan.crosscheck
+        if tool is None or tool.arm != name:
+            return
+        words = [word.replace("{output}", str(self.output.resolve())) for word in tool.command]
+        try:
+            Runner().run(words, env=self.plan.arms[name].env, seconds=CROSSCHECK_S)
+        except ForgeError as error:
+            console.print(f"no crosscheck: {error}", markup=False)
 
     def _measure(self, order: int, place: int) -> tuple[dict[str, Any], Start, list[Row]]:
         plan, name = self.plan, self.plan.turns[order]

@@ -149,6 +149,17 @@ def test_each_start_has_a_server_of_its_own(
     assert main(["bench", "gate", *paths]) == GateUndecidedError.exit_code
 
 
+def test_failing_crosscheck_costs_only_its_result(
+    planned: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = planned(starts=1)
+    script = "echo called; exit 3"
+    edit(folder, crosscheck={"arm": "b", "command": ["sh", "-c", script]})
+    output = run(folder)
+    assert attempts(output) == [(0, "a", "done"), (1, "b", "done")]
+    assert "no crosscheck: sh exited with 3\ncalled" in capsys.readouterr().err
+
+
 def test_run_goes_on_after_the_last_start(planned: Callable[..., Path], monkeypatch: Any) -> None:
     folder, began = planned(starts=1), []
     start = turns.Run.start
@@ -249,23 +260,24 @@ def test_plan_is_run_as_a_program_until_it_is_ended(
     (tools / "nvidia-smi").write_text(f"#!/bin/sh\necho '{GPU.strip()}'\n")
     (tools / "nvidia-smi").chmod(0o755)
     plan = json.loads((folder / PLAN).read_text())
-    fifo = tmp_path / "began"
+    fifo = tmp_path / "held"
     os.mkfifo(fifo)
-    began = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    plan["arms"]["a"]["argv"] = ["sh", "-c", "echo $$ > $0; exec sleep 600", str(fifo)]
+    held = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    script = "exec 3> $0; echo up >&3; exec sleep 600"
+    plan["arms"]["a"]["argv"] = ["sh", "-c", script, str(fifo)]
     write_json(folder / PLAN, plan)
     command = [sys.executable, "-m", "vllm_forge.bench.turns", str(tmp_path),
                str(tmp_path / "out"), folder.name]  # fmt: skip
     env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}",
            "PYTHONPATH": os.pathsep.join(sys.path)}  # fmt: skip
     with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as process:
-        select.select([began], [], [], 60)
-        server = int(os.read(began, 9))
+        select.select([held], [], [], 60)
+        assert os.read(held, 9) == b"up\n"
         process.send_signal(signal.SIGTERM)
     assert process.returncode
-    with pytest.raises(ProcessLookupError):
-        os.kill(server, 0)
-    os.close(began)
+    select.select([held], [], [], 60)
+    assert os.read(held, 9) == b""
+    os.close(held)
     assert attempts(tmp_path / "out" / folder.name) == [(0, "a", "interrupted")]
 
 
@@ -371,7 +383,8 @@ def test_commands_are_started_with_watched_caches(
      ('command = ["x"]', "expected a preset, or a command and its model"),
      ('command = ["x"]\nmodel = "m"\nenv = {TRITON_CACHE_DIR = "/x"}', "TRITON_CACHE_DIR is set"),
      ('command = ["x"]\nmodel = "m"\nenv = {"A B" = "/x"}', "invalid session"),
-     ("colour = 1", "colour")],
+     ("colour = 1", "colour"),
+     ('preset = "mtp"\n[crosscheck]\narm = "b"\ncommand = ["x"]', "crosscheck: no arm b")],
 )  # fmt: skip
 def test_invalid_session_is_refused(
     row: str, message: str, host: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -54,7 +54,7 @@ def sessions(folder: Path, port: int) -> list[Path]:
     shutil.copytree(FOLDER, folder)
     paths = sorted(folder.glob("*.toml"))
     for path in paths:
-        text = path.read_text().replace("--port=8000", f"--port={port}")
+        text = path.read_text().replace("8000", str(port))
         text = re.sub(r"(?m)^starts = .*", f"starts = 1\nport = {port}", text)
         path.write_text(text.replace("max_tokens = 128", "max_tokens = 4"))
     return paths
@@ -106,7 +106,10 @@ def test_sessions_of_the_checkout_run_to_their_end(
         path = tmp_path / "sessions" / "exact.jsonl"
         path.write_text(path.read_text().replace('"drafts":31', '"drafts":32'))
     program = tmp_path / "vllm"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.support.bench_server "$@"\n')
+    other = '[ "$1" = bench ] && { echo "$@" > "$(dirname "$0")/bench"; exit; }'
+    program.write_text(
+        f'#!/bin/sh\n{other}\nexec {sys.executable} -m tests.support.bench_server "$@"\n'
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
@@ -133,6 +136,9 @@ def test_sessions_of_the_checkout_run_to_their_end(
     change = start.window.after.since(start.window.before)
     assert change["per_position"] == start.window.predicted.per_position
     assert 0 < change["per_position"][1] <= change["per_position"][0] < change["drafts"]
+    asked = (tmp_path / "bench").read_text()
+    assert f"--base-url=http://127.0.0.1:{port}" in asked
+    assert f"--result-dir={output / 'tiny-mtp'}" in asked
     assert len(arms["plain-c8"].rows) == len(arms["mtp-c8"].rows) == 64
 
 
