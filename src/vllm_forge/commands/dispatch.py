@@ -76,6 +76,8 @@ def dispatch(project: Project, args: argparse.Namespace) -> None:
 
     if missing := [name for name in ("to", "skus") if getattr(args, name) is None]:
         args.parser.error(f"missing --{missing[0]}")
+    if args.key and not args.wait:
+        args.parser.error("--key signs what comes back: give it with --wait, or to collect")
     site = _site(project, args)
     if args.to == "kubernetes":
         site = site.model_copy(update={"runtime": POD})

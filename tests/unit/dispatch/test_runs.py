@@ -1,0 +1,87 @@
+"""Runs: what is brought to storage, what this host knows of them, and waiting."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.registry_client import small_layout
+from tests.support.site import make_site
+from vllm_forge.dispatch import runs
+from vllm_forge.dispatch.errors import RunFolderError, SchedulerError
+from vllm_forge.dispatch.results import Outcome
+from vllm_forge.dispatch.runs import RunRecord, bring_image, read_record, wait, write_record
+from vllm_forge.images.layout import read_image
+from vllm_forge.project import Project
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RECORD = RunRecord(run="r1", scheduler="slurm", storage="/s", specs=(), attempts={})
+
+
+def test_archive_that_others_wrote_is_written_again(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An archive is named by its image's digest, which nobody can compare its content with."""
+    project, written = Project(checkout), []
+
+    def write(_: Any, _layout: Path, _name: str, target: Path, _epoch: int) -> None:
+        written.append(target)
+        target.write_bytes(b"squashfs")
+
+    monkeypatch.setattr(runs, "write_archive", write)
+    (tmp_path / "storage").mkdir()
+    site = make_site(tmp_path, project, "/shared/forge", str(tmp_path / "storage"))
+    small_layout(tmp_path / "layout", count=1, size=10)
+    image, cell = read_image(tmp_path / "layout"), project.cell("b300", "0.26")
+    digest = bring_image(project, site, cell, image)
+    assert bring_image(project, site, cell, image) == digest
+    assert len(written) == 1
+    written[0].write_bytes(b"of somebody else")
+    assert bring_image(project, site, cell, image) == digest
+    assert len(written) == 2
+    shutil.rmtree(checkout / runs.LOCAL)
+    bring_image(project, site, cell, image)
+    assert len(written) == 3, "an archive is believed that this host did not write"
+
+
+def test_unknown_run_is_named(checkout: Path) -> None:
+    project = Project(checkout)
+    with pytest.raises(RunFolderError, match="no run was sent"):
+        read_record(project, None)
+    write_record(project, RECORD)
+    assert read_record(project, None) == RECORD
+    with pytest.raises(RunFolderError, match=r"unknown run r2 \(did you mean 'r1'\?\)"):
+        read_record(project, "r2")
+
+
+def test_missing_image_is_named_with_its_build(checkout: Path) -> None:
+    project = Project(checkout)
+    with pytest.raises(RunFolderError, match=r"vllm-0\.26\.0-b300 is not built") as caught:
+        runs.built_image(project, project.cell("b300", "0.26"))
+    assert "build b300 --line 0.26" in caught.value.remedy
+
+
+class Scheduler:
+    """Answers in turn: an error, or the verdict on one job."""
+
+    def __init__(self, *answers: str) -> None:
+        self.answers = list(answers)
+
+    def __call__(self) -> list[Outcome]:
+        answer = self.answers.pop(0)
+        if answer == "silent":
+            raise SchedulerError("no answer")
+        return [Outcome(name="job", verdict=answer)]
+
+
+def test_waiting_outlasts_a_silent_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "POLL_S", 0)
+    ask = Scheduler("waiting", "silent", "silent", "waiting", "green")
+    assert wait(ask)[0].verdict == "green"
+    monkeypatch.setattr(runs, "SILENCE_S", -1)
+    with pytest.raises(SchedulerError):
+        wait(Scheduler("waiting", "silent"))
