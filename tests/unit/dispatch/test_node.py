@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -126,3 +127,17 @@ def test_sigterm_reaches_the_job(run: Run) -> None:
         process.send_signal(signal.SIGTERM)
     assert run.marker().exit == 92
     assert set(run.marker().files) == {"kernel.json"}
+
+
+def test_sigterm_reaches_a_job_that_is_just_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Popen(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            super().__init__(*args, **settings)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert node.wait_for(["sleep", "5"]) == -signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
