@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -141,3 +142,8 @@ def test_sigterm_reaches_a_job_that_is_just_started(monkeypatch: pytest.MonkeyPa
         assert node.wait_for(["sleep", "5"]) == -signal.SIGTERM
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_program_is_of_the_oldest_python_of_nodes() -> None:
+    """docs/operate/cluster.md says so."""
+    ast.parse(Path(node.__file__).read_text(), feature_version=(3, 9))
