@@ -168,7 +168,8 @@ def read_data(
     except FileNotFoundError:
         problem = f"missing {what}"
     except ValidationError as cause:
-        problem = f"invalid {what}: " + "\n".join(problems(cause))
+        model = getattr(parse, "__self__", None)  # of Model.model_validate
+        problem = f"invalid {what}: " + "\n".join(problems(cause, model))
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as cause:
         detail = str(cause) if isinstance(cause, ValueError) else repr(cause)
         problem = f"invalid {what}: {detail}"

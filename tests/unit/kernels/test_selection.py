@@ -172,7 +172,7 @@ class TestArtifacts:
             ('{"sources": [], "config": {}}', "sources: Tuple should have at least 1 item"),
             (
                 '{"sources": ["a"], "config": {}, "confg": {}}',
-                "confg: Extra inputs are not permitted",
+                "unknown key confg (did you mean 'config'?)",
             ),
         ],
     )
