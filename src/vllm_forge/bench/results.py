@@ -22,7 +22,7 @@ from vllm_forge.matrix.model import Name, Text
 
 MOST_STARTS = 16  # 2^16 patterns of signs are enumerated in a moment
 LARGEST_ROWS = 256 << 20  # bytes, unpacked; a row has about 200
-REMEDY = "give the record that `bench serve` wrote, with its rows beside it"
+REMEDY = "give a record of `bench run`, `serve`, `quality` or `import`, with its rows beside it"
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from vllm_forge.bench.client import Prompt
 from vllm_forge.bench.errors import EXTRA, LibraryMissingError, WorkloadFileError
@@ -137,13 +137,10 @@ class Loaded:
 
 def read_workloads(path: Path = ROWS) -> dict[str, Workload]:
     """All rows of a file; WorkloadFileError."""
-    remedy = "see docs/operate/bench.md for the keys"
-    rows: dict[str, Workload] = read_data(
-        path,
-        lambda rows: {name: Workload.model_validate(row) for name, row in rows.items()},
-        WorkloadFileError, what="workloads", remedy=remedy,
+    return read_data(
+        path, TypeAdapter(dict[str, Workload]).validate_python, WorkloadFileError,
+        what="workloads", remedy=f"write it as the rows of {ROWS} are",
     )  # fmt: skip
-    return rows
 
 
 def load(name: str, source: Source | None = None, path: Path = ROWS) -> Loaded:

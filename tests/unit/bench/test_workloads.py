@@ -127,7 +127,7 @@ def test_invalid_data_is_refused(text: str, message: str, tmp_path: Path) -> Non
         ('answer = "answer" }\ntemplate = "{prompt}"', "}", "needs keys.answer|Invalid"),
         ('template = "{prompt}"', 'template = "{prompts}"', "prompts"),
         ('template = "{prompt}"', 'form = "x"', "expected a form"),
-        ('template = "{prompt}"', 'templates = "x"', "templates"),
+        ('template = "{prompt}"', 'templates = "x"', "own.template"),
         ('thinking = false\ntemperature = 0.0\ntop_p = 1.0\nmax_tokens = 2048\nrepeats = 1\n\n# Pr',
          "temperature = 0.0\n# Pr", "Field required"),
         ("repeats = 16", "repeats = 16\nmax_tokens = 1", "Cannot overwrite"),
