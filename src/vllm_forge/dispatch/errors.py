@@ -11,6 +11,9 @@ FAULT = 93
 class SiteFileError(ForgeError, exit_code=REFUSED):
     """The site file is missing, is not TOML, or a row of it cannot be used."""
 
+    def __init__(self, what: str, *, where: object = "the site file", remedy: str = "") -> None:
+        super().__init__(what, where=where, remedy=remedy)
+
 
 class ClusterMismatchError(ForgeError, exit_code=REFUSED):
     """The cluster does not have what a row of the site file names, or not enough of it."""
