@@ -3,13 +3,13 @@
 The statement's subjects are the image and the record; the record names its rows by their hash.
 """
 
+import hashlib
 from datetime import UTC, datetime
 from pathlib import Path
 
 from vllm_forge.bench.errors import ResultSignatureError
 from vllm_forge.bench.results import Arm, Result
-from vllm_forge.host import canonical, read_plain, write_whole
-from vllm_forge.host.files import file_digest
+from vllm_forge.host import canonical, parse_json, read_plain, write_whole
 from vllm_forge.signing import Keyring, PrivateKey, Role, read, sign, verify
 from vllm_forge.signing.bundle import LARGEST, STATEMENT_TYPE
 
@@ -21,7 +21,7 @@ ROLE: Role = "receipts"  # of keys: evidence about an image
 def sign_result(arm: Arm, key: PrivateKey) -> Path:
     """Write the bundle of a record; its path."""
     path = arm.path.with_suffix(SUFFIX)
-    write_whole(path, sign(_statement(arm.path, arm.result), key))
+    write_whole(path, sign(_statement(arm), key))
     return path
 
 
@@ -34,22 +34,29 @@ def require_signed(arm: Arm, keys: Keyring) -> str:
     path = arm.path.with_suffix(SUFFIX)
     try:
         bundle = read(read_plain(path, LARGEST), str(path))
-    except OSError:
+    except (OSError, ValueError) as error:  # none, or not a plain file
+        what = "the result is unsigned" + (f": {error}" if isinstance(error, ValueError) else "")
         remedy = "sign it: nox -s bench -- sign RECORD --key key.pem"
-        raise ResultSignatureError("the result is unsigned", where=path, remedy=remedy) from None
+        raise ResultSignatureError(what, where=path, remedy=remedy) from None
     verified = verify(bundle, keys, role=ROLE, now=datetime.now(UTC))
-    if verified.content != _statement(arm.path, arm.result):
+    if verified.content != _statement(arm):
         what, remedy = "the signature is of another result", "get record and signature again"
         raise ResultSignatureError(what, where=path, remedy=remedy)
     return verified.signer
 
 
-def _statement(path: Path, result: Result) -> bytes:
+def _statement(arm: Arm) -> bytes:
+    """ResultSignatureError: the record has changed since it was read."""
+    path, result = arm.path, arm.result
+    content = read_plain(path)
+    if Result.model_validate(parse_json(content)) != result:
+        what, remedy = "the record was changed while it was read", "run the same command again"
+        raise ResultSignatureError(what, where=path, remedy=remedy)
     image = result.server.image.removeprefix("sha256:")
     return canonical({
         "_type": STATEMENT_TYPE,
         "subject": [{"name": "image", "digest": {"sha256": image}},
-                    {"name": path.name, "digest": {"sha256": file_digest(path)}}],
+                    {"name": path.name, "digest": {"sha256": hashlib.sha256(content).hexdigest()}}],
         "predicateType": PREDICATE_TYPE,
         "predicate": {"arm": result.arm, "session": result.session, "gpu": result.server.gpu,
                       "starts": len(result.starts)},

@@ -124,7 +124,7 @@ class Run:
         try:
             Runner().run(words, env=self.plan.arms[name].env, seconds=CROSSCHECK_S)
         except ForgeError as error:
-            console.print(f"no crosscheck: {error}", markup=False)
+            console.print(printable(f"no crosscheck: {error}"), markup=False)
 
     def _measure(self, order: int, place: int) -> tuple[dict[str, Any], Start, list[Row]]:
         plan, name = self.plan, self.plan.turns[order]
@@ -307,7 +307,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.names or sorted(path.name for path in args.folder.iterdir()):
             run_plan(args.folder / name, args.output / name, retry=args.retry)
     except ForgeError as error:
-        print(f"{type(error).__name__} (exit {error.exit_code})\n{error}", file=sys.stderr)
+        print(
+            f"{type(error).__name__} (exit {error.exit_code})\n{printable(str(error))}",
+            file=sys.stderr,
+        )
         return error.exit_code
     except OSError as error:  # no folder, or a full disk
         print(printable(f"cannot read or write a file: {error}"), file=sys.stderr)

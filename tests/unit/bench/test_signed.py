@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -72,3 +73,26 @@ def test_keys_that_do_not_count_are_refused(signed: Path, result: Path, tmp_path
     signed.write_text(json.dumps(bundle))
     with pytest.raises(SignatureInvalidError):
         require_signed(arm, keys)
+
+
+def test_record_that_is_exchanged_after_it_was_read_is_refused(
+    signed: Path, result: Path, tmp_path: Path
+) -> None:
+    """The signed file is put back before its hash is taken."""
+    genuine = {path: path.read_bytes() for path in (result, result.with_suffix(".jsonl.gz"))}
+    write_result(result, rows_of(2, items=5))
+    forged = read_arm(result)
+    for path, content in genuine.items():
+        path.write_bytes(content)
+    with pytest.raises(ResultSignatureError, match="changed while it was read"):
+        require_signed(forged, read_keyring(tmp_path))
+    assert signed.exists()
+
+
+def test_fifo_in_place_of_a_signature_is_refused(
+    signed: Path, result: Path, tmp_path: Path
+) -> None:
+    signed.unlink()
+    os.mkfifo(signed)
+    with pytest.raises(ResultSignatureError, match="not a plain file"):
+        require_signed(read_arm(result), read_keyring(tmp_path))

@@ -153,11 +153,11 @@ def test_failing_crosscheck_costs_only_its_result(
     planned: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = planned(starts=1)
-    script = "echo called; exit 3"
+    script = "printf 'called \\033[2J'; exit 3"
     edit(folder, crosscheck={"arm": "b", "command": ["sh", "-c", script]})
     output = run(folder)
     assert attempts(output) == [(0, "a", "done"), (1, "b", "done")]
-    assert "no crosscheck: sh exited with 3\ncalled" in capsys.readouterr().err
+    assert "no crosscheck: sh exited with 3\ncalled \\x1b[2J" in capsys.readouterr().err
 
 
 def test_run_goes_on_after_the_last_start(planned: Callable[..., Path], monkeypatch: Any) -> None:
