@@ -80,12 +80,9 @@ def system_files(layers: Sequence[ImageLayer]) -> dict[str, SystemFile]:
         private = content is not None and bool(PRIVATE_KEY.search(content.read()))
         return [info.mode, info.type.decode("latin-1"), info.pax_headers, private]
 
-    def rows() -> dict[str, list[Any]]:
-        return {path: [number, *row] for path, (number, row) in overlay(blobs, read).items()}
-
-    files = {}
-    for path, row in recall([_program(), *(blob.digest for blob in blobs)], rows).items():
-        number, mode, kind, headers, private = row
+    files, inputs = {}, [_program(), *(blob.digest for blob in blobs)]
+    for path, (number, row) in recall(inputs, lambda: overlay(blobs, read)).items():
+        mode, kind, headers, private = row
         info = tarfile.TarInfo(path)
         info.mode, info.type, info.pax_headers = mode, kind.encode("latin-1"), headers
         if path != ".":
