@@ -43,20 +43,7 @@ def register(choices: Commands) -> None:
         "--noise", type=positive, action="append", metavar="SHARE",
         help="by which a start varies, e.g. 0.03; repeatable",
     )  # fmt: skip
-    one = command(bench, "serve", serve, SKU, LINE)
-    _arm_options(one)
-    one.add_argument("--url", required=True, help="http://HOST:PORT")
-    one.add_argument("--caches", type=Path, action="append", required=True, metavar="DIR",
-                     help="the server's /cache, to see what it compiles; repeatable")  # fmt: skip
-    one.add_argument("--order", type=count, required=True, help="among all arms' starts: 0, 1, ...")
-    one.add_argument("--warm", type=count, default=8, help="prompts that only warm up (8)")
-    one = command(bench, "run", run, SKU, LINE)
-    one.add_argument("session", type=Path, help="TOML, see docs/operate/bench-sessions.md")
-    one.add_argument("--caches", type=Path, required=True, metavar="DIR",
-                     help="where servers keep what they compile, /cache of containers")  # fmt: skip
-    one.add_argument("--output", type=Path, required=True, help="folder of records; goes on there")
-    one.add_argument("--engine", choices=["docker", "podman"], help="default: the one that answers")
-    one.add_argument("--retry", action="store_true", help="repeat starts that failed before")
+    _register_servers(bench)
     one = command(bench, "quality", quality, SKU, LINE)
     _record_options(one)
     one.add_argument("--url", required=True, help="http://HOST:PORT")
@@ -84,6 +71,24 @@ def register(choices: Commands) -> None:
     one.add_argument("--scratch", type=Path, help="parent of its folder (default: /var/tmp)")
     one.add_argument("--rounds", type=positive_count, help="of builds and their floor (3)")
     one.add_argument("--baseline", metavar="COMMIT", help="whose code writes the floor's layers")
+
+
+def _register_servers(bench: Commands) -> None:
+    """Servers that are up, and servers that are started."""
+    one = command(bench, "serve", serve, SKU, LINE)
+    _arm_options(one)
+    one.add_argument("--url", required=True, help="http://HOST:PORT")
+    one.add_argument("--caches", type=Path, action="append", required=True, metavar="DIR",
+                     help="the server's /cache, to see what it compiles; repeatable")  # fmt: skip
+    one.add_argument("--order", type=count, required=True, help="among all arms' starts: 0, 1, ...")
+    one.add_argument("--warm", type=count, default=8, help="prompts that only warm up (8)")
+    one = command(bench, "run", run, SKU, LINE)
+    one.add_argument("session", type=Path, help="TOML, see docs/operate/bench-sessions.md")
+    one.add_argument("--caches", type=Path, required=True, metavar="DIR",
+                     help="where servers keep what they compile, /cache of containers")  # fmt: skip
+    one.add_argument("--output", type=Path, required=True, help="folder of records; goes on there")
+    one.add_argument("--engine", choices=["docker", "podman"], help="default: the one that answers")
+    one.add_argument("--retry", action="store_true", help="repeat starts that failed before")
 
 
 def _register_exchange(bench: Commands) -> None:
