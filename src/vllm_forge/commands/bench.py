@@ -86,7 +86,7 @@ def _register_servers(bench: Commands) -> None:
     one.add_argument("session", type=Path, help="TOML, see docs/operate/bench-sessions.md")
     one.add_argument("--caches", type=Path, required=True, metavar="DIR",
                      help="where servers keep what they compile, /cache of containers")  # fmt: skip
-    one.add_argument("--output", type=Path, required=True, help="folder of records; goes on there")
+    one.add_argument("--output", type=Path, required=True, help="folder of records, old or new")
     one.add_argument("--engine", choices=["docker", "podman"], help="default: the one that answers")
     one.add_argument("--retry", action="store_true", help="repeat starts that failed before")
 

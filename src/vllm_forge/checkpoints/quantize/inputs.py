@@ -151,7 +151,7 @@ def load_recipe(name: str, path: Path = RECIPES) -> Recipe:
         rows = data["recipe"]
         if name not in rows:
             what = f"unknown recipe {name!r}{suggestion(name, rows)}"
-            raise RecipeError(what, where=path, remedy="add a row, or name one of those")
+            raise RecipeError(what, where=path, remedy=f"recipes: {', '.join(rows)}")
         row = rows[name]
         while "extends" in row:
             row = {**rows[row.pop("extends")], **row}
