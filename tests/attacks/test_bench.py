@@ -17,8 +17,13 @@ from tests.support.bench import CONDITIONS, rows_of, write_result
 from tests.support.bench_server import BenchServer
 from vllm_forge.bench import client, results, turns
 from vllm_forge.bench.client import METRICS, PER_POSITION, Answer, Prompt, ask_all, read_counters
-from vllm_forge.bench.errors import ResultFileError, ServerUnreachableError
+from vllm_forge.bench.errors import (
+    ResultFileError,
+    ServerUnreachableError,
+    WorkloadFileError,
+)
 from vllm_forge.bench.exchange import read_run
+from vllm_forge.bench.measure import read_workload
 from vllm_forge.bench.results import Conditions, read_arm, write_arm
 from vllm_forge.bench.scoring import score
 from vllm_forge.bench.workloads import Item, read_workloads
@@ -214,3 +219,14 @@ def test_full_disk_loses_no_earlier_start(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="No space left"):
         write_arm(path, {**fields, "starts": arm.starts}, rows_of(2, items=3))
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"predicted": [1]}, {"predicted": None}, {"item": [[]]}, {"item": None}, {"prompt": 1}],
+)
+def test_malformed_prompt_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    row = {"item": "a", "prompt": "text", "predicted": {}} | change
+    (tmp_path / "w.jsonl").write_text(json.dumps(row))
+    with pytest.raises(WorkloadFileError, match="invalid workload"):
+        read_workload(tmp_path / "w.jsonl")

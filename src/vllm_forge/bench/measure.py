@@ -41,7 +41,7 @@ def read_workload(path: Path) -> tuple[list[Prompt], str]:
                 prompts.append(_prompt(parse_json(line)))
     except FileNotFoundError:
         problem = "file not found"
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         problem = f"{error!r}"
     else:
         if prompts and len({prompt.item for prompt in prompts}) == len(prompts):
@@ -56,6 +56,8 @@ def _prompt(row: Any) -> Prompt:
     content = row["messages"] if "messages" in row else row["prompt"]
     if not content:
         raise ValueError("an empty prompt")
+    if not isinstance(row["item"], str):
+        raise TypeError("item is not a text")
     ids = all(isinstance(token, int) for token in content)
     chat = not ids and not isinstance(content, str)
     if chat and not all(isinstance(message["content"], str) for message in content):

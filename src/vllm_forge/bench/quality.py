@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError
 from vllm_forge.bench.client import Answer, ask_all, read_counters
 from vllm_forge.bench.errors import InvalidResultError, ResultFileError
 from vllm_forge.bench.measure import add_start, progress, require_same
-from vllm_forge.bench.results import LARGEST_ROWS, Conditions, Count, Row, Seconds, Start, read_arm
+from vllm_forge.bench.results import Conditions, Count, Row, Seconds, Start, read_arm
 from vllm_forge.bench.sandbox import require_sandbox
 from vllm_forge.bench.scoring import THOUGHT, Score, score
 from vllm_forge.bench.workloads import Loaded
@@ -28,6 +28,7 @@ from vllm_forge.matrix import FrozenModel
 from vllm_forge.matrix.model import Text
 
 Key = tuple[str, int]
+LARGEST_ANSWERS = 4 << 30  # bytes; 2,000 answers of 64,000 tokens have about 1 GB
 
 
 class KeptAnswer(FrozenModel):
@@ -70,7 +71,7 @@ class Answers:
         if not os.path.lexists(self.path):
             return
         try:
-            content = read_plain(self.path, LARGEST_ROWS)
+            content = read_plain(self.path, LARGEST_ANSWERS)
             whole = content[: content.rfind(b"\n") + 1]
             first, *lines = whole.splitlines() or [b""]
             old = Header.model_validate(parse_json(first)) if first else self.header
@@ -138,7 +139,7 @@ def measure_quality(
         for name, value in arm.items()
     }
     answers = Answers(path, Header(model=model, license=loaded.license, arm=dumped))
-    with exclusive(f"bench-{hash_of(str(path.resolve()))[:16]}", wait=False):
+    with _alone(path, wait=False):
         answers.read()
         _ask(url, loaded, arm["conditions"], answers)
         if (now := arm_now()) != arm:
@@ -149,8 +150,13 @@ def measure_quality(
                 remedy="give another --output, and ask all questions of one image",
             )
         rows = _rows(loaded, answers)
-        add_start(output, arm, Start(order=order), rows)
+        with _alone(output):  # another start of the record may end now, too
+            add_start(output, arm, Start(order=order), rows)
     return rows
+
+
+def _alone(path: Path, *, wait: bool = True) -> AbstractContextManager[None]:
+    return exclusive(f"bench-{hash_of(str(path.resolve()))[:16]}", wait=wait)
 
 
 def summary(rows: Sequence[Row]) -> str:

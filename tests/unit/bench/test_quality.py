@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from tests.support.answer_server import AnswerServer, Reply
 from tests.support.bench import CONDITIONS, SERVER
-from vllm_forge.bench import arms, quality, sandbox
+from vllm_forge.bench import arms, measure, quality, sandbox
 from vllm_forge.bench.errors import (
     InvalidResultError,
     ResultFileError,
@@ -20,7 +22,7 @@ from vllm_forge.bench.errors import (
 )
 from vllm_forge.bench.gate import Word, gate
 from vllm_forge.bench.quality import Answers, Header, answers_path, measure_quality, summary
-from vllm_forge.bench.results import Arm, Conditions, Row, Server, read_arm
+from vllm_forge.bench.results import Arm, Conditions, Row, Server, read_arm, write_arm
 from vllm_forge.bench.scoring import score
 from vllm_forge.bench.workloads import Item, Loaded, load, read_workloads
 from vllm_forge.cli import main
@@ -316,3 +318,24 @@ def test_command_asks_and_prints(
     assert found.server.gpu == "NVIDIA B300"
     assert main([*command[:-4], "--workload=random", "--url=http://127.0.0.1:9"]) == 2
     assert "has no right answers" in capsys.readouterr().err
+
+
+def test_starts_that_end_at_once_are_both_kept(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two servers, for one record: neither is written over the other."""
+    both = threading.Barrier(2)
+
+    def together(*args: Any, **options: Any) -> None:
+        with suppress(threading.BrokenBarrierError):  # the other one waits for the lock
+            both.wait(0.5)
+        write_arm(*args, **options)
+
+    monkeypatch.setattr(measure, "write_arm", together)
+    starts = [threading.Thread(target=run, args=(right, output), kwargs={"order": order})
+              for order in (0, 1)]  # fmt: skip
+    for start in starts:
+        start.start()
+    for start in starts:
+        start.join()
+    assert {start.order for start in read_arm(output).result.starts} == {0, 1}
