@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vllm_forge.errors import UsageError
-from vllm_forge.host import Runner, console, hash_of, remove
+from vllm_forge.host import Runner, console, hash_of, open_plain, remove
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images.docker_api import require_version
 from vllm_forge.images.errors import EngineUnreachableError, LayoutError
@@ -102,9 +102,9 @@ def unpack_layers(tars: Sequence[Path], root: Path) -> None:
 
 def _members(tar: Path) -> list[tarfile.TarInfo]:
     try:
-        with tarfile.open(tar, "r:") as layer:
+        with open_plain(tar) as file, tarfile.open(fileobj=file, mode="r:") as layer:
             return layer.getmembers()
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError) as error:
         raise LayoutError(f"not a plain tar: {error}", where=tar) from error
 
 

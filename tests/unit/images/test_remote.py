@@ -240,3 +240,13 @@ def test_layers_of_a_hostile_daemon_reach_nothing_outside(case: str, tmp_path: P
     assert (outside / "kept").read_text() == "mine"
     assert (outside / "kept").stat().st_nlink == 1
     assert len(list(outside.iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+def test_blob_that_is_not_a_plain_file_is_refused(tmp_path: Path, kind: str) -> None:
+    """buildx writes what the daemon sends, with its kind."""
+    tar = layer(tmp_path / "outside.tar", ("a", b"1"))
+    blob = tmp_path / "blob"
+    blob.symlink_to(tar) if kind == "link" else os.mkfifo(blob)
+    with pytest.raises(LayoutError, match="not a plain"):
+        unpack_layers([blob], tmp_path / "root")
