@@ -168,6 +168,8 @@ def read_image(path: Path) -> Image:
         config = parse_json(_hashed(blobs / hex_digest(manifest["config"]["digest"])))
         for layer in manifest["layers"]:
             blob, size = blobs / hex_digest(layer["digest"]), layer["size"]
+            if blob.parent != blobs:
+                raise ValueError(f"invalid digest {layer['digest']!r}")  # noqa: TRY301
             if (actual := blob.stat().st_size) != size:
                 raise ValueError(f"{blob.name} has {actual} bytes, not {size}")  # noqa: TRY301
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:

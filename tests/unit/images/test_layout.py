@@ -244,6 +244,21 @@ def test_broken_layout_is_rejected(name: str, image: Image) -> None:
     assert str(image.path) in str(refused.value)
 
 
+def test_digest_that_leads_to_another_file_is_rejected(image: Image) -> None:
+    """A remote builder's manifest is its own; its layers are files of the layout."""
+    outside = image.path.parent / "outside"
+    outside.write_bytes(b"of this host")
+    row = {"digest": "sha256:../../../outside", "size": 12}
+    content = json.dumps({**image.manifest, "layers": [row]}).encode()
+    digest = hashlib.sha256(content).hexdigest()
+    (image.path / "blobs" / "sha256" / digest).write_bytes(content)
+    index = {"manifests": [{"digest": f"sha256:{digest}"}]}
+    (image.path / "index.json").unlink()
+    (image.path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(LayoutError, match="invalid digest"):
+        read_image(image.path)
+
+
 def test_missing_layout_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(LayoutError):
         read_image(tmp_path / "none")
