@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from vllm_forge.dispatch.errors import JobsFaultError, SiteFileError
+from vllm_forge.dispatch.errors import SITE, JobsFaultError, SiteFileError
 from vllm_forge.dispatch.runs import make_own
 from vllm_forge.dispatch.site import Site
 from vllm_forge.dispatch.slurm import head_of
@@ -143,7 +143,7 @@ def script(project: Project, lines: Sequence[LineBuild], site: Site, run: str) -
     """An array of sbatch, whose index is a line. SiteFileError: the site does not say where."""
     if site.slurm is None or site.slurm.build is None:
         what = "missing [slurm.build]: the partition whose nodes build images"
-        raise SiteFileError(what, remedy="add the table; it needs no GPUs")
+        raise SiteFileError(what, where=SITE, remedy="add the table; it needs no GPUs")
     slurm, row, root = site.slurm, site.slurm.build, site.storage.root
     folder = f"{root}/{BUILDS}/{run}"
     options = [

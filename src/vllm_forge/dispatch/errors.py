@@ -6,13 +6,11 @@ REFUSED = 90
 RED = 91
 UNDECIDED = 92
 FAULT = 93
+SITE = "the site file"  # where a fault is, for those who do not know its path
 
 
 class SiteFileError(ForgeError, exit_code=REFUSED):
     """The site file is missing, is not TOML, or a row of it cannot be used."""
-
-    def __init__(self, what: str, *, where: object = "the site file", remedy: str = "") -> None:
-        super().__init__(what, where=where, remedy=remedy)
 
 
 class ClusterMismatchError(ForgeError, exit_code=REFUSED):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.dispatch.errors import ClusterMismatchError, SiteFileError
+from vllm_forge.dispatch.errors import SITE, ClusterMismatchError, SiteFileError
 from vllm_forge.dispatch.jobs import RUNS, JobSpec
 from vllm_forge.dispatch.results import REFUSED, Marker, Outcome, judge
 from vllm_forge.dispatch.runs import RunRecord, local_folder
@@ -45,7 +45,7 @@ def manifests(specs: Sequence[JobSpec], site: Site, run: str) -> dict[str, str]:
         if spec.reference is None:
             what = "missing registry: Kubernetes pulls images from one"
             remedy = 'add registry = "HOST/NAME", and push the image there'
-            raise SiteFileError(what, remedy=remedy)
+            raise SiteFileError(what, where=SITE, remedy=remedy)
         groups.setdefault((spec.reference, spec.exclusive, spec.gpus, spec.volumes), []).append(
             spec
         )
@@ -64,14 +64,16 @@ def manifests(specs: Sequence[JobSpec], site: Site, run: str) -> dict[str, str]:
 def _cluster(site: Site) -> Kubernetes:
     if site.kubernetes is None:
         what = "missing [kubernetes]: claim, and the SKUs by their node label"
-        raise SiteFileError(what, remedy="add the table; see docs/operate/kubernetes.md")
+        raise SiteFileError(
+            what, where=SITE, remedy="add the table; see docs/operate/kubernetes.md"
+        )
     return site.kubernetes
 
 
 def _row(cluster: Kubernetes, spec: JobSpec) -> KubernetesSku:
     if (row := cluster.sku.get(spec.sku)) is None:
         what = f"missing kubernetes.sku.{spec.sku}: product and gpus of this SKU"
-        raise SiteFileError(what, remedy="add the row, or leave the SKU out of --skus")
+        raise SiteFileError(what, where=SITE, remedy="add the row, or leave the SKU out of --skus")
     if spec.gpus > row.gpus:
         what = f"kubernetes.sku.{spec.sku}.gpus: {spec.name} needs {spec.gpus} GPUs of one node"
         what = f"{what}; they have {row.gpus}"

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vllm_forge.dispatch.errors import SiteFileError
+from vllm_forge.dispatch.errors import SITE, SiteFileError
 from vllm_forge.dispatch.jobs import OUTPUT, JobSpec, Volume
 from vllm_forge.dispatch.site import Site
 from vllm_forge.errors import suggestion
@@ -136,10 +136,12 @@ def find_runtime(site: Site) -> Runtime:
     name = site.runtime
     if name not in RUNTIMES:
         what = f"runtime: unknown {name!r}{suggestion(name, RUNTIMES)}"
-        raise SiteFileError(what, remedy=f"choose one of {', '.join(RUNTIMES)}")
+        raise SiteFileError(what, where=SITE, remedy=f"choose one of {', '.join(RUNTIMES)}")
     if RUNTIMES[name].source == "registry" and site.registry is None:
         what = "missing registry, from which the nodes pull images"
-        raise SiteFileError(what, remedy='add registry = "HOST/NAME", and push the image there')
+        raise SiteFileError(
+            what, where=SITE, remedy='add registry = "HOST/NAME", and push the image there'
+        )
     return RUNTIMES[name]
 
 

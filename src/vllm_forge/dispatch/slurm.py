@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_forge.dispatch.errors import ClusterMismatchError, SchedulerError, SiteFileError
+from vllm_forge.dispatch.errors import SITE, ClusterMismatchError, SchedulerError, SiteFileError
 from vllm_forge.dispatch.jobs import RUNS, JobSpec
 from vllm_forge.dispatch.runs import RunRecord
 from vllm_forge.dispatch.site import Site, Slurm, SlurmSku
@@ -59,7 +59,7 @@ def batches(specs: Sequence[JobSpec], site: Site, run: str) -> list[Batch]:
 def _row(site: Site, sku: str) -> tuple[Slurm, SlurmSku]:
     if site.slurm is None or sku not in site.slurm.sku:
         what = f"missing slurm.sku.{sku}: partition and gres of this SKU"
-        raise SiteFileError(what, remedy="add the row, or leave the SKU out of --skus")
+        raise SiteFileError(what, where=SITE, remedy="add the row, or leave the SKU out of --skus")
     return site.slurm, site.slurm.sku[sku]
 
 
@@ -97,7 +97,9 @@ def head_of(own: Sequence[str], further: Sequence[str]) -> str:
     for option in further:
         if (name := option.partition("=")[0]) in taken:
             what = f"options: {name} is set by dispatch itself"
-            raise SiteFileError(what, remedy="remove it from the options of the site file")
+            raise SiteFileError(
+                what, where=SITE, remedy="remove it from the options of the site file"
+            )
     return "".join(f"#SBATCH {option}\n" for option in (*own, *further))
 
 
