@@ -161,25 +161,25 @@ def test_what_the_system_refuses_is_not_a_traceback(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def refused() -> str:
+    def refused(*_: object) -> str:
         raise error
 
     (tmp_path / "matrix.toml").touch()
     monkeypatch.setenv("VLLM_FORGE_ROOT", str(tmp_path))
-    monkeypatch.setattr("vllm_forge.pages.registry.schema_text", refused)
-    assert main(["schema"]) == FileAccessError.exit_code
+    monkeypatch.setattr("vllm_forge.pages.registry.write_pages", refused)
+    assert main(["docs"]) == FileAccessError.exit_code
     assert said in capsys.readouterr().err
 
 
 def test_error_without_a_file_is_a_bug(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refused() -> str:
+    def refused(*_: object) -> str:
         raise OSError(9, "Bad file descriptor")
 
     (tmp_path / "matrix.toml").touch()
     monkeypatch.setenv("VLLM_FORGE_ROOT", str(tmp_path))
-    monkeypatch.setattr("vllm_forge.pages.registry.schema_text", refused)
+    monkeypatch.setattr("vllm_forge.pages.registry.write_pages", refused)
     with pytest.raises(OSError, match="Bad file descriptor"):
-        main(["schema"])
+        main(["docs"])
 
 
 def test_interrupt_is_130_and_not_a_traceback(
