@@ -339,7 +339,8 @@ def test_every_other_command_runs_from_the_wheel() -> None:
     assert {name for name, runs in commands.items() if not runs} == REFUSED.keys() - {"verify"}
     assert {name for name, runs in commands.items() if runs} == {
         "serve", "plan", "doctor", "install", "checkpoint inspect", "verify", "notes", "sbom",
-        "mirror", "bench gate", "bench plan", "bench report", "bench workload",
+        "mirror", "bench crosscheck", "bench export", "bench gate", "bench plan", "bench report",
+        "bench sign", "bench workload",
     }  # fmt: skip
 
 
