@@ -24,9 +24,11 @@ from vllm_forge.images.layer import members, overlay, plain_path
 from vllm_forge.images.layout import Image, read_image
 
 KINDS = (".tar", ".sqsh", ".squashfs")
-# sqfstar would do, but Debian 12's takes no -X options.
+# sqfstar would do, but Debian 12's takes no -X options. The root folder, which no tar can state,
+# has mode 0777 and the present time unless asked: before squashfs-tools 4.6, only by -all-time.
 MKSQUASHFS = ("mksquashfs", "-", "FILE", "-tar", "-noappend", "-quiet", "-no-progress",
-              "-comp", "zstd", "-Xcompression-level", "3", "-mkfs-time")  # fmt: skip
+              "-comp", "zstd", "-Xcompression-level", "3", "-root-mode", "0755")  # fmt: skip
+TIMES = ("-mkfs-time", "-all-time")
 
 
 def require_kind(path: Path) -> None:
@@ -39,7 +41,8 @@ def require_kind(path: Path) -> None:
 def write_archive(runner: Runner, layout: Path, name: str, target: Path, epoch: int) -> None:
     """Write a layout's image to one file, which replaces an older one when it is complete."""
     aside = target.with_name(f".{target.name}.new")
-    argv = [str(aside) if word == "FILE" else word for word in (*MKSQUASHFS, str(epoch))]
+    words = [*MKSQUASHFS, *(word for option in TIMES for word in (option, str(epoch)))]
+    argv = [str(aside) if word == "FILE" else word for word in words]
     runner.run(["rm", "--force", str(aside)])
     if target.name.endswith(".tar"):
         what = f"write {layout} as a tar to {aside}"

@@ -146,6 +146,12 @@ def test_squashfs_has_the_files_of_the_image(built: Image, tmp_path: Path) -> No
     for target in targets:
         write_archive(Runner(), built.path, NAME, target, EPOCH)
     assert targets[0].read_bytes() == targets[1].read_bytes()
+    listing = subprocess.run(
+        ["unsquashfs", "-lls", "-UTC", targets[0]], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    root_line = next(line for line in listing if line.endswith(" squashfs-root"))
+    assert root_line.startswith("drwxr-xr-x ")
+    assert {line.split()[3] for line in listing if "squashfs-root" in line} == {"2025-01-01"}
     root = tmp_path / "root"
     subprocess.run(["unsquashfs", "-quiet", "-no-progress", "-dest", root, targets[0]], check=True)
     expected = {path: content for path, content in merged(built).items() if content is not None}
