@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.dispatch import make_image, make_project, write_bundle
 from tests.support.keys import key_pair, trust
+from tests.support.site import SLURM_SKUS
 from tests.support.slurm import Cluster, missing_tools, slurm, until
 from vllm_forge.cli import main
 from vllm_forge.dispatch import runs
@@ -37,15 +38,8 @@ scratch = "{scratch}"
 
 [env]
 {env}
-
-[slurm.sku.b300]
-partition = "b300"
-gres = "b300"
-
-[slurm.sku.rtxpro6000]
-partition = "rtxpro6000"
-gres = "rtxpro6000"
 """
+SITE += SLURM_SKUS
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

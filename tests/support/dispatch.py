@@ -1,4 +1,4 @@
-"""A small project whose images are a shell and a suite that answers as it is told."""
+"""A small project whose images are a shell and a suite whose answers a test chooses."""
 
 from __future__ import annotations
 

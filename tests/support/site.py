@@ -11,6 +11,15 @@ if TYPE_CHECKING:
 
     from vllm_forge.project import Project
 
+SLURM_SKUS = """
+[slurm.sku.b300]
+partition = "b300"
+gres = "b300"
+
+[slurm.sku.rtxpro6000]
+partition = "rtxpro6000"
+gres = "rtxpro6000"
+"""
 SITE = """
 schema_version = 1
 runtime = "runc"
@@ -24,15 +33,8 @@ flash-nvfp4-fp8-mtp = "/shared/weights/flash"
 
 [slurm]
 account = "lab"
-
-[slurm.sku.b300]
-partition = "b300"
-gres = "b300"
-
-[slurm.sku.rtxpro6000]
-partition = "rtxpro6000"
-gres = "rtxpro6000"
 """
+SITE += SLURM_SKUS
 
 
 def make_site(folder: Path, project: Project, old: str = "", new: str = "") -> Site:

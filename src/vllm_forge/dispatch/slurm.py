@@ -8,7 +8,6 @@ which jobs it still has, and why others ended.
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,9 +178,14 @@ def send(batches: Sequence[Batch], folder: Path, ask: Ask, record: RunRecord) ->
         for path, batch in zip(paths, batches, strict=True):
             job = _job_id(ask(["sbatch", "--parsable", str(path)]).strip(), path)
             attempts |= {spec.name: f"{job}_{index}" for index, spec in enumerate(batch.specs)}
-    except SchedulerError:
-        with suppress(SchedulerError):
-            ask(["scancel", f"--jobname={job_name(record.run)}"])
+    except SchedulerError as error:
+        cancel = ["scancel", f"--jobname={job_name(record.run)}"]
+        try:
+            ask(cancel)
+        except SchedulerError as second:
+            what = f"{error.what}; jobs that were sent before may run: {second.what}"
+            remedy = f"run `{shlex.join(cancel)}`, then send them again"
+            raise SchedulerError(what, where=error.where, remedy=remedy) from error
         raise
     return record.model_copy(update={"attempts": attempts})
 

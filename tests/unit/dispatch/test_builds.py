@@ -43,7 +43,7 @@ LINES = [
     LineBuild(line="b", skus=("x", "y", "z"), files={"s": 600, "b": 200}),
     LineBuild(line="c", skus=("x",), files={"c": 300}),
 ]
-# A node; writes its image's line of JSON, or fails as it is told.
+# A node; writes its image's line of JSON, or fails where a test asks for it.
 BUILD = """#!{python}
 import json, os, sys
 from pathlib import Path

@@ -125,7 +125,10 @@ def _record(specs: tuple[JobSpec, ...]) -> RunRecord:
     return RunRecord(run="r1", scheduler="slurm", storage="/s", specs=specs, attempts={})
 
 
-def test_failed_submission_cancels_what_was_sent(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_failed_submission_cancels_what_was_sent(
+    cancelled: bool, root: Path, tmp_path: Path
+) -> None:
     """By the run's name: the answer of one that was accepted may have been lost."""
     site, specs = make(root, tmp_path, "kernel")
 
@@ -134,14 +137,17 @@ def test_failed_submission_cancels_what_was_sent(root: Path, tmp_path: Path) -> 
             sent = [words for words in self.asked if words[:2] == ["sbatch", "--parsable"]]
             reply = super().ask(name, argv)
             second = argv[:2] == ["sbatch", "--parsable"] and len(sent) == 1
-            return Reply(code=1, text="Socket timed out") if second else reply
+            dead = second or (argv[0] == "scancel" and not cancelled)
+            return Reply(code=1, text="Socket timed out") if dead else reply
 
     cluster = Dying()
-    with pytest.raises(SchedulerError, match="Socket timed out"):
+    with pytest.raises(SchedulerError, match="Socket timed out") as raised:
         slurm.send(
             slurm.batches(specs, site, "r1"), tmp_path, slurm.asking(cluster), _record(specs)
         )
     assert cluster.asked[-1] == ["scancel", "--jobname=forge-r1"]
+    told = "scancel --jobname=forge-r1" in (raised.value.remedy or "")
+    assert (told, "may run" in raised.value.what) == (not cancelled, not cancelled)
 
 
 def test_states_are_by_attempt() -> None:
