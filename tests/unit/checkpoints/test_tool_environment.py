@@ -157,6 +157,16 @@ class TestPrepare:
         prepare(Project(checkout))
         assert calls == ["venv", "install", "install", "patch"] * 2
 
+    def test_moved_checkout_makes_its_own(
+        self, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The project is installed from its folder, which is no longer there."""
+        calls = _fake_uv(checkout, monkeypatch)
+        prepare(Project(checkout))
+        moved = checkout.rename(tmp_path / "moved")
+        prepare(Project(moved))
+        assert calls == ["venv", "install", "install", "patch"] * 2
+
     def test_half_made_is_made_again(self, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         calls = _fake_uv(checkout, monkeypatch)
         with monkeypatch.context() as broken:

@@ -51,7 +51,8 @@ def prepare(project: Project) -> Path:
     python = folder / "bin" / "python"
     _check_lock(project)
     patches = read_series(project.root / SERIES)
-    parts = [lock.read_bytes(), sys.version.encode()]
+    # The project is installed from its folder: a checkout that was moved needs another environment.
+    parts = [lock.read_bytes(), sys.version.encode(), os.fsencode(project.root.resolve())]
     parts += [patch.path.read_bytes() for patch in patches]
     stamp = folder / hashlib.sha256(b"\0".join(parts)).hexdigest()
     with exclusive("tools-quantize", wait=True):
