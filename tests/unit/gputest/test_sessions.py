@@ -54,7 +54,8 @@ def sessions(folder: Path, port: int) -> list[Path]:
     shutil.copytree(FOLDER, folder)
     paths = sorted(folder.glob("*.toml"))
     for path in paths:
-        text = path.read_text().replace("8000", str(port))
+        text = re.sub(r"(?m)^port = .*\n", "", path.read_text())
+        text = re.sub(r"\b800[01]\b", str(port), text)
         text = re.sub(r"(?m)^starts = .*", f"starts = 1\nport = {port}", text)
         path.write_text(text.replace("max_tokens = 128", "max_tokens = 4"))
     return paths
@@ -126,10 +127,15 @@ def test_sessions_of_the_checkout_run_to_their_end(
         with pytest.raises(InvalidResultError, match=r"counted, .* predicted"):
             run("exact-mtp")
         return
-    for name in ("exact-mtp", "tiny-mtp"):
+    for name in ("exact-mtp", "tiny-again", "tiny-mtp"):
         run(name)
-    arms = {path.stem: read_arm(path) for path in output.glob("*/*-c*.json")}
-    assert arms.keys() == {"exact-c4", "plain-c8", "mtp-c8", "again-c8"}
+    paths = [*output.glob("exact-mtp/*-c*.json"), *output.glob("tiny-mtp/*-c*.json")]
+    arms = {path.stem: read_arm(path) for path in paths}
+    assert arms.keys() == {"exact-c4", "plain-c8", "mtp-c8"}
+    assert {path.name for path in output.glob("tiny-again/*-c*.json")} == {
+        "again-c8.json",
+        "mtp-c8.json",
+    }
     assert {arm.result.server.image for arm in arms.values()} == {f"sha256:{SUBJECT}"}
     (start,) = arms["exact-c4"].result.starts
     assert start.window is not None and start.window.predicted is not None
