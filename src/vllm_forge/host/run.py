@@ -27,6 +27,7 @@ T = TypeVar("T")
 TAIL_LINES = 30
 DAY_S = 86400
 PIECE = 1 << 16
+POLL_S = 1.0  # between two looks at what a command has written
 GRACE_S = 10  # from SIGTERM to SIGKILL; an engine unmounts what it has mounted
 CONTAINER_GRACE_S = 60  # a run of the GPU suite ends its servers and writes its results
 UNLABELLED = "--security-opt=label=disable"
@@ -55,7 +56,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait(GRACE_S)
 
 
-def _output(process: subprocess.Popen[bytes], seconds: float) -> tuple[str, str, str]:
+def _output(
+    process: subprocess.Popen[bytes], seconds: float, excess: Callable[[], str]
+) -> tuple[str, str, str]:
     """Stdout and stderr of a process until it has ended; and which limit it passed, if one."""
     end, limit = time.monotonic() + seconds, ""
     outputs = {process.stdout: bytearray(), process.stderr: bytearray()}
@@ -64,7 +67,7 @@ def _output(process: subprocess.Popen[bytes], seconds: float) -> tuple[str, str,
             assert pipe is not None  # noqa: S101 - `Runner.run` opened both
             pipes.register(pipe, selectors.EVENT_READ, output)
         while pipes.get_map() and not limit:
-            for key, _ in pipes.select(max(0, end - time.monotonic())):
+            for key, _ in pipes.select(min(POLL_S, max(0, end - time.monotonic()))):
                 key.data.extend(piece := os.read(key.fd, PIECE))
                 if not piece:
                     pipes.unregister(key.fileobj)
@@ -72,6 +75,7 @@ def _output(process: subprocess.Popen[bytes], seconds: float) -> tuple[str, str,
                     limit = f"printed more than {MOST_BYTES} bytes"
             if time.monotonic() >= end:
                 limit = f"ran longer than {seconds:g} s"
+            limit = limit or excess()
     if not limit:
         try:
             process.wait(max(0, end - time.monotonic()))
@@ -213,11 +217,14 @@ class Runner:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         seconds: float = DAY_S,
+        excess: Callable[[], str] = str,
     ) -> str:
         """Run ``argv``, at most so many seconds; return its stdout.
 
+        ``excess``: asked now and then, which limit of the caller it has passed, if one.
+
         Raises ToolMissingError; CommandFailedError: its exit code is not 0, the message has its
-        output; CommandLimitError: it ran longer, or printed more than MOST_BYTES.
+        output; CommandLimitError: it ran longer, printed more than MOST_BYTES, or see ``excess``.
         """
         self.commands.append(list(argv))
         console.print(f"  $ {shlex.join(argv)}", style="dim", markup=False)
@@ -242,7 +249,7 @@ class Runner:
             )
             _running.add(process)
         try:
-            stdout, stderr, limit = _output(process, seconds)
+            stdout, stderr, limit = _output(process, seconds, excess)
         finally:
             if process.returncode is None:
                 _end(process)

@@ -9,7 +9,7 @@ import re
 import resource
 import subprocess
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from vllm_forge.images.docker_api import OLDEST_BUILDX, answers, check_daemon, r
 from vllm_forge.images.errors import EngineMissingError, LayoutError
 from vllm_forge.images.layout import hex_digest, read_image
 from vllm_forge.images.remote import (
+    bounded,
     check_builder,
     remote_builder,
     require_builder,
@@ -104,6 +105,7 @@ def _run_buildx(
     work: Path,
     *options: str,
     env: Mapping[str, str] | None = None,
+    excess: Callable[[], str] = str,
 ) -> None:
     """One ``docker buildx build`` into an OCI layout of plain tars.
 
@@ -124,6 +126,7 @@ def _run_buildx(
             *_build_options(plan, secrets), f"--output={output}", str(plan.dockerfile.parent),
         ],
         env={"SOURCE_DATE_EPOCH": str(plan.cell.base.source_date_epoch), **(env or {})},
+        excess=excess,
     )  # fmt: skip
 
 
@@ -340,8 +343,12 @@ class BuildKit(Buildah):
         exported folder would have lost its owners, so the layers are unpacked here.
         """
         network = [] if plan.base.layout is None else ["--network=none"]
-        with remote_builder(runner, self.builder) as (name, env):
-            _run_buildx(runner, plan, secrets, work, f"--builder={name}", *network, env=env)
+        with (
+            remote_builder(runner, self.builder) as (name, env),
+            bounded(work / "image", plan.cell.base.budget_mb) as excess,
+        ):
+            options = [f"--builder={name}", *network]
+            _run_buildx(runner, plan, secrets, work, *options, env=env, excess=excess)
         root = work / "root"
         runner.act(
             f"unpack the layers to {root}",

@@ -6,15 +6,15 @@ import re
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vllm_forge.errors import UsageError
 from vllm_forge.host import Runner, console, hash_of, open_plain, remove
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images.docker_api import require_version
-from vllm_forge.images.errors import EngineUnreachableError, LayoutError
+from vllm_forge.images.errors import EngineUnreachableError, LayoutError, SizeBudgetError
 from vllm_forge.images.layer import OPAQUE, WHITEOUT, plain_path
 
 # Schemes of buildx's remote driver (docker/buildx, driver/remote, and BuildKit's connhelpers).
@@ -26,6 +26,10 @@ NAME = re.compile(r"[A-Za-z][\w.-]*", re.ASCII)  # docker/buildx, store/util.go
 OLDEST_BUILDKIT = (0, 13)  # the first that knows rewrite-timestamp; an older one ignores it
 UNKNOWN = "v0.0.0"  # of Debian's dockerd
 ANSWER_S = 60
+# Layers come as plain tars, and the budget of the system is of compressed ones: Debian's packages
+# have 2.6 bytes for each.
+PLAIN_RATIO = 5
+LEAST_FILE = 4096  # bytes that a file takes, also an empty one
 REMEDY_TLS = (
     "for TLS: docker buildx create --driver remote --driver-opt cacert=..,cert=..,key=.. "
     "--name NAME tcp://.., then --builder NAME"
@@ -77,6 +81,43 @@ def check_builder(runner: Runner, name: str, env: Mapping[str, str]) -> None:
     version = re.search(r"^BuildKit(?: version)?:\s*(\S+)", answer, re.MULTILINE)
     if version is not None and not version[1].startswith(UNKNOWN):
         require_version(version[1], OLDEST_BUILDKIT, "BuildKit")
+
+
+@contextmanager
+def bounded(folder: Path, budget_mb: int) -> Iterator[Callable[[], str]]:
+    """Bound what a daemon sends to a folder; yields ``excess`` of `Runner.run`.
+
+    The folder is removed if the command fails. SizeBudgetError: more than the budget allows.
+    """
+    most = PLAIN_RATIO * budget_mb * 10**6
+
+    def excess() -> str:
+        return f"sent more than {most} bytes" if _size(folder) > most else ""
+
+    failed: CommandFailedError | None = None
+    try:
+        yield excess
+    except CommandFailedError as error:
+        failed = error
+    over = excess()
+    if over or failed:
+        remove(folder)
+    if over:
+        what = f"the builder {over}: {PLAIN_RATIO} times the system's budget of {budget_mb} MB"
+        remedy = "see what that BuildKit sends; if the system has grown, raise the budget there"
+        raise SizeBudgetError(what, where="matrix.toml, base.budget_mb", remedy=remedy) from failed
+    if failed:
+        raise failed
+
+
+def _size(folder: Path) -> int:
+    """Bytes below a folder that another program writes to."""
+    size = 0
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            with suppress(OSError):  # it was renamed meanwhile
+                size += max(LEAST_FILE, os.lstat(f"{place}/{name}").st_size)
+    return size
 
 
 def unpack_layers(tars: Sequence[Path], root: Path) -> None:

@@ -19,9 +19,15 @@ import pytest
 
 from vllm_forge.errors import UsageError
 from vllm_forge.host import Runner
+from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images import choose_engine
 from vllm_forge.images.engines import BuildKit
-from vllm_forge.images.errors import EngineTooOldError, EngineUnreachableError, LayoutError
+from vllm_forge.images.errors import (
+    EngineTooOldError,
+    EngineUnreachableError,
+    LayoutError,
+    SizeBudgetError,
+)
 from vllm_forge.images.layer import LayerBlob
 from vllm_forge.images.layout import ImageLayer, write_image
 from vllm_forge.images.plan import ImagePlan
@@ -31,7 +37,7 @@ PLAIN = "application/vnd.oci.image.layer.v1.tar"
 VERSION = "v0.13.1"
 DAEMON = "Driver: remote\nStatus: running\nBuildKit version: {}\n"
 DOCKER = """#!{python}
-import json, os, shutil, sys
+import json, os, shutil, sys, time
 from pathlib import Path
 words, here = sys.argv[1:], Path(__file__).parent
 row = [words, os.environ.get("BUILDX_CONFIG"), os.environ.get("SOURCE_DATE_EPOCH")]
@@ -48,6 +54,11 @@ if words[:2] == ["buildx", "build"]:
     target = dict(field.split("=", 1) for field in output.removeprefix("--output=").split(","))
     assert target["tar"] == "false" and target["rewrite-timestamp"] == "true"
     shutil.copytree(here / "layout", target["dest"])
+    for number in range(int((here / "more").read_text()) if (here / "more").exists() else 0):
+        (Path(target["dest"]) / f"blobs/{{number}}").write_bytes(bytes(1 << 20))
+    if (here / "waits").exists():
+        time.sleep(10)
+    (here / "ended").touch()
 """
 
 
@@ -104,7 +115,7 @@ def plan(tmp_path: Path, *, image: str | None = None) -> ImagePlan:
         base=base,
         build_arguments=lambda: {"PYTHON": "3.13"},
         dockerfile=tmp_path / "context" / "Dockerfile",
-        cell=SimpleNamespace(base=SimpleNamespace(source_date_epoch=7)),
+        cell=SimpleNamespace(base=SimpleNamespace(source_date_epoch=7, budget_mb=1)),
     )
     return cast("ImagePlan", made)
 
@@ -145,6 +156,33 @@ def test_base_of_a_registry_gets_the_network_of_the_daemon(docker: Path, tmp_pat
     assert "--builder=mine" in words
     assert not any(word.startswith("--network") for word in words)
     assert config is None
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["and goes on", "and ends"])
+def test_daemon_that_sends_too_much_is_stopped(
+    waits: bool, docker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five times the budget of compressed layers; nothing of it is kept."""
+    monkeypatch.setattr("vllm_forge.host.run.POLL_S", 0.05)
+    work = tmp_path / "work"
+    work.mkdir()
+    (docker / "more").write_text("6")
+    if waits:
+        (docker / "waits").touch()
+    with pytest.raises(SizeBudgetError, match="sent more than 5000000 bytes") as caught:
+        BuildKit("mine").build_system(Runner(), plan(tmp_path), {}, work)
+    assert "base.budget_mb" in str(caught.value)
+    assert (docker / "ended").exists() is not waits
+    assert list(work.iterdir()) == []
+
+
+def test_layers_of_a_failed_build_are_removed(docker: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (docker / "more").write_text("a fault")
+    with pytest.raises(CommandFailedError, match="a fault"):
+        BuildKit("mine").build_system(Runner(), plan(tmp_path), {}, work)
+    assert list(work.iterdir()) == []
 
 
 def test_daemon_that_does_not_answer_is_named_before_the_build(docker: Path) -> None:
