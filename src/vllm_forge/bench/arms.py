@@ -79,7 +79,8 @@ def arm_of(
         concurrency=args.concurrency,
         prefix_cache=args.prefix_cache,
     )
-    fields = {"arm": _name("--arm", args.arm), "session": _name("--session", args.session)}
+    fields = {"arm": _name("--arm", args.arm), "session": _name("--session", args.session),
+              "differs": tuple(args.differs or ())}  # fmt: skip
     return deployment, {**fields, "conditions": conditions, "server": server}
 
 
@@ -125,6 +126,11 @@ def carried_plan(
 def _plan(
     session: Session, path: Path, arms: dict[str, Launch], checkpoint: Path, caches: str
 ) -> tuple[Plan, bytes]:
+    gpus = {name: launch.server.gpus for name, launch in arms.items()}
+    if (len(set(gpus.values())) > 1) != ("gpus" in session.differs):
+        counts = ", ".join(f"{name} {number}" for name, number in gpus.items())
+        remedy = 'write differs = ["gpus"] if that is what is measured, and only then'
+        raise SessionFileError(f"GPUs of the arms: {counts}", where=path, remedy=remedy)
     workload = path.with_name(session.workload)
     _, prompts = read_workload(workload)
     conditions = conditions_of(

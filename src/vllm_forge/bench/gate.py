@@ -56,10 +56,11 @@ def gate(
     require_valid(*arms)
     for arm in arms[1:]:
         require_comparable(reference, arm)
+    one_size = len({arm.result.server.gpus for arm in arms}) == 1
     outcomes = [
         _judge(name, row, reference, candidate, repeat)
         for name, row in gates.items()
-        if any(_has_data(row, arm) for arm in arms)
+        if any(_has_data(row, arm) for arm in arms) and not (one_size and row.per == "gpu")
     ]
     if not outcomes:
         raise InvalidResultError(
@@ -99,13 +100,14 @@ def _judge(name: str, row: Gate, reference: Arm, candidate: Arm, repeat: Arm | N
     if row.measure == "score":
         return _answers(outcome, row.score or "", reference, candidate, repeat)
     if row.measure == "throughput":
-        test = statistics.speed(_rates(candidate), _rates(reference), row.margin)
+        ours, theirs = _rates(candidate, row.per), _rates(reference, row.per)
+        test = statistics.speed(ours, theirs, row.margin)
         return _decided(outcome, test, "pairs of starts")
-    ours, theirs = _drafts(candidate), _drafts(reference)
-    prompts = [item for item in ours if ours[item].drafted and theirs[item].drafted]
+    drafts = _drafts(candidate), _drafts(reference)
+    prompts = [item for item in drafts[0] if all(arm[item].drafted for arm in drafts)]
     if len(prompts) < LEAST_PROMPTS:
         return replace(outcome, reason=f"{len(prompts)} prompts, {LEAST_PROMPTS} are needed")
-    sums = [[arm[item] for item in prompts] for arm in (ours, theirs)]
+    sums = [[arm[item] for item in prompts] for arm in drafts]
     if row.measure == "positions":
         return _each_position(outcome, *sums)
     pairs = [[(one.accepted, one.drafted) for one in arm] for arm in sums]
@@ -196,11 +198,12 @@ def _means(rows: Sequence[Row], score: str, *, truncated: float | None) -> dict[
     return {item: math.fsum(values) / len(values) for item, values in answers.items()}
 
 
-def _rates(arm: Arm) -> list[float]:
+def _rates(arm: Arm, per: str) -> list[float]:
     """Tokens a second of each start, in the order in which they were run."""
+    gpus = arm.result.server.gpus if per == "gpu" else 1
     starts = sorted(enumerate(arm.result.starts), key=lambda item: item[1].order)
     return [
-        sum(row.output_tokens for row in arm.of_start(index)) / start.window.seconds
+        sum(row.output_tokens for row in arm.of_start(index)) / start.window.seconds / gpus
         for index, start in starts
         if start.window
     ]

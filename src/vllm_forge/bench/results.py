@@ -60,6 +60,14 @@ class Server(FrozenModel):
     driver: Text
 
 
+# What arms may differ in where all of them say so; anything else is refused.
+Difference = Literal["gpus"]
+Differences = Annotated[
+    tuple[Difference, ...],
+    Field(description="what the arms differ in on purpose", exclude_if=lambda value: not value),
+]
+
+
 class Counters(FrozenModel):
     """vLLM's metrics at one moment."""
 
@@ -129,6 +137,7 @@ class Result(FrozenModel):
     server: Server
     starts: tuple[Start, ...] = Field(min_length=1)
     rows: RowsFile
+    differs: Differences = ()
 
 
 class Row(FrozenModel):

@@ -12,7 +12,15 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from vllm_forge.bench.errors import SessionFileError
-from vllm_forge.bench.results import MOST_STARTS, Conditions, Count, FileName, Seconds, Server
+from vllm_forge.bench.results import (
+    MOST_STARTS,
+    Conditions,
+    Count,
+    Differences,
+    FileName,
+    Seconds,
+    Server,
+)
 from vllm_forge.host import read_data, write_json
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.matrix.model import Name, Text
@@ -58,6 +66,7 @@ class Session(FrozenModel):
     port: int = Field(default=8000, ge=1, le=65535)
     ready_minutes: float = Field(default=30, gt=0, description="that a start may take")
     arm: dict[Name, ArmRow] = Field(min_length=1)
+    differs: Differences = ()
     crosscheck: Crosscheck | None = None
 
 
@@ -85,6 +94,7 @@ class Plan(FrozenModel):
     ready_s: Seconds
     caches: Words = Field(description="where the servers keep what they compile")
     crosscheck: Crosscheck | None = None
+    differs: Differences = ()
 
     @property
     def url(self) -> str:
@@ -159,6 +169,7 @@ def make_plan(
         ready_s=60 * session.ready_minutes,
         caches=caches,
         crosscheck=session.crosscheck,
+        differs=session.differs,
     )
 
 

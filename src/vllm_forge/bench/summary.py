@@ -10,7 +10,9 @@ HEAD = [
     "result",
     "image",
     "starts",
+    "GPUs",
     "tokens/s",
+    "of a GPU",
     "between starts",
     "TTFT, s",
     "TPOT, ms",
@@ -49,8 +51,9 @@ class Summary:
         """One row of a table; what was not measured is "not run"."""
         noise = statistics.stdev(self.rates) / self.rate if len(self.rates) > 1 else None
         values = (
-            (self.rate if self.rates else None, ".1f", 1), (noise, ".2%", 1), (self.ttft, ".3f", 1),
-            (self.tpot, ".2f", 1000), (self.acceptance, ".2%", 1),
+            (self.rate if self.rates else None, ".1f", 1),
+            (self.rate if self.rates else None, ".1f", 1 / self.gpus), (noise, ".2%", 1),
+            (self.ttft, ".3f", 1), (self.tpot, ".2f", 1000), (self.acceptance, ".2%", 1),
         )  # fmt: skip
         texts = ["not run" if x is None else f"{x * scale:{form}}" for x, form, scale in values]
         places = " / ".join(f"{share:.2%}" for share in self.positions) or "not run"
@@ -58,6 +61,7 @@ class Summary:
             self.name,
             self.image.removeprefix("sha256:")[:12],
             str(self.starts),
+            str(self.gpus),
             *texts,
             places,
         ]

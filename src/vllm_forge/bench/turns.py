@@ -131,7 +131,8 @@ class Run:
         launch, conditions = plan.arms[name], plan.conditions[place]
         known = {"gpu": self.gpu.name, "driver": self.gpu.driver or UNKNOWN}
         server = launch.server.model_copy(update=known)
-        arm = {"arm": name, "session": plan.session, "conditions": conditions, "server": server}
+        arm = {"arm": name, "session": plan.session, "conditions": conditions, "server": server,
+               "differs": plan.differs}  # fmt: skip
         start, rows = measure(
             plan.url, launch.model, arm, self.parts[place], warm=plan.warm, order=order,
             caches=[Path(cache) for cache in plan.caches], client=self.client,

@@ -121,6 +121,7 @@ def _least(count: Any) -> int:
 
 def differences(reference: Arm, candidate: Arm) -> Iterator[str]:
     """What two arms must have in common and do not."""
+    declared = set(reference.result.differs) & set(candidate.result.differs)
     pairs: list[tuple[str, Mapping[str, object], Mapping[str, object]]] = [
         (
             name,
@@ -132,13 +133,19 @@ def differences(reference: Arm, candidate: Arm) -> Iterator[str]:
     for name, first, second in pairs:
         keys = ("gpu", "gpus", "driver") if name == "server" else tuple(first)
         for key in keys:
-            if first[key] != second[key]:
+            if first[key] != second[key] and key not in declared:
                 yield f"{key}: {first[key]!r} against {second[key]!r}"
     if reference.result.session != candidate.result.session:
         yield "they are of different sessions"
     if {_key(row) for row in reference.rows} != {_key(row) for row in candidate.rows}:
         yield "they answered different items"
     yield from _order(reference, candidate)
+
+
+def intended(reference: Arm, candidate: Arm) -> list[str]:
+    """What comparable arms differ in on purpose."""
+    first, second = reference.result.server.gpus, candidate.result.server.gpus
+    return [f"GPUs: {first} against {second}"] if first != second else []
 
 
 def _order(reference: Arm, candidate: Arm) -> Iterator[str]:

@@ -127,6 +127,8 @@ def _record_options(one: Parser) -> None:
     ):
         one.add_argument(f"--{name}", required=True, help=text)
     one.add_argument("--artifact", help="default: the preset's first")
+    text = "what the session's arms differ in on purpose; the same in all"
+    one.add_argument("--differs", choices=["gpus"], action="append", help=text)
     for name, text in (
         ("checkpoint", "folder of the served model: its tokenizer and template are hashed"),
         ("output", "the record"),
@@ -314,6 +316,7 @@ def gate(project: Project, args: argparse.Namespace) -> None:
     from vllm_forge.bench.gate import gate as compare
     from vllm_forge.bench.gate import require_pass
     from vllm_forge.bench.results import read_arm
+    from vllm_forge.bench.validity import intended
     from vllm_forge.pages.markdown import terminal_table
 
     gates = project.matrix.gate
@@ -332,12 +335,16 @@ def gate(project: Project, args: argparse.Namespace) -> None:
             console.print(f"{arm.path}: signed by {signer}", markup=False)
     outcomes = compare(chosen, *arms)
     names = dict(zip(("reference", "candidate", "repeat"), arms, strict=False))
+    differs = intended(arms[0], arms[1])
     if args.json:
         images = {name: {"image": arm.result.server.image} for name, arm in names.items()}
-        print_json(args, {"arms": images, "gates": [row.as_json() for row in outcomes]})
+        gated = [row.as_json() for row in outcomes]
+        print_json(args, {"arms": images, "differs": differs, "gates": gated})
     else:
         for name, arm in names.items():
             console.print(f"{name}: image {arm.result.server.image}", markup=False)
+        for text in differs:
+            console.print(f"on purpose, {text}", markup=False)
         rows = [[row.gate, f"{100 * row.margin:g} %", row.word, row.reason] for row in outcomes]
         PlainConsole().print(terminal_table(["gate", "margin", "verdict", "why"], rows))
     require_pass(outcomes)

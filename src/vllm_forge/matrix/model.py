@@ -271,6 +271,9 @@ class Gate(FrozenModel):
 
     measure: Literal["score", "throughput", "acceptance", "positions"]
     score: Name | None = Field(default=None, description="scorer, for measure score")
+    per: Literal["server", "gpu"] = Field(
+        default="server", description="for measure throughput: tokens a second of what"
+    )
     margin: float = Field(
         gt=0,
         lt=1,
@@ -281,6 +284,8 @@ class Gate(FrozenModel):
     def _names_its_score(self) -> Self:
         if (self.measure == "score") != (self.score is not None):
             raise ValueError("score: a scorer for measure score, and for no other")
+        if self.per == "gpu" and self.measure != "throughput":
+            raise ValueError("per: gpu is for measure throughput")
         return self
 
 

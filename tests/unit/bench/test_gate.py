@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,6 +20,7 @@ from vllm_forge.bench.errors import (
 )
 from vllm_forge.bench.gate import Word, gate
 from vllm_forge.bench.results import Row, read_arm
+from vllm_forge.bench.validity import intended
 from vllm_forge.cli import main
 from vllm_forge.matrix import Gate
 from vllm_forge.project import Project
@@ -127,6 +129,52 @@ def test_server_with_a_planted_loss_fails(
     code, found = compare(capsys, served, candidate, *gates)
     assert code == (GateFailedError.exit_code if failing else 0), found
     assert {name for name, word in found.items() if word == "fail"} == failing
+
+
+def of_gpus(number: int, *differs: str) -> Callable[[dict[str, Any]], None]:
+    def edit(record: dict[str, Any]) -> None:
+        record["server"]["gpus"] = number
+        record["differs"] = differs
+
+    return edit
+
+
+@pytest.fixture(scope="module")
+def two_gpus(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A server on one GPU, and one on two that is 1.5 times as fast."""
+    folder = tmp_path_factory.mktemp("gpus")
+    return [
+        write_result(folder / f"tp{number}.json", rows_of(number, items=30, starts=5, speed=speed),
+                     orders=orders, edit=of_gpus(number, "gpus"))
+        for number, speed, orders in ((1, 1.0, A), (2, 1.5, B))
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("matrix")
+def test_declared_gpus_are_compared_for_the_server_and_for_a_gpu(
+    two_gpus: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gates = ("--gate=throughput", "--gate=throughput-per-gpu")
+    code, found = compare(capsys, *two_gpus, *gates)
+    assert code == GateFailedError.exit_code
+    assert found == {"throughput": "pass", "throughput-per-gpu": "fail"}
+    assert main(["bench", "gate", *map(str, two_gpus), *gates]) == code
+    shown = capsys.readouterr()
+    assert "on purpose, GPUs: 1 against 2" in shown.err
+    assert "-25." in shown.out
+
+
+@pytest.mark.parametrize("declared", [0, 1, 2])
+def test_gpus_must_be_declared_by_both(declared: int, two_gpus: list[Path], tmp_path: Path) -> None:
+    arms = [read_arm(path) for path in two_gpus]
+    for place in range(declared, 2):
+        result = arms[place].result.model_copy(update={"differs": ()})
+        arms[place] = replace(arms[place], result=result)
+    if declared == 2:
+        assert intended(*arms) == ["GPUs: 1 against 2"]
+        return
+    with pytest.raises(InvalidResultError, match="gpus: 1 against 2"):
+        gate({"throughput": Gate(measure="throughput", margin=0.02)}, *arms)
 
 
 def test_starts_are_paired_by_the_order_in_which_they_were_run(tmp_path: Path) -> None:
@@ -378,9 +426,13 @@ def test_unknown_gate_is_suggested(
     assert "did you mean 'strict'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("row", [{"measure": "score"}, {"measure": "throughput", "score": "x"}])
-def test_gate_names_its_score(row: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="score"):
+@pytest.mark.parametrize(
+    "row",
+    [{"measure": "score"}, {"measure": "throughput", "score": "x"},
+     {"measure": "acceptance", "per": "gpu"}],
+)  # fmt: skip
+def test_gate_has_what_its_measure_needs(row: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"score|throughput"):
         Gate.model_validate({**row, "margin": 0.01})
 
 

@@ -18,6 +18,7 @@ from vllm_forge.bench import turns
 from vllm_forge.bench.errors import InvalidResultError, SessionFileError
 from vllm_forge.bench.results import read_arm
 from vllm_forge.bench.session import PLAN
+from vllm_forge.bench.validity import require_comparable
 from vllm_forge.gputest.sessions import write_sessions
 from vllm_forge.host import Reply
 from vllm_forge.sources import read_wheels
@@ -55,7 +56,7 @@ def sessions(folder: Path, port: int) -> list[Path]:
     paths = sorted(folder.glob("*.toml"))
     for path in paths:
         text = re.sub(r"(?m)^port = .*\n", "", path.read_text())
-        text = re.sub(r"\b800[01]\b", str(port), text)
+        text = re.sub(r"\b800[012]\b", str(port), text)
         text = re.sub(r"(?m)^starts = .*", f"starts = 1\nport = {port}", text)
         path.write_text(text.replace("max_tokens = 128", "max_tokens = 4"))
     return paths
@@ -127,7 +128,7 @@ def test_sessions_of_the_checkout_run_to_their_end(
         with pytest.raises(InvalidResultError, match=r"counted, .* predicted"):
             run("exact-mtp")
         return
-    for name in ("exact-mtp", "tiny-again", "tiny-mtp"):
+    for name in ("exact-mtp", "tiny-again", "tiny-mtp", "tiny-tp2"):
         run(name)
     paths = [*output.glob("exact-mtp/*-c*.json"), *output.glob("tiny-mtp/*-c*.json")]
     arms = {path.stem: read_arm(path) for path in paths}
@@ -136,6 +137,9 @@ def test_sessions_of_the_checkout_run_to_their_end(
         "again-c8.json",
         "mtp-c8.json",
     }
+    pair = [read_arm(output / "tiny-tp2" / f"tp{number}-c8.json") for number in (1, 2)]
+    assert [arm.result.server.gpus for arm in pair] == [1, 2]
+    require_comparable(*pair)
     assert {arm.result.server.image for arm in arms.values()} == {f"sha256:{SUBJECT}"}
     (start,) = arms["exact-c4"].result.starts
     assert start.window is not None and start.window.predicted is not None
@@ -155,6 +159,7 @@ def test_session_that_a_kit_cannot_run_is_refused(
     text = path.read_text()
     for old, new, message in (
         ('checkpoint = "exact"', 'checkpoint = "other"', "--checkpoint other=DIR"),
+        ("starts = 1", 'starts = 1\ndiffers = ["gpus"]', "GPUs of the arms: exact 1"),
         (text[text.index("[arm.exact]") :], '[arm.exact]\npreset = "mtp"', "needs a container"),
     ):
         path.write_text(text.replace(old, new))
