@@ -3,8 +3,8 @@
     python benchmarks/first_token.py LABEL=FOLDER...
 
 FOLDER is what a kit's run brought back, unpacked: ``server.json`` and ``server/boot/dsv4.log``.
-Stages are between lines of the boot log. Writes benchmarks/results/first-token.json and the page of
-measurements. Nothing is run here: the GPU host has run it.
+Stages are between lines of the boot log. Writes benchmarks/results/first-token.json. Nothing
+is run here: the GPU host has run it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import atomic_path
-from vllm_forge.pages.registry import write_pages
-from vllm_forge.project import Project
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,7 +92,6 @@ def main(arguments: list[str]) -> None:
     result = {"rows": list(rows.values())}
     with atomic_path(ROOT / RESULT) as aside:
         aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    write_pages(Project(ROOT), "docs/generated/measurements.md")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,6 @@ from vllm_forge.checkpoints.fixtures.full import make_recipe, write_full
 from vllm_forge.host import atomic_path
 from vllm_forge.kernels.selection.questions import artifact_config
 from vllm_forge.matrix import load
-from vllm_forge.pages.registry import write_pages
-from vllm_forge.project import Project
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = "benchmarks/results/inspect.json"
@@ -88,7 +86,6 @@ def main() -> None:
     }
     with atomic_path(ROOT / RESULT) as aside:
         aside.write_text(json.dumps(result, indent=1) + "\n")
-    write_pages(Project(ROOT), "docs/generated/measurements.md")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,6 @@ RECORDS = {
     "docs/generated/selection.md": "records/selection/0.26.json",
     "docs/generated/verdicts.md": "records/verdicts.json",
     "docs/generated/sizes.md": "benchmarks/results/sizes.json",
-    "docs/generated/measurements.md": "benchmarks/results/quantize.json",
 }
 
 

@@ -71,7 +71,7 @@ REFUSED = {
     "gpu rehearse": ["b300"],
     "gpu kit": ["b300", "--output=o"],
     "gpu prewarm": ["b300", "caches"],
-    "gpu receipts": ["--update"],
+    "gpu receipts": [],
     "dispatch status": [],
     "dispatch collect": [],
     "release": ["b300", "--stage=dev"],

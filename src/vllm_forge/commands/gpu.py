@@ -67,7 +67,6 @@ def register(choices: Commands) -> None:
     one = command(gpu, "receipts", receipts, key)
     one.add_argument("--result", action="append", default=[], type=Path, help="make one of this")
     one.add_argument("--signed", action="store_true", help="refuse unsigned ones")
-    one.add_argument("--update", action="store_true", help="write docs/generated/status.md")
 
 
 def test(project: Project, args: argparse.Namespace) -> None:
@@ -138,14 +137,11 @@ def prewarm(project: Project, args: argparse.Namespace) -> None:
 
 def receipts(project: Project, args: argparse.Namespace) -> None:
     """Verify all receipts, or add one."""
-    from vllm_forge.pages.registry import write_pages
     from vllm_forge.receipts.verification import describe, make_receipt, verify_all
 
     for result in args.result:
         print(make_receipt(project, result, args.key))
     print(describe(verify_all(project, signed=args.signed)))
-    if args.update:
-        write_pages(project, "docs/generated/status.md")
 
 
 def _input_folders(pairs: list[str], workloads: Path | None) -> dict[str, Path]:

@@ -13,7 +13,6 @@ from vllm_forge.pages.markdown import terminal_table
 from vllm_forge.patches import Applied, authoring, check_line, read_series, update_line
 from vllm_forge.patches.drift import survey_lines, write_drift
 from vllm_forge.patches.errors import InstalledStateError
-from vllm_forge.patches.series import export_line, fetch_base, read_tree_lock, trees_of_moved
 from vllm_forge.patches.wheel import Installer, find_python, probe
 from vllm_forge.project import Project
 from vllm_forge.sources import SourceRepo
@@ -25,8 +24,7 @@ OLDEST = "0.20.2"
 def register(choices: Commands) -> None:
     patch = group(choices, "patch", help="check, prove and author the patches of each line")
     command(patch, "check", check, EVERY_LINE)
-    one = command(patch, "lock", lock, EVERY_LINE)
-    one.add_argument("--export", action="store_true", help="first rewrite each diff for this tree")
+    command(patch, "lock", lock, EVERY_LINE)
     one = command(patch, "checkout", checkout, LINE)
     one.add_argument("directory", type=Path, help="work tree to create")
     one = command(patch, "export", export)
@@ -59,11 +57,6 @@ def lock(project: Project, args: argparse.Namespace) -> None:
     """Apply every series, write its lock.toml."""
     repo = SourceRepo()
     for name in project.lines(args.line):
-        line = project.matrix.line[name]
-        if args.export:
-            folder = project.root / line.series
-            base = fetch_base(read_tree_lock(folder, name), line.vllm, repo)
-            export_line(folder, repo, trees_of_moved(repo, base, read_series(folder)))
         _print_series(project, name, update_line(project, name, repo))
 
 

@@ -1,7 +1,6 @@
 """Blocks made of records/ and of benchmarks/results."""
 
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -15,7 +14,6 @@ from vllm_forge.pages.markdown import table
 from vllm_forge.patches.drift import Answer
 from vllm_forge.project import Project
 
-REAL = "DeepSeek-V4-Flash"
 MB = 1_000_000
 SHOWN = 12
 MERGED = "already applied or merged"  # as the first installer prints it
@@ -141,68 +139,6 @@ def seed_installer(outcomes: list[dict[str, Any]]) -> str:
 * needed edits: {len(needed)} of {len(outcomes)};
 * of those, applied in every place: {whole};
 * reported as "{MERGED}" although the release has the fault: {silent}."""
-
-
-def starts(result: dict[str, Any]) -> str:
-    """One row per start; stages in the order of the log."""
-    stages = list(dict.fromkeys(name for row in result["rows"] for name in row["stages"]))
-    cells = []
-    for row in result["rows"]:
-        seconds = [f"{row['stages'][n]:.0f} s" if n in row["stages"] else "" for n in stages]
-        first = row["ended"] or f"{row['first_token']:.1f} s"
-        cells.append([row["start"], f"{row['gpu']}, {row['line']}", first, *seconds])
-    return table(["start", "GPU, line", "first token", *stages], cells)
-
-
-def quantization(result: dict[str, Any]) -> str:
-    """Time and memory by the size of the model, and what the real model would need."""
-    machine, real = result["machine"], result[REAL]
-    cells = []
-    for name, row in result["cases"].items():
-        size, peak = (f"{row[key] / 1e9:.2f}" for key in ("model_bytes", "peak_bytes"))
-        layer, seconds = f"{row['largest_layer_bytes'] / 1e6:.0f}", f"{row['cpu_s']:.0f}"
-        cells.append([name, size, row["layers"], layer, seconds, peak])
-    head = ["model", "size, GB", "layers", "largest layer, MB", "CPU, s", "peak memory, GB"]
-    return f"""{table(head, cells)}
-
-{result["date"]}, recipe {result["recipe"]} with {result["samples"]} conversations, \
-{result["threads"]} thread, {machine["cpus"]} CPUs, Python {machine["python"]}.
-
-{REAL} ({real["how"]}): a model of {real["model_bytes"] / 1e9:.0f} GB, its largest layer \
-{real["largest_layer_bytes"] / 1e9:.1f} GB; each byte of a layer adds \
-{real["peak_bytes_per_layer_byte"]:.2f} bytes to the peak, hence \
-{real["peak_bytes"] / 1e9:.0f} GB of memory; an artifact of \
-{real["artifact_bytes"] / 1e9:.1f} GB ({real["artifact_bytes"] / 2**30:.1f} GiB)."""
-
-
-def builds(result: dict[str, Any]) -> str:
-    """Seconds of the stages of a build, and what they come to."""
-    machine = result["machine"]
-    stages = [
-        [name, f"{statistics.median(seconds):.1f}", ", ".join(map(str, seconds))]
-        for name, seconds in result["seconds"].items()
-    ]
-    ratios = [[name, f"{value:.2f}"] for name, value in result["ratios"].items()]
-    return f"""{table(["stage", "median, s", "each, s"], stages)}
-
-{table(["ratio", "of medians"], ratios)}
-
-{result["date"]}, `{result["command"]}`, {machine["cpus"]} CPUs, Python {machine["python"]}. \
-The machine's load was {machine["load_before"]} before it began."""
-
-
-def inspection(result: dict[str, Any]) -> str:
-    """Wall time of inspections at the real sizes."""
-    machine = result["machine"]
-    cells = []
-    for name, row in result["artifacts"].items():
-        size, headers = f"{row['bytes'] / 1e9:.1f}", f"{row['headers_s']:.1f}"
-        loads = ", ".join(f"{line} {seconds:.0f}" for line, seconds in row["dry_load_s"].items())
-        cells.append([name, row["tensors"], row["shards"], size, headers, loads])
-    head = ["artifact's layout", "tensors", "shards", "size, GB", "headers, s", "dry loads, s"]
-    return f"""{table(head, cells)}
-
-{result["date"]}, {machine["cpus"]} CPUs, Python {machine["python"]}. {result["load"]}"""
 
 
 def sizes(images: dict[str, dict[str, Any]]) -> str:

@@ -72,7 +72,6 @@ def _of(path: str, render: Callable[[Any], str]) -> Callable[[Project], str]:
     return lambda project: project.read_json(path, render)
 
 
-RESULTS = "benchmarks/results"
 # Page -> name of each of its generated blocks -> the block's text. "" is the whole file.
 PAGES: dict[str, dict[str, Callable[[Project], str]]] = {
     f"{ci.WORKFLOWS}/ci.yml": {"": ci.github_ci},
@@ -84,12 +83,6 @@ PAGES: dict[str, dict[str, Callable[[Project], str]]] = {
     "docs/generated/drift.md": {"drift": _of("records/drift.json", records.drift)},
     "docs/generated/exit-codes.md": {"exit-codes": exit_codes},
     "docs/generated/known-faults.md": {"faults": known_faults},
-    "docs/generated/measurements.md": {
-        "builds": _of(f"{RESULTS}/build-0.26.json", records.builds),
-        "starts": _of(f"{RESULTS}/first-token.json", records.starts),
-        "quantization": _of(f"{RESULTS}/quantize.json", records.quantization),
-        "inspection": _of(f"{RESULTS}/inspect.json", records.inspection),
-    },
     "docs/generated/late-stops.md": {"late-stops": late_stops},
     "docs/generated/race.md": {"race": _of("records/race.json", records.race)},
     "docs/generated/rehearsal.md": {"rehearsal": rehearsals},
@@ -97,7 +90,7 @@ PAGES: dict[str, dict[str, Callable[[Project], str]]] = {
         "seed-installer": _of("records/seed-installer.json", records.seed_installer)
     },
     "docs/generated/selection.md": {"selection": selection},
-    "docs/generated/sizes.md": {"sizes": _of(f"{RESULTS}/sizes.json", records.sizes)},
+    "docs/generated/sizes.md": {"sizes": _of("benchmarks/results/sizes.json", records.sizes)},
     "docs/generated/status.md": {"status": status},
     "docs/generated/verdicts.md": {"verdicts": records.verdicts},
     "matrix.schema.json": {"": lambda _: schema_text()},

@@ -236,7 +236,7 @@ def apply_series(repo: SourceRepo, base: str, patches: Sequence[Patch]) -> Appli
                     "says",
                     where=f"{patch.path} ({', '.join(patch.files)})",
                     remedy="it was made for another tree: look at the new place, then run: "
-                    "vllm-forge patch lock --export",
+                    "vllm-forge patch checkout, and patch export",
                 )
             trees.append(index.tree())
             _require_canonical(repo, patch, *trees[-2:])
@@ -255,7 +255,7 @@ def _require_canonical(repo: SourceRepo, patch: Patch, before: str, after: str) 
         rows = zip_longest(patch.diff.splitlines(), expected.splitlines())
         differ = (number for number, (row, canonical) in enumerate(rows, 1) if row != canonical)
         what = f"the diff is not in canonical form from its line {next(differ, 'last')} on"
-        remedy = "run: vllm-forge patch lock --export"
+        remedy = "run: vllm-forge patch checkout, and patch export"
         raise errors.NonCanonicalPatchError(what, where=patch.path, remedy=remedy)
 
 

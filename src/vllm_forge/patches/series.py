@@ -7,7 +7,7 @@ must be red on, and in another order are made by git alone: nothing here reads c
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -141,14 +141,6 @@ def lock_text(lock: TreeLock, line_name: str) -> str:
     # JSON's strings and numbers are TOML's.
     rows = (f"{name} = {json.dumps(value)}\n" for name, value in lock)
     return f"# Made by: {COMMAND} {line_name}\n" + "".join(rows)
-
-
-def export_line(folder: Path, repo: SourceRepo, trees: list[str]) -> None:
-    """Rewrite each patch's diff in canonical form, from the trees before and after it."""
-    patches = read_series(folder)
-    for patch, before, after in zip(patches, trees[:-1], trees[1:], strict=True):
-        canonical = replace(patch, diff=apply.canonical_diff(repo, before, after))
-        write_whole(patch.path, apply.patch_text(canonical))
 
 
 def fetch_archive(lock: TreeLock, index: Index | None = None) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,7 +12,6 @@ from vllm_forge.cli import main
 from vllm_forge.errors import UsageError
 from vllm_forge.pages.errors import StalePageError
 from vllm_forge.pages.markdown import put_block, table
-from vllm_forge.pages.records import builds, starts
 from vllm_forge.pages.registry import PAGES, check_pages, write_pages
 from vllm_forge.project import Project
 
@@ -76,25 +75,6 @@ def test_block_is_replaced_between_its_marks() -> None:
 def test_missing_marks_are_named(page: str) -> None:
     with pytest.raises(UsageError, match="generated: x"):
         put_block(page, "x", "new", where="p.md")
-
-
-def test_interrupted_start_has_no_figure() -> None:
-    row: dict[str, Any] = {
-        "start": "cold", "gpu": "X", "line": "1", "first_token": None, "stages": {},
-        "ended": "none in 9 s",
-    }  # fmt: skip
-    assert starts({"rows": [row]}).splitlines()[-1] == "| cold | X, 1 | none in 9 s |"
-
-
-def test_builds_show_medians_and_every_round() -> None:
-    result = {
-        "command": "nox", "date": "2026-11-30", "seconds": {"cold": [9.0, 7.0, 8.5]},
-        "ratios": {"b300 / cold": 0.1},
-        "machine": {"cpus": 2, "python": "3.11.7", "load_before": 0.2},
-    }  # fmt: skip
-    text = builds(result)
-    assert "| cold | 8.5 | 9.0, 7.0, 8.5 |" in text
-    assert "| b300 / cold | 0.10 |" in text
 
 
 def test_images_are_slim(root: Path) -> None:

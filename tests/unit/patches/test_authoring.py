@@ -184,10 +184,11 @@ def test_trailer_order_does_not_matter(project: Project, work: Work, series: Pat
     assert (series / "0003-x.patch").read_text().startswith("Description: More\nOrigin: ")
 
 
-def test_offset_series_is_exported_where_it_fits(
-    project: Project, repo: SourceRepo, series: Path, tmp_path: Path
+@pytest.mark.parametrize("form", ["shifted", "short-index"])
+def test_patch_of_another_form_is_exported_in_the_canonical_one(
+    project: Project, repo: SourceRepo, series: Path, tmp_path: Path, form: str
 ) -> None:
-    shutil.copy(BROKEN / "shifted.patch", series / GOOD.name)
+    shutil.copy(BROKEN / f"{form}.patch", series / GOOD.name)
     checkout(project, "9.9", repo, tmp_path / "work")
     export(project, tmp_path / "work")
     diffs = [path.read_text().partition("\n---\n")[2] for path in (series / GOOD.name, GOOD)]

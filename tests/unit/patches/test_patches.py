@@ -43,7 +43,6 @@ from vllm_forge.patches.errors import (
     WrongBaseError,
     WrongContextError,
 )
-from vllm_forge.patches.series import export_line
 from vllm_forge.sources import Index, SourceRepo
 from vllm_forge.sources.errors import HashMismatchError, LockFileError
 
@@ -492,19 +491,6 @@ def test_failed_update_leaves_the_old_lock(
     with pytest.raises(OffsetError):
         update_line(project, "9.9", repo)
     assert (series / "lock.toml").read_bytes() == before
-
-
-def test_export_makes_patches_canonical(
-    project: Project, repo: SourceRepo, base: str, series: Path
-) -> None:
-    trees = [base, *apply_series(repo, base, read_series(series)).trees]
-    shutil.copy(BROKEN / "short-index.patch", series / GOOD.name)
-    export_line(series, repo, trees)
-    text = (series / GOOD.name).read_text()
-    assert text.startswith("Description: the index line is abbreviated\n")
-    assert diff_of(series / GOOD.name) == diff_of(GOOD)
-    assert (series / SECOND.name).read_bytes() == SECOND.read_bytes()
-    check_line(project, "9.9", repo)
 
 
 def test_command_returns_the_code_of_a_broken_series(
