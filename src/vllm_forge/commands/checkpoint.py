@@ -61,6 +61,10 @@ def register(choices: Commands) -> None:
         help=f"default: all of variants.toml; {FULL}: of an artifact's size, see --artifact",
     )  # fmt: skip
     one.add_argument(
+        "--tensor-parallel", type=int, choices=(2, 4, 8), default=2, metavar="N",
+        help="GPUs that one may be split over: 4 or 8 (default: 2)",
+    )  # fmt: skip
+    one.add_argument(
         "--artifact", nargs=2, metavar=("NAME", "DIR"),
         help=f"with {FULL}: make a rehearsal of an artifact, which has holes for weights",
     )  # fmt: skip
@@ -147,6 +151,7 @@ def fixtures(project: Project, args: argparse.Namespace) -> None:
         _full(project, args)
         return
 
+    from vllm_forge.checkpoints.fixtures.tiny import TINY
     from vllm_forge.checkpoints.fixtures.variants import (
         cached_variant,
         is_whole,
@@ -154,15 +159,15 @@ def fixtures(project: Project, args: argparse.Namespace) -> None:
         variant_path,
     )
 
-    names = args.names or list(load_variants())
-    if not all(is_whole(variant_path(project, name)) for name in names):
+    names, spec = args.names or list(load_variants()), TINY.split_over(args.tensor_parallel)
+    if not all(is_whole(variant_path(project, name, spec)) for name in names):
         enter(project, sys.argv[1:])
         from vllm_forge.checkpoints.fixtures.native import make_with_tools
 
         for name in names:
-            cached_variant(project, name, make=make_with_tools)
+            cached_variant(project, name, spec, make_with_tools)
     for name in names:
-        print(f"{name}: {variant_path(project, name)}")
+        print(f"{name}: {variant_path(project, name, spec)}")
 
 
 def _full(project: Project, args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from tests.support.checkpoint_engine import SMALL, make_job, tree_of
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import RecipeError, ToolEnvironmentError
+from vllm_forge.checkpoints.fixtures.tiny import TINY
 from vllm_forge.checkpoints.fixtures.variants import (
     BF16,
     VARIANTS,
@@ -33,6 +34,7 @@ from vllm_forge.checkpoints.quantize.quantizer import quantize
 from vllm_forge.checkpoints.tensors import in_memory
 from vllm_forge.host.files import folder_digest
 from vllm_forge.project import Project
+from vllm_forge.serve.rules import divisible
 
 if TYPE_CHECKING:
     from vllm_forge.checkpoints.checkpoint import Checkpoint
@@ -202,6 +204,15 @@ class TestRows:
         paths = [p for row in ROWS.values() for c in row.change for p in (c.set_ or {})]
         known = r"quantization_config\.|num_nextn_predict_layers$"
         assert all(re.match(known, path) for path in paths)
+
+
+@pytest.mark.parametrize("gpus", [2, 4, 8])
+def test_a_rank_gets_the_same_of_each_width(gpus: int) -> None:
+    config, due = TINY.split_over(gpus).config(), TINY.config()
+    for name in ("num_attention_heads", "o_groups", "moe_intermediate_size"):
+        assert config[name] / gpus == due[name] / 2
+    assert all(count % gpus == 0 for count in divisible(config).values())
+    assert TINY.split_over(2) == TINY
 
 
 class TestCache:
