@@ -96,7 +96,7 @@ def _judge(name: str, row: Gate, reference: Arm, candidate: Arm, repeat: Arm | N
     outcome = Outcome(gate=name, margin=row.margin, word=Word.UNDECIDED, reason="")
     for arm in (reference, candidate):
         if not _has_data(row, arm):
-            return replace(outcome, reason=f"{arm.path} has no data for it")
+            return replace(outcome, reason=f"arm {arm.result.arm} has no data for it")
     if row.measure == "score":
         return _answers(outcome, row.score or "", reference, candidate, repeat)
     if row.measure == "throughput":

@@ -1,7 +1,9 @@
 """Charts as SVG: the same bytes for the same data and the same matplotlib."""
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
@@ -11,36 +13,99 @@ from matplotlib.ticker import MaxNLocator
 
 from vllm_forge.bench.results import Arm
 from vllm_forge.bench.summary import Summary
-from vllm_forge.bench.verdicts import Word
 
 # Colour and marker of each verdict; readable in print and with red-green blindness.
+RED, GREEN = ("#b3261e", "X"), ("#1b6e3c", "o")
 MARKS = {
-    Word.CONTRADICTED: ("#b3261e", "X"),
-    Word.HOLDS: ("#1b6e3c", "o"),
-    Word.CONSISTENT: ("#3b5b92", "s"),
-    Word.UNDECIDED: ("#6b6b6b", "D"),
+    "contradicted": RED,
+    "holds": GREEN,
+    "consistent": ("#3b5b92", "s"),
+    "undecided": ("#6b6b6b", "D"),
+    "pass": GREEN,
+    "fail": RED,
 }
+COLUMNS = 4  # of a legend
 
 
 def forest(record: Mapping[str, Any]) -> bytes:
     """Differences of shares in points with their intervals, for a record of ``bench claims``."""
-    rows = [row for row in record["verdicts"] if row["interval"]]
+    rows = [
+        (f"{row['id']}  ({row['n']})", row["interval"], row["word"], None)
+        for row in record["verdicts"]
+        if row["interval"]
+    ]
+    return _forest(rows, "difference in percentage points, 95 % interval (Newcombe)")
 
+
+def verdicts(comparisons: Sequence[Mapping[str, Any]]) -> bytes:
+    """What gates say of each pair of arms; a line is the largest loss that a gate allows."""
+    rows = [
+        (
+            f"{row['candidate']} v {row['reference']}, c={row['concurrency']}: {gate['gate']}",
+            [100 * end for end in (gate["difference"], *gate["interval"])],
+            gate["verdict"],
+            -100 * gate["margin"],
+        )
+        for row in comparisons
+        for gate in row["gates"]
+        if gate["interval"]
+    ]
+    return _forest(rows, "difference in % or percentage points, 95 % interval; | is the margin")
+
+
+def _forest(rows: Sequence[tuple[str, Sequence[float], str, float | None]], label: str) -> bytes:
     def draw(axes: Axes) -> None:
-        for place, row in enumerate(rows):
-            value, low, high = row["interval"]
-            colour, marker = MARKS[Word(row["word"])]
+        for place, (_, (value, low, high), word, margin) in enumerate(rows):
+            colour, marker = MARKS[word]
             axes.plot([low, high], [place, place], color=colour, linewidth=1.5)
             axes.plot(value, place, color=colour, marker=marker)
-        for word in dict.fromkeys(row["word"] for row in rows):
-            colour, marker = MARKS[Word(word)]
+            if margin is not None:
+                axes.plot(margin, place, color="black", marker="|", markersize=12)
+        for word in dict.fromkeys(word for *_, word, _ in rows):
+            colour, marker = MARKS[word]
             axes.plot([], [], color=colour, marker=marker, label=word)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(rows)), [f"{row['id']}  ({row['n']})" for row in rows])
+        axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
         axes.invert_yaxis()
-        axes.set_xlabel("difference in percentage points, 95 % interval (Newcombe)")
+        axes.set_xlabel(label)
 
     return _svg(draw, height=1.2 + 0.32 * len(rows))
+
+
+def speed_up(comparisons: Sequence[Mapping[str, Any]]) -> bytes:
+    """Throughput of arms over the reference's, by concurrency; where a line crosses 1 is marked."""
+    lines: dict[str, list[tuple[int, list[float]]]] = {}
+    for row in comparisons:
+        for gate in row["gates"]:
+            if gate["gate"] == "throughput" and gate["interval"]:
+                ratios = [1 + end for end in (gate["difference"], *gate["interval"])]
+                name = f"{row['candidate']} over {row['reference']}"
+                lines.setdefault(name, []).append((row["concurrency"], ratios))
+
+    def draw(axes: Axes) -> None:
+        for name, points in lines.items():
+            levels = [level for level, _ in points]
+            value, low, high = zip(*(ratios for _, ratios in points), strict=True)
+            (line,) = axes.plot(levels, value, marker="o", label=name)
+            axes.vlines(levels, low, high, color=line.get_color())
+            for place in _crossings(levels, value):
+                axes.annotate(f"1 at c={place:.1f}", (place, 1), rotation=45)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("concurrency")
+        axes.set_ylabel("tokens/s over the reference's, 95 % interval")
+
+    return _svg(draw, height=4)
+
+
+def _crossings(levels: Sequence[int], ratios: Sequence[float]) -> list[float]:
+    """Concurrencies at which a line through the points is 1, on a logarithmic axis."""
+    pairs = zip(pairwise(map(math.log2, levels)), pairwise(ratios), strict=True)
+    return [
+        2 ** (low + (high - low) * (1 - first) / (second - first))
+        for (low, high), (first, second) in pairs
+        if (first - 1) * (second - 1) < 0
+    ]
 
 
 def starts(arms: Sequence[Arm], summaries: Sequence[Summary]) -> bytes:
@@ -115,7 +180,7 @@ def _svg(draw: Callable[[Axes], None], *, height: float) -> bytes:
         mpl.rcParams["svg.fonttype"] = "none"  # text stays text, and can be searched
         figure = Figure(figsize=(9, height), layout="constrained")
         draw(figure.add_subplot())
-        figure.legend(loc="outside upper center", ncols=len(MARKS), frameon=False)
+        figure.legend(loc="outside upper center", ncols=COLUMNS, frameon=False)
         figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
     # matplotlib ends lines with a space
     return b"".join(line.rstrip() + b"\n" for line in target.getvalue().splitlines())

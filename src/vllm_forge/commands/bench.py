@@ -66,6 +66,8 @@ def register(choices: Commands) -> None:
     one = command(bench, "report", report_results, packaged=True)
     one.add_argument("results", type=Path, nargs="+", metavar="RECORD", help="of one or more arms")
     one.add_argument("--output", type=Path, required=True, help="folder that is written")
+    one = command(bench, "keep", keep)
+    one.add_argument("sessions", type=Path, nargs="+", metavar="FOLDER", help="output of a session")
     _register_exchange(bench)
     one = command(bench, "build", build, LINE)
     one.add_argument("--scratch", type=Path, help="parent of its folder (default: /var/tmp)")
@@ -350,30 +352,34 @@ def gate(project: Project, args: argparse.Namespace) -> None:
     require_pass(outcomes)
 
 
-def report_results(_: Project, args: argparse.Namespace) -> None:
-    """Write a table and charts of results, as Markdown and SVG; it compares nothing."""
+def report_results(project: Project, args: argparse.Namespace) -> None:
+    """Write tables and charts of results, and of the arms of each session compared."""
     require_libraries("scipy", "matplotlib")
-    from vllm_forge.bench import plots
+    from vllm_forge.bench.report import report, write_report
     from vllm_forge.bench.results import read_arm
-    from vllm_forge.bench.summary import HEAD, summarize
-    from vllm_forge.bench.validity import require_valid
     from vllm_forge.host import atomic_path
-    from vllm_forge.pages.markdown import escape, table
+    from vllm_forge.pages.sessions import report_text
 
-    arms = [read_arm(path) for path in args.results]
-    require_valid(*arms)
-    summaries = [summarize(arm) for arm in arms]
-    charts = {"starts": plots.starts(arms, summaries), "pareto": plots.pareto(summaries),
-              "first-tokens": plots.first_tokens(arms, summaries),
-              "positions": plots.positions(summaries)}  # fmt: skip
-    rows = table(HEAD, [list(map(escape, row.cells())) for row in summaries])
+    document, charts = report([read_arm(path) for path in args.results], project.matrix.gate)
     with atomic_path(args.output) as folder:
         folder.mkdir()
-        for name, chart in charts.items():
-            (folder / f"{name}.svg").write_bytes(chart)
-        images = "\n".join(f"![{name}]({name}.svg)" for name in charts)
-        (folder / "report.md").write_text(f"# Results\n\n{rows}\n\n{images}\n", encoding="utf-8")
+        write_report(folder, document, charts)
+        text = report_text({**document, "charts": list(charts)})
+        (folder / "report.md").write_text(f"# Results\n\n{text}\n", encoding="utf-8")
     print(args.output / "report.md")
+
+
+def keep(project: Project, args: argparse.Namespace) -> None:
+    """Keep the results of sessions in the checkout, with their report; write the page of them."""
+    require_libraries("scipy", "matplotlib")
+    from vllm_forge.bench.report import keep as keep_session
+    from vllm_forge.pages.registry import write_pages
+    from vllm_forge.pages.sessions import PAGE, SESSIONS
+
+    for folder in args.sessions:
+        print(keep_session(folder, project.root / SESSIONS, project.matrix.gate))
+    write_pages(project, PAGE)
+    print(project.root / PAGE)
 
 
 def sign(_: Project, args: argparse.Namespace) -> None:

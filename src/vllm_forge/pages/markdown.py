@@ -10,14 +10,14 @@ from vllm_forge.errors import UsageError
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table without a final newline; integers with thousands separators, ``|`` escaped."""
+    """A table without a final newline; integers with thousands separators, ``|`` escaped once."""
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     lines += [f"| {' | '.join(map(_cell, row))} |" for row in rows]
     return "\n".join(lines)
 
 
 def _cell(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
+    return f"{value:,}" if isinstance(value, int) else re.sub(r"(?<!\\)\|", r"\|", str(value))
 
 
 def escape(text: str) -> str:

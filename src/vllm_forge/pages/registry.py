@@ -18,6 +18,7 @@ from vllm_forge.pages.faults import known_faults
 from vllm_forge.pages.kernels import coverage, late_stops, selection
 from vllm_forge.pages.markdown import put_block, table
 from vllm_forge.pages.rehearsal import rehearsals
+from vllm_forge.pages.sessions import sessions
 from vllm_forge.pages.status import status
 from vllm_forge.patches import read_series
 from vllm_forge.project import Project
@@ -77,6 +78,7 @@ PAGES: dict[str, dict[str, Callable[[Project], str]]] = {
     f"{ci.WORKFLOWS}/ci.yml": {"": ci.github_ci},
     f"{ci.WORKFLOWS}/release.yml": {"": ci.github_release},
     "README.md": {"lines": lines_table, "skus": skus_table},
+    "docs/generated/benchmarks.md": {"sessions": sessions},
     "docs/generated/checks.md": {"checks": records.checks},
     "docs/generated/claims.md": {"claims": claims},
     "docs/generated/coverage.md": {"coverage": coverage},

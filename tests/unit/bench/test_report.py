@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.support.bench import condition, rows_of, write_result
-from vllm_forge.bench.errors import InvalidResultError
+from vllm_forge.bench.errors import InvalidResultError, ResultFileError
+from vllm_forge.bench.plots import _crossings
+from vllm_forge.bench.report import CROSSCHECK, keep, report
 from vllm_forge.bench.results import read_arm
 from vllm_forge.bench.summary import summarize
+from vllm_forge.bench.turns import JOURNAL
 from vllm_forge.cli import main
+from vllm_forge.host import write_json
+from vllm_forge.matrix import Gate
+from vllm_forge.pages.sessions import SESSIONS, sessions
+from vllm_forge.project import Project
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+A, B = (0, 3, 4, 7, 8), (1, 2, 5, 6, 9)  # ABBA
+GATES = {"throughput": Gate(measure="throughput", margin=0.02),
+         "acceptance": Gate(measure="acceptance", margin=0.01)}  # fmt: skip
+CHECK = {"tool": "vllm bench serve", "rows": [
+    {"figure": "mean_ttft_ms", "own": 1.0, "other": 2.0, "bound": None, "agrees": None},
+]}  # fmt: skip
 
 
 @pytest.fixture
@@ -54,7 +69,7 @@ def test_report_has_the_same_bytes_each_time(results: list[str], tmp_path: Path)
     for folder in folders:
         assert main(["bench", "report", *results, f"--output={folder}"]) == 0
     names = {path.name for path in folders[0].iterdir()}
-    assert names == {"report.md", "starts.svg", "pareto.svg", "first-tokens.svg",
+    assert names == {"report.md", "report.json", "starts.svg", "pareto.svg", "first-tokens.svg",
                      "positions.svg"}  # fmt: skip
     for name in names:
         assert len({(folder / name).read_bytes() for folder in folders}) == 1
@@ -68,3 +83,87 @@ def test_invalid_result_is_not_reported(tmp_path: Path) -> None:
     code = main(["bench", "report", str(path), f"--output={tmp_path / 'report'}"])
     assert code == InvalidResultError.exit_code
     assert not (tmp_path / "report").exists()
+
+
+def served(folder: Path, arm: str, orders: tuple[int, ...], *, c: int = 8, **planted: Any) -> Path:
+    rows = rows_of(orders[0] + c, items=30, starts=5, **planted)
+    path = folder / f"{arm}-c{c}.json"
+
+    def edit(record: dict[str, Any]) -> None:
+        condition(concurrency=c)(record)
+        record["arm"] = arm
+
+    return write_result(path, rows, orders=orders, edit=edit)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """What a session leaves: 5 starts of each arm, and one that was refused."""
+    folder = tmp_path / "output"
+    served(folder, "plain", A)
+    served(folder, "mtp", B, speed=1.1)
+    rows = [
+        {"order": order, "arm": "x", "state": "done", "began": "2026-11-30T10:00:00+00:00"}
+        for order in range(10)
+    ]
+    cold = {**rows[0], "state": "failed", "error": "the caches were cold | <b>"}
+    write_json(folder / JOURNAL, {"plan_sha256": "0", "attempts": [cold, *rows]})
+    write_json(folder / CROSSCHECK, CHECK)
+    return folder
+
+
+def test_kept_session_has_a_page_of_its_verdicts(output: Path, tmp_path: Path) -> None:
+    final = keep(output, tmp_path / SESSIONS, GATES)
+    assert final.name == "s1-2026-11-30"
+    page = sessions(Project(tmp_path))
+    assert "| mtp against plain, c=8 | throughput, 2 % | pass | +1" in page
+    assert "below +" in page  # the interval is above no difference
+    assert "| 0 | x | failed | the caches were cold \\| \\<b\\> |" in page
+    assert "| mean_ttft_ms | 1 | 2 | unknown | unknown |" in page
+    charts = {path.name for path in final.glob("*.svg")}
+    assert charts == {"starts.svg", "pareto.svg", "first-tokens.svg", "positions.svg",
+                      "verdicts.svg"}  # fmt: skip
+    assert all(f"(../../{SESSIONS}/{final.name}/{name})" in page for name in charts)
+    assert read_arm(final / "mtp-c8.json").result == read_arm(output / "mtp-c8.json").result
+    record = json.loads((final / "mtp-c8.json").read_text())
+    write_json(final / "mtp-c8.json", {**record, "session": "other"})
+    with pytest.raises(ResultFileError, match="not the one of the report"):
+        sessions(Project(tmp_path))
+
+
+@pytest.mark.parametrize("fault", ["a start too many", "two sessions", "no records", "no list"])
+def test_part_of_a_session_is_not_kept(fault: str, output: Path, tmp_path: Path) -> None:
+    if fault == "a start too many":
+        served(output, "mtp", (1, 2, 5, 6, 10))
+    elif fault == "two sessions":
+        served(output.parent, "mtp", B)
+        rows = rows_of(1, items=30, starts=5)
+        write_result(output / "mtp-c8.json", rows, orders=B, edit=lambda r: r.update(session="s2"))
+    for path in output.glob({"no records": "*-c8*", "no list": JOURNAL}.get(fault, "none")):
+        path.unlink()
+    with pytest.raises(ResultFileError):
+        keep(output, tmp_path / SESSIONS, GATES)
+    assert not (tmp_path / SESSIONS).exists()
+
+
+def test_report_compares_the_arms_of_a_session(tmp_path: Path) -> None:
+    """At each concurrency; what cannot be compared says why."""
+    paths = [served(tmp_path, arm, orders, c=c, speed=speed)
+             for c, faster in ((1, 1.4), (32, 0.7))
+             for arm, orders, speed in (("plain", A, 1.0), ("mtp", B, faster))]  # fmt: skip
+    paths.append(served(tmp_path, "late", (20, 21, 22, 23, 24), c=32))
+    document, charts = report([read_arm(path) for path in paths], GATES)
+    rows = {(row["candidate"], row["concurrency"]): row for row in document["comparisons"]}
+    assert {key: row["reference"] for key, row in rows.items()} == {
+        ("mtp", 1): "plain", ("mtp", 32): "plain", ("late", 32): "plain"
+    }  # fmt: skip
+    words = {key: [gate["verdict"] for gate in row["gates"]] for key, row in rows.items()}
+    assert words["mtp", 1] == ["pass", "pass"]
+    assert words["mtp", 32][0] == "fail"
+    assert "not in turns" in rows["late", 32]["refused"]
+    assert b"1 at c=" in charts["speed-up"]
+
+
+def test_crossing_is_on_a_logarithmic_axis() -> None:
+    assert _crossings([1, 4, 16], [1.5, 1.25, 0.75]) == [pytest.approx(8)]
+    assert _crossings([1, 4], [1.5, 1.25]) == []

@@ -1,0 +1,134 @@
+"""A report: figures of results, and the arms of each session compared with its first one.
+
+A session that is kept with the project is a folder: its records with their rows, its list of
+starts, a report with its charts. The page is made of that report, which has the records' hashes.
+"""
+
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_forge.bench import plots
+from vllm_forge.bench.errors import InvalidResultError, ResultFileError
+from vllm_forge.bench.gate import gate
+from vllm_forge.bench.results import Arm, read_arm
+from vllm_forge.bench.signed import SUFFIX
+from vllm_forge.bench.summary import HEAD, summarize
+from vllm_forge.bench.turns import JOURNAL, Journal
+from vllm_forge.bench.validity import differences, intended, require_valid
+from vllm_forge.host import atomic_path, parse_json, read_data, read_plain, write_json
+from vllm_forge.host.files import file_digest
+from vllm_forge.matrix.model import Gate
+
+REPORT, CROSSCHECK = "report.json", "crosscheck.json"
+
+
+def report(
+    arms: Sequence[Arm], gates: Mapping[str, Gate]
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The report, and its charts by name; InvalidResultError."""
+    require_valid(*arms)
+    summaries = [summarize(arm) for arm in arms]
+    results = [
+        {
+            "record": arm.path.name,
+            "sha256": file_digest(arm.path),
+            "session": arm.result.session,
+            "figures": dict(zip(HEAD, summary.cells(), strict=True)),
+            **{key: getattr(arm.result.server, key) for key in ("image", "gpu", "driver")},
+            "counters": list(_counters(arm)),
+        }
+        for arm, summary in zip(arms, summaries, strict=True)
+    ]
+    comparisons = list(_comparisons(arms, gates))
+    charts = {"starts": plots.starts(arms, summaries), "pareto": plots.pareto(summaries),
+              "first-tokens": plots.first_tokens(arms, summaries)}  # fmt: skip
+    if any(summary.positions for summary in summaries):
+        charts["positions"] = plots.positions(summaries)
+    if any(row["gates"] for row in comparisons):
+        charts["verdicts"] = plots.verdicts(comparisons)
+    if len({row["concurrency"] for row in comparisons}) > 1:
+        charts["speed-up"] = plots.speed_up(comparisons)
+    return {"results": results, "comparisons": comparisons}, charts
+
+
+def _counters(arm: Arm) -> Iterator[dict[str, Any]]:
+    """Of each start of a model whose acceptance is known; validity compared them with it."""
+    for start in arm.result.starts:
+        if start.window and start.window.predicted:
+            change = start.window.after.since(start.window.before)
+            yield {"start": start.order, "drafts": change["drafts"],
+                   "accepted": list(change["per_position"])}  # fmt: skip
+
+
+def _comparisons(arms: Sequence[Arm], gates: Mapping[str, Gate]) -> Iterator[dict[str, Any]]:
+    """Each arm against the first that was started in its session, at the same concurrency."""
+    groups: defaultdict[tuple[str, int], list[Arm]] = defaultdict(list)
+    for arm in sorted(arms, key=lambda arm: min(start.order for start in arm.result.starts)):
+        groups[arm.result.session, arm.result.conditions.concurrency].append(arm)
+    for (session, concurrency), (reference, *others) in sorted(groups.items()):
+        again = [
+            arm
+            for arm in others
+            if arm.result.server == reference.result.server and not any(differences(reference, arm))
+        ]
+        for arm in others:
+            row = {
+                "session": session, "concurrency": concurrency, "refused": "", "gates": [],
+                "reference": reference.result.arm, "candidate": arm.result.arm,
+                "differs": intended(reference, arm),
+            }  # fmt: skip
+            repeat = next((one for one in again if one is not arm), None)
+            try:
+                outcomes = gate(gates, reference, arm, repeat)
+                yield {**row, "gates": [outcome.as_json() for outcome in outcomes]}
+            except InvalidResultError as error:
+                yield {**row, "refused": error.what}
+
+
+def keep(folder: Path, target: Path, gates: Mapping[str, Gate]) -> Path:
+    """Copy a session's results to a folder of ``target`` that is named after it and its day.
+
+    ResultFileError: its records have other starts than its list of starts says.
+    """
+    journal: Journal = read_data(
+        folder / JOURNAL, Journal.model_validate, ResultFileError, what="list of starts",
+        remedy="give the output folder of a session",
+    )  # fmt: skip
+    arms = [read_arm(path) for path in sorted(folder.glob("*-c*.json"))]
+    done = {row.order for row in journal.attempts if row.state == "done"}
+    kept = {start.order for arm in arms for start in arm.result.starts}
+    sessions = {arm.result.session for arm in arms}
+    if len(sessions) != 1 or kept != done:
+        what = f"its records have the starts {sorted(kept)}, finished are {sorted(done)}"
+        remedy = "give the whole output folder of one session"
+        raise ResultFileError(what, where=folder, remedy=remedy)
+    document, charts = report(arms, gates)
+    others = [row for row in journal.attempts if row.state != "done"]
+    document["began"] = journal.attempts[0].began
+    document["refused"] = [row.model_dump(mode="json", exclude={"began"}) for row in others]
+    if (crosscheck := folder / CROSSCHECK).exists():
+        document["crosscheck"] = parse_json(read_plain(crosscheck))
+    final = target / f"{sessions.pop()}-{document['began'][:10]}"
+    with atomic_path(final) as aside:
+        aside.mkdir()
+        for path in [folder / JOURNAL, *_files(arms)]:
+            shutil.copyfile(path, aside / path.name)
+        write_report(aside, document, charts)
+    return final
+
+
+def _files(arms: Sequence[Arm]) -> Iterator[Path]:
+    for arm in arms:
+        yield arm.path
+        yield arm.path.with_name(arm.result.rows.file)
+        if (signature := arm.path.with_suffix(SUFFIX)).exists():
+            yield signature
+
+
+def write_report(folder: Path, document: dict[str, Any], charts: Mapping[str, bytes]) -> None:
+    write_json(folder / REPORT, {**document, "charts": list(charts)})
+    for name, chart in charts.items():
+        (folder / f"{name}.svg").write_bytes(chart)

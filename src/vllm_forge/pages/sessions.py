@@ -1,0 +1,100 @@
+"""Sessions of benchmarks that are kept in records/bench/sessions, from their reports."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vllm_forge.bench.errors import ResultFileError
+from vllm_forge.host.files import file_digest
+from vllm_forge.pages.markdown import escape, table
+from vllm_forge.project import Project
+
+SESSIONS = "records/bench/sessions"
+PAGE = "docs/generated/benchmarks.md"
+REPORT = "report.json"
+
+
+def sessions(project: Project) -> str:
+    """A section for each; ResultFileError if a record is not the one that was reported."""
+    paths = sorted((project.root / SESSIONS).glob(f"*/{REPORT}"))
+    return "\n\n".join(_section(project, path.parent.name) for path in paths) or "not run"
+
+
+def _section(project: Project, name: str) -> str:
+    folder = f"{SESSIONS}/{name}"
+    document = project.read_json(f"{folder}/{REPORT}")
+    for row in document["results"]:
+        path = project.root / folder / row["record"]
+        if file_digest(path) != row["sha256"]:
+            what, remedy = "the record is not the one of the report", "nox -s bench -- keep FOLDER"
+            raise ResultFileError(what, where=path, remedy=remedy)
+    return f"## {name}\n\n{report_text(document, f'../../{folder}/')}"
+
+
+def report_text(document: Mapping[str, Any], charts: str = "") -> str:
+    """A report as Markdown; ``charts``: their folder."""
+    results = document["results"]
+    kinds = dict.fromkeys((row["gpu"], row["driver"], row["image"]) for row in results)
+    lines = [
+        f"{escape(gpu)}, driver {escape(driver)}, image `{image}`." for gpu, driver, image in kinds
+    ]
+    if "began" in document:
+        lines.append(f"Begun at {document['began']}.")
+    rows = [list(map(escape, row["figures"].values())) for row in results]
+    parts = [" ".join(lines), table(list(results[0]["figures"]), rows)]
+    parts += _comparisons(document)
+    parts += _counters(results)
+    if attempts := document.get("refused"):
+        cells = [[a["order"], a["arm"], a["state"], escape(a["error"])] for a in attempts]
+        parts += ["Starts that were not measured:", table(["start", "arm", "state", "why"], cells)]
+    if check := document.get("crosscheck"):
+        parts += [f"Against {escape(check['tool'])}:", _crosscheck(check)]
+    parts.append("\n".join(f"![{name}]({charts}{name}.svg)" for name in document["charts"]))
+    return "\n\n".join(parts)
+
+
+def _comparisons(document: Mapping[str, Any]) -> Iterator[str]:
+    """Verdicts; and what each interval excludes."""
+    cells = []
+    for row in document["comparisons"]:
+        pair = f"{row['candidate']} against {row['reference']}, c={row['concurrency']}"
+        if row["differs"]:
+            pair += f" ({'; '.join(row['differs'])})"
+        if row["refused"]:
+            cells.append([pair, "", "refused", "", "", escape(row["refused"])])
+        for gate in row["gates"]:
+            excluded, value = "nothing", ""
+            if gate["interval"]:
+                value, low, high = (
+                    f"{100 * x:+.2f} %" for x in (gate["difference"], *gate["interval"])
+                )
+                excluded = f"below {low}, above {high}"
+            name = f"{gate['gate']}, {100 * gate['margin']:g} %"
+            cells.append([pair, name, gate["verdict"], value, excluded, escape(gate["why"])])
+    if cells:
+        yield table(["arms", "gate", "verdict", "difference", "excluded at 95 %", "why"], cells)
+
+
+def _counters(results: list[dict[str, Any]]) -> Iterator[str]:
+    cells = [
+        [
+            row["figures"]["result"],
+            one["start"],
+            one["drafts"],
+            " / ".join(map(str, one["accepted"])),
+        ]
+        for row in results
+        for one in row["counters"]
+    ]
+    if cells:
+        yield "Counters of a model whose acceptance is known; each equals the prediction:"
+        yield table(["result", "start", "drafts", "accepted, by position"], cells)
+
+
+def _crosscheck(check: Mapping[str, Any]) -> str:
+    words = {True: "yes", False: "no", None: "unknown"}
+    cells = [
+        [row["figure"], *(f"{row[key]:.6g}" for key in ("own", "other")),
+         "unknown" if row["bound"] is None else f"{row['bound']:.3g}", words[row["agrees"]]]
+        for row in check["rows"]
+    ]  # fmt: skip
+    return table(["figure", "record", "other", "bound of the difference", "agrees"], cells)
