@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.support.dispatch import make_image, make_project, write_bundle
-from tests.support.kubernetes import rule_problems, schema_problems
+from tests.support.kubernetes import Api, rule_problems, schema_problems
 from vllm_forge.cli import main
 from vllm_forge.dispatch import runs
 from vllm_forge.dispatch.runs import read_record
@@ -105,13 +105,16 @@ def test_pods_leave_results_that_are_collected(
     assert schema_problems(job) + rule_problems(job) == []
     assert job["spec"]["completions"] == 2
 
+    api = Api(record.attempts["b300-0.26-kernel"])
+    monkeypatch.setattr("vllm_forge.commands.dispatch.HostProbe", lambda: api)
     assert main(["dispatch", "status"]) == 0
-    assert capfd.readouterr().out.count("waiting") == 2
+    assert capfd.readouterr().out.count("run: kubectl apply -f") == 2
     codes = [run_pod(job, index, storage, image, tmp_path / f"pod-{index}") for index in (0, 1)]
     assert codes == [0, 91]
     markers = record.folder.glob("results/*/*.done")
     assert {path.stem for path in markers} == {"pod-0", "pod-1"}  # no pod writes to another's
     assert 91 in job["spec"]["podFailurePolicy"]["rules"][1]["onExitCodes"]["values"]
+    api.has_job(completions=2, completedIndexes="0", failedIndexes="1")
     assert main(["dispatch", "collect"]) == 91
     out = capfd.readouterr().out
     rows = {line.split("│")[1].strip(): line for line in out.splitlines() if "b300-0.26" in line}

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.slurm import until
 from vllm_forge.cli import main
+from vllm_forge.dispatch.slurm import job_name
 from vllm_forge.receipts.verification import read_receipts
 
 if TYPE_CHECKING:
@@ -175,6 +176,23 @@ def test_full_disk_of_a_node_is_a_fault(lab: Lab, tmp_path: Path) -> None:
     assert verdict == "fault"
     assert "No space left on device" in why
     assert document["receipts"] == []
+
+
+def test_job_that_never_starts_is_undecided(lab: Lab) -> None:
+    """Slurm keeps one whose dependency cannot be satisfied any more."""
+    argv = ["sbatch", "--parsable", "--hold", "--partition=rtxpro6000", "--wrap=true"]
+    cancelled = lab.cluster.run(*argv).strip()
+    lab.cluster.run("scancel", cancelled)
+    site = lab.site()
+    with site.open("a") as file:  # of the last SKU
+        file.write(f'options = ["--dependency=afterok:{cancelled}"]\n')
+    record = lab.send(site, "--skus=rtxpro6000", "--tiers=kernel")
+    document = lab.collect(record.run, code=92)
+    why = "no result was written (PENDING: DependencyNeverSatisfied)"
+    assert verdicts(document) == {"rtxpro6000-0.26-kernel": ("undecided", why)}
+    lab.cluster.run("scancel", f"--jobname={job_name(record.run)}")
+    document = lab.collect(record.run, code=92)
+    assert verdicts(document)["rtxpro6000-0.26-kernel"][0] == "undecided"
 
 
 def test_kit_runs_without_an_engine(lab: Lab) -> None:

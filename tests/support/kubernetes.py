@@ -6,10 +6,16 @@ rule about two fields; those are in kubernetes/kubernetes: pkg/apis/batch/valida
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import kubernetes_validate
+
+from vllm_forge.host import Reply
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 VERSION = "1.37"
 LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -123,3 +129,61 @@ def _pod(pod: dict[str, Any]) -> list[str]:
         if not isinstance(gpus, int) or gpus < 1:
             found.append(f"nvidia.com/gpu: {gpus!r}")
     return found
+
+
+class Api:
+    """What ``kubectl get jobs.batch,pods --output=json`` prints of a cluster that a test changes.
+
+    Its shapes are those of the API (kubernetes/api, batch/v1 and core/v1).
+    """
+
+    def __init__(self, attempt: str) -> None:
+        self.namespace, _, rest = attempt.partition("/")
+        self.job, _, self.index = rest.rpartition("_")
+        self.items: list[dict[str, Any]] = []
+        self.code, self.text, self.asked = 0, "", list[list[str]]()
+
+    def ask(self, name: str, argv: Sequence[str]) -> Reply:
+        assert name == "kubectl"
+        self.asked.append(list(argv))
+        document = {"apiVersion": "v1", "items": self.items, "kind": "List",
+                    "metadata": {"resourceVersion": ""}}  # fmt: skip
+        return Reply(code=self.code, text=self.text or json.dumps(document))
+
+    def has_job(self, *conditions: dict[str, str], completions: int = 1, **status: Any) -> None:
+        """The Job with a status; the pods stay."""
+        self.items = [row for row in self.items if row["kind"] == "Pod"]
+        self.items.append({
+            "apiVersion": "batch/v1", "kind": "Job",
+            "metadata": {"name": self.job, "namespace": self.namespace, "uid": "0b5c",
+                         "creationTimestamp": "2026-11-30T12:40:12Z", "generation": 1},
+            "spec": {"completionMode": "Indexed", "completions": completions,
+                     "parallelism": completions, "backoffLimit": 2147483647,
+                     "backoffLimitPerIndex": 1, "suspend": False},
+            "status": {"conditions": list(conditions), "ready": 0, "terminating": 0,
+                       "uncountedTerminatedPods": {}, **status},
+        })  # fmt: skip
+
+    def has_pod(self, phase: str, *, at: str = "12:40:13", **status: Any) -> None:
+        self.items.append({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {
+                "name": f"{self.job}-{self.index}-x7k2p", "namespace": self.namespace,
+                "creationTimestamp": f"2026-11-30T{at}Z",
+                "annotations": {"batch.kubernetes.io/job-completion-index": self.index},
+                "labels": {"batch.kubernetes.io/job-name": self.job, "job-name": self.job},
+            },
+            "spec": {"nodeName": "n1", "restartPolicy": "Never"},
+            "status": {"phase": phase, "qosClass": "BestEffort", **status},
+        })  # fmt: skip
+
+
+def condition(kind: str, reason: str, message: str, *, status: str = "True") -> dict[str, str]:
+    return {"type": kind, "status": status, "reason": reason, "message": message,
+            "lastTransitionTime": "2026-11-30T12:41:00Z"}  # fmt: skip
+
+
+def container(kind: str, **state: Any) -> list[dict[str, Any]]:
+    """``containerStatuses`` of a pod."""
+    return [{"name": "suite", "ready": False, "restartCount": 0, "state": {kind: state},
+             "lastState": {}, "image": "registry.lab:5000/forge/vllm"}]  # fmt: skip

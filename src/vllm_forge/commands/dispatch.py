@@ -6,7 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_forge.commands.parsers import JSON, Commands, command, option, positive_count, print_json
+from vllm_forge.commands.parsers import (
+    JSON,
+    Commands,
+    command,
+    option,
+    positive,
+    positive_count,
+    print_json,
+)
 from vllm_forge.errors import ForgeError, suggestion
 from vllm_forge.host import HostProbe, PlainConsole, Runner, console, printable, write_whole
 from vllm_forge.matrix import ImageCell
@@ -47,7 +55,10 @@ class _Actions(argparse._SubParsersAction):  # type: ignore[type-arg]
 
 def register(choices: Commands) -> None:
     key = option("--key", type=Path, help="private key (PEM) that signs the receipts")
-    one = command(choices, "dispatch", dispatch, JSON, key)
+    wait = option("--wait", action="store_true", help="until all jobs ended, then collect")
+    text = "of --wait; what still waits then is listed so"
+    timeout = option("--timeout", type=positive, metavar="MINUTES", help=text)
+    one = command(choices, "dispatch", dispatch, JSON, key, wait, timeout)
     one.add_argument("--to", choices=SCHEDULERS, help="scheduler of the cluster")
     one.add_argument("--skus", type=_names, help="SKUs of matrix.toml, e.g. b300,rtxpro6000")
     one.add_argument("--tiers", type=_names, help="of the GPU suite (default: kernel,server)")
@@ -55,12 +66,10 @@ def register(choices: Commands) -> None:
     one.add_argument("--minutes", type=positive_count, help="that each of --sessions may take")
     one.add_argument("--lines", type=_names, help="vLLM lines (default: that of matrix.toml)")
     one.add_argument("--site", type=Path, help="the cluster (default: site.toml)")
-    one.add_argument("--wait", action="store_true", help="until all jobs ended, then collect")
     actions = one.add_subparsers(dest="dispatch_command", metavar="COMMAND", action=_Actions)
     run = option("run", nargs="?", metavar="RUN", help="default: the latest")
     command(actions, "status", status, JSON, run)
-    one = command(actions, "collect", collect, JSON, key, run)
-    one.add_argument("--wait", action="store_true", help="until all jobs ended")
+    command(actions, "collect", collect, JSON, key, run, wait, timeout)
     one = command(actions, "build", build, JSON)
     one.add_argument("--skus", type=_names, help="SKUs of matrix.toml (default: all)")
     one.add_argument("--lines", type=_names, help="vLLM lines (default: all)")
@@ -76,8 +85,8 @@ def dispatch(project: Project, args: argparse.Namespace) -> None:
 
     if missing := [name for name in ("to", "skus") if getattr(args, name) is None]:
         args.parser.error(f"missing --{missing[0]}")
-    if args.key and not args.wait:
-        args.parser.error("--key signs what comes back: give it with --wait, or to collect")
+    if (args.key or args.timeout) and not args.wait:
+        args.parser.error("--key and --timeout need --wait, or belong to collect")
     site = _site(project, args)
     if args.to == "kubernetes":
         site = site.model_copy(update={"runtime": POD})
@@ -111,8 +120,9 @@ def _site(project: Project, args: argparse.Namespace) -> "Site":
 def _to_slurm(specs: Sequence["JobSpec"], site: "Site", run: str) -> "Send":
     """Check that the cluster has what the jobs need; what sends them."""
     from vllm_forge.dispatch import slurm
+    from vllm_forge.dispatch.runs import asking
 
-    ask, batches = slurm.asking(HostProbe()), slurm.batches(specs, site, run)
+    ask, batches = asking(HostProbe()), slurm.batches(specs, site, run)
     slurm.require_cluster(specs, site, ask)
 
     def send(folder: Path, record: "RunRecord") -> "RunRecord":
@@ -133,7 +143,7 @@ def _to_kubernetes(specs: Sequence["JobSpec"], site: "Site", run: str) -> "Send"
         for name, text in texts.items():
             write_whole(folder / "manifests" / name, text)
         console.print(f"run: kubectl apply -f {folder / 'manifests'}", markup=False)
-        return record
+        return record.model_copy(update={"attempts": kubernetes.attempts(specs, site, run)})
 
     return write
 
@@ -180,6 +190,8 @@ def collect(project: Project, args: argparse.Namespace) -> None:
     """Verify what the jobs of a run wrote, and make receipts of what is green."""
     from vllm_forge.dispatch.runs import read_record
 
+    if args.timeout and not args.wait:
+        args.parser.error("--timeout needs --wait")
     _collect(project, args, read_record(project, args.run))
 
 
@@ -188,10 +200,10 @@ def _outcomes(project: Project, record: "RunRecord") -> list["Outcome"]:
 
     if record.folder.exists():
         runs.require_own(record.folder)
+    ask = runs.asking(HostProbe())
     if record.scheduler == "kubernetes":
-        return kubernetes.outcomes(project, record)
-    states = slurm.states(record.run, slurm.asking(HostProbe()))
-    return runs.outcomes(project, record, slurm.ENDED, states)
+        return kubernetes.outcomes(project, record, ask)
+    return runs.outcomes(project, record, slurm.states(record.run, ask))
 
 
 def _collect(project: Project, args: argparse.Namespace, record: "RunRecord") -> None:
@@ -201,7 +213,7 @@ def _collect(project: Project, args: argparse.Namespace, record: "RunRecord") ->
 
     rows = _outcomes(project, record)
     if args.wait:
-        rows = runs.wait(lambda: _outcomes(project, record))
+        rows = runs.wait(lambda: _outcomes(project, record), args.timeout)
     receipts = []
     specs = {spec.name: spec for spec in record.specs}
     for number, row in enumerate(rows):

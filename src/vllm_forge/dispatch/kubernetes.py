@@ -4,15 +4,23 @@ A pod's template names one image and one number of GPUs, so there is a Job for e
 of GPUs and set of volumes; its index is a job of it. A node selector chooses the SKU.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_forge.dispatch.errors import SITE, ClusterMismatchError, SiteFileError
+from vllm_forge.dispatch.errors import SITE, ClusterMismatchError, SchedulerError, SiteFileError
 from vllm_forge.dispatch.jobs import RUNS, JobSpec
-from vllm_forge.dispatch.results import REFUSED, Marker, Outcome, judge
-from vllm_forge.dispatch.runs import RunRecord, local_folder
+from vllm_forge.dispatch.results import (
+    REFUSED,
+    UNDECIDED,
+    WAITING,
+    Marker,
+    Outcome,
+    State,
+    judge,
+)
+from vllm_forge.dispatch.runs import Ask, RunRecord, local_folder
 from vllm_forge.dispatch.site import Kubernetes, KubernetesSku, Site
 from vllm_forge.host import parse_json, read_plain
 from vllm_forge.project import Project
@@ -22,42 +30,53 @@ TEMPLATE = Path(__file__).with_name("job.yaml")
 # Of this project's exit codes, those by which the same job would end again: the last digit says
 # refused, red or undecided. A fault of the node is tried again.
 CODES = [code for code in range(10, 130) if code % 10 in {0, 1, 2}]
+# Label and annotation of a pod (kubernetes/api, batch/v1/types.go), since 1.27.
+POD_JOB, POD_INDEX = "batch.kubernetes.io/job-name", "batch.kubernetes.io/job-completion-index"
 
 
-@dataclass(frozen=True, kw_only=True)
-class IndexedJob:
-    """What a manifest is filled with; ``names``: of jobs, by index."""
+def job_name(run: str, number: int) -> str:
+    return f"forge-{run}-{number}"
 
-    name: str
-    image: str
-    names: tuple[str, ...]
-    gpus: int
-    minutes: int
-    shm_gb: int
-    volumes: tuple[dict[str, Any], ...]
+
+def groups(specs: Sequence[JobSpec]) -> list[list[JobSpec]]:
+    """The jobs of each Job, by index."""
+    made: dict[tuple[object, ...], list[JobSpec]] = {}
+    for spec in specs:
+        key = (spec.reference, spec.exclusive, spec.gpus, spec.volumes)
+        made.setdefault(key, []).append(spec)
+    return list(made.values())
+
+
+def attempts(specs: Sequence[JobSpec], site: Site, run: str) -> dict[str, str]:
+    """Name of a job -> ``NAMESPACE/JOB_INDEX``, as which the cluster knows it."""
+    namespace = _cluster(site).namespace
+    return {
+        spec.name: f"{namespace}/{job_name(run, number)}_{index}"
+        for number, group in enumerate(groups(specs))
+        for index, spec in enumerate(group)
+    }
 
 
 def manifests(specs: Sequence[JobSpec], site: Site, run: str) -> dict[str, str]:
     """File name -> manifest. SiteFileError: a row is missing; ClusterMismatchError: more GPUs."""
     cluster = _cluster(site)
-    groups: dict[tuple[object, ...], list[JobSpec]] = {}
-    for spec in specs:
-        if spec.reference is None:
-            what = "missing registry: Kubernetes pulls images from one"
-            remedy = 'add registry = "HOST/NAME", and push the image there'
-            raise SiteFileError(what, where=SITE, remedy=remedy)
-        groups.setdefault((spec.reference, spec.exclusive, spec.gpus, spec.volumes), []).append(
-            spec
-        )
+    if site.registry is None:
+        what = "missing registry: Kubernetes pulls images from one"
+        remedy = 'add registry = "HOST/NAME", and push the image there'
+        raise SiteFileError(what, where=SITE, remedy=remedy)
     made = {}
-    for number, group in enumerate(groups.values()):
-        row = _row(cluster, group[0])
-        job = _job(f"forge-{run}-{number}", group, row, site)
+    for number, group in enumerate(groups(specs)):
+        first, name = group[0], job_name(run, number)
+        row = _row(cluster, first)
         values = {
-            "job": job, "row": row, "site": cluster, "run": run, "codes": CODES,
+            "name": name, "names": [spec.name for spec in group], "image": first.reference,
+            # A node is exclusive to who asks for all its GPUs.
+            "gpus": row.gpus if first.exclusive else first.gpus, "shm_gb": first.shm_gb,
+            "minutes": max(spec.minutes for spec in group), "volumes": _volumes(first, site),
+            "row": row, "site": cluster, "run": run, "codes": CODES,
             "storage": site.storage.root, "folder": f"{site.storage.root}/{RUNS}/{run}",
         }  # fmt: skip
-        made[f"{job.name}.yaml"] = fill(TEMPLATE, **values)
+        made[f"{name}.yaml"] = fill(TEMPLATE, **values)
     return made
 
 
@@ -81,11 +100,9 @@ def _row(cluster: Kubernetes, spec: JobSpec) -> KubernetesSku:
     return row
 
 
-def _job(name: str, group: Sequence[JobSpec], row: KubernetesSku, site: Site) -> IndexedJob:
-    """A node is exclusive to who asks for all its GPUs."""
-    first = group[0]
+def _volumes(spec: JobSpec, site: Site) -> list[dict[str, Any]]:
     volumes = []
-    for number, volume in enumerate(first.volumes):
+    for number, volume in enumerate(spec.volumes):
         inside = volume.source.removeprefix(f"{site.storage.root}/")
         of_claim = inside != volume.source
         volumes.append({
@@ -93,39 +110,119 @@ def _job(name: str, group: Sequence[JobSpec], row: KubernetesSku, site: Site) ->
             "inside": inside if of_claim else "", "target": volume.target,
             "read_only": volume.read_only,
         })  # fmt: skip
-    return IndexedJob(
-        name=name,
-        image=str(first.reference),
-        names=tuple(spec.name for spec in group),
-        gpus=row.gpus if first.exclusive else first.gpus,
-        minutes=max(spec.minutes for spec in group),
-        shm_gb=first.shm_gb,
-        volumes=tuple(volumes),
-    )
+    return volumes
 
 
-def outcomes(project: Project, record: RunRecord) -> list[Outcome]:
-    """The verdict on each job, by the markers that pods have left; no cluster is asked.
+def states(record: RunRecord, ask: Ask) -> dict[str, State]:
+    """Attempt -> its state, of all Jobs of a run that the cluster has."""
+    namespace = next(iter(record.attempts.values()), "").partition("/")[0]
+    argv = ["kubectl", "get", "jobs.batch,pods", f"--namespace={namespace}",
+            f"--selector=vllm-forge/run={record.run}", "--output=json"]  # fmt: skip
+    text = ask(argv)
+    try:
+        items = parse_json(text)["items"]
+        pods: dict[tuple[str, str], str] = {}
+        for pod in sorted(items, key=lambda row: str(row["metadata"]["creationTimestamp"])):
+            if pod["kind"] == "Pod":
+                meta = pod["metadata"]
+                pods[meta["labels"][POD_JOB], meta["annotations"][POD_INDEX]] = _pod_text(pod)
+        return {
+            f"{namespace}/{job['metadata']['name']}_{index}": _state(job, index, pods)
+            for job in items
+            if job["kind"] == "Job"
+            for index in range(job["spec"]["completions"])
+        }
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        what = f"kubectl printed no list of Jobs and pods: {error!r}"
+        remedy = "run that command, and see what it prints"
+        raise SchedulerError(what, where=shlex.join(argv), remedy=remedy) from None
 
-    A pod that met a fault does not count: its index is started again. Two that ended without one
-    are refused, as there is no telling which of them counts.
-    """
+
+def _state(job: dict[str, Any], index: int, pods: Mapping[tuple[str, str], str]) -> State:
+    """Of one index of a Job (kubernetes/api, batch/v1, JobStatus)."""
+    status = job.get("status", {})
+    pod = pods.get((job["metadata"]["name"], str(index)), "no pod")
+    if _lists(status.get("completedIndexes", ""), index):
+        return State(text="Kubernetes: it succeeded", ended=True, succeeded=True)
+    if _lists(status.get("failedIndexes", ""), index):
+        return State(text=f"Kubernetes: it failed; last pod: {pod}", ended=True, succeeded=False)
+    true = {row["type"]: row for row in status.get("conditions", ()) if row["status"] == "True"}
+    if row := true.get("Failed") or true.get("Complete"):
+        text = f"{row['type']}: {row.get('reason', '')} {row.get('message', '')}"
+        return State(text=text, ended=True, succeeded=False)
+    if "Suspended" in true:
+        return State(text="the Job is suspended, by Kueue or by hand", ended=False)
+    return State(text=pod, ended=False)
+
+
+def _lists(text: str, index: int) -> bool:
+    """Whether "1,3-5" has an index."""
+    pairs = (part.partition("-")[::2] for part in text.split(",") if part)
+    return any(int(first) <= index <= int(last or first) for first, last in pairs)
+
+
+def _pod_text(pod: dict[str, Any]) -> str:
+    """Why a pod waits or failed; else its phase."""
+    status = pod["status"]
+    rows = [status] if "reason" in status else []
+    for container in status.get("containerStatuses", ()):
+        state = container.get("state", {})
+        rows += [state[kind] for kind in ("waiting", "terminated") if kind in state]
+    rows += [row for row in status.get("conditions", ()) if row["type"] == "PodScheduled"]
+    for row in rows:
+        if reason := row.get("reason"):
+            code = f", exit code {row['exitCode']}" if "exitCode" in row else ""
+            return f"{reason}{code} {row.get('message', '')}".strip()
+    return str(status["phase"])
+
+
+def outcomes(project: Project, record: RunRecord, ask: Ask) -> list[Outcome]:
+    """The verdict on each job: the cluster says which have ended, markers of pods say how."""
+    known = states(record, ask)  # before markers are read: what ended since only waits
     rows = []
     for spec in record.specs:
+        local = local_folder(project, record, spec.name)
+        seen = local.with_name(f"{spec.name}.seen")
+        state = known.get(record.attempts.get(spec.name, ""))
+        if state is not None:
+            seen.touch()
         results = record.folder / "results" / spec.name
-        ended = [path.stem for path in sorted(results.glob("*.done")) if not _is_fault(path)]
-        if len(ended) > 1:
-            why = f"two pods of it ended: {', '.join(ended)}"
-            rows.append(Outcome(name=spec.name, verdict=REFUSED, why=why))
+        if state is None and not seen.exists() and not results.exists():
+            state = State(text=f"run: kubectl apply -f {record.folder / 'manifests'}", ended=False)
+        state = state or State(text="its Job was deleted", ended=True)
+        if not state.ended:
+            rows.append(Outcome(name=spec.name, verdict=WAITING, why=state.text))
             continue
-        (attempt,) = ended or [""]
-        state = None if ended else f"see: kubectl get pods -l vllm-forge/run={record.run}"
-        rows.append(judge(spec, attempt, results, state, local_folder(project, record, spec.name)))
+        row = _ended(spec, state, results, local)
+        if row.verdict == UNDECIDED:
+            row = row.model_copy(update={"why": f"{row.why} ({state.text})"})
+        rows.append(row)
     return rows
 
 
-def _is_fault(marker: Path) -> bool:
+def _ended(spec: JobSpec, state: State, results: Path, local: Path) -> Outcome:
+    """The verdict on an index: that of the pod by which it ended.
+
+    Others that left a marker met a fault of the node, or were evicted; the index was started again.
+    """
+    markers = sorted(results.glob("*.done"), key=lambda path: path.lstat().st_mtime_ns)
+    exits = {path.stem: _exit(path) for path in markers}
+    green = [name for name, code in exits.items() if code == 0]
+    other = [name for name, code in exits.items() if code in CODES]
+    chosen = {True: green, False: other[-1:], None: [*green, *other]}[state.succeeded]
+    if len(chosen) > 1 or (green and state.succeeded is False):
+        why = f"pods of it ended in different ways: {', '.join(exits)} ({state.text})"
+        return Outcome(name=spec.name, verdict=REFUSED, why=why)
+    left = [path.name for path in results.glob("*") if path.is_dir() and path.name not in exits]
+    faults = [] if state.succeeded else [*exits]
+    attempt = (chosen or faults or left or [""])[-1]
+    return judge(spec, attempt, results, None, local)
+
+
+def _exit(marker: Path) -> int | None:
+    """The exit code that a marker says; None: a fault. One that cannot be read is not left out."""
     try:
-        return bool(Marker.model_validate(parse_json(read_plain(marker))).fault)
-    except ValueError:
-        return False  # `judge` says what is wrong with it
+        row = Marker.model_validate(parse_json(read_plain(marker)))
+    except (OSError, ValueError):
+        return 0  # `judge` says what is wrong with it
+    return None if row.fault else row.exit

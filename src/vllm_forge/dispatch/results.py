@@ -43,6 +43,14 @@ class Marker(FrozenModel):
     files: dict[FileName, Sha256]
 
 
+class State(FrozenModel):
+    """What a scheduler says of a job. ``succeeded``: None where only its marker can say so."""
+
+    text: str
+    ended: bool
+    succeeded: bool | None = None
+
+
 class Outcome(FrozenModel):
     """The verdict on a job, and why."""
 
@@ -82,7 +90,7 @@ def _without_marker(names: set[str], attempt: str, state: str | None) -> tuple[s
         return WAITING, state
     if attempt in names:
         return UNDECIDED, "half a result: the job ended before it was complete"
-    return UNDECIDED, "no result: the job ended without one"
+    return UNDECIDED, "no result was written"
 
 
 def _read_marker(spec: JobSpec, attempt: str, results: Path) -> Marker:

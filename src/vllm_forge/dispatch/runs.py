@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shlex
 import shutil
 import stat
 import time
@@ -11,14 +12,23 @@ from pathlib import Path
 
 from vllm_forge.dispatch.errors import RunFolderError, SchedulerError
 from vllm_forge.dispatch.jobs import BUNDLE, CACHES, IMAGES, RUNS, JobSpec
-from vllm_forge.dispatch.results import UNDECIDED, WAITING, Outcome, judge
+from vllm_forge.dispatch.results import UNDECIDED, WAITING, Outcome, State, judge
 from vllm_forge.dispatch.runtimes import find_runtime, node_job
 from vllm_forge.dispatch.site import Site
 from vllm_forge.errors import suggestion
 from vllm_forge.gputest.kit import make_kit
 from vllm_forge.gputest.launch import SuiteImage, write_bundle
 from vllm_forge.gputest.sessions import write_sessions
-from vllm_forge.host import Runner, console, read_data, report, write_json, write_whole
+from vllm_forge.host import (
+    Probe,
+    Runner,
+    console,
+    printable,
+    read_data,
+    report,
+    write_json,
+    write_whole,
+)
 from vllm_forge.host.files import file_digest
 from vllm_forge.images.archive import write_archive
 from vllm_forge.images.layout import Image, read_image, verify
@@ -30,6 +40,7 @@ NODE = Path(__file__).with_name("node.py")
 POLL_S = 15.0
 SILENCE_S = 3600.0  # in which a scheduler that does not answer is asked again
 ONE_PART = 1 << 50  # bytes: a kit on shared storage need not be cut
+Ask = Callable[[Sequence[str]], str]
 
 
 class RunRecord(FrozenModel):
@@ -174,32 +185,42 @@ def bring_image(project: Project, site: Site, cell: ImageCell, image: Image) -> 
     return known.read_text()
 
 
-def outcomes(
-    project: Project, record: RunRecord, ended: set[str], states: Mapping[str, str]
-) -> list[Outcome]:
-    """The verdict on each job of a run.
-
-    ``states``: attempt -> the scheduler's word; ``ended``: words of jobs that will not run again.
-    """
+def outcomes(project: Project, record: RunRecord, states: Mapping[str, State]) -> list[Outcome]:
+    """The verdict on each job of a run; ``states``: of attempts that the scheduler knows."""
     rows = []
     for spec in record.specs:
         if (attempt := record.attempts.get(spec.name)) is None:
             rows.append(Outcome(name=spec.name, verdict=UNDECIDED, why="it was not sent"))
             continue
-        state = states.get(attempt)
-        alive = None if state in ended else state
+        state = states.get(attempt, State(text="the scheduler does not know it", ended=True))
         results = record.folder / "results" / spec.name
         local = local_folder(project, record, spec.name)
-        row = judge(spec, attempt, results, alive, local)
-        if row.verdict == UNDECIDED and state in ended:
-            row = row.model_copy(update={"why": f"{row.why} ({state})"})
+        row = judge(spec, attempt, results, None if state.ended else state.text, local)
+        if row.verdict == UNDECIDED:
+            row = row.model_copy(update={"why": f"{row.why} ({state.text})"})
         rows.append(row)
     return rows
 
 
-def wait(ask: Callable[[], list[Outcome]]) -> list[Outcome]:
-    """Ask until no job runs; a scheduler that is silent for a while is asked again."""
+def asking(probe: Probe) -> Ask:
+    """A scheduler's own programs; SchedulerError has what they print."""
+
+    def ask(argv: Sequence[str]) -> str:
+        reply = probe.ask(argv[0], argv)
+        if reply.code != 0:
+            what = f"{argv[0]} exited with {reply.code}: {printable(reply.text.strip())}"
+            check = "kubectl cluster-info" if argv[0] == "kubectl" else "scontrol ping"
+            remedy = f"see whether the cluster answers: {check}"
+            raise SchedulerError(what, where=shlex.join(argv), remedy=remedy)
+        return reply.text
+
+    return ask
+
+
+def wait(ask: Callable[[], list[Outcome]], minutes: float | None = None) -> list[Outcome]:
+    """Ask until no job waits, or for so long; a scheduler that is silent a while is asked again."""
     shown, silent_since = -1, time.monotonic()
+    end = silent_since + 60 * minutes if minutes else float("inf")
     while True:
         try:
             rows, silent_since = ask(), time.monotonic()
@@ -207,10 +228,10 @@ def wait(ask: Callable[[], list[Outcome]]) -> list[Outcome]:
             if waiting != shown:
                 console.print(f"{waiting} of {len(rows)} jobs wait or run")
                 shown = waiting
-            if not waiting:
+            if not waiting or time.monotonic() >= end:
                 return rows
         except SchedulerError as error:
-            if time.monotonic() - silent_since > SILENCE_S:
+            if time.monotonic() > min(end, silent_since + SILENCE_S):
                 raise
             console.print(f"{error.what.splitlines()[0]}; asking again", markup=False)
         time.sleep(POLL_S)

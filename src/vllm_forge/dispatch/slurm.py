@@ -7,16 +7,17 @@ which jobs it still has, and why others ended.
 
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_forge.dispatch.errors import SITE, ClusterMismatchError, SchedulerError, SiteFileError
 from vllm_forge.dispatch.jobs import RUNS, JobSpec
-from vllm_forge.dispatch.runs import RunRecord
+from vllm_forge.dispatch.results import State
+from vllm_forge.dispatch.runs import Ask, RunRecord
 from vllm_forge.dispatch.site import Site, Slurm, SlurmSku
 from vllm_forge.errors import suggestion
-from vllm_forge.host import Probe, printable, write_whole
+from vllm_forge.host import printable, write_whole
 
 TERM_S = 60  # from SIGTERM to the end of a job's time, in which the suite writes what it has
 GPUS = re.compile(r"\bgpu:([\w.-]+):(\d+)")
@@ -27,7 +28,8 @@ ENDED = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
     "PREEMPTED", "REVOKED", "TIMEOUT",
 }  # fmt: skip
-Ask = Callable[[Sequence[str]], str]
+# Reasons of squeue(1) for which a job that waits never starts.
+NEVER = {"BadConstraints", "DependencyNeverSatisfied", "InvalidAccount", "InvalidQOS"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,20 +102,6 @@ def head_of(own: Sequence[str], further: Sequence[str]) -> str:
                 what, where=SITE, remedy="remove it from the options of the site file"
             )
     return "".join(f"#SBATCH {option}\n" for option in (*own, *further))
-
-
-def asking(probe: Probe) -> Ask:
-    """Slurm's own programs; SchedulerError has what they print."""
-
-    def ask(argv: Sequence[str]) -> str:
-        reply = probe.ask(argv[0], argv)
-        if reply.code != 0:
-            what = f"{argv[0]} exited with {reply.code}: {printable(reply.text.strip())}"
-            remedy = "see whether the controller is up: scontrol ping"
-            raise SchedulerError(what, where=shlex.join(argv), remedy=remedy)
-        return reply.text
-
-    return ask
 
 
 def require_cluster(specs: Sequence[JobSpec], site: Site, ask: Ask) -> None:
@@ -198,8 +186,14 @@ def _job_id(text: str, path: Path) -> str:
     return job
 
 
-def states(run: str, ask: Ask) -> dict[str, str]:
-    """Attempt (job id and index) -> Slurm's word for its state, of all that it still knows."""
+def states(run: str, ask: Ask) -> dict[str, State]:
+    """Attempt (job id and index) -> its state, of all that Slurm still knows."""
     argv = ["squeue", "-h", "--array", "--states=all", f"--name={job_name(run)}"]
-    rows = ask([*argv, "--format=%F_%K|%T"]).splitlines()
-    return {attempt: state for attempt, _, state in (row.partition("|") for row in rows)}
+    rows = [row.split("|") for row in ask([*argv, "--format=%F_%K|%T|%r"]).splitlines()]
+    return {
+        attempt: State(
+            text=word if reason == "None" else f"{word}: {reason}",
+            ended=word in ENDED or reason in NEVER,
+        )
+        for attempt, word, reason in rows
+    }

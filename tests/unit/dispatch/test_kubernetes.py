@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
-from tests.support.kubernetes import rule_problems, schema_problems
+from tests.support.kubernetes import Api, condition, container, rule_problems, schema_problems
 from tests.support.site import SITE, make_site
-from vllm_forge.dispatch.errors import ClusterMismatchError, SiteFileError
+from vllm_forge.dispatch.errors import ClusterMismatchError, SchedulerError, SiteFileError
 from vllm_forge.dispatch.jobs import cell_image, job_specs, suite_works
-from vllm_forge.dispatch.kubernetes import CODES, manifests, outcomes
-from vllm_forge.dispatch.runs import RunRecord
+from vllm_forge.dispatch.kubernetes import CODES, attempts, manifests, outcomes
+from vllm_forge.dispatch.runs import RunRecord, asking, local_folder
 from vllm_forge.dispatch.runtimes import POD as POD_RUNTIME
 from vllm_forge.dispatch.runtimes import node_job
 from vllm_forge.gputest.errors import SuiteRedError, SuiteUndecidedError
@@ -212,53 +214,186 @@ def test_pod_runs_the_command_where_its_volumes_are(tmp_path: Path) -> None:
     assert job["prepare"] == [["ln", "--symbolic", "@OUTPUT@", "/output"]]
 
 
+class Run:
+    """A run of one job, and what the cluster and its pods say of it."""
+
+    def __init__(self, folder: Path) -> None:
+        site = cluster(folder)
+        (self.spec, *_) = specs(site, "kernel")
+        self.project = Project(folder)
+        named = attempts([self.spec], site, RUN)
+        self.record = RunRecord(
+            run=RUN, scheduler="kubernetes", storage=str(folder), specs=(self.spec,), attempts=named
+        )
+        local_folder(self.project, self.record, "x").parent.mkdir(parents=True)
+        self.api = Api(named[self.spec.name])
+        self.results = self.record.folder / "results" / self.spec.name
+
+    def leave(self, pod: str, code: int | None = 91, fault: str = "") -> None:
+        """The marker and the result of a pod that ended, after all others."""
+        plan = {"subject": {"sha256": self.spec.image[7:]}, "sku": "b300", "line": "0.26"}
+        content = json.dumps({"plan": plan, "tier": "kernel"})
+        files = {name: hashlib.sha256(content.encode()).hexdigest() for name in self.spec.artifacts}
+        folder, at = self.results / pod, len(list(self.results.glob("*.done")))
+        folder.mkdir(parents=True)
+        for name in files:
+            (folder / name).write_text(content)
+        marker = {
+            "job": self.spec.name, "image": self.spec.image, "attempt": pod, "restarts": 0,
+            "node": "n1", "exit": code, "fault": fault, "files": {} if fault else files,
+        }  # fmt: skip
+        path = self.results / f"{pod}.done"
+        path.write_text(json.dumps(marker))
+        os.utime(path, (at, at))
+
+    def verdict(self) -> tuple[str, str]:
+        (row,) = outcomes(self.project, self.record, asking(self.api))
+        return row.verdict, row.why
+
+
 @pytest.fixture
-def sent(tmp_path: Path) -> RunRecord:
-    """A run of one job, of which no pod has ended."""
-    site = cluster(tmp_path)
-    (spec, *_) = specs(site, "kernel")
-    return RunRecord(
-        run=RUN, scheduler="kubernetes", storage=str(tmp_path), specs=(spec,), attempts={}
-    )
+def sent(tmp_path: Path) -> Run:
+    return Run(tmp_path)
 
 
-def leave(record: RunRecord, pod: str, fault: str = "", code: int | None = 91) -> None:
-    """The marker of a pod that ended."""
-    (spec,) = record.specs
-    marker = {
-        "job": spec.name, "image": spec.image, "attempt": pod, "restarts": 0, "node": "n1",
-        "exit": code, "fault": fault, "files": {},
-    }  # fmt: skip
-    path = record.folder / "results" / spec.name / f"{pod}.done"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(marker))
+FAILED = condition("Failed", "FailedIndexes", "Job has failed indexes")
+FAULT = "OSError: no space left"
+NO_NODE = "0/9 nodes are available: 9 Insufficient nvidia.com/gpu."
 
 
-def verdict(record: RunRecord, tmp_path: Path) -> tuple[str, str]:
-    (row,) = outcomes(Project(tmp_path), record)
-    return row.verdict, row.why
+def test_job_that_was_not_applied_waits_with_the_command(sent: Run) -> None:
+    folder = sent.record.folder / "manifests"
+    assert sent.verdict() == ("waiting", f"run: kubectl apply -f {folder}")
+    assert sent.api.asked == [
+        ["kubectl", "get", "jobs.batch,pods", "--namespace=lab",
+         f"--selector=vllm-forge/run={RUN}", "--output=json"],
+    ]  # fmt: skip
 
 
-def test_job_without_a_marker_waits(sent: RunRecord, tmp_path: Path) -> None:
-    assert verdict(sent, tmp_path) == ("waiting", f"see: kubectl get pods -l vllm-forge/run={RUN}")
-    leave(sent, "pod-1", fault="OSError: no space left", code=None)
-    assert verdict(sent, tmp_path)[0] == "waiting"  # its index is started again
+@pytest.mark.parametrize(
+    ("phase", "status", "why"),
+    [
+        ("Pending", {"conditions": [condition(
+            "PodScheduled", "Unschedulable", NO_NODE, status="False")]},
+         f"Unschedulable {NO_NODE}"),
+        ("Pending", {"containerStatuses": container(
+            "waiting", reason="ImagePullBackOff", message="Back-off pulling image")},
+         "ImagePullBackOff Back-off pulling image"),
+        ("Running", {"containerStatuses": container("running", startedAt="2026-11-30T12:41:00Z")},
+         "Running"),
+    ],
+)  # fmt: skip
+def test_job_that_waits_says_why(sent: Run, phase: str, status: dict[str, Any], why: str) -> None:
+    sent.api.has_job(active=1)
+    sent.api.has_pod(phase, **status)
+    assert sent.verdict() == ("waiting", why)
 
 
-def test_pod_after_a_fault_counts(sent: RunRecord, tmp_path: Path) -> None:
-    leave(sent, "pod-1", fault="OSError: no space left", code=None)
-    leave(sent, "pod-2")
-    assert verdict(sent, tmp_path) == ("red", "n1: exit code 91")
+def test_suspended_job_waits(sent: Run) -> None:
+    sent.api.has_job(condition("Suspended", "JobSuspended", "Job suspended"))
+    assert sent.verdict() == ("waiting", "the Job is suspended, by Kueue or by hand")
 
 
-def test_two_verdicts_on_one_job_are_refused(sent: RunRecord, tmp_path: Path) -> None:
-    leave(sent, "pod-1", code=0)
-    leave(sent, "pod-2")
-    assert verdict(sent, tmp_path) == ("refused", "two pods of it ended: pod-1, pod-2")
+def test_index_without_pod_waits(sent: Run) -> None:
+    sent.api.has_job()
+    assert sent.verdict() == ("waiting", "no pod")
 
 
-def test_damaged_marker_is_refused(sent: RunRecord, tmp_path: Path) -> None:
-    leave(sent, "pod-1")
-    (marker,) = sent.folder.glob("results/*/pod-1.done")
-    marker.write_text("{")
-    assert verdict(sent, tmp_path)[0] == "refused"
+def test_two_pods_with_a_fault_end_the_job(sent: Run) -> None:
+    sent.leave("pod-1", None, FAULT)
+    sent.api.has_job(active=1)
+    assert sent.verdict()[0] == "waiting"  # its index is started again
+    sent.leave("pod-2", None, FAULT)
+    sent.api.has_job(FAILED, failedIndexes="0", failed=2)
+    assert sent.verdict() == ("fault", f"n1: {FAULT}")
+
+
+def test_failed_index_without_a_marker_is_undecided(sent: Run) -> None:
+    sent.api.has_job(failedIndexes="0", failed=2)
+    sent.api.has_pod("Failed", containerStatuses=container(
+        "terminated", exitCode=1, reason="Error"), at="12:40:13")  # fmt: skip
+    sent.api.has_pod("Failed", containerStatuses=container(
+        "terminated", exitCode=137, reason="OOMKilled"), at="12:50:13")  # fmt: skip
+    verdict, why = sent.verdict()
+    assert verdict == "undecided"
+    assert why.startswith("no result was written (")
+    assert "OOMKilled, exit code 137" in why
+    (sent.results / "pod-2").mkdir(parents=True)
+    assert sent.verdict()[1].startswith("half a result")
+
+
+def test_job_over_its_own_time_is_undecided(sent: Run) -> None:
+    message = "Job was active longer than specified deadline"
+    sent.api.has_job(condition("Failed", "DeadlineExceeded", message))
+    assert sent.verdict() == (
+        "undecided", f"no result was written (Failed: DeadlineExceeded {message})"
+    )  # fmt: skip
+
+
+def test_deleted_job_ends(sent: Run) -> None:
+    """Also one that no pod of has started: it was seen before."""
+    sent.api.has_job()
+    assert sent.verdict()[0] == "waiting"
+    sent.api.items = []
+    assert sent.verdict() == ("undecided", "no result was written (its Job was deleted)")
+
+
+@pytest.mark.parametrize(
+    ("codes", "verdict"),
+    [([91], "red"), ([0], "green"), ([None, 91], "red"), ([0, 91], "refused"), ([0, 0], "refused")],
+)
+def test_results_of_a_deleted_job_count(sent: Run, codes: list[int | None], verdict: str) -> None:
+    for number, code in enumerate(codes):
+        sent.leave(f"pod-{number}", code, FAULT if code is None else "")
+    assert sent.verdict()[0] == verdict, sent.verdict()
+
+
+@pytest.mark.parametrize(
+    ("codes", "status", "verdict"),
+    [
+        ([None, 0], {"completedIndexes": "0"}, "green"),
+        ([92, 0], {"completedIndexes": "0"}, "green"),  # the first was evicted
+        ([0, 0], {"completedIndexes": "0"}, "refused"),
+        ([], {"completedIndexes": "0"}, "undecided"),
+        ([None], {"completedIndexes": "0"}, "undecided"),
+        ([None, 91], {"failedIndexes": "0"}, "red"),
+        ([93, 91], {"failedIndexes": "0"}, "red"),  # 93 is no verdict: its index is started again
+        ([92, 91], {"failedIndexes": "0"}, "red"),
+        ([-9, 93], {"failedIndexes": "0"}, "fault"),
+        ([0, 91], {"failedIndexes": "0"}, "refused"),
+        ([91], {"failedIndexes": "0"}, "red"),
+        ([91], {"active": 1}, "waiting"),
+        ([91], {"failedIndexes": "1-3,5"}, "waiting"),
+        ([91], {"failedIndexes": "0-3,5"}, "red"),
+    ],
+)  # fmt: skip
+def test_the_cluster_says_what_ended_and_the_marker_how(
+    sent: Run, codes: list[int | None], status: dict[str, Any], verdict: str
+) -> None:
+    for number, code in enumerate(codes):
+        sent.leave(f"pod-{number}", code, FAULT if code is None else "")
+    sent.api.has_job(**status)
+    assert sent.verdict()[0] == verdict, sent.verdict()
+
+
+def test_damaged_marker_is_refused(sent: Run) -> None:
+    sent.leave("pod-1")
+    (sent.results / "pod-1.done").write_text("{")
+    sent.api.has_job(completedIndexes="0")
+    assert sent.verdict()[0] == "refused"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "[]", '{"items": [{"kind": "Job"}]}', '{"items": [], "items": []}']
+)
+def test_other_output_of_kubectl_is_refused(sent: Run, text: str) -> None:
+    sent.api.text = text or " "
+    with pytest.raises(SchedulerError, match="kubectl printed no list"):
+        sent.verdict()
+
+
+def test_cluster_that_does_not_answer_is_named(sent: Run) -> None:
+    sent.api.code, sent.api.text = 1, "The connection to the server lab:6443 was refused"
+    with pytest.raises(SchedulerError, match="kubectl exited with 1: The connection") as caught:
+        sent.verdict()
+    assert "kubectl cluster-info" in (caught.value.remedy or "")

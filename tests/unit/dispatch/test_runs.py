@@ -85,3 +85,13 @@ def test_waiting_outlasts_a_silent_scheduler(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(runs, "SILENCE_S", -1)
     with pytest.raises(SchedulerError):
         wait(Scheduler("waiting", "silent"))
+
+
+def test_waiting_ends_at_its_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the scheduler is silent; what waits is listed so."""
+    monkeypatch.setattr(runs, "POLL_S", 0)
+    ask = Scheduler(*["waiting"] * 10_000)
+    assert wait(ask, 1e-6)[0].verdict == "waiting"
+    assert len(ask.answers) > 9_000
+    with pytest.raises(SchedulerError):
+        wait(Scheduler(*["silent"] * 10_000), 1e-6)

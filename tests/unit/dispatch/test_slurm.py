@@ -11,7 +11,8 @@ from tests.support.site import make_site
 from vllm_forge.dispatch import slurm
 from vllm_forge.dispatch.errors import ClusterMismatchError, SchedulerError, SiteFileError
 from vllm_forge.dispatch.jobs import cell_image, job_specs, suite_works
-from vllm_forge.dispatch.runs import RunRecord
+from vllm_forge.dispatch.results import State
+from vllm_forge.dispatch.runs import RunRecord, asking
 from vllm_forge.host import Reply
 from vllm_forge.project import Project
 
@@ -85,7 +86,7 @@ def test_what_the_cluster_lacks_is_named_by_its_row(
 ) -> None:
     site, specs = make(root, tmp_path, *tiers, old=old, new=new)
     with pytest.raises(ClusterMismatchError) as caught:
-        slurm.require_cluster(specs, site, slurm.asking(Cluster()))
+        slurm.require_cluster(specs, site, asking(Cluster()))
     assert caught.value.what == said
 
 
@@ -93,7 +94,7 @@ def test_untyped_gpus_are_refused(root: Path, tmp_path: Path) -> None:
     site, specs = make(root, tmp_path, "kernel")
     cluster = Cluster(sinfo=Reply(code=0, text="b300|gpu:8|infinite\n"))
     with pytest.raises(ClusterMismatchError, match="it has no typed GPUs"):
-        slurm.require_cluster(specs[:1], site, slurm.asking(cluster))
+        slurm.require_cluster(specs[:1], site, asking(cluster))
 
 
 def test_missing_row_of_a_sku_is_named(root: Path, tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_attempts_are_job_and_index(root: Path, tmp_path: Path) -> None:
 
 
 def _ask(**replies: Reply) -> Any:
-    return slurm.asking(Cluster(**replies))
+    return asking(Cluster(**replies))
 
 
 def _record(specs: tuple[JobSpec, ...]) -> RunRecord:
@@ -142,16 +143,24 @@ def test_failed_submission_cancels_what_was_sent(
 
     cluster = Dying()
     with pytest.raises(SchedulerError, match="Socket timed out") as raised:
-        slurm.send(
-            slurm.batches(specs, site, "r1"), tmp_path, slurm.asking(cluster), _record(specs)
-        )
+        slurm.send(slurm.batches(specs, site, "r1"), tmp_path, asking(cluster), _record(specs))
     assert cluster.asked[-1] == ["scancel", "--jobname=forge-r1"]
     told = "scancel --jobname=forge-r1" in (raised.value.remedy or "")
     assert (told, "may run" in raised.value.what) == (not cancelled, not cancelled)
 
 
 def test_states_are_by_attempt() -> None:
-    reply = Reply(code=0, text="7_0|RUNNING\n7_1|NODE_FAIL\n")
-    assert slurm.states("r1", _ask(squeue=reply)) == {"7_0": "RUNNING", "7_1": "NODE_FAIL"}
+    reply = Reply(code=0, text="7_0|RUNNING|None\n7_1|NODE_FAIL|NodeDown\n7_2|PENDING|Resources\n")
+    assert slurm.states("r1", _ask(squeue=reply)) == {
+        "7_0": State(text="RUNNING", ended=False),
+        "7_1": State(text="NODE_FAIL: NodeDown", ended=True),
+        "7_2": State(text="PENDING: Resources", ended=False),
+    }
     with pytest.raises(SchedulerError, match="exited with 1"):
         slurm.states("r1", _ask(squeue=Reply(code=1, text="Unable to contact slurm controller")))
+
+
+@pytest.mark.parametrize("reason", ["DependencyNeverSatisfied", "BadConstraints", "InvalidQOS"])
+def test_job_that_never_starts_has_ended(reason: str) -> None:
+    states = slurm.states("r1", _ask(squeue=Reply(code=0, text=f"7_0|PENDING|{reason}\n")))
+    assert states["7_0"] == State(text=f"PENDING: {reason}", ended=True)
