@@ -159,7 +159,9 @@ def serve(model: str, *options: str) -> None:
     config = json.loads(given.get("speculative-config", "{}"))
     depth = config.get("num_speculative_tokens", 0)
     exact = Path(model).name == "exact"
+    print("INFO 11-30 10:00:00 [cuda.py:422] Using AttentionBackendEnum.TRITON_ATTN backend.")
     with BenchServer(port=int(given["port"]), depth=depth, exact=exact):
+        sys.stdout.flush()
         signal.pause()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_forge.bench.client import Answer, Prompt, ask_all, read_counters
 from vllm_forge.bench.errors import InvalidResultError, WorkloadFileError
+from vllm_forge.bench.hardware import gpu_states
 from vllm_forge.bench.results import (
     LARGEST_ROWS,
     Arm,
@@ -23,7 +24,7 @@ from vllm_forge.bench.results import (
 )
 from vllm_forge.bench.validity import require_valid
 from vllm_forge.errors import first_problem
-from vllm_forge.host import console, parse_json, printable, read_plain
+from vllm_forge.host import HostProbe, Probe, console, parse_json, printable, read_plain
 from vllm_forge.host.console import PROGRESS_S
 from vllm_forge.matrix import flags
 
@@ -111,16 +112,18 @@ def client_rate(arm: dict[str, Any], prompts: Sequence[Prompt]) -> float:
 def measure(
     url: str, model: str, arm: dict[str, Any], prompts: Sequence[Prompt], *, warm: int,
     order: int, caches: Sequence[Path], client: Callable[..., float] | None = None,
+    probe: Probe | None = None,
 ) -> tuple[Start, list[Row]]:  # fmt: skip
     """Warm up with the first ``warm`` prompts, which are not measured, then ask the others.
 
     A prompt that is both warmed up and measured would hit the prefix cache.
     """
-    conditions = arm["conditions"]
+    conditions, probe = arm["conditions"], probe or HostProbe()
     ask_all(url, model, prompts[:warm], conditions)
-    measured = prompts[warm:]
+    measured, gpus = prompts[warm:], gpu_states(probe)
     files, before = _files(caches), read_counters(url)
     seconds, answers = ask_all(url, model, measured, conditions, progress(len(measured)))
+    gpus_after = gpu_states(probe)
     after = read_counters(url, before.tokens, sum(answer.tokens for answer in answers))
     rate = sum(answer.tokens for answer in answers) / seconds
     window = Window(
@@ -130,6 +133,8 @@ def measure(
         new_files=tuple(printable(name) for name in sorted(_files(caches) - files)),
         headroom=(client or client_rate)(arm, measured) / rate if rate else 0.0,
         predicted=_predicted(measured, arm["server"].argv),
+        gpus_before=gpus,
+        gpus_after=gpus_after,
     )
     return Start(order=order, window=window), [_row(answer, before, after) for answer in answers]
 

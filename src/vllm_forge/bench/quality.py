@@ -137,7 +137,9 @@ def measure_quality(
     dumped = {
         name: value.model_dump(mode="json") if isinstance(value, FrozenModel) else value
         for name, value in arm.items()
+        if value != ()  # as in a record
     }
+    dumped = parse_json(canonical(dumped))  # JSON has no tuples
     answers = Answers(path, Header(model=model, license=loaded.license, arm=dumped))
     with _alone(path, wait=False):
         answers.read()

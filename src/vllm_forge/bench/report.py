@@ -38,6 +38,8 @@ def report(
             "session": arm.result.session,
             "figures": dict(zip(HEAD, summary.cells(), strict=True)),
             **{key: getattr(arm.result.server, key) for key in ("image", "gpu", "driver")},
+            "kernels": next((start.kernels for start in arm.result.starts if start.kernels), None),
+            "gpu_state": _gpu_state(arm),
             "counters": list(_counters(arm)),
         }
         for arm, summary in zip(arms, summaries, strict=True)
@@ -61,6 +63,16 @@ def _counters(arm: Arm) -> Iterator[dict[str, Any]]:
             change = start.window.after.since(start.window.before)
             yield {"start": start.order, "drafts": change["drafts"],
                    "accepted": list(change["per_position"])}  # fmt: skip
+
+
+def _gpu_state(arm: Arm) -> str:
+    """The range of what nvidia-smi said after the windows."""
+    states = [gpu for start in arm.result.starts if start.window for gpu in start.window.gpus_after]
+    texts = []
+    for name, unit in (("sm_mhz", "MHz"), ("celsius", "°C"), ("watts", "W")):
+        if values := [value for gpu in states if (value := getattr(gpu, name)) is not None]:
+            texts.append(f"{min(values):g} to {max(values):g} {unit}")
+    return ", ".join(texts) or "unknown"
 
 
 def _comparisons(arms: Sequence[Arm], gates: Mapping[str, Gate]) -> Iterator[dict[str, Any]]:

@@ -61,7 +61,7 @@ class Server(FrozenModel):
 
 
 # What arms may differ in where all of them say so; anything else is refused.
-Difference = Literal["gpus"]
+Difference = Literal["gpus", "kernels"]
 Differences = Annotated[
     tuple[Difference, ...],
     Field(description="what the arms differ in on purpose", exclude_if=lambda value: not value),
@@ -98,6 +98,20 @@ class Drafts(FrozenModel):
     per_position: tuple[Count, ...] = Field(min_length=1)
 
 
+class GpuState(FrozenModel):
+    """A GPU at one moment, by nvidia-smi; None: it does not say."""
+
+    index: Count
+    sm_mhz: float | None
+    memory_mhz: float | None
+    watts: float | None
+    celsius: float | None
+    reasons: Count | None = Field(description="clocks_event_reasons.active, a mask")
+    slowed_us: float | None = Field(
+        description="by heat or a lack of power, since the driver's start"
+    )
+
+
 class Window(FrozenModel):
     """What was measured around the answers of a start."""
 
@@ -107,6 +121,8 @@ class Window(FrozenModel):
     new_files: tuple[Text, ...] = Field(description="of JIT caches, that appeared in the window")
     headroom: float = Field(description="rate of this client against a null server, over the rate")
     predicted: Drafts | None = Field(default=None, description="by the workload, of all answers")
+    gpus_before: tuple[GpuState, ...] = Field(default=(), description="of the host")
+    gpus_after: tuple[GpuState, ...] = ()
 
 
 class Start(FrozenModel):
@@ -117,6 +133,7 @@ class Start(FrozenModel):
     ready_s: Seconds | None = Field(default=None, description="none: started by another program")
     cached: Count | None = Field(default=None, description="compiled files before the start")
     compiled: Count | None = Field(default=None, description="files that the start added to them")
+    kernels: tuple[Text, ...] | None = Field(default=None, description="by the server's log")
 
 
 class RowsFile(FrozenModel):

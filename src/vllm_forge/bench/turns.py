@@ -29,6 +29,7 @@ from vllm_forge.bench.errors import (
     SessionFileError,
     StartFailedError,
 )
+from vllm_forge.bench.hardware import kernels_of
 from vllm_forge.bench.measure import add_start, count_compiled, measure, read_workload
 from vllm_forge.bench.results import Count, Row, Seconds, Start, make_arm, read_arm
 from vllm_forge.bench.session import UNKNOWN, Launch, Plan, read_plan
@@ -78,6 +79,7 @@ class Run:
     output: Path
     parts: Sequence[list[Prompt]]  # of each concurrency
     gpu: Gpu
+    probe: Probe
     client: Callable[..., float] | None
 
     def start(self, order: int) -> None:
@@ -94,7 +96,8 @@ class Run:
             if name not in plan.turns[order + 1 :]:
                 self._crosscheck(name)
         compiled = count_compiled(caches) - cached
-        facts = {"ready_s": ready_s, "cached": cached, "compiled": max(0, compiled)}
+        facts = {"ready_s": ready_s, "cached": cached, "compiled": max(0, compiled),
+                 "kernels": kernels_of(log)}  # fmt: skip
         cells = [(arm, start.model_copy(update=facts), rows) for arm, start, rows in cells]
         paths = [record_path(self.output, name, one.concurrency) for one in plan.conditions]
         for path, (arm, start, rows) in zip(paths, cells, strict=True):
@@ -135,7 +138,7 @@ class Run:
                "differs": plan.differs}  # fmt: skip
         start, rows = measure(
             plan.url, launch.model, arm, self.parts[place], warm=plan.warm, order=order,
-            caches=[Path(cache) for cache in plan.caches], client=self.client,
+            caches=[Path(cache) for cache in plan.caches], client=self.client, probe=self.probe,
         )  # fmt: skip
         return arm, start, rows
 
@@ -154,8 +157,11 @@ def run_plan(folder: Path, output: Path, *, retry: bool = False, probe: Probe | 
         raise SessionFileError(what, where=folder / plan.workload, remedy=remedy)
     journal = _read_journal(output / JOURNAL, plan)
     _require_no_failure(journal, output, retry=retry)
-    gpu = _gpu(probe or HostProbe())
-    run = Run(plan=plan, output=output, parts=_parts(plan, prompts, folder), gpu=gpu, client=client)
+    probe = probe or HostProbe()
+    run = Run(
+        plan=plan, output=output, parts=_parts(plan, prompts, folder), gpu=_gpu(probe), probe=probe,
+        client=client,
+    )  # fmt: skip
     (output / LOGS).mkdir(parents=True, exist_ok=True)
     for order, name in enumerate(plan.turns):
         if (last := journal.state(order)) is not None and last.state == "done":

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm_forge.bench.errors import InvalidResultError
+from vllm_forge.bench.hardware import slowdowns
 from vllm_forge.bench.results import MOST_STARTS, Arm, Row, Start, Window
 
 HEADROOM = 10.0  # a slower client would be what is measured
@@ -34,6 +35,24 @@ def require_comparable(reference: Arm, candidate: Arm) -> None:
 
 def faults(arm: Arm) -> Iterator[str]:
     """What is wrong with one arm."""
+    yield from _answer_faults(arm)
+    keys = {index: Counter((row.item, row.repeat) for row in arm.of_start(index))
+            for index in range(len(arm.result.starts))}  # fmt: skip
+    if any(count > 1 for counter in keys.values() for count in counter.values()):
+        yield "an item was answered twice in one start"
+    if any(set(counter) != set(keys[0]) for counter in keys.values()):
+        yield "the starts answered different items"
+    if len(sets := {start.kernels for start in arm.result.starts} - {None}) > 1:
+        first, second, *_ = sorted(map(_names, sets))
+        yield f"its starts ran different kernels: {_unequal(first, second)}"
+    for index, start in enumerate(arm.result.starts):
+        rows = arm.of_start(index)
+        if start.cached == 0 and start.compiled:
+            yield f"start {index}: the caches were cold: it compiled {start.compiled} files"
+        yield from (f"start {index}: {text}" for text in _start_faults(start, rows, arm))
+
+
+def _answer_faults(arm: Arm) -> Iterator[str]:
     conditions = arm.result.conditions
     if failed := [row.item for row in arm.rows if row.finish == "error"]:
         yield f"{len(failed)} failed requests ({_some(failed)})"
@@ -57,17 +76,6 @@ def faults(arm: Arm) -> Iterator[str]:
         bare = [row.item for row in arm.rows if row.finish == "stop" and score not in row.scores]
         if bare:
             yield f"{len(bare)} answers without the score {score} ({_some(bare)})"
-    keys = {index: Counter((row.item, row.repeat) for row in arm.of_start(index))
-            for index in range(len(arm.result.starts))}  # fmt: skip
-    if any(count > 1 for counter in keys.values() for count in counter.values()):
-        yield "an item was answered twice in one start"
-    if any(set(counter) != set(keys[0]) for counter in keys.values()):
-        yield "the starts answered different items"
-    for index, start in enumerate(arm.result.starts):
-        rows = arm.of_start(index)
-        if start.cached == 0 and start.compiled:
-            yield f"start {index}: the caches were cold: it compiled {start.compiled} files"
-        yield from (f"start {index}: {text}" for text in _start_faults(start, rows, arm))
 
 
 def _start_faults(start: Start, rows: list[Row], arm: Arm) -> Iterator[str]:
@@ -84,6 +92,7 @@ def _start_faults(start: Start, rows: list[Row], arm: Arm) -> Iterator[str]:
         yield f"{change['prefix_hits']} prefix-cache hits, which the conditions do not declare"
     if files := start.window.new_files:
         yield f"{len(files)} files were compiled in the window ({_some(files)})"
+    yield from slowdowns(start.window.gpus_before, start.window.gpus_after)
     if start.window.headroom < HEADROOM:
         yield f"client headroom {start.window.headroom:.1f} is below {HEADROOM:g}"
     if not back and rows:
@@ -135,6 +144,8 @@ def differences(reference: Arm, candidate: Arm) -> Iterator[str]:
         for key in keys:
             if first[key] != second[key] and key not in declared:
                 yield f"{key}: {first[key]!r} against {second[key]!r}"
+    if reference.result.server == candidate.result.server and "kernels" not in declared:
+        yield from _kernels(reference, candidate)
     if reference.result.session != candidate.result.session:
         yield "they are of different sessions"
     if {_key(row) for row in reference.rows} != {_key(row) for row in candidate.rows}:
@@ -143,9 +154,31 @@ def differences(reference: Arm, candidate: Arm) -> Iterator[str]:
 
 
 def intended(reference: Arm, candidate: Arm) -> list[str]:
-    """What comparable arms differ in on purpose."""
+    """What comparable arms differ in: GPUs, as declared; kernels, as what they serve has others."""
     first, second = reference.result.server.gpus, candidate.result.server.gpus
-    return [f"GPUs: {first} against {second}"] if first != second else []
+    gpus = [f"GPUs: {first} against {second}"] if first != second else []
+    return [*gpus, *_kernels(reference, candidate)]
+
+
+def _kernels(reference: Arm, candidate: Arm) -> Iterator[str]:
+    """A sentence if both arms have logs, and they state different kernels."""
+    first, second = (
+        next((_names(start.kernels) for start in arm.result.starts if start.kernels), [])
+        for arm in (reference, candidate)
+    )
+    if first and second and first != second:
+        yield f"kernels: {_unequal(first, second)}"
+
+
+def _names(kernels: tuple[str, ...] | None) -> list[str]:
+    return sorted(kernels or ())
+
+
+def _unequal(first: list[str], second: list[str]) -> str:
+    texts = [
+        ", ".join(sorted(set(a) - set(b))) or "none" for a, b in ((first, second), (second, first))
+    ]
+    return f"{texts[0]} in one, {texts[1]} in the other"
 
 
 def _order(reference: Arm, candidate: Arm) -> Iterator[str]:

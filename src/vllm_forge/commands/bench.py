@@ -130,7 +130,7 @@ def _record_options(one: Parser) -> None:
         one.add_argument(f"--{name}", required=True, help=text)
     one.add_argument("--artifact", help="default: the preset's first")
     text = "what the session's arms differ in on purpose; the same in all"
-    one.add_argument("--differs", choices=["gpus"], action="append", help=text)
+    one.add_argument("--differs", choices=["gpus", "kernels"], action="append", help=text)
     for name, text in (
         ("checkpoint", "folder of the served model: its tokenizer and template are hashed"),
         ("output", "the record"),
@@ -346,7 +346,7 @@ def gate(project: Project, args: argparse.Namespace) -> None:
         for name, arm in names.items():
             console.print(f"{name}: image {arm.result.server.image}", markup=False)
         for text in differs:
-            console.print(f"on purpose, {text}", markup=False)
+            console.print(f"the arms differ in {text}", markup=False)
         rows = [[row.gate, f"{100 * row.margin:g} %", row.word, row.reason] for row in outcomes]
         PlainConsole().print(terminal_table(["gate", "margin", "verdict", "why"], rows))
     require_pass(outcomes)

@@ -41,6 +41,12 @@ def report_text(document: Mapping[str, Any], charts: str = "") -> str:
         lines.append(f"Begun at {document['began']}.")
     rows = [list(map(escape, row["figures"].values())) for row in results]
     parts = [" ".join(lines), table(list(results[0]["figures"]), rows)]
+    ran = ("; ".join(row["kernels"] or ["unknown"]) for row in results)
+    cells = [
+        [row["figures"]["result"], escape(row["gpu_state"]), escape(kernels)]
+        for row, kernels in zip(results, ran, strict=True)
+    ]
+    parts.append(table(["result", "GPUs after the windows", "kernels, by the log"], cells))
     parts += _comparisons(document)
     parts += _counters(results)
     if attempts := document.get("refused"):

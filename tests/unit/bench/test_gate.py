@@ -20,7 +20,7 @@ from vllm_forge.bench.errors import (
 )
 from vllm_forge.bench.gate import Word, gate
 from vllm_forge.bench.results import Row, read_arm
-from vllm_forge.bench.validity import intended
+from vllm_forge.bench.validity import intended, require_valid
 from vllm_forge.cli import main
 from vllm_forge.matrix import Gate
 from vllm_forge.project import Project
@@ -160,7 +160,7 @@ def test_declared_gpus_are_compared_for_the_server_and_for_a_gpu(
     assert found == {"throughput": "pass", "throughput-per-gpu": "fail"}
     assert main(["bench", "gate", *map(str, two_gpus), *gates]) == code
     shown = capsys.readouterr()
-    assert "on purpose, GPUs: 1 against 2" in shown.err
+    assert "the arms differ in GPUs: 1 against 2" in shown.err
     assert "-25." in shown.out
 
 
@@ -286,6 +286,23 @@ def counter(moment: str, **updates: int) -> Callable[[dict[str, Any]], None]:
     return lambda record: record["starts"][0]["window"][moment].update(updates)
 
 
+GPU_STATE = {"index": 0, "sm_mhz": 1980, "memory_mhz": 2619, "watts": 300.0, "celsius": 40,
+             "reasons": 0x4, "slowed_us": 7}  # fmt: skip
+WARM = [{**GPU_STATE, "index": 1}]
+
+
+def hot(**changes: int) -> list[dict[str, Any]]:
+    return [{**GPU_STATE, "index": 1, **changes}]
+
+
+def starts_with(*kernels: list[str] | None) -> Callable[[dict[str, Any]], None]:
+    def edit(record: dict[str, Any]) -> None:
+        for one, names in zip(record["starts"], kernels, strict=True):
+            one["kernels"] = names
+
+    return edit
+
+
 FAULTS: dict[str, tuple[Any, Any, str]] = {
     "failed": (edited(finish="error"), keep, "1 failed requests (q0)"),
     "truncated-right": (
@@ -302,6 +319,12 @@ FAULTS: dict[str, tuple[Any, Any, str]] = {
         "no tokens",
     ),
     "jit": (keep, start(new_files=["triton/a.cubin"]), "1 files were compiled in the window"),
+    "heat": (keep, start(gpus_before=WARM, gpus_after=hot(reasons=0x44)),
+             "GPU 1 was slowed down: HW thermal slowdown"),
+    "heat before": (keep, start(gpus_before=hot(reasons=0x20), gpus_after=WARM),
+                    "GPU 1 was slowed down: SW thermal slowdown"),
+    "power": (keep, start(gpus_before=WARM, gpus_after=hot(slowed_us=12)),
+              "GPU 1 was slowed down: for 5 us"),
     "client": (keep, start(headroom=4.0), "client headroom 4.0 is below 10"),
     "unexplained": (keep, counter("after", accepted=10**6), "accepted drafts, counted are 1000000"),
     "cap": (keep, condition(max_tokens=256), "max_tokens: 512 against 256"),
@@ -324,6 +347,50 @@ def test_planted_fault_is_refused(
     )
     assert main(["bench", "gate", str(first), str(candidate)]) == InvalidResultError.exit_code
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.usefixtures("matrix")
+@pytest.mark.parametrize(
+    ("change", "differs", "refused"),
+    [
+        ({}, (), True), ({}, ("kernels",), False),
+        ({"argv": ["vllm", "serve", "--moe-backend=x"]}, (), False),
+        ({"image": "sha256:" + "3" * 64}, (), False),
+    ],
+    ids=["same server", "declared", "command", "image"],
+)  # fmt: skip
+def test_kernels_may_differ_with_what_is_served(
+    change: dict[str, Any], differs: tuple[str, ...], refused: bool, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def edit(record: dict[str, Any]) -> None:
+        starts_with(["Using MARLIN"])(record)
+        record["differs"] = differs
+
+    def other(record: dict[str, Any]) -> None:
+        starts_with(["Using TRITON"])(record)
+        record["differs"] = differs
+        record["server"].update(change)
+
+    first = write_result(tmp_path / "a.json", rows_of(1, items=30), edit=edit)
+    second = write_result(tmp_path / "b.json", rows_of(1, items=30), edit=other)
+    code = main(["bench", "gate", str(first), str(second), "--gate=acceptance"])
+    text = " ".join(capsys.readouterr().err.split())
+    assert "kernels: Using MARLIN in one, Using TRITON in the other" in text
+    assert (code == InvalidResultError.exit_code) == refused
+    assert ("the arms differ in kernels" in text) != refused
+
+
+def test_starts_of_an_arm_must_run_the_same_kernels(tmp_path: Path) -> None:
+    """A start without a log says nothing; the second one ran another kernel."""
+    rows = rows_of(1, items=30, starts=3)
+    paths = [
+        write_result(tmp_path / f"{n}.json", rows, orders=(0, 3, 4), edit=starts_with(*kernels))
+        for n, kernels in enumerate(([["x"], None, ["x"]], [["x"], None, ["y"]]))
+    ]
+    require_valid(read_arm(paths[0]))
+    with pytest.raises(InvalidResultError, match="different kernels: x in one, y in the other"):
+        require_valid(read_arm(paths[1]))
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,8 @@ def test_sessions_of_the_checkout_run_to_their_end(
     pair = [read_arm(output / "tiny-tp2" / f"tp{number}-c8.json") for number in (1, 2)]
     assert [arm.result.server.gpus for arm in pair] == [1, 2]
     require_comparable(*pair)
+    kernels = {start.kernels for arm in pair for start in arm.result.starts}
+    assert kernels == {("Using AttentionBackendEnum.TRITON_ATTN backend",)}
     assert {arm.result.server.image for arm in arms.values()} == {f"sha256:{SUBJECT}"}
     (start,) = arms["exact-c4"].result.starts
     assert start.window is not None and start.window.predicted is not None
