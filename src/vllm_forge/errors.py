@@ -9,7 +9,7 @@ number.
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from pydantic import ValidationError
@@ -68,6 +68,12 @@ def suggestion(word: str, known: Iterable[str], *, least: float = 0.5, listed: b
     if near := difflib.get_close_matches(word.lstrip("-"), names, n=1, cutoff=least):
         return f" (did you mean {names[near[0]]!r}?)"
     return f" (known: {', '.join(names.values())})" if listed else ""
+
+
+def shortened(rows: Sequence[str], most: int) -> list[str]:
+    """The first rows, at most ``most``; then how many others there are."""
+    left = len(rows) - most
+    return [*rows[:most], f"and {left} more"] if left > 0 else list(rows)
 
 
 def problems(error: ValidationError, model: Any = None) -> list[str]:

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
 from vllm_forge.checkpoints.tensors import TensorSpec
-from vllm_forge.errors import problems
+from vllm_forge.errors import problems, shortened
 from vllm_forge.host import printable
 
 MODEL_TYPE = "deepseek_v4"
@@ -179,9 +179,8 @@ def require_deepseek_v4(config: Mapping[str, Any], where: str) -> None:
     try:
         Config.model_validate(dict(config))
     except ValidationError as error:
-        rows = [printable(row) for row in problems(error)]
-        more = f"; and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
-        what = f"invalid config.json: {'; '.join(rows[:SHOWN])}{more}"
+        rows = shortened([printable(row) for row in problems(error)], SHOWN)
+        what = f"invalid config.json: {'; '.join(rows)}"
         remedy = "take it from the source model"
         raise CheckpointUnreadableError(what, where=where, remedy=remedy) from None
 

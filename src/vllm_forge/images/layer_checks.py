@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_forge.errors import shortened
 from vllm_forge.host import hash_of
 from vllm_forge.host.files import read_plain, walk_plain
 from vllm_forge.images import layer
@@ -356,8 +357,7 @@ def _digest(entry: Entry) -> bytes:
 
 def _refuse(problems: Sequence[str]) -> None:
     if problems:
-        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise AssertionError("\n  ".join(problems[:SHOWN]) + more)
+        raise AssertionError("\n  ".join(shortened(problems, SHOWN)))
 
 
 def judge_layers(plan: ImagePlan, candidate: Candidate) -> dict[str, dict[str, Any]]:

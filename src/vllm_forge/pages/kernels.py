@@ -78,7 +78,7 @@ def render_selection(lines: Sequence[SelectionRecord]) -> str:
             "The rows in which the release without the line's series answers otherwise.\n",
             _markdown(columns, others),
             f"\n## Line {line}: presets\n",
-            _markdown(PRESET_COLUMNS, preset_rows(recorded)),
+            _markdown(PRESET_COLUMNS, _preset_rows(recorded)),
             f"\n## Line {line}: why not another backend\n",
             "What vLLM said of the candidates for the routed experts that it passed over.\n",
             _markdown(REASON_COLUMNS, _reasons(recorded.rows)),
@@ -86,7 +86,7 @@ def render_selection(lines: Sequence[SelectionRecord]) -> str:
     return "\n".join(parts).strip("\n")
 
 
-def preset_rows(recorded: SelectionRecord) -> list[dict[str, str]]:
+def _preset_rows(recorded: SelectionRecord) -> list[dict[str, str]]:
     """PRESET_COLUMNS of each preset with each of its artifacts."""
     return [
         {"preset": name, "artifact": artifact} | _cells(answer)

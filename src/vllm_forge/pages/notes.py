@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vllm_forge.errors import shortened
 from vllm_forge.host import git
 from vllm_forge.images.record import differences
 from vllm_forge.kernels.selection.record import differences as leaves
@@ -124,6 +125,5 @@ def _selection(project: Project, stack: dict[str, Any], commits: list[str]) -> l
 def _listed(what: str, rows: list[str] | None) -> list[str]:
     if rows is None:
         return [f"* {what}: not compared, its record of both commits is not here"]
-    more = [f"  * and {len(rows) - MOST} more"] if len(rows) > MOST else []
-    lines = [f"  * {escape(row)}" for row in rows[:MOST]]
-    return [f"* {what}: {len(rows) or 'nothing'} changed", *lines, *more]
+    lines = [f"  * {escape(row)}" for row in shortened(rows, MOST)]
+    return [f"* {what}: {len(rows) or 'nothing'} changed", *lines]

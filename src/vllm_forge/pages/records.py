@@ -194,11 +194,8 @@ def _run(run: Row, rows: list[Row]) -> str:
         bad_tests = [f"* `{row['test']}`: {row.get('why') or row['outcome']}" for row in bad]
         lines += ["Not passed:\n", *bad_tests, ""]
     kinds = {kind: group for (kind,), group in _grouped(rows, "kind")}
-    numerics = kinds.get("numerics", []) + kinds.get("partitions", [])
     lines += _launches(kinds.get("bitwise", []))
     lines += _controls(kinds.get("control", []), kinds.get("table", []))
-    lines += _numerics(numerics, kinds.get("kill", []))
-    lines += _memory(kinds.get("red_zones", []), kinds.get("sanitizer", []))
     return "\n".join(lines)
 
 
@@ -268,35 +265,6 @@ def _controls(controls: list[Row], tables: list[Row]) -> list[str]:
     ]:
         lines += ["Tried, not detected, and not required:\n", *spared, ""]
     return lines
-
-
-def _numerics(rows: list[Row], kills: list[Row]) -> list[str]:
-    if not rows and not kills:
-        return []
-    cells = [
-        (form, _sum(group, "launches"), _most(group), _sum(group, "weights"), _sum(group, "wrong"))
-        for (form,), group in _grouped(rows, "format")
-    ]
-    head = ("format", "launches", "of the bound, at most", "weights read", "wrong")
-    planted, killed = _sum(kills, "planted"), _sum(kills, "killed")
-    summary = f"Faults planted in weights and results: {killed} of {planted} detected."
-    return ["### Numerics\n", table(head, cells), "", summary, ""]
-
-
-def _memory(red_zones: list[Row], sanitizers: list[Row]) -> list[str]:
-    lines = [
-        f"{row['launches']} launches between red zones: {row['bad']} buffers written around, "
-        f"{row['nan']} results with NaN."
-        for row in red_zones
-    ]
-    if sanitizers:
-        checkers = [
-            (row["tool"], row["build"], sum(r["count"] for r in row["reports"]), len(row["new"]))
-            for row in sanitizers
-        ]
-        head = ("checker", "build", "reports", "not in the baseline")
-        lines += ["", table(head, checkers)]
-    return ["### Memory\n", *lines, ""] if lines else []
 
 
 def _most(rows: Iterable[Row]) -> str:

@@ -73,7 +73,6 @@ def report(project: Project) -> str:
         refused=[(str(path.relative_to(project.root)), error.what) for path, error in refused],
         patches=list(_patches(project)),
         coverage=list(_coverage(project)),
-        selection=list(_selection(project)),
         drift=[_drift(project.read_json("records/drift.json"))],
         charts=list(_charts(project.root)),
     )
@@ -145,16 +144,6 @@ def _code(cell: dict[str, Any]) -> Cell:
     if cell["needed_by"] is None:
         return Cell(kernels.plain_codes(cell), "unneeded")
     return Cell(kernels.plain_codes(cell), cell["verdict"], cell["exception"] or "")
-
-
-def _selection(project: Project) -> Iterator[Table]:
-    for record in kernels.selections(project):
-        rows = [
-            [Cell(row[name]) for name in kernels.PRESET_COLUMNS]
-            for row in kernels.preset_rows(record)
-        ]
-        caption = f"Line {record.line_name}, vLLM {record.vllm}: kernels of each preset"
-        yield Table(caption, kernels.PRESET_COLUMNS, rows)
 
 
 def _drift(data: dict[str, Any]) -> Table:

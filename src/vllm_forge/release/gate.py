@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from vllm_forge.errors import ForgeError, suggestion
+from vllm_forge.errors import ForgeError, shortened, suggestion
 from vllm_forge.host import head_commit
 from vllm_forge.images.prewarm import prewarm_lock
 from vllm_forge.kernels.coverage.families import FINE
@@ -170,8 +170,7 @@ def _uncommitted(gate: Gate) -> Iterator[ForgeError]:
     if commit is None:
         what, remedy = "the checkout has no commit", "release from a git checkout with a commit"
     elif changed:
-        more = [f"and {len(changed) - NAMED} more"] if len(changed) > NAMED else []
-        names = ", ".join(changed[:NAMED] + more)
+        names = ", ".join(shortened(changed, NAMED))
         what = f"the checkout differs from commit {commit[:12]}: {names}"
         remedy = "commit them, or remove them: git status"
     else:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from vllm_forge.errors import shortened
 from vllm_forge.host import Runner, git
 from vllm_forge.images.layer import LayerBlob, members
 from vllm_forge.images.layout import Image, ImageLayer, read_image
@@ -100,9 +101,7 @@ def _differing_files(
     (fetched,) = published.fetch([theirs], work)
     before = _files(fetched.blob)
     rows = differences(before, _files(ours.blob))
-    yield from (f"  {row}" for row in rows[:SHOWN])
-    if len(rows) > SHOWN:
-        yield f"  and {len(rows) - SHOWN} more"
+    yield from (f"  {row}" for row in shortened(rows, SHOWN))
 
 
 def _files(blob: LayerBlob) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from vllm_forge.errors import ForgeError, problems
+from vllm_forge.errors import ForgeError, problems, shortened
 from vllm_forge.host import canonical, printable
 from vllm_forge.images.content import labels
 from vllm_forge.images.record import differences
@@ -134,9 +134,8 @@ class Verification:
     def _same(self, what: str, expected: dict[str, Any], actual: dict[str, Any]) -> None:
         rows = differences(expected, actual) if expected != actual else ()
         if rows:
-            more = [f"and {len(rows) - SHOWN} more"] if len(rows) > SHOWN else []
             raise errors.ImageContentError(
-                f"{what}: {printable('; '.join([*rows[:SHOWN], *more]))}",
+                f"{what}: {printable('; '.join(shortened(rows, SHOWN)))}",
                 where=self.published.where,
                 remedy="do not use it: what is signed and what is in the image differ",
             )

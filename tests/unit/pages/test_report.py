@@ -31,7 +31,7 @@ from vllm_forge.receipts import FOLDER
 if TYPE_CHECKING:
     from pathlib import Path
 
-PARTS = ("Tests on GPUs", "Patches", "Kernel coverage", "Kernel selection", "Drift", "Benchmarks")
+PARTS = ("Tests on GPUs", "Patches", "Kernel coverage", "Drift", "Benchmarks")
 WIDTHS, HEIGHT = {"wide": 1280, "narrow": 390}, 2400
 THEMES = {"light": "1", "dark": "0"}  # of Chromium's setting preferredColorScheme
 VALIDATE = """
@@ -88,7 +88,6 @@ def test_page_has_all_parts(page: str) -> None:
         "How each tier ran",
         "Line 0.33, vLLM 0.33.0: patches",
         "Line 0.26, vLLM 0.26.0: device code",
-        "Line 0.26, vLLM 0.26.0: kernels of each preset",
         "vLLM releases by change",
     ):
         assert caption in parsed.text  # fmt: skip

@@ -19,6 +19,7 @@ from vllm_forge.checkpoints.checkpoint import Checkpoint, Folder
 from vllm_forge.checkpoints.errors import ModelInputError, RecipeError
 from vllm_forge.checkpoints.fixtures.tiny import TEMPLATE
 from vllm_forge.checkpoints.tensors import INDEX, TensorSpec
+from vllm_forge.errors import shortened
 from vllm_forge.host import console, parse_json, printable, read_data, read_plain, suggestion
 from vllm_forge.matrix import FrozenModel
 
@@ -63,10 +64,9 @@ def open_model(folder: Path) -> Checkpoint:
         remedy = "fetch index and shards of the same revision"
         raise refused(f"{INDEX} does not match the shards: {where}", remedy=remedy)
     if problems := list(_problems(checkpoint)):
-        shown = [f"  - {problem}" for problem in problems[:SHOWN]]
-        shown += [f"  and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        shown = shortened([f"- {problem}" for problem in problems], SHOWN)
         raise refused(
-            "\n".join(["not the tensors that config.json describes:", *shown]),
+            "\n  ".join(["not the tensors that config.json describes:", *shown]),
             remedy="an interrupted download, or a conversion that dropped or changed tensors: "
             "make the BF16 model again",
         )

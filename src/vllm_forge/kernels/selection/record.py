@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from vllm_forge.errors import shortened
 from vllm_forge.host import atomic_path, read_data
 from vllm_forge.kernels.errors import SelectionChangedError, SelectionFileError, SelectionStaleError
 from vllm_forge.kernels.selection.questions import (
@@ -135,7 +136,7 @@ def require_fresh(project: Project, line_name: str) -> SelectionRecord:
     if changed:
         raise SelectionStaleError(
             f"line {line_name}: inputs changed since kernel selection was recorded on "
-            f"{recorded.made}: {_some(changed, ', ', MOST_NAMED)}",
+            f"{recorded.made}: {', '.join(shortened(changed, MOST_NAMED))}",
             where=str(selection_path(project.records, line_name)),
             remedy=f"run: {COMMAND} {line_name}   and review the changes before you commit them",
         )
@@ -160,8 +161,9 @@ def require_same(
     ]
     if changed:
         what = f"vLLM {recorded.vllm} as published" if published else f"line {recorded.line_name}"
+        shown = "\n  ".join(shortened(changed, MOST_SHOWN))
         raise SelectionChangedError(
-            f"{what}: kernel selection changed since it was recorded:\n  " + _some(changed, "\n  "),
+            f"{what}: kernel selection changed since it was recorded:\n  {shown}",
             where=f"records/selection/{recorded.line_name}.json",
             remedy=f"find the cause; if the change is right, run: {COMMAND} {recorded.line_name}",
         )
@@ -203,8 +205,3 @@ def _dump(row: tuple[Question, Answer], shared: Mapping[str, list[Any]]) -> dict
     )
     del answer["name"]
     return {"question": question, "answer": answer}
-
-
-def _some(items: list[str], separator: str, most: int = MOST_SHOWN) -> str:
-    more = len(items) - most
-    return separator.join(items[:most] + [f"and {more} more"] * (more > 0))
