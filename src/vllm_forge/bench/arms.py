@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -23,9 +24,10 @@ from vllm_forge.bench.session import (
     read_session,
 )
 from vllm_forge.errors import UsageError
-from vllm_forge.host import Probe, read_plain
+from vllm_forge.host import Probe, Reply, parse_json, read_plain
 from vllm_forge.host.files import file_digest
 from vllm_forge.host.probe import GPU_QUERY
+from vllm_forge.images.layout import hex_digest, read_image
 from vllm_forge.images.prewarm import FOLDERS
 from vllm_forge.images.record import built_digest
 from vllm_forge.matrix import ImageCell, flags
@@ -33,6 +35,7 @@ from vllm_forge.matrix.model import Name
 from vllm_forge.patches import read_tree_lock
 from vllm_forge.project import Project
 from vllm_forge.serve.command import (
+    ENGINES,
     Engine,
     ServeOptions,
     bare_command,
@@ -45,6 +48,7 @@ from vllm_forge.serve.deployment import Deployment, find_deployment
 from vllm_forge.serve.doctor import listed_gpus
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 NONE = hashlib.sha256(b"").hexdigest()  # of a file that a checkpoint does not have
 
 
@@ -61,6 +65,9 @@ def arm_of(
         raise ArmUnknownError(f"no GPU is listed: {message}", where="nvidia-smi", remedy=remedy)
     server = Server(
         **subject,
+        claimed=not answers(
+            probe, vars(args).get("url") or "", subject["image"], _layout(project, cell)
+        ),
         artifact=deployment.artifact_name,
         argv=bare_command(deployment).argv,
         gpu=gpus[0].name,
@@ -96,7 +103,7 @@ def plan_of(
     arms = {}
     for name, row in session.arm.items():
         if row.preset is None:
-            arms[name] = _command(row, subject, str(caches), path)
+            arms[name] = _command(row, subject, str(caches), path, claimed=True)
         else:
             deployment = find_deployment(project.matrix, cell, row.preset, row.artifact)
             arms[name] = _container(
@@ -162,7 +169,9 @@ def _container(
     return Launch(argv=command.argv, env=command.env, remove=remove, model=repo, server=server)
 
 
-def _command(row: ArmRow, subject: dict[str, str], caches: str, path: Path) -> Launch:
+def _command(
+    row: ArmRow, subject: dict[str, str], caches: str, path: Path, *, claimed: bool = False
+) -> Launch:
     """A command whose compilers keep their kernels in ``caches``; SessionFileError."""
     variables = {variable: f"{caches}/{name}" for name, variable in FOLDERS.items()}
     if own := sorted(variables.keys() & row.env.keys()):
@@ -170,7 +179,7 @@ def _command(row: ArmRow, subject: dict[str, str], caches: str, path: Path) -> L
         raise SessionFileError(f"{own[0]} is set by bench", where=path, remedy=remedy)
     server = Server(
         **subject, artifact=row.artifact or row.model, argv=row.command, gpu=UNKNOWN,
-        gpus=flags.parallel(row.command).gpus, driver=UNKNOWN,
+        gpus=flags.parallel(row.command).gpus, driver=UNKNOWN, claimed=claimed,
     )  # fmt: skip
     return Launch(argv=row.command, env={**variables, **row.env}, model=row.model, server=server)
 
@@ -189,6 +198,59 @@ def _subject(project: Project, cell: ImageCell) -> dict[str, str]:
         "tree": read_tree_lock(project.root / cell.line.series, cell.line_name).result,
         "lock_sha256": file_digest(project.root / cell.line.lock),
     }
+
+
+def _layout(project: Project, cell: ImageCell) -> Path:
+    return project.root / "dist" / cell.name
+
+
+def answers(probe: Probe, url: str, image: str, layout: Path) -> bool:
+    """Whether a container of the image answers at ``url``; False if no engine here has it.
+
+    ArmUnknownError: a container of another image has the port. The classic store of docker knows
+    an image by its configuration's digest, which the build's ``layout`` has.
+    """
+    place = urlsplit(url)
+    if place.hostname not in LOOPBACK:
+        return False
+    published = f":{place.port or 80}->"
+    for engine in ENGINES:
+        listed = probe.ask(
+            f"{engine}-ps", [engine, "ps", "--no-trunc", "--format={{.ID}} {{.Ports}}"]
+        )
+        for row in listed.text.splitlines() if listed.code == 0 else ():
+            if published not in row:
+                continue
+            name = row.partition(" ")[0]
+            digests = _image_digests(
+                probe.ask(f"{engine}-inspect", [engine, "inspect", name]), name
+            )
+            if not digests & {hex_digest(image), _configuration(layout, image)}:
+                what = f"the server's image is {' or '.join(sorted(digests))}, not {image}"
+                remedy = "serve the image that was built here, or build the one that is served"
+                raise ArmUnknownError(what, where=f"{url}, container {name}", remedy=remedy)
+            return True
+    return False
+
+
+def _configuration(layout: Path, image: str) -> str:
+    """The digest of an image's configuration, from its build; empty where that is gone."""
+    built = read_image(layout) if layout.is_dir() else None
+    if built is None or built.digest != hex_digest(image):
+        return ""
+    return hex_digest(built.manifest["config"]["digest"])
+
+
+def _image_digests(reply: Reply, name: str) -> set[str]:
+    """Digests by which an engine knows a container's image: of its manifest, or configuration."""
+    try:
+        (row,) = parse_json(reply.text)
+        found = [row["Image"], row.get("ImageDigest"),
+                 (row.get("ImageManifestDescriptor") or {}).get("digest")]  # fmt: skip
+        return {hex_digest(text) for text in found if text}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        what, remedy = f"unexpected answer on a container: {error!r}", "update the engine"
+        raise ArmUnknownError(what, where=name, remedy=remedy) from None
 
 
 def _name(option: str, text: str) -> str:

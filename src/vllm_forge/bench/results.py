@@ -58,6 +58,15 @@ class Server(FrozenModel):
     gpu: Text
     gpus: int = Field(gt=0)
     driver: Text
+    claimed: bool = Field(
+        default=False, exclude_if=lambda value: not value,
+        description="the image is the one that was built here; which one answered was not seen",
+    )  # fmt: skip
+
+    @property
+    def seen(self) -> str:
+        """The digest, and whether it is only claimed."""
+        return f"{self.image} (claimed)" if self.claimed else self.image
 
 
 # What arms may differ in where all of them say so; anything else is refused.

@@ -46,8 +46,12 @@ def require_signed(arm: Arm, keys: Keyring) -> str:
 
 
 def _statement(arm: Arm) -> bytes:
-    """ResultSignatureError: the record has changed since it was read."""
+    """ResultSignatureError: the record has changed since it was read, or only claims its image."""
     path, result = arm.path, arm.result
+    if result.server.claimed:
+        what = "the result is of a claimed image: which one answered was not seen"
+        remedy = "measure a container that an engine of this host runs"
+        raise ResultSignatureError(what, where=path, remedy=remedy)
     content = read_plain(path)
     if Result.model_validate(parse_json(content)) != result:
         what, remedy = "the record was changed while it was read", "run the same command again"

@@ -30,6 +30,7 @@ class Summary:
 
     arm: str
     image: str
+    claimed: bool
     concurrency: int
     gpus: int
     starts: int
@@ -59,7 +60,7 @@ class Summary:
         places = " / ".join(f"{share:.2%}" for share in self.positions) or "not run"
         return [
             self.name,
-            self.image.removeprefix("sha256:")[:12],
+            self.image.removeprefix("sha256:")[:12] + (" (claimed)" if self.claimed else ""),
             str(self.starts),
             str(self.gpus),
             *texts,
@@ -89,6 +90,7 @@ def summarize(arm: Arm) -> Summary:
     return Summary(
         arm=result.arm,
         image=result.server.image,
+        claimed=result.server.claimed,
         concurrency=result.conditions.concurrency,
         gpus=result.server.gpus,
         starts=len(result.starts),

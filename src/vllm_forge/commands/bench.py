@@ -339,12 +339,15 @@ def gate(project: Project, args: argparse.Namespace) -> None:
     names = dict(zip(("reference", "candidate", "repeat"), arms, strict=False))
     differs = intended(arms[0], arms[1])
     if args.json:
-        images = {name: {"image": arm.result.server.image} for name, arm in names.items()}
+        images = {
+            name: {"image": arm.result.server.image, "claimed": arm.result.server.claimed}
+            for name, arm in names.items()
+        }
         gated = [row.as_json() for row in outcomes]
         print_json(args, {"arms": images, "differs": differs, "gates": gated})
     else:
         for name, arm in names.items():
-            console.print(f"{name}: image {arm.result.server.image}", markup=False)
+            console.print(f"{name}: image {arm.result.server.seen}", markup=False)
         for text in differs:
             console.print(f"the arms differ in {text}", markup=False)
         rows = [[row.gate, f"{100 * row.margin:g} %", row.word, row.reason] for row in outcomes]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from tests.support import bench_server
 from tests.support.bench import CONDITIONS, SERVER
 from tests.support.bench_server import BenchServer
+from tests.support.keys import key_pair
 from vllm_forge import host
 from vllm_forge.bench import arms
 from vllm_forge.bench.client import Prompt, read_counters
@@ -19,11 +21,13 @@ from vllm_forge.bench.errors import (
     ArmUnknownError,
     GateUndecidedError,
     InvalidResultError,
+    ResultSignatureError,
     ServerUnreachableError,
     WorkloadFileError,
 )
 from vllm_forge.bench.measure import add_start, client_rate, measure, read_workload
 from vllm_forge.bench.results import Conditions, Drafts, Server, read_arm
+from vllm_forge.bench.summary import summarize
 from vllm_forge.cli import main
 from vllm_forge.errors import UsageError
 from vllm_forge.host import Reply
@@ -31,7 +35,6 @@ from vllm_forge.project import Project
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 GPUS = "0, NVIDIA B300, 10.3, 580.1, 288000, Disabled, Completed, Success\n"
 TOKENS = 8
@@ -188,6 +191,89 @@ def test_command_binds_the_result_to_image_model_and_gpu(
     assert found.conditions.workload == "texts"
     assert found.conditions.tokenizer_sha256 == hashlib.sha256(b"{}").hexdigest()
     assert found.conditions.template_sha256 == arms.NONE
+
+
+class EngineProbe(StubProbe):
+    """A host whose engine runs a container on a port."""
+
+    def __init__(self, port: int, container: object) -> None:
+        super().__init__(GPUS)
+        self.port, self.container = port, container
+
+    def ask(self, name: str, argv: Sequence[str]) -> Reply:
+        answers = {
+            "docker-ps": Reply(code=127, text="docker: not found"),
+            "podman-ps": Reply(code=0, text="f1 0.0.0.0:18000->8000/tcp\n"
+                               f"f2 0.0.0.0:{self.port}->8000/tcp\n"),
+            "podman-inspect": Reply(code=0, text=json.dumps(self.container)),
+        }  # fmt: skip
+        if name == "podman-inspect":
+            assert argv == ["podman", "inspect", "f2"]
+        return answers.get(name) or super().ask(name, argv)
+
+
+@pytest.mark.parametrize(
+    ("container", "message"),
+    [
+        ([{"Image": "sha256:" + "9" * 64, "ImageDigest": "sha256:" + "3" * 64}], ""),
+        ([{"Image": "9" * 64, "ImageManifestDescriptor": {"digest": "sha256:" + "3" * 64}}], ""),
+        ([{"Image": "sha256:" + "9" * 64}], "the server's image is " + "9" * 64),
+        ([], "unexpected answer"),
+        ([{"Image": 1}], "unexpected answer"),
+    ],
+    ids=["podman", "docker", "another", "none", "malformed"],
+)  # fmt: skip
+def test_image_is_that_of_the_container_that_answers(
+    container: object, message: str, command: list[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (output,) = (Path(word.partition("=")[2]) for word in command if word.startswith("--output="))
+    with BenchServer() as server:
+        port = int(server.url.rpartition(":")[2])
+        monkeypatch.setattr(host, "HostProbe", lambda: EngineProbe(port, container))
+        code = main([*command, f"--url={server.url}", f"--warm={WARM}"])
+    if message:
+        assert code == ArmUnknownError.exit_code
+        assert message in capsys.readouterr().err
+        assert not output.exists()
+        return
+    assert code == 0
+    assert not read_arm(output).result.server.claimed
+    assert "claimed" not in output.read_text()
+
+
+def test_image_of_the_classic_store_is_known_by_its_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"digest": "sha256:" + "8" * 64}
+    image = type("Image", (), {"digest": "3" * 64, "manifest": {"config": config}})
+    monkeypatch.setattr(arms, "read_image", lambda _: image)
+    probe, url = EngineProbe(80, [{"Image": "sha256:" + "8" * 64}]), "http://localhost"
+    assert arms.answers(probe, url, "sha256:" + "3" * 64, tmp_path)
+    with pytest.raises(ArmUnknownError, match="8888"):
+        arms.answers(probe, url, "sha256:" + "3" * 64, tmp_path / "none")
+    with pytest.raises(ArmUnknownError, match="8888"):  # the build is of another image by now
+        arms.answers(probe, url, "sha256:" + "4" * 64, tmp_path)
+
+
+@pytest.mark.parametrize("url", ["http://far.example:8000", "http://127.0.0.1:8000", ""])
+def test_image_that_no_engine_runs_is_claimed(url: str, tmp_path: Path) -> None:
+    assert not arms.answers(EngineProbe(9, []), url, "sha256:" + "3" * 64, tmp_path)
+
+
+def test_claimed_image_is_shown_and_not_signed(
+    command: list[str], output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with BenchServer() as server:
+        assert main([*command, f"--url={server.url}", f"--warm={WARM}"]) == 0
+    arm = read_arm(output)
+    assert arm.result.server.claimed
+    assert summarize(arm).cells()[1] == "3" * 12 + " (claimed)"
+    assert main(["bench", "gate", str(output), str(output)]) == GateUndecidedError.exit_code
+    assert "(claimed)" in capsys.readouterr().err
+    key, _ = key_pair(output.parent / "keys")
+    assert main(["bench", "sign", str(output), f"--key={key}"]) == ResultSignatureError.exit_code
+    assert "claimed image" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
