@@ -71,6 +71,16 @@ def score(before: int, token: int) -> dict[str, dict[str, float]]:
     )
 
 
+def say_sums(size: int) -> None:
+    """How ranks add up, as vLLM and NCCL say it."""
+    names = ["CUSTOM", "PYNCCL"]["--disable-custom-all-reduce" in sys.argv :]
+    print(f"INFO Using {names} all-reduce backends (in dispatch order) for group 'tp:0' out of x")
+    if os.environ.get("NCCL_DEBUG") == "INFO" and size > 1:
+        host = os.environ.get("NCCL_P2P_DISABLE") == "1"
+        carrier = "SHM/direct/direct" if host else "P2P/CUMEM"
+        print(f"host:1:2 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] via {carrier}", flush=True)
+
+
 class Server(ThreadingHTTPServer):
     request_queue_size = 64
 
@@ -82,5 +92,6 @@ if __name__ == "__main__":
     print(*sys.argv, *(f"{name}={os.environ.get(name)}" for name in SHOWN), flush=True)
     if "--enforce-eager" not in sys.argv:
         print("INFO Graph capturing finished in 1 secs, took 0.1 GiB", flush=True)
+    say_sums(int(size))
     port = next(int(word[7:]) for word in sys.argv if word.startswith("--port="))
     Server(("127.0.0.1", port), Handler).serve_forever()

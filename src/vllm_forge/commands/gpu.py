@@ -43,7 +43,8 @@ def register(choices: Commands) -> None:
     one = command(gpu, "test", test, SKU, LINE, inputs, runs, key)
     one.add_argument(
         "--tier", action="append",
-        choices=["kernel", "server", "upstream", "tp2", "tp4", "soak", REHEARSAL],
+        choices=["kernel", "server", "upstream", "tp2", "tp4", "pcie2", "pcie4", "replicas2",
+                 "replicas4", "soak", REHEARSAL],
         help="repeatable (default: kernel and server)",
     )  # fmt: skip
     one.add_argument(

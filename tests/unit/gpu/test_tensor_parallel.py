@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.mark.parametrize(("count", "backend"), [(2, "MARLIN"), (4, "FLASHINFER_TRTLLM")])
+@pytest.mark.parametrize(
+    ("count", "backend"), [(2, "MARLIN"), (4, "MARLIN"), (4, "FLASHINFER_TRTLLM")]
+)
 def test_only_right_shards_add_up(
     count: int, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

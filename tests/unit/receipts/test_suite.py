@@ -235,9 +235,15 @@ def test_the_runner_computes_the_same_hash(root: Path, tmp_path: Path) -> None:
 
 
 def test_the_suites_description_is_whole(root: Path) -> None:
-    assert {"kernel", "server", "upstream", "tp2", "tp4", "soak", "rehearsal"} == set(
-        read_suite(root).tier
-    )
+    tiers = read_suite(root).tier
+    widths = {"tp", "pcie", "replicas"}
+    assert set(tiers) == {"kernel", "server", "upstream", "soak", "rehearsal"} | {
+        f"{name}{gpus}" for name in widths for gpus in (2, 4)
+    }
+    for name in widths:
+        rows = [tiers[f"{name}{gpus}"] for gpus in (2, 4)]
+        assert [row.gpus for row in rows] == [2, 4]
+        assert rows[0].model_copy(update={"gpus": 4}) == rows[1]
     assert read_suite(root).release_sources
     matrix = load(root)
     presets = [MATRIX_ROWS["preset"](matrix, sku) for sku in matrix.sku]
