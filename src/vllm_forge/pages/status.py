@@ -90,14 +90,12 @@ def _add_waivers(project: Project, grid: Grid) -> Iterator[tuple[Path, ForgeErro
 
 
 def status(project: Project) -> str:
-    """The page: SKU by line and tier, how each tier ran, and what is refused."""
+    """The page: line and tier by SKU, how each tier ran, and what is refused."""
     receipts = read_receipts(project)
     grid, refused = make_grid(project, receipts)
-    columns = list(dict.fromkeys(place[1:] for place in grid))
-    cells = (
-        [sku, *(_cell(grid[(sku, *column)]) for column in columns)] for sku in project.matrix.sku
-    )
-    shown = table(["SKU", *(", ".join(column) for column in columns)], cells)
+    places, skus = dict.fromkeys(place[1:] for place in grid), project.matrix.sku
+    cells = ([*place, *(_cell(grid[(sku, *place)]) for sku in skus)] for place in places)
+    shown = table(["line", "tier", *skus], cells)
     lines = [(shown + "\n" + _evidence(project.root, receipts.valid)).rstrip()]
     if refused:
         rows = (f"{path.relative_to(project.root)}: {error.what}" for path, error in refused)

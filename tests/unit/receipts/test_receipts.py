@@ -594,7 +594,8 @@ class TestMakeReceipt:
 def test_status_shows_receipts_and_what_was_not_run(project: Project, committed: Path) -> None:
     text = status(project)
     grid = [line.strip("| ").split(" | ") for line in text.splitlines() if line[:1] == "|"]
-    (cells,) = [dict(zip(grid[0], row, strict=True)) for row in grid if row[0] == "h200"]
+    at = grid[0].index("h200")
+    cells = {", ".join(row[:2]): row[at] for row in grid if len(row) > at}
     assert "unsupported" in cells["0.22, server"]
     place = f"(../../records/receipts/{committed.parent.name}/{committed.name})"
     assert place in cells["0.26, server"]
