@@ -33,7 +33,6 @@ class EngineInfo:
     nvidia: bool
     cgroups: str = ""  # docker's cgroup driver
     discovers: bool = False  # docker lists CDI devices
-    architecture: str = ""  # of the host, "" where the engine does not say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,18 +131,16 @@ def _engine(name: str, info: dict[str, Any], devices: str) -> EngineInfo:
     if name == "podman":
         version, root = info["version"]["Version"], info["store"]["graphRoot"]
         nvidia, discovers = "nvidia.com/gpu=" in devices, True
-        architecture = (info.get("host") or {}).get("arch")
     else:
         version, root = info["ServerVersion"], info["DockerRootDir"]
         ids = [item.get("ID", "") for item in info.get("DiscoveredDevices") or []]
         discovers = any("nvidia.com/gpu" in device for device in ids)
         nvidia = discovers or "nvidia" in (info.get("Runtimes") or {})
-        architecture = info.get("Architecture")
     if not (isinstance(root, str) and root.startswith("/") and isinstance(version, str)):
         raise TypeError(f"version {version!r}, data folder {root!r}")
     return EngineInfo(
         name=name, version=version, root=root, nvidia=nvidia, discovers=discovers,
-        cgroups=str(info.get("CgroupDriver")), architecture=str(architecture or ""),
+        cgroups=str(info.get("CgroupDriver")),
     )  # fmt: skip
 
 
@@ -366,8 +363,7 @@ def check_shm(host: Host, deployment: Deployment, needs: Needs) -> Iterator[Host
 def check_machine(host: Host, deployment: Deployment, needs: Needs) -> Iterator[HostFinding]:
     """Processor, kernel modules, health of the GPUs and what connects them."""
     replies, matrix = host.machine, deployment.matrix
-    architectures = [engine.architecture for engine in host.engines if engine.architecture]
-    yield from machine.processor(replies["uname"], architectures, matrix.base.platform)
+    yield from machine.processor(replies["uname"], matrix.base.platform)
     capability = deployment.cell.sku.compute_capability
     if host.gpus or not replies["nvidia-module"].code:
         yield from machine.kernel_modules(

@@ -37,7 +37,6 @@ DETACH = "`systemctl daemon-reload` runs (https://github.com/NVIDIA/nvidia-docke
 HOOK_REFUSES = "https://github.com/dstackai/dstack/issues/2306"
 # What else passes traffic between GPUs; in a preset's env it takes NCCL's peer access away.
 NO_PEERS = ("NCCL_P2P_DISABLE", "1")
-ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}  # Go's names, as podman has them
 MOST_SHOWN = 300  # characters of an answer
 # What nvidia-smi says of a GPU in a line between the rows of the others.
 LOST = re.compile(r"^[^,]*(unable to determine the device handle|is lost|requires reset)", re.I)
@@ -84,15 +83,10 @@ def _unread(check: str, name: str, reply: Reply, needed: str) -> HostFinding:
     return HostFinding(check, "unknown", seen, needed)
 
 
-def processor(reply: Reply, engines: Sequence[str], platform: str) -> Iterator[HostFinding]:
-    """A processor that runs the image; ``platform`` is uv's name of the wheels' platform.
-
-    Reports of older versions have it in what an engine said: ``engines``.
-    """
+def processor(reply: Reply, platform: str) -> Iterator[HostFinding]:
+    """A processor that runs the image; ``platform`` is uv's name of the wheels' platform."""
     built, seen = platform.partition("-")[0], one_line(reply)
-    if reply.missing and engines:
-        seen = ARCHITECTURES.get(engines[0], engines[0])
-    elif reply.code:
+    if reply.code:
         yield _unread("processor", "uname", reply, built)
         return
     needed = f"{built}: images are built for it alone"

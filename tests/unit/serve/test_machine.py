@@ -112,8 +112,7 @@ def test_recording_without_the_new_files_does_not_fail(
 ) -> None:
     folder = recorded("rtxpro6000", **dict.fromkeys(("uname", "nvidia_module", "iommu")))
     found = {f.check: f for f in diagnose(folder, "rtxpro6000", "tp2-mtp")}
-    assert (found["processor"].level, found["processor"].seen) == ("ok", "x86_64")  # by docker
-    for check in ("kernel modules", "IOMMU"):
+    for check in ("processor", "kernel modules", "IOMMU"):
         assert (found[check].level, found[check].seen) == ("unknown", "not recorded")
     folder = recorded("rtxpro6000", nvidia_smi_topo=None)
     found = {f.check: f for f in diagnose(folder, "rtxpro6000", "tp2-mtp")}
@@ -121,17 +120,6 @@ def test_recording_without_the_new_files_does_not_fail(
         "unknown",
         True,
     )
-
-
-def test_arm_host_is_known_by_its_engine(recorded: Recorded, diagnose: Diagnose) -> None:
-    folder = recorded("b200-podman")
-    path = folder / "podman.txt"
-    path.write_text(path.read_text().replace('"arch": "amd64"', '"arch": "arm64"'))
-    (finding,) = [f for f in diagnose(folder, "b200") if f.check == "processor"]
-    assert (finding.level, finding.seen) == ("red", "aarch64")
-    path.unlink()
-    (finding,) = [f for f in diagnose(folder, "b200") if f.check == "processor"]
-    assert (finding.level, finding.seen) == ("unknown", "not recorded")
 
 
 def test_iommu_that_is_off_has_no_groups(recorded: Recorded, diagnose: Diagnose) -> None:
