@@ -210,16 +210,18 @@ def answers(probe: Probe, url: str, image: str, layout: Path) -> bool:
     ArmUnknownError: a container of another image has the port. The classic store of docker knows
     an image by its configuration's digest, which the build's ``layout`` has.
     """
-    place = urlsplit(url)
-    if place.hostname not in LOOPBACK:
+    try:
+        host, port = urlsplit(url).hostname, urlsplit(url).port or 80
+    except ValueError as error:
+        raise UsageError(f"invalid --url: {error}", remedy="give http://HOST:PORT") from None
+    if host not in LOOPBACK:
         return False
-    published = f":{place.port or 80}->"
     for engine in ENGINES:
         listed = probe.ask(
             f"{engine}-ps", [engine, "ps", "--no-trunc", "--format={{.ID}} {{.Ports}}"]
         )
         for row in listed.text.splitlines() if listed.code == 0 else ():
-            if published not in row:
+            if f":{port}->" not in row:
                 continue
             name = row.partition(" ")[0]
             digests = _image_digests(

@@ -340,7 +340,15 @@ def test_truncated_answers_scored_as_right_are_not_imported(
 
 
 @pytest.mark.parametrize(
-    "option", ["--arm=A B", "--concurrency=0", "--max-tokens=x", "--session=\n"]
+    "option",
+    [
+        "--url=http://localhost:x",
+        "--url=http://[::1",
+        "--arm=A B",
+        "--concurrency=0",
+        "--max-tokens=x",
+        "--session=\n",
+    ],
 )
 def test_invalid_options_are_usage_errors(option: str, command: list[str]) -> None:
     assert main([*command, "--url=http://127.0.0.1:9", option]) == UsageError.exit_code
