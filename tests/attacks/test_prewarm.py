@@ -125,4 +125,4 @@ def test_folder_that_changes_while_it_is_read_is_refused(
 
 
 def of(folder: Path, digest: str = "") -> Prewarm:
-    return Prewarm(folder=folder, variables={}, key={}, digest=digest or tree_digest(folder))
+    return Prewarm(folder=folder, key={}, digest=digest or tree_digest(folder))

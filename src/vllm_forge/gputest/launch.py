@@ -179,12 +179,7 @@ def prewarm_of(project: Project, cell: ImageCell, folder: Path) -> Prewarm:
     tree = read_tree_lock(project.root / cell.line.series, cell.line_name).result
     key = cache_key(project, cell, tree)
     require_key(folder, key)
-    return Prewarm(
-        folder=folder,
-        variables={variable: name for name, variable in FOLDERS.items()},
-        key=key,
-        digest=tree_digest(folder),
-    )
+    return Prewarm(folder=folder, key=key, digest=tree_digest(folder))
 
 
 def lock_prewarm(project: Project, cell: ImageCell, folder: Path) -> Path:

@@ -84,7 +84,6 @@ class Prewarm:
     """Caches that a run of the same stack (``key``) left in a folder."""
 
     folder: Path
-    variables: Mapping[str, str]  # environment variable of a compiler -> its folder's name
     key: Mapping[str, str]
     digest: str  # see ``tree_digest``
 
@@ -93,7 +92,7 @@ class Prewarm:
         return place_of(self.key)
 
     def environment(self) -> dict[str, str]:
-        folders = {name: f"{self.place}/{folder}" for name, folder in self.variables.items()}
+        folders = {variable: f"{self.place}/{name}" for name, variable in FOLDERS.items()}
         return folders | {PLACE: self.place, CONTENT: self.digest}
 
     @property

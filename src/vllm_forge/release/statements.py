@@ -111,12 +111,8 @@ class External(_Record):
     options: BuildOptions
 
 
-class Dependency(_Record):
-    """A ResourceDescriptor."""
-
-    name: str
+class Dependency(Subject):
     uri: str | None = None
-    digest: dict[str, str] = Field(min_length=1)
 
 
 class Definition(_Record):

@@ -173,12 +173,7 @@ def test_broken_lock_is_refused(project: Project) -> None:
 
 @pytest.fixture
 def prewarm(folder: Path) -> Prewarm:
-    return Prewarm(
-        folder=folder,
-        variables={variable: name for name, variable in FOLDERS.items()},
-        key=KEY,
-        digest=tree_digest(folder),
-    )
+    return Prewarm(folder=folder, key=KEY, digest=tree_digest(folder))
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def baked(built: Built, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[
     kernels = folder / "kernels"
     kernels.mkdir()
     (kernels / "k.cubin").write_bytes(b"code")
-    prewarm = Prewarm(folder=kernels, variables={}, key={}, digest=tree_digest(kernels))
+    prewarm = Prewarm(folder=kernels, key={}, digest=tree_digest(kernels))
     layer = ImageLayer(blob=prewarm_layer(prewarm, EPOCH).blob, name="compiled kernels")
     return again(built, folder / "x", (*built.image.layers, layer)).path, prewarm.digest
 
