@@ -52,5 +52,6 @@ def test_a_fault_of_a_rank_is_found(
 
 
 @each_backend
-def test_sums_cross_the_hosts_memory_alone(backend: str, summed: Read) -> None:
-    assert transports(summed("pcie", backend).log) == {LINKS["pcie"].transport}
+@pytest.mark.parametrize("link", ["pcie"])
+def test_sums_cross_the_hosts_memory_alone(link: str, backend: str, summed: Read) -> None:
+    assert transports(summed(link, backend).log) == {LINKS[link].transport}

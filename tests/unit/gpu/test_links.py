@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,6 +39,30 @@ NET = "h:1:2 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] [send] via NET/Socket/0\n
 )  # fmt: skip
 def test_transports_of_all_channels_are_found(log: str, found: set[str]) -> None:
     assert transports(log) == found
+
+
+TORCH = """
+class cuda:
+    is_available = staticmethod(lambda: True)
+    get_device_name = staticmethod(lambda _: "NVIDIA H200")
+    get_device_capability = staticmethod(lambda _: (9, 0))
+"""
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_all_that_tests_read_can_be_begun(gpus: int, tmp_path: Path) -> None:
+    """The conftests of both folders add their jobs, on GPUs that torch would find."""
+    (tmp_path / "torch.py").write_text(TORCH)
+    folders = ["tests/gpu/links", "tests/gpu/replicas"]
+    names = [f"--tier={name}{gpus}" for name in ("pcie", "replicas")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-qq", *names, *folders],
+        cwd=REPO, text=True, capture_output=True, check=False,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPO / 'src'}",
+             device.RANKS: str(gpus), device.VISIBLE: ",".join(map(str, range(gpus)))},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "tests/gpu/links/test_sums.py: " in done.stdout
 
 
 RANK = """
