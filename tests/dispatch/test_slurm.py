@@ -91,11 +91,11 @@ def faults(lab: Lab) -> Faults:
 @pytest.mark.parametrize(
     ("job", "verdict", "why"),
     [
-        ("b300-0.26-kernel", "undecided", "half a result: .* (NODE_FAIL)"),
+        ("b300-0.26-kernel", "undecided", "half a result: .* (NODE_FAIL: NodeDown)"),
         ("b300-0.26-server", "red", "exit code 91"),
         ("b300-0.26-tp2", "green", ""),
         ("rtxpro6000-0.26-kernel", "refused", "it was requeued while it ran"),
-        ("rtxpro6000-0.26-server", "undecided", "half a result: .* (TIMEOUT)"),
+        ("rtxpro6000-0.26-server", "undecided", "half a result: .* (TIMEOUT: TimeLimit)"),
         ("rtxpro6000-0.26-tp2", "undecided", "exit code 92"),
     ],
     ids=["node down", "red", "green", "requeued", "over time", "over time, ended in order"],

@@ -1,8 +1,14 @@
-"""A server whose answers are texts, as a test wants them."""
+"""A server whose answers are texts, as a test wants them.
+
+Run as a program, PORT: a server of a session, which knows that the answer to "question 3" is
+"word-3", and takes "question 1" for another.
+"""
 
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -43,3 +49,13 @@ class AnswerServer(BenchServer):
         await response.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
         await response.write(usage(reply.tokens))
         return response
+
+
+def known(question: str) -> Reply:
+    number = question.rsplit(maxsplit=1)[-1]
+    return Reply("other" if number == "1" else f"word-{number}")
+
+
+if __name__ == "__main__":
+    with AnswerServer(reply=known, port=int(sys.argv[1])):
+        signal.pause()

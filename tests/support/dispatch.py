@@ -142,7 +142,8 @@ def make_image(project: Project, cell: ImageCell, scratch: Path) -> Image:
 def write_bundle(project: Project, cell: ImageCell, image: SuiteImage, folder: Path) -> Any:
     """The plan alone: what else goes to a GPU host has tests of its own, and takes gigabytes."""
     tree = read_tree_lock(project.root / cell.line.series, cell.line_name).result
-    folder.mkdir()
+    (folder / "src/vllm_forge").mkdir(parents=True)
+    (folder / "src/vllm_forge/__init__.py").touch()
     plan = make_plan(project, cell, tree, image)
     (folder / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
     return plan

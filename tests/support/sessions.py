@@ -5,6 +5,7 @@ python -m tests.support.sessions DIR      write the workloads there, and the che
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import sys
@@ -21,6 +22,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks" / "sessions"
 SEED = 20261130
 TINY, LENGTH = 72, 32  # prompts, and tokens of each
 EXACT, WARM, TOKENS, K = 32, 4, 64, 2  # measured prompts; the rest is that of exact-mtp.toml
+SERVER = "tests.support.answer_server"
 VARIANT: exact_mtp.Variant = "fraction"
 
 
@@ -51,6 +53,35 @@ def lines(rows: Iterable[dict[str, object]]) -> bytes:
 def write_exact(folder: Path) -> Path:
     """The checkpoint."""
     return exact_mtp.write(folder, VARIANT)
+
+
+def write_quality(folder: Path, port: int, env: dict[str, str], *, checkpoint: str) -> Path:
+    """A session that asks four questions of `answer_server`, twice, and their data."""
+    data = lines(
+        {"item": f"q{n}", "prompt": f"question {n}", "answer": f"word-{n}"} for n in range(4)
+    )
+    (folder / "own.data.jsonl").write_bytes(data)
+    digest, argv = hashlib.sha256(data).hexdigest(), ["python3", "-m", SERVER, str(port)]
+    variables = ", ".join(f"{name} = {json.dumps(value)}" for name, value in env.items())
+    path = folder / "quality.toml"
+    path.write_text(f"""session = "december"
+starts = 2
+checkpoint = "{checkpoint}"
+concurrency = [2]
+port = {port}
+
+[quality]
+workload = "own"
+data = "own.data.jsonl"
+sha256 = "{digest}"
+license = "CC0"
+
+[arm.mtp]
+command = {json.dumps(argv)}
+model = "m"
+env = {{ {variables} }}
+""")
+    return path
 
 
 WORKLOADS = {"tiny.jsonl": tiny, "exact.jsonl": exact}

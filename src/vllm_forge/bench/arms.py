@@ -16,13 +16,16 @@ from vllm_forge.bench.results import Conditions, Server
 from vllm_forge.bench.session import (
     UNKNOWN,
     ArmRow,
+    Kept,
     Launch,
     Plan,
     Session,
     conditions_of,
     make_plan,
     read_session,
+    workload_of,
 )
+from vllm_forge.bench.workloads import Loaded, Source, lines, load
 from vllm_forge.errors import UsageError
 from vllm_forge.host import Probe, Reply, parse_json, read_plain
 from vllm_forge.host.files import file_digest
@@ -138,13 +141,35 @@ def _plan(
         counts = ", ".join(f"{name} {number}" for name, number in gpus.items())
         remedy = 'write differs = ["gpus"] if that is what is measured, and only then'
         raise SessionFileError(f"GPUs of the arms: {counts}", where=path, remedy=remedy)
-    workload = path.with_name(session.workload)
-    _, prompts = read_workload(workload)
+    loaded, quality = _questions(session, path), None
+    if loaded is None:
+        workload = path.with_name(workload_of(session).name)
+        content, (_, digest) = read_plain(workload), read_workload(workload)
+    else:
+        content, digest = lines(loaded, repeats=True), loaded.digest
+        prompts = hashlib.sha256(content).hexdigest()
+        quality = Kept(license=loaded.license, prompts_sha256=prompts)
     conditions = conditions_of(
-        session, prompts=prompts, template=_hash(checkpoint / TEMPLATE),
+        session, prompts=digest, template=_hash(checkpoint / TEMPLATE),
         tokenizer=_hash(checkpoint / TOKENIZER),
     )  # fmt: skip
-    return make_plan(session, arms, conditions, (caches,)), read_plain(workload)
+    if loaded is not None:
+        conditions = tuple(loaded.asked({"conditions": one})["conditions"] for one in conditions)
+    return make_plan(session, arms, conditions, (caches,), quality), content
+
+
+def _questions(session: Session, path: Path) -> Loaded | None:
+    """What a session asks for quality; SessionFileError if it has no right answers."""
+    if (asked := session.quality) is None:
+        return None
+    source = None
+    if asked.data and asked.sha256 and asked.license:
+        source = Source(path.with_name(asked.data), asked.sha256, asked.license)
+    loaded = load(asked.workload, source)
+    if loaded.row.scorer == "none":
+        what = f"quality.workload: {loaded.name} has no right answers"
+        raise SessionFileError(what, where=path, remedy="give its prompts as workload")
+    return loaded
 
 
 def _container(

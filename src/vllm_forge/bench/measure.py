@@ -45,7 +45,7 @@ def read_workload(path: Path) -> tuple[list[Prompt], str]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         problem = f"{error!r}"
     else:
-        if prompts and len({prompt.item for prompt in prompts}) == len(prompts):
+        if prompts and len({(row.item, row.repeat) for row in prompts}) == len(prompts):
             return prompts, hashlib.sha256(content).hexdigest()
         problem = "two rows have one item" if prompts else "it is empty"
     what = f"invalid workload: {problem}"
@@ -64,7 +64,7 @@ def _prompt(row: Any) -> Prompt:
     if chat and not all(isinstance(message["content"], str) for message in content):
         raise ValueError("a message without text")
     predicted = {int(k): Drafts.model_validate(d) for k, d in row.get("predicted", {}).items()}
-    return Prompt(printable(row["item"]), content, predicted)
+    return Prompt(printable(row["item"]), content, predicted, int(row.get("repeat", 0)))
 
 
 def _predicted(prompts: Sequence[Prompt], argv: Sequence[str]) -> Drafts | None:

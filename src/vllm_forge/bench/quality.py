@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from vllm_forge.bench.client import Answer, ask_all, read_counters
+from vllm_forge.bench.client import Answer, Prompt, ask_all, read_counters
 from vllm_forge.bench.errors import InvalidResultError, ResultFileError
 from vllm_forge.bench.measure import add_start, progress, require_same
-from vllm_forge.bench.results import Conditions, Count, Row, Seconds, Start, read_arm
+from vllm_forge.bench.results import Conditions, Count, Row, Seconds, Server, Start, read_arm
 from vllm_forge.bench.sandbox import require_sandbox
 from vllm_forge.bench.scoring import THOUGHT, Score, score
 from vllm_forge.bench.workloads import Loaded
@@ -57,6 +57,11 @@ class Header(FrozenModel):
     license: Text = Field(description="of the workload's data")
     arm: dict[str, Any]
 
+    @property
+    def image(self) -> str:
+        server = self.arm.get("server")
+        return str(server.get("image")) if isinstance(server, dict) else "unknown"
+
 
 @dataclass
 class Answers:
@@ -70,25 +75,15 @@ class Answers:
         """Answers of an earlier run; a line that it did not finish is removed."""
         if not os.path.lexists(self.path):
             return
-        try:
-            content = read_plain(self.path, LARGEST_ANSWERS)
-            whole = content[: content.rfind(b"\n") + 1]
-            first, *lines = whole.splitlines() or [b""]
-            old = Header.model_validate(parse_json(first)) if first else self.header
-            rows = [KeptAnswer.model_validate(parse_json(line)) for line in lines]
-        except (OSError, ValueError) as error:
-            detail = first_problem(error) if isinstance(error, ValidationError) else str(error)
-            what = f"invalid file of answers: {detail}"
-            remedy = "give another --output, or restore the file"
-            raise ResultFileError(what, where=self.path, remedy=remedy) from None
-        if old != self.header:
+        old, size = read_answers(self.path, self.header)
+        if old.header != self.header:
             raise InvalidResultError(
-                f"the answers are of another {_difference(old, self.header)}",
+                f"the answers are of another {_difference(old.header, self.header)}",
                 where=str(self.path),
                 remedy="give another --output, or what they were begun with",
             )
-        os.truncate(self.path, len(whole))
-        self.kept = {(row.item, row.repeat): row for row in rows}
+        os.truncate(self.path, size)
+        self.kept = old.kept
 
     @contextmanager
     def append(self) -> Iterator[Callable[[Answer], None]]:
@@ -116,6 +111,25 @@ class Answers:
             yield keep
 
 
+def read_answers(path: Path, begun: Header | None = None) -> tuple[Answers, int]:
+    """A file of answers, and the bytes of its whole lines; ResultFileError.
+
+    ``begun``: header of a file that was ended before its first line.
+    """
+    try:
+        content = read_plain(path, LARGEST_ANSWERS)
+        whole = content[: content.rfind(b"\n") + 1]
+        first, *lines = whole.splitlines() or [b""]
+        header = begun if begun and not first else Header.model_validate(parse_json(first))
+        rows = [KeptAnswer.model_validate(parse_json(line)) for line in lines]
+    except (OSError, ValueError) as error:
+        detail = first_problem(error) if isinstance(error, ValidationError) else str(error)
+        what = f"invalid file of answers: {detail}"
+        remedy = "give another --output, or restore the file"
+        raise ResultFileError(what, where=path, remedy=remedy) from None
+    return Answers(path, header, {(row.item, row.repeat): row for row in rows}), len(whole)
+
+
 def answers_path(record: Path, order: int) -> Path:
     """Where the answers of a start are kept."""
     return record.with_suffix(f".answers-{order}.jsonl")
@@ -134,16 +148,10 @@ def measure_quality(
     _require_new(output, arm, order)
     if loaded.row.scorer == "code":
         require_sandbox()
-    dumped = {
-        name: value.model_dump(mode="json") if isinstance(value, FrozenModel) else value
-        for name, value in arm.items()
-        if value != ()  # as in a record
-    }
-    dumped = parse_json(canonical(dumped))  # JSON has no tuples
-    answers = Answers(path, Header(model=model, license=loaded.license, arm=dumped))
+    answers = Answers(path, header_of(model, loaded.license, arm))
     with _alone(path, wait=False):
         answers.read()
-        _ask(url, loaded, arm["conditions"], answers)
+        ask(url, list(loaded.prompts()), arm["conditions"], answers)
         if (now := arm_now()) != arm:
             changed = [name for name in arm if arm[name] != now[name]]
             raise InvalidResultError(
@@ -154,6 +162,55 @@ def measure_quality(
         rows = _rows(loaded, answers)
         with _alone(output):  # another start of the record may end now, too
             add_start(output, arm, Start(order=order), rows)
+    return rows
+
+
+def header_of(model: str, license_: str, arm: dict[str, Any]) -> Header:
+    """The first line of the answers of an arm, which is a record's fields."""
+    dumped = {
+        name: value.model_dump(mode="json") if isinstance(value, FrozenModel) else value
+        for name, value in arm.items()
+        if value != ()  # as in a record
+    }
+    # JSON has no tuples.
+    return Header(model=model, license=license_, arm=parse_json(canonical(dumped)))
+
+
+def score_answers(path: Path, loaded: Loaded, output: Path) -> list[Row]:
+    """Score the answers that a session kept, and add their start to a record.
+
+    Raises ResultFileError; InvalidResultError: of other questions, or some are missing;
+    SandboxError.
+    """
+    answers, _ = read_answers(path)
+    arm = answers.header.arm
+    try:
+        order = int(path.name.rpartition(".answers-")[2].removesuffix(".jsonl"))
+        conditions = Conditions.model_validate(arm["conditions"])
+        known = {
+            "server": Server.model_validate(arm["server"]),
+            "differs": tuple(arm.get("differs", ())),
+        }
+        arm = {**arm, "conditions": conditions, **known}
+    except (LookupError, TypeError, ValueError) as error:
+        what, remedy = f"invalid file of answers: {error!r}", "give a session's, under its own name"
+        raise ResultFileError(what, where=path, remedy=remedy) from None
+    update = {"workload": loaded.name, "prompts_sha256": loaded.digest}
+    asked = loaded.asked({**arm, "conditions": conditions.model_copy(update=update)})
+    if (now := header_of(answers.header.model, loaded.license, asked)) != answers.header:
+        what = f"the answers are of another {_difference(answers.header, now)}"
+        remedy = "give the workload and data of the session; for code, also the Python that sent it"
+        raise InvalidResultError(what, where=str(path), remedy=remedy)
+    keys = {(prompt.item, prompt.repeat) for prompt in loaded.prompts()}
+    if keys != answers.kept.keys():
+        what = f"of {len(keys)} answers, {len(keys - answers.kept.keys())} are missing"
+        raise InvalidResultError(what, where=str(path), remedy="run the session again")
+    _require_new(output, arm, order)
+    if loaded.row.scorer == "code":
+        require_sandbox()
+    rows = _rows(loaded, answers)
+    with _alone(output):
+        add_start(output, arm, Start(order=order), rows)
     return rows
 
 
@@ -193,9 +250,8 @@ def _difference(old: Header, new: Header) -> str:
     return next(f"{name}: {was!r}, now {now!r}" for name, was, now in pairs if was != now)
 
 
-def _ask(url: str, loaded: Loaded, conditions: Conditions, answers: Answers) -> None:
+def ask(url: str, prompts: Sequence[Prompt], conditions: Conditions, answers: Answers) -> None:
     """Ask what is left, and keep each answer; InvalidResultError if requests failed."""
-    prompts = list(loaded.prompts())
     left = [prompt for prompt in prompts if (prompt.item, prompt.repeat) not in answers.kept]
     if not left:
         return

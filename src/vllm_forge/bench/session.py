@@ -18,6 +18,7 @@ from vllm_forge.bench.results import (
     Count,
     Differences,
     FileName,
+    Hash,
     Seconds,
     Server,
 )
@@ -48,6 +49,15 @@ class Crosscheck(FrozenModel):
     command: Words = Field(min_length=1, description="{output}: folder for its result")
 
 
+class Questions(FrozenModel):
+    """A workload of `bench quality`; its answers are kept, for `bench score`."""
+
+    workload: Name
+    data: FileName | None = Field(default=None, description="beside this file")
+    sha256: Hash | None = None
+    license: Text | None = None
+
+
 class Session(FrozenModel):
     """What a user writes."""
 
@@ -55,11 +65,12 @@ class Session(FrozenModel):
     order: Literal["abba", "random"] = "abba"
     seed: int = Field(default=0, description="of order random: each block is shuffled")
     starts: int = Field(ge=1, le=MOST_STARTS, description="of each arm")
-    workload: FileName = Field(description="prompts, beside this file")
+    workload: FileName | None = Field(default=None, description="prompts, beside this file")
+    quality: Questions | None = Field(default=None, description="asked in place of workload")
     checkpoint: Text = Field(description="folder; its tokenizer and chat template are hashed")
     warm: Count = Field(default=8, description="prompts of each concurrency that only warm up")
     concurrency: tuple[Annotated[int, Field(gt=0)], ...] = Field(min_length=1)
-    max_tokens: int = Field(gt=0)
+    max_tokens: int | None = Field(default=None, gt=0, description="quality: its row has them")
     ignore_eos: bool = False
     thinking: bool = False
     prefix_cache: bool = False
@@ -80,6 +91,13 @@ class Launch(FrozenModel):
     server: Server
 
 
+class Kept(FrozenModel):
+    """What a plan says of ``Session.quality``."""
+
+    license: Text
+    prompts_sha256: Hash = Field(description="of the file with the questions")
+
+
 class Plan(FrozenModel):
     """A session as it is run; ``turns`` has the arm of each start."""
 
@@ -95,6 +113,7 @@ class Plan(FrozenModel):
     caches: Words = Field(description="where the servers keep what they compile")
     crosscheck: Crosscheck | None = None
     differs: Differences = ()
+    quality: Kept | None = None
 
     @property
     def url(self) -> str:
@@ -111,6 +130,16 @@ def read_session(path: Path) -> Session:
     session: Session = read_data(
         path, Session.model_validate, SessionFileError, what="session", remedy=remedy
     )
+    asked = session.quality
+    if [bool(session.workload), session.max_tokens is not None] != 2 * [asked is None]:
+        what = "expected workload and max_tokens, or [quality] in their place"
+        raise SessionFileError(what, where=path, remedy=remedy)
+    if (
+        asked is not None
+        and len({x is None for x in (asked.data, asked.sha256, asked.license)}) > 1
+    ):
+        what = "quality: data, sha256 and license belong together"
+        raise SessionFileError(what, where=path, remedy=remedy)
     if session.crosscheck is not None and session.crosscheck.arm not in session.arm:
         what = f"crosscheck: no arm {session.crosscheck.arm}"
         raise SessionFileError(what, where=path, remedy=remedy)
@@ -133,22 +162,28 @@ def turns_of(session: Session) -> tuple[Name, ...]:
     return tuple(turns)
 
 
+def workload_of(session: Session) -> Path:
+    """Name of the file with prompts."""
+    asked = session.quality
+    return Path(f"{asked.workload}.jsonl" if asked else session.workload or "")
+
+
 def conditions_of(
     session: Session, *, prompts: str, template: str, tokenizer: str
 ) -> tuple[Conditions, ...]:
     """One for each concurrency; the hashes are SHA-256."""
     return tuple(
         Conditions(
-            workload=Path(session.workload).stem,
+            workload=workload_of(session).stem,
             prompts_sha256=prompts,
             template_sha256=template,
             tokenizer_sha256=tokenizer,
             thinking=session.thinking,
             temperature=0.0,
-            max_tokens=session.max_tokens,
+            max_tokens=session.max_tokens or 1,
             ignore_eos=session.ignore_eos,
             concurrency=concurrency,
-            prefix_cache=session.prefix_cache,
+            prefix_cache=session.prefix_cache or session.quality is not None,
         )
         for concurrency in session.concurrency
     )
@@ -156,20 +191,21 @@ def conditions_of(
 
 def make_plan(
     session: Session, arms: dict[str, Launch], conditions: tuple[Conditions, ...],
-    caches: tuple[str, ...],
+    caches: tuple[str, ...], quality: Kept | None,
 ) -> Plan:  # fmt: skip
     return Plan(
         session=session.session,
         turns=turns_of(session),
         arms=arms,
         conditions=conditions,
-        workload=session.workload,
+        workload=workload_of(session).name,
         warm=session.warm,
         port=session.port,
         ready_s=60 * session.ready_minutes,
         caches=caches,
         crosscheck=session.crosscheck,
         differs=session.differs,
+        quality=quality,
     )
 
 

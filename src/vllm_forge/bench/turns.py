@@ -31,11 +31,12 @@ from vllm_forge.bench.errors import (
 )
 from vllm_forge.bench.hardware import kernels_of
 from vllm_forge.bench.measure import add_start, count_compiled, measure, read_workload
+from vllm_forge.bench.quality import Answers, answers_path, ask, header_of
 from vllm_forge.bench.results import Count, Row, Seconds, Start, make_arm, read_arm
 from vllm_forge.bench.session import UNKNOWN, Launch, Plan, read_plan
 from vllm_forge.bench.validity import require_valid
 from vllm_forge.errors import ForgeError
-from vllm_forge.host import HostProbe, Probe, console, printable, read_data, write_json
+from vllm_forge.host import HostProbe, Probe, console, printable, read_data, remove, write_json
 from vllm_forge.host.errors import FileAccessError
 from vllm_forge.host.probe import GPU_QUERY, Gpu, parse_gpus
 from vllm_forge.host.run import Runner, background
@@ -92,6 +93,9 @@ class Run:
         cached = count_compiled(caches)
         log = self.output / LOGS / f"{order:02}-{name}.log"
         with serving(plan.arms[name], plan, log) as ready_s:
+            if plan.quality is not None:
+                self._ask(order, plan.quality.license)
+                return
             cells = [self._measure(order, place) for place in range(len(plan.conditions))]
             if name not in plan.turns[order + 1 :]:
                 self._crosscheck(name)
@@ -112,8 +116,13 @@ class Run:
         """SessionFileError unless the records have a start that is done."""
         for one in self.plan.conditions:
             path = record_path(self.output, self.plan.turns[order], one.concurrency)
-            known = read_arm(path).result.starts if path.exists() else ()
-            if order not in {row.order for row in known}:
+            if self.plan.quality is not None:
+                path = answers_path(path, order)
+                found = path.exists()
+            else:
+                known = read_arm(path).result.starts if path.exists() else ()
+                found = order in {row.order for row in known}
+            if not found:
                 what = f"start {order} is done, but its record does not have it"
                 remedy = "restore the record, or give another output folder"
                 raise SessionFileError(what, where=path, remedy=remedy)
@@ -129,13 +138,26 @@ class Run:
         except ForgeError as error:
             console.print(printable(f"no crosscheck: {error}"), markup=False)
 
-    def _measure(self, order: int, place: int) -> tuple[dict[str, Any], Start, list[Row]]:
+    def _arm(self, order: int, place: int) -> tuple[Launch, dict[str, Any]]:
         plan, name = self.plan, self.plan.turns[order]
         launch, conditions = plan.arms[name], plan.conditions[place]
         known = {"gpu": self.gpu.name, "driver": self.gpu.driver or UNKNOWN}
         server = launch.server.model_copy(update=known)
-        arm = {"arm": name, "session": plan.session, "conditions": conditions, "server": server,
-               "differs": plan.differs}  # fmt: skip
+        return launch, {"arm": name, "session": plan.session, "conditions": conditions,
+                        "server": server, "differs": plan.differs}  # fmt: skip
+
+    def _ask(self, order: int, license_: str) -> None:
+        """Keep the answers to all questions, for `bench score` on a host with a sandbox."""
+        for place, prompts in enumerate(self.parts):
+            launch, arm = self._arm(order, place)
+            record = record_path(self.output, arm["arm"], arm["conditions"].concurrency)
+            path = answers_path(record, order)
+            remove(path)  # of a start that did not end
+            header = header_of(launch.model, license_, arm)
+            ask(self.plan.url, prompts, arm["conditions"], Answers(path, header))
+
+    def _measure(self, order: int, place: int) -> tuple[dict[str, Any], Start, list[Row]]:
+        plan, (launch, arm) = self.plan, self._arm(order, place)
         start, rows = measure(
             plan.url, launch.model, arm, self.parts[place], warm=plan.warm, order=order,
             caches=[Path(cache) for cache in plan.caches], client=self.client, probe=self.probe,
@@ -151,7 +173,8 @@ def run_plan(folder: Path, output: Path, *, retry: bool = False, probe: Probe | 
     """
     plan = read_plan(folder)
     prompts, digest = read_workload(folder / plan.workload)
-    if digest != plan.conditions[0].prompts_sha256:
+    asked = plan.quality.prompts_sha256 if plan.quality else plan.conditions[0].prompts_sha256
+    if digest != asked:
         what = "the prompts are not those of the plan"
         remedy = "restore them, or make the plan again"
         raise SessionFileError(what, where=folder / plan.workload, remedy=remedy)
@@ -177,8 +200,26 @@ def record_path(output: Path, arm: str, concurrency: int) -> Path:
     return output / f"{arm}-c{concurrency}.json"
 
 
+def result_paths(
+    output: Path, turns: Sequence[str], concurrency: Sequence[int], *, quality: bool
+) -> list[Path]:
+    """Records of each arm and concurrency; of quality, the answers of each start."""
+    if not quality:
+        return [record_path(output, arm, c) for arm in dict.fromkeys(turns) for c in concurrency]
+    return [
+        answers_path(record_path(output, arm, c), order)
+        for order, arm in enumerate(turns)
+        for c in concurrency
+    ]
+
+
 def _parts(plan: Plan, prompts: list[Prompt], folder: Path) -> list[list[Prompt]]:
-    """Prompts of each concurrency: no prompt is asked twice, which would hit the prefix cache."""
+    """Prompts of each concurrency: no prompt is asked twice, which would hit the prefix cache.
+
+    Questions about quality are all asked at each.
+    """
+    if plan.quality is not None:
+        return [prompts] * len(plan.conditions)
     size = len(prompts) // len(plan.conditions)
     if size <= plan.warm:
         what = f"{len(prompts)} prompts are too few: {plan.warm} warm up each concurrency"

@@ -178,12 +178,12 @@ def random_prompts(row: Workload) -> Iterator[dict[str, Any]]:
         yield {"item": f"random-{number}", "prompt": ids, "predicted": predicted}
 
 
-def lines(loaded: Loaded) -> bytes:
-    """The prompts as the JSONL that `bench serve` reads."""
+def lines(loaded: Loaded, *, repeats: bool = False) -> bytes:
+    """The prompts as JSONL: each once, for `bench serve`; with ``repeats``, for sessions."""
     rows: Iterator[dict[str, Any]] = (
-        {"item": prompt.item, "messages": prompt.content}
+        {"item": prompt.item, "messages": prompt.content, "repeat": prompt.repeat}
         for prompt in loaded.prompts()
-        if prompt.repeat == 0
+        if repeats or prompt.repeat == 0
     )
     if loaded.row.random is not None:
         rows = random_prompts(loaded.row)

@@ -51,6 +51,10 @@ def register(choices: Commands) -> None:
     _workload_options(one)
     # Of `arms.arm_of`; the workload has its own.
     one.set_defaults(max_tokens=1, ignore_eos=False, thinking=False, prefix_cache=True)
+    one = command(bench, "score", score, packaged=True)
+    one.add_argument("answers", type=Path, help="of one start of a session")
+    one.add_argument("--output", type=Path, required=True, help="the record")
+    _workload_options(one)
     one = command(bench, "workload", workload, packaged=True)
     _workload_options(one)
     one.add_argument("--output", type=Path, required=True, help="prompts, for `bench serve`")
@@ -235,7 +239,7 @@ def run(project: Project, args: argparse.Namespace) -> None:
     require_libraries("scipy", "aiohttp")
     from vllm_forge.bench.arms import plan_of
     from vllm_forge.bench.session import write_plan
-    from vllm_forge.bench.turns import record_path, run_plan
+    from vllm_forge.bench.turns import result_paths, run_plan
     from vllm_forge.host import HostProbe
 
     cell, caches = project.cell(args.sku, args.line), args.caches.resolve()
@@ -244,9 +248,10 @@ def run(project: Project, args: argparse.Namespace) -> None:
     )
     write_plan(plan, args.output, workload)
     run_plan(args.output, args.output, retry=args.retry)
-    for name in plan.arms:
-        for conditions in plan.conditions:
-            print(record_path(args.output, name, conditions.concurrency))
+    concurrency = [conditions.concurrency for conditions in plan.conditions]
+    quality = plan.quality is not None
+    for path in result_paths(args.output, plan.turns, concurrency, quality=quality):
+        print(path)
 
 
 def _load(args: argparse.Namespace) -> "Loaded":
@@ -278,6 +283,15 @@ def quality(project: Project, args: argparse.Namespace) -> None:
         order=args.order,
     )  # fmt: skip
     print(f"{args.output}: start {args.order}: {summary(rows)}")
+
+
+def score(_: Project, args: argparse.Namespace) -> None:
+    """Score the answers that a session kept, and add their start to a record."""
+    require_libraries("scipy", "aiohttp")
+    from vllm_forge.bench.quality import score_answers, summary
+
+    rows = score_answers(args.answers, _load(args), args.output)
+    print(f"{args.output}: {args.answers.name}: {summary(rows)}")
 
 
 def workload(_: Project, args: argparse.Namespace) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_forge.bench.session import read_session
-from vllm_forge.bench.turns import record_path
+from vllm_forge.bench.session import read_session, turns_of
+from vllm_forge.bench.turns import result_paths
 from vllm_forge.dispatch.site import Site
 from vllm_forge.gputest.kit import session_command
 from vllm_forge.gputest.launch import ENVIRONMENT, cache_key, suite_command
@@ -21,7 +21,6 @@ from vllm_forge.project import Project
 from vllm_forge.receipts.suite import read_suite
 
 BUNDLE, OUTPUT = "/forge", "/output"  # in the image
-RECORD = (".json", ".jsonl.gz")  # a result of a benchmark, and its rows (bench.results)
 RUNS, IMAGES, CACHES = "runs", "images", "caches"  # below the site's storage.root
 
 
@@ -99,15 +98,15 @@ def suite_works(project: Project) -> dict[str, Work]:
 def session_work(path: Path, minutes: int) -> Work:
     """A session of a benchmark, on a node of its own; SessionFileError: it cannot be read."""
     session = read_session(path)
-    records = [
-        record_path(Path(session.session), arm, concurrency)
-        for arm in session.arm
-        for concurrency in session.concurrency
-    ]
-    files = [f"{record.with_suffix(suffix)}" for record in records for suffix in RECORD]
+    quality = session.quality is not None
+    files = result_paths(
+        Path(session.session), turns_of(session), session.concurrency, quality=quality
+    )
+    suffixes = (".jsonl",) if quality else (".json", ".jsonl.gz")  # a record, and its rows
     gpus = max(parallel(row.command).gpus for row in session.arm.values())
     return Work(
-        name=session.session, gpus=gpus, minutes=minutes, artifacts=tuple(files), exclusive=True,
+        name=session.session, gpus=gpus, minutes=minutes, exclusive=True,
+        artifacts=tuple(f"{path.with_suffix(suffix)}" for path in files for suffix in suffixes),
         weights=True, session=path,
     )  # fmt: skip
 

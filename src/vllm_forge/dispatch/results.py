@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from vllm_forge.bench.errors import InvalidResultError, ResultFileError
+from vllm_forge.bench.quality import LARGEST_ANSWERS, read_answers
 from vllm_forge.bench.results import read_arm
 from vllm_forge.bench.validity import require_valid
 from vllm_forge.dispatch.errors import JobsFaultError, JobsRedError, JobsUndecidedError
@@ -117,16 +118,21 @@ def _verdict(spec: JobSpec, marker: Marker) -> tuple[str, str]:
 
 
 def _require_image(spec: JobSpec, local: Path) -> None:
-    """Raise ValueError unless each record of a session is valid, and of the job's image."""
+    """Raise ValueError unless what a session brought is valid, and of the job's image."""
     for name in spec.artifacts:
-        if name.endswith(".json"):
-            try:
+        try:
+            if name.endswith(".json"):
                 arm = read_arm(local / name)
                 require_valid(arm)
-            except (ResultFileError, InvalidResultError) as error:
-                raise ValueError(f"{name}: {error.what}") from None
-            if (image := arm.result.server.image) != spec.image:
-                raise ValueError(f"{name} is of image {image}, not of the job's")
+                image = arm.result.server.image
+            elif name.endswith(".jsonl"):
+                image = read_answers(local / name)[0].header.image
+            else:  # rows, which the record names by their hash
+                continue
+        except (ResultFileError, InvalidResultError) as error:
+            raise ValueError(f"{name}: {error.what}") from None
+        if image != spec.image:
+            raise ValueError(f"{name} is of image {image}, not of the job's")
 
 
 def _require_subject(spec: JobSpec, local: Path) -> None:
@@ -172,7 +178,7 @@ def _replace(files: Mapping[str, str], source: Path, target: Path) -> None:
         aside.mkdir()
         for name, digest in files.items():
             try:
-                content = read_plain(source / name)
+                content = read_plain(source / name, LARGEST_ANSWERS)
             except FileNotFoundError:
                 what = f"missing {name}, which the marker lists; storage may show it later"
                 raise ValueError(f"{what}: collect again") from None

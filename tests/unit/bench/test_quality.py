@@ -50,7 +50,8 @@ def right(question: str) -> Reply:
 
 def arm(image: str = IMAGE, loaded: Loaded | None = None) -> dict[str, Any]:
     values = {**CONDITIONS, "concurrency": 2}
-    fields = {"arm": "a", "session": "s", "conditions": Conditions.model_validate(values),
+    fields = {"arm": "a", "session": "s", "differs": (),
+              "conditions": Conditions.model_validate(values),
               "server": Server.model_validate({**SERVER, "image": image})}  # fmt: skip
     return (loaded or workload()).asked(fields)
 

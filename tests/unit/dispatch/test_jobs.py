@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.sessions import write_quality
 from tests.support.site import make_site
 from vllm_forge.dispatch import jobs
 from vllm_forge.dispatch.jobs import Volume, cell_image, job_specs, session_work, suite_works
@@ -88,3 +89,9 @@ def test_session_of_a_benchmark_has_a_node_of_its_own(root: Path, tmp_path: Path
     assert [row.target for row in spec.volumes] == [
         "/forge", image.cache, "/forge/checkpoints/flash-nvfp4-fp8-mtp",
     ]  # fmt: skip
+
+
+def test_session_about_quality_brings_the_answers_of_each_start(tmp_path: Path) -> None:
+    work = session_work(write_quality(tmp_path, 8000, {}, checkpoint="x"), 30)
+    assert work.artifacts == tuple(f"december/mtp-c2.answers-{order}.jsonl" for order in (0, 1))
+    assert (work.exclusive, work.weights) == (True, True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.bench import rows_of, write_result
+from vllm_forge.bench.quality import header_of
 from vllm_forge.bench.results import read_arm
 from vllm_forge.dispatch.errors import JobsFaultError, JobsRedError, JobsUndecidedError
 from vllm_forge.dispatch.jobs import JobSpec
@@ -155,3 +156,25 @@ def test_records_of_a_session_are_of_the_image(job: Job, image: str, verdict: st
     outcome = judge(spec, "7_0", job.folder, None, job.local)
     assert outcome.verdict == verdict, outcome.why
     assert read_arm(job.local / names[0]).rows
+
+
+ANSWERS: dict[str, tuple[str, str, str]] = {
+    "right": (SPEC.image, "", "green"),
+    "another image": (f"sha256:{OTHER}", "", "refused"),
+    "a damaged line": (SPEC.image, "{}\n", "refused"),
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_answers_of_a_session_are_of_the_image(job: Job, case: str) -> None:
+    image, more, verdict = ANSWERS[case]
+    name = "december/mtp-c2.answers-0.jsonl"
+    path = job.output / name
+    path.parent.mkdir()
+    header = header_of("m", "CC0", {"arm": "mtp", "server": {"image": image}})
+    path.write_text(f"{header.model_dump_json()}\n{more}")
+    spec = SPEC.model_copy(update={"session": True, "artifacts": (name,)})
+    marker = job.marker | {"files": {name: file_digest(path)}}
+    (job.folder / "7_0.done").write_text(json.dumps(marker))
+    outcome = judge(spec, "7_0", job.folder, None, job.local)
+    assert outcome.verdict == verdict, outcome.why
