@@ -20,9 +20,8 @@ from vllm_forge.bench.session import (
     Launch,
     Plan,
     Session,
-    conditions_of,
-    make_plan,
     read_session,
+    turns_of,
     workload_of,
 )
 from vllm_forge.bench.workloads import Loaded, Source, lines, load
@@ -77,21 +76,28 @@ def arm_of(
         gpus=deployment.spread.gpus,
         driver=gpus[0].driver or "unknown",
     )
-    conditions = Conditions(
-        workload=_name("--workload", Path(args.workload).stem),
-        prompts_sha256=prompts_sha256,
-        template_sha256=_hash(args.checkpoint / TEMPLATE),
-        tokenizer_sha256=_hash(args.checkpoint / TOKENIZER),
-        thinking=args.thinking,
-        temperature=0.0,
-        max_tokens=args.max_tokens,
-        ignore_eos=args.ignore_eos,
-        concurrency=args.concurrency,
-        prefix_cache=args.prefix_cache,
-    )
+    workload = Path(args.workload)
+    conditions = conditions_of(args, workload, args.concurrency, prompts_sha256, args.checkpoint)
     fields = {"arm": _name("--arm", args.arm), "session": _name("--session", args.session),
               "differs": tuple(args.differs or ())}  # fmt: skip
     return deployment, {**fields, "conditions": conditions, "server": server}
+
+
+def conditions_of(
+    asked: argparse.Namespace | Session, workload: Path, concurrency: int, prompts_sha256: str,
+    checkpoint: Path,
+) -> Conditions:  # fmt: skip
+    """What the options of a command or a session ask for."""
+    names = ("thinking", "max_tokens", "ignore_eos", "prefix_cache")
+    return Conditions(
+        workload=_name("workload", workload.stem),
+        prompts_sha256=prompts_sha256,
+        template_sha256=_hash(checkpoint / TEMPLATE),
+        tokenizer_sha256=_hash(checkpoint / TOKENIZER),
+        temperature=0.0,
+        concurrency=concurrency,
+        **{name: getattr(asked, name) for name in names},
+    )
 
 
 def plan_of(
@@ -142,20 +148,28 @@ def _plan(
         remedy = 'write differs = ["gpus"] if that is what is measured, and only then'
         raise SessionFileError(f"GPUs of the arms: {counts}", where=path, remedy=remedy)
     loaded, quality = _questions(session, path), None
+    workload = path.with_name(workload_of(session).name)
     if loaded is None:
-        workload = path.with_name(workload_of(session).name)
         content, (_, digest) = read_plain(workload), read_workload(workload)
     else:
         content, digest = lines(loaded, repeats=True), loaded.digest
         prompts = hashlib.sha256(content).hexdigest()
         quality = Kept(license=loaded.license, prompts_sha256=prompts)
-    conditions = conditions_of(
-        session, prompts=digest, template=_hash(checkpoint / TEMPLATE),
-        tokenizer=_hash(checkpoint / TOKENIZER),
-    )  # fmt: skip
+    asked = session
+    if loaded is not None:  # which has its own limit, and asks a server once or often
+        asked = session.model_copy(update={"max_tokens": 1, "prefix_cache": True})
+    conditions = tuple(
+        conditions_of(asked, workload, level, digest, checkpoint) for level in session.concurrency
+    )
     if loaded is not None:
         conditions = tuple(loaded.asked({"conditions": one})["conditions"] for one in conditions)
-    return make_plan(session, arms, conditions, (caches,), quality), content
+    names = ("session", "warm", "port", "crosscheck", "differs")
+    plan = Plan(
+        turns=turns_of(session), arms=arms, conditions=conditions, caches=(caches,),
+        workload=workload.name, ready_s=60 * session.ready_minutes, quality=quality,
+        **{name: getattr(session, name) for name in names},
+    )  # fmt: skip
+    return plan, content
 
 
 def _questions(session: Session, path: Path) -> Loaded | None:

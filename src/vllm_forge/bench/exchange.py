@@ -168,11 +168,7 @@ def _window(arm: Arm, index: int) -> Window:
 
 
 def _figures(rows: list[Row], window: Window) -> dict[str, Any]:
-    tpots = [
-        1000 * (row.seconds - row.ttft) / (row.output_tokens - 1)
-        for row in rows
-        if row.ttft is not None and row.output_tokens > 1
-    ]
+    tpots = [1000 * row.tpot for row in rows if row.tpot is not None]
     figures: dict[str, Any] = {
         RATE: sum(row.output_tokens for row in rows) / window.seconds,
         LENGTH: sum(row.output_tokens for row in rows) / len(rows),

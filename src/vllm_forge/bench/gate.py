@@ -199,14 +199,8 @@ def _means(rows: Sequence[Row], score: str, *, truncated: float | None) -> dict[
 
 
 def _rates(arm: Arm, per: str) -> list[float]:
-    """Tokens a second of each start, in the order in which they were run."""
     gpus = arm.result.server.gpus if per == "gpu" else 1
-    starts = sorted(enumerate(arm.result.starts), key=lambda item: item[1].order)
-    return [
-        sum(row.output_tokens for row in arm.of_start(index)) / start.window.seconds / gpus
-        for index, start in starts
-        if start.window
-    ]
+    return [rate / gpus for rate in arm.rates().values()]
 
 
 @dataclass

@@ -66,7 +66,7 @@ def _forest(rows: Sequence[tuple[str, Sequence[float], str, float | None]], labe
             axes.plot([], [], color=colour, marker=marker, label=word)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlabel(label)
 
     return _svg(draw, height=1.2 + 0.32 * len(rows))
@@ -108,13 +108,13 @@ def _crossings(levels: Sequence[int], ratios: Sequence[float]) -> list[float]:
     ]
 
 
-def starts(arms: Sequence[Arm], summaries: Sequence[Summary]) -> bytes:
+def starts(summaries: Sequence[Summary]) -> bytes:
     """Tokens a second of each start, in the order in which they were run: restart noise, drift."""
 
     def draw(axes: Axes) -> None:
-        for arm, summary in zip(arms, summaries, strict=True):
-            orders = [start.order for start in arm.result.starts if start.window]
-            axes.plot(orders, summary.rates, marker="o", linestyle=":", label=summary.name)
+        for summary in summaries:
+            orders, rates = list(summary.rates), list(summary.rates.values())
+            axes.plot(orders, rates, marker="o", linestyle=":", label=summary.name)
         axes.set_xlabel("start")
         axes.set_ylabel("tokens/s")
         axes.set_ylim(bottom=0)
@@ -152,6 +152,8 @@ def pareto(summaries: Sequence[Summary]) -> bytes:
                 axes.annotate(f"c={row.concurrency}", (user, row.rate / row.gpus))
         axes.set_xlabel("tokens/s of a user (1 / median TPOT)")
         axes.set_ylabel("tokens/s of a GPU")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
 
     return _svg(draw, height=4)
 

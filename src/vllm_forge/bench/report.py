@@ -15,7 +15,7 @@ from vllm_forge.bench.errors import InvalidResultError, ResultFileError
 from vllm_forge.bench.gate import gate
 from vllm_forge.bench.results import Arm, read_arm
 from vllm_forge.bench.signed import SUFFIX
-from vllm_forge.bench.summary import HEAD, summarize
+from vllm_forge.bench.summary import summarize
 from vllm_forge.bench.turns import JOURNAL, Journal
 from vllm_forge.bench.validity import differences, intended, require_valid
 from vllm_forge.host import atomic_path, parse_json, read_data, read_plain, write_json
@@ -36,7 +36,7 @@ def report(
             "record": arm.path.name,
             "sha256": file_digest(arm.path),
             "session": arm.result.session,
-            "figures": dict(zip(HEAD, summary.cells(), strict=True)),
+            "figures": summary.figures(),
             **{key: getattr(arm.result.server, key) for key in ("image", "gpu", "driver")},
             "kernels": next((start.kernels for start in arm.result.starts if start.kernels), None),
             "gpu_state": _gpu_state(arm),
@@ -45,7 +45,7 @@ def report(
         for arm, summary in zip(arms, summaries, strict=True)
     ]
     comparisons = list(_comparisons(arms, gates))
-    charts = {"starts": plots.starts(arms, summaries), "pareto": plots.pareto(summaries),
+    charts = {"starts": plots.starts(summaries), "pareto": plots.pareto(summaries),
               "first-tokens": plots.first_tokens(arms, summaries)}  # fmt: skip
     if any(summary.positions for summary in summaries):
         charts["positions"] = plots.positions(summaries)

@@ -184,6 +184,13 @@ class Row(FrozenModel):
     accepted: Count = 0
     positions: tuple[Count, ...] = Field(default=(), description="accepted, by position in a draft")
 
+    @property
+    def tpot(self) -> float | None:
+        """Seconds a token after the first one, as vLLM has it; GuideLLM's includes the first."""
+        if self.ttft is None or self.output_tokens < 2:  # noqa: PLR2004 - the first, and others
+            return None
+        return (self.seconds - self.ttft) / (self.output_tokens - 1)
+
     @model_validator(mode="after")
     def _drafts_agree(self) -> Self:
         if self.accepted > self.drafted:
@@ -201,6 +208,16 @@ class Arm:
 
     def of_start(self, index: int) -> list[Row]:
         return [row for row in self.rows if row.start == index]
+
+    def rates(self) -> dict[int, float]:
+        """Tokens a second of each start, by its order, in which they were run."""
+        rates = {
+            start.order: sum(row.output_tokens for row in self.of_start(index))
+            / start.window.seconds
+            for index, start in enumerate(self.result.starts)
+            if start.window
+        }
+        return dict(sorted(rates.items()))
 
 
 def read_arm(path: Path) -> Arm:

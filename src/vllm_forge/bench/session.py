@@ -5,7 +5,6 @@ order, every command; what runs it needs neither matrix.toml nor a container eng
 """
 
 import hashlib
-import random
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -62,8 +61,6 @@ class Session(FrozenModel):
     """What a user writes."""
 
     session: Name
-    order: Literal["abba", "random"] = "abba"
-    seed: int = Field(default=0, description="of order random: each block is shuffled")
     starts: int = Field(ge=1, le=MOST_STARTS, description="of each arm")
     workload: FileName | None = Field(default=None, description="prompts, beside this file")
     quality: Questions | None = Field(default=None, description="asked in place of workload")
@@ -151,62 +148,17 @@ def read_session(path: Path) -> Session:
 
 
 def turns_of(session: Session) -> tuple[Name, ...]:
-    """The arm of each start: ABBA, or blocks in random order; drift then affects all alike."""
-    names, source = list(session.arm), random.Random(session.seed)  # noqa: S311 - not a secret
-    turns: list[Name] = []
-    for block in range(session.starts):
-        if session.order == "random":
-            turns += source.sample(names, len(names))
-        else:
-            turns += reversed(names) if block % 2 else names
-    return tuple(turns)
+    """The arm of each start: ABBA; drift then affects all alike."""
+    names = list(session.arm)
+    return tuple(
+        name for block in range(session.starts) for name in names[:: -1 if block % 2 else 1]
+    )
 
 
 def workload_of(session: Session) -> Path:
     """Name of the file with prompts."""
     asked = session.quality
     return Path(f"{asked.workload}.jsonl" if asked else session.workload or "")
-
-
-def conditions_of(
-    session: Session, *, prompts: str, template: str, tokenizer: str
-) -> tuple[Conditions, ...]:
-    """One for each concurrency; the hashes are SHA-256."""
-    return tuple(
-        Conditions(
-            workload=workload_of(session).stem,
-            prompts_sha256=prompts,
-            template_sha256=template,
-            tokenizer_sha256=tokenizer,
-            thinking=session.thinking,
-            temperature=0.0,
-            max_tokens=session.max_tokens or 1,
-            ignore_eos=session.ignore_eos,
-            concurrency=concurrency,
-            prefix_cache=session.prefix_cache or session.quality is not None,
-        )
-        for concurrency in session.concurrency
-    )
-
-
-def make_plan(
-    session: Session, arms: dict[str, Launch], conditions: tuple[Conditions, ...],
-    caches: tuple[str, ...], quality: Kept | None,
-) -> Plan:  # fmt: skip
-    return Plan(
-        session=session.session,
-        turns=turns_of(session),
-        arms=arms,
-        conditions=conditions,
-        workload=workload_of(session).name,
-        warm=session.warm,
-        port=session.port,
-        ready_s=60 * session.ready_minutes,
-        caches=caches,
-        crosscheck=session.crosscheck,
-        differs=session.differs,
-        quality=quality,
-    )
 
 
 def read_plan(folder: Path) -> Plan:

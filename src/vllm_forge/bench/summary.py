@@ -6,27 +6,10 @@ from itertools import zip_longest
 
 from vllm_forge.bench.results import Arm
 
-HEAD = [
-    "result",
-    "image",
-    "starts",
-    "GPUs",
-    "tokens/s",
-    "of a GPU",
-    "between starts",
-    "TTFT, s",
-    "TPOT, ms",
-    "accepted",
-    "by position",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """``rates``: tokens a second of each start; TTFT and TPOT are medians of answers, in seconds.
-
-    TPOT is without the first token, as vLLM has it; GuideLLM's includes it.
-    """
+    """``rates``: tokens a second by start; TTFT and TPOT are medians of answers, in seconds."""
 
     arm: str
     image: str
@@ -34,7 +17,7 @@ class Summary:
     concurrency: int
     gpus: int
     starts: int
-    rates: tuple[float, ...]
+    rates: dict[int, float]
     ttft: float | None
     tpot: float | None
     acceptance: float | None
@@ -46,43 +29,42 @@ class Summary:
 
     @property
     def rate(self) -> float:
-        return statistics.fmean(self.rates)
+        return statistics.fmean(self.rates.values())
 
-    def cells(self) -> list[str]:
+    def figures(self) -> dict[str, str]:
         """One row of a table; what was not measured is "not run"."""
-        noise = statistics.stdev(self.rates) / self.rate if len(self.rates) > 1 else None
-        values = (
-            (self.rate if self.rates else None, ".1f", 1),
-            (self.rate if self.rates else None, ".1f", 1 / self.gpus), (noise, ".2%", 1),
-            (self.ttft, ".3f", 1), (self.tpot, ".2f", 1000), (self.acceptance, ".2%", 1),
-        )  # fmt: skip
-        texts = ["not run" if x is None else f"{x * scale:{form}}" for x, form, scale in values]
-        places = " / ".join(f"{share:.2%}" for share in self.positions) or "not run"
-        return [
-            self.name,
-            self.image.removeprefix("sha256:")[:12] + (" (claimed)" if self.claimed else ""),
-            str(self.starts),
-            str(self.gpus),
-            *texts,
-            places,
-        ]
+        rate = self.rate if self.rates else None
+        noise = statistics.stdev(self.rates.values()) / self.rate if len(self.rates) > 1 else None
+        numbers = {
+            "tokens/s": (rate, ".1f", 1),
+            "of a GPU": (rate, ".1f", 1 / self.gpus),
+            "between starts": (noise, ".2%", 1),
+            "TTFT, s": (self.ttft, ".3f", 1),
+            "TPOT, ms": (self.tpot, ".2f", 1000),
+            "accepted": (self.acceptance, ".2%", 1),
+        }
+        texts = {
+            name: "not run" if value is None else f"{value * scale:{form}}"
+            for name, (value, form, scale) in numbers.items()
+        }
+        return {
+            "result": self.name,
+            "image": self.image.removeprefix("sha256:")[:12]
+            + (" (claimed)" if self.claimed else ""),
+            "starts": str(self.starts),
+            "GPUs": str(self.gpus),
+            **texts,
+            "by position": " / ".join(f"{share:.2%}" for share in self.positions) or "not run",
+        }
 
 
 def summarize(arm: Arm) -> Summary:
     """Of all starts of a record."""
     result = arm.result
-    windows = [(index, start.window) for index, start in enumerate(result.starts) if start.window]
-    rates = tuple(
-        sum(row.output_tokens for row in arm.of_start(index)) / window.seconds
-        for index, window in windows
-    )
     ttfts = [row.ttft for row in arm.rows if row.ttft is not None]
-    tpots = [
-        (row.seconds - row.ttft) / (row.output_tokens - 1)
-        for row in arm.rows
-        if row.ttft is not None and row.output_tokens > 1
-    ]
-    changes = [window.after.since(window.before) for _, window in windows]
+    tpots = [row.tpot for row in arm.rows if row.tpot is not None]
+    windows = [start.window for start in result.starts if start.window]
+    changes = [window.after.since(window.before) for window in windows]
     drafts, drafted, accepted = (
         sum(change[name] for change in changes) for name in ("drafts", "draft_tokens", "accepted")
     )
@@ -94,7 +76,7 @@ def summarize(arm: Arm) -> Summary:
         concurrency=result.conditions.concurrency,
         gpus=result.server.gpus,
         starts=len(result.starts),
-        rates=rates,
+        rates=arm.rates(),
         ttft=statistics.median(ttfts) if ttfts else None,
         tpot=statistics.median(tpots) if tpots else None,
         acceptance=accepted / drafted if drafted else None,

@@ -49,18 +49,20 @@ def test_summary_is_that_of_the_rows(tmp_path: Path) -> None:
         for row in rows_of(1, items=10)
     ]
     found = summarize(read_arm(write_result(tmp_path / "a.json", rows)))
-    assert found.rates == (10 * 91 / 60,)
+    assert found.rates == {0: 10 * 91 / 60}
     assert (found.ttft, found.acceptance) == (0.1, 0.8)
     assert found.tpot == pytest.approx(0.01)
-    assert found.cells() == ["a, c=8", "2" * 12, "1", "1", "15.2", "15.2", "not run", "0.100",
-                             "10.00", "80.00%", "98.00% / 62.00%"]  # fmt: skip
+    assert list(found.figures().values()) == [
+        "a, c=8", "2" * 12, "1", "1", "15.2", "15.2", "not run", "0.100", "10.00", "80.00%",
+        "98.00% / 62.00%",
+    ]  # fmt: skip
 
 
 def test_answers_alone_have_no_speed(tmp_path: Path) -> None:
     rows = [row.model_copy(update={"ttft": None}) for row in rows_of(1, items=5)]
     path = write_result(tmp_path / "a.json", rows, edit=lambda record: record["starts"][0].clear()
                         or record["starts"][0].update(order=0))  # fmt: skip
-    assert summarize(read_arm(path)).cells()[4:] == ["not run"] * 7
+    assert list(summarize(read_arm(path)).figures().values())[4:] == ["not run"] * 7
     assert main(["bench", "report", str(path), f"--output={tmp_path / 'report'}"]) == 0
 
 

@@ -268,7 +268,7 @@ def test_claimed_image_is_shown_and_not_signed(
         assert main([*command, f"--url={server.url}", f"--warm={WARM}"]) == 0
     arm = read_arm(output)
     assert arm.result.server.claimed
-    assert summarize(arm).cells()[1] == "3" * 12 + " (claimed)"
+    assert summarize(arm).figures()["image"] == "3" * 12 + " (claimed)"
     assert main(["bench", "gate", str(output), str(output)]) == GateUndecidedError.exit_code
     assert "(claimed)" in capsys.readouterr().err
     key, _ = key_pair(output.parent / "keys")

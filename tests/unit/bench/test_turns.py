@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.bench import HASH, SERVER
+from tests.support.bench import SERVER
 from vllm_forge.bench import arms, turns
 from vllm_forge.bench.errors import (
     ArmUnknownError,
@@ -30,7 +30,6 @@ from vllm_forge.bench.session import (
     Launch,
     Plan,
     Session,
-    conditions_of,
     read_plan,
     turns_of,
 )
@@ -82,7 +81,7 @@ def planned(tmp_path: Path, free_port: int) -> Callable[..., Path]:
         session = Session.model_validate({**SESSION, "starts": starts})
         digest = hashlib.sha256(text).hexdigest()
         server = {**SERVER, "image": "sha256:" + "2" * 64, "gpu": "unknown", "driver": "unknown"}
-        arms = {
+        launches = {
             name: Launch.model_validate({
                 "argv": [sys.executable, "-m", "tests.support.bench_server", str(free_port),
                          faults.get(name, ""), str(tmp_path / "caches" / "kernels")],
@@ -91,8 +90,9 @@ def planned(tmp_path: Path, free_port: int) -> Callable[..., Path]:
             for name in session.arm
         }  # fmt: skip
         plan = Plan(
-            session="s", turns=turns_of(session), arms=arms, workload="texts.jsonl", warm=1,
-            conditions=conditions_of(session, prompts=digest, template=HASH, tokenizer=HASH),
+            session="s", turns=turns_of(session), arms=launches, workload="texts.jsonl", warm=1,
+            conditions=[arms.conditions_of(session, folder / "texts.jsonl", c, digest, tmp_path)
+                        for c in (1, 2)],
             port=free_port, ready_s=30, caches=(str(tmp_path / "caches"),),
         )  # fmt: skip
         write_json(folder / PLAN, plan.model_dump(mode="json"))
@@ -112,16 +112,9 @@ def attempts(output: Path) -> list[tuple[int, str, str]]:
     return [(row["order"], row["arm"], row["state"]) for row in rows]
 
 
-def test_turns_are_abba_or_shuffled_blocks() -> None:
+def test_turns_are_abba() -> None:
     arms = {"arm": {"a": ROW, "b": ROW, "c": ROW}, "starts": 4}
-    abba = turns_of(Session.model_validate({**SESSION, **arms}))
-    assert "".join(abba) == "abccbaabccba"
-    shuffled = [
-        "".join(turns_of(Session.model_validate({**SESSION, **arms, "order": "random", "seed": n})))
-        for n in (1, 1, 2)
-    ]
-    assert shuffled[0] == shuffled[1] != shuffled[2]
-    assert all(set(shuffled[0][n : n + 3]) == {"a", "b", "c"} for n in range(0, 12, 3))
+    assert "".join(turns_of(Session.model_validate({**SESSION, **arms}))) == "abccbaabccba"
 
 
 def test_each_start_has_a_server_of_its_own(
