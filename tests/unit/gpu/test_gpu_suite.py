@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -107,6 +109,25 @@ def test_a_run_has_the_gpus_that_it_was_given(
     monkeypatch.setenv(device.VISIBLE, "0,1,2")  # an xdist worker, which has one for itself
     monkeypatch.setenv(device.RANKS, "2")
     assert device.parallel_variables()["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+def test_each_worker_has_a_gpu_of_its_own(
+    smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    pytestconfig.addinivalue_line("markers", "tier(*names): the conftest has one")
+    conftest = importlib.import_module("tests.gpu.conftest")
+    smi("0\n1\n2\n3\n")
+    config: Any = SimpleNamespace(
+        pluginmanager=SimpleNamespace(import_plugin=str), addinivalue_line=max, stash={}
+    )
+    for number in range(4):
+        for name in (device.NAMED, device.VISIBLE):
+            monkeypatch.setenv(name, "to be restored")
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("PYTEST_XDIST_WORKER", f"gw{number}")
+        conftest.pytest_configure(config)
+        assert os.environ[device.NAMED] == str(number)
+        assert device.visible() == list("0123")
 
 
 def suite(folder: Path, body: str, *options: str, **variables: str) -> dict[str, Any]:
@@ -348,6 +369,16 @@ def test_a_tier_from_end_to_end(bundle: Path) -> None:
     assert (bundle.parent / "out" / "server.xml").is_file()
     (bundle / "tests/gpu/mtp/test_it.py").write_text("def test_it(): assert 0\n")
     assert run_all(bundle)[0] == SuiteRedError.exit_code
+
+
+def test_auto_is_a_worker_for_each_gpu(
+    bundle: Path, smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smi(H200 * 4)
+    given: list[str] = []
+    monkeypatch.setattr(run, "_pytest", lambda _root, arguments, _: given.extend(arguments))
+    run_all(bundle, "-n", "auto")
+    assert given[-4:] == ["-n", "4", "--dist", "loadgroup"]
 
 
 def test_the_suite_does_not_import_from_the_working_directory(
