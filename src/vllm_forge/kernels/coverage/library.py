@@ -182,7 +182,7 @@ def _read(path: Path, patterns: Sequence[str]) -> LibraryCode:
         codes = [
             code
             for code in device_code(buffer, str(path))
-            if any(buffer[code.offset : code.offset + code.size])
+            if buffer[code.offset : code.offset + code.size] != bytes(code.size)
         ]
         names = kernels(buffer, str(path), codes) if patterns else {}
     groups = {}
