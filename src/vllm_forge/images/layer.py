@@ -25,6 +25,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Self, TypeVar, cast
 
@@ -35,9 +36,10 @@ from vllm_forge.host import READ_ONLY
 
 T = TypeVar("T")
 BLOCK = 512
-CHUNK = 1 << 20
+CHUNK = 1 << 18  # what is inflated, hashed and written of it stays in a core's cache
 STORED_MAX = 65535
 # No name, no time, unknown OS: nothing of the host.
+NAME, SIZE, CHECKSUM = 100, slice(124, 135), slice(148, 154)  # of a header: length, two fields
 GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
 GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
 ZSTD = "application/vnd.oci.image.layer.v1.tar+zstd"
@@ -110,14 +112,14 @@ def overlay(
     return files
 
 
-def stamp(path: Path, mode: int, crc: int) -> None:
-    """Set the mode of an unpacked file, and its CRC-32 as its time.
+def stamp(file: int, mode: int, crc: int) -> None:
+    """Set the mode of an unpacked file, an open descriptor, and its CRC-32 as its time.
 
     The checks keep Python's bytecode from one image to the next, and Python takes a file of it when
     size and time of the source agree: so the time depends on the content. It also shows damage.
     """
-    path.chmod(mode)
-    os.utime(path, (crc, crc))
+    os.fchmod(file, mode)
+    os.utime(file, (crc, crc))
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:
@@ -125,6 +127,31 @@ def read_blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb", buffering=0) as file:
         while block := file.read(CHUNK):
             yield block
+
+
+def tar_header(info: tarfile.TarInfo) -> bytes:
+    """An entry's header in pax format."""
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
+
+
+@lru_cache(8)
+def _empty_file(mode: int, epoch: int) -> bytes:
+    info = tarfile.TarInfo("")
+    info.mode, info.mtime = mode, epoch
+    return tar_header(info)
+
+
+def file_header(path: str, size: int, mode: int, epoch: int) -> bytes:
+    """A file's header, equal to ``tar_header``'s, in a tenth of the time."""
+    name, digits = path.encode(), b"%011o" % size
+    if len(name) > NAME or not path.isascii() or len(digits) > SIZE.stop - SIZE.start:
+        info = tarfile.TarInfo(path)
+        info.mode, info.mtime, info.size = mode, epoch, size
+        return tar_header(info)
+    header = bytearray(_empty_file(mode, epoch))
+    checksum = int(header[CHECKSUM], 8) + sum(name) + sum(digits) - sum(header[SIZE])
+    header[: len(name)], header[SIZE], header[CHECKSUM] = name, digits, b"%06o" % checksum
+    return bytes(header)
 
 
 class TarWriter(ABC):
@@ -160,10 +187,10 @@ class TarWriter(ABC):
 
     def data(self, path: str, content: bytes, mode: int = 0o644) -> None:
         """Add a file from memory, stored."""
-        copy = self._files / path
-        copy.write_bytes(content)
-        stamp(copy, mode, isal_zlib.crc32(content))
-        self._header(path, tarfile.REGTYPE, mode=mode, size=len(content))
+        with (self._files / path).open("xb", buffering=0) as copy:
+            copy.write(content)
+            stamp(copy.fileno(), mode, isal_zlib.crc32(content))
+        self._file_header(path, len(content), mode)
         self._tar(content)
         self._pad(len(content))
 
@@ -188,16 +215,14 @@ class TarWriter(ABC):
     def _end(self) -> None:
         """Write what is still held back."""
 
-    def _header(
-        self, path: str, kind: bytes, *, mode: int, size: int = 0, target: str = ""
-    ) -> None:
+    def _header(self, path: str, kind: bytes, *, mode: int, target: str = "") -> None:
         info = tarfile.TarInfo(path)
-        info.type = kind
-        info.mode = mode
-        info.size = size
-        info.linkname = target
-        info.mtime = self._epoch
-        self._tar(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict"))
+        info.type, info.mode = kind, mode
+        info.linkname, info.mtime = target, self._epoch
+        self._tar(tar_header(info))
+
+    def _file_header(self, path: str, size: int, mode: int) -> None:
+        self._tar(file_header(path, size, mode, self._epoch))
 
     def _pad(self, size: int) -> None:
         self._tar(bytes(-size % BLOCK))
@@ -223,26 +248,29 @@ class LayerWriter(TarWriter):
         mode: int,
         info: zipfile.ZipInfo,
         raw: Iterable[bytes],
-        plain: Iterable[bytes],
+        plain: Callable[[Iterable[bytes]], Iterable[bytes]],
     ) -> None:
-        """Add a wheel's member, which is in the copy, checked, already.
+        """Add a wheel's member, which ``plain`` also adds to the copy.
 
-        ``raw`` is what the wheel has of it, the deflate stream or the plain bytes; ``plain`` those.
+        ``raw`` is what the wheel has of it, the deflate stream or the plain bytes; ``plain`` makes
+        the plain bytes of that, and checks them.
         """
-        self._header(path, tarfile.REGTYPE, mode=mode, size=info.file_size)
+        self._file_header(path, info.file_size, mode)
         if info.compress_type == zipfile.ZIP_DEFLATED:
             self._end()
             self._write(GZIP_HEADER)
-            for piece in raw:
-                self._write(piece)
-            self._write(struct.pack("<II", info.CRC, info.file_size & 0xFFFFFFFF))
-            for block in plain:
+            for block in plain(self._written(raw)):
                 self._diff.update(block)
+            self._write(struct.pack("<II", info.CRC, info.file_size & 0xFFFFFFFF))
         else:
-            for block in plain:
+            for block in plain(raw):
                 self._tar(block)
         self._pad(info.file_size)
-        stamp(self._files / path, mode, info.CRC)
+
+    def _written(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        for piece in pieces:
+            self._write(piece)
+            yield piece
 
     def _tar(self, content: bytes) -> None:
         self._diff.update(content)
@@ -274,7 +302,7 @@ class ZstdLayerWriter(TarWriter):
 
     def stream(self, path: str, size: int, mode: int, pieces: Iterable[bytes]) -> None:
         """Add a file of ``size`` bytes, piece by piece; zeros are holes in the copy."""
-        self._header(path, tarfile.REGTYPE, mode=mode, size=size)
+        self._file_header(path, size, mode)
         crc = 0
         with (self._files / path).open("xb", buffering=0) as copy:
             for piece in pieces:
@@ -285,7 +313,7 @@ class ZstdLayerWriter(TarWriter):
                 else:
                     copy.seek(len(piece), 1)
             copy.truncate(size)
-        stamp(self._files / path, mode, crc)
+            stamp(copy.fileno(), mode, crc)
         self._pad(size)
 
     def _tar(self, content: bytes) -> None:

@@ -12,8 +12,8 @@ import os
 import re
 import stat
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -41,7 +41,6 @@ from vllm_forge.sources.wheel_format import record_hash, seek_to_data
 
 # Smaller libraries have too little device code to be worth a copy per SKU.
 LEAST = 1 << 20
-LARGE = 4 << 20  # members from here on are inflated ahead of their turn; smaller ones in memory
 UNPACKED = ("files", "code")
 CHECKED = "checked.json"  # what the file system said of unpacked files when they were compared
 SLIMMED = r"code/.+|files/.+\.dist-info/RECORD"  # what a slim layer is made of
@@ -247,11 +246,10 @@ def _put_code_apart(entries: Sequence[Entry], folder: Path) -> set[str]:
         if entry.member is not None and may_hold_code(entry.path, entry.member.file_size):
             files, code = (folder / place / entry.path for place in UNPACKED)
             make_folders(folder / "code", [entry.path])
-            _unpack(entry, code)
+            deque(_unpacked(entry, _raw(entry), code), 0)
             with mapped(code) as content:
                 has_code = bool(device_code(content, code.name))
             if has_code:
-                stamp(code, entry.mode, entry.member.CRC)
                 apart.add(entry.path)
             else:
                 make_folders(folder / "files", [entry.path])
@@ -271,18 +269,10 @@ def make_folders(target: Path, paths: Iterable[str]) -> list[str]:
 def _write(folder: Path, entries: Sequence[Entry], epoch: int) -> LayerBlob:
     files = folder / "files"
     parents = make_folders(files, [entry.path for entry in entries])[::-1]
-    with LayerWriter(folder, epoch) as layer, ThreadPoolExecutor(1) as ahead:
-        jobs = {
-            entry.path: ahead.submit(_unpack, entry, files / entry.path)
-            for entry in entries
-            if entry.member is not None and entry.member.file_size >= LARGE
-            if not (files / entry.path).exists()  # a library without device code
-        }
+    with LayerWriter(folder, epoch) as layer:
         for entry in entries:
             while parents and parents[-1] < entry.path:
                 layer.directory(parents.pop())
-            if (job := jobs.pop(entry.path, None)) is not None:
-                job.result()
             _add(layer, entry, files / entry.path)
         return layer.close()
 
@@ -293,14 +283,16 @@ def _add(layer: LayerWriter, entry: Entry, target: Path) -> None:
         layer.symlink(entry.path, entry.link)
     elif entry.content is not None:
         layer.data(entry.path, entry.content, entry.mode)
-    elif (member := entry.member) is not None and target.exists():
-        layer.member(entry.path, entry.mode, member, _raw(entry), read_blocks(target))
-    elif member is not None:
-        raw = list(_raw(entry))
-        plain = list(_inflated(entry, raw))
-        with target.open("xb", buffering=0) as out:
-            out.writelines(plain)
-        layer.member(entry.path, entry.mode, member, raw, plain)
+    elif (member := entry.member) is not None:
+
+        def plain(raw: Iterable[bytes]) -> Iterator[bytes]:
+            try:
+                yield from _unpacked(entry, raw, target)
+            except FileExistsError:  # a library without device code, which was checked
+                deque(raw, 0)
+                yield from read_blocks(target)
+
+        layer.member(entry.path, entry.mode, member, _raw(entry), plain)
 
 
 def _raw(entry: Entry) -> Iterator[bytes]:
@@ -317,9 +309,14 @@ def _raw(entry: Entry) -> Iterator[bytes]:
             yield block
 
 
-def _unpack(entry: Entry, target: Path) -> None:
+def _unpacked(entry: Entry, raw: Iterable[bytes], target: Path) -> Iterator[bytes]:
+    """A member's plain bytes, checked, which are written to a new file."""
+    assert entry.member is not None  # noqa: S101
     with target.open("xb", buffering=0) as out:
-        out.writelines(_inflated(entry, _raw(entry)))
+        for block in _inflated(entry, raw):
+            out.write(block)
+            yield block
+        stamp(out.fileno(), entry.mode, entry.member.CRC)
 
 
 def _inflated(entry: Entry, raw: Iterable[bytes]) -> Iterator[bytes]:

@@ -63,9 +63,9 @@ def write_layers(
     with worker_pool(WORKERS, NICE) as pool:
         jobs = []
         for group in groups:
-            wheelhouse.fetch(group.wheels)
+            hashed = wheelhouse.fetch(group.wheels)
             if None in [usable(key) for key in group.keys[: 2 if slim else 1]]:
-                jobs.append(pool.submit(_write_group, group, cell, slim=slim))
+                jobs.append(pool.submit(_write_group, group, cell, hashed, slim=slim))
         result = meanwhile()
         try:
             for job in jobs:
@@ -79,7 +79,9 @@ def write_layers(
     return result
 
 
-def _write_group(group: WheelGroup, cell: ImageCell, *, slim: bool) -> None:
+def _write_group(
+    group: WheelGroup, cell: ImageCell, hashed: Mapping[Path, list[int]], *, slim: bool
+) -> None:
     """Worker process: write a layer of verified wheels, and the SKU's of its libraries."""
     epoch = cell.base.source_date_epoch
     slim_key = group.slim_key if slim else None
@@ -89,7 +91,7 @@ def _write_group(group: WheelGroup, cell: ImageCell, *, slim: bool) -> None:
         forget(layer_folder(group.key))
         whole = None
     if whole is None:
-        paths = [Wheelhouse().verify(wheel) for wheel in group.wheels]
+        paths = [Wheelhouse().verify(wheel, hashed) for wheel in group.wheels]
         entries = group_entries(group.name, paths, cell.line.python)
         whole = write_layer(group.key, entries, epoch, code_apart=group.slim_key is not None)
     if slim_key is not None:

@@ -7,8 +7,9 @@ nor one that drips can fill the disk or hold a build.
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from urllib3.exceptions import HTTPError
 from vllm_forge.host import cache_root, console, exclusive, gigabytes, remove
 from vllm_forge.host.console import transfer_progress
 from vllm_forge.host.errors import CacheError, DiskSpaceError
-from vllm_forge.host.files import file_digest, remove_foreign
+from vllm_forge.host.files import file_digest, inode, remove_foreign
 from vllm_forge.sources import errors
 from vllm_forge.sources.index import CONNECTIONS, TIMEOUT_S, Index, blocks
 from vllm_forge.sources.lock import LockedWheel
@@ -69,15 +70,17 @@ class Download:
         return True
 
 
-def download_all(session: requests.Session, downloads: Sequence[Download]) -> None:
+def download_all(session: requests.Session, downloads: Sequence[Download]) -> dict[Path, list[int]]:
     """Fetch what is not there, largest first; each appears only when its hash is right.
+
+    Returns the ``inode`` of each that was fetched and hashed, by its target.
 
     What arrived of an unfinished file stays beside its target as ``.part`` and is resumed
     by the next call. An error of ``sources.errors`` says what keeps a file from coming, or
     DiskSpaceError from being written.
     """
     if not (downloads := [item for item in downloads if not item.is_done()]):
-        return
+        return {}
     missing = sum(item.size - item.kept for item in downloads if item.exact)
     with transfer_progress(f"download {len(downloads)} files", missing) as advance:
         fetcher = _Fetcher(session, advance)
@@ -96,6 +99,7 @@ def download_all(session: requests.Session, downloads: Sequence[Download]) -> No
             what = f"listed, but no host has it any more: {', '.join(i.target.name for i in gone)}"
             remedy = "use another index: this one's list is older than its files"
             raise errors.DistributionNotFoundError(what, where=gone[0].url, remedy=remedy)
+    return fetcher.hashed
 
 
 class _Fetcher:
@@ -103,6 +107,7 @@ class _Fetcher:
 
     def __init__(self, session: requests.Session, tick: Callable[[int], None]) -> None:
         self.stop = threading.Event()
+        self.hashed: dict[Path, list[int]] = {}
         self._session = session
         self._tick = tick
 
@@ -139,18 +144,7 @@ class _Fetcher:
                 return True
             last = None
             if not item.exact or item.kept == item.size:
-                if (digest := file_digest(item.part)) != item.sha256:
-                    item.part.unlink()
-                    raise errors.HashMismatchError(
-                        f"{item.target.name}: sha256 is {digest}, the lock says {item.sha256}",
-                        where=item.url,
-                        remedy="do not use this file. If the index is right and the lock is old, "
-                        "make a new lock; otherwise the mirror may be compromised",
-                    )
-                remove(item.target)  # of another kind
-                item.part.rename(item.target)
-                if item.shared:
-                    give(item.target, item.sha256, shared_folder())
+                self._finish(item)
                 return True
         have = item.part.stat().st_size if item.part.exists() else 0
         if last is None:
@@ -167,6 +161,25 @@ class _Fetcher:
             where=item.url,
             remedy="run the same command again: it resumes where it stopped",
         )
+
+    def _finish(self, item: Download) -> None:
+        """Hash a part; rename it to its target."""
+        before = item.part.stat()
+        if (digest := file_digest(item.part)) != item.sha256:
+            item.part.unlink()
+            raise errors.HashMismatchError(
+                f"{item.target.name}: sha256 is {digest}, the lock says {item.sha256}",
+                where=item.url,
+                remedy="do not use this file. If the index is right and the lock is old, "
+                "make a new lock; otherwise the mirror may be compromised",
+            )
+        remove(item.target)  # of another kind
+        item.part.rename(item.target)
+        after = item.target.stat()  # renaming changes its ctime, and nothing else
+        if (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):
+            self.hashed[item.target] = inode(after)
+        if item.shared:
+            give(item.target, item.sha256, shared_folder())
 
     def _stream(self, url: str, item: Download, deadline: float) -> bool:
         """Append to the part what it lacks; False where the URL has no file."""
@@ -233,24 +246,27 @@ class Wheelhouse:
         paths = [(self.path(wheel), wheel) for wheel in wheels]
         return [w for path, w in paths if not path.exists() or path.stat().st_size != w.size]
 
-    def fetch(self, wheels: Sequence[LockedWheel], index: Index | None = None) -> None:
-        """Download what is missing; asks no index when nothing is."""
+    def fetch(
+        self, wheels: Sequence[LockedWheel], index: Index | None = None
+    ) -> dict[Path, list[int]]:
+        """Download what is missing; asks no index when nothing is. Returns as ``download_all``."""
         if not self.missing(wheels):
-            return
+            return {}
         source = index or Index()
         with exclusive("wheelhouse", wait=True):
             todo = [w for w in self.missing(wheels) if not take(w.sha256, w.size, self.path(w))]
             if not todo:
-                return
+                return {}
             with ThreadPoolExecutor(CONNECTIONS) as pool:
                 files = list(pool.map(lambda wheel: source.find(wheel.name, wheel.filename), todo))
             downloads = [
                 Download(url=file.url, sha256=w.sha256, size=w.size, target=self.path(w))
                 for w, file in zip(todo, files, strict=True)
             ]
-            download_all(source.session, downloads)
+            hashed = download_all(source.session, downloads)
             size = gigabytes(sum(item.size for item in downloads))
             console.print(f"  [dim]{len(downloads)} wheels downloaded, {size}[/]")
+            return hashed
 
     def unpack(self, wheels: Sequence[LockedWheel], folder: Path) -> None:
         """Unpack wheels into one folder; their programs can be run."""
@@ -262,6 +278,13 @@ class Wheelhouse:
                     if member.external_attr >> 16 & 0o111:  # extract() leaves modes out
                         path.chmod(0o755)
 
-    def verify(self, wheel: LockedWheel) -> Path:
-        """Path of a wheel whose bytes were hashed just now; see ``verified``."""
-        return verified(self.path(wheel), wheel.sha256)
+    def verify(self, wheel: LockedWheel, hashed: Mapping[Path, list[int]] | None = None) -> Path:
+        """Path of a wheel whose bytes were hashed just now; see ``verified``.
+
+        One that ``fetch`` returned in ``hashed`` was, unless it was touched since.
+        """
+        path = self.path(wheel)
+        with suppress(OSError):
+            if hashed and hashed.get(path) == inode(path.lstat()):
+                return path
+        return verified(path, wheel.sha256)

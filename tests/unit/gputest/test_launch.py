@@ -28,7 +28,7 @@ from vllm_forge.sources import Index, Wheelhouse
 from vllm_forge.sources.errors import LockFileError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 @pytest.mark.parametrize(
@@ -81,10 +81,10 @@ class Wheels(Wheelhouse):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def fetch(self, wheels: Sequence[Any], index: Index | None = None) -> None:
-        pass
+    def fetch(self, wheels: Sequence[Any], index: Index | None = None) -> dict[Path, list[int]]:
+        return {}
 
-    def verify(self, wheel: Any) -> Path:
+    def verify(self, wheel: Any, hashed: Mapping[Path, list[int]] | None = None) -> Path:
         return self.folder / str(wheel)
 
 

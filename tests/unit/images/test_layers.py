@@ -28,7 +28,7 @@ from tests.support.wheels import COMPRESSIBLE, Member, write_vllm_wheel, write_w
 from vllm_forge.errors import ForgeError
 from vllm_forge.host.errors import CacheError
 from vllm_forge.images import store
-from vllm_forge.images.layer import LayerWriter
+from vllm_forge.images.layer import LayerWriter, file_header
 from vllm_forge.images.store import StoredLayer, require_stored, stored, write_layer
 from vllm_forge.images.wheels import VENV, Entry, merge, site_packages, wheel_entries
 from vllm_forge.sources.errors import HashMismatchError
@@ -238,12 +238,20 @@ def test_same_bytes_twice(
     assert again.blob.path.read_bytes() == layer.blob.path.read_bytes()
 
 
-@pytest.mark.parametrize("large", [1, 1000, 1 << 30])
-def test_same_bytes_whatever_is_inflated_ahead(
-    large: int, layer: StoredLayer, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("size", [0, 7, 512, 8**11 - 1, 8**11])
+@pytest.mark.parametrize("mode", [0o644, 0o755])
+@pytest.mark.parametrize("path", ["a", "a/b.py", "a" * 100, "a" * 101, "a/é.py", "dir/" * 60 + "a"])
+def test_header_of_a_file_is_as_tarfile_writes_it(path: str, mode: int, size: int) -> None:
+    info = tarfile.TarInfo(path)
+    info.mode, info.size, info.mtime = mode, size, EPOCH
+    expected = info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
+    assert file_header(path, size, mode, EPOCH) == expected
+
+
+def test_same_bytes_whatever_is_read_at_a_time(
+    layer: StoredLayer, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other_cache(monkeypatch, tmp_path / "other")
-    monkeypatch.setattr(store, "LARGE", large)
     monkeypatch.setattr(store, "CHUNK", 777)
     again = write_layer("key", entries_of(wheel), EPOCH)
     assert again.blob.digest == layer.blob.digest
@@ -481,15 +489,13 @@ def test_wrong_crc_in_the_directory_is_rejected(name: str, wheel: Path, cache: P
     assert_nothing_of("key", cache)
 
 
-@pytest.mark.parametrize("large", [1, 1 << 30], ids=["ahead", "in-turn"])
 @pytest.mark.parametrize("where", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("name", ["tiny/native.so", "tiny/noise.bin"])
-def test_wheel_changed_after_verification_is_rejected(  # noqa: PLR0917
-    name: str, where: float, large: int, wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+def test_wheel_changed_after_verification_is_rejected(
+    name: str, where: float, wheel: Path, cache: Path
 ) -> None:
     entries = entries_of(wheel)
     flip(wheel, name, where)
-    monkeypatch.setattr(store, "LARGE", large)
     with pytest.raises(HashMismatchError) as refused:
         write_layer("key", entries, EPOCH)
     assert str(wheel) in str(refused.value)

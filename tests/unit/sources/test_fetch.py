@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import random
 import signal
 import subprocess
@@ -442,15 +443,31 @@ def test_file_of_another_size_in_the_cache_is_missing(
     assert house.verify(wheel).read_bytes() == noise(SIZE)
 
 
+def test_wheel_is_hashed_once_when_it_was_downloaded(
+    server: IndexServer, house: Wheelhouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = locked(NAME, server.add("big", NAME, Served(content=noise(SIZE))))
+    hashed = house.fetch([wheel], Index(server.url))
+    assert house.fetch([wheel], Index(server.url)) == {}
+    calls = []
+    monkeypatch.setattr(fetch, "verified", lambda path, _: calls.append(path))
+    assert house.verify(wheel, hashed) == house.path(wheel)
+    assert calls == []
+    house.verify(wheel)
+    assert calls == [house.path(wheel)]
+
+
 def test_tampered_wheel_in_the_cache_is_refused(server: IndexServer, house: Wheelhouse) -> None:
     wheel = locked(NAME, server.add("big", NAME, Served(content=noise(SIZE))))
-    house.fetch([wheel], Index(server.url))
+    hashed = house.fetch([wheel], Index(server.url))
     path = house.verify(wheel)
+    time = path.stat().st_mtime_ns
     changed = bytearray(path.read_bytes())
     changed[SIZE // 2] ^= 1
     path.write_bytes(changed)
+    os.utime(path, ns=(time, time))
     with pytest.raises(HashMismatchError) as refused:
-        house.verify(wheel)
+        house.verify(wheel, hashed)
     assert str(path) in str(refused.value)
     assert house.missing([wheel]) == [wheel]
 
