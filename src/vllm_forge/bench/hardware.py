@@ -1,5 +1,6 @@
 """What ran on the GPUs: kernels that a server's log states; clocks, power, heat, and slowdowns."""
 
+import os
 import re
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def kernels_of(log: Path) -> tuple[str, ...] | None:
 
 
 def gpu_states(probe: Probe) -> tuple[GpuState, ...]:
-    """The GPUs of this host; empty where nvidia-smi does not answer. What it lacks is None."""
+    """The GPUs of this process; empty where nvidia-smi does not answer. What it lacks is None."""
     slowed = {row[0]: row[1:] for row in _ask(probe, "nvidia-smi-slowed", SLOWED)}
     states = []
     for index, sm, memory, watts, celsius, reasons in _ask(probe, "nvidia-smi-clocks", STATE):
@@ -59,7 +60,9 @@ def gpu_states(probe: Probe) -> tuple[GpuState, ...]:
 
 def _ask(probe: Probe, name: str, fields: str) -> list[list[str]]:
     """Rows that have all fields, and an index."""
-    argv = ("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # others' GPUs may be slowed down
+    chosen = ("-i", visible) if visible else ()
+    argv = ("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", *chosen)
     reply = probe.ask(name, argv)
     rows = [[part.strip() for part in line.split(",")] for line in reply.text.splitlines()]
     count = fields.count(",") + 1

@@ -4,6 +4,7 @@ A session that is kept with the project is a folder: its records with their rows
 starts, a report with its charts. The page is made of that report, which has the records' hashes.
 """
 
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,17 +13,19 @@ from typing import Any
 
 from vllm_forge.bench import plots
 from vllm_forge.bench.errors import InvalidResultError, ResultFileError
+from vllm_forge.bench.exchange import Check
 from vllm_forge.bench.gate import gate
 from vllm_forge.bench.results import Arm, read_arm
 from vllm_forge.bench.signed import SUFFIX
 from vllm_forge.bench.summary import summarize
 from vllm_forge.bench.turns import JOURNAL, Journal
 from vllm_forge.bench.validity import differences, intended, require_valid
-from vllm_forge.host import atomic_path, parse_json, read_data, read_plain, write_json
+from vllm_forge.host import atomic_path, printable, read_data, write_json
 from vllm_forge.host.files import file_digest
 from vllm_forge.matrix.model import Gate
 
 REPORT, CROSSCHECK = "report.json", "crosscheck.json"
+CHECKED = ("figure", "own", "other", "bound")
 
 
 def report(
@@ -103,7 +106,8 @@ def _comparisons(arms: Sequence[Arm], gates: Mapping[str, Gate]) -> Iterator[dic
 def keep(folder: Path, target: Path, gates: Mapping[str, Gate]) -> Path:
     """Copy a session's results to a folder of ``target`` that is named after it and its day.
 
-    ResultFileError: its records have other starts than its list of starts says.
+    ResultFileError: its records have other starts than its list of starts says; its name or day is
+    not a name of a file; its crosscheck is of another record.
     """
     journal: Journal = read_data(
         folder / JOURNAL, Journal.model_validate, ResultFileError, what="list of starts",
@@ -117,19 +121,37 @@ def keep(folder: Path, target: Path, gates: Mapping[str, Gate]) -> Path:
         what = f"its records have the starts {sorted(kept)}, finished are {sorted(done)}"
         remedy = "give the whole output folder of one session"
         raise ResultFileError(what, where=folder, remedy=remedy)
+    name = f"{sessions.pop()}-{journal.attempts[0].began[:10]}"
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        what, remedy = f"invalid name of a session or day: {name!r}", "correct it"
+        raise ResultFileError(what, where=folder, remedy=remedy)
     document, charts = report(arms, gates)
     others = [row for row in journal.attempts if row.state != "done"]
     document["began"] = journal.attempts[0].began
     document["refused"] = [row.model_dump(mode="json", exclude={"began"}) for row in others]
-    if (crosscheck := folder / CROSSCHECK).exists():
-        document["crosscheck"] = parse_json(read_plain(crosscheck))
-    final = target / f"{sessions.pop()}-{document['began'][:10]}"
+    if (folder / CROSSCHECK).exists():
+        document["crosscheck"] = _crosscheck(folder / CROSSCHECK, arms)
+    final = target / name
     with atomic_path(final) as aside:
         aside.mkdir()
         for path in [folder / JOURNAL, *_files(arms)]:
             shutil.copyfile(path, aside / path.name)
         write_report(aside, document, charts)
     return final
+
+
+def _crosscheck(path: Path, arms: Sequence[Arm]) -> dict[str, Any]:
+    """What `bench crosscheck` wrote about one of the arms; ResultFileError."""
+
+    def parse(document: Any) -> dict[str, Any]:
+        files = document["files"]
+        if not any(files.get(arm.path.name) == file_digest(arm.path) for arm in arms):
+            raise ValueError("it is of another record")
+        rows = [Check(**{key: row[key] for key in CHECKED}).as_json() for row in document["rows"]]
+        return {"tool": printable(str(document["tool"])), "rows": rows}
+
+    remedy = "write it again: nox -s bench -- crosscheck RECORD OTHER --output crosscheck.json"
+    return read_data(path, parse, ResultFileError, what="crosscheck", remedy=remedy)
 
 
 def _files(arms: Sequence[Arm]) -> Iterator[Path]:

@@ -99,7 +99,7 @@ def _counters(results: list[dict[str, Any]]) -> Iterator[str]:
 def _crosscheck(check: Mapping[str, Any]) -> str:
     words = {True: "yes", False: "no", None: "unknown"}
     cells = [
-        [row["figure"], *(f"{row[key]:.6g}" for key in ("own", "other")),
+        [escape(row["figure"]), *(f"{row[key]:.6g}" for key in ("own", "other")),
          "unknown" if row["bound"] is None else f"{row['bound']:.3g}", words[row["agrees"]]]
         for row in check["rows"]
     ]  # fmt: skip

@@ -29,8 +29,10 @@ class StubProbe:
 
     states: str | None = STATES
     slowed: str | None = SLOWED
+    argv: Sequence[str] = ()
 
     def ask(self, name: str, argv: Sequence[str]) -> Reply:
+        self.argv = argv
         text = {"nvidia-smi-clocks": self.states, "nvidia-smi-slowed": self.slowed}[name]
         if text is None:
             return Reply(code=2, text='Field "clocks_event_reasons_counters" is not a valid field')
@@ -64,6 +66,16 @@ def test_states_are_those_of_nvidia_smi() -> None:
 @pytest.mark.parametrize("states", [None, "", "No devices were found", "x, 1, 2, 3, 4, 5", "0, 1"])
 def test_host_that_does_not_say_has_no_states(states: str | None) -> None:
     assert gpu_states(StubProbe(states)) == ()
+
+
+@pytest.mark.parametrize(("visible", "options"), [("1,3", ["-i", "1,3"]), ("", [])])
+def test_gpus_of_others_are_not_asked(
+    visible: str, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    probe = StubProbe()
+    gpu_states(probe)
+    assert list(probe.argv[3:]) == options
 
 
 def test_older_driver_counts_no_slowdowns() -> None:

@@ -16,19 +16,19 @@ from vllm_forge.bench.summary import summarize
 from vllm_forge.bench.turns import JOURNAL
 from vllm_forge.cli import main
 from vllm_forge.host import write_json
+from vllm_forge.host.files import file_digest
 from vllm_forge.matrix import Gate
 from vllm_forge.pages.sessions import SESSIONS, sessions
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 A, B = (0, 3, 4, 7, 8), (1, 2, 5, 6, 9)  # ABBA
 GATES = {"throughput": Gate(measure="throughput", margin=0.02),
          "acceptance": Gate(measure="acceptance", margin=0.01)}  # fmt: skip
-CHECK = {"tool": "vllm bench serve", "rows": [
-    {"figure": "mean_ttft_ms", "own": 1.0, "other": 2.0, "bound": None, "agrees": None},
-]}  # fmt: skip
+ROWS = [{"figure": "mean_ttft_ms", "own": 1.0, "other": 2.0, "bound": 0.5, "agrees": True}]
 
 
 @pytest.fixture
@@ -110,7 +110,8 @@ def output(tmp_path: Path) -> Path:
     ]
     cold = {**rows[0], "state": "failed", "error": "the caches were cold | <b>"}
     write_json(folder / JOURNAL, {"plan_sha256": "0", "attempts": [cold, *rows]})
-    write_json(folder / CROSSCHECK, CHECK)
+    files = {"plain-c8.json": file_digest(folder / "plain-c8.json")}
+    write_json(folder / CROSSCHECK, {"tool": "vllm bench serve", "files": files, "rows": ROWS})
     return folder
 
 
@@ -121,7 +122,7 @@ def test_kept_session_has_a_page_of_its_verdicts(output: Path, tmp_path: Path) -
     assert "| mtp against plain, c=8 | throughput, 2 % | pass | +1" in page
     assert "below +" in page  # the interval is above no difference
     assert "| 0 | x | failed | the caches were cold \\| \\<b\\> |" in page
-    assert "| mean_ttft_ms | 1 | 2 | unknown | unknown |" in page
+    assert "| mean\\_ttft\\_ms | 1 | 2 | 0.5 | no |" in page  # whatever the file says
     charts = {path.name for path in final.glob("*.svg")}
     assert charts == {"starts.svg", "pareto.svg", "first-tokens.svg", "positions.svg",
                       "verdicts.svg"}  # fmt: skip
@@ -133,17 +134,36 @@ def test_kept_session_has_a_page_of_its_verdicts(output: Path, tmp_path: Path) -
         sessions(Project(tmp_path))
 
 
-@pytest.mark.parametrize("fault", ["a start too many", "two sessions", "no records", "no list"])
-def test_part_of_a_session_is_not_kept(fault: str, output: Path, tmp_path: Path) -> None:
-    if fault == "a start too many":
-        served(output, "mtp", (1, 2, 5, 6, 10))
-    elif fault == "two sessions":
-        served(output.parent, "mtp", B)
-        rows = rows_of(1, items=30, starts=5)
-        write_result(output / "mtp-c8.json", rows, orders=B, edit=lambda r: r.update(session="s2"))
-    for path in output.glob({"no records": "*-c8*", "no list": JOURNAL}.get(fault, "none")):
-        path.unlink()
-    with pytest.raises(ResultFileError):
+def other_session(output: Path, name: str, *arms: str) -> None:
+    for path in (output / f"{arm}-c8.json" for arm in arms):
+        write_json(path, {**json.loads(path.read_text()), "session": name})
+
+
+def other_list(output: Path, **fields: object) -> None:
+    journal = json.loads((output / JOURNAL).read_text())
+    rows = [{**row, **fields} for row in journal["attempts"]]
+    write_json(output / JOURNAL, {**journal, "attempts": rows})
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda output: served(output, "mtp", (1, 2, 5, 6, 10)), "finished are"),
+        (lambda output: other_list(output, state="running"), "finished are"),
+        (lambda output: other_session(output, "s2", "mtp"), "the starts"),
+        (lambda output: (output / "mtp-c8.json").unlink(), "finished are"),
+        (lambda output: (output / JOURNAL).unlink(), "missing list of starts"),
+        (lambda output: other_session(output, "../s", "mtp", "plain"), "invalid name"),
+        (lambda output: other_list(output, began="/../../../x"), "invalid name"),
+        (lambda output: write_json(output / CROSSCHECK, {"files": {}}), "of another record"),
+        (lambda output: write_json(output / CROSSCHECK, []), "invalid crosscheck"),
+    ],
+)
+def test_part_of_a_session_is_not_kept(
+    fault: Callable[[Path], object], message: str, output: Path, tmp_path: Path
+) -> None:
+    fault(output)
+    with pytest.raises(ResultFileError, match=message):
         keep(output, tmp_path / SESSIONS, GATES)
     assert not (tmp_path / SESSIONS).exists()
 
