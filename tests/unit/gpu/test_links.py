@@ -41,6 +41,16 @@ def test_transports_of_all_channels_are_found(log: str, found: set[str]) -> None
     assert transports(log) == found
 
 
+def test_backends_are_those_of_the_ranks_group() -> None:
+    """As line 0.26 said it on two H200, for the ranks of experts too."""
+    rest = "out of potential backends: ['NCCL_SYMM_MEM', 'CUSTOM', 'SYMM_MEM', 'PYNCCL']."
+    said = "INFO 11-30 12:39:17 [cuda_communicator.py:264] Using {} all-reduce backends (in "
+    said += f"dispatch order) for group '{{}}:0' {rest}\n"
+    log = said.format("['PYNCCL']", "ep") + said.format("['CUSTOM', 'PYNCCL']", "tp")
+    assert backends(log) == ["CUSTOM", "PYNCCL"]
+    assert backends("") == []
+
+
 TORCH = """
 class cuda:
     is_available = staticmethod(lambda: True)
