@@ -37,7 +37,8 @@ REPO = Path(__file__).parents[2]
 HEX = "d1" * 32
 SPEC = JobSpec(
     name="b300-0.26-kernel", sku="b300", line="0.26", work="kernel", cell="c",
-    image=f"sha256:{HEX}", reference=None, command=("true",), environment={}, workdir="/",
+    image=f"sha256:{HEX}", runtime="runc", reference=None, command=("true",), environment={},
+    workdir="/",
     gpus=1, minutes=1, exclusive=False, shm_gb=1, volumes=(), artifacts=("kernel.json",),
 )  # fmt: skip
 RESULT = {"plan": {"subject": {"sha256": HEX}, "sku": "b300", "line": "0.26"}, "tier": "kernel"}
@@ -249,7 +250,18 @@ def test_hostile_job_id_is_refused_and_cancelled(tmp_path: Path, printed: str) -
 
 
 @pytest.mark.parametrize(
-    "option", ["--array=0-99", "--job-name=x", "--export=ALL", "--requeue", "--wrap=true"]
+    "option",
+    [
+        "--array=0-99",
+        "--job-name=x",
+        "--export=ALL",
+        "--requeue",
+        "--wrap=true",
+        "--parti=x",
+        "--reque",
+        "--gpus=9",
+        "--gpus-per-node=9",
+    ],
 )
 def test_option_of_dispatch_itself_is_refused(tmp_path: Path, option: str) -> None:
     """With another array or name, a result would be of another job, or none would be found."""

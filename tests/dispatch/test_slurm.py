@@ -214,7 +214,7 @@ def test_kit_runs_without_an_engine(lab: Lab) -> None:
         ("", "", "kernel,tp8",
          "slurm.sku.b300.gres: b300-0.26-tp8 needs 8 GPUs of one node; those of b300 have 4"),
         ('gres = "b300"', 'gres = "b300"\noptions = ["--qos=none", "--nodelist=rtx-1"]', "kernel",
-         "the cluster refuses jobs of b300"),
+         "slurm.sku.b300: the cluster refuses its jobs"),
     ],
     ids=["partition", "gres", "time", "gpus", "options"],
 )  # fmt: skip

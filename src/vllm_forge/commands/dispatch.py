@@ -230,7 +230,7 @@ def _collect(project: Project, args: argparse.Namespace, record: "RunRecord") ->
 def build(project: Project, args: argparse.Namespace) -> None:
     """Build images on nodes of the cluster, a job for each line, and wait for them."""
     from vllm_forge.dispatch import builds
-    from vllm_forge.dispatch.runs import new_run
+    from vllm_forge.dispatch.runs import asking, new_run
 
     matrix = project.matrix
     args.skus, args.lines = args.skus or list(matrix.sku), args.lines or list(matrix.line)
@@ -240,8 +240,9 @@ def build(project: Project, args: argparse.Namespace) -> None:
         return
     site, run = _site(project, args), new_run()
     text = builds.script(project, lines, site, run)
+    path = builds.prepare(text, site, run, asking(HostProbe()))
     builds.fill_folder(project, lines, Path(site.storage.root) / builds.SHARED)
-    rows = builds.send(text, lines, site, run, Runner())
+    rows = builds.send(path, lines, Runner())
     print_json(args, rows) if args.json else print("\n".join(rows))
 
 

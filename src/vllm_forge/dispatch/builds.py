@@ -14,9 +14,9 @@ from statistics import fmean, median
 from typing import Any
 
 from vllm_forge.dispatch.errors import SITE, JobsFaultError, SiteFileError
-from vllm_forge.dispatch.runs import make_own
+from vllm_forge.dispatch.runs import Ask, make_own
 from vllm_forge.dispatch.site import Site
-from vllm_forge.dispatch.slurm import head_of
+from vllm_forge.dispatch.slurm import cluster_nodes, head_of, nodes_of, require_accepted
 from vllm_forge.host import Runner, printable, read_data, write_whole
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images.rootfs import fetch_packages
@@ -29,6 +29,7 @@ from vllm_forge.sources.debian import read_base_lock
 from vllm_forge.sources.shared import VARIABLE, give
 
 BUILDS, IMAGES, SHARED = "builds", "built", "shared"  # below the site's storage.root
+ROW = "slurm.build"  # of the site file
 MEASURED = "benchmarks/results/build-{}.json"
 
 
@@ -151,7 +152,8 @@ def script(project: Project, lines: Sequence[LineBuild], site: Site, run: str) -
         f"--partition={row.partition}", "--nodes=1", "--ntasks=1", "--export=HOME,PATH,USER",
         f"--output={folder}/%A_%a.log", *([f"--account={slurm.account}"] if slurm.account else []),
     ]  # fmt: skip
-    head = head_of(options, (*slurm.options, *row.options))
+    further = {"slurm.options": slurm.options, f"{ROW}.options": row.options}
+    head = head_of(options, further)
     variables = {
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "VLLM_FORGE_ROOT": str(project.root),
@@ -182,17 +184,25 @@ exit $code
 """
 
 
-def send(text: str, lines: Sequence[LineBuild], site: Site, run: str, runner: Runner) -> list[str]:
-    """Send the array, and wait until it ended; a row for each image.
+def prepare(text: str, site: Site, run: str, ask: Ask) -> Path:
+    """Write the array's script, and return it. ClusterMismatchError: Slurm would refuse it."""
+    if site.slurm is not None and site.slurm.build is not None:
+        nodes_of(site.slurm.build.partition, ROW, cluster_nodes(ask))
+    make_own(Path(site.storage.root) / BUILDS)
+    path = Path(site.storage.root) / BUILDS / run / "builds.sh"
+    write_whole(path, text)
+    require_accepted(path, ROW, ask)
+    return path
+
+
+def send(path: Path, lines: Sequence[LineBuild], runner: Runner) -> list[str]:
+    """Send the array of a script, and wait until it ended; a row for each image.
 
     JobsFaultError: some were not built, or sbatch failed; the message has its output.
     """
-    make_own(Path(site.storage.root) / BUILDS)
-    folder = Path(site.storage.root) / BUILDS / run
-    write_whole(folder / "builds.sh", text)
-    fault = ""
+    folder, fault = path.parent, ""
     try:
-        runner.run(["sbatch", "--wait", "--parsable", str(folder / "builds.sh")])
+        runner.run(["sbatch", "--wait", "--parsable", str(path)])
     except CommandFailedError as error:  # also what one of its jobs ended with
         fault = error.what
     rows, missing, again = [], [], "see the logs in that folder, and send again"

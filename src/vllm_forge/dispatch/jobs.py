@@ -41,6 +41,7 @@ class JobSpec(FrozenModel):
     work: str
     cell: str  # name of the image's cell
     image: str  # sha256:<hex> of its manifest
+    runtime: str  # what starts it on the node
     reference: str | None  # HOST/NAME@sha256:<hex>, where the site has a registry
     command: tuple[str, ...]  # of the image, in place of its entrypoint
     environment: dict[str, str]
@@ -143,6 +144,7 @@ def _job(image: CellImage, work: Work, site: Site, run: str) -> JobSpec:
         work=work.name,
         cell=cell.name,
         image=image.digest,
+        runtime=site.runtime,
         reference=f"{site.registry}@{image.digest}" if site.registry else None,
         command=tuple(command),
         environment=ENVIRONMENT | site.env,

@@ -108,9 +108,6 @@ def stage(
     ``images``: name of a cell -> the cell and its image. ``sessions``: of benchmarks.
     """
     root = Path(site.storage.root)
-    if not root.is_dir():
-        what = "storage.root is not a directory of this host"
-        raise RunFolderError(what, where=root, remedy="make it, or mount it here as on the nodes")
     for name in (RUNS, IMAGES, *((CACHES,) if site.storage.caches or sessions else ())):
         make_own(root / name)
     folder = root / RUNS / run
@@ -145,6 +142,9 @@ def make_own(folder: Path) -> None:
 
     RunFolderError if another user may write to it.
     """
+    if not (root := folder.parent).is_dir():
+        what = "storage.root is not a directory of this host"
+        raise RunFolderError(what, where=root, remedy="make it, or mount it here as on the nodes")
     os.umask(os.umask(0o022) | 0o022)  # of this program from here on
     folder.mkdir(exist_ok=True)
     require_own(folder)

@@ -52,7 +52,7 @@ _OPTIONS = (
     "--rm", "--name=forge-@ATTEMPT@", "--network=none", "--ipc=private", "--shm-size={shm}g",
     "--user=0", "--workdir={workdir}", "--entrypoint=",
 )  # fmt: skip
-POD = "pod"
+POD = "(pod)"  # not for a site file
 _RUNC = ("runc", "--root", "@WORK@/state")
 RUNTIMES: dict[str, Runtime] = {
     "docker": Runtime(
@@ -135,8 +135,9 @@ def find_runtime(site: Site) -> Runtime:
     """The row of a site's runtime; SiteFileError if there is none, or the site lacks its source."""
     name = site.runtime
     if name not in RUNTIMES:
-        what = f"runtime: unknown {name!r}{suggestion(name, RUNTIMES)}"
-        raise SiteFileError(what, where=SITE, remedy=f"choose one of {', '.join(RUNTIMES)}")
+        names = [known for known in RUNTIMES if known != POD]
+        what = f"runtime: unknown {name!r}{suggestion(name, names)}"
+        raise SiteFileError(what, where=SITE, remedy=f"choose one of {', '.join(names)}")
     if RUNTIMES[name].source == "registry" and site.registry is None:
         what = "missing registry, from which the nodes pull images"
         raise SiteFileError(

@@ -7,7 +7,7 @@ which jobs it still has, and why others ended.
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +80,8 @@ def _script(specs: Sequence[JobSpec], site: Site, run: str, folder: Path) -> str
         *([f"--account={slurm.account}"] if slurm.account else []),
         *(["--exclusive"] if first.exclusive else []),
     ]  # fmt: skip
-    head = head_of(options, (*slurm.options, *row.options))
+    further = {"slurm.options": slurm.options, f"slurm.sku.{first.sku}.options": row.options}
+    head = head_of(options, further)
     names = " ".join(spec.name for spec in specs)
     return f"""#!/bin/bash
 {head}
@@ -92,48 +93,65 @@ exec python3 {folder}/node.py {folder} "${{names[SLURM_ARRAY_TASK_ID]}}" \\
 """
 
 
-def head_of(own: Sequence[str], further: Sequence[str]) -> str:
-    """Lines of a script for sbatch. SiteFileError: a further option replaces one of our own."""
-    taken = {option.partition("=")[0] for option in own} | {"--requeue", "--wrap"}
-    for option in further:
-        if (name := option.partition("=")[0]) in taken:
-            what = f"options: {name} is set by dispatch itself"
-            raise SiteFileError(
-                what, where=SITE, remedy="remove it from the options of the site file"
-            )
-    return "".join(f"#SBATCH {option}\n" for option in (*own, *further))
+def head_of(own: Sequence[str], further: Mapping[str, Sequence[str]]) -> str:
+    """Lines of a script for sbatch; ``further``: row of the site file -> its options.
+
+    SiteFileError: one of them, maybe abbreviated, replaces one of our own.
+    """
+    taken = {option.partition("=")[0] for option in own} | {"--requeue", "--wrap", "--gpus"}
+    for row, options in further.items():
+        for name in (option.partition("=")[0] for option in options):
+            if any(word.startswith(name) for word in taken) or name.startswith("--gpus-per"):
+                what = f"{row}: {name} is set by dispatch itself"
+                raise SiteFileError(what, where=SITE, remedy="remove it from these options")
+    words = (*own, *(word for options in further.values() for word in options))
+    return "".join(f"#SBATCH {word}\n" for word in words)
+
+
+def _table(ask: Ask, *argv: str) -> list[list[str]]:
+    """Three columns with | between them."""
+    return [[*row.split("|"), "", ""][:3] for row in ask(argv).splitlines()]
+
+
+def cluster_nodes(ask: Ask) -> list[list[str]]:
+    """Partition, GPUs and longest time of the cluster's nodes, those that are alike as one."""
+    return _table(ask, "sinfo", "--all", "--noheader", "--format=%R|%G|%l")
+
+
+def nodes_of(partition: str, where: str, nodes: list[list[str]]) -> list[list[str]]:
+    """Those of a partition; ClusterMismatchError names the site's row."""
+    if own := [node for node in nodes if node[0] == partition]:
+        return own
+    hint = suggestion(partition, {node[0] for node in nodes})
+    what = f"{where}.partition: no partition {partition!r}{hint}"
+    raise ClusterMismatchError(what, remedy="see: sinfo")
 
 
 def require_cluster(specs: Sequence[JobSpec], site: Site, ask: Ask) -> None:
     """Raise ClusterMismatchError, with the site's row, for what no node of the cluster has."""
-    rows = ask(["sinfo", "-h", "-o", "%R|%G|%l"]).splitlines()
-    nodes = [[*row.split("|"), "", ""][:3] for row in rows]
+    nodes = cluster_nodes(ask)
     for spec in specs:
         _, row = _row(site, spec.sku)
         where = f"slurm.sku.{spec.sku}"
-
-        def refuse(what: str, remedy: str, where: str = where) -> ClusterMismatchError:
-            return ClusterMismatchError(f"{where}.{what}", remedy=remedy)
-
-        own = [node for node in nodes if node[0] == row.partition]
-        if not own:
-            hint = suggestion(row.partition, {node[0] for node in nodes})
-            raise refuse(f"partition: no partition {row.partition!r}{hint}", "see: sinfo")
+        own = nodes_of(row.partition, where, nodes)
         has: dict[str, int] = {}
         for kind, count in GPUS.findall(",".join(node[1] for node in own)):
             has[kind] = max(int(count), has.get(kind, 0))
+        what = ""
         if row.gres not in has:
             listed = ", ".join(f"gpu:{kind}" for kind in sorted(has)) or "no typed GPUs"
             what = f"gres: partition {row.partition} has no gpu:{row.gres}; it has {listed}"
-            raise refuse(what, "name the type that gres.conf has: sinfo -o '%P %G'")
-        if spec.gpus > has[row.gres]:
-            what = f"gres: {spec.name} needs {spec.gpus} GPUs of one node"
-            what = f"{what}; those of {row.partition} have {has[row.gres]}"
-            raise refuse(what, "leave that work out of --tiers, or name another partition")
-        if spec.minutes > (longest := max(_minutes(node[2]) for node in own)):
-            what = f"partition: {spec.name} may take {spec.minutes} minutes"
-            what = f"{what}; {row.partition} allows {longest:g}"
-            raise refuse(what, "name a partition that allows more")
+            remedy = "name the type that gres.conf has: sinfo -o '%P %G'"
+        elif spec.gpus > has[row.gres]:
+            what = f"gres: {spec.name} needs {spec.gpus} GPUs of one node; "
+            what = f"{what}those of {row.partition} have {has[row.gres]}"
+            remedy = "leave that work out of --tiers, or name another partition"
+        elif spec.minutes > (longest := max(_minutes(node[2]) for node in own)):
+            what = f"partition: {spec.name} may take {spec.minutes} minutes; "
+            what = f"{what}{row.partition} allows {longest:g}"
+            remedy = "name a partition that allows more"
+        if what:
+            raise ClusterMismatchError(f"{where}.{what}", remedy=remedy)
 
 
 def _minutes(text: str) -> float:
@@ -156,12 +174,7 @@ def send(batches: Sequence[Batch], folder: Path, ask: Ask, record: RunRecord) ->
     attempts: dict[str, str] = {}
     for path, batch in zip(paths, batches, strict=True):
         write_whole(path, batch.script)
-        try:
-            ask(["sbatch", "--test-only", str(path)])
-        except SchedulerError as error:
-            what = f"the cluster refuses jobs of {batch.specs[0].sku}: {error.what}"
-            remedy = f"correct slurm.sku.{batch.specs[0].sku} of the site file, or its options"
-            raise ClusterMismatchError(what, where=error.where, remedy=remedy) from None
+        require_accepted(path, f"slurm.sku.{batch.specs[0].sku}", ask)
     try:
         for path, batch in zip(paths, batches, strict=True):
             job = _job_id(ask(["sbatch", "--parsable", str(path)]).strip(), path)
@@ -178,6 +191,16 @@ def send(batches: Sequence[Batch], folder: Path, ask: Ask, record: RunRecord) ->
     return record.model_copy(update={"attempts": attempts})
 
 
+def require_accepted(script: Path, where: str, ask: Ask) -> None:
+    """Raise ClusterMismatchError, with the site's row, for a script that Slurm would refuse."""
+    try:
+        ask(["sbatch", "--test-only", str(script)])
+    except SchedulerError as error:
+        what = f"{where}: the cluster refuses its jobs: {error.what}"
+        remedy = f"correct {where} of the site file, or its options"
+        raise ClusterMismatchError(what, where=error.where, remedy=remedy) from None
+
+
 def _job_id(text: str, path: Path) -> str:
     job = text.partition(";")[0]
     if not JOB.fullmatch(job):
@@ -189,11 +212,10 @@ def _job_id(text: str, path: Path) -> str:
 def states(run: str, ask: Ask) -> dict[str, State]:
     """Attempt (job id and index) -> its state, of all that Slurm still knows."""
     argv = ["squeue", "-h", "--array", "--states=all", f"--name={job_name(run)}"]
-    rows = [row.split("|") for row in ask([*argv, "--format=%F_%K|%T|%r"]).splitlines()]
     return {
         attempt: State(
-            text=word if reason == "None" else f"{word}: {reason}",
+            text=word if reason in {"", "None"} else f"{word}: {reason}",
             ended=word in ENDED or reason in NEVER,
         )
-        for attempt, word, reason in rows
+        for attempt, word, reason in _table(ask, *argv, "--format=%F_%K|%T|%r")
     }

@@ -23,10 +23,11 @@ from vllm_forge.dispatch.builds import (
     line_builds,
     longest_first,
     measured_rates,
+    prepare,
     script,
     send,
 )
-from vllm_forge.dispatch.errors import JobsFaultError, SiteFileError
+from vllm_forge.dispatch.errors import ClusterMismatchError, JobsFaultError, SiteFileError
 from vllm_forge.host import Runner
 from vllm_forge.patches import fetch_archive, read_tree_lock
 from vllm_forge.project import Project
@@ -34,6 +35,8 @@ from vllm_forge.sources import Index, LockedWheel, Wheelhouse
 from vllm_forge.sources.shared import VARIABLE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vllm_forge.dispatch.site import Site
 
 REPO = Path(__file__).parents[3]
@@ -153,6 +156,10 @@ def site(tmp_path: Path) -> Site:
     return make_site(tmp_path, Project(REPO), 'root = "/shared/forge"', new)
 
 
+def sinfo(_: Sequence[str]) -> str:
+    return "cpu|(null)|infinite"
+
+
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What nodes were asked to build, where sbatch and the program are stand-ins."""
@@ -171,7 +178,7 @@ def test_each_line_is_a_job_that_builds_its_skus(site: Site, log: Path, tmp_path
     text = script(Project(REPO), LINES, site, "r1")
     assert "#SBATCH --partition=cpu\n" in text
     assert "#SBATCH --account=lab\n" in text
-    rows = send(text, LINES, site, "r1", Runner())
+    rows = send(prepare(text, site, "r1", sinfo), LINES, Runner())
     assert rows[0] == "sha256:xa  /dist/x-a"
     assert len(rows) == 6
     asked = [json.loads(line) for line in log.read_text().splitlines()]
@@ -191,7 +198,8 @@ def test_image_that_fails_is_named_and_others_are_built(
 ) -> None:
     monkeypatch.setenv("RED", "y")
     with pytest.raises(JobsFaultError) as caught:
-        send(script(Project(REPO), LINES, site, "r1"), LINES, site, "r1", Runner())
+        text = script(Project(REPO), LINES, site, "r1")
+        send(prepare(text, site, "r1", sinfo), LINES, Runner())
     assert "not built: y (a), y (b)\n" in str(caught.value)
     assert "exited with 61" in str(caught.value)
     folder = Path(site.storage.root, "builds", "r1")
@@ -209,6 +217,13 @@ def test_cache_in_a_folder_of_another_user_is_refused(site: Site, log: Path) -> 
     assert done.returncode == 33
     assert "is of another user" in done.stderr
     assert not log.exists()
+
+
+def test_unknown_partition_is_refused_before_anything_is_downloaded(site: Site) -> None:
+    text = script(Project(REPO), LINES, site, "r1")
+    with pytest.raises(ClusterMismatchError, match=r"slurm\.build\.partition: no partition 'cpu'"):
+        prepare(text, site, "r1", lambda _: "cpus|(null)|infinite")
+    assert not Path(site.storage.root, "builds").exists()
 
 
 def test_site_without_a_partition_for_builds_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 HEX, OTHER = "d1" * 32, "0" * 64
 SPEC = JobSpec(
     name="b300-0.26-kernel", sku="b300", line="0.26", work="kernel", cell="c",
-    image=f"sha256:{HEX}", reference=None, command=("true",), environment={}, workdir="/",
+    image=f"sha256:{HEX}", runtime="runc", reference=None, command=("true",), environment={},
+    workdir="/",
     gpus=1, minutes=1, exclusive=False, shm_gb=1, volumes=(), artifacts=("kernel.json",),
     session=False,
 )  # fmt: skip
