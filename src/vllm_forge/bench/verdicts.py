@@ -216,7 +216,9 @@ def _derived(row: Derived) -> Verdict:
 
 def _range(row: Range) -> Verdict:
     values = [100 * number(text) if "/" in text else float(text) for text in row.values]
-    outside = [value for value in values if not row.low <= round(value, 2) <= row.high]
+    # A bound is rounded, or cut, at its last digit.
+    low, high = (10.0 ** -len(f"{bound:g}".partition(".")[2]) for bound in (row.low, row.high))
+    outside = [v for v in values if not row.low - low / 2 <= round(v, 9) < row.high + high]
     detail = f"{min(values):.2f} to {max(values):.2f}"
     if all("/" in text for text in row.values) and len(values) > 1:
         counts = [tuple(map(int, text.split("/"))) for text in row.values]

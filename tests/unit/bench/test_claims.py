@@ -94,6 +94,7 @@ SOUND = [
     (derived("2.0", "ratio", "2", "1", starts=5), Word.CONSISTENT),
     (derived("2.0", "ratio", "2", "1", starts=1), Word.UNDECIDED),
     ({"kind": "range", "values": ["1/2", "0.4"], "low": 0.4, "high": 50}, Word.CONSISTENT),
+    ({"kind": "range", "values": ["66.6", "75.9"], "low": 67, "high": 75}, Word.CONSISTENT),
     ({"kind": "order", "larger": "3", "smaller": "2"}, Word.CONSISTENT),
     (
         {"kind": "scored", "share": {"arm": "a", "of": 30, "right": 20}, "stopped": 20},
@@ -111,6 +112,8 @@ UNSOUND = [
     derived("21.6", "less-by", "1297.03", "1577.20"),
     derived("12", "ratio", "450/4", "38/8"),
     {"kind": "range", "values": ["0.5", "0.7"], "low": 0.4, "high": 0.6},
+    {"kind": "range", "values": ["66.4"], "low": 67, "high": 75},
+    {"kind": "range", "values": ["76.0"], "low": 67, "high": 75},
     {"kind": "order", "larger": "2", "smaller": "3"},
     {"kind": "scored", "share": {"arm": "a", "of": 30, "right": 24}, "stopped": 22},
     batches("1.20", 10, 100),
