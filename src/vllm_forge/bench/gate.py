@@ -100,9 +100,7 @@ def _judge(name: str, row: Gate, reference: Arm, candidate: Arm, repeat: Arm | N
     if row.measure == "score":
         return _answers(outcome, row.score or "", reference, candidate, repeat)
     if row.measure == "throughput":
-        ours, theirs = _rates(candidate, row.per), _rates(reference, row.per)
-        test = statistics.speed(ours, theirs, row.margin)
-        return _decided(outcome, test, "pairs of starts")
+        return _speed(outcome, row, reference, candidate, repeat)
     drafts = _drafts(candidate), _drafts(reference)
     prompts = [item for item in drafts[0] if all(arm[item].drafted for arm in drafts)]
     if len(prompts) < LEAST_PROMPTS:
@@ -112,6 +110,23 @@ def _judge(name: str, row: Gate, reference: Arm, candidate: Arm, repeat: Arm | N
         return _each_position(outcome, *sums)
     pairs = [[(one.accepted, one.drafted) for one in arm] for arm in sums]
     return _decided(outcome, statistics.acceptance(pairs[0], pairs[1], row.margin), "prompts")
+
+
+def _speed(
+    outcome: Outcome, row: Gate, reference: Arm, candidate: Arm, repeat: Arm | None
+) -> Outcome:
+    """By pairs of starts; nothing is decided where the reference is not as fast as itself."""
+    theirs = _rates(reference, row.per)
+    found = _decided(
+        outcome, statistics.speed(_rates(candidate, row.per), theirs, row.margin), "pairs of starts"
+    )
+    if repeat is None or not _has_data(row, repeat):
+        return found
+    value, low, high = statistics.speed(_rates(repeat, row.per), theirs, row.margin).difference
+    if abs(value) > row.margin and not low <= 0 <= high:
+        reason = f"{found.reason}; the reference differs from itself by {100 * value:+.2f} %"
+        return replace(found, word=Word.UNDECIDED, reason=reason)
+    return found
 
 
 def _each_position(outcome: Outcome, ours: list["Sums"], theirs: list["Sums"]) -> Outcome:

@@ -177,6 +177,20 @@ def test_gpus_must_be_declared_by_both(declared: int, two_gpus: list[Path], tmp_
         gate({"throughput": Gate(measure="throughput", margin=0.02)}, *arms)
 
 
+@pytest.mark.parametrize(("speed", "word"), [(1.0, Word.FAIL), (1.08, Word.UNDECIDED)])
+def test_reference_must_be_as_fast_as_itself(speed: float, word: Word, tmp_path: Path) -> None:
+    """Three arms in turns: abc, cba, ..."""
+    orders = ((0, 5, 6, 11, 12), (1, 4, 7, 10, 13), (2, 3, 8, 9, 14))
+    arms = [
+        read_arm(write_result(tmp_path / f"{n}.json", rows_of(n, items=30, starts=5, speed=fast),
+                              orders=order))
+        for n, (fast, order) in enumerate(zip((1.0, 0.9, speed), orders, strict=True))
+    ]  # fmt: skip
+    (outcome,) = gate({"throughput": Gate(measure="throughput", margin=0.02)}, *arms)
+    assert outcome.word is word
+    assert ("the reference differs from itself by +" in outcome.reason) == (speed > 1)
+
+
 def test_starts_are_paired_by_the_order_in_which_they_were_run(tmp_path: Path) -> None:
     """A host slows down by 2 % from one pair to the next; a record lists its starts backwards."""
 
