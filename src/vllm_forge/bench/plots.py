@@ -165,7 +165,7 @@ def positions(summaries: Sequence[Summary]) -> bytes:
         for summary in summaries:
             places = range(1, len(summary.positions) + 1)
             shares = [100 * share for share in summary.positions]
-            axes.plot(places, shares, marker="o", label=summary.name)
+            axes.plot(places, shares, marker="o", label=f"{summary.name}, {summary.workload}")
         axes.set_xlabel("position in the draft")
         axes.set_ylabel("accepted, % of drafts")
         axes.set_ylim(0, 100)

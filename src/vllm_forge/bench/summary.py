@@ -12,6 +12,7 @@ class Summary:
     """``rates``: tokens a second by start; TTFT and TPOT are medians of answers, in seconds."""
 
     arm: str
+    workload: str
     image: str
     claimed: bool
     concurrency: int
@@ -49,6 +50,7 @@ class Summary:
         }
         return {
             "result": self.name,
+            "workload": self.workload,
             "image": self.image.removeprefix("sha256:")[:12]
             + (" (claimed)" if self.claimed else ""),
             "starts": str(self.starts),
@@ -71,6 +73,7 @@ def summarize(arm: Arm) -> Summary:
     places = zip_longest(*(change["per_position"] for change in changes), fillvalue=0)
     return Summary(
         arm=result.arm,
+        workload=result.conditions.workload,
         image=result.server.image,
         claimed=result.server.claimed,
         concurrency=result.conditions.concurrency,

@@ -53,8 +53,8 @@ def test_summary_is_that_of_the_rows(tmp_path: Path) -> None:
     assert (found.ttft, found.acceptance) == (0.1, 0.8)
     assert found.tpot == pytest.approx(0.01)
     assert list(found.figures().values()) == [
-        "a, c=8", "2" * 12, "1", "1", "15.2", "15.2", "not run", "0.100", "10.00", "80.00%",
-        "98.00% / 62.00%",
+        "a, c=8", "chat-code", "2" * 12, "1", "1", "15.2", "15.2", "not run", "0.100", "10.00",
+        "80.00%", "98.00% / 62.00%",
     ]  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_answers_alone_have_no_speed(tmp_path: Path) -> None:
     rows = [row.model_copy(update={"ttft": None}) for row in rows_of(1, items=5)]
     path = write_result(tmp_path / "a.json", rows, edit=lambda record: record["starts"][0].clear()
                         or record["starts"][0].update(order=0))  # fmt: skip
-    assert list(summarize(read_arm(path)).figures().values())[4:] == ["not run"] * 7
+    assert list(summarize(read_arm(path)).figures().values())[5:] == ["not run"] * 7
     assert main(["bench", "report", str(path), f"--output={tmp_path / 'report'}"]) == 0
 
 
