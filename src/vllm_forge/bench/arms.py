@@ -2,7 +2,7 @@
 
 import argparse
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,11 @@ def arm_of(
     if not gpus:
         remedy = "run this on the host that serves"
         raise ArmUnknownError(f"no GPU is listed: {message}", where="nvidia-smi", remedy=remedy)
+    url, layout = vars(args).get("url") or "", project.root / "dist" / cell.name
+    seen = answers(probe, url, subject["image"], layout, deployment.arguments)
     server = Server(
         **subject,
-        claimed=not answers(
-            probe, vars(args).get("url") or "", subject["image"], _layout(project, cell)
-        ),
+        claimed=not seen,
         artifact=deployment.artifact_name,
         argv=bare_command(deployment).argv,
         gpu=gpus[0].name,
@@ -239,15 +239,14 @@ def _subject(project: Project, cell: ImageCell) -> dict[str, str]:
     }
 
 
-def _layout(project: Project, cell: ImageCell) -> Path:
-    return project.root / "dist" / cell.name
-
-
-def answers(probe: Probe, url: str, image: str, layout: Path) -> bool:
+def answers(
+    probe: Probe, url: str, image: str, layout: Path, arguments: Sequence[str] = ()
+) -> bool:
     """Whether a container of the image answers at ``url``; False if no engine here has it.
 
-    ArmUnknownError: a container of another image has the port. The classic store of docker knows
-    an image by its configuration's digest, which the build's ``layout`` has.
+    ArmUnknownError: the container that has the port is of another image, or lacks ``arguments``.
+    The classic store of docker knows an image by its configuration's digest, which the build's
+    ``layout`` has.
     """
     try:
         host, port = urlsplit(url).hostname, urlsplit(url).port or 80
@@ -256,20 +255,22 @@ def answers(probe: Probe, url: str, image: str, layout: Path) -> bool:
     if host not in LOOPBACK:
         return False
     for engine in ENGINES:
-        listed = probe.ask(
-            f"{engine}-ps", [engine, "ps", "--no-trunc", "--format={{.ID}} {{.Ports}}"]
-        )
+        argv = [engine, "ps", "--no-trunc", "--format={{.ID}} {{.Ports}}"]
+        listed = probe.ask(f"{engine}-ps", argv)
         for row in listed.text.splitlines() if listed.code == 0 else ():
             if f":{port}->" not in row:
                 continue
             name = row.partition(" ")[0]
-            digests = _image_digests(
-                probe.ask(f"{engine}-inspect", [engine, "inspect", name]), name
-            )
+            reply = probe.ask(f"{engine}-inspect", [engine, "inspect", name])
+            digests, words = _container_facts(reply, name)
+            problem, lacks = "", [word for word in arguments if word not in words]
             if not digests & {hex_digest(image), _configuration(layout, image)}:
-                what = f"the server's image is {' or '.join(sorted(digests))}, not {image}"
-                remedy = "serve the image that was built here, or build the one that is served"
-                raise ArmUnknownError(what, where=f"{url}, container {name}", remedy=remedy)
+                problem = f"the server's image is {' or '.join(sorted(digests))}, not {image}"
+            elif lacks:
+                problem = f"the server was not started as the preset says: it lacks {lacks[0]}"
+            if problem:
+                remedy = "serve this preset with the image that was built here"
+                raise ArmUnknownError(problem, where=f"{url}, container {name}", remedy=remedy)
             return True
     return False
 
@@ -282,13 +283,13 @@ def _configuration(layout: Path, image: str) -> str:
     return hex_digest(built.manifest["config"]["digest"])
 
 
-def _image_digests(reply: Reply, name: str) -> set[str]:
-    """Digests by which an engine knows a container's image: of its manifest, or configuration."""
+def _container_facts(reply: Reply, name: str) -> tuple[set[str], list[str]]:
+    """Digests by which an engine knows a container's image, and the words of its command."""
     try:
         (row,) = parse_json(reply.text)
         found = [row["Image"], row.get("ImageDigest"),
                  (row.get("ImageManifestDescriptor") or {}).get("digest")]  # fmt: skip
-        return {hex_digest(text) for text in found if text}
+        return {hex_digest(text) for text in found if text}, list(row["Config"]["Cmd"] or ())
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         what, remedy = f"unexpected answer on a container: {error!r}", "update the engine"
         raise ArmUnknownError(what, where=name, remedy=remedy) from None

@@ -32,6 +32,7 @@ from vllm_forge.cli import main
 from vllm_forge.errors import UsageError
 from vllm_forge.host import Reply
 from vllm_forge.project import Project
+from vllm_forge.serve.deployment import find_deployment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -205,32 +206,42 @@ class EngineProbe(StubProbe):
             "docker-ps": Reply(code=127, text="docker: not found"),
             "podman-ps": Reply(code=0, text="f1 0.0.0.0:18000->8000/tcp\n"
                                f"f2 0.0.0.0:{self.port}->8000/tcp\n"),
-            "podman-inspect": Reply(code=0, text=json.dumps(self.container)),
+            "podman-inspect": Reply(code=0, text=json.dumps([self.container])),
         }  # fmt: skip
         if name == "podman-inspect":
             assert argv == ["podman", "inspect", "f2"]
         return answers.get(name) or super().ask(name, argv)
 
 
+def preset_arguments() -> list[str]:
+    """Of preset mtp on B300."""
+    project = Project(Path(__file__).parents[3])
+    cell = project.cell("b300")
+    return find_deployment(project.matrix, cell, "mtp", None).arguments
+
+
 @pytest.mark.parametrize(
     ("container", "message"),
     [
-        ([{"Image": "sha256:" + "9" * 64, "ImageDigest": "sha256:" + "3" * 64}], ""),
-        ([{"Image": "9" * 64, "ImageManifestDescriptor": {"digest": "sha256:" + "3" * 64}}], ""),
-        ([{"Image": "sha256:" + "9" * 64}], "the server's image is " + "9" * 64),
-        ([], "unexpected answer"),
-        ([{"Image": 1}], "unexpected answer"),
+        ({"Image": "sha256:" + "9" * 64, "ImageDigest": "sha256:" + "3" * 64}, ""),
+        ({"Image": "9" * 64, "ImageManifestDescriptor": {"digest": "sha256:" + "3" * 64}}, ""),
+        ({"Image": "sha256:" + "9" * 64}, "the server's image is " + "9" * 64),
+        ({"Image": "3" * 64, "Config": {"Cmd": ["model"]}}, "not started as the preset says"),
+        ({"Image": "3" * 64, "Config": {"Cmd": None}}, "not started as the preset says"),
+        ({}, "unexpected answer"),
+        ({"Image": 1}, "unexpected answer"),
     ],
-    ids=["podman", "docker", "another", "none", "malformed"],
+    ids=["podman", "docker", "another", "arguments", "no command", "none", "malformed"],
 )  # fmt: skip
 def test_image_is_that_of_the_container_that_answers(
-    container: object, message: str, command: list[str], monkeypatch: pytest.MonkeyPatch,
+    container: dict[str, Any], message: str, command: list[str], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     (output,) = (Path(word.partition("=")[2]) for word in command if word.startswith("--output="))
     with BenchServer() as server:
         port = int(server.url.rpartition(":")[2])
-        monkeypatch.setattr(host, "HostProbe", lambda: EngineProbe(port, container))
+        served = {"Config": {"Cmd": ["model", *preset_arguments()]}, **container}
+        monkeypatch.setattr(host, "HostProbe", lambda: EngineProbe(port, served))
         code = main([*command, f"--url={server.url}", f"--warm={WARM}"])
     if message:
         assert code == ArmUnknownError.exit_code
@@ -248,7 +259,7 @@ def test_image_of_the_classic_store_is_known_by_its_configuration(
     config = {"digest": "sha256:" + "8" * 64}
     image = type("Image", (), {"digest": "3" * 64, "manifest": {"config": config}})
     monkeypatch.setattr(arms, "read_image", lambda _: image)
-    probe, url = EngineProbe(80, [{"Image": "sha256:" + "8" * 64}]), "http://localhost"
+    probe, url = EngineProbe(80, {"Image": "8" * 64, "Config": {"Cmd": []}}), "http://localhost"
     assert arms.answers(probe, url, "sha256:" + "3" * 64, tmp_path)
     with pytest.raises(ArmUnknownError, match="8888"):
         arms.answers(probe, url, "sha256:" + "3" * 64, tmp_path / "none")
@@ -258,7 +269,7 @@ def test_image_of_the_classic_store_is_known_by_its_configuration(
 
 @pytest.mark.parametrize("url", ["http://far.example:8000", "http://127.0.0.1:8000", ""])
 def test_image_that_no_engine_runs_is_claimed(url: str, tmp_path: Path) -> None:
-    assert not arms.answers(EngineProbe(9, []), url, "sha256:" + "3" * 64, tmp_path)
+    assert not arms.answers(EngineProbe(9, {}), url, "sha256:" + "3" * 64, tmp_path)
 
 
 def test_claimed_image_is_shown_and_not_signed(
