@@ -46,6 +46,7 @@ from vllm_forge.matrix.model import Name
 JOURNAL, LOGS = "session.json", "logs"
 POLL_S = 0.5
 CROSSCHECK_S = 600.0
+LISTENING = "0A"  # state of a socket in /proc/net/tcp
 TAIL = 2000  # bytes of a log that a message shows
 
 
@@ -298,20 +299,50 @@ def _attempt(
 
 @contextmanager
 def serving(launch: Launch, plan: Plan, log: Path) -> Iterator[float]:
-    """A fresh server that answers; yields the seconds until it did. ServerStartError."""
-    with socket.socket() as place:
+    """A fresh server, alone on its port; yields the seconds until it answered. ServerStartError."""
+    with _port(plan):
+        try:
+            with background(launch.argv, env=launch.env, log=log) as process:
+                ready_s = _wait(process, plan, log)
+                _require_alone(plan)
+                yield ready_s
+                _require_alone(plan)
+        finally:
+            if launch.remove:  # a client that was killed leaves its container behind
+                subprocess.run(launch.remove, capture_output=True, check=False)
+
+
+@contextmanager
+def _port(plan: Plan) -> Iterator[None]:
+    """The session's port, free when it is taken, until the server has ended. ServerStartError.
+
+    A server needs a minute until it listens, and vLLM's lets others listen too (SO_REUSEPORT,
+    0.26.0, entrypoints/openai/api_server.py:585): the kernel would then share out the requests. So
+    a session holds a name, which exists once where its port does: in the network's namespace.
+    """
+    with socket.socket(socket.AF_UNIX) as name, socket.socket() as place:
         place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
+            name.bind(f"\0vllm-forge-bench-{plan.port}")
             place.bind(("127.0.0.1", plan.port))
         except OSError:
-            what, remedy = f"port {plan.port} is in use", "end the server that has it"
+            what = f"port {plan.port} is in use"
+            remedy = "end the server or session that has it, or give this session another port"
             raise ServerStartError(what, where=plan.url, remedy=remedy) from None
-    try:
-        with background(launch.argv, env=launch.env, log=log) as process:
-            yield _wait(process, plan, log)
-    finally:
-        if launch.remove:  # a client that was killed leaves its container behind
-            subprocess.run(launch.remove, capture_output=True, check=False)
+        place.close()
+        yield
+
+
+def _require_alone(plan: Plan) -> None:
+    """ServerStartError if several sockets listen on the port, in IPv4 or in IPv6."""
+    for name in ("tcp", "tcp6"):
+        table = Path("/proc/net", name)  # a host without IPv6 has one
+        rows = [line.split() for line in table.read_text().splitlines()] if table.exists() else []
+        ports = [row[1].rpartition(":")[2] for row in rows if row[3] == LISTENING]
+        if ports.count(f"{plan.port:04X}") > 1:
+            what = f"several servers listen on port {plan.port}: which one answered is unknown"
+            remedy = "end the others, or give this session another port"
+            raise ServerStartError(what, where=plan.url, remedy=remedy)
 
 
 def _wait(process: "subprocess.Popen[bytes]", plan: Plan, log: Path) -> float:

@@ -221,6 +221,37 @@ def test_servers_port_must_be_free(planned: Callable[..., Path], free_port: int)
             run(folder)
 
 
+def test_sessions_do_not_share_a_port(planned: Callable[..., Path], free_port: int) -> None:
+    """The other one's server does not listen yet."""
+    folder = planned()
+    refused = pytest.raises(ServerStartError, match=f"port {free_port} is in use")
+    with turns._port(read_plan(folder)), refused:
+        run(folder)
+    assert attempts(run(folder, retry=True))[-1] == (3, "a", "done")
+
+
+def test_answers_of_another_server_are_refused(
+    planned: Callable[..., Path], free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It listens on the same port, as vLLM's servers can, before the window has ended."""
+    folder, measure, calls = planned(), turns.measure, []
+
+    def join(*args: Any, **options: Any) -> Any:
+        measured = measure(*args, **options)
+        calls.append(measured)
+        if len(calls) == len(read_plan(folder).conditions):
+            other.bind(("127.0.0.1", free_port))
+            other.listen()
+        return measured
+
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        monkeypatch.setattr(turns, "measure", join)
+        with pytest.raises(ServerStartError, match="several servers listen on port"):
+            run(folder)
+    assert not list((folder.parent / "output").glob("*-c*.json"))
+
+
 def test_server_that_never_answers_is_ended(
     planned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
