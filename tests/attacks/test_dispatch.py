@@ -23,7 +23,7 @@ from vllm_forge.dispatch.errors import (
     SiteFileError,
 )
 from vllm_forge.dispatch.jobs import JobSpec
-from vllm_forge.dispatch.results import Outcome, judge
+from vllm_forge.dispatch.results import Outcome, State, judge
 from vllm_forge.dispatch.runs import RunRecord, make_own, require_own
 from vllm_forge.dispatch.slurm import batches, require_cluster, send
 from vllm_forge.host import read_plain
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 REPO = Path(__file__).parents[2]
 HEX = "d1" * 32
+ENDED = State(text="COMPLETED", ended=True)
 SPEC = JobSpec(
     name="b300-0.26-kernel", sku="b300", line="0.26", work="kernel", cell="c",
     image=f"sha256:{HEX}", runtime="runc", reference=None, command=("true",), environment={},
@@ -63,7 +64,7 @@ class Storage:
         self.marker.write_text(json.dumps(marker | changes))
 
     def judge(self) -> Outcome:
-        return judge(SPEC, "7_0", self.results, None, self.local)
+        return judge(SPEC, "7_0", self.results, ENDED, self.local)
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ def test_invalid_record_of_a_session_is_not_green(storage: Storage) -> None:
     files = {name: file_digest(output / name) for name in names}
     storage.mark(files=files, image=image)
     spec = SPEC.model_copy(update={"image": image, "session": True, "artifacts": names})
-    outcome = judge(spec, "7_0", storage.results, None, storage.local)
+    outcome = judge(spec, "7_0", storage.results, ENDED, storage.local)
     assert outcome.verdict == "refused"
     assert "1 failed requests" in outcome.why
 

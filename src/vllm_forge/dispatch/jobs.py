@@ -4,7 +4,7 @@
 ``runtimes`` into what starts an image on a node.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +117,16 @@ def job_specs(
 ) -> tuple[JobSpec, ...]:
     """A job for each image and work, in that order; ``run`` names their folder of storage."""
     return tuple(_job(image, work, site, run) for image in images for work in works)
+
+
+def grouped(
+    specs: Sequence[JobSpec], key: Callable[[JobSpec], tuple[object, ...]]
+) -> list[list[JobSpec]]:
+    """Jobs that a scheduler takes together, in their order."""
+    groups: dict[tuple[object, ...], list[JobSpec]] = {}
+    for spec in specs:
+        groups.setdefault(key(spec), []).append(spec)
+    return list(groups.values())
 
 
 def _job(image: CellImage, work: Work, site: Site, run: str) -> JobSpec:

@@ -9,17 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_forge.dispatch import runs
 from vllm_forge.dispatch.errors import SITE, ClusterMismatchError, SchedulerError, SiteFileError
-from vllm_forge.dispatch.jobs import RUNS, JobSpec
-from vllm_forge.dispatch.results import (
-    REFUSED,
-    UNDECIDED,
-    WAITING,
-    Marker,
-    Outcome,
-    State,
-    judge,
-)
+from vllm_forge.dispatch.jobs import RUNS, JobSpec, grouped
+from vllm_forge.dispatch.results import REFUSED, WAITING, Marker, Outcome, State, judge
 from vllm_forge.dispatch.runs import Ask, RunRecord, local_folder
 from vllm_forge.dispatch.site import Kubernetes, KubernetesSku, Site
 from vllm_forge.host import parse_json, read_plain
@@ -40,11 +33,7 @@ def job_name(run: str, number: int) -> str:
 
 def groups(specs: Sequence[JobSpec]) -> list[list[JobSpec]]:
     """The jobs of each Job, by index."""
-    made: dict[tuple[object, ...], list[JobSpec]] = {}
-    for spec in specs:
-        key = (spec.reference, spec.exclusive, spec.gpus, spec.volumes)
-        made.setdefault(key, []).append(spec)
-    return list(made.values())
+    return grouped(specs, lambda spec: (spec.reference, spec.exclusive, spec.gpus, spec.volumes))
 
 
 def attempts(specs: Sequence[JobSpec], site: Site, run: str) -> dict[str, str]:
@@ -179,32 +168,26 @@ def _pod_text(pod: dict[str, Any]) -> str:
 def outcomes(project: Project, record: RunRecord, ask: Ask) -> list[Outcome]:
     """The verdict on each job: the cluster says which have ended, markers of pods say how."""
     known = states(record, ask)  # before markers are read: what ended since only waits
-    rows = []
     for spec in record.specs:
-        local = local_folder(project, record, spec.name)
-        seen = local.with_name(f"{spec.name}.seen")
-        state = known.get(record.attempts.get(spec.name, ""))
-        if state is not None:
+        attempt = record.attempts.get(spec.name, "")
+        seen = local_folder(project, record, spec.name).with_name(f"{spec.name}.seen")
+        if attempt in known:
             seen.touch()
-        results = record.folder / "results" / spec.name
-        if state is None and not seen.exists() and not results.exists():
-            state = State(text=f"run: kubectl apply -f {record.folder / 'manifests'}", ended=False)
-        state = state or State(text="its Job was deleted", ended=True)
-        if not state.ended:
-            rows.append(Outcome(name=spec.name, verdict=WAITING, why=state.text))
-            continue
-        row = _ended(spec, state, results, local)
-        if row.verdict == UNDECIDED:
-            row = row.model_copy(update={"why": f"{row.why} ({state.text})"})
-        rows.append(row)
-    return rows
+        elif seen.exists() or (record.folder / "results" / spec.name).exists():
+            known[attempt] = State(text="its Job was deleted", ended=True)
+        else:
+            text = f"run: kubectl apply -f {record.folder / 'manifests'}"
+            known[attempt] = State(text=text, ended=False)
+    return runs.outcomes(project, record, known, _judge)
 
 
-def _ended(spec: JobSpec, state: State, results: Path, local: Path) -> Outcome:
+def _judge(spec: JobSpec, _: str, results: Path, state: State, local: Path) -> Outcome:
     """The verdict on an index: that of the pod by which it ended.
 
     Others that left a marker met a fault of the node, or were evicted; the index was started again.
     """
+    if not state.ended:
+        return Outcome(name=spec.name, verdict=WAITING, why=state.text)
     markers = sorted(results.glob("*.done"), key=lambda path: path.lstat().st_mtime_ns)
     exits = {path.stem: _exit(path) for path in markers}
     green = [name for name, code in exits.items() if code == 0]
@@ -216,7 +199,7 @@ def _ended(spec: JobSpec, state: State, results: Path, local: Path) -> Outcome:
     left = [path.name for path in results.glob("*") if path.is_dir() and path.name not in exits]
     faults = [] if state.succeeded else [*exits]
     attempt = (chosen or faults or left or [""])[-1]
-    return judge(spec, attempt, results, None, local)
+    return judge(spec, attempt, results, state, local)
 
 
 def _exit(marker: Path) -> int | None:

@@ -60,23 +60,24 @@ class Outcome(FrozenModel):
     why: str = ""
 
 
-def judge(spec: JobSpec, attempt: str, results: Path, state: str | None, local: Path) -> Outcome:
+def judge(spec: JobSpec, attempt: str, results: Path, state: State, local: Path) -> Outcome:
     """The verdict on one attempt of a job; its files are copied to ``local``, if they match.
 
-    ``results``: folder of the job on storage, which others can write to. ``state``: the scheduler's
-    word, where the job has not ended.
+    ``results``: folder of the job on storage, which others can write to.
     """
     try:
         names = _listing(results)
-        if f"{attempt}.done" not in names:
+        if f"{attempt}.done" in names:
+            marker = _read_marker(spec, attempt, results)
+            _copy(marker.files, results / attempt, local)
+            verdict, why = _verdict(spec, marker)
+            if verdict == GREEN:
+                require = _require_image if spec.session else _require_subject
+                require(spec, local)
+        else:
             verdict, why = _without_marker(names, attempt, state)
-            return Outcome(name=spec.name, verdict=verdict, why=why)
-        marker = _read_marker(spec, attempt, results)
-        _copy(marker.files, results / attempt, local)
-        verdict, why = _verdict(spec, marker)
-        if verdict == GREEN:
-            require = _require_image if spec.session else _require_subject
-            require(spec, local)
+        if verdict == UNDECIDED:
+            why = f"{why} ({state.text})"
     except ValueError as error:
         verdict, why = REFUSED, first_problem(error)
     except OSError as error:  # a full disk here, or storage that does not answer
@@ -84,11 +85,11 @@ def judge(spec: JobSpec, attempt: str, results: Path, state: str | None, local: 
     return Outcome(name=spec.name, verdict=verdict, why=why)
 
 
-def _without_marker(names: set[str], attempt: str, state: str | None) -> tuple[str, str]:
+def _without_marker(names: set[str], attempt: str, state: State) -> tuple[str, str]:
     if restarted := sorted(name for name in names if name.startswith(f"{attempt}-r")):
         return REFUSED, f"it was requeued while it ran: {restarted[0]}"
-    if state is not None:
-        return WAITING, state
+    if not state.ended:
+        return WAITING, state.text
     if attempt in names:
         return UNDECIDED, "half a result: the job ended before it was complete"
     return UNDECIDED, "no result was written"

@@ -41,6 +41,7 @@ POLL_S = 15.0
 SILENCE_S = 3600.0  # in which a scheduler that does not answer is asked again
 ONE_PART = 1 << 50  # bytes: a kit on shared storage need not be cut
 Ask = Callable[[Sequence[str]], str]
+Judge = Callable[[JobSpec, str, Path, State, Path], Outcome]
 
 
 class RunRecord(FrozenModel):
@@ -185,7 +186,9 @@ def bring_image(project: Project, site: Site, cell: ImageCell, image: Image) -> 
     return known.read_text()
 
 
-def outcomes(project: Project, record: RunRecord, states: Mapping[str, State]) -> list[Outcome]:
+def outcomes(
+    project: Project, record: RunRecord, states: Mapping[str, State], judge: Judge = judge
+) -> list[Outcome]:
     """The verdict on each job of a run; ``states``: of attempts that the scheduler knows."""
     rows = []
     for spec in record.specs:
@@ -194,11 +197,7 @@ def outcomes(project: Project, record: RunRecord, states: Mapping[str, State]) -
             continue
         state = states.get(attempt, State(text="the scheduler does not know it", ended=True))
         results = record.folder / "results" / spec.name
-        local = local_folder(project, record, spec.name)
-        row = judge(spec, attempt, results, None if state.ended else state.text, local)
-        if row.verdict == UNDECIDED:
-            row = row.model_copy(update={"why": f"{row.why} ({state.text})"})
-        rows.append(row)
+        rows.append(judge(spec, attempt, results, state, local_folder(project, record, spec.name)))
     return rows
 
 

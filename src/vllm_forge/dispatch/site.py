@@ -33,19 +33,17 @@ class Storage(FrozenModel):
     )
 
 
-class SlurmSku(FrozenModel):
-    """Where Slurm has the GPUs of a SKU."""
-
-    partition: Word
-    gres: Word = Field(description="type of the GPUs in gres.conf, e.g. b300 of gpu:b300:8")
-    options: tuple[Option, ...] = Field(default=(), description="further ones of sbatch")
-
-
 class SlurmBuild(FrozenModel):
     """Where images are built; no GPU is needed."""
 
     partition: Word
     options: tuple[Option, ...] = Field(default=(), description="further ones of sbatch")
+
+
+class SlurmSku(SlurmBuild):
+    """Where Slurm has the GPUs of a SKU."""
+
+    gres: Word = Field(description="type of the GPUs in gres.conf, e.g. b300 of gpu:b300:8")
 
 
 class Slurm(FrozenModel):

@@ -8,11 +8,10 @@ which jobs it still has, and why others ended.
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_forge.dispatch.errors import SITE, ClusterMismatchError, SchedulerError, SiteFileError
-from vllm_forge.dispatch.jobs import RUNS, JobSpec
+from vllm_forge.dispatch.jobs import RUNS, JobSpec, grouped
 from vllm_forge.dispatch.results import State
 from vllm_forge.dispatch.runs import Ask, RunRecord
 from vllm_forge.dispatch.site import Site, Slurm, SlurmSku
@@ -32,12 +31,7 @@ ENDED = {
 NEVER = {"BadConstraints", "DependencyNeverSatisfied", "InvalidAccount", "InvalidQOS"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Jobs that ask for the same: one array."""
-
-    specs: tuple[JobSpec, ...]
-    script: str
+Batch = tuple[list[JobSpec], str]  # jobs that ask for the same, and the script of their array
 
 
 def job_name(run: str) -> str:
@@ -45,16 +39,10 @@ def job_name(run: str) -> str:
 
 
 def batches(specs: Sequence[JobSpec], site: Site, run: str) -> list[Batch]:
-    """Arrays of jobs; SiteFileError: a SKU has no row."""
+    """SiteFileError: a SKU has no row."""
     folder = Path(site.storage.root) / RUNS / run
-    groups: dict[tuple[object, ...], list[JobSpec]] = {}
-    for spec in specs:
-        key = (spec.sku, spec.gpus, spec.minutes, spec.exclusive)
-        groups.setdefault(key, []).append(spec)
-    return [
-        Batch(specs=tuple(group), script=_script(group, site, run, folder))
-        for group in groups.values()
-    ]
+    groups = grouped(specs, lambda spec: (spec.sku, spec.gpus, spec.minutes, spec.exclusive))
+    return [(group, _script(group, site, run, folder)) for group in groups]
 
 
 def _row(site: Site, sku: str) -> tuple[Slurm, SlurmSku]:
@@ -172,13 +160,13 @@ def send(batches: Sequence[Batch], folder: Path, ask: Ask, record: RunRecord) ->
     """
     paths = [folder / f"batch-{number}.sh" for number in range(len(batches))]
     attempts: dict[str, str] = {}
-    for path, batch in zip(paths, batches, strict=True):
-        write_whole(path, batch.script)
-        require_accepted(path, f"slurm.sku.{batch.specs[0].sku}", ask)
+    for path, (specs, script) in zip(paths, batches, strict=True):
+        write_whole(path, script)
+        require_accepted(path, f"slurm.sku.{specs[0].sku}", ask)
     try:
-        for path, batch in zip(paths, batches, strict=True):
+        for path, (specs, _) in zip(paths, batches, strict=True):
             job = _job_id(ask(["sbatch", "--parsable", str(path)]).strip(), path)
-            attempts |= {spec.name: f"{job}_{index}" for index, spec in enumerate(batch.specs)}
+            attempts |= {spec.name: f"{job}_{index}" for index, spec in enumerate(specs)}
     except SchedulerError as error:
         cancel = ["scancel", f"--jobname={job_name(record.run)}"]
         try:

@@ -15,6 +15,7 @@ import pytest
 from tests.support.index_server import IndexServer, Served
 from tests.support.project import make_project
 from tests.support.site import make_site
+from vllm_forge.cli import main
 from vllm_forge.dispatch.builds import (
     LineBuild,
     Rates,
@@ -138,6 +139,15 @@ def test_rates_are_those_of_the_committed_measurement() -> None:
     assert wheels < line.bytes < wheels * 1.1  # and Debian's packages, and the source archive
     one = wheels / rates.bytes_per_s + wheels * rates.first_s_per_byte
     assert one == pytest.approx(sum(seconds["cold"]) / len(seconds["cold"]))
+
+
+def test_documented_forecast_is_the_current_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dispatch", "build", "--plan", "--json"]) == 0
+    page = (REPO / "docs/operate/build-hosts.md").read_text()
+    for row in json.loads(capsys.readouterr().out):
+        cells = (row["seconds"] / 60, row["downloaded"] / 1e9, row["copied"] / 1e9)
+        line = f"| {row['nodes']} | {' | '.join(f'{cell:.1f}' for cell in cells)} |"
+        assert line in page, f"write the table of `dispatch build --plan`: {line}"
 
 
 def test_lines_share_what_they_lock_in_common() -> None:

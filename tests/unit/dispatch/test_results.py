@@ -13,13 +13,14 @@ from vllm_forge.bench.quality import header_of
 from vllm_forge.bench.results import read_arm
 from vllm_forge.dispatch.errors import JobsFaultError, JobsRedError, JobsUndecidedError
 from vllm_forge.dispatch.jobs import JobSpec
-from vllm_forge.dispatch.results import Outcome, judge, require_green
+from vllm_forge.dispatch.results import Outcome, State, judge, require_green
 from vllm_forge.host.files import file_digest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 HEX, OTHER = "d1" * 32, "0" * 64
+ENDED = State(text="COMPLETED", ended=True)
 SPEC = JobSpec(
     name="b300-0.26-kernel", sku="b300", line="0.26", work="kernel", cell="c",
     image=f"sha256:{HEX}", runtime="runc", reference=None, command=("true",), environment={},
@@ -47,7 +48,7 @@ class Job:
             "exit": 0, "fault": "", "files": {"kernel.json": hashlib.sha256(content).hexdigest()},
         }  # fmt: skip
 
-    def judge(self, state: str | None = None) -> Outcome:
+    def judge(self, state: State = ENDED) -> Outcome:
         (self.folder / "7_0.done").write_text(json.dumps(self.marker))
         return judge(SPEC, "7_0", self.folder, state, self.local)
 
@@ -95,7 +96,7 @@ def test_marker_decides(job: Job, change: dict[str, Any], verdict: str, why: str
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"job": 1, "job": 2}', "x" * 9])
 def test_broken_marker_is_refused(job: Job, text: str) -> None:
     (job.folder / "7_0.done").write_text(text)
-    assert judge(SPEC, "7_0", job.folder, None, job.local).verdict == "refused"
+    assert judge(SPEC, "7_0", job.folder, ENDED, job.local).verdict == "refused"
 
 
 @pytest.mark.parametrize(
@@ -121,10 +122,13 @@ def test_link_in_place_of_a_result_is_refused(job: Job) -> None:
 
 @pytest.mark.parametrize(
     ("state", "verdict", "why"),
-    [("RUNNING", "waiting", "RUNNING"), (None, "undecided", "half a result")],
+    [
+        (State(text="RUNNING", ended=False), "waiting", "RUNNING"),
+        (ENDED, "undecided", "half a result: the job ended before it was complete (COMPLETED)"),
+    ],
 )
 def test_result_without_marker_does_not_count(
-    job: Job, state: str | None, verdict: str, why: str
+    job: Job, state: State, verdict: str, why: str
 ) -> None:
     outcome = judge(SPEC, "7_0", job.folder, state, job.local)
     assert (outcome.verdict, why in outcome.why) == (verdict, True)
@@ -132,7 +136,7 @@ def test_result_without_marker_does_not_count(
 
 def test_requeued_job_is_refused(job: Job) -> None:
     (job.folder / "7_0-r1.done").write_text(json.dumps(job.marker))
-    assert judge(SPEC, "7_0", job.folder, None, job.local).verdict == "refused"
+    assert judge(SPEC, "7_0", job.folder, ENDED, job.local).verdict == "refused"
 
 
 def test_the_worst_verdict_is_the_exit_code() -> None:
@@ -154,7 +158,7 @@ def test_records_of_a_session_are_of_the_image(job: Job, image: str, verdict: st
     hashes = {name: file_digest(job.output / name) for name in names}
     marker = job.marker | {"image": image, "files": hashes}
     (job.folder / "7_0.done").write_text(json.dumps(marker))
-    outcome = judge(spec, "7_0", job.folder, None, job.local)
+    outcome = judge(spec, "7_0", job.folder, ENDED, job.local)
     assert outcome.verdict == verdict, outcome.why
     assert read_arm(job.local / names[0]).rows
 
@@ -177,5 +181,5 @@ def test_answers_of_a_session_are_of_the_image(job: Job, case: str) -> None:
     spec = SPEC.model_copy(update={"session": True, "artifacts": (name,)})
     marker = job.marker | {"files": {name: file_digest(path)}}
     (job.folder / "7_0.done").write_text(json.dumps(marker))
-    outcome = judge(spec, "7_0", job.folder, None, job.local)
+    outcome = judge(spec, "7_0", job.folder, ENDED, job.local)
     assert outcome.verdict == verdict, outcome.why

@@ -54,16 +54,16 @@ def make(
 def test_script_is_an_array_that_is_never_requeued(root: Path, tmp_path: Path) -> None:
     site, specs = make(root, tmp_path, "kernel", "server", "tp2")
     made = slurm.batches(specs, site, "r1")
-    assert sum(len(batch.specs) for batch in made) == 6
-    for batch in made:
-        first, lines = batch.specs[0], batch.script.splitlines()
+    assert sum(len(group) for group, _ in made) == 6
+    for group, script in made:
+        first, lines = group[0], script.splitlines()
         assert f"#SBATCH --partition={first.sku}" in lines
         assert f"#SBATCH --gres=gpu:{first.sku}:{first.gpus}" in lines
-        assert f"#SBATCH --array=0-{len(batch.specs) - 1}" in lines
+        assert f"#SBATCH --array=0-{len(group) - 1}" in lines
         assert {"#SBATCH --no-requeue", "#SBATCH --account=lab"} <= set(lines)
         assert f"#SBATCH --time={first.minutes}" in lines
-        assert len({(spec.sku, spec.gpus, spec.minutes) for spec in batch.specs}) == 1
-        subprocess.run(["bash", "-n"], input=batch.script, text=True, check=True)
+        assert len({(spec.sku, spec.gpus, spec.minutes) for spec in group}) == 1
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
 @pytest.mark.parametrize(
