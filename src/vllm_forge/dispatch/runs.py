@@ -1,7 +1,6 @@
 """A run: jobs that were sent together. What this host relies on of it is in dist/dispatch/RUN."""
 
 import os
-import secrets
 import shlex
 import shutil
 import stat
@@ -61,7 +60,7 @@ class RunRecord(FrozenModel):
 
 def new_run() -> str:
     """A name that sorts by time."""
-    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
 
 
 def local_folder(project: Project, record: RunRecord, job: str) -> Path:

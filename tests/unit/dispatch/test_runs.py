@@ -12,7 +12,14 @@ from tests.support.site import make_site
 from vllm_forge.dispatch import runs
 from vllm_forge.dispatch.errors import RunFolderError, SchedulerError
 from vllm_forge.dispatch.results import Outcome
-from vllm_forge.dispatch.runs import RunRecord, bring_image, read_record, wait, write_record
+from vllm_forge.dispatch.runs import (
+    RunRecord,
+    bring_image,
+    new_run,
+    read_record,
+    wait,
+    write_record,
+)
 from vllm_forge.images.layout import read_image
 from vllm_forge.project import Project
 
@@ -56,6 +63,12 @@ def test_unknown_run_is_named(checkout: Path) -> None:
     assert read_record(project, None) == RECORD
     with pytest.raises(RunFolderError, match=r"unknown run r2 \(did you mean 'r1'\?\)"):
         read_record(project, "r2")
+
+
+def test_runs_sort_by_time() -> None:
+    """Also those of one second: the latest is the default of `status` and `collect`."""
+    names = [new_run() for _ in range(100)]
+    assert sorted(names) == names
 
 
 def test_missing_image_is_named_with_its_build(checkout: Path) -> None:
