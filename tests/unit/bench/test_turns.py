@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.bench import SERVER
-from vllm_forge.bench import arms, turns
+from vllm_forge.bench import arms, measure, turns
 from vllm_forge.bench.errors import (
     ArmUnknownError,
     GateUndecidedError,
@@ -234,10 +234,10 @@ def test_answers_of_another_server_are_refused(
     planned: Callable[..., Path], free_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It listens on the same port, as vLLM's servers can, before the window has ended."""
-    folder, measure, calls = planned(), turns.measure, []
+    folder, calls = planned(), []
 
     def join(*args: Any, **options: Any) -> Any:
-        measured = measure(*args, **options)
+        measured = measure.measure(*args, **options)
         calls.append(measured)
         if len(calls) == len(read_plan(folder).conditions):
             other.bind(("127.0.0.1", free_port))
