@@ -70,6 +70,7 @@ class FastEngine:
 
     name = "buildah"
     tools: tuple[str, ...] = ()
+    reads_plain_layers = True
 
     def __init__(self, **config: Any) -> None:
         """``config``: what it says of the image beside what the Dockerfile does."""

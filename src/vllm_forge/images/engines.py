@@ -144,6 +144,7 @@ class Buildx:
 
     name = "docker"
     tools = ("docker",)
+    reads_plain_layers = False  # of a base: it was not tried
 
     def present(self) -> bool:
         """Client, plugin and a daemon that answers: a client alone does not build."""
@@ -222,6 +223,7 @@ class Buildah:
 
     name = "buildah"
     tools: tuple[str, ...] = ("buildah", "runc", "skopeo", "unshare")
+    reads_plain_layers = True
 
     def present(self) -> bool:
         return all(which(tool) is not None for tool in self.tools)
@@ -319,6 +321,7 @@ class BuildKit(Buildah):
 
     name = "buildkit"
     tools: tuple[str, ...] = ("docker", "runc", "unshare")
+    reads_plain_layers = False  # the base goes over a network
 
     def __init__(self, builder: str = "") -> None:
         self.builder = builder

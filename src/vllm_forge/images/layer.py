@@ -41,6 +41,7 @@ STORED_MAX = 65535
 # No name, no time, unknown OS: nothing of the host.
 NAME, SIZE, CHECKSUM = 100, slice(124, 135), slice(148, 154)  # of a header: length, two fields
 GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
+TAR = "application/vnd.oci.image.layer.v1.tar"
 GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
 ZSTD = "application/vnd.oci.image.layer.v1.tar+zstd"
 FILE_NAMES = {GZIP: "layer.tar.gz", ZSTD: "layer.tar.zst"}

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +29,7 @@ from vllm_forge.host import (
 )
 from vllm_forge.host.files import file_digest
 from vllm_forge.images.errors import BaseImageError, LayoutError
-from vllm_forge.images.layer import LayerBlob, read_blocks
+from vllm_forge.images.layer import TAR, LayerBlob, read_blocks
 from vllm_forge.images.layout import (
     ImageLayer,
     has_name,
@@ -131,13 +132,12 @@ def bootstrap_argv(base: Base, hook: str, target: Path) -> list[str]:
     return [*argv, base.suite, str(target)]
 
 
-def make_rootfs(runner: Runner, base: Base, ref: BaseRef, work: Path) -> None:
-    """Make the rootfs in ``ref.layout`` with mmdebstrap.
+def make_rootfs(runner: Runner, base: Base, ref: BaseRef, work: Path) -> Path:
+    """Make the rootfs with mmdebstrap; return a layout with it that is not compressed.
 
     Raises CommandFailedError: e.g. no mirror answers; DistributionNotFoundError: a package is gone.
     """
-    tar, layout, lock = work / "rootfs.tar", ref.layout, ref.lock
-    assert layout is not None  # noqa: S101 - no image of a registry
+    tar, plain, lock = work / "rootfs.tar", work / "rootfs", ref.lock
     argv = bootstrap_argv(base, SCRUB, tar)
     if lock is None:
         argv += write_host_sources(runner, base.suite, work / "sources.list")
@@ -158,9 +158,10 @@ def make_rootfs(runner: Runner, base: Base, ref: BaseRef, work: Path) -> None:
     }
     runner.run(argv, env=environment)
     runner.act(
-        f"write the rootfs as an OCI layout to {layout}",
-        lambda: _write_layout(tar, layout, base.source_date_epoch),
+        f"write the rootfs as an OCI layout to {plain}",
+        lambda: _write_plain(tar, plain, base.source_date_epoch),
     )
+    return plain
 
 
 def _write_archive(base: Base, lock: debian.BaseLock, folder: Path) -> None:
@@ -260,8 +261,20 @@ def host_sources(suite: str) -> str:
     return "".join(sorted(lines))
 
 
-def _write_layout(tar: Path, layout: Path, epoch: int) -> None:
-    blob = compress(tar, tar.with_suffix(".tar.gz"))
+def _write_plain(tar: Path, plain: Path, epoch: int) -> None:
+    digest, size = file_digest(tar), tar.stat().st_size
+    blob = LayerBlob(path=tar, digest=digest, diff_id=digest, size=size, media_type=TAR)
+    _write_layout(blob, plain, epoch)
+
+
+def keep_rootfs(plain: Path, layout: Path, epoch: int) -> None:
+    """Write the layout ``layout``, compressed, of that of ``make_rootfs``."""
+    target = plain.with_suffix(".tar.gz")
+    _write_layout(compress(read_image(plain).layers[0].blob.path, target), layout, epoch)
+
+
+def _write_layout(blob: LayerBlob, layout: Path, epoch: int) -> None:
+    """A layout with one layer, whose file becomes part of it."""
     write_image(
         layout,
         layers=[ImageLayer(blob=blob, name="rootfs")],
@@ -269,7 +282,7 @@ def _write_layout(tar: Path, layout: Path, epoch: int) -> None:
         epoch=epoch,
         name=BASE_NAME,
     )
-    tar.unlink()
+    blob.path.unlink()
 
 
 def compress(tar: Path, target: Path) -> LayerBlob:
@@ -278,14 +291,23 @@ def compress(tar: Path, target: Path) -> LayerBlob:
     The blob is a new, read-only file: an existing ``target`` may be linked into published images.
     """
     packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31)
+    digest, diff_id = hashlib.sha256(), hashlib.sha256()
+
+    def packed() -> Iterator[bytes]:
+        for block in read_blocks(tar):
+            diff_id.update(block)
+            yield packer.compress(block)
+        yield packer.flush()
+
     with atomic_path(target) as aside:
         with aside.open("xb") as blob:
-            blob.writelines(map(packer.compress, read_blocks(tar)))
-            blob.write(packer.flush())
+            for piece in packed():
+                digest.update(piece)
+                blob.write(piece)
         aside.chmod(READ_ONLY)
     return LayerBlob(
         path=target,
-        digest=file_digest(target),
-        diff_id=file_digest(tar),
+        digest=digest.hexdigest(),
+        diff_id=diff_id.hexdigest(),
         size=target.stat().st_size,
     )

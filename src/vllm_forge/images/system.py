@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,13 @@ from vllm_forge.images.layer import LayerBlob, plain_digest
 from vllm_forge.images.layout import ImageLayer, has_name, read_image, write_image
 from vllm_forge.images.prewarm import tree_digest
 from vllm_forge.images.record import recall
-from vllm_forge.images.rootfs import compress, is_whole, make_rootfs, write_host_sources
+from vllm_forge.images.rootfs import (
+    compress,
+    is_whole,
+    keep_rootfs,
+    make_rootfs,
+    write_host_sources,
+)
 from vllm_forge.sources.debian import installed_packages
 
 if TYPE_CHECKING:
@@ -78,20 +85,42 @@ def build_system(plan: ImagePlan, runner: Runner) -> str:
     with runner.exclusive("system"):
         if is_kept(plan):
             return key
-        if (layout := plan.base.layout) is not None:
-            if not is_whole(layout):
-                make_rootfs(runner, plan.cell.base, plan.base, plan.work)
-        else:
-            # A registry image may lack packages: apt in it uses this host's mirrors.
-            secrets["apt-sources"] = plan.work / "sources.list"
-            write_host_sources(runner, plan.cell.base.suite, secrets["apt-sources"])
-        runner.act(f"clear {work}", lambda: _clear(work))
-        plan.engine.build_system(runner, plan, secrets, work)
+        with _with_rootfs(plan, runner) as base:
+            if base.base.layout is None:
+                # A registry image may lack packages: apt in it uses this host's mirrors.
+                secrets["apt-sources"] = plan.work / "sources.list"
+                write_host_sources(runner, plan.cell.base.suite, secrets["apt-sources"])
+            runner.act(f"clear {work}", lambda: _clear(work))
+            plan.engine.build_system(runner, base, secrets, work)
         runner.act(
             f"keep the system image in {system_folder(key)}",
             lambda: _keep(plan, plan.engine.system_output(work)),
         )
     return key
+
+
+@contextmanager
+def _with_rootfs(plan: ImagePlan, runner: Runner) -> Iterator[ImagePlan]:
+    """The plan for the engine, whose base is there; it is kept, compressed, after the block.
+
+    Unpacking it again takes an engine seconds, and compressing it as many: these go on meanwhile.
+    """
+    layout, epoch = plan.base.layout, plan.cell.base.source_date_epoch
+    if layout is None or is_whole(layout):
+        yield plan
+        return
+    plain = make_rootfs(runner, plan.cell.base, plan.base, plan.work)
+    with ThreadPoolExecutor(1) as pool:
+        job = runner.act(
+            f"compress the rootfs to {layout}",
+            lambda: pool.submit(keep_rootfs, plain, layout, epoch),
+        )
+        if plan.engine.reads_plain_layers:
+            yield replace(plan, base=replace(plan.base, layout=plain))
+        runner.act("wait until it is compressed", lambda: job().result())
+    if not plan.engine.reads_plain_layers:
+        yield plan
+    runner.act(f"delete {plain}", lambda: remove(plain))
 
 
 def is_kept(plan: ImagePlan) -> bool:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.fast_build import fast_build, lock_packages, tiny_deb, use
+from tests.support.fast_build import FastEngine, fast_build, lock_packages, tiny_deb, use
 from tests.support.project import Project as MiniProject
 from tests.support.project import make_project
+from vllm_forge.host.files import file_digest
 from vllm_forge.images import plan as plan_module
 from vllm_forge.images import rootfs
 from vllm_forge.images.errors import BaseImageError
-from vllm_forge.images.layout import Image
-from vllm_forge.images.rootfs import base_of
+from vllm_forge.images.layer import GZIP, TAR, plain_digest
+from vllm_forge.images.layout import Image, read_image
+from vllm_forge.images.rootfs import base_of, is_whole
 from vllm_forge.project import Project
 from vllm_forge.sources.debian import DebianPackage, input_digest, write_base_lock
 from vllm_forge.sources.errors import (
@@ -26,6 +28,9 @@ from vllm_forge.sources.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from vllm_forge.host import Runner
+    from vllm_forge.images.plan import ImagePlan
 
 pytestmark = pytest.mark.xdist_group("rootfs")  # one worker builds what its fixtures have
 
@@ -77,6 +82,32 @@ def test_image_says_which_packages_it_stands_on(mini: MiniProject) -> None:
     lock = (mini.root / "docker/locks/debian.txt").read_bytes()
     assert label(fast_build(mini, "alpha")[0]) == f"sha256:{hashlib.sha256(lock).hexdigest()}"
     assert label(fast_build(mini, "alpha", base="current")[0]) == "current"
+
+
+@pytest.mark.parametrize(("reads", "media_type"), [(True, TAR), (False, GZIP)])
+def test_rootfs_is_compressed_beside_an_engine_that_reads_it_as_it_is(
+    mini: MiniProject, monkeypatch: pytest.MonkeyPatch, reads: bool, media_type: str
+) -> None:
+    engine, bases = FastEngine(), []
+    build = engine.build_system
+
+    def build_system(runner: Runner, plan: ImagePlan, *given: Any) -> None:
+        assert plan.base.layout is not None
+        bases.append(read_image(plan.base.layout).layers[0].blob)
+        assert file_digest(bases[0].path) == bases[0].digest
+        build(runner, plan, *given)
+
+    monkeypatch.setattr(engine, "build_system", build_system)
+    monkeypatch.setattr(engine, "reads_plain_layers", reads)
+    fast_build(mini, "alpha", engine=engine)
+    (base,) = bases
+    assert base.media_type == media_type
+    assert not (mini.cache / "work" / "vllm-0.1.0-alpha" / "rootfs").exists()
+    (kept,) = (mini.cache / "rootfs").iterdir()
+    blob = read_image(kept).layers[0].blob
+    assert (blob.media_type, blob.diff_id) == (GZIP, base.diff_id)
+    assert plain_digest(blob) == blob.diff_id
+    assert is_whole(kept)
 
 
 def test_locked_is_the_default_and_the_same_image(mini: MiniProject) -> None:
