@@ -14,6 +14,7 @@ from rich.markup import escape
 
 # Seconds between lines of progress where no bar can be drawn, as in a log of CI.
 PROGRESS_S = 10.0
+_bar = threading.Lock()  # of the one bar: rich before 14.1 refuses a second
 
 
 class PlainConsole(Console):
@@ -49,20 +50,23 @@ def gigabytes(size: int) -> str:
 
 @contextmanager
 def transfer_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show bytes, speed and remaining time: a bar in a terminal, else a line now and then.
+    """Show bytes, speed and remaining time: a bar in a terminal, else, or beside one, lines.
 
     ``total`` is 0 where it is unknown. Yields a function to call, from any thread, with the bytes
     since its last call; bytes that must be transferred again are negative.
     """
-    if console.is_terminal:
+    if console.is_terminal and _bar.acquire(blocking=False):
         columns = (
             progress.TextColumn("{task.description}"), progress.BarColumn(),
             progress.DownloadColumn(), progress.TransferSpeedColumn(),
             progress.TimeRemainingColumn(),
         )  # fmt: skip
-        with progress.Progress(*columns, console=console) as bar:
-            task = bar.add_task(what, total=total or None)
-            yield lambda size: bar.advance(task, size)
+        try:
+            with progress.Progress(*columns, console=console) as bar:
+                task = bar.add_task(what, total=total or None)
+                yield lambda size: bar.advance(task, size)
+        finally:
+            _bar.release()
     else:
         start = shown = time.monotonic()
         done, lock = 0, threading.Lock()

@@ -88,9 +88,10 @@ def build_image(plan: ImagePlan, runner: host.Runner) -> tuple[layout.Image, boo
         if known := plan.up_to_date():
             return known, False
         require_processor()
-        plan = with_packages(plan)
-        if known := plan.up_to_date():  # once more on current packages
-            return known, False
+        if plan.record_path.exists():  # else nothing can be up to date, and they come with wheels
+            plan = with_packages(plan)
+            if known := plan.up_to_date():  # once more on current packages
+                return known, False
         with suppress(BuildRecordError):
             state = why_rebuild(plan)[0]
             if state in {"changed", "not in the cache"}:
@@ -103,30 +104,28 @@ def build_image(plan: ImagePlan, runner: host.Runner) -> tuple[layout.Image, boo
 def build_steps(plan: ImagePlan, runner: host.Runner) -> None:
     """All steps, in order; the system image is built while the wheel layers are written."""
     cell, engine, started = plan.cell, plan.engine, time.monotonic()
+    dry = isinstance(runner, host.RecordingRunner)
     engine.check(runner)
     selection = runner.act(
         f"read what vLLM selects on {cell.sku_name}",
         lambda: checks.recorded_selection(plan.project, cell),
     )
     with ThreadPoolExecutor(1) as pool:
-        system_job = pool.submit(build_system, plan, runner)
+        system_job = pool.submit(_based, plan, runner, dry=dry)
         wheel = runner.act(
             f"fetch {len(plan.lock.wheels)} wheels of {cell.line.lock}, write "
             f"{len(plan.groups)} layers, apply the series, write the patched wheel",
             lambda: write_layers(cell, plan.groups, lambda: patched_wheel(plan.project, cell)),
         )
-        system_key = system_job.result()
+        plan = system_job.result()
     if plan.carries:
         what = f"fetch FlashInfer's kernel archives: {', '.join(plan.downloads)}"
         runner.act(what, lambda: cubins.kernel_layer(plan))
     candidate = runner.act(
         f"assemble the image in {plan.work}",
-        lambda: assemble(plan, load_system(system_key), wheel()),
+        lambda: assemble(plan, load_system(plan.system_key), wheel()),
     )
-    dry, (as_image_user, as_any_user) = (
-        isinstance(runner, host.RecordingRunner),
-        plan.checks_inside(),
-    )
+    as_image_user, as_any_user = plan.checks_inside()
     with (
         host.report("check the image inside"),
         _forgetting_damage(plan),
@@ -151,6 +150,14 @@ def build_steps(plan: ImagePlan, runner: host.Runner) -> None:
         f"give the image its name: {plan.target}",
         lambda: publish(plan, candidate(), verdicts(), judged()[0], time.monotonic() - started),
     )
+
+
+def _based(plan: ImagePlan, runner: host.Runner, *, dry: bool) -> ImagePlan:
+    """Build the system image; return the plan with the packages that could be had."""
+    if not dry:
+        plan = with_packages(plan)
+    build_system(plan, runner)
+    return plan
 
 
 def patched_wheel(project: Project, cell: ImageCell) -> PatchedWheel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from vllm_forge.images.layer import GZIP, TAR, plain_digest
 from vllm_forge.images.layout import Image, read_image
 from vllm_forge.images.rootfs import base_of, is_whole
 from vllm_forge.project import Project
+from vllm_forge.sources import Wheelhouse
 from vllm_forge.sources.debian import DebianPackage, input_digest, write_base_lock
 from vllm_forge.sources.errors import (
     DistributionNotFoundError,
@@ -82,6 +84,21 @@ def test_image_says_which_packages_it_stands_on(mini: MiniProject) -> None:
     lock = (mini.root / "docker/locks/debian.txt").read_bytes()
     assert label(fast_build(mini, "alpha")[0]) == f"sha256:{hashlib.sha256(lock).hexdigest()}"
     assert label(fast_build(mini, "alpha", base="current")[0]) == "current"
+
+
+def test_packages_come_while_wheels_do(mini: MiniProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, fetch = threading.Event(), Wheelhouse.fetch
+
+    def fetch_wheels(*given: Any) -> Any:
+        started.set()
+        return fetch(*given)
+
+    def fetch_packages(*_: object) -> None:
+        assert started.wait(60)
+
+    monkeypatch.setattr(Wheelhouse, "fetch", fetch_wheels)
+    monkeypatch.setattr(plan_module, "fetch_packages", fetch_packages)
+    assert fast_build(mini, "alpha")[1]
 
 
 @pytest.mark.parametrize(("reads", "media_type"), [(True, TAR), (False, GZIP)])
