@@ -104,6 +104,7 @@ REFUSED = {
         "--checkpoint=c",
         "--output=o",
     ],
+    "bench keep": ["output"],
     "bench run": ["b300", "session.toml", "--caches=c", "--output=o"],
     "bench serve": [
         "b300",
