@@ -341,7 +341,7 @@ def test_every_other_command_runs_from_the_wheel() -> None:
     assert {name for name, runs in commands.items() if runs} == {
         "serve", "plan", "doctor", "install", "checkpoint inspect", "verify", "notes", "sbom",
         "mirror", "bench crosscheck", "bench export", "bench gate", "bench plan", "bench report",
-        "bench sign", "bench workload",
+        "bench score", "bench sign", "bench workload",
     }  # fmt: skip
 
 
