@@ -112,8 +112,8 @@ def states(record: RunRecord, ask: Ask) -> dict[str, State]:
         items = parse_json(text)["items"]
         pods: dict[tuple[str, str], str] = {}
         for pod in sorted(items, key=lambda row: str(row["metadata"]["creationTimestamp"])):
-            if pod["kind"] == "Pod":
-                meta = pod["metadata"]
+            meta = pod["metadata"]
+            if pod["kind"] == "Pod" and POD_INDEX in meta.get("annotations", {}):
                 pods[meta["labels"][POD_JOB], meta["annotations"][POD_INDEX]] = _pod_text(pod)
         return {
             f"{namespace}/{job['metadata']['name']}_{index}": _state(job, index, pods)
@@ -205,7 +205,6 @@ def _judge(spec: JobSpec, _: str, results: Path, state: State, local: Path) -> O
 def _exit(marker: Path) -> int | None:
     """The exit code that a marker says; None: a fault. One that cannot be read is not left out."""
     try:
-        row = Marker.model_validate(parse_json(read_plain(marker)))
+        return Marker.model_validate(parse_json(read_plain(marker))).exit
     except (OSError, ValueError):
         return 0  # `judge` says what is wrong with it
-    return None if row.fault else row.exit

@@ -311,9 +311,9 @@ def test_two_pods_with_a_fault_end_the_job(sent: Run) -> None:
 def test_failed_index_without_a_marker_is_undecided(sent: Run) -> None:
     sent.api.has_job(failedIndexes="0", failed=2)
     sent.api.has_pod("Failed", containerStatuses=container(
-        "terminated", exitCode=1, reason="Error"), at="12:40:13")  # fmt: skip
-    sent.api.has_pod("Failed", containerStatuses=container(
         "terminated", exitCode=137, reason="OOMKilled"), at="12:50:13")  # fmt: skip
+    sent.api.has_pod("Failed", containerStatuses=container(
+        "terminated", exitCode=1, reason="Error"), at="12:40:13")  # fmt: skip
     verdict, why = sent.verdict()
     assert verdict == "undecided"
     assert why.startswith("no result was written (")
