@@ -44,7 +44,7 @@ def register(choices: Commands) -> None:
     one.add_argument(
         "--tier", action="append",
         choices=["kernel", "server", "upstream", "tp2", "tp4", "pcie2", "pcie4", "replicas2",
-                 "replicas4", "soak", REHEARSAL],
+                 "replicas4", "soak", REHEARSAL, "edges"],
         help="repeatable (default: kernel and server)",
     )  # fmt: skip
     one.add_argument(

@@ -13,6 +13,7 @@ from vllm_forge.host import write_whole
 from vllm_forge.matrix.cells import schema_text
 from vllm_forge.pages import ci, records
 from vllm_forge.pages.claims import claims
+from vllm_forge.pages.edges import edges
 from vllm_forge.pages.errors import StalePageError
 from vllm_forge.pages.faults import known_faults
 from vllm_forge.pages.kernels import coverage, late_stops, selection
@@ -87,7 +88,7 @@ PAGES: dict[str, dict[str, Callable[[Project], str]]] = {
     "docs/generated/known-faults.md": {"faults": known_faults},
     "docs/generated/late-stops.md": {"late-stops": late_stops},
     "docs/generated/race.md": {"race": _of("records/race.json", records.race)},
-    "docs/generated/rehearsal.md": {"rehearsal": rehearsals},
+    "docs/generated/rehearsal.md": {"rehearsal": rehearsals, "edges": edges},
     "docs/generated/seed-installer.md": {
         "seed-installer": _of("records/seed-installer.json", records.seed_installer)
     },
