@@ -89,7 +89,7 @@ KINDS = (
     Kind(pattern=r"layers/\w+/code/.+"),
     Kind(pattern=r"layers/\w+/files/.+torch[^/]+\.dist-info/RECORD"),
     Kind(pattern=r"layers/\w+/files/.+"),
-    Kind(pattern=r"systems/\w+/(index\.json|oci-layout|blobs/.+)"),
+    Kind(pattern=r"systems/\w+/(index\.json|oci-layout|checked\.json|blobs/.+)"),
     Kind(pattern=r"systems/\w+/root/.+"),
     Kind(pattern=r"bytecode/.+"),
     Kind(pattern=r"facts/\w+\.json"),
@@ -100,7 +100,7 @@ KINDS = (
     Kind(pattern=r"sdists/\w+/.+\.tar\.gz", absent=("sources.git",)),
     Kind(pattern=r"sources\.git/(config|refs/.+)"),
     Kind(pattern=r"sources\.git/(HEAD|objects/.+)", mended=False),  # of those that are read
-    Kind(pattern=r"patched/.+\.whl"),
+    Kind(pattern=r"patched/.+\.(whl|json)"),
     Kind(pattern=r"images/\w+\.json"),
     Kind(pattern=r"work/.+", mended=False),
     Kind(pattern=r"locks/.+\.lock", mended=False),

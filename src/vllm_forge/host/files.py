@@ -16,7 +16,7 @@ import time
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -201,6 +201,19 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if seal != hashlib.sha256(canonical(record)).hexdigest():
         raise ValueError("the record was changed after it was written")
     return record
+
+
+def holds(checked: Path, now: dict[str, Any], check: Callable[[], bool]) -> bool:
+    """Whether ``check`` is true: now, or when the sealed record ``checked`` got what is ``now``.
+
+    ``now`` has all that the answer depends on, such as a ``folder_stamp``.
+    """
+    with suppress(OSError, ValueError):
+        if read_sealed(checked) == now:
+            return True
+    if good := check():
+        write_sealed(checked, now)
+    return good
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -55,7 +55,7 @@ from vllm_forge.kernels.errors import ContractError
 from vllm_forge.kernels.selection.questions import declared_device
 from vllm_forge.kernels.selection.record import SelectionRecord
 from vllm_forge.matrix import ImageCell
-from vllm_forge.patches import build_wheel, check_line
+from vllm_forge.patches import check_line, kept_wheel
 from vllm_forge.patches.wheel import PatchedWheel, python_blobs
 from vllm_forge.project import Project
 from vllm_forge.sources import SourceRepo, Wheelhouse
@@ -172,7 +172,7 @@ def patched_wheel(project: Project, cell: ImageCell) -> PatchedWheel:
         with host.exclusive(f"patched-{key}", wait=True):  # two SKUs of a line may be built at once
             for other in folder.glob("*"):
                 remove_foreign(other)
-            return build_wheel(repo, applied, path, cell.line.vllm, folder)
+            return kept_wheel(repo, applied, path, cell.line.vllm, folder)
 
 
 def assemble(plan: ImagePlan, system: System, wheel: PatchedWheel) -> Candidate:

@@ -24,7 +24,14 @@ from isal import isal_zlib
 
 from vllm_forge import host
 from vllm_forge.host.errors import CacheError
-from vllm_forge.host.files import file_digest, folder_stamp, read_sealed, walk_plain, write_sealed
+from vllm_forge.host.files import (
+    file_digest,
+    folder_stamp,
+    holds,
+    read_sealed,
+    walk_plain,
+    write_sealed,
+)
 from vllm_forge.images.layer import (
     CHUNK,
     FILE_NAMES,
@@ -109,11 +116,7 @@ def usable(key: str) -> StoredLayer | None:
         return None
     with suppress(OSError, ValueError):  # of a damaged layer
         now = _stamps(layer.folder, layer.unpacked)
-        with suppress(OSError, ValueError):
-            if read_sealed(layer.folder / CHECKED) == now:
-                return _as_checked(layer)
-        if intact(layer):
-            write_sealed(layer.folder / CHECKED, now)
+        if holds(layer.folder / CHECKED, now, lambda: intact(layer)):
             return _as_checked(layer)
     forget(layer.folder)
     return None

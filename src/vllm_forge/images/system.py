@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_forge.host import Runner, atomic_path, cache_root, hash_of, remove
 from vllm_forge.host.errors import CacheError
-from vllm_forge.host.files import file_digest
+from vllm_forge.host.files import file_digest, folder_stamp, holds, write_sealed
 from vllm_forge.images.engines import SystemOutput
 from vllm_forge.images.errors import BaseImageError, ImageCheckError, LayoutError
 from vllm_forge.images.layer import LayerBlob, plain_digest
@@ -45,6 +45,7 @@ CONFIG_KEYS = frozenset(
 )
 NANOSECONDS = {"s": 10**9, "m": 60 * 10**9}  # engines count times in them
 SYSTEM_NAME = "localhost/vllm-forge-system:kept"
+CHECKED = "checked.json"  # see ``System.root_is_whole``
 NOTES = "io.vllm-forge.system"  # a label; not of images
 CA_BUNDLES = (Path("/etc/ssl/certs/ca-certificates.crt"), Path("/etc/pki/tls/certs/ca-bundle.crt"))
 
@@ -65,8 +66,19 @@ class System:
 
     @property
     def root_is_whole(self) -> bool:
-        """Whether its unpacked files, if it has some, are as the engine gave them."""
-        return self.root is None or tree_digest(self.root) == self.root_digest
+        """Whether its unpacked files, if it has some, are as the engine gave them.
+
+        They are read when the file system says that one was touched since that was done last.
+        """
+        if (root := self.root) is None:
+            return True
+        try:
+            now = {"digest": self.root_digest, "files": folder_stamp(root)}
+            return holds(
+                root.with_name(CHECKED), now, lambda: tree_digest(root) == self.root_digest
+            )
+        except (OSError, ValueError):  # of a damaged one
+            return False
 
 
 def system_folder(key: str) -> Path:
@@ -236,15 +248,18 @@ def _keep(plan: ImagePlan, output: SystemOutput) -> None:
         blob = compress(plain, plain.with_suffix(".tar.gz"))
         plain.unlink()
         layers.append(ImageLayer(blob=blob, name=source))
-    notes = {
-        "debian": _debian_packages(output.tars),
-        "root_digest": "" if output.root is None else tree_digest(output.root),
-    }
+    files, root_digest = "", ""
+    if output.root is not None:
+        with suppress(ValueError):  # of a device, which the checks refuse
+            files = folder_stamp(output.root)
+        root_digest = tree_digest(output.root)
+    notes = {"debian": _debian_packages(output.tars), "root_digest": root_digest}
     config["Labels"] = {NOTES: json.dumps(notes)}
     with atomic_path(system_folder(plan.system_key)) as aside:
         write_image(aside, layers=layers, config=config, epoch=0, name=SYSTEM_NAME)
         if output.root is not None:
             output.root.rename(aside / "root")
+            write_sealed(aside / CHECKED, {"digest": root_digest, "files": files})
 
 
 def write_plain(source: Path, target: Path) -> None:

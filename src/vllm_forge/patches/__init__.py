@@ -14,4 +14,4 @@ from vllm_forge.patches.series import (
     read_tree_lock,
     update_line,
 )
-from vllm_forge.patches.wheel import PatchedWheel, build_wheel
+from vllm_forge.patches.wheel import PatchedWheel, build_wheel, kept_wheel

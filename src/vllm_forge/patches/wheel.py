@@ -18,15 +18,17 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_forge.host import atomic_path, write_whole
+from vllm_forge.host import atomic_path, hash_of, write_whole
 from vllm_forge.host.errors import CacheError
+from vllm_forge.host.files import file_digest, read_sealed, write_sealed
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.patches import errors
 from vllm_forge.patches.apply import Applied, Patch, apply_series, tree_index
-from vllm_forge.sources import SourceRepo
+from vllm_forge.sources import SourceRepo, wheel_format
 from vllm_forge.sources.wheel_format import record_row, rewrite_record, seek_to_data
 
 STAMP = (2025, 1, 1, 0, 0, 0)
@@ -115,13 +117,37 @@ def changed_files(repo: SourceRepo, applied: Applied) -> tuple[ChangedFile, ...]
     return tuple(files)
 
 
+def kept_wheel(
+    repo: SourceRepo, applied: Applied, published: Path, release: str, folder: Path
+) -> PatchedWheel:
+    """``build_wheel``, or what it wrote to ``folder`` before, by the same code, if that is whole.
+
+    ``folder`` is of the published wheel's hash and the patched tree.
+    """
+    version = local_version(release, applied.result)
+    path = folder / _patched_name(published, release, version)
+    seal = folder / "written.json"
+    program = hash_of([Path(file).read_text() for file in (__file__, wheel_format.__file__)])
+    with suppress(OSError, ValueError):
+        if read_sealed(seal) == {"program": program, "sha256": file_digest(path)}:
+            changed = changed_files(repo, applied)
+            return PatchedWheel(path=path, version=version, tree=applied.result, changed=changed)
+    wheel = build_wheel(repo, applied, published, release, folder)
+    write_sealed(seal, {"program": program, "sha256": file_digest(path)})
+    return wheel
+
+
+def _patched_name(published: Path, release: str, version: str) -> str:
+    return published.name.replace(f"-{release}-", f"-{version}-", 1)
+
+
 def build_wheel(
     repo: SourceRepo, applied: Applied, published: Path, release: str, folder: Path
 ) -> PatchedWheel:
     """Write the patched wheel of ``published``, already verified. Same inputs, same bytes."""
     version = local_version(release, applied.result)
     changed = changed_files(repo, applied)
-    target = folder / published.name.replace(f"-{release}-", f"-{version}-", 1)
+    target = folder / _patched_name(published, release, version)
     with zipfile.ZipFile(published) as source, published.open("rb") as raw:
         if twice := [path for path, n in Counter(source.namelist()).items() if n > 1]:
             what = f"duplicate members: {', '.join(twice[:3])}"

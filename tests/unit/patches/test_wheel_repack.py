@@ -17,7 +17,7 @@ from installer.sources import WheelFile
 from tests.support.series import GOOD, RELEASE, SECOND, source_files
 from tests.support.trees import changed_tree, write_sdist
 from tests.support.wheels import COMPRESSIBLE, VLLM_WHEEL, Member, raw_member, write_vllm_wheel
-from vllm_forge.patches import Applied, apply_series, build_wheel, read_patch
+from vllm_forge.patches import Applied, apply_series, build_wheel, kept_wheel, read_patch
 from vllm_forge.patches.errors import WheelSourceError
 from vllm_forge.patches.wheel import blob_hash, local_version
 
@@ -141,6 +141,26 @@ def test_same_bytes_twice(  # noqa: PLR0917
         os.umask(old)
     assert again.path.read_bytes() == patched.path.read_bytes()
     assert again.path.name == patched.path.name
+
+
+def test_wheel_that_is_whole_is_not_written_again(
+    repo: SourceRepo, applied: Applied, published: Path, tmp_path: Path
+) -> None:
+    def kept() -> PatchedWheel:
+        return kept_wheel(repo, applied, published, RELEASE, tmp_path / "key")
+
+    first = kept()
+    content, inode = first.path.read_bytes(), first.path.stat().st_ino
+    assert kept() == first
+    assert first.path.stat().st_ino == inode
+    for damaged in (content[:-1], content[:-1] + b"x"):
+        first.path.write_bytes(damaged)
+        assert kept() == first
+        assert first.path.read_bytes() == content
+    inode, seal = first.path.stat().st_ino, tmp_path / "key" / "written.json"
+    seal.write_text(seal.read_text().replace('"program": "', '"program": "0'))
+    kept()
+    assert first.path.stat().st_ino != inode
 
 
 def test_another_series_is_another_version(
