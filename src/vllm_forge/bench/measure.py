@@ -64,7 +64,9 @@ def _prompt(row: Any) -> Prompt:
     if chat and not all(isinstance(message["content"], str) for message in content):
         raise ValueError("a message without text")
     predicted = {int(k): Drafts.model_validate(d) for k, d in row.get("predicted", {}).items()}
-    return Prompt(printable(row["item"]), content, predicted, int(row.get("repeat", 0)))
+    if type(repeat := row.get("repeat", 0)) is not int:
+        raise TypeError("repeat is not an integer")
+    return Prompt(printable(row["item"]), content, predicted, repeat)
 
 
 def _predicted(prompts: Sequence[Prompt], argv: Sequence[str]) -> Drafts | None:
@@ -171,6 +173,7 @@ def _row(answer: Answer, before: Counters, after: Counters) -> Row:
     return Row(
         start=0,
         item=answer.item,
+        repeat=answer.repeat,
         finish=answer.finish,
         output_tokens=answer.tokens,
         seconds=answer.seconds,

@@ -429,6 +429,7 @@ def test_workload_has_texts_and_chats(tmp_path: Path) -> None:
     [
         ("", "it is empty"),
         ('{"item": "a", "prompt": "x"}\n{"item": "a", "prompt": "y"}', "two rows have one item"),
+        ('{"item": "a", "prompt": "x", "repeat": 1.5}', "repeat is not an integer"),
         ('{"item": "a"}', "prompt"),
         ('{"item": "a", "prompt": []}', "an empty prompt"),
         ('{"item": "a", "prompt": [1], "predicted": {"1": {"drafts": 1}}}', "per_position"),

@@ -49,6 +49,11 @@ def test_items_are_repeated_and_numbered(tmp_path: Path) -> None:
     assert [(prompt.item, prompt.repeat) for prompt in found.prompts()] == [
         ("7", repeat) for repeat in range(16)
     ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(lines(found, repeats=True))
+    assert read_workload(path)[0] == list(found.prompts())
+    path.write_bytes(lines(found))
+    assert read_workload(path)[0] == list(found.prompts())[:1]
     found = load("gsm8k", data(tmp_path / "g.jsonl", '{"question": "x", "answer": "#### 1"}\n'))
     assert found.items[0].name == "1"
 
