@@ -40,7 +40,7 @@ STATS = {"VLLM_LOG_STATS_INTERVAL": "2"}
 ASKED = 8  # prompts whose answers are compared
 SAID = 1500  # characters of an error
 # Dummy weights are as large: the loader fills the tensors of the same model, and what follows is
-# the same (0.26.0, model_loader/base_loader.py:54-80, dummy_loader.py:35).
+# the same (0.26.0, model_loader/base_loader.py:54-80, dummy_loader.py:36).
 DUMMY = "--load-format=dummy"
 
 

@@ -32,7 +32,7 @@ WAITING, RUNNING = "vllm:num_requests_waiting", "vllm:num_requests_running"
 # vLLM's own lines, uvicorn's, and those of Python.
 ERROR = re.compile(r"^.*(?:\bERROR\b|Traceback \(most recent).*$", re.M)
 # A row of --cudagraph-metrics: tokens, with padding, paddings, mode, count (0.26.0,
-# compilation/cuda_graph.py:42-48, 85-95); vLLM logs them every VLLM_LOG_STATS_INTERVAL.
+# compilation/cuda_graph.py:43, 81); vLLM logs them every VLLM_LOG_STATS_INTERVAL.
 BATCH = re.compile(r"\|\s*(\d+)\s*\|\s*\d+\s*\|\s*\d+\s*\|\s*([A-Z]+)\s*\|\s*(\d+)\s*\|")
 
 
@@ -173,8 +173,8 @@ def batches(log: str) -> Counter[tuple[int, str]]:
 
 
 def decode(server: Server, together: int) -> None:
-    """So many answers of ``DECODED`` tokens, side by side."""
-    asked = prompts(together, 32, SEED + together)
+    """So many answers of ``DECODED`` tokens, side by side; prefill fills whole steps meanwhile."""
+    asked = prompts(together, seed=SEED + together)
     with ThreadPoolExecutor(together) as pool:
         list(pool.map(lambda prompt: server.complete(prompt, DECODED), asked))
 
