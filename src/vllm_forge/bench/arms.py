@@ -2,7 +2,8 @@
 
 import argparse
 import hashlib
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
 
+from vllm_forge.bench.claims import read_claims
 from vllm_forge.bench.errors import ArmUnknownError, SessionFileError
 from vllm_forge.bench.measure import read_workload
-from vllm_forge.bench.results import Conditions, Server
+from vllm_forge.bench.results import Arm, Conditions, Server
 from vllm_forge.bench.session import (
     UNKNOWN,
     ArmRow,
@@ -81,6 +83,35 @@ def arm_of(
     fields = {"arm": _name("--arm", args.arm), "session": _name("--session", args.session),
               "differs": tuple(args.differs or ())}  # fmt: skip
     return deployment, {**fields, "conditions": conditions, "server": server}
+
+
+def published(project: Project, arms: Sequence[Arm]) -> Iterator[tuple[str, float | None]]:
+    """Each published rate with what was measured over it, None where that was not run.
+
+    Of a preset's very command, the workload and the concurrency.
+    """
+    claims, matrix = read_claims(project.root), project.matrix
+    for row in claims.published:
+        served = claims.serve[row.arm]
+        sku = matrix.preset[served.preset].sku
+        lines = [name for name, line in matrix.line.items() if sku in line.skus]
+        argv = {
+            bare_command(
+                find_deployment(matrix, project.cell(sku, line), served.preset, served.artifact)
+            ).argv
+            for line in lines
+        }
+        rates = [
+            rate
+            for arm in arms
+            if arm.result.server.argv in argv
+            and arm.result.server.gpu.startswith(matrix.sku[sku].device)
+            and arm.result.conditions.workload == row.workload
+            and arm.result.conditions.concurrency == row.concurrency
+            for rate in arm.rates().values()
+        ]
+        name = f"{row.arm}, {row.workload}, c={row.concurrency}: {row.value} tok/s"
+        yield name, statistics.fmean(rates) / float(row.value) if rates else None
 
 
 def conditions_of(

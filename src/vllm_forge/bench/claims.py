@@ -196,6 +196,15 @@ class Served(FrozenModel):
     artifact: Name
 
 
+class Published(FrozenModel):
+    """Tokens a second of a served arm, as printed: what a measurement of it is held against."""
+
+    arm: Name
+    workload: Name
+    concurrency: int = Field(gt=0)
+    value: Printed
+
+
 class Raw(FrozenModel):
     """A committed file, as its authors published it."""
 
@@ -228,6 +237,7 @@ class ClaimsFile(FrozenModel):
     license: Text = Field(description="of the raw results")
     arm: dict[Name, dict[str, Text]]
     serve: dict[Name, Served] = Field(default_factory=dict)
+    published: tuple[Published, ...] = ()
     raw: dict[Name, Raw]
     claim: tuple[Claim, ...]
 
@@ -272,6 +282,8 @@ def parse_claims(data: Any) -> ClaimsFile:
     ids = [row.id for row in claims.claim]
     if repeated := sorted({name for name in ids if ids.count(name) > 1}):
         raise ValueError(f"duplicate claim {', '.join(repeated)}")
+    if unserved := {row.arm for row in claims.published} - claims.serve.keys():
+        raise ValueError(f"published: unknown {', '.join(sorted(unserved))}")
     for row in claims.claim:
         shares = [getattr(row, field, None) for field in ("share", "first", "second")]
         arms = {share.arm for share in shares if isinstance(share, Share)}

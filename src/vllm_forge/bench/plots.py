@@ -122,6 +122,24 @@ def starts(summaries: Sequence[Summary]) -> bytes:
     return _svg(draw, height=4)
 
 
+def published(rows: Sequence[tuple[str, float | None]]) -> bytes:
+    """What was measured over what was published; what was not run says so."""
+
+    def draw(axes: Axes) -> None:
+        for place, (_, ratio) in enumerate(rows):
+            if ratio is None:
+                axes.text(1, place, "not run", ha="center", va="center", color="#6b6b6b")
+            else:
+                axes.plot(ratio, place, color="#3b5b92", marker="o")
+        axes.axvline(1, color="black", linewidth=0.8, zorder=0)
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(0, max(2, *(1.1 * (ratio or 0) for _, ratio in rows)))
+        axes.set_xlabel("measured over published tokens/s")
+
+    return _svg(draw, height=1.2 + 0.32 * len(rows))
+
+
 def first_tokens(arms: Sequence[Arm], summaries: Sequence[Summary]) -> bytes:
     """TTFT in the order in which answers ended: what was compiled at the first request is seen."""
 
@@ -182,7 +200,8 @@ def _svg(draw: Callable[[Axes], None], *, height: float) -> bytes:
         mpl.rcParams["svg.fonttype"] = "none"  # text stays text, and can be searched
         figure = Figure(figsize=(9, height), layout="constrained")
         draw(figure.add_subplot())
-        figure.legend(loc="outside upper center", ncols=COLUMNS, frameon=False)
+        if figure.axes[0].get_legend_handles_labels()[0]:
+            figure.legend(loc="outside upper center", ncols=COLUMNS, frameon=False)
         figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
     # matplotlib ends lines with a space
     return b"".join(line.rstrip() + b"\n" for line in target.getvalue().splitlines())

@@ -170,20 +170,34 @@ def claims(project: Project, args: argparse.Namespace) -> None:
     require_libraries("scipy", "matplotlib")
     from vllm_forge.bench.plots import forest
     from vllm_forge.bench.verdicts import judge
-    from vllm_forge.host import atomic_path, write_json
+    from vllm_forge.host import write_json
+    from vllm_forge.host.files import write_whole
     from vllm_forge.pages.claims import CHART, PAGE, RECORD, claims_table, summary
     from vllm_forge.pages.registry import write_pages
 
     record = judge(project.root)
     write_json(project.root / RECORD, record)
-    with atomic_path(project.root / CHART) as aside:
-        aside.write_bytes(forest(record))
+    write_whole(project.root / CHART, forest(record))
+    _draw_published(project)
     write_pages(project, PAGE)
     if args.json:
         print_json(args, record)
         return
     PlainConsole().print(claims_table(record))
     print(f"{summary(record)}: {PAGE}")
+
+
+def _draw_published(project: Project) -> None:
+    """Chart what kept sessions measured of what was published."""
+    from vllm_forge.bench import plots
+    from vllm_forge.bench.arms import published
+    from vllm_forge.bench.results import read_arm
+    from vllm_forge.host.files import write_whole
+    from vllm_forge.pages.sessions import CHART, SESSIONS
+
+    paths = sorted((project.root / SESSIONS).glob("*/*-c*.json"))
+    rows = list(published(project, [read_arm(path) for path in paths]))
+    write_whole(project.root / CHART, plots.published(rows))
 
 
 def plan(project: Project, args: argparse.Namespace) -> None:
@@ -395,6 +409,7 @@ def keep(project: Project, args: argparse.Namespace) -> None:
 
     for folder in args.sessions:
         print(keep_session(folder, project.root / SESSIONS, project.matrix.gate))
+    _draw_published(project)
     write_pages(project, PAGE)
     print(project.root / PAGE)
 

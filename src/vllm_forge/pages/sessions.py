@@ -11,6 +11,7 @@ from vllm_forge.project import Project
 SESSIONS = "records/bench/sessions"
 PAGE = "docs/generated/benchmarks.md"
 REPORT = "report.json"
+CHART = "records/bench/published.svg"
 
 
 def sessions(project: Project) -> str:

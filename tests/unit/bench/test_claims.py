@@ -23,6 +23,7 @@ from vllm_forge.cli import main
 from vllm_forge.kernels.selection.questions import artifact_config
 from vllm_forge.pages.claims import CHART, PAGE, RECORD
 from vllm_forge.pages.registry import check_pages
+from vllm_forge.pages.sessions import CHART as PUBLISHED
 from vllm_forge.project import Project
 
 if TYPE_CHECKING:
@@ -202,13 +203,13 @@ def test_counts_are_those_of_the_model(root: Path) -> None:
 def test_command_writes_what_is_committed(
     checkout: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in (RECORD, CHART):
+    for name in (RECORD, CHART, PUBLISHED):
         (checkout / name).unlink()
     page = (checkout / PAGE).read_text()
     (checkout / PAGE).write_text(page.replace("Fisher", "fisher"))
     assert main(["bench", "claims"]) == 0
     assert PAGE in capsys.readouterr().out
-    for name in (RECORD, CHART, PAGE):
+    for name in (RECORD, CHART, PUBLISHED, PAGE):
         assert (checkout / name).read_bytes() == (root / name).read_bytes(), (
             "nox -s bench -- claims"
         )

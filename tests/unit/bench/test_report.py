@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.bench import condition, rows_of, write_result
+from vllm_forge.bench import plots
+from vllm_forge.bench.arms import published
 from vllm_forge.bench.errors import InvalidResultError, ResultFileError
 from vllm_forge.bench.plots import _crossings
 from vllm_forge.bench.report import CROSSCHECK, keep, report
@@ -20,6 +22,8 @@ from vllm_forge.host.files import file_digest
 from vllm_forge.matrix import Gate
 from vllm_forge.pages.sessions import SESSIONS, sessions
 from vllm_forge.project import Project
+from vllm_forge.serve.command import bare_command
+from vllm_forge.serve.deployment import find_deployment
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -184,6 +188,29 @@ def test_report_compares_the_arms_of_a_session(tmp_path: Path) -> None:
     assert words["mtp", 32][0] == "fail"
     assert "not in turns" in rows["late", 32]["refused"]
     assert b"1 at c=" in charts["speed-up"]
+
+
+@pytest.mark.parametrize(
+    ("change", "measured"),
+    [({}, True), ({"gpu": "NVIDIA H200"}, False), ({"argv": ["vllm", "serve", "x"]}, False)],
+    ids=["as published", "another GPU", "another command"],
+)
+def test_measured_is_held_against_published(
+    change: dict[str, Any], measured: bool, root: Path, tmp_path: Path
+) -> None:
+    """The card has 1104.89 tokens a second of the preset at c=8; nothing else was run."""
+    project = Project(root)
+    deployment = find_deployment(project.matrix, project.cell("b300"), "mtp", None)
+    server = {"gpu": "NVIDIA B300 SXM6 AC", "argv": bare_command(deployment).argv, **change}
+    path = write_result(tmp_path / "a.json", rows_of(1, items=30),
+                        edit=lambda record: record["server"].update(server))  # fmt: skip
+    arm = read_arm(path)
+    rows = dict(published(project, [arm]))
+    found = {name: ratio for name, ratio in rows.items() if ratio is not None}
+    (rate,) = arm.rates().values()
+    name = "mtp, chat-code, c=8: 1104.89 tok/s"
+    assert found == ({name: pytest.approx(rate / 1104.89)} if measured else {})
+    assert plots.published(list(rows.items())).count(b"not run") == len(rows) - measured > 10
 
 
 def test_crossing_is_on_a_logarithmic_axis() -> None:
