@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.bench import rows_of, write_result
-from tests.support.site import make_site
+from tests.support.site import HEX, JOB, make_site
 from vllm_forge.bench.results import read_arm
 from vllm_forge.dispatch import results
 from vllm_forge.dispatch.errors import (
@@ -22,7 +22,6 @@ from vllm_forge.dispatch.errors import (
     SchedulerError,
     SiteFileError,
 )
-from vllm_forge.dispatch.jobs import JobSpec
 from vllm_forge.dispatch.results import Outcome, State, judge
 from vllm_forge.dispatch.runs import RunRecord, make_own, require_own
 from vllm_forge.dispatch.slurm import batches, require_cluster, send
@@ -34,14 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 REPO = Path(__file__).parents[2]
-HEX = "d1" * 32
 ENDED = State(text="COMPLETED", ended=True)
-SPEC = JobSpec(
-    name="b300-0.26-kernel", sku="b300", line="0.26", work="kernel", cell="c",
-    image=f"sha256:{HEX}", runtime="runc", reference=None, command=("true",), environment={},
-    workdir="/",
-    gpus=1, minutes=1, exclusive=False, shm_gb=1, volumes=(), artifacts=("kernel.json",),
-)  # fmt: skip
 RESULT = {"plan": {"subject": {"sha256": HEX}, "sku": "b300", "line": "0.26"}, "tier": "kernel"}
 CONTENT = json.dumps(RESULT).encode()
 
@@ -50,7 +42,7 @@ class Storage:
     """A green job's folder of results, which a test changes."""
 
     def __init__(self, folder: Path) -> None:
-        self.results, self.local = folder / "results", folder / "run" / SPEC.name
+        self.results, self.local = folder / "results", folder / "run" / JOB.name
         (self.results / "7_0").mkdir(parents=True)
         self.result = self.results / "7_0" / "kernel.json"
         self.result.write_bytes(CONTENT)
@@ -59,12 +51,12 @@ class Storage:
 
     def mark(self, **changes: Any) -> None:
         files = {"kernel.json": hashlib.sha256(CONTENT).hexdigest()}
-        marker = {"job": SPEC.name, "image": SPEC.image, "attempt": "7_0", "restarts": 0,
+        marker = {"job": JOB.name, "image": JOB.image, "attempt": "7_0", "restarts": 0,
                   "node": "n1", "exit": 0, "fault": "", "files": files}  # fmt: skip
         self.marker.write_text(json.dumps(marker | changes))
 
     def judge(self) -> Outcome:
-        return judge(SPEC, "7_0", self.results, ENDED, self.local)
+        return judge(JOB, "7_0", self.results, ENDED, self.local)
 
 
 @pytest.fixture
@@ -193,7 +185,7 @@ def test_invalid_record_of_a_session_is_not_green(storage: Storage) -> None:
     image = read_arm(output / names[0]).result.server.image
     files = {name: file_digest(output / name) for name in names}
     storage.mark(files=files, image=image)
-    spec = SPEC.model_copy(update={"image": image, "session": True, "artifacts": names})
+    spec = JOB.model_copy(update={"image": image, "session": True, "artifacts": names})
     outcome = judge(spec, "7_0", storage.results, ENDED, storage.local)
     assert outcome.verdict == "refused"
     assert "1 failed requests" in outcome.why
@@ -205,7 +197,7 @@ def test_invalid_record_of_a_session_is_not_green(storage: Storage) -> None:
 def test_hostile_list_of_nodes_is_a_mismatch(tmp_path: Path, printed: str) -> None:
     site = make_site(tmp_path, Project(REPO))
     with pytest.raises(ClusterMismatchError):
-        require_cluster([SPEC], site, lambda _: printed)
+        require_cluster([JOB], site, lambda _: printed)
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
@@ -244,9 +236,9 @@ def test_hostile_job_id_is_refused_and_cancelled(tmp_path: Path, printed: str) -
         asked.append(argv[0])
         return printed if "--parsable" in argv else ""
 
-    record = RunRecord(run="r", scheduler="slurm", storage="/s", specs=(SPEC,), attempts={})
+    record = RunRecord(run="r", scheduler="slurm", storage="/s", specs=(JOB,), attempts={})
     with pytest.raises(SchedulerError, match="no job id"):
-        send(batches([SPEC], site, "r"), tmp_path, ask, record)
+        send(batches([JOB], site, "r"), tmp_path, ask, record)
     assert asked[-1] == "scancel"
 
 
@@ -269,7 +261,7 @@ def test_option_of_dispatch_itself_is_refused(tmp_path: Path, option: str) -> No
     new = f'account = "lab"\noptions = ["{option}"]'
     site = make_site(tmp_path, Project(REPO), 'account = "lab"', new)
     with pytest.raises(SiteFileError, match=option.partition("=")[0]):
-        batches([SPEC], site, "r")
+        batches([JOB], site, "r")
 
 
 @pytest.mark.parametrize("field", ["root", "partition", "gres", "account", "registry", "options"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_forge.dispatch.jobs import JobSpec
 from vllm_forge.dispatch.site import Site, read_site
 
 if TYPE_CHECKING:
@@ -35,6 +36,15 @@ flash-nvfp4-fp8-mtp = "/shared/weights/flash"
 account = "lab"
 """
 SITE += SLURM_SKUS
+
+
+HEX = "d1" * 32
+JOB = JobSpec(
+    name="b300-0.26-kernel", sku="b300", line="0.26", work="kernel", cell="c",
+    image=f"sha256:{HEX}", runtime="runc", reference=None, command=("true",), environment={},
+    workdir="/", gpus=1, minutes=1, exclusive=False, shm_gb=1, volumes=(),
+    artifacts=("kernel.json",),
+)  # fmt: skip
 
 
 def make_site(folder: Path, project: Project, old: str = "", new: str = "") -> Site:

@@ -19,7 +19,7 @@ from vllm_forge.dispatch.jobs import cell_image, job_specs, suite_works
 from vllm_forge.dispatch.kubernetes import CODES, attempts, manifests, outcomes
 from vllm_forge.dispatch.runs import RunRecord, asking, local_folder
 from vllm_forge.dispatch.runtimes import POD as POD_RUNTIME
-from vllm_forge.dispatch.runtimes import node_job
+from vllm_forge.dispatch.runtimes import find_runtime, node_job
 from vllm_forge.gputest.errors import SuiteRedError, SuiteUndecidedError
 from vllm_forge.project import Project
 
@@ -202,7 +202,7 @@ def test_what_the_site_lacks_is_named(tmp_path: Path) -> None:
     row = next(line for line in SITE.splitlines() if line.startswith("registry"))
     site = cluster(tmp_path, row, CLUSTER)
     with pytest.raises(SiteFileError, match="missing registry"):
-        manifests(specs(site, "kernel"), site, RUN)
+        find_runtime(site.model_copy(update={"runtime": POD_RUNTIME}))
 
 
 def test_pod_runs_the_command_where_its_volumes_are(tmp_path: Path) -> None:

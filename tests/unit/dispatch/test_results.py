@@ -9,25 +9,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.bench import rows_of, write_result
+from tests.support.site import HEX, JOB
 from vllm_forge.bench.quality import header_of
 from vllm_forge.bench.results import read_arm
 from vllm_forge.dispatch.errors import JobsFaultError, JobsRedError, JobsUndecidedError
-from vllm_forge.dispatch.jobs import JobSpec
 from vllm_forge.dispatch.results import Outcome, State, judge, require_green
 from vllm_forge.host.files import file_digest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-HEX, OTHER = "d1" * 32, "0" * 64
+OTHER = "0" * 64
 ENDED = State(text="COMPLETED", ended=True)
-SPEC = JobSpec(
-    name="b300-0.26-kernel", sku="b300", line="0.26", work="kernel", cell="c",
-    image=f"sha256:{HEX}", runtime="runc", reference=None, command=("true",), environment={},
-    workdir="/",
-    gpus=1, minutes=1, exclusive=False, shm_gb=1, volumes=(), artifacts=("kernel.json",),
-    session=False,
-)  # fmt: skip
 
 
 class Job:
@@ -44,13 +37,13 @@ class Job:
         content = json.dumps(result).encode()
         (self.output / "kernel.json").write_bytes(content)
         self.marker = {
-            "job": SPEC.name, "image": SPEC.image, "attempt": "7_0", "restarts": 0, "node": "n1",
+            "job": JOB.name, "image": JOB.image, "attempt": "7_0", "restarts": 0, "node": "n1",
             "exit": 0, "fault": "", "files": {"kernel.json": hashlib.sha256(content).hexdigest()},
         }  # fmt: skip
 
     def judge(self, state: State = ENDED) -> Outcome:
         (self.folder / "7_0.done").write_text(json.dumps(self.marker))
-        return judge(SPEC, "7_0", self.folder, state, self.local)
+        return judge(JOB, "7_0", self.folder, state, self.local)
 
 
 @pytest.fixture
@@ -59,7 +52,7 @@ def job(tmp_path: Path) -> Job:
 
 
 def test_green_result_is_copied(job: Job) -> None:
-    assert job.judge() == Outcome(name=SPEC.name, verdict="green", why="n1")
+    assert job.judge() == Outcome(name=JOB.name, verdict="green", why="n1")
     copied = (job.local / "kernel.json").read_bytes()
     assert copied == (job.output / "kernel.json").read_bytes()
 
@@ -96,7 +89,7 @@ def test_marker_decides(job: Job, change: dict[str, Any], verdict: str, why: str
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"job": 1, "job": 2}', "x" * 9])
 def test_broken_marker_is_refused(job: Job, text: str) -> None:
     (job.folder / "7_0.done").write_text(text)
-    assert judge(SPEC, "7_0", job.folder, ENDED, job.local).verdict == "refused"
+    assert judge(JOB, "7_0", job.folder, ENDED, job.local).verdict == "refused"
 
 
 @pytest.mark.parametrize(
@@ -130,13 +123,13 @@ def test_link_in_place_of_a_result_is_refused(job: Job) -> None:
 def test_result_without_marker_does_not_count(
     job: Job, state: State, verdict: str, why: str
 ) -> None:
-    outcome = judge(SPEC, "7_0", job.folder, state, job.local)
+    outcome = judge(JOB, "7_0", job.folder, state, job.local)
     assert (outcome.verdict, why in outcome.why) == (verdict, True)
 
 
 def test_requeued_job_is_refused(job: Job) -> None:
     (job.folder / "7_0-r1.done").write_text(json.dumps(job.marker))
-    assert judge(SPEC, "7_0", job.folder, ENDED, job.local).verdict == "refused"
+    assert judge(JOB, "7_0", job.folder, ENDED, job.local).verdict == "refused"
 
 
 def test_the_worst_verdict_is_the_exit_code() -> None:
@@ -148,13 +141,13 @@ def test_the_worst_verdict_is_the_exit_code() -> None:
 
 
 @pytest.mark.parametrize(
-    ("image", "verdict"), [("sha256:" + "2" * 64, "green"), (SPEC.image, "refused")]
+    ("image", "verdict"), [("sha256:" + "2" * 64, "green"), (JOB.image, "refused")]
 )
 def test_records_of_a_session_are_of_the_image(job: Job, image: str, verdict: str) -> None:
     names = ("tiny/mtp-c8.json", "tiny/mtp-c8.jsonl.gz")
     (job.output / "tiny").mkdir()
     write_result(job.output / names[0], rows_of(1, items=3))
-    spec = SPEC.model_copy(update={"image": image, "session": True, "artifacts": names})
+    spec = JOB.model_copy(update={"image": image, "session": True, "artifacts": names})
     hashes = {name: file_digest(job.output / name) for name in names}
     marker = job.marker | {"image": image, "files": hashes}
     (job.folder / "7_0.done").write_text(json.dumps(marker))
@@ -164,9 +157,9 @@ def test_records_of_a_session_are_of_the_image(job: Job, image: str, verdict: st
 
 
 ANSWERS: dict[str, tuple[str, str, str]] = {
-    "right": (SPEC.image, "", "green"),
+    "right": (JOB.image, "", "green"),
     "another image": (f"sha256:{OTHER}", "", "refused"),
-    "a damaged line": (SPEC.image, "{}\n", "refused"),
+    "a damaged line": (JOB.image, "{}\n", "refused"),
 }
 
 
@@ -178,7 +171,7 @@ def test_answers_of_a_session_are_of_the_image(job: Job, case: str) -> None:
     path.parent.mkdir()
     header = header_of("m", "CC0", {"arm": "mtp", "server": {"image": image}})
     path.write_text(f"{header.model_dump_json()}\n{more}")
-    spec = SPEC.model_copy(update={"session": True, "artifacts": (name,)})
+    spec = JOB.model_copy(update={"session": True, "artifacts": (name,)})
     marker = job.marker | {"files": {name: file_digest(path)}}
     (job.folder / "7_0.done").write_text(json.dumps(marker))
     outcome = judge(spec, "7_0", job.folder, ENDED, job.local)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.registry_client import small_layout
-from tests.support.site import make_site
+from tests.support.site import JOB, make_site
 from vllm_forge.dispatch import runs
 from vllm_forge.dispatch.errors import RunFolderError, SchedulerError
-from vllm_forge.dispatch.results import Outcome
+from vllm_forge.dispatch.results import Outcome, State
 from vllm_forge.dispatch.runs import (
     RunRecord,
     bring_image,
@@ -76,6 +76,25 @@ def test_missing_image_is_named_with_its_build(checkout: Path) -> None:
     with pytest.raises(RunFolderError, match=r"vllm-0\.26\.0-b300 is not built") as caught:
         runs.built_image(project, project.cell("b300", "0.26"))
     assert "build b300 --line 0.26" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("attempts", "states", "why"),
+    [
+        ({}, {}, "it was not sent"),
+        ({JOB.name: "7_0"}, {}, "no result was written (the scheduler does not know it)"),
+        ({JOB.name: "7_0"}, {"7_0": "CANCELLED"}, "no result was written (CANCELLED)"),
+        ({JOB.name: "7_0"}, {"7_0": "NODE_FAIL"}, "no result was written (NODE_FAIL)"),
+    ],
+    ids=["not sent", "forgotten", "never started", "node lost"],
+)
+def test_job_without_a_result_ends(
+    attempts: dict[str, str], states: dict[str, str], why: str, tmp_path: Path
+) -> None:
+    update = {"specs": (JOB,), "attempts": attempts, "storage": str(tmp_path)}
+    known = {name: State(text=text, ended=True) for name, text in states.items()}
+    (row,) = runs.outcomes(Project(tmp_path), RECORD.model_copy(update=update), known)
+    assert (row.verdict, row.why) == ("undecided", why)
 
 
 class Scheduler:
