@@ -88,9 +88,11 @@ def test_bundle_of_runc(root: Path, tmp_path: Path) -> None:
     assert {row["type"] for row in config["linux"]["namespaces"]} >= {"pid", "network", "mount"}
 
 
-def test_unknown_runtime_is_refused(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(SiteFileError, match="did you mean 'enroot'"):
-        job(root, tmp_path, "enrot")
+@pytest.mark.parametrize(("name", "hint"), [("enrot", "enroot"), ("pod", "podman")])
+def test_unknown_runtime_is_refused(root: Path, tmp_path: Path, name: str, hint: str) -> None:
+    """A pod is Kubernetes' own, and not for a site file."""
+    with pytest.raises(SiteFileError, match=f"did you mean '{hint}'"):
+        job(root, tmp_path, name)
 
 
 def test_engine_without_registry_is_refused(root: Path, tmp_path: Path) -> None:
