@@ -128,7 +128,7 @@ def published(rows: Sequence[tuple[str, float | None]]) -> bytes:
     def draw(axes: Axes) -> None:
         for place, (_, ratio) in enumerate(rows):
             if ratio is None:
-                axes.text(1, place, "not run", ha="center", va="center", color="#6b6b6b")
+                axes.text(0.5, place, "not run", ha="center", va="center", color="#6b6b6b")
             else:
                 axes.plot(ratio, place, color="#3b5b92", marker="o")
         axes.axvline(1, color="black", linewidth=0.8, zorder=0)
