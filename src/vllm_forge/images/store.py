@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from isal import isal_zlib
 
@@ -40,8 +40,10 @@ from vllm_forge.images.layer import (
     read_blocks,
     stamp,
 )
+from vllm_forge.images.record import recall
 from vllm_forge.images.wheels import Entry, folders_of
-from vllm_forge.kernels.coverage.device_code import device_code
+from vllm_forge.kernels.coverage import device_code as device_code_module
+from vllm_forge.kernels.coverage.device_code import Code, Kind, device_code
 from vllm_forge.kernels.coverage.library import mapped
 from vllm_forge.sources.errors import HashMismatchError, WheelError
 from vllm_forge.sources.wheel_format import record_hash, seek_to_data
@@ -51,6 +53,18 @@ LEAST = 1 << 20
 UNPACKED = ("files", "code")
 CHECKED = "checked.json"  # what the file system said of unpacked files when they were compared
 SLIMMED = r"code/.+|files/.+\.dist-info/RECORD"  # what a slim layer is made of
+
+
+_SEARCH = host.hash_of(Path(device_code_module.__file__).read_text())  # another one searches again
+
+
+class CodeRange(NamedTuple):
+    """Device code in a library: offset and size in bytes, ``target`` as ``100a``."""
+
+    kind: Kind
+    target: str
+    offset: int
+    size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +223,7 @@ def write_layer(
     """
 
     def write(folder: Path) -> tuple[LayerBlob, dict[str, Any]]:
-        code = _put_code_apart(entries, folder) if code_apart else set()
+        code = _put_code_apart(entries, folder, key) if code_apart else set()
         return _write(folder, [entry for entry in entries if entry.path not in code], epoch), {}
 
     return keep_layer(key, write)
@@ -242,7 +256,28 @@ def may_hold_code(path: str, size: int) -> bool:
     return size >= LEAST and ".so" in path.rpartition("/")[2]
 
 
-def _put_code_apart(entries: Sequence[Entry], folder: Path) -> set[str]:
+def code_ranges(key: str, path: str, file: Path) -> list[CodeRange]:
+    """Device code of a library of the layer ``key``, whose ``file`` was compared.
+
+    It is searched once for all SKUs. Raises UnknownFatbinError: some is in an unknown layout.
+    """
+
+    def search() -> list[list[Any]]:
+        with mapped(file) as content:
+            return [list(row) for row in ranges_of(device_code(content, path))]
+
+    status = file.stat()
+    crc = int(status.st_mtime)  # see ``stamp``
+    inputs = ["device code", _SEARCH, key, path, status.st_size, crc]
+    return [CodeRange(*row) for row in recall(inputs, search)]
+
+
+def ranges_of(codes: Iterable[Code]) -> list[CodeRange]:
+    """What ``recall`` keeps of device code."""
+    return [CodeRange(code.kind, str(code.target), code.offset, code.size) for code in codes]
+
+
+def _put_code_apart(entries: Sequence[Entry], folder: Path, key: str) -> set[str]:
     """Unpack large libraries to ``files``, or to ``code`` those with device code; return these."""
     apart = set()
     for entry in entries:
@@ -250,9 +285,7 @@ def _put_code_apart(entries: Sequence[Entry], folder: Path) -> set[str]:
             files, code = (folder / place / entry.path for place in UNPACKED)
             make_folders(folder / "code", [entry.path])
             deque(_unpacked(entry, _raw(entry), code), 0)
-            with mapped(code) as content:
-                has_code = bool(device_code(content, code.name))
-            if has_code:
+            if code_ranges(key, entry.path, code):
                 apart.add(entry.path)
             else:
                 make_folders(folder / "files", [entry.path])

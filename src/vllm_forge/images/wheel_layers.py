@@ -25,7 +25,9 @@ from vllm_forge.images.content import WheelGroup, group_entries
 from vllm_forge.images.layer import CHUNK, LayerBlob, ZstdLayerWriter
 from vllm_forge.images.store import (
     SLIMMED,
+    CodeRange,
     StoredLayer,
+    code_ranges,
     forget,
     intact,
     keep_layer,
@@ -35,7 +37,7 @@ from vllm_forge.images.store import (
     usable,
     write_layer,
 )
-from vllm_forge.kernels.coverage.device_code import device_code, runs_on
+from vllm_forge.kernels.coverage.device_code import Target, runs_on
 from vllm_forge.kernels.coverage.library import mapped
 from vllm_forge.matrix import ImageCell
 from vllm_forge.sources import Wheelhouse
@@ -100,15 +102,16 @@ def _write_group(
 
 
 def cut(
-    content: bytes | mmap, name: str, capability: tuple[int, int]
+    codes: Sequence[CodeRange], capability: tuple[int, int]
 ) -> tuple[list[tuple[int, int]], dict[str, int]]:
-    """What of a library cannot run on a compute capability.
+    """What of a library's device code cannot run on a compute capability.
 
     Returns (offset, size) of each part, ascending, not overlapping; and what it was compiled for,
-    e.g. ``cubin 80`` -> bytes. Raises UnknownFatbinError: some is in an unknown layout.
+    e.g. ``cubin 80`` -> bytes.
     """
-    codes = device_code(content, name)
-    foreign = [code for code in codes if not runs_on(code.target, code.kind, capability)]
+    foreign = [
+        code for code in codes if not runs_on(Target.parse(code.target), code.kind, capability)
+    ]
     targets = Counter[str]()
     for code in foreign:
         targets[f"{code.kind} {code.target}"] += code.size
@@ -144,7 +147,7 @@ def write_slim_layer(
             for parent in make_folders(files, libraries):
                 layer.directory(parent)
             for name in libraries:
-                removed[name] = _add_library(layer, whole.code / name, name, capability)
+                removed[name] = _add_library(layer, whole, name, capability)
             for path in records:
                 name = path.relative_to(whole.files).as_posix()
                 old = path.read_bytes()
@@ -159,12 +162,12 @@ def write_slim_layer(
 
 
 def _add_library(
-    layer: ZstdLayerWriter, source: Path, name: str, capability: tuple[int, int]
+    layer: ZstdLayerWriter, whole: StoredLayer, name: str, capability: tuple[int, int]
 ) -> dict[str, Any]:
     """Add one library; return what it lacks."""
-    digest = hashlib.sha256()
+    digest, source = hashlib.sha256(), whole.code / name
     with mapped(source) as content:
-        ranges, targets = cut(content, source.name, capability)
+        ranges, targets = cut(code_ranges(whole.folder.name, name, source), capability)
 
         def hashed() -> Iterator[bytes]:
             for piece in pieces(content, ranges):

@@ -21,7 +21,14 @@ from tests.support.fatbins import fatbin, library
 from tests.support.wheels import Member, write_wheel
 from vllm_forge.images import store
 from vllm_forge.images.layer import ZSTD
-from vllm_forge.images.store import LEAST, StoredLayer, may_hold_code, stored, write_layer
+from vllm_forge.images.store import (
+    LEAST,
+    StoredLayer,
+    may_hold_code,
+    ranges_of,
+    stored,
+    write_layer,
+)
 from vllm_forge.images.wheel_layers import cut, pieces, update_record, write_slim_layer
 from vllm_forge.images.wheels import Entry, site_packages, wheel_entries
 from vllm_forge.kernels.coverage.device_code import device_code, runs_on
@@ -103,7 +110,7 @@ def unpacked(layer: StoredLayer) -> dict[str, tuple[int, bytes]]:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_foreign_code_is_zeroed_and_runnable_code_stays(capability: tuple[int, int]) -> None:
-    ranges, targets = cut(TINY, "libtiny.so", capability)
+    ranges, targets = cut(ranges_of(device_code(TINY)), capability)
     content = b"".join(pieces(TINY, ranges))
     assert len(content) == len(TINY)
     assert marks(content) == STAY[capability]
@@ -116,7 +123,7 @@ def test_foreign_code_is_zeroed_and_runnable_code_stays(capability: tuple[int, i
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_no_byte_outside_foreign_code_changes(capability: tuple[int, int]) -> None:
-    content = b"".join(pieces(TINY, cut(TINY, "libtiny.so", capability)[0]))
+    content = b"".join(pieces(TINY, cut(ranges_of(device_code(TINY)), capability)[0]))
     expected = bytearray(TINY)
     for found in device_code(TINY):
         if not runs_on(found.target, found.kind, capability):
@@ -233,6 +240,21 @@ def test_removed_code_is_recorded_with_the_layer(whole: StoredLayer) -> None:
 def test_same_input_same_bytes(whole: StoredLayer) -> None:
     assert slim(whole).blob.digest == write_slim_layer("other", whole, (10, 3), EPOCH).blob.digest
     assert slim(whole).blob.digest != slim(whole, (10, 0)).blob.digest
+
+
+def test_next_sku_does_not_search_for_device_code(
+    whole: StoredLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = slim(whole, (10, 0)).blob.digest
+
+    def search(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(store, "device_code", search)
+    assert write_slim_layer("next", whole, (10, 0), EPOCH).blob.digest == digest
+    (whole.code / LIBRARY).write_bytes(TINY + b"x")
+    with pytest.raises(AssertionError):
+        write_slim_layer("changed", whole, (10, 0), EPOCH)
 
 
 def test_zeros_cost_nothing(whole: StoredLayer) -> None:
