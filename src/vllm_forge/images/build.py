@@ -290,7 +290,7 @@ def _forgetting_damage(plan: ImagePlan) -> Iterator[None]:
     except ForgeError:
         host.remove(host.cache_root() / "bytecode")
         system = load_system(plan.system_key)
-        if not system.root_is_whole:
+        if not system.root_intact:
             store.forget(system_folder(plan.system_key))
         for path in plan.checks_inside()[0].lower_dirs[:-1]:
             layer = store.stored(path.resolve().parent.name)

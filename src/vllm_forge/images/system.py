@@ -65,20 +65,19 @@ class System:
         return hash_of([parts, self.config], sort_keys=True)
 
     @property
-    def root_is_whole(self) -> bool:
-        """Whether its unpacked files, if it has some, are as the engine gave them.
+    def root_intact(self) -> bool:
+        """Whether its unpacked files, if it has some, are as the engine gave them."""
+        return self.root is None or tree_digest(self.root) == self.root_digest
 
-        They are read when the file system says that one was touched since that was done last.
-        """
+    @property
+    def root_is_whole(self) -> bool:
+        """``root_intact``; read only when the file system says that a file was touched since."""
         if (root := self.root) is None:
             return True
-        try:
+        with suppress(OSError, ValueError):  # of a damaged one
             now = {"digest": self.root_digest, "files": folder_stamp(root)}
-            return holds(
-                root.with_name(CHECKED), now, lambda: tree_digest(root) == self.root_digest
-            )
-        except (OSError, ValueError):  # of a damaged one
-            return False
+            return holds(root.with_name(CHECKED), now, lambda: self.root_intact)
+        return False
 
 
 def system_folder(key: str) -> Path:
