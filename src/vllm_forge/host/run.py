@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import selectors
@@ -201,6 +202,7 @@ def _start_worker(parent: int, nice: int) -> None:
     if os.getppid() != parent:  # it had ended before that
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: one of them reports it
+    gc.disable()  # it would walk the entries of a layer again and again; a worker ends soon
     os.nice(nice)
 
 
