@@ -237,7 +237,7 @@ def test_the_runner_computes_the_same_hash(root: Path, tmp_path: Path) -> None:
 def test_the_suites_description_is_whole(root: Path) -> None:
     tiers = read_suite(root).tier
     widths = {"tp", "pcie", "replicas"}
-    assert set(tiers) == {"kernel", "server", "upstream", "soak", "rehearsal"} | {
+    assert set(tiers) == {"kernel", "server", "upstream", "soak", "rehearsal", "edges"} | {
         f"{name}{gpus}" for name in widths for gpus in (2, 4)
     }
     for name in widths:
