@@ -59,7 +59,6 @@ def register(choices: Commands) -> None:
 def build(project: Project, args: argparse.Namespace) -> None:
     """Build one image."""
     from vllm_forge import images
-    from vllm_forge.gputest.launch import prewarm_of
     from vllm_forge.images.archive import require_kind, write_archive
 
     cell = project.cell(args.sku, args.line)
@@ -74,7 +73,11 @@ def build(project: Project, args: argparse.Namespace) -> None:
     engine = images.choose_engine(args.engine, dry_run=args.dry_run, builder=args.builder or "")
     if engine.name != "docker" and os.geteuid() != 0 and not args.dry_run:
         as_namespace_root()
-    prewarm = args.prewarm and prewarm_of(project, cell, args.prewarm.resolve())
+    prewarm = None
+    if args.prewarm:
+        from vllm_forge.gputest.launch import prewarm_of
+
+        prewarm = prewarm_of(project, cell, args.prewarm.resolve())
     options = images.BuildOptions(
         output=args.output or project.root / "dist",
         base=args.base,
