@@ -256,6 +256,16 @@ def test_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["recipe"]
 
 
+def test_recipe_that_was_cut_off_is_refused(tmp_path: Path) -> None:
+    full.write_recipe(hole(4096), tmp_path / "recipe")
+    recipe = tmp_path / "recipe" / sparse.RECIPE
+    recipe.write_bytes(recipe.read_bytes()[:-20])
+    done = program(tmp_path / "recipe", tmp_path / "made")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"sparse.py: cannot write {tmp_path}/made: Compressed file")
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe"]
+
+
 def test_file_system_without_holes_is_refused(
     tmp_path: Path,
     command: Callable[..., int],
