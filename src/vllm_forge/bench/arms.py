@@ -176,8 +176,9 @@ def _plan(
     gpus = {name: launch.server.gpus for name, launch in arms.items()}
     if (len(set(gpus.values())) > 1) != ("gpus" in session.differs):
         counts = ", ".join(f"{name} {number}" for name, number in gpus.items())
-        remedy = 'write differs = ["gpus"] if that is what is measured, and only then'
-        raise SessionFileError(f"GPUs of the arms: {counts}", where=path, remedy=remedy)
+        what = f"differs does not match the GPUs of the arms: {counts}"
+        remedy = 'write differs = ["gpus"] if arms have unequal numbers of GPUs, else remove "gpus"'
+        raise SessionFileError(what, where=path, remedy=remedy)
     loaded, quality = _questions(session, path), None
     workload = path.with_name(workload_of(session).name)
     if loaded is None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from vllm_forge.bench.client import Answer, Prompt, ask_all, read_counters
 from vllm_forge.bench.errors import InvalidResultError, ResultFileError
@@ -123,10 +123,11 @@ def read_answers(path: Path, begun: Header | None = None) -> tuple[Answers, int]
         header = begun if begun and not first else Header.model_validate(parse_json(first))
         rows = [KeptAnswer.model_validate(parse_json(line)) for line in lines]
     except (OSError, ValueError) as error:
-        detail = first_problem(error) if isinstance(error, ValidationError) else str(error)
-        what = f"invalid file of answers: {detail}"
-        remedy = "give another --output, or restore the file"
-        raise ResultFileError(what, where=path, remedy=remedy) from None
+        missing = isinstance(error, FileNotFoundError)
+        detail = first_problem(error) if isinstance(error, ValueError) else str(error)
+        what = "missing file of answers" if missing else f"invalid file of answers: {detail}"
+        other = "another --output" if begun else "one of a session, e.g. mtp-c8.answers-0.jsonl"
+        raise ResultFileError(what, where=path, remedy=f"give {other}, or restore it") from None
     return Answers(path, header, {(row.item, row.repeat): row for row in rows}), len(whole)
 
 
@@ -203,7 +204,7 @@ def score_answers(path: Path, loaded: Loaded, output: Path) -> list[Row]:
         raise InvalidResultError(what, where=str(path), remedy=remedy)
     keys = {(prompt.item, prompt.repeat) for prompt in loaded.prompts()}
     if keys != answers.kept.keys():
-        what = f"of {len(keys)} answers, {len(keys - answers.kept.keys())} are missing"
+        what = f"missing answers: {len(keys - answers.kept.keys())} of {len(keys)}"
         raise InvalidResultError(what, where=str(path), remedy="run the session again")
     _require_new(output, arm, order)
     if loaded.row.scorer == "code":

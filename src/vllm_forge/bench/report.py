@@ -118,7 +118,7 @@ def keep(folder: Path, target: Path, gates: Mapping[str, Gate]) -> Path:
     kept = {start.order for arm in arms for start in arm.result.starts}
     sessions = {arm.result.session for arm in arms}
     if len(sessions) != 1 or kept != done:
-        what = f"its records have the starts {sorted(kept)}, finished are {sorted(done)}"
+        what = f"its records have starts {sorted(kept)}, its list of starts {sorted(done)}"
         remedy = "give the whole output folder of one session"
         raise ResultFileError(what, where=folder, remedy=remedy)
     name = f"{sessions.pop()}-{journal.attempts[0].began[:10]}"
@@ -146,7 +146,7 @@ def _crosscheck(path: Path, arms: Sequence[Arm]) -> dict[str, Any]:
     def parse(document: Any) -> dict[str, Any]:
         files = document["files"]
         if not any(files.get(arm.path.name) == file_digest(arm.path) for arm in arms):
-            raise ValueError("it is of another record")
+            raise ValueError("its record is not in this folder, or was changed")
         rows = [Check(**{key: row[key] for key in CHECKED}).as_json() for row in document["rows"]]
         return {"tool": printable(str(document["tool"])), "rows": rows}
 

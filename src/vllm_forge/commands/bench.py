@@ -52,7 +52,7 @@ def register(choices: Commands) -> None:
     # Of `arms.arm_of`; the workload has its own.
     one.set_defaults(max_tokens=1, ignore_eos=False, thinking=False, prefix_cache=True)
     one = command(bench, "score", score, packaged=True)
-    one.add_argument("answers", type=Path, help="of one start of a session")
+    one.add_argument("answers", type=Path, metavar="ANSWERS", help="of one start of a session")
     one.add_argument("--output", type=Path, required=True, help="the record")
     _workload_options(one)
     one = command(bench, "workload", workload, packaged=True)
@@ -89,7 +89,9 @@ def _register_servers(bench: Commands) -> None:
     one.add_argument("--order", type=count, required=True, help="among all arms' starts: 0, 1, ...")
     one.add_argument("--warm", type=count, default=8, help="prompts that only warm up (8)")
     one = command(bench, "run", run, SKU, LINE)
-    one.add_argument("session", type=Path, help="TOML, see docs/operate/bench-sessions.md")
+    one.add_argument(
+        "session", type=Path, metavar="SESSION", help="TOML, see docs/operate/bench-sessions.md"
+    )
     one.add_argument("--caches", type=Path, required=True, metavar="DIR",
                      help="where servers keep what they compile, /cache of containers")  # fmt: skip
     one.add_argument("--output", type=Path, required=True, help="folder of records, old or new")
@@ -109,7 +111,9 @@ def _register_exchange(bench: Commands) -> None:
     one.add_argument("--start", type=count, default=0, help="of the record, for vllm: 0, 1, ...")
     one = command(bench, "crosscheck", crosscheck, JSON, packaged=True)
     one.add_argument("result", type=Path, metavar="RECORD", help="of one arm")
-    one.add_argument("other", type=Path, help="JSON of `vllm bench serve` or `guidellm run`")
+    one.add_argument(
+        "other", type=Path, metavar="OTHER", help="JSON of `vllm bench serve` or `guidellm run`"
+    )
     one.add_argument("--output", type=Path, help="file for the rows")
 
 

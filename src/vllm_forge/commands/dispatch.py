@@ -55,8 +55,10 @@ class _Actions(argparse._SubParsersAction):  # type: ignore[type-arg]
 
 def register(choices: Commands) -> None:
     key = option("--key", type=Path, help="private key (PEM) that signs the receipts")
-    wait = option("--wait", action="store_true", help="until all jobs ended, then collect")
-    text = "of --wait; what still waits then is listed so"
+    wait = option(
+        "--wait", action="store_true", help="wait until all jobs have ended, then collect"
+    )
+    text = "end --wait after that long; jobs go on, and are listed as waiting"
     timeout = option("--timeout", type=positive, metavar="MINUTES", help=text)
     one = command(choices, "dispatch", dispatch, JSON, key, wait, timeout)
     one.add_argument("--to", choices=SCHEDULERS, help="scheduler of the cluster")

@@ -117,7 +117,7 @@ def states(record: RunRecord, ask: Ask) -> dict[str, State]:
             for index in range(job["spec"]["completions"])
         }
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        what = f"kubectl printed no list of Jobs and pods: {error!r}"
+        what = f"invalid output of kubectl, expected a list of Jobs and pods: {error!r}"
         remedy = "run that command, and see what it prints"
         raise SchedulerError(what, where=shlex.join(argv), remedy=remedy) from None
 

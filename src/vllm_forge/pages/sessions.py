@@ -26,7 +26,8 @@ def _section(project: Project, name: str) -> str:
     for row in document["results"]:
         path = project.root / folder / row["record"]
         if file_digest(path) != row["sha256"]:
-            what, remedy = "the record is not the one of the report", "nox -s bench -- keep FOLDER"
+            what = "the record does not match the hash in its report"
+            remedy = "restore it, or keep the session again: nox -s bench -- keep FOLDER"
             raise ResultFileError(what, where=path, remedy=remedy)
     return f"## {name}\n\n{report_text(document, f'../../{folder}/')}"
 

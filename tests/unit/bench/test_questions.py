@@ -110,7 +110,7 @@ def test_session_whose_answers_are_gone_is_refused(
 
 FAULTS: dict[str, tuple[str, str, dict[str, str], str]] = {
     "license": ("", "", {"license": "MIT"}, "another license: 'CC0', now 'MIT'"),
-    "items": ('"item":"q3"', '"item":"q4"', {}, "of 4 answers, 1 are missing"),
+    "items": ('"item":"q3"', '"item":"q4"', {}, "missing answers: 1 of 4"),
     "conditions": ('"temperature":0.0', '"temperature":0.5', {}, "conditions.temperature: 0.5"),
     "digest": ('"prompts_sha256":"', '"prompts_sha256":"0', {}, "invalid file of answers"),
     "format": ('"bench-answers/1"', '"bench-answers/2"', {}, "invalid file of answers"),
@@ -131,6 +131,16 @@ def test_answers_to_other_questions_are_not_scored(
     assert not record.exists()
 
 
+def test_missing_answers_are_named(
+    asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / asked.paths[0].name
+    assert asked.score(path, tmp_path / "mtp.json") == ResultFileError.exit_code
+    error = capsys.readouterr().err
+    assert "missing file of answers" in error
+    assert "--output" not in error  # which is not what is wrong
+
+
 def test_answers_under_another_name_are_not_scored(asked: Asked, tmp_path: Path) -> None:
     """The name has the order of the start."""
     path = tmp_path / "answers.jsonl"
@@ -147,6 +157,7 @@ def test_answers_under_another_name_are_not_scored(asked: Asked, tmp_path: Path)
         ('workload = "own"', 'workload = "ownn"', "unknown workload 'ownn' (did you mean 'own'?)"),
         ('workload = "own"', 'workload = "random"', "random has no right answers"),
         ('"CC0"', '"CC0"\ncolour = 1', "colour"),
+        ("[quality]", 'differs = "gpus"\n[quality]', "differs: Input should be a list"),
         ('sha256 = "', 'sha256 = "0', "quality.sha256"),
     ],
 )  # fmt: skip

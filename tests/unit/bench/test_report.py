@@ -134,7 +134,7 @@ def test_kept_session_has_a_page_of_its_verdicts(output: Path, tmp_path: Path) -
     assert read_arm(final / "mtp-c8.json").result == read_arm(output / "mtp-c8.json").result
     record = json.loads((final / "mtp-c8.json").read_text())
     write_json(final / "mtp-c8.json", {**record, "session": "other"})
-    with pytest.raises(ResultFileError, match="not the one of the report"):
+    with pytest.raises(ResultFileError, match="does not match the hash in its report"):
         sessions(Project(tmp_path))
 
 
@@ -152,14 +152,14 @@ def other_list(output: Path, **fields: object) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (lambda output: served(output, "mtp", (1, 2, 5, 6, 10)), "finished are"),
-        (lambda output: other_list(output, state="running"), "finished are"),
-        (lambda output: other_session(output, "s2", "mtp"), "the starts"),
-        (lambda output: (output / "mtp-c8.json").unlink(), "finished are"),
+        (lambda output: served(output, "mtp", (1, 2, 5, 6, 10)), "its list of starts"),
+        (lambda output: other_list(output, state="running"), "its list of starts"),
+        (lambda output: other_session(output, "s2", "mtp"), "its list of starts"),
+        (lambda output: (output / "mtp-c8.json").unlink(), "its list of starts"),
         (lambda output: (output / JOURNAL).unlink(), "missing list of starts"),
         (lambda output: other_session(output, "../s", "mtp", "plain"), "invalid name"),
         (lambda output: other_list(output, began="/../../../x"), "invalid name"),
-        (lambda output: write_json(output / CROSSCHECK, {"files": {}}), "of another record"),
+        (lambda output: write_json(output / CROSSCHECK, {"files": {}}), "or was changed"),
         (lambda output: write_json(output / CROSSCHECK, []), "invalid crosscheck"),
     ],
 )

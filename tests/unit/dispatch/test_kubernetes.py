@@ -388,7 +388,7 @@ def test_damaged_marker_is_refused(sent: Run) -> None:
 )
 def test_other_output_of_kubectl_is_refused(sent: Run, text: str) -> None:
     sent.api.text = text or " "
-    with pytest.raises(SchedulerError, match="kubectl printed no list"):
+    with pytest.raises(SchedulerError, match="invalid output of kubectl"):
         sent.verdict()
 
 
