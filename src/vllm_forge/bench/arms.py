@@ -52,7 +52,9 @@ from vllm_forge.serve.deployment import Deployment, find_deployment
 from vllm_forge.serve.doctor import listed_gpus
 
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
-LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+# What listens on an address, as engines list it; localhost may be either address.
+IPV4, IPV6 = {"127.0.0.1", "0.0.0.0"}, {"[::1]", "[::]", "::"}  # noqa: S104
+LOOPBACK = {"127.0.0.1": [IPV4], "::1": [IPV6], "localhost": [IPV4, IPV6]}
 NONE = hashlib.sha256(b"").hexdigest()  # of a file that a checkpoint does not have
 
 
@@ -281,7 +283,8 @@ def answers(
     ``layout`` has.
     """
     try:
-        host, port = urlsplit(url).hostname, urlsplit(url).port or 80
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port or {"http": 80}.get(parts.scheme)
     except ValueError as error:
         raise UsageError(f"invalid --url: {error}", remedy="give http://HOST:PORT") from None
     if host not in LOOPBACK:
@@ -290,13 +293,14 @@ def answers(
         argv = [engine, "ps", "--no-trunc", "--format={{.ID}} {{.Ports}}"]
         listed = probe.ask(f"{engine}-ps", argv)
         for row in listed.text.splitlines() if listed.code == 0 else ():
-            if f":{port}->" not in row:
+            name, _, ports = row.partition(" ")
+            ends = {one.partition("->")[0] for one in ports.split(", ") if one.endswith("/tcp")}
+            if not all(ends & {f"{place}:{port}" for place in places} for places in LOOPBACK[host]):
                 continue
-            name = row.partition(" ")[0]
             reply = probe.ask(f"{engine}-inspect", [engine, "inspect", name])
             digests, words = _container_facts(reply, name)
             problem, lacks = "", [word for word in arguments if word not in words]
-            if not digests & {hex_digest(image), _configuration(layout, image)}:
+            if not digests & {hex_digest(image), _configuration(layout, image)} - {""}:
                 problem = f"the server's image is {' or '.join(sorted(digests))}, not {image}"
             elif lacks:
                 problem = f"the server was not started as the preset says: it lacks {lacks[0]}"

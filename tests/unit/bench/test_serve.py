@@ -197,15 +197,16 @@ def test_command_binds_the_result_to_image_model_and_gpu(
 class EngineProbe(StubProbe):
     """A host whose engine runs a container on a port."""
 
-    def __init__(self, port: int, container: object) -> None:
+    def __init__(self, port: int, container: object, listed: str = "") -> None:
         super().__init__(GPUS)
-        self.port, self.container = port, container
+        self.container = container
+        default = f"f1 0.0.0.0:18000->8000/tcp\nf2 0.0.0.0:{port}->8000/tcp\n"
+        self.listed = listed or default
 
     def ask(self, name: str, argv: Sequence[str]) -> Reply:
         answers = {
             "docker-ps": Reply(code=127, text="docker: not found"),
-            "podman-ps": Reply(code=0, text="f1 0.0.0.0:18000->8000/tcp\n"
-                               f"f2 0.0.0.0:{self.port}->8000/tcp\n"),
+            "podman-ps": Reply(code=0, text=self.listed),
             "podman-inspect": Reply(code=0, text=json.dumps([self.container])),
         }  # fmt: skip
         if name == "podman-inspect":
@@ -259,12 +260,46 @@ def test_image_of_the_classic_store_is_known_by_its_configuration(
     config = {"digest": "sha256:" + "8" * 64}
     image = type("Image", (), {"digest": "3" * 64, "manifest": {"config": config}})
     monkeypatch.setattr(arms, "read_image", lambda _: image)
-    probe, url = EngineProbe(80, {"Image": "8" * 64, "Config": {"Cmd": []}}), "http://localhost"
+    probe, url = EngineProbe(80, {"Image": "8" * 64, "Config": {"Cmd": []}}), "http://127.0.0.1"
     assert arms.answers(probe, url, "sha256:" + "3" * 64, tmp_path)
     with pytest.raises(ArmUnknownError, match="8888"):
         arms.answers(probe, url, "sha256:" + "3" * 64, tmp_path / "none")
     with pytest.raises(ArmUnknownError, match="8888"):  # the build is of another image by now
         arms.answers(probe, url, "sha256:" + "4" * 64, tmp_path)
+
+
+IPV4, BOTH = "0.0.0.0:80->8000/tcp", "0.0.0.0:80->8000/tcp, [::]:80->8000/tcp"
+
+
+@pytest.mark.parametrize(
+    ("ports", "url", "seen"),
+    [
+        (IPV4, "http://127.0.0.1", True),
+        ("127.0.0.1:80->8000/tcp", "http://127.0.0.1:80", True),
+        (":::80->8000/tcp", "http://[::1]", True),
+        (BOTH, "http://localhost", True),
+        (IPV4, "http://localhost", False),
+        (IPV4, "http://[::1]", False),
+        (IPV4, "https://127.0.0.1", False),
+        ("0.0.0.0:80->8000/udp", "http://127.0.0.1", False),
+        ("10.0.0.1:80->8000/tcp", "http://127.0.0.1", False),
+        ("0.0.0.0:80-90->80-90/tcp", "http://127.0.0.1", False),
+        ("10.127.0.0.1:80->8000/tcp", "http://127.0.0.1", False),
+        ("80/tcp", "http://127.0.0.1", False),
+        ("", "http://127.0.0.1", False),
+    ],
+)
+def test_container_answers_only_where_its_port_is_published(
+    ports: str, url: str, seen: bool, tmp_path: Path
+) -> None:
+    probe = EngineProbe(0, {"Image": "3" * 64, "Config": {"Cmd": []}}, f"f2 {ports}\n")
+    assert arms.answers(probe, url, "sha256:" + "3" * 64, tmp_path / "none") == seen
+
+
+def test_image_without_a_digest_is_refused(tmp_path: Path) -> None:
+    probe = EngineProbe(80, {"Image": "sha256:", "Config": {"Cmd": []}})
+    with pytest.raises(ArmUnknownError, match="the server's image"):
+        arms.answers(probe, "http://127.0.0.1", "sha256:" + "3" * 64, tmp_path / "none")
 
 
 @pytest.mark.parametrize("url", ["http://far.example:8000", "http://127.0.0.1:8000", ""])
