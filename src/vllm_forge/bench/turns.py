@@ -304,9 +304,9 @@ def serving(launch: Launch, plan: Plan, log: Path) -> Iterator[float]:
         try:
             with background(launch.argv, env=launch.env, log=log) as process:
                 ready_s = _wait(process, plan, log)
-                _require_alone(plan)
+                _require_alone(plan, proxied=bool(launch.remove))
                 yield ready_s
-                _require_alone(plan)
+                _require_alone(plan, proxied=bool(launch.remove))
         finally:
             if launch.remove:  # a client that was killed leaves its container behind
                 subprocess.run(launch.remove, capture_output=True, check=False)
@@ -333,13 +333,19 @@ def _port(plan: Plan) -> Iterator[None]:
         yield
 
 
-def _require_alone(plan: Plan) -> None:
-    """ServerStartError if several sockets listen on the port, in IPv4 or in IPv6."""
+def _require_alone(plan: Plan, *, proxied: bool) -> None:
+    """ServerStartError if several sockets listen on the port.
+
+    ``proxied``: by an engine, which has one in IPv4 and one in IPv6. One in IPv6 of a server that
+    is not may take IPv4, too.
+    """
+    listening = 0
     for name in ("tcp", "tcp6"):
         table = Path("/proc/net", name)  # a host without IPv6 has one
         rows = [line.split() for line in table.read_text().splitlines()] if table.exists() else []
         ports = [row[1].rpartition(":")[2] for row in rows if row[3] == LISTENING]
-        if ports.count(f"{plan.port:04X}") > 1:
+        listening = ports.count(f"{plan.port:04X}") + (0 if proxied else listening)
+        if listening > 1:
             what = f"several servers listen on port {plan.port}: which one answered is unknown"
             remedy = "end the others, or give this session another port"
             raise ServerStartError(what, where=plan.url, remedy=remedy)

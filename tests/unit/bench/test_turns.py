@@ -252,6 +252,19 @@ def test_answers_of_another_server_are_refused(
     assert not list((folder.parent / "output").glob("*-c*.json"))
 
 
+def test_another_server_in_ipv4_is_found(planned: Callable[..., Path], free_port: int) -> None:
+    """It takes the requests of one that listens in both, as vLLM's do with --host ::."""
+    plan = read_plan(planned())
+    with socket.socket(socket.AF_INET6) as own, socket.socket() as other:
+        for place, address in ((own, "::"), (other, "127.0.0.1")):
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            place.bind((address, free_port))
+            place.listen()
+        turns._require_alone(plan, proxied=True)
+        with pytest.raises(ServerStartError, match="several servers listen on port"):
+            turns._require_alone(plan, proxied=False)
+
+
 def test_server_that_never_answers_is_ended(
     planned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
