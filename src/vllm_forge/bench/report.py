@@ -5,7 +5,6 @@ starts, a report with its charts. The page is made of that report, which has the
 """
 
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +14,12 @@ from vllm_forge.bench import plots
 from vllm_forge.bench.errors import InvalidResultError, ResultFileError
 from vllm_forge.bench.exchange import Check
 from vllm_forge.bench.gate import gate
-from vllm_forge.bench.results import Arm, read_arm
+from vllm_forge.bench.results import LARGEST_ROWS, Arm, read_arm
 from vllm_forge.bench.signed import SUFFIX
 from vllm_forge.bench.summary import summarize
 from vllm_forge.bench.turns import JOURNAL, Journal
 from vllm_forge.bench.validity import differences, intended, require_valid
-from vllm_forge.host import atomic_path, printable, read_data, write_json
+from vllm_forge.host import atomic_path, printable, read_data, read_plain, write_json
 from vllm_forge.host.files import file_digest
 from vllm_forge.matrix.model import Gate
 
@@ -106,19 +105,23 @@ def _comparisons(arms: Sequence[Arm], gates: Mapping[str, Gate]) -> Iterator[dic
 def keep(folder: Path, target: Path, gates: Mapping[str, Gate]) -> Path:
     """Copy a session's results to a folder of ``target`` that is named after it and its day.
 
-    ResultFileError: its records have other starts than its list of starts says; its name or day is
-    not a name of a file; its crosscheck is of another record.
+    ResultFileError: at a concurrency, its records have other starts than its list of starts says;
+    its name or day is not a name of a file; a file is a link; its crosscheck is of another record.
     """
     journal: Journal = read_data(
         folder / JOURNAL, Journal.model_validate, ResultFileError, what="list of starts",
         remedy="give the output folder of a session",
     )  # fmt: skip
-    arms = [read_arm(path) for path in sorted(folder.glob("*-c*.json"))]
-    done = {row.order for row in journal.attempts if row.state == "done"}
-    kept = {start.order for arm in arms for start in arm.result.starts}
+    arms = [read_arm(path) for path in sorted(folder.glob("*-c*[0-9].json"))]
+    done = {(row.order, row.arm) for row in journal.attempts if row.state == "done"}
+    kept: defaultdict[int, set[tuple[int, str]]] = defaultdict(set)
+    for arm in arms:
+        names = {(start.order, arm.result.arm) for start in arm.result.starts}
+        kept[arm.result.conditions.concurrency] |= names
     sessions = {arm.result.session for arm in arms}
-    if len(sessions) != 1 or kept != done:
-        what = f"its records have starts {sorted(kept)}, its list of starts {sorted(done)}"
+    if len(sessions) != 1 or any(names != done for names in kept.values()):
+        starts = {concurrency: sorted(names) for concurrency, names in kept.items()}
+        what = f"by concurrency, its records have {starts}, its list of starts {sorted(done)}"
         remedy = "give the whole output folder of one session"
         raise ResultFileError(what, where=folder, remedy=remedy)
     name = f"{sessions.pop()}-{journal.attempts[0].began[:10]}"
@@ -131,11 +134,12 @@ def keep(folder: Path, target: Path, gates: Mapping[str, Gate]) -> Path:
     document["refused"] = [row.model_dump(mode="json", exclude={"began"}) for row in others]
     if (folder / CROSSCHECK).exists():
         document["crosscheck"] = _crosscheck(folder / CROSSCHECK, arms)
+    files = {path.name: _read(path) for path in [folder / JOURNAL, *_files(arms)]}
     final = target / name
     with atomic_path(final) as aside:
         aside.mkdir()
-        for path in [folder / JOURNAL, *_files(arms)]:
-            shutil.copyfile(path, aside / path.name)
+        for file, content in files.items():
+            (aside / file).write_bytes(content)
         write_report(aside, document, charts)
     return final
 
@@ -152,6 +156,14 @@ def _crosscheck(path: Path, arms: Sequence[Arm]) -> dict[str, Any]:
 
     remedy = "write it again: nox -s bench -- crosscheck RECORD OTHER --output crosscheck.json"
     return read_data(path, parse, ResultFileError, what="crosscheck", remedy=remedy)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_plain(path, LARGEST_ROWS)
+    except ValueError as error:
+        remedy = "give the folder as the session left it"
+        raise ResultFileError(f"cannot be kept: {error}", where=path, remedy=remedy) from None
 
 
 def _files(arms: Sequence[Arm]) -> Iterator[Path]:

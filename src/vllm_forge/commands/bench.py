@@ -199,7 +199,7 @@ def _draw_published(project: Project) -> None:
     from vllm_forge.host.files import write_whole
     from vllm_forge.pages.sessions import CHART, SESSIONS
 
-    paths = sorted((project.root / SESSIONS).glob("*/*-c*.json"))
+    paths = sorted((project.root / SESSIONS).glob("*/*-c*[0-9].json"))
     rows = list(published(project, [read_arm(path) for path in paths]))
     write_whole(project.root / CHART, plots.published(rows))
 

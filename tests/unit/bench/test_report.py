@@ -14,6 +14,7 @@ from vllm_forge.bench.errors import InvalidResultError, ResultFileError
 from vllm_forge.bench.plots import _crossings
 from vllm_forge.bench.report import CROSSCHECK, keep, report
 from vllm_forge.bench.results import read_arm
+from vllm_forge.bench.signed import SUFFIX
 from vllm_forge.bench.summary import summarize
 from vllm_forge.bench.turns import JOURNAL
 from vllm_forge.cli import main
@@ -109,8 +110,10 @@ def output(tmp_path: Path) -> Path:
     served(folder, "plain", A)
     served(folder, "mtp", B, speed=1.1)
     rows = [
-        {"order": order, "arm": "x", "state": "done", "began": "2026-11-30T10:00:00+00:00"}
-        for order in range(10)
+        {"order": order, "arm": arm, "state": "done", "began": "2026-11-30T10:00:00+00:00"}
+        for order, arm in sorted(
+            [(order, "plain") for order in A] + [(order, "mtp") for order in B]
+        )
     ]
     cold = {**rows[0], "state": "failed", "error": "the caches were cold | <b>"}
     write_json(folder / JOURNAL, {"plan_sha256": "0", "attempts": [cold, *rows]})
@@ -119,13 +122,19 @@ def output(tmp_path: Path) -> Path:
     return folder
 
 
+def test_signatures_are_kept_with_their_records(output: Path, tmp_path: Path) -> None:
+    signature = (output / "mtp-c8.json").with_suffix(SUFFIX)
+    signature.write_text("{}")
+    assert (keep(output, tmp_path / SESSIONS, GATES) / signature.name).read_text() == "{}"
+
+
 def test_kept_session_has_a_page_of_its_verdicts(output: Path, tmp_path: Path) -> None:
     final = keep(output, tmp_path / SESSIONS, GATES)
     assert final.name == "s1-2026-11-30"
     page = sessions(Project(tmp_path))
     assert "| mtp against plain, c=8 | throughput, 2 % | pass | +1" in page
     assert "below +" in page  # the interval is above no difference
-    assert "| 0 | x | failed | the caches were cold \\| \\<b\\> |" in page
+    assert "| 0 | plain | failed | the caches were cold \\| \\<b\\> |" in page
     assert "| mean\\_ttft\\_ms | 1 | 2 | 0.5 | no |" in page  # whatever the file says
     charts = {path.name for path in final.glob("*.svg")}
     assert charts == {"starts.svg", "pareto.svg", "first-tokens.svg", "positions.svg",
@@ -149,11 +158,20 @@ def other_list(output: Path, **fields: object) -> None:
     write_json(output / JOURNAL, {**journal, "attempts": rows})
 
 
+def signed_by_link(output: Path) -> None:
+    """It would be published with the results."""
+    (output.parent / "private").write_text("mine")
+    (output / "mtp-c8.json").with_suffix(SUFFIX).symlink_to(output.parent / "private")
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
         (lambda output: served(output, "mtp", (1, 2, 5, 6, 10)), "its list of starts"),
         (lambda output: other_list(output, state="running"), "its list of starts"),
+        (lambda output: other_list(output, arm="mtp"), "its list of starts"),
+        (lambda output: served(output, "plain", A, c=1), "its list of starts"),  # without mtp's
+        (signed_by_link, "not a plain file"),
         (lambda output: other_session(output, "s2", "mtp"), "its list of starts"),
         (lambda output: (output / "mtp-c8.json").unlink(), "its list of starts"),
         (lambda output: (output / JOURNAL).unlink(), "missing list of starts"),
