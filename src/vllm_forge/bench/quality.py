@@ -18,7 +18,16 @@ from pydantic import Field
 from vllm_forge.bench.client import Answer, Prompt, ask_all, read_counters
 from vllm_forge.bench.errors import InvalidResultError, ResultFileError
 from vllm_forge.bench.measure import add_start, progress, require_same
-from vllm_forge.bench.results import Conditions, Count, Row, Seconds, Server, Start, read_arm
+from vllm_forge.bench.results import (
+    Conditions,
+    Count,
+    Row,
+    Seconds,
+    Server,
+    Start,
+    make_arm,
+    read_arm,
+)
 from vllm_forge.bench.sandbox import require_sandbox
 from vllm_forge.bench.scoring import THOUGHT, Score, score
 from vllm_forge.bench.workloads import Loaded
@@ -122,13 +131,16 @@ def read_answers(path: Path, begun: Header | None = None) -> tuple[Answers, int]
         first, *lines = whole.splitlines() or [b""]
         header = begun if begun and not first else Header.model_validate(parse_json(first))
         rows = [KeptAnswer.model_validate(parse_json(line)) for line in lines]
+        kept = {(row.item, row.repeat): row for row in rows}
+        if len(kept) != len(rows):
+            raise ValueError(f"duplicate answers: {len(rows) - len(kept)}")  # noqa: TRY301
     except (OSError, ValueError) as error:
         missing = isinstance(error, FileNotFoundError)
         detail = first_problem(error) if isinstance(error, ValueError) else str(error)
         what = "missing file of answers" if missing else f"invalid file of answers: {detail}"
         other = "another --output" if begun else "one of a session, e.g. mtp-c8.answers-0.jsonl"
         raise ResultFileError(what, where=path, remedy=f"give {other}, or restore it") from None
-    return Answers(path, header, {(row.item, row.repeat): row for row in rows}), len(whole)
+    return Answers(path, header, kept), len(whole)
 
 
 def answers_path(record: Path, order: int) -> Path:
@@ -188,11 +200,11 @@ def score_answers(path: Path, loaded: Loaded, output: Path) -> list[Row]:
     try:
         order = int(path.name.rpartition(".answers-")[2].removesuffix(".jsonl"))
         conditions = Conditions.model_validate(arm["conditions"])
-        known = {
-            "server": Server.model_validate(arm["server"]),
-            "differs": tuple(arm.get("differs", ())),
-        }
-        arm = {**arm, "conditions": conditions, **known}
+        server, differs = Server.model_validate(arm["server"]), tuple(arm.get("differs", ()))
+        arm = {**arm, "conditions": conditions, "server": server, "differs": differs}
+        make_arm(output, {**arm, "starts": [Start(order=order)]}, [])  # its fields are a record's
+        if not path.name.endswith(f".answers-{order}.jsonl"):
+            raise ValueError(f"the order in its name is not {order}")  # noqa: TRY301
     except (LookupError, TypeError, ValueError) as error:
         what, remedy = f"invalid file of answers: {error!r}", "give a session's, under its own name"
         raise ResultFileError(what, where=path, remedy=remedy) from None
@@ -210,6 +222,11 @@ def score_answers(path: Path, loaded: Loaded, output: Path) -> list[Row]:
     if loaded.row.scorer == "code":
         require_sandbox()
     rows = _rows(loaded, answers)
+    old = read_arm(output).rows if output.exists() else ()
+    known = {(row.item, row.repeat, row.seconds) for row in old}  # no two answers agree in time
+    if any((row.item, row.repeat, row.seconds) in known for row in rows):
+        what, remedy = "the record has these answers", "give each start's under its own name"
+        raise InvalidResultError(what, where=str(path), remedy=remedy)
     with _alone(output):
         add_start(output, arm, Start(order=order), rows)
     return rows

@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.sessions import write_quality
 from vllm_forge.bench import arms, turns
-from vllm_forge.bench.errors import ResultFileError, SessionFileError
+from vllm_forge.bench.errors import InvalidResultError, ResultFileError, SessionFileError
 from vllm_forge.bench.results import read_arm
 from vllm_forge.cli import main
 from vllm_forge.host import Reply
@@ -113,6 +113,8 @@ FAULTS: dict[str, tuple[str, str, dict[str, str], str]] = {
     "items": ('"item":"q3"', '"item":"q4"', {}, "missing answers: 1 of 4"),
     "conditions": ('"temperature":0.0', '"temperature":0.5', {}, "conditions.temperature: 0.5"),
     "digest": ('"prompts_sha256":"', '"prompts_sha256":"0', {}, "invalid file of answers"),
+    "session": (',"session":"december"', "", {}, "invalid file of answers"),
+    "field": ('"session":', '"x":1,"session":', {}, "invalid file of answers"),
     "format": ('"bench-answers/1"', '"bench-answers/2"', {}, "invalid file of answers"),
 }
 
@@ -141,11 +143,35 @@ def test_missing_answers_are_named(
     assert "--output" not in error  # which is not what is wrong
 
 
-def test_answers_under_another_name_are_not_scored(asked: Asked, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["answers", *(f"mtp-c2.answers-{n}" for n in ("-1", "1_0", "01"))])
+def test_answers_under_another_name_are_not_scored(name: str, asked: Asked, tmp_path: Path) -> None:
     """The name has the order of the start."""
-    path = tmp_path / "answers.jsonl"
+    path = tmp_path / f"{name}.jsonl"
     shutil.copy(asked.paths[0], path)
     assert asked.score(path, tmp_path / "mtp.json") == ResultFileError.exit_code
+
+
+def test_answers_are_not_two_starts(
+    asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record, path = tmp_path / "mtp.json", tmp_path / asked.paths[1].name
+    shutil.copy(asked.paths[0], path)
+    assert asked.score(asked.paths[0], record) == 0
+    before = record.read_bytes()
+    assert asked.score(path, record) == InvalidResultError.exit_code
+    assert "the record has these answers" in capsys.readouterr().err
+    assert record.read_bytes() == before
+
+
+def test_item_that_is_answered_twice_is_not_scored(
+    asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last one would count."""
+    path = tmp_path / asked.paths[0].name
+    text = asked.paths[0].read_text()
+    path.write_text(text + text.splitlines(keepends=True)[-1])
+    assert asked.score(path, tmp_path / "mtp.json") == ResultFileError.exit_code
+    assert "duplicate answers: 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
