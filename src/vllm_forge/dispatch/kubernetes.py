@@ -110,12 +110,13 @@ def states(record: RunRecord, ask: Ask) -> dict[str, State]:
             meta = pod["metadata"]
             if pod["kind"] == "Pod" and POD_INDEX in meta.get("annotations", {}):
                 pods[meta["labels"][POD_JOB], meta["annotations"][POD_INDEX]] = _pod_text(pod)
-        return {
-            f"{namespace}/{job['metadata']['name']}_{index}": _state(job, index, pods)
-            for job in items
-            if job["kind"] == "Job"
-            for index in range(job["spec"]["completions"])
-        }
+        jobs = {job["metadata"]["name"]: job for job in items if job["kind"] == "Job"}
+        found = {}
+        for attempt in record.attempts.values():  # whatever number of indexes a Job may have
+            name, _, index = attempt.partition("/")[2].rpartition("_")
+            if (job := jobs.get(name)) and int(index) < job["spec"]["completions"]:
+                found[attempt] = _state(job, int(index), pods)
+        return found  # noqa: TRY300
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         what = f"invalid output of kubectl, expected a list of Jobs and pods: {error!r}"
         remedy = "run that command, and see what it prints"
@@ -126,9 +127,12 @@ def _state(job: dict[str, Any], index: int, pods: Mapping[tuple[str, str], str])
     """Of one index of a Job (kubernetes/api, batch/v1, JobStatus)."""
     status = job.get("status", {})
     pod = pods.get((job["metadata"]["name"], str(index)), "no pod")
+    failed = _lists(status.get("failedIndexes", ""), index)
     if _lists(status.get("completedIndexes", ""), index):
+        if failed:
+            raise ValueError(f"index {index} both completed and failed")
         return State(text="Kubernetes: it succeeded", ended=True, succeeded=True)
-    if _lists(status.get("failedIndexes", ""), index):
+    if failed:
         return State(text=f"Kubernetes: it failed; last pod: {pod}", ended=True, succeeded=False)
     true = {row["type"]: row for row in status.get("conditions", ()) if row["status"] == "True"}
     if row := true.get("Failed") or true.get("Complete"):

@@ -376,6 +376,19 @@ def test_the_cluster_says_what_ended_and_the_marker_how(
     assert sent.verdict()[0] == verdict, sent.verdict()
 
 
+def test_job_of_any_number_of_indexes_is_read(sent: Run) -> None:
+    sent.leave("pod-1", 0)
+    sent.api.has_job(completions=10**30, completedIndexes="0-999999999")
+    assert sent.verdict()[0] == "green"
+
+
+def test_index_that_completed_and_failed_has_no_verdict(sent: Run) -> None:
+    sent.leave("pod-1", 0)
+    sent.api.has_job(completedIndexes="0", failedIndexes="0-5")
+    with pytest.raises(SchedulerError, match="index 0 both completed and failed"):
+        sent.verdict()
+
+
 def test_damaged_marker_is_refused(sent: Run) -> None:
     sent.leave("pod-1")
     (sent.results / "pod-1.done").write_text("{")
