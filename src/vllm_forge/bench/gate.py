@@ -66,7 +66,7 @@ def gate(
         raise InvalidResultError(
             "the results have data for none of the gates",
             where=f"{reference.path}, {candidate.path}",
-            remedy=f"measure a workload with scores or drafts; gates: {', '.join(gates)}",
+            remedy=f"measure what they compare, or name another --gate than {', '.join(gates)}",
         )
     return _corrected(outcomes)
 

@@ -19,11 +19,12 @@ from vllm_forge.bench.signed import SUFFIX
 from vllm_forge.bench.summary import summarize
 from vllm_forge.bench.turns import JOURNAL, Journal
 from vllm_forge.bench.validity import differences, intended, require_valid
+from vllm_forge.errors import UsageError
 from vllm_forge.host import atomic_path, printable, read_data, read_plain, write_json
 from vllm_forge.host.files import file_digest
 from vllm_forge.matrix.model import Gate
 
-REPORT, CROSSCHECK = "report.json", "crosscheck.json"
+REPORT, PAGE, CROSSCHECK = "report.json", "report.md", "crosscheck.json"
 CHECKED = ("figure", "own", "other", "bound")
 
 
@@ -172,6 +173,15 @@ def _files(arms: Sequence[Arm]) -> Iterator[Path]:
         yield arm.path.with_name(arm.result.rows.file)
         if (signature := arm.path.with_suffix(SUFFIX)).exists():
             yield signature
+
+
+def require_replaceable(folder: Path) -> None:
+    """UsageError if ``folder`` has files of something else than a report, which would be lost."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = {name for name in names if not name.endswith(".svg")} - {REPORT, PAGE}
+    if others or (names and REPORT not in names):
+        what = f"--output has other files than those of a report: {sorted(others or names)[0]}"
+        raise UsageError(what, where=str(folder), remedy="give a new folder, or that of a report")
 
 
 def write_report(folder: Path, document: dict[str, Any], charts: Mapping[str, bytes]) -> None:

@@ -390,18 +390,19 @@ def gate(project: Project, args: argparse.Namespace) -> None:
 def report_results(project: Project, args: argparse.Namespace) -> None:
     """Write tables and charts of results, and of the arms of each session compared."""
     require_libraries("scipy", "matplotlib")
-    from vllm_forge.bench.report import report, write_report
+    from vllm_forge.bench.report import PAGE, report, require_replaceable, write_report
     from vllm_forge.bench.results import read_arm
     from vllm_forge.host import atomic_path
     from vllm_forge.pages.sessions import report_text
 
+    require_replaceable(args.output)
     document, charts = report([read_arm(path) for path in args.results], project.matrix.gate)
     with atomic_path(args.output) as folder:
         folder.mkdir()
         write_report(folder, document, charts)
         text = report_text({**document, "charts": list(charts)})
-        (folder / "report.md").write_text(f"# Results\n\n{text}\n", encoding="utf-8")
-    print(args.output / "report.md")
+        (folder / PAGE).write_text(f"# Results\n\n{text}\n", encoding="utf-8")
+    print(args.output / PAGE)
 
 
 def keep(project: Project, args: argparse.Namespace) -> None:

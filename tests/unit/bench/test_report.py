@@ -18,6 +18,7 @@ from vllm_forge.bench.signed import SUFFIX
 from vllm_forge.bench.summary import summarize
 from vllm_forge.bench.turns import JOURNAL
 from vllm_forge.cli import main
+from vllm_forge.errors import UsageError
 from vllm_forge.host import write_json
 from vllm_forge.host.files import file_digest
 from vllm_forge.matrix import Gate
@@ -82,6 +83,21 @@ def test_report_has_the_same_bytes_each_time(results: list[str], tmp_path: Path)
         assert len({(folder / name).read_bytes() for folder in folders}) == 1
     assert b"mtp1, c=1" in (folders[0] / "starts.svg").read_bytes()
     assert b"c=8" in (folders[0] / "pareto.svg").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "a.svg"])
+def test_report_replaces_nothing_but_a_report(
+    name: str, results: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder of a session's records is a likely mistake."""
+    folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    assert main(["bench", "report", *results, f"--output={folder}"]) == UsageError.exit_code
+    assert f"other files than those of a report: {name}" in capsys.readouterr().err
+    (folder / name).unlink()
+    for _ in range(2):
+        assert main(["bench", "report", *results, f"--output={folder}"]) == 0
 
 
 def test_invalid_result_is_not_reported(tmp_path: Path) -> None:
