@@ -164,7 +164,7 @@ class _Fetcher:
 
     def _finish(self, item: Download) -> None:
         """Hash a part; rename it to its target."""
-        before = item.part.stat()
+        before = inode(item.part.stat())
         if (digest := file_digest(item.part)) != item.sha256:
             item.part.unlink()
             raise errors.HashMismatchError(
@@ -174,10 +174,11 @@ class _Fetcher:
                 "make a new lock; otherwise the mirror may be compromised",
             )
         remove(item.target)  # of another kind
+        untouched = inode(item.part.stat()) == before
         item.part.rename(item.target)
-        after = item.target.stat()  # renaming changes its ctime, and nothing else
-        if (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):
-            self.hashed[item.target] = inode(after)
+        after = inode(item.target.stat())  # renaming changes its ctime, and nothing else
+        if untouched and after[:-1] == before[:-1]:
+            self.hashed[item.target] = after
         if item.shared:
             give(item.target, item.sha256, shared_folder())
 

@@ -20,6 +20,7 @@ from pypi_simple import PYPI_SIMPLE_ENDPOINT
 from tests.support.index_server import PATIENCE_S, IndexServer, Served, refusing_port
 from vllm_forge.errors import ForgeError
 from vllm_forge.host.errors import DiskSpaceError
+from vllm_forge.host.files import file_digest
 from vllm_forge.sources import Download, Index, LockedWheel, Wheelhouse, download_all, fetch, index
 from vllm_forge.sources.errors import (
     DistributionNotFoundError,
@@ -470,6 +471,29 @@ def test_tampered_wheel_in_the_cache_is_refused(server: IndexServer, house: Whee
         house.verify(wheel, hashed)
     assert str(path) in str(refused.value)
     assert house.missing([wheel]) == [wheel]
+
+
+def test_wheel_that_changed_after_its_hash_is_refused(
+    server: IndexServer, house: Wheelhouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it was renamed, which gives it another change time anyway."""
+    wheel = locked(NAME, server.add("big", NAME, Served(content=noise(SIZE))))
+
+    def change(path: Path) -> str:
+        digest = file_digest(path)
+        before = path.stat()
+        with path.open("r+b") as file:
+            file.write(b"changed")
+        while path.stat().st_ctime_ns == before.st_ctime_ns:  # the clock of files ticks in ms
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch, "file_digest", change)
+        hashed = house.fetch([wheel], Index(server.url))
+    with pytest.raises(HashMismatchError):
+        house.verify(wheel, hashed)
 
 
 def test_index_without_the_project(server: IndexServer, house: Wheelhouse) -> None:
