@@ -118,6 +118,7 @@ def stamp(file: int, mode: int, crc: int) -> None:
 
     The checks keep Python's bytecode from one image to the next, and Python takes a file of it when
     size and time of the source agree: so the time depends on the content. It also shows damage.
+    A writer has a buffer, and flushes it before: one without could write a part of a block.
     """
     os.fchmod(file, mode)
     os.utime(file, (crc, crc))
@@ -188,8 +189,9 @@ class TarWriter(ABC):
 
     def data(self, path: str, content: bytes, mode: int = 0o644) -> None:
         """Add a file from memory, stored."""
-        with (self._files / path).open("xb", buffering=0) as copy:
+        with (self._files / path).open("xb") as copy:
             copy.write(content)
+            copy.flush()
             stamp(copy.fileno(), mode, isal_zlib.crc32(content))
         self._file_header(path, len(content), mode)
         self._tar(content)
@@ -305,7 +307,7 @@ class ZstdLayerWriter(TarWriter):
         """Add a file of ``size`` bytes, piece by piece; zeros are holes in the copy."""
         self._file_header(path, size, mode)
         crc = 0
-        with (self._files / path).open("xb", buffering=0) as copy:
+        with (self._files / path).open("xb") as copy:
             for piece in pieces:
                 self._tar(piece)
                 crc = isal_zlib.crc32(piece, crc)
@@ -313,7 +315,7 @@ class ZstdLayerWriter(TarWriter):
                     copy.write(piece)
                 else:
                     copy.seek(len(piece), 1)
-            copy.truncate(size)
+            copy.truncate(size)  # flushes
             stamp(copy.fileno(), mode, crc)
         self._pad(size)
 

@@ -348,10 +348,11 @@ def _raw(entry: Entry) -> Iterator[bytes]:
 def _unpacked(entry: Entry, raw: Iterable[bytes], target: Path) -> Iterator[bytes]:
     """A member's plain bytes, checked, which are written to a new file."""
     assert entry.member is not None  # noqa: S101
-    with target.open("xb", buffering=0) as out:
+    with target.open("xb") as out:
         for block in _inflated(entry, raw):
             out.write(block)
             yield block
+        out.flush()
         stamp(out.fileno(), entry.mode, entry.member.CRC)
 
 

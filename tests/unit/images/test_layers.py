@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import stat
@@ -19,6 +20,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +36,7 @@ from vllm_forge.images.wheels import VENV, Entry, merge, site_packages, wheel_en
 from vllm_forge.sources.errors import HashMismatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 EPOCH = 1735689600
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -210,6 +212,29 @@ def test_layer_writer_alone(tmp_path: Path) -> None:
         file = tar.extractfile("d/big")
         assert file is not None
         assert file.read() == big == (tmp_path / "files" / "d" / "sym").read_bytes()
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A write that passes it is done in part, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_file_that_is_written_in_part_is_refused(tmp_path: Path) -> None:
+    big = Member(path="tiny/big.bin", content=bytes(1 << 20))
+    wheel = write_wheel(tmp_path / "tiny-1.0-py3-none-any.whl", "tiny", "1.0", (big,))
+    with largest_file(100_000), pytest.raises(OSError, match="too large"):
+        write_layer("key", entries_of(wheel), EPOCH)
+    assert stored("key") is None
+    (tmp_path / "files").mkdir()
+    with largest_file(100_000), LayerWriter(tmp_path, EPOCH) as writer:  # noqa: SIM117
+        with pytest.raises(OSError, match="too large"):
+            writer.data("big", bytes(1 << 20))
 
 
 def test_empty_layer() -> None:
