@@ -55,6 +55,7 @@ TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 # What listens on an address, as engines list it; localhost may be either address.
 IPV4, IPV6 = {"127.0.0.1", "0.0.0.0"}, {"[::1]", "[::]", "::"}  # noqa: S104
 LOOPBACK = {"127.0.0.1": [IPV4], "::1": [IPV6], "localhost": [IPV4, IPV6]}
+SERVES = {"--port", flags.NAME}  # arguments that `serve` adds to a preset's
 NONE = hashlib.sha256(b"").hexdigest()  # of a file that a checkpoint does not have
 
 
@@ -278,7 +279,7 @@ def answers(
 ) -> bool:
     """Whether a container of the image answers at ``url``; False if no engine here has it.
 
-    ArmUnknownError: the container that has the port is of another image, or lacks ``arguments``.
+    ArmUnknownError: the container that has the port is of another image, or has other arguments.
     The classic store of docker knows an image by its configuration's digest, which the build's
     ``layout`` has.
     """
@@ -300,10 +301,14 @@ def answers(
             reply = probe.ask(f"{engine}-inspect", [engine, "inspect", name])
             digests, words = _container_facts(reply, name)
             problem, lacks = "", [word for word in arguments if word not in words]
+            more = [word for word in words if word.startswith("-") and word not in arguments]
+            more = [name for word in more if (name := word.partition("=")[0]) not in SERVES]
             if not digests & {hex_digest(image), _configuration(layout, image)} - {""}:
                 problem = f"the server's image is {' or '.join(sorted(digests))}, not {image}"
             elif lacks:
                 problem = f"the server was not started as the preset says: it lacks {lacks[0]}"
+            elif more:  # it may replace one of the preset's; values may be secret
+                problem = f"the server was not started as the preset says: it also has {more[0]}"
             if problem:
                 remedy = "serve this preset with the image that was built here"
                 raise ArmUnknownError(problem, where=f"{url}, container {name}", remedy=remedy)

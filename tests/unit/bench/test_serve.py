@@ -229,10 +229,13 @@ def preset_arguments() -> list[str]:
         ({"Image": "sha256:" + "9" * 64}, "the server's image is " + "9" * 64),
         ({"Image": "3" * 64, "Config": {"Cmd": ["model"]}}, "not started as the preset says"),
         ({"Image": "3" * 64, "Config": {"Cmd": None}}, "not started as the preset says"),
+        ({"Image": "3" * 64, "more": ["--max-num-seqs=1"]}, "it also has --max-num-seqs\n"),
+        ({"Image": "3" * 64, "more": ["-tp", "1"]}, "it also has -tp\n"),
         ({}, "unexpected answer"),
         ({"Image": 1}, "unexpected answer"),
     ],
-    ids=["podman", "docker", "another", "arguments", "no command", "none", "malformed"],
+    ids=["podman", "docker", "another", "arguments", "no command", "replaced", "short", "none",
+         "malformed"],
 )  # fmt: skip
 def test_image_is_that_of_the_container_that_answers(
     container: dict[str, Any], message: str, command: list[str], monkeypatch: pytest.MonkeyPatch,
@@ -241,7 +244,8 @@ def test_image_is_that_of_the_container_that_answers(
     (output,) = (Path(word.partition("=")[2]) for word in command if word.startswith("--output="))
     with BenchServer() as server:
         port = int(server.url.rpartition(":")[2])
-        served = {"Config": {"Cmd": ["model", *preset_arguments()]}, **container}
+        words = ["/model", "--port=8000", "--served-model-name=m", *preset_arguments()]
+        served = {"Config": {"Cmd": [*words, *container.pop("more", ())]}, **container}
         monkeypatch.setattr(host, "HostProbe", lambda: EngineProbe(port, served))
         code = main([*command, f"--url={server.url}", f"--warm={WARM}"])
     if message:
