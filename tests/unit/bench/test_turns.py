@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -41,7 +42,6 @@ from vllm_forge.project import Project
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 GPU = "0, NVIDIA H200, 9.0, 580.1, 143771, Disabled, Completed, Success\n"
 ROW: dict[str, Any] = {"command": ["x"], "model": "m"}
@@ -252,6 +252,7 @@ def test_answers_of_another_server_are_refused(
     assert not list((folder.parent / "output").glob("*-c*.json"))
 
 
+@pytest.mark.skipif(not Path("/proc/net/tcp6").exists(), reason="needs a kernel with IPv6")
 def test_another_server_in_ipv4_is_found(planned: Callable[..., Path], free_port: int) -> None:
     """It takes the requests of one that listens in both, as vLLM's do with --host ::."""
     plan = read_plan(planned())
