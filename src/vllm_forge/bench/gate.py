@@ -30,12 +30,14 @@ class Outcome:
 
     gate: str
     margin: float
+    unit: str
     word: Word
     reason: str
     test: Margin | None = None
 
     def as_json(self) -> dict[str, Any]:
-        row = {"gate": self.gate, "margin": self.margin, "verdict": self.word, "why": self.reason}
+        row = {"gate": self.gate, "margin": self.margin, "unit": self.unit,
+               "verdict": self.word, "why": self.reason}  # fmt: skip
         if self.test is None:
             return {**row, "difference": None, "interval": None}
         value, *interval = self.test.difference
@@ -93,7 +95,7 @@ def _has_data(row: Gate, arm: Arm) -> bool:
 
 
 def _judge(name: str, row: Gate, reference: Arm, candidate: Arm, repeat: Arm | None) -> Outcome:
-    outcome = Outcome(gate=name, margin=row.margin, word=Word.UNDECIDED, reason="")
+    outcome = Outcome(gate=name, margin=row.margin, unit=row.unit, word=Word.UNDECIDED, reason="")
     for arm in (reference, candidate):
         if not _has_data(row, arm):
             return replace(outcome, reason=f"arm {arm.result.arm} has no data for it")
@@ -144,7 +146,7 @@ def _each_position(outcome: Outcome, ours: list["Sums"], theirs: list["Sums"]) -
     worst = max(tests, key=lambda test: test.passes)
     fails = min(1.0, len(tests) * min(test.fails for test in tests))
     values = ", ".join(f"{100 * test.difference.value:+.2f}" for test in tests)
-    unit = f"prompts; by position {values} %"
+    unit = f"prompts; by position {values} pp"
     return _decided(outcome, worst._replace(fails=fails), unit)
 
 
@@ -245,7 +247,7 @@ def _decided(outcome: Outcome, test: Margin, unit: str) -> Outcome:
     elif test.fails < ALPHA:
         word = Word.FAIL
     value, low, high = (100 * end for end in test.difference)
-    reason = f"{value:+.2f} % [{low:+.2f}, {high:+.2f}], {test.units} {unit}"
+    reason = f"{value:+.2f} {outcome.unit} [{low:+.2f}, {high:+.2f}], {test.units} {unit}"
     return replace(outcome, word=word, test=test, reason=reason)
 
 

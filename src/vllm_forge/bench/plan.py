@@ -90,7 +90,7 @@ def gate_plan(
     name: str, gate: Gate, suites: dict[str, Suite], timing: Timing, noises: Sequence[float]
 ) -> Iterator[list[str]]:
     """Rows: gate, margin, of what, needed, minutes, what can be decided."""
-    margin = f"{100 * gate.margin:g} " + ("%" if gate.measure == "throughput" else "pp")
+    margin = f"{100 * gate.margin:g} {gate.unit}"
     if gate.measure == "throughput":
         for noise in noises:
             pairs = pairs_needed(noise, -gate.margin)

@@ -382,7 +382,9 @@ def gate(project: Project, args: argparse.Namespace) -> None:
             console.print(f"{name}: image {arm.result.server.seen}", markup=False)
         for text in differs:
             console.print(f"the arms differ in {text}", markup=False)
-        rows = [[row.gate, f"{100 * row.margin:g} %", row.word, row.reason] for row in outcomes]
+        rows = [
+            [row.gate, f"{100 * row.margin:g} {row.unit}", row.word, row.reason] for row in outcomes
+        ]
         PlainConsole().print(terminal_table(["gate", "margin", "verdict", "why"], rows))
     require_pass(outcomes)
 

@@ -288,6 +288,11 @@ class Gate(FrozenModel):
             raise ValueError("per: gpu is for measure throughput")
         return self
 
+    @property
+    def unit(self) -> str:
+        """Of the margin and of differences: percent of a rate, or percentage points of a share."""
+        return "%" if self.measure == "throughput" else "pp"
+
 
 Stage = Literal["dev", "candidate", "release"]
 

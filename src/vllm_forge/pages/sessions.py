@@ -73,10 +73,11 @@ def _comparisons(document: Mapping[str, Any]) -> Iterator[str]:
             excluded, value = "nothing", ""
             if gate["interval"]:
                 value, low, high = (
-                    f"{100 * x:+.2f} %" for x in (gate["difference"], *gate["interval"])
+                    f"{100 * x:+.2f} {gate['unit']}"
+                    for x in (gate["difference"], *gate["interval"])
                 )
                 excluded = f"below {low}, above {high}"
-            name = f"{gate['gate']}, {100 * gate['margin']:g} %"
+            name = f"{gate['gate']}, {100 * gate['margin']:g} {gate['unit']}"
             cells.append([pair, name, gate["verdict"], value, excluded, escape(gate["why"])])
     if cells:
         yield table(["arms", "gate", "verdict", "difference", "excluded at 95 %", "why"], cells)

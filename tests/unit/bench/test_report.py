@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -149,6 +150,7 @@ def test_kept_session_has_a_page_of_its_verdicts(output: Path, tmp_path: Path) -
     assert final.name == "s1-2026-11-30"
     page = sessions(Project(tmp_path))
     assert "| mtp against plain, c=8 | throughput, 2 % | pass | +1" in page
+    assert re.search(r"acceptance, 1 pp \| pass \| -0\.12 pp \| below -1\.08 pp", page)
     assert "below +" in page  # the interval is above no difference
     assert "| 0 | plain | failed | the caches were cold \\| \\<b\\> |" in page
     assert "| mean\\_ttft\\_ms | 1 | 2 | 0.5 | no |" in page  # whatever the file says
