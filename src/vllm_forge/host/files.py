@@ -172,6 +172,7 @@ def read_data(
         problem = f"invalid {what}: " + "\n".join(problems(cause, model))
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as cause:
         detail = str(cause) if isinstance(cause, ValueError) else repr(cause)
+        detail = f"missing key {cause}" if isinstance(cause, KeyError) else detail
         problem = f"invalid {what}: {detail}"
     raise error(problem, where=path, remedy=remedy)
 
