@@ -173,7 +173,7 @@ REFUSED: dict[str, tuple[Callable[[Data], None], list[str]]] = {
     "text-for-bool": (put("sku", "b300", "development", "yes"), ["sku.b300.development", "bool"]),
     "number-for-text": (put("sku", "b300", "device", 3), ["sku.b300.device", "string"]),
     "number-in-env": (put("sku", "b300", "env", {"A": 1}), ["sku.b300.env.A", "string"]),
-    "text-for-list": (put(*LINE, "skus", "b300"), ["line.0.26.skus", "tuple"]),
+    "text-for-list": (put(*LINE, "skus", "b300"), ["line.0.26.skus", "a list"]),
     "text-for-table": (put("base", "trixie"), ["base"]),
     "arch-form": (put("sku", "b300", "arch", "103"), ["sku.b300.arch", "pattern"]),
     "capability-form": (put("sku", "b300", "compute_capability", "10"), ["compute_capability"]),
