@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -282,24 +282,43 @@ def exclusive(name: str, *, wait: bool) -> Iterator[None]:
     """
     folder = cache_root() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.lock"
-    remove_foreign(path)
-    with path.open("a+", errors="replace") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            if not wait:
-                what = f"{name} is being worked on by process {holder}"
-                raise BusyError(what, where=path, remedy="wait until it ends, or end it") from None
-            console.print(f"  waiting for process {holder}, which works on {name}", style="dim")
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with _locked(folder / f"{name}.lock", name, wait=wait) as file:
         file.seek(0)
         file.truncate()
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _locked(path: Path, name: str, *, wait: bool) -> IO[str]:
+    """A lock's file, locked, and still the one that others find at its path."""
+    while True:
+        if os.path.lexists(path):  # of one that another process makes now, nothing is deleted
+            remove_foreign(path)
+        file = path.open("a+", errors="replace")
+        try:
+            _lock(file, name, wait=wait)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.lstat()):
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # it was replaced before it was locked
+
+
+def _lock(file: IO[str], name: str, *, wait: bool) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        if not wait:
+            what = f"{name} is being worked on by process {holder}"
+            remedy = "wait until it ends, or end it"
+            raise BusyError(what, where=file.name, remedy=remedy) from None
+        console.print(f"  waiting for process {holder}, which works on {name}", style="dim")
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def free_bytes(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from vllm_forge.host import (
     atomic_path,
     cache_root,
     exclusive,
+    files,
     report,
     require_disk,
     which,
@@ -239,6 +241,33 @@ def test_lock_is_free_after_an_exception() -> None:
         raise ValueError("stop")
     with exclusive("thing", wait=False):
         pass
+
+
+def test_lock_that_another_process_makes_is_not_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may make and take the lock between a look at its path and a deletion."""
+    monkeypatch.setattr(files, "remove", lambda path: pytest.fail(f"deleted {path}"))
+    with exclusive("thing", wait=False):
+        pass
+
+
+def test_lock_that_was_replaced_is_taken_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its opening and its locking; a third process finds the new file."""
+    path, lock, calls = cache / "locks" / "thing.lock", files._lock, []
+
+    def replaced(*args: Any, **options: Any) -> None:
+        lock(*args, **options)
+        calls.append(args)
+        if len(calls) == 1:
+            path.unlink()
+            path.touch()
+
+    monkeypatch.setattr(files, "_lock", replaced)
+    taken = pytest.raises(BlockingIOError)
+    with exclusive("thing", wait=False), path.open() as third, taken:
+        fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert len(calls) == 2
 
 
 ASK = """
