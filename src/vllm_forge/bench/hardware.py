@@ -74,10 +74,16 @@ def _number(text: str) -> float | None:
 
 
 def slowdowns(before: tuple[GpuState, ...], after: tuple[GpuState, ...]) -> list[str]:
-    """GPUs that were slowed down by heat or by a lack of power at either moment, or between."""
+    """GPUs that were slowed down by heat or by a lack of power at either moment, or between.
+
+    Also those that answered at one moment only: whether they were slowed down is unknown.
+    """
     texts, known = [], {gpu.index: gpu for gpu in before}
+    if odd := sorted(known.keys() ^ {gpu.index for gpu in after}):
+        texts.append(f"GPU {odd[0]} answered only before the window, or only after it")
     for gpu in after:
-        old = known.get(gpu.index, gpu)
+        if (old := known.get(gpu.index)) is None:
+            continue
         mask = (gpu.reasons or 0) | (old.reasons or 0)
         names = [name for bit, name in REASONS.items() if mask & bit]
         if None not in (gpu.slowed_us, old.slowed_us) and gpu.slowed_us != old.slowed_us:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.gpu.edges import rows
 from tests.gpu.edges.load import batches, errors
-from tests.gpu.harness import device, plugin
 from tests.gpu.rehearsal.expected import ROWS as TOKENS
 from tests.support.fake_torch import UNLIMITED
+from tests.support.gpu_tier import Rows, run_tier
 from tests.support.layouts import layout_config
 from vllm_forge.checkpoints.fixtures import full
 from vllm_forge.errors import UsageError
@@ -38,7 +33,6 @@ from vllm_forge.serve.rules import (
 
 SUPPORT = Path(__file__).parents[2] / "support"
 SKU, LINE, CARD_SKU = "h200", "0.26", "rtxpro6000"
-Rows = dict[str, dict[str, Any]]
 PLUGIN = """
 import tests.gpu.conftest as suite
 from tests.gpu.edges.rows import SOAK
@@ -174,33 +168,9 @@ def run(code: Path, output: Path, *faults: str, only: str = "") -> Rows:
     text = PLUGIN.format(device=row.device, capability=capability, wait=1 if faults else 60)
     (code / "fake/fake_gpu.py").write_text(text)
     (code / "fake/used").write_text("91000\n")
-    results = output / "results.json"
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "pytest", "-q", "-p", "tests.gpu.harness.plugin",
-            "-p", "fake_gpu", "-p", "no:cacheprovider", "--tier=edges", f"--rootdir={code}",
-            "-k", only, "tests/gpu/edges",
-        ],
-        cwd=code,
-        env={
-            **os.environ,
-            **({UNLIMITED: "1"} if faults else {}),
-            "PATH": f"{code / 'fake'}:{os.environ['PATH']}",
-            "PYTHONPATH": os.pathsep.join(map(str, (code, code / "src", code / "fake"))),
-            device.NAMED: "0,1",
-            device.RANKS: "2",
-            plugin.RESULTS: str(results),
-            "VLLM_FORGE_GPU_FOLDER": str(output),
-            "VLLM_FORGE_GPU_MATRIX": json.dumps({"preset": MATRIX_ROWS["preset"](matrix, SKU)}),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )  # fmt: skip
-    assert results.is_file(), done.stdout + done.stderr
-    assert not (output / "edges").exists()
-    tests = json.loads(results.read_text())["tests"]
-    return {name.rpartition("::")[2]: row for name, row in tests.items()}
+    preset = MATRIX_ROWS["preset"](matrix, SKU)
+    env = {UNLIMITED: "1"} if faults else {}
+    return run_tier("edges", code, output, preset, only=only, env=env)
 
 
 def test_sound_server_is_green_and_measured(code: Path, tmp_path: Path) -> None:

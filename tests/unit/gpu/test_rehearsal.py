@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.gpu.harness import device, plugin
 from tests.gpu.harness.limits import NotStartedError
 from tests.gpu.rehearsal import checkpoint, measured
 from tests.gpu.rehearsal.expected import ROWS, Expected
+from tests.support.gpu_tier import Rows, run_tier
 from tests.support.layouts import layout_config
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import RehearsalError
@@ -34,7 +31,6 @@ SUPPORT = Path(__file__).parents[2] / "support"
 SKU = "h200"
 PRESETS = MATRIX_ROWS["preset"](load(SUPPORT.parents[1]), SKU)
 ARTIFACT = PRESETS[0]["artifacts"][0]
-Rows = dict[str, dict[str, Any]]
 PLUGIN = """
 import tests.gpu.conftest as suite
 from tests.gpu.rehearsal import measured
@@ -147,32 +143,7 @@ def run(code: Path, output: Path, *faults: str) -> Rows:
     shutil.rmtree(code / "checkpoints", ignore_errors=True)
     (code / "checkpoints").mkdir()
     write_recipe(code / "checkpoints" / ARTIFACT, *faults)
-    results = output / "results.json"
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "pytest", "-q", "-p", "tests.gpu.harness.plugin",
-            "-p", "fake_gpu", "-p", "no:cacheprovider", "--tier=rehearsal", f"--rootdir={code}",
-            "tests/gpu/rehearsal",
-        ],
-        cwd=code,
-        env={
-            **os.environ,
-            "PATH": f"{code / 'fake'}:{os.environ['PATH']}",
-            "PYTHONPATH": os.pathsep.join(map(str, (code, code / "src", code / "fake"))),
-            device.NAMED: "0,1",
-            device.RANKS: "2",
-            plugin.RESULTS: str(results),
-            "VLLM_FORGE_GPU_FOLDER": str(output),
-            "VLLM_FORGE_GPU_MATRIX": json.dumps({"preset": PRESETS}),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )  # fmt: skip
-    assert results.is_file(), done.stdout + done.stderr
-    assert not (output / "rehearsal").exists()
-    tests = json.loads(results.read_text())["tests"]
-    return {name.rpartition("::")[2]: row for name, row in tests.items()}
+    return run_tier("rehearsal", code, output, PRESETS)
 
 
 def test_sound_server_is_green_and_measured(code: Path, tmp_path: Path) -> None:
