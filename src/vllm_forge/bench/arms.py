@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
 
-from vllm_forge.bench.claims import read_claims
+from vllm_forge.bench.claims import CLAIMS, read_claims
 from vllm_forge.bench.errors import ArmUnknownError, SessionFileError
 from vllm_forge.bench.measure import read_workload
 from vllm_forge.bench.results import Arm, Conditions, Server
@@ -93,7 +93,7 @@ def published(project: Project, arms: Sequence[Arm]) -> Iterator[tuple[str, floa
 
     Of a preset's very command, the workload and the concurrency.
     """
-    claims, matrix = read_claims(project.root), project.matrix
+    claims, matrix = read_claims(project.root / CLAIMS), project.matrix
     for row in claims.published:
         served = claims.serve[row.arm]
         sku = matrix.preset[served.preset].sku

@@ -1,23 +1,25 @@
 """Published figures as rows of records/bench/claims.toml, and the raw results they rest on."""
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
+from vllm_forge.bench.arithmetic import RULES, span
 from vllm_forge.bench.errors import ClaimsFileError
+from vllm_forge.errors import first_problem, suggestion
 from vllm_forge.host import parse_json, read_data, read_plain
 from vllm_forge.matrix import FrozenModel
 from vllm_forge.matrix.model import Name, RelativePath, Text
 
 CLAIMS = Path("records/bench/claims.toml")
 LARGEST_RAW = 1 << 20
-RESTORE = f"restore it: git checkout -- {CLAIMS.parent}"
+REMEDY = "correct it: docs/operate/bench-claims.md has the keys; git has the project's own rows"
 
 
 def _printed(text: str) -> str:
@@ -36,22 +38,48 @@ Printed = Annotated[str, AfterValidator(_printed)]  # its last digit is its prec
 Quantity = Annotated[str, AfterValidator(_quantity)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Share(FrozenModel):
-    """A share of an arm: ``right`` of ``of``, or ``value`` as printed."""
+    """A share of an arm: ``right`` of ``of`` items, or ``value`` as printed, 0 to 1."""
 
     arm: Name
-    of: int = Field(gt=0, strict=True)
+    of: int = Field(gt=0, le=10**7, strict=True)
+    answers: int = Field(
+        default=1, gt=0, le=10**4, strict=True, description="of an item, that are averaged"
+    )
     right: Count | None = None
     value: Printed | None = None
 
-    def count(self) -> int | None:
-        """The count; that which rounds or was cut to ``value``; None if no count does."""
+    @property
+    def all(self) -> int:
+        """How many answers."""
+        return self.of * self.answers
+
+    def counts(self) -> range:
+        """The count; those that round, or were cut, to ``value``; empty if no count does."""
         if self.right is not None:
-            return self.right
-        nearest = round(float(self.value or "nan") * self.of)
-        return nearest if agrees(nearest / self.of, self.value or "") else None
+            return range(self.right, self.right + 1)
+        low, high = (end * self.all for end in span(self.value or ""))
+        return range(max(0, math.ceil(low)), min(self.all, math.floor(high)) + 1)
+
+    def count(self) -> int | None:
+        """The count that is nearest to what was printed."""
+        if not (counts := self.counts()):
+            return None
+        nearest = self.right if self.value is None else round(float(self.value) * self.all)
+        return min(max(nearest or 0, counts[0]), counts[-1])
+
+    @model_validator(mode="after")
+    def _is_a_share(self) -> Self:
+        if (self.right is None) == (self.value is None):
+            raise ValueError("expected right or value")
+        if self.right is not None and self.right > self.all:
+            raise ValueError(f"{self.right} of {self.all} cannot be right")
+        if self.value is not None and not 0 <= float(self.value) <= 1:
+            raise ValueError(f"{self.value} is not a share: write 91.8 % as 0.918")
+        return self
 
 
 class _Claim(FrozenModel):
@@ -95,15 +123,28 @@ class Comparison(_Claim):
 
 
 class Derived(_Claim):
-    """A number that follows from others; ``starts`` of each server, where it compares servers."""
+    """A number that follows from others; ``starts`` of each server, where it compares servers.
+
+    Numbers with a decimal point were rounded or cut. Whole ones are counts, unless they are
+    ``rounded``, too, or of starts.
+    """
 
     kind: Literal["derived"]
     value: Printed
     rule: Name
-    of: tuple[Quantity, ...]
+    of: tuple[Quantity, ...] = Field(min_length=1)
     unit: float | None = Field(default=None, gt=0, description="default: of the last digit")
+    rounded: bool = False
     starts: Count | None = None
     arms: tuple[Name, ...] = ()
+
+    @model_validator(mode="after")
+    def _rule_is_known(self) -> Self:
+        if (rule := RULES.get(self.rule)) is None:
+            raise ValueError(f"unknown rule {self.rule!r}{suggestion(self.rule, RULES)}")
+        if rule.takes not in {None, len(self.of)}:
+            raise ValueError(f"rule {self.rule} takes {rule.takes} numbers, not {len(self.of)}")
+        return self
 
 
 class Range(_Claim):
@@ -122,6 +163,12 @@ class Series(_Claim):
     first: tuple[Printed, ...] = Field(min_length=2)
     second: tuple[Printed, ...] = Field(min_length=2)
     confounded: Text = Field(description="what else differs")
+
+    @model_validator(mode="after")
+    def _is_paired(self) -> Self:
+        if len(self.first) != len(self.second):
+            raise ValueError(f"{len(self.first)} values against {len(self.second)}")
+        return self
 
 
 class Order(_Claim):
@@ -146,20 +193,26 @@ class ColdStart(_Claim):
     kind: Literal["cold-start"]
     value: Printed
     tokens: int = Field(gt=0)
-    seconds: float = Field(gt=0)
+    seconds: Positive
     requests: int = Field(gt=0)
-    mean_ttft: float = Field(gt=0)
-    median_ttft: float = Field(gt=0)
+    mean_ttft: Positive
+    median_ttft: Positive
+
+    @model_validator(mode="after")
+    def _has_time(self) -> Self:
+        if self.requests * (self.mean_ttft - self.median_ttft) >= self.seconds:
+            raise ValueError("the first tokens took longer than the run")
+        return self
 
 
 class Batch(FrozenModel):
     """A batch of requests in ``slots``: mean tokens, wall time, median rate of a request."""
 
-    tokens: float
-    requests: int
-    seconds: float
-    rate: float
-    slots: int
+    tokens: Positive
+    requests: int = Field(gt=0)
+    seconds: Positive
+    rate: Positive
+    slots: int = Field(gt=0)
 
     @property
     def throughput(self) -> float:
@@ -228,17 +281,19 @@ Claim = Annotated[
     Field(discriminator="kind"),
 ]
 
+ROW: TypeAdapter[Claim] = TypeAdapter(Claim)
+
 
 class ClaimsFile(FrozenModel):
     """claims.toml."""
 
     card: Text
     revision: Text
-    license: Text = Field(description="of the raw results")
-    arm: dict[Name, dict[str, Text]]
+    license: Text = Field(default="unknown", description="of the raw results")
+    arm: dict[Name, dict[str, Text]] = Field(default_factory=dict)
     serve: dict[Name, Served] = Field(default_factory=dict)
     published: tuple[Published, ...] = ()
-    raw: dict[Name, Raw]
+    raw: dict[Name, Raw] = Field(default_factory=dict)
     claim: tuple[Claim, ...]
 
 
@@ -266,18 +321,13 @@ class RawRun:
         return sum(answer.tokens for answer in self.answers.values()) / self.seconds
 
 
-def agrees(computed: float, printed: str, unit: float | None = None) -> bool:
-    """Whether a number, rounded or cut at its last digit, is printed so."""
-    digits = len(printed.partition(".")[2])
-    return abs(computed - float(printed)) < (unit or 10.0**-digits) * (1 - 1e-9)
-
-
-def number(quantity: str) -> float:
-    return float(Fraction(quantity))
-
-
 def parse_claims(data: Any) -> ClaimsFile:
     """Rows, with unique ids and known arms and raw results; ValueError."""
+    for place, row in enumerate(data.get("claim", ())):
+        try:
+            ROW.validate_python(row)
+        except ValidationError as error:  # a row is found by its id, not by its place
+            raise ValueError(f"claim {row.get('id', place)}: {first_problem(error)}") from None
     claims = ClaimsFile.model_validate(data)
     ids = [row.id for row in claims.claim]
     if repeated := sorted({name for name in ids if ids.count(name) > 1}):
@@ -294,25 +344,22 @@ def parse_claims(data: Any) -> ClaimsFile:
     return claims
 
 
-def read_claims(root: Path) -> ClaimsFile:
-    """The rows of a checkout, else ClaimsFileError."""
-    return read_data(
-        root / CLAIMS, parse_claims, ClaimsFileError, what="list of claims", remedy=RESTORE
-    )
+def read_claims(path: Path) -> ClaimsFile:
+    """The rows of a file, else ClaimsFileError."""
+    return read_data(path, parse_claims, ClaimsFileError, what="list of claims", remedy=REMEDY)
 
 
-def read_run(root: Path, raw: Raw) -> RawRun:
+def read_run(folder: Path, raw: Raw) -> RawRun:
     """Raw results, after a comparison of their hash, else ClaimsFileError."""
-    path = root / CLAIMS.parent / raw.file
+    path, what = folder / raw.file, "invalid raw results"
     try:
         content = read_plain(path, LARGEST_RAW)
         run = _parse_run(parse_json(content))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        what = f"invalid raw results: {error!r}"
-        raise ClaimsFileError(what, where=str(path), remedy=RESTORE) from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ClaimsFileError(f"{what}: {error!r}", where=str(path), remedy=REMEDY) from None
     if hashlib.sha256(content).hexdigest() != raw.sha256:
-        what = f"invalid raw results: SHA-256 does not match {CLAIMS}"
-        raise ClaimsFileError(what, where=str(path), remedy=RESTORE)
+        what += ": SHA-256 does not match the list of claims"
+        raise ClaimsFileError(what, where=str(path), remedy=REMEDY)
     return run
 
 
@@ -327,4 +374,7 @@ def _parse_run(data: Any) -> RawRun:
         )
         for row in rows
     }
-    return RawRun(int(data["meta"]["max_tokens"]), float(data["totals"]["wallclock_s"]), answers)
+    seconds = float(data["totals"]["wallclock_s"])
+    if not answers or len(answers) < len(rows) or not 0 < seconds < math.inf:
+        raise ValueError("expected answers, each of its own id, and seconds")
+    return RawRun(int(data["meta"]["max_tokens"]), seconds, answers)

@@ -8,6 +8,7 @@ Sources: McNemar, Psychometrika 12 (1947); Tango, Stat. Med. 17 (1998) 891; Newc
 (1998) 873; Agresti and Min, Stat. Med. 24 (2005) 729; Holm, Scand. J. Stat. 6 (1979) 65.
 """
 
+import bisect
 import itertools
 import math
 from collections.abc import Sequence
@@ -63,9 +64,12 @@ def mcnemar_bounds(first: int, second: int, of: int) -> Bounds:
     """
     gap = abs(first - second)
     most = min(first, second, of - max(first, second))
-    values = [mcnemar(gap + flips, flips) for flips in range(most + 1)]
-    below = [flips for flips, p in enumerate(values) if p < ALPHA]
-    return Bounds(values[0], values[-1], max(below, default=None))
+
+    def p(flips: int) -> float:
+        return mcnemar(gap + flips, flips)
+
+    below = bisect.bisect_left(range(most + 1), ALPHA, key=p)
+    return Bounds(p(0), p(most), below - 1 if below else None)
 
 
 def share(right: int, of: int) -> Interval:

@@ -1,6 +1,5 @@
 """What can be said of each claim: by totals alone, by raw results, by arithmetic."""
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,9 +10,11 @@ from typing import Any
 from scipy import stats
 
 from vllm_forge.bench import statistics
+from vllm_forge.bench.arithmetic import RULES, Span, follows, number, operand, span
 from vllm_forge.bench.claims import (
-    CLAIMS,
+    REMEDY,
     Bare,
+    Claim,
     ClaimsFile,
     ColdStart,
     Comparison,
@@ -27,12 +28,12 @@ from vllm_forge.bench.claims import (
     Share,
     Single,
     Speedup,
-    agrees,
-    number,
     read_claims,
     read_run,
 )
+from vllm_forge.bench.errors import ClaimsFileError
 from vllm_forge.bench.statistics import ALPHA, Interval
+from vllm_forge.host.files import file_digest
 
 COLD = 0.05  # a warm-up that moves a throughput by this share is named
 BUSY = 1.1  # ratio of busy shares from which wall times are not those of decoding
@@ -66,25 +67,13 @@ class Verdict:
     group: str = ""
 
 
-RULES: Mapping[str, tuple[str, Callable[..., float]]] = {
-    "value": ("the number", lambda a: a),
-    "ratio": ("ratio", lambda a, b: a / b),
-    "points": ("difference in points", lambda a, b: 100 * (a - b)),
-    "per-minute": ("number a minute", lambda count, seconds: 60 * count / seconds),
-    "percent": ("percent", lambda part, of: 100 * part / of),
-    "less-by": ("first less than second, %", lambda a, b: 100 * (1 - a / b)),
-    "more-by": ("second more than first, %", lambda a, b: 100 * (b / a - 1)),
-}
-
-
-def judge(root: Path) -> dict[str, Any]:
-    """Verdicts on all claims of a checkout, as JSON; ClaimsFileError."""
-    claims = read_claims(root)
-    runs = {name: read_run(root, raw) for name, raw in claims.raw.items()}
-    content = (root / CLAIMS).read_bytes()
+def judge(path: Path) -> dict[str, Any]:
+    """Verdicts on all claims of a file, as JSON; raw results are beside it. ClaimsFileError."""
+    claims = read_claims(path)
+    runs = {name: read_run(path.parent, raw) for name, raw in claims.raw.items()}
     return {
         "schema": "claims/1",
-        "claims_sha256": hashlib.sha256(content).hexdigest(),
+        "claims_sha256": file_digest(path),
         "card": claims.card,
         "revision": claims.revision,
         "verdicts": [_as_row(verdict) for verdict in verdicts(claims, runs)],
@@ -92,19 +81,17 @@ def judge(root: Path) -> dict[str, Any]:
 
 
 def verdicts(claims: ClaimsFile, runs: Mapping[str, RawRun]) -> list[Verdict]:
-    """One verdict for each claim, in its order."""
+    """One verdict for each claim, in its order; ClaimsFileError."""
     families: defaultdict[str, list[int]] = defaultdict(list)
     rows = []
     for place, row in enumerate(claims.claim):
-        match row:
-            case Comparison():
-                verdict = _comparison(row, claims.arm)
-                if verdict.p is not None:
-                    families["equal" if row.claims == "equal" else "different"].append(place)
-            case Speedup():
-                verdict = _speedup(row, runs[row.base], runs[row.run])
-            case _:
-                verdict = _JUDGES[type(row)](row)
+        try:
+            verdict = _judge(row, claims, runs)
+        except (ArithmeticError, ValueError) as error:
+            what = f"invalid claim {row.id}: {error}"
+            raise ClaimsFileError(what, remedy=REMEDY) from None
+        if isinstance(row, Comparison) and verdict.p is not None:
+            families["equal" if row.claims == "equal" else "different"].append(place)
         named = replace(verdict, id=row.id, says=row.says, at=row.at, group=row.group)
         rows.append(named)
     for places in families.values():
@@ -114,19 +101,34 @@ def verdicts(claims: ClaimsFile, runs: Mapping[str, RawRun]) -> list[Verdict]:
     return rows
 
 
+def _judge(row: Claim, claims: ClaimsFile, runs: Mapping[str, RawRun]) -> Verdict:
+    match row:
+        case Comparison():
+            return _comparison(row, claims.arm)
+        case Speedup():
+            return _speedup(row, runs[row.base], runs[row.run])
+        case _:
+            return _JUDGES[type(row)](row)
+
+
 def _comparison(row: Comparison, arms: Mapping[str, Mapping[str, str]]) -> Verdict:
     """Undecided unless the difference is there whatever the pairing, and after the correction."""
     if row.second is None:
         detail = "the reference was not measured"
         return Verdict(word=Word.UNDECIDED, method="none", n="0", detail=detail)
     shares = (row.first, row.second)
-    counts = [share.count() for share in shares]
-    for share, count in zip(shares, counts, strict=True):
-        if count is None:
+    for share in shares:
+        if not share.counts():
             return _impossible(share)
-    pairs = [(count or 0, share.of) for count, share in zip(counts, shares, strict=True)]
-    interval = statistics.share_difference(*pairs)
-    p, method, detail, pairing = _difference(row, pairs)
+    n = " v ".join(map(_printed_counts, shares))
+    if max(share.answers for share in shares) > 1:
+        detail = "answers of one item are not independent: only scores by item can show it"
+        return Verdict(word=Word.UNDECIDED, method="none", n=n, detail=detail)
+    if row.flips is not None and not _possible(row.flips, *shares):
+        detail = f"flips {row.flips[0]} v {row.flips[1]} cannot give these totals"
+        return Verdict(word=Word.CONTRADICTED, method="arithmetic", n=n, detail=detail)
+    interval = statistics.share_difference(*((share.count() or 0, share.of) for share in shares))
+    p, method, detail, pairing = _difference(row, *shares)
     a, b = (arms[share.arm] for share in shares)
     others = sorted(key for key in {*a, *b} - set(row.varies) if a.get(key) != b.get(key))
     direction = {"equal": 0, "higher": 1, "lower": -1}[row.claims]
@@ -139,31 +141,61 @@ def _comparison(row: Comparison, arms: Mapping[str, Mapping[str, str]]) -> Verdi
         detail += f"; the arms also differ in {', '.join(others)}"
     if pairing and p >= ALPHA:
         detail += f"; {pairing}"
-    return Verdict(
-        word=word,
-        method=method,
-        n=" v ".join(f"{count}/{of}" for count, of in pairs),
-        detail=detail,
-        interval=Interval(*(100 * end for end in interval)),
-        p=p,
+    scaled = Interval(*(100 * end for end in interval))
+    return Verdict(word=word, method=method, n=n, detail=detail, interval=scaled, p=p)
+
+
+def _printed_counts(share: Share) -> str:
+    counts = share.counts()
+    some = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+    return f"{some}/{share.all}"
+
+
+def _possible(flips: tuple[int, int], first: Share, second: Share) -> bool:
+    """Whether two totals can be of answers of which so many flipped."""
+    only_first, only_second = flips
+    return any(
+        a - only_first in range(first.of - sum(flips) + 1)
+        and a - only_first + only_second in second.counts()
+        for a in first.counts()
     )
 
 
-def _difference(row: Comparison, pairs: list[tuple[int, int]]) -> tuple[float, str, str, str]:
-    """p, method, what it says, and what a lack of pairs leaves open."""
-    (first, of), (second, other) = pairs
+def _extremes(first: Share, second: Share) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of the counts that were printed so, those that differ least, and those that differ most."""
+
+    def clamped(share: float, of: Share) -> int:
+        counts = of.counts()
+        return min(max(round(share * of.of), counts[0]), counts[-1])
+
+    def gap(pair: tuple[int, int]) -> float:
+        return abs(pair[0] / first.of - pair[1] / second.of)
+
+    ends = [(a, b) for a in (first.counts()[0], first.counts()[-1])
+            for b in (second.counts()[0], second.counts()[-1])]  # fmt: skip
+    near = [(clamped(b / second.of, first), b) for _, b in ends]
+    near += [(a, clamped(a / first.of, second)) for a, _ in ends]
+    return min(near, key=gap), max(ends, key=gap)
+
+
+def _difference(row: Comparison, first: Share, second: Share) -> tuple[float, str, str, str]:
+    """p, method, what it says, and what a lack of pairs leaves open; p is the largest there is."""
     if row.flips is not None:
         p = statistics.mcnemar(*row.flips)
         return p, "exact McNemar, published answers", f"flips {row.flips[0]} v {row.flips[1]}", ""
-    if not row.same_items or of != other:
-        return statistics.fisher(*pairs), "Fisher, Newcombe", "different items", ""
-    bounds = statistics.mcnemar_bounds(first, second, of)
-    detail = f"McNemar p {_p(bounds.best)} to {_p(bounds.worst)} over all pairings"
-    detail += f", Fisher {_p(statistics.fisher(*pairs))}"
+    near, far = _extremes(first, second)
+    p = statistics.fisher((near[0], first.of), (near[1], second.of))
+    if not row.same_items or first.of != second.of:
+        return p, "Fisher, Newcombe", "different items", ""
+    worst = statistics.mcnemar_bounds(*near, first.of)
+    best = statistics.mcnemar_bounds(*far, first.of).best
+    detail = f"McNemar p {_p(best)} to {_p(worst.worst)} over all pairings, Fisher {_p(p)}"
     pairing = "not distinguishable whatever the pairing"
-    if bounds.limit is not None:
-        pairing = f"depends on the pairing: significant if at most {bounds.limit} opposite flips"
-    return bounds.worst, "McNemar bounds, Newcombe", detail, pairing
+    if worst.limit is not None:
+        pairing = f"depends on the pairing: significant if at most {worst.limit} opposite flips"
+    elif best < ALPHA:
+        pairing = "depends on the pairing, and on digits that were not printed"
+    return worst.worst, "McNemar bounds, Newcombe", detail, pairing
 
 
 def _corrected(verdict: Verdict, adjusted: float) -> Verdict:
@@ -176,19 +208,20 @@ def _corrected(verdict: Verdict, adjusted: float) -> Verdict:
 
 
 def _impossible(share: Share) -> Verdict:
-    detail = f"no count of {share.of} gives {share.value}"
-    return Verdict(word=Word.CONTRADICTED, method="arithmetic", n=str(share.of), detail=detail)
+    detail = f"no count of {share.all} gives {share.value}"
+    return Verdict(word=Word.CONTRADICTED, method="arithmetic", n=str(share.all), detail=detail)
 
 
 def _single(row: Single) -> Verdict:
-    count = row.share.count()
-    if count is None:
+    """The items are the sample, however often each was answered."""
+    if (count := row.share.count()) is None:
         return _impossible(row.share)
-    interval = Interval(*(100 * end for end in statistics.share(count, row.share.of)))
+    found = statistics.share(round(count / row.share.answers), row.share.of)
+    interval = Interval(*(100 * end for end in found))
     return Verdict(
         word=Word.CONSISTENT,
         method="Wilson",
-        n=f"{count}/{row.share.of}",
+        n=_printed_counts(row.share),
         detail=f"95 % interval {interval.low:.1f} to {interval.high:.1f} %; compared with nothing",
     )
 
@@ -199,14 +232,12 @@ def _bare(_: Bare) -> Verdict:
 
 
 def _derived(row: Derived) -> Verdict:
-    operands = [number(quantity) for quantity in row.of]
-    name, rule = RULES[row.rule]
-    computed = rule(*operands)
-    detail = f"{name}: {computed:.4g}"
-    n = ", ".join(row.of)
-    if not agrees(computed, row.value, row.unit):
-        if row.rule == "less-by" and agrees(RULES["more-by"][1](*operands), row.value):
-            detail += f"; {row.value} % is how much more the second is: percent of the other"
+    rule, n = RULES[row.rule], ", ".join(row.of)
+    printed, exact = span(row.value, row.unit), row.starts is None and not row.rounded
+    operands = [operand(quantity, whole_is_exact=exact) for quantity in row.of]
+    detail = f"{rule.label}: {rule.compute(*map(number, row.of)):.4g}"
+    if not follows(rule, operands).meets(printed):
+        detail += _otherwise(row, operands, printed)
         return Verdict(word=Word.CONTRADICTED, method="arithmetic", n=n, detail=detail)
     if row.starts is not None and row.starts < STARTS:
         detail += f"; {row.starts} start of each server, so restart noise is unknown"
@@ -214,15 +245,27 @@ def _derived(row: Derived) -> Verdict:
     return Verdict(word=Word.CONSISTENT, method="arithmetic", n=n, detail=detail)
 
 
+def _otherwise(row: Derived, operands: list[Span], printed: Span) -> str:
+    """The rule that gives the printed number: points for percent, percent of the other."""
+    for name, rule in RULES.items():
+        if name != row.rule and rule.takes in {None, len(operands)} and all(map(any, operands)):
+            try:
+                found = follows(rule, operands)
+            except (ArithmeticError, ValueError):  # not a share
+                continue
+            if found.meets(printed):
+                return f"; {row.value} is what another rule gives: {rule.label}"
+    return ""
+
+
 def _range(row: Range) -> Verdict:
     values = [100 * number(text) if "/" in text else float(text) for text in row.values]
-    # A bound is rounded, or cut, at its last digit.
-    low, high = (10.0 ** -len(f"{bound:g}".partition(".")[2]) for bound in (row.low, row.high))
-    outside = [v for v in values if not row.low - low / 2 <= round(v, 9) < row.high + high]
+    inside = Span(_rounded(row.low).low, _rounded(row.high).high)
+    outside = [value for value in values if not inside.meets(Span(value, value))]
     detail = f"{min(values):.2f} to {max(values):.2f}"
-    if all("/" in text for text in row.values) and len(values) > 1:
-        counts = [tuple(map(int, text.split("/"))) for text in row.values]
-        table = [[right, of - right] for right, of in counts]
+    counts = [tuple(map(int, text.split("/"))) for text in row.values if text.count("/")]
+    table = [[right, of - right] for right, of in counts]
+    if len(counts) == len(values) > 1 and all(map(sum, zip(*table, strict=True))):
         found = stats.chi2_contingency(table, correction=False)
         detail += f"; spread {found.statistic / found.dof:.2f} x binomial (p {_p(found.pvalue)})"
     word = Word.CONTRADICTED if outside else Word.CONSISTENT
@@ -231,10 +274,15 @@ def _range(row: Range) -> Verdict:
 
 def _series(row: Series) -> Verdict:
     """Never more than undecided: conditions of one server are not repeats."""
-    found = stats.ttest_rel(list(map(float, row.first)), list(map(float, row.second)))
-    low, high = map(float, found.confidence_interval())
-    detail = f"mean difference {(low + high) / 2:.2f} [{low:.2f}, {high:.2f}]"
-    detail += f", paired t p {_p(float(found.pvalue))}; the arms also differ in {row.confounded}"
+    pairs = [list(map(float, values)) for values in (row.first, row.second)]
+    if len({round(a - b, 9) for a, b in zip(*pairs, strict=True)}) == 1:
+        detail = "the differences do not vary at the digits that were printed"
+    else:
+        found = stats.ttest_rel(*pairs)
+        low, high = map(float, found.confidence_interval())
+        detail = f"mean difference {(low + high) / 2:.2f} [{low:.2f}, {high:.2f}]"
+        detail += f", paired t p {_p(float(found.pvalue))}"
+    detail += f"; the arms also differ in {row.confounded}"
     return Verdict(word=Word.UNDECIDED, method="paired t", n=str(len(row.first)), detail=detail)
 
 
@@ -246,21 +294,22 @@ def _order(row: Order) -> Verdict:
 
 
 def _scored(row: Scored) -> Verdict:
-    right, of = row.share.count(), row.share.of
-    if right is None:
+    if not row.share.counts():
         return _impossible(row.share)
+    right = row.share.counts()[0]  # the fewest that were printed so
     excess = right - row.stopped
     word = Word.CONTRADICTED if excess > 0 else Word.CONSISTENT
     detail = f"{right} right, {row.stopped} of them stopped by themselves"
     if excess > 0:
         detail += f"; truncated answers scored as right: at least {excess}"
-    return Verdict(word=word, method="truncation", n=str(of), detail=detail)
+    return Verdict(word=word, method="truncation", n=str(row.share.all), detail=detail)
 
 
 def _cold_start(row: ColdStart) -> Verdict:
     extra = row.requests * (row.mean_ttft - row.median_ttft)
     value, warm = row.tokens / row.seconds, row.tokens / (row.seconds - extra)
-    if not agrees(value, row.value):
+    tokens = Span(row.tokens, row.tokens)
+    if not follows(RULES["ratio"], [tokens, _rounded(row.seconds)]).meets(span(row.value)):
         detail = f"{row.tokens} tokens in {row.seconds:.2f} s are {value:.4g} tok/s"
         word = Word.CONTRADICTED
     else:
@@ -274,7 +323,8 @@ def _makespan(row: Makespan) -> Verdict:
     first, second = row.first, row.second
     wall, tokens = second.seconds / first.seconds, first.throughput / second.throughput
     rate = first.rate / second.rate
-    word = Word.CONSISTENT if agrees(wall, row.value) else Word.CONTRADICTED
+    ratio = follows(RULES["ratio"], [_rounded(second.seconds), _rounded(first.seconds)])
+    word = Word.CONSISTENT if ratio.meets(span(row.value)) else Word.CONTRADICTED
     detail = f"wall time {wall:.2f}, tokens/s {tokens:.2f}, per request {rate:.2f}"
     if not 1 / BUSY < first.busy / second.busy < BUSY:
         detail += (
@@ -288,6 +338,8 @@ def _speedup(row: Speedup, base: RawRun, run: RawRun) -> Verdict:
     """A speed-up is of tokens/s: a run with a smaller cap ends sooner by doing less."""
     wall, tokens = base.seconds / run.seconds, run.throughput / base.throughput
     cap = min(base.cap, run.cap)
+    if base.answers.keys() != run.answers.keys():
+        raise ValueError("the runs answered different items")
     pairs = [
         (base.answers[item].within(cap), run.answers[item].within(cap)) for item in run.answers
     ]
@@ -301,8 +353,9 @@ def _speedup(row: Speedup, base: RawRun, run: RawRun) -> Verdict:
         f"McNemar p {_p(statistics.mcnemar(*flips))}"
     )
     word = Word.UNDECIDED
-    unequal = base.cap != run.cap and not agrees(tokens, row.value)
-    if unequal or not agrees(wall, row.value):
+    printed = span(row.value)
+    unequal = base.cap != run.cap and not printed.meets(Span(tokens, tokens))
+    if unequal or not printed.meets(Span(wall, wall)):
         word = Word.CONTRADICTED
     else:
         detail += "; 1 start, so restart noise is unknown"
@@ -320,6 +373,11 @@ _JUDGES: Mapping[type, Callable[[Any], Verdict]] = {
     ColdStart: _cold_start,
     Makespan: _makespan,
 }
+
+
+def _rounded(value: float) -> Span:
+    """What a number of the rows may have been before it was printed."""
+    return span(f"{value:.9f}".rstrip("0").rstrip("."))
 
 
 def _p(value: float) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_forge.commands.parsers import (
     JSON,
@@ -34,7 +34,9 @@ PLAN_HEAD = ["gate", "margin", "of", "needs", "minutes", "decides"]
 
 def register(choices: Commands) -> None:
     bench = group(choices, "bench", help=HELP)
-    command(bench, "claims", claims, JSON)
+    one = command(bench, "claims", claims, JSON, packaged=True)
+    one.add_argument("card", type=Path, nargs="?", metavar="CLAIMS.toml",
+                     help="figures of another card, whose verdicts are printed only")  # fmt: skip
     one = command(bench, "plan", plan, JSON, packaged=True)
     one.add_argument("--card", action="store_true", help="what the card's undecided figures need")
     for name, text in (("start", "a server's start"), ("run", "one measured window")):
@@ -170,25 +172,35 @@ def require_libraries(*libraries: str) -> None:
 
 
 def claims(project: Project, args: argparse.Namespace) -> None:
-    """Judge the figures of a published model card; write the record, its chart and its page."""
+    """Judge the figures of a model card; of the project's, write record, chart and page."""
     require_libraries("scipy", "matplotlib")
-    from vllm_forge.bench.plots import forest
+    from vllm_forge.bench.claims import CLAIMS
     from vllm_forge.bench.verdicts import judge
-    from vllm_forge.host import write_json
-    from vllm_forge.host.files import write_whole
-    from vllm_forge.pages.claims import CHART, PAGE, RECORD, claims_table, summary
-    from vllm_forge.pages.registry import write_pages
+    from vllm_forge.pages.claims import PAGE, claims_table, summary
 
-    record = judge(project.root)
-    write_json(project.root / RECORD, record)
-    write_whole(project.root / CHART, forest(record))
-    _draw_published(project)
-    write_pages(project, PAGE)
+    if args.card is None:
+        project.require_checkout(args.parser.prog)
+    record = judge(args.card or project.root / CLAIMS)
+    if args.card is None:
+        _write_claims(project, record)
     if args.json:
         print_json(args, record)
         return
     PlainConsole().print(claims_table(record))
-    print(f"{summary(record)}: {PAGE}")
+    print(f"{summary(record)}: {args.card or PAGE}")
+
+
+def _write_claims(project: Project, record: dict[str, Any]) -> None:
+    from vllm_forge.bench.plots import forest
+    from vllm_forge.host import write_json
+    from vllm_forge.host.files import write_whole
+    from vllm_forge.pages.claims import CHART, PAGE, RECORD
+    from vllm_forge.pages.registry import write_pages
+
+    write_json(project.root / RECORD, record)
+    write_whole(project.root / CHART, forest(record))
+    _draw_published(project)
+    write_pages(project, PAGE)
 
 
 def _draw_published(project: Project) -> None:
@@ -208,7 +220,7 @@ def plan(project: Project, args: argparse.Namespace) -> None:
     """Say how many items, prompts and server starts the gates need, and what they cannot decide."""
     require_libraries("scipy")
     from vllm_forge.bench import plan as plans
-    from vllm_forge.bench.claims import read_claims
+    from vllm_forge.bench.claims import CLAIMS, read_claims
     from vllm_forge.pages.claims import RECORD
     from vllm_forge.pages.markdown import terminal_table
 
@@ -216,7 +228,7 @@ def plan(project: Project, args: argparse.Namespace) -> None:
     suites = plans.read_suites()
     if args.card:
         head, record = CARD_HEAD, project.read_json(RECORD)
-        figures = read_claims(project.root)
+        figures = read_claims(project.root / CLAIMS)
         rows = list(plans.card_plan(figures, record, project.matrix, suites, timing))
     else:
         head, noises = PLAN_HEAD, args.noise or plans.NOISES

@@ -51,7 +51,10 @@ def summary(record: dict[str, Any]) -> str:
 
 def claims_table(record: dict[str, Any]) -> Table:
     """For a terminal."""
-    rows = ([row["says"], row["word"], row["n"], row["detail"]] for row in record["verdicts"])
+    rows = (
+        [row["says"], row["word"], row["n"], f"{row['method']}: {row['detail']}"]
+        for row in record["verdicts"]
+    )
     return terminal_table(["figure", "verdict", "n", "why"], rows)
 
 

@@ -14,7 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_forge.bench.claims import CLAIMS, Derived, Share, parse_claims, read_claims
+from vllm_forge.bench import statistics
+from vllm_forge.bench.claims import (
+    CLAIMS,
+    Answer,
+    Derived,
+    RawRun,
+    Share,
+    parse_claims,
+    read_claims,
+)
 from vllm_forge.bench.errors import ClaimsFileError, ClaimsStaleError, LibraryMissingError
 from vllm_forge.bench.plots import forest
 from vllm_forge.bench.verdicts import Word, judge, verdicts
@@ -45,7 +54,7 @@ DETAILS = {
     "ifeval-rtx": "the arms also differ in speculation",
     "humaneval-redhat-answers": "flips 9 v 6",
     "aime-wall": "tokens/s 3.29, per request 1.84; slots are busy 0.75 v 0.42",
-    "tp8-slower": "17.76; 21.6 % is how much more the second is: percent of the other",
+    "tp8-slower": "17.76; 21.6 is what another rule gives: second more than first, %",
     "rtx-tp2-1": "104.8 tok/s with each TTFT at the median",
     "sweep-c1-right": "scored as right: at least 2",
     "sweep-c2-speed": "tokens/s 1.78",
@@ -83,6 +92,12 @@ def batches(value: str, seconds: float, rate: float) -> dict[str, Any]:
             "second": {**BATCH, "seconds": seconds, "rate": rate}}  # fmt: skip
 
 
+def printed(of: int, first: str, second: str, claims: str, **share: Any) -> dict[str, Any]:
+    shares = {"first": {"arm": "a", "value": first, "of": of, **share},
+              "second": {"arm": "b", "value": second, "of": of, **share}}  # fmt: skip
+    return {"kind": "comparison", "claims": claims, "varies": ["weights"], **shares}
+
+
 SOUND = [
     (comparison(950, 900, 1000, "higher"), Word.HOLDS),
     (comparison(900, 950, 1000, "lower"), Word.HOLDS),
@@ -102,6 +117,31 @@ SOUND = [
         Word.CONSISTENT,
     ),
     (batches("1.00", 10, 100), Word.CONSISTENT),
+    (batches("1.05", 10.4, 100), Word.CONSISTENT),  # 10.44 and 9.96 s
+    # Two digits leave open which counts they are: 1247 v 1253 of 1319, or 7232 v 7020 of 14042.
+    (printed(1319, "0.95", "0.90", "equal"), Word.CONTRADICTED),
+    (printed(1319, "0.95", "0.94", "equal"), Word.UNDECIDED),
+    (printed(14042, "0.52", "0.49", "higher"), Word.UNDECIDED),
+    (printed(30, "0.792", "0.754", "higher", answers=16), Word.UNDECIDED),
+    (
+        {"kind": "single", "share": {"arm": "a", "of": 30, "answers": 16, "value": "0.792"}},
+        Word.CONSISTENT,
+    ),
+    ({"kind": "single", "share": {"arm": "a", "of": 164, "value": "1.0"}}, Word.CONSISTENT),
+    (derived("4.1", "ratio", "4.7", "1.2"), Word.CONSISTENT),  # 4.749 and 1.151, cut
+    (derived("2.37", "ratio", "1210", "512", starts=1), Word.UNDECIDED),
+    (derived("58.5", "percent", "118", "202", rounded=True), Word.CONSISTENT),
+    (derived("-2.1", "points", "0.931", "0.951"), Word.CONSISTENT),
+    (derived("74.5", "mean", "71.2", "80.1", "72.3"), Word.CONSISTENT),
+    (derived("74.5", "mean", *["74.5"] * 57), Word.CONSISTENT),
+    (derived("2.79", "length", "0.81", "0.60", "0.38"), Word.CONSISTENT),
+    (derived("38.7", "gib", "41.6"), Word.CONSISTENT),
+    (derived("0.0076", "stderr", "0.9181", "1319"), Word.CONSISTENT),
+    ({"kind": "range", "values": ["30/30", "30/30"], "low": 99, "high": 100}, Word.CONSISTENT),
+    (
+        {"kind": "series", "first": ["2", "3"], "second": ["1", "2"], "confounded": "x"},
+        Word.UNDECIDED,
+    ),
     ({"kind": "bare", "value": "81.60"}, Word.UNDECIDED),
 ]
 UNSOUND = [
@@ -118,6 +158,15 @@ UNSOUND = [
     {"kind": "order", "larger": "2", "smaller": "3"},
     {"kind": "scored", "share": {"arm": "a", "of": 30, "right": 24}, "stopped": 22},
     batches("1.20", 10, 100),
+    {"kind": "single", "share": {"arm": "a", "of": 30, "value": "0.84"}},  # 25/30, rounded up
+    comparison(149, 146, 164, "higher", flips=[9, 7]),
+    comparison(150, 0, 164, "higher", flips=[160, 10]),
+    derived("86.7", "percent", "25", "30"),
+    derived("75.1", "mean", "71.2", "80.1", "72.3"),
+    derived("2.55", "length", "0.81", "0.60", "0.38"),
+    derived("480", "ratio", "12000", "30.0", starts=1),
+    derived("41.6", "gib", "41.6"),
+    derived("0.0071", "stderr", "0.9181", "1319"),
     {"kind": "cold-start", "value": "90.0", "tokens": 1000, "seconds": 10, "requests": 4,
      "mean_ttft": 0.2, "median_ttft": 0.2},
 ]  # fmt: skip
@@ -125,7 +174,7 @@ UNSOUND = [
 
 @pytest.fixture(scope="module")
 def record(request: pytest.FixtureRequest) -> dict[str, Any]:
-    found: dict[str, Any] = judge(request.config.rootpath)
+    found: dict[str, Any] = judge(request.config.rootpath / CLAIMS)
     return found
 
 
@@ -184,7 +233,9 @@ def test_every_verdict_names_its_method_and_n(record: dict[str, Any]) -> None:
 
 def test_sizes_are_those_of_the_measurement(root: Path) -> None:
     real = json.loads((root / "benchmarks/results/quantize.json").read_text())["DeepSeek-V4-Flash"]
-    claims = {row.id: row.of for row in read_claims(root).claim if isinstance(row, Derived)}
+    claims = {
+        row.id: row.of for row in read_claims(root / CLAIMS).claim if isinstance(row, Derived)
+    }
     assert claims["size"] == (f"{real['artifact_bytes'] / 1e9:.1f}",)
     assert claims["size-bf16"] == (f"{real['model_bytes'] / 1e9:.0f}",)
 
@@ -194,7 +245,9 @@ def test_counts_are_those_of_the_model(root: Path) -> None:
     tensors = list(mtp_tensors(config))
     keys = len(tensors) + 2  # embedding and head
     wide = sum(tensor.dtype == "F32" for tensor in tensors)
-    claims = {row.id: row.of for row in read_claims(root).claim if isinstance(row, Derived)}
+    claims = {
+        row.id: row.of for row in read_claims(root / CLAIMS).claim if isinstance(row, Derived)
+    }
     assert claims["mtp-keys"] == (str(keys),)
     assert claims["mtp-bf16"] == (str(keys - wide),)
     assert claims["layers"] == (str(config["num_hidden_layers"]),)
@@ -243,12 +296,71 @@ def test_changed_raw_results_are_refused(
         ({"kind": "single", "share": {"arm": "z", "of": 1, "right": 1}}, "unknown z"),
         ({"kind": "speedup", "value": "1", "base": "x", "run": "y"}, "unknown x, y"),
         (derived("1e3", "ratio", "1", "2"), "not a number as it is printed"),
-        (derived("1", "ratio", "1/0"), "not a number or a fraction"),
+        (derived("1", "ratio", "1/0"), "claim c0: .*not a number or a fraction"),
+        (derived("1", "rato", "1", "1"), r"unknown rule 'rato' \(did you mean 'ratio'\?\)"),
+        (derived("1", "ratio", "1"), "takes 2 numbers, not 1"),
+        (comparison(31, 30, 30, "higher"), "31 of 30 cannot be right"),
+        ({"kind": "single", "share": {"arm": "a", "of": 30, "value": "91.8"}}, "as 0.918"),
+        ({"kind": "single", "share": {"arm": "a", "of": 30}}, "expected right or value"),
+        (
+            {"kind": "series", "first": ["1", "2"], "second": ["1", "2", "3"], "confounded": "x"},
+            "2 values against 3",
+        ),
     ],
 )
 def test_invalid_rows_are_refused(claim: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_claims(rows(claim))
+
+
+OTHER = """card = "x"
+revision = "1"
+[arm]
+a = {}
+[[claim]]
+id = "many"
+says = "n = 30"
+at = "Evaluation"
+group = "quality"
+kind = "single"
+share = { arm = "a", of = 30, value = "0.84" }
+"""
+
+
+def test_another_card_is_judged_and_nothing_is_written(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_FORGE_ROOT", str(root))
+    (tmp_path / "card.toml").write_text(OTHER)
+    before = (root / RECORD).read_bytes()
+    assert main(["bench", "claims", str(tmp_path / "card.toml"), "--json"]) == 0
+    (verdict,) = json.loads(capsys.readouterr().out)["verdicts"]
+    assert (verdict["word"], verdict["detail"]) == ("contradicted", "no count of 30 gives 0.84")
+    assert main(["bench", "claims", str(tmp_path / "card.toml")]) == 0
+    assert "arithmetic: no count" in " ".join(capsys.readouterr().out.split())
+    assert (root / RECORD).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["card.toml"]
+
+
+def test_row_that_cannot_be_computed_is_named() -> None:
+    with pytest.raises(ClaimsFileError, match="invalid claim c0: float division by zero"):
+        verdicts(parse_claims(rows(derived("1", "ratio", "1", "0"))), {})
+
+
+def test_raw_results_of_other_items_are_refused() -> None:
+    answers = {"q1": Answer(right=True, stopped=True, tokens=10)}
+    claims = rows({"kind": "speedup", "value": "1", "base": "a", "run": "b"})
+    raw = {"file": "a.json", "of": "x", "sha256": "0" * 64}
+    parsed = parse_claims({**claims, "raw": {"a": raw, "b": raw}})
+    runs = {"a": RawRun(100, 1.0, answers), "b": RawRun(100, 1.0, {"q2": answers["q1"]})}
+    with pytest.raises(ClaimsFileError, match="the runs answered different items"):
+        verdicts(parsed, runs)
+
+
+def test_bounds_of_many_items_are_computed_at_once() -> None:
+    found = statistics.mcnemar_bounds(4900, 4700, 10**7)
+    assert found.best < found.worst < 0.05
+    assert found.limit == 4700
 
 
 def test_duplicate_claims_are_refused() -> None:

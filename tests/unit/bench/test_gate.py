@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.bench import CONDITIONS, condition, rows_of, write_result
-from vllm_forge.bench.claims import read_claims, read_run
+from vllm_forge.bench.claims import CLAIMS, read_claims, read_run
 from vllm_forge.bench.errors import (
     GateFailedError,
     GateUndecidedError,
@@ -432,10 +432,10 @@ def test_arms_that_were_not_run_in_turns_are_refused(
 
 def test_published_sweep_has_unequal_caps(root: Path, tmp_path: Path) -> None:
     """The card's c=1 against c=4, which differ in more than their concurrency."""
-    claims = read_claims(root)
+    claims = read_claims(root / CLAIMS)
     arms = []
     for name in ("aime-c1", "aime-c4"):
-        run = read_run(root, claims.raw[name])
+        run = read_run((root / CLAIMS).parent, claims.raw[name])
         rows = [
             Row(start=0, item=item, finish="stop" if row.stopped else "length", seconds=1.0,
                 output_tokens=row.tokens, scores={"strict": row.right and row.stopped})
