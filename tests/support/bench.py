@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 HASH = "0" * 64
-SECONDS = 60.0
 DEPTH = 2  # drafted tokens a step
 CONDITIONS = {
     "workload": "chat-code", "prompts_sha256": HASH, "template_sha256": HASH,
@@ -67,8 +66,22 @@ def rows_of(
 
 
 def condition(**updates: object) -> Callable[[dict[str, Any]], None]:
-    """An edit of a record: other conditions."""
-    return lambda record: record["conditions"].update(updates)
+    """An edit of a record: other conditions, in windows that are as long as they make them."""
+
+    def edit(record: dict[str, Any]) -> None:
+        before = record["conditions"]["concurrency"]
+        record["conditions"].update(updates)
+        for start in record["starts"]:
+            seconds = start["window"]["seconds"] * before / record["conditions"]["concurrency"]
+            start["window"]["seconds"] = max(1.0, seconds)  # of an answer
+
+    return edit
+
+
+def seconds_of(rows: Sequence[Row], record: dict[str, Any]) -> float:
+    """What answers take if a slot is never idle."""
+    slots = int(record["conditions"]["concurrency"])
+    return max(*(row.seconds for row in rows), sum(row.seconds for row in rows) / slots, 0)
 
 
 def write_result(
@@ -79,7 +92,10 @@ def write_result(
     edit: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> Path:
     """A valid record of these rows, after ``edit``; counters are those of the rows."""
-    starts = []
+    record: dict[str, Any] = {
+        "arm": path.stem, "session": "s1", "conditions": dict(CONDITIONS), "starts": [],
+        "server": {**SERVER, "image": "sha256:" + "2" * 64},
+    }  # fmt: skip
     for index, order in enumerate(orders):
         own = [row for row in rows if row.start == index]
         drafted = sum(row.drafted for row in own)
@@ -89,13 +105,9 @@ def write_result(
             "per_position": tuple(map(sum, zip(*(row.positions for row in own), strict=True))),
             "tokens": sum(row.output_tokens for row in own),
         }  # fmt: skip
-        window = {"seconds": SECONDS, "before": dict(IDLE), "after": after, "new_files": [],
-                  "headroom": 50.0}  # fmt: skip
-        starts.append({"order": order, "window": window})
-    record = {
-        "arm": path.stem, "session": "s1", "conditions": dict(CONDITIONS), "starts": starts,
-        "server": {**SERVER, "image": "sha256:" + "2" * 64},
-    }  # fmt: skip
+        window = {"seconds": seconds_of(own, record), "before": dict(IDLE), "after": after,
+                  "new_files": [], "headroom": 50.0}  # fmt: skip
+        record["starts"].append({"order": order, "window": window})
     edit(record)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_arm(path, record, rows)

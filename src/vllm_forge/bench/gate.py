@@ -12,7 +12,7 @@ from vllm_forge.bench import statistics
 from vllm_forge.bench.errors import GateFailedError, GateUndecidedError, InvalidResultError
 from vllm_forge.bench.results import Arm, Row
 from vllm_forge.bench.statistics import ALPHA, Margin
-from vllm_forge.bench.validity import require_comparable, require_valid
+from vllm_forge.bench.validity import require_comparable, require_distinct, require_valid
 from vllm_forge.matrix.model import Gate
 
 LEAST_PROMPTS = 20  # below, the ratio estimator's t is not to be trusted
@@ -56,6 +56,7 @@ def gate(
     """
     arms = [arm for arm in (reference, candidate, repeat) if arm is not None]
     require_valid(*arms)
+    require_distinct(*arms)
     for arm in arms[1:]:
         require_comparable(reference, arm)
     one_size = len({arm.result.server.gpus for arm in arms}) == 1

@@ -16,9 +16,18 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from vllm_forge.bench.errors import ResultFileError
-from vllm_forge.host import atomic_path, canonical, parse_json, read_data, read_plain, write_json
+from vllm_forge.errors import first_problem
+from vllm_forge.host import (
+    atomic_path,
+    canonical,
+    parse_json,
+    read_data,
+    read_plain,
+    write_json,
+    write_whole,
+)
 from vllm_forge.matrix import FrozenModel
-from vllm_forge.matrix.model import Name, Text
+from vllm_forge.matrix.model import Flag, Name, Text
 
 MOST_STARTS = 16  # 2^16 patterns of signs are enumerated in a moment
 LARGEST_ROWS = 256 << 20  # bytes, unpacked; a row has about 200
@@ -28,7 +37,9 @@ Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 Count = Annotated[int, Field(ge=0, strict=True)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]  # no text, no truth value
+Seconds = Annotated[Number, Field(ge=0)]
+Least = Annotated[int, Field(gt=0, strict=True)]
 
 
 class Conditions(FrozenModel):
@@ -38,13 +49,13 @@ class Conditions(FrozenModel):
     prompts_sha256: Hash
     template_sha256: Hash
     tokenizer_sha256: Hash
-    thinking: bool
-    temperature: float = Field(ge=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    max_tokens: int = Field(gt=0)
-    ignore_eos: bool = Field(description="each answer then has max_tokens")
-    concurrency: int = Field(gt=0)
-    prefix_cache: bool
+    thinking: Flag
+    temperature: Number = Field(ge=0)
+    top_p: Number = Field(default=1.0, gt=0, le=1)
+    max_tokens: Least
+    ignore_eos: Flag = Field(description="each answer then has max_tokens")
+    concurrency: Least
+    prefix_cache: Flag
 
 
 class Server(FrozenModel):
@@ -56,9 +67,9 @@ class Server(FrozenModel):
     artifact: Text
     argv: tuple[Text, ...]
     gpu: Text
-    gpus: int = Field(gt=0)
+    gpus: Least
     driver: Text
-    claimed: bool = Field(
+    claimed: Flag = Field(
         default=False, exclude_if=lambda value: not value,
         description="the image is the one that was built here; which one answered was not seen",
     )  # fmt: skip
@@ -111,12 +122,12 @@ class GpuState(FrozenModel):
     """A GPU at one moment, by nvidia-smi; None: it does not say."""
 
     index: Count
-    sm_mhz: float | None
-    memory_mhz: float | None
-    watts: float | None
-    celsius: float | None
+    sm_mhz: Number | None
+    memory_mhz: Number | None
+    watts: Number | None
+    celsius: Number | None
     reasons: Count | None = Field(description="clocks_event_reasons.active, a mask")
-    slowed_us: float | None = Field(
+    slowed_us: Number | None = Field(
         description="by heat or a lack of power, since the driver's start"
     )
 
@@ -124,11 +135,11 @@ class GpuState(FrozenModel):
 class Window(FrozenModel):
     """What was measured around the answers of a start."""
 
-    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    seconds: Annotated[Number, Field(gt=0)]
     before: Counters
     after: Counters
     new_files: tuple[Text, ...] = Field(description="of JIT caches, that appeared in the window")
-    headroom: float = Field(description="rate of this client against a null server, over the rate")
+    headroom: Number = Field(description="rate of this client against a null server, over the rate")
     predicted: Drafts | None = Field(default=None, description="by the workload, of all answers")
     gpus_before: tuple[GpuState, ...] = Field(default=(), description="of the host")
     gpus_after: tuple[GpuState, ...] = ()
@@ -177,7 +188,7 @@ class Row(FrozenModel):
     output_tokens: Count
     seconds: Seconds
     ttft: Seconds | None = None
-    scores: dict[Name, bool] = Field(default_factory=dict, description="by scorer")
+    scores: dict[Name, Flag] = Field(default_factory=dict, description="by scorer")
     fault: str = Field(default="", description="why it is not right by the strictest scorer")
     answer_sha256: Hash | None = Field(default=None, description="of the answer, kept beside this")
     drafted: Count = 0
@@ -192,9 +203,11 @@ class Row(FrozenModel):
         return (self.seconds - self.ttft) / (self.output_tokens - 1)
 
     @model_validator(mode="after")
-    def _drafts_agree(self) -> Self:
+    def _agrees(self) -> Self:
         if self.accepted > self.drafted:
             raise ValueError("more tokens were accepted than drafted")
+        if self.ttft is not None and self.ttft > self.seconds:
+            raise ValueError("the first token came after the last one")
         return self
 
 
@@ -228,8 +241,11 @@ def read_arm(path: Path) -> Arm:
     rows_path = path.with_name(result.rows.file)
     try:
         packed = read_plain(rows_path)
-        problem = _problem(result.rows, packed)
-        rows = () if problem else _parse_rows(packed)
+        rows = _parse_rows(packed)
+        if problem := _problem(result.rows, packed):
+            # A writer that was killed between both files left rows of one more start.
+            rows = tuple(row for row in rows if row.start < len(result.starts))
+            problem = _problem(result.rows, _pack(rows))
     except (OSError, EOFError, zlib.error, ValueError) as error:
         problem, rows = f"{error}", ()
     if not problem and len(rows) != result.rows.count:
@@ -250,23 +266,28 @@ def write_arm(
 ) -> None:
     """Write the rows, and the record, which names them; the same bytes for the same rows.
 
-    Nothing is written if ``check`` raises, or if the disk has no space for both.
+    Nothing is written if ``check`` raises, or if the disk has no space for both. The rows appear
+    first: if kill -9 leaves the old record, it still reads its own of those with one more start.
     """
     arm, packed = make_arm(path, record, rows)
     check(arm)
-    with atomic_path(path.with_name(arm.result.rows.file)) as aside:
-        aside.write_bytes(packed)
-        write_json(path, arm.result.model_dump(mode="json"))
+    with atomic_path(path) as aside:
+        write_json(aside, arm.result.model_dump(mode="json"))
+        write_whole(path.with_name(arm.result.rows.file), packed)
 
 
 def make_arm(path: Path, record: dict[str, Any], rows: Sequence[Row]) -> tuple[Arm, bytes]:
     """A result as `write_arm` would write it to ``path``, and the packed rows."""
-    lines = b"".join(canonical(row.model_dump(mode="json")) + b"\n" for row in rows)
-    packed = gzip.compress(lines, mtime=0)
+    packed = _pack(rows)
     target = path.with_suffix(".jsonl.gz")
     entry = {"file": target.name, "sha256": hashlib.sha256(packed).hexdigest(), "count": len(rows)}
     result = Result.model_validate({**record, "format": "bench/1", "rows": entry})
     return Arm(path, result, tuple(rows)), packed
+
+
+def _pack(rows: Sequence[Row]) -> bytes:
+    lines = b"".join(canonical(row.model_dump(mode="json")) + b"\n" for row in rows)
+    return gzip.compress(lines, mtime=0)
 
 
 def _problem(entry: RowsFile, packed: bytes) -> str:
@@ -279,4 +300,11 @@ def _parse_rows(packed: bytes) -> tuple[Row, ...]:
     content = unpacker.decompress(packed, LARGEST_ROWS)
     if unpacker.unconsumed_tail or unpacker.unused_data or not unpacker.eof:
         raise ValueError(f"not one gzip member of at most {LARGEST_ROWS} bytes")
-    return tuple(Row.model_validate(parse_json(line)) for line in content.splitlines())
+    return tuple(_parse_row(*line) for line in enumerate(content.splitlines(), 1))
+
+
+def _parse_row(number: int, line: bytes) -> Row:
+    try:
+        return Row.model_validate(parse_json(line))
+    except ValueError as error:
+        raise ValueError(f"row {number}: {first_problem(error)}") from None

@@ -1,5 +1,6 @@
 """Reasons to refuse a result, or a comparison: each would make a verdict on it worthless."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from vllm_forge.bench.hardware import slowdowns
 from vllm_forge.bench.results import MOST_STARTS, Arm, Row, Start, Window
 
 HEADROOM = 10.0  # a slower client would be what is measured
+CLOCK, IDLE_S = 1.05, 1.0  # what clocks that are read one by one may differ by; between answers
 SHOWN = 3
 
 
@@ -42,6 +44,12 @@ def faults(arm: Arm) -> Iterator[str]:
         yield "an item was answered twice in one start"
     if any(set(counter) != set(keys[0]) for counter in keys.values()):
         yield "the starts answered different items"
+    orders = Counter(start.order for start in arm.result.starts)
+    yield from (f"two starts have the order {order}" for order, n in orders.items() if n > 1)
+    copies = Counter(frozenset(map(_measured, arm.of_start(index)))
+                     for index, start in enumerate(arm.result.starts) if start.window)  # fmt: skip
+    if any(count > 1 for count in copies.values()):
+        yield "two starts have the same answers and times: one is a copy"
     if len(sets := {start.kernels for start in arm.result.starts} - {None}) > 1:
         first, second, *_ = sorted(map(_names, sets))
         yield f"its starts ran different kernels: {_unequal(first, second)}"
@@ -50,6 +58,18 @@ def faults(arm: Arm) -> Iterator[str]:
         if start.cached == 0 and start.compiled:
             yield f"start {index}: the caches were cold: it compiled {start.compiled} files"
         yield from (f"start {index}: {text}" for text in _start_faults(start, rows, arm))
+
+
+def _measured(row: Row) -> tuple[object, ...]:
+    return (
+        row.item,
+        row.repeat,
+        row.seconds,
+        row.ttft,
+        row.output_tokens,
+        row.drafted,
+        row.accepted,
+    )
 
 
 def _answer_faults(arm: Arm) -> Iterator[str]:
@@ -83,20 +103,31 @@ def _start_faults(start: Start, rows: list[Row], arm: Arm) -> Iterator[str]:
         return
     if not any(row.output_tokens for row in rows):
         yield "no tokens"
-    before, after = start.window.before, start.window.after
+    window = start.window
+    yield from _time_faults(window.seconds, rows, arm.result.conditions.concurrency)
+    before, after = window.before, window.after
     change = after.since(before)
     back = [name for name, count in change.items() if _least(count) < 0]
     if back:
         yield f"counters went backwards: {', '.join(back)}"
     if not arm.result.conditions.prefix_cache and after.prefix_hits > before.prefix_hits:
         yield f"{change['prefix_hits']} prefix-cache hits, which the conditions do not declare"
-    if files := start.window.new_files:
+    if files := window.new_files:
         yield f"{len(files)} files were compiled in the window ({_some(files)})"
-    yield from slowdowns(start.window.gpus_before, start.window.gpus_after)
-    if start.window.headroom < HEADROOM:
-        yield f"client headroom {start.window.headroom:.1f} is below {HEADROOM:g}"
+    yield from slowdowns(window.gpus_before, window.gpus_after)
+    if window.headroom < HEADROOM:
+        yield f"client headroom {window.headroom:.1f} is below {HEADROOM:g}"
     if not back and rows:
-        yield from _draft_faults(start.window, change, rows)
+        yield from _draft_faults(window, change, rows)
+
+
+def _time_faults(seconds: float, rows: list[Row], slots: int) -> Iterator[str]:
+    """Answers against their window: the next one is asked as soon as a slot is free."""
+    longest, total = max((row.seconds for row in rows), default=0), sum(row.seconds for row in rows)
+    least, most = max(longest, total / slots), total / slots + longest
+    if not least / CLOCK <= seconds <= most * CLOCK + IDLE_S:
+        yield (f"answers of {total:.6g} s, {slots} at a time, need {least:.6g} to {most:.6g} s: "
+               f"they cannot be those of {seconds:.6g} s")  # fmt: skip
 
 
 def _draft_faults(window: Window, change: Mapping[str, Any], rows: list[Row]) -> Iterator[str]:
@@ -126,6 +157,17 @@ def _draft_faults(window: Window, change: Mapping[str, Any], rows: list[Row]) ->
 
 def _least(count: Any) -> int:
     return min(count, default=0) if isinstance(count, tuple) else int(count)
+
+
+def require_distinct(*arms: Arm) -> None:
+    """InvalidResultError if one of them is another one, or a copy: times do not come again."""
+    for first, second in itertools.combinations(arms, 2):
+        if first.result.rows.sha256 == second.result.rows.sha256:
+            raise InvalidResultError(
+                "both have the same answers and times: they are one measurement",
+                where=f"{first.path}, {second.path}",
+                remedy="measure each of them; the reference, too, for --repeat",
+            )
 
 
 def differences(reference: Arm, candidate: Arm) -> Iterator[str]:
@@ -188,6 +230,8 @@ def _order(reference: Arm, candidate: Arm) -> Iterator[str]:
         yield f"more than {MOST_STARTS} starts"
     elif len(orders[0]) != len(orders[1]):
         yield f"{len(orders[0])} starts against {len(orders[1])}"
+    elif len(orders[0]) > 1 and (shared := sorted(set(orders[0]) & set(orders[1]))):
+        yield f"both have a start of order {shared[0]}"
     elif len(orders[0]) > 1:
         ranks = {order: rank // 2 for rank, order in enumerate(sorted(orders[0] + orders[1]))}
         blocks = [[ranks[order] for order in sorted(arm)] for arm in orders]

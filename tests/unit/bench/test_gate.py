@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +132,11 @@ def test_server_with_a_planted_loss_fails(
     assert {name for name, word in found.items() if word == "fail"} == failing
 
 
+def later(rows: list[Row], number: int) -> list[Row]:
+    """The same answers, at other times."""
+    return [row.model_copy(update={"seconds": 1 + number / 1000}) for row in rows]
+
+
 def of_gpus(number: int, *differs: str) -> Callable[[dict[str, Any]], None]:
     def edit(record: dict[str, Any]) -> None:
         record["server"]["gpus"] = number
@@ -201,7 +207,7 @@ def test_starts_are_paired_by_the_order_in_which_they_were_run(tmp_path: Path) -
     rows = rows_of(1, items=30, starts=5)
     level = [row.model_copy(update={"output_tokens": 200}) for row in rows]
     arms = [
-        read_arm(write_result(tmp_path / f"{n}.json", level, orders=orders, edit=drift))
+        read_arm(write_result(tmp_path / f"{n}.json", later(level, n), orders=orders, edit=drift))
         for n, orders in enumerate((A, B[::-1]))
     ]
     rate = Gate(measure="throughput", margin=0.02)
@@ -212,13 +218,13 @@ def test_starts_are_paired_by_the_order_in_which_they_were_run(tmp_path: Path) -
 def test_little_data_is_undecided(
     matrix: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    paths = [
+    first, second, again = (
         write_result(
             tmp_path / f"{seed}.json", rows_of(seed, items=10, starts=4, flips=0), orders=o
         )
-        for seed, o in ((1, A[:4]), (2, B[:4]))
-    ]
-    code, found = compare(capsys, *paths, f"--repeat={paths[0]}")
+        for seed, o in ((1, (0, 5, 6, 11)), (2, (1, 4, 7, 10)), (3, (2, 3, 8, 9)))
+    )
+    code, found = compare(capsys, first, second, f"--repeat={again}")
     assert code == GateUndecidedError.exit_code
     assert set(found.values()) == {"undecided"}
     assert set(found) == {"strict", "flexible", "throughput", "acceptance", "positions"}
@@ -343,6 +349,8 @@ FAULTS: dict[str, tuple[Any, Any, str]] = {
                   "GPU 1 answered only before the window, or only after it"),
     "power": (keep, start(gpus_before=WARM, gpus_after=hot(slowed_us=12)),
               "GPU 1 was slowed down: for 5 us"),
+    "short window": (keep, start(seconds=3.5), "30 s, 8 at a time, need 3.75 to 4.75 s"),
+    "idle": (keep, start(seconds=6.1), "they cannot be those of 6.1 s"),
     "client": (keep, start(headroom=4.0), "client headroom 4.0 is below 10"),
     "unexplained": (keep, counter("after", accepted=10**6), "accepted drafts, counted are 1000000"),
     "cap": (keep, condition(max_tokens=256), "max_tokens: 512 against 256"),
@@ -391,7 +399,7 @@ def test_kernels_may_differ_with_what_is_served(
         record["server"].update(change)
 
     first = write_result(tmp_path / "a.json", rows_of(1, items=30), edit=edit)
-    second = write_result(tmp_path / "b.json", rows_of(1, items=30), edit=other)
+    second = write_result(tmp_path / "b.json", rows_of(2, items=30), edit=other)
     code = main(["bench", "gate", str(first), str(second), "--gate=acceptance"])
     text = " ".join(capsys.readouterr().err.split())
     assert "kernels: Using MARLIN in one, Using TRITON in the other" in text
@@ -415,6 +423,8 @@ def test_starts_of_an_arm_must_run_the_same_kernels(tmp_path: Path) -> None:
     ("orders", "message"),
     [
         ((5, 6, 7, 8, 9), "not in turns"),
+        ((5, 6, 7, 8, 4), "both have a start of order 4"),
+        ((5, 6, 7, 7, 8), "two starts have the order 7"),
         ((1, 2), "5 starts against 2"),
         (tuple(range(5, 22)), "more than 16 starts"),
     ],
@@ -428,6 +438,27 @@ def test_arms_that_were_not_run_in_turns_are_refused(
     )
     with pytest.raises(InvalidResultError, match=message):
         gate({"strict": STRICT}, first, second)
+
+
+def test_copied_start_is_refused(tmp_path: Path) -> None:
+    rows = rows_of(1, items=5)
+    copies = [row.model_copy(update={"start": n}) for n in range(2) for row in rows]
+    arm = read_arm(write_result(tmp_path / "a.json", copies, orders=(0, 3)))
+    with pytest.raises(InvalidResultError, match="same answers and times: one is a copy"):
+        require_valid(arm)
+
+
+@pytest.mark.parametrize("twice", ["candidate", "repeat", "repeat of the candidate", "copy"])
+def test_one_measurement_is_not_compared_with_itself(
+    twice: str, reference: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first, again = map(read_arm, reference)
+    other = read_arm(write_result(tmp_path / "b.json", rows_of(3, items=ITEMS)))
+    copy = read_arm(write_result(tmp_path / "c.json", first.rows))
+    arms = {"candidate": (first, first, again), "repeat": (first, other, first),
+            "repeat of the candidate": (first, other, other), "copy": (first, copy)}  # fmt: skip
+    with pytest.raises(InvalidResultError, match="they are one measurement"):
+        gate({"strict": STRICT}, *arms[twice])
 
 
 def test_published_sweep_has_unequal_caps(root: Path, tmp_path: Path) -> None:
@@ -468,9 +499,54 @@ def test_gate_without_data_of_one_result_is_undecided(
 
 def test_results_without_scores_have_nothing_to_judge(tmp_path: Path) -> None:
     rows = [row.model_copy(update={"scores": {}}) for row in rows_of(1, items=5)]
-    arms = [read_arm(write_result(tmp_path / f"{n}.json", rows)) for n in range(2)]
+    arms = [read_arm(write_result(tmp_path / f"{n}.json", later(rows, n))) for n in range(2)]
     with pytest.raises(InvalidResultError, match="none of the gates"):
         gate({"strict": STRICT}, *arms)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seconds", math.nan), ("seconds", "60.0"), ("headroom", math.nan), ("headroom", math.inf),
+     ("seconds", True), ("headroom", "50")],
+)  # fmt: skip
+def test_number_of_a_record_must_be_one(key: str, value: object, tmp_path: Path) -> None:
+    path = write_result(tmp_path / "a.json", rows_of(1, items=5))
+    record = json.loads(path.read_text())
+    record["starts"][0]["window"][key] = value
+    path.write_text(json.dumps(record))
+    with pytest.raises(ResultFileError, match=f"window.{key}: Input should be a"):
+        read_arm(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [(b'"seconds":1.0', b'"seconds":NaN', "row 1: seconds: Input should be a finite number"),
+     (b'"seconds":1.0', b'"seconds":"1.0"', "row 1: seconds: Input should be a valid number"),
+     (b'"strict":true', b'"strict":"yes"', "scores.strict: Input should be a valid boolean"),
+     (b'"ttft":0.1', b'"ttft":100.0', "the first token came after the last one")],
+)  # fmt: skip
+def test_row_that_cannot_be_is_named(old: bytes, new: bytes, message: str, tmp_path: Path) -> None:
+    path = write_result(tmp_path / "a.json", rows_of(1, items=5))
+    record, rows = json.loads(path.read_text()), tmp_path / "a.jsonl.gz"
+    rows.write_bytes(gzip.compress(gzip.decompress(rows.read_bytes()).replace(old, new)))
+    record["rows"]["sha256"] = hashlib.sha256(rows.read_bytes()).hexdigest()
+    path.write_text(json.dumps(record))
+    with pytest.raises(ResultFileError, match=message):
+        read_arm(path)
+
+
+def test_record_outlives_a_kill_between_its_files(tmp_path: Path) -> None:
+    """The rows of a second start are there, the record of it is not."""
+    path, rows = tmp_path / "a.json", rows_of(1, items=5, starts=2)
+    one = write_result(path, rows[:5]).read_bytes()
+    write_result(path, rows, orders=(0, 3))
+    path.write_bytes(one)
+    arm = read_arm(path)
+    assert (len(arm.result.starts), list(arm.rows)) == (1, rows[:5])
+    write_result(path, [*rows[:4], rows[3], *rows[5:]], orders=(0, 3))
+    path.write_bytes(one)
+    with pytest.raises(ResultFileError, match="SHA-256 does not match the record"):
+        read_arm(path)
 
 
 @pytest.mark.parametrize("fault", ["changed", "not-gzip", "two-members", "count", "start", "key"])

@@ -56,11 +56,11 @@ def test_summary_is_that_of_the_rows(tmp_path: Path) -> None:
         for row in rows_of(1, items=10)
     ]
     found = summarize(read_arm(write_result(tmp_path / "a.json", rows)))
-    assert found.rates == {0: 10 * 91 / 60}
+    assert found.rates == {0: 10 * 91 / 1.25}
     assert (found.ttft, found.acceptance) == (0.1, 0.8)
     assert found.tpot == pytest.approx(0.01)
     assert list(found.figures().values()) == [
-        "a, c=8", "chat-code", "2" * 12, "1", "1", "15.2", "15.2", "not run", "0.100", "10.00",
+        "a, c=8", "chat-code", "2" * 12, "1", "1", "728.0", "728.0", "not run", "0.100", "10.00",
         "80.00%", "98.00% / 62.00%",
     ]  # fmt: skip
 

@@ -314,12 +314,14 @@ def test_image_that_no_engine_runs_is_claimed(url: str, tmp_path: Path) -> None:
 def test_claimed_image_is_shown_and_not_signed(
     command: list[str], output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    again = output.with_name("b.json")
     with BenchServer() as server:
-        assert main([*command, f"--url={server.url}", f"--warm={WARM}"]) == 0
+        for other in (command, [word.replace(str(output), str(again)) for word in command]):
+            assert main([*other, f"--url={server.url}", f"--warm={WARM}"]) == 0
     arm = read_arm(output)
     assert arm.result.server.claimed
     assert summarize(arm).figures()["image"] == "3" * 12 + " (claimed)"
-    assert main(["bench", "gate", str(output), str(output)]) == GateUndecidedError.exit_code
+    assert main(["bench", "gate", str(output), str(again)]) == GateUndecidedError.exit_code
     assert "(claimed)" in capsys.readouterr().err
     key, _ = key_pair(output.parent / "keys")
     assert main(["bench", "sign", str(output), f"--key={key}"]) == ResultSignatureError.exit_code
@@ -360,10 +362,12 @@ def importing(command: list[str], path: Path) -> list[str]:
 def test_answers_of_another_harness_can_be_judged(
     command: list[str], output: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = answers(output.parent / "answers.jsonl")
+    path, again = answers(output.parent / "answers.jsonl"), output.with_name("b.json")
     assert main(importing(command, path)) == 0
     assert read_arm(output).result.starts[0].window is None
-    assert main(["bench", "gate", str(output), str(output)]) == GateUndecidedError.exit_code
+    answers(path, seconds=2.0)
+    assert main([w.replace(str(output), str(again)) for w in importing(command, path)]) == 0
+    assert main(["bench", "gate", str(output), str(again)]) == GateUndecidedError.exit_code
     assert "strict" in capsys.readouterr().out
 
 
