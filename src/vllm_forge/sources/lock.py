@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import partial
@@ -152,9 +153,10 @@ def _resolve(line: Line, base: Base, index: Index) -> list[tuple[str, str]]:
             Path(folder, f"{name}.txt").write_text("".join(f"{item}\n" for item in requirements))
         argv = [
             find_uv_bin(), "pip", "compile", "in.txt", "--quiet", "--no-header", "--no-annotate",
-            "--only-binary=:all:", f"--python-version={line.python}",
-            f"--python-platform={base.platform}", "--constraints=constraints.txt",
-            "--overrides=overrides.txt",
+            # This Python: uv would look for the line's, and try to download one, to build sdists.
+            "--only-binary=:all:", f"--python={sys.executable}",
+            f"--python-version={line.python}", f"--python-platform={base.platform}",
+            "--constraints=constraints.txt", "--overrides=overrides.txt",
         ]  # fmt: skip
         done = subprocess.run(
             argv,

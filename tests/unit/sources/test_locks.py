@@ -492,6 +492,21 @@ def test_real_uv_and_no_index(line: Line, base: Base, tmp_path: Path, no_retries
             make_lock(tmp_path, "0.33", line, base, index)
 
 
+def test_real_uv_downloads_no_python(
+    packages: IndexServer, line: Line, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uv is told a version, and looks for no interpreter of it, which this host does not have."""
+    for name in ("UV_CACHE_DIR", "UV_PYTHON_INSTALL_DIR", "PATH"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("UV_PYTHON_INSTALL_MIRROR", f"{packages.base}/pythons")
+    monkeypatch.setenv("UV_HTTP_RETRIES", "0")
+    row = line.model_copy(update={"constraints": (), "overrides": ()})
+    with pytest.raises(ResolutionError):  # the files are no wheels
+        make_lock(tmp_path, "0.33", row, base, Index(packages.url))
+    asked = {request.path.split("/")[1] for request in packages.requests}
+    assert asked == {"simple", "files"}
+
+
 def test_reader_and_writer_agree_on_a_fresh_interpreter(root: Path) -> None:
     """The input digest depends on nothing of this process, e.g. the seed of hashes."""
     code = (
