@@ -468,7 +468,7 @@ COMMANDS: dict[str, Callable[[ForgeProject], object]] = {
     "patch upstream": lambda project: compare(project, "mini", FastRunner()),
     "kernels select": lambda project: ask_line(project, "mini", FastRunner()),
     "kernels coverage": lambda project: line_coverage(project, "mini"),
-    "checkpoint verify": lambda project: dry_load(project, "mini", {}, FastRunner()),
+    "dry load": lambda project: dry_load(project, "mini", {}, FastRunner()),
     "checkpoint inspect": inspect_by_vllm,
 }
 

@@ -53,8 +53,8 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def variant(root: Path) -> Callable[[str], Path]:
     """A tiny variant by name: made now if the cache has none."""
-    from vllm_forge.checkpoints.fixtures.native import make_with_tools
-    from vllm_forge.checkpoints.fixtures.variants import cached_variant
+    from tests.support.native_formats import make_with_tools
+    from tests.support.variants import cached_variant
 
     return lambda name: cached_variant(Project(root), name, make=make_with_tools)
 
@@ -62,9 +62,9 @@ def variant(root: Path) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def bf16(root: Path) -> Path:
     """The tiny BF16 model."""
-    from vllm_forge.checkpoints.fixtures.variants import cached_variant
+    from vllm_forge.checkpoints.fixtures.cached import BF16, fixture
 
-    return cached_variant(Project(root), "bf16")
+    return fixture(Project(root), BF16)
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,11 @@ from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.entrypoints.convert import ModelOptNvfp4Converter
 
+from tests.support.native_formats import DECODER_EXPERT, EXPERT, LINEAR, make_with_tools
+from tests.support.variants import cached_variant
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.codecs import grouped
-from vllm_forge.checkpoints.fixtures.native import DECODER_EXPERT, EXPERT, LINEAR, make_with_tools
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec
-from vllm_forge.checkpoints.fixtures.variants import cached_variant
 from vllm_forge.checkpoints.quantize.calibrate import load_tensor
 from vllm_forge.project import Project
 

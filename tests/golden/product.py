@@ -158,7 +158,7 @@ def _meaning(error: str, code: int) -> str:
 
 def parent_of(variant: str) -> str:
     """The variant of the tiny checkpoint that it is a change of; empty for one without."""
-    from vllm_forge.checkpoints.fixtures.variants import load_variants
+    from tests.support.variants import load_variants
 
     return load_variants()[variant].parent or ""
 

@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.support.variants import apply_changes, load_variants
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.fixtures.tiny import TinySpec
-from vllm_forge.checkpoints.fixtures.variants import apply_changes, load_variants
 from vllm_forge.checkpoints.inspect.manifest import named
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.checkpoints.tensors import in_memory, write_index, write_shard

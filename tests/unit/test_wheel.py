@@ -65,7 +65,6 @@ REFUSED = {
     "kernels coverage": ["--record"],
     "checkpoint quantize": ["--model=m", "--output=o"],
     "checkpoint fixtures": [],
-    "checkpoint verify": [],
     "checkpoint tools": [],
     "gpu test": ["b300"],
     "gpu rehearse": ["b300"],

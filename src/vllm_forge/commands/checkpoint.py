@@ -11,7 +11,7 @@ from vllm_forge.host import Runner
 from vllm_forge.patches import read_dispositions
 from vllm_forge.project import Project
 
-FULL = "full"  # beside the names of variants
+FULL = "full"  # beside the names of tiny ones
 
 
 def register(choices: Commands) -> None:
@@ -57,8 +57,8 @@ def register(choices: Commands) -> None:
 
     one = command(checkpoint, "fixtures", fixtures)
     one.add_argument(
-        "names", nargs="*", metavar="VARIANT",
-        help=f"default: all of variants.toml; {FULL}: of an artifact's size, see --artifact",
+        "names", nargs="*", metavar="NAME",
+        help=f"bf16, card (default: both); {FULL}: of an artifact's size, see --artifact",
     )  # fmt: skip
     one.add_argument(
         "--tensor-parallel", type=int, choices=(2, 4, 8), default=2, metavar="N",
@@ -72,8 +72,6 @@ def register(choices: Commands) -> None:
         "--recipe", action="store_true",
         help=f"with {FULL}: make its recipe, for a host where `python3 DIR/sparse.py` follows it",
     )  # fmt: skip
-    one = command(checkpoint, "verify", verify)
-    one.add_argument("names", nargs="*", metavar="VARIANT", help="keep the record of the others")
     command(checkpoint, "tools", tools)
 
 
@@ -112,15 +110,6 @@ def inspect_checkpoint(project: Project, args: argparse.Namespace) -> None:
         raise error
 
 
-def verify(project: Project, args: argparse.Namespace) -> None:
-    """Let every line's vLLM load the tiny checkpoints, and record the verdicts."""
-    from vllm_forge.pages.registry import write_pages
-    from vllm_forge.proofs.dry_load import record_verdicts
-
-    print(record_verdicts(project, Runner(), args.names))
-    write_pages(project, "docs/generated/verdicts.md")
-
-
 def quantize(project: Project, args: argparse.Namespace) -> None:
     """Quantize a BF16 DeepSeek-V4 by a recipe."""
     from vllm_forge.checkpoints.quantize.inputs import load_recipe, open_model
@@ -151,23 +140,14 @@ def fixtures(project: Project, args: argparse.Namespace) -> None:
         _full(project, args)
         return
 
+    from vllm_forge.checkpoints.fixtures.cached import FIXTURES, fixture, fixture_path, is_whole
     from vllm_forge.checkpoints.fixtures.tiny import TINY
-    from vllm_forge.checkpoints.fixtures.variants import (
-        cached_variant,
-        is_whole,
-        load_variants,
-        variant_path,
-    )
 
-    names, spec = args.names or list(load_variants()), TINY.split_over(args.tensor_parallel)
-    if not all(is_whole(variant_path(project, name, spec)) for name in names):
+    names, spec = args.names or list(FIXTURES), TINY.split_over(args.tensor_parallel)
+    if not all(is_whole(fixture_path(project, name, spec)) for name in names):
         enter(project, sys.argv[1:])
-        from vllm_forge.checkpoints.fixtures.native import make_with_tools
-
-        for name in names:
-            cached_variant(project, name, spec, make_with_tools)
     for name in names:
-        print(f"{name}: {variant_path(project, name, spec)}")
+        print(f"{name}: {fixture(project, name, spec)}")
 
 
 def _full(project: Project, args: argparse.Namespace) -> None:

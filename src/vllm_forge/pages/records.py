@@ -9,7 +9,7 @@ from typing import Any
 from packaging.version import Version
 
 from vllm_forge.checkpoints.inspect.findings import ALIASES, FAULTS, label
-from vllm_forge.checkpoints.inspect.inspection import DATA, Outcome, Verdicts
+from vllm_forge.checkpoints.inspect.inspection import Outcome
 from vllm_forge.pages.markdown import table
 from vllm_forge.patches.drift import Answer
 from vllm_forge.project import Project
@@ -39,29 +39,29 @@ def checks(_: Project) -> str:
     return table(head, cells)
 
 
-def verdicts(project: Project) -> str:
+def verdicts(record: dict[str, Any]) -> str:
     """Which line serves which tiny checkpoint, and why not."""
-    record: Verdicts = project.read_json(str(DATA), Verdicts.model_validate)
     rows, reasons = [], []
-    for name, variant in record.variants.items():
-        outcomes = [OUTCOMES[variant.lines[line].outcome] for line in record.vllm]
-        checks = [row.check if row.counts_on else f"({row.check})" for row in variant.findings]
+    for name, variant in record["variants"].items():
+        lines, findings = variant["lines"], variant["findings"]
+        outcomes = [OUTCOMES[lines[line]["outcome"]] for line in record["vllm"]]
+        checks = [row["check"] if row["counts_on"] else f"({row['check']})" for row in findings]
         listed = ", ".join(dict.fromkeys(checks)) or "-"
-        rows.append([name, *outcomes, listed, variant.error or "-"])
+        rows.append([name, *outcomes, listed, variant["error"] or "-"])
 
-        reasons += ["", f"**{name}**: {variant.about}.", ""]
-        reasons += [f"* {label(row.check)}, {row.effect}: {row.title}" for row in variant.findings]
+        reasons += ["", f"**{name}**: {variant['about']}.", ""]
+        reasons += [f"* {label(row['check'])}, {row['effect']}: {row['title']}" for row in findings]
         messages: dict[str, list[str]] = {}
-        for line, row in variant.lines.items():
-            for message in row.why:
+        for line, row in lines.items():
+            for message in row["why"]:
                 if message.startswith("vLLM"):
                     messages.setdefault(message.replace("`", "'"), []).append(line)
-        reasons += [f"* on {', '.join(lines)}: `{text}`" for text, lines in messages.items()]
-        if not variant.findings and not any(row.why for row in variant.lines.values()):
+        reasons += [f"* on {', '.join(names)}: `{text}`" for text, names in messages.items()]
+        if not findings and not any(row["why"] for row in lines.values()):
             reasons.append("* no findings")
-    heads = [f"{name} (vLLM {version})" for name, version in record.vllm.items()]
+    heads = [f"{name} (vLLM {version})" for name, version in record["vllm"].items()]
     grid = table(["variant", *heads, "checks", "error"], rows)
-    device = f"Device: {record.device}, declared; no GPU was involved.\n"
+    device = f"Device: {record['device']}, declared; no GPU was involved.\n"
     return "\n".join([device, grid, "", "## Why", *reasons])
 
 

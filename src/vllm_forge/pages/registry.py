@@ -95,7 +95,7 @@ PAGES: dict[str, dict[str, Callable[[Project], str]]] = {
     "docs/generated/selection.md": {"selection": selection},
     "docs/generated/sizes.md": {"sizes": _of("benchmarks/results/sizes.json", records.sizes)},
     "docs/generated/status.md": {"status": status},
-    "docs/generated/verdicts.md": {"verdicts": records.verdicts},
+    "docs/generated/verdicts.md": {"verdicts": _of("records/verdicts.json", records.verdicts)},
     "matrix.schema.json": {"": lambda _: schema_text()},
     "site.schema.json": {"": lambda _: site.schema_text()},
 }

@@ -1,26 +1,15 @@
 """Dry loads of checkpoints by a line's own vLLM, in the environment of its images."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from vllm_forge.checkpoints.errors import DryLoadError
-from vllm_forge.checkpoints.fixtures.variants import cached_variant, load_variants
 from vllm_forge.checkpoints.inspect import dry_load as loading
-from vllm_forge.checkpoints.inspect.inspection import (
-    DATA,
-    VariantRow,
-    Verdicts,
-    inspect,
-    variant_row,
-)
-from vllm_forge.checkpoints.inspect.manifest import nearest
 from vllm_forge.checkpoints.inspect.profile import Profile
 from vllm_forge.errors import ForgeError, UsageError
-from vllm_forge.host import Runner, console, exclusive, report, which, write_whole
+from vllm_forge.host import Runner, console, exclusive, report, which
 from vllm_forge.host.errors import CommandFailedError
 from vllm_forge.images.store import usable
-from vllm_forge.patches import read_dispositions
 from vllm_forge.project import Project
 from vllm_forge.proofs.environment import PYTHON, image_plan, open_line
 
@@ -84,27 +73,3 @@ def dry_loads(
             continue
         answers[name] = dry_load(project, name, {NAME: profile}, runner).cases[NAME]
     return answers
-
-
-def record_verdicts(project: Project, runner: Runner, names: Collection[str] = ()) -> Path:
-    """Let every line's vLLM load tiny checkpoints (default: all); write and return the record."""
-    variants, matrix = load_variants(), project.matrix
-    kept: dict[str, VariantRow] = {}
-    if names:
-        record = project.read_json(str(DATA), Verdicts.model_validate)
-        kept = {name: row for name, row in record.variants.items() if name in variants}
-    profiles = {name: Profile.open(cached_variant(project, name)) for name in names or variants}
-    answers = {line: dry_load(project, line, profiles, runner) for line in matrix.line}
-    releases = {name: line.vllm for name, line in matrix.line.items()}
-    dispositions = read_dispositions(project.root / DISPOSITIONS)
-    for name, profile in profiles.items():
-        cases = {line: answer.cases[name] for line, answer in answers.items()}
-        # What is broken is measured by what it was to be.
-        artifact = nearest(profile) if variants[name].breaks else None
-        inspection = inspect(profile, releases, dispositions, cases, artifact=artifact)
-        kept[name] = variant_row(variants[name], inspection, matrix.default_line)
-    device = matrix.sku[matrix.line[matrix.default_line].skus[0]].device
-    rows = {name: kept[name] for name in variants if name in kept}
-    verdicts = Verdicts(vllm=releases, device=device, variants=rows)
-    write_whole(project.root / DATA, verdicts.text())
-    return project.root / DATA

@@ -25,10 +25,10 @@ from tests.support.layouts import (
     write_layout,
 )
 from tests.support.layouts import NVFP4 as NVFP4_GROUP
+from tests.support.variants import Change, apply_changes, load_variants
 from vllm_forge.checkpoints.architecture import Config
 from vllm_forge.checkpoints.checkpoint import Checkpoint
 from vllm_forge.checkpoints.errors import CheckpointUnreadableError
-from vllm_forge.checkpoints.fixtures.variants import Change, apply_changes, load_variants
 from vllm_forge.checkpoints.inspect.checks_config import activations
 from vllm_forge.checkpoints.inspect.findings import Effect, Finding, Scope, check_id, summarize
 from vllm_forge.checkpoints.inspect.inspection import applies, find_all

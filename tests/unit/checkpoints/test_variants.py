@@ -14,22 +14,21 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.support.checkpoint_engine import SMALL, make_job, tree_of
-from vllm_forge.checkpoints.checkpoint import Checkpoint
-from vllm_forge.checkpoints.errors import RecipeError, ToolEnvironmentError
-from vllm_forge.checkpoints.fixtures.tiny import TINY
-from vllm_forge.checkpoints.fixtures.variants import (
-    BF16,
+from tests.support.variants import (
     VARIANTS,
     Change,
     apply_changes,
     cached_variant,
     downcast,
     halve_global_scales,
-    is_whole,
     load_variants,
     split_rows,
     variant_path,
 )
+from vllm_forge.checkpoints.checkpoint import Checkpoint
+from vllm_forge.checkpoints.errors import RecipeError, ToolEnvironmentError
+from vllm_forge.checkpoints.fixtures.cached import BF16, FIXTURES, fixture, fixture_path, is_whole
+from vllm_forge.checkpoints.fixtures.tiny import TINY
 from vllm_forge.checkpoints.quantize.quantizer import quantize
 from vllm_forge.checkpoints.tensors import in_memory
 from vllm_forge.host.files import folder_digest
@@ -182,7 +181,7 @@ class TestRows:
         ("old", "new", "said"),
         [
             ('parent = "card"', 'parent = "no-input-scales"', "is before its parent"),
-            ('made = "bf16"', "", "neither made nor changed"),
+            ('made = "native"', "", "neither made nor changed"),
             ("about =", "abuot =", "not a file of variants"),
         ],
     )
@@ -217,18 +216,22 @@ def test_a_rank_gets_the_same_of_each_width(gpus: int) -> None:
 
 class TestCache:
     def test_bf16_takes_no_tools(self, root: Path, cache: Path) -> None:
-        path = cached_variant(Project(root), BF16, SMALL)
+        path = fixture(Project(root), BF16, SMALL)
         assert path.is_relative_to(cache)
         assert Checkpoint.open(path).config == SMALL.config()
 
     def test_what_takes_tools_says_so(self, root: Path) -> None:
         with pytest.raises(ToolEnvironmentError, match="'card' is made by the") as caught:
             cached_variant(Project(root), "redhat-no-mtp", SMALL)
-        assert caught.value.remedy == "run: nox -s forge -- checkpoint fixtures"
+        assert caught.value.remedy == "run: nox -s test -- --checkpoints"
 
     def test_an_unknown_one_gets_a_suggestion(self, root: Path) -> None:
         with pytest.raises(RecipeError, match="did you mean 'card'"):
-            variant_path(Project(root), "crad")
+            fixture_path(Project(root), "crad")
+
+    def test_tests_find_the_fixtures_of_the_command(self, root: Path) -> None:
+        for name in FIXTURES:
+            assert variant_path(Project(root), name) == fixture_path(Project(root), name)
 
     def test_each_is_made_once_and_its_parent_too(self, root: Path, card: Checkpoint) -> None:
         calls = []
@@ -244,8 +247,8 @@ class TestCache:
 
     @pytest.mark.parametrize("damage", ["byte", "file", "more", "seal"])
     def test_one_that_was_changed_is_made_again(self, root: Path, cache: Path, damage: str) -> None:
-        """Of all that ``checkpoint verify`` lets vLLM load, and records."""
-        path = cached_variant(Project(root), BF16, SMALL)
+        """Of all that vLLM loads for the record of verdicts."""
+        path = fixture(Project(root), BF16, SMALL)
         before = folder_digest(path)
         config, seal = path / "config.json", path.with_name(f"{path.name}.json")
         match damage:
@@ -258,7 +261,7 @@ class TestCache:
             case _:
                 seal.write_text("{}")
         assert not is_whole(path)
-        assert folder_digest(cached_variant(Project(root), BF16, SMALL)) == before
+        assert folder_digest(fixture(Project(root), BF16, SMALL)) == before
         assert is_whole(path)
 
     def test_the_place_depends_on_what_it_is_made_from(self, root: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 from packaging.version import Version
 
 from vllm_forge.checkpoints.errors import CheckpointDepartsError, CheckpointRefusedError
-from vllm_forge.checkpoints.fixtures.variants import Variant
 from vllm_forge.checkpoints.inspect import checks_config, checks_tensors
 from vllm_forge.checkpoints.inspect.checks_config import weights_only_experts
 from vllm_forge.checkpoints.inspect.dry_load import Answer, Load
@@ -47,7 +46,6 @@ INPUT_SCALES = ("_input_global_scale",)
 # The draft model gets these from the target after loading.
 SHARED = (".embed_tokens.weight", ".shared_head.head.weight", "lm_head.weight")
 SCALES = ("scale", "scale_inv", "scale_2", "zero_point")
-DATA = "records/verdicts.json"
 WRONG = (Effect.DEPARTS, Effect.LOSES)
 
 
@@ -61,15 +59,12 @@ class Outcome(StrEnum):
     UNKNOWN = "unknown"
 
 
-class LineRow(FrozenModel):
-    """What a line does with a checkpoint, as records keep it."""
+class LineVerdict(FrozenModel):
+    """What a line does with a checkpoint."""
 
     outcome: Outcome
     checks: tuple[CheckId, ...]  # of the findings that count on this line
     why: tuple[str, ...]  # reasons for what it does not do
-
-
-class LineVerdict(LineRow):
     line: str
     vllm: str
     findings: tuple[int, ...]  # that count on this line: their indices in the report
@@ -349,61 +344,3 @@ def _modules(answer: Answer | None) -> dict[str, str]:
             kind = row.scheme or row.method
             modules.setdefault(name, []).append(f"{kind} x {row.count}" if row.count > 1 else kind)
     return {name: ", ".join(kinds) for name, kinds in modules.items()}
-
-
-class FindingRow(FrozenModel):
-    """One finding, and the lines that do not cope with it."""
-
-    check: CheckId
-    title: str
-    effect: Effect
-    counts_on: tuple[str, ...]
-
-
-class VariantRow(FrozenModel):
-    """One variant; findings are those about one of the lines."""
-
-    about: str
-    breaks: str
-    artifact: str | None  # the manifest that it was compared with
-    error: str | None  # class of the error that an inspection on the default line ends with
-    findings: tuple[FindingRow, ...]
-    lines: dict[str, LineRow]
-
-
-class Verdicts(FrozenModel):
-    """The record: the lines' releases, the declared GPU, and what was found in each variant."""
-
-    vllm: dict[str, str]
-    device: str
-    variants: dict[str, VariantRow]
-
-    def text(self) -> str:
-        return self.model_dump_json(indent=1) + "\n"
-
-
-def variant_row(variant: Variant, report: Report, default_line: str) -> VariantRow:
-    rows: dict[tuple[str, str], FindingRow] = {}
-    for index, finding in enumerate(report.findings):
-        if not any(applies(finding, verdict.vllm) for verdict in report.lines):
-            continue
-        lines = tuple(v.line for v in report.lines if index in v.findings)
-        key = (finding.check, finding.title)
-        before = rows[key].counts_on if key in rows else ()
-        rows[key] = FindingRow(
-            check=finding.check,
-            title=finding.title,
-            effect=finding.effect,
-            counts_on=tuple(sorted({*before, *lines})),
-        )
-    return VariantRow(
-        about=variant.about,
-        breaks=variant.breaks,
-        artifact=report.artifact,
-        error=(error := report.error(default_line)) and type(error).__name__,
-        findings=tuple(rows.values()),
-        lines={
-            verdict.line: LineRow(outcome=verdict.outcome, checks=verdict.checks, why=verdict.why)
-            for verdict in report.lines
-        },
-    )
